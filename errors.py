@@ -1,0 +1,5 @@
+"""The one exception that is shown to the user as a single line, with exit code 2."""
+
+
+class UsageError(Exception):
+    """What was given, what was expected, and what to do: one line, no traceback."""

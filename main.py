@@ -1,0 +1,299 @@
+#!/usr/bin/env python3
+"""Gradient-based meta-learning (MAML) from the command line.
+
+    python main.py                                          # the paper's sinusoid
+    python main.py --dataset omniglot -n 5 -k 1             # 5-way 1-shot Omniglot
+    python main.py --first-order --meta-batch-size 1 --samples 50 --iterations 40000
+    python main.py --load checkpoints/RUN/last.pt           # go on with a run
+    python main.py --eval --load checkpoints/RUN/best.pt    # measure it on the test tasks
+    tensorboard --logdir checkpoints
+
+Every flag is declared in config.py and shown by --help.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import config as settings
+from config import Config, Invocation
+from errors import UsageError
+
+if TYPE_CHECKING:
+    from checkpoint import Checkpoint
+    from dataset import TaskDistribution
+    from maml import MAML
+    from runtime import Runtime
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one command line; the exit code: 0, 2 for bad input, 128 + signal where one ended training."""
+    try:
+        given = settings.parse(arguments)
+        call = settings.check_invocation(given)
+        if call.load is None:
+            settings.resolve(given)  # mistakes answer before PyTorch is imported
+        return evaluate(call, given, arguments) if call.eval else train(call, given)
+    except UsageError as error:
+        print(f"main.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nmain.py: interrupted", file=sys.stderr)
+        return 130
+
+
+# ---- building blocks ------------------------------------------------------------------------
+
+
+def build(config: Config, call: Invocation) -> tuple[Runtime, TaskDistribution, MAML]:
+    """Device, tasks and algorithm for these settings; the learner in it has its initial weights."""
+    from torch.nn import functional as F
+
+    from dataset import build_distribution
+    from learner import build_learner
+    from maml import MAML
+    from runtime import set_up
+
+    runtime = set_up(call.device, config.precision, small_tensors=config.learner == "mlp")
+    distribution = build_distribution(
+        config.dataset,
+        ways=config.ways,
+        shots=config.shots,
+        queries=config.queries,
+        noise=config.noise,
+        omniglot_split=config.omniglot_split,
+        resize=config.resize,
+        data_root=call.data_root,
+        device=runtime.device,
+        dtype=runtime.dtype,
+    )
+    learner = build_learner(config.learner, config.ways or 1, init=config.init, seed=config.seed)
+    maml = MAML(
+        learner.to(runtime.device, runtime.dtype),
+        F.cross_entropy if config.classification else F.mse_loss,
+        inner_lr=config.inner_lr,
+        steps=config.steps,
+        first_order=config.first_order,
+        normalisation=config.batch_norm,
+        adapt_norm=config.adapt_norm,
+        tasks_at_once=config.tasks_at_once,
+    )
+    return runtime, distribution, maml
+
+
+def writable(folder: Path, flag: str) -> Path:
+    from report import make_writable
+
+    try:
+        make_writable(folder)
+    except OSError as error:
+        raise UsageError(
+            f"{flag} {folder}: cannot write there ({error.strerror or error}); name another folder"
+        ) from error
+    return folder
+
+
+def print_settings(config: Config, runtime: Runtime, first_line: str) -> None:
+    print(f"{first_line}\n{settings.describe(config)}\n  device      {runtime.describe()}", flush=True)
+
+
+# ---- training -------------------------------------------------------------------------------
+
+
+def train(call: Invocation, given: Mapping[str, Any]) -> int:
+    """A new run, or one that goes on (--load, --resume)."""
+    start_file, folder = where_to_train(call)
+    start = None
+    if start_file is not None:
+        start, config = read_start(start_file, given)
+    else:
+        config = settings.resolve(given)
+    if start is not None and start.iteration >= config.iterations:
+        print(
+            f"{start_file} is already at iteration {start.iteration:,} of {config.iterations:,}: "
+            "give a larger --iterations to go on"
+        )
+        return 0
+    if folder is None:
+        writable(call.checkpoint_path, "--checkpoint-path")
+
+    from checkpoint import BEST, LAST, fitting_parameters, load_checkpoint
+    from trainer import Trainer
+
+    weights = None if call.init_from is None or start else load_checkpoint(call.init_from)
+    runtime, distribution, maml = build(config, call)
+    parameters = maml.initial_parameters()
+    for file, source in ((start_file, start), (call.init_from, weights)):
+        if file is not None and source is not None:
+            parameters = fitting_parameters(file, source.parameters, parameters, config.learner)
+    if folder is None:
+        folder = fresh_folder(call.checkpoint_path, config)
+    writable(folder, "--checkpoint-path" if call.load is None else "--load")
+    try:
+        trainer = Trainer(config, maml, parameters, distribution, folder, start)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(f"{start_file} is damaged: it holds no state to go on from") from error
+    doing = "Meta-training" if start is None else f"Going on from iteration {start.iteration:,}"
+    print_settings(config, runtime, f"{doing} in {folder}")
+    signal = trainer.train()
+    loss = trainer.final_loss()
+    if loss is not None:
+        print(f"Mean training query loss of the last 500 iterations: {loss:.4f}")
+    if signal is not None:
+        print(f"Saved at iteration {trainer.iteration:,}. Go on: python main.py --load {folder / LAST}")
+        return 128 + signal
+    print(f"Curves:    tensorboard --logdir {call.checkpoint_path if call.load is None else folder}")
+    file = folder / (BEST if trainer.progress.best_iteration else LAST)
+    print(f"Test it:   python main.py --eval --load {file}")
+    return 0
+
+
+def where_to_train(call: Invocation) -> tuple[Path | None, Path | None]:
+    """The checkpoint to go on from, if any, and the run's folder (None: a fresh one)."""
+    from checkpoint import BEST, LAST
+
+    if call.load is not None:
+        if not call.load.is_file():
+            raise UsageError(f"{call.load}: there is no such checkpoint")
+        if call.load.name not in (BEST, LAST):
+            raise UsageError(
+                f"{call.load} is not in a run's folder as {LAST} or {BEST}: begin a new run from its "
+                "weights with --init-from"
+            )
+        return call.load, call.load.parent
+    if call.run_name is None:
+        return None, None
+    folder = call.checkpoint_path / call.run_name
+    if (folder / LAST).is_file():
+        if call.resume:
+            return folder / LAST, folder
+        raise UsageError(f"the run {folder} exists: go on with --resume, or choose another --run-name")
+    if folder.exists() and not call.resume and any(folder.iterdir() if folder.is_dir() else [folder]):
+        raise UsageError(f"{folder} is not empty: choose another --run-name, or --resume to begin in it")
+    return None, folder
+
+
+def read_start(file: Path, given: Mapping[str, Any]) -> tuple[Checkpoint, Config]:
+    """The checkpoint to go on from, and its settings with the flags that may differ."""
+    from checkpoint import LAST, load_checkpoint
+
+    start = load_checkpoint(file)
+    last = file.with_name(LAST)
+    if file.name != LAST and last.is_file():
+        ahead = load_checkpoint(last).iteration
+        if ahead > start.iteration:
+            raise UsageError(
+                f"{last} is ahead (iteration {ahead:,}; {file.name}: {start.iteration:,}): --load that one, "
+                "or begin a new run with --init-from"
+            )
+    return start, settings.resolve_from(start.config, given, evaluate=False)
+
+
+def fresh_folder(checkpoint_path: Path, config: Config) -> Path:
+    """A new run's folder, named after its settings and the time."""
+    ways = f"{config.ways}way-" if config.classification else ""
+    name = f"{config.dataset}-{ways}{config.shots}shot-{time.strftime('%Y%m%d-%H%M%S')}"
+    number = 1
+    while True:
+        folder = checkpoint_path / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return folder
+
+
+# ---- evaluation -----------------------------------------------------------------------------
+
+
+def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -> int:
+    """Measures a checkpoint, or the fresh initialisation, on the test tasks."""
+    from checkpoint import fitting_parameters, load_checkpoint
+
+    source = None if call.load is None else load_checkpoint(call.load)
+    if source is None:
+        config = settings.resolve(given)
+        what, stem = "the fresh initialisation (no --load)", "fresh"
+        default_out = call.checkpoint_path
+    else:
+        config = settings.resolve_from(source.config, given, evaluate=True)
+        assert call.load is not None
+        what, stem = f"{call.load}, iteration {source.iteration:,}", call.load.stem
+        default_out = call.load.parent
+    out = writable(call.out or default_out, "--out")
+
+    import evaluation
+    import report
+    from runtime import versions
+
+    runtime, distribution, maml = build(config, call)
+    parameters = maml.initial_parameters()
+    if source is not None and call.load is not None:
+        parameters = fitting_parameters(call.load, source.parameters, parameters, config.learner)
+    print_settings(config, runtime, f"Evaluating {what} on {config.eval_tasks} test tasks")
+    result = evaluation.evaluate(
+        maml,
+        parameters,
+        distribution,
+        "test",
+        tasks=config.eval_tasks,
+        steps=config.eval_steps,
+        normalisations=("transductive", "inductive") if maml.has_batch_norm else (config.batch_norm,),
+    )
+    loss_name = "cross-entropy" if config.classification else "MSE"
+    marks = {config.steps: "<- trained for"}
+    if config.test_steps != config.steps:
+        marks[config.test_steps] = "<- test"
+    print(report.evaluation_table(result, loss_name=loss_name, marks=marks))
+    print(f"Mean and 95 % interval over {config.eval_tasks} tasks.")
+
+    ways = f"{config.ways}way-" if config.classification else ""
+    name = f"{stem}-test-{config.dataset}-{ways}{config.shots}shot-{config.queries}query"
+    record = {
+        "command": shlex.join(["main.py", *arguments]),
+        "checkpoint": call.load,
+        "iteration": source.iteration if source else 0,
+        "split": "test",
+        "tasks": config.eval_tasks,
+        "tasks_seed": evaluation.SEED,
+        "trained_steps": config.steps,
+        "test_steps": config.test_steps,
+        "settings": settings.config_to_plain(config),
+        "versions": versions(),
+        "device": runtime.describe(),
+        **report.evaluation_record(result),
+    }
+    report.write_json(out / f"{name}.json", record)
+    fits = None
+    if not config.classification:
+        shown = sorted({0, min(config.steps, config.eval_steps), config.eval_steps})
+        batch, outputs = evaluation.examples(
+            maml,
+            parameters,
+            distribution,
+            "test",
+            tasks=3,
+            steps=config.eval_steps,
+            normalisation=config.batch_norm,
+        )
+        fits = (batch, outputs, shown)
+    figure = report.evaluation_figure(
+        result,
+        loss_name=loss_name,
+        trained_steps=config.steps,
+        title=f"{config.dataset}, {ways}{config.shots}-shot, {config.eval_tasks} test tasks",
+        fits=fits,
+    )
+    report.write_figure(out / f"{name}.png", figure)
+    print(f"Written: {out / name}.json and .png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

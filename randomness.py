@@ -1,0 +1,74 @@
+"""Counter-based random numbers: each is a pure function of where it is used, not of what came before.
+
+A `Stream` is a pair of 32-bit keys. `stream.at(value)` gives the stream of a sub-purpose (a seed, a
+name, an iteration, a vector of task numbers), and `uniform`, `normal` and `words` read numbers from
+it by position. So the tasks of iteration i are the same in any order, chunk, process or resumed run:
+the iteration number is all the state there is.
+
+The mixer is a 32-bit xorshift-multiply hash (constants of github.com/skeeto/hash-prospector). Words
+live in int64 and the second multiplier is written as the negative number it is modulo 2^32, so that
+no product leaves the range of int64: the bits do not depend on how a device or a compiler treats
+overflow.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIER_1 = 0x21F0AAAD
+_MULTIPLIER_2 = 0xD35A2D97 - 2**32
+
+Word = TypeVar("Word", int, Tensor)
+
+
+def mix(word: Word) -> Word:
+    """A bijection of the 32-bit words in which each input bit flips each output bit half the time."""
+    word = ((word ^ (word >> 16)) * _MULTIPLIER_1) & _MASK
+    word = ((word ^ (word >> 15)) * _MULTIPLIER_2) & _MASK
+    return word ^ (word >> 15)
+
+
+class Stream(NamedTuple):
+    """Two independent 32-bit keys: Python integers, or int64 tensors `[tasks]`."""
+
+    key_1: int | Tensor
+    key_2: int | Tensor
+
+    @classmethod
+    def from_seed(cls, seed: int) -> Stream:
+        """The root stream of a seed in [0, 2^63)."""
+        low, high = seed & _MASK, seed >> 32
+        return cls(mix(mix(low ^ 0x9E3779B9) ^ high), mix(mix(high ^ 0x85EBCA6B) ^ low))
+
+    def at(self, value: int | str | Tensor) -> Stream:
+        """The sub-stream for a number, a name, or each element of an int64 tensor `[tasks]`."""
+        if isinstance(value, str):
+            value = zlib.crc32(value.encode())
+        return Stream(mix(self.key_1 ^ value), mix(self.key_2 ^ value))
+
+    def words(self, count: int) -> Tensor:
+        """32-bit words in int64, `[tasks, count]`; those of one task are all different."""
+        if not (isinstance(self.key_1, Tensor) and isinstance(self.key_2, Tensor)):
+            raise TypeError("read from a stream that is keyed by a tensor of task numbers")
+        positions = torch.arange(count, device=self.key_1.device)
+        return mix(mix(positions ^ self.key_2[:, None]) ^ self.key_1[:, None])
+
+    def uniform(self, count: int, low: float, high: float, dtype: torch.dtype) -> Tensor:
+        """Uniform in [low, high), `[tasks, count]`; 24 random bits, so the same in every precision."""
+        return low + (high - low) * ((self.words(count) >> 8).to(dtype) * 2.0**-24)
+
+    def normal(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Standard normal, `[tasks, count]`, by Box and Muller's transform."""
+        radius_word, angle_word = (self.words(2 * count) >> 8).to(dtype).mul(2.0**-24).chunk(2, 1)
+        radius = torch.sqrt(-2.0 * torch.log1p(-radius_word))
+        return radius * torch.cos(2.0 * math.pi * angle_word)
+
+    def distinct(self, count: int, total: int) -> Tensor:
+        """`count` different numbers below `total`, in random order, `[tasks, count]`."""
+        return self.words(total).topk(count, dim=1).indices

@@ -1,0 +1,327 @@
+"""What people look at: TensorBoard, figures, tables and result files. Nothing else writes them.
+
+Functions take plain numbers and CPU tensors; matplotlib and TensorBoard are imported when used.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from evaluation import Evaluation, mean_and_interval
+from tasks import TaskBatch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8C8C8C"
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+}
+
+
+# ---- TensorBoard ----------------------------------------------------------------------------
+
+
+class RunLog:
+    """The event files of a run's folder.
+
+    `begin_at` is the first iteration that this process writes: points from there on that a killed
+    predecessor left behind are dropped by TensorBoard.
+    """
+
+    def __init__(self, folder: Path, *, begin_at: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder), purge_step=begin_at)
+
+    def scalars(self, values: Mapping[str, float], iteration: int) -> None:
+        for tag, value in values.items():
+            self.writer.add_scalar(tag, value, iteration)
+
+    def text(self, tag: str, text: str, iteration: int) -> None:
+        self.writer.add_text(tag, text, iteration)
+
+    def figure(self, tag: str, figure: Figure, iteration: int) -> None:
+        import numpy as np
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        self.writer.add_image(tag, np.asarray(canvas.buffer_rgba())[..., :3], iteration, dataformats="HWC")
+
+    def flush(self) -> None:
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def settings_as_markdown(settings: Mapping[str, Any]) -> str:
+    rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
+    return f"| setting | value |\n|-|-|\n{rows}"
+
+
+# ---- result files ---------------------------------------------------------------------------
+
+
+def _plain(value: Any) -> Any:
+    """JSON has neither tensors nor NaN: lists with seven digits, and null."""
+    if isinstance(value, Tensor):
+        return _plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if math.isfinite(value) else None
+    return str(value) if isinstance(value, Path) else value
+
+
+def write_json(path: Path, result: Mapping[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(_plain(result), indent=1) + "\n")
+    temporary.replace(path)
+
+
+def write_figure(path: Path, figure: Figure) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, dpi=150, format="png")
+    temporary.replace(path)
+
+
+# ---- evaluation: table and record -----------------------------------------------------------
+
+
+def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
+    """The numbers behind table and picture, and the per-task values behind the numbers."""
+    per_step: list[dict[str, Any]] = []
+    for name, losses in evaluation.losses.items():
+        diverged = evaluation.diverged(name)
+        for step in range(losses.shape[1]):
+            row: dict[str, Any] = {"normalisation": name, "steps": step}
+            measures = {"loss": losses}
+            if name in evaluation.accuracies:
+                measures["accuracy"] = evaluation.accuracies[name]
+            for measure, values in measures.items():
+                mean, interval = mean_and_interval(values[:, step])
+                row |= {measure: mean.item(), f"{measure}_interval_95": interval.item()}
+            kept = losses[~diverged[:, step], step]
+            row |= {
+                "diverged_tasks": int(diverged[:, step].sum()),
+                "loss_without_diverged": kept.mean().item() if len(kept) else None,
+            }
+            per_step.append(row)
+    per_task: dict[str, Any] = {"loss": evaluation.losses}
+    if evaluation.accuracies:
+        per_task["accuracy"] = evaluation.accuracies
+    return {"per_step": per_step, "per_task": per_task}
+
+
+def evaluation_table(evaluation: Evaluation, *, loss_name: str, marks: Mapping[int, str]) -> str:
+    """A row an inner step; mean and 95 % interval over tasks, and the tasks that diverged."""
+    columns: list[tuple[str, list[str]]] = []
+    several = len(evaluation.losses) > 1
+
+    def add(title: str, name: str, values: Tensor, scale: float, digits: int) -> None:
+        mean, interval = mean_and_interval(values)
+        cells = [
+            f"{m * scale:.{digits}f} ± {i * scale:.{digits}f}"
+            for m, i in zip(mean.tolist(), interval.tolist(), strict=True)
+        ]
+        columns.append((f"{title}, {name}" if several else title, cells))
+
+    for name, values in evaluation.accuracies.items():
+        add("accuracy %", name, values, 100, 2)
+    for name, values in evaluation.losses.items():
+        add(loss_name, name, values, 1, 4)
+    for name, losses in evaluation.losses.items():
+        diverged = evaluation.diverged(name)
+        title = "diverged" + (f", {name}" if several else "")
+        columns.append((title, [str(n) for n in diverged.sum(0).tolist()]))
+        if diverged.any():
+            kept = losses.where(~diverged, torch.nan).nanmean(0)
+            title = f"{loss_name} without them" + (f", {name}" if several else "")
+            columns.append((title, [f"{value:.4f}" for value in kept.tolist()]))
+    steps = range(len(columns[0][1]))
+    columns.insert(0, ("steps", [str(step) for step in steps]))
+    columns.append(("", [marks.get(step, "") for step in steps]))
+    widths = [max(len(title), *map(len, cells)) for title, cells in columns]
+    lines = ["  ".join(title.rjust(w) for (title, _), w in zip(columns, widths, strict=True))]
+    for step in steps:
+        cells = [cells[step] for _, cells in columns]
+        line = "  ".join(c.rjust(w) for c, w in zip(cells[:-1], widths[:-1], strict=True))
+        lines.append(f"{line}  {cells[-1]}".rstrip())
+    return "\n".join(lines)
+
+
+# ---- figures --------------------------------------------------------------------------------
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def fits_figure(batch: TaskBatch, outputs: Tensor, steps: Sequence[int], title: str) -> Figure:
+    """Curves before and after adaptation, a panel a task.
+
+    `batch` has a dense query; `outputs` is `[tasks, all steps + 1, points, 1]`, of which `steps` are
+    shown.
+    """
+    with _style():
+        tasks = len(outputs)
+        figure = _new_figure(3.0 * tasks, 2.7)
+        figure.suptitle(title)
+        panels = figure.subplots(1, tasks, squeeze=False)[0]
+        _draw_fits(panels, batch, outputs, steps)
+    return figure
+
+
+def _draw_fits(panels: Sequence[Axes], batch: TaskBatch, outputs: Tensor, steps: Sequence[int]) -> None:
+    for task, panel in enumerate(panels):
+        x = batch.query_x[task, :, 0]
+        truth = batch.query_y[task, :, 0]
+        panel.plot(x, truth, color=GREY, linewidth=3, alpha=0.5, label="task")
+        colours = [GREEN, ORANGE, BLUE][-len(steps) :]
+        for step, colour in zip(steps, colours, strict=True):
+            line = ":" if step == 0 else "-"
+            label = "before" if step == 0 else f"after {step} step{'s' * (step > 1)}"
+            panel.plot(x, outputs[task, step, :, 0], line, color=colour, label=label)
+        support = batch.support_x[task, :, 0], batch.support_y[task, :, 0]
+        panel.scatter(*support, color=RED, s=18, zorder=3, label="support")
+        margin = 0.3 * float(truth.max() - truth.min()) + 0.5
+        panel.set_ylim(float(truth.min()) - margin, float(truth.max()) + margin)
+        panel.set_xlabel("x")
+    panels[0].set_ylabel("y")
+    panels[0].legend(fontsize=7)
+
+
+def tasks_figure(
+    batch: TaskBatch, outputs: Tensor, *, ways: int, shots: int, queries: int, step: int, title: str
+) -> Figure:
+    """Image tasks side by side: support on the left, query with predictions on the right.
+
+    A row a class; a query's border and label say which class was predicted, blue where it is right.
+    `outputs` is `[tasks, all steps + 1, ways * queries, ways]`.
+    """
+    ways_shown, shots_shown, queries_shown = min(ways, 10), min(shots, 5), min(queries, 5)
+    columns = shots_shown + queries_shown
+    tasks = len(outputs)
+    with _style():
+        figure = _new_figure(tasks * (0.55 * columns + 0.6), 0.68 * ways_shown + 0.7)
+        figure.suptitle(title)
+        grid = figure.add_gridspec(1, tasks, wspace=0.08)
+        for task in range(tasks):
+            predicted = outputs[task, step].argmax(-1).view(ways, queries)
+            support = batch.support_x[task].view(ways, shots, *batch.support_x.shape[2:])
+            query = batch.query_x[task].view(ways, queries, *batch.query_x.shape[2:])
+            panels = grid[task].subgridspec(ways_shown, columns).subplots(squeeze=False)
+            for way in range(ways_shown):
+                for column, panel in enumerate(panels[way]):
+                    panel.set(xticks=[], yticks=[])
+                    panel.grid(False)
+                    panel.spines[:].set_visible(True)
+                    if column < shots_shown:
+                        panel.imshow(support[way, column, 0], cmap="gray_r")
+                        panel.spines[:].set_color(GREY)
+                    else:
+                        answer = int(predicted[way, column - shots_shown])
+                        colour = BLUE if answer == way else RED
+                        panel.imshow(query[way, column - shots_shown, 0], cmap="gray_r")
+                        panel.spines[:].set(color=colour, linewidth=2)
+                        panel.set_xlabel(str(answer), color=colour, fontsize=7, labelpad=1)
+                panels[way, 0].set_ylabel(str(way), rotation=0, fontsize=7, labelpad=6, va="center")
+            panels[0, 0].set_title("support", fontsize=7)
+            panels[0, shots_shown].set_title("query", fontsize=7)
+    return figure
+
+
+def evaluation_figure(
+    evaluation: Evaluation,
+    *,
+    loss_name: str,
+    trained_steps: int,
+    title: str,
+    fits: tuple[TaskBatch, Tensor, Sequence[int]] | None = None,
+) -> Figure:
+    """The result over inner steps with its 95 % interval and, for regression, example fits."""
+    with _style():
+        tasks = len(fits[0].query_x) if fits else 0
+        figure = _new_figure(4.2 + 2.6 * tasks, 3.0)
+        figure.suptitle(title)
+        panels = figure.subplots(1, 1 + tasks, squeeze=False, width_ratios=[1.5] + [1] * tasks)[0]
+        results = evaluation.accuracies or evaluation.losses
+        for (name, values), colour in zip(results.items(), [BLUE, ORANGE], strict=False):
+            mean, interval = mean_and_interval(values)
+            steps = torch.arange(len(mean))
+            panels[0].plot(steps, mean, "o-", color=colour, markersize=3, label=name)
+            panels[0].fill_between(steps, mean - interval, mean + interval, color=colour, alpha=0.2)
+        panels[0].axvline(trained_steps, color=GREY, linestyle=":", label="trained for")
+        panels[0].set_xlabel("inner steps")
+        panels[0].set_ylabel("accuracy" if evaluation.accuracies else loss_name)
+        if not evaluation.accuracies and bool((mean > 0).all()) and bool(mean.isfinite().all()):
+            panels[0].set_yscale("log")
+        panels[0].legend(fontsize=7)
+        if fits:
+            _draw_fits(panels[1:], *fits)
+    return figure
+
+
+def learning_figure(
+    training: Mapping[str, Sequence[float]],
+    validation: Mapping[str, Sequence[float]],
+    *,
+    measure: str,
+    label: str,
+    log_every: int,
+) -> Figure:
+    """Training means over consecutive, disjoint windows of iterations, and validation."""
+    with _style():
+        figure = _new_figure(6, 3.2)
+        panel = figure.subplots()
+        window = f"training, means of {log_every} iteration{'s' * (log_every > 1)}"
+        panel.plot(training["iteration"], training[measure], color=BLUE, alpha=0.6, linewidth=1, label=window)
+        panel.plot(
+            validation["iteration"], validation[measure], "o-", color=ORANGE, markersize=3, label="validation"
+        )
+        panel.set_xlabel("iteration")
+        panel.set_ylabel(label)
+        panel.legend()
+    return figure
+
+
+def make_writable(folder: Path) -> None:
+    """Makes a folder and writes into it; OSError where that cannot be done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".writable-{os.getpid()}"
+    probe.write_bytes(b"")
+    probe.unlink()
