@@ -1,0 +1,264 @@
+"""The mathematics: meta-gradients against finite differences and against a plain loop over tasks."""
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from learner import LEARNERS, build_learner
+from maml import MAML
+from normalisation import BatchNorm, norm_parameter_names
+from tasks import TaskBatch
+
+WAYS, SHOTS, TASKS = 2, 2, 3
+INNER_LR = 0.1
+
+
+def make_tasks(learner: str, *, tasks: int = TASKS) -> TaskBatch:
+    shots = 1 if learner == "convnet" else SHOTS  # it costs twenty times what `conv` does
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    if learner == "mlp":
+        return TaskBatch(*(4 * random(tasks, 5, 1) - 2 for _ in range(4)))
+    labels = torch.arange(WAYS).repeat_interleave(shots).expand(tasks, -1)
+    images = [random(tasks, WAYS * shots, 1, 28, 28) for _ in range(2)]
+    return TaskBatch(images[0], labels, images[1], labels)
+
+
+def make_maml(learner: str, **options) -> MAML:
+    outputs = 1 if learner == "mlp" else WAYS
+    network = build_learner(learner, outputs, init="torch", seed=1).double()
+    loss = F.mse_loss if learner == "mlp" else F.cross_entropy
+    return MAML(network, loss, inner_lr=INNER_LR, **options)
+
+
+def forward_by_hand(maml: MAML, weights: dict, x: torch.Tensor) -> torch.Tensor:
+    """The learner again, batch norm by PyTorch's own function."""
+    modules = dict(maml.learner.named_modules())
+    for name, layer in modules.items():
+        if isinstance(layer, BatchNorm):
+            scale, shift = (weights.get(f"{name}.{p}") for p in ("weight", "bias"))
+            x = F.batch_norm(x, None, None, scale, shift, training=True, eps=layer.eps)
+        elif name and not list(layer.children()):
+            own = {p: weights[f"{name}.{p}"] for p, _ in layer.named_parameters()}
+            x = functional_call(layer, own, (x,))
+    return x
+
+
+def loop_over_tasks(maml: MAML, parameters: dict, batch: TaskBatch) -> tuple[dict, torch.Tensor]:
+    """The textbook: one task after the other, `create_graph` for the second order."""
+    leaves = {name: w.clone().requires_grad_() for name, w in parameters.items()}
+    adapted_names = [name for name in leaves if name not in maml.not_adapted]
+    losses = []
+    for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
+        weights = dict(leaves)
+        for _ in range(maml.steps):
+            loss = maml.loss(forward_by_hand(maml, weights, support_x), support_y)
+            gradients = torch.autograd.grad(
+                loss, [weights[n] for n in adapted_names], create_graph=not maml.first_order
+            )
+            for name, gradient in zip(adapted_names, gradients, strict=True):
+                weights[name] = weights[name] - maml.inner_lr * gradient
+        losses.append(maml.loss(forward_by_hand(maml, weights, query_x), query_y))
+    total = torch.stack(losses).mean()
+    gradients = torch.autograd.grad(total, list(leaves.values()))
+    return dict(zip(leaves, gradients, strict=True)), total.detach()
+
+
+def assert_same(ours: dict, theirs: dict, tolerance: float = 1e-9) -> None:
+    assert ours.keys() == theirs.keys()
+    scale = max(g.abs().max().item() for g in theirs.values())
+    assert scale > 1e-6  # a comparison of zeros would prove nothing
+    for name in ours:
+        assert (ours[name] - theirs[name]).abs().max().item() < tolerance * scale, name
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_meta_gradient_is_that_of_a_plain_loop_over_tasks(learner, first_order, steps):
+    tasks = 2 if learner == "convnet" else TASKS
+    batch = make_tasks(learner, tasks=tasks)
+    adapt_norm = learner == "convnet"
+    maml = make_maml(learner, steps=steps, first_order=first_order, adapt_norm=adapt_norm)
+    parameters = maml.initial_parameters()
+    expected, loss = loop_over_tasks(maml, parameters, batch)
+    result = maml.meta_gradient(parameters, batch)
+    assert_same(result.gradients, expected)
+    assert torch.allclose(result.losses.mean(), loss, rtol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_meta_gradient_agrees_with_finite_differences(learner, first_order, steps):
+    """First order by its own definition: the slope of the query loss when the *adapted* weights move.
+
+    A finite difference across the kink of a ReLU or of max pooling measures nothing: here the networks
+    have smooth ones in their places, and a smaller step; the loop above has the real ones.
+    """
+    batch = make_tasks(learner, tasks=1)
+    maml = make_maml(learner, steps=steps, first_order=first_order, adapt_norm=False)
+    maml.inner_lr = 0.02
+    smooth = {nn.ReLU: nn.SiLU(), nn.MaxPool2d: nn.AvgPool2d(2)}
+    for name, layer in list(maml.learner.named_children()):
+        setattr(maml.learner, name, smooth.get(type(layer), layer))
+    parameters = maml.initial_parameters()
+    gradients = maml.meta_gradient(parameters, batch).gradients
+    generator = torch.Generator().manual_seed(3)
+    direction = {
+        name: torch.randn(w.shape, generator=generator, dtype=w.dtype) for name, w in parameters.items()
+    }
+    task = TaskBatch(*(tensor[0] for tensor in batch))
+    adapted = maml.adapt(parameters, task.support_x, task.support_y, steps)
+
+    def query_loss(epsilon: float) -> float:
+        start = adapted if first_order else parameters
+        moved = {name: w + epsilon * direction[name] for name, w in start.items()}
+        if first_order:
+            return maml.loss(maml.forward(moved, task.query_x), task.query_y).item()
+        return maml.query_loss(moved, task)[0].item()
+
+    epsilon = 3e-8
+    measured = (query_loss(epsilon) - query_loss(-epsilon)) / (2 * epsilon)
+    slope = sum((gradients[name] * direction[name]).sum().item() for name in parameters)
+    assert slope == pytest.approx(measured, rel=1e-5)
+
+
+def test_exact_and_first_order_meta_gradients_differ():
+    batch = make_tasks("conv")
+    exact, first = (
+        make_maml("conv", first_order=order, adapt_norm=False).meta_gradient(
+            make_maml("conv").initial_parameters(), batch
+        )
+        for order in (False, True)
+    )
+    difference = max((exact.gradients[n] - first.gradients[n]).abs().max() for n in exact.gradients)
+    assert difference > 1e-3 * max(g.abs().max() for g in exact.gradients.values())
+
+
+def test_first_order_equals_exact_when_the_loss_is_linear_in_the_weights():
+    batch = make_tasks("mlp")
+    results = [
+        MAML(
+            nn.Linear(1, 1).double(), lambda outputs, targets: (outputs * targets).mean(),
+            inner_lr=INNER_LR, steps=3, first_order=first_order,
+        ).meta_gradient({"weight": torch.ones(1, 1).double(), "bias": torch.ones(1).double()}, batch)
+        for first_order in (False, True)
+    ]  # fmt: skip
+    assert_same(results[0].gradients, results[1].gradients, 1e-14)
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_tasks_at_once_leaves_the_result_the_same(chunk):
+    batch = make_tasks("conv")  # three tasks: chunks of two divide unevenly
+    whole, parts = (make_maml("conv", tasks_at_once=size) for size in (None, chunk))
+    parameters = whole.initial_parameters()
+    expected, result = (maml.meta_gradient(parameters, batch) for maml in (whole, parts))
+    assert_same(result.gradients, expected.gradients, 1e-12)
+    assert torch.allclose(result.losses, expected.losses) and torch.allclose(result.outputs, expected.outputs)
+
+
+def test_predictions_follow_the_inner_loop_step_by_step():
+    batch = make_tasks("mlp")
+    maml = make_maml("mlp")
+    parameters = maml.initial_parameters()
+    outputs = maml.predictions(parameters, batch, steps=3)["transductive"]
+    assert outputs.shape == (TASKS, 4, 5, 1)
+    for steps in range(4):
+        weights = maml.adapt(parameters, batch.support_x[1], batch.support_y[1], steps)
+        assert torch.allclose(outputs[1, steps], maml.forward(weights, batch.query_x[1]))
+    assert not torch.allclose(outputs[:, 0], outputs[:, 3])
+
+
+# ---- batch norm -----------------------------------------------------------------------------
+
+
+def test_norm_parameters_stay_where_they_are_unless_adapted():
+    batch = make_tasks("conv")
+    task = [tensor[0] for tensor in batch]
+    for adapt_norm in (False, True):
+        maml = make_maml("conv", adapt_norm=adapt_norm)
+        parameters = maml.initial_parameters()
+        norms = norm_parameter_names(maml.learner)
+        assert len(norms) == 4
+        adapted = maml.adapt(parameters, task[0], task[1], 1)
+        moved = {name for name in parameters if not torch.equal(parameters[name], adapted[name])}
+        assert moved == (set(parameters) if adapt_norm else set(parameters) - norms)
+        gradients = maml.meta_gradient(parameters, batch).gradients
+        assert all(gradients[name].abs().max() > 0 for name in norms)  # meta-learned in both
+
+
+def test_inductive_normalises_the_query_with_the_support_sets_biased_statistics():
+    batch = make_tasks("fc")
+    maml = make_maml("fc", normalisation="inductive")
+    weights = maml.initial_parameters()
+    support, query = (x.flatten(1) for x in (batch.support_x[0], batch.query_x[0]))
+    layers = list(maml.learner)[1:]
+    names = [name for name, _ in maml.learner.named_children()][1:]
+    for name, layer in zip(names, layers, strict=True):
+        if isinstance(layer, BatchNorm):
+            mean, deviation = support.mean(0), (support.var(0, unbiased=False) + layer.eps).sqrt()
+            shift = weights[f"{name}.bias"]
+            support, query = ((x - mean) / deviation + shift for x in (support, query))
+        else:
+            support, query = layer(support), layer(query)
+    outputs = maml.query_outputs(weights, batch.query_x[0], batch.support_x[0], "inductive")
+    assert torch.allclose(outputs, query, atol=1e-12)
+    transductive = maml.query_outputs(weights, batch.query_x[0], batch.support_x[0], "transductive")
+    assert (outputs - transductive).abs().max() > 1e-3
+
+
+def test_inductive_predictions_do_not_see_the_rest_of_the_query():
+    batch = make_tasks("conv")
+    fewer = batch._replace(query_x=batch.query_x[:, :1])
+    maml = make_maml("conv")
+    both = ("transductive", "inductive")
+    parameters = maml.initial_parameters()
+    all_outputs, one_output = (maml.predictions(parameters, b, 2, both) for b in (batch, fewer))
+    same = {n: torch.allclose(all_outputs[n][:, :, :1], one_output[n], atol=1e-10) for n in both}
+    assert same == {"inductive": True, "transductive": False}
+
+
+class Foreign(nn.Module):
+    """Written elsewhere: PyTorch's batch norm with its running statistics, nested and named."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.ModuleDict({"first": nn.Conv2d(1, 4, 3, stride=4), "norm": nn.BatchNorm2d(4)})
+        self.head = nn.Linear(4 * 49, WAYS)
+
+    def forward(self, x):
+        x = torch.relu(self.features["norm"](self.features["first"](x)))
+        return self.head(x.flatten(1))
+
+
+def test_a_plain_module_with_running_statistics_works_unchanged():
+    torch.manual_seed(0)
+    module = Foreign().double()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    maml = MAML(module, F.cross_entropy, inner_lr=INNER_LR, steps=2)
+    batch = make_tasks("conv")
+    parameters = maml.initial_parameters()
+    assert parameters.keys() == dict(module.named_parameters()).keys()
+    result = maml.meta_gradient(parameters, batch)
+
+    def query_loss(weights, support_x, support_y, query_x, query_y):
+        for _ in range(2):
+            leaves = {name: w if w.requires_grad else w.requires_grad_() for name, w in weights.items()}
+            loss = F.cross_entropy(functional_call(module.train(), leaves, (support_x,)), support_y)
+            gradients = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
+            weights = {n: w - INNER_LR * g for (n, w), g in zip(leaves.items(), gradients, strict=True)}
+        return F.cross_entropy(functional_call(module, weights, (query_x,)), query_y)
+
+    leaves = {name: w.clone().requires_grad_() for name, w in parameters.items()}
+    buffers = {name: tensor.clone() for name, tensor in module.named_buffers()}
+    loss = torch.stack([query_loss(leaves, *task) for task in zip(*batch, strict=True)]).mean()
+    expected = torch.autograd.grad(loss, list(leaves.values()))
+    module.load_state_dict(buffers, strict=False)  # the plain loop has moved the running statistics
+    assert_same(result.gradients, dict(zip(leaves, expected, strict=True)))
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
