@@ -107,7 +107,7 @@ def print_settings(config: Config, runtime: Runtime, first_line: str) -> None:
 
 def train(call: Invocation, given: Mapping[str, Any]) -> int:
     """A new run, or one that goes on (--load, --resume)."""
-    start_file, folder = where_to_train(call)
+    start_file, folder = where_to_train(call, given)
     start = None
     if start_file is not None:
         start, config = read_start(start_file, given)
@@ -153,13 +153,19 @@ def train(call: Invocation, given: Mapping[str, Any]) -> int:
     return 0
 
 
-def where_to_train(call: Invocation) -> tuple[Path | None, Path | None]:
+def where_to_train(call: Invocation, given: Mapping[str, Any]) -> tuple[Path | None, Path | None]:
     """The checkpoint to go on from, if any, and the run's folder (None: a fresh one)."""
     from checkpoint import BEST, LAST
 
     if call.load is not None:
         if not call.load.is_file():
             raise UsageError(f"{call.load}: there is no such checkpoint")
+        run = call.load.resolve().parent
+        if "checkpoint_path" in given and call.checkpoint_path.resolve() not in (run, run.parent):
+            raise UsageError(
+                f"--load goes on in {call.load.parent}, not in --checkpoint-path {call.checkpoint_path}: "
+                "leave that out, or begin a new run with --init-from"
+            )
         if call.load.name not in (BEST, LAST):
             raise UsageError(
                 f"{call.load} is not in a run's folder as {LAST} or {BEST}: begin a new run from its "
@@ -247,11 +253,14 @@ def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -
         normalisations=("transductive", "inductive") if maml.has_batch_norm else (config.batch_norm,),
     )
     loss_name = "cross-entropy" if config.classification else "MSE"
-    marks = {config.steps: "<- trained for"}
-    if config.test_steps != config.steps:
-        marks[config.test_steps] = "<- test"
-    print(report.evaluation_table(result, loss_name=loss_name, marks=marks))
-    print(f"Mean and 95 % interval over {config.eval_tasks} tasks.")
+    print(
+        report.evaluation_table(
+            result,
+            loss_name=loss_name,
+            trained_steps=config.steps,
+            test_steps=config.test_steps,
+        )
+    )
 
     ways = f"{config.ways}way-" if config.classification else ""
     name = f"{stem}-test-{config.dataset}-{ways}{config.shots}shot-{config.queries}query"

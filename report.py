@@ -137,41 +137,46 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
     return {"per_step": per_step, "per_task": per_task}
 
 
-def evaluation_table(evaluation: Evaluation, *, loss_name: str, marks: Mapping[int, str]) -> str:
-    """A row an inner step; mean and 95 % interval over tasks, and the tasks that diverged."""
-    columns: list[tuple[str, list[str]]] = []
-    several = len(evaluation.losses) > 1
+def _with_interval(values: Tensor, scale: float, digits: int) -> list[str]:
+    """`mean ± half width` for each inner step of `[tasks, steps + 1]`."""
+    mean, interval = mean_and_interval(values * scale)
+    pairs = zip(mean.tolist(), interval.tolist(), strict=True)
+    return [f"{m:.{digits}f} ± {i:.{digits}f}" for m, i in pairs]
 
-    def add(title: str, name: str, values: Tensor, scale: float, digits: int) -> None:
-        mean, interval = mean_and_interval(values)
-        cells = [
-            f"{m * scale:.{digits}f} ± {i * scale:.{digits}f}"
-            for m, i in zip(mean.tolist(), interval.tolist(), strict=True)
-        ]
-        columns.append((f"{title}, {name}" if several else title, cells))
 
-    for name, values in evaluation.accuracies.items():
-        add("accuracy %", name, values, 100, 2)
-    for name, values in evaluation.losses.items():
-        add(loss_name, name, values, 1, 4)
+def _table(columns: Sequence[tuple[str, str, Sequence[str]]]) -> str:
+    """Right-aligned columns of (title, subtitle, cells)."""
+    rows = [row for row in zip(*([t, s, *cells] for t, s, cells in columns), strict=True) if any(row)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def evaluation_table(evaluation: Evaluation, *, loss_name: str, trained_steps: int, test_steps: int) -> str:
+    """A row an inner step: mean and 95 % interval over tasks, and the tasks that diverged, if any did."""
+    tasks, rows = next(iter(evaluation.losses.values())).shape
+    subtitles = {name: name if len(evaluation.losses) > 1 else "" for name in evaluation.losses}
+    columns: list[tuple[str, str, Sequence[str]]] = [("steps", "", [str(step) for step in range(rows)])]
+    quoted: list[str] = []
+    measures = [("accuracy %", evaluation.accuracies, 100, 2), (loss_name, evaluation.losses, 1, 4)]
+    for title, results, scale, digits in measures:
+        for name, values in results.items():
+            cells = _with_interval(values, scale, digits)
+            columns.append((title, subtitles[name], cells))
+            quoted.append(f"{title} {cells[test_steps]}" + f" ({name})" * bool(subtitles[name]))
+    diverged_at_all = False
     for name, losses in evaluation.losses.items():
         diverged = evaluation.diverged(name)
-        title = "diverged" + (f", {name}" if several else "")
-        columns.append((title, [str(n) for n in diverged.sum(0).tolist()]))
         if diverged.any():
-            kept = losses.where(~diverged, torch.nan).nanmean(0)
-            title = f"{loss_name} without them" + (f", {name}" if several else "")
-            columns.append((title, [f"{value:.4f}" for value in kept.tolist()]))
-    steps = range(len(columns[0][1]))
-    columns.insert(0, ("steps", [str(step) for step in steps]))
-    columns.append(("", [marks.get(step, "") for step in steps]))
-    widths = [max(len(title), *map(len, cells)) for title, cells in columns]
-    lines = ["  ".join(title.rjust(w) for (title, _), w in zip(columns, widths, strict=True))]
-    for step in steps:
-        cells = [cells[step] for _, cells in columns]
-        line = "  ".join(c.rjust(w) for c, w in zip(cells[:-1], widths[:-1], strict=True))
-        lines.append(f"{line}  {cells[-1]}".rstrip())
-    return "\n".join(lines)
+            diverged_at_all = True
+            kept = losses.where(~diverged, torch.nan).nanmean(0).tolist()
+            columns.append(("diverged", subtitles[name], [str(n) for n in diverged.sum(0).tolist()]))
+            columns.append((f"{loss_name} of the rest", subtitles[name], [f"{value:.4f}" for value in kept]))
+    marks = ["trained for" if step == trained_steps else "" for step in range(rows)]
+    columns.append(("", "", marks))
+    footer = f"Mean and 95 % interval over {tasks} tasks"
+    footer += "." if diverged_at_all else "; none of them diverged."
+    steps = f"{test_steps} step{'s' * (test_steps != 1)}"
+    return f"{_table(columns)}\n{footer}\nAfter {steps}: {', '.join(quoted)}"
 
 
 # ---- figures --------------------------------------------------------------------------------
@@ -203,6 +208,7 @@ def fits_figure(batch: TaskBatch, outputs: Tensor, steps: Sequence[int], title: 
         figure.suptitle(title)
         panels = figure.subplots(1, tasks, squeeze=False)[0]
         _draw_fits(panels, batch, outputs, steps)
+        _legend_below(figure, panels[0])
     return figure
 
 
@@ -222,7 +228,11 @@ def _draw_fits(panels: Sequence[Axes], batch: TaskBatch, outputs: Tensor, steps:
         panel.set_ylim(float(truth.min()) - margin, float(truth.max()) + margin)
         panel.set_xlabel("x")
     panels[0].set_ylabel("y")
-    panels[0].legend(fontsize=7)
+
+
+def _legend_below(figure: Figure, panel: Axes) -> None:
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
 
 
 def tasks_figure(
@@ -283,16 +293,17 @@ def evaluation_figure(
         for (name, values), colour in zip(results.items(), [BLUE, ORANGE], strict=False):
             mean, interval = mean_and_interval(values)
             steps = torch.arange(len(mean))
-            panels[0].plot(steps, mean, "o-", color=colour, markersize=3, label=name)
+            label = name if len(results) > 1 else "mean and 95 % interval"
+            panels[0].plot(steps, mean, "o-", color=colour, markersize=3, label=label)
             panels[0].fill_between(steps, mean - interval, mean + interval, color=colour, alpha=0.2)
         panels[0].axvline(trained_steps, color=GREY, linestyle=":", label="trained for")
         panels[0].set_xlabel("inner steps")
         panels[0].set_ylabel("accuracy" if evaluation.accuracies else loss_name)
-        if not evaluation.accuracies and bool((mean > 0).all()) and bool(mean.isfinite().all()):
-            panels[0].set_yscale("log")
+        panels[0].set_ylim(**({"top": 1.0} if evaluation.accuracies else {"bottom": 0.0}))
         panels[0].legend(fontsize=7)
         if fits:
             _draw_fits(panels[1:], *fits)
+            _legend_below(figure, panels[1])
     return figure
 
 

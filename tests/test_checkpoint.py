@@ -1,0 +1,102 @@
+"""Checkpoints: whole or refused, in one line, and never run."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import config
+from checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from errors import UsageError
+
+
+def a_checkpoint() -> Checkpoint:
+    return Checkpoint(config.resolve({}), 7, {"0.weight": torch.randn(3, 2)}, {"state": {}}, {"window": {}})
+
+
+class RunsCode:
+    def __init__(self, victim: Path):
+        self.victim = victim
+
+    def __reduce__(self):
+        return Path.touch, (self.victim,)
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path):
+    saved = a_checkpoint()
+    save_checkpoint(tmp_path / "last.pt", saved)
+    loaded = load_checkpoint(tmp_path / "last.pt")
+    assert loaded.config == saved.config and loaded.iteration == 7
+    assert torch.equal(loaded.parameters["0.weight"], saved.parameters["0.weight"])
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]  # nothing temporary stays
+
+
+def test_a_write_cut_short_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, a_checkpoint())
+    before = path.read_bytes()
+
+    def half(content, file):
+        file.write(before[:100])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", half)
+    with pytest.raises(OSError):
+        save_checkpoint(path, a_checkpoint())
+    assert path.read_bytes() == before
+
+
+def test_code_in_a_checkpoint_is_refused_before_it_runs(tmp_path):
+    victim = tmp_path / "victim"
+    for name, write in (("pickle.pt", pickle.dump), ("torch.pt", torch.save)):
+        with (tmp_path / name).open("wb") as file:
+            write({"format": checkpoint.FORMAT, "parameters": RunsCode(victim)}, file)
+        with pytest.raises(UsageError, match="checkpoint"):
+            load_checkpoint(tmp_path / name)
+    assert not victim.exists()
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.3, 0.9, 0.999])
+def test_a_truncated_checkpoint_is_refused(tmp_path, keep):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, a_checkpoint())
+    content = path.read_bytes()
+    path.write_bytes(content[: keep if isinstance(keep, int) else int(keep * len(content))])
+    with pytest.raises(UsageError, match=r"last.pt is"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "other"}, "is not a checkpoint of this tool"),
+        ({"version": 99}, "has format version 99; this tool reads version 1"),
+        ({"config": {}}, "its settings are not those of this version"),
+        ({"iteration": "7"}, "is damaged"),
+        ({"iteration": -1}, "is damaged"),
+        ({"parameters": [1]}, "is damaged"),
+        ({"optimizer": None}, "is damaged"),
+    ],
+)
+def test_other_content_is_refused(tmp_path, change, message):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, a_checkpoint())
+    torch.save(torch.load(path, weights_only=True) | change, path)
+    with pytest.raises(UsageError, match=message):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"\x80\x04K\x01.", b"PK\x03\x04 no archive"])
+def test_a_foreign_file_is_refused(tmp_path, content):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(UsageError, match="checkpoint"):
+        load_checkpoint(tmp_path / "x.pt")
+
+
+def test_weights_of_another_shape_are_refused():
+    wanted = {"a": torch.zeros(2), "b": torch.zeros(3)}
+    for saved in ({"a": torch.zeros(2)}, {**wanted, "c": torch.zeros(1)}, {**wanted, "b": torch.zeros(4)}):
+        with pytest.raises(UsageError, match="x.pt does not fit the learner conv"):
+            checkpoint.fitting_parameters(Path("x.pt"), saved, wanted, "conv")

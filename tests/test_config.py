@@ -1,0 +1,159 @@
+"""Flags: their defaults, how they combine, and one clear line for each mistake."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import config
+import learner
+import main
+from errors import UsageError
+
+
+def resolve(*arguments: str) -> config.Config:
+    return config.resolve(config.parse(list(arguments)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], dict(dataset="sinusoid", learner="mlp", shots=10, queries=10, steps=1, meta_batch_size=25,
+                  inner_lr=0.01, meta_lr=1e-3, iterations=70_000, eval_tasks=600, eval_steps=10)),
+        (["--dataset", "omniglot"], dict(ways=5, shots=1, queries=1, steps=1, meta_batch_size=32,
+                                         inner_lr=2.0, iterations=60_000, test_steps=3, adapt_norm=False)),
+        (["--dataset", "omniglot", "-n", "20", "-k", "5"], dict(ways=20, queries=5, steps=5,
+                                                               meta_batch_size=16, test_steps=5)),
+        (["--dataset", "omniglot", "--learner", "convnet"], dict(init="torch", adapt_norm=True)),
+        (["-s", "20"], dict(steps=20, test_steps=20, eval_steps=20)),
+        (["--samples", "50"], dict(shots=10, queries=40)),
+        (["--samples", "25", "-k", "5", "-q", "20"], dict(shots=5, queries=20)),
+        (["--checkpoint_path", "x", "--no-first-order"], dict(first_order=False)),
+    ],
+)  # fmt: skip
+def test_defaults_come_from_the_table_and_flags_override_them(arguments, expected):
+    resolved = resolve(*arguments)
+    assert {name: getattr(resolved, name) for name in expected} == expected
+
+
+MISTAKES = [
+    ("-k 0", "-k: expected a whole number of at least 1, got '0'"),
+    ("-q 0", "-q: expected"),
+    ("-s 1.5", "-s: expected a whole number, got '1.5'"),
+    ("--dataset omniglot -n 1", "-n: expected a whole number of at least 2"),
+    ("--meta-batch-size 0", "--meta-batch-size: expected"),
+    ("--iterations -5", "--iterations: expected"),
+    ("--inner-lr 0", "--inner-lr: expected a number above 0, got '0'"),
+    ("--meta-lr nan", "--meta-lr: expected a number above 0, got 'nan'"),
+    ("--grad-clip inf", "--grad-clip: expected"),
+    ("--noise -1", "--noise: expected a number that is not negative"),
+    ("--seed -1", "--seed: expected a whole number from 0"),
+    ("--dataset mnist", "--dataset: expected one of sinusoid, harmonic, sinusoid-line, omniglot,"),
+    ("--device tpu", "--device: expected one of auto, cpu, cuda, mps, got 'tpu'"),
+    ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
+    ("--iter 5", "unrecognized arguments: --iter 5"),
+    ("-k", "-k: expected one argument"),
+    ("--samples 10", "--samples 10 leaves no query: it must be above -k 10"),
+    ("--samples 30 -q 10", "--samples 30 is not -k 10 plus -q 10"),
+    ("--dataset omniglot --samples 10", "use -k and -q with omniglot"),
+    ("--dataset omniglot -k 15 -q 6", "-k 15 plus -q 6 is 21, but an Omniglot character has 20 drawings"),
+    ("--dataset omniglot -k 11", "-k 11 plus -q 11 is 22"),
+    ("--dataset omniglot -n 101", "-n 101 is more than the 100 characters of the validation split"),
+    ("--dataset omniglot --omniglot-split alphabet -n 159", "the 158 characters of the validation split"),
+    ("-n 5", "-n means nothing with sinusoid"),
+    ("--dataset omniglot --noise 0.1", "--noise means nothing with omniglot"),
+    ("--resize nearest", "--resize means nothing with sinusoid"),
+    ("--batch-norm inductive", "--batch-norm means nothing with --learner mlp"),
+    ("--learner conv", "--learner conv does not fit --dataset sinusoid: use mlp"),
+    ("--dataset omniglot --learner mlp", "use conv or conv-pool or convnet or fc"),
+    ("--dataset omniglot --learner convnet --init paper", "not a network of the paper"),
+    ("--test-steps 11 --eval-steps 10", "--test-steps 11 is above --eval-steps 10"),
+    ("--eval --resume --run-name x", "leave out --eval"),
+    ("--resume", "--resume needs the --run-name"),
+    ("--load a --init-from b", "give one"),
+    ("--load a --run-name b", "--load takes the folder of the checkpoint"),
+    ("--out x", "--out is where --eval writes"),
+    ("--run-name a/b", "is no name for a folder"),
+    ("--run-name ..", "is no name for a folder"),
+    ("--load no-such-file.pt", "no-such-file.pt: there is no such checkpoint"),
+    ("--eval --load no-such-file.pt", "no-such-file.pt: there is no such checkpoint"),
+    ("--init-from no-such-file.pt --checkpoint-path TMP", "there is no such checkpoint"),
+    ("--checkpoint-path /dev/null/x", "--checkpoint-path /dev/null/x: cannot write there"),
+    ("--eval --out /dev/null/x", "--out /dev/null/x: cannot write there"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "message"), MISTAKES, ids=[line for line, _ in MISTAKES])
+def test_a_mistake_gets_one_line_and_exit_code_2(line, message, capsys, tmp_path):
+    assert main.main([str(tmp_path) if word == "TMP" else word for word in line.split()]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("main.py: error: ")
+    assert message in said
+
+
+def test_a_device_that_is_not_there_is_refused(capsys, tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main.main(["--device", "cuda", "--checkpoint-path", str(tmp_path)]) == 2
+    assert "PyTorch finds no CUDA GPU here; use --device cpu" in capsys.readouterr().err
+
+
+def test_help_and_mistakes_need_no_heavy_import():
+    code = (
+        "import main, sys\n"
+        "try: main.main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'numpy', 'matplotlib', 'torchvision'} & sys.modules.keys()))"
+    )
+    for arguments in (["--help"], ["--samples", "3"]):
+        run = subprocess.run(
+            [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert run.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_shows_every_flag_with_its_default():
+    text = " ".join(config.build_parser().format_help().split())
+    for name, declaration in config.ALL_FLAGS.items():
+        for flag in declaration.names:
+            assert flag in text
+        assert f"{declaration.help} (default: {config._default_text(name, declaration)})" in text
+
+
+def test_facts_about_learners_match_the_learners():
+    assert config.LEARNERS.keys() == learner.LEARNERS.keys()
+    for name, facts in config.LEARNERS.items():
+        kinds = {type(layer).__name__ for layer in learner.build_learner(name, 5).modules()}
+        assert bool(kinds & {"BatchNorm", "BatchNorm2d"}) == (facts.adapt_norm is not None), name
+
+
+def test_settings_survive_the_checkpoint_and_nonsense_does_not():
+    settings = resolve("--dataset", "omniglot", "--grad-clip", "10")
+    plain = config.config_to_plain(settings)
+    assert config.config_from_plain(plain) == settings
+    for key, value in (("shots", 0), ("shots", "1"), ("first_order", 1), ("seed", True), ("dataset", "x")):
+        with pytest.raises(UsageError, match=f"its setting {key} should be"):
+            config.config_from_plain(plain | {key: value})
+    for broken in (None, [], {}, plain | {"extra": 1}):
+        with pytest.raises(UsageError, match="settings"):
+            config.config_from_plain(broken)
+
+
+def test_a_checkpoints_settings_yield_only_where_they_may():
+    saved = resolve("--dataset", "omniglot")
+    go_on = config.resolve_from(saved, {"iterations": 70_000, "inner_lr": 2.0}, evaluate=False)
+    assert go_on.iterations == 70_000
+    measured = config.resolve_from(saved, {"shots": 5, "queries": 15, "eval_tasks": 10}, evaluate=True)
+    assert (measured.shots, measured.queries, measured.eval_tasks) == (5, 15, 10)
+    for given, evaluate in (
+        ({"dataset": "sinusoid"}, True),
+        ({"inner_lr": 0.4}, True),
+        ({"shots": 5}, False),
+        ({"seed": 1}, False),
+        ({"precision": "float64"}, False),
+    ):
+        (name,) = given
+        with pytest.raises(UsageError, match=f"{config.CONFIG_FLAGS[name].names[0]} .* disagrees"):
+            config.resolve_from(saved, given, evaluate=evaluate)

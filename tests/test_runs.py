@@ -1,0 +1,380 @@
+"""Whole runs through the command line: train, stop, go on, evaluate, and look at TensorBoard."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.nn import functional as F
+
+import main
+from checkpoint import BEST, LAST, load_checkpoint
+from dataset import Sinusoid
+from evaluation import Evaluation, mean_and_interval
+from learner import build_learner
+from report import evaluation_record, evaluation_table
+
+# Points of the curves, validations and savings that fall together in all ways.
+ITERATIONS = 240
+SCHEDULE = ["--iterations", str(ITERATIONS), "--log-every", "7", "--val-every", "50", "--save-every", "20"]
+SETTINGS = ["--meta-batch-size", "4", "-k", "5", "--grad-clip", "10", "--seed", "3"]
+
+
+def command(*arguments: object) -> int:
+    return main.main([str(a) for a in arguments])
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    """The command line as a process of its own, in a group, so that it can be killed."""
+    line = [sys.executable, str(ROOT / "main.py"), *map(str, arguments)]
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
+    limit = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < limit, process.communicate()
+        time.sleep(0.002)
+
+
+def curves(folder: Path) -> dict[str, list[int]]:
+    """The steps of each scalar curve, as TensorBoard's own reader sees them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+TRAINING_CURVES = (
+    "train/query_loss",
+    "train/meta_gradient_norm",
+    "optimizer/meta_lr",
+    "speed/iterations_per_second",
+)
+EXPECTED_CURVES = {tag: list(range(7, ITERATIONS + 1, 7)) for tag in TRAINING_CURVES} | {
+    "validation/query_loss": [50, 100, 150, 200, 240]
+}
+
+
+def assert_same_bits(a: object, b: object, where: str = "") -> None:
+    if isinstance(a, torch.Tensor):
+        assert isinstance(b, torch.Tensor) and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert isinstance(b, dict) and a.keys() == b.keys(), where
+        for key in a:
+            assert_same_bits(a[key], b[key], f"{where}/{key}")
+    else:
+        assert a == b, where
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    for name in (LAST, BEST):
+        assert_same_bits(vars(load_checkpoint(a / name)), vars(load_checkpoint(b / name)), name)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A folder of runs: `whole` has never been interrupted; `killed` has, without warning, and went on."""
+    folder = tmp_path_factory.mktemp("runs")
+    options = [*SETTINGS, *SCHEDULE, "--checkpoint-path", folder]
+    assert command(*options, "--run-name", "whole") == 0
+    killed = start(*options, "--run-name", "killed", "--resume")
+    wait_for(folder / "killed" / LAST, killed)
+    time.sleep(0.05)  # some iterations past the checkpoint: their points must not appear twice
+    killed.kill()
+    killed.wait()
+    assert load_checkpoint(folder / "killed" / LAST).iteration < ITERATIONS
+    assert command(*options, "--run-name", "killed", "--resume") == 0
+    return folder
+
+
+# ---- going on -------------------------------------------------------------------------------
+
+
+def test_a_killed_and_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(runs):
+    assert_same_run(runs / "whole", runs / "killed")
+    assert load_checkpoint(runs / "whole" / LAST).iteration == ITERATIONS
+
+
+def test_the_curves_of_both_have_neither_gaps_nor_doubled_points(runs):
+    assert len(list((runs / "killed").glob("events*"))) == 2
+    assert curves(runs / "whole") == curves(runs / "killed") == EXPECTED_CURVES
+
+
+def test_ctrl_c_saves_and_the_run_goes_on_from_there(runs, tmp_path):
+    process = start(*SETTINGS, *SCHEDULE, "--checkpoint-path", tmp_path, "--run-name", "stopped")
+    wait_for(tmp_path / "stopped" / LAST, process)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT, said
+    last = tmp_path / "stopped" / LAST
+    iteration = load_checkpoint(last).iteration
+    assert 20 <= iteration < ITERATIONS
+    assert f"Saved at iteration {iteration:,}. Go on: python main.py --load {last}" in said
+    assert "Traceback" not in said
+    assert command("--load", last) == 0
+    assert_same_run(runs / "whole", tmp_path / "stopped")
+    assert curves(tmp_path / "stopped") == EXPECTED_CURVES
+
+
+def test_a_finished_run_can_be_made_longer(runs, tmp_path, capsys):
+    short, whole = tmp_path / "short", runs / "whole"
+    options = [*SETTINGS, *SCHEDULE, "--checkpoint-path", tmp_path, "--run-name", "short"]
+    assert command(*options, "--iterations", 100) == 0  # the last --iterations counts
+    assert command("--load", short / LAST) == 0
+    assert "already at iteration 100 of 100" in capsys.readouterr().out
+    assert command("--load", short / LAST, "--iterations", ITERATIONS) == 0
+    assert_same_run(short, whole)
+
+
+def test_a_new_run_can_begin_with_a_checkpoints_weights(runs, tmp_path):
+    source = runs / "whole" / LAST
+    options = ["--checkpoint-path", tmp_path, "--run-name", "new", "--iterations", 1]
+    assert command("--init-from", source, "--dataset", "harmonic", "--meta-lr", 1e-9, *options) == 0
+    old, new = (load_checkpoint(file) for file in (source, tmp_path / "new" / LAST))
+    assert new.config.dataset == "harmonic" and new.iteration == 1
+    for name, weights in old.parameters.items():
+        assert torch.allclose(weights, new.parameters[name], rtol=0, atol=1e-8)
+
+
+def test_a_run_is_never_overwritten(runs, tmp_path, capsys):
+    before = (runs / "whole" / LAST).read_bytes()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "notes.txt").write_text("mine")
+    refusals = [
+        (["--checkpoint-path", runs, "--run-name", "whole"], "exists: go on with --resume"),
+        (["--checkpoint-path", tmp_path, "--run-name", "foreign"], "is not empty"),
+        (["--checkpoint-path", runs, "--run-name", "whole", "--resume", "-k", 7], "-k 7 disagrees"),
+        (["--load", runs / "whole" / LAST, "--seed", 4], "--seed 4 disagrees"),
+        (["--load", runs / "whole" / LAST, "--checkpoint-path", tmp_path], "leave that out"),
+        (
+            ["--eval", "--load", runs / "whole" / LAST, "--dataset", "harmonic"],
+            "--dataset harmonic disagrees",
+        ),
+        (["--init-from", runs / "whole" / LAST, "--dataset", "omniglot", "--learner", "fc"], "does not fit"),
+    ]
+    for arguments, message in refusals:
+        if "omniglot" in arguments and "MAML_DATA_ROOT" not in os.environ:
+            continue  # the learner is compared after the data is read
+        assert command(*arguments) == 2
+        assert message in capsys.readouterr().err
+    assert (runs / "whole" / LAST).read_bytes() == before
+
+
+def test_best_behind_last_is_not_gone_on_with(runs, capsys):
+    best, last = (load_checkpoint(runs / "whole" / name) for name in (BEST, LAST))
+    validation = best.progress["validation"]["query_loss"]
+    assert (
+        -best.progress["best_score"] == min(validation)
+        and best.iteration in EXPECTED_CURVES["validation/query_loss"]
+    )
+    if best.iteration < last.iteration:
+        assert command("--load", runs / "whole" / BEST) == 2
+        assert "last.pt is ahead" in capsys.readouterr().err
+
+
+# ---- what training does ---------------------------------------------------------------------
+
+
+def test_training_is_adam_on_the_meta_gradient_with_the_element_clipped(tmp_path):
+    """Three iterations again, by hand and in a plain loop."""
+    options = ["--iterations", 3, "--meta-batch-size", 2, "--precision", "float64", "--grad-clip", 0.01]
+    assert command(*options, "--checkpoint-path", tmp_path, "--run-name", "run", "--log-every", 1) == 0
+    network = build_learner("mlp", 1, init="paper", seed=0).double()
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    losses = []
+    for iteration in (1, 2, 3):
+        batch = Sinusoid(10, 10, dtype=torch.float64).sample("train", 0, iteration, range(2))
+        total = 0.0
+        for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
+            weights = dict(network.named_parameters())
+            loss = F.mse_loss(torch.func.functional_call(network, weights, (support_x,)), support_y)
+            gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+            weights = {n: w - 0.01 * g for (n, w), g in zip(weights.items(), gradients, strict=True)}
+            total += F.mse_loss(torch.func.functional_call(network, weights, (query_x,)), query_y) / 2
+        optimizer.zero_grad()
+        total.backward()
+        assert any(p.grad.abs().max() > 0.01 for p in network.parameters())  # there is something to clip
+        torch.nn.utils.clip_grad_value_(network.parameters(), 0.01)
+        optimizer.step()
+        losses.append(total.item())
+    saved = load_checkpoint(tmp_path / "run" / LAST)
+    for name, weights in network.named_parameters():
+        assert torch.allclose(weights, saved.parameters[name], rtol=0, atol=1e-12), name
+    assert saved.progress["training"]["query_loss"] == pytest.approx(losses, rel=1e-6)
+    assert saved.config.precision == "float64"
+
+
+def test_gradient_norm_is_clipped(tmp_path):
+    """Adam hardly sees the gradient's scale: compare its first moment, (1 - beta1) times the gradient."""
+    options = ["--iterations", 1, "--grad-clip-norm", 0.5, "--checkpoint-path", tmp_path, "--run-name", "run"]
+    assert command(*options) == 0
+    state = load_checkpoint(tmp_path / "run" / LAST).optimizer["state"]
+    norm = torch.cat([s["exp_avg"].flatten() for s in state.values()]).norm() / 0.1
+    assert norm.item() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_meta_training_learns(tmp_path):
+    options = ["--iterations", 600, "--init", "torch", "--checkpoint-path", tmp_path, "--run-name", "run"]
+    assert command(*options) == 0
+    result = json.loads((tmp_path / "run" / "training.json").read_text())
+    loss = result["training"]["query_loss"]
+    assert loss[-1] < 0.6 * loss[0]
+    for picture in ("training.png", "examples.png"):
+        assert (tmp_path / "run" / picture).read_bytes().startswith(b"\x89PNG")
+
+
+# ---- evaluation -----------------------------------------------------------------------------
+
+
+def test_evaluation_of_a_checkpoint_needs_no_other_flag_and_measures_what_a_plain_loop_does(
+    runs, tmp_path, capsys
+):
+    checkpoint = runs / "whole" / BEST
+    assert (
+        command("--eval", "--load", checkpoint, "--eval-tasks", 20, "--eval-steps", 3, "--out", tmp_path) == 0
+    )
+    table = capsys.readouterr().out
+    assert "20 test tasks" in table and "95 % interval" in table
+    record = json.loads((tmp_path / "best-test-sinusoid-5shot-10query.json").read_text())
+    assert (tmp_path / "best-test-sinusoid-5shot-10query.png").read_bytes().startswith(b"\x89PNG")
+
+    network = build_learner("mlp", 1)
+    parameters = load_checkpoint(checkpoint).parameters
+    batch = Sinusoid(5, 10).sample("test", 0, 0, range(20))
+    losses = torch.zeros(20, 4, dtype=torch.float64)
+    for task, (support_x, support_y, query_x, query_y) in enumerate(zip(*batch, strict=True)):
+        network.load_state_dict(parameters)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+        for step in range(4):
+            losses[task, step] = F.mse_loss(network(query_x), query_y).item()
+            optimizer.zero_grad()
+            F.mse_loss(network(support_x), support_y).backward()
+            optimizer.step()
+    measured = torch.tensor(record["per_task"]["loss"]["transductive"], dtype=torch.float64)
+    assert torch.allclose(measured, losses, rtol=1e-4)
+    for step, row in enumerate(record["per_step"]):
+        values = losses[:, step]
+        assert row["steps"] == step and row["loss"] == pytest.approx(values.mean().item(), rel=1e-4)
+        assert row["loss_interval_95"] == pytest.approx(1.96 * values.std().item() / 20**0.5, rel=1e-4)
+    assert record["settings"]["shots"] == 5 and record["tasks"] == 20 and record["split"] == "test"
+    assert record["versions"]["torch"] == torch.__version__ and "--eval-tasks 20" in record["command"]
+
+
+def test_evaluation_is_repeatable_and_takes_other_shots(runs, tmp_path):
+    results = []
+    for name, extra in (("a", []), ("b", ["--tasks-at-once", 7]), ("c", ["-k", 8, "-q", 3])):
+        options = ["--eval-tasks", 30, "--eval-steps", 2, "--out", tmp_path / name, *extra]
+        assert command("--eval", "--load", runs / "killed" / BEST, *options) == 0
+        (file,) = (tmp_path / name).glob("*.json")
+        results.append(json.loads(file.read_text())["per_task"]["loss"]["transductive"])
+    assert torch.allclose(torch.tensor(results[0]), torch.tensor(results[1]), rtol=1e-4)
+    assert file.name == "best-test-sinusoid-8shot-3query.json"
+    assert results[2] != results[0]
+
+
+def test_evaluation_without_a_checkpoint_says_that_it_is_of_the_fresh_initialisation(tmp_path, capsys):
+    assert command("--eval", "--eval-tasks", 5, "--out", tmp_path) == 0
+    assert "the fresh initialisation" in capsys.readouterr().out
+    assert (tmp_path / "fresh-test-sinusoid-10shot-10query.json").exists()
+
+
+def test_diverged_tasks_are_counted_and_shown_and_never_hidden_in_the_mean():
+    losses = torch.full((10, 3), 1.0, dtype=torch.float64)
+    losses[:, 1:] = 0.5
+    losses[0] = torch.tensor([1.0, 0.4, torch.nan])  # not a number
+    losses[1] = torch.tensor([1.0, 11.0, 0.5])  # eleven times what it was
+    losses[2] = torch.tensor([20.0, 15.0, 150.0])  # a hard task, which is no divergence
+    evaluation = Evaluation({"transductive": losses}, {})
+    assert evaluation.diverged("transductive").sum(0).tolist() == [0, 1, 1]
+    record = evaluation_record(evaluation)["per_step"]
+    assert [row["diverged_tasks"] for row in record] == [0, 1, 1]
+    assert record[1]["loss"] > 2.5 and record[1]["loss_without_diverged"] == pytest.approx(
+        (15 + 3.5 + 0.4) / 9
+    )
+    table = evaluation_table(evaluation, loss_name="MSE", trained_steps=1, test_steps=2)
+    assert "diverged" in table and "nan" in table
+
+
+def test_interval_is_that_of_a_mean():
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randn(400, 2000, generator=generator, dtype=torch.float64)  # 2,000 experiments
+    mean, interval = mean_and_interval(samples)
+    assert ((mean.abs() < interval).double().mean() - 0.95).abs() < 0.02
+
+
+# ---- Omniglot -------------------------------------------------------------------------------
+
+
+def test_omniglot_from_training_to_both_accuracies(omniglot_root, tmp_path, capsys):
+    options = ["--data-root", omniglot_root, "--checkpoint-path", tmp_path, "--run-name", "run"]
+    training = ["--meta-batch-size", 8, "--init", "torch", "--iterations", 40, "--val-every", 20]
+    assert command("--dataset", "omniglot", "-n", 3, *training, *options) == 0
+    curve = curves(tmp_path / "run")
+    assert curve["train/query_accuracy"] == [10, 20, 30, 40]
+    assert curve["validation/query_accuracy"] == [20, 40]
+    measure = ["--eval-tasks", 50, "--eval-steps", 3, "-q", 5, "--data-root", omniglot_root]
+    assert command("--eval", "--load", tmp_path / "run" / BEST, *measure) == 0
+    said = capsys.readouterr().out
+    assert "transductive" in said and "inductive" in said and "accuracy %" in said
+    record = json.loads((tmp_path / "run" / "best-test-omniglot-3way-1shot-5query.json").read_text())
+    accuracies = {
+        name: torch.tensor(values).mean(0) for name, values in record["per_task"]["accuracy"].items()
+    }
+    assert accuracies.keys() == {"transductive", "inductive"}
+    for values in accuracies.values():
+        assert abs(values[0] - 1 / 3) < 0.1 and values[3] > 0.45  # chance before, learnt after
+    assert not torch.equal(*accuracies.values())
+    assert command("--eval", "--load", tmp_path / "run" / BEST, "-k", 16, "-q", 5) == 2
+    assert "-k 16 plus -q 5 is 21" in capsys.readouterr().err
+
+
+# ---- TensorBoard ----------------------------------------------------------------------------
+
+
+def get(url: str) -> object:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return json.load(answer)
+
+
+@pytest.fixture
+def tensorboard(runs):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    line = [sys.executable, "-m", "tensorboard.main", "--logdir", str(runs), "--port", str(port)]
+    server = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    yield f"http://127.0.0.1:{port}/data"
+    server.terminate()
+    server.wait(timeout=30)
+
+
+def test_tensorboard_serves_the_run(tensorboard):
+    limit = time.monotonic() + 120
+    scalars: dict = {}
+    while time.monotonic() < limit and len(scalars) < 2:
+        time.sleep(0.5)
+        try:
+            scalars = get(f"{tensorboard}/plugin/scalars/tags")
+        except OSError:
+            continue
+    assert {run: set(tags) for run, tags in scalars.items()} == {
+        run: set(EXPECTED_CURVES) for run in ("whole", "killed")
+    }
+    for tag, steps in EXPECTED_CURVES.items():
+        points = get(f"{tensorboard}/plugin/scalars/scalars?run=killed&tag={tag}")
+        assert [point[1] for point in points] == steps, tag
+    assert get(f"{tensorboard}/plugin/images/tags")["killed"].keys() == {"examples"}
+    text = get(f"{tensorboard}/plugin/text/tags")
+    assert text["whole"] == ["settings/text_summary"]
+    (settings,) = get(f"{tensorboard}/plugin/text/text?run=whole&tag=settings/text_summary")
+    assert "meta_batch_size" in settings["text"]
