@@ -414,7 +414,7 @@ def _default_text(name: str, declaration: Flag) -> str:
 
 def defaults_table() -> str:
     """The defaults that depend on the data, as `--help` shows them."""
-    rows = [("", *DEFAULT_COLUMNS)]
+    rows: list[tuple[str, ...]] = [("", *DEFAULT_COLUMNS)]
     for name, values in DEFAULTS.items():
         rows.append((CONFIG_FLAGS[name].names[0], *("-" if v is None else _show(v) for v in values)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,11 +24,12 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIER_1 = 0x21F0AAAD
 _MULTIPLIER_2 = 0xD35A2D97 - 2**32
 
-Word = TypeVar("Word", int, Tensor)
 
+def mix(word: Any) -> Any:
+    """A bijection of the 32-bit words in which each input bit flips each output bit half the time.
 
-def mix(word: Word) -> Word:
-    """A bijection of the 32-bit words in which each input bit flips each output bit half the time."""
+    Takes and gives a Python integer or an int64 tensor.
+    """
     word = ((word ^ (word >> 16)) * _MULTIPLIER_1) & _MASK
     word = ((word ^ (word >> 15)) * _MULTIPLIER_2) & _MASK
     return word ^ (word >> 15)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8C8C8C"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -214,16 +214,16 @@ def fits_figure(batch: TaskBatch, outputs: Tensor, steps: Sequence[int], title: 
 
 def _draw_fits(panels: Sequence[Axes], batch: TaskBatch, outputs: Tensor, steps: Sequence[int]) -> None:
     for task, panel in enumerate(panels):
-        x = batch.query_x[task, :, 0]
-        truth = batch.query_y[task, :, 0]
+        x = batch.query_x[task, :, 0].numpy()
+        truth = batch.query_y[task, :, 0].numpy()
         panel.plot(x, truth, color=GREY, linewidth=3, alpha=0.5, label="task")
         colours = [GREEN, ORANGE, BLUE][-len(steps) :]
         for step, colour in zip(steps, colours, strict=True):
             line = ":" if step == 0 else "-"
             label = "before" if step == 0 else f"after {step} step{'s' * (step > 1)}"
-            panel.plot(x, outputs[task, step, :, 0], line, color=colour, label=label)
-        support = batch.support_x[task, :, 0], batch.support_y[task, :, 0]
-        panel.scatter(*support, color=RED, s=18, zorder=3, label="support")
+            panel.plot(x, outputs[task, step, :, 0].numpy(), line, color=colour, label=label)
+        support_x, support_y = batch.support_x[task, :, 0].numpy(), batch.support_y[task, :, 0].numpy()
+        panel.scatter(support_x, support_y, color=RED, s=18, zorder=3, label="support")
         margin = 0.3 * float(truth.max() - truth.min()) + 0.5
         panel.set_ylim(float(truth.min()) - margin, float(truth.max()) + margin)
         panel.set_xlabel("x")
@@ -252,8 +252,8 @@ def tasks_figure(
         grid = figure.add_gridspec(1, tasks, wspace=0.08)
         for task in range(tasks):
             predicted = outputs[task, step].argmax(-1).view(ways, queries)
-            support = batch.support_x[task].view(ways, shots, *batch.support_x.shape[2:])
-            query = batch.query_x[task].view(ways, queries, *batch.query_x.shape[2:])
+            support = batch.support_x[task].view(ways, shots, *batch.support_x.shape[2:]).numpy()
+            query = batch.query_x[task].view(ways, queries, *batch.query_x.shape[2:]).numpy()
             panels = grid[task].subgridspec(ways_shown, columns).subplots(squeeze=False)
             for way in range(ways_shown):
                 for column, panel in enumerate(panels[way]):
@@ -291,8 +291,8 @@ def evaluation_figure(
         panels = figure.subplots(1, 1 + tasks, squeeze=False, width_ratios=[1.5] + [1] * tasks)[0]
         results = evaluation.accuracies or evaluation.losses
         for (name, values), colour in zip(results.items(), [BLUE, ORANGE], strict=False):
-            mean, interval = mean_and_interval(values)
-            steps = torch.arange(len(mean))
+            mean, interval = (statistic.numpy() for statistic in mean_and_interval(values))
+            steps = range(len(mean))
             label = name if len(results) > 1 else "mean and 95 % interval"
             panels[0].plot(steps, mean, "o-", color=colour, markersize=3, label=label)
             panels[0].fill_between(steps, mean - interval, mean + interval, color=colour, alpha=0.2)

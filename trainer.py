@@ -104,7 +104,8 @@ class Trainer:
         result = self.maml.meta_gradient(self.parameters, batch)
         for name, parameter in self.parameters.items():
             parameter.grad = result.gradients[name]
-        norm = self._clip()
+        norm = torch.nn.utils.get_total_norm(list(result.gradients.values()))
+        self._clip()
         self.optimizer.step()
         metrics = [result.losses.mean(), norm]
         if self.distribution.classification:
@@ -112,16 +113,12 @@ class Trainer:
         self.window += torch.stack(metrics)
         self.progress.window_size += 1
 
-    def _clip(self) -> Tensor:
-        """Clips the meta-gradient as configured; its norm before that."""
+    def _clip(self) -> None:
+        """Clips the meta-gradient as configured, its elements first."""
         if self.config.grad_clip is not None:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values()])
             torch.nn.utils.clip_grad_value_(self.parameters.values(), self.config.grad_clip)
-            if self.config.grad_clip_norm is not None:
-                torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.grad_clip_norm)
-            return norm
-        limit = self.config.grad_clip_norm or float("inf")
-        return torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        if self.config.grad_clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.grad_clip_norm)
 
     # ---- the loop ---------------------------------------------------------------------------
 

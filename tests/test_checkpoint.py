@@ -98,5 +98,5 @@ def test_a_foreign_file_is_refused(tmp_path, content):
 def test_weights_of_another_shape_are_refused():
     wanted = {"a": torch.zeros(2), "b": torch.zeros(3)}
     for saved in ({"a": torch.zeros(2)}, {**wanted, "c": torch.zeros(1)}, {**wanted, "b": torch.zeros(4)}):
-        with pytest.raises(UsageError, match="x.pt does not fit the learner conv"):
+        with pytest.raises(UsageError, match=r"x\.pt does not fit the learner conv"):
             checkpoint.fitting_parameters(Path("x.pt"), saved, wanted, "conv")
