@@ -18,7 +18,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import BEST, LAST, Checkpoint, save_checkpoint
