@@ -38,13 +38,15 @@ class LearnerFacts:
     regression: bool
     init: str  # the default of --init
     adapt_norm: bool | None  # the default of --adapt-norm; None: it has no batch norm
+    inner_lr: float | None = None  # the default of --inner-lr, where it is not the data's
 
 
 LEARNERS = {
     "mlp": LearnerFacts(regression=True, init="paper", adapt_norm=None),
     "conv": LearnerFacts(regression=False, init="paper", adapt_norm=False),
     "conv-pool": LearnerFacts(regression=False, init="paper", adapt_norm=False),
-    "convnet": LearnerFacts(regression=False, init="torch", adapt_norm=True),
+    # Its last layer has 25,600 inputs: a step of 2.0 is far too long there.
+    "convnet": LearnerFacts(regression=False, init="torch", adapt_norm=True, inner_lr=0.01),
     "fc": LearnerFacts(regression=False, init="paper", adapt_norm=False),
 }
 
@@ -399,7 +401,12 @@ def _default_text(name: str, declaration: Flag) -> str:
         omniglot = few_ways if few_ways == many_ways else f"{few_ways}, above 10 ways {many_ways}"
         if declaration.only:
             return omniglot
-        return f"{regression}; omniglot {omniglot}"
+        exceptions = [
+            f", {learner} {getattr(facts, name)}"
+            for learner, facts in LEARNERS.items()
+            if getattr(facts, name, None) is not None
+        ]
+        return f"{regression}; omniglot {omniglot}{''.join(exceptions)}"
     if declaration.default is BY_LEARNER:
         facts = {learner: getattr(LEARNERS[learner], name) for learner in LEARNERS}
         return ", ".join(f"{k} {_show(v)}" for k, v in facts.items() if v is not None)
@@ -460,6 +467,9 @@ def parse(arguments: list[str]) -> dict[str, Any]:
 def resolve(given: Mapping[str, Any]) -> Config:
     """The settings of a new experiment: the flags that were given, and defaults for all others."""
     values = {name: value for name, value in given.items() if name in CONFIG_FLAGS}
+    learner_inner_lr = LEARNERS[values["learner"]].inner_lr if "learner" in values else None
+    if learner_inner_lr is not None:
+        values.setdefault("inner_lr", learner_inner_lr)
     dataset = values.get("dataset", CONFIG_FLAGS["dataset"].default)
     ways = values.get("ways") or DEFAULTS["ways"][1]
     column = 0 if dataset in REGRESSION else 1 if ways <= 10 else 2
@@ -530,14 +540,9 @@ def check(config: Config, given: Mapping[str, Any]) -> None:
         raise UsageError(
             f"--learner {config.learner} does not fit --dataset {config.dataset}: use {' or '.join(fitting)}"
         )
-    meaningful = {
-        "regression": not config.classification,
-        "classification": config.classification,
-        "batch norm": config.has_batch_norm,
-    }
     for name in given:
         only = ALL_FLAGS[name].only
-        if only and not meaningful[only]:
+        if only and not _applies(only, config):
             place = f"--learner {config.learner}" if only == "batch norm" else config.dataset
             raise UsageError(f"{ALL_FLAGS[name].names[0]} means nothing with {place}: leave it out")
     if config.init == "paper" and learner.init != "paper":
@@ -546,6 +551,15 @@ def check(config: Config, given: Mapping[str, Any]) -> None:
         raise UsageError(f"--test-steps {config.test_steps} is above --eval-steps {config.eval_steps}")
     if config.classification:
         _check_omniglot(config)
+
+
+def _applies(only: str, config: Config) -> bool:
+    """Whether a flag that is for regression, classification or batch norm only means something here."""
+    return {
+        "regression": not config.classification,
+        "classification": config.classification,
+        "batch norm": config.has_batch_norm,
+    }[only]
 
 
 def _check_omniglot(config: Config) -> None:
@@ -610,20 +624,26 @@ def config_from_plain(values: Any) -> Config:
     return config
 
 
+def meaningful(config: Config) -> dict[str, Any]:
+    """The settings that mean something with these data and this learner."""
+    return {
+        name: getattr(config, name)
+        for name, declaration in CONFIG_FLAGS.items()
+        if declaration.only is None or _applies(declaration.only, config)
+    }
+
+
 def describe(config: Config) -> str:
-    """The settings that matter, a line a group."""
+    """The settings that mean something, a line a group."""
+    values = meaningful(config)
     lines = []
     for group in GROUPS:
-        shown = []
-        for name, declaration in CONFIG_FLAGS.items():
-            irrelevant = {
-                "regression": config.classification,
-                "classification": not config.classification,
-                "batch norm": not config.has_batch_norm,
-            }
-            if declaration.group == group and not irrelevant.get(declaration.only or "", False):
-                shown.append(f"{name.replace('_', ' ')} {_show(getattr(config, name))}")
+        shown = [
+            f"{name.replace('_', ' ')} {_show(value)}"
+            for name, value in values.items()
+            if CONFIG_FLAGS[name].group == group
+        ]
         if shown:
-            text = textwrap.fill(" · ".join(shown), 100, subsequent_indent=" " * 14)
+            text = textwrap.fill(" · ".join(shown), 96, subsequent_indent=" " * 14)
             lines.append(f"  {group:<11} {text}")
     return "\n".join(lines)

@@ -193,7 +193,7 @@ def _style() -> Iterator[None]:
 def _new_figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), dpi=130, layout="constrained")
 
 
 def fits_figure(batch: TaskBatch, outputs: Tensor, steps: Sequence[int], title: str) -> Figure:

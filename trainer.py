@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import BEST, LAST, Checkpoint, save_checkpoint
-from config import Config
+from config import Config, meaningful
 from dataset import TaskDistribution
 from evaluation import accuracy, evaluate, examples
 from maml import MAML, Weights
@@ -126,7 +126,7 @@ class Trainer:
         config = self.config
         log = RunLog(self.folder, begin_at=self.iteration + 1 if self.iteration else 0)
         if not self.iteration:
-            log.text("settings", settings_as_markdown(asdict(config)), 0)
+            log.text("settings", settings_as_markdown(meaningful(config)), 0)
         window_start, window_first = time.monotonic(), self.iteration
         bar = tqdm(total=config.iterations, initial=self.iteration, unit="it", dynamic_ncols=True)
         redrawn = time.monotonic()

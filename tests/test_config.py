@@ -25,7 +25,7 @@ def resolve(*arguments: str) -> config.Config:
                                          inner_lr=2.0, iterations=60_000, test_steps=3, adapt_norm=False)),
         (["--dataset", "omniglot", "-n", "20", "-k", "5"], dict(ways=20, queries=5, steps=5,
                                                                meta_batch_size=16, test_steps=5)),
-        (["--dataset", "omniglot", "--learner", "convnet"], dict(init="torch", adapt_norm=True)),
+        (["--dataset", "omniglot", "--learner", "convnet"], dict(init="torch", adapt_norm=True, inner_lr=0.01)),
         (["-s", "20"], dict(steps=20, test_steps=20, eval_steps=20)),
         (["--samples", "50"], dict(shots=10, queries=40)),
         (["--samples", "25", "-k", "5", "-q", "20"], dict(shots=5, queries=20)),
