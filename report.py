@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,7 @@ class RunLog:
     def __init__(self, folder: Path, *, begin_at: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        _wait_for_a_later_second(folder)
         self.writer = SummaryWriter(str(folder), purge_step=begin_at)
 
     def scalars(self, values: Mapping[str, float], iteration: int) -> None:
@@ -74,6 +76,17 @@ class RunLog:
 
     def close(self) -> None:
         self.writer.close()
+
+
+def _wait_for_a_later_second(folder: Path) -> None:
+    """TensorBoard reads event files in the order of their names, which begin with the second of their birth.
+
+    A run that goes on within the second in which its predecessor began would be read before it.
+    """
+    stamps = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")]
+    births = [int(stamp) for stamp in stamps if stamp.isdigit()]
+    while births and 0 <= max(births) - int(time.time()) <= 1:
+        time.sleep(0.05)
 
 
 def settings_as_markdown(settings: Mapping[str, Any]) -> str:
