@@ -7,9 +7,10 @@ for. Nothing else in the project reads or writes one.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,22 @@ LAST = "last.pt"
 BEST = "best.pt"
 
 
+Curve = dict[str, list[float]]  # "iteration" and metrics, by name
+
+
+@dataclass
+class Progress:
+    """What a run remembers beside weights and optimizer."""
+
+    best_score: float | None = None  # of best.pt: validation accuracy, or minus the validation loss
+    best_iteration: int | None = None
+    window: dict[str, float] = field(default_factory=dict)  # sums behind the next point, by metric
+    window_size: int = 0
+    training: Curve = field(default_factory=dict)
+    validation: Curve = field(default_factory=dict)
+    origin: str | None = None  # the checkpoint whose weights the run began with, if any
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A run at an iteration: all that is needed to evaluate it, or to go on as if nothing had been."""
@@ -33,7 +50,7 @@ class Checkpoint:
     iteration: int
     parameters: dict[str, Tensor]
     optimizer: dict[str, Any]
-    progress: dict[str, Any]  # best result so far, running means, curves: see trainer.Progress
+    progress: dict[str, Any]  # the fields of Progress
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -72,10 +89,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise UsageError(f"{path} is damaged or not a checkpoint: it cannot be read") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UsageError(f"{path} is not a checkpoint of this tool")
-    if content.get("version") != VERSION:
-        raise UsageError(
-            f"{path} has format version {content.get('version')!r}; this tool reads version {VERSION}"
-        )
+    version = content.get("version")
+    if type(version) is not int or version != VERSION:
+        raise UsageError(f"{path} has format version {version!r:.20}; this tool reads version {VERSION}")
     try:
         config = config_from_plain(content.get("config"))
     except UsageError as error:
@@ -88,19 +104,72 @@ def load_checkpoint(path: Path) -> Checkpoint:
         content.get("progress", {}),
     )
     if not _well_formed(checkpoint):
-        raise UsageError(f"{path} is damaged: parts of it are missing")
+        raise UsageError(f"{path} is damaged: parts of it are missing or of the wrong kind")
     return checkpoint
 
 
 def _well_formed(checkpoint: Checkpoint) -> bool:
     parameters = checkpoint.parameters
     return (
-        isinstance(checkpoint.iteration, int)
+        type(checkpoint.iteration) is int
         and checkpoint.iteration >= 0
-        and isinstance(checkpoint.optimizer, dict)
-        and isinstance(checkpoint.progress, dict)
         and isinstance(parameters, dict)
-        and all(isinstance(k, str) and isinstance(w, Tensor) for k, w in parameters.items())
+        and all(isinstance(name, str) and _plain_tensor(w) for name, w in parameters.items())
+        and _adam_state_fits(checkpoint.optimizer, parameters)
+        and _progress_fits(checkpoint.progress)
+    )
+
+
+def _plain_tensor(value: Any) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and value.is_floating_point()
+    )
+
+
+def _adam_state_fits(optimizer: Any, parameters: dict[str, Tensor]) -> bool:
+    """Moments of each parameter's shape: fused kernels would not check, and write past the end."""
+    state = optimizer.get("state") if isinstance(optimizer, dict) else None
+    if not isinstance(state, dict) or state.keys() != set(range(len(parameters))):
+        return False
+    for entry, parameter in zip((state[i] for i in range(len(state))), parameters.values(), strict=True):
+        if not isinstance(entry, dict) or entry.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+            return False
+        if not all(_plain_tensor(value) for value in entry.values()) or entry["step"].shape != ():
+            return False
+        if any(
+            entry[moment].shape != parameter.shape or entry[moment].dtype != parameter.dtype
+            for moment in ("exp_avg", "exp_avg_sq")
+        ):
+            return False
+    return True
+
+
+def _progress_fits(progress: Any) -> bool:
+    def numbers(values: Any) -> bool:
+        return isinstance(values, list) and all(type(v) in (int, float) for v in values)
+
+    def curve(values: Any) -> bool:
+        return (
+            isinstance(values, dict)
+            and all(isinstance(name, str) and numbers(points) for name, points in values.items())
+            and len({len(points) for points in values.values()}) <= 1
+            and (not values or {"iteration", "query_loss"} <= values.keys())
+        )
+
+    return (
+        isinstance(progress, dict)
+        and progress.keys() == {field.name for field in dataclasses.fields(Progress)}
+        and type(progress["best_score"]) in (float, type(None))
+        and type(progress["best_iteration"]) in (int, type(None))
+        and isinstance(progress["window"], dict)
+        and numbers(list(progress["window"].values()))
+        and type(progress["window_size"]) is int
+        and type(progress["origin"]) in (str, type(None))
+        and curve(progress["training"])
+        and curve(progress["validation"])
     )
 
 

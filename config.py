@@ -363,7 +363,7 @@ class Invocation:
     )  # fmt: skip
     data_root: Path = flag(
         "--data-root", group="files", kind=Path, metavar="FOLDER",
-        default=Path(os.environ.get("MAML_DATA_ROOT", "data")),
+        default=Path(os.environ.get("MAML_DATA_ROOT") or "data"),
         help="holds omniglot-py/; also from the environment variable MAML_DATA_ROOT",
     )  # fmt: skip
     device: str = flag(
@@ -425,9 +425,11 @@ def defaults_table() -> str:
     for name, values in DEFAULTS.items():
         rows.append((CONFIG_FLAGS[name].names[0], *("-" if v is None else _show(v) for v in values)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    for name, facts in LEARNERS.items():
+        if facts.inner_lr is not None:
+            lines.append(f"with --learner {name}: --inner-lr {facts.inner_lr}")
+    return "\n".join(f"  {line}" for line in lines)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -475,7 +477,9 @@ def resolve(given: Mapping[str, Any]) -> Config:
     column = 0 if dataset in REGRESSION else 1 if ways <= 10 else 2
     for name, by_column in DEFAULTS.items():
         values.setdefault(name, by_column[column])
-    _apply_samples(values, given)
+    values |= _queries_from_samples(given, values["shots"], dataset)
+    if "log_every" not in given:  # a short run has a curve, too
+        values["log_every"] = min(values["log_every"], values["iterations"])
     for name in ("queries", "test_steps"):
         values[name] = {"k": values["shots"], "s": values["steps"]}.get(values[name], values[name])
     values.setdefault("eval_steps", max(CONFIG_FLAGS["eval_steps"].default, values["test_steps"]))
@@ -495,6 +499,8 @@ def resolve_from(saved: Config, given: Mapping[str, Any], *, evaluate: bool) -> 
     Raises UsageError for any other flag that was given and disagrees.
     """
     changes: dict[str, Any] = {}
+    shots = given.get("shots", saved.shots) if evaluate else saved.shots
+    given = dict(given) | _queries_from_samples(given, shots, saved.dataset)
     for name, value in given.items():
         if name not in CONFIG_FLAGS:
             continue
@@ -508,7 +514,6 @@ def resolve_from(saved: Config, given: Mapping[str, Any], *, evaluate: bool) -> 
                 f"{_show(getattr(saved, name))}: leave it out when {doing} a checkpoint"
             )
     values = dataclasses.asdict(saved) | changes
-    _apply_samples(values, given)
     if "eval_steps" in given and "test_steps" not in given:
         values["test_steps"] = min(values["test_steps"], values["eval_steps"])
     config = Config(**values)
@@ -516,12 +521,12 @@ def resolve_from(saved: Config, given: Mapping[str, Any], *, evaluate: bool) -> 
     return config
 
 
-def _apply_samples(values: dict[str, Any], given: Mapping[str, Any]) -> None:
+def _queries_from_samples(given: Mapping[str, Any], shots: int, dataset: str) -> dict[str, int]:
+    """What --samples, if it was given, says of the size of the query."""
     samples = given.get("samples")
     if samples is None:
-        return
-    shots = values["shots"]
-    if values.get("dataset", "sinusoid") not in REGRESSION:
+        return {}
+    if dataset not in REGRESSION:
         raise UsageError("--samples counts the points of a curve: use -k and -q with omniglot")
     if samples <= shots:
         raise UsageError(f"--samples {samples} leaves no query: it must be above -k {shots}")
@@ -529,7 +534,7 @@ def _apply_samples(values: dict[str, Any], given: Mapping[str, Any]) -> None:
         raise UsageError(
             f"--samples {samples} is not -k {shots} plus -q {given['queries']}: give one of --samples and -q"
         )
-    values["queries"] = samples - shots
+    return {"queries": samples - shots}
 
 
 def check(config: Config, given: Mapping[str, Any]) -> None:
@@ -586,6 +591,10 @@ def check_invocation(given: Mapping[str, Any]) -> Invocation:
         (call.eval and call.init_from, "--init-from begins a run: use --load with --eval"),
         (call.load and call.init_from, "--load goes on with a run, --init-from begins one: give one"),
         (call.load and call.resume, "--load and --resume both go on with a run: give one of them"),
+        (
+            call.init_from and "init" in given,
+            "--init-from gives the initial weights: leave out --init",
+        ),
         (call.resume and not call.run_name, "--resume needs the --run-name of the run to go on with"),
         (call.out and not call.eval, "--out is where --eval writes: it means nothing without"),
         (
@@ -593,8 +602,17 @@ def check_invocation(given: Mapping[str, Any]) -> Invocation:
             "--run-name names a new run; --load takes the folder of the checkpoint",
         ),
         (
+            call.load and call.eval and "checkpoint_path" in given,
+            "--checkpoint-path means nothing with --eval --load: results go beside that file, or to --out",
+        ),
+        (
             call.run_name is not None
-            and (not call.run_name.strip(". ") or set(call.run_name) & set("/\\\0")),
+            and (
+                not call.run_name.strip(". ")
+                or not call.run_name.isprintable()
+                or set(call.run_name) & set("/\\")
+                or len(call.run_name) > 100
+            ),
             f"--run-name {call.run_name!r} is no name for a folder",
         ),
     ]
@@ -639,7 +657,7 @@ def describe(config: Config) -> str:
     lines = []
     for group in GROUPS:
         shown = [
-            f"{name.replace('_', ' ')} {_show(value)}"
+            f"{name.replace('_', ' ')} {value if name == 'seed' else _show(value)}"
             for name, value in values.items()
             if CONFIG_FLAGS[name].group == group
         ]

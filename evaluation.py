@@ -35,7 +35,8 @@ class Evaluation:
         """Which tasks have diverged after which step: bool `[tasks, steps + 1]`."""
         losses = self.losses[normalisation]
         before = losses[:, :1]
-        return ~(losses <= DIVERGENCE * before.clamp(min=before.nanmedian()))
+        usual = before[before.isfinite()].nanmedian()  # NaN, and no bound, where none is finite
+        return ~losses.isfinite() | (losses > DIVERGENCE * torch.fmax(before, usual))
 
 
 def mean_and_interval(values: Tensor) -> tuple[Tensor, Tensor]:

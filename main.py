@@ -36,11 +36,14 @@ def main(arguments: list[str]) -> int:
     try:
         given = settings.parse(arguments)
         call = settings.check_invocation(given)
-        if call.load is None:
+        if call.load is None and not call.resume:
             settings.resolve(given)  # mistakes answer before PyTorch is imported
         return evaluate(call, given, arguments) if call.eval else train(call, given)
     except UsageError as error:
         print(f"main.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"main.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nmain.py: interrupted", file=sys.stderr)
@@ -50,16 +53,21 @@ def main(arguments: list[str]) -> int:
 # ---- building blocks ------------------------------------------------------------------------
 
 
-def build(config: Config, call: Invocation) -> tuple[Runtime, TaskDistribution, MAML]:
-    """Device, tasks and algorithm for these settings; the learner in it has its initial weights."""
+def prepare(config: Config, call: Invocation) -> Runtime:
+    """The device, or a refusal."""
+    from runtime import set_up
+
+    return set_up(call.device, config.precision, small_tensors=config.learner == "mlp")
+
+
+def build(config: Config, call: Invocation, runtime: Runtime) -> tuple[TaskDistribution, MAML]:
+    """Tasks and algorithm for these settings; the learner in it has its initial weights."""
     from torch.nn import functional as F
 
     from dataset import build_distribution
     from learner import build_learner
     from maml import MAML
-    from runtime import set_up
 
-    runtime = set_up(call.device, config.precision, small_tensors=config.learner == "mlp")
     distribution = build_distribution(
         config.dataset,
         ways=config.ways,
@@ -83,7 +91,7 @@ def build(config: Config, call: Invocation) -> tuple[Runtime, TaskDistribution, 
         adapt_norm=config.adapt_norm,
         tasks_at_once=config.tasks_at_once,
     )
-    return runtime, distribution, maml
+    return distribution, maml
 
 
 def writable(folder: Path, flag: str) -> Path:
@@ -119,14 +127,15 @@ def train(call: Invocation, given: Mapping[str, Any]) -> int:
             "give a larger --iterations to go on"
         )
         return 0
-    if folder is None:
-        writable(call.checkpoint_path, "--checkpoint-path")
+    runtime = prepare(config, call)
 
     from checkpoint import BEST, LAST, fitting_parameters, load_checkpoint
     from trainer import Trainer
 
     weights = None if call.init_from is None or start else load_checkpoint(call.init_from)
-    runtime, distribution, maml = build(config, call)
+    if call.load is None:
+        writable(call.checkpoint_path, "--checkpoint-path")
+    distribution, maml = build(config, call, runtime)
     parameters = maml.initial_parameters()
     for file, source in ((start_file, start), (call.init_from, weights)):
         if file is not None and source is not None:
@@ -134,22 +143,23 @@ def train(call: Invocation, given: Mapping[str, Any]) -> int:
     if folder is None:
         folder = fresh_folder(call.checkpoint_path, config)
     writable(folder, "--checkpoint-path" if call.load is None else "--load")
-    try:
-        trainer = Trainer(config, maml, parameters, distribution, folder, start)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"{start_file} is damaged: it holds no state to go on from") from error
+    origin = f"{call.init_from}, iteration {weights.iteration:,}" if weights else None
+    trainer = Trainer(config, maml, parameters, distribution, folder, start, origin)
     doing = "Meta-training" if start is None else f"Going on from iteration {start.iteration:,}"
     print_settings(config, runtime, f"{doing} in {folder}")
     signal = trainer.train()
-    loss = trainer.final_loss()
-    if loss is not None:
-        print(f"Mean training query loss of the last 500 iterations: {loss:.4f}")
+    final = trainer.final_loss()
+    if final is not None:
+        loss, first, last = final
+        print(f"Mean training query loss of iterations {first:,} to {last:,}: {loss:.4f}")
     if signal is not None:
-        print(f"Saved at iteration {trainer.iteration:,}. Go on: python main.py --load {folder / LAST}")
+        go_on = shlex.join(["python", "main.py", "--load", str(folder / LAST)])
+        print(f"Saved at iteration {trainer.iteration:,}. Go on: {go_on}")
         return 128 + signal
-    print(f"Curves:    tensorboard --logdir {call.checkpoint_path if call.load is None else folder}")
+    logs = call.checkpoint_path if call.load is None else folder
     file = folder / (BEST if trainer.progress.best_iteration else LAST)
-    print(f"Test it:   python main.py --eval --load {file}")
+    print("Curves:   ", shlex.join(["tensorboard", "--logdir", str(logs)]))
+    print("Test it:  ", shlex.join(["python", "main.py", "--eval", "--load", str(file)]))
     return 0
 
 
@@ -159,7 +169,8 @@ def where_to_train(call: Invocation, given: Mapping[str, Any]) -> tuple[Path | N
 
     if call.load is not None:
         if not call.load.is_file():
-            raise UsageError(f"{call.load}: there is no such checkpoint")
+            hint = f": name {call.load / LAST}" if call.load.is_dir() else ""
+            raise UsageError(f"{call.load}: there is no such checkpoint{hint}")
         run = call.load.resolve().parent
         if "checkpoint_path" in given and call.checkpoint_path.resolve() not in (run, run.parent):
             raise UsageError(
@@ -175,9 +186,10 @@ def where_to_train(call: Invocation, given: Mapping[str, Any]) -> tuple[Path | N
     if call.run_name is None:
         return None, None
     folder = call.checkpoint_path / call.run_name
-    if (folder / LAST).is_file():
+    there = [folder / name for name in (LAST, BEST) if (folder / name).is_file()]
+    if there:
         if call.resume:
-            return folder / LAST, folder
+            return there[0], folder
         raise UsageError(f"the run {folder} exists: go on with --resume, or choose another --run-name")
     if folder.exists() and not call.resume and any(folder.iterdir() if folder.is_dir() else [folder]):
         raise UsageError(f"{folder} is not empty: choose another --run-name, or --resume to begin in it")
@@ -225,20 +237,21 @@ def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -
     source = None if call.load is None else load_checkpoint(call.load)
     if source is None:
         config = settings.resolve(given)
-        what, stem = "the fresh initialisation (no --load)", "fresh"
+        what, stem = "the fresh initialisation (no --load)", f"fresh-{config.init}-seed{config.seed}"
         default_out = call.checkpoint_path
     else:
         config = settings.resolve_from(source.config, given, evaluate=True)
         assert call.load is not None
         what, stem = f"{call.load}, iteration {source.iteration:,}", call.load.stem
         default_out = call.load.parent
+    runtime = prepare(config, call)
     out = writable(call.out or default_out, "--out")
 
     import evaluation
     import report
     from runtime import versions
 
-    runtime, distribution, maml = build(config, call)
+    distribution, maml = build(config, call, runtime)
     parameters = maml.initial_parameters()
     if source is not None and call.load is not None:
         parameters = fitting_parameters(call.load, source.parameters, parameters, config.learner)
@@ -263,7 +276,8 @@ def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -
     )
 
     ways = f"{config.ways}way-" if config.classification else ""
-    name = f"{stem}-test-{config.dataset}-{ways}{config.shots}shot-{config.queries}query"
+    size = f"{ways}{config.shots}shot-{config.queries}query-{config.eval_tasks}tasks"
+    name = f"{stem}-test-{config.dataset}-{size}"
     record = {
         "command": shlex.join(["main.py", *arguments]),
         "checkpoint": call.load,

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+_STANDARD_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
 
 class BatchNorm(nn.Module):
     """Normalises each channel of `[batch, channels, ...]` with the mean and biased variance of the batch.
@@ -44,14 +46,25 @@ class BatchNorm(nn.Module):
 
 
 def convert_batch_norm(module: nn.Module) -> nn.Module:
-    """Puts a `BatchNorm` in the place of each of PyTorch's, in place; parameters keep name and value."""
-    for name, child in module.named_children():
-        setattr(module, name, convert_batch_norm(child))
-    if not isinstance(module, _BatchNorm):
-        return module
-    layer = BatchNorm(module.num_features, eps=module.eps)
-    layer.weight, layer.bias = module.weight, module.bias
-    return layer
+    """Puts a `BatchNorm` in the place of each of PyTorch's, in place; parameters keep name and value.
+
+    A layer that is used in several places stays one layer; a subclass with a `forward` of its own is
+    left as it is.
+    """
+    return _converted(module, {})
+
+
+def _converted(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
+    if module not in done:
+        done[module] = module
+        if isinstance(module, _BatchNorm) and type(module).forward in _STANDARD_FORWARDS:
+            layer = BatchNorm(module.num_features, eps=module.eps)
+            layer.weight, layer.bias = module.weight, module.bias
+            done[module] = layer
+        for name, child in module._modules.items():  # named_children() names a shared layer once
+            if child is not None:
+                setattr(module, name, _converted(child, done))
+    return done[module]
 
 
 def norm_parameter_names(module: nn.Module) -> frozenset[str]:

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import socket
 import sys
 import zipfile
@@ -74,24 +75,32 @@ def split_characters(names: list[str], split: str) -> dict[str, Tensor]:
 def _find_part(data_root: Path, part: str) -> Path:
     """The archive or the folder of one half, fetched if neither is there."""
     folder = data_root / "omniglot-py"
-    for source in (folder / f"{part}.zip", folder / part):
-        if source.is_dir() or zipfile.is_zipfile(source):
-            return source
-    _fetch(data_root, part)
+    archive = folder / f"{part}.zip"
+    if zipfile.is_zipfile(archive):
+        return archive
+    if not (folder / part).is_dir():
+        if archive.exists():
+            raise UsageError(f"{archive} is damaged: remove it, and it is fetched again")
+        _fetch(data_root, part)
     return folder / part
 
 
 def _fetch(data_root: Path, part: str) -> None:
     from torchvision.datasets import Omniglot  # slow to import, and needed once in a lifetime
 
+    there_before = data_root.exists(), (data_root / "omniglot-py").exists()
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
         Omniglot(str(data_root), background=part == "images_background", download=True)
     except (OSError, RuntimeError, zipfile.BadZipFile) as error:
+        for there, folder in zip(there_before, (data_root, data_root / "omniglot-py"), strict=True):
+            if not there and folder.is_dir() and not any(folder.rglob("*.*")):
+                shutil.rmtree(folder, ignore_errors=True)
         raise UsageError(
-            f"Omniglot is not in {data_root} and could not be fetched ({error}): put {part}.zip or "
-            f"the folder {part} into {data_root / 'omniglot-py'}, or name another --data-root"
+            f"Omniglot is not in {data_root} and could not be fetched ({error}): put images_background.zip "
+            f"and images_evaluation.zip, or the folders of these names, into {data_root / 'omniglot-py'}, "
+            "or name another --data-root"
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)

@@ -47,12 +47,13 @@ class RunLog:
     """The event files of a run's folder.
 
     `begin_at` is the first iteration that this process writes: points from there on that a killed
-    predecessor left behind are dropped by TensorBoard.
+    predecessor left behind are dropped.
     """
 
     def __init__(self, folder: Path, *, begin_at: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        _drop_events(folder, begin_at)
         _wait_for_a_later_second(folder)
         self.writer = SummaryWriter(str(folder), purge_step=begin_at)
 
@@ -76,6 +77,26 @@ class RunLog:
 
     def close(self) -> None:
         self.writer.close()
+
+
+def _drop_events(folder: Path, begin_at: int) -> None:
+    """Removes from the folder's event files what lies at or after an iteration, and half-written ends.
+
+    TensorBoard's own way, `purge_step`, is unknown to the server that `tensorboard` starts by default.
+    """
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    for path in folder.glob("events.out.tfevents.*"):
+        temporary = path.with_name(f".{path.name}.tmp")
+        with temporary.open("wb") as file:
+            records = RecordWriter(file)
+            for record in RawEventFileLoader(str(path)).Load():
+                event = Event.FromString(record)
+                if event.step < begin_at or event.HasField("file_version"):
+                    records.write(record)
+        temporary.replace(path)
 
 
 def _wait_for_a_later_second(folder: Path) -> None:

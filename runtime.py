@@ -42,6 +42,9 @@ def set_up(device: str, precision: str, *, small_tensors: bool) -> Runtime:
         raise UsageError("--device mps: PyTorch finds no Apple GPU here; use --device cpu")
     if device == "mps" and precision == "float64":
         raise UsageError("--device mps has no float64: use --precision float32 or --device cpu")
+    if device == "cuda":  # float32 is float32, and the same run gives the same bits
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
     if small_tensors and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     return Runtime(torch.device(device), getattr(torch, precision))

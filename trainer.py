@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from checkpoint import BEST, LAST, Checkpoint, save_checkpoint
+from checkpoint import BEST, LAST, Checkpoint, Curve, Progress, save_checkpoint
 from config import Config, meaningful
 from dataset import TaskDistribution
 from evaluation import accuracy, evaluate, examples
@@ -39,20 +39,6 @@ VALIDATION_TASKS = 200
 REDRAW_SECONDS = 0.5
 FINAL_ITERATIONS = 500  # whose mean training loss is reported at the end
 
-Curve = dict[str, list[float]]  # "iteration" and metrics, by name
-
-
-@dataclass
-class Progress:
-    """What a run remembers beside weights and optimizer; saved in its checkpoints."""
-
-    best_score: float | None = None  # of best.pt: validation accuracy, or minus the validation loss
-    best_iteration: int | None = None
-    window: dict[str, float] = field(default_factory=dict)  # sums behind the next point, by metric
-    window_size: int = 0
-    training: Curve = field(default_factory=dict)
-    validation: Curve = field(default_factory=dict)
-
 
 def _extend(curve: Curve, iteration: int, values: dict[str, float]) -> None:
     for name, value in {"iteration": iteration, **values}.items():
@@ -64,6 +50,7 @@ class Trainer:
 
     Arguments:
         start: a checkpoint to go on from, its parameters already those of `parameters`.
+        origin: where else the parameters come from, if not from the initialisation; for the record.
     """
 
     def __init__(
@@ -74,6 +61,7 @@ class Trainer:
         distribution: TaskDistribution,
         folder: Path,
         start: Checkpoint | None = None,
+        origin: str | None = None,
     ) -> None:
         self.config = config
         self.maml = maml
@@ -82,9 +70,11 @@ class Trainer:
         self.folder = folder
         self.optimizer = torch.optim.Adam(parameters.values(), lr=config.meta_lr, fused=True)
         self.iteration = 0
-        self.progress = Progress()
+        self.progress = Progress(origin=origin)
         if start is not None:
-            self.optimizer.load_state_dict(start.optimizer)
+            # The moments are the file's; rates and the like are those of the settings.
+            fresh = self.optimizer.state_dict()
+            self.optimizer.load_state_dict(fresh | {"state": start.optimizer["state"]})
             self.iteration = start.iteration
             self.progress = Progress(**start.progress)
         self.metrics = ["query_loss", "meta_gradient_norm"]  # of an iteration
@@ -93,6 +83,7 @@ class Trainer:
         sums = [self.progress.window.get(name, 0.0) for name in self.metrics]
         self.window = torch.tensor(sums, device=next(iter(parameters.values())).device)
         self.signal: int | None = None
+        self.warned = False
 
     # ---- one iteration ----------------------------------------------------------------------
 
@@ -126,7 +117,7 @@ class Trainer:
         config = self.config
         log = RunLog(self.folder, begin_at=self.iteration + 1 if self.iteration else 0)
         if not self.iteration:
-            log.text("settings", settings_as_markdown(meaningful(config)), 0)
+            log.text("settings", settings_as_markdown(meaningful(config) | self._origin()), 0)
         window_start, window_first = time.monotonic(), self.iteration
         bar = tqdm(total=config.iterations, initial=self.iteration, unit="it", dynamic_ncols=True)
         redrawn = time.monotonic()
@@ -185,6 +176,9 @@ class Trainer:
         )
         save_checkpoint(self.folder / name, content)
 
+    def _origin(self) -> dict[str, str]:
+        return {"initial_weights": self.progress.origin} if self.progress.origin else {}
+
     # ---- what is shown ----------------------------------------------------------------------
 
     def _window_means(self) -> dict[str, float]:
@@ -206,6 +200,13 @@ class Trainer:
         self.window.zero_()
         self.progress.window_size = 0
         _extend(self.progress.training, self.iteration, means)
+        if not math.isfinite(means["query_loss"]) and not self.warned:
+            self.warned = True
+            tqdm.write(
+                f"The training loss is {means['query_loss']} at iteration {self.iteration:,}: "
+                "try a smaller --inner-lr or --meta-lr, or --grad-clip",
+                file=sys.stderr,
+            )
         log.scalars({f"train/{name}": value for name, value in means.items()}, self.iteration)
         log.scalars(
             {"speed/iterations_per_second": rate, "optimizer/meta_lr": self.config.meta_lr}, self.iteration
@@ -230,14 +231,14 @@ class Trainer:
             values["query_accuracy"] = evaluation.accuracies[config.batch_norm][:, -1].mean().item()
         log.scalars({f"validation/{name}": value for name, value in values.items()}, self.iteration)
         _extend(self.progress.validation, self.iteration, values)
-        number = self.iteration // config.val_every
-        if last or number & (number - 1) == 0:
-            self._draw_examples(log)
         score = values.get("query_accuracy", -values["query_loss"])
         best = self.progress.best_score
         if math.isfinite(score) and (best is None or score > best):
             self.progress.best_score, self.progress.best_iteration = score, self.iteration
             self.save(log, BEST)
+        number = self.iteration // config.val_every
+        if last or number & (number - 1) == 0:
+            self._draw_examples(log)
 
     def _draw_examples(self, log: RunLog) -> None:
         config = self.config
@@ -271,22 +272,31 @@ class Trainer:
 
     # ---- the end ----------------------------------------------------------------------------
 
-    def final_loss(self) -> float | None:
-        """Mean training loss of the last 500 iterations, of whole points of the curve."""
-        curve = self.progress.training or {"iteration": [], "query_loss": []}
-        recent = [
-            loss
-            for iteration, loss in zip(curve["iteration"], curve["query_loss"], strict=True)
-            if iteration - self.config.log_every >= self.iteration - FINAL_ITERATIONS
-        ]
-        return sum(recent) / len(recent) if recent else None
+    def final_loss(self) -> tuple[float, int, int] | None:
+        """Mean training loss of the last 500 iterations, and the first and the last of them.
+
+        Whole points of the curve only: of fewer or more iterations, where these do not divide 500.
+        """
+        if not self.progress.training:
+            return None
+        ends = [int(end) for end in self.progress.training["iteration"]]
+        losses = self.progress.training["query_loss"]
+        total, first = 0.0, ends[-1] + 1
+        for position in reversed(range(len(ends))):
+            begin = ends[position - 1] + 1 if position else 1
+            if ends[-1] - begin >= FINAL_ITERATIONS and first <= ends[-1]:
+                break
+            total += losses[position] * (ends[position] - begin + 1)
+            first = begin
+        return total / (ends[-1] - first + 1), first, ends[-1]
 
     def _write_results(self) -> None:
+        final = self.final_loss()
         result: dict[str, Any] = {
-            "settings": asdict(self.config),
+            "settings": meaningful(self.config) | self._origin(),
             "iteration": self.iteration,
             "best_iteration": self.progress.best_iteration,
-            f"train_query_loss_last_{FINAL_ITERATIONS}": self.final_loss(),
+            "final_training_loss": final and dict(zip(("mean", "from", "to"), final, strict=True)),
             "training": self.progress.training,
             "validation": self.progress.validation,
         }

@@ -23,9 +23,8 @@ def omniglot_root() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _float32_and_one_thread():
-    """Each test begins with PyTorch's defaults, however the one before it ended."""
-    torch.set_default_dtype(torch.float32)
+def _threads_as_before():
+    """A run of the command line may set the number of threads; the next test has its own again."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

@@ -1,6 +1,7 @@
 """Checkpoints: whole or refused, in one line, and never run."""
 
 import pickle
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,18 @@ import torch
 
 import checkpoint
 import config
-from checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
 from errors import UsageError
 
 
 def a_checkpoint() -> Checkpoint:
-    return Checkpoint(config.resolve({}), 7, {"0.weight": torch.randn(3, 2)}, {"state": {}}, {"window": {}})
+    weights = torch.randn(3, 2)
+    optimizer = torch.optim.Adam([weights], fused=True)
+    weights.grad = torch.ones(3, 2)
+    optimizer.step()
+    return Checkpoint(
+        config.resolve({}), 7, {"0.weight": weights}, optimizer.state_dict(), asdict(Progress())
+    )
 
 
 class RunsCode:
@@ -77,7 +84,14 @@ def test_a_truncated_checkpoint_is_refused(tmp_path, keep):
         ({"iteration": "7"}, "is damaged"),
         ({"iteration": -1}, "is damaged"),
         ({"parameters": [1]}, "is damaged"),
+        ({"version": torch.ones(2)}, "has format version"),
+        ({"iteration": True}, "is damaged"),
+        ({"parameters": {"0.weight": torch.eye(2).to_sparse()}}, "is damaged"),
+        ({"parameters": {"0.weight": torch.zeros(3, 2, device="meta")}}, "is damaged"),
+        ({"parameters": {"0.weight": torch.zeros(3, 2, dtype=torch.complex64)}}, "is damaged"),
         ({"optimizer": None}, "is damaged"),
+        ({"optimizer": {"state": {}}}, "is damaged"),
+        ({"progress": {}}, "is damaged"),
     ],
 )
 def test_other_content_is_refused(tmp_path, change, message):
@@ -86,6 +100,41 @@ def test_other_content_is_refused(tmp_path, change, message):
     torch.save(torch.load(path, weights_only=True) | change, path)
     with pytest.raises(UsageError, match=message):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"exp_avg": torch.zeros(1000)},  # a fused kernel would read past its end
+        {"exp_avg_sq": torch.zeros(3, 2, dtype=torch.float64)},
+        {"step": torch.zeros(5)},
+        {"exp_avg": None},
+    ],
+)
+def test_moments_that_do_not_fit_are_refused(tmp_path, change):
+    saved = a_checkpoint()
+    saved.optimizer["state"][0] |= change
+    save_checkpoint(tmp_path / "last.pt", saved)
+    with pytest.raises(UsageError, match="is damaged"):
+        load_checkpoint(tmp_path / "last.pt")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"best_score": "x"},
+        {"window_size": 1.5},
+        {"training": {"iteration": [1], "query_loss": [1.0, 2.0]}},
+        {"validation": {"iteration": ["1"], "query_loss": [1.0]}},
+        {"window": {"query_loss": None}},
+    ],
+)
+def test_curves_of_the_wrong_kind_are_refused(tmp_path, change):
+    saved = a_checkpoint()
+    saved.progress.update(change)
+    save_checkpoint(tmp_path / "last.pt", saved)
+    with pytest.raises(UsageError, match="is damaged"):
+        load_checkpoint(tmp_path / "last.pt")
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"\x80\x04K\x01.", b"PK\x03\x04 no archive"])

@@ -25,7 +25,8 @@ def resolve(*arguments: str) -> config.Config:
                                          inner_lr=2.0, iterations=60_000, test_steps=3, adapt_norm=False)),
         (["--dataset", "omniglot", "-n", "20", "-k", "5"], dict(ways=20, queries=5, steps=5,
                                                                meta_batch_size=16, test_steps=5)),
-        (["--dataset", "omniglot", "--learner", "convnet"], dict(init="torch", adapt_norm=True, inner_lr=0.01)),
+        (["--dataset", "omniglot", "--learner", "convnet"], dict(init="torch", adapt_norm=True,
+                                                                 inner_lr=0.01)),
         (["-s", "20"], dict(steps=20, test_steps=20, eval_steps=20)),
         (["--samples", "50"], dict(shots=10, queries=40)),
         (["--samples", "25", "-k", "5", "-q", "20"], dict(shots=5, queries=20)),
@@ -72,10 +73,14 @@ MISTAKES = [
     ("--eval --resume --run-name x", "leave out --eval"),
     ("--resume", "--resume needs the --run-name"),
     ("--load a --init-from b", "give one"),
+    ("--init-from a --init torch", "--init-from gives the initial weights"),
+    ("--eval --load a --checkpoint-path b", "results go beside that file"),
     ("--load a --run-name b", "--load takes the folder of the checkpoint"),
     ("--out x", "--out is where --eval writes"),
     ("--run-name a/b", "is no name for a folder"),
     ("--run-name ..", "is no name for a folder"),
+    (f"--run-name {300 * 'a'}", "is no name for a folder"),
+    (f"--load {300 * 'a'}", "File name too long"),
     ("--load no-such-file.pt", "no-such-file.pt: there is no such checkpoint"),
     ("--eval --load no-such-file.pt", "no-such-file.pt: there is no such checkpoint"),
     ("--init-from no-such-file.pt --checkpoint-path TMP", "there is no such checkpoint"),
@@ -84,7 +89,7 @@ MISTAKES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("line", "message"), MISTAKES, ids=[line for line, _ in MISTAKES])
+@pytest.mark.parametrize(("line", "message"), MISTAKES, ids=[line[:60] for line, _ in MISTAKES])
 def test_a_mistake_gets_one_line_and_exit_code_2(line, message, capsys, tmp_path):
     assert main.main([str(tmp_path) if word == "TMP" else word for word in line.split()]) == 2
     said = capsys.readouterr().err
@@ -98,6 +103,14 @@ def test_a_device_that_is_not_there_is_refused(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main.main(["--device", "cuda", "--checkpoint-path", str(tmp_path)]) == 2
     assert "PyTorch finds no CUDA GPU here; use --device cpu" in capsys.readouterr().err
+
+
+def test_samples_on_a_checkpoint_are_held_against_its_query():
+    saved = resolve("--samples", "50")
+    assert config.resolve_from(saved, {"samples": 50}, evaluate=False) == saved
+    with pytest.raises(UsageError, match="-q 20 disagrees"):
+        config.resolve_from(saved, {"samples": 30}, evaluate=False)
+    assert config.resolve_from(saved, {"samples": 30, "shots": 5}, evaluate=True).queries == 25
 
 
 def test_help_and_mistakes_need_no_heavy_import():
@@ -152,6 +165,7 @@ def test_a_checkpoints_settings_yield_only_where_they_may():
         ({"inner_lr": 0.4}, True),
         ({"shots": 5}, False),
         ({"seed": 1}, False),
+        ({"queries": 2}, False),
         ({"precision": "float64"}, False),
     ):
         (name,) = given

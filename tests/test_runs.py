@@ -1,5 +1,6 @@
 """Whole runs through the command line: train, stop, go on, evaluate, and look at TensorBoard."""
 
+import copy
 import json
 import os
 import signal
@@ -15,9 +16,11 @@ import torch
 from conftest import ROOT
 from torch.nn import functional as F
 
+import config
+import dataset
 import main
 from checkpoint import BEST, LAST, load_checkpoint
-from dataset import Sinusoid
+from dataset import Sinusoid, SinusoidLine
 from evaluation import Evaluation, mean_and_interval
 from learner import build_learner
 from report import evaluation_record, evaluation_table
@@ -110,12 +113,13 @@ def test_the_curves_of_both_have_neither_gaps_nor_doubled_points(runs):
     assert curves(runs / "whole") == curves(runs / "killed") == EXPECTED_CURVES
 
 
-def test_ctrl_c_saves_and_the_run_goes_on_from_there(runs, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_save_and_the_run_goes_on_from_there(number, runs, tmp_path):
     process = start(*SETTINGS, *SCHEDULE, "--checkpoint-path", tmp_path, "--run-name", "stopped")
     wait_for(tmp_path / "stopped" / LAST, process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGINT, said
+    assert process.returncode == 128 + number, said
     last = tmp_path / "stopped" / LAST
     iteration = load_checkpoint(last).iteration
     assert 20 <= iteration < ITERATIONS
@@ -142,6 +146,7 @@ def test_a_new_run_can_begin_with_a_checkpoints_weights(runs, tmp_path):
     assert command("--init-from", source, "--dataset", "harmonic", "--meta-lr", 1e-9, *options) == 0
     old, new = (load_checkpoint(file) for file in (source, tmp_path / "new" / LAST))
     assert new.config.dataset == "harmonic" and new.iteration == 1
+    assert new.progress["origin"] == f"{source}, iteration {ITERATIONS}"
     for name, weights in old.parameters.items():
         assert torch.allclose(weights, new.parameters[name], rtol=0, atol=1e-8)
 
@@ -170,16 +175,56 @@ def test_a_run_is_never_overwritten(runs, tmp_path, capsys):
     assert (runs / "whole" / LAST).read_bytes() == before
 
 
-def test_best_behind_last_is_not_gone_on_with(runs, capsys):
-    best, last = (load_checkpoint(runs / "whole" / name) for name in (BEST, LAST))
-    validation = best.progress["validation"]["query_loss"]
-    assert (
-        -best.progress["best_score"] == min(validation)
-        and best.iteration in EXPECTED_CURVES["validation/query_loss"]
-    )
-    if best.iteration < last.iteration:
-        assert command("--load", runs / "whole" / BEST) == 2
-        assert "last.pt is ahead" in capsys.readouterr().err
+def test_best_is_the_best_validation_and_not_the_last(tmp_path, capsys):
+    wild = ["--meta-lr", 0.5, "--meta-batch-size", 2, "--iterations", 60, "--val-every", 5]
+    folder = tmp_path / "wild"
+    assert command(*wild, "--checkpoint-path", tmp_path, "--run-name", "wild") == 0
+    best, last = (load_checkpoint(folder / name) for name in (BEST, LAST))
+    losses = last.progress["validation"]["query_loss"]
+    assert len(losses) == 12 and losses[-1] > min(losses)
+    assert best.iteration == last.progress["best_iteration"] == 5 * (1 + losses.index(min(losses)))
+    assert last.progress["best_score"] == -min(losses)
+    assert command("--load", folder / BEST, "--iterations", 70) == 2  # it would overwrite last.pt
+    assert "last.pt is ahead" in capsys.readouterr().err
+
+
+def test_a_run_that_has_only_its_best_checkpoint_goes_on_from_there(runs, tmp_path):
+    options = [*SETTINGS, *SCHEDULE, "--checkpoint-path", tmp_path, "--run-name", "run", "--resume"]
+    (tmp_path / "run").mkdir()
+    content = (runs / "whole" / BEST).read_bytes()
+    (tmp_path / "run" / BEST).write_bytes(content)
+    assert command(*options, "--seed", 4) == 2  # another run's
+    assert (tmp_path / "run" / BEST).read_bytes() == content
+    if load_checkpoint(runs / "whole" / BEST).iteration < ITERATIONS:
+        assert command(*options) == 0
+        assert_same_run(runs / "whole", tmp_path / "run")
+
+
+def test_a_killed_runs_points_are_dropped_even_where_the_schedule_changes(tmp_path):
+    from report import RunLog
+
+    for begin_at, points in ((0, range(3, 31, 3)), (11, (20, 40))):
+        log = RunLog(tmp_path, begin_at=begin_at)
+        for iteration in points:
+            log.scalars({"loss": 1.0}, iteration)
+        log.close()
+    first, second = sorted(tmp_path.glob("events*"))
+    with first.open("ab") as file:
+        file.write(b"half a record")
+    for path in (first, second):  # each by itself: nothing is left to a reader's own clean-up
+        assert (
+            curves_of_file(path, tmp_path / path.name[-5:])
+            == {
+                first: [3, 6, 9],
+                second: [20, 40],
+            }[path]
+        )
+
+
+def curves_of_file(path: Path, folder: Path) -> list[int]:
+    folder.mkdir()
+    (folder / path.name).write_bytes(path.read_bytes())
+    return curves(folder)["loss"]
 
 
 # ---- what training does ---------------------------------------------------------------------
@@ -214,6 +259,53 @@ def test_training_is_adam_on_the_meta_gradient_with_the_element_clipped(tmp_path
     assert saved.config.precision == "float64"
 
 
+def test_the_flags_of_the_inner_loop_reach_it(tmp_path):
+    """One iteration with none of the defaults, against a plain loop."""
+    options = ["--iterations", 1, "--meta-batch-size", 2, "--precision", "float64", "-k", 4, "-q", 6, "-s", 3]
+    options += ["--inner-lr", 0.05, "--first-order", "--noise", 0.3, "--init", "torch", "--seed", 5]
+    options += ["--dataset", "sinusoid-line", "--tasks-at-once", 1]
+    assert command(*options, "--checkpoint-path", tmp_path, "--run-name", "run") == 0
+    network = build_learner("mlp", 1, init="torch", seed=5).double()
+    batch = SinusoidLine(4, 6, noise=0.3, dtype=torch.float64).sample("train", 5, 1, range(2))
+    gradients = [torch.zeros_like(p) for p in network.parameters()]
+    for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
+        adapted = copy.deepcopy(network)
+        optimizer = torch.optim.SGD(adapted.parameters(), lr=0.05)
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.mse_loss(adapted(support_x), support_y).backward()
+            optimizer.step()
+        loss = F.mse_loss(adapted(query_x), query_y)
+        for total, part in zip(gradients, torch.autograd.grad(loss, adapted.parameters()), strict=True):
+            total += part / 2
+    state = load_checkpoint(tmp_path / "run" / LAST).optimizer["state"]
+    for entry, gradient in zip(state.values(), gradients, strict=True):
+        assert torch.allclose(entry["exp_avg"] / 0.1, gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_the_flags_of_batch_norm_and_omniglot_reach_them(monkeypatch):
+    asked = {}
+    images = torch.zeros(1623, 20, 28, 28, dtype=torch.uint8)
+
+    def fake_omniglot(root, **options):
+        asked.update(options, root=root)
+        return images, {"train": torch.arange(1100)}
+
+    monkeypatch.setattr(dataset, "load_omniglot", fake_omniglot)
+    line = "--dataset omniglot -n 7 -k 2 -q 3 --batch-norm inductive --adapt-norm --resize nearest"
+    given = config.parse([*line.split(), "--omniglot-split", "alphabet", "--data-root", "there"])
+    settings, call = config.resolve(given), config.check_invocation(given)
+    distribution, maml = main.build(settings, call, main.prepare(settings, call))
+    assert asked == {"split": "alphabet", "resize": "nearest", "root": Path("there")}
+    assert (distribution.ways, distribution.shots, distribution.queries) == (7, 2, 3)
+    assert maml.normalisation == "inductive" and not maml.not_adapted
+    given = config.parse(["--dataset", "omniglot"])
+    settings = config.resolve(given)
+    _, maml = main.build(settings, call, main.prepare(settings, call))
+    assert maml.normalisation == "transductive" and len(maml.not_adapted) == 4
+    assert maml.inner_lr == 2.0 and not maml.first_order
+
+
 def test_gradient_norm_is_clipped(tmp_path):
     """Adam hardly sees the gradient's scale: compare its first moment, (1 - beta1) times the gradient."""
     options = ["--iterations", 1, "--grad-clip-norm", 0.5, "--checkpoint-path", tmp_path, "--run-name", "run"]
@@ -229,6 +321,9 @@ def test_meta_training_learns(tmp_path):
     result = json.loads((tmp_path / "run" / "training.json").read_text())
     loss = result["training"]["query_loss"]
     assert loss[-1] < 0.6 * loss[0]
+    final = result["final_training_loss"]
+    assert (final["from"], final["to"]) == (101, 600)
+    assert final["mean"] == pytest.approx(sum(loss[1:]) / 5, rel=1e-5)
     for picture in ("training.png", "examples.png"):
         assert (tmp_path / "run" / picture).read_bytes().startswith(b"\x89PNG")
 
@@ -245,8 +340,8 @@ def test_evaluation_of_a_checkpoint_needs_no_other_flag_and_measures_what_a_plai
     )
     table = capsys.readouterr().out
     assert "20 test tasks" in table and "95 % interval" in table
-    record = json.loads((tmp_path / "best-test-sinusoid-5shot-10query.json").read_text())
-    assert (tmp_path / "best-test-sinusoid-5shot-10query.png").read_bytes().startswith(b"\x89PNG")
+    record = json.loads((tmp_path / "best-test-sinusoid-5shot-10query-20tasks.json").read_text())
+    assert (tmp_path / "best-test-sinusoid-5shot-10query-20tasks.png").read_bytes().startswith(b"\x89PNG")
 
     network = build_learner("mlp", 1)
     parameters = load_checkpoint(checkpoint).parameters
@@ -278,14 +373,14 @@ def test_evaluation_is_repeatable_and_takes_other_shots(runs, tmp_path):
         (file,) = (tmp_path / name).glob("*.json")
         results.append(json.loads(file.read_text())["per_task"]["loss"]["transductive"])
     assert torch.allclose(torch.tensor(results[0]), torch.tensor(results[1]), rtol=1e-4)
-    assert file.name == "best-test-sinusoid-8shot-3query.json"
+    assert file.name == "best-test-sinusoid-8shot-3query-30tasks.json"
     assert results[2] != results[0]
 
 
 def test_evaluation_without_a_checkpoint_says_that_it_is_of_the_fresh_initialisation(tmp_path, capsys):
     assert command("--eval", "--eval-tasks", 5, "--out", tmp_path) == 0
     assert "the fresh initialisation" in capsys.readouterr().out
-    assert (tmp_path / "fresh-test-sinusoid-10shot-10query.json").exists()
+    assert (tmp_path / "fresh-paper-seed0-test-sinusoid-10shot-10query-5tasks.json").exists()
 
 
 def test_diverged_tasks_are_counted_and_shown_and_never_hidden_in_the_mean():
@@ -303,6 +398,8 @@ def test_diverged_tasks_are_counted_and_shown_and_never_hidden_in_the_mean():
     )
     table = evaluation_table(evaluation, loss_name="MSE", trained_steps=1, test_steps=2)
     assert "diverged" in table and "nan" in table
+    losses[:6, :2] = torch.inf  # most of them, and before adaptation
+    assert Evaluation({"transductive": losses}, {}).diverged("transductive").sum(0).tolist() == [6, 6, 1]
 
 
 def test_interval_is_that_of_a_mean():
@@ -326,7 +423,7 @@ def test_omniglot_from_training_to_both_accuracies(omniglot_root, tmp_path, caps
     assert command("--eval", "--load", tmp_path / "run" / BEST, *measure) == 0
     said = capsys.readouterr().out
     assert "transductive" in said and "inductive" in said and "accuracy %" in said
-    record = json.loads((tmp_path / "run" / "best-test-omniglot-3way-1shot-5query.json").read_text())
+    record = json.loads((tmp_path / "run" / "best-test-omniglot-3way-1shot-5query-50tasks.json").read_text())
     accuracies = {
         name: torch.tensor(values).mean(0) for name, values in record["per_task"]["accuracy"].items()
     }
