@@ -1,7 +1,5 @@
 """The mathematics: meta-gradients against finite differences and against a plain loop over tasks."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch import nn
@@ -48,13 +46,13 @@ def forward_by_hand(
     for name, layer in maml.learner.named_modules():
         if isinstance(layer, BatchNorm):
             scale, shift = (weights.get(f"{name}.{p}") for p in ("weight", "bias"))
-            batch_norm = partial(F.batch_norm, weight=scale, bias=shift, eps=layer.eps)
             if support is None:
-                x = batch_norm(x, None, None, training=True)
+                x = F.batch_norm(x, None, None, scale, shift, training=True, eps=layer.eps)
             else:
                 axes = [0, *range(2, x.dim())]
-                mean, variance = support.mean(axes), support.var(axes, unbiased=False)
-                x, support = (batch_norm(part, mean, variance, training=False) for part in (x, support))
+                mean, variance = support.mean(axes, True), support.var(axes, False, keepdim=True)
+                x, support = ((part - mean) / (variance + layer.eps).sqrt() for part in (x, support))
+                x, support = (part + shift.view(mean.shape) for part in (x, support))
         elif name and not list(layer.children()):
             own = {p: weights[f"{name}.{p}"] for p, _ in layer.named_parameters()}
             x = functional_call(layer, own, (x,))
