@@ -160,7 +160,10 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
                 mean, interval = mean_and_interval(values[:, step])
                 row |= {measure: mean.item(), f"{measure}_interval_95": interval.item()}
             kept = losses[~diverged[:, step], step]
+            ordered = losses[:, step].nan_to_num(nan=math.inf).sort().values
             row |= {
+                "loss_median": ordered[len(ordered) // 2].item(),
+                "loss_without_worst_percent": ordered[: math.ceil(0.99 * len(ordered))].mean().item(),
                 "diverged_tasks": int(diverged[:, step].sum()),
                 "loss_without_diverged": kept.mean().item() if len(kept) else None,
             }

@@ -396,6 +396,7 @@ def test_diverged_tasks_are_counted_and_shown_and_never_hidden_in_the_mean():
     assert record[1]["loss"] > 2.5 and record[1]["loss_without_diverged"] == pytest.approx(
         (15 + 3.5 + 0.4) / 9
     )
+    assert record[2]["loss_median"] == 0.5 and record[1]["loss_median"] == 0.5
     table = evaluation_table(evaluation, loss_name="MSE", trained_steps=1, test_steps=2)
     assert "diverged" in table and "nan" in table
     losses[:6, :2] = torch.inf  # most of them, and before adaptation
