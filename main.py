@@ -13,6 +13,7 @@ Every flag is declared in config.py and shown by --help.
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from dataset import TaskDistribution
     from maml import MAML
     from runtime import Runtime
+    from trainer import Trainer
 
 
 def main(arguments: list[str]) -> int:
@@ -95,10 +97,12 @@ def build(config: Config, call: Invocation, runtime: Runtime) -> tuple[TaskDistr
 
 
 def writable(folder: Path, flag: str) -> Path:
-    from report import make_writable
-
+    """The folder, made if need be, or a refusal that names the flag."""
     try:
-        make_writable(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
     except OSError as error:
         raise UsageError(
             f"{flag} {folder}: cannot write there ({error.strerror or error}); name another folder"
@@ -116,38 +120,41 @@ def print_settings(config: Config, runtime: Runtime, first_line: str) -> None:
 def train(call: Invocation, given: Mapping[str, Any]) -> int:
     """A new run, or one that goes on (--load, --resume)."""
     start_file, folder = where_to_train(call, given)
-    start = None
-    if start_file is not None:
-        start, config = read_start(start_file, given)
-    else:
-        config = settings.resolve(given)
-    if start is not None and start.iteration >= config.iterations:
-        print(
-            f"{start_file} is already at iteration {start.iteration:,} of {config.iterations:,}: "
-            "give a larger --iterations to go on"
-        )
-        return 0
-    runtime = prepare(config, call)
 
-    from checkpoint import BEST, LAST, fitting_parameters, load_checkpoint
+    from checkpoint import fitting_parameters, load_checkpoint
     from trainer import Trainer
 
-    weights = None if call.init_from is None or start else load_checkpoint(call.init_from)
-    if call.load is None:
-        writable(call.checkpoint_path, "--checkpoint-path")
+    if start_file is None:
+        start, config = None, settings.resolve(given)
+    else:
+        start, config = read_start(start_file, given)
+        if start.iteration >= config.iterations:
+            print(
+                f"{start_file} is at iteration {start.iteration:,}: a larger --iterations goes on from there"
+            )
+            return 0
+    runtime = prepare(config, call)
+    weights_file = start_file or call.init_from
+    weights = start or (load_checkpoint(weights_file) if weights_file else None)
+    writable(folder or call.checkpoint_path, "--load" if call.load else "--checkpoint-path")
     distribution, maml = build(config, call, runtime)
     parameters = maml.initial_parameters()
-    for file, source in ((start_file, start), (call.init_from, weights)):
-        if file is not None and source is not None:
-            parameters = fitting_parameters(file, source.parameters, parameters, config.learner)
-    if folder is None:
-        folder = fresh_folder(call.checkpoint_path, config)
-    writable(folder, "--checkpoint-path" if call.load is None else "--load")
-    origin = f"{call.init_from}, iteration {weights.iteration:,}" if weights else None
+    if weights and weights_file:
+        parameters = fitting_parameters(weights_file, weights.parameters, parameters, config.learner)
+    folder = folder or fresh_folder(call.checkpoint_path, config)
+    origin = f"{weights_file}, iteration {weights.iteration:,}" if weights else None
     trainer = Trainer(config, maml, parameters, distribution, folder, start, origin)
-    doing = "Meta-training" if start is None else f"Going on from iteration {start.iteration:,}"
+    doing = f"Going on from iteration {start.iteration:,}" if start else "Meta-training"
     print_settings(config, runtime, f"{doing} in {folder}")
     signal = trainer.train()
+    print_end(trainer, folder, signal)
+    return 0 if signal is None else 128 + signal
+
+
+def print_end(trainer: Trainer, folder: Path, signal: int | None) -> None:
+    """How training ended, and what to type next."""
+    from checkpoint import BEST, LAST
+
     final = trainer.final_loss()
     if final is not None:
         loss, first, last = final
@@ -155,12 +162,10 @@ def train(call: Invocation, given: Mapping[str, Any]) -> int:
     if signal is not None:
         go_on = shlex.join(["python", "main.py", "--load", str(folder / LAST)])
         print(f"Saved at iteration {trainer.iteration:,}. Go on: {go_on}")
-        return 128 + signal
-    logs = call.checkpoint_path if call.load is None else folder
+        return
     file = folder / (BEST if trainer.progress.best_iteration else LAST)
-    print("Curves:   ", shlex.join(["tensorboard", "--logdir", str(logs)]))
+    print("Curves:   ", shlex.join(["tensorboard", "--logdir", str(folder)]))
     print("Test it:  ", shlex.join(["python", "main.py", "--eval", "--load", str(file)]))
-    return 0
 
 
 def where_to_train(call: Invocation, given: Mapping[str, Any]) -> tuple[Path | None, Path | None]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -365,11 +364,3 @@ def learning_figure(
         panel.set_ylabel(label)
         panel.legend()
     return figure
-
-
-def make_writable(folder: Path) -> None:
-    """Makes a folder and writes into it; OSError where that cannot be done."""
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".writable-{os.getpid()}"
-    probe.write_bytes(b"")
-    probe.unlink()

@@ -135,7 +135,7 @@ def test_a_finished_run_can_be_made_longer(runs, tmp_path, capsys):
     options = [*SETTINGS, *SCHEDULE, "--checkpoint-path", tmp_path, "--run-name", "short"]
     assert command(*options, "--iterations", 100) == 0  # the last --iterations counts
     assert command("--load", short / LAST) == 0
-    assert "already at iteration 100 of 100" in capsys.readouterr().out
+    assert "is at iteration 100: a larger --iterations" in capsys.readouterr().out
     assert command("--load", short / LAST, "--iterations", ITERATIONS) == 0
     assert_same_run(short, whole)
 
