@@ -1,6 +1,7 @@
 """The README is true: its commands are those that CI runs, its flags those that exist, its Python runs."""
 
 import re
+import shlex
 
 import torch
 from conftest import ROOT
@@ -28,7 +29,7 @@ def test_the_commands_of_the_readme_have_valid_flags():
     lines = re.findall(r"^python main\.py(.*)$", README, re.MULTILINE)
     assert len(lines) > 10
     for line in lines:
-        given = config.parse(line.split())
+        given = config.parse(shlex.split(line, comments=True))
         config.check_invocation(given)
         if "load" not in given:
             config.resolve(given)
