@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
+import warnings
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +84,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if not path.is_file():
         raise UsageError(f"{path}: there is no such checkpoint")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of formats that are refused below
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UsageError(f"{path} is not a checkpoint of this tool: it was not loaded") from error
     except Exception as error:  # the unpickler may meet any bytes, and stumble in any way
@@ -126,6 +130,7 @@ def _plain_tensor(value: Any) -> bool:
         and value.layout == torch.strided
         and value.device.type == "cpu"
         and value.is_floating_point()
+        and value.is_contiguous()
     )
 
 
@@ -157,6 +162,8 @@ def _progress_fits(progress: Any) -> bool:
             and all(isinstance(name, str) and numbers(points) for name, points in values.items())
             and len({len(points) for points in values.values()}) <= 1
             and (not values or {"iteration", "query_loss"} <= values.keys())
+            and all(type(iteration) is int for iteration in values.get("iteration", []))
+            and all(a < b for a, b in pairwise(values.get("iteration", [])))
         )
 
     return (
@@ -167,6 +174,7 @@ def _progress_fits(progress: Any) -> bool:
         and isinstance(progress["window"], dict)
         and numbers(list(progress["window"].values()))
         and type(progress["window_size"]) is int
+        and progress["window_size"] >= 0
         and type(progress["origin"]) in (str, type(None))
         and curve(progress["training"])
         and curve(progress["validation"])

@@ -76,7 +76,12 @@ Check = Callable[[Any], str | None]  # what was expected, where the value is not
 
 
 def at_least(minimum: int) -> Check:
-    return lambda v: None if v >= minimum else f"a whole number of at least {minimum}"
+    def check(value: int) -> str | None:
+        if value >= 2**31:
+            return "a whole number below 2^31"
+        return None if value >= minimum else f"a whole number of at least {minimum}"
+
+    return check
 
 
 def above_zero(value: float) -> str | None:
@@ -119,7 +124,7 @@ class Flag:
         """What was expected of the value, or None where it is all right."""
         if value is None and self.optional:
             return None
-        if self.kind is float and type(value) is int:
+        if self.kind is float and type(value) is int and abs(value) < 2**63:
             value = float(value)
         if not isinstance(value, self.kind) or (isinstance(value, bool) and self.kind is not bool):
             return KIND_NAMES.get(self.kind, self.kind.__name__)
@@ -478,8 +483,6 @@ def resolve(given: Mapping[str, Any]) -> Config:
     for name, by_column in DEFAULTS.items():
         values.setdefault(name, by_column[column])
     values |= _queries_from_samples(given, values["shots"], dataset)
-    if "log_every" not in given:  # a short run has a curve, too
-        values["log_every"] = min(values["log_every"], values["iterations"])
     for name in ("queries", "test_steps"):
         values[name] = {"k": values["shots"], "s": values["steps"]}.get(values[name], values[name])
     values.setdefault("eval_steps", max(CONFIG_FLAGS["eval_steps"].default, values["test_steps"]))

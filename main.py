@@ -47,6 +47,14 @@ def main(arguments: list[str]) -> int:
     except OSError as error:
         print(f"main.py: error: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        print(
+            "main.py: error: out of memory: take fewer tasks at a time (--tasks-at-once), or smaller ones",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print("\nmain.py: interrupted", file=sys.stderr)
         return 130
@@ -128,11 +136,18 @@ def train(call: Invocation, given: Mapping[str, Any]) -> int:
         start, config = None, settings.resolve(given)
     else:
         start, config = read_start(start_file, given)
-        if start.iteration >= config.iterations:
+        finished = start_file.with_name("training.json").exists()
+        if start.iteration >= config.iterations and finished:
             print(
                 f"{start_file} is at iteration {start.iteration:,}: a larger --iterations goes on from there"
             )
             return 0
+        origin = start.progress["origin"] or ""
+        if call.init_from and not origin.startswith(f"{call.init_from}, "):
+            raise UsageError(
+                f"--init-from {call.init_from} disagrees with the checkpoint {start_file}, "
+                f"which began from {origin or 'the initialisation'}: leave it out when going on"
+            )
     runtime = prepare(config, call)
     weights_file = start_file or call.init_from
     weights = start or (load_checkpoint(weights_file) if weights_file else None)
@@ -242,12 +257,17 @@ def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -
     source = None if call.load is None else load_checkpoint(call.load)
     if source is None:
         config = settings.resolve(given)
-        what, stem = "the fresh initialisation (no --load)", f"fresh-{config.init}-seed{config.seed}"
+        what, stem = (
+            "the fresh initialisation (no --load)",
+            f"fresh-{config.learner}-{config.init}-seed{config.seed}",
+        )
         default_out = call.checkpoint_path
     else:
         config = settings.resolve_from(source.config, given, evaluate=True)
         assert call.load is not None
         what, stem = f"{call.load}, iteration {source.iteration:,}", call.load.stem
+        if call.out:  # results of several runs may meet there
+            stem = f"{call.load.resolve().parent.name}-{stem}"
         default_out = call.load.parent
     runtime = prepare(config, call)
     out = writable(call.out or default_out, "--out")

@@ -82,6 +82,8 @@ def _find_part(data_root: Path, part: str) -> Path:
         if archive.exists():
             raise UsageError(f"{archive} is damaged: remove it, and it is fetched again")
         _fetch(data_root, part)
+        if zipfile.is_zipfile(archive):  # as the next call will find it
+            return archive
     return folder / part
 
 

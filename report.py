@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -52,7 +53,8 @@ class RunLog:
     def __init__(self, folder: Path, *, begin_at: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        _drop_events(folder, begin_at)
+        if begin_at:
+            _drop_events(folder, begin_at)
         _wait_for_a_later_second(folder)
         self.writer = SummaryWriter(str(folder), purge_step=begin_at)
 
@@ -79,22 +81,31 @@ class RunLog:
 
 
 def _drop_events(folder: Path, begin_at: int) -> None:
-    """Removes from the folder's event files what lies at or after an iteration, and half-written ends.
+    """Removes what lies at or after an iteration from the folder's event files.
 
     TensorBoard's own way, `purge_step`, is unknown to the server that `tensorboard` starts by default.
+    A file with nothing to drop, or that cannot be read, stays as it is.
     """
+    from google.protobuf.message import DecodeError
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
 
-    for path in folder.glob("events.out.tfevents.*"):
-        temporary = path.with_name(f".{path.name}.tmp")
+    temporary = folder / f".rewriting-{os.getpid()}.tmp"
+    for path in filter(Path.is_file, folder.glob("events.out.tfevents.*")):
+        try:
+            records = [(record, Event.FromString(record)) for record in RawEventFileLoader(str(path)).Load()]
+        except DecodeError:
+            continue
+        kept = [r for r, event in records if event.step < begin_at or event.HasField("file_version")]
+        if len(kept) == len(records):
+            continue
         with temporary.open("wb") as file:
-            records = RecordWriter(file)
-            for record in RawEventFileLoader(str(path)).Load():
-                event = Event.FromString(record)
-                if event.step < begin_at or event.HasField("file_version"):
-                    records.write(record)
+            writer = RecordWriter(file)
+            for record in kept:
+                writer.write(record)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
 
 

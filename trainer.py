@@ -118,18 +118,19 @@ class Trainer:
         log = RunLog(self.folder, begin_at=self.iteration + 1 if self.iteration else 0)
         if not self.iteration:
             log.text("settings", settings_as_markdown(meaningful(config) | self._origin()), 0)
+        log_every = min(config.log_every, config.iterations)  # a short run has a curve, too
         window_start, window_first = time.monotonic(), self.iteration
         bar = tqdm(total=config.iterations, initial=self.iteration, unit="it", dynamic_ncols=True)
         redrawn = time.monotonic()
         with bar, self._signals():
-            while self.iteration < config.iterations and self.signal is None:
+            while self.iteration < config.iterations:
                 self.iteration += 1
                 self.step(self.iteration)
                 bar.update()
                 if time.monotonic() - redrawn > REDRAW_SECONDS:
                     self._show(bar)
                     redrawn = time.monotonic()
-                if self.iteration % config.log_every == 0:
+                if self.iteration % log_every == 0:
                     now = time.monotonic()
                     rate = (self.iteration - window_first) / (now - window_start)
                     self._log_window(log, rate)
@@ -139,13 +140,15 @@ class Trainer:
                     paused = time.monotonic()
                     self._validate(log, last=last)
                     window_start += time.monotonic() - paused
-                if self.iteration % config.save_every == 0 or last:
+                if self.iteration % config.save_every == 0 or last or self.signal is not None:
                     self.save(log, LAST)
-            if self.iteration % config.save_every and self.iteration < config.iterations:
-                self.save(log, LAST)
+                if self.signal is not None:
+                    break
+        if not (self.folder / LAST).exists():  # killed between best.pt and last.pt of the last iteration
+            self.save(log, LAST)
         log.close()
         self._write_results()
-        return self.signal
+        return self.signal if self.iteration < config.iterations else None
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

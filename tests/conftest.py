@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 @pytest.fixture(scope="session")
 def omniglot_root() -> Path:
     """The folder that holds the real Omniglot; tests of it are skipped where there is none."""
-    root = Path(os.environ.get("MAML_DATA_ROOT", ROOT / "data"))
+    root = Path(os.environ.get("MAML_DATA_ROOT") or ROOT / "data")
     if not any(
         (root / "omniglot-py" / name).exists() for name in ("images_background.zip", "images_background")
     ):

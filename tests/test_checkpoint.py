@@ -109,6 +109,7 @@ def test_other_content_is_refused(tmp_path, change, message):
         {"exp_avg_sq": torch.zeros(3, 2, dtype=torch.float64)},
         {"step": torch.zeros(5)},
         {"exp_avg": None},
+        {"exp_avg": torch.zeros(1).expand(3, 2)},  # one number in memory
     ],
 )
 def test_moments_that_do_not_fit_are_refused(tmp_path, change):
@@ -124,6 +125,9 @@ def test_moments_that_do_not_fit_are_refused(tmp_path, change):
     [
         {"best_score": "x"},
         {"window_size": 1.5},
+        {"window_size": -1},
+        {"training": {"iteration": [float("nan")], "query_loss": [1.0]}},
+        {"training": {"iteration": [2, 1], "query_loss": [1.0, 1.0]}},
         {"training": {"iteration": [1], "query_loss": [1.0, 2.0]}},
         {"validation": {"iteration": ["1"], "query_loss": [1.0]}},
         {"window": {"query_loss": None}},

@@ -41,6 +41,7 @@ def test_defaults_come_from_the_table_and_flags_override_them(arguments, expecte
 MISTAKES = [
     ("-k 0", "-k: expected a whole number of at least 1, got '0'"),
     ("-q 0", "-q: expected"),
+    ("-k 1000000000000", "-k: expected a whole number below 2^31"),
     ("-s 1.5", "-s: expected a whole number, got '1.5'"),
     ("--dataset omniglot -n 1", "-n: expected a whole number of at least 2"),
     ("--meta-batch-size 0", "--meta-batch-size: expected"),
@@ -105,6 +106,15 @@ def test_a_device_that_is_not_there_is_refused(capsys, tmp_path, monkeypatch):
     assert "PyTorch finds no CUDA GPU here; use --device cpu" in capsys.readouterr().err
 
 
+def test_out_of_memory_says_what_to_do(capsys, monkeypatch):
+    def no_memory(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(main, "train", no_memory)
+    assert main.main([]) == 2
+    assert "--tasks-at-once" in capsys.readouterr().err
+
+
 def test_samples_on_a_checkpoint_are_held_against_its_query():
     saved = resolve("--samples", "50")
     assert config.resolve_from(saved, {"samples": 50}, evaluate=False) == saved
@@ -146,7 +156,14 @@ def test_settings_survive_the_checkpoint_and_nonsense_does_not():
     settings = resolve("--dataset", "omniglot", "--grad-clip", "10")
     plain = config.config_to_plain(settings)
     assert config.config_from_plain(plain) == settings
-    for key, value in (("shots", 0), ("shots", "1"), ("first_order", 1), ("seed", True), ("dataset", "x")):
+    for key, value in (
+        ("shots", 0),
+        ("shots", "1"),
+        ("inner_lr", 10**400),
+        ("first_order", 1),
+        ("seed", True),
+        ("dataset", "x"),
+    ):
         with pytest.raises(UsageError, match=f"its setting {key} should be"):
             config.config_from_plain(plain | {key: value})
     for broken in (None, [], {}, plain | {"extra": 1}):

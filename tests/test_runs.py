@@ -200,6 +200,32 @@ def test_a_run_that_has_only_its_best_checkpoint_goes_on_from_there(runs, tmp_pa
         assert_same_run(runs / "whole", tmp_path / "run")
 
 
+def test_a_run_killed_after_its_last_checkpoint_still_gets_its_results(runs, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / BEST).write_bytes((runs / "whole" / LAST).read_bytes())
+    options = ["--checkpoint-path", tmp_path, "--run-name", "run", "--resume"]
+    assert command(*options, "--init-from", runs / "whole" / LAST) == 2  # it did not begin there
+    assert command(*options) == 0
+    assert (tmp_path / "run" / "training.json").exists() and (tmp_path / "run" / LAST).exists()
+    capsys.readouterr()
+    assert command(*options) == 0
+    assert f"is at iteration {ITERATIONS}" in capsys.readouterr().out
+
+
+def test_foreign_event_files_are_left_as_they_are(tmp_path):
+    from report import RunLog
+
+    foreign = tmp_path / "events.out.tfevents.notes"
+    foreign.write_bytes(b"not an event file at all, but somebody's")
+    (tmp_path / "events.out.tfevents.folder").mkdir()
+    for begin_at in (0, 5):
+        log = RunLog(tmp_path, begin_at=begin_at)
+        log.scalars({"loss": 1.0}, begin_at)
+        log.close()
+    assert foreign.read_bytes() == b"not an event file at all, but somebody's"
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_a_killed_runs_points_are_dropped_even_where_the_schedule_changes(tmp_path):
     from report import RunLog
 
@@ -315,6 +341,13 @@ def test_gradient_norm_is_clipped(tmp_path):
     assert norm.item() == pytest.approx(0.5, rel=1e-4)
 
 
+def test_a_short_run_has_a_curve(tmp_path):
+    assert command("--iterations", 3, "--checkpoint-path", tmp_path, "--run-name", "run") == 0
+    assert curves(tmp_path / "run")["train/query_loss"] == [3]
+    assert (tmp_path / "run" / "training.png").exists()
+    assert load_checkpoint(tmp_path / "run" / LAST).config.log_every == 100
+
+
 def test_meta_training_learns(tmp_path):
     options = ["--iterations", 600, "--init", "torch", "--checkpoint-path", tmp_path, "--run-name", "run"]
     assert command(*options) == 0
@@ -340,8 +373,10 @@ def test_evaluation_of_a_checkpoint_needs_no_other_flag_and_measures_what_a_plai
     )
     table = capsys.readouterr().out
     assert "20 test tasks" in table and "95 % interval" in table
-    record = json.loads((tmp_path / "best-test-sinusoid-5shot-10query-20tasks.json").read_text())
-    assert (tmp_path / "best-test-sinusoid-5shot-10query-20tasks.png").read_bytes().startswith(b"\x89PNG")
+    record = json.loads((tmp_path / "whole-best-test-sinusoid-5shot-10query-20tasks.json").read_text())
+    assert (
+        (tmp_path / "whole-best-test-sinusoid-5shot-10query-20tasks.png").read_bytes().startswith(b"\x89PNG")
+    )
 
     network = build_learner("mlp", 1)
     parameters = load_checkpoint(checkpoint).parameters
@@ -373,14 +408,14 @@ def test_evaluation_is_repeatable_and_takes_other_shots(runs, tmp_path):
         (file,) = (tmp_path / name).glob("*.json")
         results.append(json.loads(file.read_text())["per_task"]["loss"]["transductive"])
     assert torch.allclose(torch.tensor(results[0]), torch.tensor(results[1]), rtol=1e-4)
-    assert file.name == "best-test-sinusoid-8shot-3query-30tasks.json"
+    assert file.name == "killed-best-test-sinusoid-8shot-3query-30tasks.json"
     assert results[2] != results[0]
 
 
 def test_evaluation_without_a_checkpoint_says_that_it_is_of_the_fresh_initialisation(tmp_path, capsys):
     assert command("--eval", "--eval-tasks", 5, "--out", tmp_path) == 0
     assert "the fresh initialisation" in capsys.readouterr().out
-    assert (tmp_path / "fresh-paper-seed0-test-sinusoid-10shot-10query-5tasks.json").exists()
+    assert (tmp_path / "fresh-mlp-paper-seed0-test-sinusoid-10shot-10query-5tasks.json").exists()
 
 
 def test_diverged_tasks_are_counted_and_shown_and_never_hidden_in_the_mean():
