@@ -7,6 +7,7 @@ progress bar is redrawn, so that no iteration waits for the device.
 from __future__ import annotations
 
 import math
+import os
 import signal
 import sys
 import time
@@ -158,7 +159,8 @@ class Trainer:
             self.signal = number
             for each in handled:
                 signal.signal(each, handled[each])
-            print("\nEnding after this iteration; once more to end at once.", file=sys.stderr)
+            # not print(): the handler may have come in the middle of one
+            os.write(2, b"\nEnding after this iteration; once more to end at once.\n")
 
         handled = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
         for each in handled:
