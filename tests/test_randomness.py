@@ -8,7 +8,10 @@ import torch
 from randomness import Stream, mix
 
 
-def stream(seed=0, name="test", iteration=0, tasks=range(1000)):
+THOUSAND = range(1000)
+
+
+def stream(seed=0, name="test", iteration=0, tasks=THOUSAND):
     return Stream.from_seed(seed).at(name).at(iteration).at(torch.tensor(list(tasks)))
 
 
