@@ -7,7 +7,6 @@ import torch
 
 from randomness import Stream, mix
 
-
 THOUSAND = range(1000)
 
 
