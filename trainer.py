@@ -83,6 +83,7 @@ class Trainer:
             self.metrics.append("query_accuracy")
         sums = [self.progress.window.get(name, 0.0) for name in self.metrics]
         self.window = torch.tensor(sums, device=next(iter(parameters.values())).device)
+        self.log_every = min(config.log_every, config.iterations)  # a short run has a curve, too
         self.signal: int | None = None
         self.warned = False
 
@@ -119,7 +120,6 @@ class Trainer:
         log = RunLog(self.folder, begin_at=self.iteration + 1 if self.iteration else 0)
         if not self.iteration:
             log.text("settings", settings_as_markdown(meaningful(config) | self._origin()), 0)
-        log_every = min(config.log_every, config.iterations)  # a short run has a curve, too
         window_start, window_first = time.monotonic(), self.iteration
         bar = tqdm(total=config.iterations, initial=self.iteration, unit="it", dynamic_ncols=True)
         redrawn = time.monotonic()
@@ -131,7 +131,7 @@ class Trainer:
                 if time.monotonic() - redrawn > REDRAW_SECONDS:
                     self._show(bar)
                     redrawn = time.monotonic()
-                if self.iteration % log_every == 0:
+                if self.iteration % self.log_every == 0:
                     now = time.monotonic()
                     rate = (self.iteration - window_first) / (now - window_start)
                     self._log_window(log, rate)
@@ -314,6 +314,6 @@ class Trainer:
             self.progress.validation,
             measure="query_accuracy" if classification else "query_loss",
             label="query accuracy" if classification else "query MSE",
-            log_every=self.config.log_every,
+            log_every=self.log_every,
         )
         write_figure(self.folder / "training.png", figure)
