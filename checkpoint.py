@@ -11,6 +11,7 @@ import dataclasses
 import os
 import pickle
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -122,6 +123,28 @@ def _well_formed(checkpoint: Checkpoint) -> bool:
         and _adam_state_fits(checkpoint.optimizer, parameters)
         and _progress_fits(checkpoint.progress)
     )
+
+
+def adam_state(iteration: int, *moments: dict[str, Tensor]) -> dict[str, Any]:
+    """First and second moments by parameter, as `torch.optim.Adam` lays its state out."""
+    first, second = moments
+    step = torch.tensor(float(iteration))
+    entries = zip(first.values(), second.values(), strict=True)
+    return {
+        "state": {
+            number: {"step": step.clone(), "exp_avg": m, "exp_avg_sq": v}
+            for number, (m, v) in enumerate(entries)
+        }
+    }
+
+
+def moments_of(checkpoint: Checkpoint, names: Iterable[str]) -> list[dict[str, Tensor]]:
+    """The inverse: first and second moments by name of the parameter, in the names' order."""
+    entries = checkpoint.optimizer["state"]
+    return [
+        {name: entries[number][moment] for number, name in enumerate(names)}
+        for moment in ("exp_avg", "exp_avg_sq")
+    ]
 
 
 def _plain_tensor(value: Any) -> bool:

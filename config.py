@@ -39,15 +39,16 @@ class LearnerFacts:
     init: str  # the default of --init
     adapt_norm: bool | None  # the default of --adapt-norm; None: it has no batch norm
     inner_lr: float | None = None  # the default of --inner-lr, where it is not the data's
+    convolutional: bool = True
 
 
 LEARNERS = {
-    "mlp": LearnerFacts(regression=True, init="paper", adapt_norm=None),
+    "mlp": LearnerFacts(regression=True, init="paper", adapt_norm=None, convolutional=False),
     "conv": LearnerFacts(regression=False, init="paper", adapt_norm=False),
     "conv-pool": LearnerFacts(regression=False, init="paper", adapt_norm=False),
     # Its last layer has 25,600 inputs: a step of 2.0 is far too long there.
     "convnet": LearnerFacts(regression=False, init="torch", adapt_norm=True, inner_lr=0.01),
-    "fc": LearnerFacts(regression=False, init="paper", adapt_norm=False),
+    "fc": LearnerFacts(regression=False, init="paper", adapt_norm=False, convolutional=False),
 }
 
 # The defaults that depend on the data: those of Finn et al. (2017). "k" and "s" stand for the values
@@ -64,11 +65,15 @@ DEFAULTS: dict[str, tuple[Any, Any, Any]] = {
     "meta_batch_size": (25, 32, 16),
     "iterations": (70_000, 60_000, 60_000),
     "test_steps": ("s", 3, 5),
+    "compile_after": (100, 5, 2),
     "log_every": (100, 10, 10),
     "val_every": (1000, 500, 500),
     "save_every": (1000, 100, 100),
 }
 
+
+# Compiling costs this many uncompiled iterations or more, saved again (benchmarks/README.md).
+COMPILED_FROM = {"regression": 10_000, "classification": 1_500}
 
 # ---- how a flag is declared ----------------------------------------------------------------------
 
@@ -114,10 +119,11 @@ class Flag:
     check: Check | None
     metavar: str | None
     choices: tuple[str, ...] | None
-    only: str | None  # "regression", "classification" or "batch norm": where it means something
+    only: str | None  # where it means something: see `_applies`
     free_on_resume: bool  # may differ from the checkpoint when a run goes on
     free_on_eval: bool  # may differ from the checkpoint in --eval
     optional: bool  # None is a value too
+    before: Any  # in checkpoints that are older than the flag
     default: Any
 
     def problem(self, value: Any) -> str | None:
@@ -144,6 +150,8 @@ class Flag:
 
 BY_DATASET = object()  # the default stands in DEFAULTS
 BY_LEARNER = object()  # the default stands in LEARNERS
+BY_RULE = object()  # "auto" is the default and `resolve_auto` settles it
+NOT_THERE = object()  # the flag is as old as the checkpoints' format
 
 
 def flag(
@@ -159,6 +167,7 @@ def flag(
     free_on_resume: bool = False,
     free_on_eval: bool = False,
     optional: bool = False,
+    before: Any = NOT_THERE,
 ) -> Any:
     declaration = Flag(
         names=names,
@@ -172,9 +181,10 @@ def flag(
         free_on_resume=free_on_resume,
         free_on_eval=free_on_eval,
         optional=optional,
+        before=before,
         default=default,
     )
-    if default is BY_DATASET or default is BY_LEARNER:
+    if default in (BY_DATASET, BY_LEARNER, BY_RULE):
         return field(metadata={"flag": declaration})
     return field(default=default, metadata={"flag": declaration})
 
@@ -283,8 +293,33 @@ class Config:
         help="of the initial weights and the training tasks",
     )  # fmt: skip
     precision: str = flag(
-        "--precision", group="machine", kind=str, choices=("float32", "float64"),
-        default="float32", free_on_eval=True, help="of all arithmetic",
+        "--precision", group="machine", kind=str, choices=("float64", "float32", "tf32", "bf16"),
+        default="float32", free_on_eval=True,
+        help="of the arithmetic; tf32 (CUDA: of matrix products) and bf16 are for the learner only: "
+        "meta-parameters, fast weights, losses, batch statistics and the optimizer stay float32",
+    )  # fmt: skip
+    compile: str = flag(
+        "--compile", group="machine", kind=str, choices=("auto", "on", "off"), default=BY_RULE,
+        before="off",
+        help="compile the iteration; auto: where the run is long enough to pay for it, from 10,000 "
+        "iterations (omniglot 1,500)",
+    )  # fmt: skip
+    compile_after: int = flag(
+        "--compile-after", group="machine", kind=int, check=at_least(0), metavar="N", before=0,
+        help="iterations that run uncompiled at first, to show at once that the run is well",
+    )  # fmt: skip
+    engine: str = flag(
+        "--engine", group="machine", kind=str, choices=("auto", "unrolled", "adjoint"), default=BY_RULE,
+        before="unrolled",
+        help="how the exact meta-gradient is computed: through the whole inner loop, or step by step "
+        "backwards, in memory that hardly grows with -s; the same to rounding. auto: unrolled with one "
+        "inner step and for regression, else adjoint",
+    )  # fmt: skip
+    convolution: str = flag(
+        "--conv", group="machine", kind=str, choices=("auto", "im2col", "grouped"), default=BY_RULE,
+        before="grouped", only="convolutions",
+        help="convolutions as matrix products over patches, or as one grouped convolution over tasks; "
+        "auto: im2col where it is compiled",
     )  # fmt: skip
     tasks_at_once: int | None = flag(
         "--tasks-at-once", group="machine", kind=int, check=at_least(1), metavar="N",
@@ -412,6 +447,8 @@ def _default_text(name: str, declaration: Flag) -> str:
             if getattr(facts, name, None) is not None
         ]
         return f"{regression}; omniglot {omniglot}{''.join(exceptions)}"
+    if declaration.default is BY_RULE:
+        return "auto"
     if declaration.default is BY_LEARNER:
         facts = {learner: getattr(LEARNERS[learner], name) for learner in LEARNERS}
         return ", ".join(f"{k} {_show(v)}" for k, v in facts.items() if v is not None)
@@ -491,9 +528,26 @@ def resolve(given: Mapping[str, Any]) -> Config:
     learner = LEARNERS[values["learner"]]
     values.setdefault("init", learner.init)
     values.setdefault("adapt_norm", bool(learner.adapt_norm))
-    config = Config(**values)
+    config = Config(**resolve_auto(values))
     check(config, given)
     return config
+
+
+def resolve_auto(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, with what is "auto" or missing settled by what was measured (benchmarks/README.md)."""
+    regression = values.get("dataset", CONFIG_FLAGS["dataset"].default) in REGRESSION
+    long = COMPILED_FROM["regression" if regression else "classification"]
+    compiled = values["iterations"] >= long
+    automatic = {
+        "compile": "on" if compiled else "off",
+        "engine": "unrolled" if regression or values["steps"] == 1 else "adjoint",
+    }
+    chosen = {name: values.get(name, "auto") for name in (*automatic, "convolution")}
+    settled = {name: automatic[name] if chosen[name] == "auto" else chosen[name] for name in automatic}
+    settled["convolution"] = chosen["convolution"]
+    if chosen["convolution"] == "auto":
+        settled["convolution"] = "im2col" if settled["compile"] == "on" else "grouped"
+    return dict(values) | settled
 
 
 def resolve_from(saved: Config, given: Mapping[str, Any], *, evaluate: bool) -> Config:
@@ -510,6 +564,8 @@ def resolve_from(saved: Config, given: Mapping[str, Any], *, evaluate: bool) -> 
         declaration = CONFIG_FLAGS[name]
         if declaration.free_on_eval if evaluate else declaration.free_on_resume:
             changes[name] = value
+        elif declaration.default is BY_RULE and value == "auto":
+            continue  # settled when the run began
         elif value != getattr(saved, name):
             doing = "evaluating" if evaluate else "going on with"
             raise UsageError(
@@ -551,7 +607,8 @@ def check(config: Config, given: Mapping[str, Any]) -> None:
     for name in given:
         only = ALL_FLAGS[name].only
         if only and not _applies(only, config):
-            place = f"--learner {config.learner}" if only == "batch norm" else config.dataset
+            of_learner = only in ("batch norm", "convolutions")
+            place = f"--learner {config.learner}" if of_learner else config.dataset
             raise UsageError(f"{ALL_FLAGS[name].names[0]} means nothing with {place}: leave it out")
     if config.init == "paper" and learner.init != "paper":
         raise UsageError(f"--init paper: {config.learner} is not a network of the paper; use torch")
@@ -562,11 +619,12 @@ def check(config: Config, given: Mapping[str, Any]) -> None:
 
 
 def _applies(only: str, config: Config) -> bool:
-    """Whether a flag that is for regression, classification or batch norm only means something here."""
+    """Whether a flag for one kind of data or of learner only means something here."""
     return {
         "regression": not config.classification,
         "classification": config.classification,
         "batch norm": config.has_batch_norm,
+        "convolutions": LEARNERS[config.learner].convolutional,
     }[only]
 
 
@@ -634,10 +692,15 @@ def config_to_plain(config: Config) -> dict[str, Any]:
 
 def config_from_plain(values: Any) -> Config:
     """The inverse; raises UsageError for anything that `config_to_plain` does not give."""
+    if isinstance(values, dict):
+        older = {name: flag.before for name, flag in CONFIG_FLAGS.items() if flag.before is not NOT_THERE}
+        values = older | values
     if not isinstance(values, dict) or values.keys() != CONFIG_FLAGS.keys():
         raise UsageError("its settings are not those of this version")
     for name, declaration in CONFIG_FLAGS.items():
         problem = declaration.problem(values[name])
+        if declaration.default is BY_RULE and values[name] == "auto":
+            problem = "settled"
         if problem:
             raise UsageError(f"its setting {name} should be {problem}, not {values[name]!r}"[:200])
     config = Config(**values)

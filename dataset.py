@@ -26,18 +26,22 @@ class TaskDistribution(Protocol):
     """Anything that samples tasks."""
 
     classification: bool  # labels are classes, and accuracy means something
+    computed: bool  # `sample` computes tasks from numbers alone, so that it can be compiled with the step
 
     @property
     def examples(self) -> int:
         """Support and query examples of one task."""
         ...
 
-    def sample(self, split: str, seed: int, iteration: int, tasks: range) -> TaskBatch:
-        """The tasks with these numbers of an iteration, of the "train", "validation" or "test" split."""
+    def sample(self, split: str, seed: int, iteration: int | Tensor, tasks: range) -> TaskBatch:
+        """The tasks with these numbers of an iteration, of the "train", "validation" or "test" split.
+
+        The iteration may be an int64 scalar on the distribution's device; the tasks are the same.
+        """
         ...
 
 
-def task_stream(split: str, seed: int, iteration: int, tasks: range, device: torch.device) -> Stream:
+def task_stream(split: str, seed: int, iteration: int | Tensor, tasks: range, device: torch.device) -> Stream:
     """One independent random stream for each task."""
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}: one of {', '.join(SPLITS)}")
@@ -57,6 +61,7 @@ class Regression(ABC):
     """
 
     classification = False
+    computed = True
 
     def __init__(
         self,
@@ -94,7 +99,7 @@ class Regression(ABC):
         """The targets, without noise: `[tasks, points]`."""
 
     def sample(
-        self, split: str, seed: int, iteration: int, tasks: range, *, grid: int | None = None
+        self, split: str, seed: int, iteration: int | Tensor, tasks: range, *, grid: int | None = None
     ) -> TaskBatch:
         """A meta-batch; with `grid`, the query is that many dense, sorted points without noise."""
         stream = task_stream(split, seed, iteration, tasks, self.device)
@@ -197,6 +202,7 @@ class Omniglot:
     """
 
     classification = True
+    computed = False
 
     def __init__(
         self,
@@ -224,7 +230,7 @@ class Omniglot:
     def examples(self) -> int:
         return self.ways * (self.shots + self.queries)
 
-    def sample(self, split: str, seed: int, iteration: int, tasks: range) -> TaskBatch:
+    def sample(self, split: str, seed: int, iteration: int | Tensor, tasks: range) -> TaskBatch:
         """A meta-batch: one index operation on the whole dataset."""
         stream = task_stream(split, seed, iteration, tasks, self.pixels.device)
         characters = self.splits[split]

@@ -18,6 +18,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from errors import UsageError
 
 if TYPE_CHECKING:
     from checkpoint import Checkpoint
+    from compiler import Compiler
     from dataset import TaskDistribution
     from maml import MAML
     from runtime import Runtime
@@ -70,13 +72,15 @@ def prepare(config: Config, call: Invocation) -> Runtime:
     return set_up(call.device, config.precision, small_tensors=config.learner == "mlp")
 
 
-def build(config: Config, call: Invocation, runtime: Runtime) -> tuple[TaskDistribution, MAML]:
+def build(
+    config: Config, call: Invocation, runtime: Runtime, accelerate: Compiler | None = None
+) -> tuple[TaskDistribution, MAML]:
     """Tasks and algorithm for these settings; the learner in it has its initial weights."""
     from torch.nn import functional as F
 
     from dataset import build_distribution
     from learner import build_learner
-    from maml import MAML
+    from maml import MAML, as_it_is
 
     distribution = build_distribution(
         config.dataset,
@@ -99,7 +103,11 @@ def build(config: Config, call: Invocation, runtime: Runtime) -> tuple[TaskDistr
         first_order=config.first_order,
         normalisation=config.batch_norm,
         adapt_norm=config.adapt_norm,
+        engine=config.engine,
+        convolution=config.convolution,
+        compute_dtype=runtime.compute_dtype,
         tasks_at_once=config.tasks_at_once,
+        accelerate=accelerate or as_it_is,
     )
     return distribution, maml
 
@@ -130,6 +138,7 @@ def train(call: Invocation, given: Mapping[str, Any]) -> int:
     start_file, folder = where_to_train(call, given)
 
     from checkpoint import fitting_parameters, load_checkpoint
+    from compiler import Compiler
     from trainer import Trainer
 
     if start_file is None:
@@ -149,21 +158,41 @@ def train(call: Invocation, given: Mapping[str, Any]) -> int:
                 f"which began from {origin or 'the initialisation'}: leave it out when going on"
             )
     runtime = prepare(config, call)
+    config = with_compiler(config, given, runtime)
     weights_file = start_file or call.init_from
     weights = start or (load_checkpoint(weights_file) if weights_file else None)
     writable(folder or call.checkpoint_path, "--load" if call.load else "--checkpoint-path")
-    distribution, maml = build(config, call, runtime)
+    compiler = Compiler(runtime.device)
+    distribution, maml = build(config, call, runtime, compiler)
     parameters = maml.initial_parameters()
     if weights and weights_file:
         parameters = fitting_parameters(weights_file, weights.parameters, parameters, config.learner)
     folder = folder or fresh_folder(call.checkpoint_path, config)
     origin = f"{weights_file}, iteration {weights.iteration:,}" if weights else None
-    trainer = Trainer(config, maml, parameters, distribution, folder, start, origin)
+    trainer = Trainer(config, maml, parameters, distribution, folder, compiler, start, origin)
     doing = f"Going on from iteration {start.iteration:,}" if start else "Meta-training"
     print_settings(config, runtime, f"{doing} in {folder}")
     signal = trainer.train()
     print_end(trainer, folder, signal)
     return 0 if signal is None else 128 + signal
+
+
+def with_compiler(config: Config, given: Mapping[str, Any], runtime: Runtime) -> Config:
+    """The settings again, uncompiled where this machine cannot compile."""
+    from compiler import cpp_compiler
+
+    if config.compile == "off":
+        return config
+    if runtime.device.type == "mps":
+        reason = "--device mps cannot compile"
+    elif cpp_compiler() is None:
+        reason = "no C++ compiler was found (install g++ or clang++, or name one in CXX)"
+    else:
+        return config
+    print(f"main.py: {reason}: the run goes uncompiled", file=sys.stderr)
+    if given.get("convolution", "auto") == "auto" and "load" not in given and not given.get("resume"):
+        config = replace(config, convolution="grouped")
+    return replace(config, compile="off")
 
 
 def print_end(trainer: Trainer, folder: Path, signal: int | None) -> None:

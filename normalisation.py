@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from modules import replace_layers
+
 _STANDARD_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
@@ -35,14 +37,16 @@ class BatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         examples = x if self.reference is None else x[: self.reference]
         all_but_channels = [0, *range(2, x.dim())]
-        variance, mean = torch.var_mean(examples, all_but_channels, correction=0, keepdim=True)
+        # in half precision a sum of squares would lose the variance
+        wide = torch.promote_types(x.dtype, torch.float32)
+        variance, mean = torch.var_mean(examples.to(wide), all_but_channels, correction=0, keepdim=True)
         per_channel = (-1,) + (1,) * (x.dim() - 2)
-        x = (x - mean) * torch.rsqrt(variance + self.eps)
+        y = (x.to(wide) - mean) * torch.rsqrt(variance + self.eps)
         if self.weight is not None:
-            x = x * self.weight.view(per_channel)
+            y = y * self.weight.view(per_channel)
         if self.bias is not None:
-            x = x + self.bias.view(per_channel)
-        return x
+            y = y + self.bias.view(per_channel)
+        return y.to(x.dtype)
 
 
 def convert_batch_norm(module: nn.Module) -> nn.Module:
@@ -51,20 +55,15 @@ def convert_batch_norm(module: nn.Module) -> nn.Module:
     A layer that is used in several places stays one layer; a subclass with a `forward` of its own is
     left as it is.
     """
-    return _converted(module, {})
 
+    def replacement(layer: nn.Module) -> nn.Module | None:
+        if not (isinstance(layer, _BatchNorm) and type(layer).forward in _STANDARD_FORWARDS):
+            return None
+        ours = BatchNorm(layer.num_features, eps=layer.eps)
+        ours.weight, ours.bias = layer.weight, layer.bias
+        return ours
 
-def _converted(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
-    if module not in done:
-        done[module] = module
-        if isinstance(module, _BatchNorm) and type(module).forward in _STANDARD_FORWARDS:
-            layer = BatchNorm(module.num_features, eps=module.eps)
-            layer.weight, layer.bias = module.weight, module.bias
-            done[module] = layer
-        for name, child in module._modules.items():  # named_children() names a shared layer once
-            if child is not None:
-                setattr(module, name, _converted(child, done))
-    return done[module]
+    return replace_layers(module, replacement)
 
 
 def norm_parameter_names(module: nn.Module) -> frozenset[str]:

@@ -18,6 +18,7 @@ class Runtime:
 
     device: torch.device
     dtype: torch.dtype
+    compute_dtype: torch.dtype | None = None  # of the learner's arithmetic, where it is another
 
     def describe(self) -> str:
         """The device in words, for people and result files."""
@@ -42,12 +43,21 @@ def set_up(device: str, precision: str, *, small_tensors: bool) -> Runtime:
         raise UsageError("--device mps: PyTorch finds no Apple GPU here; use --device cpu")
     if device == "mps" and precision == "float64":
         raise UsageError("--device mps has no float64: use --precision float32 or --device cpu")
+    if device != "cuda" and precision == "tf32":
+        raise UsageError(f"--precision tf32 is for CUDA GPUs, not for --device {device}: use float32 or bf16")
     if device == "cuda":  # float32 is float32, and the same run gives the same bits
-        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
         torch.backends.cudnn.deterministic = True
     if small_tensors and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
-    return Runtime(torch.device(device), getattr(torch, precision))
+    dtype, compute_dtype = {
+        "float64": (torch.float64, None),
+        "float32": (torch.float32, None),
+        "tf32": (torch.float32, None),
+        "bf16": (torch.float32, torch.bfloat16),
+    }[precision]
+    return Runtime(torch.device(device), dtype, compute_dtype)
 
 
 def versions() -> dict[str, str]:

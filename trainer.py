@@ -1,7 +1,8 @@
-"""The outer loop: meta-optimizer, validation, and when to log and to save.
+"""The outer loop: when to step, to validate, to log and to save.
 
-Metrics stay on the device and are summed there; they are read when a point of a curve is due or the
-progress bar is redrawn, so that no iteration waits for the device.
+An iteration is a function of the state (meta_step.py). Metrics stay on the device and are summed there;
+they are read when a point of a curve is due or the progress bar is redrawn, so that no iteration waits
+for the device.
 """
 
 from __future__ import annotations
@@ -13,19 +14,22 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import BEST, LAST, Checkpoint, Curve, Progress, save_checkpoint
+from checkpoint import BEST, LAST, Checkpoint, Curve, Progress, adam_state, moments_of, save_checkpoint
+from compiler import CompilationFailed, Compiler
 from config import Config, meaningful
 from dataset import TaskDistribution
 from evaluation import accuracy, evaluate, examples
-from maml import MAML, Weights
+from maml import MAML, MetaGradient, Weights
+from meta_step import CudaGraph, FlatLayout, MetaStep, State
 from report import (
     RunLog,
     fits_figure,
@@ -46,10 +50,22 @@ def _extend(curve: Curve, iteration: int, values: dict[str, float]) -> None:
         curve.setdefault(name, []).append(value)
 
 
+def _metrics(result: MetaGradient, norm: Tensor, targets: Tensor) -> Tensor:
+    """Of an iteration of regression: query loss and norm of the meta-gradient."""
+    return torch.stack([result.losses.mean(), norm])
+
+
+def _metrics_of_classification(result: MetaGradient, norm: Tensor, targets: Tensor) -> Tensor:
+    """The same, and query accuracy."""
+    share = accuracy(result.outputs, targets).mean().to(norm.dtype)
+    return torch.stack([result.losses.mean(), norm, share])
+
+
 class Trainer:
     """Meta-trains in a folder, from an iteration on.
 
     Arguments:
+        compiler: what makes compiled functions of `maml`'s and of the whole iteration.
         start: a checkpoint to go on from, its parameters already those of `parameters`.
         origin: where else the parameters come from, if not from the initialisation; for the record.
     """
@@ -61,56 +77,84 @@ class Trainer:
         parameters: Weights,
         distribution: TaskDistribution,
         folder: Path,
+        compiler: Compiler,
         start: Checkpoint | None = None,
         origin: str | None = None,
     ) -> None:
         self.config = config
         self.maml = maml
-        self.parameters = parameters
         self.distribution = distribution
         self.folder = folder
-        self.optimizer = torch.optim.Adam(parameters.values(), lr=config.meta_lr, fused=True)
+        self.compiler = compiler
+        self.layout = FlatLayout(parameters)
         self.iteration = 0
         self.progress = Progress(origin=origin)
-        if start is not None:
-            # The moments are the file's; rates and the like are those of the settings.
-            fresh = self.optimizer.state_dict()
-            self.optimizer.load_state_dict(fresh | {"state": start.optimizer["state"]})
-            self.iteration = start.iteration
-            self.progress = Progress(**start.progress)
         self.metrics = ["query_loss", "meta_gradient_norm"]  # of an iteration
         if distribution.classification:
             self.metrics.append("query_accuracy")
+        vector = self.layout.flatten(parameters)
+        moments = [torch.zeros_like(vector), torch.zeros_like(vector)]
+        if start is not None:
+            moments = [
+                self.layout.flatten(moment).to(vector) for moment in moments_of(start, self.layout.shapes)
+            ]
+            self.iteration = start.iteration
+            self.progress = Progress(**start.progress)
         sums = [self.progress.window.get(name, 0.0) for name in self.metrics]
-        self.window = torch.tensor(sums, device=next(iter(parameters.values())).device)
+        self.state = State(
+            vector,
+            *moments,
+            torch.tensor(self.iteration, device=vector.device),
+            torch.tensor(sums, device=vector.device, dtype=vector.dtype),
+        )
+        self.meta_step: MetaStep | CudaGraph = MetaStep(
+            maml,
+            distribution,
+            layout=self.layout,
+            metrics=_metrics_of_classification if distribution.classification else _metrics,
+            seed=config.seed,
+            tasks=config.meta_batch_size,
+            meta_lr=config.meta_lr,
+            clip_value=config.grad_clip,
+            clip_norm=config.grad_clip_norm,
+            accelerate=compiler,
+        )
         self.log_every = min(config.log_every, config.iterations)  # a short run has a curve, too
         self.signal: int | None = None
         self.warned = False
 
+    @property
+    def parameters(self) -> Weights:
+        """The meta-parameters, as views of the state's."""
+        return self.layout.unflatten(self.state.parameters)
+
     # ---- one iteration ----------------------------------------------------------------------
 
-    def step(self, iteration: int) -> None:
-        """Samples the iteration's tasks and moves the meta-parameters."""
-        tasks = range(self.config.meta_batch_size)
-        batch = self.distribution.sample("train", self.config.seed, iteration, tasks)
-        result = self.maml.meta_gradient(self.parameters, batch)
-        for name, parameter in self.parameters.items():
-            parameter.grad = result.gradients[name]
-        norm = torch.nn.utils.get_total_norm(list(result.gradients.values()))
-        self._clip()
-        self.optimizer.step()
-        metrics = [result.losses.mean(), norm]
-        if self.distribution.classification:
-            metrics.append(accuracy(result.outputs, batch.query_y).mean())
-        self.window += torch.stack(metrics)
+    def step(self, bar: tqdm) -> None:
+        """One iteration; the first ones of a run, as many as are set, run uncompiled."""
+        self.iteration += 1
+        if self.config.compile == "on" and self.iteration > self.config.compile_after:
+            if not self.compiler.active:
+                self._compile(bar)
+        self.state = self.meta_step(self.state)
         self.progress.window_size += 1
 
-    def _clip(self) -> None:
-        """Clips the meta-gradient as configured, its elements first."""
-        if self.config.grad_clip is not None:
-            torch.nn.utils.clip_grad_value_(self.parameters.values(), self.config.grad_clip)
-        if self.config.grad_clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.grad_clip_norm)
+    def _compile(self, bar: tqdm) -> None:
+        """Compiles the step by taking it, or goes on without, and says so."""
+        state = State(*(tensor.clone() for tensor in self.state))
+        self.compiler.on_wait = lambda seconds: bar.set_postfix_str(f"compiling, {seconds:.0f} s")
+        self.compiler.active = True
+        try:
+            self.meta_step(state)
+            if state.parameters.is_cuda:
+                self.meta_step = CudaGraph(self.meta_step, state)
+        except CompilationFailed as error:
+            self.compiler.active = False
+            self.config = replace(self.config, compile="off")
+            tqdm.write(f"Not compiled, the run goes on without: {error}", file=sys.stderr)
+        else:
+            done = "Compiled" if self.compiler.compiled else "Found compiled code"
+            tqdm.write(f"{done} in {self.compiler.seconds:.1f} s", file=sys.stderr)
 
     # ---- the loop ---------------------------------------------------------------------------
 
@@ -122,13 +166,12 @@ class Trainer:
             log.text("settings", settings_as_markdown(meaningful(config) | self._origin()), 0)
         window_start, window_first = time.monotonic(), self.iteration
         bar = tqdm(total=config.iterations, initial=self.iteration, unit="it", dynamic_ncols=True)
-        redrawn = time.monotonic()
+        redrawn, shown_first = time.monotonic(), self.iteration + 1
         with bar, self._signals():
             while self.iteration < config.iterations:
-                self.iteration += 1
-                self.step(self.iteration)
+                self.step(bar)
                 bar.update()
-                if time.monotonic() - redrawn > REDRAW_SECONDS:
+                if time.monotonic() - redrawn > REDRAW_SECONDS or self.iteration == shown_first:
                     self._show(bar)
                     redrawn = time.monotonic()
                 if self.iteration % self.log_every == 0:
@@ -174,10 +217,17 @@ class Trainer:
     def save(self, log: RunLog, name: str) -> None:
         """Curves first: what a checkpoint claims to have seen must be in the event files."""
         log.flush()
-        self.progress.window = dict(zip(self.metrics, self.window.tolist(), strict=True))
-        parameters = {key: w.detach() for key, w in self.parameters.items()}
+        self.progress.window = dict(zip(self.metrics, self.state.sums.tolist(), strict=True))
+        # of their own: a view would be saved with the whole vector behind it
+        parameters, *moments = (
+            {key: w.clone() for key, w in self.layout.unflatten(vector).items()} for vector in self.state[:3]
+        )
         content = Checkpoint(
-            self.config, self.iteration, parameters, self.optimizer.state_dict(), asdict(self.progress)
+            self.config,
+            self.iteration,
+            parameters,
+            adam_state(self.iteration, *moments),
+            asdict(self.progress),
         )
         save_checkpoint(self.folder / name, content)
 
@@ -187,7 +237,7 @@ class Trainer:
     # ---- what is shown ----------------------------------------------------------------------
 
     def _window_means(self) -> dict[str, float]:
-        means = (self.window / self.progress.window_size).tolist()
+        means = (self.state.sums / self.progress.window_size).tolist()
         return dict(zip(self.metrics, means, strict=True))
 
     def _show(self, bar: tqdm) -> None:
@@ -197,12 +247,12 @@ class Trainer:
         shown = f"query loss {means['query_loss']:.4f}"
         if self.distribution.classification:
             shown += f", accuracy {100 * means['query_accuracy']:.2f} %"
-        bar.set_postfix_str(shown, refresh=False)
+        bar.set_postfix_str(shown)
 
     def _log_window(self, log: RunLog, rate: float) -> None:
         """A point of the training curves: means since the last one."""
         means = self._window_means()
-        self.window.zero_()
+        self.state = self.state._replace(sums=torch.zeros_like(self.state.sums))
         self.progress.window_size = 0
         _extend(self.progress.training, self.iteration, means)
         if not math.isfinite(means["query_loss"]) and not self.warned:

@@ -1,0 +1,221 @@
+"""Functions of tensors, compiled ahead of time to machine code and kept between runs.
+
+A function is traced to a graph of tensor operations (`make_fx`: through `vmap`, `grad` and `jvp`), which
+Inductor compiles with AOTInductor to a library that runs without Python. Libraries are cached by a
+hash of their graph and of all else that they depend on; a cached one loads in milliseconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Function = Callable[..., Any]
+Signature = tuple[tuple[torch.Size, torch.dtype], ...]
+
+CPP_COMPILERS = ("g++", "clang++", "c++", "cl")
+
+
+class CompilationFailed(Exception):
+    """Says in one line why a function could not be compiled."""
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler that Inductor would call, if there is any on this machine."""
+    names = (os.environ["CXX"],) if os.environ.get("CXX") else CPP_COMPILERS
+    return next((path for path in map(shutil.which, names) if path), None)
+
+
+def cache_folder() -> Path:
+    """Where compiled functions are kept: in the user's cache folder."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "maml" / "compiled"
+
+
+class Compiler:
+    """Makes compiled functions of functions of tensors; an instance is called with a function.
+
+    The functions take and give tensors in tuples and dictionaries, and are compiled at their first call
+    with inputs of new shapes. They run as they are until `active` is set, and while another one that
+    calls them is being traced.
+
+    Arguments:
+        device: where the tensors are; part of what a library depends on, as is the number of threads.
+        folder: of the libraries; None: the user's cache.
+        on_wait: called with the seconds so far, once a second while a function is compiled.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        folder: Path | None = None,
+        on_wait: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        self.device = device
+        self.folder = cache_folder() if folder is None else folder
+        self.on_wait = on_wait
+        self.active = False
+        self.compiled = 0  # libraries that this instance had to build
+        self.loaded = 0  # and those that it found
+        self.seconds = 0.0  # spent in tracing, compiling and loading
+
+    def __call__(self, function: Function, options: dict[str, Any] | None = None) -> Function:
+        """The compiled function; `options` are Inductor's."""
+        libraries: dict[Signature, Library] = {}
+
+        def run(*arguments: Any) -> Any:
+            if not self.active:
+                return function(*arguments)
+            tensors, structure = pytree.tree_flatten(arguments)
+            tensors = [tensor.contiguous() for tensor in tensors]
+            signature = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
+            if signature not in libraries:
+                libraries[signature] = self._library(function, tensors, structure, options or {})
+            return libraries[signature](tensors)
+
+        return run
+
+    def _library(
+        self, function: Function, tensors: list[Tensor], structure: Any, options: dict[str, Any]
+    ) -> Library:
+        begin = time.monotonic()
+        self.active = False  # what this function calls becomes part of it
+        try:
+            with _quiet(), _ticking(self.on_wait), torch.enable_grad():
+                graph, output_structure = _trace(function, tensors, structure)
+                path = self.folder / f"{self._key(graph, tensors, options)}.pt2"
+                if path.is_file():
+                    self.loaded += 1
+                else:
+                    self._build(graph, tensors, options, path)
+                    self.compiled += 1
+                return Library(path, output_structure)
+        except Exception as error:  # a compiler may stumble in any way; without it the run goes on
+            text = " ".join(str(error).split()) or type(error).__name__
+            raise CompilationFailed(text[:200]) from error
+        finally:
+            self.active = True
+            self.seconds += time.monotonic() - begin
+
+    def _build(
+        self, graph: torch.fx.GraphModule, tensors: list[Tensor], options: dict[str, Any], path: Path
+    ) -> None:
+        from torch._inductor import aoti_compile_and_package
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        exported = torch.export.export(graph, tuple(tensors))
+        # another process may be building the same: each builds its own, and the last one's stays
+        with tempfile.TemporaryDirectory(dir=self.folder) as temporary:
+            built = aoti_compile_and_package(
+                exported, package_path=str(Path(temporary) / path.name), inductor_configs=options
+            )
+            Path(built).replace(path)
+
+    def _key(self, graph: torch.fx.GraphModule, tensors: list[Tensor], options: dict[str, Any]) -> str:
+        """A hash of all that the library depends on."""
+        cuda = self.device.type == "cuda"
+        machine = torch.cuda.get_device_name(self.device) if cuda else platform.processor()
+        content = [
+            graph.code,
+            [(name, tensor.tolist()) for name, tensor in _constants(graph).items()],
+            [(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors],
+            sorted(options.items()),
+            torch.__version__,
+            platform.platform(),
+            machine,
+            torch.backends.cpu.get_cpu_capability(),
+            str(self.device),
+            torch.get_num_threads(),
+            torch.backends.cuda.matmul.allow_tf32 if cuda else None,
+        ]
+        return hashlib.sha256(repr(content).encode()).hexdigest()[:32]
+
+
+class Library:
+    """A compiled function, as it lies on disk, loaded."""
+
+    def __init__(self, path: Path, structure: Any) -> None:
+        # single-threaded: one call at a time, and nothing that a CUDA graph could not capture
+        self.model = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
+        self.run = self.model.loader.boxed_run  # without the parsing of structures at each call
+        self.structure = structure
+
+    def __call__(self, tensors: list[Tensor]) -> Any:
+        return pytree.tree_unflatten(self.run(tensors), self.structure)
+
+
+def _trace(
+    function: Function, tensors: list[Tensor], structure: Any
+) -> tuple[torch.fx.GraphModule, Any]:
+    """The function's graph, from flat inputs to flat contiguous outputs, and the outputs' structure."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    structures = []
+
+    def flat(*inputs: Tensor) -> list[Tensor]:
+        outputs, output_structure = pytree.tree_flatten(
+            function(*pytree.tree_unflatten(list(inputs), structure))
+        )
+        structures.append(output_structure)
+        return [output.contiguous() for output in outputs]
+
+    # by running it: with shapes alone ("fake"), `jvp` under `vmap` fails
+    graph = make_fx(flat, tracing_mode="real")(*tensors)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph, structures[-1]
+
+
+def _constants(graph: torch.fx.GraphModule) -> dict[str, Tensor]:
+    """The tensors that the function holds beside its inputs."""
+    names = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
+    return {name: getattr(graph, name) for name in sorted(names)}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the compiler's own remarks from the user's terminal."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _ticking(tick: Callable[[float], None]) -> Iterator[None]:
+    """Calls `tick` once a second, from a thread, with the seconds since the start."""
+    done = threading.Event()
+    begin = time.monotonic()
+
+    def run() -> None:
+        while not done.wait(1.0):
+            tick(time.monotonic() - begin)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
