@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,8 +82,7 @@ class Compiler:
         def run(*arguments: Any) -> Any:
             if not self.active:
                 return function(*arguments)
-            tensors, structure = pytree.tree_flatten(arguments)
-            tensors = [tensor.contiguous() for tensor in tensors]
+            tensors, structure = _flatten(arguments)
             signature = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
             if signature not in libraries:
                 libraries[signature] = self._library(function, tensors, structure, options or {})
@@ -95,6 +94,7 @@ class Compiler:
         self, function: Function, tensors: list[Tensor], structure: Any, options: dict[str, Any]
     ) -> Library:
         begin = time.monotonic()
+        tensors = [tensor.detach() for tensor in tensors]  # one given twice would become a single input
         self.active = False  # what this function calls becomes part of it
         try:
             with _quiet(), _ticking(self.on_wait), torch.enable_grad():
@@ -123,7 +123,7 @@ class Compiler:
         # another process may be building the same: each builds its own, and the last one's stays
         with tempfile.TemporaryDirectory(dir=self.folder) as temporary:
             built = aoti_compile_and_package(
-                exported, package_path=str(Path(temporary) / path.name), inductor_configs=options
+                exported, package_path=str(Path(temporary) / path.name), inductor_configs=dict(options)
             )
             Path(built).replace(path)
 
@@ -157,7 +157,23 @@ class Library:
         self.structure = structure
 
     def __call__(self, tensors: list[Tensor]) -> Any:
-        return pytree.tree_unflatten(self.run(tensors), self.structure)
+        return _unflatten(self.run(tensors), self.structure)
+
+
+# The general functions take longer than a small step's arithmetic: tensors in a tuple, which need no
+# structure, go without.
+
+
+def _flatten(value: Any) -> tuple[list[Tensor], Any]:
+    """The contiguous tensors in nested tuples and dictionaries, and the structure."""
+    if type(value) is tuple and all(isinstance(part, Tensor) for part in value):
+        return [tensor.contiguous() for tensor in value], None
+    tensors, structure = pytree.tree_flatten(value)
+    return [tensor.contiguous() for tensor in tensors], structure
+
+
+def _unflatten(tensors: Sequence[Tensor], structure: Any) -> Any:
+    return tuple(tensors) if structure is None else pytree.tree_unflatten(list(tensors), structure)
 
 
 def _trace(
@@ -169,11 +185,9 @@ def _trace(
     structures = []
 
     def flat(*inputs: Tensor) -> list[Tensor]:
-        outputs, output_structure = pytree.tree_flatten(
-            function(*pytree.tree_unflatten(list(inputs), structure))
-        )
+        outputs, output_structure = _flatten(function(*_unflatten(inputs, structure)))
         structures.append(output_structure)
-        return [output.contiguous() for output in outputs]
+        return outputs
 
     # by running it: with shapes alone ("fake"), `jvp` under `vmap` fails
     graph = make_fx(flat, decomposition_table=REWRITINGS, tracing_mode="real")(*tensors)

@@ -65,7 +65,7 @@ DEFAULTS: dict[str, tuple[Any, Any, Any]] = {
     "meta_batch_size": (25, 32, 16),
     "iterations": (70_000, 60_000, 60_000),
     "test_steps": ("s", 3, 5),
-    "compile_after": (100, 5, 2),
+    "compile_after": (100, 3, 1),
     "log_every": (100, 10, 10),
     "val_every": (1000, 500, 500),
     "save_every": (1000, 100, 100),

@@ -114,12 +114,13 @@ class MetaStep:
         self.whole = accelerate(self._whole, SAMPLING_OPTIONS) if one_function else self._whole
 
     def __call__(self, state: State) -> State:
-        return self.whole(state)
+        return State(*self.whole(*state))
 
-    def _whole(self, state: State) -> State:
+    def _whole(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        state = State(*tensors)
         batch = self.distribution.sample("train", self.seed, state.iteration + 1, self.tasks)
         result = self.maml.meta_gradient(self.layout.unflatten(state.parameters), batch)
-        return self._update(state, result, batch)
+        return tuple(self._update(state, result, batch))
 
     def _update(self, state: State, result: MetaGradient, batch: TaskBatch) -> State:
         gradient = self.layout.flatten(result.gradients)

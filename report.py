@@ -38,6 +38,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "lines.linewidth": 1.6,
 }
+DPI = 120
 
 
 # ---- TensorBoard ----------------------------------------------------------------------------
@@ -59,19 +60,29 @@ class RunLog:
         self.writer = SummaryWriter(str(folder), purge_step=begin_at)
 
     def scalars(self, values: Mapping[str, float], iteration: int) -> None:
-        for tag, value in values.items():
-            self.writer.add_scalar(tag, value, iteration)
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        # one event for all: `add_scalar` for each would cost a fast run a tenth of its time
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=v) for tag, v in values.items()])
+        self.writer.file_writer.add_summary(summary, iteration)
 
     def text(self, tag: str, text: str, iteration: int) -> None:
         self.writer.add_text(tag, text, iteration)
 
-    def figure(self, tag: str, figure: Figure, iteration: int) -> None:
+    def figure(self, tag: str, figure: Figure, iteration: int, file: Path) -> None:
+        """Shows a figure, and writes the same picture to a PNG file; drawing it is the slow part."""
         import numpy as np
         from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from PIL import Image
 
+        figure.set_dpi(DPI)
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
-        self.writer.add_image(tag, np.asarray(canvas.buffer_rgba())[..., :3], iteration, dataformats="HWC")
+        pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+        self.writer.add_image(tag, pixels, iteration, dataformats="HWC")
+        temporary = file.with_name(f".{file.name}.tmp")
+        Image.fromarray(pixels).save(temporary, format="png")
+        temporary.replace(file)
 
     def flush(self) -> None:
         self.writer.flush()
@@ -149,7 +160,7 @@ def write_json(path: Path, result: Mapping[str, Any]) -> None:
 
 def write_figure(path: Path, figure: Figure) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=150, format="png")
+    figure.savefig(temporary, dpi=DPI, format="png")
     temporary.replace(path)
 
 

@@ -50,6 +50,10 @@ def _extend(curve: Curve, iteration: int, values: dict[str, float]) -> None:
         curve.setdefault(name, []).append(value)
 
 
+def _is_power_of_four(number: int) -> bool:
+    return number & (number - 1) == 0 and number.bit_length() % 2 == 1
+
+
 def _metrics(result: MetaGradient, norm: Tensor, targets: Tensor) -> Tensor:
     """Of an iteration of regression: query loss and norm of the meta-gradient."""
     return torch.stack([result.losses.mean(), norm])
@@ -270,7 +274,7 @@ class Trainer:
     # ---- validation -------------------------------------------------------------------------
 
     def _validate(self, log: RunLog, *, last: bool) -> None:
-        """After the trained number of steps; saves best.pt, and draws at 1, 2, 4, 8, ... validations."""
+        """After the trained number of steps; saves best.pt, and draws at 1, 4, 16, ... validations."""
         config = self.config
         evaluation = evaluate(
             self.maml,
@@ -292,7 +296,7 @@ class Trainer:
             self.progress.best_score, self.progress.best_iteration = score, self.iteration
             self.save(log, BEST)
         number = self.iteration // config.val_every
-        if last or number & (number - 1) == 0:
+        if last or _is_power_of_four(number):
             self._draw_examples(log)
 
     def _draw_examples(self, log: RunLog) -> None:
@@ -322,8 +326,7 @@ class Trainer:
                 step=config.test_steps,
                 title=f"{title}, after {config.test_steps} steps",
             )
-        log.figure("examples", figure, self.iteration)
-        write_figure(self.folder / "examples.png", figure)
+        log.figure("examples", figure, self.iteration, self.folder / "examples.png")
 
     # ---- the end ----------------------------------------------------------------------------
 

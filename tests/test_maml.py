@@ -1,11 +1,14 @@
 """The mathematics: meta-gradients against finite differences and against a plain loop over tasks."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from convolution import Im2colConv2d, convert_convolutions
 from learner import LEARNERS, build_learner
 from maml import MAML
 from normalisation import BatchNorm, norm_parameter_names
@@ -89,28 +92,36 @@ def assert_same(ours: dict, theirs: dict, tolerance: float = 1e-9) -> None:
         assert (ours[name] - theirs[name]).abs().max().item() < tolerance * scale, name
 
 
+WAYS_TO_COMPUTE = [
+    {"engine": engine, "convolution": convolution}
+    for engine in ("unrolled", "adjoint")
+    for convolution in ("grouped", "im2col")
+]
+
+
 @pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize("first_order", [False, True])
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_meta_gradient_is_that_of_a_plain_loop_over_tasks(learner, first_order, steps):
     tasks = 2 if learner == "convnet" else TASKS
     batch = make_tasks(learner, tasks=tasks)
-    adapt_norm = learner == "convnet"
-    maml = make_maml(learner, steps=steps, first_order=first_order, adapt_norm=adapt_norm)
-    parameters = maml.initial_parameters()
-    expected, loss = loop_over_tasks(maml, parameters, batch)
-    result = maml.meta_gradient(parameters, batch)
-    assert_same(result.gradients, expected)
-    assert torch.allclose(result.losses.mean(), loss, rtol=1e-12)
+    options = {"steps": steps, "first_order": first_order, "adapt_norm": learner == "convnet"}
+    parameters = make_maml(learner).initial_parameters()
+    expected, loss = loop_over_tasks(make_maml(learner, **options), parameters, batch)
+    for ways in WAYS_TO_COMPUTE[:1] if learner == "convnet" else WAYS_TO_COMPUTE:
+        result = make_maml(learner, **options, **ways).meta_gradient(parameters, batch)
+        assert_same(result.gradients, expected)
+        assert torch.allclose(result.losses.mean(), loss, rtol=1e-12)
 
 
 @pytest.mark.parametrize("first_order", [False, True])
 @pytest.mark.parametrize("learner", ["conv", "fc"])
 def test_inductive_meta_gradient_is_that_of_a_plain_loop(learner, first_order):
-    maml = make_maml(learner, steps=2, first_order=first_order, normalisation="inductive", adapt_norm=False)
-    batch, parameters = make_tasks(learner), maml.initial_parameters()
-    expected, _ = loop_over_tasks(maml, parameters, batch)
-    assert_same(maml.meta_gradient(parameters, batch).gradients, expected)
+    options = {"steps": 2, "first_order": first_order, "normalisation": "inductive", "adapt_norm": False}
+    batch, parameters = make_tasks(learner), make_maml(learner).initial_parameters()
+    expected, _ = loop_over_tasks(make_maml(learner, **options), parameters, batch)
+    for ways in WAYS_TO_COMPUTE:
+        assert_same(make_maml(learner, **options, **ways).meta_gradient(parameters, batch).gradients, expected)
 
 
 @pytest.mark.parametrize("steps", [1, 5])
@@ -135,7 +146,7 @@ def test_meta_gradient_agrees_with_finite_differences(learner, first_order, step
         moved = {name: w + epsilon * direction[name] for name, w in start.items()}
         if first_order:
             return maml.loss(maml.forward(moved, task.query_x), task.query_y).item()
-        return maml.query_loss(moved, task)[0].item()
+        return maml.adapted_query_loss(moved, *task)[0].item()
 
     epsilon = 1e-9  # so small that no ReLU and no maximum changes sides on the way
     measured = (query_loss(epsilon) - query_loss(-epsilon)) / (2 * epsilon)
@@ -167,10 +178,11 @@ def test_first_order_equals_exact_when_the_loss_is_linear_in_the_weights():
     assert_same(results[0].gradients, results[1].gradients, 1e-14)
 
 
+@pytest.mark.parametrize("engine", ["unrolled", "adjoint"])
 @pytest.mark.parametrize("chunk", [1, 2])
-def test_tasks_at_once_leaves_the_result_the_same(chunk):
+def test_tasks_at_once_leaves_the_result_the_same(chunk, engine):
     batch = make_tasks("conv")  # three tasks: chunks of two divide unevenly
-    whole, parts = (make_maml("conv", tasks_at_once=size) for size in (None, chunk))
+    whole, parts = (make_maml("conv", steps=2, engine=engine, tasks_at_once=n) for n in (None, chunk))
     parameters = whole.initial_parameters()
     expected, result = (maml.meta_gradient(parameters, batch) for maml in (whole, parts))
     assert_same(result.gradients, expected.gradients, 1e-12)
@@ -187,6 +199,71 @@ def test_predictions_follow_the_inner_loop_step_by_step():
         weights = maml.adapt(parameters, batch.support_x[1], batch.support_y[1], steps)
         assert torch.allclose(outputs[1, steps], maml.forward(weights, batch.query_x[1]))
     assert not torch.allclose(outputs[:, 0], outputs[:, 3])
+
+
+def test_the_adjoint_engine_holds_the_activations_of_one_step_at_a_time():
+    """Tensors that autograd keeps for the way back: as many for six inner steps as for two."""
+    batch = make_tasks("mlp")
+
+    def most_kept_at_once(engine: str, steps: int) -> int:
+        kept, most = 0, 0
+
+        class Kept:
+            def __init__(self, tensor: torch.Tensor) -> None:
+                nonlocal kept, most
+                self.tensor, kept = tensor, kept + 1
+                most = max(most, kept)
+
+            def __del__(self) -> None:
+                nonlocal kept
+                kept -= 1
+
+        maml = make_maml("mlp", steps=steps, engine=engine)
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+            maml.meta_gradient(maml.initial_parameters(), batch)
+        return most
+
+    assert most_kept_at_once("adjoint", 6) == most_kept_at_once("adjoint", 2)
+    assert most_kept_at_once("unrolled", 6) > 2 * most_kept_at_once("unrolled", 2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3},
+        {"kernel_size": 3, "stride": 2, "padding": 1, "bias": False},
+        {"kernel_size": (1, 3), "stride": (2, 1), "padding": (0, 2), "dilation": (1, 2)},
+        {"kernel_size": 4, "padding": "same"},
+    ],
+)
+def test_convolution_over_patches_is_the_convolution(options):
+    torch.manual_seed(0)
+    plain = nn.Conv2d(2, 5, **options).double()
+    ours = convert_convolutions(copy.deepcopy(plain))
+    assert type(ours) is Im2colConv2d
+    x = torch.randn(3, 2, 9, 8, dtype=torch.float64)
+    assert torch.allclose(ours(x), plain(x), atol=1e-12)
+
+
+def test_convolutions_that_patches_cannot_stand_for_are_left_alone():
+    for layer in (nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular")):
+        assert type(convert_convolutions(layer)) is nn.Conv2d
+
+
+def test_bf16_computes_the_learner_alone_in_half_precision():
+    batch = TaskBatch(*(t.float() if t.is_floating_point() else t for t in make_tasks("conv")))
+    network = build_learner("conv", WAYS, init="torch", seed=1)
+    results = [
+        MAML(
+            network, F.cross_entropy, inner_lr=0.05, adapt_norm=False, compute_dtype=dtype, engine=engine
+        ).meta_gradient(dict(network.named_parameters()), batch)
+        for dtype, engine in ((None, "unrolled"), (torch.bfloat16, "unrolled"), (torch.bfloat16, "adjoint"))
+    ]
+    exact, *narrow = (torch.cat([g.flatten() for g in result.gradients.values()]) for result in results)
+    for gradient in narrow:
+        assert gradient.dtype == torch.float32
+        similarity = F.cosine_similarity(exact, gradient, dim=0)
+        assert 0.98 < similarity < 1 - 1e-7
 
 
 # ---- batch norm -----------------------------------------------------------------------------
