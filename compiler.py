@@ -205,13 +205,11 @@ def _bmm(a: Tensor, b: Tensor) -> Tensor:
     """A batched product in the form that libraries are quick at."""
     if a.shape[2] == 1:  # an outer product; pointwise, it fuses with what is around it
         return a * b
-    if a.device.type == "cpu" and _transposed(a) and _transposed(b):  # MKL: up to eight times slower
+    rows, columns = a.shape[1], b.shape[2]
+    if a.device.type == "cpu" and columns % 8 and rows % 8 == 0:
+        # MKL is up to six times slower at rows of such lengths than at the transposed product
         return torch.bmm(b.mT, a.mT).mT
     return NotImplemented
-
-
-def _transposed(matrices: Tensor) -> bool:
-    return matrices.stride(-2) == 1 and matrices.stride(-1) >= matrices.shape[-2] > 1
 
 
 REWRITINGS = {

@@ -74,6 +74,7 @@ DEFAULTS: dict[str, tuple[Any, Any, Any]] = {
 
 # Compiling costs this many uncompiled iterations or more, saved again (benchmarks/README.md).
 COMPILED_FROM = {"regression": 10_000, "classification": 1_500}
+CHUNK_IMAGES = 40
 
 # ---- how a flag is declared ----------------------------------------------------------------------
 
@@ -323,8 +324,9 @@ class Config:
     )  # fmt: skip
     tasks_at_once: int | None = flag(
         "--tasks-at-once", group="machine", kind=int, check=at_least(1), metavar="N",
-        default=None, optional=True, free_on_eval=True,
-        help="bound memory: take the tasks in chunks of N; the result is the same to rounding",
+        default=BY_RULE, before=None, optional=True, free_on_eval=True,
+        help="take the tasks of an iteration in chunks of N, which bounds memory; the result is the same "
+        "to rounding. By default all at once, or, of compiled convolutions, what fits a CPU's cache",
     )  # fmt: skip
 
     log_every: int = flag(
@@ -447,6 +449,8 @@ def _default_text(name: str, declaration: Flag) -> str:
             if getattr(facts, name, None) is not None
         ]
         return f"{regression}; omniglot {omniglot}{''.join(exceptions)}"
+    if name == "tasks_at_once":
+        return "all, or what fits the cache"
     if declaration.default is BY_RULE:
         return "auto"
     if declaration.default is BY_LEARNER:
@@ -456,8 +460,6 @@ def _default_text(name: str, declaration: Flag) -> str:
         return "from the settings and the time"
     if name == "out":
         return "beside the checkpoint"
-    if name == "tasks_at_once":
-        return "all"
     return _show(declaration.default)
 
 
@@ -535,7 +537,8 @@ def resolve(given: Mapping[str, Any]) -> Config:
 
 def resolve_auto(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values, with what is "auto" or missing settled by what was measured (benchmarks/README.md)."""
-    regression = values.get("dataset", CONFIG_FLAGS["dataset"].default) in REGRESSION
+    values = {"dataset": CONFIG_FLAGS["dataset"].default} | dict(values)
+    regression = values["dataset"] in REGRESSION
     long = COMPILED_FROM["regression" if regression else "classification"]
     compiled = values["iterations"] >= long
     automatic = {
@@ -543,11 +546,23 @@ def resolve_auto(values: Mapping[str, Any]) -> dict[str, Any]:
         "engine": "unrolled" if regression or values["steps"] == 1 else "adjoint",
     }
     chosen = {name: values.get(name, "auto") for name in (*automatic, "convolution")}
-    settled = {name: automatic[name] if chosen[name] == "auto" else chosen[name] for name in automatic}
+    settled: dict[str, Any] = {name: automatic[name] if chosen[name] == "auto" else chosen[name] for name in automatic}
     settled["convolution"] = chosen["convolution"]
     if chosen["convolution"] == "auto":
         settled["convolution"] = "im2col" if settled["compile"] == "on" else "grouped"
-    return dict(values) | settled
+    if "tasks_at_once" not in values:
+        settled["tasks_at_once"] = _cache_chunk(values) if settled["convolution"] == "im2col" else None
+    return values | settled
+
+
+def _cache_chunk(values: Mapping[str, Any]) -> int | None:
+    """Tasks of a chunk whose support set is some `CHUNK_IMAGES` images; None: all of the meta-batch."""
+    if values["dataset"] in REGRESSION or not LEARNERS[values["learner"]].convolutional:
+        return None
+    tasks = values["meta_batch_size"]
+    most = max(1, CHUNK_IMAGES // (values["ways"] * values["shots"]))
+    chunk = max(size for size in range(1, min(most, tasks) + 1) if tasks % size == 0)
+    return None if chunk == tasks else chunk
 
 
 def resolve_from(saved: Config, given: Mapping[str, Any], *, evaluate: bool) -> Config:

@@ -1,0 +1,401 @@
+#!/usr/bin/env python3
+"""Speed and memory of this tool, of other ways to the same meta-gradient, and of the arithmetic alone.
+
+    pip install -r benchmarks/requirements-peers.txt
+    python benchmarks/speed.py                      # every table; some 25 minutes on two cores, cold
+    python benchmarks/speed.py sinusoid-1 omniglot-5-way
+    python benchmarks/speed.py --growth             # time and memory over meta-batch, inner steps, width
+    python benchmarks/speed.py --precision          # float64, float32 and bf16: speed and error
+
+All contenders have the same network, tasks and optimizer. First their meta-gradients are compared; then
+they are timed in turn, round after round, so that whatever slows the machine slows them all. Medians
+and quartiles of the rounds are printed and saved, with ratios taken round by round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from peers import META_LR, PEERS, Contender, Work  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+from compiler import Compiler  # noqa: E402
+from config import resolve  # noqa: E402
+from dataset import Omniglot, Sinusoid  # noqa: E402
+from learner import build_learner  # noqa: E402
+from maml import MAML, as_it_is  # noqa: E402
+from meta_step import FlatLayout, MetaStep, State  # noqa: E402
+from tasks import TaskBatch  # noqa: E402
+from trainer import _metrics  # noqa: E402
+
+OURS = "this tool"
+EAGER = "this tool, uncompiled"
+ROUNDS = 9
+
+
+# ---- what is timed --------------------------------------------------------------------------
+
+
+def sinusoid(steps: int, *, tasks: int = 25, width: int = 40) -> Work:
+    torch.manual_seed(0)
+    learner = nn.Sequential(
+        nn.Linear(1, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1)
+    )
+    return Work(f"sinusoid-{steps}", learner, Sinusoid(10, 15), tasks, steps, 0.01, 300 // steps, 2)
+
+
+def omniglot(ways: int, shots: int, steps: int, *, tasks: int, inner_lr: float = 0.4) -> Work:
+    """Images of noise: what they show does not change the work."""
+    images = torch.randint(0, 256, (100, 20, 28, 28), dtype=torch.uint8)
+    splits = {name: torch.arange(100) for name in ("train", "validation", "test")}
+    distribution = Omniglot(images, splits, ways=ways, shots=shots, queries=shots)
+    learner = build_learner("conv", ways, init="torch", seed=0)
+    name = f"omniglot-{ways}-way-{shots}-shot-{steps}"
+    return Work(name, learner, distribution, tasks, steps, inner_lr, 3 if steps == 1 else 1, 1)
+
+
+WORKS: dict[str, Callable[[], Work]] = {
+    "sinusoid-1": lambda: sinusoid(1),
+    "sinusoid-5": lambda: sinusoid(5),
+    "omniglot-5-way": lambda: omniglot(5, 1, 1, tasks=32),
+    "omniglot-20-way": lambda: omniglot(20, 1, 5, tasks=16, inner_lr=0.1),
+}
+
+
+def settings_for(work: Work, **given: Any) -> Any:
+    """What the tool's rules choose for such a run."""
+    sizes: dict[str, Any] = {"steps": work.steps, "meta_batch_size": work.tasks}
+    if work.distribution.classification:
+        sizes |= {"dataset": "omniglot", "ways": work.distribution.ways, "shots": work.distribution.shots}
+    return resolve(sizes | {"iterations": 60_000, "compile": "on"} | given)
+
+
+def ours(work: Work, *, compute_dtype: torch.dtype | None = None, **given: Any) -> Contender:
+    """This tool's own step, under its own rules unless `given` says otherwise."""
+    config = settings_for(work, **given)
+    accelerate: Any = as_it_is
+    if config.compile == "on":
+        accelerate = Compiler(torch.device("cpu"))
+        accelerate.active = True
+    maml = MAML(
+        work.learner, work.loss, inner_lr=work.inner_lr, steps=work.steps, engine=config.engine,
+        convolution=config.convolution, tasks_at_once=config.tasks_at_once,
+        compute_dtype=compute_dtype, accelerate=accelerate,
+    )  # fmt: skip
+    parameters = maml.initial_parameters()
+    layout = FlatLayout(parameters)
+    step = MetaStep(
+        maml, work.distribution, layout=layout, metrics=_metrics, seed=0, tasks=work.tasks,
+        meta_lr=META_LR, accelerate=accelerate if config.compile == "on" else lambda f, options=None: f,
+    )  # fmt: skip
+    vector = layout.flatten(parameters)
+    moments = torch.zeros_like(vector), torch.zeros_like(vector)
+    sums = torch.zeros(2, dtype=vector.dtype)
+    state = [State(vector, *moments, torch.tensor(0), sums)]
+
+    def run(iterations: int) -> None:
+        with threads(1 if not work.distribution.classification else torch.get_num_threads()):
+            for _ in range(iterations):
+                state[0] = step(state[0])
+
+    def gradient(batch: TaskBatch) -> dict[str, np.ndarray]:
+        result = maml.meta_gradient(parameters, batch)
+        return {name: g.double().numpy() for name, g in result.gradients.items()}
+
+    return Contender(run, gradient)
+
+
+class threads:
+    """The tool's rule: one thread for the sinusoid network."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.before = number, torch.get_num_threads()
+
+    def __enter__(self) -> None:
+        torch.set_num_threads(self.number)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self.before)
+
+
+# ---- measuring ------------------------------------------------------------------------------
+
+
+def matrix_rate() -> float:
+    """FLOP/s of a large product of matrices, just now."""
+    a, b = torch.randn(2, 1536, 1536)
+    a @ b
+    begin = time.perf_counter()
+    for _ in range(3):
+        a @ b
+    return 3 * 2 * 1536**3 / (time.perf_counter() - begin)
+
+
+def operations(work: Work) -> float:
+    """FLOPs of the matrix products of one exact meta-gradient."""
+    maml = MAML(work.learner, work.loss, inner_lr=work.inner_lr, steps=work.steps, convolution="im2col")
+    with FlopCounterMode(display=False) as counter:
+        maml.meta_gradient(maml.initial_parameters(), work.batch(0))
+    return float(counter.get_total_flops())
+
+
+def contenders(work: Work) -> dict[str, Contender]:
+    found = {OURS: ours(work), EAGER: ours(work, compile="off")}
+    for name, make in PEERS.items():
+        try:
+            found[name] = make(work)
+        except ImportError as error:
+            print(f"  {name}: left out ({error})", flush=True)
+    return found
+
+
+def check_gradients(work: Work, found: dict[str, Contender]) -> dict[str, float]:
+    """Largest difference from this tool's meta-gradient, over its largest element; raises above 1e-3."""
+    batch = work.batch(1)
+    expected = found[OURS].gradient(batch)
+    scale = max(np.abs(g).max() for g in expected.values())
+    differences = {}
+    for name, contender in found.items():
+        theirs = contender.gradient(batch)
+        if theirs.keys() != expected.keys():
+            raise SystemExit(f"{name} has other parameters")
+        differences[name] = max(np.abs(theirs[k] - expected[k]).max() for k in expected) / scale
+        if not differences[name] < 1e-3:
+            raise SystemExit(f"{name} computes another meta-gradient: {differences[name]:.1e} off")
+    return differences
+
+
+def timed(contender: Contender, iterations: int) -> float:
+    begin = time.perf_counter()
+    contender.run(iterations)
+    return (time.perf_counter() - begin) / iterations
+
+
+def compare(work: Work, rounds: int) -> dict[str, Any]:
+    print(f"\n{work.name}: {work.tasks} tasks, {work.steps} inner steps", flush=True)
+    begin = time.monotonic()
+    found = contenders(work)
+    differences = check_gradients(work, found)
+    counts = {name: work.slow_iterations if c.slow else work.iterations for name, c in found.items()}
+    for name, contender in found.items():  # compile, warm up
+        contender.run(100 if "scan" in name else 1)
+        timed(contender, counts[name])
+    print(f"  ready after {time.monotonic() - begin:.0f} s; timing", flush=True)
+    seconds: dict[str, list[float]] = {name: [] for name in found}
+    rates = []
+    for _ in range(rounds):
+        rates.append(matrix_rate())
+        for name, contender in found.items():
+            seconds[name].append(timed(contender, counts[name]))
+    flops = operations(work)
+    limit = [flops / rate for rate in rates]
+    rows = {}
+    for name, values in seconds.items():
+        quartiles = statistics.quantiles(values, n=4)
+        rows[name] = {
+            "median_ms": 1e3 * statistics.median(values),
+            "quartiles_ms": [1e3 * quartiles[0], 1e3 * quartiles[2]],
+            "ours_is_faster_by": statistics.median(v / o for v, o in zip(values, seconds[OURS], strict=True)),
+            "gradient_difference": differences[name],
+            "peak_memory_mb": peak_memory(work.name, name, 1 if found[name].slow else 3),
+        }
+    result = {
+        "tasks": work.tasks,
+        "inner_steps": work.steps,
+        "rounds": rounds,
+        "gflop": flops / 1e9,
+        "matrix_gflop_per_s": statistics.median(rates) / 1e9,
+        "limit_ms": 1e3 * statistics.median(limit),
+        "ours_over_limit": statistics.median(o / x for o, x in zip(seconds[OURS], limit, strict=True)),
+        "contenders": rows,
+    }
+    print(table(result), flush=True)
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [
+        "| | ms an iteration: median (quartiles) | this tool is faster by | gradient differs by | peak memory |",
+        "|-|-|-|-|-|",
+    ]
+    for name, row in result["contenders"].items():
+        low, high = row["quartiles_ms"]
+        lines.append(
+            f"| {name} | {row['median_ms']:.4g} ({low:.4g} to {high:.4g}) | {row['ours_is_faster_by']:.3g} "
+            f"| {row['gradient_difference']:.0e} | {row['peak_memory_mb']:.0f} MB |"
+        )
+    lines.append(
+        f"| arithmetic: {result['gflop']:.3g} GFLOP at {result['matrix_gflop_per_s']:.0f} GFLOP/s "
+        f"| {result['limit_ms']:.4g} | {1 / result['ours_over_limit']:.3g} | | |"
+    )
+    return "\n".join(lines)
+
+
+# ---- memory: each in a process of its own ---------------------------------------------------
+
+
+def peak_memory(work: str, contender: str, iterations: int) -> float:
+    """Peak of a fresh process that runs a few iterations, in MB (Linux); compiled code is cached."""
+    command = [sys.executable, __file__, "--alone", json.dumps([work, contender, iterations])]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def alone(work_name: str, contender: str, iterations: int) -> None:
+    kind, *sizes = work_name.split("-")
+    if kind == "sinusoid":
+        work = sinusoid(int(sizes[0]))
+    else:
+        ways, shots, steps = int(sizes[0]), int(sizes[2]), int(sizes[4])
+        work = omniglot(ways, shots, steps, tasks=32 if (ways, shots) == (5, 1) else 16, inner_lr=0.1)
+    special = {OURS: {}, EAGER: {"compile": "off"}, "adjoint": {"engine": "adjoint"}}
+    chosen = special.get(contender)
+    (ours(work, **chosen) if chosen is not None else PEERS[contender](work)).run(iterations)
+    # not getrusage: there a child begins with its parent's peak
+    status = Path("/proc/self/status").read_text()
+    print(int(status.split("VmHWM:")[1].split()[0]) / 1024)
+
+
+def memory_over_steps() -> dict[str, Any]:
+    """Peak memory of the adjoint engine at 2 and at 20 inner steps."""
+    result = {}
+    for ways, shots in ((5, 5), (5, 1)):
+        few, many = (
+            peak_memory(f"omniglot-{ways}-way-{shots}-shot-{steps}", "adjoint", 1) for steps in (2, 20)
+        )
+        result[f"{ways}-way {shots}-shot"] = {"2 steps": few, "20 steps": many, "ratio": many / few}
+        print(f"  {ways}-way {shots}-shot: {few:.0f} MB at 2 steps, {many:.0f} at 20: {many / few:.3f}")
+    return result
+
+
+# ---- growth and precision -------------------------------------------------------------------
+
+
+def growth() -> dict[str, Any]:
+    """Milliseconds over meta-batch, inner steps and width, compiled and not."""
+    series = {
+        "tasks": {n: sinusoid(1, tasks=n) for n in (5, 25, 100)},
+        "inner steps": {n: sinusoid(n) for n in (1, 5, 10)},
+        "width": {n: sinusoid(1, width=n) for n in (20, 80, 160)},
+    }
+    result: dict[str, Any] = {"memory over inner steps": memory_over_steps()}
+    for axis, works in series.items():
+        for size, work in works.items():
+            found = {OURS: ours(work), EAGER: ours(work, compile="off")}
+            if axis == "inner steps":
+                found["this tool, adjoint"] = ours(work, engine="adjoint")
+            row = {}
+            for name, contender in found.items():
+                contender.run(2)
+                times = [timed(contender, 50 if "un" in name else 200) for _ in range(5)]
+                row[name] = 1e3 * statistics.median(times)
+            result.setdefault(axis, {})[size] = row
+            print(f"  {axis} {size}: " + ", ".join(f"{k} {v:.3f} ms" for k, v in row.items()), flush=True)
+    return result
+
+
+def precision(rounds: int) -> dict[str, Any]:
+    """Time, and the meta-gradient's distance from that in float64, of 5-way 1-shot Omniglot."""
+    work = omniglot(5, 1, 1, tasks=32)
+    batch = work.batch(1)
+    wide = TaskBatch(*(t.double() if t.is_floating_point() else t for t in batch))
+    maml = MAML(work.learner.double(), work.loss, inner_lr=work.inner_lr)
+    exact = maml.meta_gradient(maml.initial_parameters(), wide).gradients
+    work.learner.float()
+    found = {
+        "float32": ours(work),
+        "bf16": ours(work, compute_dtype=torch.bfloat16),
+        "float32, uncompiled": ours(work, compile="off"),
+        "bf16, uncompiled": ours(work, compile="off", compute_dtype=torch.bfloat16),
+    }
+    result = {}
+    norm = math.sqrt(sum(float((g * g).sum()) for g in exact.values()))
+    seconds: dict[str, list[float]] = {name: [] for name in found}
+    for contender in found.values():
+        contender.run(1)
+    for _ in range(rounds):
+        for name, contender in found.items():
+            seconds[name].append(timed(contender, 2))
+    for name, contender in found.items():
+        theirs = contender.gradient(batch)
+        error = math.sqrt(sum(float(((theirs[k] - exact[k].numpy()) ** 2).sum()) for k in exact)) / norm
+        result[name] = {"median_ms": 1e3 * statistics.median(seconds[name]), "relative_error": error}
+        print(f"  {name}: {result[name]['median_ms']:.1f} ms, error {error:.1e}", flush=True)
+    return result
+
+
+# ---- results --------------------------------------------------------------------------------
+
+
+def draw(results: dict[str, Any], file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    compared = {name: r for name, r in results.items() if "contenders" in r}
+    if not compared:
+        return
+    figure = Figure(figsize=(3.2 * len(compared), 2.8), layout="constrained")
+    for axes, (name, result) in zip(np.ravel(figure.subplots(1, len(compared))), compared.items(), strict=True):
+        rows = result["contenders"]
+        heights = [row["median_ms"] for row in rows.values()]
+        colours = ["#0072B2" if OURS in row else "#8C8C8C" for row in rows]
+        axes.barh(range(len(rows)), heights, color=colours)
+        axes.axvline(result["limit_ms"], color="#D55E00", linewidth=1.2)
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("ms an iteration; line: arithmetic alone", fontsize=8)
+        axes.tick_params(labelsize=7)
+    figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("works", nargs="*", help=f"of {', '.join(WORKS)}; all by default")
+    parser.add_argument("--growth", action="store_true", help="time and memory over sizes instead")
+    parser.add_argument("--precision", action="store_true", help="speed and error of the precisions instead")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSON and the picture")
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.alone:
+        alone(*json.loads(arguments.alone))
+        return
+    unknown = [name for name in arguments.works if name not in WORKS]
+    if unknown or arguments.rounds < 2:
+        parser.error(f"no work {unknown[0]}: of {', '.join(WORKS)}" if unknown else "--rounds: at least 2")
+    print(f"torch {torch.__version__}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    if arguments.growth:
+        name, results = "growth", growth()
+    elif arguments.precision:
+        name, results = "precision", precision(arguments.rounds)
+    else:
+        name = "speed"
+        results = {w: compare(WORKS[w](), arguments.rounds) for w in arguments.works or WORKS}
+    machine = {"torch": torch.__version__, "cores": os.cpu_count(), "python": platform.python_version()}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / f"{name}.json").write_text(json.dumps({"machine": machine, "results": results}, indent=1))
+    if name == "speed":
+        draw(results, arguments.out / "speed.png")
+    print(f"\nWritten: {arguments.out / name}.json")
+
+
+if __name__ == "__main__":
+    main()
