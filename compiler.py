@@ -31,7 +31,7 @@ Signature = tuple[tuple[torch.Size, torch.dtype], ...]
 CPP_COMPILERS = ("g++", "clang++", "c++", "cl")
 
 
-class CompilationFailed(Exception):
+class CompilationError(Exception):
     """Says in one line why a function could not be compiled."""
 
 
@@ -108,7 +108,7 @@ class Compiler:
                 return Library(path, output_structure)
         except Exception as error:  # a compiler may stumble in any way; without it the run goes on
             text = " ".join(str(error).split()) or type(error).__name__
-            raise CompilationFailed(text[:200]) from error
+            raise CompilationError(text[:200]) from error
         finally:
             self.active = True
             self.seconds += time.monotonic() - begin
@@ -176,9 +176,7 @@ def _unflatten(tensors: Sequence[Tensor], structure: Any) -> Any:
     return tuple(tensors) if structure is None else pytree.tree_unflatten(list(tensors), structure)
 
 
-def _trace(
-    function: Function, tensors: list[Tensor], structure: Any
-) -> tuple[torch.fx.GraphModule, Any]:
+def _trace(function: Function, tensors: list[Tensor], structure: Any) -> tuple[torch.fx.GraphModule, Any]:
     """The function's graph, from flat inputs to flat contiguous outputs, and the outputs' structure."""
     from torch.fx.experimental.proxy_tensor import make_fx
 

@@ -412,6 +412,10 @@ class Invocation:
         "--device", group="machine", kind=str, choices=("auto", "cpu", "cuda", "mps"),
         default="auto", help="auto takes CUDA where there is any, else the CPU",
     )  # fmt: skip
+    autotune: bool = flag(
+        "--autotune", group="machine", kind=bool, default=False,
+        help="measure what --engine and --conv leave open before the first iteration, and keep the fastest",
+    )  # fmt: skip
 
 
 CONFIG_FLAGS = flags_of(Config)
@@ -546,7 +550,9 @@ def resolve_auto(values: Mapping[str, Any]) -> dict[str, Any]:
         "engine": "unrolled" if regression or values["steps"] == 1 else "adjoint",
     }
     chosen = {name: values.get(name, "auto") for name in (*automatic, "convolution")}
-    settled: dict[str, Any] = {name: automatic[name] if chosen[name] == "auto" else chosen[name] for name in automatic}
+    settled: dict[str, Any] = {
+        name: automatic[name] if chosen[name] == "auto" else chosen[name] for name in automatic
+    }
     settled["convolution"] = chosen["convolution"]
     if chosen["convolution"] == "auto":
         settled["convolution"] = "im2col" if settled["compile"] == "on" else "grouped"
@@ -672,6 +678,10 @@ def check_invocation(given: Mapping[str, Any]) -> Invocation:
             "--init-from gives the initial weights: leave out --init",
         ),
         (call.resume and not call.run_name, "--resume needs the --run-name of the run to go on with"),
+        (
+            call.autotune and (call.eval or call.load),
+            "--autotune chooses when a run begins: leave it out with --eval and --load",
+        ),
         (call.out and not call.eval, "--out is where --eval writes: it means nothing without"),
         (
             call.load and call.run_name,

@@ -23,7 +23,7 @@ class Im2colConv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, _, height, width = x.shape
+        batch = len(x)
         stride, dilation = self.stride, self.dilation
         # [batch, height, width, channels]: a patch is then a few runs of whole pixels
         x = functional.pad(x, self._reversed_padding_repeated_twice).permute(0, 2, 3, 1)

@@ -17,7 +17,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,7 +158,9 @@ def train(call: Invocation, given: Mapping[str, Any]) -> int:
                 f"which began from {origin or 'the initialisation'}: leave it out when going on"
             )
     runtime = prepare(config, call)
-    config = with_compiler(config, given, runtime)
+    config = fitted(config, given, runtime, new=start is None)
+    if call.autotune and start is None:
+        config = autotuned(config, given, call, runtime)
     weights_file = start_file or call.init_from
     weights = start or (load_checkpoint(weights_file) if weights_file else None)
     writable(folder or call.checkpoint_path, "--load" if call.load else "--checkpoint-path")
@@ -177,10 +179,12 @@ def train(call: Invocation, given: Mapping[str, Any]) -> int:
     return 0 if signal is None else 128 + signal
 
 
-def with_compiler(config: Config, given: Mapping[str, Any], runtime: Runtime) -> Config:
-    """The settings again, uncompiled where this machine cannot compile."""
+def fitted(config: Config, given: Mapping[str, Any], runtime: Runtime, *, new: bool) -> Config:
+    """The settings for this machine: uncompiled where it cannot compile; a GPU takes all tasks at once."""
     from compiler import cpp_compiler
 
+    if new and runtime.device.type == "cuda" and "tasks_at_once" not in given:
+        config = replace(config, tasks_at_once=None)
     if config.compile == "off":
         return config
     if runtime.device.type == "mps":
@@ -190,9 +194,26 @@ def with_compiler(config: Config, given: Mapping[str, Any], runtime: Runtime) ->
     else:
         return config
     print(f"main.py: {reason}: the run goes uncompiled", file=sys.stderr)
-    if given.get("convolution", "auto") == "auto" and "load" not in given and not given.get("resume"):
-        config = replace(config, convolution="grouped")
+    if new:
+        return settings.resolve({**given, "compile": "off"})
     return replace(config, compile="off")
+
+
+def autotuned(config: Config, given: Mapping[str, Any], call: Invocation, runtime: Runtime) -> Config:
+    """The settings with what is fastest on this machine (--autotune)."""
+    from autotune import fastest
+    from compiler import Compiler
+    from trainer import Trainer
+
+    def make(candidate: Config) -> Callable[[], object]:
+        compiler = Compiler(runtime.device)
+        distribution, maml = build(candidate, call, runtime, compiler)
+        trainer = Trainer(candidate, maml, maml.initial_parameters(), distribution, Path(), compiler)
+        compiler.active = candidate.compile == "on"
+        return lambda: trainer.meta_step(trainer.state).sums.tolist()
+
+    print("Measuring (--autotune):", flush=True)
+    return fastest(config, given, make, lambda line: print(f"  {line}", flush=True))
 
 
 def print_end(trainer: Trainer, folder: Path, signal: int | None) -> None:

@@ -64,7 +64,7 @@ class RunLog:
 
         # one event for all: `add_scalar` for each would cost a fast run a tenth of its time
         summary = Summary(value=[Summary.Value(tag=tag, simple_value=v) for tag, v in values.items()])
-        self.writer.file_writer.add_summary(summary, iteration)
+        self.writer._get_file_writer().add_summary(summary, iteration)
 
     def text(self, tag: str, text: str, iteration: int) -> None:
         self.writer.add_text(tag, text, iteration)

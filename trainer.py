@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import BEST, LAST, Checkpoint, Curve, Progress, adam_state, moments_of, save_checkpoint
-from compiler import CompilationFailed, Compiler
+from compiler import CompilationError, Compiler
 from config import Config, meaningful
 from dataset import TaskDistribution
 from evaluation import accuracy, evaluate, examples
@@ -97,17 +97,18 @@ class Trainer:
         if distribution.classification:
             self.metrics.append("query_accuracy")
         vector = self.layout.flatten(parameters)
-        moments = [torch.zeros_like(vector), torch.zeros_like(vector)]
+        first, second = torch.zeros_like(vector), torch.zeros_like(vector)
         if start is not None:
-            moments = [
+            first, second = (
                 self.layout.flatten(moment).to(vector) for moment in moments_of(start, self.layout.shapes)
-            ]
+            )
             self.iteration = start.iteration
             self.progress = Progress(**start.progress)
         sums = [self.progress.window.get(name, 0.0) for name in self.metrics]
         self.state = State(
             vector,
-            *moments,
+            first,
+            second,
             torch.tensor(self.iteration, device=vector.device),
             torch.tensor(sums, device=vector.device, dtype=vector.dtype),
         )
@@ -137,9 +138,9 @@ class Trainer:
     def step(self, bar: tqdm) -> None:
         """One iteration; the first ones of a run, as many as are set, run uncompiled."""
         self.iteration += 1
-        if self.config.compile == "on" and self.iteration > self.config.compile_after:
-            if not self.compiler.active:
-                self._compile(bar)
+        due = self.config.compile == "on" and self.iteration > self.config.compile_after
+        if due and not self.compiler.active:
+            self._compile(bar)
         self.state = self.meta_step(self.state)
         self.progress.window_size += 1
 
@@ -152,7 +153,7 @@ class Trainer:
             self.meta_step(state)
             if state.parameters.is_cuda:
                 self.meta_step = CudaGraph(self.meta_step, state)
-        except CompilationFailed as error:
+        except CompilationError as error:
             self.compiler.active = False
             self.config = replace(self.config, compile="off")
             tqdm.write(f"Not compiled, the run goes on without: {error}", file=sys.stderr)

@@ -112,7 +112,7 @@ def ours(work: Work, *, compute_dtype: torch.dtype | None = None, **given: Any) 
     state = [State(vector, *moments, torch.tensor(0), sums)]
 
     def run(iterations: int) -> None:
-        with threads(1 if not work.distribution.classification else torch.get_num_threads()):
+        with Threads(1 if not work.distribution.classification else torch.get_num_threads()):
             for _ in range(iterations):
                 state[0] = step(state[0])
 
@@ -123,7 +123,7 @@ def ours(work: Work, *, compute_dtype: torch.dtype | None = None, **given: Any) 
     return Contender(run, gradient)
 
 
-class threads:
+class Threads:
     """The tool's rule: one thread for the sinusoid network."""
 
     def __init__(self, number: int) -> None:
@@ -233,7 +233,8 @@ def compare(work: Work, rounds: int) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     lines = [
-        "| | ms an iteration: median (quartiles) | this tool is faster by | gradient differs by | peak memory |",
+        "| | ms an iteration: median (quartiles) | this tool is faster by | gradient differs by "
+        "| peak memory |",
         "|-|-|-|-|-|",
     ]
     for name, row in result["contenders"].items():
@@ -351,7 +352,9 @@ def draw(results: dict[str, Any], file: Path) -> None:
     if not compared:
         return
     figure = Figure(figsize=(3.2 * len(compared), 2.8), layout="constrained")
-    for axes, (name, result) in zip(np.ravel(figure.subplots(1, len(compared))), compared.items(), strict=True):
+    for axes, (name, result) in zip(
+        np.ravel(figure.subplots(1, len(compared))), compared.items(), strict=True
+    ):
         rows = result["contenders"]
         heights = [row["median_ms"] for row in rows.values()]
         colours = ["#0072B2" if OURS in row else "#8C8C8C" for row in rows]
@@ -367,12 +370,16 @@ def draw(results: dict[str, Any], file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("works", nargs="*", help=f"of {', '.join(WORKS)}; all by default")
     parser.add_argument("--growth", action="store_true", help="time and memory over sizes instead")
     parser.add_argument("--precision", action="store_true", help="speed and error of the precisions instead")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSON and the picture")
+    parser.add_argument(
+        "--out", type=Path, default=HERE / "results", help="folder of the JSON and the picture"
+    )
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.alone:
@@ -391,7 +398,9 @@ def main() -> None:
         results = {w: compare(WORKS[w](), arguments.rounds) for w in arguments.works or WORKS}
     machine = {"torch": torch.__version__, "cores": os.cpu_count(), "python": platform.python_version()}
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / f"{name}.json").write_text(json.dumps({"machine": machine, "results": results}, indent=1))
+    (arguments.out / f"{name}.json").write_text(
+        json.dumps({"machine": machine, "results": results}, indent=1)
+    )
     if name == "speed":
         draw(results, arguments.out / "speed.png")
     print(f"\nWritten: {arguments.out / name}.json")

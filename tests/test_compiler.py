@@ -1,6 +1,7 @@
 """Compiled functions compute what the functions do, are kept, and may fail without harm."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import autotune
 import compiler
 import config
 import main
 from checkpoint import LAST, load_checkpoint
-from compiler import CompilationFailed, Compiler
+from compiler import CompilationError, Compiler
 from dataset import Sinusoid
 from maml import MAML
 from meta_step import FlatLayout, MetaStep, State, adam, clipped
@@ -194,14 +196,14 @@ def test_a_compiler_that_fails_costs_nothing_but_the_speed(command, tmp_path, ca
     assert torch.equal(weights(tmp_path / "failed"), weights(tmp_path / "uncompiled"))
 
 
-def test_compilation_failed_leaves_the_function_as_it_was():
+def test_a_failed_compilation_says_why():
     accelerate = Compiler(CPU)
     accelerate.active = True
 
     def broken(x):
         raise ValueError("no")
 
-    with pytest.raises(CompilationFailed, match="^no$"):
+    with pytest.raises(CompilationError, match=r"^no$"):
         accelerate(broken)(torch.ones(1))
 
 
@@ -212,4 +214,43 @@ def test_a_checkpoint_from_before_these_settings_loads_with_what_was_done_then()
     for name in ("compile", "compile_after", "engine", "convolution"):
         del plain[name]
     old = config.config_from_plain(plain)
+    assert old.tasks_at_once is None
     assert old == dataclasses.replace(new, compile="off", compile_after=0, convolution="grouped")
+
+
+# ---- --autotune -----------------------------------------------------------------------------
+
+
+def test_autotune_keeps_the_fastest_of_what_is_left_open(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(autotune.time, "perf_counter", lambda: clock[0])
+    costs = {("unrolled", "im2col"): 4, ("unrolled", "grouped"): 3, ("adjoint", "im2col"): 1}
+
+    def make(candidate):
+        key = candidate.engine, candidate.convolution
+        if key not in costs:
+            raise CompilationError("cannot")
+
+        def iteration():
+            clock[0] += costs[key]
+
+        return iteration
+
+    lines: list[str] = []
+    settled = config.resolve({"dataset": "omniglot"})
+    best = autotune.fastest(settled, {}, make, lines.append)
+    assert (best.engine, best.convolution) == ("adjoint", "im2col")
+    assert len(lines) == 4 and "not compiled" in lines[3]
+    best = autotune.fastest(settled, {"engine": "unrolled"}, make, lines.append)
+    assert best == dataclasses.replace(settled, convolution="grouped")
+    assert len(lines) == 6
+
+
+def test_autotuned_settings_are_those_of_the_run(command, tmp_path, capsys):
+    line = [*RUN, "--iterations", "2", "--autotune", "--run-name", "tuned", "--dataset", "harmonic"]
+    assert command(*line) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("ms an iteration") == 2
+    times = {e: float(re.search(rf"engine {e}: ([\d.]+) ms", shown)[1]) for e in ("unrolled", "adjoint")}
+    saved = load_checkpoint(tmp_path / "tuned" / LAST).config
+    assert saved.engine == min(times, key=times.__getitem__)

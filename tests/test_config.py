@@ -53,6 +53,10 @@ MISTAKES = [
     ("--seed -1", "--seed: expected a whole number from 0"),
     ("--dataset mnist", "--dataset: expected one of sinusoid, harmonic, sinusoid-line, omniglot,"),
     ("--device tpu", "--device: expected one of auto, cpu, cuda, mps, got 'tpu'"),
+    ("--precision tf32 --device cpu", "--precision tf32 is for CUDA GPUs"),
+    ("--conv im2col", "--conv means nothing with --learner mlp"),
+    ("--engine fast", "--engine: expected one of auto, unrolled, adjoint"),
+    ("--autotune --eval", "--autotune chooses when a run begins"),
     ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
     ("--iter 5", "unrecognized arguments: --iter 5"),
     ("-k", "-k: expected one argument"),
@@ -88,6 +92,25 @@ MISTAKES = [
     ("--checkpoint-path /dev/null/x", "--checkpoint-path /dev/null/x: cannot write there"),
     ("--eval --out /dev/null/x", "--out /dev/null/x: cannot write there"),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("", ("on", "unrolled", "grouped", None)),
+        ("-s 5 --iterations 9999", ("off", "unrolled", "grouped", None)),
+        ("--dataset omniglot", ("on", "unrolled", "im2col", 8)),
+        ("--dataset omniglot --iterations 1499", ("off", "unrolled", "grouped", None)),
+        ("--dataset omniglot -n 20 --compile auto", ("on", "adjoint", "im2col", 2)),
+        ("--dataset omniglot -s 2 --engine unrolled --conv grouped", ("on", "unrolled", "grouped", None)),
+        ("--dataset omniglot --tasks-at-once 4", ("on", "unrolled", "im2col", 4)),
+        ("--dataset omniglot --meta-batch-size 9", ("on", "unrolled", "im2col", 3)),
+        ("--dataset omniglot --compile off", ("off", "unrolled", "grouped", None)),
+    ],
+)
+def test_how_to_compute_is_settled_by_the_settings_alone(line, expected):
+    settled = config.resolve(config.parse(line.split()))
+    assert (settled.compile, settled.engine, settled.convolution, settled.tasks_at_once) == expected
 
 
 @pytest.mark.parametrize(("line", "message"), MISTAKES, ids=[line[:60] for line, _ in MISTAKES])

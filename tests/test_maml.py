@@ -121,7 +121,9 @@ def test_inductive_meta_gradient_is_that_of_a_plain_loop(learner, first_order):
     batch, parameters = make_tasks(learner), make_maml(learner).initial_parameters()
     expected, _ = loop_over_tasks(make_maml(learner, **options), parameters, batch)
     for ways in WAYS_TO_COMPUTE:
-        assert_same(make_maml(learner, **options, **ways).meta_gradient(parameters, batch).gradients, expected)
+        assert_same(
+            make_maml(learner, **options, **ways).meta_gradient(parameters, batch).gradients, expected
+        )
 
 
 @pytest.mark.parametrize("steps", [1, 5])
