@@ -100,12 +100,14 @@ class Compiler:
             with _quiet(), _ticking(self.on_wait), torch.enable_grad():
                 graph, output_structure = _trace(function, tensors, structure)
                 path = self.folder / f"{self._key(graph, tensors, options)}.pt2"
-                if path.is_file():
+                try:
+                    library = Library(path, output_structure)
                     self.loaded += 1
-                else:
+                except Exception:  # there is none, or it is damaged
                     self._build(graph, tensors, options, path)
+                    library = Library(path, output_structure)
                     self.compiled += 1
-                return Library(path, output_structure)
+                return library
         except Exception as error:  # a compiler may stumble in any way; without it the run goes on
             text = " ".join(str(error).split()) or type(error).__name__
             raise CompilationError(text[:200]) from error
@@ -130,7 +132,6 @@ class Compiler:
     def _key(self, graph: torch.fx.GraphModule, tensors: list[Tensor], options: dict[str, Any]) -> str:
         """A hash of all that the library depends on."""
         cuda = self.device.type == "cuda"
-        machine = torch.cuda.get_device_name(self.device) if cuda else platform.processor()
         content = [
             graph.code,
             [(name, tensor.tolist()) for name, tensor in _constants(graph).items()],
@@ -138,13 +139,23 @@ class Compiler:
             sorted(options.items()),
             torch.__version__,
             platform.platform(),
-            machine,
-            torch.backends.cpu.get_cpu_capability(),
+            _processor(),
+            torch.cuda.get_device_name(self.device) if cuda else None,
             str(self.device),
             torch.get_num_threads(),
             torch.backends.cuda.matmul.allow_tf32 if cuda else None,
         ]
         return hashlib.sha256(repr(content).encode()).hexdigest()[:32]
+
+
+def _processor() -> str:
+    """What distinguishes this machine's processor: the code is built for it, and for no other."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        distinctive = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
+    except OSError:
+        distinctive = {platform.processor()}
+    return f"{torch.backends.cpu.get_cpu_capability()} {sorted(distinctive)}"
 
 
 class Library:
@@ -210,7 +221,7 @@ def _bmm(a: Tensor, b: Tensor) -> Tensor:
     return NotImplemented
 
 
-REWRITINGS = {
+REWRITINGS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.threshold_backward.default: _threshold_backward,
     torch.ops.aten.bmm.default: _bmm,
 }
