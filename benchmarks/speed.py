@@ -64,6 +64,7 @@ def sinusoid(steps: int, *, tasks: int = 25, width: int = 40) -> Work:
 
 def omniglot(ways: int, shots: int, steps: int, *, tasks: int, inner_lr: float = 0.4) -> Work:
     """Images of noise: what they show does not change the work."""
+    torch.manual_seed(0)
     images = torch.randint(0, 256, (100, 20, 28, 28), dtype=torch.uint8)
     splits = {name: torch.arange(100) for name in ("train", "validation", "test")}
     distribution = Omniglot(images, splits, ways=ways, shots=shots, queries=shots)
@@ -168,18 +169,25 @@ def contenders(work: Work) -> dict[str, Contender]:
 
 
 def check_gradients(work: Work, found: dict[str, Contender]) -> dict[str, float]:
-    """Largest difference from this tool's meta-gradient, over its largest element; raises above 1e-3."""
-    batch = work.batch(1)
-    expected = found[OURS].gradient(batch)
-    scale = max(np.abs(g).max() for g in expected.values())
-    differences = {}
-    for name, contender in found.items():
-        theirs = contender.gradient(batch)
-        if theirs.keys() != expected.keys():
-            raise SystemExit(f"{name} has other parameters")
-        differences[name] = max(np.abs(theirs[k] - expected[k]).max() for k in expected) / scale
-        if not differences[name] < 1e-3:
-            raise SystemExit(f"{name} computes another meta-gradient: {differences[name]:.1e} off")
+    """Largest difference from this tool's meta-gradient, over its largest element; raises above 1e-4.
+
+    The smallest of three batches': in single precision a ReLU at its kink may fall on either side now and
+    then, whatever computes it, and move a second-order gradient by a percent. Another gradient would differ
+    in all of them.
+    """
+    differences = dict.fromkeys(found, math.inf)
+    for batch in map(work.batch, range(3)):
+        expected = found[OURS].gradient(batch)
+        scale = max(np.abs(g).max() for g in expected.values())
+        for name, contender in found.items():
+            theirs = contender.gradient(batch)
+            if theirs.keys() != expected.keys():
+                raise SystemExit(f"{name} has other parameters")
+            difference = max(np.abs(theirs[k] - expected[k]).max() for k in expected) / scale
+            differences[name] = min(differences[name], difference)
+    for name, difference in differences.items():
+        if not difference < 1e-4:
+            raise SystemExit(f"{name} computes another meta-gradient: {difference:.1e} off")
     return differences
 
 
@@ -394,16 +402,20 @@ def main() -> None:
     elif arguments.precision:
         name, results = "precision", precision(arguments.rounds)
     else:
-        name = "speed"
-        results = {w: compare(WORKS[w](), arguments.rounds) for w in arguments.works or WORKS}
+        name, results = "speed", {}
+        for work in arguments.works or WORKS:
+            results[work] = compare(WORKS[work](), arguments.rounds)
     machine = {"torch": torch.__version__, "cores": os.cpu_count(), "python": platform.python_version()}
     arguments.out.mkdir(parents=True, exist_ok=True)
+    file = arguments.out / f"{name}.json"
+    if arguments.works and file.exists():  # the others' results stay
+        results = json.loads(file.read_text())["results"] | results
     (arguments.out / f"{name}.json").write_text(
         json.dumps({"machine": machine, "results": results}, indent=1)
     )
     if name == "speed":
         draw(results, arguments.out / "speed.png")
-    print(f"\nWritten: {arguments.out / name}.json")
+    print(f"\nWritten: {file}")
 
 
 if __name__ == "__main__":
