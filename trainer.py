@@ -151,8 +151,6 @@ class Trainer:
         self.compiler.active = True
         try:
             self.meta_step(state)
-            if state.parameters.is_cuda:
-                self.meta_step = CudaGraph(self.meta_step, state)
         except CompilationError as error:
             self.compiler.active = False
             self.config = replace(self.config, compile="off")
@@ -160,6 +158,16 @@ class Trainer:
         else:
             done = "Compiled" if self.compiler.compiled else "Found compiled code"
             tqdm.write(f"{done} in {self.compiler.seconds:.1f} s", file=sys.stderr)
+            if state.parameters.is_cuda:
+                self._record(state)
+
+    def _record(self, state: State) -> None:
+        """Replays the compiled step as a CUDA graph from here on, if it can be recorded as one."""
+        try:
+            self.meta_step = CudaGraph(self.meta_step, state)
+        except RuntimeError as error:
+            first_line = str(error).partition("\n")[0]
+            tqdm.write(f"Not recorded as a CUDA graph, kernels are launched one by one: {first_line}")
 
     # ---- the loop ---------------------------------------------------------------------------
 

@@ -158,9 +158,11 @@ def operations(work: Work) -> float:
     return float(counter.get_total_flops())
 
 
-def contenders(work: Work) -> dict[str, Contender]:
+def contenders(work: Work, without: list[str]) -> dict[str, Contender]:
     found = {OURS: ours(work), EAGER: ours(work, compile="off")}
     for name, make in PEERS.items():
+        if name in without:
+            continue
         try:
             found[name] = make(work)
         except ImportError as error:
@@ -197,10 +199,10 @@ def timed(contender: Contender, iterations: int) -> float:
     return (time.perf_counter() - begin) / iterations
 
 
-def compare(work: Work, rounds: int) -> dict[str, Any]:
+def compare(work: Work, rounds: int, without: list[str]) -> dict[str, Any]:
     print(f"\n{work.name}: {work.tasks} tasks, {work.steps} inner steps", flush=True)
     begin = time.monotonic()
-    found = contenders(work)
+    found = contenders(work, without)
     differences = check_gradients(work, found)
     counts = {name: work.slow_iterations if c.slow else work.iterations for name, c in found.items()}
     for name, contender in found.items():  # compile, warm up
@@ -385,6 +387,7 @@ def main() -> None:
     parser.add_argument("--growth", action="store_true", help="time and memory over sizes instead")
     parser.add_argument("--precision", action="store_true", help="speed and error of the precisions instead")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--without", action="append", default=[], choices=PEERS, help="leave a peer out")
     parser.add_argument(
         "--out", type=Path, default=HERE / "results", help="folder of the JSON and the picture"
     )
@@ -404,7 +407,7 @@ def main() -> None:
     else:
         name, results = "speed", {}
         for work in arguments.works or WORKS:
-            results[work] = compare(WORKS[work](), arguments.rounds)
+            results[work] = compare(WORKS[work](), arguments.rounds, arguments.without)
     machine = {"torch": torch.__version__, "cores": os.cpu_count(), "python": platform.python_version()}
     arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out / f"{name}.json"
