@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -26,9 +27,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 Function = Callable[..., Any]
-Signature = tuple[tuple[torch.Size, torch.dtype], ...]
+Signature = tuple[tuple[tuple[torch.Size, torch.dtype], ...], str | None]  # and the structure
 
-CPP_COMPILERS = ("g++", "clang++", "c++", "cl")
+CPP_COMPILERS = {"linux": "g++", "darwin": "clang++", "win32": "cl"}  # where CXX names none
 
 
 class CompilationError(Exception):
@@ -37,14 +38,19 @@ class CompilationError(Exception):
 
 def cpp_compiler() -> str | None:
     """The C++ compiler that Inductor would call, if there is any on this machine."""
-    names = (os.environ["CXX"],) if os.environ.get("CXX") else CPP_COMPILERS
-    return next((path for path in map(shutil.which, names) if path), None)
+    return shutil.which(os.environ.get("CXX") or CPP_COMPILERS.get(sys.platform, "g++"))
 
 
 def cache_folder() -> Path:
-    """Where compiled functions are kept: in the user's cache folder."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "maml" / "compiled"
+    """Where compiled functions are kept: in the user's cache folder, else in one of this process."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maml" / "compiled"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):  # read-only; no home
+        pass
+    return Path(tempfile.mkdtemp(prefix="maml-"))
 
 
 class Compiler:
@@ -68,9 +74,11 @@ class Compiler:
         on_wait: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self.device = device
-        self.folder = cache_folder() if folder is None else folder
+        self.folder = folder
         self.on_wait = on_wait
+        self.interrupted: Callable[[], bool] = lambda: False  # a signal may have hit the C++ compiler, too
         self.active = False
+        self._tracing = False
         self.compiled = 0  # libraries that this instance had to build
         self.loaded = 0  # and those that it found
         self.seconds = 0.0  # spent in tracing, compiling and loading
@@ -80,10 +88,11 @@ class Compiler:
         libraries: dict[Signature, Library] = {}
 
         def run(*arguments: Any) -> Any:
-            if not self.active:
+            if not self.active or self._tracing:
                 return function(*arguments)
             tensors, structure = _flatten(arguments)
-            signature = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
+            shapes = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
+            signature = shapes, structure and str(structure)
             if signature not in libraries:
                 libraries[signature] = self._library(function, tensors, structure, options or {})
             return libraries[signature](tensors)
@@ -95,7 +104,8 @@ class Compiler:
     ) -> Library:
         begin = time.monotonic()
         tensors = [tensor.detach() for tensor in tensors]  # one given twice would become a single input
-        self.active = False  # what this function calls becomes part of it
+        self.folder = self.folder or cache_folder()
+        self._tracing = True  # what this function calls becomes part of it
         try:
             with _quiet(), _ticking(self.on_wait), torch.enable_grad():
                 graph, output_structure = _trace(function, tensors, structure)
@@ -112,7 +122,7 @@ class Compiler:
             text = " ".join(str(error).split()) or type(error).__name__
             raise CompilationError(text[:200]) from error
         finally:
-            self.active = True
+            self._tracing = False
             self.seconds += time.monotonic() - begin
 
     def _build(
@@ -120,13 +130,17 @@ class Compiler:
     ) -> None:
         from torch._inductor import aoti_compile_and_package
 
-        self.folder.mkdir(parents=True, exist_ok=True)
         exported = torch.export.export(graph, tuple(tensors))
         # another process may be building the same: each builds its own, and the last one's stays
-        with tempfile.TemporaryDirectory(dir=self.folder) as temporary:
+        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
             built = aoti_compile_and_package(
                 exported, package_path=str(Path(temporary) / path.name), inductor_configs=dict(options)
             )
+            if self.interrupted():
+                raise RuntimeError("interrupted")
+            with Path(built).open("rb+") as file:
+                os.fsync(file.fileno())
+            _digest_file(path).write_text(_digest(Path(built)))
             Path(built).replace(path)
 
     def _key(self, graph: torch.fx.GraphModule, tensors: list[Tensor], options: dict[str, Any]) -> str:
@@ -134,11 +148,12 @@ class Compiler:
         cuda = self.device.type == "cuda"
         content = [
             graph.code,
-            [(name, tensor.tolist()) for name, tensor in _constants(graph).items()],
+            [(name, str(c.dtype), c.tolist()) for name, c in _constants(graph).items()],
             [(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors],
             sorted(options.items()),
             torch.__version__,
             platform.platform(),
+            cpp_compiler(),
             _processor(),
             torch.cuda.get_device_name(self.device) if cuda else None,
             str(self.device),
@@ -158,10 +173,20 @@ def _processor() -> str:
     return f"{torch.backends.cpu.get_cpu_capability()} {sorted(distinctive)}"
 
 
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _digest_file(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
 class Library:
     """A compiled function, as it lies on disk, loaded."""
 
     def __init__(self, path: Path, structure: Any) -> None:
+        if _digest_file(path).read_text() != _digest(path):
+            raise RuntimeError(f"{path} is damaged")
         # single-threaded: one call at a time, and nothing that a CUDA graph could not capture
         self.model = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
         self.run = self.model.loader.boxed_run  # without the parsing of structures at each call
@@ -206,7 +231,10 @@ def _trace(function: Function, tensors: list[Tensor], structure: Any) -> tuple[t
 
 
 def _threshold_backward(gradient: Tensor, x: Tensor, threshold: float) -> Tensor:
-    """The derivative of ReLU as a product: Inductor keeps a mask that is used again as bytes, slowly."""
+    """The derivative of ReLU as a product: Inductor keeps a mask that is used again as bytes, slowly.
+
+    An infinite gradient of an inactive unit gives NaN in the place of 0.
+    """
     return gradient * (x > threshold).to(gradient.dtype)
 
 

@@ -555,9 +555,15 @@ def resolve_auto(values: Mapping[str, Any]) -> dict[str, Any]:
     }
     settled["convolution"] = chosen["convolution"]
     if chosen["convolution"] == "auto":
-        settled["convolution"] = "im2col" if settled["compile"] == "on" else "grouped"
+        patches = settled["compile"] == "on" and LEARNERS[values["learner"]].convolutional
+        settled["convolution"] = "im2col" if patches else "grouped"
     if "tasks_at_once" not in values:
-        settled["tasks_at_once"] = _cache_chunk(values) if settled["convolution"] == "im2col" else None
+        patches = settled["compile"] == "on" and settled["convolution"] == "im2col"
+        settled["tasks_at_once"] = _cache_chunk(values) if patches else None
+    elif values["tasks_at_once"] is not None and values["tasks_at_once"] >= values["meta_batch_size"]:
+        settled["tasks_at_once"] = None
+    if values["iterations"] <= DEFAULTS["compile_after"][0 if regression else 1]:
+        settled["compile_after"] = values.get("compile_after", 0)
     return values | settled
 
 
@@ -568,7 +574,9 @@ def _cache_chunk(values: Mapping[str, Any]) -> int | None:
     tasks = values["meta_batch_size"]
     most = max(1, CHUNK_IMAGES // (values["ways"] * values["shots"]))
     chunk = max(size for size in range(1, min(most, tasks) + 1) if tasks % size == 0)
-    return None if chunk == tasks else chunk
+    if 2 * chunk < most:  # few divisors: the last chunk is a smaller one
+        chunk = most
+    return None if chunk >= tasks else chunk
 
 
 def resolve_from(saved: Config, given: Mapping[str, Any], *, evaluate: bool) -> Config:
@@ -587,6 +595,8 @@ def resolve_from(saved: Config, given: Mapping[str, Any], *, evaluate: bool) -> 
             changes[name] = value
         elif declaration.default is BY_RULE and value == "auto":
             continue  # settled when the run began
+        elif (name, value, saved.compile) == ("compile", "on", "off") and not evaluate:
+            continue  # it could not be compiled, or was not to be: it goes on as it is
         elif value != getattr(saved, name):
             doing = "evaluating" if evaluate else "going on with"
             raise UsageError(
@@ -678,6 +688,10 @@ def check_invocation(given: Mapping[str, Any]) -> Invocation:
             "--init-from gives the initial weights: leave out --init",
         ),
         (call.resume and not call.run_name, "--resume needs the --run-name of the run to go on with"),
+        (
+            call.eval and given.keys() & {"compile", "compile_after", "engine", "convolution"},
+            "--compile, --compile-after, --engine and --conv are for training: leave them out with --eval",
+        ),
         (
             call.autotune and (call.eval or call.load),
             "--autotune chooses when a run begins: leave it out with --eval and --load",

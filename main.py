@@ -159,11 +159,11 @@ def train(call: Invocation, given: Mapping[str, Any]) -> int:
             )
     runtime = prepare(config, call)
     config = fitted(config, given, runtime, new=start is None)
-    if call.autotune and start is None:
-        config = autotuned(config, given, call, runtime)
     weights_file = start_file or call.init_from
     weights = start or (load_checkpoint(weights_file) if weights_file else None)
     writable(folder or call.checkpoint_path, "--load" if call.load else "--checkpoint-path")
+    if call.autotune and start is None:
+        config = autotuned(config, given, call, runtime)
     compiler = Compiler(runtime.device)
     distribution, maml = build(config, call, runtime, compiler)
     parameters = maml.initial_parameters()
@@ -185,12 +185,14 @@ def fitted(config: Config, given: Mapping[str, Any], runtime: Runtime, *, new: b
 
     if new and runtime.device.type == "cuda" and "tasks_at_once" not in given:
         config = replace(config, tasks_at_once=None)
+    if not new and given.get("compile") == "on" and config.compile == "off":
+        print("main.py: the run began uncompiled, and goes on so", file=sys.stderr)
     if config.compile == "off":
         return config
     if runtime.device.type == "mps":
         reason = "--device mps cannot compile"
     elif cpp_compiler() is None:
-        reason = "no C++ compiler was found (install g++ or clang++, or name one in CXX)"
+        reason = "no C++ compiler was found (install g++, or name one in CXX)"
     else:
         return config
     print(f"main.py: {reason}: the run goes uncompiled", file=sys.stderr)
@@ -319,6 +321,8 @@ def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -
         if call.out:  # results of several runs may meet there
             stem = f"{call.load.resolve().parent.name}-{stem}"
         default_out = call.load.parent
+    # eager, whatever the training was
+    config = replace(config, convolution="grouped", tasks_at_once=given.get("tasks_at_once"))
     runtime = prepare(config, call)
     out = writable(call.out or default_out, "--out")
 

@@ -31,7 +31,7 @@ from tasks import TaskBatch
 
 Weights = dict[str, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
-Accelerate = Callable[[Callable[..., Any]], Callable[..., Any]]
+Accelerate = Callable[..., Callable[..., Any]]  # of a function, and Inductor's options for it
 
 
 class MetaGradient(NamedTuple):
@@ -40,7 +40,8 @@ class MetaGradient(NamedTuple):
     outputs: Tensor  # [tasks, query examples, ...], the learner's outputs behind it
 
 
-def as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+def as_it_is(function: Callable[..., Any], options: dict[str, Any] | None = None) -> Callable[..., Any]:
+    """Accelerates nothing."""
     return function
 
 
@@ -237,19 +238,19 @@ class MAML:
         fast = self._first_step(start, shared, *support)
         path = []  # the weights before the second, third, ... step
         for _ in range(1, self.steps):
-            path.append(fast)
+            if not self.first_order:
+                path.append(fast)
             fast = self._next_step(fast, shared, *support)
         (v, u), losses, outputs = self._query_gradient(fast, shared, *chunk)
-        u = {name: w.sum(0) for name, w in u.items()}
-        if not self.first_order:
-            while path:
-                second, mixed = self._slopes_in_next(path.pop(), shared, v, *support)
-                v, u = self._moved(v, second), self._moved(u, mixed)
-            second, mixed = self._slopes_in_first(start, shared, v, *support)
-        v = {name: w.sum(0) for name, w in v.items()}
-        if not self.first_order:
+        u = _sum_over_tasks(u)
+        if self.first_order:
+            return MetaGradient(_sum_over_tasks(v) | u, losses, outputs)
+        while path:
+            second, mixed = self._slopes_in_next(path.pop(), shared, v, *support)
             v, u = self._moved(v, second), self._moved(u, mixed)
-        return MetaGradient(v | u, losses, outputs)
+        second, mixed = self._slopes_in_first(start, shared, v, *support)
+        gradients = self._moved(_sum_over_tasks(v), second) | self._moved(u, mixed)
+        return MetaGradient(gradients, losses, outputs)
 
     def _gradient_of_slopes(self, fast_axis: int | None) -> Callable[..., tuple[Weights, Weights]]:
         """Of the sum of the tasks' slopes, in the fast weights (their axis of tasks is given) and in `s`.
@@ -287,6 +288,10 @@ class MAML:
 
         parts = [vmap(per_step)(*chunk[:3]) for chunk in batch.chunks(self.tasks_at_once)]
         return {name: torch.cat([part[name] for part in parts]) for name in normalisations}
+
+
+def _sum_over_tasks(weights: Weights) -> Weights:
+    return {name: w.sum(0) for name, w in weights.items()}
 
 
 def _detached(weights: Weights) -> Weights:

@@ -44,7 +44,7 @@ def set_up(device: str, precision: str, *, small_tensors: bool) -> Runtime:
     if device == "mps" and precision == "float64":
         raise UsageError("--device mps has no float64: use --precision float32 or --device cpu")
     if device != "cuda" and precision == "tf32":
-        raise UsageError(f"--precision tf32 is for CUDA GPUs, not for --device {device}: use float32 or bf16")
+        raise UsageError(f"--precision tf32 is for CUDA GPUs, not for --device {device}")
     if device == "cuda":  # float32 is float32, and the same run gives the same bits
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         torch.backends.cudnn.allow_tf32 = precision == "tf32"

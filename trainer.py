@@ -54,12 +54,12 @@ def _is_power_of_four(number: int) -> bool:
     return number & (number - 1) == 0 and number.bit_length() % 2 == 1
 
 
-def _metrics(result: MetaGradient, norm: Tensor, targets: Tensor) -> Tensor:
+def metrics_of_regression(result: MetaGradient, norm: Tensor, targets: Tensor) -> Tensor:
     """Of an iteration of regression: query loss and norm of the meta-gradient."""
     return torch.stack([result.losses.mean(), norm])
 
 
-def _metrics_of_classification(result: MetaGradient, norm: Tensor, targets: Tensor) -> Tensor:
+def metrics_of_classification(result: MetaGradient, norm: Tensor, targets: Tensor) -> Tensor:
     """The same, and query accuracy."""
     share = accuracy(result.outputs, targets).mean().to(norm.dtype)
     return torch.stack([result.losses.mean(), norm, share])
@@ -116,7 +116,7 @@ class Trainer:
             maml,
             distribution,
             layout=self.layout,
-            metrics=_metrics_of_classification if distribution.classification else _metrics,
+            metrics=metrics_of_classification if distribution.classification else metrics_of_regression,
             seed=config.seed,
             tasks=config.meta_batch_size,
             meta_lr=config.meta_lr,
@@ -135,24 +135,31 @@ class Trainer:
 
     # ---- one iteration ----------------------------------------------------------------------
 
-    def step(self, bar: tqdm) -> None:
-        """One iteration; the first ones of a run, as many as are set, run uncompiled."""
-        self.iteration += 1
-        due = self.config.compile == "on" and self.iteration > self.config.compile_after
-        if due and not self.compiler.active:
-            self._compile(bar)
-        self.state = self.meta_step(self.state)
-        self.progress.window_size += 1
+    def step(self, bar: tqdm) -> bool:
+        """One iteration; the first ones of a run, as many as are set, run uncompiled.
 
-    def _compile(self, bar: tqdm) -> None:
-        """Compiles the step by taking it, or goes on without, and says so."""
+        False where a signal came while it was being compiled: the iteration was not taken.
+        """
+        due = self.config.compile == "on" and self.iteration >= self.config.compile_after
+        if due and not self.compiler.active and not self._compile(bar):
+            return False
+        self.state = self.meta_step(self.state)
+        self.iteration += 1
+        self.progress.window_size += 1
+        return True
+
+    def _compile(self, bar: tqdm) -> bool:
+        """Compiles the step by taking it, or goes on without, and says so; False if interrupted."""
         state = State(*(tensor.clone() for tensor in self.state))
         self.compiler.on_wait = lambda seconds: bar.set_postfix_str(f"compiling, {seconds:.0f} s")
+        self.compiler.interrupted = lambda: self.signal is not None
         self.compiler.active = True
         try:
             self.meta_step(state)
         except CompilationError as error:
             self.compiler.active = False
+            if self.signal is not None:
+                return False
             self.config = replace(self.config, compile="off")
             tqdm.write(f"Not compiled, the run goes on without: {error}", file=sys.stderr)
         else:
@@ -160,6 +167,7 @@ class Trainer:
             tqdm.write(f"{done} in {self.compiler.seconds:.1f} s", file=sys.stderr)
             if state.parameters.is_cuda:
                 self._record(state)
+        return True
 
     def _record(self, state: State) -> None:
         """Replays the compiled step as a CUDA graph from here on, if it can be recorded as one."""
@@ -182,7 +190,9 @@ class Trainer:
         redrawn, shown_first = time.monotonic(), self.iteration + 1
         with bar, self._signals():
             while self.iteration < config.iterations:
-                self.step(bar)
+                if not self.step(bar):
+                    self.save(log, LAST)
+                    break
                 bar.update()
                 if time.monotonic() - redrawn > REDRAW_SECONDS or self.iteration == shown_first:
                     self._show(bar)

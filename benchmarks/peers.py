@@ -67,7 +67,7 @@ def higher_loop(work: Work) -> Contender:
             with higher.innerloop_ctx(learner, inner, copy_initial_weights=False) as (fast, optimizer):
                 for _ in range(work.steps):
                     optimizer.step(work.loss(fast(support_x), support_y))
-                (work.loss(fast(query_x), query_y) / work.tasks).backward()
+                (work.loss(fast(query_x), query_y) / len(batch.query_x)).backward()
 
     return _with_backward(work, meta_backward)
 
@@ -82,7 +82,7 @@ def learn2learn_loop(work: Work) -> Contender:
             clone = maml.clone()
             for _ in range(work.steps):
                 clone.adapt(work.loss(clone(support_x), support_y))
-            (work.loss(clone(query_x), query_y) / work.tasks).backward()
+            (work.loss(clone(query_x), query_y) / len(batch.query_x)).backward()
 
     return _with_backward(work, meta_backward)
 
@@ -240,7 +240,8 @@ def _jax(work: Work, *, scan: bool) -> Contender:
         keys = jax.random.split(jax.random.PRNGKey(0), 100)
 
         def run(iterations: int) -> None:
-            for _ in range(max(1, iterations // 100)):
+            assert iterations % 100 == 0
+            for _ in range(iterations // 100):
                 state[0] = scanned(state[0], keys)
             jax.block_until_ready(state[0])
     else:

@@ -5,7 +5,7 @@
     python benchmarks/speed.py                      # every table; some 25 minutes on two cores, cold
     python benchmarks/speed.py sinusoid-1 omniglot-5-way
     python benchmarks/speed.py --growth             # time and memory over meta-batch, inner steps, width
-    python benchmarks/speed.py --precision          # float64, float32 and bf16: speed and error
+    python benchmarks/speed.py --precision          # float32 and bf16: speed, and error against float64
 
 All contenders have the same network, tasks and optimizer. First their meta-gradients are compared; then
 they are timed in turn, round after round, so that whatever slows the machine slows them all. Medians
@@ -44,7 +44,7 @@ from learner import build_learner  # noqa: E402
 from maml import MAML, as_it_is  # noqa: E402
 from meta_step import FlatLayout, MetaStep, State  # noqa: E402
 from tasks import TaskBatch  # noqa: E402
-from trainer import _metrics  # noqa: E402
+from trainer import metrics_of_regression  # noqa: E402
 
 OURS = "this tool"
 EAGER = "this tool, uncompiled"
@@ -59,7 +59,9 @@ def sinusoid(steps: int, *, tasks: int = 25, width: int = 40) -> Work:
     learner = nn.Sequential(
         nn.Linear(1, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1)
     )
-    return Work(f"sinusoid-{steps}", learner, Sinusoid(10, 15), tasks, steps, 0.01, 300 // steps, 2)
+    return Work(
+        f"sinusoid-{steps}", learner, Sinusoid(10, 15), tasks, steps, 0.01, 100 * max(1, 3 // steps), 2
+    )
 
 
 def omniglot(ways: int, shots: int, steps: int, *, tasks: int, inner_lr: float = 0.4) -> Work:
@@ -104,8 +106,8 @@ def ours(work: Work, *, compute_dtype: torch.dtype | None = None, **given: Any) 
     parameters = maml.initial_parameters()
     layout = FlatLayout(parameters)
     step = MetaStep(
-        maml, work.distribution, layout=layout, metrics=_metrics, seed=0, tasks=work.tasks,
-        meta_lr=META_LR, accelerate=accelerate if config.compile == "on" else lambda f, options=None: f,
+        maml, work.distribution, layout=layout, metrics=metrics_of_regression, seed=0, tasks=work.tasks,
+        meta_lr=META_LR, accelerate=accelerate,
     )  # fmt: skip
     vector = layout.flatten(parameters)
     moments = torch.zeros_like(vector), torch.zeros_like(vector)
@@ -173,12 +175,14 @@ def contenders(work: Work, without: list[str]) -> dict[str, Contender]:
 def check_gradients(work: Work, found: dict[str, Contender]) -> dict[str, float]:
     """Largest difference from this tool's meta-gradient, over its largest element; raises above 1e-4.
 
-    The smallest of three batches': in single precision a ReLU at its kink may fall on either side now and
-    then, whatever computes it, and move a second-order gradient by a percent. Another gradient would differ
-    in all of them.
+    The smallest of eight small batches': in single precision a ReLU at its kink may fall on either side now
+    and then, whatever computes it, and move a second-order gradient by some percent. Another gradient would
+    differ in all of them.
     """
     differences = dict.fromkeys(found, math.inf)
-    for batch in map(work.batch, range(3)):
+    tasks = settings_for(work).tasks_at_once or work.tasks
+    for iteration in range(8):
+        batch = work.distribution.sample("train", 1, iteration, range(tasks))
         expected = found[OURS].gradient(batch)
         scale = max(np.abs(g).max() for g in expected.values())
         for name, contender in found.items():

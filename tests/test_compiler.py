@@ -16,10 +16,10 @@ import main
 from checkpoint import LAST, load_checkpoint
 from compiler import CompilationError, Compiler
 from dataset import Sinusoid
-from maml import MAML
+from maml import MAML, as_it_is
 from meta_step import FlatLayout, MetaStep, State, adam, clipped
 from tasks import TaskBatch
-from trainer import _metrics
+from trainer import metrics_of_regression
 
 CPU = torch.device("cpu")
 
@@ -39,9 +39,17 @@ def iteration(engine: str, steps: int, accelerate) -> tuple[MetaStep, State]:
     parameters = maml.initial_parameters()
     layout = FlatLayout(parameters)
     step = MetaStep(
-        maml, Sinusoid(4, 3, dtype=torch.float64), layout=layout, metrics=_metrics, seed=5, tasks=3,
-        meta_lr=0.01, clip_value=0.5, clip_norm=0.3, accelerate=accelerate,
-    )  # fmt: skip
+        maml,
+        Sinusoid(4, 3, dtype=torch.float64),
+        layout=layout,
+        metrics=metrics_of_regression,
+        seed=5,
+        tasks=3,
+        meta_lr=0.01,
+        clip_value=0.5,
+        clip_norm=0.3,
+        accelerate=accelerate,
+    )
     vector = layout.flatten(parameters)
     zero = torch.zeros_like(vector)
     return step, State(vector, zero, zero, torch.tensor(0), torch.zeros(2, dtype=torch.float64))
@@ -52,7 +60,7 @@ def test_the_compiled_iteration_is_the_iteration(engine, cache):
     accelerate = Compiler(CPU, folder=cache)
     accelerate.active = True
     step, state = iteration(engine, 2, accelerate)
-    plain_step, plain = iteration(engine, 2, lambda function, options=None: function)
+    plain_step, plain = iteration(engine, 2, as_it_is)
     for _ in range(3):
         state, plain = step(state), plain_step(plain)
     assert accelerate.compiled == 1
@@ -229,7 +237,7 @@ def test_a_checkpoint_from_before_these_settings_loads_with_what_was_done_then()
         del plain[name]
     old = config.config_from_plain(plain)
     assert old.tasks_at_once is None
-    assert old == dataclasses.replace(new, compile="off", compile_after=0, convolution="grouped")
+    assert old == dataclasses.replace(new, compile="off", compile_after=0)
 
 
 # ---- --autotune -----------------------------------------------------------------------------
