@@ -104,7 +104,8 @@ MISTAKES = [
         ("--dataset omniglot -n 20 --compile auto", ("on", "adjoint", "im2col", 2)),
         ("--dataset omniglot -s 2 --engine unrolled --conv grouped", ("on", "unrolled", "grouped", None)),
         ("--dataset omniglot --tasks-at-once 4", ("on", "unrolled", "im2col", 4)),
-        ("--dataset omniglot --meta-batch-size 9", ("on", "unrolled", "im2col", 3)),
+        ("--dataset omniglot --meta-batch-size 12", ("on", "unrolled", "im2col", 6)),
+        ("--dataset omniglot --meta-batch-size 31", ("on", "unrolled", "im2col", 8)),
         ("--dataset omniglot --compile off", ("off", "unrolled", "grouped", None)),
     ],
 )
