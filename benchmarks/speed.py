@@ -361,6 +361,7 @@ def precision(rounds: int) -> dict[str, Any]:
 
 def draw(results: dict[str, Any], file: Path) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     compared = {name: r for name, r in results.items() if "contenders" in r}
     if not compared:
@@ -377,6 +378,7 @@ def draw(results: dict[str, Any], file: Path) -> None:
         axes.set_yticks(range(len(rows)), list(rows))
         axes.invert_yaxis()
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_title(name, fontsize=9)
         axes.set_xlabel("ms an iteration; line: arithmetic alone", fontsize=8)
         axes.tick_params(labelsize=7)
