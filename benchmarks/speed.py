@@ -31,6 +31,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
 
+# below the path and the threads, which they need (E402)
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from peers import META_LR, PEERS, Contender, Work  # noqa: E402
