@@ -1,9 +1,12 @@
 """Batch normalisation as few-shot learning uses it: the statistics come from the batch at hand.
 
-No running average takes part, in training or in test. *Transductive* predictions use the statistics
-of the query set itself; *inductive* ones those of the support set. The second is the first with
-another reference: support and query pass through the network as one batch, whose statistics come
-from its leading support examples alone.
+*Transductive* predictions use the statistics of the query set itself; *inductive* ones those of the
+support set. The second is the first with another reference: support and query pass through the network
+as one batch, whose statistics come from its leading support examples alone.
+
+*Per-step* normalisation (Antoniou et al. 2019) trains with the batch at hand, too, and keeps running
+statistics for each inner step. The layers neither hold nor move them: what a pass has seen is read with
+`recorded_statistics`, and within `given_statistics` they use what the weights bring.
 """
 
 from __future__ import annotations
@@ -32,21 +35,35 @@ class BatchNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(channels)) if scale else None
         self.bias = nn.Parameter(torch.zeros(channels)) if shift else None
+        self.channels = channels
+        self.register_buffer("statistics", torch.zeros(2, channels), persistent=False)
         self.reference: int | None = None
+        self.statistics_given = False
+        self.seen: list[Tensor] | None = None  # collects what each pass has seen, where it is a list
 
     def forward(self, x: Tensor) -> Tensor:
-        examples = x if self.reference is None else x[: self.reference]
-        all_but_channels = [0, *range(2, x.dim())]
         # in half precision a sum of squares would lose the variance
         wide = torch.promote_types(x.dtype, torch.float32)
-        variance, mean = torch.var_mean(examples.to(wide), all_but_channels, correction=0, keepdim=True)
         per_channel = (-1,) + (1,) * (x.dim() - 2)
+        mean, variance = self._statistics(x.to(wide), per_channel)
         y = (x.to(wide) - mean) * torch.rsqrt(variance + self.eps)
         if self.weight is not None:
             y = y * self.weight.view(per_channel)
         if self.bias is not None:
             y = y + self.bias.view(per_channel)
         return y.to(x.dtype)
+
+    def _statistics(self, x: Tensor, per_channel: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance, `[channels, 1, ...]` or with a batch axis of one in front."""
+        if self.statistics_given:
+            mean, variance = self.get_buffer("statistics").to(x.dtype).unbind()
+            return mean.view(per_channel), variance.view(per_channel)
+        examples = x if self.reference is None else x[: self.reference]
+        all_but_channels = [0, *range(2, x.dim())]
+        variance, mean = torch.var_mean(examples, all_but_channels, correction=0, keepdim=True)
+        if self.seen is not None:
+            self.seen.append(torch.stack([mean.flatten(), variance.flatten()]).detach())
+        return mean, variance
 
 
 def convert_batch_norm(module: nn.Module) -> nn.Module:
@@ -66,12 +83,20 @@ def convert_batch_norm(module: nn.Module) -> nn.Module:
     return replace_layers(module, replacement)
 
 
+def norm_layers(module: nn.Module) -> dict[str, BatchNorm]:
+    """The batch normalisation layers by name."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, BatchNorm)}
+
+
+def _inside(layer: str, name: str) -> str:
+    return f"{layer}.{name}" if layer else name
+
+
 def norm_parameter_names(module: nn.Module) -> frozenset[str]:
     """Names of the parameters that belong to batch normalisation layers."""
     return frozenset(
-        f"{prefix}.{name}" if prefix else name
-        for prefix, layer in module.named_modules()
-        if isinstance(layer, BatchNorm)
+        _inside(prefix, name)
+        for prefix, layer in norm_layers(module).items()
         for name, _ in layer.named_parameters(recurse=False)
     )
 
@@ -79,7 +104,7 @@ def norm_parameter_names(module: nn.Module) -> frozenset[str]:
 @contextmanager
 def statistics_from_first(examples: int, module: nn.Module) -> Iterator[None]:
     """Within it, every `BatchNorm` takes its statistics from that many leading examples."""
-    layers = [layer for layer in module.modules() if isinstance(layer, BatchNorm)]
+    layers = norm_layers(module).values()
     for layer in layers:
         layer.reference = examples
     try:
@@ -87,3 +112,52 @@ def statistics_from_first(examples: int, module: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.reference = None
+
+
+# ---- running statistics ---------------------------------------------------------------------
+
+
+def fresh_statistics(module: nn.Module) -> dict[str, Tensor]:
+    """Mean 0 and variance 1 of each layer, by the name of its buffer: `[2, channels]`."""
+    fresh = {}
+    for name, layer in norm_layers(module).items():
+        some = next(layer.parameters(), torch.zeros(()))
+        mean = torch.zeros(layer.channels, dtype=some.dtype, device=some.device)
+        fresh[_inside(name, "statistics")] = torch.stack([mean, torch.ones_like(mean)])
+    return fresh
+
+
+@contextmanager
+def recorded_statistics(module: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Gives a dictionary that holds, at the end, what each layer has seen in between.
+
+    Mean and biased variance, `[2, channels]`, by the name of the layer's buffer; detached.
+    """
+    layers = norm_layers(module)
+    recorded: dict[str, Tensor] = {}
+    for layer in layers.values():
+        layer.seen = []
+    try:
+        yield recorded
+        for name, layer in layers.items():
+            if layer.seen:
+                recorded[_inside(name, "statistics")] = torch.stack(layer.seen).mean(0)
+    finally:
+        for layer in layers.values():
+            layer.seen = None
+
+
+@contextmanager
+def given_statistics(module: nn.Module) -> Iterator[None]:
+    """Within it, every `BatchNorm` normalises with its buffer `statistics`: `[2, channels]`.
+
+    `functional_call` puts the ones to use in its place.
+    """
+    layers = norm_layers(module).values()
+    for layer in layers:
+        layer.statistics_given = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.statistics_given = False

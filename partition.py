@@ -1,0 +1,127 @@
+"""Which parameters the inner loop adapts: the head, the body, all of them, or a context.
+
+Functions on names of parameters; and the context layer, which CAVIA (Zintgraf et al. 2019) feeds a
+vector of the task's own with.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from normalisation import BatchNorm
+
+ADAPT = ("all", "head", "body", "context")
+
+
+def head_names(module: nn.Module, head: str | None = None) -> frozenset[str]:
+    """Names of the parameters of the head.
+
+    The rule, where `head` is None: the last module, in the order of `named_modules`, that has parameters of
+    its own and is not a normalisation layer. Else the names of modules or parameters, with commas between.
+    Raises ValueError for a name that is none.
+    """
+    parameters = [name for name, _ in module.named_parameters()]
+    if head is None:
+        norms = (BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
+        owners = [
+            prefix
+            for prefix, layer in module.named_modules()
+            if not isinstance(layer, norms) and next(layer.parameters(recurse=False), None) is not None
+        ]
+        if not owners:
+            raise ValueError("the learner has no parameters")
+        chosen = owners[-1:]
+    else:
+        chosen = [name.strip() for name in head.split(",")]
+    found: set[str] = set()
+    for prefix in chosen:
+        inside = {n for n in parameters if n == prefix or n.startswith(f"{prefix}.") or not prefix}
+        if not inside or not (prefix or head is None):
+            layers = dict.fromkeys(name.rpartition(".")[0] or name for name in parameters)
+            raise ValueError(f"the learner has no part {prefix!r}: there are {', '.join(layers)}")
+        found |= inside
+    return frozenset(found)
+
+
+class ContextLayer(nn.Module):
+    """A layer whose output a context vector modulates.
+
+    A linear layer's output is shifted by a linear function of the context, which is the same as joining the
+    context to its inputs. A convolution's channels are scaled and shifted (FiLM): y (1 + scale) + shift.
+    The context is a parameter, `[size]`, of zeros.
+    """
+
+    def __init__(self, layer: nn.Module, channels: int, size: int, *, film: bool) -> None:
+        super().__init__()
+        self.layer = layer
+        self.context = nn.Parameter(torch.zeros(size))
+        self.modulation = nn.Linear(size, 2 * channels if film else channels, bias=False)
+        self.film = film
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        if not self.film:
+            return y + self.modulation(self.context)
+        per_channel = (-1,) + (1,) * (y.dim() - 2)
+        scale, shift = self.modulation(self.context).view(2, *per_channel)
+        return y * (1 + scale) + shift
+
+
+def add_context(module: nn.Module, size: int, *, seed: int = 0) -> nn.Module:
+    """Puts a `ContextLayer` in, in place: around the middle convolution (of four, the third) and the batch
+    norm behind it, if any, as Zintgraf et al. (2019) have it; in a network without convolutions, around its
+    first linear layer.
+
+    Raises ValueError where there is neither.
+    """
+    layers = list(module.named_modules())
+    convolutions = [name for name, layer in layers if isinstance(layer, nn.Conv2d)]
+    linear = [name for name, layer in layers if isinstance(layer, nn.Linear)]
+    if not convolutions and not linear:
+        raise ValueError("a context needs a convolution or a linear layer in the learner")
+    name = convolutions[len(convolutions) // 2] if convolutions else linear[0]
+    chosen = module.get_submodule(name)
+    channels = chosen.out_channels if isinstance(chosen, nn.Conv2d) else chosen.out_features
+    names = [layer_name for layer_name, _ in layers]
+    following = layers[names.index(name) + 1 :][:1]
+    if convolutions and following and isinstance(following[0][1], BatchNorm | nn.BatchNorm2d):
+        name, chosen = following[0]
+    assert isinstance(channels, int)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        wrapped = ContextLayer(chosen, channels, size, film=bool(convolutions))
+    if not name:
+        return wrapped
+    parent, _, child = name.rpartition(".")
+    setattr(module.get_submodule(parent), child, wrapped)
+    return module
+
+
+def context_names(module: nn.Module) -> frozenset[str]:
+    """Names of the context vectors."""
+    return frozenset(
+        f"{name}.context" if name else "context"
+        for name, layer in module.named_modules()
+        if isinstance(layer, ContextLayer)
+    )
+
+
+def adapted_names(module: nn.Module, adapt: str, head: str | None = None) -> frozenset[str]:
+    """Names of the parameters that the inner loop adapts, batch norm's among them.
+
+    Raises ValueError where there is nothing to adapt.
+    """
+    everything = frozenset(name for name, p in module.named_parameters() if p.requires_grad)
+    contexts = context_names(module)
+    if adapt == "context":
+        if not contexts:
+            raise ValueError("there is no context in the learner: see add_context")
+        return contexts
+    if adapt == "all":
+        return everything - contexts
+    in_head = head_names(module, head) & everything
+    chosen = (in_head if adapt == "head" else everything - in_head) - contexts
+    if not chosen:
+        raise ValueError(f"the {adapt} of the learner has nothing to adapt")
+    return chosen

@@ -1,0 +1,524 @@
+"""The family of algorithms: every choice against a plain loop, and the identities between them."""
+
+
+
+
+
+import pytest
+import torch
+from test_maml import assert_same, make_maml, make_tasks
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from inner_loop import RATE
+from learner import build_learner
+from maml import MAML
+from meta_gradients import conjugate_gradients
+from normalisation import BatchNorm
+from optimizers import InnerOptimizer
+from partition import ContextLayer, add_context, adapted_names, head_names
+from schedules import meta_lr_at, multi_step_weights
+from tasks import TaskBatch
+
+STEPS = 3
+
+
+def smooth_network(inputs: int = 1) -> nn.Module:
+    """Without kinks: finite differences and other ways round agree to many digits."""
+    torch.manual_seed(2)
+    return nn.Sequential(nn.Linear(inputs, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+
+
+def smooth_maml(**options) -> MAML:
+    context = options.pop("context", 0)
+    network = smooth_network()
+    if context:
+        network = add_context(network, context, seed=3).double()
+    return MAML(network, F.mse_loss, **{"inner_lr": 0.1, "steps": STEPS} | options)
+
+
+def varied(parameters: dict) -> dict:
+    """No two steps, layers or elements alike: what is mixed up shows."""
+    generator = torch.Generator().manual_seed(5)
+    return {
+        name: w * (1 + 0.3 * torch.rand(w.shape, generator=generator, dtype=w.dtype))
+        for name, w in parameters.items()
+    }
+
+
+# ---- a plain loop ---------------------------------------------------------------------------
+
+
+def plain_loop(maml: MAML, parameters: dict, batch: TaskBatch, order=None, step_weights=None) -> dict:
+    """One task after the other, written down from the papers."""
+    leaves = {name: w.clone().requires_grad_() for name, w in parameters.items()}
+    rule, total = maml.optimizer, 0.0
+    names = sorted(maml.adapted)
+    for number, (support_x, support_y, query_x, query_y) in enumerate(zip(*batch, strict=True)):
+        fast = {n: leaves[n] if n in leaves else torch.zeros(4).double().requires_grad_() for n in names}
+        start, shared = dict(fast), {n: w for n, w in leaves.items() if n not in maml.adapted}
+        velocity = {n: 0.0 for n in names}
+        mean, square = dict(velocity), dict(velocity)
+
+        def outputs_of(fast, x, step, shared=shared):
+            weights = {n: w[step] if n in maml.per_step else w for n, w in shared.items() if "/" not in n}
+            return functional_call(maml.learner, fast | weights, (x,))
+
+        for step in range(maml.steps):
+            x, y = (support_x, support_y) if order is None else (
+                support_x[order[number, step]], support_y[order[number, step]]
+            )  # fmt: skip
+            loss = F.mse_loss(outputs_of(fast, x, step), y)
+            gradients = torch.autograd.grad(
+                loss, [fast[n] for n in names], create_graph=not maml.first_order, retain_graph=True
+            )
+            gradients = dict(zip(names, gradients, strict=True))
+            gradients = {n: g + rule.proximal * (fast[n] - start[n]) for n, g in gradients.items()}
+            if rule.clip_norm:
+                norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
+                assert norm > rule.clip_norm  # there is something to clip
+                gradients = {n: g * rule.clip_norm / (norm + 1e-6) for n, g in gradients.items()}
+            gradients = {n: g + rule.weight_decay * fast[n] for n, g in gradients.items()}
+            for n, g in gradients.items():
+                rate = leaves.get(RATE + n, rule.lr)
+                if maml.inner_rates == "layer-step":
+                    rate = rate[step]
+                if rule.name == "momentum":
+                    g = velocity[n] = rule.momentum * velocity[n] + g
+                if rule.name == "adam":
+                    mean[n] = rule.beta_1 * mean[n] + (1 - rule.beta_1) * g
+                    square[n] = rule.beta_2 * square[n] + (1 - rule.beta_2) * g**2
+                    unbiased = square[n] / (1 - rule.beta_2 ** (step + 1))
+                    g = mean[n] / (1 - rule.beta_1 ** (step + 1)) / (unbiased.sqrt() + rule.eps)
+                fast[n] = fast[n] - rate * g
+            if step_weights is not None or step == maml.steps - 1:
+                loss = F.mse_loss(outputs_of(fast, query_x, step), query_y)
+                total = total + (1.0 if step_weights is None else step_weights[step]) * loss
+    gradients = torch.autograd.grad(total / len(batch.support_x), list(leaves.values()), allow_unused=True)
+    return {n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(leaves.items(), gradients)}  # noqa: B905
+
+
+COMBINATIONS = [
+    {"adapt": "head"},
+    {"adapt": "body"},
+    {"adapt": "context", "context": 4},
+    {"adapt": "head", "inner_rates": "element"},
+    {"inner_rates": "layer-step"},
+    {"inner_rates": "element", "optimizer": InnerOptimizer(0, "momentum", momentum=0.7)},
+    {"inner_rates": "layer-step", "adapt": "body", "objective": True},
+    {"objective": True},
+    {"objective": True, "adapt": "context", "context": 4, "inner_rates": "layer-step"},
+    {"optimizer": InnerOptimizer(0, "adam", beta_1=0.8), "inner_lr": 0.02},
+    {"optimizer": InnerOptimizer(0, "adam", beta_1=0.0), "inner_rates": "element", "inner_lr": 0.02},
+    {"optimizer": InnerOptimizer(0, weight_decay=0.1, proximal=0.5)},
+    {"optimizer": InnerOptimizer(0, "momentum", clip_norm=0.2, weight_decay=0.1), "objective": True},
+    {"order": True},
+    {"order": True, "optimizer": InnerOptimizer(0, "adam"), "inner_lr": 0.02, "inner_rates": "layer-step"},
+]
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("number", range(len(COMBINATIONS)))
+def test_every_combination_of_choices_is_the_plain_loops(number, first_order):
+    options = dict(COMBINATIONS[number])
+    batch = make_tasks("mlp")
+    given = {}
+    if options.pop("objective", False):
+        given["step_weights"] = torch.tensor([0.2, 0.5, 0.3]).double()
+    if options.pop("order", False):
+        given["order"] = torch.tensor([[[0, 1], [2, 3], [4, 0]], [[3, 1], [0, 4], [2, 2]], [[4, 4], [1, 0], [3, 2]]])
+    for engine in ("unrolled", "adjoint"):
+        maml = smooth_maml(**options, first_order=first_order, engine=engine)
+        parameters = varied(maml.initial_parameters())
+        expected = plain_loop(maml, parameters, batch, **given)
+        assert_same(maml.meta_gradient(parameters, batch, **given).gradients, expected)
+        assert all(g.abs().max() > 0 for g in expected.values())
+
+
+@pytest.mark.parametrize("engine", ["unrolled", "adjoint"])
+@pytest.mark.parametrize("objective", [False, True])
+def test_per_step_batch_norm_has_parameters_and_statistics_for_each_step(objective, engine):
+    batch = make_tasks("fc")
+    maml = make_maml("fc", normalisation="per-step", steps=2, engine=engine, tasks_at_once=2)
+    parameters = maml.initial_parameters()
+    norms = {n for n, layer in maml.learner.named_modules() if isinstance(layer, BatchNorm)}
+    assert maml.per_step == {f"{n}.bias" for n in norms} and not maml.per_step & maml.adapted
+    assert all(parameters[n].shape[0] == 2 for n in maml.per_step)
+    parameters = varied({n: w + 0.1 * (n in maml.per_step) for n, w in parameters.items()})
+    step_weights = torch.tensor([0.4, 0.6]).double() if objective else None
+    leaves = {n: w.clone().requires_grad_() for n, w in parameters.items()}
+    losses, seen = [], []
+    for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
+        fast = {n: leaves[n] for n in maml.adapted}
+        for step in range(2):
+            def outputs(x, fast=fast, step=step):
+                found, x = {}, x.flatten(1)
+                for name, layer in list(maml.learner.named_children())[1:]:
+                    if isinstance(layer, BatchNorm):
+                        mean, variance = x.mean(0), x.var(0, unbiased=False)
+                        x = (x - mean) / (variance + layer.eps).sqrt() + leaves[f"{name}.bias"][step]
+                        found[f"{name}.statistics"] = torch.stack([mean, variance])
+                    else:
+                        own = {p: fast[f"{name}.{p}"] for p, _ in layer.named_parameters()}
+                        x = functional_call(layer, own, (x,))
+                return x, found
+            y, of_support = outputs(support_x)
+            gradients = torch.autograd.grad(F.cross_entropy(y, support_y), fast.values(), create_graph=True)
+            fast = {n: w - maml.optimizer.lr * g for (n, w), g in zip(fast.items(), gradients, strict=True)}
+            y, of_query = outputs(query_x, fast)
+            if objective or step == 1:
+                losses.append((step_weights[step] if objective else 1.0) * F.cross_entropy(y, query_y))
+                of_support = {n: (s + of_query[n]) / 2 for n, s in of_support.items()}
+            seen.append((step, of_support))
+    expected = torch.autograd.grad(sum(losses) / len(batch.support_x), leaves.values())
+    result = maml.meta_gradient(parameters, batch, step_weights=step_weights)
+    assert_same(result.gradients, dict(zip(leaves, expected, strict=True)))
+    for name, statistics in result.statistics.items():
+        for step in range(2):
+            means = torch.stack([found[name] for at, found in seen if at == step]).mean(0)
+            assert torch.allclose(statistics[step], means), (name, step)
+
+
+def test_per_step_statistics_are_used_and_a_step_beyond_uses_the_last_ones():
+    batch = make_tasks("fc")
+    maml = make_maml("fc", normalisation="per-step", steps=2, inner_rates="layer-step")
+    parameters = varied({n: w + 0.1 * (n in maml.per_step) for n, w in maml.initial_parameters().items()})
+    statistics = {n: s + torch.rand_like(s) for n, s in maml.initial_statistics().items()}
+    both = ("transductive", "per-step")
+    outputs = maml.predictions(parameters, batch, 4, both, statistics=statistics)
+    assert (outputs["transductive"] - outputs["per-step"]).abs().max() > 1e-2
+    query = batch._replace(query_x=batch.query_x[:, :1])  # running statistics: queries do not see each other
+    alone = maml.predictions(parameters, query, 4, ("per-step",), statistics=statistics)["per-step"]
+    assert torch.allclose(alone, outputs["per-step"][:, :, :1])
+
+    # by hand: four steps, of which the third and the fourth are like the second
+    row = [0, 1, 1, 1]
+    fast = {n: parameters[n][None] for n in maml.adapted}
+    fast = {n: parameters[n] for n in maml.adapted}
+
+    def forward(fast, x, row):
+        x = x.flatten(1)
+        for name, layer in list(maml.learner.named_children())[1:]:
+            if isinstance(layer, BatchNorm):
+                mean, variance = statistics[f"{name}.statistics"][row]
+                x = F.batch_norm(x, mean, variance, None, parameters[f"{name}.bias"][row], eps=layer.eps)
+            else:
+                x = functional_call(layer, {p: fast[f"{name}.{p}"] for p, _ in layer.named_parameters()}, (x,))
+        return x
+
+    expected = [forward(fast, batch.query_x[0], 0)]
+    for step in range(4):
+        leaves = {n: w.detach().requires_grad_() for n, w in fast.items()}
+        loss = F.cross_entropy(forward(leaves, batch.support_x[0], row[step]), batch.support_y[0])
+        gradients = torch.autograd.grad(loss, leaves.values())
+        fast = {
+            n: w - parameters[RATE + n][row[step]] * g
+            for (n, w), g in zip(leaves.items(), gradients, strict=True)
+        }
+        expected.append(forward(fast, batch.query_x[0], row[step]))
+    assert torch.allclose(torch.stack(expected), outputs["per-step"][0], atol=1e-9)
+
+
+# ---- identities -----------------------------------------------------------------------------
+
+
+def gradients_of(maml: MAML, batch: TaskBatch, **options) -> dict:
+    return maml.meta_gradient(maml.initial_parameters(), batch, **options).gradients
+
+
+def without_rates(gradients: dict) -> dict:
+    return {n: g for n, g in gradients.items() if not n.startswith(RATE)}
+
+
+@pytest.mark.parametrize("engine", ["unrolled", "adjoint"])
+def test_each_method_is_maml_where_its_choice_makes_no_difference(engine):
+    batch = make_tasks("mlp")
+    expected = gradients_of(smooth_maml(engine=engine), batch)
+    meta_sgd = gradients_of(smooth_maml(engine=engine, inner_rates="element"), batch)
+    assert_same(without_rates(meta_sgd), expected, 1e-13)
+    last = torch.tensor([0.0, 0.0, 1.0]).double()
+    assert_same(gradients_of(smooth_maml(engine=engine), batch, step_weights=last), expected, 1e-13)
+    everything = smooth_maml(engine=engine, adapt="head", head="0,2,4")
+    assert_same(gradients_of(everything, batch), expected, 1e-13)
+    everybody = smooth_maml(engine=engine, optimizer=InnerOptimizer(0, "momentum", momentum=0.0))
+    assert_same(gradients_of(everybody, batch), expected, 1e-13)
+
+
+def test_first_order_equals_exact_where_the_loss_is_linear_in_the_adapted_weights():
+    batch = make_tasks("mlp")
+    network = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)).double()
+    results = [
+        MAML(
+            network, lambda outputs, targets: (outputs * targets).mean(), inner_lr=0.1, steps=3,
+            adapt="head", meta_gradient=meta_gradient, engine=engine,
+        ).meta_gradient(dict(network.named_parameters()), batch).gradients
+        for meta_gradient in ("exact", "first-order") for engine in ("unrolled", "adjoint")
+    ]  # fmt: skip
+    head = [{n: g for n, g in result.items() if n.startswith("1.")} for result in results]
+    for other in head[1:]:
+        assert_same(other, head[0], 1e-13)
+
+
+def test_reptile_with_one_step_is_joint_training():
+    batch = make_tasks("mlp")
+    reptile = gradients_of(smooth_maml(meta_gradient="reptile", steps=1), batch)
+    joint = gradients_of(smooth_maml(meta_gradient="joint"), batch)
+    assert_same({n: g / 0.1 for n, g in reptile.items()}, joint, 1e-12)
+    pooled = smooth_network()
+    loss = sum(
+        F.mse_loss(pooled(torch.cat([sx, qx])), torch.cat([sy, qy])) for sx, sy, qx, qy in zip(*batch, strict=True)
+    ) / len(batch.support_x)  # fmt: skip
+    expected = torch.autograd.grad(loss, pooled.parameters())
+    assert_same(joint, dict(zip(joint, expected, strict=True)))
+
+
+def test_reptile_moves_to_where_torchs_adam_ends_on_the_same_minibatches():
+    batch = make_tasks("mlp")  # pools of ten
+    maml = smooth_maml(
+        meta_gradient="reptile", steps=4, inner_lr=0.01, optimizer=InnerOptimizer(0, "adam", beta_1=0.0)
+    )
+    order = torch.stack([torch.randperm(10)[:8].view(4, 2) for _ in batch.support_x])
+    result = gradients_of(maml, batch, order=order)
+    ends = []
+    for number, (support_x, support_y, query_x, query_y) in enumerate(zip(*batch, strict=True)):
+        network = smooth_network()
+        optimizer = torch.optim.Adam(network.parameters(), lr=0.01, betas=(0.0, 0.999))
+        x, y = torch.cat([support_x, query_x]), torch.cat([support_y, query_y])
+        for chosen in order[number]:
+            optimizer.zero_grad()
+            F.mse_loss(network(x[chosen]), y[chosen]).backward()
+            optimizer.step()
+        ends.append(dict(network.named_parameters()))
+    start = maml.initial_parameters()
+    expected = {n: w - torch.stack([end[n] for end in ends]).mean(0) for n, w in start.items()}
+    assert_same(result, expected)
+
+
+def implicit(strength: float, cg_steps: int, *, steps: int = 3, inner_lr: float = 0.05, **options) -> MAML:
+    rule = InnerOptimizer(0, proximal=strength)
+    options = {"adapt": "body"} | options  # the head is shared: mixed derivatives take part
+    return smooth_maml(
+        meta_gradient="implicit", cg_steps=cg_steps, steps=steps, inner_lr=inner_lr, optimizer=rule, **options
+    )
+
+
+def test_implicit_without_conjugate_gradients_is_first_order_at_the_same_solution():
+    batch = make_tasks("mlp")
+    ours = gradients_of(implicit(0.5, 0), batch)
+    first = smooth_maml(
+        meta_gradient="exact", steps=3, inner_lr=0.05, adapt="body", optimizer=InnerOptimizer(0, proximal=0.5)
+    )
+    parameters = first.initial_parameters()
+    expected = {n: torch.zeros_like(w) for n, w in parameters.items()}
+    for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
+        weights = first.adapt(parameters, support_x, support_y, 3)
+        leaves = {n: w.clone().requires_grad_() for n, w in weights.items()}
+        loss = F.mse_loss(first.forward(leaves, query_x), query_y)
+        for n, g in zip(leaves, torch.autograd.grad(loss, leaves.values()), strict=True):
+            expected[n] += g / len(batch.support_x)
+    assert_same(ours, expected, 1e-12)
+
+
+def test_implicit_tends_to_joint_training_as_the_proximal_term_grows():
+    batch = make_tasks("mlp")
+    network = smooth_network()
+    loss = torch.stack([F.mse_loss(network(x), y) for x, y in zip(batch.query_x, batch.query_y, strict=True)])
+    joint = torch.autograd.grad(loss.mean(), network.parameters())
+    strength = 1e7
+    ours = gradients_of(implicit(strength, 5, inner_lr=1 / strength), batch)
+    assert_same(ours, dict(zip(ours, joint, strict=True)), 1e-5)
+
+
+def test_implicit_is_the_unrolled_exact_gradient_of_the_converged_proximal_problem():
+    batch = make_tasks("mlp")
+    options = {"steps": 400, "inner_lr": 0.2}
+    ours = gradients_of(implicit(2.0, 40, **options), batch)
+    rule = InnerOptimizer(0, proximal=2.0)
+    exact = smooth_maml(engine="adjoint", adapt="body", optimizer=rule, **options)
+    assert_same(ours, gradients_of(exact, batch), 1e-8)
+    rough = gradients_of(implicit(2.0, 0, **options), batch)
+    assert max((rough[n] - ours[n]).abs().max() for n in ours) > 1e-3
+
+
+def test_implicit_has_the_closed_form_on_a_quadratic():
+    torch.manual_seed(0)
+    tasks, size, strength = 3, 4, 0.7
+    batch = TaskBatch(*(torch.randn(tasks, n, k).double() for n in (5, 6) for k in (size, 1)))
+    network = nn.Linear(size, 1, bias=False).double()
+    for damping in (0.0, 1.0):
+        maml = MAML(
+            network, F.mse_loss, inner_lr=0.05, steps=3000, meta_gradient="implicit", cg_steps=size,
+            cg_damping=damping, optimizer=InnerOptimizer(0, proximal=strength),
+        )  # fmt: skip
+        ours = maml.meta_gradient(maml.initial_parameters(), batch).gradients["weight"]
+        expected = torch.zeros(1, size).double()
+        start = network.weight.detach()[0]
+        for x, y, query_x, query_y in zip(*batch, strict=True):
+            hessian = 2 * x.T @ x / len(x)
+            eye = torch.eye(size).double()
+            solution = torch.linalg.solve(hessian + strength * eye, 2 * x.T @ y[:, 0] / len(x) + strength * start)
+            v = 2 * query_x.T @ (query_x @ solution - query_y[:, 0]) / len(query_x)
+            expected[0] += torch.linalg.solve((1 + damping) * eye + hessian / strength, v) / tasks
+        assert torch.allclose(ours, expected, rtol=1e-9)
+
+
+def test_conjugate_gradients_stay_where_the_residual_is_nothing():
+    matrix = torch.diag(torch.tensor([1.0, 3.0]).double())
+    b = {"w": torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]).double()}
+    x = conjugate_gradients(lambda x: {"w": x["w"] @ matrix}, b, 6)["w"]
+    assert torch.allclose(x, b["w"] / torch.tensor([1.0, 3.0]).double())
+
+
+META_LEARNED = [
+    {"inner_rates": "element"},
+    {"inner_rates": "layer-step", "objective": True},
+    {"adapt": "context", "context": 4, "inner_rates": "layer-step"},
+    {"optimizer": InnerOptimizer(0, "adam"), "inner_rates": "element", "inner_lr": 0.02},
+    {"adapt": "head", "optimizer": InnerOptimizer(0, "momentum", proximal=0.3, weight_decay=0.1)},
+]
+
+
+@pytest.mark.parametrize("number", range(len(META_LEARNED)))
+def test_every_meta_learned_quantity_agrees_with_finite_differences(number):
+    options = dict(META_LEARNED[number])
+    weights = torch.tensor([0.2, 0.5, 0.3]).double() if options.pop("objective", False) else None
+    schedule = {} if weights is None else {"step_weights": weights}
+    batch = make_tasks("mlp", tasks=1)
+    task = [tensor[0] for tensor in batch]
+    maml = smooth_maml(**options)
+    parameters = varied(maml.initial_parameters())
+    gradients = maml.meta_gradient(parameters, batch, step_weights=weights).gradients
+    for name, w in parameters.items():
+        direction = torch.randn(w.shape, generator=torch.Generator().manual_seed(1), dtype=w.dtype)
+        ahead, behind = (
+            maml.objective(parameters | {name: w + epsilon * direction}, schedule, *task)[0].item()
+            for epsilon in (1e-5, -1e-5)
+        )
+        slope = (gradients[name] * direction).sum().item()
+        assert slope == pytest.approx((ahead - behind) / 2e-5, rel=1e-5, abs=1e-9), name
+
+
+def test_per_step_shifts_agree_with_finite_differences():
+    batch = make_tasks("fc", tasks=1)
+    maml = make_maml("fc", normalisation="per-step", steps=2, inner_lr=0.01)
+    parameters = maml.initial_parameters()
+    gradients = maml.meta_gradient(parameters, batch).gradients
+    task = [tensor[0] for tensor in batch]
+    for name in maml.per_step:
+        direction = torch.randn(parameters[name].shape, generator=torch.Generator().manual_seed(1)).double()
+        ahead, behind = (
+            maml.objective(parameters | {name: parameters[name] + e * direction}, {}, *task)[0].item()
+            for e in (1e-9, -1e-9)
+        )
+        slope = (gradients[name] * direction).sum().item()
+        assert slope == pytest.approx((ahead - behind) / 2e-9, rel=1e-3), name
+
+
+def test_the_inner_optimizers_are_those_of_torch():
+    torch.manual_seed(0)
+    start = {"a": torch.randn(3).double(), "b": torch.randn(2, 2).double()}
+    gradients = [{n: torch.randn_like(w) for n, w in start.items()} for _ in range(6)]
+    cases = [
+        (InnerOptimizer(0.1, weight_decay=0.2), lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.2)),
+        (InnerOptimizer(0.1, "momentum", momentum=0.6), lambda p: torch.optim.SGD(p, 0.1, momentum=0.6)),
+        (InnerOptimizer(0.1, "adam", beta_1=0.5), lambda p: torch.optim.Adam(p, 0.1, betas=(0.5, 0.999))),
+        (InnerOptimizer(0.1, "adam", clip_norm=0.5), lambda p: torch.optim.Adam(p, 0.1)),
+    ]
+    for rule, make in cases:
+        theirs = {n: w.clone().requires_grad_() for n, w in start.items()}
+        optimizer, state = make(list(theirs.values())), rule.start(start)
+        for gradient in gradients:
+            for n, w in theirs.items():
+                w.grad = gradient[n].clone()
+            if rule.clip_norm:
+                nn.utils.clip_grad_norm_(list(theirs.values()), rule.clip_norm)
+            optimizer.step()
+            state = rule.update(state, gradient, {}, {})
+        for n, w in theirs.items():
+            assert torch.allclose(state.fast[n], w, rtol=1e-12), (rule, n)
+
+
+def test_adams_derivative_is_finite_where_a_unit_is_dead():
+    network = nn.Sequential(nn.Linear(1, 4), nn.ReLU(), nn.Linear(4, 1)).double()
+    with torch.no_grad():
+        network[0].bias.fill_(-100.0)
+    for engine in ("unrolled", "adjoint"):
+        for rule in (InnerOptimizer(0, "adam"), InnerOptimizer(0, clip_norm=1.0)):
+            maml = MAML(network, F.mse_loss, inner_lr=0.01, steps=2, optimizer=rule, engine=engine)
+            gradients = gradients_of(maml, make_tasks("mlp"))
+            assert all(g.isfinite().all() for g in gradients.values())
+
+
+# ---- what is adapted ------------------------------------------------------------------------
+
+
+def test_the_head_is_the_last_layer_with_parameters_or_the_one_that_is_named():
+    conv = build_learner("conv", 5)
+    assert head_names(conv) == {"13.weight", "13.bias"}
+    assert head_names(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))) == {"0.weight", "0.bias"}
+    assert head_names(conv, "13.bias, 9") == {"13.bias", "9.weight"}
+    assert adapted_names(conv, "body") == {n for n, _ in conv.named_parameters()} - head_names(conv)
+    with pytest.raises(ValueError, match="no part 'hat': there are 0, 1, 3"):
+        head_names(conv, "hat")
+    with pytest.raises(ValueError, match="nothing to adapt"):
+        adapted_names(conv, "body", ",".join(str(i) for i in range(14) if list(conv[i].parameters())))
+
+
+def test_a_context_of_zero_changes_nothing_and_the_inner_loop_moves_it_alone():
+    for name, outputs, x in (("conv", 2, torch.rand(4, 1, 28, 28)), ("mlp", 1, torch.rand(4, 1))):
+        plain, network = build_learner(name, outputs), add_context(build_learner(name, outputs), 6)
+        assert torch.equal(plain(x), network(x))
+        (layer,) = [m for m in network.modules() if isinstance(m, ContextLayer)]
+        assert layer.film == (name == "conv")
+        loss = F.cross_entropy if name == "conv" else F.mse_loss
+        maml = MAML(network, loss, inner_lr=1.0, adapt="context")
+        parameters = maml.initial_parameters()
+        y = torch.tensor([0, 1, 0, 1]) if name == "conv" else torch.rand(4, 1)
+        adapted = maml.adapt(parameters, x, y, 1)
+        assert adapted.keys() - parameters.keys() == maml.adapted and len(maml.adapted) == 1
+        assert all(torch.equal(adapted[n], parameters[n]) for n in parameters)
+        (context,) = maml.adapted
+        assert adapted[context].shape == (6,) and adapted[context].abs().min() > 0
+
+
+def test_the_context_of_a_linear_layer_is_the_same_as_joining_it_to_the_inputs():
+    layer = ContextLayer(nn.Linear(2, 3), 3, 4, film=False)
+    context, x = torch.randn(4), torch.randn(5, 2)
+    wide = torch.cat([layer.layer.weight, layer.modulation.weight], 1)
+    expected = F.linear(torch.cat([x, context.expand(5, 4)], 1), wide, layer.layer.bias)
+    assert torch.allclose(functional_call(layer, {"context": context}, (x,)), expected, atol=1e-6)
+
+
+# ---- schedules ------------------------------------------------------------------------------
+
+
+def test_multi_step_weights_fall_over_ten_epochs_and_the_last_takes_the_rest():
+    def weights(iteration):
+        return multi_step_weights(torch.tensor(iteration), 5, 5000, torch.float64)
+
+    assert torch.allclose(weights(0), torch.full((5,), 0.2).double())
+    assert torch.allclose(weights(499), weights(0)) and not torch.allclose(weights(500), weights(0))
+    assert torch.allclose(weights(2500), torch.tensor([0.1, 0.1, 0.1, 0.1, 0.6]).double())
+    for late in (5000, 1_000_000):
+        assert torch.allclose(weights(late), torch.tensor([0.006] * 4 + [0.976]).double())
+    assert all(weights(i).sum().item() == pytest.approx(1.0) for i in range(0, 6000, 250))
+
+
+def test_the_meta_learning_rate_follows_its_schedule():
+    def rate(kind, iteration):
+        lr = meta_lr_at(kind, torch.tensor(iteration), 1.0, 0.2, 100, torch.float64)
+        return float(lr)
+
+    assert [rate("constant", i) for i in (0, 50, 100)] == [1.0, 1.0, 1.0]
+    assert [rate("linear", i) for i in (0, 50, 100, 130)] == pytest.approx([1.0, 0.6, 0.2, 0.2])
+    assert [rate("cosine", i) for i in (0, 50, 100)] == pytest.approx([1.0, 0.6, 0.2])
+    theirs = torch.optim.SGD([torch.zeros(1)], 1.0)
+    annealing = torch.optim.lr_scheduler.CosineAnnealingLR(theirs, 100, 0.2)
+    for i in range(100):
+        assert rate("cosine", i) == pytest.approx(theirs.param_groups[0]["lr"])
+        theirs.step()
+        annealing.step()
+
+
+
