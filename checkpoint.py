@@ -54,6 +54,7 @@ class Checkpoint:
     parameters: dict[str, Tensor]
     optimizer: dict[str, Any]
     progress: dict[str, Any]  # the fields of Progress
+    statistics: dict[str, Tensor] = field(default_factory=dict)  # running ones of per-step batch norm
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -66,6 +67,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "parameters": checkpoint.parameters,
         "optimizer": checkpoint.optimizer,
         "progress": checkpoint.progress,
+        "statistics": checkpoint.statistics,
     }
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
@@ -107,6 +109,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         content.get("parameters", {}),
         content.get("optimizer", {}),
         content.get("progress", {}),
+        content.get("statistics", {}),
     )
     if not _well_formed(checkpoint):
         raise UsageError(f"{path} is damaged: parts of it are missing or of the wrong kind")
@@ -118,10 +121,16 @@ def _well_formed(checkpoint: Checkpoint) -> bool:
     return (
         type(checkpoint.iteration) is int
         and checkpoint.iteration >= 0
-        and isinstance(parameters, dict)
-        and all(isinstance(name, str) and _plain_tensor(w) for name, w in parameters.items())
+        and _named_tensors(parameters)
+        and _named_tensors(checkpoint.statistics)
         and _adam_state_fits(checkpoint.optimizer, parameters)
         and _progress_fits(checkpoint.progress)
+    )
+
+
+def _named_tensors(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and _plain_tensor(tensor) for name, tensor in value.items()
     )
 
 
@@ -207,7 +216,7 @@ def _progress_fits(progress: Any) -> bool:
 def fitting_parameters(
     path: Path, saved: dict[str, Tensor], wanted: dict[str, Tensor], name: str
 ) -> dict[str, Tensor]:
-    """The saved parameters on the device and in the type of `wanted`.
+    """The saved parameters, or statistics, on the device and in the type of `wanted`.
 
     Raises UsageError where names or shapes are not those of the learner called `name`.
     """

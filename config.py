@@ -9,190 +9,41 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import os
 import textwrap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from errors import UsageError
-
-# ---- facts and defaults --------------------------------------------------------------------------
-
-REGRESSION = ("sinusoid", "harmonic", "sinusoid-line")
-DATASETS = (*REGRESSION, "omniglot")
-
-OMNIGLOT_DRAWINGS = 20  # of each character
-OMNIGLOT_CLASSES = {  # characters in each split
-    "random": {"train": 1100, "validation": 100, "test": 423},
-    "alphabet": {"train": 806, "validation": 158, "test": 659},
-}
-
-
-@dataclass(frozen=True)
-class LearnerFacts:
-    """What the flags need to know of a learner: its data, its defaults, what it can be asked for."""
-
-    regression: bool
-    init: str  # the default of --init
-    adapt_norm: bool | None  # the default of --adapt-norm; None: it has no batch norm
-    inner_lr: float | None = None  # the default of --inner-lr, where it is not the data's
-    convolutional: bool = True
-
-
-LEARNERS = {
-    "mlp": LearnerFacts(regression=True, init="paper", adapt_norm=None, convolutional=False),
-    "conv": LearnerFacts(regression=False, init="paper", adapt_norm=False),
-    "conv-pool": LearnerFacts(regression=False, init="paper", adapt_norm=False),
-    # Its last layer has 25,600 inputs: a step of 2.0 is far too long there.
-    "convnet": LearnerFacts(regression=False, init="torch", adapt_norm=True, inner_lr=0.01),
-    "fc": LearnerFacts(regression=False, init="paper", adapt_norm=False, convolutional=False),
-}
-
-# The defaults that depend on the data: those of Finn et al. (2017). "k" and "s" stand for the values
-# of those flags. Omniglot's inner rate belongs to the mean cross-entropy: the paper's 0.4 (5-way) and
-# 0.1 (20-way) belong to a loss that is `ways` times as large, and both come to 2.0.
-DEFAULT_COLUMNS = ("regression", "omniglot, up to 10 ways", "omniglot, above 10 ways")
-DEFAULTS: dict[str, tuple[Any, Any, Any]] = {
-    "learner": ("mlp", "conv", "conv"),
-    "ways": (None, 5, 5),
-    "shots": (10, 1, 1),
-    "queries": (10, "k", "k"),
-    "steps": (1, 1, 5),
-    "inner_lr": (0.01, 2.0, 2.0),
-    "meta_batch_size": (25, 32, 16),
-    "iterations": (70_000, 60_000, 60_000),
-    "test_steps": ("s", 3, 5),
-    "compile_after": (100, 3, 1),
-    "log_every": (100, 10, 10),
-    "val_every": (1000, 500, 500),
-    "save_every": (1000, 100, 100),
-}
-
-
-# Compiling costs this many uncompiled iterations or more, saved again (benchmarks/README.md).
-COMPILED_FROM = {"regression": 10_000, "classification": 1_500}
-CHUNK_IMAGES = 40
-
-# ---- how a flag is declared ----------------------------------------------------------------------
-
-Check = Callable[[Any], str | None]  # what was expected, where the value is not that
-
-
-def at_least(minimum: int) -> Check:
-    def check(value: int) -> str | None:
-        if value >= 2**31:
-            return "a whole number below 2^31"
-        return None if value >= minimum else f"a whole number of at least {minimum}"
-
-    return check
-
-
-def above_zero(value: float) -> str | None:
-    return None if math.isfinite(value) and value > 0 else "a number above 0"
-
-
-def not_negative(value: float) -> str | None:
-    return None if math.isfinite(value) and value >= 0 else "a number that is not negative"
-
-
-def one_of(*choices: str) -> Check:
-    return lambda v: None if v in choices else f"one of {', '.join(choices)}"
-
-
-def seed_range(value: int) -> str | None:
-    return None if 0 <= value < 2**63 else "a whole number from 0 to 2^63 - 1"
-
-
-KIND_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-
-
-@dataclass(frozen=True)
-class Flag:
-    """A flag's declaration, kept in the metadata of its field."""
-
-    names: tuple[str, ...]
-    group: str
-    help: str
-    kind: type
-    check: Check | None
-    metavar: str | None
-    choices: tuple[str, ...] | None
-    only: str | None  # where it means something: see `_applies`
-    free_on_resume: bool  # may differ from the checkpoint when a run goes on
-    free_on_eval: bool  # may differ from the checkpoint in --eval
-    optional: bool  # None is a value too
-    before: Any  # in checkpoints that are older than the flag
-    default: Any
-
-    def problem(self, value: Any) -> str | None:
-        """What was expected of the value, or None where it is all right."""
-        if value is None and self.optional:
-            return None
-        if self.kind is float and type(value) is int and abs(value) < 2**63:
-            value = float(value)
-        if not isinstance(value, self.kind) or (isinstance(value, bool) and self.kind is not bool):
-            return KIND_NAMES.get(self.kind, self.kind.__name__)
-        return self.check(value) if self.check else None
-
-    def parse(self, text: str) -> Any:
-        """The value of a flag's argument; an argparse `type`."""
-        try:
-            value = self.kind(text)
-        except ValueError:
-            value = None
-        problem = KIND_NAMES.get(self.kind) if value is None else self.problem(value)
-        if problem:
-            raise argparse.ArgumentTypeError(f"expected {problem}, got {text!r}")
-        return value
-
-
-BY_DATASET = object()  # the default stands in DEFAULTS
-BY_LEARNER = object()  # the default stands in LEARNERS
-BY_RULE = object()  # "auto" is the default and `resolve_auto` settles it
-NOT_THERE = object()  # the flag is as old as the checkpoints' format
-
-
-def flag(
-    *names: str,
-    group: str,
-    help: str,
-    kind: type,
-    default: Any = BY_DATASET,
-    check: Check | None = None,
-    choices: tuple[str, ...] | None = None,
-    metavar: str | None = None,
-    only: str | None = None,
-    free_on_resume: bool = False,
-    free_on_eval: bool = False,
-    optional: bool = False,
-    before: Any = NOT_THERE,
-) -> Any:
-    declaration = Flag(
-        names=names,
-        group=group,
-        help=help,
-        kind=kind,
-        check=one_of(*choices) if choices else check,
-        metavar=metavar,
-        choices=choices,
-        only=only,
-        free_on_resume=free_on_resume,
-        free_on_eval=free_on_eval,
-        optional=optional,
-        before=before,
-        default=default,
-    )
-    if default in (BY_DATASET, BY_LEARNER, BY_RULE):
-        return field(metadata={"flag": declaration})
-    return field(default=default, metadata={"flag": declaration})
-
-
-def flags_of(settings: type) -> dict[str, Flag]:
-    return {f.name: f.metadata["flag"] for f in dataclasses.fields(settings)}
-
+from flags import (
+    BY_DATASET,
+    BY_LEARNER,
+    BY_RULE,
+    NOT_THERE,
+    Flag,
+    above_zero,
+    at_least,
+    below_one,
+    flag,
+    flags_of,
+    not_negative,
+    seed_range,
+)
+from presets import (
+    ALGORITHMS,
+    CHUNK_IMAGES,
+    COMPILED_FROM,
+    DATASETS,
+    DEFAULT_COLUMNS,
+    DEFAULTS,
+    LEARNERS,
+    OMNIGLOT_CLASSES,
+    OMNIGLOT_DRAWINGS,
+    REGRESSION,
+    ByData,
+)
 
 # ---- the flags -----------------------------------------------------------------------------------
 
@@ -234,6 +85,17 @@ class Config:
         "really does",
     )  # fmt: skip
 
+    oracle: bool = flag(
+        "--oracle", group="tasks", kind=bool, default=False, before=False, only="regression",
+        help="tell the learner the task: its parameters (amplitude, phase, ...) join the inputs; a baseline",
+    )  # fmt: skip
+    train_shots: int | None = flag(
+        "--train-shots", group="tasks", kind=int, check=at_least(1), metavar="SHOTS", default=None,
+        optional=True, before=None,
+        help="support examples of a training task where they are not -k; with the Reptile meta-gradient all "
+        "its examples, query included, by default k + q",
+    )  # fmt: skip
+
     learner: str = flag(
         "--learner", group="learner", kind=str, choices=tuple(LEARNERS),
         help="mlp: 1-40-40-1; conv: four stride-2 convolutions of 64; conv-pool: with max pooling; "
@@ -243,14 +105,79 @@ class Config:
         "--init", group="learner", kind=str, choices=("paper", "torch"), default=BY_LEARNER,
         help="initial weights: the paper's, or PyTorch's defaults",
     )  # fmt: skip
+    algorithm: str = flag(
+        "--algorithm", group="algorithm", kind=str, choices=tuple(ALGORITHMS), default="maml",
+        before="maml",
+        help="a preset of the choices in this group and of its paper's settings; each has its own flag, "
+        "which comes first",
+    )  # fmt: skip
+    adapt: str = flag(
+        "--adapt", group="algorithm", kind=str, choices=("all", "head", "body", "context"), default="all",
+        before="all",
+        help="what the inner loop adapts: all weights, the head, all but the head, or a context vector that "
+        "modulates a layer",
+    )  # fmt: skip
+    head: str | None = flag(
+        "--head", group="algorithm", kind=str, metavar="NAMES", default=None, optional=True, before=None,
+        only="head",
+        help="the head's modules or parameters by name, with commas between; by default the last module with "
+        "weights of its own that does not normalise",
+    )  # fmt: skip
+    context_size: int = flag(
+        "--context-size", group="algorithm", kind=int, check=at_least(1), metavar="N", default=5,
+        before=5, only="context", help="numbers in the context vector",
+    )  # fmt: skip
+    inner_rates: str = flag(
+        "--inner-rates", group="algorithm", kind=str, choices=("fixed", "layer-step", "element"),
+        default="fixed", before="fixed",
+        help="inner learning rates: --inner-lr; or meta-learned from there, for each weight tensor and step, "
+        "or for each element",
+    )  # fmt: skip
+    inner_lr_max: float | None = flag(
+        "--inner-lr-max", group="algorithm", kind=float, check=above_zero, metavar="RATE", default=None,
+        optional=True, before=None, only="learned rates",
+        help="learned rates begin at random between --inner-lr and this; by default all at --inner-lr",
+    )  # fmt: skip
+    meta_gradient: str = flag(
+        "--meta-gradient", group="algorithm", kind=str,
+        choices=("exact", "first-order", "reptile", "implicit", "joint"), default="exact",
+        help="exact; first-order: inner gradients count as constants; reptile: how far the inner loop has "
+        "moved; implicit: from its end alone (iMAML); joint: no inner loop while training",
+    )  # fmt: skip
+    exact_from: int = flag(
+        "--exact-from", group="algorithm", kind=int, check=at_least(0), metavar="N", default=0, before=0,
+        only="exact", help="first order in the first N iterations, exact from there on",
+    )  # fmt: skip
+    cg_steps: int = flag(
+        "--cg-steps", group="algorithm", kind=int, check=at_least(0), metavar="N", default=5, before=5,
+        only="implicit", help="steps of conjugate gradients; 0 is first order",
+    )  # fmt: skip
+    cg_damping: float = flag(
+        "--cg-damping", group="algorithm", kind=float, check=not_negative, metavar="X", default=0.0,
+        before=0.0, only="implicit",
+        help="solve (1 + X) I + H / lambda in the place of I + H / lambda",
+    )  # fmt: skip
+    objective: str = flag(
+        "--objective", group="algorithm", kind=str, choices=("last", "multi-step"), default="last",
+        before="last",
+        help="the query loss after the last inner step, or a weighted sum of those after each, whose weight "
+        "goes over to the last",
+    )  # fmt: skip
+    msl_iterations: int = flag(
+        "--msl-iterations", group="algorithm", kind=int, check=at_least(1), metavar="N", default=5000,
+        before=5000, only="multi-step",
+        help="iterations in which the multi-step weights go over to the last step, in ten stages",
+    )  # fmt: skip
+
     batch_norm: str = flag(
-        "--batch-norm", group="learner", kind=str, choices=("transductive", "inductive"),
-        only="batch norm", default="transductive",
+        "--batch-norm", group="algorithm", kind=str,
+        choices=("transductive", "inductive", "per-step"), only="batch norm", default="transductive",
         help="statistics for the query while training: its own, or the support set's under the "
-        "adapted weights",
+        "adapted weights; per-step: its own, with shift and scale for each inner step, and running "
+        "statistics kept for each",
     )  # fmt: skip
     adapt_norm: bool = flag(
-        "--adapt-norm", group="learner", kind=bool, only="batch norm", default=BY_LEARNER,
+        "--adapt-norm", group="algorithm", kind=bool, only="norm that can adapt", default=BY_LEARNER,
         help="adapt batch norm's shift and scale in the inner loop, too; else they are "
         "meta-learned only",
     )  # fmt: skip
@@ -263,9 +190,40 @@ class Config:
         "--inner-lr", group="inner loop", kind=float, check=above_zero, metavar="RATE",
         help="learning rate of the inner loop, on the mean loss of the support set",
     )  # fmt: skip
-    first_order: bool = flag(
-        "--first-order", group="inner loop", kind=bool, default=False,
-        help="first-order MAML: treat the inner gradients as constants",
+    inner_optimizer: str = flag(
+        "--inner-optimizer", group="inner loop", kind=str, choices=("sgd", "momentum", "adam"),
+        default="sgd", before="sgd", help="update rule of the inner loop; each task begins afresh",
+    )  # fmt: skip
+    inner_momentum: float = flag(
+        "--inner-momentum", group="inner loop", kind=float, check=below_one, metavar="X", default=0.9,
+        before=0.9, only="momentum", help="of the momentum rule",
+    )  # fmt: skip
+    inner_beta_1: float = flag(
+        "--inner-beta1", group="inner loop", kind=float, check=below_one, metavar="X", default=0.9,
+        before=0.9, only="adam", help="decay of the inner Adam's mean gradient",
+    )  # fmt: skip
+    inner_weight_decay: float = flag(
+        "--inner-weight-decay", group="inner loop", kind=float, check=not_negative, metavar="X",
+        default=0.0, before=0.0, help="adds X times the fast weights to their gradient",
+    )  # fmt: skip
+    inner_clip: float | None = flag(
+        "--inner-clip", group="inner loop", kind=float, check=above_zero, metavar="X", default=None,
+        optional=True, before=None, help="clip a task's inner gradient to norm X",
+    )  # fmt: skip
+    proximal: float = flag(
+        "--proximal", group="inner loop", kind=float, check=not_negative, metavar="LAMBDA", default=0.0,
+        before=0.0, help="adds LAMBDA / 2 |fast weights - initialisation|^2 to the support loss",
+    )  # fmt: skip
+    inner_batch: int | None = flag(
+        "--inner-batch", group="inner loop", kind=int, check=at_least(1), metavar="N", default=None,
+        optional=True, before=None,
+        help="examples in the minibatch of an inner step while training; by default, or where there are no "
+        "more, all",
+    )  # fmt: skip
+    eval_inner_batch: int | None = flag(
+        "--eval-inner-batch", group="evaluation", kind=int, check=at_least(1), metavar="N", default=None,
+        optional=True, before=None, free_on_resume=True, free_on_eval=True,
+        help="the same on validation and test tasks",
     )  # fmt: skip
 
     meta_batch_size: int = flag(
@@ -278,7 +236,20 @@ class Config:
     )  # fmt: skip
     meta_lr: float = flag(
         "--meta-lr", group="outer loop", kind=float, check=above_zero, metavar="RATE",
-        default=1e-3, help="learning rate of Adam on the meta-parameters",
+        default=1e-3, help="learning rate of the outer loop, at its first iteration",
+    )  # fmt: skip
+    meta_optimizer: str = flag(
+        "--meta-optimizer", group="outer loop", kind=str, choices=("adam", "sgd"), default="adam",
+        before="adam", help="update rule of the meta-parameters",
+    )  # fmt: skip
+    meta_lr_schedule: str = flag(
+        "--meta-lr-schedule", group="outer loop", kind=str, choices=("constant", "linear", "cosine"),
+        default="constant", before="constant",
+        help="course of the learning rate over --iterations",
+    )  # fmt: skip
+    meta_lr_final: float = flag(
+        "--meta-lr-final", group="outer loop", kind=float, check=not_negative, metavar="RATE",
+        default=0.0, before=0.0, only="schedule", help="the learning rate where it ends",
     )  # fmt: skip
     grad_clip: float | None = flag(
         "--grad-clip", group="outer loop", kind=float, check=above_zero, metavar="X",
@@ -311,10 +282,10 @@ class Config:
     )  # fmt: skip
     engine: str = flag(
         "--engine", group="machine", kind=str, choices=("auto", "unrolled", "adjoint"), default=BY_RULE,
-        before="unrolled",
-        help="how the exact meta-gradient is computed: through the whole inner loop, or step by step "
-        "backwards, in memory that hardly grows with -s; the same to rounding. auto: unrolled with one "
-        "inner step and for regression, else adjoint",
+        before="unrolled", only="engines",
+        help="how the exact or first-order meta-gradient is computed: through the whole inner loop, or step "
+        "by step backwards, in memory that hardly grows with -s; the same to rounding. auto: unrolled with "
+        "one inner step and for regression, else adjoint",
     )  # fmt: skip
     convolution: str = flag(
         "--conv", group="machine", kind=str, choices=("auto", "im2col", "grouped"), default=BY_RULE,
@@ -358,6 +329,23 @@ class Config:
     )  # fmt: skip
 
     @property
+    def training_shots(self) -> int:
+        """Support examples of a training task, per class in classification."""
+        if self.meta_gradient == "reptile":
+            return (self.train_shots or self.shots + self.queries) - self.queries
+        return self.train_shots or self.shots
+
+    @property
+    def trained_steps(self) -> int:
+        """Inner steps that the training is for: what a validation takes."""
+        return 0 if self.meta_gradient == "joint" else self.steps
+
+    @property
+    def query_norm(self) -> str:
+        """Whose statistics a validation uses for the query: those that the training uses."""
+        return "inductive" if self.batch_norm == "inductive" else "transductive"
+
+    @property
     def classification(self) -> bool:
         return self.dataset not in REGRESSION
 
@@ -391,6 +379,10 @@ class Invocation:
         only="regression", optional=True,
         help="points of a task: the query has M - k of them; the same as -q (M - k)",
     )  # fmt: skip
+    first_order: bool | None = flag(
+        "--first-order", group="algorithm", kind=bool, default=None, optional=True,
+        help="the same as --meta-gradient first-order",
+    )  # fmt: skip
     checkpoint_path: Path = flag(
         "--checkpoint-path", "--checkpoint_path", group="files", kind=Path, metavar="FOLDER",
         default=Path("checkpoints"), help="the folder of all runs",
@@ -422,8 +414,8 @@ CONFIG_FLAGS = flags_of(Config)
 INVOCATION_FLAGS = flags_of(Invocation)
 ALL_FLAGS = CONFIG_FLAGS | INVOCATION_FLAGS
 GROUPS = (
-    "what to do", "tasks", "learner", "inner loop", "outer loop", "evaluation", "logging", "files",
-    "machine",
+    "what to do", "tasks", "learner", "algorithm", "inner loop", "outer loop", "evaluation", "logging",
+    "files", "machine",
 )  # fmt: skip
 
 
@@ -480,11 +472,31 @@ def defaults_table() -> str:
     return "\n".join(f"  {line}" for line in lines)
 
 
+def presets_table() -> str:
+    """What the algorithms set, as `--help` shows it: for regression / omniglot / omniglot above 10 ways."""
+    lines = []
+    for algorithm, row in ALGORITHMS.items():
+        cells = []
+        for name, value in row.items():
+            columns = [value[i] if isinstance(value, ByData) else value for i in range(3)]
+            if columns[1] == columns[2]:
+                columns.pop()
+            if len(set(map(str, columns))) == 1:
+                columns = columns[:1]
+            cells.append(f"{CONFIG_FLAGS[name].names[0]} {'/'.join(map(_show, columns))}")
+        text = ", ".join(cells) or "the defaults"
+        lines.append(textwrap.fill(f"{algorithm}: {text}", 96, subsequent_indent="    "))
+    return "\n".join(f"  {line}" for line in "\n".join(lines).split("\n"))
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="main.py",
         description="Gradient-based meta-learning (MAML): meta-train, go on, evaluate.",
-        epilog="Defaults that depend on the data (k, s: as those flags):\n\n" + defaults_table(),
+        epilog="Defaults that depend on the data (k, s: as those flags):\n\n"
+        + defaults_table()
+        + "\n\nWhat --algorithm sets beside (i/2: half of --iterations):\n\n"
+        + presets_table(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -515,14 +527,24 @@ def parse(arguments: list[str]) -> dict[str, Any]:
 
 
 def resolve(given: Mapping[str, Any]) -> Config:
-    """The settings of a new experiment: the flags that were given, and defaults for all others."""
+    """The settings of a new experiment: the flags that were given, and defaults for all others.
+
+    A flag comes before the algorithm's preset, that before the learner's default, that before the data's.
+    """
+    given = dict(given) | _meta_gradient_from_first_order(given)
     values = {name: value for name, value in given.items() if name in CONFIG_FLAGS}
-    learner_inner_lr = LEARNERS[values["learner"]].inner_lr if "learner" in values else None
-    if learner_inner_lr is not None:
-        values.setdefault("inner_lr", learner_inner_lr)
     dataset = values.get("dataset", CONFIG_FLAGS["dataset"].default)
     ways = values.get("ways") or DEFAULTS["ways"][1]
     column = 0 if dataset in REGRESSION else 1 if ways <= 10 else 2
+    preset = preset_of(values.get("algorithm", "maml"), column)
+    learner = LEARNERS[values.get("learner", preset.get("learner", DEFAULTS["learner"][column]))]
+    if learner.inner_lr is not None and preset.get("inner_lr") == DEFAULTS["inner_lr"][column]:
+        del preset["inner_lr"]
+    if learner.inner_lr is not None and "inner_lr" not in preset:
+        preset["inner_lr"] = learner.inner_lr
+    if "inner_lr" in given:
+        preset.pop("inner_lr_max", None)  # it goes with the preset's --inner-lr
+    values = preset | values
     for name, by_column in DEFAULTS.items():
         values.setdefault(name, by_column[column])
     values |= _queries_from_samples(given, values["shots"], dataset)
@@ -531,12 +553,37 @@ def resolve(given: Mapping[str, Any]) -> Config:
     values.setdefault("eval_steps", max(CONFIG_FLAGS["eval_steps"].default, values["test_steps"]))
     if "test_steps" not in given:
         values["test_steps"] = min(values["test_steps"], values["eval_steps"])
-    learner = LEARNERS[values["learner"]]
+    if values.get("exact_from") == "i/2":
+        values["exact_from"] = values["iterations"] // 2 if _exact(values) else 0
     values.setdefault("init", learner.init)
     values.setdefault("adapt_norm", bool(learner.adapt_norm))
+    if learner.adapt_norm is None and "batch_norm" not in given:
+        values.pop("batch_norm", None)
     config = Config(**resolve_auto(values))
     check(config, given)
     return config
+
+
+def preset_of(algorithm: str, column: int) -> dict[str, Any]:
+    """The preset's settings for a column of `DEFAULT_COLUMNS`."""
+    row = ALGORITHMS[algorithm]
+    return {name: value[column] if isinstance(value, ByData) else value for name, value in row.items()}
+
+
+def _exact(values: Mapping[str, Any]) -> bool:
+    return values.get("meta_gradient", "exact") == "exact"
+
+
+def _meta_gradient_from_first_order(given: Mapping[str, Any]) -> dict[str, str]:
+    """What --first-order, if it was given, says of --meta-gradient."""
+    first_order = given.get("first_order")
+    if first_order is None:
+        return {}
+    said = "first-order" if first_order else "exact"
+    if given.get("meta_gradient", said) != said:
+        name = "--first-order" if first_order else "--no-first-order"
+        raise UsageError(f"{name} disagrees with --meta-gradient {given['meta_gradient']}: give one of them")
+    return {"meta_gradient": said}
 
 
 def resolve_auto(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -587,6 +634,12 @@ def resolve_from(saved: Config, given: Mapping[str, Any], *, evaluate: bool) -> 
     changes: dict[str, Any] = {}
     shots = given.get("shots", saved.shots) if evaluate else saved.shots
     given = dict(given) | _queries_from_samples(given, shots, saved.dataset)
+    given |= _meta_gradient_from_first_order(given)
+    if given.get("iterations", saved.iterations) != saved.iterations and saved.meta_lr_schedule != "constant":
+        raise UsageError(
+            f"--iterations {_show(given['iterations'])}: the {saved.meta_lr_schedule} schedule of the "
+            f"checkpoint ends at iteration {_show(saved.iterations)}: leave it out"
+        )
     for name, value in given.items():
         if name not in CONFIG_FLAGS:
             continue
@@ -637,33 +690,116 @@ def check(config: Config, given: Mapping[str, Any]) -> None:
         )
     for name in given:
         only = ALL_FLAGS[name].only
-        if only and not _applies(only, config):
-            of_learner = only in ("batch norm", "convolutions")
-            place = f"--learner {config.learner}" if of_learner else config.dataset
+        place = ONLY[only](config) if only else None
+        if place:
             raise UsageError(f"{ALL_FLAGS[name].names[0]} means nothing with {place}: leave it out")
     if config.init == "paper" and learner.init != "paper":
         raise UsageError(f"--init paper: {config.learner} is not a network of the paper; use torch")
     if config.test_steps > config.eval_steps:
         raise UsageError(f"--test-steps {config.test_steps} is above --eval-steps {config.eval_steps}")
+    _check_algorithm(config, given)
     if config.classification:
         _check_omniglot(config)
 
 
-def _applies(only: str, config: Config) -> bool:
-    """Whether a flag for one kind of data or of learner only means something here."""
-    return {
-        "regression": not config.classification,
-        "classification": config.classification,
-        "batch norm": config.has_batch_norm,
-        "convolutions": LEARNERS[config.learner].convolutional,
-    }[only]
+def _unless(applies: Callable[[Config], bool], name: str) -> Callable[[Config], str | None]:
+    """None where it applies; else the setting with which a flag means nothing, as it is written."""
+
+    def place(config: Config) -> str | None:
+        if applies(config):
+            return None
+        value = getattr(config, name)
+        return value if name == "dataset" else f"{CONFIG_FLAGS[name].names[0]} {value}"
+
+    return place
+
+
+# Where a flag means something: the place where it does not, or None.
+ONLY: dict[str, Callable[[Config], str | None]] = {
+    "regression": _unless(lambda c: not c.classification, "dataset"),
+    "classification": _unless(lambda c: c.classification, "dataset"),
+    "batch norm": _unless(lambda c: c.has_batch_norm, "learner"),
+    "convolutions": _unless(lambda c: LEARNERS[c.learner].convolutional, "learner"),
+    "head": _unless(lambda c: c.adapt in ("head", "body"), "adapt"),
+    "context": _unless(lambda c: c.adapt == "context", "adapt"),
+    "learned rates": _unless(lambda c: c.inner_rates != "fixed", "inner_rates"),
+    "exact": _unless(lambda c: c.meta_gradient == "exact", "meta_gradient"),
+    "implicit": _unless(lambda c: c.meta_gradient == "implicit", "meta_gradient"),
+    "engines": _unless(lambda c: c.meta_gradient in ("exact", "first-order"), "meta_gradient"),
+    "multi-step": _unless(lambda c: c.objective == "multi-step", "objective"),
+    "momentum": _unless(lambda c: c.inner_optimizer == "momentum", "inner_optimizer"),
+    "adam": _unless(lambda c: c.inner_optimizer == "adam", "inner_optimizer"),
+    "schedule": _unless(lambda c: c.meta_lr_schedule != "constant", "meta_lr_schedule"),
+    "norm that can adapt": lambda c: (
+        _unless(lambda c: c.has_batch_norm, "learner")(c)
+        or _unless(lambda c: c.adapt in ("all", "body"), "adapt")(c)
+        or _unless(lambda c: c.batch_norm != "per-step", "batch_norm")(c)
+    ),
+}
+
+
+def _check_algorithm(config: Config, given: Mapping[str, Any]) -> None:
+    """Refuses choices that do not go together, with the reason."""
+    way = f"--meta-gradient {config.meta_gradient}"
+    rates = f"--inner-rates {config.inner_rates}"
+    per_step = config.has_batch_norm and config.batch_norm == "per-step"
+    learned = config.inner_rates != "fixed"
+    multi_step = config.objective == "multi-step"
+    implicit, reptile, joint = (config.meta_gradient == name for name in ("implicit", "reptile", "joint"))
+    refusals = [
+        (implicit and learned, f"{rates}: the solution that {way} asks for does not depend on the rates"),
+        (implicit and multi_step, f"--objective multi-step: {way} looks at the end of the inner loop alone"),
+        (implicit and per_step, f"--batch-norm per-step: {way} needs the same support loss in every step"),
+        (implicit and config.inner_batch, f"--inner-batch: {way} needs the same support loss in every step"),
+        (implicit and not config.proximal, f"{way} needs a --proximal above 0: the problem it solves"),
+        (reptile and learned, f"{rates}: {way} gives the rates no gradient"),
+        (reptile and multi_step, f"--objective multi-step: {way} has no query loss"),
+        (
+            reptile and config.adapt != "all",
+            f"--adapt {config.adapt}: {way} moves only what the inner loop adapts, the rest would not learn",
+        ),
+        (reptile and per_step, f"--batch-norm per-step: {way} moves only what the inner loop adapts"),
+        (
+            reptile and config.has_batch_norm and not config.adapt_norm,
+            f"--no-adapt-norm: {way} moves only what the inner loop adapts; the shift would never learn",
+        ),
+        (joint and learned, f"{rates}: {way} has no inner loop that rates could learn from"),
+        (joint and multi_step, f"--objective multi-step: {way} has no inner loop"),
+        (joint and per_step, f"--batch-norm per-step: {way} has no inner loop"),
+        (joint and config.inner_batch, f"--inner-batch: {way} has no inner loop"),
+        (
+            joint and config.adapt == "context",
+            f"--adapt context: {way} has no inner loop that the context's weights could learn from",
+        ),
+        (
+            config.inner_lr_max is not None and learned and config.inner_lr_max <= config.inner_lr,
+            f"--inner-lr-max {config.inner_lr_max} is not above --inner-lr {config.inner_lr}",
+        ),
+        (
+            reptile and config.training_shots < 1,
+            f"--train-shots {config.train_shots} must be above -q {config.queries}, which {way} counts in",
+        ),
+        (
+            reptile and config.batch_norm == "inductive" and config.has_batch_norm,
+            f"--batch-norm inductive: {way} does not learn from a query of its own",
+        ),
+        (
+            joint and config.batch_norm == "inductive" and config.has_batch_norm,
+            f"--batch-norm inductive: {way} takes support and query as one batch",
+        ),
+    ]
+    for refused, reason in refusals:
+        if refused:
+            raise UsageError(reason)
 
 
 def _check_omniglot(config: Config) -> None:
-    drawings = config.shots + config.queries
+    shots = max(config.shots, config.training_shots)
+    drawings = shots + config.queries
     if drawings > OMNIGLOT_DRAWINGS:
+        name = "-k" if shots == config.shots else "--train-shots"
         raise UsageError(
-            f"-k {config.shots} plus -q {config.queries} is {drawings}, but an Omniglot character "
+            f"{name} {shots} plus -q {config.queries} is {drawings}, but an Omniglot character "
             f"has {OMNIGLOT_DRAWINGS} drawings"
         )
     classes = OMNIGLOT_CLASSES[config.omniglot_split]
@@ -733,6 +869,9 @@ def config_from_plain(values: Any) -> Config:
     """The inverse; raises UsageError for anything that `config_to_plain` does not give."""
     if isinstance(values, dict):
         older = {name: flag.before for name, flag in CONFIG_FLAGS.items() if flag.before is not NOT_THERE}
+        if isinstance(values.get("first_order"), bool):  # the name of the choice, when it had two values
+            older["meta_gradient"] = "first-order" if values["first_order"] else "exact"
+            values = {name: value for name, value in values.items() if name != "first_order"}
         values = older | values
     if not isinstance(values, dict) or values.keys() != CONFIG_FLAGS.keys():
         raise UsageError("its settings are not those of this version")
@@ -752,7 +891,7 @@ def meaningful(config: Config) -> dict[str, Any]:
     return {
         name: getattr(config, name)
         for name, declaration in CONFIG_FLAGS.items()
-        if declaration.only is None or _applies(declaration.only, config)
+        if declaration.only is None or ONLY[declaration.only](config) is None
     }
 
 
@@ -764,7 +903,7 @@ def describe(config: Config) -> str:
         shown = [
             f"{name.replace('_', ' ')} {value if name == 'seed' else _show(value)}"
             for name, value in values.items()
-            if CONFIG_FLAGS[name].group == group
+            if CONFIG_FLAGS[name].group == group and value is not None
         ]
         if shown:
             text = textwrap.fill(" · ".join(shown), 96, subsequent_indent=" " * 14)

@@ -7,6 +7,7 @@ Task t of iteration i is a pure function of (split, seed, i, t), see randomness.
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -33,12 +34,28 @@ class TaskDistribution(Protocol):
         """Support and query examples of one task."""
         ...
 
+    def resized(self, shots: int) -> TaskDistribution:
+        """The same tasks with another number of support examples (per class in classification)."""
+        ...
+
     def sample(self, split: str, seed: int, iteration: int | Tensor, tasks: range) -> TaskBatch:
         """The tasks with these numbers of an iteration, of the "train", "validation" or "test" split.
 
         The iteration may be an int64 scalar on the distribution's device; the tasks are the same.
         """
         ...
+
+
+def minibatch_order(stream: Stream, examples: int, batch: int | None, steps: int) -> Tensor | None:
+    """The examples of each inner step: int64 `[tasks, steps, batch]`, or None where all are taken.
+
+    As Nichol et al. (2018) have it: passes over the examples, each in a new random order, cut into batches.
+    """
+    if batch is None or batch >= examples:
+        return None
+    passes = -(-steps * batch // examples)
+    orders = [stream.at(number).distinct(examples, examples) for number in range(passes)]
+    return torch.cat(orders, 1)[:, : steps * batch].unflatten(1, (steps, batch))
 
 
 def task_stream(split: str, seed: int, iteration: int | Tensor, tasks: range, device: torch.device) -> Stream:
@@ -58,6 +75,7 @@ class Regression(ABC):
     Arguments:
         shots, queries: points of the support and of the query set of a task.
         noise: standard deviation of Gaussian noise on the targets of both.
+        oracle: the parameters of the task join the inputs: `[tasks, points, 1 + parameters]`.
     """
 
     classification = False
@@ -69,18 +87,25 @@ class Regression(ABC):
         queries: int,
         *,
         noise: float = 0.0,
+        oracle: bool = False,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.shots = shots
         self.queries = queries
         self.noise = noise
+        self.oracle = oracle
         self.device = torch.device(device)
         self.dtype = dtype
 
     @property
     def examples(self) -> int:
         return self.shots + self.queries
+
+    def resized(self, shots: int) -> Regression:
+        other = copy.copy(self)
+        other.shots = shots
+        return other
 
     @abstractmethod
     def parameters(self, stream: Stream) -> tuple[Tensor, ...]:
@@ -108,14 +133,25 @@ class Regression(ABC):
         if grid is None:
             return TaskBatch(*support, *self._examples(stream.at("query"), self.queries, parameters))
         x = self.grid(grid, parameters).expand(len(tasks), grid)
-        return TaskBatch(*support, x[..., None], self.curve(x, parameters)[..., None])
+        return TaskBatch(*support, self._inputs(x, parameters), self.curve(x, parameters)[..., None])
 
     def _examples(self, stream: Stream, points: int, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         x = self.inputs(stream, points, parameters)
         y = self.curve(x, parameters)
         if self.noise:
             y = y + self.noise * stream.at("noise").normal(points, self.dtype)
-        return x[..., None], y[..., None]
+        return self._inputs(x, parameters), y[..., None]
+
+    def _inputs(self, x: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
+        if not self.oracle:
+            return x[..., None]
+        told = torch.cat([p.to(x.dtype) for p in parameters], 1)
+        return torch.cat([x[..., None], told[:, None].expand(-1, x.shape[1], -1)], -1)
+
+    @property
+    def input_size(self) -> int:
+        """Numbers that describe a point."""
+        return self.sample("train", 0, 0, range(1)).query_x.shape[-1]
 
 
 class Sinusoid(Regression):
@@ -137,6 +173,20 @@ class Sinusoid(Regression):
     def curve(self, x: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
         amplitude, phase = parameters
         return amplitude * torch.sin(x + phase)
+
+
+class SinusoidFrequency(Sinusoid):
+    """y = a sin(w x + phase): amplitude and phase as above, frequency w uniform in [0.8, 1.2).
+
+    The regression of the Meta-SGD paper (Li et al. 2017).
+    """
+
+    def parameters(self, stream: Stream) -> tuple[Tensor, ...]:
+        return *super().parameters(stream), stream.at("frequency").uniform(1, 0.8, 1.2, self.dtype)
+
+    def curve(self, x: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
+        amplitude, phase, frequency = parameters
+        return amplitude * torch.sin(frequency * x + phase)
 
 
 class SinusoidLine(Sinusoid):
@@ -230,6 +280,11 @@ class Omniglot:
     def examples(self) -> int:
         return self.ways * (self.shots + self.queries)
 
+    def resized(self, shots: int) -> Omniglot:
+        other = copy.copy(self)
+        other.shots = shots
+        return other
+
     def sample(self, split: str, seed: int, iteration: int | Tensor, tasks: range) -> TaskBatch:
         """A meta-batch: one index operation on the whole dataset."""
         stream = task_stream(split, seed, iteration, tasks, self.pixels.device)
@@ -258,8 +313,9 @@ class Omniglot:
 
 FAMILIES: dict[str, type[Regression]] = {
     "sinusoid": Sinusoid,
-    "harmonic": Harmonic,
+    "sinusoid-frequency": SinusoidFrequency,
     "sinusoid-line": SinusoidLine,
+    "harmonic": Harmonic,
 }
 
 
@@ -270,6 +326,7 @@ def build_distribution(
     shots: int,
     queries: int,
     noise: float,
+    oracle: bool = False,
     omniglot_split: str,
     resize: str,
     data_root: Path,
@@ -278,7 +335,7 @@ def build_distribution(
 ) -> TaskDistribution:
     """The distribution of that name; Omniglot is read, or fetched, from `data_root`."""
     if name in FAMILIES:
-        return FAMILIES[name](shots, queries, noise=noise, device=device, dtype=dtype)
+        return FAMILIES[name](shots, queries, noise=noise, oracle=oracle, device=device, dtype=dtype)
     if name != "omniglot" or ways is None:
         raise ValueError(f"no dataset {name!r} with ways {ways}")
     images, splits = load_omniglot(data_root, split=omniglot_split, resize=resize)

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from dataset import Regression, TaskDistribution
-from maml import MAML, Loss, Weights
+from dataset import Regression, TaskDistribution, minibatch_order, task_stream
+from inner_loop import Loss
+from maml import MAML
+from optimizers import Weights
 from tasks import TaskBatch
 
 # Evaluation tasks are the same for every checkpoint. Their splits have streams of their own, so this
@@ -64,8 +66,15 @@ def evaluate(
     tasks: int,
     steps: int,
     normalisations: tuple[str, ...],
+    statistics: Weights | None = None,
+    inner_batch: int | None = None,
 ) -> Evaluation:
-    """Adapts to each of the first `tasks` fixed tasks of a split, by 0, 1, ... `steps` steps."""
+    """Adapts to each of the first `tasks` fixed tasks of a split, by 0, 1, ... `steps` steps.
+
+    Arguments:
+        statistics: what "per-step" normalises with (see `MAML.predictions`).
+        inner_batch: support examples in the minibatch of an inner step; None: all of them.
+    """
     classification = distribution.classification
     size = maml.tasks_at_once or max(1, CHUNK_EXAMPLES // distribution.examples)
     losses: dict[str, list[Tensor]] = {name: [] for name in normalisations}
@@ -73,7 +82,10 @@ def evaluate(
     for first in range(0, tasks, size):
         numbers = range(first, min(first + size, tasks))
         batch = distribution.sample(split, SEED, 0, numbers)
-        outputs = maml.predictions(parameters, batch, steps, normalisations)
+        order = _order(split, batch, numbers, inner_batch, steps)
+        outputs = maml.predictions(
+            parameters, batch, steps, normalisations, order=order, statistics=statistics
+        )
         for name in normalisations:
             losses[name].append(_loss_per_step(maml.loss, outputs[name], batch.query_y))
             if classification:
@@ -82,6 +94,17 @@ def evaluate(
         {name: torch.cat(parts).cpu().double() for name, parts in losses.items()},
         {name: torch.cat(parts).cpu().double() for name, parts in accuracies.items()},
     )
+
+
+def _order(
+    split: str,
+    batch: TaskBatch,
+    numbers: range,
+    inner_batch: int | None,
+    steps: int,
+) -> Tensor | None:
+    stream = task_stream(split, SEED, 0, numbers, batch.support_x.device).at("minibatches")
+    return minibatch_order(stream, batch.support_x.shape[1], inner_batch, steps)
 
 
 def examples(
@@ -93,6 +116,7 @@ def examples(
     tasks: int,
     steps: int,
     normalisation: str,
+    inner_batch: int | None = None,
 ) -> tuple[TaskBatch, Tensor]:
     """A few of a split's tasks and the outputs on their queries `[tasks, steps + 1, ...]`, for pictures.
 
@@ -102,5 +126,6 @@ def examples(
         batch = distribution.sample(split, SEED, 0, range(tasks), grid=200)
     else:
         batch = distribution.sample(split, SEED, 0, range(tasks))
-    outputs = maml.predictions(parameters, batch, steps, (normalisation,))[normalisation]
+    order = _order(split, batch, range(tasks), inner_batch, steps)
+    outputs = maml.predictions(parameters, batch, steps, (normalisation,), order=order)[normalisation]
     return TaskBatch(*(tensor.cpu() for tensor in batch)), outputs.cpu()

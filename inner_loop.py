@@ -243,19 +243,18 @@ class InnerLoop:
         *_, adapted = self.trajectory(parameters, support_x, support_y, steps=steps)
         return adapted
 
-    def objective(
-        self, parameters: Weights, schedule: Weights, *task: Tensor
-    ) -> tuple[Tensor, Passed]:
+    def objective(self, parameters: Weights, schedule: Weights, *task: Tensor) -> tuple[Tensor, Passed]:
         """What meta-training minimises, of one task: the query loss after the last inner step or, with
         `schedule["step_weights"]` `[steps]`, a weighted sum of those after each (Antoniou et al. 2019)."""
-        support_x, support_y, _, _, *order = task
+        support_x, support_y, _, _, order = *task[:4], task[4] if len(task) > 4 else None
         state = self.start(parameters)
         weights = schedule.get("step_weights")
         losses, seen = [], []
         for step in range(self.steps):
             shared = self.shared_at(parameters, step)
-            taken = self.inner_step(state, shared, *minibatch(support_x, support_y, *order, step=step))
-            state, of_query = taken.state, {}
+            taken = self.inner_step(state, shared, *minibatch(support_x, support_y, order, step))
+            state = taken.state
+            of_query: Weights = {}
             if weights is not None or step == self.steps - 1:
                 loss, (outputs, of_query) = self.query_loss(state.fast, shared.weights, *task)
                 losses.append(loss)

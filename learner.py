@@ -1,7 +1,7 @@
 """Base learners: the networks that are meta-learned. Plain modules that know nothing of meta-learning.
 
 A new one is a function from the number of outputs to an `nn.Module`, an entry in `LEARNERS`, and a
-line about it in `config.LEARNERS`.
+line about it in `presets.LEARNERS`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from normalisation import BatchNorm
+from partition import add_context
 
 CHANNELS = 64
 
@@ -24,9 +25,11 @@ class SpatialMean(nn.Module):
         return x.mean((2, 3))
 
 
-def mlp(outputs: int) -> nn.Module:
+def mlp(outputs: int, inputs: int = 1) -> nn.Module:
     """1-40-40-1 with ReLU: the sinusoid network of Finn et al. (2017)."""
-    return nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, outputs))
+    return nn.Sequential(
+        nn.Linear(inputs, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, outputs)
+    )
 
 
 # Below, a bias in front of a batch normalisation would be subtracted with the mean: there is none.
@@ -67,7 +70,7 @@ def fc(outputs: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
 
 
-LEARNERS: dict[str, Callable[[int], nn.Module]] = {
+LEARNERS: dict[str, Callable[..., nn.Module]] = {
     "mlp": mlp,
     "conv": conv,
     "conv-pool": conv_pool,
@@ -94,11 +97,18 @@ def initialise_as_paper(learner: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
-def build_learner(name: str, outputs: int, *, init: str = "torch", seed: int = 0) -> nn.Module:
-    """A fresh learner; the same weights for the same seed, whatever else has drawn random numbers."""
+def build_learner(
+    name: str, outputs: int, *, inputs: int = 1, init: str = "torch", context: int = 0, seed: int = 0
+) -> nn.Module:
+    """A fresh learner; the same weights for the same seed, whatever else has drawn random numbers.
+
+    Arguments:
+        inputs: numbers that describe an example, where there is more than one (regression only).
+        context: size of the context vector that modulates a layer (see partition.py); 0: there is none.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        learner = LEARNERS[name](outputs)
+        learner = LEARNERS[name](outputs) if inputs == 1 else LEARNERS[name](outputs, inputs)
         if init == "paper":
             initialise_as_paper(learner)
-    return learner
+    return add_context(learner, context, seed=seed) if context else learner

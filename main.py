@@ -81,6 +81,7 @@ def build(
     from dataset import build_distribution
     from learner import build_learner
     from maml import MAML, as_it_is
+    from optimizers import InnerOptimizer
 
     distribution = build_distribution(
         config.dataset,
@@ -88,27 +89,55 @@ def build(
         shots=config.shots,
         queries=config.queries,
         noise=config.noise,
+        oracle=config.oracle,
         omniglot_split=config.omniglot_split,
         resize=config.resize,
         data_root=call.data_root,
         device=runtime.device,
         dtype=runtime.dtype,
     )
-    learner = build_learner(config.learner, config.ways or 1, init=config.init, seed=config.seed)
-    maml = MAML(
-        learner.to(runtime.device, runtime.dtype),
-        F.cross_entropy if config.classification else F.mse_loss,
-        inner_lr=config.inner_lr,
-        steps=config.steps,
-        first_order=config.first_order,
-        normalisation=config.batch_norm,
-        adapt_norm=config.adapt_norm,
-        engine=config.engine,
-        convolution=config.convolution,
-        compute_dtype=runtime.compute_dtype,
-        tasks_at_once=config.tasks_at_once,
-        accelerate=accelerate or as_it_is,
+    learner = build_learner(
+        config.learner,
+        config.ways or 1,
+        inputs=getattr(distribution, "input_size", 1),
+        init=config.init,
+        context=config.context_size if config.adapt == "context" else 0,
+        seed=config.seed,
     )
+    rule = InnerOptimizer(
+        config.inner_lr,
+        config.inner_optimizer,
+        momentum=config.inner_momentum,
+        beta_1=config.inner_beta_1,
+        weight_decay=config.inner_weight_decay,
+        clip_norm=config.inner_clip,
+        proximal=config.proximal,
+    )
+    try:
+        maml = MAML(
+            learner.to(runtime.device, runtime.dtype),
+            F.cross_entropy if config.classification else F.mse_loss,
+            inner_lr=config.inner_lr,
+            steps=config.steps,
+            adapt=config.adapt,
+            head=config.head,
+            inner_rates=config.inner_rates,
+            inner_lr_max=config.inner_lr_max,
+            meta_gradient=config.meta_gradient,
+            normalisation=config.batch_norm,
+            adapt_norm=config.adapt_norm,
+            optimizer=rule,
+            cg_steps=config.cg_steps,
+            cg_damping=config.cg_damping,
+            engine=config.engine,
+            convolution=config.convolution,
+            compute_dtype=runtime.compute_dtype,
+            tasks_at_once=config.tasks_at_once,
+            accelerate=accelerate or as_it_is,
+        )
+    except ValueError as error:
+        head = "" if config.head is None else f" --head {config.head}"
+        raise UsageError(f"--adapt {config.adapt}{head} with --learner {config.learner}: {error}") from error
     return distribution, maml
 
 
@@ -166,9 +195,11 @@ def train(call: Invocation, given: Mapping[str, Any]) -> int:
         config = autotuned(config, given, call, runtime)
     compiler = Compiler(runtime.device)
     distribution, maml = build(config, call, runtime, compiler)
-    parameters = maml.initial_parameters()
+    parameters = maml.initial_parameters(config.seed)
     if weights and weights_file:
         parameters = fitting_parameters(weights_file, weights.parameters, parameters, config.learner)
+    if start is not None and start_file is not None:
+        fitting_parameters(start_file, start.statistics, maml.initial_statistics(), config.learner)
     folder = folder or fresh_folder(call.checkpoint_path, config)
     origin = f"{weights_file}, iteration {weights.iteration:,}" if weights else None
     trainer = Trainer(config, maml, parameters, distribution, folder, compiler, start, origin)
@@ -210,7 +241,9 @@ def autotuned(config: Config, given: Mapping[str, Any], call: Invocation, runtim
     def make(candidate: Config) -> Callable[[], object]:
         compiler = Compiler(runtime.device)
         distribution, maml = build(candidate, call, runtime, compiler)
-        trainer = Trainer(candidate, maml, maml.initial_parameters(), distribution, Path(), compiler)
+        trainer = Trainer(
+            candidate, maml, maml.initial_parameters(config.seed), distribution, Path(), compiler
+        )
         compiler.active = candidate.compile == "on"
         return lambda: trainer.meta_step(trainer.state).sums.tolist()
 
@@ -331,9 +364,13 @@ def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -
     from runtime import versions
 
     distribution, maml = build(config, call, runtime)
-    parameters = maml.initial_parameters()
+    parameters, statistics = maml.initial_parameters(config.seed), maml.initial_statistics()
     if source is not None and call.load is not None:
         parameters = fitting_parameters(call.load, source.parameters, parameters, config.learner)
+        statistics = fitting_parameters(call.load, source.statistics, statistics, config.learner)
+    normalisations: tuple[str, ...] = (config.query_norm,)
+    if maml.has_batch_norm:
+        normalisations = ("transductive", "inductive", *["per-step"] * bool(statistics))
     print_settings(config, runtime, f"Evaluating {what} on {config.eval_tasks} test tasks")
     result = evaluation.evaluate(
         maml,
@@ -342,14 +379,16 @@ def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -
         "test",
         tasks=config.eval_tasks,
         steps=config.eval_steps,
-        normalisations=("transductive", "inductive") if maml.has_batch_norm else (config.batch_norm,),
+        normalisations=normalisations,
+        statistics=statistics,
+        inner_batch=config.eval_inner_batch,
     )
     loss_name = "cross-entropy" if config.classification else "MSE"
     print(
         report.evaluation_table(
             result,
             loss_name=loss_name,
-            trained_steps=config.steps,
+            trained_steps=config.trained_steps,
             test_steps=config.test_steps,
         )
     )
@@ -364,7 +403,7 @@ def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -
         "split": "test",
         "tasks": config.eval_tasks,
         "tasks_seed": evaluation.SEED,
-        "trained_steps": config.steps,
+        "trained_steps": config.trained_steps,
         "test_steps": config.test_steps,
         "settings": settings.config_to_plain(config),
         "versions": versions(),
@@ -374,7 +413,7 @@ def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -
     report.write_json(out / f"{name}.json", record)
     fits = None
     if not config.classification:
-        shown = sorted({0, min(config.steps, config.eval_steps), config.eval_steps})
+        shown = sorted({0, min(config.trained_steps, config.eval_steps), config.eval_steps})
         batch, outputs = evaluation.examples(
             maml,
             parameters,
@@ -382,13 +421,14 @@ def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -
             "test",
             tasks=3,
             steps=config.eval_steps,
-            normalisation=config.batch_norm,
+            normalisation=config.query_norm,
+            inner_batch=config.eval_inner_batch,
         )
         fits = (batch, outputs, shown)
     figure = report.evaluation_figure(
         result,
         loss_name=loss_name,
-        trained_steps=config.steps,
+        trained_steps=config.trained_steps,
         title=f"{config.dataset}, {ways}{config.shots}-shot, {config.eval_tasks} test tasks",
         fits=fits,
     )

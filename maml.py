@@ -128,9 +128,14 @@ class MAML(InnerLoop):
                 raise ValueError("the implicit meta-gradient needs a proximal term above 0")
             self.way = Implicit(self, accelerate, cg_steps=cg_steps, damping=cg_damping)
         elif meta_gradient in ("reptile", "joint"):
-            self.way = {"reptile": Reptile, "joint": Joint}[meta_gradient](self, accelerate)
+            self.way = (Reptile if meta_gradient == "reptile" else Joint)(self, accelerate)
         else:
-            self.way = {"unrolled": Unrolled, "adjoint": Adjoint}[engine](self, accelerate)
+            self.way = (Adjoint if engine == "adjoint" else Unrolled)(self, accelerate)
+
+    def training_examples(self, batch: TaskBatch) -> int:
+        """Examples of a task that the inner loop learns from while meta-training."""
+        queries = batch.query_x.shape[1] if isinstance(self.way, Reptile) else 0
+        return batch.support_x.shape[1] + queries
 
     def with_options(self, **changes: Any) -> MAML:
         """The same with other arguments."""

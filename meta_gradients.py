@@ -96,7 +96,7 @@ class Adjoint:
     @torch.no_grad()
     def __call__(self, parameters: Weights, schedule: Weights, *task: Tensor) -> Sums:
         loop, weights = self.loop, schedule.get("step_weights")
-        (start, shared), pull = vjp(self._prepared, parameters)
+        (start, shared), pull, *_ = vjp(self._prepared, parameters)
         state, path, seen = start, [], []
         for step in range(loop.steps):
             examples = _minibatches(task, step)

@@ -1,4 +1,4 @@
-"""One iteration of meta-training as a function of tensors: tasks, meta-gradient, Adam, running metrics.
+"""One iteration of meta-training as a function of tensors: tasks, meta-gradient, update, running metrics.
 
 The meta-parameters and the moments of Adam are flat vectors, so that the outer loop is a handful of
 operations for any network. Where tasks are computed and not looked up, the whole iteration compiles as
@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dataset import TaskDistribution
-from maml import MAML, MetaGradient, Weights, as_it_is
+from dataset import TaskDistribution, minibatch_order, task_stream
+from maml import MAML, MetaGradient, as_it_is
+from optimizers import Weights
+from schedules import meta_lr_at, multi_step_weights
 from tasks import TaskBatch
 
 # An iteration draws its random numbers by long chains of integer operations. Inductor repeats the chain of
@@ -45,13 +48,40 @@ class State(NamedTuple):
     exp_avg_sq: Tensor  # second moment of Adam
     iteration: Tensor  # int64 scalar, iterations so far
     sums: Tensor  # [metrics], of the iterations since the last point of the curves
+    statistics: Tensor  # [numbers], running statistics of per-step batch norm; empty without
+
+
+@dataclass(frozen=True)
+class OuterLoop:
+    """The choices of the outer loop.
+
+    Arguments:
+        lr: the learning rate at the first iteration; it goes over to `final_lr` at `iterations` as `schedule`
+            says.
+        clip_value, clip_norm: bounds of the meta-gradient's elements and norm.
+        inner_batch: examples in the minibatch of an inner step; None: all.
+        msl_iterations: over which the weights of the multi-step loss change; None: only the last step counts.
+    """
+
+    lr: float
+    optimizer: str = "adam"
+    schedule: str = "constant"
+    final_lr: float = 0.0
+    iterations: int = 1
+    clip_value: float | None = None
+    clip_norm: float | None = None
+    inner_batch: int | None = None
+    msl_iterations: int | None = None
+
+
+STATISTICS_MOMENTUM = 0.1  # PyTorch's
 
 
 def adam(
     state: State,
     gradient: Tensor,
     *,
-    lr: float,
+    lr: float | Tensor,
     beta_1: float = 0.9,
     beta_2: float = 0.999,
     eps: float = 1e-8,
@@ -66,7 +96,12 @@ def adam(
     exp_avg_sq = beta_2 * state.exp_avg_sq + (1 - beta_2) * gradient * gradient
     denominator = (exp_avg_sq / correction_2).sqrt() + eps
     parameters = state.parameters - lr * (exp_avg / correction_1) / denominator
-    return State(parameters, exp_avg, exp_avg_sq, iteration, state.sums)
+    return State(parameters, exp_avg, exp_avg_sq, iteration, state.sums, state.statistics)
+
+
+def sgd(state: State, gradient: Tensor, *, lr: float | Tensor) -> State:
+    """A step along the gradient: moves parameters and iteration."""
+    return state._replace(parameters=state.parameters - lr * gradient, iteration=state.iteration + 1)
 
 
 def clipped(gradient: Tensor, norm: Tensor, value: float | None, max_norm: float | None) -> Tensor:
@@ -83,6 +118,8 @@ class MetaStep:
     """The iteration of a run: `step(state)` gives the next state.
 
     Arguments:
+        distribution: of the training tasks.
+        layout, statistics_layout: of the meta-parameters and of the running statistics.
         metrics: of an iteration, as `[metrics]`, from the meta-gradient, its norm and the targets.
         accelerate: makes a faster function of the whole iteration, where it is one of tensors alone.
     """
@@ -91,42 +128,78 @@ class MetaStep:
         self,
         maml: MAML,
         distribution: TaskDistribution,
+        outer: OuterLoop,
         *,
         layout: FlatLayout,
+        statistics_layout: FlatLayout | None = None,
         metrics: Callable[[MetaGradient, Tensor, Tensor], Tensor],
         seed: int,
         tasks: int,
-        meta_lr: float,
-        clip_value: float | None = None,
-        clip_norm: float | None = None,
         accelerate: Callable[..., Callable[..., Any]] = as_it_is,
     ) -> None:
         self.maml = maml
         self.distribution = distribution
+        self.outer = outer
         self.layout = layout
+        self.statistics_layout = statistics_layout
         self.metrics = metrics
         self.seed = seed
         self.tasks = range(tasks)
-        self.meta_lr = meta_lr
-        self.clip_value = clip_value
-        self.clip_norm = clip_norm
         one_function = distribution.computed and maml.tasks_at_once is None
         self.whole = accelerate(self._whole, SAMPLING_OPTIONS) if one_function else self._whole
 
     def __call__(self, state: State) -> State:
-        return State(*self.whole(*state))
+        if self.statistics_layout:
+            return State(*self.whole(*state))
+        # an empty one is not for a compiler
+        return State._make((*self.whole(*state[:-1]), state.statistics))
 
     def _whole(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        state = State(*tensors)
+        state = State._make(tensors if self.statistics_layout else (*tensors, tensors[0][:0]))
         batch = self.distribution.sample("train", self.seed, state.iteration + 1, self.tasks)
-        result = self.maml.meta_gradient(self.layout.unflatten(state.parameters), batch)
-        return tuple(self._update(state, result, batch))
+        result = self.maml.meta_gradient(
+            self.layout.unflatten(state.parameters),
+            batch,
+            order=self._order(state, batch),
+            step_weights=self._step_weights(state),
+        )
+        new = tuple(self._update(state, result, batch))
+        return new if self.statistics_layout else new[:-1]
+
+    def _order(self, state: State, batch: TaskBatch) -> Tensor | None:
+        """The examples of the inner steps' minibatches."""
+        if self.outer.inner_batch is None:
+            return None
+        stream = task_stream("train", self.seed, state.iteration + 1, self.tasks, batch.support_x.device).at(
+            "minibatches"
+        )
+        examples = self.maml.training_examples(batch)
+        return minibatch_order(stream, examples, self.outer.inner_batch, self.maml.steps)
+
+    def _step_weights(self, state: State) -> Tensor | None:
+        """The weights of the multi-step loss."""
+        if self.outer.msl_iterations is None:
+            return None
+        return multi_step_weights(
+            state.iteration, self.maml.steps, self.outer.msl_iterations, state.parameters.dtype
+        )
+
+    def lr_at(self, iteration: Tensor, dtype: torch.dtype = torch.float64) -> Tensor | float:
+        """The meta-learning rate of the iteration after so many."""
+        outer = self.outer
+        return meta_lr_at(outer.schedule, iteration, outer.lr, outer.final_lr, outer.iterations, dtype)
 
     def _update(self, state: State, result: MetaGradient, batch: TaskBatch) -> State:
         gradient = self.layout.flatten(result.gradients)
         norm = gradient.norm()
         state = state._replace(sums=state.sums + self.metrics(result, norm, batch.query_y))
-        return adam(state, clipped(gradient, norm, self.clip_value, self.clip_norm), lr=self.meta_lr)
+        if self.statistics_layout:
+            seen = self.statistics_layout.flatten(result.statistics)
+            statistics = state.statistics + STATISTICS_MOMENTUM * (seen - state.statistics)
+            state = state._replace(statistics=statistics)
+        rule = {"adam": adam, "sgd": sgd}[self.outer.optimizer]
+        lr = self.lr_at(state.iteration, gradient.dtype)
+        return rule(state, clipped(gradient, norm, self.outer.clip_value, self.outer.clip_norm), lr=lr)
 
 
 class CudaGraph:

@@ -95,9 +95,7 @@ class InnerOptimizer:
             directions, slots = self._adam(gradients, slots)
         return InnerState({n: w - rates.get(n, self.lr) * directions[n] for n, w in fast.items()}, slots)
 
-    def _adam(
-        self, gradients: Weights, slots: dict[str, Weights]
-    ) -> tuple[Weights, dict[str, Weights]]:
+    def _adam(self, gradients: Weights, slots: dict[str, Weights]) -> tuple[Weights, dict[str, Weights]]:
         steps = slots["count"]["steps"] + 1
         mean = {n: self.beta_1 * slots["mean"][n] + (1 - self.beta_1) * g for n, g in gradients.items()}
         square = {

@@ -348,7 +348,7 @@ def evaluation_figure(
         figure.suptitle(title)
         panels = figure.subplots(1, 1 + tasks, squeeze=False, width_ratios=[1.5] + [1] * tasks)[0]
         results = evaluation.accuracies or evaluation.losses
-        for (name, values), colour in zip(results.items(), [BLUE, ORANGE], strict=False):
+        for (name, values), colour in zip(results.items(), [BLUE, ORANGE, GREEN], strict=False):
             mean, interval = (statistic.numpy() for statistic in mean_and_interval(values))
             steps = range(len(mean))
             label = name if len(results) > 1 else "mean and 95 % interval"

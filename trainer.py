@@ -28,8 +28,10 @@ from compiler import CompilationError, Compiler
 from config import Config, meaningful
 from dataset import TaskDistribution
 from evaluation import accuracy, evaluate, examples
-from maml import MAML, MetaGradient, Weights
-from meta_step import CudaGraph, FlatLayout, MetaStep, State
+from inner_loop import RATE
+from maml import MAML, MetaGradient
+from meta_step import CudaGraph, FlatLayout, MetaStep, OuterLoop, State
+from optimizers import Weights
 from report import (
     RunLog,
     fits_figure,
@@ -70,6 +72,7 @@ class Trainer:
 
     Arguments:
         compiler: what makes compiled functions of `maml`'s and of the whole iteration.
+        distribution: of validation tasks; training ones may have more support examples.
         start: a checkpoint to go on from, its parameters already those of `parameters`.
         origin: where else the parameters come from, if not from the initialisation; for the record.
     """
@@ -104,6 +107,10 @@ class Trainer:
             )
             self.iteration = start.iteration
             self.progress = Progress(**start.progress)
+        statistics = maml.initial_statistics()
+        self.statistics_layout = FlatLayout(statistics) if statistics else None
+        if start is not None:
+            statistics = start.statistics
         sums = [self.progress.window.get(name, 0.0) for name in self.metrics]
         self.state = State(
             vector,
@@ -111,19 +118,10 @@ class Trainer:
             second,
             torch.tensor(self.iteration, device=vector.device),
             torch.tensor(sums, device=vector.device, dtype=vector.dtype),
+            self.statistics_layout.flatten(statistics).to(vector) if self.statistics_layout else vector[:0],
         )
-        self.meta_step: MetaStep | CudaGraph = MetaStep(
-            maml,
-            distribution,
-            layout=self.layout,
-            metrics=metrics_of_classification if distribution.classification else metrics_of_regression,
-            seed=config.seed,
-            tasks=config.meta_batch_size,
-            meta_lr=config.meta_lr,
-            clip_value=config.grad_clip,
-            clip_norm=config.grad_clip_norm,
-            accelerate=compiler,
-        )
+        self.plain_step = self._plain_step()
+        self.meta_step: MetaStep | CudaGraph = self.plain_step
         self.log_every = min(config.log_every, config.iterations)  # a short run has a curve, too
         self.signal: int | None = None
         self.warned = False
@@ -133,13 +131,49 @@ class Trainer:
         """The meta-parameters, as views of the state's."""
         return self.layout.unflatten(self.state.parameters)
 
+    @property
+    def statistics(self) -> Weights:
+        """The running statistics of per-step batch norm, as views of the state's; else empty."""
+        return self.statistics_layout.unflatten(self.state.statistics) if self.statistics_layout else {}
+
     # ---- one iteration ----------------------------------------------------------------------
+
+    def _plain_step(self) -> MetaStep:
+        """The iteration to come: first order up to `config.exact_from`, if it is exact at all."""
+        config = self.config
+        first_order = self.iteration < config.exact_from
+        outer = OuterLoop(
+            config.meta_lr,
+            config.meta_optimizer,
+            config.meta_lr_schedule,
+            config.meta_lr_final,
+            config.iterations,
+            config.grad_clip,
+            config.grad_clip_norm,
+            config.inner_batch,
+            config.msl_iterations if config.objective == "multi-step" else None,
+        )
+        classification = self.distribution.classification
+        return MetaStep(
+            self.maml.with_options(meta_gradient="first-order") if first_order else self.maml,
+            self.distribution.resized(config.training_shots),
+            outer,
+            layout=self.layout,
+            statistics_layout=self.statistics_layout,
+            metrics=metrics_of_classification if classification else metrics_of_regression,
+            seed=config.seed,
+            tasks=config.meta_batch_size,
+            accelerate=self.compiler,
+        )
 
     def step(self, bar: tqdm) -> bool:
         """One iteration; the first ones of a run, as many as are set, run uncompiled.
 
         False where a signal came while it was being compiled: the iteration was not taken.
         """
+        if self.iteration == self.config.exact_from and self.iteration:
+            self.meta_step = self.plain_step = self._plain_step()
+            self.compiler.active = False  # the exact step is another function
         due = self.config.compile == "on" and self.iteration >= self.config.compile_after
         if due and not self.compiler.active and not self._compile(bar):
             return False
@@ -251,6 +285,7 @@ class Trainer:
             parameters,
             adam_state(self.iteration, *moments),
             asdict(self.progress),
+            {name: s.clone() for name, s in self.statistics.items()},
         )
         save_checkpoint(self.folder / name, content)
 
@@ -286,27 +321,43 @@ class Trainer:
                 file=sys.stderr,
             )
         log.scalars({f"train/{name}": value for name, value in means.items()}, self.iteration)
-        log.scalars(
-            {"speed/iterations_per_second": rate, "optimizer/meta_lr": self.config.meta_lr}, self.iteration
-        )
+        meta_lr = float(self.plain_step.lr_at(torch.tensor(self.iteration - 1)))
+        log.scalars({"speed/iterations_per_second": rate, "optimizer/meta_lr": meta_lr}, self.iteration)
+        if self.config.inner_rates != "fixed":
+            log.scalars(self._inner_rates(), self.iteration)
+
+    def _inner_rates(self) -> dict[str, float]:
+        """Learned inner rates by tag: of each weight and step; of elements, the mean and the least."""
+        rates = {name[len(RATE) :]: r for name, r in self.parameters.items() if name.startswith(RATE)}
+        values: dict[str, float] = {}
+        for name, rate in rates.items():
+            if self.config.inner_rates == "layer-step":
+                steps = enumerate(rate.tolist(), 1)
+                values |= {f"inner_lr/{name}/step_{step}": value for step, value in steps}
+            else:
+                values[f"inner_lr/{name}/mean"] = rate.mean().item()
+                values[f"inner_lr/{name}/least"] = rate.min().item()
+        return values
 
     # ---- validation -------------------------------------------------------------------------
 
     def _validate(self, log: RunLog, *, last: bool) -> None:
         """After the trained number of steps; saves best.pt, and draws at 1, 4, 16, ... validations."""
         config = self.config
+        norm = config.query_norm
         evaluation = evaluate(
             self.maml,
             self.parameters,
             self.distribution,
             "validation",
             tasks=VALIDATION_TASKS,
-            steps=config.steps,
-            normalisations=(config.batch_norm,),
+            steps=config.trained_steps,
+            normalisations=(norm,),
+            inner_batch=config.eval_inner_batch,
         )
-        values = {"query_loss": evaluation.losses[config.batch_norm][:, -1].mean().item()}
+        values = {"query_loss": evaluation.losses[norm][:, -1].mean().item()}
         if self.distribution.classification:
-            values["query_accuracy"] = evaluation.accuracies[config.batch_norm][:, -1].mean().item()
+            values["query_accuracy"] = evaluation.accuracies[norm][:, -1].mean().item()
         log.scalars({f"validation/{name}": value for name, value in values.items()}, self.iteration)
         _extend(self.progress.validation, self.iteration, values)
         score = values.get("query_accuracy", -values["query_loss"])
@@ -328,7 +379,8 @@ class Trainer:
             "validation",
             tasks=4 if regression else 3,
             steps=max(config.steps, config.test_steps),
-            normalisation=config.batch_norm,
+            normalisation=config.query_norm,
+            inner_batch=config.eval_inner_batch,
         )
         title = f"validation tasks, iteration {self.iteration:,}"
         if regression:

@@ -1,9 +1,5 @@
 """The family of algorithms: every choice against a plain loop, and the identities between them."""
 
-
-
-
-
 import pytest
 import torch
 from test_maml import assert_same, make_maml, make_tasks
@@ -17,7 +13,7 @@ from maml import MAML
 from meta_gradients import conjugate_gradients
 from normalisation import BatchNorm
 from optimizers import InnerOptimizer
-from partition import ContextLayer, add_context, adapted_names, head_names
+from partition import ContextLayer, adapted_names, add_context, head_names
 from schedules import meta_lr_at, multi_step_weights
 from tasks import TaskBatch
 
@@ -27,7 +23,9 @@ STEPS = 3
 def smooth_network(inputs: int = 1) -> nn.Module:
     """Without kinks: finite differences and other ways round agree to many digits."""
     torch.manual_seed(2)
-    return nn.Sequential(nn.Linear(inputs, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    return nn.Sequential(
+        nn.Linear(inputs, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1)
+    ).double()
 
 
 def smooth_maml(**options) -> MAML:
@@ -58,7 +56,7 @@ def plain_loop(maml: MAML, parameters: dict, batch: TaskBatch, order=None, step_
     for number, (support_x, support_y, query_x, query_y) in enumerate(zip(*batch, strict=True)):
         fast = {n: leaves[n] if n in leaves else torch.zeros(4).double().requires_grad_() for n in names}
         start, shared = dict(fast), {n: w for n, w in leaves.items() if n not in maml.adapted}
-        velocity = {n: 0.0 for n in names}
+        velocity = dict.fromkeys(names, 0.0)
         mean, square = dict(velocity), dict(velocity)
 
         def outputs_of(fast, x, step, shared=shared):
@@ -127,7 +125,9 @@ def test_every_combination_of_choices_is_the_plain_loops(number, first_order):
     if options.pop("objective", False):
         given["step_weights"] = torch.tensor([0.2, 0.5, 0.3]).double()
     if options.pop("order", False):
-        given["order"] = torch.tensor([[[0, 1], [2, 3], [4, 0]], [[3, 1], [0, 4], [2, 2]], [[4, 4], [1, 0], [3, 2]]])
+        given["order"] = torch.tensor(
+            [[[0, 1], [2, 3], [4, 0]], [[3, 1], [0, 4], [2, 2]], [[4, 4], [1, 0], [3, 2]]]
+        )
     for engine in ("unrolled", "adjoint"):
         maml = smooth_maml(**options, first_order=first_order, engine=engine)
         parameters = varied(maml.initial_parameters())
@@ -152,6 +152,7 @@ def test_per_step_batch_norm_has_parameters_and_statistics_for_each_step(objecti
     for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
         fast = {n: leaves[n] for n in maml.adapted}
         for step in range(2):
+
             def outputs(x, fast=fast, step=step):
                 found, x = {}, x.flatten(1)
                 for name, layer in list(maml.learner.named_children())[1:]:
@@ -163,6 +164,7 @@ def test_per_step_batch_norm_has_parameters_and_statistics_for_each_step(objecti
                         own = {p: fast[f"{name}.{p}"] for p, _ in layer.named_parameters()}
                         x = functional_call(layer, own, (x,))
                 return x, found
+
             y, of_support = outputs(support_x)
             gradients = torch.autograd.grad(F.cross_entropy(y, support_y), fast.values(), create_graph=True)
             fast = {n: w - maml.optimizer.lr * g for (n, w), g in zip(fast.items(), gradients, strict=True)}
@@ -204,7 +206,9 @@ def test_per_step_statistics_are_used_and_a_step_beyond_uses_the_last_ones():
                 mean, variance = statistics[f"{name}.statistics"][row]
                 x = F.batch_norm(x, mean, variance, None, parameters[f"{name}.bias"][row], eps=layer.eps)
             else:
-                x = functional_call(layer, {p: fast[f"{name}.{p}"] for p, _ in layer.named_parameters()}, (x,))
+                x = functional_call(
+                    layer, {p: fast[f"{name}.{p}"] for p, _ in layer.named_parameters()}, (x,)
+                )
         return x
 
     expected = [forward(fast, batch.query_x[0], 0)]
@@ -266,9 +270,10 @@ def test_reptile_with_one_step_is_joint_training():
     joint = gradients_of(smooth_maml(meta_gradient="joint"), batch)
     assert_same({n: g / 0.1 for n, g in reptile.items()}, joint, 1e-12)
     pooled = smooth_network()
-    loss = sum(
-        F.mse_loss(pooled(torch.cat([sx, qx])), torch.cat([sy, qy])) for sx, sy, qx, qy in zip(*batch, strict=True)
-    ) / len(batch.support_x)  # fmt: skip
+    loss = torch.tensor(0.0).double()
+    for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
+        outputs = pooled(torch.cat([support_x, query_x]))
+        loss += F.mse_loss(outputs, torch.cat([support_y, query_y])) / len(batch.support_x)
     expected = torch.autograd.grad(loss, pooled.parameters())
     assert_same(joint, dict(zip(joint, expected, strict=True)))
 
@@ -357,7 +362,9 @@ def test_implicit_has_the_closed_form_on_a_quadratic():
         for x, y, query_x, query_y in zip(*batch, strict=True):
             hessian = 2 * x.T @ x / len(x)
             eye = torch.eye(size).double()
-            solution = torch.linalg.solve(hessian + strength * eye, 2 * x.T @ y[:, 0] / len(x) + strength * start)
+            solution = torch.linalg.solve(
+                hessian + strength * eye, 2 * x.T @ y[:, 0] / len(x) + strength * start
+            )
             v = 2 * query_x.T @ (query_x @ solution - query_y[:, 0]) / len(query_x)
             expected[0] += torch.linalg.solve((1 + damping) * eye + hessian / strength, v) / tasks
         assert torch.allclose(ours, expected, rtol=1e-9)
@@ -519,6 +526,3 @@ def test_the_meta_learning_rate_follows_its_schedule():
         assert rate("cosine", i) == pytest.approx(theirs.param_groups[0]["lr"])
         theirs.step()
         annealing.step()
-
-
-

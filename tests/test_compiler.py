@@ -17,7 +17,7 @@ from checkpoint import LAST, load_checkpoint
 from compiler import CompilationError, Compiler
 from dataset import Sinusoid
 from maml import MAML, as_it_is
-from meta_step import FlatLayout, MetaStep, State, adam, clipped
+from meta_step import FlatLayout, MetaStep, OuterLoop, State, adam, clipped
 from tasks import TaskBatch
 from trainer import metrics_of_regression
 
@@ -41,18 +41,16 @@ def iteration(engine: str, steps: int, accelerate) -> tuple[MetaStep, State]:
     step = MetaStep(
         maml,
         Sinusoid(4, 3, dtype=torch.float64),
+        OuterLoop(0.01, clip_value=0.5, clip_norm=0.3),
         layout=layout,
         metrics=metrics_of_regression,
         seed=5,
         tasks=3,
-        meta_lr=0.01,
-        clip_value=0.5,
-        clip_norm=0.3,
         accelerate=accelerate,
     )
     vector = layout.flatten(parameters)
     zero = torch.zeros_like(vector)
-    return step, State(vector, zero, zero, torch.tensor(0), torch.zeros(2, dtype=torch.float64))
+    return step, State(vector, zero, zero, torch.tensor(0), torch.zeros(2, dtype=torch.float64), zero[:0])
 
 
 @pytest.mark.parametrize("engine", ["unrolled", "adjoint"])
@@ -148,7 +146,7 @@ def test_adam_is_that_of_torch():
     theirs = weight.clone().requires_grad_()
     optimizer = torch.optim.Adam([theirs], lr=0.03)
     zero = torch.zeros_like(weight)
-    state = State(weight, zero, zero, torch.tensor(0), torch.zeros(1))
+    state = State(weight, zero, zero, torch.tensor(0), torch.zeros(1), zero[:0])
     for _ in range(50):
         gradient = torch.randn(7, dtype=torch.float64)
         theirs.grad = gradient

@@ -329,7 +329,7 @@ def test_the_flags_of_batch_norm_and_omniglot_reach_them(monkeypatch):
     settings = config.resolve(given)
     _, maml = main.build(settings, call, main.prepare(settings, call))
     assert maml.normalisation == "transductive" and len(maml.not_adapted) == 4
-    assert maml.inner_lr == 2.0 and not maml.first_order
+    assert maml.optimizer.lr == 2.0 and not maml.first_order
 
 
 def test_gradient_norm_is_clipped(tmp_path):

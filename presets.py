@@ -1,0 +1,138 @@
+"""Facts and defaults as tables: what data, learners and algorithms there are, and what their papers set.
+
+The standard library alone (see config.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+REGRESSION = ("sinusoid", "sinusoid-frequency", "sinusoid-line", "harmonic")
+DATASETS = (*REGRESSION, "omniglot")
+
+OMNIGLOT_DRAWINGS = 20  # of each character
+OMNIGLOT_CLASSES = {  # characters in each split
+    "random": {"train": 1100, "validation": 100, "test": 423},
+    "alphabet": {"train": 806, "validation": 158, "test": 659},
+}
+
+
+@dataclass(frozen=True)
+class LearnerFacts:
+    """What the flags need to know of a learner: its data, its defaults, what it can be asked for."""
+
+    regression: bool
+    init: str  # the default of --init
+    adapt_norm: bool | None  # the default of --adapt-norm; None: it has no batch norm
+    inner_lr: float | None = None  # the default of --inner-lr, where it is not the data's
+    convolutional: bool = True
+
+
+LEARNERS = {
+    "mlp": LearnerFacts(regression=True, init="paper", adapt_norm=None, convolutional=False),
+    "conv": LearnerFacts(regression=False, init="paper", adapt_norm=False),
+    "conv-pool": LearnerFacts(regression=False, init="paper", adapt_norm=False),
+    # Its last layer has 25,600 inputs: a step of 2.0 is far too long there.
+    "convnet": LearnerFacts(regression=False, init="torch", adapt_norm=True, inner_lr=0.01),
+    "fc": LearnerFacts(regression=False, init="paper", adapt_norm=False, convolutional=False),
+}
+
+# The defaults that depend on the data: those of Finn et al. (2017). "k" and "s" stand for the values
+# of those flags. Omniglot's inner rate belongs to the mean cross-entropy: the paper's 0.4 (5-way) and
+# 0.1 (20-way) belong to a loss that is `ways` times as large, and both come to 2.0.
+DEFAULT_COLUMNS = ("regression", "omniglot, up to 10 ways", "omniglot, above 10 ways")
+DEFAULTS: dict[str, tuple[Any, Any, Any]] = {
+    "learner": ("mlp", "conv", "conv"),
+    "ways": (None, 5, 5),
+    "shots": (10, 1, 1),
+    "queries": (10, "k", "k"),
+    "steps": (1, 1, 5),
+    "inner_lr": (0.01, 2.0, 2.0),
+    "meta_batch_size": (25, 32, 16),
+    "iterations": (70_000, 60_000, 60_000),
+    "test_steps": ("s", 3, 5),
+    "compile_after": (100, 3, 1),
+    "log_every": (100, 10, 10),
+    "val_every": (1000, 500, 500),
+    "save_every": (1000, 100, 100),
+}
+
+# Compiling costs this many uncompiled iterations or more, saved again (benchmarks/README.md).
+COMPILED_FROM = {"regression": 10_000, "classification": 1_500}
+CHUNK_IMAGES = 40
+
+
+@dataclass(frozen=True)
+class ByData:
+    """A default for each column of `DEFAULT_COLUMNS`."""
+
+    regression: Any
+    few_ways: Any
+    many_ways: Any
+
+    def __getitem__(self, column: int) -> Any:
+        return (self.regression, self.few_ways, self.many_ways)[column]
+
+
+# An algorithm is a row: its choices, and the settings of its paper where they are not MAML's. Whatever
+# means nothing for the data or the learner is passed over. "i/2" is half of --iterations.
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "maml": {},
+    "fomaml": {"meta_gradient": "first-order"},
+    "anil": {"adapt": "head"},
+    "boil": {"adapt": "body"},
+    "reptile": {
+        "meta_gradient": "reptile",
+        "inner_optimizer": ByData("sgd", "adam", "adam"),
+        "inner_beta_1": 0.0,
+        "inner_lr": ByData(0.02, 1e-3, 5e-4),
+        "steps": ByData(5, 5, 10),
+        "train_shots": ByData(None, 10, 10),
+        "inner_batch": ByData(10, 10, 20),
+        "eval_inner_batch": ByData(None, 5, 10),
+        "test_steps": ByData(10, 50, 50),
+        "adapt_norm": True,
+        "meta_optimizer": "sgd",
+        "meta_lr": 1.0,
+        "meta_lr_schedule": "linear",
+        "meta_batch_size": ByData(25, 5, 5),
+        "iterations": ByData(70_000, 100_000, 200_000),
+    },
+    "meta-sgd": {
+        "inner_rates": "element",
+        "inner_lr": ByData(0.005, 2.0, 2.0),
+        "inner_lr_max": ByData(0.1, None, None),
+    },
+    "maml++": {
+        "inner_rates": "layer-step",
+        "objective": "multi-step",
+        "batch_norm": "per-step",
+        "exact_from": "i/2",
+        "meta_lr_schedule": "cosine",
+        "meta_lr_final": 1e-5,
+        "learner": ByData("mlp", "conv-pool", "conv-pool"),
+        "steps": 5,
+        "test_steps": "s",
+        "inner_lr": ByData(0.01, 0.1, 0.1),
+        "meta_batch_size": ByData(25, 8, 8),
+        "iterations": ByData(70_000, 50_000, 50_000),
+    },
+    "imaml": {
+        "meta_gradient": "implicit",
+        "proximal": 1.0,
+        "steps": 16,
+        "inner_lr": 0.01,
+        "cg_steps": 5,
+        "cg_damping": 1.0,
+        "test_steps": "s",
+        "meta_batch_size": ByData(25, 16, 16),
+        "meta_lr": ByData(1e-3, 1e-2, 1e-2),
+    },
+    "cavia": {
+        "adapt": "context",
+        "context_size": ByData(5, 100, 100),
+        "inner_lr": 1.0,
+    },
+    "pretrain": {"meta_gradient": "joint"},
+}
