@@ -362,6 +362,11 @@ class Invocation:
         "--eval", group="what to do", kind=bool, default=False,
         help="measure on the test tasks: a checkpoint with --load, else the fresh initialisation",
     )  # fmt: skip
+    baselines: bool = flag(
+        "--baselines", group="what to do", kind=bool, default=False,
+        help="with --eval --load: beside it training from scratch on each task and, for regression, "
+        "pretraining with fine-tuning, and the oracle that is told the task; these two are trained first",
+    )  # fmt: skip
     load: Path | None = flag(
         "--load", group="what to do", kind=Path, metavar="FILE", default=None, optional=True,
         help="the checkpoint to evaluate, or, without --eval, the run to go on with",
@@ -614,6 +619,11 @@ def resolve_auto(values: Mapping[str, Any]) -> dict[str, Any]:
     return values | settled
 
 
+def how_to_compute(config: Config) -> dict[str, Any]:
+    """The settings of the group "machine", which change the result in its last bits only."""
+    return {name: getattr(config, name) for name, flag in CONFIG_FLAGS.items() if flag.group == "machine"}
+
+
 def _cache_chunk(values: Mapping[str, Any]) -> int | None:
     """Tasks of a chunk whose support set is some `CHUNK_IMAGES` images; None: all of the meta-batch."""
     if values["dataset"] in REGRESSION or not LEARNERS[values["learner"]].convolutional:
@@ -831,6 +841,10 @@ def check_invocation(given: Mapping[str, Any]) -> Invocation:
         (
             call.autotune and (call.eval or call.load),
             "--autotune chooses when a run begins: leave it out with --eval and --load",
+        ),
+        (
+            call.baselines and not (call.eval and call.load),
+            "--baselines is measured beside a checkpoint: give --eval and --load",
         ),
         (call.out and not call.eval, "--out is where --eval writes: it means nothing without"),
         (

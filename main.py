@@ -5,6 +5,7 @@
     python main.py --dataset omniglot -n 5 -k 1             # 5-way 1-shot Omniglot
     python main.py --first-order --meta-batch-size 1 --samples 50 --iterations 40000
     python main.py --load checkpoints/RUN/last.pt           # go on with a run
+    python main.py --algorithm meta-sgd                     # another of the family, or choice by choice
     python main.py --eval --load checkpoints/RUN/best.pt    # measure it on the test tasks
     tensorboard --logdir checkpoints
 
@@ -13,7 +14,6 @@ Every flag is declared in config.py and shown by --help.
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 import time
@@ -28,9 +28,8 @@ from errors import UsageError
 
 if TYPE_CHECKING:
     from checkpoint import Checkpoint
-    from compiler import Compiler
-    from dataset import TaskDistribution
-    from maml import MAML
+    from evaluation import Evaluation
+    from report import Words
     from runtime import Runtime
     from trainer import Trainer
 
@@ -62,103 +61,6 @@ def main(arguments: list[str]) -> int:
         return 130
 
 
-# ---- building blocks ------------------------------------------------------------------------
-
-
-def prepare(config: Config, call: Invocation) -> Runtime:
-    """The device, or a refusal."""
-    from runtime import set_up
-
-    return set_up(call.device, config.precision, small_tensors=config.learner == "mlp")
-
-
-def build(
-    config: Config, call: Invocation, runtime: Runtime, accelerate: Compiler | None = None
-) -> tuple[TaskDistribution, MAML]:
-    """Tasks and algorithm for these settings; the learner in it has its initial weights."""
-    from torch.nn import functional as F
-
-    from dataset import build_distribution
-    from learner import build_learner
-    from maml import MAML, as_it_is
-    from optimizers import InnerOptimizer
-
-    distribution = build_distribution(
-        config.dataset,
-        ways=config.ways,
-        shots=config.shots,
-        queries=config.queries,
-        noise=config.noise,
-        oracle=config.oracle,
-        omniglot_split=config.omniglot_split,
-        resize=config.resize,
-        data_root=call.data_root,
-        device=runtime.device,
-        dtype=runtime.dtype,
-    )
-    learner = build_learner(
-        config.learner,
-        config.ways or 1,
-        inputs=getattr(distribution, "input_size", 1),
-        init=config.init,
-        context=config.context_size if config.adapt == "context" else 0,
-        seed=config.seed,
-    )
-    rule = InnerOptimizer(
-        config.inner_lr,
-        config.inner_optimizer,
-        momentum=config.inner_momentum,
-        beta_1=config.inner_beta_1,
-        weight_decay=config.inner_weight_decay,
-        clip_norm=config.inner_clip,
-        proximal=config.proximal,
-    )
-    try:
-        maml = MAML(
-            learner.to(runtime.device, runtime.dtype),
-            F.cross_entropy if config.classification else F.mse_loss,
-            inner_lr=config.inner_lr,
-            steps=config.steps,
-            adapt=config.adapt,
-            head=config.head,
-            inner_rates=config.inner_rates,
-            inner_lr_max=config.inner_lr_max,
-            meta_gradient=config.meta_gradient,
-            normalisation=config.batch_norm,
-            adapt_norm=config.adapt_norm,
-            optimizer=rule,
-            cg_steps=config.cg_steps,
-            cg_damping=config.cg_damping,
-            engine=config.engine,
-            convolution=config.convolution,
-            compute_dtype=runtime.compute_dtype,
-            tasks_at_once=config.tasks_at_once,
-            accelerate=accelerate or as_it_is,
-        )
-    except ValueError as error:
-        head = "" if config.head is None else f" --head {config.head}"
-        raise UsageError(f"--adapt {config.adapt}{head} with --learner {config.learner}: {error}") from error
-    return distribution, maml
-
-
-def writable(folder: Path, flag: str) -> Path:
-    """The folder, made if need be, or a refusal that names the flag."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise UsageError(
-            f"{flag} {folder}: cannot write there ({error.strerror or error}); name another folder"
-        ) from error
-    return folder
-
-
-def print_settings(config: Config, runtime: Runtime, first_line: str) -> None:
-    print(f"{first_line}\n{settings.describe(config)}\n  device      {runtime.describe()}", flush=True)
-
-
 # ---- training -------------------------------------------------------------------------------
 
 
@@ -166,6 +68,7 @@ def train(call: Invocation, given: Mapping[str, Any]) -> int:
     """A new run, or one that goes on (--load, --resume)."""
     start_file, folder = where_to_train(call, given)
 
+    from building import build, fitted, prepare, print_settings, writable
     from checkpoint import fitting_parameters, load_checkpoint
     from compiler import Compiler
     from trainer import Trainer
@@ -210,31 +113,10 @@ def train(call: Invocation, given: Mapping[str, Any]) -> int:
     return 0 if signal is None else 128 + signal
 
 
-def fitted(config: Config, given: Mapping[str, Any], runtime: Runtime, *, new: bool) -> Config:
-    """The settings for this machine: uncompiled where it cannot compile; a GPU takes all tasks at once."""
-    from compiler import cpp_compiler
-
-    if new and runtime.device.type == "cuda" and "tasks_at_once" not in given:
-        config = replace(config, tasks_at_once=None)
-    if not new and given.get("compile") == "on" and config.compile == "off":
-        print("main.py: the run began uncompiled, and goes on so", file=sys.stderr)
-    if config.compile == "off":
-        return config
-    if runtime.device.type == "mps":
-        reason = "--device mps cannot compile"
-    elif cpp_compiler() is None:
-        reason = "no C++ compiler was found (install g++, or name one in CXX)"
-    else:
-        return config
-    print(f"main.py: {reason}: the run goes uncompiled", file=sys.stderr)
-    if new:
-        return settings.resolve({**given, "compile": "off"})
-    return replace(config, compile="off")
-
-
 def autotuned(config: Config, given: Mapping[str, Any], call: Invocation, runtime: Runtime) -> Config:
     """The settings with what is fastest on this machine (--autotune)."""
     from autotune import fastest
+    from building import build
     from compiler import Compiler
     from trainer import Trainer
 
@@ -319,8 +201,7 @@ def read_start(file: Path, given: Mapping[str, Any]) -> tuple[Checkpoint, Config
 
 def fresh_folder(checkpoint_path: Path, config: Config) -> Path:
     """A new run's folder, named after its settings and the time."""
-    ways = f"{config.ways}way-" if config.classification else ""
-    name = f"{config.dataset}-{ways}{config.shots}shot-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{config.dataset}-{task_size(config)}-{time.strftime('%Y%m%d-%H%M%S')}"
     number = 1
     while True:
         folder = checkpoint_path / (name if number == 1 else f"{name}-{number}")
@@ -337,6 +218,7 @@ def fresh_folder(checkpoint_path: Path, config: Config) -> Path:
 
 def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -> int:
     """Measures a checkpoint, or the fresh initialisation, on the test tasks."""
+    from building import build, prepare, print_settings, writable
     from checkpoint import fitting_parameters, load_checkpoint
 
     source = None if call.load is None else load_checkpoint(call.load)
@@ -368,10 +250,10 @@ def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -
     if source is not None and call.load is not None:
         parameters = fitting_parameters(call.load, source.parameters, parameters, config.learner)
         statistics = fitting_parameters(call.load, source.statistics, statistics, config.learner)
+    print_settings(config, runtime, f"Evaluating {what} on {config.eval_tasks} test tasks")
     normalisations: tuple[str, ...] = (config.query_norm,)
     if maml.has_batch_norm:
         normalisations = ("transductive", "inductive", *["per-step"] * bool(statistics))
-    print_settings(config, runtime, f"Evaluating {what} on {config.eval_tasks} test tasks")
     result = evaluation.evaluate(
         maml,
         parameters,
@@ -383,19 +265,15 @@ def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -
         statistics=statistics,
         inner_batch=config.eval_inner_batch,
     )
-    loss_name = "cross-entropy" if config.classification else "MSE"
-    print(
-        report.evaluation_table(
-            result,
-            loss_name=loss_name,
-            trained_steps=config.trained_steps,
-            test_steps=config.test_steps,
-        )
+    words = report.Words(
+        loss_name="cross-entropy" if config.classification else "MSE",
+        trained_steps=config.trained_steps,
+        test_steps=config.test_steps,
+        title=f"{config.dataset}, {task_size(config)}, {config.eval_tasks} test tasks",
     )
-
-    ways = f"{config.ways}way-" if config.classification else ""
-    size = f"{ways}{config.shots}shot-{config.queries}query-{config.eval_tasks}tasks"
-    name = f"{stem}-test-{config.dataset}-{size}"
+    print(report.evaluation_table(result, words))
+    size = f"{task_size(config)}-{config.queries}query-{config.eval_tasks}tasks"
+    file = out / f"{stem}-test-{config.dataset}-{size}"
     record = {
         "command": shlex.join(["main.py", *arguments]),
         "checkpoint": call.load,
@@ -408,9 +286,8 @@ def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -
         "settings": settings.config_to_plain(config),
         "versions": versions(),
         "device": runtime.describe(),
-        **report.evaluation_record(result),
     }
-    report.write_json(out / f"{name}.json", record)
+    report.write_json(Path(f"{file}.json"), record | report.evaluation_record(result))
     fits = None
     if not config.classification:
         shown = sorted({0, min(config.trained_steps, config.eval_steps), config.eval_steps})
@@ -425,16 +302,60 @@ def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -
             inner_batch=config.eval_inner_batch,
         )
         fits = (batch, outputs, shown)
-    figure = report.evaluation_figure(
-        result,
-        loss_name=loss_name,
-        trained_steps=config.trained_steps,
-        title=f"{config.dataset}, {ways}{config.shots}-shot, {config.eval_tasks} test tasks",
-        fits=fits,
-    )
-    report.write_figure(out / f"{name}.png", figure)
-    print(f"Written: {out / name}.json and .png")
+    report.write_figure(Path(f"{file}.png"), report.evaluation_figure(result, words, fits))
+    print(f"Written: {file}.json and .png")
+    if call.baselines and source is not None:
+        return compare(source, config, call, runtime, result, words, Path(f"{file}-baselines"), record)
     return 0
+
+
+def compare(
+    source: Checkpoint,
+    config: Config,
+    call: Invocation,
+    runtime: Runtime,
+    result: Evaluation,
+    words: Words,
+    file: Path,
+    record: dict[str, Any],
+) -> int:
+    """The checkpoint's result on the test tasks beside those of the baselines (--baselines)."""
+    import baselines
+    import report
+
+    assert call.load is not None
+    try:
+        others = baselines.measured(source.config, config, call, runtime, call.load.parent / "baselines")
+    except baselines.InterruptedBySignalError as interrupted:
+        print("Saved; the same command goes on from there.")
+        return 128 + interrupted.signal
+    mine = baselines.Baseline(config.algorithm, "as trained", result)
+    results = {f"{b.name}\n{b.how}": b.evaluation for b in (mine, *others)}
+    print("\n" + report.comparison_table(results, config.query_norm, words))
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+    if not config.classification and source.progress["training"]:
+        ends, losses = baselines.windows_of(source.progress["training"])
+        scratch = baselines.scratch_curve(source.config, call, runtime, ends)
+        curves = {config.algorithm: (ends, losses), "from scratch, Adam 0.001, 10 steps": (ends, scratch)}
+    methods = {b.name: {"how": b.how} | report.evaluation_record(b.evaluation) for b in (mine, *others)}
+    report.write_json(
+        Path(f"{file}.json"),
+        record
+        | {
+            "methods": methods,
+            "curves": {n: dict(zip(("iteration", "query_loss"), c, strict=True)) for n, c in curves.items()},
+        },
+    )
+    report.write_figure(
+        Path(f"{file}.png"), report.comparison_figure(results, config.query_norm, words, curves)
+    )
+    print(f"Written: {file}.json and .png")
+    return 0
+
+
+def task_size(config: Config) -> str:
+    """Ways and shots in words."""
+    return f"{config.ways}way-{config.shots}shot" if config.classification else f"{config.shots}shot"
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -209,8 +210,19 @@ def _table(columns: Sequence[tuple[str, str, Sequence[str]]]) -> str:
     return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def evaluation_table(evaluation: Evaluation, *, loss_name: str, trained_steps: int, test_steps: int) -> str:
+@dataclass(frozen=True)
+class Words:
+    """What tables and figures say about an evaluation."""
+
+    loss_name: str
+    trained_steps: int
+    test_steps: int  # whose result is quoted
+    title: str
+
+
+def evaluation_table(evaluation: Evaluation, words: Words) -> str:
     """A row an inner step: mean and 95 % interval over tasks, and the tasks that diverged, if any did."""
+    loss_name, test_steps = words.loss_name, words.test_steps
     tasks, rows = next(iter(evaluation.losses.values())).shape
     subtitles = {name: name if len(evaluation.losses) > 1 else "" for name in evaluation.losses}
     columns: list[tuple[str, str, Sequence[str]]] = [("steps", "", [str(step) for step in range(rows)])]
@@ -229,12 +241,37 @@ def evaluation_table(evaluation: Evaluation, *, loss_name: str, trained_steps: i
             kept = losses.where(~diverged, torch.nan).nanmean(0).tolist()
             columns.append(("diverged", subtitles[name], [str(n) for n in diverged.sum(0).tolist()]))
             columns.append((f"{loss_name} of the rest", subtitles[name], [f"{value:.4f}" for value in kept]))
-    marks = ["trained for" if step == trained_steps else "" for step in range(rows)]
+    marks = ["trained for" if step == words.trained_steps else "" for step in range(rows)]
     columns.append(("", "", marks))
     footer = f"Mean and 95 % interval over {tasks} tasks"
     footer += "." if diverged_at_all else "; none of them diverged."
     steps = f"{test_steps} step{'s' * (test_steps != 1)}"
     return f"{_table(columns)}\n{footer}\nAfter {steps}: {', '.join(quoted)}"
+
+
+def comparison_table(results: Mapping[str, Evaluation], normalisation: str, words: Words) -> str:
+    """Methods side by side, a row an inner step: mean and 95 % interval over the same tasks.
+
+    `results` by name, with the second line of the title behind a line break.
+    """
+    rows = max(next(iter(e.losses.values())).shape[1] for e in results.values())
+    columns: list[tuple[str, str, Sequence[str]]] = [
+        ("steps", "", [*(str(step) for step in range(rows)), "diverged"])
+    ]
+    for name, evaluation in results.items():
+        title, _, subtitle = name.partition("\n")
+        values, scale, digits = evaluation.losses[normalisation], 1, 4
+        if evaluation.accuracies:
+            values, scale, digits = evaluation.accuracies[normalisation], 100, 2
+        cells = _with_interval(values, scale, digits)
+        diverged = str(int(evaluation.diverged(normalisation)[:, -1].sum()))
+        columns.append((title, subtitle, [*cells, *[""] * (rows - len(cells)), diverged]))
+    measure = "accuracy %" if next(iter(results.values())).accuracies else words.loss_name
+    tasks = len(next(iter(next(iter(results.values())).losses.values())))
+    return (
+        f"{_table(columns)}\nQuery {measure}: mean and 95 % interval over {tasks} test tasks; tasks that had "
+        "diverged at the end."
+    )
 
 
 # ---- figures --------------------------------------------------------------------------------
@@ -335,33 +372,71 @@ def tasks_figure(
 
 def evaluation_figure(
     evaluation: Evaluation,
-    *,
-    loss_name: str,
-    trained_steps: int,
-    title: str,
+    words: Words,
     fits: tuple[TaskBatch, Tensor, Sequence[int]] | None = None,
 ) -> Figure:
     """The result over inner steps with its 95 % interval and, for regression, example fits."""
     with _style():
         tasks = len(fits[0].query_x) if fits else 0
         figure = _new_figure(4.2 + 2.6 * tasks, 3.0)
-        figure.suptitle(title)
+        figure.suptitle(words.title)
         panels = figure.subplots(1, 1 + tasks, squeeze=False, width_ratios=[1.5] + [1] * tasks)[0]
         results = evaluation.accuracies or evaluation.losses
         for (name, values), colour in zip(results.items(), [BLUE, ORANGE, GREEN], strict=False):
-            mean, interval = (statistic.numpy() for statistic in mean_and_interval(values))
-            steps = range(len(mean))
             label = name if len(results) > 1 else "mean and 95 % interval"
-            panels[0].plot(steps, mean, "o-", color=colour, markersize=3, label=label)
-            panels[0].fill_between(steps, mean - interval, mean + interval, color=colour, alpha=0.2)
-        panels[0].axvline(trained_steps, color=GREY, linestyle=":", label="trained for")
+            _draw_over_steps(panels[0], values, label, colour)
+        panels[0].axvline(words.trained_steps, color=GREY, linestyle=":", label="trained for")
         panels[0].set_xlabel("inner steps")
-        panels[0].set_ylabel("accuracy" if evaluation.accuracies else loss_name)
+        panels[0].set_ylabel("accuracy" if evaluation.accuracies else words.loss_name)
         panels[0].set_ylim(**({"top": 1.0} if evaluation.accuracies else {"bottom": 0.0}))
         panels[0].legend(fontsize=7)
         if fits:
             _draw_fits(panels[1:], *fits)
             _legend_below(figure, panels[1])
+    return figure
+
+
+def _draw_over_steps(panel: Axes, values: Tensor, label: str, colour: str) -> None:
+    mean, interval = (statistic.numpy() for statistic in mean_and_interval(values))
+    steps = range(len(mean))
+    panel.plot(steps, mean, "o-", color=colour, markersize=3, label=label)
+    panel.fill_between(steps, mean - interval, mean + interval, color=colour, alpha=0.2)
+
+
+def comparison_figure(
+    results: Mapping[str, Evaluation],
+    normalisation: str,
+    words: Words,
+    curves: Mapping[str, tuple[Sequence[int], Sequence[float]]],
+) -> Figure:
+    """Methods over inner steps and, where there are any, their losses over the iterations of training."""
+    with _style():
+        figure = _new_figure(5.5 + 4.5 * bool(curves), 3.4)
+        figure.suptitle(words.title)
+        panels = figure.subplots(1, 1 + bool(curves), squeeze=False)[0]
+        colours = dict(zip(results, [BLUE, ORANGE, GREEN, RED, "#CC79A7"], strict=False))
+        for name, evaluation in results.items():
+            values = (evaluation.accuracies or evaluation.losses)[normalisation]
+            label = name.replace("\n", ", ")
+            if values.shape[1] == 1:
+                panels[0].axhline(values.mean().item(), color=GREY, linestyle="--", label=label)
+            else:
+                _draw_over_steps(panels[0], values, label, colours[name])
+        accuracies = next(iter(results.values())).accuracies
+        panels[0].set(
+            xlabel="inner steps", ylabel="query accuracy" if accuracies else f"query {words.loss_name}"
+        )
+        panels[0].set_ylim(**({"top": 1.0} if accuracies else {"bottom": 0.0}))
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7)
+        for (name, (ends, losses)), colour in zip(curves.items(), [BLUE, ORANGE], strict=False):
+            panels[1].plot(ends, losses, color=colour, linewidth=1.2, label=name)
+            panels[1].set(
+                xlabel="iteration", ylabel=f"query {words.loss_name}, means of {ends[0]} iterations"
+            )
+        if curves:
+            panels[1].set_ylim(bottom=0.0)
+            panels[1].legend(fontsize=7)
     return figure
 
 

@@ -65,7 +65,7 @@ MISTAKES = [
     ("--grad-clip inf", "--grad-clip: expected"),
     ("--noise -1", "--noise: expected a number that is not negative"),
     ("--seed -1", "--seed: expected a whole number from 0"),
-    ("--dataset mnist", "--dataset: expected one of sinusoid, sinusoid-frequency, sinusoid-line, harmonic, omniglot,"),
+    ("--dataset mnist", "--dataset: expected one of sinusoid, sinusoid-frequency, sinusoid-line,"),
     ("--device tpu", "--device: expected one of auto, cpu, cuda, mps, got 'tpu'"),
     ("--precision tf32 --device cpu", "--precision tf32 is for CUDA GPUs"),
     ("--conv im2col", "--conv means nothing with --learner mlp"),

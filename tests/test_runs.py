@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT
 from torch.nn import functional as F
 
+import building
 import config
 import dataset
 import main
@@ -23,7 +24,7 @@ from checkpoint import BEST, LAST, load_checkpoint
 from dataset import Sinusoid, SinusoidLine
 from evaluation import Evaluation, mean_and_interval
 from learner import build_learner
-from report import evaluation_record, evaluation_table
+from report import Words, evaluation_record, evaluation_table
 
 # Points of the curves, validations and savings that fall together in all ways.
 ITERATIONS = 240
@@ -321,13 +322,13 @@ def test_the_flags_of_batch_norm_and_omniglot_reach_them(monkeypatch):
     line = "--dataset omniglot -n 7 -k 2 -q 3 --batch-norm inductive --adapt-norm --resize nearest"
     given = config.parse([*line.split(), "--omniglot-split", "alphabet", "--data-root", "there"])
     settings, call = config.resolve(given), config.check_invocation(given)
-    distribution, maml = main.build(settings, call, main.prepare(settings, call))
+    distribution, maml = building.build(settings, call, building.prepare(settings, call))
     assert asked == {"split": "alphabet", "resize": "nearest", "root": Path("there")}
     assert (distribution.ways, distribution.shots, distribution.queries) == (7, 2, 3)
     assert maml.normalisation == "inductive" and not maml.not_adapted
     given = config.parse(["--dataset", "omniglot"])
     settings = config.resolve(given)
-    _, maml = main.build(settings, call, main.prepare(settings, call))
+    _, maml = building.build(settings, call, building.prepare(settings, call))
     assert maml.normalisation == "transductive" and len(maml.not_adapted) == 4
     assert maml.optimizer.lr == 2.0 and not maml.first_order
 
@@ -432,7 +433,7 @@ def test_diverged_tasks_are_counted_and_shown_and_never_hidden_in_the_mean():
         (15 + 3.5 + 0.4) / 9
     )
     assert record[2]["loss_median"] == 0.5 and record[1]["loss_median"] == 0.5
-    table = evaluation_table(evaluation, loss_name="MSE", trained_steps=1, test_steps=2)
+    table = evaluation_table(evaluation, Words("MSE", 1, 2, ""))
     assert "diverged" in table and "nan" in table
     losses[:6, :2] = torch.inf  # most of them, and before adaptation
     assert Evaluation({"transductive": losses}, {}).diverged("transductive").sum(0).tolist() == [6, 6, 1]

@@ -1,0 +1,227 @@
+"""What meta-learning is measured against: the baselines of the paper and of every course on it.
+
+Beside a checkpoint: training from scratch on each task (gradient descent and Adam), pretraining on all
+tasks followed by fine-tuning, and the oracle that is told the task. Rates are chosen on validation tasks;
+everything is measured on the same test tasks.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+from tqdm import tqdm
+
+import config as settings
+from building import build, fitted
+from checkpoint import LAST, fitting_parameters, load_checkpoint
+from compiler import Compiler
+from config import Config, Invocation
+from dataset import Regression, TaskDistribution
+from errors import UsageError
+from evaluation import Evaluation, evaluate
+from maml import MAML
+from optimizers import InnerOptimizer, Weights
+from runtime import Runtime
+from trainer import Trainer
+
+RATES = {
+    "sgd": (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
+    "adam": (0.001, 0.003, 0.01, 0.03, 0.1),
+}
+VALIDATION_TASKS = 600
+
+# The assignment's comparison: ten steps of Adam at 0.001 on each task's support set, from one random
+# initialisation; its plot has means over 300 episodes.
+SCRATCH_STEPS, SCRATCH_RATE, WINDOW = 10, 0.001, 300
+EPISODES_AT_ONCE = 3000
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A method's result on the test tasks."""
+
+    name: str
+    how: str  # update rule and rate, in words
+    evaluation: Evaluation
+
+
+class InterruptedBySignalError(Exception):
+    """A signal of this number ended the training of a baseline."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(signal)
+        self.signal = signal
+
+
+def measured(
+    saved: Config, config: Config, call: Invocation, runtime: Runtime, folder: Path
+) -> list[Baseline]:
+    """All baselines of a run.
+
+    Pretraining and the oracle take part for regression only: the labels of a classification task are
+    drawn anew for each task, and there is nothing about them to pretrain or to tell. They are trained in
+    `folder`, with the run's iterations, tasks and seed, unless they already are.
+    Raises InterruptedBySignalError where a signal ends their training.
+
+    Arguments:
+        saved: the settings of the run.
+        config: the same as they are to be tested: shots, queries, tasks, steps.
+    """
+    distribution, maml = build(from_scratch(config), call, runtime)
+    fresh = maml.initial_parameters(config.seed)
+    results = [
+        _tuned(f"scratch, {rule}", rule, maml, fresh, distribution, config) for rule in ("sgd", "adam")
+    ]
+    if config.classification:
+        return results
+    pretraining = plain(saved, "pretrain")
+    pretrained = trained(pretraining, call, runtime, folder / "pretrained")
+    results.append(_tuned("pretrained", "sgd", maml, pretrained, distribution, config))
+    told, maml = build(replace(plain(config, "pretrain"), oracle=True), call, runtime)
+    parameters = trained(replace(pretraining, oracle=True), call, runtime, folder / "oracle")
+    # it is given the answer, not examples
+    results.append(Baseline("oracle", "not adapted", tested(maml, parameters, told, config, steps=0)))
+    return results
+
+
+def tested(
+    maml: MAML, parameters: Weights, distribution: TaskDistribution, config: Config, *, steps: int
+) -> Evaluation:
+    """On the test tasks."""
+    return evaluate(
+        maml, parameters, distribution, "test", tasks=config.eval_tasks, steps=steps,
+        normalisations=(config.query_norm,),
+    )  # fmt: skip
+
+
+def plain(config: Config, algorithm: str) -> Config:
+    """The settings of a run with these data and this budget, and with no choice of its own."""
+    kept = (
+        "dataset", "ways", "shots", "queries", "noise", "omniglot_split", "resize", "train_shots", "learner",
+        "init", "meta_batch_size", "iterations", "seed", "precision", "eval_tasks", "eval_steps",
+        "log_every", "val_every", "save_every", "compile",
+    )  # fmt: skip
+    given = {name: getattr(config, name) for name in kept if getattr(config, name) is not None}
+    if config.meta_gradient == "reptile":
+        given.pop("train_shots", None)
+    mine = settings.meaningful(config)
+    return settings.resolve({n: v for n, v in given.items() if n in mine} | {"algorithm": algorithm})
+
+
+def from_scratch(config: Config) -> Config:
+    """The settings of ordinary training: as `plain`, from PyTorch's initialisation."""
+    return replace(plain(config, "maml"), init="torch")
+
+
+def _tuned(
+    name: str,
+    rule: str,
+    maml: MAML,
+    parameters: Weights,
+    distribution: TaskDistribution,
+    config: Config,
+) -> Baseline:
+    """With the rate whose mean validation loss over all numbers of steps is the lowest."""
+
+    def with_rate(rate: float) -> MAML:
+        return maml.with_options(inner_lr=rate, optimizer=InnerOptimizer(rate, rule))
+
+    norm = config.query_norm
+    losses = {}
+    for rate in tqdm(RATES[rule], desc=f"{name}: rates on validation tasks", leave=False):
+        found = evaluate(
+            with_rate(rate), parameters, distribution, "validation", tasks=VALIDATION_TASKS,
+            steps=config.eval_steps, normalisations=(norm,),
+        )  # fmt: skip
+        loss = found.losses[norm][:, 1:].mean().item()
+        losses[rate] = loss if math.isfinite(loss) else math.inf
+    best = min(losses, key=losses.__getitem__)
+    result = tested(with_rate(best), parameters, distribution, config, steps=config.eval_steps)
+    return Baseline(name, f"rate {best}", result)
+
+
+def trained(config: Config, call: Invocation, runtime: Runtime, folder: Path) -> Weights:
+    """The meta-parameters of a run in its folder, which is begun, or gone on with, where it must be.
+
+    Raises UsageError where the folder holds a run with other settings, InterruptedBySignalError where a
+    signal came.
+    """
+    config = fitted(config, {}, runtime, new=True)
+    compiler = Compiler(runtime.device)
+    distribution, maml = build(config, call, runtime, compiler)
+    parameters = maml.initial_parameters(config.seed)
+    file, start = folder / LAST, None
+    if file.exists():
+        start = load_checkpoint(file)
+        other = replace(start.config, compile=config.compile, iterations=config.iterations)
+        if replace(config, **settings.how_to_compute(other)) != other:
+            raise UsageError(f"{folder} holds a run with other settings: move it away, or name another --out")
+        parameters = fitting_parameters(file, start.parameters, parameters, config.learner)
+        if start.iteration >= config.iterations:
+            return parameters
+        config = replace(start.config, iterations=config.iterations)
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"Training {folder}", file=sys.stderr, flush=True)
+    trainer = Trainer(config, maml, parameters, distribution, folder, compiler, start)
+    signal = trainer.train()
+    if signal is not None:
+        raise InterruptedBySignalError(signal)
+    return {name: w.clone() for name, w in trainer.parameters.items()}
+
+
+# ---- loss over iterations -------------------------------------------------------------------
+
+
+def scratch_curve(
+    config: Config, call: Invocation, runtime: Runtime, iterations: Sequence[int]
+) -> list[float]:
+    """Mean query loss after training from scratch on the first task of each iteration, in windows.
+
+    Arguments:
+        iterations: the last iteration of each window, which begins behind the one before.
+    """
+    distribution, maml = build(from_scratch(config), call, runtime)
+    assert isinstance(distribution, Regression)
+    rule = InnerOptimizer(SCRATCH_RATE, "adam")
+    maml = maml.with_options(inner_lr=SCRATCH_RATE, optimizer=rule)
+    parameters = maml.initial_parameters(config.seed)
+
+    def query_loss(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
+        weights = maml.adapt(parameters, support_x, support_y, SCRATCH_STEPS)
+        return maml.loss(maml.forward(weights, query_x), query_y)
+
+    numbers = torch.arange(1, iterations[-1] + 1, device=runtime.device)
+    losses = []
+    training = distribution.resized(config.training_shots)
+    with torch.no_grad():
+        for part in tqdm(
+            numbers.split(EPISODES_AT_ONCE), desc="from scratch on the training tasks", leave=False
+        ):
+            batch = training.sample("train", config.seed, part, range(1))
+            losses.append(vmap(query_loss)(*batch))
+    windows = torch.cat(losses).tensor_split(torch.tensor(iterations[:-1]))
+    return [window.mean().item() for window in windows]
+
+
+def windows_of(curve: Mapping[str, Sequence[float]]) -> tuple[list[int], list[float]]:
+    """A training curve in windows of some 300 iterations, from points of fewer: ends and means."""
+    ends = [int(end) for end in curve["iteration"]]
+    sizes = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+    found: tuple[list[int], list[float]] = ([], [])
+    total, size = 0.0, 0
+    for end, points, value in zip(ends, sizes, curve["query_loss"], strict=True):
+        total, size = total + points * value, size + points
+        if size >= WINDOW:
+            found[0].append(end)
+            found[1].append(total / size)
+            total, size = 0.0, 0
+    if size and not found[0]:
+        return [ends[-1]], [total / size]
+    return found
