@@ -206,7 +206,7 @@ def scratch_curve(
         ):
             batch = training.sample("train", config.seed, part, range(1))
             losses.append(vmap(query_loss)(*batch))
-    windows = torch.cat(losses).tensor_split(torch.tensor(iterations[:-1]))
+    windows = torch.cat(losses).tensor_split(tuple(iterations[:-1]))
     return [window.mean().item() for window in windows]
 
 

@@ -188,6 +188,7 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
                 "loss_without_worst_percent": ordered[: math.ceil(0.99 * len(ordered))].mean().item(),
                 "diverged_tasks": int(diverged[:, step].sum()),
                 "loss_without_diverged": kept.mean().item() if len(kept) else None,
+                "loss_without_diverged_interval_95": mean_and_interval(kept)[1].item() if len(kept) else None,
             }
             per_step.append(row)
     per_task: dict[str, Any] = {"loss": evaluation.losses}
