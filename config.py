@@ -457,6 +457,8 @@ def _default_text(name: str, declaration: Flag) -> str:
     if declaration.default is BY_LEARNER:
         facts = {learner: getattr(LEARNERS[learner], name) for learner in LEARNERS}
         return ", ".join(f"{k} {_show(v)}" for k, v in facts.items() if v is not None)
+    if name == "first_order":
+        return "no"
     if name == "run_name":
         return "from the settings and the time"
     if name == "out":

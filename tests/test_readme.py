@@ -2,11 +2,14 @@
 
 import re
 import shlex
+from pathlib import Path
 
+import pytest
 import torch
 from conftest import ROOT
 
 import config
+import presets
 
 README = (ROOT / "README.md").read_text()
 
@@ -25,9 +28,23 @@ def test_every_flag_is_in_the_readme_with_its_meaning_and_default(monkeypatch):
         assert f"| {flags} | {declaration.help} | {default} |" in README
 
 
-def test_the_commands_of_the_readme_have_valid_flags():
-    lines = re.findall(r"^python main\.py(.*)$", README, re.MULTILINE)
-    assert len(lines) > 10
+def test_every_algorithm_has_its_page_and_its_row():
+    for name in presets.ALGORITHMS:
+        page = ROOT / "docs" / f"{'baselines' if name == 'pretrain' else name}.md"
+        text = page.read_text()
+        parts = ("Implementation details", "Results") + (
+            ("Idea", "Flags", "Logged metrics") * (name != "pretrain")
+        )
+        assert all(f"## {part}" in text for part in parts), page
+        assert f"--algorithm {name}" in text and f"| [`{name}`](docs/{page.name}) |" in README
+
+
+@pytest.mark.parametrize(
+    "page", [Path("README.md"), *sorted(p.relative_to(ROOT) for p in ROOT.glob("docs/*.md"))], ids=str
+)
+def test_the_commands_of_the_readme_and_of_the_pages_have_valid_flags(page):
+    lines = re.findall(r"^python main\.py(.*)$", (ROOT / page).read_text(), re.MULTILINE)
+    assert lines
     for line in lines:
         given = config.parse(shlex.split(line, comments=True))
         config.check_invocation(given)
