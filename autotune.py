@@ -17,7 +17,9 @@ ROUNDS = 5
 
 def candidates(config: Config, given: Mapping[str, Any]) -> Iterator[Config]:
     """The settings with every engine and convolution that the flags leave open."""
-    choices: dict[str, tuple[Any, ...]] = {"engine": ("unrolled", "adjoint")}
+    choices: dict[str, tuple[Any, ...]] = {}
+    if config.meta_gradient in ("exact", "first-order"):
+        choices["engine"] = ("unrolled", "adjoint")
     if LEARNERS[config.learner].convolutional:
         choices["convolution"] = ("im2col", "grouped")
     for name in choices:
@@ -40,9 +42,10 @@ def fastest(
     """
     seconds: dict[Config, float] = {}
     for candidate in candidates(config, given):
-        name = f"engine {candidate.engine}, convolution {candidate.convolution}"
+        named = {"engine": candidate.engine, "convolution": candidate.convolution}
         if not LEARNERS[config.learner].convolutional:
-            name = f"engine {candidate.engine}"
+            del named["convolution"]
+        name = ", ".join(f"{choice} {value}" for choice, value in named.items())
         try:
             iteration = make(candidate)
             iteration()

@@ -232,8 +232,9 @@ class Implicit:
 def conjugate_gradients(product: Callable[[Weights], Weights], b: Weights, steps: int) -> Weights:
     """An approximate solution of A x = b for each task, from x = b on; `b` is `[tasks, ...]` by name.
 
-    A is symmetric and positive definite where the method is sure to work. A task whose residual has come to
-    nothing stays where it is.
+    A is symmetric. A task whose residual has come to nothing, or that meets a direction in which A is not
+    positive, stays where it is from there on: A is positive definite at a minimum, and only there is the
+    system meaningful.
     """
 
     def dot(a: Weights, b: Weights) -> Tensor:
@@ -243,15 +244,19 @@ def conjugate_gradients(product: Callable[[Weights], Weights], b: Weights, steps
         return {n: a[n] + by.view(-1, *(1,) * (a[n].dim() - 1)) * b[n] for n in a}
 
     def ratio(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(b == 0, 0.0, a / torch.where(b == 0, 1.0, b))
+        """0 where `b` is not above 0."""
+        return torch.where(b > 0, a / torch.where(b > 0, b, 1.0), 0.0)
 
     x = b
     residual = {n: b[n] - p for n, p in product(x).items()}
     direction = residual
     size = dot(residual, residual)
+    going = size > 0
     for _ in range(steps):
         mapped = product(direction)
-        length = ratio(size, dot(direction, mapped))
+        curvature = dot(direction, mapped)
+        going = going & (curvature > 0)
+        length = torch.where(going, ratio(size, curvature), 0.0)
         x = moved(x, length, direction)
         residual = moved(residual, -length, mapped)
         new_size = dot(residual, residual)

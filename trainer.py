@@ -188,6 +188,7 @@ class Trainer:
         self.compiler.on_wait = lambda seconds: bar.set_postfix_str(f"compiling, {seconds:.0f} s")
         self.compiler.interrupted = lambda: self.signal is not None
         self.compiler.active = True
+        seconds, compiled = self.compiler.seconds, self.compiler.compiled
         try:
             self.meta_step(state)
         except CompilationError as error:
@@ -197,8 +198,8 @@ class Trainer:
             self.config = replace(self.config, compile="off")
             tqdm.write(f"Not compiled, the run goes on without: {error}", file=sys.stderr)
         else:
-            done = "Compiled" if self.compiler.compiled else "Found compiled code"
-            tqdm.write(f"{done} in {self.compiler.seconds:.1f} s", file=sys.stderr)
+            done = "Compiled" if self.compiler.compiled > compiled else "Found compiled code"
+            tqdm.write(f"{done} in {self.compiler.seconds - seconds:.1f} s", file=sys.stderr)
             if state.parameters.is_cuda:
                 self._record(state)
         return True

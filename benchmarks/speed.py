@@ -43,7 +43,7 @@ from config import resolve  # noqa: E402
 from dataset import Omniglot, Sinusoid  # noqa: E402
 from learner import build_learner  # noqa: E402
 from maml import MAML, as_it_is  # noqa: E402
-from meta_step import FlatLayout, MetaStep, State  # noqa: E402
+from meta_step import FlatLayout, MetaStep, OuterLoop, State  # noqa: E402
 from tasks import TaskBatch  # noqa: E402
 from trainer import metrics_of_regression  # noqa: E402
 
@@ -107,13 +107,13 @@ def ours(work: Work, *, compute_dtype: torch.dtype | None = None, **given: Any) 
     parameters = maml.initial_parameters()
     layout = FlatLayout(parameters)
     step = MetaStep(
-        maml, work.distribution, layout=layout, metrics=metrics_of_regression, seed=0, tasks=work.tasks,
-        meta_lr=META_LR, accelerate=accelerate,
+        maml, work.distribution, OuterLoop(META_LR), layout=layout, metrics=metrics_of_regression,
+        seed=0, tasks=work.tasks, accelerate=accelerate,
     )  # fmt: skip
     vector = layout.flatten(parameters)
     moments = torch.zeros_like(vector), torch.zeros_like(vector)
     sums = torch.zeros(2, dtype=vector.dtype)
-    state = [State(vector, *moments, torch.tensor(0), sums)]
+    state = [State(vector, *moments, torch.tensor(0), sums, vector[:0])]
 
     def run(iterations: int) -> None:
         with Threads(1 if not work.distribution.classification else torch.get_num_threads()):

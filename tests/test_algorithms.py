@@ -370,11 +370,12 @@ def test_implicit_has_the_closed_form_on_a_quadratic():
         assert torch.allclose(ours, expected, rtol=1e-9)
 
 
-def test_conjugate_gradients_stay_where_the_residual_is_nothing():
-    matrix = torch.diag(torch.tensor([1.0, 3.0]).double())
-    b = {"w": torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]).double()}
-    x = conjugate_gradients(lambda x: {"w": x["w"] @ matrix}, b, 6)["w"]
-    assert torch.allclose(x, b["w"] / torch.tensor([1.0, 3.0]).double())
+def test_conjugate_gradients_stay_where_the_residual_is_nothing_or_the_matrix_is_not_positive():
+    diagonals = torch.tensor([[1.0, 3.0], [1.0, 3.0], [1.0, 3.0], [-2.0, 1.0]]).double()
+    b = {"w": torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [1.0, 0.0]]).double()}
+    x = conjugate_gradients(lambda x: {"w": x["w"] * diagonals}, b, 6)["w"]
+    assert torch.allclose(x[:3], b["w"][:3] / diagonals[:3])
+    assert torch.equal(x[3], b["w"][3])
 
 
 META_LEARNED = [

@@ -18,6 +18,7 @@ from compiler import CompilationError, Compiler
 from dataset import Sinusoid
 from maml import MAML, as_it_is
 from meta_step import FlatLayout, MetaStep, OuterLoop, State, adam, clipped
+from optimizers import InnerOptimizer
 from tasks import TaskBatch
 from trainer import metrics_of_regression
 
@@ -29,52 +30,78 @@ def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("compiled")
 
 
-def small_network() -> nn.Module:
+def small_network(*, norm: bool = False) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(1, 8), nn.ReLU(), nn.Linear(8, 1)).double()
+    layers = [nn.Linear(1, 8), *[nn.BatchNorm1d(8)] * norm, nn.ReLU(), nn.Linear(8, 1)]
+    return nn.Sequential(*layers).double()
 
 
-def iteration(engine: str, steps: int, accelerate) -> tuple[MetaStep, State]:
-    maml = MAML(small_network(), F.mse_loss, inner_lr=0.05, steps=steps, engine=engine)
-    parameters = maml.initial_parameters()
+def iteration(
+    accelerate, *, norm: bool = False, outer: dict | None = None, **options
+) -> tuple[MetaStep, State]:
+    maml = MAML(small_network(norm=norm), F.mse_loss, **{"inner_lr": 0.05, "steps": 2} | options)
+    parameters, statistics = maml.initial_parameters(), maml.initial_statistics()
     layout = FlatLayout(parameters)
     step = MetaStep(
         maml,
         Sinusoid(4, 3, dtype=torch.float64),
-        OuterLoop(0.01, clip_value=0.5, clip_norm=0.3),
+        OuterLoop(0.01, **{"clip_value": 0.5, "clip_norm": 0.3} | (outer or {})),
         layout=layout,
+        statistics_layout=FlatLayout(statistics) if statistics else None,
         metrics=metrics_of_regression,
         seed=5,
         tasks=3,
         accelerate=accelerate,
     )
     vector = layout.flatten(parameters)
-    zero = torch.zeros_like(vector)
-    return step, State(vector, zero, zero, torch.tensor(0), torch.zeros(2, dtype=torch.float64), zero[:0])
+    zero, sums = torch.zeros_like(vector), torch.zeros(2, dtype=torch.float64)
+    running = FlatLayout(statistics).flatten(statistics) if statistics else zero[:0]
+    return step, State(vector, zero, zero, torch.tensor(0), sums, running)
 
 
-@pytest.mark.parametrize("engine", ["unrolled", "adjoint"])
-def test_the_compiled_iteration_is_the_iteration(engine, cache):
+COMPILED_WAYS = {
+    "unrolled": dict(engine="unrolled"),
+    "adjoint": dict(engine="adjoint"),
+    "implicit": dict(
+        meta_gradient="implicit", optimizer=InnerOptimizer(0, proximal=2.0), cg_steps=2, adapt="body"
+    ),
+    "reptile": dict(
+        meta_gradient="reptile", optimizer=InnerOptimizer(0, "adam", beta_1=0.0),
+        outer=dict(optimizer="sgd", inner_batch=3, schedule="linear", iterations=5),
+    ),
+    "multi-step": dict(
+        normalisation="per-step", inner_rates="layer-step", norm=True,
+        outer=dict(msl_iterations=20, schedule="cosine", iterations=5),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPILED_WAYS)
+def test_the_compiled_iteration_is_the_iteration(name, cache):
+    options = COMPILED_WAYS[name]
     accelerate = Compiler(CPU, folder=cache)
     accelerate.active = True
-    step, state = iteration(engine, 2, accelerate)
-    plain_step, plain = iteration(engine, 2, as_it_is)
+    step, state = iteration(accelerate, **options)
+    plain_step, plain = iteration(as_it_is, **options)
+    start = state
     for _ in range(3):
         state, plain = step(state), plain_step(plain)
     assert accelerate.compiled == 1
-    for name, ours, theirs in zip(State._fields, state, plain, strict=True):
-        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-14), name
-    if engine == "unrolled":  # a damaged library is built again
+    for field, ours, theirs in zip(State._fields, state, plain, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-14), field
+    assert (state.parameters - start.parameters).abs().max() > 1e-4
+    assert name != "multi-step" or (state.statistics - start.statistics).abs().max() > 1e-4
+    if name == "unrolled":  # a damaged library is built again
         file = max(cache.glob("*.pt2"), key=lambda path: path.stat().st_mtime)
         file.write_bytes(file.read_bytes()[:1000])
         mended = Compiler(CPU, folder=cache)
         mended.active = True
-        iteration(engine, 2, mended)[0](state)
+        iteration(mended, **options)[0](state)
         assert mended.compiled == 1
     # another process finds the library and gets the same bits from it
     again = Compiler(CPU, folder=cache)
     again.active = True
-    step, other = iteration(engine, 2, again)
+    step, other = iteration(again, **options)
     for _ in range(3):
         other = step(other)
     assert (again.compiled, again.loaded) == (0, 1)
@@ -193,6 +220,21 @@ def test_a_compiled_run_goes_on_exactly_and_stays_compiled(command, tmp_path, ca
     assert "disagrees with the checkpoint" in capsys.readouterr().err
     assert command(*RUN, "--run-name", "uncompiled") == 0
     assert torch.allclose(weights(tmp_path / "whole"), weights(tmp_path / "uncompiled"), atol=1e-5)
+
+
+def test_first_order_gives_way_to_exact_compiled_and_goes_on_exactly(command, tmp_path, capsys):
+    annealed = [*COMPILED, "--compile-after", 5, "--exact-from", 20, "--iterations", 30]
+    assert command(*annealed, "--run-name", "whole") == 0
+    assert len(re.findall(r"Compiled in|Found compiled code", capsys.readouterr().err)) == 2
+    for iterations in (12, 20, 25, 30):
+        assert command(*annealed, "--iterations", iterations, "--run-name", "parts", "--resume") == 0
+    assert torch.equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    uncompiled = [*annealed, "--compile", "off"]
+    assert command(*uncompiled, "--run-name", "uncompiled") == 0
+    assert torch.allclose(weights(tmp_path / "whole"), weights(tmp_path / "uncompiled"), atol=1e-5)
+    first_order = [*RUN, "--iterations", 30, "--first-order"]
+    assert command(*first_order, "--run-name", "first") == 0
+    assert not torch.allclose(weights(tmp_path / "first"), weights(tmp_path / "uncompiled"), atol=1e-5)
 
 
 def test_without_a_compiler_the_run_goes_on_uncompiled_and_says_so(command, tmp_path, capsys, monkeypatch):
