@@ -5,7 +5,8 @@
         --iterations 60000 --algorithms maml meta-sgd --no-baselines  # the Meta-SGD paper's
     python benchmarks/algorithms.py --quick                           # the same path in a few minutes
 
-Runs `main.py` once for each algorithm and seed, then `main.py --eval` for each number of shots; what is
+Runs `main.py` once for each algorithm and seed, then `main.py --eval` on the checkpoint that is best on
+validation tasks, for each number of shots; what is
 finished is kept in --folder, so that the command can be repeated until all is there. Writes the table, the
 numbers and the picture to benchmarks/results/.
 """
@@ -95,13 +96,13 @@ def run(given: argparse.Namespace, algorithm: str, seed: int) -> None:
         if result_file(given, algorithm, seed, shots, baselines).exists():
             continue
         testing = ["-k", str(shots), "-q", "10", "--eval-tasks", str(given.tasks), "--eval-steps", "16"]
-        command(["--eval", "--load", str(folder / "last.pt"), *testing, *["--baselines"] * baselines])
+        command(["--eval", "--load", str(folder / "best.pt"), *testing, *["--baselines"] * baselines])
     print(f"done: {algorithm}, seed {seed}", flush=True)
 
 
 def result_file(given: argparse.Namespace, algorithm: str, seed: int, shots: int, baselines: bool) -> Path:
     name = f"{given.dataset}-{given.k}shot-{algorithm}-{given.iterations}-seed{seed}"
-    result = f"last-test-{given.dataset}-{shots}shot-10query-{given.tasks}tasks"
+    result = f"best-test-{given.dataset}-{shots}shot-10query-{given.tasks}tasks"
     return given.folder / name / f"{result}{'-baselines' * baselines}.json"
 
 
