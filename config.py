@@ -364,8 +364,8 @@ class Invocation:
     )  # fmt: skip
     baselines: bool = flag(
         "--baselines", group="what to do", kind=bool, default=False,
-        help="with --eval --load: beside it training from scratch on each task and, for regression, "
-        "pretraining with fine-tuning, and the oracle that is told the task; these two are trained first",
+        help="with --eval --load: beside it training from scratch on each task and, for regression, a "
+        "pretrained network and the oracle that is told the task; these two are trained first",
     )  # fmt: skip
     load: Path | None = flag(
         "--load", group="what to do", kind=Path, metavar="FILE", default=None, optional=True,
