@@ -377,7 +377,7 @@ class Invocation:
     )  # fmt: skip
     init_from: Path | None = flag(
         "--init-from", group="what to do", kind=Path, metavar="FILE", default=None, optional=True,
-        help="begin a new run with the weights of a checkpoint",
+        help="begin a new run with the weights of a checkpoint, whichever the algorithm",
     )  # fmt: skip
     samples: int | None = flag(
         "--samples", group="tasks", kind=int, check=at_least(2), metavar="M", default=None,

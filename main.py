@@ -71,6 +71,7 @@ def train(call: Invocation, given: Mapping[str, Any]) -> int:
     from building import build, fitted, prepare, print_settings, writable
     from checkpoint import fitting_parameters, load_checkpoint
     from compiler import Compiler
+    from inner_loop import RATE
     from trainer import Trainer
 
     if start_file is None:
@@ -100,7 +101,12 @@ def train(call: Invocation, given: Mapping[str, Any]) -> int:
     distribution, maml = build(config, call, runtime, compiler)
     parameters = maml.initial_parameters(config.seed)
     if weights and weights_file:
-        parameters = fitting_parameters(weights_file, weights.parameters, parameters, config.learner)
+        saved = weights.parameters
+        if start is None:  # another algorithm's, maybe: inner rates are taken where both learn them
+            fresh_rates = {name: w for name, w in parameters.items() if name.startswith(RATE)}
+            foreign = {name for name in saved if name.startswith(RATE) and name not in parameters}
+            saved = fresh_rates | {name: w for name, w in saved.items() if name not in foreign}
+        parameters = fitting_parameters(weights_file, saved, parameters, config.learner)
     if start is not None and start_file is not None:
         fitting_parameters(start_file, start.statistics, maml.initial_statistics(), config.learner)
     folder = folder or fresh_folder(call.checkpoint_path, config)

@@ -121,9 +121,11 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     },
     "imaml": {
         "meta_gradient": "implicit",
-        "proximal": 1.0,
+        "proximal": ByData(3.0, 1.0, 1.0),
         "steps": 16,
-        "inner_lr": 0.01,
+        "inner_lr": ByData(0.003, 0.01, 0.01),
+        "inner_clip": ByData(10.0, None, None),
+        "grad_clip_norm": ByData(10.0, None, None),
         "cg_steps": 5,
         "cg_damping": 1.0,
         "test_steps": "s",

@@ -253,26 +253,34 @@ def evaluation_table(evaluation: Evaluation, words: Words) -> str:
 def comparison_table(results: Mapping[str, Evaluation], normalisation: str, words: Words) -> str:
     """Methods side by side, a row an inner step: mean and 95 % interval over the same tasks.
 
-    `results` by name, with the second line of the title behind a line break.
+    Tasks that have diverged are left out, and counted where there are any. `results` by name, with the
+    second line of the title behind a line break.
     """
     rows = max(next(iter(e.losses.values())).shape[1] for e in results.values())
-    columns: list[tuple[str, str, Sequence[str]]] = [
-        ("steps", "", [*(str(step) for step in range(rows)), "diverged"])
-    ]
+    columns: list[tuple[str, str, Sequence[str]]] = [("steps", "", [str(step) for step in range(rows)])]
     for name, evaluation in results.items():
         title, _, subtitle = name.partition("\n")
-        values, scale, digits = evaluation.losses[normalisation], 1, 4
-        if evaluation.accuracies:
-            values, scale, digits = evaluation.accuracies[normalisation], 100, 2
-        cells = _with_interval(values, scale, digits)
-        diverged = str(int(evaluation.diverged(normalisation)[:, -1].sum()))
-        columns.append((title, subtitle, [*cells, *[""] * (rows - len(cells)), diverged]))
+        scale, digits = (100, 2) if evaluation.accuracies else (1, 4)
+        pairs = [[x.item() * scale for x in pair] for pair in _of_the_rest(evaluation, normalisation)]
+        cells = [f"{mean:.{digits}f} ± {interval:.{digits}f}" for mean, interval in pairs]
+        missing = [""] * (rows - len(cells))
+        columns.append((title, subtitle, [*cells, *missing]))
+        diverged = evaluation.diverged(normalisation).sum(0).tolist()
+        if any(diverged):
+            columns.append(("diverged", "", [*map(str, diverged), *missing]))
     measure = "accuracy %" if next(iter(results.values())).accuracies else words.loss_name
     tasks = len(next(iter(next(iter(results.values())).losses.values())))
     return (
-        f"{_table(columns)}\nQuery {measure}: mean and 95 % interval over {tasks} test tasks; tasks that had "
-        "diverged at the end."
+        f"{_table(columns)}\nQuery {measure} over {tasks} test tasks: mean and 95 % interval of those that "
+        "have not diverged."
     )
+
+
+def _of_the_rest(evaluation: Evaluation, normalisation: str) -> list[tuple[Tensor, Tensor]]:
+    """Mean and half width of the interval after each step, over the tasks that have not diverged."""
+    values = (evaluation.accuracies or evaluation.losses)[normalisation]
+    kept = ~evaluation.diverged(normalisation)
+    return [mean_and_interval(v[k]) for v, k in zip(values.unbind(1), kept.unbind(1), strict=True)]
 
 
 # ---- figures --------------------------------------------------------------------------------
@@ -385,7 +393,8 @@ def evaluation_figure(
         results = evaluation.accuracies or evaluation.losses
         for (name, values), colour in zip(results.items(), [BLUE, ORANGE, GREEN], strict=False):
             label = name if len(results) > 1 else "mean and 95 % interval"
-            _draw_over_steps(panels[0], values, label, colour)
+            mean, interval = mean_and_interval(values)
+            _draw_over_steps(panels[0], mean, interval, label, colour)
         panels[0].axvline(words.trained_steps, color=GREY, linestyle=":", label="trained for")
         panels[0].set_xlabel("inner steps")
         panels[0].set_ylabel("accuracy" if evaluation.accuracies else words.loss_name)
@@ -397,11 +406,11 @@ def evaluation_figure(
     return figure
 
 
-def _draw_over_steps(panel: Axes, values: Tensor, label: str, colour: str) -> None:
-    mean, interval = (statistic.numpy() for statistic in mean_and_interval(values))
+def _draw_over_steps(panel: Axes, mean: Tensor, interval: Tensor, label: str, colour: str) -> None:
     steps = range(len(mean))
-    panel.plot(steps, mean, "o-", color=colour, markersize=3, label=label)
-    panel.fill_between(steps, mean - interval, mean + interval, color=colour, alpha=0.2)
+    panel.plot(steps, mean.numpy(), "o-", color=colour, markersize=3, label=label)
+    low, high = (mean - interval).numpy(), (mean + interval).numpy()
+    panel.fill_between(steps, low, high, color=colour, alpha=0.2)
 
 
 def comparison_figure(
@@ -410,19 +419,24 @@ def comparison_figure(
     words: Words,
     curves: Mapping[str, tuple[Sequence[int], Sequence[float]]],
 ) -> Figure:
-    """Methods over inner steps and, where there are any, their losses over the iterations of training."""
+    """Methods over inner steps and, where there are any, their losses over the iterations of training.
+
+    Tasks that have diverged are left out.
+    """
     with _style():
         figure = _new_figure(5.5 + 4.5 * bool(curves), 3.4)
         figure.suptitle(words.title)
         panels = figure.subplots(1, 1 + bool(curves), squeeze=False)[0]
         colours = dict(zip(results, [BLUE, ORANGE, GREEN, RED, "#CC79A7"], strict=False))
         for name, evaluation in results.items():
-            values = (evaluation.accuracies or evaluation.losses)[normalisation]
+            mean, interval = (
+                torch.stack(p) for p in zip(*_of_the_rest(evaluation, normalisation), strict=True)
+            )
             label = name.replace("\n", ", ")
-            if values.shape[1] == 1:
-                panels[0].axhline(values.mean().item(), color=GREY, linestyle="--", label=label)
+            if len(mean) == 1:
+                panels[0].axhline(mean.item(), color=GREY, linestyle="--", label=label)
             else:
-                _draw_over_steps(panels[0], values, label, colours[name])
+                _draw_over_steps(panels[0], mean, interval, label, colours[name])
         accuracies = next(iter(results.values())).accuracies
         panels[0].set(
             xlabel="inner steps", ylabel="query accuracy" if accuracies else f"query {words.loss_name}"

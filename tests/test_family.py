@@ -117,6 +117,32 @@ def test_damaged_statistics_are_refused(tmp_path, capsys):
     assert command("--eval", "--load", tmp_path / "other" / LAST) == 2
 
 
+def test_a_run_may_begin_with_another_algorithms_weights(tmp_path):
+    options = [*SHORT, "--checkpoint-path", tmp_path]
+    assert command(*options, "--algorithm", "meta-sgd", "--run-name", "rates") == 0
+    rates = load_checkpoint(tmp_path / "rates" / LAST).parameters
+    still = ["--meta-lr", 1e-12, "--iterations", 1]
+    for algorithm, name in (("maml", "plain"), ("meta-sgd", "again")):
+        line = [
+            "--algorithm",
+            algorithm,
+            "--init-from",
+            tmp_path / "rates" / LAST,
+            *still,
+            "--run-name",
+            name,
+        ]
+        assert command(*options, *line) == 0
+    plain, again = (load_checkpoint(tmp_path / name / LAST).parameters for name in ("plain", "again"))
+    assert plain.keys() == {name for name in rates if not name.startswith(RATE)}
+    assert all(torch.allclose(w, rates[n], atol=1e-9) for p in (plain, again) for n, w in p.items())
+    line = ["--algorithm", "meta-sgd", "--inner-lr", 0.2, "--init-from", tmp_path / "plain" / LAST, *still]
+    assert command(*options, *line, "--run-name", "fresh") == 0
+    fresh = load_checkpoint(tmp_path / "fresh" / LAST).parameters
+    assert torch.allclose(fresh[f"{RATE}0.weight"], torch.tensor(0.2))
+    assert torch.allclose(fresh["0.weight"], rates["0.weight"], atol=1e-9)
+
+
 def test_a_schedule_ends_where_it_was_set_to(tmp_path, capsys):
     options = ["--meta-lr-schedule", "cosine", *SHORT, "--checkpoint-path", tmp_path, "--run-name", "run"]
     assert command(*options) == 0
