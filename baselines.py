@@ -19,7 +19,7 @@ from torch.func import vmap
 from tqdm import tqdm
 
 import config as settings
-from building import build, fitted
+from building import build, fitted, prepare
 from checkpoint import LAST, fitting_parameters, load_checkpoint
 from compiler import Compiler
 from config import Config, Invocation
@@ -82,10 +82,12 @@ def measured(
     if config.classification:
         return results
     pretraining = plain(saved, "pretrain")
-    pretrained = trained(pretraining, call, runtime, folder / "pretrained")
+    pretrained = trained(pretraining, call, folder / "pretrained")
+    pretrained = {name: w.to(runtime.device, runtime.dtype) for name, w in pretrained.items()}
     results.append(_tuned("pretrained", "sgd", maml, pretrained, distribution, config))
-    told, maml = build(replace(plain(config, "pretrain"), oracle=True), call, runtime)
-    parameters = trained(replace(pretraining, oracle=True), call, runtime, folder / "oracle")
+    told, maml = build(replace(plain(config, "pretrain", testing=True), oracle=True), call, runtime)
+    parameters = trained(replace(pretraining, oracle=True), call, folder / "oracle")
+    parameters = {name: w.to(runtime.device, runtime.dtype) for name, w in parameters.items()}
     # it is given the answer, not examples
     results.append(Baseline("oracle", "not adapted", tested(maml, parameters, told, config, steps=0)))
     return results
@@ -101,23 +103,28 @@ def tested(
     )  # fmt: skip
 
 
-def plain(config: Config, algorithm: str) -> Config:
-    """The settings of a run with these data and this budget, and with no choice of its own."""
+def plain(config: Config, algorithm: str, *, testing: bool = False) -> Config:
+    """The settings of a run with these data and this budget, and with no choice of its own.
+
+    With `testing`, those of its test tasks: the shots of training ones do not matter.
+    """
     kept = (
         "dataset", "ways", "shots", "queries", "noise", "omniglot_split", "resize", "train_shots", "learner",
         "init", "meta_batch_size", "iterations", "seed", "precision", "eval_tasks", "eval_steps",
         "log_every", "val_every", "save_every", "compile",
     )  # fmt: skip
     given = {name: getattr(config, name) for name in kept if getattr(config, name) is not None}
-    if config.meta_gradient == "reptile":
+    if config.meta_gradient == "reptile" and config.train_shots is not None:
+        given["train_shots"] = config.training_shots  # beside the query, whose points Reptile counts in
+    if testing:
         given.pop("train_shots", None)
     mine = settings.meaningful(config)
     return settings.resolve({n: v for n, v in given.items() if n in mine} | {"algorithm": algorithm})
 
 
-def from_scratch(config: Config) -> Config:
-    """The settings of ordinary training: as `plain`, from PyTorch's initialisation."""
-    return replace(plain(config, "maml"), init="torch")
+def from_scratch(config: Config, *, testing: bool = True) -> Config:
+    """The settings of ordinary training: as `plain`, all weights, from PyTorch's initialisation."""
+    return replace(plain(config, "maml", testing=testing), init="torch", adapt_norm=True)
 
 
 def _tuned(
@@ -147,12 +154,13 @@ def _tuned(
     return Baseline(name, f"rate {best}", result)
 
 
-def trained(config: Config, call: Invocation, runtime: Runtime, folder: Path) -> Weights:
+def trained(config: Config, call: Invocation, folder: Path) -> Weights:
     """The meta-parameters of a run in its folder, which is begun, or gone on with, where it must be.
 
     Raises UsageError where the folder holds a run with other settings, InterruptedBySignalError where a
     signal came.
     """
+    runtime = prepare(config, call)
     config = fitted(config, {}, runtime, new=True)
     compiler = Compiler(runtime.device)
     distribution, maml = build(config, call, runtime, compiler)
@@ -160,9 +168,8 @@ def trained(config: Config, call: Invocation, runtime: Runtime, folder: Path) ->
     file, start = folder / LAST, None
     if file.exists():
         start = load_checkpoint(file)
-        other = replace(start.config, compile=config.compile, iterations=config.iterations)
-        if replace(config, **settings.how_to_compute(other)) != other:
-            raise UsageError(f"{folder} holds a run with other settings: move it away, or name another --out")
+        if settings.what_is_learned(start.config) != settings.what_is_learned(config):
+            raise UsageError(f"{folder} holds a run with other settings: move it away")
         parameters = fitting_parameters(file, start.parameters, parameters, config.learner)
         if start.iteration >= config.iterations:
             return parameters
@@ -187,7 +194,7 @@ def scratch_curve(
     Arguments:
         iterations: the last iteration of each window, which begins behind the one before.
     """
-    distribution, maml = build(from_scratch(config), call, runtime)
+    distribution, maml = build(from_scratch(config, testing=False), call, runtime)
     assert isinstance(distribution, Regression)
     rule = InnerOptimizer(SCRATCH_RATE, "adam")
     maml = maml.with_options(inner_lr=SCRATCH_RATE, optimizer=rule)

@@ -73,6 +73,7 @@ def build(
             inner_lr_max=config.inner_lr_max,
             meta_gradient=config.meta_gradient,
             normalisation=config.batch_norm,
+            norm_per_step=config.norm_per_step and config.has_batch_norm,
             adapt_norm=config.adapt_norm,
             optimizer=rule,
             cg_steps=config.cg_steps,

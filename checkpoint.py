@@ -220,10 +220,11 @@ def fitting_parameters(
 
     Raises UsageError where names or shapes are not those of the learner called `name`.
     """
-    for key in wanted.keys() | saved.keys():
+    for key in sorted(wanted.keys() | saved.keys()):
         if key not in saved or key not in wanted or saved[key].shape != wanted[key].shape:
             shapes = [tuple(p[key].shape) if key in p else "missing" for p in (saved, wanted)]
             raise UsageError(
-                f"{path} does not fit the learner {name}: {key} is {shapes[0]} there, {shapes[1]} here"
+                f"{path} does not fit the learner {name} as it is adapted here: {key} is {shapes[0]} there, "
+                f"{shapes[1]} here"
             )
     return {key: saved[key].to(wanted[key], copy=True) for key in wanted}

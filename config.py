@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import choices
 from errors import UsageError
 from flags import (
     BY_DATASET,
@@ -112,7 +113,7 @@ class Config:
         "which comes first",
     )  # fmt: skip
     adapt: str = flag(
-        "--adapt", group="algorithm", kind=str, choices=("all", "head", "body", "context"), default="all",
+        "--adapt", group="algorithm", kind=str, choices=choices.ADAPT, default="all",
         before="all",
         help="what the inner loop adapts: all weights, the head, all but the head, or a context vector that "
         "modulates a layer",
@@ -128,7 +129,7 @@ class Config:
         before=5, only="context", help="numbers in the context vector",
     )  # fmt: skip
     inner_rates: str = flag(
-        "--inner-rates", group="algorithm", kind=str, choices=("fixed", "layer-step", "element"),
+        "--inner-rates", group="algorithm", kind=str, choices=choices.INNER_RATES,
         default="fixed", before="fixed",
         help="inner learning rates: --inner-lr; or meta-learned from there, for each weight tensor and step, "
         "or for each element",
@@ -140,7 +141,7 @@ class Config:
     )  # fmt: skip
     meta_gradient: str = flag(
         "--meta-gradient", group="algorithm", kind=str,
-        choices=("exact", "first-order", "reptile", "implicit", "joint"), default="exact",
+        choices=choices.META_GRADIENTS, default="exact",
         help="exact; first-order: inner gradients count as constants; reptile: how far the inner loop has "
         "moved; implicit: from its end alone (iMAML); joint: no inner loop while training",
     )  # fmt: skip
@@ -154,11 +155,11 @@ class Config:
     )  # fmt: skip
     cg_damping: float = flag(
         "--cg-damping", group="algorithm", kind=float, check=not_negative, metavar="X", default=0.0,
-        before=0.0, only="implicit",
+        before=0.0, only="conjugate gradients",
         help="solve (1 + X) I + H / lambda in the place of I + H / lambda",
     )  # fmt: skip
     objective: str = flag(
-        "--objective", group="algorithm", kind=str, choices=("last", "multi-step"), default="last",
+        "--objective", group="algorithm", kind=str, choices=choices.OBJECTIVES, default="last",
         before="last",
         help="the query loss after the last inner step, or a weighted sum of those after each, whose weight "
         "goes over to the last",
@@ -171,10 +172,13 @@ class Config:
 
     batch_norm: str = flag(
         "--batch-norm", group="algorithm", kind=str,
-        choices=("transductive", "inductive", "per-step"), only="batch norm", default="transductive",
+        choices=choices.NORMALISATIONS, only="batch norm", default="transductive",
         help="statistics for the query while training: its own, or the support set's under the "
-        "adapted weights; per-step: its own, with shift and scale for each inner step, and running "
-        "statistics kept for each",
+        "adapted weights; per-step: its own, with running statistics kept for each inner step",
+    )  # fmt: skip
+    norm_per_step: bool = flag(
+        "--norm-per-step", group="algorithm", kind=bool, default=False, before=False, only="batch norm",
+        help="batch norm's shift and scale for each inner step; these are never adapted",
     )  # fmt: skip
     adapt_norm: bool = flag(
         "--adapt-norm", group="algorithm", kind=bool, only="norm that can adapt", default=BY_LEARNER,
@@ -191,7 +195,7 @@ class Config:
         help="learning rate of the inner loop, on the mean loss of the support set",
     )  # fmt: skip
     inner_optimizer: str = flag(
-        "--inner-optimizer", group="inner loop", kind=str, choices=("sgd", "momentum", "adam"),
+        "--inner-optimizer", group="inner loop", kind=str, choices=choices.INNER_OPTIMIZERS,
         default="sgd", before="sgd", help="update rule of the inner loop; each task begins afresh",
     )  # fmt: skip
     inner_momentum: float = flag(
@@ -212,7 +216,8 @@ class Config:
     )  # fmt: skip
     proximal: float = flag(
         "--proximal", group="inner loop", kind=float, check=not_negative, metavar="LAMBDA", default=0.0,
-        before=0.0, help="adds LAMBDA / 2 |fast weights - initialisation|^2 to the support loss",
+        before=0.0,
+        help="adds LAMBDA / 2 times the squared distance from the initialisation to the support loss",
     )  # fmt: skip
     inner_batch: int | None = flag(
         "--inner-batch", group="inner loop", kind=int, check=at_least(1), metavar="N", default=None,
@@ -223,7 +228,8 @@ class Config:
     eval_inner_batch: int | None = flag(
         "--eval-inner-batch", group="evaluation", kind=int, check=at_least(1), metavar="N", default=None,
         optional=True, before=None, free_on_resume=True, free_on_eval=True,
-        help="the same on validation and test tasks",
+        help="support examples in the minibatch of an inner step on validation and test tasks; by default "
+        "all",
     )  # fmt: skip
 
     meta_batch_size: int = flag(
@@ -239,11 +245,11 @@ class Config:
         default=1e-3, help="learning rate of the outer loop, at its first iteration",
     )  # fmt: skip
     meta_optimizer: str = flag(
-        "--meta-optimizer", group="outer loop", kind=str, choices=("adam", "sgd"), default="adam",
+        "--meta-optimizer", group="outer loop", kind=str, choices=choices.META_OPTIMIZERS, default="adam",
         before="adam", help="update rule of the meta-parameters",
     )  # fmt: skip
     meta_lr_schedule: str = flag(
-        "--meta-lr-schedule", group="outer loop", kind=str, choices=("constant", "linear", "cosine"),
+        "--meta-lr-schedule", group="outer loop", kind=str, choices=choices.SCHEDULES,
         default="constant", before="constant",
         help="course of the learning rate over --iterations",
     )  # fmt: skip
@@ -281,14 +287,14 @@ class Config:
         help="iterations that run uncompiled at first, to show at once that the run is well",
     )  # fmt: skip
     engine: str = flag(
-        "--engine", group="machine", kind=str, choices=("auto", "unrolled", "adjoint"), default=BY_RULE,
+        "--engine", group="machine", kind=str, choices=("auto", *choices.ENGINES), default=BY_RULE,
         before="unrolled", only="engines",
         help="how the exact or first-order meta-gradient is computed: through the whole inner loop, or step "
         "by step backwards, in memory that hardly grows with -s; the same to rounding. auto: unrolled with "
         "one inner step and for regression, else adjoint",
     )  # fmt: skip
     convolution: str = flag(
-        "--conv", group="machine", kind=str, choices=("auto", "im2col", "grouped"), default=BY_RULE,
+        "--conv", group="machine", kind=str, choices=("auto", *choices.CONVOLUTIONS), default=BY_RULE,
         before="grouped", only="convolutions",
         help="convolutions as matrix products over patches, or as one grouped convolution over tasks; "
         "auto: im2col where it is compiled",
@@ -502,7 +508,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Gradient-based meta-learning (MAML): meta-train, go on, evaluate.",
         epilog="Defaults that depend on the data (k, s: as those flags):\n\n"
         + defaults_table()
-        + "\n\nWhat --algorithm sets beside (i/2: half of --iterations):\n\n"
+        + "\n\nWhat --algorithm sets beside (half: of --iterations):\n\n"
         + presets_table(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -544,6 +550,11 @@ def resolve(given: Mapping[str, Any]) -> Config:
     ways = values.get("ways") or DEFAULTS["ways"][1]
     column = 0 if dataset in REGRESSION else 1 if ways <= 10 else 2
     preset = preset_of(values.get("algorithm", "maml"), column)
+    if given.get("first_order") is not None and preset.get("meta_gradient", "exact") not in _BY_FIRST_ORDER:
+        raise UsageError(
+            f"--first-order means nothing with --algorithm {values['algorithm']}: leave it out, or choose "
+            "with --meta-gradient"
+        )
     learner = LEARNERS[values.get("learner", preset.get("learner", DEFAULTS["learner"][column]))]
     if learner.inner_lr is not None and preset.get("inner_lr") == DEFAULTS["inner_lr"][column]:
         del preset["inner_lr"]
@@ -560,12 +571,16 @@ def resolve(given: Mapping[str, Any]) -> Config:
     values.setdefault("eval_steps", max(CONFIG_FLAGS["eval_steps"].default, values["test_steps"]))
     if "test_steps" not in given:
         values["test_steps"] = min(values["test_steps"], values["eval_steps"])
-    if values.get("exact_from") == "i/2":
+    if "train_shots" not in given and values.get("train_shots") is not None:
+        values["train_shots"] = max(values["train_shots"], values["shots"] + values["queries"])
+    if values.get("exact_from") == "half":
         values["exact_from"] = values["iterations"] // 2 if _exact(values) else 0
     values.setdefault("init", learner.init)
     values.setdefault("adapt_norm", bool(learner.adapt_norm))
     if learner.adapt_norm is None and "batch_norm" not in given:
         values.pop("batch_norm", None)
+    if learner.adapt_norm is None and "norm_per_step" not in given:
+        values.pop("norm_per_step", None)
     config = Config(**resolve_auto(values))
     check(config, given)
     return config
@@ -579,6 +594,9 @@ def preset_of(algorithm: str, column: int) -> dict[str, Any]:
 
 def _exact(values: Mapping[str, Any]) -> bool:
     return values.get("meta_gradient", "exact") == "exact"
+
+
+_BY_FIRST_ORDER = {True: "first-order", False: "exact"}.values()
 
 
 def _meta_gradient_from_first_order(given: Mapping[str, Any]) -> dict[str, str]:
@@ -621,9 +639,11 @@ def resolve_auto(values: Mapping[str, Any]) -> dict[str, Any]:
     return values | settled
 
 
-def how_to_compute(config: Config) -> dict[str, Any]:
-    """The settings of the group "machine", which change the result in its last bits only."""
-    return {name: getattr(config, name) for name, flag in CONFIG_FLAGS.items() if flag.group == "machine"}
+def what_is_learned(config: Config) -> dict[str, Any]:
+    """The settings that decide what is learned up to an iteration, to rounding."""
+    others = {n for n, flag in CONFIG_FLAGS.items() if flag.group in ("machine", "logging", "evaluation")}
+    kept = (CONFIG_FLAGS.keys() - others | {"precision"}) - {"iterations"}
+    return {name: getattr(config, name) for name in kept}
 
 
 def _cache_chunk(values: Mapping[str, Any]) -> int | None:
@@ -672,7 +692,7 @@ def resolve_from(saved: Config, given: Mapping[str, Any], *, evaluate: bool) -> 
     if "eval_steps" in given and "test_steps" not in given:
         values["test_steps"] = min(values["test_steps"], values["eval_steps"])
     config = Config(**values)
-    check(config, given)
+    check(config, given, testing=evaluate)
     return config
 
 
@@ -692,8 +712,11 @@ def _queries_from_samples(given: Mapping[str, Any], shots: int, dataset: str) ->
     return {"queries": samples - shots}
 
 
-def check(config: Config, given: Mapping[str, Any]) -> None:
-    """Raises UsageError where settings do not go together, or a given flag means nothing here."""
+def check(config: Config, given: Mapping[str, Any], *, testing: bool = False) -> None:
+    """Raises UsageError where settings do not go together, or a given flag means nothing here.
+
+    With `testing`, the sizes of tasks are those of a test, and what concerns training alone is passed over.
+    """
     learner = LEARNERS[config.learner]
     if learner.regression == config.classification:
         fitting = [name for name, facts in LEARNERS.items() if facts.regression != learner.regression]
@@ -709,9 +732,10 @@ def check(config: Config, given: Mapping[str, Any]) -> None:
         raise UsageError(f"--init paper: {config.learner} is not a network of the paper; use torch")
     if config.test_steps > config.eval_steps:
         raise UsageError(f"--test-steps {config.test_steps} is above --eval-steps {config.eval_steps}")
-    _check_algorithm(config, given)
+    if not testing:
+        _check_algorithm(config, given)
     if config.classification:
-        _check_omniglot(config)
+        _check_omniglot(config, testing=testing)
 
 
 def _unless(applies: Callable[[Config], bool], name: str) -> Callable[[Config], str | None]:
@@ -737,6 +761,10 @@ ONLY: dict[str, Callable[[Config], str | None]] = {
     "learned rates": _unless(lambda c: c.inner_rates != "fixed", "inner_rates"),
     "exact": _unless(lambda c: c.meta_gradient == "exact", "meta_gradient"),
     "implicit": _unless(lambda c: c.meta_gradient == "implicit", "meta_gradient"),
+    "conjugate gradients": lambda c: (
+        _unless(lambda c: c.meta_gradient == "implicit", "meta_gradient")(c)
+        or _unless(lambda c: c.cg_steps > 0, "cg_steps")(c)
+    ),
     "engines": _unless(lambda c: c.meta_gradient in ("exact", "first-order"), "meta_gradient"),
     "multi-step": _unless(lambda c: c.objective == "multi-step", "objective"),
     "momentum": _unless(lambda c: c.inner_optimizer == "momentum", "inner_optimizer"),
@@ -744,8 +772,8 @@ ONLY: dict[str, Callable[[Config], str | None]] = {
     "schedule": _unless(lambda c: c.meta_lr_schedule != "constant", "meta_lr_schedule"),
     "norm that can adapt": lambda c: (
         _unless(lambda c: c.has_batch_norm, "learner")(c)
-        or _unless(lambda c: c.adapt in ("all", "body"), "adapt")(c)
-        or _unless(lambda c: c.batch_norm != "per-step", "batch_norm")(c)
+        or _unless(lambda c: c.adapt in ("all", "body") or (c.adapt == "head" and bool(c.head)), "adapt")(c)
+        or ("--norm-per-step" if c.norm_per_step else None)
     ),
 }
 
@@ -754,14 +782,19 @@ def _check_algorithm(config: Config, given: Mapping[str, Any]) -> None:
     """Refuses choices that do not go together, with the reason."""
     way = f"--meta-gradient {config.meta_gradient}"
     rates = f"--inner-rates {config.inner_rates}"
-    per_step = config.has_batch_norm and config.batch_norm == "per-step"
+    per_step = config.has_batch_norm and (config.batch_norm == "per-step" or config.norm_per_step)
+    per_step_flag = "--norm-per-step" if config.norm_per_step else "--batch-norm per-step"
     learned = config.inner_rates != "fixed"
     multi_step = config.objective == "multi-step"
     implicit, reptile, joint = (config.meta_gradient == name for name in ("implicit", "reptile", "joint"))
     refusals = [
         (implicit and learned, f"{rates}: the solution that {way} asks for does not depend on the rates"),
+        (
+            multi_step and config.steps == 1 and "objective" in given,
+            "--objective multi-step: with one inner step (-s) the last is the only one",
+        ),
         (implicit and multi_step, f"--objective multi-step: {way} looks at the end of the inner loop alone"),
-        (implicit and per_step, f"--batch-norm per-step: {way} needs the same support loss in every step"),
+        (implicit and per_step, f"{per_step_flag}: {way} needs the same support loss in every step"),
         (implicit and config.inner_batch, f"--inner-batch: {way} needs the same support loss in every step"),
         (implicit and not config.proximal, f"{way} needs a --proximal above 0: the problem it solves"),
         (reptile and learned, f"{rates}: {way} gives the rates no gradient"),
@@ -770,14 +803,14 @@ def _check_algorithm(config: Config, given: Mapping[str, Any]) -> None:
             reptile and config.adapt != "all",
             f"--adapt {config.adapt}: {way} moves only what the inner loop adapts, the rest would not learn",
         ),
-        (reptile and per_step, f"--batch-norm per-step: {way} moves only what the inner loop adapts"),
+        (reptile and per_step, f"{per_step_flag}: {way} moves only what the inner loop adapts"),
         (
             reptile and config.has_batch_norm and not config.adapt_norm,
             f"--no-adapt-norm: {way} moves only what the inner loop adapts; the shift would never learn",
         ),
         (joint and learned, f"{rates}: {way} has no inner loop that rates could learn from"),
         (joint and multi_step, f"--objective multi-step: {way} has no inner loop"),
-        (joint and per_step, f"--batch-norm per-step: {way} has no inner loop"),
+        (joint and per_step, f"{per_step_flag}: {way} has no inner loop"),
         (joint and config.inner_batch, f"--inner-batch: {way} has no inner loop"),
         (
             joint and config.adapt == "context",
@@ -790,6 +823,13 @@ def _check_algorithm(config: Config, given: Mapping[str, Any]) -> None:
         (
             reptile and config.training_shots < 1,
             f"--train-shots {config.train_shots} must be above -q {config.queries}, which {way} counts in",
+        ),
+        (
+            "autotune" in given
+            and given["autotune"]
+            and (implicit or reptile or joint)
+            and not LEARNERS[config.learner].convolutional,
+            f"--autotune: {way} with --learner {config.learner} leaves nothing to choose",
         ),
         (
             reptile and config.batch_norm == "inductive" and config.has_batch_norm,
@@ -805,15 +845,18 @@ def _check_algorithm(config: Config, given: Mapping[str, Any]) -> None:
             raise UsageError(reason)
 
 
-def _check_omniglot(config: Config) -> None:
-    shots = max(config.shots, config.training_shots)
-    drawings = shots + config.queries
-    if drawings > OMNIGLOT_DRAWINGS:
-        name = "-k" if shots == config.shots else "--train-shots"
-        raise UsageError(
-            f"{name} {shots} plus -q {config.queries} is {drawings}, but an Omniglot character "
-            f"has {OMNIGLOT_DRAWINGS} drawings"
-        )
+def _check_omniglot(config: Config, *, testing: bool) -> None:
+    needed = {f"-k {config.shots} plus -q {config.queries}": config.shots + config.queries}
+    if config.train_shots is not None and not testing:
+        reptile = config.meta_gradient == "reptile"
+        query = "" if reptile else f" plus -q {config.queries}"
+        name = f"--train-shots {config.train_shots}{query}"
+        needed[name] = config.train_shots + (0 if reptile else config.queries)
+    for name, drawings in needed.items():
+        if drawings > OMNIGLOT_DRAWINGS:
+            raise UsageError(
+                f"{name} is {drawings}, but an Omniglot character has {OMNIGLOT_DRAWINGS} drawings"
+            )
     classes = OMNIGLOT_CLASSES[config.omniglot_split]
     smallest = min(classes, key=classes.__getitem__)
     if config.ways is None or config.ways > classes[smallest]:

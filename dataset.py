@@ -51,7 +51,7 @@ def minibatch_order(stream: Stream, examples: int, batch: int | None, steps: int
 
     As Nichol et al. (2018) have it: passes over the examples, each in a new random order, cut into batches.
     """
-    if batch is None or batch >= examples:
+    if batch is None or batch >= examples or not steps:
         return None
     passes = -(-steps * batch // examples)
     orders = [stream.at(number).distinct(examples, examples) for number in range(passes)]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp
 
+from choices import CONVOLUTIONS, INNER_RATES, NORMALISATIONS, check_choice
 from convolution import convert_convolutions
 from normalisation import (
     BatchNorm,
@@ -33,8 +34,6 @@ from partition import adapted_names, context_names
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 RATE = "inner_lr/"  # before the name of the weight whose rate it is
-
-INNER_RATES = ("fixed", "layer-step", "element")
 
 
 class Shared(NamedTuple):
@@ -77,10 +76,14 @@ class InnerLoop:
         inner_lr_max: float | None,
         first_order: bool,
         normalisation: str,
+        norm_per_step: bool,
         adapt_norm: bool,
         convolution: str,
         compute_dtype: torch.dtype | None,
     ) -> None:
+        check_choice("inner_rates", inner_rates, INNER_RATES)
+        check_choice("normalisation", normalisation, NORMALISATIONS)
+        check_choice("convolution", convolution, CONVOLUTIONS)
         self.learner = convert_batch_norm(copy.deepcopy(learner))
         everything = {
             name: parameter.detach().clone()
@@ -90,7 +93,7 @@ class InnerLoop:
         contexts = context_names(self.learner)
         self._initial = {name: w for name, w in everything.items() if name not in contexts}
         norms = norm_parameter_names(self.learner)
-        self.per_step = norms if normalisation == "per-step" else frozenset()
+        self.per_step = norms if norm_per_step else frozenset()
         chosen = adapted_names(self.learner, adapt, head)
         self.adapted = frozenset(chosen if adapt_norm and not self.per_step else chosen - norms)
         if not self.adapted:
@@ -98,7 +101,7 @@ class InnerLoop:
         self._contexts = {name: everything[name] for name in sorted(contexts)}
         if convolution == "im2col":
             convert_convolutions(self.learner)
-        self._statistics = fresh_statistics(self.learner) if self.per_step else {}
+        self._statistics = fresh_statistics(self.learner) if normalisation == "per-step" else {}
         if compute_dtype is not None:
             self.learner.to(compute_dtype)
         self.loss = loss
@@ -107,7 +110,7 @@ class InnerLoop:
         self.inner_rates = inner_rates
         self.inner_lr_max = inner_lr_max
         self.first_order = first_order
-        self.normalisation = "transductive" if self.per_step else normalisation
+        self.normalisation = "transductive" if normalisation == "per-step" else normalisation
         self.compute_dtype = compute_dtype
 
     @property
@@ -149,7 +152,9 @@ class InnerLoop:
         """The learner's outputs under these weights; batch norm uses the statistics of `x`."""
         if self.compute_dtype is None:
             return functional_call(self.learner, weights, (x,))
-        narrow = {name: w.to(self.compute_dtype) for name, w in weights.items()}
+        narrow = {
+            name: w if name in self._statistics else w.to(self.compute_dtype) for name, w in weights.items()
+        }
         x = x.to(self.compute_dtype) if x.is_floating_point() else x
         return functional_call(self.learner, narrow, (x,)).to(next(iter(weights.values())).dtype)
 
@@ -176,7 +181,7 @@ class InnerLoop:
         return self.loss(outputs, query_y), (outputs, statistics or {})
 
     def _recorded(self) -> Any:
-        return recorded_statistics(self.learner) if self.per_step else nullcontext()
+        return recorded_statistics(self.learner) if self._statistics else nullcontext()
 
     # ---- the loop ---------------------------------------------------------------------------
 
@@ -258,9 +263,9 @@ class InnerLoop:
             if weights is not None or step == self.steps - 1:
                 loss, (outputs, of_query) = self.query_loss(state.fast, shared.weights, *task)
                 losses.append(loss)
-            seen.append(_both(taken.statistics, of_query))
+            seen.append(mean_of_both(taken.statistics, of_query))
         total = losses[-1] if weights is None else (weights * torch.stack(losses)).sum()
-        return total, Passed(losses[-1], outputs, _stacked(seen))
+        return total, Passed(losses[-1], outputs, stacked(seen))
 
     # ---- derivatives of one step ------------------------------------------------------------
 
@@ -289,14 +294,14 @@ def minibatch(x: Tensor, y: Tensor, order: Tensor | None = None, step: int = 0) 
     return (x, y) if order is None else (x[order[step]], y[order[step]])
 
 
-def _both(of_support: Weights, of_query: Weights) -> Weights:
+def mean_of_both(of_support: Weights, of_query: Weights) -> Weights:
     """Statistics of a step: the mean of support's and query's, where the query has passed."""
     if not of_query:
         return of_support
     return {name: (of_support[name] + of_query[name]) / 2 for name in of_support}
 
 
-def _stacked(steps: list[Weights]) -> Weights:
+def stacked(steps: list[Weights]) -> Weights:
     return {name: torch.stack([step[name] for step in steps]) for name in steps[0]} if steps else {}
 
 

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
+from choices import ENGINES, META_GRADIENTS, check_choice
 from inner_loop import InnerLoop, Loss
 from meta_gradients import Accelerate, Adjoint, Implicit, Joint, Reptile, Unrolled
 from optimizers import InnerOptimizer, Weights
 from tasks import TaskBatch
-
-META_GRADIENTS = ("exact", "first-order", "reptile", "implicit", "joint")
 
 
 class MetaGradient(NamedTuple):
@@ -62,9 +61,10 @@ class MAML(InnerLoop):
         first_order: the same as `meta_gradient="first-order"`.
         normalisation: whose statistics batch norm uses for the query while meta-training: its own
             ("transductive"), or the support set's under the adapted weights ("inductive"). "per-step":
-            its own, with shift and scale for each step, and running statistics (MAML++).
+            its own, and `meta_gradient` tells the statistics of each step, for running ones (MAML++).
+        norm_per_step: shift and scale of batch norm for each inner step (MAML++).
         adapt_norm: adapt the parameters of batch norm layers in the inner loop too; if not, they are
-            meta-learned and shared by all tasks. Per-step ones never are.
+            meta-learned and shared by all tasks. Per-step ones never are adapted.
         optimizer: the inner update rule, whose rate `inner_lr` replaces; None: gradient descent.
         cg_steps, cg_damping: of the implicit meta-gradient (see meta_gradients.py).
         engine: how the exact or first-order meta-gradient is computed; both give the same to rounding.
@@ -78,7 +78,8 @@ class MAML(InnerLoop):
         accelerate: makes a faster function of each vectorised function of tensors that the
             meta-gradient is made of (see compiler.py).
 
-    Raises ValueError where there is nothing to adapt, or the head's name is none.
+    Raises ValueError for a choice or a head that there is not, for choices that do not go together, and where
+    there is nothing to adapt.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class MAML(InnerLoop):
         meta_gradient: str = "exact",
         first_order: bool = False,
         normalisation: str = "transductive",
+        norm_per_step: bool = False,
         adapt_norm: bool = True,
         optimizer: InnerOptimizer | None = None,
         cg_steps: int = 5,
@@ -106,6 +108,13 @@ class MAML(InnerLoop):
         accelerate: Accelerate = as_it_is,
     ) -> None:
         self._options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        check_choice("meta_gradient", meta_gradient, META_GRADIENTS)
+        check_choice("engine", engine, ENGINES)
+        other = meta_gradient not in ("exact", "first-order")
+        if other and (first_order or inner_rates != "fixed"):
+            raise ValueError(
+                f"meta_gradient {meta_gradient!r} goes with neither first_order nor learned rates"
+            )
         super().__init__(
             learner,
             loss,
@@ -117,6 +126,7 @@ class MAML(InnerLoop):
             inner_lr_max=inner_lr_max,
             first_order=first_order or meta_gradient == "first-order",
             normalisation=normalisation,
+            norm_per_step=norm_per_step,
             adapt_norm=adapt_norm,
             convolution=convolution,
             compute_dtype=compute_dtype,

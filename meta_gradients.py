@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp, vmap
 
-from inner_loop import InnerLoop, Passed, Shared, _both, _stacked, minibatch
+from inner_loop import InnerLoop, Shared, mean_of_both, minibatch, stacked
 from optimizers import InnerState, Weights
 
 Accelerate = Callable[..., Callable[..., Any]]  # of a function, and Inductor's options for it
@@ -114,7 +114,7 @@ class Adjoint:
                 (v, u), found = self.query(state.fast, shared[step].weights, *task[:4])
                 if last:
                     losses, outputs, _ = found
-                seen[step] = _both(seen[step], found[2])
+                seen[step] = mean_of_both(seen[step], found[2])
                 u = _sum_over_tasks(u)
                 if weights is not None:
                     v, u = ({n: weights[step] * x for n, x in part.items()} for part in (v, u))
@@ -191,6 +191,8 @@ def _gradient_of_slopes(loop: InnerLoop, axis: int | None) -> Callable[..., tupl
 class Implicit:
     """Rajeswaran et al. (2019): the inner loop has found the minimum of L + lambda / 2 |w - start|^2.
 
+    L is the support loss, weight decay included.
+
     Then the meta-gradient is x, the solution of (I + H / lambda) x = v with v the gradient of the query loss
     and H the Hessian of the support loss, both at the end; conjugate gradients find it. With s the weights
     that are not adapted, theirs is dQ/ds - (d2L/ds dw) x / lambda.
@@ -216,9 +218,11 @@ class Implicit:
             state, *_ = self.steps.take(step, state, shared, *_minibatches(task, step))
         (v, u), (losses, outputs, _) = self.query(state.fast, shared.weights, *task[:4])
 
+        scale = 1 + self.damping + loop.optimizer.weight_decay / strength
+
         def product(x: Weights) -> Weights:
             second, _ = self.slopes(state.fast, shared.weights, x, *task[:2])
-            return {n: (1 + self.damping) * x[n] + second[n] / strength for n in x}
+            return {n: scale * x[n] + second[n] / strength for n in x}
 
         gradients = _sum_over_tasks(u)
         x = v
@@ -341,7 +345,7 @@ def _tree_sum_over_tasks(state: InnerState) -> tuple[Weights, dict[str, Weights]
 
 
 def _sum_over_steps(seen: list[Weights]) -> Weights:
-    return _stacked([_sum_over_tasks(step) for step in seen])
+    return stacked([_sum_over_tasks(step) for step in seen])
 
 
 def _plus(a: Weights, b: Weights) -> Weights:
@@ -354,6 +358,3 @@ def _with(cotangent: InnerState | None, v: Weights, state: InnerState) -> InnerS
         slots = {p: {n: torch.zeros_like(w) for n, w in s.items()} for p, s in state.slots.items()}
         return InnerState(v, slots)
     return cotangent._replace(fast=_plus(cotangent.fast, v))
-
-
-__all__ = ["Accelerate", "Adjoint", "Implicit", "Joint", "Passed", "Reptile", "Sums", "Unrolled"]

@@ -120,8 +120,8 @@ def statistics_from_first(examples: int, module: nn.Module) -> Iterator[None]:
 def fresh_statistics(module: nn.Module) -> dict[str, Tensor]:
     """Mean 0 and variance 1 of each layer, by the name of its buffer: `[2, channels]`."""
     fresh = {}
+    some = next(module.parameters(), torch.zeros(()))
     for name, layer in norm_layers(module).items():
-        some = next(layer.parameters(), torch.zeros(()))
         mean = torch.zeros(layer.channels, dtype=some.dtype, device=some.device)
         fresh[_inside(name, "statistics")] = torch.stack([mean, torch.ones_like(mean)])
     return fresh

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Weights = dict[str, Tensor]
+from choices import INNER_OPTIMIZERS, check_choice
 
-OPTIMIZERS = ("sgd", "momentum", "adam")
+Weights = dict[str, Tensor]
 
 
 class InnerState(NamedTuple):
@@ -48,6 +48,9 @@ class InnerOptimizer:
     weight_decay: float = 0.0
     clip_norm: float | None = None
     proximal: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choice("the inner optimizer", self.name, INNER_OPTIMIZERS)
 
     @property
     def linear(self) -> bool:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from choices import ADAPT, check_choice
 from normalisation import BatchNorm
-
-ADAPT = ("all", "head", "body", "context")
 
 
 def head_names(module: nn.Module, head: str | None = None) -> frozenset[str]:
@@ -45,11 +45,11 @@ def head_names(module: nn.Module, head: str | None = None) -> frozenset[str]:
 
 
 class ContextLayer(nn.Module):
-    """A layer whose output a context vector modulates.
+    """A layer whose output a linear function of a context vector modulates.
 
-    A linear layer's output is shifted by a linear function of the context, which is the same as joining the
-    context to its inputs. A convolution's channels are scaled and shifted (FiLM): y (1 + scale) + shift.
-    The context is a parameter, `[size]`, of zeros.
+    The output is shifted, which for a linear layer is the same as joining the context to its inputs; with
+    `film` its channels are scaled and shifted: y (1 + scale) + shift. The context is a parameter, `[size]`,
+    of zeros.
     """
 
     def __init__(self, layer: nn.Module, channels: int, size: int, *, film: bool) -> None:
@@ -69,11 +69,12 @@ class ContextLayer(nn.Module):
 
 
 def add_context(module: nn.Module, size: int, *, seed: int = 0) -> nn.Module:
-    """Puts a `ContextLayer` in, in place: around the middle convolution (of four, the third) and the batch
-    norm behind it, if any, as Zintgraf et al. (2019) have it; in a network without convolutions, around its
-    first linear layer.
+    """Puts a `ContextLayer` in, in place.
 
-    Raises ValueError where there is neither.
+    As Zintgraf et al. (2019) have it: with scale and shift (FiLM) behind the middle convolution, of four the
+    third; in a network without convolutions, with a shift behind the first linear layer. Where batch norm
+    follows, which would subtract a shift, the context modulates that, with scale and shift.
+    Raises ValueError where there is neither a convolution nor a linear layer.
     """
     layers = list(module.named_modules())
     convolutions = [name for name, layer in layers if isinstance(layer, nn.Conv2d)]
@@ -85,12 +86,14 @@ def add_context(module: nn.Module, size: int, *, seed: int = 0) -> nn.Module:
     channels = chosen.out_channels if isinstance(chosen, nn.Conv2d) else chosen.out_features
     names = [layer_name for layer_name, _ in layers]
     following = layers[names.index(name) + 1 :][:1]
-    if convolutions and following and isinstance(following[0][1], BatchNorm | nn.BatchNorm2d):
+    film = bool(convolutions)
+    if following and isinstance(following[0][1], BatchNorm | _BatchNorm):
         name, chosen = following[0]
+        film = True
     assert isinstance(channels, int)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        wrapped = ContextLayer(chosen, channels, size, film=bool(convolutions))
+        wrapped = ContextLayer(chosen, channels, size, film=film)
     if not name:
         return wrapped
     parent, _, child = name.rpartition(".")
@@ -112,6 +115,7 @@ def adapted_names(module: nn.Module, adapt: str, head: str | None = None) -> fro
 
     Raises ValueError where there is nothing to adapt.
     """
+    check_choice("adapt", adapt, ADAPT)
     everything = frozenset(name for name, p in module.named_parameters() if p.requires_grad)
     contexts = context_names(module)
     if adapt == "context":

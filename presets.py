@@ -76,7 +76,8 @@ class ByData:
 
 
 # An algorithm is a row: its choices, and the settings of its paper where they are not MAML's. Whatever
-# means nothing for the data or the learner is passed over. "i/2" is half of --iterations.
+# means nothing for the data or the learner is passed over. "half" is half of --iterations; "train_shots" is
+# at least k + q.
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "maml": {},
     "fomaml": {"meta_gradient": "first-order"},
@@ -108,7 +109,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "inner_rates": "layer-step",
         "objective": "multi-step",
         "batch_norm": "per-step",
-        "exact_from": ByData(0, "i/2", "i/2"),
+        "norm_per_step": True,
+        "exact_from": ByData(0, "half", "half"),
         "grad_clip_norm": ByData(1.0, None, None),
         "meta_lr_schedule": "cosine",
         "meta_lr_final": 1e-5,

@@ -407,10 +407,13 @@ def evaluation_figure(
 
 
 def _draw_over_steps(panel: Axes, mean: Tensor, interval: Tensor, label: str, colour: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     steps = range(len(mean))
     panel.plot(steps, mean.numpy(), "o-", color=colour, markersize=3, label=label)
     low, high = (mean - interval).numpy(), (mean + interval).numpy()
     panel.fill_between(steps, low, high, color=colour, alpha=0.2)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def comparison_figure(
@@ -445,7 +448,8 @@ def comparison_figure(
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7)
         for (name, (ends, losses)), colour in zip(curves.items(), [BLUE, ORANGE], strict=False):
-            panels[1].plot(ends, losses, color=colour, linewidth=1.2, label=name)
+            marker = "o" if len(ends) == 1 else None
+            panels[1].plot(ends, losses, marker=marker, color=colour, linewidth=1.2, label=name)
             panels[1].set(
                 xlabel="iteration", ylabel=f"query {words.loss_name}, means of {ends[0]} iterations"
             )

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-SCHEDULES = ("constant", "linear", "cosine")
+from choices import SCHEDULES, check_choice
+
 EPOCHS = 10  # in which the multi-step loss goes over to the last step
 FLOOR = 0.03  # what remains of the earlier steps' weights, of 1 / steps
 
@@ -18,7 +19,7 @@ def multi_step_weights(iteration: Tensor, steps: int, iterations: int, dtype: to
     Equal at first; those of the earlier steps fall linearly, in ten equal stages over so many iterations, to
     0.03 / steps; the last takes the rest. `iteration` counts from 0.
     """
-    stage = iteration // max(1, iterations // EPOCHS)
+    stage = (iteration * EPOCHS // iterations).clamp(max=EPOCHS)
     earlier = (1 - stage.to(dtype) / EPOCHS).clamp(min=FLOOR) / steps
     last = 1 - (steps - 1) * earlier
     return torch.cat([earlier.expand(steps - 1), last[None]])
@@ -29,6 +30,7 @@ def meta_lr_at(
 ) -> Tensor | float:
     """The learning rate of the outer loop: constant, or from `first` to `final` in so many iterations,
     along a line or a half wave of the cosine. `iteration` counts from 0."""
+    check_choice("the schedule", schedule, SCHEDULES)
     if schedule == "constant":
         return first
     done = (iteration.to(dtype) / iterations).clamp(max=1.0)

@@ -59,15 +59,15 @@ def plain_loop(maml: MAML, parameters: dict, batch: TaskBatch, order=None, step_
         velocity = dict.fromkeys(names, 0.0)
         mean, square = dict(velocity), dict(velocity)
 
-        def outputs_of(fast, x, step, shared=shared):
-            weights = {n: w[step] if n in maml.per_step else w for n, w in shared.items() if "/" not in n}
+        def outputs_of(fast, x, shared=shared):
+            weights = {n: w for n, w in shared.items() if "/" not in n}
             return functional_call(maml.learner, fast | weights, (x,))
 
         for step in range(maml.steps):
             x, y = (support_x, support_y) if order is None else (
                 support_x[order[number, step]], support_y[order[number, step]]
             )  # fmt: skip
-            loss = F.mse_loss(outputs_of(fast, x, step), y)
+            loss = F.mse_loss(outputs_of(fast, x), y)
             gradients = torch.autograd.grad(
                 loss, [fast[n] for n in names], create_graph=not maml.first_order, retain_graph=True
             )
@@ -91,7 +91,7 @@ def plain_loop(maml: MAML, parameters: dict, batch: TaskBatch, order=None, step_
                     g = mean[n] / (1 - rule.beta_1 ** (step + 1)) / (unbiased.sqrt() + rule.eps)
                 fast[n] = fast[n] - rate * g
             if step_weights is not None or step == maml.steps - 1:
-                loss = F.mse_loss(outputs_of(fast, query_x, step), query_y)
+                loss = F.mse_loss(outputs_of(fast, query_x), query_y)
                 total = total + (1.0 if step_weights is None else step_weights[step]) * loss
     gradients = torch.autograd.grad(total / len(batch.support_x), list(leaves.values()), allow_unused=True)
     return {n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(leaves.items(), gradients)}  # noqa: B905
@@ -140,7 +140,9 @@ def test_every_combination_of_choices_is_the_plain_loops(number, first_order):
 @pytest.mark.parametrize("objective", [False, True])
 def test_per_step_batch_norm_has_parameters_and_statistics_for_each_step(objective, engine):
     batch = make_tasks("fc")
-    maml = make_maml("fc", normalisation="per-step", steps=2, engine=engine, tasks_at_once=2)
+    maml = make_maml(
+        "fc", normalisation="per-step", norm_per_step=True, steps=2, engine=engine, tasks_at_once=2
+    )
     parameters = maml.initial_parameters()
     norms = {n for n, layer in maml.learner.named_modules() if isinstance(layer, BatchNorm)}
     assert maml.per_step == {f"{n}.bias" for n in norms} and not maml.per_step & maml.adapted
@@ -184,7 +186,7 @@ def test_per_step_batch_norm_has_parameters_and_statistics_for_each_step(objecti
 
 def test_per_step_statistics_are_used_and_a_step_beyond_uses_the_last_ones():
     batch = make_tasks("fc")
-    maml = make_maml("fc", normalisation="per-step", steps=2, inner_rates="layer-step")
+    maml = make_maml("fc", normalisation="per-step", norm_per_step=True, steps=2, inner_rates="layer-step")
     parameters = varied({n: w + 0.1 * (n in maml.per_step) for n, w in maml.initial_parameters().items()})
     statistics = {n: s + torch.rand_like(s) for n, s in maml.initial_statistics().items()}
     both = ("transductive", "per-step")
@@ -196,7 +198,6 @@ def test_per_step_statistics_are_used_and_a_step_beyond_uses_the_last_ones():
 
     # by hand: four steps, of which the third and the fourth are like the second
     row = [0, 1, 1, 1]
-    fast = {n: parameters[n][None] for n in maml.adapted}
     fast = {n: parameters[n] for n in maml.adapted}
 
     def forward(fast, x, row):
@@ -300,8 +301,10 @@ def test_reptile_moves_to_where_torchs_adam_ends_on_the_same_minibatches():
     assert_same(result, expected)
 
 
-def implicit(strength: float, cg_steps: int, *, steps: int = 3, inner_lr: float = 0.05, **options) -> MAML:
-    rule = InnerOptimizer(0, proximal=strength)
+def implicit(
+    strength: float, cg_steps: int, *, steps: int = 3, inner_lr: float = 0.05, rule=None, **options
+) -> MAML:
+    rule = rule or InnerOptimizer(0, proximal=strength)
     options = {"adapt": "body"} | options  # the head is shared: mixed derivatives take part
     return smooth_maml(
         meta_gradient="implicit", cg_steps=cg_steps, steps=steps, inner_lr=inner_lr, optimizer=rule, **options
@@ -335,14 +338,15 @@ def test_implicit_tends_to_joint_training_as_the_proximal_term_grows():
     assert_same(ours, dict(zip(ours, joint, strict=True)), 1e-5)
 
 
-def test_implicit_is_the_unrolled_exact_gradient_of_the_converged_proximal_problem():
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_implicit_is_the_unrolled_exact_gradient_of_the_converged_proximal_problem(weight_decay):
     batch = make_tasks("mlp")
     options = {"steps": 400, "inner_lr": 0.2}
-    ours = gradients_of(implicit(2.0, 40, **options), batch)
-    rule = InnerOptimizer(0, proximal=2.0)
+    rule = InnerOptimizer(0, proximal=2.0, weight_decay=weight_decay)
+    ours = gradients_of(implicit(2.0, 40, rule=rule, **options), batch)
     exact = smooth_maml(engine="adjoint", adapt="body", optimizer=rule, **options)
     assert_same(ours, gradients_of(exact, batch), 1e-8)
-    rough = gradients_of(implicit(2.0, 0, **options), batch)
+    rough = gradients_of(implicit(2.0, 0, rule=rule, **options), batch)
     assert max((rough[n] - ours[n]).abs().max() for n in ours) > 1e-3
 
 
@@ -368,6 +372,27 @@ def test_implicit_has_the_closed_form_on_a_quadratic():
             v = 2 * query_x.T @ (query_x @ solution - query_y[:, 0]) / len(query_x)
             expected[0] += torch.linalg.solve((1 + damping) * eye + hessian / strength, v) / tasks
         assert torch.allclose(ours, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(adapt="haed"), dict(meta_gradient="implict"), dict(engine="adjont"), dict(convolution="im2cool"),
+        dict(inner_rates="elements"), dict(normalisation="perstep"),
+        dict(meta_gradient="reptile", inner_rates="element"), dict(meta_gradient="joint", first_order=True),
+        dict(meta_gradient="implicit"),
+    ],
+)  # fmt: skip
+def test_choices_that_there_are_not_are_refused(wrong):
+    with pytest.raises(ValueError):
+        smooth_maml(**wrong)
+
+
+def test_rules_and_schedules_that_there_are_not_are_refused():
+    with pytest.raises(ValueError, match="one of sgd, momentum, adam, not 'Adam'"):
+        InnerOptimizer(0.1, "Adam")
+    with pytest.raises(ValueError, match="the schedule"):
+        meta_lr_at("cos", torch.tensor(1), 1.0, 0.1, 10, torch.float64)
 
 
 def test_conjugate_gradients_stay_where_the_residual_is_nothing_or_the_matrix_is_not_positive():
@@ -409,7 +434,7 @@ def test_every_meta_learned_quantity_agrees_with_finite_differences(number):
 
 def test_per_step_shifts_agree_with_finite_differences():
     batch = make_tasks("fc", tasks=1)
-    maml = make_maml("fc", normalisation="per-step", steps=2, inner_lr=0.01)
+    maml = make_maml("fc", normalisation="per-step", norm_per_step=True, steps=2, inner_lr=0.01)
     parameters = maml.initial_parameters()
     gradients = maml.meta_gradient(parameters, batch).gradients
     task = [tensor[0] for tensor in batch]
@@ -474,20 +499,27 @@ def test_the_head_is_the_last_layer_with_parameters_or_the_one_that_is_named():
 
 
 def test_a_context_of_zero_changes_nothing_and_the_inner_loop_moves_it_alone():
-    for name, outputs, x in (("conv", 2, torch.rand(4, 1, 28, 28)), ("mlp", 1, torch.rand(4, 1))):
-        plain, network = build_learner(name, outputs), add_context(build_learner(name, outputs), 6)
-        assert torch.equal(plain(x), network(x))
+    for name in ("conv", "conv-pool", "fc", "mlp"):
+        outputs = 1 if name == "mlp" else 2
+        x = torch.rand(4, 1) if name == "mlp" else torch.rand(4, 1, 28, 28)
+        network = add_context(build_learner(name, outputs), 6)
         (layer,) = [m for m in network.modules() if isinstance(m, ContextLayer)]
-        assert layer.film == (name == "conv")
-        loss = F.cross_entropy if name == "conv" else F.mse_loss
+        assert layer.film == (name != "mlp")
+        loss = F.mse_loss if name == "mlp" else F.cross_entropy
         maml = MAML(network, loss, inner_lr=1.0, adapt="context")
+        plain = MAML(build_learner(name, outputs), loss, inner_lr=1.0)
         parameters = maml.initial_parameters()
-        y = torch.tensor([0, 1, 0, 1]) if name == "conv" else torch.rand(4, 1)
-        adapted = maml.adapt(parameters, x, y, 1)
-        assert adapted.keys() - parameters.keys() == maml.adapted and len(maml.adapted) == 1
-        assert all(torch.equal(adapted[n], parameters[n]) for n in parameters)
         (context,) = maml.adapted
-        assert adapted[context].shape == (6,) and adapted[context].abs().min() > 0
+        weights = maml.start(parameters).fast | parameters
+        before = plain.forward(plain.initial_parameters(), x)
+        assert torch.equal(before, maml.forward(weights, x))
+        moved = maml.forward(weights | {context: torch.ones(6)}, x)
+        assert (moved - before).abs().max() > 1e-2
+        y = torch.rand(4, 1) if name == "mlp" else torch.tensor([0, 1, 0, 1])
+        adapted = maml.adapt(parameters, x, y, 1)
+        assert adapted.keys() - parameters.keys() == maml.adapted
+        assert all(torch.equal(adapted[n], parameters[n]) for n in parameters)
+        assert adapted[context].shape == (6,) and adapted[context].abs().max() > 1e-6
 
 
 def test_the_context_of_a_linear_layer_is_the_same_as_joining_it_to_the_inputs():
@@ -510,6 +542,8 @@ def test_multi_step_weights_fall_over_ten_epochs_and_the_last_takes_the_rest():
     assert torch.allclose(weights(2500), torch.tensor([0.1, 0.1, 0.1, 0.1, 0.6]).double())
     for late in (5000, 1_000_000):
         assert torch.allclose(weights(late), torch.tensor([0.006] * 4 + [0.976]).double())
+    short = [multi_step_weights(torch.tensor(i), 2, 25, torch.float64)[0].item() for i in (0, 2, 3, 24, 25)]
+    assert short == pytest.approx([0.5, 0.5, 0.45, 0.05, 0.015])
     assert all(weights(i).sum().item() == pytest.approx(1.0) for i in range(0, 6000, 250))
 
 

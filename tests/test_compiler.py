@@ -69,8 +69,10 @@ COMPILED_WAYS = {
         meta_gradient="reptile", optimizer=InnerOptimizer(0, "adam", beta_1=0.0),
         outer=dict(optimizer="sgd", inner_batch=3, schedule="linear", iterations=5),
     ),
+    "joint": dict(meta_gradient="joint"),
+    "element": dict(inner_rates="element", adapt="head", first_order=True),
     "multi-step": dict(
-        normalisation="per-step", inner_rates="layer-step", norm=True,
+        normalisation="per-step", norm_per_step=True, inner_rates="layer-step", norm=True, engine="adjoint",
         outer=dict(msl_iterations=20, schedule="cosine", iterations=5),
     ),
 }  # fmt: skip
