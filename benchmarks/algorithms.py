@@ -209,9 +209,7 @@ def main() -> None:
         for method, by_shots in records.items()
     }
     settings = {name: value for name, value in vars(given).items() if name not in ("folder", "jobs")}
-    (results / f"{name}.json").write_text(
-        json.dumps({"settings": settings, "methods": plain}, indent=1) + "\n"
-    )
+    (results / f"{name}.json").write_text(json.dumps({"settings": settings, "methods": plain}) + "\n")
     figure(given, records, results / f"{name}.png")
     print(f"Written: {results / name}.md, .json and .png")
 
