@@ -498,7 +498,9 @@ def presets_table() -> str:
                 columns = columns[:1]
             cells.append(f"{CONFIG_FLAGS[name].names[0]} {'/'.join(map(_show, columns))}")
         text = ", ".join(cells) or "the defaults"
-        lines.append(textwrap.fill(f"{algorithm}: {text}", 96, subsequent_indent="    "))
+        lines.append(
+            textwrap.fill(f"{algorithm}: {text}", 96, subsequent_indent="    ", break_on_hyphens=False)
+        )
     return "\n".join(f"  {line}" for line in "\n".join(lines).split("\n"))
 
 
