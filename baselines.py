@@ -161,7 +161,7 @@ def trained(config: Config, call: Invocation, folder: Path) -> Weights:
     signal came.
     """
     runtime = prepare(config, call)
-    config = fitted(config, {}, runtime, new=True)
+    config = fitted(config, {}, runtime, new=False)
     compiler = Compiler(runtime.device)
     distribution, maml = build(config, call, runtime, compiler)
     parameters = maml.initial_parameters(config.seed)

@@ -551,20 +551,9 @@ def resolve(given: Mapping[str, Any]) -> Config:
     dataset = values.get("dataset", CONFIG_FLAGS["dataset"].default)
     ways = values.get("ways") or DEFAULTS["ways"][1]
     column = 0 if dataset in REGRESSION else 1 if ways <= 10 else 2
-    preset = preset_of(values.get("algorithm", "maml"), column)
-    if given.get("first_order") is not None and preset.get("meta_gradient", "exact") not in _BY_FIRST_ORDER:
-        raise UsageError(
-            f"--first-order means nothing with --algorithm {values['algorithm']}: leave it out, or choose "
-            "with --meta-gradient"
-        )
-    learner = LEARNERS[values.get("learner", preset.get("learner", DEFAULTS["learner"][column]))]
-    if learner.inner_lr is not None and preset.get("inner_lr") == DEFAULTS["inner_lr"][column]:
-        del preset["inner_lr"]
-    if learner.inner_lr is not None and "inner_lr" not in preset:
-        preset["inner_lr"] = learner.inner_lr
-    if "inner_lr" in given:
-        preset.pop("inner_lr_max", None)  # it goes with the preset's --inner-lr
+    preset = _preset(values, given, column)
     values = preset | values
+    learner = LEARNERS[values.get("learner", DEFAULTS["learner"][column])]
     for name, by_column in DEFAULTS.items():
         values.setdefault(name, by_column[column])
     values |= _queries_from_samples(given, values["shots"], dataset)
@@ -588,17 +577,27 @@ def resolve(given: Mapping[str, Any]) -> Config:
     return config
 
 
-def preset_of(algorithm: str, column: int) -> dict[str, Any]:
-    """The preset's settings for a column of `DEFAULT_COLUMNS`."""
-    row = ALGORITHMS[algorithm]
-    return {name: value[column] if isinstance(value, ByData) else value for name, value in row.items()}
+def _preset(values: Mapping[str, Any], given: Mapping[str, Any], column: int) -> dict[str, Any]:
+    """The algorithm's settings for a column of `DEFAULT_COLUMNS`, and the learner's inner rate."""
+    algorithm = values.get("algorithm", CONFIG_FLAGS["algorithm"].default)
+    preset = {n: v[column] if isinstance(v, ByData) else v for n, v in ALGORITHMS[algorithm].items()}
+    differentiated = preset.get("meta_gradient", "exact") in ("exact", "first-order")
+    if given.get("first_order") is not None and not differentiated:
+        raise UsageError(
+            f"--first-order means nothing with --algorithm {algorithm}: leave it out, or choose with "
+            "--meta-gradient"
+        )
+    learner = LEARNERS[values.get("learner", preset.get("learner", DEFAULTS["learner"][column]))]
+    usual = DEFAULTS["inner_lr"][column]
+    if learner.inner_lr is not None and preset.get("inner_lr", usual) == usual:
+        preset["inner_lr"] = learner.inner_lr
+    if "inner_lr" in given:
+        preset.pop("inner_lr_max", None)  # it goes with the preset's --inner-lr
+    return preset
 
 
 def _exact(values: Mapping[str, Any]) -> bool:
     return values.get("meta_gradient", "exact") == "exact"
-
-
-_BY_FIRST_ORDER = {True: "first-order", False: "exact"}.values()
 
 
 def _meta_gradient_from_first_order(given: Mapping[str, Any]) -> dict[str, str]:
