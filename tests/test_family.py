@@ -301,6 +301,18 @@ def baselines_runtime():
     return set_up("cpu", "float32", small_tensors=True)
 
 
+def test_baselines_of_a_compiled_run_are_trained_where_there_is_no_compiler(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    given = config.parse([*map(str, SHORT), "--dataset", "harmonic", "--compile", "on"])
+    saved, call = config.resolve(given), config.check_invocation({})
+    baselines.trained(baselines.plain(saved, "pretrain"), call, tmp_path / "pretrained")
+    found = load_checkpoint(tmp_path / "pretrained" / LAST)
+    assert (found.config.dataset, found.config.compile, found.iteration) == ("harmonic", "off", ITERATIONS)
+    before = (tmp_path / "pretrained" / LAST).read_bytes()
+    baselines.trained(baselines.plain(saved, "pretrain"), call, tmp_path / "pretrained")
+    assert (tmp_path / "pretrained" / LAST).read_bytes() == before
+
+
 def test_a_stopped_baseline_goes_on(tmp_path, monkeypatch, capsys, short_baselines):
     options = [*SHORT, "--checkpoint-path", tmp_path, "--run-name", "run"]
     assert command(*options) == 0
