@@ -97,10 +97,12 @@ class Adjoint:
     def __call__(self, parameters: Weights, schedule: Weights, *task: Tensor) -> Sums:
         loop, weights = self.loop, schedule.get("step_weights")
         (start, shared), pull, *_ = vjp(self._prepared, parameters)
-        state, path, seen = start, [], []
+        state, seen = start, []
+        path: list[Any] = []  # the state before each step, where it is looked at again
+        looks_back = weights is not None or not self.passes_through
         for step in range(loop.steps):
             examples = _minibatches(task, step)
-            before = state
+            before = state if looks_back else None
             state, gradients, statistics = self.steps.take(step, state, shared[step], *examples)
             path.append((before, gradients, examples))
             seen.append(statistics)
@@ -191,10 +193,9 @@ def _gradient_of_slopes(loop: InnerLoop, axis: int | None) -> Callable[..., tupl
 class Implicit:
     """Rajeswaran et al. (2019): the inner loop has found the minimum of L + lambda / 2 |w - start|^2.
 
-    L is the support loss, weight decay included.
-
-    Then the meta-gradient is x, the solution of (I + H / lambda) x = v with v the gradient of the query loss
-    and H the Hessian of the support loss, both at the end; conjugate gradients find it. With s the weights
+    L is the support loss, weight decay included. Then the meta-gradient is x, the solution of
+    (I + H / lambda) x = v, with v the gradient of the query loss and H the Hessian of L, both at the end;
+    conjugate gradients find it. With s the weights
     that are not adapted, theirs is dQ/ds - (d2L/ds dw) x / lambda.
 
     Arguments:
@@ -217,7 +218,6 @@ class Implicit:
         for step in range(loop.steps):
             state, *_ = self.steps.take(step, state, shared, *_minibatches(task, step))
         (v, u), (losses, outputs, _) = self.query(state.fast, shared.weights, *task[:4])
-
         scale = 1 + self.damping + loop.optimizer.weight_decay / strength
 
         def product(x: Weights) -> Weights:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,16 +103,24 @@ def norm_parameter_names(module: nn.Module) -> frozenset[str]:
 
 
 @contextmanager
+def _within(module: nn.Module, attribute: str, value: Any) -> Iterator[dict[str, BatchNorm]]:
+    """Every `BatchNorm` has that value of the attribute, and afterwards its own again; gives the layers."""
+    layers = norm_layers(module)
+    before = {name: getattr(layer, attribute) for name, layer in layers.items()}
+    for layer in layers.values():
+        setattr(layer, attribute, value)
+    try:
+        yield layers
+    finally:
+        for name, layer in layers.items():
+            setattr(layer, attribute, before[name])
+
+
+@contextmanager
 def statistics_from_first(examples: int, module: nn.Module) -> Iterator[None]:
     """Within it, every `BatchNorm` takes its statistics from that many leading examples."""
-    layers = norm_layers(module).values()
-    for layer in layers:
-        layer.reference = examples
-    try:
+    with _within(module, "reference", examples):
         yield
-    finally:
-        for layer in layers:
-            layer.reference = None
 
 
 # ---- running statistics ---------------------------------------------------------------------
@@ -133,18 +142,14 @@ def recorded_statistics(module: nn.Module) -> Iterator[dict[str, Tensor]]:
 
     Mean and biased variance, `[2, channels]`, by the name of the layer's buffer; detached.
     """
-    layers = norm_layers(module)
     recorded: dict[str, Tensor] = {}
-    for layer in layers.values():
-        layer.seen = []
-    try:
+    with _within(module, "seen", None) as layers:
+        for layer in layers.values():
+            layer.seen = []  # of its own
         yield recorded
         for name, layer in layers.items():
             if layer.seen:
                 recorded[_inside(name, "statistics")] = torch.stack(layer.seen).mean(0)
-    finally:
-        for layer in layers.values():
-            layer.seen = None
 
 
 @contextmanager
@@ -153,11 +158,5 @@ def given_statistics(module: nn.Module) -> Iterator[None]:
 
     `functional_call` puts the ones to use in its place.
     """
-    layers = norm_layers(module).values()
-    for layer in layers:
-        layer.statistics_given = True
-    try:
+    with _within(module, "statistics_given", True):
         yield
-    finally:
-        for layer in layers:
-            layer.statistics_given = False
