@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 from tqdm import tqdm
 
 import config as settings
@@ -212,7 +211,7 @@ def scratch_curve(
             numbers.split(EPISODES_AT_ONCE), desc="from scratch on the training tasks", leave=False
         ):
             batch = training.sample("train", config.seed, part, range(1))
-            losses.append(vmap(query_loss)(*batch))
+            losses.append(maml.over_tasks(query_loss)(*batch))
     windows = torch.cat(losses).tensor_split(tuple(iterations[:-1]))
     return [window.mean().item() for window in windows]
 

@@ -67,7 +67,7 @@ def build(
             F.cross_entropy if config.classification else F.mse_loss,
             inner_lr=config.inner_lr,
             steps=config.steps,
-            adapt=config.adapt,
+            fast_weights=config.adapt,
             head=config.head,
             inner_rates=config.inner_rates,
             inner_lr_max=config.inner_lr_max,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-ADAPT = ("all", "head", "body", "context")
+FAST_WEIGHTS = ("all", "head", "body", "context")
+HEAD_INITS = ("learned", "zero", "prototype")
 INNER_RATES = ("fixed", "layer-step", "element")
 META_GRADIENTS = ("exact", "first-order", "reptile", "implicit", "joint")
 OBJECTIVES = ("last", "multi-step")
@@ -14,6 +15,7 @@ META_OPTIMIZERS = ("adam", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
 ENGINES = ("unrolled", "adjoint")
 CONVOLUTIONS = ("im2col", "grouped")
+LOSSES = ("mse", "cross-entropy", "bce", "huber")
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:

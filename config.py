@@ -113,7 +113,7 @@ class Config:
         "which comes first",
     )  # fmt: skip
     adapt: str = flag(
-        "--adapt", group="algorithm", kind=str, choices=choices.ADAPT, default="all",
+        "--adapt", group="algorithm", kind=str, choices=choices.FAST_WEIGHTS, default="all",
         before="all",
         help="what the inner loop adapts: all weights, the head, all but the head, or a context vector that "
         "modulates a layer",

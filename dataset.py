@@ -28,6 +28,7 @@ class TaskDistribution(Protocol):
 
     classification: bool  # labels are classes, and accuracy means something
     computed: bool  # `sample` computes tasks from numbers alone, so that it can be compiled with the step
+    on_host: bool  # `sample` works on the host, ahead of its call: it asks for the iteration as a number
 
     @property
     def examples(self) -> int:
@@ -66,6 +67,12 @@ def task_stream(split: str, seed: int, iteration: int | Tensor, tasks: range, de
     return Stream.from_seed(seed).at(split).at(iteration).at(numbers)
 
 
+def keys_of(stream: Stream) -> Tensor:
+    """Keys of the random numbers that a learner draws in each task (see elementary.py): `[tasks, 2]`."""
+    own = stream.at("learner")
+    return torch.stack([own.key_1, own.key_2], -1)  # type: ignore[list-item]
+
+
 # ---- regression ----------------------------------------------------------------------------------
 
 
@@ -80,6 +87,7 @@ class Regression(ABC):
 
     classification = False
     computed = True
+    on_host = False
 
     def __init__(
         self,
@@ -253,6 +261,7 @@ class Omniglot:
 
     classification = True
     computed = False
+    on_host = False
 
     def __init__(
         self,

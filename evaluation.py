@@ -6,13 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
-from dataset import Regression, TaskDistribution, minibatch_order, task_stream
-from inner_loop import Loss
+from dataset import Regression, TaskDistribution, keys_of, minibatch_order, task_stream
 from maml import MAML
 from optimizers import Weights
-from tasks import TaskBatch
+from tasks import TaskBatch, Tree, first_tensor, tree_map
 
 # Evaluation tasks are the same for every checkpoint. Their splits have streams of their own, so this
 # seed shares nothing with a training seed of the same number.
@@ -46,15 +44,17 @@ def mean_and_interval(values: Tensor) -> tuple[Tensor, Tensor]:
     return values.mean(0), 1.96 * values.std(0) / len(values) ** 0.5
 
 
-def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
+def accuracy(outputs: Tree, targets: Tensor) -> Tensor:
     """Share of right answers over the last axis of `targets`; `outputs` has classes behind it."""
-    return (outputs.argmax(-1) == targets).float().mean(-1)
+    return (first_tensor(outputs).argmax(-1) == targets).float().mean(-1)
 
 
-def _loss_per_step(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
+def _loss_per_step(maml: MAML, outputs: Tree, targets: Tree) -> Tensor:
     """`[tasks, steps + 1]`; one flat `vmap`, since a nested one of mse_loss fails in PyTorch 2.15."""
-    targets = targets[:, None].expand(-1, outputs.shape[1], *targets.shape[1:])
-    return vmap(loss)(outputs.flatten(0, 1), targets.flatten(0, 1)).view(outputs.shape[:2])
+    sizes = first_tensor(outputs).shape[:2]
+    targets = tree_map(lambda t: t[:, None].expand(-1, sizes[1], *t.shape[1:]).flatten(0, 1), targets)
+    outputs = tree_map(lambda t: t.flatten(0, 1), outputs)
+    return maml.over_tasks(maml.loss)(outputs, targets).view(sizes)
 
 
 def evaluate(
@@ -82,29 +82,26 @@ def evaluate(
     for first in range(0, tasks, size):
         numbers = range(first, min(first + size, tasks))
         batch = distribution.sample(split, SEED, 0, numbers)
-        order = _order(split, batch, numbers, inner_batch, steps)
-        outputs = maml.predictions(
-            parameters, batch, steps, normalisations, order=order, statistics=statistics
-        )
+        random = _random(split, batch, numbers, inner_batch, steps)
+        outputs = maml.predictions(parameters, batch, steps, normalisations, **random, statistics=statistics)
         for name in normalisations:
-            losses[name].append(_loss_per_step(maml.loss, outputs[name], batch.query_y))
+            losses[name].append(_loss_per_step(maml, outputs[name], batch.query_y))
             if classification:
-                accuracies[name].append(accuracy(outputs[name], batch.query_y[:, None]))
+                accuracies[name].append(accuracy(outputs[name], first_tensor(batch.query_y)[:, None]))
     return Evaluation(
         {name: torch.cat(parts).cpu().double() for name, parts in losses.items()},
         {name: torch.cat(parts).cpu().double() for name, parts in accuracies.items()},
     )
 
 
-def _order(
-    split: str,
-    batch: TaskBatch,
-    numbers: range,
-    inner_batch: int | None,
-    steps: int,
-) -> Tensor | None:
-    stream = task_stream(split, SEED, 0, numbers, batch.support_x.device).at("minibatches")
-    return minibatch_order(stream, batch.support_x.shape[1], inner_batch, steps)
+def _random(
+    split: str, batch: TaskBatch, numbers: range, inner_batch: int | None, steps: int
+) -> dict[str, Tensor | None]:
+    """What is random in adapting to these tasks: the order of the examples, and the learner's own keys."""
+    support = first_tensor(batch.support_x)
+    stream = task_stream(split, SEED, 0, numbers, support.device)
+    order = minibatch_order(stream.at("minibatches"), support.shape[1], inner_batch, steps)
+    return {"order": order, "keys": keys_of(stream)}
 
 
 def examples(
@@ -126,6 +123,6 @@ def examples(
         batch = distribution.sample(split, SEED, 0, range(tasks), grid=200)
     else:
         batch = distribution.sample(split, SEED, 0, range(tasks))
-    order = _order(split, batch, range(tasks), inner_batch, steps)
-    outputs = maml.predictions(parameters, batch, steps, (normalisation,), order=order)[normalisation]
-    return TaskBatch(*(tensor.cpu() for tensor in batch)), outputs.cpu()
+    random = _random(split, batch, range(tasks), inner_batch, steps)
+    outputs = maml.predictions(parameters, batch, steps, (normalisation,), **random)[normalisation]
+    return TaskBatch(*(tree_map(Tensor.cpu, tree) for tree in batch)), first_tensor(outputs).cpu()

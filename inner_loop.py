@@ -4,21 +4,26 @@ Meta-parameters are a dictionary by name: the learner's weights and, where they 
 rates (`inner_lr/` and the name of the weight). What belongs to an inner step has the steps as its first
 axis: rates per layer and step `[steps]`, per-step batch norm `[steps, channels]`. A step beyond the ones
 that are trained uses the last one's.
+
+What is a task's own beside its examples travels with them as `extras`, a dictionary of tensors: the order of
+the examples ("order"), the keys of its random numbers ("keys") and the buffers that the learner changes. Of
+these a single forward pass needs its own keys and the buffers, its `around`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp
 
-from choices import CONVOLUTIONS, INNER_RATES, NORMALISATIONS, check_choice
+from choices import CONVOLUTIONS, HEAD_INITS, INNER_RATES, NORMALISATIONS, check_choice
 from convolution import convert_convolutions
+from elementary import Elementary
 from normalisation import (
     BatchNorm,
     convert_batch_norm,
@@ -29,11 +34,15 @@ from normalisation import (
     statistics_from_first,
 )
 from optimizers import InnerOptimizer, InnerState, Weights
-from partition import adapted_names, context_names
+from partition import adapted_names, context_names, linear_head, without_head
+from randomness import Stream
+from tasks import Tree, arguments_of, first_tensor, joined, tree_map
+from vectorise import over_tasks
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Any, Any], Tensor]
 
 RATE = "inner_lr/"  # before the name of the weight whose rate it is
+BUFFER = "buffer/"  # before the name of a buffer, in what surrounds a pass
 
 
 class Shared(NamedTuple):
@@ -50,13 +59,14 @@ class Step(NamedTuple):
     state: InnerState
     gradients: Weights  # of the support loss, before the step
     statistics: Weights  # that batch norm has seen, where they are recorded
+    buffers: Weights  # as the step leaves them
 
 
 class Passed(NamedTuple):
     """What is seen on the way through the inner loop and the query."""
 
     loss: Tensor  # query loss after the last step
-    outputs: Tensor  # [query examples, ...], the learner's, behind it
+    outputs: Tree  # [query examples, ...], the learner's, behind it
     statistics: Weights  # [steps, 2, channels] by layer, where they are recorded
 
 
@@ -70,8 +80,9 @@ class InnerLoop:
         optimizer: InnerOptimizer,
         *,
         steps: int,
-        adapt: str,
+        fast_weights: str,
         head: str | None,
+        head_init: str,
         inner_rates: str,
         inner_lr_max: float | None,
         first_order: bool,
@@ -80,10 +91,14 @@ class InnerLoop:
         adapt_norm: bool,
         convolution: str,
         compute_dtype: torch.dtype | None,
+        example: Tree | None,
+        vectorised: bool,
     ) -> None:
         check_choice("inner_rates", inner_rates, INNER_RATES)
         check_choice("normalisation", normalisation, NORMALISATIONS)
         check_choice("convolution", convolution, CONVOLUTIONS)
+        check_choice("head_init", head_init, HEAD_INITS)
+        self.over_tasks = over_tasks(vectorised)
         self.learner = convert_batch_norm(copy.deepcopy(learner))
         everything = {
             name: parameter.detach().clone()
@@ -91,19 +106,33 @@ class InnerLoop:
             if parameter.requires_grad
         }
         contexts = context_names(self.learner)
-        self._initial = {name: w for name, w in everything.items() if name not in contexts}
+        self.head_init = head_init
+        self._head = linear_head(self.learner, head) if head_init != "learned" else ""
+        self._head_weights = {
+            name: w
+            for name, w in everything.items()
+            if head_init != "learned" and name in _of_layer(self._head)
+        }
+        computed = contexts | self._head_weights.keys()
+        self._initial = {name: w for name, w in everything.items() if name not in computed}
         norms = norm_parameter_names(self.learner)
         self.per_step = norms if norm_per_step else frozenset()
-        chosen = adapted_names(self.learner, adapt, head)
+        chosen = adapted_names(self.learner, fast_weights, head)
         self.adapted = frozenset(chosen if adapt_norm and not self.per_step else chosen - norms)
         if not self.adapted:
-            raise ValueError(f"adapting {adapt} leaves nothing to adapt beside batch norm")
+            raise ValueError(f"adapting {fast_weights} leaves nothing to adapt beside batch norm")
+        if not self._head_weights.keys() <= self.adapted:
+            raise ValueError(f"head_init {head_init!r} needs a head that the inner loop adapts")
+        if head_init == "prototype" and optimizer.proximal:
+            raise ValueError("head_init 'prototype' goes with no proximal term: tasks begin apart")
         self._contexts = {name: everything[name] for name in sorted(contexts)}
         if convolution == "im2col":
             convert_convolutions(self.learner)
         self._statistics = fresh_statistics(self.learner) if normalisation == "per-step" else {}
         if compute_dtype is not None:
             self.learner.to(compute_dtype)
+        self._buffers = changing_buffers(self.learner, example)
+        self._body = without_head(self.learner, self._head) if head_init == "prototype" else self.learner
         self.loss = loss
         self.optimizer = optimizer
         self.steps = steps
@@ -131,7 +160,8 @@ class InnerLoop:
         for name in self.per_step:
             parameters[name] = parameters[name].expand(self.steps, -1).clone()
         generator = torch.Generator().manual_seed(seed)
-        adapted = {name: w for name, w in (self._initial | self._contexts).items() if name in self.adapted}
+        everything = self._initial | self._contexts | self._head_weights
+        adapted = {name: w for name, w in everything.items() if name in self.adapted}
         for name, weight in adapted.items() if self.inner_rates != "fixed" else ():
             shape = (self.steps,) if self.inner_rates == "layer-step" else weight.shape
             rate = torch.full(shape, self.optimizer.lr, dtype=weight.dtype)
@@ -148,48 +178,113 @@ class InnerLoop:
 
     # ---- the learner ------------------------------------------------------------------------
 
-    def forward(self, weights: Weights, x: Tensor) -> Tensor:
+    def forward(self, weights: Weights, x: Tree, around: Weights | None = None) -> Tree:
         """The learner's outputs under these weights; batch norm uses the statistics of `x`."""
-        if self.compute_dtype is None:
-            return functional_call(self.learner, weights, (x,))
-        narrow = {
-            name: w if name in self._statistics else w.to(self.compute_dtype) for name, w in weights.items()
-        }
-        x = x.to(self.compute_dtype) if x.is_floating_point() else x
-        return functional_call(self.learner, narrow, (x,)).to(next(iter(weights.values())).dtype)
+        return self._call(self.learner, weights, x, around or {})
+
+    def _call(
+        self, module: nn.Module, weights: Weights, x: Tree, around: Weights, after: Weights | None = None
+    ) -> Tree:
+        """The module's outputs; the buffers that the pass has changed are put into `after`."""
+        kind = next(iter(weights.values())).dtype
+        if self.compute_dtype is not None:
+            narrow = {n: w if n in self._statistics else w.to(self.compute_dtype) for n, w in weights.items()}
+            weights, x = narrow, _in_type(x, self.compute_dtype)
+        # of its own: a pass may change them in place
+        buffers = {name: around[BUFFER + name].clone() for name in self._buffers if BUFFER + name in around}
+        with Elementary(around.get("keys")), _read_buffers(module, buffers, after):
+            outputs = functional_call(module, weights | buffers, *arguments_of(x))
+        return outputs if self.compute_dtype is None else _in_type(outputs, kind)
 
     def query_outputs(
-        self, weights: Weights, query_x: Tensor, support_x: Tensor, normalisation: str
-    ) -> Tensor:
+        self,
+        weights: Weights,
+        query_x: Tree,
+        support_x: Tree,
+        normalisation: str,
+        around: Weights | None = None,
+    ) -> Tree:
         """Outputs on a query set; "inductive": with the support set's statistics under these weights."""
         if normalisation != "inductive":
-            return self.forward(weights, query_x)
-        shots = len(support_x)
+            return self.forward(weights, query_x, around)
+        shots = len(first_tensor(support_x))
         with statistics_from_first(shots, self.learner):
-            return self.forward(weights, torch.cat([support_x, query_x]))[shots:]
+            outputs = self.forward(weights, joined([support_x, query_x]), around)
+        return tree_map(lambda part: part[shots:], outputs)
 
-    def support_loss(self, fast: Weights, shared: Weights, x: Tensor, y: Tensor) -> Tensor:
-        return self.loss(self.forward(fast | shared, x), y)
+    def support_loss(
+        self,
+        fast: Weights,
+        shared: Weights,
+        x: Tree,
+        y: Tree,
+        around: Weights | None = None,
+        after: Weights | None = None,
+    ) -> Tensor:
+        return self.loss(self._call(self.learner, fast | shared, x, around or {}, after), y)
 
     def query_loss(
-        self, fast: Weights, shared: Weights, *task: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, Weights]]:
+        self,
+        fast: Weights,
+        shared: Weights,
+        support_x: Tree,
+        support_y: Tree,
+        query_x: Tree,
+        query_y: Tree,
+        around: Weights | None = None,
+    ) -> tuple[Tensor, tuple[Tree, Weights]]:
         """Loss on one task's query set under adapted weights; outputs, and statistics where recorded."""
-        support_x, _, query_x, query_y, *_ = task
         with self._recorded() as statistics:
-            outputs = self.query_outputs(fast | shared, query_x, support_x, self.normalisation)
+            outputs = self.query_outputs(fast | shared, query_x, support_x, self.normalisation, around)
         return self.loss(outputs, query_y), (outputs, statistics or {})
 
     def _recorded(self) -> Any:
         return recorded_statistics(self.learner) if self._statistics else nullcontext()
 
+    def predicting(self) -> Any:
+        """Within it the learner predicts, as `nn.Module.eval` has it: dropout drops nothing."""
+        return _not_training(self.learner)
+
+    def buffers_of(self, tasks: int) -> Weights:
+        """The buffers that the learner changes, for each of so many tasks, among their extras."""
+        return {BUFFER + name: b.expand(tasks, *b.shape) for name, b in self._buffers.items()}
+
     # ---- the loop ---------------------------------------------------------------------------
 
-    def start(self, parameters: Weights) -> InnerState:
-        """The state before the first step; a context begins at zero."""
+    @property
+    def starts_apart(self) -> bool:
+        """Whether tasks have weights of their own before the first step."""
+        return self.head_init == "prototype"
+
+    def start(
+        self,
+        parameters: Weights,
+        support_x: Tree | None = None,
+        support_y: Tree | None = None,
+        extras: Weights | None = None,
+    ) -> InnerState:
+        """The state before the first step. A context begins at zero, as does a "zero" head; a "prototype"
+        head begins as the classifier by distance to the means of the task's classes, and needs its support
+        set."""
         fast = {name: parameters[name] for name in parameters if name in self.adapted}
         context = {n: torch.zeros_like(w) for n, w in self._contexts.items() if n in self.adapted}
-        return self.optimizer.start(fast | context)
+        if self.head_init == "prototype":
+            head = self._prototypes(parameters, support_x, support_y, pass_around(extras, "prototypes"))
+        else:
+            head = {name: torch.zeros_like(w) for name, w in self._head_weights.items()}
+        return self.optimizer.start(fast | context | head)
+
+    def _prototypes(self, parameters: Weights, x: Tree, y: Any, around: Weights) -> Weights:
+        """Triantafillou et al. (2020): a class with mean embedding c has weights 2 c and bias -|c|^2, so
+        that logits are minus the squared distances, but for what is the same for all classes."""
+        weights = {name: w for name, w in parameters.items() if not name.startswith(RATE)}
+        weights |= self.shared_at(parameters, 0).weights
+        embeddings = self._call(self._body, weights, x, around)
+        weight, bias = _of_layer(self._head)
+        ways = len(self._head_weights[weight])
+        of_class = (y[:, None] == torch.arange(ways, device=y.device)).to(embeddings.dtype)
+        means = (of_class.mT @ embeddings) / of_class.sum(0)[:, None]
+        return {weight: 2 * means, bias: -(means * means).sum(1)}
 
     def shared_at(self, parameters: Weights, step: int, statistics: Weights | None = None) -> Shared:
         """What the tasks share in the inner step of that number, from 0; running statistics join the
@@ -210,58 +305,88 @@ class InnerLoop:
         """The same for the query after that many steps: that of the last one, or of the first to come."""
         return self.shared_at(parameters, max(steps - 1, 0), statistics)
 
-    def inner_step(self, state: InnerState, shared: Shared, x: Tensor, y: Tensor) -> Step:
+    def inner_step(
+        self, state: InnerState, shared: Shared, x: Tree, y: Tree, around: Weights | None = None
+    ) -> Step:
         """A step along the gradient of the support loss, which `first_order` takes for a constant."""
         fast, weights = state.fast, shared.weights
         if self.first_order:
             fast, weights = _detached(fast), _detached(weights)
 
-        def loss(fast: Weights) -> tuple[Tensor, Weights]:
+        def loss(fast: Weights) -> tuple[Tensor, tuple[Weights, Weights]]:
+            after: Weights = {}
             with self._recorded() as statistics:
-                value = self.support_loss(fast, weights, x, y)
-            return value, statistics or {}
+                value = self.support_loss(fast, weights, x, y, around, after)
+            return value, (statistics or {}, after)
 
-        gradients, statistics = grad(loss, has_aux=True)(fast)
+        gradients, (statistics, buffers) = grad(loss, has_aux=True)(fast)
         state = self.optimizer.update(state, gradients, shared.rates, shared.anchor)
-        return Step(state, gradients, statistics)
+        return Step(state, gradients, statistics, buffers)
 
     def trajectory(
         self,
         parameters: Weights,
-        support_x: Tensor,
-        support_y: Tensor,
-        order: Tensor | None = None,
+        support_x: Tree,
+        support_y: Tree,
+        extras: Weights | None = None,
         *,
         steps: int,
         statistics: Weights | None = None,
-    ) -> Iterator[Weights]:
-        """The task's weights after 0, 1, ... `steps` inner steps, as its query is to use them."""
-        state = self.start(parameters)
-        yield state.fast | self.shared_by_query(parameters, 0, statistics).weights
+    ) -> Iterator[tuple[Weights, Weights]]:
+        """The task's weights after 0, 1, ... `steps` inner steps, as its query is to use them, and what
+        surrounds the query's pass."""
+        extras = dict(extras or {})
+        state = self.start(parameters, support_x, support_y, extras)
+        weights = state.fast | self.shared_by_query(parameters, 0, statistics).weights
+        yield weights, pass_around(extras, "query")
         for step in range(steps):
             shared = self.shared_at(parameters, step, statistics)
-            state = self.inner_step(state, shared, *minibatch(support_x, support_y, order, step)).state
-            yield state.fast | shared.weights
+            examples = minibatch(support_x, support_y, extras.get("order"), step)
+            taken = self.inner_step(state, shared, *examples, pass_around(extras, "support", step))
+            state = taken.state
+            extras |= taken.buffers
+            yield state.fast | shared.weights, pass_around(extras, "query", step + 1)
 
-    def adapt(self, parameters: Weights, support_x: Tensor, support_y: Tensor, steps: int) -> Weights:
+    def adapt(
+        self,
+        parameters: Weights,
+        support_x: Tree,
+        support_y: Tree,
+        steps: int,
+        extras: Weights | None = None,
+    ) -> Weights:
         """The weights adapted to one task: `support_x` is `[examples, ...]`."""
-        *_, adapted = self.trajectory(parameters, support_x, support_y, steps=steps)
+        *_, (adapted, _) = self.trajectory(parameters, support_x, support_y, extras, steps=steps)
         return adapted
 
-    def objective(self, parameters: Weights, schedule: Weights, *task: Tensor) -> tuple[Tensor, Passed]:
+    def objective(
+        self,
+        parameters: Weights,
+        schedule: Weights,
+        support_x: Tree,
+        support_y: Tree,
+        query_x: Tree,
+        query_y: Tree,
+        extras: Weights | None = None,
+    ) -> tuple[Tensor, Passed]:
         """What meta-training minimises, of one task: the query loss after the last inner step or, with
         `schedule["step_weights"]` `[steps]`, a weighted sum of those after each (Antoniou et al. 2019)."""
-        support_x, support_y, _, _, order = *task[:4], task[4] if len(task) > 4 else None
-        state = self.start(parameters)
+        extras = dict(extras or {})
+        state = self.start(parameters, support_x, support_y, extras)
         weights = schedule.get("step_weights")
         losses, seen = [], []
         for step in range(self.steps):
             shared = self.shared_at(parameters, step)
-            taken = self.inner_step(state, shared, *minibatch(support_x, support_y, order, step))
+            examples = minibatch(support_x, support_y, extras.get("order"), step)
+            taken = self.inner_step(state, shared, *examples, pass_around(extras, "support", step))
             state = taken.state
+            extras |= taken.buffers
             of_query: Weights = {}
             if weights is not None or step == self.steps - 1:
-                loss, (outputs, of_query) = self.query_loss(state.fast, shared.weights, *task)
+                loss, (outputs, of_query) = self.query_loss(
+                    state.fast, shared.weights, support_x, support_y, query_x, query_y,
+                    pass_around(extras, "query", step + 1),
+                )  # fmt: skip
                 losses.append(loss)
             seen.append(mean_of_both(taken.statistics, of_query))
         total = losses[-1] if weights is None else (weights * torch.stack(losses)).sum()
@@ -270,28 +395,105 @@ class InnerLoop:
     # ---- derivatives of one step ------------------------------------------------------------
 
     def query_gradient(
-        self, fast: Weights, shared: Weights, *task: Tensor
-    ) -> tuple[tuple[Weights, Weights], tuple[Tensor, Tensor, Weights]]:
+        self, fast: Weights, shared: Weights, *task: Any
+    ) -> tuple[tuple[Weights, Weights], tuple[Tensor, Tree, Weights]]:
         """Of the query loss, in adapted and in shared weights; the loss, the outputs, the statistics."""
 
-        def loss(fast: Weights, shared: Weights) -> tuple[Tensor, tuple[Tensor, Tensor, Weights]]:
+        def loss(fast: Weights, shared: Weights) -> tuple[Tensor, tuple[Tensor, Tree, Weights]]:
             value, (outputs, statistics) = self.query_loss(fast, shared, *task)
             return value, (value, outputs, statistics)
 
         return grad(loss, (0, 1), has_aux=True)(fast, shared)
 
-    def slope(self, fast: Weights, shared: Weights, v: Weights, x: Tensor, y: Tensor) -> Tensor:
+    def slope(self, fast: Weights, shared: Weights, v: Weights, x: Tree, y: Tree, around: Weights) -> Tensor:
         """The derivative of the support loss when the fast weights move along `v`."""
-        return jvp(lambda fast: self.support_loss(fast, shared, x, y), (fast,), (v,))[1]
+        return jvp(lambda fast: self.support_loss(fast, shared, x, y, around), (fast,), (v,))[1]
 
     def running(self) -> Any:
         """Within it, batch norm normalises with the statistics that come with the weights."""
         return given_statistics(self.learner)
 
 
-def minibatch(x: Tensor, y: Tensor, order: Tensor | None = None, step: int = 0) -> tuple[Tensor, Tensor]:
+def minibatch(x: Tree, y: Tree, order: Tensor | None = None, step: int = 0) -> tuple[Tree, Tree]:
     """The examples of one inner step of one task: all, or those that `order` `[steps, batch]` names."""
-    return (x, y) if order is None else (x[order[step]], y[order[step]])
+    if order is None:
+        return x, y
+    chosen = order[step]
+    return tree_map(lambda t: t[chosen], x), tree_map(lambda t: t[chosen], y)
+
+
+def pass_around(extras: Weights | None, purpose: str, step: int = 0) -> Weights:
+    """Of a task's extras, or of several tasks', what a forward pass needs: keys for this pass alone, and
+    the buffers."""
+    extras = extras or {}
+    around = {name: tensor for name, tensor in extras.items() if name.startswith(BUFFER)}
+    if "keys" in extras:
+        stream = Stream(*extras["keys"].unbind(-1)).at(purpose).at(step)
+        around["keys"] = torch.stack([stream.key_1, stream.key_2], -1)  # type: ignore[list-item]
+    return around
+
+
+def _of_layer(layer: str) -> tuple[str, str]:
+    """Names of a linear layer's weight and bias."""
+    prefix = f"{layer}." if layer else ""
+    return f"{prefix}weight", f"{prefix}bias"
+
+
+def _in_type(tree: Tree, dtype: torch.dtype) -> Tree:
+    return tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, tree)
+
+
+@contextmanager
+def _not_training(module: nn.Module) -> Iterator[None]:
+    training = [layer for layer in module.modules() if layer.training]
+    for layer in training:
+        layer.training = False
+    try:
+        yield
+    finally:
+        for layer in training:
+            layer.training = True
+
+
+@contextmanager
+def _read_buffers(module: nn.Module, names: Iterable[str], after: Weights | None) -> Iterator[None]:
+    """Puts the buffers of these names, as they are when the module's forward ends, into `after`."""
+    if after is None or not names:
+        yield
+        return
+
+    def read(*_: Any) -> None:
+        now = dict(module.named_buffers())
+        after.update({BUFFER + name: now[name].detach() for name in names})
+
+    handle = module.register_forward_hook(read)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def changing_buffers(learner: nn.Module, example: Tree | None) -> Weights:
+    """The buffers that a forward pass changes, of all layers but batch norm's.
+
+    A pass on `example`, one task's inputs, shows which; without one, all may.
+    """
+    norms = fresh_statistics(learner)
+    found = {name: b.detach().clone() for name, b in learner.named_buffers() if name not in norms}
+    if not found or example is None:
+        return found
+    probe = copy.deepcopy(learner)
+    before = {name: (buffer, buffer._version) for name, buffer in probe.named_buffers()}
+    keys = torch.zeros(2, dtype=torch.int64, device=first_tensor(example).device)
+    positional, named = arguments_of(example)
+    with torch.no_grad(), Elementary(keys):
+        probe(*positional, **named)
+    now = dict(probe.named_buffers())
+    return {
+        name: buffer
+        for name, buffer in found.items()
+        if now[name] is not before[name][0] or now[name]._version != before[name][1]
+    }
 
 
 def mean_of_both(of_support: Weights, of_query: Weights) -> Weights:

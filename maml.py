@@ -12,6 +12,7 @@ predictions out; no flags, files, datasets or logging. The inner loop is written
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -19,19 +20,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
+from torch.func import functional_call
 
 from choices import ENGINES, META_GRADIENTS, check_choice
+from elementary import Elementary
 from inner_loop import InnerLoop, Loss
 from meta_gradients import Accelerate, Adjoint, Implicit, Joint, Reptile, Unrolled
 from optimizers import InnerOptimizer, Weights
-from tasks import TaskBatch
+from tasks import TaskBatch, Tree, arguments_of, first_tensor, joined, stacked_trees, tree_map
 
 
 class MetaGradient(NamedTuple):
     gradients: Weights  # of the objective's mean over tasks, by meta-parameter
     losses: Tensor  # [tasks], query loss after the last inner step
-    outputs: Tensor  # [tasks, query examples, ...], the learner's outputs behind it
+    outputs: Tree  # [tasks, query examples, ...], the learner's outputs behind it
     statistics: Weights  # [steps, 2, channels] by layer: what per-step batch norm has seen, mean over tasks
 
 
@@ -45,14 +47,19 @@ class MAML(InnerLoop):
 
     Arguments:
         learner: any `nn.Module` that maps `[examples, ...]` to outputs; it is copied, not changed.
-            PyTorch's batch norm layers in it normalise with the batch at hand (see normalisation.py).
+            PyTorch's batch norm layers in it normalise with the batch at hand (see normalisation.py);
+            recurrent layers, attention and dropout are carried out as elementary.py has them. Several inputs
+            are a tuple, or a dictionary by name. Parameters that require no gradient stay as they are.
         loss: maps (outputs, targets) of one task to a scalar; a mean over examples.
         inner_lr: learning rate of the inner loop, on that loss; where rates are learned, their start.
         steps: inner gradient steps while meta-training.
-        adapt: which parameters the inner loop adapts: "all" (MAML), "head" (ANIL), "body" (BOIL), or a
+        fast_weights: which parameters the inner loop adapts: "all" (MAML), "head" (ANIL), "body" (BOIL), or a
             "context" vector (CAVIA; the learner has one from `partition.add_context`).
         head: the head's modules or parameters by name, with commas between; None: by rule
             (`partition.head_names`).
+        head_init: the head before the first step: "learned"; "zero"; or from the support set, by the means of
+            its classes: "prototype" (Proto-MAML, Triantafillou et al. 2020). The latter two are no
+            meta-parameters, so that the weights serve any number of classes; they ask for a linear head.
         inner_rates: "fixed"; "layer-step": one learned rate for each weight tensor and step (MAML++);
             "element": one for each element (Meta-SGD).
         inner_lr_max: learned rates begin uniformly between `inner_lr` and this; None: all at `inner_lr`.
@@ -75,6 +82,9 @@ class MAML(InnerLoop):
             losses, gradients and fast weights stay in the meta-parameters' type); None: theirs.
         tasks_at_once: bounds memory: tasks are taken in chunks of that size. The result is the same
             to rounding.
+        example: one task's inputs `[examples, ...]`, on which a pass shows which buffers the learner changes;
+            only for learners with buffers, which are all copied for each task without.
+        vectorised: run tasks at once by `vmap`; else one after another, for learners that cannot be.
         accelerate: makes a faster function of each vectorised function of tensors that the
             meta-gradient is made of (see compiler.py).
 
@@ -89,8 +99,9 @@ class MAML(InnerLoop):
         *,
         inner_lr: float,
         steps: int = 1,
-        adapt: str = "all",
+        fast_weights: str = "all",
         head: str | None = None,
+        head_init: str = "learned",
         inner_rates: str = "fixed",
         inner_lr_max: float | None = None,
         meta_gradient: str = "exact",
@@ -105,6 +116,8 @@ class MAML(InnerLoop):
         convolution: str = "grouped",
         compute_dtype: torch.dtype | None = None,
         tasks_at_once: int | None = None,
+        example: Tree | None = None,
+        vectorised: bool = True,
         accelerate: Accelerate = as_it_is,
     ) -> None:
         self._options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -120,8 +133,9 @@ class MAML(InnerLoop):
             loss,
             replace(optimizer, lr=inner_lr) if optimizer else InnerOptimizer(inner_lr),
             steps=steps,
-            adapt=adapt,
+            fast_weights=fast_weights,
             head=head,
+            head_init=head_init,
             inner_rates=inner_rates,
             inner_lr_max=inner_lr_max,
             first_order=first_order or meta_gradient == "first-order",
@@ -130,7 +144,13 @@ class MAML(InnerLoop):
             adapt_norm=adapt_norm,
             convolution=convolution,
             compute_dtype=compute_dtype,
+            example=example,
+            vectorised=vectorised,
         )
+        if meta_gradient == "joint" and head_init != "learned":
+            raise ValueError(
+                f"head_init {head_init!r}: without an inner loop the head would never be adapted"
+            )
         self.tasks_at_once = tasks_at_once
         self.way: Callable[..., Any]
         if meta_gradient == "implicit":
@@ -144,12 +164,23 @@ class MAML(InnerLoop):
 
     def training_examples(self, batch: TaskBatch) -> int:
         """Examples of a task that the inner loop learns from while meta-training."""
-        queries = batch.query_x.shape[1] if isinstance(self.way, Reptile) else 0
-        return batch.support_x.shape[1] + queries
+        queries = first_tensor(batch.query_x).shape[1] if isinstance(self.way, Reptile) else 0
+        return first_tensor(batch.support_x).shape[1] + queries
 
     def with_options(self, **changes: Any) -> MAML:
         """The same with other arguments."""
         return MAML(**self._options | changes)
+
+    def draws(self, x: Tree) -> bool:
+        """Whether the learner draws random numbers while it trains, as dropout does: then it needs keys."""
+        keys = torch.zeros(2, dtype=torch.int64, device=first_tensor(x).device)
+        weights = self.initial_parameters() | self._contexts | self._head_weights
+        own = {name: w for name, w in weights.items() if name in dict(self.learner.named_parameters())}
+        for name in self.per_step:
+            own[name] = own[name][0]
+        with torch.no_grad(), Elementary(keys) as counted:
+            functional_call(copy.deepcopy(self.learner), own, *arguments_of(x))
+        return counted.draws > 0
 
     def meta_gradient(
         self,
@@ -157,6 +188,7 @@ class MAML(InnerLoop):
         batch: TaskBatch,
         *,
         order: Tensor | None = None,
+        keys: Tensor | None = None,
         step_weights: Tensor | None = None,
     ) -> MetaGradient:
         """The gradient of the objective, averaged over tasks, in the meta-parameters.
@@ -164,18 +196,18 @@ class MAML(InnerLoop):
         Arguments:
             order: the examples of the minibatch of each inner step, int64 `[tasks, steps, batch]`, as
                 positions in the support set (Reptile: in support and query together); None: all of them.
+            keys: of the learner's random numbers, 32-bit words in int64 `[tasks, 2]`; each task, step and
+                pass draws other ones. Only for learners that draw.
             step_weights: `[steps]`, of the query losses after each inner step; None: the last alone counts.
         """
         schedule = {} if step_weights is None else {"step_weights": step_weights}
-        parts = [
-            self.way(parameters, schedule, *chunk) for chunk in _chunks(batch, order, self.tasks_at_once)
-        ]
-        tasks = len(batch.support_x)
+        parts = [self.way(parameters, schedule, *chunk) for chunk in self._chunks(batch, order, keys)]
+        tasks = _tasks(batch)
         sums, losses, outputs, statistics = zip(*parts, strict=True)
         return MetaGradient(
             {name: sum(part[name] for part in sums) / tasks for name in parameters},
             torch.cat(losses),
-            torch.cat(outputs),
+            joined(list(outputs)),
             {name: sum(part[name] for part in statistics) / tasks for name in statistics[0]},
         )
 
@@ -188,36 +220,54 @@ class MAML(InnerLoop):
         normalisations: tuple[str, ...] = ("transductive",),
         *,
         order: Tensor | None = None,
+        keys: Tensor | None = None,
         statistics: Weights | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Tree]:
         """Outputs on the query sets after 0, 1, ... `steps` inner steps.
 
         For each of the `normalisations`: `[tasks, steps + 1, query examples, ...]`. The inner loop is the
         same for "transductive" and "inductive"; with "per-step" it uses the running `statistics`
-        `[trained steps, 2, channels]` in support and query passes. `order` as in `meta_gradient`.
+        `[trained steps, 2, channels]` in support and query passes. The inner loop trains, and the query is
+        predicted, as `nn.Module.train` and `eval` have it: dropout drops nothing in the query. `order` and
+        `keys` as in `meta_gradient`.
         """
 
-        def per_step(support_x: Tensor, support_y: Tensor, query_x: Tensor, *order: Tensor) -> Any:
-            outputs: dict[str, list[Tensor]] = {name: [] for name in normalisations}
-            task = support_x, support_y, *order
+        def per_step(
+            support_x: Tree, support_y: Tree, query_x: Tree, query_y: Tree, extras: Weights
+        ) -> dict[str, Tree]:
+            outputs: dict[str, list[Tree]] = {name: [] for name in normalisations}
             for running in (False, True):
                 names = [name for name in normalisations if (name == "per-step") == running]
                 if not names:
                     continue
                 given = statistics if running else None
                 with self.running() if running else nullcontext():
-                    for weights in self.trajectory(parameters, *task, steps=steps, statistics=given):
+                    for weights, around in self.trajectory(
+                        parameters, support_x, support_y, extras, steps=steps, statistics=given
+                    ):
                         for name in names:
-                            outputs[name].append(self.query_outputs(weights, query_x, support_x, name))
-            return {name: torch.stack(steps) for name, steps in outputs.items()}
+                            with self.predicting():
+                                found = self.query_outputs(weights, query_x, support_x, name, around)
+                            outputs[name].append(found)
+            return {name: stacked_trees(found) for name, found in outputs.items()}
 
-        parts = [
-            vmap(per_step)(*chunk[:3], *chunk[4:]) for chunk in _chunks(batch, order, self.tasks_at_once)
+        of_tasks = self.over_tasks(per_step)
+        parts = [of_tasks(*chunk) for chunk in self._chunks(batch, order, keys)]
+        return {name: joined([part[name] for part in parts]) for name in normalisations}
+
+    def _chunks(self, batch: TaskBatch, order: Tensor | None, keys: Tensor | None) -> list[tuple[Any, ...]]:
+        """The tensors of at most `tasks_at_once` tasks at a time, and these tasks' extras."""
+        tasks = _tasks(batch)
+        extras = self.buffers_of(tasks)
+        extras |= {name: t for name, t in (("order", order), ("keys", keys)) if t is not None}
+        size = self.tasks_at_once or tasks
+        if size >= tasks:
+            return [(*batch, extras)]
+        return [
+            tree_map(lambda t, first=first: t[first : first + size], (*batch, extras))
+            for first in range(0, tasks, size)
         ]
-        return {name: torch.cat([part[name] for part in parts]) for name in normalisations}
 
 
-def _chunks(batch: TaskBatch, order: Tensor | None, size: int | None) -> list[tuple[Tensor, ...]]:
-    """The tensors of at most `size` tasks at a time, their order of examples behind them where given."""
-    tensors = batch if order is None else (*batch, order)
-    return list(zip(*(tensor.split(size or len(tensor)) for tensor in tensors), strict=True))
+def _tasks(batch: TaskBatch) -> int:
+    return len(first_tensor(batch.support_x))

@@ -1,7 +1,8 @@
 """Ways to the meta-gradient: functions of meta-parameters and a chunk of tasks, all tasks at once.
 
-Each takes `(parameters, schedule, task tensors)` and gives sums over the tasks of the chunk. The functions
-that they are made of are vectorised, and go through `accelerate` one by one.
+Each takes `(parameters, schedule, task)`, the task being the four tensors of a `TaskBatch` and the tasks'
+extras (see inner_loop.py), and gives sums over the tasks of the chunk. The functions that they are made of
+are vectorised, and go through `accelerate` one by one.
 
     Unrolled   exact or first order; differentiates through the whole inner loop
     Adjoint    the same numbers; walks back through the inner loop, one step in memory at a time
@@ -17,14 +18,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import grad, vjp, vmap
+from torch.func import grad, vjp
 
-from inner_loop import InnerLoop, Shared, mean_of_both, minibatch, stacked
+from inner_loop import InnerLoop, Shared, mean_of_both, minibatch, pass_around, stacked
 from optimizers import InnerState, Weights
+from tasks import Tree, first_tensor, tree_map
 
 Accelerate = Callable[..., Callable[..., Any]]  # of a function, and Inductor's options for it
 
 PER_TASK, SAME = 0, None  # axes for vmap
+TASK = 5 * [PER_TASK]  # of support, query and extras
 
 
 class Sums(NamedTuple):
@@ -32,7 +35,7 @@ class Sums(NamedTuple):
 
     gradients: Weights  # by meta-parameter, summed over tasks
     losses: Tensor  # [tasks], query loss after the last inner step
-    outputs: Tensor  # [tasks, query examples, ...]
+    outputs: Tree  # [tasks, query examples, ...]
     statistics: Weights  # [steps, 2, channels] by layer, summed over tasks; empty where not recorded
 
 
@@ -43,37 +46,49 @@ class Unrolled:
         self.loop = loop
         self.gradient = accelerate(self._gradient)
 
-    def __call__(self, parameters: Weights, schedule: Weights, *task: Tensor) -> Sums:
+    def __call__(self, parameters: Weights, schedule: Weights, *task: Any) -> Sums:
         return Sums(*self.gradient(parameters, schedule, *task))
 
-    def _gradient(self, parameters: Weights, schedule: Weights, *task: Tensor) -> tuple[Any, ...]:
+    def _gradient(self, parameters: Weights, schedule: Weights, *task: Any) -> tuple[Any, ...]:
         leaves = {name: w.detach().requires_grad_() for name, w in parameters.items()}
-        totals, passed = vmap(lambda *one: self.loop.objective(leaves, schedule, *one))(*task)
+        totals, passed = self.loop.over_tasks(lambda *one: self.loop.objective(leaves, schedule, *one))(*task)
         gradients = torch.autograd.grad(totals.sum(), list(leaves.values()), materialize_grads=True)
         named = dict(zip(leaves, gradients, strict=True))
-        return named, passed.loss.detach(), passed.outputs.detach(), _sum_over_tasks(passed.statistics)
+        outputs = tree_map(Tensor.detach, passed.outputs)
+        return named, passed.loss.detach(), outputs, _sum_over_tasks(passed.statistics)
 
 
 class InnerSteps:
     """The inner loop of all tasks, a step at a time.
 
-    Before the first step all tasks have the same weights: that step, and what is derived from it, has
-    functions of its own, in which they are shared.
+    Before the first step all tasks have the same weights, unless they start apart: that step, and what is
+    derived from it, has functions of its own, in which they are shared.
     """
 
     def __init__(self, loop: InnerLoop, accelerate: Accelerate) -> None:
         self.loop = loop
         optimizer = loop.optimizer
         self.keeps_gradients = not optimizer.linear or loop.inner_rates != "fixed"
-        self.first = accelerate(vmap(self._step, (SAME, SAME, PER_TASK, PER_TASK)))
-        self.next = accelerate(vmap(self._step, (PER_TASK, SAME, PER_TASK, PER_TASK)))
+        self.first = accelerate(loop.over_tasks(self._step, (SAME, SAME, PER_TASK, PER_TASK, PER_TASK)))
+        self.next = accelerate(loop.over_tasks(self._step, (PER_TASK, SAME, PER_TASK, PER_TASK, PER_TASK)))
 
-    def _step(self, *arguments: Any) -> tuple[InnerState, Weights, Weights]:
-        state, gradients, statistics = self.loop.inner_step(*arguments)
-        return state, gradients if self.keeps_gradients else {}, statistics
+    def _step(self, *arguments: Any) -> tuple[InnerState, Weights, Weights, Weights]:
+        state, gradients, statistics, buffers = self.loop.inner_step(*arguments)
+        return state, gradients if self.keeps_gradients else {}, statistics, buffers
 
-    def take(self, step: int, *arguments: Any) -> tuple[InnerState, Weights, Weights]:
-        return (self.next if step else self.first)(*arguments)
+    def start(self, parameters: Weights, task: tuple[Any, ...]) -> InnerState:
+        """The state of all tasks, or of each, before the first step."""
+        if not self.loop.starts_apart:
+            return self.loop.start(parameters)
+        of_task = self.loop.over_tasks(self.loop.start, (SAME, PER_TASK, PER_TASK, PER_TASK))
+        return of_task(parameters, task[0], task[1], task[4])
+
+    def apart(self, step: int) -> bool:
+        """Whether tasks have weights of their own before that step."""
+        return step > 0 or self.loop.starts_apart
+
+    def take(self, step: int, *arguments: Any) -> tuple[InnerState, Weights, Weights, Weights]:
+        return (self.next if self.apart(step) else self.first)(*arguments)
 
 
 class Adjoint:
@@ -89,22 +104,23 @@ class Adjoint:
     def __init__(self, loop: InnerLoop, accelerate: Accelerate) -> None:
         self.loop = loop
         self.steps = InnerSteps(loop, accelerate)
-        self.query = accelerate(vmap(loop.query_gradient, (PER_TASK, SAME, *4 * [PER_TASK])))
+        self.query = accelerate(loop.over_tasks(loop.query_gradient, (PER_TASK, SAME, *TASK)))
         self.back_in_next = accelerate(self._back(PER_TASK))
         self.back_in_first = accelerate(self._back(SAME))
 
     @torch.no_grad()
-    def __call__(self, parameters: Weights, schedule: Weights, *task: Tensor) -> Sums:
+    def __call__(self, parameters: Weights, schedule: Weights, *task: Any) -> Sums:
         loop, weights = self.loop, schedule.get("step_weights")
-        (start, shared), pull, *_ = vjp(self._prepared, parameters)
+        (start, shared), pull, *_ = vjp(lambda parameters: self._prepared(parameters, task), parameters)
         state, seen = start, []
         path: list[Any] = []  # the state before each step, where it is looked at again
         looks_back = weights is not None or not self.passes_through
         for step in range(loop.steps):
-            examples = _minibatches(task, step)
+            examples = _minibatches(loop, task, step)
             before = state if looks_back else None
-            state, gradients, statistics = self.steps.take(step, state, shared[step], *examples)
-            path.append((before, gradients, examples))
+            state, gradients, statistics, buffers = self.steps.take(step, state, shared[step], *examples)
+            task = _with_buffers(task, buffers)
+            path.append((before, gradients, examples, _query_of(task, step + 1)))
             seen.append(statistics)
 
         of_shared: list[Shared] = []
@@ -112,8 +128,9 @@ class Adjoint:
         for step in reversed(range(loop.steps)):
             last = step == loop.steps - 1
             direct: Weights = {}
+            *before_step, query = path.pop()
             if last or weights is not None:
-                (v, u), found = self.query(state.fast, shared[step].weights, *task[:4])
+                (v, u), found = self.query(state.fast, shared[step].weights, *query)
                 if last:
                     losses, outputs, _ = found
                 seen[step] = mean_of_both(seen[step], found[2])
@@ -123,11 +140,12 @@ class Adjoint:
                 cotangent = _with(cotangent, v, state)
                 direct = u
             assert cotangent is not None
-            state, gradients, examples = path.pop()
-            back = self.back_in_next if step else self.back_in_first
+            state, gradients, examples = before_step
+            apart = self.steps.apart(step)
+            back = self.back_in_next if apart else self.back_in_first
             if self.passes_through:
                 of = Shared({n: torch.zeros_like(w) for n, w in shared[step].weights.items()}, {}, {})
-                cotangent = cotangent if step else InnerState(_sum_over_tasks(cotangent.fast), {})
+                cotangent = cotangent if apart else InnerState(_sum_over_tasks(cotangent.fast), {})
             else:
                 cotangent, of = back(state, shared[step], gradients, cotangent, *examples)
             of_shared.append(of._replace(weights=_plus(of.weights, direct)))
@@ -140,9 +158,10 @@ class Adjoint:
         """Whether a step back changes nothing: first order, and w - lr * gradient."""
         return self.loop.first_order and self.loop.optimizer.plain and self.loop.inner_rates == "fixed"
 
-    def _prepared(self, parameters: Weights) -> tuple[InnerState, list[Shared]]:
+    def _prepared(self, parameters: Weights, task: tuple[Any, ...]) -> tuple[InnerState, list[Shared]]:
         loop = self.loop
-        return loop.start(parameters), [loop.shared_at(parameters, step) for step in range(loop.steps)]
+        shared = [loop.shared_at(parameters, step) for step in range(loop.steps)]
+        return self.steps.start(parameters, task), shared
 
     def _back(self, axis: int | None) -> Callable[..., tuple[InnerState, Shared]]:
         """Cotangents of the state before a step, and of what is shared, from those of the state after.
@@ -157,11 +176,11 @@ class Adjoint:
             return vjp(update, state, gradients, shared.rates, shared.anchor)[1](cotangent)
 
         def back(
-            state: InnerState, shared: Shared, gradients: Weights, cotangent: InnerState, *examples: Tensor
+            state: InnerState, shared: Shared, gradients: Weights, cotangent: InnerState, *examples: Any
         ) -> tuple[InnerState, Shared]:
             at = gradients or cotangent.fast  # of a linear function: any place will do
             axes = (axis, PER_TASK, SAME, PER_TASK)
-            of_state, c, *of_others = vmap(of_update, axes)(state, at, shared, cotangent)
+            of_state, c, *of_others = self.loop.over_tasks(of_update, axes)(state, at, shared, cotangent)
             of_rates, of_anchor = map(_sum_over_tasks, of_others)
             if axis is SAME:
                 of_state = InnerState(*_tree_sum_over_tasks(of_state))
@@ -182,10 +201,10 @@ def _gradient_of_slopes(loop: InnerLoop, axis: int | None) -> Callable[..., tupl
     Tasks do not touch each other's fast weights, so that the sum keeps their gradients apart; what
     they share receives the sum, and the summing over tasks is left to the matrix products.
     """
-    slopes = vmap(loop.slope, (axis, SAME, PER_TASK, PER_TASK, PER_TASK))
+    slopes = loop.over_tasks(loop.slope, (axis, SAME, PER_TASK, PER_TASK, PER_TASK, PER_TASK))
 
-    def total(fast: Weights, shared: Weights, v: Weights, x: Tensor, y: Tensor) -> Tensor:
-        return slopes(fast, shared, v, x, y).sum()
+    def total(fast: Weights, shared: Weights, v: Weights, x: Tree, y: Tree, around: Weights) -> Tensor:
+        return slopes(fast, shared, v, x, y, around).sum()
 
     return grad(total, (0, 1))
 
@@ -206,29 +225,32 @@ class Implicit:
     def __init__(self, loop: InnerLoop, accelerate: Accelerate, *, cg_steps: int, damping: float) -> None:
         self.loop = loop
         self.steps = InnerSteps(loop, accelerate)
-        self.query = accelerate(vmap(loop.query_gradient, (PER_TASK, SAME, *4 * [PER_TASK])))
+        self.query = accelerate(loop.over_tasks(loop.query_gradient, (PER_TASK, SAME, *TASK)))
         self.slopes = accelerate(_gradient_of_slopes(loop, PER_TASK))
         self.cg_steps = cg_steps
         self.damping = damping
 
     @torch.no_grad()
-    def __call__(self, parameters: Weights, schedule: Weights, *task: Tensor) -> Sums:
+    def __call__(self, parameters: Weights, schedule: Weights, *task: Any) -> Sums:
         loop, strength = self.loop, self.loop.optimizer.proximal
         state, shared = loop.start(parameters), loop.shared_at(parameters, 0)
         for step in range(loop.steps):
-            state, *_ = self.steps.take(step, state, shared, *_minibatches(task, step))
-        (v, u), (losses, outputs, _) = self.query(state.fast, shared.weights, *task[:4])
+            state, _, _, buffers = self.steps.take(step, state, shared, *_minibatches(loop, task, step))
+            task = _with_buffers(task, buffers)
+        query = _query_of(task, loop.steps)
+        support = (*task[:2], query[4])
+        (v, u), (losses, outputs, _) = self.query(state.fast, shared.weights, *query)
         scale = 1 + self.damping + loop.optimizer.weight_decay / strength
 
         def product(x: Weights) -> Weights:
-            second, _ = self.slopes(state.fast, shared.weights, x, *task[:2])
+            second, _ = self.slopes(state.fast, shared.weights, x, *support)
             return {n: scale * x[n] + second[n] / strength for n in x}
 
         gradients = _sum_over_tasks(u)
         x = v
         if self.cg_steps:
             x = conjugate_gradients(product, v, self.cg_steps)
-            _, mixed = self.slopes(state.fast, shared.weights, x, *task[:2])
+            _, mixed = self.slopes(state.fast, shared.weights, x, *support)
             gradients = {n: g - mixed[n] / strength for n, g in gradients.items()}
         return Sums(_of_parameters(parameters, gradients | _sum_over_tasks(x)), losses, outputs, {})
 
@@ -279,16 +301,19 @@ class Reptile:
     def __init__(self, loop: InnerLoop, accelerate: Accelerate) -> None:
         self.loop = loop
         self.steps = InnerSteps(loop, accelerate)
-        self.query = accelerate(vmap(loop.query_loss, (PER_TASK, SAME, *4 * [PER_TASK])))
+        self.query = accelerate(loop.over_tasks(loop.query_loss, (PER_TASK, SAME, *TASK)))
 
     @torch.no_grad()
-    def __call__(self, parameters: Weights, schedule: Weights, *task: Tensor) -> Sums:
-        start, shared = self.loop.start(parameters), self.loop.shared_at(parameters, 0)
-        state = start
+    def __call__(self, parameters: Weights, schedule: Weights, *task: Any) -> Sums:
+        loop = self.loop
         pool = (*_together(task), *task[2:])
-        for step in range(self.loop.steps):
-            state, *_ = self.steps.take(step, state, shared, *_minibatches(pool, step))
-        losses, (outputs, _) = self.query(state.fast, shared.weights, *task[:4])
+        start, shared = self.steps.start(parameters, pool), loop.shared_at(parameters, 0)
+        state = start
+        for step in range(loop.steps):
+            state, _, _, buffers = self.steps.take(step, state, shared, *_minibatches(loop, pool, step))
+            pool = _with_buffers(pool, buffers)
+        query = (*task[:4], _query_of(pool, loop.steps)[4])
+        losses, (outputs, _) = self.query(state.fast, shared.weights, *query)
         moved = {name: (w - state.fast[name]).sum(0) for name, w in start.fast.items()}
         return Sums(_of_parameters(parameters, moved), losses, outputs, {})
 
@@ -298,36 +323,55 @@ class Joint:
 
     def __init__(self, loop: InnerLoop, accelerate: Accelerate) -> None:
         self.loop = loop
-        self.gradient = accelerate(vmap(self._gradient, (SAME, PER_TASK, PER_TASK, PER_TASK)))
+        self.gradient = accelerate(loop.over_tasks(self._gradient, (SAME, *4 * [PER_TASK])))
 
-    def __call__(self, parameters: Weights, schedule: Weights, *task: Tensor) -> Sums:
-        gradients, losses, outputs = self.gradient(parameters, *_together(task), task[3])
+    def __call__(self, parameters: Weights, schedule: Weights, *task: Any) -> Sums:
+        gradients, losses, outputs = self.gradient(
+            parameters, *_together(task), task[3], pass_around(task[4], "query")
+        )
         return Sums(_of_parameters(parameters, _sum_over_tasks(gradients)), losses, outputs, {})
 
     def _gradient(
-        self, parameters: Weights, x: Tensor, y: Tensor, query_y: Tensor
-    ) -> tuple[Weights, Tensor, Tensor]:
-        def loss(parameters: Weights) -> tuple[Tensor, Tensor]:
-            outputs = self.loop.forward(self.loop.start(parameters).fast | parameters, x)
+        self, parameters: Weights, x: Tree, y: Tree, query_y: Tree, around: Weights
+    ) -> tuple[Weights, Tensor, Tree]:
+        def loss(parameters: Weights) -> tuple[Tensor, Tree]:
+            outputs = self.loop.forward(self.loop.start(parameters).fast | parameters, x, around)
             return self.loop.loss(outputs, y), outputs
 
         gradients, outputs = grad(loss, has_aux=True)(parameters)
-        outputs = outputs[-len(query_y) :]
+        queries = len(first_tensor(query_y))
+        outputs = tree_map(lambda part: part[-queries:], outputs)
         return gradients, self.loop.loss(outputs, query_y), outputs
 
 
-# ---- dictionaries of tensors ----------------------------------------------------------------
+# ---- a chunk of tasks -----------------------------------------------------------------------
 
 
-def _minibatches(task: tuple[Tensor, ...], step: int) -> tuple[Tensor, Tensor]:
-    """The support examples of all tasks in one inner step: `[tasks, batch, ...]`."""
-    x, y, _, _, *order = task
-    return vmap(lambda x, y, order: minibatch(x, y, order, step))(x, y, *order) if order else (x, y)
+def _minibatches(loop: InnerLoop, task: tuple[Any, ...], step: int) -> tuple[Tree, Tree, Weights]:
+    """The support examples of all tasks in one inner step, `[tasks, batch, ...]`, and what surrounds it."""
+    x, y, _, _, extras = task
+    around = pass_around(extras, "support", step)
+    if "order" not in extras:
+        return x, y, around
+    return *loop.over_tasks(lambda x, y, order: minibatch(x, y, order, step))(x, y, extras["order"]), around
 
 
-def _together(task: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+def _query_of(task: tuple[Any, ...], steps: int) -> tuple[Any, ...]:
+    """The tasks as their query after so many steps needs them."""
+    return *task[:4], pass_around(task[4], "query", steps)
+
+
+def _with_buffers(task: tuple[Any, ...], buffers: Weights) -> tuple[Any, ...]:
+    return (*task[:4], task[4] | buffers) if buffers else task
+
+
+def _together(task: tuple[Any, ...]) -> tuple[Tree, Tree]:
     """Support and query as one set: `[tasks, examples, ...]`."""
-    return torch.cat([task[0], task[2]], 1), torch.cat([task[1], task[3]], 1)
+    x, y = (tree_map(lambda *two: torch.cat(two, 1), task[i], task[i + 2]) for i in (0, 1))
+    return x, y
+
+
+# ---- dictionaries of tensors ----------------------------------------------------------------
 
 
 def _of_parameters(parameters: Weights, gradients: Weights) -> Weights:

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dataset import TaskDistribution, minibatch_order, task_stream
+from dataset import TaskDistribution, keys_of, minibatch_order, task_stream
 from maml import MAML, MetaGradient, as_it_is
 from optimizers import Weights
 from schedules import meta_lr_at, multi_step_weights
-from tasks import TaskBatch
+from tasks import TaskBatch, first_tensor
 
 # An iteration draws its random numbers by long chains of integer operations. Inductor repeats the chain of
 # a value wherever that is used unless it is told to keep values early; compiling took minutes.
@@ -121,6 +121,7 @@ class MetaStep:
         distribution: of the training tasks.
         layout, statistics_layout: of the meta-parameters and of the running statistics.
         metrics: of an iteration, as `[metrics]`, from the meta-gradient, its norm and the targets.
+        draws: whether the learner draws random numbers.
         accelerate: makes a faster function of the whole iteration, where it is one of tensors alone.
     """
 
@@ -135,6 +136,7 @@ class MetaStep:
         metrics: Callable[[MetaGradient, Tensor, Tensor], Tensor],
         seed: int,
         tasks: int,
+        draws: bool = False,
         accelerate: Callable[..., Callable[..., Any]] = as_it_is,
     ) -> None:
         self.maml = maml
@@ -145,10 +147,16 @@ class MetaStep:
         self.metrics = metrics
         self.seed = seed
         self.tasks = range(tasks)
+        self.draws = draws
         one_function = distribution.computed and maml.tasks_at_once is None
         self.whole = accelerate(self._whole, SAMPLING_OPTIONS) if one_function else self._whole
 
-    def __call__(self, state: State) -> State:
+    def __call__(self, state: State, iteration: int | None = None) -> State:
+        """The next state; `iteration` is the number of those before, for tasks that the host looks up: it
+        need not be asked of the device then."""
+        if iteration is not None and self.distribution.on_host:
+            batch = self.distribution.sample("train", self.seed, iteration + 1, self.tasks)
+            return self._step(state, batch)
         if self.statistics_layout:
             return State(*self.whole(*state))
         # an empty one is not for a compiler
@@ -157,24 +165,32 @@ class MetaStep:
     def _whole(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         state = State._make(tensors if self.statistics_layout else (*tensors, tensors[0][:0]))
         batch = self.distribution.sample("train", self.seed, state.iteration + 1, self.tasks)
+        new = tuple(self._step(state, batch))
+        return new if self.statistics_layout else new[:-1]
+
+    def _step(self, state: State, batch: TaskBatch) -> State:
         result = self.maml.meta_gradient(
             self.layout.unflatten(state.parameters),
             batch,
-            order=self._order(state, batch),
+            **self._random(state, batch),
             step_weights=self._step_weights(state),
         )
-        new = tuple(self._update(state, result, batch))
-        return new if self.statistics_layout else new[:-1]
+        return self._update(state, result, batch)
 
-    def _order(self, state: State, batch: TaskBatch) -> Tensor | None:
-        """The examples of the inner steps' minibatches."""
-        if self.outer.inner_batch is None:
-            return None
-        stream = task_stream("train", self.seed, state.iteration + 1, self.tasks, batch.support_x.device).at(
-            "minibatches"
-        )
-        examples = self.maml.training_examples(batch)
-        return minibatch_order(stream, examples, self.outer.inner_batch, self.maml.steps)
+    def _random(self, state: State, batch: TaskBatch) -> dict[str, Tensor | None]:
+        """What is random beside the tasks: the examples of the inner steps' minibatches, and the learner's
+        own keys."""
+        if self.outer.inner_batch is None and not self.draws:
+            return {}
+        device = first_tensor(batch.support_x).device
+        stream = task_stream("train", self.seed, state.iteration + 1, self.tasks, device)
+        order = None
+        if self.outer.inner_batch is not None:
+            examples = self.maml.training_examples(batch)
+            order = minibatch_order(
+                stream.at("minibatches"), examples, self.outer.inner_batch, self.maml.steps
+            )
+        return {"order": order, "keys": keys_of(stream) if self.draws else None}
 
     def _step_weights(self, state: State) -> Tensor | None:
         """The weights of the multi-step loss."""
@@ -192,7 +208,7 @@ class MetaStep:
     def _update(self, state: State, result: MetaGradient, batch: TaskBatch) -> State:
         gradient = self.layout.flatten(result.gradients)
         norm = gradient.norm()
-        state = state._replace(sums=state.sums + self.metrics(result, norm, batch.query_y))
+        state = state._replace(sums=state.sums + self.metrics(result, norm, first_tensor(batch.query_y)))
         if self.statistics_layout:
             seen = self.statistics_layout.flatten(result.statistics)
             statistics = state.statistics + STATISTICS_MOMENTUM * (seen - state.statistics)
@@ -218,7 +234,7 @@ class CudaGraph:
             for own, new in zip(self.state, step(self.state), strict=True):
                 own.copy_(new)
 
-    def __call__(self, state: State) -> State:
+    def __call__(self, state: State, iteration: int | None = None) -> State:
         """The next state; `state` is the one that the last call gave, or any other to go on from."""
         if state is not self.state:
             for own, given in zip(self.state, state, strict=True):

@@ -70,12 +70,14 @@ class BatchNorm(nn.Module):
 def convert_batch_norm(module: nn.Module) -> nn.Module:
     """Puts a `BatchNorm` in the place of each of PyTorch's, in place; parameters keep name and value.
 
-    A layer that is used in several places stays one layer; a subclass with a `forward` of its own is
-    left as it is.
+    A layer that is used in several places stays one layer. A subclass with a `forward` of its own is
+    left as it is, and so is a layer in evaluation mode, whose running statistics are meant to stay.
     """
 
     def replacement(layer: nn.Module) -> nn.Module | None:
         if not (isinstance(layer, _BatchNorm) and type(layer).forward in _STANDARD_FORWARDS):
+            return None
+        if not layer.training and layer.running_mean is not None:
             return None
         ours = BatchNorm(layer.num_features, eps=layer.eps)
         ours.weight, ours.bias = layer.weight, layer.bias

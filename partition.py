@@ -6,11 +6,13 @@ vector of the task's own with.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from choices import ADAPT, check_choice
+from choices import FAST_WEIGHTS, check_choice
 from normalisation import BatchNorm
 
 
@@ -21,7 +23,11 @@ def head_names(module: nn.Module, head: str | None = None) -> frozenset[str]:
     its own and is not a normalisation layer. Else the names of modules or parameters, with commas between.
     Raises ValueError for a name that is none.
     """
-    parameters = [name for name, _ in module.named_parameters()]
+    # a tied parameter has several names, of which the first counts
+    canonical: dict[int, str] = {}
+    names: dict[str, str] = {
+        name: canonical.setdefault(id(p), name) for name, p in module.named_parameters(remove_duplicate=False)
+    }
     if head is None:
         norms = (BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
         owners = [
@@ -36,12 +42,34 @@ def head_names(module: nn.Module, head: str | None = None) -> frozenset[str]:
         chosen = [name.strip() for name in head.split(",")]
     found: set[str] = set()
     for prefix in chosen:
-        inside = {n for n in parameters if n == prefix or n.startswith(f"{prefix}.") or not prefix}
+        inside = {
+            first for n, first in names.items() if n == prefix or n.startswith(f"{prefix}.") or not prefix
+        }
         if not inside or not (prefix or head is None):
-            layers = dict.fromkeys(name.rpartition(".")[0] or name for name in parameters)
+            layers = dict.fromkeys(name.rpartition(".")[0] or name for name in names)
             raise ValueError(f"the learner has no part {prefix!r}: there are {', '.join(layers)}")
         found |= inside
     return frozenset(found)
+
+
+def linear_head(module: nn.Module, head: str | None = None) -> str:
+    """The name of the linear layer with a bias that the head is; raises ValueError where it is none."""
+    names = head_names(module, head)
+    for name, layer in module.named_modules():
+        own = {f"{name}.{p}" if name else p for p, _ in layer.named_parameters(recurse=False)}
+        if own == names and isinstance(layer, nn.Linear) and layer.bias is not None:
+            return name
+    raise ValueError(f"the head ({', '.join(sorted(names))}) is not one linear layer with a bias")
+
+
+def without_head(module: nn.Module, head: str) -> nn.Module:
+    """A copy that gives what goes into the layer `head`, the last one."""
+    if not head:
+        return nn.Identity()
+    module = copy.deepcopy(module)
+    parent, _, child = head.rpartition(".")
+    setattr(module.get_submodule(parent), child, nn.Identity())
+    return module
 
 
 class ContextLayer(nn.Module):
@@ -110,22 +138,22 @@ def context_names(module: nn.Module) -> frozenset[str]:
     )
 
 
-def adapted_names(module: nn.Module, adapt: str, head: str | None = None) -> frozenset[str]:
+def adapted_names(module: nn.Module, fast_weights: str, head: str | None = None) -> frozenset[str]:
     """Names of the parameters that the inner loop adapts, batch norm's among them.
 
     Raises ValueError where there is nothing to adapt.
     """
-    check_choice("adapt", adapt, ADAPT)
+    check_choice("fast_weights", fast_weights, FAST_WEIGHTS)
     everything = frozenset(name for name, p in module.named_parameters() if p.requires_grad)
     contexts = context_names(module)
-    if adapt == "context":
+    if fast_weights == "context":
         if not contexts:
             raise ValueError("there is no context in the learner: see add_context")
         return contexts
-    if adapt == "all":
+    if fast_weights == "all":
         return everything - contexts
     in_head = head_names(module, head) & everything
-    chosen = (in_head if adapt == "head" else everything - in_head) - contexts
+    chosen = (in_head if fast_weights == "head" else everything - in_head) - contexts
     if not chosen:
-        raise ValueError(f"the {adapt} of the learner has nothing to adapt")
+        raise ValueError(f"the {fast_weights} of the learner has nothing to adapt")
     return chosen

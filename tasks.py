@@ -1,22 +1,54 @@
-"""The only currency between datasets and algorithms: a batch of tasks as four tensors."""
+"""The only currency between datasets and algorithms: a batch of tasks as four tensors.
+
+Where a learner has several inputs or outputs, a nested tuple or dictionary of tensors stands in the place
+of a tensor.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Tree = Any  # a tensor, or tensors in nested tuples and dictionaries
 
 
 class TaskBatch(NamedTuple):
     """A meta-batch: every tensor has tasks as its first axis and examples as its second."""
 
-    support_x: Tensor  # [tasks, support examples, ...]
-    support_y: Tensor  # [tasks, support examples, ...]
-    query_x: Tensor  # [tasks, query examples, ...]
-    query_y: Tensor  # [tasks, query examples, ...]
+    support_x: Tree  # [tasks, support examples, ...]
+    support_y: Tree  # [tasks, support examples, ...]
+    query_x: Tree  # [tasks, query examples, ...]
+    query_y: Tree  # [tasks, query examples, ...]
 
-    def chunks(self, size: int | None) -> Iterator[TaskBatch]:
-        """The batch in parts of at most `size` tasks (whole, where it is None)."""
-        for part in zip(*(tensor.split(size or len(tensor)) for tensor in self), strict=True):
-            yield TaskBatch(*part)
+
+def tree_map(function: Callable[..., Any], *trees: Tree) -> Tree:
+    """The function of each tensor, or of the tensors in the same places of several trees."""
+    if all(isinstance(tree, Tensor) for tree in trees):
+        return function(*trees)
+    return pytree.tree_map(function, *trees)
+
+
+def arguments_of(x: Tree) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs as a module is called with them: several are a tuple, or a dictionary by name."""
+    if isinstance(x, dict):
+        return (), x
+    return (x if isinstance(x, tuple) else (x,)), {}
+
+
+def first_tensor(tree: Tree) -> Tensor:
+    """The first tensor of a tree: of several inputs or outputs, the main one."""
+    return tree if isinstance(tree, Tensor) else pytree.tree_leaves(tree)[0]
+
+
+def joined(trees: list[Tree], axis: int = 0) -> Tree:
+    """The tensors of equal trees, concatenated."""
+    return trees[0] if len(trees) == 1 else tree_map(lambda *parts: torch.cat(parts, axis), *trees)
+
+
+def stacked_trees(trees: list[Tree]) -> Tree:
+    """The tensors of equal trees, stacked along a new first axis."""
+    return tree_map(lambda *parts: torch.stack(parts), *trees)

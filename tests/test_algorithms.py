@@ -98,15 +98,15 @@ def plain_loop(maml: MAML, parameters: dict, batch: TaskBatch, order=None, step_
 
 
 COMBINATIONS = [
-    {"adapt": "head"},
-    {"adapt": "body"},
-    {"adapt": "context", "context": 4},
-    {"adapt": "head", "inner_rates": "element"},
+    {"fast_weights": "head"},
+    {"fast_weights": "body"},
+    {"fast_weights": "context", "context": 4},
+    {"fast_weights": "head", "inner_rates": "element"},
     {"inner_rates": "layer-step"},
     {"inner_rates": "element", "optimizer": InnerOptimizer(0, "momentum", momentum=0.7)},
-    {"inner_rates": "layer-step", "adapt": "body", "objective": True},
+    {"inner_rates": "layer-step", "fast_weights": "body", "objective": True},
     {"objective": True},
-    {"objective": True, "adapt": "context", "context": 4, "inner_rates": "layer-step"},
+    {"objective": True, "fast_weights": "context", "context": 4, "inner_rates": "layer-step"},
     {"optimizer": InnerOptimizer(0, "adam", beta_1=0.8), "inner_lr": 0.02},
     {"optimizer": InnerOptimizer(0, "adam", beta_1=0.0), "inner_rates": "element", "inner_lr": 0.02},
     {"optimizer": InnerOptimizer(0, weight_decay=0.1, proximal=0.5)},
@@ -244,7 +244,7 @@ def test_each_method_is_maml_where_its_choice_makes_no_difference(engine):
     assert_same(without_rates(meta_sgd), expected, 1e-13)
     last = torch.tensor([0.0, 0.0, 1.0]).double()
     assert_same(gradients_of(smooth_maml(engine=engine), batch, step_weights=last), expected, 1e-13)
-    everything = smooth_maml(engine=engine, adapt="head", head="0,2,4")
+    everything = smooth_maml(engine=engine, fast_weights="head", head="0,2,4")
     assert_same(gradients_of(everything, batch), expected, 1e-13)
     everybody = smooth_maml(engine=engine, optimizer=InnerOptimizer(0, "momentum", momentum=0.0))
     assert_same(gradients_of(everybody, batch), expected, 1e-13)
@@ -256,7 +256,7 @@ def test_first_order_equals_exact_where_the_loss_is_linear_in_the_adapted_weight
     results = [
         MAML(
             network, lambda outputs, targets: (outputs * targets).mean(), inner_lr=0.1, steps=3,
-            adapt="head", meta_gradient=meta_gradient, engine=engine,
+            fast_weights="head", meta_gradient=meta_gradient, engine=engine,
         ).meta_gradient(dict(network.named_parameters()), batch).gradients
         for meta_gradient in ("exact", "first-order") for engine in ("unrolled", "adjoint")
     ]  # fmt: skip
@@ -305,7 +305,7 @@ def implicit(
     strength: float, cg_steps: int, *, steps: int = 3, inner_lr: float = 0.05, rule=None, **options
 ) -> MAML:
     rule = rule or InnerOptimizer(0, proximal=strength)
-    options = {"adapt": "body"} | options  # the head is shared: mixed derivatives take part
+    options = {"fast_weights": "body"} | options  # the head is shared: mixed derivatives take part
     return smooth_maml(
         meta_gradient="implicit", cg_steps=cg_steps, steps=steps, inner_lr=inner_lr, optimizer=rule, **options
     )
@@ -315,7 +315,11 @@ def test_implicit_without_conjugate_gradients_is_first_order_at_the_same_solutio
     batch = make_tasks("mlp")
     ours = gradients_of(implicit(0.5, 0), batch)
     first = smooth_maml(
-        meta_gradient="exact", steps=3, inner_lr=0.05, adapt="body", optimizer=InnerOptimizer(0, proximal=0.5)
+        meta_gradient="exact",
+        steps=3,
+        inner_lr=0.05,
+        fast_weights="body",
+        optimizer=InnerOptimizer(0, proximal=0.5),
     )
     parameters = first.initial_parameters()
     expected = {n: torch.zeros_like(w) for n, w in parameters.items()}
@@ -344,7 +348,7 @@ def test_implicit_is_the_unrolled_exact_gradient_of_the_converged_proximal_probl
     options = {"steps": 400, "inner_lr": 0.2}
     rule = InnerOptimizer(0, proximal=2.0, weight_decay=weight_decay)
     ours = gradients_of(implicit(2.0, 40, rule=rule, **options), batch)
-    exact = smooth_maml(engine="adjoint", adapt="body", optimizer=rule, **options)
+    exact = smooth_maml(engine="adjoint", fast_weights="body", optimizer=rule, **options)
     assert_same(ours, gradients_of(exact, batch), 1e-8)
     rough = gradients_of(implicit(2.0, 0, rule=rule, **options), batch)
     assert max((rough[n] - ours[n]).abs().max() for n in ours) > 1e-3
@@ -377,8 +381,8 @@ def test_implicit_has_the_closed_form_on_a_quadratic():
 @pytest.mark.parametrize(
     "wrong",
     [
-        dict(adapt="haed"), dict(meta_gradient="implict"), dict(engine="adjont"), dict(convolution="im2cool"),
-        dict(inner_rates="elements"), dict(normalisation="perstep"),
+        dict(fast_weights="haed"), dict(meta_gradient="implict"), dict(engine="adjont"),
+        dict(convolution="im2cool"), dict(head_init="zeros"), dict(inner_rates="elements"), dict(normalisation="perstep"),
         dict(meta_gradient="reptile", inner_rates="element"), dict(meta_gradient="joint", first_order=True),
         dict(meta_gradient="implicit"),
     ],
@@ -406,9 +410,9 @@ def test_conjugate_gradients_stay_where_the_residual_is_nothing_or_the_matrix_is
 META_LEARNED = [
     {"inner_rates": "element"},
     {"inner_rates": "layer-step", "objective": True},
-    {"adapt": "context", "context": 4, "inner_rates": "layer-step"},
+    {"fast_weights": "context", "context": 4, "inner_rates": "layer-step"},
     {"optimizer": InnerOptimizer(0, "adam"), "inner_rates": "element", "inner_lr": 0.02},
-    {"adapt": "head", "optimizer": InnerOptimizer(0, "momentum", proximal=0.3, weight_decay=0.1)},
+    {"fast_weights": "head", "optimizer": InnerOptimizer(0, "momentum", proximal=0.3, weight_decay=0.1)},
 ]
 
 
@@ -506,7 +510,7 @@ def test_a_context_of_zero_changes_nothing_and_the_inner_loop_moves_it_alone():
         (layer,) = [m for m in network.modules() if isinstance(m, ContextLayer)]
         assert layer.film == (name != "mlp")
         loss = F.mse_loss if name == "mlp" else F.cross_entropy
-        maml = MAML(network, loss, inner_lr=1.0, adapt="context")
+        maml = MAML(network, loss, inner_lr=1.0, fast_weights="context")
         plain = MAML(build_learner(name, outputs), loss, inner_lr=1.0)
         parameters = maml.initial_parameters()
         (context,) = maml.adapted

@@ -64,14 +64,14 @@ COMPILED_WAYS = {
     "unrolled": dict(engine="unrolled"),
     "adjoint": dict(engine="adjoint"),
     "implicit": dict(
-        meta_gradient="implicit", optimizer=InnerOptimizer(0, proximal=2.0), cg_steps=2, adapt="body"
+        meta_gradient="implicit", optimizer=InnerOptimizer(0, proximal=2.0), cg_steps=2, fast_weights="body"
     ),
     "reptile": dict(
         meta_gradient="reptile", optimizer=InnerOptimizer(0, "adam", beta_1=0.0),
         outer=dict(optimizer="sgd", inner_batch=3, schedule="linear", iterations=5),
     ),
     "joint": dict(meta_gradient="joint"),
-    "element": dict(inner_rates="element", adapt="head", first_order=True),
+    "element": dict(inner_rates="element", fast_weights="head", first_order=True),
     "multi-step": dict(
         normalisation="per-step", norm_per_step=True, inner_rates="layer-step", norm=True, engine="adjoint",
         outer=dict(msl_iterations=20, schedule="cosine", iterations=5),
