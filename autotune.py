@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from compiler import CompilationError
-from config import LEARNERS, Config
+from config import Config
+from presets import learner_facts
 
 ROUNDS = 5
 
@@ -20,7 +21,7 @@ def candidates(config: Config, given: Mapping[str, Any]) -> Iterator[Config]:
     choices: dict[str, tuple[Any, ...]] = {}
     if config.meta_gradient in ("exact", "first-order"):
         choices["engine"] = ("unrolled", "adjoint")
-    if LEARNERS[config.learner].convolutional:
+    if learner_facts(config.learner).convolutional:
         choices["convolution"] = ("im2col", "grouped")
     for name in choices:
         if given.get(name, "auto") != "auto":
@@ -43,7 +44,7 @@ def fastest(
     seconds: dict[Config, float] = {}
     for candidate in candidates(config, given):
         named = {"engine": candidate.engine, "convolution": candidate.convolution}
-        if not LEARNERS[config.learner].convolutional:
+        if not learner_facts(config.learner).convolutional:
             del named["convolution"]
         name = ", ".join(f"{choice} {value}" for choice, value in named.items())
         try:

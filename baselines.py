@@ -22,12 +22,13 @@ from building import build, fitted, prepare
 from checkpoint import LAST, fitting_parameters, load_checkpoint
 from compiler import Compiler
 from config import Config, Invocation
-from dataset import Regression, TaskDistribution
+from dataset import Regression
 from errors import UsageError
 from evaluation import Evaluation, evaluate
 from maml import MAML
 from optimizers import InnerOptimizer, Weights
 from runtime import Runtime
+from tasks import TaskDistribution
 from trainer import Trainer
 
 RATES = {
@@ -64,9 +65,9 @@ def measured(
 ) -> list[Baseline]:
     """All baselines of a run.
 
-    Pretraining and the oracle take part for regression only: the labels of a classification task are
-    drawn anew for each task, and there is nothing about them to pretrain or to tell. They are trained in
-    `folder`, with the run's iterations, tasks and seed, unless they already are.
+    Pretraining takes part for regression only, the oracle for curves that we compute: the labels of a
+    classification task are drawn anew for each task, and there is nothing about them to pretrain or to tell.
+    They are trained in `folder`, with the run's iterations, tasks and seed, unless they already are.
     Raises InterruptedBySignalError where a signal ends their training.
 
     Arguments:
@@ -84,6 +85,8 @@ def measured(
     pretrained = trained(pretraining, call, folder / "pretrained")
     pretrained = {name: w.to(runtime.device, runtime.dtype) for name, w in pretrained.items()}
     results.append(_tuned("pretrained", "sgd", maml, pretrained, distribution, config))
+    if config.dataset not in settings.REGRESSION:
+        return results
     told, maml = build(replace(plain(config, "pretrain", testing=True), oracle=True), call, runtime)
     parameters = trained(replace(pretraining, oracle=True), call, folder / "oracle")
     parameters = {name: w.to(runtime.device, runtime.dtype) for name, w in parameters.items()}
@@ -107,12 +110,10 @@ def plain(config: Config, algorithm: str, *, testing: bool = False) -> Config:
 
     With `testing`, those of its test tasks: the shots of training ones do not matter.
     """
-    kept = (
-        "dataset", "ways", "shots", "queries", "noise", "omniglot_split", "resize", "train_shots", "learner",
-        "init", "meta_batch_size", "iterations", "seed", "precision", "eval_tasks", "eval_steps",
-        "log_every", "val_every", "save_every", "compile",
-    )  # fmt: skip
-    given = {name: getattr(config, name) for name in kept if getattr(config, name) is not None}
+    kept = [n for n, flag in settings.CONFIG_FLAGS.items() if flag.group in ("tasks", "learner", "logging")]
+    kept += ["meta_batch_size", "iterations", "seed", "precision", "eval_tasks", "eval_steps", "compile"]
+    kept.remove("oracle")
+    given = {name: getattr(config, name) for name in kept if getattr(config, name) not in (None, ())}
     if config.meta_gradient == "reptile" and config.train_shots is not None:
         given["train_shots"] = config.training_shots  # beside the query, whose points Reptile counts in
     if testing:

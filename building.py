@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections.abc import Mapping
@@ -9,17 +10,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch.nn import functional as F
+import torch
+from torch import nn
 
 import config as settings
 from compiler import Compiler, cpp_compiler
 from config import Config, Invocation
-from dataset import TaskDistribution, build_distribution
+from dataset import ImageOptions, build_distribution
+from diagnosis import culprit
+from elementary import Elementary
 from errors import UsageError
-from learner import build_learner
+from learner import LEARNERS, build_learner
+from losses import LOSSES, build_loss
 from maml import MAML, as_it_is
-from optimizers import InnerOptimizer
+from optimizers import InnerOptimizer, Weights
+from own_code import arguments_from
+from presets import is_own_code
+from randomness import keys_of, task_stream
 from runtime import Runtime, set_up
+from tables import Columns
+from tasks import TaskDistribution, Tree, arguments_of, first_tensor, tree_map
 
 
 def prepare(config: Config, call: Invocation) -> Runtime:
@@ -28,30 +38,91 @@ def prepare(config: Config, call: Invocation) -> Runtime:
 
 
 def build(
-    config: Config, call: Invocation, runtime: Runtime, accelerate: Compiler | None = None
+    config: Config,
+    call: Invocation,
+    runtime: Runtime,
+    accelerate: Compiler | None = None,
+    *,
+    fixed: Weights | None = None,
 ) -> tuple[TaskDistribution, MAML]:
-    """Tasks and algorithm for these settings; the learner in it has its initial weights."""
-    distribution = build_distribution(
+    """Tasks and algorithm for these settings; the learner in it has its initial weights.
+
+    `fixed`: what of a learner is not learned, as a checkpoint has it (see `MAML.fixed`).
+    """
+    distribution = tasks_of(config, call, runtime)
+    example = distribution.sample("test" if call.eval_dataset else "train", 0, 0, range(1))
+    targets = first_tensor(example.support_y)
+    outputs = config.ways if config.classification else targets.shape[-1] if targets.dim() > 2 else 1
+    one_task = tree_map(lambda part: part[0], example.support_x)
+    learner = module_of(config, runtime, outputs or 1, one_task, fixed=fixed)
+    return distribution, algorithm_of(config, runtime, learner, one_task, accelerate)
+
+
+def tasks_of(config: Config, call: Invocation, runtime: Runtime) -> TaskDistribution:
+    """The family of tasks."""
+    images = None
+    if config.image_size and config.channels:
+        augment = tuple(config.augment.split(",")) if config.augment else ()
+        images = ImageOptions(
+            config.image_size, config.channels, config.invert, config.resize, config.quarter_turns, augment,
+            config.images_on,
+        )  # fmt: skip
+    shares = tuple(int(share) for share in config.split_shares.split(","))
+    return build_distribution(
         config.dataset,
+        classification=config.classification,
         ways=config.ways,
         shots=config.shots,
         queries=config.queries,
         noise=config.noise,
         oracle=config.oracle,
+        images=images,
+        columns=columns_of(config),
+        shares=(shares[0], shares[1], shares[2]),
+        split_seed=config.split_seed,
         omniglot_split=config.omniglot_split,
-        resize=config.resize,
+        arguments=arguments_from(config.dataset_args),
+        for_test=call.eval_dataset is not None,
         data_root=call.data_root,
         device=runtime.device,
         dtype=runtime.dtype,
     )
+
+
+def columns_of(config: Config) -> Columns:
+    """What the columns of a table are."""
+
+    def names(text: str | None) -> tuple[str, ...]:
+        return tuple(name.strip() for name in text.split(",")) if text else ()
+
+    return Columns(config.task_column, names(config.target_columns), names(config.input_columns))
+
+
+def module_of(
+    config: Config, runtime: Runtime, outputs: int, example: Tree, *, fixed: Weights | None = None
+) -> nn.Module:
+    """The learner with its initial weights, and that many outputs; `example` is one task's inputs."""
     learner = build_learner(
         config.learner,
-        config.ways or 1,
-        inputs=getattr(distribution, "input_size", 1),
+        outputs,
+        inputs=tree_map(lambda part: tuple(part.shape[1:]), example),
+        arguments=arguments_from(config.learner_args),
         init=config.init,
-        context=config.context_size if config.adapt == "context" else 0,
+        context=config.context_size if config.fast_weights == "context" else 0,
         seed=config.seed,
     )
+    if fixed:
+        restore_fixed(learner, fixed, config.learner)
+    learner = learner.to(runtime.device, runtime.dtype)
+    if config.learner not in LEARNERS:
+        check_outputs(learner, example, outputs, config)
+    return learner
+
+
+def algorithm_of(
+    config: Config, runtime: Runtime, learner: nn.Module, example: Tree, accelerate: Compiler | None = None
+) -> MAML:
+    """The algorithm for a learner."""
     rule = InnerOptimizer(
         config.inner_lr,
         config.inner_optimizer,
@@ -62,13 +133,14 @@ def build(
         proximal=config.proximal,
     )
     try:
-        maml = MAML(
-            learner.to(runtime.device, runtime.dtype),
-            F.cross_entropy if config.classification else F.mse_loss,
+        return MAML(
+            learner,
+            build_loss(config.loss, config.loss_args),
             inner_lr=config.inner_lr,
             steps=config.steps,
-            fast_weights=config.adapt,
+            fast_weights=config.fast_weights,
             head=config.head,
+            head_init=config.head_init,
             inner_rates=config.inner_rates,
             inner_lr_max=config.inner_lr_max,
             meta_gradient=config.meta_gradient,
@@ -82,12 +154,97 @@ def build(
             convolution=config.convolution,
             compute_dtype=runtime.compute_dtype,
             tasks_at_once=config.tasks_at_once,
+            example=None if config.learner in LEARNERS else example,
+            vectorised=config.vectorise,
             accelerate=accelerate or as_it_is,
         )
     except ValueError as error:
         head = "" if config.head is None else f" --head {config.head}"
-        raise UsageError(f"--adapt {config.adapt}{head} with --learner {config.learner}: {error}") from error
-    return distribution, maml
+        choice = f"--fast-weights {config.fast_weights}{head} --head-init {config.head_init}"
+        raise UsageError(f"{choice} with --learner {config.learner}: {error}") from error
+
+
+# ---- learners that are not ours -------------------------------------------------------------
+
+
+def restore_fixed(learner: nn.Module, fixed: Weights, name: str) -> None:
+    """Puts frozen parameters and buffers, as a checkpoint has them, in the place of the learner's own."""
+    own = dict(learner.named_parameters()) | dict(learner.named_buffers())
+    for key, saved in fixed.items():
+        if key not in own or own[key].shape != saved.shape:
+            raise UsageError(f"the checkpoint does not fit the learner {name}: {key} differs")
+        own[key].data.copy_(saved)
+
+
+def check_outputs(learner: nn.Module, example: Tree, outputs: int, config: Config) -> None:
+    """Raises UsageError where a learner of the user's does not take these inputs, or gives other outputs."""
+    shapes = tree_map(lambda part: tuple(part.shape), example)
+    positional, named = arguments_of(example)
+    probe = copy.deepcopy(learner)
+    try:
+        keys = torch.zeros(2, dtype=torch.int64, device=first_tensor(example).device)
+        with torch.no_grad(), Elementary(keys, first_tensor(example)):
+            found = first_tensor(probe(*positional, **named))
+    except Exception as error:  # it is the user's code, and may fail in any way
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"--learner {config.learner} fails on the inputs of a task, {shapes}: {reason}"
+        ) from error
+    expected = (len(first_tensor(example)), outputs)
+    if config.loss in LOSSES and tuple(found.shape) != expected:
+        raise UsageError(
+            f"--learner {config.learner} gives outputs {tuple(found.shape)} for inputs {shapes}: they should be "
+            f"{expected}, [examples, outputs]"
+        )
+
+
+def tried(maml: MAML, parameters: Weights, distribution: TaskDistribution, config: Config) -> None:
+    """Meta-learns from two tasks; raises UsageError where the learner or the loss cannot be, with the layer
+    and the way round."""
+    tasks = distribution.resized(config.training_shots).sample("train", config.seed, 1, range(2))
+    device = first_tensor(tasks.support_x).device
+    keys = keys_of(task_stream("train", config.seed, 1, range(2), device))
+    try:
+        maml.meta_gradient(parameters, tasks, keys=keys)
+        return
+    except MemoryError:
+        raise
+    except Exception as error:  # an operator may stumble in any way
+        failed = error
+    reason = " ".join(str(failed).split())[:200]
+    one_task = tree_map(lambda part: part[0], tasks.support_x)
+    weights = maml.whole_weights(parameters)
+    finding = culprit(maml.learner, weights, one_task, keys[0])
+    if finding is None:
+        raise UsageError(
+            f"--learner {config.learner} with --loss {config.loss} cannot be meta-trained so: {reason}; "
+            "--no-vectorise, --engine unrolled or --first-order ask less of it"
+        ) from failed
+    ways_round = {
+        "vectorise": "--no-vectorise takes the tasks one after another",
+        "second derivative": "--first-order needs none",
+        "forward mode": "--engine unrolled needs none",
+    }
+    what = {
+        "vectorise": "cannot be vectorised over tasks",
+        "second derivative": "has no second derivative",
+        "forward mode": "has no derivative in forward mode",
+    }
+    name = f"its layer {finding.layer} ({finding.kind})" if finding.layer else f"{finding.kind} itself"
+    raise UsageError(
+        f"--learner {config.learner}: {name} {what[finding.problem]} ({finding.reason}): "
+        f"{ways_round[finding.problem]}"
+    ) from failed
+
+
+def own_code_flags(config: Config) -> list[str]:
+    """The flags that have to be given again beside a checkpoint of these settings."""
+    return [
+        part
+        for name in settings.OWN_CODE
+        if is_own_code(getattr(config, name))
+        for part in (f"--{name}", getattr(config, name))
+    ]
 
 
 def writable(folder: Path, flag: str) -> Path:

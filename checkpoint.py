@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from config import Config, config_from_plain, config_to_plain
 from errors import UsageError
@@ -55,6 +55,7 @@ class Checkpoint:
     optimizer: dict[str, Any]
     progress: dict[str, Any]  # the fields of Progress
     statistics: dict[str, Tensor] = field(default_factory=dict)  # running ones of per-step batch norm
+    fixed: dict[str, Tensor] = field(default_factory=dict)  # frozen parameters and buffers of the learner
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -68,7 +69,17 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "optimizer": checkpoint.optimizer,
         "progress": checkpoint.progress,
         "statistics": checkpoint.statistics,
+        "fixed": checkpoint.fixed,
     }
+    _write(path, content)
+
+
+def save_weights(path: Path, module: nn.Module) -> None:
+    """Writes a module's `state_dict`, for any program that has such a module."""
+    _write(path, {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()})
+
+
+def _write(path: Path, content: Any) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
         torch.save(content, file)
@@ -110,6 +121,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         content.get("optimizer", {}),
         content.get("progress", {}),
         content.get("statistics", {}),
+        content.get("fixed", {}),
     )
     if not _well_formed(checkpoint):
         raise UsageError(f"{path} is damaged: parts of it are missing or of the wrong kind")
@@ -123,14 +135,16 @@ def _well_formed(checkpoint: Checkpoint) -> bool:
         and checkpoint.iteration >= 0
         and _named_tensors(parameters)
         and _named_tensors(checkpoint.statistics)
+        and _named_tensors(checkpoint.fixed, of_numbers=False)
         and _adam_state_fits(checkpoint.optimizer, parameters)
         and _progress_fits(checkpoint.progress)
     )
 
 
-def _named_tensors(value: Any) -> bool:
+def _named_tensors(value: Any, *, of_numbers: bool = True) -> bool:
     return isinstance(value, dict) and all(
-        isinstance(name, str) and _plain_tensor(tensor) for name, tensor in value.items()
+        isinstance(name, str) and _plain_tensor(tensor, of_numbers=of_numbers)
+        for name, tensor in value.items()
     )
 
 
@@ -156,12 +170,13 @@ def moments_of(checkpoint: Checkpoint, names: Iterable[str]) -> list[dict[str, T
     ]
 
 
-def _plain_tensor(value: Any) -> bool:
+def _plain_tensor(value: Any, *, of_numbers: bool = True) -> bool:
+    """Dense, whole, and of floating-point numbers unless integers and truth values will do, too."""
     return (
         isinstance(value, Tensor)
         and value.layout == torch.strided
         and value.device.type == "cpu"
-        and value.is_floating_point()
+        and (value.is_floating_point() or not of_numbers)
         and value.is_contiguous()
     )
 

@@ -15,6 +15,7 @@ META_OPTIMIZERS = ("adam", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
 ENGINES = ("unrolled", "adjoint")
 CONVOLUTIONS = ("im2col", "grouped")
+AUGMENTATIONS = ("flip", "crop", "rotate")
 LOSSES = ("mse", "cross-entropy", "bce", "huber")
 
 

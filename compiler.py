@@ -148,7 +148,7 @@ class Compiler:
         cuda = self.device.type == "cuda"
         content = [
             graph.code,
-            [(name, str(c.dtype), c.tolist()) for name, c in _constants(graph).items()],
+            [(name, str(c.dtype), tuple(c.shape), _bits(c)) for name, c in _constants(graph).items()],
             [(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors],
             sorted(options.items()),
             torch.__version__,
@@ -171,6 +171,11 @@ def _processor() -> str:
     except OSError:
         distinctive = {platform.processor()}
     return f"{torch.backends.cpu.get_cpu_capability()} {sorted(distinctive)}"
+
+
+def _bits(tensor: Tensor) -> str:
+    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(content.numpy().tobytes()).hexdigest()
 
 
 def _digest(path: Path) -> str:

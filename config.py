@@ -29,6 +29,7 @@ from flags import (
     below_one,
     flag,
     flags_of,
+    key_and_value,
     not_negative,
     seed_range,
 )
@@ -36,15 +37,81 @@ from presets import (
     ALGORITHMS,
     CHUNK_IMAGES,
     COMPILED_FROM,
+    DATA_KINDS,
     DATASETS,
     DEFAULT_COLUMNS,
     DEFAULTS,
     LEARNERS,
     OMNIGLOT_CLASSES,
     OMNIGLOT_DRAWINGS,
+    OTHER_LEARNER,
     REGRESSION,
     ByData,
+    data_facts,
+    default_column,
+    is_own_code,
+    learner_facts,
 )
+
+OWN_CODE = ("learner", "dataset", "loss")  # the settings that may name the user's code
+
+
+# ---- checks of names -----------------------------------------------------------------------------
+
+
+def _well_formed_code(name: str) -> bool:
+    module, _, factory = name.rpartition(":")
+    dotted = all(part.isidentifier() for part in module.split("."))
+    return (dotted or module.endswith(".py")) and factory.isidentifier()
+
+
+def a_dataset(name: str) -> str | None:
+    kind, colon, rest = name.partition(":")
+    if name in DATASETS or (kind in DATA_KINDS and rest):
+        return None
+    if colon and kind not in DATA_KINDS and _well_formed_code(name):
+        return None
+    kinds = "images:FOLDER, table:FILE, package.module:factory, file.py:factory"
+    return f"one of {', '.join(DATASETS)}, {kinds}"
+
+
+def a_learner(name: str) -> str | None:
+    kind, colon, rest = name.partition(":")
+    if name in LEARNERS or (kind == "torchvision" and rest):
+        return None
+    if colon and kind != "torchvision" and _well_formed_code(name):
+        return None
+    kinds = "torchvision:MODEL, package.module:factory, file.py:factory"
+    return f"one of {', '.join(LEARNERS)}, {kinds}"
+
+
+def a_loss(name: str) -> str | None:
+    if name in choices.LOSSES or (":" in name and _well_formed_code(name)):
+        return None
+    return f"one of {', '.join(choices.LOSSES)}, package.module:function, file.py:function"
+
+
+def column_names(text: str) -> str | None:
+    return None if all(name.strip() for name in text.split(",")) else "names with commas between"
+
+
+def augmentations(text: str) -> str | None:
+    names = text.split(",")
+    if set(names) <= set(choices.AUGMENTATIONS) and len(set(names)) == len(names):
+        return None
+    return f"some of {', '.join(choices.AUGMENTATIONS)}, with commas between"
+
+
+def one_or_three(value: int) -> str | None:
+    return None if value in (1, 3) else "1 or 3"
+
+
+def three_shares(text: str) -> str | None:
+    parts = text.split(",")
+    if len(parts) == 3 and all(part.isdigit() for part in parts) and int(parts[0]) and int(parts[2]):
+        return None
+    return "three whole numbers with commas between, the first and the last above 0"
+
 
 # ---- the flags -----------------------------------------------------------------------------------
 
@@ -54,8 +121,19 @@ class Config:
     """An experiment, every default resolved."""
 
     dataset: str = flag(
-        "--dataset", group="tasks", kind=str, choices=DATASETS, default="sinusoid",
-        help="the family of tasks",
+        "--dataset", group="tasks", kind=str, check=a_dataset, default="sinusoid", metavar="NAME",
+        help="the family of tasks: a name (see the table of datasets), images:FOLDER with a folder per class, "
+        "table:FILE (CSV or Parquet), or a factory in your own code: package.module:factory, file.py:factory",
+    )  # fmt: skip
+    dataset_args: tuple[str, ...] = flag(
+        "--dataset-args", group="tasks", kind=tuple, check=key_and_value, metavar="NAME=VALUE", default=(),
+        before=(), only="own data", help="arguments of your own dataset's factory",
+    )  # fmt: skip
+    task_type: str | None = flag(
+        "--task-type", group="tasks", kind=str, choices=("regression", "classification"), default=None,
+        before=None, only="any targets", optional=True,
+        help="what the targets of a table or of your own dataset are; by default regression, or "
+        "classification where -n is given",
     )  # fmt: skip
     ways: int | None = flag(
         "-n", group="tasks", kind=int, check=at_least(2), metavar="WAYS", only="classification",
@@ -70,24 +148,66 @@ class Config:
         help="query examples of a task, per class in classification",
     )  # fmt: skip
     noise: float = flag(
-        "--noise", group="tasks", kind=float, check=not_negative, metavar="STD", only="regression",
+        "--noise", group="tasks", kind=float, check=not_negative, metavar="STD", only="curves",
         default=0.0, help="standard deviation of Gaussian noise on the targets",
     )  # fmt: skip
     omniglot_split: str = flag(
         "--omniglot-split", group="tasks", kind=str, choices=tuple(OMNIGLOT_CLASSES),
-        only="classification", default="random",
+        only="omniglot", default="random",
         help="characters of training, validation and test: 1,100 / 100 / 423 from one fixed shuffle, "
         "or the original background / evaluation alphabets (806 / 158 / 659)",
     )  # fmt: skip
     resize: str = flag(
-        "--resize", group="tasks", kind=str, choices=("lanczos", "nearest"), only="classification",
+        "--resize", group="tasks", kind=str, choices=("lanczos", "nearest"), only="any images",
         default="lanczos",
-        help="how the drawings come from 105 x 105 to 28 x 28; nearest is what the paper's script "
-        "really does",
+        help="how images come to their size; nearest is what the paper's script really does to Omniglot",
     )  # fmt: skip
-
+    image_size: int | None = flag(
+        "--image-size", group="tasks", kind=int, check=at_least(1), metavar="PIXELS", only="images",
+        default=BY_DATASET, optional=True, before=None, help="height and width that images are brought to",
+    )  # fmt: skip
+    channels: int | None = flag(
+        "--channels", group="tasks", kind=int, check=one_or_three, metavar="{1,3}", only="images",
+        default=BY_DATASET, optional=True, before=None, help="grey images, or colour",
+    )  # fmt: skip
+    invert: bool = flag(
+        "--invert", group="tasks", kind=bool, default=False, before=False, only="images",
+        help="exchange black and white, so that ink on paper is 1",
+    )  # fmt: skip
+    quarter_turns: bool = flag(
+        "--quarter-turns", group="tasks", kind=bool, default=False, before=False, only="images",
+        help="turn each class of a task by a random multiple of 90 degrees, in every split, as Omniglot's are",
+    )  # fmt: skip
+    augment: str | None = flag(
+        "--augment", group="tasks", kind=str, check=augmentations, metavar="NAMES", default=None,
+        before=None, only="images", optional=True,
+        help="change each training image at random: some of flip, crop, rotate, with commas between",
+    )  # fmt: skip
+    split_shares: str = flag(
+        "--split-shares", group="tasks", kind=str, check=three_shares, metavar="A,B,C", default="64,16,20",
+        before="64,16,20", only="files",
+        help="shares of training, validation and test in the classes of a folder, or in the tasks of a table, "
+        "that has no split of its own",
+    )  # fmt: skip
+    split_seed: int = flag(
+        "--split-seed", group="tasks", kind=int, check=seed_range, default=0, before=0, only="files",
+        help="of that split",
+    )  # fmt: skip
+    task_column: str = flag(
+        "--task-column", group="tasks", kind=str, metavar="NAME", default="task", before="task", only="table",
+        help="the column of a table that says which task a row belongs to",
+    )  # fmt: skip
+    target_columns: str = flag(
+        "--target-columns", group="tasks", kind=str, check=column_names, metavar="NAMES", default="y",
+        before="y", only="table", help="the columns of the targets, with commas between",
+    )  # fmt: skip
+    input_columns: str | None = flag(
+        "--input-columns", group="tasks", kind=str, check=column_names, metavar="NAMES", default=None,
+        before=None, only="table", optional=True,
+        help="the columns of the inputs; by default all others, but one named split",
+    )  # fmt: skip
     oracle: bool = flag(
-        "--oracle", group="tasks", kind=bool, default=False, before=False, only="regression",
+        "--oracle", group="tasks", kind=bool, default=False, before=False, only="curves",
         help="tell the learner the task: its parameters (amplitude, phase, ...) join the inputs; a baseline",
     )  # fmt: skip
     train_shots: int | None = flag(
@@ -98,13 +218,27 @@ class Config:
     )  # fmt: skip
 
     learner: str = flag(
-        "--learner", group="learner", kind=str, choices=tuple(LEARNERS),
-        help="mlp: 1-40-40-1; conv: four stride-2 convolutions of 64; conv-pool: with max pooling; "
-        "convnet: unpadded and flattened; fc: 256-128-64-64",
+        "--learner", group="learner", kind=str, check=a_learner, metavar="NAME",
+        help="mlp: 1-40-40-1; conv: four stride-2 convolutions of 64; conv-pool: with max pooling; conv4: of 32, "
+        "flattened; convnet: unpadded and flattened; fc: 256-128-64-64; torchvision:MODEL; or a factory in "
+        "your own code: package.module:factory, file.py:factory",
+    )  # fmt: skip
+    learner_args: tuple[str, ...] = flag(
+        "--learner-args", group="learner", kind=tuple, check=key_and_value, metavar="NAME=VALUE", default=(),
+        before=(), help="arguments of the learner's factory",
     )  # fmt: skip
     init: str = flag(
         "--init", group="learner", kind=str, choices=("paper", "torch"), default=BY_LEARNER,
         help="initial weights: the paper's, or PyTorch's defaults",
+    )  # fmt: skip
+    loss: str = flag(
+        "--loss", group="learner", kind=str, check=a_loss, metavar="NAME", default=BY_RULE, before=None,
+        help="mse, cross-entropy, bce (binary cross-entropy of logits), huber, or a function in your own code: "
+        "package.module:function, file.py:function; auto: mse, or cross-entropy in classification",
+    )  # fmt: skip
+    loss_args: tuple[str, ...] = flag(
+        "--loss-args", group="learner", kind=tuple, check=key_and_value, metavar="NAME=VALUE", default=(),
+        before=(), help="arguments of the loss",
     )  # fmt: skip
     algorithm: str = flag(
         "--algorithm", group="algorithm", kind=str, choices=tuple(ALGORITHMS), default="maml",
@@ -112,8 +246,8 @@ class Config:
         help="a preset of the choices in this group and of its paper's settings; each has its own flag, "
         "which comes first",
     )  # fmt: skip
-    adapt: str = flag(
-        "--adapt", group="algorithm", kind=str, choices=choices.FAST_WEIGHTS, default="all",
+    fast_weights: str = flag(
+        "--fast-weights", group="algorithm", kind=str, choices=choices.FAST_WEIGHTS, default="all",
         before="all",
         help="what the inner loop adapts: all weights, the head, all but the head, or a context vector that "
         "modulates a layer",
@@ -123,6 +257,12 @@ class Config:
         only="head",
         help="the head's modules or parameters by name, with commas between; by default the last module with "
         "weights of its own that does not normalise",
+    )  # fmt: skip
+    head_init: str = flag(
+        "--head-init", group="algorithm", kind=str, choices=choices.HEAD_INITS, default="learned",
+        before="learned",
+        help="the head before the first inner step: meta-learned; zero; or a prototype classifier from the "
+        "support set (Proto-MAML). The latter two allow another number of classes (-n) at test",
     )  # fmt: skip
     context_size: int = flag(
         "--context-size", group="algorithm", kind=int, check=at_least(1), metavar="N", default=5,
@@ -258,8 +398,7 @@ class Config:
         default=0.0, before=0.0, only="schedule", help="the learning rate where it ends",
     )  # fmt: skip
     grad_clip: float | None = flag(
-        "--grad-clip", group="outer loop", kind=float, check=above_zero, metavar="X",
-        default=None, optional=True,
+        "--grad-clip", group="outer loop", kind=float, check=above_zero, metavar="X", optional=True,
         help="clip each element of the meta-gradient to +-X, as the paper does on mini-ImageNet",
     )  # fmt: skip
     grad_clip_norm: float | None = flag(
@@ -280,11 +419,22 @@ class Config:
         "--compile", group="machine", kind=str, choices=("auto", "on", "off"), default=BY_RULE,
         before="off",
         help="compile the iteration; auto: where the run is long enough to pay for it, from 10,000 "
-        "iterations (omniglot 1,500)",
+        "iterations (classification 1,500), with a learner of ours",
     )  # fmt: skip
     compile_after: int = flag(
         "--compile-after", group="machine", kind=int, check=at_least(0), metavar="N", before=0,
         help="iterations that run uncompiled at first, to show at once that the run is well",
+    )  # fmt: skip
+    vectorise: bool = flag(
+        "--vectorise", group="machine", kind=bool, default=True, before=True,
+        help="take tasks all at once; without, one after another, for a learner that cannot be vectorised: "
+        "slower and as exact",
+    )  # fmt: skip
+    images_on: str = flag(
+        "--images-on", group="machine", kind=str, choices=("auto", "device", "host"), default="auto",
+        before="auto", only="images", free_on_resume=True, free_on_eval=True,
+        help="keep images on the device, or in a memory map on the host from where tasks are fetched ahead; "
+        "auto: on the device where they take less than half of its free memory",
     )  # fmt: skip
     engine: str = flag(
         "--engine", group="machine", kind=str, choices=("auto", *choices.ENGINES), default=BY_RULE,
@@ -353,11 +503,31 @@ class Config:
 
     @property
     def classification(self) -> bool:
-        return self.dataset not in REGRESSION
+        said = data_facts(self.dataset).classification
+        return self.task_type == "classification" if said is None else said
 
     @property
     def has_batch_norm(self) -> bool:
-        return LEARNERS[self.learner].adapt_norm is not None
+        return learner_facts(self.learner).adapt_norm is not None
+
+    @property
+    def dataset_name(self) -> str:
+        """The dataset in a name of a file."""
+        return _as_name(self.dataset)
+
+    @property
+    def learner_name(self) -> str:
+        """The learner in a name of a file."""
+        return _as_name(self.learner)
+
+
+def _as_name(name: str) -> str:
+    """Without what a name of a file may not hold: of a path its last part, of code the factory."""
+    kind, colon, rest = name.partition(":")
+    if not colon:
+        return name
+    last = name.rpartition(":")[2] if is_own_code(name) else f"{kind}-{Path(rest).stem or 'data'}"
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in last)[:60]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,6 +542,21 @@ class Invocation:
         "--baselines", group="what to do", kind=bool, default=False,
         help="with --eval --load: beside it training from scratch on each task and, for regression, a "
         "pretrained network and the oracle that is told the task; these two are trained first",
+    )  # fmt: skip
+    adapt: Path | None = flag(
+        "--adapt", group="what to do", kind=Path, metavar="PATH", default=None, optional=True,
+        help="with --load: adapt to a task of your own and predict. A folder with support/<class>/ and query/ "
+        "full of images, or a table in which some targets are missing",
+    )  # fmt: skip
+    save_weights: Path | None = flag(
+        "--save-weights", group="files", kind=Path, metavar="FILE", default=None, optional=True,
+        help="with --adapt: also write the adapted weights, a state_dict for the learner",
+    )  # fmt: skip
+    eval_dataset: str | None = flag(
+        "--eval-dataset", group="tasks", kind=str, check=a_dataset, metavar="NAME", default=None,
+        optional=True,
+        help="with --eval --load: take the test tasks from another dataset; all of its classes are for test "
+        "where it has no split of its own",
     )  # fmt: skip
     load: Path | None = flag(
         "--load", group="what to do", kind=Path, metavar="FILE", default=None, optional=True,
@@ -409,7 +594,7 @@ class Invocation:
     data_root: Path = flag(
         "--data-root", group="files", kind=Path, metavar="FOLDER",
         default=Path(os.environ.get("MAML_DATA_ROOT") or "data"),
-        help="holds omniglot-py/; also from the environment variable MAML_DATA_ROOT",
+        help="holds omniglot-py/ and the other named sets; also from the environment variable MAML_DATA_ROOT",
     )  # fmt: skip
     device: str = flag(
         "--device", group="machine", kind=str, choices=("auto", "cpu", "cuda", "mps"),
@@ -441,28 +626,38 @@ class _Parser(argparse.ArgumentParser):
 def _show(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return " ".join(value) or "none"
     return "none" if value is None else f"{value:,}" if type(value) is int else str(value)
 
 
 def _default_text(name: str, declaration: Flag) -> str:
-    if declaration.default is BY_DATASET:
-        regression, few_ways, many_ways = map(_show, DEFAULTS[name])
+    if declaration.default is BY_DATASET and name in DEFAULTS:
+        regression, few_ways, many_ways, other = map(_show, DEFAULTS[name])
         omniglot = few_ways if few_ways == many_ways else f"{few_ways}, above 10 ways {many_ways}"
-        if declaration.only:
-            return omniglot
+        if len({few_ways, many_ways, other}) == 1:
+            return few_ways if declaration.only else f"{regression}; classification {few_ways}"
+        text = f"omniglot {omniglot}; other classification {other}"
         exceptions = [
             f", {learner} {getattr(facts, name)}"
             for learner, facts in LEARNERS.items()
             if getattr(facts, name, None) is not None
         ]
-        return f"{regression}; omniglot {omniglot}{''.join(exceptions)}"
+        return f"{'' if declaration.only else regression + '; '}{text}{''.join(exceptions)}"
+    if declaration.default is BY_DATASET:
+        facts = {**DATASETS, **{f"{kind}:": f for kind, f in DATA_KINDS.items()}}
+        values = {n: getattr(f, name) for n, f in facts.items() if n != "omniglot" and getattr(f, name)}
+        if len(set(values.values())) == 1:
+            return _show(next(iter(values.values())))
+        return ", ".join(f"{n} {_show(v)}" for n, v in values.items())
     if name == "tasks_at_once":
         return "all, or what fits the cache"
     if declaration.default is BY_RULE:
         return "auto"
     if declaration.default is BY_LEARNER:
-        facts = {learner: getattr(LEARNERS[learner], name) for learner in LEARNERS}
-        return ", ".join(f"{k} {_show(v)}" for k, v in facts.items() if v is not None)
+        values = {learner: getattr(LEARNERS[learner], name) for learner in LEARNERS}
+        values["others"] = getattr(OTHER_LEARNER, name)
+        return ", ".join(f"{k} {_show(v)}" for k, v in values.items() if v is not None)
     if name == "first_order":
         return "no"
     if name == "run_name":
@@ -486,14 +681,14 @@ def defaults_table() -> str:
 
 
 def presets_table() -> str:
-    """What the algorithms set, as `--help` shows it: for regression / omniglot / omniglot above 10 ways."""
+    """What the algorithms set, as `--help` shows it: for the columns of the defaults' table."""
     lines = []
     for algorithm, row in ALGORITHMS.items():
         cells = []
         for name, value in row.items():
-            columns = [value[i] if isinstance(value, ByData) else value for i in range(3)]
-            if columns[1] == columns[2]:
-                columns.pop()
+            columns = [value[i] if isinstance(value, ByData) else value for i in range(4)]
+            if len(set(map(str, columns[1:]))) == 1:
+                columns = columns[:2]
             if len(set(map(str, columns))) == 1:
                 columns = columns[:1]
             cells.append(f"{CONFIG_FLAGS[name].names[0]} {'/'.join(map(_show, columns))}")
@@ -522,6 +717,8 @@ def build_parser() -> argparse.ArgumentParser:
     for name, declaration in ALL_FLAGS.items():
         text = f"{declaration.help} (default: {_default_text(name, declaration)})"
         options: dict[str, Any] = {"dest": name, "help": text.replace("%", "%%")}
+        if declaration.kind is tuple:
+            options |= {"nargs": "+", "action": "extend"}
         if declaration.kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
@@ -535,7 +732,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse(arguments: list[str]) -> dict[str, Any]:
     """The flags that were given, by field name, each well-formed by itself."""
-    return vars(build_parser().parse_args(arguments))
+    given = vars(build_parser().parse_args(arguments))
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
 # ---- resolving and checking ----------------------------------------------------------------------
@@ -549,14 +747,25 @@ def resolve(given: Mapping[str, Any]) -> Config:
     given = dict(given) | _meta_gradient_from_first_order(given)
     values = {name: value for name, value in given.items() if name in CONFIG_FLAGS}
     dataset = values.get("dataset", CONFIG_FLAGS["dataset"].default)
-    ways = values.get("ways") or DEFAULTS["ways"][1]
-    column = 0 if dataset in REGRESSION else 1 if ways <= 10 else 2
+    facts = data_facts(dataset)
+    if facts.classification is None:
+        by_ways = "regression" if values.get("ways") is None else "classification"
+        values["task_type"] = values.get("task_type") or by_ways
+    classification = values["task_type"] == "classification" if facts.classification is None else None
+    if classification is None:
+        classification = bool(facts.classification)
+    column = default_column(classification, dataset, values.get("ways") or DEFAULTS["ways"][1])
     preset = _preset(values, given, column)
+    if facts.inputs != "images" and "learner" not in given:
+        preset["learner"] = "mlp"  # whatever the defaults of other classification are
     values = preset | values
-    learner = LEARNERS[values.get("learner", DEFAULTS["learner"][column])]
+    values.setdefault("learner", DEFAULTS["learner"][column])
+    learner = learner_facts(values["learner"])
     for name, by_column in DEFAULTS.items():
         values.setdefault(name, by_column[column])
-    values |= _queries_from_samples(given, values["shots"], dataset)
+    values.setdefault("image_size", facts.image_size)
+    values.setdefault("channels", facts.channels)
+    values |= _queries_from_samples(given, values["shots"], classification)
     for name in ("queries", "test_steps"):
         values[name] = {"k": values["shots"], "s": values["steps"]}.get(values[name], values[name])
     values.setdefault("eval_steps", max(CONFIG_FLAGS["eval_steps"].default, values["test_steps"]))
@@ -587,7 +796,7 @@ def _preset(values: Mapping[str, Any], given: Mapping[str, Any], column: int) ->
             f"--first-order means nothing with --algorithm {algorithm}: leave it out, or choose with "
             "--meta-gradient"
         )
-    learner = LEARNERS[values.get("learner", preset.get("learner", DEFAULTS["learner"][column]))]
+    learner = learner_facts(values.get("learner", preset.get("learner", DEFAULTS["learner"][column])))
     usual = DEFAULTS["inner_lr"][column]
     if learner.inner_lr is not None and preset.get("inner_lr", usual) == usual:
         preset["inner_lr"] = learner.inner_lr
@@ -614,11 +823,14 @@ def _meta_gradient_from_first_order(given: Mapping[str, Any]) -> dict[str, str]:
 
 def resolve_auto(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values, with what is "auto" or missing settled by what was measured (benchmarks/README.md)."""
-    values = {"dataset": CONFIG_FLAGS["dataset"].default} | dict(values)
-    regression = values["dataset"] in REGRESSION
+    values = {"dataset": CONFIG_FLAGS["dataset"].default, "task_type": None} | dict(values)
+    said = data_facts(values["dataset"]).classification
+    regression = values["task_type"] == "regression" if said is None else not said
     long = COMPILED_FROM["regression" if regression else "classification"]
-    compiled = values["iterations"] >= long
+    ours = values["learner"] in LEARNERS and values.get("vectorise", True)
+    compiled = values["iterations"] >= long and ours
     automatic = {
+        "loss": "mse" if regression else "cross-entropy",
         "compile": "on" if compiled else "off",
         "engine": "unrolled" if regression or values["steps"] == 1 else "adjoint",
     }
@@ -628,11 +840,11 @@ def resolve_auto(values: Mapping[str, Any]) -> dict[str, Any]:
     }
     settled["convolution"] = chosen["convolution"]
     if chosen["convolution"] == "auto":
-        patches = settled["compile"] == "on" and LEARNERS[values["learner"]].convolutional
+        patches = settled["compile"] == "on" and learner_facts(values["learner"]).convolutional
         settled["convolution"] = "im2col" if patches else "grouped"
     if "tasks_at_once" not in values:
         patches = settled["compile"] == "on" and settled["convolution"] == "im2col"
-        settled["tasks_at_once"] = _cache_chunk(values) if patches else None
+        settled["tasks_at_once"] = _cache_chunk(values) if patches and not regression else None
     elif values["tasks_at_once"] is not None and values["tasks_at_once"] >= values["meta_batch_size"]:
         settled["tasks_at_once"] = None
     if values["iterations"] <= DEFAULTS["compile_after"][0 if regression else 1]:
@@ -649,7 +861,7 @@ def what_is_learned(config: Config) -> dict[str, Any]:
 
 def _cache_chunk(values: Mapping[str, Any]) -> int | None:
     """Tasks of a chunk whose support set is some `CHUNK_IMAGES` images; None: all of the meta-batch."""
-    if values["dataset"] in REGRESSION or not LEARNERS[values["learner"]].convolutional:
+    if not learner_facts(values["learner"]).convolutional:
         return None
     tasks = values["meta_batch_size"]
     most = max(1, CHUNK_IMAGES // (values["ways"] * values["shots"]))
@@ -659,51 +871,129 @@ def _cache_chunk(values: Mapping[str, Any]) -> int | None:
     return None if chunk >= tasks else chunk
 
 
-def resolve_from(saved: Config, given: Mapping[str, Any], *, evaluate: bool) -> Config:
-    """The settings of a checkpoint, with the flags that may differ from it.
+FREE_ON_ADAPT = ("batch_norm", "invert", "task_column", "target_columns", "input_columns")
+FREE_WITH_EVAL_DATASET = ("invert", "quarter_turns", "dataset_args", "task_column", "target_columns",
+                          "input_columns", "split_shares", "split_seed", "omniglot_split")  # fmt: skip
 
-    Raises UsageError for any other flag that was given and disagrees.
+
+def resolve_from(
+    saved: Config,
+    given: Mapping[str, Any],
+    *,
+    evaluate: bool,
+    adapt: bool = False,
+    eval_dataset: str | None = None,
+) -> Config:
+    """The settings of a checkpoint, with the flags that may differ from it: when a run goes on, when it is
+    evaluated, on test tasks of another dataset maybe, or when it is put to use (`adapt`).
+
+    Raises UsageError for any other flag that was given and disagrees, and for code of the user's own that
+    the checkpoint names and the flags do not: nothing is imported because a file says so.
     """
+    _check_own_code(saved, given, without_data=adapt or eval_dataset is not None)
     changes: dict[str, Any] = {}
     shots = given.get("shots", saved.shots) if evaluate else saved.shots
-    given = dict(given) | _queries_from_samples(given, shots, saved.dataset)
+    given = dict(given) | _queries_from_samples(given, shots, saved.classification)
     given |= _meta_gradient_from_first_order(given)
     if given.get("iterations", saved.iterations) != saved.iterations and saved.meta_lr_schedule != "constant":
         raise UsageError(
             f"--iterations {_show(given['iterations'])}: the {saved.meta_lr_schedule} schedule of the "
             f"checkpoint ends at iteration {_show(saved.iterations)}: leave it out"
         )
+    free = set(FREE_ON_ADAPT if adapt else ()) | set(FREE_WITH_EVAL_DATASET if eval_dataset else ())
+    if evaluate and saved.head_init != "learned" and saved.inner_rates != "element":
+        free.add("ways")
     for name, value in given.items():
         if name not in CONFIG_FLAGS:
             continue
         declaration = CONFIG_FLAGS[name]
-        if declaration.free_on_eval if evaluate else declaration.free_on_resume:
+        if name in free or (declaration.free_on_eval if evaluate else declaration.free_on_resume):
             changes[name] = value
+        elif name == "dataset" and _same_kind_of_file(value, saved.dataset):
+            changes[name] = value  # the same data, at another place
         elif declaration.default is BY_RULE and value == "auto":
             continue  # settled when the run began
         elif (name, value, saved.compile) == ("compile", "on", "off") and not evaluate:
             continue  # it could not be compiled, or was not to be: it goes on as it is
         elif value != getattr(saved, name):
-            doing = "evaluating" if evaluate else "going on with"
+            doing = "adapting" if adapt else "evaluating" if evaluate else "going on with"
+            hint = ""
+            if name == "ways" and evaluate:
+                hint = "; a run with --head-init zero or prototype can be tested with any number of ways"
             raise UsageError(
                 f"{declaration.names[0]} {_show(value)} disagrees with the checkpoint, which has "
-                f"{_show(getattr(saved, name))}: leave it out when {doing} a checkpoint"
+                f"{_show(getattr(saved, name))}: leave it out when {doing} a checkpoint{hint}"
             )
     values = dataclasses.asdict(saved) | changes
     if "eval_steps" in given and "test_steps" not in given:
         values["test_steps"] = min(values["test_steps"], values["eval_steps"])
+    if adapt:
+        values["eval_steps"] = max(values["eval_steps"], values["test_steps"])
     config = Config(**values)
+    if eval_dataset:
+        config = _on_other_data(config, eval_dataset, given)
     check(config, given, testing=evaluate)
     return config
 
 
-def _queries_from_samples(given: Mapping[str, Any], shots: int, dataset: str) -> dict[str, int]:
+def _same_kind_of_file(dataset: str, saved: str) -> bool:
+    kinds = [name.partition(":")[0] for name in (dataset, saved)]
+    return kinds[0] == kinds[1] and kinds[0] in DATA_KINDS
+
+
+def _check_own_code(saved: Config, given: Mapping[str, Any], *, without_data: bool) -> None:
+    """Raises UsageError where the checkpoint names code that the flags do not name, too."""
+    missing = [
+        f"{CONFIG_FLAGS[name].names[0]} {getattr(saved, name)}"
+        for name in OWN_CODE
+        if is_own_code(getattr(saved, name))
+        and name not in given
+        and not (name == "dataset" and without_data)
+    ]
+    if missing:
+        raise UsageError(
+            f"the checkpoint names code that is not this tool's, and a file is no reason to run it: if you "
+            f"trust it, add {' '.join(missing)}"
+        )
+
+
+def _on_other_data(config: Config, dataset: str, given: Mapping[str, Any]) -> Config:
+    """The settings for test tasks of another dataset: images of the same size, shown as they are."""
+    now, then = data_facts(dataset), data_facts(config.dataset)
+    if now.classification is not None and now.classification != config.classification:
+        raise UsageError(
+            f"--eval-dataset {dataset} is {'classification' if now.classification else 'regression'}, and the "
+            f"checkpoint learned {'classification' if config.classification else 'regression'}"
+        )
+    if "any" not in (now.inputs, then.inputs) and now.inputs != then.inputs:
+        raise UsageError(
+            f"--eval-dataset {dataset} has {now.inputs}, and the checkpoint learned {then.inputs}"
+        )
+    image_size = config.image_size or then.image_size or now.image_size
+    channels = config.channels or then.channels or now.channels
+    if dataset == "omniglot" and (image_size, channels) != (28, 1):
+        raise UsageError(
+            f"--eval-dataset omniglot has 28 x 28 grey images, and the checkpoint learned {image_size} x "
+            f"{image_size} with {channels} channels"
+        )
+    changes: dict[str, Any] = {
+        "dataset": dataset,
+        "task_type": "classification" if config.classification else "regression",
+        "image_size": image_size if now.inputs == "images" else None,
+        "channels": channels if now.inputs == "images" else None,
+    }
+    for name in FREE_WITH_EVAL_DATASET:
+        changes[name] = given.get(name, CONFIG_FLAGS[name].default)
+    return dataclasses.replace(config, **changes)
+
+
+def _queries_from_samples(given: Mapping[str, Any], shots: int, classification: bool) -> dict[str, int]:
     """What --samples, if it was given, says of the size of the query."""
     samples = given.get("samples")
     if samples is None:
         return {}
-    if dataset not in REGRESSION:
-        raise UsageError("--samples counts the points of a curve: use -k and -q with omniglot")
+    if classification:
+        raise UsageError("--samples counts the points of a curve: use -k and -q in classification")
     if samples <= shots:
         raise UsageError(f"--samples {samples} leaves no query: it must be above -k {shots}")
     if "queries" in given and given["queries"] != samples - shots:
@@ -718,9 +1008,9 @@ def check(config: Config, given: Mapping[str, Any], *, testing: bool = False) ->
 
     With `testing`, the sizes of tasks are those of a test, and what concerns training alone is passed over.
     """
-    learner = LEARNERS[config.learner]
-    if learner.regression == config.classification:
-        fitting = [name for name, facts in LEARNERS.items() if facts.regression != learner.regression]
+    learner, data = learner_facts(config.learner), data_facts(config.dataset)
+    if "any" not in (learner.inputs, data.inputs) and learner.inputs != data.inputs:
+        fitting = [name for name, facts in LEARNERS.items() if facts.inputs == data.inputs]
         raise UsageError(
             f"--learner {config.learner} does not fit --dataset {config.dataset}: use {' or '.join(fitting)}"
         )
@@ -731,11 +1021,15 @@ def check(config: Config, given: Mapping[str, Any], *, testing: bool = False) ->
             raise UsageError(f"{ALL_FLAGS[name].names[0]} means nothing with {place}: leave it out")
     if config.init == "paper" and learner.init != "paper":
         raise UsageError(f"--init paper: {config.learner} is not a network of the paper; use torch")
+    if config.loss == "cross-entropy" and not config.classification:
+        raise UsageError("--loss cross-entropy is for classes: a regression has mse, huber, bce or your own")
+    if config.loss == "mse" and config.classification:
+        raise UsageError("--loss mse is for numbers: classification has cross-entropy, bce or your own")
     if config.test_steps > config.eval_steps:
         raise UsageError(f"--test-steps {config.test_steps} is above --eval-steps {config.eval_steps}")
     if not testing:
         _check_algorithm(config, given)
-    if config.classification:
+    if config.dataset == "omniglot":
         _check_omniglot(config, testing=testing)
 
 
@@ -753,12 +1047,22 @@ def _unless(applies: Callable[[Config], bool], name: str) -> Callable[[Config], 
 
 # Where a flag means something: the place where it does not, or None.
 ONLY: dict[str, Callable[[Config], str | None]] = {
-    "regression": _unless(lambda c: not c.classification, "dataset"),
-    "classification": _unless(lambda c: c.classification, "dataset"),
+    "curves": _unless(lambda c: c.dataset in REGRESSION, "dataset"),
+    "regression": lambda c: f"classification ({c.dataset})" if c.classification else None,
+    "classification": lambda c: None if c.classification else f"regression ({c.dataset})",
+    "omniglot": _unless(lambda c: c.dataset == "omniglot", "dataset"),
+    "any images": _unless(lambda c: data_facts(c.dataset).inputs == "images", "dataset"),
+    "images": _unless(
+        lambda c: data_facts(c.dataset).inputs == "images" and c.dataset != "omniglot", "dataset"
+    ),
+    "files": _unless(lambda c: c.dataset.partition(":")[0] in DATA_KINDS, "dataset"),
+    "table": _unless(lambda c: c.dataset.startswith("table:"), "dataset"),
+    "own data": _unless(lambda c: is_own_code(c.dataset), "dataset"),
+    "any targets": _unless(lambda c: data_facts(c.dataset).classification is None, "dataset"),
     "batch norm": _unless(lambda c: c.has_batch_norm, "learner"),
-    "convolutions": _unless(lambda c: LEARNERS[c.learner].convolutional, "learner"),
-    "head": _unless(lambda c: c.adapt in ("head", "body"), "adapt"),
-    "context": _unless(lambda c: c.adapt == "context", "adapt"),
+    "convolutions": _unless(lambda c: learner_facts(c.learner).convolutional, "learner"),
+    "head": _unless(lambda c: c.fast_weights in ("head", "body"), "fast_weights"),
+    "context": _unless(lambda c: c.fast_weights == "context", "fast_weights"),
     "learned rates": _unless(lambda c: c.inner_rates != "fixed", "inner_rates"),
     "exact": _unless(lambda c: c.meta_gradient == "exact", "meta_gradient"),
     "implicit": _unless(lambda c: c.meta_gradient == "implicit", "meta_gradient"),
@@ -773,7 +1077,10 @@ ONLY: dict[str, Callable[[Config], str | None]] = {
     "schedule": _unless(lambda c: c.meta_lr_schedule != "constant", "meta_lr_schedule"),
     "norm that can adapt": lambda c: (
         _unless(lambda c: c.has_batch_norm, "learner")(c)
-        or _unless(lambda c: c.adapt in ("all", "body") or (c.adapt == "head" and bool(c.head)), "adapt")(c)
+        or _unless(
+            lambda c: c.fast_weights in ("all", "body") or (c.fast_weights == "head" and bool(c.head)),
+            "fast_weights",
+        )(c)
         or ("--norm-per-step" if c.norm_per_step else None)
     ),
 }
@@ -785,6 +1092,7 @@ def _check_algorithm(config: Config, given: Mapping[str, Any]) -> None:
     rates = f"--inner-rates {config.inner_rates}"
     per_step = config.has_batch_norm and (config.batch_norm == "per-step" or config.norm_per_step)
     per_step_flag = "--norm-per-step" if config.norm_per_step else "--batch-norm per-step"
+    head_init, head = config.head_init != "learned", f"--head-init {config.head_init}"
     learned = config.inner_rates != "fixed"
     multi_step = config.objective == "multi-step"
     implicit, reptile, joint = (config.meta_gradient == name for name in ("implicit", "reptile", "joint"))
@@ -801,8 +1109,8 @@ def _check_algorithm(config: Config, given: Mapping[str, Any]) -> None:
         (reptile and learned, f"{rates}: {way} gives the rates no gradient"),
         (reptile and multi_step, f"--objective multi-step: {way} has no query loss"),
         (
-            reptile and config.adapt != "all",
-            f"--adapt {config.adapt}: {way} moves only what the inner loop adapts, the rest would not learn",
+            reptile and config.fast_weights != "all",
+            f"--fast-weights {config.fast_weights}: {way} moves only what the inner loop adapts, the rest would not learn",
         ),
         (reptile and per_step, f"{per_step_flag}: {way} moves only what the inner loop adapts"),
         (
@@ -814,8 +1122,8 @@ def _check_algorithm(config: Config, given: Mapping[str, Any]) -> None:
         (joint and per_step, f"{per_step_flag}: {way} has no inner loop"),
         (joint and config.inner_batch, f"--inner-batch: {way} has no inner loop"),
         (
-            joint and config.adapt == "context",
-            f"--adapt context: {way} has no inner loop that the context's weights could learn from",
+            joint and config.fast_weights == "context",
+            f"--fast-weights context: {way} has no inner loop that the context's weights could learn from",
         ),
         (
             config.inner_lr_max is not None and learned and config.inner_lr_max <= config.inner_lr,
@@ -829,8 +1137,25 @@ def _check_algorithm(config: Config, given: Mapping[str, Any]) -> None:
             "autotune" in given
             and given["autotune"]
             and (implicit or reptile or joint)
-            and not LEARNERS[config.learner].convolutional,
+            and not learner_facts(config.learner).convolutional,
             f"--autotune: {way} with --learner {config.learner} leaves nothing to choose",
+        ),
+        (
+            head_init and config.fast_weights not in ("all", "head"),
+            f"{head}: it needs a head that the inner loop adapts, and --fast-weights is {config.fast_weights}",
+        ),
+        (head_init and joint, f"{head}: {way} has no inner loop that could adapt the head"),
+        (
+            config.head_init == "prototype" and not config.classification,
+            f"{head}: prototypes are of classes, and this is regression",
+        ),
+        (
+            config.head_init == "prototype" and config.proximal,
+            f"{head}: with --proximal the tasks begin at one place, with prototypes each at its own",
+        ),
+        (
+            not config.vectorise and config.compile == "on",
+            "--no-vectorise: tasks one after another are not compiled; use --compile off",
         ),
         (
             reptile and config.batch_norm == "inductive" and config.has_batch_norm,
@@ -881,25 +1206,52 @@ def check_invocation(given: Mapping[str, Any]) -> Invocation:
         ),
         (call.resume and not call.run_name, "--resume needs the --run-name of the run to go on with"),
         (
-            call.eval and given.keys() & {"compile", "compile_after", "engine", "convolution"},
-            "--compile, --compile-after, --engine and --conv are for training: leave them out with --eval",
+            (call.eval or call.adapt)
+            and given.keys() & {"compile", "compile_after", "engine", "convolution"},
+            "--compile, --compile-after, --engine and --conv are for training: leave them out with --eval and --adapt",
         ),
         (
             call.autotune and (call.eval or call.load),
             "--autotune chooses when a run begins: leave it out with --eval and --load",
         ),
         (
+            call.adapt and not call.load,
+            "--adapt puts a trained checkpoint to use: name it with --load",
+        ),
+        (call.adapt and call.eval, "--adapt and --eval are two things: give one of them"),
+        (
+            call.adapt and given.keys() & {"ways", "shots", "queries", "eval_tasks", "eval_steps", "samples"},
+            "-n, -k, -q, --samples, --eval-tasks and --eval-steps mean nothing with --adapt: the files say "
+            "what there is; --test-steps is the number of inner steps",
+        ),
+        (call.save_weights and not call.adapt, "--save-weights writes adapted weights: it needs --adapt"),
+        (
+            call.eval_dataset and not (call.eval and call.load),
+            "--eval-dataset is for testing a checkpoint: give --eval and --load",
+        ),
+        (
+            call.eval_dataset and "dataset" in given,
+            "--dataset and --eval-dataset: give the latter alone, the checkpoint says what it learned from",
+        ),
+        (
+            call.eval_dataset and call.baselines,
+            "--baselines trains on the data of the checkpoint: leave out --eval-dataset",
+        ),
+        (
             call.baselines and not (call.eval and call.load),
             "--baselines is measured beside a checkpoint: give --eval and --load",
         ),
-        (call.out and not call.eval, "--out is where --eval writes: it means nothing without"),
+        (
+            call.out and not (call.eval or call.adapt),
+            "--out is where --eval and --adapt write: it means nothing without",
+        ),
         (
             call.load and call.run_name,
             "--run-name names a new run; --load takes the folder of the checkpoint",
         ),
         (
-            call.load and call.eval and "checkpoint_path" in given,
-            "--checkpoint-path means nothing with --eval --load: results go beside that file, or to --out",
+            call.load and (call.eval or call.adapt) and "checkpoint_path" in given,
+            "--checkpoint-path means nothing here: results go beside the file of --load, or to --out",
         ),
         (
             call.run_name is not None
@@ -932,6 +1284,14 @@ def config_from_plain(values: Any) -> Config:
         if isinstance(values.get("first_order"), bool):  # the name of the choice, when it had two values
             older["meta_gradient"] = "first-order" if values["first_order"] else "exact"
             values = {name: value for name, value in values.items() if name != "first_order"}
+        if "adapt" in values and "fast_weights" not in values:  # its name, before --adapt was something to do
+            values = {**values, "fast_weights": values["adapt"]}
+            del values["adapt"]
+        if "loss" not in values:
+            regression = values.get("dataset") in REGRESSION
+            values = {**values, "loss": "mse" if regression else "cross-entropy"}
+        if "image_size" not in values and values.get("dataset") == "omniglot":
+            values = {**values, "image_size": 28, "channels": 1}
         values = older | values
     if not isinstance(values, dict) or values.keys() != CONFIG_FLAGS.keys():
         raise UsageError("its settings are not those of this version")
@@ -963,7 +1323,7 @@ def describe(config: Config) -> str:
         shown = [
             f"{name.replace('_', ' ')} {value if name == 'seed' else _show(value)}"
             for name, value in values.items()
-            if CONFIG_FLAGS[name].group == group and value is not None
+            if CONFIG_FLAGS[name].group == group and value not in (None, ())
         ]
         if shown:
             text = textwrap.fill(" · ".join(shown), 96, subsequent_indent=" " * 14)

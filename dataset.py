@@ -1,8 +1,9 @@
 """Task distributions: what can be sampled, and how.
 
 A distribution samples a whole meta-batch as tensors on its device: no loop over tasks, no workers.
-Task t of iteration i is a pure function of (split, seed, i, t), see randomness.py. A new one needs a
-`sample` method as `TaskDistribution` describes it and a line in `build_distribution`.
+Task t of iteration i is a pure function of (split, seed, i, t), see randomness.py. Curves are computed
+here; images (image_tasks.py) and tables (tables.py) are looked up; the user's own are asked for. A new one
+in this project needs what `TaskDistribution` in tasks.py describes, and a line in `build_distribution`.
 """
 
 from __future__ import annotations
@@ -10,68 +11,25 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from errors import UsageError
+from image_tasks import ImageTasks
+from images import ImageSet, load_images, load_named
 from omniglot import load_omniglot
-from randomness import Stream
-from tasks import TaskBatch
-
-SPLITS = ("train", "validation", "test")
-
-
-class TaskDistribution(Protocol):
-    """Anything that samples tasks."""
-
-    classification: bool  # labels are classes, and accuracy means something
-    computed: bool  # `sample` computes tasks from numbers alone, so that it can be compiled with the step
-    on_host: bool  # `sample` works on the host, ahead of its call: it asks for the iteration as a number
-
-    @property
-    def examples(self) -> int:
-        """Support and query examples of one task."""
-        ...
-
-    def resized(self, shots: int) -> TaskDistribution:
-        """The same tasks with another number of support examples (per class in classification)."""
-        ...
-
-    def sample(self, split: str, seed: int, iteration: int | Tensor, tasks: range) -> TaskBatch:
-        """The tasks with these numbers of an iteration, of the "train", "validation" or "test" split.
-
-        The iteration may be an int64 scalar on the distribution's device; the tasks are the same.
-        """
-        ...
-
-
-def minibatch_order(stream: Stream, examples: int, batch: int | None, steps: int) -> Tensor | None:
-    """The examples of each inner step: int64 `[tasks, steps, batch]`, or None where all are taken.
-
-    As Nichol et al. (2018) have it: passes over the examples, each in a new random order, cut into batches.
-    """
-    if batch is None or batch >= examples or not steps:
-        return None
-    passes = -(-steps * batch // examples)
-    orders = [stream.at(number).distinct(examples, examples) for number in range(passes)]
-    return torch.cat(orders, 1)[:, : steps * batch].unflatten(1, (steps, batch))
-
-
-def task_stream(split: str, seed: int, iteration: int | Tensor, tasks: range, device: torch.device) -> Stream:
-    """One independent random stream for each task."""
-    if split not in SPLITS:
-        raise ValueError(f"no split {split!r}: one of {', '.join(SPLITS)}")
-    numbers = torch.arange(tasks.start, tasks.stop, device=device)
-    return Stream.from_seed(seed).at(split).at(iteration).at(numbers)
-
-
-def keys_of(stream: Stream) -> Tensor:
-    """Keys of the random numbers that a learner draws in each task (see elementary.py): `[tasks, 2]`."""
-    own = stream.at("learner")
-    return torch.stack([own.key_1, own.key_2], -1)  # type: ignore[list-item]
-
+from own_code import asked_for, called, load_code
+from prefetch import Ahead
+from presets import is_own_code
+from randomness import Stream, task_stream
+from tables import Columns, TableTasks, load_table
+from tasks import TaskBatch, TaskDistribution, first_tensor, tree_map
 
 # ---- regression ----------------------------------------------------------------------------------
 
@@ -242,82 +200,105 @@ class Harmonic(Regression):
         return first + amplitude_2 * torch.sin(2.0 * frequency * x + phase_2)
 
 
-# ---- classification ------------------------------------------------------------------------------
+# ---- the user's own ------------------------------------------------------------------------------
 
 
-class Omniglot:
-    """N-way K-shot tasks over handwritten characters (Lake et al. 2015), as Vinyals et al. (2016) built them.
+class Custom:
+    """Tasks from the user's object, which has one method, `sample(split, seeds)`.
 
-    A task draws `ways` different characters, then one of four rotations for each, in every split;
-    labels follow the random order of the characters. Support and query never share a drawing.
-    Inputs `[tasks, ways * examples, 1, 28, 28]` in [0, 1] with ink = 1; labels int64
-    `[tasks, ways * examples]`, ordered by class.
+    It gives the four tensors of a `TaskBatch` for "train", "validation" or "test" and seeds, int64 `[tasks]`:
+    each task is a function of the split and of its seed. (Nested tuples or dictionaries of tensors stand for
+    several inputs or outputs.) Labels are int64.
+
+    Raises UsageError where the object has no such method, or gives anything else.
 
     Arguments:
-        images: uint8 `[characters, drawings, height, width]`, ink = 255.
-        splits: the characters of each split, as int64 positions in `images`.
-        ways: classes of a task; shots, queries: images per class of the support and the query set.
+        make: the object for a number of shots.
+        name: of the object's factory, for messages.
     """
 
-    classification = True
     computed = False
-    on_host = False
+    on_host = True
 
     def __init__(
         self,
-        images: Tensor,
-        splits: dict[str, Tensor],
+        make: Callable[[int], Any],
+        name: str,
         *,
-        ways: int,
+        classification: bool,
         shots: int,
-        queries: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        _, self.drawings, *self.image_size = images.shape
-        self.pixels = images.flatten(2).to(device)
-        self.splits = {name: characters.to(device) for name, characters in splits.items()}
-        self.ways = ways
-        self.shots = shots
-        self.queries = queries
+        self.make = make
+        self.name = name
+        self.classification = classification
+        self.device = torch.device(device)
         self.dtype = dtype
-        positions = torch.arange(self.pixels.shape[-1]).view(*self.image_size)
-        turned = [torch.rot90(positions, quarters).flatten() for quarters in range(4)]
-        self.turned = torch.stack(turned).to(device)  # [4, pixels]
+        self.source = make(shots)
+        if not callable(getattr(self.source, "sample", None)):
+            raise UsageError(f"--dataset {name} makes a {type(self.source).__name__} without a method sample")
+        self.fetched = Ahead(self._sample)
 
     @property
     def examples(self) -> int:
-        return self.ways * (self.shots + self.queries)
+        batch = self.sample("train", 0, 0, range(1))
+        return sum(first_tensor(tree).shape[1] for tree in (batch.support_x, batch.query_x))
 
-    def resized(self, shots: int) -> Omniglot:
-        other = copy.copy(self)
-        other.shots = shots
-        return other
+    def resized(self, shots: int) -> Custom:
+        return Custom(
+            self.make, self.name, classification=self.classification, shots=shots, device=self.device,
+            dtype=self.dtype,
+        )  # fmt: skip
 
     def sample(self, split: str, seed: int, iteration: int | Tensor, tasks: range) -> TaskBatch:
-        """A meta-batch: one index operation on the whole dataset."""
-        stream = task_stream(split, seed, iteration, tasks, self.pixels.device)
-        characters = self.splits[split]
-        characters = characters[stream.at("classes").distinct(self.ways, len(characters))]
-        quarters = stream.at("rotations").words(self.ways) >> 30
-        order = stream.at("drawings").words(self.ways * self.drawings)
-        drawings = order.view(len(tasks), self.ways, self.drawings).argsort(-1)
-        support, query, _ = drawings.split(
-            [self.shots, self.queries, self.drawings - self.shots - self.queries], -1
-        )
-        return TaskBatch(
-            *self._examples(characters, quarters, support),
-            *self._examples(characters, quarters, query),
-        )
+        batch = self.fetched(split, seed, int(iteration), tasks)
+        return TaskBatch(*(tree_map(self._placed, tree) for tree in batch))
 
-    def _examples(self, characters: Tensor, quarters: Tensor, drawings: Tensor) -> tuple[Tensor, Tensor]:
-        tasks, ways, examples = drawings.shape
-        pixels = self.pixels[
-            characters[:, :, None, None], drawings[..., None], self.turned[quarters][:, :, None]
-        ]
-        x = pixels.view(tasks, ways * examples, 1, *self.image_size).to(self.dtype) / 255
-        labels = torch.arange(ways, device=pixels.device).repeat_interleave(examples)
-        return x, labels.expand(tasks, -1)
+    def _placed(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+
+    def _sample(self, split: str, seed: int, iteration: int, tasks: range) -> TaskBatch:
+        stream = task_stream(split, seed, iteration, tasks, torch.device("cpu"))
+        high, low = stream.at("own").words(2).unbind(1)
+        seeds = (high >> 1 << 32) | low  # 63 bits
+        found = called(self.source.sample, f"{self.name}: sample", "--dataset", split, seeds)
+        problem = self._problem(found, len(tasks))
+        if problem:
+            raise UsageError(f"--dataset {self.name}: sample({split!r}, {len(tasks)} seeds) {problem}")
+        return TaskBatch(*found)
+
+    def _problem(self, found: Any, tasks: int) -> str | None:
+        if not isinstance(found, tuple | list) or len(found) != 4:
+            return "should give four tensors: support x and y, query x and y"
+        for name, tree in zip(TaskBatch._fields, found, strict=True):
+            tensors = pytree.tree_leaves(tree)
+            if not tensors or not all(isinstance(t, Tensor) for t in tensors):
+                return f"gives no tensor as {name}"
+            if any(t.dim() < 2 or len(t) != tasks or not t.shape[1] for t in tensors):
+                return f"gives {name} {tuple(tensors[0].shape)}: it should be [{tasks} tasks, examples, ...]"
+            if len({t.shape[1] for t in tensors}) > 1:
+                return f"gives parts of {name} with different numbers of examples"
+        sizes = [first_tensor(tree).shape[1] for tree in found]
+        if sizes[0] != sizes[1] or sizes[2] != sizes[3]:
+            return f"gives x and y of different numbers of examples: {sizes}"
+        for labels in (found[1], found[3]) if self.classification else ():
+            if first_tensor(labels).is_floating_point():
+                return "gives labels that are not int64"
+        return None
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """How images are brought to tensors, and where these are kept."""
+
+    size: int
+    channels: int
+    invert: bool = False
+    resize: str = "lanczos"
+    quarter_turns: bool = False
+    augment: tuple[str, ...] = ()
+    place: str = "auto"
 
 
 FAMILIES: dict[str, type[Regression]] = {
@@ -331,21 +312,67 @@ FAMILIES: dict[str, type[Regression]] = {
 def build_distribution(
     name: str,
     *,
+    classification: bool,
     ways: int | None,
     shots: int,
     queries: int,
-    noise: float,
+    noise: float = 0.0,
     oracle: bool = False,
-    omniglot_split: str,
-    resize: str,
+    images: ImageOptions | None = None,
+    columns: Columns | None = None,
+    shares: tuple[int, int, int] = (64, 16, 20),
+    split_seed: int = 0,
+    omniglot_split: str = "random",
+    arguments: dict[str, Any] | None = None,
+    for_test: bool = False,
     data_root: Path,
     device: torch.device,
     dtype: torch.dtype,
 ) -> TaskDistribution:
-    """The distribution of that name; Omniglot is read, or fetched, from `data_root`."""
+    """The distribution of that name; named sets are read, or fetched, from `data_root`.
+
+    Arguments:
+        for_test: there is no training on it: all classes or tasks of a set without a split of its own are
+            for test.
+    """
+    placed: dict[str, Any] = {"device": device, "dtype": dtype}
     if name in FAMILIES:
         return FAMILIES[name](shots, queries, noise=noise, oracle=oracle, device=device, dtype=dtype)
-    if name != "omniglot" or ways is None:
+    kind, _, path = name.partition(":")
+    split: dict[str, Any] = {"shares": shares, "split_seed": split_seed}
+    if kind == "table":
+        table = load_table(Path(path), columns or Columns(), classification=classification, **split)
+        if for_test and not table.own_splits:
+            table = replace(table, splits=all_for_test(len(table.tasks)))
+        return TableTasks(table, shots=shots, queries=queries, ways=ways, **placed)
+    if is_own_code(name):
+        factory, given = load_code(name, "--dataset"), arguments or {}
+
+        def make(shots: int) -> Any:
+            sizes = asked_for(factory, {"ways": ways, "shots": shots, "queries": queries})
+            return called(factory, name, "--dataset", **sizes | given)
+
+        return Custom(make, name, classification=classification, shots=shots, **placed)
+    if ways is None or images is None:
         raise ValueError(f"no dataset {name!r} with ways {ways}")
-    images, splits = load_omniglot(data_root, split=omniglot_split, resize=resize)
-    return Omniglot(images, splits, ways=ways, shots=shots, queries=queries, device=device, dtype=dtype)
+    if name == "omniglot":
+        pixels, splits = load_omniglot(data_root, split=omniglot_split, resize=images.resize)
+        found = ImageSet.of_equal_classes(pixels, splits)
+    else:
+        form: dict[str, Any] = {
+            "size": images.size, "channels": images.channels, "invert": images.invert,
+            "resize": images.resize,
+        }  # fmt: skip
+        found = load_images(Path(path), **form, **split) if path else load_named(name, data_root, **form)
+    if for_test and not found.own_splits:
+        found = replace(found, splits=all_for_test(len(found.names)))
+    return ImageTasks(
+        found, ways=ways, shots=shots, queries=queries, augment=images.augment, place=images.place,
+        quarter_turns=images.quarter_turns or name == "omniglot", **placed,
+    )  # fmt: skip
+
+
+def all_for_test(count: int) -> dict[str, Tensor]:
+    """Splits in which everything is for test."""
+    none = torch.zeros(0, dtype=torch.int64)
+    return {"train": none, "validation": none, "test": torch.arange(count)}

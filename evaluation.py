@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dataset import Regression, TaskDistribution, keys_of, minibatch_order, task_stream
+from dataset import Regression
+from image_tasks import ImageTasks
 from maml import MAML
 from optimizers import Weights
-from tasks import TaskBatch, Tree, first_tensor, tree_map
+from randomness import keys_of, minibatch_order, task_stream
+from tasks import TaskBatch, TaskDistribution, Tree, first_tensor, tree_map
 
 # Evaluation tasks are the same for every checkpoint. Their splits have streams of their own, so this
 # seed shares nothing with a training seed of the same number.
@@ -96,12 +99,17 @@ def evaluate(
 
 def _random(
     split: str, batch: TaskBatch, numbers: range, inner_batch: int | None, steps: int
-) -> dict[str, Tensor | None]:
+) -> dict[str, Any]:
     """What is random in adapting to these tasks: the order of the examples, and the learner's own keys."""
     support = first_tensor(batch.support_x)
     stream = task_stream(split, SEED, 0, numbers, support.device)
     order = minibatch_order(stream.at("minibatches"), support.shape[1], inner_batch, steps)
     return {"order": order, "keys": keys_of(stream)}
+
+
+def can_be_drawn(distribution: TaskDistribution) -> bool:
+    """Whether there is a picture of a task: of curves, and of images."""
+    return isinstance(distribution, Regression | ImageTasks)
 
 
 def examples(

@@ -41,7 +41,12 @@ def seed_range(value: int) -> str | None:
     return None if 0 <= value < 2**63 else "a whole number from 0 to 2^63 - 1"
 
 
-KIND_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+def key_and_value(text: str) -> str | None:
+    key, equals, _ = text.partition("=")
+    return None if equals and key.isidentifier() else "NAME=VALUE"
+
+
+KIND_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", tuple: "a list"}
 
 
 @dataclass(frozen=True)
@@ -63,9 +68,13 @@ class Flag:
     default: Any
 
     def problem(self, value: Any) -> str | None:
-        """What was expected of the value, or None where it is all right."""
+        """What was expected of the value, or None where it is all right; of a list, each item counts."""
         if value is None and self.optional:
             return None
+        if self.kind is tuple:
+            if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
+                return KIND_NAMES[tuple]
+            return next((p for p in map(self.check, value) if p), None) if self.check else None
         if self.kind is float and type(value) is int and abs(value) < 2**63:
             value = float(value)
         if not isinstance(value, self.kind) or (isinstance(value, bool) and self.kind is not bool):
@@ -75,13 +84,13 @@ class Flag:
     def parse(self, text: str) -> Any:
         """The value of a flag's argument; an argparse `type`."""
         try:
-            value = self.kind(text)
+            value = (text,) if self.kind is tuple else self.kind(text)
         except ValueError:
             value = None
         problem = KIND_NAMES.get(self.kind) if value is None else self.problem(value)
         if problem:
             raise argparse.ArgumentTypeError(f"expected {problem}, got {text!r}")
-        return value
+        return text if self.kind is tuple else value
 
 
 BY_DATASET = object()  # the default stands in `presets.DEFAULTS`

@@ -99,6 +99,7 @@ class InnerLoop:
         check_choice("convolution", convolution, CONVOLUTIONS)
         check_choice("head_init", head_init, HEAD_INITS)
         self.over_tasks = over_tasks(vectorised)
+        self._fixed = fixed_tensors(learner)
         self.learner = convert_batch_norm(copy.deepcopy(learner))
         everything = {
             name: parameter.detach().clone()
@@ -192,7 +193,7 @@ class InnerLoop:
             weights, x = narrow, _in_type(x, self.compute_dtype)
         # of its own: a pass may change them in place
         buffers = {name: around[BUFFER + name].clone() for name in self._buffers if BUFFER + name in around}
-        with Elementary(around.get("keys")), _read_buffers(module, buffers, after):
+        with Elementary(around.get("keys"), first_tensor(x)), _read_buffers(module, buffers, after):
             outputs = functional_call(module, weights | buffers, *arguments_of(x))
         return outputs if self.compute_dtype is None else _in_type(outputs, kind)
 
@@ -471,6 +472,13 @@ def _read_buffers(module: nn.Module, names: Iterable[str], after: Weights | None
         yield
     finally:
         handle.remove()
+
+
+def fixed_tensors(learner: nn.Module) -> Weights:
+    """Frozen parameters, and the buffers that a `state_dict` has."""
+    kept = learner.state_dict(keep_vars=True)
+    learned = {name for name, p in learner.named_parameters(remove_duplicate=False) if p.requires_grad}
+    return {name: t.detach().clone() for name, t in kept.items() if name not in learned}
 
 
 def changing_buffers(learner: nn.Module, example: Tree | None) -> Weights:

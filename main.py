@@ -7,6 +7,8 @@
     python main.py --load checkpoints/RUN/last.pt           # go on with a run
     python main.py --algorithm meta-sgd                     # another of the family, or choice by choice
     python main.py --eval --load checkpoints/RUN/best.pt    # measure it on the test tasks
+    python main.py --adapt FOLDER --load checkpoints/RUN/best.pt    # adapt it to a task of one's own
+    python main.py --dataset images:FOLDER --learner torchvision:resnet18
     tensorboard --logdir checkpoints
 
 Every flag is declared in config.py and shown by --help.
@@ -41,6 +43,8 @@ def main(arguments: list[str]) -> int:
         call = settings.check_invocation(given)
         if call.load is None and not call.resume:
             settings.resolve(given)  # mistakes answer before PyTorch is imported
+        if call.adapt is not None:
+            return adapt(call, given, arguments)
         return evaluate(call, given, arguments) if call.eval else train(call, given)
     except UsageError as error:
         print(f"main.py: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -68,10 +72,12 @@ def train(call: Invocation, given: Mapping[str, Any]) -> int:
     """A new run, or one that goes on (--load, --resume)."""
     start_file, folder = where_to_train(call, given)
 
-    from building import build, fitted, prepare, print_settings, writable
+    from building import build, fitted, prepare, print_settings, tried, writable
     from checkpoint import fitting_parameters, load_checkpoint
     from compiler import Compiler
     from inner_loop import RATE
+    from learner import LEARNERS
+    from losses import LOSSES
     from trainer import Trainer
 
     if start_file is None:
@@ -98,8 +104,10 @@ def train(call: Invocation, given: Mapping[str, Any]) -> int:
     if call.autotune and start is None:
         config = autotuned(config, given, call, runtime)
     compiler = Compiler(runtime.device)
-    distribution, maml = build(config, call, runtime, compiler)
+    distribution, maml = build(config, call, runtime, compiler, fixed=weights.fixed if weights else None)
     parameters = maml.initial_parameters(config.seed)
+    if config.learner not in LEARNERS or config.loss not in LOSSES:
+        tried(maml, parameters, distribution, config)
     if weights and weights_file:
         saved = weights.parameters
         if start is None:  # another algorithm's, maybe: inner rates are taken where both learn them
@@ -142,19 +150,21 @@ def autotuned(config: Config, given: Mapping[str, Any], call: Invocation, runtim
 
 def print_end(trainer: Trainer, folder: Path, signal: int | None) -> None:
     """How training ended, and what to type next."""
+    from building import own_code_flags
     from checkpoint import BEST, LAST
 
+    code = own_code_flags(trainer.config)
     final = trainer.final_loss()
     if final is not None:
         loss, first, last = final
         print(f"Mean training query loss of iterations {first:,} to {last:,}: {loss:.4f}")
     if signal is not None:
-        go_on = shlex.join(["python", "main.py", "--load", str(folder / LAST)])
+        go_on = shlex.join(["python", "main.py", "--load", str(folder / LAST), *code])
         print(f"Saved at iteration {trainer.iteration:,}. Go on: {go_on}")
         return
     file = folder / (BEST if trainer.progress.best_iteration else LAST)
     print("Curves:   ", shlex.join(["tensorboard", "--logdir", str(folder)]))
-    print("Test it:  ", shlex.join(["python", "main.py", "--eval", "--load", str(file)]))
+    print("Test it:  ", shlex.join(["python", "main.py", "--eval", "--load", str(file), *code]))
 
 
 def where_to_train(call: Invocation, given: Mapping[str, Any]) -> tuple[Path | None, Path | None]:
@@ -208,7 +218,7 @@ def read_start(file: Path, given: Mapping[str, Any]) -> tuple[Checkpoint, Config
 
 def fresh_folder(checkpoint_path: Path, config: Config) -> Path:
     """A new run's folder, named after its settings and the time."""
-    name = f"{config.dataset}-{task_size(config)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{config.dataset_name}-{task_size(config)}-{time.strftime('%Y%m%d-%H%M%S')}"
     number = 1
     while True:
         folder = checkpoint_path / (name if number == 1 else f"{name}-{number}")
@@ -233,11 +243,11 @@ def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -
         config = settings.resolve(given)
         what, stem = (
             "the fresh initialisation (no --load)",
-            f"fresh-{config.learner}-{config.init}-seed{config.seed}",
+            f"fresh-{config.learner_name}-{config.init}-seed{config.seed}",
         )
         default_out = call.checkpoint_path
     else:
-        config = settings.resolve_from(source.config, given, evaluate=True)
+        config = settings.resolve_from(source.config, given, evaluate=True, eval_dataset=call.eval_dataset)
         assert call.load is not None
         what, stem = f"{call.load}, iteration {source.iteration:,}", call.load.stem
         if call.out:  # results of several runs may meet there
@@ -250,9 +260,10 @@ def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -
 
     import evaluation
     import report
+    from losses import loss_name
     from runtime import versions
 
-    distribution, maml = build(config, call, runtime)
+    distribution, maml = build(config, call, runtime, fixed=source.fixed if source else None)
     parameters, statistics = maml.initial_parameters(config.seed), maml.initial_statistics()
     if source is not None and call.load is not None:
         parameters = fitting_parameters(call.load, source.parameters, parameters, config.learner)
@@ -273,14 +284,14 @@ def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -
         inner_batch=config.eval_inner_batch,
     )
     words = report.Words(
-        loss_name="cross-entropy" if config.classification else "MSE",
+        loss_name=loss_name(config.loss),
         trained_steps=config.trained_steps,
         test_steps=config.test_steps,
-        title=f"{config.dataset}, {task_size(config)}, {config.eval_tasks} test tasks",
+        title=f"{config.dataset_name}, {task_size(config)}, {config.eval_tasks} test tasks",
     )
     print(report.evaluation_table(result, words))
     size = f"{task_size(config)}-{config.queries}query-{config.eval_tasks}tasks"
-    file = out / f"{stem}-test-{config.dataset}-{size}"
+    file = out / f"{stem}-test-{config.dataset_name}-{size}"
     record = {
         "command": shlex.join(["main.py", *arguments]),
         "checkpoint": call.load,
@@ -296,7 +307,7 @@ def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -
     }
     report.write_json(Path(f"{file}.json"), record | report.evaluation_record(result))
     fits = None
-    if not config.classification:
+    if config.dataset in settings.REGRESSION:
         shown = sorted({0, min(config.trained_steps, config.eval_steps), config.eval_steps})
         batch, outputs = evaluation.examples(
             maml,
@@ -340,7 +351,7 @@ def compare(
     results = {f"{b.name}\n{b.how}": b.evaluation for b in (mine, *others)}
     print("\n" + report.comparison_table(results, config.query_norm, words))
     curves: dict[str, tuple[list[int], list[float]]] = {}
-    if not config.classification and source.progress["training"]:
+    if config.dataset in settings.REGRESSION and source.progress["training"]:
         ends, losses = baselines.windows_of(source.progress["training"])
         scratch = baselines.scratch_curve(source.config, call, runtime, ends)
         curves = {config.algorithm: (ends, losses), "from scratch, Adam 0.001, 10 steps": (ends, scratch)}
@@ -357,6 +368,35 @@ def compare(
         Path(f"{file}.png"), report.comparison_figure(results, config.query_norm, words, curves)
     )
     print(f"Written: {file}.json and .png")
+    return 0
+
+
+# ---- putting it to use ----------------------------------------------------------------------
+
+
+def adapt(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -> int:
+    """Adapts a checkpoint to the examples of one's own task, and predicts the others."""
+    from building import prepare, print_settings, writable
+    from checkpoint import load_checkpoint
+    from using import adapt_to_files
+
+    assert call.load is not None and call.adapt is not None
+    source = load_checkpoint(call.load)
+    config = settings.resolve_from(source.config, given, evaluate=True, adapt=True)
+    config = replace(config, convolution="grouped", tasks_at_once=None)
+    runtime = prepare(config, call)
+    out = writable(call.out or call.load.parent, "--out")
+    what = f"{call.load}, iteration {source.iteration:,}"
+    print_settings(config, runtime, f"Adapting {what} to {call.adapt}, {config.test_steps} steps")
+    normalisation = given.get("batch_norm", "per-step" if source.statistics else "inductive")
+    written = adapt_to_files(
+        source, config, call.adapt, call.load, runtime,
+        normalisation=normalisation,
+        file=out / f"{call.load.stem}-adapted-{call.adapt.stem}",
+        weights_file=call.save_weights,
+        record={"command": shlex.join(["main.py", *arguments]), "checkpoint": call.load},
+    )  # fmt: skip
+    print("Written: " + ", ".join(map(str, written)))
     return 0
 
 

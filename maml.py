@@ -172,15 +172,23 @@ class MAML(InnerLoop):
         return MAML(**self._options | changes)
 
     def draws(self, x: Tree) -> bool:
-        """Whether the learner draws random numbers while it trains, as dropout does: then it needs keys."""
+        """Whether the learner draws random numbers while it trains on one task's inputs, as dropout does: then
+        it needs keys."""
         keys = torch.zeros(2, dtype=torch.int64, device=first_tensor(x).device)
-        weights = self.initial_parameters() | self._contexts | self._head_weights
-        own = {name: w for name, w in weights.items() if name in dict(self.learner.named_parameters())}
-        for name in self.per_step:
-            own[name] = own[name][0]
-        with torch.no_grad(), Elementary(keys) as counted:
-            functional_call(copy.deepcopy(self.learner), own, *arguments_of(x))
+        weights = self.whole_weights(self.initial_parameters())
+        with torch.no_grad(), Elementary(keys, first_tensor(x)) as counted:
+            functional_call(copy.deepcopy(self.learner), weights, *arguments_of(x))
         return counted.draws > 0
+
+    def whole_weights(self, parameters: Weights) -> Weights:
+        """The learner's weights before the first step, all that one task needs; a computed head's as built."""
+        adapted = {name: w for name, w in parameters.items() if name in self.adapted}
+        return self._contexts | self._head_weights | self.shared_at(parameters, 0).weights | adapted
+
+    @property
+    def fixed(self) -> Weights:
+        """What of the learner is not learned, and not computed either: frozen parameters, and buffers."""
+        return self._fixed
 
     def meta_gradient(
         self,

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dataset import TaskDistribution, keys_of, minibatch_order, task_stream
 from maml import MAML, MetaGradient, as_it_is
 from optimizers import Weights
+from randomness import keys_of, minibatch_order, task_stream
 from schedules import meta_lr_at, multi_step_weights
-from tasks import TaskBatch, first_tensor
+from tasks import TaskBatch, TaskDistribution, first_tensor
 
 # An iteration draws its random numbers by long chains of integer operations. Inductor repeats the chain of
 # a value wherever that is used unless it is told to keep values early; compiling took minutes.
@@ -177,7 +177,7 @@ class MetaStep:
         )
         return self._update(state, result, batch)
 
-    def _random(self, state: State, batch: TaskBatch) -> dict[str, Tensor | None]:
+    def _random(self, state: State, batch: TaskBatch) -> dict[str, Any]:
         """What is random beside the tasks: the examples of the inner steps' minibatches, and the learner's
         own keys."""
         if self.outer.inner_batch is None and not self.draws:

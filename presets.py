@@ -9,7 +9,42 @@ from dataclasses import dataclass
 from typing import Any
 
 REGRESSION = ("sinusoid", "sinusoid-frequency", "sinusoid-line", "harmonic")
-DATASETS = (*REGRESSION, "omniglot")
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What the flags need to know of a dataset."""
+
+    inputs: str  # "vectors", "images", or "any"
+    classification: bool | None  # None: --task-type says
+    image_size: int | None = None  # pixels of a side, by default
+    channels: int | None = None
+
+
+DATASETS = {name: DataFacts("vectors", False) for name in REGRESSION} | {
+    "omniglot": DataFacts("images", True, 28, 1),
+    "cifar-fs": DataFacts("images", True, 32, 3),
+    "fc100": DataFacts("images", True, 32, 3),
+    "mini-imagenet": DataFacts("images", True, 84, 3),
+    "tiered-imagenet": DataFacts("images", True, 84, 3),
+}
+DATA_KINDS = {  # what begins a name, in front of a path
+    "images": DataFacts("images", True, 84, 3),
+    "table": DataFacts("vectors", None),
+}
+
+
+def is_own_code(name: str) -> bool:
+    """Whether the name is that of a factory in the user's code: `package.module:factory`, `file.py:factory`."""
+    kind, colon, _ = name.partition(":")
+    return bool(colon) and kind not in (*DATA_KINDS, "torchvision")
+
+
+def data_facts(dataset: str) -> DataFacts:
+    """The facts of a dataset by its name, or by its kind."""
+    kind, colon, _ = dataset.partition(":")
+    return DATA_KINDS.get(kind, DataFacts("any", None)) if colon else DATASETS[dataset]
+
 
 OMNIGLOT_DRAWINGS = 20  # of each character
 OMNIGLOT_CLASSES = {  # characters in each split
@@ -22,7 +57,7 @@ OMNIGLOT_CLASSES = {  # characters in each split
 class LearnerFacts:
     """What the flags need to know of a learner: its data, its defaults, what it can be asked for."""
 
-    regression: bool
+    inputs: str  # "vectors", "images", or "any"
     init: str  # the default of --init
     adapt_norm: bool | None  # the default of --adapt-norm; None: it has no batch norm
     inner_lr: float | None = None  # the default of --inner-lr, where it is not the data's
@@ -30,37 +65,63 @@ class LearnerFacts:
 
 
 LEARNERS = {
-    "mlp": LearnerFacts(regression=True, init="paper", adapt_norm=None, convolutional=False),
-    "conv": LearnerFacts(regression=False, init="paper", adapt_norm=False),
-    "conv-pool": LearnerFacts(regression=False, init="paper", adapt_norm=False),
+    "mlp": LearnerFacts("vectors", init="paper", adapt_norm=None, convolutional=False),
+    "conv": LearnerFacts("images", init="paper", adapt_norm=False),
+    "conv-pool": LearnerFacts("images", init="paper", adapt_norm=False),
+    "conv4": LearnerFacts("images", init="paper", adapt_norm=False),
     # Its last layer has 25,600 inputs: a step of 2.0 is far too long there.
-    "convnet": LearnerFacts(regression=False, init="torch", adapt_norm=True, inner_lr=0.01),
-    "fc": LearnerFacts(regression=False, init="paper", adapt_norm=False, convolutional=False),
+    "convnet": LearnerFacts("images", init="torch", adapt_norm=True, inner_lr=0.01),
+    "fc": LearnerFacts("images", init="paper", adapt_norm=False, convolutional=False),
 }
+OTHER_LEARNER = LearnerFacts("any", init="torch", adapt_norm=True, inner_lr=0.01)  # torchvision's, one's own
+
+
+def learner_facts(learner: str) -> LearnerFacts:
+    """The facts of a learner by its name."""
+    return LEARNERS.get(learner, OTHER_LEARNER)
+
 
 # The defaults that depend on the data: those of Finn et al. (2017). "k" and "s" stand for the values
 # of those flags. Omniglot's inner rate belongs to the mean cross-entropy: the paper's 0.4 (5-way) and
-# 0.1 (20-way) belong to a loss that is `ways` times as large, and both come to 2.0.
-DEFAULT_COLUMNS = ("regression", "omniglot, up to 10 ways", "omniglot, above 10 ways")
-DEFAULTS: dict[str, tuple[Any, Any, Any]] = {
-    "learner": ("mlp", "conv", "conv"),
-    "ways": (None, 5, 5),
-    "shots": (10, 1, 1),
-    "queries": (10, "k", "k"),
-    "steps": (1, 1, 5),
-    "inner_lr": (0.01, 2.0, 2.0),
-    "meta_batch_size": (25, 32, 16),
-    "iterations": (70_000, 60_000, 60_000),
-    "test_steps": ("s", 3, 5),
-    "compile_after": (100, 3, 1),
-    "log_every": (100, 10, 10),
-    "val_every": (1000, 500, 500),
-    "save_every": (1000, 100, 100),
+# 0.1 (20-way) belong to a loss that is `ways` times as large, and both come to 2.0. Other classification
+# has what they set for mini-ImageNet.
+DEFAULT_COLUMNS = (
+    "regression",
+    "omniglot, up to 10 ways",
+    "omniglot, above 10 ways",
+    "other classification",
+)
+DEFAULTS: dict[str, tuple[Any, Any, Any, Any]] = {
+    "learner": ("mlp", "conv", "conv", "conv4"),
+    "ways": (None, 5, 5, 5),
+    "shots": (10, 1, 1, 1),
+    "queries": (10, "k", "k", 15),
+    "steps": (1, 1, 5, 5),
+    "inner_lr": (0.01, 2.0, 2.0, 0.01),
+    "meta_batch_size": (25, 32, 16, 4),
+    "iterations": (70_000, 60_000, 60_000, 60_000),
+    "grad_clip": (None, None, None, 10.0),
+    "test_steps": ("s", 3, 5, 10),
+    "compile_after": (100, 3, 1, 1),
+    "log_every": (100, 10, 10, 10),
+    "val_every": (1000, 500, 500, 500),
+    "save_every": (1000, 100, 100, 100),
 }
+
+
+def default_column(classification: bool, dataset: str, ways: int) -> int:
+    """The position in `DEFAULT_COLUMNS`."""
+    if not classification:
+        return 0
+    return 3 if dataset != "omniglot" else 1 if ways <= 10 else 2
+
 
 # Compiling costs this many uncompiled iterations or more, saved again (benchmarks/README.md).
 COMPILED_FROM = {"regression": 10_000, "classification": 1_500}
 CHUNK_IMAGES = 40
+
+
+SAME_AS_FEW = object()
 
 
 @dataclass(frozen=True)
@@ -70,9 +131,11 @@ class ByData:
     regression: Any
     few_ways: Any
     many_ways: Any
+    other: Any = SAME_AS_FEW
 
     def __getitem__(self, column: int) -> Any:
-        return (self.regression, self.few_ways, self.many_ways)[column]
+        other = self.few_ways if self.other is SAME_AS_FEW else self.other
+        return (self.regression, self.few_ways, self.many_ways, other)[column]
 
 
 # An algorithm is a row: its choices, and the settings of its paper where they are not MAML's. Whatever
@@ -81,8 +144,8 @@ class ByData:
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "maml": {},
     "fomaml": {"meta_gradient": "first-order"},
-    "anil": {"adapt": "head"},
-    "boil": {"adapt": "body"},
+    "anil": {"fast_weights": "head"},
+    "boil": {"fast_weights": "body"},
     "reptile": {
         "meta_gradient": "reptile",
         "inner_optimizer": ByData("sgd", "adam", "adam"),
@@ -102,7 +165,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     },
     "meta-sgd": {
         "inner_rates": "element",
-        "inner_lr": ByData(0.005, 2.0, 2.0),
+        "inner_lr": ByData(0.005, 2.0, 2.0, 0.01),
         "inner_lr_max": ByData(0.1, None, None),
     },
     "maml++": {
@@ -114,7 +177,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "grad_clip_norm": ByData(1.0, None, None),
         "meta_lr_schedule": "cosine",
         "meta_lr_final": 1e-5,
-        "learner": ByData("mlp", "conv-pool", "conv-pool"),
+        "learner": ByData("mlp", "conv-pool", "conv-pool", "conv4"),
         "steps": 5,
         "test_steps": "s",
         "inner_lr": ByData(0.01, 0.1, 0.1),
@@ -135,7 +198,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "meta_lr": ByData(1e-3, 1e-2, 1e-2),
     },
     "cavia": {
-        "adapt": "context",
+        "fast_weights": "context",
         "context_size": ByData(5, 100, 100),
         "inner_lr": 1.0,
     },

@@ -35,6 +35,9 @@ def mix(word: Any) -> Any:
     return word ^ (word >> 15)
 
 
+SPLITS = ("train", "validation", "test")
+
+
 class Stream(NamedTuple):
     """Two independent 32-bit keys: Python integers, or int64 tensors `[tasks]`."""
 
@@ -73,3 +76,32 @@ class Stream(NamedTuple):
     def distinct(self, count: int, total: int) -> Tensor:
         """`count` different numbers below `total`, in random order, `[tasks, count]`."""
         return self.words(total).topk(count, dim=1).indices
+
+
+# ---- what is random in tasks -----------------------------------------------------------------
+
+
+def minibatch_order(stream: Stream, examples: int, batch: int | None, steps: int) -> Tensor | None:
+    """The examples of each inner step: int64 `[tasks, steps, batch]`, or None where all are taken.
+
+    As Nichol et al. (2018) have it: passes over the examples, each in a new random order, cut into batches.
+    """
+    if batch is None or batch >= examples or not steps:
+        return None
+    passes = -(-steps * batch // examples)
+    orders = [stream.at(number).distinct(examples, examples) for number in range(passes)]
+    return torch.cat(orders, 1)[:, : steps * batch].unflatten(1, (steps, batch))
+
+
+def task_stream(split: str, seed: int, iteration: int | Tensor, tasks: range, device: torch.device) -> Stream:
+    """One independent random stream for each task."""
+    if split not in SPLITS:
+        raise ValueError(f"no split {split!r}: one of {', '.join(SPLITS)}")
+    numbers = torch.arange(tasks.start, tasks.stop, device=device)
+    return Stream.from_seed(seed).at(split).at(iteration).at(numbers)
+
+
+def keys_of(stream: Stream) -> Tensor:
+    """Keys of the random numbers that a learner draws in each task (see elementary.py): `[tasks, 2]`."""
+    own = stream.at("learner")
+    return torch.stack([own.key_1, own.key_2], -1)  # type: ignore[list-item]

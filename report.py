@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from using import Task
+
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8C8C8C"
 STYLE: dict[Any, Any] = {
@@ -156,6 +158,17 @@ def _plain(value: Any) -> Any:
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(_plain(result), indent=1) + "\n")
+    temporary.replace(path)
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    import csv
+
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
     temporary.replace(path)
 
 
@@ -365,18 +378,26 @@ def tasks_figure(
                     panel.grid(False)
                     panel.spines[:].set_visible(True)
                     if column < shots_shown:
-                        panel.imshow(support[way, column, 0], cmap="gray_r")
+                        _show_image(panel, support[way, column])
                         panel.spines[:].set_color(GREY)
                     else:
                         answer = int(predicted[way, column - shots_shown])
                         colour = BLUE if answer == way else RED
-                        panel.imshow(query[way, column - shots_shown, 0], cmap="gray_r")
+                        _show_image(panel, query[way, column - shots_shown])
                         panel.spines[:].set(color=colour, linewidth=2)
                         panel.set_xlabel(str(answer), color=colour, fontsize=7, labelpad=1)
                 panels[way, 0].set_ylabel(str(way), rotation=0, fontsize=7, labelpad=6, va="center")
             panels[0, 0].set_title("support", fontsize=7)
             panels[0, shots_shown].set_title("query", fontsize=7)
     return figure
+
+
+def _show_image(panel: Axes, image: Any) -> None:
+    """`[channels, height, width]` in [0, 1]: grey with ink = 1, or colour."""
+    if len(image) == 1:
+        panel.imshow(image[0], cmap="gray_r", vmin=0, vmax=1)
+    else:
+        panel.imshow(image.transpose(1, 2, 0).clip(0, 1))
 
 
 def evaluation_figure(
@@ -479,4 +500,88 @@ def learning_figure(
         panel.set_xlabel("iteration")
         panel.set_ylabel(label)
         panel.legend()
+    return figure
+
+
+# ---- predictions on one's own tasks ---------------------------------------------------------
+
+ROWS_PRINTED = 20
+IMAGES_SHOWN = 60
+
+
+def predictions_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The first predictions, as the terminal shows them."""
+    shown = [[cell[:24] for cell in row] for row in rows[:ROWS_PRINTED]]
+    columns = [(title, "", [row[i] for row in shown]) for i, title in enumerate(header)]
+    more = f"\n... and {len(rows) - ROWS_PRINTED} more" if len(rows) > ROWS_PRINTED else ""
+    return _table(columns) + more
+
+
+def predictions_figure(tasks: Sequence[Task], found: Sequence[Tensor], title: str) -> Figure:
+    """A contact sheet of images, or a panel a task: curves, numbers by row, or probabilities by row.
+
+    `found` is, by task, `[query examples, classes]` of probabilities or `[query examples, targets]`.
+    """
+    if tasks[0].support_x.dim() == 4:
+        return _contact_sheet(tasks[0], found[0], title)
+    with _style():
+        shown = min(len(tasks), 6)
+        figure = _new_figure(3.4 * shown + 0.6, 3.0)
+        figure.suptitle(title)
+        panels = figure.subplots(1, shown, squeeze=False)[0]
+        for panel, task, predicted in zip(panels, tasks, found, strict=False):
+            panel.set_title(task.name)
+            if task.classes:
+                _draw_shares(panel, task, predicted)
+            elif task.support_x.shape[-1] == 1:
+                _draw_curve(panel, task, predicted)
+            else:
+                for target, values in enumerate(predicted.unbind(1)):
+                    panel.plot(range(len(values)), values.numpy(), "o", markersize=3, label=f"{target}")
+                panel.set(xlabel="predicted row", ylabel="prediction")
+        _legend_below(figure, panels[0])
+    return figure
+
+
+def _draw_curve(panel: Axes, task: Task, predicted: Tensor) -> None:
+    order = task.query_x[:, 0].argsort()
+    x = task.query_x[order, 0].numpy()
+    for target in range(predicted.shape[-1]):
+        panel.plot(x, predicted[order, target].numpy(), ".-", color=BLUE, markersize=3, label="predicted")
+        panel.scatter(task.support_x[:, 0].numpy(), task.support_y[:, target].numpy(), color=RED, s=18,
+                      zorder=3, label="support")  # fmt: skip
+    panel.set(xlabel="x", ylabel="y")
+
+
+def _draw_shares(panel: Axes, task: Task, shares: Tensor) -> None:
+    bottom = torch.zeros(len(shares))
+    for number, name in enumerate(task.classes):
+        panel.bar(range(len(shares)), shares[:, number].numpy(), bottom=bottom.numpy(), width=1.0, label=name)
+        bottom = bottom + shares[:, number]
+    panel.set(xlabel="predicted row", ylabel="probability")
+
+
+def _contact_sheet(task: Task, shares: Tensor, title: str) -> Figure:
+    """Labelled images, a row a class, above those that were predicted, with class and probability."""
+    columns, classes = 10, len(task.classes)
+    queries = min(len(task.query_x), IMAGES_SHOWN)
+    rows = classes + -(-queries // columns)
+    left_out = f" (the first {queries} of {len(task.query_x)})" if queries < len(task.query_x) else ""
+    with _style():
+        figure = _new_figure(columns * 1.0, rows * 1.15 + 0.5)
+        figure.suptitle(f"{title}{left_out}")
+        panels = figure.subplots(rows, columns, squeeze=False)
+        for panel in panels.flat:
+            panel.set_axis_off()
+        for label, name in enumerate(task.classes):
+            images = task.support_x[task.support_y == label][:columns]
+            for panel, image in zip(panels[label], images, strict=False):
+                _show_image(panel, image.float().numpy())
+            panels[label, 0].set_title(f"support: {name}", fontsize=7, loc="left", color=GREY)
+        for number, panel in zip(range(queries), panels[classes:].flat, strict=False):
+            _show_image(panel, task.query_x[number].float().numpy())
+            best = int(shares[number].argmax())
+            panel.set_title(
+                f"{task.classes[best][:12]} {100 * float(shares[number, best]):.0f} %", fontsize=7
+            )
     return figure

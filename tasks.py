@@ -7,7 +7,7 @@ of a tensor.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,30 @@ class TaskBatch(NamedTuple):
     support_y: Tree  # [tasks, support examples, ...]
     query_x: Tree  # [tasks, query examples, ...]
     query_y: Tree  # [tasks, query examples, ...]
+
+
+class TaskDistribution(Protocol):
+    """Anything that samples tasks."""
+
+    classification: bool  # labels are classes, and accuracy means something
+    computed: bool  # `sample` computes tasks from numbers alone, so that it can be compiled with the step
+    on_host: bool  # `sample` works on the host, ahead of its call: it asks for the iteration as a number
+
+    @property
+    def examples(self) -> int:
+        """Support and query examples of one task."""
+        ...
+
+    def resized(self, shots: int) -> TaskDistribution:
+        """The same tasks with another number of support examples (per class in classification)."""
+        ...
+
+    def sample(self, split: str, seed: int, iteration: int | Tensor, tasks: range) -> TaskBatch:
+        """The tasks with these numbers of an iteration, of the "train", "validation" or "test" split.
+
+        The iteration may be an int64 scalar on the distribution's device; the tasks are the same.
+        """
+        ...
 
 
 def tree_map(function: Callable[..., Any], *trees: Tree) -> Tree:

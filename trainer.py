@@ -26,9 +26,10 @@ from tqdm import tqdm
 from checkpoint import BEST, LAST, Checkpoint, Curve, Progress, adam_state, moments_of, save_checkpoint
 from compiler import CompilationError, Compiler
 from config import Config, meaningful
-from dataset import TaskDistribution
-from evaluation import accuracy, evaluate, examples
+from evaluation import accuracy, can_be_drawn, evaluate, examples
 from inner_loop import RATE
+from learner import LEARNERS
+from losses import loss_name
 from maml import MAML, MetaGradient
 from meta_step import CudaGraph, FlatLayout, MetaStep, OuterLoop, State
 from optimizers import Weights
@@ -41,6 +42,7 @@ from report import (
     write_figure,
     write_json,
 )
+from tasks import TaskDistribution, tree_map
 
 VALIDATION_TASKS = 200
 REDRAW_SECONDS = 0.5
@@ -120,6 +122,7 @@ class Trainer:
             torch.tensor(sums, device=vector.device, dtype=vector.dtype),
             self.statistics_layout.flatten(statistics).to(vector) if self.statistics_layout else vector[:0],
         )
+        self.draws = self._learner_draws()
         self.plain_step = self._plain_step()
         self.meta_step: MetaStep | CudaGraph = self.plain_step
         self.log_every = min(config.log_every, config.iterations)  # a short run has a curve, too
@@ -135,6 +138,12 @@ class Trainer:
     def statistics(self) -> Weights:
         """The running statistics of per-step batch norm, as views of the state's; else empty."""
         return self.statistics_layout.unflatten(self.state.statistics) if self.statistics_layout else {}
+
+    def _learner_draws(self) -> bool:
+        if self.config.learner in LEARNERS:
+            return False
+        batch = self.distribution.sample("train", self.config.seed, 0, range(1))
+        return self.maml.draws(tree_map(lambda part: part[0], batch.support_x))
 
     # ---- one iteration ----------------------------------------------------------------------
 
@@ -163,6 +172,7 @@ class Trainer:
             metrics=metrics_of_classification if classification else metrics_of_regression,
             seed=config.seed,
             tasks=config.meta_batch_size,
+            draws=self.draws,
             accelerate=self.compiler,
         )
 
@@ -177,7 +187,7 @@ class Trainer:
         due = self.config.compile == "on" and self.iteration >= self.config.compile_after
         if due and not self.compiler.active and not self._compile(bar):
             return False
-        self.state = self.meta_step(self.state)
+        self.state = self.meta_step(self.state, self.iteration)
         self.iteration += 1
         self.progress.window_size += 1
         return True
@@ -190,7 +200,7 @@ class Trainer:
         self.compiler.active = True
         seconds, compiled = self.compiler.seconds, self.compiler.compiled
         try:
-            self.meta_step(state)
+            self.meta_step(state, self.iteration)
         except CompilationError as error:
             self.compiler.active = False
             if self.signal is not None:
@@ -200,7 +210,7 @@ class Trainer:
         else:
             done = "Compiled" if self.compiler.compiled > compiled else "Found compiled code"
             tqdm.write(f"{done} in {self.compiler.seconds - seconds:.1f} s", file=sys.stderr)
-            if state.parameters.is_cuda:
+            if state.parameters.is_cuda and not self.distribution.on_host:
                 self._record(state)
         return True
 
@@ -287,6 +297,7 @@ class Trainer:
             adam_state(self.iteration, *moments),
             asdict(self.progress),
             {name: s.clone() for name, s in self.statistics.items()},
+            {name: t.cpu() for name, t in self.maml.fixed.items()},
         )
         save_checkpoint(self.folder / name, content)
 
@@ -373,6 +384,8 @@ class Trainer:
     def _draw_examples(self, log: RunLog) -> None:
         config = self.config
         regression = not self.distribution.classification
+        if not can_be_drawn(self.distribution):
+            return
         batch, outputs = examples(
             self.maml,
             self.parameters,
@@ -438,7 +451,7 @@ class Trainer:
             self.progress.training,
             self.progress.validation,
             measure="query_accuracy" if classification else "query_loss",
-            label="query accuracy" if classification else "query MSE",
+            label="query accuracy" if classification else f"query {loss_name(self.config.loss)}",
             log_every=self.log_every,
         )
         write_figure(self.folder / "training.png", figure)

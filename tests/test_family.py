@@ -14,9 +14,10 @@ import config
 import dataset
 import trainer
 from checkpoint import LAST, Checkpoint, load_checkpoint, save_checkpoint
-from dataset import Sinusoid, SinusoidFrequency, SinusoidLine, minibatch_order, task_stream
+from dataset import Sinusoid, SinusoidFrequency, SinusoidLine
 from inner_loop import RATE
 from presets import ALGORITHMS
+from randomness import minibatch_order, task_stream
 from schedules import meta_lr_at
 
 ITERATIONS = 12

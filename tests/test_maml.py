@@ -34,7 +34,8 @@ def make_tasks(learner: str, *, tasks: int = TASKS) -> TaskBatch:
 
 def make_maml(learner: str, **options) -> MAML:
     outputs = 1 if learner == "mlp" else WAYS
-    network = build_learner(learner, outputs, init="torch", seed=1).double()
+    inputs = (1,) if learner == "mlp" else (1, 28, 28)
+    network = build_learner(learner, outputs, inputs=inputs, init="torch", seed=1).double()
     loss = F.mse_loss if learner == "mlp" else F.cross_entropy
     return MAML(network, loss, **{"inner_lr": INNER_LR} | options)
 
