@@ -214,7 +214,8 @@ def tried(maml: MAML, parameters: Weights, distribution: TaskDistribution, confi
     reason = " ".join(str(failed).split())[:200]
     one_task = tree_map(lambda part: part[0], tasks.support_x)
     weights = maml.whole_weights(parameters)
-    finding = culprit(maml.learner, weights, one_task, keys[0])
+    positional, named = arguments_of(one_task)
+    finding = None if named else culprit(maml.learner, weights, positional, keys[0])
     if finding is None:
         raise UsageError(
             f"--learner {config.learner} with --loss {config.loss} cannot be meta-trained so: {reason}; "

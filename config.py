@@ -644,12 +644,10 @@ def _default_text(name: str, declaration: Flag) -> str:
             if getattr(facts, name, None) is not None
         ]
         return f"{'' if declaration.only else regression + '; '}{text}{''.join(exceptions)}"
-    if declaration.default is BY_DATASET:
-        facts = {**DATASETS, **{f"{kind}:": f for kind, f in DATA_KINDS.items()}}
-        values = {n: getattr(f, name) for n, f in facts.items() if n != "omniglot" and getattr(f, name)}
-        if len(set(values.values())) == 1:
-            return _show(next(iter(values.values())))
-        return ", ".join(f"{n} {_show(v)}" for n, v in values.items())
+    if name == "image_size":
+        return "84; CIFAR 32"
+    if name == "channels":
+        return "3"
     if name == "tasks_at_once":
         return "all, or what fits the cache"
     if declaration.default is BY_RULE:

@@ -171,11 +171,11 @@ def _for_tasks(tensors: Weights) -> Weights:
 
 
 def _loss(run: Pass) -> Callable[[Weights, list[Tensor]], Tensor]:
-    """A number that depends on all outputs, and of which no derivative is constant."""
+    """A number that depends on all outputs, and whose gradient does so, too."""
 
     def loss(variables: Weights, constants: list[Tensor]) -> Tensor:
         outputs = [output for output in run(variables, constants) if _real(output)]
-        return sum(((output + output**2).sum() for output in outputs), next(iter(variables.values())).sum())
+        return sum(((output + output**2).sum() for output in outputs), torch.zeros(()))
 
     return loss
 
@@ -188,8 +188,11 @@ def _differentiated_twice(run: Pass, variables: Weights, constants: list[Tensor]
     if variables:
         leaves = {name: tensor.requires_grad_() for name, tensor in variables.items()}
         gradients = vmap(grad(_loss(run)))(leaves, constants)
-        total = sum(gradient.square().sum() for gradient in gradients.values())
-        torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        total = torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum()
+        if total.requires_grad:
+            torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        elif total > 0:
+            raise RuntimeError("its backward pass cannot be differentiated (once_differentiable?)")
 
 
 def _differentiated_in_forward_mode(run: Pass, variables: Weights, constants: list[Tensor]) -> None:

@@ -71,8 +71,9 @@ class Elementary(TorchFunctionMode):
 
     def uniform(self, like: Tensor, name: str) -> Tensor:
         """In [0, 1), of that tensor's shape, type and device."""
-        bits = self.bits(like.numel(), name).to(like.device)
-        return (bits.to(_wide(like.dtype)) * 2.0**-24).to(like.dtype).view(like.shape)
+        held = min(24, 1 - round(math.log2(torch.finfo(like.dtype).eps)))  # more bits would round to 1
+        bits = self.bits(like.numel(), name).to(like.device) >> (24 - held)
+        return (bits.to(like.dtype) * 2.0**-held).view(like.shape)
 
     def normal(self, like: Tensor, name: str) -> Tensor:
         """Standard normal, of that tensor's shape, type and device (Box and Muller's transform)."""
@@ -98,7 +99,7 @@ def words(keys: Tensor, call: int, count: int) -> Tensor:
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The 24 bits need a type that holds them."""
+    """The type to compute in where half precision would not do."""
     return torch.promote_types(dtype, torch.float32)
 
 

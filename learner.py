@@ -94,7 +94,7 @@ def fc(outputs: int, inputs: Shape = (1, 28, 28)) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
 
 
-def of_torchvision(name: str, outputs: int, inputs: Shape, **arguments: Any) -> nn.Module:
+def of_torchvision(name: str, outputs: int, inputs: Shape | None, **arguments: Any) -> nn.Module:
     """A classification model of torchvision with a last layer for `outputs`, for grey images, too.
 
     With `weights` (a name of torchvision's, "DEFAULT" say) it is a trained one, whose last layer is new.
@@ -113,7 +113,7 @@ def of_torchvision(name: str, outputs: int, inputs: Shape, **arguments: Any) -> 
         assert isinstance(head, nn.Linear)
         parent, _, child = linear_head(model).rpartition(".")
         setattr(model.get_submodule(parent), child, nn.Linear(head.in_features, outputs))
-    return GreyAsColour(model) if inputs[0] == 1 else model
+    return GreyAsColour(model) if inputs and inputs[0] == 1 else model
 
 
 class GreyAsColour(nn.Module):

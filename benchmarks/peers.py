@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from dataset import TaskDistribution
-from tasks import TaskBatch
+from tasks import TaskBatch, TaskDistribution
 
 META_LR = 1e-3
 

@@ -40,7 +40,9 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from compiler import Compiler  # noqa: E402
 from config import resolve  # noqa: E402
-from dataset import Omniglot, Sinusoid  # noqa: E402
+from dataset import Sinusoid  # noqa: E402
+from image_tasks import ImageTasks  # noqa: E402
+from images import ImageSet  # noqa: E402
 from learner import build_learner  # noqa: E402
 from maml import MAML, as_it_is  # noqa: E402
 from meta_step import FlatLayout, MetaStep, OuterLoop, State  # noqa: E402
@@ -70,7 +72,8 @@ def omniglot(ways: int, shots: int, steps: int, *, tasks: int, inner_lr: float =
     torch.manual_seed(0)
     images = torch.randint(0, 256, (100, 20, 28, 28), dtype=torch.uint8)
     splits = {name: torch.arange(100) for name in ("train", "validation", "test")}
-    distribution = Omniglot(images, splits, ways=ways, shots=shots, queries=shots)
+    found = ImageSet.of_equal_classes(images, splits, "noise")
+    distribution = ImageTasks(found, ways=ways, shots=shots, queries=shots, quarter_turns=True)
     learner = build_learner("conv", ways, init="torch", seed=0)
     name = f"omniglot-{ways}-way-{shots}-shot-{steps}"
     return Work(name, learner, distribution, tasks, steps, inner_lr, 3 if steps == 1 else 1, 1)

@@ -11,9 +11,12 @@ from PIL import Image
 
 import config
 import omniglot
-from dataset import FAMILIES, Harmonic, Omniglot, Sinusoid, SinusoidLine, task_stream
+from dataset import FAMILIES, Harmonic, Sinusoid, SinusoidLine
 from errors import UsageError
+from image_tasks import ImageTasks
+from images import ImageSet
 from omniglot import load_omniglot, split_characters
+from randomness import task_stream
 
 MANY = range(20_000)
 
@@ -132,7 +135,8 @@ def read_back(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 def test_omniglot_tasks_are_built_as_the_protocol_says():
     images, splits = labelled_pixels()
     ways, shots, queries = 5, 3, 4
-    distribution = Omniglot(images, splits, ways=ways, shots=shots, queries=queries)
+    found = ImageSet.of_equal_classes(images, splits, "drawings")
+    distribution = ImageTasks(found, ways=ways, shots=shots, queries=queries, quarter_turns=True)
     seen_turns = []
     for split, characters in splits.items():
         batch = distribution.sample(split, 0, 0, range(400))

@@ -1,0 +1,491 @@
+"""Fused functions from elementary operations: values, derivatives, random numbers; and the diagnosis."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.parametrizations import orthogonal
+
+from diagnosis import culprit
+from elementary import Elementary
+
+TASKS, LR = 3, 0.1
+KEYS = torch.tensor([[1, 2], [3, 4], [5, 6]])  # of three tasks
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def tensors(outputs) -> list:
+    if isinstance(outputs, tuple):
+        return [tensor for part in outputs for tensor in tensors(part)]
+    return [] if outputs is None else [outputs]
+
+
+def curved(outputs) -> torch.Tensor:
+    """A number in which all outputs count, and all derivatives."""
+    return sum((t * t.cos() + 0.1 * t**3).sum() for t in tensors(outputs))
+
+
+class Apply(nn.Module):
+    """A function of the input and of one weight, `[8]`, that goes with the input's last axis."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.weight = function, nn.Parameter(torch.linspace(0.8, 1.2, 8))
+
+    def forward(self, x):
+        return self.function(x * self.weight)
+
+
+class Attention(nn.MultiheadAttention):
+    """Attends from `x` to other positions of `x`; keys and values may have fewer features."""
+
+    def __init__(self, *arguments, call, **options):
+        super().__init__(*arguments, **options)
+        self.call = call
+
+    def forward(self, x):
+        return super().forward(x, x.roll(1, 0)[..., : self.kdim], x[..., : self.vdim] ** 2, **self.call)
+
+
+def attention(call=None, **options) -> nn.Module:
+    return Attention(8, 2, call=call or {}, **options)
+
+
+def product_attention(**options) -> nn.Module:
+    def function(x):
+        heads = x.unflatten(-1, (4, 2)).permute(1, 2, 0, 3)  # [batch, heads, length, features]
+        keys = heads[:, :2] if options.get("enable_gqa") else heads
+        return F.scaled_dot_product_attention(heads, keys.roll(1, -2), keys**2, **options)
+
+    return Apply(function)
+
+
+def bag(**options) -> nn.Module:
+    layer = nn.EmbeddingBag(6, 8, **options)
+    indices = torch.tensor([[0, 1, 3], [1, 1, 4]])
+    shares = random(2, 3, seed=4) if options.get("mode") == "sum" else None
+    module = Apply(lambda x: layer(indices, per_sample_weights=shares) * x[0])
+    module.layer = layer
+    return module
+
+
+class Embedded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(4, 3, padding_idx=1)
+        nn.init.normal_(self.embedding.weight)
+
+    def forward(self, x):
+        return self.embedding((x > 0).long() + (x > 1))
+
+
+class Written(nn.Module):
+    """Fills a tensor that it has allocated."""
+
+    def forward(self, x):
+        outputs = torch.zeros(4, 2, 8, dtype=x.dtype)
+        for time in range(len(x)):
+            outputs[time] = x[time] * (outputs[time - 1] + 1.0)
+        return outputs
+
+
+class Twice(nn.Module):
+    """Of a module with two inputs."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x, x.roll(1, 0))
+
+
+CAUSAL = torch.ones(4, 4, dtype=torch.bool).triu(1)
+PADDING = torch.tensor([[False] * 4, [False, False, True, True]])
+ATTENTION = {
+    "attention": lambda: attention(),
+    "attention without weights": lambda: attention({"need_weights": False}),
+    "attention by head, masked": lambda: attention(
+        {"average_attn_weights": False, "attn_mask": CAUSAL, "key_padding_mask": PADDING}, bias=False
+    ),
+    "attention, three-dimensional mask": lambda: attention({"attn_mask": random(4, 4, 4)}),
+    "attention, causal": lambda: attention({"attn_mask": CAUSAL, "is_causal": True, "need_weights": False}),
+    "attention, batch first": lambda: attention({"key_padding_mask": None}, batch_first=True),
+    "attention, other keys": lambda: attention(kdim=5, vdim=3, add_bias_kv=True, add_zero_attn=True),
+    "attention, padding and more keys": lambda: attention(
+        {"key_padding_mask": PADDING}, add_bias_kv=True, add_zero_attn=True
+    ),
+    "product": lambda: product_attention(scale=0.3),
+    "product, causal": lambda: product_attention(is_causal=True),
+    "product, masked row": lambda: product_attention(attn_mask=torch.arange(4)[:, None] > torch.arange(4)),
+    "product, float mask": lambda: product_attention(attn_mask=random(4, 4)),
+    "product, grouped heads": lambda: product_attention(enable_gqa=True),
+    "encoder layer": lambda: nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0),
+    "encoder and decoder": lambda: Twice(nn.Transformer(8, 2, 1, 1, 12, dropout=0.0)),
+}
+RECURRENT = {
+    "lstm": lambda: nn.LSTM(8, 3, num_layers=2, bidirectional=True),
+    "lstm, projected": lambda: nn.LSTM(8, 5, num_layers=2, proj_size=3, bidirectional=True, batch_first=True),
+    "lstm, no bias": lambda: nn.LSTM(8, 3, proj_size=2, bias=False),
+    "gru": lambda: nn.GRU(8, 3, num_layers=2, bidirectional=True),
+    "rnn": lambda: nn.RNN(8, 3, bias=False),
+    "rnn, relu": lambda: nn.RNN(8, 3, nonlinearity="relu"),
+}
+CELLS = {
+    "lstm cell": lambda: nn.LSTMCell(8, 3),
+    "gru cell": lambda: nn.GRUCell(8, 3, bias=False),
+    "rnn cell": lambda: nn.RNNCell(8, 3),
+    "rnn cell, relu": lambda: nn.RNNCell(8, 3, nonlinearity="relu"),
+}
+OTHERS = {
+    "layer norm": lambda: nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)),
+    "batch norm": lambda: nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(2, track_running_stats=False)),
+    "instance norm": lambda: nn.Sequential(nn.Linear(8, 8), nn.InstanceNorm1d(2, affine=True)),
+    "glu": lambda: Apply(F.glu),
+    "one hot": lambda: Apply(lambda x: F.one_hot((x[..., 0] > 0).long(), 3).unsqueeze(-1) * x.unsqueeze(-2)),
+    "orthogonal weights": lambda: orthogonal(nn.Linear(8, 3)),
+    "padded embedding": lambda: Embedded(),
+    "written to": lambda: Apply(Written()),
+}
+NO_SECOND_DERIVATIVE = {  # in PyTorch itself (2.11 or 2.15), or a wrong one
+    "distances": lambda: Apply(lambda x: torch.cdist(x, x[:, :1] ** 2)),
+    "bag": lambda: bag(),
+    "bag, weighted and padded": lambda: bag(mode="sum", padding_idx=1),
+    "bag, padded": lambda: bag(padding_idx=-5),
+    "hardsigmoid": lambda: Apply(nn.Hardsigmoid(inplace=True)),
+    "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 3)),
+}
+ALL = ATTENTION | RECURRENT | CELLS | OTHERS | NO_SECOND_DERIVATIVE
+
+
+def build(name: str) -> tuple[nn.Module, torch.Tensor]:
+    """The module, and its inputs of all tasks."""
+    torch.manual_seed(1)
+    module = ALL[name]().double()
+    inputs = random(TASKS, 2, 8) if "cell" in name else random(TASKS, 4, 2, 8)
+    inputs = inputs.transpose(1, 2) if "batch first" in name or "projected" in name else inputs
+    return module, inputs
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_values_and_gradients_are_pytorchs(name):
+    module, inputs = build(name)
+    x = inputs[0].requires_grad_()
+    variables = [x, *module.parameters()]
+
+    def evaluated() -> tuple[list, tuple]:
+        outputs = module(x)
+        return tensors(outputs), torch.autograd.grad(curved(outputs), variables, allow_unused=True)
+
+    with sdpa_kernel(SDPBackend.MATH):
+        expected, expected_gradients = evaluated()
+    with Elementary():
+        values, gradients = evaluated()
+    assert len(values) == len(expected)
+    for ours, theirs in zip(values, expected, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-12)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        assert (ours is None) == (theirs is None) or theirs.abs().max() == 0
+        assert ours is None or torch.allclose(ours, theirs, atol=1e-11)
+
+
+def meta_gradient_of_a_loop(loss, weights: dict, inputs, keys) -> dict:
+    leaves = {name: w.clone().requires_grad_() for name, w in weights.items()}
+    total = 0
+    for x, key in zip(inputs, keys, strict=True):
+        gradients = torch.autograd.grad(loss(leaves, x, key), list(leaves.values()), create_graph=True)
+        fast = {n: w - LR * g for (n, w), g in zip(leaves.items(), gradients, strict=True)}
+        total = total + loss(fast, x, key)
+    return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
+
+
+def unrolled(loss, weights: dict, inputs, keys) -> dict:
+    leaves = {name: w.clone().requires_grad_() for name, w in weights.items()}
+
+    def objective(x, key):
+        gradients = grad(loss)(leaves, x, key)
+        return loss({n: w - LR * gradients[n] for n, w in leaves.items()}, x, key)
+
+    total = vmap(objective)(inputs, keys).sum()
+    return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
+
+
+def adjoint(loss, weights: dict, inputs, keys) -> dict:
+    gradients = vmap(grad(loss), (None, 0, 0))(weights, inputs, keys)
+    fast = {n: w - LR * gradients[n] for n, w in weights.items()}
+    v = vmap(grad(loss))(fast, inputs, keys)
+
+    def slope(weights, v, x, key):
+        return jvp(lambda weights: loss(weights, x, key), (weights,), (v,))[1]
+
+    second = grad(lambda w: vmap(slope, (None, 0, 0, 0))(w, v, inputs, keys).sum())(weights)
+    return {n: v[n].sum(0) - LR * second[n] for n in weights}
+
+
+def assert_engines_agree(module, inputs, reference_in_mode: bool) -> None:
+    """With a loop over PyTorch's own function or, where that has no second derivative, over ours."""
+    weights = {name: w.detach() for name, w in module.named_parameters()}
+
+    def plain(weights, x, key):
+        with sdpa_kernel(SDPBackend.MATH):
+            return curved(functional_call(module, weights, (x,)))
+
+    def loss(weights, x, key):
+        with Elementary(key, x):
+            return curved(functional_call(module, weights, (x,)))
+
+    expected = meta_gradient_of_a_loop(loss if reference_in_mode else plain, weights, inputs, KEYS)
+    scale = max(g.abs().max() for g in expected.values())
+    assert scale > 1e-3
+    for engine in (unrolled, adjoint):
+        gradients = engine(loss, weights, inputs, KEYS)
+        assert all(torch.allclose(gradients[n], expected[n], atol=1e-9 * scale) for n in weights), engine
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_both_engines_over_tasks_give_the_meta_gradient_of_a_plain_loop(name):
+    assert_engines_agree(*build(name), reference_in_mode=name in NO_SECOND_DERIVATIVE)
+
+
+def test_an_encoder_in_evaluation_takes_no_shortcut():
+    module = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 2).double().eval()
+    inputs, padding = random(TASKS, 2, 4, 8), PADDING.expand(TASKS, -1, -1)
+
+    def forward(x, padding):
+        with Elementary():
+            return module(x, src_key_padding_mask=padding)
+
+    with torch.no_grad():
+        outputs = vmap(forward)(inputs, padding)
+        expected = torch.stack([module(x, src_key_padding_mask=PADDING) for x in inputs])
+    seen = ~padding  # PyTorch's shortcut puts zeros where there is padding
+    assert torch.allclose(outputs[seen], expected[seen], atol=1e-12)
+
+
+# ---- random numbers -------------------------------------------------------------------------
+
+
+def drawn(function, keys=KEYS, x=None) -> torch.Tensor:
+    def run(key, x):
+        with Elementary(key):
+            return function(x)
+
+    x = torch.ones(TASKS, 4, 50) if x is None else x
+    return vmap(run)(keys, x)
+
+
+def test_masks_differ_between_tasks_calls_and_keys_and_come_again_with_the_same():
+    def twice(x):
+        return torch.stack([F.dropout(x), F.dropout(x)])
+
+    masks = drawn(twice)
+    assert len({tuple(mask.flatten().tolist()) for mask in masks.flatten(0, 1)}) == 2 * TASKS
+    assert torch.equal(masks, drawn(twice))
+    for changed in (KEYS + torch.tensor([1, 0]), KEYS + torch.tensor([0, 1])):
+        assert not torch.equal(masks, drawn(twice, changed))
+    for task, key in enumerate(KEYS):
+        with Elementary(key) as mode:
+            assert torch.equal(twice(torch.ones(4, 50)), masks[task])
+        assert mode.draws == 2
+    traced = make_fx(lambda keys: drawn(twice, keys))(KEYS)
+    assert torch.equal(traced(KEYS + 7), drawn(twice, KEYS + 7))
+
+
+def test_dropout_keeps_its_share_and_the_mean():
+    dropped = drawn(lambda x: F.dropout(x, 0.3), x=torch.ones(TASKS, 200, 200))
+    assert dropped.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
+    assert dropped.mean().item() == pytest.approx(1.0, abs=0.01)
+    alpha = drawn(lambda x: F.alpha_dropout(x, 0.3, training=True), x=random(TASKS, 200, 200))
+    assert alpha.mean().item() == pytest.approx(0.0, abs=0.02)
+    assert alpha.std().item() == pytest.approx(1.0, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [(F.dropout1d, (2, 9, 5)), (F.dropout2d, (2, 9, 20)), (F.dropout3d, (2, 9, 5, 4, 3)),
+     (F.dropout1d, (9, 5)), (F.dropout2d, (2, 9, 5, 4)), (F.dropout3d, (9, 5, 4, 3)),
+     (lambda x: F.feature_alpha_dropout(x, training=True), (2, 9, 5))],
+)  # fmt: skip
+def test_channels_are_dropped_whole(function, shape):
+    dropped = drawn(function, x=torch.ones(TASKS, *shape))
+    dropped = dropped.flatten(1 + shape.index(9) + 1).flatten(0, -2)  # [all the channels, numbers of each]
+    assert (dropped == dropped[:, :1]).all() and len(dropped[:, 0].unique()) == 2
+
+
+def test_no_dropout_is_the_identity_and_all_of_it_gives_zeros():
+    x = random(3, 4, 5)
+    with Elementary() as mode:
+        for p, training in ((0.5, False), (0.0, True)):
+            assert torch.equal(F.dropout(x, p, training), x) and torch.equal(torch.dropout(x, p, training), x)
+        assert not F.dropout(x, 1.0).any() and not F.alpha_dropout(x, 1.0, True).any()
+    assert mode.draws == 0
+
+
+DRAWING = {
+    "uniform": (lambda x: torch.rand(4, 5000), 0.5, 12**-0.5),
+    "uniform alike": (torch.rand_like, 0.5, 12**-0.5),
+    "normal": (lambda x: torch.randn((4, 5000), dtype=x.dtype), 0.0, 1.0),
+    "normal alike": (torch.randn_like, 0.0, 1.0),
+    "normal with mean": (lambda x: torch.normal(x, 2.0), 0.25, 2.0),
+    "filled, Bernoulli": (lambda x: torch.empty(4, 5000).bernoulli_(0.25), 0.25, 0.1875**0.5),
+    "filled, uniform": (lambda x: torch.zeros_like(x).uniform_(-1, to=2), 0.5, 0.75**0.5),
+    "filled, normal": (lambda x: x.new_zeros(x.shape).normal_(1, std=2), 1.0, 2.0),
+    "filled, exponential": (lambda x: torch.empty_like(x).exponential_(2.0), 0.5, 0.5),
+    "Bernoulli": (torch.bernoulli, 0.25, 0.1875**0.5),
+    "Bernoulli, method": (lambda x: x.bernoulli(), 0.25, 0.1875**0.5),
+    "leaky": (lambda x: F.rrelu(-x, 1.0, 3.0, training=True), -0.5, 0.25 * 3**-0.5),
+    "Gumbel": (lambda x: F.gumbel_softmax(x.T, hard=True), 0.25, 0.1875**0.5),
+}
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_numbers_have_their_distribution_and_differ_between_tasks(name):
+    function, mean, deviation = DRAWING[name]
+    values = drawn(function, x=torch.full((TASKS, 4, 5000), 0.25))
+    assert not torch.equal(values[0], values[1])
+    assert values.mean().item() == pytest.approx(mean, abs=0.02)
+    assert values.std().item() == pytest.approx(deviation, abs=0.02)
+
+
+def test_a_filled_tensor_is_the_one_that_was_given():
+    def fill(x):
+        noise = torch.empty(5)
+        noise.bernoulli_(0.5)
+        return noise
+
+    assert set(drawn(fill).unique().tolist()) == {0.0, 1.0}
+
+
+def in_mode(keys, function, x):
+    with Elementary(keys):
+        return function(x)
+
+
+@pytest.mark.parametrize("name", ["attention", "lstm"])
+def test_dropout_within_a_layer_gives_the_meta_gradient_of_a_plain_loop(name):
+    module = attention(dropout=0.4) if name == "attention" else nn.LSTM(8, 3, num_layers=2, dropout=0.4)
+    inputs = random(TASKS, 4, 2, 8)
+    assert_engines_agree(module.double(), inputs, reference_in_mode=True)
+    first, second = (tensors(in_mode(keys, module, inputs[0]))[0] for keys in KEYS[:2])
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [(F.dropout, "dropout draws random numbers: give keys"), (torch.rand_like, "rand_like draws"),
+     (lambda x: torch.randperm(3), "randperm draws"), (lambda x: x.random_(), "random_ draws"),
+     (lambda x: F.embedding(x.long(), x[0], max_norm=1.0), "max_norm"),
+     (lambda x: F.embedding_bag(x[0, 0].long(), x[0], x[0, 0].long()), "bags of one length"),
+     (lambda x: nn.GRU(2, 1)(nn.utils.rnn.pack_sequence([x[0]])), "gru of a PackedSequence"),
+     (lambda x: nn.LSTM(2, 1)(nn.utils.rnn.pack_sequence([x[0]])), "lstm of a PackedSequence")],
+)  # fmt: skip
+def test_what_cannot_be_done_is_refused_in_one_line(function, message):
+    with Elementary(), torch.no_grad(), pytest.raises(ValueError, match=message):
+        function(torch.ones(2, 2, 2))
+
+
+# ---- diagnosis ------------------------------------------------------------------------------
+
+
+class Item(nn.Module):
+    def forward(self, x):
+        return x * x.mean().item()
+
+
+class Branch(nn.Module):
+    """Whose own code branches on data, between layers that are well."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.after = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.before(x)
+        return self.after(x) if x.sum() > 0 else self.after(-x)
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8, dtype=torch.float64))
+
+    def forward(self, x):
+        self.mean.add_(x.mean((0, 1)))
+        return x - self.mean
+
+
+class Packed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(8, 8)
+
+    def forward(self, x):
+        packed = nn.utils.rnn.pack_padded_sequence(x, torch.full((x.shape[1],), len(x)))
+        return self.lstm(packed)[0].data
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return 3 * ctx.saved_tensors[0] ** 2 * gradient
+
+
+class NoForwardMode(OnceDifferentiable):
+    @staticmethod
+    def backward(ctx, gradient):
+        return 3 * ctx.saved_tensors[0] ** 2 * gradient
+
+
+class Cubed(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function.apply(x)
+
+
+@pytest.mark.parametrize(
+    ("faulty", "layer", "kind", "problem", "reason"),
+    [(Item(), "1.0", "Item", "vectorise", ".item()"),
+     (Branch(), "1.0", "Branch", "vectorise", "data-dependent"),
+     (Counting(), "1.0", "Counting", "vectorise", "doesn't match the broadcast shape"),
+     (Packed(), "1.0.lstm", "LSTM", "vectorise", "PackedSequence"),
+     (Cubed(OnceDifferentiable), "1.0", "Cubed", "second derivative", "once_differentiable"),
+     (Cubed(NoForwardMode), "1.0", "Cubed", "forward mode", "jvp"),
+     (nn.Dropout(), "1.0", "Dropout", "vectorise", "dropout draws random numbers: give keys")],
+)  # fmt: skip
+def test_diagnosis_names_the_layer_that_fails_and_at_what(faulty, layer, kind, problem, reason):
+    learner = nn.Sequential(nn.Linear(8, 8), nn.Sequential(copy.deepcopy(faulty), nn.Tanh())).double()
+    before = copy.deepcopy(learner.state_dict())
+    finding = culprit(learner, dict(learner.named_parameters()), (random(4, 2, 8),))
+    assert (finding.layer, finding.kind, finding.problem) == (layer, kind, problem)
+    assert reason in finding.reason and len(finding.reason) <= 120 and "\n" not in finding.reason
+    assert all(torch.equal(before[name], tensor) for name, tensor in learner.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in learner.modules())
+
+
+def test_diagnosis_finds_nothing_in_a_sound_learner():
+    learner = nn.Sequential(
+        nn.TransformerEncoderLayer(8, 2, 12), nn.Dropout(), nn.ReLU(inplace=True)
+    ).double()
+    assert culprit(learner, dict(learner.named_parameters()), (random(4, 2, 8),), KEYS[0]) is None
