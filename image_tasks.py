@@ -124,7 +124,7 @@ class ImageTasks:
         if self.on_host:
             pixels = self._fetched(split, seed, int(iteration), tasks).to(self.device, non_blocking=True)
         else:
-            pixels = self.pixels[self._rows(stream, split)]
+            pixels = self._gather(self._rows(stream, split))
         if self.turned is not None:
             pixels = self._turn(pixels, stream.at("rotations").words(self.ways) >> 30)
         support, query = pixels.split([self.shots, self.queries], 2)
@@ -145,6 +145,10 @@ class ImageTasks:
         chosen = order.topk(self.shots + self.queries, largest=False).indices
         return self.first[classes][..., None] + chosen
 
+    def _gather(self, rows: Tensor) -> Tensor:
+        """`[tasks, ways, examples, channels, height, width]`, by copying whole images."""
+        return self.pixels.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+
     def _turn(self, pixels: Tensor, quarters: Tensor) -> Tensor:
         """Each class turned by its number of quarters: `[tasks, ways, examples, channels, height, width]`."""
         assert self.turned is not None
@@ -155,7 +159,7 @@ class ImageTasks:
     def _examples(self, pixels: Tensor, augmentation: Stream | None) -> tuple[Tensor, Tensor]:
         """Inputs and labels of `[tasks, ways, examples, channels, height, width]` pixels."""
         tasks, ways, examples = pixels.shape[:3]
-        x = pixels.flatten(1, 2).to(self.dtype) / 255
+        x = pixels.flatten(1, 2).to(self.dtype).div_(255)  # the conversion has made it ours
         if augmentation is not None:
             x = augmented(x, self.augment, augmentation)
         labels = torch.arange(ways, device=x.device).repeat_interleave(examples)
@@ -164,7 +168,7 @@ class ImageTasks:
     def _fetch(self, split: str, seed: int, iteration: int, tasks: range) -> Tensor:
         """The batch's pixels, out of the memory map."""
         rows = self._rows(task_stream(split, seed, iteration, tasks, self.pixels.device), split)
-        pixels = self.pixels[rows]
+        pixels = self._gather(rows)
         return pixels.pin_memory() if self.device.type == "cuda" else pixels
 
 

@@ -29,8 +29,8 @@ class Ahead:
             found = self.coming[1].result()
         else:
             found = self._fetched(*wanted)
-        if split == "train":
-            following = (split, seed, iteration + 1, tasks)
+        following = (split, seed, iteration + 1, tasks)
+        if split == "train" and not (self.coming and self.coming[0] == following):
             self.coming = following, self.thread.submit(self._fetched, *following)
         return found
 

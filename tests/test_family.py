@@ -167,7 +167,10 @@ def test_checkpoints_with_the_old_name_of_first_order_load():
         old = {n: v for n, v in plain.items() if config.CONFIG_FLAGS[n].before is config.NOT_THERE}
         old.pop("meta_gradient")
         loaded = config.config_from_plain(old | {"first_order": first_order})
-        assert (loaded.meta_gradient, loaded.algorithm, loaded.adapt) == (expected, "maml", "all")
+        assert (loaded.meta_gradient, loaded.algorithm, loaded.fast_weights) == (expected, "maml", "all")
+        assert (loaded.loss, loaded.head_init, loaded.vectorise) == ("mse", "learned", True)
+    head = {n: v for n, v in config.config_to_plain(config.resolve({})).items() if n != "fast_weights"}
+    assert config.config_from_plain(head | {"adapt": "head"}).fast_weights == "head"
 
 
 # ---- data -----------------------------------------------------------------------------------
