@@ -171,7 +171,7 @@ class Config:
         default=BY_DATASET, optional=True, before=None, help="grey images, or colour",
     )  # fmt: skip
     invert: bool = flag(
-        "--invert", group="tasks", kind=bool, default=False, before=False, only="images",
+        "--invert", group="tasks", kind=bool, default=BY_DATASET, before=False, only="any images",
         help="exchange black and white, so that ink on paper is 1",
     )  # fmt: skip
     quarter_turns: bool = flag(
@@ -648,6 +648,8 @@ def _default_text(name: str, declaration: Flag) -> str:
         return "84; CIFAR 32"
     if name == "channels":
         return "3"
+    if name == "invert":
+        return "no; omniglot yes"
     if name == "tasks_at_once":
         return "all, or what fits the cache"
     if declaration.default is BY_RULE:
@@ -763,6 +765,7 @@ def resolve(given: Mapping[str, Any]) -> Config:
         values.setdefault(name, by_column[column])
     values.setdefault("image_size", facts.image_size)
     values.setdefault("channels", facts.channels)
+    values.setdefault("invert", facts.invert)
     values |= _queries_from_samples(given, values["shots"], classification)
     for name in ("queries", "test_steps"):
         values[name] = {"k": values["shots"], "s": values["steps"]}.get(values[name], values[name])
@@ -981,7 +984,8 @@ def _on_other_data(config: Config, dataset: str, given: Mapping[str, Any]) -> Co
         "channels": channels if now.inputs == "images" else None,
     }
     for name in FREE_WITH_EVAL_DATASET:
-        changes[name] = given.get(name, CONFIG_FLAGS[name].default)
+        default = now.invert if name == "invert" else CONFIG_FLAGS[name].default
+        changes[name] = given.get(name, default)
     return dataclasses.replace(config, **changes)
 
 
@@ -1289,7 +1293,7 @@ def config_from_plain(values: Any) -> Config:
             regression = values.get("dataset") in REGRESSION
             values = {**values, "loss": "mse" if regression else "cross-entropy"}
         if "image_size" not in values and values.get("dataset") == "omniglot":
-            values = {**values, "image_size": 28, "channels": 1}
+            values = {**values, "image_size": 28, "channels": 1, "invert": True}
         values = older | values
     if not isinstance(values, dict) or values.keys() != CONFIG_FLAGS.keys():
         raise UsageError("its settings are not those of this version")

@@ -357,6 +357,7 @@ def build_distribution(
         raise ValueError(f"no dataset {name!r} with ways {ways}")
     if name == "omniglot":
         pixels, splits = load_omniglot(data_root, split=omniglot_split, resize=images.resize)
+        pixels = pixels if images.invert else 255 - pixels
         found = ImageSet.of_equal_classes(pixels, splits, "Omniglot")
     else:
         form: dict[str, Any] = {

@@ -8,6 +8,7 @@ Called after a failure, whose message would name an operation of PyTorch but no 
 from __future__ import annotations
 
 import copy
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,7 +80,12 @@ def culprit(
 
 def _finding(module: nn.Module, name: str, problem: str, error: Exception) -> Finding:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return Finding(name, type(module.get_submodule(name)).__name__, problem, lines[0][:120])
+    return Finding(
+        name,
+        type(module.get_submodule(name)).__name__,
+        problem,
+        textwrap.shorten(lines[0], 120, placeholder=" ..."),
+    )
 
 
 def _call(

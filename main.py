@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from trainer import Trainer
 
 
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory")  # of RuntimeErrors of PyTorch
+
+
 def main(arguments: list[str]) -> int:
     """Runs one command line; the exit code: 0, 2 for bad input, 128 + signal where one ended training."""
     try:
@@ -53,7 +56,7 @@ def main(arguments: list[str]) -> int:
         print(f"main.py: error: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in OUT_OF_MEMORY):
             raise
         print(
             "main.py: error: out of memory: take fewer tasks at a time (--tasks-at-once), or smaller ones",

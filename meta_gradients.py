@@ -81,7 +81,8 @@ class InnerSteps:
         if not self.loop.starts_apart:
             return self.loop.start(parameters)
         of_task = self.loop.over_tasks(self.loop.start, (SAME, PER_TASK, PER_TASK, PER_TASK))
-        return of_task(parameters, task[0], task[1], task[4])
+        # each task's of its own: forward mode refuses tensors that share their memory
+        return tree_map(Tensor.contiguous, of_task(parameters, task[0], task[1], task[4]))
 
     def apart(self, step: int) -> bool:
         """Whether tasks have weights of their own before that step."""

@@ -19,10 +19,11 @@ class DataFacts:
     classification: bool | None  # None: --task-type says
     image_size: int | None = None  # pixels of a side, by default
     channels: int | None = None
+    invert: bool = False  # by default: ink on paper
 
 
 DATASETS = {name: DataFacts("vectors", False) for name in REGRESSION} | {
-    "omniglot": DataFacts("images", True, 28, 1),
+    "omniglot": DataFacts("images", True, 28, 1, invert=True),
     "cifar-fs": DataFacts("images", True, 32, 3),
     "fc100": DataFacts("images", True, 32, 3),
     "mini-imagenet": DataFacts("images", True, 84, 3),

@@ -233,7 +233,7 @@ def _folder(path: Path, config: Config, runtime: Runtime) -> Task:
         assert config.image_size and config.channels
         read = read_images(
             files, size=config.image_size, channels=config.channels, resize=config.resize,
-            invert=config.invert or config.dataset == "omniglot",
+            invert=config.invert,
         )  # fmt: skip
         return read.to(runtime.device, runtime.dtype) / 255
 
