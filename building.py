@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from dataset import ImageOptions, build_distribution
 from diagnosis import culprit
 from elementary import Elementary
 from errors import UsageError
-from learner import LEARNERS, build_learner
+from learner import LEARNERS, build_learner, check_learner
 from losses import LOSSES, build_loss
 from maml import MAML, as_it_is
 from optimizers import InnerOptimizer, Weights
@@ -49,6 +50,8 @@ def build(
 
     `fixed`: what of a learner is not learned, as a checkpoint has it (see `MAML.fixed`).
     """
+    check_learner(config.learner)  # before there is work with the data
+    build_loss(config.loss, config.loss_args)
     distribution = tasks_of(config, call, runtime)
     example = distribution.sample("test" if call.eval_dataset else "train", 0, 0, range(1))
     targets = first_tensor(example.support_y)
@@ -246,6 +249,20 @@ def own_code_flags(config: Config) -> list[str]:
         if is_own_code(getattr(config, name))
         for part in (f"--{name}", getattr(config, name))
     ]
+
+
+@contextmanager
+def no_empty_folder_left(folder: Path) -> Iterator[None]:
+    """Removes what of a folder and its parents was not there before, where it is left with an error, if it
+    is empty."""
+    new = [part for part in (folder, *folder.parents) if not part.exists()]
+    try:
+        yield
+    except BaseException:
+        for part in new:
+            with suppress(OSError):  # there is something in it, or it was never made
+                part.rmdir()
+        raise
 
 
 def writable(folder: Path, flag: str) -> Path:

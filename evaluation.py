@@ -19,8 +19,10 @@ from tasks import TaskBatch, TaskDistribution, Tree, first_tensor, tree_map
 # seed shares nothing with a training seed of the same number.
 SEED = 0
 
-# Examples of a chunk of tasks: some 1.5 GB at the most (20-way, `convnet`).
+# Examples, and numbers in the fast weights, of a chunk of tasks: some 1.5 GB at the most (20-way, `convnet`;
+# ResNet-18).
 CHUNK_EXAMPLES = 2000
+CHUNK_WEIGHTS = 50_000_000
 
 # A task has diverged when its query loss is not finite, or is more than this many times the loss before
 # adaptation, its own and the median of all tasks.
@@ -79,7 +81,9 @@ def evaluate(
         inner_batch: support examples in the minibatch of an inner step; None: all of them.
     """
     classification = distribution.classification
-    size = maml.tasks_at_once or max(1, CHUNK_EXAMPLES // distribution.examples)
+    numbers_adapted = sum(w.numel() for name, w in parameters.items() if name in maml.adapted)
+    fitting = min(CHUNK_EXAMPLES // distribution.examples, CHUNK_WEIGHTS // max(1, numbers_adapted))
+    size = maml.tasks_at_once or max(1, fitting)
     losses: dict[str, list[Tensor]] = {name: [] for name in normalisations}
     accuracies: dict[str, list[Tensor]] = {name: [] for name in normalisations if classification}
     for first in range(0, tasks, size):

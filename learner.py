@@ -20,6 +20,7 @@ from errors import UsageError
 from normalisation import BatchNorm
 from own_code import asked_for, called, load_code
 from partition import add_context, linear_head
+from presets import is_own_code
 
 CHANNELS = 64
 
@@ -101,11 +102,6 @@ def of_torchvision(name: str, outputs: int, inputs: Shape | None, **arguments: A
     """
     import torchvision
 
-    if name not in torchvision.models.list_models(torchvision.models):
-        raise UsageError(
-            f"--learner torchvision:{name}: torchvision has no classification model of that name; it has "
-            f"{', '.join(torchvision.models.list_models(torchvision.models)[:12])}, ..."
-        )
     trained = arguments.get("weights") is not None
     model = torchvision.models.get_model(name, **({} if trained else {"num_classes": outputs}), **arguments)
     if trained:
@@ -153,6 +149,21 @@ def initialise_as_paper(learner: nn.Module) -> None:
             nn.init.trunc_normal_(layer.weight, std=0.01, a=-0.02, b=0.02)
         if isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is not None:
             nn.init.zeros_(layer.bias)
+
+
+def check_learner(name: str) -> None:
+    """Raises UsageError where there is no learner of that name; before there are data to build it for."""
+    if is_own_code(name):
+        load_code(name, "--learner")
+    elif name.startswith("torchvision:"):
+        import torchvision
+
+        there = torchvision.models.list_models(torchvision.models)
+        if name.partition(":")[2] not in there:
+            raise UsageError(
+                f"--learner {name}: torchvision has no classification model of that name; it has "
+                f"{', '.join(there)}"
+            )
 
 
 def build_learner(

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from own_code import arguments_from, called, load_code
+from errors import UsageError
+from own_code import arguments_from, load_code
 from presets import is_own_code
 from tasks import Tree, first_tensor
 
@@ -70,5 +71,8 @@ def build_loss(name: str, arguments: tuple[str, ...] = ()) -> Callable[[Any, Any
     loss = partial(function, **given) if given else function
     if given and not is_own_code(name):  # a wrong name or value is better known now
         target = torch.zeros(1, dtype=torch.int64) if name == "cross-entropy" else torch.zeros(1, 1)
-        called(loss, name, "--loss-args", torch.zeros(1, 1), target)
+        try:
+            loss(torch.zeros(1, 1), target)
+        except Exception as error:
+            raise UsageError(f"--loss-args {' '.join(arguments)} with --loss {name}: {error}") from error
     return loss

@@ -75,7 +75,7 @@ def train(call: Invocation, given: Mapping[str, Any]) -> int:
     """A new run, or one that goes on (--load, --resume)."""
     start_file, folder = where_to_train(call, given)
 
-    from building import build, fitted, prepare, print_settings, tried, writable
+    from building import build, fitted, no_empty_folder_left, prepare, print_settings, tried, writable
     from checkpoint import fitting_parameters, load_checkpoint
     from compiler import Compiler
     from inner_loop import RATE
@@ -103,14 +103,16 @@ def train(call: Invocation, given: Mapping[str, Any]) -> int:
     config = fitted(config, given, runtime, new=start is None)
     weights_file = start_file or call.init_from
     weights = start or (load_checkpoint(weights_file) if weights_file else None)
-    writable(folder or call.checkpoint_path, "--load" if call.load else "--checkpoint-path")
-    if call.autotune and start is None:
-        config = autotuned(config, given, call, runtime)
-    compiler = Compiler(runtime.device)
-    distribution, maml = build(config, call, runtime, compiler, fixed=weights.fixed if weights else None)
-    parameters = maml.initial_parameters(config.seed)
-    if config.learner not in LEARNERS or config.loss not in LOSSES:
-        tried(maml, parameters, distribution, config)
+    home = folder or call.checkpoint_path
+    with no_empty_folder_left(home):
+        writable(home, "--load" if call.load else "--checkpoint-path")
+        if call.autotune and start is None:
+            config = autotuned(config, given, call, runtime)
+        compiler = Compiler(runtime.device)
+        distribution, maml = build(config, call, runtime, compiler, fixed=weights.fixed if weights else None)
+        parameters = maml.initial_parameters(config.seed)
+        if config.learner not in LEARNERS or config.loss not in LOSSES:
+            tried(maml, parameters, distribution, config)
     if weights and weights_file:
         saved = weights.parameters
         if start is None:  # another algorithm's, maybe: inner rates are taken where both learn them

@@ -1,0 +1,477 @@
+"""One's own network, data and tasks, from the command line: trained, tested, adapted, refused."""
+
+import csv
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from test_dataset import small_omniglot  # noqa: F401
+from test_runs import assert_same_bits, command
+from torch import nn
+from torch.nn import functional as F
+
+import building
+import config
+from checkpoint import LAST, load_checkpoint, save_checkpoint
+from dataset import ImageOptions, build_distribution
+from omniglot import load_omniglot, split_characters
+from randomness import Stream
+
+SHORT = ["--iterations", 1, "--eval-tasks", 4, "--eval-steps", 2, "--test-steps", 2, "--precision", "float64"]
+SEQUENCES = f"{ROOT / 'examples' / 'sequences.py'}:"
+
+OWN_NETWORK = """
+import torch
+from torch import nn
+from helper_beside import SIZE
+
+class Net(nn.Module):
+    def __init__(self, outputs, inputs, hidden=4, dropout=0.0):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(inputs[0], hidden, SIZE, stride=2), nn.BatchNorm2d(hidden), nn.Tanh(), nn.Flatten(),
+            nn.Dropout(dropout))
+        self.head = nn.LazyLinear(outputs)
+        self(torch.zeros(2, *inputs))  # the lazy layer's size
+
+    def forward(self, x):
+        return self.head(self.layers(x))
+
+class Item(Net):
+    def forward(self, x):
+        return super().forward(x) if x.sum().item() > -1e9 else x
+
+class Wrong(Net):
+    def forward(self, x):
+        return super().forward(x)[:, :1]
+
+def nothing(outputs):
+    return 3
+
+def failing(outputs):
+    raise RuntimeError("it is\\nnot ready")
+
+def cubed(outputs, targets, power=3):
+    wanted = torch.nn.functional.one_hot(targets, 2) if False else (targets[:, None] == torch.arange(2))
+    return ((outputs - wanted.to(outputs.dtype)).abs() ** power).mean()
+
+class Shapeless:
+    def sample(self, split, seeds):
+        return torch.zeros(len(seeds), 3, 1), torch.zeros(len(seeds), 3, 1), torch.zeros(len(seeds), 2, 1), 5
+
+class Silent:
+    pass
+"""
+
+
+@pytest.fixture(autouse=True)
+def _few_validation_tasks(monkeypatch):
+    monkeypatch.setattr("trainer.VALIDATION_TASKS", 4)
+
+
+@pytest.fixture
+def elsewhere(tmp_path) -> Path:
+    """A folder with code of the user's, which imports what lies beside it."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "own.py").write_text(OWN_NETWORK)
+    (folder / "helper_beside.py").write_text("SIZE = 3\n")
+    yield folder
+    sys.modules.pop("helper_beside", None)
+    sys.path[:] = [path for path in sys.path if path != str(folder)]
+
+
+def make_images(folder: Path, classes: int, images: int, *, size: int = 12, channels: int = 1) -> Path:
+    """A folder per class, of noise around a brightness of the class's own."""
+    generator = np.random.default_rng(0)
+    for number in range(classes):
+        (folder / f"class{number}").mkdir(parents=True)
+        for image in range(images):
+            shape = (size, size) if channels == 1 else (size, size, channels)
+            pixels = generator.integers(0, 60, shape) + 190 * number // classes
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"class{number}" / f"{image}.png")
+    return folder
+
+
+def images_flags(folder: Path) -> list[object]:
+    return ["--dataset", f"images:{folder}", "--image-size", 8, "--channels", 1, "-n", 2, "-k", 2, "-q", 2,
+            "--split-shares", "2,1,2"]  # fmt: skip
+
+
+def plain_loop(
+    learner: nn.Module, loss: Callable, batch, *, steps: int, inner_lr: float
+) -> dict[str, torch.Tensor]:
+    """MAML's exact meta-gradient, one task after the other, on the user's module itself."""
+    parameters = dict(learner.named_parameters())
+    total = 0.0
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
+            weights = dict(parameters)
+            for _ in range(steps):
+                value = loss(torch.func.functional_call(learner, weights, (support_x,)), support_y)
+                found = torch.autograd.grad(value, list(weights.values()), create_graph=True)
+                pairs = zip(weights.items(), found, strict=True)
+                weights = {name: w - inner_lr * g for (name, w), g in pairs}
+            total = total + loss(torch.func.functional_call(learner, weights, (query_x,)), query_y)
+    gradients = torch.autograd.grad(total / len(batch.support_x), list(parameters.values()))
+    return dict(zip(parameters, gradients, strict=True))
+
+
+def assert_a_step_is_that_of_a_plain_loop(tmp_path: Path, flags: list[object], *, steps: int) -> None:
+    """One iteration from the command line, with SGD at rate 1, moves the weights by the meta-gradient."""
+    flags = [*flags, "-s", steps, "--inner-lr", 0.05, "--meta-optimizer", "sgd", "--meta-lr", 1.0,
+             "--grad-clip", 1e6, "--meta-batch-size", 2, *SHORT]  # fmt: skip
+    home = ["--checkpoint-path", tmp_path, "--run-name", "run"]
+    assert command(*flags, *home) == 0
+    given = config.parse([str(flag) for flag in flags])
+    settings, call = config.resolve(given), config.check_invocation(given)
+    runtime = building.prepare(settings, call)
+    batch = building.tasks_of(settings, call, runtime).sample("train", 0, 1, range(2))
+    learner = building.module_of(settings, runtime, settings.ways, batch.support_x[0])
+    before = {name: w.detach().clone() for name, w in learner.named_parameters()}
+    gradients = plain_loop(learner, F.cross_entropy, batch, steps=steps, inner_lr=0.05)
+    after = load_checkpoint(tmp_path / "run" / LAST).parameters
+    scale = max(g.abs().max().item() for g in gradients.values())
+    assert scale > 1e-4
+    for name, gradient in gradients.items():
+        assert (before[name] - gradient - after[name]).abs().max().item() < 1e-9 * scale, name
+    code = building.own_code_flags(settings)
+    assert command("--eval", "--load", tmp_path / "run" / LAST, *code) == 0
+    (result,) = (tmp_path / "run").glob("last-test-*.json")
+    assert len(json.loads(result.read_text())["per_task"]["loss"]["transductive"]) == 4
+
+
+def test_resnet18_on_a_folder_of_images(tmp_path):
+    folder = make_images(tmp_path / "data", 10, 4, size=40, channels=3)
+    flags = images_flags(folder)
+    flags[flags.index("--image-size") + 1] = 32
+    flags[flags.index("--channels") + 1] = 3
+    assert_a_step_is_that_of_a_plain_loop(tmp_path, [*flags, "--learner", "torchvision:resnet18"], steps=1)
+
+
+@pytest.mark.parametrize(
+    "learner", [["transformer", "--learner-args", "width=8", "heads=2"], ["gru"], ["gru", "--learner-args",
+                "cell=lstm", "width=6"]], ids=["transformer", "gru", "lstm"],
+)  # fmt: skip
+def test_a_transformer_and_recurrent_networks_on_sequences(learner, tmp_path):
+    data = ["--dataset", f"{SEQUENCES}Sequences", "--dataset-args", "length=6", "-n", 2, "-k", 3, "-q", 3]
+    flags = [*data, "--learner", SEQUENCES + learner[0], *learner[1:]]
+    assert_a_step_is_that_of_a_plain_loop(tmp_path, flags, steps=2)
+
+
+def test_a_module_from_another_folder(elsewhere, tmp_path):
+    folder = make_images(tmp_path / "data", 10, 4)
+    flags = [*images_flags(folder), "--learner", f"{elsewhere / 'own.py'}:Net", "--learner-args", "hidden=3"]
+    assert_a_step_is_that_of_a_plain_loop(tmp_path, flags, steps=2)
+
+
+def test_one_task_after_another_is_the_same_to_rounding(elsewhere, tmp_path, capsys):
+    flags = [*images_flags(make_images(tmp_path / "data", 10, 4)), "--learner-args", "hidden=3"]
+    home = ["--checkpoint-path", tmp_path, *SHORT, "--meta-batch-size", 2]
+    item, net = (["--learner", f"{elsewhere / 'own.py'}:{name}"] for name in ("Item", "Net"))
+    assert command(*flags, *item, *home, "--run-name", "item") == 2
+    said = capsys.readouterr().err
+    assert "Item itself cannot be vectorised" in said and "--no-vectorise" in said
+    assert not (tmp_path / "item").exists()
+    assert command(*flags, *item, *home, "--run-name", "item", "--no-vectorise") == 0
+    assert command(*flags, *net, *home, "--run-name", "net") == 0
+    runs = [load_checkpoint(tmp_path / name / LAST).parameters for name in ("item", "net")]
+    for name, w in runs[0].items():
+        assert torch.allclose(w, runs[1][name], atol=1e-9), name
+
+
+def test_with_dropout_and_ones_own_tasks_a_run_that_goes_on_ends_with_the_same_bits(tmp_path):
+    flags = ["--dataset", f"{SEQUENCES}Sequences", "-n", 2, "-k", 2, "-q", 2, "-s", 2, "--meta-batch-size", 2,
+             "--learner", f"{SEQUENCES}transformer", "--learner-args", "width=8", "heads=2", "dropout=0.3",
+             "--val-every", 2, "--log-every", 2, "--checkpoint-path", tmp_path]  # fmt: skip
+    assert command(*flags, "--iterations", 4, "--run-name", "whole") == 0
+    assert command(*flags, "--iterations", 2, "--run-name", "stopped") == 0
+    code = ["--dataset", f"{SEQUENCES}Sequences", "--learner", f"{SEQUENCES}transformer"]
+    last = tmp_path / "stopped" / LAST
+    assert command("--load", last, "--iterations", 4, *code) == 0
+    runs = [load_checkpoint(tmp_path / name / LAST) for name in ("whole", "stopped")]
+    assert_same_bits(*({"w": run.parameters, "adam": run.optimizer} for run in runs))
+    other = ["--learner-args", "width=8", "heads=2", "dropout=0.0"]
+    assert command(*flags, *other, "--iterations", 4, "--run-name", "without") == 0
+    a, b = (
+        load_checkpoint(tmp_path / name / LAST).parameters["head.weight"] for name in ("whole", "without")
+    )
+    assert not torch.equal(a, b)
+
+
+# ---- what a checkpoint may not do -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("setting", config.OWN_CODE)
+@pytest.mark.parametrize("doing", [["--eval"], [], ["--adapt", "x.csv"]], ids=["eval", "go on", "adapt"])
+def test_code_that_a_checkpoint_names_is_never_imported(setting, doing, tmp_path, capsys, monkeypatch):
+    assert command("--iterations", 1, "--checkpoint-path", tmp_path, "--run-name", "run") == 0
+    last = tmp_path / "run" / LAST
+    saved = load_checkpoint(last)
+    harmful = replace(
+        saved, config=replace(saved.config, **{setting: "os:system"}, task_type="regression", init="torch")
+    )
+    save_checkpoint(last, harmful)
+    monkeypatch.setattr("own_code.load_code", lambda *_: pytest.fail("it was imported"))
+    for module in ("learner", "losses", "dataset"):
+        monkeypatch.setattr(f"{module}.load_code", lambda *_: pytest.fail("it was imported"))
+    capsys.readouterr()
+    data_does_not_matter = setting == "dataset" and "--adapt" in doing
+    assert command(*doing, "--load", last) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    if not data_does_not_matter:
+        assert f"if you trust it, add --{setting} os:system" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--learner {own}:Missing", "has no Missing to call: it has Net, Item, Wrong"),
+        ("--learner {own}x.py:Net", "there is no such file"),
+        ("--learner not_there.at_all:Net", "ModuleNotFoundError: No module named 'not_there'"),
+        ("--learner {own}:nothing", "makes a int, not a torch.nn.Module"),
+        ("--learner {own}:failing", "RuntimeError: it is not ready"),
+        ("--learner {own}:Net --learner-args width=3", "unexpected keyword argument 'width'"),
+        ("--learner {own}:Wrong", "they should be (4, 2), [examples, outputs]"),
+        ("--learner {own}:Net --learner-args hidden", "--learner-args: expected NAME=VALUE, got 'hidden'"),
+        ("--learner torchvision:resnet19", "no classification model of that name"),
+        ("--learner {own}:Net --head nowhere --fast-weights head", "has no part 'nowhere'"),
+        ("--loss {own}:hinge", "has no hinge to call"),
+        ("--loss cross-entropy --loss-args x=1", "unexpected keyword argument 'x'"),
+        ("--loss mse", "--loss mse is for numbers"),
+        ("--head-init prototype --fast-weights body", "it needs a head that the inner loop adapts"),
+        ("--head-init prototype --proximal 1", "each at its own"),
+        ("--no-vectorise --compile on", "use --compile off"),
+        ("--augment flip,blur", "--augment: expected some of flip, crop, rotate"),
+        ("--split-shares 0,1,1", "--split-shares: expected three whole numbers"),
+    ],
+)
+def test_a_mistake_about_ones_own_code_is_one_line(flags, expected, elsewhere, tmp_path, capsys):
+    folder = make_images(tmp_path / "data", 10, 4)
+    line = flags.format(own=elsewhere / "own.py").split()
+    assert command(*images_flags(folder), *line, "--checkpoint-path", tmp_path / "runs", *SHORT) == 2
+    said = capsys.readouterr().err
+    said = said[said.rindex("\r") + 1 :].partition("images/s]")[2].lstrip("\n") if "\r" in said else said
+    assert said.startswith("main.py: error: ") and said.count("\n") == 1 and expected in said, said
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("Shapeless", "gives no tensor as query_y"), ("Silent", "makes a Silent without a method sample")],
+)
+def test_tasks_of_ones_own_that_are_none(name, expected, elsewhere, tmp_path, capsys):
+    assert command("--dataset", f"{elsewhere / 'own.py'}:{name}", "--checkpoint-path", tmp_path / "runs") == 2
+    said = capsys.readouterr().err
+    assert expected in said and said.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+def test_a_loss_of_ones_own_is_minimised(elsewhere, tmp_path):
+    flags = [*images_flags(make_images(tmp_path / "data", 10, 4)), "--learner", f"{elsewhere / 'own.py'}:Net"]
+    flags += ["--loss", f"{elsewhere / 'own.py'}:cubed", "--loss-args", "power=2", *SHORT]
+    assert command(*flags, "--checkpoint-path", tmp_path, "--run-name", "run") == 0
+    training = json.loads((tmp_path / "run" / "training.json").read_text())
+    assert 0.05 < training["training"]["query_loss"][0] < 1.0  # cross-entropy would begin near 0.7 or above
+
+
+# ---- data -----------------------------------------------------------------------------------
+
+
+def snapshot(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*")}
+
+
+def no_image(folder: Path) -> None:
+    (folder / "class3" / "1.png").write_text("not an image")
+
+
+def empty_class(folder: Path) -> None:
+    (folder / "empty").mkdir()
+
+
+def few_images(folder: Path) -> None:
+    (folder / "class3" / "1.png").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"), [(no_image, "1.png"), (empty_class, "empty"), (few_images, "class3")]
+)
+def test_bad_images_are_named_and_nothing_stays_behind(spoil, expected, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = make_images(tmp_path / "data", 10, 4)
+    spoil(folder)
+    before = snapshot(folder)
+    assert command(*images_flags(folder), "--checkpoint-path", tmp_path / "runs", *SHORT) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("main.py: error: ") and expected in said
+    left = {path for path in snapshot(folder) - before if path.suffix != ".npy"}
+    assert not left and not (tmp_path / "runs").exists() and not (tmp_path / "cache").exists()
+
+
+def write_table(path: Path, rows: list[list[object]], header: str = "task,x,y") -> Path:
+    path.write_text("\n".join([header, *(",".join(map(str, row)) for row in rows)]) + "\n")
+    return path
+
+
+def curves_table(path: Path) -> Path:
+    words = Stream.from_seed(1).at(torch.arange(10)).uniform(8, -1.0, 1.0, torch.float64)
+    rows = [[f"t{task}", x, task * x] for task in range(10) for x in words[task].tolist()]
+    return write_table(path, rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda text: text.replace("task,x,y", "task,x,z"), "no column 'y'"),
+        (lambda text: text.replace("task,x,y", "group,x,y"), "no column 'task'"),
+        (lambda text: text + "t1,nan,2\n", "82"),
+        (lambda text: text + "t1,3,\n", "82"),
+        (lambda text: text + "late,3,2\n", "task 'late' has 1 row"),
+    ],
+)
+def test_bad_tables_are_named(change, expected, tmp_path, capsys):
+    path = curves_table(tmp_path / "curves.csv")
+    path.write_text(change(path.read_text()))
+    flags = ["--dataset", f"table:{path}", "-k", 3, "-q", 3, "--checkpoint-path", tmp_path / "runs"]
+    assert command(*flags, "--iterations", 1) == 2
+    said = capsys.readouterr().err
+    assert expected in said and said.count("\n") == 1 and not (tmp_path / "runs").exists(), said
+
+
+def test_omniglot_from_its_folders_is_omniglot(small_omniglot, tmp_path):  # noqa: F811
+    """Class lists of the same split make the same tasks to the bit, and so the same accuracy."""
+    data = tmp_path / "omniglot-py"
+    shutil.unpack_archive(data / "images_evaluation.zip", data)
+    (data / "images_evaluation.zip").unlink()
+    folders = sorted({path.parent.relative_to(data).as_posix() for path in data.glob("images_*/*/*/*.png")})
+    pixels, _ = load_omniglot(tmp_path, split="random", resize="lanczos")
+    assert len(folders) == len(pixels) == 16
+    for split, positions in split_characters(folders, "random").items():
+        name = "val" if split == "validation" else split
+        lines = ["label", *(folders[p] for p in positions.tolist())]
+        (data / f"{name}.csv").write_text("\n".join(lines) + "\n")
+    common = dict(classification=True, ways=2, shots=2, queries=3, data_root=tmp_path,
+                  device=torch.device("cpu"), dtype=torch.float32)  # fmt: skip
+    omniglot = build_distribution("omniglot", images=ImageOptions(28, 1, invert=True), **common)
+    options = ImageOptions(28, 1, invert=True, quarter_turns=True)
+    folder = build_distribution(f"images:{data}", images=options, **common)
+    for split in ("train", "validation", "test"):
+        ours, theirs = (d.sample(split, 3, 5, range(6)) for d in (folder, omniglot))
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_trained_on_one_set_and_tested_on_another_with_other_ways(tmp_path, capsys):
+    train = make_images(tmp_path / "train", 10, 5)
+    other = make_images(tmp_path / "other", 4, 5, size=20, channels=3)
+    flags = [*images_flags(train), "--learner", "conv", *SHORT, "--checkpoint-path", tmp_path]
+    assert command(*flags, "--run-name", "learned") == 0
+    assert command(*flags, "--run-name", "prototype", "--head-init", "prototype") == 0
+    test = ["--eval", "--eval-dataset", f"images:{other}", "--load"]
+    assert command(*test, tmp_path / "learned" / LAST) == 0
+    assert command(*test, tmp_path / "prototype" / LAST, "-n", 4, "-k", 1) == 0
+    (result,) = (tmp_path / "prototype").glob("*-4way-1shot-*.json")
+    settings = json.loads(result.read_text())["settings"]
+    assert settings["dataset"] == f"images:{other}" and settings["channels"] == 1
+    capsys.readouterr()
+    for line, expected in (
+        (["-n", 4], "-n 4 disagrees with the checkpoint, which has 2"),
+        (["-n", 4], "a run with --head-init zero or prototype can be tested with any number of ways"),
+        (["--dataset", f"images:{other}"], "give the latter alone"),
+    ):
+        assert command(*test, tmp_path / "learned" / LAST, *line) == 2
+        assert expected in capsys.readouterr().err
+    assert command("--eval", "--load", tmp_path / "learned" / LAST, "--eval-dataset", "sinusoid") == 2
+    assert "is regression, and the checkpoint learned classification" in capsys.readouterr().err
+
+
+# ---- putting it to use ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def task_of_ones_own(tmp_path) -> Path:
+    made = make_images(tmp_path / "made", 3, 6)
+    for number in range(3):
+        support = tmp_path / "task" / "support" / f"kind {number}"
+        support.mkdir(parents=True)
+        for image in range(4):
+            (made / f"class{number}" / f"{image}.png").rename(support / f"{image}.png")
+    (tmp_path / "task" / "query").mkdir()
+    for number in range(3):
+        for image in (4, 5):
+            target = tmp_path / "task" / "query" / f"{number}-{image}.png"
+            (made / f"class{number}" / f"{image}.png").rename(target)
+    return tmp_path / "task"
+
+
+def test_adapting_to_a_folder_predicts_and_gives_weights_that_predict_the_same(
+    task_of_ones_own, elsewhere, tmp_path
+):
+    code = ["--learner", f"{elsewhere / 'own.py'}:Net"]
+    flags = [*images_flags(make_images(tmp_path / "data", 10, 5)), *code, "--head-init", "prototype"]
+    flags += ["--learner-args", "dropout=0.2", *SHORT, "--checkpoint-path", tmp_path, "--run-name", "run"]
+    assert command(*flags) == 0
+    weights = tmp_path / "adapted.pt"
+    line = ["--adapt", task_of_ones_own, "--load", tmp_path / "run" / LAST, *code, "--save-weights", weights]
+    assert command(*line, "--out", tmp_path / "out") == 0
+    with (tmp_path / "out" / "last-adapted-task.csv").open() as file:
+        header, *rows = csv.reader(file)
+    assert header == ["file", "prediction", "p(kind 0)", "p(kind 1)", "p(kind 2)"] and len(rows) == 6
+    shares = torch.tensor([[float(cell) for cell in row[2:]] for row in rows])
+    assert torch.allclose(shares.sum(1), torch.ones(6), atol=1e-5)
+    assert [row[1] for row in rows] == [f"kind {row[0][0]}" for row in rows]  # brightness tells them apart
+    assert (tmp_path / "out" / "last-adapted-task.png").stat().st_size > 5000
+    sys.path.append(str(elsewhere))
+    import own  # the user's module, in the user's program
+
+    network = own.Net(3, (1, 8, 8), dropout=0.2)
+    network.load_state_dict(torch.load(weights, weights_only=True))
+    images = [Image.open(task_of_ones_own / "query" / row[0]).resize((8, 8), 1) for row in rows]
+    x = torch.stack([torch.from_numpy(np.array(image)) for image in images])[:, None] / 255
+    assert torch.allclose(network.eval()(x).softmax(1), shares, atol=2e-5)
+
+
+def test_adapting_to_a_table_fills_in_what_is_missing(tmp_path):
+    table = ["--dataset", f"table:{curves_table(tmp_path / 'curves.csv')}", "-k", 4, "-q", 4]
+    flags = [*table, "--iterations", 300, "--checkpoint-path", tmp_path, "--run-name", "run"]
+    assert command(*flags, "--inner-lr", 0.1) == 0
+    rows = [[x / 4, 3 * x / 4 if x % 2 else ""] for x in range(-4, 5)]
+    path = write_table(tmp_path / "mine.csv", rows, "x,y")
+    assert command("--adapt", path, "--load", tmp_path / "run" / LAST, "--test-steps", 8) == 0
+    with (tmp_path / "run" / "last-adapted-mine.csv").open() as file:
+        header, *found = csv.reader(file)
+    assert header == ["row", "y"] and [int(row[0]) for row in found] == [1, 3, 5, 7, 9]
+    for (_, y), x in zip(found, (-1, -0.5, 0, 0.5, 1), strict=True):
+        assert abs(float(y) - 3 * x) < 1.0
+
+
+def test_what_cannot_be_adapted_to_is_refused(task_of_ones_own, tmp_path, capsys):
+    flags = [*images_flags(make_images(tmp_path / "data", 10, 5)), *SHORT, "--checkpoint-path", tmp_path]
+    assert command(*flags, "--learner", "conv", "--run-name", "run") == 0
+    before = snapshot(tmp_path / "run")
+    (task_of_ones_own / "table.csv").write_text("x,y\n1,2\n")
+    capsys.readouterr()
+    for path, more, expected in (
+        (task_of_ones_own, [], "3 classes, and the checkpoint learned 2"),
+        (tmp_path / "nowhere", [], "there is no such file or folder"),
+        (task_of_ones_own / "support", [], "it has no folder support/"),
+        (task_of_ones_own / "table.csv", [], "the checkpoint learned from images, give a folder"),
+        (task_of_ones_own, ["-k", 3], "-n, -k, -q"),
+        (task_of_ones_own, ["--save-weights", tmp_path / "no" / "w.pt"], "there is no folder"),
+    ):
+        assert command("--adapt", path, "--load", tmp_path / "run" / LAST, *more) == 2
+        said = capsys.readouterr().err
+        assert expected in said and said.count("\n") == 1, said
+    shutil.rmtree(task_of_ones_own / "support" / "kind 2")
+    (task_of_ones_own / "query" / "0-4.png").write_text("not an image")
+    assert command("--adapt", task_of_ones_own, "--load", tmp_path / "run" / LAST) == 2
+    assert "0-4.png" in capsys.readouterr().err
+    assert snapshot(tmp_path / "run") == before
