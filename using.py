@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import config as settings
 import report
 from building import algorithm_of, columns_of, module_of
-from checkpoint import Checkpoint, fitting_parameters, save_weights
+from checkpoint import Checkpoint, fitting_parameters, load_checkpoint, save_weights
 from config import Config
 from errors import UsageError
 from evaluation import SEED
@@ -30,8 +30,9 @@ from normalisation import norm_layers, recorded_statistics
 from optimizers import Weights
 from presets import data_facts
 from randomness import keys_of, minibatch_order, task_stream
-from runtime import Runtime, versions
+from runtime import Runtime, set_up, versions
 from tables import load_table
+from tasks import Tree, tree_map
 
 QUERIES_AT_ONCE = 256  # predictions that do not depend on each other bound memory so
 
@@ -116,6 +117,39 @@ def adapted_to(
             parameters, support_x, support_y, extras, steps=steps, statistics=statistics if running else None
         )
     return Adapted(maml, weights, around, support_x, normalisation)
+
+
+def load(
+    path: Path | str,
+    example: Tree,
+    *,
+    outputs: int | None = None,
+    learner: str | None = None,
+    loss: str | None = None,
+    device: str = "cpu",
+) -> tuple[MAML, Weights]:
+    """A checkpoint's algorithm and meta-parameters, from Python.
+
+    Raises UsageError where the file is no checkpoint, or does not fit.
+
+    Arguments:
+        example: inputs of some examples, `[examples, ...]`: their shape makes the learner.
+        outputs: of the learner, where they are not the classes of the training tasks, or one number; another
+            number of classes needs a run with `--head-init zero` or `prototype`.
+        learner, loss: the names of the user's own code, where the checkpoint names some; it is not imported
+            otherwise.
+    """
+    path = Path(path)
+    source = load_checkpoint(path)
+    given = {name: value for name, value in (("learner", learner), ("loss", loss)) if value is not None}
+    config = settings.resolve_from(source.config, given, evaluate=True, adapt=True)
+    config = replace(config, convolution="grouped", tasks_at_once=None)
+    runtime = set_up(device, config.precision, small_tensors=False)
+    example = tree_map(lambda part: part.to(runtime.device), example)
+    module = module_of(config, runtime, outputs or config.ways or 1, example, fixed=source.fixed)
+    maml = algorithm_of(config, runtime, module, example)
+    wanted = maml.initial_parameters()
+    return maml, fitting_parameters(path, source.parameters, wanted, config.learner)
 
 
 # ---- from files to files --------------------------------------------------------------------

@@ -52,17 +52,26 @@ def test_the_commands_of_the_readme_and_of_the_pages_have_valid_flags(page):
             config.resolve(given)
 
 
-def test_the_python_of_the_readme_runs():
-    import dataset
-    from learner import LEARNERS
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+    """As it stands there: the learner and the dataset as files of the user's, named by the flags beside them."""
+    import main
 
     learner_code, dataset_code, library_code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    scope: dict = {"nn": torch.nn, "torch": torch, **vars(dataset)}
-    exec(learner_code, scope)
-    assert scope["wide"](3)(torch.zeros(2, 1)).shape == (2, 3) and "wide" not in LEARNERS
-    exec(dataset_code, scope)
-    batch = scope["Step"](5, 5).sample("train", 0, 0, range(100))
-    assert ((batch.query_y == 0).any(1) & (batch.query_y != 0).any(1)).any()
+    for code in (learner_code, dataset_code):
+        (tmp_path / code.split()[1]).write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("trainer.VALIDATION_TASKS", 4)
+    for file in ("wide.py:wide", "steps.py:Steps"):
+        (line,) = re.findall(rf"^python main\.py(.*{file}.*)$", README, re.MULTILINE)
+        run = ["--iterations", "2", "--meta-batch-size", "3", "--run-name", file.partition(".")[0]]
+        assert main.main([*shlex.split(line), *run]) == 0
+    scope: dict = {}
     exec(library_code, scope)
     assert scope["step"].gradients.keys() == scope["parameters"].keys()
     assert scope["outputs"].shape == (25, 11, 10, 1)
+    losses = [
+        torch.nn.functional.mse_loss(scope["maml"].forward(weights, scope["x"]), scope["y"])
+        for weights in (scope["parameters"], scope["adapted"])
+    ]
+    assert losses[1] < losses[0]
+    assert torch.equal(scope["network"](scope["x"]), scope["maml"].forward(scope["adapted"], scope["x"]))

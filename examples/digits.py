@@ -1,0 +1,28 @@
+#!/usr/bin/env python3
+"""Writes scikit-learn's handwritten digits as images, a folder per class: a set to test on, never trained on.
+
+pip install scikit-learn
+python examples/digits.py digits
+python main.py --eval --load checkpoints/RUN/best.pt --eval-dataset images:digits -q 10
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from PIL import Image
+from sklearn.datasets import load_digits
+
+
+def write_digits(folder: Path) -> None:
+    """1,797 images, 8 x 8, white on black, as `folder/<digit>/<number>.png`."""
+    digits = load_digits()
+    for number, (pixels, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
+        path = folder / str(digit) / f"{number:04}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((pixels * 255 / 16).round().astype("uint8")).save(path)
+
+
+if __name__ == "__main__":
+    write_digits(Path(sys.argv[1]))
