@@ -196,8 +196,8 @@ def check_outputs(learner: nn.Module, example: Tree, outputs: int, config: Confi
     expected = (len(first_tensor(example)), outputs)
     if config.loss in LOSSES and tuple(found.shape) != expected:
         raise UsageError(
-            f"--learner {config.learner} gives outputs {tuple(found.shape)} for inputs {shapes}: they should be "
-            f"{expected}, [examples, outputs]"
+            f"--learner {config.learner} gives outputs {tuple(found.shape)} for inputs {shapes}: they "
+            f"should be {expected}, [examples, outputs]"
         )
 
 

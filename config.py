@@ -33,12 +33,20 @@ from flags import (
     not_negative,
     seed_range,
 )
+from names import (
+    a_dataset,
+    a_learner,
+    a_loss,
+    augmentations,
+    column_names,
+    one_or_three,
+    three_shares,
+)
 from presets import (
     ALGORITHMS,
     CHUNK_IMAGES,
     COMPILED_FROM,
     DATA_KINDS,
-    DATASETS,
     DEFAULT_COLUMNS,
     DEFAULTS,
     LEARNERS,
@@ -56,63 +64,6 @@ from presets import (
 OWN_CODE = ("learner", "dataset", "loss")  # the settings that may name the user's code
 
 
-# ---- checks of names -----------------------------------------------------------------------------
-
-
-def _well_formed_code(name: str) -> bool:
-    module, _, factory = name.rpartition(":")
-    dotted = all(part.isidentifier() for part in module.split("."))
-    return (dotted or module.endswith(".py")) and factory.isidentifier()
-
-
-def a_dataset(name: str) -> str | None:
-    kind, colon, rest = name.partition(":")
-    if name in DATASETS or (kind in DATA_KINDS and rest):
-        return None
-    if colon and kind not in DATA_KINDS and _well_formed_code(name):
-        return None
-    kinds = "images:FOLDER, table:FILE, package.module:factory, file.py:factory"
-    return f"one of {', '.join(DATASETS)}, {kinds}"
-
-
-def a_learner(name: str) -> str | None:
-    kind, colon, rest = name.partition(":")
-    if name in LEARNERS or (kind == "torchvision" and rest):
-        return None
-    if colon and kind != "torchvision" and _well_formed_code(name):
-        return None
-    kinds = "torchvision:MODEL, package.module:factory, file.py:factory"
-    return f"one of {', '.join(LEARNERS)}, {kinds}"
-
-
-def a_loss(name: str) -> str | None:
-    if name in choices.LOSSES or (":" in name and _well_formed_code(name)):
-        return None
-    return f"one of {', '.join(choices.LOSSES)}, package.module:function, file.py:function"
-
-
-def column_names(text: str) -> str | None:
-    return None if all(name.strip() for name in text.split(",")) else "names with commas between"
-
-
-def augmentations(text: str) -> str | None:
-    names = text.split(",")
-    if set(names) <= set(choices.AUGMENTATIONS) and len(set(names)) == len(names):
-        return None
-    return f"some of {', '.join(choices.AUGMENTATIONS)}, with commas between"
-
-
-def one_or_three(value: int) -> str | None:
-    return None if value in (1, 3) else "1 or 3"
-
-
-def three_shares(text: str) -> str | None:
-    parts = text.split(",")
-    if len(parts) == 3 and all(part.isdigit() for part in parts) and int(parts[0]) and int(parts[2]):
-        return None
-    return "three whole numbers with commas between, the first and the last above 0"
-
-
 # ---- the flags -----------------------------------------------------------------------------------
 
 
@@ -122,8 +73,8 @@ class Config:
 
     dataset: str = flag(
         "--dataset", group="tasks", kind=str, check=a_dataset, default="sinusoid", metavar="NAME",
-        help="the family of tasks: a name (see the table of datasets), images:FOLDER with a folder per class, "
-        "table:FILE (CSV or Parquet), or a factory in your own code: package.module:factory, file.py:factory",
+        help="the family of tasks: a name (sinusoid, omniglot, ...), images:FOLDER with a folder per class, table:FILE "
+        "(CSV or Parquet), or a factory in your own code: package.module:factory, file.py:factory",
     )  # fmt: skip
     dataset_args: tuple[str, ...] = flag(
         "--dataset-args", group="tasks", kind=tuple, check=key_and_value, metavar="NAME=VALUE", default=(),
@@ -176,7 +127,7 @@ class Config:
     )  # fmt: skip
     quarter_turns: bool = flag(
         "--quarter-turns", group="tasks", kind=bool, default=False, before=False, only="images",
-        help="turn each class of a task by a random multiple of 90 degrees, in every split, as Omniglot's are",
+        help="turn each class of a task by a random multiple of 90 degrees, in every split, as Omniglot's",
     )  # fmt: skip
     augment: str | None = flag(
         "--augment", group="tasks", kind=str, check=augmentations, metavar="NAMES", default=None,
@@ -186,8 +137,8 @@ class Config:
     split_shares: str = flag(
         "--split-shares", group="tasks", kind=str, check=three_shares, metavar="A,B,C", default="64,16,20",
         before="64,16,20", only="files",
-        help="shares of training, validation and test in the classes of a folder, or in the tasks of a table, "
-        "that has no split of its own",
+        help="shares of training, validation and test in the classes of a folder, or in the tasks of a "
+        "table, that has no split of its own",
     )  # fmt: skip
     split_seed: int = flag(
         "--split-seed", group="tasks", kind=int, check=seed_range, default=0, before=0, only="files",
@@ -219,8 +170,8 @@ class Config:
 
     learner: str = flag(
         "--learner", group="learner", kind=str, check=a_learner, metavar="NAME",
-        help="mlp: 1-40-40-1; conv: four stride-2 convolutions of 64; conv-pool: with max pooling; conv4: of 32, "
-        "flattened; convnet: unpadded and flattened; fc: 256-128-64-64; torchvision:MODEL; or a factory in "
+        help="mlp: 1-40-40-1; conv: four stride-2 convolutions of 64; conv-pool: with max pooling; conv4: of "
+        "32, flattened; convnet: unpadded and flattened; fc: 256-128-64-64; torchvision:MODEL; or a factory in "
         "your own code: package.module:factory, file.py:factory",
     )  # fmt: skip
     learner_args: tuple[str, ...] = flag(
@@ -233,8 +184,8 @@ class Config:
     )  # fmt: skip
     loss: str = flag(
         "--loss", group="learner", kind=str, check=a_loss, metavar="NAME", default=BY_RULE, before=None,
-        help="mse, cross-entropy, bce (binary cross-entropy of logits), huber, or a function in your own code: "
-        "package.module:function, file.py:function; auto: mse, or cross-entropy in classification",
+        help="mse, cross-entropy, bce (binary cross-entropy of logits), huber, or a function in your own "
+        "code: package.module:function, file.py:function; auto: mse, or cross-entropy in classification",
     )  # fmt: skip
     loss_args: tuple[str, ...] = flag(
         "--loss-args", group="learner", kind=tuple, check=key_and_value, metavar="NAME=VALUE", default=(),
@@ -545,8 +496,8 @@ class Invocation:
     )  # fmt: skip
     adapt: Path | None = flag(
         "--adapt", group="what to do", kind=Path, metavar="PATH", default=None, optional=True,
-        help="with --load: adapt to a task of your own and predict. A folder with support/<class>/ and query/ "
-        "full of images, or a table in which some targets are missing",
+        help="with --load: adapt to a task of your own and predict. A folder with support/<class>/ and "
+        "query/ full of images, or a table in which some targets are missing",
     )  # fmt: skip
     save_weights: Path | None = flag(
         "--save-weights", group="files", kind=Path, metavar="FILE", default=None, optional=True,
@@ -958,13 +909,16 @@ def _check_own_code(saved: Config, given: Mapping[str, Any], *, without_data: bo
         )
 
 
+_TASK_TYPES = {False: "regression", True: "classification"}
+
+
 def _on_other_data(config: Config, dataset: str, given: Mapping[str, Any]) -> Config:
     """The settings for test tasks of another dataset: images of the same size, shown as they are."""
     now, then = data_facts(dataset), data_facts(config.dataset)
     if now.classification is not None and now.classification != config.classification:
         raise UsageError(
-            f"--eval-dataset {dataset} is {'classification' if now.classification else 'regression'}, and the "
-            f"checkpoint learned {'classification' if config.classification else 'regression'}"
+            f"--eval-dataset {dataset} is {_TASK_TYPES[now.classification]}, and the checkpoint learned "
+            f"{_TASK_TYPES[config.classification]}"
         )
     if "any" not in (now.inputs, then.inputs) and now.inputs != then.inputs:
         raise UsageError(
@@ -1112,7 +1066,8 @@ def _check_algorithm(config: Config, given: Mapping[str, Any]) -> None:
         (reptile and multi_step, f"--objective multi-step: {way} has no query loss"),
         (
             reptile and config.fast_weights != "all",
-            f"--fast-weights {config.fast_weights}: {way} moves only what the inner loop adapts, the rest would not learn",
+            f"--fast-weights {config.fast_weights}: {way} moves only what the inner loop adapts, the rest "
+            "would not learn",
         ),
         (reptile and per_step, f"{per_step_flag}: {way} moves only what the inner loop adapts"),
         (
@@ -1144,7 +1099,7 @@ def _check_algorithm(config: Config, given: Mapping[str, Any]) -> None:
         ),
         (
             head_init and config.fast_weights not in ("all", "head"),
-            f"{head}: it needs a head that the inner loop adapts, and --fast-weights is {config.fast_weights}",
+            f"{head}: it needs a head that the inner loop adapts, not --fast-weights {config.fast_weights}",
         ),
         (head_init and joint, f"{head}: {way} has no inner loop that could adapt the head"),
         (
@@ -1210,7 +1165,8 @@ def check_invocation(given: Mapping[str, Any]) -> Invocation:
         (
             (call.eval or call.adapt)
             and given.keys() & {"compile", "compile_after", "engine", "convolution"},
-            "--compile, --compile-after, --engine and --conv are for training: leave them out with --eval and --adapt",
+            "--compile, --compile-after, --engine and --conv are for training: leave them out with --eval and "
+            "--adapt",
         ),
         (
             call.autotune and (call.eval or call.load),

@@ -72,7 +72,7 @@ def conv_pool(outputs: int, inputs: Shape = (1, 28, 28), *, channels: int = CHAN
 
 
 def conv4(outputs: int, inputs: Shape = (3, 84, 84), *, channels: int = 32) -> nn.Module:
-    """The mini-ImageNet network of Ravi and Larochelle (2017) and of Finn et al.: with max pooling, flattened."""
+    """The mini-ImageNet network of Ravi and Larochelle (2017) and Finn et al.: max pooling, flattened."""
     features = channels * (inputs[1] // 16) * (inputs[2] // 16)
     return nn.Sequential(*_pooled(inputs, channels), nn.Flatten(), nn.Linear(features, outputs))
 

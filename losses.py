@@ -65,7 +65,10 @@ def loss_name(name: str) -> str:
 
 
 def build_loss(name: str, arguments: tuple[str, ...] = ()) -> Callable[[Any, Any], Tensor]:
-    """The loss of that name, or the user's function; raises UsageError where it does not take the arguments."""
+    """The loss of that name, or the user's function.
+
+    Raises UsageError where there is none, or it does not take the arguments.
+    """
     given = arguments_from(arguments)
     function = load_code(name, "--loss") if is_own_code(name) else LOSSES[name]
     loss = partial(function, **given) if given else function

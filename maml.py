@@ -172,8 +172,8 @@ class MAML(InnerLoop):
         return MAML(**self._options | changes)
 
     def draws(self, x: Tree) -> bool:
-        """Whether the learner draws random numbers while it trains on one task's inputs, as dropout does: then
-        it needs keys."""
+        """Whether the learner draws random numbers while it trains on one task's inputs, as dropout does:
+        then it needs keys."""
         keys = torch.zeros(2, dtype=torch.int64, device=first_tensor(x).device)
         weights = self.whole_weights(self.initial_parameters())
         with torch.no_grad(), Elementary(keys, first_tensor(x)) as counted:
@@ -181,7 +181,7 @@ class MAML(InnerLoop):
         return counted.draws > 0
 
     def whole_weights(self, parameters: Weights) -> Weights:
-        """The learner's weights before the first step, all that one task needs; a computed head's as built."""
+        """The learner's weights before the first step, all that one task needs; a computed head as built."""
         adapted = {name: w for name, w in parameters.items() if name in self.adapted}
         return self._contexts | self._head_weights | self.shared_at(parameters, 0).weights | adapted
 

@@ -36,7 +36,7 @@ DATA_KINDS = {  # what begins a name, in front of a path
 
 
 def is_own_code(name: str) -> bool:
-    """Whether the name is that of a factory in the user's code: `package.module:factory`, `file.py:factory`."""
+    """Whether it names a factory in the user's code: `package.module:factory`, `file.py:factory`."""
     kind, colon, _ = name.partition(":")
     return bool(colon) and kind not in (*DATA_KINDS, "torchvision")
 

@@ -310,8 +310,8 @@ def check_fit(task: Task, config: Config, path: Path) -> None:
     """Raises UsageError where the checkpoint was learned for another number of classes."""
     if config.classification and config.head_init == "learned" and len(task.classes) != config.ways:
         raise UsageError(
-            f"--adapt {path}: {len(task.classes)} classes, and the checkpoint learned {config.ways}: its head "
-            "is --head-init learned; one trained with zero or prototype takes any number"
+            f"--adapt {path}: {len(task.classes)} classes, and the checkpoint learned {config.ways}: its "
+            "head is --head-init learned; one trained with zero or prototype takes any number"
         )
 
 

@@ -382,7 +382,8 @@ def test_implicit_has_the_closed_form_on_a_quadratic():
     "wrong",
     [
         dict(fast_weights="haed"), dict(meta_gradient="implict"), dict(engine="adjont"),
-        dict(convolution="im2cool"), dict(head_init="zeros"), dict(inner_rates="elements"), dict(normalisation="perstep"),
+        dict(convolution="im2cool"), dict(head_init="zeros"), dict(inner_rates="elements"),
+        dict(normalisation="perstep"),
         dict(meta_gradient="reptile", inner_rates="element"), dict(meta_gradient="joint", first_order=True),
         dict(meta_gradient="implicit"),
     ],

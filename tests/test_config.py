@@ -102,7 +102,7 @@ MISTAKES = [
     ("--algorithm reptile --dataset omniglot --batch-norm per-step", "moves only what the inner loop"),
     ("--algorithm pretrain --inner-rates element", "has no inner loop that rates could learn from"),
     ("--algorithm pretrain --fast-weights context", "has no inner loop"),
-    ("--dataset omniglot --fast-weights head --adapt-norm", "--adapt-norm means nothing with --fast-weights head"),
+    ("--dataset omniglot --fast-weights head --adapt-norm", "--adapt-norm means nothing with --fast-weights"),
     ("--dataset omniglot --oracle", "--oracle means nothing with omniglot"),
     ("--dataset omniglot --train-shots 20", "--train-shots 20 plus -q 1 is 21"),
     ("--fast-weights head --head 7 --checkpoint-path TMP", "no part '7': there are 0, 2, 4"),

@@ -493,7 +493,7 @@ def same(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> bool:
 
 
 def test_tasks_are_what_they_have_been_from_the_first_release():
-    """The tasks that published numbers were measured on: other bits here are other test tasks for everyone."""
+    """The tasks that published numbers were measured on: other bits here, other test tasks for all."""
     tasks = ImageTasks(image_set([20] * 30, side=7), ways=5, shots=2, queries=3, quarter_turns=True)
     digest = hashlib.sha256()
     for split, iteration in (("train", 3), ("validation", torch.tensor(4)), ("test", 0)):

@@ -53,7 +53,7 @@ def test_the_commands_of_the_readme_and_of_the_pages_have_valid_flags(page):
 
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
-    """As it stands there: the learner and the dataset as files of the user's, named by the flags beside them."""
+    """As it stands there: learner and dataset as files of the user's, named by the flags beside."""
     import main
 
     learner_code, dataset_code, library_code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
