@@ -47,6 +47,7 @@ from presets import (
     CHUNK_IMAGES,
     COMPILED_FROM,
     DATA_KINDS,
+    DATASETS,
     DEFAULT_COLUMNS,
     DEFAULTS,
     LEARNERS,
@@ -73,8 +74,8 @@ class Config:
 
     dataset: str = flag(
         "--dataset", group="tasks", kind=str, check=a_dataset, default="sinusoid", metavar="NAME",
-        help="the family of tasks: a name (sinusoid, omniglot, ...), images:FOLDER with a folder per class, table:FILE "
-        "(CSV or Parquet), or a factory in your own code: package.module:factory, file.py:factory",
+        help=f"the family of tasks: {', '.join(DATASETS)}; images:FOLDER with a folder per class, "
+        "table:FILE (CSV or Parquet), or a factory in your own code: package.module:factory, file.py:factory",
     )  # fmt: skip
     dataset_args: tuple[str, ...] = flag(
         "--dataset-args", group="tasks", kind=tuple, check=key_and_value, metavar="NAME=VALUE", default=(),
@@ -171,8 +172,8 @@ class Config:
     learner: str = flag(
         "--learner", group="learner", kind=str, check=a_learner, metavar="NAME",
         help="mlp: 1-40-40-1; conv: four stride-2 convolutions of 64; conv-pool: with max pooling; conv4: of "
-        "32, flattened; convnet: unpadded and flattened; fc: 256-128-64-64; torchvision:MODEL; or a factory in "
-        "your own code: package.module:factory, file.py:factory",
+        "32, flattened; convnet: unpadded and flattened; fc: 256-128-64-64; torchvision:MODEL; or a factory "
+        "in your own code: package.module:factory, file.py:factory",
     )  # fmt: skip
     learner_args: tuple[str, ...] = flag(
         "--learner-args", group="learner", kind=tuple, check=key_and_value, metavar="NAME=VALUE", default=(),
@@ -569,6 +570,13 @@ GROUPS = (
 # ---- the command line ----------------------------------------------------------------------------
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Names with hyphens stay whole."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (all flags: --help)")
@@ -596,7 +604,7 @@ def _default_text(name: str, declaration: Flag) -> str:
         ]
         return f"{'' if declaration.only else regression + '; '}{text}{''.join(exceptions)}"
     if name == "image_size":
-        return "84; CIFAR 32"
+        return "84; cifar-fs and fc100 32"
     if name == "channels":
         return "3"
     if name == "invert":
@@ -658,7 +666,7 @@ def build_parser() -> argparse.ArgumentParser:
         + defaults_table()
         + "\n\nWhat --algorithm sets beside (half: of --iterations):\n\n"
         + presets_table(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Formatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         add_help=False,
@@ -1165,8 +1173,8 @@ def check_invocation(given: Mapping[str, Any]) -> Invocation:
         (
             (call.eval or call.adapt)
             and given.keys() & {"compile", "compile_after", "engine", "convolution"},
-            "--compile, --compile-after, --engine and --conv are for training: leave them out with --eval and "
-            "--adapt",
+            "--compile, --compile-after, --engine and --conv are for training: leave them out with --eval "
+            "and --adapt",
         ),
         (
             call.autotune and (call.eval or call.load),

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -86,6 +87,18 @@ class Elementary(TorchFunctionMode):
         """1 with probability 1 - p and 0 elsewhere: the same whatever the type."""
         bits = self.bits(math.prod(shape), name).to(like.device)
         return (bits >= round(p * 2**24)).to(like.dtype).view(shape)
+
+
+class NoGradHolds(TorchFunctionMode):
+    """Within it, what is computed under `torch.no_grad` has no derivative in forward mode either."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if torch.is_grad_enabled():
+            return func(*args, **kwargs or {})
+        with _set_fwd_grad_enabled(False):
+            return func(*args, **kwargs or {})
 
 
 def words(keys: Tensor, call: int, count: int) -> Tensor:
@@ -630,6 +643,11 @@ def _data_ptr(mode: Elementary, input: Tensor) -> int:
     return 0
 
 
+@_replaces(torch.Tensor.data.__get__)  # type: ignore[attr-defined]
+def _data(mode: Elementary, input: Tensor) -> Tensor:
+    return input.detach()
+
+
 # ---- embeddings -----------------------------------------------------------------------------
 
 
@@ -706,6 +724,19 @@ def _per_channel(x: Tensor, weight: Tensor | None) -> Tensor | None:
     return None if weight is None else weight.view(-1, *(1,) * (x.dim() - 2))
 
 
+@_replaces(F.normalize)
+def _normalize(
+    mode: Elementary,
+    input: Tensor,
+    p: float = 2.0,
+    dim: int = 1,
+    eps: float = 1e-12,
+    out: Tensor | None = None,
+) -> Tensor:
+    found = F.normalize(input, p, dim, eps)
+    return found if out is None else out.copy_(found)
+
+
 @_replaces(F.layer_norm)
 def _layer_norm(
     mode: Elementary,
@@ -730,7 +761,12 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Running statistics do not move: there is one of them, and a batch for each task."""
+    if training and running_mean is not None:  # each task's own (see inner_loop.py)
+        assert running_var is not None
+        wide = input.detach().to(_wide(input.dtype))
+        seen = torch.var_mean(wide, [0, *range(2, input.dim())], correction=1)
+        for running, now in zip((running_var, running_mean), seen, strict=True):
+            running.copy_(running + momentum * (now - running))
     weight, bias = _per_channel(input, weight), _per_channel(input, bias)
     if training:
         return _scaled(_normalised(input, [0, *range(2, input.dim())], eps), weight, bias)

@@ -23,7 +23,7 @@ from torch.func import functional_call, grad, jvp
 
 from choices import CONVOLUTIONS, HEAD_INITS, INNER_RATES, NORMALISATIONS, check_choice
 from convolution import convert_convolutions
-from elementary import Elementary
+from elementary import Elementary, NoGradHolds
 from normalisation import (
     BatchNorm,
     convert_batch_norm,
@@ -187,7 +187,7 @@ class InnerLoop:
         self, module: nn.Module, weights: Weights, x: Tree, around: Weights, after: Weights | None = None
     ) -> Tree:
         """The module's outputs; the buffers that the pass has changed are put into `after`."""
-        kind = next(iter(weights.values())).dtype
+        kind = next(iter(weights.values()), first_tensor(x)).dtype
         if self.compute_dtype is not None:
             narrow = {n: w if n in self._statistics else w.to(self.compute_dtype) for n, w in weights.items()}
             weights, x = narrow, _in_type(x, self.compute_dtype)
@@ -408,7 +408,12 @@ class InnerLoop:
 
     def slope(self, fast: Weights, shared: Weights, v: Weights, x: Tree, y: Tree, around: Weights) -> Tensor:
         """The derivative of the support loss when the fast weights move along `v`."""
-        return jvp(lambda fast: self.support_loss(fast, shared, x, y, around), (fast,), (v,))[1]
+
+        def loss(fast: Weights) -> Tensor:
+            with NoGradHolds():
+                return self.support_loss(fast, shared, x, y, around)
+
+        return jvp(loss, (fast,), (v,))[1]
 
     def running(self) -> Any:
         """Within it, batch norm normalises with the statistics that come with the weights."""

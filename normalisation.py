@@ -75,6 +75,9 @@ def convert_batch_norm(module: nn.Module) -> nn.Module:
     """
 
     def replacement(layer: nn.Module) -> nn.Module | None:
+        if isinstance(layer, nn.modules.instancenorm._InstanceNorm) and layer.training:
+            layer.track_running_stats, layer.running_mean, layer.running_var = False, None, None
+            layer.num_batches_tracked = None
         if not (isinstance(layer, _BatchNorm) and type(layer).forward in _STANDARD_FORWARDS):
             return None
         if not layer.training and layer.running_mean is not None:

@@ -25,6 +25,7 @@ from config import Config
 from errors import UsageError
 from evaluation import SEED
 from images import image_files, read_images
+from inner_loop import BUFFER
 from maml import MAML
 from normalisation import norm_layers, recorded_statistics
 from optimizers import Weights
@@ -32,7 +33,7 @@ from presets import data_facts
 from randomness import keys_of, minibatch_order, task_stream
 from runtime import Runtime, set_up, versions
 from tables import load_table
-from tasks import Tree, tree_map
+from tasks import Tree, first_tensor, joined, tree_map
 
 QUERIES_AT_ONCE = 256  # predictions that do not depend on each other bound memory so
 
@@ -56,20 +57,24 @@ class Adapted:
     maml: MAML
     weights: Weights
     around: Weights  # what surrounds the query's pass: buffers and keys
-    support_x: Tensor
+    support_x: Tree
     normalisation: str
 
     @torch.no_grad()
-    def predict(self, x: Tensor) -> Tensor:
+    def predict(self, x: Tree) -> Tree:
         """Outputs on examples `[examples, ...]`: logits, or numbers."""
-        parts = [x] if self.normalisation == "transductive" else x.split(QUERIES_AT_ONCE)
+        size = first_tensor(x).shape[0] if self.normalisation == "transductive" else QUERIES_AT_ONCE
+        parts = [
+            tree_map(lambda t, first=first: t[first : first + size], x)
+            for first in range(0, len(first_tensor(x)), size)
+        ]
         maml = self.maml
         with maml.predicting(), maml.running() if self.normalisation == "per-step" else nullcontext():
             outputs = [
                 maml.query_outputs(self.weights, part, self.support_x, self.normalisation, self.around)
                 for part in parts
             ]
-        return torch.cat(outputs)
+        return joined(outputs)
 
     def module(self, learner: nn.Module) -> nn.Module:
         """A copy of the learner with the adapted weights.
@@ -82,6 +87,9 @@ class Adapted:
             for name, parameter in learner.named_parameters():
                 if name in self.weights:
                     parameter.copy_(self.weights[name])
+            for name, buffer in learner.named_buffers():
+                if BUFFER + name in self.around:  # as the inner steps have left it
+                    buffer.copy_(self.around[BUFFER + name])
             with self.maml.predicting(), recorded_statistics(self.maml.learner) as seen:
                 self.maml.forward(self.weights, self.support_x, self.around)
             for name in norm_layers(self.maml.learner):
@@ -97,8 +105,8 @@ class Adapted:
 def adapted_to(
     maml: MAML,
     parameters: Weights,
-    support_x: Tensor,
-    support_y: Tensor,
+    support_x: Tree,
+    support_y: Tree,
     *,
     steps: int,
     normalisation: str = "inductive",
@@ -106,8 +114,9 @@ def adapted_to(
     statistics: Weights | None = None,
 ) -> Adapted:
     """The learner after so many inner steps on the examples of one task, `[examples, ...]`."""
-    stream = task_stream("test", SEED, 0, range(1), support_y.device)
-    order = minibatch_order(stream.at("minibatches"), len(support_x), inner_batch, steps)
+    labels = first_tensor(support_y)
+    stream = task_stream("test", SEED, 0, range(1), labels.device)
+    order = minibatch_order(stream.at("minibatches"), len(labels), inner_batch, steps)
     extras = {name: buffer[0] for name, buffer in maml.buffers_of(1).items()} | {"keys": keys_of(stream)[0]}
     if order is not None:
         extras["order"] = order[0]

@@ -514,15 +514,11 @@ BUFFERED = {
 }
 
 
-ONE_BY_ONE = ("spectral norm",)  # writes to `out=`, which `vmap` cannot
-
-
 @pytest.mark.parametrize("example", [False, True])
 @pytest.mark.parametrize("kind", BUFFERED)
 def test_each_task_has_buffers_of_its_own_that_go_through_its_inner_steps(kind, example):
     module, batch = made(BUFFERED[kind]()), vectors(3)
     options = {"example": batch.support_x[0]} if example else {}
-    options["vectorised"] = kind not in ONE_BY_ONE
     assert_is_the_plain_loops(module, batch, steps=3, options=options)
 
     maml = MAML(module, F.mse_loss, inner_lr=LR, steps=3, **options)
@@ -539,7 +535,7 @@ def test_each_task_has_buffers_of_its_own_that_go_through_its_inner_steps(kind, 
 @pytest.mark.parametrize("kind", BUFFERED)
 def test_predictions_use_the_buffers_of_the_inner_loop_and_leave_them(kind):
     module, batch = made(BUFFERED[kind]()), vectors(3)
-    maml = MAML(module, F.mse_loss, inner_lr=LR, vectorised=kind not in ONE_BY_ONE)
+    maml = MAML(module, F.mse_loss, inner_lr=LR)
     parameters = maml.initial_parameters()
     expected = plain_predictions(module, F.mse_loss, parameters, batch)
     outputs = maml.predictions(parameters, batch, STEPS)["transductive"]
