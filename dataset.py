@@ -232,6 +232,7 @@ class Custom:
     ) -> None:
         self.make = make
         self.name = name
+        self.shots = shots
         self.classification = classification
         self.device = torch.device(device)
         self.dtype = dtype
@@ -246,6 +247,8 @@ class Custom:
         return sum(first_tensor(tree).shape[1] for tree in (batch.support_x, batch.query_x))
 
     def resized(self, shots: int) -> Custom:
+        if shots == self.shots:
+            return self
         return Custom(
             self.make, self.name, classification=self.classification, shots=shots, device=self.device,
             dtype=self.dtype,

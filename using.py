@@ -246,8 +246,13 @@ def tasks_in(path: Path, config: Config, runtime: Runtime) -> list[Task]:
         raise UsageError(f"--adapt {path}: there is no such file or folder")
     if inputs == "images" and not path.is_dir():
         raise UsageError(f"--adapt {path} is a file: the checkpoint learned from images, give a folder")
-    if inputs != "images" and path.is_dir():
+    if inputs == "vectors" and path.is_dir():
         raise UsageError(f"--adapt {path} is a folder: the checkpoint learned from numbers, give a table")
+    if inputs == "any" and path.is_dir():
+        raise UsageError(
+            f"--adapt {path} is a folder, and the checkpoint learned from tasks of your own: give a table, "
+            "or adapt from Python (docs/using.md)"
+        )
     return [_folder(path, config, runtime)] if path.is_dir() else _table(path, config, runtime)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import ROOT
 from PIL import Image
 from test_dataset import small_omniglot  # noqa: F401
@@ -22,6 +23,7 @@ import building
 import config
 from checkpoint import LAST, load_checkpoint, save_checkpoint
 from dataset import ImageOptions, build_distribution
+from learner import build_learner
 from omniglot import load_omniglot, split_characters
 from randomness import Stream
 
@@ -155,6 +157,15 @@ def test_resnet18_on_a_folder_of_images(tmp_path):
     flags[flags.index("--image-size") + 1] = 32
     flags[flags.index("--channels") + 1] = 3
     assert_a_step_is_that_of_a_plain_loop(tmp_path, [*flags, "--learner", "torchvision:resnet18"], steps=1)
+
+
+def test_a_trained_network_of_torchvisions_keeps_its_body_and_gets_a_new_head(monkeypatch):
+    trained = torchvision.models.resnet18().state_dict()
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: trained)
+    network = build_learner("torchvision:resnet18", 3, inputs=(1, 32, 32), arguments={"weights": "DEFAULT"})
+    assert network.eval()(torch.rand(2, 1, 32, 32)).shape == (2, 3)  # and takes grey images
+    for name, w in network.network.state_dict().items():
+        assert name.startswith("fc.") or torch.equal(w, trained[name]), name
 
 
 @pytest.mark.parametrize(
