@@ -689,7 +689,7 @@ def test_several_targets_are_a_tree_too():
     )
 
     def loss(outputs, targets):
-        return F.mse_loss(outputs[0], targets[0]) + F.mse_loss(outputs[1][:, 0], targets[1] / TOKENS)
+        return F.mse_loss(outputs[0], targets[0]) + F.mse_loss(outputs[1][:, 0], targets[1].double() / TOKENS)
 
     assert_is_the_plain_loops(module, batch, loss=loss)
 
