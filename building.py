@@ -21,6 +21,7 @@ from dataset import ImageOptions, build_distribution
 from diagnosis import culprit
 from elementary import Elementary
 from errors import UsageError
+from inner_loop import fixed_tensors, pass_around
 from learner import LEARNERS, build_learner, check_learner
 from losses import LOSSES, build_loss
 from maml import MAML, as_it_is
@@ -30,7 +31,7 @@ from presets import is_own_code
 from randomness import keys_of, task_stream
 from runtime import Runtime, set_up
 from tables import Columns
-from tasks import TaskDistribution, Tree, arguments_of, first_tensor, tree_map
+from tasks import TaskBatch, TaskDistribution, Tree, arguments_of, first_tensor, tree_map
 
 
 def prepare(config: Config, call: Invocation) -> Runtime:
@@ -105,11 +106,14 @@ def module_of(
     config: Config, runtime: Runtime, outputs: int, example: Tree, *, fixed: Weights | None = None
 ) -> nn.Module:
     """The learner with its initial weights, and that many outputs; `example` is one task's inputs."""
+    arguments = arguments_from(config.learner_args)
+    if fixed and config.learner.startswith("torchvision:"):
+        arguments.pop("weights", None)  # the checkpoint has all of them
     learner = build_learner(
         config.learner,
         outputs,
         inputs=tree_map(lambda part: tuple(part.shape[1:]), example),
-        arguments=arguments_from(config.learner_args),
+        arguments=arguments,
         init=config.init,
         context=config.context_size if config.fast_weights == "context" else 0,
         seed=config.seed,
@@ -117,8 +121,7 @@ def module_of(
     if fixed:
         restore_fixed(learner, fixed, config.learner)
     learner = learner.to(runtime.device, runtime.dtype)
-    if config.learner not in LEARNERS:
-        check_outputs(learner, example, outputs, config)
+    check_outputs(learner, example, outputs, config)
     return learner
 
 
@@ -173,10 +176,14 @@ def algorithm_of(
 def restore_fixed(learner: nn.Module, fixed: Weights, name: str) -> None:
     """Puts frozen parameters and buffers, as a checkpoint has them, in the place of the learner's own."""
     own = dict(learner.named_parameters()) | dict(learner.named_buffers())
-    for key, saved in fixed.items():
-        if key not in own or own[key].shape != saved.shape:
+    for key in sorted(fixed.keys() | fixed_tensors(learner).keys()):
+        saved, there = fixed.get(key), own.get(key)
+        if (
+            saved is None or there is None or there.requires_grad or there.shape != saved.shape
+            or there.is_floating_point() != saved.is_floating_point() or saved.is_complex()
+        ):  # fmt: skip
             raise UsageError(f"the checkpoint does not fit the learner {name}: {key} differs")
-        own[key].data.copy_(saved)
+        there.data.copy_(saved)
 
 
 def check_outputs(learner: nn.Module, example: Tree, outputs: int, config: Config) -> None:
@@ -207,6 +214,7 @@ def tried(maml: MAML, parameters: Weights, distribution: TaskDistribution, confi
     tasks = distribution.resized(config.training_shots).sample("train", config.seed, 1, range(2))
     device = first_tensor(tasks.support_x).device
     keys = keys_of(task_stream("train", config.seed, 1, range(2), device))
+    _check_loss(maml, tasks, config)
     try:
         maml.meta_gradient(parameters, tasks, keys=keys)
         return
@@ -239,6 +247,39 @@ def tried(maml: MAML, parameters: Weights, distribution: TaskDistribution, confi
         f"--learner {config.learner}: {name} {what[finding.problem]} ({finding.reason}): "
         f"{ways_round[finding.problem]}"
     ) from failed
+
+
+def check_splits(distribution: TaskDistribution, config: Config) -> None:
+    """Raises UsageError where there is no validation task, or it has not the inputs of the training tasks,
+    which may have other numbers of examples."""
+    training = distribution.resized(config.training_shots).sample("train", config.seed, 1, range(1))
+    validation = distribution.sample("validation", 0, 0, range(1))
+    shapes = [tree_map(lambda t: tuple(t.shape[2:]), b.support_x) for b in (training, validation)]
+    if shapes[0] != shapes[1]:
+        raise UsageError(
+            f"--dataset {config.dataset}: examples of training tasks have the shape {shapes[0]}, those of "
+            f"validation tasks {shapes[1]}: a network takes one"
+        )
+
+
+def _check_loss(maml: MAML, tasks: TaskBatch, config: Config) -> None:
+    """Raises UsageError where the loss of a task is no number that depends on the outputs."""
+    keys = torch.zeros(2, dtype=torch.int64, device=first_tensor(tasks.support_x).device)
+    x, y = (tree_map(lambda part: part[0], tree) for tree in (tasks.support_x, tasks.support_y))
+    with torch.no_grad():
+        weights = maml.whole_weights(maml.initial_parameters())
+        outputs = maml.forward(weights, x, pass_around({"keys": keys}, "support"))
+    outputs = tree_map(lambda t: t.detach().requires_grad_(t.is_floating_point()), outputs)
+    try:
+        value = maml.loss(outputs, y)
+    except Exception as error:
+        raise UsageError(f"--loss {config.loss} fails: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(value, torch.Tensor) or value.dim() or not value.requires_grad:
+        kind = tuple(value.shape) if isinstance(value, torch.Tensor) and value.dim() else type(value).__name__
+        raise UsageError(
+            f"--loss {config.loss} gives {kind}: it should give one number, a tensor that depends on the "
+            "outputs"
+        )
 
 
 def own_code_flags(config: Config) -> list[str]:

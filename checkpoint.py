@@ -56,6 +56,7 @@ class Checkpoint:
     progress: dict[str, Any]  # the fields of Progress
     statistics: dict[str, Tensor] = field(default_factory=dict)  # running ones of per-step batch norm
     fixed: dict[str, Tensor] = field(default_factory=dict)  # frozen parameters and buffers of the learner
+    splits: dict[str, list[str]] = field(default_factory=dict)  # of the user's classes, or tasks
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -70,6 +71,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "progress": checkpoint.progress,
         "statistics": checkpoint.statistics,
         "fixed": checkpoint.fixed,
+        "splits": checkpoint.splits,
     }
     _write(path, content)
 
@@ -81,11 +83,15 @@ def save_weights(path: Path, module: nn.Module) -> None:
 
 def _write(path: Path, content: Any) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -122,6 +128,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         content.get("progress", {}),
         content.get("statistics", {}),
         content.get("fixed", {}),
+        content.get("splits", {}),
     )
     if not _well_formed(checkpoint):
         raise UsageError(f"{path} is damaged: parts of it are missing or of the wrong kind")
@@ -136,9 +143,31 @@ def _well_formed(checkpoint: Checkpoint) -> bool:
         and _named_tensors(parameters)
         and _named_tensors(checkpoint.statistics)
         and _named_tensors(checkpoint.fixed, of_numbers=False)
+        and _names_by_split(checkpoint.splits)
         and _adam_state_fits(checkpoint.optimizer, parameters)
         and _progress_fits(checkpoint.progress)
     )
+
+
+def _names_by_split(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(split, str) and isinstance(names, list) and all(isinstance(name, str) for name in names)
+        for split, names in value.items()
+    )
+
+
+def check_same_split(path: Path, saved: dict[str, list[str]], now: dict[str, list[str]]) -> None:
+    """Raises UsageError where data have other classes, or tasks, in a split than when the run was trained:
+    some of those to be tested on may have been trained on."""
+    for split in saved:
+        different = set(saved[split]) ^ set(now.get(split, ()))
+        if different:
+            one = min(different)
+            there = "not there any more" if one in saved[split] else "new there"
+            raise UsageError(
+                f"{path}: its data had another {split} split ({len(different)} differ; {one} is {there}): "
+                "restore them as they were, or test on other data with --eval-dataset"
+            )
 
 
 def _named_tensors(value: Any, *, of_numbers: bool = True) -> bool:

@@ -831,7 +831,7 @@ def _cache_chunk(values: Mapping[str, Any]) -> int | None:
     return None if chunk >= tasks else chunk
 
 
-FREE_ON_ADAPT = ("batch_norm", "invert", "task_column", "target_columns", "input_columns")
+FREE_ON_ADAPT = ("invert", "task_column", "target_columns", "input_columns")
 FREE_WITH_EVAL_DATASET = ("invert", "quarter_turns", "dataset_args", "task_column", "target_columns",
                           "input_columns", "split_shares", "split_seed", "omniglot_split")  # fmt: skip
 
@@ -861,16 +861,20 @@ def resolve_from(
             f"checkpoint ends at iteration {_show(saved.iterations)}: leave it out"
         )
     free = set(FREE_ON_ADAPT if adapt else ()) | set(FREE_WITH_EVAL_DATASET if eval_dataset else ())
-    if evaluate and saved.head_init != "learned" and saved.inner_rates != "element":
+    if evaluate and saved.head_init != "learned":
         free.add("ways")
     for name, value in given.items():
         if name not in CONFIG_FLAGS:
             continue
+        if adapt and name == "batch_norm":  # of the predictions: what was learned stays as it is
+            continue
         declaration = CONFIG_FLAGS[name]
-        if name in free or (declaration.free_on_eval if evaluate else declaration.free_on_resume):
+        if (
+            name in free
+            or (declaration.free_on_eval if evaluate else declaration.free_on_resume)
+            or (name in OWN_CODE and _at_another_place(value, getattr(saved, name)))
+        ):
             changes[name] = value
-        elif name == "dataset" and _same_kind_of_file(value, saved.dataset):
-            changes[name] = value  # the same data, at another place
         elif declaration.default is BY_RULE and value == "auto":
             continue  # settled when the run began
         elif (name, value, saved.compile) == ("compile", "on", "off") and not evaluate:
@@ -896,8 +900,11 @@ def resolve_from(
     return config
 
 
-def _same_kind_of_file(dataset: str, saved: str) -> bool:
-    kinds = [name.partition(":")[0] for name in (dataset, saved)]
+def _at_another_place(name: str, saved: str) -> bool:
+    """Whether two names may stand for the same code or the same files, which have moved."""
+    if is_own_code(name) and is_own_code(saved):
+        return name.rpartition(":")[2] == saved.rpartition(":")[2]
+    kinds = [each.partition(":")[0] for each in (name, saved)]
     return kinds[0] == kinds[1] and kinds[0] in DATA_KINDS
 
 
@@ -1108,6 +1115,10 @@ def _check_algorithm(config: Config, given: Mapping[str, Any]) -> None:
         (
             head_init and config.fast_weights not in ("all", "head"),
             f"{head}: it needs a head that the inner loop adapts, not --fast-weights {config.fast_weights}",
+        ),
+        (
+            head_init and config.inner_rates == "element",
+            f"{head}: {rates} learns a rate for each weight of a head that is not learned; use layer-step",
         ),
         (head_init and joint, f"{head}: {way} has no inner loop that could adapt the head"),
         (

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from errors import UsageError
-from image_tasks import ImageTasks
+from image_tasks import ImageTasks, check_sizes
 from images import ImageSet, load_images, load_named
 from omniglot import load_omniglot
 from own_code import asked_for, called, load_code
@@ -215,6 +215,7 @@ class Custom:
     Arguments:
         make: the object for a number of shots.
         name: of the object's factory, for messages.
+        ways: classes of a task; None: regression.
     """
 
     computed = False
@@ -225,7 +226,7 @@ class Custom:
         make: Callable[[int], Any],
         name: str,
         *,
-        classification: bool,
+        ways: int | None,
         shots: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -233,7 +234,8 @@ class Custom:
         self.make = make
         self.name = name
         self.shots = shots
-        self.classification = classification
+        self.ways = ways
+        self.classification = ways is not None
         self.device = torch.device(device)
         self.dtype = dtype
         self.source = make(shots)
@@ -250,7 +252,7 @@ class Custom:
         if shots == self.shots:
             return self
         return Custom(
-            self.make, self.name, classification=self.classification, shots=shots, device=self.device,
+            self.make, self.name, ways=self.ways, shots=shots, device=self.device,
             dtype=self.dtype,
         )  # fmt: skip
 
@@ -285,9 +287,11 @@ class Custom:
         sizes = [first_tensor(tree).shape[1] for tree in found]
         if sizes[0] != sizes[1] or sizes[2] != sizes[3]:
             return f"gives x and y of different numbers of examples: {sizes}"
-        for labels in (found[1], found[3]) if self.classification else ():
-            if first_tensor(labels).is_floating_point():
+        for labels in map(first_tensor, (found[1], found[3]) if self.classification else ()):
+            if labels.is_floating_point():
                 return "gives labels that are not int64"
+            if labels.min() < 0 or labels.max() >= (self.ways or 0):
+                return f"gives labels from {labels.min()} to {labels.max()}: they go from 0 to -n - 1"
         return None
 
 
@@ -355,9 +359,14 @@ def build_distribution(
             sizes = asked_for(factory, {"ways": ways, "shots": shots, "queries": queries})
             return called(factory, name, "--dataset", **sizes | given)
 
-        return Custom(make, name, classification=classification, shots=shots, **placed)
+        return Custom(make, name, ways=ways if classification else None, shots=shots, **placed)
     if ways is None or images is None:
         raise ValueError(f"no dataset {name!r} with ways {ways}")
+
+    def as_used(found: ImageSet) -> ImageSet:
+        everything = for_test and not found.own_splits
+        return replace(found, splits=all_for_test(len(found.names))) if everything else found
+
     if name == "omniglot":
         pixels, splits = load_omniglot(data_root, split=omniglot_split, resize=images.resize)
         pixels = pixels if images.invert else 255 - pixels
@@ -367,9 +376,13 @@ def build_distribution(
             "size": images.size, "channels": images.channels, "invert": images.invert,
             "resize": images.resize,
         }  # fmt: skip
+
+        def check(found: ImageSet) -> None:
+            check_sizes(as_used(found), ways=ways, shots=shots, queries=queries)
+
+        form["check"] = check
         found = load_images(Path(path), **form, **split) if path else load_named(name, data_root, **form)
-    if for_test and not found.own_splits:
-        found = replace(found, splits=all_for_test(len(found.names)))
+    found = as_used(found)
     return ImageTasks(
         found, ways=ways, shots=shots, queries=queries, augment=images.augment, place=images.place,
         quarter_turns=images.quarter_turns or name == "omniglot", **placed,

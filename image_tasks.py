@@ -101,20 +101,12 @@ class ImageTasks:
         return copy.copy(self)  # nobody changes the tensors, and they may be larger than the memory
 
     def _check(self) -> None:
-        needed = self.shots + self.queries
-        for split, classes in self.images.splits.items():
-            if 0 < len(classes) < self.ways:
-                raise UsageError(
-                    f"-n {self.ways} is more than the {len(classes)} classes of the {split} split of "
-                    f"{self.images.source}: lower -n, or add classes"
-                )
-            short = classes[self.images.count[classes] < needed].tolist()
-            if short:
-                name, count = self.images.names[short[0]], self.images.count[short[0]]
-                raise UsageError(
-                    f"-k {self.shots} plus -q {self.queries} is {needed}, but class {name} ({split}) of "
-                    f"{self.images.source} has {count} images: lower -k or -q, or add images"
-                )
+        check_sizes(self.images, ways=self.ways, shots=self.shots, queries=self.queries)
+
+    @property
+    def split_names(self) -> dict[str, list[str]]:
+        """The classes of each split."""
+        return {s: sorted(self.images.names[i] for i in p.tolist()) for s, p in self.images.splits.items()}
 
     def sample(self, split: str, seed: int, iteration: int | Tensor, tasks: range) -> TaskBatch:
         """A meta-batch. On the host the iteration's number is read, and training batches come ahead."""
@@ -170,6 +162,25 @@ class ImageTasks:
         rows = self._rows(task_stream(split, seed, iteration, tasks, self.pixels.device), split)
         pixels = self._gather(rows)
         return pixels.pin_memory() if self.device.type == "cuda" else pixels
+
+
+def check_sizes(images: ImageSet, *, ways: int, shots: int, queries: int) -> None:
+    """Raises UsageError where a split has too few classes or a class too few images; looks at no pixel."""
+    needed = shots + queries
+    for split, classes in images.splits.items():
+        if 0 < len(classes) < ways:
+            some = f"{len(classes)} class{'es' * (len(classes) > 1)}"
+            raise UsageError(
+                f"-n {ways} is more than the {some} of the {split} split of {images.source}: lower -n, or "
+                "add classes"
+            )
+        short = classes[images.count[classes] < needed].tolist()
+        if short:
+            name, count = images.names[short[0]], images.count[short[0]]
+            raise UsageError(
+                f"-k {shots} plus -q {queries} is {needed}, but class {name} ({split}) of {images.source} "
+                f"has {count} images: lower -k or -q, or add images"
+            )
 
 
 def augmented(x: Tensor, kinds: tuple[str, ...], stream: Stream) -> Tensor:

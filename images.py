@@ -19,10 +19,11 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from stat import S_ISREG
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -87,6 +88,7 @@ class Form:
     resize: str
 
 
+Check = Callable[[ImageSet], None]  # raises UsageError where a set will not do
 Classes = dict[str, list[Path]]  # a class's name -> its image files, sorted
 
 
@@ -99,11 +101,13 @@ def load_images(
     resize: str = "lanczos",
     split_seed: int = 0,
     shares: tuple[int, int, int] = (64, 16, 20),
+    check: Check = lambda images: None,
 ) -> ImageSet:
     """All images of a folder, `[images, channels, size, size]`, and its splits.
 
     `shares` (train, validation, test) and `split_seed` split the classes where the folder does not; where
     it says training and test classes alone, they take validation classes from the training classes.
+    `check` sees the set, without its pixels, before any image is decoded, and may refuse it.
     Raises UsageError, in one line, on anything that is not as it should be.
     """
     given, own_splits = _find_classes(folder)
@@ -117,7 +121,7 @@ def load_images(
             splits |= _shuffled_splits(sorted(splits["train"]), parts, split_seed)
     classes = {name: files for group in given.values() for name, files in group.items()}
     form = Form(size, channels, invert, resize)
-    return _load(folder, classes, splits, form, own_splits=own_splits)
+    return _load(folder, classes, splits, form, check, own_splits=own_splits)
 
 
 def load_named(
@@ -128,6 +132,7 @@ def load_named(
     channels: int,
     invert: bool = False,
     resize: str = "lanczos",
+    check: Check = lambda images: None,
 ) -> ImageSet:
     """A benchmark with its published classes: "cifar-fs", "fc100", "mini-imagenet" or "tiered-imagenet".
 
@@ -149,7 +154,7 @@ def load_named(
         classes = {wnid: files for wnid, files in classes.items() if wnid in wanted}
         there = {split: [wnid for wnid in part if wnid in classes] for split, part in published.items()}
         _check_published(folder, there, published)
-    return _load(folder, classes, published, form, own_splits=True)
+    return _load(folder, classes, published, form, check, own_splits=True)
 
 
 def published_splits(name: str) -> dict[str, list[str]]:
@@ -526,10 +531,20 @@ def _one_line(error: BaseException) -> str:
 
 
 def _load(
-    folder: Path, classes: Classes, splits: dict[str, list[str]], form: Form, *, own_splits: bool
+    folder: Path,
+    classes: Classes,
+    splits: dict[str, list[str]],
+    form: Form,
+    check: Check,
+    *,
+    own_splits: bool,
 ) -> ImageSet:
     """The images of these classes, through the cache, as a set."""
     names = sorted(classes)
+    counts = [len(classes[name]) for name in names]
+    none = torch.zeros(0, form.channels, form.size, form.size, dtype=torch.uint8)
+    found = _image_set(none, names, counts, splits, own_splits=own_splits, source=str(folder))
+    check(found)
     files = [file for name in names for file in classes[name]]
     pixels = _from_cache_or_sources(
         folder,
@@ -537,8 +552,7 @@ def _load(
         (len(files), form.channels, form.size, form.size),
         lambda: _decode_all(files, form),
     )
-    counts = [len(classes[name]) for name in names]
-    return _image_set(pixels, names, counts, splits, own_splits=own_splits, source=str(folder))
+    return replace(found, pixels=pixels)
 
 
 def _image_set(
@@ -575,6 +589,8 @@ def _fingerprint(folder: Path, classes: Classes, form: Form) -> str:
                 stat = file.stat()
             except OSError as error:
                 raise UsageError(f"{file} cannot be read ({error.strerror}): remove it") from error
+            if not S_ISREG(stat.st_mode):
+                raise UsageError(f"{file} is no ordinary file: remove it")
             part = [name, os.path.relpath(file, folder), stat.st_size, stat.st_mtime_ns]
             digest.update(json.dumps(part).encode())
     return digest.hexdigest()[:16]

@@ -36,7 +36,7 @@ from normalisation import (
 from optimizers import InnerOptimizer, InnerState, Weights
 from partition import adapted_names, context_names, linear_head, without_head
 from randomness import Stream
-from tasks import Tree, arguments_of, first_tensor, joined, tree_map
+from tasks import Tree, arguments_of, first_tensor, in_type, joined, tree_map
 from vectorise import over_tasks
 
 Loss = Callable[[Any, Any], Tensor]
@@ -132,7 +132,8 @@ class InnerLoop:
         self._statistics = fresh_statistics(self.learner) if normalisation == "per-step" else {}
         if compute_dtype is not None:
             self.learner.to(compute_dtype)
-        self._buffers = changing_buffers(self.learner, example)
+        narrow = example if compute_dtype is None or example is None else in_type(example, compute_dtype)
+        self._buffers = changing_buffers(self.learner, narrow)
         self._body = without_head(self.learner, self._head) if head_init == "prototype" else self.learner
         self.loss = loss
         self.optimizer = optimizer
@@ -190,12 +191,12 @@ class InnerLoop:
         kind = next(iter(weights.values()), first_tensor(x)).dtype
         if self.compute_dtype is not None:
             narrow = {n: w if n in self._statistics else w.to(self.compute_dtype) for n, w in weights.items()}
-            weights, x = narrow, _in_type(x, self.compute_dtype)
+            weights, x = narrow, in_type(x, self.compute_dtype)
         # of its own: a pass may change them in place
         buffers = {name: around[BUFFER + name].clone() for name in self._buffers if BUFFER + name in around}
         with Elementary(around.get("keys"), first_tensor(x)), _read_buffers(module, buffers, after):
             outputs = functional_call(module, weights | buffers, *arguments_of(x))
-        return outputs if self.compute_dtype is None else _in_type(outputs, kind)
+        return outputs if self.compute_dtype is None else in_type(outputs, kind)
 
     def query_outputs(
         self,
@@ -443,10 +444,6 @@ def _of_layer(layer: str) -> tuple[str, str]:
     """Names of a linear layer's weight and bias."""
     prefix = f"{layer}." if layer else ""
     return f"{prefix}weight", f"{prefix}bias"
-
-
-def _in_type(tree: Tree, dtype: torch.dtype) -> Tree:
-    return tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, tree)
 
 
 @contextmanager

@@ -95,7 +95,7 @@ def fc(outputs: int, inputs: Shape = (1, 28, 28)) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
 
 
-def of_torchvision(name: str, outputs: int, inputs: Shape | None, **arguments: Any) -> nn.Module:
+def of_torchvision(name: str, outputs: int, inputs: Shape | None, /, **arguments: Any) -> nn.Module:
     """A classification model of torchvision with a last layer for `outputs`, for grey images, too.
 
     With `weights` (a name of torchvision's, "DEFAULT" say) it is a trained one, whose last layer is new.
@@ -191,13 +191,13 @@ def build_learner(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name in LEARNERS:
-            learner = called(LEARNERS[name], name, "--learner", outputs, **shape, **given)
+            learner = called(LEARNERS[name], name, "--learner", outputs, **shape | given)
         elif name.startswith("torchvision:"):
             model = partial(of_torchvision, name.partition(":")[2], outputs, inputs)
             learner = called(model, name, "--learner", **given)
         else:
             factory = load_code(name, "--learner")
-            learner = called(factory, name, "--learner", outputs, **asked_for(factory, shape), **given)
+            learner = called(factory, name, "--learner", outputs, **asked_for(factory, shape) | given)
         if not isinstance(learner, nn.Module):
             raise UsageError(f"--learner {name} makes a {type(learner).__name__}, not a torch.nn.Module")
         if init == "paper":

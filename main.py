@@ -75,8 +75,17 @@ def train(call: Invocation, given: Mapping[str, Any]) -> int:
     """A new run, or one that goes on (--load, --resume)."""
     start_file, folder = where_to_train(call, given)
 
-    from building import build, fitted, no_empty_folder_left, prepare, print_settings, tried, writable
-    from checkpoint import fitting_parameters, load_checkpoint
+    from building import (
+        build,
+        check_splits,
+        fitted,
+        no_empty_folder_left,
+        prepare,
+        print_settings,
+        tried,
+        writable,
+    )
+    from checkpoint import check_same_split, fitting_parameters, load_checkpoint
     from compiler import Compiler
     from inner_loop import RATE
     from learner import LEARNERS
@@ -110,6 +119,9 @@ def train(call: Invocation, given: Mapping[str, Any]) -> int:
             config = autotuned(config, given, call, runtime)
         compiler = Compiler(runtime.device)
         distribution, maml = build(config, call, runtime, compiler, fixed=weights.fixed if weights else None)
+        if start is not None and start_file is not None:
+            check_same_split(start_file, start.splits, getattr(distribution, "split_names", {}))
+        check_splits(distribution, config)
         parameters = maml.initial_parameters(config.seed)
         if config.learner not in LEARNERS or config.loss not in LOSSES:
             tried(maml, parameters, distribution, config)
@@ -241,7 +253,7 @@ def fresh_folder(checkpoint_path: Path, config: Config) -> Path:
 def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -> int:
     """Measures a checkpoint, or the fresh initialisation, on the test tasks."""
     from building import build, prepare, print_settings, writable
-    from checkpoint import fitting_parameters, load_checkpoint
+    from checkpoint import check_same_split, fitting_parameters, load_checkpoint
 
     source = None if call.load is None else load_checkpoint(call.load)
     if source is None:
@@ -271,6 +283,8 @@ def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -
     distribution, maml = build(config, call, runtime, fixed=source.fixed if source else None)
     parameters, statistics = maml.initial_parameters(config.seed), maml.initial_statistics()
     if source is not None and call.load is not None:
+        if call.eval_dataset is None:
+            check_same_split(call.load, source.splits, getattr(distribution, "split_names", {}))
         parameters = fitting_parameters(call.load, source.parameters, parameters, config.learner)
         statistics = fitting_parameters(call.load, source.statistics, statistics, config.learner)
     print_settings(config, runtime, f"Evaluating {what} on {config.eval_tasks} test tasks")
@@ -383,19 +397,20 @@ def adapt(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -> i
     """Adapts a checkpoint to the examples of one's own task, and predicts the others."""
     from building import prepare, print_settings, writable
     from checkpoint import load_checkpoint
-    from using import adapt_to_files
+    from using import adapt_to_files, tasks_in
 
     assert call.load is not None and call.adapt is not None
     source = load_checkpoint(call.load)
     config = settings.resolve_from(source.config, given, evaluate=True, adapt=True)
     config = replace(config, convolution="grouped", tasks_at_once=None)
     runtime = prepare(config, call)
+    tasks = tasks_in(call.adapt, config, runtime, weights_file=call.save_weights)
     out = writable(call.out or call.load.parent, "--out")
     what = f"{call.load}, iteration {source.iteration:,}"
     print_settings(config, runtime, f"Adapting {what} to {call.adapt}, {config.test_steps} steps")
     normalisation = given.get("batch_norm", "per-step" if source.statistics else "inductive")
     written = adapt_to_files(
-        source, config, call.adapt, call.load, runtime,
+        source, config, tasks, call.adapt, call.load, runtime,
         normalisation=normalisation,
         file=out / f"{call.load.stem}-adapted-{call.adapt.stem}",
         weights_file=call.save_weights,

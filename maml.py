@@ -27,7 +27,7 @@ from elementary import Elementary
 from inner_loop import InnerLoop, Loss
 from meta_gradients import Accelerate, Adjoint, Implicit, Joint, Reptile, Unrolled
 from optimizers import InnerOptimizer, Weights
-from tasks import TaskBatch, Tree, arguments_of, first_tensor, joined, stacked_trees, tree_map
+from tasks import TaskBatch, Tree, arguments_of, first_tensor, in_type, joined, stacked_trees, tree_map
 
 
 class MetaGradient(NamedTuple):
@@ -176,6 +176,8 @@ class MAML(InnerLoop):
         then it needs keys."""
         keys = torch.zeros(2, dtype=torch.int64, device=first_tensor(x).device)
         weights = self.whole_weights(self.initial_parameters())
+        if self.compute_dtype is not None:
+            weights, x = in_type(weights, self.compute_dtype), in_type(x, self.compute_dtype)
         with torch.no_grad(), Elementary(keys, first_tensor(x)) as counted:
             functional_call(copy.deepcopy(self.learner), weights, *arguments_of(x))
         return counted.draws > 0

@@ -11,11 +11,14 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from errors import UsageError
+
+TOOL = Path(__file__).resolve().parent
 
 
 def load_code(name: str, flag: str) -> Callable[..., Any]:
@@ -28,8 +31,11 @@ def load_code(name: str, flag: str) -> Callable[..., Any]:
         module = _from_file(Path(where)) if where.endswith(".py") else _by_name(where)
     except UsageError as error:
         raise UsageError(f"{flag} {name}: {error}") from error
-    except Exception as error:  # it is the user's code, and may fail in any way
-        raise UsageError(f"{flag} {name}: importing {where} failed: {_in_a_line(error)}") from error
+    except (Exception, SystemExit) as error:  # it is the user's code, and may fail in any way
+        hint = ""
+        if "attempted relative import" in str(error):
+            hint = ": name it as a package has it, package.module:factory"
+        raise UsageError(f"{flag} {name}: importing {where} failed: {_in_a_line(error)}{hint}") from error
     found = getattr(module, attribute, None)
     if not callable(found):
         there = ", ".join(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))
@@ -43,8 +49,6 @@ def _from_file(path: Path) -> Any:
     if not path.is_file():
         raise UsageError("there is no such file")
     path = path.resolve()
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
     name = f"own_code_of_{path.stem}_{abs(hash(str(path)))}"  # never one of ours, nor an installed one
     if name in sys.modules:
         return sys.modules[name]
@@ -53,17 +57,46 @@ def _from_file(path: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        with _first_in_line(path.parent):
+            spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
     return module
 
 
+@contextmanager
+def _first_in_line(folder: Path) -> Iterator[None]:
+    """Within it, modules are looked for in the folder first, even where this tool has one of that name, whose
+    own comes back afterwards."""
+    ours = {
+        name: module
+        for name, module in sys.modules.items()
+        if _is_ours(module) and (folder / f"{name}.py").is_file() and folder != TOOL
+    }
+    for name in ours:
+        del sys.modules[name]
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        sys.path.append(str(folder))  # for what is imported later
+        sys.modules.update(ours)
+
+
+def _is_ours(module: Any) -> bool:
+    file = getattr(module, "__file__", None)
+    return file is not None and Path(file).parent == TOOL
+
+
 def _by_name(name: str) -> Any:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
-    return importlib.import_module(name)
+    module = importlib.import_module(name)
+    if _is_ours(module):
+        raise UsageError(f"{name} is a module of this tool: name the file, {name}.py:factory")
+    return module
 
 
 def arguments_from(pairs: Iterable[str]) -> dict[str, Any]:
@@ -78,13 +111,13 @@ def arguments_from(pairs: Iterable[str]) -> dict[str, Any]:
     return values
 
 
-def called(factory: Callable[..., Any], name: str, flag: str, *given: Any, **arguments: Any) -> Any:
+def called(factory: Callable[..., Any], name: str, flag: str, /, *given: Any, **arguments: Any) -> Any:
     """What the factory makes; raises UsageError, which names the flag, where it fails."""
     try:
         return factory(*given, **arguments)
     except UsageError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         words = ", ".join([*map(repr, given), *(f"{n}={v!r}" for n, v in arguments.items())])
         raise UsageError(f"{flag} {name} fails, called with ({words}): {_in_a_line(error)}") from error
 

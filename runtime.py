@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,6 +50,8 @@ def set_up(device: str, precision: str, *, small_tensors: bool) -> Runtime:
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         torch.backends.cudnn.allow_tf32 = precision == "tf32"
         torch.backends.cudnn.deterministic = True
+    # torch.func's own, of a module that it imports
+    warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated", category=FutureWarning)
     if small_tensors and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     dtype, compute_dtype = {

@@ -60,6 +60,7 @@ class Table:
     row: Tensor  # int64 [rows], positions in the file from 0, to write predictions in the file's order
     inputs: tuple[str, ...]
     targets: tuple[str, ...]
+    source: str = "the table"  # for messages
 
 
 def load_table(
@@ -122,6 +123,7 @@ def load_table(
         row=order,
         inputs=inputs,
         targets=columns.targets,
+        source=str(path),
     )
 
 
@@ -436,6 +438,8 @@ class TableTasks:
         self.shots = shots
         self.queries = queries
         self.input_names = table.inputs
+        self.source = table.source
+        self.split_names = {s: sorted(table.tasks[i] for i in p.tolist()) for s, p in table.splits.items()}
         self.device = torch.device(device)
         self.fixed_labels = len(table.classes) == self.ways
 
@@ -485,7 +489,7 @@ class TableTasks:
         stream = task_stream(split, seed, iteration, tasks, self.device)
         candidates = self.splits[split]
         if not len(candidates):
-            raise UsageError(f"the table has no {split} tasks: give it some, or do without this split")
+            raise UsageError(f"{self.source} has no {split} tasks: it needs some in every split")
         task = candidates[stream.at("task").words(1)[:, 0] * len(candidates) >> 32]  # a word is below 2^32
 
         classes = _distinct(stream.at("classes").words(self.most_groups), self.groups[task], self.ways)

@@ -76,3 +76,8 @@ def joined(trees: list[Tree], axis: int = 0) -> Tree:
 def stacked_trees(trees: list[Tree]) -> Tree:
     """The tensors of equal trees, stacked along a new first axis."""
     return tree_map(lambda *parts: torch.stack(parts), *trees)
+
+
+def in_type(tree: Tree, dtype: torch.dtype) -> Tree:
+    """The floating-point tensors of a tree in another type."""
+    return tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, tree)

@@ -79,8 +79,8 @@ class Adapted:
     def module(self, learner: nn.Module) -> nn.Module:
         """A copy of the learner with the adapted weights.
 
-        Running statistics of its batch norm layers are those of the support set: in evaluation mode it
-        predicts what `predict` does by the "inductive" normalisation.
+        Running statistics of its batch norm layers are those of the support set (per-step ones where these
+        normalise): in evaluation mode it predicts what `predict` does, unless by "transductive".
         """
         learner = copy.deepcopy(learner)
         with torch.no_grad():
@@ -94,9 +94,10 @@ class Adapted:
                 self.maml.forward(self.weights, self.support_x, self.around)
             for name in norm_layers(self.maml.learner):
                 layer = learner.get_submodule(name)
-                prefix = f"{name}." if name else ""
-                if getattr(layer, "running_mean", None) is not None:
-                    mean, variance = seen[f"{prefix}statistics"]
+                key = f"{name}.statistics" if name else "statistics"
+                used = self.weights if self.normalisation == "per-step" else seen
+                if getattr(layer, "running_mean", None) is not None and key in used:
+                    mean, variance = used[key]
                     layer.get_buffer("running_mean").copy_(mean)
                     layer.get_buffer("running_var").copy_(variance)
         return learner
@@ -167,6 +168,7 @@ def load(
 def adapt_to_files(
     source: Checkpoint,
     config: Config,
+    tasks: list[Task],
     path: Path,
     load: Path,
     runtime: Runtime,
@@ -176,22 +178,14 @@ def adapt_to_files(
     weights_file: Path | None,
     record: Mapping[str, Any],
 ) -> list[Path]:
-    """Adapts to each task of a folder or a table; writes predictions (CSV, JSON) and a picture (PNG).
+    """Adapts to each task of `path`; writes predictions (CSV, JSON) and a picture (PNG).
 
-    Raises UsageError for data that cannot be read, or that do not fit the checkpoint. Gives the files.
+    Raises UsageError where tasks do not fit the checkpoint, or diverge. Gives the files.
     """
-    tasks = tasks_in(path, config, runtime)
-    if weights_file and config.fast_weights == "context":
-        raise UsageError("--save-weights: with a context vector the learner's own weights are not adapted")
-    if weights_file and len(tasks) > 1:
-        raise UsageError(f"--save-weights: {path} has {len(tasks)} tasks, whose weights differ: give one")
-    if weights_file and not weights_file.parent.is_dir():
-        raise UsageError(f"--save-weights {weights_file}: there is no folder {weights_file.parent}")
     if normalisation == "per-step" and not source.statistics:
         raise UsageError("--batch-norm per-step: the checkpoint has no running statistics")
     found: list[Tensor] = []
     for task in tasks:
-        check_fit(task, config, path)
         outputs = len(task.classes) or task.support_y.shape[-1]
         if task.classes:
             config = replace(config, ways=len(task.classes))
@@ -239,8 +233,16 @@ def adapt_to_files(
     return written
 
 
-def tasks_in(path: Path, config: Config, runtime: Runtime) -> list[Task]:
-    """The tasks of a folder of images, or of a table."""
+def tasks_in(path: Path, config: Config, runtime: Runtime, *, weights_file: Path | None = None) -> list[Task]:
+    """The tasks of a folder of images, or of a table.
+
+    Raises UsageError for data that cannot be read, or that the checkpoint of these settings is not for, and
+    where their weights could not be written to `weights_file`.
+    """
+    if weights_file and not weights_file.parent.is_dir():
+        raise UsageError(f"--save-weights {weights_file}: there is no folder {weights_file.parent}")
+    if weights_file and weights_file.is_dir():
+        raise UsageError(f"--save-weights {weights_file} is a folder: name a file")
     inputs = data_facts(config.dataset).inputs
     if not path.exists():
         raise UsageError(f"--adapt {path}: there is no such file or folder")
@@ -253,7 +255,14 @@ def tasks_in(path: Path, config: Config, runtime: Runtime) -> list[Task]:
             f"--adapt {path} is a folder, and the checkpoint learned from tasks of your own: give a table, "
             "or adapt from Python (docs/using.md)"
         )
-    return [_folder(path, config, runtime)] if path.is_dir() else _table(path, config, runtime)
+    tasks = [_folder(path, config, runtime)] if path.is_dir() else _table(path, config, runtime)
+    for task in tasks:
+        check_fit(task, config, path)
+    if weights_file and config.fast_weights == "context":
+        raise UsageError("--save-weights: with a context vector the learner's own weights are not adapted")
+    if weights_file and len(tasks) > 1:
+        raise UsageError(f"--save-weights: {path} has {len(tasks)} tasks, whose weights differ: give one")
+    return tasks
 
 
 def _folder(path: Path, config: Config, runtime: Runtime) -> Task:

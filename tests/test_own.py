@@ -26,6 +26,7 @@ from dataset import ImageOptions, build_distribution
 from learner import build_learner
 from omniglot import load_omniglot, split_characters
 from randomness import Stream
+from using import adapted_to, load
 
 SHORT = ["--iterations", 1, "--eval-tasks", 4, "--eval-steps", 2, "--test-steps", 2, "--precision", "float64"]
 SEQUENCES = f"{ROOT / 'examples' / 'sequences.py'}:"
@@ -55,6 +56,18 @@ class Wrong(Net):
     def forward(self, x):
         return super().forward(x)[:, :1]
 
+class Strange(nn.Module):
+    # a frozen layer, a buffer, a normalisation that is never called, and an argument called name
+    def __init__(self, outputs, name="x", flag=2):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(1, 4), nn.Linear(4, 4), nn.Linear(4, outputs)
+        self.middle.requires_grad_(False)
+        self.norm = nn.BatchNorm1d(4)
+        self.register_buffer("scale", torch.full((4,), 0.5))
+
+    def forward(self, x):
+        return self.last(self.scale * self.middle(torch.tanh(self.first(x))))
+
 def nothing(outputs):
     return 3
 
@@ -64,6 +77,19 @@ def failing(outputs):
 def cubed(outputs, targets, power=3):
     wanted = torch.nn.functional.one_hot(targets, 2) if False else (targets[:, None] == torch.arange(2))
     return ((outputs - wanted.to(outputs.dtype)).abs() ** power).mean()
+
+def vector(outputs, targets):
+    return (outputs - torch.nn.functional.one_hot(targets, 2)).square().mean(1)
+
+class Labels:
+    def sample(self, split, seeds):
+        x, y = torch.zeros(len(seeds), 4, 1), torch.tensor([0, 1, 2, 0]).expand(len(seeds), 4)
+        return x, y, x, y
+
+class Wider:
+    def sample(self, split, seeds):
+        x = torch.zeros(len(seeds), 4, 1 + (split == "validation"))
+        return x, x[..., :1], x, x[..., :1]
 
 class Shapeless:
     def sample(self, split, seeds):
@@ -218,6 +244,93 @@ def test_with_dropout_and_ones_own_tasks_a_run_that_goes_on_ends_with_the_same_b
     assert not torch.equal(a, b)
 
 
+def test_frozen_layers_and_buffers_in_half_precision_saved_and_moved(elsewhere, tmp_path, capsys):
+    """Trained in bfloat16, tested after the code has moved, adapted, and its weights loaded."""
+    code, moved = elsewhere / "own.py", elsewhere / "moved.py"
+    flags = ["--learner", f"{code}:Strange", "--learner-args", "name=y", "flag=3", "-k", 3, "-q", 3]
+    home = ["--checkpoint-path", tmp_path, "--run-name", "run"]
+    assert command(*flags, "--iterations", 2, "--precision", "bf16", *home) == 0
+    code.rename(moved)
+    last = tmp_path / "run" / LAST
+    assert set(load_checkpoint(last).fixed) >= {"middle.weight", "scale", "norm.running_mean"}
+    there = ["--load", last, "--learner", f"{moved}:Strange"]
+    assert command("--eval", *there, "--eval-tasks", 4, "--eval-steps", 1) == 0
+    assert command("--eval", "--load", last, "--learner", f"{moved}:Net") == 2
+    path = write_table(tmp_path / "mine.csv", [[0, 1], [1, 2], [2, ""]], "x,y")
+    assert command("--adapt", path, *there, "--save-weights", tmp_path / "w.pt") == 0
+    weights = torch.load(tmp_path / "w.pt", weights_only=True)
+    assert torch.equal(weights["middle.weight"], load_checkpoint(last).fixed["middle.weight"])
+    x = torch.tensor([[0.0], [1.0]])
+    maml, parameters = load(last, example=x, learner=f"{moved}:Strange")
+    adapted = adapted_to(maml, parameters, x, torch.tensor([[1.0], [2.0]]), steps=1)
+    with (tmp_path / "run" / "last-adapted-mine.csv").open() as file:
+        predicted = float(list(csv.reader(file))[1][1])
+    assert adapted.predict(torch.tensor([[2.0]])).item() == pytest.approx(predicted, abs=0.02)  # bfloat16
+
+
+def test_modules_beside_ones_own_come_before_the_tools_of_that_name(elsewhere, tmp_path, capsys):
+    (elsewhere / "config.py").write_text("WIDTH = 7\n")
+    text = "import config\nfrom torch import nn\ndef build(outputs):\n    return nn.Sequential("
+    (elsewhere / "learner.py").write_text(text + "nn.Linear(1, config.WIDTH), nn.Linear(7, outputs))\n")
+    flags = ["--iterations", 1, "--checkpoint-path", tmp_path, "--run-name", "run"]
+    assert command("--learner", f"{elsewhere / 'learner.py'}:build", *flags) == 0
+    assert load_checkpoint(tmp_path / "run" / LAST).parameters["0.weight"].shape == (7, 1)
+    assert sys.modules["config"] is config
+    assert command("--learner", "learner:build", *flags[:-1], "other") == 2
+    assert "learner is a module of this tool: name the file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["images", "table"])
+def test_a_checkpoint_is_not_tested_on_what_it_may_have_been_trained_on(kind, tmp_path, capsys):
+    """A class more, and the shuffle deals all of them anew."""
+    if kind == "images":
+        flags = [*images_flags(make_images(tmp_path / "data", 10, 4)), "--learner", "conv"]
+    else:
+        flags = ["--dataset", f"table:{curves_table(tmp_path / 'curves.csv')}", "-k", 3, "-q", 3]
+    assert command(*flags, *SHORT, "--checkpoint-path", tmp_path, "--run-name", "run") == 0
+    if kind == "images":
+        shutil.copytree(tmp_path / "data" / "class0", tmp_path / "data" / "another")
+    else:
+        rows = "".join(f"another,{x},{x}\n" for x in range(6))
+        with (tmp_path / "curves.csv").open("a") as file:
+            file.write(rows)
+    last = tmp_path / "run" / LAST
+    for line in (["--eval", "--load", last], ["--load", last, "--iterations", 2]):
+        assert command(*line) == 2
+        assert "its data had another" in capsys.readouterr().err
+    assert command("--eval", "--load", last, "--eval-dataset", flags[1]) == 0
+
+
+def test_a_table_without_validation_tasks_is_refused_before_there_is_a_run(tmp_path, capsys):
+    rows = [[t, x, x, "train"] for t in "ab" for x in range(6)]
+    path = write_table(tmp_path / "t.csv", rows, "task,x,y,split")
+    flags = ["--dataset", f"table:{path}", "-k", 2, "-q", 2]
+    assert command(*flags, "--checkpoint-path", tmp_path / "runs") == 2
+    assert f"{path} has no validation tasks" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_per_step_statistics_predict_and_are_saved(elsewhere, tmp_path):
+    (elsewhere / "norm.py").write_text(
+        "from torch import nn\ndef net(outputs):\n"
+        "    return nn.Sequential(nn.Linear(1, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, outputs))\n"
+    )
+    code = ["--learner", f"{elsewhere / 'norm.py'}:net"]
+    flags = [*code, "-k", 4, "-q", 4, "--algorithm", "maml++", "-s", 2, "--iterations", 3]
+    assert command(*flags, "--checkpoint-path", tmp_path, "--run-name", "run") == 0
+    path = write_table(tmp_path / "mine.csv", [[0, 1], [1, 2], [2, 2], [3, ""]], "x,y")
+    found = {}
+    for norm in (["--batch-norm", "inductive"], []):
+        line = ["--adapt", path, "--load", tmp_path / "run" / LAST, *code, *norm]
+        assert command(*line, "--save-weights", tmp_path / "w.pt") == 0
+        with (tmp_path / "run" / "last-adapted-mine.csv").open() as file:
+            predicted = float(list(csv.reader(file))[1][1])
+        network = nn.Sequential(nn.Linear(1, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
+        network.load_state_dict(torch.load(tmp_path / "w.pt", weights_only=True))
+        found[len(norm)] = predicted
+        assert network.eval()(torch.tensor([[3.0]])).item() == pytest.approx(predicted, abs=1e-4)
+    assert found[0] != pytest.approx(found[2], abs=1e-3)
+
+
 # ---- what a checkpoint may not do -----------------------------------------------------------
 
 
@@ -257,6 +370,9 @@ def test_code_that_a_checkpoint_names_is_never_imported(setting, doing, tmp_path
         ("--learner torchvision:resnet19", "no classification model of that name"),
         ("--learner {own}:Net --head nowhere --fast-weights head", "has no part 'nowhere'"),
         ("--loss {own}:hinge", "has no hinge to call"),
+        ("--loss {own}:vector --learner {own}:Net", "it should give one number"),
+        ("--image-size 3 --learner conv4", "--learner conv4 fails on the inputs of a task"),
+        ("--head-init zero --inner-rates element", "use layer-step"),
         ("--loss cross-entropy --loss-args x=1", "unexpected keyword argument 'x'"),
         ("--loss mse", "--loss mse is for numbers"),
         ("--head-init prototype --fast-weights body", "it needs a head that the inner loop adapts"),
@@ -278,10 +394,16 @@ def test_a_mistake_about_ones_own_code_is_one_line(flags, expected, elsewhere, t
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("Shapeless", "gives no tensor as query_y"), ("Silent", "makes a Silent without a method sample")],
+    [
+        ("Shapeless", "gives no tensor as query_y"),
+        ("Silent", "makes a Silent without a method sample"),
+        ("Labels", "gives labels from 0 to 2"),
+        ("Wider", "those of validation tasks (2,)"),
+    ],
 )
 def test_tasks_of_ones_own_that_are_none(name, expected, elsewhere, tmp_path, capsys):
-    assert command("--dataset", f"{elsewhere / 'own.py'}:{name}", "--checkpoint-path", tmp_path / "runs") == 2
+    flags = ["--dataset", f"{elsewhere / 'own.py'}:{name}", *(["-n", 2] if name == "Labels" else [])]
+    assert command(*flags, "--checkpoint-path", tmp_path / "runs") == 2
     said = capsys.readouterr().err
     assert expected in said and said.count("\n") == 1 and not (tmp_path / "runs").exists()
 
