@@ -930,6 +930,13 @@ _TASK_TYPES = {False: "regression", True: "classification"}
 def _on_other_data(config: Config, dataset: str, given: Mapping[str, Any]) -> Config:
     """The settings for test tasks of another dataset: images of the same size, shown as they are."""
     now, then = data_facts(dataset), data_facts(config.dataset)
+    places = [each if is_own_code(each) else os.path.realpath(each.partition(":")[2] or each)
+              for each in (dataset, config.dataset)]  # fmt: skip
+    if places[0] == places[1]:
+        raise UsageError(
+            f"--eval-dataset {dataset} is what the checkpoint learned from, training classes included: "
+            "leave it out, and its own test tasks are taken"
+        )
     if now.classification is not None and now.classification != config.classification:
         raise UsageError(
             f"--eval-dataset {dataset} is {_TASK_TYPES[now.classification]}, and the checkpoint learned "

@@ -68,6 +68,10 @@ class Regression(ABC):
     def examples(self) -> int:
         return self.shots + self.queries
 
+    @property
+    def split_names(self) -> dict[str, list[str]]:
+        return {}
+
     def resized(self, shots: int) -> Regression:
         other = copy.copy(self)
         other.shots = shots
@@ -247,6 +251,10 @@ class Custom:
     def examples(self) -> int:
         batch = self.sample("train", 0, 0, range(1))
         return sum(first_tensor(tree).shape[1] for tree in (batch.support_x, batch.query_x))
+
+    @property
+    def split_names(self) -> dict[str, list[str]]:
+        return {}
 
     def resized(self, shots: int) -> Custom:
         if shots == self.shots:

@@ -105,7 +105,8 @@ class ImageTasks:
 
     @property
     def split_names(self) -> dict[str, list[str]]:
-        """The classes of each split."""
+        if self.images.published:
+            return {}
         return {s: sorted(self.images.names[i] for i in p.tolist()) for s, p in self.images.splits.items()}
 
     def sample(self, split: str, seed: int, iteration: int | Tensor, tasks: range) -> TaskBatch:

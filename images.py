@@ -62,6 +62,7 @@ class ImageSet:
     splits: dict[str, Tensor]  # "train", "validation", "test" -> int64 positions of classes, disjoint
     own_splits: bool  # the data itself says which classes are for training
     source: str = "the images"  # for messages
+    published: bool = False  # the split is the same for everyone, always
 
     @classmethod
     def of_equal_classes(cls, pixels: Tensor, splits: dict[str, Tensor], source: str) -> ImageSet:
@@ -75,6 +76,7 @@ class ImageSet:
             splits,
             own_splits=True,
             source=source,
+            published=True,
         )
 
 
@@ -154,7 +156,8 @@ def load_named(
         classes = {wnid: files for wnid, files in classes.items() if wnid in wanted}
         there = {split: [wnid for wnid in part if wnid in classes] for split, part in published.items()}
         _check_published(folder, there, published)
-    return _load(folder, classes, published, form, check, own_splits=True)
+    found = _load(folder, classes, published, form, check, own_splits=True)
+    return replace(found, published=True)
 
 
 def published_splits(name: str) -> dict[str, list[str]]:
@@ -442,7 +445,8 @@ def _load_cifar(name: str, data_root: Path, published: dict[str, list[str]], for
         lambda: _cifar_images(data_root, names, form),
     )
     counts = [CIFAR_IMAGES] * len(names)
-    return _image_set(pixels, names, counts, published, own_splits=True, source=name)
+    found = _image_set(pixels, names, counts, published, own_splits=True, source=name)
+    return replace(found, published=True)
 
 
 def _cifar_images(data_root: Path, names: list[str], form: Form) -> Iterator[np.ndarray]:

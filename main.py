@@ -120,7 +120,7 @@ def train(call: Invocation, given: Mapping[str, Any]) -> int:
         compiler = Compiler(runtime.device)
         distribution, maml = build(config, call, runtime, compiler, fixed=weights.fixed if weights else None)
         if start is not None and start_file is not None:
-            check_same_split(start_file, start.splits, getattr(distribution, "split_names", {}))
+            check_same_split(start_file, start.splits, distribution.split_names)
         check_splits(distribution, config)
         parameters = maml.initial_parameters(config.seed)
         if config.learner not in LEARNERS or config.loss not in LOSSES:
@@ -284,7 +284,7 @@ def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -
     parameters, statistics = maml.initial_parameters(config.seed), maml.initial_statistics()
     if source is not None and call.load is not None:
         if call.eval_dataset is None:
-            check_same_split(call.load, source.splits, getattr(distribution, "split_names", {}))
+            check_same_split(call.load, source.splits, distribution.split_names)
         parameters = fitting_parameters(call.load, source.parameters, parameters, config.learner)
         statistics = fitting_parameters(call.load, source.statistics, statistics, config.learner)
     print_settings(config, runtime, f"Evaluating {what} on {config.eval_tasks} test tasks")

@@ -37,6 +37,11 @@ class TaskDistribution(Protocol):
         """Support and query examples of one task."""
         ...
 
+    @property
+    def split_names(self) -> dict[str, list[str]]:
+        """The classes, or tasks, of each split, where they come from files of the user's; else empty."""
+        ...
+
     def resized(self, shots: int) -> TaskDistribution:
         """The same tasks with another number of support examples (per class in classification)."""
         ...

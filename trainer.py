@@ -298,7 +298,7 @@ class Trainer:
             asdict(self.progress),
             {name: s.clone() for name, s in self.statistics.items()},
             {name: t.cpu() for name, t in self.maml.fixed.items()},
-            getattr(self.distribution, "split_names", {}) if ":" in self.config.dataset else {},
+            self.distribution.split_names,
         )
         save_checkpoint(self.folder / name, content)
 

@@ -298,7 +298,8 @@ def test_a_checkpoint_is_not_tested_on_what_it_may_have_been_trained_on(kind, tm
     for line in (["--eval", "--load", last], ["--load", last, "--iterations", 2]):
         assert command(*line) == 2
         assert "its data had another" in capsys.readouterr().err
-    assert command("--eval", "--load", last, "--eval-dataset", flags[1]) == 0
+    assert command("--eval", "--load", last, "--eval-dataset", flags[1]) == 2
+    assert "is what the checkpoint learned from" in capsys.readouterr().err
 
 
 def test_a_table_without_validation_tasks_is_refused_before_there_is_a_run(tmp_path, capsys):
