@@ -934,8 +934,8 @@ def _on_other_data(config: Config, dataset: str, given: Mapping[str, Any]) -> Co
               for each in (dataset, config.dataset)]  # fmt: skip
     if places[0] == places[1]:
         raise UsageError(
-            f"--eval-dataset {dataset} is what the checkpoint learned from, training classes included: "
-            "leave it out, and its own test tasks are taken"
+            f"--eval-dataset {dataset} is what the checkpoint learned from, training classes included: leave "
+            "it out, and its own test tasks are taken"
         )
     if now.classification is not None and now.classification != config.classification:
         raise UsageError(
