@@ -22,6 +22,8 @@ class Im2colConv2d(nn.Conv2d):
     Made by `convert_convolutions`; needs `groups == 1` and padding with zeros.
     """
 
+    elementary = True  # see elementary.py
+
     def forward(self, x: Tensor) -> Tensor:
         batch = len(x)
         stride, dilation = self.stride, self.dilation

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -87,6 +87,21 @@ class Elementary(TorchFunctionMode):
         """1 with probability 1 - p and 0 elsewhere: the same whatever the type."""
         bits = self.bits(math.prod(shape), name).to(like.device)
         return (bits >= round(p * 2**24)).to(like.dtype).view(shape)
+
+
+_NOTHING_TO_REPLACE = (nn.Sequential, nn.Linear, nn.Conv2d, nn.ReLU, nn.Tanh, nn.Flatten, nn.MaxPool2d)
+
+
+def is_elementary(module: nn.Module) -> bool:
+    """Whether a module is made of layers in which nothing is replaced.
+
+    Then the mode, and the few percent of a small network's time that it costs, can be done without. Layers of
+    our own say so by an attribute `elementary`.
+    """
+    return all(
+        type(layer) in _NOTHING_TO_REPLACE or getattr(type(layer), "elementary", False)
+        for layer in module.modules()
+    )
 
 
 class NoGradHolds(TorchFunctionMode):

@@ -23,7 +23,7 @@ from torch.func import functional_call, grad, jvp
 
 from choices import CONVOLUTIONS, HEAD_INITS, INNER_RATES, NORMALISATIONS, check_choice
 from convolution import convert_convolutions
-from elementary import Elementary, NoGradHolds
+from elementary import Elementary, NoGradHolds, is_elementary
 from normalisation import (
     BatchNorm,
     convert_batch_norm,
@@ -133,6 +133,7 @@ class InnerLoop:
         if compute_dtype is not None:
             self.learner.to(compute_dtype)
         narrow = example if compute_dtype is None or example is None else in_type(example, compute_dtype)
+        self._elementary = is_elementary(self.learner)
         self._buffers = changing_buffers(self.learner, narrow)
         self._body = without_head(self.learner, self._head) if head_init == "prototype" else self.learner
         self.loss = loss
@@ -194,7 +195,8 @@ class InnerLoop:
             weights, x = narrow, in_type(x, self.compute_dtype)
         # of its own: a pass may change them in place
         buffers = {name: around[BUFFER + name].clone() for name in self._buffers if BUFFER + name in around}
-        with Elementary(around.get("keys"), first_tensor(x)), _read_buffers(module, buffers, after):
+        mode = nullcontext() if self._elementary else Elementary(around.get("keys"), first_tensor(x))
+        with mode, _read_buffers(module, buffers, after):
             outputs = functional_call(module, weights | buffers, *arguments_of(x))
         return outputs if self.compute_dtype is None else in_type(outputs, kind)
 

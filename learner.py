@@ -28,6 +28,8 @@ CHANNELS = 64
 class SpatialMean(nn.Module):
     """`[batch, channels, height, width]` to `[batch, channels]`."""
 
+    elementary = True  # see elementary.py
+
     def forward(self, x: Tensor) -> Tensor:
         return x.mean((2, 3))
 

@@ -31,6 +31,8 @@ class BatchNorm(nn.Module):
     The default eps is that of the layer in Finn et al.'s code, as is a shift without a scale.
     """
 
+    elementary = True  # see elementary.py
+
     def __init__(self, channels: int, *, eps: float = 1e-3, scale: bool = False, shift: bool = True) -> None:
         super().__init__()
         self.eps = eps

@@ -80,6 +80,8 @@ class ContextLayer(nn.Module):
     of zeros.
     """
 
+    elementary = True  # see elementary.py
+
     def __init__(self, layer: nn.Module, channels: int, size: int, *, film: bool) -> None:
         super().__init__()
         self.layer = layer
