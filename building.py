@@ -55,8 +55,7 @@ def build(
     build_loss(config.loss, config.loss_args)
     distribution = tasks_of(config, call, runtime)
     example = distribution.sample("test" if call.eval_dataset else "train", 0, 0, range(1))
-    targets = first_tensor(example.support_y)
-    outputs = config.ways if config.classification else targets.shape[-1] if targets.dim() > 2 else 1
+    outputs = config.ways if config.classification else first_tensor(example.support_y).shape[-1]
     one_task = tree_map(lambda part: part[0], example.support_x)
     learner = module_of(config, runtime, outputs or 1, one_task, fixed=fixed)
     return distribution, algorithm_of(config, runtime, learner, one_task, accelerate)

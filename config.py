@@ -58,6 +58,7 @@ from presets import (
     ByData,
     data_facts,
     default_column,
+    is_classification,
     is_own_code,
     learner_facts,
 )
@@ -455,8 +456,7 @@ class Config:
 
     @property
     def classification(self) -> bool:
-        said = data_facts(self.dataset).classification
-        return self.task_type == "classification" if said is None else said
+        return is_classification(self.dataset, self.task_type)
 
     @property
     def has_batch_norm(self) -> bool:
@@ -710,9 +710,7 @@ def resolve(given: Mapping[str, Any]) -> Config:
     if facts.classification is None:
         by_ways = "regression" if values.get("ways") is None else "classification"
         values["task_type"] = values.get("task_type") or by_ways
-    classification = values["task_type"] == "classification" if facts.classification is None else None
-    if classification is None:
-        classification = bool(facts.classification)
+    classification = is_classification(dataset, values.get("task_type"))
     column = default_column(classification, dataset, values.get("ways") or DEFAULTS["ways"][1])
     preset = _preset(values, given, column)
     if facts.inputs != "images" and "learner" not in given:
@@ -784,8 +782,7 @@ def _meta_gradient_from_first_order(given: Mapping[str, Any]) -> dict[str, str]:
 def resolve_auto(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values, with what is "auto" or missing settled by what was measured (benchmarks/README.md)."""
     values = {"dataset": CONFIG_FLAGS["dataset"].default, "task_type": None} | dict(values)
-    said = data_facts(values["dataset"]).classification
-    regression = values["task_type"] == "regression" if said is None else not said
+    regression = not is_classification(values["dataset"], values["task_type"])
     long = COMPILED_FROM["regression" if regression else "classification"]
     ours = values["learner"] in LEARNERS and values.get("vectorise", True)
     compiled = values["iterations"] >= long and ours

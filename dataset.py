@@ -13,6 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +119,6 @@ class Regression(ABC):
         told = torch.cat([p.to(x.dtype) for p in parameters], 1)
         return torch.cat([x[..., None], told[:, None].expand(-1, x.shape[1], -1)], -1)
 
-    @property
-    def input_size(self) -> int:
-        """Numbers that describe a point."""
-        return self.sample("train", 0, 0, range(1)).query_x.shape[-1]
-
 
 class Sinusoid(Regression):
     """y = a sin(x + phase): a in [0.1, 5), phase in [0, pi), x in [-5, 5), all uniform.
@@ -212,7 +208,8 @@ class Custom:
 
     It gives the four tensors of a `TaskBatch` for "train", "validation" or "test" and seeds, int64 `[tasks]`:
     each task is a function of the split and of its seed. (Nested tuples or dictionaries of tensors stand for
-    several inputs or outputs.) Labels are int64.
+    several inputs or outputs.) Labels are int64; numbers to predict have an axis of their own, behind the
+    examples'.
 
     Raises UsageError where the object has no such method, or gives anything else.
 
@@ -247,9 +244,9 @@ class Custom:
             raise UsageError(f"--dataset {name} makes a {type(self.source).__name__} without a method sample")
         self.fetched = Ahead(self._sample)
 
-    @property
+    @cached_property
     def examples(self) -> int:
-        batch = self.sample("train", 0, 0, range(1))
+        batch = self._sample("train", 0, 0, range(1))  # past what is fetched ahead
         return sum(first_tensor(tree).shape[1] for tree in (batch.support_x, batch.query_x))
 
     @property
@@ -295,6 +292,8 @@ class Custom:
         sizes = [first_tensor(tree).shape[1] for tree in found]
         if sizes[0] != sizes[1] or sizes[2] != sizes[3]:
             return f"gives x and y of different numbers of examples: {sizes}"
+        if not self.classification and min(first_tensor(found[i]).dim() for i in (1, 3)) < 3:
+            return "gives targets without an axis of their own: they should be [tasks, examples, numbers]"
         for labels in map(first_tensor, (found[1], found[3]) if self.classification else ()):
             if labels.is_floating_point():
                 return "gives labels that are not int64"

@@ -25,7 +25,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from randomness import Stream, mix
+from randomness import Stream
 
 Replacement = Callable[..., Any]
 
@@ -121,9 +121,7 @@ def words(keys: Tensor, call: int, count: int) -> Tensor:
 
     `keys`: int64 `[2]`, 32-bit words.
     """
-    key_1, key_2 = Stream(keys[0], keys[1]).at(call)
-    positions = torch.arange(count, device=keys.device)
-    return mix(mix(positions ^ key_2) ^ key_1)
+    return Stream.from_keys(keys).at(call).words(count)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

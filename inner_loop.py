@@ -99,7 +99,7 @@ class InnerLoop:
         check_choice("convolution", convolution, CONVOLUTIONS)
         check_choice("head_init", head_init, HEAD_INITS)
         self.over_tasks = over_tasks(vectorised)
-        self._fixed = fixed_tensors(learner)
+        self.fixed = fixed_tensors(learner)
         self.learner = convert_batch_norm(copy.deepcopy(learner))
         everything = {
             name: parameter.detach().clone()
@@ -437,8 +437,7 @@ def pass_around(extras: Weights | None, purpose: str, step: int = 0) -> Weights:
     extras = extras or {}
     around = {name: tensor for name, tensor in extras.items() if name.startswith(BUFFER)}
     if "keys" in extras:
-        stream = Stream(*extras["keys"].unbind(-1)).at(purpose).at(step)
-        around["keys"] = torch.stack([stream.key_1, stream.key_2], -1)  # type: ignore[list-item]
+        around["keys"] = Stream.from_keys(extras["keys"]).at(purpose).at(step).keys
     return around
 
 

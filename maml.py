@@ -187,11 +187,6 @@ class MAML(InnerLoop):
         adapted = {name: w for name, w in parameters.items() if name in self.adapted}
         return self._contexts | self._head_weights | self.shared_at(parameters, 0).weights | adapted
 
-    @property
-    def fixed(self) -> Weights:
-        """What of the learner is not learned, and not computed either: frozen parameters, and buffers."""
-        return self._fixed
-
     def meta_gradient(
         self,
         parameters: Weights,

@@ -47,6 +47,12 @@ def data_facts(dataset: str) -> DataFacts:
     return DATA_KINDS.get(kind, DataFacts("any", None)) if colon else DATASETS[dataset]
 
 
+def is_classification(dataset: str, task_type: str | None) -> bool:
+    """What the data say, or where they may be either, --task-type."""
+    said = data_facts(dataset).classification
+    return task_type == "classification" if said is None else said
+
+
 OMNIGLOT_DRAWINGS = 20  # of each character
 OMNIGLOT_CLASSES = {  # characters in each split
     "random": {"train": 1100, "validation": 100, "test": 423},

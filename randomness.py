@@ -39,7 +39,7 @@ SPLITS = ("train", "validation", "test")
 
 
 class Stream(NamedTuple):
-    """Two independent 32-bit keys: Python integers, or int64 tensors `[tasks]`."""
+    """Two independent 32-bit keys: Python integers, or int64 tensors `[tasks]` (of no axis for one)."""
 
     key_1: int | Tensor
     key_2: int | Tensor
@@ -56,12 +56,23 @@ class Stream(NamedTuple):
             value = zlib.crc32(value.encode())
         return Stream(mix(self.key_1 ^ value), mix(self.key_2 ^ value))
 
+    @classmethod
+    def from_keys(cls, keys: Tensor) -> Stream:
+        """The stream of keys `[..., 2]`."""
+        return cls(*keys.unbind(-1))
+
+    @property
+    def keys(self) -> Tensor:
+        """The two keys in one tensor, `[..., 2]`."""
+        assert isinstance(self.key_1, Tensor) and isinstance(self.key_2, Tensor)
+        return torch.stack([self.key_1, self.key_2], -1)
+
     def words(self, count: int) -> Tensor:
         """32-bit words in int64, `[tasks, count]`; those of one task are all different."""
         if not (isinstance(self.key_1, Tensor) and isinstance(self.key_2, Tensor)):
             raise TypeError("read from a stream that is keyed by a tensor of task numbers")
         positions = torch.arange(count, device=self.key_1.device)
-        return mix(mix(positions ^ self.key_2[:, None]) ^ self.key_1[:, None])
+        return mix(mix(positions ^ self.key_2[..., None]) ^ self.key_1[..., None])
 
     def uniform(self, count: int, low: float, high: float, dtype: torch.dtype) -> Tensor:
         """Uniform in [low, high), `[tasks, count]`; 24 random bits, so the same in every precision."""
@@ -103,5 +114,4 @@ def task_stream(split: str, seed: int, iteration: int | Tensor, tasks: range, de
 
 def keys_of(stream: Stream) -> Tensor:
     """Keys of the random numbers that a learner draws in each task (see elementary.py): `[tasks, 2]`."""
-    own = stream.at("learner")
-    return torch.stack([own.key_1, own.key_2], -1)  # type: ignore[list-item]
+    return stream.at("learner").keys

@@ -437,7 +437,6 @@ class TableTasks:
         self.ways = ways if self.classification and ways is not None else 1
         self.shots = shots
         self.queries = queries
-        self.input_names = table.inputs
         self.source = table.source
         self.split_names = {s: sorted(table.tasks[i] for i in p.tolist()) for s, p in table.splits.items()}
         self.device = torch.device(device)
@@ -472,11 +471,6 @@ class TableTasks:
     @property
     def examples(self) -> int:
         return self.ways * (self.shots + self.queries)
-
-    @property
-    def input_size(self) -> int:
-        """Numbers that describe an example."""
-        return len(self.input_names)
 
     def resized(self, shots: int) -> TableTasks:
         other = copy.copy(self)

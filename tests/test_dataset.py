@@ -1,13 +1,11 @@
 """Task distributions: their laws, and that what must not meet never meets."""
 
 import math
-import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from conftest import write_part
 
 import config
 import omniglot
@@ -158,38 +156,6 @@ def test_omniglot_tasks_are_built_as_the_protocol_says():
         assert all(len(set(d)) == shots + queries for task in drawing.tolist() for d in task)
         seen_turns.append(torch.bincount(turn[..., 0].flatten(), minlength=4))
     assert all((turns > 350).all() for turns in seen_turns)  # a quarter of 2,000 each, in every split
-
-
-def write_part(folder: Path, part: str, alphabets: int, *, archive: bool) -> None:
-    """A small half of Omniglot in the original layout: two characters an alphabet, 20 drawings."""
-    images = {}
-    for alphabet in range(alphabets):
-        for character in range(2):
-            for drawing in range(20):
-                pixels = np.full((105, 105), True)
-                pixels[5 * drawing : 5 * drawing + 5, : 10 * (alphabet + character + 1)] = False
-                images[f"A{alphabet}/character{character:02}/{character:04}_{drawing:02}.png"] = pixels
-    for name, pixels in images.items():
-        path = folder / part / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path)
-    if archive:
-        with zipfile.ZipFile(folder / f"{part}.zip", "w") as zipped:
-            for name in images:
-                zipped.write(folder / part / name, f"{part}/{name}")
-                (folder / part / name).unlink()
-
-
-@pytest.fixture
-def small_omniglot(tmp_path, monkeypatch):
-    """Twelve plus four characters: one half unpacked, the other an archive."""
-    monkeypatch.setattr(omniglot, "PARTS", {"images_background": 12, "images_evaluation": 4})
-    sizes = {"train": 8, "validation": 2, "test": 6}
-    monkeypatch.setitem(config.OMNIGLOT_CLASSES, "random", sizes)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    write_part(tmp_path / "omniglot-py", "images_background", 6, archive=False)
-    write_part(tmp_path / "omniglot-py", "images_evaluation", 2, archive=True)
-    return tmp_path
 
 
 def test_folders_and_archives_are_read_and_cached(small_omniglot, monkeypatch):

@@ -220,7 +220,7 @@ def test_the_oracle_is_told_the_parameters_of_the_same_tasks():
         plain, told = (family(5, 4, oracle=o, dtype=torch.float64) for o in (False, True))
         a, b = (d.sample("test", 0, 0, range(6)) for d in (plain, told))
         assert torch.equal(a.query_x, b.query_x[..., :1]) and torch.equal(a.support_y, b.support_y)
-        assert told.input_size == b.query_x.shape[-1] == {Sinusoid: 3, SinusoidLine: 6}[family]
+        assert b.query_x.shape[-1] == {Sinusoid: 3, SinusoidLine: 6}[family]
     amplitude, phase = told.sample("test", 0, 0, range(6)).query_x[..., 1:3].unbind(-1)
     is_line = b.query_x[..., -1] == 1
     sinusoids = amplitude * torch.sin(b.query_x[..., 0] + phase)

@@ -14,7 +14,6 @@ import torch
 import torchvision
 from conftest import ROOT
 from PIL import Image
-from test_dataset import small_omniglot  # noqa: F401
 from test_runs import assert_same_bits, command
 from torch import nn
 from torch.nn import functional as F
@@ -85,6 +84,11 @@ class Labels:
     def sample(self, split, seeds):
         x, y = torch.zeros(len(seeds), 4, 1), torch.tensor([0, 1, 2, 0]).expand(len(seeds), 4)
         return x, y, x, y
+
+class Flat:
+    def sample(self, split, seeds):
+        x = torch.zeros(len(seeds), 4, 1)
+        return x, x[..., 0], x, x[..., 0]
 
 class Wider:
     def sample(self, split, seeds):
@@ -399,6 +403,7 @@ def test_a_mistake_about_ones_own_code_is_one_line(flags, expected, elsewhere, t
         ("Shapeless", "gives no tensor as query_y"),
         ("Silent", "makes a Silent without a method sample"),
         ("Labels", "gives labels from 0 to 2"),
+        ("Flat", "gives targets without an axis of their own"),
         ("Wider", "those of validation tasks (2,)"),
     ],
 )
@@ -481,7 +486,7 @@ def test_bad_tables_are_named(change, expected, tmp_path, capsys):
     assert expected in said and said.count("\n") == 1 and not (tmp_path / "runs").exists(), said
 
 
-def test_omniglot_from_its_folders_is_omniglot(small_omniglot, tmp_path):  # noqa: F811
+def test_omniglot_from_its_folders_is_omniglot(small_omniglot, tmp_path):
     """Class lists of the same split make the same tasks to the bit, and so the same accuracy."""
     data = tmp_path / "omniglot-py"
     shutil.unpack_archive(data / "images_evaluation.zip", data)

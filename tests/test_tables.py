@@ -181,7 +181,7 @@ def test_bad_settings_and_bad_parquet_are_named(tmp_path):
 def test_regression_tasks_are_rows_of_one_task_each_drawn_once(tmp_path):
     table = numbered(tmp_path)
     tasks = TableTasks(table, shots=2, queries=3)
-    assert tasks.examples == 5 and not tasks.classification and tasks.input_names == ("i", "t")
+    assert tasks.examples == 5 and not tasks.classification
     for split in SPLITS:
         batch = tasks.sample(split, 0, 0, range(300))
         assert batch.support_x.shape == (300, 2, 2) and batch.support_y.shape == (300, 2, 1)
