@@ -1,0 +1,29 @@
+#!/usr/bin/env python3
+"""Unpacks Omniglot into a folder of images with the class lists of `--dataset omniglot`, for `images:FOLDER`.
+
+python examples/omniglot_folder.py data omniglot-folder
+"""
+
+from __future__ import annotations
+
+import sys
+import zipfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from omniglot import PARTS, split_characters
+
+
+def write_folder(data_root: Path, folder: Path) -> None:
+    """`folder/images_*/<alphabet>/<character>/*.png`, and train.csv, val.csv and test.csv."""
+    for part in PARTS:
+        zipfile.ZipFile(data_root / "omniglot-py" / f"{part}.zip").extractall(folder)
+    names = sorted({path.parent.relative_to(folder).as_posix() for path in folder.glob("images_*/*/*/*.png")})
+    for split, positions in split_characters(names, "random").items():
+        lines = ["label", *(names[position] for position in positions.tolist())]
+        (folder / f"{'val' if split == 'validation' else split}.csv").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    write_folder(Path(sys.argv[1]), Path(sys.argv[2]))
