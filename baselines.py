@@ -27,9 +27,11 @@ from errors import UsageError
 from evaluation import Evaluation, evaluate
 from maml import MAML
 from optimizers import InnerOptimizer, Weights
+from run import Run
 from runtime import Runtime
 from tasks import TaskDistribution
 from trainer import Trainer
+from world import World
 
 RATES = {
     "sgd": (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
@@ -77,31 +79,39 @@ def measured(
     distribution, maml = build(from_scratch(config), call, runtime)
     fresh = maml.initial_parameters(config.seed)
     results = [
-        _tuned(f"scratch, {rule}", rule, maml, fresh, distribution, config) for rule in ("sgd", "adam")
+        _tuned(f"scratch, {rule}", rule, maml, fresh, distribution, config, runtime.world)
+        for rule in ("sgd", "adam")
     ]
     if config.classification:
         return results
     pretraining = plain(saved, "pretrain")
     pretrained = trained(pretraining, call, folder / "pretrained")
     pretrained = {name: w.to(runtime.device, runtime.dtype) for name, w in pretrained.items()}
-    results.append(_tuned("pretrained", "sgd", maml, pretrained, distribution, config))
+    results.append(_tuned("pretrained", "sgd", maml, pretrained, distribution, config, runtime.world))
     if config.dataset not in settings.REGRESSION:
         return results
     told, maml = build(replace(plain(config, "pretrain", testing=True), oracle=True), call, runtime)
     parameters = trained(replace(pretraining, oracle=True), call, folder / "oracle")
     parameters = {name: w.to(runtime.device, runtime.dtype) for name, w in parameters.items()}
     # it is given the answer, not examples
-    results.append(Baseline("oracle", "not adapted", tested(maml, parameters, told, config, steps=0)))
+    result = tested(maml, parameters, told, config, runtime.world, steps=0)
+    results.append(Baseline("oracle", "not adapted", result))
     return results
 
 
 def tested(
-    maml: MAML, parameters: Weights, distribution: TaskDistribution, config: Config, *, steps: int
+    maml: MAML,
+    parameters: Weights,
+    distribution: TaskDistribution,
+    config: Config,
+    world: World,
+    *,
+    steps: int,
 ) -> Evaluation:
     """On the test tasks."""
     return evaluate(
         maml, parameters, distribution, "test", tasks=config.eval_tasks, steps=steps,
-        normalisations=(config.query_norm,),
+        normalisations=(config.query_norm,), world=world,
     )  # fmt: skip
 
 
@@ -134,6 +144,7 @@ def _tuned(
     parameters: Weights,
     distribution: TaskDistribution,
     config: Config,
+    world: World,
 ) -> Baseline:
     """With the rate whose mean validation loss over all numbers of steps is the lowest."""
 
@@ -142,15 +153,17 @@ def _tuned(
 
     norm = config.query_norm
     losses = {}
-    for rate in tqdm(RATES[rule], desc=f"{name}: rates on validation tasks", leave=False):
+    for rate in tqdm(
+        RATES[rule], desc=f"{name}: rates on validation tasks", leave=False, disable=not world.first
+    ):
         found = evaluate(
             with_rate(rate), parameters, distribution, "validation", tasks=VALIDATION_TASKS,
-            steps=config.eval_steps, normalisations=(norm,),
+            steps=config.eval_steps, normalisations=(norm,), world=world,
         )  # fmt: skip
         loss = found.losses[norm][:, 1:].mean().item()
         losses[rate] = loss if math.isfinite(loss) else math.inf
     best = min(losses, key=losses.__getitem__)
-    result = tested(with_rate(best), parameters, distribution, config, steps=config.eval_steps)
+    result = tested(with_rate(best), parameters, distribution, config, world, steps=config.eval_steps)
     return Baseline(name, f"rate {best}", result)
 
 
@@ -175,8 +188,10 @@ def trained(config: Config, call: Invocation, folder: Path) -> Weights:
             return parameters
         config = replace(start.config, iterations=config.iterations)
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"Training {folder}", file=sys.stderr, flush=True)
-    trainer = Trainer(config, maml, parameters, distribution, folder, compiler, start)
+    if runtime.world.first:
+        print(f"Training {folder}", file=sys.stderr, flush=True)
+    run = Run(config, folder, parameters, start, writes=runtime.world.first)
+    trainer = Trainer([run], maml, distribution, compiler, runtime.world)
     signal = trainer.train()
     if signal is not None:
         raise InterruptedBySignalError(signal)

@@ -29,14 +29,19 @@ from optimizers import InnerOptimizer, Weights
 from own_code import arguments_from
 from presets import is_own_code
 from randomness import keys_of, task_stream
-from runtime import Runtime, set_up
+from runtime import Runtime, device_of, set_up
 from tables import Columns
 from tasks import TaskBatch, TaskDistribution, Tree, arguments_of, first_tensor, tree_map
+from world import launched
 
 
 def prepare(config: Config, call: Invocation) -> Runtime:
-    """The device, or a refusal."""
-    return set_up(call.device, config.precision, small_tensors=config.learner == "mlp")
+    """The device, or a refusal; the processes are those that have been joined before."""
+    world = launched()
+    return set_up(
+        device_of(call.device, world), config.precision, small_tensors=config.learner == "mlp",
+        threads=call.threads, world=world,
+    )  # fmt: skip
 
 
 def build(
@@ -317,6 +322,15 @@ def writable(folder: Path, flag: str) -> Path:
             f"{flag} {folder}: cannot write there ({error.strerror or error}); name another folder"
         ) from error
     return folder
+
+
+def check_processes(config: Config, runtime: Runtime) -> None:
+    """Raises UsageError where there are more processes than tasks."""
+    if runtime.world.size > config.meta_batch_size:
+        raise UsageError(
+            f"{runtime.world.size} processes for a meta-batch of {config.meta_batch_size} tasks: take fewer "
+            "(torchrun --nproc-per-node), or a larger --meta-batch-size"
+        )
 
 
 def print_settings(config: Config, runtime: Runtime, first_line: str) -> None:

@@ -11,7 +11,7 @@ import dataclasses
 import os
 import pickle
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -61,7 +61,17 @@ class Checkpoint:
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Writes beside the file first, and renames: whenever it is cut short, the old one is whole."""
-    content = {
+    save_checkpoints([(path, checkpoint)])
+
+
+def save_checkpoints(checkpoints: Sequence[tuple[Path, Checkpoint]]) -> None:
+    """The same of several: all are written before the first is renamed, so that they are of one iteration
+    unless the process is killed just between two names."""
+    _write([(path, _plain_content(checkpoint)) for path, checkpoint in checkpoints])
+
+
+def _plain_content(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
         "format": FORMAT,
         "version": VERSION,
         "config": config_to_plain(checkpoint.config),
@@ -73,30 +83,33 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "fixed": checkpoint.fixed,
         "splits": checkpoint.splits,
     }
-    _write(path, content)
 
 
 def save_weights(path: Path, module: nn.Module) -> None:
     """Writes a module's `state_dict`, for any program that has such a module."""
-    _write(path, {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()})
+    _write([(path, {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()})])
 
 
-def _write(path: Path, content: Any) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
+def _write(contents: Sequence[tuple[Path, Any]]) -> None:
+    temporaries = [path.with_name(f".{path.name}.tmp") for path, _ in contents]
     try:
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        for temporary, (_, content) in zip(temporaries, contents, strict=True):
+            with temporary.open("wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+        for temporary, (path, _) in zip(temporaries, contents, strict=True):
+            temporary.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    for parent in dict.fromkeys(path.parent for path, _ in contents):
+        folder = os.open(parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -552,6 +552,20 @@ class Invocation:
         "--device", group="machine", kind=str, choices=("auto", "cpu", "cuda", "mps"),
         default="auto", help="auto takes CUDA where there is any, else the CPU",
     )  # fmt: skip
+    threads: int | None = flag(
+        "--threads", group="machine", kind=int, check=at_least(1), metavar="N", default=None, optional=True,
+        help="CPU threads of a process; by default as OMP_NUM_THREADS says, else one with --learner mlp; "
+        "of several processes (torchrun) each has its share of the cores",
+    )  # fmt: skip
+    shard: bool = flag(
+        "--shard", group="machine", kind=bool, default=False,
+        help="of several processes (torchrun), each keeps and updates a slice of the optimizer's state "
+        "(ZeRO), for large networks",
+    )  # fmt: skip
+    timeout: float = flag(
+        "--timeout", group="machine", kind=float, check=above_zero, metavar="MINUTES", default=10.0,
+        help="how long a process waits for the others before it gives up",
+    )  # fmt: skip
     autotune: bool = flag(
         "--autotune", group="machine", kind=bool, default=False,
         help="measure what --engine and --conv leave open before the first iteration, and keep the fastest",
@@ -623,6 +637,8 @@ def _default_text(name: str, declaration: Flag) -> str:
         return "from the settings and the time"
     if name == "out":
         return "beside the checkpoint"
+    if name == "threads":
+        return "by the learner and the machine"
     return _show(declaration.default)
 
 

@@ -95,7 +95,13 @@ class Regression(ABC):
         """The targets, without noise: `[tasks, points]`."""
 
     def sample(
-        self, split: str, seed: int, iteration: int | Tensor, tasks: range, *, grid: int | None = None
+        self,
+        split: str,
+        seed: int | Tensor,
+        iteration: int | Tensor,
+        tasks: range | Tensor,
+        *,
+        grid: int | None = None,
     ) -> TaskBatch:
         """A meta-batch; with `grid`, the query is that many dense, sorted points without noise."""
         stream = task_stream(split, seed, iteration, tasks, self.device)

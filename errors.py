@@ -3,3 +3,7 @@
 
 class UsageError(Exception):
     """What was given, what was expected, and what to do: one line, no traceback."""
+
+
+class LostError(Exception):
+    """Another process of the job has ended, or has not answered in time."""

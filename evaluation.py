@@ -14,6 +14,7 @@ from maml import MAML
 from optimizers import Weights
 from randomness import keys_of, minibatch_order, task_stream
 from tasks import TaskBatch, TaskDistribution, Tree, first_tensor, tree_map
+from world import ALONE, World
 
 # Evaluation tasks are the same for every checkpoint. Their splits have streams of their own, so this
 # seed shares nothing with a training seed of the same number.
@@ -22,6 +23,7 @@ SEED = 0
 # Examples, and numbers in the fast weights, of a chunk of tasks: some 1.5 GB at the most (20-way, `convnet`;
 # ResNet-18).
 CHUNK_EXAMPLES = 2000
+CHUNKS = 8  # at least, of tasks whose evaluation takes long
 CHUNK_WEIGHTS = 50_000_000
 
 # A task has diverged when its query loss is not finite, or is more than this many times the loss before
@@ -73,32 +75,44 @@ def evaluate(
     normalisations: tuple[str, ...],
     statistics: Weights | None = None,
     inner_batch: int | None = None,
+    world: World = ALONE,
 ) -> Evaluation:
     """Adapts to each of the first `tasks` fixed tasks of a split, by 0, 1, ... `steps` steps.
 
     Arguments:
         statistics: what "per-step" normalises with (see `MAML.predictions`).
         inner_batch: support examples in the minibatch of an inner step; None: all of them.
+        world: the processes that share the chunks of tasks; each gets the whole result, which is the same
+            for any number of them.
     """
-    classification = distribution.classification
-    numbers_adapted = sum(w.numel() for name, w in parameters.items() if name in maml.adapted)
-    fitting = min(CHUNK_EXAMPLES // distribution.examples, CHUNK_WEIGHTS // max(1, numbers_adapted))
-    size = maml.tasks_at_once or max(1, fitting)
-    losses: dict[str, list[Tensor]] = {name: [] for name in normalisations}
-    accuracies: dict[str, list[Tensor]] = {name: [] for name in normalisations if classification}
-    for first in range(0, tasks, size):
+    size = _chunk_size(maml, parameters, distribution, tasks)
+    kinds = ("loss", "accuracy") if distribution.classification else ("loss",)
+    found = torch.zeros(len(kinds), len(normalisations), tasks, steps + 1, dtype=torch.float64)
+    for first in range(0, tasks, size)[world.rank :: world.size]:
         numbers = range(first, min(first + size, tasks))
         batch = distribution.sample(split, SEED, 0, numbers)
         random = _random(split, batch, numbers, inner_batch, steps)
         outputs = maml.predictions(parameters, batch, steps, normalisations, **random, statistics=statistics)
-        for name in normalisations:
-            losses[name].append(_loss_per_step(maml, outputs[name], batch.query_y))
-            if classification:
-                accuracies[name].append(accuracy(outputs[name], first_tensor(batch.query_y)[:, None]))
-    return Evaluation(
-        {name: torch.cat(parts).cpu().double() for name, parts in losses.items()},
-        {name: torch.cat(parts).cpu().double() for name, parts in accuracies.items()},
-    )
+        rows = slice(first, first + len(numbers))
+        for of_norm, name in enumerate(normalisations):
+            found[0, of_norm, rows] = _loss_per_step(maml, outputs[name], batch.query_y).cpu().double()
+            if distribution.classification:
+                shares = accuracy(outputs[name], first_tensor(batch.query_y)[:, None])
+                found[1, of_norm, rows] = shares.cpu().double()
+    # each number is some process's, and zero in all others
+    losses, *accuracies = (dict(zip(normalisations, kind, strict=True)) for kind in world.summed(found)())
+    return Evaluation(losses, accuracies[0] if accuracies else {})
+
+
+def _chunk_size(maml: MAML, parameters: Weights, distribution: TaskDistribution, tasks: int) -> int:
+    """Tasks taken at a time. It does not depend on the number of processes, nor do then the results."""
+    if maml.tasks_at_once:
+        return maml.tasks_at_once
+    numbers_adapted = sum(w.numel() for name, w in parameters.items() if name in maml.adapted)
+    fitting = min(CHUNK_EXAMPLES // distribution.examples, CHUNK_WEIGHTS // max(1, numbers_adapted))
+    if not distribution.computed:  # worth sharing
+        fitting = min(fitting, -(-tasks // CHUNKS))
+    return max(1, fitting)
 
 
 def _random(

@@ -167,7 +167,7 @@ class InnerLoop:
         adapted = {name: w for name, w in everything.items() if name in self.adapted}
         for name, weight in adapted.items() if self.inner_rates != "fixed" else ():
             shape = (self.steps,) if self.inner_rates == "layer-step" else weight.shape
-            rate = torch.full(shape, self.optimizer.lr, dtype=weight.dtype)
+            rate = torch.full(shape, float(self.optimizer.lr), dtype=weight.dtype)
             if self.inner_lr_max is not None:
                 rate += (self.inner_lr_max - self.optimizer.lr) * torch.rand(
                     shape, generator=generator, dtype=weight.dtype

@@ -16,45 +16,55 @@ Every flag is declared in config.py and shown by --help.
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import config as settings
 from config import Config, Invocation
-from errors import UsageError
+from errors import LostError, UsageError
 
 if TYPE_CHECKING:
     from checkpoint import Checkpoint
     from evaluation import Evaluation
-    from report import Words
+    from maml import MAML
+    from measuring import Subject
+    from optimizers import Weights
+    from run import Run
     from runtime import Runtime
-    from trainer import Trainer
+    from world import World
 
 
+FIRST_PROCESS = os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.environ  # of torchrun's
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory")  # of RuntimeErrors of PyTorch
 
 
 def main(arguments: list[str]) -> int:
-    """Runs one command line; the exit code: 0, 2 for bad input, 128 + signal where one ended training."""
+    """Runs one command line; the exit code: 0, 2 for bad input, 3 where another process of the job is lost,
+    128 + signal where one ended training."""
+    if not FIRST_PROCESS:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (to the end of the process)
     try:
-        given = settings.parse(arguments)
-        call = settings.check_invocation(given)
-        if call.load is None and not call.resume:
-            settings.resolve(given)  # mistakes answer before PyTorch is imported
-        if call.adapt is not None:
-            return adapt(call, given, arguments)
-        return evaluate(call, given, arguments) if call.eval else train(call, given)
-    except UsageError as error:
-        print(f"main.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return command(arguments)
+    except (UsageError, OSError) as error:
+        if FIRST_PROCESS:  # all processes refuse what one of them does
+            text = " ".join(str(error).split()) if isinstance(error, UsageError) else error
+            print(f"main.py: error: {text}", file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"main.py: error: {error}", file=sys.stderr)
-        return 2
+    except LostError as error:
+        print(
+            f"main.py: error: another process of the job has ended or does not answer ({error}); the run "
+            "goes on from its last checkpoint with --resume, or --load",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(3)  # what is still under way between processes would be waited for
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in OUT_OF_MEMORY):
             raise
@@ -64,19 +74,69 @@ def main(arguments: list[str]) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        print("\nmain.py: interrupted", file=sys.stderr)
+        if FIRST_PROCESS:
+            print("\nmain.py: interrupted", file=sys.stderr)
         return 130
+
+
+def command(arguments: list[str]) -> int:
+    """The same, with errors raised."""
+    given = settings.parse(arguments)
+    call = settings.check_invocation(given)
+    if call.load is None and not call.resume:
+        settings.resolve(given)  # mistakes answer before PyTorch is imported
+
+    from runtime import device_of
+    from world import join, launched, leave
+
+    world = launched()
+    if world.size > 1:
+        if call.adapt is not None:
+            raise UsageError("--adapt is for one process: start it without torchrun")
+        join(device_of(call.device, world), call.timeout)
+    if call.adapt is not None:
+        code = adapt(call, given, arguments)
+    else:
+        code = evaluate(call, given, arguments, world) if call.eval else train(call, given, world)
+    leave()
+    return code
 
 
 # ---- training -------------------------------------------------------------------------------
 
 
-def train(call: Invocation, given: Mapping[str, Any]) -> int:
+@dataclass(frozen=True)
+class Beginning:
+    """Where training begins."""
+
+    config: Config
+    folder: Path | None  # of the run; None: a fresh one
+    start_file: Path | None  # the checkpoint to go on from,
+    start: Checkpoint | None  # and what is in it
+    weights_file: Path | None  # a checkpoint, that one or another, to take the weights from
+    weights: Checkpoint | None
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        if self.start is None or self.start_file is None:
+            return False
+        written = self.start_file.with_name("training.json").exists()
+        return self.start.iteration >= self.config.iterations and written
+
+    @property
+    def origin(self) -> str | None:
+        """Where the weights come from, in words."""
+        return f"{self.weights_file}, iteration {self.weights.iteration:,}" if self.weights else None
+
+
+def train(call: Invocation, given: Mapping[str, Any], world: World) -> int:
     """A new run, or one that goes on (--load, --resume)."""
-    start_file, folder = where_to_train(call, given)
+    import torch
 
     from building import (
         build,
+        check_processes,
         check_splits,
         fitted,
         no_empty_folder_left,
@@ -85,63 +145,93 @@ def train(call: Invocation, given: Mapping[str, Any]) -> int:
         tried,
         writable,
     )
-    from checkpoint import check_same_split, fitting_parameters, load_checkpoint
+    from checkpoint import check_same_split
     from compiler import Compiler
-    from inner_loop import RATE
     from learner import LEARNERS
     from losses import LOSSES
+    from run import Run
     from trainer import Trainer
 
-    if start_file is None:
-        start, config = None, settings.resolve(given)
-    else:
-        start, config = read_start(start_file, given)
-        finished = start_file.with_name("training.json").exists()
-        if start.iteration >= config.iterations and finished:
-            print(
-                f"{start_file} is at iteration {start.iteration:,}: a larger --iterations goes on from there"
-            )
-            return 0
-        origin = start.progress["origin"] or ""
-        if call.init_from and not origin.startswith(f"{call.init_from}, "):
-            raise UsageError(
-                f"--init-from {call.init_from} disagrees with the checkpoint {start_file}, "
-                f"which began from {origin or 'the initialisation'}: leave it out when going on"
-            )
-    runtime = prepare(config, call)
-    config = fitted(config, given, runtime, new=start is None)
-    weights_file = start_file or call.init_from
-    weights = start or (load_checkpoint(weights_file) if weights_file else None)
-    home = folder or call.checkpoint_path
-    with no_empty_folder_left(home):
-        writable(home, "--load" if call.load else "--checkpoint-path")
-        if call.autotune and start is None:
-            config = autotuned(config, given, call, runtime)
-        compiler = Compiler(runtime.device)
-        distribution, maml = build(config, call, runtime, compiler, fixed=weights.fixed if weights else None)
-        if start is not None and start_file is not None:
-            check_same_split(start_file, start.splits, distribution.split_names)
-        check_splits(distribution, config)
-        parameters = maml.initial_parameters(config.seed)
-        if config.learner not in LEARNERS or config.loss not in LOSSES:
-            tried(maml, parameters, distribution, config)
-    if weights and weights_file:
-        saved = weights.parameters
-        if start is None:  # another algorithm's, maybe: inner rates are taken where both learn them
-            fresh_rates = {name: w for name, w in parameters.items() if name.startswith(RATE)}
-            foreign = {name for name in saved if name.startswith(RATE) and name not in parameters}
-            saved = fresh_rates | {name: w for name, w in saved.items() if name not in foreign}
-        parameters = fitting_parameters(weights_file, saved, parameters, config.learner)
-    if start is not None and start_file is not None:
-        fitting_parameters(start_file, start.statistics, maml.initial_statistics(), config.learner)
-    folder = folder or fresh_folder(call.checkpoint_path, config)
-    origin = f"{weights_file}, iteration {weights.iteration:,}" if weights else None
-    trainer = Trainer(config, maml, parameters, distribution, folder, compiler, start, origin)
-    doing = f"Going on from iteration {start.iteration:,}" if start else "Meta-training"
+    with world.together():
+        at = beginning(call, given)
+        runtime = prepare(at.config, call)
+        config = fitted(at.config, given, runtime, new=at.start is None)
+        check_processes(config, runtime)
+    world.check_same(
+        {
+            "torch": torch.__version__,
+            "checkpoint": at.start.iteration if at.start else None,
+            "configuration": settings.config_to_plain(config),
+        }
+    )
+    if at.finished and at.start is not None:
+        iteration = at.start.iteration
+        print(f"{at.start_file} is at iteration {iteration:,}: a larger --iterations goes on from there")
+        return 0
+    home = at.folder or call.checkpoint_path
+    with no_empty_folder_left(home) if world.first else nullcontext():
+        with world.together():
+            if world.first:
+                writable(home, "--load" if call.load else "--checkpoint-path")
+        if call.autotune and at.start is None:
+            config = world.from_first(lambda: autotuned(config, given, call, runtime))
+        with world.together():
+            compiler = Compiler(runtime.device)
+            fixed = at.weights.fixed if at.weights else None
+            distribution, maml = build(config, call, runtime, compiler, fixed=fixed)
+            if at.start is not None and at.start_file is not None:
+                check_same_split(at.start_file, at.start.splits, distribution.split_names)
+            check_splits(distribution, config)
+            parameters = maml.initial_parameters(config.seed)
+            if config.learner not in LEARNERS or config.loss not in LOSSES:
+                tried(maml, parameters, distribution, config)
+            parameters = saved_parameters(at, maml, parameters)
+    for name in sorted(parameters):  # initial weights may differ in the last bit between machines
+        parameters[name] = world.from_first_tensor(parameters[name].contiguous())
+    folder = at.folder or world.from_first(lambda: fresh_folder(call.checkpoint_path, config))
+    run = Run(config, folder, parameters, at.start, at.origin, writes=world.first)
+    trainer = Trainer([run], maml, distribution, compiler, world, shard=call.shard)
+    doing = f"Going on from iteration {at.start.iteration:,}" if at.start else "Meta-training"
     print_settings(config, runtime, f"{doing} in {folder}")
     signal = trainer.train()
-    print_end(trainer, folder, signal)
+    print_end(run, signal)
     return 0 if signal is None else 128 + signal
+
+
+def beginning(call: Invocation, given: Mapping[str, Any]) -> Beginning:
+    """Reads what there is to begin with, or to go on from."""
+    from checkpoint import load_checkpoint
+
+    start_file, folder = where_to_train(call, given)
+    if start_file is None:
+        weights = load_checkpoint(call.init_from) if call.init_from else None
+        return Beginning(settings.resolve(given), folder, None, None, call.init_from, weights)
+    start, config = read_start(start_file, given)
+    at = Beginning(config, folder, start_file, start, start_file, start)
+    origin = start.progress["origin"] or ""
+    if call.init_from and not at.finished and not origin.startswith(f"{call.init_from}, "):
+        raise UsageError(
+            f"--init-from {call.init_from} disagrees with the checkpoint {start_file}, "
+            f"which began from {origin or 'the initialisation'}: leave it out when going on"
+        )
+    return at
+
+
+def saved_parameters(at: Beginning, maml: MAML, fresh: Weights) -> Weights:
+    """The meta-parameters to begin with: a checkpoint's, if there is one, in the place of the fresh."""
+    from checkpoint import fitting_parameters
+    from inner_loop import RATE
+
+    if at.weights is None or at.weights_file is None:
+        return fresh
+    learner, saved = at.config.learner, at.weights.parameters
+    if at.start is None:  # another algorithm's, maybe: inner rates are taken where both learn them
+        rates = {name: w for name, w in fresh.items() if name.startswith(RATE)}
+        foreign = {name for name in saved if name.startswith(RATE) and name not in fresh}
+        saved = rates | {name: w for name, w in saved.items() if name not in foreign}
+    else:
+        fitting_parameters(at.weights_file, at.start.statistics, maml.initial_statistics(), learner)
+    return fitting_parameters(at.weights_file, saved, fresh, learner)
 
 
 def autotuned(config: Config, given: Mapping[str, Any], call: Invocation, runtime: Runtime) -> Config:
@@ -149,15 +239,18 @@ def autotuned(config: Config, given: Mapping[str, Any], call: Invocation, runtim
     from autotune import fastest
     from building import build
     from compiler import Compiler
+    from run import Run
     from trainer import Trainer
+
+    share = len(runtime.world.share(config.meta_batch_size))
 
     def make(candidate: Config) -> Callable[[], object]:
         compiler = Compiler(runtime.device)
-        candidate = replace(candidate, exact_from=0)  # which takes longer than the first order
+        # exact from the start, which takes longer than the first order; a process's own tasks
+        candidate = replace(candidate, exact_from=0, meta_batch_size=share)
         distribution, maml = build(candidate, call, runtime, compiler)
-        trainer = Trainer(
-            candidate, maml, maml.initial_parameters(config.seed), distribution, Path(), compiler
-        )
+        run = Run(candidate, Path(), maml.initial_parameters(config.seed), writes=False)
+        trainer = Trainer([run], maml, distribution, compiler)
         compiler.active = candidate.compile == "on"
         return lambda: trainer.meta_step(trainer.state).sums.tolist()
 
@@ -165,23 +258,23 @@ def autotuned(config: Config, given: Mapping[str, Any], call: Invocation, runtim
     return fastest(config, given, make, lambda line: print(f"  {line}", flush=True))
 
 
-def print_end(trainer: Trainer, folder: Path, signal: int | None) -> None:
+def print_end(run: Run, signal: int | None) -> None:
     """How training ended, and what to type next."""
     from building import own_code_flags
-    from checkpoint import BEST, LAST
+    from checkpoint import LAST
 
-    code = own_code_flags(trainer.config)
-    final = trainer.final_loss()
+    code = own_code_flags(run.config)
+    final = run.final_loss()
     if final is not None:
         loss, first, last = final
         print(f"Mean training query loss of iterations {first:,} to {last:,}: {loss:.4f}")
     if signal is not None:
-        go_on = shlex.join(["python", "main.py", "--load", str(folder / LAST), *code])
-        print(f"Saved at iteration {trainer.iteration:,}. Go on: {go_on}")
+        go_on = shlex.join(["python", "main.py", "--load", str(run.folder / LAST), *code])
+        print(f"Saved at iteration {run.iteration:,}. Go on: {go_on}")
         return
-    file = folder / (BEST if trainer.progress.best_iteration else LAST)
-    print("Curves:   ", shlex.join(["tensorboard", "--logdir", str(folder)]))
-    print("Test it:  ", shlex.join(["python", "main.py", "--eval", "--load", str(file), *code]))
+    print("Curves:   ", shlex.join(["tensorboard", "--logdir", str(run.folder)]))
+    file = str(run.best_file or run.folder / LAST)
+    print("Test it:  ", shlex.join(["python", "main.py", "--eval", "--load", file, *code]))
 
 
 def where_to_train(call: Invocation, given: Mapping[str, Any]) -> tuple[Path | None, Path | None]:
@@ -250,109 +343,39 @@ def fresh_folder(checkpoint_path: Path, config: Config) -> Path:
 # ---- evaluation -----------------------------------------------------------------------------
 
 
-def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -> int:
+def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str], world: World) -> int:
     """Measures a checkpoint, or the fresh initialisation, on the test tasks."""
-    from building import build, prepare, print_settings, writable
-    from checkpoint import check_same_split, fitting_parameters, load_checkpoint
+    from building import prepare, print_settings, writable
+    from measuring import Subject
+    from report import evaluation_table
 
-    source = None if call.load is None else load_checkpoint(call.load)
-    if source is None:
-        config = settings.resolve(given)
-        what, stem = (
-            "the fresh initialisation (no --load)",
-            f"fresh-{config.learner_name}-{config.init}-seed{config.seed}",
-        )
-        default_out = call.checkpoint_path
-    else:
-        config = settings.resolve_from(source.config, given, evaluate=True, eval_dataset=call.eval_dataset)
-        assert call.load is not None
-        what, stem = f"{call.load}, iteration {source.iteration:,}", call.load.stem
-        if call.out:  # results of several runs may meet there
-            stem = f"{call.load.resolve().parent.name}-{stem}"
-        default_out = call.load.parent
-    # eager, whatever the training was
-    config = replace(config, convolution="grouped", tasks_at_once=given.get("tasks_at_once"))
-    runtime = prepare(config, call)
-    out = writable(call.out or default_out, "--out")
-
-    import evaluation
-    import report
-    from losses import loss_name
-    from runtime import versions
-
-    distribution, maml = build(config, call, runtime, fixed=source.fixed if source else None)
-    parameters, statistics = maml.initial_parameters(config.seed), maml.initial_statistics()
-    if source is not None and call.load is not None:
-        if call.eval_dataset is None:
-            check_same_split(call.load, source.splits, distribution.split_names)
-        parameters = fitting_parameters(call.load, source.parameters, parameters, config.learner)
-        statistics = fitting_parameters(call.load, source.statistics, statistics, config.learner)
-    print_settings(config, runtime, f"Evaluating {what} on {config.eval_tasks} test tasks")
-    normalisations: tuple[str, ...] = (config.query_norm,)
-    if maml.has_batch_norm:
-        normalisations = ("transductive", "inductive", *["per-step"] * bool(statistics))
-    result = evaluation.evaluate(
-        maml,
-        parameters,
-        distribution,
-        "test",
-        tasks=config.eval_tasks,
-        steps=config.eval_steps,
-        normalisations=normalisations,
-        statistics=statistics,
-        inner_batch=config.eval_inner_batch,
-    )
-    words = report.Words(
-        loss_name=loss_name(config.loss),
-        trained_steps=config.trained_steps,
-        test_steps=config.test_steps,
-        title=f"{config.dataset_name}, {task_size(config)}, {config.eval_tasks} test tasks",
-    )
-    print(report.evaluation_table(result, words))
-    size = f"{task_size(config)}-{config.queries}query-{config.eval_tasks}tasks"
+    with world.together():
+        subject = Subject.read(call.load, call, given)
+        config = subject.config
+        runtime = prepare(config, call)
+        beside = call.checkpoint_path if call.load is None else call.load.parent
+        out = writable(call.out or beside, "--out") if world.first else Path()
+        built = subject.built(call, runtime)
+    print_settings(config, runtime, f"Evaluating {subject.name} on {config.eval_tasks} test tasks")
+    result = built.measured(runtime)
+    print(evaluation_table(result, subject.words))
+    size = f"{subject.size}-{config.queries}query-{config.eval_tasks}tasks"
+    stem = subject.stem(with_run=call.out is not None)
     file = out / f"{stem}-test-{config.dataset_name}-{size}"
-    record = {
-        "command": shlex.join(["main.py", *arguments]),
-        "checkpoint": call.load,
-        "iteration": source.iteration if source else 0,
-        "split": "test",
-        "tasks": config.eval_tasks,
-        "tasks_seed": evaluation.SEED,
-        "trained_steps": config.trained_steps,
-        "test_steps": config.test_steps,
-        "settings": settings.config_to_plain(config),
-        "versions": versions(),
-        "device": runtime.describe(),
-    }
-    report.write_json(Path(f"{file}.json"), record | report.evaluation_record(result))
-    fits = None
-    if config.dataset in settings.REGRESSION:
-        shown = sorted({0, min(config.trained_steps, config.eval_steps), config.eval_steps})
-        batch, outputs = evaluation.examples(
-            maml,
-            parameters,
-            distribution,
-            "test",
-            tasks=3,
-            steps=config.eval_steps,
-            normalisation=config.query_norm,
-            inner_batch=config.eval_inner_batch,
-        )
-        fits = (batch, outputs, shown)
-    report.write_figure(Path(f"{file}.png"), report.evaluation_figure(result, words, fits))
+    record = {"command": shlex.join(["main.py", *arguments]), **subject.record(runtime)}
+    if world.first:
+        built.write(result, str(file), record)
     print(f"Written: {file}.json and .png")
-    if call.baselines and source is not None:
-        return compare(source, config, call, runtime, result, words, Path(f"{file}-baselines"), record)
+    if call.baselines:
+        return compare(subject, call, runtime, result, Path(f"{file}-baselines"), record)
     return 0
 
 
 def compare(
-    source: Checkpoint,
-    config: Config,
+    subject: Subject,
     call: Invocation,
     runtime: Runtime,
     result: Evaluation,
-    words: Words,
     file: Path,
     record: dict[str, Any],
 ) -> int:
@@ -360,7 +383,8 @@ def compare(
     import baselines
     import report
 
-    assert call.load is not None
+    assert call.load is not None and subject.source is not None
+    source, config, words = subject.source, subject.config, subject.words
     try:
         others = baselines.measured(source.config, config, call, runtime, call.load.parent / "baselines")
     except baselines.InterruptedBySignalError as interrupted:
@@ -369,6 +393,8 @@ def compare(
     mine = baselines.Baseline(config.algorithm, "as trained", result)
     results = {f"{b.name}\n{b.how}": b.evaluation for b in (mine, *others)}
     print("\n" + report.comparison_table(results, config.query_norm, words))
+    if not runtime.world.first:
+        return 0
     curves: dict[str, tuple[list[int], list[float]]] = {}
     if config.dataset in settings.REGRESSION and source.progress["training"]:
         ends, losses = baselines.windows_of(source.progress["training"])

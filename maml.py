@@ -13,9 +13,10 @@ predictions out; no flags, files, datasets or logging. The inner loop is written
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -85,6 +86,8 @@ class MAML(InnerLoop):
         example: one task's inputs `[examples, ...]`, on which a pass shows which buffers the learner changes;
             only for learners with buffers, which are all copied for each task without.
         vectorised: run tasks at once by `vmap`; else one after another, for learners that cannot be.
+        in_transform: the meta-gradient itself is to be called within a transform of `torch.func`, such as the
+            `vmap` of several runs at once.
         accelerate: makes a faster function of each vectorised function of tensors that the
             meta-gradient is made of (see compiler.py).
 
@@ -118,6 +121,7 @@ class MAML(InnerLoop):
         tasks_at_once: int | None = None,
         example: Tree | None = None,
         vectorised: bool = True,
+        in_transform: bool = False,
         accelerate: Accelerate = as_it_is,
     ) -> None:
         self._options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -160,12 +164,26 @@ class MAML(InnerLoop):
         elif meta_gradient in ("reptile", "joint"):
             self.way = (Reptile if meta_gradient == "reptile" else Joint)(self, accelerate)
         else:
-            self.way = (Adjoint if engine == "adjoint" else Unrolled)(self, accelerate)
+            unrolled = partial(Unrolled, in_transform=in_transform)
+            self.way = (Adjoint if engine == "adjoint" else unrolled)(self, accelerate)
 
     def training_examples(self, batch: TaskBatch) -> int:
         """Examples of a task that the inner loop learns from while meta-training."""
         queries = first_tensor(batch.query_x).shape[1] if isinstance(self.way, Reptile) else 0
         return first_tensor(batch.support_x).shape[1] + queries
+
+    @contextmanager
+    def at_rate(self, lr: Tensor | float | None) -> Iterator[None]:
+        """Within it, the learning rate of the inner loop; None: as it is."""
+        if lr is None:
+            yield
+            return
+        before = self.optimizer
+        self.optimizer = replace(before, lr=lr)
+        try:
+            yield
+        finally:
+            self.optimizer = before
 
     def with_options(self, **changes: Any) -> MAML:
         """The same with other arguments."""
@@ -195,10 +213,13 @@ class MAML(InnerLoop):
         order: Tensor | None = None,
         keys: Tensor | None = None,
         step_weights: Tensor | None = None,
+        tasks: int | None = None,
     ) -> MetaGradient:
         """The gradient of the objective, averaged over tasks, in the meta-parameters.
 
         Arguments:
+            tasks: of the meta-batch, where `batch` is but a part of it: the gradients, and statistics, of all
+                parts add up to the mean; None: those of the batch.
             order: the examples of the minibatch of each inner step, int64 `[tasks, steps, batch]`, as
                 positions in the support set (Reptile: in support and query together); None: all of them.
             keys: of the learner's random numbers, 32-bit words in int64 `[tasks, 2]`; each task, step and
@@ -207,7 +228,7 @@ class MAML(InnerLoop):
         """
         schedule = {} if step_weights is None else {"step_weights": step_weights}
         parts = [self.way(parameters, schedule, *chunk) for chunk in self._chunks(batch, order, keys)]
-        tasks = _tasks(batch)
+        tasks = tasks or _tasks(batch)
         sums, losses, outputs, statistics = zip(*parts, strict=True)
         return MetaGradient(
             {name: sum(part[name] for part in sums) / tasks for name in parameters},

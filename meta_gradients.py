@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp
 
-from inner_loop import InnerLoop, Shared, mean_of_both, minibatch, pass_around, stacked
+from inner_loop import InnerLoop, Passed, Shared, mean_of_both, minibatch, pass_around, stacked
 from optimizers import InnerState, Weights
 from tasks import Tree, first_tensor, tree_map
 
@@ -42,17 +42,27 @@ class Sums(NamedTuple):
 class Unrolled:
     """Reverse over reverse: the derivative of the whole inner loop."""
 
-    def __init__(self, loop: InnerLoop, accelerate: Accelerate) -> None:
+    def __init__(self, loop: InnerLoop, accelerate: Accelerate, *, in_transform: bool = False) -> None:
         self.loop = loop
-        self.gradient = accelerate(self._gradient)
+        # autograd has less to do for an operation than a transform, a quarter of the time of a small network
+        self.gradient = accelerate(self._by_transform if in_transform else self._by_autograd)
 
     def __call__(self, parameters: Weights, schedule: Weights, *task: Any) -> Sums:
         return Sums(*self.gradient(parameters, schedule, *task))
 
-    def _gradient(self, parameters: Weights, schedule: Weights, *task: Any) -> tuple[Any, ...]:
+    def _total(self, parameters: Weights, schedule: Weights, *task: Any) -> tuple[Tensor, Passed]:
+        objective = self.loop.over_tasks(lambda *one: self.loop.objective(parameters, schedule, *one))
+        totals, passed = objective(*task)
+        return totals.sum(), passed
+
+    def _by_transform(self, *arguments: Any) -> tuple[Any, ...]:
+        gradients, passed = grad(self._total, has_aux=True)(*arguments)
+        return gradients, passed.loss, passed.outputs, _sum_over_tasks(passed.statistics)
+
+    def _by_autograd(self, parameters: Weights, *others: Any) -> tuple[Any, ...]:
         leaves = {name: w.detach().requires_grad_() for name, w in parameters.items()}
-        totals, passed = self.loop.over_tasks(lambda *one: self.loop.objective(leaves, schedule, *one))(*task)
-        gradients = torch.autograd.grad(totals.sum(), list(leaves.values()), materialize_grads=True)
+        total, passed = self._total(leaves, *others)
+        gradients = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
         named = dict(zip(leaves, gradients, strict=True))
         outputs = tree_map(Tensor.detach, passed.outputs)
         return named, passed.loss.detach(), outputs, _sum_over_tasks(passed.statistics)
@@ -169,11 +179,11 @@ class Adjoint:
 
         `axis` is the tasks' in the state; what tasks share receives the sum over them.
         """
-        update = self.loop.optimizer.update
 
         def of_update(
             state: InnerState, gradients: Weights, shared: Shared, cotangent: InnerState
         ) -> tuple[InnerState, Weights, Weights, Weights]:
+            update = self.loop.optimizer.update
             return vjp(update, state, gradients, shared.rates, shared.anchor)[1](cotangent)
 
         def back(

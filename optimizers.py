@@ -39,7 +39,7 @@ class InnerOptimizer:
             (Rajeswaran et al. 2019).
     """
 
-    lr: float
+    lr: float | Tensor
     name: str = "sgd"
     momentum: float = 0.9
     beta_1: float = 0.9

@@ -45,8 +45,8 @@ class Stream(NamedTuple):
     key_2: int | Tensor
 
     @classmethod
-    def from_seed(cls, seed: int) -> Stream:
-        """The root stream of a seed in [0, 2^63)."""
+    def from_seed(cls, seed: int | Tensor) -> Stream:
+        """The root stream of a seed in [0, 2^63), a number or an int64 tensor."""
         low, high = seed & _MASK, seed >> 32
         return cls(mix(mix(low ^ 0x9E3779B9) ^ high), mix(mix(high ^ 0x85EBCA6B) ^ low))
 
@@ -104,11 +104,13 @@ def minibatch_order(stream: Stream, examples: int, batch: int | None, steps: int
     return torch.cat(orders, 1)[:, : steps * batch].unflatten(1, (steps, batch))
 
 
-def task_stream(split: str, seed: int, iteration: int | Tensor, tasks: range, device: torch.device) -> Stream:
-    """One independent random stream for each task."""
+def task_stream(
+    split: str, seed: int | Tensor, iteration: int | Tensor, tasks: range | Tensor, device: torch.device
+) -> Stream:
+    """One independent random stream for each task, by its number."""
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}: one of {', '.join(SPLITS)}")
-    numbers = torch.arange(tasks.start, tasks.stop, device=device)
+    numbers = torch.arange(tasks.start, tasks.stop, device=device) if isinstance(tasks, range) else tasks
     return Stream.from_seed(seed).at(split).at(iteration).at(numbers)
 
 

@@ -94,6 +94,20 @@ class RunLog:
         self.writer.close()
 
 
+class NoLog:
+    """The log of a process that writes none."""
+
+    def scalars(self, values: Mapping[str, float], iteration: int) -> None: ...
+
+    def text(self, tag: str, text: str, iteration: int) -> None: ...
+
+    def figure(self, tag: str, figure: Figure, iteration: int, file: Path) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def _drop_events(folder: Path, begin_at: int) -> None:
     """Removes what lies at or after an iteration from the folder's event files.
 

@@ -1,4 +1,4 @@
-"""Device, precision and threads: decided here, once, and passed on as tensors' properties."""
+"""Device, precision, threads and processes: decided here, once, and passed on."""
 
 from __future__ import annotations
 
@@ -11,56 +11,106 @@ import numpy as np
 import torch
 
 from errors import UsageError
+from world import ALONE, World
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where tensors live and of what type they are."""
+    """Where tensors live, of what type they are, and which processes work on them."""
 
     device: torch.device
     dtype: torch.dtype
     compute_dtype: torch.dtype | None = None  # of the learner's arithmetic, where it is another
+    world: World = ALONE
 
     def describe(self) -> str:
         """The device in words, for people and result files."""
+        threads = torch.get_num_threads()
+        of_each = "" if self.world.size == 1 else f"{self.world.size} processes of "
         if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
-        name = platform.processor() or platform.machine()
-        return f"{name} {self.device.type}, {torch.get_num_threads()} threads"
+            name = torch.cuda.get_device_name(self.device)
+        else:
+            name = f"{platform.processor() or platform.machine()} {self.device.type}"
+        return f"{name}, {of_each}{threads} thread{'s' * (threads > 1)}"
 
 
-def set_up(device: str, precision: str, *, small_tensors: bool) -> Runtime:
-    """The runtime of a name from --device ("auto": CUDA where there is any, else the CPU).
+def device_of(name: str, world: World) -> torch.device:
+    """The device of a name from --device ("auto": CUDA where there is any, else the CPU), of several GPUs
+    this process's own.
 
-    With `small_tensors` one thread is used, unless OMP_NUM_THREADS says otherwise: splitting the
-    sinusoid network's operations costs more than it saves (by a quarter on two cores).
-    Raises UsageError where the device is not there.
+    Raises UsageError where it is not there.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: PyTorch finds no CUDA GPU here; use --device cpu")
-    if device == "mps" and not torch.backends.mps.is_available():
+    if name == "mps" and not torch.backends.mps.is_available():
         raise UsageError("--device mps: PyTorch finds no Apple GPU here; use --device cpu")
-    if device == "mps" and precision == "float64":
+    if name == "mps" and world.size > 1:
+        raise UsageError("--device mps is for a process on its own: use --device cpu, or no torchrun")
+    if name != "cuda" or world.size == 1:
+        return torch.device(name)
+    gpus = torch.cuda.device_count()
+    if world.local_size > gpus:
+        raise UsageError(
+            f"{world.local_size} processes on a machine with {gpus} GPUs: torchrun --nproc-per-node={gpus}"
+        )
+    device = torch.device("cuda", world.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def threads_for(asked: int | None, world: World, *, small_tensors: bool) -> int | None:
+    """Threads of this process; None: as PyTorch has it.
+
+    Without --threads: as OMP_NUM_THREADS says, else one with `small_tensors`, since splitting the sinusoid
+    network's operations costs more than it saves (by a quarter on two cores). Several processes share the
+    machine's cores; that torchrun sets OMP_NUM_THREADS to one is no decision of the user's.
+    """
+    if asked is not None:
+        return asked
+    by_environment = os.environ.get("OMP_NUM_THREADS")
+    if by_environment is not None and (world.size == 1 or by_environment != "1"):
+        return None
+    if small_tensors:
+        return 1
+    return None if world.size == 1 else max(1, _cores() // world.local_size)
+
+
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def set_up(
+    device: torch.device,
+    precision: str,
+    *,
+    small_tensors: bool,
+    threads: int | None = None,
+    world: World = ALONE,
+) -> Runtime:
+    """The runtime on a device; raises UsageError for a precision that it has not."""
+    if device.type == "mps" and precision == "float64":
         raise UsageError("--device mps has no float64: use --precision float32 or --device cpu")
-    if device != "cuda" and precision == "tf32":
-        raise UsageError(f"--precision tf32 is for CUDA GPUs, not for --device {device}")
-    if device == "cuda":  # float32 is float32, and the same run gives the same bits
+    if device.type != "cuda" and precision == "tf32":
+        raise UsageError(f"--precision tf32 is for CUDA GPUs, not for --device {device.type}")
+    if device.type == "cuda":  # float32 is float32, and the same run gives the same bits
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         torch.backends.cudnn.allow_tf32 = precision == "tf32"
         torch.backends.cudnn.deterministic = True
     # torch.func's own, of a module that it imports
     warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated", category=FutureWarning)
-    if small_tensors and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
+    number = threads_for(threads, world, small_tensors=small_tensors)
+    if number is not None:
+        torch.set_num_threads(number)
     dtype, compute_dtype = {
         "float64": (torch.float64, None),
         "float32": (torch.float32, None),
         "tf32": (torch.float32, None),
         "bf16": (torch.float32, torch.bfloat16),
     }[precision]
-    return Runtime(torch.device(device), dtype, compute_dtype)
+    return Runtime(device, dtype, compute_dtype, world)
 
 
 def versions() -> dict[str, str]:

@@ -26,7 +26,12 @@ def multi_step_weights(iteration: Tensor, steps: int, iterations: int, dtype: to
 
 
 def meta_lr_at(
-    schedule: str, iteration: Tensor, first: float, final: float, iterations: int, dtype: torch.dtype
+    schedule: str,
+    iteration: Tensor,
+    first: Tensor | float,
+    final: Tensor | float,
+    iterations: int,
+    dtype: torch.dtype,
 ) -> Tensor | float:
     """The learning rate of the outer loop: constant, or from `first` to `final` in so many iterations,
     along a line or a half wave of the cosine. `iteration` counts from 0."""

@@ -29,7 +29,9 @@ class TaskDistribution(Protocol):
     """Anything that samples tasks."""
 
     classification: bool  # labels are classes, and accuracy means something
-    computed: bool  # `sample` computes tasks from numbers alone, so that it can be compiled with the step
+    # `sample` computes tasks from numbers alone, so that it can be compiled with the step, and takes the seed
+    # and the tasks' numbers as int64 tensors, too
+    computed: bool
     on_host: bool  # `sample` works on the host, ahead of its call: it asks for the iteration as a number
 
     @property
@@ -46,7 +48,7 @@ class TaskDistribution(Protocol):
         """The same tasks with another number of support examples (per class in classification)."""
         ...
 
-    def sample(self, split: str, seed: int, iteration: int | Tensor, tasks: range) -> TaskBatch:
+    def sample(self, split: str, seed: Any, iteration: int | Tensor, tasks: Any) -> TaskBatch:
         """The tasks with these numbers of an iteration, of the "train", "validation" or "test" split.
 
         The iteration may be an int64 scalar on the distribution's device; the tasks are the same.

@@ -31,9 +31,10 @@ from normalisation import norm_layers, recorded_statistics
 from optimizers import Weights
 from presets import data_facts
 from randomness import keys_of, minibatch_order, task_stream
-from runtime import Runtime, set_up, versions
+from runtime import Runtime, device_of, set_up, versions
 from tables import load_table
 from tasks import Tree, first_tensor, joined, tree_map
+from world import ALONE
 
 QUERIES_AT_ONCE = 256  # predictions that do not depend on each other bound memory so
 
@@ -154,7 +155,7 @@ def load(
     given = {name: value for name, value in (("learner", learner), ("loss", loss)) if value is not None}
     config = settings.resolve_from(source.config, given, evaluate=True, adapt=True)
     config = replace(config, convolution="grouped", tasks_at_once=None)
-    runtime = set_up(device, config.precision, small_tensors=False)
+    runtime = set_up(device_of(device, ALONE), config.precision, small_tensors=False)
     example = tree_map(lambda part: part.to(runtime.device), example)
     module = module_of(config, runtime, outputs or config.ways or 1, example, fixed=source.fixed)
     maml = algorithm_of(config, runtime, module, example)

@@ -47,7 +47,6 @@ from learner import build_learner  # noqa: E402
 from maml import MAML, as_it_is  # noqa: E402
 from meta_step import FlatLayout, MetaStep, OuterLoop, State  # noqa: E402
 from tasks import TaskBatch  # noqa: E402
-from trainer import metrics_of_regression  # noqa: E402
 
 OURS = "this tool"
 EAGER = "this tool, uncompiled"
@@ -110,8 +109,8 @@ def ours(work: Work, *, compute_dtype: torch.dtype | None = None, **given: Any) 
     parameters = maml.initial_parameters()
     layout = FlatLayout(parameters)
     step = MetaStep(
-        maml, work.distribution, OuterLoop(META_LR), layout=layout, metrics=metrics_of_regression,
-        seed=0, tasks=work.tasks, accelerate=accelerate,
+        maml, work.distribution, OuterLoop(META_LR), layout=layout,
+        member={"seed": torch.tensor(0)}, tasks=work.tasks, accelerate=accelerate,
     )  # fmt: skip
     vector = layout.flatten(parameters)
     moments = torch.zeros_like(vector), torch.zeros_like(vector)

@@ -20,7 +20,6 @@ from maml import MAML, as_it_is
 from meta_step import FlatLayout, MetaStep, OuterLoop, State, adam, clipped
 from optimizers import InnerOptimizer
 from tasks import TaskBatch
-from trainer import metrics_of_regression
 
 CPU = torch.device("cpu")
 
@@ -49,8 +48,7 @@ def iteration(
         OuterLoop(0.01, **{"clip_value": 0.5, "clip_norm": 0.3} | (outer or {})),
         layout=layout,
         statistics_layout=FlatLayout(statistics) if statistics else None,
-        metrics=metrics_of_regression,
-        seed=5,
+        member={"seed": torch.tensor(5)},
         tasks=3,
         accelerate=accelerate,
     )

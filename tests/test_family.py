@@ -302,7 +302,7 @@ def test_the_rate_of_a_baseline_is_the_best_on_validation_tasks(
 def baselines_runtime():
     from runtime import set_up
 
-    return set_up("cpu", "float32", small_tensors=True)
+    return set_up(torch.device("cpu"), "float32", small_tensors=True)
 
 
 def test_baselines_of_a_compiled_run_are_trained_where_there_is_no_compiler(tmp_path, monkeypatch):

@@ -1,0 +1,150 @@
+"""Meta-test of a checkpoint, or of a fresh initialisation: what --eval measures and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import config as settings
+import evaluation
+import report
+from building import build
+from checkpoint import Checkpoint, check_same_split, fitting_parameters, load_checkpoint
+from config import Config, Invocation
+from dataset import Regression
+from evaluation import Evaluation
+from losses import loss_name
+from maml import MAML
+from optimizers import Weights
+from runtime import Runtime, versions
+from tasks import TaskDistribution
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is to be measured, and how."""
+
+    file: Path | None  # None: the fresh initialisation
+    source: Checkpoint | None
+    config: Config
+
+    @classmethod
+    def read(cls, file: Path | None, call: Invocation, given: Mapping[str, Any]) -> Subject:
+        """A checkpoint with its settings, and those flags that may differ; uncompiled, whatever it was."""
+        source = None if file is None else load_checkpoint(file)
+        if source is None:
+            config = settings.resolve(given)
+        else:
+            other = call.eval_dataset
+            config = settings.resolve_from(source.config, given, evaluate=True, eval_dataset=other)
+        config = replace(config, convolution="grouped", tasks_at_once=given.get("tasks_at_once"))
+        return cls(file, source, config)
+
+    @property
+    def name(self) -> str:
+        if self.source is None:
+            return "the fresh initialisation (no --load)"
+        return f"{self.file}, iteration {self.source.iteration:,}"
+
+    @property
+    def size(self) -> str:
+        """Ways and shots in words."""
+        config = self.config
+        return f"{config.ways}way-{config.shots}shot" if config.classification else f"{config.shots}shot"
+
+    def stem(self, *, with_run: bool) -> str:
+        """The beginning of its results' names; `with_run`, if those of several runs may meet."""
+        if self.file is None:
+            config = self.config
+            return f"fresh-{config.learner_name}-{config.init}-seed{config.seed}"
+        return f"{self.file.resolve().parent.name}-{self.file.stem}" if with_run else self.file.stem
+
+    @property
+    def words(self) -> report.Words:
+        config = self.config
+        return report.Words(
+            loss_name=loss_name(config.loss),
+            trained_steps=config.trained_steps,
+            test_steps=config.test_steps,
+            title=f"{config.dataset_name}, {self.size}, {config.eval_tasks} test tasks",
+        )
+
+    def record(self, runtime: Runtime) -> dict[str, Any]:
+        """What a result file says about where the numbers come from."""
+        return {
+            "checkpoint": self.file,
+            "iteration": self.source.iteration if self.source else 0,
+            "split": "test",
+            "tasks": self.config.eval_tasks,
+            "tasks_seed": evaluation.SEED,
+            "trained_steps": self.config.trained_steps,
+            "test_steps": self.config.test_steps,
+            "settings": settings.config_to_plain(self.config),
+            "versions": versions(),
+            "device": runtime.describe(),
+        }
+
+    def built(self, call: Invocation, runtime: Runtime) -> Built:
+        """Its algorithm, tasks and weights; raises UsageError where they do not fit."""
+        config, source = self.config, self.source
+        distribution, maml = build(config, call, runtime, fixed=source.fixed if source else None)
+        parameters, statistics = maml.initial_parameters(config.seed), maml.initial_statistics()
+        if source is not None and self.file is not None:
+            if call.eval_dataset is None:
+                check_same_split(self.file, source.splits, distribution.split_names)
+            parameters = fitting_parameters(self.file, source.parameters, parameters, config.learner)
+            statistics = fitting_parameters(self.file, source.statistics, statistics, config.learner)
+        return Built(self, maml, distribution, parameters, statistics)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A subject, ready to be measured."""
+
+    subject: Subject
+    maml: MAML
+    distribution: TaskDistribution
+    parameters: Weights
+    statistics: Weights
+
+    def measured(self, runtime: Runtime) -> Evaluation:
+        """On the test tasks, with all that batch norm can do."""
+        config = self.subject.config
+        normalisations: tuple[str, ...] = (config.query_norm,)
+        if self.maml.has_batch_norm:
+            normalisations = ("transductive", "inductive", *["per-step"] * bool(self.statistics))
+        return evaluation.evaluate(
+            self.maml,
+            self.parameters,
+            self.distribution,
+            "test",
+            tasks=config.eval_tasks,
+            steps=config.eval_steps,
+            normalisations=normalisations,
+            statistics=self.statistics,
+            inner_batch=config.eval_inner_batch,
+            world=runtime.world,
+        )
+
+    def write(self, result: Evaluation, file: str, record: Mapping[str, Any]) -> None:
+        """The result as JSON and as a picture, beside which regression has some curves."""
+        config = self.subject.config
+        report.write_json(Path(f"{file}.json"), {**record, **report.evaluation_record(result)})
+        fits = None
+        if isinstance(self.distribution, Regression):
+            shown = sorted({0, min(config.trained_steps, config.eval_steps), config.eval_steps})
+            batch, outputs = evaluation.examples(
+                self.maml,
+                self.parameters,
+                self.distribution,
+                "test",
+                tasks=3,
+                steps=config.eval_steps,
+                normalisation=config.query_norm,
+                inner_batch=config.eval_inner_batch,
+            )
+            fits = (batch, outputs, shown)
+        figure = report.evaluation_figure(result, self.subject.words, fits)
+        report.write_figure(Path(f"{file}.png"), figure)

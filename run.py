@@ -1,0 +1,238 @@
+"""A run: its settings and folder, its curves, and what it saves and shows."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint import BEST, Checkpoint, Curve, Progress, adam_state
+from config import Config, meaningful
+from evaluation import Evaluation, can_be_drawn, examples
+from inner_loop import RATE
+from losses import loss_name
+from maml import MAML
+from optimizers import Weights
+from report import (
+    NoLog,
+    RunLog,
+    fits_figure,
+    learning_figure,
+    settings_as_markdown,
+    tasks_figure,
+    write_figure,
+    write_json,
+)
+from tasks import TaskDistribution
+
+FINAL_ITERATIONS = 500  # whose mean training loss is reported at the end
+
+
+class Run:
+    """What belongs to one run, of the one or the several that are trained at once.
+
+    Arguments:
+        parameters: what it begins with, or goes on from.
+        start: a checkpoint to go on from, its parameters already those of `parameters`.
+        origin: where else the parameters come from, if not from the initialisation; for the record.
+        writes: whether this process is the one that writes to the folder.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        parameters: Weights,
+        start: Checkpoint | None = None,
+        origin: str | None = None,
+        *,
+        writes: bool = True,
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.parameters = parameters
+        self.start = start
+        self.writes = writes
+        self.iteration = start.iteration if start else 0
+        self.progress = Progress(**start.progress) if start else Progress(origin=origin)
+        self.log_every = min(config.log_every, config.iterations)  # a short run has a curve, too
+        self.warned = False
+        self.log: RunLog | NoLog = NoLog()
+
+    def begin(self) -> None:
+        """Opens the event files."""
+        if self.writes:
+            self.log = RunLog(self.folder, begin_at=self.iteration + 1 if self.iteration else 0)
+        if not self.iteration:
+            self.log.text("settings", settings_as_markdown(meaningful(self.config) | self._origin()), 0)
+
+    def _origin(self) -> dict[str, str]:
+        return {"initial_weights": self.progress.origin} if self.progress.origin else {}
+
+    # ---- curves -----------------------------------------------------------------------------
+
+    def add_training(self, means: dict[str, float], rate: float, meta_lr: float) -> None:
+        """A point of the training curves: means since the last one."""
+        self.progress.window_size = 0
+        _extend(self.progress.training, self.iteration, means)
+        if self.writes and not math.isfinite(means["query_loss"]) and not self.warned:
+            self.warned = True
+            tqdm.write(
+                f"The training loss is {means['query_loss']} at iteration {self.iteration:,}: "
+                "try a smaller --inner-lr or --meta-lr, or --grad-clip",
+                file=sys.stderr,
+            )
+        self.log.scalars({f"train/{name}": value for name, value in means.items()}, self.iteration)
+        self.log.scalars({"speed/iterations_per_second": rate, "optimizer/meta_lr": meta_lr}, self.iteration)
+        if self.config.inner_rates != "fixed":
+            self.log.scalars(self._inner_rates(), self.iteration)
+
+    def _inner_rates(self) -> dict[str, float]:
+        """Learned inner rates by tag: of each weight and step; of elements, the mean and the least."""
+        rates = {name[len(RATE) :]: r for name, r in self.parameters.items() if name.startswith(RATE)}
+        values: dict[str, float] = {}
+        for name, rate in rates.items():
+            if self.config.inner_rates == "layer-step":
+                steps = enumerate(rate.tolist(), 1)
+                values |= {f"inner_lr/{name}/step_{step}": value for step, value in steps}
+            else:
+                values[f"inner_lr/{name}/mean"] = rate.mean().item()
+                values[f"inner_lr/{name}/least"] = rate.min().item()
+        return values
+
+    def add_validation(self, evaluation: Evaluation) -> bool:
+        """A point of the validation curves; whether it is the best so far."""
+        norm = self.config.query_norm
+        values = {"query_loss": evaluation.losses[norm][:, -1].mean().item()}
+        if evaluation.accuracies:
+            values["query_accuracy"] = evaluation.accuracies[norm][:, -1].mean().item()
+        self.log.scalars({f"validation/{name}": value for name, value in values.items()}, self.iteration)
+        _extend(self.progress.validation, self.iteration, values)
+        score = values.get("query_accuracy", -values["query_loss"])
+        best = self.progress.best_score
+        if not math.isfinite(score) or (best is not None and score <= best):
+            return False
+        self.progress.best_score, self.progress.best_iteration = score, self.iteration
+        return True
+
+    def draw_examples(self, maml: MAML, distribution: TaskDistribution) -> None:
+        """Validation tasks before and after adaptation, as a picture."""
+        config = self.config
+        regression = not distribution.classification
+        if not self.writes or not can_be_drawn(distribution):
+            return
+        batch, outputs = examples(
+            maml,
+            self.parameters,
+            distribution,
+            "validation",
+            tasks=4 if regression else 3,
+            steps=max(config.steps, config.test_steps),
+            normalisation=config.query_norm,
+            inner_batch=config.eval_inner_batch,
+        )
+        title = f"validation tasks, iteration {self.iteration:,}"
+        if regression:
+            shown = sorted({0, config.steps, config.test_steps})
+            figure = fits_figure(batch, outputs, shown, title)
+        else:
+            assert config.ways is not None
+            figure = tasks_figure(
+                batch,
+                outputs,
+                ways=config.ways,
+                shots=config.shots,
+                queries=config.queries,
+                step=config.test_steps,
+                title=f"{title}, after {config.test_steps} steps",
+            )
+        self.log.figure("examples", figure, self.iteration, self.folder / "examples.png")
+
+    # ---- saving -----------------------------------------------------------------------------
+
+    def checkpoint(
+        self,
+        moments: list[Weights],
+        statistics: Weights,
+        window: dict[str, float],
+        maml: MAML,
+        distribution: TaskDistribution,
+    ) -> Checkpoint:
+        """The run as it is to be saved; what it claims to have seen must be in the event files first."""
+        self.log.flush()
+        self.progress.window = window
+        return Checkpoint(
+            self.config,
+            self.iteration,
+            _owned(self.parameters),
+            adam_state(self.iteration, *map(_owned, moments)),
+            asdict(self.progress),
+            _owned(statistics),
+            {name: t.cpu() for name, t in maml.fixed.items()},
+            distribution.split_names,
+        )
+
+    # ---- the end ----------------------------------------------------------------------------
+
+    @property
+    def best_file(self) -> Path | None:
+        return self.folder / BEST if self.progress.best_iteration else None
+
+    def final_loss(self) -> tuple[float, int, int] | None:
+        """Mean training loss of the last 500 iterations, and the first and the last of them.
+
+        Whole points of the curve only: of fewer or more iterations, where these do not divide 500.
+        """
+        if not self.progress.training:
+            return None
+        ends = [int(end) for end in self.progress.training["iteration"]]
+        losses = self.progress.training["query_loss"]
+        total, first = 0.0, ends[-1] + 1
+        for position in reversed(range(len(ends))):
+            begin = ends[position - 1] + 1 if position else 1
+            if ends[-1] - begin >= FINAL_ITERATIONS and first <= ends[-1]:
+                break
+            total += losses[position] * (ends[position] - begin + 1)
+            first = begin
+        return total / (ends[-1] - first + 1), first, ends[-1]
+
+    def end(self, *, classification: bool) -> None:
+        """Closes the event files and writes the curves as JSON and as a picture."""
+        self.log.close()
+        if not self.writes:
+            return
+        final = self.final_loss()
+        result: dict[str, Any] = {
+            "settings": meaningful(self.config) | self._origin(),
+            "iteration": self.iteration,
+            "best_iteration": self.progress.best_iteration,
+            "final_training_loss": final and dict(zip(("mean", "from", "to"), final, strict=True)),
+            "training": self.progress.training,
+            "validation": self.progress.validation,
+        }
+        write_json(self.folder / "training.json", result)
+        if not self.progress.training or not self.progress.validation:
+            return
+        figure = learning_figure(
+            self.progress.training,
+            self.progress.validation,
+            measure="query_accuracy" if classification else "query_loss",
+            label="query accuracy" if classification else f"query {loss_name(self.config.loss)}",
+            log_every=self.log_every,
+        )
+        write_figure(self.folder / "training.png", figure)
+
+
+def _extend(curve: Curve, iteration: int, values: dict[str, float]) -> None:
+    for name, value in {"iteration": iteration, **values}.items():
+        curve.setdefault(name, []).append(value)
+
+
+def _owned(weights: Weights) -> dict[str, Tensor]:
+    """Of their own: a view would be saved with the whole vector behind it."""
+    return {name: w.clone() for name, w in weights.items()}
