@@ -51,19 +51,27 @@ def build(
     accelerate: Compiler | None = None,
     *,
     fixed: Weights | None = None,
+    distribution: TaskDistribution | None = None,
 ) -> tuple[TaskDistribution, MAML]:
     """Tasks and algorithm for these settings; the learner in it has its initial weights.
 
-    `fixed`: what of a learner is not learned, as a checkpoint has it (see `MAML.fixed`).
+    `fixed`: what of a learner is not learned, as a checkpoint has it (see `MAML.fixed`). `distribution`: the
+    tasks, where another run has built the same.
     """
     check_learner(config.learner)  # before there is work with the data
     build_loss(config.loss, config.loss_args)
-    distribution = tasks_of(config, call, runtime)
+    distribution = distribution or tasks_of(config, call, runtime)
     example = distribution.sample("test" if call.eval_dataset else "train", 0, 0, range(1))
     outputs = config.ways if config.classification else first_tensor(example.support_y).shape[-1]
     one_task = tree_map(lambda part: part[0], example.support_x)
     learner = module_of(config, runtime, outputs or 1, one_task, fixed=fixed)
     return distribution, algorithm_of(config, runtime, learner, one_task, accelerate)
+
+
+def data_of(config: Config) -> tuple[Any, ...]:
+    """The settings that decide what the tasks are, and where: runs that agree in these can share them."""
+    names = (name for name, flag in settings.CONFIG_FLAGS.items() if flag.group == "tasks")
+    return tuple(getattr(config, name) for name in (*names, "precision", "images_on"))
 
 
 def tasks_of(config: Config, call: Invocation, runtime: Runtime) -> TaskDistribution:

@@ -30,6 +30,7 @@ from flags import (
     flag,
     flags_of,
     key_and_value,
+    key_and_values,
     not_negative,
     seed_range,
 )
@@ -463,6 +464,11 @@ class Config:
         return learner_facts(self.learner).adapt_norm is not None
 
     @property
+    def task_size(self) -> str:
+        """Ways and shots in words."""
+        return f"{self.ways}way-{self.shots}shot" if self.classification else f"{self.shots}shot"
+
+    @property
     def dataset_name(self) -> str:
         """The dataset in a name of a file."""
         return _as_name(self.dataset)
@@ -513,6 +519,18 @@ class Invocation:
     load: Path | None = flag(
         "--load", group="what to do", kind=Path, metavar="FILE", default=None, optional=True,
         help="the checkpoint to evaluate, or, without --eval, the run to go on with",
+    )  # fmt: skip
+    seeds: str | None = flag(
+        "--seeds", group="what to do", kind=str, metavar="LIST", default=None, optional=True,
+        help="train a run of each of these seeds at once, as 0-7 or 0,3,5-9; --eval --load takes the folder",
+    )  # fmt: skip
+    sweep: tuple[str, ...] = flag(
+        "--sweep", group="what to do", kind=tuple, check=key_and_values, metavar="FLAG=A,B,...", default=(),
+        help="train a run of each value of a flag, or of each combination of several flags' values and seeds",
+    )  # fmt: skip
+    runs_at_once: int | None = flag(
+        "--runs-at-once", group="machine", kind=int, check=at_least(1), metavar="N", default=None,
+        optional=True, help="of --seeds and --sweep, which bounds memory; 1: one after another",
     )  # fmt: skip
     resume: bool = flag(
         "--resume", group="what to do", kind=bool, default=False,
@@ -637,6 +655,8 @@ def _default_text(name: str, declaration: Flag) -> str:
         return "from the settings and the time"
     if name == "out":
         return "beside the checkpoint"
+    if name == "runs_at_once":
+        return "all that differ in numbers alone"
     if name == "threads":
         return "by the learner and the machine"
     return _show(declaration.default)
@@ -1220,6 +1240,20 @@ def check_invocation(given: Mapping[str, Any]) -> Invocation:
             call.adapt and given.keys() & {"ways", "shots", "queries", "eval_tasks", "eval_steps", "samples"},
             "-n, -k, -q, --samples, --eval-tasks and --eval-steps mean nothing with --adapt: the files say "
             "what there is; --test-steps is the number of inner steps",
+        ),
+        (
+            (call.seeds or call.sweep) and (call.eval or call.adapt or call.load),
+            "--seeds and --sweep begin runs, or go on with them with --resume: leave out --eval, --adapt and "
+            "--load",
+        ),
+        (call.seeds and "seed" in given, "--seed and --seeds: give one of them"),
+        (
+            (call.seeds or call.sweep) and (call.autotune or call.shard),
+            "--autotune and --shard are for one run: leave out --seeds and --sweep",
+        ),
+        (
+            call.runs_at_once and not (call.seeds or call.sweep),
+            "--runs-at-once is for many runs: give --seeds or --sweep",
         ),
         (call.save_weights and not call.adapt, "--save-weights writes adapted weights: it needs --adapt"),
         (

@@ -46,6 +46,11 @@ def key_and_value(text: str) -> str | None:
     return None if equals and key.isidentifier() else "NAME=VALUE"
 
 
+def key_and_values(text: str) -> str | None:
+    key, equals, values = text.partition("=")
+    return None if equals and key and all(values.split(",")) else "FLAG=A,B,..."
+
+
 KIND_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", tuple: "a list"}
 
 

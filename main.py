@@ -20,28 +20,30 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import config as settings
 from config import Config, Invocation
 from errors import LostError, UsageError
+from members import Member, members_of
 
 if TYPE_CHECKING:
-    from checkpoint import Checkpoint
     from evaluation import Evaluation
-    from maml import MAML
     from measuring import Subject
-    from optimizers import Weights
     from run import Run
     from runtime import Runtime
+    from several import Found
+    from tasks import TaskDistribution
     from world import World
 
 
 FIRST_PROCESS = os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.environ  # of torchrun's
+SAYING_SECONDS = 3.0
+A_YEAR = 60.0 * 24 * 365  # in minutes
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory")  # of RuntimeErrors of PyTorch
 
 
@@ -53,7 +55,9 @@ def main(arguments: list[str]) -> int:
     try:
         return command(arguments)
     except (UsageError, OSError) as error:
-        if FIRST_PROCESS:  # all processes refuse what one of them does
+        if not FIRST_PROCESS:  # all refuse what one of them does; the first says so, and must not be ended
+            time.sleep(SAYING_SECONDS)
+        else:
             text = " ".join(str(error).split()) if isinstance(error, UsageError) else error
             print(f"main.py: error: {text}", file=sys.stderr)
         return 2
@@ -83,8 +87,10 @@ def command(arguments: list[str]) -> int:
     """The same, with errors raised."""
     given = settings.parse(arguments)
     call = settings.check_invocation(given)
-    if call.load is None and not call.resume:
-        settings.resolve(given)  # mistakes answer before PyTorch is imported
+    # mistakes answer before PyTorch is imported
+    members = members_of(call, given)
+    if call.load is None and not call.resume and not members:
+        settings.resolve(given)
 
     from runtime import device_of
     from world import join, launched, leave
@@ -93,8 +99,11 @@ def command(arguments: list[str]) -> int:
     if world.size > 1:
         if call.adapt is not None:
             raise UsageError("--adapt is for one process: start it without torchrun")
-        join(device_of(call.device, world), call.timeout)
-    if call.adapt is not None:
+        # processes with runs of their own meet but at the end
+        join(device_of(call.device, world), A_YEAR if members else call.timeout)
+    if members:
+        code = train_many(call, members, world)
+    elif call.adapt is not None:
         code = adapt(call, given, arguments)
     else:
         code = evaluate(call, given, arguments, world) if call.eval else train(call, given, world)
@@ -105,35 +114,11 @@ def command(arguments: list[str]) -> int:
 # ---- training -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Beginning:
-    """Where training begins."""
-
-    config: Config
-    folder: Path | None  # of the run; None: a fresh one
-    start_file: Path | None  # the checkpoint to go on from,
-    start: Checkpoint | None  # and what is in it
-    weights_file: Path | None  # a checkpoint, that one or another, to take the weights from
-    weights: Checkpoint | None
-
-    @property
-    def finished(self) -> bool:
-        """Whether there is nothing left to do."""
-        if self.start is None or self.start_file is None:
-            return False
-        written = self.start_file.with_name("training.json").exists()
-        return self.start.iteration >= self.config.iterations and written
-
-    @property
-    def origin(self) -> str | None:
-        """Where the weights come from, in words."""
-        return f"{self.weights_file}, iteration {self.weights.iteration:,}" if self.weights else None
-
-
 def train(call: Invocation, given: Mapping[str, Any], world: World) -> int:
     """A new run, or one that goes on (--load, --resume)."""
     import torch
 
+    from beginning import beginning, fresh_folder, saved_parameters
     from building import (
         build,
         check_processes,
@@ -198,42 +183,6 @@ def train(call: Invocation, given: Mapping[str, Any], world: World) -> int:
     return 0 if signal is None else 128 + signal
 
 
-def beginning(call: Invocation, given: Mapping[str, Any]) -> Beginning:
-    """Reads what there is to begin with, or to go on from."""
-    from checkpoint import load_checkpoint
-
-    start_file, folder = where_to_train(call, given)
-    if start_file is None:
-        weights = load_checkpoint(call.init_from) if call.init_from else None
-        return Beginning(settings.resolve(given), folder, None, None, call.init_from, weights)
-    start, config = read_start(start_file, given)
-    at = Beginning(config, folder, start_file, start, start_file, start)
-    origin = start.progress["origin"] or ""
-    if call.init_from and not at.finished and not origin.startswith(f"{call.init_from}, "):
-        raise UsageError(
-            f"--init-from {call.init_from} disagrees with the checkpoint {start_file}, "
-            f"which began from {origin or 'the initialisation'}: leave it out when going on"
-        )
-    return at
-
-
-def saved_parameters(at: Beginning, maml: MAML, fresh: Weights) -> Weights:
-    """The meta-parameters to begin with: a checkpoint's, if there is one, in the place of the fresh."""
-    from checkpoint import fitting_parameters
-    from inner_loop import RATE
-
-    if at.weights is None or at.weights_file is None:
-        return fresh
-    learner, saved = at.config.learner, at.weights.parameters
-    if at.start is None:  # another algorithm's, maybe: inner rates are taken where both learn them
-        rates = {name: w for name, w in fresh.items() if name.startswith(RATE)}
-        foreign = {name for name in saved if name.startswith(RATE) and name not in fresh}
-        saved = rates | {name: w for name, w in saved.items() if name not in foreign}
-    else:
-        fitting_parameters(at.weights_file, at.start.statistics, maml.initial_statistics(), learner)
-    return fitting_parameters(at.weights_file, saved, fresh, learner)
-
-
 def autotuned(config: Config, given: Mapping[str, Any], call: Invocation, runtime: Runtime) -> Config:
     """The settings with what is fastest on this machine (--autotune)."""
     from autotune import fastest
@@ -277,67 +226,19 @@ def print_end(run: Run, signal: int | None) -> None:
     print("Test it:  ", shlex.join(["python", "main.py", "--eval", "--load", file, *code]))
 
 
-def where_to_train(call: Invocation, given: Mapping[str, Any]) -> tuple[Path | None, Path | None]:
-    """The checkpoint to go on from, if any, and the run's folder (None: a fresh one)."""
-    from checkpoint import BEST, LAST
+def train_many(call: Invocation, members: Sequence[Member], world: World) -> int:
+    """Many runs as one (--seeds, --sweep)."""
+    import several
 
-    if call.load is not None:
-        if not call.load.is_file():
-            hint = f": name {call.load / LAST}" if call.load.is_dir() else ""
-            raise UsageError(f"{call.load}: there is no such checkpoint{hint}")
-        run = call.load.resolve().parent
-        if "checkpoint_path" in given and call.checkpoint_path.resolve() not in (run, run.parent):
-            raise UsageError(
-                f"--load goes on in {call.load.parent}, not in --checkpoint-path {call.checkpoint_path}: "
-                "leave that out, or begin a new run with --init-from"
-            )
-        if call.load.name not in (BEST, LAST):
-            raise UsageError(
-                f"{call.load} is not in a run's folder as {LAST} or {BEST}: begin a new run from its "
-                "weights with --init-from"
-            )
-        return call.load, call.load.parent
-    if call.run_name is None:
-        return None, None
-    folder = call.checkpoint_path / call.run_name
-    there = [folder / name for name in (LAST, BEST) if (folder / name).is_file()]
-    if there:
-        if call.resume:
-            return there[0], folder
-        raise UsageError(f"the run {folder} exists: go on with --resume, or choose another --run-name")
-    if folder.exists() and not call.resume and any(folder.iterdir() if folder.is_dir() else [folder]):
-        raise UsageError(f"{folder} is not empty: choose another --run-name, or --resume to begin in it")
-    return None, folder
-
-
-def read_start(file: Path, given: Mapping[str, Any]) -> tuple[Checkpoint, Config]:
-    """The checkpoint to go on from, and its settings with the flags that may differ."""
-    from checkpoint import LAST, load_checkpoint
-
-    start = load_checkpoint(file)
-    last = file.with_name(LAST)
-    if file.name != LAST and last.is_file():
-        ahead = load_checkpoint(last).iteration
-        if ahead > start.iteration:
-            raise UsageError(
-                f"{last} is ahead (iteration {ahead:,}; {file.name}: {start.iteration:,}): --load that one, "
-                "or begin a new run with --init-from"
-            )
-    return start, settings.resolve_from(start.config, given, evaluate=False)
-
-
-def fresh_folder(checkpoint_path: Path, config: Config) -> Path:
-    """A new run's folder, named after its settings and the time."""
-    name = f"{config.dataset_name}-{task_size(config)}-{time.strftime('%Y%m%d-%H%M%S')}"
-    number = 1
-    while True:
-        folder = checkpoint_path / (name if number == 1 else f"{name}-{number}")
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            number += 1
-        else:
-            return folder
+    folder, signal = several.train_many(call, members, world)
+    if signal is not None:
+        print(
+            "Saved; the same command with --resume goes on" + f" (--run-name {folder.name})." * bool(folder)
+        )
+        return 128 + signal
+    print("Curves:   ", shlex.join(["tensorboard", "--logdir", str(folder)]))
+    print("Test them:", shlex.join(["python", "main.py", "--eval", "--load", str(folder)]))
+    return 0
 
 
 # ---- evaluation -----------------------------------------------------------------------------
@@ -348,7 +249,12 @@ def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str], w
     from building import prepare, print_settings, writable
     from measuring import Subject
     from report import evaluation_table
+    from several import runs_in
 
+    with world.together():
+        many = runs_in(call.load) if call.load is not None else []
+    if many:
+        return evaluate_many(many, call, given, arguments, world)
     with world.together():
         subject = Subject.read(call.load, call, given)
         config = subject.config
@@ -359,7 +265,7 @@ def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str], w
     print_settings(config, runtime, f"Evaluating {subject.name} on {config.eval_tasks} test tasks")
     result = built.measured(runtime)
     print(evaluation_table(result, subject.words))
-    size = f"{subject.size}-{config.queries}query-{config.eval_tasks}tasks"
+    size = f"{config.task_size}-{config.queries}query-{config.eval_tasks}tasks"
     stem = subject.stem(with_run=call.out is not None)
     file = out / f"{stem}-test-{config.dataset_name}-{size}"
     record = {"command": shlex.join(["main.py", *arguments]), **subject.record(runtime)}
@@ -368,6 +274,55 @@ def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str], w
     print(f"Written: {file}.json and .png")
     if call.baselines:
         return compare(subject, call, runtime, result, Path(f"{file}-baselines"), record)
+    return 0
+
+
+def evaluate_many(
+    many: Sequence[Found],
+    call: Invocation,
+    given: Mapping[str, Any],
+    arguments: list[str],
+    world: World,
+) -> int:
+    """Measures many runs on the same test tasks: mean and spread over seeds, and each by itself."""
+    import spread
+    from building import prepare, print_settings, writable
+    from measuring import Subject
+    from report import write_figure, write_json
+
+    assert call.load is not None
+    if call.baselines:
+        raise UsageError("--baselines is measured beside one run: name its checkpoint")
+    folder = many[0].file.parent.parent
+    with world.together():
+        subjects = [Subject.read(run.file, call, given) for run in many]
+        out = writable(call.out or folder, "--out") if world.first else Path()
+    config = subjects[0].config
+    runtime = prepare(config, call)
+    print_settings(
+        config, runtime, f"Evaluating {len(many)} runs in {folder} on {config.eval_tasks} test tasks"
+    )
+    command = {"command": shlex.join(["main.py", *arguments])}
+    results: dict[str, list[Evaluation]] = {}
+    distributions: dict[Any, TaskDistribution] = {}
+    stem = f"test-{config.dataset_name}-{config.task_size}-{config.queries}query-{config.eval_tasks}tasks"
+    for run, subject in zip(many, subjects, strict=True):
+        runtime = prepare(subject.config, call)
+        with world.together():
+            built = subject.built(call, runtime, distributions)
+        result = built.measured(runtime)
+        results.setdefault(run.setting or spread.ALL, []).append(result)
+        if world.first:
+            file = (out if call.out else run.file.parent) / f"{subject.stem(with_run=bool(call.out))}-{stem}"
+            built.write(result, str(file), {**command, **subject.record(runtime)})
+    words = subjects[0].words
+    print(spread.test_table(results, words))
+    if world.first:
+        file = out / stem
+        record = {"runs": [vars(run) for run in many], "settings": spread.test_record(results)}
+        write_json(Path(f"{file}.json"), {**command, **record})
+        write_figure(Path(f"{file}.png"), spread.test_figure(results, words))
+    print(f"Written: {out / stem}.json and .png, and those of each run beside its checkpoint")
     return 0
 
 
@@ -444,11 +399,6 @@ def adapt(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -> i
     )  # fmt: skip
     print("Written: " + ", ".join(map(str, written)))
     return 0
-
-
-def task_size(config: Config) -> str:
-    """Ways and shots in words."""
-    return f"{config.ways}way-{config.shots}shot" if config.classification else f"{config.shots}shot"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 import config as settings
 import evaluation
 import report
-from building import build
+from building import build, data_of
 from checkpoint import Checkpoint, check_same_split, fitting_parameters, load_checkpoint
 from config import Config, Invocation
 from dataset import Regression
@@ -48,12 +48,6 @@ class Subject:
             return "the fresh initialisation (no --load)"
         return f"{self.file}, iteration {self.source.iteration:,}"
 
-    @property
-    def size(self) -> str:
-        """Ways and shots in words."""
-        config = self.config
-        return f"{config.ways}way-{config.shots}shot" if config.classification else f"{config.shots}shot"
-
     def stem(self, *, with_run: bool) -> str:
         """The beginning of its results' names; `with_run`, if those of several runs may meet."""
         if self.file is None:
@@ -68,7 +62,7 @@ class Subject:
             loss_name=loss_name(config.loss),
             trained_steps=config.trained_steps,
             test_steps=config.test_steps,
-            title=f"{config.dataset_name}, {self.size}, {config.eval_tasks} test tasks",
+            title=f"{config.dataset_name}, {config.task_size}, {config.eval_tasks} test tasks",
         )
 
     def record(self, runtime: Runtime) -> dict[str, Any]:
@@ -86,10 +80,20 @@ class Subject:
             "device": runtime.describe(),
         }
 
-    def built(self, call: Invocation, runtime: Runtime) -> Built:
-        """Its algorithm, tasks and weights; raises UsageError where they do not fit."""
+    def built(
+        self, call: Invocation, runtime: Runtime, known: dict[Any, TaskDistribution] | None = None
+    ) -> Built:
+        """Its algorithm, tasks and weights; raises UsageError where they do not fit.
+
+        `known`: tasks that others have built, and to which its own are added.
+        """
         config, source = self.config, self.source
-        distribution, maml = build(config, call, runtime, fixed=source.fixed if source else None)
+        known = {} if known is None else known
+        data = data_of(config)
+        distribution, maml = build(
+            config, call, runtime, fixed=source.fixed if source else None, distribution=known.get(data)
+        )
+        known[data] = distribution
         parameters, statistics = maml.initial_parameters(config.seed), maml.initial_statistics()
         if source is not None and self.file is not None:
             if call.eval_dataset is None:

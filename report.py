@@ -231,7 +231,7 @@ def _with_interval(values: Tensor, scale: float, digits: int) -> list[str]:
     return [f"{m:.{digits}f} ± {i:.{digits}f}" for m, i in pairs]
 
 
-def _table(columns: Sequence[tuple[str, str, Sequence[str]]]) -> str:
+def table(columns: Sequence[tuple[str, str, Sequence[str]]]) -> str:
     """Right-aligned columns of (title, subtitle, cells)."""
     rows = [row for row in zip(*([t, s, *cells] for t, s, cells in columns), strict=True) if any(row)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -274,7 +274,7 @@ def evaluation_table(evaluation: Evaluation, words: Words) -> str:
     footer = f"Mean and 95 % interval over {tasks} tasks"
     footer += "." if diverged_at_all else "; none of them diverged."
     steps = f"{test_steps} step{'s' * (test_steps != 1)}"
-    return f"{_table(columns)}\n{footer}\nAfter {steps}: {', '.join(quoted)}"
+    return f"{table(columns)}\n{footer}\nAfter {steps}: {', '.join(quoted)}"
 
 
 def comparison_table(results: Mapping[str, Evaluation], normalisation: str, words: Words) -> str:
@@ -288,7 +288,7 @@ def comparison_table(results: Mapping[str, Evaluation], normalisation: str, word
     for name, evaluation in results.items():
         title, _, subtitle = name.partition("\n")
         scale, digits = (100, 2) if evaluation.accuracies else (1, 4)
-        pairs = [[x.item() * scale for x in pair] for pair in _of_the_rest(evaluation, normalisation)]
+        pairs = [[x.item() * scale for x in pair] for pair in of_the_rest(evaluation, normalisation)]
         cells = [f"{mean:.{digits}f} ± {interval:.{digits}f}" for mean, interval in pairs]
         missing = [""] * (rows - len(cells))
         columns.append((title, subtitle, [*cells, *missing]))
@@ -298,12 +298,12 @@ def comparison_table(results: Mapping[str, Evaluation], normalisation: str, word
     measure = "accuracy %" if next(iter(results.values())).accuracies else words.loss_name
     tasks = len(next(iter(next(iter(results.values())).losses.values())))
     return (
-        f"{_table(columns)}\nQuery {measure} over {tasks} test tasks: mean and 95 % interval of those that "
+        f"{table(columns)}\nQuery {measure} over {tasks} test tasks: mean and 95 % interval of those that "
         "have not diverged."
     )
 
 
-def _of_the_rest(evaluation: Evaluation, normalisation: str) -> list[tuple[Tensor, Tensor]]:
+def of_the_rest(evaluation: Evaluation, normalisation: str) -> list[tuple[Tensor, Tensor]]:
     """Mean and half width of the interval after each step, over the tasks that have not diverged."""
     values = (evaluation.accuracies or evaluation.losses)[normalisation]
     kept = ~evaluation.diverged(normalisation)
@@ -314,14 +314,14 @@ def _of_the_rest(evaluation: Evaluation, normalisation: str) -> list[tuple[Tenso
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
         yield
 
 
-def _new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=130, layout="constrained")
@@ -333,9 +333,9 @@ def fits_figure(batch: TaskBatch, outputs: Tensor, steps: Sequence[int], title: 
     `batch` has a dense query; `outputs` is `[tasks, all steps + 1, points, 1]`, of which `steps` are
     shown.
     """
-    with _style():
+    with style():
         tasks = len(outputs)
-        figure = _new_figure(3.0 * tasks, 2.7)
+        figure = new_figure(3.0 * tasks, 2.7)
         figure.suptitle(title)
         panels = figure.subplots(1, tasks, squeeze=False)[0]
         _draw_fits(panels, batch, outputs, steps)
@@ -377,8 +377,8 @@ def tasks_figure(
     ways_shown, shots_shown, queries_shown = min(ways, 10), min(shots, 5), min(queries, 5)
     columns = shots_shown + queries_shown
     tasks = len(outputs)
-    with _style():
-        figure = _new_figure(tasks * (0.55 * columns + 0.6), 0.68 * ways_shown + 0.7)
+    with style():
+        figure = new_figure(tasks * (0.55 * columns + 0.6), 0.68 * ways_shown + 0.7)
         figure.suptitle(title)
         grid = figure.add_gridspec(1, tasks, wspace=0.08)
         for task in range(tasks):
@@ -420,9 +420,9 @@ def evaluation_figure(
     fits: tuple[TaskBatch, Tensor, Sequence[int]] | None = None,
 ) -> Figure:
     """The result over inner steps with its 95 % interval and, for regression, example fits."""
-    with _style():
+    with style():
         tasks = len(fits[0].query_x) if fits else 0
-        figure = _new_figure(4.2 + 2.6 * tasks, 3.0)
+        figure = new_figure(4.2 + 2.6 * tasks, 3.0)
         figure.suptitle(words.title)
         panels = figure.subplots(1, 1 + tasks, squeeze=False, width_ratios=[1.5] + [1] * tasks)[0]
         results = evaluation.accuracies or evaluation.losses
@@ -461,14 +461,14 @@ def comparison_figure(
 
     Tasks that have diverged are left out.
     """
-    with _style():
-        figure = _new_figure(5.5 + 4.5 * bool(curves), 3.4)
+    with style():
+        figure = new_figure(5.5 + 4.5 * bool(curves), 3.4)
         figure.suptitle(words.title)
         panels = figure.subplots(1, 1 + bool(curves), squeeze=False)[0]
         colours = dict(zip(results, [BLUE, ORANGE, GREEN, RED, "#CC79A7"], strict=False))
         for name, evaluation in results.items():
             mean, interval = (
-                torch.stack(p) for p in zip(*_of_the_rest(evaluation, normalisation), strict=True)
+                torch.stack(p) for p in zip(*of_the_rest(evaluation, normalisation), strict=True)
             )
             label = name.replace("\n", ", ")
             if len(mean) == 1:
@@ -503,8 +503,8 @@ def learning_figure(
     log_every: int,
 ) -> Figure:
     """Training means over consecutive, disjoint windows of iterations, and validation."""
-    with _style():
-        figure = _new_figure(6, 3.2)
+    with style():
+        figure = new_figure(6, 3.2)
         panel = figure.subplots()
         window = f"training, means of {log_every} iteration{'s' * (log_every > 1)}"
         panel.plot(training["iteration"], training[measure], color=BLUE, alpha=0.6, linewidth=1, label=window)
@@ -528,7 +528,7 @@ def predictions_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> s
     shown = [[cell[:24] for cell in row] for row in rows[:ROWS_PRINTED]]
     columns = [(title, "", [row[i] for row in shown]) for i, title in enumerate(header)]
     more = f"\n... and {len(rows) - ROWS_PRINTED} more" if len(rows) > ROWS_PRINTED else ""
-    return _table(columns) + more
+    return table(columns) + more
 
 
 def predictions_figure(tasks: Sequence[Task], found: Sequence[Tensor], title: str) -> Figure:
@@ -538,9 +538,9 @@ def predictions_figure(tasks: Sequence[Task], found: Sequence[Tensor], title: st
     """
     if tasks[0].support_x.dim() == 4:
         return _contact_sheet(tasks[0], found[0], title)
-    with _style():
+    with style():
         shown = min(len(tasks), 6)
-        figure = _new_figure(3.4 * shown + 0.6, 3.0)
+        figure = new_figure(3.4 * shown + 0.6, 3.0)
         figure.suptitle(title)
         panels = figure.subplots(1, shown, squeeze=False)[0]
         for panel, task, predicted in zip(panels, tasks, found, strict=False):
@@ -581,8 +581,8 @@ def _contact_sheet(task: Task, shares: Tensor, title: str) -> Figure:
     queries = min(len(task.query_x), IMAGES_SHOWN)
     rows = classes + -(-queries // columns)
     left_out = f" (the first {queries} of {len(task.query_x)})" if queries < len(task.query_x) else ""
-    with _style():
-        figure = _new_figure(columns * 1.0, rows * 1.15 + 0.5)
+    with style():
+        figure = new_figure(columns * 1.0, rows * 1.15 + 0.5)
         figure.suptitle(f"{title}{left_out}")
         panels = figure.subplots(rows, columns, squeeze=False)
         for panel in panels.flat:

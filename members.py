@@ -1,0 +1,136 @@
+"""Many runs of one command line (--seeds, --sweep): which they are, and what each is called.
+
+The standard library alone (see config.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import config as settings
+from config import CONFIG_FLAGS, Config, Invocation
+from errors import UsageError
+from flags import Flag
+
+MOST = 1000  # runs of a command line
+SWITCHES = {"yes": True, "no": False}
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of many runs."""
+
+    setting: str  # of the sweep, in words; runs of one setting differ in their seed alone
+    seed: int
+    given: dict[str, Any]  # the flags, as if they had been given for this run
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return "_".join(filter(None, (self.setting, f"seed-{self.seed}")))
+
+    @property
+    def config(self) -> Config:
+        return settings.resolve(self.given)
+
+
+def members_of(call: Invocation, given: Mapping[str, Any]) -> list[Member]:
+    """The runs that --seeds and --sweep ask for, grid by grid; empty without these flags.
+
+    Raises UsageError for what is no flag, or no value of it, or makes no valid run.
+    """
+    if call.seeds is None and not call.sweep:
+        return []
+    axes = [_axis(text) for text in call.sweep]
+    names = [name for name, _ in axes]
+    for name in names:
+        flag = CONFIG_FLAGS[name].names[0]
+        if names.count(name) > 1:
+            raise UsageError(f"--sweep has {flag} twice: give all of its values at once")
+        if name in given:
+            raise UsageError(f"{flag} is given, and in --sweep too: give one of them")
+    default = CONFIG_FLAGS["seed"].default
+    seeds = seeds_of(call.seeds) if call.seeds is not None else [given.get("seed", default)]
+    found = []
+    for values in itertools.product(*(values for _, values in axes)):
+        chosen = dict(zip(names, values, strict=True))
+        setting = "_".join(f"{_plain_name(CONFIG_FLAGS[n])}-{_text(v)}" for n, v in chosen.items())
+        found += [Member(setting, seed, {**given, **chosen, "seed": seed}) for seed in seeds]
+    if len(found) > MOST:
+        raise UsageError(f"--seeds and --sweep ask for {len(found):,} runs: at most {MOST:,}")
+    for member in found:
+        try:
+            config = member.config
+        except UsageError as error:
+            raise UsageError(f"run {member.name}: {error}") from error
+        if config.compile == "on" and not compiles(config):
+            raise UsageError(
+                "--compile on: many runs as one are compiled where a learner of this tool learns from curves "
+                "that are computed; leave it out"
+            )
+    return found
+
+
+def compiles(config: Config) -> bool:
+    """Whether many runs at once can be compiled."""
+    return config.dataset in settings.REGRESSION and config.tasks_at_once is None
+
+
+def seeds_of(text: str) -> list[int]:
+    """Seeds from "0-7", "1,5,9" or both."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise UsageError(f"--seeds {text}: expected numbers and ranges like 0-7 or 0,2,5-9")
+        low, high = int(first), int(last or first)
+        if high < low or high - low >= MOST or high >= 2**63:
+            raise UsageError(f"--seeds {text}: {part.strip()} is no range of up to {MOST:,} seeds below 2^63")
+        found += range(low, high + 1)
+    if len(set(found)) < len(found):
+        raise UsageError(f"--seeds {text} names a seed twice")
+    return found
+
+
+def _axis(text: str) -> tuple[str, list[Any]]:
+    """A setting and its values, from "inner-lr=0.01,0.1"."""
+    key, _, values = text.partition("=")
+    key = key.strip().lstrip("-").replace("_", "-")
+    by_name = {n.lstrip("-"): name for name, flag in CONFIG_FLAGS.items() for n in flag.names}
+    name = by_name.get(key)
+    if name is None:
+        raise UsageError(f"--sweep {text}: {key} is no setting (all flags: --help)")
+    if name == "seed":
+        raise UsageError("--sweep seed: use --seeds")
+    flag = CONFIG_FLAGS[name]
+    found = [_value(flag, each.strip(), text) for each in values.split(",")]
+    if len(set(map(repr, found))) < len(found):
+        raise UsageError(f"--sweep {text} names a value twice")
+    return name, found
+
+
+def _value(flag: Flag, text: str, given: str) -> Any:
+    if flag.kind is tuple:
+        raise UsageError(f"--sweep {given}: a list of arguments cannot be swept")
+    if flag.kind is bool:
+        if text not in SWITCHES:
+            raise UsageError(f"--sweep {given}: {flag.names[0]} is yes or no, not {text!r}")
+        return SWITCHES[text]
+    try:
+        return flag.parse(text)
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"--sweep {given}: {error}") from error
+
+
+def _plain_name(flag: Flag) -> str:
+    return flag.names[0].lstrip("-")
+
+
+def _text(value: Any) -> str:
+    """A value as a part of a folder's name."""
+    text = {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+    return "".join(c if c.isalnum() or c in "-.+" else "-" for c in text)[:60]

@@ -1,0 +1,272 @@
+"""Many runs as one: those that differ in numbers alone are trained together, by one more `vmap`.
+
+Each has its own random stream, curves, checkpoints and results, which are those of the run alone. Runs that
+differ in anything else follow each other. Several processes share the runs out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import config as settings
+import report
+import spread
+from beginning import Beginning, beginning, fresh_folder, saved_parameters
+from building import build, check_splits, data_of, fitted, prepare, tried
+from checkpoint import BEST, LAST, check_same_split
+from compiler import Compiler
+from config import Config, Invocation
+from errors import UsageError
+from learner import LEARNERS
+from losses import LOSSES, loss_name
+from maml import MAML
+from members import Member, compiles
+from run import Run
+from tasks import TaskDistribution
+from trainer import AT_ONCE, Trainer
+from world import World
+
+LIST = "runs.json"  # in the folder of many runs: which they are
+SUMMARY = "summary"
+
+
+# ---- which can be trained together ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A run that has all it needs."""
+
+    member: Member
+    run: Run
+    maml: MAML
+    distribution: TaskDistribution
+
+    def fits(self, other: Ready) -> bool:
+        """Whether the two can be trained at once: they differ in numbers alone."""
+        return (
+            self.run.iteration == other.run.iteration
+            and _structure(self.run.config) == _structure(other.run.config)
+            and self.run.config.vectorise
+            and _same(self.maml.fixed, other.maml.fixed)
+        )
+
+
+def _structure(config: Config) -> Config:
+    """The settings without those in which runs that are trained at once may differ."""
+    free: dict[str, Any] = {}
+    for name in AT_ONCE:
+        value = getattr(config, name)
+        free[name] = None if value is None else type(value)(1)
+    if config.inner_rates != "fixed":  # where they begin is in the weights
+        free["inner_lr_max"] = None
+    return replace(config, **free)
+
+
+def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def groups_of(runs: Sequence[Ready], at_most: int | None) -> list[list[Ready]]:
+    """The runs in groups that can be trained at once, each of `at_most` so many."""
+    groups: list[list[Ready]] = []
+    for each in runs:
+        fitting = (g for g in groups if len(g) < (at_most or len(runs)) and g[0].fits(each))
+        group = next(fitting, None)
+        if group is None:
+            groups.append([each])
+        else:
+            group.append(each)
+    return groups
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def train_many(call: Invocation, members: Sequence[Member], world: World) -> tuple[Path, int | None]:
+    """Trains, or goes on with, all of these runs; their folder, and the signal that ended it early, if any.
+
+    The members' checkpoints are where those of runs alone would be, each in a folder of its own.
+    """
+    with world.together():
+        if world.size > len(members):
+            raise UsageError(
+                f"{world.size} processes for {len(members)} runs: take fewer (torchrun --nproc-per-node)"
+            )
+        named = call.checkpoint_path / call.run_name if call.run_name else None
+        if named and named.exists() and not call.resume and any(named.iterdir()):
+            raise UsageError(f"{named} is not empty: choose another --run-name, or --resume to go on there")
+        own = [members[number] for number in world.share(len(members))]
+        begun = [beginning(_of_member(call, named, member), member.given) for member in own]
+    world.check_same({"torch": torch.__version__, "list of runs": [(m.name, m.config) for m in members]})
+    with world.together():
+        ready = _ready(call, own, begun, writes_to=named or Path())
+    folder = named or world.from_first(lambda: fresh_folder(call.checkpoint_path, members[0].config))
+    for each in ready:
+        each.run.folder = folder / each.member.name
+    if world.first:
+        folder.mkdir(parents=True, exist_ok=True)
+        report.write_json(folder / LIST, {"runs": [vars(m) | {"name": m.name} for m in members]})
+    groups = groups_of([each for each in ready if not _finished(each.run)], call.runs_at_once)
+    if world.first:
+        sizes = ", ".join(str(len(group)) for group in groups) or "none, all are finished"
+        of_all = f", {len(own)} of them in this process" if world.size > 1 else ""
+        print(f"{len(members)} runs{of_all} in {folder}; trained at once: {sizes}")
+    for group in groups:
+        signal = _train_group(group, shown=world.first)
+        if signal is not None:
+            return folder, signal
+    outcomes = [one for part in world.gathered([outcome_of(each) for each in ready]) for one in part]
+    if world.first:
+        _write_summary(folder, outcomes, ready[0])
+    return folder, None
+
+
+def _of_member(call: Invocation, folder: Path | None, member: Member) -> Invocation:
+    """The call that would train this run alone."""
+    if folder is None:
+        return call
+    return replace(call, checkpoint_path=folder, run_name=member.name)
+
+
+def _finished(run: Run) -> bool:
+    return run.iteration >= run.config.iterations and (run.folder / "training.json").exists()
+
+
+def _ready(
+    call: Invocation, members: Sequence[Member], begun: Sequence[Beginning], *, writes_to: Path
+) -> list[Ready]:
+    """The runs, built and checked; those with the same data share them."""
+    distributions: dict[tuple[Any, ...], TaskDistribution] = {}
+    tested: set[Config] = set()
+    found = []
+    for member, at in zip(members, begun, strict=True):
+        runtime = prepare(at.config, call)
+        config = fitted(at.config, member.given, runtime, new=at.start is None)
+        distribution, maml = build(
+            config, call, runtime, Compiler(runtime.device),
+            fixed=at.weights.fixed if at.weights else None, distribution=distributions.get(data_of(config)),
+        )  # fmt: skip
+        distributions[data_of(config)] = distribution
+        if at.start is not None and at.start_file is not None:
+            check_same_split(at.start_file, at.start.splits, distribution.split_names)
+        parameters = saved_parameters(at, maml, maml.initial_parameters(config.seed))
+        if _structure(config) not in tested:
+            tested.add(_structure(config))
+            check_splits(distribution, config)
+            if config.learner not in LEARNERS or config.loss not in LOSSES:
+                tried(maml, parameters, distribution, config)
+        run = Run(config, writes_to / member.name, parameters, at.start, at.origin)
+        found.append(Ready(member, run, maml, distribution))
+    return found
+
+
+def _train_group(group: Sequence[Ready], *, shown: bool) -> int | None:
+    """Trains runs at once; the signal that ended it early, if any."""
+    first = group[0]
+    config = first.run.config
+    alone = len(group) == 1
+    if not alone and config.compile == "on" and not compiles(config):
+        for each in group:
+            each.run.config = _uncompiled(each)
+        config = first.run.config
+    maml = first.maml
+    if not alone:
+        maml = maml.with_options(
+            in_transform=True, convolution=config.convolution, tasks_at_once=config.tasks_at_once
+        )
+    if shown:
+        names = ", ".join(each.member.name for each in group)
+        print(f"Training {names}", flush=True)
+        print(settings.describe(config), flush=True)
+    compiler = Compiler(next(iter(first.run.parameters.values())).device)
+    maml = maml.with_options(accelerate=compiler)
+    return Trainer([each.run for each in group], maml, first.distribution, compiler, shown=shown).train()
+
+
+def _uncompiled(each: Ready) -> Config:
+    """The settings of a run that cannot be compiled with others; of one that goes on, as they are else."""
+    if each.run.start is not None:
+        return replace(each.run.config, compile="off")
+    return settings.resolve({**each.member.given, "compile": "off"})
+
+
+# ---- what came of it -----------------------------------------------------------------------------
+
+
+def outcome_of(each: Ready) -> dict[str, Any]:
+    """What a run has come to, in plain values."""
+    run = each.run
+    final = run.final_loss()
+    validation = run.progress.validation
+    measure = "query_accuracy" if "query_accuracy" in validation else "query_loss"
+    best = run.progress.best_score
+    return {
+        "name": each.member.name,
+        "setting": each.member.setting,
+        "seed": each.member.seed,
+        "iteration": run.iteration,
+        "final_training_loss": final[0] if final else None,
+        "measure": measure,
+        "best_validation": None if best is None else abs(best),
+        "best_iteration": run.progress.best_iteration,
+        "validation": {name: validation.get(name, []) for name in ("iteration", measure)},
+    }
+
+
+def _write_summary(folder: Path, outcomes: Sequence[Mapping[str, Any]], example: Ready) -> None:
+    name = loss_name(example.run.config.loss)
+    print(spread.training_table(outcomes, name))
+    report.write_json(folder / f"{SUMMARY}.json", spread.training_record(outcomes))
+    report.write_figure(folder / f"{SUMMARY}.png", spread.training_figure(outcomes, name))
+    print(f"Written: {folder / SUMMARY}.json and .png")
+
+
+# ---- finding them again --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Found:
+    """A run in the folder of many."""
+
+    name: str
+    setting: str
+    seed: int
+    file: Path
+
+
+def runs_in(path: Path) -> list[Found]:
+    """The checkpoints of the runs below a folder of many, best.pt of each, or the ones that `path` names in
+    it (FOLDER/last.pt); empty where it is none.
+
+    Raises UsageError where it is one that cannot be used.
+    """
+    folder, name = (path, None) if path.is_dir() else (path.parent, path.name)
+    listed = folder / LIST
+    if path.is_file() or not listed.is_file() or name not in (None, BEST, LAST):
+        return []
+    try:
+        runs = [(r["name"], r["setting"], r["seed"]) for r in json.loads(listed.read_text())["runs"]]
+        valid = all(
+            isinstance(n, str) and isinstance(s, str) and type(seed) is int and Path(n).name == n
+            for n, s, seed in runs
+        )
+    except (ValueError, KeyError, TypeError, OSError):
+        valid = False
+    if not valid or not runs:
+        raise UsageError(f"{listed} is damaged: name the checkpoint of one run")
+    found = []
+    for run, setting, seed in runs:
+        names = (name,) if name else (BEST, LAST)
+        file = next((folder / run / each for each in names if (folder / run / each).is_file()), None)
+        if file is None:
+            raise UsageError(f"{folder / run} has no {names[0]}: go on with its training first")
+        found.append(Found(run, setting, seed, file))
+    return found
