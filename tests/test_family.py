@@ -283,7 +283,7 @@ def test_the_rate_of_a_baseline_is_the_best_on_validation_tasks(
 ):
     asked = []
 
-    def fake(maml, parameters, distribution, split, *, tasks, steps, normalisations):
+    def fake(maml, parameters, distribution, split, *, tasks, steps, normalisations, world):
         asked.append((split, maml.optimizer.lr))
         loss = {("validation", 0.01): 1.0, ("validation", 0.1): math.nan}.get((split, maml.optimizer.lr), 2.0)
         values = torch.full((3, steps + 1), loss, dtype=torch.float64)
