@@ -190,7 +190,10 @@ def trained(config: Config, call: Invocation, folder: Path) -> Weights:
     folder.mkdir(parents=True, exist_ok=True)
     if runtime.world.first:
         print(f"Training {folder}", file=sys.stderr, flush=True)
-    run = Run(config, folder, parameters, start, writes=runtime.world.first)
+    run = Run(
+        config, folder, parameters, start,
+        computed_by=runtime.computed_by(), writes=runtime.world.first,
+    )  # fmt: skip
     trainer = Trainer([run], maml, distribution, compiler, runtime.world)
     signal = trainer.train()
     if signal is not None:

@@ -345,6 +345,15 @@ def print_settings(config: Config, runtime: Runtime, first_line: str) -> None:
     print(f"{first_line}\n{settings.describe(config)}\n  device      {runtime.describe()}", flush=True)
 
 
+def print_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Says where a run that goes on is computed in another way than it was: the last bits depend on that."""
+    changed = [
+        f"{name} {before[name]}, now {now.get(name)}" for name in before if before[name] != now.get(name)
+    ]
+    if changed:
+        print(f"Goes on to rounding, not to the bit: it had {'; '.join(changed)}", flush=True)
+
+
 def fitted(config: Config, given: Mapping[str, Any], runtime: Runtime, *, new: bool) -> Config:
     """The settings for this machine: uncompiled where it cannot compile; a GPU takes all tasks at once."""
     if new and runtime.device.type == "cuda" and "tasks_at_once" not in given:

@@ -57,6 +57,7 @@ class Checkpoint:
     statistics: dict[str, Tensor] = field(default_factory=dict)  # running ones of per-step batch norm
     fixed: dict[str, Tensor] = field(default_factory=dict)  # frozen parameters and buffers of the learner
     splits: dict[str, list[str]] = field(default_factory=dict)  # of the user's classes, or tasks
+    computed_by: dict[str, Any] = field(default_factory=dict)  # what its last bits depend on (see runtime.py)
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -82,6 +83,7 @@ def _plain_content(checkpoint: Checkpoint) -> dict[str, Any]:
         "statistics": checkpoint.statistics,
         "fixed": checkpoint.fixed,
         "splits": checkpoint.splits,
+        "computed_by": checkpoint.computed_by,
     }
 
 
@@ -142,6 +144,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         content.get("statistics", {}),
         content.get("fixed", {}),
         content.get("splits", {}),
+        content.get("computed_by", {}),
     )
     if not _well_formed(checkpoint):
         raise UsageError(f"{path} is damaged: parts of it are missing or of the wrong kind")
@@ -157,6 +160,7 @@ def _well_formed(checkpoint: Checkpoint) -> bool:
         and _named_tensors(checkpoint.statistics)
         and _named_tensors(checkpoint.fixed, of_numbers=False)
         and _names_by_split(checkpoint.splits)
+        and _plain_facts(checkpoint.computed_by)
         and _adam_state_fits(checkpoint.optimizer, parameters)
         and _progress_fits(checkpoint.progress)
     )
@@ -166,6 +170,12 @@ def _names_by_split(value: Any) -> bool:
     return isinstance(value, dict) and all(
         isinstance(split, str) and isinstance(names, list) and all(isinstance(name, str) for name in names)
         for split, names in value.items()
+    )
+
+
+def _plain_facts(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and type(fact) in (int, str) for name, fact in value.items()
     )
 
 

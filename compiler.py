@@ -110,13 +110,15 @@ class Compiler:
             with _quiet(), _ticking(self.on_wait), torch.enable_grad():
                 graph, output_structure = _trace(function, tensors, structure)
                 path = self.folder / f"{self._key(graph, tensors, options)}.pt2"
-                try:
-                    library = Library(path, output_structure)
-                    self.loaded += 1
-                except Exception:  # there is none, or it is damaged
-                    self._build(graph, tensors, options, path)
-                    library = Library(path, output_structure)
-                    self.compiled += 1
+                library = _kept(path, output_structure)
+                if library is None:
+                    with _one_at_a_time(path, self.interrupted):
+                        library = _kept(path, output_structure)
+                        if library is None:
+                            self._build(graph, tensors, options, path)
+                            self.compiled += 1
+                            return Library(path, output_structure)
+                self.loaded += 1
                 return library
         except Exception as error:  # a compiler may stumble in any way; without it the run goes on
             text = " ".join(str(error).split()) or type(error).__name__
@@ -131,7 +133,7 @@ class Compiler:
         from torch._inductor import aoti_compile_and_package
 
         exported = torch.export.export(graph, tuple(tensors))
-        # another process may be building the same: each builds its own, and the last one's stays
+        # another process may be building the same, where files cannot be locked: the last one's stays
         with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
             built = aoti_compile_and_package(
                 exported, package_path=str(Path(temporary) / path.name), inductor_configs=dict(options)
@@ -199,6 +201,40 @@ class Library:
 
     def __call__(self, tensors: list[Tensor]) -> Any:
         return _unflatten(self.run(tensors), self.structure)
+
+
+def _kept(path: Path, structure: Any) -> Library | None:
+    """The library, if there is one and it is whole."""
+    try:
+        return Library(path, structure)
+    except Exception:  # whatever is wrong with it, it will be built again
+        return None
+
+
+@contextmanager
+def _one_at_a_time(path: Path, interrupted: Callable[[], bool]) -> Iterator[None]:
+    """Of the processes that want to build a library, one does; the others wait for it and find it.
+
+    The lock ends with its process. Where files cannot be locked, nobody waits.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with path.with_suffix(".lock").open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if interrupted():
+                    raise RuntimeError("interrupted") from None
+                time.sleep(0.1)
+            except OSError:
+                break
+            else:
+                break
+        yield
 
 
 # The general functions take longer than a small step's arithmetic: tensors in a tuple, which need no

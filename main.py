@@ -126,6 +126,7 @@ def train(call: Invocation, given: Mapping[str, Any], world: World) -> int:
         fitted,
         no_empty_folder_left,
         prepare,
+        print_difference,
         print_settings,
         tried,
         writable,
@@ -174,10 +175,15 @@ def train(call: Invocation, given: Mapping[str, Any], world: World) -> int:
     for name in sorted(parameters):  # initial weights may differ in the last bit between machines
         parameters[name] = world.from_first_tensor(parameters[name].contiguous())
     folder = at.folder or world.from_first(lambda: fresh_folder(call.checkpoint_path, config))
-    run = Run(config, folder, parameters, at.start, at.origin, writes=world.first)
+    run = Run(
+        config, folder, parameters, at.start, at.origin,
+        computed_by=runtime.computed_by(), writes=world.first,
+    )  # fmt: skip
     trainer = Trainer([run], maml, distribution, compiler, world, shard=call.shard)
     doing = f"Going on from iteration {at.start.iteration:,}" if at.start else "Meta-training"
     print_settings(config, runtime, f"{doing} in {folder}")
+    if at.start is not None:
+        print_difference(at.start.computed_by, run.computed_by)
     signal = trainer.train()
     print_end(run, signal)
     return 0 if signal is None else 128 + signal

@@ -40,6 +40,7 @@ class Run:
         parameters: what it begins with, or goes on from.
         start: a checkpoint to go on from, its parameters already those of `parameters`.
         origin: where else the parameters come from, if not from the initialisation; for the record.
+        computed_by: what the last bits depend on, for the record.
         writes: whether this process is the one that writes to the folder.
     """
 
@@ -51,12 +52,14 @@ class Run:
         start: Checkpoint | None = None,
         origin: str | None = None,
         *,
+        computed_by: dict[str, Any] | None = None,
         writes: bool = True,
     ) -> None:
         self.config = config
         self.folder = folder
         self.parameters = parameters
         self.start = start
+        self.computed_by = computed_by or {}
         self.writes = writes
         self.iteration = start.iteration if start else 0
         self.progress = Progress(**start.progress) if start else Progress(origin=origin)
@@ -175,6 +178,7 @@ class Run:
             _owned(statistics),
             {name: t.cpu() for name, t in maml.fixed.items()},
             distribution.split_names,
+            self.computed_by,
         )
 
     # ---- the end ----------------------------------------------------------------------------

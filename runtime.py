@@ -6,6 +6,7 @@ import os
 import platform
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,15 @@ class Runtime:
     dtype: torch.dtype
     compute_dtype: torch.dtype | None = None  # of the learner's arithmetic, where it is another
     world: World = ALONE
+
+    def computed_by(self) -> dict[str, Any]:
+        """What the last bits of a result depend on beside the settings."""
+        return {
+            "processes": self.world.size,
+            "threads": torch.get_num_threads(),
+            "device": self.device.type,
+            "torch": torch.__version__,
+        }
 
     def describe(self) -> str:
         """The device in words, for people and result files."""

@@ -163,7 +163,10 @@ def _ready(
             check_splits(distribution, config)
             if config.learner not in LEARNERS or config.loss not in LOSSES:
                 tried(maml, parameters, distribution, config)
-        run = Run(config, writes_to / member.name, parameters, at.start, at.origin)
+        run = Run(
+            config, writes_to / member.name, parameters, at.start, at.origin,
+            computed_by=runtime.computed_by() | {"processes": 1},
+        )  # fmt: skip
         found.append(Ready(member, run, maml, distribution))
     return found
 
