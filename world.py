@@ -7,6 +7,7 @@ summed over NCCL between CUDA GPUs, over gloo between CPUs; what processes say t
 from __future__ import annotations
 
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from torch import Tensor
 from errors import LostError, UsageError
 
 T = TypeVar("T")
+PLACE_IN_SOURCE = re.compile(r"^\[[^]]*\] *")  # with which gloo's errors begin
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def _losses_are_said() -> Iterator[None]:
     try:
         yield
     except (dist.DistError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        reason = PLACE_IN_SOURCE.sub("", " ".join(str(error).split()))
         raise LostError(reason[:200]) from error
 
 
