@@ -31,7 +31,7 @@ from run import Run
 from runtime import Runtime
 from tasks import TaskDistribution
 from trainer import Trainer
-from world import World
+from world import ALONE, World
 
 RATES = {
     "sgd": (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
@@ -85,13 +85,13 @@ def measured(
     if config.classification:
         return results
     pretraining = plain(saved, "pretrain")
-    pretrained = trained(pretraining, call, folder / "pretrained")
+    pretrained = trained(pretraining, call, folder / "pretrained", runtime.world)
     pretrained = {name: w.to(runtime.device, runtime.dtype) for name, w in pretrained.items()}
     results.append(_tuned("pretrained", "sgd", maml, pretrained, distribution, config, runtime.world))
     if config.dataset not in settings.REGRESSION:
         return results
     told, maml = build(replace(plain(config, "pretrain", testing=True), oracle=True), call, runtime)
-    parameters = trained(replace(pretraining, oracle=True), call, folder / "oracle")
+    parameters = trained(replace(pretraining, oracle=True), call, folder / "oracle", runtime.world)
     parameters = {name: w.to(runtime.device, runtime.dtype) for name, w in parameters.items()}
     # it is given the answer, not examples
     result = tested(maml, parameters, told, config, runtime.world, steps=0)
@@ -167,13 +167,13 @@ def _tuned(
     return Baseline(name, f"rate {best}", result)
 
 
-def trained(config: Config, call: Invocation, folder: Path) -> Weights:
+def trained(config: Config, call: Invocation, folder: Path, world: World = ALONE) -> Weights:
     """The meta-parameters of a run in its folder, which is begun, or gone on with, where it must be.
 
     Raises UsageError where the folder holds a run with other settings, InterruptedBySignalError where a
     signal came.
     """
-    runtime = prepare(config, call)
+    runtime = prepare(config, call, world)
     config = fitted(config, {}, runtime, new=False)
     compiler = Compiler(runtime.device)
     distribution, maml = build(config, call, runtime, compiler)

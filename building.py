@@ -32,12 +32,11 @@ from randomness import keys_of, task_stream
 from runtime import Runtime, device_of, set_up
 from tables import Columns
 from tasks import TaskBatch, TaskDistribution, Tree, arguments_of, first_tensor, tree_map
-from world import launched
+from world import ALONE, World
 
 
-def prepare(config: Config, call: Invocation) -> Runtime:
-    """The device, or a refusal; the processes are those that have been joined before."""
-    world = launched()
+def prepare(config: Config, call: Invocation, world: World = ALONE) -> Runtime:
+    """The device, or a refusal."""
     return set_up(
         device_of(call.device, world), config.precision, small_tensors=config.learner == "mlp",
         threads=call.threads, world=world,

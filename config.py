@@ -582,7 +582,8 @@ class Invocation:
     )  # fmt: skip
     timeout: float = flag(
         "--timeout", group="machine", kind=float, check=above_zero, metavar="MINUTES", default=10.0,
-        help="how long a process waits for the others before it gives up",
+        help="how long a process waits for the others' gradients before it gives up (for data to be read and "
+        "code to be compiled, at least two hours)",
     )  # fmt: skip
     autotune: bool = flag(
         "--autotune", group="machine", kind=bool, default=False,

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 FIRST_PROCESS = os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.environ  # of torchrun's
 SAYING_SECONDS = 3.0
-A_YEAR = 60.0 * 24 * 365  # in minutes
+PREPARING, A_YEAR = 120.0, 60.0 * 24 * 365  # in minutes
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory")  # of RuntimeErrors of PyTorch
 
 
@@ -99,8 +99,9 @@ def command(arguments: list[str]) -> int:
     if world.size > 1:
         if call.adapt is not None:
             raise UsageError("--adapt is for one process: start it without torchrun")
-        # processes with runs of their own meet but at the end
-        join(device_of(call.device, world), A_YEAR if members else call.timeout)
+        # processes with runs of their own meet at the end, whenever that is
+        words_timeout = A_YEAR if members else max(PREPARING, call.timeout)
+        world = join(world, device_of(call.device, world), call.timeout, words_timeout)
     if members:
         code = train_many(call, members, world)
     elif call.adapt is not None:
@@ -128,6 +129,7 @@ def train(call: Invocation, given: Mapping[str, Any], world: World) -> int:
         prepare,
         print_difference,
         print_settings,
+        tasks_of,
         tried,
         writable,
     )
@@ -140,7 +142,7 @@ def train(call: Invocation, given: Mapping[str, Any], world: World) -> int:
 
     with world.together():
         at = beginning(call, given)
-        runtime = prepare(at.config, call)
+        runtime = prepare(at.config, call, world)
         config = fitted(at.config, given, runtime, new=at.start is None)
         check_processes(config, runtime)
     world.check_same(
@@ -161,10 +163,12 @@ def train(call: Invocation, given: Mapping[str, Any], world: World) -> int:
                 writable(home, "--load" if call.load else "--checkpoint-path")
         if call.autotune and at.start is None:
             config = world.from_first(lambda: autotuned(config, given, call, runtime))
+        with world.together():  # one on each machine fetches and decodes what there is
+            tasks = tasks_of(config, call, runtime) if world.local_rank == 0 else None
         with world.together():
             compiler = Compiler(runtime.device)
             fixed = at.weights.fixed if at.weights else None
-            distribution, maml = build(config, call, runtime, compiler, fixed=fixed)
+            distribution, maml = build(config, call, runtime, compiler, fixed=fixed, distribution=tasks)
             if at.start is not None and at.start_file is not None:
                 check_same_split(at.start_file, at.start.splits, distribution.split_names)
             check_splits(distribution, config)
@@ -264,7 +268,7 @@ def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str], w
     with world.together():
         subject = Subject.read(call.load, call, given)
         config = subject.config
-        runtime = prepare(config, call)
+        runtime = prepare(config, call, world)
         beside = call.checkpoint_path if call.load is None else call.load.parent
         out = writable(call.out or beside, "--out") if world.first else Path()
         built = subject.built(call, runtime)
@@ -304,7 +308,7 @@ def evaluate_many(
         subjects = [Subject.read(run.file, call, given) for run in many]
         out = writable(call.out or folder, "--out") if world.first else Path()
     config = subjects[0].config
-    runtime = prepare(config, call)
+    runtime = prepare(config, call, world)
     print_settings(
         config, runtime, f"Evaluating {len(many)} runs in {folder} on {config.eval_tasks} test tasks"
     )
@@ -313,7 +317,7 @@ def evaluate_many(
     distributions: dict[Any, TaskDistribution] = {}
     stem = f"test-{config.dataset_name}-{config.task_size}-{config.queries}query-{config.eval_tasks}tasks"
     for run, subject in zip(many, subjects, strict=True):
-        runtime = prepare(subject.config, call)
+        runtime = prepare(subject.config, call, world)
         with world.together():
             built = subject.built(call, runtime, distributions)
         result = built.measured(runtime)

@@ -30,7 +30,7 @@ class Runtime:
             "processes": self.world.size,
             "threads": torch.get_num_threads(),
             "device": self.device.type,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
         }
 
     def describe(self) -> str:

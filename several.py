@@ -107,7 +107,7 @@ def train_many(call: Invocation, members: Sequence[Member], world: World) -> tup
         begun = [beginning(_of_member(call, named, member), member.given) for member in own]
     world.check_same({"torch": torch.__version__, "list of runs": [(m.name, m.config) for m in members]})
     with world.together():
-        ready = _ready(call, own, begun, writes_to=named or Path())
+        ready = _ready(call, own, begun, world, writes_to=named or Path())
     folder = named or world.from_first(lambda: fresh_folder(call.checkpoint_path, members[0].config))
     for each in ready:
         each.run.folder = folder / each.member.name
@@ -141,14 +141,19 @@ def _finished(run: Run) -> bool:
 
 
 def _ready(
-    call: Invocation, members: Sequence[Member], begun: Sequence[Beginning], *, writes_to: Path
+    call: Invocation,
+    members: Sequence[Member],
+    begun: Sequence[Beginning],
+    world: World,
+    *,
+    writes_to: Path,
 ) -> list[Ready]:
     """The runs, built and checked; those with the same data share them."""
     distributions: dict[tuple[Any, ...], TaskDistribution] = {}
     tested: set[Config] = set()
     found = []
     for member, at in zip(members, begun, strict=True):
-        runtime = prepare(at.config, call)
+        runtime = prepare(at.config, call, world)
         config = fitted(at.config, member.given, runtime, new=at.start is None)
         distribution, maml = build(
             config, call, runtime, Compiler(runtime.device),

@@ -11,7 +11,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -33,6 +33,7 @@ class World:
     size: int = 1
     local_rank: int = 0  # on this machine
     local_size: int = 1
+    words: Any = None  # over which group of PyTorch's they talk
 
     @property
     def first(self) -> bool:
@@ -97,7 +98,7 @@ class World:
             return [value]
         values: list[Any] = [None] * self.size
         with _losses_are_said():
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, self.words)
         return values
 
     def from_first(self, make: Callable[[], T]) -> T:
@@ -111,7 +112,7 @@ class World:
             except (UsageError, OSError) as error:
                 outcome[1] = str(error)
         with _losses_are_said():
-            dist.broadcast_object_list(outcome, 0)
+            dist.broadcast_object_list(outcome, 0, self.words)
         if outcome[1] is not None:
             raise UsageError(outcome[1])
         return outcome[0]
@@ -142,10 +143,6 @@ class World:
                     f"process {rank} has another {name} than process 0 ({other[name]!s:.60} and "
                     f"{others[0][name]!s:.60}): start all with the same flags, versions and files"
                 )
-
-    def wait(self) -> None:
-        """Until all processes are here."""
-        self.gathered(None)
 
 
 ALONE = World()
@@ -196,17 +193,17 @@ def launched() -> World:
     )
 
 
-def join(device: torch.device, minutes: float) -> World:
-    """Meets the other processes, if there are any; how long each waits for the others from then on.
+def join(world: World, device: torch.device, minutes: float, words_minutes: float) -> World:
+    """Meets the other processes. From then on each waits so long for the others' tensors, and for their
+    words, which may have to wait until data are read or code is compiled.
 
     Raises LostError where they do not come.
     """
-    world = launched()
-    if world.size > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        with _losses_are_said():
-            dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
-    return world
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    with _losses_are_said():
+        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+        words = dist.new_group(backend="gloo", timeout=timedelta(minutes=words_minutes))
+    return replace(world, words=words)
 
 
 def leave() -> None:
