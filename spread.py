@@ -55,12 +55,17 @@ def _known(runs: Sequence[Outcome], name: str) -> list[float]:
     return [run[name] for run in runs if run[name] is not None]
 
 
-def training_table(runs: Sequence[Outcome], loss_name: str) -> str:
+def _loss_name(runs: Sequence[Outcome]) -> str:
+    names = {run["loss"] for run in runs}
+    return names.pop() if len(names) == 1 else "loss"
+
+
+def training_table(runs: Sequence[Outcome]) -> str:
     """A row a setting: training loss at the end and best validation, mean and spread over its seeds."""
     groups = by_setting(runs)
     accuracy = runs[0]["measure"] == "query_accuracy"
     scale, digits = (100, 2) if accuracy else (1, 4)
-    best = "best validation " + ("accuracy %" if accuracy else loss_name)
+    best = "best validation " + ("accuracy %" if accuracy else _loss_name(runs))
     columns: list[tuple[str, str, Sequence[str]]] = [
         ("setting", "", list(groups)),
         ("runs", "", [str(len(group)) for group in groups.values()]),
@@ -83,7 +88,7 @@ def training_record(runs: Sequence[Outcome]) -> dict[str, Any]:
     return {"settings": settings, "runs": list(runs)}
 
 
-def training_figure(runs: Sequence[Outcome], loss_name: str) -> Figure:
+def training_figure(runs: Sequence[Outcome]) -> Figure:
     """Validation over iterations: each run, and the mean of each setting's."""
     measure = runs[0]["measure"]
     with style():
@@ -101,7 +106,9 @@ def training_figure(runs: Sequence[Outcome], loss_name: str) -> Figure:
             label = f"{'' if setting == ALL else setting + ', '}mean of {len(group)}"
             panel.plot(ends, means, "o-", color=colour, markersize=3, label=label)
         panel.set(xlabel="iteration")
-        panel.set_ylabel("validation accuracy" if measure == "query_accuracy" else f"validation {loss_name}")
+        panel.set_ylabel(
+            "validation accuracy" if measure == "query_accuracy" else f"validation {_loss_name(runs)}"
+        )
         if len(groups) <= 12:
             figure.legend(loc="outside lower center", ncols=3, fontsize=7)
     return figure
@@ -110,36 +117,32 @@ def training_figure(runs: Sequence[Outcome], loss_name: str) -> Figure:
 # ---- test ----------------------------------------------------------------------------------------
 
 
-def _normalisations(results: Mapping[str, Sequence[Evaluation]]) -> list[str]:
-    return list(next(iter(results.values()))[0].losses)
-
-
 def test_table(results: Mapping[str, Sequence[Evaluation]], words: Words) -> str:
     """A row an inner step, a column a setting: mean over seeds, ± the interval over tasks, and the spread.
 
     Tasks that have diverged are left out, and counted where there are any.
     """
     some = next(iter(results.values()))[0]
-    rows = next(iter(some.losses.values())).shape[1]
+    rows = max(losses.shape[1] for of_seeds in results.values() for losses in of_seeds[0].losses.values())
     scale, digits = (100, 2) if some.accuracies else (1, 4)
     columns: list[tuple[str, str, Sequence[str]]] = [("steps", "", [str(step) for step in range(rows)])]
-    several_norms = len(some.losses) > 1
     for setting, evaluations in results.items():
-        for norm in _normalisations(results):
+        for norm in evaluations[0].losses:
             pairs = [of_the_rest(each, norm) for each in evaluations]  # by seed and step
             cells = []
-            for step in range(rows):
+            for step in range(len(pairs[0])):
                 means = [of_seed[step][0].item() for of_seed in pairs]
                 interval = statistics.fmean(of_seed[step][1].item() for of_seed in pairs)
                 inside = f" ({scale * min(means):.{digits}f} to {scale * max(means):.{digits}f})"
                 mean = f"{scale * statistics.fmean(means):.{digits}f} ± {scale * interval:.{digits}f}"
                 cells.append(mean + inside * (len(means) > 1))
             title = setting if setting != ALL else "accuracy %" if some.accuracies else words.loss_name
-            columns.append((title, norm * several_norms, cells))
+            missing = [""] * (rows - len(cells))
+            columns.append((title, norm * (len(evaluations[0].losses) > 1), [*cells, *missing]))
             diverged = sum(each.diverged(norm).sum(0) for each in evaluations)
             counts = [int(n) for n in diverged]  # type: ignore[union-attr]
             if any(counts):
-                columns.append(("diverged", "", [str(n) for n in counts]))
+                columns.append(("diverged", "", [*map(str, counts), *missing]))
     marks = ["trained for" if step == words.trained_steps else "" for step in range(rows)]
     columns.append(("", "", marks))
     measure = "accuracy %" if some.accuracies else words.loss_name
@@ -156,7 +159,7 @@ def test_record(results: Mapping[str, Sequence[Evaluation]]) -> dict[str, Any]:
     """By setting and normalisation, after each inner step: the spread of the runs' means."""
     found: dict[str, Any] = {}
     for setting, evaluations in results.items():
-        for norm in _normalisations(results):
+        for norm in evaluations[0].losses:
             pairs = [of_the_rest(each, norm) for each in evaluations]
             found.setdefault(setting, {})[norm] = [
                 spread([of_seed[step][0].item() for of_seed in pairs])
@@ -170,7 +173,6 @@ def test_figure(results: Mapping[str, Sequence[Evaluation]], words: Words) -> Fi
     """The runs' means over inner steps, and their mean, by setting; with the first normalisation."""
     from matplotlib.ticker import MaxNLocator
 
-    norm = _normalisations(results)[0]
     accuracies = bool(next(iter(results.values()))[0].accuracies)
     with style():
         figure = new_figure(5.5, 3.6)
@@ -178,13 +180,15 @@ def test_figure(results: Mapping[str, Sequence[Evaluation]], words: Words) -> Fi
         panel.set_title(words.title)
         for number, (setting, evaluations) in enumerate(results.items()):
             colour = COLOURS[number % len(COLOURS)]
+            norm = next(iter(evaluations[0].losses))
             curves = [[mean.item() for mean, _ in of_the_rest(each, norm)] for each in evaluations]
             for curve in curves:
                 panel.plot(range(len(curve)), curve, color=colour, alpha=0.35, linewidth=0.8)
             means = [statistics.fmean(at) for at in zip(*curves, strict=True)]
             label = f"{'' if setting == ALL else setting + ', '}mean of {len(curves)}"
             panel.plot(range(len(means)), means, "o-", color=colour, markersize=3, label=label)
-        panel.axvline(words.trained_steps, color=GREY, linestyle=":", label="trained for")
+        if words.trained_steps is not None:
+            panel.axvline(words.trained_steps, color=GREY, linestyle=":", label="trained for")
         panel.set(xlabel="inner steps", ylabel="accuracy" if accuracies else words.loss_name)
         panel.set_ylim(bottom=None if accuracies else 0.0, top=1.0 if accuracies else None)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
