@@ -14,6 +14,7 @@ from config import Config, Invocation
 from errors import UsageError
 from inner_loop import RATE
 from maml import MAML
+from members import LIST
 from optimizers import Weights
 
 
@@ -78,6 +79,8 @@ def where_to_train(call: Invocation, given: Mapping[str, Any]) -> tuple[Path | N
     if call.load is not None:
         if not call.load.is_file():
             hint = f": name {call.load / LAST}" if call.load.is_dir() else ""
+            if (call.load / LIST).is_file():
+                hint = ", but many runs: name the one of one of them, or go on with all by --resume"
             raise UsageError(f"{call.load}: there is no such checkpoint{hint}")
         run = call.load.resolve().parent
         if "checkpoint_path" in given and call.checkpoint_path.resolve() not in (run, run.parent):

@@ -16,6 +16,7 @@ from config import CONFIG_FLAGS, Config, Invocation
 from errors import UsageError
 from flags import Flag
 
+LIST = "runs.json"  # in the folder of many runs: which they are
 MOST = 1000  # runs of a command line
 LONGEST = 40  # characters of a value in a folder's name, its last ones: paths differ there
 SWITCHES = {"yes": True, "no": False}
@@ -71,8 +72,8 @@ def members_of(call: Invocation, given: Mapping[str, Any]) -> list[Member]:
             raise UsageError(f"run {member.name}: {error}") from error
         if member.given.get("compile") == "on" and not compiles(config):
             raise UsageError(
-                "--compile on: many runs as one are compiled where a learner of this tool learns from curves "
-                "that are computed; leave it out"
+                "--compile on: many runs as one are compiled where they learn from curves that are computed, "
+                "all tasks at once; leave it out"
             )
     if len({member.config.classification for member in found}) > 1:
         raise UsageError("--sweep: regression and classification have no measure in common; sweep them apart")

@@ -37,13 +37,12 @@ from errors import UsageError
 from learner import LEARNERS
 from losses import LOSSES, loss_name
 from maml import MAML
-from members import Member, compiles
+from members import LIST, Member, compiles
 from run import Run
 from tasks import TaskDistribution
 from trainer import AT_ONCE, Trainer
 from world import World
 
-LIST = "runs.json"  # in the folder of many runs: which they are
 SUMMARY = "summary"
 MOST_NAMES = 4  # of runs, in the terminal
 

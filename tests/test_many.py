@@ -516,6 +516,8 @@ def test_a_run_without_checkpoint_is_refused_and_what_is_no_folder_of_runs_too(t
     (folder / "seed-1" / BEST).unlink()
     assert command("--eval", "--load", folder, "--eval-tasks", 3, "--baselines") == 2
     assert "--baselines is measured beside one run" in capsys.readouterr().err
+    assert command("--load", folder) == 2
+    assert f"{folder}: there is no such checkpoint, but many runs: name" in capsys.readouterr().err
     (folder / "seed-1" / LAST).unlink()
     for path in (folder, folder / LAST):
         assert command("--eval", "--load", path) == 2
