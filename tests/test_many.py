@@ -483,7 +483,11 @@ def test_many_classifiers_are_measured_with_both_kinds_of_batch_norm(tmp_path, c
     assert re.search(r"\nsteps +accuracy % .*accuracy %.*\n +transductive +inductive\n", said)
 
 
-def test_runs_with_different_tasks_and_steps_are_named_after_their_own(tmp_path, capsys):
+def test_runs_with_different_tasks_and_steps_are_named_after_their_own(tmp_path, monkeypatch, capsys):
+    seen, plain = [], spread.test_figure
+    monkeypatch.setattr(
+        spread, "test_figure", lambda results, words: seen.append(words) or plain(results, words)
+    )
     folder = trained(tmp_path / "many", *SHORT[:-4], "-q", 4, "--iterations", 2, "--sweep", "k=3,5", "s=1,2")
     assert command("--eval", "--load", folder, "--eval-tasks", 4, "--eval-steps", 2) == 0
     said = capsys.readouterr().out
@@ -495,7 +499,8 @@ def test_runs_with_different_tasks_and_steps_are_named_after_their_own(tmp_path,
     }
     lines = said[said.index("setting  ", said.index("Evaluating")) :].splitlines()
     assert [line.split()[0] for line in lines[1:5]] == ["k-3_s-1", "k-3_s-2", "k-5_s-1", "k-5_s-2"]
-    assert "trained for" not in said and "shots 3, 5" in said and "steps 1, 2" in said
+    assert seen[0].trained_steps is None and seen[0].title == "sinusoid, 4 test tasks"
+    assert "shots 3, 5" in said and "steps 1, 2" in said
     assert max(map(len, lines[:5])) < 130 and "mean and 95 % interval over 4 tasks" in said
 
 
