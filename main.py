@@ -144,7 +144,7 @@ def train(call: Invocation, given: Mapping[str, Any], world: World) -> int:
         at = beginning(call, given)
         runtime = prepare(at.config, call, world)
         config = fitted(at.config, given, runtime, new=at.start is None)
-        check_processes(config, runtime)
+        check_processes(config, runtime, shard=call.shard)
     world.check_same(
         {
             "torch": torch.__version__,

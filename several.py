@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,16 @@ import config as settings
 import report
 import spread
 from beginning import Beginning, beginning, fresh_folder, saved_parameters
-from building import build, check_splits, data_of, fitted, prepare, tried
+from building import (
+    build,
+    check_splits,
+    data_of,
+    fitted,
+    no_empty_folder_left,
+    prepare,
+    tried,
+    writable,
+)
 from checkpoint import BEST, LAST, check_same_split
 from compiler import Compiler
 from config import Config, Invocation
@@ -106,14 +116,16 @@ def train_many(call: Invocation, members: Sequence[Member], world: World) -> tup
         own = [members[number] for number in world.share(len(members))]
         begun = [beginning(_of_member(call, named, member), member.given) for member in own]
     world.check_same({"torch": torch.__version__, "list of runs": [(m.name, m.config) for m in members]})
-    with world.together():
-        ready = _ready(call, own, begun, world, writes_to=named or Path())
+    home = named or call.checkpoint_path
+    with no_empty_folder_left(home) if world.first else nullcontext(), world.together():
+        if world.first:
+            writable(home, "--checkpoint-path")
+        ready = _ready(call, own, begun, world, writes_to=home)
     folder = named or world.from_first(lambda: fresh_folder(call.checkpoint_path, members[0].config))
     for each in ready:
         each.run.folder = folder / each.member.name
     if world.first:
-        folder.mkdir(parents=True, exist_ok=True)
-        report.write_json(folder / LIST, {"runs": [vars(m) | {"name": m.name} for m in members]})
+        _write_list(folder, members)
     groups = groups_of([each for each in ready if not _finished(each.run)], call.runs_at_once)
     if world.first:
         sizes = ", ".join(str(len(group)) for group in groups) or "none, all are finished"
@@ -127,6 +139,13 @@ def train_many(call: Invocation, members: Sequence[Member], world: World) -> tup
     if world.first:
         _write_summary(folder, outcomes, ready[0])
     return folder, None
+
+
+def _write_list(folder: Path, members: Sequence[Member]) -> None:
+    """Says which runs the folder has: these, and those that it had before."""
+    listed = {m.name: {"name": m.name, "setting": m.setting, "seed": m.seed} for m in members}
+    before = {run.name: vars(run) for run in listed_in(folder)} if (folder / LIST).exists() else {}
+    report.write_json(folder / LIST, {"runs": list((before | listed).values())})
 
 
 def _of_member(call: Invocation, folder: Path | None, member: Member) -> Invocation:
@@ -241,13 +260,39 @@ def _write_summary(folder: Path, outcomes: Sequence[Mapping[str, Any]], example:
 
 
 @dataclass(frozen=True)
-class Found:
+class Listed:
     """A run in the folder of many."""
 
     name: str
     setting: str
     seed: int
+
+
+@dataclass(frozen=True)
+class Found(Listed):
+    """Such a run, and its checkpoint."""
+
     file: Path
+
+
+def listed_in(folder: Path) -> list[Listed]:
+    """The runs that the folder's list has; raises UsageError where it is damaged."""
+    try:
+        plain = json.loads((folder / LIST).read_text())["runs"]
+        runs = [Listed(run["name"], run["setting"], run["seed"]) for run in plain]
+        valid = all(
+            isinstance(run.name, str)
+            and isinstance(run.setting, str)
+            and type(run.seed) is int
+            and run.name not in ("", ".", "..")
+            and Path(run.name).name == run.name
+            for run in runs
+        )
+    except (ValueError, KeyError, TypeError):
+        valid = False
+    if not valid or not runs:
+        raise UsageError(f"{folder / LIST} is damaged: name the checkpoint of one run")
+    return runs
 
 
 def runs_in(path: Path) -> list[Found]:
@@ -257,24 +302,14 @@ def runs_in(path: Path) -> list[Found]:
     Raises UsageError where it is one that cannot be used.
     """
     folder, name = (path, None) if path.is_dir() else (path.parent, path.name)
-    listed = folder / LIST
-    if path.is_file() or not listed.is_file() or name not in (None, BEST, LAST):
+    if path.is_file() or not (folder / LIST).is_file() or name not in (None, BEST, LAST):
         return []
-    try:
-        runs = [(r["name"], r["setting"], r["seed"]) for r in json.loads(listed.read_text())["runs"]]
-        valid = all(
-            isinstance(n, str) and isinstance(s, str) and type(seed) is int and Path(n).name == n
-            for n, s, seed in runs
-        )
-    except (ValueError, KeyError, TypeError, OSError):
-        valid = False
-    if not valid or not runs:
-        raise UsageError(f"{listed} is damaged: name the checkpoint of one run")
     found = []
-    for run, setting, seed in runs:
+    for run in listed_in(folder):
         names = (name,) if name else (BEST, LAST)
-        file = next((folder / run / each for each in names if (folder / run / each).is_file()), None)
+        files = (folder / run.name / each for each in names)
+        file = next((each for each in files if each.is_file()), None)
         if file is None:
-            raise UsageError(f"{folder / run} has no {names[0]}: go on with its training first")
-        found.append(Found(run, setting, seed, file))
+            raise UsageError(f"{folder / run.name} has no {names[0]}: go on with its training first")
+        found.append(Found(run.name, run.setting, run.seed, file))
     return found
