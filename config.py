@@ -530,7 +530,9 @@ class Invocation:
     )  # fmt: skip
     runs_at_once: int | None = flag(
         "--runs-at-once", group="machine", kind=int, check=at_least(1), metavar="N", default=None,
-        optional=True, help="of --seeds and --sweep, which bounds memory; 1: one after another",
+        optional=True,
+        help="of --seeds and --sweep, which bounds memory; 1: one after another. By default all that differ in "
+        "numbers alone, but compiled runs on images one after another",
     )  # fmt: skip
     resume: bool = flag(
         "--resume", group="what to do", kind=bool, default=False,
@@ -657,7 +659,7 @@ def _default_text(name: str, declaration: Flag) -> str:
     if name == "out":
         return "beside the checkpoint"
     if name == "runs_at_once":
-        return "all that differ in numbers alone"
+        return "by the runs"
     if name == "threads":
         return "by the learner and the machine"
     return _show(declaration.default)

@@ -85,10 +85,16 @@ def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 
 
 def groups_of(runs: Sequence[Ready], at_most: int | None) -> list[list[Ready]]:
-    """The runs in groups that can be trained at once, each of `at_most` so many."""
+    """The runs in groups that can be trained at once, each of `at_most` so many.
+
+    None: as many as there are, but one after another where they are compiled alone and cannot be together,
+    which is faster.
+    """
     groups: list[list[Ready]] = []
     for each in runs:
-        fitting = (g for g in groups if len(g) < (at_most or len(runs)) and g[0].fits(each))
+        config = each.run.config
+        most = at_most or (1 if config.compile == "on" and not compiles(config) else len(runs))
+        fitting = (g for g in groups if len(g) < most and g[0].fits(each))
         group = next(fitting, None)
         if group is None:
             groups.append([each])
