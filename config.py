@@ -531,8 +531,8 @@ class Invocation:
     runs_at_once: int | None = flag(
         "--runs-at-once", group="machine", kind=int, check=at_least(1), metavar="N", default=None,
         optional=True,
-        help="of --seeds and --sweep, which bounds memory; 1: one after another. By default all that differ in "
-        "numbers alone, but compiled runs on images one after another",
+        help="of --seeds and --sweep, which bounds memory; 1: one after another. By default all that differ "
+        "in numbers alone, but compiled runs on images one after another",
     )  # fmt: skip
     resume: bool = flag(
         "--resume", group="what to do", kind=bool, default=False,
