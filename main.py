@@ -180,6 +180,8 @@ def train(call: Invocation, given: Mapping[str, Any], world: World) -> int:
     print_settings(config, runtime, f"{doing} in {folder}")
     signal = trainer.train()
     print_end(run, signal)
+    sys.stdout.flush()
+    world.wait()  # where one ends with a code, torchrun ends the others, and the first may have had more to do
     return 0 if signal is None else 128 + signal
 
 
@@ -343,7 +345,8 @@ def compare(
     try:
         others = baselines.measured(source.config, config, call, runtime, call.load.parent / "baselines")
     except baselines.InterruptedBySignalError as interrupted:
-        print("Saved; the same command goes on from there.")
+        print("Saved; the same command goes on from there.", flush=True)
+        runtime.world.wait()  # see `train`
         return 128 + interrupted.signal
     mine = baselines.Baseline(config.algorithm, "as trained", result)
     results = {f"{b.name}\n{b.how}": b.evaluation for b in (mine, *others)}
