@@ -146,7 +146,8 @@ def train(call: Invocation, given: Mapping[str, Any], world: World) -> int:
         {
             "torch": torch.__version__,
             "checkpoint": at.start.iteration if at.start else None,
-            "configuration": settings.config_to_plain(config),
+            "--shard": call.shard,
+            **settings.by_flag(config),
         }
     )
     if at.finished and at.start is not None:

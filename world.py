@@ -7,6 +7,8 @@ summed over NCCL between CUDA GPUs, over gloo between CPUs; what processes say t
 from __future__ import annotations
 
 import os
+import re
+import textwrap
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -133,12 +135,13 @@ class World:
         """Raises UsageError in all processes where they do not agree, and names what they disagree about."""
         others = self.gathered(dict(facts))
         for rank, other in enumerate(others):
-            different = [name for name in others[0] if other[name] != others[0][name]]
+            names = sorted(others[0].keys() | other.keys())
+            different = [name for name in names if other.get(name) != others[0].get(name)]
             if different:
                 name = different[0]
                 raise UsageError(
-                    f"process {rank} has another {name} than process 0 ({other[name]!s:.60} and "
-                    f"{others[0][name]!s:.60}): start all with the same flags, versions and files"
+                    f"process {rank} has another {name} than process 0 ({other.get(name)!s:.60} and "
+                    f"{others[0].get(name)!s:.60}): start all with the same flags, versions and files"
                 )
 
     def wait(self) -> None:
@@ -155,8 +158,8 @@ def _losses_are_said() -> Iterator[None]:
     try:
         yield
     except (dist.DistError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise LostError(reason[:200]) from error
+        reason = re.sub(r"^\[\S+\] ", "", " ".join(str(error).split()))  # where in gloo's code
+        raise LostError(textwrap.shorten(reason, 160, placeholder=" ...")) from error
 
 
 class Late:
