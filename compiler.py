@@ -18,13 +18,18 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 Function = Callable[..., Any]
 Signature = tuple[tuple[tuple[torch.Size, torch.dtype], ...], str | None]  # and the structure
@@ -110,13 +115,14 @@ class Compiler:
             with _quiet(), _ticking(self.on_wait), torch.enable_grad():
                 graph, output_structure = _trace(function, tensors, structure)
                 path = self.folder / f"{self._key(graph, tensors, options)}.pt2"
-                try:
-                    library = Library(path, output_structure)
-                    self.loaded += 1
-                except Exception:  # there is none, or it is damaged
-                    self._build(graph, tensors, options, path)
-                    library = Library(path, output_structure)
-                    self.compiled += 1
+                with _alone_with(path):  # processes of one job come at the same time, with the same functions
+                    try:
+                        library = Library(path, output_structure)
+                        self.loaded += 1
+                    except Exception:  # there is none, or it is damaged
+                        self._build(graph, tensors, options, path)
+                        library = Library(path, output_structure)
+                        self.compiled += 1
                 return library
         except Exception as error:  # a compiler may stumble in any way; without it the run goes on
             text = " ".join(str(error).split()) or type(error).__name__
@@ -131,7 +137,6 @@ class Compiler:
         from torch._inductor import aoti_compile_and_package
 
         exported = torch.export.export(graph, tuple(tensors))
-        # another process may be building the same: each builds its own, and the last one's stays
         with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
             built = aoti_compile_and_package(
                 exported, package_path=str(Path(temporary) / path.name), inductor_configs=dict(options)
@@ -184,6 +189,22 @@ def _digest(path: Path) -> str:
 
 def _digest_file(path: Path) -> Path:
     return path.with_suffix(".sha256")
+
+
+@contextmanager
+def _alone_with(path: Path) -> Iterator[None]:
+    """Waits until no other process looks for, or builds, the same library; not where no file can be locked."""
+    if fcntl is None:
+        yield
+        return
+    with path.with_suffix(".lock").open("w") as file:
+        with suppress(OSError):  # some network file systems
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # closing it would not do where a child process still has it open
+                fcntl.flock(file, fcntl.LOCK_UN)
 
 
 class Library:
