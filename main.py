@@ -182,7 +182,7 @@ def train(call: Invocation, given: Mapping[str, Any], world: World) -> int:
     signal = trainer.train()
     print_end(run, signal)
     sys.stdout.flush()
-    world.wait()  # where one ends with a code, torchrun ends the others, and the first may have had more to do
+    world.wait()  # torchrun ends all where one has ended with a code, and the first may have more to do
     return 0 if signal is None else 128 + signal
 
 
