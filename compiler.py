@@ -18,7 +18,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -193,18 +193,15 @@ def _digest_file(path: Path) -> Path:
 
 @contextmanager
 def _alone_with(path: Path) -> Iterator[None]:
-    """Waits until no other process looks for, or builds, the same library; not where no file can be locked."""
-    if fcntl is None:
+    """Waits until no other process looks for, or builds, the same library, where files can be locked."""
+    with ExitStack() as lock:
+        with suppress(OSError):  # no folder, or a network file system without locks
+            file = lock.enter_context(path.with_suffix(".lock").open("w"))
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                # closing it would not do where a child process has it open, too
+                lock.callback(fcntl.flock, file, fcntl.LOCK_UN)
         yield
-        return
-    with path.with_suffix(".lock").open("w") as file:
-        with suppress(OSError):  # some network file systems
-            fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # closing it would not do where a child process still has it open
-                fcntl.flock(file, fcntl.LOCK_UN)
 
 
 class Library:

@@ -271,10 +271,8 @@ def killed_runs(
             continue
         problem = job.wait(600)
         code = job.job.returncode
-        if problem or code:
-            found = [problem or f"exit code {code}"]
-        else:
-            found = differences(job.folder, undisturbed)
+        failed = [problem or f"exit code {code}"] if problem or code else []
+        found = failed or differences(job.folder, undisturbed)
         of_run = sum(kill.run == number for kill in kills)
         runs.append({"run": number, "kills": of_run, "differences": found})
         print(f"run {number}, killed {of_run} times: {', '.join(found) or 'the undisturbed run to the bit'}")
