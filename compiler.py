@@ -18,7 +18,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -226,15 +226,18 @@ def _one_at_a_time(path: Path, interrupted: Callable[[], bool]) -> Iterator[None
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
             except BlockingIOError:
                 if interrupted():
                     raise RuntimeError("interrupted") from None
                 time.sleep(0.1)
-            except OSError:
+            except OSError:  # some network file systems
                 break
-            else:
-                break
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # closing it would not do where a child process still has it open
+                fcntl.flock(file, fcntl.LOCK_UN)
 
 
 # The general functions take longer than a small step's arithmetic: tensors in a tuple, which need no

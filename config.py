@@ -1349,6 +1349,11 @@ def meaningful(config: Config) -> dict[str, Any]:
     }
 
 
+def by_flag(config: Config) -> dict[str, Any]:
+    """All settings, by the names of their flags."""
+    return {declaration.names[0]: getattr(config, name) for name, declaration in CONFIG_FLAGS.items()}
+
+
 def describe(config: Config) -> str:
     """The settings that mean something, a line a group."""
     values = meaningful(config)
