@@ -342,8 +342,11 @@ def check_processes(config: Config, runtime: Runtime, *, shard: bool) -> None:
         raise UsageError("--shard splits the optimizer's state over processes: start several with torchrun")
 
 
-def print_settings(config: Config, runtime: Runtime, first_line: str) -> None:
-    print(f"{first_line}\n{settings.describe(config)}\n  device      {runtime.describe()}", flush=True)
+def print_settings(config: Config, runtime: Runtime, first_line: str, *others: Config) -> None:
+    """`others`: of runs that are shown together."""
+    print(
+        f"{first_line}\n{settings.describe(config, *others)}\n  device      {runtime.describe()}", flush=True
+    )
 
 
 def print_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

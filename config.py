@@ -64,6 +64,7 @@ from presets import (
     learner_facts,
 )
 
+MOST_SHOWN = 6  # values of a setting, of many runs
 OWN_CODE = ("learner", "dataset", "loss")  # the settings that may name the user's code
 
 
@@ -1354,15 +1355,27 @@ def by_flag(config: Config) -> dict[str, Any]:
     return {declaration.names[0]: getattr(config, name) for name, declaration in CONFIG_FLAGS.items()}
 
 
-def describe(config: Config) -> str:
-    """The settings that mean something, a line a group."""
-    values = meaningful(config)
+def describe(*configs: Config) -> str:
+    """The settings that mean something, a line a group; of several runs, all values of each."""
+    values: dict[str, list[Any]] = {}
+    for config in configs:
+        for name, value in meaningful(config).items():
+            found = values.setdefault(name, [])
+            if value not in found:
+                found.append(value)
+
+    def all_of(name: str) -> str:
+        shown = [str(value) if name == "seed" else _show(value) for value in values[name]]
+        if len(shown) > MOST_SHOWN:
+            return f"{shown[0]}, {shown[1]}, ... {shown[-1]} ({len(shown)} of them)"
+        return ", ".join(shown)
+
     lines = []
     for group in GROUPS:
         shown = [
-            f"{name.replace('_', ' ')} {value if name == 'seed' else _show(value)}"
-            for name, value in values.items()
-            if CONFIG_FLAGS[name].group == group and value not in (None, ())
+            f"{name.replace('_', ' ')} {all_of(name)}"
+            for name in CONFIG_FLAGS
+            if CONFIG_FLAGS[name].group == group and any(v not in (None, ()) for v in values.get(name, ()))
         ]
         if shown:
             text = textwrap.fill(" · ".join(shown), 96, subsequent_indent=" " * 14)

@@ -260,7 +260,7 @@ def train_many(call: Invocation, members: Sequence[Member], world: World) -> int
 def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str], world: World) -> int:
     """Measures a checkpoint, or the fresh initialisation, on the test tasks."""
     from building import prepare, print_settings, writable
-    from measuring import Subject
+    from measuring import Subject, of_all
     from report import evaluation_table
     from several import runs_in
 
@@ -278,9 +278,7 @@ def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str], w
     print_settings(config, runtime, f"Evaluating {subject.name} on {config.eval_tasks} test tasks")
     result = built.measured(runtime)
     print(evaluation_table(result, subject.words))
-    size = f"{config.task_size}-{config.queries}query-{config.eval_tasks}tasks"
-    stem = subject.stem(with_run=call.out is not None)
-    file = out / f"{stem}-test-{config.dataset_name}-{size}"
+    file = out / f"{subject.stem(with_run=call.out is not None)}-{of_all([subject])[1]}"
     record = {"command": shlex.join(["main.py", *arguments]), **subject.record(runtime)}
     if world.first:
         built.write(result, str(file), record)
@@ -300,7 +298,7 @@ def evaluate_many(
     """Measures many runs on the same test tasks: mean and spread over seeds, and each by itself."""
     import spread
     from building import prepare, print_settings, writable
-    from measuring import Subject
+    from measuring import Subject, of_all
     from report import write_figure, write_json
 
     assert call.load is not None
@@ -310,15 +308,15 @@ def evaluate_many(
     with world.together():
         subjects = [Subject.read(run.file, call, given) for run in many]
         out = writable(call.out or folder, "--out") if world.first else Path()
-    config = subjects[0].config
-    runtime = prepare(config, call, world)
+    configs = [subject.config for subject in subjects]
+    tasks = configs[0].eval_tasks
+    runtime = prepare(configs[0], call, world)
     print_settings(
-        config, runtime, f"Evaluating {len(many)} runs in {folder} on {config.eval_tasks} test tasks"
+        configs[0], runtime, f"Evaluating {len(many)} runs in {folder} on {tasks} test tasks", *configs[1:]
     )
     command = {"command": shlex.join(["main.py", *arguments])}
     results: dict[str, list[Evaluation]] = {}
     distributions: dict[Any, TaskDistribution] = {}
-    stem = f"test-{config.dataset_name}-{config.task_size}-{config.queries}query-{config.eval_tasks}tasks"
     for run, subject in zip(many, subjects, strict=True):
         runtime = prepare(subject.config, call, world)
         with world.together():
@@ -326,16 +324,18 @@ def evaluate_many(
         result = built.measured(runtime)
         results.setdefault(run.setting or spread.ALL, []).append(result)
         if world.first:
-            file = (out if call.out else run.file.parent) / f"{subject.stem(with_run=bool(call.out))}-{stem}"
+            name = f"{subject.stem(with_run=call.out is not None)}-{of_all([subject])[1]}"
+            file = (out if call.out else run.file.parent) / name
             built.write(result, str(file), {**command, **subject.record(runtime)})
-    words = subjects[0].words
+    words, stem = of_all(subjects)
     print(spread.test_table(results, words))
     if world.first:
         file = out / stem
         record = {"runs": [vars(run) for run in many], "settings": spread.test_record(results)}
         write_json(Path(f"{file}.json"), {**command, **record})
         write_figure(Path(f"{file}.png"), spread.test_figure(results, words))
-    print(f"Written: {out / stem}.json and .png, and those of each run beside its checkpoint")
+    beside = "them" if call.out else "its checkpoint"
+    print(f"Written: {out / stem}.json and .png, and those of each run beside {beside}")
     return 0
 
 

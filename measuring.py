@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,14 +56,19 @@ class Subject:
         return f"{self.file.resolve().parent.name}-{self.file.stem}" if with_run else self.file.stem
 
     @property
-    def words(self) -> report.Words:
+    def tasks(self) -> dict[str, str]:
+        """What tells its test tasks from others, in words and in the names of results."""
         config = self.config
-        return report.Words(
-            loss_name=loss_name(config.loss),
-            trained_steps=config.trained_steps,
-            test_steps=config.test_steps,
-            title=f"{config.dataset_name}, {config.task_size}, {config.eval_tasks} test tasks",
-        )
+        return {
+            config.dataset_name: config.dataset_name,
+            config.task_size: config.task_size,
+            "": f"{config.queries}query",
+            f"{config.eval_tasks} test tasks": f"{config.eval_tasks}tasks",
+        }
+
+    @property
+    def words(self) -> report.Words:
+        return of_all([self])[0]
 
     def record(self, runtime: Runtime) -> dict[str, Any]:
         """What a result file says about where the numbers come from."""
@@ -101,6 +106,25 @@ class Subject:
             parameters = fitting_parameters(self.file, source.parameters, parameters, config.learner)
             statistics = fitting_parameters(self.file, source.statistics, statistics, config.learner)
         return Built(self, maml, distribution, parameters, statistics)
+
+
+def of_all(subjects: Sequence[Subject]) -> tuple[report.Words, str]:
+    """What can be said of several, which is what they have in common, and a name for their results."""
+
+    def same(values: Iterable[Any], otherwise: Any) -> Any:
+        found = list(dict.fromkeys(values))
+        return found[0] if len(found) == 1 else otherwise
+
+    columns = zip(*(each.tasks.items() for each in subjects), strict=True)
+    common = [part for part in (same(column, None) for column in columns) if part]
+    configs = [each.config for each in subjects]
+    words = report.Words(
+        loss_name=same((loss_name(config.loss) for config in configs), "loss"),
+        trained_steps=same((config.trained_steps for config in configs), None),
+        test_steps=configs[0].test_steps,
+        title=", ".join(said for said, _ in common if said),
+    )
+    return words, "-".join(["test", *(name for _, name in common)])
 
 
 @dataclass(frozen=True)

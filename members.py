@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from errors import UsageError
 from flags import Flag
 
 MOST = 1000  # runs of a command line
+LONGEST = 40  # characters of a value in a folder's name, its last ones: paths differ there
 SWITCHES = {"yes": True, "no": False}
 
 
@@ -55,10 +56,11 @@ def members_of(call: Invocation, given: Mapping[str, Any]) -> list[Member]:
             raise UsageError(f"{flag} is given, and in --sweep too: give one of them")
     default = CONFIG_FLAGS["seed"].default
     seeds = seeds_of(call.seeds) if call.seeds is not None else [given.get("seed", default)]
+    texts = {name: _texts(values) for name, values in axes}
     found = []
     for values in itertools.product(*(values for _, values in axes)):
         chosen = dict(zip(names, values, strict=True))
-        setting = "_".join(f"{_plain_name(CONFIG_FLAGS[n])}-{_text(v)}" for n, v in chosen.items())
+        setting = "_".join(f"{_plain_name(CONFIG_FLAGS[n])}-{texts[n][v]}" for n, v in chosen.items())
         found += [Member(setting, seed, {**given, **chosen, "seed": seed}) for seed in seeds]
     if len(found) > MOST:
         raise UsageError(f"--seeds and --sweep ask for {len(found):,} runs: at most {MOST:,}")
@@ -72,6 +74,8 @@ def members_of(call: Invocation, given: Mapping[str, Any]) -> list[Member]:
                 "--compile on: many runs as one are compiled where a learner of this tool learns from curves "
                 "that are computed; leave it out"
             )
+    if len({member.config.classification for member in found}) > 1:
+        raise UsageError("--sweep: regression and classification have no measure in common; sweep them apart")
     return found
 
 
@@ -130,7 +134,11 @@ def _plain_name(flag: Flag) -> str:
     return flag.names[0].lstrip("-")
 
 
-def _text(value: Any) -> str:
-    """A value as a part of a folder's name."""
-    text = {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
-    return "".join(c if c.isalnum() or c in "-.+" else "-" for c in text)[:60]
+def _texts(values: Sequence[Any]) -> dict[Any, str]:
+    """Values of a setting as parts of a folder's name, each another."""
+    found: dict[Any, str] = {}
+    for number, value in enumerate(values):
+        text = {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+        text = "".join(c if c.isalnum() or c in "-.+" else "-" for c in text)[-LONGEST:]
+        found[value] = f"{text}-{number}" if text in found.values() else text
+    return found

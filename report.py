@@ -243,7 +243,7 @@ class Words:
     """What tables and figures say about an evaluation."""
 
     loss_name: str
-    trained_steps: int
+    trained_steps: int | None  # None: of several runs, not the same for all
     test_steps: int  # whose result is quoted
     title: str
 

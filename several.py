@@ -45,6 +45,7 @@ from world import World
 
 LIST = "runs.json"  # in the folder of many runs: which they are
 SUMMARY = "summary"
+MOST_NAMES = 4  # of runs, in the terminal
 
 
 # ---- which can be trained together ---------------------------------------------------------------
@@ -123,10 +124,12 @@ def train_many(call: Invocation, members: Sequence[Member], world: World) -> tup
         begun = [beginning(_of_member(call, named, member), member.given) for member in own]
     world.check_same({"torch": torch.__version__, "list of runs": [(m.name, m.config) for m in members]})
     home = named or call.checkpoint_path
-    with no_empty_folder_left(home) if world.first else nullcontext(), world.together():
-        if world.first:
-            writable(home, "--checkpoint-path")
-        ready = _ready(call, own, begun, world, writes_to=home)
+    with no_empty_folder_left(home) if world.first else nullcontext():
+        with world.together():
+            if world.first:
+                writable(home, "--checkpoint-path")
+        with world.together():
+            ready = _ready(call, own, begun, world, writes_to=home)
     folder = named or world.from_first(lambda: fresh_folder(call.checkpoint_path, members[0].config))
     for each in ready:
         each.run.folder = folder / each.member.name
@@ -143,7 +146,7 @@ def train_many(call: Invocation, members: Sequence[Member], world: World) -> tup
             return folder, signal
     outcomes = [one for part in world.gathered([outcome_of(each) for each in ready]) for one in part]
     if world.first:
-        _write_summary(folder, outcomes, ready[0])
+        _write_summary(folder, outcomes)
     return folder, None
 
 
@@ -216,9 +219,10 @@ def _train_group(group: Sequence[Ready], *, shown: bool) -> int | None:
             in_transform=True, convolution=config.convolution, tasks_at_once=config.tasks_at_once
         )
     if shown:
-        names = ", ".join(each.member.name for each in group)
-        print(f"Training {names}", flush=True)
-        print(settings.describe(config), flush=True)
+        names = [each.member.name for each in group]
+        listed = ", ".join(names) if len(names) <= MOST_NAMES else f"{names[0]} ... {names[-1]}"
+        print(f"Training {listed}", flush=True)
+        print(settings.describe(*(each.run.config for each in group)), flush=True)
     compiler = Compiler(next(iter(first.run.parameters.values())).device)
     maml = maml.with_options(accelerate=compiler)
     return Trainer([each.run for each in group], maml, first.distribution, compiler, shown=shown).train()
@@ -248,17 +252,17 @@ def outcome_of(each: Ready) -> dict[str, Any]:
         "iteration": run.iteration,
         "final_training_loss": final[0] if final else None,
         "measure": measure,
+        "loss": loss_name(run.config.loss),
         "best_validation": None if best is None else abs(best),
         "best_iteration": run.progress.best_iteration,
         "validation": {name: validation.get(name, []) for name in ("iteration", measure)},
     }
 
 
-def _write_summary(folder: Path, outcomes: Sequence[Mapping[str, Any]], example: Ready) -> None:
-    name = loss_name(example.run.config.loss)
-    print(spread.training_table(outcomes, name))
+def _write_summary(folder: Path, outcomes: Sequence[Mapping[str, Any]]) -> None:
+    print(spread.training_table(outcomes))
     report.write_json(folder / f"{SUMMARY}.json", spread.training_record(outcomes))
-    report.write_figure(folder / f"{SUMMARY}.png", spread.training_figure(outcomes, name))
+    report.write_figure(folder / f"{SUMMARY}.png", spread.training_figure(outcomes))
     print(f"Written: {folder / SUMMARY}.json and .png")
 
 

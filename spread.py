@@ -5,19 +5,26 @@ The spread over seeds (lowest to highest) and the interval over test tasks are t
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from evaluation import Evaluation
 from report import BLUE, GREEN, GREY, ORANGE, RED, Words, new_figure, of_the_rest, style, table
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Outcome = Mapping[str, Any]  # of a run: see `several.outcome_of`
 COLOURS = [BLUE, ORANGE, GREEN, RED, "#CC79A7", "#56B4E9", "#F0E442", GREY]
 ALL = "all"  # where there is but one setting
+MOST_COLUMNS = 3  # of a table, each of some 35 characters
+MOST_IN_LEGEND = 2 * len(COLOURS)
 
 
 def by_setting(runs: Sequence[Outcome]) -> dict[str, list[Outcome]]:
@@ -28,15 +35,23 @@ def by_setting(runs: Sequence[Outcome]) -> dict[str, list[Outcome]]:
     return found
 
 
+def _mean_and_ends(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, lowest and highest; all NaN where one is."""
+    if any(map(math.isnan, values)):
+        return math.nan, math.nan, math.nan
+    return statistics.fmean(values), min(values), max(values)
+
+
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Of the same number in several runs."""
-    deviation = statistics.stdev(values) if len(values) > 1 else None
+    mean, low, high = _mean_and_ends(values)
+    finite = len(values) > 1 and all(map(math.isfinite, values))
     return {
         "runs": len(values),
-        "mean": statistics.fmean(values),
-        "standard_deviation": deviation,
-        "lowest": min(values),
-        "highest": max(values),
+        "mean": mean,
+        "standard_deviation": statistics.stdev(values) if finite else None,
+        "lowest": low,
+        "highest": high,
     }
 
 
@@ -44,8 +59,33 @@ def _in_words(values: Sequence[float], scale: float, digits: int) -> str:
     """`mean (lowest to highest)`."""
     if not values:
         return "-"
-    mean, low, high = (scale * v for v in (statistics.fmean(values), min(values), max(values)))
+    mean, low, high = (scale * v for v in _mean_and_ends(values))
     return f"{mean:.{digits}f}" + f" ({low:.{digits}f} to {high:.{digits}f})" * (len(values) > 1)
+
+
+def _drawn(
+    panel: Axes, number: int, setting: str, curves: Sequence[tuple[Sequence[float], Sequence[float]]]
+) -> None:
+    """Each run of a setting as a thin line (x and y), and their mean as far as all of them go."""
+    colour = COLOURS[number % len(COLOURS)]
+    for ends, values in curves:
+        panel.plot(ends, values, color=colour, alpha=0.35, linewidth=0.8)
+    length = min(len(ends) for ends, _ in curves)
+    means = [statistics.fmean(values[position] for _, values in curves) for position in range(length)]
+    kind = "o-" if number < len(COLOURS) else "s--"  # colours come again
+    label = f"{'' if setting == ALL else setting + ': '}mean of {len(curves)}"
+    panel.plot(curves[0][0][:length], means, kind, color=colour, markersize=3, label=label)
+
+
+def _legend(figure: Figure, panel: Axes, settings: int) -> None:
+    """Below, in as many columns as the longest name leaves room for; of too many settings, none."""
+    if settings > MOST_IN_LEGEND:
+        return
+    labels = panel.get_legend_handles_labels()[1]
+    columns = max(1, min(3, int(figure.get_figwidth() * 17) // (max(map(len, labels)) + 8)))
+    lines = math.ceil(len(labels) / columns)
+    figure.set_figheight(figure.get_figheight() + 0.15 * (lines - 1))
+    figure.legend(loc="outside lower center", ncols=columns, fontsize=7)
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -55,12 +95,17 @@ def _known(runs: Sequence[Outcome], name: str) -> list[float]:
     return [run[name] for run in runs if run[name] is not None]
 
 
-def training_table(runs: Sequence[Outcome], loss_name: str) -> str:
+def _loss_name(runs: Sequence[Outcome]) -> str:
+    names = {run["loss"] for run in runs}
+    return names.pop() if len(names) == 1 else "loss"
+
+
+def training_table(runs: Sequence[Outcome]) -> str:
     """A row a setting: training loss at the end and best validation, mean and spread over its seeds."""
     groups = by_setting(runs)
     accuracy = runs[0]["measure"] == "query_accuracy"
     scale, digits = (100, 2) if accuracy else (1, 4)
-    best = "best validation " + ("accuracy %" if accuracy else loss_name)
+    best = "best validation " + ("accuracy %" if accuracy else _loss_name(runs))
     columns: list[tuple[str, str, Sequence[str]]] = [
         ("setting", "", list(groups)),
         ("runs", "", [str(len(group)) for group in groups.values()]),
@@ -83,7 +128,7 @@ def training_record(runs: Sequence[Outcome]) -> dict[str, Any]:
     return {"settings": settings, "runs": list(runs)}
 
 
-def training_figure(runs: Sequence[Outcome], loss_name: str) -> Figure:
+def training_figure(runs: Sequence[Outcome]) -> Figure:
     """Validation over iterations: each run, and the mean of each setting's."""
     measure = runs[0]["measure"]
     with style():
@@ -91,78 +136,109 @@ def training_figure(runs: Sequence[Outcome], loss_name: str) -> Figure:
         panel = figure.subplots()
         groups = by_setting(runs)
         for number, (setting, group) in enumerate(groups.items()):
-            colour = COLOURS[number % len(COLOURS)]
-            for run in group:
-                curve = run["validation"]
-                panel.plot(curve["iteration"], curve[measure], color=colour, alpha=0.35, linewidth=0.8)
-            length = min(len(run["validation"]["iteration"]) for run in group)
-            means = [statistics.fmean(r["validation"][measure][i] for r in group) for i in range(length)]
-            ends = group[0]["validation"]["iteration"][:length]
-            label = f"{'' if setting == ALL else setting + ', '}mean of {len(group)}"
-            panel.plot(ends, means, "o-", color=colour, markersize=3, label=label)
+            curves = [(r["validation"]["iteration"], r["validation"][measure]) for r in group]
+            _drawn(panel, number, setting, curves)
         panel.set(xlabel="iteration")
-        panel.set_ylabel("validation accuracy" if measure == "query_accuracy" else f"validation {loss_name}")
-        if len(groups) <= 12:
-            figure.legend(loc="outside lower center", ncols=3, fontsize=7)
+        panel.set_ylabel(
+            "validation accuracy" if measure == "query_accuracy" else f"validation {_loss_name(runs)}"
+        )
+        _legend(figure, panel, len(groups))
     return figure
 
 
 # ---- test ----------------------------------------------------------------------------------------
 
 
-def _normalisations(results: Mapping[str, Sequence[Evaluation]]) -> list[str]:
-    return list(next(iter(results.values()))[0].losses)
+@dataclass(frozen=True)
+class _Column:
+    """The runs of a setting, with one normalisation, over inner steps."""
+
+    setting: str
+    norm: str  # empty where there is but one
+    means: list[list[float]]  # by step and run, over the tasks that have not diverged
+    intervals: list[float]  # by step, half widths of the interval over tasks; means over the runs
+    diverged: list[int]  # by step, tasks of all runs
+
+    def cell(self, step: int, scale: float, digits: int) -> str:
+        """`mean ± interval (lowest to highest)`, the latter of several runs; empty beyond the last step."""
+        if step >= len(self.means):
+            return ""
+        mean, low, high = (scale * v for v in _mean_and_ends(self.means[step]))
+        spread = f" ({low:.{digits}f} to {high:.{digits}f})" * (len(self.means[step]) > 1)
+        return f"{mean:.{digits}f} ± {scale * self.intervals[step]:.{digits}f}{spread}"
+
+    def count(self, step: int) -> str:
+        return str(self.diverged[step]) if step < len(self.diverged) else ""
+
+
+def _columns(results: Mapping[str, Sequence[Evaluation]]) -> list[_Column]:
+    found = []
+    for setting, evaluations in results.items():
+        for norm in evaluations[0].losses:
+            by_step = list(zip(*(of_the_rest(each, norm) for each in evaluations), strict=True))
+            found.append(
+                _Column(
+                    setting,
+                    norm * (len(evaluations[0].losses) > 1),
+                    [[mean.item() for mean, _ in of_runs] for of_runs in by_step],
+                    [statistics.fmean(half.item() for _, half in of_runs) for of_runs in by_step],
+                    torch.stack([each.diverged(norm).sum(0) for each in evaluations]).sum(0).tolist(),
+                )
+            )
+    return found
 
 
 def test_table(results: Mapping[str, Sequence[Evaluation]], words: Words) -> str:
-    """A row an inner step, a column a setting: mean over seeds, ± the interval over tasks, and the spread.
+    """Mean over seeds, ± the interval over tasks, and the spread: a row an inner step and a column a setting;
+    of many settings, a row each, with but the steps that matter.
 
     Tasks that have diverged are left out, and counted where there are any.
     """
     some = next(iter(results.values()))[0]
-    rows = next(iter(some.losses.values())).shape[1]
+    found = _columns(results)
+    rows = max(len(column.means) for column in found)
     scale, digits = (100, 2) if some.accuracies else (1, 4)
-    columns: list[tuple[str, str, Sequence[str]]] = [("steps", "", [str(step) for step in range(rows)])]
-    several_norms = len(some.losses) > 1
-    for setting, evaluations in results.items():
-        for norm in _normalisations(results):
-            pairs = [of_the_rest(each, norm) for each in evaluations]  # by seed and step
-            cells = []
-            for step in range(rows):
-                means = [of_seed[step][0].item() for of_seed in pairs]
-                interval = statistics.fmean(of_seed[step][1].item() for of_seed in pairs)
-                inside = f" ({scale * min(means):.{digits}f} to {scale * max(means):.{digits}f})"
-                mean = f"{scale * statistics.fmean(means):.{digits}f} ± {scale * interval:.{digits}f}"
-                cells.append(mean + inside * (len(means) > 1))
-            title = setting if setting != ALL else "accuracy %" if some.accuracies else words.loss_name
-            columns.append((title, norm * several_norms, cells))
-            diverged = sum(each.diverged(norm).sum(0) for each in evaluations)
-            counts = [int(n) for n in diverged]  # type: ignore[union-attr]
-            if any(counts):
-                columns.append(("diverged", "", [str(n) for n in counts]))
-    marks = ["trained for" if step == words.trained_steps else "" for step in range(rows)]
-    columns.append(("", "", marks))
     measure = "accuracy %" if some.accuracies else words.loss_name
+    columns: list[tuple[str, str, Sequence[str]]]
+    if len(found) <= MOST_COLUMNS:
+        columns = [("steps", "", [str(step) for step in range(rows)])]
+        for each in found:
+            title = measure if each.setting == ALL else each.setting
+            columns.append((title, each.norm, [each.cell(step, scale, digits) for step in range(rows)]))
+            if any(each.diverged):
+                columns.append(("diverged", "", [each.count(step) for step in range(rows)]))
+        columns.append(("", "", ["trained for" * (step == words.trained_steps) for step in range(rows)]))
+    else:
+        shown = sorted({0, min(words.test_steps, rows - 1), rows - 1})
+        columns = [("setting", "", [each.setting for each in found])]
+        if any(each.norm for each in found):
+            columns.append(("statistics", "", [each.norm for each in found]))
+        for step in shown:
+            title = f"after {step} step{'s' * (step != 1)}"
+            columns.append((title, "", [each.cell(step, scale, digits) for each in found]))
+            if any(each.count(step) not in ("", "0") for each in found):
+                columns.append(("diverged", "", [each.count(step) for each in found]))
     tasks = len(next(iter(some.losses.values())))
-    runs = sorted({len(each) for each in results.values()})
-    of_runs = " or ".join(map(str, runs))
-    return (
-        f"{table(columns)}\nQuery {measure}: mean over {of_runs} runs of each setting ± the mean 95 % "
-        f"interval over {tasks} tasks\nthat have not diverged (lowest to highest run)."
-    )
+    runs = " or ".join(map(str, sorted({len(each) for each in results.values()})))
+    over = f"mean over {runs} runs" + (" of each setting" * (len(results) > 1))
+    footer = f"Query {measure}: {over} ± the mean 95 % interval over {tasks} tasks (lowest to highest run)"
+    if runs == "1":
+        footer = f"Query {measure}: mean and 95 % interval over {tasks} tasks"
+    count = any(any(each.diverged) for each in found)
+    left_out = "Diverged tasks are left out, and counted." if count else "No task diverged."
+    return f"{table(columns)}\n{footer}.\n{left_out}"
 
 
 def test_record(results: Mapping[str, Sequence[Evaluation]]) -> dict[str, Any]:
-    """By setting and normalisation, after each inner step: the spread of the runs' means."""
+    """By setting and normalisation, after each inner step: the spread of the runs' means, over the tasks that
+    have not diverged."""
     found: dict[str, Any] = {}
-    for setting, evaluations in results.items():
-        for norm in _normalisations(results):
-            pairs = [of_the_rest(each, norm) for each in evaluations]
-            found.setdefault(setting, {})[norm] = [
-                spread([of_seed[step][0].item() for of_seed in pairs])
-                | {"interval_95_over_tasks": statistics.fmean(s[step][1].item() for s in pairs)}
-                for step in range(len(pairs[0]))
-            ]
+    norms = [norm for evaluations in results.values() for norm in evaluations[0].losses]
+    for norm, each in zip(norms, _columns(results), strict=True):
+        found.setdefault(each.setting, {})[norm] = [
+            spread(means) | {"interval_95_over_tasks": interval, "diverged_tasks": diverged}
+            for means, interval, diverged in zip(each.means, each.intervals, each.diverged, strict=True)
+        ]
     return found
 
 
@@ -170,24 +246,19 @@ def test_figure(results: Mapping[str, Sequence[Evaluation]], words: Words) -> Fi
     """The runs' means over inner steps, and their mean, by setting; with the first normalisation."""
     from matplotlib.ticker import MaxNLocator
 
-    norm = _normalisations(results)[0]
     accuracies = bool(next(iter(results.values()))[0].accuracies)
     with style():
         figure = new_figure(5.5, 3.6)
         panel = figure.subplots()
         panel.set_title(words.title)
         for number, (setting, evaluations) in enumerate(results.items()):
-            colour = COLOURS[number % len(COLOURS)]
+            norm = next(iter(evaluations[0].losses))
             curves = [[mean.item() for mean, _ in of_the_rest(each, norm)] for each in evaluations]
-            for curve in curves:
-                panel.plot(range(len(curve)), curve, color=colour, alpha=0.35, linewidth=0.8)
-            means = [statistics.fmean(at) for at in zip(*curves, strict=True)]
-            label = f"{'' if setting == ALL else setting + ', '}mean of {len(curves)}"
-            panel.plot(range(len(means)), means, "o-", color=colour, markersize=3, label=label)
-        panel.axvline(words.trained_steps, color=GREY, linestyle=":", label="trained for")
+            _drawn(panel, number, setting, [(range(len(curve)), curve) for curve in curves])
+        if words.trained_steps is not None:
+            panel.axvline(words.trained_steps, color=GREY, linestyle=":", label="trained for")
         panel.set(xlabel="inner steps", ylabel="accuracy" if accuracies else words.loss_name)
         panel.set_ylim(bottom=None if accuracies else 0.0, top=1.0 if accuracies else None)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if len(results) <= 12:
-            figure.legend(loc="outside lower center", ncols=3, fontsize=7)
+        _legend(figure, panel, len(results))
     return figure
