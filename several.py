@@ -39,6 +39,7 @@ from losses import LOSSES, loss_name
 from maml import MAML
 from members import Member, compiles
 from run import Run
+from runtime import Runtime
 from tasks import TaskDistribution
 from trainer import AT_ONCE, Trainer
 from world import World
@@ -59,6 +60,7 @@ class Ready:
     run: Run
     maml: MAML
     distribution: TaskDistribution
+    runtime: Runtime
 
     def fits(self, other: Ready) -> bool:
         """Whether the two can be trained at once: they differ in numbers alone."""
@@ -133,13 +135,13 @@ def train_many(call: Invocation, members: Sequence[Member], world: World) -> tup
     folder = named or world.from_first(lambda: fresh_folder(call.checkpoint_path, members[0].config))
     for each in ready:
         each.run.folder = folder / each.member.name
-    if world.first:
-        _write_list(folder, members)
+    world.from_first(lambda: _write_list(folder, members))
     groups = groups_of([each for each in ready if not _finished(each.run)], call.runs_at_once)
     if world.first:
         sizes = ", ".join(str(len(group)) for group in groups) or "none, all are finished"
         of_all = f", {len(own)} of them in this process" if world.size > 1 else ""
         print(f"{len(members)} runs{of_all} in {folder}; trained at once: {sizes}")
+        print(f"  device      {ready[0].runtime.describe()}")
     for group in groups:
         signal = _train_group(group, shown=world.first)
         if signal is not None:
@@ -200,7 +202,7 @@ def _ready(
             config, writes_to / member.name, parameters, at.start, at.origin,
             computed_by=runtime.computed_by() | {"processes": 1},
         )  # fmt: skip
-        found.append(Ready(member, run, maml, distribution))
+        found.append(Ready(member, run, maml, distribution, runtime))
     return found
 
 
