@@ -215,14 +215,16 @@ def _kept(path: Path, structure: Any) -> Library | None:
 def _one_at_a_time(path: Path, interrupted: Callable[[], bool]) -> Iterator[None]:
     """Of the processes that want to build a library, one does; the others wait for it and find it.
 
-    The lock ends with its process. Where files cannot be locked, nobody waits.
+    The lock ends with its process. Where there is none to be had, nobody waits.
     """
     try:
         import fcntl
-    except ImportError:  # Windows
+
+        file = path.with_suffix(".lock").open("w")
+    except (ImportError, OSError):  # Windows; no folder
         yield
         return
-    with path.with_suffix(".lock").open("w") as file:
+    with file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
