@@ -69,7 +69,7 @@ def members_of(call: Invocation, given: Mapping[str, Any]) -> list[Member]:
             config = member.config
         except UsageError as error:
             raise UsageError(f"run {member.name}: {error}") from error
-        if config.compile == "on" and not compiles(config):
+        if member.given.get("compile") == "on" and not compiles(config):
             raise UsageError(
                 "--compile on: many runs as one are compiled where a learner of this tool learns from curves "
                 "that are computed; leave it out"
