@@ -19,7 +19,7 @@ from torch import Tensor
 import config as settings
 import report
 import spread
-from beginning import Beginning, beginning, fresh_folder, saved_parameters
+from beginning import Beginning, beginning, fresh_folder, has_results, saved_parameters
 from building import (
     build,
     check_splits,
@@ -167,7 +167,7 @@ def _of_member(call: Invocation, folder: Path | None, member: Member) -> Invocat
 
 
 def _finished(run: Run) -> bool:
-    return run.iteration >= run.config.iterations and (run.folder / "training.json").exists()
+    return run.iteration >= run.config.iterations and has_results(run.folder, run.iteration)
 
 
 def _ready(

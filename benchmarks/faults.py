@@ -132,6 +132,8 @@ def differences(run: Path, undisturbed: Path) -> list[str]:
     for name in ("training.json", "training.png", "examples.png"):
         if not (run / name).exists():
             found.append(f"no {name}")
+        elif (run / name).read_bytes() != (undisturbed / name).read_bytes():
+            found.append(name)
     left = [path.name for path in run.iterdir() if path.name.startswith(".")]
     return found + [f"{name} left behind" for name in left]
 
