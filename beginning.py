@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,13 +35,21 @@ class Beginning:
         """Whether there is nothing left to do."""
         if self.start is None or self.start_file is None:
             return False
-        written = self.start_file.with_name("training.json").exists()
-        return self.start.iteration >= self.config.iterations and written
+        iteration = self.start.iteration
+        return iteration >= self.config.iterations and has_results(self.start_file.parent, iteration)
 
     @property
     def origin(self) -> str | None:
         """Where the weights come from, in words."""
         return f"{self.weights_file}, iteration {self.weights.iteration:,}" if self.weights else None
+
+
+def has_results(folder: Path, iteration: int) -> bool:
+    """Whether a run has written its results at this iteration; it also does where it is stopped before."""
+    try:
+        return json.loads((folder / "training.json").read_text())["iteration"] == iteration
+    except (OSError, ValueError, KeyError, TypeError):  # none, or no such file of a run's
+        return False
 
 
 def beginning(call: Invocation, given: Mapping[str, Any]) -> Beginning:

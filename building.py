@@ -331,13 +331,15 @@ def writable(folder: Path, flag: str) -> Path:
     return folder
 
 
-def check_processes(config: Config, runtime: Runtime) -> None:
-    """Raises UsageError where there are more processes than tasks."""
+def check_processes(config: Config, runtime: Runtime, *, shard: bool) -> None:
+    """Raises UsageError where there are more processes than tasks, or too few to share something."""
     if runtime.world.size > config.meta_batch_size:
         raise UsageError(
             f"{runtime.world.size} processes for a meta-batch of {config.meta_batch_size} tasks: take fewer "
             "(torchrun --nproc-per-node), or a larger --meta-batch-size"
         )
+    if shard and runtime.world.size == 1:
+        raise UsageError("--shard splits the optimizer's state over processes: start several with torchrun")
 
 
 def print_settings(config: Config, runtime: Runtime, first_line: str, *others: Config) -> None:

@@ -18,7 +18,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -215,26 +215,31 @@ def _kept(path: Path, structure: Any) -> Library | None:
 def _one_at_a_time(path: Path, interrupted: Callable[[], bool]) -> Iterator[None]:
     """Of the processes that want to build a library, one does; the others wait for it and find it.
 
-    The lock ends with its process. Where files cannot be locked, nobody waits.
+    The lock ends with its process. Where there is none to be had, nobody waits.
     """
     try:
         import fcntl
-    except ImportError:  # Windows
+
+        file = path.with_suffix(".lock").open("w")
+    except (ImportError, OSError):  # Windows; no folder
         yield
         return
-    with path.with_suffix(".lock").open("w") as file:
+    with file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
             except BlockingIOError:
                 if interrupted():
                     raise RuntimeError("interrupted") from None
                 time.sleep(0.1)
-            except OSError:
+            except OSError:  # some network file systems
                 break
-            else:
-                break
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # closing it would not do where a child process still has it open
+                fcntl.flock(file, fcntl.LOCK_UN)
 
 
 # The general functions take longer than a small step's arithmetic: tensors in a tuple, which need no

@@ -531,7 +531,9 @@ class Invocation:
     )  # fmt: skip
     runs_at_once: int | None = flag(
         "--runs-at-once", group="machine", kind=int, check=at_least(1), metavar="N", default=None,
-        optional=True, help="of --seeds and --sweep, which bounds memory; 1: one after another",
+        optional=True,
+        help="of --seeds and --sweep, which bounds memory; 1: one after another. By default all that differ "
+        "in numbers alone, but compiled runs on images one after another",
     )  # fmt: skip
     resume: bool = flag(
         "--resume", group="what to do", kind=bool, default=False,
@@ -658,7 +660,7 @@ def _default_text(name: str, declaration: Flag) -> str:
     if name == "out":
         return "beside the checkpoint"
     if name == "runs_at_once":
-        return "all that differ in numbers alone"
+        return "by the runs"
     if name == "threads":
         return "by the learner and the machine"
     return _show(declaration.default)
@@ -1346,6 +1348,11 @@ def meaningful(config: Config) -> dict[str, Any]:
         for name, declaration in CONFIG_FLAGS.items()
         if declaration.only is None or ONLY[declaration.only](config) is None
     }
+
+
+def by_flag(config: Config) -> dict[str, Any]:
+    """All settings, by the names of their flags."""
+    return {declaration.names[0]: getattr(config, name) for name, declaration in CONFIG_FLAGS.items()}
 
 
 def describe(*configs: Config) -> str:

@@ -144,12 +144,13 @@ def train(call: Invocation, given: Mapping[str, Any], world: World) -> int:
         at = beginning(call, given)
         runtime = prepare(at.config, call, world)
         config = fitted(at.config, given, runtime, new=at.start is None)
-        check_processes(config, runtime)
+        check_processes(config, runtime, shard=call.shard)
     world.check_same(
         {
             "torch": torch.__version__,
             "checkpoint": at.start.iteration if at.start else None,
-            "configuration": settings.config_to_plain(config),
+            "--shard": call.shard,
+            **settings.by_flag(config),
         }
     )
     if at.finished and at.start is not None:
@@ -190,6 +191,8 @@ def train(call: Invocation, given: Mapping[str, Any], world: World) -> int:
         print_difference(at.start.computed_by, run.computed_by)
     signal = trainer.train()
     print_end(run, signal)
+    sys.stdout.flush()
+    world.wait()  # torchrun ends all where one has ended with a code, and the first may have more to do
     return 0 if signal is None else 128 + signal
 
 
@@ -353,7 +356,8 @@ def compare(
     try:
         others = baselines.measured(source.config, config, call, runtime, call.load.parent / "baselines")
     except baselines.InterruptedBySignalError as interrupted:
-        print("Saved; the same command goes on from there.")
+        print("Saved; the same command goes on from there.", flush=True)
+        runtime.world.wait()  # see `train`
         return 128 + interrupted.signal
     mine = baselines.Baseline(config.algorithm, "as trained", result)
     results = {f"{b.name}\n{b.how}": b.evaluation for b in (mine, *others)}

@@ -70,10 +70,10 @@ def members_of(call: Invocation, given: Mapping[str, Any]) -> list[Member]:
             config = member.config
         except UsageError as error:
             raise UsageError(f"run {member.name}: {error}") from error
-        if member.given.get("compile") == "on" and not compiles(config):
+        if member.given.get("compile") == "on" and (call.runs_at_once or 1) > 1 and not compiles(config):
             raise UsageError(
-                "--compile on: many runs as one are compiled where they learn from curves that are computed, "
-                "all tasks at once; leave it out"
+                "--compile on: many runs at once are compiled where they learn from curves that are "
+                "computed; leave it out, or --runs-at-once"
             )
     if len({member.config.classification for member in found}) > 1:
         raise UsageError("--sweep: regression and classification have no measure in common; sweep them apart")

@@ -219,17 +219,16 @@ class Run:
             "training": self.progress.training,
             "validation": self.progress.validation,
         }
-        write_json(self.folder / "training.json", result)
-        if not self.progress.training or not self.progress.validation:
-            return
-        figure = learning_figure(
-            self.progress.training,
-            self.progress.validation,
-            measure="query_accuracy" if classification else "query_loss",
-            label="query accuracy" if classification else f"query {loss_name(self.config.loss)}",
-            log_every=self.log_every,
-        )
-        write_figure(self.folder / "training.png", figure)
+        if self.progress.training and self.progress.validation:
+            figure = learning_figure(
+                self.progress.training,
+                self.progress.validation,
+                measure="query_accuracy" if classification else "query_loss",
+                label="query accuracy" if classification else f"query {loss_name(self.config.loss)}",
+                log_every=self.log_every,
+            )
+            write_figure(self.folder / "training.png", figure)
+        write_json(self.folder / "training.json", result)  # the last: a run that has it is finished
 
 
 def _extend(curve: Curve, iteration: int, values: dict[str, float]) -> None:

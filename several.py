@@ -19,7 +19,7 @@ from torch import Tensor
 import config as settings
 import report
 import spread
-from beginning import Beginning, beginning, fresh_folder, saved_parameters
+from beginning import Beginning, beginning, fresh_folder, has_results, saved_parameters
 from building import (
     build,
     check_splits,
@@ -39,6 +39,7 @@ from losses import LOSSES, loss_name
 from maml import MAML
 from members import LIST, Member, compiles
 from run import Run
+from runtime import Runtime
 from tasks import TaskDistribution
 from trainer import AT_ONCE, Trainer
 from world import World
@@ -58,6 +59,7 @@ class Ready:
     run: Run
     maml: MAML
     distribution: TaskDistribution
+    runtime: Runtime
 
     def fits(self, other: Ready) -> bool:
         """Whether the two can be trained at once: they differ in numbers alone."""
@@ -85,10 +87,16 @@ def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 
 
 def groups_of(runs: Sequence[Ready], at_most: int | None) -> list[list[Ready]]:
-    """The runs in groups that can be trained at once, each of `at_most` so many."""
+    """The runs in groups that can be trained at once, each of `at_most` so many.
+
+    None: as many as there are, but one after another where they are compiled alone and cannot be together,
+    which is faster.
+    """
     groups: list[list[Ready]] = []
     for each in runs:
-        fitting = (g for g in groups if len(g) < (at_most or len(runs)) and g[0].fits(each))
+        config = each.run.config
+        most = at_most or (1 if config.compile == "on" and not compiles(config) else len(runs))
+        fitting = (g for g in groups if len(g) < most and g[0].fits(each))
         group = next(fitting, None)
         if group is None:
             groups.append([each])
@@ -122,17 +130,17 @@ def train_many(call: Invocation, members: Sequence[Member], world: World) -> tup
             if world.first:
                 writable(home, "--checkpoint-path")
         with world.together():
-            ready = _ready(call, own, begun, world, writes_to=named or Path())
+            ready = _ready(call, own, begun, world, writes_to=home)
     folder = named or world.from_first(lambda: fresh_folder(call.checkpoint_path, members[0].config))
     for each in ready:
         each.run.folder = folder / each.member.name
-    if world.first:
-        report.write_json(folder / LIST, {"runs": [vars(m) | {"name": m.name} for m in members]})
+    world.from_first(lambda: _write_list(folder, members))
     groups = groups_of([each for each in ready if not _finished(each.run)], call.runs_at_once)
     if world.first:
         sizes = ", ".join(str(len(group)) for group in groups) or "none, all are finished"
         of_all = f", {len(own)} of them in this process" if world.size > 1 else ""
         print(f"{len(members)} runs{of_all} in {folder}; trained at once: {sizes}")
+        print(f"  device      {ready[0].runtime.describe()}")
     for group in groups:
         signal = _train_group(group, shown=world.first)
         if signal is not None:
@@ -143,6 +151,13 @@ def train_many(call: Invocation, members: Sequence[Member], world: World) -> tup
     return folder, None
 
 
+def _write_list(folder: Path, members: Sequence[Member]) -> None:
+    """Says which runs the folder has: these, and those that it had before."""
+    listed = {m.name: {"name": m.name, "setting": m.setting, "seed": m.seed} for m in members}
+    before = {run.name: vars(run) for run in listed_in(folder)} if (folder / LIST).exists() else {}
+    report.write_json(folder / LIST, {"runs": list((before | listed).values())})
+
+
 def _of_member(call: Invocation, folder: Path | None, member: Member) -> Invocation:
     """The call that would train this run alone."""
     if folder is None:
@@ -151,7 +166,7 @@ def _of_member(call: Invocation, folder: Path | None, member: Member) -> Invocat
 
 
 def _finished(run: Run) -> bool:
-    return run.iteration >= run.config.iterations and (run.folder / "training.json").exists()
+    return run.iteration >= run.config.iterations and has_results(run.folder, run.iteration)
 
 
 def _ready(
@@ -186,7 +201,7 @@ def _ready(
             config, writes_to / member.name, parameters, at.start, at.origin,
             computed_by=runtime.computed_by() | {"processes": 1},
         )  # fmt: skip
-        found.append(Ready(member, run, maml, distribution))
+        found.append(Ready(member, run, maml, distribution, runtime))
     return found
 
 
@@ -256,13 +271,39 @@ def _write_summary(folder: Path, outcomes: Sequence[Mapping[str, Any]]) -> None:
 
 
 @dataclass(frozen=True)
-class Found:
+class Listed:
     """A run in the folder of many."""
 
     name: str
     setting: str
     seed: int
+
+
+@dataclass(frozen=True)
+class Found(Listed):
+    """Such a run, and its checkpoint."""
+
     file: Path
+
+
+def listed_in(folder: Path) -> list[Listed]:
+    """The runs that the folder's list has; raises UsageError where it is damaged."""
+    try:
+        plain = json.loads((folder / LIST).read_text())["runs"]
+        runs = [Listed(run["name"], run["setting"], run["seed"]) for run in plain]
+        valid = all(
+            isinstance(run.name, str)
+            and isinstance(run.setting, str)
+            and type(run.seed) is int
+            and run.name not in ("", ".", "..")
+            and Path(run.name).name == run.name
+            for run in runs
+        )
+    except (ValueError, KeyError, TypeError):
+        valid = False
+    if not valid or not runs:
+        raise UsageError(f"{folder / LIST} is damaged: name the checkpoint of one run")
+    return runs
 
 
 def runs_in(path: Path) -> list[Found]:
@@ -272,24 +313,14 @@ def runs_in(path: Path) -> list[Found]:
     Raises UsageError where it is one that cannot be used.
     """
     folder, name = (path, None) if path.is_dir() else (path.parent, path.name)
-    listed = folder / LIST
-    if path.is_file() or not listed.is_file() or name not in (None, BEST, LAST):
+    if path.is_file() or not (folder / LIST).is_file() or name not in (None, BEST, LAST):
         return []
-    try:
-        runs = [(r["name"], r["setting"], r["seed"]) for r in json.loads(listed.read_text())["runs"]]
-        valid = all(
-            isinstance(n, str) and isinstance(s, str) and type(seed) is int and Path(n).name == n
-            for n, s, seed in runs
-        )
-    except (ValueError, KeyError, TypeError, OSError):
-        valid = False
-    if not valid or not runs:
-        raise UsageError(f"{listed} is damaged: name the checkpoint of one run")
     found = []
-    for run, setting, seed in runs:
+    for run in listed_in(folder):
         names = (name,) if name else (BEST, LAST)
-        file = next((folder / run / each for each in names if (folder / run / each).is_file()), None)
+        files = (folder / run.name / each for each in names)
+        file = next((each for each in files if each.is_file()), None)
         if file is None:
-            raise UsageError(f"{folder / run} has no {names[0]}: go on with its training first")
-        found.append(Found(run, setting, seed, file))
+            raise UsageError(f"{folder / run.name} has no {names[0]}: go on with its training first")
+        found.append(Found(run.name, run.setting, run.seed, file))
     return found

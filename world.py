@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -136,13 +137,18 @@ class World:
         """Raises UsageError in all processes where they do not agree, and names what they disagree about."""
         others = self.gathered(dict(facts))
         for rank, other in enumerate(others):
-            different = [name for name in others[0] if other[name] != others[0][name]]
+            names = sorted(others[0].keys() | other.keys())
+            different = [name for name in names if other.get(name) != others[0].get(name)]
             if different:
                 name = different[0]
                 raise UsageError(
-                    f"process {rank} has another {name} than process 0 ({other[name]!s:.60} and "
-                    f"{others[0][name]!s:.60}): start all with the same flags, versions and files"
+                    f"process {rank} has another {name} than process 0 ({other.get(name)!s:.60} and "
+                    f"{others[0].get(name)!s:.60}): start all with the same flags, versions and files"
                 )
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.gathered(None)
 
 
 ALONE = World()
@@ -155,7 +161,7 @@ def _losses_are_said() -> Iterator[None]:
         yield
     except (dist.DistError, RuntimeError) as error:
         reason = PLACE_IN_SOURCE.sub("", " ".join(str(error).split()))
-        raise LostError(reason[:200]) from error
+        raise LostError(textwrap.shorten(reason, 160, placeholder=" ...")) from error
 
 
 class Late:

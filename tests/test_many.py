@@ -234,15 +234,20 @@ def test_members_of_sweeps_of_numbers_are_trained_at_once_and_are_the_runs_alone
     assert "trained at once: 2\n" in capsys.readouterr().out
 
 
-def test_images_are_learned_uncompiled_where_a_run_alone_would_be_compiled(tmp_path, monkeypatch, capsys):
+def test_images_are_learned_at_once_uncompiled_and_compiled_one_after_another(tmp_path, monkeypatch, capsys):
     flags = [*IMAGES, "--iterations", 2000, "--compile-after", 0]
     stop_at(3, monkeypatch)
     options = ["--checkpoint-path", tmp_path, "--run-name"]
-    assert command(*flags, "--seeds", "0-1", *options, "many") == 130
+    assert command(*flags, "--seeds", "0-1", "--runs-at-once", 2, *options, "many") == 130
     said = capsys.readouterr()
-    assert "compile off" in said.out and "ompiled" not in said.err
+    assert "trained at once: 2\n" in said.out and "compile off" in said.out and "ompiled" not in said.err
     assert command(*flags, "--seed", 1, "--compile", "off", *options, "alone") == 130
     assert_same_run_to_rounding(tmp_path / "many" / "seed-1", tmp_path / "alone", of=(LAST,))
+    capsys.readouterr()
+    monkeypatch.setattr("trainer.Trainer.train", lambda self: print(self.config.compile) or 130)
+    assert command(*flags, "--seeds", "0-1", *options, "others") == 128 + 130
+    said = capsys.readouterr().out
+    assert "trained at once: 1, 1\n" in said and "\non\n" in said
 
 
 @pytest.mark.parametrize(("learner", "groups"), [("dropping", "2"), ("frozen", "1, 1")])
@@ -588,7 +593,7 @@ REFUSED = {
     "--seeds 0,1 --autotune": "--autotune and --shard are for one run",
     "--seeds 0,1 --shard": "--autotune and --shard are for one run",
     "--seeds 0,1 --seed 3": "--seed and --seeds: give one of them",
-    "--seeds 0,1 --compile on --dataset omniglot": "--compile on: many runs as one are compiled where",
+    "--seeds 0,1 --compile on --runs-at-once 2 --dataset omniglot": "--compile on: many runs at once are",
     "--runs-at-once 2": "--runs-at-once is for many runs",
     "--seeds 0,1 --resume": "--resume needs the --run-name",
     "--seeds 0,1 --init-from x": "there is no such checkpoint",

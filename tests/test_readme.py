@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT
 
 import config
+import members
 import presets
 
 README = (ROOT / "README.md").read_text()
@@ -43,11 +44,12 @@ def test_every_algorithm_has_its_page_and_its_row():
     "page", [Path("README.md"), *sorted(p.relative_to(ROOT) for p in ROOT.glob("docs/*.md"))], ids=str
 )
 def test_the_commands_of_the_readme_and_of_the_pages_have_valid_flags(page):
-    lines = re.findall(r"^python main\.py(.*)$", (ROOT / page).read_text(), re.MULTILINE)
+    launched = r"^(?:python|torchrun .*?) main\.py(.*)$"
+    lines = re.findall(launched, (ROOT / page).read_text(), re.MULTILINE)
     assert lines
     for line in lines:
         given = config.parse(shlex.split(line, comments=True))
-        config.check_invocation(given)
+        members.members_of(config.check_invocation(given), given)
         if "load" not in given:
             config.resolve(given)
 

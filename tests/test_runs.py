@@ -213,6 +213,15 @@ def test_a_run_killed_after_its_last_checkpoint_still_gets_its_results(runs, tmp
     assert f"is at iteration {ITERATIONS}" in capsys.readouterr().out
 
 
+def test_the_results_of_an_earlier_stop_are_not_taken_for_those_of_the_end(runs, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LAST).write_bytes((runs / "whole" / LAST).read_bytes())
+    (tmp_path / "run" / "training.json").write_text(json.dumps({"iteration": 20}))
+    assert command("--checkpoint-path", tmp_path, "--run-name", "run", "--resume") == 0
+    written, expected = ((f / "training.json").read_text() for f in (tmp_path / "run", runs / "whole"))
+    assert written == expected
+
+
 def test_foreign_event_files_are_left_as_they_are(tmp_path):
     from report import RunLog
 
