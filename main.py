@@ -406,7 +406,7 @@ def adapt(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -> i
 
 
 def end(code: int) -> NoReturn:
-    """Ends this process; one of several at once: threads of torch.distributed that outlive Python abort it."""
+    """Ends this process; one of several without more ado: threads of theirs may outlive Python, and abort."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
