@@ -78,7 +78,7 @@ GRADIENTS = {
     "classification": [*IMAGES, *flags("--meta-batch-size 5 --inner-lr 0.4")],
     "maml++": [*IMAGES, *flags("--algorithm maml++ --meta-batch-size 5 -s 2 --msl-iterations 10")],
 }
-EVALUATION = flags("--eval-tasks 60 --eval-steps 2")
+EVALUATION = flags("--eval-tasks 500 --eval-steps 2")  # several chunks, which are shared out
 
 
 # ---- helpers ---------------------------------------------------------------------------------------
