@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import config as settings
 from config import Config, Invocation
@@ -415,5 +415,14 @@ def adapt(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -> i
     return 0
 
 
+def end(code: int) -> NoReturn:
+    """Ends this process; one of several without more ado: threads of theirs may outlive Python, and abort."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end(main(sys.argv[1:]))
