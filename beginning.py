@@ -106,6 +106,8 @@ def where_to_train(call: Invocation, given: Mapping[str, Any]) -> tuple[Path | N
     if call.run_name is None:
         return None, None
     folder = call.checkpoint_path / call.run_name
+    if (folder / LIST).is_file():
+        raise UsageError(f"{folder} has many runs: go on with them by --seeds or --sweep and --resume")
     there = [folder / name for name in (LAST, BEST) if (folder / name).is_file()]
     if there:
         if call.resume:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -13,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import config as settings
+from checkpoint import Checkpoint
 from compiler import Compiler, cpp_compiler
 from config import Config, Invocation
 from dataset import ImageOptions, build_distribution
@@ -71,6 +74,40 @@ def data_of(config: Config) -> tuple[Any, ...]:
     """The settings that decide what the tasks are, and where: runs that agree in these can share them."""
     names = (name for name, flag in settings.CONFIG_FLAGS.items() if flag.group == "tasks")
     return tuple(getattr(config, name) for name in (*names, "precision", "images_on"))
+
+
+def read_first(config: Config, call: Invocation, runtime: Runtime) -> TaskDistribution | None:
+    """The tasks, in the first process of a machine, which fetches and decodes what there is; the others read
+    what it leaves behind, and get None."""
+    return tasks_of(config, call, runtime) if runtime.world.local_rank == 0 else None
+
+
+def facts(config: Config, runtime: Runtime, source: Checkpoint | None) -> dict[str, Any]:
+    """In what the processes of a job have to agree, by names for people."""
+    return {
+        "torch": str(torch.__version__),
+        "--device": runtime.device.type,
+        "checkpoint": source.iteration if source else None,
+        **settings.by_flag(config),
+    }
+
+
+def digest(tensors: Any) -> str:
+    """Of all bits of the tensors in nested dictionaries and tuples."""
+    found = hashlib.sha256()
+    for tensor in pytree.tree_leaves(tensors):
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def data_digest(distribution: TaskDistribution, config: Config) -> str:
+    """Of a task and of the names of all classes, or tasks; of tasks that are computed there is nothing to
+    say: their last bits may differ between machines."""
+    if distribution.computed:
+        return "computed"
+    batch = distribution.sample("train", config.seed, 1, range(1))
+    names = hashlib.sha256(repr(sorted(distribution.split_names.items())).encode()).hexdigest()[:16]
+    return f"{digest(tuple(batch))} {names}"
 
 
 def tasks_of(config: Config, call: Invocation, runtime: Runtime) -> TaskDistribution:
@@ -331,7 +368,7 @@ def writable(folder: Path, flag: str) -> Path:
     return folder
 
 
-def check_processes(config: Config, runtime: Runtime, *, shard: bool) -> None:
+def check_processes(config: Config, runtime: Runtime, *, shard: bool = False) -> None:
     """Raises UsageError where there are more processes than tasks, or too few to share something."""
     if runtime.world.size > config.meta_batch_size:
         raise UsageError(
@@ -358,11 +395,14 @@ def print_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         print(f"Goes on to rounding, not to the bit: it had {'; '.join(changed)}", flush=True)
 
 
-def fitted(config: Config, given: Mapping[str, Any], runtime: Runtime, *, new: bool) -> Config:
+def fitted(
+    config: Config, given: Mapping[str, Any], runtime: Runtime, *, new: bool, silent: bool = False
+) -> Config:
     """The settings for this machine: uncompiled where it cannot compile; a GPU takes all tasks at once."""
+    silent = silent or not runtime.world.first
     if new and runtime.device.type == "cuda" and "tasks_at_once" not in given:
         config = replace(config, tasks_at_once=None)
-    if not new and given.get("compile") == "on" and config.compile == "off":
+    if not new and given.get("compile") == "on" and config.compile == "off" and not silent:
         print("main.py: the run began uncompiled, and goes on so", file=sys.stderr)
     if config.compile == "off":
         return config
@@ -372,7 +412,8 @@ def fitted(config: Config, given: Mapping[str, Any], runtime: Runtime, *, new: b
         reason = "no C++ compiler was found (install g++, or name one in CXX)"
     else:
         return config
-    print(f"main.py: {reason}: the run goes uncompiled", file=sys.stderr)
+    if not silent:
+        print(f"main.py: {reason}: the run goes uncompiled", file=sys.stderr)
     if new:
         return settings.resolve({**given, "compile": "off"})
     return replace(config, compile="off")

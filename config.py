@@ -31,6 +31,7 @@ from flags import (
     flags_of,
     key_and_value,
     key_and_values,
+    minutes,
     not_negative,
     seed_range,
 )
@@ -584,7 +585,7 @@ class Invocation:
         "(ZeRO), for large networks",
     )  # fmt: skip
     timeout: float = flag(
-        "--timeout", group="machine", kind=float, check=above_zero, metavar="MINUTES", default=10.0,
+        "--timeout", group="machine", kind=float, check=minutes, metavar="MINUTES", default=10.0,
         help="how long a process waits for the others' gradients before it gives up (for data to be read and "
         "code to be compiled, at least two hours)",
     )  # fmt: skip

@@ -5,5 +5,11 @@ class UsageError(Exception):
     """What was given, what was expected, and what to do: one line, no traceback."""
 
 
+class AgreedError(UsageError):
+    """One that all processes of the job raise: the first says it, and the others leave it the time to."""
+
+    seconds = 3.0
+
+
 class LostError(Exception):
     """Another process of the job has ended, or has not answered in time."""

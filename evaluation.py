@@ -100,7 +100,9 @@ def evaluate(
                 shares = accuracy(outputs[name], first_tensor(batch.query_y)[:, None])
                 found[1, of_norm, rows] = shares.cpu().double()
     # each number is some process's, and zero in all others
-    losses, *accuracies = (dict(zip(normalisations, kind, strict=True)) for kind in world.summed(found)())
+    losses, *accuracies = (
+        dict(zip(normalisations, kind, strict=True)) for kind in world.summed(found, patiently=True)()
+    )
     return Evaluation(losses, accuracies[0] if accuracies else {})
 
 

@@ -25,6 +25,10 @@ def above_zero(value: float) -> str | None:
     return None if math.isfinite(value) and value > 0 else "a number above 0"
 
 
+def minutes(value: float) -> str | None:
+    return None if 0 < value <= 525_600 else "a number of minutes above 0, of a year at most"
+
+
 def below_one(value: float) -> str | None:
     return None if 0 <= value < 1 else "a number from 0 to below 1"
 

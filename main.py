@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import config as settings
 from config import Config, Invocation
-from errors import LostError, UsageError
+from errors import AgreedError, LostError, UsageError
 from members import Member, members_of
 
 if TYPE_CHECKING:
@@ -41,8 +41,9 @@ if TYPE_CHECKING:
     from world import World
 
 
+# of torchrun's processes
+FIRST_ON_MACHINE = os.environ.get("LOCAL_RANK", "0") == "0" or "MASTER_ADDR" not in os.environ
 FIRST_PROCESS = os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.environ  # of torchrun's
-SAYING_SECONDS = 3.0
 PREPARING, A_YEAR = 120.0, 60.0 * 24 * 365  # in minutes
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory")  # of RuntimeErrors of PyTorch
 
@@ -55,11 +56,13 @@ def main(arguments: list[str]) -> int:
     try:
         return command(arguments)
     except (UsageError, OSError) as error:
-        if not FIRST_PROCESS:  # all refuse what one of them does; the first says so, and must not be ended
-            time.sleep(SAYING_SECONDS)
-        else:
-            text = " ".join(str(error).split()) if isinstance(error, UsageError) else error
+        text = " ".join(str(error).split()) if isinstance(error, UsageError) else str(error)
+        if FIRST_PROCESS:
             print(f"main.py: error: {text}", file=sys.stderr)
+        elif isinstance(error, AgreedError):
+            time.sleep(error.seconds)  # torchrun ends all where one has ended
+        else:
+            print(f"main.py: error: process {os.environ['RANK']}: {text}", file=sys.stderr)
         return 2
     except LostError as error:
         print(
@@ -85,12 +88,19 @@ def main(arguments: list[str]) -> int:
 
 def command(arguments: list[str]) -> int:
     """The same, with errors raised."""
-    given = settings.parse(arguments)
-    call = settings.check_invocation(given)
-    # mistakes answer before PyTorch is imported
-    members = members_of(call, given)
-    if call.load is None and not call.resume and not members:
-        settings.resolve(given)
+    try:
+        given = settings.parse(arguments)
+        call = settings.check_invocation(given)
+        # mistakes answer before PyTorch is imported
+        members = members_of(call, given)
+        if call.load is None and not call.resume and not members:
+            settings.resolve(given)
+    except UsageError as error:
+        if FIRST_ON_MACHINE:
+            raise
+        agreed = AgreedError(str(error))
+        agreed.seconds = 30.0  # the first may begin later
+        raise agreed from error
 
     from runtime import device_of
     from world import join, launched, leave
@@ -117,19 +127,20 @@ def command(arguments: list[str]) -> int:
 
 def train(call: Invocation, given: Mapping[str, Any], world: World) -> int:
     """A new run, or one that goes on (--load, --resume)."""
-    import torch
-
     from beginning import beginning, fresh_folder, saved_parameters
     from building import (
         build,
         check_processes,
         check_splits,
+        data_digest,
+        digest,
+        facts,
         fitted,
         no_empty_folder_left,
         prepare,
         print_difference,
         print_settings,
-        tasks_of,
+        read_first,
         tried,
         writable,
     )
@@ -145,14 +156,7 @@ def train(call: Invocation, given: Mapping[str, Any], world: World) -> int:
         runtime = prepare(at.config, call, world)
         config = fitted(at.config, given, runtime, new=at.start is None)
         check_processes(config, runtime, shard=call.shard)
-    world.check_same(
-        {
-            "torch": torch.__version__,
-            "checkpoint": at.start.iteration if at.start else None,
-            "--shard": call.shard,
-            **settings.by_flag(config),
-        }
-    )
+    world.check_same({"--shard": call.shard, **facts(config, runtime, at.start)})
     if at.finished and at.start is not None:
         iteration = at.start.iteration
         print(f"{at.start_file} is at iteration {iteration:,}: a larger --iterations goes on from there")
@@ -165,7 +169,7 @@ def train(call: Invocation, given: Mapping[str, Any], world: World) -> int:
         if call.autotune and at.start is None:
             config = world.from_first(lambda: autotuned(config, given, call, runtime))
         with world.together():  # one on each machine fetches and decodes what there is
-            tasks = tasks_of(config, call, runtime) if world.local_rank == 0 else None
+            tasks = read_first(config, call, runtime)
         with world.together():
             compiler = Compiler(runtime.device)
             fixed = at.weights.fixed if at.weights else None
@@ -177,6 +181,7 @@ def train(call: Invocation, given: Mapping[str, Any], world: World) -> int:
             if config.learner not in LEARNERS or config.loss not in LOSSES:
                 tried(maml, parameters, distribution, config)
             parameters = saved_parameters(at, maml, parameters)
+    world.check_same({"data": data_digest(distribution, config), "frozen weights": digest(maml.fixed)})
     for name in sorted(parameters):  # initial weights may differ in the last bit between machines
         parameters[name] = world.from_first_tensor(parameters[name].contiguous())
     folder = at.folder or world.from_first(lambda: fresh_folder(call.checkpoint_path, config))
@@ -190,7 +195,7 @@ def train(call: Invocation, given: Mapping[str, Any], world: World) -> int:
     if at.start is not None:
         print_difference(at.start.computed_by, run.computed_by)
     signal = trainer.train()
-    print_end(run, signal)
+    print_end(run, signal, world)
     sys.stdout.flush()
     world.wait()  # torchrun ends all where one has ended with a code, and the first may have more to do
     return 0 if signal is None else 128 + signal
@@ -220,7 +225,7 @@ def autotuned(config: Config, given: Mapping[str, Any], call: Invocation, runtim
     return fastest(config, given, make, lambda line: print(f"  {line}", flush=True))
 
 
-def print_end(run: Run, signal: int | None) -> None:
+def print_end(run: Run, signal: int | None, world: World) -> None:
     """How training ended, and what to type next."""
     from building import own_code_flags
     from checkpoint import LAST
@@ -231,7 +236,10 @@ def print_end(run: Run, signal: int | None) -> None:
         loss, first, last = final
         print(f"Mean training query loss of iterations {first:,} to {last:,}: {loss:.4f}")
     if signal is not None:
-        go_on = shlex.join(["python", "main.py", "--load", str(run.folder / LAST), *code])
+        launcher = ["python"]
+        if world.size > 1:
+            launcher = ["torchrun", f"--nproc-per-node={world.local_size}"]
+        go_on = shlex.join([*launcher, "main.py", "--load", str(run.folder / LAST), *code])
         print(f"Saved at iteration {run.iteration:,}. Go on: {go_on}")
         return
     print("Curves:   ", shlex.join(["tensorboard", "--logdir", str(run.folder)]))
@@ -242,6 +250,7 @@ def print_end(run: Run, signal: int | None) -> None:
 def train_many(call: Invocation, members: Sequence[Member], world: World) -> int:
     """Many runs as one (--seeds, --sweep)."""
     import several
+    from building import own_code_flags
 
     folder, signal = several.train_many(call, members, world)
     if signal is not None:
@@ -250,7 +259,8 @@ def train_many(call: Invocation, members: Sequence[Member], world: World) -> int
         )
         return 128 + signal
     print("Curves:   ", shlex.join(["tensorboard", "--logdir", str(folder)]))
-    print("Test them:", shlex.join(["python", "main.py", "--eval", "--load", str(folder)]))
+    code = [] if len(codes := {tuple(own_code_flags(m.config)) for m in members}) > 1 else [*codes.pop()]
+    print("Test them:", shlex.join(["python", "main.py", "--eval", "--load", str(folder), *code]))
     return 0
 
 
@@ -259,7 +269,7 @@ def train_many(call: Invocation, members: Sequence[Member], world: World) -> int
 
 def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str], world: World) -> int:
     """Measures a checkpoint, or the fresh initialisation, on the test tasks."""
-    from building import prepare, print_settings, writable
+    from building import check_processes, data_of, facts, prepare, print_settings, read_first, writable
     from measuring import Subject, of_all
     from report import evaluation_table
     from several import runs_in
@@ -272,9 +282,15 @@ def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str], w
         subject = Subject.read(call.load, call, given)
         config = subject.config
         runtime = prepare(config, call, world)
+        if call.baselines:
+            check_processes(config, runtime)
         beside = call.checkpoint_path if call.load is None else call.load.parent
         out = writable(call.out or beside, "--out") if world.first else Path()
-        built = subject.built(call, runtime)
+    world.check_same(facts(config, runtime, subject.source))
+    with world.together():
+        known = {data_of(config): read_first(config, call, runtime)}
+    with world.together():
+        built = subject.built(call, runtime, known)
     print_settings(config, runtime, f"Evaluating {subject.name} on {config.eval_tasks} test tasks")
     result = built.measured(runtime)
     print(evaluation_table(result, subject.words))
@@ -297,7 +313,7 @@ def evaluate_many(
 ) -> int:
     """Measures many runs on the same test tasks: mean and spread over seeds, and each by itself."""
     import spread
-    from building import prepare, print_settings, writable
+    from building import data_of, prepare, print_settings, read_first, writable
     from measuring import Subject, of_all
     from report import write_figure, write_json
 
@@ -314,9 +330,16 @@ def evaluate_many(
     print_settings(
         configs[0], runtime, f"Evaluating {len(many)} runs in {folder} on {tasks} test tasks", *configs[1:]
     )
+    sizes = {(config.eval_steps, config.eval_tasks) for config in configs}
+    if len(sizes) > 1:
+        raise UsageError(f"{folder}: the runs differ in --eval-steps or --eval-tasks: give both")
     command = {"command": shlex.join(["main.py", *arguments])}
     results: dict[str, list[Evaluation]] = {}
-    distributions: dict[Any, TaskDistribution] = {}
+    distributions: dict[Any, TaskDistribution | None] = {}
+    with world.together():
+        for config in configs:
+            if data_of(config) not in distributions:
+                distributions[data_of(config)] = read_first(config, call, prepare(config, call, world))
     for run, subject in zip(many, subjects, strict=True):
         runtime = prepare(subject.config, call, world)
         with world.together():

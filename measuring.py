@@ -86,7 +86,7 @@ class Subject:
         }
 
     def built(
-        self, call: Invocation, runtime: Runtime, known: dict[Any, TaskDistribution] | None = None
+        self, call: Invocation, runtime: Runtime, known: dict[Any, TaskDistribution | None] | None = None
     ) -> Built:
         """Its algorithm, tasks and weights; raises UsageError where they do not fit.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,14 +58,15 @@ def members_of(call: Invocation, given: Mapping[str, Any]) -> list[Member]:
             raise UsageError(f"{flag} is given, and in --sweep too: give one of them")
     default = CONFIG_FLAGS["seed"].default
     seeds = seeds_of(call.seeds) if call.seeds is not None else [given.get("seed", default)]
+    number = len(seeds) * math.prod(len(values) for _, values in axes)
+    if number > MOST:
+        raise UsageError(f"--seeds and --sweep ask for {number:,} runs: at most {MOST:,}")
     texts = {name: _texts(values) for name, values in axes}
     found = []
     for values in itertools.product(*(values for _, values in axes)):
         chosen = dict(zip(names, values, strict=True))
         setting = "_".join(f"{_plain_name(CONFIG_FLAGS[n])}-{texts[n][v]}" for n, v in chosen.items())
         found += [Member(setting, seed, {**given, **chosen, "seed": seed}) for seed in seeds]
-    if len(found) > MOST:
-        raise UsageError(f"--seeds and --sweep ask for {len(found):,} runs: at most {MOST:,}")
     for member in found:
         try:
             config = member.config

@@ -21,17 +21,15 @@ class Ahead:
         self.fetch = fetch
         self.lock = Lock()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="tasks-ahead")
-        self.coming: tuple[tuple[Any, ...], Future[Any]] | None = None
+        self.coming: dict[int, tuple[tuple[Any, ...], Future[Any]]] = {}  # by seed
 
     def __call__(self, split: str, seed: int, iteration: int, tasks: range) -> Any:
         wanted = (split, seed, iteration, tasks)
-        if self.coming and self.coming[0] == wanted:
-            found = self.coming[1].result()
-        else:
-            found = self._fetched(*wanted)
+        what, coming = self.coming.get(seed, (None, None))
+        found = coming.result() if coming is not None and what == wanted else self._fetched(*wanted)
         following = (split, seed, iteration + 1, tasks)
-        if split == "train" and not (self.coming and self.coming[0] == following):
-            self.coming = following, self.thread.submit(self._fetched, *following)
+        if split == "train" and what != following:
+            self.coming[seed] = following, self.thread.submit(self._fetched, *following)
         return found
 
     def _fetched(self, *wanted: Any) -> Any:

@@ -24,10 +24,12 @@ class Runtime:
     compute_dtype: torch.dtype | None = None  # of the learner's arithmetic, where it is another
     world: World = ALONE
 
-    def computed_by(self) -> dict[str, Any]:
-        """What the last bits of a result depend on beside the settings."""
+    def computed_by(self, *, processes: int | None = None, runs: int = 1) -> dict[str, Any]:
+        """What the last bits of a result depend on beside the settings: of so many runs at once, by so many
+        processes; None: by all of them."""
         return {
-            "processes": self.world.size,
+            "processes": processes or self.world.size,
+            "runs at once": runs,
             "threads": torch.get_num_threads(),
             "device": self.device.type,
             "torch": str(torch.__version__),
@@ -70,8 +72,11 @@ def device_of(name: str, world: World) -> torch.device:
     return device
 
 
-def threads_for(asked: int | None, world: World, *, small_tensors: bool) -> int | None:
-    """Threads of this process; None: as PyTorch has it.
+THREADS_AT_FIRST = torch.get_num_threads()
+
+
+def threads_for(asked: int | None, world: World, *, small_tensors: bool) -> int:
+    """Threads of this process.
 
     Without --threads: as OMP_NUM_THREADS says, else one with `small_tensors`, since splitting the sinusoid
     network's operations costs more than it saves (by a quarter on two cores). Several processes share the
@@ -81,10 +86,10 @@ def threads_for(asked: int | None, world: World, *, small_tensors: bool) -> int 
         return asked
     by_environment = os.environ.get("OMP_NUM_THREADS")
     if by_environment is not None and (world.size == 1 or by_environment != "1"):
-        return None
+        return THREADS_AT_FIRST
     if small_tensors:
         return 1
-    return None if world.size == 1 else max(1, _cores() // world.local_size)
+    return THREADS_AT_FIRST if world.size == 1 else max(1, _cores() // world.local_size)
 
 
 def _cores() -> int:
@@ -111,9 +116,7 @@ def set_up(
         torch.backends.cudnn.deterministic = True
     # torch.func's own, of a module that it imports
     warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated", category=FutureWarning)
-    number = threads_for(threads, world, small_tensors=small_tensors)
-    if number is not None:
-        torch.set_num_threads(number)
+    torch.set_num_threads(threads_for(threads, world, small_tensors=small_tensors))
     dtype, compute_dtype = {
         "float64": (torch.float64, None),
         "float32": (torch.float32, None),

@@ -27,12 +27,14 @@ from building import (
     fitted,
     no_empty_folder_left,
     prepare,
+    print_difference,
+    read_first,
     tried,
     writable,
 )
-from checkpoint import BEST, LAST, check_same_split
+from checkpoint import BEST, LAST, check_same_split, load_checkpoint
 from compiler import Compiler
-from config import Config, Invocation
+from config import CONFIG_FLAGS, Config, Invocation
 from errors import UsageError
 from learner import LEARNERS
 from losses import LOSSES, loss_name
@@ -121,6 +123,10 @@ def train_many(call: Invocation, members: Sequence[Member], world: World) -> tup
         named = call.checkpoint_path / call.run_name if call.run_name else None
         if named and named.exists() and not call.resume and any(named.iterdir()):
             raise UsageError(f"{named} is not empty: choose another --run-name, or --resume to go on there")
+        if named and (named / LAST).exists():
+            raise UsageError(f"{named} is a run, not a folder of many: choose another --run-name")
+        if named and (named / LIST).exists():
+            _check_settings(named, members)
         own = [members[number] for number in world.share(len(members))]
         begun = [beginning(_of_member(call, named, member), member.given) for member in own]
     world.check_same({"torch": torch.__version__, "list of runs": [(m.name, m.config) for m in members]})
@@ -129,8 +135,14 @@ def train_many(call: Invocation, members: Sequence[Member], world: World) -> tup
         with world.together():
             if world.first:
                 writable(home, "--checkpoint-path")
+        distributions: dict[Any, TaskDistribution | None] = {}
         with world.together():
-            ready = _ready(call, own, begun, world, writes_to=home)
+            for member in members:
+                data = data_of(member.config)
+                if data not in distributions:
+                    distributions[data] = read_first(member.config, call, prepare(member.config, call, world))
+        with world.together():
+            ready = _ready(call, own, begun, world, distributions, writes_to=home)
     folder = named or world.from_first(lambda: fresh_folder(call.checkpoint_path, members[0].config))
     for each in ready:
         each.run.folder = folder / each.member.name
@@ -142,13 +154,32 @@ def train_many(call: Invocation, members: Sequence[Member], world: World) -> tup
         print(f"{len(members)} runs{of_all} in {folder}; trained at once: {sizes}")
         print(f"  device      {ready[0].runtime.describe()}")
     for group in groups:
-        signal = _train_group(group, shown=world.first)
+        signal = _train_group(group, call, world)
         if signal is not None:
             return folder, signal
     outcomes = [one for part in world.gathered([outcome_of(each) for each in ready]) for one in part]
     if world.first:
         _write_summary(folder, outcomes)
     return folder, None
+
+
+def _check_settings(folder: Path, members: Sequence[Member]) -> None:
+    """Raises UsageError where the folder has other seeds of a setting, with settings that are not these:
+    their mean would be one of different things."""
+    wanted = {member.setting: member for member in members}
+    names = {member.name for member in members}
+    for run in listed_in(folder):
+        file = folder / run.name / LAST
+        if run.name in names or run.setting not in wanted or not file.is_file():
+            continue
+        here, there = wanted[run.setting].config, load_checkpoint(file).config
+        learned = [settings.what_is_learned(replace(config, seed=0)) for config in (here, there)]
+        for name, value in learned[0].items():
+            if value != learned[1][name]:
+                raise UsageError(
+                    f"{folder} has the run {run.name} with another {CONFIG_FLAGS[name].names[0]} "
+                    f"({learned[1][name]}): choose another --run-name"
+                )
 
 
 def _write_list(folder: Path, members: Sequence[Member]) -> None:
@@ -174,16 +205,16 @@ def _ready(
     members: Sequence[Member],
     begun: Sequence[Beginning],
     world: World,
+    distributions: dict[Any, TaskDistribution | None],
     *,
     writes_to: Path,
 ) -> list[Ready]:
     """The runs, built and checked; those with the same data share them."""
-    distributions: dict[tuple[Any, ...], TaskDistribution] = {}
     tested: set[Config] = set()
-    found = []
+    found: list[Ready] = []
     for member, at in zip(members, begun, strict=True):
         runtime = prepare(at.config, call, world)
-        config = fitted(at.config, member.given, runtime, new=at.start is None)
+        config = fitted(at.config, member.given, runtime, new=at.start is None, silent=bool(found))
         distribution, maml = build(
             config, call, runtime, Compiler(runtime.device),
             fixed=at.weights.fixed if at.weights else None, distribution=distributions.get(data_of(config)),
@@ -197,18 +228,18 @@ def _ready(
             check_splits(distribution, config)
             if config.learner not in LEARNERS or config.loss not in LOSSES:
                 tried(maml, parameters, distribution, config)
-        run = Run(
-            config, writes_to / member.name, parameters, at.start, at.origin,
-            computed_by=runtime.computed_by() | {"processes": 1},
-        )  # fmt: skip
+        run = Run(config, writes_to / member.name, parameters, at.start, at.origin)
         found.append(Ready(member, run, maml, distribution, runtime))
     return found
 
 
-def _train_group(group: Sequence[Ready], *, shown: bool) -> int | None:
+def _train_group(group: Sequence[Ready], call: Invocation, world: World) -> int | None:
     """Trains runs at once; the signal that ended it early, if any."""
-    first = group[0]
+    first, shown = group[0], world.first
     config = first.run.config
+    runtime = prepare(config, call, world)  # threads and precision are the process's: other runs had others
+    for each in group:
+        each.run.computed_by = runtime.computed_by(processes=1, runs=len(group))
     alone = len(group) == 1
     if not alone and config.compile == "on" and not compiles(config):
         for each in group:
@@ -224,7 +255,9 @@ def _train_group(group: Sequence[Ready], *, shown: bool) -> int | None:
         listed = ", ".join(names) if len(names) <= MOST_NAMES else f"{names[0]} ... {names[-1]}"
         print(f"Training {listed}", flush=True)
         print(settings.describe(*(each.run.config for each in group)), flush=True)
-    compiler = Compiler(next(iter(first.run.parameters.values())).device)
+        if first.run.start is not None:
+            print_difference(first.run.start.computed_by, first.run.computed_by)
+    compiler = Compiler(runtime.device)
     maml = maml.with_options(accelerate=compiler)
     return Trainer([each.run for each in group], maml, first.distribution, compiler, shown=shown).train()
 

@@ -254,8 +254,12 @@ class Trainer:
         )  # fmt: skip
         redrawn, shown_first = time.monotonic(), self.iteration + 1
         with bar, self._signals():
+            if self._validation_is_missing():
+                self._validate(last=self.iteration == config.iterations)
             while self.iteration < config.iterations:
-                if not self._stepped(bar):
+                with self._saved_if_lost():
+                    taken = self.step(bar)
+                if not taken:
                     self.save(LAST)
                     break
                 bar.update()
@@ -272,7 +276,8 @@ class Trainer:
                 last = self.iteration == config.iterations
                 if self.iteration % config.val_every == 0 or last:
                     paused = time.monotonic()
-                    self._validate(last=last)
+                    with self._saved_if_lost():
+                        self._validate(last=last)
                     window_start += time.monotonic() - paused
                 stopping = stopping or (self.world.size == 1 and self.signal is not None)
                 if self.iteration % config.save_every == 0 or last or stopping:
@@ -287,13 +292,24 @@ class Trainer:
             run.end(classification=self.distribution.classification)
         return self.signal if self.iteration < config.iterations else None
 
-    def _stepped(self, bar: tqdm) -> bool:
+    @contextmanager
+    def _saved_if_lost(self) -> Iterator[None]:
+        """Where another process is lost within it, saves the last iteration: the state is whole, and what is
+        due after the iteration is done where the run goes on."""
         try:
-            return self.step(bar)
+            yield
         except LostError:
-            if not self.sharded:  # the state is that of the last iteration, and whole
+            if not self.sharded:
                 self.save(LAST)
             raise
+
+    def _validation_is_missing(self) -> bool:
+        """Whether the run was left before the validation of its last iteration."""
+        due = self.iteration % self.config.val_every == 0 or self.iteration == self.config.iterations
+        if not self.iteration or not due:
+            return False
+        seen = self.runs[0].progress.validation.get("iteration", [])
+        return not seen or seen[-1] < self.iteration
 
     def _stopping(self) -> bool:
         """Whether all processes stop after this iteration, since one has got a signal."""

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from errors import LostError, UsageError
+from errors import AgreedError, LostError, UsageError
 
 T = TypeVar("T")
 PLACE_IN_SOURCE = re.compile(r"^\[[^]]*\] *")  # with which gloo's errors begin
@@ -49,15 +49,15 @@ class World:
 
     # ---- tensors ------------------------------------------------------------------------------
 
-    def summed(self, tensor: Tensor) -> Callable[[], Tensor]:
+    def summed(self, tensor: Tensor, *, patiently: bool = False) -> Callable[[], Tensor]:
         """Begins to sum a tensor over all processes, in place; the result, once it is asked for.
 
-        Each process gets the same bits.
+        Each process gets the same bits. `patiently`: on the CPU, waiting as long as for words.
         """
         if self.size == 1:
             return lambda: tensor
         with _losses_are_said():
-            work = dist.all_reduce(tensor, async_op=True)
+            work = dist.all_reduce(tensor, group=self.words if patiently else None, async_op=True)
 
         def result() -> Tensor:
             with _losses_are_said():
@@ -115,7 +115,7 @@ class World:
         with _losses_are_said():
             dist.broadcast_object_list(outcome, 0, self.words)
         if outcome[1] is not None:
-            raise UsageError(outcome[1])
+            raise AgreedError(outcome[1])
         return outcome[0]
 
     @contextmanager
@@ -131,7 +131,7 @@ class World:
             problem = str(error)
         found = next((each for each in self.gathered(problem) if each is not None), None)
         if found is not None:
-            raise UsageError(found)
+            raise AgreedError(found)
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
         """Raises UsageError in all processes where they do not agree, and names what they disagree about."""
@@ -141,7 +141,7 @@ class World:
             different = [name for name in names if other.get(name) != others[0].get(name)]
             if different:
                 name = different[0]
-                raise UsageError(
+                raise AgreedError(
                     f"process {rank} has another {name} than process 0 ({other.get(name)!s:.60} and "
                     f"{others[0].get(name)!s:.60}): start all with the same flags, versions and files"
                 )
@@ -206,8 +206,13 @@ def join(world: World, device: torch.device, minutes: float, words_minutes: floa
     Raises LostError where they do not come.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # torchrun keeps its store when it starts all again: what the dead have left there is not for the living
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    timeout = timedelta(minutes=minutes)
     with _losses_are_said():
-        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+        found, *_ = next(dist.rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(f"attempt-{attempt}", found)
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
         words = dist.new_group(backend="gloo", timeout=timedelta(minutes=words_minutes))
     return replace(world, words=words)
 
