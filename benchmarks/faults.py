@@ -254,7 +254,7 @@ def killed_runs(
     kills: list[Kill] = []
     runs: list[dict[str, Any]] = []
     stages = stages_of(given.kills, draw)
-    options = [f"--max-restarts={10 * given.kills}"] if given.restarts_by_torchrun else []
+    options = [f"--max-restarts={given.kills}"] if given.restarts_by_torchrun else []
     job = None
     while True:
         number = len(runs) + 1
