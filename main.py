@@ -41,9 +41,10 @@ if TYPE_CHECKING:
     from world import World
 
 
-# of torchrun's processes
+# of those that torchrun has started
+FIRST_PROCESS = os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.environ
 FIRST_ON_MACHINE = os.environ.get("LOCAL_RANK", "0") == "0" or "MASTER_ADDR" not in os.environ
-FIRST_PROCESS = os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.environ  # of torchrun's
+BEFORE_MEETING = 30.0  # seconds by which the first process may be the later one
 PREPARING, A_YEAR = 120.0, 60.0 * 24 * 365  # in minutes
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory")  # of RuntimeErrors of PyTorch
 
@@ -95,23 +96,24 @@ def command(arguments: list[str]) -> int:
         members = members_of(call, given)
         if call.load is None and not call.resume and not members:
             settings.resolve(given)
+
+        from runtime import device_of
+        from world import join, launched, leave
+
+        world = launched()
+        if world.size > 1 and call.adapt is not None:
+            raise UsageError("--adapt is for one process: start it without torchrun")
+        device = device_of(call.device, world)
     except UsageError as error:
         if FIRST_ON_MACHINE:
             raise
         agreed = AgreedError(str(error))
-        agreed.seconds = 30.0  # the first may begin later
+        agreed.seconds = BEFORE_MEETING
         raise agreed from error
-
-    from runtime import device_of
-    from world import join, launched, leave
-
-    world = launched()
     if world.size > 1:
-        if call.adapt is not None:
-            raise UsageError("--adapt is for one process: start it without torchrun")
         # processes with runs of their own meet at the end, whenever that is
         words_timeout = A_YEAR if members else max(PREPARING, call.timeout)
-        world = join(world, device_of(call.device, world), call.timeout, words_timeout)
+        world = join(world, device, call.timeout, words_timeout)
     if members:
         code = train_many(call, members, world)
     elif call.adapt is not None:

@@ -38,10 +38,10 @@ import io, json, os, sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 sys.path.insert(0, {root!r})
-import compiler, main, world
+import compiler, errors, main, world
 
 leave, world.leave = world.leave, lambda: None
-main.SAYING_SECONDS = 0.0
+main.BEFORE_MEETING = errors.AgreedError.seconds = 0.0
 build = compiler.Compiler._build
 built = []
 compiler.Compiler._build = lambda self, *given: (built.append(given[-1].name), build(self, *given))[1]
@@ -426,6 +426,33 @@ def test_processes_with_different_flags_refuse_to_begin(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+FAILING = """
+import os
+
+import torch
+
+
+class Failing:
+    calls = 0
+
+    def sample(self, split, seeds):
+        self.calls += 1
+        if os.environ["RANK"] == "1" and self.calls > 9:
+            raise ValueError("no more")
+        x = torch.zeros(len(seeds), 4, 1) + seeds[:, None, None] % 7
+        return x, x, x, x
+"""
+
+
+def test_what_fails_in_one_process_alone_is_said_by_that_one(tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING)
+    own = [*SINUSOID, "--dataset", f"{tmp_path / 'failing.py'}:Failing"]
+    line = torchrun(2, ROOT / "main.py", training(tmp_path / "runs", "run", *own))
+    assert run_job(line, tmp_path / "log") == 1
+    assert "main.py: error: process 1: " in (tmp_path / "log").read_text()
+    assert "no more" in (tmp_path / "log").read_text()
+
+
 # ---- stops and kills -------------------------------------------------------------------------------
 
 
@@ -478,7 +505,7 @@ def disturbed(tmp_path_factory) -> dict[str, tuple[str, int]]:
 @pytest.mark.parametrize(("way", "code"), [("SIGTERM", 128 + signal.SIGTERM), ("SIGINT", None)])
 def test_a_signal_to_one_process_ends_all_at_the_same_iteration_saved(way, code, disturbed):
     said, iteration = disturbed[way]
-    assert f"Saved at iteration {iteration:,}. Go on: python main.py --load" in said
+    assert f"Saved at iteration {iteration:,}. Go on: torchrun --nproc-per-node=2 main.py --load" in said
     assert "another process of the job has ended" not in said
     assert code is None or said.count(f"exitcode  : {code} ") == 2  # in torchrun's report
 
@@ -495,12 +522,14 @@ def test_a_run_stopped_in_all_ways_ends_with_the_bits_of_an_undisturbed_one(dist
     assert len(list(disturbed["folder"].glob("events*"))) == 4
 
 
-def test_kills_at_random_moments_leave_no_trace(tmp_path):
-    """benchmarks/faults.py, in short."""
-    own = flags("--kills 2 --seed 0 --iterations 200 --save-every 20 --val-every 40 --log-every 7")
+@pytest.mark.parametrize(("kills", "way"), [(2, "by-hand"), (1, "by-torchrun")])
+def test_kills_at_random_moments_leave_no_trace(kills, way, tmp_path):
+    """benchmarks/faults.py, in short; torchrun may start again as often as it is killed, and no more."""
+    own = flags(f"--kills {kills} --seed 0 --iterations 200 --save-every 20 --val-every 40 --log-every 7")
     line = [sys.executable, str(ROOT / "benchmarks" / "faults.py"), *own]
     where = ["--folder", str(tmp_path / "runs"), "--out", str(tmp_path / "faults.json")]
+    where += ["--restarts-by-torchrun"] * (way == "by-torchrun")
     assert run_job([*line, *where], tmp_path / "log") == 0, (tmp_path / "log").read_text()
-    found = json.loads((tmp_path / "faults.json").read_text())["restarts-by-hand"]
-    assert len(found["kills"]) == 2 and not any(kill["problem"] for kill in found["kills"])
+    found = json.loads((tmp_path / "faults.json").read_text())[f"restarts-{way}"]
+    assert len(found["kills"]) == kills and not any(kill["problem"] for kill in found["kills"])
     assert found["runs"] and not any(run["differences"] for run in found["runs"])
