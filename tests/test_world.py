@@ -34,13 +34,14 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason=
 
 # Runs command lines, given as JSON, in processes that stay together; writes what each returned and said.
 BATCH = """
-import io, json, os, sys
+import functools, io, json, os, sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 sys.path.insert(0, {root!r})
 import compiler, errors, main, world
 
 leave, world.leave = world.leave, lambda: None
+world.join = functools.cache(world.join)
 main.BEFORE_MEETING = errors.AgreedError.seconds = 0.0
 build = compiler.Compiler._build
 built = []
