@@ -545,13 +545,25 @@ def test_the_host_gives_the_devices_bits_and_fetches_training_ahead(augment):
     assert [f for f in fetched if f[0] == "test"] == [("test", 5, 0, range(4))]
 
 
+def test_each_of_several_seeds_has_its_tasks_fetched_ahead():
+    host = ImageTasks(image_set([6] * 12), ways=3, shots=1, queries=2, place="host")
+    asked = []
+    fetch = host._fetched.fetch
+    host._fetched.fetch = lambda *wanted: (asked.append(wanted[1:3]), fetch(*wanted))[1]
+    for iteration in range(3):
+        for seed in (0, 1):
+            host.sample("train", seed, iteration, range(2))
+    host._fetched.thread.shutdown()
+    assert sorted(asked) == [(seed, iteration) for seed in (0, 1) for iteration in range(4)]
+
+
 def test_an_error_of_the_background_thread_reaches_the_caller():
     host = ImageTasks(image_set([6] * 12), ways=3, shots=1, queries=2, place="host")
     host.sample("train", 0, 0, range(2))
-    key, _ = host._fetched.coming
+    key, _ = host._fetched.coming[0]
     failed: Future = Future()
     failed.set_exception(OSError("the disk is gone"))
-    host._fetched.coming = key, failed
+    host._fetched.coming[0] = key, failed
     with pytest.raises(OSError, match="the disk is gone"):
         host.sample("train", 0, 1, range(2))
 
