@@ -89,7 +89,7 @@ def where_to_train(call: Invocation, given: Mapping[str, Any]) -> tuple[Path | N
         if not call.load.is_file():
             hint = f": name {call.load / LAST}" if call.load.is_dir() else ""
             if (call.load / LIST).is_file():
-                hint = ", but many runs: name the one of one of them, or go on with all by --resume"
+                hint = ", but many runs: name the checkpoint of one of them, or go on with all by --resume"
             raise UsageError(f"{call.load}: there is no such checkpoint{hint}")
         run = call.load.resolve().parent
         if "checkpoint_path" in given and call.checkpoint_path.resolve() not in (run, run.parent):

@@ -183,7 +183,8 @@ def train(call: Invocation, given: Mapping[str, Any], world: World) -> int:
             if config.learner not in LEARNERS or config.loss not in LOSSES:
                 tried(maml, parameters, distribution, config)
             parameters = saved_parameters(at, maml, parameters)
-    world.check_same({"data": data_digest(distribution, config), "frozen weights": digest(maml.fixed)})
+    if world.size > 1:
+        world.check_same({"data": data_digest(distribution, config), "frozen weights": digest(maml.fixed)})
     for name in sorted(parameters):  # initial weights may differ in the last bit between machines
         parameters[name] = world.from_first_tensor(parameters[name].contiguous())
     folder = at.folder or world.from_first(lambda: fresh_folder(call.checkpoint_path, config))
@@ -256,9 +257,7 @@ def train_many(call: Invocation, members: Sequence[Member], world: World) -> int
 
     folder, signal = several.train_many(call, members, world)
     if signal is not None:
-        print(
-            "Saved; the same command with --resume goes on" + f" (--run-name {folder.name})." * bool(folder)
-        )
+        print(f"Saved; the same command with --run-name {folder.name} --resume goes on.")
         return 128 + signal
     print("Curves:   ", shlex.join(["tensorboard", "--logdir", str(folder)]))
     code = [] if len(codes := {tuple(own_code_flags(m.config)) for m in members}) > 1 else [*codes.pop()]
@@ -320,11 +319,13 @@ def evaluate_many(
     from report import write_figure, write_json
 
     assert call.load is not None
-    if call.baselines:
-        raise UsageError("--baselines is measured beside one run: name its checkpoint")
     folder = many[0].file.parent.parent
     with world.together():
+        if call.baselines:
+            raise UsageError("--baselines is measured beside one run: name its checkpoint")
         subjects = [Subject.read(run.file, call, given) for run in many]
+        if len({(each.config.eval_steps, each.config.eval_tasks) for each in subjects}) > 1:
+            raise UsageError(f"{folder}: the runs differ in --eval-steps or --eval-tasks: give both")
         out = writable(call.out or folder, "--out") if world.first else Path()
     configs = [subject.config for subject in subjects]
     tasks = configs[0].eval_tasks
@@ -332,9 +333,6 @@ def evaluate_many(
     print_settings(
         configs[0], runtime, f"Evaluating {len(many)} runs in {folder} on {tasks} test tasks", *configs[1:]
     )
-    sizes = {(config.eval_steps, config.eval_tasks) for config in configs}
-    if len(sizes) > 1:
-        raise UsageError(f"{folder}: the runs differ in --eval-steps or --eval-tasks: give both")
     command = {"command": shlex.join(["main.py", *arguments])}
     results: dict[str, list[Evaluation]] = {}
     distributions: dict[Any, TaskDistribution | None] = {}

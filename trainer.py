@@ -129,7 +129,7 @@ class Trainer:
 
     @property
     def parameters(self) -> Weights:
-        """The meta-parameters, as views of the state's; of several runs with these as first axis."""
+        """The meta-parameters, as views of the state's; of several runs those of the first."""
         self._show_runs()
         return self.runs[0].parameters
 

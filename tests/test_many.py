@@ -346,7 +346,7 @@ def test_stopped_or_killed_runs_go_on_to_the_same_bits(number, whole, tmp_path, 
     assert not (tmp_path / "many" / "summary.json").exists()
     if number == signal.SIGTERM:
         assert process.returncode == 128 + number and "Traceback" not in said
-        assert "Saved; the same command with --resume goes on (--run-name many)." in said
+        assert "Saved; the same command with --run-name many --resume goes on." in said
     assert command(*options) == 0
     assert "trained at once: 2\n" in capsys.readouterr().out
     assert_same_runs(whole, tmp_path / "many", list(of_seeds(0, 1)))
