@@ -780,3 +780,29 @@ def test_many_settings_are_a_row_each_and_have_a_legend_as_long_as_it_helps():
     assert lines[1].split()[1] == f"{values[0, :, 0].mean():.4f}" and "to" not in lines[1]
     assert spread.test_figure(few, Words("MSE", None, 1, "")).legends
     assert not spread.test_figure(results, Words("MSE", None, 1, "")).legends
+
+
+def test_a_folder_of_many_takes_no_other_settings_and_no_single_run(tmp_path, capsys):
+    short = ["--iterations", 1, "--meta-batch-size", 2, "--compile", "off", "--checkpoint-path", tmp_path]
+    assert command(*short, "--seeds", "0", "--run-name", "many") == 0
+    assert command(*short, "--run-name", "one") == 0
+    capsys.readouterr()
+    refused = {
+        "has the run seed-0 with another --inner-lr": [
+            "--seeds",
+            "1",
+            "--inner-lr",
+            0.5,
+            "--run-name",
+            "many",
+        ],
+        "has many runs": ["--run-name", "many"],
+        "is a run, not a folder of many": ["--seeds", "0", "--run-name", "one"],
+    }
+    for said, line in refused.items():
+        assert command(*short, *line, "--resume") == 2
+        assert said in capsys.readouterr().err
+    assert command(*short, "--seeds", "1", "--eval-steps", 3, "--run-name", "many", "--resume") == 0
+    assert command("--eval", "--load", tmp_path / "many", "--eval-tasks", 5) == 2
+    assert "differ in --eval-steps" in capsys.readouterr().err
+    assert command("--eval", "--load", tmp_path / "many", "--eval-tasks", 5, "--eval-steps", 2) == 0

@@ -20,8 +20,10 @@ import building
 import config
 import dataset
 import main
+import trainer
 from checkpoint import BEST, LAST, load_checkpoint
 from dataset import Sinusoid, SinusoidLine
+from errors import LostError
 from evaluation import Evaluation, mean_and_interval
 from learner import build_learner
 from report import Words, evaluation_record, evaluation_table
@@ -129,6 +131,29 @@ def test_ctrl_c_and_sigterm_save_and_the_run_goes_on_from_there(number, runs, tm
     assert command("--load", last) == 0
     assert_same_run(runs / "whole", tmp_path / "stopped")
     assert curves(tmp_path / "stopped") == EXPECTED_CURVES
+
+
+def test_where_another_process_is_lost_in_a_validation_that_is_made_up_for(runs, tmp_path, monkeypatch):
+    options = [*SETTINGS, *SCHEDULE, "--checkpoint-path", tmp_path, "--run-name", "lost", "--resume"]
+
+    def lost(*_, **__):
+        raise LostError("gone")
+
+    def ended(code):
+        raise SystemExit(code)
+
+    with monkeypatch.context() as patch:
+        whole = trainer.evaluate
+        calls = iter([whole, lost])
+        patch.setattr("trainer.evaluate", lambda *a, **k: next(calls)(*a, **k))
+        patch.setattr("main.os._exit", ended)
+        with pytest.raises(SystemExit) as ending:
+            command(*options)
+    assert ending.value.code == 3
+    assert load_checkpoint(tmp_path / "lost" / LAST).iteration == 100
+    assert command(*options) == 0
+    assert_same_run(runs / "whole", tmp_path / "lost")
+    assert curves(tmp_path / "lost") == EXPECTED_CURVES
 
 
 def test_a_finished_run_can_be_made_longer(runs, tmp_path, capsys):
