@@ -8,11 +8,11 @@ for. Nothing else in the project reads or writes one.
 from __future__ import annotations
 
 import dataclasses
-import os
 import pickle
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from config import Config, config_from_plain, config_to_plain
 from errors import UsageError
+from files import write_all_whole, write_whole
 
 FORMAT = "maml checkpoint"
 VERSION = 1
@@ -68,7 +69,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 def save_checkpoints(checkpoints: Sequence[tuple[Path, Checkpoint]]) -> None:
     """The same of several: all are written before the first is renamed, so that they are of one iteration
     unless the process is killed just between two names."""
-    _write([(path, _plain_content(checkpoint)) for path, checkpoint in checkpoints])
+    write_all_whole([(path, partial(torch.save, _plain_content(c))) for path, c in checkpoints])
 
 
 def _plain_content(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -89,29 +90,8 @@ def _plain_content(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def save_weights(path: Path, module: nn.Module) -> None:
     """Writes a module's `state_dict`, for any program that has such a module."""
-    _write([(path, {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()})])
-
-
-def _write(contents: Sequence[tuple[Path, Any]]) -> None:
-    temporaries = [path.with_name(f".{path.name}.tmp") for path, _ in contents]
-    try:
-        for temporary, (_, content) in zip(temporaries, contents, strict=True):
-            with temporary.open("wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-        for temporary, (path, _) in zip(temporaries, contents, strict=True):
-            temporary.replace(path)
-    except BaseException:
-        for temporary in temporaries:
-            temporary.unlink(missing_ok=True)
-        raise
-    for parent in dict.fromkeys(path.parent for path, _ in contents):
-        folder = os.open(parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    state = {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
+    write_whole(path, partial(torch.save, state))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -5,20 +5,21 @@ Functions take plain numbers and CPU tensors; matplotlib and TensorBoard are imp
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from evaluation import Evaluation, mean_and_interval
+from files import write_whole
 from tasks import TaskBatch
 
 if TYPE_CHECKING:
@@ -83,9 +84,7 @@ class RunLog:
         canvas.draw()
         pixels = np.asarray(canvas.buffer_rgba())[..., :3]
         self.writer.add_image(tag, pixels, iteration, dataformats="HWC")
-        temporary = file.with_name(f".{file.name}.tmp")
-        Image.fromarray(pixels).save(temporary, format="png")
-        temporary.replace(file)
+        write_whole(file, lambda opened: Image.fromarray(pixels).save(opened, format="png"))
 
     def flush(self) -> None:
         self.writer.flush()
@@ -119,7 +118,6 @@ def _drop_events(folder: Path, begin_at: int) -> None:
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
 
-    temporary = folder / f".rewriting-{os.getpid()}.tmp"
     for path in filter(Path.is_file, folder.glob("events.out.tfevents.*")):
         try:
             records = [(record, Event.FromString(record)) for record in RawEventFileLoader(str(path)).Load()]
@@ -128,13 +126,13 @@ def _drop_events(folder: Path, begin_at: int) -> None:
         kept = [r for r, event in records if event.step < begin_at or event.HasField("file_version")]
         if len(kept) == len(records):
             continue
-        with temporary.open("wb") as file:
+
+        def write(file: IO[bytes], kept: list[bytes] = kept) -> None:
             writer = RecordWriter(file)
             for record in kept:
                 writer.write(record)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+
+        write_whole(path, write)
 
 
 def _wait_for_a_later_second(folder: Path) -> None:
@@ -170,26 +168,20 @@ def _plain(value: Any) -> Any:
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(_plain(result), indent=1) + "\n")
-    temporary.replace(path)
+    text = json.dumps(_plain(result), indent=1) + "\n"
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     import csv
 
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
-    temporary.replace(path)
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([header, *rows])
+    write_whole(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def write_figure(path: Path, figure: Figure) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=DPI, format="png")
-    temporary.replace(path)
+    write_whole(path, lambda file: figure.savefig(file, dpi=DPI, format="png"))
 
 
 # ---- evaluation: table and record -----------------------------------------------------------
