@@ -55,11 +55,11 @@ class Baseline:
 
 
 class InterruptedBySignalError(Exception):
-    """A signal of this number ended the training of a baseline."""
+    """A signal ended the training of a baseline; `code` is the exit code."""
 
-    def __init__(self, signal: int) -> None:
-        super().__init__(signal)
-        self.signal = signal
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
 
 
 def measured(
@@ -195,9 +195,11 @@ def trained(config: Config, call: Invocation, folder: Path, world: World = ALONE
         computed_by=runtime.computed_by(), writes=runtime.world.first,
     )  # fmt: skip
     trainer = Trainer([run], maml, distribution, compiler, runtime.world)
-    signal = trainer.train()
-    if signal is not None:
-        raise InterruptedBySignalError(signal)
+    code = trainer.train()
+    if run.failure is not None:
+        raise UsageError(f"{folder}: {run.failure}")
+    if code:
+        raise InterruptedBySignalError(code)
     return {name: w.clone() for name, w in trainer.parameters.items()}
 
 

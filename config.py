@@ -425,6 +425,17 @@ class Config:
         free_on_resume=True, help="iterations between two savings of last.pt",
     )  # fmt: skip
 
+    save_every_minutes: float = flag(
+        "--save-every-minutes", group="logging", kind=float, check=minutes, metavar="MINUTES", default=10.0,
+        before=10.0, free_on_resume=True, help="time after which last.pt is saved in any case",
+    )  # fmt: skip
+    on_nan: str = flag(
+        "--on-nan", group="outer loop", kind=str, choices=("stop", "skip"), default="stop", before="stop",
+        free_on_resume=True,
+        help="what to do where the loss or what it leads to is not finite: stop, with the state before it "
+        "saved; or leave the iteration out, and go on",
+    )  # fmt: skip
+
     eval_tasks: int = flag(
         "--eval-tasks", group="evaluation", kind=int, check=at_least(2), metavar="TASKS",
         default=600, free_on_resume=True, free_on_eval=True, help="test tasks",

@@ -1,4 +1,4 @@
-"""The one exception that is shown to the user as a single line, with exit code 2."""
+"""What is shown to the user as a single line: bad input, with exit code 2, and lost processes."""
 
 
 class UsageError(Exception):
@@ -13,3 +13,8 @@ class AgreedError(UsageError):
 
 class LostError(Exception):
     """Another process of the job has ended, or has not answered in time."""
+
+
+def reason_of(error: OSError) -> str:
+    """Why a file could not be read or written, in a few words."""
+    return (error.strerror or str(error) or type(error).__name__).lower()

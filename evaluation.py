@@ -56,7 +56,7 @@ def accuracy(outputs: Tree, targets: Tensor) -> Tensor:
     return (first_tensor(outputs).argmax(-1) == targets).float().mean(-1)
 
 
-def _loss_per_step(maml: MAML, outputs: Tree, targets: Tree) -> Tensor:
+def loss_per_step(maml: MAML, outputs: Tree, targets: Tree) -> Tensor:
     """`[tasks, steps + 1]`; one flat `vmap`, since a nested one of mse_loss fails in PyTorch 2.15."""
     sizes = first_tensor(outputs).shape[:2]
     targets = tree_map(lambda t: t[:, None].expand(-1, sizes[1], *t.shape[1:]).flatten(0, 1), targets)
@@ -95,7 +95,7 @@ def evaluate(
         outputs = maml.predictions(parameters, batch, steps, normalisations, **random, statistics=statistics)
         rows = slice(first, first + len(numbers))
         for of_norm, name in enumerate(normalisations):
-            found[0, of_norm, rows] = _loss_per_step(maml, outputs[name], batch.query_y).cpu().double()
+            found[0, of_norm, rows] = loss_per_step(maml, outputs[name], batch.query_y).cpu().double()
             if distribution.classification:
                 shares = accuracy(outputs[name], first_tensor(batch.query_y)[:, None])
                 found[1, of_norm, rows] = shares.cpu().double()

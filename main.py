@@ -51,7 +51,7 @@ OUT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory")  # of 
 
 def main(arguments: list[str]) -> int:
     """Runs one command line; the exit code: 0, 2 for bad input, 3 where another process of the job is lost,
-    128 + signal where one ended training."""
+    4 where numbers that are not finite ended training, 128 + signal where a signal did."""
     if not FIRST_PROCESS:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (to the end of the process)
     try:
@@ -197,11 +197,11 @@ def train(call: Invocation, given: Mapping[str, Any], world: World) -> int:
     print_settings(config, runtime, f"{doing} in {folder}")
     if at.start is not None:
         print_difference(at.start.computed_by, run.computed_by)
-    signal = trainer.train()
-    print_end(run, signal, world)
+    code = trainer.train()
+    print_end(run, code, world)
     sys.stdout.flush()
     world.wait()  # torchrun ends all where one has ended with a code, and the first may have more to do
-    return 0 if signal is None else 128 + signal
+    return code
 
 
 def autotuned(config: Config, given: Mapping[str, Any], call: Invocation, runtime: Runtime) -> Config:
@@ -228,26 +228,33 @@ def autotuned(config: Config, given: Mapping[str, Any], call: Invocation, runtim
     return fastest(config, given, make, lambda line: print(f"  {line}", flush=True))
 
 
-def print_end(run: Run, signal: int | None, world: World) -> None:
+def print_end(run: Run, code: int, world: World) -> None:
     """How training ended, and what to type next."""
     from building import own_code_flags
     from checkpoint import LAST
 
-    code = own_code_flags(run.config)
+    own = own_code_flags(run.config)
     final = run.final_loss()
     if final is not None:
         loss, first, last = final
         print(f"Mean training query loss of iterations {first:,} to {last:,}: {loss:.4f}")
-    if signal is not None:
-        launcher = ["python"]
-        if world.size > 1:
-            launcher = ["torchrun", f"--nproc-per-node={world.local_size}"]
-        go_on = shlex.join([*launcher, "main.py", "--load", str(run.folder / LAST), *code])
-        print(f"Saved at iteration {run.iteration:,}. Go on: {go_on}")
+    launcher = ["python"] if world.size == 1 else ["torchrun", f"--nproc-per-node={world.local_size}"]
+    go_on = [*launcher, "main.py", "--load", str(run.folder / LAST), *own]
+    if run.failure is not None:
+        if world.first:
+            skipping = shlex.join([*go_on, "--on-nan", "skip"])
+            print(
+                f"main.py: error: {run.failure}; saved at iteration {run.iteration:,}; to leave such "
+                f"iterations out: {skipping}",
+                file=sys.stderr,
+            )
+        return
+    if code:
+        print(f"Saved at iteration {run.iteration:,}. Go on: {shlex.join(go_on)}")
         return
     print("Curves:   ", shlex.join(["tensorboard", "--logdir", str(run.folder)]))
     file = str(run.best_file or run.folder / LAST)
-    print("Test it:  ", shlex.join(["python", "main.py", "--eval", "--load", file, *code]))
+    print("Test it:  ", shlex.join(["python", "main.py", "--eval", "--load", file, *own]))
 
 
 def train_many(call: Invocation, members: Sequence[Member], world: World) -> int:
@@ -255,14 +262,14 @@ def train_many(call: Invocation, members: Sequence[Member], world: World) -> int
     import several
     from building import own_code_flags
 
-    folder, signal = several.train_many(call, members, world)
-    if signal is not None:
+    folder, ending = several.train_many(call, members, world)
+    if ending > 128:
         print(f"Saved; the same command with --run-name {folder.name} --resume goes on.")
-        return 128 + signal
+        return ending
     print("Curves:   ", shlex.join(["tensorboard", "--logdir", str(folder)]))
     code = [] if len(codes := {tuple(own_code_flags(m.config)) for m in members}) > 1 else [*codes.pop()]
     print("Test them:", shlex.join(["python", "main.py", "--eval", "--load", str(folder), *code]))
-    return 0
+    return ending
 
 
 # ---- evaluation -----------------------------------------------------------------------------
@@ -381,7 +388,7 @@ def compare(
     except baselines.InterruptedBySignalError as interrupted:
         print("Saved; the same command goes on from there.", flush=True)
         runtime.world.wait()  # see `train`
-        return 128 + interrupted.signal
+        return interrupted.code
     mine = baselines.Baseline(config.algorithm, "as trained", result)
     results = {f"{b.name}\n{b.how}": b.evaluation for b in (mine, *others)}
     print("\n" + report.comparison_table(results, config.query_norm, words))

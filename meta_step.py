@@ -52,7 +52,9 @@ class State(NamedTuple):
     exp_avg: Tensor  # [parameters], first and
     exp_avg_sq: Tensor  # second moment of Adam
     iteration: Tensor  # int64 scalar, iterations so far
-    sums: Tensor  # [metrics], measures and the meta-gradient's norm, since the last point of the curves
+    sums: (
+        Tensor  # [metrics], since the last point of the curves: measures, the meta-gradient's norm, and TAIL
+    )
     statistics: Tensor  # [numbers], running statistics of per-step batch norm; empty without
 
 
@@ -66,6 +68,8 @@ class OuterLoop:
         clip_value, clip_norm: bounds of the meta-gradient's elements and norm.
         inner_batch: examples in the minibatch of an inner step; None: all.
         msl_iterations: over which the weights of the multi-step loss change; None: only the last step counts.
+        on_nan: what an iteration does whose numbers are not finite: "skip", it changes nothing but the
+            `TAIL`; "stop", it ends the run there: later ones change nothing at all.
     """
 
     lr: float
@@ -77,8 +81,12 @@ class OuterLoop:
     clip_norm: float | None = None
     inner_batch: int | None = None
     msl_iterations: int | None = None
+    on_nan: str = "stop"
 
 
+# The last two of the sums: how many iterations changed nothing, since their numbers were not finite, and the
+# last of them (exact up to 2^24). Infinity for the latter says that the run stands still, one before it.
+TAIL = ("skipped", "last_skipped")
 STATISTICS_MOMENTUM = 0.1  # PyTorch's
 
 
@@ -123,6 +131,15 @@ def clipped(
     if max_norm is not None:
         gradient = gradient * (max_norm / (norm + 1e-6)).clamp(max=1.0)
     return gradient
+
+
+def all_finite(moved: State, measures: Tensor) -> Tensor:
+    """Whether an iteration has led to finite numbers: a bool. What is wrong with a meta-gradient is wrong
+    with what it has moved; a square that overflows would end Adam's steps for ever."""
+    parts = [measures, moved.parameters, moved.exp_avg_sq]
+    if moved.statistics.numel():  # a compiler wants no empty tensor
+        parts.append(moved.statistics)
+    return torch.stack([part.isfinite().all() for part in parts]).all()
 
 
 Measure = Callable[[MetaGradient, Tensor, int], Tensor]
@@ -299,8 +316,9 @@ class MetaStep:
         state, member = self._named(tuple(fields)), self._names(values)
         gradient, measures, seen = self._parts(message)
         norm = gradient.norm()
-        state = self._counted(state, measures, norm, seen)
-        return self._tensors(self._moved(state, gradient, norm, member, Tensor.norm))
+        counted = self._counted(state, measures, norm, seen)
+        moved = self._moved(counted, gradient, norm, member, Tensor.norm)
+        return self._tensors(self._guarded(state, moved, all_finite(moved, measures)))
 
     def _parts(self, message: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Meta-gradient, measures and statistics."""
@@ -311,7 +329,7 @@ class MetaStep:
 
     def _counted(self, state: State, measures: Tensor, norm: Tensor, seen: Tensor) -> State:
         """The state with the metrics of an iteration, and what batch norm has seen in it."""
-        state = state._replace(sums=state.sums + torch.cat([measures, norm[None]]))
+        state = state._replace(sums=state.sums + torch.cat([measures, norm[None], norm.new_zeros(len(TAIL))]))
         if self.statistics_layout:
             statistics = state.statistics + STATISTICS_MOMENTUM * (seen - state.statistics)
             state = state._replace(statistics=statistics)
@@ -331,6 +349,19 @@ class MetaStep:
         rule = {"adam": adam, "sgd": sgd}[outer.optimizer]
         lr = self.lr_at(state.iteration, gradient.dtype, member)
         return rule(state, clipped(gradient, norm, clip_value, clip_norm, norm_of), lr=lr)
+
+    def _guarded(self, state: State, moved: State, finite: Tensor) -> State:
+        """The next state: `moved` where its numbers are `finite`, else as `on_nan` says. No value is asked of
+        the device: who reads the sums sees it."""
+        skipped, last = state.sums[-2], state.sums[-1]
+        if self.outer.on_nan == "skip":
+            tail = torch.stack([skipped + 1, (state.iteration + 1).to(last.dtype)])
+            left = state._replace(sums=torch.cat([state.sums[:-2], tail]), iteration=moved.iteration)
+        else:
+            tail = torch.stack([skipped, torch.full_like(last, torch.inf)])
+            left = state._replace(sums=torch.cat([state.sums[:-2], tail]))
+            finite = finite & last.isfinite()
+        return State(*(torch.where(finite, new, old) for new, old in zip(moved, left, strict=True)))
 
     def _names(self, values: Sequence[Tensor]) -> dict[str, Tensor]:
         return dict(zip(self.member, values, strict=True))
@@ -365,6 +396,16 @@ class MetaStep:
         outer, own = self.outer, member or {}
         first, final = own.get("lr", outer.lr), own.get("final_lr", outer.final_lr)
         return meta_lr_at(outer.schedule, iteration, first, final, outer.iterations, dtype)
+
+    def tasks_of(self, seed: int, iteration: int) -> tuple[TaskBatch, dict[str, Any]]:
+        """This process's tasks of the iteration after so many of a run, and what else `MAML.meta_gradient` is
+        given."""
+        device = self.numbers.device
+        batch = self.distribution.sample("train", seed, iteration + 1, self.share)
+        done = torch.tensor(iteration, device=device)
+        given = self._random(torch.tensor(seed, device=device), done, self.numbers, batch)
+        dtype = first_tensor(batch.support_x).dtype
+        return batch, given | {"step_weights": self._step_weights(done, dtype), "tasks": self.tasks}
 
     # ---- tasks that are looked up -----------------------------------------------------------------
 

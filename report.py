@@ -8,17 +8,17 @@ from __future__ import annotations
 import io
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from evaluation import Evaluation, mean_and_interval
+from events import EventFile
 from files import write_whole
 from tasks import TaskBatch
 
@@ -49,48 +49,40 @@ DPI = 120
 
 
 class RunLog:
-    """The event files of a run's folder.
-
-    `begin_at` is the first iteration that this process writes: points from there on that a killed
-    predecessor left behind are dropped.
-    """
+    """What TensorBoard shows of a run, in its folder (see events.py)."""
 
     def __init__(self, folder: Path, *, begin_at: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        if begin_at:
-            _drop_events(folder, begin_at)
-        _wait_for_a_later_second(folder)
-        self.writer = SummaryWriter(str(folder), purge_step=begin_at)
+        self.events = EventFile(folder, begin_at=begin_at)
 
     def scalars(self, values: Mapping[str, float], iteration: int) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        # one event for all: `add_scalar` for each would cost a fast run a tenth of its time
+        # one event for all: one for each would cost a fast run a tenth of its time
         summary = Summary(value=[Summary.Value(tag=tag, simple_value=v) for tag, v in values.items()])
-        self.writer._get_file_writer().add_summary(summary, iteration)
+        self.events.add(summary, iteration)
 
     def text(self, tag: str, text: str, iteration: int) -> None:
-        self.writer.add_text(tag, text, iteration)
+        from torch.utils.tensorboard import summary
+
+        self.events.add(summary.text(tag, text), iteration)
 
     def figure(self, tag: str, figure: Figure, iteration: int, file: Path) -> None:
         """Shows a figure, and writes the same picture to a PNG file; drawing it is the slow part."""
         import numpy as np
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from PIL import Image
+        from torch.utils.tensorboard import summary
 
         figure.set_dpi(DPI)
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         pixels = np.asarray(canvas.buffer_rgba())[..., :3]
-        self.writer.add_image(tag, pixels, iteration, dataformats="HWC")
+        self.events.add(summary.image(tag, pixels, dataformats="HWC"), iteration)
         write_whole(file, lambda opened: Image.fromarray(pixels).save(opened, format="png"))
 
     def flush(self) -> None:
-        self.writer.flush()
-
-    def close(self) -> None:
-        self.writer.close()
+        """Brings it all to the disk; raises OSError where that cannot be, and keeps it."""
+        self.events.flush()
 
 
 class NoLog:
@@ -103,47 +95,6 @@ class NoLog:
     def figure(self, tag: str, figure: Figure, iteration: int, file: Path) -> None: ...
 
     def flush(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def _drop_events(folder: Path, begin_at: int) -> None:
-    """Removes what lies at or after an iteration from the folder's event files.
-
-    TensorBoard's own way, `purge_step`, is unknown to the server that `tensorboard` starts by default.
-    A file with nothing to drop, or that cannot be read, stays as it is.
-    """
-    from google.protobuf.message import DecodeError
-    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
-    for path in filter(Path.is_file, folder.glob("events.out.tfevents.*")):
-        try:
-            records = [(record, Event.FromString(record)) for record in RawEventFileLoader(str(path)).Load()]
-        except DecodeError:
-            continue
-        kept = [r for r, event in records if event.step < begin_at or event.HasField("file_version")]
-        if len(kept) == len(records):
-            continue
-
-        def write(file: IO[bytes], kept: list[bytes] = kept) -> None:
-            writer = RecordWriter(file)
-            for record in kept:
-                writer.write(record)
-
-        write_whole(path, write)
-
-
-def _wait_for_a_later_second(folder: Path) -> None:
-    """TensorBoard reads event files in the order of their names, which begin with the second of their birth.
-
-    A run that goes on within the second in which its predecessor began would be read before it.
-    """
-    stamps = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")]
-    births = [int(stamp) for stamp in stamps if stamp.isdigit()]
-    while births and 0 <= max(births) - int(time.time()) <= 1:
-        time.sleep(0.05)
 
 
 def settings_as_markdown(settings: Mapping[str, Any]) -> str:

@@ -13,10 +13,12 @@ from tqdm import tqdm
 
 from checkpoint import BEST, Checkpoint, Curve, Progress, adam_state
 from config import Config, meaningful
+from errors import reason_of
 from evaluation import Evaluation, can_be_drawn, examples
 from inner_loop import RATE
 from losses import loss_name
 from maml import MAML
+from meta_step import TAIL
 from optimizers import Weights
 from report import (
     NoLog,
@@ -64,6 +66,7 @@ class Run:
         self.iteration = start.iteration if start else 0
         self.progress = Progress(**start.progress) if start else Progress(origin=origin)
         self.log_every = min(config.log_every, config.iterations)  # a short run has a curve, too
+        self.failure: str | None = None  # the iteration whose numbers are not finite, and why
         self.warned = False
         self.log: RunLog | NoLog = NoLog()
 
@@ -82,15 +85,18 @@ class Run:
     def add_training(self, means: dict[str, float], rate: float, meta_lr: float) -> None:
         """A point of the training curves: means since the last one."""
         self.progress.window_size = 0
-        _extend(self.progress.training, self.iteration, means)
-        if self.writes and not math.isfinite(means["query_loss"]) and not self.warned:
+        skipped = means["skipped"]
+        measured = {name: value for name, value in means.items() if name not in TAIL}
+        _extend(self.progress.training, self.iteration, measured)
+        if skipped and self.writes and not self.warned:
             self.warned = True
             tqdm.write(
-                f"The training loss is {means['query_loss']} at iteration {self.iteration:,}: "
-                "try a smaller --inner-lr or --meta-lr, or --grad-clip",
+                f"{skipped:,.0f} of the last {self.log_every:,} iterations skipped, the last of them "
+                f"{means['last_skipped']:,.0f}: their numbers were not finite (train/skipped counts on)",
                 file=sys.stderr,
             )
-        self.log.scalars({f"train/{name}": value for name, value in means.items()}, self.iteration)
+        shown = measured | ({"skipped": skipped} if self.config.on_nan == "skip" else {})
+        self.log.scalars({f"train/{name}": value for name, value in shown.items()}, self.iteration)
         self.log.scalars({"speed/iterations_per_second": rate, "optimizer/meta_lr": meta_lr}, self.iteration)
         if self.config.inner_rates != "fixed":
             self.log.scalars(self._inner_rates(), self.iteration)
@@ -114,7 +120,8 @@ class Run:
         values = {"query_loss": evaluation.losses[norm][:, -1].mean().item()}
         if evaluation.accuracies:
             values["query_accuracy"] = evaluation.accuracies[norm][:, -1].mean().item()
-        self.log.scalars({f"validation/{name}": value for name, value in values.items()}, self.iteration)
+        shown = values | {"diverged_tasks": float(evaluation.diverged(norm)[:, -1].sum())}
+        self.log.scalars({f"validation/{name}": value for name, value in shown.items()}, self.iteration)
         _extend(self.progress.validation, self.iteration, values)
         score = values.get("query_accuracy", -values["query_loss"])
         best = self.progress.best_score
@@ -154,7 +161,10 @@ class Run:
                 step=config.test_steps,
                 title=f"{title}, after {config.test_steps} steps",
             )
-        self.log.figure("examples", figure, self.iteration, self.folder / "examples.png")
+        try:
+            self.log.figure("examples", figure, self.iteration, self.folder / "examples.png")
+        except OSError as error:
+            tqdm.write(f"examples.png could not be written ({reason_of(error)})", file=sys.stderr)
 
     # ---- saving -----------------------------------------------------------------------------
 
@@ -166,8 +176,7 @@ class Run:
         maml: MAML,
         distribution: TaskDistribution,
     ) -> Checkpoint:
-        """The run as it is to be saved; what it claims to have seen must be in the event files first."""
-        self.log.flush()
+        """The run as it is to be saved."""
         self.progress.window = window
         return Checkpoint(
             self.config,
@@ -206,8 +215,8 @@ class Run:
         return total / (ends[-1] - first + 1), first, ends[-1]
 
     def end(self, *, classification: bool) -> None:
-        """Closes the event files and writes the curves as JSON and as a picture."""
-        self.log.close()
+        """Writes what is left for the event files, and the curves as JSON and as a picture."""
+        self.log.flush()
         if not self.writes:
             return
         final = self.final_loss()
@@ -215,6 +224,7 @@ class Run:
             "settings": meaningful(self.config) | self._origin(),
             "iteration": self.iteration,
             "best_iteration": self.progress.best_iteration,
+            "failure": self.failure,
             "final_training_loss": final and dict(zip(("mean", "from", "to"), final, strict=True)),
             "training": self.progress.training,
             "validation": self.progress.validation,

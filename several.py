@@ -7,6 +7,7 @@ differ in anything else follow each other. Several processes share the runs out.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -43,7 +44,7 @@ from members import LIST, Member, compiles
 from run import Run
 from runtime import Runtime
 from tasks import TaskDistribution
-from trainer import AT_ONCE, Trainer
+from trainer import AT_ONCE, FAILED, Trainer
 from world import World
 
 SUMMARY = "summary"
@@ -110,8 +111,9 @@ def groups_of(runs: Sequence[Ready], at_most: int | None) -> list[list[Ready]]:
 # ---- training ------------------------------------------------------------------------------------
 
 
-def train_many(call: Invocation, members: Sequence[Member], world: World) -> tuple[Path, int | None]:
-    """Trains, or goes on with, all of these runs; their folder, and the signal that ended it early, if any.
+def train_many(call: Invocation, members: Sequence[Member], world: World) -> tuple[Path, int]:
+    """Trains, or goes on with, all of these runs; their folder, and the exit code: 128 + signal where one
+    ended it early, `FAILED` where some runs could not go on to their end.
 
     The members' checkpoints are where those of runs alone would be, each in a folder of its own.
     """
@@ -154,13 +156,17 @@ def train_many(call: Invocation, members: Sequence[Member], world: World) -> tup
         print(f"{len(members)} runs{of_all} in {folder}; trained at once: {sizes}")
         print(f"  device      {ready[0].runtime.describe()}")
     for group in groups:
-        signal = _train_group(group, call, world)
-        if signal is not None:
-            return folder, signal
+        code = _train_group(group, call, world)
+        if code > 128:
+            return folder, code
     outcomes = [one for part in world.gathered([outcome_of(each) for each in ready]) for one in part]
     if world.first:
         _write_summary(folder, outcomes)
-    return folder, None
+    failed = [one["failure"] for one in outcomes if one["failure"] is not None]
+    if failed and world.first:
+        many = f"{len(failed)} of {len(outcomes)} runs stopped before their end, "
+        print(f"main.py: error: {many if len(failed) > 1 else ''}{failed[0]}", file=sys.stderr)
+    return folder, FAILED if failed else 0
 
 
 def _check_settings(folder: Path, members: Sequence[Member]) -> None:
@@ -233,8 +239,8 @@ def _ready(
     return found
 
 
-def _train_group(group: Sequence[Ready], call: Invocation, world: World) -> int | None:
-    """Trains runs at once; the signal that ended it early, if any."""
+def _train_group(group: Sequence[Ready], call: Invocation, world: World) -> int:
+    """Trains runs at once; the exit code."""
     first, shown = group[0], world.first
     config = first.run.config
     runtime = prepare(config, call, world)  # threads and precision are the process's: other runs had others
@@ -284,6 +290,7 @@ def outcome_of(each: Ready) -> dict[str, Any]:
         "setting": each.member.setting,
         "seed": each.member.seed,
         "iteration": run.iteration,
+        "failure": run.failure,
         "final_training_loss": final[0] if final else None,
         "measure": measure,
         "loss": loss_name(run.config.loss),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from meta_step import MetaStep, State
+from meta_step import MetaStep, State, all_finite
 from world import World
 
 
@@ -42,10 +42,12 @@ class ShardedStep(MetaStep):
         self.stop_asked = rest[-1]
         _, measures, seen = self._parts(torch.cat([message[:size], rest]))
         norm = _norm_over(world)(gradient)
-        state = self._counted(state, measures, norm, seen)
         of_slice = state._replace(parameters=slice_of(state.parameters, world))
-        moved = self._moved(of_slice, gradient, norm, self.member, _norm_over(world))
-        return moved._replace(parameters=world.whole_of_slices(moved.parameters)[:size])
+        counted = self._counted(of_slice, measures, norm, seen)
+        moved = self._moved(counted, gradient, norm, self.member, _norm_over(world))
+        unfit = (~all_finite(moved, measures)).to(measures.dtype)
+        guarded = self._guarded(of_slice, moved, world.summed(unfit)() == 0)
+        return guarded._replace(parameters=world.whole_of_slices(guarded.parameters)[:size])
 
 
 def _norm_over(world: World) -> Callable[[Tensor], Tensor]:

@@ -7,27 +7,31 @@ curve is due or the progress bar is redrawn, so that no iteration waits for the 
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import BEST, LAST, moments_of, save_checkpoints
+import divergence
+from checkpoint import BEST, LAST, Checkpoint, moments_of, save_checkpoints
 from compiler import CompilationError, Compiler
 from config import Config
-from errors import LostError
+from errors import AgreedError, LostError, reason_of
 from evaluation import evaluate
 from learner import LEARNERS
 from maml import MAML
-from meta_step import CudaGraph, FlatLayout, MetaStep, OuterLoop, State, loss_and_accuracy_of, loss_of
+from meta_step import TAIL, CudaGraph, FlatLayout, MetaStep, OuterLoop, State, loss_and_accuracy_of, loss_of
 from optimizers import Weights
 from run import Run
 from schedules import meta_lr_at
@@ -37,6 +41,7 @@ from world import ALONE, Late, World
 
 VALIDATION_TASKS = 200
 REDRAW_SECONDS = 0.5
+FAILED = 4  # exit code of a run whose numbers have become other than finite
 
 # Settings in which runs that are trained at once may differ, and what `MetaStep` calls them.
 AT_ONCE = {
@@ -87,7 +92,7 @@ class Trainer:
         self.layout = FlatLayout(runs[0].parameters)
         statistics = maml.initial_statistics()
         self.statistics_layout = FlatLayout(statistics) if statistics else None
-        self.metrics = ["query_loss", "meta_gradient_norm"]  # of an iteration
+        self.metrics = ["query_loss", "meta_gradient_norm", *TAIL]  # of an iteration
         if distribution.classification:
             self.metrics.insert(1, "query_accuracy")
         self.iteration = runs[0].iteration
@@ -98,6 +103,9 @@ class Trainer:
         self.plain_step = self._plain_step()
         self.meta_step: MetaStep | CudaGraph = self.plain_step
         self.signal: int | None = None
+        self.unsaved: dict[Path, Checkpoint] = {}  # what is to be written, and could not be yet
+        self.failing: OSError | None = None  # why
+        self.saved_at = time.monotonic()
         self.stop_asked = Late(self.state.parameters.device)
 
     def _state_of(self, run: Run) -> State:
@@ -155,6 +163,7 @@ class Trainer:
             config.grad_clip_norm,
             config.inner_batch,
             config.msl_iterations if config.objective == "multi-step" else None,
+            config.on_nan,
         )
         return (ShardedStep if self.sharded else MetaStep)(
             self.maml.with_options(meta_gradient="first-order") if first_order else self.maml,
@@ -238,10 +247,12 @@ class Trainer:
 
     # ---- the loop ---------------------------------------------------------------------------
 
-    def train(self) -> int | None:
-        """Up to `config.iterations`; saves, and returns the signal that ended it early, if any.
+    def train(self) -> int:
+        """Up to `config.iterations`; saves, and returns the exit code: 128 + signal where one ended it early,
+        `FAILED` where numbers did that are not finite (of several runs: of any of them).
 
         Raises LostError where another process is lost; what the iterations before have led to is saved.
+        UsageError where the end could not be saved, or its results.
         """
         config = self.config
         self._show_runs()
@@ -253,6 +264,7 @@ class Trainer:
             disable=not self.shown,
         )  # fmt: skip
         redrawn, shown_first = time.monotonic(), self.iteration + 1
+        self.saved_at = time.monotonic()
         with bar, self._signals():
             if self._validation_is_missing():
                 self._validate(last=self.iteration == config.iterations)
@@ -269,28 +281,107 @@ class Trainer:
                     self._show_progress(bar)
                     redrawn = time.monotonic()
                 stopping = self._stopping()
-                if self.iteration % self.runs[0].log_every == 0:
+                last = self.iteration == config.iterations
+                logging = self.iteration % self.runs[0].log_every == 0
+                validating = self.iteration % config.val_every == 0 or last
+                saving = self.iteration % config.save_every == 0 or last or self._minutes_are_over(logging)
+                if logging or validating or saving or stopping:
+                    self._look_for_failures()
+                    if not self._living():
+                        break
+                if logging:
                     now = time.monotonic()
                     self._log_window((self.iteration - window_first) / (now - window_start))
                     window_start, window_first = now, self.iteration
-                last = self.iteration == config.iterations
-                if self.iteration % config.val_every == 0 or last:
+                if validating:
                     paused = time.monotonic()
                     with self._saved_if_lost():
                         self._validate(last=last)
                     window_start += time.monotonic() - paused
                 stopping = stopping or (self.world.size == 1 and self.signal is not None)
-                if self.iteration % config.save_every == 0 or last or stopping:
+                if saving or stopping:
                     self.save(LAST)
                 if stopping:
                     break
-        missing = any(run.writes and not (run.folder / LAST).exists() for run in self.runs)
+        missing = any(run.writes and not (run.folder / LAST).exists() for run in self._living())
         if any(self.world.gathered(missing)):  # killed between best.pt and last.pt of the last iteration
             self.save(LAST)
         self._show_runs()
-        for run in self.runs:
-            run.end(classification=self.distribution.classification)
-        return self.signal if self.iteration < config.iterations else None
+        self._end()
+        if self.signal is not None and self.iteration < config.iterations:
+            return 128 + self.signal
+        return FAILED if len(self._living()) < len(self.runs) else 0
+
+    def _end(self) -> None:
+        """Writes the results; raises UsageError in all processes where they, or the last state, cannot be."""
+        problem = None
+        if self.unsaved:
+            problem = self._rescued()
+        else:
+            try:
+                for run in self.runs:
+                    run.end(classification=self.distribution.classification)
+            except OSError as error:
+                problem = f"the run is saved, but not its results ({reason_of(error)}): the same again with "
+                problem += f"--load {self.runs[0].folder / LAST} writes them"
+        problems = [each for each in self.world.gathered(problem) if each]
+        if problems:
+            raise AgreedError(problems[0])
+
+    def _rescued(self) -> str:
+        """Saves elsewhere what could not be saved in the run's folder; says so."""
+        assert self.failing is not None
+        file = next(reversed(self.unsaved))
+        said = f"{file} could not be saved at iteration {self.iteration:,} ({reason_of(self.failing)})"
+        try:
+            folder = Path(tempfile.mkdtemp(prefix="maml-rescued-"))
+            save_checkpoints(
+                [(folder / f"{path.parent.name}-{path.name}", c) for path, c in self.unsaved.items()]
+            )
+        except OSError:
+            return f"{said}, nor in {tempfile.gettempdir()}: the one before is whole, go on from it"
+        return f"{said}: it is in {folder}; the one before is whole, too"
+
+    # ---- numbers that are not finite ----------------------------------------------------------
+
+    def _living(self) -> list[Run]:
+        """The runs that have not failed."""
+        return [run for run in self.runs if run.failure is None]
+
+    def _look_for_failures(self) -> None:
+        """Ends the runs that stand still since their numbers are not finite: saves them, says why.
+
+        Done only where the device is waited for anyway.
+        """
+        if self.config.on_nan != "stop":
+            return
+        for run, state in zip(self.runs, self._states(), strict=True):
+            if run.failure is None and not math.isfinite(state.sums[-1].item()):
+                self._fail(run, state)
+
+    def _fail(self, run: Run, state: State) -> None:
+        good = int(state.iteration)
+        run.iteration, run.parameters = good, self.layout.unflatten(state.parameters)
+        run.progress.window_size = self.window_size - (self.iteration - good)
+        run.failure = f"{self._of_run(run)}iteration {good + 1:,}: {self._cause(run, good)}"
+        if run.writes:
+            run.log.text("failure", run.failure, good)
+        self._save_state(LAST, run, state)
+        self._write()
+        if len(self.runs) > 1:
+            self._say(f"{run.failure} (saved before it; the other runs go on)")
+
+    def _cause(self, run: Run, good: int) -> str:
+        """What is wrong with the numbers of the iteration after the last good one, in words."""
+        step = self.plain_step
+        with self.maml.at_rate(run.config.inner_lr):
+            tasks = step.tasks_of(run.config.seed, good)
+            found = divergence.cause(step.maml, run.parameters, *tasks, first=step.share.start)
+        causes = [each for each in self.world.gathered(found) if each]
+        return causes[0] if causes else divergence.UNKNOWN
+
+    def _of_run(self, run: Run) -> str:
+        return f"{run.folder.name}, " if len(self.runs) > 1 else ""
 
     @contextmanager
     def _saved_if_lost(self) -> Iterator[None]:
@@ -320,6 +411,14 @@ class Trainer:
             return False
         self.signal = max(self.world.gathered(self.signal or 0)) or signal.SIGTERM
         return True
+
+    def _minutes_are_over(self, logging: bool) -> bool:
+        """Whether last.pt is due by the clock: the first process's, since it writes; where all take part in
+        the saving, they agree on it at each point of the curves."""
+        seconds = 60 * self.config.save_every_minutes
+        if not self.sharded:
+            return self.world.first and time.monotonic() - self.saved_at > seconds
+        return logging and self.world.from_first(lambda: time.monotonic() - self.saved_at > seconds)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -352,46 +451,85 @@ class Trainer:
     def _show_runs(self) -> None:
         """Tells each run its iteration, and its meta-parameters as views of the state's."""
         for run, state in zip(self.runs, self._states(), strict=True):
-            run.iteration = self.iteration
-            run.parameters = self.layout.unflatten(state.parameters)
-            run.progress.window_size = self.window_size
+            if run.failure is None:
+                run.iteration = self.iteration
+                run.parameters = self.layout.unflatten(state.parameters)
+                run.progress.window_size = self.window_size
 
     def _say(self, text: str) -> None:
         if self.shown:
             tqdm.write(text, file=sys.stderr)
 
     def save(self, name: str, runs: Sequence[Run] | None = None) -> None:
-        """Writes a checkpoint of these runs, or of all: of several, all files first, then their names."""
+        """Writes a checkpoint of these runs, or of all: of several, all files first, then their names.
+
+        What cannot be written is kept, and written with the next one.
+        """
         self._show_runs()
-        contents = []
         for run, state in zip(self.runs, self._states(), strict=True):
-            moments = [state.exp_avg, state.exp_avg_sq]
-            if self.sharded:
-                moments = [self.world.whole_of_slices(part)[: self.layout.size] for part in moments]
-            if not run.writes or (runs is not None and run not in runs):
-                continue
-            layout = self.statistics_layout
-            content = run.checkpoint(
-                [self.layout.unflatten(moment) for moment in moments],
-                layout.unflatten(state.statistics) if layout else {},
-                dict(zip(self.metrics, state.sums.tolist(), strict=True)),
-                self.maml,
-                self.distribution,
-            )
-            contents.append((run.folder / name, content))
-        save_checkpoints(contents)
+            if run.failure is None and (runs is None or run in runs):
+                self._save_state(name, run, state)
+        self._write()
+        if name == LAST:
+            self.saved_at = time.monotonic()
+
+    def _save_state(self, name: str, run: Run, state: State) -> None:
+        """Notes what is to be written."""
+        moments = [state.exp_avg, state.exp_avg_sq]
+        if self.sharded:
+            moments = [self.world.whole_of_slices(part)[: self.layout.size] for part in moments]
+        sums = state.sums.tolist()
+        if math.isinf(sums[-1]):  # what is saved can go on
+            sums[-1] = 0.0
+        if not run.writes or (run.failure is None and math.isinf(state.sums[-1].item())):
+            return
+        layout = self.statistics_layout
+        self.unsaved[run.folder / name] = run.checkpoint(
+            [self.layout.unflatten(moment) for moment in moments],
+            layout.unflatten(state.statistics) if layout else {},
+            dict(zip(self.metrics, sums, strict=True)),
+            self.maml,
+            self.distribution,
+        )
+
+    def _write(self) -> None:
+        """Writes what is to be written; what a checkpoint has seen is in the event files first."""
+        if not self.unsaved:
+            return
+        try:
+            for path in self.unsaved:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            for run in self.runs:
+                run.log.flush()
+            save_checkpoints(list(self.unsaved.items()))
+        except OSError as error:
+            if self.failing is None:
+                self._say(
+                    f"Not saved at iteration {self.iteration:,} ({reason_of(error)}): training goes on, and "
+                    "tries again with the next checkpoint; the last one is whole"
+                )
+            self.failing = error
+        else:
+            if self.failing is not None:
+                self._say(f"Saved again at iteration {self.iteration:,}")
+            self.failing = None
+            self.unsaved.clear()
 
     # ---- what is shown ----------------------------------------------------------------------
 
     def _window_means(self) -> list[dict[str, float]]:
-        """Of each run, since the last point of the curves."""
-        means = (self.state.sums / self.window_size).view(len(self.runs), -1).tolist()
-        return [dict(zip(self.metrics, values, strict=True)) for values in means]
+        """Of each run, since the last point of the curves; the last two as they are."""
+        found = []
+        for sums in self.state.sums.view(len(self.runs), -1).tolist():
+            taken = self.window_size - sums[-2]
+            means = [value / taken if taken > 0 else math.nan for value in sums[:-2]]
+            found.append(dict(zip(self.metrics, [*means, *sums[-2:]], strict=True)))
+        return found
 
     def _show_progress(self, bar: tqdm) -> None:
-        if self.window_size == 0:
+        means = [each for each in self._window_means() if math.isfinite(each["last_skipped"])]
+        if self.window_size == 0 or not means:
             return
-        means = self._window_means()
 
         def of_runs(metric: str, scale: float, digits: int) -> str:
             values = [scale * each[metric] for each in means]
@@ -407,10 +545,14 @@ class Trainer:
     def _log_window(self, rate: float) -> None:
         """A point of the training curves: means since the last one."""
         means = self._window_means()
-        self.state = self.state._replace(sums=torch.zeros_like(self.state.sums))
+        standing = self.state.sums[..., -1:].isinf()  # for good: of several runs, those that have failed
+        zeros = torch.zeros_like(self.state.sums)
+        self.state = self.state._replace(sums=torch.where(standing, torch.inf, zeros))
         self.window_size = 0
         self._show_runs()
         for run, values in zip(self.runs, means, strict=True):
+            if run.failure is not None:
+                continue
             config = run.config
             meta_lr = meta_lr_at(
                 config.meta_lr_schedule, torch.tensor(self.iteration - 1), config.meta_lr,
@@ -424,7 +566,7 @@ class Trainer:
         """After the trained number of steps; saves best.pt, and draws at 1, 4, 16, ... validations."""
         self._show_runs()
         number = self.iteration // self.config.val_every
-        for run in self.runs:
+        for run in self._living():
             config = run.config
             with self.maml.at_rate(config.inner_lr):
                 evaluation = evaluate(

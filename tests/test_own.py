@@ -552,7 +552,7 @@ def task_of_ones_own(tmp_path) -> Path:
 
 
 def test_adapting_to_a_folder_predicts_and_gives_weights_that_predict_the_same(
-    task_of_ones_own, elsewhere, tmp_path
+    task_of_ones_own, elsewhere, tmp_path, monkeypatch
 ):
     code = ["--learner", f"{elsewhere / 'own.py'}:Net"]
     flags = [*images_flags(make_images(tmp_path / "data", 10, 5)), *code, "--head-init", "prototype"]
@@ -568,7 +568,7 @@ def test_adapting_to_a_folder_predicts_and_gives_weights_that_predict_the_same(
     assert torch.allclose(shares.sum(1), torch.ones(6), atol=1e-5)
     assert [row[1] for row in rows] == [f"kind {row[0][0]}" for row in rows]  # brightness tells them apart
     assert (tmp_path / "out" / "last-adapted-task.png").stat().st_size > 5000
-    sys.path.append(str(elsewhere))
+    monkeypatch.syspath_prepend(elsewhere)
     import own  # the user's module, in the user's program
 
     network = own.Net(3, (1, 8, 8), dropout=0.2)

@@ -256,7 +256,7 @@ def test_foreign_event_files_are_left_as_they_are(tmp_path):
     for begin_at in (0, 5):
         log = RunLog(tmp_path, begin_at=begin_at)
         log.scalars({"loss": 1.0}, begin_at)
-        log.close()
+        log.flush()
     assert foreign.read_bytes() == b"not an event file at all, but somebody's"
     assert not list(tmp_path.glob(".*"))
 
@@ -268,7 +268,7 @@ def test_a_killed_runs_points_are_dropped_even_where_the_schedule_changes(tmp_pa
         log = RunLog(tmp_path, begin_at=begin_at)
         for iteration in points:
             log.scalars({"loss": 1.0}, iteration)
-        log.close()
+        log.flush()
     first, second = sorted(tmp_path.glob("events*"))
     with first.open("ab") as file:
         file.write(b"half a record")
