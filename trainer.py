@@ -284,8 +284,8 @@ class Trainer:
                 last = self.iteration == config.iterations
                 logging = self.iteration % self.runs[0].log_every == 0
                 validating = self.iteration % config.val_every == 0 or last
-                saving = self.iteration % config.save_every == 0 or last or self._minutes_are_over(logging)
-                if logging or validating or saving or stopping:
+                saving = self.iteration % config.save_every == 0 or last
+                if logging or validating or saving or stopping:  # in all processes
                     self._look_for_failures()
                     if not self._living():
                         break
@@ -299,7 +299,7 @@ class Trainer:
                         self._validate(last=last)
                     window_start += time.monotonic() - paused
                 stopping = stopping or (self.world.size == 1 and self.signal is not None)
-                if saving or stopping:
+                if saving or stopping or self._minutes_are_over(logging):
                     self.save(LAST)
                 if stopping:
                     break
