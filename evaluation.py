@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,7 @@ def evaluate(
     statistics: Weights | None = None,
     inner_batch: int | None = None,
     world: World = ALONE,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Adapts to each of the first `tasks` fixed tasks of a split, by 0, 1, ... `steps` steps.
 
@@ -84,11 +86,14 @@ def evaluate(
         inner_batch: support examples in the minibatch of an inner step; None: all of them.
         world: the processes that share the chunks of tasks; each gets the whole result, which is the same
             for any number of them.
+        interrupted: asked before each chunk; raises InterruptedError where it says yes.
     """
     size = _chunk_size(maml, parameters, distribution, tasks)
     kinds = ("loss", "accuracy") if distribution.classification else ("loss",)
     found = torch.zeros(len(kinds), len(normalisations), tasks, steps + 1, dtype=torch.float64)
     for first in range(0, tasks, size)[world.rank :: world.size]:
+        if interrupted():
+            raise InterruptedError
         numbers = range(first, min(first + size, tasks))
         batch = distribution.sample(split, SEED, 0, numbers)
         random = _random(split, batch, numbers, inner_batch, steps)

@@ -36,9 +36,8 @@ class EventFile:
     def __init__(self, folder: Path, *, begin_at: int) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-        if begin_at:
-            drop_events(folder, begin_at)
         folder.mkdir(parents=True, exist_ok=True)
+        drop_events(folder, begin_at)
         _wait_for_a_later_second(folder)
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.0"
         self.path = folder / name

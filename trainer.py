@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -268,7 +268,7 @@ class Trainer:
         with bar, self._signals():
             if self._validation_is_missing():
                 self._validate(last=self.iteration == config.iterations)
-            while self.iteration < config.iterations:
+            while self.iteration < config.iterations and not self._interrupted():
                 with self._saved_if_lost():
                     taken = self.step(bar)
                 if not taken:
@@ -298,7 +298,7 @@ class Trainer:
                     with self._saved_if_lost():
                         self._validate(last=last)
                     window_start += time.monotonic() - paused
-                stopping = stopping or (self.world.size == 1 and self.signal is not None)
+                stopping = stopping or self._interrupted()
                 if saving or stopping or self._minutes_are_over(logging):
                     self.save(LAST)
                 if stopping:
@@ -307,8 +307,9 @@ class Trainer:
         if any(self.world.gathered(missing)):  # killed between best.pt and last.pt of the last iteration
             self.save(LAST)
         self._show_runs()
+        ended_early = self.iteration < config.iterations or self._validation_is_missing()
         self._end()
-        if self.signal is not None and self.iteration < config.iterations:
+        if self.signal is not None and ended_early:
             return 128 + self.signal
         return FAILED if len(self._living()) < len(self.runs) else 0
 
@@ -319,7 +320,7 @@ class Trainer:
             problem = self._rescued()
         else:
             try:
-                for run in self.runs:
+                for run in self.runs if not self._validation_is_missing() else ():
                     run.end(classification=self.distribution.classification)
             except OSError as error:
                 problem = f"the run is saved, but not its results ({reason_of(error)}): the same again with "
@@ -399,8 +400,11 @@ class Trainer:
         due = self.iteration % self.config.val_every == 0 or self.iteration == self.config.iterations
         if not self.iteration or not due:
             return False
-        seen = self.runs[0].progress.validation.get("iteration", [])
-        return not seen or seen[-1] < self.iteration
+        return any(not self._is_validated(run) for run in self._living())
+
+    def _is_validated(self, run: Run) -> bool:
+        """At the present iteration."""
+        return self.iteration in run.progress.validation.get("iteration", [])[-1:]
 
     def _stopping(self) -> bool:
         """Whether all processes stop after this iteration, since one has got a signal."""
@@ -563,10 +567,22 @@ class Trainer:
     # ---- validation -------------------------------------------------------------------------
 
     def _validate(self, *, last: bool) -> None:
-        """After the trained number of steps; saves best.pt, and draws at 1, 4, 16, ... validations."""
+        """After the trained number of steps; saves best.pt, and draws at 1, 4, 16, ... validations.
+
+        A signal to a process on its own ends it; the run makes up for it when it goes on.
+        """
+        with suppress(InterruptedError):
+            self._validate_all(last=last)
+
+    def _interrupted(self) -> bool:
+        return self.world.size == 1 and self.signal is not None
+
+    def _validate_all(self, *, last: bool) -> None:
         self._show_runs()
         number = self.iteration // self.config.val_every
         for run in self._living():
+            if self._is_validated(run):
+                continue
             config = run.config
             with self.maml.at_rate(config.inner_lr):
                 evaluation = evaluate(
@@ -579,6 +595,7 @@ class Trainer:
                     normalisations=(config.query_norm,),
                     inner_batch=config.eval_inner_batch,
                     world=self.world,
+                    interrupted=self._interrupted,
                 )
                 if run.add_validation(evaluation):
                     self.save(BEST, [run])

@@ -178,7 +178,7 @@ def small_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_run_outlives_a_disk_that_takes_nothing_for_a_while(at_iteration, small_files, tmp_path, capfd):
+def test_a_run_outlives_a_disk_that_takes_nothing_for_a_while(at_iteration, small_files, tmp_path, capsys):
     options = [*SHORT, "--iterations", 100, "--checkpoint-path", tmp_path]
     assert command(*options, "--run-name", "whole") == 0
     found = {}
@@ -189,7 +189,7 @@ def test_a_run_outlives_a_disk_that_takes_nothing_for_a_while(at_iteration, smal
 
     at_iteration.update({31: lambda: small_files(4096), 79: look})
     assert command(*options, "--run-name", "run") == 0
-    said = capfd.readouterr().err
+    said = capsys.readouterr().err
     assert found["last"] == 25
     assert "Not saved at iteration 40 (file too large): training goes on" in said and "Saved again" in said
     assert_same_run(tmp_path / "run", tmp_path / "whole")
