@@ -1296,6 +1296,7 @@ def check_invocation(given: Mapping[str, Any]) -> Invocation:
                 or not call.run_name.isprintable()
                 or set(call.run_name) & set("/\\")
                 or len(call.run_name) > 100
+                or Path(call.run_name).suffix in (".pt", ".json", ".png")  # which runs call their files
             ),
             f"--run-name {call.run_name!r} is no name for a folder",
         ),

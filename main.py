@@ -21,7 +21,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -128,8 +128,15 @@ def command(arguments: list[str]) -> int:
 
 
 def train(call: Invocation, given: Mapping[str, Any], world: World) -> int:
-    """A new run, or one that goes on (--load, --resume)."""
-    from beginning import beginning, fresh_folder, saved_parameters
+    """A new run, or one that goes on (--load, --resume); its folder is locked from before its checkpoint is
+    read until its results are written."""
+    with ExitStack() as locked:
+        return train_locked(call, given, world, locked)
+
+
+def train_locked(call: Invocation, given: Mapping[str, Any], world: World, locked: ExitStack) -> int:
+    """The same; `locked` is what keeps the folder for this process."""
+    from beginning import beginning, folder_named, fresh_folder, saved_parameters
     from building import (
         build,
         check_processes,
@@ -149,11 +156,15 @@ def train(call: Invocation, given: Mapping[str, Any], world: World) -> int:
     from checkpoint import check_same_split
     from compiler import Compiler
     from learner import LEARNERS
+    from locks import training_in
     from losses import LOSSES
     from run import Run
     from trainer import Trainer
 
     with world.together():
+        if world.first and (named := folder_named(call)):
+            locked.enter_context(no_empty_folder_left(named))
+            locked.enter_context(training_in(named))
         at = beginning(call, given)
         runtime = prepare(at.config, call, world)
         config = fitted(at.config, given, runtime, new=at.start is None)
@@ -187,7 +198,7 @@ def train(call: Invocation, given: Mapping[str, Any], world: World) -> int:
         world.check_same({"data": data_digest(distribution, config), "frozen weights": digest(maml.fixed)})
     for name in sorted(parameters):  # initial weights may differ in the last bit between machines
         parameters[name] = world.from_first_tensor(parameters[name].contiguous())
-    folder = at.folder or world.from_first(lambda: fresh_folder(call.checkpoint_path, config))
+    folder = at.folder or world.from_first(lambda: fresh_folder(call.checkpoint_path, config, locked))
     run = Run(
         config, folder, parameters, at.start, at.origin,
         computed_by=runtime.computed_by(), writes=world.first,
@@ -255,7 +266,8 @@ def train_many(call: Invocation, members: Sequence[Member], world: World) -> int
     import several
     from building import own_code_flags
 
-    folder, signal = several.train_many(call, members, world)
+    with ExitStack() as locked:
+        folder, signal = several.train_many(call, members, world, locked)
     if signal is not None:
         print(f"Saved; the same command with --run-name {folder.name} --resume goes on.")
         return 128 + signal

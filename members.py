@@ -138,10 +138,11 @@ def _plain_name(flag: Flag) -> str:
 
 
 def _texts(values: Sequence[Any]) -> dict[Any, str]:
-    """Values of a setting as parts of a folder's name, each another."""
+    """Values of a setting as parts of a folder's name, each another, also where case makes no difference."""
     found: dict[Any, str] = {}
     for number, value in enumerate(values):
         text = {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
         text = "".join(c if c.isalnum() or c in "-.+" else "-" for c in text)[-LONGEST:]
-        found[value] = f"{text}-{number}" if text in found.values() else text
+        there = {each.casefold() for each in found.values()}
+        found[value] = f"{text}-{number}" if text.casefold() in there else text
     return found

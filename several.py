@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 import config as settings
 import report
 import spread
-from beginning import Beginning, beginning, fresh_folder, has_results, saved_parameters
+from beginning import Beginning, beginning, fresh_folder, has_results, saved_parameters, taken
 from building import (
     build,
     check_splits,
@@ -37,6 +37,7 @@ from compiler import Compiler
 from config import CONFIG_FLAGS, Config, Invocation
 from errors import UsageError
 from learner import LEARNERS
+from locks import training_in
 from losses import LOSSES, loss_name
 from maml import MAML
 from members import LIST, Member, compiles
@@ -110,10 +111,13 @@ def groups_of(runs: Sequence[Ready], at_most: int | None) -> list[list[Ready]]:
 # ---- training ------------------------------------------------------------------------------------
 
 
-def train_many(call: Invocation, members: Sequence[Member], world: World) -> tuple[Path, int | None]:
+def train_many(
+    call: Invocation, members: Sequence[Member], world: World, locked: ExitStack
+) -> tuple[Path, int | None]:
     """Trains, or goes on with, all of these runs; their folder, and the signal that ended it early, if any.
 
-    The members' checkpoints are where those of runs alone would be, each in a folder of its own.
+    The members' checkpoints are where those of runs alone would be, each in a folder of its own. `locked`
+    keeps the folder of all for this job.
     """
     with world.together():
         if world.size > len(members):
@@ -121,7 +125,10 @@ def train_many(call: Invocation, members: Sequence[Member], world: World) -> tup
                 f"{world.size} processes for {len(members)} runs: take fewer (torchrun --nproc-per-node)"
             )
         named = call.checkpoint_path / call.run_name if call.run_name else None
-        if named and named.exists() and not call.resume and any(named.iterdir()):
+        if named and world.first:
+            locked.enter_context(no_empty_folder_left(named))
+            locked.enter_context(training_in(named, [member.name for member in members]))
+        if named and not call.resume and taken(named):
             raise UsageError(f"{named} is not empty: choose another --run-name, or --resume to go on there")
         if named and (named / LAST).exists():
             raise UsageError(f"{named} is a run, not a folder of many: choose another --run-name")
@@ -143,7 +150,7 @@ def train_many(call: Invocation, members: Sequence[Member], world: World) -> tup
                     distributions[data] = read_first(member.config, call, prepare(member.config, call, world))
         with world.together():
             ready = _ready(call, own, begun, world, distributions, writes_to=home)
-    folder = named or world.from_first(lambda: fresh_folder(call.checkpoint_path, members[0].config))
+    folder = named or world.from_first(lambda: fresh_folder(call.checkpoint_path, members[0].config, locked))
     for each in ready:
         each.run.folder = folder / each.member.name
     world.from_first(lambda: _write_list(folder, members))
