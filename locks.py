@@ -59,11 +59,11 @@ def writing_to(path: Path) -> Iterator[None]:
 
 def _lock_of(folder: Path, otherwise: str) -> int | None:
     """The folder's lock, with our name on it; None where it cannot have one."""
-    for _ in range(10):  # who is refused removes the folder that was made for it
+    for _ in range(100):  # who is refused removes the folder that was made for it
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = _own(folder / LOCK, os.O_CREAT, patience=PATIENCE)
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError):  # just then, or it is none
             continue
         except BlockingIOError:
             raise _refusal(folder, otherwise) from None
@@ -120,7 +120,7 @@ def _own(path: Path, flags: int, *, patience: float | None) -> int | None:
 
 
 def _remove(path: Path, lock: int) -> None:
-    """Removes the locked file, then releases it: who waits for it sees that the name is not its own any more."""
+    """Removes the locked file, then releases it: who waits for it sees that it is gone."""
     with suppress(OSError):
         path.unlink()
     _release(lock)

@@ -203,7 +203,7 @@ def _all_ready(processes: list[subprocess.Popen]) -> list[subprocess.Popen]:
     return processes
 
 
-def test_a_killed_process_keeps_nothing_and_neither_do_its_children(tmp_path, holder):
+def test_a_killed_process_keeps_nothing_and_neither_do_its_children(tmp_path, monkeypatch):
     code = (
         HOLD.replace("sys.stdin.read()", "")
         + """
@@ -227,6 +227,7 @@ def test_a_killed_process_keeps_nothing_and_neither_do_its_children(tmp_path, ho
     try:
         for pid in children:
             os.kill(pid, 0)  # they live
+        monkeypatch.setattr(locks, "PATIENCE", 10.0)  # until the fork has come to let go
         with training_in(tmp_path / "run"):
             pass
     finally:
