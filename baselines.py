@@ -203,7 +203,7 @@ def _trained(config: Config, call: Invocation, folder: Path, world: World) -> We
         print(f"Training {folder}", file=sys.stderr, flush=True)
     run = Run(
         config, folder, parameters, start,
-        computed_by=runtime.computed_by(), writes=runtime.world.first,
+        computed_by=runtime.computed_by(tasks=config.tasks_at_once), writes=runtime.world.first,
     )  # fmt: skip
     trainer = Trainer([run], maml, distribution, compiler, runtime.world)
     signal = trainer.train()

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import config as settings
+import memory
 from config import Config, Invocation
 from errors import AgreedError, LostError, UsageError
 from members import Member, members_of
@@ -46,7 +47,6 @@ FIRST_PROCESS = os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.en
 FIRST_ON_MACHINE = os.environ.get("LOCAL_RANK", "0") == "0" or "MASTER_ADDR" not in os.environ
 BEFORE_MEETING = 30.0  # seconds by which the first process may be the later one
 PREPARING, A_YEAR = 120.0, 60.0 * 24 * 365  # in minutes
-OUT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory")  # of RuntimeErrors of PyTorch
 
 
 def main(arguments: list[str]) -> int:
@@ -74,10 +74,11 @@ def main(arguments: list[str]) -> int:
         )
         os._exit(3)  # what is still under way between processes would be waited for
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in OUT_OF_MEMORY):
+        if not memory.ran_out(error):
             raise
         print(
-            "main.py: error: out of memory: take fewer tasks at a time (--tasks-at-once), or smaller ones",
+            "main.py: error: out of memory: take fewer tasks at a time (--tasks-at-once), or smaller ones "
+            "(-q, -k, --image-size)",
             file=sys.stderr,
         )
         return 2
@@ -181,9 +182,12 @@ def train_locked(call: Invocation, given: Mapping[str, Any], world: World, locke
                 writable(home, "--load" if call.load else "--checkpoint-path")
         if call.autotune and at.start is None:
             config = world.from_first(lambda: autotuned(config, given, call, runtime))
-        with world.together():  # one on each machine fetches and decodes what there is
+        with (
+            world.together(),
+            memory.said("while the data are read", memory.AT_THE_DATA),
+        ):  # one on each machine
             tasks = read_first(config, call, runtime)
-        with world.together():
+        with world.together(), memory.said("before the first iteration", memory.AT_THE_START):
             compiler = Compiler(runtime.device)
             fixed = at.weights.fixed if at.weights else None
             distribution, maml = build(config, call, runtime, compiler, fixed=fixed, distribution=tasks)
@@ -201,7 +205,7 @@ def train_locked(call: Invocation, given: Mapping[str, Any], world: World, locke
     folder = at.folder or world.from_first(lambda: fresh_folder(call.checkpoint_path, config, locked))
     run = Run(
         config, folder, parameters, at.start, at.origin,
-        computed_by=runtime.computed_by(), writes=world.first,
+        computed_by=runtime.computed_by(tasks=config.tasks_at_once), writes=world.first,
     )  # fmt: skip
     trainer = Trainer([run], maml, distribution, compiler, world, shard=call.shard)
     doing = f"Going on from iteration {at.start.iteration:,}" if at.start else "Meta-training"
@@ -300,9 +304,9 @@ def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str], w
         beside = call.checkpoint_path if call.load is None else call.load.parent
         out = writable(call.out or beside, "--out") if world.first else Path()
     world.check_same(facts(config, runtime, subject.source))
-    with world.together():
+    with world.together(), memory.said("while the data are read", memory.AT_THE_DATA):
         known = {data_of(config): read_first(config, call, runtime)}
-    with world.together():
+    with world.together(), memory.said("before the evaluation", memory.AT_THE_START):
         built = subject.built(call, runtime, known)
     print_settings(config, runtime, f"Evaluating {subject.name} on {config.eval_tasks} test tasks")
     result = built.measured(runtime)
@@ -439,13 +443,14 @@ def adapt(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -> i
     what = f"{call.load}, iteration {source.iteration:,}"
     print_settings(config, runtime, f"Adapting {what} to {call.adapt}, {config.test_steps} steps")
     normalisation = given.get("batch_norm", "per-step" if source.statistics else "inductive")
-    written = adapt_to_files(
-        source, config, tasks, call.adapt, call.load, runtime,
-        normalisation=normalisation,
-        file=out / f"{call.load.stem}-adapted-{call.adapt.stem}",
-        weights_file=call.save_weights,
-        record={"command": shlex.join(["main.py", *arguments]), "checkpoint": call.load},
-    )  # fmt: skip
+    with memory.said("while adapting", "give fewer or smaller examples, or take another --device"):
+        written = adapt_to_files(
+            source, config, tasks, call.adapt, call.load, runtime,
+            normalisation=normalisation,
+            file=out / f"{call.load.stem}-adapted-{call.adapt.stem}",
+            weights_file=call.save_weights,
+            record={"command": shlex.join(["main.py", *arguments]), "checkpoint": call.load},
+        )  # fmt: skip
     print("Written: " + ", ".join(map(str, written)))
     return 0
 

@@ -84,7 +84,9 @@ def members_of(call: Invocation, given: Mapping[str, Any]) -> list[Member]:
 
 def compiles(config: Config) -> bool:
     """Whether many runs at once can be compiled."""
-    return config.dataset in settings.REGRESSION and config.tasks_at_once is None
+    return config.dataset in settings.REGRESSION and (
+        config.tasks_at_once is None or config.tasks_at_once >= config.meta_batch_size
+    )
 
 
 def seeds_of(text: str) -> list[int]:

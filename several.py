@@ -246,7 +246,8 @@ def _train_group(group: Sequence[Ready], call: Invocation, world: World) -> int 
     config = first.run.config
     runtime = prepare(config, call, world)  # threads and precision are the process's: other runs had others
     for each in group:
-        each.run.computed_by = runtime.computed_by(processes=1, runs=len(group))
+        chunk = each.run.config.tasks_at_once
+        each.run.computed_by = runtime.computed_by(processes=1, runs=len(group), tasks=chunk)
     alone = len(group) == 1
     if not alone and config.compile == "on" and not compiles(config):
         for each in group:

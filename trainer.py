@@ -8,6 +8,7 @@ curve is due or the progress bar is redrawn, so that no iteration waits for the 
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import time
@@ -20,11 +21,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import memory
+from building import own_code_flags
 from checkpoint import BEST, LAST, moments_of, save_checkpoints
 from compiler import CompilationError, Compiler
 from config import Config
-from errors import LostError
-from evaluation import evaluate
+from errors import LostError, UsageError
+from evaluation import Evaluation, chunk_size, evaluate
 from learner import LEARNERS
 from maml import MAML
 from meta_step import CudaGraph, FlatLayout, MetaStep, OuterLoop, State, loss_and_accuracy_of, loss_of
@@ -255,9 +258,10 @@ class Trainer:
         redrawn, shown_first = time.monotonic(), self.iteration + 1
         with bar, self._signals():
             if self._validation_is_missing():
-                self._validate(last=self.iteration == config.iterations)
+                with self._saved_if_lost(self._tasks_of_validation(), "in the validation "):
+                    self._validate(last=self.iteration == config.iterations)
             while self.iteration < config.iterations:
-                with self._saved_if_lost():
+                with self._saved_if_lost(self._tasks_of_step()):
                     taken = self.step(bar)
                 if not taken:
                     self.save(LAST)
@@ -276,7 +280,7 @@ class Trainer:
                 last = self.iteration == config.iterations
                 if self.iteration % config.val_every == 0 or last:
                     paused = time.monotonic()
-                    with self._saved_if_lost():
+                    with self._saved_if_lost(self._tasks_of_validation(), "in the validation "):
                         self._validate(last=last)
                     window_start += time.monotonic() - paused
                 stopping = stopping or (self.world.size == 1 and self.signal is not None)
@@ -293,15 +297,64 @@ class Trainer:
         return self.signal if self.iteration < config.iterations else None
 
     @contextmanager
-    def _saved_if_lost(self) -> Iterator[None]:
-        """Where another process is lost within it, saves the last iteration: the state is whole, and what is
-        due after the iteration is done where the run goes on."""
+    def _saved_if_lost(self, at_once: int, where: str = "") -> Iterator[None]:
+        """Where another process is lost within it, or there is no memory for so many tasks at once, saves the
+        last iteration: the state is whole, and what is due after it is done where the run goes on."""
         try:
             yield
         except LostError:
             if not self.sharded:
                 self.save(LAST)
             raise
+        except memory.ERRORS as error:
+            if not memory.ran_out(error):
+                raise
+            memory.free(error)
+            raise self._out_of_memory(at_once, where) from None
+
+    # ---- out of memory ----------------------------------------------------------------------
+
+    def _tasks_of_step(self) -> int:
+        tasks = len(self.plain_step.share)
+        return min(tasks, self.maml.tasks_at_once or tasks)
+
+    def _tasks_of_validation(self) -> int:
+        parameters = self.runs[0].parameters
+        return chunk_size(self.maml, parameters, self.distribution, VALIDATION_TASKS)
+
+    def _out_of_memory(self, at_once: int, where: str) -> UsageError:
+        """Saves, and says how many tasks at once fit, and how to go on."""
+        saved = self._saved()
+        place = f"{where}at iteration {self.iteration + (not where):,}"
+        if self.world.size > 1 and self.world.first:
+            place += " in process 0"
+        fits = memory.fitting(self._take, at_once)
+        found = memory.line(place, at_once, fits)
+        run = self.runs[0]
+        command = "the same command with --resume"
+        if len(self.runs) == 1:
+            command = shlex.join(["--load", str(run.folder / LAST), *own_code_flags(run.config)])
+        option = f" --tasks-at-once {fits}" if fits else ""
+        since = f"iteration {self.iteration:,}" if saved else "its last checkpoint"
+        return UsageError(f"{found}; the run goes on from {since} with {command}{option}")
+
+    def _saved(self) -> bool:
+        """Saves, if it can; not of several runs where some have been validated and some not."""
+        validated = {len(run.progress.validation.get("iteration", ())) for run in self.runs}
+        if self.sharded or len(validated) > 1 or not self.runs[0].writes:
+            return False
+        try:
+            self.save(LAST)
+        except Exception:  # there is an older one, and something else to be said
+            return False
+        return True
+
+    def _take(self, tasks_at_once: int) -> None:
+        """An iteration, and a part of a validation, with so many tasks at once; nothing comes of it."""
+        self.compiler.active = False
+        self.maml = self.maml.with_options(tasks_at_once=tasks_at_once)
+        self._plain_step().rehearse(self.state, self.iteration)
+        self._evaluated(self.runs[0], min(tasks_at_once, VALIDATION_TASKS), ALONE)
 
     def _validation_is_missing(self) -> bool:
         """Whether the run was left before the validation of its last iteration."""
@@ -425,20 +478,23 @@ class Trainer:
         self._show_runs()
         number = self.iteration // self.config.val_every
         for run in self.runs:
-            config = run.config
-            with self.maml.at_rate(config.inner_lr):
-                evaluation = evaluate(
-                    self.maml,
-                    run.parameters,
-                    self.distribution,
-                    "validation",
-                    tasks=VALIDATION_TASKS,
-                    steps=config.trained_steps,
-                    normalisations=(config.query_norm,),
-                    inner_batch=config.eval_inner_batch,
-                    world=self.world,
-                )
+            with self.maml.at_rate(run.config.inner_lr):
+                evaluation = self._evaluated(run, VALIDATION_TASKS, self.world)
                 if run.add_validation(evaluation):
                     self.save(BEST, [run])
                 if last or _is_power_of_four(number):
                     run.draw_examples(self.maml, self.distribution)
+
+    def _evaluated(self, run: Run, tasks: int, world: World) -> Evaluation:
+        config = run.config
+        return evaluate(
+            self.maml,
+            run.parameters,
+            self.distribution,
+            "validation",
+            tasks=tasks,
+            steps=config.trained_steps,
+            normalisations=(config.query_norm,),
+            inner_batch=config.eval_inner_batch,
+            world=world,
+        )
