@@ -319,8 +319,8 @@ class Trainer:
         return min(tasks, self.maml.tasks_at_once or tasks)
 
     def _tasks_of_validation(self) -> int:
-        parameters = self.runs[0].parameters
-        return chunk_size(self.maml, parameters, self.distribution, VALIDATION_TASKS)
+        size = chunk_size(self.maml, self.runs[0].parameters, self.distribution, VALIDATION_TASKS)
+        return min(size, VALIDATION_TASKS)
 
     def _out_of_memory(self, at_once: int, where: str) -> UsageError:
         """Saves, and says how many tasks at once fit, and how to go on."""
