@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,13 +19,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import config as settings
-from building import build, fitted, prepare
+from building import build, fitted, no_empty_folder_left, prepare
 from checkpoint import LAST, fitting_parameters, load_checkpoint
 from compiler import Compiler
 from config import Config, Invocation
 from dataset import Regression
 from errors import UsageError
 from evaluation import Evaluation, evaluate
+from locks import training_in
 from maml import MAML
 from optimizers import InnerOptimizer, Weights
 from run import Run
@@ -170,9 +172,18 @@ def _tuned(
 def trained(config: Config, call: Invocation, folder: Path, world: World = ALONE) -> Weights:
     """The meta-parameters of a run in its folder, which is begun, or gone on with, where it must be.
 
-    Raises UsageError where the folder holds a run with other settings, InterruptedBySignalError where a
-    signal came.
+    Raises UsageError where the folder holds a run with other settings, or another process trains in it;
+    InterruptedBySignalError where a signal came.
     """
+    with ExitStack() as locked:
+        with world.together():
+            if world.first:
+                locked.enter_context(no_empty_folder_left(folder))
+                locked.enter_context(training_in(folder, otherwise="do without --baselines"))
+        return _trained(config, call, folder, world)
+
+
+def _trained(config: Config, call: Invocation, folder: Path, world: World) -> Weights:
     runtime = prepare(config, call, world)
     config = fitted(config, {}, runtime, new=False)
     compiler = Compiler(runtime.device)
@@ -192,7 +203,7 @@ def trained(config: Config, call: Invocation, folder: Path, world: World = ALONE
         print(f"Training {folder}", file=sys.stderr, flush=True)
     run = Run(
         config, folder, parameters, start,
-        computed_by=runtime.computed_by(), writes=runtime.world.first,
+        computed_by=runtime.computed_by(tasks=config.tasks_at_once), writes=runtime.world.first,
     )  # fmt: skip
     trainer = Trainer([run], maml, distribution, compiler, runtime.world)
     code = trainer.train()

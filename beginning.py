@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from checkpoint import BEST, LAST, Checkpoint, fitting_parameters, load_checkpoi
 from config import Config, Invocation
 from errors import UsageError
 from inner_loop import RATE
+from locks import LOCK, training_in
 from maml import MAML
 from members import LIST
 from optimizers import Weights
@@ -83,6 +85,14 @@ def saved_parameters(at: Beginning, maml: MAML, fresh: Weights) -> Weights:
     return fitting_parameters(at.weights_file, saved, fresh, learner)
 
 
+def folder_named(call: Invocation) -> Path | None:
+    """The folder of the run that the call names, to be locked before it is looked into; None: there is none
+    yet, or none at all."""
+    if call.load is not None:
+        return call.load.parent if call.load.is_file() else None
+    return call.checkpoint_path / call.run_name if call.run_name else None
+
+
 def where_to_train(call: Invocation, given: Mapping[str, Any]) -> tuple[Path | None, Path | None]:
     """The checkpoint to go on from, if any, and the run's folder (None: a fresh one)."""
     if call.load is not None:
@@ -113,9 +123,14 @@ def where_to_train(call: Invocation, given: Mapping[str, Any]) -> tuple[Path | N
         if call.resume:
             return there[0], folder
         raise UsageError(f"the run {folder} exists: go on with --resume, or choose another --run-name")
-    if folder.exists() and not call.resume and any(folder.iterdir() if folder.is_dir() else [folder]):
+    if not call.resume and taken(folder):
         raise UsageError(f"{folder} is not empty: choose another --run-name, or --resume to begin in it")
     return None, folder
+
+
+def taken(folder: Path) -> bool:
+    """Whether there is something of that name, but an empty folder, or one whose lock alone is left."""
+    return folder.exists() and (not folder.is_dir() or any(each.name != LOCK for each in folder.iterdir()))
 
 
 def read_start(file: Path, given: Mapping[str, Any]) -> tuple[Checkpoint, Config]:
@@ -132,8 +147,8 @@ def read_start(file: Path, given: Mapping[str, Any]) -> tuple[Checkpoint, Config
     return start, settings.resolve_from(start.config, given, evaluate=False)
 
 
-def fresh_folder(checkpoint_path: Path, config: Config) -> Path:
-    """A new run's folder, named after its settings and the time."""
+def fresh_folder(checkpoint_path: Path, config: Config, locked: ExitStack) -> Path:
+    """A new run's folder, named after its settings and the time, and locked."""
     name = f"{config.dataset_name}-{config.task_size}-{time.strftime('%Y%m%d-%H%M%S')}"
     number = 1
     while True:
@@ -143,4 +158,5 @@ def fresh_folder(checkpoint_path: Path, config: Config) -> Path:
         except FileExistsError:
             number += 1
         else:
+            locked.enter_context(training_in(folder))
             return folder

@@ -28,6 +28,7 @@ from inner_loop import fixed_tensors, pass_around
 from learner import LEARNERS, build_learner, check_learner
 from losses import LOSSES, build_loss
 from maml import MAML, as_it_is
+from memory import ran_out
 from optimizers import InnerOptimizer, Weights
 from own_code import arguments_from
 from presets import is_own_code
@@ -244,6 +245,8 @@ def check_outputs(learner: nn.Module, example: Tree, outputs: int, config: Confi
         with torch.no_grad(), Elementary(keys, first_tensor(example)):
             found = first_tensor(probe(*positional, **named))
     except Exception as error:  # it is the user's code, and may fail in any way
+        if ran_out(error):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
             f"--learner {config.learner} fails on the inputs of a task, {shapes}: {reason}"
@@ -266,9 +269,9 @@ def tried(maml: MAML, parameters: Weights, distribution: TaskDistribution, confi
     try:
         maml.meta_gradient(parameters, tasks, keys=keys)
         return
-    except MemoryError:
-        raise
     except Exception as error:  # an operator may stumble in any way
+        if ran_out(error):
+            raise
         failed = error
     reason = " ".join(str(failed).split())[:200]
     one_task = tree_map(lambda part: part[0], tasks.support_x)

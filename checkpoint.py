@@ -94,6 +94,17 @@ def save_weights(path: Path, module: nn.Module) -> None:
     write_whole(path, partial(torch.save, state))
 
 
+def replaceable(path: Path) -> bool:
+    """Whether `save_weights` may write there: there is nothing yet, or other weights."""
+    if not path.exists():
+        return True
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # the unpickler may meet any bytes
+        return False
+    return isinstance(content, dict) and all(isinstance(value, Tensor) for value in content.values())
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """Reads a checkpoint onto the CPU; raises UsageError for what is none, or is damaged."""
     if not path.is_file():

@@ -407,9 +407,10 @@ class Config:
     )  # fmt: skip
     tasks_at_once: int | None = flag(
         "--tasks-at-once", group="machine", kind=int, check=at_least(1), metavar="N",
-        default=BY_RULE, before=None, optional=True, free_on_eval=True,
-        help="take the tasks of an iteration in chunks of N, which bounds memory; the result is the same "
-        "to rounding. By default all at once, or, of compiled convolutions, what fits a CPU's cache",
+        default=BY_RULE, before=None, optional=True, free_on_resume=True, free_on_eval=True,
+        help="take the tasks of an iteration, a validation or a test in chunks of N, which bounds memory; "
+        "the result is the same to rounding. By default all at once, or, of compiled convolutions, what fits "
+        "a CPU's cache",
     )  # fmt: skip
 
     log_every: int = flag(
@@ -854,8 +855,6 @@ def resolve_auto(values: Mapping[str, Any]) -> dict[str, Any]:
     if "tasks_at_once" not in values:
         patches = settled["compile"] == "on" and settled["convolution"] == "im2col"
         settled["tasks_at_once"] = _cache_chunk(values) if patches and not regression else None
-    elif values["tasks_at_once"] is not None and values["tasks_at_once"] >= values["meta_batch_size"]:
-        settled["tasks_at_once"] = None
     if values["iterations"] <= DEFAULTS["compile_after"][0 if regression else 1]:
         settled["compile_after"] = values.get("compile_after", 0)
     return values | settled
@@ -1307,6 +1306,7 @@ def check_invocation(given: Mapping[str, Any]) -> Invocation:
                 or not call.run_name.isprintable()
                 or set(call.run_name) & set("/\\")
                 or len(call.run_name) > 100
+                or Path(call.run_name).suffix in (".pt", ".json", ".png")  # which runs call their files
             ),
             f"--run-name {call.run_name!r} is no name for a folder",
         ),

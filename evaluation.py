@@ -88,7 +88,7 @@ def evaluate(
             for any number of them.
         interrupted: asked before each chunk; raises InterruptedError where it says yes.
     """
-    size = _chunk_size(maml, parameters, distribution, tasks)
+    size = chunk_size(maml, parameters, distribution, tasks)
     kinds = ("loss", "accuracy") if distribution.classification else ("loss",)
     found = torch.zeros(len(kinds), len(normalisations), tasks, steps + 1, dtype=torch.float64)
     for first in range(0, tasks, size)[world.rank :: world.size]:
@@ -111,7 +111,7 @@ def evaluate(
     return Evaluation(losses, accuracies[0] if accuracies else {})
 
 
-def _chunk_size(maml: MAML, parameters: Weights, distribution: TaskDistribution, tasks: int) -> int:
+def chunk_size(maml: MAML, parameters: Weights, distribution: TaskDistribution, tasks: int) -> int:
     """Tasks taken at a time. It does not depend on the number of processes, nor do then the results."""
     if maml.tasks_at_once:
         return maml.tasks_at_once

@@ -8,21 +8,25 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from locks import writing_to
+
 Writer = Callable[[IO[bytes]], Any]
 
 
 def write_whole(path: Path, write: Writer) -> None:
     """Has a file written by `write`, atomically: until it is whole and on the disk, the old one stays.
 
-    Raises OSError where it cannot be; then nothing has changed.
+    Raises OSError where it cannot be; then nothing has changed. Processes that write the same do it one after
+    another.
     """
-    write_all_whole([(path, write)])
+    with writing_to(_temporary(path)):
+        write_all_whole([(path, write)])
 
 
 def write_all_whole(writers: Sequence[tuple[Path, Writer]]) -> None:
     """The same of several files: all are on the disk before the first takes its name, so that they belong
-    together unless the process is killed just between two names."""
-    temporaries = [path.with_name(f".{path.name}.tmp") for path, _ in writers]
+    together unless the process is killed just between two names. No other process may write the same."""
+    temporaries = [_temporary(path) for path, _ in writers]
     try:
         for temporary, (_, write) in zip(temporaries, writers, strict=True):
             with temporary.open("wb") as file:
@@ -38,6 +42,10 @@ def write_all_whole(writers: Sequence[tuple[Path, Writer]]) -> None:
         raise
     for folder in dict.fromkeys(path.parent for path, _ in writers):
         sync_folder(folder)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
 
 
 def sync_folder(folder: Path) -> None:

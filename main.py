@@ -21,12 +21,13 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import config as settings
+import memory
 from config import Config, Invocation
 from errors import AgreedError, LostError, UsageError
 from members import Member, members_of
@@ -46,7 +47,6 @@ FIRST_PROCESS = os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.en
 FIRST_ON_MACHINE = os.environ.get("LOCAL_RANK", "0") == "0" or "MASTER_ADDR" not in os.environ
 BEFORE_MEETING = 30.0  # seconds by which the first process may be the later one
 PREPARING, A_YEAR = 120.0, 60.0 * 24 * 365  # in minutes
-OUT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory")  # of RuntimeErrors of PyTorch
 
 
 def main(arguments: list[str]) -> int:
@@ -74,10 +74,11 @@ def main(arguments: list[str]) -> int:
         )
         os._exit(3)  # what is still under way between processes would be waited for
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in OUT_OF_MEMORY):
+        if not memory.ran_out(error):
             raise
         print(
-            "main.py: error: out of memory: take fewer tasks at a time (--tasks-at-once), or smaller ones",
+            "main.py: error: out of memory: take fewer tasks at a time (--tasks-at-once), or smaller ones "
+            "(-q, -k, --image-size)",
             file=sys.stderr,
         )
         return 2
@@ -128,8 +129,15 @@ def command(arguments: list[str]) -> int:
 
 
 def train(call: Invocation, given: Mapping[str, Any], world: World) -> int:
-    """A new run, or one that goes on (--load, --resume)."""
-    from beginning import beginning, fresh_folder, saved_parameters
+    """A new run, or one that goes on (--load, --resume); its folder is locked from before its checkpoint is
+    read until its results are written."""
+    with ExitStack() as locked:
+        return train_locked(call, given, world, locked)
+
+
+def train_locked(call: Invocation, given: Mapping[str, Any], world: World, locked: ExitStack) -> int:
+    """The same; `locked` is what keeps the folder for this process."""
+    from beginning import beginning, folder_named, fresh_folder, saved_parameters
     from building import (
         build,
         check_processes,
@@ -149,11 +157,15 @@ def train(call: Invocation, given: Mapping[str, Any], world: World) -> int:
     from checkpoint import check_same_split
     from compiler import Compiler
     from learner import LEARNERS
+    from locks import training_in
     from losses import LOSSES
     from run import Run
     from trainer import Trainer
 
     with world.together():
+        if world.first and (named := folder_named(call)):
+            locked.enter_context(no_empty_folder_left(named))
+            locked.enter_context(training_in(named))
         at = beginning(call, given)
         runtime = prepare(at.config, call, world)
         config = fitted(at.config, given, runtime, new=at.start is None)
@@ -170,9 +182,12 @@ def train(call: Invocation, given: Mapping[str, Any], world: World) -> int:
                 writable(home, "--load" if call.load else "--checkpoint-path")
         if call.autotune and at.start is None:
             config = world.from_first(lambda: autotuned(config, given, call, runtime))
-        with world.together():  # one on each machine fetches and decodes what there is
+        with (
+            world.together(),
+            memory.said("while the data are read", memory.AT_THE_DATA),
+        ):  # one on each machine
             tasks = read_first(config, call, runtime)
-        with world.together():
+        with world.together(), memory.said("before the first iteration", memory.AT_THE_START):
             compiler = Compiler(runtime.device)
             fixed = at.weights.fixed if at.weights else None
             distribution, maml = build(config, call, runtime, compiler, fixed=fixed, distribution=tasks)
@@ -187,10 +202,10 @@ def train(call: Invocation, given: Mapping[str, Any], world: World) -> int:
         world.check_same({"data": data_digest(distribution, config), "frozen weights": digest(maml.fixed)})
     for name in sorted(parameters):  # initial weights may differ in the last bit between machines
         parameters[name] = world.from_first_tensor(parameters[name].contiguous())
-    folder = at.folder or world.from_first(lambda: fresh_folder(call.checkpoint_path, config))
+    folder = at.folder or world.from_first(lambda: fresh_folder(call.checkpoint_path, config, locked))
     run = Run(
         config, folder, parameters, at.start, at.origin,
-        computed_by=runtime.computed_by(), writes=world.first,
+        computed_by=runtime.computed_by(tasks=config.tasks_at_once), writes=world.first,
     )  # fmt: skip
     trainer = Trainer([run], maml, distribution, compiler, world, shard=call.shard)
     doing = f"Going on from iteration {at.start.iteration:,}" if at.start else "Meta-training"
@@ -262,7 +277,8 @@ def train_many(call: Invocation, members: Sequence[Member], world: World) -> int
     import several
     from building import own_code_flags
 
-    folder, ending = several.train_many(call, members, world)
+    with ExitStack() as locked:
+        folder, ending = several.train_many(call, members, world, locked)
     if ending > 128:
         print(f"Saved; the same command with --run-name {folder.name} --resume goes on.")
         return ending
@@ -295,9 +311,9 @@ def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str], w
         beside = call.checkpoint_path if call.load is None else call.load.parent
         out = writable(call.out or beside, "--out") if world.first else Path()
     world.check_same(facts(config, runtime, subject.source))
-    with world.together():
+    with world.together(), memory.said("while the data are read", memory.AT_THE_DATA):
         known = {data_of(config): read_first(config, call, runtime)}
-    with world.together():
+    with world.together(), memory.said("before the evaluation", memory.AT_THE_START):
         built = subject.built(call, runtime, known)
     print_settings(config, runtime, f"Evaluating {subject.name} on {config.eval_tasks} test tasks")
     result = built.measured(runtime)
@@ -434,13 +450,14 @@ def adapt(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -> i
     what = f"{call.load}, iteration {source.iteration:,}"
     print_settings(config, runtime, f"Adapting {what} to {call.adapt}, {config.test_steps} steps")
     normalisation = given.get("batch_norm", "per-step" if source.statistics else "inductive")
-    written = adapt_to_files(
-        source, config, tasks, call.adapt, call.load, runtime,
-        normalisation=normalisation,
-        file=out / f"{call.load.stem}-adapted-{call.adapt.stem}",
-        weights_file=call.save_weights,
-        record={"command": shlex.join(["main.py", *arguments]), "checkpoint": call.load},
-    )  # fmt: skip
+    with memory.said("while adapting", "give fewer or smaller examples, or take another --device"):
+        written = adapt_to_files(
+            source, config, tasks, call.adapt, call.load, runtime,
+            normalisation=normalisation,
+            file=out / f"{call.load.stem}-adapted-{call.adapt.stem}",
+            weights_file=call.save_weights,
+            record={"command": shlex.join(["main.py", *arguments]), "checkpoint": call.load},
+        )  # fmt: skip
     print("Written: " + ", ".join(map(str, written)))
     return 0
 

@@ -9,17 +9,20 @@ from typing import Any
 
 import config as settings
 import evaluation
+import memory
 import report
 from building import build, data_of
 from checkpoint import Checkpoint, check_same_split, fitting_parameters, load_checkpoint
 from config import Config, Invocation
 from dataset import Regression
+from errors import UsageError
 from evaluation import Evaluation
 from losses import loss_name
 from maml import MAML
 from optimizers import Weights
 from runtime import Runtime, versions
 from tasks import TaskDistribution
+from world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -143,18 +146,34 @@ class Built:
         normalisations: tuple[str, ...] = (config.query_norm,)
         if self.maml.has_batch_norm:
             normalisations = ("transductive", "inductive", *["per-step"] * bool(self.statistics))
-        return evaluation.evaluate(
-            self.maml,
-            self.parameters,
-            self.distribution,
-            "test",
-            tasks=config.eval_tasks,
-            steps=config.eval_steps,
-            normalisations=normalisations,
-            statistics=self.statistics,
-            inner_batch=config.eval_inner_batch,
-            world=runtime.world,
-        )
+
+        def evaluated(maml: MAML, tasks: int, world: World) -> Evaluation:
+            return evaluation.evaluate(
+                maml,
+                self.parameters,
+                self.distribution,
+                "test",
+                tasks=tasks,
+                steps=config.eval_steps,
+                normalisations=normalisations,
+                statistics=self.statistics,
+                inner_batch=config.eval_inner_batch,
+                world=world,
+            )
+
+        def attempt(at_once: int) -> None:
+            evaluated(self.maml.with_options(tasks_at_once=at_once), min(at_once, config.eval_tasks), ALONE)
+
+        try:
+            return evaluated(self.maml, config.eval_tasks, runtime.world)
+        except memory.ERRORS as error:
+            if not memory.ran_out(error):
+                raise
+            memory.free(error)
+            size = evaluation.chunk_size(self.maml, self.parameters, self.distribution, config.eval_tasks)
+            at_once = min(size, config.eval_tasks)
+            fits = memory.fitting(attempt, at_once)
+            raise UsageError(memory.line("in the evaluation", at_once, fits)) from None
 
     def write(self, result: Evaluation, file: str, record: Mapping[str, Any]) -> None:
         """The result as JSON and as a picture, beside which regression has some curves."""

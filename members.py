@@ -84,7 +84,9 @@ def members_of(call: Invocation, given: Mapping[str, Any]) -> list[Member]:
 
 def compiles(config: Config) -> bool:
     """Whether many runs at once can be compiled."""
-    return config.dataset in settings.REGRESSION and config.tasks_at_once is None
+    return config.dataset in settings.REGRESSION and (
+        config.tasks_at_once is None or config.tasks_at_once >= config.meta_batch_size
+    )
 
 
 def seeds_of(text: str) -> list[int]:
@@ -138,10 +140,11 @@ def _plain_name(flag: Flag) -> str:
 
 
 def _texts(values: Sequence[Any]) -> dict[Any, str]:
-    """Values of a setting as parts of a folder's name, each another."""
+    """Values of a setting as parts of a folder's name, each another, also where case makes no difference."""
     found: dict[Any, str] = {}
     for number, value in enumerate(values):
         text = {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
         text = "".join(c if c.isalnum() or c in "-.+" else "-" for c in text)[-LONGEST:]
-        found[value] = f"{text}-{number}" if text in found.values() else text
+        there = {each.casefold() for each in found.values()}
+        found[value] = f"{text}-{number}" if text.casefold() in there else text
     return found

@@ -210,7 +210,7 @@ class MetaStep:
         self.numbers = torch.arange(self.share.start, self.share.stop, device=member["seed"].device)
         self.coming: tuple[int, TaskBatch] | None = None
         over_runs = partial(vmap, in_dims=0) if self.several else as_it_is
-        self.computed = distribution.computed and maml.tasks_at_once is None
+        self.computed = distribution.computed and (maml.tasks_at_once or tasks) >= tasks
         accelerated: Callable[..., Callable[..., Any]]
         if self.computed:
             accelerated = partial(accelerate, options=SAMPLING_OPTIONS)

@@ -24,12 +24,15 @@ class Runtime:
     compute_dtype: torch.dtype | None = None  # of the learner's arithmetic, where it is another
     world: World = ALONE
 
-    def computed_by(self, *, processes: int | None = None, runs: int = 1) -> dict[str, Any]:
-        """What the last bits of a result depend on beside the settings: of so many runs at once, by so many
-        processes; None: by all of them."""
+    def computed_by(
+        self, *, processes: int | None = None, runs: int = 1, tasks: int | None = None
+    ) -> dict[str, Any]:
+        """What the last bits of a result depend on beside what is learned: of so many runs and tasks at
+        once, by so many processes; None: all tasks, by all of them."""
         return {
             "processes": processes or self.world.size,
             "runs at once": runs,
+            "tasks at once": tasks or "all",
             "threads": torch.get_num_threads(),
             "device": self.device.type,
             "torch": str(torch.__version__),

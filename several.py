@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 import config as settings
 import report
 import spread
-from beginning import Beginning, beginning, fresh_folder, has_results, saved_parameters
+from beginning import Beginning, beginning, fresh_folder, has_results, saved_parameters, taken
 from building import (
     build,
     check_splits,
@@ -38,6 +38,7 @@ from compiler import Compiler
 from config import CONFIG_FLAGS, Config, Invocation
 from errors import UsageError
 from learner import LEARNERS
+from locks import training_in
 from losses import LOSSES, loss_name
 from maml import MAML
 from members import LIST, Member, compiles
@@ -111,11 +112,14 @@ def groups_of(runs: Sequence[Ready], at_most: int | None) -> list[list[Ready]]:
 # ---- training ------------------------------------------------------------------------------------
 
 
-def train_many(call: Invocation, members: Sequence[Member], world: World) -> tuple[Path, int]:
+def train_many(
+    call: Invocation, members: Sequence[Member], world: World, locked: ExitStack
+) -> tuple[Path, int]:
     """Trains, or goes on with, all of these runs; their folder, and the exit code: 128 + signal where one
     ended it early, `FAILED` where some runs could not go on to their end.
 
-    The members' checkpoints are where those of runs alone would be, each in a folder of its own.
+    The members' checkpoints are where those of runs alone would be, each in a folder of its own. `locked`
+    keeps the folder of all for this job.
     """
     with world.together():
         if world.size > len(members):
@@ -123,7 +127,10 @@ def train_many(call: Invocation, members: Sequence[Member], world: World) -> tup
                 f"{world.size} processes for {len(members)} runs: take fewer (torchrun --nproc-per-node)"
             )
         named = call.checkpoint_path / call.run_name if call.run_name else None
-        if named and named.exists() and not call.resume and any(named.iterdir()):
+        if named and world.first:
+            locked.enter_context(no_empty_folder_left(named))
+            locked.enter_context(training_in(named, [member.name for member in members]))
+        if named and not call.resume and taken(named):
             raise UsageError(f"{named} is not empty: choose another --run-name, or --resume to go on there")
         if named and (named / LAST).exists():
             raise UsageError(f"{named} is a run, not a folder of many: choose another --run-name")
@@ -145,7 +152,7 @@ def train_many(call: Invocation, members: Sequence[Member], world: World) -> tup
                     distributions[data] = read_first(member.config, call, prepare(member.config, call, world))
         with world.together():
             ready = _ready(call, own, begun, world, distributions, writes_to=home)
-    folder = named or world.from_first(lambda: fresh_folder(call.checkpoint_path, members[0].config))
+    folder = named or world.from_first(lambda: fresh_folder(call.checkpoint_path, members[0].config, locked))
     for each in ready:
         each.run.folder = folder / each.member.name
     world.from_first(lambda: _write_list(folder, members))
@@ -245,7 +252,8 @@ def _train_group(group: Sequence[Ready], call: Invocation, world: World) -> int:
     config = first.run.config
     runtime = prepare(config, call, world)  # threads and precision are the process's: other runs had others
     for each in group:
-        each.run.computed_by = runtime.computed_by(processes=1, runs=len(group))
+        chunk = each.run.config.tasks_at_once
+        each.run.computed_by = runtime.computed_by(processes=1, runs=len(group), tasks=chunk)
     alone = len(group) == 1
     if not alone and config.compile == "on" and not compiles(config):
         for each in group:

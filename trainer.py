@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -24,11 +25,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import divergence
+import memory
+from building import own_code_flags
 from checkpoint import BEST, LAST, Checkpoint, moments_of, save_checkpoints
 from compiler import CompilationError, Compiler
 from config import Config
-from errors import AgreedError, LostError, reason_of
-from evaluation import evaluate
+from errors import AgreedError, LostError, UsageError, reason_of
+from evaluation import Evaluation, chunk_size, evaluate
 from learner import LEARNERS
 from maml import MAML
 from meta_step import TAIL, CudaGraph, FlatLayout, MetaStep, OuterLoop, State, loss_and_accuracy_of, loss_of
@@ -267,9 +270,10 @@ class Trainer:
         self.saved_at = time.monotonic()
         with bar, self._signals():
             if self._validation_is_missing():
-                self._validate(last=self.iteration == config.iterations)
+                with self._saved_if_lost(self._tasks_of_validation(), "in the validation "):
+                    self._validate(last=self.iteration == config.iterations)
             while self.iteration < config.iterations and not self._interrupted():
-                with self._saved_if_lost():
+                with self._saved_if_lost(self._tasks_of_step()):
                     taken = self.step(bar)
                 if not taken:
                     self.save(LAST)
@@ -295,7 +299,7 @@ class Trainer:
                     window_start, window_first = now, self.iteration
                 if validating:
                     paused = time.monotonic()
-                    with self._saved_if_lost():
+                    with self._saved_if_lost(self._tasks_of_validation(), "in the validation "):
                         self._validate(last=last)
                     window_start += time.monotonic() - paused
                 stopping = stopping or self._interrupted()
@@ -385,15 +389,61 @@ class Trainer:
         return f"{run.folder.name}, " if len(self.runs) > 1 else ""
 
     @contextmanager
-    def _saved_if_lost(self) -> Iterator[None]:
-        """Where another process is lost within it, saves the last iteration: the state is whole, and what is
-        due after the iteration is done where the run goes on."""
+    def _saved_if_lost(self, at_once: int, where: str = "") -> Iterator[None]:
+        """Where another process is lost within it, or there is no memory for so many tasks at once, saves the
+        last iteration: the state is whole, and what is due after it is done where the run goes on."""
         try:
             yield
         except LostError:
             if not self.sharded:
                 self.save(LAST)
             raise
+        except memory.ERRORS as error:
+            if not memory.ran_out(error):
+                raise
+            memory.free(error)
+            raise self._out_of_memory(at_once, where) from None
+
+    # ---- out of memory ----------------------------------------------------------------------
+
+    def _tasks_of_step(self) -> int:
+        tasks = len(self.plain_step.share)
+        return min(tasks, self.maml.tasks_at_once or tasks)
+
+    def _tasks_of_validation(self) -> int:
+        size = chunk_size(self.maml, self.runs[0].parameters, self.distribution, VALIDATION_TASKS)
+        return min(size, VALIDATION_TASKS)
+
+    def _out_of_memory(self, at_once: int, where: str) -> UsageError:
+        """Saves, and says how many tasks at once fit, and how to go on."""
+        saved = self._saved()
+        place = f"{where}at iteration {self.iteration + (not where):,}"
+        if self.world.size > 1 and self.world.first:
+            place += " in process 0"
+        fits = memory.fitting(self._take, at_once)
+        found = memory.line(place, at_once, fits)
+        run = self.runs[0]
+        command = "the same command with --resume"
+        if len(self.runs) == 1:
+            command = shlex.join(["--load", str(run.folder / LAST), *own_code_flags(run.config)])
+        option = f" --tasks-at-once {fits}" if fits else ""
+        since = f"iteration {self.iteration:,}" if saved else "its last checkpoint"
+        return UsageError(f"{found}; the run goes on from {since} with {command}{option}")
+
+    def _saved(self) -> bool:
+        """Saves, if it can."""
+        if self.sharded or not self.runs[0].writes:
+            return False
+        with suppress(Exception):  # there is an older one, and something else to be said
+            self.save(LAST)
+        return not self.unsaved
+
+    def _take(self, tasks_at_once: int) -> None:
+        """An iteration, and a part of a validation, with so many tasks at once; nothing comes of it."""
+        self.compiler.active = False
+        self.maml = self.maml.with_options(tasks_at_once=tasks_at_once)
+        self._plain_step().rehearse(self.state, self.iteration)
+        self._evaluated(self.runs[0], min(tasks_at_once, VALIDATION_TASKS), ALONE)
 
     def _validation_is_missing(self) -> bool:
         """Whether the run was left before the validation of its last iteration."""
@@ -583,21 +633,24 @@ class Trainer:
         for run in self._living():
             if self._is_validated(run):
                 continue
-            config = run.config
-            with self.maml.at_rate(config.inner_lr):
-                evaluation = evaluate(
-                    self.maml,
-                    run.parameters,
-                    self.distribution,
-                    "validation",
-                    tasks=VALIDATION_TASKS,
-                    steps=config.trained_steps,
-                    normalisations=(config.query_norm,),
-                    inner_batch=config.eval_inner_batch,
-                    world=self.world,
-                    interrupted=self._interrupted,
-                )
+            with self.maml.at_rate(run.config.inner_lr):
+                evaluation = self._evaluated(run, VALIDATION_TASKS, self.world)
                 if run.add_validation(evaluation):
                     self.save(BEST, [run])
                 if last or _is_power_of_four(number):
                     run.draw_examples(self.maml, self.distribution)
+
+    def _evaluated(self, run: Run, tasks: int, world: World) -> Evaluation:
+        config = run.config
+        return evaluate(
+            self.maml,
+            run.parameters,
+            self.distribution,
+            "validation",
+            tasks=tasks,
+            steps=config.trained_steps,
+            normalisations=(config.query_norm,),
+            inner_batch=config.eval_inner_batch,
+            world=world,
+            interrupted=self._interrupted,
+        )

@@ -20,7 +20,15 @@ from torch import Tensor, nn
 import config as settings
 import report
 from building import algorithm_of, columns_of, module_of
-from checkpoint import Checkpoint, fitting_parameters, load_checkpoint, save_weights
+from checkpoint import (
+    BEST,
+    LAST,
+    Checkpoint,
+    fitting_parameters,
+    load_checkpoint,
+    replaceable,
+    save_weights,
+)
 from config import Config
 from errors import UsageError
 from evaluation import SEED
@@ -244,6 +252,10 @@ def tasks_in(path: Path, config: Config, runtime: Runtime, *, weights_file: Path
         raise UsageError(f"--save-weights {weights_file}: there is no folder {weights_file.parent}")
     if weights_file and weights_file.is_dir():
         raise UsageError(f"--save-weights {weights_file} is a folder: name a file")
+    if weights_file and (weights_file.name in (BEST, LAST) or not replaceable(weights_file)):
+        raise UsageError(
+            f"--save-weights {weights_file}: that is a checkpoint, or a file of something else: name another"
+        )
     inputs = data_facts(config.dataset).inputs
     if not path.exists():
         raise UsageError(f"--adapt {path}: there is no such file or folder")
