@@ -14,6 +14,7 @@ from errors import UsageError
 ERRORS = (MemoryError, RuntimeError, OSError)  # among which they are; NumPy's is a MemoryError
 SIGNS = (  # in RuntimeErrors of PyTorch: CPU, CUDA (torch.OutOfMemoryError) and MPS, cuBLAS and cuDNN, C++
     "out of memory", "not enough memory", "allocate memory", "ALLOC_FAILED", "bad_alloc",
+    "Storage size calculation overflowed",
     "run_func_(",  # of compiled functions, in PyTorch 2.11: they fail at nothing else, and say no more
 )  # fmt: skip
 AT_THE_DATA = "take a smaller --image-size or fewer --channels, or --images-on host"

@@ -12,12 +12,10 @@ import os
 import shlex
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
 from types import FrameType
 
 import torch
@@ -27,7 +25,7 @@ from tqdm import tqdm
 import divergence
 import memory
 from building import own_code_flags
-from checkpoint import BEST, LAST, Checkpoint, moments_of, save_checkpoints
+from checkpoint import BEST, LAST, moments_of
 from compiler import CompilationError, Compiler
 from config import Config
 from errors import AgreedError, LostError, UsageError, reason_of
@@ -37,6 +35,7 @@ from maml import MAML
 from meta_step import TAIL, CudaGraph, FlatLayout, MetaStep, OuterLoop, State, loss_and_accuracy_of, loss_of
 from optimizers import Weights
 from run import Run
+from saving import Saver
 from schedules import meta_lr_at
 from sharding import ShardedStep, slice_of
 from tasks import TaskDistribution, tree_map
@@ -106,8 +105,7 @@ class Trainer:
         self.plain_step = self._plain_step()
         self.meta_step: MetaStep | CudaGraph = self.plain_step
         self.signal: int | None = None
-        self.unsaved: dict[Path, Checkpoint] = {}  # what is to be written, and could not be yet
-        self.failing: OSError | None = None  # why
+        self.saver = Saver(self._say)
         self.saved_at = time.monotonic()
         self.stop_asked = Late(self.state.parameters.device)
 
@@ -320,8 +318,8 @@ class Trainer:
     def _end(self) -> None:
         """Writes the results; raises UsageError in all processes where they, or the last state, cannot be."""
         problem = None
-        if self.unsaved:
-            problem = self._rescued()
+        if self.saver.unsaved:
+            problem = self.saver.rescued(self.iteration)
         else:
             try:
                 for run in self.runs if not self._validation_is_missing() else ():
@@ -332,20 +330,6 @@ class Trainer:
         problems = [each for each in self.world.gathered(problem) if each]
         if problems:
             raise AgreedError(problems[0])
-
-    def _rescued(self) -> str:
-        """Saves elsewhere what could not be saved in the run's folder; says so."""
-        assert self.failing is not None
-        file = next(reversed(self.unsaved))
-        said = f"{file} could not be saved at iteration {self.iteration:,} ({reason_of(self.failing)})"
-        try:
-            folder = Path(tempfile.mkdtemp(prefix="maml-rescued-"))
-            save_checkpoints(
-                [(folder / f"{path.parent.name}-{path.name}", c) for path, c in self.unsaved.items()]
-            )
-        except OSError:
-            return f"{said}, nor in {tempfile.gettempdir()}: the one before is whole, go on from it"
-        return f"{said}: it is in {folder}; the one before is whole, too"
 
     # ---- numbers that are not finite ----------------------------------------------------------
 
@@ -436,7 +420,7 @@ class Trainer:
             return False
         with suppress(Exception):  # there is an older one, and something else to be said
             self.save(LAST)
-        return not self.unsaved
+        return not self.saver.unsaved
 
     def _take(self, tasks_at_once: int) -> None:
         """An iteration, and a part of a validation, with so many tasks at once; nothing comes of it."""
@@ -517,7 +501,7 @@ class Trainer:
     def save(self, name: str, runs: Sequence[Run] | None = None) -> None:
         """Writes a checkpoint of these runs, or of all: of several, all files first, then their names.
 
-        What cannot be written is kept, and written with the next one.
+        What cannot be written is written with the next one.
         """
         self._show_runs()
         for run, state in zip(self.runs, self._states(), strict=True):
@@ -538,36 +522,17 @@ class Trainer:
         if not run.writes or (run.failure is None and math.isinf(state.sums[-1].item())):
             return
         layout = self.statistics_layout
-        self.unsaved[run.folder / name] = run.checkpoint(
+        content = run.checkpoint(
             [self.layout.unflatten(moment) for moment in moments],
             layout.unflatten(state.statistics) if layout else {},
             dict(zip(self.metrics, sums, strict=True)),
             self.maml,
             self.distribution,
         )
+        self.saver.add(run.folder / name, content)
 
     def _write(self) -> None:
-        """Writes what is to be written; what a checkpoint has seen is in the event files first."""
-        if not self.unsaved:
-            return
-        try:
-            for path in self.unsaved:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            for run in self.runs:
-                run.log.flush()
-            save_checkpoints(list(self.unsaved.items()))
-        except OSError as error:
-            if self.failing is None:
-                self._say(
-                    f"Not saved at iteration {self.iteration:,} ({reason_of(error)}): training goes on, and "
-                    "tries again with the next checkpoint; the last one is whole"
-                )
-            self.failing = error
-        else:
-            if self.failing is not None:
-                self._say(f"Saved again at iteration {self.iteration:,}")
-            self.failing = None
-            self.unsaved.clear()
+        self.saver.write((run.log for run in self.runs), self.iteration)
 
     # ---- what is shown ----------------------------------------------------------------------
 

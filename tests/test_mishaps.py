@@ -12,6 +12,7 @@ import torch
 from test_runs import assert_same_bits, assert_same_run, command, curves
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import saving
 import trainer
 from checkpoint import LAST, load_checkpoint
 from dataset import Regression
@@ -254,9 +255,9 @@ def test_an_event_file_that_is_cut_short_goes_on_without_a_gap(small_files, tmp_
 
 def test_the_clock_saves_too(tmp_path, monkeypatch):
     seen = []
-    write = trainer.save_checkpoints
+    write = saving.save_checkpoints
     monkeypatch.setattr(
-        trainer, "save_checkpoints", lambda each: (seen.extend(c.iteration for _, c in each), write(each))
+        saving, "save_checkpoints", lambda each: (seen.extend(c.iteration for _, c in each), write(each))
     )
     line = [*SHORT, "--save-every", 1000, "--val-every", 1000, "--save-every-minutes", 1e-9]
     assert command(*line, "--checkpoint-path", tmp_path) == 0
