@@ -6,14 +6,17 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
 
+import config
 import locks
 import main
+from beginning import fresh_folder
 from checkpoint import BEST, LAST, load_checkpoint
 from errors import UsageError
 from files import write_whole
@@ -271,6 +274,15 @@ def test_where_the_file_system_has_no_locks_everything_goes_on_as_before(tmp_pat
     with training_in(tmp_path / "run"), training_in(tmp_path / "run"):
         write_whole(tmp_path / "file", lambda file: file.write(b"whole"))
     assert (tmp_path / "file").read_bytes() == b"whole"
+
+
+def test_a_fresh_folder_is_locked_from_its_birth(tmp_path):
+    with ExitStack() as locked:
+        folder = fresh_folder(tmp_path, config.resolve({}), locked)
+        with pytest.raises(UsageError, match="is being trained in by process"), training_in(folder):
+            pass
+    with training_in(folder):
+        pass
 
 
 def test_a_refused_beginning_leaves_nothing_behind(tmp_path, capsys):
