@@ -6,7 +6,6 @@ differ in anything else follow each other. Several processes share the runs out.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -36,6 +35,7 @@ from checkpoint import BEST, LAST, check_same_split, load_checkpoint
 from compiler import Compiler
 from config import CONFIG_FLAGS, Config, Invocation
 from errors import UsageError
+from files import read_json
 from learner import LEARNERS
 from losses import LOSSES, loss_name
 from maml import MAML
@@ -322,7 +322,7 @@ class Found(Listed):
 def listed_in(folder: Path) -> list[Listed]:
     """The runs that the folder's list has; raises UsageError where it is damaged."""
     try:
-        plain = json.loads((folder / LIST).read_text())["runs"]
+        plain = read_json(folder / LIST)["runs"]
         runs = [Listed(run["name"], run["setting"], run["seed"]) for run in plain]
         valid = all(
             isinstance(run.name, str)
