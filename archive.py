@@ -24,7 +24,9 @@ from torch import Tensor
 
 from files import opened
 
-MOST_DIRECTORY = 2**22  # bytes of the archive's table of contents, which `zipfile` reads at once: 60,000 parts
+MOST_DIRECTORY = (
+    2**22
+)  # bytes of the archive's table of contents, which `zipfile` reads at once: 60,000 parts
 MOST_PICKLE = 2**26  # bytes; a million points of four curves are half of it
 MOST_STEPS = 10**7  # instructions
 MOST_CONTAINERS = 10**6
@@ -268,7 +270,11 @@ class _Program:
 
     def set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
-        if type(target) is not dict or len(items) % 2 or any(type(key) not in (str, int) for key in items[::2]):
+        if (
+            type(target) is not dict
+            or len(items) % 2
+            or any(type(key) not in (str, int) for key in items[::2])
+        ):
             _damaged()
         target.update(zip(items[::2], items[1::2], strict=True))
 
@@ -319,9 +325,7 @@ class _Program:
         else:
             _damaged()
 
-    def tensor(
-        self, storage: Any, offset: Any, size: Any, stride: Any, learned: Any, hooks: Any
-    ) -> Tensor:
+    def tensor(self, storage: Any, offset: Any, size: Any, stride: Any, learned: Any, hooks: Any) -> Tensor:
         """A dense tensor that lies within the storage."""
         if (
             type(storage) is not _Storage
@@ -337,7 +341,11 @@ class _Program:
             _damaged()
         numbers = storage.numbers
         count = math.prod(size)
-        end = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1 if count else offset
+        end = (
+            offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1
+            if count
+            else offset
+        )
         self.bytes_left -= count * numbers.dtype.itemsize
         if end > len(numbers) or self.bytes_left < 0 or math.prod(n or 1 for n in size) >= 2**62:
             _damaged()

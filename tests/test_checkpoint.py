@@ -95,7 +95,10 @@ def test_a_truncated_checkpoint_is_refused(tmp_path, keep):
         ({"iteration": True}, "is damaged"),
         ({"iteration": 2**53 + 1}, "is damaged"),
         ({"parameters": {"0.weight": torch.eye(2).to_sparse()}}, "would call torch._utils._rebuild_sparse"),
-        ({"parameters": {"0.weight": torch.zeros(3, 2, device="meta")}}, "would call torch._utils._rebuild_m"),
+        (
+            {"parameters": {"0.weight": torch.zeros(3, 2, device="meta")}},
+            "would call torch._utils._rebuild_m",
+        ),
         ({"parameters": {"0.weight": torch.zeros(3, 2, dtype=torch.complex64)}}, "would call torch.Complex"),
         ({"parameters": {"0.weight": torch.zeros(3, 2, dtype=torch.int64)}}, "is damaged"),
         ({"optimizer": None}, "is damaged"),
