@@ -118,7 +118,7 @@ class _Archive:
     def read(self, name: str) -> Tensor:
         """The bytes of a part, as a vector of them."""
         found = torch.empty(self.size_of(name), dtype=torch.uint8)
-        left = memoryview(found.numpy())
+        left = memoryview(found.numpy())  # type: ignore[arg-type]
         try:
             with self.zip.open(self.parts[name]) as part:
                 while read := part.read(CHUNK):  # the last one compares the checksum

@@ -174,8 +174,7 @@ def train(call: Invocation, given: Mapping[str, Any], world: World) -> int:
             tasks = read_first(config, call, runtime)
         with world.together():
             compiler = Compiler(runtime.device)
-            fixed = at.weights.fixed if at.weights else None
-            distribution, maml = build(config, call, runtime, compiler, fixed=fixed, distribution=tasks)
+            distribution, maml = build(config, call, runtime, compiler, saved=at.weights, distribution=tasks)
             if at.start is not None and at.start_file is not None:
                 check_same_split(at.start_file, at.start.splits, distribution.split_names)
             check_splits(distribution, config)

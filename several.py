@@ -217,7 +217,7 @@ def _ready(
         config = fitted(at.config, member.given, runtime, new=at.start is None, silent=bool(found))
         distribution, maml = build(
             config, call, runtime, Compiler(runtime.device),
-            fixed=at.weights.fixed if at.weights else None, distribution=distributions.get(data_of(config)),
+            saved=at.weights, distribution=distributions.get(data_of(config)),
         )  # fmt: skip
         distributions[data_of(config)] = distribution
         if at.start is not None and at.start_file is not None:

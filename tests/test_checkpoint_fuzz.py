@@ -256,8 +256,8 @@ def test_mutated_archives(file, data):
 
 
 TENSORS = [
-    torch.zeros(3), torch.zeros(()), torch.zeros(0), torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.float64),
-    torch.zeros(3, dtype=torch.int64), torch.zeros(1).expand(3, 2), torch.full((3, 2), torch.nan),
+    torch.zeros(3), torch.zeros(()), torch.zeros(0), torch.zeros(3, 2),
+    torch.zeros(3, 2, dtype=torch.float64), torch.zeros(3, dtype=torch.int64), torch.zeros(1).expand(3, 2), torch.full((3, 2), torch.nan),
     torch.zeros(2, 3).T, torch.zeros(3, dtype=torch.complex64), torch.eye(2).to_sparse(),
     torch.zeros(3, dtype=torch.bool), torch.zeros(3, device="meta"), torch.nn.Parameter(torch.zeros(3)),
 ]  # fmt: skip
