@@ -39,7 +39,8 @@ from tasks import TaskBatch, TaskDistribution, Tree, arguments_of, first_tensor,
 from world import ALONE, World
 
 # Numbers by which a learner may exceed four times what a checkpoint has, and what the least tensor counts as
-FREE_SIZE, LEAST_SIZE = 2**24, 1000
+FREE_SIZE, LEAST_SIZE = 2**24, 10_000
+LEAST_NUMBERS = 100  # of an example, in the layers of a learner
 
 
 def prepare(config: Config, call: Invocation, world: World = ALONE) -> Runtime:
@@ -55,12 +56,13 @@ def check_memory(config: Config, *, testing: bool) -> None:
     """Raises UsageError where the least that there has to be in memory is larger than this machine's: a file
     may say any size."""
     pixels = config.channels * config.image_size**2 if config.channels and config.image_size else 1
+    numbers = max(pixels, LEAST_NUMBERS)
     shots = config.shots if testing else max(config.shots, config.training_shots)
     examples = (config.ways or 1) * (shots + config.queries)
     tasks = 1 if testing else min(config.tasks_at_once or config.meta_batch_size, config.meta_batch_size)
     results = config.eval_tasks * (config.eval_steps + 1)
     least = {
-        f"{tasks:,} tasks of {examples:,} examples": tasks * examples * pixels * 4,
+        f"{tasks:,} tasks of {examples:,} examples": tasks * examples * numbers * 4,
         f"the results of {config.eval_tasks:,} test tasks after {config.eval_steps:,} steps": results * 8,
         f"{config.steps:,} inner steps": config.steps * 1000,  # what they leave behind
     }

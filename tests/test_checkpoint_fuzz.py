@@ -10,18 +10,15 @@ import io
 import os
 import pickle
 import pickletools
-import resource
-import signal
 import struct
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import at_most
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -111,26 +108,6 @@ def archive(parts: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> b
         for name, part in parts.items():
             zipped.writestr(name, part)
     return buffer.getvalue()
-
-
-@contextmanager
-def at_most(seconds: int, megabytes: int) -> Iterator[None]:
-    """Within it, neither more time nor more memory: an error that no law allows."""
-
-    def late(number: int, frame: object) -> None:
-        raise TimeoutError
-
-    before, most = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + megabytes * 2**20, most))
-    handler = signal.signal(signal.SIGPROF, late)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, handler)
-        resource.setrlimit(resource.RLIMIT_AS, (before, most))
 
 
 @pytest.fixture(scope="module")
@@ -256,8 +233,8 @@ def test_mutated_archives(file, data):
 
 
 TENSORS = [
-    torch.zeros(3), torch.zeros(()), torch.zeros(0), torch.zeros(3, 2),
-    torch.zeros(3, 2, dtype=torch.float64), torch.zeros(3, dtype=torch.int64), torch.zeros(1).expand(3, 2), torch.full((3, 2), torch.nan),
+    *(torch.zeros(shape) for shape in ((3,), (), (0,), (3, 2))), torch.zeros(3, 2, dtype=torch.float64),
+    torch.zeros(3, dtype=torch.int64), torch.zeros(1).expand(3, 2), torch.full((3, 2), torch.nan),
     torch.zeros(2, 3).T, torch.zeros(3, dtype=torch.complex64), torch.eye(2).to_sparse(),
     torch.zeros(3, dtype=torch.bool), torch.zeros(3, device="meta"), torch.nn.Parameter(torch.zeros(3)),
 ]  # fmt: skip
