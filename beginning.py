@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -14,6 +13,7 @@ import config as settings
 from checkpoint import BEST, LAST, Checkpoint, fitting_parameters, load_checkpoint
 from config import Config, Invocation
 from errors import UsageError
+from files import read_json, why_no_file
 from inner_loop import RATE
 from locks import LOCK, training_in
 from maml import MAML
@@ -49,9 +49,10 @@ class Beginning:
 def has_results(folder: Path, iteration: int) -> bool:
     """Whether a run has written its results at this iteration; it also does where it is stopped before."""
     try:
-        return json.loads((folder / "training.json").read_text())["iteration"] == iteration
-    except (OSError, ValueError, KeyError, TypeError):  # none, or no such file of a run's
+        found = read_json(folder / "training.json")["iteration"]
+    except (OSError, UsageError, ValueError, KeyError, TypeError):  # none, or no such file of a run's
         return False
+    return type(found) is int and found == iteration
 
 
 def beginning(call: Invocation, given: Mapping[str, Any]) -> Beginning:
@@ -96,8 +97,10 @@ def folder_named(call: Invocation) -> Path | None:
 def where_to_train(call: Invocation, given: Mapping[str, Any]) -> tuple[Path | None, Path | None]:
     """The checkpoint to go on from, if any, and the run's folder (None: a fresh one)."""
     if call.load is not None:
-        if not call.load.is_file():
-            hint = f": name {call.load / LAST}" if call.load.is_dir() else ""
+        hint = why_no_file(call.load)
+        if hint is not None:
+            if call.load.is_dir():
+                hint = f": name {call.load / LAST}"
             if (call.load / LIST).is_file():
                 hint = ", but many runs: name the checkpoint of one of them, or go on with all by --resume"
             raise UsageError(f"{call.load}: there is no such checkpoint{hint}")

@@ -7,13 +7,14 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils import _pytree as pytree
 
 import config as settings
@@ -33,18 +34,43 @@ from optimizers import InnerOptimizer, Weights
 from own_code import arguments_from
 from presets import is_own_code
 from randomness import keys_of, task_stream
-from runtime import Runtime, device_of, set_up
+from runtime import Runtime, device_of, memory_of_machine, set_up
 from tables import Columns
 from tasks import TaskBatch, TaskDistribution, Tree, arguments_of, first_tensor, tree_map
 from world import ALONE, World
 
+# Numbers by which a learner may exceed four times what a checkpoint has, and what the least tensor counts as
+FREE_SIZE, LEAST_SIZE = 2**24, 10_000
+LEAST_NUMBERS = 100  # of an example, in the layers of a learner
+
 
 def prepare(config: Config, call: Invocation, world: World = ALONE) -> Runtime:
     """The device, or a refusal."""
+    check_memory(config, testing=call.eval or call.adapt is not None)
     return set_up(
         device_of(call.device, world), config.precision, small_tensors=config.learner == "mlp",
         threads=call.threads, world=world,
     )  # fmt: skip
+
+
+def check_memory(config: Config, *, testing: bool) -> None:
+    """Raises UsageError where the least that there has to be in memory is larger than this machine's: a file
+    may say any size."""
+    pixels = config.channels * config.image_size**2 if config.channels and config.image_size else 1
+    numbers = max(pixels, LEAST_NUMBERS)
+    shots = config.shots if testing else max(config.shots, config.training_shots)
+    examples = (config.ways or 1) * (shots + config.queries)
+    tasks = 1 if testing else min(config.tasks_at_once or config.meta_batch_size, config.meta_batch_size)
+    results = config.eval_tasks * (config.eval_steps + 1)
+    least = {
+        f"{tasks:,} tasks of {examples:,} examples": tasks * examples * numbers * 4,
+        f"the results of {config.eval_tasks:,} test tasks after {config.eval_steps:,} steps": results * 8,
+        f"{config.steps:,} inner steps": config.steps * 1000,  # what they leave behind
+    }
+    memory = memory_of_machine()
+    for what, size in least.items():
+        if size > memory:
+            raise UsageError(f"{what} do not fit the memory of this machine, {memory / 1e9:,.0f} GB")
 
 
 def build(
@@ -53,13 +79,14 @@ def build(
     runtime: Runtime,
     accelerate: Compiler | None = None,
     *,
-    fixed: Weights | None = None,
+    saved: Checkpoint | None = None,
     distribution: TaskDistribution | None = None,
 ) -> tuple[TaskDistribution, MAML]:
     """Tasks and algorithm for these settings; the learner in it has its initial weights.
 
-    `fixed`: what of a learner is not learned, as a checkpoint has it (see `MAML.fixed`). `distribution`: the
-    tasks, where another run has built the same.
+    `saved`: the checkpoint whose weights are to be put in: what is built is as large, and what of it is not
+    learned (see `MAML.fixed`) is the checkpoint's. `distribution`: the tasks, where another run has built the
+    same.
     """
     check_learner(config.learner)  # before there is work with the data
     build_loss(config.loss, config.loss_args)
@@ -67,7 +94,7 @@ def build(
     example = distribution.sample("test" if call.eval_dataset else "train", 0, 0, range(1))
     outputs = config.ways if config.classification else first_tensor(example.support_y).shape[-1]
     one_task = tree_map(lambda part: part[0], example.support_x)
-    learner = module_of(config, runtime, outputs or 1, one_task, fixed=fixed)
+    learner = module_of(config, runtime, outputs or 1, one_task, saved=saved)
     return distribution, algorithm_of(config, runtime, learner, one_task, accelerate)
 
 
@@ -152,23 +179,26 @@ def columns_of(config: Config) -> Columns:
 
 
 def module_of(
-    config: Config, runtime: Runtime, outputs: int, example: Tree, *, fixed: Weights | None = None
+    config: Config, runtime: Runtime, outputs: int, example: Tree, *, saved: Checkpoint | None = None
 ) -> nn.Module:
-    """The learner with its initial weights, and that many outputs; `example` is one task's inputs."""
+    """The learner with its initial weights, and that many outputs; `example` is one task's inputs. Of a
+    checkpoint, nothing is fetched for it, and nothing built that is much larger than what is `saved`."""
     arguments = arguments_from(config.learner_args)
-    if fixed and config.learner.startswith("torchvision:"):
-        arguments.pop("weights", None)  # the checkpoint has all of them
-    learner = build_learner(
-        config.learner,
-        outputs,
-        inputs=tree_map(lambda part: tuple(part.shape[1:]), example),
-        arguments=arguments,
-        init=config.init,
-        context=config.context_size if config.fast_weights == "context" else 0,
-        seed=config.seed,
-    )
-    if fixed:
-        restore_fixed(learner, fixed, config.learner)
+    if saved and config.learner.startswith("torchvision:"):
+        for name in ("weights", "pretrained"):  # the checkpoint has all of them
+            arguments.pop(name, None)
+    with as_large_as(saved, config) if saved and not is_own_code(config.learner) else nullcontext():
+        learner = build_learner(
+            config.learner,
+            outputs,
+            inputs=tree_map(lambda part: tuple(part.shape[1:]), example),
+            arguments=arguments,
+            init=config.init,
+            context=config.context_size if config.fast_weights == "context" else 0,
+            seed=config.seed,
+        )
+    if saved and saved.fixed:
+        restore_fixed(learner, saved.fixed, config.learner)
     learner = learner.to(runtime.device, runtime.dtype)
     check_outputs(learner, example, outputs, config)
     return learner
@@ -220,6 +250,33 @@ def algorithm_of(
 
 
 # ---- learners that are not ours -------------------------------------------------------------
+
+
+@contextmanager
+def as_large_as(saved: Checkpoint, config: Config) -> Iterator[None]:
+    """Within it, building a learner ends with UsageError where it becomes much larger than what is saved,
+    before its memory is touched: a checkpoint may say that it is for any learner.
+
+    Heads that are computed, and inner rates, are in one of the two alone.
+    """
+
+    def size(tensor: Tensor | None) -> int:
+        return 0 if tensor is None else max(tensor.numel(), LEAST_SIZE)
+
+    left = FREE_SIZE + 4 * sum(map(size, (*saved.parameters.values(), *saved.fixed.values())))
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal left
+        left -= size(parameter)
+        if left < 0:
+            words = " ".join((config.learner, *config.learner_args))[:100]
+            raise UsageError(f"the checkpoint does not fit the learner {words}: that is far larger")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def restore_fixed(learner: nn.Module, fixed: Weights, name: str) -> None:

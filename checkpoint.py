@@ -1,16 +1,17 @@
 """What is saved, atomically, and how it is loaded, safely.
 
-A checkpoint is a dictionary of tensors and plain values. It is read with `weights_only=True`, which
-refuses anything that would run code, and it says by itself which learner, dataset and algorithm it is
-for. Nothing else in the project reads or writes one.
+A checkpoint is a dictionary of tensors and plain values, with a digest of all of them. `torch.save` writes
+it, and `torch.load` can read it; here it is read as data alone (see archive.py), checked part by part, and
+refused in one line unless it is whole. It says by itself which learner, dataset and algorithm it is for.
+Nothing else in the project reads or writes one.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import pickle
-import warnings
-from collections.abc import Iterable, Sequence
+import hashlib
+import struct
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -20,14 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from archive import NotPlainError, read_archive
 from config import Config, config_from_plain, config_to_plain
 from errors import UsageError
 from files import write_all_whole, write_whole
 
 FORMAT = "maml checkpoint"
-VERSION = 1
+VERSION = 2  # 1 had no digest; tests/checkpoints/README.md says what to do where this grows
 LAST = "last.pt"
 BEST = "best.pt"
+MOST_ITERATIONS = 2**53  # float64 counts as far
 
 
 Curve = dict[str, list[float]]  # "iteration" and metrics, by name
@@ -73,7 +76,7 @@ def save_checkpoints(checkpoints: Sequence[tuple[Path, Checkpoint]]) -> None:
 
 
 def _plain_content(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {
+    content = {
         "format": FORMAT,
         "version": VERSION,
         "config": config_to_plain(checkpoint.config),
@@ -86,6 +89,35 @@ def _plain_content(checkpoint: Checkpoint) -> dict[str, Any]:
         "splits": checkpoint.splits,
         "computed_by": checkpoint.computed_by,
     }
+    return content | {"digest": digest_of(content)}
+
+
+def digest_of(content: Any) -> str:
+    """SHA-256 of a tree of plain values and tensors: of every name, type, shape, bit and their order."""
+    found = hashlib.sha256()
+    for part in _canonical(content):
+        found.update(part)
+    return found.hexdigest()
+
+
+def _canonical(value: Any) -> Iterator[Any]:
+    """Bytes that no other tree has."""
+    if isinstance(value, Tensor):
+        yield f"{value.dtype}{list(value.shape)}".encode()
+        yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    elif isinstance(value, float):
+        yield b"float" + struct.pack(">d", value)
+    elif isinstance(value, str):
+        text = value.encode("utf-8", "surrogatepass")
+        yield b"text%d:" % len(text) + text
+    elif isinstance(value, dict | list | tuple):
+        yield f"{type(value).__name__}{len(value)}:".encode()
+        for item in value:
+            yield from _canonical(item)
+            if isinstance(value, dict):
+                yield from _canonical(value[item])
+    else:
+        yield f"{value!r};".encode()  # None, a truth value, or a whole number
 
 
 def save_weights(path: Path, module: nn.Module) -> None:
@@ -106,26 +138,22 @@ def replaceable(path: Path) -> bool:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Reads a checkpoint onto the CPU; raises UsageError for what is none, or is damaged."""
-    if not path.is_file():
-        raise UsageError(f"{path}: there is no such checkpoint")
+    """Reads a checkpoint onto the CPU; raises UsageError, in one line, for what is none, or is damaged."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of formats that are refused below
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UsageError(f"{path} is not a checkpoint of this tool: it was not loaded") from error
-    except Exception as error:  # the unpickler may meet any bytes, and stumble in any way
-        raise UsageError(f"{path} is damaged or not a checkpoint: it cannot be read") from error
+        content = read_archive(path)
+    except NotPlainError as error:
+        raise UsageError(f"{path} {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UsageError(f"{path} is not a checkpoint of this tool")
     version = content.get("version")
-    if type(version) is not int or version != VERSION:
-        raise UsageError(f"{path} has format version {version!r:.20}; this tool reads version {VERSION}")
+    if type(version) is not int or not 1 <= version <= VERSION:
+        update = ": update the tool" if type(version) is int and version > VERSION else ""
+        said = version if type(version) is int else f"of type {type(version).__name__}"
+        raise UsageError(f"{path} has format version {said}; this tool reads up to {VERSION}{update}")
     try:
         config = config_from_plain(content.get("config"))
     except UsageError as error:
-        raise UsageError(f"{path} cannot be used: {error}") from error
+        raise UsageError(" ".join(f"{path} cannot be used: {error}".split())) from error
     checkpoint = Checkpoint(
         config,
         content.get("iteration", -1),
@@ -139,14 +167,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
     )
     if not _well_formed(checkpoint):
         raise UsageError(f"{path} is damaged: parts of it are missing or of the wrong kind")
+    if version > 1 and content.pop("digest", None) != digest_of(content):
+        raise UsageError(f"{path} is damaged: its checksum does not match; take another copy of it")
     return checkpoint
 
 
 def _well_formed(checkpoint: Checkpoint) -> bool:
     parameters = checkpoint.parameters
     return (
-        type(checkpoint.iteration) is int
-        and checkpoint.iteration >= 0
+        _count(checkpoint.iteration)
         and _named_tensors(parameters)
         and _named_tensors(checkpoint.statistics)
         and _named_tensors(checkpoint.fixed, of_numbers=False)
@@ -155,6 +184,10 @@ def _well_formed(checkpoint: Checkpoint) -> bool:
         and _adam_state_fits(checkpoint.optimizer, parameters)
         and _progress_fits(checkpoint.progress)
     )
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MOST_ITERATIONS
 
 
 def _names_by_split(value: Any) -> bool:
@@ -252,7 +285,7 @@ def _progress_fits(progress: Any) -> bool:
             and all(isinstance(name, str) and numbers(points) for name, points in values.items())
             and len({len(points) for points in values.values()}) <= 1
             and (not values or {"iteration", "query_loss"} <= values.keys())
-            and all(type(iteration) is int for iteration in values.get("iteration", []))
+            and all(map(_count, values.get("iteration", [])))
             and all(a < b for a, b in pairwise(values.get("iteration", [])))
         )
 
@@ -260,11 +293,11 @@ def _progress_fits(progress: Any) -> bool:
         isinstance(progress, dict)
         and progress.keys() == {field.name for field in dataclasses.fields(Progress)}
         and type(progress["best_score"]) in (float, type(None))
-        and type(progress["best_iteration"]) in (int, type(None))
+        and (progress["best_iteration"] is None or _count(progress["best_iteration"]))
         and isinstance(progress["window"], dict)
+        and all(isinstance(name, str) for name in progress["window"])
         and numbers(list(progress["window"].values()))
-        and type(progress["window_size"]) is int
-        and progress["window_size"] >= 0
+        and _count(progress["window_size"])
         and type(progress["origin"]) in (str, type(None))
         and curve(progress["training"])
         and curve(progress["validation"])

@@ -1340,8 +1340,14 @@ def config_from_plain(values: Any) -> Config:
         if "image_size" not in values and values.get("dataset") == "omniglot":
             values = {**values, "image_size": 28, "channels": 1, "invert": True}
         values = older | values
-    if not isinstance(values, dict) or values.keys() != CONFIG_FLAGS.keys():
-        raise UsageError("its settings are not those of this version")
+    if not isinstance(values, dict):
+        raise UsageError("its settings are missing")
+    different = sorted(map(str, values.keys() ^ CONFIG_FLAGS.keys()))
+    if different:
+        newer = "" if values.keys() <= CONFIG_FLAGS.keys() else "; a newer one may know them"
+        raise UsageError(
+            f"its settings are not those of this version: {', '.join(different)!r:.60} differ{newer}"
+        )
     for name, declaration in CONFIG_FLAGS.items():
         problem = declaration.problem(values[name])
         if declaration.default is BY_RULE and values[name] == "auto":

@@ -1,16 +1,63 @@
-"""Files that are written whole or not at all, whatever happens meanwhile."""
+"""Files that are written whole or not at all, whatever happens meanwhile; and read only where they end."""
 
 from __future__ import annotations
 
+import json
 import os
+import stat
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from errors import UsageError
 from locks import writing_to
 
 Writer = Callable[[IO[bytes]], Any]
+
+MOST_JSON = 2**26  # bytes of what is read back
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def why_no_file(path: Path) -> str | None:
+    """In brackets, why there is no file to be read, if there is more to say than that; None: there is one."""
+    try:
+        kind = stat.S_IFMT(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except OSError as error:
+        return f" ({error.strerror})"
+    return None if kind == stat.S_IFREG else f" (it is {KINDS.get(kind, 'no file')})"
+
+
+def opened(path: Path, what: str) -> IO[bytes]:
+    """A file, to be read. Raises UsageError for anything else, like a pipe or a device: it may never end."""
+    why = why_no_file(path)
+    if why is not None:
+        raise UsageError(f"{path}: there is no such {what}{why}")
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def read_json(path: Path) -> Any:
+    """What one of this tool's own files says. Raises ValueError where it is damaged, UsageError where there
+    is none."""
+    with opened(path, "file") as file:
+        text = file.read(MOST_JSON + 1)
+    if len(text) > MOST_JSON:
+        raise ValueError(f"{path} is longer than any of this tool's")
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested deeper than any of this tool's") from error
 
 
 def write_whole(path: Path, write: Writer) -> None:

@@ -189,8 +189,7 @@ def train_locked(call: Invocation, given: Mapping[str, Any], world: World, locke
             tasks = read_first(config, call, runtime)
         with world.together(), memory.said("before the first iteration", memory.AT_THE_START):
             compiler = Compiler(runtime.device)
-            fixed = at.weights.fixed if at.weights else None
-            distribution, maml = build(config, call, runtime, compiler, fixed=fixed, distribution=tasks)
+            distribution, maml = build(config, call, runtime, compiler, saved=at.weights, distribution=tasks)
             if at.start is not None and at.start_file is not None:
                 check_same_split(at.start_file, at.start.splits, distribution.split_names)
             check_splits(distribution, config)

@@ -98,9 +98,7 @@ class Subject:
         config, source = self.config, self.source
         known = {} if known is None else known
         data = data_of(config)
-        distribution, maml = build(
-            config, call, runtime, fixed=source.fixed if source else None, distribution=known.get(data)
-        )
+        distribution, maml = build(config, call, runtime, saved=source, distribution=known.get(data))
         known[data] = distribution
         parameters, statistics = maml.initial_parameters(config.seed), maml.initial_statistics()
         if source is not None and self.file is not None:

@@ -185,7 +185,7 @@ class Run:
             adam_state(self.iteration, *map(_owned, moments)),
             asdict(self.progress),
             _owned(statistics),
-            {name: t.cpu() for name, t in maml.fixed.items()},
+            {name: t.cpu().contiguous() for name, t in maml.fixed.items()},
             distribution.split_names,
             self.computed_by,
         )

@@ -49,6 +49,14 @@ class Runtime:
         return f"{name}, {of_each}{threads} thread{'s' * (threads > 1)}"
 
 
+def memory_of_machine() -> float:
+    """In bytes; infinite where the system does not say."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):  # Windows
+        return float("inf")
+
+
 def device_of(name: str, world: World) -> torch.device:
     """The device of a name from --device ("auto": CUDA where there is any, else the CPU), of several GPUs
     this process's own.

@@ -6,7 +6,6 @@ differ in anything else follow each other. Several processes share the runs out.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
@@ -37,6 +36,7 @@ from checkpoint import BEST, LAST, check_same_split, load_checkpoint
 from compiler import Compiler
 from config import CONFIG_FLAGS, Config, Invocation
 from errors import UsageError
+from files import read_json
 from learner import LEARNERS
 from locks import training_in
 from losses import LOSSES, loss_name
@@ -230,7 +230,7 @@ def _ready(
         config = fitted(at.config, member.given, runtime, new=at.start is None, silent=bool(found))
         distribution, maml = build(
             config, call, runtime, Compiler(runtime.device),
-            fixed=at.weights.fixed if at.weights else None, distribution=distributions.get(data_of(config)),
+            saved=at.weights, distribution=distributions.get(data_of(config)),
         )  # fmt: skip
         distributions[data_of(config)] = distribution
         if at.start is not None and at.start_file is not None:
@@ -337,7 +337,7 @@ class Found(Listed):
 def listed_in(folder: Path) -> list[Listed]:
     """The runs that the folder's list has; raises UsageError where it is damaged."""
     try:
-        plain = json.loads((folder / LIST).read_text())["runs"]
+        plain = read_json(folder / LIST)["runs"]
         runs = [Listed(run["name"], run["setting"], run["seed"]) for run in plain]
         valid = all(
             isinstance(run.name, str)

@@ -165,7 +165,7 @@ def load(
     config = replace(config, convolution="grouped", tasks_at_once=None)
     runtime = set_up(device_of(device, ALONE), config.precision, small_tensors=False)
     example = tree_map(lambda part: part.to(runtime.device), example)
-    module = module_of(config, runtime, outputs or config.ways or 1, example, fixed=source.fixed)
+    module = module_of(config, runtime, outputs or config.ways or 1, example, saved=source)
     maml = algorithm_of(config, runtime, module, example)
     wanted = maml.initial_parameters()
     return maml, fitting_parameters(path, source.parameters, wanted, config.learner)
@@ -198,7 +198,7 @@ def adapt_to_files(
         outputs = len(task.classes) or task.support_y.shape[-1]
         if task.classes:
             config = replace(config, ways=len(task.classes))
-        learner = module_of(config, runtime, outputs, task.support_x, fixed=source.fixed)
+        learner = module_of(config, runtime, outputs, task.support_x, saved=source)
         maml = algorithm_of(config, runtime, learner, task.support_x)
         parameters = fitting_parameters(load, source.parameters, maml.initial_parameters(), config.learner)
         statistics = fitting_parameters(load, source.statistics, maml.initial_statistics(), config.learner)

@@ -1,8 +1,12 @@
 """Shared by all tests: the project's modules on the path, and where real data is, if anywhere."""
 
 import os
+import resource
+import signal
 import sys
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +44,26 @@ def _threads_as_before():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@contextmanager
+def at_most(seconds: int, megabytes: int) -> Iterator[None]:
+    """Within it, more CPU time is an error, and more memory than there is now and that is not had."""
+
+    def late(number: int, frame: object) -> None:
+        raise TimeoutError
+
+    before, most = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + megabytes * 2**20, most))
+    handler = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, handler)
+        resource.setrlimit(resource.RLIMIT_AS, (before, most))
 
 
 def write_part(folder: Path, part: str, alphabets: int, *, archive: bool) -> None:
