@@ -1,4 +1,4 @@
-"""The one exception that is shown to the user as a single line, with exit code 2."""
+"""The one exception that is shown to the user as a single line, with exit code 2, and how it is shown."""
 
 
 class UsageError(Exception):
@@ -13,3 +13,13 @@ class AgreedError(UsageError):
 
 class LostError(Exception):
     """Another process of the job has ended, or has not answered in time."""
+
+
+def printable(text: str) -> str:
+    """A text from elsewhere, such as a file's name, with escapes for what a terminal would obey or cannot show."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, of one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import config as settings
 from config import Config, Invocation
-from errors import AgreedError, LostError, UsageError
+from errors import AgreedError, LostError, UsageError, one_line, printable
 from members import Member, members_of
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
     try:
         return command(arguments)
     except (UsageError, OSError) as error:
-        text = " ".join(str(error).split()) if isinstance(error, UsageError) else str(error)
+        text = printable(one_line(error))
         if FIRST_PROCESS:
             print(f"main.py: error: {text}", file=sys.stderr)
         elif isinstance(error, AgreedError):
