@@ -16,7 +16,7 @@ class LostError(Exception):
 
 
 def printable(text: str) -> str:
-    """A text from elsewhere, such as a file's name, with escapes for what a terminal would obey or cannot show."""
+    """A text from elsewhere, such as a file's name, with escapes for what a terminal would obey."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

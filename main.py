@@ -16,6 +16,7 @@ Every flag is declared in config.py and shown by --help.
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import sys
@@ -46,6 +47,7 @@ FIRST_PROCESS = os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.en
 FIRST_ON_MACHINE = os.environ.get("LOCAL_RANK", "0") == "0" or "MASTER_ADDR" not in os.environ
 BEFORE_MEETING = 30.0  # seconds by which the first process may be the later one
 PREPARING, A_YEAR = 120.0, 60.0 * 24 * 365  # in minutes
+LONGEST_MESSAGE = 2000  # characters: some quote what is in a file
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory")  # of RuntimeErrors of PyTorch
 
 
@@ -57,7 +59,7 @@ def main(arguments: list[str]) -> int:
     try:
         return command(arguments)
     except (UsageError, OSError) as error:
-        text = printable(one_line(error))
+        text = printable(one_line(error))[:LONGEST_MESSAGE]
         if FIRST_PROCESS:
             print(f"main.py: error: {text}", file=sys.stderr)
         elif isinstance(error, AgreedError):
@@ -448,4 +450,6 @@ def end(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be in no encoding
     end(main(sys.argv[1:]))
