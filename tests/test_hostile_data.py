@@ -463,7 +463,7 @@ NASTY = "a\n\x1b]0;owned\x07\x1b[2J\u202egnp\x9b31m"
 
 
 def test_no_name_reaches_the_terminal_as_anything_but_text(tmp_path, capsys):
-    write_classes(tmp_path)
+    write_classes(tmp_path, 12)
     for name in (NASTY, os.fsdecode(b"\xff\xfe")):
         bad = tmp_path / "c01" / f"{name}.png"
         bad.write_bytes(b"no image")
@@ -926,12 +926,13 @@ def test_the_libraries_that_were_not_used_for_longest_go_first(private, monkeypa
 
 
 def test_predictions_of_files_with_strange_names_are_text_and_no_formula(tmp_path, capsys, monkeypatch):
-    write_classes(tmp_path / "data", 6, 4)
+    write_classes(tmp_path / "data", 12, 2)
     (tmp_path / "data" / "c00").rename(tmp_path / "data" / NASTY)
     line = ["--dataset", f"images:{tmp_path / 'data'}", "-n", "2", "-k", "1", "-q", "1", "--image-size", "8",
             "--channels", "1", "--iterations", "1", "--compile", "off", "--device", "cpu",
             "--head-init", "zero", "--checkpoint-path", str(tmp_path), "--run-name", "run",
-            "--learner", "mlp", "--test-steps", "1"]  # fmt: skip
+            "--learner", "fc", "-s", "1", "--first-order"]  # fmt: skip
+    monkeypatch.setattr("trainer.VALIDATION_TASKS", 2)
     assert main.main(line) == 0
     task = tmp_path / "task"
     classes = {"=1+1": "'=1+1", "$\\frac$": "$\\frac$", NASTY: None}
