@@ -348,11 +348,7 @@ def _read_csv(path: Path) -> Any:
     import pyarrow as pa
     from pyarrow import csv as arrow_csv
 
-    size = 0
-    with pa.input_stream(str(path)) as file:  # unpacked, which may be a thousand times the file
-        while piece := file.read(1 << 20):
-            size += len(piece)
-            _check_size(path, size, MOST_BYTES, "bytes, unpacked")
+    _check_bytes(path)
     with _text(path) as text:
         header = next(filter(None, csv.reader(_lines(text))), [])
     _check_size(path, len(header), MOST_COLUMNS, "columns")
@@ -364,6 +360,27 @@ def _read_csv(path: Path) -> Any:
         convert_options=arrow_csv.ConvertOptions(column_types=dict.fromkeys(header, pa.string())),
     )
     return data.rename_columns(names)
+
+
+def _check_bytes(path: Path) -> None:
+    """Refuses a CSV file that unpacks to too much, and lines with more commas than there may be columns.
+
+    A thousand times its size is possible; and at some hundred thousand commas, old versions of pyarrow crash.
+    """
+    import pyarrow as pa
+
+    size = commas = 0
+    with pa.input_stream(str(path)) as file:
+        while piece := file.read(1 << 20):
+            size += len(piece)
+            _check_size(path, size, MOST_BYTES, "bytes, unpacked")
+            content = np.frombuffer(piece, np.uint8)
+            ends = np.flatnonzero((content == ord("\n")) | (content == ord("\r")))
+            places = np.flatnonzero(content == ord(","))
+            before = np.concatenate([[-commas], places.searchsorted(ends), [len(places)]])
+            in_line = np.diff(before)
+            _check_size(path, int(in_line.max()) + 1, MOST_COLUMNS, "columns in a line")
+            commas = int(in_line[-1])
 
 
 def _read_parquet(path: Path) -> Any:

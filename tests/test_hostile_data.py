@@ -455,7 +455,9 @@ def test_files_that_vanish_or_change_while_they_are_read_leave_no_cache(tmp_path
     while_reading(lambda path: os.utime(path.with_name("000.png"), ns=(1, 1)), "has changed while its images")
     while_reading(lambda path: Image.new("L", (9, 9)).save(path), "has changed while its images")
     while_reading(lambda path: path.unlink(missing_ok=True), r"001.png is no readable image")
-    assert listing(tmp_path) == [name for name in before if not name.endswith("001.png")]
+    assert set(listing(tmp_path)) < set(before)
+    for path in tmp_path.glob("*/001.png"):  # not every one had its turn
+        path.unlink()
     assert load_images(tmp_path, **SMALL).count.tolist() == [2, 2, 2]
 
 
@@ -706,8 +708,8 @@ BAD_TABLES = {
     "long field": (ROW + b"a," + b"z" * 200_000 + b",1\n", "not a number in row 2 of the data"),
     "open quotation": (ROW + b'a,"1,1\n' + b"a,1,1\n" * 300_000, "not readable as CSV"),
     "ragged": (ROW + b"a,1\n", "not readable as CSV"),
-    "long row": (ROW + b"a,1" + b",1" * 1_000_000, "not readable as CSV"),
-    "columns": (b"task,y" + b",a" * 40_000 + b"\na,1" + b",1" * 40_000, "40,002 columns, more than 32,768"),
+    "long row": (ROW + b"a,1" + b",1" * 400_000, "columns in a line, more than 32,768"),
+    "columns": (b"task,y" + b",a" * 40_000 + b"\na,1" + b",1" * 40_000, "40,002 columns in a line"),
     "header": (b"x" * 5_000_000, "a line has more than 4,194,304 characters"),
 }
 
@@ -724,12 +726,20 @@ def test_a_hostile_csv_is_refused_in_one_line(case, packed, tmp_path):
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 1000
 
 
+def test_the_columns_of_a_line_are_counted_and_no_others(tmp_path):
+    pytest.importorskip("pyarrow")
+    lines = ["task,x,y", *(f"t{i % 3},{i},1" for i in range(200_000))]  # more than one piece
+    for end in ("\n", "\r", "\r\n"):
+        (tmp_path / "a.csv").write_bytes(end.join(lines).encode())
+        assert load_table(tmp_path / "a.csv", Columns(), classification=False).x.sum() == 19999900000
+
+
 def test_a_csv_that_unpacks_to_more_than_the_limit_is_not_unpacked_further(tmp_path, monkeypatch):
     pytest.importorskip("pyarrow")
     path = tmp_path / "a.csv.gz"
     path.write_bytes(gzip.compress(ROW + b"a,1,1\n" * 5_000_000, 1))  # 30 MB
     monkeypatch.setattr(tables, "MOST_BYTES", 2**20)
-    with memory_below(5), pytest.raises(UsageError, match=r"bytes, unpacked, more than 1,048,576"):
+    with memory_below(25), pytest.raises(UsageError, match=r"bytes, unpacked, more than 1,048,576"):
         load_table(path, Columns(), classification=False)
     monkeypatch.undo()
     monkeypatch.setattr(tables, "MOST_NAMES", 3)
