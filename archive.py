@@ -22,7 +22,7 @@ from typing import IO, Any, NoReturn
 import torch
 from torch import Tensor
 
-from files import opened
+from files import opened_or_refused
 
 MOST_DIRECTORY = (
     2**22
@@ -58,7 +58,7 @@ def read_archive(path: Path) -> Any:
     Raises NotPlainError for whatever else there may be, and for files that are damaged; UsageError for what
     is no file.
     """
-    with opened(path, "checkpoint") as file:
+    with opened_or_refused(path, "checkpoint") as file:
         try:
             return _Program(_Archive(file)).result()
         except NotPlainError:

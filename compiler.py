@@ -3,6 +3,9 @@
 A function is traced to a graph of tensor operations (`make_fx`: through `vmap`, `grad` and `jvp`), which
 Inductor compiles with AOTInductor to a library that runs without Python. Libraries are cached by a
 hash of their graph and of all else that they depend on; a cached one loads in milliseconds.
+
+A library is code, and its digest protects from damage alone: it is loaded only from a folder that is the
+user's and that nobody else can write to.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import sys
 import tempfile
 import threading
@@ -26,9 +30,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from files import user_cache
+from locks import one_at_a_time
+
 Function = Callable[..., Any]
 Signature = tuple[tuple[tuple[torch.Size, torch.dtype], ...], str | None]  # and the structure
 
+MOST_LIBRARIES, MOST_BYTES = 500, 2**31  # kept of all
+LEFT_SECONDS = 86_400.0  # what is older, and no library, is of a process that was killed
 CPP_COMPILERS = {"linux": "g++", "darwin": "clang++", "win32": "cl"}  # where CXX names none
 
 
@@ -41,16 +50,38 @@ def cpp_compiler() -> str | None:
     return shutil.which(os.environ.get("CXX") or CPP_COMPILERS.get(sys.platform, "g++"))
 
 
-def cache_folder() -> Path:
-    """Where compiled functions are kept: in the user's cache folder, else in one of this process."""
+def cache_folder() -> Path | None:
+    """Where compiled functions are kept: in the user's cache folder; None where that is not his alone."""
+    home = user_cache()
+    if home is None:
+        return None
+    folder = home / "compiled"
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maml" / "compiled"
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except (OSError, RuntimeError):  # read-only; no home
-        pass
-    return Path(tempfile.mkdtemp(prefix="maml-"))
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if _is_mine(folder) and not folder.is_symlink():
+            folder.chmod(0o700)  # it may be older than this rule
+        alone = _is_private(folder) and not any(_is_public(above) for above in folder.resolve().parents)
+        return folder if alone and os.access(folder, os.W_OK) else None
+    except OSError:  # read-only
+        return None
+
+
+def _is_mine(path: Path) -> bool:
+    return not hasattr(os, "geteuid") or path.stat().st_uid == os.geteuid()
+
+
+def _is_private(path: Path) -> bool:
+    """Whether it is the user's, and no one else can write to it."""
+    return _is_mine(path) and (os.name == "nt" or not path.stat().st_mode & 0o022)
+
+
+def _is_public(folder: Path) -> bool:
+    """Whether anyone could put another folder in the place of one in it.
+
+    A group may be able to: many systems give each user one of his own.
+    """
+    mode = folder.stat().st_mode
+    return os.name != "nt" and bool(mode & 0o002) and not mode & stat.S_ISVTX
 
 
 class Compiler:
@@ -76,6 +107,7 @@ class Compiler:
         self.device = device
         self.folder = folder
         self.on_wait = on_wait
+        self.keeps = True  # libraries, for the next run
         self.interrupted: Callable[[], bool] = lambda: False  # a signal may have hit the C++ compiler, too
         self.active = False
         self._tracing = False
@@ -104,19 +136,21 @@ class Compiler:
     ) -> Library:
         begin = time.monotonic()
         tensors = [tensor.detach() for tensor in tensors]  # one given twice would become a single input
-        self.folder = self.folder or cache_folder()
         self._tracing = True  # what this function calls becomes part of it
         try:
-            with _quiet(), _ticking(self.on_wait), torch.enable_grad():
+            with (
+                _quiet(), _ticking(self.on_wait), torch.enable_grad(), self._where() as folder
+            ):  # fmt: skip
                 graph, output_structure = _trace(function, tensors, structure)
-                path = self.folder / f"{self._key(graph, tensors, options)}.pt2"
+                path = folder / f"{self._key(graph, tensors, options)}.pt2"
                 library = _kept(path, output_structure)
                 if library is None:
-                    with _one_at_a_time(path, self.interrupted):
+                    with one_at_a_time(path.with_suffix(".lock"), interrupted=self.interrupted):
                         library = _kept(path, output_structure)
                         if library is None:
                             self._build(graph, tensors, options, path)
                             self.compiled += 1
+                            trim(folder)
                             return Library(path, output_structure)
                 self.loaded += 1
                 return library
@@ -127,11 +161,26 @@ class Compiler:
             self._tracing = False
             self.seconds += time.monotonic() - begin
 
+    @contextmanager
+    def _where(self) -> Iterator[Path]:
+        """The folder of the libraries; where none is private, one until they are loaded."""
+        folder = self.folder or cache_folder()
+        if folder is not None:
+            yield folder
+            return
+        self.keeps = False
+        with tempfile.TemporaryDirectory(prefix="maml-", ignore_cleanup_errors=True) as temporary:
+            yield Path(temporary)
+
     def _build(
         self, graph: torch.fx.GraphModule, tensors: list[Tensor], options: dict[str, Any], path: Path
     ) -> None:
         from torch._inductor import aoti_compile_and_package
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+        scratch = Path(cache_dir())  # Inductor takes code from there, too; by default a known name in /tmp
+        if not _is_mine(scratch) or _is_public(scratch):
+            raise RuntimeError(f"{scratch} is not this user's alone: set TORCHINDUCTOR_CACHE_DIR")
         exported = torch.export.export(graph, tuple(tensors))
         # another process may be building the same, where files cannot be locked: the last one's stays
         with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
@@ -142,6 +191,7 @@ class Compiler:
                 raise RuntimeError("interrupted")
             with Path(built).open("rb+") as file:
                 os.fsync(file.fileno())
+            Path(built).chmod(0o600)
             _digest_file(path).write_text(_digest(Path(built)))
             Path(built).replace(path)
 
@@ -188,16 +238,48 @@ def _digest_file(path: Path) -> Path:
     return path.with_suffix(".sha256")
 
 
+def trim(folder: Path) -> None:
+    """Removes the libraries that were not used for the longest time, beyond what is kept, and what processes
+    that were killed have left. Another process that just wants one builds it again."""
+    libraries = [(path, found) for path in folder.glob("*.pt2") if (found := _stat(path)) is not None]
+    libraries.sort(key=lambda library: library[1].st_mtime, reverse=True)
+    size = 0
+    for number, (path, found) in enumerate(libraries):
+        size += found.st_size
+        if number and (number >= MOST_LIBRARIES or size > MOST_BYTES):
+            for file in (path, _digest_file(path)):
+                with suppress(OSError):
+                    file.unlink()
+    for path in folder.iterdir():
+        found = _stat(path)
+        if found is not None and path.suffix != ".pt2" and found.st_mtime < time.time() - LEFT_SECONDS:
+            if stat.S_ISDIR(found.st_mode):
+                shutil.rmtree(path, ignore_errors=True)
+            elif not (path.suffix == ".sha256" and path.with_suffix(".pt2").exists()):
+                with suppress(OSError):
+                    path.unlink()
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.lstat()
+    except OSError:  # another process has removed it
+        return None
+
+
 class Library:
     """A compiled function, as it lies on disk, loaded."""
 
     def __init__(self, path: Path, structure: Any) -> None:
+        if not _is_private(path):
+            raise RuntimeError(f"{path} may be another's code")
         if _digest_file(path).read_text() != _digest(path):
             raise RuntimeError(f"{path} is damaged")
         # single-threaded: one call at a time, and nothing that a CUDA graph could not capture
         self.model = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
         self.run = self.model.loader.boxed_run  # without the parsing of structures at each call
         self.structure = structure
+        os.utime(path)  # for `trim`
 
     def __call__(self, tensors: list[Tensor]) -> Any:
         return _unflatten(self.run(tensors), self.structure)
@@ -209,37 +291,6 @@ def _kept(path: Path, structure: Any) -> Library | None:
         return Library(path, structure)
     except Exception:  # whatever is wrong with it, it will be built again
         return None
-
-
-@contextmanager
-def _one_at_a_time(path: Path, interrupted: Callable[[], bool]) -> Iterator[None]:
-    """Of the processes that want to build a library, one does; the others wait for it and find it.
-
-    The lock ends with its process. Where there is none to be had, nobody waits.
-    """
-    try:
-        import fcntl
-
-        file = path.with_suffix(".lock").open("w")
-    except (ImportError, OSError):  # Windows; no folder
-        yield
-        return
-    with file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if interrupted():
-                    raise RuntimeError("interrupted") from None
-                time.sleep(0.1)
-            except OSError:  # some network file systems
-                break
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # closing it would not do where a child process still has it open
-                fcntl.flock(file, fcntl.LOCK_UN)
 
 
 # The general functions take longer than a small step's arithmetic: tensors in a tuple, which need no

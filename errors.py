@@ -1,4 +1,6 @@
-"""What is shown to the user as a single line: bad input, with exit code 2, and lost processes."""
+"""What is shown to the user as a single line, and what makes one of a text."""
+
+LONGEST = 400  # characters of a message
 
 
 class UsageError(Exception):
@@ -18,3 +20,19 @@ class LostError(Exception):
 def reason_of(error: OSError) -> str:
     """Why a file could not be read or written, in a few words."""
     return (error.strerror or str(error) or type(error).__name__).lower()
+
+
+def printable(text: str) -> str:
+    """A text from elsewhere, such as a file's name, with escapes for what a terminal would obey."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, of one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def for_terminal(text: str) -> str:
+    """A text of one line and nothing that a terminal would obey, of a long one both ends."""
+    text = printable(" ".join(text.split()))
+    return text if len(text) <= LONGEST else f"{text[: 2 * LONGEST // 3]} ... {text[-(LONGEST // 3 - 5) :]}"

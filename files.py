@@ -1,7 +1,8 @@
-"""Files that are written whole or not at all, whatever happens meanwhile; and read only where they end."""
+"""Files that are written whole or not at all, whatever happens meanwhile; and read without surprises."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -36,13 +37,13 @@ def why_no_file(path: Path) -> str | None:
     return None if kind == stat.S_IFREG else f" (it is {KINDS.get(kind, 'no file')})"
 
 
-def opened(path: Path, what: str) -> IO[bytes]:
+def opened_or_refused(path: Path, what: str) -> IO[bytes]:
     """A file, to be read. Raises UsageError for anything else, like a pipe or a device: it may never end."""
     why = why_no_file(path)
     if why is not None:
         raise UsageError(f"{path}: there is no such {what}{why}")
     try:
-        return path.open("rb")
+        return opened(path)
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror})") from error
 
@@ -50,7 +51,7 @@ def opened(path: Path, what: str) -> IO[bytes]:
 def read_json(path: Path) -> Any:
     """What one of this tool's own files says. Raises ValueError where it is damaged, UsageError where there
     is none."""
-    with opened(path, "file") as file:
+    with opened_or_refused(path, "file") as file:
         text = file.read(MOST_JSON + 1)
     if len(text) > MOST_JSON:
         raise ValueError(f"{path} is longer than any of this tool's")
@@ -103,3 +104,34 @@ def sync_folder(folder: Path) -> None:
             os.fsync(opened)
         finally:
             os.close(opened)
+
+
+def opened(path: Path, limit: int | None = None) -> IO[bytes]:
+    """An ordinary file, to be read: what others have put there neither blocks nor goes on for ever.
+
+    Raises OSError for a pipe or a device, which may do both, and for more than `limit` bytes.
+    """
+    flags = (
+        os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
+    )
+    if not stat.S_ISREG(path.stat().st_mode):  # some devices act upon being opened
+        raise OSError(errno.EINVAL, "it is no ordinary file")
+    file = os.fdopen(os.open(path, flags), "rb")
+    try:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "it is no ordinary file")
+        if limit is not None and found.st_size > limit:
+            raise OSError(errno.EFBIG, f"it has {found.st_size:,} bytes, and may have {limit:,}")
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def user_cache() -> Path | None:
+    """The user's cache folder for this tool, which may not be there yet; None where he has no home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maml"
+    except RuntimeError:
+        return None

@@ -10,44 +10,68 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import math
 import os
 import shutil
 import socket
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from stat import S_ISREG
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from errors import UsageError
+from caches import from_cache, summed_up, title_of
+from errors import UsageError, one_line, printable
+from files import opened
 from randomness import Stream
 
 if TYPE_CHECKING:
     from torchvision.datasets import CIFAR100
 
+warnings.filterwarnings("ignore", module=r"PIL\.")  # on files that are read all the same
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # before any pixel is decoded
+
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "BMP",
+    "GIF",
+    "WEBP",
+    "TIFF",
+    "PPM",
+)  # by content; Pillow's other readers see nothing
+MOST_PIXELS = 2**26  # of an image: 8,192 x 8,192
+BIG_PIXELS = 2**24  # larger ones are decoded one at a time, which bounds the memory
+MOST_SCANS = 200  # of a JPEG: each goes over all pixels again
+MOST_BYTES = 2**29  # of an image's file
+MOST_LIST_BYTES = 2**28  # of a train.csv
+MOST_LEVELS = 100  # of folders in folders
 LITTER = {"thumbs.db", "desktop.ini", "__macosx"}  # what file managers leave; hidden files are ignored too
 SPLIT_NAMES = {"train": ("train",), "validation": ("val", "validation", "valid"), "test": ("test",)}
 RESAMPLING = {"lanczos": Image.Resampling.LANCZOS, "nearest": Image.Resampling.NEAREST}
 CACHE_VERSION = 1
+MOST_HEADER = 1024  # bytes of a cache before its pixels
 AT_ONCE = 256  # images in work at a time: what bounds the memory
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer
 PUBLISHED = Path(__file__).parent / "class_splits"
 CIFAR_SETS = ("cifar-fs", "fc100")
 IMAGENET_SETS = ("mini-imagenet", "tiered-imagenet")
+BIG = threading.Lock()
 CIFAR_IMAGES = 600  # of each class, training and test images together
 
 
@@ -218,6 +242,7 @@ def _named_splits(folder: Path, paths: list[Path], suffix: str) -> dict[str, Pat
 def _class_folders(base: Path) -> Classes:
     """Every folder below `base` that directly holds images, by its path relative to `base`."""
     classes: Classes = {}
+    seen: dict[Path, Path] = {}  # where a folder is -> as it was found
 
     def visit(folder: Path, above: tuple[Path, ...]) -> None:
         files, folders = _entries(folder)
@@ -232,6 +257,13 @@ def _class_folders(base: Path) -> Classes:
         real = folder.resolve()
         if real in above:
             raise UsageError(f"{folder} is a link to a folder that it lies in: remove it")
+        if real in seen:  # the same images in two classes; and links to links would have no end
+            raise UsageError(f"{folder} is the same folder as {seen[real]}: remove one of them")
+        seen[real] = folder
+        if len(above) > MOST_LEVELS:
+            raise UsageError(
+                f"{base} has folders {MOST_LEVELS} deep, such as {real.name}: name another folder"
+            )
         for inner in folders:
             visit(inner, (*above, real))
 
@@ -258,12 +290,12 @@ def _images_of_class(folder: Path) -> list[Path]:
 def _listed_classes(folder: Path, path: Path) -> Classes:
     """The classes that a list names: of files and labels, or of labels that are class folders."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with io.TextIOWrapper(opened(path, MOST_LIST_BYTES), "utf-8-sig", newline="") as file:
             rows = csv.DictReader(file, skipinitialspace=True, strict=True)
             columns = list(rows.fieldnames or ())
             lines = [(rows.line_num, row) for row in rows]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"{path} is no readable CSV file ({_one_line(error)}): write it again") from error
+        raise UsageError(f"{path} is no readable CSV file ({one_line(error)}): write it again") from error
     label_column = next((column for column in ("label", "class") if column in columns), None)
     if label_column is None:
         raise UsageError(
@@ -285,7 +317,7 @@ def _listed_classes(folder: Path, path: Path) -> Classes:
 
 def _listed_file(folder: Path, path: Path, number: int, label: str, filename: str) -> Path:
     for candidate in (folder / "images" / filename, folder / filename, folder / label / filename):
-        if candidate.is_file():
+        if os.path.isfile(candidate):  # noqa: PTH113 (of any name, without an error)
             return candidate
     raise UsageError(
         f"{path}, line {number}, names {filename}, which is neither in {folder / 'images'} nor in {folder} "
@@ -294,7 +326,7 @@ def _listed_file(folder: Path, path: Path, number: int, label: str, filename: st
 
 
 def _listed_folder(folder: Path, path: Path, number: int, label: str) -> list[Path]:
-    if not (folder / label).is_dir():
+    if not os.path.isdir(folder / label):  # noqa: PTH112 (of any name, without an error)
         raise UsageError(
             f"{path}, line {number}, names the class {label}, but {folder / label} is no folder: "
             "put the class's images there, or remove the line"
@@ -440,7 +472,7 @@ def _load_cifar(name: str, data_root: Path, published: dict[str, list[str]], for
     names = sorted(chain(*published.values()))
     pixels = _from_cache_or_sources(
         folder,
-        _fingerprint(folder, {"all": sources}, form),
+        lambda: _fingerprint(folder, {"all": sources}, form),
         (len(names) * CIFAR_IMAGES, form.channels, form.size, form.size),
         lambda: _cifar_images(data_root, names, form),
     )
@@ -483,7 +515,7 @@ def _cifar(data_root: Path) -> list[CIFAR100]:
         if not isinstance(error, Exception):
             raise
         raise UsageError(
-            f"CIFAR-100 is not whole in {data_root} and could not be fetched ({_one_line(error)}): put the "
+            f"CIFAR-100 is not whole in {data_root} and could not be fetched ({one_line(error)}): put the "
             f"unpacked folder cifar-100-python into {data_root}, or name another --data-root"
         ) from error
     finally:
@@ -504,12 +536,41 @@ def _decode_all(files: Sequence[Path], form: Form) -> Iterator[np.ndarray]:
 def _decode(path: Path, form: Form) -> np.ndarray:
     """Any image file as uint8 `[channels, size, size]`."""
     try:
-        with Image.open(path) as image:
+        with opened(path, MOST_BYTES) as file, open_image(file) as image, _memory_for(image):
             return _prepare(image, form)
     except Exception as error:  # Pillow's readers raise errors of many kinds on damaged files
         raise UsageError(
-            f"{path} is no readable image ({_one_line(error)}): remove it, or put a sound one there"
+            f"{path} is no readable image ({one_line(error)}): remove it, or put a sound one there"
         ) from error
+
+
+def _memory_for(image: Image.Image) -> AbstractContextManager[object]:
+    return BIG if math.prod(image.size) > BIG_PIXELS else nullcontext()
+
+
+def open_image(
+    file: IO[bytes], *, formats: tuple[str, ...] = FORMATS, most_pixels: int = MOST_PIXELS
+) -> Image.Image:
+    """An image of which the head alone is read; raises ValueError where decoding it would take too much."""
+    size = None
+    try:
+        image = Image.open(file, formats=formats)
+        size = image.size
+    except UnidentifiedImageError as error:
+        raise ValueError(f"its content is none of {', '.join(formats)}, or damaged") from error
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):  # beyond Pillow's own limits
+        pass
+    if size is None or math.prod(size) > most_pixels:
+        has = "more pixels" if size is None else f"{size[0]:,} x {size[1]:,} pixels, more"
+        raise ValueError(f"it has {has} than {most_pixels:,}")
+    if image.format in ("JPEG", "MPO"):
+        place = file.tell()
+        file.seek(0)
+        scans = sum(piece.count(b"\xff\xda") for piece in iter(partial(file.read, 1 << 20), b""))
+        file.seek(place)
+        if scans > MOST_SCANS:
+            raise ValueError(f"it has {scans:,} scans, more than {MOST_SCANS}")
+    return image
 
 
 def _prepare(image: Image.Image, form: Form) -> np.ndarray:
@@ -525,10 +586,6 @@ def _prepare(image: Image.Image, form: Form) -> np.ndarray:
         image = image.resize((form.size, form.size), RESAMPLING[form.resize])
     pixels = np.asarray(image).reshape(form.size, form.size, form.channels).transpose(2, 0, 1)
     return 255 - pixels if form.invert else pixels
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 # ---- the cache -----------------------------------------------------------------------------------
@@ -552,7 +609,7 @@ def _load(
     files = [file for name in names for file in classes[name]]
     pixels = _from_cache_or_sources(
         folder,
-        _fingerprint(folder, {name: classes[name] for name in names}, form),
+        lambda: _fingerprint(folder, {name: classes[name] for name in names}, form),
         (len(files), form.channels, form.size, form.size),
         lambda: _decode_all(files, form),
     )
@@ -600,81 +657,51 @@ def _fingerprint(folder: Path, classes: Classes, form: Form) -> str:
     return digest.hexdigest()[:16]
 
 
-def _cache_folders(folder: Path) -> list[Path]:
-    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return [folder, Path(user_cache) / "maml"]
-
-
 def _from_cache_or_sources(
-    folder: Path, fingerprint: str, shape: tuple[int, ...], images: Callable[[], Iterator[np.ndarray]]
+    folder: Path,
+    fingerprint: Callable[[], str],
+    shape: tuple[int, ...],
+    images: Callable[[], Iterator[np.ndarray]],
 ) -> Tensor:
     """uint8 `shape`, memory-mapped: what is cached under this fingerprint, or else made from `images()`."""
-    title = folder.resolve().name
-    paths = [place / f".{title}-{fingerprint}.npy" for place in _cache_folders(folder)]
-    for path in paths:
-        cached = _read_cache(path, shape)
-        if cached is not None:
-            return cached
-    reasons = []
-    for path in paths:
-        try:
-            _write_cache(path, shape, images, f"Preparing {title} (once)")
-        except OSError as error:
-            reasons.append(f"{path.parent} ({error.strerror or _one_line(error)})")
-            continue
-        written = _read_cache(path, shape)
-        if written is not None:
-            return written
-        reasons.append(f"{path.parent} (what was written cannot be read)")
-    raise UsageError(
-        f"the prepared images, {math.prod(shape) / 1e6:,.0f} MB, fit into neither {' nor '.join(reasons)}: "
-        "free room there, or set XDG_CACHE_HOME to another folder"
-    )
+    title, sources = title_of(folder), fingerprint()
 
-
-def _read_cache(path: Path, shape: tuple[int, ...]) -> Tensor | None:
-    """None where there is no such cache, or it is not whole: then it is made again."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        whole = array.dtype == np.uint8 and array.shape == shape and array.flags.c_contiguous
-        if not whole or path.stat().st_size != array.offset + array.nbytes:
-            return None
-    except (OSError, ValueError, EOFError, AttributeError):
-        return None
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*not writable")  # nobody writes to it
-        return torch.from_numpy(array)
-
-
-def _write_cache(
-    path: Path, shape: tuple[int, ...], images: Callable[[], Iterator[np.ndarray]], title: str
-) -> None:
-    """Atomically, one image after the other; whatever goes wrong, nothing stays behind.
-
-    Written rather than memory-mapped, because a full disk is an error here and a crash there.
-    """
-    folder, temporary = path.parent, path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
-    whole = False
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not folder.stat().st_mode & 0o222:  # root may write there, but was told not to
-            raise PermissionError("read-only")
-        if shutil.disk_usage(folder).free < math.prod(shape):  # before hours of work, not after
-            raise OSError("too little room")
-        with temporary.open("wb") as file, tqdm(total=shape[0], desc=title, unit=" images") as progress:
+    def write(file: IO[bytes]) -> None:
+        # Written rather than memory-mapped, because a full disk is an error here and a crash there.
+        desc = f"Preparing {printable(title)} (once)"
+        with tqdm(total=shape[0], desc=desc, unit=" images") as progress:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             for image in images():
                 file.write(image.tobytes())
                 progress.update()
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        whole = True
-    finally:
-        if not whole:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-                for place in made:
-                    place.rmdir()
+        if fingerprint() != sources:
+            raise UsageError(f"{folder} has changed while its images were read: start again when it is whole")
+
+    pixels, reasons = from_cache(
+        folder, f".{title}-{sources}.npy", math.prod(shape), lambda path: _read_cache(path, shape), write
+    )
+    if pixels is None:
+        raise UsageError(
+            f"the prepared images, {math.prod(shape) / 1e6:,.0f} MB, fit into {summed_up(reasons)}: "
+            "free room there, or set XDG_CACHE_HOME to another folder"
+        )
+    return pixels
+
+
+def _read_cache(path: Path, shape: tuple[int, ...]) -> Tensor | None:
+    """None where there is no such cache, or it is not whole: then it is made again."""
+    try:
+        with opened(path, math.prod(shape) + MOST_HEADER) as file:
+            if np.lib.format.read_magic(file) != (1, 0):
+                return None
+            if np.lib.format.read_array_header_1_0(file) != (shape, False, np.dtype(np.uint8)):
+                return None
+            if os.fstat(file.fileno()).st_size != file.tell() + math.prod(shape):
+                return None
+            array = np.memmap(file, np.uint8, "r", file.tell(), shape)
+    except (OSError, ValueError, EOFError):
+        return None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable")  # nobody writes to it
+        return torch.from_numpy(array)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -57,6 +57,34 @@ def writing_to(path: Path) -> Iterator[None]:
             _release(lock)
 
 
+@contextmanager
+def one_at_a_time(
+    path: Path, *, interrupted: Callable[[], bool] = lambda: False, on_wait: Callable[[], None] = lambda: None
+) -> Iterator[bool]:
+    """Of the processes that want to make something, one does; the others wait, and find it.
+
+    The lock is the file `path`, which goes when it is released. Gives False where none is to be had: then
+    nobody waits. Raises RuntimeError where `interrupted` says so while waiting, which begins with `on_wait`.
+    """
+    begun: list[None] = []
+
+    def waiting() -> None:
+        if not begun:
+            begun.append(None)
+            on_wait()
+        if interrupted():
+            raise RuntimeError("interrupted")
+
+    lock = None
+    with suppress(OSError):  # no folder, or a read-only one
+        lock = _own(path, os.O_CREAT, patience=None, waiting=waiting)
+    try:
+        yield lock is not None
+    finally:
+        if lock is not None:
+            _remove(path, lock)
+
+
 def _lock_of(folder: Path, otherwise: str) -> int | None:
     """The folder's lock, with our name on it; None where it cannot have one."""
     for _ in range(100):  # who is refused removes the folder that was made for it
@@ -92,23 +120,27 @@ def _check_free(folder: Path, otherwise: str) -> None:
         _release(lock)
 
 
-def _own(path: Path, flags: int, *, patience: float | None) -> int | None:
+def _own(
+    path: Path, flags: int, *, patience: float | None, waiting: Callable[[], None] = lambda: None
+) -> int | None:
     """A descriptor of the file of that name, locked; None where there are no locks.
 
-    Raises BlockingIOError where another process still has it after so many seconds; None: waits for it.
+    Raises BlockingIOError where another process still has it after so many seconds; None: waits for it, and
+    calls `waiting` meanwhile.
     """
     limit = None if patience is None else time.monotonic() + patience
     while fcntl is not None:
-        lock = os.open(path, os.O_RDWR | flags, 0o666)  # network file systems lock only what can be written
+        # to write, since network file systems lock nothing else; nothing behind a link
+        lock = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | flags, 0o666)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if limit is None else fcntl.LOCK_NB))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(lock), path.stat()):
                 _held.add(lock)
                 return lock
         except FileNotFoundError:  # removed, or renamed, while we waited: there may be another
             pass
         except BlockingIOError:
-            if limit is None or time.monotonic() > limit:
+            if limit is not None and time.monotonic() > limit:
                 os.close(lock)
                 raise
             time.sleep(0.05)
@@ -116,6 +148,7 @@ def _own(path: Path, flags: int, *, patience: float | None) -> int | None:
             os.close(lock)
             return None
         os.close(lock)
+        waiting()
     return None
 
 
@@ -129,9 +162,8 @@ def _remove(path: Path, lock: int) -> None:
 def _release(lock: int) -> None:
     _held.discard(lock)
     with suppress(OSError):
-        fcntl.flock(
-            lock, fcntl.LOCK_UN
-        )  # closing would not do where a child that is being started has it, too
+        # closing would not do where a child that is being started has it, too
+        fcntl.flock(lock, fcntl.LOCK_UN)
     os.close(lock)
 
 

@@ -16,6 +16,7 @@ Every flag is declared in config.py and shown by --help.
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import sys
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import config as settings
 import memory
 from config import Config, Invocation
-from errors import AgreedError, LostError, UsageError
+from errors import AgreedError, LostError, UsageError, for_terminal, one_line
 from members import Member, members_of
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def main(arguments: list[str]) -> int:
     try:
         return command(arguments)
     except (UsageError, OSError) as error:
-        text = " ".join(str(error).split()) if isinstance(error, UsageError) else str(error)
+        text = for_terminal(one_line(error))
         if FIRST_PROCESS:
             print(f"main.py: error: {text}", file=sys.stderr)
         elif isinstance(error, AgreedError):
@@ -471,4 +472,6 @@ def end(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be in no encoding
     end(main(sys.argv[1:]))

@@ -7,30 +7,41 @@ another resampling never meets it.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
-import os
+import math
 import shutil
 import socket
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from caches import from_cache, summed_up
 from config import OMNIGLOT_CLASSES, OMNIGLOT_DRAWINGS
-from errors import UsageError
+from errors import UsageError, one_line
+from files import opened
+from images import open_image
 from randomness import Stream
 
 SIZE = 28
 PARTS = {"images_background": 964, "images_evaluation": 659}  # characters in each
 CACHE_VERSION = 1
+MOST_ARCHIVE_BYTES = 2**26  # those of the two archives are below 10 million
+MOST_DRAWING_BYTES = 2**16  # of a drawing: 105 x 105 pixels, some hundred bytes
+MOST_DRAWING_PIXELS = 2**18
+MOST_NAMES_BYTES = 2**20
 RESAMPLING = {"lanczos": Image.Resampling.LANCZOS, "nearest": Image.Resampling.NEAREST}
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer
 
@@ -76,15 +87,19 @@ def _find_part(data_root: Path, part: str) -> Path:
     """The archive or the folder of one half, fetched if neither is there."""
     folder = data_root / "omniglot-py"
     archive = folder / f"{part}.zip"
-    if zipfile.is_zipfile(archive):
+    if _is_archive(archive):
         return archive
     if not (folder / part).is_dir():
         if archive.exists():
             raise UsageError(f"{archive} is damaged: remove it, and it is fetched again")
         _fetch(data_root, part)
-        if zipfile.is_zipfile(archive):  # as the next call will find it
+        if _is_archive(archive):  # as the next call will find it
             return archive
     return folder / part
+
+
+def _is_archive(path: Path) -> bool:
+    return path.is_file() and zipfile.is_zipfile(path)  # to open a pipe would be to wait for ever
 
 
 def _fetch(data_root: Path, part: str) -> None:
@@ -111,108 +126,137 @@ def _fetch(data_root: Path, part: str) -> None:
 # ---- reading it ----------------------------------------------------------------------------------
 
 
-def _drawings(source: Path) -> Iterator[tuple[str, bytes]]:
-    """(path inside the part, file content) of every drawing, in sorted order."""
+Drawings = dict[str, Callable[[], IO[bytes]]]  # path inside the part -> what opens it
+
+
+@contextmanager
+def _drawings(source: Path) -> Iterator[Drawings]:
+    """All drawings of a half, in sorted order. Of an archive, nothing is ever unpacked to the disk."""
     if source.is_dir():
-        for path in sorted(source.glob("*/*/*.png")):
-            yield path.relative_to(source).as_posix(), path.read_bytes()
+        paths = sorted(source.glob("*/*/*.png"))
+        yield {
+            path.relative_to(source).as_posix(): functools.partial(opened, path, MOST_DRAWING_BYTES)
+            for path in paths
+        }
         return
-    with zipfile.ZipFile(source) as archive:
-        for name in sorted(archive.namelist()):
-            inside = name.removeprefix(f"{source.stem}/")
-            if inside != name and inside.count("/") == 2 and inside.endswith(".png"):
-                yield inside, archive.read(name)
+    with opened(source, MOST_ARCHIVE_BYTES) as file, zipfile.ZipFile(file) as archive:
+        names = Counter(archive.namelist())
+        twice = [name for name, times in names.items() if times > 1]
+        if twice:
+            raise ValueError(f"it has {twice[0]} twice")
+        inside = {name: name.removeprefix(f"{source.stem}/") for name in sorted(names)}
+        yield {
+            path: functools.partial(archive.open, name)
+            for name, path in inside.items()
+            if path != name and path.count("/") == 2 and path.endswith(".png")
+        }
 
 
 def _decode(content: bytes, resize: str) -> np.ndarray:
     # Converted to grey first: on one-bit images Pillow silently takes the nearest pixel.
-    image = Image.open(io.BytesIO(content)).convert("L")
-    return 255 - np.asarray(image.resize((SIZE, SIZE), RESAMPLING[resize]))
+    drawing = open_image(io.BytesIO(content), formats=("PNG",), most_pixels=MOST_DRAWING_PIXELS)
+    return 255 - np.asarray(drawing.convert("L").resize((SIZE, SIZE), RESAMPLING[resize]))
+
+
+def _bytes_of(drawing: IO[bytes]) -> bytes:
+    """At most so many, whatever an archive says about their number."""
+    content = drawing.read(MOST_DRAWING_BYTES + 1)
+    if len(content) > MOST_DRAWING_BYTES:
+        raise ValueError(f"a drawing has more than {MOST_DRAWING_BYTES:,} bytes")
+    return content
 
 
 def _read(sources: list[Path], resize: str) -> tuple[np.ndarray, list[str]]:
-    characters: dict[str, list[np.ndarray]] = {}
+    """Images `[characters, 20, 28, 28]`, and the characters' names."""
+    images, names = [], []
     total = sum(PARTS.values()) * OMNIGLOT_DRAWINGS
     with tqdm(total=total, desc="Preparing Omniglot (once)", unit=" drawings") as progress:
         for source, (part, expected) in zip(sources, PARTS.items(), strict=True):
-            before = len(characters)
             try:
-                for path, content in _drawings(source):
-                    drawing = _decode(content, resize)
-                    characters.setdefault(f"{part}/{path.rpartition('/')[0]}", []).append(drawing)
-                    progress.update()
-            except (OSError, UnidentifiedImageError, zipfile.BadZipFile, ValueError) as error:
-                raise UsageError(f"{source} is damaged ({error}): fetch it again") from error
-            found = len(characters) - before
-            if found != expected:
-                raise UsageError(f"{source} holds {found} characters instead of {expected}: fetch it again")
-    for name, drawings in characters.items():
-        if len(drawings) != OMNIGLOT_DRAWINGS:
+                with _drawings(source) as drawings:
+                    names += _characters(source, part, expected, drawings)
+                    for path, drawing in drawings.items():
+                        try:
+                            with drawing() as file:
+                                images.append(_decode(_bytes_of(file), resize))
+                        except Exception as error:
+                            raise ValueError(f"{path}: {one_line(error)}") from error
+                        progress.update()
+            except UsageError:
+                raise
+            except Exception as error:  # damaged archives and images raise errors of many kinds
+                raise UsageError(f"{source} is damaged ({one_line(error)}): fetch it again") from error
+    return np.stack(images).reshape(len(names), OMNIGLOT_DRAWINGS, SIZE, SIZE), names
+
+
+def _characters(source: Path, part: str, expected: int, drawings: Iterable[str]) -> list[str]:
+    """Their names, where there are as many as there should be, of as many drawings."""
+    count = Counter(path.rpartition("/")[0] for path in drawings)
+    for name, found in count.items():
+        if found != OMNIGLOT_DRAWINGS:
             raise UsageError(
-                f"Omniglot's {name} has {len(drawings)} drawings instead of {OMNIGLOT_DRAWINGS}: "
+                f"Omniglot's {part}/{name} has {found} drawings instead of {OMNIGLOT_DRAWINGS}: "
                 "fetch the data again"
             )
-    return np.stack([np.stack(drawings) for drawings in characters.values()]), list(characters)
+    if len(count) != expected:
+        raise UsageError(f"{source} holds {len(count)} characters instead of {expected}: fetch it again")
+    return [f"{part}/{name}" for name in count]
 
 
 # ---- the cache -----------------------------------------------------------------------------------
 
 
 def _fingerprint(sources: Iterable[Path], resize: str) -> str:
-    """Changes with the settings, the cache's format and the names, sizes and times of the sources."""
+    """Changes with the settings, the cache's format and the names, sizes and times of the sources' files."""
     parts: list[object] = [CACHE_VERSION, SIZE, resize]
     for source in sources:
-        members = sorted(source.glob("*/*")) if source.is_dir() else [source]
-        for member in members:
-            stat = member.stat()
-            parts.append([member.relative_to(source.parent).as_posix(), stat.st_mtime_ns])
-            parts.append(stat.st_size)
+        try:
+            members = sorted(source.glob("*/*/*.png")) if source.is_dir() else [source]
+            for member in members:
+                stat = member.stat()
+                parts.append([member.relative_to(source.parent).as_posix(), stat.st_mtime_ns])
+                parts.append(stat.st_size)
+        except OSError as error:
+            raise UsageError(f"{source} cannot be read ({one_line(error)}): fetch it again") from error
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
-def _cache_folders(source: Path) -> list[Path]:
-    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return [source.parent, Path(user_cache) / "maml"]
-
-
 def _from_cache_or_sources(sources: list[Path], resize: str) -> tuple[np.ndarray, list[str]]:
-    name = f"omniglot-{SIZE}-{resize}-{_fingerprint(sources, resize)}.npz"
-    folders = _cache_folders(sources[0])
-    for folder in folders:
-        cached = _read_cache(folder / name)
-        if cached is not None:
-            return cached
-    images, names = _read(sources, resize)
-    if not any(_write_cache(folder / name, images, names) for folder in folders):
-        print(f"Omniglot's cache fits into neither {folders[0]} nor {folders[1]}", file=sys.stderr)
-    return images, names
+    fingerprint = _fingerprint(sources, resize)
+    folder, name = sources[0].parent, f"omniglot-{SIZE}-{resize}-{fingerprint}.npz"
+    images_and_names = functools.cache(lambda: _read(sources, resize))
+
+    def write(file: IO[bytes]) -> None:
+        images, names = images_and_names()
+        if _fingerprint(sources, resize) != fingerprint:
+            raise UsageError(f"{folder} has changed while it was read: start again when it is whole")
+        np.savez(file, images=images, names=np.array(names))
+
+    found, reasons = from_cache(folder, name, math.prod(_shape()), _read_cache, write)
+    if found is None:
+        print(f"Omniglot's cache fits into {summed_up(reasons)}", file=sys.stderr)
+        return images_and_names()
+    return found
+
+
+def _shape() -> tuple[int, ...]:
+    return sum(PARTS.values()), OMNIGLOT_DRAWINGS, SIZE, SIZE
 
 
 def _read_cache(path: Path) -> tuple[np.ndarray, list[str]] | None:
-    """None where there is no such cache, or it is not whole: then it is made again."""
+    """None where there is no such cache, or it is not whole: then it is made again.
+
+    Its checksums are those of the zip format; as nothing in it is packed, neither can it grow in memory.
+    """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            images, names = arrays["images"], arrays["names"].tolist()
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        with opened(path, math.prod(_shape()) + MOST_NAMES_BYTES) as file:
+            with zipfile.ZipFile(file) as archive:
+                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                    return None
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as arrays:
+                images, names = arrays["images"], arrays["names"].tolist()
+    except Exception:  # whatever is wrong with it
         return None
-    expected = (sum(PARTS.values()), OMNIGLOT_DRAWINGS, SIZE, SIZE)
-    whole = images.dtype == np.uint8 and images.shape == expected and len(names) == len(images)
-    return (images, names) if whole else None
-
-
-def _write_cache(path: Path, images: np.ndarray, names: list[str]) -> bool:
-    """Atomically, so that a reader or a second writer never meets half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.parent.stat().st_mode & 0o222:  # root may write there, but was told not to
-            return False
-        with temporary.open("wb") as file:
-            np.savez(file, images=images, names=np.array(names))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        return False
-    return True
+    whole = images.dtype == np.uint8 and images.shape == _shape() and len(names) == len(images)
+    return (images, names) if whole and all(isinstance(name, str) for name in names) else None

@@ -479,9 +479,11 @@ def predictions_figure(tasks: Sequence[Task], found: Sequence[Tensor], title: st
 
     `found` is, by task, `[query examples, classes]` of probabilities or `[query examples, targets]`.
     """
-    if tasks[0].support_x.dim() == 4:
-        return _contact_sheet(tasks[0], found[0], title)
-    with style():
+    import matplotlib
+
+    with style(), matplotlib.rc_context({"text.parse_math": False}):  # a name may have a $ in it
+        if tasks[0].support_x.dim() == 4:
+            return _contact_sheet(tasks[0], found[0], title)
         shown = min(len(tasks), 6)
         figure = new_figure(3.4 * shown + 0.6, 3.0)
         figure.suptitle(title)
@@ -524,21 +526,18 @@ def _contact_sheet(task: Task, shares: Tensor, title: str) -> Figure:
     queries = min(len(task.query_x), IMAGES_SHOWN)
     rows = classes + -(-queries // columns)
     left_out = f" (the first {queries} of {len(task.query_x)})" if queries < len(task.query_x) else ""
-    with style():
-        figure = new_figure(columns * 1.0, rows * 1.15 + 0.5)
-        figure.suptitle(f"{title}{left_out}")
-        panels = figure.subplots(rows, columns, squeeze=False)
-        for panel in panels.flat:
-            panel.set_axis_off()
-        for label, name in enumerate(task.classes):
-            images = task.support_x[task.support_y == label][:columns]
-            for panel, image in zip(panels[label], images, strict=False):
-                _show_image(panel, image.float().numpy())
-            panels[label, 0].set_title(f"support: {name}", fontsize=7, loc="left", color=GREY)
-        for number, panel in zip(range(queries), panels[classes:].flat, strict=False):
-            _show_image(panel, task.query_x[number].float().numpy())
-            best = int(shares[number].argmax())
-            panel.set_title(
-                f"{task.classes[best][:12]} {100 * float(shares[number, best]):.0f} %", fontsize=7
-            )
+    figure = new_figure(columns * 1.0, rows * 1.15 + 0.5)
+    figure.suptitle(f"{title}{left_out}")
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for panel in panels.flat:
+        panel.set_axis_off()
+    for label, name in enumerate(task.classes):
+        images = task.support_x[task.support_y == label][:columns]
+        for panel, image in zip(panels[label], images, strict=False):
+            _show_image(panel, image.float().numpy())
+        panels[label, 0].set_title(f"support: {name}", fontsize=7, loc="left", color=GREY)
+    for number, panel in zip(range(queries), panels[classes:].flat, strict=False):
+        _show_image(panel, task.query_x[number].float().numpy())
+        best = int(shares[number].argmax())
+        panel.set_title(f"{task.classes[best][:12]} {100 * float(shares[number, best]):.0f} %", fontsize=7)
     return figure

@@ -12,6 +12,7 @@ import csv
 import io
 import itertools
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from errors import UsageError
+from errors import UsageError, one_line
 from randomness import SPLITS, Stream, task_stream
 from tasks import TaskBatch
 
@@ -31,6 +32,11 @@ ONE_TASK = "task"  # the name of the only task of a file without a task column
 NO_NUMBER = ["", "NA", "N/A", "null", "NULL", "None"]  # how files write a missing number, beside NaN
 NO_CLASS = ["", "nan", "NaN"]
 NO_NAME = [""]  # a task or a class may well be called NA
+MOST_BYTES = 2**31  # of a file, unpacked
+MOST_CELLS = 2**28
+MOST_COLUMNS = 2**15
+MOST_NAMES = 2**24  # different tasks or classes
+MOST_LINE = 2**22  # characters of a header
 INDEX_COLUMNS = ("", "__index_level_0__")  # what pandas calls its index in CSV and in Parquet
 
 
@@ -237,10 +243,13 @@ class _File:
         try:
             data = read(path)
         except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)[:200]
+            if "straddling object" in reason:
+                reason = "a row has more than a million bytes, or a quotation has no end"
             raise UsageError(f"{path} is not readable as {kind} ({reason}): mend the file") from error
         if not data.num_rows:
             raise UsageError(f"{path} has no rows: give a table with at least one")
+        _check_size(path, data.num_rows * data.num_columns, MOST_CELLS, "cells")
         return cls(path, data)
 
     @property
@@ -255,9 +264,11 @@ class _File:
         """Where a user finds a row: as a spreadsheet numbers it; in a Parquet file, counted from 0."""
         if self.path.suffix.lower() == ".parquet":
             return f"row {row} (from 0)"
-        with _text(self.path) as text:  # blank lines are no rows, but have a number
-            filled = (number for number, cells in enumerate(csv.reader(text), 1) if cells)
+        with _text(self.path) as text, contextlib.suppress(csv.Error, ValueError, StopIteration):
+            # blank lines are no rows, but have a number
+            filled = (number for number, cells in enumerate(csv.reader(_lines(text)), 1) if cells)
             return f"row {next(itertools.islice(filled, row + 1, None))}"
+        return f"row {row + 1} of the data"  # this reader takes no fields of such lengths
 
     def numbers(self, name: str, *, missing: bool = False) -> np.ndarray:
         """A column as float64 `[rows]`, with NaN for what may be missing."""
@@ -286,9 +297,9 @@ class _File:
         for kind in (pa.float64(), pa.bool_()):
             with contextlib.suppress(pa.ArrowInvalid):
                 return column.cast(kind)
-        texts = column.to_pylist()
-        row = next(i for i, text in enumerate(texts) if text and not _is_arrow_number(text))
-        raise self._bad(name, f"holds {_quoted(texts[row])}, not a number", row)
+        texts = (text.as_py() for text in column)  # one after the other: a list would take a lot of memory
+        row, text = next((i, text) for i, text in enumerate(texts) if text and not _is_arrow_number(text))
+        raise self._bad(name, f"holds {_quoted(text)}, not a number", row)
 
     def names(
         self, name: str, absent: list[str], what: str, *, missing: bool = False
@@ -310,6 +321,7 @@ class _File:
         if what == "class":  # pandas makes floats of whole numbers as soon as one is missing
             column = pc.replace_substring_regex(column, r"^(-?\d+)\.0+$", r"\1")
         encoded = _null_where_in(column, absent).combine_chunks().dictionary_encode()
+        _check_size(self.path, len(encoded.dictionary), MOST_NAMES, f"names in column {_quoted(name)}")
         positions = encoded.indices.fill_null(-1).to_numpy().astype(np.int64)
         if not missing and positions.min() < 0:
             raise self._bad(name, f"names no {what}", int(positions.argmin()))
@@ -336,8 +348,10 @@ def _read_csv(path: Path) -> Any:
     import pyarrow as pa
     from pyarrow import csv as arrow_csv
 
+    _check_bytes(path)
     with _text(path) as text:
-        header = next(filter(None, csv.reader(text)), [])
+        header = next(filter(None, csv.reader(_lines(text))), [])
+    _check_size(path, len(header), MOST_COLUMNS, "columns")
     names = [name.strip() for name in header]
     _refuse_duplicates(path, names)
     data = arrow_csv.read_csv(
@@ -348,12 +362,76 @@ def _read_csv(path: Path) -> Any:
     return data.rename_columns(names)
 
 
+def _check_bytes(path: Path) -> None:
+    """Refuses a CSV file that unpacks to too much, and lines with more commas than there may be columns.
+
+    A thousand times its size is possible; and at some hundred thousand commas, old versions of pyarrow crash.
+    """
+    import pyarrow as pa
+
+    size = commas = 0
+    with pa.input_stream(str(path)) as file:
+        while piece := file.read(1 << 20):
+            size += len(piece)
+            _check_size(path, size, MOST_BYTES, "bytes, unpacked")
+            content = np.frombuffer(piece, np.uint8)
+            ends = np.flatnonzero((content == ord("\n")) | (content == ord("\r")))
+            places = np.flatnonzero(content == ord(","))
+            before = np.concatenate([[-commas], places.searchsorted(ends), [len(places)]])
+            in_line = np.diff(before)
+            _check_size(path, int(in_line.max()) + 1, MOST_COLUMNS, "columns in a line")
+            commas = int(in_line[-1])
+
+
 def _read_parquet(path: Path) -> Any:
+    import pyarrow as pa
     from pyarrow import parquet
 
     with parquet.ParquetFile(str(path)) as file:  # unlike read_table, makes no columns of folder names
-        _refuse_duplicates(path, file.schema_arrow.names)
-        return file.read()
+        about, schema = file.metadata, file.schema_arrow
+        groups = [about.row_group(number) for number in range(about.num_row_groups)]
+        _check_size(path, about.num_columns, MOST_COLUMNS, "columns")
+        _check_size(path, about.num_rows * about.num_columns, MOST_CELLS, "cells")
+        _check_size(path, sum(group.total_byte_size for group in groups), MOST_BYTES, "bytes")
+        _refuse_duplicates(path, schema.names)
+    texts = [field.name for field in schema if _is_text(field.type) or _is_binary(field.type)]
+    # a text that is repeated a million times takes the room of one in the file, and here; and what the file
+    # says about its size may be untrue
+    with parquet.ParquetFile(str(path), read_dictionary=texts) as file:
+        batches, size = [], 0
+        for batch in file.iter_batches():
+            size += sum(map(_bytes_in_full, batch.columns))
+            _check_size(path, size, MOST_BYTES, "bytes, unpacked")
+            batches.append(batch)
+        data = pa.Table.from_batches(batches, file.schema_arrow)
+    data.validate(full=True)  # of texts, that they are UTF-8
+    return data
+
+
+def _bytes_in_full(column: Any) -> int:
+    """The size of a column where each row has a text of its own."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = column.type
+    if not pa.types.is_dictionary(kind) or not (_is_text(kind.value_type) or _is_binary(kind.value_type)):
+        return column.nbytes
+    return pc.sum(pc.binary_length(column.dictionary).take(column.indices)).as_py() or 0
+
+
+def _check_size(path: Path, found: int, most: int, what: str) -> None:
+    if found > most:
+        raise UsageError(
+            f"{path} has {found:,} {what}, more than {most:,}: split the file, or leave some out"
+        )
+
+
+def _lines(text: io.TextIOWrapper) -> Iterator[str]:
+    """Lines of a bounded length; ValueError for a longer one."""
+    while line := text.readline(MOST_LINE):
+        if len(line) == MOST_LINE and not line.endswith("\n"):
+            raise ValueError(f"a line has more than {MOST_LINE:,} characters")
+        yield line
 
 
 def _text(path: Path) -> io.TextIOWrapper:
@@ -365,13 +443,19 @@ def _text(path: Path) -> io.TextIOWrapper:
 def _refuse_duplicates(path: Path, names: list[str]) -> None:
     for name, times in Counter(names).items():
         if times > 1:
-            raise UsageError(f"{path} has {times} columns {name!r}: rename all but one")
+            raise UsageError(f"{path} has {times} columns {_quoted(name)}: rename all but one")
 
 
 def _is_text(kind: Any) -> bool:
     import pyarrow as pa
 
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _is_binary(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def _is_arrow_number(text: str) -> bool:

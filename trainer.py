@@ -234,6 +234,10 @@ class Trainer:
             return True
         done = "Compiled" if self.compiler.compiled > compiled else "Found compiled code"
         self._say(f"{done} in {self.compiler.seconds - seconds:.1f} s")
+        if not self.compiler.keeps:
+            self._say(
+                "It is not kept: the cache folder is not this user's alone (XDG_CACHE_HOME names another)"
+            )
         if state.parameters.is_cuda and not self.distribution.on_host and self.world.size == 1:
             self._record(state)
         return True

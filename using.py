@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import config as settings
 import report
-from building import algorithm_of, columns_of, module_of
+from building import algorithm_of, columns_of, module_of, writable
 from checkpoint import (
     BEST,
     LAST,
@@ -30,7 +30,7 @@ from checkpoint import (
     save_weights,
 )
 from config import Config
-from errors import UsageError
+from errors import UsageError, printable
 from evaluation import SEED
 from images import image_files, read_images
 from inner_loop import BUFFER
@@ -44,6 +44,7 @@ from tables import load_table
 from tasks import Tree, first_tensor, joined, tree_map
 from world import ALONE
 
+MOST_NUMBERS = 2**30  # pixels of a folder's images, times channels
 QUERIES_AT_ONCE = 256  # predictions that do not depend on each other bound memory so
 
 
@@ -231,7 +232,7 @@ def adapt_to_files(
             "device": runtime.describe(),
         },
     )
-    title = f"{path.name}: after {config.test_steps} inner steps"
+    title = f"{printable(path.name)}: after {config.test_steps} inner steps"
     on_cpu = [replace(t, support_x=t.support_x.cpu(), support_y=t.support_y.cpu(), query_x=t.query_x.cpu())
               for t in tasks]  # fmt: skip
     report.write_figure(written[2], report.predictions_figure(on_cpu, found, title))
@@ -250,12 +251,14 @@ def tasks_in(path: Path, config: Config, runtime: Runtime, *, weights_file: Path
     """
     if weights_file and not weights_file.parent.is_dir():
         raise UsageError(f"--save-weights {weights_file}: there is no folder {weights_file.parent}")
-    if weights_file and weights_file.is_dir():
-        raise UsageError(f"--save-weights {weights_file} is a folder: name a file")
+    if weights_file and weights_file.exists() and not weights_file.is_file():  # it would be replaced
+        raise UsageError(f"--save-weights {weights_file} is a folder or a device: name a file")
     if weights_file and (weights_file.name in (BEST, LAST) or not replaceable(weights_file)):
         raise UsageError(
             f"--save-weights {weights_file}: that is a checkpoint, or a file of something else: name another"
         )
+    if weights_file:
+        writable(weights_file.parent, "--save-weights")
     inputs = data_facts(config.dataset).inputs
     if not path.exists():
         raise UsageError(f"--adapt {path}: there is no such file or folder")
@@ -271,11 +274,22 @@ def tasks_in(path: Path, config: Config, runtime: Runtime, *, weights_file: Path
     tasks = [_folder(path, config, runtime)] if path.is_dir() else _table(path, config, runtime)
     for task in tasks:
         check_fit(task, config, path)
+    tasks = [_shown(task) for task in tasks]
     if weights_file and config.fast_weights == "context":
         raise UsageError("--save-weights: with a context vector the learner's own weights are not adapted")
     if weights_file and len(tasks) > 1:
         raise UsageError(f"--save-weights: {path} has {len(tasks)} tasks, whose weights differ: give one")
     return tasks
+
+
+def _shown(task: Task) -> Task:
+    """With names that can be printed and written."""
+    return replace(
+        task,
+        name=printable(task.name),
+        classes=[printable(name) for name in task.classes],
+        query_names=[printable(name) for name in task.query_names],
+    )
 
 
 def _folder(path: Path, config: Config, runtime: Runtime) -> Task:
@@ -296,6 +310,11 @@ def _folder(path: Path, config: Config, runtime: Runtime) -> Task:
     queries = image_files(query)
     if not queries:
         raise UsageError(f"--adapt {path}: {query} has no images")
+    assert config.image_size and config.channels
+    most = MOST_NUMBERS // (config.image_size**2 * config.channels)
+    for place, count in ((support, sum(map(len, by_class.values()))), (query, len(queries))):
+        if count > most:
+            raise UsageError(f"--adapt {path}: {place} has {count:,} images: give {most:,} at most at a time")
     labelled = [file for files in by_class.values() for file in files]
     labels = [label for label, files in enumerate(by_class.values()) for _ in files]
 
@@ -368,13 +387,24 @@ def _rows(tasks: list[Task], found: list[Tensor]) -> Any:
     classes = list(dict.fromkeys(name for task in tasks for name in task.classes))
     for task, predicted in zip(tasks, found, strict=True):
         for name, values in zip(task.query_names, predicted.tolist(), strict=True):
-            row = [name, *([task.name] if task.name else [])]
+            row = [inert(name), *([inert(task.name)] if task.name else [])]
             if task.classes:
                 shares = dict(zip(task.classes, values, strict=True))
                 best = max(shares, key=shares.__getitem__)
-                yield [*row, best, *(f"{shares[c]:.6f}" if c in shares else "" for c in classes)]
+                yield [*row, inert(best), *(f"{shares[c]:.6f}" if c in shares else "" for c in classes)]
             else:
                 yield [*row, *(f"{value:.7g}" for value in values)]
+
+
+def inert(name: str) -> str:
+    """A name that a spreadsheet would compute as a formula, marked as text, in the spreadsheets' own way."""
+    if not name.startswith(("=", "+", "-", "@")):
+        return name
+    try:
+        float(name)
+    except ValueError:
+        return f"'{name}"
+    return name
 
 
 def _summary(task: Task, predicted: Tensor) -> dict[str, Any]:
