@@ -32,7 +32,7 @@ from optimizers import InnerOptimizer, Weights
 from own_code import arguments_from
 from presets import is_own_code
 from randomness import keys_of, task_stream
-from runtime import Runtime, device_of, set_up
+from runtime import Runtime, device_of, machine_memory, set_up
 from tables import Columns
 from tasks import TaskBatch, TaskDistribution, Tree, arguments_of, first_tensor, tree_map
 from world import ALONE, World
@@ -40,10 +40,34 @@ from world import ALONE, World
 
 def prepare(config: Config, call: Invocation, world: World = ALONE) -> Runtime:
     """The device, or a refusal."""
-    return set_up(
+    runtime = set_up(
         device_of(call.device, world), config.precision, small_tensors=config.learner == "mlp",
         threads=call.threads, world=world,
     )  # fmt: skip
+    if runtime.device.type == "cpu" and not call.adapt:
+        check_memory(config, world.size, testing=call.eval)
+    return runtime
+
+
+def check_memory(config: Config, processes: int, *, testing: bool) -> None:
+    """Raises UsageError where this machine's memory has no room for a process's tasks of an iteration, or for
+    the results of a test: a kernel that runs out of memory ends the process without a word."""
+    numbers = (config.image_size or 1) ** 2 * (config.channels or 1) + 1  # of an example and its target
+    examples = (config.shots if testing else config.training_shots) + config.queries
+    tasks = 1 if testing else -(-config.meta_batch_size // processes)
+    batch = 4 * tasks * examples * (config.ways or 1) * numbers
+    results = 8 * config.eval_tasks * (config.eval_steps + 1) if testing else 0
+    there = machine_memory()
+    for needed, what, flags in (
+        (batch, "a task takes" if testing else "the tasks of an iteration take",
+         f"a smaller {'' if testing else '--meta-batch-size, '}-k{', -q or --image-size' * bool(config.image_size) or ' or -q'}"),
+        (results, "the results take", "fewer --eval-tasks or --eval-steps"),
+    ):  # fmt: skip
+        if there is not None and needed > there:
+            raise UsageError(
+                f"{what} {needed / 2**30:,.0f} GiB at the least, and there are {there / 2**30:,.0f} GiB of "
+                f"memory: take {flags}"
+            )
 
 
 def build(

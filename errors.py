@@ -1,4 +1,6 @@
-"""The one exception that is shown to the user as a single line, with exit code 2."""
+"""The exceptions that are shown to the user as a single line, and what makes one of them."""
+
+LONGEST = 400  # characters of a message
 
 
 class UsageError(Exception):
@@ -13,3 +15,10 @@ class AgreedError(UsageError):
 
 class LostError(Exception):
     """Another process of the job has ended, or has not answered in time."""
+
+
+def one_line(text: str) -> str:
+    """The text for a terminal: without line breaks and control characters, of a long one both ends."""
+    text = " ".join(text.split())
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= LONGEST else f"{text[: 2 * LONGEST // 3]} ... {text[-(LONGEST // 3 - 5) :]}"

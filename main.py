@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import config as settings
 from config import Config, Invocation
-from errors import AgreedError, LostError, UsageError
+from errors import AgreedError, LostError, UsageError, one_line
 from members import Member, members_of
 
 if TYPE_CHECKING:
@@ -46,7 +46,13 @@ FIRST_PROCESS = os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.en
 FIRST_ON_MACHINE = os.environ.get("LOCAL_RANK", "0") == "0" or "MASTER_ADDR" not in os.environ
 BEFORE_MEETING = 30.0  # seconds by which the first process may be the later one
 PREPARING, A_YEAR = 120.0, 60.0 * 24 * 365  # in minutes
-OUT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory")  # of RuntimeErrors of PyTorch
+# of RuntimeErrors of PyTorch
+OUT_OF_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "allocate memory",
+    "Storage size calculation overflowed",
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -57,7 +63,7 @@ def main(arguments: list[str]) -> int:
     try:
         return command(arguments)
     except (UsageError, OSError) as error:
-        text = " ".join(str(error).split()) if isinstance(error, UsageError) else str(error)
+        text = one_line(str(error))
         if FIRST_PROCESS:
             print(f"main.py: error: {text}", file=sys.stderr)
         elif isinstance(error, AgreedError):
