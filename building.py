@@ -42,7 +42,7 @@ def prepare(config: Config, call: Invocation, world: World = ALONE) -> Runtime:
     """The device, or a refusal."""
     runtime = set_up(
         device_of(call.device, world), config.precision, small_tensors=config.learner == "mlp",
-        threads=call.threads, world=world,
+        threads=call.threads, world=world, deterministic=call.deterministic,
     )  # fmt: skip
     if runtime.device.type == "cpu" and not call.adapt:
         check_memory(config, world.size, testing=call.eval)

@@ -586,6 +586,11 @@ class Invocation:
         help="of several processes (torchrun), each keeps and updates a slice of the optimizer's state "
         "(ZeRO), for large networks",
     )  # fmt: skip
+    deterministic: bool = flag(
+        "--deterministic", group="machine", kind=bool, default=False,
+        help="refuse operators that may give other bits for the same numbers, and have compilers and libraries "
+        "choose by rule, not by measuring: the same command on the same machine gives the same bits",
+    )  # fmt: skip
     timeout: float = flag(
         "--timeout", group="machine", kind=float, check=minutes, metavar="MINUTES", default=10.0,
         help="how long a process waits for the others' gradients before it gives up (for data to be read and "
@@ -1251,6 +1256,11 @@ def check_invocation(given: Mapping[str, Any]) -> Invocation:
             and given.keys() & {"compile", "compile_after", "engine", "convolution"},
             "--compile, --compile-after, --engine and --conv are for training: leave them out with --eval "
             "and --adapt",
+        ),
+        (
+            call.autotune and call.deterministic,
+            "--autotune measures what is fastest, and may choose otherwise the next time: leave it out with "
+            "--deterministic",
         ),
         (
             call.autotune and (call.eval or call.load),

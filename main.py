@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> int:
     try:
         return command(arguments)
     except (UsageError, OSError) as error:
-        text = one_line(str(error))
+        text = one_line(_not_deterministic(error) or str(error))
         if FIRST_PROCESS:
             print(f"main.py: error: {text}", file=sys.stderr)
         elif isinstance(error, AgreedError):
@@ -80,17 +80,26 @@ def main(arguments: list[str]) -> int:
         )
         os._exit(3)  # what is still under way between processes would be waited for
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in OUT_OF_MEMORY):
+        text = _not_deterministic(error)
+        if isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
+            text = "out of memory: take fewer tasks at a time (--tasks-at-once), or smaller ones"
+        if text is None:
             raise
-        print(
-            "main.py: error: out of memory: take fewer tasks at a time (--tasks-at-once), or smaller ones",
-            file=sys.stderr,
-        )
+        print(f"main.py: error: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if FIRST_PROCESS:
             print("\nmain.py: interrupted", file=sys.stderr)
         return 130
+
+
+def _not_deterministic(error: BaseException) -> str | None:
+    """What to do where PyTorch has refused an operator (--deterministic)."""
+    if "torch" not in sys.modules:
+        return None
+    from runtime import not_deterministic
+
+    return not_deterministic(error)
 
 
 def command(arguments: list[str]) -> int:

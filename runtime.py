@@ -35,6 +35,7 @@ class Runtime:
             "threads": torch.get_num_threads(),
             "device": self.device.type,
             "torch": str(torch.__version__),
+            "deterministic": "yes" if torch.are_deterministic_algorithms_enabled() else "no",
         }
 
     def describe(self) -> str:
@@ -117,8 +118,13 @@ def set_up(
     small_tensors: bool,
     threads: int | None = None,
     world: World = ALONE,
+    deterministic: bool = False,
 ) -> Runtime:
-    """The runtime on a device; raises UsageError for a precision that it has not."""
+    """The runtime on a device; raises UsageError for a precision that it has not.
+
+    `deterministic`: an operator that cannot give the same bits every time raises RuntimeError (see
+    `not_deterministic`); Inductor is told so where code is compiled (compiler.py).
+    """
     if device.type == "mps" and precision == "float64":
         raise UsageError("--device mps has no float64: use --precision float32 or --device cpu")
     if device.type != "cuda" and precision == "tf32":
@@ -127,6 +133,10 @@ def set_up(
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         torch.backends.cudnn.allow_tf32 = precision == "tf32"
         torch.backends.cudnn.deterministic = True
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read where cuBLAS is first used
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(deterministic)
     # torch.func's own, of a module that it imports
     warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated", category=FutureWarning)
     torch.set_num_threads(threads_for(threads, world, small_tensors=small_tensors))
@@ -137,6 +147,20 @@ def set_up(
         "bf16": (torch.float32, torch.bfloat16),
     }[precision]
     return Runtime(device, dtype, compute_dtype, world)
+
+
+def not_deterministic(error: BaseException | None) -> str | None:
+    """What to do, in one line, where an error or one of its causes is an operator without a deterministic
+    form."""
+    while error is not None:
+        operator, sign, _ = str(error).partition(" does not have a deterministic implementation")
+        if sign and isinstance(error, RuntimeError):
+            return (
+                f"--deterministic: the operator {operator.split()[-1]} has no deterministic form here: use "
+                "another in the learner or the loss, or leave --deterministic out"
+            )
+        error = error.__cause__
+    return None
 
 
 def versions() -> dict[str, str]:
