@@ -137,8 +137,10 @@ def set_up(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read where cuBLAS is first used
         torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(deterministic)
-    # torch.func's own, of a module that it imports
+    # torch.func's own, of a module that it imports; of an operator of the user's, which the loop over tasks
+    # that it asks for would not make faster
     warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet")
     torch.set_num_threads(threads_for(threads, world, small_tensors=small_tensors))
     dtype, compute_dtype = {
         "float64": (torch.float64, None),

@@ -150,3 +150,178 @@ def test_any_flags_are_settled_or_refused_in_one_line_that_names_a_flag(line):
             config.resolve(given_flags)
     except UsageError as error:
         check_message(main.one_line(str(error)), line)
+
+
+# ---- whole runs ----------------------------------------------------------------------------------
+
+TINY = ["-k", "2", "-q", "2", "--meta-batch-size", "2", "--iterations", "3", "--val-every", "2", "--log-every", "2",
+        "--eval-tasks", "3", "--compile", "off"]  # fmt: skip
+IMAGES = ["--dataset", "images:images", "--image-size", "12", "--channels", "1", "-n", "2"]
+DATA = (
+    [], ["--dataset", "harmonic"], ["--dataset", "sinusoid-line"], ["--dataset", "sinusoid-frequency"],
+    [*IMAGES, "--learner", "fc"], [*IMAGES, "--learner", "conv"], [*IMAGES, "--learner", "conv4"], IMAGES,
+    [*IMAGES, "--learner", "torchvision:resnet18"], ["--dataset", "table:rows.csv"],
+    ["--dataset", "table:rows.csv", "--target-columns", "c", "-n", "2", "--input-columns", "x"],
+    ["--dataset", "own.py:tasks", "--learner", "own.py:net"], ["--learner", "own.py:net"],
+)  # fmt: skip
+OWN = """
+import torch
+
+def net(outputs, width=4):
+    return torch.nn.Sequential(torch.nn.LazyLinear(int(width)), torch.nn.Tanh(), torch.nn.Linear(int(width), outputs))
+
+def loss(outputs, targets):
+    return (outputs - targets).abs().mean()
+
+class tasks:
+    def sample(self, split, seeds):
+        x = torch.rand(len(seeds), 4, 2)
+        return x[:, :2], x[:, :2, :1], x[:, 2:], x[:, 2:, :1]
+"""
+SIZES = ("shots", "queries", "ways", "meta_batch_size", "iterations", "log_every", "val_every", "eval_tasks",
+         "dataset", "learner", "compile", "image_size", "channels")  # fmt: skip
+ELSEWHERE = ("checkpoint_path", "data_root")  # where a test may write
+SMALL: dict[type, tuple[str, ...]] = {
+    int: ("1", "2", "3"), float: ("0.5", "0.01", "1e-320", "1e308", "0.9"), str: ("a", "y", "x", "c", "2", "0"),
+}  # fmt: skip
+SMALL_BY_NAME = {
+    "loss": (*choices.LOSSES, "own.py:loss"), "learner_args": ("width=3", "width=0", "a=1"), "loss_args": ("delta=2", "x=1"),
+    "dataset_args": ("a=1",), "seeds": ("0-1", "3"), "sweep": ("inner-lr=0.1,0.2", "s=1,2", "first-order=yes,no"),
+    "augment": ("flip", "crop,rotate"), "eval_dataset": ("images:images", "table:rows.csv", "harmonic", "own.py:tasks"),
+    "load": ("runs/sin/last.pt", "runs/sin/best.pt", "runs/img/best.pt", "runs/tab/last.pt", "runs/many", "runs/sin",
+             "rows.csv", "no.pt"),
+    "init_from": ("runs/sin/best.pt", "runs/img/last.pt", "runs/tab/last.pt", "images"),
+    "adapt": ("mine.csv", "mine", "images", "no"), "save_weights": ("w.pt", "no/such/w.pt"), "out": ("results", "rows.csv"),
+    "run_name": ("a", "b", "sin", "many"), "split_shares": ("1,1,1", "64,16,20"), "head": ("0", "4", "2"),
+    "split_seed": ("0", "3"), "seed": ("0", "9223372036854775807"), "timeout": ("1",), "threads": ("1", "2"),
+}  # fmt: skip
+DOING = (
+    [], [], [], ["--resume", "--run-name", "a"], ["--seeds", "0-1"], ["--eval"], ["--eval", "--load", "runs/sin/last.pt"],
+    ["--eval", "--load", "runs/img/best.pt"], ["--eval", "--load", "runs/tab/best.pt"], ["--eval", "--load", "runs/many"],
+    ["--load", "runs/sin/last.pt", "--iterations", "4"], ["--load", "runs/img/last.pt", "--iterations", "4"],
+    ["--init-from", "runs/sin/last.pt"], ["--adapt", "mine.csv", "--load", "runs/tab/last.pt"],
+    ["--adapt", "mine", "--load", "runs/img/last.pt"], ["--eval", "--baselines", "--load", "runs/sin/last.pt"],
+)  # fmt: skip
+
+
+def small(name: str, flag: flags.Flag) -> st.SearchStrategy[list[str]]:
+    values = flag.choices or SMALL_BY_NAME.get(name) or SMALL.get(flag.kind) or ("no",)
+    return part(name, flag, st.sampled_from(values))
+
+
+extras = st.one_of([small(n, f) for n, f in config.ALL_FLAGS.items() if n not in (*SIZES, *ELSEWHERE)])
+algorithms = st.sampled_from([[], *(["--algorithm", name] for name in presets.ALGORITHMS)])
+
+
+def a_run(doing: list[str], data: list[str], algorithm: list[str], more: list[list[str]]) -> list[str]:
+    """With a checkpoint, its own data and sizes; else these."""
+    own = [] if "--load" in doing else [*TINY, *data, *algorithm]
+    if "--eval" in doing and not own:
+        own = ["--eval-tasks", "3", "--eval-steps", "2"]
+    if "--eval" in own + doing and "--compile" in own:
+        own = own[: own.index("--compile")] + own[own.index("--compile") + 2 :]
+    return [*own, *doing, *sum(more, [])]
+
+
+runs = st.builds(
+    a_run, st.sampled_from(DOING), st.sampled_from(DATA), algorithms, st.lists(extras, max_size=3)
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with data, code and trained runs, to be copied for each command line."""
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("place")
+    random = np.random.default_rng(0)
+
+    def images(where: Path, number: int) -> None:
+        where.mkdir(parents=True)
+        for each in range(number):
+            Image.fromarray(random.integers(0, 255, (12, 12), dtype=np.uint8)).save(where / f"{each}.png")
+
+    for name in range(13):
+        images(folder / "images" / f"class-{name:02}", 6)
+    images(folder / "mine" / "support" / "a", 2)
+    images(folder / "mine" / "support" / "b", 2)
+    images(folder / "mine" / "query", 3)
+    rows = [
+        f"{task},{0.1 * row},{0.3 * row * task},{'ab'[row % 2]}" for task in range(9) for row in range(10)
+    ]
+    (folder / "rows.csv").write_text("\n".join(["task,x,y,c", *rows]))
+    (folder / "mine.csv").write_text("x,y\n0.1,0.2\n0.2,0.1\n0.3,\n")
+    (folder / "own.py").write_text(OWN)
+    patch = pytest.MonkeyPatch()
+    patch.chdir(folder)
+    patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    for module in ("trainer.VALIDATION_TASKS",):
+        patch.setattr(module, 3)
+    patch.setattr("report._wait_for_a_later_second", lambda folder: None)
+    tiny = [*TINY, "--checkpoint-path", "runs"]
+    assert main.main([*tiny, "--run-name", "sin"]) == 0
+    assert main.main([*tiny, *IMAGES, "--learner", "conv", "--run-name", "img"]) == 0
+    table = ["--dataset", "table:rows.csv", "--input-columns", "x"]
+    assert main.main([*tiny, *table, "--run-name", "tab"]) == 0
+    assert main.main([*tiny, "--seeds", "0-1", "--run-name", "many"]) == 0
+    yield folder
+    patch.undo()
+
+
+def what_is_there(folder: Path) -> dict[Path, bytes | None]:
+    """Files with their contents, and folders."""
+    return {
+        path: path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+        if not {"cache", "__pycache__"} & set(path.relative_to(folder).parts)
+    }
+
+
+def restore(folder: Path, before: dict[Path, bytes | None]) -> None:
+    for path in sorted(what_is_there(folder), reverse=True):
+        if path not in before:
+            path.rmdir() if path.is_dir() else path.unlink()
+    for path, content in before.items():
+        if content is not None and (not path.is_file() or path.read_bytes() != content):
+            path.write_bytes(content)
+
+
+BAR = re.compile(r"it/s\]|s/it\]|\?it|\d+it \[|^\s*\d+%")
+
+
+@fixed_budget(40)
+@given(line=runs)
+def test_any_run_ends_well_or_in_one_line(line, place, capfd):
+    before = what_is_there(place)
+    capfd.readouterr()
+    try:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.resetwarnings()
+            for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+                warnings.simplefilter("ignore", kind)  # as Python does
+            code = main.main([*line, *([] if "--load" in line else ["--checkpoint-path", "runs"])])
+        said, errors = capfd.readouterr()
+        after = what_is_there(place)
+        new = {path: content for path, content in after.items() if path not in before}
+        lines_said = [each for each in re.split(r"[\r\n]+", errors) if each.strip() and not BAR.search(each)]
+        assert not warned, (line, [str(each.message) for each in warned])
+        assert code in (0, 2), (line, errors)
+        if code == 2:
+            assert len(lines_said) == 1 and errors.count("\n") == 1, (line, errors)
+            check_message(lines_said[0].removeprefix("main.py: error: "), line)
+            empty = [path for path in new if path.is_dir() and not any(path.iterdir())]
+            assert not empty, (line, errors, empty)
+            return
+        assert all(e.startswith(("main.py: ", "The training loss is", "Training ")) for e in lines_said), (
+            line,
+            errors,
+        )
+        for written in re.findall(
+            r"^(?:Written: |Test it: .*--load )(\S+?),?(?: and .*)?$", said, re.MULTILINE
+        ):
+            assert (place / written).is_file(), (line, written)
+        for folder in {path.parent for path in new if path.name == "last.pt"}:
+            assert (folder / "training.json").is_file(), (line, folder)
+    finally:
+        restore(place, before)
