@@ -30,6 +30,7 @@ import config as settings
 from config import Config, Invocation
 from errors import AgreedError, LostError, UsageError, one_line
 from members import Member, members_of
+from streams import outlive_readers
 
 if TYPE_CHECKING:
     from evaluation import Evaluation
@@ -112,6 +113,8 @@ def command(arguments: list[str]) -> int:
         if call.load is None and not call.resume and not members:
             settings.resolve(given)
 
+        if not Path().exists():  # PyTorch's libraries would end the process
+            raise UsageError("the current folder is not there any more: cd into one that is")
         from runtime import device_of
         from world import join, launched, leave
 
@@ -463,4 +466,5 @@ def end(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     end(main(sys.argv[1:]))

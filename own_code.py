@@ -106,7 +106,7 @@ def arguments_from(pairs: Iterable[str]) -> dict[str, Any]:
         name, _, text = pair.partition("=")
         try:
             values[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two: nested too deeply
             values[name] = {"true": True, "false": False, "none": None}.get(text.lower(), text)
     return values
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import warnings
@@ -141,6 +142,7 @@ def set_up(
     # that it asks for would not make faster
     warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet")
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # that it has no folder for its cache
     torch.set_num_threads(threads_for(threads, world, small_tensors=small_tensors))
     dtype, compute_dtype = {
         "float64": (torch.float64, None),

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import FrameType
 
@@ -330,7 +330,8 @@ class Trainer:
             for each in handled:
                 signal.signal(each, handled[each])
             if self.shown:  # not print(): the handler may have come in the middle of one
-                os.write(2, b"\nEnding after this iteration; once more to end at once.\n")
+                with suppress(OSError):  # nobody reads it
+                    os.write(2, b"\nEnding after this iteration; once more to end at once.\n")
 
         handled = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
         for each in handled:
