@@ -34,43 +34,54 @@ from optimizers import InnerOptimizer, Weights
 from own_code import arguments_from
 from presets import is_own_code
 from randomness import keys_of, task_stream
-from runtime import Runtime, device_of, memory_of_machine, set_up
+from runtime import Runtime, device_of, machine_memory, set_up
 from tables import Columns
 from tasks import TaskBatch, TaskDistribution, Tree, arguments_of, first_tensor, tree_map
 from world import ALONE, World
 
 # Numbers by which a learner may exceed four times what a checkpoint has, and what the least tensor counts as
 FREE_SIZE, LEAST_SIZE = 2**24, 10_000
-LEAST_NUMBERS = 100  # of an example, in the layers of a learner
+LEAST_NUMBERS = 10  # of an example, in a learner's layers
 
 
 def prepare(config: Config, call: Invocation, world: World = ALONE) -> Runtime:
     """The device, or a refusal."""
-    check_memory(config, testing=call.eval or call.adapt is not None)
-    return set_up(
+    runtime = set_up(
         device_of(call.device, world), config.precision, small_tensors=config.learner == "mlp",
-        threads=call.threads, world=world,
+        threads=call.threads, world=world, deterministic=call.deterministic,
     )  # fmt: skip
+    if runtime.device.type == "cpu":
+        check_memory(config, world.size, testing=call.eval or call.adapt is not None)
+    return runtime
 
 
-def check_memory(config: Config, *, testing: bool) -> None:
-    """Raises UsageError where the least that there has to be in memory is larger than this machine's: a file
-    may say any size."""
-    pixels = config.channels * config.image_size**2 if config.channels and config.image_size else 1
-    numbers = max(pixels, LEAST_NUMBERS)
-    shots = config.shots if testing else max(config.shots, config.training_shots)
+def check_memory(config: Config, processes: int, *, testing: bool) -> None:
+    """Raises UsageError where the least that has to be in this machine's memory has no room there: a file may
+    say any size, and a kernel that runs out of memory ends the process without a word."""
+    pixels = config.channels * config.image_size**2 if config.channels and config.image_size else 0
+    shots = config.shots if testing else config.training_shots
     examples = (config.ways or 1) * (shots + config.queries)
-    tasks = 1 if testing else min(config.tasks_at_once or config.meta_batch_size, config.meta_batch_size)
-    results = config.eval_tasks * (config.eval_steps + 1)
-    least = {
-        f"{tasks:,} tasks of {examples:,} examples": tasks * examples * numbers * 4,
-        f"the results of {config.eval_tasks:,} test tasks after {config.eval_steps:,} steps": results * 8,
-        f"{config.steps:,} inner steps": config.steps * 1000,  # what they leave behind
-    }
-    memory = memory_of_machine()
-    for what, size in least.items():
-        if size > memory:
-            raise UsageError(f"{what} do not fit the memory of this machine, {memory / 1e9:,.0f} GB")
+    tasks = 1 if testing else -(-config.meta_batch_size // processes)
+    smaller = "a smaller " + "--meta-batch-size, " * (not testing)
+    least = [
+        (
+            f"{tasks:,} tasks of {examples:,} examples",
+            4 * tasks * examples * (pixels + LEAST_NUMBERS),
+            f"{smaller}-k{', -q or --image-size' if pixels else ' or -q'}",
+        ),
+        (f"{config.steps:,} inner steps", 1000 * config.steps, "fewer of them (-s)"),
+    ]
+    if testing:
+        results = f"the results of {config.eval_tasks:,} tasks after {config.eval_steps:,} steps"
+        size = 8 * config.eval_tasks * (config.eval_steps + 1)
+        least.append((results, size, "fewer --eval-tasks or --eval-steps"))
+    memory = machine_memory()
+    for what, size, advice in least:
+        if memory is not None and size > memory:
+            raise UsageError(
+                f"{what} take {size / 2**30:,.0f} GiB at the least, and there are {memory / 2**30:,.0f} GiB of "
+                f"memory: take {advice}"
+            )
 
 
 def build(

@@ -185,7 +185,9 @@ class Compiler:
         # another process may be building the same, where files cannot be locked: the last one's stays
         with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
             built = aoti_compile_and_package(
-                exported, package_path=str(Path(temporary) / path.name), inductor_configs=dict(options)
+                exported,
+                package_path=str(Path(temporary) / path.name),
+                inductor_configs={**options, "deterministic": torch.are_deterministic_algorithms_enabled()},
             )
             if self.interrupted():
                 raise RuntimeError("interrupted")
@@ -211,6 +213,7 @@ class Compiler:
             str(self.device),
             torch.get_num_threads(),
             torch.backends.cuda.matmul.allow_tf32 if cuda else None,
+            torch.are_deterministic_algorithms_enabled(),
         ]
         return hashlib.sha256(repr(content).encode()).hexdigest()[:32]
 

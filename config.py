@@ -66,6 +66,8 @@ from presets import (
 )
 
 MOST_SHOWN = 6  # values of a setting, of many runs
+MOST_POINTS = 100_000  # of a curve, which checkpoints and TensorBoard keep
+MOST_STEPS = 100_000  # of the inner loop
 OWN_CODE = ("learner", "dataset", "loss")  # the settings that may name the user's code
 
 
@@ -221,7 +223,7 @@ class Config:
         "support set (Proto-MAML). The latter two allow another number of classes (-n) at test",
     )  # fmt: skip
     context_size: int = flag(
-        "--context-size", group="algorithm", kind=int, check=at_least(1), metavar="N", default=5,
+        "--context-size", group="algorithm", kind=int, check=at_least(1, 100_000), metavar="N", default=5,
         before=5, only="context", help="numbers in the context vector",
     )  # fmt: skip
     inner_rates: str = flag(
@@ -246,7 +248,7 @@ class Config:
         only="exact", help="first order in the first N iterations, exact from there on",
     )  # fmt: skip
     cg_steps: int = flag(
-        "--cg-steps", group="algorithm", kind=int, check=at_least(0), metavar="N", default=5, before=5,
+        "--cg-steps", group="algorithm", kind=int, check=at_least(0, MOST_STEPS), metavar="N", default=5, before=5,
         only="implicit", help="steps of conjugate gradients; 0 is first order",
     )  # fmt: skip
     cg_damping: float = flag(
@@ -283,7 +285,7 @@ class Config:
     )  # fmt: skip
 
     steps: int = flag(
-        "-s", group="inner loop", kind=int, check=at_least(1), metavar="STEPS",
+        "-s", group="inner loop", kind=int, check=at_least(1, MOST_STEPS), metavar="STEPS",
         help="inner gradient steps while training",
     )  # fmt: skip
     inner_lr: float = flag(
@@ -442,12 +444,12 @@ class Config:
         default=600, free_on_resume=True, free_on_eval=True, help="test tasks",
     )  # fmt: skip
     eval_steps: int = flag(
-        "--eval-steps", group="evaluation", kind=int, check=at_least(1), metavar="STEPS",
+        "--eval-steps", group="evaluation", kind=int, check=at_least(1, MOST_STEPS), metavar="STEPS",
         default=10, free_on_resume=True, free_on_eval=True,
         help="measure after 0, 1, ... STEPS inner steps",
     )  # fmt: skip
     test_steps: int = flag(
-        "--test-steps", group="evaluation", kind=int, check=at_least(1), metavar="STEPS",
+        "--test-steps", group="evaluation", kind=int, check=at_least(1, MOST_STEPS), metavar="STEPS",
         free_on_resume=True, free_on_eval=True,
         help="the number of steps whose result is quoted; at most --eval-steps",
     )  # fmt: skip
@@ -587,7 +589,7 @@ class Invocation:
         default="auto", help="auto takes CUDA where there is any, else the CPU",
     )  # fmt: skip
     threads: int | None = flag(
-        "--threads", group="machine", kind=int, check=at_least(1), metavar="N", default=None, optional=True,
+        "--threads", group="machine", kind=int, check=at_least(1, 1024), metavar="N", default=None, optional=True,
         help="CPU threads of a process; by default as OMP_NUM_THREADS says, else one with --learner mlp; "
         "of several processes (torchrun) each has its share of the cores",
     )  # fmt: skip
@@ -595,6 +597,11 @@ class Invocation:
         "--shard", group="machine", kind=bool, default=False,
         help="of several processes (torchrun), each keeps and updates a slice of the optimizer's state "
         "(ZeRO), for large networks",
+    )  # fmt: skip
+    deterministic: bool = flag(
+        "--deterministic", group="machine", kind=bool, default=False,
+        help="refuse operators that may give other bits for the same numbers, and have compilers and libraries "
+        "choose by rule, not by measuring: the same command on the same machine gives the same bits",
     )  # fmt: skip
     timeout: float = flag(
         "--timeout", group="machine", kind=float, check=minutes, metavar="MINUTES", default=10.0,
@@ -745,6 +752,9 @@ def build_parser() -> argparse.ArgumentParser:
 def parse(arguments: list[str]) -> dict[str, Any]:
     """The flags that were given, by field name, each well-formed by itself."""
     given = vars(build_parser().parse_args(arguments))
+    for name, value in given.items():
+        if value == []:  # argparse takes the argument of --flag=-- for the end of the flags
+            raise UsageError(f"{ALL_FLAGS[name].names[0]}: expected an argument, got '--'")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
@@ -794,6 +804,7 @@ def resolve(given: Mapping[str, Any]) -> Config:
         values.pop("norm_per_step", None)
     config = Config(**resolve_auto(values))
     check(config, given)
+    _check_curves(config)
     return config
 
 
@@ -945,6 +956,8 @@ def resolve_from(
     if eval_dataset:
         config = _on_other_data(config, eval_dataset, given)
     check(config, given, testing=evaluate)
+    if not evaluate:
+        _check_curves(config)
     return config
 
 
@@ -1202,6 +1215,18 @@ def _check_algorithm(config: Config, given: Mapping[str, Any]) -> None:
             raise UsageError(reason)
 
 
+def _check_curves(config: Config) -> None:
+    """Raises UsageError where the curves of training or validation would have too many points."""
+    wanted = -(-config.iterations // MOST_POINTS)
+    fine = [name for name in ("log_every", "val_every") if getattr(config, name) < wanted]
+    if fine:
+        enough = " and ".join(f"{CONFIG_FLAGS[name].names[0]} {wanted}" for name in fine)
+        raise UsageError(
+            f"--iterations {config.iterations} makes a curve of more than {MOST_POINTS:,} points: {enough} "
+            "will do"
+        )
+
+
 def _check_omniglot(config: Config, *, testing: bool) -> None:
     needed = {f"-k {config.shots} plus -q {config.queries}": config.shots + config.queries}
     if config.train_shots is not None and not testing:
@@ -1241,6 +1266,11 @@ def check_invocation(given: Mapping[str, Any]) -> Invocation:
             and given.keys() & {"compile", "compile_after", "engine", "convolution"},
             "--compile, --compile-after, --engine and --conv are for training: leave them out with --eval "
             "and --adapt",
+        ),
+        (
+            call.autotune and call.deterministic,
+            "--autotune measures what is fastest, and may choose otherwise the next time: leave it out with "
+            "--deterministic",
         ),
         (
             call.autotune and (call.eval or call.load),

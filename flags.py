@@ -7,15 +7,16 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 Check = Callable[[Any], str | None]  # what was expected, where the value is not that
 
 
-def at_least(minimum: int) -> Check:
+def at_least(minimum: int, most: int = 2**31 - 1) -> Check:
     def check(value: int) -> str | None:
-        if value >= 2**31:
-            return "a whole number below 2^31"
+        if value > most:
+            return "a whole number below 2^31" if most == 2**31 - 1 else f"a whole number up to {most:,}"
         return None if value >= minimum else f"a whole number of at least {minimum}"
 
     return check
@@ -55,7 +56,20 @@ def key_and_values(text: str) -> str | None:
     return None if equals and key and all(values.split(",")) else "FLAG=A,B,..."
 
 
-KIND_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", tuple: "a list"}
+def plain_text(text: str) -> bool:
+    """Whether files, terminals and TensorBoard can have it: no control characters, no broken UTF-8."""
+    return not any(c < " " or "\x7f" <= c < "\xa0" or "\ud800" <= c < "\ue000" for c in text)
+
+
+PLAIN_TEXT = "text without control characters, in UTF-8"
+KIND_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+    bool: "true or false",
+    tuple: "a list",
+}
 
 
 @dataclass(frozen=True)
@@ -83,11 +97,15 @@ class Flag:
         if self.kind is tuple:
             if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
                 return KIND_NAMES[tuple]
+            if not all(map(plain_text, value)):
+                return PLAIN_TEXT
             return next((p for p in map(self.check, value) if p), None) if self.check else None
         if self.kind is float and type(value) is int and abs(value) < 2**63:
             value = float(value)
         if not isinstance(value, self.kind) or (isinstance(value, bool) and self.kind is not bool):
             return KIND_NAMES.get(self.kind, self.kind.__name__)
+        if self.kind in (str, Path) and not plain_text(str(value)):
+            return PLAIN_TEXT
         return self.check(value) if self.check else None
 
     def parse(self, text: str) -> Any:

@@ -16,7 +16,6 @@ Every flag is declared in config.py and shown by --help.
 
 from __future__ import annotations
 
-import io
 import os
 import shlex
 import sys
@@ -32,6 +31,7 @@ import memory
 from config import Config, Invocation
 from errors import AgreedError, LostError, UsageError, for_terminal, one_line
 from members import Member, members_of
+from streams import outlive_readers
 
 if TYPE_CHECKING:
     from evaluation import Evaluation
@@ -57,8 +57,10 @@ def main(arguments: list[str]) -> int:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (to the end of the process)
     try:
         return command(arguments)
-    except (UsageError, OSError) as error:
-        text = for_terminal(one_line(error))
+    except (UsageError, OSError, MemoryError, RuntimeError) as error:
+        text = _said_of(error)
+        if text is None:
+            raise
         if FIRST_PROCESS:
             print(f"main.py: error: {text}", file=sys.stderr)
         elif isinstance(error, AgreedError):
@@ -74,19 +76,25 @@ def main(arguments: list[str]) -> int:
             flush=True,
         )
         os._exit(3)  # what is still under way between processes would be waited for
-    except (MemoryError, RuntimeError) as error:
-        if not memory.ran_out(error):
-            raise
-        print(
-            "main.py: error: out of memory: take fewer tasks at a time (--tasks-at-once), or smaller ones "
-            "(-q, -k, --image-size)",
-            file=sys.stderr,
-        )
-        return 2
     except KeyboardInterrupt:
         if FIRST_PROCESS:
             print("\nmain.py: interrupted", file=sys.stderr)
         return 130
+
+
+def _said_of(error: BaseException) -> str | None:
+    """What is said of an error that ends the command; None: it is this tool's own."""
+    if isinstance(error, UsageError):
+        return for_terminal(one_line(error))
+    if memory.ran_out(error):
+        return "out of memory: take fewer tasks at a time (--tasks-at-once), or smaller ones (-q, -k)"
+    if "torch" in sys.modules:
+        from runtime import not_deterministic
+
+        text = not_deterministic(error)
+        if text is not None:
+            return for_terminal(text)
+    return for_terminal(one_line(error)) if isinstance(error, OSError) else None
 
 
 def command(arguments: list[str]) -> int:
@@ -99,6 +107,8 @@ def command(arguments: list[str]) -> int:
         if call.load is None and not call.resume and not members:
             settings.resolve(given)
 
+        if not Path().exists():  # PyTorch's libraries would end the process
+            raise UsageError("the current folder is not there any more: cd into one that is")
         from runtime import device_of
         from world import join, launched, leave
 
@@ -472,6 +482,5 @@ def end(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be in no encoding
+    outlive_readers()
     end(main(sys.argv[1:]))

@@ -20,6 +20,7 @@ from flags import Flag
 LIST = "runs.json"  # in the folder of many runs: which they are
 MOST = 1000  # runs of a command line
 LONGEST = 40  # characters of a value in a folder's name, its last ones: paths differ there
+LONGEST_NAME = 200  # bytes of that of a folder
 SWITCHES = {"yes": True, "no": False}
 
 
@@ -68,6 +69,8 @@ def members_of(call: Invocation, given: Mapping[str, Any]) -> list[Member]:
         setting = "_".join(f"{_plain_name(CONFIG_FLAGS[n])}-{texts[n][v]}" for n, v in chosen.items())
         found += [Member(setting, seed, {**given, **chosen, "seed": seed}) for seed in seeds]
     for member in found:
+        if len(member.name.encode()) > LONGEST_NAME:
+            raise UsageError(f"--sweep of {len(axes)} flags makes names too long for a folder: sweep fewer")
         try:
             config = member.config
         except UsageError as error:
@@ -96,10 +99,13 @@ def seeds_of(text: str) -> list[int]:
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise UsageError(f"--seeds {text}: expected numbers and ranges like 0-7 or 0,2,5-9")
-        low, high = int(first), int(last or first)
+        long = len(first + last) > 2 * len(str(2**63))
+        low, high = (0, 2**63) if long else (int(first), int(last or first))
         if high < low or high - low >= MOST or high >= 2**63:
             raise UsageError(f"--seeds {text}: {part.strip()} is no range of up to {MOST:,} seeds below 2^63")
         found += range(low, high + 1)
+        if len(found) > MOST:
+            raise UsageError(f"--seeds {text}: more than {MOST:,} runs")
     if len(set(found)) < len(found):
         raise UsageError(f"--seeds {text} names a seed twice")
     return found

@@ -59,6 +59,7 @@ def one_or_three(value: int) -> str | None:
 
 def three_shares(text: str) -> str | None:
     parts = text.split(",")
-    if len(parts) == 3 and all(part.isdigit() for part in parts) and int(parts[0]) and int(parts[2]):
+    whole = len(parts) == 3 and all(part.isdecimal() and len(part) < 10 for part in parts)
+    if whole and int(parts[0]) and int(parts[2]):
         return None
-    return "three whole numbers with commas between, the first and the last above 0"
+    return "three whole numbers below 10^9 with commas between, the first and the last above 0"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +39,7 @@ class Runtime:
             "threads": torch.get_num_threads(),
             "device": self.device.type,
             "torch": str(torch.__version__),
+            "deterministic": "yes" if torch.are_deterministic_algorithms_enabled() else "no",
         }
 
     def describe(self) -> str:
@@ -47,14 +51,6 @@ class Runtime:
         else:
             name = f"{platform.processor() or platform.machine()} {self.device.type}"
         return f"{name}, {of_each}{threads} thread{'s' * (threads > 1)}"
-
-
-def memory_of_machine() -> float:
-    """In bytes; infinite where the system does not say."""
-    try:
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (AttributeError, ValueError, OSError):  # Windows
-        return float("inf")
 
 
 def device_of(name: str, world: World) -> torch.device:
@@ -108,6 +104,17 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def machine_memory() -> int | None:
+    """Bytes that this process may use at the most, where the system says so."""
+    limits = []
+    if hasattr(os, "sysconf"):
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for file in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container
+        with suppress(OSError, ValueError):
+            limits.append(int(Path("/sys/fs/cgroup", file).read_text()))
+    return min(limits, default=None)
+
+
 def set_up(
     device: torch.device,
     precision: str,
@@ -115,8 +122,13 @@ def set_up(
     small_tensors: bool,
     threads: int | None = None,
     world: World = ALONE,
+    deterministic: bool = False,
 ) -> Runtime:
-    """The runtime on a device; raises UsageError for a precision that it has not."""
+    """The runtime on a device; raises UsageError for a precision that it has not.
+
+    `deterministic`: an operator that cannot give the same bits every time raises RuntimeError (see
+    `not_deterministic`); Inductor is told so where code is compiled (compiler.py).
+    """
     if device.type == "mps" and precision == "float64":
         raise UsageError("--device mps has no float64: use --precision float32 or --device cpu")
     if device.type != "cuda" and precision == "tf32":
@@ -125,8 +137,15 @@ def set_up(
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         torch.backends.cudnn.allow_tf32 = precision == "tf32"
         torch.backends.cudnn.deterministic = True
-    # torch.func's own, of a module that it imports
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read where cuBLAS is first used
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(deterministic)
+    # torch.func's own, of a module that it imports; of an operator of the user's, which the loop over tasks
+    # that it asks for would not make faster
     warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet")
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # that it has no folder for its cache
     torch.set_num_threads(threads_for(threads, world, small_tensors=small_tensors))
     dtype, compute_dtype = {
         "float64": (torch.float64, None),
@@ -135,6 +154,20 @@ def set_up(
         "bf16": (torch.float32, torch.bfloat16),
     }[precision]
     return Runtime(device, dtype, compute_dtype, world)
+
+
+def not_deterministic(error: BaseException | None) -> str | None:
+    """What to do, in one line, where an error or one of its causes is an operator without a deterministic
+    form."""
+    while error is not None:
+        operator, sign, _ = str(error).partition(" does not have a deterministic implementation")
+        if sign and isinstance(error, RuntimeError):
+            return (
+                f"--deterministic: the operator {operator.split()[-1]} has no deterministic form here: use "
+                "another in the learner or the loss, or leave --deterministic out"
+            )
+        error = error.__cause__
+    return None
 
 
 def versions() -> dict[str, str]:

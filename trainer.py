@@ -471,7 +471,8 @@ class Trainer:
             for each in handled:
                 signal.signal(each, handled[each])
             if self.shown:  # not print(): the handler may have come in the middle of one
-                os.write(2, b"\nEnding after this iteration; once more to end at once.\n")
+                with suppress(OSError):  # nobody reads it
+                    os.write(2, b"\nEnding after this iteration; once more to end at once.\n")
 
         handled = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
         for each in handled:

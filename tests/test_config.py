@@ -143,6 +143,27 @@ MISTAKES = [
     ("--init-from no-such-file.pt --checkpoint-path TMP", "there is no such checkpoint"),
     ("--checkpoint-path /dev/null/x", "--checkpoint-path /dev/null/x: cannot write there"),
     ("--eval --out /dev/null/x", "--out /dev/null/x: cannot write there"),
+    ("--dataset=--", "--dataset: expected an argument, got '--'"),
+    ("--checkpoint-path a\x1b[31mb", r"expected text without control characters, in UTF-8, got 'a\x1b[31mb'"),
+    ("--run-name caf\udce9", "expected text without control characters, in UTF-8"),
+    ("--nonsense=\x1b[31m", r"unrecognized arguments: --nonsense=\x1b[31m"),
+    (f"--load {1000 * 'a'} --adapt b --eval", "--adapt and --eval are two things"),
+    ("--split-shares ²,1,1", "three whole numbers below 10^9"),
+    ("--split-shares 99999999999999999,1,1", "three whole numbers below 10^9"),
+    ("--seeds 0-999999999999", "is no range of up to 1,000 seeds"),
+    (f"--seeds {5000 * '9'}", "is no range of up to 1,000 seeds below 2^63"),
+    (f"--seeds {5000 * '0-999,'}1", "more than 1,000 runs"),
+    ("--sweep k=1,2 q=1,2 s=1,2 inner-lr=1,2 meta-lr=1,2 noise=1,2 meta-batch-size=1,2 log-every=1,2 val-every=1,2 "
+     "meta-lr-schedule=constant", "sweep fewer"),
+    ("--iterations 2000000000", "points: --log-every 20000 and --val-every 20000 will do"),
+    ("--iterations 200000 --log-every 1", "points: --log-every 2 will do"),
+    ("-s 2000000000", "-s: expected a whole number up to 100,000"),
+    ("--threads 2000000000", "--threads: expected a whole number up to 1,024"),
+    ("--meta-batch-size 2000000000 --checkpoint-path TMP", "take a smaller --meta-batch-size, -k or -q"),
+    ("-k 2000000000 --checkpoint-path TMP", "the tasks of an iteration take 373 GiB at the least"),
+    ("--dataset images:x --image-size 100000 --checkpoint-path TMP", "-k, -q or --image-size"),
+    ("--eval --eval-tasks 2000000000", "the results take 164 GiB at the least"),
+    ("--deterministic --autotune", "leave it out with --deterministic"),
 ]  # fmt: skip
 
 
@@ -189,6 +210,19 @@ def test_out_of_memory_says_what_to_do(capsys, monkeypatch):
     monkeypatch.setattr(main, "train", no_memory)
     assert main.main([]) == 2
     assert "--tasks-at-once" in capsys.readouterr().err
+
+
+def test_tasks_that_do_not_fit_into_the_memory_are_refused_as_such(tmp_path):
+    """Under a limit of the system's, which comes before what the flags say."""
+    code = (
+        "import main, resource, sys, trainer\n"
+        "taken = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (taken + 2**29,) * 2)\n"
+        "sys.exit(main.main(sys.argv[1:]))"
+    )
+    flags = ["-k", "5000000", "--compile", "off", "--checkpoint-path", str(tmp_path / "runs")]
+    run = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.splitlines()[-1].startswith("main.py: error: out of memory")
 
 
 def test_samples_on_a_checkpoint_are_held_against_its_query():
