@@ -58,8 +58,7 @@ class RunLog:
     def __init__(self, folder: Path, *, begin_at: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        if begin_at:
-            _drop_events(folder, begin_at)
+        _drop_events(folder, begin_at)
         _wait_for_a_later_second(folder)
         self.writer = SummaryWriter(str(folder), purge_step=begin_at)
 

@@ -207,7 +207,8 @@ class Trainer:
         seconds, compiled = self.compiler.seconds, self.compiler.compiled
         failure, interrupted = None, False
         try:
-            self.plain_step.rehearse(state, self.iteration)
+            with self._shown_as(bar, "compiling"):
+                self.plain_step.rehearse(state, self.iteration)
         except CompilationError as error:
             failure, interrupted = str(error), self.signal is not None
         outcomes = self.world.gathered((failure, interrupted))
@@ -255,7 +256,8 @@ class Trainer:
         redrawn, shown_first = time.monotonic(), self.iteration + 1
         with bar, self._signals():
             if self._validation_is_missing():
-                self._validate(last=self.iteration == config.iterations)
+                with self._shown_as(bar, "validating"):
+                    self._validate(last=self.iteration == config.iterations)
             while self.iteration < config.iterations:
                 with self._saved_if_lost():
                     taken = self.step(bar)
@@ -276,7 +278,7 @@ class Trainer:
                 last = self.iteration == config.iterations
                 if self.iteration % config.val_every == 0 or last:
                     paused = time.monotonic()
-                    with self._saved_if_lost():
+                    with self._saved_if_lost(), self._shown_as(bar, "validating"):
                         self._validate(last=last)
                     window_start += time.monotonic() - paused
                 stopping = stopping or (self.world.size == 1 and self.signal is not None)
@@ -382,6 +384,16 @@ class Trainer:
         save_checkpoints(contents)
 
     # ---- what is shown ----------------------------------------------------------------------
+
+    @contextmanager
+    def _shown_as(self, bar: tqdm, doing: str) -> Iterator[None]:
+        """The bar says what takes its time meanwhile."""
+        before = getattr(bar, "postfix", None)  # a silent bar has none
+        bar.set_postfix_str(doing)
+        try:
+            yield
+        finally:
+            bar.set_postfix_str(before or "")
 
     def _window_means(self) -> list[dict[str, float]]:
         """Of each run, since the last point of the curves."""
