@@ -134,7 +134,7 @@ class Compiler:
 
         exported = torch.export.export(graph, tuple(tensors))
         # another process may be building the same, where files cannot be locked: the last one's stays
-        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+        with tempfile.TemporaryDirectory(prefix=f"{path.stem}-", dir=path.parent) as temporary:
             built = aoti_compile_and_package(
                 exported, package_path=str(Path(temporary) / path.name), inductor_configs=dict(options)
             )
@@ -228,6 +228,8 @@ def _one_at_a_time(path: Path, interrupted: Callable[[], bool]) -> Iterator[None
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for left in path.parent.glob(f"{path.stem}-*"):  # by a process that was killed
+                    shutil.rmtree(left, ignore_errors=True)
                 break
             except BlockingIOError:
                 if interrupted():

@@ -9,6 +9,7 @@ cache folder where the data is read-only, named after its sources and settings.
 from __future__ import annotations
 
 import csv
+import glob
 import hashlib
 import json
 import math
@@ -24,7 +25,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 from stat import S_ISREG
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -662,7 +663,9 @@ def _write_cache(
             raise PermissionError("read-only")
         if shutil.disk_usage(folder).free < math.prod(shape):  # before hours of work, not after
             raise OSError("too little room")
+        _remove_left_over(path)
         with temporary.open("wb") as file, tqdm(total=shape[0], desc=title, unit=" images") as progress:
+            _locked(file)
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             for image in images():
@@ -678,3 +681,22 @@ def _write_cache(
                 temporary.unlink(missing_ok=True)
                 for place in made:
                     place.rmdir()
+
+
+def _remove_left_over(path: Path) -> None:
+    """What processes that were killed have left of it: nobody holds its lock any more."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        with suppress(OSError), left.open("rb") as file:
+            if _locked(file):
+                left.unlink()
+
+
+def _locked(file: IO[bytes]) -> bool:
+    """Locks a file as long as it is open; whether that could be done."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):  # Windows; another's; some network file systems
+        return False
+    return True

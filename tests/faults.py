@@ -16,7 +16,7 @@ along. Those that are to hit the compiling begin with no compiled code.
 After each kill last.pt and best.pt must load, and no more than --save-every iterations may be lost. A run
 that has got through to its end must be the undisturbed one to the bit: weights, optimizer, progress, all
 points of all curves as TensorBoard's reader finds them on the disk, training.json and the pictures; nothing
-temporary may be left. What is found is written after each kill, to benchmarks/results/faults.json; Linux only.
+temporary may be left. Writes benchmarks/results/faults.json, after each kill; Linux only.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -103,7 +103,7 @@ class Forked:
 
 def _main(arguments: list[str], log: str, environment: Mapping[str, str]) -> None:
     os.setsid()
-    out = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    out = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.dup2(out, 1)
     os.dup2(out, 2)
     os.environ.update(environment)
@@ -203,10 +203,10 @@ class Timeline:
     BAR = re.compile(r"(\d+)/(\d+) \[")
     COMPILED = re.compile(r"Compiled in|Found compiled code in|Not compiled")
 
-    def __init__(self, folder: Path, log: Path, compiled: Path | None) -> None:
-        self.folder, self.log, self.compiled = folder, log, compiled
+    def __init__(self, folder: Path, log: Path, compiled: Path | None, images: Path | None) -> None:
+        self.folder, self.log, self.compiled, self.images = folder, log, compiled, images
         self.events = Inotify()
-        for each in (log.parent, folder, compiled):
+        for each in (log.parent, folder, compiled, images):
             if each is not None and each.exists():
                 self.events.watch(each)
         self.read = log.stat().st_size if log.exists() else 0
@@ -215,7 +215,7 @@ class Timeline:
     def again(self) -> None:
         """The process starts, maybe anew."""
         self.begin = time.monotonic()
-        self.visits = [Visit("start", "importing, reading", 0.0)]
+        self.visits = [Visit("start", "importing", 0.0)]
         self.rest = ""
         self.first: int | None = None  # iterations before this attempt
         self.iteration: int | None = None
@@ -247,6 +247,8 @@ class Timeline:
                 self._see(kind, path.name)
             elif path.parent == self.compiled and kind == Inotify.CREATED and path.suffix == ".lock":
                 self.enter("compiling", "building")
+            elif path.parent == self.images and path.name.startswith("."):
+                self.enter("start", "building" if kind == Inotify.MOVED_IN else "decoding images")
 
     def _see(self, kind: int, name: str) -> None:
         stages = {LAST: "saving", BEST: "validating"} | dict.fromkeys(PICTURES, "plotting")
@@ -371,9 +373,10 @@ def flags(text: str) -> list[str]:
 
 
 ALONE = {  # with two validations, so that each of them draws examples.png
-    "sinusoid, compiled": "--iterations 1200 --save-every 100 --log-every 70 --compile on --compile-after 300",
-    "sinusoid, meta-sgd": "--iterations 400 --save-every 25 --log-every 21 --compile off --algorithm meta-sgd",
-    "images, maml++": "--iterations 60 --save-every 8 --log-every 7 --compile off --algorithm maml++ "
+    "sinusoid, compiled": "--compile on --compile-after 300 --iterations 1200 --save-every 99 --log-every 70",
+    "sinusoid, meta-sgd": "--compile off --iterations 400 --save-every 24 --log-every 21 "
+    "--algorithm meta-sgd",
+    "images, maml++": "--compile off --algorithm maml++ --iterations 60 --save-every 8 --log-every 7 "
     "--images-on host --image-size 14 --channels 1 --learner conv --learner-args channels=4 -n 3 -k 1 -q 2 "
     "--meta-batch-size 2 -s 2 --eval-tasks 50",
 }
@@ -426,7 +429,8 @@ class Attempt:
         line = [*sorts(given)[sort], "--checkpoint-path", str(given.folder), "--run-name", name, "--resume"]
         self.compiled = compiled_code(given, sort) if "compiling" in stages_of(line) else None
         environment = {"XDG_CACHE_HOME": str(cache(given, sort))}
-        self.timeline = Timeline(self.folder, self.log, self.compiled)
+        images = given.folder / "images" if "images" in sort else None
+        self.timeline = Timeline(self.folder, self.log, self.compiled, images)
         self.job: Process
         if kind == "fork":
             self.job = Forked(line, self.log, environment)
@@ -505,7 +509,7 @@ class Attempt:
         return None
 
     def close(self) -> None:
-        """Ends what a killed process has left running."""
+        """Ends what is left of it."""
         with suppress(ProcessLookupError):
             os.killpg(self.job.pid, signal.SIGKILL)
         self.timeline.events.close()
@@ -644,10 +648,10 @@ class Harness:
 
     def undisturbed(self, sort: str, kind: str) -> None:
         """One of them, compared with the first of its sort."""
+        self.forget_images()
         name = f"undisturbed-{sort}-{kind}".replace(", ", "-")
-        attempt = Attempt(self.given, name, sort, kind)
-        problem = attempt.wait(self.given.limit)
-        attempt.close()
+        with closing(Attempt(self.given, name, sort, kind)) as attempt:
+            problem = attempt.wait(self.given.limit)
         if problem or attempt.job.poll():
             raise RuntimeError(problem or attempt.log.read_text(errors="replace")[-1000:])
         if attempt.compiled is not None and not attempt.timeline.is_compiled:
@@ -689,29 +693,8 @@ class Harness:
 
     def run(self, number: int, sort: str, numbers: list[int]) -> None:
         """One, killed as planned as long as there is something left to kill, and compared at its end."""
-        name, missed, attempts = f"run-{number}", 0, 0
-        options = [f"--max-restarts={len(numbers)}"] if self.given.restarts_by_torchrun else []
-        attempt = None
-        while True:
-            draw = random.Random(f"{self.given.seed} {number} {len(self.kills)}")
-            stage = self.plan[numbers[0]][1] if numbers else None
-            if attempt is None:
-                attempts += 1
-                kind = self.kinds[(number + attempts) % len(self.kinds)]
-                self.prepare(sort, stage, draw)
-                attempt = Attempt(self.given, name, sort, kind, *options)
-            kind = self.kinds[0] if stage == "compiling" else attempt.kind  # the one that had to compile
-            timeline = self.timelines[f"{sort}, {kind}"]
-            if stage is None or not attempt.reached(moment_in(stage, timeline, draw)):
-                break
-            kill = self.kill(attempt, number, numbers[0], stage, draw)
-            missed = 0 if kill.stage == stage else missed + 1
-            if kill.stage == stage or missed == LATE or self.given.processes > 1:
-                numbers.pop(0)
-            if not self.given.restarts_by_torchrun:
-                attempt = None
-        problem = attempt.wait(self.given.limit)
-        attempt.close()
+        with closing(self.killed(number, sort, numbers)) as attempt:
+            problem = attempt.wait(self.given.limit)
         self.went_on(attempt)
         code = attempt.job.poll()
         wrong = [problem or f"exit code {code}: {tail(attempt.log)}"] if problem or code else []
@@ -727,6 +710,35 @@ class Harness:
             shutil.rmtree(attempt.folder)
             attempt.log.unlink()
 
+    def killed(self, number: int, sort: str, numbers: list[int]) -> Attempt:
+        """The attempt at a run that is left to go to the end, after those that have been killed."""
+        missed, attempts = 0, 0
+        options = [f"--max-restarts={len(numbers)}"] if self.given.restarts_by_torchrun else []
+        attempt: Attempt | None = None
+        while True:
+            draw = random.Random(f"{self.given.seed} {number} {len(self.kills)}")
+            stage = self.plan[numbers[0]][1] if numbers else None
+            if attempt is None:
+                attempts += 1
+                kind = self.kinds[(number + attempts) % len(self.kinds)]
+                self.prepare(sort, stage, draw)
+                attempt = Attempt(self.given, f"run-{number}", sort, kind, *options)
+            if stage is None:
+                return attempt
+            try:
+                kind = self.kinds[0] if stage == "compiling" else attempt.kind  # the one that had to compile
+                if not attempt.reached(moment_in(stage, self.timelines[f"{sort}, {kind}"], draw)):
+                    return attempt
+                kill = self.kill(attempt, number, numbers[0], stage, draw)
+            except BaseException:
+                attempt.close()
+                raise
+            missed = 0 if kill.stage == stage else missed + 1
+            if kill.stage == stage or missed == LATE or self.given.processes > 1:
+                numbers.pop(0)
+            if not self.given.restarts_by_torchrun:
+                attempt = None
+
     def prepare(self, sort: str, stage: str | None, draw: random.Random) -> None:
         """What an attempt finds: nothing compiled if it is to be killed while compiling, else, half of the
         times, what another run has compiled meanwhile, else what there is; no decoded images if it is to be
@@ -738,9 +750,13 @@ class Harness:
                 folder.mkdir()
             elif self.given.quick or draw.random() < 0.5:
                 shutil.copytree(self.kept(sort), folder, dirs_exist_ok=True)
-        if stage == "start" and "images" in sort:
-            for decoded in (self.given.folder / "images").glob(".*.npy"):
-                decoded.unlink()
+        if stage == "start":
+            self.forget_images()
+
+    def forget_images(self) -> None:
+        """They are to be decoded again."""
+        for decoded in (self.given.folder / "images").glob(".*.npy"):
+            decoded.unlink()
 
     def kill(self, attempt: Attempt, run: int, number: int, planned_stage: str, draw: random.Random) -> Kill:
         timeline, before = attempt.timeline, attempt.living()
@@ -859,8 +875,8 @@ def summary(harness: Harness) -> str:
     different = sum(bool(run["differences"]) for run in runs)
     return (
         f"faults injected {len(kills)}, survived {len(kills) - lost}, lost {lost}\n"
-        f"{', '.join(f'{count} of {kind}' for kind, count in by_kind.items())}; {late} too late for their stage; "
-        f"{len(runs)} runs went to their end, {different} of them differ from the undisturbed one"
+        f"{', '.join(f'{count} of {kind}' for kind, count in by_kind.items())}; {late} too late for their "
+        f"stage; {len(runs)} runs went to their end, {different} of them differ from the undisturbed one"
     )
 
 
@@ -905,6 +921,7 @@ def main() -> int:
     if "fork" in given.kinds and FORKS is not None:
         FORKS.set_forkserver_preload([*IMPORTED])
         FORKS.Process(target=os.getpid).start()  # starts it
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # with what it has started
     harness = Harness(given)
     if given.resume:
         harness.read()
