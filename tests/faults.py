@@ -467,17 +467,21 @@ class Attempt:
                 return not self.ended()
         return False
 
-    def kill(self, draw: random.Random) -> tuple[int, bool]:
-        """Kills a process, with all that it has started or without; which one, and whether with all."""
-        rank, pid = draw.choice(sorted(self.living().items()))
-        whole = draw.random() < 0.5
-        if self.kind != "torchrun" and whole:
-            os.killpg(pid, signal.SIGKILL)
-        else:
-            os.kill(pid, signal.SIGKILL)
+    def kill(self, draw: random.Random) -> tuple[int, bool] | None:
+        """Kills a process, with all that it has started or without; which one, and whether with all. None
+        where it ended by itself just before."""
+        living = sorted(self.living().items())
+        if not living:
+            return None
+        rank, pid = draw.choice(living)
+        whole = self.kind != "torchrun" and draw.random() < 0.5
+        with suppress(ProcessLookupError):
+            (os.killpg if whole else os.kill)(pid, signal.SIGKILL)
         if self.kind != "torchrun":
             wait_until(self.ended, 60)
             self.timeline.update(0)  # what it has done before it died
+            if self.job.poll() != -signal.SIGKILL:
+                return None
         return rank, whole
 
     def wait(self, seconds: float) -> str | None:
@@ -730,6 +734,8 @@ class Harness:
                 if not attempt.reached(moment_in(stage, self.timelines[f"{sort}, {kind}"], draw)):
                     return attempt
                 kill = self.kill(attempt, number, numbers[0], stage, draw)
+                if kill is None:
+                    return attempt
             except BaseException:
                 attempt.close()
                 raise
@@ -758,11 +764,16 @@ class Harness:
         for decoded in (self.given.folder / "images").glob(".*.npy"):
             decoded.unlink()
 
-    def kill(self, attempt: Attempt, run: int, number: int, planned_stage: str, draw: random.Random) -> Kill:
+    def kill(
+        self, attempt: Attempt, run: int, number: int, planned_stage: str, draw: random.Random
+    ) -> Kill | None:
+        """What came of it; None where there was nothing left to kill."""
         timeline, before = attempt.timeline, attempt.living()
         seconds = time.monotonic() - timeline.begin
         at = timeline.now
-        rank, whole = attempt.kill(draw)
+        hit = attempt.kill(draw)
+        if hit is None:
+            return None
         killed = time.monotonic()
         if attempt.kind != "torchrun":
             at = timeline.now
@@ -780,7 +791,7 @@ class Harness:
         if lost > save_every(sorts(self.given)[attempt.sort]):
             problem = problem or f"{lost} iterations lost"
         kill = Kill(
-            number, run, attempt.sort, attempt.kind, planned_stage, at.stage, at.part, rank, whole,
+            number, run, attempt.sort, attempt.kind, planned_stage, at.stage, at.part, *hit,
             bool(first), round(seconds, 3), round(took, 3), shown, saved, writing, problem=problem or damage,
         )  # fmt: skip
         self.kills.append(kill)
@@ -830,7 +841,8 @@ def spent(visits: Sequence[Visit]) -> dict[str, float]:
 
 def describe(kill: Kill) -> str:
     late = f", too late for {kill.planned}" if kill.planned != kill.stage else ""
-    at = f"iteration {kill.shown or 0:,}, saved {kill.saved:,}{', writing a checkpoint' * kill.writing}"
+    reached = "before an iteration" if kill.shown is None else f"iteration {kill.shown:,}"
+    at = f"{reached}, saved {kill.saved:,}{', writing a checkpoint' * kill.writing}"
     outcome = kill.problem or f"{kill.until_ended:.1f} s until it was over, {at}"
     which = f"{kill.kind}, rank {kill.rank}{' and all it started' * kill.whole}"
     where = f"{kill.stage} ({kill.part}{late})"
@@ -914,10 +926,11 @@ def main() -> int:
     given.folder.mkdir(parents=True, exist_ok=True)
     os.environ |= {
         "TQDM_MININTERVAL": "0",  # a bar at each iteration
-        "TORCHINDUCTOR_CACHE_DIR": str(given.folder / "inductor"),  # kills must not harm the user's own
         "MPLCONFIGDIR": str(given.folder / "matplotlib"),
         "PYTHONPATH": str(ROOT),  # of the server that forks
     }
+    if not given.quick:  # which would take half as long again without precompiled headers
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(given.folder / "inductor")
     if "fork" in given.kinds and FORKS is not None:
         FORKS.set_forkserver_preload([*IMPORTED])
         FORKS.Process(target=os.getpid).start()  # starts it

@@ -27,7 +27,6 @@ import config
 from checkpoint import BEST, LAST, Checkpoint, load_checkpoint
 from world import World
 
-
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
 
 # Runs command lines, given as JSON, in processes that stay together; writes what each returned and said.
