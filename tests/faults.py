@@ -51,6 +51,7 @@ LAST, BEST = "last.pt", "best.pt"
 PICTURES = ("examples.png", "training.png", "training.json")
 SPEED = "speed/iterations_per_second"  # the one curve that no two runs share
 LATE = 5  # kills in a row that miss their stage, after which another one has its turn
+UNHURT = 10  # runs in a row that no kill hits, after which the harness gives up
 POLL = 0.0005  # seconds
 
 
@@ -684,16 +685,21 @@ class Harness:
     def go(self) -> None:
         """All kills, run by run."""
         while due := self.due():
-            unfinished = {kill.run: kill for kill in self.kills} if self.kills else {}
-            for run in self.runs:
-                unfinished.pop(run["run"], None)
-            sort = next(iter(unfinished.values())).sort if unfinished else self.plan[due[0]][0]
-            number = next(iter(unfinished)) if unfinished else len(self.runs) + 1
+            number, sort = 1 + max((run["run"] for run in self.runs), default=0), self.plan[due[0]][0]
+            if self.kills and self.kills[-1].run == number:  # an earlier call was left within this run
+                sort = self.kills[-1].sort
             numbers = [each for each in due if self.plan[each][0] == sort][: self.given.kills_per_run]
-            in_order = sorted(numbers, key=lambda each: STAGES.index(self.plan[each][1]))
-            self.run(number, sort, in_order)
-            if len(self.runs) > 3 * len(self.plan) + 5:
-                raise RuntimeError("the runs end before they can be killed: take more --iterations")
+            draw = random.Random(f"{self.given.seed} {number}")
+            # as they come in a run's life; each process has a start
+            order = {
+                each: STAGES.index(stage)
+                if (stage := self.plan[each][1]) != "start"
+                else draw.uniform(-1, len(STAGES))
+                for each in numbers
+            }
+            self.run(number, sort, sorted(numbers, key=order.__getitem__))
+            if len(self.runs) >= UNHURT and not any(run["kills"] for run in self.runs[-UNHURT:]):
+                raise RuntimeError(f"{UNHURT} runs have ended before they could be killed")
 
     def run(self, number: int, sort: str, numbers: list[int]) -> None:
         """One, killed as planned as long as there is something left to kill, and compared at its end."""
