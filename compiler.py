@@ -145,7 +145,9 @@ class Compiler:
                 path = folder / f"{self._key(graph, tensors, options)}.pt2"
                 library = _kept(path, output_structure)
                 if library is None:
-                    with one_at_a_time(path.with_suffix(".lock"), interrupted=self.interrupted):
+                    with one_at_a_time(path.with_suffix(".lock"), interrupted=self.interrupted) as sure:
+                        for left in path.parent.glob(f"{path.stem}-*") if sure else ():  # of a killed process
+                            shutil.rmtree(left, ignore_errors=True)
                         library = _kept(path, output_structure)
                         if library is None:
                             self._build(graph, tensors, options, path)
@@ -183,7 +185,7 @@ class Compiler:
             raise RuntimeError(f"{scratch} is not this user's alone: set TORCHINDUCTOR_CACHE_DIR")
         exported = torch.export.export(graph, tuple(tensors))
         # another process may be building the same, where files cannot be locked: the last one's stays
-        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+        with tempfile.TemporaryDirectory(prefix=f"{path.stem}-", dir=path.parent) as temporary:
             built = aoti_compile_and_package(
                 exported,
                 package_path=str(Path(temporary) / path.name),

@@ -217,7 +217,8 @@ class Trainer:
         seconds, compiled = self.compiler.seconds, self.compiler.compiled
         failure, interrupted = None, False
         try:
-            self.plain_step.rehearse(state, self.iteration)
+            with self._shown_as(bar, "compiling"):
+                self.plain_step.rehearse(state, self.iteration)
         except CompilationError as error:
             failure, interrupted = str(error), self.signal is not None
         outcomes = self.world.gathered((failure, interrupted))
@@ -272,7 +273,10 @@ class Trainer:
         self.saved_at = time.monotonic()
         with bar, self._signals():
             if self._validation_is_missing():
-                with self._saved_if_lost(self._tasks_of_validation(), "in the validation "):
+                with (
+                    self._saved_if_lost(self._tasks_of_validation(), "in the validation "),
+                    self._shown_as(bar, "validating"),
+                ):
                     self._validate(last=self.iteration == config.iterations)
             while self.iteration < config.iterations and not self._interrupted():
                 with self._saved_if_lost(self._tasks_of_step()):
@@ -301,7 +305,10 @@ class Trainer:
                     window_start, window_first = now, self.iteration
                 if validating:
                     paused = time.monotonic()
-                    with self._saved_if_lost(self._tasks_of_validation(), "in the validation "):
+                    with (
+                        self._saved_if_lost(self._tasks_of_validation(), "in the validation "),
+                        self._shown_as(bar, "validating"),
+                    ):
                         self._validate(last=last)
                     window_start += time.monotonic() - paused
                 stopping = stopping or self._interrupted()
@@ -540,6 +547,16 @@ class Trainer:
         self.saver.write((run.log for run in self.runs), self.iteration)
 
     # ---- what is shown ----------------------------------------------------------------------
+
+    @contextmanager
+    def _shown_as(self, bar: tqdm, doing: str) -> Iterator[None]:
+        """The bar says what takes its time meanwhile."""
+        before = getattr(bar, "postfix", None)  # a silent bar has none
+        bar.set_postfix_str(doing)
+        try:
+            yield
+        finally:
+            bar.set_postfix_str(before or "")
 
     def _window_means(self) -> list[dict[str, float]]:
         """Of each run, since the last point of the curves; the last two as they are."""

@@ -259,6 +259,23 @@ def test_a_compiler_that_fails_costs_nothing_but_the_speed(command, tmp_path, ca
     assert torch.equal(weights(tmp_path / "failed"), weights(tmp_path / "uncompiled"))
 
 
+def test_what_a_killed_process_has_left_of_a_library_goes_when_it_is_built_again(tmp_path, monkeypatch):
+    there = []
+
+    def killed(exported, *, package_path, **options):
+        there.append({path.name for path in tmp_path.iterdir() if path.is_dir()})
+        Path(f"{Path(package_path).parent}-left").mkdir()
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", killed)
+    for _ in range(2):
+        accelerate = Compiler(CPU, folder=tmp_path)
+        accelerate.active = True
+        with pytest.raises(CompilationError, match="killed"):
+            accelerate(lambda x: (x + 1,))(torch.ones(2))
+    assert [len(names) for names in there] == [1, 1]  # its own
+
+
 def test_a_failed_compilation_says_why():
     accelerate = Compiler(CPU)
     accelerate.active = True

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from faults import alive, started, torchrun, wait_until, workers
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -25,10 +26,6 @@ import building
 import config
 from checkpoint import BEST, LAST, Checkpoint, load_checkpoint
 from world import World
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from faults import alive, started, torchrun, wait_until, workers
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
 
@@ -525,9 +522,9 @@ def test_a_run_stopped_in_all_ways_ends_with_the_bits_of_an_undisturbed_one(dist
 
 @pytest.mark.parametrize(("kills", "way"), [(2, "by-hand"), (1, "by-torchrun")])
 def test_kills_at_random_moments_leave_no_trace(kills, way, tmp_path):
-    """benchmarks/faults.py, in short; torchrun may start again as often as it is killed, and no more."""
+    """tests/faults.py, in short; torchrun may start again as often as it is killed, and no more."""
     own = flags(f"--kills {kills} --seed 0 --iterations 200 --save-every 20 --val-every 40 --log-every 7")
-    line = [sys.executable, str(ROOT / "benchmarks" / "faults.py"), *own]
+    line = [sys.executable, str(ROOT / "tests" / "faults.py"), "--processes", "2", *own]
     where = ["--folder", str(tmp_path / "runs"), "--out", str(tmp_path / "faults.json")]
     where += ["--restarts-by-torchrun"] * (way == "by-torchrun")
     assert run_job([*line, *where], tmp_path / "log") == 0, (tmp_path / "log").read_text()

@@ -1,0 +1,245 @@
+#!/usr/bin/env python3
+"""Whether a long run stays as it begins: memory, open files, threads and the size of its folder.
+
+    python benchmarks/long_run.py                  # 100,000 iterations, or ten minutes, of each run
+    python benchmarks/long_run.py --seconds 60     # a minute of each
+
+Real runs of main.py are looked at from outside, twice a second: /proc says how much memory a process has
+resident and how much of that is its own (not mapped from files), how many files and threads it has open, the
+progress bar at which iteration it is. After a warm-up, a fifth of the run, the rest is cut into ten parts of
+equally many iterations; through the medians of the parts goes a line, whose slope is reported with its
+standard error. Writes benchmarks/results/long_run.json and long_run.png; Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+WARM_UP = 0.2  # of the iterations
+PARTS = 10
+EVERY = 0.5  # seconds
+SHOWN = 300  # samples of a run that are written
+IMAGES = "--image-size 28 --channels 1 --learner conv --learner-args channels=16 -n 5 -k 1 --images-on host"
+WORKS = {
+    "sinusoid, compiled": "--compile on",
+    "sinusoid, uncompiled": "--compile off",
+    "images on the host, uncompiled": f"--compile off --meta-batch-size 4 {IMAGES}",
+}
+
+
+class Sample(NamedTuple):
+    """A process and its run's folder at a moment."""
+
+    seconds: float
+    iteration: int
+    resident: int  # bytes
+    own: int  # of them, not mapped from files
+    peak: int
+    files: int
+    threads: int
+    folder: int  # bytes
+
+
+class Line(NamedTuple):
+    slope: float
+    error: float  # its standard error
+
+
+def sample(process: subprocess.Popen[bytes], begin: float, log: Path, folder: Path) -> Sample | None:
+    """None before the first iteration, and after the end."""
+    bars = re.findall(rb"(\d+)/\d+ \[", log.read_bytes()[-4000:])
+    proc = Path(f"/proc/{process.pid}")
+    try:
+        status = (proc / "status").read_text()
+        files = len(list((proc / "fd").iterdir()))
+        sizes = [path.stat().st_size for path in folder.iterdir()]
+        values = {
+            name: int(status.split(f"{name}:")[1].split()[0])
+            for name in ("VmRSS", "RssAnon", "VmHWM", "Threads")
+        }
+    except (OSError, IndexError):  # no folder yet; a file has just been renamed; it has ended
+        return None
+    if not bars or not int(bars[-1]):
+        return None
+    resident, own, peak = (1024 * values[name] for name in ("VmRSS", "RssAnon", "VmHWM"))
+    seconds, threads = time.monotonic() - begin, values["Threads"]
+    return Sample(seconds, int(bars[-1]), resident, own, peak, files, threads, sum(sizes))
+
+
+def watched(flags: list[str], iterations: int, seconds: float, root: Path) -> list[Sample]:
+    """A run of so many iterations, or as many as there is time for."""
+    line = [sys.executable, str(HERE.parent / "main.py"), *flags, "--iterations", str(iterations)]
+    line += ["--threads", "1", "--checkpoint-path", str(root), "--run-name", "run"]
+    log, samples = root / "log", []
+    with log.open("wb") as out:
+        process = subprocess.Popen(line, stdout=out, stderr=subprocess.STDOUT)
+    begin, first = time.monotonic(), None
+    try:
+        while process.poll() is None:
+            time.sleep(EVERY)
+            found = sample(process, begin, log, root / "run")
+            if found is not None:
+                samples.append(found)
+                first = first or time.monotonic()
+            if first is not None and time.monotonic() - first > seconds:
+                process.send_signal(signal.SIGTERM)
+                process.wait()
+    finally:
+        process.kill()
+    if process.wait() not in (0, 128 + signal.SIGTERM):
+        raise RuntimeError(log.read_text(errors="replace")[-1000:])
+    return samples
+
+
+def medians(samples: list[Sample], field: str) -> tuple[list[float], list[float]]:
+    """Of iterations and of a field, in parts of the run after its warm-up."""
+    first, last = samples[0].iteration, samples[-1].iteration
+    begin = first + WARM_UP * (last - first)
+    width = (last - begin) / PARTS
+    parts: list[list[Sample]] = [[] for _ in range(PARTS)]
+    for each in samples:
+        if each.iteration >= begin:
+            parts[min(PARTS - 1, int((each.iteration - begin) / width))].append(each)
+    parts = [part for part in parts if part]
+    return (
+        [statistics.median(each.iteration for each in part) for part in parts],
+        [statistics.median(getattr(each, field) for each in part) for part in parts],
+    )
+
+
+def line_through(x: list[float], y: list[float]) -> Line:
+    """By least squares."""
+    mean_x, mean_y = statistics.fmean(x), statistics.fmean(y)
+    spread = sum((each - mean_x) ** 2 for each in x)
+    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread
+    rest = sum((b - mean_y - slope * (a - mean_x)) ** 2 for a, b in zip(x, y, strict=True))
+    return Line(slope, (rest / (len(x) - 2) / spread) ** 0.5)
+
+
+def findings(flags: list[str], samples: list[Sample]) -> dict[str, Any]:
+    """What is written of a run."""
+    warm = [each for each in samples if each.iteration >= WARM_UP * samples[-1].iteration]
+    slopes = {field: line_through(*medians(samples, field)) for field in ("resident", "own", "folder")}
+    every = -(-len(samples) // SHOWN)
+    return {
+        "command": shlex.join(["python", "main.py", *flags]),
+        "iterations": samples[-1].iteration,
+        "seconds": round(samples[-1].seconds, 1),
+        "bytes_per_1000_iterations": {
+            name: {"slope": round(1000 * line.slope, 1), "standard_error": round(1000 * line.error, 1)}
+            for name, line in slopes.items()
+        },
+        "peak": samples[-1].peak,
+        "files": [min(each.files for each in warm), max(each.files for each in warm)],
+        "threads": [min(each.threads for each in warm), max(each.threads for each in warm)],
+        "folder": samples[-1].folder,
+        "samples": {
+            name: [round(value, 2) for value in values]
+            for name, values in zip(Sample._fields, zip(*samples[::every], strict=True), strict=True)
+        },
+    }
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """A column a run: memory, open files and threads, the folder's size."""
+    from report import BLUE, GREY, ORANGE, new_figure, style, write_figure
+
+    rows = [
+        ("memory (MB)", {"resident": BLUE, "own": ORANGE}, 1e6),
+        ("number", {"files": BLUE, "threads": ORANGE}, 1),
+        ("the run's folder (kB)", {"folder": GREY}, 1e3),
+    ]
+    with style():
+        figure = new_figure(3.4 * len(results), 5.6)
+        panels = figure.subplots(len(rows), len(results), squeeze=False, sharex="col")
+        for column, (name, result) in enumerate(results.items()):
+            found = result["samples"]
+            for row, (label, fields, unit) in enumerate(rows):
+                panel = panels[row][column]
+                for field, colour in fields.items():
+                    values = [value / unit for value in found[field]]
+                    panel.plot(found["iteration"], values, color=colour, label=field)
+                panel.set_ylim(0, 1.25 * max(max(found[field]) for field in fields) / unit)
+                if column == 0:
+                    panel.set_ylabel(label)
+                if len(fields) > 1:
+                    panel.legend(loc="lower right")
+            panels[0][column].set_title(name)
+            panels[-1][column].set_xlabel("iteration")
+            panels[-1][column].xaxis.set_major_formatter("{x:,.0f}")
+            panels[-1][column].locator_params(axis="x", nbins=5)
+        write_figure(path, figure)
+
+
+def write_images(folder: Path) -> None:
+    """Forty classes of twenty noisy images."""
+    import numpy as np
+    from PIL import Image
+
+    noise = np.random.default_rng(0)
+    for number in range(40):
+        (folder / f"class{number:02}").mkdir(parents=True)
+        pattern = noise.integers(0, 200, (28, 28))
+        for image in range(20):
+            pixels = (pattern + noise.integers(0, 56, (28, 28))).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"class{number:02}" / f"{image}.png")
+
+
+def describe(name: str, result: dict[str, Any]) -> str:
+    growth = result["bytes_per_1000_iterations"]
+    slopes = ", ".join(
+        f"{field} {line['slope'] / 1e3:+.2f} ± {line['standard_error'] / 1e3:.2f} kB"
+        for field, line in growth.items()
+    )
+    files, threads = (" to ".join(map(str, sorted({*result[each]}))) for each in ("files", "threads"))
+    return (
+        f"{name}: {result['iterations']:,} iterations in {result['seconds']:.0f} s; per 1,000 iterations "
+        f"{slopes}; peak {result['peak'] / 1e6:.0f} MB, {files} files, {threads} threads, "
+        f"folder {result['folder'] / 1e3:.0f} kB"
+    )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--iterations", type=int, default=100_000)
+    parser.add_argument("--seconds", type=float, default=600, help="of a run, at most (default: 600)")
+    parser.add_argument("--works", nargs="+", choices=WORKS, default=[*WORKS])
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "long_run.json")
+    return parser.parse_args()
+
+
+def main() -> int:
+    given = parse()
+    results = json.loads(given.out.read_text()) if given.out.exists() else {}
+    for name in given.works:
+        with tempfile.TemporaryDirectory() as root:
+            flags = shlex.split(WORKS[name])
+            if "images" in name:
+                write_images(Path(root) / "images")
+                flags = ["--dataset", f"images:{Path(root) / 'images'}", *flags]
+            results[name] = findings(flags, watched(flags, given.iterations, given.seconds, Path(root)))
+        print(describe(name, results[name]), flush=True)
+        given.out.write_text(json.dumps(results) + "\n")
+    draw({name: results[name] for name in WORKS if name in results}, given.out.with_suffix(".png"))
+    print(f"Written: {given.out} and .png")
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main())
