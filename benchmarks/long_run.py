@@ -8,7 +8,7 @@ Real runs of main.py are looked at from outside, twice a second: /proc says how 
 resident and how much of that is its own (not mapped from files), how many files and threads it has open, the
 progress bar at which iteration it is. After a warm-up, a fifth of the run, the rest is cut into ten parts of
 equally many iterations; the slopes of lines through each of them are reported, as median and quartiles, and
-the growth from the first part to the last. Writes benchmarks/results/long_run.json and long_run.png; Linux only.
+the growth from the first part to the last. Writes benchmarks/results/long_run.json and .png; Linux only.
 """
 
 from __future__ import annotations
