@@ -7,8 +7,8 @@
 Real runs of main.py are looked at from outside, twice a second: /proc says how much memory a process has
 resident and how much of that is its own (not mapped from files), how many files and threads it has open, the
 progress bar at which iteration it is. After a warm-up, a fifth of the run, the rest is cut into ten parts of
-equally many iterations; through the medians of the parts goes a line, whose slope is reported with its
-standard error. Writes benchmarks/results/long_run.json and long_run.png; Linux only.
+equally many iterations; the slopes of lines through each of them are reported, as median and quartiles, and
+the growth from the first part to the last. Writes benchmarks/results/long_run.json and .png; Linux only.
 """
 
 from __future__ import annotations
@@ -55,9 +55,12 @@ class Sample(NamedTuple):
     folder: int  # bytes
 
 
-class Line(NamedTuple):
-    slope: float
-    error: float  # its standard error
+class Growth(NamedTuple):
+    """Of a field, after the warm-up."""
+
+    slope: float  # per iteration: the median over parts of the run
+    quartiles: tuple[float, float]
+    whole: float  # from the first part to the last one
 
 
 def sample(process: subprocess.Popen[bytes], begin: float, log: Path, folder: Path) -> Sample | None:
@@ -106,44 +109,45 @@ def watched(flags: list[str], iterations: int, seconds: float, root: Path) -> li
     return samples
 
 
-def medians(samples: list[Sample], field: str) -> tuple[list[float], list[float]]:
-    """Of iterations and of a field, in parts of the run after its warm-up."""
+def parts_of(samples: list[Sample]) -> list[list[Sample]]:
+    """Of the run after its warm-up."""
     first, last = samples[0].iteration, samples[-1].iteration
     begin = first + WARM_UP * (last - first)
-    width = (last - begin) / PARTS
     parts: list[list[Sample]] = [[] for _ in range(PARTS)]
     for each in samples:
         if each.iteration >= begin:
-            parts[min(PARTS - 1, int((each.iteration - begin) / width))].append(each)
-    parts = [part for part in parts if part]
-    return (
-        [statistics.median(each.iteration for each in part) for part in parts],
-        [statistics.median(getattr(each, field) for each in part) for part in parts],
-    )
+            parts[min(PARTS - 1, int(PARTS * (each.iteration - begin) / (last - begin)))].append(each)
+    return [part for part in parts if len({each.iteration for each in part}) > 1]
 
 
-def line_through(x: list[float], y: list[float]) -> Line:
-    """By least squares."""
-    mean_x, mean_y = statistics.fmean(x), statistics.fmean(y)
-    spread = sum((each - mean_x) ** 2 for each in x)
-    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread
-    rest = sum((b - mean_y - slope * (a - mean_x)) ** 2 for a, b in zip(x, y, strict=True))
-    return Line(slope, (rest / (len(x) - 2) / spread) ** 0.5)
+def growth(parts: list[list[Sample]], field: str) -> Growth:
+    values = [[float(getattr(each, field)) for each in part] for part in parts]
+    slopes = [
+        statistics.linear_regression([each.iteration for each in part], of_part).slope
+        for part, of_part in zip(parts, values, strict=True)
+    ]
+    low, middle, high = statistics.quantiles(slopes, n=4)
+    return Growth(middle, (low, high), statistics.median(values[-1]) - statistics.median(values[0]))
 
 
 def findings(flags: list[str], samples: list[Sample]) -> dict[str, Any]:
     """What is written of a run."""
-    warm = [each for each in samples if each.iteration >= WARM_UP * samples[-1].iteration]
-    slopes = {field: line_through(*medians(samples, field)) for field in ("resident", "own", "folder")}
+    parts = parts_of(samples)
+    warm = [each for part in parts for each in part]
+    growths = {field: growth(parts, field) for field in ("resident", "own", "folder")}
     every = -(-len(samples) // SHOWN)
     return {
         "command": shlex.join(["python", "main.py", *flags]),
         "iterations": samples[-1].iteration,
         "seconds": round(samples[-1].seconds, 1),
         "bytes_per_1000_iterations": {
-            name: {"slope": round(1000 * line.slope, 1), "standard_error": round(1000 * line.error, 1)}
-            for name, line in slopes.items()
+            name: {
+                "median": round(1000 * of_field.slope, 1),
+                "quartiles": [round(1000 * each, 1) for each in of_field.quartiles],
+            }
+            for name, of_field in growths.items()
         },
+        "grown_since_warm_up": {name: of_field.whole for name, of_field in growths.items()},
         "peak": samples[-1].peak,
         "files": [min(each.files for each in warm), max(each.files for each in warm)],
         "threads": [min(each.threads for each in warm), max(each.threads for each in warm)],
@@ -201,15 +205,15 @@ def write_images(folder: Path) -> None:
 
 
 def describe(name: str, result: dict[str, Any]) -> str:
-    growth = result["bytes_per_1000_iterations"]
-    slopes = ", ".join(
-        f"{field} {line['slope'] / 1e3:+.2f} ± {line['standard_error'] / 1e3:.2f} kB"
-        for field, line in growth.items()
-    )
+    slopes = []
+    for field, found in result["bytes_per_1000_iterations"].items():
+        middle, low, high = (each / 1e3 for each in (found["median"], *found["quartiles"]))
+        whole = result["grown_since_warm_up"][field] / 1e3
+        slopes.append(f"{field} {middle:+.1f} kB ({low:+.1f} to {high:+.1f}; in all {whole:+.0f})")
     files, threads = (" to ".join(map(str, sorted({*result[each]}))) for each in ("files", "threads"))
     return (
         f"{name}: {result['iterations']:,} iterations in {result['seconds']:.0f} s; per 1,000 iterations "
-        f"{slopes}; peak {result['peak'] / 1e6:.0f} MB, {files} files, {threads} threads, "
+        f"{', '.join(slopes)}; peak {result['peak'] / 1e6:.0f} MB, {files} files, {threads} threads, "
         f"folder {result['folder'] / 1e3:.0f} kB"
     )
 

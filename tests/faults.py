@@ -201,7 +201,7 @@ class Visit:
 class Timeline:
     """The stages of an attempt at a run, as they are seen from outside."""
 
-    BAR = re.compile(r"(\d+)/(\d+) \[")
+    BAR = re.compile(r"\s*\d+%\|[^|]*\| (\d+)/(\d+) \[")  # of the training: it has no title
     COMPILED = re.compile(r"Compiled in|Found compiled code in|Not compiled")
 
     def __init__(self, folder: Path, log: Path, compiled: Path | None, images: Path | None) -> None:
@@ -283,7 +283,7 @@ class Timeline:
         elif self.COMPILED.search(line):
             self.is_compiled = True
             self.enter("training", "compiled")
-        elif bar := self.BAR.search(line):
+        elif bar := self.BAR.match(line):
             self.iteration, self.total = int(bar[1]), int(bar[2])
             self.first = self.iteration if self.first is None else self.first
             if self.to_first is None and self.iteration > self.first:
@@ -568,12 +568,13 @@ class Kill:
     problem: str | None = None
 
 
-def moment_in(stage: str, timeline: Sequence[Visit], draw: random.Random) -> Moment:
-    """A part of it, and when."""
+def moment_in(stage: str, timeline: Sequence[Visit], draw: random.Random, missed: int) -> Moment:
+    """A part of it, and when: the earlier, the more often a run has got through it before."""
     part = draw.choice(sorted({visit.part for visit in timeline if visit.stage == stage}))
     visits = [visit for visit in timeline if (visit.stage, visit.part) == (stage, part)]
     visit = draw.choice(visits)
-    return Moment(stage, part, draw.randrange(min(3, len(visits))), visit.end - visit.begin, draw.random())
+    skip = 0 if missed else draw.randrange(min(3, len(visits)))
+    return Moment(stage, part, skip, visit.end - visit.begin, draw.random() * 0.5**missed)
 
 
 def saved_at(folder: Path) -> tuple[int, str | None]:
@@ -599,9 +600,9 @@ class Harness:
         self.runs: list[dict[str, Any]] = []
         self.timelines: dict[str, list[Visit]] = {}  # of undisturbed runs, by sort and kind
         self.seconds: dict[str, float] = {}
+        self.missed: dict[int, int] = {}  # how often a run has ended before this kill
         self.kinds = ("torchrun",) if given.processes > 1 else given.kinds
         draw = random.Random(given.seed)
-        self.plan: list[tuple[str, str]] = []  # sort and stage of each kill
         self.plan = planned(given, draw)
 
     # ---- results
@@ -722,7 +723,7 @@ class Harness:
 
     def killed(self, number: int, sort: str, numbers: list[int]) -> Attempt:
         """The attempt at a run that is left to go to the end, after those that have been killed."""
-        missed, attempts = 0, 0
+        late, attempts = 0, 0
         options = [f"--max-restarts={len(numbers)}"] if self.given.restarts_by_torchrun else []
         attempt: Attempt | None = None
         while True:
@@ -737,7 +738,9 @@ class Harness:
                 return attempt
             try:
                 kind = self.kinds[0] if stage == "compiling" else attempt.kind  # the one that had to compile
-                if not attempt.reached(moment_in(stage, self.timelines[f"{sort}, {kind}"], draw)):
+                missed = self.missed.get(numbers[0], 0)
+                if not attempt.reached(moment_in(stage, self.timelines[f"{sort}, {kind}"], draw, missed)):
+                    self.missed[numbers[0]] = missed + 1
                     return attempt
                 kill = self.kill(attempt, number, numbers[0], stage, draw)
                 if kill is None:
@@ -745,8 +748,8 @@ class Harness:
             except BaseException:
                 attempt.close()
                 raise
-            missed = 0 if kill.stage == stage else missed + 1
-            if kill.stage == stage or missed == LATE or self.given.processes > 1:
+            late = 0 if kill.stage == stage else late + 1
+            if kill.stage == stage or late == LATE or self.given.processes > 1:
                 numbers.pop(0)
             if not self.given.restarts_by_torchrun:
                 attempt = None
