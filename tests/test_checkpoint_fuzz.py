@@ -349,10 +349,10 @@ def many(count: int, instructions: bytes) -> bytes:
     return b"\x80\x02](" + count * instructions + b"e."
 
 
-def doubling(levels: int) -> bytes:
-    """Lists of twice the same list, of twice the same list ..."""
-    inner = b"".join(b"q%ch%c\x86" % (level, level) for level in range(levels))
-    return b"\x80\x02]" + inner + b"."
+def branching(levels: int) -> bytes:
+    """Tuples of a hundred times the same tuple, of a hundred times the same tuple ..."""
+    inner = b"".join(b"(" + 100 * b"h%c" % level + b"tq%c" % (level + 1) for level in range(levels))
+    return b"\x80\x02(]q\x00" + inner + b"t."
 
 
 BOMBS = {
@@ -360,7 +360,7 @@ BOMBS = {
     "a number of 2 GB": b"\x80\x02\x8b\xff\xff\xff\x7f.",
     "a text of 4 GB": b"\x80\x02X\xff\xff\xff\xff.",
     "a text of 8 EB": b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x7f.",
-    "a tree of 2^40 leaves": doubling(40),
+    "a tree of 10^16 leaves": branching(8),
     "a list in itself": b"\x80\x02]q\x00h\x00a.",
     "a hundred thousand lists in each other": b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b".",
     "a hundred thousand tuples in each other": b"\x80\x02)" + b"\x85" * 10**5 + b".",
