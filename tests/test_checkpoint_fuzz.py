@@ -351,7 +351,7 @@ def many(count: int, instructions: bytes) -> bytes:
 
 def branching(levels: int) -> bytes:
     """Tuples of a hundred times the same tuple, of a hundred times the same tuple ..."""
-    inner = b"".join(b"(" + 100 * b"h%c" % level + b"tq%c" % (level + 1) for level in range(levels))
+    inner = b"".join(b"(" + 100 * (b"h%c" % level) + b"tq%c" % (level + 1) for level in range(levels))
     return b"\x80\x02(]q\x00" + inner + b"t."
 
 
