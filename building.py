@@ -58,15 +58,15 @@ def check_memory(config: Config, processes: int, *, testing: bool) -> None:
     batch = 4 * tasks * examples * (config.ways or 1) * numbers
     results = 8 * config.eval_tasks * (config.eval_steps + 1) if testing else 0
     there = machine_memory()
+    sizes = ["-k", "-q"] + ["--meta-batch-size"] * (not testing) + ["--image-size"] * bool(config.image_size)
     for needed, what, flags in (
-        (batch, "a task takes" if testing else "the tasks of an iteration take",
-         f"a smaller {'' if testing else '--meta-batch-size, '}-k{', -q or --image-size' * bool(config.image_size) or ' or -q'}"),
-        (results, "the results take", "fewer --eval-tasks or --eval-steps"),
-    ):  # fmt: skip
+        (batch, "a task takes" if testing else "the tasks of an iteration take", sizes),
+        (results, "the results take", ["--eval-tasks", "--eval-steps"]),
+    ):
         if there is not None and needed > there:
             raise UsageError(
                 f"{what} {needed / 2**30:,.0f} GiB at the least, and there are {there / 2**30:,.0f} GiB of "
-                f"memory: take {flags}"
+                f"memory: lower {' or '.join(flags)}"
             )
 
 
