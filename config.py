@@ -590,7 +590,7 @@ class Invocation:
     deterministic: bool = flag(
         "--deterministic", group="machine", kind=bool, default=False,
         help="refuse operators that may give other bits for the same numbers, and have compilers and "
-        "libraries choose by rule, not by measuring: the same command on the same machine gives the same bits",
+        "libraries choose by rule, not by measuring: on one machine the same command gives the same bits",
     )  # fmt: skip
     timeout: float = flag(
         "--timeout", group="machine", kind=float, check=minutes, metavar="MINUTES", default=10.0,
