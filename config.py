@@ -248,8 +248,8 @@ class Config:
         only="exact", help="first order in the first N iterations, exact from there on",
     )  # fmt: skip
     cg_steps: int = flag(
-        "--cg-steps", group="algorithm", kind=int, check=at_least(0, MOST_STEPS), metavar="N", default=5, before=5,
-        only="implicit", help="steps of conjugate gradients; 0 is first order",
+        "--cg-steps", group="algorithm", kind=int, check=at_least(0, MOST_STEPS), metavar="N", default=5,
+        before=5, only="implicit", help="steps of conjugate gradients; 0 is first order",
     )  # fmt: skip
     cg_damping: float = flag(
         "--cg-damping", group="algorithm", kind=float, check=not_negative, metavar="X", default=0.0,
@@ -589,7 +589,8 @@ class Invocation:
         default="auto", help="auto takes CUDA where there is any, else the CPU",
     )  # fmt: skip
     threads: int | None = flag(
-        "--threads", group="machine", kind=int, check=at_least(1, 1024), metavar="N", default=None, optional=True,
+        "--threads", group="machine", kind=int, check=at_least(1, 1024), metavar="N", default=None,
+        optional=True,
         help="CPU threads of a process; by default as OMP_NUM_THREADS says, else one with --learner mlp; "
         "of several processes (torchrun) each has its share of the cores",
     )  # fmt: skip
@@ -600,8 +601,8 @@ class Invocation:
     )  # fmt: skip
     deterministic: bool = flag(
         "--deterministic", group="machine", kind=bool, default=False,
-        help="refuse operators that may give other bits for the same numbers, and have compilers and libraries "
-        "choose by rule, not by measuring: the same command on the same machine gives the same bits",
+        help="refuse operators that may give other bits for the same numbers, and have compilers and "
+        "libraries choose by rule, not by measuring: on one machine the same command gives the same bits",
     )  # fmt: skip
     timeout: float = flag(
         "--timeout", group="machine", kind=float, check=minutes, metavar="MINUTES", default=10.0,

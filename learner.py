@@ -8,6 +8,7 @@ in `presets.LEARNERS`.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -190,10 +191,16 @@ def build_learner(
     """
     given = arguments or {}
     shape = {} if inputs is None else {"inputs": inputs}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
         if name in LEARNERS:
+            warnings.filterwarnings("ignore", message="Initializing zero-element")  # refused here
             learner = called(LEARNERS[name], name, "--learner", outputs, **shape | given)
+            if not all(weight.numel() for weight in learner.parameters()):
+                raise UsageError(
+                    f"--learner {name}: of inputs {inputs} nothing is left for its last layers: larger ones "
+                    "(--image-size), or other --learner-args"
+                )
         elif name.startswith("torchvision:"):
             model = partial(of_torchvision, name.partition(":")[2], outputs, inputs)
             learner = called(model, name, "--learner", **given)

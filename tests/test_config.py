@@ -153,17 +153,18 @@ MISTAKES = [
     ("--seeds 0-999999999999", "is no range of up to 1,000 seeds"),
     (f"--seeds {5000 * '9'}", "is no range of up to 1,000 seeds below 2^63"),
     (f"--seeds {5000 * '0-999,'}1", "more than 1,000 runs"),
-    ("--sweep k=1,2 q=1,2 s=1,2 inner-lr=1,2 meta-lr=1,2 noise=1,2 meta-batch-size=1,2 log-every=1,2 val-every=1,2 "
-     "meta-lr-schedule=constant", "sweep fewer"),
+    (f"--sweep task-column={60 * 'a'} target-columns={60 * 'b'} input-columns={60 * 'c'} head={60 * 'd'} "
+     f"learner=x.py:{60 * 'e'}", "--sweep of 5 flags makes names too long"),
     ("--iterations 2000000000", "points: --log-every 20000 and --val-every 20000 will do"),
     ("--iterations 200000 --log-every 1", "points: --log-every 2 will do"),
     ("-s 2000000000", "-s: expected a whole number up to 100,000"),
     ("--threads 2000000000", "--threads: expected a whole number up to 1,024"),
-    ("--meta-batch-size 2000000000 --checkpoint-path TMP", "take a smaller --meta-batch-size, -k or -q"),
+    ("--meta-batch-size 2000000000 --checkpoint-path TMP", "memory: lower -k or -q or --meta-batch-size"),
     ("-k 2000000000 --checkpoint-path TMP", "the tasks of an iteration take 373 GiB at the least"),
-    ("--dataset images:x --image-size 100000 --checkpoint-path TMP", "-k, -q or --image-size"),
-    ("--eval --eval-tasks 2000000000", "the results take 164 GiB at the least"),
+    ("--dataset images:x --image-size 100000 --checkpoint-path TMP", "or --meta-batch-size or --image-size"),
+    ("--eval --eval-tasks 2000000000", "GiB of memory: lower --eval-tasks or --eval-steps"),
     ("--deterministic --autotune", "leave it out with --deterministic"),
+    ("--learner-args hidden=0 --checkpoint-path TMP", "nothing is left for its last layers"),
 ]  # fmt: skip
 
 
@@ -220,7 +221,16 @@ def test_tasks_that_do_not_fit_into_the_memory_are_refused_as_such(tmp_path):
         "resource.setrlimit(resource.RLIMIT_AS, (taken + 2**29,) * 2)\n"
         "sys.exit(main.main(sys.argv[1:]))"
     )
-    flags = ["-k", "5000000", "--compile", "off", "--checkpoint-path", str(tmp_path / "runs")]
+    flags = [
+        "-k",
+        "100000",
+        "--meta-batch-size",
+        "1000",
+        "--compile",
+        "off",
+        "--checkpoint-path",
+        str(tmp_path / "runs"),
+    ]
     run = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2 and run.stderr.splitlines()[-1].startswith("main.py: error: out of memory")
 
