@@ -62,25 +62,21 @@ def check_memory(config: Config, processes: int, *, testing: bool) -> None:
     shots = config.shots if testing else config.training_shots
     examples = (config.ways or 1) * (shots + config.queries)
     tasks = 1 if testing else -(-config.meta_batch_size // processes)
-    smaller = "a smaller " + "--meta-batch-size, " * (not testing)
+    sizes = ["-k", "-q", *["--meta-batch-size"] * (not testing), *["--image-size"] * bool(pixels)]
     least = [
-        (
-            f"{tasks:,} tasks of {examples:,} examples",
-            4 * tasks * examples * (pixels + LEAST_NUMBERS),
-            f"{smaller}-k{', -q or --image-size' if pixels else ' or -q'}",
-        ),
-        (f"{config.steps:,} inner steps", 1000 * config.steps, "fewer of them (-s)"),
+        (f"{tasks:,} tasks of {examples:,} examples", 4 * tasks * examples * (pixels + LEAST_NUMBERS), sizes),
+        (f"{config.steps:,} inner steps", 1000 * config.steps, ["-s"]),
     ]
     if testing:
         results = f"the results of {config.eval_tasks:,} tasks after {config.eval_steps:,} steps"
         size = 8 * config.eval_tasks * (config.eval_steps + 1)
-        least.append((results, size, "fewer --eval-tasks or --eval-steps"))
-    memory = machine_memory()
-    for what, size, advice in least:
-        if memory is not None and size > memory:
+        least.append((results, size, ["--eval-tasks", "--eval-steps"]))
+    there = machine_memory()
+    for what, needed, flags in least:
+        if there is not None and needed > there:
             raise UsageError(
-                f"{what} take {size / 2**30:,.0f} GiB at the least, and there are {memory / 2**30:,.0f} GiB of "
-                f"memory: take {advice}"
+                f"{what} take {needed / 2**30:,.0f} GiB at the least, and there are {there / 2**30:,.0f} GiB "
+                f"of memory: lower {' or '.join(flags)}"
             )
 
 

@@ -160,7 +160,7 @@ MISTAKES = [
     ("-s 2000000000", "-s: expected a whole number up to 100,000"),
     ("--threads 2000000000", "--threads: expected a whole number up to 1,024"),
     ("--meta-batch-size 2000000000 --checkpoint-path TMP", "memory: lower -k or -q or --meta-batch-size"),
-    ("-k 2000000000 --checkpoint-path TMP", "the tasks of an iteration take 373 GiB at the least"),
+    ("-k 2000000000 --checkpoint-path TMP", "25 tasks of 2,000,000,010 examples take"),
     ("--dataset images:x --image-size 100000 --checkpoint-path TMP", "or --meta-batch-size or --image-size"),
     ("--eval --eval-tasks 2000000000", "GiB of memory: lower --eval-tasks or --eval-steps"),
     ("--deterministic --autotune", "leave it out with --deterministic"),
