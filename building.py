@@ -65,7 +65,6 @@ def check_memory(config: Config, processes: int, *, testing: bool) -> None:
     sizes = ["-k", "-q", *["--meta-batch-size"] * (not testing), *["--image-size"] * bool(pixels)]
     least = [
         (f"{tasks:,} tasks of {examples:,} examples", 4 * tasks * examples * (pixels + LEAST_NUMBERS), sizes),
-        (f"{config.steps:,} inner steps", 1000 * config.steps, ["-s"]),
     ]
     if testing:
         results = f"the results of {config.eval_tasks:,} tasks after {config.eval_steps:,} steps"

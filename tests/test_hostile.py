@@ -72,7 +72,7 @@ def test_a_file_that_may_not_be_read_is_refused_in_a_line(tmp_path, monkeypatch)
 
     path = tmp_path / "last.pt"
     path.write_bytes(b"")
-    monkeypatch.setattr(Path, "open", forbidden)
+    monkeypatch.setattr("files.opened", forbidden)
     with pytest.raises(UsageError, match=r"last.pt cannot be read \(Permission denied\)"):
         load_checkpoint(path)
 
@@ -120,10 +120,10 @@ SETTINGS = {
     "layers": ({"learner_args": ("layers=1000000000",)}, "does not fit the learner mlp layers=1000000000"),
     "narrow": ({"learner_args": ("width=1", "layers=1000000000")}, "far larger"),
     "depth": ({"learner_args": ("width=" + "(" * 5000,)}, "--learner mlp fails"),
-    "context": ({"fast_weights": "context", "context_size": 10**8}, "far larger"),
+    "context": ({"fast_weights": "context", "context_size": 10**5}, "far larger"),
     "shots": ({"shots": LARGE}, "GiB at the least, and there are"),
-    "results": ({"eval_steps": LARGE}, "lower --eval-tasks or --eval-steps"),
-    "steps": ({"steps": LARGE}, "of memory: lower -s"),
+    "results": ({"eval_steps": LARGE}, "should be a whole number up to 100,000"),
+    "steps": ({"steps": LARGE}, "should be a whole number up to 100,000"),
     "code": ({"learner": "evil:make", "init": "torch"}, "a file is no reason to run it"),
     "loss": ({"loss": "evil.py:loss"}, "a file is no reason to run it"),
     "dataset": ({"dataset": "evil:tasks"}, "a file is no reason to run it"),
