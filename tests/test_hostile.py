@@ -120,7 +120,7 @@ SETTINGS = {
     "layers": ({"learner_args": ("layers=1000000000",)}, "does not fit the learner mlp layers=1000000000"),
     "narrow": ({"learner_args": ("width=1", "layers=1000000000")}, "far larger"),
     "depth": ({"learner_args": ("width=" + "(" * 5000,)}, "--learner mlp fails"),
-    "context": ({"fast_weights": "context", "context_size": 10**5}, "far larger"),
+    "context": ({"fast_weights": "context", "context_size": 10**5}, "does not fit the learner mlp"),
     "shots": ({"shots": LARGE}, "GiB at the least, and there are"),
     "results": ({"eval_steps": LARGE}, "should be a whole number up to 100,000"),
     "steps": ({"steps": LARGE}, "should be a whole number up to 100,000"),
