@@ -34,11 +34,13 @@ WARM_UP = 0.2  # of the iterations
 PARTS = 10
 EVERY = 0.5  # seconds
 SHOWN = 300  # samples of a run that are written
-IMAGES = "--image-size 28 --channels 1 --learner conv --learner-args channels=16 -n 5 -k 1 --images-on host"
+IMAGES = (
+    "--image-size 14 --channels 1 --learner conv --learner-args channels=4 -n 3 -k 1 -q 2 --images-on host"
+)
 WORKS = {
     "sinusoid, compiled": "--compile on",
     "sinusoid, uncompiled": "--compile off",
-    "images on the host, uncompiled": f"--compile off --meta-batch-size 4 {IMAGES}",
+    "images on the host, uncompiled": f"--compile off --meta-batch-size 2 {IMAGES}",
 }
 
 

@@ -8,10 +8,11 @@
 Kills (SIGKILL) hit all stages of a run equally often: start-up, training, compiling, validating, saving and
 plotting. In which stage a run is, is told from outside: inotify says at once what happens to its files, and
 the progress bar, drawn at each iteration, where it is. An undisturbed run says how long each part of a stage
-takes; the moment of a kill is drawn from that time, evenly. A kill that comes too late for its stage is
-kept, and repeated. Half of the attempts at runs of one process are `python main.py`, half are forks of a
-server that has PyTorch imported, which start in a tenth of the time; half of the kills take the C++ compiler
-along. Those that are to hit the compiling begin with no compiled code.
+takes; the moment of a kill is drawn from that time, evenly or, half of the times, soon after it has begun,
+where most is at stake. A kill that comes too late for its stage is kept, and repeated. Half of the attempts
+at runs of one process are `python main.py`, half are forks of a server that has PyTorch imported, which start
+in a tenth of the time; half of the kills take the C++ compiler along. Those that are to hit the compiling
+begin with no compiled code.
 
 After each kill last.pt and best.pt must load, and no more than --save-every iterations may be lost. A run
 that has got through to its end must be the undisturbed one to the bit: weights, optimizer, progress, all
@@ -50,6 +51,7 @@ STAGES = ("start", "training", "compiling", "validating", "saving", "plotting") 
 LAST, BEST = "last.pt", "best.pt"
 PICTURES = ("examples.png", "training.png", "training.json")
 SPEED = "speed/iterations_per_second"  # the one curve that no two runs share
+NAMED = f"{LAST} has its name"  # a part of saving
 LATE = 5  # kills in a row that miss their stage, after which another one has its turn
 UNHURT = 10  # runs in a row that no kill hits, after which the harness gives up
 POLL = 0.0005  # seconds
@@ -255,6 +257,8 @@ class Timeline:
         stages = {LAST: "saving", BEST: "validating"} | dict.fromkeys(PICTURES, "plotting")
         if kind == Inotify.MOVED_IN and name == BEST and self.validating:
             self.enter("plotting", "drawing examples.png")
+        elif kind == Inotify.MOVED_IN and name == LAST:
+            self.enter("saving", NAMED)  # the folder is synced; a file that is not whole yet would be lost
         elif kind == Inotify.MOVED_IN and name in stages:
             self._leave()
         elif kind != Inotify.MOVED_IN and (stage := stages.get(name[1:].removesuffix(".tmp"))):
@@ -297,8 +301,12 @@ class Timeline:
         elif self.validating:
             if not was:
                 self.enter("validating", "evaluating")
-        elif was or (self.now.stage == "start" and (self.to_first is not None or self.first == self.total)):
+        elif was or self.now.part == NAMED or (self.now.stage == "start" and self._has_begun()):
             self._leave()
+
+    def _has_begun(self) -> bool:
+        """Whether the first iteration is over, or there is none left."""
+        return self.to_first is not None or self.first == self.total
 
 
 # ---- what a run has left behind --------------------------------------------------------------------
@@ -574,7 +582,8 @@ def moment_in(stage: str, timeline: Sequence[Visit], draw: random.Random, missed
     visits = [visit for visit in timeline if (visit.stage, visit.part) == (stage, part)]
     visit = draw.choice(visits)
     skip = 0 if missed else draw.randrange(min(3, len(visits)))
-    return Moment(stage, part, skip, visit.end - visit.begin, draw.random() * 0.5**missed)
+    share = draw.choice([draw.random(), 10 ** (-3 * draw.random())])
+    return Moment(stage, part, skip, visit.end - visit.begin, share * 0.5**missed)
 
 
 def saved_at(folder: Path) -> tuple[int, str | None]:
@@ -796,12 +805,12 @@ class Harness:
             attempt.close()
         took = time.monotonic() - killed
         saved, damage = saved_at(attempt.folder)
-        lost = (shown or 0) - saved
+        problem, lost = problem or damage, (shown or 0) - saved
         if lost > save_every(sorts(self.given)[attempt.sort]):
             problem = problem or f"{lost} iterations lost"
         kill = Kill(
             number, run, attempt.sort, attempt.kind, planned_stage, at.stage, at.part, *hit,
-            bool(first), round(seconds, 3), round(took, 3), shown, saved, writing, problem=problem or damage,
+            bool(first), round(seconds, 3), round(took, 3), shown, saved, writing, problem=problem,
         )  # fmt: skip
         self.kills.append(kill)
         self.write()
@@ -836,7 +845,8 @@ say = partial(print, flush=True)
 
 
 def tail(log: Path) -> str:
-    return " ".join(re.split(r"[\r\n]+", log.read_text(errors="replace"))[-6:])[-600:]
+    lines = re.split(r"[\r\n]+", log.read_text(errors="replace"))
+    return " ".join([line for line in lines if not Timeline.BAR.match(line)][-6:])[-600:]
 
 
 def spent(visits: Sequence[Visit]) -> dict[str, float]:
