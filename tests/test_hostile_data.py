@@ -60,7 +60,7 @@ def _nothing_waits_for_ever() -> Iterator[None]:
         raise AssertionError("this takes too long")
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(120)
+    signal.alarm(60)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
@@ -676,6 +676,22 @@ for _ in range(30):
     threads = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(3)]
     assert [process.wait() for process in threads] == [0, 0, 0]
     assert count.read_text() == "90" and listing(tmp_path) == ["count"]
+
+
+def test_a_lock_whose_file_was_removed_just_before_it_was_had_is_taken_again(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    flock, calls = fcntl.flock, []
+
+    def late(file: int, how: int) -> None:
+        if not calls:
+            (tmp_path / "lock").unlink()  # as whoever had it does
+        calls.append(how)
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with one_at_a_time(tmp_path / "lock") as sure:
+        assert sure and (tmp_path / "lock").exists()
+    assert listing(tmp_path) == []
 
 
 def test_a_lock_that_is_a_link_harms_nothing(tmp_path):
