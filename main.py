@@ -82,6 +82,14 @@ def main(arguments: list[str]) -> int:
         return 130
 
 
+def check_current_folder() -> None:
+    """Raises UsageError where it has been deleted: a library of PyTorch's would end the process."""
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise UsageError("the current folder is not there any more: cd into one that is") from error
+
+
 def _said_of(error: BaseException) -> str | None:
     """What is said of an error that ends the command; None: it is this tool's own."""
     if isinstance(error, UsageError):
@@ -107,8 +115,7 @@ def command(arguments: list[str]) -> int:
         if call.load is None and not call.resume and not members:
             settings.resolve(given)
 
-        if not Path().exists():  # PyTorch's libraries would end the process
-            raise UsageError("the current folder is not there any more: cd into one that is")
+        check_current_folder()
         from runtime import device_of
         from world import join, launched, leave
 

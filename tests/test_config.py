@@ -164,7 +164,7 @@ MISTAKES = [
     ("--dataset images:x --image-size 100000 --checkpoint-path TMP", "or --meta-batch-size or --image-size"),
     ("--eval --eval-tasks 2000000000", "GiB of memory: lower --eval-tasks or --eval-steps"),
     ("--deterministic --autotune", "leave it out with --deterministic"),
-    ("--learner-args hidden=0 --checkpoint-path TMP", "nothing is left for its last layers"),
+    ("--learner-args width=0 --checkpoint-path TMP", "nothing is left for its last layers"),
 ]  # fmt: skip
 
 
