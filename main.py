@@ -92,17 +92,15 @@ def check_current_folder() -> None:
 
 def _said_of(error: BaseException) -> str | None:
     """What is said of an error that ends the command; None: it is this tool's own."""
-    if isinstance(error, UsageError):
-        return for_terminal(one_line(error))
-    if memory.ran_out(error):
-        return "out of memory: take fewer tasks at a time (--tasks-at-once), or smaller ones (-q, -k)"
     if "torch" in sys.modules:
         from runtime import not_deterministic
 
         text = not_deterministic(error)
         if text is not None:
             return for_terminal(text)
-    return for_terminal(one_line(error)) if isinstance(error, OSError) else None
+    if memory.ran_out(error):
+        return "out of memory: take fewer tasks at a time (--tasks-at-once), or smaller ones (-q, -k)"
+    return for_terminal(one_line(error)) if isinstance(error, UsageError | OSError) else None
 
 
 def command(arguments: list[str]) -> int:

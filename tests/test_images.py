@@ -1,7 +1,6 @@
 """Images from files to tasks: what is read, what is refused, and that nothing half-done stays behind."""
 
 import csv
-import fcntl
 import hashlib
 import os
 import shutil
@@ -313,19 +312,6 @@ def test_images_are_decoded_once(tmp_path, monkeypatch):
         patch.setattr(images, "_decode", None)
         load_images(tmp_path, **SMALL)
     assert load_images(tmp_path, **SMALL, invert=True).pixels[0, 0, 0, 0] == 255
-
-
-def test_what_a_killed_process_has_left_of_the_cache_goes_when_it_is_made_again(tmp_path):
-    write_classes(tmp_path, 3)
-    load_images(tmp_path, **SMALL)
-    (cache,) = tmp_path.glob(".*")
-    cache.unlink()
-    left, held = (cache.with_name(f"{cache.name}.{number}.tmp") for number in (1, 2))
-    left.touch()
-    with held.open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # as a living process does
-        load_images(tmp_path, **SMALL)
-    assert set(tmp_path.glob(".*")) == {cache, held}
 
 
 def test_a_read_only_folder_is_left_alone(tmp_path, cache_folder):

@@ -200,7 +200,7 @@ def test_a_checkpoint_that_cannot_be_replaced_stays(room_for, tmp_path, capsys, 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(trainer, "save_checkpoints", full)
+    monkeypatch.setattr("saving.save_checkpoints", full)
     assert command(*line, "--resume", "--save-every", 1000) == 2
     assert "--tasks-at-once 12 fits; the run goes on from its last checkpoint" in capsys.readouterr().err
     assert (tmp_path / "run" / LAST).read_bytes() == before

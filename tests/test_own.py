@@ -376,7 +376,7 @@ def test_code_that_a_checkpoint_names_is_never_imported(setting, doing, tmp_path
         ("--learner {own}:Net --head nowhere --fast-weights head", "has no part 'nowhere'"),
         ("--loss {own}:hinge", "has no hinge to call"),
         ("--loss {own}:vector --learner {own}:Net", "it should give one number"),
-        ("--image-size 3 --learner conv4", "--learner conv4 fails on the inputs of a task"),
+        ("--image-size 3 --learner conv4", "nothing is left for its last layers"),
         ("--head-init zero --inner-rates element", "use layer-step"),
         ("--loss cross-entropy --loss-args x=1", "unexpected keyword argument 'x'"),
         ("--loss mse", "--loss mse is for numbers"),
