@@ -170,7 +170,7 @@ class Built:
             memory.free(error)
             size = evaluation.chunk_size(self.maml, self.parameters, self.distribution, config.eval_tasks)
             at_once = min(size, config.eval_tasks)
-            fits = memory.fitting(attempt, at_once)
+            fits = memory.fitting(attempt, at_once, runtime.device)
             raise UsageError(memory.line("in the evaluation", at_once, fits)) from None
 
     def write(self, result: Evaluation, file: str, record: Mapping[str, Any]) -> None:

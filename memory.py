@@ -8,8 +8,12 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 ERRORS = (MemoryError, RuntimeError, OSError)  # among which they are; NumPy's is a MemoryError
 SIGNS = (  # in RuntimeErrors of PyTorch: CPU, CUDA (torch.OutOfMemoryError) and MPS, cuBLAS and cuDNN, C++
@@ -17,6 +21,7 @@ SIGNS = (  # in RuntimeErrors of PyTorch: CPU, CUDA (torch.OutOfMemoryError) and
     "Storage size calculation overflowed",
     "run_func_(",  # of compiled functions, in PyTorch 2.11: they fail at nothing else, and say no more
 )  # fmt: skip
+SPARE = 128 * 2**20  # bytes
 AT_THE_DATA = "take a smaller --image-size or fewer --channels, or --images-on host"
 AT_THE_START = "take a smaller --learner, smaller tasks (-q, -k, --image-size), or another --device"
 
@@ -37,22 +42,30 @@ def free(error: BaseException) -> None:
         traceback.clear_frames(each.__traceback__)
         each = each.__cause__ or each.__context__
     gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    if "torch" in sys.modules:
+        sys.modules["torch"].cuda.empty_cache()  # nothing, where CUDA is not in use
 
 
-def fitting(attempt: Callable[[int], object], at_once: int) -> int | None:
-    """Of half as many tasks, a quarter, ... and one, the first number that an attempt has memory for."""
+def fitting(attempt: Callable[[int], object], at_once: int, device: torch.device) -> int | None:
+    """Of half as many tasks, a quarter, ... and one, the first number that an attempt has memory for on the
+    device, and some to spare: no two processes lay theirs out alike."""
     while at_once > 1:
         at_once //= 2
         try:
-            attempt(at_once)
+            _with_spare(attempt, at_once, device)
         except Exception as error:  # without memory anything may fail in any way
             free(error)
         else:
             return at_once
     return None
+
+
+def _with_spare(attempt: Callable[[int], object], at_once: int, device: torch.device) -> None:
+    import torch  # not before there is need: mistakes in the flags answer at once
+
+    spare = torch.empty(SPARE, dtype=torch.uint8, device=device)
+    attempt(at_once)
+    del spare
 
 
 def line(where: str, at_once: int, fits: int | None) -> str:

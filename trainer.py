@@ -415,7 +415,7 @@ class Trainer:
         place = f"{where}at iteration {self.iteration + (not where):,}"
         if self.world.size > 1 and self.world.first:
             place += " in process 0"
-        fits = memory.fitting(self._take, at_once)
+        fits = memory.fitting(self._take, at_once, self.state.parameters.device)
         found = memory.line(place, at_once, fits)
         run = self.runs[0]
         command = "the same command with --resume"

@@ -54,8 +54,10 @@ def at_most(seconds: int, megabytes: int) -> Iterator[None]:
         raise TimeoutError
 
     before, most = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + megabytes * 2**20, most))
+    now = Path("/proc/self/statm")  # pages
+    if now.exists():  # Linux
+        limit = int(now.read_text().split()[0]) * resource.getpagesize() + megabytes * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (limit, most))
     handler = signal.signal(signal.SIGPROF, late)
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
