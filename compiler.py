@@ -284,7 +284,8 @@ class Library:
         self.model = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
         self.run = self.model.loader.boxed_run  # without the parsing of structures at each call
         self.structure = structure
-        os.utime(path)  # for `trim`
+        with suppress(OSError):  # another process may have just removed it
+            os.utime(path)  # for `trim`
 
     def __call__(self, tensors: list[Tensor]) -> Any:
         return _unflatten(self.run(tensors), self.structure)
