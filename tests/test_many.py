@@ -307,7 +307,7 @@ def test_a_fresh_folder_is_made_where_there_is_none(tmp_path, capsys):
         "summary.png",
     }
     said = capsys.readouterr().out
-    assert f"python main.py --eval --load {folder}" in said and "seed 0, 1\n" in said
+    assert f"python main.py --eval --load {folder}" in said and "seed 0, 1 · " in said
 
 
 # ---- stopped, and gone on with ------------------------------------------------------------------
