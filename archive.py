@@ -28,6 +28,7 @@ MOST_DIRECTORY = (
     2**22
 )  # bytes of the archive's table of contents, which `zipfile` reads at once: 60,000 parts
 MOST_PICKLE = 2**26  # bytes; a million points of four curves are half of it
+MOST_REPETITION = 16  # characters of texts that are named again, for each byte of the pickle
 MOST_STEPS = 10**7  # instructions
 MOST_CONTAINERS = 10**6
 MOST_LEVELS = 16  # of dictionaries in dictionaries; a checkpoint has 5
@@ -175,6 +176,7 @@ class _Program:
         self.storages: dict[str, _Storage] = {}
         self.bytes_left = archive.size  # for tensors, which may not all be views of one storage
         self.containers = 0
+        self.characters_left = 2**20 + MOST_REPETITION * len(self.code)  # of texts that are named again
 
     def result(self) -> Any:
         """What the pickle stands for."""
@@ -244,6 +246,10 @@ class _Program:
         value = self.memo[place]
         if type(value) not in (str, _Name):  # what is in two places makes trees of any size
             _damaged()
+        if type(value) is str:
+            self.characters_left -= len(value)
+            if self.characters_left < 0:
+                _damaged()
         self.stack.append(value)
 
     def tuple_of(self, count: int) -> None:

@@ -199,7 +199,8 @@ def _names_by_split(value: Any) -> bool:
 
 def _plain_facts(value: Any) -> bool:
     return isinstance(value, dict) and all(
-        isinstance(name, str) and type(fact) in (int, str) for name, fact in value.items()
+        isinstance(name, str) and type(fact) in (int, str) and f"{name}{fact}".isprintable()
+        for name, fact in value.items()
     )
 
 

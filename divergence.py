@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from evaluation import DIVERGENCE, loss_per_step
 from maml import MAML
 from optimizers import Weights
-from tasks import TaskBatch
+from tasks import TaskBatch, first_tensor
 
 UNKNOWN = (
     "the loss or what it leads to is not finite, and computed again it is: try a smaller --meta-lr or "
@@ -40,10 +40,10 @@ def cause(
     infinite = ~losses.isfinite()
     if infinite[:, 0].any():
         task = _where(infinite[:, 0])
-        return (
-            f"the query loss of task {first + task} is {losses[task, 0]:.3g} before the first inner step: "
-            "the weights have become too large; try a smaller --meta-lr, or --grad-clip"
-        )
+        said = f"the query loss of task {first + task} is {losses[task, 0]:.3g} before the first inner step"
+        if bool(first_tensor(outputs["transductive"])[task, 0].isfinite().all()):
+            return f"{said}, though the outputs are finite: look at the loss, or at the size of the targets"
+        return f"{said}: the weights have become too large; try a smaller --meta-lr, or --grad-clip"
     grown = infinite | (losses > DIVERGENCE * losses[:, :1])
     worst = losses.nan_to_num(nan=torch.inf).amax(1).argmax()
     result = maml.meta_gradient(parameters, batch, **given)

@@ -1,6 +1,6 @@
 """What is shown to the user as a single line, and what makes one of a text."""
 
-LONGEST = 400  # characters of a message
+LONGEST = 1000  # characters of a message
 
 
 class UsageError(Exception):

@@ -49,7 +49,8 @@ class Evaluation:
 
 def mean_and_interval(values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean over tasks (the first axis) and half width of its 95 % confidence interval."""
-    return values.mean(0), 1.96 * values.std(0) / len(values) ** 0.5
+    spread = values.std(0) if len(values) > 1 else torch.full_like(values.sum(0), torch.nan)
+    return values.mean(0), 1.96 * spread / len(values) ** 0.5
 
 
 def accuracy(outputs: Tree, targets: Tensor) -> Tensor:

@@ -9,20 +9,22 @@ from __future__ import annotations
 import io
 import os
 import socket
+import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from files import write_whole
+from files import opened, write_whole
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
 
 FLUSH_SECONDS = 5.0
+MOST_BYTES = 2**32  # of a file that is taken for one of a run's
 FRAME = 16  # bytes around a record
 
 
@@ -42,7 +44,8 @@ class EventFile:
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.0"
         self.path = folder / name
         self.written = 0  # bytes of whole records
-        self.waiting = [Event(wall_time=time.time(), file_version="brain.Event:2")]
+        self.header = Event(wall_time=time.time(), file_version="brain.Event:2")
+        self.waiting: list[Event] = []
         if begin_at:  # for readers who have seen the dropped points
             start = SessionLog(status=SessionLog.START)
             self.waiting.append(Event(wall_time=time.time(), step=begin_at, session_log=start))
@@ -71,9 +74,9 @@ class EventFile:
     def _append(self) -> None:
         if not self.waiting and self.path.exists():
             return
-        content = _records(self.waiting)
         if not self.path.exists():  # new, or taken away
             self.written = 0
+        content = _records([self.header] * (not self.written) + self.waiting)
         try:
             with self.path.open("r+b" if self.written else "wb", buffering=0) as file:
                 file.truncate(self.written)
@@ -109,6 +112,21 @@ def _framed(records: Iterable[bytes]) -> bytes:
     return found.getvalue()
 
 
+def _whole_records(file: IO[bytes]) -> Iterator[bytes]:
+    """The records of a file, up to the first that is none, or is not whole."""
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
+    end = os.fstat(file.fileno()).st_size
+    while len(head := file.read(12)) == 12:
+        length, check = struct.unpack("<QI", head)
+        if masked_crc32c(head[:8]) != check or length > end - file.tell():
+            return
+        record, foot = file.read(length), file.read(4)
+        if len(foot) < 4 or struct.unpack("<I", foot)[0] != masked_crc32c(record):
+            return
+        yield record
+
+
 def drop_events(folder: Path, begin_at: int) -> None:
     """Removes what lies at or after an iteration from the folder's event files, and halves of records.
 
@@ -116,13 +134,13 @@ def drop_events(folder: Path, begin_at: int) -> None:
     A file that is none of TensorBoard's stays as it is.
     """
     from google.protobuf.message import DecodeError
-    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
 
     for path in filter(Path.is_file, folder.glob("events.out.tfevents.*")):
         try:
-            records = [(record, Event.FromString(record)) for record in RawEventFileLoader(str(path)).Load()]
-        except DecodeError:
+            with opened(path, MOST_BYTES) as file:
+                records = [(record, Event.FromString(record)) for record in _whole_records(file)]
+        except (DecodeError, OSError):
             continue
         if not records or not records[0][1].HasField("file_version"):  # somebody's own
             continue
@@ -137,6 +155,6 @@ def _wait_for_a_later_second(folder: Path) -> None:
     A run that goes on within the second in which its predecessor began would be read before it.
     """
     stamps = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")]
-    births = [int(stamp) for stamp in stamps if stamp.isdigit()]
+    births = [int(stamp) for stamp in stamps if stamp.isdecimal()]
     while births and 0 <= max(births) - int(time.time()) <= 1:
         time.sleep(0.05)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from errors import UsageError
-from locks import writing_to
+from locks import one_at_a_time
 
 Writer = Callable[[IO[bytes]], Any]
 
+PATIENCE = 30.0  # seconds in which another process has written its file
 MOST_JSON = 2**26  # bytes of what is read back
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -67,7 +68,7 @@ def write_whole(path: Path, write: Writer) -> None:
     Raises OSError where it cannot be; then nothing has changed. Processes that write the same do it one after
     another.
     """
-    with writing_to(_temporary(path)):
+    with one_at_a_time(path.with_name(f".{path.name}.lock"), patience=PATIENCE):
         write_all_whole([(path, write)])
 
 
@@ -77,7 +78,8 @@ def write_all_whole(writers: Sequence[tuple[Path, Writer]]) -> None:
     temporaries = [_temporary(path) for path, _ in writers]
     try:
         for temporary, (_, write) in zip(temporaries, writers, strict=True):
-            with temporary.open("wb") as file:
+            temporary.unlink(missing_ok=True)  # a killed process's, or anything that it may be a link to
+            with temporary.open("xb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())

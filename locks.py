@@ -24,6 +24,7 @@ LOCK = ".lock"  # in a folder that is being trained in: by whom
 PATIENCE = 2.0  # seconds in which a killed process is gone, and one that only looks has looked
 OTHER_NAME = "choose another --run-name"
 _held: set[int] = set()  # descriptors of this process's locks
+_kept: dict[Path, tuple[int, os.stat_result]] = {}  # folders that it trains in: the lock, and which folder
 
 
 @contextmanager
@@ -35,36 +36,51 @@ def training_in(folder: Path, inside: Sequence[str] = (), *, otherwise: str = OT
     Raises UsageError where another process trains there, and says what to do `otherwise`.
     """
     lock = _lock_of(folder, otherwise)
+    name = folder.absolute()
+    if lock is not None:
+        _kept[name] = lock, folder.stat()
     try:
         for other in (folder.resolve().parent, *(folder / name for name in inside)):
             _check_free(other, otherwise)
         yield
     finally:
         if lock is not None:
-            _remove(folder / LOCK, lock)
+            _remove(folder / LOCK, _kept.pop(name)[0])
 
 
-@contextmanager
-def writing_to(path: Path) -> Iterator[None]:
-    """Within it no other process that asks for it writes to the file, which is made if need be; they wait."""
-    lock = None
-    with suppress(OSError):  # who opens it will say it
-        lock = _own(path, os.O_CREAT, patience=None)
-    try:
-        yield
-    finally:
-        if lock is not None:
-            _release(lock)
+def keep(folder: Path) -> None:
+    """Makes sure that a folder that this process trains in, or that is in one, is still the one that it has
+    locked; makes it again where it is gone.
+
+    Raises OSError where there is another one in its place: it is somebody else's.
+    """
+    for name in (folder.absolute(), folder.absolute().parent):
+        if name in _kept:
+            lock, there = _kept[name]
+            if not name.exists():
+                name.mkdir(parents=True)
+                again = _own(name / LOCK, os.O_CREAT, patience=PATIENCE)
+                if again is not None:
+                    _release(lock)
+                    _kept[name] = again, name.stat()
+            elif not os.path.samestat(there, name.stat()):
+                raise OSError(f"another folder has come in the place of {name}")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
 def one_at_a_time(
-    path: Path, *, interrupted: Callable[[], bool] = lambda: False, on_wait: Callable[[], None] = lambda: None
+    path: Path,
+    *,
+    patience: float | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
+    on_wait: Callable[[], None] = lambda: None,
 ) -> Iterator[bool]:
     """Of the processes that want to make something, one does; the others wait, and find it.
 
-    The lock is the file `path`, which goes when it is released. Gives False where none is to be had: then
-    nobody waits. Raises RuntimeError where `interrupted` says so while waiting, which begins with `on_wait`.
+    The lock is the file `path`, which goes when it is released. Gives False where none is to be had (then
+    nobody waits), or not within so many seconds of `patience`. Raises RuntimeError where `interrupted` says
+    so while waiting, which begins with `on_wait`.
     """
     begun: list[None] = []
 
@@ -76,8 +92,8 @@ def one_at_a_time(
             raise RuntimeError("interrupted")
 
     lock = None
-    with suppress(OSError):  # no folder, or a read-only one
-        lock = _own(path, os.O_CREAT, patience=None, waiting=waiting)
+    with suppress(OSError):  # no folder, or a read-only one; no patience left
+        lock = _own(path, os.O_CREAT, patience=patience, waiting=waiting)
     try:
         yield lock is not None
     finally:
@@ -155,7 +171,8 @@ def _own(
 def _remove(path: Path, lock: int) -> None:
     """Removes the locked file, then releases it: who waits for it sees that it is gone."""
     with suppress(OSError):
-        path.unlink()
+        if os.path.samestat(os.fstat(lock), path.stat()):  # else it is another's
+            path.unlink()
     _release(lock)
 
 
@@ -172,6 +189,7 @@ def _let_go() -> None:
     for lock in _held:
         os.close(lock)
     _held.clear()
+    _kept.clear()
 
 
 if hasattr(os, "register_at_fork"):

@@ -270,6 +270,8 @@ def print_end(run: Run, code: int, world: World) -> None:
         print(f"Mean training query loss of iterations {first:,} to {last:,}: {loss:.4f}")
     launcher = ["python"] if world.size == 1 else ["torchrun", f"--nproc-per-node={world.local_size}"]
     go_on = [*launcher, "main.py", "--load", str(run.folder / LAST), *own]
+    if run.skipped:
+        print(f"Iterations that were left out, since their numbers were not finite: {run.skipped:,}")
     if run.failure is not None:
         if world.first:
             skipping = shlex.join([*go_on, "--on-nan", "skip"])

@@ -133,10 +133,10 @@ def clipped(
     return gradient
 
 
-def all_finite(moved: State, measures: Tensor) -> Tensor:
-    """Whether an iteration has led to finite numbers: a bool. What is wrong with a meta-gradient is wrong
-    with what it has moved; a square that overflows would end Adam's steps for ever."""
-    parts = [measures, moved.parameters, moved.exp_avg_sq]
+def all_finite(moved: State, measures: Tensor, norm: Tensor) -> Tensor:
+    """Whether an iteration's numbers are finite: a bool. `norm` is the meta-gradient's before clipping, which
+    would hide it; a square that overflows would end Adam's steps for ever."""
+    parts = [measures, norm[None], moved.parameters, moved.exp_avg_sq]
     if moved.statistics.numel():  # a compiler wants no empty tensor
         parts.append(moved.statistics)
     return torch.stack([part.isfinite().all() for part in parts]).all()
@@ -318,7 +318,7 @@ class MetaStep:
         norm = gradient.norm()
         counted = self._counted(state, measures, norm, seen)
         moved = self._moved(counted, gradient, norm, member, Tensor.norm)
-        return self._tensors(self._guarded(state, moved, all_finite(moved, measures)))
+        return self._tensors(self._guarded(state, moved, all_finite(moved, measures, norm)))
 
     def _parts(self, message: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Meta-gradient, measures and statistics."""

@@ -67,6 +67,7 @@ class Run:
         self.progress = Progress(**start.progress) if start else Progress(origin=origin)
         self.log_every = min(config.log_every, config.iterations)  # a short run has a curve, too
         self.failure: str | None = None  # the iteration whose numbers are not finite, and why
+        self.skipped = 0  # iterations, since it began or went on
         self.warned = False
         self.log: RunLog | NoLog = NoLog()
 
@@ -86,6 +87,7 @@ class Run:
         """A point of the training curves: means since the last one."""
         self.progress.window_size = 0
         skipped = means["skipped"]
+        self.skipped += int(skipped)
         measured = {name: value for name, value in means.items() if name not in TAIL}
         _extend(self.progress.training, self.iteration, measured)
         if skipped and self.writes and not self.warned:

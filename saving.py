@@ -8,6 +8,7 @@ from pathlib import Path
 
 from checkpoint import Checkpoint, save_checkpoints
 from errors import reason_of
+from locks import keep
 from report import NoLog, RunLog
 
 
@@ -29,8 +30,8 @@ class Saver:
         if not self.unsaved:
             return True
         try:
-            for path in self.unsaved:
-                path.parent.mkdir(parents=True, exist_ok=True)
+            for folder in {path.parent for path in self.unsaved}:
+                keep(folder)
             for log in logs:
                 log.flush()
             save_checkpoints(list(self.unsaved.items()))
@@ -55,9 +56,11 @@ class Saver:
         said = f"{file} could not be saved at iteration {iteration:,} ({reason_of(self.failing)})"
         try:
             folder = Path(tempfile.mkdtemp(prefix="maml-rescued-"))
-            save_checkpoints(
-                [(folder / f"{path.parent.name}-{path.name}", c) for path, c in self.unsaved.items()]
-            )
+            for path in self.unsaved:
+                (folder / path.parent.name).mkdir(exist_ok=True)
+            save_checkpoints([(folder / path.parent.name / path.name, c) for path, c in self.unsaved.items()])
         except OSError:
             return f"{said}, nor in {tempfile.gettempdir()}: the one before is whole, go on from it"
-        return f"{said}: it is in {folder}; the one before is whole, too"
+        return (
+            f"{said}: go on with --load {folder / file.parent.name / file.name}; the one before is whole, too"
+        )

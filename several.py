@@ -289,10 +289,11 @@ def _uncompiled(each: Ready) -> Config:
 def outcome_of(each: Ready) -> dict[str, Any]:
     """What a run has come to, in plain values."""
     run = each.run
-    final = run.final_loss()
+    whole = run.failure is None  # one that has stopped early is no part of a mean over seeds
+    final = run.final_loss() if whole else None
     validation = run.progress.validation
-    measure = "query_accuracy" if "query_accuracy" in validation else "query_loss"
-    best = run.progress.best_score
+    measure = "query_accuracy" if run.config.classification else "query_loss"
+    best = run.progress.best_score if whole else None
     return {
         "name": each.member.name,
         "setting": each.member.setting,
@@ -303,7 +304,7 @@ def outcome_of(each: Ready) -> dict[str, Any]:
         "measure": measure,
         "loss": loss_name(run.config.loss),
         "best_validation": None if best is None else abs(best),
-        "best_iteration": run.progress.best_iteration,
+        "best_iteration": run.progress.best_iteration if whole else None,
         "validation": {name: validation.get(name, []) for name in ("iteration", measure)},
     }
 
@@ -342,6 +343,7 @@ def listed_in(folder: Path) -> list[Listed]:
         valid = all(
             isinstance(run.name, str)
             and isinstance(run.setting, str)
+            and f"{run.name}{run.setting}".isprintable()
             and type(run.seed) is int
             and run.name not in ("", ".", "..")
             and Path(run.name).name == run.name

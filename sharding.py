@@ -45,7 +45,7 @@ class ShardedStep(MetaStep):
         of_slice = state._replace(parameters=slice_of(state.parameters, world))
         counted = self._counted(of_slice, measures, norm, seen)
         moved = self._moved(counted, gradient, norm, self.member, _norm_over(world))
-        unfit = (~all_finite(moved, measures)).to(measures.dtype)
+        unfit = (~all_finite(moved, measures, norm)).to(measures.dtype)
         guarded = self._guarded(of_slice, moved, world.summed(unfit)() == 0)
         return guarded._replace(parameters=world.whole_of_slices(guarded.parameters)[:size])
 

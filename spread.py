@@ -108,7 +108,7 @@ def training_table(runs: Sequence[Outcome]) -> str:
     best = "best validation " + ("accuracy %" if accuracy else _loss_name(runs))
     columns: list[tuple[str, str, Sequence[str]]] = [
         ("setting", "", list(groups)),
-        ("runs", "", [str(len(group)) for group in groups.values()]),
+        ("runs", "", [_number_of(group) for group in groups.values()]),
         ("training loss", "", [_in_words(_known(g, "final_training_loss"), 1, 4) for g in groups.values()]),
         (best, "", [_in_words(_known(g, "best_validation"), scale, digits) for g in groups.values()]),
         ("at iteration", "", [_in_words(_known(g, "best_iteration"), 1, 0) for g in groups.values()]),
@@ -116,6 +116,11 @@ def training_table(runs: Sequence[Outcome]) -> str:
     if list(groups) == [ALL]:
         columns = columns[1:]
     return f"{table(columns)}\nMean over runs that differ in their seed (lowest to highest)."
+
+
+def _number_of(group: Sequence[Outcome]) -> str:
+    whole = sum(run["failure"] is None for run in group)
+    return f"{whole}" if whole == len(group) else f"{whole} of {len(group)}"
 
 
 def training_record(runs: Sequence[Outcome]) -> dict[str, Any]:

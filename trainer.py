@@ -278,7 +278,8 @@ class Trainer:
                     self._shown_as(bar, "validating"),
                 ):
                     self._validate(last=self.iteration == config.iterations)
-            while self.iteration < config.iterations and not self._interrupted():
+            stopping = self._interrupted()
+            while self.iteration < config.iterations and not stopping:
                 with self._saved_if_lost(self._tasks_of_step()):
                     taken = self.step(bar)
                 if not taken:
@@ -312,10 +313,10 @@ class Trainer:
                         self._validate(last=last)
                     window_start += time.monotonic() - paused
                 stopping = stopping or self._interrupted()
+                if stopping:  # in all processes
+                    self._look_for_failures()
                 if saving or stopping or self._minutes_are_over(logging):
                     self.save(LAST)
-                if stopping:
-                    break
         missing = any(run.writes and not (run.folder / LAST).exists() for run in self._living())
         if any(self.world.gathered(missing)):  # killed between best.pt and last.pt of the last iteration
             self.save(LAST)
@@ -330,7 +331,8 @@ class Trainer:
         """Writes the results; raises UsageError in all processes where they, or the last state, cannot be."""
         problem = None
         if self.saver.unsaved:
-            problem = self.saver.rescued(self.iteration)
+            failures = [f"{run.failure}; " for run in self.runs if run.failure is not None]
+            problem = f"{''.join(failures[:1])}{self.saver.rescued(self.iteration)}"
         else:
             try:
                 for run in self.runs if not self._validation_is_missing() else ():
@@ -363,25 +365,26 @@ class Trainer:
         good = int(state.iteration)
         run.iteration, run.parameters = good, self.layout.unflatten(state.parameters)
         run.progress.window_size = self.window_size - (self.iteration - good)
-        run.failure = f"{self._of_run(run)}iteration {good + 1:,}: {self._cause(run, good)}"
-        if run.writes:
-            run.log.text("failure", run.failure, good)
+        run.failure = divergence.UNKNOWN
         self._save_state(LAST, run, state)
         self._write()
+        run.failure = f"{run.folder.name}, iteration {good + 1:,}: {self._cause(run, good)}"
+        if run.writes:
+            run.log.text("failure", run.failure, good)
         if len(self.runs) > 1:
             self._say(f"{run.failure} (saved before it; the other runs go on)")
 
     def _cause(self, run: Run, good: int) -> str:
         """What is wrong with the numbers of the iteration after the last good one, in words."""
-        step = self.plain_step
-        with self.maml.at_rate(run.config.inner_lr):
+        step, found = self.plain_step, None
+        with (
+            suppress(Exception),
+            self.maml.at_rate(run.config.inner_lr),
+        ):  # it is saved, and this is but a hint
             tasks = step.tasks_of(run.config.seed, good)
             found = divergence.cause(step.maml, run.parameters, *tasks, first=step.share.start)
         causes = [each for each in self.world.gathered(found) if each]
         return causes[0] if causes else divergence.UNKNOWN
-
-    def _of_run(self, run: Run) -> str:
-        return f"{run.folder.name}, " if len(self.runs) > 1 else ""
 
     @contextmanager
     def _saved_if_lost(self, at_once: int, where: str = "") -> Iterator[None]:
@@ -418,7 +421,7 @@ class Trainer:
         fits = memory.fitting(self._take, at_once, self.state.parameters.device)
         found = memory.line(place, at_once, fits)
         run = self.runs[0]
-        command = "the same command with --resume"
+        command = f"the same command with --run-name {run.folder.parent.name} --resume"
         if len(self.runs) == 1:
             command = shlex.join(["--load", str(run.folder / LAST), *own_code_flags(run.config)])
         option = f" --tasks-at-once {fits}" if fits else ""

@@ -45,7 +45,7 @@ from image_tasks import ImageTasks  # noqa: E402
 from images import ImageSet  # noqa: E402
 from learner import build_learner  # noqa: E402
 from maml import MAML, as_it_is  # noqa: E402
-from meta_step import FlatLayout, MetaStep, OuterLoop, State  # noqa: E402
+from meta_step import TAIL, FlatLayout, MetaStep, OuterLoop, State  # noqa: E402
 from tasks import TaskBatch  # noqa: E402
 
 OURS = "this tool"
@@ -114,7 +114,7 @@ def ours(work: Work, *, compute_dtype: torch.dtype | None = None, **given: Any) 
     )  # fmt: skip
     vector = layout.flatten(parameters)
     moments = torch.zeros_like(vector), torch.zeros_like(vector)
-    sums = torch.zeros(2, dtype=vector.dtype)
+    sums = torch.zeros(2 + len(TAIL), dtype=vector.dtype)
     state = [State(vector, *moments, torch.tensor(0), sums, vector[:0])]
 
     def run(iterations: int) -> None:

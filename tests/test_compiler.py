@@ -17,7 +17,7 @@ from checkpoint import LAST, load_checkpoint
 from compiler import CompilationError, Compiler
 from dataset import Sinusoid
 from maml import MAML, as_it_is
-from meta_step import FlatLayout, MetaStep, OuterLoop, State, adam, clipped
+from meta_step import TAIL, FlatLayout, MetaStep, OuterLoop, State, adam, clipped
 from optimizers import InnerOptimizer
 from tasks import TaskBatch
 
@@ -53,7 +53,7 @@ def iteration(
         accelerate=accelerate,
     )
     vector = layout.flatten(parameters)
-    zero, sums = torch.zeros_like(vector), torch.zeros(2, dtype=torch.float64)
+    zero, sums = torch.zeros_like(vector), torch.zeros(2 + len(TAIL), dtype=torch.float64)
     running = FlatLayout(statistics).flatten(statistics) if statistics else zero[:0]
     return step, State(vector, zero, zero, torch.tensor(0), sums, running)
 

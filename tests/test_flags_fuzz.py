@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 import choices
 import config
+import errors
 import flags
 import main
 import members
@@ -28,7 +29,7 @@ import presets
 from errors import UsageError
 
 TIMES = int(os.environ.get("MAML_FUZZ", "1"))
-LONGEST = 400  # characters of a message
+LONGEST = errors.LONGEST  # characters of a message
 WORDS = sorted({name for flag in config.ALL_FLAGS.values() for name in flag.names})
 
 # what no flag should stumble over, whatever its kind

@@ -166,7 +166,7 @@ def test_many_runs_go_on_with_the_named_value(room_for, tmp_path, capsys):
     room_for(training=6, calls=4)
     assert command(*line) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.endswith("the same command with --resume --tasks-at-once 6")
+    assert said.endswith("the same command with --run-name many --resume --tasks-at-once 6")
     iterations = {load_checkpoint(tmp_path / "many" / f"seed-{seed}" / LAST).iteration for seed in (0, 1)}
     assert len(iterations) == 1 and f"goes on from iteration {iterations.pop()} with" in said
     assert command(*line, "--resume", "--tasks-at-once", 6) == 0

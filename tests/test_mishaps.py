@@ -2,9 +2,12 @@
 
 import errno
 import json
+import os
 import re
 import resource
 import shutil
+import signal
+import struct
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ import saving
 import trainer
 from checkpoint import LAST, load_checkpoint
 from dataset import Regression
+from events import drop_events
 from report import RunLog
 
 BAD = 37  # the iteration whose targets are made NaN
@@ -130,6 +134,26 @@ def test_the_likely_cause_is_said(flags, cause, tmp_path, capsys):
     assert re.search(cause, capsys.readouterr().err.splitlines()[-1])
 
 
+@pytest.mark.parametrize("clip", [["--grad-clip", 10], ["--grad-clip-norm", 10]])
+def test_clipping_does_not_hide_a_meta_gradient_that_is_not_finite(clip, tmp_path, capsys):
+    own = tmp_path / "own.py"  # a loss of some 1, whose gradient's norm overflows
+    own.write_text("def loss(outputs, y):\n    still = outputs.detach()\n"
+                   "    return 1 + (1e25 * (outputs - still)).mean() * 1.0\n")  # fmt: skip
+    line = [*SHORT, *clip, "--loss", f"{own}:loss", "--first-order", "--inner-lr", 1e-35]
+    assert command(*line, "--checkpoint-path", tmp_path) == trainer.FAILED
+    assert "iteration 1: the meta-gradient's norm is" in capsys.readouterr().err
+
+
+def test_the_state_is_saved_before_the_cause_is_looked_for(bad_iteration, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("divergence.cause", fails)
+    line = [*SHORT, "--seed", 1, "--checkpoint-path", tmp_path, "--run-name", "run"]
+    assert command(*line) == trainer.FAILED
+    assert load_checkpoint(tmp_path / "run" / LAST).iteration == BAD - 1
+
+
 def test_no_iteration_asks_the_device_for_a_number(tmp_path, monkeypatch):
     class Asked(TorchDispatchMode):
         times = 0
@@ -213,7 +237,7 @@ def test_a_run_that_cannot_save_its_end_says_so_and_saves_it_elsewhere(
     said = capsys.readouterr().err.splitlines()[-1]
     (rescued,) = tmp_path.glob("maml-rescued-*")
     assert f"{run / LAST} could not be saved at iteration 60 (" in said and str(rescued) in said
-    assert load_checkpoint(rescued / f"run-{LAST}").iteration == 60
+    assert load_checkpoint(rescued / "run" / LAST).iteration == 60
     assert load_checkpoint(aside / LAST).iteration == 25
 
 
@@ -223,6 +247,35 @@ def test_a_folder_that_vanishes_is_made_again(at_iteration, tmp_path):
         assert command(*SHORT, "--checkpoint-path", tmp_path, "--run-name", name) == 0
         at_iteration.clear()
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_folder_that_has_become_another_runs_is_left_alone(at_iteration, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    run = tmp_path / "run"
+
+    def another():
+        run.rename(tmp_path / "aside")
+        run.mkdir()
+        (run / LAST).write_text("another's")
+
+    at_iteration[31] = another
+    assert command(*SHORT, "--checkpoint-path", tmp_path, "--run-name", "run") == 2
+    assert "another folder has come in the place of" in capsys.readouterr().err
+    assert (run / LAST).read_text() == "another's" and not (run / "best.pt").exists()
+    (rescued,) = tmp_path.glob("maml-rescued-*")
+    assert command("--load", rescued / "run" / LAST, "--iterations", 61) == 0
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_nothing_is_written_through_what_lies_in_the_place_of_a_temporary_file(kind, tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    for name in (f".{LAST}.tmp", ".training.json.tmp"):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        place = tmp_path / "run" / name
+        place.symlink_to(precious) if kind == "link" else os.mkfifo(place)
+    assert command(*SHORT, "--checkpoint-path", tmp_path, "--run-name", "run", "--resume") == 0
+    assert precious.read_text() == "mine" and not (tmp_path / "run" / LAST).is_symlink()
 
 
 def test_results_that_cannot_be_written_are_written_by_the_next_call(tmp_path, capsys, monkeypatch):
@@ -251,6 +304,47 @@ def test_an_event_file_that_is_cut_short_goes_on_without_a_gap(small_files, tmp_
     assert curves(tmp_path)["loss"] == list(range(1, 51))  # whole at any time
     log.flush()
     assert curves(tmp_path)["loss"] == list(range(1, 200))
+
+
+def test_an_event_file_that_is_taken_away_begins_again_as_one(tmp_path):
+    log = RunLog(tmp_path, begin_at=0)
+    log.events.path.unlink()
+    for iteration in range(1, 30):
+        log.scalars({"loss": 1.0}, iteration)
+    log.flush()
+    drop_events(tmp_path, 20)
+    assert curves(tmp_path)["loss"] == list(range(1, 20))
+
+
+@pytest.mark.parametrize("length", [5, 2**40, 2**62, 2**63 + 5])
+def test_a_record_that_is_longer_than_its_file_is_its_end(length, tmp_path):
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
+    log = RunLog(tmp_path, begin_at=0)
+    log.scalars({"loss": 1.0}, 1)
+    log.flush()
+    with log.events.path.open("ab") as file:
+        size = struct.pack("<Q", length)
+        file.write(size + struct.pack("<I", masked_crc32c(size)) + b"abc")
+    drop_events(tmp_path, 2)
+    assert curves(tmp_path)["loss"] == [1] and b"abc" not in log.events.path.read_bytes()
+
+
+@pytest.mark.parametrize("place", ["before a step", "after a validation"])
+def test_a_signal_at_any_moment_is_followed_by_a_save(place, tmp_path, monkeypatch):
+    """Also in the moments between the questions whether there has been one."""
+    name = {"before a step": "_stopping", "after a validation": "_validate"}[place]
+    whole = getattr(trainer.Trainer, name)
+
+    def with_signal(self, *arguments, **options):
+        found = whole(self, *arguments, **options)
+        if self.iteration == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    monkeypatch.setattr(trainer.Trainer, name, with_signal)
+    assert command(*SHORT, "--checkpoint-path", tmp_path, "--run-name", "run") == 128 + signal.SIGTERM
+    assert load_checkpoint(tmp_path / "run" / LAST).iteration in (20, 21)
 
 
 def test_the_clock_saves_too(tmp_path, monkeypatch):
