@@ -34,9 +34,8 @@ WARM_UP = 0.2  # of the iterations
 PARTS = 10
 EVERY = 0.5  # seconds
 SHOWN = 300  # samples of a run that are written
-IMAGES = (
-    "--image-size 14 --channels 1 --learner conv --learner-args channels=4 -n 3 -k 1 -q 2 --images-on host"
-)
+IMAGES = "--image-size 14 --channels 1 --learner fc -n 3 -k 1 -q 2 -s 1 --images-on host"
+BAR = re.compile(rb"[\r\n]\s*\d+%\|[^|]*\| (\d+)/\d+ \[")  # of the training: it has no title
 WORKS = {
     "sinusoid, compiled": "--compile on",
     "sinusoid, uncompiled": "--compile off",
@@ -67,7 +66,7 @@ class Growth(NamedTuple):
 
 def sample(process: subprocess.Popen[bytes], begin: float, log: Path, folder: Path) -> Sample | None:
     """None before the first iteration, and after the end."""
-    bars = re.findall(rb"(\d+)/\d+ \[", log.read_bytes()[-4000:])
+    bars = BAR.findall(log.read_bytes()[-4000:])
     proc = Path(f"/proc/{process.pid}")
     try:
         status = (proc / "status").read_text()

@@ -18,7 +18,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
-LONG_FILES = ("test_world.py", "test_many.py", "test_compiler.py", "test_learners.py", "test_runs.py")
+LONG_FILES = (
+    "test_world.py",
+    "test_faults.py",
+    "test_many.py",
+    "test_compiler.py",
+    "test_learners.py",
+    "test_runs.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
