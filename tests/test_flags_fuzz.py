@@ -307,7 +307,7 @@ def restore(folder: Path, before: dict[Path, bytes | None]) -> None:
 BAR = re.compile(r"Preparing images|it/s\]|s/it\]|\?it|\d+it \[|^\s*\d+%")
 
 
-@fixed_budget(15, shrink=False)
+@fixed_budget(12, shrink=False)
 @given(line=runs)
 def test_any_run_ends_well_or_in_one_line(line, place, capfd):
     before = what_is_there(place)
