@@ -376,6 +376,7 @@ BOMBS = {
     "a tensor with steps back": b"\x80\x02" + tensor("0", 6, (2,), (-1,), offset=1) + b".",
     "one number a million times": b"\x80\x02" + tensor("0", 6, (10**6,), (0,)) + b".",
     "sizes that overflow": b"\x80\x02" + tensor("0", 6, (2**33, 2**33, 0), (1, 1, 1)) + b".",
+    "a long text ten thousand times": b"\x80\x02](" + text(10**5 * "a") + b"q\x00" + 10**4 * b"h\x00" + b"e.",
     "a part of another folder": b"\x80\x02" + tensor("../data.pkl", 6, (6,), (1,)) + b".",
     "no end": b"\x80\x02}",
     "nothing": b"",
