@@ -947,6 +947,7 @@ def main() -> int:
         "TQDM_MININTERVAL": "0",  # a bar at each iteration
         "MPLCONFIGDIR": str(given.folder / "matplotlib"),
         "PYTHONPATH": str(ROOT),  # of the server that forks
+        "PYTHONWARNINGS": "ignore:resource_tracker",  # it misses what killed processes have not given back
     }
     if not given.quick:  # which would take half as long again without precompiled headers
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(given.folder / "inductor")
