@@ -247,7 +247,7 @@ runs = st.builds(
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(request, tmp_path_factory):
     """A folder with data, code and trained runs, to be copied for each command line."""
     import numpy as np
     from PIL import Image
@@ -272,18 +272,18 @@ def place(tmp_path_factory):
     (folder / "mine.csv").write_text("x,y\n0.1,0.2\n0.2,0.1\n0.3,\n")
     (folder / "own.py").write_text(OWN)
     patch = pytest.MonkeyPatch()
+    request.addfinalizer(patch.undo)
     patch.chdir(folder)
     patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     patch.setattr("trainer.VALIDATION_TASKS", 3)
-    patch.setattr("report._wait_for_a_later_second", lambda folder: None)
+    patch.setattr("events._wait_for_a_later_second", lambda folder: None)
     tiny = [*TINY, "--checkpoint-path", "runs"]
     assert main.main([*tiny, "--run-name", "sin"]) == 0
     assert main.main([*tiny, *IMAGES, "--learner", "conv", "--run-name", "img"]) == 0
     table = ["--dataset", "table:rows.csv", "--input-columns", "x"]
     assert main.main([*tiny, *table, "--run-name", "tab"]) == 0
     assert main.main([*tiny, "--seeds", "0-1", "--run-name", "many"]) == 0
-    yield folder
-    patch.undo()
+    return folder
 
 
 def what_is_there(folder: Path) -> dict[Path, bytes | None]:

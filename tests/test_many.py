@@ -682,7 +682,7 @@ def outcome(setting: str, seed: int, loss: float | None, best: float | None, cur
     return {
         "name": f"{setting}_seed-{seed}", "setting": setting, "seed": seed, "iteration": 20,
         "final_training_loss": loss, "measure": "query_loss", "loss": "MSE", "best_validation": best,
-        "best_iteration": None if best is None else 10 * (seed + 1),
+        "best_iteration": None if best is None else 10 * (seed + 1), "failure": None,
         "validation": {"iteration": [10 * (n + 1) for n in range(len(curve))], "query_loss": curve},
     }  # fmt: skip
 
@@ -724,6 +724,8 @@ def test_the_table_of_training_has_a_row_a_setting():
         "a-1", "2", "2.0000 (1.0000 to 3.0000)", "0.3750 (0.2500 to 0.5000)", "15 (10 to 20)",
     ]  # fmt: skip
     assert re.split(" {2,}", lines[2].strip()) == ["a-2", "2", "2.0000", "nan", "20"]
+    failed = [OUTCOMES[0], {**OUTCOMES[1], "failure": "iteration 7: ...", "final_training_loss": None}]
+    assert "1 of 2" in spread.training_table(failed)
     accuracies = [{**run, "setting": "", "measure": "query_accuracy"} for run in OUTCOMES[:2]]
     table = spread.training_table(accuracies)
     assert (
