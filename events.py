@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from files import opened, write_whole
+from files import opened, sync, write_whole
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event
@@ -65,18 +65,15 @@ class EventFile:
     def flush(self) -> None:
         """Brings all points to the disk; raises OSError where that cannot be, and keeps them."""
         self._append()
-        opened = os.open(self.path, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
+        sync(self.path)
 
     def _append(self) -> None:
-        if not self.waiting and self.path.exists():
-            return
         if not self.path.exists():  # new, or taken away
             self.written = 0
-        content = _records([self.header] * (not self.written) + self.waiting)
+        events = [self.header] * (not self.written) + self.waiting
+        if not events:
+            return
+        content = _framed(event.SerializeToString() for event in events)
         try:
             with self.path.open("r+b" if self.written else "wb", buffering=0) as file:
                 file.truncate(self.written)
@@ -95,10 +92,6 @@ def _write(file: IO[bytes], content: bytes) -> None:
     rest = memoryview(content)
     while rest:
         rest = rest[file.write(rest) :]
-
-
-def _records(events: Iterable[Event]) -> bytes:
-    return _framed(event.SerializeToString() for event in events)
 
 
 def _framed(records: Iterable[bytes]) -> bytes:

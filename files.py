@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from errors import UsageError
-from locks import one_at_a_time
+from locks import writing_in
 
 Writer = Callable[[IO[bytes]], Any]
 
-PATIENCE = 30.0  # seconds in which another process has written its file
 MOST_JSON = 2**26  # bytes of what is read back
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -68,7 +67,7 @@ def write_whole(path: Path, write: Writer) -> None:
     Raises OSError where it cannot be; then nothing has changed. Processes that write the same do it one after
     another.
     """
-    with one_at_a_time(path.with_name(f".{path.name}.lock"), patience=PATIENCE):
+    with writing_in(path.parent):
         write_all_whole([(path, write)])
 
 
@@ -91,21 +90,21 @@ def write_all_whole(writers: Sequence[tuple[Path, Writer]]) -> None:
                 temporary.unlink(missing_ok=True)
         raise
     for folder in dict.fromkeys(path.parent for path, _ in writers):
-        sync_folder(folder)
+        with suppress(OSError):  # Windows opens no folders, and some file systems sync none
+            sync(folder)
 
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
-def sync_folder(folder: Path) -> None:
-    """Brings the names in a folder to the disk, too."""
-    with suppress(OSError):  # Windows opens no folders, and some file systems sync none
-        opened = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
+def sync(path: Path) -> None:
+    """Brings what was written to a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def opened(path: Path, limit: int | None = None) -> IO[bytes]:

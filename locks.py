@@ -22,6 +22,7 @@ except ImportError:  # Windows
 
 LOCK = ".lock"  # in a folder that is being trained in: by whom
 PATIENCE = 2.0  # seconds in which a killed process is gone, and one that only looks has looked
+WRITING = 30.0  # seconds in which another process has written its file
 OTHER_NAME = "choose another --run-name"
 _held: set[int] = set()  # descriptors of this process's locks
 _kept: dict[Path, tuple[int, os.stat_result]] = {}  # folders that it trains in: the lock, and which folder
@@ -59,7 +60,7 @@ def keep(folder: Path) -> None:
             lock, there = _kept[name]
             if not name.exists():
                 name.mkdir(parents=True)
-                again = _own(name / LOCK, os.O_CREAT, patience=PATIENCE)
+                again = _own(name / LOCK, os.O_RDWR | os.O_CREAT, patience=PATIENCE)
                 if again is not None:
                     _release(lock)
                     _kept[name] = again, name.stat()
@@ -69,18 +70,30 @@ def keep(folder: Path) -> None:
 
 
 @contextmanager
+def writing_in(folder: Path) -> Iterator[None]:
+    """Within it no other process that asks for it writes in the folder; who has waited long enough does. The
+    lock is on the folder itself: it leaves nothing behind."""
+    lock = None
+    with suppress(OSError):  # no folder, or no patience left
+        lock = _own(folder.resolve(), os.O_RDONLY, patience=WRITING)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            _release(lock)
+
+
+@contextmanager
 def one_at_a_time(
     path: Path,
     *,
-    patience: float | None = None,
     interrupted: Callable[[], bool] = lambda: False,
     on_wait: Callable[[], None] = lambda: None,
 ) -> Iterator[bool]:
     """Of the processes that want to make something, one does; the others wait, and find it.
 
-    The lock is the file `path`, which goes when it is released. Gives False where none is to be had (then
-    nobody waits), or not within so many seconds of `patience`. Raises RuntimeError where `interrupted` says
-    so while waiting, which begins with `on_wait`.
+    The lock is the file `path`, which goes when it is released. Gives False where none is to be had: then
+    nobody waits. Raises RuntimeError where `interrupted` says so while waiting, which begins with `on_wait`.
     """
     begun: list[None] = []
 
@@ -92,8 +105,8 @@ def one_at_a_time(
             raise RuntimeError("interrupted")
 
     lock = None
-    with suppress(OSError):  # no folder, or a read-only one; no patience left
-        lock = _own(path, os.O_CREAT, patience=patience, waiting=waiting)
+    with suppress(OSError):  # no folder, or a read-only one
+        lock = _own(path, os.O_RDWR | os.O_CREAT, patience=None, waiting=waiting)
     try:
         yield lock is not None
     finally:
@@ -106,7 +119,7 @@ def _lock_of(folder: Path, otherwise: str) -> int | None:
     for _ in range(100):  # who is refused removes the folder that was made for it
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = _own(folder / LOCK, os.O_CREAT, patience=PATIENCE)
+            lock = _own(folder / LOCK, os.O_RDWR | os.O_CREAT, patience=PATIENCE)
         except (FileNotFoundError, FileExistsError):  # just then, or it is none
             continue
         except BlockingIOError:
@@ -125,7 +138,7 @@ def _lock_of(folder: Path, otherwise: str) -> int | None:
 
 def _check_free(folder: Path, otherwise: str) -> None:
     try:
-        lock = _own(folder / LOCK, 0, patience=PATIENCE)
+        lock = _own(folder / LOCK, os.O_RDWR, patience=PATIENCE)
     except BlockingIOError:
         raise _refusal(folder, otherwise) from None
     except OSError:  # it has none
@@ -139,15 +152,15 @@ def _check_free(folder: Path, otherwise: str) -> None:
 def _own(
     path: Path, flags: int, *, patience: float | None, waiting: Callable[[], None] = lambda: None
 ) -> int | None:
-    """A descriptor of the file of that name, locked; None where there are no locks.
+    """A descriptor of the file, or folder, of that name, opened with these flags and locked; None where there
+    are no locks. (Network file systems lock only what is opened to write.)
 
     Raises BlockingIOError where another process still has it after so many seconds; None: waits for it, and
     calls `waiting` meanwhile.
     """
     limit = None if patience is None else time.monotonic() + patience
     while fcntl is not None:
-        # to write, since network file systems lock nothing else; nothing behind a link
-        lock = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | flags, 0o666)
+        lock = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)  # nothing behind a link
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(lock), path.stat()):

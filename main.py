@@ -198,10 +198,8 @@ def train_locked(call: Invocation, given: Mapping[str, Any], world: World, locke
                 writable(home, "--load" if call.load else "--checkpoint-path")
         if call.autotune and at.start is None:
             config = world.from_first(lambda: autotuned(config, given, call, runtime))
-        with (
-            world.together(),
-            memory.said("while the data are read", memory.AT_THE_DATA),
-        ):  # one on each machine
+        # one on each machine fetches and decodes what there is
+        with world.together(), memory.said("while the data are read", memory.AT_THE_DATA):
             tasks = read_first(config, call, runtime)
         with world.together(), memory.said("before the first iteration", memory.AT_THE_START):
             compiler = Compiler(runtime.device)

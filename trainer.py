@@ -283,6 +283,7 @@ class Trainer:
                 with self._saved_if_lost(self._tasks_of_step()):
                     taken = self.step(bar)
                 if not taken:
+                    self._look_for_failures()
                     self.save(LAST)
                     break
                 bar.update()
@@ -377,10 +378,8 @@ class Trainer:
     def _cause(self, run: Run, good: int) -> str:
         """What is wrong with the numbers of the iteration after the last good one, in words."""
         step, found = self.plain_step, None
-        with (
-            suppress(Exception),
-            self.maml.at_rate(run.config.inner_lr),
-        ):  # it is saved, and this is but a hint
+        # it is saved, and this is but a hint
+        with suppress(Exception), self.maml.at_rate(run.config.inner_lr):
             tasks = step.tasks_of(run.config.seed, good)
             found = divergence.cause(step.maml, run.parameters, *tasks, first=step.share.start)
         causes = [each for each in self.world.gathered(found) if each]

@@ -28,7 +28,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
+
+from faults import write_images  # noqa: E402
 
 WARM_UP = 0.2  # of the iterations
 PARTS = 10
@@ -191,20 +193,6 @@ def draw(results: dict[str, Any], path: Path) -> None:
         write_figure(path, figure)
 
 
-def write_images(folder: Path) -> None:
-    """Forty classes of twenty noisy images."""
-    import numpy as np
-    from PIL import Image
-
-    noise = np.random.default_rng(0)
-    for number in range(40):
-        (folder / f"class{number:02}").mkdir(parents=True)
-        pattern = noise.integers(0, 200, (28, 28))
-        for image in range(20):
-            pixels = (pattern + noise.integers(0, 56, (28, 28))).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / f"class{number:02}" / f"{image}.png")
-
-
 def describe(name: str, result: dict[str, Any]) -> str:
     slopes = []
     for field, found in result["bytes_per_1000_iterations"].items():
@@ -235,7 +223,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as root:
             flags = shlex.split(WORKS[name])
             if "images" in name:
-                write_images(Path(root) / "images")
+                write_images(Path(root) / "images", 40, 20, 28)
                 flags = ["--dataset", f"images:{Path(root) / 'images'}", *flags]
             results[name] = findings(flags, watched(flags, given.iterations, given.seconds, Path(root)))
         print(describe(name, results[name]), flush=True)

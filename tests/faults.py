@@ -406,17 +406,17 @@ def sorts(given: argparse.Namespace) -> dict[str, list[str]]:
     return found
 
 
-def write_images(folder: Path) -> None:
-    """Twenty classes of six small noisy images."""
+def write_images(folder: Path, classes: int = 20, images: int = 6, size: int = 14) -> None:
+    """Small noisy images, by class."""
     import numpy as np
     from PIL import Image
 
     noise = np.random.default_rng(0)
-    for number in range(20):
+    for number in range(classes):
         (folder / f"class{number:02}").mkdir(parents=True)
-        pattern = noise.integers(0, 200, (14, 14))
-        for image in range(6):
-            pixels = (pattern + noise.integers(0, 56, (14, 14))).astype(np.uint8)
+        pattern = noise.integers(0, 200, (size, size))
+        for image in range(images):
+            pixels = (pattern + noise.integers(0, 56, (size, size))).astype(np.uint8)
             Image.fromarray(pixels).save(folder / f"class{number:02}" / f"{image}.png")
 
 
