@@ -100,7 +100,7 @@ def where_to_train(call: Invocation, given: Mapping[str, Any]) -> tuple[Path | N
         hint = why_no_file(call.load)
         if hint is not None:
             if call.load.is_dir():
-                hint = f": name {call.load / LAST}"
+                hint = f": the folder has neither {LAST} nor {BEST}"
             if (call.load / LIST).is_file():
                 hint = ", but many runs: name the checkpoint of one of them, or go on with all by --resume"
             raise UsageError(f"{call.load}: there is no such checkpoint{hint}")
@@ -139,6 +139,10 @@ def taken(folder: Path) -> bool:
 def read_start(file: Path, given: Mapping[str, Any]) -> tuple[Checkpoint, Config]:
     """The checkpoint to go on from, and its settings with the flags that may differ."""
     start = load_checkpoint(file)
+    if not start.optimizer and start.parameters:
+        raise UsageError(
+            f"{file} has weights alone, without the optimizer's state: begin a run from them with --init-from"
+        )
     last = file.with_name(LAST)
     if file.name != LAST and last.is_file():
         ahead = load_checkpoint(last).iteration

@@ -56,7 +56,7 @@ class Checkpoint:
     config: Config
     iteration: int
     parameters: dict[str, Tensor]
-    optimizer: dict[str, Any]
+    optimizer: dict[str, Any]  # empty: only to be measured, used, and begun from
     progress: dict[str, Any]  # the fields of Progress
     statistics: dict[str, Tensor] = field(default_factory=dict)  # running ones of per-step batch norm
     fixed: dict[str, Tensor] = field(default_factory=dict)  # frozen parameters and buffers of the learner
@@ -135,6 +135,17 @@ def replaceable(path: Path) -> bool:
     except Exception:  # the unpickler may meet any bytes
         return False
     return isinstance(content, dict) and all(isinstance(value, Tensor) for value in content.values())
+
+
+def in_run(path: Path, *names: str) -> Path:
+    """The path; but of a run's folder, the first of these checkpoints that is there."""
+    there = (path / name for name in names if (path / name).is_file())
+    return next(there, path) if path.is_dir() else path
+
+
+def initialisation_of(checkpoint: Checkpoint) -> Checkpoint:
+    """What it has learned, to be given away: without the optimizer and the curves that only its run needs."""
+    return dataclasses.replace(checkpoint, optimizer={}, progress=dataclasses.asdict(Progress()))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -259,7 +270,10 @@ def _plain_tensor(value: Any, *, of_numbers: bool = True) -> bool:
 
 
 def _adam_state_fits(optimizer: Any, parameters: dict[str, Tensor]) -> bool:
-    """Moments of each parameter's shape: fused kernels would not check, and write past the end."""
+    """Moments of each parameter's shape, or none at all (see `initialisation_of`): fused kernels would not
+    check, and write past the end."""
+    if optimizer == {}:
+        return True
     state = optimizer.get("state") if isinstance(optimizer, dict) else None
     if not isinstance(state, dict) or state.keys() != set(range(len(parameters))):
         return False

@@ -534,7 +534,8 @@ class Invocation:
     )  # fmt: skip
     load: Path | None = flag(
         "--load", group="what to do", kind=Path, metavar="FILE", default=None, optional=True,
-        help="the checkpoint to evaluate, or, without --eval, the run to go on with",
+        help="the checkpoint to evaluate or to use, or, without --eval and --adapt, to go on with; or its "
+        "run's folder, which stands for best.pt, or for last.pt to go on",
     )  # fmt: skip
     seeds: str | None = flag(
         "--seeds", group="what to do", kind=str, metavar="LIST", default=None, optional=True,
@@ -556,7 +557,8 @@ class Invocation:
     )  # fmt: skip
     init_from: Path | None = flag(
         "--init-from", group="what to do", kind=Path, metavar="FILE", default=None, optional=True,
-        help="begin a new run with the weights of a checkpoint, whichever the algorithm",
+        help="begin a new run with the weights of a checkpoint, or of the best in a run's folder, whichever "
+        "the algorithm",
     )  # fmt: skip
     samples: int | None = flag(
         "--samples", group="tasks", kind=int, check=at_least(2), metavar="M", default=None,

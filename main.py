@@ -114,9 +114,16 @@ def command(arguments: list[str]) -> int:
             settings.resolve(given)
 
         check_current_folder()
+        from checkpoint import BEST, LAST, in_run
         from runtime import device_of
         from world import join, launched, leave
 
+        names = (BEST, LAST) if call.eval or call.adapt else (LAST, BEST)
+        call = replace(
+            call,
+            load=call.load and in_run(call.load, *names),
+            init_from=call.init_from and in_run(call.init_from, BEST, LAST),
+        )
         world = launched()
         if world.size > 1 and call.adapt is not None:
             raise UsageError("--adapt is for one process: start it without torchrun")

@@ -25,6 +25,7 @@ from checkpoint import (
     LAST,
     Checkpoint,
     fitting_parameters,
+    in_run,
     load_checkpoint,
     replaceable,
     save_weights,
@@ -159,7 +160,7 @@ def load(
         learner, loss: the names of the user's own code, where the checkpoint names some; it is not imported
             otherwise.
     """
-    path = Path(path)
+    path = in_run(Path(path), BEST, LAST)
     source = load_checkpoint(path)
     given = {name: value for name, value in (("learner", learner), ("loss", loss)) if value is not None}
     config = settings.resolve_from(source.config, given, evaluate=True, adapt=True)

@@ -21,7 +21,7 @@ import config
 import dataset
 import main
 import trainer
-from checkpoint import BEST, LAST, load_checkpoint
+from checkpoint import BEST, LAST, initialisation_of, load_checkpoint, save_checkpoint
 from dataset import Sinusoid, SinusoidLine
 from errors import LostError
 from evaluation import Evaluation, mean_and_interval
@@ -212,6 +212,39 @@ def test_best_is_the_best_validation_and_not_the_last(tmp_path, capsys):
     assert last.progress["best_score"] == -min(losses)
     assert command("--load", folder / BEST, "--iterations", 70) == 2  # it would overwrite last.pt
     assert "last.pt is ahead" in capsys.readouterr().err
+
+
+def test_a_runs_folder_stands_for_its_best_checkpoint_when_measured_and_its_last_when_going_on(
+    runs, tmp_path, capsys
+):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in (BEST, LAST):
+        (folder / name).write_bytes((runs / "whole" / name).read_bytes())
+    assert command("--eval", "--load", folder, "--eval-tasks", 2) == 0
+    assert f"Evaluating {folder / BEST}, " in capsys.readouterr().out
+    assert command("--load", folder, "--iterations", ITERATIONS + 1) == 0
+    assert f"Going on from iteration {ITERATIONS}" in capsys.readouterr().out
+
+
+def test_an_initialisation_alone_is_measured_and_begun_from_but_no_run_goes_on_with_it(
+    runs, tmp_path, capsys
+):
+    whole = load_checkpoint(runs / "whole" / BEST)
+    folder = tmp_path / "small"
+    folder.mkdir()
+    save_checkpoint(folder / BEST, initialisation_of(whole))
+    measured = []
+    for file in (folder / BEST, runs / "whole" / BEST):
+        assert command("--eval", "--load", file, "--eval-tasks", 5, "--out", tmp_path) == 0
+        measured.append(capsys.readouterr().out.partition("Mean and")[0].partition("steps")[2])
+    assert measured[0] == measured[1] != ""
+    new = ["--checkpoint-path", tmp_path, "--run-name", "new", "--iterations", 1]
+    assert command(*SETTINGS, "--init-from", folder, *new) == 0
+    capsys.readouterr()
+    assert command("--load", folder) == 2
+    assert "without the optimizer's state: begin a run from them with --init-from" in capsys.readouterr().err
+    assert [file.name for file in folder.iterdir()] == [BEST]
 
 
 def test_a_run_that_has_only_its_best_checkpoint_goes_on_from_there(runs, tmp_path):
