@@ -1,0 +1,162 @@
+"""Makes the checkpoints in the box from the runs of benchmarks/reproduce.py.
+
+    python benchmarks/pretrained.py                          # all methods of CHOSEN that have been run
+    python benchmarks/pretrained.py sinusoid                 # of one table
+
+Of each method the first seed's best.pt, chosen on validation tasks: never the best of several seeds. The
+optimizer is taken out; each is tested by `python main.py --eval --load checkpoints/pretrained/NAME`, as by a
+user, and gets a card with what that says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from cells import FAMILY, SEEDS, TABLES, Table  # noqa: E402
+from reproduce import Job, read_json  # noqa: E402
+
+from checkpoint import BEST, initialisation_of, load_checkpoint, save_checkpoint  # noqa: E402
+from files import write_whole  # noqa: E402
+from report import write_json  # noqa: E402
+
+FOLDER = ROOT / "checkpoints" / "pretrained"
+CARD = "card.json"
+IMAGES = ("maml", "fomaml", "anil", "meta-sgd", "maml++", "reptile")
+CHOSEN: dict[str, tuple[str, ...]] = {
+    "sinusoid": ("maml", *FAMILY),
+    "sinusoid-frequency": ("maml", "meta-sgd"),
+    "harmonic": ("maml", "meta-sgd"),
+    "sinusoid-line": ("maml", "meta-sgd"),
+    **{name: IMAGES for name in TABLES if name.startswith("omniglot-")},
+}
+
+
+def tested(folder: Path) -> dict[str, Any]:
+    """What the command says of a checkpoint."""
+    with tempfile.TemporaryDirectory() as out:
+        line = [sys.executable, str(ROOT / "main.py"), "--eval", "--load", str(folder), "--out", out]
+        subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
+        return read_json(next(Path(out).glob("*.json")))
+
+
+def numbers(record: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """After the test steps, by normalisation: what people compare."""
+    kept = (
+        "accuracy", "accuracy_interval_95", "loss", "loss_interval_95", "loss_without_diverged",
+        "diverged_tasks",
+    )  # fmt: skip
+    return {
+        row["normalisation"]: {name: row[name] for name in kept if name in row}
+        for row in record["per_step"]
+        if row["steps"] == record["test_steps"]
+    }
+
+
+def card(job: Job, file: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """All that is to be known of a checkpoint."""
+    source = load_checkpoint(job.checkpoint)
+    planned = source.config.iterations
+    return {
+        "name": file.parent.name,
+        "method": job.cell.method,
+        "trained_by": shlex.join(["python", "main.py", *job.training]),
+        "iteration": source.iteration,
+        "iterations_trained": job.progress["iteration"],
+        "iterations_planned": planned,
+        "seed": job.seed,
+        "data": source.config.dataset,
+        "parameters": sum(w.numel() for w in source.parameters.values()),
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "tested_by": f"python main.py --eval --load checkpoints/pretrained/{file.parent.name}",
+        "test_tasks": record["tasks"],
+        "test_steps": record["test_steps"],
+        "numbers": numbers(record),
+        "torch": record["versions"]["torch"],
+        "device": record["device"],
+        "training_device": source.computed_by.get("device", "cpu"),
+    }
+
+
+def words(found: dict[str, Any]) -> str:
+    """The numbers of a card in a cell of a table."""
+    parts = []
+    for name, row in found["numbers"].items():
+        if "accuracy" in row:
+            parts.append(f"{100 * row['accuracy']:.2f} ±{100 * row['accuracy_interval_95']:.2f} % {name}")
+        else:
+            parts.append(f"MSE {row['loss_without_diverged']:.3g} ±{row['loss_interval_95']:.2g}")
+            if row["diverged_tasks"]:
+                parts[-1] = f"MSE {row['loss_without_diverged']:.3g}, {row['diverged_tasks']} tasks diverged"
+    return ", ".join(parts)
+
+
+HEADER = f"""# Trained initialisations
+
+Each folder holds `best.pt`, the initialisation that a run's validation tasks chose, in float32 and without
+the optimizer's state, and `{CARD}`: the command that trained it, seed, data, numbers and the file's SHA-256.
+Always the first seed, never the best of several.
+
+```sh
+python main.py --eval --load checkpoints/pretrained/sinusoid-maml      # its number; writes beside it
+python main.py --adapt points.csv --load checkpoints/pretrained/sinusoid-maml
+python main.py --init-from checkpoints/pretrained/sinusoid-maml --dataset sinusoid-line
+```
+
+| name | numbers learned | iterations trained (best) | `--eval` says: 600 test tasks, ± 95 % interval |
+|-|-|-|-|
+"""
+FOOTER = """
+Made by `python benchmarks/pretrained.py` from the runs of `benchmarks/reproduce.py`.
+"""
+
+
+def row(found: dict[str, Any]) -> str:
+    """A card in the folder's README."""
+    trained = f"{found['iterations_trained']:,}"
+    if found["iterations_trained"] < found["iterations_planned"]:
+        trained += f" of {found['iterations_planned']:,}"
+    steps = found["test_steps"]
+    said = f"{words(found)}, {steps} step{'s' * (steps > 1)}"
+    return f"| `{found['name']}` | {found['parameters']:,} | {trained} ({found['iteration']:,}) | {said} |\n"
+
+
+def publish(table: Table, method: str, root: Path) -> dict[str, Any] | None:
+    """Writes a method's checkpoint and card; None where it has not been trained."""
+    job = Job(table, table.cell(method), SEEDS[0], root, quick=False)
+    if not (job.folder / BEST).exists() or not job.progress:
+        return None
+    folder = FOLDER / f"{table.name}-{method}"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(folder / BEST, initialisation_of(load_checkpoint(job.checkpoint)))
+    found = card(job, folder / BEST, tested(folder))
+    write_json(folder / CARD, found)
+    print(f"{folder.name}: {words(found)}", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("tables", nargs="*", choices=[*CHOSEN, []], metavar="TABLE")
+    parser.add_argument("--folder", type=Path, default=ROOT / "checkpoints" / "reproduce", help="of the runs")
+    given = parser.parse_args()
+    for name in given.tables or CHOSEN:
+        for method in CHOSEN[name]:
+            publish(TABLES[name], method, given.folder)
+    names = [f"{table}-{method}" for table, methods in CHOSEN.items() for method in methods]
+    cards = [read_json(FOLDER / name / CARD) for name in names if (FOLDER / name / CARD).exists()]
+    text = HEADER + "".join(map(row, cards)) + FOOTER
+    write_whole(FOLDER / "README.md", lambda file: file.write(text.encode()))
+
+
+if __name__ == "__main__":
+    main()
