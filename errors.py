@@ -1,5 +1,7 @@
 """What is shown to the user as a single line, and what makes one of a text."""
 
+import errno
+
 LONGEST = 1000  # characters of a message
 
 
@@ -25,6 +27,12 @@ def reason_of(error: OSError) -> str:
 def printable(text: str) -> str:
     """A text from elsewhere, such as a file's name, with escapes for what a terminal would obey."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def said_of(error: OSError) -> str:
+    """The same with the file, and what to do."""
+    full = "; free some space, or write to another disk" if error.errno == errno.ENOSPC else ""
+    return f"{error.filename}: {reason_of(error)}{full}" if error.filename else one_line(error)
 
 
 def one_line(error: BaseException) -> str:

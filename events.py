@@ -79,10 +79,13 @@ class EventFile:
                 file.truncate(self.written)
                 file.seek(self.written)
                 _write(file, content)
-        except OSError:
+        except OSError as error:
             with suppress(OSError):
-                os.truncate(self.path, self.written)
-            raise
+                if self.written:
+                    os.truncate(self.path, self.written)
+                else:
+                    self.path.unlink()
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         self.written += len(content)
         self.waiting.clear()
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import config as settings
 import memory
 from config import Config, Invocation
-from errors import AgreedError, LostError, UsageError, for_terminal, one_line
+from errors import AgreedError, LostError, UsageError, for_terminal, one_line, said_of
 from members import Member, members_of
 from streams import outlive_readers
 
@@ -100,7 +100,9 @@ def _said_of(error: BaseException) -> str | None:
             return for_terminal(text)
     if memory.ran_out(error):
         return "out of memory: take fewer tasks at a time (--tasks-at-once), or smaller ones (-q, -k)"
-    return for_terminal(one_line(error)) if isinstance(error, UsageError | OSError) else None
+    if isinstance(error, OSError):
+        return for_terminal(said_of(error))
+    return for_terminal(one_line(error)) if isinstance(error, UsageError) else None
 
 
 def command(arguments: list[str]) -> int:

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from checkpoint import Checkpoint, save_checkpoints
+from checkpoint import LAST, Checkpoint, save_checkpoints
 from errors import reason_of
 from locks import keep
 from report import NoLog, RunLog
@@ -52,7 +52,7 @@ class Saver:
     def rescued(self, iteration: int) -> str:
         """Writes what is left to a folder for temporary files, since the run ends; what has become of it."""
         assert self.failing is not None
-        file = next(reversed(self.unsaved))
+        file = max(self.unsaved, key=lambda path: path.name == LAST)  # of one run what it goes on from
         said = f"{file} could not be saved at iteration {iteration:,} ({reason_of(self.failing)})"
         try:
             folder = Path(tempfile.mkdtemp(prefix="maml-rescued-"))

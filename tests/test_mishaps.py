@@ -12,15 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_checkpoint import a_checkpoint
 from test_runs import assert_same_bits, assert_same_run, command, curves
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import saving
 import trainer
-from checkpoint import LAST, load_checkpoint
+from checkpoint import BEST, LAST, load_checkpoint
 from dataset import Regression
 from events import drop_events
 from report import RunLog
+from saving import Saver
 
 BAD = 37  # the iteration whose targets are made NaN
 SHORT = ["--iterations", 60, "--log-every", 10, "--val-every", 20, "--save-every", 25, "--meta-batch-size", 4]
@@ -239,6 +241,26 @@ def test_a_run_that_cannot_save_its_end_says_so_and_saves_it_elsewhere(
     assert f"{run / LAST} could not be saved at iteration 60 (" in said and str(rescued) in said
     assert load_checkpoint(rescued / "run" / LAST).iteration == 60
     assert load_checkpoint(aside / LAST).iteration == 25
+
+
+def test_a_disk_that_is_full_from_the_start_is_named_and_nothing_stays(small_files, tmp_path, capsys):
+    small_files(0)
+    assert command(*SHORT, "--checkpoint-path", tmp_path, "--run-name", "run") == 2
+    assert re.search(r"run/events\S+: file too large$", capsys.readouterr().err.strip())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_all_that_is_rescued_the_line_names_what_the_run_goes_on_from(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "run").write_text("")  # no folder can be made there
+    saver = Saver(lambda line: None)
+    for name in (LAST, BEST):
+        saver.add(tmp_path / "run" / name, a_checkpoint())
+        assert not saver.write([], 7)
+    said = saver.rescued(7)
+    (rescued,) = tmp_path.glob("maml-rescued-*/run")
+    assert f"--load {rescued / LAST}" in said
+    assert {file.name for file in rescued.iterdir()} == {LAST, BEST}
 
 
 def test_a_folder_that_vanishes_is_made_again(at_iteration, tmp_path):

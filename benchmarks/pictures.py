@@ -1,0 +1,236 @@
+"""The pictures of benchmarks/reproduce.py: what a table's JSON says, in light and in dark."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from cells import Table  # noqa: E402
+from figures import THEMES, Theme, curve_style, legend_below, new_figure, over_iterations, over_steps, style  # noqa: E402
+
+from report import write_figure  # noqa: E402
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Record = Mapping[str, Any]  # of a table, as reproduce.py writes it
+
+
+def draw(table: Table, record: Record, folder: Path, checkpoint: Path | None = None) -> list[Path]:
+    """Writes a table's pictures in both themes. `checkpoint`: of MAML, beside which its baselines are."""
+    written = []
+    for name, theme in THEMES.items():
+        suffix = "" if name == "light" else f"-{name}"
+        figures: dict[str, Figure | None] = {}
+        if table.accuracy:
+            figures[table.name] = accuracies_figure(table, record, theme)
+        elif any(column.steps for column in table.columns):
+            figures[table.name] = errors_figure(table, record, theme)
+        if any(column.test is None for column in table.columns):
+            figures[table.name] = learning_figure(table, record, theme)
+        if checkpoint is not None:
+            figures[f"{table.name}-fits"] = fits_figure(table, checkpoint, theme)
+        for stem, figure in figures.items():
+            if figure is not None:
+                written.append(folder / f"{stem}{suffix}.png")
+                write_figure(written[-1], figure)
+    return written
+
+
+# ---- errors over inner steps ---------------------------------------------------------------------
+
+
+def curve(runs: Sequence[Record], test: str, steps: int) -> tuple[list[float], list[float]]:
+    """Mean over seeds and interval over tasks after 0, 1, ... steps, as far as there are some."""
+    found: list[list[tuple[float, float]]] = [[] for _ in range(steps + 1)]
+    for run in runs:
+        for row in run["tests"].get(test, {}).get("per_step", []):
+            value, interval = row["loss_without_diverged"], row["loss_without_diverged_interval_95"]
+            if row["steps"] <= steps and value is not None:
+                found[row["steps"]].append((value, interval or 0.0))
+    whole = [each for each in found if len(each) == len(runs)]
+    return [statistics.mean(v for v, _ in each) for each in whole], [
+        statistics.mean(i for _, i in each) for each in whole
+    ]
+
+
+def errors_figure(table: Table, record: Record, theme: Theme) -> Figure:
+    """Query error over inner steps, a panel a number of shots: mean over seeds, band over tasks; hollow
+    diamonds are published numbers."""
+    steps = table.steps_shown
+    with style(theme):
+        figure = new_figure(3.5 * len(table.tests) + 0.4, 4.4)
+        panels = figure.subplots(1, len(table.tests), sharey=True, squeeze=False)[0]
+        for panel, test in zip(panels, table.tests, strict=True):
+            for number, (method, found) in enumerate(record["methods"].items()):
+                means, intervals = curve(found["runs"], test.name, steps)
+                look = curve_style(number, theme) | {"markersize": 3}
+                if len(means) == 1:
+                    panel.axhline(means[0], label=method, color=look["color"], linestyle=":")
+                elif means:
+                    _band(panel, means, intervals, method, look)
+                _published(panel, table, test.name, found, look["color"], theme)
+            panel.set(title=test.name, yscale="log")
+            over_steps(panel)
+        panels[0].set_ylabel("query MSE")
+        legend_below(figure, panels[0], columns=7)
+    return figure
+
+
+def _band(
+    panel: Axes, means: Sequence[float], intervals: Sequence[float], label: str, look: dict[str, Any]
+) -> None:
+    steps = range(len(means))
+    panel.plot(steps, means, label=label, **look)
+    low = [max(m - i, 1e-9) for m, i in zip(means, intervals, strict=True)]
+    high = [m + i for m, i in zip(means, intervals, strict=True)]
+    panel.fill_between(steps, low, high, color=look["color"], alpha=0.15, linewidth=0)
+
+
+def _published(panel: Axes, table: Table, test: str, found: Record, colour: str, theme: Theme) -> None:
+    for column in table.columns:
+        if column.test == test and column.title in found["published"]:
+            panel.plot(
+                [column.steps], [found["published"][column.title]["value"]], "D", markersize=7, zorder=4,
+                markerfacecolor=theme.background, markeredgecolor=colour, markeredgewidth=1.6,
+            )  # fmt: skip
+
+
+# ---- accuracies ----------------------------------------------------------------------------------
+
+
+def points(table: Table, found: Record) -> Iterator[tuple[int, list[float], float]]:
+    """Of a method: the position of a column, each seed's accuracy in percent, the interval over tasks."""
+    for at, column in enumerate(table.columns):
+        values, intervals = [], []
+        for run in found["runs"]:
+            test = run["tests"].get(column.test, {})
+            for row in test.get("per_step", []):
+                if row["normalisation"] == column.normalisation and row["steps"] == test["test_steps"]:
+                    values.append(100 * row["accuracy"])
+                    intervals.append(100 * row["accuracy_interval_95"])
+        if values:
+            yield at, values, statistics.mean(intervals)
+
+
+def accuracies_figure(table: Table, record: Record, theme: Theme) -> Figure:
+    """A row a method: mean over seeds with its interval over tasks, a small mark a seed, and what was
+    published as a hollow diamond."""
+    methods = list(record["methods"])
+    with style(theme):
+        figure = new_figure(7.5, 0.75 * len(methods) + 1.5)
+        figure.suptitle(table.title)
+        panel = figure.subplots()
+        rows = len(table.columns)
+        for line, method in enumerate(methods):
+            found = record["methods"][method]
+            for at, values, interval in points(table, found):
+                look = curve_style(at, theme)
+                y = line + 0.7 * (at - (rows - 1) / 2) / rows
+                label = table.columns[at].title if line == 0 else None
+                panel.errorbar(
+                    statistics.mean(values), y, xerr=interval, color=look["color"], marker=look["marker"],
+                    markersize=6, capsize=2, linestyle="", label=label,
+                )  # fmt: skip
+                if len(values) > 1:
+                    panel.plot(values, [y] * len(values), "|", color=look["color"], markersize=7)
+                published = found["published"].get(table.columns[at].title)
+                if published:
+                    panel.errorbar(
+                        published["value"], y - 0.35 / rows, xerr=published["interval"], marker="D",
+                        markersize=5, capsize=2, color=look["color"], markerfacecolor=theme.background,
+                        linestyle="",
+                    )  # fmt: skip
+        panel.set_yticks(range(len(methods)), methods)
+        panel.set_ylim(len(methods) - 0.5, -0.5)
+        panel.set_xlabel("test accuracy (%); hollow: published")
+        legend_below(figure, panel, columns=3)
+    return figure
+
+
+# ---- the assignment's learning curve -------------------------------------------------------------
+
+
+def learning_figure(table: Table, record: Record, theme: Theme) -> Figure | None:
+    """Training losses, means of consecutive windows of episodes, against training from scratch."""
+    methods = {name: found for name, found in record["methods"].items() if _curves_of(found)}
+    if not methods:
+        return None
+    with style(theme):
+        figure = new_figure(4.6 * len(methods), 3.4)
+        panels = figure.subplots(1, len(methods), squeeze=False, sharey=True)[0]
+        for panel, (method, found) in zip(panels, methods.items(), strict=True):
+            for number, (name, points_) in enumerate(_curves_of(found).items()):
+                look = curve_style(number, theme) | {"marker": None, "linewidth": 1.0}
+                label = "first-order MAML" if number == 0 else name
+                panel.plot(points_["iteration"], points_["query_loss"], label=label, **look)
+            panel.set(title=method)
+            panel.set_ylim(0, 8)
+            over_iterations(panel)
+        panels[0].set_ylabel("query MSE, means of 300 episodes")
+        legend_below(figure, panels[0])
+    return figure
+
+
+def _curves_of(found: Record) -> Mapping[str, Any]:
+    """Of the first seed."""
+    tests = found["runs"][0]["tests"].values()
+    return next((test["curves"] for test in tests if test.get("curves")), {})
+
+
+# ---- the paper's fits ----------------------------------------------------------------------------
+
+
+def fits_figure(table: Table, checkpoint: Path, theme: Theme) -> Figure | None:
+    """One test task with 5 and with 10 points, MAML and the pretrained network: before, after 1 and after
+    10 steps (figure 2 of Finn et al. 2017)."""
+    import torch
+
+    import evaluation
+    import using
+    from dataset import Sinusoid
+
+    pretrained = checkpoint.parent / "baselines" / "pretrained"
+    if not pretrained.is_dir():
+        return None
+    kinds = [("MAML", checkpoint, None, k) for k in (5, 10)] + [
+        ("pretrained, rate 0.02", pretrained, 0.02, k) for k in (5, 10)
+    ]
+    with style(theme):
+        figure = new_figure(11, 3.0)
+        panels = figure.subplots(1, 4, sharey=True)
+        for panel, (name, file, rate, shots) in zip(panels, kinds, strict=True):
+            maml, parameters = using.load(file, torch.zeros(1, 1))
+            tasks = Sinusoid(shots=shots, queries=10)
+            with maml.at_rate(rate):
+                batch, outputs = evaluation.examples(
+                    maml, parameters, tasks, "test", tasks=3, steps=10, normalisation="transductive"
+                )
+            _fit(panel, batch, outputs, theme, shown=2)
+            panel.set(title=f"{name}, K = {shots}", xlabel="x")
+        panels[0].set_ylabel("y")
+        legend_below(figure, panels[0])
+    return figure
+
+
+def _fit(panel: Axes, batch: Any, outputs: Any, theme: Theme, shown: int) -> None:
+    """One task of a batch; which one is the same in all panels."""
+    x = batch.query_x[shown, :, 0].numpy()
+    panel.plot(
+        x, batch.query_y[shown, :, 0].numpy(), color=theme.grey, linewidth=3.5, alpha=0.5, label="task"
+    )
+    looks = ((0, ":", theme.green), (1, "--", theme.orange), (10, "-", theme.blue))
+    for step, line, colour in looks:
+        label = f"after {step} step{'s' * (step > 1)}" if step else "before"
+        panel.plot(x, outputs[shown, step, :, 0].numpy(), line, color=colour, label=label)
+    panel.scatter(
+        batch.support_x[shown, :, 0].numpy(), batch.support_y[shown, :, 0].numpy(), color=theme.red, s=26,
+        edgecolor=theme.background, linewidth=0.5, zorder=3, label="support",
+    )  # fmt: skip
