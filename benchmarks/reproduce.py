@@ -37,6 +37,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import pictures  # noqa: E402
 from cells import SEEDS, TABLES, Cell, Column, Published, Table, Test  # noqa: E402
 
 from errors import UsageError  # noqa: E402
@@ -44,6 +45,7 @@ from files import read_json, write_whole  # noqa: E402
 from report import write_json  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "reproduce"
+DOCS = ROOT / "docs" / "results.md"
 STOPPED = 128 + signal.SIGTERM
 LEDGER = "reproduce.json"  # in a run's folder: the seconds that it took, and where
 QUICK_TASKS = "100"
@@ -475,13 +477,28 @@ def record(table: Table, jobs: Sequence[Job]) -> dict[str, Any]:
 
 
 def write(table: Table, jobs: Sequence[Job], given: argparse.Namespace) -> None:
-    """A table's three files, of all runs that are there."""
+    """A table's files, of all runs that are there; the committed ones are shown in docs/results.md, too."""
     if not any(job.progress for job in jobs):
         return
     given.results.mkdir(parents=True, exist_ok=True)
     text = table_text(table, jobs)
+    found = record(table, jobs)
     write_whole(given.results / f"{table.name}.md", lambda file: file.write(text.encode()))
-    write_json(given.results / f"{table.name}.json", record(table, jobs))
+    write_json(given.results / f"{table.name}.json", found)
+    maml = next((job.checkpoint for job in jobs if job.cell.method == "maml" and job.progress), None)
+    pictures.draw(table, found, given.results, maml if table.name == "sinusoid" else None)
+    if given.results == RESULTS:
+        show(table.name, text)
+
+
+def show(name: str, text: str) -> None:
+    """Puts a table into its place in docs/results.md, where there is one."""
+    page = DOCS.read_text()
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    if begin in page:
+        before, _, rest = page.partition(begin)
+        page = before + begin + text + end + rest.partition(end)[2]
+        write_whole(DOCS, lambda file: file.write(page.encode()))
 
 
 def main() -> int:
