@@ -98,7 +98,7 @@ def _published(panel: Axes, table: Table, test: str, found: Record, colour: str,
     for column in table.columns:
         if column.test == test and column.title in found["published"]:
             panel.plot(
-                [column.steps], [found["published"][column.title]["value"]], "D", markersize=7, zorder=4,
+                [column.steps or 0], [found["published"][column.title]["value"]], "D", markersize=7, zorder=4,
                 markerfacecolor=theme.background, markeredgecolor=colour, markeredgewidth=1.6,
             )  # fmt: skip
 
