@@ -6,7 +6,7 @@
 
 The rules:
 - The clock runs from the start of `python main.py ...` to its end: importing, reading Omniglot from its cache,
-  compiling (nothing of it is kept from before), training, validating, saving. One machine, all that it has.
+  compiling (nothing is kept from before), training, validating, saving. One machine, all that it has.
 - best.pt, which validation tasks choose, is tested after the clock on 600 test tasks, 5-way 1-shot, one query
   a class, transductive as the papers. The mean over five seeds must be at least 98 %.
 - Any flag of main.py is allowed, also training with other numbers of ways than 5. Test tasks are seen once.
