@@ -5,7 +5,7 @@
     python benchmarks/speedrun.py --name NAME --flags "FLAGS"    # a new entry
 
 The rules:
-- The clock runs from the start of `python main.py ...` to its end: importing, reading Omniglot from its cache,
+- The clock runs from the start of `python main.py ...` to its end: importing, reading Omniglot's cache,
   compiling (nothing is kept from before), training, validating, saving. One machine, all that it has.
 - best.pt, which validation tasks choose, is tested after the clock on 600 test tasks, 5-way 1-shot, one query
   a class, transductive as the papers. The mean over five seeds must be at least 98 %.
