@@ -5,6 +5,7 @@ Functions take plain numbers and CPU tensors, and give a matplotlib figure; matp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ BLUE, ORANGE, GREEN, RED, GREY = LIGHT.blue, LIGHT.orange, LIGHT.green, LIGHT.re
 
 DASHES = ["-", "--", "-.", ":"]  # beside colours, for those who do not see these
 MARKERS = "osD^vPX"  # as many as have no common divisor with the palette
+WIDE = 50.0  # between the largest and the smallest value of a loss
 SMALL = 8  # points: what stands in a legend, or beside an image
 RIGHT, WRONG = "✓", "✗"
 
@@ -141,13 +143,21 @@ def over_steps(panel: Axes) -> None:
 
 
 def measured(panel: Axes, name: str, *, accuracy: bool) -> None:
-    """The axis of an accuracy, up to 100 %, or of a loss, from 0."""
+    """The axis of an accuracy, up to 100 %, or of a loss: from 0 or, where the panel's lines have a wide range,
+    logarithmic."""
+    import numpy as np
     from matplotlib.ticker import PercentFormatter
 
     panel.set_ylabel(f"{name} (%)" if accuracy else name)
     if accuracy:
         panel.yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=""))
-    panel.set_ylim(bottom=None if accuracy else 0.0, top=1.0 if accuracy else None)
+        panel.set_ylim(top=1.0)
+        return
+    drawn = [float(y) for line in panel.lines for y in np.asarray(line.get_ydata()) if 0 < y < math.inf]
+    if drawn and max(drawn) > WIDE * min(drawn):
+        panel.set_yscale("log")
+    else:
+        panel.set_ylim(bottom=0.0)
 
 
 # ---- regression: curves before and after ----------------------------------------------------
@@ -199,10 +209,11 @@ def _after(step: int) -> str:
 
 # ---- images: task sheets --------------------------------------------------------------------
 
-MOST_WAYS, MOST_SHOTS, MOST_QUERIES = 20, 5, 3  # that a sheet shows, of each class
+MOST_WAYS, MOST_SHOTS, MOST_QUERIES = 20, 5, 3  # that a sheet shows
+MOST_INCHES = 16.0  # that it is wide, where it shows more than one task
 GAP = 0.12  # between images, in heights of one
 TOP = 1.9  # room for titles, in heights of an image
-ANSWER = 0.8  # width of an answer, in heights of an image
+ANSWER = 0.9  # width of an answer, in heights of an image
 
 
 def tasks_figure(
@@ -213,7 +224,7 @@ def tasks_figure(
     adaptation and after `step` steps. Marks and lines, not colours alone, tell right from wrong.
 
     `outputs` is `[tasks, all steps + 1, ways * queries, ways]`. What there is too much of is left out, and
-    the picture says so.
+    the picture says so; the numbers of right answers are those of all.
     """
     shown = (min(ways, MOST_WAYS), min(shots, MOST_SHOTS), min(queries, MOST_QUERIES))
     rows, supports, asked = shown
@@ -223,6 +234,7 @@ def tasks_figure(
     kinds = ("classes", "support images a class", "query images a class")
     parts = zip(kinds, shown, (ways, shots, queries), strict=True)
     left_out = [f"{few} of {there} {what}" for what, few, there in parts if few < there]
+    outputs = outputs[: max(1, int(MOST_INCHES / (width * inch)))]
     answers = outputs[:, [0, step]].argmax(-1).view(len(outputs), 2, ways, queries)
     with style(theme):
         figure, panel = _sheet(len(outputs) * width, rows * pitch + TOP + 0.4 * bool(left_out), inch)
@@ -233,9 +245,7 @@ def tasks_figure(
             query = batch.query_x[task].unflatten(0, (ways, queries))[:rows, :asked]
             right = (answers[task] == torch.arange(ways)[:, None]).flatten(1).sum(1).tolist()
             total = ways * queries
-            panel.text(
-                left, -0.85, f"right before {right[0]} of {total}, after {right[1]} of {total}", va="center"
-            )
+            panel.text(left, -0.85, f"right: {right[0]} → {right[1]} of {total}", va="center")
             panel.text(left, -0.28, "support", va="center", fontsize=SMALL)
             _draw_images(panel, support, left, 0.0, theme)
             for row in range(rows):
@@ -311,6 +321,8 @@ def _frame(panel: Axes, x: float, y: float, colour: str, line: str, width: float
 
 # ---- how features move ----------------------------------------------------------------------
 
+MOST_CLASSES = 10  # in the picture of features
+
 
 def class_features_figure(
     features: Tensor, labels: Tensor, support: int, title: str, theme: Theme = LIGHT
@@ -324,26 +336,32 @@ def class_features_figure(
     shares = nearest_mean_accuracy(features, labels, support)
     before, after = (_percent(float(share)) for share in shares[[0, -1]])
     nearest = f"query nearest to its class's support mean: {before} before, {after} after"
+    classes = labels.unique().tolist()[:MOST_CLASSES]
+    filled = {number: (labels[:support] == number).nonzero()[:MOST_SHOTS, 0] for number in classes}
+    opened = {
+        number: (labels[support:] == number).nonzero()[:MOST_QUERIES, 0] + support for number in classes
+    }
+    shown = sum(map(len, (*filled.values(), *opened.values())))
+    left_out = f"\n({shown} of {len(labels)} examples shown)" if shown < len(labels) else ""
     with style(theme):
-        figure, panels, positions = _feature_panels(features, f"{title}\n{_moved(features)}; {nearest}")
+        figure, panels, positions = _feature_panels(
+            features, f"{title}\n{_moved(features)}; {nearest}{left_out}"
+        )
         for step, panel in zip((0, len(features) - 1), panels, strict=True):
-            _draw_ways(panel, positions[: step + 1], [_class_colour(int(c), theme) for c in labels])
-            for number in labels.unique().tolist():
+            for number in classes:
                 colour, marker = _class_colour(number, theme), MARKERS[number % len(MARKERS)]
-                of_class = labels == number
-                x, y = positions[step, :support][of_class[:support]].T.numpy()
+                ways = positions[: step + 1, torch.cat([filled[number], opened[number]])]
+                _draw_ways(panel, ways, [colour] * ways.shape[1])
+                x, y = positions[step, filled[number]].T.numpy()
                 panel.scatter(
                     x, y, 55, marker=marker, facecolor=colour, edgecolor=theme.ink, linewidth=0.6, zorder=3,
                     label=f"class {number}",
                 )  # fmt: skip
-                x, y = positions[step, support:][of_class[support:]].T.numpy()
+                x, y = positions[step, opened[number]].T.numpy()
                 panel.scatter(x, y, 22, marker=marker, facecolor="none", edgecolor=colour, zorder=4)
         handles, names = panels[0].get_legend_handles_labels()
-        columns = 1 + (len(names) > 10)
-        figure.legend(
-            handles, names, loc="outside right center", ncols=columns, title="filled: support\nopen: query",
-            title_fontsize=SMALL,
-        )  # fmt: skip
+        words = "filled: support\nopen: query"
+        figure.legend(handles, names, loc="outside right center", title=words, title_fontsize=SMALL)
     return figure
 
 
@@ -453,10 +471,10 @@ def evaluation_figure(
             if diverged:
                 label += f"\n(without the {diverged} task{'s' * (diverged > 1)} that diverged)"
             draw_over_steps(panels[0], of_the_rest(evaluation, name), label, number, theme)
-        if words.trained_steps is not None:
-            trained_for(panels[0], words.trained_steps, theme)
         name = "query accuracy" if evaluation.accuracies else f"query {words.loss_name}"
         measured(panels[0], name, accuracy=bool(evaluation.accuracies))
+        if words.trained_steps is not None:
+            trained_for(panels[0], words.trained_steps, theme)
         panels[0].legend()
         if fits:
             _draw_fits(panels[1:], *fits, theme)
@@ -531,9 +549,7 @@ def learning_figure(
         figure = new_figure(6, 3.4)
         panel = figure.subplots()
         window = f"training, means of {log_every:,} iteration{'s' * (log_every > 1)}"
-        panel.plot(
-            training["iteration"], training[measure], color=theme.blue, alpha=0.7, linewidth=0.9, label=window
-        )
+        panel.plot(training["iteration"], training[measure], color=theme.blue, linewidth=0.9, label=window)
         panel.plot(validation["iteration"], validation[measure], "o-", color=theme.orange, label="validation")
         over_iterations(panel)
         measured(panel, label, accuracy=measure == "query_accuracy")

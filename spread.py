@@ -272,9 +272,9 @@ def test_figure(results: Mapping[str, Sequence[Evaluation]], words: Words, theme
             norm = next(iter(evaluations[0].losses))
             curves = [[mean.item() for mean, _ in of_the_rest(each, norm)] for each in evaluations]
             _drawn(panel, number, setting, [(range(len(curve)), curve) for curve in curves], theme)
-        if words.trained_steps is not None:
-            trained_for(panel, words.trained_steps, theme)
         over_steps(panel)
         measured(panel, "query accuracy" if accuracies else f"query {words.loss_name}", accuracy=accuracies)
+        if words.trained_steps is not None:
+            trained_for(panel, words.trained_steps, theme)
         _legend(figure, panel, len(results))
     return figure
