@@ -143,8 +143,8 @@ def over_steps(panel: Axes) -> None:
 
 
 def measured(panel: Axes, name: str, *, accuracy: bool) -> None:
-    """The axis of an accuracy, up to 100 %, or of a loss: from 0 or, where the panel's lines have a wide range,
-    logarithmic."""
+    """The axis of an accuracy, up to 100 %, or of a loss: from 0, or logarithmic where the panel's lines have
+    a wide range."""
     import numpy as np
     from matplotlib.ticker import PercentFormatter
 

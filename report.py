@@ -43,6 +43,30 @@ CHANGED_MOST = (
 )  # fmt: skip
 
 
+# Curves that belong together: patterns of tags, by chart and group of charts. They are the same for every run,
+# since TensorBoard joins the layouts of all, and shows twice what differs.
+CHARTS = {
+    "learning": {
+        "query accuracy": "^(train|validation)/query_accuracy$",
+        "query loss": "^(train|validation)/query_loss$",
+    },
+    "validation after 0, 1, ... inner steps": {
+        "query accuracy": r"^validation_by_step/query_accuracy/\d+$",
+        "query loss": r"^validation_by_step/query_loss/\d+$",
+    },
+    "trouble": {
+        "diverged validation tasks": "^validation/diverged_tasks$",
+        "norm of the meta-gradient": "^train/meta_gradient_norm$",
+        "skipped iterations": "^train/skipped$",
+    },
+    "outer loop": {
+        "iterations a second": "^speed/iterations_per_second$",
+        "meta-learning rate": "^optimizer/meta_lr$",
+    },
+    "learned inner rates": {"of weights and steps": "^inner_lr/"},
+}
+
+
 # ---- TensorBoard ----------------------------------------------------------------------------
 
 
@@ -66,7 +90,7 @@ class RunLog:
 
     def begin(self, settings: Mapping[str, Any], tags: Sequence[str]) -> None:
         """What the views of hyper-parameters and of custom scalars show of a run that begins."""
-        for each in (experiment_summary(), session_summary(settings), layout_summary(charts_of(tags))):
+        for each in (experiment_summary(), session_summary(settings), layout_summary(tags)):
             self.events.add(each, 0)
 
     def end(self, iteration: int, *, failed: bool) -> None:
@@ -163,52 +187,19 @@ def end_summary(*, failed: bool) -> Summary:
     return _hparams_summary(metadata.SESSION_END_INFO_TAG, session_end_info=end)
 
 
-def charts_of(tags: Sequence[str]) -> dict[str, dict[str, list[str]]]:
-    """The tags of scalars that belong together, by chart and by group of charts."""
-
-    def those(*wanted: str) -> list[str]:
-        return [
-            tag for tag in tags if any(tag == w or (w.endswith("/") and tag.startswith(w)) for w in wanted)
-        ]
-
-    groups = {
-        "learning": {
-            name: those(f"train/{measure}", f"validation/{measure}", f"validation/best_{measure}")
-            for name, measure in (("query accuracy", "query_accuracy"), ("query loss", "query_loss"))
-        },
-        "validation after each inner step": {
-            name: those(f"validation_by_step/{measure}/")
-            for name, measure in (("query accuracy", "query_accuracy"), ("query loss", "query_loss"))
-        },
-        "trouble": {
-            "diverged validation tasks": those("validation/diverged_tasks"),
-            "norm of the meta-gradient": those("train/meta_gradient_norm"),
-            "skipped iterations": those("train/skipped"),
-        },
-        "learned inner rates": {"all": those("inner_lr/")},
-        "outer loop": {
-            "iterations a second": those("speed/iterations_per_second"),
-            "meta-learning rate": those("optimizer/meta_lr"),
-        },
-    }
-    kept = {
-        group: {name: found for name, found in charts.items() if found} for group, charts in groups.items()
-    }
-    return {group: charts for group, charts in kept.items() if charts}
-
-
-def layout_summary(charts: Mapping[str, Mapping[str, Sequence[str]]]) -> Summary:
-    """The view of custom scalars: several curves a chart. It takes tags for patterns."""
+def layout_summary(tags: Sequence[str]) -> Summary:
+    """The view of custom scalars: those of `CHARTS` that a run with these tags has curves for."""
     from torch.utils.tensorboard import summary
 
-    return summary.custom_scalars(
-        {
-            group: {
-                name: ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]] for name, tags in named.items()
-            }
-            for group, named in charts.items()
+    charts = {
+        group: {
+            name: ["Multiline", [pattern]]
+            for name, pattern in named.items()
+            if any(re.match(pattern, tag) for tag in tags)
         }
-    )
+        for group, named in CHARTS.items()
+    }
+    return summary.custom_scalars({group: named for group, named in charts.items() if named})
 
 
 def settings_as_markdown(settings: Mapping[str, Any]) -> str:
