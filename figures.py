@@ -91,7 +91,9 @@ def _settings(theme: Theme) -> dict[Any, Any]:
         "xtick.labelsize": SMALL,
         "ytick.labelsize": SMALL,
         "legend.fontsize": SMALL,
-        "legend.frameon": False,
+        "legend.facecolor": theme.background,  # that of the panel: words can be read where a line passes
+        "legend.edgecolor": "none",
+        "legend.framealpha": 0.85,
         "lines.linewidth": 1.6,
         "lines.markersize": 3.5,
     }

@@ -43,8 +43,8 @@ CHANGED_MOST = (
 )  # fmt: skip
 
 
-# Curves that belong together: patterns of tags, by chart and group of charts. They are the same for every run,
-# since TensorBoard joins the layouts of all, and shows twice what differs.
+# Curves that belong together: patterns of tags, by chart and group of charts. They are the same for every
+# run, since TensorBoard joins the layouts of all, and shows twice what differs.
 CHARTS = {
     "learning": {
         "query accuracy": "^(train|validation)/query_accuracy$",
