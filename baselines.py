@@ -204,6 +204,7 @@ def _trained(config: Config, call: Invocation, folder: Path, world: World) -> We
     run = Run(
         config, folder, parameters, start,
         computed_by=runtime.computed_by(tasks=config.tasks_at_once), writes=runtime.world.first,
+        theme=call.theme,
     )  # fmt: skip
     trainer = Trainer([run], maml, distribution, compiler, runtime.world)
     code = trainer.train()

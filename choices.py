@@ -16,6 +16,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 ENGINES = ("unrolled", "adjoint")
 CONVOLUTIONS = ("im2col", "grouped")
 AUGMENTATIONS = ("flip", "crop", "rotate")
+THEMES = ("light", "dark")  # of pictures
 LOSSES = ("mse", "cross-entropy", "bce", "huber")
 
 

@@ -485,6 +485,11 @@ class Config:
         return f"{self.ways}way-{self.shots}shot" if self.classification else f"{self.shots}shot"
 
     @property
+    def task_words(self) -> str:
+        """The same, as titles have it."""
+        return f"{self.ways}-way {self.shots}-shot" if self.classification else f"{self.shots}-shot"
+
+    @property
     def dataset_name(self) -> str:
         """The dataset in a name of a file."""
         return _as_name(self.dataset)
@@ -580,6 +585,10 @@ class Invocation:
     out: Path | None = flag(
         "--out", group="files", kind=Path, metavar="FOLDER", default=None, optional=True,
         help="where --eval writes its results; beside the checkpoint by default",
+    )  # fmt: skip
+    theme: str = flag(
+        "--theme", group="files", kind=str, choices=choices.THEMES, default="light",
+        help="of all pictures, TensorBoard's among them: dark ink on white, or light on dark",
     )  # fmt: skip
     data_root: Path = flag(
         "--data-root", group="files", kind=Path, metavar="FOLDER",

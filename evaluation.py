@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dataset import Regression
 from image_tasks import ImageTasks
+from inner_loop import NoFeaturesError
 from maml import MAML
 from optimizers import Weights
 from randomness import keys_of, minibatch_order, task_stream
@@ -153,10 +154,47 @@ def examples(
 
     Curves are asked on a dense grid.
     """
-    if isinstance(distribution, Regression):
-        batch = distribution.sample(split, SEED, 0, range(tasks), grid=200)
-    else:
-        batch = distribution.sample(split, SEED, 0, range(tasks))
+    batch = _shown_tasks(distribution, split, tasks)
     random = _random(split, batch, range(tasks), inner_batch, steps)
     outputs = maml.predictions(parameters, batch, steps, (normalisation,), **random)[normalisation]
     return TaskBatch(*(tree_map(Tensor.cpu, tree) for tree in batch)), first_tensor(outputs).cpu()
+
+
+def _shown_tasks(distribution: TaskDistribution, split: str, tasks: int) -> TaskBatch:
+    if isinstance(distribution, Regression):
+        return distribution.sample(split, SEED, 0, range(tasks), grid=200)
+    return distribution.sample(split, SEED, 0, range(tasks))
+
+
+class SeenFeatures(NamedTuple):
+    """What goes into the head, of the examples of one task, the support set first."""
+
+    features: Tensor  # [steps + 1, examples, features]
+    x: Tensor  # [examples, ...]
+    y: Tensor  # [examples, ...]
+    support: int  # how many of them
+
+
+def features_of_task(
+    maml: MAML,
+    parameters: Weights,
+    distribution: TaskDistribution,
+    split: str,
+    *,
+    steps: int,
+    normalisation: str,
+    inner_batch: int | None = None,
+) -> SeenFeatures | None:
+    """How a split's first task is seen, after each inner step; None where the learner has no features.
+
+    Curves are asked on a dense grid.
+    """
+    batch = _shown_tasks(distribution, split, 1)
+    random = _random(split, batch, range(1), inner_batch, steps)
+    try:
+        features = maml.features(parameters, batch, steps, normalisation, **random)[0]
+    except NoFeaturesError:
+        return None
+    support_x, support_y, query_x, query_y = (first_tensor(tree)[0].cpu() for tree in batch)
+    x, y = torch.cat([support_x, query_x]), torch.cat([support_y, query_y])
+    return SeenFeatures(features.float().cpu(), x, y, len(support_x))

@@ -227,7 +227,7 @@ def train_locked(call: Invocation, given: Mapping[str, Any], world: World, locke
     folder = at.folder or world.from_first(lambda: fresh_folder(call.checkpoint_path, config, locked))
     run = Run(
         config, folder, parameters, at.start, at.origin,
-        computed_by=runtime.computed_by(tasks=config.tasks_at_once), writes=world.first,
+        computed_by=runtime.computed_by(tasks=config.tasks_at_once), writes=world.first, theme=call.theme,
     )  # fmt: skip
     trainer = Trainer([run], maml, distribution, compiler, world, shard=call.shard)
     doing = f"Going on from iteration {at.start.iteration:,}" if at.start else "Meta-training"
@@ -318,6 +318,7 @@ def train_many(call: Invocation, members: Sequence[Member], world: World) -> int
 def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str], world: World) -> int:
     """Measures a checkpoint, or the fresh initialisation, on the test tasks."""
     from building import check_processes, data_of, facts, prepare, print_settings, read_first, writable
+    from figures import THEMES
     from measuring import Subject, of_all
     from report import evaluation_table
     from several import runs_in
@@ -345,8 +346,8 @@ def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str], w
     file = out / f"{subject.stem(with_run=call.out is not None)}-{of_all([subject])[1]}"
     record = {"command": shlex.join(["main.py", *arguments]), **subject.record(runtime)}
     if world.first:
-        built.write(result, str(file), record)
-    print(f"Written: {file}.json and .png")
+        *others, last = built.write(result, str(file), record, THEMES[call.theme])
+        print(f"Written: {file}{', '.join(others)} and {last}")
     if call.baselines:
         return compare(subject, call, runtime, result, Path(f"{file}-baselines"), record)
     return 0
@@ -362,6 +363,7 @@ def evaluate_many(
     """Measures many runs on the same test tasks: mean and spread over seeds, and each by itself."""
     import spread
     from building import data_of, prepare, print_settings, read_first, writable
+    from figures import THEMES
     from measuring import Subject, of_all
     from report import write_figure, write_json
 
@@ -396,14 +398,14 @@ def evaluate_many(
         if world.first:
             name = f"{subject.stem(with_run=call.out is not None)}-{of_all([subject])[1]}"
             file = (out if call.out else run.file.parent) / name
-            built.write(result, str(file), {**command, **subject.record(runtime)})
+            built.write(result, str(file), {**command, **subject.record(runtime)}, THEMES[call.theme])
     words, stem = of_all(subjects)
     print(spread.test_table(results, words))
     if world.first:
         file = out / stem
         record = {"runs": [vars(run) for run in many], "settings": spread.test_record(results)}
         write_json(Path(f"{file}.json"), {**command, **record})
-        write_figure(Path(f"{file}.png"), spread.test_figure(results, words))
+        write_figure(Path(f"{file}.png"), spread.test_figure(results, words, THEMES[call.theme]))
     beside = "them" if call.out else "its checkpoint"
     print(f"Written: {out / stem}.json and .png, and those of each run beside {beside}")
     return 0
@@ -420,6 +422,7 @@ def compare(
     """The checkpoint's result on the test tasks beside those of the baselines (--baselines)."""
     import baselines
     import report
+    from figures import THEMES, comparison_figure
 
     assert call.load is not None and subject.source is not None
     source, config, words = subject.source, subject.config, subject.words
@@ -448,9 +451,8 @@ def compare(
             "curves": {n: dict(zip(("iteration", "query_loss"), c, strict=True)) for n, c in curves.items()},
         },
     )
-    report.write_figure(
-        Path(f"{file}.png"), report.comparison_figure(results, config.query_norm, words, curves)
-    )
+    figure = comparison_figure(results, config.query_norm, words, curves, THEMES[call.theme])
+    report.write_figure(Path(f"{file}.png"), figure)
     print(f"Written: {file}.json and .png")
     return 0
 
@@ -462,6 +464,7 @@ def adapt(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -> i
     """Adapts a checkpoint to the examples of one's own task, and predicts the others."""
     from building import prepare, print_settings, writable
     from checkpoint import load_checkpoint
+    from figures import THEMES
     from using import adapt_to_files, tasks_in
 
     assert call.load is not None and call.adapt is not None
@@ -481,6 +484,7 @@ def adapt(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -> i
             file=out / f"{call.load.stem}-adapted-{call.adapt.stem}",
             weights_file=call.save_weights,
             record={"command": shlex.join(["main.py", *arguments]), "checkpoint": call.load},
+            theme=THEMES[call.theme],
         )  # fmt: skip
     print("Written: " + ", ".join(map(str, written)))
     return 0

@@ -17,9 +17,11 @@ from config import Config, Invocation
 from dataset import Regression
 from errors import UsageError
 from evaluation import Evaluation
+from figures import LIGHT, Theme, evaluation_figure
 from losses import loss_name
 from maml import MAML
 from optimizers import Weights
+from pictures import Scene
 from runtime import Runtime, versions
 from tasks import TaskDistribution
 from world import ALONE, World
@@ -51,6 +53,10 @@ class Subject:
             return "the fresh initialisation (no --load)"
         return f"{self.file}, iteration {self.source.iteration:,}"
 
+    @property
+    def when(self) -> str:
+        return "fresh initialisation" if self.source is None else f"iteration {self.source.iteration:,}"
+
     def stem(self, *, with_run: bool) -> str:
         """The beginning of its results' names; `with_run`, if those of several runs may meet."""
         if self.file is None:
@@ -64,7 +70,7 @@ class Subject:
         config = self.config
         return {
             config.dataset_name: config.dataset_name,
-            config.task_size: config.task_size,
+            config.task_words: config.task_size,
             "": f"{config.queries}query",
             f"{config.eval_tasks} test tasks": f"{config.eval_tasks}tasks",
         }
@@ -173,23 +179,24 @@ class Built:
             fits = memory.fitting(attempt, at_once, runtime.device)
             raise UsageError(memory.line("in the evaluation", at_once, fits)) from None
 
-    def write(self, result: Evaluation, file: str, record: Mapping[str, Any]) -> None:
-        """The result as JSON and as a picture, beside which regression has some curves."""
+    def write(
+        self, result: Evaluation, file: str, record: Mapping[str, Any], theme: Theme = LIGHT
+    ) -> list[str]:
+        """The result as JSON and as pictures: over inner steps, beside which regression has some curves; of
+        image tasks; and of how features move. Gives the ends of their names."""
         config = self.subject.config
+        written = [".json", ".png"]
         report.write_json(Path(f"{file}.json"), {**record, **report.evaluation_record(result)})
+        when = f"{self.subject.when}, {config.task_words}"
+        scene = Scene(self.maml, self.parameters, self.distribution, config, "test", when, theme)
         fits = None
         if isinstance(self.distribution, Regression):
             shown = sorted({0, min(config.trained_steps, config.eval_steps), config.eval_steps})
-            batch, outputs = evaluation.examples(
-                self.maml,
-                self.parameters,
-                self.distribution,
-                "test",
-                tasks=3,
-                steps=config.eval_steps,
-                normalisation=config.query_norm,
-                inner_batch=config.eval_inner_batch,
-            )
-            fits = (batch, outputs, shown)
-        figure = report.evaluation_figure(result, self.subject.words, fits)
-        report.write_figure(Path(f"{file}.png"), figure)
+            fits = (*scene.examples(3, config.eval_steps), shown)
+        report.write_figure(Path(f"{file}.png"), evaluation_figure(result, self.subject.words, fits, theme))
+        sheets = scene.tasks() if fits is None else None
+        for name, figure in (("examples", sheets), ("features", scene.features())):
+            if figure is not None:
+                written.append(f"-{name}.png")
+                report.write_figure(Path(f"{file}-{name}.png"), figure)
+        return written

@@ -28,20 +28,8 @@ def head_names(module: nn.Module, head: str | None = None) -> frozenset[str]:
     names: dict[str, str] = {
         name: canonical.setdefault(id(p), name) for name, p in module.named_parameters(remove_duplicate=False)
     }
-    if head is None:
-        norms = (BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
-        owners = [
-            prefix
-            for prefix, layer in module.named_modules()
-            if not isinstance(layer, norms) and next(layer.parameters(recurse=False), None) is not None
-        ]
-        if not owners:
-            raise ValueError("the learner has no parameters")
-        chosen = owners[-1:]
-    else:
-        chosen = [name.strip() for name in head.split(",")]
     found: set[str] = set()
-    for prefix in chosen:
+    for prefix in _head_parts(module, head):
         inside = {
             first for n, first in names.items() if n == prefix or n.startswith(f"{prefix}.") or not prefix
         }
@@ -50,6 +38,28 @@ def head_names(module: nn.Module, head: str | None = None) -> frozenset[str]:
             raise ValueError(f"the learner has no part {prefix!r}: there are {', '.join(layers)}")
         found |= inside
     return frozenset(found)
+
+
+def _head_parts(module: nn.Module, head: str | None) -> list[str]:
+    """The head's modules or parameters by name: as they are given, or by the rule of `head_names`."""
+    if head is not None:
+        return [name.strip() for name in head.split(",")]
+    norms = (BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
+    owners = [
+        prefix
+        for prefix, layer in module.named_modules()
+        if not isinstance(layer, norms) and next(layer.parameters(recurse=False), None) is not None
+    ]
+    if not owners:
+        raise ValueError("the learner has no parameters")
+    return owners[-1:]
+
+
+def head_layer(module: nn.Module, head: str | None = None) -> str:
+    """The name of the layer with which the head begins; what goes into it are the features."""
+    layers = [name for name, _ in module.named_modules()]
+    parts = [part if part in layers else part.rpartition(".")[0] for part in _head_parts(module, head)]
+    return min(parts, key=layers.index)
 
 
 def linear_head(module: nn.Module, head: str | None = None) -> str:

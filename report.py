@@ -8,8 +8,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,32 +17,54 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from config import CONFIG_FLAGS
 from evaluation import Evaluation, mean_and_interval
 from events import EventFile
 from files import write_whole
-from tasks import TaskBatch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from tensorboard.compat.proto.summary_pb2 import Summary
 
-    from using import Task
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8C8C8C"
-STYLE: dict[Any, Any] = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "legend.frameon": False,
-    "lines.linewidth": 1.6,
+DPI = 200  # of pictures in files and in TensorBoard
+
+
+# What the view of hyper-parameters has columns for, and shows at first.
+METRICS = (
+    "validation/best_query_accuracy",
+    "validation/best_query_loss",
+    "validation/query_accuracy",
+    "validation/query_loss",
+)
+CHANGED_MOST = (
+    "dataset", "algorithm", "learner", "ways", "shots", "steps", "inner_lr", "meta_lr", "meta_batch_size",
+    "seed",
+)  # fmt: skip
+
+
+# Curves that belong together: patterns of tags, by chart and group of charts. They are the same for every
+# run, since TensorBoard joins the layouts of all, and shows twice what differs.
+CHARTS = {
+    "learning": {
+        "query accuracy": "^(train|validation)/query_accuracy$",
+        "query loss": "^(train|validation)/query_loss$",
+    },
+    "validation after 0, 1, ... inner steps": {
+        "query accuracy": r"^validation_by_step/query_accuracy/\d+$",
+        "query loss": r"^validation_by_step/query_loss/\d+$",
+    },
+    "trouble": {
+        "diverged validation tasks": "^validation/diverged_tasks$",
+        "norm of the meta-gradient": "^train/meta_gradient_norm$",
+        "skipped iterations": "^train/skipped$",
+    },
+    "outer loop": {
+        "iterations a second": "^speed/iterations_per_second$",
+        "meta-learning rate": "^optimizer/meta_lr$",
+    },
+    "learned inner rates": {"of weights and steps": "^inner_lr/"},
 }
-DPI = 120
 
 
 # ---- TensorBoard ----------------------------------------------------------------------------
@@ -65,6 +87,15 @@ class RunLog:
         from torch.utils.tensorboard import summary
 
         self.events.add(summary.text(tag, text), iteration)
+
+    def begin(self, settings: Mapping[str, Any], tags: Sequence[str]) -> None:
+        """What the views of hyper-parameters and of custom scalars show of a run that begins."""
+        for each in (experiment_summary(), session_summary(settings), layout_summary(tags)):
+            self.events.add(each, 0)
+
+    def end(self, iteration: int, *, failed: bool) -> None:
+        """How it ended, for the view of hyper-parameters."""
+        self.events.add(end_summary(failed=failed), iteration)
 
     def figure(self, tag: str, figure: Figure, iteration: int, file: Path) -> None:
         """Shows a figure, and writes the same picture to a PNG file; drawing it is the slow part."""
@@ -92,9 +123,83 @@ class NoLog:
 
     def text(self, tag: str, text: str, iteration: int) -> None: ...
 
+    def begin(self, settings: Mapping[str, Any], tags: Sequence[str]) -> None: ...
+
+    def end(self, iteration: int, *, failed: bool) -> None: ...
+
     def figure(self, tag: str, figure: Figure, iteration: int, file: Path) -> None: ...
 
     def flush(self) -> None: ...
+
+
+def _hparams_summary(tag: str, **content: Any) -> Summary:
+    """What the plugin for hyper-parameters reads is in the metadata of a summary without a value."""
+    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+    from tensorboard.plugins.hparams import metadata, plugin_data_pb2
+
+    data = plugin_data_pb2.HParamsPluginData(version=metadata.PLUGIN_DATA_VERSION, **content)
+    plugin = SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME, content=data.SerializeToString())
+    return Summary(value=[Summary.Value(tag=tag, metadata=SummaryMetadata(plugin_data=plugin))])
+
+
+def experiment_summary() -> Summary:
+    """The columns of the view of hyper-parameters. The same from every run, since TensorBoard takes those of
+    the first one for all: every setting that decides a result, those first that are changed most."""
+    from tensorboard.plugins.hparams import api_pb2, metadata
+
+    number, truth = api_pb2.DATA_TYPE_FLOAT64, api_pb2.DATA_TYPE_BOOL
+    kinds: dict[type, Any] = {int: number, float: number, bool: truth}
+    columns = [
+        api_pb2.HParamInfo(
+            name=name,
+            description=flag.help,
+            type=kinds.get(flag.kind, api_pb2.DATA_TYPE_STRING),
+            differs=name in CHANGED_MOST,
+        )
+        for name, flag in CONFIG_FLAGS.items()
+        if flag.group not in ("machine", "logging")
+    ]
+    metrics = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in METRICS]
+    experiment = api_pb2.Experiment(hparam_infos=columns, metric_infos=metrics)
+    return _hparams_summary(metadata.EXPERIMENT_TAG, experiment=experiment)
+
+
+def session_summary(settings: Mapping[str, Any]) -> Summary:
+    """A row of that view: the settings of a run. None is an empty cell."""
+    from tensorboard.plugins.hparams import metadata, plugin_data_pb2
+
+    start = plugin_data_pb2.SessionStartInfo()
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            start.hparams[name].bool_value = value
+        elif isinstance(value, int | float):
+            start.hparams[name].number_value = value
+        elif value is not None:
+            start.hparams[name].string_value = value if isinstance(value, str) else " ".join(value)
+    return _hparams_summary(metadata.SESSION_START_INFO_TAG, session_start_info=start)
+
+
+def end_summary(*, failed: bool) -> Summary:
+    from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+
+    status = api_pb2.STATUS_FAILURE if failed else api_pb2.STATUS_SUCCESS
+    end = plugin_data_pb2.SessionEndInfo(status=status)
+    return _hparams_summary(metadata.SESSION_END_INFO_TAG, session_end_info=end)
+
+
+def layout_summary(tags: Sequence[str]) -> Summary:
+    """The view of custom scalars: those of `CHARTS` that a run with these tags has curves for."""
+    from torch.utils.tensorboard import summary
+
+    charts = {
+        group: {
+            name: ["Multiline", [pattern]]
+            for name, pattern in named.items()
+            if any(re.match(pattern, tag) for tag in tags)
+        }
+        for group, named in CHARTS.items()
+    }
+    return summary.custom_scalars({group: named for group, named in charts.items() if named})
 
 
 def settings_as_markdown(settings: Mapping[str, Any]) -> str:
@@ -253,217 +358,9 @@ def of_the_rest(evaluation: Evaluation, normalisation: str) -> list[tuple[Tensor
     return [mean_and_interval(v[k]) for v, k in zip(values.unbind(1), kept.unbind(1), strict=True)]
 
 
-# ---- figures --------------------------------------------------------------------------------
-
-
-@contextmanager
-def style() -> Iterator[None]:
-    import matplotlib
-
-    with matplotlib.rc_context(STYLE):
-        yield
-
-
-def new_figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=130, layout="constrained")
-
-
-def fits_figure(batch: TaskBatch, outputs: Tensor, steps: Sequence[int], title: str) -> Figure:
-    """Curves before and after adaptation, a panel a task.
-
-    `batch` has a dense query; `outputs` is `[tasks, all steps + 1, points, 1]`, of which `steps` are
-    shown.
-    """
-    with style():
-        tasks = len(outputs)
-        figure = new_figure(3.0 * tasks, 2.7)
-        figure.suptitle(title)
-        panels = figure.subplots(1, tasks, squeeze=False)[0]
-        _draw_fits(panels, batch, outputs, steps)
-        _legend_below(figure, panels[0])
-    return figure
-
-
-def _draw_fits(panels: Sequence[Axes], batch: TaskBatch, outputs: Tensor, steps: Sequence[int]) -> None:
-    for task, panel in enumerate(panels):
-        x = batch.query_x[task, :, 0].numpy()
-        truth = batch.query_y[task, :, 0].numpy()
-        panel.plot(x, truth, color=GREY, linewidth=3, alpha=0.5, label="task")
-        colours = [GREEN, ORANGE, BLUE][-len(steps) :]
-        for step, colour in zip(steps, colours, strict=True):
-            line = ":" if step == 0 else "-"
-            label = "before" if step == 0 else f"after {step} step{'s' * (step > 1)}"
-            panel.plot(x, outputs[task, step, :, 0].numpy(), line, color=colour, label=label)
-        support_x, support_y = batch.support_x[task, :, 0].numpy(), batch.support_y[task, :, 0].numpy()
-        panel.scatter(support_x, support_y, color=RED, s=18, zorder=3, label="support")
-        margin = 0.3 * float(truth.max() - truth.min()) + 0.5
-        panel.set_ylim(float(truth.min()) - margin, float(truth.max()) + margin)
-        panel.set_xlabel("x")
-    panels[0].set_ylabel("y")
-
-
-def _legend_below(figure: Figure, panel: Axes) -> None:
-    handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
-
-
-def tasks_figure(
-    batch: TaskBatch, outputs: Tensor, *, ways: int, shots: int, queries: int, step: int, title: str
-) -> Figure:
-    """Image tasks side by side: support on the left, query with predictions on the right.
-
-    A row a class; a query's border and label say which class was predicted, blue where it is right.
-    `outputs` is `[tasks, all steps + 1, ways * queries, ways]`.
-    """
-    ways_shown, shots_shown, queries_shown = min(ways, 10), min(shots, 5), min(queries, 5)
-    columns = shots_shown + queries_shown
-    tasks = len(outputs)
-    with style():
-        figure = new_figure(tasks * (0.55 * columns + 0.6), 0.68 * ways_shown + 0.7)
-        figure.suptitle(title)
-        grid = figure.add_gridspec(1, tasks, wspace=0.08)
-        for task in range(tasks):
-            predicted = outputs[task, step].argmax(-1).view(ways, queries)
-            support = batch.support_x[task].view(ways, shots, *batch.support_x.shape[2:]).numpy()
-            query = batch.query_x[task].view(ways, queries, *batch.query_x.shape[2:]).numpy()
-            panels = grid[task].subgridspec(ways_shown, columns).subplots(squeeze=False)
-            for way in range(ways_shown):
-                for column, panel in enumerate(panels[way]):
-                    panel.set(xticks=[], yticks=[])
-                    panel.grid(False)
-                    panel.spines[:].set_visible(True)
-                    if column < shots_shown:
-                        _show_image(panel, support[way, column])
-                        panel.spines[:].set_color(GREY)
-                    else:
-                        answer = int(predicted[way, column - shots_shown])
-                        colour = BLUE if answer == way else RED
-                        _show_image(panel, query[way, column - shots_shown])
-                        panel.spines[:].set(color=colour, linewidth=2)
-                        panel.set_xlabel(str(answer), color=colour, fontsize=7, labelpad=1)
-                panels[way, 0].set_ylabel(str(way), rotation=0, fontsize=7, labelpad=6, va="center")
-            panels[0, 0].set_title("support", fontsize=7)
-            panels[0, shots_shown].set_title("query", fontsize=7)
-    return figure
-
-
-def _show_image(panel: Axes, image: Any) -> None:
-    """`[channels, height, width]` in [0, 1]: grey with ink = 1, or colour."""
-    if len(image) == 1:
-        panel.imshow(image[0], cmap="gray_r", vmin=0, vmax=1)
-    else:
-        panel.imshow(image.transpose(1, 2, 0).clip(0, 1))
-
-
-def evaluation_figure(
-    evaluation: Evaluation,
-    words: Words,
-    fits: tuple[TaskBatch, Tensor, Sequence[int]] | None = None,
-) -> Figure:
-    """The result over inner steps with its 95 % interval and, for regression, example fits."""
-    with style():
-        tasks = len(fits[0].query_x) if fits else 0
-        figure = new_figure(4.2 + 2.6 * tasks, 3.0)
-        figure.suptitle(words.title)
-        panels = figure.subplots(1, 1 + tasks, squeeze=False, width_ratios=[1.5] + [1] * tasks)[0]
-        results = evaluation.accuracies or evaluation.losses
-        for (name, values), colour in zip(results.items(), [BLUE, ORANGE, GREEN], strict=False):
-            label = name if len(results) > 1 else "mean and 95 % interval"
-            mean, interval = mean_and_interval(values)
-            _draw_over_steps(panels[0], mean, interval, label, colour)
-        panels[0].axvline(words.trained_steps, color=GREY, linestyle=":", label="trained for")
-        panels[0].set_xlabel("inner steps")
-        panels[0].set_ylabel("accuracy" if evaluation.accuracies else words.loss_name)
-        panels[0].set_ylim(**({"top": 1.0} if evaluation.accuracies else {"bottom": 0.0}))
-        panels[0].legend(fontsize=7)
-        if fits:
-            _draw_fits(panels[1:], *fits)
-            _legend_below(figure, panels[1])
-    return figure
-
-
-def _draw_over_steps(panel: Axes, mean: Tensor, interval: Tensor, label: str, colour: str) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    steps = range(len(mean))
-    panel.plot(steps, mean.numpy(), "o-", color=colour, markersize=3, label=label)
-    low, high = (mean - interval).numpy(), (mean + interval).numpy()
-    panel.fill_between(steps, low, high, color=colour, alpha=0.2)
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def comparison_figure(
-    results: Mapping[str, Evaluation],
-    normalisation: str,
-    words: Words,
-    curves: Mapping[str, tuple[Sequence[int], Sequence[float]]],
-) -> Figure:
-    """Methods over inner steps and, where there are any, their losses over the iterations of training.
-
-    Tasks that have diverged are left out.
-    """
-    with style():
-        figure = new_figure(5.5 + 4.5 * bool(curves), 3.4)
-        figure.suptitle(words.title)
-        panels = figure.subplots(1, 1 + bool(curves), squeeze=False)[0]
-        colours = dict(zip(results, [BLUE, ORANGE, GREEN, RED, "#CC79A7"], strict=False))
-        for name, evaluation in results.items():
-            mean, interval = (
-                torch.stack(p) for p in zip(*of_the_rest(evaluation, normalisation), strict=True)
-            )
-            label = name.replace("\n", ", ")
-            if len(mean) == 1:
-                panels[0].axhline(mean.item(), color=GREY, linestyle="--", label=label)
-            else:
-                _draw_over_steps(panels[0], mean, interval, label, colours[name])
-        accuracies = next(iter(results.values())).accuracies
-        panels[0].set(
-            xlabel="inner steps", ylabel="query accuracy" if accuracies else f"query {words.loss_name}"
-        )
-        panels[0].set_ylim(**({"top": 1.0} if accuracies else {"bottom": 0.0}))
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7)
-        for (name, (ends, losses)), colour in zip(curves.items(), [BLUE, ORANGE], strict=False):
-            marker = "o" if len(ends) == 1 else None
-            panels[1].plot(ends, losses, marker=marker, color=colour, linewidth=1.2, label=name)
-            panels[1].set(
-                xlabel="iteration", ylabel=f"query {words.loss_name}, means of {ends[0]} iterations"
-            )
-        if curves:
-            panels[1].set_ylim(bottom=0.0)
-            panels[1].legend(fontsize=7)
-    return figure
-
-
-def learning_figure(
-    training: Mapping[str, Sequence[float]],
-    validation: Mapping[str, Sequence[float]],
-    *,
-    measure: str,
-    label: str,
-    log_every: int,
-) -> Figure:
-    """Training means over consecutive, disjoint windows of iterations, and validation."""
-    with style():
-        figure = new_figure(6, 3.2)
-        panel = figure.subplots()
-        window = f"training, means of {log_every} iteration{'s' * (log_every > 1)}"
-        panel.plot(training["iteration"], training[measure], color=BLUE, alpha=0.6, linewidth=1, label=window)
-        panel.plot(
-            validation["iteration"], validation[measure], "o-", color=ORANGE, markersize=3, label="validation"
-        )
-        panel.set_xlabel("iteration")
-        panel.set_ylabel(label)
-        panel.legend()
-    return figure
-
-
 # ---- predictions on one's own tasks ---------------------------------------------------------
 
 ROWS_PRINTED = 20
-IMAGES_SHOWN = 60
 
 
 def predictions_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -472,72 +369,3 @@ def predictions_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> s
     columns = [(title, "", [row[i] for row in shown]) for i, title in enumerate(header)]
     more = f"\n... and {len(rows) - ROWS_PRINTED} more" if len(rows) > ROWS_PRINTED else ""
     return table(columns) + more
-
-
-def predictions_figure(tasks: Sequence[Task], found: Sequence[Tensor], title: str) -> Figure:
-    """A contact sheet of images, or a panel a task: curves, numbers by row, or probabilities by row.
-
-    `found` is, by task, `[query examples, classes]` of probabilities or `[query examples, targets]`.
-    """
-    import matplotlib
-
-    with style(), matplotlib.rc_context({"text.parse_math": False}):  # a name may have a $ in it
-        if tasks[0].support_x.dim() == 4:
-            return _contact_sheet(tasks[0], found[0], title)
-        shown = min(len(tasks), 6)
-        figure = new_figure(3.4 * shown + 0.6, 3.0)
-        figure.suptitle(title)
-        panels = figure.subplots(1, shown, squeeze=False)[0]
-        for panel, task, predicted in zip(panels, tasks, found, strict=False):
-            panel.set_title(task.name)
-            if task.classes:
-                _draw_shares(panel, task, predicted)
-            elif task.support_x.shape[-1] == 1:
-                _draw_curve(panel, task, predicted)
-            else:
-                for target, values in enumerate(predicted.unbind(1)):
-                    panel.plot(range(len(values)), values.numpy(), "o", markersize=3, label=f"{target}")
-                panel.set(xlabel="predicted row", ylabel="prediction")
-        _legend_below(figure, panels[0])
-    return figure
-
-
-def _draw_curve(panel: Axes, task: Task, predicted: Tensor) -> None:
-    order = task.query_x[:, 0].argsort()
-    x = task.query_x[order, 0].numpy()
-    for target in range(predicted.shape[-1]):
-        panel.plot(x, predicted[order, target].numpy(), ".-", color=BLUE, markersize=3, label="predicted")
-        panel.scatter(task.support_x[:, 0].numpy(), task.support_y[:, target].numpy(), color=RED, s=18,
-                      zorder=3, label="support")  # fmt: skip
-    panel.set(xlabel="x", ylabel="y")
-
-
-def _draw_shares(panel: Axes, task: Task, shares: Tensor) -> None:
-    bottom = torch.zeros(len(shares))
-    for number, name in enumerate(task.classes):
-        panel.bar(range(len(shares)), shares[:, number].numpy(), bottom=bottom.numpy(), width=1.0, label=name)
-        bottom = bottom + shares[:, number]
-    panel.set(xlabel="predicted row", ylabel="probability")
-
-
-def _contact_sheet(task: Task, shares: Tensor, title: str) -> Figure:
-    """Labelled images, a row a class, above those that were predicted, with class and probability."""
-    columns, classes = 10, len(task.classes)
-    queries = min(len(task.query_x), IMAGES_SHOWN)
-    rows = classes + -(-queries // columns)
-    left_out = f" (the first {queries} of {len(task.query_x)})" if queries < len(task.query_x) else ""
-    figure = new_figure(columns * 1.0, rows * 1.15 + 0.5)
-    figure.suptitle(f"{title}{left_out}")
-    panels = figure.subplots(rows, columns, squeeze=False)
-    for panel in panels.flat:
-        panel.set_axis_off()
-    for label, name in enumerate(task.classes):
-        images = task.support_x[task.support_y == label][:columns]
-        for panel, image in zip(panels[label], images, strict=False):
-            _show_image(panel, image.float().numpy())
-        panels[label, 0].set_title(f"support: {name}", fontsize=7, loc="left", color=GREY)
-    for number, panel in zip(range(queries), panels[classes:].flat, strict=False):
-        _show_image(panel, task.query_x[number].float().numpy())
-        best = int(shares[number].argmax())
-        panel.set_title(f"{task.classes[best][:12]} {100 * float(shares[number, best]):.0f} %", fontsize=7)
-    return figure

@@ -14,24 +14,18 @@ from tqdm import tqdm
 from checkpoint import BEST, Checkpoint, Curve, Progress, adam_state
 from config import Config, meaningful
 from errors import reason_of
-from evaluation import Evaluation, can_be_drawn, examples
+from evaluation import Evaluation
+from figures import THEMES, learning_figure
 from inner_loop import RATE
 from losses import loss_name
 from maml import MAML
 from meta_step import TAIL
 from optimizers import Weights
-from report import (
-    NoLog,
-    RunLog,
-    fits_figure,
-    learning_figure,
-    settings_as_markdown,
-    tasks_figure,
-    write_figure,
-    write_json,
-)
+from pictures import Scene
+from report import NoLog, RunLog, settings_as_markdown, write_json
 from tasks import TaskDistribution
 
+BY_STEP = "validation_by_step"
 FINAL_ITERATIONS = 500  # whose mean training loss is reported at the end
 
 
@@ -44,6 +38,7 @@ class Run:
         origin: where else the parameters come from, if not from the initialisation; for the record.
         computed_by: what the last bits depend on, for the record.
         writes: whether this process is the one that writes to the folder.
+        theme: of its pictures.
     """
 
     def __init__(
@@ -56,6 +51,7 @@ class Run:
         *,
         computed_by: dict[str, Any] | None = None,
         writes: bool = True,
+        theme: str = "light",
     ) -> None:
         self.config = config
         self.folder = folder
@@ -63,6 +59,7 @@ class Run:
         self.start = start
         self.computed_by = computed_by or {}
         self.writes = writes
+        self.theme = THEMES[theme]
         self.iteration = start.iteration if start else 0
         self.progress = Progress(**start.progress) if start else Progress(origin=origin)
         self.log_every = min(config.log_every, config.iterations)  # a short run has a curve, too
@@ -77,6 +74,7 @@ class Run:
             self.log = RunLog(self.folder, begin_at=self.iteration + 1 if self.iteration else 0)
         if not self.iteration:
             self.log.text("settings", settings_as_markdown(meaningful(self.config) | self._origin()), 0)
+            self.log.begin(meaningful(self.config), self.tags())
 
     def _origin(self) -> dict[str, str]:
         return {"initial_weights": self.progress.origin} if self.progress.origin else {}
@@ -103,6 +101,26 @@ class Run:
         if self.config.inner_rates != "fixed":
             self.log.scalars(self._inner_rates(), self.iteration)
 
+    def tags(self) -> list[str]:
+        """Of all scalars that the run will write."""
+        config = self.config
+        measures = ["query_loss", *["query_accuracy"] * config.classification]
+        return [
+            *(f"train/{measure}" for measure in (*measures, "meta_gradient_norm")),
+            *["train/skipped"] * (config.on_nan == "skip"),
+            "speed/iterations_per_second",
+            "optimizer/meta_lr",
+            *(f"validation/{measure}" for measure in measures),
+            "validation/diverged_tasks",
+            f"validation/best_{measures[-1]}",
+            *(
+                f"{BY_STEP}/{measure}/{step}"
+                for measure in measures
+                for step in shown_steps(config.trained_steps)
+            ),
+            *self._inner_rates(),
+        ]
+
     def _inner_rates(self) -> dict[str, float]:
         """Learned inner rates by tag: of each weight and step; of elements, the mean and the least."""
         rates = {name[len(RATE) :]: r for name, r in self.parameters.items() if name.startswith(RATE)}
@@ -119,54 +137,38 @@ class Run:
     def add_validation(self, evaluation: Evaluation) -> bool:
         """A point of the validation curves; whether it is the best so far."""
         norm = self.config.query_norm
-        values = {"query_loss": evaluation.losses[norm][:, -1].mean().item()}
+        results = {"query_loss": evaluation.losses[norm]}
         if evaluation.accuracies:
-            values["query_accuracy"] = evaluation.accuracies[norm][:, -1].mean().item()
-        shown = values | {"diverged_tasks": float(evaluation.diverged(norm)[:, -1].sum())}
-        self.log.scalars({f"validation/{name}": value for name, value in shown.items()}, self.iteration)
+            results["query_accuracy"] = evaluation.accuracies[norm]
+        by_step = {name: [at.mean().item() for at in found.unbind(1)] for name, found in results.items()}
+        values = {name: found[-1] for name, found in by_step.items()}
         _extend(self.progress.validation, self.iteration, values)
         score = values.get("query_accuracy", -values["query_loss"])
         best = self.progress.best_score
-        if not math.isfinite(score) or (best is not None and score <= best):
-            return False
-        self.progress.best_score, self.progress.best_iteration = score, self.iteration
-        return True
+        better = math.isfinite(score) and (best is None or score > best)
+        if better:
+            self.progress.best_score, self.progress.best_iteration = score, self.iteration
+        shown = values | {"diverged_tasks": float(evaluation.diverged(norm)[:, -1].sum())}
+        if self.progress.best_score is not None:
+            shown[f"best_{list(values)[-1]}"] = abs(self.progress.best_score)
+        scalars = {f"validation/{name}": value for name, value in shown.items()}
+        for name, found in by_step.items():
+            scalars |= {f"{BY_STEP}/{name}/{step}": found[step] for step in shown_steps(len(found) - 1)}
+        self.log.scalars(scalars, self.iteration)
+        return better
 
     def draw_examples(self, maml: MAML, distribution: TaskDistribution) -> None:
-        """Validation tasks before and after adaptation, as a picture."""
-        config = self.config
-        regression = not distribution.classification
-        if not self.writes or not can_be_drawn(distribution):
+        """Validation tasks before and after adaptation, and how features move, as pictures."""
+        if not self.writes:
             return
-        batch, outputs = examples(
-            maml,
-            self.parameters,
-            distribution,
-            "validation",
-            tasks=4 if regression else 3,
-            steps=max(config.steps, config.test_steps),
-            normalisation=config.query_norm,
-            inner_batch=config.eval_inner_batch,
-        )
-        title = f"validation tasks, iteration {self.iteration:,}"
-        if regression:
-            shown = sorted({0, config.steps, config.test_steps})
-            figure = fits_figure(batch, outputs, shown, title)
-        else:
-            assert config.ways is not None
-            figure = tasks_figure(
-                batch,
-                outputs,
-                ways=config.ways,
-                shots=config.shots,
-                queries=config.queries,
-                step=config.test_steps,
-                title=f"{title}, after {config.test_steps} steps",
-            )
-        try:
-            self.log.figure("examples", figure, self.iteration, self.folder / "examples.png")
-        except OSError as error:
-            tqdm.write(f"examples.png could not be written ({reason_of(error)})", file=sys.stderr)
+        when = f"iteration {self.iteration:,}"
+        scene = Scene(maml, self.parameters, distribution, self.config, "validation", when, self.theme)
+        for tag, figure in (("examples", scene.tasks()), ("features", scene.features())):
+            try:
+                if figure is not None:
+                    self.log.figure(tag, figure, self.iteration, self.folder / f"{tag}.png")
+            except OSError as error:
+                tqdm.write(f"{tag}.png could not be written ({reason_of(error)})", file=sys.stderr)
 
     # ---- saving -----------------------------------------------------------------------------
 
@@ -218,7 +220,6 @@ class Run:
 
     def end(self, *, classification: bool) -> None:
         """Writes what is left for the event files, and the curves as JSON and as a picture."""
-        self.log.flush()
         if not self.writes:
             return
         final = self.final_loss()
@@ -231,6 +232,7 @@ class Run:
             "training": self.progress.training,
             "validation": self.progress.validation,
         }
+        after = self.iteration + 1  # where a run that goes on drops it
         if self.progress.training and self.progress.validation:
             figure = learning_figure(
                 self.progress.training,
@@ -238,9 +240,17 @@ class Run:
                 measure="query_accuracy" if classification else "query_loss",
                 label="query accuracy" if classification else f"query {loss_name(self.config.loss)}",
                 log_every=self.log_every,
+                theme=self.theme,
             )
-            write_figure(self.folder / "training.png", figure)
+            self.log.figure("training", figure, after, self.folder / "training.png")
+        self.log.end(after, failed=self.failure is not None)
+        self.log.flush()
         write_json(self.folder / "training.json", result)  # the last: a run that has it is finished
+
+
+def shown_steps(steps: int) -> list[int]:
+    """The inner steps that have a validation curve: of many, eleven."""
+    return sorted({round(steps * tenth / 10) for tenth in range(11)})
 
 
 def _extend(curve: Curve, iteration: int, values: dict[str, float]) -> None:

@@ -36,6 +36,7 @@ from checkpoint import BEST, LAST, check_same_split, load_checkpoint
 from compiler import Compiler
 from config import CONFIG_FLAGS, Config, Invocation
 from errors import UsageError
+from figures import THEMES, Theme
 from files import read_json
 from learner import LEARNERS
 from locks import training_in
@@ -168,7 +169,7 @@ def train_many(
             return folder, code
     outcomes = [one for part in world.gathered([outcome_of(each) for each in ready]) for one in part]
     if world.first:
-        _write_summary(folder, outcomes)
+        _write_summary(folder, outcomes, THEMES[call.theme])
     failed = [one["failure"] for one in outcomes if one["failure"] is not None]
     if failed and world.first:
         many = f"{len(failed)} of {len(outcomes)} runs stopped before their end, "
@@ -241,7 +242,7 @@ def _ready(
             check_splits(distribution, config)
             if config.learner not in LEARNERS or config.loss not in LOSSES:
                 tried(maml, parameters, distribution, config)
-        run = Run(config, writes_to / member.name, parameters, at.start, at.origin)
+        run = Run(config, writes_to / member.name, parameters, at.start, at.origin, theme=call.theme)
         found.append(Ready(member, run, maml, distribution, runtime))
     return found
 
@@ -309,10 +310,10 @@ def outcome_of(each: Ready) -> dict[str, Any]:
     }
 
 
-def _write_summary(folder: Path, outcomes: Sequence[Mapping[str, Any]]) -> None:
+def _write_summary(folder: Path, outcomes: Sequence[Mapping[str, Any]], theme: Theme) -> None:
     print(spread.training_table(outcomes))
     report.write_json(folder / f"{SUMMARY}.json", spread.training_record(outcomes))
-    report.write_figure(folder / f"{SUMMARY}.png", spread.training_figure(outcomes))
+    report.write_figure(folder / f"{SUMMARY}.png", spread.training_figure(outcomes, theme))
     print(f"Written: {folder / SUMMARY}.json and .png")
 
 

@@ -14,17 +14,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from evaluation import Evaluation
-from report import BLUE, GREEN, GREY, ORANGE, RED, Words, new_figure, of_the_rest, style, table
+from figures import (
+    DASHES,
+    LIGHT,
+    Theme,
+    curve_style,
+    measured,
+    new_figure,
+    over_iterations,
+    over_steps,
+    style,
+    trained_for,
+)
+from report import Words, of_the_rest, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Outcome = Mapping[str, Any]  # of a run: see `several.outcome_of`
-COLOURS = [BLUE, ORANGE, GREEN, RED, "#CC79A7", "#56B4E9", "#F0E442", GREY]
 ALL = "all"  # where there is but one setting
 MOST_COLUMNS = 3  # of a table, each of some 35 characters
-MOST_IN_LEGEND = 2 * len(COLOURS)
+MOST_IN_LEGEND = len(DASHES) * len(LIGHT.palette)  # so many curves can be told apart
 
 
 def by_setting(runs: Sequence[Outcome]) -> dict[str, list[Outcome]]:
@@ -64,17 +75,20 @@ def _in_words(values: Sequence[float], scale: float, digits: int) -> str:
 
 
 def _drawn(
-    panel: Axes, number: int, setting: str, curves: Sequence[tuple[Sequence[float], Sequence[float]]]
+    panel: Axes,
+    number: int,
+    setting: str,
+    curves: Sequence[tuple[Sequence[float], Sequence[float]]],
+    theme: Theme,
 ) -> None:
     """Each run of a setting as a thin line (x and y), and their mean as far as all of them go."""
-    colour = COLOURS[number % len(COLOURS)]
+    kind = curve_style(number, theme)
     for ends, values in curves:
-        panel.plot(ends, values, color=colour, alpha=0.35, linewidth=0.8)
+        panel.plot(ends, values, color=kind["color"], alpha=0.35, linewidth=0.8)
     length = min(len(ends) for ends, _ in curves)
     means = [statistics.fmean(values[position] for _, values in curves) for position in range(length)]
-    kind = "o-" if number < len(COLOURS) else "s--"  # colours come again
     label = f"{'' if setting == ALL else setting + ': '}mean of {len(curves)}"
-    panel.plot(curves[0][0][:length], means, kind, color=colour, markersize=3, label=label)
+    panel.plot(curves[0][0][:length], means, label=label, **kind)
 
 
 def _legend(figure: Figure, panel: Axes, settings: int) -> None:
@@ -85,7 +99,7 @@ def _legend(figure: Figure, panel: Axes, settings: int) -> None:
     columns = max(1, min(3, int(figure.get_figwidth() * 17) // (max(map(len, labels)) + 8)))
     lines = math.ceil(len(labels) / columns)
     figure.set_figheight(figure.get_figheight() + 0.15 * (lines - 1))
-    figure.legend(loc="outside lower center", ncols=columns, fontsize=7)
+    figure.legend(loc="outside lower center", ncols=columns)
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -133,20 +147,20 @@ def training_record(runs: Sequence[Outcome]) -> dict[str, Any]:
     return {"settings": settings, "runs": list(runs)}
 
 
-def training_figure(runs: Sequence[Outcome]) -> Figure:
+def training_figure(runs: Sequence[Outcome], theme: Theme = LIGHT) -> Figure:
     """Validation over iterations: each run, and the mean of each setting's."""
     measure = runs[0]["measure"]
-    with style():
+    with style(theme):
         figure = new_figure(6.5, 3.6)
         panel = figure.subplots()
         groups = by_setting(runs)
         for number, (setting, group) in enumerate(groups.items()):
             curves = [(r["validation"]["iteration"], r["validation"][measure]) for r in group]
-            _drawn(panel, number, setting, curves)
-        panel.set(xlabel="iteration")
-        panel.set_ylabel(
-            "validation accuracy" if measure == "query_accuracy" else f"validation {_loss_name(runs)}"
-        )
+            _drawn(panel, number, setting, curves, theme)
+        over_iterations(panel)
+        accuracy = measure == "query_accuracy"
+        name = "validation accuracy" if accuracy else f"validation {_loss_name(runs)}"
+        measured(panel, name, accuracy=accuracy)
         _legend(figure, panel, len(groups))
     return figure
 
@@ -247,23 +261,20 @@ def test_record(results: Mapping[str, Sequence[Evaluation]]) -> dict[str, Any]:
     return found
 
 
-def test_figure(results: Mapping[str, Sequence[Evaluation]], words: Words) -> Figure:
+def test_figure(results: Mapping[str, Sequence[Evaluation]], words: Words, theme: Theme = LIGHT) -> Figure:
     """The runs' means over inner steps, and their mean, by setting; with the first normalisation."""
-    from matplotlib.ticker import MaxNLocator
-
     accuracies = bool(next(iter(results.values()))[0].accuracies)
-    with style():
+    with style(theme):
         figure = new_figure(5.5, 3.6)
         panel = figure.subplots()
         panel.set_title(words.title)
         for number, (setting, evaluations) in enumerate(results.items()):
             norm = next(iter(evaluations[0].losses))
             curves = [[mean.item() for mean, _ in of_the_rest(each, norm)] for each in evaluations]
-            _drawn(panel, number, setting, [(range(len(curve)), curve) for curve in curves])
+            _drawn(panel, number, setting, [(range(len(curve)), curve) for curve in curves], theme)
+        over_steps(panel)
+        measured(panel, "query accuracy" if accuracies else f"query {words.loss_name}", accuracy=accuracies)
         if words.trained_steps is not None:
-            panel.axvline(words.trained_steps, color=GREY, linestyle=":", label="trained for")
-        panel.set(xlabel="inner steps", ylabel="accuracy" if accuracies else words.loss_name)
-        panel.set_ylim(bottom=None if accuracies else 0.0, top=1.0 if accuracies else None)
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+            trained_for(panel, words.trained_steps, theme)
         _legend(figure, panel, len(results))
     return figure

@@ -33,6 +33,7 @@ from checkpoint import (
 from config import Config
 from errors import UsageError, printable
 from evaluation import SEED
+from figures import LIGHT, Theme, predictions_figure
 from images import image_files, read_images
 from inner_loop import BUFFER
 from maml import MAML
@@ -188,6 +189,7 @@ def adapt_to_files(
     file: Path,
     weights_file: Path | None,
     record: Mapping[str, Any],
+    theme: Theme = LIGHT,
 ) -> list[Path]:
     """Adapts to each task of `path`; writes predictions (CSV, JSON) and a picture (PNG).
 
@@ -236,7 +238,7 @@ def adapt_to_files(
     title = f"{printable(path.name)}: after {config.test_steps} inner steps"
     on_cpu = [replace(t, support_x=t.support_x.cpu(), support_y=t.support_y.cpu(), query_x=t.query_x.cpu())
               for t in tasks]  # fmt: skip
-    report.write_figure(written[2], report.predictions_figure(on_cpu, found, title))
+    report.write_figure(written[2], predictions_figure(on_cpu, found, title, theme))
     if weights_file and module is not None:
         save_weights(weights_file, module)
         written.append(weights_file)

@@ -152,34 +152,26 @@ def figure(
     given: argparse.Namespace, records: dict[str, dict[int, list[dict[str, Any]]]], path: Path
 ) -> None:
     """Mean error over inner steps of each method, a panel a number of shots."""
-    import matplotlib
+    from figures import curve_style, legend_below, new_figure, over_steps, style
+    from report import write_figure
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    from report import STYLE
-
-    # Okabe and Ito's colours, and line styles for the second round
-    colours = ["#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"]
-    with pyplot.rc_context(STYLE):
-        panels = pyplot.subplots(
-            1, len(given.test_shots), figsize=(4.6 * len(given.test_shots), 4.2), sharey=True,
-            squeeze=False, layout="constrained",
-        )[1][0]  # fmt: skip
+    with style() as theme:
+        drawn = new_figure(4.6 * len(given.test_shots), 4.2)
+        panels = drawn.subplots(1, len(given.test_shots), sharey=True, squeeze=False)[0]
         for panel, shots in zip(panels, given.test_shots, strict=True):
             for number, (method, by_shots) in enumerate(records.items()):
                 rows = [[row["loss_without_diverged"] for row in r["per_step"]] for r in by_shots[shots]]
                 means = [statistics.mean(at) for at in zip(*rows, strict=True) if None not in at]
-                style = {"color": colours[number % 7], "linestyle": ["-", "--"][number // 7]}
+                kind = curve_style(number, theme)
                 if len(means) == 1:
-                    panel.axhline(means[0], label=method, **style)
+                    panel.axhline(means[0], label=method, color=theme.grey, linestyle=":")
                 else:
-                    panel.plot(range(len(means)), means, label=method, **style)
-            panel.set(xlabel="inner steps", title=f"{given.dataset}, K = {shots}", yscale="log")
+                    panel.plot(range(len(means)), means, label=method, **kind)
+            over_steps(panel)
+            panel.set(title=f"{given.dataset}, K = {shots}", yscale="log")
         panels[0].set_ylabel("query MSE, mean over seeds and tasks")
-        handles, labels = panels[0].get_legend_handles_labels()
-        panels[0].figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
-        panels[0].figure.savefig(path, dpi=120)
+        legend_below(drawn, panels[0], columns=5)
+        write_figure(path, drawn)
 
 
 def main() -> None:

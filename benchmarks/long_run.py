@@ -164,7 +164,8 @@ def findings(flags: list[str], samples: list[Sample]) -> dict[str, Any]:
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """A column a run: memory, open files and threads, the folder's size."""
-    from report import BLUE, GREY, ORANGE, new_figure, style, write_figure
+    from figures import BLUE, GREY, ORANGE, new_figure, style
+    from report import write_figure
 
     rows = [
         ("memory (MB)", {"resident": BLUE, "own": ORANGE}, 1e6),

@@ -363,29 +363,29 @@ def precision(rounds: int) -> dict[str, Any]:
 
 
 def draw(results: dict[str, Any], file: Path) -> None:
-    from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
+
+    from figures import new_figure, style
+    from report import write_figure
 
     compared = {name: r for name, r in results.items() if "contenders" in r}
     if not compared:
         return
-    figure = Figure(figsize=(3.2 * len(compared), 2.8), layout="constrained")
-    for axes, (name, result) in zip(
-        np.ravel(figure.subplots(1, len(compared))), compared.items(), strict=True
-    ):
-        rows = result["contenders"]
-        heights = [row["median_ms"] for row in rows.values()]
-        colours = ["#0072B2" if OURS in row else "#8C8C8C" for row in rows]
-        axes.barh(range(len(rows)), heights, color=colours)
-        axes.axvline(result["limit_ms"], color="#D55E00", linewidth=1.2)
-        axes.set_yticks(range(len(rows)), list(rows))
-        axes.invert_yaxis()
-        axes.set_xscale("log")
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_title(name, fontsize=9)
-        axes.set_xlabel("ms an iteration; line: arithmetic alone", fontsize=8)
-        axes.tick_params(labelsize=7)
-    figure.savefig(file, dpi=150)
+    with style() as theme:
+        figure = new_figure(3.2 * len(compared), 2.8)
+        panels = figure.subplots(1, len(compared), squeeze=False)[0]
+        for panel, (name, result) in zip(panels, compared.items(), strict=True):
+            rows = result["contenders"]
+            heights = [row["median_ms"] for row in rows.values()]
+            colours = [theme.blue if OURS in row else theme.grey for row in rows]
+            panel.barh(range(len(rows)), heights, color=colours)
+            panel.axvline(result["limit_ms"], color=theme.red, linewidth=1.2)
+            panel.set_yticks(range(len(rows)), list(rows))
+            panel.invert_yaxis()
+            panel.set_xscale("log")
+            panel.xaxis.set_minor_formatter(NullFormatter())
+            panel.set(title=name, xlabel="ms (line: arithmetic alone)")
+        write_figure(file, figure)
 
 
 def main() -> None:

@@ -49,7 +49,7 @@ sys.path.insert(0, str(ROOT))
 
 STAGES = ("start", "training", "compiling", "validating", "saving", "plotting")  # in a run's order
 LAST, BEST = "last.pt", "best.pt"
-PICTURES = ("examples.png", "training.png", "training.json")
+PICTURES = ("examples.png", "features.png", "training.png", "training.json")
 SPEED = "speed/iterations_per_second"  # the one curve that no two runs share
 NAMED = f"{LAST} has its name"  # a part of saving
 LATE = 5  # kills in a row that miss their stage, after which another one has its turn

@@ -50,8 +50,9 @@ def frozen(outputs):
 def _few_pictures(monkeypatch):
     """Those of single runs, which have tests of their own, take longer than these runs."""
     monkeypatch.setattr("run.Run.draw_examples", lambda *_: None)
-    monkeypatch.setattr("run.write_figure", lambda *_: None)
-    monkeypatch.setattr("report.evaluation_figure", lambda *_: Figure(figsize=(1, 1)))
+    monkeypatch.setattr("run.learning_figure", lambda *_, **__: Figure(figsize=(1, 1)))
+    monkeypatch.setattr("measuring.evaluation_figure", lambda *_: Figure(figsize=(1, 1)))
+    monkeypatch.setattr("pictures.Scene.features", lambda *_: None)
 
 
 # ---- a member is the run alone ------------------------------------------------------------------
@@ -492,7 +493,7 @@ def test_many_classifiers_are_measured_with_both_kinds_of_batch_norm(tmp_path, c
 def test_runs_with_different_tasks_and_steps_are_named_after_their_own(tmp_path, monkeypatch, capsys):
     seen, plain = [], spread.test_figure
     monkeypatch.setattr(
-        spread, "test_figure", lambda results, words: seen.append(words) or plain(results, words)
+        spread, "test_figure", lambda results, words, _: seen.append(words) or plain(results, words)
     )
     folder = trained(tmp_path / "many", *SHORT[:-4], "-q", 4, "--iterations", 2, "--sweep", "k=3,5", "s=1,2")
     assert command("--eval", "--load", folder, "--eval-tasks", 4, "--eval-steps", 2) == 0

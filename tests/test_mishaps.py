@@ -301,11 +301,11 @@ def test_nothing_is_written_through_what_lies_in_the_place_of_a_temporary_file(k
 
 
 def test_results_that_cannot_be_written_are_written_by_the_next_call(tmp_path, capsys, monkeypatch):
-    def full(path, figure):
+    def full(log, tag, figure, iteration, file):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("run.write_figure", full)
+        patch.setattr("run.RunLog.figure", full)
         assert command(*SHORT, "--checkpoint-path", tmp_path, "--run-name", "run") == 2
     assert "the run is saved, but not its results (no space left on device)" in capsys.readouterr().err
     assert command("--load", tmp_path / "run" / LAST) == 0

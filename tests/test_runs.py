@@ -67,7 +67,14 @@ TRAINING_CURVES = (
     "speed/iterations_per_second",
 )
 EXPECTED_CURVES = {tag: list(range(7, ITERATIONS + 1, 7)) for tag in TRAINING_CURVES} | {
-    tag: [50, 100, 150, 200, 240] for tag in ("validation/query_loss", "validation/diverged_tasks")
+    tag: [50, 100, 150, 200, 240]
+    for tag in (
+        "validation/query_loss",
+        "validation/best_query_loss",
+        "validation/diverged_tasks",
+        "validation_by_step/query_loss/0",
+        "validation_by_step/query_loss/1",
+    )
 }
 
 
@@ -574,7 +581,11 @@ def test_tensorboard_serves_the_run(tensorboard):
     for tag, steps in EXPECTED_CURVES.items():
         points = get(f"{tensorboard}/plugin/scalars/scalars?run=killed&tag={tag}")
         assert [point[1] for point in points] == steps, tag
-    assert get(f"{tensorboard}/plugin/images/tags")["killed"].keys() == {"examples"}
+    assert get(f"{tensorboard}/plugin/images/tags")["killed"].keys() == {
+        "examples",
+        "features",
+        "training",
+    }
     text = get(f"{tensorboard}/plugin/text/tags")
     assert text["whole"] == ["settings/text_summary"]
     (settings,) = get(f"{tensorboard}/plugin/text/text?run=whole&tag=settings/text_summary")
