@@ -5,7 +5,9 @@ Nothing is trained, and nothing written but the results: a run may go on meanwhi
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +18,7 @@ import evaluation
 import memory
 import paired
 import report
+import trainer
 from building import no_empty_folder_left, prepare, writable
 from checkpoint import BEST, LAST, Curve, load_checkpoint
 from config import Config, Invocation
@@ -27,7 +30,6 @@ from measuring import Subject
 from presets import DATA_KINDS, is_own_code
 from several import runs_in
 from tasks import TaskDistribution
-from trainer import VALIDATION_TASKS
 
 LONGEST_NAME = 100  # characters of the names of runs in that of a file
 
@@ -73,9 +75,10 @@ def compare(call: Invocation, given: Mapping[str, Any], command: str) -> int:
     entries = [_read(place, name, call, given) for place, name in zip(places, names_of(places), strict=True)]
     _check_own_code(entries, given)
     check_same_tasks(entries)
+    check_shared_seeds(entries)
     first = next(iter(entries[0].runs.values())).config
     tasks = min(subject.config.eval_tasks for entry in entries for subject in entry.runs.values())
-    skipped = VALIDATION_TASKS if call.split == "validation" else 0
+    skipped = trainer.VALIDATION_TASKS if call.split == "validation" else 0
     folder = call.out or Path(call.compare[0]).parent
     size = f"{first.dataset_name}-{first.task_size}-{first.queries}query-{tasks}tasks"
     file = folder / f"comparison-{_in_file_name([entry.name for entry in entries])}-{call.split}-{size}"
@@ -88,9 +91,7 @@ def compare(call: Invocation, given: Mapping[str, Any], command: str) -> int:
         print(f"  device      {prepare(first, call).describe()}", flush=True)
         sides, records = _measured(entries, call, tasks, skipped)
         loss = loss_name(first.loss)
-        words = f"{tasks} {call.split} tasks"
-        if skipped:
-            words += f" ({skipped} to {skipped + tasks - 1}: none of those by which checkpoints were chosen)"
+        words = f"{tasks} {call.split} tasks" + ", none of which chose a checkpoint" * bool(skipped)
         print(f"\n{paired.settings_table(sides)}\n\n{paired.learning_table(sides, loss)}")
         print(f"\n{paired.differences_table(sides, loss, words)}")
         result = {
@@ -189,18 +190,34 @@ def _place_of_one(path: Path) -> Place:
 def names_of(places: Sequence[Place]) -> list[str]:
     """What each is called: the shortest that tells it from the others."""
     folders = [place.folder.resolve() for place in places]
+    short = dict(zip(folders, _without_common_words([_last_parts(f, folders) for f in folders]), strict=True))
     names: list[str] = []
     for place, folder in zip(places, folders, strict=True):
         beside = [other for other, its in zip(places, folders, strict=True) if its == folder]
-        parts = [] if len(beside) == len(places) > 1 and place.setting else [_last_parts(folder, folders)]
-        if len({other.setting for other in beside}) > 1:
-            parts.append(place.setting)
+        several = len({other.setting for other in beside}) > 1
+        parts = [short[folder] * (not several or len(beside) < len(places)), place.setting * several]
         if len({other.named for other in beside if other.setting == place.setting}) > 1:
-            parts.append(place.named or "best")
-        name = printable(" ".join(parts)) or "run"
+            parts.append(place.named or "as chosen")
+        name = printable(" ".join(filter(None, parts))) or "run"
         again = sum(each == name or each.startswith(f"{name} (") for each in names)
         names.append(f"{name} ({again + 1})" if again else name)
     return names
+
+
+def _without_common_words(names: Sequence[str]) -> list[str]:
+    """Names of folders without the words with which all begin and end, if that leaves letters of each."""
+    split = [re.split("([-_])", name) for name in names]
+    if len(set(names)) == 1 or any("/" in name for name in names):
+        return list(names)
+    head, backwards = (_common_length(words) // 2 * 2 for words in (split, [w[::-1] for w in split]))
+    short = ["".join(words[head : len(words) - backwards]) for words in split]
+    return short if all(any(c.isalpha() for c in name) for name in short) else list(names)
+
+
+def _common_length(lists: Sequence[Sequence[str]]) -> int:
+    """Of what all begin with."""
+    same = (len(set(column)) == 1 for column in zip(*lists, strict=False))
+    return len(list(itertools.takewhile(bool, same)))
 
 
 def _last_parts(folder: Path, others: Sequence[Path]) -> str:
@@ -294,10 +311,22 @@ def check_same_tasks(entries: Sequence[Entry]) -> None:
         )
 
 
+def check_shared_seeds(entries: Sequence[Entry]) -> None:
+    """Raises UsageError where several runs have no seed of the first."""
+    first = entries[0]
+    for entry in entries[1:]:
+        if not paired.shared_seeds(entry.runs, first.runs):
+            raise UsageError(
+                f"--compare: {first.name} and {entry.name} have no seed in common, and cannot be paired: name "
+                "one run of each"
+            )
+
+
 def _what_is_measured(config: Config) -> dict[str, Any]:
     """The settings that decide what the tasks are and, of a regression, what is measured on them."""
-    names = [*TASKS, *([] if config.classification else ["loss", "loss_args"])]
-    found = {name: getattr(config, name) for name in names}
+    found = {name: getattr(config, name) for name in TASKS}
+    for name in ("loss", "loss_args"):
+        found[name] = None if config.classification else getattr(config, name)
     kind, colon, path = config.dataset.partition(":")
     if kind in DATA_KINDS and colon:
         found["dataset"] = f"{kind}:{os.path.realpath(path)}"

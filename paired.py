@@ -7,13 +7,12 @@ and the spread over seeds (lowest to highest) are two things, and stand apart.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from errors import UsageError
 from evaluation import Evaluation, mean_and_interval
 from report import GREY, new_figure, style, table
 from spread import COLOURS, Column, columns_of, spread
@@ -26,6 +25,7 @@ Curve = tuple[list[float], list[float]]  # iterations, values
 
 MARKERS = "os^Dv"  # where colours come again
 MOST_COLUMNS = 4  # runs that a table of settings has beside each other
+OFF = ("no", "none", "0", "0.0")  # values of a setting
 LONGEST = 40  # characters of a name or a setting that is shown
 
 
@@ -84,19 +84,11 @@ class Difference:
         return word if agreeing else f"{word}, but not in every seed"
 
 
-def shared_seeds(one: Side, other: Side) -> list[tuple[int, int]]:
-    """The seeds that are paired: those that both have; of single runs, whatever they are.
-
-    Raises UsageError where there is none.
-    """
-    if len(one.evaluations) == len(other.evaluations) == 1:
-        return list(zip(one.evaluations, other.evaluations, strict=True))
-    shared = [seed for seed in one.evaluations if seed in other.evaluations]
-    if not shared:
-        raise UsageError(
-            f"{one.name} and {other.name} have no seed in common, and cannot be paired: name one run of each"
-        )
-    return [(seed, seed) for seed in shared]
+def shared_seeds(one: Collection[int], other: Collection[int]) -> list[tuple[int, int]]:
+    """The seeds that are paired: those that both have; of single runs, whatever they are."""
+    if len(one) == len(other) == 1:
+        return list(zip(one, other, strict=True))
+    return [(seed, seed) for seed in one if seed in other]
 
 
 def difference(
@@ -104,7 +96,7 @@ def difference(
 ) -> Difference:
     """`one` less `first`, each with its normalisation and after its inner steps, by default the quoted."""
     steps = (one.steps, first.steps) if steps is None else steps
-    pairs = shared_seeds(one, first)
+    pairs = shared_seeds(one.evaluations, first.evaluations)
     values, diverged = [], []
     for seeds in pairs:
         evaluations = one.evaluations[seeds[0]], first.evaluations[seeds[1]]
@@ -205,7 +197,9 @@ def settings_table(sides: Sequence[Side]) -> str:
 
 
 def differs(sides: Sequence[Side], flag: str) -> bool:
-    return len({side.settings.get(flag) for side in sides}) > 1
+    """Whether a setting is not the same; where it means nothing, it is as if it were off."""
+    values = {side.settings.get(flag, "no") for side in sides}
+    return len({"no" if value in OFF else value for value in values}) > 1
 
 
 def learning_table(sides: Sequence[Side], loss_name: str) -> str:
@@ -241,7 +235,7 @@ def differences_table(sides: Sequence[Side], loss_name: str, tasks: str) -> str:
     scale, digits = _units(sides)
     more = sides[0].accuracies
     measure = "accuracy %" if more else loss_name
-    ways = normalisations(sides)
+    ways, many = normalisations(sides), any(len(side.evaluations) > 1 for side in sides)
     rows = []
     for words, norms in ways.items():
         for number, (side, norm) in enumerate(zip(sides, norms, strict=True)):
@@ -253,20 +247,23 @@ def differences_table(sides: Sequence[Side], loss_name: str, tasks: str) -> str:
                 "steps": str(side.steps),
                 measure: column.cell(side.steps, scale, digits),
                 "diverged": column.count(side.steps),
+                "seeds": str(len(found.by_seed) if number else len(side.evaluations)) if many else "",
                 "difference": found.in_words(scale, digits) if number else "the first",
                 "pairs left out": str(found.left_out * bool(number)),
                 "that is": found.verdict(more_is_better=more) if number else "",
             }
             rows.append(row)
     shown = [name for name in rows[0] if any(row[name] not in ("", "0") for row in rows) or name == ""]
-    many = any(len(side.evaluations) > 1 for side in sides)
-    over_seeds = " of the mean over seeds (lowest to highest seed)" if many else ""
     left_out = "Diverged tasks are left out, and counted." if "diverged" in shown else "No task diverged."
+    result = pairs = "mean ± 95 % interval over tasks"
+    if many:
+        result = "mean over seeds ± the mean 95 % interval over tasks (lowest to highest seed)"
+        pairs = "mean over shared seeds ± its 95 % interval over tasks (lowest to highest seed)"
     return (
         f"{table([(name, '', [row[name] for row in rows]) for name in shown])}\n"
-        f"Query {measure} on {tasks}, ± 95 % interval over tasks{over_seeds}. Differences to "
-        f"{sides[0].name} are paired: the same tasks{', the same seeds' if many else ''}; better or worse "
-        f"where the interval excludes 0. {left_out}"
+        f"Query {measure} on {tasks}: {result}. {left_out}\n"
+        f"Difference to {_shown(sides[0].name)} on the same tasks: {pairs}; better or worse where the "
+        "interval excludes 0."
     )
 
 
@@ -373,7 +370,7 @@ def _draw_steps(panel: Axes, side: Side, column: Column, line: Mapping[str, Any]
 
 def _set_scale(learning: Axes, steps: Axes, *, more_is_better: bool) -> None:
     """Of losses a logarithmic one, where it can be: they differ by orders of magnitude."""
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogFormatter, MaxNLocator
 
     steps.xaxis.set_major_locator(MaxNLocator(integer=True))
     for panel in (learning, steps):
@@ -382,10 +379,12 @@ def _set_scale(learning: Axes, steps: Axes, *, more_is_better: bool) -> None:
             panel.set_ylim(top=1.0)
         elif 0 < low < math.inf:
             panel.set_yscale("log")
+            for formatter in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+                formatter(LogFormatter(minor_thresholds=(2, 0.4)))  # as 0.3, not as a power of ten
 
 
 def _draw_differences(panel: Axes, sides: Sequence[Side], norms: Sequence[str], measure: str) -> None:
-    """A row a side: mean and interval over tasks, and a small tick for each of several seeds."""
+    """A row a side: mean and interval over tasks, and below it a dot for each of several seeds."""
     better = "right" if sides[0].accuracies else "left"
     panel.axvline(0.0, color=GREY, linestyle=":")
     for number, (side, norm) in enumerate(zip(sides, norms, strict=True)):
@@ -395,7 +394,7 @@ def _draw_differences(panel: Axes, sides: Sequence[Side], norms: Sequence[str], 
         panel.errorbar([found.mean], [number], xerr=half, fmt=marker, color=colour, capsize=3, markersize=6)
         if len(found.by_seed) > 1 and number:
             seeds = list(found.by_seed.values())
-            panel.plot(seeds, [number] * len(seeds), "|", color=colour, markersize=10)
+            panel.plot(seeds, [number + 0.25] * len(seeds), "o", color=colour, markersize=2.5)
     panel.set_yticks(range(len(sides)), [_shown(side.name) for side in sides])
     panel.set_ylim(len(sides) - 0.5, -0.5)
     panel.set_xlabel(
