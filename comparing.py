@@ -317,8 +317,8 @@ def check_shared_seeds(entries: Sequence[Entry]) -> None:
     for entry in entries[1:]:
         if not paired.shared_seeds(entry.runs, first.runs):
             raise UsageError(
-                f"--compare: {first.name} and {entry.name} have no seed in common, and cannot be paired: name "
-                "one run of each"
+                f"--compare: {first.name} and {entry.name} have no seed in common, and cannot be paired: "
+                "name one run of each"
             )
 
 

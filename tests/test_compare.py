@@ -58,8 +58,8 @@ def place(tmp_path_factory):
             pixels = random.integers(0, 255, (12, 12), dtype=np.uint8)
             Image.fromarray(pixels).save(images / f"{each}.png")
     data = ["--dataset", f"images:{folder / 'images'}", "--image-size", "12", "--channels", "1", "-n", "2"]
-    trained("conv", *data, "--learner", "conv")
-    trained("inductive", *data, "--learner", "conv", "--batch-norm", "inductive")
+    trained("batch-norm", *data, "--learner", "fc")
+    trained("inductive", *data, "--learner", "fc", "--batch-norm", "inductive")
     yield folder
     patch.undo()
 
@@ -242,7 +242,7 @@ def test_best_is_measured_and_the_curves_are_those_of_the_whole_run(compare, pla
 
 
 def test_with_batch_norm_accuracies_as_trained_and_both_ways(compare):
-    result, said = compare("conv", "inductive")
+    result, said = compare("batch-norm", "inductive")
     assert result["measure"] == "accuracy" and "accuracy %" in said
     found = [one["results"] for one in result["sides"]]
     norms = [[each["normalisation"] for each in one.values()] for one in found]
@@ -301,7 +301,7 @@ def test_names_are_the_shortest_that_tell_runs_apart(given, names):
         ("maml five", "-k 3) and five (-k 5)"),
         ("maml five", "give -k"),
         ("maml huber -k 3", "--loss"),
-        ("maml conv", "have other tasks"),
+        ("maml batch-norm", "have other tasks"),
         ("seeds late", "no seed in common"),
         ("maml fomaml --iterations 3", "maml/best.pt: --iterations 3 disagrees"),
         ("maml fomaml --learner own.py:net", "none of the runs"),
@@ -313,7 +313,7 @@ def test_names_are_the_shortest_that_tell_runs_apart(given, names):
         ("maml fomaml --split train", "expected one of validation, test"),
         ("maml fomaml --out maml/best.pt/x", "cannot write"),
         ("maml fomaml --out new -k 100000000000", "expected a whole number"),
-        ("maml conv --split test --eval-dataset harmonic --out new/er", "learned classification"),
+        ("maml batch-norm --split test --eval-dataset harmonic --out new/er", "learned classification"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_one_line_and_leaves_nothing(
