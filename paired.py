@@ -372,6 +372,10 @@ def _set_scale(learning: Axes, steps: Axes, *, more_is_better: bool) -> None:
     """Of losses a logarithmic one, where it can be: they differ by orders of magnitude."""
     from matplotlib.ticker import LogFormatter, MaxNLocator
 
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""  # not all ticks have room for it
+
     steps.xaxis.set_major_locator(MaxNLocator(integer=True))
     for panel in (learning, steps):
         low = panel.dataLim.ymin
@@ -379,8 +383,8 @@ def _set_scale(learning: Axes, steps: Axes, *, more_is_better: bool) -> None:
             panel.set_ylim(top=1.0)
         elif 0 < low < math.inf:
             panel.set_yscale("log")
-            for formatter in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
-                formatter(LogFormatter(minor_thresholds=(2, 0.4)))  # as 0.3, not as a power of ten
+            panel.yaxis.set_major_formatter(Plain())
+            panel.yaxis.set_minor_formatter(Plain(minor_thresholds=(2, 0.4)))
 
 
 def _draw_differences(panel: Axes, sides: Sequence[Side], norms: Sequence[str], measure: str) -> None:
