@@ -79,7 +79,7 @@ def compare(call: Invocation, given: Mapping[str, Any], command: str) -> int:
     first = next(iter(entries[0].runs.values())).config
     tasks = min(subject.config.eval_tasks for entry in entries for subject in entry.runs.values())
     skipped = trainer.VALIDATION_TASKS if call.split == "validation" else 0
-    folder = call.out or Path(call.compare[0]).parent
+    folder = call.out or places[0].folder.parent
     size = f"{first.dataset_name}-{first.task_size}-{first.queries}query-{tasks}tasks"
     file = folder / f"comparison-{_in_file_name([entry.name for entry in entries])}-{call.split}-{size}"
     compared = [[str(s.file.resolve()) for s in entry.runs.values() if s.file] for entry in entries]
@@ -146,7 +146,7 @@ def _side(entry: Entry, results: dict[int, Evaluation]) -> paired.Side:
     shown = settings.in_words(saved, [name for name in settings.meaningful(saved) if name in learned])
     measure = "query_accuracy" if config.classification else "query_loss"
     curves = {seed: curve["validation"] for seed, curve in entry.curves.items()}
-    validation = {seed: (c.get("iteration", []), c.get(measure, [])) for seed, c in curves.items()}
+    validation = {s: (c["iteration"], c[measure]) if measure in c else ([], []) for s, c in curves.items()}
     return paired.Side(entry.name, shown, validation, results, config.query_norm, config.test_steps)
 
 

@@ -44,7 +44,7 @@ def place(tmp_path_factory):
         assert run(*TINY, "--checkpoint-path", folder, "--run-name", name, *flags) == 0
 
     trained("maml")
-    trained("fomaml", "--first-order", "--inner-lr", "0.1")
+    trained("fomaml", "--first-order", "--inner-lr", "0.1", "-s", "2")
     trained("five", "-k", "5")
     trained("huber", "--loss", "huber")
     trained("grid", "--seeds", "0-2", "--sweep", "inner-lr=0.001,0.1")
@@ -251,9 +251,13 @@ def test_with_batch_norm_accuracies_as_trained_and_both_ways(compare):
         ["transductive", "transductive", "inductive"],
         ["inductive", "transductive", "inductive"],
     ]
-    for one in found:
-        values = one["inductive"]["per_task"]["0"]
-        assert one["inductive"]["per_step"][10 if len(values) < 3 else 3]["mean"] <= 1.0 and len(values) == 12
+    trained = [one["as trained"] for one in found]
+    values = [np.array(one["per_task"]["0"]) for one in trained]
+    alone = [found[0]["transductive"], found[1]["inductive"]]
+    assert [one["per_task"] for one in trained] == [one["per_task"] for one in alone]
+    mean, interval = mean_and_interval(values[1] - values[0])
+    assert trained[1]["difference"]["mean"] == pytest.approx(mean, rel=DIGITS) and mean != 0
+    assert trained[1]["difference"]["interval_95_over_tasks"] == pytest.approx(interval, rel=DIGITS)
 
 
 def test_a_run_that_is_being_trained_is_read_and_nothing_is_left_in_its_folder(compare, place):
@@ -314,6 +318,7 @@ def test_names_are_the_shortest_that_tell_runs_apart(given, names):
         ("maml fomaml --out maml/best.pt/x", "cannot write"),
         ("maml fomaml --out new -k 100000000000", "expected a whole number"),
         ("maml batch-norm --split test --eval-dataset harmonic --out new/er", "learned classification"),
+        ("batch-norm inductive --split test --eval-dataset images:gone --out new/er", "gone"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_one_line_and_leaves_nothing(
