@@ -51,7 +51,7 @@ def prepare(config: Config, call: Invocation, world: World = ALONE) -> Runtime:
         threads=call.threads, world=world, deterministic=call.deterministic,
     )  # fmt: skip
     if runtime.device.type == "cpu":
-        check_memory(config, world.size, testing=call.eval or call.adapt is not None)
+        check_memory(config, world.size, testing=bool(call.eval or call.adapt or call.compare))
     return runtime
 
 

@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 import os
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -522,6 +522,16 @@ class Invocation:
         help="with --eval --load: beside it training from scratch on each task and, for regression, a "
         "pretrained network and the oracle that is told the task; these two are trained first",
     )  # fmt: skip
+    compare: tuple[str, ...] = flag(
+        "--compare", group="what to do", kind=tuple, metavar="RUN", default=(),
+        help="set runs side by side: learning curves, and paired differences on the same tasks. The folder "
+        "of a run, a checkpoint, or a folder of many runs, whose seeds are taken together",
+    )  # fmt: skip
+    split: str = flag(
+        "--split", group="evaluation", kind=str, choices=("validation", "test"), default="validation",
+        help="with --compare: the tasks to measure on. Choose between runs on validation tasks, and measure "
+        "the choice on test tasks",
+    )  # fmt: skip
     adapt: Path | None = flag(
         "--adapt", group="what to do", kind=Path, metavar="PATH", default=None, optional=True,
         help="with --load: adapt to a task of your own and predict. A folder with support/<class>/ and "
@@ -534,8 +544,8 @@ class Invocation:
     eval_dataset: str | None = flag(
         "--eval-dataset", group="tasks", kind=str, check=a_dataset, metavar="NAME", default=None,
         optional=True,
-        help="with --eval --load: take the test tasks from another dataset; all of its classes are for test "
-        "where it has no split of its own",
+        help="with --eval --load, or --compare --split test: take the test tasks from another dataset; all "
+        "of its classes are for test where it has no split of its own",
     )  # fmt: skip
     load: Path | None = flag(
         "--load", group="what to do", kind=Path, metavar="FILE", default=None, optional=True,
@@ -584,7 +594,7 @@ class Invocation:
     )  # fmt: skip
     out: Path | None = flag(
         "--out", group="files", kind=Path, metavar="FOLDER", default=None, optional=True,
-        help="where --eval writes its results; beside the checkpoint by default",
+        help="where --eval, --adapt and --compare write their results",
     )  # fmt: skip
     theme: str = flag(
         "--theme", group="files", kind=str, choices=choices.THEMES, default="light",
@@ -629,6 +639,9 @@ class Invocation:
 CONFIG_FLAGS = flags_of(Config)
 INVOCATION_FLAGS = flags_of(Invocation)
 ALL_FLAGS = CONFIG_FLAGS | INVOCATION_FLAGS
+# what --compare takes beside the settings
+WITH_COMPARE = frozenset(("compare", "split", "eval_dataset", "out", "data_root", "device", "threads",
+                          "deterministic", "samples"))  # fmt: skip
 GROUPS = (
     "what to do", "tasks", "learner", "algorithm", "inner loop", "outer loop", "evaluation", "logging",
     "files", "machine",
@@ -690,7 +703,7 @@ def _default_text(name: str, declaration: Flag) -> str:
     if name == "run_name":
         return "from the settings and the time"
     if name == "out":
-        return "beside the checkpoint"
+        return "beside the checkpoint, or the first run"
     if name == "runs_at_once":
         return "by the runs"
     if name == "threads":
@@ -1264,6 +1277,14 @@ def check_invocation(given: Mapping[str, Any]) -> Invocation:
     """This call's part of the flags; raises UsageError where they contradict each other."""
     call = Invocation(**{name: given[name] for name in given if name in INVOCATION_FLAGS})
     refusals = [
+        (
+            call.compare and (given.keys() - CONFIG_FLAGS.keys()) - WITH_COMPARE,
+            "--compare measures runs that have been trained: leave out "
+            + " and ".join(
+                ALL_FLAGS[name].names[0] for name in given if name not in {*CONFIG_FLAGS, *WITH_COMPARE}
+            ),
+        ),
+        ("split" in given and not call.compare, "--split is of --compare: --eval measures on test tasks"),
         (call.eval and call.resume, "--resume goes on training: leave out --eval"),
         (call.eval and call.init_from, "--init-from begins a run: use --load with --eval"),
         (call.load and call.init_from, "--load goes on with a run, --init-from begins one: give one"),
@@ -1274,10 +1295,10 @@ def check_invocation(given: Mapping[str, Any]) -> Invocation:
         ),
         (call.resume and not call.run_name, "--resume needs the --run-name of the run to go on with"),
         (
-            (call.eval or call.adapt)
+            (call.eval or call.adapt or call.compare)
             and given.keys() & {"compile", "compile_after", "engine", "convolution"},
-            "--compile, --compile-after, --engine and --conv are for training: leave them out with --eval "
-            "and --adapt",
+            "--compile, --compile-after, --engine and --conv are for training: leave them out with --eval, "
+            "--adapt and --compare",
         ),
         (
             call.autotune and call.deterministic,
@@ -1314,8 +1335,9 @@ def check_invocation(given: Mapping[str, Any]) -> Invocation:
         ),
         (call.save_weights and not call.adapt, "--save-weights writes adapted weights: it needs --adapt"),
         (
-            call.eval_dataset and not (call.eval and call.load),
-            "--eval-dataset is for testing a checkpoint: give --eval and --load",
+            call.eval_dataset and not ((call.eval and call.load) or (call.compare and call.split == "test")),
+            "--eval-dataset is for testing a checkpoint: give --eval and --load, or --compare and --split "
+            "test",
         ),
         (
             call.eval_dataset and "dataset" in given,
@@ -1330,8 +1352,8 @@ def check_invocation(given: Mapping[str, Any]) -> Invocation:
             "--baselines is measured beside a checkpoint: give --eval and --load",
         ),
         (
-            call.out and not (call.eval or call.adapt),
-            "--out is where --eval and --adapt write: it means nothing without",
+            call.out and not (call.eval or call.adapt or call.compare),
+            "--out is where --eval, --adapt and --compare write: it means nothing without",
         ),
         (
             call.load and call.run_name,
@@ -1408,6 +1430,11 @@ def meaningful(config: Config) -> dict[str, Any]:
         for name, declaration in CONFIG_FLAGS.items()
         if declaration.only is None or ONLY[declaration.only](config) is None
     }
+
+
+def in_words(config: Config, names: Iterable[str]) -> dict[str, str]:
+    """Some settings as they are shown, by the names of their flags."""
+    return {CONFIG_FLAGS[name].names[0]: _show(getattr(config, name)) for name in names}
 
 
 def by_flag(config: Config) -> dict[str, Any]:

@@ -78,12 +78,14 @@ def evaluate(
     normalisations: tuple[str, ...],
     statistics: Weights | None = None,
     inner_batch: int | None = None,
+    skipped: int = 0,
     world: World = ALONE,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """Adapts to each of the first `tasks` fixed tasks of a split, by 0, 1, ... `steps` steps.
+    """Adapts to each of `tasks` fixed tasks of a split, by 0, 1, ... `steps` steps.
 
     Arguments:
+        skipped: the first tasks of the split, which are left out.
         statistics: what "per-step" normalises with (see `MAML.predictions`).
         inner_batch: support examples in the minibatch of an inner step; None: all of them.
         world: the processes that share the chunks of tasks; each gets the whole result, which is the same
@@ -96,7 +98,7 @@ def evaluate(
     for first in range(0, tasks, size)[world.rank :: world.size]:
         if interrupted():
             raise InterruptedError
-        numbers = range(first, min(first + size, tasks))
+        numbers = range(skipped + first, skipped + min(first + size, tasks))
         batch = distribution.sample(split, SEED, 0, numbers)
         random = _random(split, batch, numbers, inner_batch, steps)
         outputs = maml.predictions(parameters, batch, steps, normalisations, **random, statistics=statistics)

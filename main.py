@@ -7,6 +7,7 @@
     python main.py --load checkpoints/RUN/last.pt           # go on with a run
     python main.py --algorithm meta-sgd                     # another of the family, or choice by choice
     python main.py --eval --load checkpoints/RUN/best.pt    # measure it on the test tasks
+    python main.py --compare checkpoints/RUN checkpoints/OTHER      # learning curves, paired differences
     python main.py --adapt FOLDER --load checkpoints/RUN/best.pt    # adapt it to a task of one's own
     python main.py --dataset images:FOLDER --learner torchvision:resnet18
     tensorboard --logdir checkpoints
@@ -112,7 +113,7 @@ def command(arguments: list[str]) -> int:
         call = settings.check_invocation(given)
         # mistakes answer before PyTorch is imported
         members = members_of(call, given)
-        if call.load is None and not call.resume and not members:
+        if call.load is None and not call.resume and not members and not call.compare:
             settings.resolve(given)
 
         check_current_folder()
@@ -127,8 +128,9 @@ def command(arguments: list[str]) -> int:
             init_from=call.init_from and in_run(call.init_from, BEST, LAST),
         )
         world = launched()
-        if world.size > 1 and call.adapt is not None:
-            raise UsageError("--adapt is for one process: start it without torchrun")
+        if world.size > 1 and (call.adapt is not None or call.compare):
+            name = "--compare" if call.compare else "--adapt"
+            raise UsageError(f"{name} is for one process: start it without torchrun")
         device = device_of(call.device, world)
     except UsageError as error:
         if FIRST_ON_MACHINE:
@@ -144,6 +146,8 @@ def command(arguments: list[str]) -> int:
         code = train_many(call, members, world)
     elif call.adapt is not None:
         code = adapt(call, given, arguments)
+    elif call.compare:
+        code = compare_runs(call, given, arguments)
     else:
         code = evaluate(call, given, arguments, world) if call.eval else train(call, given, world)
     leave()
@@ -455,6 +459,13 @@ def compare(
     report.write_figure(Path(f"{file}.png"), figure)
     print(f"Written: {file}.json and .png")
     return 0
+
+
+def compare_runs(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -> int:
+    """Sets trained runs side by side (--compare)."""
+    from comparing import compare
+
+    return compare(call, given, shlex.join(["main.py", *arguments]))
 
 
 # ---- putting it to use ----------------------------------------------------------------------

@@ -38,7 +38,13 @@ class Subject:
     @classmethod
     def read(cls, file: Path | None, call: Invocation, given: Mapping[str, Any]) -> Subject:
         """A checkpoint with its settings, and those flags that may differ; uncompiled, whatever it was."""
-        source = None if file is None else load_checkpoint(file)
+        return cls.of(file, None if file is None else load_checkpoint(file), call, given)
+
+    @classmethod
+    def of(
+        cls, file: Path | None, source: Checkpoint | None, call: Invocation, given: Mapping[str, Any]
+    ) -> Subject:
+        """The same of a checkpoint that has been read."""
         if source is None:
             config = settings.resolve(given)
         else:
@@ -144,8 +150,8 @@ class Built:
     parameters: Weights
     statistics: Weights
 
-    def measured(self, runtime: Runtime) -> Evaluation:
-        """On the test tasks, with all that batch norm can do."""
+    def measured(self, runtime: Runtime, split: str = "test", skipped: int = 0) -> Evaluation:
+        """On the fixed tasks of a split but the first, `skipped` ones, with all that batch norm can do."""
         config = self.subject.config
         normalisations: tuple[str, ...] = (config.query_norm,)
         if self.maml.has_batch_norm:
@@ -156,12 +162,13 @@ class Built:
                 maml,
                 self.parameters,
                 self.distribution,
-                "test",
+                split,
                 tasks=tasks,
                 steps=config.eval_steps,
                 normalisations=normalisations,
                 statistics=self.statistics,
                 inner_batch=config.eval_inner_batch,
+                skipped=skipped,
                 world=world,
             )
 

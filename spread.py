@@ -169,7 +169,7 @@ def training_figure(runs: Sequence[Outcome], theme: Theme = LIGHT) -> Figure:
 
 
 @dataclass(frozen=True)
-class _Column:
+class Column:
     """The runs of a setting, with one normalisation, over inner steps."""
 
     setting: str
@@ -190,13 +190,13 @@ class _Column:
         return str(self.diverged[step]) if step < len(self.diverged) else ""
 
 
-def _columns(results: Mapping[str, Sequence[Evaluation]]) -> list[_Column]:
+def columns_of(results: Mapping[str, Sequence[Evaluation]]) -> list[Column]:
     found = []
     for setting, evaluations in results.items():
         for norm in evaluations[0].losses:
             by_step = list(zip(*(of_the_rest(each, norm) for each in evaluations), strict=True))
             found.append(
-                _Column(
+                Column(
                     setting,
                     norm * (len(evaluations[0].losses) > 1),
                     [[mean.item() for mean, _ in of_runs] for of_runs in by_step],
@@ -214,7 +214,7 @@ def test_table(results: Mapping[str, Sequence[Evaluation]], words: Words) -> str
     Tasks that have diverged are left out, and counted where there are any.
     """
     some = next(iter(results.values()))[0]
-    found = _columns(results)
+    found = columns_of(results)
     rows = max(len(column.means) for column in found)
     scale, digits = (100, 2) if some.accuracies else (1, 4)
     measure = "accuracy %" if some.accuracies else words.loss_name
@@ -253,7 +253,7 @@ def test_record(results: Mapping[str, Sequence[Evaluation]]) -> dict[str, Any]:
     have not diverged."""
     found: dict[str, Any] = {}
     norms = [norm for evaluations in results.values() for norm in evaluations[0].losses]
-    for norm, each in zip(norms, _columns(results), strict=True):
+    for norm, each in zip(norms, columns_of(results), strict=True):
         found.setdefault(each.setting, {})[norm] = [
             spread(means) | {"interval_95_over_tasks": interval, "diverged_tasks": diverged}
             for means, interval, diverged in zip(each.means, each.intervals, each.diverged, strict=True)

@@ -66,7 +66,7 @@ FITTING: dict[Any, tuple[str, ...]] = {
                            "oracle=yes,no", "meta-lr=1e-3", "loss=mse,huber", "grad-clip=1,2", "n=2,5"),
     flags.seed_range: ("0", "1", "9223372036854775807"),
 }  # fmt: skip
-BY_NAME = {"seeds": ("0-2", "1,5", "7", "0,2-4")}
+BY_NAME = {"seeds": ("0-2", "1,5", "7", "0,2-4"), "compare": ("folder", "file.pt", "no/such", ".")}
 BY_KIND: dict[type, tuple[str, ...]] = {
     int: ("1", "2", "3", "5", "10", "20"),
     float: ("0.5", "0.01", "1", "2", "0", "0.9"),
@@ -150,7 +150,7 @@ def test_any_flags_are_settled_or_refused_in_one_line_that_names_a_flag(line):
     try:
         given_flags = config.parse(line)
         call = config.check_invocation(given_flags)
-        if not members.members_of(call, given_flags) and call.load is None:
+        if not members.members_of(call, given_flags) and call.load is None and not call.compare:
             config.resolve(given_flags)
     except UsageError as error:
         said = main.for_terminal(str(error))
@@ -201,6 +201,7 @@ SMALL_BY_NAME = {
     "load": ("runs/sin/last.pt", "runs/sin/best.pt", "runs/img/best.pt", "runs/tab/last.pt", "runs/many",
              "runs/sin", "rows.csv", "no.pt"),
     "init_from": ("runs/sin/best.pt", "runs/img/last.pt", "runs/tab/last.pt", "images"),
+    "compare": ("runs/sin", "runs/sin/last.pt", "runs/img", "runs/tab/best.pt", "runs/many", "no"),
     "adapt": ("mine.csv", "mine", "images", "no"), "save_weights": ("w.pt", "no/such/w.pt"),
     "out": ("results", "rows.csv"),
     "run_name": ("a", "b", "sin", "many"), "split_shares": ("1,1,1", "64,16,20"), "head": ("0", "4", "2"),
@@ -212,6 +213,7 @@ DOING = (
     ["--eval", "--load", "runs/img/best.pt"], ["--eval", "--load", "runs/tab/best.pt"],
     ["--eval", "--load", "runs/many"],
     ["--load", "runs/sin/last.pt", "--iterations", "4"], ["--load", "runs/img/last.pt", "--iterations", "4"],
+    ["--compare", "runs/sin", "runs/sin/last.pt"], ["--compare", "runs/many", "runs/sin", "--split", "test"],
     ["--init-from", "runs/sin/last.pt"], ["--adapt", "mine.csv", "--load", "runs/tab/last.pt"],
     ["--adapt", "mine", "--load", "runs/img/last.pt"],
 )  # fmt: skip
@@ -233,7 +235,7 @@ algorithms = st.sampled_from([[], *(["--algorithm", name] for name in presets.AL
 
 def a_run(doing: list[str], data: list[str], algorithm: list[str], more: list[list[str]]) -> list[str]:
     """With a checkpoint, its own data and sizes; else these."""
-    own = [] if "--load" in doing else [*TINY, *data, *algorithm]
+    own = [] if {"--load", "--compare"} & set(doing) else [*TINY, *data, *algorithm]
     if "--eval" in doing and not own:
         own = ["--eval-tasks", "3", "--eval-steps", "2"]
     if "--eval" in own + doing and "--compile" in own:
@@ -317,7 +319,8 @@ def test_any_run_ends_well_or_in_one_line(line, place, capfd):
             warnings.resetwarnings()
             for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
                 warnings.simplefilter("ignore", kind)  # as Python does
-            code = main.main([*line, *([] if "--load" in line else ["--checkpoint-path", "runs"])])
+            where = [] if {"--load", "--compare"} & set(line) else ["--checkpoint-path", "runs"]
+            code = main.main([*line, *where])
         said, errors = capfd.readouterr()
         after = what_is_there(place)
         new = {path: content for path, content in after.items() if path not in before}
