@@ -21,12 +21,11 @@ import platform
 import re
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,8 +36,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import pictures  # noqa: E402
-from cells import SEEDS, TABLES, Cell, Column, Published, Table, Test  # noqa: E402
+import reproduced  # noqa: E402
+import table_figures  # noqa: E402
+from cells import SEEDS, TABLES, Cell, Table, Test  # noqa: E402
 
 from errors import UsageError  # noqa: E402
 from files import read_json, write_whole  # noqa: E402
@@ -265,189 +265,26 @@ def jobs_of(given: argparse.Namespace) -> Iterator[Job]:
                     yield Job(TABLES[name], cell, seed, given.folder, given.quick)
 
 
-# ---- numbers -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Number:
-    """A measured number over seeds: an error, or an accuracy in percent."""
-
-    means: list[float]  # of each seed, over the tasks that did not diverge
-    intervals: list[float]  # 95 % over tasks, of each seed; NaN where there are none
-    diverged: int  # tasks, of all seeds
-
-    @property
-    def mean(self) -> float:
-        return statistics.mean(self.means)
-
-    @property
-    def interval(self) -> float:
-        """Over tasks: the seeds have the same test tasks, so that more seeds do not narrow it."""
-        return statistics.mean(self.intervals)
-
-    def text(self, digits: int) -> str:
-        """The mean over seeds, its interval over tasks, the lowest and the highest seed."""
-        found = f"{self.mean:.{digits}f}"
-        if math.isfinite(self.interval):
-            found += f" ±{self.interval:.{digits}f}"
-        if len(self.means) > 1:
-            found += f" ({min(self.means):.{digits}f} to {max(self.means):.{digits}f})"
-        return found + f", {self.diverged} diverged" * bool(self.diverged)
-
-    def meets(self, published: Published, *, higher: bool) -> bool:
-        """Reached, or within the number's own interval of it."""
-        sign = 1 if higher else -1
-        interval = self.interval if math.isfinite(self.interval) else 0.0
-        return sign * (self.mean - published.value) + interval >= 0
-
-
-def number(table: Table, cell: Cell, column: Column, jobs: Sequence[Job]) -> Number | None:
-    """Of those runs that have it."""
-    means, intervals, diverged = [], [], 0
-    for job in jobs:
-        row = row_of(table, cell, column, job)
-        if row is None:
-            continue
-        measure = "accuracy" if table.accuracy else "loss_without_diverged"
-        scale = 100 if table.accuracy else 1
-        if row[measure] is None:
-            return None
-        means.append(scale * row[measure])
-        intervals.append(scale * row.get(f"{measure}_interval_95", math.nan))
-        diverged += row.get("diverged_tasks", 0)
-    return Number(means, intervals, 0 if table.accuracy else diverged) if means else None
-
-
-def row_of(table: Table, cell: Cell, column: Column, job: Job) -> dict[str, Any] | None:
-    """The numbers of a run after the steps of a column."""
-    if column.test is None:
-        final = job.progress.get("final_training_loss")
-        return {"loss_without_diverged": final["mean"]} if final else None
-    record = record_of(table, cell, column.test, job)
-    if record is None:
-        return None
-    steps = record.get("test_steps") if column.steps is None else column.steps
-    rows = [
-        row
-        for row in record["per_step"]
-        if column.normalisation in (None, row["normalisation"], "transductive" * (not table.accuracy))
-    ]
-    by_steps = {row["steps"]: row for row in rows}
-    if len(by_steps) == 1:  # a method that does not adapt
-        return by_steps.get(0)
-    return by_steps.get(steps)
-
-
-def record_of(table: Table, cell: Cell, test: str, job: Job) -> dict[str, Any] | None:
-    """A test's record: a run's own, or a baseline's beside it."""
-    found = next(each for each in table.tests if each.name == test)
-    if cell.beside is None:
-        return job.result(found)
-    beside = job.result(found, baselines=True)
-    return beside["methods"].get(cell.method) if beside else None
-
-
-# ---- tables --------------------------------------------------------------------------------------
-
-
-def jobs_for(cell: Cell, jobs: Iterable[Job]) -> list[Job]:
-    return [job for job in jobs if job.cell.method == (cell.beside or cell.method) and job.progress]
-
-
-def table_text(table: Table, jobs: Sequence[Job]) -> str:
-    """The table in Markdown: published numbers under ours, targets, commands."""
-    columns = [c for c in table.columns if any(number(table, x, c, jobs_for(x, jobs)) for x in table.cells)]
-    titles = [c.title for c in columns]
-    lines = [
-        f"### {table.title}\n",
-        f"| | {' | '.join([*titles, 'seeds', 'iterations', 'time'])} |",
-        "|-" * (len(titles) + 4) + "|",
-    ]
-    met: list[str] = []
-    digits = 2 if table.accuracy else 3
-    for cell in table.cells:
-        own = jobs_for(cell, jobs)
-        numbers = {c.title: number(table, cell, c, own) for c in columns}
-        if any(numbers.values()):
-            texts = [n.text(digits) if (n := numbers[title]) else "" for title in titles]
-            lines.append(f"| **{cell.method}** | {' | '.join([*texts, *length(cell, own)])} |")
-        for title, published in cell.published.items():
-            measured = numbers.get(title)
-            met.append(verdict(cell, title, published, measured, higher=table.accuracy, digits=digits))
-        if cell.published and any(title in titles for title in cell.published):
-            texts = [str(cell.published.get(title, "")) for title in titles]
-            lines.append(f"| *{cell.source}* | {' | '.join([*texts, '', '', ''])} |")
-    return "\n".join(
-        [*lines, "", footer(table, jobs), "", *met, "", "```sh", *commands(table, jobs), "```", ""]
-    )
-
-
-def length(cell: Cell, jobs: Sequence[Job]) -> list[str]:
-    """Seeds, iterations and time, as the table has them."""
-    if cell.beside:
-        return [str(len(jobs)), "", ""]
-    done = sorted({job.progress["iteration"] for job in jobs})
-    planned = jobs[0].progress["settings"]["iterations"]
-    reached = f"{done[0]:,}" if len(done) == 1 else f"{done[0]:,} to {done[-1]:,}"
-    if done[0] < planned:
-        reached += f" of {planned:,}"
-    seconds = [job.ledger["seconds"] for job in jobs if "seconds" in job.ledger]
-    took = f"{statistics.mean(seconds) / 60:.0f} min" if seconds and statistics.mean(seconds) > 90 else ""
-    if seconds and not took:
-        took = f"{statistics.mean(seconds):.0f} s"
-    return [f"{len(jobs)}" if len(jobs) > 1 else "1 (single run)", reached, took]
-
-
-def verdict(
-    cell: Cell, title: str, published: Published, measured: Number | None, *, higher: bool, digits: int
-) -> str:
-    """Whether a published number is met, in a line."""
-    said = f"- {cell.method}, {title}: published {published}"
-    if measured is None:
-        return f"{said}; not run"
-    if measured.meets(published, higher=higher):
-        reached = (measured.mean >= published.value) if higher else (measured.mean <= published.value)
-        how = "**met**" if reached else "**met**, within its interval"
-    else:
-        how = f"not met, by {abs(measured.mean - published.value):.{digits}f}"
-    return f"{said}, ours {measured.text(digits)}: {how}" + f" ({cell.note})" * bool(cell.note)
-
-
-def footer(table: Table, jobs: Sequence[Job]) -> str:
-    """What the numbers are."""
-    records = [r for job in jobs for test in table.tests if (r := job.result(test))]
-    machines = sorted({job.ledger["machine"] for job in jobs if "machine" in job.ledger})
-    devices = sorted({record["device"] for record in records})
-    versions = sorted({record["versions"]["torch"] for record in records})
-    tasks = sorted({record["tasks"] for record in records})
-    parts = [
-        f"{' or '.join(f'{n:,}' for n in tasks)} test tasks" if tasks else "",
-        "mean over seeds, ± 95 % interval over tasks, in brackets the lowest and the highest seed",
-        "" if table.accuracy else "diverged tasks are left out of the means, and counted over all seeds",
-        "`best.pt`, chosen on validation tasks",
-        "; ".join([*machines, *devices]),
-        f"torch {', '.join(versions)}" if versions else "",
-    ]
-    return "; ".join(part for part in parts if part) + "."
-
-
-def commands(table: Table, jobs: Sequence[Job]) -> list[str]:
-    """What makes the first seed's runs and tests, to be typed by hand."""
-    there = [job for job in jobs if job.progress]
-    shown = [job for job in there if job.seed == there[0].seed]
-    lines = [["python", "main.py", *job.training, "--run-name", job.name] for job in shown]
-    for test in table.tests if there else ():
-        checkpoint = f"checkpoints/{there[0].name}/{there[0].checkpoint.name}"
-        load = ["python", "main.py", "--eval", "--load", checkpoint]
-        lines.append([*load, *test.flags, *["--baselines"] * test.baselines])
-    return [shlex.join(line) for line in lines]
+# ---- what came of it -----------------------------------------------------------------------------
 
 
 def tests_of(table: Table, cell: Cell, job: Job) -> dict[str, Any]:
-    """What a run's tests have found after each step."""
-    found = {test.name: record_of(table, cell, test.name, job) for test in table.tests}
-    kept = ("tasks", "test_steps", "per_step", "curves")
-    return {name: {key: r[key] for key in kept if key in r} for name, r in found.items() if r}
+    """What a run's tests have found after each step, or those of a baseline beside it."""
+    found = {}
+    for test in table.tests:
+        own = job.result(test)
+        beside = job.result(test, baselines=True) if test.baselines else None
+        numbers = (beside or {"methods": {}})["methods"].get(cell.method) if cell.beside else own
+        if own and numbers:
+            found[test.name] = {
+                "tasks": own["tasks"],
+                "test_steps": own["test_steps"],
+                "device": own["device"],
+                "torch": own["versions"]["torch"],
+                "per_step": numbers["per_step"],
+                "curves": beside["curves"] if beside and not cell.beside else {},
+            }
+    return found
 
 
 def record(table: Table, jobs: Sequence[Job]) -> dict[str, Any]:
@@ -455,10 +292,10 @@ def record(table: Table, jobs: Sequence[Job]) -> dict[str, Any]:
     methods: dict[str, Any] = {}
     for cell in table.cells:
         runs = []
-        for job in jobs_for(cell, jobs):
+        for job in jobs:
             found = job.progress
-            runs.append(
-                {
+            if job.cell.method == (cell.beside or cell.method) and found:
+                run = {
                     "seed": job.seed,
                     "iterations": found["iteration"],
                     "planned": found["settings"]["iterations"],
@@ -466,39 +303,39 @@ def record(table: Table, jobs: Sequence[Job]) -> dict[str, Any]:
                     "final_training_loss": found["final_training_loss"],
                     "seconds": job.ledger.get("seconds"),
                     "machine": job.ledger.get("machine"),
-                    "command": shlex.join(["python", "main.py", *job.training]),
+                    "trained_by": shlex.join(["python", "main.py", *job.training]),
+                    "name": job.name,
+                    "checkpoint": job.checkpoint.name,
                     "tests": tests_of(table, cell, job),
                 }
-            )
+                runs.append(run)
         if runs:
             published = {title: p._asdict() for title, p in cell.published.items()}
             methods[cell.method] = {"published": published, "source": cell.source, "runs": runs}
     return {"table": table.name, "title": table.title, "methods": methods}
 
 
-def write(table: Table, jobs: Sequence[Job], given: argparse.Namespace) -> None:
-    """A table's files, of all runs that are there; the committed ones are shown in docs/results.md, too."""
-    if not any(job.progress for job in jobs):
-        return
-    given.results.mkdir(parents=True, exist_ok=True)
-    text = table_text(table, jobs)
+def write(table: Table, jobs: Sequence[Job], results: Path) -> None:
+    """A table's files, of all runs that are there."""
     found = record(table, jobs)
-    write_whole(given.results / f"{table.name}.md", lambda file: file.write(text.encode()))
-    write_json(given.results / f"{table.name}.json", found)
+    if not found["methods"]:
+        return
+    results.mkdir(parents=True, exist_ok=True)
+    text = reproduced.table_text(table, found)
+    write_whole(results / f"{table.name}.md", lambda file: file.write(text.encode()))
+    write_json(results / f"{table.name}.json", found)
     maml = next((job.checkpoint for job in jobs if job.cell.method == "maml" and job.progress), None)
-    pictures.draw(table, found, given.results, maml if table.name == "sinusoid" else None)
-    if given.results == RESULTS:
-        show(table.name, text)
+    table_figures.draw(table, found, results, maml if table.name == "sinusoid" else None)
 
 
-def show(name: str, text: str) -> None:
-    """Puts a table into its place in docs/results.md, where there is one."""
-    page = DOCS.read_text()
-    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-    if begin in page:
-        before, _, rest = page.partition(begin)
-        page = before + begin + text + end + rest.partition(end)[2]
-        write_whole(DOCS, lambda file: file.write(page.encode()))
+def show() -> None:
+    """Puts the committed tables into docs/results.md, and what was published beside ours into the README."""
+    records = {
+        name: read_json(RESULTS / f"{name}.json") for name in TABLES if (RESULTS / f"{name}.json").exists()
+    }
+    for name in records:
+        reproduced.put(DOCS, name, (RESULTS / f"{name}.md").read_text())
+    reproduced.put(ROOT / "README.md", "published", reproduced.summary(records))
 
 
 def main() -> int:
@@ -520,7 +357,9 @@ def main() -> int:
             failed |= not job.progress and not work.over
     everything = argparse.Namespace(**vars(given) | {"methods": None, "seeds": list(SEEDS)})
     for name in given.tables or TABLES:
-        write(TABLES[name], [job for job in jobs_of(everything) if job.table.name == name], given)
+        write(TABLES[name], [job for job in jobs_of(everything) if job.table.name == name], given.results)
+    if given.results == RESULTS:
+        show()
     print(f"Written: {given.results}")
     return 1 if failed else 0
 

@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from cells import Table  # noqa: E402
-from figures import THEMES, Theme, curve_style, legend_below, new_figure, over_iterations, over_steps, style  # noqa: E402
 
+from figures import THEMES, Theme, curve_style, legend_below, new_figure, over_iterations, over_steps, style  # noqa: E402
 from report import write_figure  # noqa: E402
 
 if TYPE_CHECKING:

@@ -1,0 +1,223 @@
+"""The numbers of benchmarks/reproduce.py: from a table's record to words. Pure functions, but for `put`."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from cells import TABLES, Cell, Column, Published, Table  # noqa: E402
+
+from files import write_whole  # noqa: E402
+
+Record = Mapping[str, Any]  # of a table, as reproduce.py writes it
+
+
+@dataclass(frozen=True)
+class Number:
+    """A measured number over seeds: an error, or an accuracy in percent."""
+
+    means: list[float]  # of each seed, over the tasks that did not diverge
+    intervals: list[float]  # 95 % over tasks, of each seed; NaN where there are none
+    diverged: int  # tasks, of all seeds
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.means)
+
+    @property
+    def interval(self) -> float:
+        """Over tasks: the seeds have the same test tasks, so that more seeds do not narrow it."""
+        return statistics.mean(self.intervals)
+
+    def text(self, digits: int) -> str:
+        """The mean over seeds, its interval over tasks, the lowest and the highest seed."""
+        found = f"{self.mean:.{digits}f}"
+        if math.isfinite(self.interval):
+            found += f" ±{self.interval:.{digits}f}"
+        if len(self.means) > 1:
+            found += f" ({min(self.means):.{digits}f} to {max(self.means):.{digits}f})"
+        return found + f", {self.diverged} diverged" * bool(self.diverged)
+
+    def reaches(self, published: Published, *, higher: bool) -> bool:
+        return self.mean >= published.value if higher else self.mean <= published.value
+
+    def meets(self, published: Published, *, higher: bool) -> bool:
+        """Reached, or within the number's own interval of it."""
+        interval = self.interval if math.isfinite(self.interval) else 0.0
+        near = abs(self.mean - published.value) <= interval
+        return near or self.reaches(published, higher=higher)
+
+
+def number(table: Table, column: Column, runs: Sequence[Record]) -> Number | None:
+    """A column of a method, of those runs that have it; None where there are none, or all tasks diverge."""
+    measure, scale = ("accuracy", 100) if table.accuracy else ("loss_without_diverged", 1)
+    rows = [row for run in runs if (row := row_of(column, run))]
+    if not rows or any(row[measure] is None for row in rows):
+        return None
+    intervals = [row.get(f"{measure}_interval_95") for row in rows]
+    return Number(
+        [scale * row[measure] for row in rows],
+        [math.nan if i is None else scale * i for i in intervals],
+        0 if table.accuracy else sum(row.get("diverged_tasks", 0) for row in rows),
+    )
+
+
+def row_of(column: Column, run: Record) -> Record | None:
+    """The numbers of a run after the steps of a column; None where it has not been measured so."""
+    if column.test is None:
+        final = run["final_training_loss"]
+        return {"loss_without_diverged": final["mean"]} if final else None
+    test = run["tests"].get(column.test)
+    if test is None:
+        return None
+    rows = {
+        row["steps"]: row for row in test["per_step"] if column.normalisation in (None, row["normalisation"])
+    }
+    wanted = test.get("test_steps") if column.steps is None else column.steps
+    return rows.get(0) if len(rows) == 1 else rows.get(wanted)  # the former does not adapt
+
+
+# ---- a table in Markdown -------------------------------------------------------------------------
+
+
+def digits_of(table: Table) -> int:
+    return 2 if table.accuracy else 3
+
+
+def table_text(table: Table, record: Record) -> str:
+    """Ours with the published numbers below, then what is met, and the commands."""
+    methods = record["methods"]
+    runs = {method: found["runs"] for method, found in methods.items()}
+    columns = [c for c in table.columns if any(number(table, c, own) for own in runs.values())]
+    titles = [c.title for c in columns]
+    lines = [
+        f"### {table.title}\n",
+        f"| | {' | '.join([*titles, 'seeds', 'iterations', 'time'])} |",
+        "|-" * (len(titles) + 4) + "|",
+    ]
+    for cell in table.cells:
+        own = runs.get(cell.method, [])
+        numbers = [number(table, column, own) for column in columns]
+        if any(numbers):
+            texts = [found.text(digits_of(table)) if found else "" for found in numbers]
+            lines.append(f"| **{cell.method}** | {' | '.join([*texts, *length(cell, own)])} |")
+        if any(title in titles for title in cell.published):
+            texts = [str(cell.published.get(title, "")) for title in titles]
+            lines.append(f"| *{cell.source}* | {' | '.join([*texts, '', '', ''])} |")
+    met = [f"- {cell.method}, {title}: {said}" for cell, title, *_, said in verdicts(table, record)]
+    shell = ["```sh", *commands(table, record), "```"]
+    return "\n".join([*lines, "", footer(table, record), "", *met, "", *shell, ""])
+
+
+def length(cell: Cell, runs: Sequence[Record]) -> list[str]:
+    """Seeds, iterations and time, as the table has them."""
+    seeds = str(len(runs)) if len(runs) > 1 else "1 (single run)"
+    if cell.beside:
+        return [seeds, "", ""]
+    seconds = [run["seconds"] for run in runs if run["seconds"]]
+    mean = statistics.mean(seconds) if seconds else 0
+    took = f"{mean / 60:.0f} min" if mean > 90 else f"{mean:.0f} s" * bool(mean)
+    return [seeds, reached(runs), took]
+
+
+def reached(runs: Sequence[Record]) -> str:
+    """Iterations, and of how many."""
+    done, planned = sorted({run["iterations"] for run in runs}), runs[0]["planned"]
+    said = f"{done[0]:,}" if len(done) == 1 else f"{done[0]:,} to {done[-1]:,}"
+    return said + f" of {planned:,}" * (done[0] < planned)
+
+
+def verdicts(table: Table, record: Record) -> list[tuple[Cell, str, Published, Number | None, str]]:
+    """Every published number of a table: the cell, the column, what was published, ours, and in words
+    whether it is met."""
+    found = []
+    columns = {column.title: column for column in table.columns}
+    for cell in table.cells:
+        runs = record["methods"].get(cell.method, {"runs": []})["runs"]
+        for title, published in cell.published.items():
+            ours = number(table, columns[title], runs) if runs else None
+            said = f"published {published}; not run"
+            if ours is not None:
+                digits = digits_of(table)
+                said = f"published {published}, ours {ours.text(digits)}: {how_near(table, published, ours)}"
+                said += f" (after {reached(runs)} iterations)" * (runs[0]["iterations"] < runs[0]["planned"])
+                said += f" ({cell.note})" * bool(cell.note)
+            found.append((cell, title, published, ours, said))
+    return found
+
+
+def how_near(table: Table, published: Published, ours: Number) -> str:
+    if ours.reaches(published, higher=table.accuracy):
+        return "**met**"
+    if ours.meets(published, higher=table.accuracy):
+        return "**met**, within its interval"
+    return f"not met, by {abs(ours.mean - published.value):.{digits_of(table)}f}"
+
+
+def footer(table: Table, record: Record) -> str:
+    """What the numbers are."""
+    runs = [run for found in record["methods"].values() for run in found["runs"]]
+    tests = [test for run in runs for test in run["tests"].values()]
+    machines = sorted({run["machine"] for run in runs if run["machine"]})
+    devices = sorted({test["device"] for test in tests if "device" in test})
+    versions = sorted({test["torch"] for test in tests})
+    tasks = sorted({test["tasks"] for test in tests if "tasks" in test})
+    parts = [
+        f"{' or '.join(f'{n:,}' for n in tasks)} test tasks" if tasks else "",
+        "mean over seeds, ± 95 % interval over tasks, in brackets the lowest and the highest seed",
+        "" if table.accuracy else "diverged tasks are left out of the means, and counted over all seeds",
+        "`best.pt`, chosen on validation tasks",
+        "; ".join([*machines, *devices]),
+        f"torch {', '.join(versions)}" if versions else "",
+    ]
+    return "; ".join(part for part in parts if part) + "."
+
+
+def commands(table: Table, record: Record) -> list[str]:
+    """What makes the first seed's runs, and the tests of the first, to be typed by hand."""
+    trained = {cell.method for cell in table.cells if cell.beside is None}
+    first = [found["runs"][0] for method, found in record["methods"].items() if method in trained]
+    lines = [f"{run['trained_by']} --run-name {shlex.quote(run['name'])}" for run in first]
+    for test in table.tests:
+        checkpoint = f"checkpoints/{first[0]['name']}/{first[0]['checkpoint']}"
+        flags = [*test.flags, *["--baselines"] * test.baselines]
+        lines.append(shlex.join(["python", "main.py", "--eval", "--load", checkpoint, *flags]))
+    return lines
+
+
+# ---- all tables ----------------------------------------------------------------------------------
+
+
+def summary(records: Mapping[str, Record]) -> str:
+    """Every published number of a method that has been run, in one table."""
+    lines = ["| | | published | ours | |", "|-|-|-|-|-|"]
+    for name, record in records.items():
+        table = TABLES[name]
+        for cell, title, published, ours, _ in verdicts(table, record):
+            if ours is None or cell.beside:
+                continue
+            runs = record["methods"][cell.method]["runs"]
+            seeds = f"{len(runs)} seeds" if len(runs) > 1 else "single run"
+            partly = f", {reached(runs)} iterations" * (runs[0]["iterations"] < runs[0]["planned"])
+            told = f"{how_near(table, published, ours)} ({seeds}{partly})"
+            method = f"{table.title.partition(':')[0].partition(', accuracy')[0]}, {cell.method}"
+            text = ours.text(digits_of(table))
+            lines.append(f"| {method} | {title} | {published} | {text} | {told} |")
+    return "\n".join([*lines, ""])
+
+
+def put(page: Path, name: str, text: str) -> None:
+    """Puts a text into a page, between `<!-- name -->` and `<!-- /name -->`, where these are."""
+    before, begin, rest = page.read_text().partition(f"<!-- {name} -->\n")
+    if begin:
+        _, end, after = rest.partition(f"<!-- /{name} -->")
+        write_whole(page, lambda file: file.write((before + begin + text + end + after).encode()))
