@@ -13,6 +13,7 @@ import members
 import presets
 
 README = (ROOT / "README.md").read_text()
+PAGES = [Path("README.md"), *sorted(page.relative_to(ROOT) for page in ROOT.glob("docs/*.md"))]
 
 
 def test_ci_runs_the_readmes_test_command():
@@ -40,9 +41,7 @@ def test_every_algorithm_has_its_page_and_its_row():
         assert f"--algorithm {name}" in text and f"| [`{name}`](docs/{page.name}) |" in README
 
 
-@pytest.mark.parametrize(
-    "page", [Path("README.md"), *sorted(p.relative_to(ROOT) for p in ROOT.glob("docs/*.md"))], ids=str
-)
+@pytest.mark.parametrize("page", PAGES, ids=str)
 def test_the_commands_of_the_readme_and_of_the_pages_have_valid_flags(page):
     launched = r"^(?:python|torchrun .*?) main\.py(.*)$"
     lines = re.findall(launched, (ROOT / page).read_text(), re.MULTILINE)
@@ -52,6 +51,22 @@ def test_the_commands_of_the_readme_and_of_the_pages_have_valid_flags(page):
         members.members_of(config.check_invocation(given), given)
         if not {"load", "compare"} & given.keys():
             config.resolve(given)
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_the_links_between_the_pages_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!https?://)(.*?)\)", (ROOT / page).read_text()):
+        file, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / file if file else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
 
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
