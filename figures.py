@@ -231,7 +231,7 @@ def tasks_figure(
     shown = (min(ways, MOST_WAYS), min(shots, MOST_SHOTS), min(queries, MOST_QUERIES))
     rows, supports, asked = shown
     inch = 0.5 if rows <= 10 else 0.42
-    pitch = 1 + GAP
+    pitch = _pitch(batch.query_x[0])
     width = 0.6 + supports * pitch + asked * (0.3 + pitch + 2 * ANSWER) + 0.4
     kinds = ("classes", "support images a class", "query images a class")
     parts = zip(kinds, shown, (ways, shots, queries), strict=True)
@@ -258,7 +258,7 @@ def tasks_figure(
             for number in range(asked):
                 left += 0.3
                 _draw_images(panel, query[:, number : number + 1], left, 0.0, theme)
-                _draw_answers(panel, answers[task, :, :rows, number], left, theme)
+                _draw_answers(panel, answers[task, :, :rows, number], left, pitch, theme)
                 left += pitch + 2 * ANSWER
         if left_out:
             note = f"Shown: {', '.join(left_out)}."
@@ -266,9 +266,8 @@ def tasks_figure(
     return figure
 
 
-def _draw_answers(panel: Axes, answers: Tensor, left: float, theme: Theme) -> None:
+def _draw_answers(panel: Axes, answers: Tensor, left: float, pitch: float, theme: Theme) -> None:
     """Beside a column of query images, what was predicted: `answers` `[before and after, classes]`."""
-    pitch = 1 + GAP
     columns = [left + pitch + ANSWER / 2, left + pitch + 1.5 * ANSWER]
     headings = zip((left + 0.5, *columns), ("query", "before", "after"), strict=True)
     for x, heading in headings:
@@ -284,16 +283,21 @@ def _draw_answers(panel: Axes, answers: Tensor, left: float, theme: Theme) -> No
         _frame(panel, left, row * pitch, theme.blue if right else theme.red, "-" if right else "--", 1.4)
 
 
-def _sheet(width: float, height: float, inch: float) -> tuple[Figure, Axes]:
+def _sheet(width: float, height: float, inch: float, top: float = TOP) -> tuple[Figure, Axes]:
     """A figure of images and words alone, and its one panel, in units of `inch` inches, from the upper left;
-    `TOP` of them, above 0, are for titles. Faster by far than a panel an image."""
+    `top` of them, above 0, are for titles. Faster by far than a panel an image."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * inch, height * inch))
     panel = figure.add_axes((0, 0, 1, 1))
     panel.set_axis_off()
-    panel.set(xlim=(0, width), ylim=(height - TOP, -TOP), autoscale_on=False)
+    panel.set(xlim=(0, width), ylim=(height - top, -top), autoscale_on=False)
     return figure, panel
+
+
+def _pitch(images: Tensor, gap: float = GAP) -> float:
+    """From an image to the next one, in heights of one: room between them is whole pixels."""
+    return 1 + round(gap * images.shape[-1]) / images.shape[-1]
 
 
 def _draw_images(panel: Axes, images: Tensor, x: float, y: float, theme: Theme, below: float = GAP) -> None:
@@ -629,16 +633,17 @@ def _contact_sheet(task: Task, shares: Tensor, title: str, theme: Theme) -> Figu
     queries = min(len(task.query_x), IMAGES_SHOWN)
     rows = classes + -(-queries // columns)
     left_out = f" (the first {queries} of {len(task.query_x)})" if queries < len(task.query_x) else ""
-    below, pitch = 0.4, 1.4  # for the words above the next row
-    figure, panel = _sheet(columns * (1 + GAP) + 2 * GAP, rows * pitch + TOP, 0.9)
-    panel.text(GAP, -1.0, f"{title}{left_out}", va="center", fontsize=10)
+    below = 0.4  # for the words above the next row
+    across, down = _pitch(task.query_x), _pitch(task.query_x, below)
+    figure, panel = _sheet(columns * across + 2 * GAP, rows * down + 0.8, 0.9, top=0.8)
+    panel.text(GAP, -0.55, f"{title}{left_out}", va="center", fontsize=10)
 
     def draw(images: Tensor, row: int, words: Sequence[str], colour: str) -> None:
-        _draw_images(panel, images.float()[None], GAP, row * pitch, theme, below)
+        _draw_images(panel, images.float()[None], GAP, row * down, theme, below)
         for column, said in enumerate(words):
             panel.text(
-                GAP + column * (1 + GAP),
-                row * pitch - 0.06,
+                GAP + column * across,
+                row * down - 0.06,
                 said,
                 fontsize=SMALL - 1,
                 color=colour,

@@ -110,9 +110,9 @@ def test_a_picture_has_the_themes_colours_in_its_pixels_also_where_it_is_drawn_l
 # ---- task sheets ----------------------------------------------------------------------------
 
 
-def sheet(ways: int, shots: int, queries: int, theme: Theme = LIGHT):
+def sheet(ways: int, shots: int, queries: int, theme: Theme = LIGHT, size: int = 4):
     """One task whose answers are all wrong before, and right after but for the query of class 1."""
-    images = [torch.rand(1, ways * each, 1, 4, 4) for each in (shots, queries)]
+    images = [torch.rand(1, ways * each, 1, size, size) for each in (shots, queries)]
     labels = torch.arange(ways).repeat_interleave(queries)
     before, after = (labels + 1) % ways, torch.where(labels == 1, 0, labels)
     outputs = nn.functional.one_hot(torch.stack([before, labels, after])[None], ways).float()
@@ -152,6 +152,15 @@ def test_the_pixels_of_a_sheet_are_the_images():
         first = torch.as_tensor(shown.get_array())[:4, :4]
         value = images[0, 0, 0, :, :, None]
         torch.testing.assert_close(first, paper * (1 - value) + ink * value)
+
+
+def test_frames_lie_around_their_images_to_the_last_row():
+    (panel,) = sheet(20, 1, 1, size=28).axes
+    query = panel.images[1]
+    left, _, bottom, top = query.get_extent()
+    frames = [patch for patch in panel.patches if patch.get_linewidth() > 1]
+    rows = [top + (bottom - top) / 20 * row for row in range(20)]
+    assert [patch.get_xy() for patch in frames] == [(pytest.approx(left), pytest.approx(y)) for y in rows]
 
 
 @pytest.mark.parametrize("ways, shots", [(5, 1), (20, 1), (20, 5)])
