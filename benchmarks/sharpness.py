@@ -73,9 +73,6 @@ def measured(checkpoint: Path, shots: int, count: int) -> dict[str, Any]:
         "query error": {
             side: {str(n): float(errors[those, n].nanmean()) for n in STEPS} for side, those in sides.items()
         },
-        "share of the error after 10 steps beyond 2": float(
-            errors[beyond, 10].nansum() / errors[:, 10].nansum()
-        ),
     }
 
 
