@@ -110,7 +110,7 @@ class Job:
     @property
     def training(self) -> list[str]:
         """The flags that train it."""
-        quick = ["--iterations", QUICK_ITERATIONS[self.table.accuracy], "--val-tasks", "20"] * self.quick
+        quick = ["--iterations", QUICK_ITERATIONS[self.table.accuracy]] * self.quick
         return [*self.table.flags, *self.cell.flags, *quick, "--seed", str(self.seed)]
 
     def testing(self, test: Test) -> list[str]:

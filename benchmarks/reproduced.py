@@ -83,7 +83,7 @@ def row_of(column: Column, run: Record) -> Record | None:
         row["steps"]: row for row in test["per_step"] if column.normalisation in (None, row["normalisation"])
     }
     wanted = test.get("test_steps") if column.steps is None else column.steps
-    return rows.get(0) if len(rows) == 1 else rows.get(wanted)  # the former does not adapt
+    return rows.get(wanted, rows.get(0) if len(rows) == 1 else None)  # which does not adapt
 
 
 # ---- a table in Markdown -------------------------------------------------------------------------

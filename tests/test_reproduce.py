@@ -1,0 +1,110 @@
+"""The papers' tables: what is declared, what is said of it, and a small one from its command."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import reproduced
+from cells import TABLES, Column, Published
+from reproduced import Number, number, row_of
+
+import config
+
+RESULTS = ROOT / "benchmarks" / "results" / "reproduce"
+RECORDS = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in TABLES
+           if (RESULTS / f"{name}.json").exists()}  # fmt: skip
+CELLS = [(table, cell) for table in TABLES.values() for cell in table.cells if cell.beside is None]
+
+
+@pytest.mark.parametrize(
+    ("table", "cell"), CELLS, ids=[f"{table.name}-{cell.method}" for table, cell in CELLS]
+)
+def test_each_cells_flags_are_a_run_and_its_tests(table, cell):
+    trained = config.resolve(config.parse([*table.flags, *cell.flags]))
+    titles = {column.title for column in table.columns}
+    assert cell.published.keys() <= titles
+    for test in table.tests:
+        given = config.parse(["--eval", "--load", "best.pt", *test.flags])
+        config.check_invocation(given)
+        tested = config.resolve_from(trained, given, evaluate=True)
+        wanted = [column.steps for column in table.columns if column.test == test.name and column.steps]
+        assert tested.eval_steps >= max([*wanted, trained.test_steps])
+    assert {column.test for column in table.columns} - {None} == {test.name for test in table.tests}
+
+
+def test_a_published_number_is_met_where_ours_reaches_it_or_has_it_in_its_interval():
+    ours, published = Number([98.0, 98.4], [0.4, 0.4], 0), Published(98.5)
+    assert ours.mean == pytest.approx(98.2) and ours.meets(published, higher=True)
+    assert not ours.reaches(published, higher=True) and ours.reaches(published, higher=False)
+    assert not ours.meets(Published(98.7), higher=True)
+    assert not ours.meets(Published(97.7), higher=False)
+    assert not Number([0.7], [math.nan], 0).meets(Published(0.6), higher=False)
+
+
+def test_a_column_is_read_from_its_steps_and_normalisation_and_from_no_others():
+    rows = [
+        {"normalisation": norm, "steps": step, "accuracy": accuracy, "accuracy_interval_95": 0.01}
+        for norm, step, accuracy in (
+            ("transductive", 1, 0.5),
+            ("transductive", 3, 0.6),
+            ("inductive", 3, 0.4),
+        )
+    ]
+    run = {"tests": {"1": {"per_step": rows, "test_steps": 3}}, "final_training_loss": {"mean": 0.25}}
+    assert row_of(Column("", "1", None, "transductive"), run)["accuracy"] == 0.6
+    assert row_of(Column("", "1", 1, "transductive"), run)["accuracy"] == 0.5
+    assert row_of(Column("", "1", None, "per-step"), run) is row_of(Column("", "2"), run) is None
+    table = TABLES["omniglot-5way-1shot"]
+    assert number(table, Column("", "1", None, "inductive"), [run, run]).means == [40.0, 40.0]
+    assert row_of(Column("", None), run) == {"loss_without_diverged": 0.25}
+
+
+def test_the_pages_say_what_the_records_say(tmp_path):
+    assert "sinusoid" in RECORDS
+    page = (ROOT / "docs" / "results.md").read_text()
+    for name, record in RECORDS.items():
+        text = reproduced.table_text(TABLES[name], record)
+        assert text == (RESULTS / f"{name}.md").read_text()
+        assert f"<!-- {name} -->\n{text}<!-- /{name} -->" in page
+    summary = reproduced.summary(RECORDS)
+    assert f"<!-- published -->\n{summary}<!-- /published -->" in (ROOT / "README.md").read_text()
+
+
+def test_a_table_comes_from_its_command_which_stops_where_it_is_told_and_repeats_nothing(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks" / "reproduce.py", "sinusoid-frequency", "--quick"]
+    command += ["--methods", "maml", "--folder", tmp_path / "runs", "--results", tmp_path / "results"]
+
+    def run(*more):
+        done = subprocess.run([*command, *more], capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    code, said = run("--minutes", "0")
+    assert (code, "not begun" in said) == (0, True), said
+    code, said = run()
+    assert (code, "iteration 300 of 300" in said) == (0, True), said
+    folder = tmp_path / "results-quick"
+    record = json.loads((folder / "sinusoid-frequency.json").read_text())
+    (found,) = record["methods"]["maml"]["runs"]
+    assert found["iterations"] == found["planned"] == 300 and set(found["tests"]) == {
+        "K = 5",
+        "K = 10",
+        "K = 20",
+    }
+    assert all(test["tasks"] == 100 for test in found["tests"].values())
+    text = (folder / "sinusoid-frequency.md").read_text()
+    assert (
+        "1 (single run)" in text
+        and "published 1.13, ours" in text
+        and "meta-sgd, K = 5, 1 step: published" in text
+    )
+    for suffix in ("", "-dark"):
+        assert (folder / f"sinusoid-frequency{suffix}.png").stat().st_size > 10_000
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs-quick").rglob("*")}
+    assert run()[0] == 0
+    assert files == {file: file.stat().st_mtime_ns for file in (tmp_path / "runs-quick").rglob("*")}
