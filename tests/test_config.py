@@ -133,7 +133,7 @@ MISTAKES = [
     ("--init-from a --init torch", "--init-from gives the initial weights"),
     ("--eval --load a --checkpoint-path b", "results go beside the file of --load"),
     ("--load a --run-name b", "--load takes the folder of the checkpoint"),
-    ("--out x", "--out is where --eval and --adapt write"),
+    ("--out x", "--out is where --eval, --adapt and --compare write"),
     ("--run-name a/b", "is no name for a folder"),
     ("--run-name ..", "is no name for a folder"),
     (f"--run-name {300 * 'a'}", "is no name for a folder"),
