@@ -87,7 +87,7 @@ def compare(call: Invocation, given: Mapping[str, Any], command: str) -> int:
     _check_other(Path(f"{file}.json"), compared)
     with no_empty_folder_left(folder):
         writable(folder, "--out")
-        what = f"{first.dataset_name}, {first.task_size}, {first.queries} query"
+        what = f"{first.dataset_name}, {first.task_words}, {first.queries} query"
         print(f"Comparing on {tasks} {call.split} tasks: {what}")
         print(f"  device      {prepare(first, call).describe()}", flush=True)
         sides, records = _measured(entries, call, tasks, skipped)

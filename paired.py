@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from evaluation import Evaluation, mean_and_interval
-from figures import LIGHT, Theme, curve_style, new_figure, style
+from figures import LIGHT, Theme, curve_style, new_figure, over_iterations, style
 from report import table
 from spread import Column, columns_of, spread
 
@@ -338,7 +338,8 @@ def figure(sides: Sequence[Side], loss_name: str, title: str, theme: Theme = LIG
             line = curve_style(number, theme) | {"markersize": 3, "linewidth": 1.2}
             _draw_learning(learning, side, line)
             _draw_steps(steps, side, side.columns[norm], line)
-        learning.set(xlabel="iteration", ylabel=f"validation {measure} while trained")
+        over_iterations(learning)
+        learning.set(ylabel=f"validation {measure} while trained")
         steps.set(xlabel="inner steps", ylabel=f"query {measure} on these tasks")
         _set_scale(learning, steps, more_is_better=more)
         _draw_differences(bottom.subplots(), sides, norms, measure, theme)
