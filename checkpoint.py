@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -139,8 +140,8 @@ def replaceable(path: Path) -> bool:
 
 def in_run(path: Path, *names: str) -> Path:
     """The path; but of a run's folder, the first of these checkpoints that is there."""
-    there = (path / name for name in names if (path / name).is_file())
-    return next(there, path) if path.is_dir() else path
+    there = (path / name for name in names if os.path.isfile(path / name))  # which raise nothing
+    return next(there, path) if os.path.isdir(path) else path
 
 
 def initialisation_of(checkpoint: Checkpoint) -> Checkpoint:

@@ -37,7 +37,7 @@ def place(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setattr("trainer.VALIDATION_TASKS", CHOSEN_BY)
     patch.setattr("run.Run.draw_examples", lambda *_: None)
-    patch.setattr("run.write_figure", lambda *_: None)
+    patch.setattr("run.learning_figure", lambda *_, **__: Figure(figsize=(1, 1)))
     patch.setattr("events._wait_for_a_later_second", lambda folder: None)
 
     def trained(name: str, *flags: object) -> None:
