@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -140,8 +140,10 @@ def replaceable(path: Path) -> bool:
 
 def in_run(path: Path, *names: str) -> Path:
     """The path; but of a run's folder, the first of these checkpoints that is there."""
-    there = (path / name for name in names if os.path.isfile(path / name))  # which raise nothing
-    return next(there, path) if os.path.isdir(path) else path
+    with suppress(OSError):  # who reads it says so
+        there = (path / name for name in names if (path / name).is_file())
+        return next(there, path) if path.is_dir() else path
+    return path
 
 
 def initialisation_of(checkpoint: Checkpoint) -> Checkpoint:
