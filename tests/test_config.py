@@ -137,7 +137,7 @@ MISTAKES = [
     ("--run-name a/b", "is no name for a folder"),
     ("--run-name ..", "is no name for a folder"),
     (f"--run-name {300 * 'a'}", "is no name for a folder"),
-    (f"--load {300 * 'a'}", "File name too long"),
+    (f"--load {300 * 'a'}", "file name too long"),
     ("--load no-such-file.pt", "no-such-file.pt: there is no such checkpoint"),
     ("--eval --load no-such-file.pt", "no-such-file.pt: there is no such checkpoint"),
     ("--init-from no-such-file.pt --checkpoint-path TMP", "there is no such checkpoint"),
