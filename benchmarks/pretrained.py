@@ -35,7 +35,6 @@ IMAGES = ("maml", "fomaml", "anil", "meta-sgd", "maml++", "reptile")
 CHOSEN: dict[str, tuple[str, ...]] = {
     "sinusoid": ("maml", *FAMILY),
     "sinusoid-frequency": ("maml", "meta-sgd"),
-    "harmonic": ("maml", "meta-sgd"),
     "sinusoid-line": ("maml", "meta-sgd"),
     **{name: IMAGES for name in TABLES if name.startswith("omniglot-")},
 }
