@@ -99,8 +99,6 @@ def where_to_train(call: Invocation, given: Mapping[str, Any]) -> tuple[Path | N
     if call.load is not None:
         hint = why_no_file(call.load)
         if hint is not None:
-            if call.load.is_dir():
-                hint = f": the folder has neither {LAST} nor {BEST}"
             if (call.load / LIST).is_file():
                 hint = ", but many runs: name the checkpoint of one of them, or go on with all by --resume"
             raise UsageError(f"{call.load}: there is no such checkpoint{hint}")

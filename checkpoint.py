@@ -26,6 +26,7 @@ from archive import NotPlainError, read_archive
 from config import Config, config_from_plain, config_to_plain
 from errors import UsageError
 from files import write_all_whole, write_whole
+from members import LIST
 
 FORMAT = "maml checkpoint"
 VERSION = 2  # 1 had no digest; tests/checkpoints/README.md says what to do where this grows
@@ -139,10 +140,16 @@ def replaceable(path: Path) -> bool:
 
 
 def in_run(path: Path, *names: str) -> Path:
-    """The path; but of a run's folder, the first of these checkpoints that is there."""
+    """The path; but of a run's folder, the first of these checkpoints that is there.
+
+    Raises UsageError for a folder without any, but not for one of many runs.
+    """
     with suppress(OSError):  # who reads it says so
-        there = (path / name for name in names if (path / name).is_file())
-        return next(there, path) if path.is_dir() else path
+        if path.is_dir() and not (path / LIST).is_file():
+            for name in names:
+                if (path / name).is_file():
+                    return path / name
+            raise UsageError(f"{path}: there is no such checkpoint: the folder has neither {LAST} nor {BEST}")
     return path
 
 

@@ -641,7 +641,7 @@ INVOCATION_FLAGS = flags_of(Invocation)
 ALL_FLAGS = CONFIG_FLAGS | INVOCATION_FLAGS
 # what --compare takes beside the settings
 WITH_COMPARE = frozenset(("compare", "split", "eval_dataset", "out", "data_root", "device", "threads",
-                          "deterministic", "samples"))  # fmt: skip
+                          "deterministic", "samples", "theme"))  # fmt: skip
 GROUPS = (
     "what to do", "tasks", "learner", "algorithm", "inner loop", "outer loop", "evaluation", "logging",
     "files", "machine",

@@ -132,9 +132,11 @@ def legend_below(figure: Figure, panel: Axes, columns: int = 6) -> None:
 
 
 def over_iterations(panel: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     panel.set_xlabel("iteration")
     panel.xaxis.set_major_formatter("{x:,.0f}")
-    panel.locator_params(axis="x", nbins=6)
+    panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
 
 
 def over_steps(panel: Axes) -> None:

@@ -77,6 +77,8 @@ class Difference:
         return f"{scale * self.mean:+.{digits}f} ± {scale * self.interval:.{digits}f}{ends}"
 
     def verdict(self, *, more_is_better: bool) -> str:
+        if self.left_out > self.tasks:
+            return "of few tasks: most have diverged"
         if not self.seen:
             return "same" if self.mean == self.interval == 0.0 else "not told apart"
         agreeing = {value > 0 for value in self.by_seed.values()} == {self.mean > 0}

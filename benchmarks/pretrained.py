@@ -23,10 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from cells import FAMILY, SEEDS, TABLES, Table  # noqa: E402
-from reproduce import Job, read_json  # noqa: E402
+from reproduce import Job  # noqa: E402
 
 from checkpoint import BEST, initialisation_of, load_checkpoint, save_checkpoint  # noqa: E402
-from files import write_whole  # noqa: E402
+from files import read_json, write_whole  # noqa: E402
 from report import write_json  # noqa: E402
 
 FOLDER = ROOT / "checkpoints" / "pretrained"
@@ -82,7 +82,6 @@ def card(job: Job, file: Path, record: dict[str, Any]) -> dict[str, Any]:
         "numbers": numbers(record),
         "torch": record["versions"]["torch"],
         "device": record["device"],
-        "training_device": source.computed_by.get("device", "cpu"),
     }
 
 
@@ -134,6 +133,9 @@ def publish(table: Table, method: str, root: Path) -> dict[str, Any] | None:
     job = Job(table, table.cell(method), SEEDS[0], root, quick=False)
     if not (job.folder / BEST).exists() or not job.progress:
         return None
+    problem = job.problem()
+    if problem:
+        sys.exit(problem)
     folder = FOLDER / f"{table.name}-{method}"
     folder.mkdir(parents=True, exist_ok=True)
     save_checkpoint(folder / BEST, initialisation_of(load_checkpoint(job.checkpoint)))
@@ -145,9 +147,12 @@ def publish(table: Table, method: str, root: Path) -> dict[str, Any] | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("tables", nargs="*", choices=[*CHOSEN, []], metavar="TABLE")
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(CHOSEN))
     parser.add_argument("--folder", type=Path, default=ROOT / "checkpoints" / "reproduce", help="of the runs")
     given = parser.parse_args()
+    for name in given.tables:
+        if name not in CHOSEN:
+            parser.error(f"there is no table {name}: {', '.join(CHOSEN)}")
     for name in given.tables or CHOSEN:
         for method in CHOSEN[name]:
             publish(TABLES[name], method, given.folder)

@@ -15,6 +15,7 @@ runs that have not come to their end included, and marked.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import platform
@@ -38,16 +39,21 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import reproduced  # noqa: E402
 import table_figures  # noqa: E402
+import torch  # noqa: E402
 from cells import SEEDS, TABLES, Cell, Table, Test  # noqa: E402
 
+import config as settings  # noqa: E402
+from checkpoint import BEST, LAST, in_run, load_checkpoint  # noqa: E402
 from errors import UsageError  # noqa: E402
 from files import read_json, write_whole  # noqa: E402
 from report import write_json  # noqa: E402
+from run import Run  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "reproduce"
 DOCS = ROOT / "docs" / "results.md"
 STOPPED = 128 + signal.SIGTERM
 LEDGER = "reproduce.json"  # in a run's folder: the seconds that it took, and where
+FREE = ("convolution", "tasks_at_once", "compile", "engine")  # what a test settles by itself
 QUICK_TASKS = "100"
 QUICK_ITERATIONS = {False: "300", True: "20"}  # of curves, of images
 
@@ -61,9 +67,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", help="of these tables; by default all")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument(
-        "--minutes", type=float, default=math.inf, help="then runs are stopped; the same command goes on"
+        "--minutes",
+        type=float,
+        default=math.inf,
+        help="then training stops, and what is there is tested; the same command goes on",
     )
-    parser.add_argument("--run-minutes", type=float, default=math.inf, help="of each run's training")
+    parser.add_argument("--run-minutes", type=float, default=math.inf, help="the same, of each run")
     parser.add_argument(
         "--jobs", type=int, default=None, help="runs at a time; by default a CPU's cores, or 1 with a GPU"
     )
@@ -75,10 +84,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     unknown = [name for name in given.tables if name not in TABLES]
     if unknown:
         parser.error(f"there is no table {unknown[0]}: {', '.join(TABLES)}")
-    methods = {cell.method for name in given.tables or TABLES for cell in TABLES[name].cells}
+    cells = [cell for name in given.tables or TABLES for cell in TABLES[name].cells if cell.beside is None]
+    methods = {cell.method for cell in cells}
     for method in given.methods or ():
         if method not in methods:
-            parser.error(f"there is no method {method}: {', '.join(sorted(methods))}")
+            parser.error(f"no method {method} is trained for these tables: {'; '.join(sorted(methods))}")
+    if given.jobs is not None and given.jobs < 1:
+        parser.error(f"--jobs {given.jobs}: at least 1")
     if given.quick:
         given.seeds = given.seeds[:1]
         given.folder = given.folder.with_name(given.folder.name + "-quick")
@@ -117,48 +129,60 @@ class Job:
         flags = list(test.flags)
         if self.quick and "--eval-tasks" in flags:
             flags[flags.index("--eval-tasks") + 1] = QUICK_TASKS
-        return ["--eval", "--load", str(self.checkpoint), *flags]
+        return ["--eval", "--load", str(self.folder), *flags]
 
     @property
     def checkpoint(self) -> Path:
         """The one to be tested: the best by validation, unless there is none yet."""
-        best = self.folder / "best.pt"
-        return best if best.exists() else self.folder / "last.pt"
+        return in_run(self.folder, BEST, LAST)
 
     @property
     def progress(self) -> dict[str, Any]:
         """What the run says about itself; empty: it has not begun."""
-        with suppress(UsageError):
-            return read_json(self.folder / "training.json")
-        return {}
+        file = self.folder / LAST
+        return progress_of(file, file.stat().st_mtime_ns) if file.is_file() else {}
 
     @property
     def finished(self) -> bool:
-        found = self.progress
-        return bool(found) and found["iteration"] >= found["settings"]["iterations"]
+        return bool(self.progress) and self.progress["iteration"] >= self.progress["planned"]
+
+    def problem(self) -> str | None:
+        """What is wrong with the run that is there: it is another's, or of other settings."""
+        wanted = settings.resolve(settings.parse(self.training))
+        if not self.progress:
+            return None
+        found = self.progress["config"]
+        learned = [
+            settings.what_is_learned(each) | {"iterations": each.iterations} for each in (found, wanted)
+        ]
+        if learned[0] == learned[1]:
+            return None
+        return f"{self.folder} is a run with other settings than these: remove it, or name another --folder"
+
+    def results(self, test: Test) -> Path:
+        """The folder of a test's results."""
+        return self.folder / f"test {test.name}"
 
     def result(self, test: Test, *, baselines: bool = False) -> dict[str, Any] | None:
-        """The record of a test of the checkpoint that is there now."""
+        """The record of a test of the checkpoint that is there now, with these flags."""
         if not self.progress:
             return None
         wanted = self.progress["best_iteration"] or self.progress["iteration"]
-        flags = self.testing(test)
-        for file in sorted(self.folder.glob(f"{self.checkpoint.stem}-test-*.json")):
-            if file.stem.endswith("-baselines") == baselines:
-                found = without_tasks(file, file.stat().st_mtime_ns)
-                asked = {"-k": "shots", "-q": "queries", "--eval-tasks": "eval_tasks"}
-                same = all(
-                    found["settings"][name] == int(flags[flags.index(flag) + 1])
-                    for flag, name in asked.items()
-                    if flag in flags
-                )
-                if same and found["iteration"] == wanted:
-                    return found
+        given = settings.parse(self.testing(test))
+        asked = settings.resolve_from(self.progress["config"], given, evaluate=True)
+        for file in sorted(self.results(test).glob("*.json")):
+            found = without_tasks(file, file.stat().st_mtime_ns)
+            if file.stem.endswith("-baselines") != baselines or found.get("iteration") != wanted:
+                continue
+            plain = json.loads(json.dumps(settings.config_to_plain(asked)))
+            plain = {name: value for name, value in plain.items() if name not in FREE}
+            if all(found["settings"].get(name, value) == value for name, value in plain.items()):
+                return found
         return None
 
     @property
     def ledger(self) -> dict[str, Any]:
-        with suppress(UsageError):
+        with suppress(UsageError, ValueError):
             return read_json(self.folder / LEDGER)
         return {}
 
@@ -170,9 +194,28 @@ class Job:
 
 
 @cache
+def progress_of(file: Path, changed: int) -> dict[str, Any]:
+    """What a checkpoint, as it was changed last, says about its run."""
+    found = load_checkpoint(file)
+    run = Run(found.config, file.parent, found.parameters, found, writes=False)
+    final = run.final_loss()
+    return {
+        "config": found.config,
+        "iteration": found.iteration,
+        "planned": found.config.iterations,
+        "best_iteration": found.progress["best_iteration"],
+        "final_training_loss": final and dict(zip(("mean", "from", "to"), final, strict=True)),
+        "training": found.progress["training"],
+    }
+
+
+@cache
 def without_tasks(file: Path, changed: int) -> dict[str, Any]:
     """A result file, as it was changed last, without the numbers of single tasks."""
-    found = read_json(file)
+    try:
+        found = read_json(file)
+    except (UsageError, ValueError):  # cut short
+        return {}
     for part in (found, *found.get("methods", {}).values()):
         part.pop("per_task", None)
     return found
@@ -184,7 +227,8 @@ def machine() -> str:
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores"
+    graphics = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{name}, {os.cpu_count()} cores{graphics}"
 
 
 @dataclass
@@ -196,34 +240,34 @@ class Work:
     jobs: int
     stop: threading.Event
 
-    def do(self, job: Job) -> str:
-        """Trains and tests one run, as far as that has not been done and time allows; what to say of it."""
+    def do(self, job: Job) -> tuple[bool, str]:
+        """Trains and tests one run, as far as that has not been done and time allows; whether nothing went
+        wrong, and what to say."""
+        name = f"{job.table.name}, {job.name}"
+        problem = job.problem()
+        if problem:
+            return False, problem
         job.folder.parent.mkdir(parents=True, exist_ok=True)
         begin = time.monotonic()
         if not job.finished and not self.over:
             where = ["--run-name", job.name, "--checkpoint-path", str(job.folder.parent), "--resume"]
             limit = min(self.until, begin + 60 * self.run_minutes)
             code, said = self.command([*job.training, *where], limit)
-            if job.folder.is_dir():
+            if job.progress:
                 job.note(time.monotonic() - begin)
             if code not in (0, STOPPED):
-                return f"{job.table.name}, {job.name}: {said}"
+                return False, f"{name}: {said}"
         if not job.progress:
-            return f"{job.table.name}, {job.name}: not begun"
-        if not job.checkpoint.exists():
-            return f"{job.table.name}, {job.name}: nothing saved yet"
+            return self.over, f"{name}: not begun"
         for test in job.table.tests:
             baselines = test.baselines and self.measures_baselines(job)
-            if self.stop.is_set() or (
-                job.result(test) and (not baselines or job.result(test, baselines=True))
-            ):
-                continue
-            code, said = self.command([*job.testing(test), *["--baselines"] * baselines], math.inf)
-            if code:
-                return f"{job.table.name}, {job.name}, {test.name}: {said}"
-        found = job.progress
-        planned = found["settings"]["iterations"]
-        return f"{job.table.name}, {job.name}: iteration {found['iteration']:,} of {planned:,}"
+            done = job.result(test) and (not baselines or job.result(test, baselines=True))
+            if not done and not self.stop.is_set():
+                where = ["--out", str(job.results(test)), *["--baselines"] * baselines]
+                code, said = self.command([*job.testing(test), *where], math.inf)
+                if code:
+                    return self.stop.is_set(), f"{name}, {test.name}: {said}"
+        return True, f"{name}: iteration {job.progress['iteration']:,} of {job.progress['planned']:,}"
 
     @staticmethod
     def measures_baselines(job: Job) -> bool:
@@ -240,8 +284,9 @@ class Work:
         line = [sys.executable, str(ROOT / "main.py"), *arguments]
         threads = {} if self.jobs == 1 else {"OMP_NUM_THREADS": "1"}
         with subprocess.Popen(
-            line, env=os.environ | threads, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        ) as process:
+            line, env=os.environ | threads, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,  # Ctrl-C is for this process, which asks the others to save and end
+        ) as process:  # fmt: skip
             words: list[str] = []
             reader = threading.Thread(target=lambda: words.extend(process.stderr or ()))
             reader.start()
@@ -290,6 +335,7 @@ def tests_of(table: Table, cell: Cell, job: Job) -> dict[str, Any]:
 def record(table: Table, jobs: Sequence[Job]) -> dict[str, Any]:
     """All numbers of a table, after every step, without the single tasks."""
     methods: dict[str, Any] = {}
+    learning = any(column.test is None for column in table.columns)  # whose picture is of the training
     for cell in table.cells:
         runs = []
         for job in jobs:
@@ -298,14 +344,14 @@ def record(table: Table, jobs: Sequence[Job]) -> dict[str, Any]:
                 run = {
                     "seed": job.seed,
                     "iterations": found["iteration"],
-                    "planned": found["settings"]["iterations"],
+                    "planned": found["planned"],
                     "best_iteration": found["best_iteration"],
                     "final_training_loss": found["final_training_loss"],
                     "seconds": job.ledger.get("seconds"),
                     "machine": job.ledger.get("machine"),
                     "trained_by": shlex.join(["python", "main.py", *job.training]),
                     "name": job.name,
-                    "checkpoint": job.checkpoint.name,
+                    **({"training": found["training"]} if learning else {}),
                     "tests": tests_of(table, cell, job),
                 }
                 runs.append(run)
@@ -334,7 +380,10 @@ def show() -> None:
         name: read_json(RESULTS / f"{name}.json") for name in TABLES if (RESULTS / f"{name}.json").exists()
     }
     for name in records:
-        reproduced.put(DOCS, name, (RESULTS / f"{name}.md").read_text())
+        files = [f"{name}.png", f"{name}-fits.png"]
+        there = [file for file in files if (RESULTS / file).exists()]
+        links = [f"![{TABLES[name].title}](../benchmarks/results/reproduce/{file})\n" for file in there]
+        reproduced.put(DOCS, name, "\n".join([(RESULTS / f"{name}.md").read_text(), *links]))
     reproduced.put(ROOT / "README.md", "published", reproduced.summary(records))
 
 
@@ -342,31 +391,36 @@ def main() -> int:
     given = parse()
     if given.list:
         for table in TABLES.values():
-            print(f"{table.name}: {', '.join(cell.method for cell in table.cells)}")
+            print(f"{table.name}: {'; '.join(cell.method for cell in table.cells if cell.beside is None)}")
         return 0
     stop = threading.Event()
-    for number_ in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number_, lambda *_: stop.set())
+    signals: list[int] = []
+
+    def stopped(number: int, _: object) -> None:
+        signals.append(number)
+        stop.set()
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, stopped)
     jobs = [] if given.collect else list(jobs_of(given))
     at_a_time = given.jobs or (1 if gpu() else os.cpu_count() or 1)
     work = Work(time.monotonic() + 60 * given.minutes, given.run_minutes, at_a_time, stop)
     failed = False
     with ThreadPoolExecutor(at_a_time) as pool:
-        for job, said in zip(jobs, pool.map(work.do, jobs), strict=True):
+        for well, said in pool.map(work.do, jobs):
             print(said, flush=True)
-            failed |= not job.progress and not work.over
-    everything = argparse.Namespace(**vars(given) | {"methods": None, "seeds": list(SEEDS)})
+            failed |= not well
+    seeds = sorted({*SEEDS, *given.seeds})
+    everything = argparse.Namespace(**vars(given) | {"methods": None, "seeds": seeds})
     for name in given.tables or TABLES:
         write(TABLES[name], [job for job in jobs_of(everything) if job.table.name == name], given.results)
     if given.results == RESULTS:
         show()
     print(f"Written: {given.results}")
-    return 1 if failed else 0
+    return 128 + signals[0] if signals else int(failed)
 
 
 def gpu() -> bool:
-    import torch
-
     return torch.cuda.is_available()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from cells import TABLES, Cell, Column, Published, Table  # noqa: E402
+from cells import SEEDS, TABLES, Cell, Column, Published, Table  # noqa: E402
 
 from files import write_whole  # noqa: E402
 
@@ -108,14 +108,22 @@ def table_text(table: Table, record: Record) -> str:
         own = runs.get(cell.method, [])
         numbers = [number(table, column, own) for column in columns]
         if any(numbers):
-            texts = [found.text(digits_of(table)) if found else "" for found in numbers]
+            texts = [_text(found, len(own), digits_of(table)) for found in numbers]
             lines.append(f"| **{cell.method}** | {' | '.join([*texts, *length(cell, own)])} |")
-        if any(title in titles for title in cell.published):
+        if own and any(title in titles for title in cell.published):
             texts = [str(cell.published.get(title, "")) for title in titles]
             lines.append(f"| *{cell.source}* | {' | '.join([*texts, '', '', ''])} |")
     met = [f"- {cell.method}, {title}: {said}" for cell, title, *_, said in verdicts(table, record)]
     shell = ["```sh", *commands(table, record), "```"]
     return "\n".join([*lines, "", footer(table, record), "", *met, "", *shell, ""])
+
+
+def _text(found: Number | None, runs: int, digits: int) -> str:
+    """A cell; where fewer runs than the row's have been measured, with their number."""
+    if found is None:
+        return ""
+    fewer = len(found.means)
+    return found.text(digits) + f" [{fewer} seed{'s' * (fewer > 1)}]" * (fewer < runs)
 
 
 def length(cell: Cell, runs: Sequence[Record]) -> list[str]:
@@ -126,14 +134,20 @@ def length(cell: Cell, runs: Sequence[Record]) -> list[str]:
     seconds = [run["seconds"] for run in runs if run["seconds"]]
     mean = statistics.mean(seconds) if seconds else 0
     took = f"{mean / 60:.0f} min" if mean > 90 else f"{mean:.0f} s" * bool(mean)
-    return [seeds, reached(runs), took]
+    best = [run["best_iteration"] or run["iterations"] for run in runs]
+    return [seeds, f"{reached(runs)}; best at {_range(best)}", took]
 
 
 def reached(runs: Sequence[Record]) -> str:
     """Iterations, and of how many."""
-    done, planned = sorted({run["iterations"] for run in runs}), runs[0]["planned"]
-    said = f"{done[0]:,}" if len(done) == 1 else f"{done[0]:,} to {done[-1]:,}"
-    return said + f" of {planned:,}" * (done[0] < planned)
+    planned = runs[0]["planned"]
+    done = [run["iterations"] for run in runs]
+    return _range(done) + f" of {planned:,}" * (min(done) < planned)
+
+
+def _range(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def verdicts(table: Table, record: Record) -> list[tuple[Cell, str, Published, Number | None, str]]:
@@ -149,18 +163,24 @@ def verdicts(table: Table, record: Record) -> list[tuple[Cell, str, Published, N
             if ours is not None:
                 digits = digits_of(table)
                 said = f"published {published}, ours {ours.text(digits)}: {how_near(table, published, ours)}"
-                said += f" (after {reached(runs)} iterations)" * (runs[0]["iterations"] < runs[0]["planned"])
+                said += f" (after {reached(runs)} iterations)" * unfinished(runs)
                 said += f" ({cell.note})" * bool(cell.note)
             found.append((cell, title, published, ours, said))
     return found
 
 
+def unfinished(runs: Sequence[Record]) -> bool:
+    return any(run["iterations"] < run["planned"] for run in runs)
+
+
 def how_near(table: Table, published: Published, ours: Number) -> str:
+    """Met: by the mean of three seeds or more. Fewer reach it, or do not."""
+    few = len(ours.means) < len(SEEDS)
     if ours.reaches(published, higher=table.accuracy):
-        return "**met**"
+        return "reached" if few else "**met**"
     if ours.meets(published, higher=table.accuracy):
-        return "**met**, within its interval"
-    return f"not met, by {abs(ours.mean - published.value):.{digits_of(table)}f}"
+        return "within its interval" if few else "**met**, within its interval"
+    return f"{'short' if few else 'not met,'} by {abs(ours.mean - published.value):.{digits_of(table)}f}"
 
 
 def footer(table: Table, record: Record) -> str:
@@ -168,9 +188,9 @@ def footer(table: Table, record: Record) -> str:
     runs = [run for found in record["methods"].values() for run in found["runs"]]
     tests = [test for run in runs for test in run["tests"].values()]
     machines = sorted({run["machine"] for run in runs if run["machine"]})
-    devices = sorted({test["device"] for test in tests if "device" in test})
+    devices = sorted({test["device"].replace("1 threads", "1 thread") for test in tests})
     versions = sorted({test["torch"] for test in tests})
-    tasks = sorted({test["tasks"] for test in tests if "tasks" in test})
+    tasks = sorted({test["tasks"] for test in tests})
     parts = [
         f"{' or '.join(f'{n:,}' for n in tasks)} test tasks" if tasks else "",
         "mean over seeds, ± 95 % interval over tasks, in brackets the lowest and the highest seed",
@@ -186,11 +206,11 @@ def commands(table: Table, record: Record) -> list[str]:
     """What makes the first seed's runs, and the tests of the first, to be typed by hand."""
     trained = {cell.method for cell in table.cells if cell.beside is None}
     first = [found["runs"][0] for method, found in record["methods"].items() if method in trained]
-    lines = [f"{run['trained_by']} --run-name {shlex.quote(run['name'])}" for run in first]
+    names = [f"{table.name}-{run['name']}" for run in first]
+    lines = [f"{run['trained_by']} --run-name {name}" for run, name in zip(first, names, strict=True)]
     for test in table.tests:
-        checkpoint = f"checkpoints/{first[0]['name']}/{first[0]['checkpoint']}"
         flags = [*test.flags, *["--baselines"] * test.baselines]
-        lines.append(shlex.join(["python", "main.py", "--eval", "--load", checkpoint, *flags]))
+        lines.append(shlex.join(["python", "main.py", "--eval", "--load", f"checkpoints/{names[0]}", *flags]))
     return lines
 
 
@@ -206,8 +226,9 @@ def summary(records: Mapping[str, Record]) -> str:
             if ours is None or cell.beside:
                 continue
             runs = record["methods"][cell.method]["runs"]
-            seeds = f"{len(runs)} seeds" if len(runs) > 1 else "single run"
-            partly = f", {reached(runs)} iterations" * (runs[0]["iterations"] < runs[0]["planned"])
+            count = len(ours.means)
+            seeds = f"{count} seeds" if count > 1 else "single run"
+            partly = f", {reached(runs)} iterations" * unfinished(runs)
             told = f"{how_near(table, published, ours)} ({seeds}{partly})"
             method = f"{table.title.partition(':')[0].partition(', accuracy')[0]}, {cell.method}"
             text = ours.text(digits_of(table))
@@ -216,8 +237,9 @@ def summary(records: Mapping[str, Record]) -> str:
 
 
 def put(page: Path, name: str, text: str) -> None:
-    """Puts a text into a page, between `<!-- name -->` and `<!-- /name -->`, where these are."""
+    """Puts a text into a page, between `<!-- name -->` and `<!-- /name -->`."""
     before, begin, rest = page.read_text().partition(f"<!-- {name} -->\n")
-    if begin:
-        _, end, after = rest.partition(f"<!-- /{name} -->")
-        write_whole(page, lambda file: file.write((before + begin + text + end + after).encode()))
+    _, end, after = rest.partition(f"<!-- /{name} -->")
+    if not end:
+        raise ValueError(f"{page} has no place for {name}")
+    write_whole(page, lambda file: file.write((before + begin + text + end + after).encode()))

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from reproduce import machine  # noqa: E402
+from reproduced import put  # noqa: E402
 
 from files import read_json  # noqa: E402
 from report import write_json  # noqa: E402
@@ -54,6 +55,7 @@ def timed(flags: list[str], seed: int, folder: Path) -> float:
     line = [sys.executable, str(ROOT / "main.py"), *where, *flags, "--seed", str(seed)]
     with tempfile.TemporaryDirectory() as cache:
         fresh = {"XDG_CACHE_HOME": cache, "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor"}
+        fresh["TRITON_CACHE_DIR"] = f"{cache}/triton"
         begin = time.perf_counter()
         command(line, fresh)
         return time.perf_counter() - begin
@@ -74,34 +76,61 @@ def tested(checkpoint: Path) -> dict[str, dict[str, float]]:
 
 
 def best_validation(folder: Path) -> tuple[float, int]:
-    """The best validation accuracy of a run, and its iteration."""
+    """The best validation accuracy of a run, and its iteration: the first of equals, as best.pt is."""
     curve = read_json(folder / "training.json")["validation"]
-    return max(zip(curve["query_accuracy"], curve["iteration"], strict=True))
+    pairs = zip(curve["query_accuracy"], curve["iteration"], strict=True)
+    return max(pairs, key=lambda pair: pair[0])
 
 
 def attempt(name: str, flags: list[str], folder: Path) -> dict[str, Any]:
-    """An entry: times of five seeds first, then what they reach."""
-    seconds, validation, accuracies = [], [], []
+    """An entry: five seeds, each timed and then tested."""
+    runs = []
     for seed in SEEDS:
-        seconds.append(round(timed(flags, seed, folder), 1))
-        validation.append(best_validation(folder / f"seed{seed}"))
-        print(f"seed {seed}: {seconds[-1]} s, validation {validation[-1]}", flush=True)
-    for seed in SEEDS:
-        accuracies.append(tested(folder / f"seed{seed}"))
-        print(f"seed {seed}: {accuracies[-1]}", flush=True)
-    reached = statistics.mean(a["1 query"]["transductive"] for a in accuracies)
+        seconds = timed(flags, seed, folder)
+        run = folder / f"seed{seed}"
+        accuracy, iteration = best_validation(run)
+        runs.append(
+            {
+                "seed": seed,
+                "seconds": round(seconds, 1),
+                "validation": accuracy,
+                "iteration": iteration,
+                "test": tested(run),
+            }
+        )
+        print(runs[-1], flush=True)
+    reached = statistics.mean(run["test"]["1 query"]["transductive"] for run in runs)
     return {
         "name": name,
         "command": shlex.join(["python", "main.py", "--dataset", "omniglot", *flags]),
         "machine": machine(),
         "threads": os.environ.get("OMP_NUM_THREADS", "all"),
-        "seconds": seconds,
-        "mean_seconds": statistics.mean(seconds),
-        "validation": validation,
-        "test": accuracies,
+        "mean_seconds": statistics.mean(run["seconds"] for run in runs),
         "mean_accuracy": reached,
         "valid": reached >= WANTED,
+        "runs": runs,
     }
+
+
+def table(entries: Sequence[Mapping[str, Any]]) -> str:
+    """All entries, the newest last."""
+    lines = [
+        "| what is new | seconds: mean (lowest to highest) | 1 query, transductive | inductive "
+        "| 15 queries, transductive | inductive | machine |",
+        "|-|-|-|-|-|-|-|",
+    ]
+    for entry in entries:
+        seconds = [run["seconds"] for run in entry["runs"]]
+        cells = [
+            f"{100 * statistics.mean(run['test'][test][norm] for run in entry['runs']):.2f} %"
+            for test in TESTS
+            for norm in ("transductive", "inductive")
+        ]
+        name = entry["name"] if entry["valid"] else f"{entry['name']} (short of 98 %)"
+        took = f"{statistics.mean(seconds):.0f} ({min(seconds):.0f} to {max(seconds):.0f})"
+        lines.append(f"| {name} | {took} | {' | '.join(cells)} | {entry['machine']} |")
+    commands = [entry["command"] for entry in entries]
+    return "\n".join([*lines, "", "```sh", *commands, "```", ""])
 
 
 def main() -> None:
@@ -117,14 +146,16 @@ def main() -> None:
             accuracy, iteration = best_validation(Path(folder) / "seed0")
             print(f"{took:.1f} s, validation {100 * accuracy:.2f} % at iteration {iteration}")
             return
-        valid = [entry for entry in records["entries"] if entry["valid"]]
+        here = machine()
+        valid = [entry for entry in records["entries"] if entry["valid"] and entry["machine"] == here]
         if given.flags is None and not valid:
-            parser.error("there is no record yet: give --flags")
+            parser.error("there is no record of this machine yet: give --flags")
         best = min(valid, key=lambda entry: entry["mean_seconds"], default={"command": ""})
         flags = shlex.split(given.flags or best["command"].partition("omniglot")[2])
         entry = attempt(given.name, flags, Path(folder))
     records["entries"].append(entry)
     write_json(RESULTS, records)
+    put(ROOT / "docs" / "results.md", "speedrun", table(records["entries"]))
     print(f"{entry['mean_seconds']:.1f} s, {100 * entry['mean_accuracy']:.2f} %, valid: {entry['valid']}")
 
 

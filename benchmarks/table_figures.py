@@ -47,18 +47,18 @@ def draw(table: Table, record: Record, folder: Path, checkpoint: Path | None = N
 # ---- errors over inner steps ---------------------------------------------------------------------
 
 
-def curve(runs: Sequence[Record], test: str, steps: int) -> tuple[list[float], list[float]]:
-    """Mean over seeds and interval over tasks after 0, 1, ... steps, as far as there are some."""
-    found: list[list[tuple[float, float]]] = [[] for _ in range(steps + 1)]
-    for run in runs:
-        for row in run["tests"].get(test, {}).get("per_step", []):
-            value, interval = row["loss_without_diverged"], row["loss_without_diverged_interval_95"]
-            if row["steps"] <= steps and value is not None:
-                found[row["steps"]].append((value, interval or 0.0))
-    whole = [each for each in found if len(each) == len(runs)]
-    return [statistics.mean(v for v, _ in each) for each in whole], [
-        statistics.mean(i for _, i in each) for each in whole
-    ]
+def curve(runs: Sequence[Record], test: str, steps: int) -> list[tuple[int, float, float]]:
+    """Steps, mean over the seeds that have been tested, and interval over tasks; without the steps after
+    which all tasks of a seed have diverged."""
+    tested = [run["tests"][test]["per_step"] for run in runs if test in run["tests"]]
+    found = []
+    for step in range(steps + 1):
+        rows = [row for of_run in tested for row in of_run if row["steps"] == step]
+        values = [row["loss_without_diverged"] for row in rows]
+        if values and len(values) == len(tested) and None not in values:
+            intervals = [row["loss_without_diverged_interval_95"] or 0.0 for row in rows]
+            found.append((step, statistics.mean(values), statistics.mean(intervals)))
+    return found
 
 
 def errors_figure(table: Table, record: Record, theme: Theme) -> Figure:
@@ -70,12 +70,12 @@ def errors_figure(table: Table, record: Record, theme: Theme) -> Figure:
         panels = figure.subplots(1, len(table.tests), sharey=True, squeeze=False)[0]
         for panel, test in zip(panels, table.tests, strict=True):
             for number, (method, found) in enumerate(record["methods"].items()):
-                means, intervals = curve(found["runs"], test.name, steps)
+                points = curve(found["runs"], test.name, steps)
                 look = curve_style(number, theme) | {"markersize": 3}
-                if len(means) == 1:
-                    panel.axhline(means[0], label=method, color=look["color"], linestyle=":")
-                elif means:
-                    _band(panel, means, intervals, method, look)
+                if len(points) == 1:
+                    panel.axhline(points[0][1], label=method, color=look["color"], linestyle=":")
+                elif points:
+                    _band(panel, points, method, look)
                 _published(panel, table, test.name, found, look["color"], theme)
             panel.set(title=test.name, yscale="log")
             over_steps(panel)
@@ -84,10 +84,8 @@ def errors_figure(table: Table, record: Record, theme: Theme) -> Figure:
     return figure
 
 
-def _band(
-    panel: Axes, means: Sequence[float], intervals: Sequence[float], label: str, look: dict[str, Any]
-) -> None:
-    steps = range(len(means))
+def _band(panel: Axes, points: Sequence[tuple[int, float, float]], label: str, look: dict[str, Any]) -> None:
+    steps, means, intervals = zip(*points, strict=True)
     panel.plot(steps, means, label=label, **look)
     low = [max(m - i, 1e-9) for m, i in zip(means, intervals, strict=True)]
     high = [m + i for m, i in zip(means, intervals, strict=True)]
@@ -106,7 +104,7 @@ def _published(panel: Axes, table: Table, test: str, found: Record, colour: str,
 # ---- accuracies ----------------------------------------------------------------------------------
 
 
-def points(table: Table, found: Record) -> Iterator[tuple[int, list[float], float]]:
+def accuracies_of(table: Table, found: Record) -> Iterator[tuple[int, list[float], float]]:
     """Of a method: the position of a column, each seed's accuracy in percent, the interval over tasks."""
     for at, column in enumerate(table.columns):
         values, intervals = [], []
@@ -131,7 +129,7 @@ def accuracies_figure(table: Table, record: Record, theme: Theme) -> Figure:
         rows = len(table.columns)
         for line, method in enumerate(methods):
             found = record["methods"][method]
-            for at, values, interval in points(table, found):
+            for at, values, interval in accuracies_of(table, found):
                 look = curve_style(at, theme)
                 y = line + 0.7 * (at - (rows - 1) / 2) / rows
                 label = table.columns[at].title if line == 0 else None
@@ -158,31 +156,42 @@ def accuracies_figure(table: Table, record: Record, theme: Theme) -> Figure:
 # ---- the assignment's learning curve -------------------------------------------------------------
 
 
+WINDOW = 300  # episodes in a point
+
+
 def learning_figure(table: Table, record: Record, theme: Theme) -> Figure | None:
-    """Training losses, means of consecutive windows of episodes, against training from scratch."""
-    methods = {name: found for name, found in record["methods"].items() if _curves_of(found)}
-    if not methods:
-        return None
+    """Training losses of the first seed, means of consecutive windows of episodes, against training from
+    scratch on the same tasks, as far as that has been measured."""
+    methods = record["methods"]
     with style(theme):
         figure = new_figure(4.6 * len(methods), 3.4)
         panels = figure.subplots(1, len(methods), squeeze=False, sharey=True)[0]
         for panel, (method, found) in zip(panels, methods.items(), strict=True):
-            for number, (name, points_) in enumerate(_curves_of(found).items()):
+            own = {"first-order MAML": windows(found["runs"][0]["training"])}
+            curves = own | _scratch(found)
+            for number, (name, (ends, losses)) in enumerate(curves.items()):
                 look = curve_style(number, theme) | {"marker": None, "linewidth": 1.0}
-                label = "first-order MAML" if number == 0 else name
-                panel.plot(points_["iteration"], points_["query_loss"], label=label, **look)
-            panel.set(title=method)
-            panel.set_ylim(0, 8)
+                panel.plot(ends, losses, label=name, **look)
+            panel.set(title=method, yscale="log")
             over_iterations(panel)
-        panels[0].set_ylabel("query MSE, means of 300 episodes")
+        panels[0].set_ylabel(f"query MSE, means of {WINDOW} episodes")
         legend_below(figure, panels[0])
     return figure
 
 
-def _curves_of(found: Record) -> Mapping[str, Any]:
+def windows(training: Record) -> tuple[list[int], list[float]]:
+    """Ends and means of consecutive windows, of a curve whose points are means of shorter ones."""
+    ends, losses = training["iteration"], training["query_loss"]
+    size = WINDOW // ends[0]
+    starts = range(0, len(ends) - size + 1, size)
+    return [ends[i + size - 1] for i in starts], [statistics.mean(losses[i : i + size]) for i in starts]
+
+
+def _scratch(found: Record) -> dict[str, tuple[list[int], list[float]]]:
     """Of the first seed."""
     tests = found["runs"][0]["tests"].values()
-    return next((test["curves"] for test in tests if test.get("curves")), {})
+    curves = next((test["curves"] for test in tests if test.get("curves")), {})
+    return {n: (c["iteration"], c["query_loss"]) for n, c in curves.items() if "scratch" in n}
 
 
 # ---- the paper's fits ----------------------------------------------------------------------------

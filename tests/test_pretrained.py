@@ -46,7 +46,7 @@ def test_the_file_is_the_cards_and_holds_an_initialisation_alone(name, card):
     assert (checkpoint.iteration, checkpoint.config.seed) == (card["iteration"], card["seed"])
 
 
-@pytest.mark.parametrize(("name", "card"), cards())
+@pytest.mark.parametrize(("name", "card"), list(cards()))
 def test_its_command_says_what_the_card_says(name, card, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     command = shlex.split(card["tested_by"])

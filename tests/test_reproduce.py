@@ -4,12 +4,14 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import reproduce
 import reproduced
 from cells import TABLES, Column, Published
 from reproduced import Number, number, row_of
@@ -71,7 +73,7 @@ def test_the_pages_say_what_the_records_say(tmp_path):
     for name, record in RECORDS.items():
         text = reproduced.table_text(TABLES[name], record)
         assert text == (RESULTS / f"{name}.md").read_text()
-        assert f"<!-- {name} -->\n{text}<!-- /{name} -->" in page
+        assert f"<!-- {name} -->\n{text}" in page
     summary = reproduced.summary(RECORDS)
     assert f"<!-- published -->\n{summary}<!-- /published -->" in (ROOT / "README.md").read_text()
 
@@ -105,6 +107,17 @@ def test_a_table_comes_from_its_command_which_stops_where_it_is_told_and_repeats
     )
     for suffix in ("", "-dark"):
         assert (folder / f"sinusoid-frequency{suffix}.png").stat().st_size > 10_000
-    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs-quick").rglob("*")}
+    table, root = TABLES["sinusoid-frequency"], tmp_path / "runs-quick"
+    job = reproduce.Job(table, table.cell("maml"), 0, root, quick=True)
+    other = reproduce.Job(
+        replace(table, flags=(*table.flags, "--inner-lr", "0.05")), job.cell, 0, root, quick=True
+    )
+    assert job.finished and job.problem() is None and "other settings" in other.problem()
+    same, more = (
+        replace(table.tests[0], flags=(*table.tests[0].flags, *flags))
+        for flags in ([], ["--test-steps", "2"])
+    )
+    assert job.result(same) and not job.result(more)
+    files = {file: file.stat().st_mtime_ns for file in root.rglob("*")}
     assert run()[0] == 0
-    assert files == {file: file.stat().st_mtime_ns for file in (tmp_path / "runs-quick").rglob("*")}
+    assert files == {file: file.stat().st_mtime_ns for file in root.rglob("*")}
