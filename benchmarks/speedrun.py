@@ -32,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from reproduce import machine  # noqa: E402
 from reproduced import put  # noqa: E402
 
+from checkpoint import BEST, load_checkpoint  # noqa: E402
 from files import read_json  # noqa: E402
 from report import write_json  # noqa: E402
 
@@ -64,10 +65,11 @@ def timed(flags: list[str], seed: int, folder: Path) -> float:
 def tested(checkpoint: Path) -> dict[str, dict[str, float]]:
     """Accuracy after the test steps on 5-way 1-shot test tasks, by test and normalisation."""
     found: dict[str, dict[str, float]] = {}
+    steps = ["--eval-steps", str(load_checkpoint(checkpoint / BEST).config.test_steps)]
     for test, queries in TESTS.items():
         with tempfile.TemporaryDirectory() as out:
             line = [sys.executable, str(ROOT / "main.py"), "--eval", "--load", str(checkpoint)]
-            sizes = ["-n", "5", "-k", "1", *shlex.split(queries), "--eval-tasks", "600", "--out", out]
+            sizes = ["-n", "5", "-k", "1", *shlex.split(queries), "--eval-tasks", "600", "--out", out, *steps]
             command([*line, *sizes])
             record = read_json(next(Path(out).glob("*.json")))
         rows = [row for row in record["per_step"] if row["steps"] == record["test_steps"]]
