@@ -53,6 +53,7 @@ for name, line in json.loads(lines.read_text()).items():
     built.clear()
 leave()
 (results / ("rank" + os.environ["RANK"])).write_text(json.dumps(found))
+main.end(0)
 """
 
 
