@@ -358,7 +358,7 @@ def test_evaluation_by_several_processes_writes_what_one_does(pair, three, alone
     for processes in (1, 2, 3):
         (file,) = (alone / f"eval-{processes}").glob("*.json")
         records.append(json.loads(file.read_text()))
-        assert len(list((alone / f"eval-{processes}").iterdir())) == 2  # and a picture
+        assert len(list((alone / f"eval-{processes}").iterdir())) == 3  # and two pictures
     for record in records[1:]:
         for part in ("per_step", "per_task", "settings"):
             assert record[part] == records[0][part]
