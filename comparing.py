@@ -20,7 +20,7 @@ import paired
 import report
 import trainer
 from building import no_empty_folder_left, prepare, writable
-from checkpoint import BEST, LAST, Curve, load_checkpoint
+from checkpoint import BEST, LAST, Curve, in_run, load_checkpoint
 from config import Config, Invocation
 from errors import UsageError, printable
 from evaluation import Evaluation
@@ -179,13 +179,10 @@ def places_of(given: Sequence[str]) -> list[Place]:
 def _place_of_one(path: Path) -> Place:
     if not path.is_dir():
         return Place(path.parent, "", {0: path}, path.stem)
-    file = next((path / name for name in (BEST, LAST) if (path / name).is_file()), None)
-    if file is None:
-        raise UsageError(
-            f"--compare {path}: there is no {BEST} or {LAST} in this folder, nor a list of runs; name the "
-            "runs, as FOLDER/*"
-        )
-    return Place(path, "", {0: file}, "")
+    try:
+        return Place(path, "", {0: in_run(path, BEST, LAST)}, "")
+    except UsageError as error:
+        raise UsageError(f"--compare {error}; of a folder of many, name the runs, as FOLDER/*") from error
 
 
 def names_of(places: Sequence[Place]) -> list[str]:

@@ -60,7 +60,6 @@ DARK = Theme(
     green="#12B58A", red="#E8602C", purple="#E39BC6", sky="#8CD3FF",
 )  # fmt: skip
 THEMES = {"light": LIGHT, "dark": DARK}
-BLUE, ORANGE, GREEN, RED, GREY = LIGHT.blue, LIGHT.orange, LIGHT.green, LIGHT.red, LIGHT.grey
 
 DASHES = ["-", "--", "-.", ":"]  # beside colours, for those who do not see these
 MARKERS = "osD^vPX"  # as many as have no common divisor with the palette

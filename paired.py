@@ -340,6 +340,8 @@ def figure(sides: Sequence[Side], loss_name: str, title: str, theme: Theme = LIG
             line = curve_style(number, theme) | {"markersize": 3, "linewidth": 1.2}
             _draw_learning(learning, side, line)
             _draw_steps(steps, side, side.columns[norm], line)
+        if not any(ends for side in sides for ends, _ in side.validation.values()):
+            learning.text(0.5, 0.5, "no curves were kept", ha="center", transform=learning.transAxes)
         over_iterations(learning)
         learning.set(ylabel=f"validation {measure} while trained")
         steps.set(xlabel="inner steps", ylabel=f"query {measure} on these tasks")

@@ -164,13 +164,13 @@ def findings(flags: list[str], samples: list[Sample]) -> dict[str, Any]:
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """A column a run: memory, open files and threads, the folder's size."""
-    from figures import BLUE, GREY, ORANGE, new_figure, style
+    from figures import LIGHT, new_figure, style
     from report import write_figure
 
     rows = [
-        ("memory (MB)", {"resident": BLUE, "own": ORANGE}, 1e6),
-        ("number", {"files": BLUE, "threads": ORANGE}, 1),
-        ("the run's folder (kB)", {"folder": GREY}, 1e3),
+        ("memory (MB)", {"resident": LIGHT.blue, "own": LIGHT.orange}, 1e6),
+        ("number", {"files": LIGHT.blue, "threads": LIGHT.orange}, 1),
+        ("the run's folder (kB)", {"folder": LIGHT.grey}, 1e3),
     ]
     with style():
         figure = new_figure(3.4 * len(results), 5.6)

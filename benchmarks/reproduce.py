@@ -148,10 +148,9 @@ class Job:
 
     def problem(self) -> str | None:
         """What is wrong with the run that is there: it is another's, or of other settings."""
-        wanted = settings.resolve(settings.parse(self.training))
         if not self.progress:
             return None
-        found = self.progress["config"]
+        wanted, found = settings.resolve(settings.parse(self.training)), self.progress["config"]
         learned = [
             settings.what_is_learned(each) | {"iterations": each.iterations} for each in (found, wanted)
         ]
@@ -403,7 +402,7 @@ def main() -> int:
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, stopped)
     jobs = [] if given.collect else list(jobs_of(given))
-    at_a_time = given.jobs or (1 if gpu() else os.cpu_count() or 1)
+    at_a_time = given.jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
     work = Work(time.monotonic() + 60 * given.minutes, given.run_minutes, at_a_time, stop)
     failed = False
     with ThreadPoolExecutor(at_a_time) as pool:
@@ -418,10 +417,6 @@ def main() -> int:
         show()
     print(f"Written: {given.results}")
     return 128 + signals[0] if signals else int(failed)
-
-
-def gpu() -> bool:
-    return torch.cuda.is_available()
 
 
 if __name__ == "__main__":

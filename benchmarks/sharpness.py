@@ -71,7 +71,7 @@ def measured(checkpoint: Path, shots: int, count: int) -> dict[str, Any]:
         "rate x curvature, median": float(found.median()),
         "share beyond 2": float(beyond.float().mean()),
         "query error": {
-            side: {str(n): float(errors[those, n].nanmean()) for n in STEPS} for side, those in sides.items()
+            side: {str(n): float(errors[those, n].mean()) for n in STEPS} for side, those in sides.items()
         },
     }
 
