@@ -73,7 +73,8 @@ class Entry:
 def compare(call: Invocation, given: Mapping[str, Any], command: str) -> int:
     """Measures the runs on the same tasks, and writes what came of it."""
     places = places_of(call.compare)
-    entries = [_read(place, name, call, given) for place, name in zip(places, names_of(places), strict=True)]
+    read = [_read(place, name, call, given) for place, name in zip(places, names_of(places), strict=True)]
+    entries = of_one_setting(read)
     _check_own_code(entries, given)
     check_same_tasks(entries)
     check_shared_seeds(entries)
@@ -265,6 +266,40 @@ def _read(place: Place, name: str, call: Invocation, given: Mapping[str, Any]) -
         longest = source if place.named or not last.is_file() else load_checkpoint(last)
         curves[seed] = {part: longest.progress[part] for part in ("training", "validation")}
     return Entry(name, runs, curves)
+
+
+def of_one_setting(entries: list[Entry]) -> list[Entry]:
+    """With single runs that differ in nothing but their seeds as one entry, if that leaves several, which
+    all have the same seeds; otherwise as they are."""
+    alike: dict[str, list[Entry]] = {}
+    for entry in entries:
+        subject, *more = entry.runs.values()
+        if more or subject.source is None:
+            return entries
+        saved = subject.source.config
+        learned = settings.what_is_learned(saved) | {"seed": None, "iterations": saved.iterations}
+        alike.setdefault(repr(sorted(learned.items())), []).append(entry)
+    seeds = [sorted(seed for entry in group for seed in entry.runs) for group in alike.values()]
+    if len(seeds) < 2 or len(set(seeds[0])) < len(seeds[0]) or any(each != seeds[0] for each in seeds):
+        return entries
+    names = [_shared_words([entry.name for entry in group]) for group in alike.values()]
+    if len({*names} - {""}) < len(names):
+        return entries
+    return [
+        Entry(
+            name,
+            {seed: subject for entry in group for seed, subject in entry.runs.items()},
+            {seed: curve for entry in group for seed, curve in entry.curves.items()},
+        )
+        for name, group in zip(names, alike.values(), strict=True)
+    ]
+
+
+def _shared_words(names: Sequence[str]) -> str:
+    """The words that stand in the same place of all names, but for "seed"."""
+    words = [re.split("[-_ ]", name) for name in names]
+    same = [each[0] for each in zip(*words, strict=False) if len(set(each)) == 1]
+    return "-".join(word for word in same if word != "seed")
 
 
 def _is_for(value: str, name: str, saved: Config) -> bool:

@@ -205,6 +205,7 @@ def progress_of(file: Path, changed: int) -> dict[str, Any]:
         "best_iteration": found.progress["best_iteration"],
         "final_training_loss": final and dict(zip(("mean", "from", "to"), final, strict=True)),
         "training": found.progress["training"],
+        "validation": found.progress["validation"],
     }
 
 
@@ -331,6 +332,12 @@ def tests_of(table: Table, cell: Cell, job: Job) -> dict[str, Any]:
     return found
 
 
+def validation_of(progress: dict[str, Any]) -> dict[str, list[float]]:
+    """The accuracies on validation tasks that choose the checkpoint, over iterations."""
+    curve = progress["validation"]
+    return {name: curve.get(name, []) for name in ("iteration", "query_accuracy")}
+
+
 def record(table: Table, jobs: Sequence[Job]) -> dict[str, Any]:
     """All numbers of a table, after every step, without the single tasks."""
     methods: dict[str, Any] = {}
@@ -351,6 +358,7 @@ def record(table: Table, jobs: Sequence[Job]) -> dict[str, Any]:
                     "trained_by": shlex.join(["python", "main.py", *job.training]),
                     "name": job.name,
                     **({"training": found["training"]} if learning else {}),
+                    **({"validation": validation_of(found)} if table.accuracy else {}),
                     "tests": tests_of(table, cell, job),
                 }
                 runs.append(run)

@@ -119,24 +119,26 @@ def accuracies_of(table: Table, found: Record) -> Iterator[tuple[int, list[float
 
 
 def accuracies_figure(table: Table, record: Record, theme: Theme) -> Figure:
-    """A row a method: mean over seeds with its interval over tasks, a small mark a seed, and what was
-    published as a hollow diamond."""
+    """Left, a row a method: mean over seeds with its interval over tasks, a small mark a seed, and what was
+    published as a hollow diamond. Right, how far the runs are."""
     methods = list(record["methods"])
     with style(theme):
-        figure = new_figure(7.5, 0.75 * len(methods) + 1.5)
+        figure = new_figure(11, max(3.8, 0.75 * len(methods) + 1.5))
         figure.suptitle(table.title)
-        panel = figure.subplots()
+        panel, progress = figure.subplots(1, 2, width_ratios=(3, 2))
         rows = len(table.columns)
+        named = set()
         for line, method in enumerate(methods):
             found = record["methods"][method]
             for at, values, interval in accuracies_of(table, found):
                 look = curve_style(at, theme)
                 y = line + 0.7 * (at - (rows - 1) / 2) / rows
-                label = table.columns[at].title if line == 0 else None
+                label = table.columns[at].title
                 panel.errorbar(
                     statistics.mean(values), y, xerr=interval, color=look["color"], marker=look["marker"],
-                    markersize=6, capsize=2, linestyle="", label=label,
+                    markersize=6, capsize=2, linestyle="", label=None if label in named else label,
                 )  # fmt: skip
+                named.add(label)
                 if len(values) > 1:
                     panel.plot(values, [y] * len(values), "|", color=look["color"], markersize=7)
                 published = found["published"].get(table.columns[at].title)
@@ -149,8 +151,35 @@ def accuracies_figure(table: Table, record: Record, theme: Theme) -> Figure:
         panel.set_yticks(range(len(methods)), methods)
         panel.set_ylim(len(methods) - 0.5, -0.5)
         panel.set_xlabel("test accuracy (%); hollow: published")
-        legend_below(figure, panel, columns=3)
+        figure.legend(*panel.get_legend_handles_labels(), loc="outside lower left", ncols=3)
+        _progress(progress, table, record, theme)
+        figure.legend(*progress.get_legend_handles_labels(), loc="outside lower right", ncols=3)
     return figure
+
+
+def _progress(panel: Axes, table: Table, record: Record, theme: Theme) -> None:
+    """Validation errors over training, both axes logarithmic, on which a power law is a line; a hollow
+    diamond is what was published, where the run is to end."""
+    from matplotlib.ticker import LogLocator
+
+    for number, (method, found) in enumerate(record["methods"].items()):
+        look = curve_style(number, theme) | {"marker": None, "linewidth": 1.2}
+        first = found["runs"][0]
+        for run in found["runs"]:
+            seen = [(i, 100 - 100 * a) for i, a in zip(*run["validation"].values(), strict=True) if a < 1]
+            if seen:
+                panel.plot(*zip(*seen, strict=True), label=method if run is first else None, **look)
+        published = found["published"].get(table.columns[0].title)
+        if published:
+            panel.plot(
+                [first["planned"]], [100 - published["value"]], "D", markersize=6,
+                markerfacecolor=theme.background, markeredgecolor=look["color"], markeredgewidth=1.6,
+            )  # fmt: skip
+    panel.set(xscale="log", yscale="log", xlabel="iteration", ylabel="validation error (%)")
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:,g}")
+        axis.set_minor_formatter("")
 
 
 # ---- the assignment's learning curve -------------------------------------------------------------

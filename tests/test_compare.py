@@ -169,6 +169,17 @@ def side(name: str, *losses: torch.Tensor) -> paired.Side:
     return paired.Side(name, {}, dict.fromkeys(evaluations, curve), evaluations, "transductive", 1)
 
 
+def test_runs_that_differ_in_their_seeds_alone_are_one_entry(compare, place):
+    folders = sorted(folder for folder in (place / "grid").iterdir() if (folder / "best.pt").is_file())
+    assert len(folders) == 6
+    (as_runs, _), (as_many, _) = compare(*folders), compare("grid")
+    assert [side["seeds"] for side in as_runs["sides"]] == [[0, 1, 2], [0, 1, 2]]
+    assert [side["name"] for side in as_runs["sides"]] == ["0.001", "0.1"]
+    assert [side["results"] for side in as_runs["sides"]] == [side["results"] for side in as_many["sides"]]
+    incomplete, _ = compare(*folders[:-1])  # one setting lacks a seed: they stay single runs
+    assert len(incomplete["sides"]) == 5
+
+
 def test_a_task_that_diverges_in_either_run_is_no_pair_and_is_counted():
     before = torch.ones(20)
     after = torch.linspace(0.1, 0.5, 20)
