@@ -4,6 +4,8 @@ import json
 import math
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -17,6 +19,7 @@ from cells import TABLES, Column, Published
 from reproduced import Number, number, row_of
 
 import config
+from checkpoint import load_checkpoint
 
 RESULTS = ROOT / "benchmarks" / "results" / "reproduce"
 RECORDS = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in TABLES
@@ -121,3 +124,29 @@ def test_a_table_comes_from_its_command_which_stops_where_it_is_told_and_repeats
     files = {file: file.stat().st_mtime_ns for file in root.rglob("*")}
     assert run()[0] == 0
     assert files == {file: file.stat().st_mtime_ns for file in root.rglob("*")}
+
+
+def test_a_run_that_is_stopped_saves_what_it_has(tmp_path):
+    stop, run = threading.Event(), tmp_path / "run"
+
+    def once_it_trains() -> None:
+        while not list(run.glob("events*")):
+            time.sleep(0.1)
+        time.sleep(1)
+        stop.set()
+
+    threading.Thread(target=once_it_trains, daemon=True).start()
+    work = reproduce.Work(until=math.inf, run_minutes=math.inf, jobs=2, stop=stop)
+    flags = [
+        "--meta-batch-size",
+        "2",
+        "--iterations",
+        "1000000",
+        "--val-every",
+        "1000000",
+        "--compile",
+        "off",
+    ]
+    code, _ = work.command([*flags, "--checkpoint-path", str(tmp_path), "--run-name", "run"], math.inf)
+    assert code == reproduce.STOPPED
+    assert 0 < load_checkpoint(run / "last.pt").iteration < 1_000_000
