@@ -52,7 +52,8 @@ from run import Run  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results" / "reproduce"
 DOCS = ROOT / "docs" / "results.md"
 STOPPED = 128 + signal.SIGTERM
-LEDGER = "reproduce.json"  # in a run's folder: the seconds that it took, and where
+NOT_FINITE = 4  # exit codes of main.py
+LEDGER = "reproduce.json"  # in a run's folder: the seconds that it took, where, and what ended it early
 FREE = ("convolution", "tasks_at_once", "compile", "engine")  # what a test settles by itself
 QUICK_TASKS = "100"
 QUICK_ITERATIONS = {False: "300", True: "20"}  # of curves, of images
@@ -144,7 +145,15 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        return bool(self.progress) and self.progress["iteration"] >= self.progress["planned"]
+        if not self.progress:
+            return False
+        return self.progress["iteration"] >= self.progress["planned"] or self.failure is not None
+
+    @property
+    def failure(self) -> str | None:
+        """Why training cannot go on from where it is: numbers that are not finite."""
+        known = self.ledger
+        return known.get("failure") if known.get("failed_after") == self.progress["iteration"] else None
 
     def problem(self) -> str | None:
         """What is wrong with the run that is there: it is another's, or of other settings."""
@@ -185,11 +194,13 @@ class Job:
             return read_json(self.folder / LEDGER)
         return {}
 
-    def note(self, seconds: float) -> None:
-        """Adds to the seconds that its training took."""
-        known = self.ledger
-        total = round(known.get("seconds", 0.0) + seconds, 1)
-        write_json(self.folder / LEDGER, {"seconds": total, "machine": machine()})
+    def note(self, seconds: float, failure: str | None) -> None:
+        """Adds to the seconds that its training took, and what ended it, if it was not its end."""
+        total = round(self.ledger.get("seconds", 0.0) + seconds, 1)
+        failed = (
+            {"failure": failure, "failed_after": self.progress["iteration"]} if failure is not None else {}
+        )
+        write_json(self.folder / LEDGER, {"seconds": total, "machine": machine()} | failed)
 
 
 @cache
@@ -254,8 +265,9 @@ class Work:
             limit = min(self.until, begin + 60 * self.run_minutes)
             code, said = self.command([*job.training, *where], limit)
             if job.progress:
-                job.note(time.monotonic() - begin)
-            if code not in (0, STOPPED):
+                why = said.partition("error: ")[2].partition("; saved at")[0]
+                job.note(time.monotonic() - begin, why if code == NOT_FINITE else None)
+            if code not in (0, STOPPED, NOT_FINITE):
                 return False, f"{name}: {said}"
         if not job.progress:
             return self.over, f"{name}: not begun"
@@ -267,7 +279,8 @@ class Work:
                 code, said = self.command([*job.testing(test), *where], math.inf)
                 if code:
                     return self.stop.is_set(), f"{name}, {test.name}: {said}"
-        return True, f"{name}: iteration {job.progress['iteration']:,} of {job.progress['planned']:,}"
+        how = f"; {job.failure}" if job.failure else ""
+        return True, f"{name}: iteration {job.progress['iteration']:,} of {job.progress['planned']:,}{how}"
 
     @staticmethod
     def measures_baselines(job: Job) -> bool:
@@ -352,6 +365,7 @@ def record(table: Table, jobs: Sequence[Job]) -> dict[str, Any]:
                     "iterations": found["iteration"],
                     "planned": found["planned"],
                     "best_iteration": found["best_iteration"],
+                    "failure": job.failure,
                     "final_training_loss": found["final_training_loss"],
                     "seconds": job.ledger.get("seconds"),
                     "machine": job.ledger.get("machine"),

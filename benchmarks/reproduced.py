@@ -139,10 +139,12 @@ def length(cell: Cell, runs: Sequence[Record]) -> list[str]:
 
 
 def reached(runs: Sequence[Record]) -> str:
-    """Iterations, and of how many."""
+    """Iterations, of how many, and whether that is where numbers were no longer finite."""
     planned = runs[0]["planned"]
     done = [run["iterations"] for run in runs]
-    return _range(done) + f" of {planned:,}" * (min(done) < planned)
+    failed = sum(run.get("failure") is not None for run in runs)
+    said = ", the end: not finite" if len(runs) == 1 else f", {failed} ended early: not finite"
+    return _range(done) + f" of {planned:,}" * (min(done) < planned) + said * bool(failed)
 
 
 def _range(numbers: Sequence[int]) -> str:

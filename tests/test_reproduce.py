@@ -70,6 +70,13 @@ def test_a_column_is_read_from_its_steps_and_normalisation_and_from_no_others():
     assert row_of(Column("", None), run) == {"loss_without_diverged": 0.25}
 
 
+def test_a_run_says_how_far_it_is_and_where_its_numbers_ended():
+    ended, whole = ({"iterations": n, "planned": 90, "failure": f} for n, f in ((50, "NaN"), (90, None)))
+    assert reproduced.reached([whole]) == "90"
+    assert reproduced.reached([ended]) == "50 of 90, the end: not finite"
+    assert reproduced.reached([ended, whole]) == "50 to 90 of 90, 1 ended early: not finite"
+
+
 def test_the_pages_say_what_the_records_say(tmp_path):
     assert "sinusoid" in RECORDS
     page = (ROOT / "docs" / "results.md").read_text()
