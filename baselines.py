@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+import bars
 import config as settings
 from building import build, fitted, no_empty_folder_left, prepare
 from checkpoint import LAST, fitting_parameters, load_checkpoint
@@ -155,7 +155,7 @@ def _tuned(
 
     norm = config.query_norm
     losses = {}
-    for rate in tqdm(
+    for rate in bars.of(
         RATES[rule], desc=f"{name}: rates on validation tasks", leave=False, disable=not world.first
     ):
         found = evaluate(
@@ -240,7 +240,7 @@ def scratch_curve(
     losses = []
     training = distribution.resized(config.training_shots)
     with torch.no_grad():
-        for part in tqdm(
+        for part in bars.of(
             numbers.split(EPISODES_AT_ONCE), desc="from scratch on the training tasks", leave=False
         ):
             batch = training.sample("train", config.seed, part, range(1))

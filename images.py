@@ -32,8 +32,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from tqdm import tqdm
 
+import bars
 from caches import from_cache, summed_up, title_of
 from errors import UsageError, one_line, printable
 from files import opened
@@ -669,12 +669,12 @@ def _from_cache_or_sources(
     def write(file: IO[bytes]) -> None:
         # Written rather than memory-mapped, because a full disk is an error here and a crash there.
         desc = f"Preparing {printable(title)} (once)"
-        with tqdm(total=shape[0], desc=desc, unit=" images") as progress:
+        with bars.of(total=shape[0], desc=desc, unit=" images") as bar:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             for image in images():
                 file.write(image.tobytes())
-                progress.update()
+                bar.update()
         if fingerprint() != sources:
             raise UsageError(f"{folder} has changed while its images were read: start again when it is whole")
 

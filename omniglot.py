@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
+import bars
 from caches import from_cache, summed_up
 from config import OMNIGLOT_CLASSES, OMNIGLOT_DRAWINGS
 from errors import UsageError, one_line
@@ -170,7 +170,7 @@ def _read(sources: list[Path], resize: str) -> tuple[np.ndarray, list[str]]:
     """Images `[characters, 20, 28, 28]`, and the characters' names."""
     images, names = [], []
     total = sum(PARTS.values()) * OMNIGLOT_DRAWINGS
-    with tqdm(total=total, desc="Preparing Omniglot (once)", unit=" drawings") as progress:
+    with bars.of(total=total, desc="Preparing Omniglot (once)", unit=" drawings") as bar:
         for source, (part, expected) in zip(sources, PARTS.items(), strict=True):
             try:
                 with _drawings(source) as drawings:
@@ -181,7 +181,7 @@ def _read(sources: list[Path], resize: str) -> tuple[np.ndarray, list[str]]:
                                 images.append(_decode(_bytes_of(file), resize))
                         except Exception as error:
                             raise ValueError(f"{path}: {one_line(error)}") from error
-                        progress.update()
+                        bar.update()
             except UsageError:
                 raise
             except Exception as error:  # damaged archives and images raise errors of many kinds

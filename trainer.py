@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import bars
 import divergence
 import memory
 from building import own_code_flags
@@ -265,7 +266,7 @@ class Trainer:
         for run in self.runs:
             run.begin()
         window_start, window_first = time.monotonic(), self.iteration
-        bar = tqdm(
+        bar = bars.of(
             total=config.iterations, initial=self.iteration, unit="it", dynamic_ncols=True,
             disable=not self.shown,
         )  # fmt: skip
