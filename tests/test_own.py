@@ -208,6 +208,11 @@ def test_a_transformer_and_recurrent_networks_on_sequences(learner, tmp_path):
     assert_a_step_is_that_of_a_plain_loop(tmp_path, flags, steps=2)
 
 
+def test_a_network_of_sines_on_harmonic_tasks(tmp_path):
+    learner = ["--learner", f"{ROOT / 'examples' / 'sines.py'}:sines", "--learner-args", "width=6"]
+    assert_a_step_is_that_of_a_plain_loop(tmp_path, ["--dataset", "harmonic", *learner], steps=2)
+
+
 def test_a_module_from_another_folder(elsewhere, tmp_path):
     folder = make_images(tmp_path / "data", 10, 4)
     flags = [*images_flags(folder), "--learner", f"{elsewhere / 'own.py'}:Net", "--learner-args", "hidden=3"]
