@@ -167,9 +167,11 @@ def assert_a_step_is_that_of_a_plain_loop(tmp_path: Path, flags: list[object], *
     settings, call = config.resolve(given), config.check_invocation(given)
     runtime = building.prepare(settings, call)
     batch = building.tasks_of(settings, call, runtime).sample("train", 0, 1, range(2))
-    learner = building.module_of(settings, runtime, settings.ways, batch.support_x[0])
+    outputs = settings.ways or batch.support_y.shape[-1]
+    learner = building.module_of(settings, runtime, outputs, batch.support_x[0])
     before = {name: w.detach().clone() for name, w in learner.named_parameters()}
-    gradients = plain_loop(learner, F.cross_entropy, batch, steps=steps, inner_lr=0.05)
+    loss = F.cross_entropy if settings.classification else F.mse_loss
+    gradients = plain_loop(learner, loss, batch, steps=steps, inner_lr=0.05)
     after = load_checkpoint(tmp_path / "run" / LAST).parameters
     scale = max(g.abs().max().item() for g in gradients.values())
     assert scale > 1e-4
