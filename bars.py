@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -13,7 +14,7 @@ LINE_SECONDS = 30.0
 
 def of(*arguments: Any, **options: Any) -> tqdm:
     """tqdm's, with its arguments. TQDM_MININTERVAL, its own variable, asks for redrawing everywhere."""
-    if sys.stderr.isatty() or "TQDM_MININTERVAL" in os.environ:
+    if getattr(sys.stderr, "isatty", bool)() or "TQDM_MININTERVAL" in os.environ:
         return tqdm(*arguments, **options)
     lines: Any = Lines(sys.stderr)
     seldom = {"mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS}
@@ -21,9 +22,15 @@ def of(*arguments: Any, **options: Any) -> tqdm:
 
 
 class _Unwatched(tqdm):
+    line_at = 0.0
+
+    def display(self, *arguments: Any, **options: Any) -> bool:
+        self.line_at = time.monotonic()
+        return super().display(*arguments, **options)
+
     def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
-        """Is shown in the next line."""
-        super().set_postfix_str(s, refresh=False)
+        """Is shown in the next line; at once where none has come for long, as while code is compiled."""
+        super().set_postfix_str(s, refresh=time.monotonic() - self.line_at >= LINE_SECONDS)
 
 
 class Lines:

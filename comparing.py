@@ -68,6 +68,7 @@ class Entry:
     name: str
     runs: dict[int, Subject]  # by seed
     curves: dict[int, dict[str, Curve]]  # training and validation
+    named: str = ""  # as its place's
 
 
 def compare(call: Invocation, given: Mapping[str, Any], command: str) -> int:
@@ -265,41 +266,54 @@ def _read(place: Place, name: str, call: Invocation, given: Mapping[str, Any]) -
         last = file.with_name(LAST)
         longest = source if place.named or not last.is_file() else load_checkpoint(last)
         curves[seed] = {part: longest.progress[part] for part in ("training", "validation")}
-    return Entry(name, runs, curves)
+    return Entry(name, runs, curves, place.named)
 
 
-def of_one_setting(entries: list[Entry]) -> list[Entry]:
-    """With single runs that differ in nothing but their seeds as one entry, if that leaves several, which
-    all have the same seeds; otherwise as they are."""
-    alike: dict[str, list[Entry]] = {}
+def of_one_setting(entries: Sequence[Entry]) -> list[Entry]:
+    """With single runs that differ in nothing but their seeds as one entry, if that leaves several entries,
+    which all have the same seeds; otherwise as they are."""
+    groups: dict[str, list[Entry]] = {}
     for entry in entries:
-        subject, *more = entry.runs.values()
-        if more or subject.source is None:
-            return entries
-        saved = subject.source.config
-        learned = settings.what_is_learned(saved) | {"seed": None, "iterations": saved.iterations}
-        alike.setdefault(repr(sorted(learned.items())), []).append(entry)
-    seeds = [sorted(seed for entry in group for seed in entry.runs) for group in alike.values()]
-    if len(seeds) < 2 or len(set(seeds[0])) < len(seeds[0]) or any(each != seeds[0] for each in seeds):
-        return entries
-    names = [_shared_words([entry.name for entry in group]) for group in alike.values()]
-    if len({*names} - {""}) < len(names):
-        return entries
+        groups.setdefault(_setting_of(entry), []).append(entry)
+    seeds = [sorted(seed for entry in group for seed in entry.runs) for group in groups.values()]
+    distinct = all(len(set(each)) == len(each) and each == seeds[0] for each in seeds)
+    if not 2 <= len(groups) < len(entries) or not distinct:
+        return list(entries)
+    names = [_name_of_all([entry.name for entry in group]) for group in groups.values()]
+    if len(set(names)) < len(names):
+        names = [group[0].name for group in groups.values()]
     return [
         Entry(
             name,
             {seed: subject for entry in group for seed, subject in entry.runs.items()},
             {seed: curve for entry in group for seed, curve in entry.curves.items()},
+            group[0].named,
         )
-        for name, group in zip(names, alike.values(), strict=True)
+        for name, group in zip(names, groups.values(), strict=True)
     ]
 
 
-def _shared_words(names: Sequence[str]) -> str:
+def _setting_of(entry: Entry) -> str:
+    """All that decides a single run's results but its seed; of several runs, their name."""
+    subject, *more = entry.runs.values()
+    if more or subject.source is None:
+        return f"runs {entry.name}"
+    saved, config = subject.source.config, subject.config
+    measured = {name for name, flag in settings.CONFIG_FLAGS.items() if flag.group == "evaluation"}
+    found = settings.what_is_learned(saved) | {"seed": None, "named": entry.named}
+    found |= {name: getattr(config, name) for name in measured}
+    found |= {name: getattr(saved, name) for name in ("iterations", "val_every")}
+    found["origin"] = subject.source.progress.get("origin")
+    return repr(sorted(found.items()))
+
+
+def _name_of_all(names: Sequence[str]) -> str:
     """The words that stand in the same place of all names, but for "seed"."""
-    words = [re.split("[-_ ]", name) for name in names]
+    if len(names) == 1:
+        return names[0]
+    words = [re.split("[-_ /]", name) for name in names]
     same = [each[0] for each in zip(*words, strict=False) if len(set(each)) == 1]
-    return "-".join(word for word in same if word != "seed")
+    return "-".join(word for word in same if word != "seed") or f"{names[0]} and {len(names) - 1} more"
 
 
 def _is_for(value: str, name: str, saved: Config) -> bool:

@@ -7,9 +7,10 @@
     python benchmarks/reproduce.py --quick                  # the same path in a few minutes
 
 Trains each method from each seed with `main.py`, takes the checkpoint that is best on validation tasks, and
-tests it. What is finished is kept in --folder; what is not goes on where it was. Writes the numbers (JSON), a
-table (Markdown) and a picture, in light and dark, to benchmarks/results/reproduce/. What is there is shown,
-runs that have not come to their end included, and marked.
+tests it. What is finished is kept in --folder; what is not goes on where it was. (A run whose numbers are no
+longer finite is finished, too: remove its folder to begin it again.) Writes the numbers (JSON), a table
+(Markdown) and a picture, in light and dark, to benchmarks/results/reproduce/. What is there is shown, runs
+that have not come to their end included, and marked.
 """
 
 from __future__ import annotations
@@ -152,8 +153,8 @@ class Job:
     @property
     def failure(self) -> str | None:
         """Why training cannot go on from where it is: numbers that are not finite."""
-        known = self.ledger
-        return known.get("failure") if known.get("failed_after") == self.progress["iteration"] else None
+        known, at = self.ledger, self.progress.get("iteration")
+        return known.get("failure") if at is not None and known.get("failed_after") == at else None
 
     def problem(self) -> str | None:
         """What is wrong with the run that is there: it is another's, or of other settings."""
@@ -265,7 +266,7 @@ class Work:
             limit = min(self.until, begin + 60 * self.run_minutes)
             code, said = self.command([*job.training, *where], limit)
             if job.progress:
-                why = said.partition("error: ")[2].partition("; saved at")[0]
+                why = said.partition("error: ")[2].partition("; saved at")[0] or "numbers that are not finite"
                 job.note(time.monotonic() - begin, why if code == NOT_FINITE else None)
             if code not in (0, STOPPED, NOT_FINITE):
                 return False, f"{name}: {said}"
@@ -359,7 +360,7 @@ def record(table: Table, jobs: Sequence[Job]) -> dict[str, Any]:
         runs = []
         for job in jobs:
             found = job.progress
-            if job.cell.method == (cell.beside or cell.method) and found:
+            if job.cell.method == (cell.beside or cell.method) and found and job.problem() is None:
                 run = {
                     "seed": job.seed,
                     "iterations": found["iteration"],

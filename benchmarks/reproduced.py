@@ -135,16 +135,22 @@ def length(cell: Cell, runs: Sequence[Record]) -> list[str]:
     mean = statistics.mean(seconds) if seconds else 0
     took = f"{mean / 60:.0f} min" if mean > 90 else f"{mean:.0f} s" * bool(mean)
     best = [run["best_iteration"] or run["iterations"] for run in runs]
-    return [seeds, f"{reached(runs)}; best at {_range(best)}", took]
+    return [seeds, f"{reached(runs)}{ended(runs)}; best at {_range(best)}", took]
 
 
 def reached(runs: Sequence[Record]) -> str:
-    """Iterations, of how many, and whether that is where numbers were no longer finite."""
+    """Iterations, and of how many."""
     planned = runs[0]["planned"]
     done = [run["iterations"] for run in runs]
+    return _range(done) + f" of {planned:,}" * (min(done) < planned)
+
+
+def ended(runs: Sequence[Record]) -> str:
+    """Whether runs have ended early because numbers were no longer finite."""
     failed = sum(run.get("failure") is not None for run in runs)
-    said = ", the end: not finite" if len(runs) == 1 else f", {failed} ended early: not finite"
-    return _range(done) + f" of {planned:,}" * (min(done) < planned) + said * bool(failed)
+    if not failed:
+        return ""
+    return ", where numbers were no longer finite" + f" in {failed} of {len(runs)} runs" * (len(runs) > 1)
 
 
 def _range(numbers: Sequence[int]) -> str:
@@ -165,7 +171,7 @@ def verdicts(table: Table, record: Record) -> list[tuple[Cell, str, Published, N
             if ours is not None:
                 digits = digits_of(table)
                 said = f"published {published}, ours {ours.text(digits)}: {how_near(table, published, ours)}"
-                said += f" (after {reached(runs)} iterations)" * unfinished(runs)
+                said += f" (after {reached(runs)} iterations{ended(runs)})" * unfinished(runs)
                 said += f" ({cell.note})" * bool(cell.note)
             found.append((cell, title, published, ours, said))
     return found
@@ -230,7 +236,7 @@ def summary(records: Mapping[str, Record]) -> str:
             runs = record["methods"][cell.method]["runs"]
             count = len(ours.means)
             seeds = f"{count} seeds" if count > 1 else "single run"
-            partly = f", {reached(runs)} iterations" * unfinished(runs)
+            partly = f", {reached(runs)} iterations{ended(runs)}" * unfinished(runs)
             told = f"{how_near(table, published, ours)} ({seeds}{partly})"
             method = f"{table.title.partition(':')[0].partition(', accuracy')[0]}, {cell.method}"
             text = ours.text(digits_of(table))

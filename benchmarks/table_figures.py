@@ -159,23 +159,29 @@ def accuracies_figure(table: Table, record: Record, theme: Theme) -> Figure:
 
 def _progress(panel: Axes, table: Table, record: Record, theme: Theme) -> None:
     """Validation errors over training, both axes logarithmic, on which a power law is a line; a hollow
-    diamond is what was published, where the run is to end."""
+    mark is what was published, where the run is to end."""
     from matplotlib.ticker import LogLocator
 
     for number, (method, found) in enumerate(record["methods"].items()):
-        look = curve_style(number, theme) | {"marker": None, "linewidth": 1.2}
+        look = curve_style(number, theme) | {"markersize": 4, "linewidth": 1.2}
         first = found["runs"][0]
         for run in found["runs"]:
             seen = [(i, 100 - 100 * a) for i, a in zip(*run["validation"].values(), strict=True) if a < 1]
             if seen:
-                panel.plot(*zip(*seen, strict=True), label=method if run is first else None, **look)
+                label = method if run is first else None
+                panel.plot(*zip(*seen, strict=True), label=label, markevery=max(1, len(seen) // 8), **look)
         published = found["published"].get(table.columns[0].title)
         if published:
             panel.plot(
-                [first["planned"]], [100 - published["value"]], "D", markersize=6,
+                [first["planned"]], [100 - published["value"]], marker=look["marker"], markersize=8,
                 markerfacecolor=theme.background, markeredgecolor=look["color"], markeredgewidth=1.6,
             )  # fmt: skip
-    panel.set(xscale="log", yscale="log", xlabel="iteration", ylabel="validation error (%)")
+    panel.set(
+        xscale="log",
+        yscale="log",
+        xlabel="iteration",
+        ylabel="validation error (%)\nhollow: published, on test tasks",
+    )
     for axis in (panel.xaxis, panel.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter("{x:,g}")

@@ -45,6 +45,8 @@ def place(tmp_path_factory):
 
     trained("maml")
     trained("fomaml", "--first-order", "--inner-lr", "0.1", "-s", "2")
+    trained("fomaml-1", "--first-order", "--inner-lr", "0.1", "-s", "2", "--seed", "1")
+    trained("longer", "--eval-steps", "5", "--seed", "1")
     trained("five", "-k", "5")
     trained("huber", "--loss", "huber")
     trained("grid", "--seeds", "0-2", "--sweep", "inner-lr=0.001,0.1")
@@ -176,8 +178,18 @@ def test_runs_that_differ_in_their_seeds_alone_are_one_entry(compare, place):
     assert [side["seeds"] for side in as_runs["sides"]] == [[0, 1, 2], [0, 1, 2]]
     assert [side["name"] for side in as_runs["sides"]] == ["0.001", "0.1"]
     assert [side["results"] for side in as_runs["sides"]] == [side["results"] for side in as_many["sides"]]
-    incomplete, _ = compare(*folders[:-1])  # one setting lacks a seed: they stay single runs
-    assert len(incomplete["sides"]) == 5
+    incomplete, _ = compare(*folders[:-1])  # one setting lacks a seed
+    last, _ = compare(*folders[:-1], folders[-1] / "last.pt")  # the others are the best
+    assert (len(incomplete["sides"]), len(last["sides"])) == (5, 6)
+    longer, _ = compare("maml", "longer", "fomaml", "fomaml-1")  # measured after other steps
+    assert [side["name"] for side in longer["sides"]] == ["maml", "longer", "fomaml", "fomaml-1"]
+
+
+def test_an_entry_of_several_runs_is_called_by_their_words():
+    assert comparing._name_of_all(["maml-seed0", "maml-seed1"]) == "maml"
+    assert comparing._name_of_all(["a/seed0", "a/seed1"]) == "a"
+    assert comparing._name_of_all(["monday", "tuesday"]) == "monday and 1 more"
+    assert comparing._name_of_all(["one_x"]) == "one_x"
 
 
 def test_a_task_that_diverges_in_either_run_is_no_pair_and_is_counted():

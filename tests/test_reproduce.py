@@ -71,10 +71,22 @@ def test_a_column_is_read_from_its_steps_and_normalisation_and_from_no_others():
 
 
 def test_a_run_says_how_far_it_is_and_where_its_numbers_ended():
-    ended, whole = ({"iterations": n, "planned": 90, "failure": f} for n, f in ((50, "NaN"), (90, None)))
-    assert reproduced.reached([whole]) == "90"
-    assert reproduced.reached([ended]) == "50 of 90, the end: not finite"
-    assert reproduced.reached([ended, whole]) == "50 to 90 of 90, 1 ended early: not finite"
+    early, whole = ({"iterations": n, "planned": 90, "failure": f} for n, f in ((50, "NaN"), (90, None)))
+    table = TABLES["sinusoid-frequency"]
+    row = {"normalisation": "transductive", "steps": 1, "loss_without_diverged": 2.0}
+    tests = {"K = 5": {"per_step": [row], "test_steps": 1}}
+
+    def said(*runs: dict) -> tuple[str, str]:
+        record = {"methods": {"maml": {"runs": [run | {"tests": tests, "seed": 0} for run in runs]}}}
+        return reproduced.verdicts(table, record)[0][-1], reproduced.summary({table.name: record})
+
+    verdict, summary = said(early)
+    assert verdict.endswith("short by 0.870 (after 50 of 90 iterations, where numbers were no longer finite)")
+    assert "(single run, 50 of 90 iterations, where numbers were no longer finite) |" in summary
+    verdict, _ = said(early, whole)
+    assert "(after 50 to 90 of 90 iterations, where numbers were no longer finite in 1 of 2 runs)" in verdict
+    verdict, summary = said(whole)
+    assert verdict.endswith("short by 0.870") and "(single run) |" in summary
 
 
 def test_the_pages_say_what_the_records_say(tmp_path):
