@@ -35,7 +35,7 @@ IMAGES = ("maml", "fomaml", "anil", "meta-sgd", "maml++", "reptile")
 CHOSEN: dict[str, tuple[str, ...]] = {
     "sinusoid": ("maml", *FAMILY),
     "sinusoid-frequency": ("maml", "meta-sgd"),
-    "sinusoid-line": ("maml", "meta-sgd"),
+    "sinusoid-line": ("maml", "meta-sgd", "cavia"),
     **{name: IMAGES for name in TABLES if name.startswith("omniglot-")},
 }
 
