@@ -1,6 +1,6 @@
 """Makes the checkpoints in the box from the runs of benchmarks/reproduce.py.
 
-    python benchmarks/pretrained.py                          # all methods of CHOSEN that have been run
+    python benchmarks/pretrained.py                          # all methods of CHOSEN that are far enough
     python benchmarks/pretrained.py sinusoid                 # of one table
 
 Of each method the first seed's best.pt, chosen on validation tasks: never the best of several seeds. The
@@ -31,6 +31,7 @@ from report import write_json  # noqa: E402
 
 FOLDER = ROOT / "checkpoints" / "pretrained"
 CARD = "card.json"
+FAR_ENOUGH = 0.25  # of the planned iterations
 IMAGES = ("maml", "fomaml", "anil", "meta-sgd", "maml++", "reptile")
 CHOSEN: dict[str, tuple[str, ...]] = {
     "sinusoid": ("maml", *FAMILY),
@@ -129,9 +130,11 @@ def row(found: dict[str, Any]) -> str:
 
 
 def publish(table: Table, method: str, root: Path) -> dict[str, Any] | None:
-    """Writes a method's checkpoint and card; None where it has not been trained."""
+    """Writes a method's checkpoint and card; None where it has not been trained, or not far enough."""
     job = Job(table, table.cell(method), SEEDS[0], root, quick=False)
     if not (job.folder / BEST).exists() or not job.progress:
+        return None
+    if job.progress["iteration"] < FAR_ENOUGH * job.progress["planned"]:
         return None
     problem = job.problem()
     if problem:
