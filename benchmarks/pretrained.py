@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from cells import FAMILY, SEEDS, TABLES, Table  # noqa: E402
+from cells import FAMILY, FAR_ENOUGH, SEEDS, TABLES, Table  # noqa: E402
 from reproduce import Job  # noqa: E402
 
 from checkpoint import BEST, initialisation_of, load_checkpoint, save_checkpoint  # noqa: E402
@@ -31,7 +31,6 @@ from report import write_json  # noqa: E402
 
 FOLDER = ROOT / "checkpoints" / "pretrained"
 CARD = "card.json"
-FAR_ENOUGH = 0.25  # of the planned iterations
 IMAGES = ("maml", "fomaml", "anil", "meta-sgd", "maml++", "reptile")
 CHOSEN: dict[str, tuple[str, ...]] = {
     "sinusoid": ("maml", *FAMILY),

@@ -14,7 +14,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from cells import SEEDS, TABLES, Cell, Column, Published, Table  # noqa: E402
+from cells import FAR_ENOUGH, SEEDS, TABLES, Cell, Column, Published, Table  # noqa: E402
 
 from files import write_whole  # noqa: E402
 
@@ -226,7 +226,7 @@ def commands(table: Table, record: Record) -> list[str]:
 
 
 def summary(records: Mapping[str, Record]) -> str:
-    """Every published number of a method that has been run, in one table."""
+    """Every published number of a method whose runs are far enough, in one table."""
     lines = ["| | | published | ours | |", "|-|-|-|-|-|"]
     for name, record in records.items():
         table = TABLES[name]
@@ -234,10 +234,13 @@ def summary(records: Mapping[str, Record]) -> str:
             if ours is None or cell.beside:
                 continue
             runs = record["methods"][cell.method]["runs"]
+            if any(run["iterations"] < FAR_ENOUGH * run["planned"] for run in runs):
+                continue
             count = len(ours.means)
             seeds = f"{count} seeds" if count > 1 else "single run"
             partly = f", {reached(runs)} iterations{ended(runs)}" * unfinished(runs)
             told = f"{how_near(table, published, ours)} ({seeds}{partly})"
+            told += f"; {cell.note}" * bool(cell.note)
             method = f"{table.title.partition(':')[0].partition(', accuracy')[0]}, {cell.method}"
             text = ours.text(digits_of(table))
             lines.append(f"| {method} | {title} | {published} | {text} | {told} |")
