@@ -135,7 +135,7 @@ def table(entries: Sequence[Mapping[str, Any]]) -> str:
             name += " (short of 98 %)"
         took = f"{statistics.mean(seconds):.0f} ({min(seconds):.0f} to {max(seconds):.0f})"
         lines.append(f"| {name} | {took} | {' | '.join(cells)} | {entry['machine']} |")
-    commands = [entry["command"] for entry in entries]
+    commands = dict.fromkeys(entry["command"] for entry in entries)
     return "\n".join([*lines, "", "```sh", *commands, "```", ""])
 
 
