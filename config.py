@@ -525,7 +525,7 @@ class Invocation:
     compare: tuple[str, ...] = flag(
         "--compare", group="what to do", kind=tuple, metavar="RUN", default=(),
         help="set runs side by side: learning curves, and paired differences on the same tasks. The folder "
-        "of a run, a checkpoint, or a folder of many runs, whose seeds are taken together",
+        "of a run, a checkpoint, or a folder of many runs; the seeds of a setting are taken together",
     )  # fmt: skip
     split: str = flag(
         "--split", group="evaluation", kind=str, choices=("validation", "test"), default="validation",

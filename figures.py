@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -124,10 +124,13 @@ def curve_style(number: int, theme: Theme) -> dict[str, Any]:
     }
 
 
-def legend_below(figure: Figure, panel: Axes, columns: int = 6) -> None:
-    """One for all panels, outside of them: it hides nothing."""
+Place = Literal["outside lower left", "outside lower center", "outside lower right"]
+
+
+def legend_below(figure: Figure, panel: Axes, columns: int = 6, loc: Place = "outside lower center") -> None:
+    """One for all panels, or left and right one of each; outside of them: it hides nothing."""
     handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))
+    figure.legend(handles, labels, loc=loc, ncols=min(columns, len(labels)))
 
 
 def over_iterations(panel: Axes) -> None:

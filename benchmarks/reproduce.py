@@ -49,11 +49,11 @@ from errors import UsageError  # noqa: E402
 from files import read_json, write_whole  # noqa: E402
 from report import write_json  # noqa: E402
 from run import Run  # noqa: E402
+from trainer import FAILED  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "reproduce"
 DOCS = ROOT / "docs" / "results.md"
 STOPPED = 128 + signal.SIGTERM
-NOT_FINITE = 4  # exit codes of main.py
 LEDGER = "reproduce.json"  # in a run's folder: the seconds that it took, where, and what ended it early
 FREE = ("convolution", "tasks_at_once", "compile", "engine")  # what a test settles by itself
 QUICK_TASKS = "100"
@@ -198,9 +198,7 @@ class Job:
     def note(self, seconds: float, failure: str | None) -> None:
         """Adds to the seconds that its training took, and what ended it, if it was not its end."""
         total = round(self.ledger.get("seconds", 0.0) + seconds, 1)
-        failed = (
-            {"failure": failure, "failed_after": self.progress["iteration"]} if failure is not None else {}
-        )
+        failed = {} if failure is None else {"failure": failure, "failed_after": self.progress["iteration"]}
         write_json(self.folder / LEDGER, {"seconds": total, "machine": machine()} | failed)
 
 
@@ -267,8 +265,8 @@ class Work:
             code, said = self.command([*job.training, *where], limit)
             if job.progress:
                 why = said.partition("error: ")[2].partition("; saved at")[0] or "numbers that are not finite"
-                job.note(time.monotonic() - begin, why if code == NOT_FINITE else None)
-            if code not in (0, STOPPED, NOT_FINITE):
+                job.note(time.monotonic() - begin, why if code == FAILED else None)
+            if code not in (0, STOPPED, FAILED):
                 return False, f"{name}: {said}"
         if not job.progress:
             return self.over, f"{name}: not begun"

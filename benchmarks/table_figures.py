@@ -95,10 +95,15 @@ def _band(panel: Axes, points: Sequence[tuple[int, float, float]], label: str, l
 def _published(panel: Axes, table: Table, test: str, found: Record, colour: str, theme: Theme) -> None:
     for column in table.columns:
         if column.test == test and column.title in found["published"]:
-            panel.plot(
-                [column.steps or 0], [found["published"][column.title]["value"]], "D", markersize=7, zorder=4,
-                markerfacecolor=theme.background, markeredgecolor=colour, markeredgewidth=1.6,
-            )  # fmt: skip
+            _hollow(panel, column.steps or 0, found["published"][column.title]["value"], "D", colour, theme)
+
+
+def _hollow(panel: Axes, x: float, y: float, marker: str, colour: str, theme: Theme) -> None:
+    """The mark of a published number."""
+    panel.plot(
+        [x], [y], marker=marker, markersize=7, linestyle="", zorder=4,
+        markerfacecolor=theme.background, markeredgecolor=colour, markeredgewidth=1.6,
+    )  # fmt: skip
 
 
 # ---- accuracies ----------------------------------------------------------------------------------
@@ -151,9 +156,9 @@ def accuracies_figure(table: Table, record: Record, theme: Theme) -> Figure:
         panel.set_yticks(range(len(methods)), methods)
         panel.set_ylim(len(methods) - 0.5, -0.5)
         panel.set_xlabel("test accuracy (%); hollow: published")
-        figure.legend(*panel.get_legend_handles_labels(), loc="outside lower left", ncols=3)
         _progress(progress, table, record, theme)
-        figure.legend(*progress.get_legend_handles_labels(), loc="outside lower right", ncols=3)
+        legend_below(figure, panel, columns=3, loc="outside lower left")
+        legend_below(figure, progress, columns=3, loc="outside lower right")
     return figure
 
 
@@ -172,10 +177,7 @@ def _progress(panel: Axes, table: Table, record: Record, theme: Theme) -> None:
                 panel.plot(*zip(*seen, strict=True), label=label, markevery=max(1, len(seen) // 8), **look)
         published = found["published"].get(table.columns[0].title)
         if published:
-            panel.plot(
-                [first["planned"]], [100 - published["value"]], marker=look["marker"], markersize=8,
-                markerfacecolor=theme.background, markeredgecolor=look["color"], markeredgewidth=1.6,
-            )  # fmt: skip
+            _hollow(panel, first["planned"], 100 - published["value"], look["marker"], look["color"], theme)
     panel.set(
         xscale="log",
         yscale="log",

@@ -87,6 +87,8 @@ def test_a_run_says_how_far_it_is_and_where_its_numbers_ended():
     assert "(after 50 to 90 of 90 iterations, where numbers were no longer finite in 1 of 2 runs)" in verdict
     verdict, summary = said(whole)
     assert verdict.endswith("short by 0.870") and "(single run) |" in summary
+    verdict, summary = said(early | {"iterations": 20})  # not a quarter of its way
+    assert "after 20 of 90 iterations" in verdict and "1.13" not in summary
 
 
 def test_the_pages_say_what_the_records_say(tmp_path):
@@ -143,6 +145,13 @@ def test_a_table_comes_from_its_command_which_stops_where_it_is_told_and_repeats
     files = {file: file.stat().st_mtime_ns for file in root.rglob("*")}
     assert run()[0] == 0
     assert files == {file: file.stat().st_mtime_ns for file in root.rglob("*")}
+    assert "maml" in reproduce.record(table, [job])["methods"]
+    assert not reproduce.record(table, [other])["methods"]  # not shown as what it is not
+    job.note(1.0, "NaN")
+    assert (job.failure, job.finished) == ("NaN", True)
+    assert reproduce.record(table, [job])["methods"]["maml"]["runs"][0]["failure"] == "NaN"
+    job.note(1.0, None)  # somebody has gone on with it
+    assert job.failure is None
 
 
 def test_a_run_that_is_stopped_saves_what_it_has(tmp_path):
