@@ -10,7 +10,8 @@ Trains each method from each seed with `main.py`, takes the checkpoint that is b
 tests it. What is finished is kept in --folder; what is not goes on where it was. (A run whose numbers are no
 longer finite is finished, too: remove its folder to begin it again.) Writes the numbers (JSON), a table
 (Markdown) and a picture, in light and dark, to benchmarks/results/reproduce/. What is there is shown, runs
-that have not come to their end included, and marked.
+that have not come to their end included, and marked. A run whose folder is gone stays in the table that has
+it, until the same command has come as far.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -334,6 +335,7 @@ def tests_of(table: Table, cell: Cell, job: Job) -> dict[str, Any]:
         numbers = (beside or {"methods": {}})["methods"].get(cell.method) if cell.beside else own
         if own and numbers:
             found[test.name] = {
+                "flags": shlex.join(test.flags),
                 "tasks": own["tasks"],
                 "test_steps": own["test_steps"],
                 "device": own["device"],
@@ -350,31 +352,53 @@ def validation_of(progress: dict[str, Any]) -> dict[str, list[float]]:
     return {name: curve.get(name, []) for name in ("iteration", "query_accuracy")}
 
 
-def record(table: Table, jobs: Sequence[Job]) -> dict[str, Any]:
-    """All numbers of a table, after every step, without the single tasks."""
-    methods: dict[str, Any] = {}
+def run_of(table: Table, cell: Cell, job: Job) -> dict[str, Any] | None:
+    """What a run's folder says, of its method or of a baseline beside it; None: there is no such run."""
+    found = job.progress
+    if not found or job.problem() is not None:
+        return None
     learning = any(column.test is None for column in table.columns)  # whose picture is of the training
+    return {
+        "seed": job.seed,
+        "iterations": found["iteration"],
+        "planned": found["planned"],
+        "best_iteration": found["best_iteration"],
+        "failure": job.failure,
+        "final_training_loss": found["final_training_loss"],
+        "seconds": job.ledger.get("seconds"),
+        "machine": job.ledger.get("machine"),
+        "trained_by": shlex.join(["python", "main.py", *job.training]),
+        "name": job.name,
+        **({"training": found["training"]} if learning else {}),
+        **({"validation": validation_of(found)} if table.accuracy else {}),
+        "tests": tests_of(table, cell, job),
+    }
+
+
+def recorded(table: Table, cell: Cell, job: Job, known: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the table's record has of that same command, with the tests that are still the table's."""
+    runs = known.get("methods", {}).get(cell.method, {"runs": []})["runs"]
+    command = shlex.join(["python", "main.py", *job.training])
+    flags = {test.name: shlex.join(test.flags) for test in table.tests}
+    for run in runs:
+        if run["trained_by"] == command:
+            tests = {name: test for name, test in run["tests"].items() if test["flags"] == flags.get(name)}
+            return run | {"tests": tests}
+    return None
+
+
+def record(table: Table, jobs: Sequence[Job], known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """All numbers of a table, after every step, without the single tasks. Of each run that of its folder or
+    the one that is `known`, whichever is further."""
+    methods: dict[str, Any] = {}
     for cell in table.cells:
         runs = []
         for job in jobs:
-            found = job.progress
-            if job.cell.method == (cell.beside or cell.method) and found and job.problem() is None:
-                run = {
-                    "seed": job.seed,
-                    "iterations": found["iteration"],
-                    "planned": found["planned"],
-                    "best_iteration": found["best_iteration"],
-                    "failure": job.failure,
-                    "final_training_loss": found["final_training_loss"],
-                    "seconds": job.ledger.get("seconds"),
-                    "machine": job.ledger.get("machine"),
-                    "trained_by": shlex.join(["python", "main.py", *job.training]),
-                    "name": job.name,
-                    **({"training": found["training"]} if learning else {}),
-                    **({"validation": validation_of(found)} if table.accuracy else {}),
-                    "tests": tests_of(table, cell, job),
-                }
-                runs.append(run)
+            if job.cell.method == (cell.beside or cell.method):
+                found = [run_of(table, cell, job), recorded(table, cell, job, known or {})]
+                there = [run for run in found if run is not None]
+                if there:
+                    runs.append(max(there, key=lambda run: (run["iterations"], len(run["tests"]))))
         if runs:
             published = {title: p._asdict() for title, p in cell.published.items()}
             methods[cell.method] = {"published": published, "source": cell.source, "runs": runs}
@@ -382,14 +406,15 @@ def record(table: Table, jobs: Sequence[Job]) -> dict[str, Any]:
 
 
 def write(table: Table, jobs: Sequence[Job], results: Path) -> None:
-    """A table's files, of all runs that are there."""
-    found = record(table, jobs)
+    """A table's files, of all runs that are there, and of those in its file that are further."""
+    file = results / f"{table.name}.json"
+    found = record(table, jobs, read_json(file) if file.exists() else None)
     if not found["methods"]:
         return
     results.mkdir(parents=True, exist_ok=True)
     text = reproduced.table_text(table, found)
     write_whole(results / f"{table.name}.md", lambda file: file.write(text.encode()))
-    write_json(results / f"{table.name}.json", found)
+    write_json(file, found)
     maml = next((job.checkpoint for job in jobs if job.cell.method == "maml" and job.progress), None)
     table_figures.draw(table, found, results, maml if table.name == "sinusoid" else None)
 

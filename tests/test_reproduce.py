@@ -147,6 +147,15 @@ def test_a_table_comes_from_its_command_which_stops_where_it_is_told_and_repeats
     assert files == {file: file.stat().st_mtime_ns for file in root.rglob("*")}
     assert "maml" in reproduce.record(table, [job])["methods"]
     assert not reproduce.record(table, [other])["methods"]  # not shown as what it is not
+    gone = reproduce.Job(table, job.cell, 0, tmp_path / "gone", quick=True)
+    assert reproduce.record(table, [gone], record) == record
+    assert not reproduce.record(table, [replace(gone, seed=1)], record)["methods"]
+    assert not reproduce.record(table, [replace(gone, table=other.table)], record)["methods"]
+    further = {"methods": {"maml": {"runs": [found | {"iterations": 400}]}}}
+    assert reproduce.record(table, [job], further)["methods"]["maml"]["runs"][0]["iterations"] == 400
+    shorter = replace(table, tests=(replace(same, flags=("-k", "7")), *table.tests[1:]))
+    kept = reproduce.record(shorter, [replace(gone, table=shorter)], record)["methods"]["maml"]["runs"][0]
+    assert set(kept["tests"]) == {"K = 10", "K = 20"}
     job.note(1.0, "NaN")
     assert (job.failure, job.finished) == ("NaN", True)
     assert reproduce.record(table, [job])["methods"]["maml"]["runs"][0]["failure"] == "NaN"
