@@ -103,7 +103,7 @@ class InnerSteps:
 
 
 class Adjoint:
-    """Forward over reverse, one inner step at a time.
+    """Reverse over forward, one inner step at a time.
 
     An inner step is state' = update(state, g, shared) with g the gradient of the support loss L at
     (w, s): the fast weights and the weights that all tasks share. Given the cotangents of state', those of
