@@ -363,6 +363,17 @@ def precision(rounds: int) -> dict[str, Any]:
 # ---- results --------------------------------------------------------------------------------
 
 
+def save(name: str, results: dict[str, Any], folder: Path) -> Path:
+    """Adds to what the file has of other works."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}.json"
+    if name == "speed" and file.exists():
+        results = json.loads(file.read_text())["results"] | results
+    machine = {"torch": torch.__version__, "cores": os.cpu_count(), "python": platform.python_version()}
+    file.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
+    return file
+
+
 def draw(results: dict[str, Any], file: Path) -> None:
     from matplotlib.ticker import NullFormatter
 
@@ -411,23 +422,14 @@ def main() -> None:
         parser.error(f"no work {unknown[0]}: of {', '.join(WORKS)}" if unknown else "--rounds: at least 2")
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     if arguments.growth:
-        name, results = "growth", growth()
+        file = save("growth", growth(), arguments.out)
     elif arguments.precision:
-        name, results = "precision", precision(arguments.rounds)
+        file = save("precision", precision(arguments.rounds), arguments.out)
     else:
-        name, results = "speed", {}
         for work in arguments.works or WORKS:
-            results[work] = compare(WORKS[work](), arguments.rounds, arguments.without)
-    machine = {"torch": torch.__version__, "cores": os.cpu_count(), "python": platform.python_version()}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    file = arguments.out / f"{name}.json"
-    if arguments.works and file.exists():  # the others' results stay
-        results = json.loads(file.read_text())["results"] | results
-    (arguments.out / f"{name}.json").write_text(
-        json.dumps({"machine": machine, "results": results}, indent=1)
-    )
-    if name == "speed":
-        draw(results, arguments.out / "speed.png")
+            found = compare(WORKS[work](), arguments.rounds, arguments.without)
+            file = save("speed", {work: found}, arguments.out)
+        draw(json.loads(file.read_text())["results"], arguments.out / "speed.png")
     print(f"\nWritten: {file}")
 
 
