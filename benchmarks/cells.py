@@ -6,6 +6,7 @@ tests its cells are measured, and which numbers become columns.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -53,6 +54,11 @@ class Cell:
     source: str = ""  # of the published numbers
     beside: str | None = None  # a baseline, measured beside that method; it is not trained by itself
     note: str = ""
+
+    @property
+    def slug(self) -> str:
+        """Its name as a part of a file's."""
+        return re.sub("[^a-z0-9+]+", "-", self.method.lower())
 
 
 @dataclass(frozen=True)

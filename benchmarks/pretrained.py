@@ -31,19 +31,30 @@ from report import write_json  # noqa: E402
 
 FOLDER = ROOT / "checkpoints" / "pretrained"
 CARD = "card.json"
-IMAGES = ("maml", "fomaml", "anil", "meta-sgd", "maml++", "reptile")
+IMAGES = ("maml", "maml, an hour", "fomaml", "anil", "meta-sgd", "maml++", "reptile")
 CHOSEN: dict[str, tuple[str, ...]] = {
     "sinusoid": ("maml", *FAMILY),
     "sinusoid-frequency": ("maml", "meta-sgd"),
     "sinusoid-line": ("maml", "meta-sgd", "cavia"),
-    **{name: IMAGES for name in TABLES if name.startswith("omniglot-")},
+    **{name: IMAGES for name in TABLES if name.startswith("omniglot-") and "shot" in name},
+    "omniglot-one-training": ("prototype head",),
 }
+SETTINGS = {"omniglot-one-training": ("-n", "20", "-k", "1")}  # of the test, where not those of training
 
 
-def tested(folder: Path) -> dict[str, Any]:
+def name_of(table: Table, method: str) -> str:
+    return f"{table.name}-{table.cell(method).slug}"
+
+
+def test_of(table: Table, folder: Path) -> list[str]:
+    """The flags that test a checkpoint."""
+    return ["--eval", "--load", str(folder), *SETTINGS.get(table.name, ())]
+
+
+def tested(flags: list[str]) -> dict[str, Any]:
     """What the command says of a checkpoint."""
     with tempfile.TemporaryDirectory() as out:
-        line = [sys.executable, str(ROOT / "main.py"), "--eval", "--load", str(folder), "--out", out]
+        line = [sys.executable, str(ROOT / "main.py"), *flags, "--out", out]
         subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
         return read_json(next(Path(out).glob("*.json")))
 
@@ -76,7 +87,7 @@ def card(job: Job, file: Path, record: dict[str, Any]) -> dict[str, Any]:
         "data": source.config.dataset,
         "parameters": sum(w.numel() for w in source.parameters.values()),
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-        "tested_by": f"python main.py --eval --load checkpoints/pretrained/{file.parent.name}",
+        "tested_by": shlex.join(["python", "main.py", *test_of(job.table, file.parent.relative_to(ROOT))]),
         "test_tasks": record["tasks"],
         "test_steps": record["test_steps"],
         "numbers": numbers(record),
@@ -125,6 +136,8 @@ def row(found: dict[str, Any]) -> str:
         trained += f" of {found['iterations_planned']:,}"
     steps = found["test_steps"]
     said = f"{words(found)}, {steps} step{'s' * (steps > 1)}"
+    settings = shlex.split(found["tested_by"])[5:]
+    said += f" (`{shlex.join(settings)}`)" * bool(settings)
     return f"| `{found['name']}` | {found['parameters']:,} | {trained} ({found['iteration']:,}) | {said} |\n"
 
 
@@ -138,10 +151,10 @@ def publish(table: Table, method: str, root: Path) -> dict[str, Any] | None:
     problem = job.problem()
     if problem:
         sys.exit(problem)
-    folder = FOLDER / f"{table.name}-{method}"
+    folder = FOLDER / name_of(table, method)
     folder.mkdir(parents=True, exist_ok=True)
     save_checkpoint(folder / BEST, initialisation_of(load_checkpoint(job.checkpoint)))
-    found = card(job, folder / BEST, tested(folder))
+    found = card(job, folder / BEST, tested(test_of(table, folder)))
     write_json(folder / CARD, found)
     print(f"{folder.name}: {words(found)}", flush=True)
     return found
@@ -158,7 +171,7 @@ def main() -> None:
     for name in given.tables or CHOSEN:
         for method in CHOSEN[name]:
             publish(TABLES[name], method, given.folder)
-    names = [f"{table}-{method}" for table, methods in CHOSEN.items() for method in methods]
+    names = [name_of(TABLES[table], method) for table, methods in CHOSEN.items() for method in methods]
     cards = [read_json(FOLDER / name / CARD) for name in names if (FOLDER / name / CARD).exists()]
     text = HEADER + "".join(map(row, cards)) + FOOTER
     write_whole(FOLDER / "README.md", lambda file: file.write(text.encode()))

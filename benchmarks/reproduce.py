@@ -21,7 +21,6 @@ import json
 import math
 import os
 import platform
-import re
 import shlex
 import signal
 import subprocess
@@ -120,7 +119,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        return f"{re.sub('[^a-z0-9+]+', '-', self.cell.method.lower())}-seed{self.seed}"
+        return f"{self.cell.slug}-seed{self.seed}"
 
     @property
     def training(self) -> list[str]:

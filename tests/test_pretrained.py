@@ -50,7 +50,7 @@ def test_the_file_is_the_cards_and_holds_an_initialisation_alone(name, card):
 def test_its_command_says_what_the_card_says(name, card, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     command = shlex.split(card["tested_by"])
-    assert command[:2] == ["python", "main.py"] and command[-1] == f"checkpoints/pretrained/{name}"
+    assert command[:5] == ["python", "main.py", "--eval", "--load", f"checkpoints/pretrained/{name}"]
     assert main.main([*command[2:], "--out", str(tmp_path)]) == 0
     (file,) = tmp_path.glob("*.json")
     record = json.loads(file.read_text())
