@@ -79,6 +79,7 @@ class Table:
 
 
 FINN = "Finn et al. 2017"
+SNELL = "Snell et al. 2017"
 NICHOL = "Nichol et al. 2018"
 LI = "Li et al. 2017"
 RAGHU = "Raghu et al. 2020"
@@ -316,9 +317,12 @@ def omniglot(ways: int, shots: int) -> Table:
     )
 
 
+PROTOTYPICAL = {(5, 1): 98.8, (5, 5): 99.7, (20, 1): 96.0, (20, 5): 98.9}  # table 1 of Snell et al. 2017
+
+
 def one_training() -> Table:
     """All four settings from one initialisation: the head is made of prototypes, which allows any number of
-    classes, and only the head is adapted."""
+    classes, and only the head is adapted. That step turns out to change nothing: a prototypical network."""
     settings = [(ways, shots) for ways in (5, 20) for shots in (1, 5)]
     titles = {(n, k): f"{n}-way {k}-shot" for n, k in settings}
     tests, columns, published = [], [], {}
@@ -328,7 +332,7 @@ def one_training() -> Table:
             sizes = ("-n", str(n), "-k", str(k), "-q", str(queries), "--eval-steps", "1")
             tests.append(Test(test, (*sizes, "--eval-tasks", "600")))
             columns.append(Column(f"{test}, {statistics}", test, None, statistics))
-        published[columns[-2].title] = OMNIGLOT_PUBLISHED["maml"][n, k][ONE]
+        published[columns[-1].title] = Published(PROTOTYPICAL[n, k])
     flags = (
         *("--head-init", "prototype", "--fast-weights", "head", "--init", "torch", "--inner-lr", "0.4"),
         *("-s", "1", "--test-steps", "1", "--meta-batch-size", "2", "--iterations", "8000"),
@@ -340,7 +344,15 @@ def one_training() -> Table:
         ("--dataset", "omniglot", "-n", "60", "-k", "1", "-q", "1"),
         tuple(tests),
         tuple(columns),
-        (Cell("prototype head", flags, published, f"{FINN}, MAML trained for each setting"),),
+        (
+            Cell(
+                "prototype head",
+                flags,
+                published,
+                f"{SNELL}, prototypical networks",
+                note="which it is in effect, with settings of our own",
+            ),
+        ),
         accuracy=True,
     )
 

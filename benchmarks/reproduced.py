@@ -164,9 +164,9 @@ def verdicts(table: Table, record: Record) -> list[tuple[Cell, str, Published, N
     found = []
     columns = {column.title: column for column in table.columns}
     for cell in table.cells:
-        runs = record["methods"].get(cell.method, {"runs": []})["runs"]
         for title, published in cell.published.items():
-            ours = number(table, columns[title], runs) if runs else None
+            runs = measured(record, cell, columns[title])
+            ours = number(table, columns[title], runs)
             said = f"published {published}; not run"
             if ours is not None:
                 digits = digits_of(table)
@@ -175,6 +175,12 @@ def verdicts(table: Table, record: Record) -> list[tuple[Cell, str, Published, N
                 said += f" ({cell.note})" * bool(cell.note)
             found.append((cell, title, published, ours, said))
     return found
+
+
+def measured(record: Record, cell: Cell, column: Column) -> list[Record]:
+    """The runs of a method that have that column."""
+    runs = record["methods"].get(cell.method, {"runs": []})["runs"]
+    return [run for run in runs if row_of(column, run)]
 
 
 def unfinished(runs: Sequence[Record]) -> bool:
@@ -233,7 +239,7 @@ def summary(records: Mapping[str, Record]) -> str:
         for cell, title, published, ours, _ in verdicts(table, record):
             if ours is None or cell.beside:
                 continue
-            runs = record["methods"][cell.method]["runs"]
+            runs = measured(record, cell, next(c for c in table.columns if c.title == title))
             if any(run["iterations"] < FAR_ENOUGH * run["planned"] for run in runs):
                 continue
             count = len(ours.means)

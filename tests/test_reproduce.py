@@ -77,7 +77,7 @@ def test_a_run_says_how_far_it_is_and_where_its_numbers_ended():
     tests = {"K = 5": {"per_step": [row], "test_steps": 1}}
 
     def said(*runs: dict) -> tuple[str, str]:
-        record = {"methods": {"maml": {"runs": [run | {"tests": tests, "seed": 0} for run in runs]}}}
+        record = {"methods": {"maml": {"runs": [{"tests": tests, "seed": 0} | run for run in runs]}}}
         return reproduced.verdicts(table, record)[0][-1], reproduced.summary({table.name: record})
 
     verdict, summary = said(early)
@@ -86,6 +86,8 @@ def test_a_run_says_how_far_it_is_and_where_its_numbers_ended():
     verdict, _ = said(early, whole)
     assert "(after 50 to 90 of 90 iterations, where numbers were no longer finite in 1 of 2 runs)" in verdict
     verdict, summary = said(whole)
+    assert verdict.endswith("short by 0.870") and "(single run) |" in summary
+    verdict, summary = said(whole, early | {"tests": {}})  # of which nothing is known
     assert verdict.endswith("short by 0.870") and "(single run) |" in summary
     verdict, summary = said(early | {"iterations": 20})  # not a quarter of its way
     assert "after 20 of 90 iterations" in verdict and "1.13" not in summary
