@@ -350,7 +350,7 @@ def one_training() -> Table:
                 flags,
                 published,
                 f"{SNELL}, prototypical networks",
-                note="which it is in effect, with settings of our own",
+                note="in effect a prototypical network, with settings of our own",
             ),
         ),
         accuracy=True,
