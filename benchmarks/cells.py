@@ -322,7 +322,7 @@ PROTOTYPICAL = {(5, 1): 98.8, (5, 5): 99.7, (20, 1): 96.0, (20, 5): 98.9}  # tab
 
 def one_training() -> Table:
     """All four settings from one initialisation: the head is made of prototypes, which allows any number of
-    classes, and only the head is adapted. That step turns out to change nothing: a prototypical network."""
+    classes, and only the head is adapted. That step changes next to nothing: a prototypical network."""
     settings = [(ways, shots) for ways in (5, 20) for shots in (1, 5)]
     titles = {(n, k): f"{n}-way {k}-shot" for n, k in settings}
     tests, columns, published = [], [], {}

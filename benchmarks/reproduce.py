@@ -127,11 +127,19 @@ class Job:
         quick = ["--iterations", QUICK_ITERATIONS[self.table.accuracy]] * self.quick
         return [*self.table.flags, *self.cell.flags, *quick, "--seed", str(self.seed)]
 
-    def testing(self, test: Test) -> list[str]:
+    @property
+    def command(self) -> str:
+        """What trains it, to be typed."""
+        return shlex.join(["python", "main.py", *self.training])
+
+    def flags_of(self, test: Test) -> list[str]:
         flags = list(test.flags)
         if self.quick and "--eval-tasks" in flags:
             flags[flags.index("--eval-tasks") + 1] = QUICK_TASKS
-        return ["--eval", "--load", str(self.folder), *flags]
+        return flags
+
+    def testing(self, test: Test) -> list[str]:
+        return ["--eval", "--load", str(self.folder), *self.flags_of(test)]
 
     @property
     def checkpoint(self) -> Path:
@@ -334,7 +342,7 @@ def tests_of(table: Table, cell: Cell, job: Job) -> dict[str, Any]:
         numbers = (beside or {"methods": {}})["methods"].get(cell.method) if cell.beside else own
         if own and numbers:
             found[test.name] = {
-                "flags": shlex.join(test.flags),
+                "flags": shlex.join(job.flags_of(test)),
                 "tasks": own["tasks"],
                 "test_steps": own["test_steps"],
                 "device": own["device"],
@@ -366,7 +374,7 @@ def run_of(table: Table, cell: Cell, job: Job) -> dict[str, Any] | None:
         "final_training_loss": found["final_training_loss"],
         "seconds": job.ledger.get("seconds"),
         "machine": job.ledger.get("machine"),
-        "trained_by": shlex.join(["python", "main.py", *job.training]),
+        "trained_by": job.command,
         "name": job.name,
         **({"training": found["training"]} if learning else {}),
         **({"validation": validation_of(found)} if table.accuracy else {}),
@@ -376,19 +384,36 @@ def run_of(table: Table, cell: Cell, job: Job) -> dict[str, Any] | None:
 
 def recorded(table: Table, cell: Cell, job: Job, known: Mapping[str, Any]) -> dict[str, Any] | None:
     """What the table's record has of that same command, with the tests that are still the table's."""
-    runs = known.get("methods", {}).get(cell.method, {"runs": []})["runs"]
-    command = shlex.join(["python", "main.py", *job.training])
-    flags = {test.name: shlex.join(test.flags) for test in table.tests}
-    for run in runs:
-        if run["trained_by"] == command:
-            tests = {name: test for name, test in run["tests"].items() if test["flags"] == flags.get(name)}
+    flags = {test.name: shlex.join(job.flags_of(test)) for test in table.tests}
+    for run in runs_in(known, cell.method):
+        if run["trained_by"] == job.command:
+            tests = {n: test for n, test in run["tests"].items() if test.get("flags") == flags.get(n)}
             return run | {"tests": tests}
     return None
 
 
+def runs_in(known: Mapping[str, Any], method: str) -> list[dict[str, Any]]:
+    return known.get("methods", {}).get(method, {"runs": []})["runs"]
+
+
+def known_of(table: Table, results: Path) -> dict[str, Any]:
+    """The record that there is of a table; empty: none. Raises UsageError where it cannot be read."""
+    file = results / f"{table.name}.json"
+    if not file.exists():
+        return {}
+    try:
+        known = read_json(file)
+        for method in known.get("methods", {}):
+            for run in runs_in(known, method):
+                run["trained_by"], run["tests"], run["seed"], run["iterations"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{file} is damaged: remove it, or name other --results") from error
+    return known
+
+
 def record(table: Table, jobs: Sequence[Job], known: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """All numbers of a table, after every step, without the single tasks. Of each run that of its folder or
-    the one that is `known`, whichever is further."""
+    the one that is `known`: the one that has more tests, then the one that is further."""
     methods: dict[str, Any] = {}
     for cell in table.cells:
         runs = []
@@ -397,7 +422,7 @@ def record(table: Table, jobs: Sequence[Job], known: Mapping[str, Any] | None = 
                 found = [run_of(table, cell, job), recorded(table, cell, job, known or {})]
                 there = [run for run in found if run is not None]
                 if there:
-                    runs.append(max(there, key=lambda run: (run["iterations"], len(run["tests"]))))
+                    runs.append(max(there, key=lambda run: (len(run["tests"]), run["iterations"])))
         if runs:
             published = {title: p._asdict() for title, p in cell.published.items()}
             methods[cell.method] = {"published": published, "source": cell.source, "runs": runs}
@@ -405,17 +430,23 @@ def record(table: Table, jobs: Sequence[Job], known: Mapping[str, Any] | None = 
 
 
 def write(table: Table, jobs: Sequence[Job], results: Path) -> None:
-    """A table's files, of all runs that are there, and of those in its file that are further."""
-    file = results / f"{table.name}.json"
-    found = record(table, jobs, read_json(file) if file.exists() else None)
+    """A table's files, of all runs that are there, and of those in its record that are further."""
+    known = known_of(table, results)
+    found = record(table, jobs, known)
+    for method in known.get("methods", {}):
+        commands = {run["trained_by"] for run in runs_in(found, method)}
+        for run in runs_in(known, method):
+            if run["trained_by"] not in commands:
+                print(f"{table.name}: {method} has no such run any more, left out: {run['trained_by']}")
     if not found["methods"]:
         return
     results.mkdir(parents=True, exist_ok=True)
     text = reproduced.table_text(table, found)
     write_whole(results / f"{table.name}.md", lambda file: file.write(text.encode()))
-    write_json(file, found)
-    maml = next((job.checkpoint for job in jobs if job.cell.method == "maml" and job.progress), None)
-    table_figures.draw(table, found, results, maml if table.name == "sinusoid" else None)
+    write_json(results / f"{table.name}.json", found)
+    fits = [job for job in jobs if job.cell.method == "maml" and table.name == "sinusoid"]
+    shown = [job for job in fits if run_of(table, job.cell, job) in runs_in(found, "maml")]
+    table_figures.draw(table, found, results, shown[0].checkpoint if shown else None)
 
 
 def show() -> None:
@@ -437,6 +468,12 @@ def main() -> int:
         for table in TABLES.values():
             print(f"{table.name}: {'; '.join(cell.method for cell in table.cells if cell.beside is None)}")
         return 0
+    tables = [TABLES[name] for name in given.tables or TABLES]
+    try:
+        known = [known_of(table, given.results) for table in tables]
+    except UsageError as error:
+        print(f"reproduce.py: error: {error}", file=sys.stderr)
+        return 2
     stop = threading.Event()
     signals: list[int] = []
 
@@ -454,10 +491,11 @@ def main() -> int:
         for well, said in pool.map(work.do, jobs):
             print(said, flush=True)
             failed |= not well
-    seeds = sorted({*SEEDS, *given.seeds})
+    before = {run["seed"] for each in known for m in each.get("methods", {}) for run in runs_in(each, m)}
+    seeds = sorted({*SEEDS, *given.seeds, *before})
     everything = argparse.Namespace(**vars(given) | {"methods": None, "seeds": seeds})
-    for name in given.tables or TABLES:
-        write(TABLES[name], [job for job in jobs_of(everything) if job.table.name == name], given.results)
+    for table in tables:
+        write(table, [job for job in jobs_of(everything) if job.table is table], given.results)
     if given.results == RESULTS:
         show()
     print(f"Written: {given.results}")

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -158,9 +158,19 @@ def _range(numbers: Sequence[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def verdicts(table: Table, record: Record) -> list[tuple[Cell, str, Published, Number | None, str]]:
-    """Every published number of a table: the cell, the column, what was published, ours, and in words
-    whether it is met."""
+class Verdict(NamedTuple):
+    """A published number beside ours."""
+
+    cell: Cell
+    title: str  # of the column
+    published: Published
+    ours: Number | None
+    runs: list[Record]  # that ours is of
+    said: str  # in words, whether it is met
+
+
+def verdicts(table: Table, record: Record) -> list[Verdict]:
+    """Of every published number of a table."""
     found = []
     columns = {column.title: column for column in table.columns}
     for cell in table.cells:
@@ -173,7 +183,7 @@ def verdicts(table: Table, record: Record) -> list[tuple[Cell, str, Published, N
                 said = f"published {published}, ours {ours.text(digits)}: {how_near(table, published, ours)}"
                 said += f" (after {reached(runs)} iterations{ended(runs)})" * unfinished(runs)
                 said += f" ({cell.note})" * bool(cell.note)
-            found.append((cell, title, published, ours, said))
+            found.append(Verdict(cell, title, published, ours, runs, said))
     return found
 
 
@@ -236,10 +246,9 @@ def summary(records: Mapping[str, Record]) -> str:
     lines = ["| | | published | ours | |", "|-|-|-|-|-|"]
     for name, record in records.items():
         table = TABLES[name]
-        for cell, title, published, ours, _ in verdicts(table, record):
+        for cell, title, published, ours, runs, _ in verdicts(table, record):
             if ours is None or cell.beside:
                 continue
-            runs = measured(record, cell, next(c for c in table.columns if c.title == title))
             if any(run["iterations"] < FAR_ENOUGH * run["planned"] for run in runs):
                 continue
             count = len(ours.means)

@@ -41,11 +41,13 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from compiler import Compiler  # noqa: E402
 from config import resolve  # noqa: E402
 from dataset import Sinusoid  # noqa: E402
+from files import read_json  # noqa: E402
 from image_tasks import ImageTasks  # noqa: E402
 from images import ImageSet  # noqa: E402
 from learner import build_learner  # noqa: E402
 from maml import MAML, as_it_is  # noqa: E402
 from meta_step import TAIL, FlatLayout, MetaStep, OuterLoop, State  # noqa: E402
+from report import write_json  # noqa: E402
 from tasks import TaskBatch  # noqa: E402
 
 OURS = "this tool"
@@ -179,13 +181,13 @@ def contenders(work: Work, without: list[str]) -> dict[str, Contender]:
 def check_gradients(work: Work, found: dict[str, Contender]) -> dict[str, float]:
     """Largest difference from this tool's meta-gradient, over its largest element; raises above 1e-4.
 
-    The smallest of eight small batches': in single precision a ReLU at its kink may fall on either side now
-    and then, whatever computes it, and move a second-order gradient by some thousandths: in a whole
-    meta-batch of images nearly always. Another gradient would differ in all of them.
+    The smallest of eight batches of three tasks with few examples: in single precision a ReLU at its kink
+    may fall on either side, whatever computes it, which moves a second-order gradient; in a whole meta-batch
+    of images some ReLU is always there. Another gradient would differ in all of them.
     """
     differences = dict.fromkeys(found, math.inf)
     for iteration in range(8):
-        whole = work.distribution.sample("train", 1, iteration, range(1))
+        whole = work.distribution.sample("train", 1, iteration, range(3))
         batch = TaskBatch(*(part[:, :CHECKED] for part in whole))
         expected = found[OURS].gradient(batch)
         scale = max(np.abs(g).max() for g in expected.values())
@@ -236,6 +238,7 @@ def compare(work: Work, rounds: int, without: list[str]) -> dict[str, Any]:
             "peak_memory_mb": peak_memory(work.name, name, 1 if found[name].slow else 3),
         }
     result = {
+        "machine": machine(),
         "tasks": work.tasks,
         "inner_steps": work.steps,
         "rounds": rounds,
@@ -363,15 +366,8 @@ def precision(rounds: int) -> dict[str, Any]:
 # ---- results --------------------------------------------------------------------------------
 
 
-def save(name: str, results: dict[str, Any], folder: Path) -> Path:
-    """Adds to what the file has of other works."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{name}.json"
-    if name == "speed" and file.exists():
-        results = json.loads(file.read_text())["results"] | results
-    machine = {"torch": torch.__version__, "cores": os.cpu_count(), "python": platform.python_version()}
-    file.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
-    return file
+def machine() -> dict[str, Any]:
+    return {"torch": torch.__version__, "cores": os.cpu_count(), "python": platform.python_version()}
 
 
 def draw(results: dict[str, Any], file: Path) -> None:
@@ -421,15 +417,18 @@ def main() -> None:
     if unknown or arguments.rounds < 2:
         parser.error(f"no work {unknown[0]}: of {', '.join(WORKS)}" if unknown else "--rounds: at least 2")
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
-    if arguments.growth:
-        file = save("growth", growth(), arguments.out)
-    elif arguments.precision:
-        file = save("precision", precision(arguments.rounds), arguments.out)
-    else:
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    name = "growth" if arguments.growth else "precision" if arguments.precision else "speed"
+    file = arguments.out / f"{name}.json"
+    if name == "speed":
+        known = read_json(file)["results"] if file.exists() else {}
         for work in arguments.works or WORKS:
-            found = compare(WORKS[work](), arguments.rounds, arguments.without)
-            file = save("speed", {work: found}, arguments.out)
-        draw(json.loads(file.read_text())["results"], arguments.out / "speed.png")
+            known[work] = compare(WORKS[work](), arguments.rounds, arguments.without)
+            write_json(file, {"results": known})  # the others' stay
+        draw(known, arguments.out / "speed.png")
+    else:
+        results = growth() if arguments.growth else precision(arguments.rounds)
+        write_json(file, {"machine": machine(), "results": results})
     print(f"\nWritten: {file}")
 
 

@@ -153,11 +153,27 @@ def test_a_table_comes_from_its_command_which_stops_where_it_is_told_and_repeats
     assert reproduce.record(table, [gone], record) == record
     assert not reproduce.record(table, [replace(gone, seed=1)], record)["methods"]
     assert not reproduce.record(table, [replace(gone, table=other.table)], record)["methods"]
-    further = {"methods": {"maml": {"runs": [found | {"iterations": 400}]}}}
-    assert reproduce.record(table, [job], further)["methods"]["maml"]["runs"][0]["iterations"] == 400
+    for other_run, kept in (  # what has been tested comes first, then what is further
+        ({"iterations": 400}, 400),
+        ({"iterations": 400, "tests": {}}, 300),
+        ({"iterations": 200}, 300),
+    ):
+        known = {"methods": {"maml": {"runs": [found | other_run]}}}
+        assert reproduce.record(table, [job], known)["methods"]["maml"]["runs"][0]["iterations"] == kept
+    old = {"methods": {"maml": {"runs": [found | {"tests": {"K = 5": {"tasks": 100}}}]}}}
+    assert reproduce.record(table, [gone], old)["methods"]["maml"]["runs"][0]["tests"] == {}
     shorter = replace(table, tests=(replace(same, flags=("-k", "7")), *table.tests[1:]))
     kept = reproduce.record(shorter, [replace(gone, table=shorter)], record)["methods"]["maml"]["runs"][0]
     assert set(kept["tests"]) == {"K = 10", "K = 20"}
+    seventh = found | {"seed": 7, "trained_by": replace(job, seed=7).command}
+    (folder / "sinusoid-frequency.json").write_text(json.dumps({"methods": {"maml": {"runs": [seventh]}}}))
+    assert run("--collect")[0] == 0
+    runs = json.loads((folder / "sinusoid-frequency.json").read_text())["methods"]["maml"]["runs"]
+    assert [each["seed"] for each in runs] == [0, 7]
+    (folder / "sinusoid-frequency.json").write_text('{"methods": {"maml": {"ru')
+    code, said = run()
+    assert code == 2 and "sinusoid-frequency.json is damaged: remove it" in said.splitlines()[-1]
+    assert (folder / "sinusoid-frequency.json").read_text().endswith('"ru')
     job.note(1.0, "NaN")
     assert (job.failure, job.finished) == ("NaN", True)
     assert reproduce.record(table, [job])["methods"]["maml"]["runs"][0]["failure"] == "NaN"
