@@ -39,7 +39,10 @@ CHOSEN: dict[str, tuple[str, ...]] = {
     **{name: IMAGES for name in TABLES if name.startswith("omniglot-") and "shot" in name},
     "omniglot-one-training": ("prototype head",),
 }
-SETTINGS = {"omniglot-one-training": ("-n", "20", "-k", "1")}  # of the test, where not those of training
+SETTINGS = {  # of the test, where not those of training; few steps and queries: a test runs them
+    "omniglot-5way-5shot": ("-q", "1", "--eval-steps", "3"),
+    "omniglot-one-training": ("-n", "20", "-k", "1", "--eval-steps", "1"),
+}
 
 
 def name_of(table: Table, method: str) -> str:
