@@ -39,9 +39,9 @@ CHOSEN: dict[str, tuple[str, ...]] = {
     **{name: IMAGES for name in TABLES if name.startswith("omniglot-") and "shot" in name},
     "omniglot-one-training": ("prototype head",),
 }
-SETTINGS = {  # of the test, where not those of training; few steps and queries: a test runs them
-    "omniglot-5way-5shot": ("-q", "1", "--eval-steps", "3"),
-    "omniglot-one-training": ("-n", "20", "-k", "1", "--eval-steps", "1"),
+SETTINGS = {  # of the test, where not those of training; few queries, since a test runs it
+    **dict.fromkeys(("omniglot-5way-5shot", "omniglot-20way-5shot"), ("-q", "1")),
+    "omniglot-one-training": ("-n", "20", "-k", "1"),
 }
 
 
@@ -50,8 +50,10 @@ def name_of(table: Table, method: str) -> str:
 
 
 def test_of(table: Table, folder: Path) -> list[str]:
-    """The flags that test a checkpoint."""
-    return ["--eval", "--load", str(folder), *SETTINGS.get(table.name, ())]
+    """The flags that test a checkpoint; one of images no further than its own number of steps."""
+    steps = load_checkpoint(ROOT / folder / BEST).config.test_steps
+    few = ["--eval-steps", str(steps)] if table.accuracy else []
+    return ["--eval", "--load", str(folder), *SETTINGS.get(table.name, ()), *few]
 
 
 def tested(flags: list[str]) -> dict[str, Any]:

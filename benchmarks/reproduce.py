@@ -11,7 +11,7 @@ tests it. What is finished is kept in --folder; what is not goes on where it was
 longer finite is finished, too: remove its folder to begin it again.) Writes the numbers (JSON), a table
 (Markdown) and a picture, in light and dark, to benchmarks/results/reproduce/. What is there is shown, runs
 that have not come to their end included, and marked. A run whose folder is gone stays in the table that has
-it, until the same command has come as far.
+it, until the same command has come as far and its run has been tested.
 """
 
 from __future__ import annotations

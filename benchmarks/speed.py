@@ -417,11 +417,14 @@ def main() -> None:
     if unknown or arguments.rounds < 2:
         parser.error(f"no work {unknown[0]}: of {', '.join(WORKS)}" if unknown else "--rounds: at least 2")
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
-    arguments.out.mkdir(parents=True, exist_ok=True)
     name = "growth" if arguments.growth else "precision" if arguments.precision else "speed"
     file = arguments.out / f"{name}.json"
+    try:
+        known = read_json(file)["results"] if name == "speed" and file.exists() else {}
+    except (ValueError, KeyError, TypeError):
+        parser.error(f"{file} is damaged: remove it, or name another --out")
+    arguments.out.mkdir(parents=True, exist_ok=True)
     if name == "speed":
-        known = read_json(file)["results"] if file.exists() else {}
         for work in arguments.works or WORKS:
             known[work] = compare(WORKS[work](), arguments.rounds, arguments.without)
             write_json(file, {"results": known})  # the others' stay
