@@ -7,6 +7,7 @@ Paired, round by round, on random images of Omniglot's size. Writes benchmarks/r
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 import time
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from reproduce import machine  # noqa: E402
+from hardware import conditions  # noqa: E402
 
 from learner import build_learner  # noqa: E402
 from maml import MAML, TaskBatch  # noqa: E402
@@ -77,6 +78,9 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON file")
+    out: Path = parser.parse_args().out
     two_passes = BatchNorm._centred
     found = {}
     for name, work in cases().items():
@@ -94,8 +98,7 @@ def main() -> None:
             "ratio": {"median": middle, "quartiles": [low, high]},
         }
         print(f"{name}: {middle:.2f} times as fast ({low:.2f} to {high:.2f})", flush=True)
-    record = {"machine": machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    write_json(RESULTS, record | {"rounds": ROUNDS, "cases": found})
+    write_json(out, conditions() | {"threads": torch.get_num_threads(), "rounds": ROUNDS, "cases": found})
 
 
 if __name__ == "__main__":

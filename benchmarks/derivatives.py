@@ -10,6 +10,7 @@ relative to the product's largest element. Writes benchmarks/results/derivatives
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -107,6 +108,9 @@ def errors(module: nn.Module, *, elementary: bool) -> dict[str, float]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON file")
+    out: Path = parser.parse_args().out
     record = {}
     for name, build in MODULES.items():
         record[name] = {
@@ -114,7 +118,7 @@ def main() -> None:
         }
         for how, found in record[name].items():
             print(f"{name:36}{how:12}", *(f"{order} {e:8.1e}" for order, e in found.items()), sep="  ")
-    write_json(RESULTS, {"torch": torch.__version__, "errors": record})
+    write_json(out, {"torch": torch.__version__, "errors": record})
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ benchmarks/results/fsdp.json beside those of other versions.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
@@ -38,6 +39,7 @@ from learner import build_learner  # noqa: E402
 from maml import MAML  # noqa: E402
 from tasks import TaskBatch  # noqa: E402
 
+RESULTS = HERE / "results" / "fsdp.json"
 PROCESSES, TASKS, ROUNDING = 2, 4, 1e-5
 Attempt = Callable[[], tuple[Any, Any]]  # gives the sharded result and the plain one
 
@@ -161,12 +163,14 @@ def worker(rank: int, folder: str) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON file")
+    file: Path = parser.parse_args().out
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(worker, (folder,), nprocs=PROCESSES)  # type: ignore[no-untyped-call]
         found = json.loads(Path(folder, "0.json").read_text())
     print(f"torch {torch.__version__}, {PROCESSES} processes\n\n| attempt | outcome |\n|-|-|")
     print("\n".join(f"| {name} | {text} |" for name, text in found.items()))
-    file = HERE / "results" / "fsdp.json"
     versions = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps(versions | {torch.__version__: found}, indent=1))
 

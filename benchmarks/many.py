@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the command line has it for 
 
 # below the path and the threads, which they need (E402)
 import torch  # noqa: E402
+from hardware import conditions  # noqa: E402
 
 import config as settings  # noqa: E402
 from building import build, prepare  # noqa: E402
@@ -190,10 +190,9 @@ def main() -> None:
         found = commands(arguments.iterations, arguments.command_rounds)
         results["command"] = {"iterations": arguments.iterations, "kinds": found}
         print("\n" + table_of_commands(found, arguments.iterations))
-    machine = {"torch": torch.__version__, "cores": os.cpu_count(), "python": platform.python_version()}
     arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out / "many.json"
-    file.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
+    file.write_text(json.dumps({"machine": conditions(), "results": results}, indent=1))
     print(f"\nWritten: {file}")
 
 

@@ -22,7 +22,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -253,9 +252,8 @@ def main() -> None:
         f"with {held:.1f} P held and {ADAM} P for Adam's moments, without activations:\n"
     )
     print(table_of_what_fits(fits, held))
-    import torch
+    from hardware import conditions
 
-    machine = {"torch": torch.__version__, "cores": os.cpu_count(), "python": platform.python_version()}
     results = {
         "fits": {
             engine: {
@@ -274,7 +272,7 @@ def main() -> None:
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out / "memory.json"
-    file.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
+    file.write_text(json.dumps({"machine": conditions(), "results": results}, indent=1))
     print(f"\nWritten: {file}")
 
 

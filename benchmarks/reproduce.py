@@ -20,7 +20,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import shlex
 import signal
 import subprocess
@@ -42,6 +41,7 @@ import reproduced  # noqa: E402
 import table_figures  # noqa: E402
 import torch  # noqa: E402
 from cells import SEEDS, TABLES, Cell, Table, Test  # noqa: E402
+from hardware import machine  # noqa: E402
 
 import config as settings  # noqa: E402
 from checkpoint import BEST, LAST, in_run, load_checkpoint  # noqa: E402
@@ -237,16 +237,6 @@ def without_tasks(file: Path, changed: int) -> dict[str, Any]:
     for part in (found, *found.get("methods", {}).values()):
         part.pop("per_task", None)
     return found
-
-
-def machine() -> str:
-    """This computer in a few words."""
-    name = platform.processor() or platform.machine()
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    graphics = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{name}, {os.cpu_count()} cores{graphics}"
 
 
 @dataclass

@@ -21,7 +21,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -42,6 +41,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # below the path and the threads, which they need (E402)
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from hardware import conditions  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.func import functional_call  # noqa: E402
 from torch.nn.functional import cross_entropy, mse_loss  # noqa: E402
@@ -1165,9 +1165,7 @@ def main() -> None:
         if name not in efficiencies:
             raise SystemExit(f"--efficiency {pair}: no network {name}; of {', '.join(efficiencies)}")
         efficiencies[name] = float(value)
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    machine = versions | {"cores": len(os.sched_getaffinity(0)), "processor": platform.machine()}
-    result: dict[str, Any] = {"machine": machine, "quick": given.quick}
+    result: dict[str, Any] = {"machine": conditions(), "quick": given.quick}
     cluster = replace(H100, peak=given.peak, launch=given.launch)
     result["model"] = model(cluster, efficiencies)
     given.out.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -34,6 +33,7 @@ os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
 # below the path and the threads, which they need (E402)
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from hardware import conditions  # noqa: E402
 from peers import META_LR, PEERS, Contender, Work  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
@@ -238,7 +238,7 @@ def compare(work: Work, rounds: int, without: list[str]) -> dict[str, Any]:
             "peak_memory_mb": peak_memory(work.name, name, 1 if found[name].slow else 3),
         }
     result = {
-        "machine": machine(),
+        "machine": conditions(),
         "tasks": work.tasks,
         "inner_steps": work.steps,
         "rounds": rounds,
@@ -366,10 +366,6 @@ def precision(rounds: int) -> dict[str, Any]:
 # ---- results --------------------------------------------------------------------------------
 
 
-def machine() -> dict[str, Any]:
-    return {"torch": torch.__version__, "cores": os.cpu_count(), "python": platform.python_version()}
-
-
 def draw(results: dict[str, Any], file: Path) -> None:
     from matplotlib.ticker import NullFormatter
 
@@ -431,7 +427,7 @@ def main() -> None:
         draw(known, arguments.out / "speed.png")
     else:
         results = growth() if arguments.growth else precision(arguments.rounds)
-        write_json(file, {"machine": machine(), "results": results})
+        write_json(file, {"machine": conditions(), "results": results})
     print(f"\nWritten: {file}")
 
 

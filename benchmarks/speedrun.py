@@ -29,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from reproduce import machine  # noqa: E402
+from hardware import machine  # noqa: E402
 from reproduced import put  # noqa: E402
 
 from checkpoint import BEST, load_checkpoint  # noqa: E402
