@@ -8,7 +8,7 @@ python main.py --eval --load checkpoints/RUN/best.pt --eval-dataset images:digit
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 from PIL import Image
@@ -25,4 +25,6 @@ def write_digits(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    write_digits(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path, help="where the images go")
+    write_digits(parser.parse_args().folder)

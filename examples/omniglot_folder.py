@@ -6,6 +6,7 @@ python examples/omniglot_folder.py data omniglot-folder
 
 from __future__ import annotations
 
+import argparse
 import sys
 import zipfile
 from pathlib import Path
@@ -26,4 +27,11 @@ def write_folder(data_root: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    write_folder(Path(sys.argv[1]), Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("data_root", type=Path, help="the folder that holds omniglot-py")
+    parser.add_argument("folder", type=Path, help="where the images go")
+    given = parser.parse_args()
+    try:
+        write_folder(given.data_root, given.folder)
+    except (OSError, zipfile.BadZipFile) as error:
+        parser.error(f"Omniglot is not there, or damaged: {error}")
