@@ -123,7 +123,8 @@ def plain(config: Config, algorithm: str, *, testing: bool = False) -> Config:
     With `testing`, those of its test tasks: the shots of training ones do not matter.
     """
     kept = [n for n, flag in settings.CONFIG_FLAGS.items() if flag.group in ("tasks", "learner", "logging")]
-    kept += ["meta_batch_size", "iterations", "seed", "precision", "eval_tasks", "eval_steps", "compile"]
+    kept += ["meta_batch_size", "iterations", "seed", "precision", "eval_tasks", "eval_steps"]
+    kept += ["compile", "vectorise", "tasks_at_once"]
     kept.remove("oracle")
     given = {name: getattr(config, name) for name in kept if getattr(config, name) not in (None, ())}
     if config.meta_gradient == "reptile" and config.train_shots is not None:

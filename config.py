@@ -1125,7 +1125,7 @@ ONLY: dict[str, Callable[[Config], str | None]] = {
     "any targets": _unless(lambda c: data_facts(c.dataset).classification is None, "dataset"),
     "batch norm": _unless(lambda c: c.has_batch_norm, "learner"),
     "convolutions": _unless(lambda c: learner_facts(c.learner).convolutional, "learner"),
-    "head": _unless(lambda c: c.fast_weights in ("head", "body"), "fast_weights"),
+    "head": _unless(lambda c: c.fast_weights in ("head", "body") or c.head_init != "learned", "fast_weights"),
     "context": _unless(lambda c: c.fast_weights == "context", "fast_weights"),
     "learned rates": _unless(lambda c: c.inner_rates != "fixed", "inner_rates"),
     "exact": _unless(lambda c: c.meta_gradient == "exact", "meta_gradient"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from evaluation import DIVERGENCE, loss_per_step
+from evaluation import diverged, loss_per_step
 from maml import MAML
 from optimizers import Weights
 from tasks import TaskBatch, first_tensor
@@ -35,16 +35,18 @@ def cause(
         return found
     if any(not bool(w.isfinite().all()) for w in parameters.values()):
         return "the meta-parameters are not finite: begin again from an earlier checkpoint"
-    outputs = maml.predictions(parameters, batch, maml.steps, keys=given.get("keys"))
-    losses = loss_per_step(maml, outputs["transductive"], batch.query_y)
+    random = {name: given.get(name) for name in ("order", "keys")}
+    outputs = maml.predictions(parameters, batch, maml.steps, (maml.normalisation,), **random)
+    predicted = outputs[maml.normalisation]
+    losses = loss_per_step(maml, predicted, batch.query_y)
     infinite = ~losses.isfinite()
     if infinite[:, 0].any():
         task = _where(infinite[:, 0])
         said = f"the query loss of task {first + task} is {losses[task, 0]:.3g} before the first inner step"
-        if bool(first_tensor(outputs["transductive"])[task, 0].isfinite().all()):
+        if bool(first_tensor(predicted)[task, 0].isfinite().all()):
             return f"{said}, though the outputs are finite: look at the loss, or at the size of the targets"
         return f"{said}: the weights have become too large; try a smaller --meta-lr, or --grad-clip"
-    grown = infinite | (losses > DIVERGENCE * losses[:, :1])
+    grown = diverged(losses)
     worst = losses.nan_to_num(nan=torch.inf).amax(1).argmax()
     result = maml.meta_gradient(parameters, batch, **given)
     bad = [name for name, g in result.gradients.items() if not bool(g.isfinite().all())]

@@ -28,9 +28,7 @@ CHUNK_EXAMPLES = 2000
 CHUNKS = 8  # at least, of tasks whose evaluation takes long
 CHUNK_WEIGHTS = 50_000_000
 
-# A task has diverged when its query loss is not finite, or is more than this many times the loss before
-# adaptation, its own and the median of all tasks.
-DIVERGENCE = 10.0
+DIVERGENCE = 10.0  # times the loss before adaptation; see `diverged`
 
 
 @dataclass(frozen=True)
@@ -42,10 +40,21 @@ class Evaluation:
 
     def diverged(self, normalisation: str) -> Tensor:
         """Which tasks have diverged after which step: bool `[tasks, steps + 1]`."""
-        losses = self.losses[normalisation]
-        before = losses[:, :1]
-        usual = before[before.isfinite()].nanmedian()  # NaN, and no bound, where none is finite
-        return ~losses.isfinite() | (losses > DIVERGENCE * torch.fmax(before, usual))
+        return diverged(self.losses[normalisation])
+
+
+def diverged(losses: Tensor) -> Tensor:
+    """Which tasks have diverged after which step, from query losses: both `[tasks, steps + 1]`.
+
+    A loss that is not finite, or more than ten times the loss before adaptation, the task's own and the
+    median over tasks. Losses that may be negative are measured by their size: from the larger of the two, it
+    is a growth by nine times that of the larger in size.
+    """
+    before = losses[:, :1]
+    finite = before[before.isfinite()]
+    # medians of none are NaN, which bounds nothing
+    base, size = torch.fmax(before, finite.nanmedian()), torch.fmax(before.abs(), finite.abs().nanmedian())
+    return ~losses.isfinite() | (losses > base + (DIVERGENCE - 1) * size)
 
 
 def mean_and_interval(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -302,23 +302,27 @@ class InnerLoop:
         support_x: Tree | None = None,
         support_y: Tree | None = None,
         extras: Weights | None = None,
+        statistics: Weights | None = None,
     ) -> InnerState:
         """The state before the first step. A context begins at zero, as does a "zero" head; a "prototype"
         head begins as the classifier by distance to the means of the task's classes, and needs its support
-        set."""
+        set, and running `statistics` where batch norm is to use them."""
         fast = {name: parameters[name] for name in parameters if name in self.adapted}
         context = {n: torch.zeros_like(w) for n, w in self._contexts.items() if n in self.adapted}
         if self.head_init == "prototype":
-            head = self._prototypes(parameters, support_x, support_y, pass_around(extras, "prototypes"))
+            around = pass_around(extras, "prototypes")
+            head = self._prototypes(parameters, support_x, support_y, around, statistics)
         else:
             head = {name: torch.zeros_like(w) for name, w in self._head_weights.items()}
         return self.optimizer.start(fast | context | head)
 
-    def _prototypes(self, parameters: Weights, x: Tree, y: Any, around: Weights) -> Weights:
+    def _prototypes(
+        self, parameters: Weights, x: Tree, y: Any, around: Weights, statistics: Weights | None
+    ) -> Weights:
         """Triantafillou et al. (2020): a class with mean embedding c has weights 2 c and bias -|c|^2, so
         that logits are minus the squared distances, but for what is the same for all classes."""
         weights = {name: w for name, w in parameters.items() if not name.startswith(RATE)}
-        weights |= self.shared_at(parameters, 0).weights
+        weights |= self.shared_at(parameters, 0, statistics).weights
         embeddings = self._call(self._body, weights, x, around)
         weight, bias = _of_layer(self._head)
         ways = len(self._head_weights[weight])
@@ -376,7 +380,7 @@ class InnerLoop:
         """The task's weights after 0, 1, ... `steps` inner steps, as its query is to use them, and what
         surrounds the query's pass."""
         extras = dict(extras or {})
-        state = self.start(parameters, support_x, support_y, extras)
+        state = self.start(parameters, support_x, support_y, extras, statistics)
         weights = state.fast | self.shared_by_query(parameters, 0, statistics).weights
         yield weights, pass_around(extras, "query")
         for step in range(steps):
@@ -454,9 +458,16 @@ class InnerLoop:
 
         return jvp(loss, (fast,), (v,))[1]
 
-    def running(self) -> Any:
+    def check_statistics(self, normalisations: Iterable[str], statistics: Weights | None) -> None:
+        """Raises ValueError where "per-step" has no running statistics to normalise with."""
+        if "per-step" in normalisations and self.has_batch_norm and not statistics:
+            raise ValueError('"per-step" normalises with running statistics: give `statistics`')
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
         """Within it, batch norm normalises with the statistics that come with the weights."""
-        return given_statistics(self.learner)
+        with given_statistics(self.learner), given_statistics(self._body):
+            yield
 
 
 def minibatch(x: Tree, y: Tree, order: Tensor | None = None, step: int = 0) -> tuple[Tree, Tree]:

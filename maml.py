@@ -255,8 +255,9 @@ class MAML(InnerLoop):
         same for "transductive" and "inductive"; with "per-step" it uses the running `statistics`
         `[trained steps, 2, channels]` in support and query passes. The inner loop trains, and the query is
         predicted, as `nn.Module.train` and `eval` have it: dropout drops nothing in the query. `order` and
-        `keys` as in `meta_gradient`.
+        `keys` as in `meta_gradient`. Raises ValueError for "per-step" without the statistics that it needs.
         """
+        self.check_statistics(normalisations, statistics)
 
         def per_step(
             support_x: Tree, support_y: Tree, query_x: Tree, query_y: Tree, extras: Weights

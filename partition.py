@@ -44,7 +44,7 @@ def _head_parts(module: nn.Module, head: str | None) -> list[str]:
     """The head's modules or parameters by name: as they are given, or by the rule of `head_names`."""
     if head is not None:
         return [name.strip() for name in head.split(",")]
-    norms = (BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
+    norms = (BatchNorm, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
     owners = [
         prefix
         for prefix, layer in module.named_modules()

@@ -158,8 +158,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "inner_optimizer": ByData("sgd", "adam", "adam"),
         "inner_beta_1": 0.0,
         "inner_lr": ByData(0.01, 1e-3, 5e-4),
-        "steps": ByData(10, 5, 10),
-        "train_shots": ByData(None, 10, 10),
+        "steps": ByData(10, 5, 10, 8),
+        "train_shots": ByData(None, 10, 10, 15),
         "inner_batch": ByData(10, 10, 20),
         "eval_inner_batch": ByData(None, 5, 10),
         "test_steps": ByData("s", 50, 50),
@@ -178,6 +178,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "maml++": {
         "inner_rates": "layer-step",
         "objective": "multi-step",
+        "msl_iterations": ByData(5000, 5000, 5000, 7500),
         "batch_norm": "per-step",
         "norm_per_step": True,
         "exact_from": ByData(0, "half", "half"),
@@ -187,8 +188,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "learner": ByData("mlp", "conv-pool", "conv-pool", "conv4"),
         "steps": 5,
         "test_steps": "s",
-        "inner_lr": ByData(0.01, 0.1, 0.1),
-        "meta_batch_size": ByData(25, 8, 8),
+        "inner_lr": ByData(0.01, 0.1, 0.1, 0.01),
+        "meta_batch_size": ByData(25, 8, 8, 2),
         "iterations": ByData(70_000, 50_000, 50_000),
     },
     "imaml": {
@@ -207,6 +208,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "cavia": {
         "fast_weights": "context",
         "context_size": ByData(5, 100, 100),
+        "steps": ByData(1, 1, 5, 2),
+        "test_steps": ByData("s", 3, 5, 2),
         "inner_lr": 1.0,
     },
     "pretrain": {"meta_gradient": "joint"},

@@ -150,7 +150,8 @@ class Run:
             self.progress.best_score, self.progress.best_iteration = score, self.iteration
         shown = values | {"diverged_tasks": float(evaluation.diverged(norm)[:, -1].sum())}
         if self.progress.best_score is not None:
-            shown[f"best_{list(values)[-1]}"] = abs(self.progress.best_score)
+            measure = list(values)[-1]
+            shown[f"best_{measure}"] = as_measured(self.progress.best_score, measure)
         scalars = {f"validation/{name}": value for name, value in shown.items()}
         for name, found in by_step.items():
             scalars |= {f"{BY_STEP}/{name}/{step}": found[step] for step in shown_steps(len(found) - 1)}
@@ -251,6 +252,11 @@ class Run:
 def shown_steps(steps: int) -> list[int]:
     """The inner steps that have a validation curve: of many, eleven."""
     return sorted({round(steps * tenth / 10) for tenth in range(11)})
+
+
+def as_measured(score: float, measure: str) -> float:
+    """The validation measure of a score, of which more is better: an accuracy, or minus a loss."""
+    return score if measure == "query_accuracy" else -score
 
 
 def _extend(curve: Curve, iteration: int, values: dict[str, float]) -> None:

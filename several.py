@@ -43,7 +43,7 @@ from locks import training_in
 from losses import LOSSES, loss_name
 from maml import MAML
 from members import LIST, Member, compiles
-from run import Run
+from run import Run, as_measured
 from runtime import Runtime
 from tasks import TaskDistribution
 from trainer import AT_ONCE, FAILED, Trainer
@@ -304,7 +304,7 @@ def outcome_of(each: Ready) -> dict[str, Any]:
         "final_training_loss": final[0] if final else None,
         "measure": measure,
         "loss": loss_name(run.config.loss),
-        "best_validation": None if best is None else abs(best),
+        "best_validation": None if best is None else as_measured(best, measure),
         "best_iteration": run.progress.best_iteration if whole else None,
         "validation": {name: validation.get(name, []) for name in ("iteration", measure)},
     }

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,14 @@ class Task:
     query_x: Tensor  # [query examples, ...]
     classes: list[str]  # names of the labels; empty for regression
     query_names: list[str]  # file names, or numbers of rows
+
+
+class Loaded(NamedTuple):
+    """What a checkpoint holds, to adapt with."""
+
+    maml: MAML
+    parameters: Weights
+    statistics: Weights  # running ones of per-step batch norm, for "per-step"; empty without
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,11 @@ def adapted_to(
     inner_batch: int | None = None,
     statistics: Weights | None = None,
 ) -> Adapted:
-    """The learner after so many inner steps on the examples of one task, `[examples, ...]`."""
+    """The learner after so many inner steps on the examples of one task, `[examples, ...]`.
+
+    Raises ValueError for the normalisation "per-step" without the running `statistics` that it needs.
+    """
+    maml.check_statistics([normalisation], statistics)
     labels = first_tensor(support_y)
     stream = task_stream("test", SEED, 0, range(1), labels.device)
     order = minibatch_order(stream.at("minibatches"), len(labels), inner_batch, steps)
@@ -149,8 +161,8 @@ def load(
     learner: str | None = None,
     loss: str | None = None,
     device: str = "cpu",
-) -> tuple[MAML, Weights]:
-    """A checkpoint's algorithm and meta-parameters, from Python.
+) -> Loaded:
+    """A checkpoint's algorithm, meta-parameters and running statistics, from Python.
 
     Raises UsageError where the file is no checkpoint, or does not fit.
 
@@ -171,7 +183,9 @@ def load(
     module = module_of(config, runtime, outputs or config.ways or 1, example, saved=source)
     maml = algorithm_of(config, runtime, module, example)
     wanted = maml.initial_parameters()
-    return maml, fitting_parameters(path, source.parameters, wanted, config.learner)
+    parameters = fitting_parameters(path, source.parameters, wanted, config.learner)
+    statistics = fitting_parameters(path, source.statistics, maml.initial_statistics(), config.learner)
+    return Loaded(maml, parameters, statistics)
 
 
 # ---- from files to files --------------------------------------------------------------------

@@ -161,6 +161,13 @@ def test_a_schedule_ends_where_it_was_set_to(tmp_path, capsys):
         assert event.value == pytest.approx(float(rate), rel=1e-5)
 
 
+def test_baselines_take_tasks_as_the_run_does():
+    saved = config.resolve({"vectorise": False, "compile": "off", "tasks_at_once": 3, "algorithm": "anil"})
+    for algorithm in ("maml", "pretrain"):
+        found = baselines.plain(saved, algorithm)
+        assert (found.vectorise, found.tasks_at_once, found.fast_weights) == (False, 3, "all")
+
+
 def test_checkpoints_with_the_old_name_of_first_order_load():
     for first_order, expected in ((True, "first-order"), (False, "exact")):
         plain = config.config_to_plain(config.resolve({}))

@@ -5,6 +5,7 @@ differentiates in reverse over reverse.
 """
 
 import copy
+from collections import OrderedDict
 from contextlib import nullcontext
 
 import pytest
@@ -991,6 +992,26 @@ def test_prototypes_before_the_first_step_classify_by_the_distance_to_the_means(
         means = torch.stack([support[task.support_y == way].mean(0) for way in range(3)])
         distances = torch.cdist(query, means) ** 2
         torch.testing.assert_close(logits[number].softmax(-1), (-distances).softmax(-1).detach())
+
+
+def test_prototypes_under_running_statistics_do_not_depend_on_the_other_classes():
+    body = nn.Sequential(nn.Linear(3, 5), BatchNorm(5)).double()
+    module = nn.Sequential(OrderedDict(body=body, head=nn.Linear(5, 3).double()))
+    maml = MAML(module, F.cross_entropy, inner_lr=LR, normalisation="per-step", head_init="prototype", **HEAD)
+    parameters, task = maml.initial_parameters(), tasks_of(labelled())[0]
+    others = torch.where(task.support_y[:, None] == 0, task.support_x, task.support_x + 1)
+    statistics = {name: s + torch.tensor([[0.3], [2.0]]) for name, s in maml.initial_statistics().items()}
+    for given in (statistics, None):
+        with maml.running() if given else nullcontext():
+            first, second = (
+                maml.start(parameters, x, task.support_y, {}, given).fast["head.weight"][0]
+                for x in (task.support_x, others)
+            )
+        assert torch.equal(first, second) == (given is not None)
+    with pytest.raises(ValueError, match="running statistics"):
+        maml.predictions(parameters, labelled(), 1, ("per-step",))
+    with pytest.raises(ValueError, match="running statistics"):
+        adapted_to(maml, parameters, task.support_x, task.support_y, steps=1, normalisation="per-step")
 
 
 @pytest.mark.parametrize("options", [{}, {"fast_weights": "head"}])

@@ -272,7 +272,7 @@ def test_frozen_layers_and_buffers_in_half_precision_saved_and_moved(elsewhere, 
     weights = torch.load(tmp_path / "w.pt", weights_only=True)
     assert torch.equal(weights["middle.weight"], load_checkpoint(last).fixed["middle.weight"])
     x = torch.tensor([[0.0], [1.0]])
-    maml, parameters = load(last, example=x, learner=f"{moved}:Strange")
+    maml, parameters, _ = load(last, example=x, learner=f"{moved}:Strange")
     adapted = adapted_to(maml, parameters, x, torch.tensor([[1.0], [2.0]]), steps=1)
     with (tmp_path / "run" / "last-adapted-mine.csv").open() as file:
         predicted = float(list(csv.reader(file))[1][1])

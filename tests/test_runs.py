@@ -24,9 +24,10 @@ import trainer
 from checkpoint import BEST, LAST, initialisation_of, load_checkpoint, save_checkpoint
 from dataset import Sinusoid, SinusoidLine
 from errors import LostError
-from evaluation import Evaluation, mean_and_interval
+from evaluation import DIVERGENCE, Evaluation, diverged, mean_and_interval
 from learner import build_learner
 from report import Words, evaluation_record, evaluation_table
+from run import as_measured
 
 # Points of the curves, validations and savings that fall together in all ways.
 ITERATIONS = 240
@@ -491,6 +492,15 @@ def test_evaluation_without_a_checkpoint_says_that_it_is_of_the_fresh_initialisa
     assert command("--eval", "--eval-tasks", 5, "--out", tmp_path) == 0
     assert "the fresh initialisation" in capsys.readouterr().out
     assert (tmp_path / "fresh-mlp-paper-seed0-test-sinusoid-10shot-10query-5tasks.json").exists()
+
+
+def test_a_loss_below_zero_has_diverged_where_it_has_grown_and_not_where_it_has_fallen():
+    losses = torch.tensor([[-3.0, -3.5, -4.0], [-2.0, -2.1, 40.0], [0.01, -1.0, 5.0], [-1.0, 7.0, torch.nan]])
+    assert diverged(losses).tolist() == [[False] * 3, [False, False, True], [False] * 3, [False, False, True]]
+    positive = losses.abs().nan_to_num(200.0)
+    times = DIVERGENCE * torch.fmax(positive[:, :1], positive[:, 0].median())
+    assert torch.equal(diverged(positive), positive > times) and diverged(positive).any()
+    assert as_measured(2.5, "query_loss") == -2.5 and as_measured(0.5, "query_accuracy") == 0.5
 
 
 def test_diverged_tasks_are_counted_and_shown_and_never_hidden_in_the_mean():
