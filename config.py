@@ -683,6 +683,8 @@ def _default_text(name: str, declaration: Flag) -> str:
             for learner, facts in LEARNERS.items()
             if getattr(facts, name, None) is not None
         ]
+        if getattr(OTHER_LEARNER, name, None) is not None:
+            exceptions.append(f", other learners {getattr(OTHER_LEARNER, name)}")
         return f"{'' if declaration.only else regression + '; '}{text}{''.join(exceptions)}"
     if name == "image_size":
         return "84; cifar-fs and fc100 32"
@@ -690,6 +692,8 @@ def _default_text(name: str, declaration: Flag) -> str:
         return "3"
     if name == "invert":
         return "no; omniglot yes"
+    if name == "eval_steps":
+        return f"{declaration.default}, or --test-steps where that is more"
     if name == "tasks_at_once":
         return "all, or what fits the cache"
     if declaration.default is BY_RULE:
@@ -721,6 +725,7 @@ def defaults_table() -> str:
     for name, facts in LEARNERS.items():
         if facts.inner_lr is not None:
             lines.append(f"with --learner {name}: --inner-lr {facts.inner_lr}")
+    lines.append(f"with a learner that is not built in: --inner-lr {OTHER_LEARNER.inner_lr}")
     return "\n".join(f"  {line}" for line in lines)
 
 
