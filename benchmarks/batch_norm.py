@@ -7,7 +7,6 @@ Paired, round by round, on random images of Omniglot's size. Writes benchmarks/r
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from hardware import conditions  # noqa: E402
+from script import Parser, conditions, launch  # noqa: E402
 
 from learner import build_learner  # noqa: E402
 from maml import MAML, TaskBatch  # noqa: E402
@@ -78,7 +77,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON file")
     out: Path = parser.parse_args().out
     two_passes = BatchNorm._centred
@@ -102,4 +101,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -22,7 +22,10 @@ class Published(NamedTuple):
     interval: float | None = None  # or the spread that the source gives
 
     def __str__(self) -> str:
-        return f"{self.value:g}" + ("" if self.interval is None else f" ±{self.interval:g}")
+        digits = f"{self.value:g}"
+        if self.value >= 10 and float(digits).is_integer():  # an accuracy, of which papers give tenths
+            digits += ".0"
+        return digits + ("" if self.interval is None else f" ±{self.interval:g}")
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Cell:
     source: str = ""  # of the published numbers
     beside: str | None = None  # a baseline, measured beside that method; it is not trained by itself
     note: str = ""
+    asked: float | None = None  # the error below which the source asks to be
 
     @property
     def slug(self) -> str:
@@ -191,9 +195,9 @@ ASSIGNMENT = Table(
             ("-k", str(k), "-s", str(steps), "-q", "40"),
             {"the last 500 tasks": Published(published)},
             "its author's own test",
-            note=f"the assignment asks for less than {wanted}",
+            asked=asked,
         )
-        for k, steps, published, wanted in ((10, 1, 0.533, 0.7), (5, 5, 0.651, 0.8))
+        for k, steps, published, asked in ((10, 1, 0.533, 0.7), (5, 5, 0.651, 0.8))
     ),
 )
 
@@ -369,6 +373,11 @@ MINI_PUBLISHED: dict[str, tuple[str, tuple[Published, ...]]] = {
 }
 
 
+# What is other than the defaults with five shots: the meta-batch of Finn et al., and the methods' own.
+TWO_TASKS = ("--meta-batch-size", "2")
+FIVE_SHOTS = {"reptile": ("--eval-inner-batch", "15"), "maml++": ()}
+
+
 def other_images(
     name: str, title: str, published: Mapping[str, tuple[str, tuple[Published, ...]]]
 ) -> list[Table]:
@@ -390,8 +399,7 @@ def other_images(
             tuple(
                 Cell(
                     method,
-                    # the paper's meta-batch: 4 tasks, of 5 shots 2
-                    ("--algorithm", method, *(["--meta-batch-size", "2"] if shots == 5 else [])),
+                    ("--algorithm", method, *(FIVE_SHOTS.get(method, TWO_TASKS) if shots == 5 else ())),
                     dict(zip((MANY, MANY_INDUCTIVE), values[at::2], strict=False)),
                     source,
                 )

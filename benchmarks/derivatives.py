@@ -10,7 +10,6 @@ relative to the product's largest element. Writes benchmarks/results/derivatives
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -22,6 +21,8 @@ from torch.func import functional_call, grad, jvp, vmap
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
+
+from script import Parser, launch  # noqa: E402
 
 from elementary import Elementary  # noqa: E402
 from report import write_json  # noqa: E402
@@ -108,7 +109,7 @@ def errors(module: nn.Module, *, elementary: bool) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON file")
     out: Path = parser.parse_args().out
     record = {}
@@ -122,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -10,7 +10,6 @@ benchmarks/results/fsdp.json beside those of other versions.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -34,6 +33,8 @@ from torch.utils import _pytree as pytree
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+
+from script import Parser, launch  # noqa: E402
 
 from learner import build_learner  # noqa: E402
 from maml import MAML  # noqa: E402
@@ -163,7 +164,7 @@ def worker(rank: int, folder: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON file")
     file: Path = parser.parse_args().out
     with tempfile.TemporaryDirectory() as folder:
@@ -176,4 +177,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

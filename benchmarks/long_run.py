@@ -31,6 +31,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 
 from faults import write_images  # noqa: E402
+from script import Parser, launch  # noqa: E402
 
 WARM_UP = 0.2  # of the iterations
 PARTS = 10
@@ -209,7 +210,7 @@ def describe(name: str, result: dict[str, Any]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(__doc__.partition("\n")[0])
     parser.add_argument("--iterations", type=int, default=100_000)
     parser.add_argument("--seconds", type=float, default=600, help="of a run, at most (default: 600)")
     parser.add_argument("--works", nargs="+", choices=WORKS, default=[*WORKS])
@@ -236,4 +237,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    sys.exit(main())
+    launch(main)

@@ -12,7 +12,6 @@ before.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -31,7 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the command line has it for 
 
 # below the path and the threads, which they need (E402)
 import torch  # noqa: E402
-from hardware import conditions  # noqa: E402
+from script import Parser, conditions, launch  # noqa: E402
 
 import config as settings  # noqa: E402
 from building import build, prepare  # noqa: E402
@@ -169,9 +168,7 @@ def table_of_commands(found: dict[str, Any], iterations: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of the iterations")
     parser.add_argument(
         "--iterations", type=int, default=3000, help="of the whole commands; 0: none of these"
@@ -197,4 +194,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from script import Parser, conditions, launch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -224,9 +225,7 @@ def table_of_what_fits(fits: Fits, held: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cells")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSON")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
@@ -252,8 +251,6 @@ def main() -> None:
         f"with {held:.1f} P held and {ADAM} P for Adam's moments, without activations:\n"
     )
     print(table_of_what_fits(fits, held))
-    from hardware import conditions
-
     results = {
         "fits": {
             engine: {
@@ -277,4 +274,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

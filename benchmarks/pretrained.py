@@ -10,7 +10,6 @@ user, and gets a card with what that says.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import shlex
 import subprocess
@@ -24,8 +23,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from cells import FAMILY, FAR_ENOUGH, SEEDS, TABLES, Table  # noqa: E402
 from reproduce import Job  # noqa: E402
+from script import Parser, launch  # noqa: E402
 
 from checkpoint import BEST, initialisation_of, load_checkpoint, save_checkpoint  # noqa: E402
+from errors import UsageError  # noqa: E402
 from files import read_json, write_whole  # noqa: E402
 from report import write_json  # noqa: E402
 
@@ -39,7 +40,8 @@ CHOSEN: dict[str, tuple[str, ...]] = {
     **{name: IMAGES for name in TABLES if name.startswith("omniglot-") and "shot" in name},
     "omniglot-one-training": ("prototype head",),
 }
-SETTINGS = {  # of the test, where not those of training; few queries, since a test runs it
+SETTINGS = {  # of the test, where not those of training; few queries or tasks, since a test runs it
+    "omniglot-20way-1shot": ("--eval-tasks", "200"),
     **dict.fromkeys(("omniglot-5way-5shot", "omniglot-20way-5shot"), ("-q", "1")),
     "omniglot-one-training": ("-n", "20", "-k", "1"),
 }
@@ -122,11 +124,11 @@ Always the first seed, never the best of several.
 
 ```sh
 python main.py --eval --load checkpoints/pretrained/sinusoid-maml      # its number; writes beside it
-python main.py --adapt points.csv --load checkpoints/pretrained/sinusoid-maml
+python main.py --adapt points.csv --load checkpoints/pretrained/sinusoid-maml   # your points: docs/using.md
 python main.py --init-from checkpoints/pretrained/sinusoid-maml --dataset sinusoid-line
 ```
 
-| name | numbers learned | iterations trained (best) | `--eval` says: 600 test tasks, ± 95 % interval |
+| name | numbers learned | iterations trained (best) | `--eval` says (600 test tasks, ± 95 % interval) |
 |-|-|-|-|
 """
 FOOTER = """
@@ -149,13 +151,13 @@ def row(found: dict[str, Any]) -> str:
 def publish(table: Table, method: str, root: Path) -> dict[str, Any] | None:
     """Writes a method's checkpoint and card; None where it has not been trained, or not far enough."""
     job = Job(table, table.cell(method), SEEDS[0], root, quick=False)
+    problem = job.problem()
+    if problem:
+        raise UsageError(problem)
     if not (job.folder / BEST).exists() or not job.progress:
         return None
     if job.progress["iteration"] < FAR_ENOUGH * job.progress["planned"]:
         return None
-    problem = job.problem()
-    if problem:
-        sys.exit(problem)
     folder = FOLDER / name_of(table, method)
     folder.mkdir(parents=True, exist_ok=True)
     save_checkpoint(folder / BEST, initialisation_of(load_checkpoint(job.checkpoint)))
@@ -165,22 +167,29 @@ def publish(table: Table, method: str, root: Path) -> dict[str, Any] | None:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def main() -> int:
+    parser = Parser(__doc__.partition("\n")[0])
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(CHOSEN))
     parser.add_argument("--folder", type=Path, default=ROOT / "checkpoints" / "reproduce", help="of the runs")
     given = parser.parse_args()
     for name in given.tables:
         if name not in CHOSEN:
             parser.error(f"there is no table {name}: {', '.join(CHOSEN)}")
-    for name in given.tables or CHOSEN:
-        for method in CHOSEN[name]:
-            publish(TABLES[name], method, given.folder)
+    if not given.folder.is_dir():
+        parser.error(f"--folder {given.folder}: there is no such folder of runs")
+    published = [
+        publish(TABLES[name], method, given.folder)
+        for name in given.tables or CHOSEN
+        for method in CHOSEN[name]
+    ]
+    if not any(published):
+        parser.error(f"--folder {given.folder} has no run of these tables that is far enough")
     names = [name_of(TABLES[table], method) for table, methods in CHOSEN.items() for method in methods]
     cards = [read_json(FOLDER / name / CARD) for name in names if (FOLDER / name / CARD).exists()]
     text = HEADER + "".join(map(row, cards)) + FOOTER
     write_whole(FOLDER / "README.md", lambda file: file.write(text.encode()))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -41,11 +41,11 @@ import reproduced  # noqa: E402
 import table_figures  # noqa: E402
 import torch  # noqa: E402
 from cells import SEEDS, TABLES, Cell, Table, Test  # noqa: E402
-from hardware import machine  # noqa: E402
+from script import Parser, folder_for, launch, machine  # noqa: E402
 
 import config as settings  # noqa: E402
 from checkpoint import BEST, LAST, in_run, load_checkpoint  # noqa: E402
-from errors import UsageError  # noqa: E402
+from errors import UsageError, one_line  # noqa: E402
 from files import read_json, write_whole  # noqa: E402
 from report import write_json  # noqa: E402
 from run import Run  # noqa: E402
@@ -60,21 +60,33 @@ QUICK_TASKS = "100"
 QUICK_ITERATIONS = {False: "300", True: "20"}  # of curves, of images
 
 
+def minutes(text: str) -> float:
+    found = float(text)
+    if not found >= 0:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    return found
+
+
+def seed(text: str) -> int:
+    found = int(text)
+    if found < 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
+    return found
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__.partition("\n")[0])
     parser.add_argument("tables", nargs="*", metavar="TABLE", help="by default all (see --list)")
     parser.add_argument("--list", action="store_true", help="name tables and methods, and end")
     parser.add_argument("--methods", nargs="+", help="of these tables; by default all")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--seeds", type=seed, nargs="+", default=list(SEEDS))
     parser.add_argument(
         "--minutes",
-        type=float,
+        type=minutes,
         default=math.inf,
         help="then training stops, and what is there is tested; the same command goes on",
     )
-    parser.add_argument("--run-minutes", type=float, default=math.inf, help="the same, of each run")
+    parser.add_argument("--run-minutes", type=minutes, default=math.inf, help="the same, of each run")
     parser.add_argument(
         "--jobs", type=int, default=None, help="runs at a time; by default a CPU's cores, or 1 with a GPU"
     )
@@ -93,6 +105,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"no method {method} is trained for these tables: {'; '.join(sorted(methods))}")
     if given.jobs is not None and given.jobs < 1:
         parser.error(f"--jobs {given.jobs}: at least 1")
+    given.seeds = list(dict.fromkeys(given.seeds))
     if given.quick:
         given.seeds = given.seeds[:1]
         given.folder = given.folder.with_name(given.folder.name + "-quick")
@@ -165,9 +178,12 @@ class Job:
         return known.get("failure") if at is not None and known.get("failed_after") == at else None
 
     def problem(self) -> str | None:
-        """What is wrong with the run that is there: it is another's, or of other settings."""
-        if not self.progress:
-            return None
+        """What is wrong with the run that is there: it cannot be read, is another's, or of other settings."""
+        try:
+            if not self.progress:
+                return None
+        except (UsageError, OSError) as error:
+            return one_line(error)
         wanted, found = settings.resolve(settings.parse(self.training)), self.progress["config"]
         learned = [
             settings.what_is_learned(each) | {"iterations": each.iterations} for each in (found, wanted)
@@ -351,9 +367,9 @@ def validation_of(progress: dict[str, Any]) -> dict[str, list[float]]:
 
 def run_of(table: Table, cell: Cell, job: Job) -> dict[str, Any] | None:
     """What a run's folder says, of its method or of a baseline beside it; None: there is no such run."""
-    found = job.progress
-    if not found or job.problem() is not None:
+    if job.problem() is not None or not job.progress:
         return None
+    found = job.progress
     learning = any(column.test is None for column in table.columns)  # whose picture is of the training
     return {
         "seed": job.seed,
@@ -395,8 +411,10 @@ def known_of(table: Table, results: Path) -> dict[str, Any]:
         known = read_json(file)
         for method in known.get("methods", {}):
             for run in runs_in(known, method):
-                run["trained_by"], run["tests"], run["seed"], run["iterations"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+                run["trained_by"], run["seed"], run["machine"]
+        reproduced.table_text(table, known)
+        reproduced.summary({table.name: known})
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, StopIteration) as error:
         raise UsageError(f"{file} is damaged: remove it, or name other --results") from error
     return known
 
@@ -419,9 +437,14 @@ def record(table: Table, jobs: Sequence[Job], known: Mapping[str, Any] | None = 
     return {"table": table.name, "title": table.title, "methods": methods}
 
 
-def write(table: Table, jobs: Sequence[Job], results: Path) -> None:
-    """A table's files, of all runs that are there, and of those in its record that are further."""
+def write(table: Table, jobs: Sequence[Job], results: Path) -> bool:
+    """A table's files, of all runs that are there, and of those in its record that are further; whether there
+    are any."""
     known = known_of(table, results)
+    for job in jobs:
+        problem = job.problem()
+        if problem:
+            print(f"{table.name}, {job.name}: left out: {problem}")
     found = record(table, jobs, known)
     for method in known.get("methods", {}):
         commands = {run["trained_by"] for run in runs_in(found, method)}
@@ -429,21 +452,22 @@ def write(table: Table, jobs: Sequence[Job], results: Path) -> None:
             if run["trained_by"] not in commands:
                 print(f"{table.name}: {method} has no such run any more, left out: {run['trained_by']}")
     if not found["methods"]:
-        return
-    results.mkdir(parents=True, exist_ok=True)
+        return False
     text = reproduced.table_text(table, found)
     write_whole(results / f"{table.name}.md", lambda file: file.write(text.encode()))
     write_json(results / f"{table.name}.json", found)
     fits = [job for job in jobs if job.cell.method == "maml" and table.name == "sinusoid"]
     shown = [job for job in fits if run_of(table, job.cell, job) in runs_in(found, "maml")]
-    table_figures.draw(table, found, results, shown[0].checkpoint if shown else None)
+    try:
+        table_figures.draw(table, found, results, shown[0].checkpoint if shown else None)
+    except UsageError as error:
+        print(f"{table.name}: not all pictures are drawn: {one_line(error)}")
+    return True
 
 
 def show() -> None:
     """Puts the committed tables into docs/results.md, and what was published beside ours into the README."""
-    records = {
-        name: read_json(RESULTS / f"{name}.json") for name in TABLES if (RESULTS / f"{name}.json").exists()
-    }
+    records = {name: found for name, table in TABLES.items() if (found := known_of(table, RESULTS))}
     for name in records:
         files = [f"{name}.png", f"{name}-fits.png"]
         there = [file for file in files if (RESULTS / file).exists()]
@@ -459,11 +483,12 @@ def main() -> int:
             print(f"{table.name}: {'; '.join(cell.method for cell in table.cells if cell.beside is None)}")
         return 0
     tables = [TABLES[name] for name in given.tables or TABLES]
-    try:
-        known = [known_of(table, given.results) for table in tables]
-    except UsageError as error:
-        print(f"reproduce.py: error: {error}", file=sys.stderr)
-        return 2
+    folder_for(given.results, "--results")
+    if not given.collect:
+        folder_for(given.folder, "--folder")
+    elif given.folder.exists() and not given.folder.is_dir():
+        raise UsageError(f"--folder {given.folder}: not a folder")
+    known = [known_of(table, given.results) for table in tables]
     stop = threading.Event()
     signals: list[int] = []
 
@@ -484,13 +509,15 @@ def main() -> int:
     before = {run["seed"] for each in known for m in each.get("methods", {}) for run in runs_in(each, m)}
     seeds = sorted({*SEEDS, *given.seeds, *before})
     everything = argparse.Namespace(**vars(given) | {"methods": None, "seeds": seeds})
-    for table in tables:
+    written = [
         write(table, [job for job in jobs_of(everything) if job.table is table], given.results)
+        for table in tables
+    ]
     if given.results == RESULTS:
         show()
-    print(f"Written: {given.results}")
+    print(f"Written: {given.results}" if any(written) else "No run is there yet: nothing to write")
     return 128 + signals[0] if signals else int(failed)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch(main)

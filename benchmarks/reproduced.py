@@ -133,7 +133,7 @@ def length(cell: Cell, runs: Sequence[Record]) -> list[str]:
         return [seeds, "", ""]
     seconds = [run["seconds"] for run in runs if run["seconds"]]
     mean = statistics.mean(seconds) if seconds else 0
-    took = f"{mean / 60:.0f} min" if mean > 90 else f"{mean:.0f} s" * bool(mean)
+    took = f"{mean / 60:.0f} min" if mean > 90 else f"{mean:.0f} s" if mean else "not recorded"
     best = [run["best_iteration"] or run["iterations"] for run in runs]
     return [seeds, f"{reached(runs)}{ended(runs)}; best at {_range(best)}", took]
 
@@ -182,9 +182,18 @@ def verdicts(table: Table, record: Record) -> list[Verdict]:
                 digits = digits_of(table)
                 said = f"published {published}, ours {ours.text(digits)}: {how_near(table, published, ours)}"
                 said += f" (after {reached(runs)} iterations{ended(runs)})" * unfinished(runs)
-                said += f" ({cell.note})" * bool(cell.note)
+                said += "".join(f" ({text})" for text in remarks(cell, ours))
             found.append(Verdict(cell, title, published, ours, runs, said))
     return found
+
+
+def remarks(cell: Cell, ours: Number) -> list[str]:
+    """What else is to be said of a method's number."""
+    said = [cell.note] if cell.note else []
+    if cell.asked is not None:
+        side = "below" if ours.mean < cell.asked else "not below"
+        said.append(f"{side} {cell.asked:g}, which is asked for")
+    return said
 
 
 def measured(record: Record, cell: Cell, column: Column) -> list[Record]:
@@ -223,7 +232,21 @@ def footer(table: Table, record: Record) -> str:
         "; ".join([*machines, *devices]),
         f"torch {', '.join(versions)}" if versions else "",
     ]
-    return "; ".join(part for part in parts if part) + "."
+    return "; ".join(part for part in parts if part) + "." + lacking(table, record)
+
+
+def lacking(table: Table, record: Record) -> str:
+    """The methods of the table that have not been run, or not been through all of its tests."""
+    methods, tests = record["methods"], {test.name for test in table.tests}
+    trained = [cell.method for cell in table.cells if cell.beside is None]
+    absent = [method for method in trained if method not in methods]
+    partly = [
+        method
+        for method in trained
+        if method in methods and any(run["tests"].keys() < tests for run in methods[method]["runs"])
+    ]
+    said = {"Not run": absent, "Not tested in all columns, or not all seeds": partly}
+    return "".join(f" {what}: {', '.join(names)}." for what, names in said.items() if names)
 
 
 def commands(table: Table, record: Record) -> list[str]:
@@ -233,7 +256,8 @@ def commands(table: Table, record: Record) -> list[str]:
     names = [f"{table.name}-{run['name']}" for run in first]
     lines = [f"{run['trained_by']} --run-name {name}" for run, name in zip(first, names, strict=True)]
     for test in table.tests:
-        flags = [*test.flags, *["--baselines"] * test.baselines]
+        known = first[0]["tests"].get(test.name, {}).get("flags")
+        flags = [*(test.flags if known is None else shlex.split(known)), *["--baselines"] * test.baselines]
         lines.append(shlex.join(["python", "main.py", "--eval", "--load", f"checkpoints/{names[0]}", *flags]))
     return lines
 
@@ -255,7 +279,7 @@ def summary(records: Mapping[str, Record]) -> str:
             seeds = f"{count} seeds" if count > 1 else "single run"
             partly = f", {reached(runs)} iterations{ended(runs)}" * unfinished(runs)
             told = f"{how_near(table, published, ours)} ({seeds}{partly})"
-            told += f"; {cell.note}" * bool(cell.note)
+            told += "".join(f"; {text}" for text in remarks(cell, ours))
             method = f"{table.title.partition(':')[0].partition(', accuracy')[0]}, {cell.method}"
             text = ours.text(digits_of(table))
             lines.append(f"| {method} | {title} | {published} | {text} | {told} |")

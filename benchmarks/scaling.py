@@ -41,7 +41,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # below the path and the threads, which they need (E402)
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from hardware import conditions  # noqa: E402
+from script import Parser, conditions, launch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.func import functional_call  # noqa: E402
 from torch.nn.functional import cross_entropy, mse_loss  # noqa: E402
@@ -1131,9 +1131,7 @@ def measure(quick: bool) -> dict[str, Any]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, shorter runs, smaller vectors")
     parser.add_argument("--model-only", action="store_true", help="count and predict, measure nothing")
     parser.add_argument("--rate", metavar="DEVICE", help="measure the rate of a device instead")
@@ -1177,4 +1175,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -9,7 +9,6 @@ query error after 1, 5 and 10 steps of the tasks on either side.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from script import Parser, launch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.func import functional_call, grad, vjp, vmap  # noqa: E402
 from torch.nn.functional import mse_loss  # noqa: E402
@@ -51,7 +51,7 @@ def curvature(learner: torch.nn.Module, weights: dict[str, Tensor], x: Tensor, y
 
 def measured(checkpoint: Path, shots: int, count: int) -> dict[str, Any]:
     """Of one run's initialisation, on the first `count` test tasks."""
-    maml, parameters = using.load(checkpoint, torch.zeros(1, 1))
+    maml, parameters, _ = using.load(checkpoint, torch.zeros(1, 1))
     learner = build_learner("mlp", 1)
     batch = Sinusoid(shots=shots, queries=10).sample("test", evaluation.SEED, 0, range(count))
     rate = float(maml.optimizer.lr)
@@ -77,7 +77,7 @@ def measured(checkpoint: Path, shots: int, count: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--tasks", type=int, default=2000)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "sharpness.json")
@@ -92,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -33,8 +33,8 @@ os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
 # below the path and the threads, which they need (E402)
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from hardware import conditions  # noqa: E402
 from peers import META_LR, PEERS, Contender, Work  # noqa: E402
+from script import Parser, conditions, launch  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
@@ -393,9 +393,7 @@ def draw(results: dict[str, Any], file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("works", nargs="*", help=f"of {', '.join(WORKS)}; all by default")
     parser.add_argument("--growth", action="store_true", help="time and memory over sizes instead")
     parser.add_argument("--precision", action="store_true", help="speed and error of the precisions instead")
@@ -432,4 +430,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

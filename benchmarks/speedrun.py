@@ -29,10 +29,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from hardware import machine  # noqa: E402
 from reproduced import put  # noqa: E402
+from script import Parser, launch, machine  # noqa: E402
 
 from checkpoint import BEST, load_checkpoint  # noqa: E402
+from errors import UsageError  # noqa: E402
 from files import read_json  # noqa: E402
 from report import write_json  # noqa: E402
 
@@ -46,7 +47,10 @@ def command(line: list[str], environment: Mapping[str, str] | None = None) -> No
     """Runs it in silence; ends with its last words where it fails."""
     done = subprocess.run(line, env=os.environ | (environment or {}), capture_output=True, text=True)
     if done.returncode:
-        sys.exit(done.stderr.strip().rpartition("\n")[2])
+        said = done.stderr.strip().rpartition("\n")[2]
+        if done.returncode == 2:
+            raise UsageError(said.partition("error: ")[2] or said)
+        sys.exit(said)
 
 
 def timed(flags: list[str], seed: int, folder: Path) -> float:
@@ -139,16 +143,30 @@ def table(entries: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([*lines, "", "```sh", *commands, "```", ""])
 
 
+def split(text: str) -> list[str]:
+    """Flags in one text, as a shell takes them apart."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{str(error).lower()}: {text}") from error
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--try", dest="tried", metavar="FLAGS", help="seed 0, by validation alone")
-    parser.add_argument("--flags", metavar="FLAGS", help="of a new entry; by default those of the record")
+    parser = Parser(__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--try", dest="tried", metavar="FLAGS", type=split,
+        help="seed 0, by validation alone; in quotation marks, behind =: --try='--init torch'",
+    )  # fmt: skip
+    parser.add_argument(
+        "--flags", metavar="FLAGS", type=split,
+        help="of a new entry, likewise; by default those of the record",
+    )  # fmt: skip
     parser.add_argument("--name", default="again", help="what is new in it")
     given = parser.parse_args()
     records = read_json(RESULTS) if RESULTS.exists() else {"entries": []}
     with tempfile.TemporaryDirectory() as folder:
         if given.tried is not None:
-            took = timed(shlex.split(given.tried), 0, Path(folder))
+            took = timed(given.tried, 0, Path(folder))
             accuracy, iteration = best_validation(Path(folder) / "seed0")
             print(f"{took:.1f} s, validation {100 * accuracy:.2f} % at iteration {iteration}")
             return
@@ -157,7 +175,7 @@ def main() -> None:
         if given.flags is None and not valid:
             parser.error("there is no record of this machine yet: give --flags")
         best = min(valid, key=lambda entry: entry["mean_seconds"], default={"command": ""})
-        flags = shlex.split(given.flags or best["command"].partition("omniglot")[2])
+        flags = given.flags or shlex.split(best["command"].partition("omniglot")[2])
         before = records["entries"]
         for entry in attempt(given.name, flags, Path(folder)):
             write_json(RESULTS, {"entries": [*before, entry]})
@@ -166,4 +184,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

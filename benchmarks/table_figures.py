@@ -61,32 +61,59 @@ def curve(runs: Sequence[Record], test: str, steps: int) -> list[tuple[int, floa
     return found
 
 
+DECADE = 10.0  # errors of a narrower range have a linear axis, where bands would hide each other
+
+
+def look_of(table: Table, method: str, theme: Theme) -> dict[str, Any]:
+    """A method's colour, line and marker: by its place in the table, also where others are not run."""
+    return curve_style([cell.method for cell in table.cells].index(method), theme)
+
+
 def errors_figure(table: Table, record: Record, theme: Theme) -> Figure:
     """Query error over inner steps, a panel a number of shots: mean over seeds, band over tasks; hollow
     diamonds are published numbers."""
     steps = table.steps_shown
+    shown = [
+        point
+        for found in record["methods"].values()
+        for test in table.tests
+        for point in curve(found["runs"], test.name, steps)
+    ]
+    wide = max(mean for _, mean, _ in shown) >= DECADE * min(mean for _, mean, _ in shown)
+    usual = statistics.median(interval for *_, interval in shown)
     with style(theme):
         figure = new_figure(3.5 * len(table.tests) + 0.4, 4.4)
         panels = figure.subplots(1, len(table.tests), sharey=True, squeeze=False)[0]
         for panel, test in zip(panels, table.tests, strict=True):
-            for number, (method, found) in enumerate(record["methods"].items()):
+            for method, found in record["methods"].items():
                 points = curve(found["runs"], test.name, steps)
-                look = curve_style(number, theme) | {"markersize": 3}
+                look = look_of(table, method, theme) | {"markersize": 3}
                 if len(points) == 1:
                     panel.axhline(points[0][1], label=method, color=look["color"], linestyle=":")
                 elif points:
-                    _band(panel, points, method, look)
+                    _band(panel, points, method, look, filled=wide)
                 _published(panel, table, test.name, found, look["color"], theme)
-            panel.set(title=test.name, yscale="log")
+            panel.set(title=test.name, yscale="log" if wide else "linear")
             over_steps(panel)
-        panels[0].set_ylabel("query MSE")
+        panels[0].set_ylabel("query MSE" if wide else f"query MSE (95 % interval over tasks: ±{usual:.2g})")
+        if any(found["published"] for found in record["methods"].values()):
+            _hollow(panels[0], [], [], "D", theme.grey, theme, label="published, in the method's colour")
         legend_below(figure, panels[0], columns=7)
     return figure
 
 
-def _band(panel: Axes, points: Sequence[tuple[int, float, float]], label: str, look: dict[str, Any]) -> None:
+def _band(
+    panel: Axes,
+    points: Sequence[tuple[int, float, float]],
+    label: str,
+    look: dict[str, Any],
+    *,
+    filled: bool,
+) -> None:
     steps, means, intervals = zip(*points, strict=True)
     panel.plot(steps, means, label=label, **look)
+    if not filled:
+        return
     low = [max(m - i, 1e-9) for m, i in zip(means, intervals, strict=True)]
     high = [m + i for m, i in zip(means, intervals, strict=True)]
     panel.fill_between(steps, low, high, color=look["color"], alpha=0.15, linewidth=0)
@@ -95,14 +122,17 @@ def _band(panel: Axes, points: Sequence[tuple[int, float, float]], label: str, l
 def _published(panel: Axes, table: Table, test: str, found: Record, colour: str, theme: Theme) -> None:
     for column in table.columns:
         if column.test == test and column.title in found["published"]:
-            _hollow(panel, column.steps or 0, found["published"][column.title]["value"], "D", colour, theme)
+            value = found["published"][column.title]["value"]
+            _hollow(panel, [column.steps or 0], [value], "D", colour, theme)
 
 
-def _hollow(panel: Axes, x: float, y: float, marker: str, colour: str, theme: Theme) -> None:
+def _hollow(
+    panel: Axes, x: list[float], y: list[float], marker: str, colour: str, theme: Theme, **more: Any
+) -> None:
     """The mark of a published number."""
     panel.plot(
-        [x], [y], marker=marker, markersize=7, linestyle="", zorder=4,
-        markerfacecolor=theme.background, markeredgecolor=colour, markeredgewidth=1.6,
+        x, y, marker=marker, markersize=7, linestyle="", zorder=4,
+        markerfacecolor=theme.background, markeredgecolor=colour, markeredgewidth=1.6, **more,
     )  # fmt: skip
 
 
@@ -123,9 +153,19 @@ def accuracies_of(table: Table, found: Record) -> Iterator[tuple[int, list[float
             yield at, values, statistics.mean(intervals)
 
 
+def left_end(values: Sequence[float]) -> float:
+    """Where an axis of accuracies begins: at the lowest, or above a few that lie far below all others."""
+    ordered = sorted(values)
+    for at in range(len(ordered) // 5, 0, -1):
+        if ordered[at] - ordered[at - 1] > 25:
+            return ordered[at]
+    return ordered[0]
+
+
 def accuracies_figure(table: Table, record: Record, theme: Theme) -> Figure:
     """Left, a row a method: mean over seeds with its interval over tasks, a small mark a seed, and what was
-    published as a hollow diamond. Right, how far the runs are."""
+    published as a hollow mark; what lies far below all others is an arrow with its number. Right, how far the
+    runs are."""
     methods = list(record["methods"])
     with style(theme):
         figure = new_figure(11, max(3.8, 0.75 * len(methods) + 1.5))
@@ -133,25 +173,40 @@ def accuracies_figure(table: Table, record: Record, theme: Theme) -> Figure:
         panel, progress = figure.subplots(1, 2, width_ratios=(3, 2))
         rows = len(table.columns)
         named = set()
+        means = [
+            statistics.mean(values)
+            for found in record["methods"].values()
+            for _, values, _ in accuracies_of(table, found)
+        ]
+        begin = left_end(means) if means else 0.0
         for line, method in enumerate(methods):
             found = record["methods"][method]
             for at, values, interval in accuracies_of(table, found):
                 look = curve_style(at, theme)
                 y = line + 0.7 * (at - (rows - 1) / 2) / rows
                 label = table.columns[at].title
+                mean = statistics.mean(values)
+                inside = mean >= begin
                 panel.errorbar(
-                    statistics.mean(values), y, xerr=interval, color=look["color"], marker=look["marker"],
-                    markersize=6, capsize=2, linestyle="", label=None if label in named else label,
+                    [mean] if inside else [], [y] if inside else [], xerr=[interval] if inside else [],
+                    color=look["color"], marker=look["marker"], markersize=6, capsize=2, linestyle="",
+                    label=None if label in named else label,
                 )  # fmt: skip
                 named.add(label)
-                if len(values) > 1:
+                if not inside:
+                    panel.annotate(
+                        f"{mean:.1f}", (0, y), (22, 0), xycoords=panel.get_yaxis_transform(),
+                        textcoords="offset points", color=look["color"], va="center", fontsize="small",
+                        arrowprops={"arrowstyle": "->", "color": look["color"]},
+                    )  # fmt: skip
+                elif len(values) > 1:
                     panel.plot(values, [y] * len(values), "|", color=look["color"], markersize=7)
                 published = found["published"].get(table.columns[at].title)
                 if published:
                     panel.errorbar(
-                        published["value"], y - 0.35 / rows, xerr=published["interval"], marker="D",
-                        markersize=5, capsize=2, color=look["color"], markerfacecolor=theme.background,
-                        linestyle="",
+                        published["value"], y - 0.35 / rows, xerr=published["interval"],
+                        marker=look["marker"], markersize=6, capsize=2, color=look["color"],
+                        markerfacecolor=theme.background, linestyle="",
                     )  # fmt: skip
         panel.set_yticks(range(len(methods)), methods)
         panel.set_ylim(len(methods) - 0.5, -0.5)
@@ -164,11 +219,12 @@ def accuracies_figure(table: Table, record: Record, theme: Theme) -> Figure:
 
 def _progress(panel: Axes, table: Table, record: Record, theme: Theme) -> None:
     """Validation errors over training, both axes logarithmic, on which a power law is a line; a hollow
-    mark is what was published, where the run is to end."""
+    mark at the right edge is what was published."""
     from matplotlib.ticker import LogLocator
 
-    for number, (method, found) in enumerate(record["methods"].items()):
-        look = curve_style(number, theme) | {"markersize": 4, "linewidth": 1.2}
+    marked = False
+    for method, found in record["methods"].items():
+        look = look_of(table, method, theme) | {"markersize": 4, "linewidth": 1.2}
         first = found["runs"][0]
         for run in found["runs"]:
             seen = [(i, 100 - 100 * a) for i, a in zip(*run["validation"].values(), strict=True) if a < 1]
@@ -177,15 +233,16 @@ def _progress(panel: Axes, table: Table, record: Record, theme: Theme) -> None:
                 panel.plot(*zip(*seen, strict=True), label=label, markevery=max(1, len(seen) // 8), **look)
         published = found["published"].get(table.columns[0].title)
         if published:
-            _hollow(panel, first["planned"], 100 - published["value"], look["marker"], look["color"], theme)
-    panel.set(
-        xscale="log",
-        yscale="log",
-        xlabel="iteration",
-        ylabel="validation error (%)\nhollow: published, on test tasks",
-    )
-    for axis in (panel.xaxis, panel.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            marked = True
+            _hollow(
+                panel, [1.0], [100 - published["value"]], look["marker"], look["color"], theme,
+                transform=panel.get_yaxis_transform(), clip_on=False,
+            )  # fmt: skip
+    hollow = "\nhollow, at the right: published, on test tasks"
+    panel.set(xscale="log", yscale="log", xlabel="iteration", ylabel="validation error (%)" + hollow * marked)
+    for axis, limits in ((panel.xaxis, panel.get_xlim()), (panel.yaxis, panel.get_ylim())):
+        narrow = limits[1] < 5 * limits[0]
+        axis.set_major_locator(LogLocator(subs=range(1, 10) if narrow else (1, 2, 5)))
         axis.set_major_formatter("{x:,g}")
         axis.set_minor_formatter("")
 
@@ -198,11 +255,13 @@ WINDOW = 300  # episodes in a point
 
 def learning_figure(table: Table, record: Record, theme: Theme) -> Figure | None:
     """Training losses of the first seed, means of consecutive windows of episodes, against training from
-    scratch on the same tasks, as far as that has been measured."""
+    scratch on the same tasks, as far as that has been measured. A window far above all others leaves
+    the picture, and says how far it goes."""
     methods = record["methods"]
     with style(theme):
         figure = new_figure(4.6 * len(methods), 3.4)
         panels = figure.subplots(1, len(methods), squeeze=False, sharey=True)[0]
+        tops: list[float] = []
         for panel, (method, found) in zip(panels, methods.items(), strict=True):
             own = {"first-order MAML": windows(found["runs"][0]["training"])}
             curves = own | _scratch(found)
@@ -211,6 +270,15 @@ def learning_figure(table: Table, record: Record, theme: Theme) -> Figure | None
                 panel.plot(ends, losses, label=name, **look)
             panel.set(title=method, yscale="log")
             over_iterations(panel)
+            losses = [loss for _, of_curve in curves.values() for loss in of_curve]
+            tops.append(5 * statistics.quantiles(losses, n=50)[-1])
+            for x, loss in zip(*own["first-order MAML"], strict=True):
+                if loss > tops[-1]:
+                    panel.annotate(
+                        f"to {loss:,.0f}", (x, 1), (6, -12), xycoords=panel.get_xaxis_transform(),
+                        textcoords="offset points", color=theme.grey, fontsize="small",
+                    )  # fmt: skip
+        panels[0].set_ylim(top=min(max(tops), panels[0].get_ylim()[1]))
         panels[0].set_ylabel(f"query MSE, means of {WINDOW} episodes")
         legend_below(figure, panels[0])
     return figure
@@ -253,7 +321,7 @@ def fits_figure(table: Table, checkpoint: Path, theme: Theme) -> Figure | None:
         figure = new_figure(11, 3.0)
         panels = figure.subplots(1, 4, sharey=True)
         for panel, (name, file, rate, shots) in zip(panels, kinds, strict=True):
-            maml, parameters = using.load(file, torch.zeros(1, 1))
+            maml, parameters, _ = using.load(file, torch.zeros(1, 1))
             tasks = Sinusoid(shots=shots, queries=10)
             with maml.at_rate(rate):
                 batch, outputs = evaluation.examples(

@@ -31,6 +31,7 @@ def test_each_folder_has_a_card_and_a_row_in_the_index():
     index = (FOLDER / "README.md").read_text()
     assert folders == set(CARDS) != set()
     assert all(f"`{name}`" in index for name in folders)
+    assert len({frozenset(card) for card in CARDS.values()}) == 1  # all of one version of the script
 
 
 @pytest.mark.parametrize(("name", "card"), CARDS.items(), ids=CARDS)

@@ -15,8 +15,10 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import reproduce
 import reproduced
+import table_figures
 from cells import TABLES, Column, Published
 from reproduced import Number, number, row_of
+from script import launch
 
 import config
 from checkpoint import load_checkpoint
@@ -179,6 +181,58 @@ def test_a_table_comes_from_its_command_which_stops_where_it_is_told_and_repeats
     assert reproduce.record(table, [job])["methods"]["maml"]["runs"][0]["failure"] == "NaN"
     job.note(1.0, None)  # somebody has gone on with it
     assert job.failure is None
+    (folder / "sinusoid-frequency.json").write_text(json.dumps(record))
+    last = job.folder / "last.pt"
+    last.write_bytes(last.read_bytes()[:500])
+    code, said = run("--collect")
+    assert code == 0 and "left out" in said and "is not a checkpoint" in said and "Traceback" not in said
+    assert json.loads((folder / "sinusoid-frequency.json").read_text())["methods"]  # what is recorded stays
+    code, said = run()
+    assert code == 1 and "is not a checkpoint" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--minutes nan", "expected a number of at least 0"),
+        ("--run-minutes -1", "expected a number of at least 0"),
+        ("--seeds -1", "expected a whole number of at least 0"),
+        ("--jobs 0", "at least 1"),
+        ("nothing", "there is no table nothing"),
+        ("sinusoid --methods protomaml", "no method protomaml"),
+        ("sinusoid --results FILE", "file exists; name a folder"),
+        ("sinusoid --folder FILE/runs", "not a directory; name a folder"),
+        ("sinusoid --collect --folder FILE", "not a folder"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_exit_code_2(flags, message, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "file"
+    file.write_text("")
+    arguments = flags.replace("FILE", str(file)).split()
+    if "--results" not in arguments:
+        arguments += ["--results", str(tmp_path / "results")]
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        launch(reproduce.main)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("\n") == 1 and message in said
+
+
+def test_a_table_names_what_is_not_run_and_not_tested():
+    table = TABLES["sinusoid"]
+    tests = {test.name: {} for test in table.tests}
+    runs = {"maml": [{"tests": tests}], "anil": [{"tests": tests}, {"tests": {}}]}
+    record = {"methods": {method: {"runs": of} for method, of in runs.items()}}
+    others = "fomaml, boil, reptile, meta-sgd, maml++, imaml, cavia"
+    assert reproduced.lacking(table, record) == (
+        f" Not run: {others}. Not tested in all columns, or not all seeds: anil."
+    )
+
+
+def test_an_axis_begins_above_what_lies_far_below_all_others():
+    assert table_figures.left_end([24.6, 75.0, 90.0, 91.0, 99.0]) == 75.0
+    assert table_figures.left_end([70.0, 75.0, 90.0, 91.0, 99.0]) == 70.0
+    assert table_figures.left_end([20.0, 90.0]) == 20.0
 
 
 def test_a_run_that_is_stopped_saves_what_it_has(tmp_path):
