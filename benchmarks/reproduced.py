@@ -110,7 +110,7 @@ def table_text(table: Table, record: Record) -> str:
         if any(numbers):
             texts = [_text(found, len(own), digits_of(table)) for found in numbers]
             lines.append(f"| **{cell.method}** | {' | '.join([*texts, *length(cell, own)])} |")
-        if own and any(title in titles for title in cell.published):
+        if any(numbers) and any(title in titles for title in cell.published):
             texts = [str(cell.published.get(title, "")) for title in titles]
             lines.append(f"| *{cell.source}* | {' | '.join([*texts, '', '', ''])} |")
     met = [f"- {cell.method}, {title}: {said}" for cell, title, *_, said in verdicts(table, record)]
