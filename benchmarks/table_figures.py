@@ -238,7 +238,7 @@ def _progress(panel: Axes, table: Table, record: Record, theme: Theme) -> None:
                 panel, [1.0], [100 - published["value"]], look["marker"], look["color"], theme,
                 transform=panel.get_yaxis_transform(), clip_on=False,
             )  # fmt: skip
-    hollow = "\nhollow, at the right: published, on test tasks"
+    hollow = "\nhollow: published, on test tasks"
     panel.set(xscale="log", yscale="log", xlabel="iteration", ylabel="validation error (%)" + hollow * marked)
     for axis, limits in ((panel.xaxis, panel.get_xlim()), (panel.yaxis, panel.get_ylim())):
         narrow = limits[1] < 5 * limits[0]
