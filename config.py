@@ -177,9 +177,10 @@ class Config:
 
     learner: str = flag(
         "--learner", group="learner", kind=str, check=a_learner, metavar="NAME",
-        help="mlp: 1-40-40-1; conv: four stride-2 convolutions of 64; conv-pool: with max pooling; conv4: of "
-        "32, flattened; convnet: unpadded and flattened; fc: 256-128-64-64; torchvision:MODEL; or a factory "
-        "in your own code: package.module:factory, file.py:factory",
+        help="mlp: 1-40-40-1; conv: four stride-2 convolutions of 64; conv-flat: the same, flattened; "
+        "conv-pool: with max pooling; conv4: with max pooling, of 32, flattened; convnet: unpadded and "
+        "flattened; fc: 256-128-64-64; torchvision:MODEL; or a factory in your own code: "
+        "package.module:factory, file.py:factory",
     )  # fmt: skip
     learner_args: tuple[str, ...] = flag(
         "--learner-args", group="learner", kind=tuple, check=key_and_value, metavar="NAME=VALUE", default=(),

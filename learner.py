@@ -51,33 +51,52 @@ def mlp(outputs: int, inputs: Shape = (1,), *, width: int = 40, layers: int = 2)
 # Below, a bias in front of a batch normalisation would be subtracted with the mean: there is none.
 
 
-def conv(outputs: int, inputs: Shape = (1, 28, 28), *, channels: int = CHANNELS) -> nn.Module:
-    """Four 3x3 convolutions of stride 2, mean over space: Finn et al.'s Omniglot network."""
+def _strided(inputs: Shape, channels: int, scale: bool) -> list[nn.Module]:
+    """Four 3x3 convolutions of stride 2, each with batch norm and ReLU."""
     blocks: list[nn.Module] = []
     for channels_in in (inputs[0], channels, channels, channels):
         convolution = nn.Conv2d(channels_in, channels, 3, stride=2, padding=1, bias=False)
-        blocks += [convolution, BatchNorm(channels), nn.ReLU()]
+        blocks += [convolution, BatchNorm(channels, scale=scale), nn.ReLU()]
+    return blocks
+
+
+def conv(
+    outputs: int, inputs: Shape = (1, 28, 28), *, channels: int = CHANNELS, scale: bool = False
+) -> nn.Module:
+    """Four 3x3 convolutions of stride 2, mean over space: Finn et al.'s Omniglot network."""
+    blocks = _strided(inputs, channels, scale)
     return nn.Sequential(*blocks, SpatialMean(), nn.Linear(channels, outputs))
 
 
-def _pooled(inputs: Shape, channels: int) -> list[nn.Module]:
+def conv_flat(
+    outputs: int, inputs: Shape = (1, 28, 28), *, channels: int = CHANNELS, scale: bool = True
+) -> nn.Module:
+    """`conv` flattened, with batch norm's scale: Nichol et al.'s Omniglot network (Reptile, 2018)."""
+    features = channels * math.prod(-(-size // 16) for size in inputs[1:])
+    return nn.Sequential(*_strided(inputs, channels, scale), nn.Flatten(), nn.Linear(features, outputs))
+
+
+def _pooled(inputs: Shape, channels: int, scale: bool) -> list[nn.Module]:
     """Four 3x3 convolutions, each with batch norm, ReLU and 2x2 max pooling."""
     blocks: list[nn.Module] = []
     for channels_in in (inputs[0], channels, channels, channels):
         convolution = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
-        blocks += [convolution, BatchNorm(channels), nn.ReLU(), nn.MaxPool2d(2)]
+        blocks += [convolution, BatchNorm(channels, scale=scale), nn.ReLU(), nn.MaxPool2d(2)]
     return blocks
 
 
-def conv_pool(outputs: int, inputs: Shape = (1, 28, 28), *, channels: int = CHANNELS) -> nn.Module:
+def conv_pool(
+    outputs: int, inputs: Shape = (1, 28, 28), *, channels: int = CHANNELS, scale: bool = False
+) -> nn.Module:
     """`conv` with 2x2 max pooling in the place of the strides (Vinyals et al. 2016)."""
-    return nn.Sequential(*_pooled(inputs, channels), SpatialMean(), nn.Linear(channels, outputs))
+    blocks = _pooled(inputs, channels, scale)
+    return nn.Sequential(*blocks, SpatialMean(), nn.Linear(channels, outputs))
 
 
-def conv4(outputs: int, inputs: Shape = (3, 84, 84), *, channels: int = 32) -> nn.Module:
+def conv4(outputs: int, inputs: Shape = (3, 84, 84), *, channels: int = 32, scale: bool = False) -> nn.Module:
     """The mini-ImageNet network of Ravi and Larochelle (2017) and Finn et al.: max pooling, flattened."""
     features = channels * (inputs[1] // 16) * (inputs[2] // 16)
-    return nn.Sequential(*_pooled(inputs, channels), nn.Flatten(), nn.Linear(features, outputs))
+    return nn.Sequential(*_pooled(inputs, channels, scale), nn.Flatten(), nn.Linear(features, outputs))
 
 
 def convnet(outputs: int, inputs: Shape = (1, 28, 28), *, channels: int = CHANNELS) -> nn.Module:
@@ -129,6 +148,7 @@ class GreyAsColour(nn.Module):
 LEARNERS: dict[str, Callable[..., nn.Module]] = {
     "mlp": mlp,
     "conv": conv,
+    "conv-flat": conv_flat,
     "conv-pool": conv_pool,
     "conv4": conv4,
     "convnet": convnet,
@@ -139,12 +159,14 @@ LEARNERS: dict[str, Callable[..., nn.Module]] = {
 def initialise_as_paper(learner: nn.Module) -> None:
     """Finn et al.'s initialisation, in place.
 
-    Convolutions Xavier uniform and the layer above them N(0, 1); fully connected networks truncated
-    normal with std 0.01 (cut at two std, as TensorFlow does); biases 0.
+    Convolutions Xavier uniform, the layer above their mean N(0, 1), and above them flattened Xavier uniform;
+    fully connected networks truncated normal with std 0.01 (cut at two std, as TensorFlow does); biases 0.
     """
-    convolutional = any(isinstance(layer, nn.Conv2d) for layer in learner.modules())
-    for layer in learner.modules():
-        if isinstance(layer, nn.Conv2d):
+    layers = list(learner.modules())
+    convolutional = any(isinstance(layer, nn.Conv2d) for layer in layers)
+    flattened = convolutional and any(isinstance(layer, nn.Flatten) for layer in layers)
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d) or (isinstance(layer, nn.Linear) and flattened):
             nn.init.xavier_uniform_(layer.weight)
         elif isinstance(layer, nn.Linear) and convolutional:
             nn.init.normal_(layer.weight)

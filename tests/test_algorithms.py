@@ -505,7 +505,7 @@ def test_the_head_is_the_last_layer_with_parameters_or_the_one_that_is_named():
 
 
 def test_a_context_of_zero_changes_nothing_and_the_inner_loop_moves_it_alone():
-    for name in ("conv", "conv-pool", "fc", "mlp"):
+    for name in ("conv", "conv-flat", "conv-pool", "fc", "mlp"):
         outputs = 1 if name == "mlp" else 2
         x = torch.rand(4, 1) if name == "mlp" else torch.rand(4, 1, 28, 28)
         network = add_context(build_learner(name, outputs), 6)

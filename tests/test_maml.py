@@ -226,6 +226,24 @@ def test_convolutions_that_patches_cannot_stand_for_are_left_alone():
         assert type(convert_convolutions(layer)) is nn.Conv2d
 
 
+def test_the_papers_initial_weights_and_networks():
+    heads = {
+        name: build_learner(name, 5, init="paper").requires_grad_(False)[-1]
+        for name in ("conv", "conv-pool", "conv4", "fc", "mlp")
+    }
+    for name in ("conv", "conv-pool"):
+        assert heads[name].weight.std().item() == pytest.approx(1, abs=0.15)
+    xavier = (6 / (32 * 5 * 5 + 5)) ** 0.5  # uniform, of mini-ImageNet's
+    assert heads["conv4"].weight.abs().max().item() == pytest.approx(xavier, rel=0.02)
+    assert all(0.015 < heads[name].weight.abs().max() <= 0.02 for name in ("fc", "mlp"))
+    assert not any(head.bias.any() for head in heads.values())
+    flat = build_learner("conv-flat", 5)
+    assert flat[-1].in_features == 256 and flat[1].weight is not None
+    assert flat(torch.rand(3, 1, 28, 28)).shape == (3, 5)
+    assert build_learner("conv", 5)[1].weight is None
+    assert build_learner("conv", 5, arguments={"scale": True})[1].weight is not None
+
+
 def test_bf16_computes_the_learner_alone_in_half_precision():
     batch = TaskBatch(*(tensor.float() for tensor in make_tasks("mlp")))
     network = build_learner("mlp", 1, init="torch", seed=1)
