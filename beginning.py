@@ -14,7 +14,7 @@ from checkpoint import BEST, LAST, Checkpoint, fitting_parameters, load_checkpoi
 from config import Config, Invocation
 from errors import UsageError
 from files import read_json, why_no_file
-from inner_loop import RATE
+from inner_loop import RATE, SQUARE
 from locks import LOCK, training_in
 from maml import MAML
 from members import LIST
@@ -78,8 +78,9 @@ def saved_parameters(at: Beginning, maml: MAML, fresh: Weights) -> Weights:
         return fresh
     learner, saved = at.config.learner, at.weights.parameters
     if at.start is None:  # another algorithm's, maybe: inner rates are taken where both learn them
-        rates = {name: w for name, w in fresh.items() if name.startswith(RATE)}
-        foreign = {name for name in saved if name.startswith(RATE) and name not in fresh}
+        own = (RATE, SQUARE)
+        rates = {name: w for name, w in fresh.items() if name.startswith(own)}
+        foreign = {name for name in saved if name.startswith(own) and name not in fresh}
         saved = rates | {name: w for name, w in saved.items() if name not in foreign}
     else:
         fitting_parameters(at.weights_file, at.start.statistics, maml.initial_statistics(), learner)

@@ -222,6 +222,7 @@ def algorithm_of(
         weight_decay=config.inner_weight_decay,
         clip_norm=config.inner_clip,
         proximal=config.proximal,
+        carried=config.inner_carry,
     )
     try:
         return MAML(

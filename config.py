@@ -12,7 +12,7 @@ import dataclasses
 import os
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -300,6 +300,11 @@ class Config:
     inner_momentum: float = flag(
         "--inner-momentum", group="inner loop", kind=float, check=below_one, metavar="X", default=0.9,
         before=0.9, only="momentum", help="of the momentum rule",
+    )  # fmt: skip
+    inner_carry: bool = flag(
+        "--inner-carry", group="inner loop", kind=bool, default=False, before=False, only="carried",
+        help="Adam's second moments go on from task to task, as in the code of Reptile's authors, instead of "
+        "beginning at zero",
     )  # fmt: skip
     inner_beta_1: float = flag(
         "--inner-beta1", group="inner loop", kind=float, check=below_one, metavar="X", default=0.9,
@@ -834,6 +839,8 @@ def resolve(given: Mapping[str, Any]) -> Config:
     if learner.adapt_norm is None and "norm_per_step" not in given:
         values.pop("norm_per_step", None)
     config = Config(**resolve_auto(values))
+    if "inner_carry" not in given and ONLY["carried"](config) is not None:
+        config = replace(config, inner_carry=False)  # a preset's, with other choices beside it
     check(config, given)
     _check_curves(config)
     return config
@@ -1144,6 +1151,11 @@ ONLY: dict[str, Callable[[Config], str | None]] = {
     "multi-step": _unless(lambda c: c.objective == "multi-step", "objective"),
     "momentum": _unless(lambda c: c.inner_optimizer == "momentum", "inner_optimizer"),
     "adam": _unless(lambda c: c.inner_optimizer == "adam", "inner_optimizer"),
+    "carried": lambda c: (
+        _unless(lambda c: c.inner_optimizer == "adam", "inner_optimizer")(c)
+        or _unless(lambda c: c.meta_gradient == "reptile", "meta_gradient")(c)
+        or _unless(lambda c: c.meta_optimizer == "sgd", "meta_optimizer")(c)
+    ),
     "schedule": _unless(lambda c: c.meta_lr_schedule != "constant", "meta_lr_schedule"),
     "norm that can adapt": lambda c: (
         _unless(lambda c: c.has_batch_norm, "learner")(c)

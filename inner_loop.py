@@ -33,7 +33,7 @@ from normalisation import (
     recorded_statistics,
     statistics_from_first,
 )
-from optimizers import InnerOptimizer, InnerState, Weights
+from optimizers import Carried, InnerOptimizer, InnerState, Weights
 from partition import adapted_names, context_names, head_layer, linear_head, without_head
 from randomness import Stream
 from tasks import Tree, arguments_of, first_tensor, in_type, joined, tree_map
@@ -42,6 +42,8 @@ from vectorise import over_tasks
 Loss = Callable[[Any, Any], Tensor]
 
 RATE = "inner_lr/"  # before the name of the weight whose rate it is
+SQUARE = "inner_square/"  # before the name of the weight whose carried second moment it is
+MASS = SQUARE + "mass/"  # and the name of what they are divided by
 BUFFER = "buffer/"  # before the name of a buffer, in what surrounds a pass
 
 
@@ -178,6 +180,9 @@ class InnerLoop:
                     shape, generator=generator, dtype=weight.dtype
                 )
             parameters[RATE + name] = rate.to(weight.device)
+        if self.optimizer.carried:
+            parameters |= {SQUARE + name: torch.zeros_like(weight) for name, weight in adapted.items()}
+            parameters[MASS] = torch.zeros_like(next(iter(adapted.values())).flatten()[0])
         return parameters
 
     def initial_statistics(self) -> Weights:
@@ -314,14 +319,18 @@ class InnerLoop:
             head = self._prototypes(parameters, support_x, support_y, around, statistics)
         else:
             head = {name: torch.zeros_like(w) for name, w in self._head_weights.items()}
-        return self.optimizer.start(fast | context | head)
+        fast |= context | head
+        if not self.optimizer.carried:
+            return self.optimizer.start(fast)
+        squares = {name: parameters[SQUARE + name] for name in fast}
+        return self.optimizer.start(fast, Carried(squares, parameters[MASS]))
 
     def _prototypes(
         self, parameters: Weights, x: Tree, y: Any, around: Weights, statistics: Weights | None
     ) -> Weights:
         """Triantafillou et al. (2020): a class with mean embedding c has weights 2 c and bias -|c|^2, so
         that logits are minus the squared distances, but for what is the same for all classes."""
-        weights = {name: w for name, w in parameters.items() if not name.startswith(RATE)}
+        weights = {name: w for name, w in parameters.items() if not name.startswith((RATE, SQUARE))}
         weights |= self.shared_at(parameters, 0, statistics).weights
         embeddings = self._call(self._body, weights, x, around)
         weight, bias = _of_layer(self._head)

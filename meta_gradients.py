@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp
 
-from inner_loop import InnerLoop, Passed, Shared, mean_of_both, minibatch, pass_around, stacked
+from inner_loop import MASS, SQUARE, InnerLoop, Passed, Shared, mean_of_both, minibatch, pass_around, stacked
 from optimizers import InnerState, Weights
 from tasks import Tree, first_tensor, tree_map
 
@@ -326,6 +326,10 @@ class Reptile:
         query = (*task[:4], _query_of(pool, loop.steps)[4])
         losses, (outputs, _) = self.query(state.fast, shared.weights, *query)
         moved = {name: (w - state.fast[name]).sum(0) for name, w in start.fast.items()}
+        if loop.optimizer.carried:
+            squares, mass = start.slots["square"], start.slots["count"]["mass"]
+            moved |= {SQUARE + n: (s - state.slots["square"][n]).sum(0) for n, s in squares.items()}
+            moved[MASS] = (mass - state.slots["count"]["mass"]).sum(0)
         return Sums(_of_parameters(parameters, moved), losses, outputs, {})
 
 

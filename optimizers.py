@@ -25,6 +25,13 @@ class InnerState(NamedTuple):
     slots: dict[str, Weights]  # the optimizer's memory of them, by purpose
 
 
+class Carried(NamedTuple):
+    """What Adam's second moments are where earlier tasks have left them."""
+
+    squares: Weights
+    mass: Tensor  # scalar, how far these averages are filled: 1 - beta_2 ** steps of one that began at zero
+
+
 @dataclass(frozen=True)
 class InnerOptimizer:
     """Gradient descent, with momentum, or Adam, as `torch.optim` has them.
@@ -37,6 +44,8 @@ class InnerOptimizer:
         clip_norm: shortens the gradient of a task's loss, all weights together, to that norm.
         proximal: lambda of the term lambda / 2 |w - anchor|^2 that is added to the support loss
             (Rajeswaran et al. 2019).
+        carried: whether Adam's second moments begin where earlier tasks have left them (Nichol et al. 2018),
+            not at zero.
     """
 
     lr: float | Tensor
@@ -48,6 +57,7 @@ class InnerOptimizer:
     weight_decay: float = 0.0
     clip_norm: float | None = None
     proximal: float = 0.0
+    carried: bool = False
 
     def __post_init__(self) -> None:
         check_choice("the inner optimizer", self.name, INNER_OPTIMIZERS)
@@ -62,14 +72,18 @@ class InnerOptimizer:
         """Whether it is nothing but w - lr * gradient."""
         return self == InnerOptimizer(self.lr)
 
-    def start(self, fast: Weights) -> InnerState:
-        """The state before the first step."""
+    def start(self, fast: Weights, carried: Carried | None = None) -> InnerState:
+        """The state before the first step; with Adam's second moments, where they are `carried`."""
         zeros = {name: torch.zeros_like(w) for name, w in fast.items()}
         if self.name == "momentum":
             return InnerState(fast, {"velocity": zeros})
         if self.name == "adam":
             some = next(iter(fast.values()))
             count = {"steps": torch.zeros((), dtype=some.dtype, device=some.device)}
+            if carried is not None:
+                squares = {name: carried.squares[name] for name in fast}
+                count["mass"] = carried.mass
+                return InnerState(fast, {"mean": zeros, "square": squares, "count": count})
             return InnerState(fast, {"mean": zeros, "square": dict(zeros), "count": count})
         return InnerState(fast, {})
 
@@ -104,11 +118,15 @@ class InnerOptimizer:
         square = {
             n: self.beta_2 * slots["square"][n] + (1 - self.beta_2) * g * g for n, g in gradients.items()
         }
-        correction_1, correction_2 = (_correction(beta, steps) for beta in (self.beta_1, self.beta_2))
+        count, correction_1 = {"steps": steps}, _correction(self.beta_1, steps)
+        if "mass" in slots["count"]:
+            correction_2 = count["mass"] = self.beta_2 * slots["count"]["mass"] + (1 - self.beta_2)
+        else:
+            correction_2 = _correction(self.beta_2, steps)
         directions = {
             n: (mean[n] / correction_1) / (_root(square[n] / correction_2) + self.eps) for n in gradients
         }
-        return directions, {"mean": mean, "square": square, "count": {"steps": steps}}
+        return directions, {"mean": mean, "square": square, "count": count}
 
 
 def _correction(beta: float, steps: Tensor) -> Tensor:

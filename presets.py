@@ -158,6 +158,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "meta_gradient": "reptile",
         "inner_optimizer": ByData("sgd", "adam", "adam"),
         "inner_beta_1": 0.0,
+        "inner_carry": ByData(False, True, True),
         "inner_lr": ByData(0.01, 1e-3, 5e-4),
         "steps": ByData(10, 5, 10, 8),
         "train_shots": ByData(None, 10, 10, 15),

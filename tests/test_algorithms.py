@@ -7,7 +7,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from inner_loop import RATE
+from inner_loop import MASS, RATE, SQUARE
 from learner import build_learner
 from maml import MAML
 from meta_gradients import conjugate_gradients
@@ -299,6 +299,44 @@ def test_reptile_moves_to_where_torchs_adam_ends_on_the_same_minibatches():
     start = maml.initial_parameters()
     expected = {n: w - torch.stack([end[n] for end in ends]).mean(0) for n, w in start.items()}
     assert_same(result, expected)
+
+
+def test_carried_second_moments_are_those_of_one_adam_for_all_tasks():
+    batch = make_tasks("mlp")
+    rule = InnerOptimizer(0, "adam", beta_1=0.0, carried=True)
+    maml = smooth_maml(meta_gradient="reptile", steps=4, inner_lr=0.01, optimizer=rule)
+    singles = [TaskBatch(*(part[i : i + 1] for part in batch)) for i in range(len(batch.support_x))]
+    order = torch.stack([torch.randperm(10)[:8].view(4, 2) for _ in singles])
+    network = smooth_network()
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.01, betas=(0.0, 0.999))
+    parameters = maml.initial_parameters()
+    for task, of_task in zip(singles, order, strict=True):  # an iteration each, whose outer step is 1
+        result = maml.meta_gradient(parameters, task, order=of_task[None])
+        parameters = {name: w - result.gradients[name] for name, w in parameters.items()}
+        x = torch.cat([task.support_x[0], task.query_x[0]])
+        y = torch.cat([task.support_y[0], task.query_y[0]])
+        for chosen in of_task:
+            optimizer.zero_grad()
+            F.mse_loss(network(x[chosen]), y[chosen]).backward()
+            optimizer.step()
+    state = {n: optimizer.state[p]["exp_avg_sq"] for n, p in network.named_parameters()}
+    expected = {n: p.detach() for n, p in network.named_parameters()}
+    expected |= {SQUARE + n: square for n, square in state.items()}
+    mass = parameters.pop(MASS)
+    assert_same(parameters, expected)
+    assert mass.item() == pytest.approx(1 - 0.999 ** (4 * len(singles)))
+    start = parameters | {MASS: mass}  # of several tasks the mean; at test they begin with what is carried
+    together = maml.meta_gradient(start, batch, order=order).gradients
+    apart = [
+        maml.meta_gradient(start, task, order=of_task[None]).gradients
+        for task, of_task in zip(singles, order, strict=True)
+    ]
+    assert_same(together, {n: torch.stack([g[n] for g in apart]).mean(0) for n in together})
+    fresh = start | {n: torch.zeros_like(w) for n, w in start.items() if n.startswith(SQUARE)}
+    outputs, before = (maml.predictions(at, batch, 2)["transductive"] for at in (start, fresh))
+    uncarried = maml.with_options(optimizer=InnerOptimizer(0, "adam", beta_1=0.0))
+    torch.testing.assert_close(before, uncarried.predictions(fresh, batch, 2)["transductive"])
+    assert (outputs - before).abs().max() > 1e-3
 
 
 def implicit(
