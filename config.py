@@ -295,7 +295,8 @@ class Config:
     )  # fmt: skip
     inner_optimizer: str = flag(
         "--inner-optimizer", group="inner loop", kind=str, choices=choices.INNER_OPTIMIZERS,
-        default="sgd", before="sgd", help="update rule of the inner loop; each task begins afresh",
+        default="sgd", before="sgd",
+        help="update rule of the inner loop; each task begins afresh, but for --inner-carry",
     )  # fmt: skip
     inner_momentum: float = flag(
         "--inner-momentum", group="inner loop", kind=float, check=below_one, metavar="X", default=0.9,
@@ -1155,6 +1156,7 @@ ONLY: dict[str, Callable[[Config], str | None]] = {
         _unless(lambda c: c.inner_optimizer == "adam", "inner_optimizer")(c)
         or _unless(lambda c: c.meta_gradient == "reptile", "meta_gradient")(c)
         or _unless(lambda c: c.meta_optimizer == "sgd", "meta_optimizer")(c)
+        or _unless(lambda c: c.head_init == "learned", "head_init")(c)  # whose shape is the task's
     ),
     "schedule": _unless(lambda c: c.meta_lr_schedule != "constant", "meta_lr_schedule"),
     "norm that can adapt": lambda c: (

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from evaluation import diverged, loss_per_step
 from maml import MAML
+from meta_gradients import Reptile
 from optimizers import Weights
 from tasks import TaskBatch, first_tensor
 
@@ -35,8 +36,11 @@ def cause(
         return found
     if any(not bool(w.isfinite().all()) for w in parameters.values()):
         return "the meta-parameters are not finite: begin again from an earlier checkpoint"
-    random = {name: given.get(name) for name in ("order", "keys")}
-    outputs = maml.predictions(parameters, batch, maml.steps, (maml.normalisation,), **random)
+    # Reptile's minibatches are of support and query together
+    order = None if isinstance(maml.way, Reptile) else given.get("order")
+    outputs = maml.predictions(
+        parameters, batch, maml.steps, (maml.normalisation,), order=order, keys=given.get("keys")
+    )
     predicted = outputs[maml.normalisation]
     losses = loss_per_step(maml, predicted, batch.query_y)
     infinite = ~losses.isfinite()

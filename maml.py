@@ -151,6 +151,10 @@ class MAML(InnerLoop):
             example=example,
             vectorised=vectorised,
         )
+        if self.optimizer.carried and (
+            meta_gradient != "reptile" or self.optimizer.name != "adam" or head_init != "learned"
+        ):
+            raise ValueError("carried second moments go with Adam, 'reptile' and a learned head")
         if meta_gradient == "joint" and head_init != "learned":
             raise ValueError(
                 f"head_init {head_init!r}: without an inner loop the head would never be adapted"

@@ -212,7 +212,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "fast_weights": "context",
         "context_size": ByData(5, 100, 100),
         "steps": ByData(1, 1, 5, 2),
-        "test_steps": ByData("s", 3, 5, 2),
+        "test_steps": ByData("s", 3, 5, "s"),
         "inner_lr": 1.0,
     },
     "pretrain": {"meta_gradient": "joint"},

@@ -375,7 +375,8 @@ MINI_PUBLISHED: dict[str, tuple[str, tuple[Published, ...]]] = {
 
 # What is other than the defaults with five shots: the meta-batch of Finn et al., and the methods' own.
 TWO_TASKS = ("--meta-batch-size", "2")
-FIVE_SHOTS = {"reptile": ("--eval-inner-batch", "15"), "maml++": ()}
+FIVE_SHOTS = {"reptile": ("-q", "10", "--eval-inner-batch", "15"), "maml++": ()}
+ONE_SHOT = {"reptile": ("-q", "14")}  # with the shots its pool of 15
 
 
 def other_images(
@@ -399,7 +400,11 @@ def other_images(
             tuple(
                 Cell(
                     method,
-                    ("--algorithm", method, *(FIVE_SHOTS.get(method, TWO_TASKS) if shots == 5 else ())),
+                    (
+                        "--algorithm",
+                        method,
+                        *(FIVE_SHOTS.get(method, TWO_TASKS) if shots == 5 else ONE_SHOT.get(method, ())),
+                    ),
                     dict(zip((MANY, MANY_INDUCTIVE), values[at::2], strict=False)),
                     source,
                 )

@@ -28,6 +28,7 @@ from script import Parser, launch  # noqa: E402
 from checkpoint import BEST, initialisation_of, load_checkpoint, save_checkpoint  # noqa: E402
 from errors import UsageError  # noqa: E402
 from files import read_json, write_whole  # noqa: E402
+from inner_loop import SQUARE  # noqa: E402
 from report import write_json  # noqa: E402
 
 FOLDER = ROOT / "checkpoints" / "pretrained"
@@ -92,7 +93,7 @@ def card(job: Job, file: Path, record: dict[str, Any]) -> dict[str, Any]:
         "iterations_planned": planned,
         "seed": job.seed,
         "data": source.config.dataset,
-        "parameters": sum(w.numel() for w in source.parameters.values()),
+        "parameters": sum(w.numel() for n, w in source.parameters.items() if not n.startswith(SQUARE)),
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         "tested_by": shlex.join(["python", "main.py", *test_of(job.table, file.parent.relative_to(ROOT))]),
         "test_tasks": record["tasks"],
@@ -128,7 +129,7 @@ python main.py --adapt points.csv --load checkpoints/pretrained/sinusoid-maml   
 python main.py --init-from checkpoints/pretrained/sinusoid-maml --dataset sinusoid-line
 ```
 
-| name | numbers learned | iterations trained (best) | `--eval` says (600 test tasks, ± 95 % interval) |
+| name | numbers learned | iterations trained (best) | `--eval` says (± 95 % interval; 600 tasks or as said) |
 |-|-|-|-|
 """
 FOOTER = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -271,7 +272,8 @@ def learning_figure(table: Table, record: Record, theme: Theme) -> Figure | None
             panel.set(title=method, yscale="log")
             over_iterations(panel)
             losses = [loss for _, of_curve in curves.values() for loss in of_curve]
-            tops.append(5 * statistics.quantiles(losses, n=50)[-1])
+            usual = statistics.quantiles(losses, n=50)[-1] if len(losses) > 1 else math.inf
+            tops.append(5 * usual)
             for x, loss in zip(*own["first-order MAML"], strict=True):
                 if loss > tops[-1]:
                     panel.annotate(

@@ -115,6 +115,7 @@ def test_of_several_runs_the_others_go_on(bad_iteration, tmp_path, capsys):
     ("flags", "cause"),
     [
         (["--inner-lr", 5, "-s", 5], r"the inner loop diverges in 4 of 4 tasks \(query loss of task"),
+        (["--algorithm", "reptile", "--inner-lr", 5], r"the inner loop diverges in 4 of 4 tasks"),
         (["--meta-lr", 1e25], "before the first inner step: the weights have become too large"),
         (["--loss", "{own}:steep"], r"the losses are finite .*, but not the meta-gradient of"),
         (
