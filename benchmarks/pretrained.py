@@ -41,8 +41,8 @@ CHOSEN: dict[str, tuple[str, ...]] = {
     **{name: IMAGES for name in TABLES if name.startswith("omniglot-") and "shot" in name},
     "omniglot-one-training": ("prototype head",),
 }
-SETTINGS = {  # of the test, where not those of training; few queries or tasks, since a test runs it
-    "omniglot-20way-1shot": ("--eval-tasks", "200"),
+FIRST = 100  # tasks of images that a test measures again
+SETTINGS = {  # of the test, where not those of training; few queries, since a test runs it
     **dict.fromkeys(("omniglot-5way-5shot", "omniglot-20way-5shot"), ("-q", "1")),
     "omniglot-one-training": ("-n", "20", "-k", "1"),
 }
@@ -80,8 +80,8 @@ def numbers(record: dict[str, Any]) -> dict[str, dict[str, float]]:
     }
 
 
-def card(job: Job, file: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """All that is to be known of a checkpoint."""
+def card(job: Job, file: Path, record: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
+    """All that is to be known of a checkpoint; `first`: the record of the first of the test tasks."""
     source = load_checkpoint(job.checkpoint)
     planned = source.config.iterations
     return {
@@ -99,6 +99,8 @@ def card(job: Job, file: Path, record: dict[str, Any]) -> dict[str, Any]:
         "test_tasks": record["tasks"],
         "test_steps": record["test_steps"],
         "numbers": numbers(record),
+        "first_tasks": first["tasks"],
+        "numbers_of_first_tasks": numbers(first),
         "torch": record["versions"]["torch"],
         "device": record["device"],
     }
@@ -129,7 +131,7 @@ python main.py --adapt points.csv --load checkpoints/pretrained/sinusoid-maml   
 python main.py --init-from checkpoints/pretrained/sinusoid-maml --dataset sinusoid-line
 ```
 
-| name | numbers learned | iterations trained (best) | `--eval` says (± 95 % interval; 600 tasks or as said) |
+| name | numbers learned | iterations trained (best) | `--eval` says (600 test tasks, ± 95 % interval) |
 |-|-|-|-|
 """
 FOOTER = """
@@ -162,7 +164,10 @@ def publish(table: Table, method: str, root: Path) -> dict[str, Any] | None:
     folder = FOLDER / name_of(table, method)
     folder.mkdir(parents=True, exist_ok=True)
     save_checkpoint(folder / BEST, initialisation_of(load_checkpoint(job.checkpoint)))
-    found = card(job, folder / BEST, tested(test_of(table, folder)))
+    flags = test_of(table, folder)
+    record = tested(flags)
+    first = tested([*flags, "--eval-tasks", str(FIRST)]) if table.accuracy else record
+    found = card(job, folder / BEST, record, first)
     write_json(folder / CARD, found)
     print(f"{folder.name}: {words(found)}", flush=True)
     return found

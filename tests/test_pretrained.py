@@ -49,19 +49,21 @@ def test_the_file_is_the_cards_and_holds_an_initialisation_alone(name, card):
 
 @pytest.mark.parametrize(("name", "card"), list(cards()))
 def test_its_command_says_what_the_card_says(name, card, tmp_path, monkeypatch, capsys):
+    """Of images on the first of the tasks alone: the test tasks are the same for any number of them."""
     monkeypatch.chdir(ROOT)
     command = shlex.split(card["tested_by"])
     assert command[:5] == ["python", "main.py", "--eval", "--load", f"checkpoints/pretrained/{name}"]
-    assert main.main([*command[2:], "--out", str(tmp_path)]) == 0
+    tasks = ["--eval-tasks", str(card["first_tasks"])]
+    assert main.main([*command[2:], *tasks, "--out", str(tmp_path)]) == 0
     (file,) = tmp_path.glob("*.json")
     record = json.loads(file.read_text())
-    assert record["tasks"] == card["test_tasks"] and record["test_steps"] == card["test_steps"]
+    assert record["tasks"] == card["first_tasks"] and record["test_steps"] == card["test_steps"]
     rows = {row["normalisation"]: row for row in record["per_step"] if row["steps"] == card["test_steps"]}
-    assert rows.keys() == card["numbers"].keys()
-    for normalisation, said in card["numbers"].items():
+    assert rows.keys() == card["numbers"].keys() == card["numbers_of_first_tasks"].keys()
+    for normalisation, said in card["numbers_of_first_tasks"].items():
         found = rows[normalisation]
         if "accuracy" in said:  # another processor may decide a query or two otherwise
-            assert found["accuracy"] == pytest.approx(said["accuracy"], abs=0.001)
+            assert found["accuracy"] == pytest.approx(said["accuracy"], abs=0.005)
         else:
             key = "loss_without_diverged"
             assert found[key] == pytest.approx(said[key], rel=1e-3)
