@@ -70,9 +70,9 @@ def look_of(table: Table, method: str, theme: Theme) -> dict[str, Any]:
     return curve_style([cell.method for cell in table.cells].index(method), theme)
 
 
-def errors_figure(table: Table, record: Record, theme: Theme) -> Figure:
+def errors_figure(table: Table, record: Record, theme: Theme) -> Figure | None:
     """Query error over inner steps, a panel a number of shots: mean over seeds, band over tasks; hollow
-    diamonds are published numbers."""
+    diamonds are published numbers. None where no run has been tested."""
     steps = table.steps_shown
     shown = [
         point
@@ -80,6 +80,8 @@ def errors_figure(table: Table, record: Record, theme: Theme) -> Figure:
         for test in table.tests
         for point in curve(found["runs"], test.name, steps)
     ]
+    if not shown:
+        return None
     wide = max(mean for _, mean, _ in shown) >= DECADE * min(mean for _, mean, _ in shown)
     usual = statistics.median(interval for *_, interval in shown)
     with style(theme):

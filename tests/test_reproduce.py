@@ -229,6 +229,11 @@ def test_a_table_names_what_is_not_run_and_not_tested():
     )
 
 
+def test_runs_that_are_not_tested_yet_have_no_picture():
+    record = {"methods": {"maml": {"published": {}, "runs": [{"tests": {}}]}}}
+    assert table_figures.errors_figure(TABLES["sinusoid"], record, table_figures.THEMES["light"]) is None
+
+
 def test_an_axis_begins_above_what_lies_far_below_all_others():
     assert table_figures.left_end([24.6, 75.0, 90.0, 91.0, 99.0]) == 75.0
     assert table_figures.left_end([70.0, 75.0, 90.0, 91.0, 99.0]) == 70.0
