@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from errors import UsageError
-from image_tasks import ImageTasks, check_sizes
-from images import ImageSet, load_images, load_named
-from omniglot import load_omniglot
-from own_code import asked_for, called, load_code
-from prefetch import Ahead
-from presets import is_own_code
-from randomness import Stream, task_stream
-from tables import Columns, TableTasks, load_table
-from tasks import TaskBatch, TaskDistribution, first_tensor, tree_map
+from commands.presets import is_own_code
+from common.batch import TaskBatch, TaskDistribution, first_tensor, tree_map
+from common.errors import UsageError
+from common.own_code import asked_for, called, load_code
+from common.random import Stream, task_stream
+from tasks.image_tasks import ImageTasks, check_sizes
+from tasks.images import ImageSet, load_images, load_named
+from tasks.omniglot import load_omniglot
+from tasks.prefetch import Ahead
+from tasks.tables import Columns, TableTasks, load_table
 
 # ---- regression ----------------------------------------------------------------------------------
 

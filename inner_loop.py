@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp
 
-from choices import CONVOLUTIONS, HEAD_INITS, INNER_RATES, NORMALISATIONS, check_choice
-from convolution import convert_convolutions
-from elementary import Elementary, NoGradHolds, is_elementary
-from normalisation import (
+from common.batch import Tree, arguments_of, first_tensor, in_type, joined, tree_map
+from common.choices import CONVOLUTIONS, HEAD_INITS, INNER_RATES, NORMALISATIONS, check_choice
+from common.optimizers import Carried, InnerOptimizer, InnerState, Weights
+from common.random import Stream
+from common.vectorise import over_tasks
+from learners.batch_norm import (
     BatchNorm,
     convert_batch_norm,
     fresh_statistics,
@@ -33,11 +35,9 @@ from normalisation import (
     recorded_statistics,
     statistics_from_first,
 )
-from optimizers import Carried, InnerOptimizer, InnerState, Weights
-from partition import adapted_names, context_names, head_layer, linear_head, without_head
-from randomness import Stream
-from tasks import Tree, arguments_of, first_tensor, in_type, joined, tree_map
-from vectorise import over_tasks
+from learners.elementary import Elementary, NoGradHolds, is_elementary
+from learners.heads import adapted_names, context_names, head_layer, linear_head, without_head
+from learners.im2col import convert_convolutions
 
 Loss = Callable[[Any, Any], Tensor]
 

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from errors import UsageError
-from normalisation import BatchNorm
-from own_code import asked_for, called, load_code
-from partition import add_context, linear_head
-from presets import is_own_code
+from commands.presets import is_own_code
+from common.errors import UsageError
+from common.own_code import asked_for, called, load_code
+from learners.batch_norm import BatchNorm
+from learners.heads import add_context, linear_head
 
 CHANNELS = 64
 

@@ -27,21 +27,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import config as settings
-import memory
-from config import Config, Invocation
-from errors import AgreedError, LostError, UsageError, for_terminal, one_line, said_of
-from members import Member, members_of
-from streams import outlive_readers
+from commands import config as settings
+from commands.config import Config, Invocation
+from commands.members import Member, members_of
+from common import memory
+from common.errors import AgreedError, LostError, UsageError, for_terminal, one_line, said_of
+from common.streams import outlive_readers
 
 if TYPE_CHECKING:
-    from evaluation import Evaluation
-    from measuring import Subject
-    from run import Run
-    from runtime import Runtime
-    from several import Found
-    from tasks import TaskDistribution
-    from world import World
+    from commands.measuring import Subject
+    from commands.several import Found
+    from common.batch import TaskDistribution
+    from common.device import Runtime
+    from common.processes import World
+    from evaluation.meta_test import Evaluation
+    from training.run import Run
 
 
 # of those that torchrun has started
@@ -94,7 +94,7 @@ def check_current_folder() -> None:
 def _said_of(error: BaseException) -> str | None:
     """What is said of an error that ends the command; None: it is this tool's own."""
     if "torch" in sys.modules:
-        from runtime import not_deterministic
+        from common.device import not_deterministic
 
         text = not_deterministic(error)
         if text is not None:
@@ -117,9 +117,9 @@ def command(arguments: list[str]) -> int:
             settings.resolve(given)
 
         check_current_folder()
-        from checkpoint import BEST, LAST, in_run
-        from runtime import device_of
-        from world import join, launched, leave
+        from common.device import device_of
+        from common.processes import join, launched, leave
+        from training.checkpoint import BEST, LAST, in_run
 
         names = (BEST, LAST) if call.eval or call.adapt else (LAST, BEST)
         call = replace(
@@ -166,8 +166,8 @@ def train(call: Invocation, given: Mapping[str, Any], world: World) -> int:
 
 def train_locked(call: Invocation, given: Mapping[str, Any], world: World, locked: ExitStack) -> int:
     """The same; `locked` is what keeps the folder for this process."""
-    from beginning import beginning, folder_named, fresh_folder, saved_parameters
-    from building import (
+    from commands.beginning import beginning, folder_named, fresh_folder, saved_parameters
+    from commands.build import (
         build,
         check_processes,
         check_splits,
@@ -183,13 +183,13 @@ def train_locked(call: Invocation, given: Mapping[str, Any], world: World, locke
         tried,
         writable,
     )
-    from checkpoint import check_same_split
-    from compiler import Compiler
+    from common.locks import training_in
     from learner import LEARNERS
-    from locks import training_in
-    from losses import LOSSES
-    from run import Run
-    from trainer import Trainer
+    from learners.losses import LOSSES
+    from training.checkpoint import check_same_split
+    from training.compiler import Compiler
+    from training.run import Run
+    from training.trainer import Trainer
 
     with world.together():
         if world.first and (named := folder_named(call)):
@@ -247,11 +247,11 @@ def train_locked(call: Invocation, given: Mapping[str, Any], world: World, locke
 
 def autotuned(config: Config, given: Mapping[str, Any], call: Invocation, runtime: Runtime) -> Config:
     """The settings with what is fastest on this machine (--autotune)."""
-    from autotune import fastest
-    from building import build
-    from compiler import Compiler
-    from run import Run
-    from trainer import Trainer
+    from commands.build import build
+    from training.autotune import fastest
+    from training.compiler import Compiler
+    from training.run import Run
+    from training.trainer import Trainer
 
     share = len(runtime.world.share(config.meta_batch_size))
 
@@ -271,8 +271,8 @@ def autotuned(config: Config, given: Mapping[str, Any], call: Invocation, runtim
 
 def print_end(run: Run, code: int, world: World) -> None:
     """How training ended, and what to type next."""
-    from building import own_code_flags
-    from checkpoint import LAST
+    from commands.build import own_code_flags
+    from training.checkpoint import LAST
 
     own = own_code_flags(run.config)
     final = run.final_loss()
@@ -302,8 +302,8 @@ def print_end(run: Run, code: int, world: World) -> None:
 
 def train_many(call: Invocation, members: Sequence[Member], world: World) -> int:
     """Many runs as one (--seeds, --sweep)."""
-    import several
-    from building import own_code_flags
+    from commands import several
+    from commands.build import own_code_flags
 
     with ExitStack() as locked:
         folder, ending = several.train_many(call, members, world, locked)
@@ -321,11 +321,11 @@ def train_many(call: Invocation, members: Sequence[Member], world: World) -> int
 
 def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str], world: World) -> int:
     """Measures a checkpoint, or the fresh initialisation, on the test tasks."""
-    from building import check_processes, data_of, facts, prepare, print_settings, read_first, writable
-    from figures import THEMES
-    from measuring import Subject, of_all
-    from report import evaluation_table
-    from several import runs_in
+    from commands.build import check_processes, data_of, facts, prepare, print_settings, read_first, writable
+    from commands.measuring import Subject, of_all
+    from commands.several import runs_in
+    from evaluation.figures import THEMES
+    from evaluation.tables import evaluation_table
 
     with world.together():
         many = runs_in(call.load) if call.load is not None else []
@@ -365,11 +365,11 @@ def evaluate_many(
     world: World,
 ) -> int:
     """Measures many runs on the same test tasks: mean and spread over seeds, and each by itself."""
-    import spread
-    from building import data_of, prepare, print_settings, read_first, writable
-    from figures import THEMES
-    from measuring import Subject, of_all
-    from report import write_figure, write_json
+    from commands.build import data_of, prepare, print_settings, read_first, writable
+    from commands.measuring import Subject, of_all
+    from evaluation import seeds as spread
+    from evaluation.figures import THEMES
+    from evaluation.tables import write_figure, write_json
 
     assert call.load is not None
     folder = many[0].file.parent.parent
@@ -424,9 +424,9 @@ def compare(
     record: dict[str, Any],
 ) -> int:
     """The checkpoint's result on the test tasks beside those of the baselines (--baselines)."""
-    import baselines
-    import report
-    from figures import THEMES, comparison_figure
+    from commands import baselines
+    from evaluation import tables as report
+    from evaluation.figures import THEMES, comparison_figure
 
     assert call.load is not None and subject.source is not None
     source, config, words = subject.source, subject.config, subject.words
@@ -463,7 +463,7 @@ def compare(
 
 def compare_runs(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -> int:
     """Sets trained runs side by side (--compare)."""
-    from comparing import compare
+    from commands.compare import compare
 
     return compare(call, given, shlex.join(["main.py", *arguments]))
 
@@ -473,10 +473,10 @@ def compare_runs(call: Invocation, given: Mapping[str, Any], arguments: list[str
 
 def adapt(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -> int:
     """Adapts a checkpoint to the examples of one's own task, and predicts the others."""
-    from building import prepare, print_settings, writable
-    from checkpoint import load_checkpoint
-    from figures import THEMES
-    from using import adapt_to_files, tasks_in
+    from commands.adapt import adapt_to_files, tasks_in
+    from commands.build import prepare, print_settings, writable
+    from evaluation.figures import THEMES
+    from training.checkpoint import load_checkpoint
 
     assert call.load is not None and call.adapt is not None
     source = load_checkpoint(call.load)

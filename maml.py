@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from choices import ENGINES, META_GRADIENTS, check_choice
-from elementary import Elementary
+from common.batch import TaskBatch, Tree, arguments_of, first_tensor, in_type, joined, stacked_trees, tree_map
+from common.choices import ENGINES, META_GRADIENTS, check_choice
+from common.optimizers import InnerOptimizer, Weights
 from inner_loop import InnerLoop, Loss
-from meta_gradients import Accelerate, Adjoint, Implicit, Joint, Reptile, Unrolled
-from optimizers import InnerOptimizer, Weights
-from tasks import TaskBatch, Tree, arguments_of, first_tensor, in_type, joined, stacked_trees, tree_map
+from learners.elementary import Elementary
+from training.meta_gradients import Accelerate, Adjoint, Implicit, Joint, Reptile, Unrolled
 
 
 class MetaGradient(NamedTuple):

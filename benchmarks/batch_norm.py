@@ -22,10 +22,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from script import Parser, conditions, launch  # noqa: E402
 
+from evaluation.tables import write_json  # noqa: E402
 from learner import build_learner  # noqa: E402
+from learners.batch_norm import BatchNorm  # noqa: E402
 from maml import MAML, TaskBatch  # noqa: E402
-from normalisation import BatchNorm  # noqa: E402
-from report import write_json  # noqa: E402
 
 ROUNDS = 15
 RESULTS = ROOT / "benchmarks" / "results" / "batch_norm.json"

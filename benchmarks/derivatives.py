@@ -24,8 +24,8 @@ sys.path[:0] = [str(ROOT)]
 
 from script import Parser, launch  # noqa: E402
 
-from elementary import Elementary  # noqa: E402
-from report import write_json  # noqa: E402
+from evaluation.tables import write_json  # noqa: E402
+from learners.elementary import Elementary  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "derivatives.json"
 STEP = 1e-5  # of the central differences, whose own error is some 1e-9

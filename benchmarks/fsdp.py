@@ -36,9 +36,9 @@ sys.path.insert(0, str(HERE.parent))
 
 from script import Parser, launch  # noqa: E402
 
+from common.batch import TaskBatch  # noqa: E402
 from learner import build_learner  # noqa: E402
 from maml import MAML  # noqa: E402
-from tasks import TaskBatch  # noqa: E402
 
 RESULTS = HERE / "results" / "fsdp.json"
 PROCESSES, TASKS, ROUNDING = 2, 4, 1e-5

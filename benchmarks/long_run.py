@@ -165,8 +165,8 @@ def findings(flags: list[str], samples: list[Sample]) -> dict[str, Any]:
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """A column a run: memory, open files and threads, the folder's size."""
-    from figures import LIGHT, new_figure, style
-    from report import write_figure
+    from evaluation.figures import LIGHT, new_figure, style
+    from evaluation.tables import write_figure
 
     rows = [
         ("memory (MB)", {"resident": LIGHT.blue, "own": LIGHT.orange}, 1e6),

@@ -32,12 +32,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the command line has it for 
 import torch  # noqa: E402
 from script import Parser, conditions, launch  # noqa: E402
 
-import config as settings  # noqa: E402
-from building import build, prepare  # noqa: E402
-from compiler import Compiler  # noqa: E402
-from run import Run  # noqa: E402
-from trainer import Trainer  # noqa: E402
-from world import ALONE  # noqa: E402
+from commands import config as settings  # noqa: E402
+from commands.build import build, prepare  # noqa: E402
+from common.processes import ALONE  # noqa: E402
+from training.compiler import Compiler  # noqa: E402
+from training.run import Run  # noqa: E402
+from training.trainer import Trainer  # noqa: E402
 
 MEMBERS = (1, 2, 4, 8)
 ROUNDS = 7

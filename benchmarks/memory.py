@@ -95,9 +95,9 @@ def measure(cell: Cell) -> Measured:
     import torch
     from torch.nn import functional as F
 
+    from common.batch import TaskBatch
     from learner import build_learner
     from maml import MAML
-    from tasks import TaskBatch
 
     engine, first_order = ENGINES[cell.engine]
     shape, arguments = {

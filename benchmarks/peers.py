@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from tasks import TaskBatch, TaskDistribution
+from common.batch import TaskBatch, TaskDistribution
 
 META_LR = 1e-3
 
@@ -142,7 +142,7 @@ def _jax_network(learner: nn.Module) -> Callable[[dict[str, Any], Any], Any]:
     import jax
     import jax.numpy as jnp
 
-    from normalisation import BatchNorm
+    from learners.batch_norm import BatchNorm
 
     layers = list(learner.named_children())
 

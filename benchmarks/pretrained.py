@@ -25,11 +25,11 @@ from cells import FAMILY, FAR_ENOUGH, SEEDS, TABLES, Table  # noqa: E402
 from reproduce import Job  # noqa: E402
 from script import Parser, launch  # noqa: E402
 
-from checkpoint import BEST, initialisation_of, load_checkpoint, save_checkpoint  # noqa: E402
-from errors import UsageError  # noqa: E402
-from files import read_json, write_whole  # noqa: E402
+from common.errors import UsageError  # noqa: E402
+from common.files import read_json, write_whole  # noqa: E402
+from evaluation.tables import write_json  # noqa: E402
 from inner_loop import SQUARE  # noqa: E402
-from report import write_json  # noqa: E402
+from training.checkpoint import BEST, initialisation_of, load_checkpoint, save_checkpoint  # noqa: E402
 
 FOLDER = ROOT / "checkpoints" / "pretrained"
 CARD = "card.json"

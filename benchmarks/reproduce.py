@@ -43,13 +43,13 @@ import torch  # noqa: E402
 from cells import SEEDS, TABLES, Cell, Table, Test  # noqa: E402
 from script import Parser, folder_for, launch, machine  # noqa: E402
 
-import config as settings  # noqa: E402
-from checkpoint import BEST, LAST, in_run, load_checkpoint  # noqa: E402
-from errors import UsageError, one_line  # noqa: E402
-from files import read_json, write_whole  # noqa: E402
-from report import write_json  # noqa: E402
-from run import Run  # noqa: E402
-from trainer import FAILED  # noqa: E402
+from commands import config as settings  # noqa: E402
+from common.errors import UsageError, one_line  # noqa: E402
+from common.files import read_json, write_whole  # noqa: E402
+from evaluation.tables import write_json  # noqa: E402
+from training.checkpoint import BEST, LAST, in_run, load_checkpoint  # noqa: E402
+from training.run import Run  # noqa: E402
+from training.trainer import FAILED  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "reproduce"
 DOCS = ROOT / "docs" / "results.md"

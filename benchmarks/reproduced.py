@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from cells import FAR_ENOUGH, SEEDS, TABLES, Cell, Column, Published, Table  # noqa: E402
 
-from files import write_whole  # noqa: E402
+from common.files import write_whole  # noqa: E402
 
 Record = Mapping[str, Any]  # of a table, as reproduce.py writes it
 

@@ -48,9 +48,9 @@ from torch.nn.functional import cross_entropy, mse_loss  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
+from common.batch import TaskBatch  # noqa: E402
 from learner import build_learner  # noqa: E402
 from maml import MAML  # noqa: E402
-from tasks import TaskBatch  # noqa: E402
 
 BYTES = 4  # of a float32
 EXTRA_NUMBERS = 4  # metrics that travel with the gradient; their number changes nothing that is printed

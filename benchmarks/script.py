@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from errors import UsageError, one_line, reason_of, said_of  # noqa: E402
+from common.errors import UsageError, one_line, reason_of, said_of  # noqa: E402
 
 # ---- the command line ----------------------------------------------------------------------------
 

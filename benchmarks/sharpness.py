@@ -22,11 +22,11 @@ from torch import Tensor  # noqa: E402
 from torch.func import functional_call, grad, vjp, vmap  # noqa: E402
 from torch.nn.functional import mse_loss  # noqa: E402
 
-import evaluation  # noqa: E402
-import using  # noqa: E402
+from commands import adapt as using  # noqa: E402
 from dataset import Sinusoid  # noqa: E402
+from evaluation import meta_test as evaluation  # noqa: E402
+from evaluation.tables import write_json  # noqa: E402
 from learner import build_learner  # noqa: E402
-from report import write_json  # noqa: E402
 
 POWER_STEPS = 40
 SHOTS = (5, 10, 20)

@@ -38,17 +38,17 @@ from script import Parser, conditions, launch  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from compiler import Compiler  # noqa: E402
-from config import resolve  # noqa: E402
+from commands.config import resolve  # noqa: E402
+from common.batch import TaskBatch  # noqa: E402
+from common.files import read_json  # noqa: E402
 from dataset import Sinusoid  # noqa: E402
-from files import read_json  # noqa: E402
-from image_tasks import ImageTasks  # noqa: E402
-from images import ImageSet  # noqa: E402
+from evaluation.tables import write_json  # noqa: E402
 from learner import build_learner  # noqa: E402
 from maml import MAML, as_it_is  # noqa: E402
-from meta_step import TAIL, FlatLayout, MetaStep, OuterLoop, State  # noqa: E402
-from report import write_json  # noqa: E402
-from tasks import TaskBatch  # noqa: E402
+from tasks.image_tasks import ImageTasks  # noqa: E402
+from tasks.images import ImageSet  # noqa: E402
+from training.compiler import Compiler  # noqa: E402
+from training.step import TAIL, FlatLayout, MetaStep, OuterLoop, State  # noqa: E402
 
 OURS = "this tool"
 EAGER = "this tool, uncompiled"
@@ -369,8 +369,8 @@ def precision(rounds: int) -> dict[str, Any]:
 def draw(results: dict[str, Any], file: Path) -> None:
     from matplotlib.ticker import NullFormatter
 
-    from figures import new_figure, style
-    from report import write_figure
+    from evaluation.figures import new_figure, style
+    from evaluation.tables import write_figure
 
     compared = {name: r for name, r in results.items() if "contenders" in r}
     if not compared:

@@ -32,10 +32,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from reproduced import put  # noqa: E402
 from script import Parser, launch, machine  # noqa: E402
 
-from checkpoint import BEST, load_checkpoint  # noqa: E402
-from errors import UsageError  # noqa: E402
-from files import read_json  # noqa: E402
-from report import write_json  # noqa: E402
+from common.errors import UsageError  # noqa: E402
+from common.files import read_json  # noqa: E402
+from evaluation.tables import write_json  # noqa: E402
+from training.checkpoint import BEST, load_checkpoint  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "speedrun.json"
 WANTED = 0.98

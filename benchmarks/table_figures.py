@@ -14,8 +14,17 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from cells import Table  # noqa: E402
 
-from figures import THEMES, Theme, curve_style, legend_below, new_figure, over_iterations, over_steps, style  # noqa: E402
-from report import write_figure  # noqa: E402
+from evaluation.figures import (  # noqa: E402
+    THEMES,
+    Theme,
+    curve_style,
+    legend_below,
+    new_figure,
+    over_iterations,
+    over_steps,
+    style,
+)
+from evaluation.tables import write_figure  # noqa: E402
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -311,9 +320,9 @@ def fits_figure(table: Table, checkpoint: Path, theme: Theme) -> Figure | None:
     10 steps (figure 2 of Finn et al. 2017)."""
     import torch
 
-    import evaluation
-    import using
+    from commands import adapt as using
     from dataset import Sinusoid
+    from evaluation import meta_test as evaluation
 
     pretrained = checkpoint.parent / "baselines" / "pretrained"
     if not pretrained.is_dir():

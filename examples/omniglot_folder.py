@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from omniglot import PARTS, split_characters
+from tasks.omniglot import PARTS, split_characters
 
 
 def write_folder(data_root: Path, folder: Path) -> None:

@@ -343,7 +343,7 @@ def same(a: object, b: object) -> bool:
 
 def differences(run: Path, undisturbed: Path) -> list[str]:
     """What two runs differ in; none where the one is the other to the bit."""
-    from checkpoint import load_checkpoint
+    from training.checkpoint import load_checkpoint
 
     found = []
     for name in (LAST, BEST):
@@ -588,7 +588,7 @@ def moment_in(stage: str, timeline: Sequence[Visit], draw: random.Random, missed
 
 def saved_at(folder: Path) -> tuple[int, str | None]:
     """Where the next process will go on, and what is wrong with the checkpoints, if anything is."""
-    from checkpoint import load_checkpoint
+    from training.checkpoint import load_checkpoint
 
     found = {}
     for name in (BEST, LAST):
@@ -632,7 +632,7 @@ class Harness:
         return found | {"kinds": [*self.kinds], "sorts": [*sorts(self.given)], "torch": torch.__version__}
 
     def write(self) -> None:
-        from files import write_whole
+        from common.files import write_whole
 
         results = json.loads(self.given.out.read_text()) if self.given.out.exists() else {}
         timelines = {name: [asdict(visit) for visit in visits] for name, visits in self.timelines.items()}

@@ -7,15 +7,15 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from common.batch import TaskBatch
+from common.optimizers import InnerOptimizer
 from inner_loop import MASS, RATE, SQUARE
 from learner import build_learner
+from learners.batch_norm import BatchNorm
+from learners.heads import ContextLayer, adapted_names, add_context, head_names
 from maml import MAML
-from meta_gradients import conjugate_gradients
-from normalisation import BatchNorm
-from optimizers import InnerOptimizer
-from partition import ContextLayer, adapted_names, add_context, head_names
-from schedules import meta_lr_at, multi_step_weights
-from tasks import TaskBatch
+from training.meta_gradients import conjugate_gradients
+from training.schedules import meta_lr_at, multi_step_weights
 
 STEPS = 3
 

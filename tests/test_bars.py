@@ -5,7 +5,7 @@ from contextlib import redirect_stderr
 
 import pytest
 
-import bars
+from common import bars
 
 
 class Terminal(io.StringIO):

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-import config
-from checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
-from errors import UsageError
+from commands import config
+from common.errors import UsageError
+from training import checkpoint
+from training.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
 
 
 def a_checkpoint() -> Checkpoint:

@@ -22,8 +22,9 @@ from conftest import at_most
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import config
-from checkpoint import (
+from commands import config
+from common.errors import UsageError
+from training.checkpoint import (
     Checkpoint,
     Progress,
     _plain_content,
@@ -32,7 +33,6 @@ from checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from errors import UsageError
 
 EXAMPLES = int(os.environ.get("FUZZ", "0"))
 SECONDS, MEGABYTES = 10, 512  # of CPU time and of memory, for one file
@@ -391,7 +391,7 @@ def test_a_bomb_is_refused(file, name):
 
 def test_a_program_that_is_longer_than_any_checkpoint_is_refused(file, monkeypatch):
     assert file.loaded(file.bytes) is not None
-    monkeypatch.setattr("archive.MOST_STEPS", 100)  # of ten million
+    monkeypatch.setattr("training.archive.MOST_STEPS", 100)  # of ten million
     assert file.loaded(file.bytes) is None
 
 

@@ -10,15 +10,14 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-import comparing
-import config
-import evaluation
-import locks
 import main
-import measuring
-import paired
-from building import prepare
-from checkpoint import load_checkpoint
+from commands import compare as comparing
+from commands import config, measuring
+from commands.build import prepare
+from common import locks
+from evaluation import meta_test as evaluation
+from evaluation import paired
+from training.checkpoint import load_checkpoint
 
 TINY = ["-k", "3", "-q", "4", "--meta-batch-size", "2", "--iterations", "6", "--val-every", "2",
         "--eval-tasks", "12", "--eval-steps", "3", "--compile", "off", "--precision", "float64"]  # fmt: skip
@@ -35,10 +34,10 @@ def place(tmp_path_factory):
     """A folder with trained runs."""
     folder = tmp_path_factory.mktemp("runs")
     patch = pytest.MonkeyPatch()
-    patch.setattr("trainer.VALIDATION_TASKS", CHOSEN_BY)
-    patch.setattr("run.Run.draw_examples", lambda *_: None)
-    patch.setattr("run.learning_figure", lambda *_, **__: Figure(figsize=(1, 1)))
-    patch.setattr("events._wait_for_a_later_second", lambda folder: None)
+    patch.setattr("training.trainer.VALIDATION_TASKS", CHOSEN_BY)
+    patch.setattr("training.run.Run.draw_examples", lambda *_: None)
+    patch.setattr("training.run.learning_figure", lambda *_, **__: Figure(figsize=(1, 1)))
+    patch.setattr("training.tensorboard._wait_for_a_later_second", lambda folder: None)
 
     def trained(name: str, *flags: object) -> None:
         assert run(*TINY, "--checkpoint-path", folder, "--run-name", name, *flags) == 0
@@ -70,7 +69,7 @@ def place(tmp_path_factory):
 def compare(place, tmp_path, capsys, monkeypatch):
     """Compares runs of the folder; what is written as JSON, and what is said."""
     monkeypatch.chdir(place)
-    monkeypatch.setattr("paired.figure", lambda *_: Figure(figsize=(3, 3)))
+    monkeypatch.setattr("evaluation.paired.figure", lambda *_: Figure(figsize=(3, 3)))
 
     def compared(*arguments: object) -> tuple[dict, str]:
         capsys.readouterr()
@@ -361,10 +360,10 @@ def test_the_split_is_of_compare_alone(capsys):
 
 
 def test_several_processes_are_refused(place, monkeypatch, capsys):
-    from world import World
+    from common.processes import World
 
     monkeypatch.chdir(place)
-    monkeypatch.setattr("world.launched", lambda: World(0, 2))
+    monkeypatch.setattr("common.processes.launched", lambda: World(0, 2))
     assert run("--compare", "maml", "fomaml") == 2
     assert "--compare is for one process" in capsys.readouterr().err
 

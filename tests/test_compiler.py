@@ -9,17 +9,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import autotune
-import compiler
-import config
 import main
-from checkpoint import LAST, load_checkpoint
-from compiler import CompilationError, Compiler
+from commands import config
+from common.batch import TaskBatch
+from common.optimizers import InnerOptimizer
 from dataset import Sinusoid
 from maml import MAML, as_it_is
-from meta_step import TAIL, FlatLayout, MetaStep, OuterLoop, State, adam, clipped
-from optimizers import InnerOptimizer
-from tasks import TaskBatch
+from training import autotune, compiler
+from training.checkpoint import LAST, load_checkpoint
+from training.compiler import CompilationError, Compiler
+from training.step import TAIL, FlatLayout, MetaStep, OuterLoop, State, adam, clipped
 
 CPU = torch.device("cpu")
 

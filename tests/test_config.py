@@ -6,10 +6,10 @@ import sys
 import pytest
 from conftest import ROOT
 
-import config
 import learner
 import main
-from errors import UsageError
+from commands import config
+from common.errors import UsageError
 
 
 def resolve(*arguments: str) -> config.Config:

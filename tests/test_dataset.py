@@ -7,14 +7,14 @@ import pytest
 import torch
 from conftest import write_part
 
-import config
-import omniglot
+from commands import config
+from common.errors import UsageError
+from common.random import task_stream
 from dataset import FAMILIES, Harmonic, Sinusoid, SinusoidLine
-from errors import UsageError
-from image_tasks import ImageTasks
-from images import ImageSet
-from omniglot import load_omniglot, split_characters
-from randomness import task_stream
+from tasks import omniglot
+from tasks.image_tasks import ImageTasks
+from tasks.images import ImageSet
+from tasks.omniglot import load_omniglot, split_characters
 
 MANY = range(20_000)
 

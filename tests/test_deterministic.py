@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import main
-from checkpoint import load_checkpoint
-from compiler import Compiler
+from training.checkpoint import load_checkpoint
+from training.compiler import Compiler
 
 SMALL = ["--iterations", "8", "--val-every", "8", "--meta-batch-size", "4", "--deterministic"]
 LEARNER = """
@@ -23,7 +23,7 @@ def net(outputs):
 
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch):
-    monkeypatch.setattr("trainer.VALIDATION_TASKS", 4)
+    monkeypatch.setattr("training.trainer.VALIDATION_TASKS", 4)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     yield
     torch.use_deterministic_algorithms(False)

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrizations import orthogonal
 
-from diagnosis import culprit
-from elementary import Elementary
+from learners.diagnosis import culprit
+from learners.elementary import Elementary
 
 TASKS, LR = 3, 0.1
 KEYS = torch.tensor([[1, 2], [3, 4], [5, 6]])  # of three tasks

@@ -9,16 +9,15 @@ import pytest
 import torch
 from test_runs import assert_same_run, command, curves
 
-import baselines
-import config
 import dataset
-import trainer
-from checkpoint import LAST, Checkpoint, load_checkpoint, save_checkpoint
+from commands import baselines, config
+from commands.presets import ALGORITHMS
+from common.random import minibatch_order, task_stream
 from dataset import Sinusoid, SinusoidFrequency, SinusoidLine
 from inner_loop import RATE
-from presets import ALGORITHMS
-from randomness import minibatch_order, task_stream
-from schedules import meta_lr_at
+from training import trainer
+from training.checkpoint import LAST, Checkpoint, load_checkpoint, save_checkpoint
+from training.schedules import meta_lr_at
 
 ITERATIONS = 12
 SHORT = ["--iterations", ITERATIONS, "--log-every", 2, "--val-every", 6, "--save-every", 100, "-k", 4]
@@ -307,7 +306,7 @@ def test_the_rate_of_a_baseline_is_the_best_on_validation_tasks(
 
 
 def baselines_runtime():
-    from runtime import set_up
+    from common.device import set_up
 
     return set_up(torch.device("cpu"), "float32", small_tensors=True)
 

@@ -9,19 +9,18 @@ import pytest
 import torch
 from torch import nn
 
-import choices
-import features
-import figures
 import main
-from checkpoint import LAST
+from common import choices
+from common.batch import TaskBatch
 from dataset import Sinusoid
-from evaluation import Evaluation, features_of_task
-from figures import DARK, LIGHT, THEMES, Theme
+from evaluation import features, figures
+from evaluation.figures import DARK, LIGHT, THEMES, Theme
+from evaluation.meta_test import Evaluation, features_of_task
+from evaluation.tables import CHARTS, METRICS, Words, write_figure
 from inner_loop import NoFeaturesError
 from learner import build_learner
 from maml import MAML
-from report import CHARTS, METRICS, Words, write_figure
-from tasks import TaskBatch
+from training.checkpoint import LAST
 
 COLOURS = ("ink", "grey", "blue", "orange", "green", "red", "purple", "sky")
 RUN = ["--iterations", 12, "--log-every", 3, "--val-every", 4, "--save-every", 4, "--meta-batch-size", 2]
@@ -299,8 +298,8 @@ def hparams_records(folder):
     """The records of the plugin in all event files of a run, by tag."""
     from tensorboard.compat.proto.event_pb2 import Event
 
-    from events import MOST_BYTES, _whole_records
-    from files import opened
+    from common.files import opened
+    from training.tensorboard import MOST_BYTES, _whole_records
 
     found: dict[str, list] = {}
     for path in sorted(folder.glob("events*")):

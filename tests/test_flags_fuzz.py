@@ -18,15 +18,11 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-import choices
-import config
-import errors
-import flags
 import main
-import members
-import names
-import presets
-from errors import UsageError
+from commands import config, members, names, presets
+from common import choices, errors
+from common import options as flags
+from common.errors import UsageError
 
 TIMES = int(os.environ.get("MAML_FUZZ", "1"))
 LONGEST = errors.LONGEST  # characters of a message
@@ -277,8 +273,8 @@ def place(request, tmp_path_factory):
     request.addfinalizer(patch.undo)
     patch.chdir(folder)
     patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-    patch.setattr("trainer.VALIDATION_TASKS", 3)
-    patch.setattr("events._wait_for_a_later_second", lambda folder: None)
+    patch.setattr("training.trainer.VALIDATION_TASKS", 3)
+    patch.setattr("training.tensorboard._wait_for_a_later_second", lambda folder: None)
     tiny = [*TINY, "--checkpoint-path", "runs"]
     assert main.main([*tiny, "--run-name", "sin"]) == 0
     assert main.main([*tiny, *IMAGES, "--learner", "conv", "--run-name", "img"]) == 0

@@ -10,15 +10,15 @@ import torch
 import torchvision
 from conftest import ROOT, at_most
 
-import building
 import main
-from beginning import has_results
-from checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from config import resolve
-from errors import UsageError
-from members import LIST
-from runtime import Runtime
-from several import listed_in
+from commands import build as building
+from commands.beginning import has_results
+from commands.config import resolve
+from commands.members import LIST
+from commands.several import listed_in
+from common.device import Runtime
+from common.errors import UsageError
+from training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
 SAMPLE = ROOT / "tests" / "checkpoints" / "version-2.pt"
 
@@ -72,7 +72,7 @@ def test_a_file_that_may_not_be_read_is_refused_in_a_line(tmp_path, monkeypatch)
 
     path = tmp_path / "last.pt"
     path.write_bytes(b"")
-    monkeypatch.setattr("files.opened", forbidden)
+    monkeypatch.setattr("common.files.opened", forbidden)
     with pytest.raises(UsageError, match=r"last.pt cannot be read \(Permission denied\)"):
         load_checkpoint(path)
 

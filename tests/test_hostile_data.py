@@ -30,18 +30,16 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-import caches
-import compiler
-import images
 import main
-import omniglot
-import tables
-from errors import UsageError
-from images import load_images, load_named, open_image, read_images
-from locks import one_at_a_time
-from omniglot import load_omniglot
-from tables import Columns, load_table
-from using import inert
+from commands.adapt import inert
+from common.errors import UsageError
+from common.locks import one_at_a_time
+from tasks import cache as caches
+from tasks import images, omniglot, tables
+from tasks.images import load_images, load_named, open_image, read_images
+from tasks.omniglot import load_omniglot
+from tasks.tables import Columns, load_table
+from training import compiler
 
 SMALL = {"size": 6, "channels": 1}
 HAS_FORK = "fork" in multiprocessing.get_all_start_methods()
@@ -664,7 +662,7 @@ def test_a_lock_is_never_taken_by_two_though_it_goes_each_time(tmp_path):
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from locks import one_at_a_time
+from common.locks import one_at_a_time
 count = Path({str(count)!r})
 for _ in range(30):
     with one_at_a_time(count.with_name("lock")) as sure:
@@ -958,7 +956,7 @@ def test_predictions_of_files_with_strange_names_are_text_and_no_formula(tmp_pat
             "--channels", "1", "--iterations", "1", "--compile", "off", "--device", "cpu",
             "--head-init", "zero", "--checkpoint-path", str(tmp_path), "--run-name", "run",
             "--learner", "fc", "-s", "1", "--first-order"]  # fmt: skip
-    monkeypatch.setattr("trainer.VALIDATION_TASKS", 2)
+    monkeypatch.setattr("training.trainer.VALIDATION_TASKS", 2)
     assert main.main(line) == 0
     task = tmp_path / "task"
     classes = {"=1+1": "'=1+1", "$\\frac$": "$\\frac$", NASTY: None}
@@ -992,7 +990,7 @@ def test_predictions_of_files_with_strange_names_are_text_and_no_formula(tmp_pat
         len(json.loads((tmp_path / "out" / "last-adapted-task.json").read_text())["tasks"][0]["query"]) == 6
     )
     # places that cannot take the results are refused before anything is computed
-    monkeypatch.setattr("using.adapted_to", lambda *_, **__: pytest.fail("it has adapted"))
+    monkeypatch.setattr("commands.adapt.adapted_to", lambda *_, **__: pytest.fail("it has adapted"))
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "file").touch()
     for more in (["--save-weights", "/dev/null"], ["--save-weights", str(tmp_path / "pipe")],
@@ -1001,7 +999,7 @@ def test_predictions_of_files_with_strange_names_are_text_and_no_formula(tmp_pat
         assert main.main([*base, *more]) == 2
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and more[0] in said
-    monkeypatch.setattr("using.MOST_NUMBERS", 64 * 5)
+    monkeypatch.setattr("commands.adapt.MOST_NUMBERS", 64 * 5)
     assert main.main(base) == 2
     assert "query has 6 images: give 5 at most at a time" in capsys.readouterr().err
     assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)

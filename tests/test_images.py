@@ -17,12 +17,12 @@ import torch
 import torchvision
 from PIL import Image
 
-import images
-from errors import UsageError
-from image_tasks import ImageTasks, augmented
-from images import ImageSet, image_files, load_images, load_named, published_splits, read_images
-from omniglot import load_omniglot
-from randomness import Stream
+from common.errors import UsageError
+from common.random import Stream
+from tasks import images
+from tasks.image_tasks import ImageTasks, augmented
+from tasks.images import ImageSet, image_files, load_images, load_named, published_splits, read_images
+from tasks.omniglot import load_omniglot
 
 SMALL = {"size": 6, "channels": 1}
 
@@ -572,7 +572,7 @@ def test_pixels_stay_on_the_host_where_memory_is_scarce(monkeypatch):
     options = dict(ways=3, shots=1, queries=2)
     images = image_set([6] * 12)
     for free, on_host in ((2 * images.pixels.nbytes, False), (2 * images.pixels.nbytes - 2, True)):
-        monkeypatch.setattr("image_tasks._free_memory", lambda _, free=free: free)
+        monkeypatch.setattr("tasks.image_tasks._free_memory", lambda _, free=free: free)
         assert ImageTasks(images, **options).on_host is on_host
 
 

@@ -16,17 +16,17 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrizations import spectral_norm
 
-from elementary import Elementary
-from evaluation import SEED
+from commands.adapt import adapted_to
+from common.batch import TaskBatch, arguments_of, tree_map
+from common.optimizers import InnerOptimizer
+from common.random import keys_of, task_stream
+from evaluation.meta_test import SEED
 from inner_loop import RATE, pass_around
-from losses import LOSSES
+from learners.batch_norm import BatchNorm
+from learners.elementary import Elementary
+from learners.heads import head_names
+from learners.losses import LOSSES
 from maml import MAML
-from normalisation import BatchNorm
-from optimizers import InnerOptimizer
-from partition import head_names
-from randomness import keys_of, task_stream
-from tasks import TaskBatch, arguments_of, tree_map
-from using import adapted_to
 
 ENGINES = ("unrolled", "adjoint")
 TASKS, EXAMPLES, STEPS, LR = 2, 5, 2, 0.1

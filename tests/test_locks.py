@@ -13,14 +13,14 @@ import pytest
 import torch
 from conftest import ROOT
 
-import config
-import locks
 import main
-from beginning import fresh_folder
-from checkpoint import BEST, LAST, load_checkpoint
-from errors import UsageError
-from files import write_whole
-from locks import LOCK, training_in
+from commands import config
+from commands.beginning import fresh_folder
+from common import locks
+from common.errors import UsageError
+from common.files import write_whole
+from common.locks import LOCK, training_in
+from training.checkpoint import BEST, LAST, load_checkpoint
 
 SHORT = ["--meta-batch-size", 2, "-k", 2, "-q", 2, "--compile", "off", "--val-every", 1000]
 
@@ -47,7 +47,7 @@ def said(process: subprocess.Popen) -> str:
 
 HOLD = """
 from pathlib import Path
-from locks import training_in
+from common.locks import training_in
 with training_in(Path(sys.argv[1])):
     print("locked", flush=True)
     sys.stdin.read()
@@ -139,8 +139,8 @@ def test_many_runs_and_one_of_them_exclude_each_other_and_two_of_them_do_not(tra
 def test_the_lock_is_held_from_before_the_checkpoint_is_read_until_the_results_are_written(
     trained, tmp_path, monkeypatch
 ):
-    import beginning
-    from run import Run
+    from commands import beginning
+    from training.run import Run
 
     states = []
 
@@ -175,9 +175,9 @@ def test_of_processes_that_begin_in_a_fresh_folder_at_once_one_does(tmp_path):
     code = """
 import os, time
 from pathlib import Path
-import locks
+from common import locks
 from contextlib import ExitStack, suppress
-from errors import UsageError
+from common.errors import UsageError
 locks.PATIENCE = 0.02
 home, entered = Path(sys.argv[1]), 0
 sys.stdin.readline()
@@ -241,7 +241,7 @@ def test_a_killed_process_keeps_nothing_and_neither_do_its_children(tmp_path, mo
 def test_two_that_write_one_file_at_once_leave_it_whole(tmp_path):
     code = """
 from pathlib import Path
-from files import write_whole
+from common.files import write_whole
 print("ready", flush=True)
 sys.stdin.readline()
 letter = sys.argv[2].encode()
@@ -326,7 +326,7 @@ def test_adapted_weights_are_never_written_over_a_checkpoint_or_anything_else(tr
 
 
 def test_runs_whose_values_differ_in_case_alone_have_folders_that_do_so_in_more(tmp_path):
-    from members import _texts
+    from commands.members import _texts
 
     names = list(_texts(["a/B", "A-b", "A_b"]).values())
     assert len({name.casefold() for name in names}) == 3

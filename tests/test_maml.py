@@ -8,11 +8,11 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from convolution import Im2colConv2d, convert_convolutions
+from common.batch import TaskBatch
 from learner import LEARNERS, build_learner
+from learners.batch_norm import BatchNorm, norm_parameter_names
+from learners.im2col import Im2colConv2d, convert_convolutions
 from maml import MAML
-from normalisation import BatchNorm, norm_parameter_names
-from tasks import TaskBatch
 
 WAYS, SHOTS, TASKS = 2, 2, 3
 INNER_LR = 0.1

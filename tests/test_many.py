@@ -19,15 +19,14 @@ from matplotlib.figure import Figure
 from test_family import RUNS, few_drawings, stop_at  # noqa: F401 (a fixture)
 from test_runs import assert_same_bits, command, curves, start, wait_for
 
-import config
-import members
-import spread
-import trainer
-from checkpoint import BEST, LAST, load_checkpoint
-from errors import UsageError
-from evaluation import Evaluation
-from presets import ALGORITHMS
-from report import Words
+from commands import config, members
+from commands.presets import ALGORITHMS
+from common.errors import UsageError
+from evaluation import seeds as spread
+from evaluation.meta_test import Evaluation
+from evaluation.tables import Words
+from training import trainer
+from training.checkpoint import BEST, LAST, load_checkpoint
 
 TOLERANCE = 1e-8  # in float64
 SHORT = ["--precision", "float64", "--iterations", 10, "--log-every", 3, "--val-every", 4, "--save-every", 50]
@@ -49,10 +48,10 @@ def frozen(outputs):
 @pytest.fixture(autouse=True)
 def _few_pictures(monkeypatch):
     """Those of single runs, which have tests of their own, take longer than these runs."""
-    monkeypatch.setattr("run.Run.draw_examples", lambda *_: None)
-    monkeypatch.setattr("run.learning_figure", lambda *_, **__: Figure(figsize=(1, 1)))
-    monkeypatch.setattr("measuring.evaluation_figure", lambda *_: Figure(figsize=(1, 1)))
-    monkeypatch.setattr("pictures.Scene.features", lambda *_: None)
+    monkeypatch.setattr("training.run.Run.draw_examples", lambda *_: None)
+    monkeypatch.setattr("training.run.learning_figure", lambda *_, **__: Figure(figsize=(1, 1)))
+    monkeypatch.setattr("commands.measuring.evaluation_figure", lambda *_: Figure(figsize=(1, 1)))
+    monkeypatch.setattr("evaluation.examples.Scene.features", lambda *_: None)
 
 
 # ---- a member is the run alone ------------------------------------------------------------------
@@ -164,7 +163,7 @@ def test_each_of_a_sweep_is_the_run_alone(tmp_path, capsys):
 
 def test_compiled_members_are_the_runs_alone(tmp_path, monkeypatch, capsys):
     (tmp_path / "cache").mkdir()
-    monkeypatch.setattr("compiler.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("training.compiler.cache_folder", lambda: tmp_path / "cache")
     flags = [*LONGER, "--save-every", 100]
     line = ["--compile", "on", "--compile-after", 5, "--seeds", "0,1", "--sweep", "inner-lr=0.01,0.02"]
     folder = trained(tmp_path / "many", *flags, *line)
@@ -246,7 +245,7 @@ def test_images_are_learned_at_once_uncompiled_and_compiled_one_after_another(tm
     assert command(*flags, "--seed", 1, "--compile", "off", *options, "alone") == 130
     assert_same_run_to_rounding(tmp_path / "many" / "seed-1", tmp_path / "alone", of=(LAST,))
     capsys.readouterr()
-    monkeypatch.setattr("trainer.Trainer.train", lambda self: print(self.config.compile) or 130)
+    monkeypatch.setattr("training.trainer.Trainer.train", lambda self: print(self.config.compile) or 130)
     assert command(*flags, "--seeds", "0-1", *options, "others") == 130
     said = capsys.readouterr().out
     assert "trained at once: 1, 1\n" in said and "\non\n" in said

@@ -11,12 +11,12 @@ import pytest
 import torch
 from conftest import ROOT
 
-import config
 import main
-import memory
-import trainer
-from checkpoint import BEST, LAST, load_checkpoint
+from commands import config
+from common import memory
 from maml import MAML
+from training import trainer
+from training.checkpoint import BEST, LAST, load_checkpoint
 
 SHORT = ["--meta-batch-size", 25, "-k", 2, "-q", 2, "--compile", "off", "--val-every", 3, "--iterations", 6]
 
@@ -196,7 +196,7 @@ def test_a_checkpoint_that_cannot_be_replaced_stays(room_for, tmp_path, capsys, 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("saving.save_checkpoints", full)
+    monkeypatch.setattr("common.saving.save_checkpoints", full)
     assert command(*line, "--resume", "--save-every", 1000) == 2
     assert "--tasks-at-once 12 fits; the run goes on from its last checkpoint" in capsys.readouterr().err
     assert (tmp_path / "run" / LAST).read_bytes() == before
@@ -289,6 +289,6 @@ def test_the_first_of_the_halves_that_fits_is_taken():
 def test_a_chunk_above_the_meta_batch_is_for_validations_and_leaves_the_iteration_whole():
     settled = config.resolve({"tasks_at_once": 50})
     assert settled.tasks_at_once == 50 and settled.meta_batch_size == 25
-    from members import compiles
+    from commands.members import compiles
 
     assert compiles(settled) and not compiles(config.resolve({"tasks_at_once": 5}))

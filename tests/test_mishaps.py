@@ -16,13 +16,13 @@ from test_checkpoint import a_checkpoint
 from test_runs import assert_same_bits, assert_same_run, command, curves
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import saving
-import trainer
-from checkpoint import BEST, LAST, load_checkpoint
+from common import saving
+from common.saving import Saver
 from dataset import Regression
-from events import drop_events
-from report import RunLog
-from saving import Saver
+from evaluation.tables import RunLog
+from training import trainer
+from training.checkpoint import BEST, LAST, load_checkpoint
+from training.tensorboard import drop_events
 
 BAD = 37  # the iteration whose targets are made NaN
 SHORT = ["--iterations", 60, "--log-every", 10, "--val-every", 20, "--save-every", 25, "--meta-batch-size", 4]
@@ -151,7 +151,7 @@ def test_the_state_is_saved_before_the_cause_is_looked_for(bad_iteration, tmp_pa
     def fails(*_, **__):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("divergence.cause", fails)
+    monkeypatch.setattr("training.divergence.cause", fails)
     line = [*SHORT, "--seed", 1, "--checkpoint-path", tmp_path, "--run-name", "run"]
     assert command(*line) == trainer.FAILED
     assert load_checkpoint(tmp_path / "run" / LAST).iteration == BAD - 1
@@ -306,7 +306,7 @@ def test_results_that_cannot_be_written_are_written_by_the_next_call(tmp_path, c
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("run.RunLog.figure", full)
+        patch.setattr("training.run.RunLog.figure", full)
         assert command(*SHORT, "--checkpoint-path", tmp_path, "--run-name", "run") == 2
     assert "the run is saved, but not its results (no space left on device)" in capsys.readouterr().err
     assert command("--load", tmp_path / "run" / LAST) == 0

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 
 import main
-from checkpoint import VERSION, load_checkpoint
+from training.checkpoint import VERSION, load_checkpoint
 
 OLD = ROOT / "tests" / "checkpoints"
 EXPECTED = json.loads((OLD / "expected.json").read_text())

@@ -18,14 +18,14 @@ from test_runs import assert_same_bits, command
 from torch import nn
 from torch.nn import functional as F
 
-import building
-import config
-from checkpoint import LAST, load_checkpoint, save_checkpoint
+from commands import build as building
+from commands import config
+from commands.adapt import adapted_to, load
+from common.random import Stream
 from dataset import ImageOptions, build_distribution
 from learner import build_learner
-from omniglot import load_omniglot, split_characters
-from randomness import Stream
-from using import adapted_to, load
+from tasks.omniglot import load_omniglot, split_characters
+from training.checkpoint import LAST, load_checkpoint, save_checkpoint
 
 SHORT = ["--iterations", 1, "--eval-tasks", 4, "--eval-steps", 2, "--test-steps", 2, "--precision", "float64"]
 SEQUENCES = f"{ROOT / 'examples' / 'sequences.py'}:"
@@ -106,7 +106,7 @@ class Silent:
 
 @pytest.fixture(autouse=True)
 def _few_validation_tasks(monkeypatch):
-    monkeypatch.setattr("trainer.VALIDATION_TASKS", 4)
+    monkeypatch.setattr("training.trainer.VALIDATION_TASKS", 4)
 
 
 @pytest.fixture
@@ -356,7 +356,7 @@ def test_code_that_a_checkpoint_names_is_never_imported(setting, doing, tmp_path
         saved, config=replace(saved.config, **{setting: "os:system"}, task_type="regression", init="torch")
     )
     save_checkpoint(last, harmful)
-    monkeypatch.setattr("own_code.load_code", lambda *_: pytest.fail("it was imported"))
+    monkeypatch.setattr("common.own_code.load_code", lambda *_: pytest.fail("it was imported"))
     for module in ("learner", "losses", "dataset"):
         monkeypatch.setattr(f"{module}.load_code", lambda *_: pytest.fail("it was imported"))
     capsys.readouterr()

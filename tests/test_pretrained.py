@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-import config
 import main
-from checkpoint import BEST, load_checkpoint
+from commands import config
+from training.checkpoint import BEST, load_checkpoint
 
 FOLDER = ROOT / "checkpoints" / "pretrained"
 CARDS = {file.parent.name: json.loads(file.read_text()) for file in sorted(FOLDER.glob("*/card.json"))}

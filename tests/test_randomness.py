@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from randomness import Stream, mix
+from common.random import Stream, mix
 
 THOUSAND = range(1000)
 

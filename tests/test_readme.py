@@ -8,9 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-import config
-import members
-import presets
+from commands import config, members, presets
 
 README = (ROOT / "README.md").read_text()
 PAGES = [Path("README.md"), *sorted(page.relative_to(ROOT) for page in ROOT.glob("docs/*.md"))]
@@ -77,7 +75,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     for code in (learner_code, dataset_code):
         (tmp_path / code.split()[1]).write_text(code)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("trainer.VALIDATION_TASKS", 4)
+    monkeypatch.setattr("training.trainer.VALIDATION_TASKS", 4)
     for file in ("wide.py:wide", "steps.py:Steps"):
         (line,) = re.findall(rf"^python main\.py(.*{file}.*)$", README, re.MULTILINE)
         run = ["--iterations", "2", "--meta-batch-size", "3", "--run-name", file.partition(".")[0]]

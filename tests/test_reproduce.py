@@ -20,8 +20,8 @@ from cells import TABLES, Column, Published
 from reproduced import Number, number, row_of
 from script import launch
 
-import config
-from checkpoint import load_checkpoint
+from commands import config
+from training.checkpoint import load_checkpoint
 
 RESULTS = ROOT / "benchmarks" / "results" / "reproduce"
 RECORDS = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in TABLES

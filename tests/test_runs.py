@@ -16,18 +16,18 @@ import torch
 from conftest import ROOT
 from torch.nn import functional as F
 
-import building
-import config
 import dataset
 import main
-import trainer
-from checkpoint import BEST, LAST, initialisation_of, load_checkpoint, save_checkpoint
+from commands import build as building
+from commands import config
+from common.errors import LostError
 from dataset import Sinusoid, SinusoidLine
-from errors import LostError
-from evaluation import DIVERGENCE, Evaluation, diverged, mean_and_interval
+from evaluation.meta_test import DIVERGENCE, Evaluation, diverged, mean_and_interval
+from evaluation.tables import Words, evaluation_record, evaluation_table
 from learner import build_learner
-from report import Words, evaluation_record, evaluation_table
-from run import as_measured
+from training import trainer
+from training.checkpoint import BEST, LAST, initialisation_of, load_checkpoint, save_checkpoint
+from training.run import as_measured
 
 # Points of the curves, validations and savings that fall together in all ways.
 ITERATIONS = 240
@@ -153,7 +153,7 @@ def test_where_another_process_is_lost_in_a_validation_that_is_made_up_for(runs,
     with monkeypatch.context() as patch:
         whole = trainer.evaluate
         calls = iter([whole, lost])
-        patch.setattr("trainer.evaluate", lambda *a, **k: next(calls)(*a, **k))
+        patch.setattr("training.trainer.evaluate", lambda *a, **k: next(calls)(*a, **k))
         patch.setattr("main.os._exit", ended)
         with pytest.raises(SystemExit) as ending:
             command(*options)
@@ -289,7 +289,7 @@ def test_the_results_of_an_earlier_stop_are_not_taken_for_those_of_the_end(runs,
 
 
 def test_foreign_event_files_are_left_as_they_are(tmp_path):
-    from report import RunLog
+    from evaluation.tables import RunLog
 
     foreign = tmp_path / "events.out.tfevents.notes"
     foreign.write_bytes(b"not an event file at all, but somebody's")
@@ -303,7 +303,7 @@ def test_foreign_event_files_are_left_as_they_are(tmp_path):
 
 
 def test_a_killed_runs_points_are_dropped_even_where_the_schedule_changes(tmp_path):
-    from report import RunLog
+    from evaluation.tables import RunLog
 
     for begin_at, points in ((0, range(3, 31, 3)), (11, (20, 40))):
         log = RunLog(tmp_path, begin_at=begin_at)

@@ -6,8 +6,8 @@ import gzip
 import pytest
 import torch
 
-from errors import UsageError
-from tables import Columns, Table, TableTasks, load_table
+from common.errors import UsageError
+from tasks.tables import Columns, Table, TableTasks, load_table
 
 pa = pytest.importorskip("pyarrow")
 csv, parquet = pytest.importorskip("pyarrow.csv"), pytest.importorskip("pyarrow.parquet")

@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from evaluation import evaluate
+from common.batch import TaskBatch
+from evaluation.meta_test import evaluate
 from maml import MAML
-from tasks import TaskBatch
 
 TEXT = (ROOT / "docs/tutorial.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)

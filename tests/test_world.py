@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_runs import assert_same_bits, assert_same_run, command, curves
 
-import building
-import config
-from checkpoint import BEST, LAST, Checkpoint, load_checkpoint
-from world import World
+from commands import build as building
+from commands import config
+from common.processes import World
+from training.checkpoint import BEST, LAST, Checkpoint, load_checkpoint
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
 

@@ -1,0 +1,267 @@
+"""What meta-learning is measured against: the baselines of the paper and of every course on it.
+
+Beside a checkpoint: training from scratch on each task (gradient descent and Adam), pretraining on all
+tasks followed by fine-tuning, and the oracle that is told the task. Rates are chosen on validation tasks;
+everything is measured on the same test tasks.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from commands import config as settings
+from commands.build import build, fitted, no_empty_folder_left, prepare
+from commands.config import Config, Invocation
+from common import bars
+from common.batch import TaskDistribution
+from common.device import Runtime
+from common.errors import UsageError
+from common.locks import training_in
+from common.optimizers import InnerOptimizer, Weights
+from common.processes import ALONE, World
+from dataset import Regression
+from evaluation.meta_test import Evaluation, evaluate
+from maml import MAML
+from training.checkpoint import LAST, fitting_parameters, load_checkpoint
+from training.compiler import Compiler
+from training.run import Run
+from training.trainer import Trainer
+
+RATES = {
+    "sgd": (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
+    "adam": (0.001, 0.003, 0.01, 0.03, 0.1),
+}
+VALIDATION_TASKS = 600
+
+# The assignment's comparison: ten steps of Adam at 0.001 on each task's support set, from one random
+# initialisation; its plot has means over 300 episodes.
+SCRATCH_STEPS, SCRATCH_RATE, WINDOW = 10, 0.001, 300
+EPISODES_AT_ONCE = 3000
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A method's result on the test tasks."""
+
+    name: str
+    how: str  # update rule and rate, in words
+    evaluation: Evaluation
+
+
+class InterruptedBySignalError(Exception):
+    """A signal ended the training of a baseline; `code` is the exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def measured(
+    saved: Config, config: Config, call: Invocation, runtime: Runtime, folder: Path
+) -> list[Baseline]:
+    """All baselines of a run.
+
+    Pretraining takes part for regression only, the oracle for curves that we compute: the labels of a
+    classification task are drawn anew for each task, and there is nothing about them to pretrain or to tell.
+    They are trained in `folder`, with the run's iterations, tasks and seed, unless they already are.
+    Raises InterruptedBySignalError where a signal ends their training.
+
+    Arguments:
+        saved: the settings of the run.
+        config: the same as they are to be tested: shots, queries, tasks, steps.
+    """
+    distribution, maml = build(from_scratch(config), call, runtime)
+    fresh = maml.initial_parameters(config.seed)
+    results = [
+        _tuned(f"scratch, {rule}", rule, maml, fresh, distribution, config, runtime.world)
+        for rule in ("sgd", "adam")
+    ]
+    if config.classification:
+        return results
+    pretraining = plain(saved, "pretrain")
+    pretrained = trained(pretraining, call, folder / "pretrained", runtime.world)
+    pretrained = {name: w.to(runtime.device, runtime.dtype) for name, w in pretrained.items()}
+    results.append(_tuned("pretrained", "sgd", maml, pretrained, distribution, config, runtime.world))
+    if config.dataset not in settings.REGRESSION:
+        return results
+    told, maml = build(replace(plain(config, "pretrain", testing=True), oracle=True), call, runtime)
+    parameters = trained(replace(pretraining, oracle=True), call, folder / "oracle", runtime.world)
+    parameters = {name: w.to(runtime.device, runtime.dtype) for name, w in parameters.items()}
+    # it is given the answer, not examples
+    result = tested(maml, parameters, told, config, runtime.world, steps=0)
+    results.append(Baseline("oracle", "not adapted", result))
+    return results
+
+
+def tested(
+    maml: MAML,
+    parameters: Weights,
+    distribution: TaskDistribution,
+    config: Config,
+    world: World,
+    *,
+    steps: int,
+) -> Evaluation:
+    """On the test tasks."""
+    return evaluate(
+        maml, parameters, distribution, "test", tasks=config.eval_tasks, steps=steps,
+        normalisations=(config.query_norm,), world=world,
+    )  # fmt: skip
+
+
+def plain(config: Config, algorithm: str, *, testing: bool = False) -> Config:
+    """The settings of a run with these data and this budget, and with no choice of its own.
+
+    With `testing`, those of its test tasks: the shots of training ones do not matter.
+    """
+    kept = [n for n, flag in settings.CONFIG_FLAGS.items() if flag.group in ("tasks", "learner", "logging")]
+    kept += ["meta_batch_size", "iterations", "seed", "precision", "eval_tasks", "eval_steps"]
+    kept += ["compile", "vectorise", "tasks_at_once"]
+    kept.remove("oracle")
+    given = {name: getattr(config, name) for name in kept if getattr(config, name) not in (None, ())}
+    if config.meta_gradient == "reptile" and config.train_shots is not None:
+        given["train_shots"] = config.training_shots  # beside the query, whose points Reptile counts in
+    if testing:
+        given.pop("train_shots", None)
+    mine = settings.meaningful(config)
+    return settings.resolve({n: v for n, v in given.items() if n in mine} | {"algorithm": algorithm})
+
+
+def from_scratch(config: Config, *, testing: bool = True) -> Config:
+    """The settings of ordinary training: as `plain`, all weights, from PyTorch's initialisation."""
+    return replace(plain(config, "maml", testing=testing), init="torch", adapt_norm=True)
+
+
+def _tuned(
+    name: str,
+    rule: str,
+    maml: MAML,
+    parameters: Weights,
+    distribution: TaskDistribution,
+    config: Config,
+    world: World,
+) -> Baseline:
+    """With the rate whose mean validation loss over all numbers of steps is the lowest."""
+
+    def with_rate(rate: float) -> MAML:
+        return maml.with_options(inner_lr=rate, optimizer=InnerOptimizer(rate, rule))
+
+    norm = config.query_norm
+    losses = {}
+    for rate in bars.of(
+        RATES[rule], desc=f"{name}: rates on validation tasks", leave=False, disable=not world.first
+    ):
+        found = evaluate(
+            with_rate(rate), parameters, distribution, "validation", tasks=VALIDATION_TASKS,
+            steps=config.eval_steps, normalisations=(norm,), world=world,
+        )  # fmt: skip
+        loss = found.losses[norm][:, 1:].mean().item()
+        losses[rate] = loss if math.isfinite(loss) else math.inf
+    best = min(losses, key=losses.__getitem__)
+    result = tested(with_rate(best), parameters, distribution, config, world, steps=config.eval_steps)
+    return Baseline(name, f"rate {best}", result)
+
+
+def trained(config: Config, call: Invocation, folder: Path, world: World = ALONE) -> Weights:
+    """The meta-parameters of a run in its folder, which is begun, or gone on with, where it must be.
+
+    Raises UsageError where the folder holds a run with other settings, or another process trains in it;
+    InterruptedBySignalError where a signal came.
+    """
+    with ExitStack() as locked:
+        with world.together():
+            if world.first:
+                locked.enter_context(no_empty_folder_left(folder))
+                locked.enter_context(training_in(folder, otherwise="do without --baselines"))
+        return _trained(config, call, folder, world)
+
+
+def _trained(config: Config, call: Invocation, folder: Path, world: World) -> Weights:
+    runtime = prepare(config, call, world)
+    config = fitted(config, {}, runtime, new=False)
+    compiler = Compiler(runtime.device)
+    distribution, maml = build(config, call, runtime, compiler)
+    parameters = maml.initial_parameters(config.seed)
+    file, start = folder / LAST, None
+    if file.exists():
+        start = load_checkpoint(file)
+        if settings.what_is_learned(start.config) != settings.what_is_learned(config):
+            raise UsageError(f"{folder} holds a run with other settings: move it away")
+        parameters = fitting_parameters(file, start.parameters, parameters, config.learner)
+        if start.iteration >= config.iterations:
+            return parameters
+        config = replace(start.config, iterations=config.iterations)
+    folder.mkdir(parents=True, exist_ok=True)
+    if runtime.world.first:
+        print(f"Training {folder}", file=sys.stderr, flush=True)
+    run = Run(
+        config, folder, parameters, start,
+        computed_by=runtime.computed_by(tasks=config.tasks_at_once), writes=runtime.world.first,
+        theme=call.theme,
+    )  # fmt: skip
+    trainer = Trainer([run], maml, distribution, compiler, runtime.world)
+    code = trainer.train()
+    if run.failure is not None:
+        raise UsageError(f"{folder}: {run.failure}")
+    if code:
+        raise InterruptedBySignalError(code)
+    return {name: w.clone() for name, w in trainer.parameters.items()}
+
+
+# ---- loss over iterations -------------------------------------------------------------------
+
+
+def scratch_curve(
+    config: Config, call: Invocation, runtime: Runtime, iterations: Sequence[int]
+) -> list[float]:
+    """Mean query loss after training from scratch on the first task of each iteration, in windows.
+
+    Arguments:
+        iterations: the last iteration of each window, which begins behind the one before.
+    """
+    distribution, maml = build(from_scratch(config, testing=False), call, runtime)
+    assert isinstance(distribution, Regression)
+    rule = InnerOptimizer(SCRATCH_RATE, "adam")
+    maml = maml.with_options(inner_lr=SCRATCH_RATE, optimizer=rule)
+    parameters = maml.initial_parameters(config.seed)
+
+    def query_loss(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
+        weights = maml.adapt(parameters, support_x, support_y, SCRATCH_STEPS)
+        return maml.loss(maml.forward(weights, query_x), query_y)
+
+    numbers = torch.arange(1, iterations[-1] + 1, device=runtime.device)
+    losses = []
+    training = distribution.resized(config.training_shots)
+    with torch.no_grad():
+        for part in bars.of(
+            numbers.split(EPISODES_AT_ONCE), desc="from scratch on the training tasks", leave=False
+        ):
+            batch = training.sample("train", config.seed, part, range(1))
+            losses.append(maml.over_tasks(query_loss)(*batch))
+    windows = torch.cat(losses).tensor_split(tuple(iterations[:-1]))
+    return [window.mean().item() for window in windows]
+
+
+def windows_of(curve: Mapping[str, Sequence[float]]) -> tuple[list[int], list[float]]:
+    """A training curve in windows of some 300 iterations, from points of fewer: ends and means."""
+    ends = [int(end) for end in curve["iteration"]]
+    sizes = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+    found: tuple[list[int], list[float]] = ([], [])
+    total, size = 0.0, 0
+    for end, points, value in zip(ends, sizes, curve["query_loss"], strict=True):
+        total, size = total + points * value, size + points
+        if size >= WINDOW:
+            found[0].append(end)
+            found[1].append(total / size)
+            total, size = 0.0, 0
+    if size and not found[0]:
+        return [ends[-1]], [total / size]
+    return found

@@ -1,0 +1,486 @@
+"""From settings to the objects that do the work: device, tasks, algorithm. What machine and disk allow."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils import _pytree as pytree
+
+from commands import config as settings
+from commands.config import Config, Invocation
+from commands.presets import is_own_code
+from common.batch import TaskBatch, TaskDistribution, Tree, arguments_of, first_tensor, tree_map
+from common.device import Runtime, device_of, machine_memory, set_up
+from common.errors import UsageError
+from common.memory import ran_out
+from common.optimizers import InnerOptimizer, Weights
+from common.own_code import arguments_from
+from common.processes import ALONE, World
+from common.random import keys_of, task_stream
+from dataset import ImageOptions, build_distribution
+from inner_loop import fixed_tensors, pass_around
+from learner import LEARNERS, build_learner, check_learner
+from learners.diagnosis import culprit
+from learners.elementary import Elementary
+from learners.losses import LOSSES, build_loss
+from maml import MAML, as_it_is
+from tasks.tables import Columns
+from training.checkpoint import Checkpoint
+from training.compiler import Compiler, cpp_compiler
+
+# Numbers by which a learner may exceed four times what a checkpoint has, and what the least tensor counts as
+FREE_SIZE, LEAST_SIZE = 2**24, 10_000
+LEAST_NUMBERS = 10  # of an example, in a learner's layers
+
+
+def prepare(config: Config, call: Invocation, world: World = ALONE) -> Runtime:
+    """The device, or a refusal."""
+    runtime = set_up(
+        device_of(call.device, world), config.precision, small_tensors=config.learner == "mlp",
+        threads=call.threads, world=world, deterministic=call.deterministic,
+    )  # fmt: skip
+    if runtime.device.type == "cpu":
+        check_memory(config, world.size, testing=bool(call.eval or call.adapt or call.compare))
+    return runtime
+
+
+def check_memory(config: Config, processes: int, *, testing: bool) -> None:
+    """Raises UsageError where the least that has to be in this machine's memory has no room there: a file may
+    say any size, and a kernel that runs out of memory ends the process without a word."""
+    pixels = config.channels * config.image_size**2 if config.channels and config.image_size else 0
+    shots = config.shots if testing else config.training_shots
+    examples = (config.ways or 1) * (shots + config.queries)
+    tasks = 1 if testing else -(-config.meta_batch_size // processes)
+    sizes = ["-k", "-q", *["--meta-batch-size"] * (not testing), *["--image-size"] * bool(pixels)]
+    least = [
+        (f"{tasks:,} tasks of {examples:,} examples", 4 * tasks * examples * (pixels + LEAST_NUMBERS), sizes),
+    ]
+    if testing:
+        results = f"the results of {config.eval_tasks:,} tasks after {config.eval_steps:,} steps"
+        size = 8 * config.eval_tasks * (config.eval_steps + 1)
+        least.append((results, size, ["--eval-tasks", "--eval-steps"]))
+    there = machine_memory()
+    for what, needed, flags in least:
+        if there is not None and needed > there:
+            raise UsageError(
+                f"{what} take {needed / 2**30:,.0f} GiB at the least, and there are {there / 2**30:,.0f} GiB "
+                f"of memory: lower {' or '.join(flags)}"
+            )
+
+
+def build(
+    config: Config,
+    call: Invocation,
+    runtime: Runtime,
+    accelerate: Compiler | None = None,
+    *,
+    saved: Checkpoint | None = None,
+    distribution: TaskDistribution | None = None,
+) -> tuple[TaskDistribution, MAML]:
+    """Tasks and algorithm for these settings; the learner in it has its initial weights.
+
+    `saved`: the checkpoint whose weights are to be put in: what is built is as large, and what of it is not
+    learned (see `MAML.fixed`) is the checkpoint's. `distribution`: the tasks, where another run has built the
+    same.
+    """
+    check_learner(config.learner)  # before there is work with the data
+    build_loss(config.loss, config.loss_args)
+    distribution = distribution or tasks_of(config, call, runtime)
+    example = distribution.sample("test" if call.eval_dataset else "train", 0, 0, range(1))
+    outputs = config.ways if config.classification else first_tensor(example.support_y).shape[-1]
+    one_task = tree_map(lambda part: part[0], example.support_x)
+    learner = module_of(config, runtime, outputs or 1, one_task, saved=saved)
+    return distribution, algorithm_of(config, runtime, learner, one_task, accelerate)
+
+
+def data_of(config: Config) -> tuple[Any, ...]:
+    """The settings that decide what the tasks are, and where: runs that agree in these can share them."""
+    names = (name for name, flag in settings.CONFIG_FLAGS.items() if flag.group == "tasks")
+    return tuple(getattr(config, name) for name in (*names, "precision", "images_on"))
+
+
+def read_first(config: Config, call: Invocation, runtime: Runtime) -> TaskDistribution | None:
+    """The tasks, in the first process of a machine, which fetches and decodes what there is; the others read
+    what it leaves behind, and get None."""
+    return tasks_of(config, call, runtime) if runtime.world.local_rank == 0 else None
+
+
+def facts(config: Config, runtime: Runtime, source: Checkpoint | None) -> dict[str, Any]:
+    """In what the processes of a job have to agree, by names for people."""
+    return {
+        "torch": str(torch.__version__),
+        "--device": runtime.device.type,
+        "checkpoint": source.iteration if source else None,
+        **settings.by_flag(config),
+    }
+
+
+def digest(tensors: Any) -> str:
+    """Of all bits of the tensors in nested dictionaries and tuples."""
+    found = hashlib.sha256()
+    for tensor in pytree.tree_leaves(tensors):
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def data_digest(distribution: TaskDistribution, config: Config) -> str:
+    """Of a task and of the names of all classes, or tasks; of tasks that are computed there is nothing to
+    say: their last bits may differ between machines."""
+    if distribution.computed:
+        return "computed"
+    batch = distribution.sample("train", config.seed, 1, range(1))
+    names = hashlib.sha256(repr(sorted(distribution.split_names.items())).encode()).hexdigest()[:16]
+    return f"{digest(tuple(batch))} {names}"
+
+
+def tasks_of(config: Config, call: Invocation, runtime: Runtime) -> TaskDistribution:
+    """The family of tasks."""
+    images = None
+    if config.image_size and config.channels:
+        augment = tuple(config.augment.split(",")) if config.augment else ()
+        images = ImageOptions(
+            config.image_size, config.channels, config.invert, config.resize, config.quarter_turns, augment,
+            config.images_on,
+        )  # fmt: skip
+    shares = tuple(int(share) for share in config.split_shares.split(","))
+    return build_distribution(
+        config.dataset,
+        classification=config.classification,
+        ways=config.ways,
+        shots=config.shots,
+        queries=config.queries,
+        noise=config.noise,
+        oracle=config.oracle,
+        images=images,
+        columns=columns_of(config),
+        shares=(shares[0], shares[1], shares[2]),
+        split_seed=config.split_seed,
+        omniglot_split=config.omniglot_split,
+        arguments=arguments_from(config.dataset_args),
+        for_test=call.eval_dataset is not None,
+        data_root=call.data_root,
+        device=runtime.device,
+        dtype=runtime.dtype,
+    )
+
+
+def columns_of(config: Config) -> Columns:
+    """What the columns of a table are."""
+
+    def names(text: str | None) -> tuple[str, ...]:
+        return tuple(name.strip() for name in text.split(",")) if text else ()
+
+    return Columns(config.task_column, names(config.target_columns), names(config.input_columns))
+
+
+def module_of(
+    config: Config, runtime: Runtime, outputs: int, example: Tree, *, saved: Checkpoint | None = None
+) -> nn.Module:
+    """The learner with its initial weights, and that many outputs; `example` is one task's inputs. Of a
+    checkpoint, nothing is fetched for it, and nothing built that is much larger than what is `saved`."""
+    arguments = arguments_from(config.learner_args)
+    if saved and config.learner.startswith("torchvision:"):
+        for name in ("weights", "pretrained"):  # the checkpoint has all of them
+            arguments.pop(name, None)
+    with as_large_as(saved, config) if saved and not is_own_code(config.learner) else nullcontext():
+        learner = build_learner(
+            config.learner,
+            outputs,
+            inputs=tree_map(lambda part: tuple(part.shape[1:]), example),
+            arguments=arguments,
+            init=config.init,
+            context=config.context_size if config.fast_weights == "context" else 0,
+            seed=config.seed,
+        )
+    if saved and saved.fixed:
+        restore_fixed(learner, saved.fixed, config.learner)
+    learner = learner.to(runtime.device, runtime.dtype)
+    check_outputs(learner, example, outputs, config)
+    return learner
+
+
+def algorithm_of(
+    config: Config, runtime: Runtime, learner: nn.Module, example: Tree, accelerate: Compiler | None = None
+) -> MAML:
+    """The algorithm for a learner."""
+    rule = InnerOptimizer(
+        config.inner_lr,
+        config.inner_optimizer,
+        momentum=config.inner_momentum,
+        beta_1=config.inner_beta_1,
+        weight_decay=config.inner_weight_decay,
+        clip_norm=config.inner_clip,
+        proximal=config.proximal,
+        carried=config.inner_carry,
+    )
+    try:
+        return MAML(
+            learner,
+            build_loss(config.loss, config.loss_args),
+            inner_lr=config.inner_lr,
+            steps=config.steps,
+            fast_weights=config.fast_weights,
+            head=config.head,
+            head_init=config.head_init,
+            inner_rates=config.inner_rates,
+            inner_lr_max=config.inner_lr_max,
+            meta_gradient=config.meta_gradient,
+            normalisation=config.batch_norm,
+            norm_per_step=config.norm_per_step and config.has_batch_norm,
+            adapt_norm=config.adapt_norm,
+            optimizer=rule,
+            cg_steps=config.cg_steps,
+            cg_damping=config.cg_damping,
+            engine=config.engine,
+            convolution=config.convolution,
+            compute_dtype=runtime.compute_dtype,
+            tasks_at_once=config.tasks_at_once,
+            example=None if config.learner in LEARNERS else example,
+            vectorised=config.vectorise,
+            accelerate=accelerate or as_it_is,
+        )
+    except ValueError as error:
+        head = "" if config.head is None else f" --head {config.head}"
+        choice = f"--fast-weights {config.fast_weights}{head} --head-init {config.head_init}"
+        raise UsageError(f"{choice} with --learner {config.learner}: {error}") from error
+
+
+# ---- learners that are not ours -------------------------------------------------------------
+
+
+@contextmanager
+def as_large_as(saved: Checkpoint, config: Config) -> Iterator[None]:
+    """Within it, building a learner ends with UsageError where it becomes much larger than what is saved,
+    before its memory is touched: a checkpoint may say that it is for any learner.
+
+    Heads that are computed, and inner rates, are in one of the two alone.
+    """
+
+    def size(tensor: Tensor | None) -> int:
+        return 0 if tensor is None else max(tensor.numel(), LEAST_SIZE)
+
+    left = FREE_SIZE + 4 * sum(map(size, (*saved.parameters.values(), *saved.fixed.values())))
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal left
+        left -= size(parameter)
+        if left < 0:
+            words = " ".join((config.learner, *config.learner_args))[:100]
+            raise UsageError(f"the checkpoint does not fit the learner {words}: that is far larger")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def restore_fixed(learner: nn.Module, fixed: Weights, name: str) -> None:
+    """Puts frozen parameters and buffers, as a checkpoint has them, in the place of the learner's own."""
+    own = dict(learner.named_parameters()) | dict(learner.named_buffers())
+    for key in sorted(fixed.keys() | fixed_tensors(learner).keys()):
+        saved, there = fixed.get(key), own.get(key)
+        if (
+            saved is None or there is None or there.requires_grad or there.shape != saved.shape
+            or there.is_floating_point() != saved.is_floating_point() or saved.is_complex()
+        ):  # fmt: skip
+            raise UsageError(f"the checkpoint does not fit the learner {name}: {key} differs")
+        there.data.copy_(saved)
+
+
+def check_outputs(learner: nn.Module, example: Tree, outputs: int, config: Config) -> None:
+    """Raises UsageError where a learner of the user's does not take these inputs, or gives other outputs."""
+    shapes = tree_map(lambda part: tuple(part.shape), example)
+    positional, named = arguments_of(example)
+    probe = copy.deepcopy(learner)
+    try:
+        keys = torch.zeros(2, dtype=torch.int64, device=first_tensor(example).device)
+        with torch.no_grad(), Elementary(keys, first_tensor(example)):
+            found = first_tensor(probe(*positional, **named))
+    except Exception as error:  # it is the user's code, and may fail in any way
+        if ran_out(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"--learner {config.learner} fails on the inputs of a task, {shapes}: {reason}"
+        ) from error
+    expected = (len(first_tensor(example)), outputs)
+    if config.loss in LOSSES and tuple(found.shape) != expected:
+        raise UsageError(
+            f"--learner {config.learner} gives outputs {tuple(found.shape)} for inputs {shapes}: they "
+            f"should be {expected}, [examples, outputs]"
+        )
+
+
+def tried(maml: MAML, parameters: Weights, distribution: TaskDistribution, config: Config) -> None:
+    """Meta-learns from two tasks; raises UsageError where the learner or the loss cannot be, with the layer
+    and the way round."""
+    tasks = distribution.resized(config.training_shots).sample("train", config.seed, 1, range(2))
+    device = first_tensor(tasks.support_x).device
+    keys = keys_of(task_stream("train", config.seed, 1, range(2), device))
+    _check_loss(maml, tasks, config)
+    try:
+        maml.meta_gradient(parameters, tasks, keys=keys)
+        return
+    except Exception as error:  # an operator may stumble in any way
+        if ran_out(error):
+            raise
+        failed = error
+    reason = " ".join(str(failed).split())[:200]
+    one_task = tree_map(lambda part: part[0], tasks.support_x)
+    weights = maml.whole_weights(parameters)
+    positional, named = arguments_of(one_task)
+    finding = None if named else culprit(maml.learner, weights, positional, keys[0])
+    if finding is None:
+        raise UsageError(
+            f"--learner {config.learner} with --loss {config.loss} cannot be meta-trained so: {reason}; "
+            "--no-vectorise, --engine unrolled or --first-order ask less of it"
+        ) from failed
+    ways_round = {
+        "vectorise": "--no-vectorise takes the tasks one after another",
+        "second derivative": "--first-order needs none",
+        "forward mode": "--engine unrolled needs none",
+    }
+    what = {
+        "vectorise": "cannot be vectorised over tasks",
+        "second derivative": "has no second derivative",
+        "forward mode": "has no derivative in forward mode",
+    }
+    name = f"its layer {finding.layer} ({finding.kind})" if finding.layer else f"{finding.kind} itself"
+    raise UsageError(
+        f"--learner {config.learner}: {name} {what[finding.problem]} ({finding.reason}): "
+        f"{ways_round[finding.problem]}"
+    ) from failed
+
+
+def check_splits(distribution: TaskDistribution, config: Config) -> None:
+    """Raises UsageError where there is no validation task, or it has not the inputs of the training tasks,
+    which may have other numbers of examples."""
+    training = distribution.resized(config.training_shots).sample("train", config.seed, 1, range(1))
+    validation = distribution.sample("validation", 0, 0, range(1))
+    shapes = [tree_map(lambda t: tuple(t.shape[2:]), b.support_x) for b in (training, validation)]
+    if shapes[0] != shapes[1]:
+        raise UsageError(
+            f"--dataset {config.dataset}: examples of training tasks have the shape {shapes[0]}, those of "
+            f"validation tasks {shapes[1]}: a network takes one"
+        )
+
+
+def _check_loss(maml: MAML, tasks: TaskBatch, config: Config) -> None:
+    """Raises UsageError where the loss of a task is no number that depends on the outputs."""
+    keys = torch.zeros(2, dtype=torch.int64, device=first_tensor(tasks.support_x).device)
+    x, y = (tree_map(lambda part: part[0], tree) for tree in (tasks.support_x, tasks.support_y))
+    with torch.no_grad():
+        weights = maml.whole_weights(maml.initial_parameters())
+        outputs = maml.forward(weights, x, pass_around({"keys": keys}, "support"))
+    outputs = tree_map(lambda t: t.detach().requires_grad_(t.is_floating_point()), outputs)
+    try:
+        value = maml.loss(outputs, y)
+    except Exception as error:
+        raise UsageError(f"--loss {config.loss} fails: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(value, torch.Tensor) or value.dim() or not value.requires_grad:
+        kind = tuple(value.shape) if isinstance(value, torch.Tensor) and value.dim() else type(value).__name__
+        raise UsageError(
+            f"--loss {config.loss} gives {kind}: it should give one number, a tensor that depends on the "
+            "outputs"
+        )
+
+
+def own_code_flags(config: Config) -> list[str]:
+    """The flags that have to be given again beside a checkpoint of these settings."""
+    return [
+        part
+        for name in settings.OWN_CODE
+        if is_own_code(getattr(config, name))
+        for part in (f"--{name}", getattr(config, name))
+    ]
+
+
+@contextmanager
+def no_empty_folder_left(folder: Path) -> Iterator[None]:
+    """Removes what of a folder and its parents was not there before, where it is left with an error, if it
+    is empty."""
+    new = [part for part in (folder, *folder.parents) if not part.exists()]
+    try:
+        yield
+    except BaseException:
+        for part in new:
+            with suppress(OSError):  # there is something in it, or it was never made
+                part.rmdir()
+        raise
+
+
+def writable(folder: Path, flag: str) -> Path:
+    """The folder, made if need be, or a refusal that names the flag."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(
+            f"{flag} {folder}: cannot write there ({error.strerror or error}); name another folder"
+        ) from error
+    return folder
+
+
+def check_processes(config: Config, runtime: Runtime, *, shard: bool = False) -> None:
+    """Raises UsageError where there are more processes than tasks, or too few to share something."""
+    if runtime.world.size > config.meta_batch_size:
+        raise UsageError(
+            f"{runtime.world.size} processes for a meta-batch of {config.meta_batch_size} tasks: take fewer "
+            "(torchrun --nproc-per-node), or a larger --meta-batch-size"
+        )
+    if shard and runtime.world.size == 1:
+        raise UsageError("--shard splits the optimizer's state over processes: start several with torchrun")
+
+
+def print_settings(config: Config, runtime: Runtime, first_line: str, *others: Config) -> None:
+    """`others`: of runs that are shown together."""
+    print(
+        f"{first_line}\n{settings.describe(config, *others)}\n  device      {runtime.describe()}", flush=True
+    )
+
+
+def print_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Says where a run that goes on is computed in another way than it was: the last bits depend on that."""
+    changed = [
+        f"{name} {before[name]}, now {now.get(name)}" for name in before if before[name] != now.get(name)
+    ]
+    if changed:
+        print(f"Goes on to rounding, not to the bit: it had {'; '.join(changed)}", flush=True)
+
+
+def fitted(
+    config: Config, given: Mapping[str, Any], runtime: Runtime, *, new: bool, silent: bool = False
+) -> Config:
+    """The settings for this machine: uncompiled where it cannot compile; a GPU takes all tasks at once."""
+    silent = silent or not runtime.world.first
+    if new and runtime.device.type == "cuda" and "tasks_at_once" not in given:
+        config = replace(config, tasks_at_once=None)
+    if not new and given.get("compile") == "on" and config.compile == "off" and not silent:
+        print("main.py: the run began uncompiled, and goes on so", file=sys.stderr)
+    if config.compile == "off":
+        return config
+    if runtime.device.type == "mps":
+        reason = "--device mps cannot compile"
+    elif cpp_compiler() is None:
+        reason = "no C++ compiler was found (install g++, or name one in CXX)"
+    else:
+        return config
+    if not silent:
+        print(f"main.py: {reason}: the run goes uncompiled", file=sys.stderr)
+    if new:
+        return settings.resolve({**given, "compile": "off"})
+    return replace(config, compile="off")

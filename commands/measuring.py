@@ -1,0 +1,209 @@
+"""Meta-test of a checkpoint, or of a fresh initialisation: what --eval measures and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from commands import config as settings
+from commands.build import build, data_of
+from commands.config import Config, Invocation
+from common import memory
+from common.batch import TaskDistribution
+from common.device import Runtime, versions
+from common.errors import UsageError
+from common.optimizers import Weights
+from common.processes import ALONE, World
+from dataset import Regression
+from evaluation import meta_test as evaluation
+from evaluation import tables as report
+from evaluation.examples import Scene
+from evaluation.figures import LIGHT, Theme, evaluation_figure
+from evaluation.meta_test import Evaluation
+from learners.losses import loss_name
+from maml import MAML
+from training.checkpoint import Checkpoint, check_same_split, fitting_parameters, load_checkpoint
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is to be measured, and how."""
+
+    file: Path | None  # None: the fresh initialisation
+    source: Checkpoint | None
+    config: Config
+
+    @classmethod
+    def read(cls, file: Path | None, call: Invocation, given: Mapping[str, Any]) -> Subject:
+        """A checkpoint with its settings, and those flags that may differ; uncompiled, whatever it was."""
+        return cls.of(file, None if file is None else load_checkpoint(file), call, given)
+
+    @classmethod
+    def of(
+        cls, file: Path | None, source: Checkpoint | None, call: Invocation, given: Mapping[str, Any]
+    ) -> Subject:
+        """The same of a checkpoint that has been read."""
+        if source is None:
+            config = settings.resolve(given)
+        else:
+            other = call.eval_dataset
+            config = settings.resolve_from(source.config, given, evaluate=True, eval_dataset=other)
+        config = replace(config, convolution="grouped", tasks_at_once=given.get("tasks_at_once"))
+        return cls(file, source, config)
+
+    @property
+    def name(self) -> str:
+        if self.source is None:
+            return "the fresh initialisation (no --load)"
+        return f"{self.file}, iteration {self.source.iteration:,}"
+
+    @property
+    def when(self) -> str:
+        return "fresh initialisation" if self.source is None else f"iteration {self.source.iteration:,}"
+
+    def stem(self, *, with_run: bool) -> str:
+        """The beginning of its results' names; `with_run`, if those of several runs may meet."""
+        if self.file is None:
+            config = self.config
+            return f"fresh-{config.learner_name}-{config.init}-seed{config.seed}"
+        return f"{self.file.resolve().parent.name}-{self.file.stem}" if with_run else self.file.stem
+
+    @property
+    def tasks(self) -> dict[str, str]:
+        """What tells its test tasks from others, in words and in the names of results."""
+        config = self.config
+        return {
+            config.dataset_name: config.dataset_name,
+            config.task_words: config.task_size,
+            "": f"{config.queries}query",
+            f"{config.eval_tasks} test tasks": f"{config.eval_tasks}tasks",
+        }
+
+    @property
+    def words(self) -> report.Words:
+        return of_all([self])[0]
+
+    def record(self, runtime: Runtime) -> dict[str, Any]:
+        """What a result file says about where the numbers come from."""
+        return {
+            "checkpoint": self.file,
+            "iteration": self.source.iteration if self.source else 0,
+            "split": "test",
+            "tasks": self.config.eval_tasks,
+            "tasks_seed": evaluation.SEED,
+            "trained_steps": self.config.trained_steps,
+            "test_steps": self.config.test_steps,
+            "settings": settings.config_to_plain(self.config),
+            "versions": versions(),
+            "device": runtime.describe(),
+        }
+
+    def built(
+        self, call: Invocation, runtime: Runtime, known: dict[Any, TaskDistribution | None] | None = None
+    ) -> Built:
+        """Its algorithm, tasks and weights; raises UsageError where they do not fit.
+
+        `known`: tasks that others have built, and to which its own are added.
+        """
+        config, source = self.config, self.source
+        known = {} if known is None else known
+        data = data_of(config)
+        distribution, maml = build(config, call, runtime, saved=source, distribution=known.get(data))
+        known[data] = distribution
+        parameters, statistics = maml.initial_parameters(config.seed), maml.initial_statistics()
+        if source is not None and self.file is not None:
+            if call.eval_dataset is None:
+                check_same_split(self.file, source.splits, distribution.split_names)
+            parameters = fitting_parameters(self.file, source.parameters, parameters, config.learner)
+            statistics = fitting_parameters(self.file, source.statistics, statistics, config.learner)
+        return Built(self, maml, distribution, parameters, statistics)
+
+
+def of_all(subjects: Sequence[Subject]) -> tuple[report.Words, str]:
+    """What can be said of several, which is what they have in common, and a name for their results."""
+
+    def same(values: Iterable[Any], otherwise: Any) -> Any:
+        found = list(dict.fromkeys(values))
+        return found[0] if len(found) == 1 else otherwise
+
+    columns = zip(*(each.tasks.items() for each in subjects), strict=True)
+    common = [part for part in (same(column, None) for column in columns) if part]
+    configs = [each.config for each in subjects]
+    words = report.Words(
+        loss_name=same((loss_name(config.loss) for config in configs), "loss"),
+        trained_steps=same((config.trained_steps for config in configs), None),
+        test_steps=configs[0].test_steps,
+        title=", ".join(said for said, _ in common if said),
+    )
+    return words, "-".join(["test", *(name for _, name in common)])
+
+
+@dataclass(frozen=True)
+class Built:
+    """A subject, ready to be measured."""
+
+    subject: Subject
+    maml: MAML
+    distribution: TaskDistribution
+    parameters: Weights
+    statistics: Weights
+
+    def measured(self, runtime: Runtime, split: str = "test", skipped: int = 0) -> Evaluation:
+        """On the fixed tasks of a split but the first, `skipped` ones, with all that batch norm can do."""
+        config = self.subject.config
+        normalisations: tuple[str, ...] = (config.query_norm,)
+        if self.maml.has_batch_norm:
+            normalisations = ("transductive", "inductive", *["per-step"] * bool(self.statistics))
+
+        def evaluated(maml: MAML, tasks: int, world: World) -> Evaluation:
+            return evaluation.evaluate(
+                maml,
+                self.parameters,
+                self.distribution,
+                split,
+                tasks=tasks,
+                steps=config.eval_steps,
+                normalisations=normalisations,
+                statistics=self.statistics,
+                inner_batch=config.eval_inner_batch,
+                skipped=skipped,
+                world=world,
+            )
+
+        def attempt(at_once: int) -> None:
+            evaluated(self.maml.with_options(tasks_at_once=at_once), min(at_once, config.eval_tasks), ALONE)
+
+        try:
+            return evaluated(self.maml, config.eval_tasks, runtime.world)
+        except memory.ERRORS as error:
+            if not memory.ran_out(error):
+                raise
+            memory.free(error)
+            size = evaluation.chunk_size(self.maml, self.parameters, self.distribution, config.eval_tasks)
+            at_once = min(size, config.eval_tasks)
+            fits = memory.fitting(attempt, at_once, runtime.device)
+            raise UsageError(memory.line("in the evaluation", at_once, fits)) from None
+
+    def write(
+        self, result: Evaluation, file: str, record: Mapping[str, Any], theme: Theme = LIGHT
+    ) -> list[str]:
+        """The result as JSON and as pictures: over inner steps, beside which regression has some curves; of
+        image tasks; and of how features move. Gives the ends of their names."""
+        config = self.subject.config
+        written = [".json", ".png"]
+        report.write_json(Path(f"{file}.json"), {**record, **report.evaluation_record(result)})
+        when = f"{self.subject.when}, {config.task_words}"
+        scene = Scene(self.maml, self.parameters, self.distribution, config, "test", when, theme)
+        fits = None
+        if isinstance(self.distribution, Regression):
+            shown = sorted({0, min(config.trained_steps, config.eval_steps), config.eval_steps})
+            fits = (*scene.examples(3, config.eval_steps), shown)
+        report.write_figure(Path(f"{file}.png"), evaluation_figure(result, self.subject.words, fits, theme))
+        sheets = scene.tasks() if fits is None else None
+        for name, figure in (("examples", sheets), ("features", scene.features())):
+            if figure is not None:
+                written.append(f"-{name}.png")
+                report.write_figure(Path(f"{file}-{name}.png"), figure)
+        return written

@@ -1,0 +1,377 @@
+"""Many runs as one: those that differ in numbers alone are trained together, by one more `vmap`.
+
+Each has its own random stream, curves, checkpoints and results, which are those of the run alone. Runs that
+differ in anything else follow each other. Several processes share the runs out.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from commands import config as settings
+from commands.beginning import Beginning, beginning, fresh_folder, has_results, saved_parameters, taken
+from commands.build import (
+    build,
+    check_splits,
+    data_of,
+    fitted,
+    no_empty_folder_left,
+    prepare,
+    print_difference,
+    read_first,
+    tried,
+    writable,
+)
+from commands.config import CONFIG_FLAGS, Config, Invocation
+from commands.members import LIST, Member, compiles
+from common.batch import TaskDistribution
+from common.device import Runtime
+from common.errors import UsageError
+from common.files import read_json
+from common.locks import training_in
+from common.processes import World
+from evaluation import seeds as spread
+from evaluation import tables as report
+from evaluation.figures import THEMES, Theme
+from learner import LEARNERS
+from learners.losses import LOSSES, loss_name
+from maml import MAML
+from training.checkpoint import BEST, LAST, check_same_split, load_checkpoint
+from training.compiler import Compiler
+from training.run import Run, as_measured
+from training.trainer import AT_ONCE, FAILED, Trainer
+
+SUMMARY = "summary"
+MOST_NAMES = 4  # of runs, in the terminal
+
+
+# ---- which can be trained together ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A run that has all it needs."""
+
+    member: Member
+    run: Run
+    maml: MAML
+    distribution: TaskDistribution
+    runtime: Runtime
+
+    def fits(self, other: Ready) -> bool:
+        """Whether the two can be trained at once: they differ in numbers alone."""
+        return (
+            self.run.iteration == other.run.iteration
+            and _structure(self.run.config) == _structure(other.run.config)
+            and self.run.config.vectorise
+            and _same(self.maml.fixed, other.maml.fixed)
+        )
+
+
+def _structure(config: Config) -> Config:
+    """The settings without those in which runs that are trained at once may differ."""
+    free: dict[str, Any] = {}
+    for name in AT_ONCE:
+        value = getattr(config, name)
+        free[name] = None if value is None else type(value)(1)
+    if config.inner_rates != "fixed":  # where they begin is in the weights
+        free["inner_lr_max"] = None
+    return replace(config, **free)
+
+
+def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def groups_of(runs: Sequence[Ready], at_most: int | None) -> list[list[Ready]]:
+    """The runs in groups that can be trained at once, each of `at_most` so many.
+
+    None: as many as there are, but one after another where they are compiled alone and cannot be together,
+    which is faster.
+    """
+    groups: list[list[Ready]] = []
+    for each in runs:
+        config = each.run.config
+        most = at_most or (1 if config.compile == "on" and not compiles(config) else len(runs))
+        fitting = (g for g in groups if len(g) < most and g[0].fits(each))
+        group = next(fitting, None)
+        if group is None:
+            groups.append([each])
+        else:
+            group.append(each)
+    return groups
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def train_many(
+    call: Invocation, members: Sequence[Member], world: World, locked: ExitStack
+) -> tuple[Path, int]:
+    """Trains, or goes on with, all of these runs; their folder, and the exit code: 128 + signal where one
+    ended it early, `FAILED` where some runs could not go on to their end.
+
+    The members' checkpoints are where those of runs alone would be, each in a folder of its own. `locked`
+    keeps the folder of all for this job.
+    """
+    with world.together():
+        if world.size > len(members):
+            raise UsageError(
+                f"{world.size} processes for {len(members)} runs: take fewer (torchrun --nproc-per-node)"
+            )
+        named = call.checkpoint_path / call.run_name if call.run_name else None
+        if named and world.first:
+            locked.enter_context(no_empty_folder_left(named))
+            locked.enter_context(training_in(named, [member.name for member in members]))
+        if named and not call.resume and taken(named):
+            raise UsageError(f"{named} is not empty: choose another --run-name, or --resume to go on there")
+        if named and (named / LAST).exists():
+            raise UsageError(f"{named} is a run, not a folder of many: choose another --run-name")
+        if named and (named / LIST).exists():
+            _check_settings(named, members)
+        own = [members[number] for number in world.share(len(members))]
+        begun = [beginning(_of_member(call, named, member), member.given) for member in own]
+    world.check_same({"torch": torch.__version__, "list of runs": [(m.name, m.config) for m in members]})
+    home = named or call.checkpoint_path
+    with no_empty_folder_left(home) if world.first else nullcontext():
+        with world.together():
+            if world.first:
+                writable(home, "--checkpoint-path")
+        distributions: dict[Any, TaskDistribution | None] = {}
+        with world.together():
+            for member in members:
+                data = data_of(member.config)
+                if data not in distributions:
+                    distributions[data] = read_first(member.config, call, prepare(member.config, call, world))
+        with world.together():
+            ready = _ready(call, own, begun, world, distributions, writes_to=home)
+    folder = named or world.from_first(lambda: fresh_folder(call.checkpoint_path, members[0].config, locked))
+    for each in ready:
+        each.run.folder = folder / each.member.name
+    world.from_first(lambda: _write_list(folder, members))
+    groups = groups_of([each for each in ready if not _finished(each.run)], call.runs_at_once)
+    if world.first:
+        sizes = ", ".join(str(len(group)) for group in groups) or "none, all are finished"
+        of_all = f", {len(own)} of them in this process" if world.size > 1 else ""
+        print(f"{len(members)} runs{of_all} in {folder}; trained at once: {sizes}")
+        print(f"  device      {ready[0].runtime.describe()}")
+    for group in groups:
+        code = _train_group(group, call, world)
+        if code > 128:
+            return folder, code
+    outcomes = [one for part in world.gathered([outcome_of(each) for each in ready]) for one in part]
+    if world.first:
+        _write_summary(folder, outcomes, THEMES[call.theme])
+    failed = [one["failure"] for one in outcomes if one["failure"] is not None]
+    if failed and world.first:
+        many = f"{len(failed)} of {len(outcomes)} runs stopped before their end, "
+        print(f"main.py: error: {many if len(failed) > 1 else ''}{failed[0]}", file=sys.stderr)
+    return folder, FAILED if failed else 0
+
+
+def _check_settings(folder: Path, members: Sequence[Member]) -> None:
+    """Raises UsageError where the folder has other seeds of a setting, with settings that are not these:
+    their mean would be one of different things."""
+    wanted = {member.setting: member for member in members}
+    names = {member.name for member in members}
+    for run in listed_in(folder):
+        file = folder / run.name / LAST
+        if run.name in names or run.setting not in wanted or not file.is_file():
+            continue
+        here, there = wanted[run.setting].config, load_checkpoint(file).config
+        learned = [settings.what_is_learned(replace(config, seed=0)) for config in (here, there)]
+        for name, value in learned[0].items():
+            if value != learned[1][name]:
+                raise UsageError(
+                    f"{folder} has the run {run.name} with another {CONFIG_FLAGS[name].names[0]} "
+                    f"({learned[1][name]}): choose another --run-name"
+                )
+
+
+def _write_list(folder: Path, members: Sequence[Member]) -> None:
+    """Says which runs the folder has: these, and those that it had before."""
+    listed = {m.name: {"name": m.name, "setting": m.setting, "seed": m.seed} for m in members}
+    before = {run.name: vars(run) for run in listed_in(folder)} if (folder / LIST).exists() else {}
+    report.write_json(folder / LIST, {"runs": list((before | listed).values())})
+
+
+def _of_member(call: Invocation, folder: Path | None, member: Member) -> Invocation:
+    """The call that would train this run alone."""
+    if folder is None:
+        return call
+    return replace(call, checkpoint_path=folder, run_name=member.name)
+
+
+def _finished(run: Run) -> bool:
+    return run.iteration >= run.config.iterations and has_results(run.folder, run.iteration)
+
+
+def _ready(
+    call: Invocation,
+    members: Sequence[Member],
+    begun: Sequence[Beginning],
+    world: World,
+    distributions: dict[Any, TaskDistribution | None],
+    *,
+    writes_to: Path,
+) -> list[Ready]:
+    """The runs, built and checked; those with the same data share them."""
+    tested: set[Config] = set()
+    found: list[Ready] = []
+    for member, at in zip(members, begun, strict=True):
+        runtime = prepare(at.config, call, world)
+        config = fitted(at.config, member.given, runtime, new=at.start is None, silent=bool(found))
+        distribution, maml = build(
+            config, call, runtime, Compiler(runtime.device),
+            saved=at.weights, distribution=distributions.get(data_of(config)),
+        )  # fmt: skip
+        distributions[data_of(config)] = distribution
+        if at.start is not None and at.start_file is not None:
+            check_same_split(at.start_file, at.start.splits, distribution.split_names)
+        parameters = saved_parameters(at, maml, maml.initial_parameters(config.seed))
+        if _structure(config) not in tested:
+            tested.add(_structure(config))
+            check_splits(distribution, config)
+            if config.learner not in LEARNERS or config.loss not in LOSSES:
+                tried(maml, parameters, distribution, config)
+        run = Run(config, writes_to / member.name, parameters, at.start, at.origin, theme=call.theme)
+        found.append(Ready(member, run, maml, distribution, runtime))
+    return found
+
+
+def _train_group(group: Sequence[Ready], call: Invocation, world: World) -> int:
+    """Trains runs at once; the exit code."""
+    first, shown = group[0], world.first
+    config = first.run.config
+    runtime = prepare(config, call, world)  # threads and precision are the process's: other runs had others
+    for each in group:
+        chunk = each.run.config.tasks_at_once
+        each.run.computed_by = runtime.computed_by(processes=1, runs=len(group), tasks=chunk)
+    alone = len(group) == 1
+    if not alone and config.compile == "on" and not compiles(config):
+        for each in group:
+            each.run.config = _uncompiled(each)
+        config = first.run.config
+    maml = first.maml
+    if not alone:
+        maml = maml.with_options(
+            in_transform=True, convolution=config.convolution, tasks_at_once=config.tasks_at_once
+        )
+    if shown:
+        names = [each.member.name for each in group]
+        listed = ", ".join(names) if len(names) <= MOST_NAMES else f"{names[0]} ... {names[-1]}"
+        print(f"Training {listed}", flush=True)
+        print(settings.describe(*(each.run.config for each in group)), flush=True)
+        if first.run.start is not None:
+            print_difference(first.run.start.computed_by, first.run.computed_by)
+    compiler = Compiler(runtime.device)
+    maml = maml.with_options(accelerate=compiler)
+    return Trainer([each.run for each in group], maml, first.distribution, compiler, shown=shown).train()
+
+
+def _uncompiled(each: Ready) -> Config:
+    """The settings of a run that cannot be compiled with others; of one that goes on, as they are else."""
+    if each.run.start is not None:
+        return replace(each.run.config, compile="off")
+    return settings.resolve({**each.member.given, "compile": "off"})
+
+
+# ---- what came of it -----------------------------------------------------------------------------
+
+
+def outcome_of(each: Ready) -> dict[str, Any]:
+    """What a run has come to, in plain values."""
+    run = each.run
+    whole = run.failure is None  # one that has stopped early is no part of a mean over seeds
+    final = run.final_loss() if whole else None
+    validation = run.progress.validation
+    measure = "query_accuracy" if run.config.classification else "query_loss"
+    best = run.progress.best_score if whole else None
+    return {
+        "name": each.member.name,
+        "setting": each.member.setting,
+        "seed": each.member.seed,
+        "iteration": run.iteration,
+        "failure": run.failure,
+        "final_training_loss": final[0] if final else None,
+        "measure": measure,
+        "loss": loss_name(run.config.loss),
+        "best_validation": None if best is None else as_measured(best, measure),
+        "best_iteration": run.progress.best_iteration if whole else None,
+        "validation": {name: validation.get(name, []) for name in ("iteration", measure)},
+    }
+
+
+def _write_summary(folder: Path, outcomes: Sequence[Mapping[str, Any]], theme: Theme) -> None:
+    print(spread.training_table(outcomes))
+    report.write_json(folder / f"{SUMMARY}.json", spread.training_record(outcomes))
+    report.write_figure(folder / f"{SUMMARY}.png", spread.training_figure(outcomes, theme))
+    print(f"Written: {folder / SUMMARY}.json and .png")
+
+
+# ---- finding them again --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A run in the folder of many."""
+
+    name: str
+    setting: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Found(Listed):
+    """Such a run, and its checkpoint."""
+
+    file: Path
+
+
+def listed_in(folder: Path) -> list[Listed]:
+    """The runs that the folder's list has; raises UsageError where it is damaged."""
+    try:
+        plain = read_json(folder / LIST)["runs"]
+        runs = [Listed(run["name"], run["setting"], run["seed"]) for run in plain]
+        valid = all(
+            isinstance(run.name, str)
+            and isinstance(run.setting, str)
+            and f"{run.name}{run.setting}".isprintable()
+            and type(run.seed) is int
+            and run.name not in ("", ".", "..")
+            and Path(run.name).name == run.name
+            for run in runs
+        )
+    except (ValueError, KeyError, TypeError):
+        valid = False
+    if not valid or not runs:
+        raise UsageError(f"{folder / LIST} is damaged: name the checkpoint of one run")
+    return runs
+
+
+def runs_in(path: Path) -> list[Found]:
+    """The checkpoints of the runs below a folder of many, best.pt of each, or the ones that `path` names in
+    it (FOLDER/last.pt); empty where it is none.
+
+    Raises UsageError where it is one that cannot be used.
+    """
+    folder, name = (path, None) if path.is_dir() else (path.parent, path.name)
+    if path.is_file() or not (folder / LIST).is_file() or name not in (None, BEST, LAST):
+        return []
+    found = []
+    for run in listed_in(folder):
+        names = (name,) if name else (BEST, LAST)
+        files = (folder / run.name / each for each in names)
+        file = next((each for each in files if each.is_file()), None)
+        if file is None:
+            raise UsageError(f"{folder / run.name} has no {names[0]}: go on with its training first")
+        found.append(Found(run.name, run.setting, run.seed, file))
+    return found

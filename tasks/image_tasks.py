@@ -1,0 +1,221 @@
+"""N-way K-shot tasks over any set of images.
+
+The pixels live on the device as one uint8 tensor, and a batch is an index operation; where they do not
+fit there, they stay memory-mapped on the host, and the next batch is fetched while this one is computed.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.batch import TaskBatch
+from common.choices import AUGMENTATIONS
+from common.errors import UsageError
+from common.random import Stream, task_stream
+from tasks.images import ImageSet
+from tasks.prefetch import Ahead
+
+PLACES = ("auto", "device", "host")
+ZOOM = 0.8  # "crop" shows between this part of the image's side and all of it
+SHIFT = 1 / 8  # of the side, at most, to each direction
+ANGLE = 15.0  # degrees, at most, to each side
+
+
+class ImageTasks:
+    """A task draws `ways` different classes, and of each `shots` and `queries` images, never the same twice.
+
+    Labels follow the random order of the classes. Inputs `[tasks, ways * examples, channels, height,
+    width]` in [0, 1]; labels int64 `[tasks, ways * examples]`, ordered by class.
+
+    Arguments:
+        images: the images, their classes and the splits. A split may be empty; sampling from it is an error.
+        ways: classes of a task; shots, queries: images per class of the support and the query set.
+        quarter_turns: each class of a task is turned by 0, 90, 180 or 270 degrees, in every split.
+        augment: what happens to each training image by itself, never to others: "flip" mirrors left and
+            right half the time; "crop" shows 0.8 to 1 of the side, moved by up to an eighth of it;
+            "rotate" turns by up to 15 degrees. What comes into view from outside is reflected.
+        place: where the pixels are: on the "device", on the "host", or ("auto") on the device if they fill
+            at most half of its free memory.
+
+    Raises UsageError where a split has too few classes or a class too few images.
+    """
+
+    classification = True
+    computed = False
+
+    def __init__(
+        self,
+        images: ImageSet,
+        *,
+        ways: int,
+        shots: int,
+        queries: int,
+        quarter_turns: bool = False,
+        augment: tuple[str, ...] = (),
+        place: str = "auto",
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if not set(augment) <= set(AUGMENTATIONS) or place not in PLACES:
+            raise ValueError(f"augment {augment} of {AUGMENTATIONS}, or place {place!r} of {PLACES}")
+        self.images = images
+        self.ways = ways
+        self.shots = shots
+        self.queries = queries
+        self.augment = augment
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self._check()
+        free = _free_memory(self.device) if place == "auto" else 0
+        self.on_host = place == "host" or (place == "auto" and images.pixels.nbytes > free // 2)
+        table_device = torch.device("cpu") if self.on_host else self.device
+        self.pixels = images.pixels.to(table_device)
+        self.first = images.first.to(table_device)
+        self.count = images.count.to(table_device)
+        self.splits = {name: classes.to(table_device) for name, classes in images.splits.items()}
+        self.largest = int(images.count.max())
+        self.image_size = list(images.pixels.shape[1:])  # channels, height, width
+        positions = torch.arange(images.pixels[0, 0].numel()).view(self.image_size[1:])
+        turned = torch.stack([torch.rot90(positions, quarters).flatten() for quarters in range(4)])
+        self.turned = turned.to(self.device) if quarter_turns else None  # [4, pixels]
+        self._fetched = Ahead(self._fetch)
+
+    @property
+    def examples(self) -> int:
+        return self.ways * (self.shots + self.queries)
+
+    def resized(self, shots: int) -> ImageTasks:
+        other = copy.copy(self)
+        other.shots = shots
+        other._check()
+        other._fetched = Ahead(other._fetch)
+        return other
+
+    def __deepcopy__(self, memo: dict[int, object]) -> ImageTasks:
+        return copy.copy(self)  # nobody changes the tensors, and they may be larger than the memory
+
+    def _check(self) -> None:
+        check_sizes(self.images, ways=self.ways, shots=self.shots, queries=self.queries)
+
+    @property
+    def split_names(self) -> dict[str, list[str]]:
+        if self.images.published:
+            return {}
+        return {s: sorted(self.images.names[i] for i in p.tolist()) for s, p in self.images.splits.items()}
+
+    def sample(self, split: str, seed: int, iteration: int | Tensor, tasks: range) -> TaskBatch:
+        """A meta-batch. On the host the iteration's number is read, and training batches come ahead."""
+        stream = task_stream(split, seed, iteration, tasks, self.device)
+        if not len(self.splits[split]):
+            raise UsageError(f"{self.images.source} has no {split} classes: add them, or use another split")
+        if self.on_host:
+            pixels = self._fetched(split, seed, int(iteration), tasks).to(self.device, non_blocking=True)
+        else:
+            pixels = self._gather(self._rows(stream, split))
+        if self.turned is not None:
+            pixels = self._turn(pixels, stream.at("rotations").words(self.ways) >> 30)
+        support, query = pixels.split([self.shots, self.queries], 2)
+        augmentation = stream.at("augmentation") if split == "train" and self.augment else None
+        return TaskBatch(
+            *self._examples(support, augmentation and augmentation.at("support")),
+            *self._examples(query, augmentation and augmentation.at("query")),
+        )
+
+    def _rows(self, stream: Stream, split: str) -> Tensor:
+        """Which images: positions `[tasks, ways, shots + queries]`, on the stream's device."""
+        classes = self.splits[split]
+        classes = classes[stream.at("classes").distinct(self.ways, len(classes))]  # [tasks, ways]
+        order = stream.at("drawings").words(self.ways * self.largest).unflatten(1, (self.ways, self.largest))
+        # A smaller class has no image at the last positions: they come after every 32-bit word.
+        absent = torch.arange(self.largest, device=order.device) >= self.count[classes][..., None]
+        order = order + (absent.long() << 32)
+        chosen = order.topk(self.shots + self.queries, largest=False).indices
+        return self.first[classes][..., None] + chosen
+
+    def _gather(self, rows: Tensor) -> Tensor:
+        """`[tasks, ways, examples, channels, height, width]`, by copying whole images."""
+        return self.pixels.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+
+    def _turn(self, pixels: Tensor, quarters: Tensor) -> Tensor:
+        """Each class turned by its number of quarters: `[tasks, ways, examples, channels, height, width]`."""
+        assert self.turned is not None
+        flat = pixels.flatten(4)
+        positions = self.turned[quarters][:, :, None, None]  # [tasks, ways, 1, 1, pixels]
+        return flat.gather(4, positions.expand(flat.shape)).view(pixels.shape)
+
+    def _examples(self, pixels: Tensor, augmentation: Stream | None) -> tuple[Tensor, Tensor]:
+        """Inputs and labels of `[tasks, ways, examples, channels, height, width]` pixels."""
+        tasks, ways, examples = pixels.shape[:3]
+        x = pixels.flatten(1, 2).to(self.dtype).div_(255)  # the conversion has made it ours
+        if augmentation is not None:
+            x = augmented(x, self.augment, augmentation)
+        labels = torch.arange(ways, device=x.device).repeat_interleave(examples)
+        return x, labels.expand(tasks, -1)
+
+    def _fetch(self, split: str, seed: int, iteration: int, tasks: range) -> Tensor:
+        """The batch's pixels, out of the memory map."""
+        rows = self._rows(task_stream(split, seed, iteration, tasks, self.pixels.device), split)
+        pixels = self._gather(rows)
+        return pixels.pin_memory() if self.device.type == "cuda" else pixels
+
+
+def check_sizes(images: ImageSet, *, ways: int, shots: int, queries: int) -> None:
+    """Raises UsageError where a split has too few classes or a class too few images; looks at no pixel."""
+    needed = shots + queries
+    for split, classes in images.splits.items():
+        if 0 < len(classes) < ways:
+            some = f"{len(classes)} class{'es' * (len(classes) > 1)}"
+            raise UsageError(
+                f"-n {ways} is more than the {some} of the {split} split of {images.source}: lower -n, or "
+                "add classes"
+            )
+        short = classes[images.count[classes] < needed].tolist()
+        if short:
+            name, count = images.names[short[0]], images.count[short[0]]
+            raise UsageError(
+                f"-k {shots} plus -q {queries} is {needed}, but class {name} ({split}) of {images.source} "
+                f"has {count} images: lower -k or -q, or add images"
+            )
+
+
+def augmented(x: Tensor, kinds: tuple[str, ...], stream: Stream) -> Tensor:
+    """Images `[tasks, images, channels, side, side]`, each changed by itself as its task's stream says."""
+    tasks, images = x.shape[:2]
+    if "flip" in kinds:
+        mirrored = stream.at("flip").words(images) >> 31 == 1
+        x = torch.where(mirrored[..., None, None, None], x.flip(-1), x)
+    if not {"crop", "rotate"} & set(kinds):
+        return x
+    precise = torch.promote_types(x.dtype, torch.float32)  # bfloat16 cannot tell two pixels apart
+    one, nought = (torch.full((tasks, images), value, device=x.device, dtype=precise) for value in (1.0, 0.0))
+    zoom, right, down, angle = one, nought, nought, nought
+    if "crop" in kinds:
+        zoom = stream.at("zoom").uniform(images, ZOOM, 1.0, precise)
+        # The sides are 2 long in the coordinates of the grid.
+        right, down = stream.at("shift").uniform(2 * images, -2 * SHIFT, 2 * SHIFT, precise).chunk(2, 1)
+    if "rotate" in kinds:
+        angle = torch.deg2rad(stream.at("angle").uniform(images, -ANGLE, ANGLE, precise))
+    cosine, sine = zoom * angle.cos(), zoom * angle.sin()
+    maps = torch.stack([cosine, -sine, right, sine, cosine, down], -1).view(tasks * images, 2, 3)
+    flat = x.flatten(0, 1)
+    grid = F.affine_grid(maps, list(flat.shape), align_corners=False)
+    moved = F.grid_sample(flat.to(precise), grid, padding_mode="reflection", align_corners=False)
+    return moved.to(x.dtype).view(x.shape)
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        if "MemAvailable" in fields:  # counts the page cache, which sysconf does not
+            return int(fields["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
