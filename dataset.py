@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from commands.presets import is_own_code
-from common.batch import TaskBatch, TaskDistribution, first_tensor, tree_map
+from common.batch import Kind, TaskBatch, TaskDistribution, first_tensor, tree_map
 from common.errors import UsageError
 from common.own_code import asked_for, called, load_code
 from common.random import Stream, task_stream
@@ -31,6 +31,8 @@ from tasks.images import ImageSet, load_images, load_named
 from tasks.omniglot import load_omniglot
 from tasks.prefetch import Ahead
 from tasks.tables import Columns, TableTasks, load_table
+
+GRID_POINTS = 200  # of a curve in a picture
 
 # ---- regression ----------------------------------------------------------------------------------
 
@@ -44,7 +46,9 @@ class Regression(ABC):
         oracle: the parameters of the task join the inputs: `[tasks, points, 1 + parameters]`.
     """
 
+    kind: Kind = "curves"
     classification = False
+    ways = None
     computed = True
     on_host = False
 
@@ -111,6 +115,10 @@ class Regression(ABC):
             return TaskBatch(*support, *self._examples(stream.at("query"), self.queries, parameters))
         x = self.grid(grid, parameters).expand(len(tasks), grid)
         return TaskBatch(*support, self._inputs(x, parameters), self.curve(x, parameters)[..., None])
+
+    def sample_to_draw(self, split: str, seed: int, tasks: int) -> TaskBatch:
+        """Return tasks whose query is the true curve on a grid."""
+        return self.sample(split, seed, 0, range(tasks), grid=GRID_POINTS)
 
     def _examples(self, stream: Stream, points: int, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         x = self.inputs(stream, points, parameters)
@@ -225,6 +233,7 @@ class Custom:
         ways: classes of a task; None: regression.
     """
 
+    kind: Kind = "other"
     computed = False
     on_host = True
 
@@ -270,6 +279,10 @@ class Custom:
     def sample(self, split: str, seed: int, iteration: int | Tensor, tasks: range) -> TaskBatch:
         batch = self.fetched(split, seed, int(iteration), tasks)
         return TaskBatch(*(tree_map(self._placed, tree) for tree in batch))
+
+    def sample_to_draw(self, split: str, seed: int, tasks: int) -> TaskBatch:
+        """Return the first tasks as `sample` gives them."""
+        return self.sample(split, seed, 0, range(tasks))
 
     def _placed(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)

@@ -1,13 +1,13 @@
-"""The only currency between datasets and algorithms: a batch of tasks as four tensors.
+"""The only currency between datasets and algorithms: a batch of tasks as four named tensors.
 
-Where a learner has several inputs or outputs, a nested tuple or dictionary of tensors stands in the place
-of a tensor.
+Datasets give batches (`TaskDistribution.sample`), learning and evaluation take them. A learner with several
+inputs or outputs has a nested tuple or dictionary of tensors where others have one tensor: a tree.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,33 +25,58 @@ class TaskBatch(NamedTuple):
     query_y: Tree  # [tasks, query examples, ...]
 
 
-class TaskDistribution(Protocol):
-    """Anything that samples tasks."""
+# What a task looks like: functions of one variable, images of classes, or anything else.
+Kind = Literal["curves", "images", "other"]
 
-    classification: bool  # labels are classes, and accuracy means something
-    # `sample` computes tasks from numbers alone, so that it can be compiled with the step, and takes the seed
-    # and the tasks' numbers as int64 tensors, too
+
+class TaskDistribution(Protocol):
+    """Anything that samples tasks. Callers know a distribution by these members alone, never by its class.
+
+    Attributes:
+        kind: "curves" and "images" can be drawn (see `sample_to_draw`); "other" cannot.
+        classification: labels are classes, and accuracy is defined.
+        ways: classes of a task; None in regression. Labels go from 0 to `ways` - 1.
+        computed: `sample` computes tasks from numbers alone. It can be compiled with the step, and takes the
+            seed and the numbers of the tasks as int64 tensors too.
+        on_host: `sample` works on the host, a batch ahead of its call, and requires a plain number as the
+            iteration.
+    """
+
+    kind: Kind
+    classification: bool
+    ways: int | None
     computed: bool
-    on_host: bool  # `sample` works on the host, ahead of its call: it asks for the iteration as a number
+    on_host: bool
 
     @property
     def examples(self) -> int:
-        """Support and query examples of one task."""
+        """Support and query examples of one task, together."""
         ...
 
     @property
     def split_names(self) -> dict[str, list[str]]:
-        """The classes, or tasks, of each split, where they come from files of the user's; else empty."""
+        """Names of the classes, or tasks, of each split of the user's own files; empty for other data."""
         ...
 
     def resized(self, shots: int) -> TaskDistribution:
-        """The same tasks with another number of support examples (per class in classification)."""
+        """Return these tasks with another number of support examples (per class in classification)."""
         ...
 
     def sample(self, split: str, seed: Any, iteration: int | Tensor, tasks: Any) -> TaskBatch:
-        """The tasks with these numbers of an iteration, of the "train", "validation" or "test" split.
+        """Return the tasks of these numbers: a pure function of split, seed, iteration and number.
 
-        The iteration may be an int64 scalar on the distribution's device; the tasks are the same.
+        Args:
+            split: "train", "validation" or "test".
+            iteration: a number, or an int64 scalar on the distribution's device; the tasks are the same.
+            tasks: a range of task numbers.
+        """
+        ...
+
+    def sample_to_draw(self, split: str, seed: int, tasks: int) -> TaskBatch:
+        """Return the first tasks of iteration 0 for a picture.
+
+        Curves have as query their true function, without noise, on a dense and sorted grid of inputs
+        (the first input feature). Other kinds give what `sample` gives.
         """
         ...
 

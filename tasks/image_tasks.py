@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.batch import TaskBatch
+from common.batch import Kind, TaskBatch
 from common.choices import AUGMENTATIONS
 from common.errors import UsageError
 from common.random import Stream, task_stream
@@ -46,6 +46,7 @@ class ImageTasks:
     Raises UsageError where a split has too few classes or a class too few images.
     """
 
+    kind: Kind = "images"
     classification = True
     computed = False
 
@@ -126,6 +127,10 @@ class ImageTasks:
             *self._examples(support, augmentation and augmentation.at("support")),
             *self._examples(query, augmentation and augmentation.at("query")),
         )
+
+    def sample_to_draw(self, split: str, seed: int, tasks: int) -> TaskBatch:
+        """Return the first tasks as `sample` gives them."""
+        return self.sample(split, seed, 0, range(tasks))
 
     def _rows(self, stream: Stream, split: str) -> Tensor:
         """Which images: positions `[tasks, ways, shots + queries]`, on the stream's device."""

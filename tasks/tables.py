@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.batch import TaskBatch
+from common.batch import Kind, TaskBatch
 from common.errors import UsageError, one_line
 from common.random import SPLITS, Stream, task_stream
 
@@ -502,6 +502,7 @@ class TableTasks:
     Raises UsageError for a task with too few rows or classes.
     """
 
+    kind: Kind = "other"
     computed = False
     on_host = False
 
@@ -518,13 +519,14 @@ class TableTasks:
         self.classification = not table.y.is_floating_point()
         if self.classification and ways is None:
             raise UsageError("a table of classes needs the number of classes of a task: give -n")
-        self.ways = ways if self.classification and ways is not None else 1
+        self.ways = ways if self.classification else None
+        self._drawn_groups = ways if self.classification and ways is not None else 1
         self.shots = shots
         self.queries = queries
         self.source = table.source
         self.split_names = {s: sorted(table.tasks[i] for i in p.tolist()) for s, p in table.splits.items()}
         self.device = torch.device(device)
-        self.fixed_labels = len(table.classes) == self.ways
+        self.fixed_labels = len(table.classes) == self._drawn_groups
 
         # Rows are grouped by (task, class), or by task alone: a group is what examples are drawn from.
         classes = max(len(table.classes), 1)
@@ -554,7 +556,7 @@ class TableTasks:
 
     @property
     def examples(self) -> int:
-        return self.ways * (self.shots + self.queries)
+        return self._drawn_groups * (self.shots + self.queries)
 
     def resized(self, shots: int) -> TableTasks:
         other = copy.copy(self)
@@ -570,14 +572,24 @@ class TableTasks:
             raise UsageError(f"{self.source} has no {split} tasks: it needs some in every split")
         task = candidates[stream.at("task").words(1)[:, 0] * len(candidates) >> 32]  # a word is below 2^32
 
-        classes = _distinct(stream.at("classes").words(self.most_groups), self.groups[task], self.ways)
+        classes = _distinct(
+            stream.at("classes").words(self.most_groups), self.groups[task], self._drawn_groups
+        )
         if self.fixed_labels:
             classes = classes.sort().values
         group = self.first_group[task][:, None] + classes  # [tasks, ways]
-        words = stream.at("rows").words(self.ways * self.most_rows).view(len(tasks), self.ways, -1)
+        words = (
+            stream.at("rows")
+            .words(self._drawn_groups * self.most_rows)
+            .view(len(tasks), self._drawn_groups, -1)
+        )
         drawn = _distinct(words, self.rows[group], self.queries + self.shots)
         query, support = (self.first_row[group][..., None] + drawn).split([self.queries, self.shots], -1)
         return TaskBatch(*self._examples(support), *self._examples(query))
+
+    def sample_to_draw(self, split: str, seed: int, tasks: int) -> TaskBatch:
+        """Return the first tasks as `sample` gives them."""
+        return self.sample(split, seed, 0, range(tasks))
 
     def _examples(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs and targets of rows `[tasks, ways, examples]`."""
@@ -591,11 +603,11 @@ class TableTasks:
     def _check(self) -> None:
         """Every task has the classes, and every class the rows, that a task of this size takes."""
         task_names, class_names = self._names
-        for task in (self._task_groups < self.ways).nonzero()[:1, 0].tolist():
+        for task in (self._task_groups < self._drawn_groups).nonzero()[:1, 0].tolist():
             name, found = _quoted(task_names[task]), int(self._task_groups[task])
             if self.classification:
                 raise UsageError(
-                    f"-n {self.ways}, but task {name} has {found} classes: lower -n, or leave out the task"
+                    f"-n {self._drawn_groups}, but task {name} has {found} classes: lower -n, or leave out the task"
                 )
             raise UsageError(f"no row of task {name} has a target: leave out the task")
         needed = self.shots + self.queries
