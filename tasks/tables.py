@@ -607,7 +607,7 @@ class TableTasks:
             name, found = _quoted(task_names[task]), int(self._task_groups[task])
             if self.classification:
                 raise UsageError(
-                    f"-n {self._drawn_groups}, but task {name} has {found} classes: lower -n, or leave out the task"
+                    f"-n {self.ways}, but task {name} has {found} classes: lower -n, or leave out the task"
                 )
             raise UsageError(f"no row of task {name} has a target: leave out the task")
         needed = self.shots + self.queries
