@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from commands.presets import is_own_code
 from common.batch import Kind, TaskBatch, TaskDistribution, first_tensor, tree_map
 from common.errors import UsageError
-from common.own_code import asked_for, called, load_code
+from common.own_code import asked_for, called, is_own_code, load_code
 from common.random import Stream, task_stream
 from tasks.image_tasks import ImageTasks, check_sizes
 from tasks.images import ImageSet, load_images, load_named

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from commands.presets import is_own_code
 from common.errors import UsageError
-from common.own_code import asked_for, called, load_code
+from common.own_code import asked_for, called, is_own_code, load_code
 from learners.batch_norm import BatchNorm
 from learners.heads import add_context, linear_head
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from common.own_code import is_own_code as is_own_code
+
 REGRESSION = ("sinusoid", "sinusoid-frequency", "sinusoid-line", "harmonic")
 
 
@@ -33,12 +35,6 @@ DATA_KINDS = {  # what begins a name, in front of a path
     "images": DataFacts("images", True, 84, 3),
     "table": DataFacts("vectors", None),
 }
-
-
-def is_own_code(name: str) -> bool:
-    """Whether it names a factory in the user's code: `package.module:factory`, `file.py:factory`."""
-    kind, colon, _ = name.partition(":")
-    return bool(colon) and kind not in (*DATA_KINDS, "torchvision")
 
 
 def data_facts(dataset: str) -> DataFacts:

@@ -19,7 +19,15 @@ from typing import Any
 from common.errors import UsageError
 
 TOOL = Path(__file__).resolve().parent.parent
+# Prefixes of names with a colon that are not the user's code: `images:FOLDER`, `torchvision:MODEL`.
+RESERVED_PREFIXES = ("images", "table", "torchvision")
 WINGS = ("common", "learners", "tasks", "evaluation", "training", "commands")
+
+
+def is_own_code(name: str) -> bool:
+    """Return whether the name is a factory in the user's code, such as `file.py:factory`."""
+    prefix, colon, _ = name.partition(":")
+    return bool(colon) and prefix not in RESERVED_PREFIXES
 
 
 def load_code(name: str, flag: str) -> Callable[..., Any]:

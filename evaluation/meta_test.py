@@ -15,6 +15,7 @@ from common.processes import ALONE, World
 from common.random import keys_of, minibatch_order, task_stream
 from dataset import Regression
 from inner_loop import NoFeaturesError
+from learners.losses import accuracy
 from maml import MAML
 from tasks.image_tasks import ImageTasks
 
@@ -61,11 +62,6 @@ def mean_and_interval(values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean over tasks (the first axis) and half width of its 95 % confidence interval."""
     spread = values.std(0) if len(values) > 1 else torch.full_like(values.sum(0), torch.nan)
     return values.mean(0), 1.96 * spread / len(values) ** 0.5
-
-
-def accuracy(outputs: Tree, targets: Tensor) -> Tensor:
-    """Share of right answers over the last axis of `targets`; `outputs` has classes behind it."""
-    return (first_tensor(outputs).argmax(-1) == targets).float().mean(-1)
 
 
 def loss_per_step(maml: MAML, outputs: Tree, targets: Tree) -> Tensor:

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from commands.presets import is_own_code
 from common.batch import Tree, first_tensor
 from common.errors import UsageError
-from common.own_code import arguments_from, load_code
+from common.own_code import arguments_from, is_own_code, load_code
 
 NAMES = {  # in tables and figures
     "mse": "MSE",
@@ -49,6 +48,19 @@ def huber(outputs: Tree, targets: Tree, *, delta: float = 1.0) -> Tensor:
     error = first_tensor(outputs) - first_tensor(targets)
     size = error.abs()
     return torch.where(size <= delta, 0.5 * error * error, delta * (size - 0.5 * delta)).mean()
+
+
+def accuracy(outputs: Tree, targets: Tensor) -> Tensor:
+    """Return the share of correct classes, averaged over the last axis.
+
+    Args:
+        outputs: scores `[..., examples, classes]`; the first tensor of several outputs.
+        targets: classes, int64 `[..., examples]`.
+
+    Returns:
+        float32 `[...]`, between 0 and 1.
+    """
+    return (first_tensor(outputs).argmax(-1) == targets).float().mean(-1)
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {

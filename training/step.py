@@ -21,7 +21,7 @@ from common.batch import TaskBatch, TaskDistribution, first_tensor, stacked_tree
 from common.optimizers import Weights
 from common.processes import ALONE, World
 from common.random import keys_of, minibatch_order, task_stream
-from evaluation.meta_test import accuracy
+from learners.losses import accuracy
 from maml import MAML, MetaGradient, as_it_is
 from training.schedules import meta_lr_at, multi_step_weights
 
