@@ -8,8 +8,8 @@ from pathlib import Path
 
 from common.errors import reason_of
 from common.locks import keep
-from evaluation.tables import NoLog, RunLog
 from training.checkpoint import LAST, Checkpoint, save_checkpoints
+from training.tensorboard import RunLog
 
 
 class Saver:
@@ -24,7 +24,7 @@ class Saver:
         """Notes what is to be written, in the place of what was to be written there."""
         self.unsaved[path] = checkpoint
 
-    def write(self, logs: Iterable[RunLog | NoLog], iteration: int) -> bool:
+    def write(self, logs: Iterable[RunLog], iteration: int) -> bool:
         """Writes all that there is, its folders if need be; what a checkpoint has seen is in the event files
         first. Whether nothing is left."""
         if not self.unsaved:

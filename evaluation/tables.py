@@ -1,6 +1,6 @@
-"""What people look at: TensorBoard, figures, tables and result files. Nothing else writes them.
+"""What people look at: figures, tables and result files. Nothing else writes them.
 
-Functions take plain numbers and CPU tensors; matplotlib and TensorBoard are imported when used.
+Functions take plain numbers and CPU tensors; matplotlib is imported when used.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,194 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from commands.config import CONFIG_FLAGS
 from common.files import write_whole
 from evaluation.meta_test import Evaluation, mean_and_interval
-from training.tensorboard import EventFile
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from tensorboard.compat.proto.summary_pb2 import Summary
 
 
 DPI = 200  # of pictures in files and in TensorBoard
-
-
-# What the view of hyper-parameters has columns for, and shows at first.
-METRICS = (
-    "validation/best_query_accuracy",
-    "validation/best_query_loss",
-    "validation/query_accuracy",
-    "validation/query_loss",
-)
-CHANGED_MOST = (
-    "dataset", "algorithm", "learner", "ways", "shots", "steps", "inner_lr", "meta_lr", "meta_batch_size",
-    "seed",
-)  # fmt: skip
-
-
-# Curves that belong together: patterns of tags, by chart and group of charts. They are the same for every
-# run, since TensorBoard joins the layouts of all, and shows twice what differs.
-CHARTS = {
-    "learning": {
-        "query accuracy": "^(train|validation)/query_accuracy$",
-        "query loss": "^(train|validation)/query_loss$",
-    },
-    "validation after 0, 1, ... inner steps": {
-        "query accuracy": r"^validation_by_step/query_accuracy/\d+$",
-        "query loss": r"^validation_by_step/query_loss/\d+$",
-    },
-    "trouble": {
-        "diverged validation tasks": "^validation/diverged_tasks$",
-        "norm of the meta-gradient": "^train/meta_gradient_norm$",
-        "skipped iterations": "^train/skipped$",
-    },
-    "outer loop": {
-        "iterations a second": "^speed/iterations_per_second$",
-        "meta-learning rate": "^optimizer/meta_lr$",
-    },
-    "learned inner rates": {"of weights and steps": "^inner_lr/"},
-}
-
-
-# ---- TensorBoard ----------------------------------------------------------------------------
-
-
-class RunLog:
-    """What TensorBoard shows of a run, in its folder (see events.py)."""
-
-    def __init__(self, folder: Path, *, begin_at: int) -> None:
-        self.events = EventFile(folder, begin_at=begin_at)
-
-    def scalars(self, values: Mapping[str, float], iteration: int) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        # one event for all: one for each would cost a fast run a tenth of its time
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=v) for tag, v in values.items()])
-        self.events.add(summary, iteration)
-
-    def text(self, tag: str, text: str, iteration: int) -> None:
-        from torch.utils.tensorboard import summary
-
-        self.events.add(summary.text(tag, text), iteration)
-
-    def begin(self, settings: Mapping[str, Any], tags: Sequence[str]) -> None:
-        """What the views of hyper-parameters and of custom scalars show of a run that begins."""
-        for each in (experiment_summary(), session_summary(settings), layout_summary(tags)):
-            self.events.add(each, 0)
-
-    def end(self, iteration: int, *, failed: bool) -> None:
-        """How it ended, for the view of hyper-parameters."""
-        self.events.add(end_summary(failed=failed), iteration)
-
-    def figure(self, tag: str, figure: Figure, iteration: int, file: Path) -> None:
-        """Shows a figure, and writes the same picture to a PNG file; drawing it is the slow part."""
-        import numpy as np
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from PIL import Image
-        from torch.utils.tensorboard import summary
-
-        figure.set_dpi(DPI)
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        pixels = np.asarray(canvas.buffer_rgba())[..., :3]
-        self.events.add(summary.image(tag, pixels, dataformats="HWC"), iteration)
-        write_whole(file, lambda opened: Image.fromarray(pixels).save(opened, format="png"))
-
-    def flush(self) -> None:
-        """Brings it all to the disk; raises OSError where that cannot be, and keeps it."""
-        self.events.flush()
-
-
-class NoLog:
-    """The log of a process that writes none."""
-
-    def scalars(self, values: Mapping[str, float], iteration: int) -> None: ...
-
-    def text(self, tag: str, text: str, iteration: int) -> None: ...
-
-    def begin(self, settings: Mapping[str, Any], tags: Sequence[str]) -> None: ...
-
-    def end(self, iteration: int, *, failed: bool) -> None: ...
-
-    def figure(self, tag: str, figure: Figure, iteration: int, file: Path) -> None: ...
-
-    def flush(self) -> None: ...
-
-
-def _hparams_summary(tag: str, **content: Any) -> Summary:
-    """What the plugin for hyper-parameters reads is in the metadata of a summary without a value."""
-    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
-    from tensorboard.plugins.hparams import metadata, plugin_data_pb2
-
-    data = plugin_data_pb2.HParamsPluginData(version=metadata.PLUGIN_DATA_VERSION, **content)
-    plugin = SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME, content=data.SerializeToString())
-    return Summary(value=[Summary.Value(tag=tag, metadata=SummaryMetadata(plugin_data=plugin))])
-
-
-def experiment_summary() -> Summary:
-    """The columns of the view of hyper-parameters. The same from every run, since TensorBoard takes those of
-    the first one for all: every setting that decides a result, those first that are changed most."""
-    from tensorboard.plugins.hparams import api_pb2, metadata
-
-    number, truth = api_pb2.DATA_TYPE_FLOAT64, api_pb2.DATA_TYPE_BOOL
-    kinds: dict[type, Any] = {int: number, float: number, bool: truth}
-    columns = [
-        api_pb2.HParamInfo(
-            name=name,
-            description=flag.help,
-            type=kinds.get(flag.kind, api_pb2.DATA_TYPE_STRING),
-            differs=name in CHANGED_MOST,
-        )
-        for name, flag in CONFIG_FLAGS.items()
-        if flag.group not in ("machine", "logging")
-    ]
-    metrics = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in METRICS]
-    experiment = api_pb2.Experiment(hparam_infos=columns, metric_infos=metrics)
-    return _hparams_summary(metadata.EXPERIMENT_TAG, experiment=experiment)
-
-
-def session_summary(settings: Mapping[str, Any]) -> Summary:
-    """A row of that view: the settings of a run. None is an empty cell."""
-    from tensorboard.plugins.hparams import metadata, plugin_data_pb2
-
-    start = plugin_data_pb2.SessionStartInfo()
-    for name, value in settings.items():
-        if isinstance(value, bool):
-            start.hparams[name].bool_value = value
-        elif isinstance(value, int | float):
-            start.hparams[name].number_value = value
-        elif value is not None:
-            start.hparams[name].string_value = value if isinstance(value, str) else " ".join(value)
-    return _hparams_summary(metadata.SESSION_START_INFO_TAG, session_start_info=start)
-
-
-def end_summary(*, failed: bool) -> Summary:
-    from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
-
-    status = api_pb2.STATUS_FAILURE if failed else api_pb2.STATUS_SUCCESS
-    end = plugin_data_pb2.SessionEndInfo(status=status)
-    return _hparams_summary(metadata.SESSION_END_INFO_TAG, session_end_info=end)
-
-
-def layout_summary(tags: Sequence[str]) -> Summary:
-    """The view of custom scalars: those of `CHARTS` that a run with these tags has curves for."""
-    from torch.utils.tensorboard import summary
-
-    charts = {
-        group: {
-            name: ["Multiline", [pattern]]
-            for name, pattern in named.items()
-            if any(re.match(pattern, tag) for tag in tags)
-        }
-        for group, named in CHARTS.items()
-    }
-    return summary.custom_scalars({group: named for group, named in charts.items() if named})
-
-
-def settings_as_markdown(settings: Mapping[str, Any]) -> str:
-    rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
-    return f"| setting | value |\n|-|-|\n{rows}"
 
 
 # ---- result files ---------------------------------------------------------------------------

@@ -16,11 +16,12 @@ from dataset import Sinusoid
 from evaluation import features, figures
 from evaluation.figures import DARK, LIGHT, THEMES, Theme
 from evaluation.meta_test import Evaluation, features_of_task
-from evaluation.tables import CHARTS, METRICS, Words, write_figure
+from evaluation.tables import Words, write_figure
 from inner_loop import NoFeaturesError
 from learner import build_learner
 from maml import MAML
 from training.checkpoint import LAST
+from training.tensorboard import CHARTS, METRICS
 
 COLOURS = ("ink", "grey", "blue", "orange", "green", "red", "purple", "sky")
 RUN = ["--iterations", 12, "--log-every", 3, "--val-every", 4, "--save-every", 4, "--meta-batch-size", 2]
@@ -296,18 +297,14 @@ def test_pictures_of_a_resumed_run_are_the_undisturbed_runs_bits(runs):
 
 def hparams_records(folder):
     """The records of the plugin in all event files of a run, by tag."""
-    from tensorboard.compat.proto.event_pb2 import Event
-
-    from common.files import opened
-    from training.tensorboard import MOST_BYTES, _whole_records
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
     found: dict[str, list] = {}
     for path in sorted(folder.glob("events*")):
-        with opened(path, MOST_BYTES) as file:
-            for event in map(Event.FromString, _whole_records(file)):
-                for value in event.summary.value:
-                    if value.metadata.plugin_data.plugin_name == "hparams":
-                        found.setdefault(value.tag, []).append(value.metadata.plugin_data.content)
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                if value.metadata.plugin_data.plugin_name == "hparams":
+                    found.setdefault(value.tag, []).append(value.metadata.plugin_data.content)
     return found
 
 

@@ -19,10 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from common import saving
 from common.saving import Saver
 from dataset import Regression
-from evaluation.tables import RunLog
 from training import trainer
 from training.checkpoint import BEST, LAST, load_checkpoint
-from training.tensorboard import drop_events
+from training.tensorboard import RunLog, drop_events
 
 BAD = 37  # the iteration whose targets are made NaN
 SHORT = ["--iterations", 60, "--log-every", 10, "--val-every", 20, "--save-every", 25, "--meta-batch-size", 4]

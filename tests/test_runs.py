@@ -289,7 +289,7 @@ def test_the_results_of_an_earlier_stop_are_not_taken_for_those_of_the_end(runs,
 
 
 def test_foreign_event_files_are_left_as_they_are(tmp_path):
-    from evaluation.tables import RunLog
+    from training.tensorboard import RunLog
 
     foreign = tmp_path / "events.out.tfevents.notes"
     foreign.write_bytes(b"not an event file at all, but somebody's")
@@ -303,7 +303,7 @@ def test_foreign_event_files_are_left_as_they_are(tmp_path):
 
 
 def test_a_killed_runs_points_are_dropped_even_where_the_schedule_changes(tmp_path):
-    from evaluation.tables import RunLog
+    from training.tensorboard import RunLog
 
     for begin_at, points in ((0, range(3, 31, 3)), (11, (20, 40))):
         log = RunLog(tmp_path, begin_at=begin_at)

@@ -11,19 +11,20 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from commands.config import Config, meaningful
+from commands.config import CONFIG_FLAGS, Config, meaningful
 from common.batch import TaskDistribution
 from common.errors import reason_of
 from common.optimizers import Weights
 from evaluation.examples import Scene
 from evaluation.figures import THEMES, learning_figure
 from evaluation.meta_test import Evaluation
-from evaluation.tables import NoLog, RunLog, settings_as_markdown, write_json
+from evaluation.tables import write_json
 from inner_loop import RATE
 from learners.losses import loss_name
 from maml import MAML
 from training.checkpoint import BEST, Checkpoint, Curve, Progress, adam_state
 from training.step import TAIL
+from training.tensorboard import RunLog, settings_as_markdown
 
 BY_STEP = "validation_by_step"
 FINAL_ITERATIONS = 500  # whose mean training loss is reported at the end
@@ -66,7 +67,7 @@ class Run:
         self.failure: str | None = None  # the iteration whose numbers are not finite, and why
         self.skipped = 0  # iterations, since it began or went on
         self.warned = False
-        self.log: RunLog | NoLog = NoLog()
+        self.log = RunLog(None)
 
     def begin(self) -> None:
         """Opens the event files."""
@@ -74,7 +75,8 @@ class Run:
             self.log = RunLog(self.folder, begin_at=self.iteration + 1 if self.iteration else 0)
         if not self.iteration:
             self.log.text("settings", settings_as_markdown(meaningful(self.config) | self._origin()), 0)
-            self.log.begin(meaningful(self.config), self.tags())
+            flags = {n: f for n, f in CONFIG_FLAGS.items() if f.group not in ("machine", "logging")}
+            self.log.begin(meaningful(self.config), self.tags(), flags)
 
     def _origin(self) -> dict[str, str]:
         return {"initial_weights": self.progress.origin} if self.progress.origin else {}
