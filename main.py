@@ -17,30 +17,37 @@ Every flag is declared in config.py and shown by --help.
 
 from __future__ import annotations
 
+import atexit
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from commands import config as settings
-from commands.config import Config, Invocation
+from commands.config import Invocation
 from commands.members import Member, members_of
-from common import memory
-from common.errors import AgreedError, LostError, UsageError, for_terminal, one_line, said_of
-from common.streams import outlive_readers
+from common.errors import (
+    AgreedError,
+    LostError,
+    UsageError,
+    describe_os_error,
+    for_terminal,
+    is_out_of_memory,
+    one_line,
+)
 
 if TYPE_CHECKING:
     from commands.measuring import Subject
-    from commands.several import Found
     from common.batch import TaskDistribution
     from common.device import Runtime
     from common.processes import World
     from evaluation.meta_test import Evaluation
+    from training.folders import SavedRun
     from training.run import Run
 
 
@@ -58,6 +65,8 @@ def main(arguments: list[str]) -> int:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (to the end of the process)
     try:
         return command(arguments)
+    except BrokenPipeError:  # nobody reads the output any more
+        return 141
     except (UsageError, OSError, MemoryError, RuntimeError) as error:
         text = _said_of(error)
         if text is None:
@@ -99,10 +108,13 @@ def _said_of(error: BaseException) -> str | None:
         text = not_deterministic(error)
         if text is not None:
             return for_terminal(text)
-    if memory.ran_out(error):
-        return "out of memory: take fewer tasks at a time (--tasks-at-once), or smaller ones (-q, -k)"
+    if is_out_of_memory(error):
+        return (
+            "out of memory: lower --tasks-at-once, take smaller tasks (-q, -k, --image-size) or a smaller "
+            "--learner, or another --device"
+        )
     if isinstance(error, OSError):
-        return for_terminal(said_of(error))
+        return for_terminal(describe_os_error(error))
     return for_terminal(one_line(error)) if isinstance(error, UsageError) else None
 
 
@@ -119,13 +131,13 @@ def command(arguments: list[str]) -> int:
         check_current_folder()
         from common.device import device_of
         from common.processes import join, launched, leave
-        from training.checkpoint import BEST, LAST, in_run
+        from training.folders import BEST, LAST, find_checkpoint
 
         names = (BEST, LAST) if call.eval or call.adapt else (LAST, BEST)
         call = replace(
             call,
-            load=call.load and in_run(call.load, *names),
-            init_from=call.init_from and in_run(call.init_from, BEST, LAST),
+            load=call.load and find_checkpoint(call.load, *names),
+            init_from=call.init_from and find_checkpoint(call.init_from, BEST, LAST),
         )
         world = launched()
         if world.size > 1 and (call.adapt is not None or call.compare):
@@ -171,8 +183,6 @@ def train_locked(call: Invocation, given: Mapping[str, Any], world: World, locke
         build,
         check_processes,
         check_splits,
-        data_digest,
-        digest,
         facts,
         fitted,
         no_empty_folder_left,
@@ -183,23 +193,23 @@ def train_locked(call: Invocation, given: Mapping[str, Any], world: World, locke
         tried,
         writable,
     )
-    from common.locks import training_in
     from learner import LEARNERS
     from learners.losses import LOSSES
     from training.checkpoint import check_same_split
     from training.compiler import Compiler
+    from training.folders import lock_folder
     from training.run import Run
     from training.trainer import Trainer
 
     with world.together():
         if world.first and (named := folder_named(call)):
             locked.enter_context(no_empty_folder_left(named))
-            locked.enter_context(training_in(named))
+            locked.enter_context(lock_folder(named))
         at = beginning(call, given)
         runtime = prepare(at.config, call, world)
         config = fitted(at.config, given, runtime, new=at.start is None)
-        check_processes(config, runtime, shard=call.shard)
-    world.check_same({"--shard": call.shard, **facts(config, runtime, at.start)})
+        check_processes(config, runtime)
+    world.check_same(facts(config, runtime, at.start))
     if at.finished and at.start is not None:
         iteration = at.start.iteration
         print(f"{at.start_file} is at iteration {iteration:,}: a larger --iterations goes on from there")
@@ -209,12 +219,10 @@ def train_locked(call: Invocation, given: Mapping[str, Any], world: World, locke
         with world.together():
             if world.first:
                 writable(home, "--load" if call.load else "--checkpoint-path")
-        if call.autotune and at.start is None:
-            config = world.from_first(lambda: autotuned(config, given, call, runtime))
         # one on each machine fetches and decodes what there is
-        with world.together(), memory.said("while the data are read", memory.AT_THE_DATA):
+        with world.together():
             tasks = read_first(config, call, runtime)
-        with world.together(), memory.said("before the first iteration", memory.AT_THE_START):
+        with world.together():
             compiler = Compiler(runtime.device)
             distribution, maml = build(config, call, runtime, compiler, saved=at.weights, distribution=tasks)
             if at.start is not None and at.start_file is not None:
@@ -224,8 +232,6 @@ def train_locked(call: Invocation, given: Mapping[str, Any], world: World, locke
             if config.learner not in LEARNERS or config.loss not in LOSSES:
                 tried(maml, parameters, distribution, config)
             parameters = saved_parameters(at, maml, parameters)
-    if world.size > 1:
-        world.check_same({"data": data_digest(distribution, config), "frozen weights": digest(maml.fixed)})
     for name in sorted(parameters):  # initial weights may differ in the last bit between machines
         parameters[name] = world.from_first_tensor(parameters[name].contiguous())
     folder = at.folder or world.from_first(lambda: fresh_folder(call.checkpoint_path, config, locked))
@@ -233,7 +239,7 @@ def train_locked(call: Invocation, given: Mapping[str, Any], world: World, locke
         config, folder, parameters, at.start, at.origin,
         computed_by=runtime.computed_by(tasks=config.tasks_at_once), writes=world.first, theme=call.theme,
     )  # fmt: skip
-    trainer = Trainer([run], maml, distribution, compiler, world, shard=call.shard)
+    trainer = Trainer([run], maml, distribution, compiler, world)
     doing = f"Going on from iteration {at.start.iteration:,}" if at.start else "Meta-training"
     print_settings(config, runtime, f"{doing} in {folder}")
     if at.start is not None:
@@ -245,34 +251,10 @@ def train_locked(call: Invocation, given: Mapping[str, Any], world: World, locke
     return code
 
 
-def autotuned(config: Config, given: Mapping[str, Any], call: Invocation, runtime: Runtime) -> Config:
-    """The settings with what is fastest on this machine (--autotune)."""
-    from commands.build import build
-    from training.autotune import fastest
-    from training.compiler import Compiler
-    from training.run import Run
-    from training.trainer import Trainer
-
-    share = len(runtime.world.share(config.meta_batch_size))
-
-    def make(candidate: Config) -> Callable[[], object]:
-        compiler = Compiler(runtime.device)
-        # exact from the start, which takes longer than the first order; a process's own tasks
-        candidate = replace(candidate, exact_from=0, meta_batch_size=share)
-        distribution, maml = build(candidate, call, runtime, compiler)
-        run = Run(candidate, Path(), maml.initial_parameters(config.seed), writes=False)
-        trainer = Trainer([run], maml, distribution, compiler)
-        compiler.active = candidate.compile == "on"
-        return lambda: trainer.meta_step(trainer.state).sums.tolist()
-
-    print("Measuring (--autotune):", flush=True)
-    return fastest(config, given, make, lambda line: print(f"  {line}", flush=True))
-
-
 def print_end(run: Run, code: int, world: World) -> None:
     """How training ended, and what to type next."""
     from commands.build import own_code_flags
-    from training.checkpoint import LAST
+    from training.folders import LAST
 
     own = own_code_flags(run.config)
     final = run.final_loss()
@@ -323,12 +305,12 @@ def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str], w
     """Measures a checkpoint, or the fresh initialisation, on the test tasks."""
     from commands.build import check_processes, data_of, facts, prepare, print_settings, read_first, writable
     from commands.measuring import Subject, of_all
-    from commands.several import runs_in
     from evaluation.figures import THEMES
     from evaluation.tables import evaluation_table
+    from training.folders import find_runs
 
     with world.together():
-        many = runs_in(call.load) if call.load is not None else []
+        many = find_runs(call.load) if call.load is not None else []
     if many:
         return evaluate_many(many, call, given, arguments, world)
     with world.together():
@@ -340,9 +322,9 @@ def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str], w
         beside = call.checkpoint_path if call.load is None else call.load.parent
         out = writable(call.out or beside, "--out") if world.first else Path()
     world.check_same(facts(config, runtime, subject.source))
-    with world.together(), memory.said("while the data are read", memory.AT_THE_DATA):
+    with world.together():
         known = {data_of(config): read_first(config, call, runtime)}
-    with world.together(), memory.said("before the evaluation", memory.AT_THE_START):
+    with world.together():
         built = subject.built(call, runtime, known)
     print_settings(config, runtime, f"Evaluating {subject.name} on {config.eval_tasks} test tasks")
     result = built.measured(runtime)
@@ -358,7 +340,7 @@ def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str], w
 
 
 def evaluate_many(
-    many: Sequence[Found],
+    many: Sequence[SavedRun],
     call: Invocation,
     given: Mapping[str, Any],
     arguments: list[str],
@@ -488,28 +470,35 @@ def adapt(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -> i
     what = f"{call.load}, iteration {source.iteration:,}"
     print_settings(config, runtime, f"Adapting {what} to {call.adapt}, {config.test_steps} steps")
     normalisation = given.get("batch_norm", "per-step" if source.statistics else "inductive")
-    with memory.said("while adapting", "give fewer or smaller examples, or take another --device"):
-        written = adapt_to_files(
-            source, config, tasks, call.adapt, call.load, runtime,
-            normalisation=normalisation,
-            file=out / f"{call.load.stem}-adapted-{call.adapt.stem}",
-            weights_file=call.save_weights,
-            record={"command": shlex.join(["main.py", *arguments]), "checkpoint": call.load},
-            theme=THEMES[call.theme],
-        )  # fmt: skip
+    written = adapt_to_files(
+        source, config, tasks, call.adapt, call.load, runtime,
+        normalisation=normalisation,
+        file=out / f"{call.load.stem}-adapted-{call.adapt.stem}",
+        weights_file=call.save_weights,
+        record={"command": shlex.join(["main.py", *arguments]), "checkpoint": call.load},
+        theme=THEMES[call.theme],
+    )  # fmt: skip
     print("Written: " + ", ".join(map(str, written)))
     return 0
 
 
 def end(code: int) -> NoReturn:
-    """Ends this process; one of several without more ado: threads of theirs may outlive Python, and abort."""
+    """End this process; one of several at once: threads of theirs may outlive Python, and abort."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.stdout.flush()
+        drop_unread_output()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
 
+def drop_unread_output() -> None:
+    """Drop what nobody reads any more, as in `main.py --help | head`: Python would complain at its exit."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 if __name__ == "__main__":
-    outlive_readers()
+    atexit.register(drop_unread_output)
     end(main(sys.argv[1:]))

@@ -29,7 +29,8 @@ from common.errors import UsageError  # noqa: E402
 from common.files import read_json, write_whole  # noqa: E402
 from evaluation.tables import write_json  # noqa: E402
 from inner_loop import SQUARE  # noqa: E402
-from training.checkpoint import BEST, initialisation_of, load_checkpoint, save_checkpoint  # noqa: E402
+from training.checkpoint import initialisation_of, load_checkpoint, save_checkpoint  # noqa: E402
+from training.folders import BEST  # noqa: E402
 
 FOLDER = ROOT / "checkpoints" / "pretrained"
 CARD = "card.json"

@@ -47,7 +47,8 @@ from commands import config as settings  # noqa: E402
 from common.errors import UsageError, one_line  # noqa: E402
 from common.files import read_json, write_whole  # noqa: E402
 from evaluation.tables import write_json  # noqa: E402
-from training.checkpoint import BEST, LAST, in_run, load_checkpoint  # noqa: E402
+from training.checkpoint import load_checkpoint  # noqa: E402
+from training.folders import BEST, LAST, find_checkpoint  # noqa: E402
 from training.run import Run  # noqa: E402
 from training.trainer import FAILED  # noqa: E402
 
@@ -157,7 +158,7 @@ class Job:
     @property
     def checkpoint(self) -> Path:
         """The one to be tested: the best by validation, unless there is none yet."""
-        return in_run(self.folder, BEST, LAST)
+        return find_checkpoint(self.folder, BEST, LAST)
 
     @property
     def progress(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common.errors import UsageError, one_line, reason_of, said_of  # noqa: E402
+from common.errors import UsageError, describe_os_error, one_line, reason_of  # noqa: E402
 
 # ---- the command line ----------------------------------------------------------------------------
 
@@ -34,7 +34,7 @@ def launch(main: Callable[[], int | None]) -> NoReturn:
     try:
         sys.exit(main())
     except (UsageError, OSError) as error:
-        said = said_of(error) if isinstance(error, OSError) else one_line(error)
+        said = describe_os_error(error) if isinstance(error, OSError) else one_line(error)
         print(f"{Path(sys.argv[0]).name}: error: {said}", file=sys.stderr)
         sys.exit(2)
 

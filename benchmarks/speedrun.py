@@ -35,7 +35,8 @@ from script import Parser, launch, machine  # noqa: E402
 from common.errors import UsageError  # noqa: E402
 from common.files import read_json  # noqa: E402
 from evaluation.tables import write_json  # noqa: E402
-from training.checkpoint import BEST, load_checkpoint  # noqa: E402
+from training.checkpoint import load_checkpoint  # noqa: E402
+from training.folders import BEST  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "speedrun.json"
 WANTED = 0.98

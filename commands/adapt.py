@@ -36,15 +36,13 @@ from maml import MAML
 from tasks.images import image_files, read_images
 from tasks.tables import load_table
 from training.checkpoint import (
-    BEST,
-    LAST,
     Checkpoint,
     fitting_parameters,
-    in_run,
     load_checkpoint,
     replaceable,
     save_weights,
 )
+from training.folders import BEST, LAST, find_checkpoint
 
 MOST_NUMBERS = 2**30  # pixels of a folder's images, times channels
 QUERIES_AT_ONCE = 256  # predictions that do not depend on each other bound memory so
@@ -173,7 +171,7 @@ def load(
         learner, loss: the names of the user's own code, where the checkpoint names some; it is not imported
             otherwise.
     """
-    path = in_run(Path(path), BEST, LAST)
+    path = find_checkpoint(Path(path), BEST, LAST)
     source = load_checkpoint(path)
     given = {name: value for name, value in (("learner", learner), ("loss", loss)) if value is not None}
     config = settings.resolve_from(source.config, given, evaluate=True, adapt=True)

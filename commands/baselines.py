@@ -16,22 +16,22 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from commands import config as settings
 from commands.build import build, fitted, no_empty_folder_left, prepare
 from commands.config import Config, Invocation
-from common import bars
 from common.batch import TaskDistribution
 from common.device import Runtime
 from common.errors import UsageError
-from common.locks import training_in
 from common.optimizers import InnerOptimizer, Weights
 from common.processes import ALONE, World
 from dataset import Regression
 from evaluation.meta_test import Evaluation, evaluate
 from maml import MAML
-from training.checkpoint import LAST, fitting_parameters, load_checkpoint
+from training.checkpoint import fitting_parameters, load_checkpoint
 from training.compiler import Compiler
+from training.folders import LAST, lock_folder
 from training.run import Run
 from training.trainer import Trainer
 
@@ -156,7 +156,7 @@ def _tuned(
 
     norm = config.query_norm
     losses = {}
-    for rate in bars.of(
+    for rate in tqdm(
         RATES[rule], desc=f"{name}: rates on validation tasks", leave=False, disable=not world.first
     ):
         found = evaluate(
@@ -180,7 +180,7 @@ def trained(config: Config, call: Invocation, folder: Path, world: World = ALONE
         with world.together():
             if world.first:
                 locked.enter_context(no_empty_folder_left(folder))
-                locked.enter_context(training_in(folder, otherwise="do without --baselines"))
+                locked.enter_context(lock_folder(folder, otherwise="do without --baselines"))
         return _trained(config, call, folder, world)
 
 
@@ -241,7 +241,7 @@ def scratch_curve(
     losses = []
     training = distribution.resized(config.training_shots)
     with torch.no_grad():
-        for part in bars.of(
+        for part in tqdm(
             numbers.split(EPISODES_AT_ONCE), desc="from scratch on the training tasks", leave=False
         ):
             batch = training.sample("train", config.seed, part, range(1))

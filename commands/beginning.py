@@ -11,14 +11,12 @@ from typing import Any
 
 from commands import config as settings
 from commands.config import Config, Invocation
-from commands.members import LIST
 from common.errors import UsageError
-from common.files import read_json, why_no_file
-from common.locks import LOCK, training_in
 from common.optimizers import Weights
 from inner_loop import RATE, SQUARE
 from maml import MAML
-from training.checkpoint import BEST, LAST, Checkpoint, fitting_parameters, load_checkpoint
+from training.checkpoint import Checkpoint, fitting_parameters, load_checkpoint
+from training.folders import BEST, LAST, LIST, has_results, is_occupied, lock_folder
 
 
 @dataclass(frozen=True)
@@ -44,15 +42,6 @@ class Beginning:
     def origin(self) -> str | None:
         """Where the weights come from, in words."""
         return f"{self.weights_file}, iteration {self.weights.iteration:,}" if self.weights else None
-
-
-def has_results(folder: Path, iteration: int) -> bool:
-    """Whether a run has written its results at this iteration; it also does where it is stopped before."""
-    try:
-        found = read_json(folder / "training.json")["iteration"]
-    except (OSError, UsageError, ValueError, KeyError, TypeError):  # none, or no such file of a run's
-        return False
-    return type(found) is int and found == iteration
 
 
 def beginning(call: Invocation, given: Mapping[str, Any]) -> Beginning:
@@ -98,8 +87,8 @@ def folder_named(call: Invocation) -> Path | None:
 def where_to_train(call: Invocation, given: Mapping[str, Any]) -> tuple[Path | None, Path | None]:
     """The checkpoint to go on from, if any, and the run's folder (None: a fresh one)."""
     if call.load is not None:
-        hint = why_no_file(call.load)
-        if hint is not None:
+        if not call.load.is_file():
+            hint = ""
             if (call.load / LIST).is_file():
                 hint = ", but many runs: name the checkpoint of one of them, or go on with all by --resume"
             raise UsageError(f"{call.load}: there is no such checkpoint{hint}")
@@ -125,14 +114,9 @@ def where_to_train(call: Invocation, given: Mapping[str, Any]) -> tuple[Path | N
         if call.resume:
             return there[0], folder
         raise UsageError(f"the run {folder} exists: go on with --resume, or choose another --run-name")
-    if not call.resume and taken(folder):
+    if not call.resume and is_occupied(folder):
         raise UsageError(f"{folder} is not empty: choose another --run-name, or --resume to begin in it")
     return None, folder
-
-
-def taken(folder: Path) -> bool:
-    """Whether there is something of that name, but an empty folder, or one whose lock alone is left."""
-    return folder.exists() and (not folder.is_dir() or any(each.name != LOCK for each in folder.iterdir()))
 
 
 def read_start(file: Path, given: Mapping[str, Any]) -> tuple[Checkpoint, Config]:
@@ -164,5 +148,5 @@ def fresh_folder(checkpoint_path: Path, config: Config, locked: ExitStack) -> Pa
         except FileExistsError:
             number += 1
         else:
-            locked.enter_context(training_in(folder))
+            locked.enter_context(lock_folder(folder))
             return folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -15,15 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.utils import _pytree as pytree
 
 from commands import config as settings
 from commands.config import Config, Invocation
 from commands.presets import is_own_code
 from common.batch import TaskBatch, TaskDistribution, Tree, arguments_of, first_tensor, tree_map
 from common.device import Runtime, device_of, machine_memory, set_up
-from common.errors import UsageError
-from common.memory import ran_out
+from common.errors import UsageError, is_out_of_memory
 from common.optimizers import InnerOptimizer, Weights
 from common.own_code import arguments_from
 from common.processes import ALONE, World
@@ -124,24 +121,6 @@ def facts(config: Config, runtime: Runtime, source: Checkpoint | None) -> dict[s
         "checkpoint": source.iteration if source else None,
         **settings.by_flag(config),
     }
-
-
-def digest(tensors: Any) -> str:
-    """Of all bits of the tensors in nested dictionaries and tuples."""
-    found = hashlib.sha256()
-    for tensor in pytree.tree_leaves(tensors):
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
-
-
-def data_digest(distribution: TaskDistribution, config: Config) -> str:
-    """Of a task and of the names of all classes, or tasks; of tasks that are computed there is nothing to
-    say: their last bits may differ between machines."""
-    if distribution.computed:
-        return "computed"
-    batch = distribution.sample("train", config.seed, 1, range(1))
-    names = hashlib.sha256(repr(sorted(distribution.split_names.items())).encode()).hexdigest()[:16]
-    return f"{digest(tuple(batch))} {names}"
 
 
 def tasks_of(config: Config, call: Invocation, runtime: Runtime) -> TaskDistribution:
@@ -309,7 +288,7 @@ def check_outputs(learner: nn.Module, example: Tree, outputs: int, config: Confi
         with torch.no_grad(), Elementary(keys, first_tensor(example)):
             found = first_tensor(probe(*positional, **named))
     except Exception as error:  # it is the user's code, and may fail in any way
-        if ran_out(error):
+        if is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
@@ -334,7 +313,7 @@ def tried(maml: MAML, parameters: Weights, distribution: TaskDistribution, confi
         maml.meta_gradient(parameters, tasks, keys=keys)
         return
     except Exception as error:  # an operator may stumble in any way
-        if ran_out(error):
+        if is_out_of_memory(error):
             raise
         failed = error
     reason = " ".join(str(failed).split())[:200]
@@ -435,15 +414,13 @@ def writable(folder: Path, flag: str) -> Path:
     return folder
 
 
-def check_processes(config: Config, runtime: Runtime, *, shard: bool = False) -> None:
+def check_processes(config: Config, runtime: Runtime) -> None:
     """Raises UsageError where there are more processes than tasks, or too few to share something."""
     if runtime.world.size > config.meta_batch_size:
         raise UsageError(
             f"{runtime.world.size} processes for a meta-batch of {config.meta_batch_size} tasks: take fewer "
             "(torchrun --nproc-per-node), or a larger --meta-batch-size"
         )
-    if shard and runtime.world.size == 1:
-        raise UsageError("--shard splits the optimizer's state over processes: start several with torchrun")
 
 
 def print_settings(config: Config, runtime: Runtime, first_line: str, *others: Config) -> None:

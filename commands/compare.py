@@ -18,8 +18,6 @@ from commands.build import no_empty_folder_left, prepare, writable
 from commands.config import Config, Invocation
 from commands.measuring import Subject
 from commands.presets import DATA_KINDS, is_own_code
-from commands.several import runs_in
-from common import memory
 from common.batch import TaskDistribution
 from common.errors import UsageError, printable
 from common.files import read_json
@@ -30,7 +28,8 @@ from evaluation.figures import THEMES
 from evaluation.meta_test import Evaluation
 from learners.losses import loss_name
 from training import trainer
-from training.checkpoint import BEST, LAST, Curve, in_run, load_checkpoint
+from training.checkpoint import Curve, load_checkpoint
+from training.folders import BEST, LAST, find_checkpoint, find_runs
 
 LONGEST_NAME = 100  # characters of the names of runs in that of a file
 
@@ -129,8 +128,7 @@ def _measured(
             subject = replace(subject, config=replace(subject.config, eval_tasks=tasks))
             print(f"Measuring {subject.name}", flush=True)
             runtime = prepare(subject.config, call)
-            with memory.said("before the evaluation", memory.AT_THE_START):
-                built = subject.built(call, runtime, known)
+            built = subject.built(call, runtime, known)
             results[seed] = built.measured(runtime, call.split, skipped)
             records.append(
                 {"name": entry.name, "seed": seed}
@@ -164,7 +162,7 @@ def places_of(given: Sequence[str]) -> list[Place]:
     found: list[Place] = []
     for text in given:
         path = Path(text)
-        many = runs_in(path)
+        many = find_runs(path)
         if not many:
             found.append(_place_of_one(path))
         folder, named = (path, "") if path.is_dir() else (path.parent, path.stem)
@@ -182,7 +180,7 @@ def _place_of_one(path: Path) -> Place:
     if not path.is_dir():
         return Place(path.parent, "", {0: path}, path.stem)
     try:
-        return Place(path, "", {0: in_run(path, BEST, LAST)}, "")
+        return Place(path, "", {0: find_checkpoint(path, BEST, LAST)}, "")
     except UsageError as error:
         raise UsageError(f"--compare {error}; of a folder of many, name the runs, as FOLDER/*") from error
 

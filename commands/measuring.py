@@ -10,12 +10,9 @@ from typing import Any
 from commands import config as settings
 from commands.build import build, data_of
 from commands.config import Config, Invocation
-from common import memory
 from common.batch import TaskDistribution
 from common.device import Runtime, versions
-from common.errors import UsageError
 from common.optimizers import Weights
-from common.processes import ALONE, World
 from dataset import Regression
 from evaluation import meta_test as evaluation
 from evaluation import tables as report
@@ -157,34 +154,19 @@ class Built:
         if self.maml.has_batch_norm:
             normalisations = ("transductive", "inductive", *["per-step"] * bool(self.statistics))
 
-        def evaluated(maml: MAML, tasks: int, world: World) -> Evaluation:
-            return evaluation.evaluate(
-                maml,
-                self.parameters,
-                self.distribution,
-                split,
-                tasks=tasks,
-                steps=config.eval_steps,
-                normalisations=normalisations,
-                statistics=self.statistics,
-                inner_batch=config.eval_inner_batch,
-                skipped=skipped,
-                world=world,
-            )
-
-        def attempt(at_once: int) -> None:
-            evaluated(self.maml.with_options(tasks_at_once=at_once), min(at_once, config.eval_tasks), ALONE)
-
-        try:
-            return evaluated(self.maml, config.eval_tasks, runtime.world)
-        except memory.ERRORS as error:
-            if not memory.ran_out(error):
-                raise
-            memory.free(error)
-            size = evaluation.chunk_size(self.maml, self.parameters, self.distribution, config.eval_tasks)
-            at_once = min(size, config.eval_tasks)
-            fits = memory.fitting(attempt, at_once, runtime.device)
-            raise UsageError(memory.line("in the evaluation", at_once, fits)) from None
+        return evaluation.evaluate(
+            self.maml,
+            self.parameters,
+            self.distribution,
+            split,
+            tasks=config.eval_tasks,
+            steps=config.eval_steps,
+            normalisations=normalisations,
+            statistics=self.statistics,
+            inner_batch=config.eval_inner_batch,
+            skipped=skipped,
+            world=runtime.world,
+        )
 
     def write(
         self, result: Evaluation, file: str, record: Mapping[str, Any], theme: Theme = LIGHT

@@ -17,7 +17,6 @@ from commands.config import CONFIG_FLAGS, Config, Invocation
 from common.errors import UsageError
 from common.options import Flag
 
-LIST = "runs.json"  # in the folder of many runs: which they are
 MOST = 1000  # runs of a command line
 LONGEST = 40  # characters of a value in a folder's name, its last ones: paths differ there
 LONGEST_NAME = 200  # bytes of that of a folder

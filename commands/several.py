@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from commands import config as settings
-from commands.beginning import Beginning, beginning, fresh_folder, has_results, saved_parameters, taken
+from commands.beginning import Beginning, beginning, fresh_folder, saved_parameters
 from commands.build import (
     build,
     check_splits,
@@ -31,12 +31,10 @@ from commands.build import (
     writable,
 )
 from commands.config import CONFIG_FLAGS, Config, Invocation
-from commands.members import LIST, Member, compiles
+from commands.members import Member, compiles
 from common.batch import TaskDistribution
 from common.device import Runtime
 from common.errors import UsageError
-from common.files import read_json
-from common.locks import training_in
 from common.processes import World
 from evaluation import seeds as spread
 from evaluation import tables as report
@@ -44,8 +42,9 @@ from evaluation.figures import THEMES, Theme
 from learner import LEARNERS
 from learners.losses import LOSSES, loss_name
 from maml import MAML
-from training.checkpoint import BEST, LAST, check_same_split, load_checkpoint
+from training.checkpoint import check_same_split, load_checkpoint
 from training.compiler import Compiler
+from training.folders import LAST, LIST, has_results, is_occupied, list_runs, lock_folder
 from training.run import Run, as_measured
 from training.trainer import AT_ONCE, FAILED, Trainer
 
@@ -130,8 +129,8 @@ def train_many(
         named = call.checkpoint_path / call.run_name if call.run_name else None
         if named and world.first:
             locked.enter_context(no_empty_folder_left(named))
-            locked.enter_context(training_in(named, [member.name for member in members]))
-        if named and not call.resume and taken(named):
+            locked.enter_context(lock_folder(named, [member.name for member in members]))
+        if named and not call.resume and is_occupied(named):
             raise UsageError(f"{named} is not empty: choose another --run-name, or --resume to go on there")
         if named and (named / LAST).exists():
             raise UsageError(f"{named} is a run, not a folder of many: choose another --run-name")
@@ -182,7 +181,7 @@ def _check_settings(folder: Path, members: Sequence[Member]) -> None:
     their mean would be one of different things."""
     wanted = {member.setting: member for member in members}
     names = {member.name for member in members}
-    for run in listed_in(folder):
+    for run in list_runs(folder):
         file = folder / run.name / LAST
         if run.name in names or run.setting not in wanted or not file.is_file():
             continue
@@ -199,7 +198,7 @@ def _check_settings(folder: Path, members: Sequence[Member]) -> None:
 def _write_list(folder: Path, members: Sequence[Member]) -> None:
     """Says which runs the folder has: these, and those that it had before."""
     listed = {m.name: {"name": m.name, "setting": m.setting, "seed": m.seed} for m in members}
-    before = {run.name: vars(run) for run in listed_in(folder)} if (folder / LIST).exists() else {}
+    before = {run.name: vars(run) for run in list_runs(folder)} if (folder / LIST).exists() else {}
     report.write_json(folder / LIST, {"runs": list((before | listed).values())})
 
 
@@ -315,63 +314,3 @@ def _write_summary(folder: Path, outcomes: Sequence[Mapping[str, Any]], theme: T
     report.write_json(folder / f"{SUMMARY}.json", spread.training_record(outcomes))
     report.write_figure(folder / f"{SUMMARY}.png", spread.training_figure(outcomes, theme))
     print(f"Written: {folder / SUMMARY}.json and .png")
-
-
-# ---- finding them again --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Listed:
-    """A run in the folder of many."""
-
-    name: str
-    setting: str
-    seed: int
-
-
-@dataclass(frozen=True)
-class Found(Listed):
-    """Such a run, and its checkpoint."""
-
-    file: Path
-
-
-def listed_in(folder: Path) -> list[Listed]:
-    """The runs that the folder's list has; raises UsageError where it is damaged."""
-    try:
-        plain = read_json(folder / LIST)["runs"]
-        runs = [Listed(run["name"], run["setting"], run["seed"]) for run in plain]
-        valid = all(
-            isinstance(run.name, str)
-            and isinstance(run.setting, str)
-            and f"{run.name}{run.setting}".isprintable()
-            and type(run.seed) is int
-            and run.name not in ("", ".", "..")
-            and Path(run.name).name == run.name
-            for run in runs
-        )
-    except (ValueError, KeyError, TypeError):
-        valid = False
-    if not valid or not runs:
-        raise UsageError(f"{folder / LIST} is damaged: name the checkpoint of one run")
-    return runs
-
-
-def runs_in(path: Path) -> list[Found]:
-    """The checkpoints of the runs below a folder of many, best.pt of each, or the ones that `path` names in
-    it (FOLDER/last.pt); empty where it is none.
-
-    Raises UsageError where it is one that cannot be used.
-    """
-    folder, name = (path, None) if path.is_dir() else (path.parent, path.name)
-    if path.is_file() or not (folder / LIST).is_file() or name not in (None, BEST, LAST):
-        return []
-    found = []
-    for run in listed_in(folder):
-        names = (name,) if name else (BEST, LAST)
-        files = (folder / run.name / each for each in names)
-        file = next((each for each in files if each.is_file()), None)
-        if file is None:
-            raise UsageError(f"{folder / run.name} has no {names[0]}: go on with its training first")
-        found.append(Found(run.name, run.setting, run.seed, file))
-    return found

@@ -1,8 +1,23 @@
-"""What is shown to the user as a single line, and what makes one of a text."""
+"""Errors that a user sees as one line, and the texts of those lines; every layer raises them.
+
+`main.py` prints a `UsageError` without a traceback and ends with exit code 2. The standard library alone:
+mistakes in the flags are answered before PyTorch is imported.
+"""
+
+from __future__ import annotations
 
 import errno
 
 LONGEST = 1000  # characters of a message
+OUT_OF_MEMORY = (  # in PyTorch's RuntimeErrors: CPU, CUDA and MPS, cuBLAS and cuDNN, C++
+    "out of memory",
+    "not enough memory",
+    "allocate memory",
+    "ALLOC_FAILED",
+    "bad_alloc",
+    "Storage size calculation overflowed",
+    "run_func_(",  # compiled functions in PyTorch 2.11 fail at nothing else, and say no more
+)
 
 
 class UsageError(Exception):
@@ -10,7 +25,7 @@ class UsageError(Exception):
 
 
 class AgreedError(UsageError):
-    """One that all processes of the job raise: the first says it, and the others leave it the time to."""
+    """A UsageError that all processes of the job raise: the first prints it, the others wait `seconds`."""
 
     seconds = 3.0
 
@@ -19,28 +34,37 @@ class LostError(Exception):
     """Another process of the job has ended, or has not answered in time."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that no memory is left, on the host or on the device."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)
+    )
+
+
 def reason_of(error: OSError) -> str:
-    """Why a file could not be read or written, in a few words."""
+    """Return in a few words why a file could not be read or written."""
     return (error.strerror or str(error) or type(error).__name__).lower()
 
 
-def printable(text: str) -> str:
-    """A text from elsewhere, such as a file's name, with escapes for what a terminal would obey."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def said_of(error: OSError) -> str:
-    """The same with the file, and what to do."""
+def describe_os_error(error: OSError) -> str:
+    """Return the file, why it could not be read or written, and what to do."""
     full = "; free some space, or write to another disk" if error.errno == errno.ENOSPC else ""
     return f"{error.filename}: {reason_of(error)}{full}" if error.filename else one_line(error)
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, of one line."""
+    """Return an error's message on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def printable(text: str) -> str:
+    """Escape what a terminal would obey in a text from elsewhere, such as a file's name."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def for_terminal(text: str) -> str:
-    """A text of one line and nothing that a terminal would obey, of a long one both ends."""
+    """Return a text as one printable line; of a long one, both ends."""
     text = printable(" ".join(text.split()))
     return text if len(text) <= LONGEST else f"{text[: 2 * LONGEST // 3]} ... {text[-(LONGEST // 3 - 5) :]}"

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import IO, TypeVar
 
 from common.errors import one_line, printable
-from common.files import user_cache
-from common.locks import one_at_a_time
+from common.files import one_at_a_time, user_cache
 
 T = TypeVar("T")
 TITLE_BYTES = 100  # of a folder's name in that of its cache
@@ -71,11 +70,10 @@ def _built(path: Path, size: int, read: Callable[[Path], T | None], write: Calla
         if shutil.disk_usage(folder).free < size:  # before hours of work, not after
             raise OSError("too little room")
         title = path.name.lstrip(".").rpartition("-")[0]
-        with one_at_a_time(folder / f".{title}.lock", on_wait=lambda: _say_waiting(title)) as sure:
+        with one_at_a_time(folder / f".{title}.lock", on_wait=lambda: _say_waiting(title)):
             found = read(path)  # another process may have built it meanwhile
             if found is None:
-                if sure:
-                    _remove_leftovers(folder, title)
+                _remove_leftovers(folder, title)
                 _write(path, write)
                 found = read(path)
         if found is None:

@@ -32,8 +32,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from tqdm import tqdm
 
-from common import bars
 from common.errors import UsageError, one_line, printable
 from common.files import opened
 from common.random import Stream
@@ -669,7 +669,7 @@ def _from_cache_or_sources(
     def write(file: IO[bytes]) -> None:
         # Written rather than memory-mapped, because a full disk is an error here and a crash there.
         desc = f"Preparing {printable(title)} (once)"
-        with bars.of(total=shape[0], desc=desc, unit=" images") as bar:
+        with tqdm(total=shape[0], desc=desc, unit=" images") as bar:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             for image in images():

@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from commands.config import OMNIGLOT_CLASSES, OMNIGLOT_DRAWINGS
-from common import bars
 from common.errors import UsageError, one_line
 from common.files import opened
 from common.random import Stream
@@ -170,7 +170,7 @@ def _read(sources: list[Path], resize: str) -> tuple[np.ndarray, list[str]]:
     """Images `[characters, 20, 28, 28]`, and the characters' names."""
     images, names = [], []
     total = sum(PARTS.values()) * OMNIGLOT_DRAWINGS
-    with bars.of(total=total, desc="Preparing Omniglot (once)", unit=" drawings") as bar:
+    with tqdm(total=total, desc="Preparing Omniglot (once)", unit=" drawings") as bar:
         for source, (part, expected) in zip(sources, PARTS.items(), strict=True):
             try:
                 with _drawings(source) as drawings:

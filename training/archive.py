@@ -22,7 +22,7 @@ from typing import IO, Any, NoReturn
 import torch
 from torch import Tensor
 
-from common.files import opened_or_refused
+from common.errors import UsageError
 
 MOST_DIRECTORY = (
     2**22
@@ -59,7 +59,9 @@ def read_archive(path: Path) -> Any:
     Raises NotPlainError for whatever else there may be, and for files that are damaged; UsageError for what
     is no file.
     """
-    with opened_or_refused(path, "checkpoint") as file:
+    if not path.is_file():
+        raise UsageError(f"{path}: there is no such checkpoint")
+    with path.open("rb") as file:
         try:
             return _Program(_Archive(file)).result()
         except NotPlainError:

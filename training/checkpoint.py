@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -23,15 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from commands.config import Config, config_from_plain, config_to_plain
-from commands.members import LIST
 from common.errors import UsageError
 from common.files import write_all_whole, write_whole
 from training.archive import NotPlainError, read_archive
 
 FORMAT = "maml checkpoint"
 VERSION = 2  # 1 had no digest; tests/checkpoints/README.md says what to do where this grows
-LAST = "last.pt"
-BEST = "best.pt"
 MOST_ITERATIONS = 2**53  # float64 counts as far
 
 
@@ -137,20 +133,6 @@ def replaceable(path: Path) -> bool:
     except Exception:  # the unpickler may meet any bytes
         return False
     return isinstance(content, dict) and all(isinstance(value, Tensor) for value in content.values())
-
-
-def in_run(path: Path, *names: str) -> Path:
-    """The path; but of a run's folder, the first of these checkpoints that is there.
-
-    Raises UsageError for a folder without any, but not for one of many runs.
-    """
-    with suppress(OSError):  # who reads it says so
-        if path.is_dir() and not (path / LIST).is_file():
-            for name in names:
-                if (path / name).is_file():
-                    return path / name
-            raise UsageError(f"{path}: there is no such checkpoint: the folder has neither {LAST} nor {BEST}")
-    return path
 
 
 def initialisation_of(checkpoint: Checkpoint) -> Checkpoint:

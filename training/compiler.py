@@ -30,8 +30,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from common.files import user_cache
-from common.locks import one_at_a_time
+from common.files import one_at_a_time, user_cache
 
 Function = Callable[..., Any]
 Signature = tuple[tuple[tuple[torch.Size, torch.dtype], ...], str | None]  # and the structure
@@ -145,8 +144,8 @@ class Compiler:
                 path = folder / f"{self._key(graph, tensors, options)}.pt2"
                 library = _kept(path, output_structure)
                 if library is None:
-                    with one_at_a_time(path.with_suffix(".lock"), interrupted=self.interrupted) as sure:
-                        for left in path.parent.glob(f"{path.stem}-*") if sure else ():  # of a killed process
+                    with one_at_a_time(path.with_suffix(".lock"), interrupted=self.interrupted):
+                        for left in path.parent.glob(f"{path.stem}-*"):  # of a killed process
                             shutil.rmtree(left, ignore_errors=True)
                         library = _kept(path, output_structure)
                         if library is None:

@@ -22,7 +22,8 @@ from evaluation.tables import write_json
 from inner_loop import RATE
 from learners.losses import loss_name
 from maml import MAML
-from training.checkpoint import BEST, Checkpoint, Curve, Progress, adam_state
+from training.checkpoint import Checkpoint, Curve, Progress, adam_state
+from training.folders import BEST, RESULTS
 from training.step import TAIL
 from training.tensorboard import RunLog, settings_as_markdown
 
@@ -248,7 +249,7 @@ class Run:
             self.log.figure("training", figure, after, self.folder / "training.png")
         self.log.end(after, failed=self.failure is not None)
         self.log.flush()
-        write_json(self.folder / "training.json", result)  # the last: a run that has it is finished
+        write_json(self.folder / RESULTS, result)  # the last: a run that has it is finished
 
 
 def shown_steps(steps: int) -> list[int]:

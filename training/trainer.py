@@ -24,21 +24,19 @@ from tqdm import tqdm
 
 from commands.build import own_code_flags
 from commands.config import Config
-from common import bars, memory
 from common.batch import TaskDistribution, tree_map
-from common.errors import AgreedError, LostError, UsageError, reason_of
+from common.errors import LostError, UsageError, is_out_of_memory, reason_of
 from common.optimizers import Weights
 from common.processes import ALONE, Late, World
-from common.saving import Saver
-from evaluation.meta_test import Evaluation, chunk_size, evaluate
+from evaluation.meta_test import Evaluation, evaluate
 from learner import LEARNERS
 from maml import MAML
 from training import divergence
-from training.checkpoint import BEST, LAST, moments_of
+from training.checkpoint import Checkpoint, moments_of, save_checkpoints
 from training.compiler import CompilationError, Compiler
+from training.folders import BEST, LAST
 from training.run import Run
 from training.schedules import meta_lr_at
-from training.sharding import ShardedStep, slice_of
 from training.step import (
     TAIL,
     CudaGraph,
@@ -78,7 +76,6 @@ class Trainer:
         distribution: of validation tasks; training ones may have more support examples.
         compiler: what makes compiled functions of `maml`'s and of the whole iteration.
         world: the processes that share the tasks of an iteration.
-        shard: split the optimizer's state over them.
         shown: show the progress; else it is silent.
     """
 
@@ -90,7 +87,6 @@ class Trainer:
         compiler: Compiler,
         world: World = ALONE,
         *,
-        shard: bool = False,
         shown: bool = True,
     ) -> None:
         self.runs = list(runs)
@@ -98,7 +94,6 @@ class Trainer:
         self.distribution = distribution
         self.compiler = compiler
         self.world = world
-        self.sharded = shard and world.size > 1
         self.shown = shown and world.first
         self.layout = FlatLayout(runs[0].parameters)
         statistics = maml.initial_statistics()
@@ -114,8 +109,6 @@ class Trainer:
         self.plain_step = self._plain_step()
         self.meta_step: MetaStep | CudaGraph = self.plain_step
         self.signal: int | None = None
-        self.saver = Saver(self._say)
-        self.saved_at = time.monotonic()
         self.stop_asked = Late(self.state.parameters.device)
 
     def _state_of(self, run: Run) -> State:
@@ -128,8 +121,6 @@ class Trainer:
                 self.layout.flatten(moment).to(vector) for moment in moments_of(run.start, self.layout.shapes)
             )
             statistics = run.start.statistics
-        if self.sharded:
-            first, second = (slice_of(moment, self.world).clone() for moment in (first, second))
         sums = [run.progress.window.get(name, 0.0) for name in self.metrics]
         return State(
             vector,
@@ -175,7 +166,7 @@ class Trainer:
             config.msl_iterations if config.objective == "multi-step" else None,
             config.on_nan,
         )
-        return (ShardedStep if self.sharded else MetaStep)(
+        return MetaStep(
             self.maml.with_options(meta_gradient="first-order") if first_order else self.maml,
             self.distribution.resized(config.training_shots),
             outer,
@@ -274,22 +265,21 @@ class Trainer:
         for run in self.runs:
             run.begin()
         window_start, window_first = time.monotonic(), self.iteration
-        bar = bars.of(
+        bar = tqdm(
             total=config.iterations, initial=self.iteration, unit="it", dynamic_ncols=True,
             disable=not self.shown,
         )  # fmt: skip
         redrawn, shown_first = time.monotonic(), self.iteration + 1
-        self.saved_at = time.monotonic()
         with bar, self._signals():
             if self._validation_is_missing():
                 with (
-                    self._saved_if_lost(self._tasks_of_validation(), "in the validation "),
+                    self._saved_if_lost(),
                     self._shown_as(bar, "validating"),
                 ):
                     self._validate(last=self.iteration == config.iterations)
             stopping = self._interrupted()
             while self.iteration < config.iterations and not stopping:
-                with self._saved_if_lost(self._tasks_of_step()):
+                with self._saved_if_lost():
                     taken = self.step(bar)
                 if not taken:
                     self._look_for_failures()
@@ -317,7 +307,7 @@ class Trainer:
                 if validating:
                     paused = time.monotonic()
                     with (
-                        self._saved_if_lost(self._tasks_of_validation(), "in the validation "),
+                        self._saved_if_lost(),
                         self._shown_as(bar, "validating"),
                     ):
                         self._validate(last=last)
@@ -325,7 +315,7 @@ class Trainer:
                 stopping = stopping or self._interrupted()
                 if stopping:  # in all processes
                     self._look_for_failures()
-                if saving or stopping or self._minutes_are_over(logging):
+                if saving or stopping:
                     self.save(LAST)
         missing = any(run.writes and not (run.folder / LAST).exists() for run in self._living())
         if any(self.world.gathered(missing)):  # killed between best.pt and last.pt of the last iteration
@@ -338,21 +328,10 @@ class Trainer:
         return FAILED if len(self._living()) < len(self.runs) else 0
 
     def _end(self) -> None:
-        """Writes the results; raises UsageError in all processes where they, or the last state, cannot be."""
-        problem = None
-        if self.saver.unsaved:
-            failures = [f"{run.failure}; " for run in self.runs if run.failure is not None]
-            problem = f"{''.join(failures[:1])}{self.saver.rescued(self.iteration)}"
-        else:
-            try:
-                for run in self.runs if not self._validation_is_missing() else ():
-                    run.end(classification=self.distribution.classification)
-            except OSError as error:
-                problem = f"the run is saved, but not its results ({reason_of(error)}): the same again with "
-                problem += f"--load {self.runs[0].folder / LAST} writes them"
-        problems = [each for each in self.world.gathered(problem) if each]
-        if problems:
-            raise AgreedError(problems[0])
+        """Write the results; raises UsageError in all processes where they cannot be written."""
+        with self.world.together():
+            for run in self.runs if not self._validation_is_missing() else ():
+                run.end(classification=self.distribution.classification)
 
     # ---- numbers that are not finite ----------------------------------------------------------
 
@@ -376,8 +355,7 @@ class Trainer:
         run.iteration, run.parameters = good, self.layout.unflatten(state.parameters)
         run.progress.window_size = self.window_size - (self.iteration - good)
         run.failure = divergence.UNKNOWN
-        self._save_state(LAST, run, state)
-        self._write()
+        self._write(LAST, [(run, state)])
         run.failure = f"{run.folder.name}, iteration {good + 1:,}: {self._cause(run, good)}"
         if run.writes:
             run.log.text("failure", run.failure, good)
@@ -395,61 +373,37 @@ class Trainer:
         return causes[0] if causes else divergence.UNKNOWN
 
     @contextmanager
-    def _saved_if_lost(self, at_once: int, where: str = "") -> Iterator[None]:
-        """Where another process is lost within it, or there is no memory for so many tasks at once, saves the
-        last iteration: the state is whole, and what is due after it is done where the run goes on."""
+    def _saved_if_lost(self) -> Iterator[None]:
+        """Save the state of the last iteration where another process is lost, or memory runs out.
+
+        The work that was interrupted is done by the resumed run.
+        """
         try:
             yield
         except LostError:
-            if not self.sharded:
-                self.save(LAST)
+            self.save(LAST)
             raise
-        except memory.ERRORS as error:
-            if not memory.ran_out(error):
+        except (MemoryError, RuntimeError, OSError) as error:
+            if not is_out_of_memory(error):
                 raise
-            memory.free(error)
-            raise self._out_of_memory(at_once, where) from None
+            raise self._out_of_memory() from None
 
-    # ---- out of memory ----------------------------------------------------------------------
-
-    def _tasks_of_step(self) -> int:
-        tasks = len(self.plain_step.share)
-        return min(tasks, self.maml.tasks_at_once or tasks)
-
-    def _tasks_of_validation(self) -> int:
-        size = chunk_size(self.maml, self.runs[0].parameters, self.distribution, VALIDATION_TASKS)
-        return min(size, VALIDATION_TASKS)
-
-    def _out_of_memory(self, at_once: int, where: str) -> UsageError:
-        """Saves, and says how many tasks at once fit, and how to go on."""
-        saved = self._saved()
-        place = f"{where}at iteration {self.iteration + (not where):,}"
-        if self.world.size > 1 and self.world.first:
-            place += " in process 0"
-        fits = memory.fitting(self._take, at_once, self.state.parameters.device)
-        found = memory.line(place, at_once, fits)
+    def _out_of_memory(self) -> UsageError:
+        """Save if possible, and say what to lower and how to resume."""
+        saved = False
+        with suppress(Exception):  # an older checkpoint exists, and something else has to be said
+            self.save(LAST)
+            saved = True
+        tasks = self.maml.tasks_at_once or len(self.plain_step.share)
         run = self.runs[0]
         command = f"the same command with --run-name {run.folder.parent.name} --resume"
         if len(self.runs) == 1:
             command = shlex.join(["--load", str(run.folder / LAST), *own_code_flags(run.config)])
-        option = f" --tasks-at-once {fits}" if fits else ""
-        since = f"iteration {self.iteration:,}" if saved else "its last checkpoint"
-        return UsageError(f"{found}; the run goes on from {since} with {command}{option}")
-
-    def _saved(self) -> bool:
-        """Saves, if it can."""
-        if self.sharded or not self.runs[0].writes:
-            return False
-        with suppress(Exception):  # there is an older one, and something else to be said
-            self.save(LAST)
-        return not self.saver.unsaved
-
-    def _take(self, tasks_at_once: int) -> None:
-        """An iteration, and a part of a validation, with so many tasks at once; nothing comes of it."""
-        self.compiler.active = False
-        self.maml = self.maml.with_options(tasks_at_once=tasks_at_once)
-        self._plain_step().rehearse(self.state, self.iteration)
-        self._evaluated(self.runs[0], min(tasks_at_once, VALIDATION_TASKS), ALONE)
+        since = f"iteration {self.iteration:,}" if saved else "the last checkpoint"
+        return UsageError(
+            f"out of memory at iteration {self.iteration:,} with {tasks} tasks at once: resume from {since} "
+            f"with {command} and a smaller --tasks-at-once"
+        )
 
     def _validation_is_missing(self) -> bool:
         """Whether the run was left before the validation of its last iteration."""
@@ -471,14 +425,6 @@ class Trainer:
             return False
         self.signal = max(self.world.gathered(self.signal or 0)) or signal.SIGTERM
         return True
-
-    def _minutes_are_over(self, logging: bool) -> bool:
-        """Whether last.pt is due by the clock: the first process's, since it writes; where all take part in
-        the saving, they agree on it at each point of the curves."""
-        seconds = 60 * self.config.save_every_minutes
-        if not self.sharded:
-            return self.world.first and time.monotonic() - self.saved_at > seconds
-        return logging and self.world.from_first(lambda: time.monotonic() - self.saved_at > seconds)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -522,40 +468,45 @@ class Trainer:
             tqdm.write(text, file=sys.stderr)
 
     def save(self, name: str, runs: Sequence[Run] | None = None) -> None:
-        """Writes a checkpoint of these runs, or of all: of several, all files first, then their names.
+        """Write a checkpoint of these runs, or of all.
 
-        What cannot be written is written with the next one.
+        Of several runs, all files are written before the first is renamed. Raises UsageError where the disk
+        does not take them; the previous checkpoints are whole then.
         """
         self._show_runs()
-        for run, state in zip(self.runs, self._states(), strict=True):
-            if run.failure is None and (runs is None or run in runs):
-                self._save_state(name, run, state)
-        self._write()
-        if name == LAST:
-            self.saved_at = time.monotonic()
+        states = zip(self.runs, self._states(), strict=True)
+        self._write(name, [(r, s) for r, s in states if r.failure is None and (runs is None or r in runs)])
 
-    def _save_state(self, name: str, run: Run, state: State) -> None:
-        """Notes what is to be written."""
-        moments = [state.exp_avg, state.exp_avg_sq]
-        if self.sharded:
-            moments = [self.world.whole_of_slices(part)[: self.layout.size] for part in moments]
+    def _write(self, name: str, runs: Sequence[tuple[Run, State]]) -> None:
+        writers = [
+            (run.folder / name, self._checkpoint_of(run, state))
+            for run, state in runs
+            if run.writes and (run.failure is not None or not math.isinf(state.sums[-1].item()))
+        ]
+        try:
+            for path, _ in writers:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            for run, _ in runs:  # what a checkpoint has seen is in the event files first
+                run.log.flush()
+            save_checkpoints(writers)
+        except OSError as error:
+            raise UsageError(
+                f"{error.filename or writers[0][0]}: not saved at iteration {self.iteration:,} "
+                f"({reason_of(error)}); the previous checkpoint is whole: free some space and resume from it"
+            ) from error
+
+    def _checkpoint_of(self, run: Run, state: State) -> Checkpoint:
         sums = state.sums.tolist()
-        if math.isinf(sums[-1]):  # what is saved can go on
+        if math.isinf(sums[-1]):  # a failed run can be resumed
             sums[-1] = 0.0
-        if not run.writes or (run.failure is None and math.isinf(state.sums[-1].item())):
-            return
         layout = self.statistics_layout
-        content = run.checkpoint(
-            [self.layout.unflatten(moment) for moment in moments],
+        return run.checkpoint(
+            [self.layout.unflatten(moment) for moment in (state.exp_avg, state.exp_avg_sq)],
             layout.unflatten(state.statistics) if layout else {},
             dict(zip(self.metrics, sums, strict=True)),
             self.maml,
             self.distribution,
         )
-        self.saver.add(run.folder / name, content)
-
-    def _write(self) -> None:
-        self.saver.write((run.log for run in self.runs), self.iteration)
 
     # ---- what is shown ----------------------------------------------------------------------
 

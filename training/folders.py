@@ -1,0 +1,157 @@
+"""What lies in a run's folder, and in the folder of many runs: names, locks, and what was left there.
+
+    RUN/last.pt, best.pt       checkpoints: the newest, and the best on the validation tasks
+    RUN/training.json          curves and outcome; a run that has it is finished
+    RUN/events.out.tfevents.*  for TensorBoard
+    RUNS/runs.json             the runs of a sweep, each in a folder of its own below
+
+Commands and the trainer find files through this module; it imports no PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from common.errors import UsageError
+from common.files import read_json
+
+LAST = "last.pt"
+BEST = "best.pt"
+RESULTS = "training.json"
+LIST = "runs.json"
+LOCK = ".lock"
+PATIENCE = 2.0  # seconds in which a killed process is gone
+OTHER_NAME = "choose another --run-name"
+
+
+# ---- locks ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def lock_folder(folder: Path, members: Sequence[str] = (), *, otherwise: str = OTHER_NAME) -> Iterator[None]:
+    """Hold a run's folder, which is made if need be: no other process trains there meanwhile.
+
+    The lock ends with the process, however that ends.
+
+    Args:
+        members: folders in it that are held too, those of a sweep's runs.
+        otherwise: what a user can do instead of waiting.
+
+    Raises:
+        UsageError: another process trains there.
+    """
+    with ExitStack() as locks:
+        for part in (folder, *(folder / name for name in members)):
+            locks.enter_context(_lock(part, otherwise))
+        for left in folder.glob(".*.pt.*.tmp"):  # of a process that was killed while it saved
+            left.unlink(missing_ok=True)
+        yield
+
+
+@contextmanager
+def _lock(folder: Path, otherwise: str) -> Iterator[None]:
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=PATIENCE)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UsageError(
+            f"{folder} is in use by another process: wait, end that one, or {otherwise}"
+        ) from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows removes no open file
+            (folder / LOCK).unlink(missing_ok=True)
+        lock.release()
+        if new:
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+
+
+# ---- one run --------------------------------------------------------------------------------------
+
+
+def is_occupied(folder: Path) -> bool:
+    """Return whether anything lies in the folder, or in its place, apart from a lock."""
+    return folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir()))
+
+
+def has_results(folder: Path, iteration: int) -> bool:
+    """Return whether a run has written its results at this iteration."""
+    try:
+        return read_json(folder / RESULTS)["iteration"] == iteration
+    except (OSError, UsageError, ValueError, KeyError, TypeError):  # none, or another program's
+        return False
+
+
+def find_checkpoint(path: Path, *names: str) -> Path:
+    """Return the path itself, or the first of these checkpoints in it where it is a run's folder.
+
+    The folder of many runs is returned as it is. Raises UsageError for a folder without a checkpoint.
+    """
+    if not path.is_dir() or (path / LIST).is_file():
+        return path
+    for name in names:
+        if (path / name).is_file():
+            return path / name
+    raise UsageError(f"{path}: there is no such checkpoint: the folder has neither {LAST} nor {BEST}")
+
+
+# ---- many runs ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ListedRun:
+    """A run in the folder of many: its own folder's name, its sweep setting in words, its seed."""
+
+    name: str
+    setting: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class SavedRun(ListedRun):
+    """A listed run and its checkpoint."""
+
+    file: Path
+
+
+def list_runs(folder: Path) -> list[ListedRun]:
+    """Return the runs that a folder of many lists; raises UsageError where the list is damaged."""
+    try:
+        entries = read_json(folder / LIST)["runs"]
+        runs = [ListedRun(entry["name"], entry["setting"], entry["seed"]) for entry in entries]
+    except (ValueError, KeyError, TypeError):
+        runs = []
+    if not runs:
+        raise UsageError(f"{folder / LIST} is damaged: name the checkpoint of one run")
+    return runs
+
+
+def find_runs(path: Path) -> list[SavedRun]:
+    """Return the checkpoints below a folder of many runs; none where the path is another thing.
+
+    Args:
+        path: the folder, for the best checkpoint of each run; or FOLDER/last.pt, FOLDER/best.pt.
+
+    Raises:
+        UsageError: the list is damaged, or a run has no such checkpoint.
+    """
+    folder, name = (path, None) if path.is_dir() else (path.parent, path.name)
+    if path.is_file() or not (folder / LIST).is_file() or name not in (None, BEST, LAST):
+        return []
+    saved = []
+    for run in list_runs(folder):
+        names = (name,) if name else (BEST, LAST)
+        file = next((p for p in (folder / run.name / n for n in names) if p.is_file()), None)
+        if file is None:
+            raise UsageError(f"{folder / run.name} has no {names[0]}: resume its training first")
+        saved.append(SavedRun(run.name, run.setting, run.seed, file))
+    return saved
