@@ -28,9 +28,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from commands import config as settings
-from commands.config import Invocation
+from commands.call import Call, check_call
 from commands.members import Member, members_of
+from commands.parser import parse
+from commands.resolve import resolve, resolve_from
 from common.errors import (
     AgreedError,
     LostError,
@@ -40,6 +41,7 @@ from common.errors import (
     is_out_of_memory,
     one_line,
 )
+from tasks.options import CURVES
 
 if TYPE_CHECKING:
     from commands.measuring import Subject
@@ -121,12 +123,12 @@ def _said_of(error: BaseException) -> str | None:
 def command(arguments: list[str]) -> int:
     """The same, with errors raised."""
     try:
-        given = settings.parse(arguments)
-        call = settings.check_invocation(given)
+        given = parse(arguments)
+        call = check_call(given)
         # mistakes answer before PyTorch is imported
         members = members_of(call, given)
         if call.load is None and not call.resume and not members and not call.compare:
-            settings.resolve(given)
+            resolve(given)
 
         check_current_folder()
         from common.device import device_of
@@ -169,14 +171,14 @@ def command(arguments: list[str]) -> int:
 # ---- training -------------------------------------------------------------------------------
 
 
-def train(call: Invocation, given: Mapping[str, Any], world: World) -> int:
+def train(call: Call, given: Mapping[str, Any], world: World) -> int:
     """A new run, or one that goes on (--load, --resume); its folder is locked from before its checkpoint is
     read until its results are written."""
     with ExitStack() as locked:
         return train_locked(call, given, world, locked)
 
 
-def train_locked(call: Invocation, given: Mapping[str, Any], world: World, locked: ExitStack) -> int:
+def train_locked(call: Call, given: Mapping[str, Any], world: World, locked: ExitStack) -> int:
     """The same; `locked` is what keeps the folder for this process."""
     from commands.beginning import beginning, folder_named, fresh_folder, saved_parameters
     from commands.build import (
@@ -228,8 +230,8 @@ def train_locked(call: Invocation, given: Mapping[str, Any], world: World, locke
             if at.start is not None and at.start_file is not None:
                 check_same_split(at.start_file, at.start.splits, distribution.split_names)
             check_splits(distribution, config)
-            parameters = maml.initial_parameters(config.seed)
-            if config.learner not in LEARNERS or config.loss not in LOSSES:
+            parameters = maml.initial_parameters(config.training.seed)
+            if config.learner.learner not in LEARNERS or config.learner.loss not in LOSSES:
                 tried(maml, parameters, distribution, config)
             parameters = saved_parameters(at, maml, parameters)
     for name in sorted(parameters):  # initial weights may differ in the last bit between machines
@@ -237,7 +239,7 @@ def train_locked(call: Invocation, given: Mapping[str, Any], world: World, locke
     folder = at.folder or world.from_first(lambda: fresh_folder(call.checkpoint_path, config, locked))
     run = Run(
         config, folder, parameters, at.start, at.origin,
-        computed_by=runtime.computed_by(tasks=config.tasks_at_once), writes=world.first, theme=call.theme,
+        computed_by=runtime.computed_by(tasks=config.training.tasks_at_once), writes=world.first,
     )  # fmt: skip
     trainer = Trainer([run], maml, distribution, compiler, world)
     doing = f"Going on from iteration {at.start.iteration:,}" if at.start else "Meta-training"
@@ -282,7 +284,7 @@ def print_end(run: Run, code: int, world: World) -> None:
     print("Test it:  ", shlex.join(["python", "main.py", "--eval", "--load", file, *own]))
 
 
-def train_many(call: Invocation, members: Sequence[Member], world: World) -> int:
+def train_many(call: Call, members: Sequence[Member], world: World) -> int:
     """Many runs as one (--seeds, --sweep)."""
     from commands import several
     from commands.build import own_code_flags
@@ -301,7 +303,7 @@ def train_many(call: Invocation, members: Sequence[Member], world: World) -> int
 # ---- evaluation -----------------------------------------------------------------------------
 
 
-def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str], world: World) -> int:
+def evaluate(call: Call, given: Mapping[str, Any], arguments: list[str], world: World) -> int:
     """Measures a checkpoint, or the fresh initialisation, on the test tasks."""
     from commands.build import check_processes, data_of, facts, prepare, print_settings, read_first, writable
     from commands.measuring import Subject, of_all
@@ -326,13 +328,13 @@ def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str], w
         known = {data_of(config): read_first(config, call, runtime)}
     with world.together():
         built = subject.built(call, runtime, known)
-    print_settings(config, runtime, f"Evaluating {subject.name} on {config.eval_tasks} test tasks")
+    print_settings(config, runtime, f"Evaluating {subject.name} on {config.evaluation.eval_tasks} test tasks")
     result = built.measured(runtime)
     print(evaluation_table(result, subject.words))
     file = out / f"{subject.stem(with_run=call.out is not None)}-{of_all([subject])[1]}"
     record = {"command": shlex.join(["main.py", *arguments]), **subject.record(runtime)}
     if world.first:
-        *others, last = built.write(result, str(file), record, THEMES[call.theme])
+        *others, last = built.write(result, str(file), record, THEMES["light"])
         print(f"Written: {file}{', '.join(others)} and {last}")
     if call.baselines:
         return compare(subject, call, runtime, result, Path(f"{file}-baselines"), record)
@@ -341,7 +343,7 @@ def evaluate(call: Invocation, given: Mapping[str, Any], arguments: list[str], w
 
 def evaluate_many(
     many: Sequence[SavedRun],
-    call: Invocation,
+    call: Call,
     given: Mapping[str, Any],
     arguments: list[str],
     world: World,
@@ -359,11 +361,14 @@ def evaluate_many(
         if call.baselines:
             raise UsageError("--baselines is measured beside one run: name its checkpoint")
         subjects = [Subject.read(run.file, call, given) for run in many]
-        if len({(each.config.eval_steps, each.config.eval_tasks) for each in subjects}) > 1:
+        if (
+            len({(each.config.evaluation.eval_steps, each.config.evaluation.eval_tasks) for each in subjects})
+            > 1
+        ):
             raise UsageError(f"{folder}: the runs differ in --eval-steps or --eval-tasks: give both")
         out = writable(call.out or folder, "--out") if world.first else Path()
     configs = [subject.config for subject in subjects]
-    tasks = configs[0].eval_tasks
+    tasks = configs[0].evaluation.eval_tasks
     runtime = prepare(configs[0], call, world)
     print_settings(
         configs[0], runtime, f"Evaluating {len(many)} runs in {folder} on {tasks} test tasks", *configs[1:]
@@ -384,14 +389,14 @@ def evaluate_many(
         if world.first:
             name = f"{subject.stem(with_run=call.out is not None)}-{of_all([subject])[1]}"
             file = (out if call.out else run.file.parent) / name
-            built.write(result, str(file), {**command, **subject.record(runtime)}, THEMES[call.theme])
+            built.write(result, str(file), {**command, **subject.record(runtime)}, THEMES["light"])
     words, stem = of_all(subjects)
     print(spread.test_table(results, words))
     if world.first:
         file = out / stem
         record = {"runs": [vars(run) for run in many], "settings": spread.test_record(results)}
         write_json(Path(f"{file}.json"), {**command, **record})
-        write_figure(Path(f"{file}.png"), spread.test_figure(results, words, THEMES[call.theme]))
+        write_figure(Path(f"{file}.png"), spread.test_figure(results, words, THEMES["light"]))
     beside = "them" if call.out else "its checkpoint"
     print(f"Written: {out / stem}.json and .png, and those of each run beside {beside}")
     return 0
@@ -399,7 +404,7 @@ def evaluate_many(
 
 def compare(
     subject: Subject,
-    call: Invocation,
+    call: Call,
     runtime: Runtime,
     result: Evaluation,
     file: Path,
@@ -418,16 +423,19 @@ def compare(
         print("Saved; the same command goes on from there.", flush=True)
         runtime.world.wait()  # see `train`
         return interrupted.code
-    mine = baselines.Baseline(config.algorithm, "as trained", result)
+    mine = baselines.Baseline(config.choices.algorithm, "as trained", result)
     results = {f"{b.name}\n{b.how}": b.evaluation for b in (mine, *others)}
-    print("\n" + report.comparison_table(results, config.query_norm, words))
+    print("\n" + report.comparison_table(results, config.choices.query_norm, words))
     if not runtime.world.first:
         return 0
     curves: dict[str, tuple[list[int], list[float]]] = {}
-    if config.dataset in settings.REGRESSION and source.progress["training"]:
+    if config.tasks.dataset in CURVES and source.progress["training"]:
         ends, losses = baselines.windows_of(source.progress["training"])
         scratch = baselines.scratch_curve(source.config, call, runtime, ends)
-        curves = {config.algorithm: (ends, losses), "from scratch, Adam 0.001, 10 steps": (ends, scratch)}
+        curves = {
+            config.choices.algorithm: (ends, losses),
+            "from scratch, Adam 0.001, 10 steps": (ends, scratch),
+        }
     methods = {b.name: {"how": b.how} | report.evaluation_record(b.evaluation) for b in (mine, *others)}
     report.write_json(
         Path(f"{file}.json"),
@@ -437,13 +445,13 @@ def compare(
             "curves": {n: dict(zip(("iteration", "query_loss"), c, strict=True)) for n, c in curves.items()},
         },
     )
-    figure = comparison_figure(results, config.query_norm, words, curves, THEMES[call.theme])
+    figure = comparison_figure(results, config.choices.query_norm, words, curves, THEMES["light"])
     report.write_figure(Path(f"{file}.png"), figure)
     print(f"Written: {file}.json and .png")
     return 0
 
 
-def compare_runs(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -> int:
+def compare_runs(call: Call, given: Mapping[str, Any], arguments: list[str]) -> int:
     """Sets trained runs side by side (--compare)."""
     from commands.compare import compare
 
@@ -453,7 +461,7 @@ def compare_runs(call: Invocation, given: Mapping[str, Any], arguments: list[str
 # ---- putting it to use ----------------------------------------------------------------------
 
 
-def adapt(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -> int:
+def adapt(call: Call, given: Mapping[str, Any], arguments: list[str]) -> int:
     """Adapts a checkpoint to the examples of one's own task, and predicts the others."""
     from commands.adapt import adapt_to_files, tasks_in
     from commands.build import prepare, print_settings, writable
@@ -462,21 +470,24 @@ def adapt(call: Invocation, given: Mapping[str, Any], arguments: list[str]) -> i
 
     assert call.load is not None and call.adapt is not None
     source = load_checkpoint(call.load)
-    config = settings.resolve_from(source.config, given, evaluate=True, adapt=True)
-    config = replace(config, convolution="grouped", tasks_at_once=None)
+    config = resolve_from(source.config, given, evaluate=True, adapt=True)
+    config = config.replaced(convolution="grouped", tasks_at_once=None)
     runtime = prepare(config, call)
-    tasks = tasks_in(call.adapt, config, runtime, weights_file=call.save_weights)
+    tasks = tasks_in(call.adapt, config, runtime)
     out = writable(call.out or call.load.parent, "--out")
     what = f"{call.load}, iteration {source.iteration:,}"
-    print_settings(config, runtime, f"Adapting {what} to {call.adapt}, {config.test_steps} steps")
+    print_settings(config, runtime, f"Adapting {what} to {call.adapt}, {config.evaluation.test_steps} steps")
     normalisation = given.get("batch_norm", "per-step" if source.statistics else "inductive")
+    single = len(tasks) == 1 and config.choices.fast_weights != "context"  # a module of the task's own
+    stem = out / f"{call.load.stem}-adapted-{call.adapt.stem}"
+    weights_file = stem.with_name(f"{stem.name}-weights.pt") if single else None
     written = adapt_to_files(
         source, config, tasks, call.adapt, call.load, runtime,
         normalisation=normalisation,
-        file=out / f"{call.load.stem}-adapted-{call.adapt.stem}",
-        weights_file=call.save_weights,
+        file=stem,
+        weights_file=weights_file,
         record={"command": shlex.join(["main.py", *arguments]), "checkpoint": call.load},
-        theme=THEMES[call.theme],
+        theme=THEMES["light"],
     )  # fmt: skip
     print("Written: " + ", ".join(map(str, written)))
     return 0

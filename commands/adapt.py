@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from commands import config as settings
-from commands.build import algorithm_of, columns_of, module_of, writable
+from commands.build import algorithm_of, columns_of, module_of
 from commands.config import Config
-from commands.presets import data_facts
+from commands.resolve import resolve_from
 from common.batch import Tree, first_tensor, joined, tree_map
 from common.device import Runtime, device_of, set_up, versions
 from common.errors import UsageError, printable
@@ -34,12 +33,12 @@ from inner_loop import BUFFER
 from learners.batch_norm import norm_layers, recorded_statistics
 from maml import MAML
 from tasks.images import image_files, read_images
+from tasks.options import data_facts
 from tasks.tables import load_table
 from training.checkpoint import (
     Checkpoint,
     fitting_parameters,
     load_checkpoint,
-    replaceable,
     save_weights,
 )
 from training.folders import BEST, LAST, find_checkpoint
@@ -174,15 +173,17 @@ def load(
     path = find_checkpoint(Path(path), BEST, LAST)
     source = load_checkpoint(path)
     given = {name: value for name, value in (("learner", learner), ("loss", loss)) if value is not None}
-    config = settings.resolve_from(source.config, given, evaluate=True, adapt=True)
-    config = replace(config, convolution="grouped", tasks_at_once=None)
-    runtime = set_up(device_of(device, ALONE), config.precision, small_tensors=False)
+    config = resolve_from(source.config, given, evaluate=True, adapt=True)
+    config = config.replaced(convolution="grouped", tasks_at_once=None)
+    runtime = set_up(device_of(device, ALONE), config.training.precision, small_tensors=False)
     example = tree_map(lambda part: part.to(runtime.device), example)
-    module = module_of(config, runtime, outputs or config.ways or 1, example, saved=source)
+    module = module_of(config, runtime, outputs or config.tasks.ways or 1, example, saved=source)
     maml = algorithm_of(config, runtime, module, example)
     wanted = maml.initial_parameters()
-    parameters = fitting_parameters(path, source.parameters, wanted, config.learner)
-    statistics = fitting_parameters(path, source.statistics, maml.initial_statistics(), config.learner)
+    parameters = fitting_parameters(path, source.parameters, wanted, config.learner.learner)
+    statistics = fitting_parameters(
+        path, source.statistics, maml.initial_statistics(), config.learner.learner
+    )
     return Loaded(maml, parameters, statistics)
 
 
@@ -213,22 +214,26 @@ def adapt_to_files(
     for task in tasks:
         outputs = len(task.classes) or task.support_y.shape[-1]
         if task.classes:
-            config = replace(config, ways=len(task.classes))
+            config = config.replaced(ways=len(task.classes))
         learner = module_of(config, runtime, outputs, task.support_x, saved=source)
         maml = algorithm_of(config, runtime, learner, task.support_x)
-        parameters = fitting_parameters(load, source.parameters, maml.initial_parameters(), config.learner)
-        statistics = fitting_parameters(load, source.statistics, maml.initial_statistics(), config.learner)
+        parameters = fitting_parameters(
+            load, source.parameters, maml.initial_parameters(), config.learner.learner
+        )
+        statistics = fitting_parameters(
+            load, source.statistics, maml.initial_statistics(), config.learner.learner
+        )
         adapted = adapted_to(
-            maml, parameters, task.support_x, task.support_y, steps=config.test_steps,
-            normalisation=normalisation, inner_batch=config.eval_inner_batch, statistics=statistics,
+            maml, parameters, task.support_x, task.support_y, steps=config.evaluation.test_steps,
+            normalisation=normalisation, inner_batch=config.evaluation.eval_inner_batch, statistics=statistics,
         )  # fmt: skip
         logits = adapted.predict(task.query_x)
         if not torch.isfinite(logits).all():
             raise UsageError(
                 f"{path}: adapting to {task.name or 'it'} diverged; take fewer --test-steps than "
-                f"{config.test_steps}"
+                f"{config.evaluation.test_steps}"
             )
-        shares = torch.sigmoid if config.loss == "bce" else lambda x: torch.softmax(x, -1)
+        shares = torch.sigmoid if config.learner.loss == "bce" else lambda x: torch.softmax(x, -1)
         found.append((shares(logits) if task.classes else logits).float().cpu())
         module = adapted.module(learner) if weights_file else None
     written = [Path(f"{file}.{kind}") for kind in ("csv", "json", "png")]
@@ -239,15 +244,15 @@ def adapt_to_files(
         {
             **record,
             "adapted_to": path,
-            "steps": config.test_steps,
+            "steps": config.evaluation.test_steps,
             "batch_norm": normalisation if maml.has_batch_norm else None,
             "tasks": [_summary(task, predicted) for task, predicted in zip(tasks, found, strict=True)],
-            "settings": settings.config_to_plain(config),
+            "settings": config.values(),
             "versions": versions(),
             "device": runtime.describe(),
         },
     )
-    title = f"{printable(path.name)}: after {config.test_steps} inner steps"
+    title = f"{printable(path.name)}: after {config.evaluation.test_steps} inner steps"
     on_cpu = [replace(t, support_x=t.support_x.cpu(), support_y=t.support_y.cpu(), query_x=t.query_x.cpu())
               for t in tasks]  # fmt: skip
     report.write_figure(written[2], predictions_figure(on_cpu, found, title, theme))
@@ -258,23 +263,14 @@ def adapt_to_files(
     return written
 
 
-def tasks_in(path: Path, config: Config, runtime: Runtime, *, weights_file: Path | None = None) -> list[Task]:
+def tasks_in(path: Path, config: Config, runtime: Runtime) -> list[Task]:
     """The tasks of a folder of images, or of a table.
 
     Raises UsageError for data that cannot be read, or that the checkpoint of these settings is not for, and
     where their weights could not be written to `weights_file`.
     """
-    if weights_file and not weights_file.parent.is_dir():
-        raise UsageError(f"--save-weights {weights_file}: there is no folder {weights_file.parent}")
-    if weights_file and weights_file.exists() and not weights_file.is_file():  # it would be replaced
-        raise UsageError(f"--save-weights {weights_file} is a folder or a device: name a file")
-    if weights_file and (weights_file.name in (BEST, LAST) or not replaceable(weights_file)):
-        raise UsageError(
-            f"--save-weights {weights_file}: that is a checkpoint, or a file of something else: name another"
-        )
-    if weights_file:
-        writable(weights_file.parent, "--save-weights")
-    inputs = data_facts(config.dataset).inputs
+
+    inputs = data_facts(config.tasks.dataset).inputs
     if not path.exists():
         raise UsageError(f"--adapt {path}: there is no such file or folder")
     if inputs == "images" and not path.is_dir():
@@ -290,10 +286,6 @@ def tasks_in(path: Path, config: Config, runtime: Runtime, *, weights_file: Path
     for task in tasks:
         check_fit(task, config, path)
     tasks = [_shown(task) for task in tasks]
-    if weights_file and config.fast_weights == "context":
-        raise UsageError("--save-weights: with a context vector the learner's own weights are not adapted")
-    if weights_file and len(tasks) > 1:
-        raise UsageError(f"--save-weights: {path} has {len(tasks)} tasks, whose weights differ: give one")
     return tasks
 
 
@@ -325,8 +317,8 @@ def _folder(path: Path, config: Config, runtime: Runtime) -> Task:
     queries = image_files(query)
     if not queries:
         raise UsageError(f"--adapt {path}: {query} has no images")
-    assert config.image_size and config.channels
-    most = MOST_NUMBERS // (config.image_size**2 * config.channels)
+    assert config.tasks.image_size and config.tasks.channels
+    most = MOST_NUMBERS // (config.tasks.image_size**2 * config.tasks.channels)
     for place, count in ((support, sum(map(len, by_class.values()))), (query, len(queries))):
         if count > most:
             raise UsageError(f"--adapt {path}: {place} has {count:,} images: give {most:,} at most at a time")
@@ -334,10 +326,10 @@ def _folder(path: Path, config: Config, runtime: Runtime) -> Task:
     labels = [label for label, files in enumerate(by_class.values()) for _ in files]
 
     def pixels(files: list[Path]) -> Tensor:
-        assert config.image_size and config.channels
+        assert config.tasks.image_size and config.tasks.channels
         read = read_images(
-            files, size=config.image_size, channels=config.channels, resize=config.resize,
-            invert=config.invert,
+            files, size=config.tasks.image_size, channels=config.tasks.channels, resize=config.tasks.resize,
+            invert=config.tasks.invert,
         )  # fmt: skip
         return read.to(runtime.device, runtime.dtype) / 255
 
@@ -352,7 +344,9 @@ def _folder(path: Path, config: Config, runtime: Runtime) -> Task:
 
 
 def _table(path: Path, config: Config, runtime: Runtime) -> list[Task]:
-    table = load_table(path, columns_of(config), classification=config.classification, missing_targets=True)
+    table = load_table(
+        path, columns_of(config), classification=config.tasks.classification, missing_targets=True
+    )
     tasks = []
     for number, name in enumerate(table.tasks):
         rows = slice(int(table.first[number]), int(table.first[number] + table.count[number]))
@@ -365,7 +359,7 @@ def _table(path: Path, config: Config, runtime: Runtime) -> list[Task]:
             raise UsageError(f"{where}: no row lacks a target: there is nothing to predict")
         classes: list[str] = []
         targets = y[known]
-        if config.classification:
+        if config.tasks.classification:
             there = targets.unique()
             classes = [table.classes[int(c)] for c in there]
             targets = torch.searchsorted(there, targets)
@@ -378,9 +372,13 @@ def _table(path: Path, config: Config, runtime: Runtime) -> list[Task]:
 
 def check_fit(task: Task, config: Config, path: Path) -> None:
     """Raises UsageError where the checkpoint was learned for another number of classes."""
-    if config.classification and config.head_init == "learned" and len(task.classes) != config.ways:
+    if (
+        config.tasks.classification
+        and config.choices.head_init == "learned"
+        and len(task.classes) != config.tasks.ways
+    ):
         raise UsageError(
-            f"--adapt {path}: {len(task.classes)} classes, and the checkpoint learned {config.ways}: its "
+            f"--adapt {path}: {len(task.classes)} classes, and the checkpoint learned {config.tasks.ways}: its "
             "head is --head-init learned; one trained with zero or prototype takes any number"
         )
 
@@ -392,10 +390,10 @@ def _header(tasks: list[Task], config: Config) -> list[str]:
     first = tasks[0]
     place = "file" if first.support_x.dim() > 2 else "row"
     named = ["task"] if first.name else []
-    if config.classification:
+    if config.tasks.classification:
         classes = list(dict.fromkeys(name for task in tasks for name in task.classes))
         return [place, *named, "prediction", *(f"p({name})" for name in classes)]
-    return [place, *named, *config.target_columns.split(",")[: first.support_y.shape[-1]]]
+    return [place, *named, *columns_of(config).targets[: first.support_y.shape[-1]]]
 
 
 def _rows(tasks: list[Task], found: list[Tensor]) -> Any:

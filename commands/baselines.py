@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +20,9 @@ from tqdm import tqdm
 
 from commands import config as settings
 from commands.build import build, fitted, no_empty_folder_left, prepare
-from commands.config import Config, Invocation
+from commands.call import Call
+from commands.config import Config
+from commands.resolve import resolve, what_is_learned
 from common.batch import TaskDistribution
 from common.device import Runtime
 from common.errors import UsageError
@@ -29,6 +31,7 @@ from common.processes import ALONE, World
 from dataset import Regression
 from evaluation.meta_test import Evaluation, evaluate
 from maml import MAML
+from tasks.options import CURVES
 from training.checkpoint import fitting_parameters, load_checkpoint
 from training.compiler import Compiler
 from training.folders import LAST, lock_folder
@@ -64,9 +67,7 @@ class InterruptedBySignalError(Exception):
         self.code = code
 
 
-def measured(
-    saved: Config, config: Config, call: Invocation, runtime: Runtime, folder: Path
-) -> list[Baseline]:
+def measured(saved: Config, config: Config, call: Call, runtime: Runtime, folder: Path) -> list[Baseline]:
     """All baselines of a run.
 
     Pretraining takes part for regression only, the oracle for curves that we compute: the labels of a
@@ -79,21 +80,21 @@ def measured(
         config: the same as they are to be tested: shots, queries, tasks, steps.
     """
     distribution, maml = build(from_scratch(config), call, runtime)
-    fresh = maml.initial_parameters(config.seed)
+    fresh = maml.initial_parameters(config.training.seed)
     results = [
         _tuned(f"scratch, {rule}", rule, maml, fresh, distribution, config, runtime.world)
         for rule in ("sgd", "adam")
     ]
-    if config.classification:
+    if config.tasks.classification:
         return results
     pretraining = plain(saved, "pretrain")
     pretrained = trained(pretraining, call, folder / "pretrained", runtime.world)
     pretrained = {name: w.to(runtime.device, runtime.dtype) for name, w in pretrained.items()}
     results.append(_tuned("pretrained", "sgd", maml, pretrained, distribution, config, runtime.world))
-    if config.dataset not in settings.REGRESSION:
+    if config.tasks.dataset not in CURVES:
         return results
-    told, maml = build(replace(plain(config, "pretrain", testing=True), oracle=True), call, runtime)
-    parameters = trained(replace(pretraining, oracle=True), call, folder / "oracle", runtime.world)
+    told, maml = build(plain(config, "pretrain", testing=True).replaced(oracle=True), call, runtime)
+    parameters = trained(pretraining.replaced(oracle=True), call, folder / "oracle", runtime.world)
     parameters = {name: w.to(runtime.device, runtime.dtype) for name, w in parameters.items()}
     # it is given the answer, not examples
     result = tested(maml, parameters, told, config, runtime.world, steps=0)
@@ -112,8 +113,8 @@ def tested(
 ) -> Evaluation:
     """On the test tasks."""
     return evaluate(
-        maml, parameters, distribution, "test", tasks=config.eval_tasks, steps=steps,
-        normalisations=(config.query_norm,), world=world,
+        maml, parameters, distribution, "test", tasks=config.evaluation.eval_tasks, steps=steps,
+        normalisations=(config.choices.query_norm,), world=world,
     )  # fmt: skip
 
 
@@ -126,18 +127,18 @@ def plain(config: Config, algorithm: str, *, testing: bool = False) -> Config:
     kept += ["meta_batch_size", "iterations", "seed", "precision", "eval_tasks", "eval_steps"]
     kept += ["compile", "vectorise", "tasks_at_once"]
     kept.remove("oracle")
-    given = {name: getattr(config, name) for name in kept if getattr(config, name) not in (None, ())}
-    if config.meta_gradient == "reptile" and config.train_shots is not None:
+    given = {name: config.get(name) for name in kept if config.get(name) not in (None, ())}
+    if config.choices.meta_gradient == "reptile" and config.tasks.train_shots is not None:
         given["train_shots"] = config.training_shots  # beside the query, whose points Reptile counts in
     if testing:
         given.pop("train_shots", None)
     mine = settings.meaningful(config)
-    return settings.resolve({n: v for n, v in given.items() if n in mine} | {"algorithm": algorithm})
+    return resolve({n: v for n, v in given.items() if n in mine} | {"algorithm": algorithm})
 
 
 def from_scratch(config: Config, *, testing: bool = True) -> Config:
     """The settings of ordinary training: as `plain`, all weights, from PyTorch's initialisation."""
-    return replace(plain(config, "maml", testing=testing), init="torch", adapt_norm=True)
+    return plain(config, "maml", testing=testing).replaced(init="torch", adapt_norm=True)
 
 
 def _tuned(
@@ -154,23 +155,25 @@ def _tuned(
     def with_rate(rate: float) -> MAML:
         return maml.with_options(inner_lr=rate, optimizer=InnerOptimizer(rate, rule))
 
-    norm = config.query_norm
+    norm = config.choices.query_norm
     losses = {}
     for rate in tqdm(
         RATES[rule], desc=f"{name}: rates on validation tasks", leave=False, disable=not world.first
     ):
         found = evaluate(
             with_rate(rate), parameters, distribution, "validation", tasks=VALIDATION_TASKS,
-            steps=config.eval_steps, normalisations=(norm,), world=world,
+            steps=config.evaluation.eval_steps, normalisations=(norm,), world=world,
         )  # fmt: skip
         loss = found.losses[norm][:, 1:].mean().item()
         losses[rate] = loss if math.isfinite(loss) else math.inf
     best = min(losses, key=losses.__getitem__)
-    result = tested(with_rate(best), parameters, distribution, config, world, steps=config.eval_steps)
+    result = tested(
+        with_rate(best), parameters, distribution, config, world, steps=config.evaluation.eval_steps
+    )
     return Baseline(name, f"rate {best}", result)
 
 
-def trained(config: Config, call: Invocation, folder: Path, world: World = ALONE) -> Weights:
+def trained(config: Config, call: Call, folder: Path, world: World = ALONE) -> Weights:
     """The meta-parameters of a run in its folder, which is begun, or gone on with, where it must be.
 
     Raises UsageError where the folder holds a run with other settings, or another process trains in it;
@@ -184,28 +187,27 @@ def trained(config: Config, call: Invocation, folder: Path, world: World = ALONE
         return _trained(config, call, folder, world)
 
 
-def _trained(config: Config, call: Invocation, folder: Path, world: World) -> Weights:
+def _trained(config: Config, call: Call, folder: Path, world: World) -> Weights:
     runtime = prepare(config, call, world)
     config = fitted(config, {}, runtime, new=False)
     compiler = Compiler(runtime.device)
     distribution, maml = build(config, call, runtime, compiler)
-    parameters = maml.initial_parameters(config.seed)
+    parameters = maml.initial_parameters(config.training.seed)
     file, start = folder / LAST, None
     if file.exists():
         start = load_checkpoint(file)
-        if settings.what_is_learned(start.config) != settings.what_is_learned(config):
+        if what_is_learned(start.config) != what_is_learned(config):
             raise UsageError(f"{folder} holds a run with other settings: move it away")
-        parameters = fitting_parameters(file, start.parameters, parameters, config.learner)
-        if start.iteration >= config.iterations:
+        parameters = fitting_parameters(file, start.parameters, parameters, config.learner.learner)
+        if start.iteration >= config.training.iterations:
             return parameters
-        config = replace(start.config, iterations=config.iterations)
+        config = start.config.replaced(iterations=config.training.iterations)
     folder.mkdir(parents=True, exist_ok=True)
     if runtime.world.first:
         print(f"Training {folder}", file=sys.stderr, flush=True)
     run = Run(
         config, folder, parameters, start,
-        computed_by=runtime.computed_by(tasks=config.tasks_at_once), writes=runtime.world.first,
-        theme=call.theme,
+        computed_by=runtime.computed_by(tasks=config.training.tasks_at_once), writes=runtime.world.first,
     )  # fmt: skip
     trainer = Trainer([run], maml, distribution, compiler, runtime.world)
     code = trainer.train()
@@ -219,9 +221,7 @@ def _trained(config: Config, call: Invocation, folder: Path, world: World) -> We
 # ---- loss over iterations -------------------------------------------------------------------
 
 
-def scratch_curve(
-    config: Config, call: Invocation, runtime: Runtime, iterations: Sequence[int]
-) -> list[float]:
+def scratch_curve(config: Config, call: Call, runtime: Runtime, iterations: Sequence[int]) -> list[float]:
     """Mean query loss after training from scratch on the first task of each iteration, in windows.
 
     Arguments:
@@ -231,7 +231,7 @@ def scratch_curve(
     assert isinstance(distribution, Regression)
     rule = InnerOptimizer(SCRATCH_RATE, "adam")
     maml = maml.with_options(inner_lr=SCRATCH_RATE, optimizer=rule)
-    parameters = maml.initial_parameters(config.seed)
+    parameters = maml.initial_parameters(config.training.seed)
 
     def query_loss(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
         weights = maml.adapt(parameters, support_x, support_y, SCRATCH_STEPS)
@@ -244,7 +244,7 @@ def scratch_curve(
         for part in tqdm(
             numbers.split(EPISODES_AT_ONCE), desc="from scratch on the training tasks", leave=False
         ):
-            batch = training.sample("train", config.seed, part, range(1))
+            batch = training.sample("train", config.training.seed, part, range(1))
             losses.append(maml.over_tasks(query_loss)(*batch))
     windows = torch.cat(losses).tensor_split(tuple(iterations[:-1]))
     return [window.mean().item() for window in windows]

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from commands import config as settings
-from commands.config import Config, Invocation
+from commands.call import Call
+from commands.config import Config
+from commands.names import file_name, task_size
+from commands.resolve import resolve, resolve_from
 from common.errors import UsageError
 from common.optimizers import Weights
 from inner_loop import RATE, SQUARE
@@ -36,7 +38,7 @@ class Beginning:
         if self.start is None or self.start_file is None:
             return False
         iteration = self.start.iteration
-        return iteration >= self.config.iterations and has_results(self.start_file.parent, iteration)
+        return iteration >= self.config.training.iterations and has_results(self.start_file.parent, iteration)
 
     @property
     def origin(self) -> str | None:
@@ -44,12 +46,12 @@ class Beginning:
         return f"{self.weights_file}, iteration {self.weights.iteration:,}" if self.weights else None
 
 
-def beginning(call: Invocation, given: Mapping[str, Any]) -> Beginning:
+def beginning(call: Call, given: Mapping[str, Any]) -> Beginning:
     """Reads what there is to begin with, or to go on from."""
     start_file, folder = where_to_train(call, given)
     if start_file is None:
         weights = load_checkpoint(call.init_from) if call.init_from else None
-        return Beginning(settings.resolve(given), folder, None, None, call.init_from, weights)
+        return Beginning(resolve(given), folder, None, None, call.init_from, weights)
     start, config = read_start(start_file, given)
     at = Beginning(config, folder, start_file, start, start_file, start)
     origin = start.progress["origin"] or ""
@@ -65,7 +67,7 @@ def saved_parameters(at: Beginning, maml: MAML, fresh: Weights) -> Weights:
     """The meta-parameters to begin with: a checkpoint's, if there is one, in the place of the fresh."""
     if at.weights is None or at.weights_file is None:
         return fresh
-    learner, saved = at.config.learner, at.weights.parameters
+    learner, saved = at.config.learner.learner, at.weights.parameters
     if at.start is None:  # another algorithm's, maybe: inner rates are taken where both learn them
         own = (RATE, SQUARE)
         rates = {name: w for name, w in fresh.items() if name.startswith(own)}
@@ -76,7 +78,7 @@ def saved_parameters(at: Beginning, maml: MAML, fresh: Weights) -> Weights:
     return fitting_parameters(at.weights_file, saved, fresh, learner)
 
 
-def folder_named(call: Invocation) -> Path | None:
+def folder_named(call: Call) -> Path | None:
     """The folder of the run that the call names, to be locked before it is looked into; None: there is none
     yet, or none at all."""
     if call.load is not None:
@@ -84,7 +86,7 @@ def folder_named(call: Invocation) -> Path | None:
     return call.checkpoint_path / call.run_name if call.run_name else None
 
 
-def where_to_train(call: Invocation, given: Mapping[str, Any]) -> tuple[Path | None, Path | None]:
+def where_to_train(call: Call, given: Mapping[str, Any]) -> tuple[Path | None, Path | None]:
     """The checkpoint to go on from, if any, and the run's folder (None: a fresh one)."""
     if call.load is not None:
         if not call.load.is_file():
@@ -134,12 +136,12 @@ def read_start(file: Path, given: Mapping[str, Any]) -> tuple[Checkpoint, Config
                 f"{last} is ahead (iteration {ahead:,}; {file.name}: {start.iteration:,}): --load that one, "
                 "or begin a new run with --init-from"
             )
-    return start, settings.resolve_from(start.config, given, evaluate=False)
+    return start, resolve_from(start.config, given, evaluate=False)
 
 
 def fresh_folder(checkpoint_path: Path, config: Config, locked: ExitStack) -> Path:
     """A new run's folder, named after its settings and the time, and locked."""
-    name = f"{config.dataset_name}-{config.task_size}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{file_name(config.tasks.dataset)}-{task_size(config.tasks)}-{time.strftime('%Y%m%d-%H%M%S')}"
     number = 1
     while True:
         folder = checkpoint_path / (name if number == 1 else f"{name}-{number}")

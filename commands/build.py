@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,14 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from commands import config as settings
-from commands.config import Config, Invocation
-from commands.presets import is_own_code
+from commands.call import Call
+from commands.config import Config
+from commands.resolve import resolve
 from common.batch import TaskBatch, TaskDistribution, Tree, arguments_of, first_tensor, tree_map
 from common.device import Runtime, device_of, machine_memory, set_up
 from common.errors import UsageError, is_out_of_memory
 from common.optimizers import InnerOptimizer, Weights
-from common.own_code import arguments_from
+from common.own_code import arguments_from, is_own_code
 from common.processes import ALONE, World
 from common.random import keys_of, task_stream
 from dataset import ImageOptions, build_distribution
@@ -41,10 +41,10 @@ FREE_SIZE, LEAST_SIZE = 2**24, 10_000
 LEAST_NUMBERS = 10  # of an example, in a learner's layers
 
 
-def prepare(config: Config, call: Invocation, world: World = ALONE) -> Runtime:
+def prepare(config: Config, call: Call, world: World = ALONE) -> Runtime:
     """The device, or a refusal."""
     runtime = set_up(
-        device_of(call.device, world), config.precision, small_tensors=config.learner == "mlp",
+        device_of(call.device, world), config.training.precision, small_tensors=config.learner.learner == "mlp",
         threads=call.threads, world=world, deterministic=call.deterministic,
     )  # fmt: skip
     if runtime.device.type == "cpu":
@@ -55,17 +55,21 @@ def prepare(config: Config, call: Invocation, world: World = ALONE) -> Runtime:
 def check_memory(config: Config, processes: int, *, testing: bool) -> None:
     """Raises UsageError where the least that has to be in this machine's memory has no room there: a file may
     say any size, and a kernel that runs out of memory ends the process without a word."""
-    pixels = config.channels * config.image_size**2 if config.channels and config.image_size else 0
-    shots = config.shots if testing else config.training_shots
-    examples = (config.ways or 1) * (shots + config.queries)
-    tasks = 1 if testing else -(-config.meta_batch_size // processes)
+    pixels = (
+        config.tasks.channels * config.tasks.image_size**2
+        if config.tasks.channels and config.tasks.image_size
+        else 0
+    )
+    shots = config.tasks.shots if testing else config.training_shots
+    examples = (config.tasks.ways or 1) * (shots + config.tasks.queries)
+    tasks = 1 if testing else -(-config.training.meta_batch_size // processes)
     sizes = ["-k", "-q", *["--meta-batch-size"] * (not testing), *["--image-size"] * bool(pixels)]
     least = [
         (f"{tasks:,} tasks of {examples:,} examples", 4 * tasks * examples * (pixels + LEAST_NUMBERS), sizes),
     ]
     if testing:
-        results = f"the results of {config.eval_tasks:,} tasks after {config.eval_steps:,} steps"
-        size = 8 * config.eval_tasks * (config.eval_steps + 1)
+        results = f"the results of {config.evaluation.eval_tasks:,} tasks after {config.evaluation.eval_steps:,} steps"
+        size = 8 * config.evaluation.eval_tasks * (config.evaluation.eval_steps + 1)
         least.append((results, size, ["--eval-tasks", "--eval-steps"]))
     there = machine_memory()
     for what, needed, flags in least:
@@ -78,7 +82,7 @@ def check_memory(config: Config, processes: int, *, testing: bool) -> None:
 
 def build(
     config: Config,
-    call: Invocation,
+    call: Call,
     runtime: Runtime,
     accelerate: Compiler | None = None,
     *,
@@ -91,11 +95,11 @@ def build(
     learned (see `MAML.fixed`) is the checkpoint's. `distribution`: the tasks, where another run has built the
     same.
     """
-    check_learner(config.learner)  # before there is work with the data
-    build_loss(config.loss, config.loss_args)
+    check_learner(config.learner.learner)  # before there is work with the data
+    build_loss(config.learner.loss, config.learner.loss_args)
     distribution = distribution or tasks_of(config, call, runtime)
     example = distribution.sample("test" if call.eval_dataset else "train", 0, 0, range(1))
-    outputs = config.ways if config.classification else first_tensor(example.support_y).shape[-1]
+    outputs = config.tasks.ways if config.tasks.classification else first_tensor(example.support_y).shape[-1]
     one_task = tree_map(lambda part: part[0], example.support_x)
     learner = module_of(config, runtime, outputs or 1, one_task, saved=saved)
     return distribution, algorithm_of(config, runtime, learner, one_task, accelerate)
@@ -104,10 +108,10 @@ def build(
 def data_of(config: Config) -> tuple[Any, ...]:
     """The settings that decide what the tasks are, and where: runs that agree in these can share them."""
     names = (name for name, flag in settings.CONFIG_FLAGS.items() if flag.group == "tasks")
-    return tuple(getattr(config, name) for name in (*names, "precision", "images_on"))
+    return tuple(config.get(name) for name in (*names, "precision", "images_on"))
 
 
-def read_first(config: Config, call: Invocation, runtime: Runtime) -> TaskDistribution | None:
+def read_first(config: Config, call: Call, runtime: Runtime) -> TaskDistribution | None:
     """The tasks, in the first process of a machine, which fetches and decodes what there is; the others read
     what it leaves behind, and get None."""
     return tasks_of(config, call, runtime) if runtime.world.local_rank == 0 else None
@@ -123,30 +127,28 @@ def facts(config: Config, runtime: Runtime, source: Checkpoint | None) -> dict[s
     }
 
 
-def tasks_of(config: Config, call: Invocation, runtime: Runtime) -> TaskDistribution:
+def tasks_of(config: Config, call: Call, runtime: Runtime) -> TaskDistribution:
     """The family of tasks."""
     images = None
-    if config.image_size and config.channels:
-        augment = tuple(config.augment.split(",")) if config.augment else ()
+    if config.tasks.image_size and config.tasks.channels:
+        augment = tuple(config.tasks.augment.split(",")) if config.tasks.augment else ()
         images = ImageOptions(
-            config.image_size, config.channels, config.invert, config.resize, config.quarter_turns, augment,
-            config.images_on,
+            config.tasks.image_size, config.tasks.channels, config.tasks.invert, config.tasks.resize, config.tasks.quarter_turns, augment,
         )  # fmt: skip
-    shares = tuple(int(share) for share in config.split_shares.split(","))
+    shares = tuple(int(share) for share in config.tasks.split_shares.split(","))
     return build_distribution(
-        config.dataset,
-        classification=config.classification,
-        ways=config.ways,
-        shots=config.shots,
-        queries=config.queries,
-        noise=config.noise,
-        oracle=config.oracle,
+        config.tasks.dataset,
+        classification=config.tasks.classification,
+        ways=config.tasks.ways,
+        shots=config.tasks.shots,
+        queries=config.tasks.queries,
+        noise=config.tasks.noise,
+        oracle=config.tasks.oracle,
         images=images,
         columns=columns_of(config),
         shares=(shares[0], shares[1], shares[2]),
-        split_seed=config.split_seed,
-        omniglot_split=config.omniglot_split,
-        arguments=arguments_from(config.dataset_args),
+        omniglot_split=config.tasks.omniglot_split,
+        arguments=arguments_from(config.tasks.dataset_args),
         for_test=call.eval_dataset is not None,
         data_root=call.data_root,
         device=runtime.device,
@@ -157,10 +159,13 @@ def tasks_of(config: Config, call: Invocation, runtime: Runtime) -> TaskDistribu
 def columns_of(config: Config) -> Columns:
     """What the columns of a table are."""
 
-    def names(text: str | None) -> tuple[str, ...]:
-        return tuple(name.strip() for name in text.split(",")) if text else ()
+    roles = dict(text.split("=", 1) for text in config.tasks.columns)
 
-    return Columns(config.task_column, names(config.target_columns), names(config.input_columns))
+    def names(role: str, default: str) -> tuple[str, ...]:
+        return tuple(name.strip() for name in roles.get(role, default).split(",") if name.strip())
+
+    (task,) = names("task", "task")
+    return Columns(task, names("target", "y"), names("input", ""))
 
 
 def module_of(
@@ -168,22 +173,22 @@ def module_of(
 ) -> nn.Module:
     """The learner with its initial weights, and that many outputs; `example` is one task's inputs. Of a
     checkpoint, nothing is fetched for it, and nothing built that is much larger than what is `saved`."""
-    arguments = arguments_from(config.learner_args)
-    if saved and config.learner.startswith("torchvision:"):
+    arguments = arguments_from(config.learner.learner_args)
+    if saved and config.learner.learner.startswith("torchvision:"):
         for name in ("weights", "pretrained"):  # the checkpoint has all of them
             arguments.pop(name, None)
-    with as_large_as(saved, config) if saved and not is_own_code(config.learner) else nullcontext():
+    with as_large_as(saved, config) if saved and not is_own_code(config.learner.learner) else nullcontext():
         learner = build_learner(
-            config.learner,
+            config.learner.learner,
             outputs,
             inputs=tree_map(lambda part: tuple(part.shape[1:]), example),
             arguments=arguments,
-            init=config.init,
-            context=config.context_size if config.fast_weights == "context" else 0,
-            seed=config.seed,
+            init=config.learner.init,
+            context=config.choices.context_size if config.choices.fast_weights == "context" else 0,
+            seed=config.training.seed,
         )
     if saved and saved.fixed:
-        restore_fixed(learner, saved.fixed, config.learner)
+        restore_fixed(learner, saved.fixed, config.learner.learner)
     learner = learner.to(runtime.device, runtime.dtype)
     check_outputs(learner, example, outputs, config)
     return learner
@@ -194,45 +199,44 @@ def algorithm_of(
 ) -> MAML:
     """The algorithm for a learner."""
     rule = InnerOptimizer(
-        config.inner_lr,
-        config.inner_optimizer,
-        momentum=config.inner_momentum,
-        beta_1=config.inner_beta_1,
-        weight_decay=config.inner_weight_decay,
-        clip_norm=config.inner_clip,
-        proximal=config.proximal,
-        carried=config.inner_carry,
+        config.choices.inner_lr,
+        config.choices.inner_optimizer.removesuffix("-carried"),
+        momentum=config.choices.inner_momentum,
+        beta_1=config.choices.inner_momentum,
+        clip_norm=config.choices.inner_clip,
+        proximal=config.choices.proximal,
+        carried=config.choices.inner_optimizer == "adam-carried",
     )
     try:
         return MAML(
             learner,
-            build_loss(config.loss, config.loss_args),
-            inner_lr=config.inner_lr,
-            steps=config.steps,
-            fast_weights=config.fast_weights,
-            head=config.head,
-            head_init=config.head_init,
-            inner_rates=config.inner_rates,
-            inner_lr_max=config.inner_lr_max,
-            meta_gradient=config.meta_gradient,
-            normalisation=config.batch_norm,
-            norm_per_step=config.norm_per_step and config.has_batch_norm,
-            adapt_norm=config.adapt_norm,
+            build_loss(config.learner.loss, config.learner.loss_args),
+            inner_lr=config.choices.inner_lr,
+            steps=config.choices.steps,
+            fast_weights=config.choices.fast_weights,
+            head=config.choices.head,
+            head_init=config.choices.head_init,
+            inner_rates=config.choices.inner_rates,
+            inner_lr_max=config.choices.inner_lr_max,
+            meta_gradient=config.choices.meta_gradient,
+            normalisation=config.choices.batch_norm,
+            norm_per_step=config.choices.norm_per_step and config.learner.has_batch_norm,
+            adapt_norm=config.choices.adapt_norm,
             optimizer=rule,
-            cg_steps=config.cg_steps,
-            cg_damping=config.cg_damping,
-            engine=config.engine,
-            convolution=config.convolution,
+            cg_steps=config.choices.cg_steps,
+            cg_damping=config.choices.cg_damping,
+            engine=config.training.engine,
+            convolution=config.training.convolution,
             compute_dtype=runtime.compute_dtype,
-            tasks_at_once=config.tasks_at_once,
-            example=None if config.learner in LEARNERS else example,
-            vectorised=config.vectorise,
+            tasks_at_once=config.training.tasks_at_once,
+            example=None if config.learner.learner in LEARNERS else example,
+            vectorised=config.training.vectorise,
             accelerate=accelerate or as_it_is,
         )
     except ValueError as error:
-        head = "" if config.head is None else f" --head {config.head}"
-        choice = f"--fast-weights {config.fast_weights}{head} --head-init {config.head_init}"
-        raise UsageError(f"{choice} with --learner {config.learner}: {error}") from error
+        head = "" if config.choices.head is None else f" --head {config.choices.head}"
+        choice = f"--fast-weights {config.choices.fast_weights}{head} --head-init {config.choices.head_init}"
+        raise UsageError(f"{choice} with --learner {config.learner.learner}: {error}") from error
 
 
 # ---- learners that are not ours -------------------------------------------------------------
@@ -255,7 +259,7 @@ def as_large_as(saved: Checkpoint, config: Config) -> Iterator[None]:
         nonlocal left
         left -= size(parameter)
         if left < 0:
-            words = " ".join((config.learner, *config.learner_args))[:100]
+            words = " ".join((config.learner.learner, *config.learner.learner_args))[:100]
             raise UsageError(f"the checkpoint does not fit the learner {words}: that is far larger")
 
     handle = register_module_parameter_registration_hook(count)
@@ -292,12 +296,12 @@ def check_outputs(learner: nn.Module, example: Tree, outputs: int, config: Confi
             raise
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
-            f"--learner {config.learner} fails on the inputs of a task, {shapes}: {reason}"
+            f"--learner {config.learner.learner} fails on the inputs of a task, {shapes}: {reason}"
         ) from error
     expected = (len(first_tensor(example)), outputs)
-    if config.loss in LOSSES and tuple(found.shape) != expected:
+    if config.learner.loss in LOSSES and tuple(found.shape) != expected:
         raise UsageError(
-            f"--learner {config.learner} gives outputs {tuple(found.shape)} for inputs {shapes}: they "
+            f"--learner {config.learner.learner} gives outputs {tuple(found.shape)} for inputs {shapes}: they "
             f"should be {expected}, [examples, outputs]"
         )
 
@@ -305,9 +309,9 @@ def check_outputs(learner: nn.Module, example: Tree, outputs: int, config: Confi
 def tried(maml: MAML, parameters: Weights, distribution: TaskDistribution, config: Config) -> None:
     """Meta-learns from two tasks; raises UsageError where the learner or the loss cannot be, with the layer
     and the way round."""
-    tasks = distribution.resized(config.training_shots).sample("train", config.seed, 1, range(2))
+    tasks = distribution.resized(config.training_shots).sample("train", config.training.seed, 1, range(2))
     device = first_tensor(tasks.support_x).device
-    keys = keys_of(task_stream("train", config.seed, 1, range(2), device))
+    keys = keys_of(task_stream("train", config.training.seed, 1, range(2), device))
     _check_loss(maml, tasks, config)
     try:
         maml.meta_gradient(parameters, tasks, keys=keys)
@@ -323,7 +327,7 @@ def tried(maml: MAML, parameters: Weights, distribution: TaskDistribution, confi
     finding = None if named else culprit(maml.learner, weights, positional, keys[0])
     if finding is None:
         raise UsageError(
-            f"--learner {config.learner} with --loss {config.loss} cannot be meta-trained so: {reason}; "
+            f"--learner {config.learner.learner} with --loss {config.learner.loss} cannot be meta-trained so: {reason}; "
             "--no-vectorise, --engine unrolled or --first-order ask less of it"
         ) from failed
     ways_round = {
@@ -338,7 +342,7 @@ def tried(maml: MAML, parameters: Weights, distribution: TaskDistribution, confi
     }
     name = f"its layer {finding.layer} ({finding.kind})" if finding.layer else f"{finding.kind} itself"
     raise UsageError(
-        f"--learner {config.learner}: {name} {what[finding.problem]} ({finding.reason}): "
+        f"--learner {config.learner.learner}: {name} {what[finding.problem]} ({finding.reason}): "
         f"{ways_round[finding.problem]}"
     ) from failed
 
@@ -346,12 +350,12 @@ def tried(maml: MAML, parameters: Weights, distribution: TaskDistribution, confi
 def check_splits(distribution: TaskDistribution, config: Config) -> None:
     """Raises UsageError where there is no validation task, or it has not the inputs of the training tasks,
     which may have other numbers of examples."""
-    training = distribution.resized(config.training_shots).sample("train", config.seed, 1, range(1))
+    training = distribution.resized(config.training_shots).sample("train", config.training.seed, 1, range(1))
     validation = distribution.sample("validation", 0, 0, range(1))
     shapes = [tree_map(lambda t: tuple(t.shape[2:]), b.support_x) for b in (training, validation)]
     if shapes[0] != shapes[1]:
         raise UsageError(
-            f"--dataset {config.dataset}: examples of training tasks have the shape {shapes[0]}, those of "
+            f"--dataset {config.tasks.dataset}: examples of training tasks have the shape {shapes[0]}, those of "
             f"validation tasks {shapes[1]}: a network takes one"
         )
 
@@ -367,11 +371,13 @@ def _check_loss(maml: MAML, tasks: TaskBatch, config: Config) -> None:
     try:
         value = maml.loss(outputs, y)
     except Exception as error:
-        raise UsageError(f"--loss {config.loss} fails: {' '.join(str(error).split())[:200]}") from error
+        raise UsageError(
+            f"--loss {config.learner.loss} fails: {' '.join(str(error).split())[:200]}"
+        ) from error
     if not isinstance(value, torch.Tensor) or value.dim() or not value.requires_grad:
         kind = tuple(value.shape) if isinstance(value, torch.Tensor) and value.dim() else type(value).__name__
         raise UsageError(
-            f"--loss {config.loss} gives {kind}: it should give one number, a tensor that depends on the "
+            f"--loss {config.learner.loss} gives {kind}: it should give one number, a tensor that depends on the "
             "outputs"
         )
 
@@ -381,8 +387,8 @@ def own_code_flags(config: Config) -> list[str]:
     return [
         part
         for name in settings.OWN_CODE
-        if is_own_code(getattr(config, name))
-        for part in (f"--{name}", getattr(config, name))
+        if is_own_code(config.get(name))
+        for part in (f"--{name}", config.get(name))
     ]
 
 
@@ -416,9 +422,9 @@ def writable(folder: Path, flag: str) -> Path:
 
 def check_processes(config: Config, runtime: Runtime) -> None:
     """Raises UsageError where there are more processes than tasks, or too few to share something."""
-    if runtime.world.size > config.meta_batch_size:
+    if runtime.world.size > config.training.meta_batch_size:
         raise UsageError(
-            f"{runtime.world.size} processes for a meta-batch of {config.meta_batch_size} tasks: take fewer "
+            f"{runtime.world.size} processes for a meta-batch of {config.training.meta_batch_size} tasks: take fewer "
             "(torchrun --nproc-per-node), or a larger --meta-batch-size"
         )
 
@@ -445,10 +451,10 @@ def fitted(
     """The settings for this machine: uncompiled where it cannot compile; a GPU takes all tasks at once."""
     silent = silent or not runtime.world.first
     if new and runtime.device.type == "cuda" and "tasks_at_once" not in given:
-        config = replace(config, tasks_at_once=None)
-    if not new and given.get("compile") == "on" and config.compile == "off" and not silent:
+        config = config.replaced(tasks_at_once=None)
+    if not new and given.get("compile") == "on" and config.training.compile == "off" and not silent:
         print("main.py: the run began uncompiled, and goes on so", file=sys.stderr)
-    if config.compile == "off":
+    if config.training.compile == "off":
         return config
     if runtime.device.type == "mps":
         reason = "--device mps cannot compile"
@@ -459,5 +465,5 @@ def fitted(
     if not silent:
         print(f"main.py: {reason}: the run goes uncompiled", file=sys.stderr)
     if new:
-        return settings.resolve({**given, "compile": "off"})
-    return replace(config, compile="off")
+        return resolve({**given, "compile": "off"})
+    return config.replaced(compile="off")

@@ -15,18 +15,22 @@ from typing import Any
 
 from commands import config as settings
 from commands.build import no_empty_folder_left, prepare, writable
-from commands.config import Config, Invocation
+from commands.call import Call
+from commands.config import Config
 from commands.measuring import Subject
-from commands.presets import DATA_KINDS, is_own_code
+from commands.names import file_name, task_size, task_words
+from commands.resolve import what_is_learned
 from common.batch import TaskDistribution
 from common.errors import UsageError, printable
 from common.files import read_json
+from common.own_code import is_own_code
 from evaluation import meta_test as evaluation
 from evaluation import paired
 from evaluation import tables as report
 from evaluation.figures import THEMES
 from evaluation.meta_test import Evaluation
 from learners.losses import loss_name
+from tasks.options import FILE_KINDS
 from training import trainer
 from training.checkpoint import Curve, load_checkpoint
 from training.folders import BEST, LAST, find_checkpoint, find_runs
@@ -70,7 +74,7 @@ class Entry:
     named: str = ""  # as its place's
 
 
-def compare(call: Invocation, given: Mapping[str, Any], command: str) -> int:
+def compare(call: Call, given: Mapping[str, Any], command: str) -> int:
     """Measures the runs on the same tasks, and writes what came of it."""
     places = places_of(call.compare)
     read = [_read(place, name, call, given) for place, name in zip(places, names_of(places), strict=True)]
@@ -79,20 +83,22 @@ def compare(call: Invocation, given: Mapping[str, Any], command: str) -> int:
     check_same_tasks(entries)
     check_shared_seeds(entries)
     first = next(iter(entries[0].runs.values())).config
-    tasks = min(subject.config.eval_tasks for entry in entries for subject in entry.runs.values())
+    tasks = min(subject.config.evaluation.eval_tasks for entry in entries for subject in entry.runs.values())
     skipped = trainer.VALIDATION_TASKS if call.split == "validation" else 0
     folder = call.out or places[0].folder.parent
-    size = f"{first.dataset_name}-{first.task_size}-{first.queries}query-{tasks}tasks"
+    size = (
+        f"{file_name(first.tasks.dataset)}-{task_size(first.tasks)}-{first.tasks.queries}query-{tasks}tasks"
+    )
     file = folder / f"comparison-{_in_file_name([entry.name for entry in entries])}-{call.split}-{size}"
     compared = [[str(s.file.resolve()) for s in entry.runs.values() if s.file] for entry in entries]
     _check_other(Path(f"{file}.json"), compared)
     with no_empty_folder_left(folder):
         writable(folder, "--out")
-        what = f"{first.dataset_name}, {first.task_words}, {first.queries} query"
+        what = f"{first.tasks.dataset}, {task_words(first.tasks)}, {first.tasks.queries} query"
         print(f"Comparing on {tasks} {call.split} tasks: {what}")
         print(f"  device      {prepare(first, call).describe()}", flush=True)
         sides, records = _measured(entries, call, tasks, skipped)
-        loss = loss_name(first.loss)
+        loss = loss_name(first.learner.loss)
         words = f"{tasks} {call.split} tasks" + ", none of which chose a checkpoint" * bool(skipped)
         print(f"\n{paired.settings_table(sides)}\n\n{paired.learning_table(sides, loss)}")
         print(f"\n{paired.differences_table(sides, loss, words)}")
@@ -109,14 +115,14 @@ def compare(call: Invocation, given: Mapping[str, Any], command: str) -> int:
             "runs": records,
         }
         report.write_json(Path(f"{file}.json"), result)
-        figure = paired.figure(sides, loss, f"{what}: {tasks} {call.split} tasks", THEMES[call.theme])
+        figure = paired.figure(sides, loss, f"{what}: {tasks} {call.split} tasks", THEMES["light"])
         report.write_figure(Path(f"{file}.png"), figure)
         print(f"Written: {file}.json and .png")
     return 0
 
 
 def _measured(
-    entries: Sequence[Entry], call: Invocation, tasks: int, skipped: int
+    entries: Sequence[Entry], call: Call, tasks: int, skipped: int
 ) -> tuple[list[paired.Side], list[dict[str, Any]]]:
     """The entries with their results on so many tasks of the split, and for the record where each run's come
     from."""
@@ -125,7 +131,7 @@ def _measured(
     for entry in entries:
         results: dict[int, Evaluation] = {}
         for seed, subject in entry.runs.items():
-            subject = replace(subject, config=replace(subject.config, eval_tasks=tasks))
+            subject = replace(subject, config=subject.config.replaced(eval_tasks=tasks))
             print(f"Measuring {subject.name}", flush=True)
             runtime = prepare(subject.config, call)
             built = subject.built(call, runtime, known)
@@ -143,12 +149,14 @@ def _side(entry: Entry, results: dict[int, Evaluation]) -> paired.Side:
     subject = next(iter(entry.runs.values()))
     assert subject.source is not None
     saved, config = subject.source.config, subject.config
-    learned = {*settings.what_is_learned(saved), "iterations"} - {"seed"}
+    learned = {*what_is_learned(saved), "iterations"} - {"seed"}
     shown = settings.in_words(saved, [name for name in settings.meaningful(saved) if name in learned])
-    measure = "query_accuracy" if config.classification else "query_loss"
+    measure = "query_accuracy" if config.tasks.classification else "query_loss"
     curves = {seed: curve["validation"] for seed, curve in entry.curves.items()}
     validation = {s: (c["iteration"], c[measure]) if measure in c else ([], []) for s, c in curves.items()}
-    return paired.Side(entry.name, shown, validation, results, config.query_norm, config.test_steps)
+    return paired.Side(
+        entry.name, shown, validation, results, config.choices.query_norm, config.evaluation.test_steps
+    )
 
 
 # ---- which they are ------------------------------------------------------------------------------
@@ -250,13 +258,13 @@ def _check_other(file: Path, compared: list[list[str]]) -> None:
 # ---- reading them --------------------------------------------------------------------------------
 
 
-def _read(place: Place, name: str, call: Invocation, given: Mapping[str, Any]) -> Entry:
+def _read(place: Place, name: str, call: Call, given: Mapping[str, Any]) -> Entry:
     """The checkpoints with their settings and those flags that may differ, and the curves of their runs."""
     runs, curves = {}, {}
     for number, file in place.files.items():
         source = load_checkpoint(file)
         own = {n: v for n, v in given.items() if n not in ("learner", "loss") or _is_for(v, n, source.config)}
-        seed = number if place.setting or len(place.files) > 1 else source.config.seed
+        seed = number if place.setting or len(place.files) > 1 else source.config.training.seed
         try:
             runs[seed] = Subject.of(file, source, call, own)
         except UsageError as error:
@@ -298,8 +306,8 @@ def _setting_of(entry: Entry) -> str:
         return f"runs {entry.name}"
     saved, config = subject.source.config, subject.config
     measured = {name for name, flag in settings.CONFIG_FLAGS.items() if flag.group == "evaluation"}
-    found = settings.what_is_learned(saved) | {"seed": None, "named": entry.named}
-    found |= {name: getattr(config, name) for name in measured}
+    found = what_is_learned(saved) | {"seed": None, "named": entry.named}
+    found |= {name: config.get(name) for name in measured}
     found |= {name: getattr(saved, name) for name in ("iterations", "val_every")}
     found["origin"] = subject.source.progress.get("origin")
     return repr(sorted(found.items()))
@@ -322,7 +330,7 @@ def _is_for(value: str, name: str, saved: Config) -> bool:
 def _check_own_code(entries: Sequence[Entry], given: Mapping[str, Any]) -> None:
     """Raises UsageError for code that is given and that no run has."""
     for name in ("learner", "loss"):
-        saved = [getattr(s.source.config, name) for e in entries for s in e.runs.values() if s.source]
+        saved = [s.source.config.get(name) for e in entries for s in e.runs.values() if s.source]
         if is_own_code(given.get(name, "")) and not any(map(is_own_code, saved)):
             raise UsageError(
                 f"--{name} {given[name]}: none of the runs has code of your own there: leave it out"
@@ -369,10 +377,10 @@ def check_shared_seeds(entries: Sequence[Entry]) -> None:
 
 def _what_is_measured(config: Config) -> dict[str, Any]:
     """The settings that decide what the tasks are and, of a regression, what is measured on them."""
-    found = {name: getattr(config, name) for name in TASKS}
+    found = {name: config.get(name) for name in TASKS}
     for name in ("loss", "loss_args"):
-        found[name] = None if config.classification else getattr(config, name)
-    kind, colon, path = config.dataset.partition(":")
-    if kind in DATA_KINDS and colon:
+        found[name] = None if config.tasks.classification else config.get(name)
+    kind, colon, path = config.tasks.dataset.partition(":")
+    if kind in FILE_KINDS and colon:
         found["dataset"] = f"{kind}:{os.path.realpath(path)}"
     return found

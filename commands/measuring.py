@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from commands import config as settings
 from commands.build import build, data_of
-from commands.config import Config, Invocation
+from commands.call import Call
+from commands.config import Config
+from commands.names import file_name, task_size, task_words
+from commands.resolve import resolve, resolve_from
 from common.batch import TaskDistribution
 from common.device import Runtime, versions
 from common.optimizers import Weights
@@ -33,21 +35,21 @@ class Subject:
     config: Config
 
     @classmethod
-    def read(cls, file: Path | None, call: Invocation, given: Mapping[str, Any]) -> Subject:
+    def read(cls, file: Path | None, call: Call, given: Mapping[str, Any]) -> Subject:
         """A checkpoint with its settings, and those flags that may differ; uncompiled, whatever it was."""
         return cls.of(file, None if file is None else load_checkpoint(file), call, given)
 
     @classmethod
     def of(
-        cls, file: Path | None, source: Checkpoint | None, call: Invocation, given: Mapping[str, Any]
+        cls, file: Path | None, source: Checkpoint | None, call: Call, given: Mapping[str, Any]
     ) -> Subject:
         """The same of a checkpoint that has been read."""
         if source is None:
-            config = settings.resolve(given)
+            config = resolve(given)
         else:
             other = call.eval_dataset
-            config = settings.resolve_from(source.config, given, evaluate=True, eval_dataset=other)
-        config = replace(config, convolution="grouped", tasks_at_once=given.get("tasks_at_once"))
+            config = resolve_from(source.config, given, evaluate=True, eval_dataset=other)
+        config = config.replaced(convolution="grouped", tasks_at_once=given.get("tasks_at_once"))
         return cls(file, source, config)
 
     @property
@@ -64,7 +66,9 @@ class Subject:
         """The beginning of its results' names; `with_run`, if those of several runs may meet."""
         if self.file is None:
             config = self.config
-            return f"fresh-{config.learner_name}-{config.init}-seed{config.seed}"
+            return (
+                f"fresh-{file_name(config.learner.learner)}-{config.learner.init}-seed{config.training.seed}"
+            )
         return f"{self.file.resolve().parent.name}-{self.file.stem}" if with_run else self.file.stem
 
     @property
@@ -72,10 +76,10 @@ class Subject:
         """What tells its test tasks from others, in words and in the names of results."""
         config = self.config
         return {
-            config.dataset_name: config.dataset_name,
-            config.task_words: config.task_size,
-            "": f"{config.queries}query",
-            f"{config.eval_tasks} test tasks": f"{config.eval_tasks}tasks",
+            file_name(config.tasks.dataset): file_name(config.tasks.dataset),
+            task_words(config.tasks): task_size(config.tasks),
+            "": f"{config.tasks.queries}query",
+            f"{config.evaluation.eval_tasks} test tasks": f"{config.evaluation.eval_tasks}tasks",
         }
 
     @property
@@ -88,17 +92,17 @@ class Subject:
             "checkpoint": self.file,
             "iteration": self.source.iteration if self.source else 0,
             "split": "test",
-            "tasks": self.config.eval_tasks,
+            "tasks": self.config.evaluation.eval_tasks,
             "tasks_seed": evaluation.SEED,
-            "trained_steps": self.config.trained_steps,
-            "test_steps": self.config.test_steps,
-            "settings": settings.config_to_plain(self.config),
+            "trained_steps": self.config.choices.trained_steps,
+            "test_steps": self.config.evaluation.test_steps,
+            "settings": self.config.values(),
             "versions": versions(),
             "device": runtime.describe(),
         }
 
     def built(
-        self, call: Invocation, runtime: Runtime, known: dict[Any, TaskDistribution | None] | None = None
+        self, call: Call, runtime: Runtime, known: dict[Any, TaskDistribution | None] | None = None
     ) -> Built:
         """Its algorithm, tasks and weights; raises UsageError where they do not fit.
 
@@ -109,12 +113,12 @@ class Subject:
         data = data_of(config)
         distribution, maml = build(config, call, runtime, saved=source, distribution=known.get(data))
         known[data] = distribution
-        parameters, statistics = maml.initial_parameters(config.seed), maml.initial_statistics()
+        parameters, statistics = maml.initial_parameters(config.training.seed), maml.initial_statistics()
         if source is not None and self.file is not None:
             if call.eval_dataset is None:
                 check_same_split(self.file, source.splits, distribution.split_names)
-            parameters = fitting_parameters(self.file, source.parameters, parameters, config.learner)
-            statistics = fitting_parameters(self.file, source.statistics, statistics, config.learner)
+            parameters = fitting_parameters(self.file, source.parameters, parameters, config.learner.learner)
+            statistics = fitting_parameters(self.file, source.statistics, statistics, config.learner.learner)
         return Built(self, maml, distribution, parameters, statistics)
 
 
@@ -129,9 +133,9 @@ def of_all(subjects: Sequence[Subject]) -> tuple[report.Words, str]:
     common = [part for part in (same(column, None) for column in columns) if part]
     configs = [each.config for each in subjects]
     words = report.Words(
-        loss_name=same((loss_name(config.loss) for config in configs), "loss"),
-        trained_steps=same((config.trained_steps for config in configs), None),
-        test_steps=configs[0].test_steps,
+        loss_name=same((loss_name(config.learner.loss) for config in configs), "loss"),
+        trained_steps=same((config.choices.trained_steps for config in configs), None),
+        test_steps=configs[0].evaluation.test_steps,
         title=", ".join(said for said, _ in common if said),
     )
     return words, "-".join(["test", *(name for _, name in common)])
@@ -150,7 +154,7 @@ class Built:
     def measured(self, runtime: Runtime, split: str = "test", skipped: int = 0) -> Evaluation:
         """On the fixed tasks of a split but the first, `skipped` ones, with all that batch norm can do."""
         config = self.subject.config
-        normalisations: tuple[str, ...] = (config.query_norm,)
+        normalisations: tuple[str, ...] = (config.choices.query_norm,)
         if self.maml.has_batch_norm:
             normalisations = ("transductive", "inductive", *["per-step"] * bool(self.statistics))
 
@@ -159,11 +163,11 @@ class Built:
             self.parameters,
             self.distribution,
             split,
-            tasks=config.eval_tasks,
-            steps=config.eval_steps,
+            tasks=config.evaluation.eval_tasks,
+            steps=config.evaluation.eval_steps,
             normalisations=normalisations,
             statistics=self.statistics,
-            inner_batch=config.eval_inner_batch,
+            inner_batch=config.evaluation.eval_inner_batch,
             skipped=skipped,
             world=runtime.world,
         )
@@ -176,12 +180,18 @@ class Built:
         config = self.subject.config
         written = [".json", ".png"]
         report.write_json(Path(f"{file}.json"), {**record, **report.evaluation_record(result)})
-        when = f"{self.subject.when}, {config.task_words}"
+        when = f"{self.subject.when}, {task_words(config.tasks)}"
         scene = Scene(self.maml, self.parameters, self.distribution, config, "test", when, theme)
         fits = None
         if isinstance(self.distribution, Regression):
-            shown = sorted({0, min(config.trained_steps, config.eval_steps), config.eval_steps})
-            fits = (*scene.examples(3, config.eval_steps), shown)
+            shown = sorted(
+                {
+                    0,
+                    min(config.choices.trained_steps, config.evaluation.eval_steps),
+                    config.evaluation.eval_steps,
+                }
+            )
+            fits = (*scene.examples(3, config.evaluation.eval_steps), shown)
         report.write_figure(Path(f"{file}.png"), evaluation_figure(result, self.subject.words, fits, theme))
         sheets = scene.tasks() if fits is None else None
         for name, figure in (("examples", sheets), ("features", scene.features())):

@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from commands import config as settings
-from commands.config import CONFIG_FLAGS, Config, Invocation
+from commands.call import Call
+from commands.config import CONFIG_FLAGS, Config
+from commands.resolve import resolve
 from common.errors import UsageError
 from common.options import Flag
+from tasks.options import CURVES
 
 MOST = 1000  # runs of a command line
 LONGEST = 40  # characters of a value in a folder's name, its last ones: paths differ there
@@ -38,10 +40,10 @@ class Member:
 
     @property
     def config(self) -> Config:
-        return settings.resolve(self.given)
+        return resolve(self.given)
 
 
-def members_of(call: Invocation, given: Mapping[str, Any]) -> list[Member]:
+def members_of(call: Call, given: Mapping[str, Any]) -> list[Member]:
     """The runs that --seeds and --sweep ask for, grid by grid; empty without these flags.
 
     Raises UsageError for what is no flag, or no value of it, or makes no valid run.
@@ -79,15 +81,16 @@ def members_of(call: Invocation, given: Mapping[str, Any]) -> list[Member]:
                 "--compile on: many runs at once are compiled where they learn from curves that are "
                 "computed; leave it out, or --runs-at-once"
             )
-    if len({member.config.classification for member in found}) > 1:
+    if len({member.config.tasks.classification for member in found}) > 1:
         raise UsageError("--sweep: regression and classification have no measure in common; sweep them apart")
     return found
 
 
 def compiles(config: Config) -> bool:
     """Whether many runs at once can be compiled."""
-    return config.dataset in settings.REGRESSION and (
-        config.tasks_at_once is None or config.tasks_at_once >= config.meta_batch_size
+    return config.tasks.dataset in CURVES and (
+        config.training.tasks_at_once is None
+        or config.training.tasks_at_once >= config.training.meta_batch_size
     )
 
 

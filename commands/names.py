@@ -1,65 +1,35 @@
-"""What may stand for a dataset, a learner, a loss and the like on the command line.
-
-Each check takes a value and says what was expected, or None where it is all right (see flags.py). The
-standard library alone.
-"""
+"""Name things after settings: folders, result files, titles, and the flags that a command must repeat."""
 
 from __future__ import annotations
 
-from commands.presets import DATA_KINDS, DATASETS, LEARNERS
-from common.choices import AUGMENTATIONS, LOSSES
+from pathlib import Path
+
+from commands.config import OWN_CODE, Config
+from common.own_code import is_own_code
+from tasks.options import TaskOptions
 
 
-def _well_formed_code(name: str) -> bool:
-    module, _, factory = name.rpartition(":")
-    dotted = all(part.isidentifier() for part in module.split("."))
-    return (dotted or module.endswith(".py")) and factory.isidentifier()
+def file_name(name: str) -> str:
+    """Return a dataset's or a learner's name for a file name: a path's stem, or the factory's name."""
+    kind, colon, path = name.partition(":")
+    if not colon:
+        return name
+    last = name.rpartition(":")[2] if is_own_code(name) else f"{kind}-{Path(path).stem or 'data'}"
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in last)[:60]
 
 
-def a_dataset(name: str) -> str | None:
-    kind, colon, rest = name.partition(":")
-    if name in DATASETS or (kind in DATA_KINDS and rest):
-        return None
-    if colon and kind not in DATA_KINDS and _well_formed_code(name):
-        return None
-    kinds = "images:FOLDER, table:FILE, package.module:factory, file.py:factory"
-    return f"one of {', '.join(DATASETS)}, {kinds}"
+def task_size(tasks: TaskOptions) -> str:
+    """Return ways and shots as a part of a file's name: `5way-1shot`."""
+    return f"{tasks.ways}way-{tasks.shots}shot" if tasks.classification else f"{tasks.shots}shot"
 
 
-def a_learner(name: str) -> str | None:
-    kind, colon, rest = name.partition(":")
-    if name in LEARNERS or (kind == "torchvision" and rest):
-        return None
-    if colon and kind != "torchvision" and _well_formed_code(name):
-        return None
-    kinds = "torchvision:MODEL, package.module:factory, file.py:factory"
-    return f"one of {', '.join(LEARNERS)}, {kinds}"
+def task_words(tasks: TaskOptions) -> str:
+    """Return ways and shots for a title: `5-way 1-shot`."""
+    return f"{tasks.ways}-way {tasks.shots}-shot" if tasks.classification else f"{tasks.shots}-shot"
 
 
-def a_loss(name: str) -> str | None:
-    if name in LOSSES or (":" in name and _well_formed_code(name)):
-        return None
-    return f"one of {', '.join(LOSSES)}, package.module:function, file.py:function"
-
-
-def column_names(text: str) -> str | None:
-    return None if all(name.strip() for name in text.split(",")) else "names with commas between"
-
-
-def augmentations(text: str) -> str | None:
-    names = text.split(",")
-    if set(names) <= set(AUGMENTATIONS) and len(set(names)) == len(names):
-        return None
-    return f"some of {', '.join(AUGMENTATIONS)}, with commas between"
-
-
-def one_or_three(value: int) -> str | None:
-    return None if value in (1, 3) else "1 or 3"
-
-
-def three_shares(text: str) -> str | None:
-    parts = text.split(",")
-    whole = len(parts) == 3 and all(part.isdecimal() and len(part) < 10 for part in parts)
-    if whole and int(parts[0]) and int(parts[2]):
-        return None
-    return "three whole numbers below 10^9 with commas between, the first and the last above 0"
+def own_code_flags(config: Config) -> list[str]:
+    """Return the flags that must be given again with a checkpoint of these settings."""
+    return [
+        part for name in OWN_CODE if is_own_code(config.get(name)) for part in (f"--{name}", config.get(name))
+    ]

@@ -1,6 +1,6 @@
-"""Facts and defaults as tables: what data, learners and algorithms there are, and what their papers set.
+"""Tabulate the defaults that depend on the data, and what each algorithm's paper sets.
 
-The standard library alone (see config.py).
+The standard library alone.
 """
 
 from __future__ import annotations
@@ -8,87 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from common.own_code import is_own_code as is_own_code
-
-REGRESSION = ("sinusoid", "sinusoid-frequency", "sinusoid-line", "harmonic")
-
-
-@dataclass(frozen=True)
-class DataFacts:
-    """What the flags need to know of a dataset."""
-
-    inputs: str  # "vectors", "images", or "any"
-    classification: bool | None  # None: --task-type says
-    image_size: int | None = None  # pixels of a side, by default
-    channels: int | None = None
-    invert: bool = False  # by default: ink on paper
-
-
-DATASETS = {name: DataFacts("vectors", False) for name in REGRESSION} | {
-    "omniglot": DataFacts("images", True, 28, 1, invert=True),
-    "cifar-fs": DataFacts("images", True, 32, 3),
-    "fc100": DataFacts("images", True, 32, 3),
-    "mini-imagenet": DataFacts("images", True, 84, 3),
-    "tiered-imagenet": DataFacts("images", True, 84, 3),
-}
-DATA_KINDS = {  # what begins a name, in front of a path
-    "images": DataFacts("images", True, 84, 3),
-    "table": DataFacts("vectors", None),
-}
-
-
-def data_facts(dataset: str) -> DataFacts:
-    """The facts of a dataset by its name, or by its kind."""
-    kind, colon, _ = dataset.partition(":")
-    return DATA_KINDS.get(kind, DataFacts("any", None)) if colon else DATASETS[dataset]
-
-
-def is_classification(dataset: str, task_type: str | None) -> bool:
-    """What the data say, or where they may be either, --task-type."""
-    said = data_facts(dataset).classification
-    return task_type == "classification" if said is None else said
-
-
-OMNIGLOT_DRAWINGS = 20  # of each character
-OMNIGLOT_CLASSES = {  # characters in each split
-    "random": {"train": 1100, "validation": 100, "test": 423},
-    "alphabet": {"train": 806, "validation": 158, "test": 659},
-}
-
-
-@dataclass(frozen=True)
-class LearnerFacts:
-    """What the flags need to know of a learner: its data, its defaults, what it can be asked for."""
-
-    inputs: str  # "vectors", "images", or "any"
-    init: str  # the default of --init
-    adapt_norm: bool | None  # the default of --adapt-norm; None: it has no batch norm
-    inner_lr: float | None = None  # the default of --inner-lr, where it is not the data's
-    convolutional: bool = True
-
-
-LEARNERS = {
-    "mlp": LearnerFacts("vectors", init="paper", adapt_norm=None, convolutional=False),
-    "conv": LearnerFacts("images", init="paper", adapt_norm=False),
-    "conv-flat": LearnerFacts("images", init="torch", adapt_norm=False),
-    "conv-pool": LearnerFacts("images", init="paper", adapt_norm=False),
-    "conv4": LearnerFacts("images", init="paper", adapt_norm=False),
-    # Its last layer has 25,600 inputs: a step of 2.0 is far too long there.
-    "convnet": LearnerFacts("images", init="torch", adapt_norm=True, inner_lr=0.01),
-    "fc": LearnerFacts("images", init="paper", adapt_norm=False, convolutional=False),
-}
-OTHER_LEARNER = LearnerFacts("any", init="torch", adapt_norm=True, inner_lr=0.01)  # torchvision's, one's own
-
-
-def learner_facts(learner: str) -> LearnerFacts:
-    """The facts of a learner by its name."""
-    return LEARNERS.get(learner, OTHER_LEARNER)
-
-
-# The defaults that depend on the data: those of Finn et al. (2017). "k" and "s" stand for the values
-# of those flags. Omniglot's inner rate belongs to the mean cross-entropy: the paper's 0.4 (5-way) and
-# 0.1 (20-way) belong to a loss that is `ways` times as large, and both come to 2.0. Other classification
-# has what they set for mini-ImageNet: 0.01 with that loss, 0.05 on the mean over five classes.
+# Defaults that depend on the data: those of Finn et al. (2017). "k" and "s" stand for the values of those
+# flags. Omniglot's inner rate belongs to the mean cross-entropy: the paper's loss is `ways` times as large,
+# so that its 0.4 (5-way) and 0.1 (20-way) both become 2.0. Other classification has their settings for
+# mini-ImageNet: 0.01 with that loss, 0.05 on the mean over five classes.
 DEFAULT_COLUMNS = (
     "regression",
     "omniglot, up to 10 ways",
@@ -106,7 +29,6 @@ DEFAULTS: dict[str, tuple[Any, Any, Any, Any]] = {
     "iterations": (70_000, 60_000, 60_000, 60_000),
     "grad_clip": (None, None, None, 10.0),
     "test_steps": ("s", 3, 5, 10),
-    "compile_after": (100, 3, 1, 1),
     "log_every": (100, 10, 10, 10),
     "val_every": (1000, 500, 500, 500),
     "save_every": (1000, 100, 100, 100),
@@ -114,13 +36,14 @@ DEFAULTS: dict[str, tuple[Any, Any, Any, Any]] = {
 
 
 def default_column(classification: bool, dataset: str, ways: int) -> int:
-    """The position in `DEFAULT_COLUMNS`."""
+    """Return the position in `DEFAULT_COLUMNS`."""
     if not classification:
         return 0
     return 3 if dataset != "omniglot" else 1 if ways <= 10 else 2
 
 
-# Compiling costs this many uncompiled iterations or more, saved again (benchmarks/README.md).
+# Iterations from which on a run pays for its compilation (benchmarks/README.md), and the images in the
+# support sets of a chunk of tasks that fits a CPU's cache.
 COMPILED_FROM = {"regression": 10_000, "classification": 1_500}
 CHUNK_IMAGES = 40
 
@@ -142,9 +65,9 @@ class ByData:
         return (self.regression, self.few_ways, self.many_ways, other)[column]
 
 
-# An algorithm is a row: its choices, and the settings of its paper where they are not MAML's. Whatever
-# means nothing for the data or the learner is passed over. "half" is half of --iterations; "train_shots" is
-# at least k + q.
+# An algorithm is a row: its choices, and its paper's settings where they differ from MAML's. Settings without
+# a meaning for the data or the learner are ignored. "half" is half of --iterations; "train_shots" is at least
+# k + q.
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "maml": {},
     "fomaml": {"meta_gradient": "first-order"},
@@ -152,9 +75,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "boil": {"fast_weights": "body"},
     "reptile": {
         "meta_gradient": "reptile",
-        "inner_optimizer": ByData("sgd", "adam", "adam"),
-        "inner_beta_1": 0.0,
-        "inner_carry": ByData(False, True, True),
+        "inner_optimizer": ByData("sgd", "adam-carried", "adam-carried"),
+        "inner_momentum": 0.0,
         "inner_lr": ByData(0.01, 1e-3, 5e-4),
         "steps": ByData(10, 5, 10, 8),
         "train_shots": ByData(None, 10, 10, 15),

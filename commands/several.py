@@ -30,8 +30,10 @@ from commands.build import (
     tried,
     writable,
 )
-from commands.config import CONFIG_FLAGS, Config, Invocation
+from commands.call import Call
+from commands.config import CONFIG_FLAGS, Config
 from commands.members import Member, compiles
+from commands.resolve import resolve, what_is_learned
 from common.batch import TaskDistribution
 from common.device import Runtime
 from common.errors import UsageError
@@ -70,7 +72,7 @@ class Ready:
         return (
             self.run.iteration == other.run.iteration
             and _structure(self.run.config) == _structure(other.run.config)
-            and self.run.config.vectorise
+            and self.run.config.training.vectorise
             and _same(self.maml.fixed, other.maml.fixed)
         )
 
@@ -79,11 +81,11 @@ def _structure(config: Config) -> Config:
     """The settings without those in which runs that are trained at once may differ."""
     free: dict[str, Any] = {}
     for name in AT_ONCE:
-        value = getattr(config, name)
+        value = config.get(name)
         free[name] = None if value is None else type(value)(1)
-    if config.inner_rates != "fixed":  # where they begin is in the weights
+    if config.choices.inner_rates != "fixed":  # where they begin is in the weights
         free["inner_lr_max"] = None
-    return replace(config, **free)
+    return config.replaced(**free)
 
 
 def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
@@ -99,7 +101,7 @@ def groups_of(runs: Sequence[Ready], at_most: int | None) -> list[list[Ready]]:
     groups: list[list[Ready]] = []
     for each in runs:
         config = each.run.config
-        most = at_most or (1 if config.compile == "on" and not compiles(config) else len(runs))
+        most = at_most or (1 if config.training.compile == "on" and not compiles(config) else len(runs))
         fitting = (g for g in groups if len(g) < most and g[0].fits(each))
         group = next(fitting, None)
         if group is None:
@@ -112,9 +114,7 @@ def groups_of(runs: Sequence[Ready], at_most: int | None) -> list[list[Ready]]:
 # ---- training ------------------------------------------------------------------------------------
 
 
-def train_many(
-    call: Invocation, members: Sequence[Member], world: World, locked: ExitStack
-) -> tuple[Path, int]:
+def train_many(call: Call, members: Sequence[Member], world: World, locked: ExitStack) -> tuple[Path, int]:
     """Trains, or goes on with, all of these runs; their folder, and the exit code: 128 + signal where one
     ended it early, `FAILED` where some runs could not go on to their end.
 
@@ -168,7 +168,7 @@ def train_many(
             return folder, code
     outcomes = [one for part in world.gathered([outcome_of(each) for each in ready]) for one in part]
     if world.first:
-        _write_summary(folder, outcomes, THEMES[call.theme])
+        _write_summary(folder, outcomes, THEMES["light"])
     failed = [one["failure"] for one in outcomes if one["failure"] is not None]
     if failed and world.first:
         many = f"{len(failed)} of {len(outcomes)} runs stopped before their end, "
@@ -186,7 +186,7 @@ def _check_settings(folder: Path, members: Sequence[Member]) -> None:
         if run.name in names or run.setting not in wanted or not file.is_file():
             continue
         here, there = wanted[run.setting].config, load_checkpoint(file).config
-        learned = [settings.what_is_learned(replace(config, seed=0)) for config in (here, there)]
+        learned = [what_is_learned(config.replaced(seed=0)) for config in (here, there)]
         for name, value in learned[0].items():
             if value != learned[1][name]:
                 raise UsageError(
@@ -202,7 +202,7 @@ def _write_list(folder: Path, members: Sequence[Member]) -> None:
     report.write_json(folder / LIST, {"runs": list((before | listed).values())})
 
 
-def _of_member(call: Invocation, folder: Path | None, member: Member) -> Invocation:
+def _of_member(call: Call, folder: Path | None, member: Member) -> Call:
     """The call that would train this run alone."""
     if folder is None:
         return call
@@ -210,11 +210,11 @@ def _of_member(call: Invocation, folder: Path | None, member: Member) -> Invocat
 
 
 def _finished(run: Run) -> bool:
-    return run.iteration >= run.config.iterations and has_results(run.folder, run.iteration)
+    return run.iteration >= run.config.training.iterations and has_results(run.folder, run.iteration)
 
 
 def _ready(
-    call: Invocation,
+    call: Call,
     members: Sequence[Member],
     begun: Sequence[Beginning],
     world: World,
@@ -235,34 +235,36 @@ def _ready(
         distributions[data_of(config)] = distribution
         if at.start is not None and at.start_file is not None:
             check_same_split(at.start_file, at.start.splits, distribution.split_names)
-        parameters = saved_parameters(at, maml, maml.initial_parameters(config.seed))
+        parameters = saved_parameters(at, maml, maml.initial_parameters(config.training.seed))
         if _structure(config) not in tested:
             tested.add(_structure(config))
             check_splits(distribution, config)
-            if config.learner not in LEARNERS or config.loss not in LOSSES:
+            if config.learner.learner not in LEARNERS or config.learner.loss not in LOSSES:
                 tried(maml, parameters, distribution, config)
-        run = Run(config, writes_to / member.name, parameters, at.start, at.origin, theme=call.theme)
+        run = Run(config, writes_to / member.name, parameters, at.start, at.origin)
         found.append(Ready(member, run, maml, distribution, runtime))
     return found
 
 
-def _train_group(group: Sequence[Ready], call: Invocation, world: World) -> int:
+def _train_group(group: Sequence[Ready], call: Call, world: World) -> int:
     """Trains runs at once; the exit code."""
     first, shown = group[0], world.first
     config = first.run.config
     runtime = prepare(config, call, world)  # threads and precision are the process's: other runs had others
     for each in group:
-        chunk = each.run.config.tasks_at_once
+        chunk = each.run.config.training.tasks_at_once
         each.run.computed_by = runtime.computed_by(processes=1, runs=len(group), tasks=chunk)
     alone = len(group) == 1
-    if not alone and config.compile == "on" and not compiles(config):
+    if not alone and config.training.compile == "on" and not compiles(config):
         for each in group:
             each.run.config = _uncompiled(each)
         config = first.run.config
     maml = first.maml
     if not alone:
         maml = maml.with_options(
-            in_transform=True, convolution=config.convolution, tasks_at_once=config.tasks_at_once
+            in_transform=True,
+            convolution=config.training.convolution,
+            tasks_at_once=config.training.tasks_at_once,
         )
     if shown:
         names = [each.member.name for each in group]
@@ -279,8 +281,8 @@ def _train_group(group: Sequence[Ready], call: Invocation, world: World) -> int:
 def _uncompiled(each: Ready) -> Config:
     """The settings of a run that cannot be compiled with others; of one that goes on, as they are else."""
     if each.run.start is not None:
-        return replace(each.run.config, compile="off")
-    return settings.resolve({**each.member.given, "compile": "off"})
+        return each.run.config.replaced(compile="off")
+    return resolve({**each.member.given, "compile": "off"})
 
 
 # ---- what came of it -----------------------------------------------------------------------------
@@ -292,7 +294,7 @@ def outcome_of(each: Ready) -> dict[str, Any]:
     whole = run.failure is None  # one that has stopped early is no part of a mean over seeds
     final = run.final_loss() if whole else None
     validation = run.progress.validation
-    measure = "query_accuracy" if run.config.classification else "query_loss"
+    measure = "query_accuracy" if run.config.tasks.classification else "query_loss"
     best = run.progress.best_score if whole else None
     return {
         "name": each.member.name,
@@ -302,7 +304,7 @@ def outcome_of(each: Ready) -> dict[str, Any]:
         "failure": run.failure,
         "final_training_loss": final[0] if final else None,
         "measure": measure,
-        "loss": loss_name(run.config.loss),
+        "loss": loss_name(run.config.learner.loss),
         "best_validation": None if best is None else as_measured(best, measure),
         "best_iteration": run.progress.best_iteration if whole else None,
         "validation": {name: validation.get(name, []) for name in ("iteration", measure)},

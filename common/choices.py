@@ -1,26 +1,228 @@
-"""The names that choices go by, on the command line and in Python. The standard library alone."""
+"""Declare the algorithm's choices once: for the command line, `MAML` and checkpoints, with their rules.
+
+Every published variant is a row over five choices (adapted parameters, inner learning rates, meta-gradient,
+objective, normalisation), the head before the first step, and the inner loop's update rule. The standard
+library alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
+from common.options import BY_LEARNER, above_zero, at_least, below_one, flag, not_negative
+
+# rows of `commands.presets.ALGORITHMS`
+ALGORITHMS = (
+    "maml", "fomaml", "anil", "boil", "reptile", "meta-sgd", "maml++", "imaml", "cavia", "pretrain",
+)  # fmt: skip
 FAST_WEIGHTS = ("all", "head", "body", "context")
 HEAD_INITS = ("learned", "zero", "prototype")
 INNER_RATES = ("fixed", "layer-step", "element")
 META_GRADIENTS = ("exact", "first-order", "reptile", "implicit", "joint")
 OBJECTIVES = ("last", "multi-step")
 NORMALISATIONS = ("transductive", "inductive", "per-step")
-INNER_OPTIMIZERS = ("sgd", "momentum", "adam")
-META_OPTIMIZERS = ("adam", "sgd")
-SCHEDULES = ("constant", "linear", "cosine")
+INNER_OPTIMIZERS = ("sgd", "momentum", "adam", "adam-carried")
 ENGINES = ("unrolled", "adjoint")
 CONVOLUTIONS = ("im2col", "grouped")
-AUGMENTATIONS = ("flip", "crop", "rotate")
-THEMES = ("light", "dark")  # of pictures
-LOSSES = ("mse", "cross-entropy", "bce", "huber")
+MOST_STEPS = 100_000  # of the inner loop
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raises ValueError where the value is none of the choices."""
+    """Raise ValueError if a value is none of the choices."""
     if value not in choices:
         raise ValueError(f"{name} should be one of {', '.join(choices)}, not {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """The algorithm: what the inner loop adapts and how, and what the outer loop learns from it.
+
+    Each field is described by the help text of its flag.
+    """
+
+    algorithm: str = flag(
+        "--algorithm", group="algorithm", choices=ALGORITHMS, default="maml", common=True,
+        help="preset of the choices in this group and of its paper's settings; a flag of its own overrides "
+        "each (--help-all lists them)",
+    )  # fmt: skip
+    fast_weights: str = flag(
+        "--fast-weights", group="algorithm", choices=FAST_WEIGHTS, default="all",
+        help="weights that the inner loop adapts: all (MAML), the head (ANIL), all but the head (BOIL), or a "
+        "context vector that modulates a layer (CAVIA)",
+    )  # fmt: skip
+    head: str | None = flag(
+        "--head", group="algorithm", metavar="NAMES", default=None, only="head",
+        help="the head's modules or parameters by name, with commas between (default: the last module with "
+        "weights of its own that is no normalisation layer)",
+    )  # fmt: skip
+    head_init: str = flag(
+        "--head-init", group="algorithm", choices=HEAD_INITS, default="learned",
+        help="the head before the first inner step: meta-learned, zero, or a prototype classifier from the "
+        "support set (Proto-MAML); the latter two allow another number of classes (-n) at test",
+    )  # fmt: skip
+    context_size: int = flag(
+        "--context-size", group="algorithm", check=at_least(1, 100_000), metavar="N", default=5,
+        only="context", help="length of the context vector",
+    )  # fmt: skip
+    inner_rates: str = flag(
+        "--inner-rates", group="algorithm", choices=INNER_RATES, default="fixed",
+        help="inner learning rates: --inner-lr; or meta-learned from there, one for each weight tensor and "
+        "step (MAML++), or one for each element (Meta-SGD)",
+    )  # fmt: skip
+    inner_lr_max: float | None = flag(
+        "--inner-lr-max", group="algorithm", check=above_zero, metavar="RATE", default=None,
+        only="learned rates",
+        help="learned rates start uniformly between --inner-lr and this (default: all at --inner-lr)",
+    )  # fmt: skip
+    meta_gradient: str = flag(
+        "--meta-gradient", group="algorithm", choices=META_GRADIENTS, default="exact",
+        help="exact; first-order: inner gradients count as constants; reptile: how far the inner loop has "
+        "moved; implicit: from its end alone (iMAML); joint: no inner loop while training",
+    )  # fmt: skip
+    cg_steps: int = flag(
+        "--cg-steps", group="algorithm", check=at_least(0, MOST_STEPS), metavar="N", default=5,
+        only="implicit", help="steps of conjugate gradients; 0 is first order",
+    )  # fmt: skip
+    cg_damping: float = flag(
+        "--cg-damping", group="algorithm", check=not_negative, metavar="X", default=0.0,
+        only="conjugate gradients", help="solve (1 + X) I + H / lambda instead of I + H / lambda",
+    )  # fmt: skip
+    objective: str = flag(
+        "--objective", group="algorithm", choices=OBJECTIVES, default="last",
+        help="the query loss after the last inner step, or a weighted sum over all steps whose weight moves "
+        "to the last (MAML++)",
+    )  # fmt: skip
+    batch_norm: str = flag(
+        "--batch-norm", group="algorithm", choices=NORMALISATIONS, only="batch norm", default="transductive",
+        help="statistics for the query while training: its own; inductive: the support set's under the "
+        "adapted weights; per-step: its own, with running statistics kept for each inner step (MAML++)",
+    )  # fmt: skip
+    norm_per_step: bool = flag(
+        "--norm-per-step", group="algorithm", default=False, only="batch norm",
+        help="learn batch norm's shift and scale for each inner step (MAML++); these are never adapted",
+    )  # fmt: skip
+    adapt_norm: bool = flag(
+        "--adapt-norm", group="algorithm", only="norm that can adapt", default=BY_LEARNER, in_python=True,
+        help="adapt batch norm's shift and scale in the inner loop as well as meta-learning them",
+    )  # fmt: skip
+
+    steps: int = flag(
+        "-s", group="inner loop", check=at_least(1, MOST_STEPS), metavar="STEPS", common=True,
+        in_python=1, help="inner gradient steps while training",
+    )  # fmt: skip
+    inner_lr: float = flag(
+        "--inner-lr", group="inner loop", check=above_zero, metavar="RATE", common=True,
+        help="learning rate of the inner loop, on the mean loss of the support set",
+    )  # fmt: skip
+    inner_optimizer: str = flag(
+        "--inner-optimizer", group="inner loop", choices=INNER_OPTIMIZERS, default="sgd",
+        help="update rule of the inner loop, which starts afresh for each task; adam-carried keeps Adam's "
+        "second moments from task to task, as the code of Reptile's authors does",
+    )  # fmt: skip
+    inner_momentum: float = flag(
+        "--inner-momentum", group="inner loop", check=below_one, metavar="X", default=0.9, only="momentum",
+        help="decay of the inner gradients' running mean: momentum, or Adam's beta1",
+    )  # fmt: skip
+    inner_clip: float | None = flag(
+        "--inner-clip", group="inner loop", check=above_zero, metavar="X", default=None,
+        help="clip the inner gradient of each task to norm X",
+    )  # fmt: skip
+    proximal: float = flag(
+        "--proximal", group="inner loop", check=not_negative, metavar="LAMBDA", default=0.0,
+        help="add LAMBDA / 2 times the squared distance from the initialisation to the support loss (iMAML)",
+    )  # fmt: skip
+    inner_batch: int | None = flag(
+        "--inner-batch", group="inner loop", check=at_least(1), metavar="N", default=None,
+        help="support examples per inner step while training (default: all)",
+    )  # fmt: skip
+
+    @property
+    def trained_steps(self) -> int:
+        """Inner steps that training prepares for; a validation takes as many."""
+        return 0 if self.meta_gradient == "joint" else self.steps
+
+    @property
+    def query_norm(self) -> str:
+        """Statistics that a validation uses for the query: those that training uses."""
+        return "inductive" if self.batch_norm == "inductive" else "transductive"
+
+    def check(self, *, has_batch_norm: bool = False, classification: bool | None = None) -> None:
+        """Raise ValueError for choices that contradict each other, with the reason in terms of the flags.
+
+        Args:
+            has_batch_norm: whether the learner has batch norm; without it the choices about it do not matter.
+            classification: whether targets are classes; None: unknown.
+        """
+        for refused, reason in self._contradictions(has_batch_norm, classification):
+            if refused:
+                raise ValueError(reason)
+
+    def _contradictions(
+        self, has_batch_norm: bool, classification: bool | None
+    ) -> Iterator[tuple[bool, str]]:
+        yield from self._meta_gradient_rules(has_batch_norm)
+        yield from self._head_rules(classification)
+        if self.inner_lr_max is not None and self.inner_rates != "fixed":
+            yield (
+                self.inner_lr_max <= self.inner_lr,
+                f"--inner-lr-max {self.inner_lr_max} is not above --inner-lr {self.inner_lr}",
+            )
+        if self.inner_optimizer == "adam-carried":
+            carried = "--inner-optimizer adam-carried: moments go from task to task"
+            yield self.meta_gradient != "reptile", f"{carried} with --meta-gradient reptile alone; use adam"
+            yield self.head_init != "learned", f"{carried} for a learned head alone; use adam"
+
+    def _meta_gradient_rules(self, has_batch_norm: bool) -> Iterator[tuple[bool, str]]:
+        """Yield what each meta-gradient cannot be combined with."""
+        way = f"--meta-gradient {self.meta_gradient}"
+        rates, learned = f"--inner-rates {self.inner_rates}", self.inner_rates != "fixed"
+        multi_step, weights = self.objective == "multi-step", f"--fast-weights {self.fast_weights}"
+        per_step = has_batch_norm and (self.batch_norm == "per-step" or self.norm_per_step)
+        norm = "--norm-per-step" if self.norm_per_step else "--batch-norm per-step"
+        inductive = has_batch_norm and self.batch_norm == "inductive"
+        if self.meta_gradient == "implicit":
+            same_loss = f"{way} needs the same support loss in every step"
+            yield learned, f"{rates}: the solution that {way} differentiates does not depend on the rates"
+            yield multi_step, f"--objective multi-step: {way} uses the end of the inner loop alone"
+            yield per_step, f"{norm}: {same_loss}"
+            yield self.inner_batch is not None, f"--inner-batch: {same_loss}"
+            yield not self.proximal, f"{way} needs a --proximal above 0, which defines the problem it solves"
+        if self.meta_gradient == "reptile":
+            moves = f"{way} moves only what the inner loop adapts"
+            yield learned, f"{rates}: {way} gives the rates no gradient"
+            yield multi_step, f"--objective multi-step: {way} has no query loss"
+            yield self.fast_weights != "all", f"{weights}: {moves}, the rest would not learn"
+            yield per_step, f"{norm}: {moves}"
+            frozen_norm = has_batch_norm and not self.adapt_norm
+            yield frozen_norm, f"--no-adapt-norm: {moves}; the shift would not learn"
+            yield inductive, f"--batch-norm inductive: {way} does not learn from a query set"
+        if self.meta_gradient == "joint":
+            no_loop = f"{way} has no inner loop"
+            yield learned, f"{rates}: {no_loop} for the rates to learn from"
+            yield multi_step, f"--objective multi-step: {no_loop}"
+            yield per_step, f"{norm}: {no_loop}"
+            yield self.inner_batch is not None, f"--inner-batch: {no_loop}"
+            yield self.fast_weights == "context", f"{weights}: {no_loop} for the context to learn from"
+            yield inductive, f"--batch-norm inductive: {way} takes support and query as one batch"
+
+    def _head_rules(self, classification: bool | None) -> Iterator[tuple[bool, str]]:
+        """Yield what a head that is not learned cannot be combined with."""
+        if self.head_init == "learned":
+            return
+        head = f"--head-init {self.head_init}"
+        yield (
+            self.fast_weights not in ("all", "head"),
+            f"{head}: the inner loop must adapt the head, not --fast-weights {self.fast_weights}",
+        )
+        yield (
+            self.inner_rates == "element",
+            f"{head}: --inner-rates element learns a rate for each weight of a learned head; use layer-step",
+        )
+        yield self.meta_gradient == "joint", f"{head}: --meta-gradient joint has no inner loop to adapt it"
+        if self.head_init == "prototype":
+            yield classification is False, f"{head}: prototypes are of classes, and this is regression"
+            yield (
+                self.proximal > 0,
+                f"{head}: --proximal pulls all tasks to one start, with prototypes each has its own",
+            )

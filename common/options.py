@@ -1,22 +1,33 @@
-"""How a flag is declared: its names, meaning, default and check, in the metadata of a dataclass field."""
+"""Declare options: frozen dataclasses whose fields carry their flag, their help text and their check.
+
+Each wing declares the options that it uses; `commands/config.py` composes them into one `Config`, and
+`commands/parser.py` makes the command line of them. The standard library alone, so that `--help` and a
+mistake answer at once.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import math
+import types
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-Check = Callable[[Any], str | None]  # what was expected, where the value is not that
+Check = Callable[[Any], str | None]  # returns what was expected, or None for a good value
 
 
-def at_least(minimum: int, most: int = 2**31 - 1) -> Check:
+# ---- checks --------------------------------------------------------------------------------------
+
+
+def at_least(minimum: int, maximum: int = 2**31 - 1) -> Check:
     def check(value: int) -> str | None:
-        if value > most:
-            return "a whole number below 2^31" if most == 2**31 - 1 else f"a whole number up to {most:,}"
+        if value > maximum:
+            bound = "below 2^31" if maximum == 2**31 - 1 else f"up to {maximum:,}"
+            return f"a whole number {bound}"
         return None if value >= minimum else f"a whole number of at least {minimum}"
 
     return check
@@ -24,10 +35,6 @@ def at_least(minimum: int, most: int = 2**31 - 1) -> Check:
 
 def above_zero(value: float) -> str | None:
     return None if math.isfinite(value) and value > 0 else "a number above 0"
-
-
-def minutes(value: float) -> str | None:
-    return None if 0 < value <= 525_600 else "a number of minutes above 0, of a year at most"
 
 
 def below_one(value: float) -> str | None:
@@ -38,8 +45,8 @@ def not_negative(value: float) -> str | None:
     return None if math.isfinite(value) and value >= 0 else "a number that is not negative"
 
 
-def one_of(*choices: str) -> Check:
-    return lambda v: None if v in choices else f"one of {', '.join(choices)}"
+def minutes(value: float) -> str | None:
+    return None if 0 < value <= 525_600 else "a number of minutes above 0, at most a year"
 
 
 def seed_range(value: int) -> str | None:
@@ -56,10 +63,16 @@ def key_and_values(text: str) -> str | None:
     return None if equals and key and all(values.split(",")) else "FLAG=A,B,..."
 
 
-def plain_text(text: str) -> bool:
-    """Whether files, terminals and TensorBoard can have it: no control characters, no broken UTF-8."""
+def one_of(*choices: str) -> Check:
+    return lambda value: None if value in choices else f"one of {', '.join(choices)}"
+
+
+def is_plain_text(text: str) -> bool:
+    """Return whether files, terminals and TensorBoard can show a text: no control characters, valid UTF-8."""
     return not any(c < " " or "\x7f" <= c < "\xa0" or "\ud800" <= c < "\ue000" for c in text)
 
+
+# ---- declarations --------------------------------------------------------------------------------
 
 PLAIN_TEXT = "text without control characters, in UTF-8"
 KIND_NAMES = {
@@ -71,66 +84,68 @@ KIND_NAMES = {
     tuple: "a list",
 }
 
+# Defaults that are no single value:
+BY_DATASET = object()  # `presets.DEFAULTS` has one for each kind of data
+BY_LEARNER = object()  # `learners.options.LEARNERS` has one for each learner
+BY_RULE = object()  # `resolve.settle_auto` replaces "auto"
+
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag's declaration, kept in the metadata of its field."""
+    """The declaration of one flag, kept in the metadata of its field."""
 
     names: tuple[str, ...]
-    group: str
+    group: str  # heading in --help
     help: str
-    kind: type
-    check: Check | None
-    metavar: str | None
-    choices: tuple[str, ...] | None
-    only: str | None  # where it means something: see `config.ONLY`
-    free_on_resume: bool  # may differ from the checkpoint when a run goes on
-    free_on_eval: bool  # may differ from the checkpoint in --eval
-    optional: bool  # None is a value too
-    before: Any  # in checkpoints that are older than the flag
     default: Any
+    check: Check | None
+    choices: tuple[str, ...] | None
+    metavar: str | None
+    only: str | None  # where the flag has a meaning: a key of `rules.ONLY`
+    free_on_resume: bool  # may differ from the checkpoint when a run is resumed
+    free_on_eval: bool  # may differ from the checkpoint with --eval
+    common: bool  # shown by --help; the others by --help-all alone
+    kind: type = str  # from the field's annotation, as is `optional`
+    optional: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
 
     def problem(self, value: Any) -> str | None:
-        """What was expected of the value, or None where it is all right; of a list, each item counts."""
+        """Return what was expected of a value, or None if it is valid; each item of a list counts."""
         if value is None and self.optional:
             return None
         if self.kind is tuple:
             if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
                 return KIND_NAMES[tuple]
-            if not all(map(plain_text, value)):
+            if not all(map(is_plain_text, value)):
                 return PLAIN_TEXT
             return next((p for p in map(self.check, value) if p), None) if self.check else None
         if self.kind is float and type(value) is int and abs(value) < 2**63:
             value = float(value)
         if not isinstance(value, self.kind) or (isinstance(value, bool) and self.kind is not bool):
-            return KIND_NAMES.get(self.kind, self.kind.__name__)
-        if self.kind in (str, Path) and not plain_text(str(value)):
+            return KIND_NAMES[self.kind]
+        if self.kind in (str, Path) and not is_plain_text(str(value)):
             return PLAIN_TEXT
         return self.check(value) if self.check else None
 
     def parse(self, text: str) -> Any:
-        """The value of a flag's argument; an argparse `type`."""
+        """Return the value of a flag's argument; an argparse `type`."""
         try:
             value = (text,) if self.kind is tuple else self.kind(text)
         except ValueError:
             value = None
-        problem = KIND_NAMES.get(self.kind) if value is None else self.problem(value)
+        problem = KIND_NAMES[self.kind] if value is None else self.problem(value)
         if problem:
             raise argparse.ArgumentTypeError(f"expected {problem}, got {text!r}")
         return text if self.kind is tuple else value
-
-
-BY_DATASET = object()  # the default stands in `presets.DEFAULTS`
-BY_LEARNER = object()  # the default stands in `presets.LEARNERS`
-BY_RULE = object()  # "auto" is the default and `resolve_auto` settles it
-NOT_THERE = object()  # the flag is as old as the checkpoints' format
 
 
 def flag(
     *names: str,
     group: str,
     help: str,
-    kind: type,
     default: Any = BY_DATASET,
     check: Check | None = None,
     choices: tuple[str, ...] | None = None,
@@ -138,28 +153,38 @@ def flag(
     only: str | None = None,
     free_on_resume: bool = False,
     free_on_eval: bool = False,
-    optional: bool = False,
-    before: Any = NOT_THERE,
+    common: bool = False,
+    in_python: Any = dataclasses.MISSING,
 ) -> Any:
+    """Return a dataclass field that carries its flag; see `Flag` for the arguments.
+
+    `in_python` is the field's default where the command line's depends on other settings.
+    """
     declaration = Flag(
         names=names,
         group=group,
         help=help,
-        kind=kind,
+        default=default,
         check=one_of(*choices) if choices else check,
-        metavar=metavar,
         choices=choices,
+        metavar=metavar,
         only=only,
         free_on_resume=free_on_resume,
         free_on_eval=free_on_eval,
-        optional=optional,
-        before=before,
-        default=default,
+        common=common,
     )
-    if default in (BY_DATASET, BY_LEARNER, BY_RULE):
-        return field(metadata={"flag": declaration})
-    return field(default=default, metadata={"flag": declaration})
+    value = in_python if default in (BY_DATASET, BY_LEARNER, BY_RULE) else default
+    return field(default=value, metadata={"flag": declaration})
 
 
-def flags_of(settings: type) -> dict[str, Flag]:
-    return {f.name: f.metadata["flag"] for f in dataclasses.fields(settings)}
+def flags_of(options: type) -> dict[str, Flag]:
+    """Return the flags of a dataclass by field name, with the kinds that the annotations say."""
+    hints = typing.get_type_hints(options)
+    flags = {}
+    for each in dataclasses.fields(options):
+        hint = hints[each.name]
+        kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        kind = next(typing.get_origin(kind) or kind for kind in kinds if kind is not type(None))
+        declaration = each.metadata["flag"]
+        flags[each.name] = dataclasses.replace(declaration, kind=kind, optional=type(None) in kinds)
+    return flags

@@ -30,6 +30,13 @@ def is_own_code(name: str) -> bool:
     return bool(colon) and prefix not in RESERVED_PREFIXES
 
 
+def is_well_formed_code(name: str) -> bool:
+    """Return whether a name has the form of the user's code; nothing is imported."""
+    module, _, factory = name.rpartition(":")
+    dotted = all(part.isidentifier() for part in module.split("."))
+    return (dotted or module.endswith(".py")) and factory.isidentifier()
+
+
 def load_code(name: str, flag: str) -> Callable[..., Any]:
     """The function or class of that name; raises UsageError, which names the flag, where there is none.
 

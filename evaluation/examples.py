@@ -45,8 +45,8 @@ class Scene:
             self.split,
             tasks=tasks,
             steps=steps,
-            normalisation=self.config.query_norm,
-            inner_batch=self.config.eval_inner_batch,
+            normalisation=self.config.choices.query_norm,
+            inner_batch=self.config.evaluation.eval_inner_batch,
         )
 
     def tasks(self) -> Figure | None:
@@ -54,11 +54,11 @@ class Scene:
         config, distribution = self.config, self.distribution
         if not evaluation.can_be_drawn(distribution):
             return None
-        steps = max(config.steps, config.test_steps)
+        steps = max(config.choices.steps, config.evaluation.test_steps)
         batch, outputs = self.examples(SHEETS if distribution.classification else CURVES, steps)
         title = f"{self.split} tasks, {self.when}"
         if isinstance(distribution, ImageTasks):
-            steps = config.test_steps
+            steps = config.evaluation.test_steps
             return tasks_figure(
                 batch,
                 outputs,
@@ -69,7 +69,7 @@ class Scene:
                 title=f"{title}: before and after {steps} step{'s' * (steps > 1)}",
                 theme=self.theme,
             )
-        shown = sorted({0, config.steps, config.test_steps})
+        shown = sorted({0, config.choices.steps, config.evaluation.test_steps})
         return fits_figure(batch, outputs, shown, title, self.theme)
 
     def features(self) -> Figure | None:
@@ -83,9 +83,9 @@ class Scene:
             self.parameters,
             self.distribution,
             self.split,
-            steps=min(config.test_steps, MOST_STEPS),
-            normalisation=config.query_norm,
-            inner_batch=config.eval_inner_batch,
+            steps=min(config.evaluation.test_steps, MOST_STEPS),
+            normalisation=config.choices.query_norm,
+            inner_batch=config.evaluation.eval_inner_batch,
         )
         finite = None if seen is None else until_not_finite(seen.features)
         if seen is None or finite is None or not len(finite):

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.batch import Kind, TaskBatch
-from common.choices import AUGMENTATIONS
 from common.errors import UsageError
 from common.random import Stream, task_stream
 from tasks.images import ImageSet
+from tasks.options import AUGMENTATIONS
 from tasks.prefetch import Ahead
 
 PLACES = ("auto", "device", "host")

@@ -28,12 +28,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from commands.config import OMNIGLOT_CLASSES, OMNIGLOT_DRAWINGS
 from common.errors import UsageError, one_line
 from common.files import opened
 from common.random import Stream
 from tasks.cache import from_cache, summed_up
 from tasks.images import open_image
+from tasks.options import OMNIGLOT_CLASSES, OMNIGLOT_DRAWINGS
 
 SIZE = 28
 PARTS = {"images_background": 964, "images_evaluation": 659}  # characters in each

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from commands.config import Config, config_from_plain, config_to_plain
+from commands.config import Config, config_from_plain
 from common.errors import UsageError
 from common.files import write_all_whole, write_whole
 from training.archive import NotPlainError, read_archive
@@ -77,7 +77,7 @@ def _plain_content(checkpoint: Checkpoint) -> dict[str, Any]:
     content = {
         "format": FORMAT,
         "version": VERSION,
-        "config": config_to_plain(checkpoint.config),
+        "config": checkpoint.config.values(),
         "iteration": checkpoint.iteration,
         "parameters": checkpoint.parameters,
         "optimizer": checkpoint.optimizer,

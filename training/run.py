@@ -64,7 +64,9 @@ class Run:
         self.theme = THEMES[theme]
         self.iteration = start.iteration if start else 0
         self.progress = Progress(**start.progress) if start else Progress(origin=origin)
-        self.log_every = min(config.log_every, config.iterations)  # a short run has a curve, too
+        self.log_every = min(
+            config.training.log_every, config.training.iterations
+        )  # a short run has a curve, too
         self.failure: str | None = None  # the iteration whose numbers are not finite, and why
         self.skipped = 0  # iterations, since it began or went on
         self.warned = False
@@ -98,19 +100,19 @@ class Run:
                 f"{means['last_skipped']:,.0f}: their numbers were not finite (train/skipped counts on)",
                 file=sys.stderr,
             )
-        shown = measured | ({"skipped": skipped} if self.config.on_nan == "skip" else {})
+        shown = measured | ({"skipped": skipped} if self.config.training.on_nan == "skip" else {})
         self.log.scalars({f"train/{name}": value for name, value in shown.items()}, self.iteration)
         self.log.scalars({"speed/iterations_per_second": rate, "optimizer/meta_lr": meta_lr}, self.iteration)
-        if self.config.inner_rates != "fixed":
+        if self.config.choices.inner_rates != "fixed":
             self.log.scalars(self._inner_rates(), self.iteration)
 
     def tags(self) -> list[str]:
         """Of all scalars that the run will write."""
         config = self.config
-        measures = ["query_loss", *["query_accuracy"] * config.classification]
+        measures = ["query_loss", *["query_accuracy"] * config.tasks.classification]
         return [
             *(f"train/{measure}" for measure in (*measures, "meta_gradient_norm")),
-            *["train/skipped"] * (config.on_nan == "skip"),
+            *["train/skipped"] * (config.training.on_nan == "skip"),
             "speed/iterations_per_second",
             "optimizer/meta_lr",
             *(f"validation/{measure}" for measure in measures),
@@ -119,7 +121,7 @@ class Run:
             *(
                 f"{BY_STEP}/{measure}/{step}"
                 for measure in measures
-                for step in shown_steps(config.trained_steps)
+                for step in shown_steps(config.choices.trained_steps)
             ),
             *self._inner_rates(),
         ]
@@ -129,7 +131,7 @@ class Run:
         rates = {name[len(RATE) :]: r for name, r in self.parameters.items() if name.startswith(RATE)}
         values: dict[str, float] = {}
         for name, rate in rates.items():
-            if self.config.inner_rates == "layer-step":
+            if self.config.choices.inner_rates == "layer-step":
                 steps = enumerate(rate.tolist(), 1)
                 values |= {f"inner_lr/{name}/step_{step}": value for step, value in steps}
             else:
@@ -139,7 +141,7 @@ class Run:
 
     def add_validation(self, evaluation: Evaluation) -> bool:
         """A point of the validation curves; whether it is the best so far."""
-        norm = self.config.query_norm
+        norm = self.config.choices.query_norm
         results = {"query_loss": evaluation.losses[norm]}
         if evaluation.accuracies:
             results["query_accuracy"] = evaluation.accuracies[norm]
@@ -242,7 +244,7 @@ class Run:
                 self.progress.training,
                 self.progress.validation,
                 measure="query_accuracy" if classification else "query_loss",
-                label="query accuracy" if classification else f"query {loss_name(self.config.loss)}",
+                label="query accuracy" if classification else f"query {loss_name(self.config.learner.loss)}",
                 log_every=self.log_every,
                 theme=self.theme,
             )

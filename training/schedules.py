@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from common.choices import SCHEDULES, check_choice
+from common.choices import check_choice
+from training.options import SCHEDULES
 
 EPOCHS = 10  # in which the multi-step loss goes over to the last step
 FLOOR = 0.03  # what remains of the earlier steps' weights, of 1 / steps

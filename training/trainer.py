@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from types import FrameType
 
 import torch
@@ -50,6 +49,9 @@ from training.step import (
 
 VALIDATION_TASKS = 200
 REDRAW_SECONDS = 0.5
+SAVE_MINUTES = 10.0
+# Iterations that run uncompiled first, in order to show at once that the run works.
+UNCOMPILED_ITERATIONS = {"regression": 100, "classification": 3}
 FAILED = 4  # exit code of a run whose numbers have become other than finite
 
 # Settings in which runs that are trained at once may differ, and what `MetaStep` calls them.
@@ -143,28 +145,28 @@ class Trainer:
         return self.runs[0].parameters
 
     def _learner_draws(self) -> bool:
-        if self.config.learner in LEARNERS:
+        if self.config.learner.learner in LEARNERS:
             return False
-        batch = self.distribution.sample("train", self.config.seed, 0, range(1))
+        batch = self.distribution.sample("train", self.config.training.seed, 0, range(1))
         return self.maml.draws(tree_map(lambda part: part[0], batch.support_x))
 
     # ---- one iteration ----------------------------------------------------------------------
 
     def _plain_step(self) -> MetaStep:
-        """The iteration to come: first order up to `config.exact_from`, if it is exact at all."""
+        """The iteration to come: first order up to `config.training.exact_from`, if it is exact at all."""
         config = self.config
-        first_order = self.iteration < config.exact_from
+        first_order = self.iteration < config.training.exact_from
         outer = OuterLoop(
-            config.meta_lr,
-            config.meta_optimizer,
-            config.meta_lr_schedule,
-            config.meta_lr_final,
-            config.iterations,
-            config.grad_clip,
-            config.grad_clip_norm,
-            config.inner_batch,
-            config.msl_iterations if config.objective == "multi-step" else None,
-            config.on_nan,
+            config.training.meta_lr,
+            config.training.meta_optimizer,
+            config.training.meta_lr_schedule,
+            config.training.meta_lr_final,
+            config.training.iterations,
+            config.training.grad_clip,
+            config.training.grad_clip_norm,
+            config.choices.inner_batch,
+            config.training.msl_iterations if config.choices.objective == "multi-step" else None,
+            config.training.on_nan,
         )
         return MetaStep(
             self.maml.with_options(meta_gradient="first-order") if first_order else self.maml,
@@ -174,7 +176,7 @@ class Trainer:
             statistics_layout=self.statistics_layout,
             measure=loss_and_accuracy_of if self.distribution.classification else loss_of,
             member=self._member(),
-            tasks=config.meta_batch_size,
+            tasks=config.training.meta_batch_size,
             draws=self.draws,
             world=self.world,
             accelerate=self.compiler,
@@ -183,10 +185,12 @@ class Trainer:
     def _member(self) -> dict[str, Tensor]:
         """What tells the runs apart."""
         vector = self.state.parameters
-        found = {"seed": torch.tensor([run.config.seed for run in self.runs], device=vector.device)}
+        found = {"seed": torch.tensor([run.config.training.seed for run in self.runs], device=vector.device)}
         for name in AT_ONCE.keys() - {"seed"}:
-            values = [getattr(run.config, name) for run in self.runs]
-            if len(set(values)) > 1 and not (name == "inner_lr" and self.config.inner_rates != "fixed"):
+            values = [run.config.get(name) for run in self.runs]
+            if len(set(values)) > 1 and not (
+                name == "inner_lr" and self.config.choices.inner_rates != "fixed"
+            ):
                 found[AT_ONCE[name]] = torch.tensor(values, device=vector.device, dtype=vector.dtype)
         found = dict(sorted(found.items()))  # compiled code knows them by position
         return found if len(self.runs) > 1 else {"seed": found["seed"][0]}
@@ -196,10 +200,10 @@ class Trainer:
 
         False where a signal came while it was being compiled: the iteration was not taken.
         """
-        if self.iteration == self.config.exact_from and self.iteration:
+        if self.iteration == self.config.training.exact_from and self.iteration:
             self.meta_step = self.plain_step = self._plain_step()
             self.compiler.active = False  # the exact step is another function
-        due = self.config.compile == "on" and self.iteration >= self.config.compile_after
+        due = self.config.training.compile == "on" and self.iteration >= self._uncompiled_iterations()
         if due and not self.compiler.active and not self._compile(bar):
             return False
         self.plain_step.stop = self.signal is not None
@@ -207,6 +211,11 @@ class Trainer:
         self.iteration += 1
         self.window_size += 1
         return True
+
+    def _uncompiled_iterations(self) -> int:
+        kind = "classification" if self.distribution.classification else "regression"
+        few = UNCOMPILED_ITERATIONS[kind]
+        return few if self.config.training.iterations > few else 0
 
     def _compile(self, bar: tqdm) -> bool:
         """Compiles the step by rehearsing it, or goes on without, and says so; False if interrupted."""
@@ -230,7 +239,7 @@ class Trainer:
         if failures:  # all processes compute alike
             self.compiler.active = False
             for run in self.runs:
-                run.config = replace(run.config, compile="off")
+                run.config = run.config.replaced(compile="off")
             self._say(f"Not compiled, the run goes on without: {failures[0]}")
             return True
         done = "Compiled" if self.compiler.compiled > compiled else "Found compiled code"
@@ -254,7 +263,7 @@ class Trainer:
     # ---- the loop ---------------------------------------------------------------------------
 
     def train(self) -> int:
-        """Up to `config.iterations`; saves, and returns the exit code: 128 + signal where one ended it early,
+        """Up to `config.training.iterations`; saves, and returns the exit code: 128 + signal where one ended it early,
         `FAILED` where numbers did that are not finite (of several runs: of any of them).
 
         Raises LostError where another process is lost; what the iterations before have led to is saved.
@@ -266,7 +275,7 @@ class Trainer:
             run.begin()
         window_start, window_first = time.monotonic(), self.iteration
         bar = tqdm(
-            total=config.iterations, initial=self.iteration, unit="it", dynamic_ncols=True,
+            total=config.training.iterations, initial=self.iteration, unit="it", dynamic_ncols=True,
             disable=not self.shown,
         )  # fmt: skip
         redrawn, shown_first = time.monotonic(), self.iteration + 1
@@ -276,9 +285,9 @@ class Trainer:
                     self._saved_if_lost(),
                     self._shown_as(bar, "validating"),
                 ):
-                    self._validate(last=self.iteration == config.iterations)
+                    self._validate(last=self.iteration == config.training.iterations)
             stopping = self._interrupted()
-            while self.iteration < config.iterations and not stopping:
+            while self.iteration < config.training.iterations and not stopping:
                 with self._saved_if_lost():
                     taken = self.step(bar)
                 if not taken:
@@ -292,10 +301,10 @@ class Trainer:
                     self._show_progress(bar)
                     redrawn = time.monotonic()
                 stopping = self._stopping()
-                last = self.iteration == config.iterations
+                last = self.iteration == config.training.iterations
                 logging = self.iteration % self.runs[0].log_every == 0
-                validating = self.iteration % config.val_every == 0 or last
-                saving = self.iteration % config.save_every == 0 or last
+                validating = self.iteration % config.training.val_every == 0 or last
+                saving = self.iteration % config.training.save_every == 0 or last
                 if logging or validating or saving or stopping:  # in all processes
                     self._look_for_failures()
                     if not self._living():
@@ -321,7 +330,7 @@ class Trainer:
         if any(self.world.gathered(missing)):  # killed between best.pt and last.pt of the last iteration
             self.save(LAST)
         self._show_runs()
-        ended_early = self.iteration < config.iterations or self._validation_is_missing()
+        ended_early = self.iteration < config.training.iterations or self._validation_is_missing()
         self._end()
         if self.signal is not None and ended_early:
             return 128 + self.signal
@@ -344,7 +353,7 @@ class Trainer:
 
         Done only where the device is waited for anyway.
         """
-        if self.config.on_nan != "stop":
+        if self.config.training.on_nan != "stop":
             return
         for run, state in zip(self.runs, self._states(), strict=True):
             if run.failure is None and not math.isfinite(state.sums[-1].item()):
@@ -366,8 +375,8 @@ class Trainer:
         """What is wrong with the numbers of the iteration after the last good one, in words."""
         step, found = self.plain_step, None
         # it is saved, and this is but a hint
-        with suppress(Exception), self.maml.at_rate(run.config.inner_lr):
-            tasks = step.tasks_of(run.config.seed, good)
+        with suppress(Exception), self.maml.at_rate(run.config.choices.inner_lr):
+            tasks = step.tasks_of(run.config.training.seed, good)
             found = divergence.cause(step.maml, run.parameters, *tasks, first=step.share.start)
         causes = [each for each in self.world.gathered(found) if each]
         return causes[0] if causes else divergence.UNKNOWN
@@ -407,7 +416,10 @@ class Trainer:
 
     def _validation_is_missing(self) -> bool:
         """Whether the run was left before the validation of its last iteration."""
-        due = self.iteration % self.config.val_every == 0 or self.iteration == self.config.iterations
+        due = (
+            self.iteration % self.config.training.val_every == 0
+            or self.iteration == self.config.training.iterations
+        )
         if not self.iteration or not due:
             return False
         return any(not self._is_validated(run) for run in self._living())
@@ -558,8 +570,8 @@ class Trainer:
                 continue
             config = run.config
             meta_lr = meta_lr_at(
-                config.meta_lr_schedule, torch.tensor(self.iteration - 1), config.meta_lr,
-                config.meta_lr_final, config.iterations, torch.float64,
+                config.training.meta_lr_schedule, torch.tensor(self.iteration - 1), config.training.meta_lr,
+                config.training.meta_lr_final, config.training.iterations, torch.float64,
             )  # fmt: skip
             run.add_training(values, rate, float(meta_lr))
 
@@ -578,11 +590,11 @@ class Trainer:
 
     def _validate_all(self, *, last: bool) -> None:
         self._show_runs()
-        number = self.iteration // self.config.val_every
+        number = self.iteration // self.config.training.val_every
         for run in self._living():
             if self._is_validated(run):
                 continue
-            with self.maml.at_rate(run.config.inner_lr):
+            with self.maml.at_rate(run.config.choices.inner_lr):
                 evaluation = self._evaluated(run, VALIDATION_TASKS, self.world)
                 if run.add_validation(evaluation):
                     self.save(BEST, [run])
@@ -597,9 +609,9 @@ class Trainer:
             self.distribution,
             "validation",
             tasks=tasks,
-            steps=config.trained_steps,
-            normalisations=(config.query_norm,),
-            inner_batch=config.eval_inner_batch,
+            steps=config.choices.trained_steps,
+            normalisations=(config.choices.query_norm,),
+            inner_batch=config.evaluation.eval_inner_batch,
             world=world,
             interrupted=self._interrupted,
         )

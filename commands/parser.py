@@ -1,0 +1,165 @@
+"""Make the command line of the declared flags. The standard library alone."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import textwrap
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from commands.call import ALL_FLAGS
+from commands.config import CONFIG_FLAGS, GROUPS, show
+from commands.presets import ALGORITHMS, DEFAULT_COLUMNS, DEFAULTS, ByData
+from common.errors import UsageError
+from common.options import BY_LEARNER, BY_RULE, Flag
+from learners.options import LEARNERS, OTHER_LEARNER
+
+EXAMPLES = """\
+  train      python main.py --dataset omniglot -n 5 -k 1
+  evaluate   python main.py --eval --load checkpoints/RUN
+  adapt      python main.py --adapt my-images/ --load checkpoints/RUN
+  compare    python main.py --compare checkpoints/RUN checkpoints/OTHER
+"""
+CAN_BE_SWITCHED_OFF = ("invert", "adapt_norm", "norm_per_step", "vectorise")  # by --no-NAME
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Keep names with hyphens whole."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        unknown = re.search(r"unrecognized arguments: (--?[^\s=]+)", message)
+        names = [name for flag in ALL_FLAGS.values() for name in flag.names]
+        near = difflib.get_close_matches(unknown[1], names, 1) if unknown else []
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(f"{message} ({hint}all flags: --help-all)")
+
+
+class _HelpAll(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> NoReturn:
+        build_parser(every_flag=True).print_help()
+        parser.exit()
+
+
+def build_parser(*, every_flag: bool = False) -> argparse.ArgumentParser:
+    """Return the parser; its help shows the flags that most people use, or every one."""
+    tables = (
+        "Defaults that depend on the data (k, s: the values of those flags):\n\n"
+        + defaults_table()
+        + "\n\nSettings of each --algorithm (half: of --iterations):\n\n"
+        + presets_table()
+    )
+    parser = _Parser(
+        prog="main.py",
+        usage="python main.py [FLAGS]",
+        description=f"Gradient-based meta-learning (MAML).\n\n{EXAMPLES}",
+        epilog=tables if every_flag else "Every flag, and the settings of each algorithm: --help-all",
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        add_help=False,
+    )
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
+    groups["what to do"].add_argument("-h", "--help", action="help", help="show the usual flags and end")
+    groups["what to do"].add_argument(
+        "--help-all", nargs=0, action=_HelpAll, help="show every flag, and what each algorithm sets"
+    )
+    for name, flag in ALL_FLAGS.items():
+        text = f"{flag.help} (default: {_default_text(name, flag)})".replace("%", "%%")
+        if "(default" in flag.help or (flag.default in (None, False, ()) and flag.default != 0.0):
+            text = flag.help.replace("%", "%%")
+        shown = every_flag or flag.common
+        options: dict[str, Any] = {"dest": name, "help": text if shown else argparse.SUPPRESS}
+        groups[flag.group].add_argument(*flag.names, **options | _argument(name, flag))
+    return parser
+
+
+def _argument(name: str, flag: Flag) -> dict[str, Any]:
+    """Return how argparse reads a flag's argument."""
+    if flag.kind is bool:
+        switch = argparse.BooleanOptionalAction if name in CAN_BE_SWITCHED_OFF else "store_true"
+        return {"action": switch}
+    metavar = "{" + ",".join(flag.choices) + "}" if flag.choices else flag.metavar
+    several = {"nargs": "+", "action": "extend"} if flag.kind is tuple else {}
+    return {"type": flag.parse, "metavar": metavar} | several
+
+
+def parse(arguments: list[str]) -> dict[str, Any]:
+    """Return the given flags by name of the setting, each valid by itself; raise UsageError else."""
+    given = vars(build_parser().parse_args(arguments))
+    for name, value in given.items():
+        if value == []:  # argparse takes the argument of --flag=-- for the end of the flags
+            raise UsageError(f"{ALL_FLAGS[name].name}: expected an argument, got '--'")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+# ---- defaults in words ---------------------------------------------------------------------------
+
+DEFAULT_TEXTS: dict[str, Callable[[Flag], str]] = {
+    "image_size": lambda flag: "84; omniglot 28; cifar-fs and fc100 32",
+    "channels": lambda flag: "3; omniglot 1",
+    "invert": lambda flag: "no; omniglot yes",
+    "eval_steps": lambda flag: f"{flag.default}, or --test-steps if that is more",
+}
+
+
+def _default_text(name: str, flag: Flag) -> str:
+    if name in DEFAULT_TEXTS:
+        return DEFAULT_TEXTS[name](flag)
+    if name in DEFAULTS:
+        return _defaults_by_data(name, flag)
+    if flag.default is BY_RULE:
+        return "auto"
+    if flag.default is BY_LEARNER:
+        values = {learner: getattr(facts, name) for learner, facts in LEARNERS.items()}
+        values["others"] = getattr(OTHER_LEARNER, name)
+        return ", ".join(f"{k} {show(v)}" for k, v in values.items() if v is not None)
+    return show(flag.default)
+
+
+def _defaults_by_data(name: str, flag: Flag) -> str:
+    regression, few_ways, many_ways, other = map(show, DEFAULTS[name])
+    omniglot = few_ways if few_ways == many_ways else f"{few_ways}, above 10 ways {many_ways}"
+    if len({few_ways, many_ways, other}) == 1:
+        return few_ways if flag.only else f"{regression}; classification {few_ways}"
+    text = f"omniglot {omniglot}; other classification {other}"
+    for learner, facts in {**LEARNERS, "other learners": OTHER_LEARNER}.items():
+        if getattr(facts, name, None) is not None:
+            text += f", {learner} {getattr(facts, name)}"
+    return text if flag.only else f"{regression}; {text}"
+
+
+def defaults_table() -> str:
+    """Return the table of defaults that depend on the data."""
+    rows: list[tuple[str, ...]] = [("", *DEFAULT_COLUMNS)]
+    for name, values in DEFAULTS.items():
+        rows.append((CONFIG_FLAGS[name].name, *("-" if v is None else show(v) for v in values)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    for name, facts in {**LEARNERS, "that is not built in": OTHER_LEARNER}.items():
+        if facts.inner_lr is not None:
+            lines.append(f"with --learner {name}: --inner-lr {facts.inner_lr}")
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def presets_table() -> str:
+    """Return the settings of each algorithm, for the columns of the defaults' table."""
+    lines = []
+    for algorithm, row in ALGORITHMS.items():
+        cells = []
+        for name, value in row.items():
+            columns = [value[i] if isinstance(value, ByData) else value for i in range(4)]
+            if len(set(map(str, columns[1:]))) == 1:
+                columns = columns[:2]
+            if len(set(map(str, columns))) == 1:
+                columns = columns[:1]
+            cells.append(f"{CONFIG_FLAGS[name].name} {'/'.join(map(show, columns))}")
+        text = f"{algorithm}: {', '.join(cells) or 'the defaults'}"
+        lines += textwrap.wrap(text, 96, subsequent_indent="    ", break_on_hyphens=False)
+    return "\n".join(f"  {line}" for line in lines)

@@ -1,0 +1,103 @@
+"""Declare the options of learners, and the facts about them that flags need. The standard library alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.options import BY_LEARNER, BY_RULE, flag, key_and_value
+from common.own_code import is_own_code, is_well_formed_code
+
+LOSSES = ("mse", "cross-entropy", "bce", "huber")
+
+
+# ---- facts ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LearnerFacts:
+    """Facts about a learner that decide which flags fit it and what their defaults are."""
+
+    inputs: str  # "vectors", "images", or "any"
+    init: str  # default of --init
+    adapt_norm: bool | None  # default of --adapt-norm; None: it has no batch norm
+    inner_lr: float | None = None  # default of --inner-lr, if not the dataset's
+    convolutional: bool = True
+
+
+LEARNERS = {
+    "mlp": LearnerFacts("vectors", init="paper", adapt_norm=None, convolutional=False),
+    "conv": LearnerFacts("images", init="paper", adapt_norm=False),
+    "conv-flat": LearnerFacts("images", init="torch", adapt_norm=False),
+    "conv-pool": LearnerFacts("images", init="paper", adapt_norm=False),
+    "conv4": LearnerFacts("images", init="paper", adapt_norm=False),
+    # Its last layer has 25,600 inputs: a step of 2.0 is far too long there.
+    "convnet": LearnerFacts("images", init="torch", adapt_norm=True, inner_lr=0.01),
+    "fc": LearnerFacts("images", init="paper", adapt_norm=False, convolutional=False),
+}
+OTHER_LEARNER = LearnerFacts("any", init="torch", adapt_norm=True, inner_lr=0.01)  # torchvision's or your own
+
+
+def learner_facts(learner: str) -> LearnerFacts:
+    """Return the facts of a learner by its name."""
+    return LEARNERS.get(learner, OTHER_LEARNER)
+
+
+# ---- checks --------------------------------------------------------------------------------------
+
+
+def check_learner_name(name: str) -> str | None:
+    kind, _, model = name.partition(":")
+    if name in LEARNERS or (kind == "torchvision" and model):
+        return None
+    if is_own_code(name) and is_well_formed_code(name):
+        return None
+    kinds = "torchvision:MODEL, package.module:factory, file.py:factory"
+    return f"one of {', '.join(LEARNERS)}, {kinds}"
+
+
+def check_loss_name(name: str) -> str | None:
+    if name in LOSSES or (is_own_code(name) and is_well_formed_code(name)):
+        return None
+    return f"one of {', '.join(LOSSES)}, package.module:function, file.py:function"
+
+
+# ---- options -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerOptions:
+    """The network that is meta-learned, and its loss."""
+
+    learner: str = flag(
+        "--learner", group="learner", check=check_learner_name, metavar="NAME", common=True,
+        help="mlp: 1-40-40-1; conv: four stride-2 convolutions of 64; conv-flat: the same, flattened; "
+        "conv-pool: with max pooling; conv4: with max pooling, of 32, flattened; convnet: unpadded and "
+        "flattened; fc: 256-128-64-64; torchvision:MODEL; or a factory in your own code: "
+        "package.module:factory, file.py:factory",
+    )  # fmt: skip
+    learner_args: tuple[str, ...] = flag(
+        "--learner-args", group="learner", check=key_and_value, metavar="NAME=VALUE", default=(),
+        help="arguments of the learner's factory",
+    )  # fmt: skip
+    init: str = flag(
+        "--init", group="learner", choices=("paper", "torch"), default=BY_LEARNER,
+        help="initial weights: the paper's, or PyTorch's defaults",
+    )  # fmt: skip
+    loss: str = flag(
+        "--loss", group="learner", check=check_loss_name, metavar="NAME", default=BY_RULE,
+        help="mse, cross-entropy, bce (binary cross-entropy of logits), huber, or a function in your own "
+        "code: package.module:function, file.py:function; auto: mse, or cross-entropy in classification",
+    )  # fmt: skip
+    loss_args: tuple[str, ...] = flag(
+        "--loss-args", group="learner", check=key_and_value, metavar="NAME=VALUE", default=(),
+        help="arguments of the loss",
+    )  # fmt: skip
+
+    @property
+    def facts(self) -> LearnerFacts:
+        return learner_facts(self.learner)
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Return whether batch-norm options apply: true for every learner that may have such layers."""
+        return self.facts.adapt_norm is not None

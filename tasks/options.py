@@ -1,0 +1,180 @@
+"""Declare the options of tasks, and the facts about datasets that flags need. The standard library alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.options import BY_DATASET, at_least, flag, key_and_value, not_negative
+from common.own_code import is_own_code, is_well_formed_code
+
+CURVES = ("sinusoid", "sinusoid-frequency", "sinusoid-line", "harmonic")
+AUGMENTATIONS = ("flip", "crop", "rotate")
+OMNIGLOT_DRAWINGS = 20  # of each character
+OMNIGLOT_CLASSES = {  # characters in each split
+    "random": {"train": 1100, "validation": 100, "test": 423},
+    "alphabet": {"train": 806, "validation": 158, "test": 659},
+}
+
+
+# ---- facts ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """Facts about a dataset that decide which flags fit it and what their defaults are."""
+
+    inputs: str  # "vectors", "images", or "any"
+    classification: bool | None  # None: classification where -n is given
+    image_size: int | None = None  # default height and width, in pixels
+    channels: int | None = None
+    invert: bool = False  # default of --invert: ink on paper
+
+
+DATASETS = {name: DataFacts("vectors", False) for name in CURVES} | {
+    "omniglot": DataFacts("images", True, 28, 1, invert=True),
+    "cifar-fs": DataFacts("images", True, 32, 3),
+    "fc100": DataFacts("images", True, 32, 3),
+    "mini-imagenet": DataFacts("images", True, 84, 3),
+    "tiered-imagenet": DataFacts("images", True, 84, 3),
+}
+FILE_KINDS = {  # prefixes of a path
+    "images": DataFacts("images", True, 84, 3),
+    "table": DataFacts("vectors", None),
+}
+
+
+def data_facts(dataset: str) -> DataFacts:
+    """Return the facts of a dataset by its name or by the prefix of its path."""
+    kind, colon, _ = dataset.partition(":")
+    return FILE_KINDS.get(kind, DataFacts("any", None)) if colon else DATASETS[dataset]
+
+
+def is_classification(dataset: str, ways: int | None) -> bool:
+    """Return whether targets are classes: as the dataset says or, where it may be either, if -n is given."""
+    classification = data_facts(dataset).classification
+    return ways is not None if classification is None else classification
+
+
+# ---- checks --------------------------------------------------------------------------------------
+
+
+def check_dataset(name: str) -> str | None:
+    kind, colon, path = name.partition(":")
+    if name in DATASETS or (kind in FILE_KINDS and path):
+        return None
+    if colon and is_own_code(name) and is_well_formed_code(name):
+        return None
+    kinds = "images:FOLDER, table:FILE, package.module:factory, file.py:factory"
+    return f"one of {', '.join(DATASETS)}, {kinds}"
+
+
+def check_columns(text: str) -> str | None:
+    role, _, names = text.partition("=")
+    if role in ("task", "target", "input") and all(name.strip() for name in names.split(",")):
+        return None
+    return "task=NAME, target=NAMES or input=NAMES, with commas between names"
+
+
+def check_augmentations(text: str) -> str | None:
+    names = text.split(",")
+    if set(names) <= set(AUGMENTATIONS) and len(set(names)) == len(names):
+        return None
+    return f"some of {', '.join(AUGMENTATIONS)}, with commas between"
+
+
+def check_channels(value: int) -> str | None:
+    return None if value in (1, 3) else "1 or 3"
+
+
+def check_shares(text: str) -> str | None:
+    parts = text.split(",")
+    whole = len(parts) == 3 and all(part.isdecimal() and len(part) < 10 for part in parts)
+    if whole and int(parts[0]) and int(parts[2]):
+        return None
+    return "three whole numbers below 10^9 with commas between, the first and the last above 0"
+
+
+# ---- options -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """What tasks are made of, and how large they are."""
+
+    dataset: str = flag(
+        "--dataset", group="tasks", check=check_dataset, default="sinusoid", metavar="NAME", common=True,
+        help=f"the family of tasks: {', '.join(DATASETS)}; images:FOLDER with a folder per class, "
+        "table:FILE (CSV or Parquet), or a factory in your own code: package.module:factory, file.py:factory",
+    )  # fmt: skip
+    dataset_args: tuple[str, ...] = flag(
+        "--dataset-args", group="tasks", check=key_and_value, metavar="NAME=VALUE", default=(),
+        only="own data", help="arguments of your own dataset's factory",
+    )  # fmt: skip
+    ways: int | None = flag(
+        "-n", group="tasks", check=at_least(2), metavar="WAYS", only="classification", common=True,
+        help="classes per task; makes a table or your own dataset a classification",
+    )  # fmt: skip
+    shots: int = flag(
+        "-k", group="tasks", check=at_least(1), metavar="SHOTS", free_on_eval=True, common=True,
+        help="support examples per task, per class in classification",
+    )  # fmt: skip
+    queries: int = flag(
+        "-q", group="tasks", check=at_least(1), metavar="QUERIES", free_on_eval=True, common=True,
+        help="query examples per task, per class in classification",
+    )  # fmt: skip
+    train_shots: int | None = flag(
+        "--train-shots", group="tasks", check=at_least(1), metavar="SHOTS", default=None,
+        help="support examples of a training task, if not -k; for the Reptile meta-gradient all of its "
+        "examples, query included (default k + q)",
+    )  # fmt: skip
+    noise: float = flag(
+        "--noise", group="tasks", check=not_negative, metavar="STD", only="curves", default=0.0,
+        help="standard deviation of Gaussian noise on the targets",
+    )  # fmt: skip
+    oracle: bool = flag(
+        "--oracle", group="tasks", default=False, only="curves",
+        help="a baseline: the task's parameters (amplitude, phase, ...) join the inputs",
+    )  # fmt: skip
+    omniglot_split: str = flag(
+        "--omniglot-split", group="tasks", choices=tuple(OMNIGLOT_CLASSES), only="omniglot", default="random",
+        help="random: 1,100 / 100 / 423 characters for training, validation and test from one fixed shuffle; "
+        "alphabet: the original background and evaluation alphabets (806 / 158 / 659)",
+    )  # fmt: skip
+    resize: str = flag(
+        "--resize", group="tasks", choices=("lanczos", "nearest"), only="any images", default="lanczos",
+        help="resampling of images; nearest is what the paper's script does to Omniglot",
+    )  # fmt: skip
+    image_size: int | None = flag(
+        "--image-size", group="tasks", check=at_least(1), metavar="PIXELS", only="images", default=BY_DATASET,
+        help="height and width of images",
+    )  # fmt: skip
+    channels: int | None = flag(
+        "--channels", group="tasks", check=check_channels, metavar="{1,3}", only="images", default=BY_DATASET,
+        help="1: grey images; 3: colour",
+    )  # fmt: skip
+    invert: bool = flag(
+        "--invert", group="tasks", default=BY_DATASET, only="any images",
+        help="exchange black and white, so that ink on paper is 1",
+    )  # fmt: skip
+    quarter_turns: bool = flag(
+        "--quarter-turns", group="tasks", default=False, only="images",
+        help="turn each class of a task by a random multiple of 90 degrees, in every split, as with Omniglot",
+    )  # fmt: skip
+    augment: str | None = flag(
+        "--augment", group="tasks", check=check_augmentations, metavar="NAMES", default=None, only="images",
+        help="random changes of training images: some of flip, crop, rotate, with commas between",
+    )  # fmt: skip
+    split_shares: str = flag(
+        "--split-shares", group="tasks", check=check_shares, metavar="A,B,C", default="64,16,20",
+        only="files", help="shares of training, validation and test among the classes of a folder or the "
+        "tasks of a table without a split of its own",
+    )  # fmt: skip
+    columns: tuple[str, ...] = flag(
+        "--columns", group="tasks", check=check_columns, metavar="ROLE=NAMES", only="table", default=(),
+        help="columns of a table by role: task=NAME target=NAMES input=NAMES (default task=task target=y, "
+        "and all others but `split` as inputs)",
+    )  # fmt: skip
+
+    @property
+    def classification(self) -> bool:
+        return is_classification(self.dataset, self.ways)
