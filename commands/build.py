@@ -108,7 +108,7 @@ def build(
 def data_of(config: Config) -> tuple[Any, ...]:
     """The settings that decide what the tasks are, and where: runs that agree in these can share them."""
     names = (name for name, flag in settings.CONFIG_FLAGS.items() if flag.group == "tasks")
-    return tuple(config.get(name) for name in (*names, "precision", "images_on"))
+    return tuple(config.get(name) for name in (*names, "precision"))
 
 
 def read_first(config: Config, call: Call, runtime: Runtime) -> TaskDistribution | None:
