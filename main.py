@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from commands.call import Call, check_call
+from commands.config import config_of
 from commands.members import Member, members_of
 from commands.parser import parse
 from commands.resolve import resolve, resolve_from
@@ -418,7 +419,7 @@ def compare(
     assert call.load is not None and subject.source is not None
     source, config, words = subject.source, subject.config, subject.words
     try:
-        others = baselines.measured(source.config, config, call, runtime, call.load.parent / "baselines")
+        others = baselines.measured(subject.trained, config, call, runtime, call.load.parent / "baselines")
     except baselines.InterruptedBySignalError as interrupted:
         print("Saved; the same command goes on from there.", flush=True)
         runtime.world.wait()  # see `train`
@@ -431,7 +432,7 @@ def compare(
     curves: dict[str, tuple[list[int], list[float]]] = {}
     if config.tasks.dataset in CURVES and source.progress["training"]:
         ends, losses = baselines.windows_of(source.progress["training"])
-        scratch = baselines.scratch_curve(source.config, call, runtime, ends)
+        scratch = baselines.scratch_curve(subject.trained, call, runtime, ends)
         curves = {
             config.choices.algorithm: (ends, losses),
             "from scratch, Adam 0.001, 10 steps": (ends, scratch),
@@ -470,7 +471,7 @@ def adapt(call: Call, given: Mapping[str, Any], arguments: list[str]) -> int:
 
     assert call.load is not None and call.adapt is not None
     source = load_checkpoint(call.load)
-    config = resolve_from(source.config, given, evaluate=True, adapt=True)
+    config = resolve_from(config_of(source.settings, call.load), given, evaluate=True, adapt=True)
     config = config.replaced(convolution="grouped", tasks_at_once=None)
     runtime = prepare(config, call)
     tasks = tasks_in(call.adapt, config, runtime)

@@ -29,7 +29,7 @@ from common.errors import UsageError  # noqa: E402
 from common.files import read_json, write_whole  # noqa: E402
 from evaluation.tables import write_json  # noqa: E402
 from inner_loop import SQUARE  # noqa: E402
-from training.checkpoint import initialisation_of, load_checkpoint, save_checkpoint  # noqa: E402
+from training.checkpoint import load_checkpoint, save_checkpoint, strip_run  # noqa: E402
 from training.folders import BEST  # noqa: E402
 
 FOLDER = ROOT / "checkpoints" / "pretrained"
@@ -55,7 +55,7 @@ def name_of(table: Table, method: str) -> str:
 
 def test_of(table: Table, folder: Path) -> list[str]:
     """The flags that test a checkpoint; one of images no further than its own number of steps."""
-    steps = load_checkpoint(ROOT / folder / BEST).config.test_steps
+    steps = load_checkpoint(ROOT / folder / BEST).settings["test_steps"]
     few = ["--eval-steps", str(steps)] if table.accuracy else []
     return ["--eval", "--load", str(folder), *SETTINGS.get(table.name, ()), *few]
 
@@ -84,7 +84,7 @@ def numbers(record: dict[str, Any]) -> dict[str, dict[str, float]]:
 def card(job: Job, file: Path, record: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
     """All that is to be known of a checkpoint; `first`: the record of the first of the test tasks."""
     source = load_checkpoint(job.checkpoint)
-    planned = source.config.iterations
+    planned = source.settings["iterations"]
     return {
         "name": file.parent.name,
         "method": job.cell.method,
@@ -93,7 +93,7 @@ def card(job: Job, file: Path, record: dict[str, Any], first: dict[str, Any]) ->
         "iterations_trained": job.progress["iteration"],
         "iterations_planned": planned,
         "seed": job.seed,
-        "data": source.config.dataset,
+        "data": source.settings["dataset"],
         "parameters": sum(w.numel() for n, w in source.parameters.items() if not n.startswith(SQUARE)),
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         "tested_by": shlex.join(["python", "main.py", *test_of(job.table, file.parent.relative_to(ROOT))]),
@@ -164,7 +164,7 @@ def publish(table: Table, method: str, root: Path) -> dict[str, Any] | None:
         return None
     folder = FOLDER / name_of(table, method)
     folder.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(folder / BEST, initialisation_of(load_checkpoint(job.checkpoint)))
+    save_checkpoint(folder / BEST, strip_run(load_checkpoint(job.checkpoint)))
     flags = test_of(table, folder)
     record = tested(flags)
     first = tested([*flags, "--eval-tasks", str(FIRST)]) if table.accuracy else record

@@ -231,12 +231,13 @@ class Job:
 def progress_of(file: Path, changed: int) -> dict[str, Any]:
     """What a checkpoint, as it was changed last, says about its run."""
     found = load_checkpoint(file)
-    run = Run(found.config, file.parent, found.parameters, found, writes=False)
+    config = settings.config_of(found.settings, file)
+    run = Run(config, file.parent, found.parameters, found, writes=False)
     final = run.final_loss()
     return {
-        "config": found.config,
+        "config": config,
         "iteration": found.iteration,
-        "planned": found.config.iterations,
+        "planned": config.iterations,
         "best_iteration": found.progress["best_iteration"],
         "final_training_loss": final and dict(zip(("mean", "from", "to"), final, strict=True)),
         "training": found.progress["training"],

@@ -70,7 +70,7 @@ def timed(flags: list[str], seed: int, folder: Path) -> float:
 def tested(checkpoint: Path) -> dict[str, dict[str, float]]:
     """Accuracy after the test steps on 5-way 1-shot test tasks, by test and normalisation."""
     found: dict[str, dict[str, float]] = {}
-    steps = ["--eval-steps", str(load_checkpoint(checkpoint / BEST).config.test_steps)]
+    steps = ["--eval-steps", str(load_checkpoint(checkpoint / BEST).settings["test_steps"])]
     for test, queries in TESTS.items():
         with tempfile.TemporaryDirectory() as out:
             line = [sys.executable, str(ROOT / "main.py"), "--eval", "--load", str(checkpoint)]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from commands.build import algorithm_of, columns_of, module_of
-from commands.config import Config
+from commands.config import Config, config_of
 from commands.resolve import resolve_from
 from common.batch import Tree, first_tensor, joined, tree_map
 from common.device import Runtime, device_of, set_up, versions
@@ -173,7 +173,7 @@ def load(
     path = find_checkpoint(Path(path), BEST, LAST)
     source = load_checkpoint(path)
     given = {name: value for name, value in (("learner", learner), ("loss", loss)) if value is not None}
-    config = resolve_from(source.config, given, evaluate=True, adapt=True)
+    config = resolve_from(config_of(source.settings, path), given, evaluate=True, adapt=True)
     config = config.replaced(convolution="grouped", tasks_at_once=None)
     runtime = set_up(device_of(device, ALONE), config.training.precision, small_tensors=False)
     example = tree_map(lambda part: part.to(runtime.device), example)

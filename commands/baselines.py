@@ -21,7 +21,7 @@ from tqdm import tqdm
 from commands import config as settings
 from commands.build import build, fitted, no_empty_folder_left, prepare
 from commands.call import Call
-from commands.config import Config
+from commands.config import Config, config_of
 from commands.resolve import resolve, what_is_learned
 from common.batch import TaskDistribution
 from common.device import Runtime
@@ -196,12 +196,13 @@ def _trained(config: Config, call: Call, folder: Path, world: World) -> Weights:
     file, start = folder / LAST, None
     if file.exists():
         start = load_checkpoint(file)
-        if what_is_learned(start.config) != what_is_learned(config):
+        saved = config_of(start.settings, file)
+        if what_is_learned(saved) != what_is_learned(config):
             raise UsageError(f"{folder} holds a run with other settings: move it away")
         parameters = fitting_parameters(file, start.parameters, parameters, config.learner.learner)
         if start.iteration >= config.training.iterations:
             return parameters
-        config = start.config.replaced(iterations=config.training.iterations)
+        config = saved.replaced(iterations=config.training.iterations)
     folder.mkdir(parents=True, exist_ok=True)
     if runtime.world.first:
         print(f"Training {folder}", file=sys.stderr, flush=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from commands.call import Call
-from commands.config import Config
+from commands.config import Config, config_of
 from commands.names import file_name, task_size
 from commands.resolve import resolve, resolve_from
 from common.errors import UsageError
@@ -124,7 +124,7 @@ def where_to_train(call: Call, given: Mapping[str, Any]) -> tuple[Path | None, P
 def read_start(file: Path, given: Mapping[str, Any]) -> tuple[Checkpoint, Config]:
     """The checkpoint to go on from, and its settings with the flags that may differ."""
     start = load_checkpoint(file)
-    if not start.optimizer and start.parameters:
+    if not start.exp_avg and start.parameters:
         raise UsageError(
             f"{file} has weights alone, without the optimizer's state: begin a run from them with --init-from"
         )
@@ -136,7 +136,7 @@ def read_start(file: Path, given: Mapping[str, Any]) -> tuple[Checkpoint, Config
                 f"{last} is ahead (iteration {ahead:,}; {file.name}: {start.iteration:,}): --load that one, "
                 "or begin a new run with --init-from"
             )
-    return start, resolve_from(start.config, given, evaluate=False)
+    return start, resolve_from(config_of(start.settings, file), given, evaluate=False)
 
 
 def fresh_folder(checkpoint_path: Path, config: Config, locked: ExitStack) -> Path:

@@ -16,7 +16,7 @@ from typing import Any
 from commands import config as settings
 from commands.build import no_empty_folder_left, prepare, writable
 from commands.call import Call
-from commands.config import Config
+from commands.config import Config, config_of
 from commands.measuring import Subject
 from commands.names import file_name, task_size, task_words
 from commands.resolve import what_is_learned
@@ -148,7 +148,7 @@ def _measured(
 def _side(entry: Entry, results: dict[int, Evaluation]) -> paired.Side:
     subject = next(iter(entry.runs.values()))
     assert subject.source is not None
-    saved, config = subject.source.config, subject.config
+    saved, config = subject.trained, subject.config
     learned = {*what_is_learned(saved), "iterations"} - {"seed"}
     shown = settings.in_words(saved, [name for name in settings.meaningful(saved) if name in learned])
     measure = "query_accuracy" if config.tasks.classification else "query_loss"
@@ -263,8 +263,9 @@ def _read(place: Place, name: str, call: Call, given: Mapping[str, Any]) -> Entr
     runs, curves = {}, {}
     for number, file in place.files.items():
         source = load_checkpoint(file)
-        own = {n: v for n, v in given.items() if n not in ("learner", "loss") or _is_for(v, n, source.config)}
-        seed = number if place.setting or len(place.files) > 1 else source.config.training.seed
+        trained = config_of(source.settings, file)
+        own = {n: v for n, v in given.items() if n not in ("learner", "loss") or _is_for(v, n, trained)}
+        seed = number if place.setting or len(place.files) > 1 else trained.training.seed
         try:
             runs[seed] = Subject.of(file, source, call, own)
         except UsageError as error:
@@ -304,7 +305,7 @@ def _setting_of(entry: Entry) -> str:
     subject, *more = entry.runs.values()
     if more or subject.source is None:
         return f"runs {entry.name}"
-    saved, config = subject.source.config, subject.config
+    saved, config = subject.trained, subject.config
     measured = {name for name, flag in settings.CONFIG_FLAGS.items() if flag.group == "evaluation"}
     found = what_is_learned(saved) | {"seed": None, "named": entry.named}
     found |= {name: config.get(name) for name in measured}
@@ -330,7 +331,7 @@ def _is_for(value: str, name: str, saved: Config) -> bool:
 def _check_own_code(entries: Sequence[Entry], given: Mapping[str, Any]) -> None:
     """Raises UsageError for code that is given and that no run has."""
     for name in ("learner", "loss"):
-        saved = [s.source.config.get(name) for e in entries for s in e.runs.values() if s.source]
+        saved = [s.trained.get(name) for e in entries for s in e.runs.values() if s.source]
         if is_own_code(given.get(name, "")) and not any(map(is_own_code, saved)):
             raise UsageError(
                 f"--{name} {given[name]}: none of the runs has code of your own there: leave it out"

@@ -12,6 +12,7 @@ import dataclasses
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from common.choices import Choices
@@ -118,6 +119,14 @@ def config_from_plain(values: Any) -> Config:
     config = Config.from_values(complete)
     check(config, {})
     return config
+
+
+def config_of(plain: Any, source: Path | None) -> Config:
+    """Return the settings of a checkpoint; a UsageError names its file."""
+    try:
+        return config_from_plain(plain)
+    except UsageError as error:
+        raise UsageError(" ".join(f"{source} cannot be used: {error}".split())) from error
 
 
 # ---- in words ------------------------------------------------------------------------------------

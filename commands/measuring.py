@@ -9,7 +9,7 @@ from typing import Any
 
 from commands.build import build, data_of
 from commands.call import Call
-from commands.config import Config
+from commands.config import Config, config_of
 from commands.names import file_name, task_size, task_words
 from commands.resolve import resolve, resolve_from
 from common.batch import TaskDistribution
@@ -48,9 +48,15 @@ class Subject:
             config = resolve(given)
         else:
             other = call.eval_dataset
-            config = resolve_from(source.config, given, evaluate=True, eval_dataset=other)
+            config = resolve_from(config_of(source.settings, file), given, evaluate=True, eval_dataset=other)
         config = config.replaced(convolution="grouped", tasks_at_once=given.get("tasks_at_once"))
         return cls(file, source, config)
+
+    @property
+    def trained(self) -> Config:
+        """The settings that the checkpoint was trained with."""
+        assert self.source is not None
+        return config_of(self.source.settings, self.file)
 
     @property
     def name(self) -> str:

@@ -31,7 +31,7 @@ from commands.build import (
     writable,
 )
 from commands.call import Call
-from commands.config import CONFIG_FLAGS, Config
+from commands.config import CONFIG_FLAGS, Config, config_of
 from commands.members import Member, compiles
 from commands.resolve import resolve, what_is_learned
 from common.batch import TaskDistribution
@@ -185,7 +185,8 @@ def _check_settings(folder: Path, members: Sequence[Member]) -> None:
         file = folder / run.name / LAST
         if run.name in names or run.setting not in wanted or not file.is_file():
             continue
-        here, there = wanted[run.setting].config, load_checkpoint(file).config
+        here = wanted[run.setting].config
+        there = config_of(load_checkpoint(file).settings, file)
         learned = [what_is_learned(config.replaced(seed=0)) for config in (here, there)]
         for name, value in learned[0].items():
             if value != learned[1][name]:

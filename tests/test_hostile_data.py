@@ -27,13 +27,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from common.locks import one_at_a_time
 from conftest import ROOT
 from PIL import Image
 
 import main
 from commands.adapt import inert
 from common.errors import UsageError
-from common.locks import one_at_a_time
 from tasks import cache as caches
 from tasks import images, omniglot, tables
 from tasks.images import load_images, load_named, open_image, read_images

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from common.saving import Saver
 from test_checkpoint import a_checkpoint
 from test_runs import assert_same_bits, assert_same_run, command, curves
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import saving
-from common.saving import Saver
 from dataset import Regression
 from training import trainer
 from training.checkpoint import BEST, LAST, load_checkpoint

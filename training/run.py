@@ -22,7 +22,7 @@ from evaluation.tables import write_json
 from inner_loop import RATE
 from learners.losses import loss_name
 from maml import MAML
-from training.checkpoint import Checkpoint, Curve, Progress, adam_state
+from training.checkpoint import Checkpoint, Curve, Progress
 from training.folders import BEST, RESULTS
 from training.step import TAIL
 from training.tensorboard import RunLog, settings_as_markdown
@@ -189,10 +189,11 @@ class Run:
         """The run as it is to be saved."""
         self.progress.window = window
         return Checkpoint(
-            self.config,
+            self.config.values(),
             self.iteration,
             _owned(self.parameters),
-            adam_state(self.iteration, *map(_owned, moments)),
+            _owned(moments[0]),
+            _owned(moments[1]),
             asdict(self.progress),
             _owned(statistics),
             {name: t.cpu().contiguous() for name, t in maml.fixed.items()},

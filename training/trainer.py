@@ -31,7 +31,7 @@ from evaluation.meta_test import Evaluation, evaluate
 from learner import LEARNERS
 from maml import MAML
 from training import divergence
-from training.checkpoint import Checkpoint, moments_of, save_checkpoints
+from training.checkpoint import Checkpoint, save_checkpoints
 from training.compiler import CompilationError, Compiler
 from training.folders import BEST, LAST
 from training.run import Run
@@ -120,7 +120,7 @@ class Trainer:
         statistics = self.maml.initial_statistics()
         if run.start is not None:
             first, second = (
-                self.layout.flatten(moment).to(vector) for moment in moments_of(run.start, self.layout.shapes)
+                self.layout.flatten(moment).to(vector) for moment in (run.start.exp_avg, run.start.exp_avg_sq)
             )
             statistics = run.start.statistics
         sums = [run.progress.window.get(name, 0.0) for name in self.metrics]
