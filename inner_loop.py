@@ -36,7 +36,7 @@ from learners.batch_norm import (
     statistics_from_first,
 )
 from learners.elementary import Elementary, NoGradHolds, is_elementary
-from learners.heads import adapted_names, context_names, head_layer, linear_head, without_head
+from learners.heads import adapted_names, context_names, linear_head, without_head
 from learners.im2col import convert_convolutions
 
 Loss = Callable[[Any, Any], Tensor]
@@ -70,10 +70,6 @@ class Passed(NamedTuple):
     loss: Tensor  # query loss after the last step
     outputs: Tree  # [query examples, ...], the learner's, behind it
     statistics: Weights  # [steps, 2, channels] by layer, where they are recorded
-
-
-class NoFeaturesError(Exception):
-    """The learner has nothing that goes into its head once in each pass, example by example."""
 
 
 class InnerLoop:
@@ -225,37 +221,6 @@ class InnerLoop:
         with statistics_from_first(shots, self.learner):
             outputs = self.forward(weights, joined([support_x, query_x]), around)
         return tree_map(lambda part: part[shots:], outputs)
-
-    def features_under(
-        self,
-        weights: Weights,
-        support_x: Tree,
-        query_x: Tree,
-        normalisation: str,
-        around: Weights | None = None,
-    ) -> Tensor:
-        """What goes into the head of a support and a query set, `[support and query examples, features]`.
-
-        Raises NoFeaturesError where nothing does but the inputs, or not once for each example.
-        """
-        layer = head_layer(self.learner, self.head)
-        if not layer:
-            raise NoFeaturesError
-        seen: list[Tensor] = []
-
-        def see(_: nn.Module, positional: Any, named: Any) -> None:
-            seen.append(first_tensor((positional, named)))
-
-        handle = self.learner.get_submodule(layer).register_forward_pre_hook(see, with_kwargs=True)
-        try:
-            self.forward(weights, support_x, around)
-            self.query_outputs(weights, query_x, support_x, normalisation, around)
-        finally:
-            handle.remove()
-        shots, queries = len(first_tensor(support_x)), len(first_tensor(query_x))
-        if len(seen) != 2 or len(seen[0]) != shots or len(seen[1]) < queries:
-            raise NoFeaturesError
-        return torch.cat([seen[0].flatten(1), seen[1][-queries:].flatten(1)])
 
     def support_loss(
         self,

@@ -308,7 +308,6 @@ def evaluate(call: Call, given: Mapping[str, Any], arguments: list[str], world: 
     """Measures a checkpoint, or the fresh initialisation, on the test tasks."""
     from commands.build import check_processes, data_of, facts, prepare, print_settings, read_first, writable
     from commands.measuring import Subject, of_all
-    from evaluation.figures import THEMES
     from evaluation.tables import evaluation_table
     from training.folders import find_runs
 
@@ -335,7 +334,7 @@ def evaluate(call: Call, given: Mapping[str, Any], arguments: list[str], world: 
     file = out / f"{subject.stem(with_run=call.out is not None)}-{of_all([subject])[1]}"
     record = {"command": shlex.join(["main.py", *arguments]), **subject.record(runtime)}
     if world.first:
-        *others, last = built.write(result, str(file), record, THEMES["light"])
+        *others, last = built.write(result, str(file), record)
         print(f"Written: {file}{', '.join(others)} and {last}")
     if call.baselines:
         return compare(subject, call, runtime, result, Path(f"{file}-baselines"), record)
@@ -353,8 +352,8 @@ def evaluate_many(
     from commands.build import data_of, prepare, print_settings, read_first, writable
     from commands.measuring import Subject, of_all
     from evaluation import seeds as spread
-    from evaluation.figures import THEMES
-    from evaluation.tables import write_figure, write_json
+    from evaluation.style import write_figure
+    from evaluation.tables import write_json
 
     assert call.load is not None
     folder = many[0].file.parent.parent
@@ -390,14 +389,14 @@ def evaluate_many(
         if world.first:
             name = f"{subject.stem(with_run=call.out is not None)}-{of_all([subject])[1]}"
             file = (out if call.out else run.file.parent) / name
-            built.write(result, str(file), {**command, **subject.record(runtime)}, THEMES["light"])
+            built.write(result, str(file), {**command, **subject.record(runtime)})
     words, stem = of_all(subjects)
     print(spread.test_table(results, words))
     if world.first:
         file = out / stem
         record = {"runs": [vars(run) for run in many], "settings": spread.test_record(results)}
         write_json(Path(f"{file}.json"), {**command, **record})
-        write_figure(Path(f"{file}.png"), spread.test_figure(results, words, THEMES["light"]))
+        write_figure(Path(f"{file}.png"), spread.test_figure(results, words))
     beside = "them" if call.out else "its checkpoint"
     print(f"Written: {out / stem}.json and .png, and those of each run beside {beside}")
     return 0
@@ -414,7 +413,9 @@ def compare(
     """The checkpoint's result on the test tasks beside those of the baselines (--baselines)."""
     from commands import baselines
     from evaluation import tables as report
-    from evaluation.figures import THEMES, comparison_figure
+    from evaluation.figures import comparison_figure
+    from evaluation.seeds import test_table
+    from evaluation.style import write_figure
 
     assert call.load is not None and subject.source is not None
     source, config, words = subject.source, subject.config, subject.words
@@ -425,8 +426,9 @@ def compare(
         runtime.world.wait()  # see `train`
         return interrupted.code
     mine = baselines.Baseline(config.choices.algorithm, "as trained", result)
-    results = {f"{b.name}\n{b.how}": b.evaluation for b in (mine, *others)}
-    print("\n" + report.comparison_table(results, config.choices.query_norm, words))
+    norm = config.choices.query_norm
+    results = {f"{b.name}, {b.how}": b.evaluation.select(norm) for b in (mine, *others)}
+    print("\n" + test_table({name: [evaluation] for name, evaluation in results.items()}, words))
     if not runtime.world.first:
         return 0
     curves: dict[str, tuple[list[int], list[float]]] = {}
@@ -446,8 +448,8 @@ def compare(
             "curves": {n: dict(zip(("iteration", "query_loss"), c, strict=True)) for n, c in curves.items()},
         },
     )
-    figure = comparison_figure(results, config.choices.query_norm, words, curves, THEMES["light"])
-    report.write_figure(Path(f"{file}.png"), figure)
+    figure = comparison_figure(results, words, curves)
+    write_figure(Path(f"{file}.png"), figure)
     print(f"Written: {file}.json and .png")
     return 0
 
@@ -466,7 +468,6 @@ def adapt(call: Call, given: Mapping[str, Any], arguments: list[str]) -> int:
     """Adapts a checkpoint to the examples of one's own task, and predicts the others."""
     from commands.adapt import adapt_to_files, tasks_in
     from commands.build import prepare, print_settings, writable
-    from evaluation.figures import THEMES
     from training.checkpoint import load_checkpoint
 
     assert call.load is not None and call.adapt is not None
@@ -488,7 +489,6 @@ def adapt(call: Call, given: Mapping[str, Any], arguments: list[str]) -> int:
         file=stem,
         weights_file=weights_file,
         record={"command": shlex.join(["main.py", *arguments]), "checkpoint": call.load},
-        theme=THEMES["light"],
     )  # fmt: skip
     print("Written: " + ", ".join(map(str, written)))
     return 0

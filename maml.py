@@ -286,36 +286,6 @@ class MAML(InnerLoop):
         parts = [of_tasks(*chunk) for chunk in self._chunks(batch, order, keys)]
         return {name: joined([part[name] for part in parts]) for name in normalisations}
 
-    @torch.no_grad()
-    def features(
-        self,
-        parameters: Weights,
-        batch: TaskBatch,
-        steps: int,
-        normalisation: str = "transductive",
-        *,
-        order: Tensor | None = None,
-        keys: Tensor | None = None,
-    ) -> Tensor:
-        """What goes into the head after 0, 1, ... `steps` inner steps, of the support and then the query set:
-        `[tasks, steps + 1, support and query examples, features]`.
-
-        As they are predicted; arguments as in `predictions`. Raises `inner_loop.NoFeaturesError` where there
-        are no features.
-        """
-
-        def per_step(
-            support_x: Tree, support_y: Tree, query_x: Tree, query_y: Tree, extras: Weights
-        ) -> Tensor:
-            found = []
-            for weights, around in self.trajectory(parameters, support_x, support_y, extras, steps=steps):
-                with self.predicting():
-                    found.append(self.features_under(weights, support_x, query_x, normalisation, around))
-            return torch.stack(found)
-
-        of_tasks = self.over_tasks(per_step)
-        return joined([of_tasks(*chunk) for chunk in self._chunks(batch, order, keys)])
-
     def _chunks(self, batch: TaskBatch, order: Tensor | None, keys: Tensor | None) -> list[tuple[Any, ...]]:
         """The tensors of at most `tasks_at_once` tasks at a time, and these tasks' extras."""
         tasks = _tasks(batch)

@@ -27,8 +27,9 @@ from common.optimizers import Weights
 from common.processes import ALONE
 from common.random import keys_of, minibatch_order, task_stream
 from evaluation import tables as report
-from evaluation.figures import LIGHT, Theme, predictions_figure
 from evaluation.meta_test import SEED
+from evaluation.predictions import Prediction, predictions_figure
+from evaluation.style import write_figure
 from inner_loop import BUFFER
 from learners.batch_norm import norm_layers, recorded_statistics
 from maml import MAML
@@ -202,7 +203,6 @@ def adapt_to_files(
     file: Path,
     weights_file: Path | None,
     record: Mapping[str, Any],
-    theme: Theme = LIGHT,
 ) -> list[Path]:
     """Adapts to each task of `path`; writes predictions (CSV, JSON) and a picture (PNG).
 
@@ -253,9 +253,13 @@ def adapt_to_files(
         },
     )
     title = f"{printable(path.name)}: after {config.evaluation.test_steps} inner steps"
-    on_cpu = [replace(t, support_x=t.support_x.cpu(), support_y=t.support_y.cpu(), query_x=t.query_x.cpu())
-              for t in tasks]  # fmt: skip
-    report.write_figure(written[2], predictions_figure(on_cpu, found, title, theme))
+    pictured = [
+        Prediction(
+            task.name, task.classes, task.support_x.cpu(), task.support_y.cpu(), task.query_x.cpu(), predicted
+        )
+        for task, predicted in zip(tasks, found, strict=True)
+    ]
+    write_figure(written[2], predictions_figure(pictured, title))
     if weights_file and module is not None:
         save_weights(weights_file, module)
         written.append(weights_file)

@@ -27,8 +27,8 @@ from common.own_code import is_own_code
 from evaluation import meta_test as evaluation
 from evaluation import paired
 from evaluation import tables as report
-from evaluation.figures import THEMES
 from evaluation.meta_test import Evaluation
+from evaluation.style import write_figure
 from learners.losses import loss_name
 from tasks.options import FILE_KINDS
 from training import trainer
@@ -48,9 +48,7 @@ TASKS = {
     "omniglot_split": None,
     "quarter_turns": None,
     "split_shares": None,
-    "split_seed": None,
-    "task_column": None,
-    "target_columns": None,
+    "columns": None,
 }
 
 
@@ -109,14 +107,14 @@ def compare(call: Call, given: Mapping[str, Any], command: str) -> int:
             "tasks": tasks,
             "first_task": skipped,
             "tasks_seed": evaluation.SEED,
-            "measure": "accuracy" if sides[0].accuracies else loss,
+            "measure": "accuracy" if sides[0].accuracy else loss,
             "common_validation_level": paired.common_level(sides),
             "sides": paired.record(sides),
             "runs": records,
         }
         report.write_json(Path(f"{file}.json"), result)
-        figure = paired.figure(sides, loss, f"{what}: {tasks} {call.split} tasks", THEMES["light"])
-        report.write_figure(Path(f"{file}.png"), figure)
+        figure = paired.figure(sides, loss, f"{what}: {tasks} {call.split} tasks")
+        write_figure(Path(f"{file}.png"), figure)
         print(f"Written: {file}.json and .png")
     return 0
 
@@ -309,7 +307,7 @@ def _setting_of(entry: Entry) -> str:
     measured = {name for name, flag in settings.CONFIG_FLAGS.items() if flag.group == "evaluation"}
     found = what_is_learned(saved) | {"seed": None, "named": entry.named}
     found |= {name: config.get(name) for name in measured}
-    found |= {name: getattr(saved, name) for name in ("iterations", "val_every")}
+    found |= {name: saved.get(name) for name in ("iterations", "val_every")}
     found["origin"] = subject.source.progress.get("origin")
     return repr(sorted(found.items()))
 
@@ -325,7 +323,7 @@ def _name_of_all(names: Sequence[str]) -> str:
 
 def _is_for(value: str, name: str, saved: Config) -> bool:
     """Whether a flag that names code of the user's concerns a run: others have learners of this tool's."""
-    return is_own_code(getattr(saved, name)) or not is_own_code(value)
+    return is_own_code(saved.get(name)) or not is_own_code(value)
 
 
 def _check_own_code(entries: Sequence[Entry], given: Mapping[str, Any]) -> None:

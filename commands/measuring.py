@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from commands.build import build, data_of
 from commands.call import Call
@@ -15,15 +15,18 @@ from commands.resolve import resolve, resolve_from
 from common.batch import TaskDistribution
 from common.device import Runtime, versions
 from common.optimizers import Weights
-from dataset import Regression
 from evaluation import meta_test as evaluation
 from evaluation import tables as report
-from evaluation.examples import Scene
-from evaluation.figures import LIGHT, Theme, evaluation_figure
-from evaluation.meta_test import Evaluation
+from evaluation.examples import Examples, adapt_examples, examples_figure
+from evaluation.figures import evaluation_figure
+from evaluation.meta_test import Evaluation, normalisations_of
+from evaluation.style import write_figure
 from learners.losses import loss_name
 from maml import MAML
 from training.checkpoint import Checkpoint, check_same_split, fitting_parameters, load_checkpoint
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class Subject:
         }
 
     @property
-    def words(self) -> report.Words:
+    def words(self) -> report.Caption:
         return of_all([self])[0]
 
     def record(self, runtime: Runtime) -> dict[str, Any]:
@@ -128,7 +131,7 @@ class Subject:
         return Built(self, maml, distribution, parameters, statistics)
 
 
-def of_all(subjects: Sequence[Subject]) -> tuple[report.Words, str]:
+def of_all(subjects: Sequence[Subject]) -> tuple[report.Caption, str]:
     """What can be said of several, which is what they have in common, and a name for their results."""
 
     def same(values: Iterable[Any], otherwise: Any) -> Any:
@@ -138,7 +141,7 @@ def of_all(subjects: Sequence[Subject]) -> tuple[report.Words, str]:
     columns = zip(*(each.tasks.items() for each in subjects), strict=True)
     common = [part for part in (same(column, None) for column in columns) if part]
     configs = [each.config for each in subjects]
-    words = report.Words(
+    words = report.Caption(
         loss_name=same((loss_name(config.learner.loss) for config in configs), "loss"),
         trained_steps=same((config.choices.trained_steps for config in configs), None),
         test_steps=configs[0].evaluation.test_steps,
@@ -160,10 +163,7 @@ class Built:
     def measured(self, runtime: Runtime, split: str = "test", skipped: int = 0) -> Evaluation:
         """On the fixed tasks of a split but the first, `skipped` ones, with all that batch norm can do."""
         config = self.subject.config
-        normalisations: tuple[str, ...] = (config.choices.query_norm,)
-        if self.maml.has_batch_norm:
-            normalisations = ("transductive", "inductive", *["per-step"] * bool(self.statistics))
-
+        normalisations = normalisations_of(self.maml, self.statistics, config.choices.query_norm)
         return evaluation.evaluate(
             self.maml,
             self.parameters,
@@ -178,30 +178,30 @@ class Built:
             world=runtime.world,
         )
 
-    def write(
-        self, result: Evaluation, file: str, record: Mapping[str, Any], theme: Theme = LIGHT
-    ) -> list[str]:
-        """The result as JSON and as pictures: over inner steps, beside which regression has some curves; of
-        image tasks; and of how features move. Gives the ends of their names."""
-        config = self.subject.config
-        written = [".json", ".png"]
+    def write(self, result: Evaluation, file: str, record: Mapping[str, Any]) -> list[str]:
+        """Write the result as JSON and as pictures; return the ends of the files' names."""
         report.write_json(Path(f"{file}.json"), {**record, **report.evaluation_record(result)})
-        when = f"{self.subject.when}, {task_words(config.tasks)}"
-        scene = Scene(self.maml, self.parameters, self.distribution, config, "test", when, theme)
-        fits = None
-        if isinstance(self.distribution, Regression):
-            shown = sorted(
-                {
-                    0,
-                    min(config.choices.trained_steps, config.evaluation.eval_steps),
-                    config.evaluation.eval_steps,
-                }
-            )
-            fits = (*scene.examples(3, config.evaluation.eval_steps), shown)
-        report.write_figure(Path(f"{file}.png"), evaluation_figure(result, self.subject.words, fits, theme))
-        sheets = scene.tasks() if fits is None else None
-        for name, figure in (("examples", sheets), ("features", scene.features())):
-            if figure is not None:
-                written.append(f"-{name}.png")
-                report.write_figure(Path(f"{file}-{name}.png"), figure)
-        return written
+        fits, sheet = self._pictures()
+        write_figure(Path(f"{file}.png"), evaluation_figure(result, self.subject.words, fits))
+        if sheet is None:
+            return [".json", ".png"]
+        write_figure(Path(f"{file}-examples.png"), sheet)
+        return [".json", ".png", "-examples.png"]
+
+    def _pictures(self) -> tuple[tuple[Examples, list[int]] | None, Figure | None]:
+        """Return some adapted curves with the steps to show, or a sheet of image tasks."""
+        config = self.subject.config
+        trained, last = config.choices.trained_steps, config.evaluation.eval_steps
+        subject = (self.maml, self.parameters, self.distribution, "test")
+        adapting: dict[str, Any] = {
+            "normalisation": config.choices.query_norm,
+            "inner_batch": config.evaluation.eval_inner_batch,
+        }
+        if self.distribution.kind == "curves":
+            examples = adapt_examples(*subject, tasks=3, steps=last, **adapting)
+            return (examples, sorted({0, min(trained, last), last})), None
+        test_steps = config.evaluation.test_steps
+        title = f"test tasks, {self.subject.when}, {task_words(config.tasks)}"
+        return None, examples_figure(
+            *subject, steps=config.choices.steps, test_steps=test_steps, title=title, **adapting
+        )

@@ -40,7 +40,8 @@ from common.errors import UsageError
 from common.processes import World
 from evaluation import seeds as spread
 from evaluation import tables as report
-from evaluation.figures import THEMES, Theme
+from evaluation.seeds import Outcome
+from evaluation.style import write_figure
 from learner import LEARNERS
 from learners.losses import LOSSES, loss_name
 from maml import MAML
@@ -128,10 +129,12 @@ def train_many(call: Call, members: Sequence[Member], world: World, locked: Exit
             )
         named = call.checkpoint_path / call.run_name if call.run_name else None
         if named and world.first:
+            if not call.resume and is_occupied(named):  # before the locks of the runs lie there
+                raise UsageError(
+                    f"{named} is not empty: choose another --run-name, or --resume to go on there"
+                )
             locked.enter_context(no_empty_folder_left(named))
             locked.enter_context(lock_folder(named, [member.name for member in members]))
-        if named and not call.resume and is_occupied(named):
-            raise UsageError(f"{named} is not empty: choose another --run-name, or --resume to go on there")
         if named and (named / LAST).exists():
             raise UsageError(f"{named} is a run, not a folder of many: choose another --run-name")
         if named and (named / LIST).exists():
@@ -168,8 +171,8 @@ def train_many(call: Call, members: Sequence[Member], world: World, locked: Exit
             return folder, code
     outcomes = [one for part in world.gathered([outcome_of(each) for each in ready]) for one in part]
     if world.first:
-        _write_summary(folder, outcomes, THEMES["light"])
-    failed = [one["failure"] for one in outcomes if one["failure"] is not None]
+        _write_summary(folder, outcomes)
+    failed = [one.failure for one in outcomes if one.failure is not None]
     if failed and world.first:
         many = f"{len(failed)} of {len(outcomes)} runs stopped before their end, "
         print(f"main.py: error: {many if len(failed) > 1 else ''}{failed[0]}", file=sys.stderr)
@@ -289,31 +292,31 @@ def _uncompiled(each: Ready) -> Config:
 # ---- what came of it -----------------------------------------------------------------------------
 
 
-def outcome_of(each: Ready) -> dict[str, Any]:
-    """What a run has come to, in plain values."""
+def outcome_of(each: Ready) -> Outcome:
+    """Return how the training of a run ended."""
     run = each.run
     whole = run.failure is None  # one that has stopped early is no part of a mean over seeds
     final = run.final_loss() if whole else None
     validation = run.progress.validation
     measure = "query_accuracy" if run.config.tasks.classification else "query_loss"
     best = run.progress.best_score if whole else None
-    return {
-        "name": each.member.name,
-        "setting": each.member.setting,
-        "seed": each.member.seed,
-        "iteration": run.iteration,
-        "failure": run.failure,
-        "final_training_loss": final[0] if final else None,
-        "measure": measure,
-        "loss": loss_name(run.config.learner.loss),
-        "best_validation": None if best is None else as_measured(best, measure),
-        "best_iteration": run.progress.best_iteration if whole else None,
-        "validation": {name: validation.get(name, []) for name in ("iteration", measure)},
-    }
+    return Outcome(
+        name=each.member.name,
+        setting=each.member.setting,
+        seed=each.member.seed,
+        iteration=run.iteration,
+        failure=run.failure,
+        final_training_loss=final[0] if final else None,
+        measure=measure,
+        loss=loss_name(run.config.learner.loss),
+        best_validation=None if best is None else as_measured(best, measure),
+        best_iteration=run.progress.best_iteration if whole else None,
+        validation={name: validation.get(name, []) for name in ("iteration", measure)},
+    )
 
 
-def _write_summary(folder: Path, outcomes: Sequence[Mapping[str, Any]], theme: Theme) -> None:
+def _write_summary(folder: Path, outcomes: Sequence[Outcome]) -> None:
     print(spread.training_table(outcomes))
     report.write_json(folder / f"{SUMMARY}.json", spread.training_record(outcomes))
-    report.write_figure(folder / f"{SUMMARY}.png", spread.training_figure(outcomes, theme))
+    write_figure(folder / f"{SUMMARY}.png", spread.training_figure(outcomes))
     print(f"Written: {folder / SUMMARY}.json and .png")

@@ -1,10 +1,13 @@
-"""Meta-test: loss and accuracy on fixed tasks after each inner step, with intervals."""
+"""The one evaluation: query loss and accuracy on fixed tasks, after 0, 1, ... inner steps.
+
+Validation, --eval, --baselines and --compare all call `evaluate`. Its `Evaluation` holds one value a task and
+step; tables, figures and records are made from it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,63 +16,108 @@ from common.batch import TaskBatch, TaskDistribution, Tree, first_tensor, tree_m
 from common.optimizers import Weights
 from common.processes import ALONE, World
 from common.random import keys_of, minibatch_order, task_stream
-from dataset import Regression
-from inner_loop import NoFeaturesError
 from learners.losses import accuracy
 from maml import MAML
-from tasks.image_tasks import ImageTasks
 
-# Evaluation tasks are the same for every checkpoint. Their splits have streams of their own, so this
-# seed shares nothing with a training seed of the same number.
+# Seed of the evaluation tasks, the same for every checkpoint. Validation and test have random streams of
+# their own, so they share nothing with a training seed of the same number.
 SEED = 0
 
-# Examples, and numbers in the fast weights, of a chunk of tasks: some 1.5 GB at the most (20-way, `convnet`;
-# ResNet-18).
+# Limits of a chunk of tasks, which then fills about 1.5 GB at the most (20-way `convnet`; ResNet-18).
 CHUNK_EXAMPLES = 2000
-CHUNKS = 8  # at least, of tasks whose evaluation takes long
-CHUNK_WEIGHTS = 50_000_000
+CHUNK_WEIGHTS = 50_000_000  # numbers in the fast weights
+MIN_CHUNKS = 8  # to share among processes, of tasks that take long
 
-DIVERGENCE = 10.0  # times the loss before adaptation; see `diverged`
+DIVERGENCE = 10.0  # a diverged loss is this many times the loss before adaptation
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Per-task results `[tasks, steps + 1]` in float64, by normalisation ("transductive", ...)."""
+    """Results by normalisation ("transductive", ...): float64 `[tasks, steps + 1]`."""
 
     losses: dict[str, Tensor]
     accuracies: dict[str, Tensor]  # empty for regression
 
+    @property
+    def measures(self) -> dict[str, Tensor]:
+        """The results to report: accuracies, or losses for regression."""
+        return self.accuracies or self.losses
+
+    @property
+    def tasks(self) -> int:
+        """Number of tasks."""
+        return len(next(iter(self.losses.values())))
+
+    @property
+    def steps(self) -> int:
+        """Number of inner steps."""
+        return next(iter(self.losses.values())).shape[1] - 1
+
+    def select(self, normalisation: str) -> Evaluation:
+        """Return the results with one normalisation alone."""
+        parts = (
+            {n: v for n, v in part.items() if n == normalisation} for part in (self.losses, self.accuracies)
+        )
+        return Evaluation(*parts)
+
     def diverged(self, normalisation: str) -> Tensor:
-        """Which tasks have diverged after which step: bool `[tasks, steps + 1]`."""
+        """Return which tasks have diverged after which step: bool `[tasks, steps + 1]`."""
         return diverged(self.losses[normalisation])
+
+    def intervals(self, normalisation: str) -> tuple[Tensor, Tensor]:
+        """Return mean and half width of the 95 % interval over the tasks that have not diverged.
+
+        Both `[steps + 1]`.
+        """
+        values, kept = self.measures[normalisation], ~self.diverged(normalisation)
+        pairs = [mean_and_interval(v[k]) for v, k in zip(values.unbind(1), kept.unbind(1), strict=True)]
+        mean, interval = map(torch.stack, zip(*pairs, strict=True))
+        return mean, interval
 
 
 def diverged(losses: Tensor) -> Tensor:
-    """Which tasks have diverged after which step, from query losses: both `[tasks, steps + 1]`.
+    """Return which tasks have diverged after which step: bool `[tasks, steps + 1]`.
 
-    A loss that is not finite, or more than ten times the loss before adaptation, the task's own and the
-    median over tasks. Losses that may be negative are measured by their size: from the larger of the two, it
-    is a growth by nine times that of the larger in size.
+    A loss has diverged if it is not finite, or if it is more than ten times the loss before adaptation: the
+    larger of the task's own and of the median over tasks. A loss that may be negative has diverged if it has
+    grown by more than nine times the size of that loss.
+
+    Args:
+        losses: query losses `[tasks, steps + 1]`.
     """
     before = losses[:, :1]
     finite = before[before.isfinite()]
-    # medians of none are NaN, which bounds nothing
+    # the median of no numbers is NaN, which `fmax` ignores
     base, size = torch.fmax(before, finite.nanmedian()), torch.fmax(before.abs(), finite.abs().nanmedian())
     return ~losses.isfinite() | (losses > base + (DIVERGENCE - 1) * size)
 
 
 def mean_and_interval(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over tasks (the first axis) and half width of its 95 % confidence interval."""
+    """Return the mean over tasks (the first axis) and the half width of its 95 % confidence interval."""
     spread = values.std(0) if len(values) > 1 else torch.full_like(values.sum(0), torch.nan)
     return values.mean(0), 1.96 * spread / len(values) ** 0.5
 
 
 def loss_per_step(maml: MAML, outputs: Tree, targets: Tree) -> Tensor:
-    """`[tasks, steps + 1]`; one flat `vmap`, since a nested one of mse_loss fails in PyTorch 2.15."""
+    """Return the query losses `[tasks, steps + 1]` of `MAML.predictions`.
+
+    One flat `vmap` over tasks and steps: a nested one of `mse_loss` fails in PyTorch 2.15.
+    """
     sizes = first_tensor(outputs).shape[:2]
     targets = tree_map(lambda t: t[:, None].expand(-1, sizes[1], *t.shape[1:]).flatten(0, 1), targets)
     outputs = tree_map(lambda t: t.flatten(0, 1), outputs)
     return maml.over_tasks(maml.loss)(outputs, targets).view(sizes)
+
+
+def normalisations_of(maml: MAML, statistics: Weights, trained_with: str) -> tuple[str, ...]:
+    """Return the normalisations to test a learner with.
+
+    With batch norm these are "transductive", "inductive" and, if there are running `statistics`, "per-step".
+    Without, all are the same, and the result bears the name of the one it was trained with.
+    """
+    if not maml.has_batch_norm:
+        return (trained_with,)
+    return ("transductive", "inductive", *["per-step"] * bool(statistics))
 
 
 def evaluate(
@@ -87,121 +135,65 @@ def evaluate(
     world: World = ALONE,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """Adapts to each of `tasks` fixed tasks of a split, by 0, 1, ... `steps` steps.
+    """Adapt to fixed tasks of a split by 0, 1, ... `steps` inner steps, and measure the query sets.
 
-    Arguments:
-        skipped: the first tasks of the split, which are left out.
-        statistics: what "per-step" normalises with (see `MAML.predictions`).
-        inner_batch: support examples in the minibatch of an inner step; None: all of them.
-        world: the processes that share the chunks of tasks; each gets the whole result, which is the same
-            for any number of them.
-        interrupted: asked before each chunk; raises InterruptedError where it says yes.
+    Args:
+        tasks: number of tasks, after the first `skipped` of the split.
+        normalisations: batch-norm readings to measure, see `MAML.predictions`.
+        statistics: running statistics that "per-step" normalises with.
+        inner_batch: support examples in the minibatch of an inner step; None: all.
+        world: the processes that share the chunks of tasks. All get the same result, whatever their number.
+        interrupted: called before each chunk.
+
+    Raises:
+        InterruptedError: `interrupted` returned True.
     """
     size = chunk_size(maml, parameters, distribution, tasks)
-    kinds = ("loss", "accuracy") if distribution.classification else ("loss",)
-    found = torch.zeros(len(kinds), len(normalisations), tasks, steps + 1, dtype=torch.float64)
+    measures = 1 + distribution.classification
+    results = torch.zeros(measures, len(normalisations), tasks, steps + 1, dtype=torch.float64)
     for first in range(0, tasks, size)[world.rank :: world.size]:
         if interrupted():
             raise InterruptedError
         numbers = range(skipped + first, skipped + min(first + size, tasks))
         batch = distribution.sample(split, SEED, 0, numbers)
-        random = _random(split, batch, numbers, inner_batch, steps)
-        outputs = maml.predictions(parameters, batch, steps, normalisations, **random, statistics=statistics)
+        order, keys = randomness_of(split, batch, numbers, inner_batch, steps)
+        outputs = maml.predictions(
+            parameters, batch, steps, normalisations, order=order, keys=keys, statistics=statistics
+        )
         rows = slice(first, first + len(numbers))
-        for of_norm, name in enumerate(normalisations):
-            found[0, of_norm, rows] = loss_per_step(maml, outputs[name], batch.query_y).cpu().double()
+        for column, name in enumerate(normalisations):
+            results[0, column, rows] = loss_per_step(maml, outputs[name], batch.query_y).cpu().double()
             if distribution.classification:
-                shares = accuracy(outputs[name], first_tensor(batch.query_y)[:, None])
-                found[1, of_norm, rows] = shares.cpu().double()
-    # each number is some process's, and zero in all others
-    losses, *accuracies = (
-        dict(zip(normalisations, kind, strict=True)) for kind in world.summed(found, patiently=True)()
-    )
+                correct = accuracy(outputs[name], first_tensor(batch.query_y)[:, None])
+                results[1, column, rows] = correct.cpu().double()
+    # each number was measured by one process, and is zero in all others
+    results = world.summed(results, patiently=True)()
+    losses, *accuracies = (dict(zip(normalisations, measure, strict=True)) for measure in results)
     return Evaluation(losses, accuracies[0] if accuracies else {})
 
 
 def chunk_size(maml: MAML, parameters: Weights, distribution: TaskDistribution, tasks: int) -> int:
-    """Tasks taken at a time. It does not depend on the number of processes, nor do then the results."""
+    """Return how many tasks are adapted to at a time.
+
+    It does not depend on the number of processes, so that neither do the results.
+    """
     if maml.tasks_at_once:
         return maml.tasks_at_once
-    numbers_adapted = sum(w.numel() for name, w in parameters.items() if name in maml.adapted)
-    fitting = min(CHUNK_EXAMPLES // distribution.examples, CHUNK_WEIGHTS // max(1, numbers_adapted))
-    if not distribution.computed:  # worth sharing
-        fitting = min(fitting, -(-tasks // CHUNKS))
-    return max(1, fitting)
+    adapted = sum(w.numel() for name, w in parameters.items() if name in maml.adapted)
+    size = min(CHUNK_EXAMPLES // distribution.examples, CHUNK_WEIGHTS // max(1, adapted))
+    if not distribution.computed:  # these take long, and are worth sharing among processes
+        size = min(size, -(-tasks // MIN_CHUNKS))
+    return max(1, size)
 
 
-def _random(
+def randomness_of(
     split: str, batch: TaskBatch, numbers: range, inner_batch: int | None, steps: int
-) -> dict[str, Any]:
-    """What is random in adapting to these tasks: the order of the examples, and the learner's own keys."""
+) -> tuple[Tensor | None, Tensor]:
+    """Return the order of the minibatches and the learner's random keys for tasks of these numbers.
+
+    They are the arguments `order` and `keys` of `MAML.predictions`.
+    """
     support = first_tensor(batch.support_x)
     stream = task_stream(split, SEED, 0, numbers, support.device)
     order = minibatch_order(stream.at("minibatches"), support.shape[1], inner_batch, steps)
-    return {"order": order, "keys": keys_of(stream)}
-
-
-def can_be_drawn(distribution: TaskDistribution) -> bool:
-    """Whether there is a picture of a task: of curves, and of images."""
-    return isinstance(distribution, Regression | ImageTasks)
-
-
-def examples(
-    maml: MAML,
-    parameters: Weights,
-    distribution: TaskDistribution,
-    split: str,
-    *,
-    tasks: int,
-    steps: int,
-    normalisation: str,
-    inner_batch: int | None = None,
-) -> tuple[TaskBatch, Tensor]:
-    """A few of a split's tasks and the outputs on their queries `[tasks, steps + 1, ...]`, for pictures.
-
-    Curves are asked on a dense grid.
-    """
-    batch = _shown_tasks(distribution, split, tasks)
-    random = _random(split, batch, range(tasks), inner_batch, steps)
-    outputs = maml.predictions(parameters, batch, steps, (normalisation,), **random)[normalisation]
-    return TaskBatch(*(tree_map(Tensor.cpu, tree) for tree in batch)), first_tensor(outputs).cpu()
-
-
-def _shown_tasks(distribution: TaskDistribution, split: str, tasks: int) -> TaskBatch:
-    if isinstance(distribution, Regression):
-        return distribution.sample(split, SEED, 0, range(tasks), grid=200)
-    return distribution.sample(split, SEED, 0, range(tasks))
-
-
-class SeenFeatures(NamedTuple):
-    """What goes into the head, of the examples of one task, the support set first."""
-
-    features: Tensor  # [steps + 1, examples, features]
-    x: Tensor  # [examples, ...]
-    y: Tensor  # [examples, ...]
-    support: int  # how many of them
-
-
-def features_of_task(
-    maml: MAML,
-    parameters: Weights,
-    distribution: TaskDistribution,
-    split: str,
-    *,
-    steps: int,
-    normalisation: str,
-    inner_batch: int | None = None,
-) -> SeenFeatures | None:
-    """How a split's first task is seen, after each inner step; None where the learner has no features.
-
-    Curves are asked on a dense grid.
-    """
-    batch = _shown_tasks(distribution, split, 1)
-    random = _random(split, batch, range(1), inner_batch, steps)
-    try:
-        features = maml.features(parameters, batch, steps, normalisation, **random)[0]
-    except NoFeaturesError:
-        return None
-    support_x, support_y, query_x, query_y = (first_tensor(tree)[0].cpu() for tree in batch)
-    x, y = torch.cat([support_x, query_x]), torch.cat([support_y, query_y])
-    return SeenFeatures(features.float().cpu(), x, y, len(support_x))
+    return order, keys_of(stream)

@@ -1,21 +1,23 @@
-"""Runs side by side: paired differences on the same tasks, as tables, plain values and a picture.
+"""Runs side by side (--compare): paired differences on the same tasks, as tables, a record and a picture.
 
-A pair is one task, adapted to by two runs, of the same seed where there are several. The interval over tasks
-and the spread over seeds (lowest to highest) are two things, and stand apart.
+A pair is one task that two runs adapted to, of the same seed where there are several. The interval over tasks
+and the spread over seeds (lowest to highest) are two different things, and are reported apart.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from evaluation.figures import LIGHT, Theme, curve_style, new_figure, over_iterations, style
+from evaluation import style
+from evaluation.figures import draw_over_steps
 from evaluation.meta_test import Evaluation, mean_and_interval
-from evaluation.seeds import Column, columns_of, spread
+from evaluation.seeds import Spread, StepResults, spread_text
 from evaluation.tables import table
 
 if TYPE_CHECKING:
@@ -24,32 +26,38 @@ if TYPE_CHECKING:
 
 Curve = tuple[list[float], list[float]]  # iterations, values
 
-MOST_COLUMNS = 4  # runs that a table of settings has beside each other
-OFF = ("no", "none", "0", "0.0")  # values of a setting
-LONGEST = 40  # characters of a name or a setting that is shown
+MOST_COLUMNS = 4  # sides that the table of settings has as columns; more are rows
+OFF = ("no", "none", "0", "0.0")  # a setting with such a value is as if it were not there
+LONGEST_NAME = 40  # characters
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of those that are compared: a run, or the runs of a setting, by seed."""
+    """One side of a comparison: a run, or the runs of a setting, by seed."""
 
     name: str
-    settings: Mapping[str, str]  # in words, by flag; the seed is none of them
-    validation: Mapping[int, Curve]  # while it was trained
-    evaluations: Mapping[int, Evaluation]  # on the same tasks as all others'
-    norm: str  # whose statistics it was trained with
+    settings: Mapping[str, str]  # values in words by flag, without the seed
+    validation: Mapping[int, Curve]  # while training
+    evaluations: Mapping[int, Evaluation]  # on the same tasks as all other sides'
+    normalisation: str  # it was trained with
     steps: int  # inner steps whose result is quoted
 
     @property
-    def accuracies(self) -> bool:
-        """Whether more is better."""
+    def accuracy(self) -> bool:
+        """Return whether it is measured by accuracy, of which more is better."""
         return bool(next(iter(self.evaluations.values())).accuracies)
 
     @property
-    def columns(self) -> dict[str, Column]:
-        """Its results over inner steps, by normalisation."""
-        results = list(self.evaluations.values())
-        return dict(zip(results[0].losses, columns_of({self.name: results}), strict=True))
+    def short_name(self) -> str:
+        """The name, shortened in the middle."""
+        return _shorten(self.name)
+
+    @cached_property
+    def results(self) -> dict[str, StepResults]:
+        """Results over inner steps by normalisation."""
+        evaluations = list(self.evaluations.values())
+        names = evaluations[0].losses
+        return {name: StepResults.over(self.name, name, evaluations) for name in names}
 
 
 # ---- differences ---------------------------------------------------------------------------------
@@ -57,357 +65,328 @@ class Side:
 
 @dataclass(frozen=True)
 class Difference:
-    """A side less the first, on tasks that have diverged in neither, in no seed."""
+    """One side minus the first, on tasks that have diverged in neither and in no seed."""
 
     mean: float  # over seeds and tasks
-    interval: float  # half width over tasks, of the mean over seeds
+    interval_95_over_tasks: float  # half width, of the mean over seeds
     by_seed: dict[int, float]  # means over tasks
     tasks: int
     left_out: int  # tasks that have diverged
 
     @property
-    def seen(self) -> bool:
-        """Whether the interval excludes 0."""
-        return abs(self.mean) > self.interval  # False where there is none
+    def excludes_0(self) -> bool:
+        """Return whether the interval excludes 0; False where there is none."""
+        return abs(self.mean) > self.interval_95_over_tasks
 
-    def in_words(self, scale: float, digits: int) -> str:
-        """`mean ± interval (lowest to highest)`, the latter of several seeds."""
+    def text(self, scale: float, digits: int) -> str:
+        """Return `mean ± interval (lowest to highest seed)`, the latter for several seeds."""
         values = [scale * value for value in self.by_seed.values()]
         ends = f" ({min(values):+.{digits}f} to {max(values):+.{digits}f})" * (len(values) > 1)
-        return f"{scale * self.mean:+.{digits}f} ± {scale * self.interval:.{digits}f}{ends}"
+        return f"{scale * self.mean:+.{digits}f} ± {scale * self.interval_95_over_tasks:.{digits}f}{ends}"
 
     def verdict(self, *, more_is_better: bool) -> str:
+        """Return in words whether the side is better than the first."""
         if self.left_out > self.tasks:
             return "of few tasks: most have diverged"
-        if not self.seen:
-            return "same" if self.mean == self.interval == 0.0 else "not told apart"
-        agreeing = {value > 0 for value in self.by_seed.values()} == {self.mean > 0}
+        if not self.excludes_0:
+            return "same" if self.mean == self.interval_95_over_tasks == 0.0 else "not told apart"
         word = "better" if (self.mean > 0) == more_is_better else "worse"
+        agreeing = all((value > 0) == (self.mean > 0) for value in self.by_seed.values())
         return word if agreeing else f"{word}, but not in every seed"
+
+    def record(self) -> dict[str, Any]:
+        """Return the numbers as plain values."""
+        return asdict(self) | {"excludes_0": self.excludes_0}
 
 
 def shared_seeds(one: Collection[int], other: Collection[int]) -> list[tuple[int, int]]:
-    """The seeds that are paired: those that both have; of single runs, whatever they are."""
+    """Return the pairs of seeds: those that both have; of two single runs, whatever they are."""
     if len(one) == len(other) == 1:
         return list(zip(one, other, strict=True))
     return [(seed, seed) for seed in one if seed in other]
 
 
 def difference(
-    one: Side, first: Side, norms: tuple[str, str], steps: tuple[int, int] | None = None
+    side: Side, first: Side, normalisations: tuple[str, str], steps: tuple[int, int] | None = None
 ) -> Difference:
-    """`one` less `first`, each with its normalisation and after its inner steps, by default the quoted."""
-    steps = (one.steps, first.steps) if steps is None else steps
-    pairs = shared_seeds(one.evaluations, first.evaluations)
-    values, diverged = [], []
-    for seeds in pairs:
-        evaluations = one.evaluations[seeds[0]], first.evaluations[seeds[1]]
-        mine, theirs = (
-            (each.accuracies or each.losses)[norm][:, step]
-            for each, norm, step in zip(evaluations, norms, steps, strict=True)
-        )
-        values.append(mine - theirs)
-        diverged += [
-            each.diverged(norm)[:, step] for each, norm, step in zip(evaluations, norms, steps, strict=True)
+    """Return `side` minus `first`.
+
+    Args:
+        normalisations: of the two sides.
+        steps: inner steps of the two sides; None: those that are quoted.
+    """
+    steps = steps or (side.steps, first.steps)
+    seeds = shared_seeds(side.evaluations, first.evaluations)
+    pairs = [(side.evaluations[a], first.evaluations[b]) for a, b in seeds]
+    values, diverged = (
+        [
+            [f(e, norm)[:, step] for e, norm, step in zip(pair, normalisations, steps, strict=True)]
+            for pair in pairs
         ]
-    kept = ~torch.stack(diverged).any(0)
-    differences = torch.stack(values)[:, kept]  # [seeds, tasks]
+        for f in (lambda e, norm: e.measures[norm], Evaluation.diverged)
+    )
+    kept = ~torch.stack([flags for pair in diverged for flags in pair]).any(0)
+    differences = torch.stack([one - other for one, other in values])[:, kept]  # [seeds, tasks]
     mean, interval = mean_and_interval(differences.mean(0))
-    by_seed = {seeds[0]: d.item() for seeds, d in zip(pairs, differences.mean(1), strict=True)}
+    by_seed = dict(zip((a for a, _ in seeds), differences.mean(1).tolist(), strict=True))
     return Difference(mean.item(), interval.item(), by_seed, int(kept.sum()), int((~kept).sum()))
 
 
-def normalisations(sides: Sequence[Side]) -> dict[str, list[str]]:
-    """What is compared, in words: the normalisation of each side. As they were trained, and where all have
-    them, the others."""
-    trained = [side.norm for side in sides]
+def normalisations_of(sides: Sequence[Side]) -> dict[str, list[str]]:
+    """Return what is compared, in words, with the normalisation of each side.
+
+    First each as it was trained, then all with the same one, where all have it.
+    """
+    trained = [side.normalisation for side in sides]
     alike = len(set(trained)) == 1
-    found = {f"{trained[0]}, as trained" if alike else "as trained": trained}
-    for norm in sides[0].columns:
-        if not (alike and norm == trained[0]) and all(norm in side.columns for side in sides):
-            found[norm] = [norm] * len(sides)
-    return found
+    compared = {f"{trained[0]}, as trained" if alike else "as trained": trained}
+    for name in sides[0].results:
+        if not (alike and name == trained[0]) and all(name in side.results for side in sides):
+            compared[name] = [name] * len(sides)
+    return compared
 
 
 # ---- learning ------------------------------------------------------------------------------------
 
 
+def common_level(sides: Sequence[Side]) -> float | None:
+    """Return the best validation result that every run has reached; None where one has none."""
+    curves = [curve for side in sides for curve in side.validation.values()]
+    best = [_best(curve, more_is_better=sides[0].accuracy) for curve in curves]
+    values = [point[0] for point in best if point is not None]
+    return (min if sides[0].accuracy else max)(values) if len(values) == len(best) else None
+
+
 def _best(curve: Curve, *, more_is_better: bool) -> tuple[float, float] | None:
-    """The best value of a curve, and its iteration."""
+    """Return the best value of a curve and its iteration; None for an empty one."""
     sign = 1 if more_is_better else -1
-    points = [(v, i) for i, v in zip(*curve, strict=True) if math.isfinite(v)]
+    points = [(value, iteration) for iteration, value in zip(*curve, strict=True) if math.isfinite(value)]
     return max(points, key=lambda point: sign * point[0], default=None)
 
 
-def common_level(sides: Sequence[Side]) -> float | None:
-    """The best validation result that every run has come to; None where one has none."""
-    more = sides[0].accuracies
-    best = [_best(curve, more_is_better=more) for side in sides for curve in side.validation.values()]
-    reached = [each[0] for each in best if each is not None]
-    return (min if more else max)(reached) if len(reached) == len(best) else None
-
-
-def _reaches(curve: Curve, level: float, *, more_is_better: bool) -> float:
-    """The first iteration whose result is as good as that."""
-    sign = 1 if more_is_better else -1
-    return next(i for i, v in zip(*curve, strict=True) if sign * v >= sign * level)
-
-
 def learning_of(side: Side, level: float | None) -> dict[str, list[float]]:
-    """By run: the last iteration, the best validation result, where it was, and where the run first came to
-    the level of all."""
-    more = side.accuracies
-    best = [_best(curve, more_is_better=more) for curve in side.validation.values()]
-    found = [each for each in best if each is not None]
-    curves = side.validation.values()
+    """Return how each run learned: its length, its best validation, and when it first reached `level`."""
+    curves = list(side.validation.values())
+    sign = 1 if side.accuracy else -1
+    best = [point for c in curves if (point := _best(c, more_is_better=side.accuracy)) is not None]
+    first = [
+        next(iteration for iteration, value in zip(*curve, strict=True) if sign * value >= sign * level)
+        for curve in curves
+        if level is not None
+    ]
     return {
-        "validated_until": [ends[-1] for ends, _ in curves if ends],
-        "best_validation": [value for value, _ in found],
-        "best_iteration": [iteration for _, iteration in found],
-        "reaches_common_level": []
-        if level is None
-        else [_reaches(curve, level, more_is_better=more) for curve in curves],
+        "validated_until": [iterations[-1] for iterations, _ in curves if iterations],
+        "best_validation": [value for value, _ in best],
+        "best_iteration": [iteration for _, iteration in best],
+        "reaches_common_level": first,
     }
 
 
-# ---- tables and record ---------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 
 
-def _shown(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2 - 1]}...{text[-(LONGEST // 2 - 2) :]}"
+def _shorten(text: str) -> str:
+    half = LONGEST_NAME // 2
+    return text if len(text) <= LONGEST_NAME else f"{text[: half - 1]}...{text[-(half - 2) :]}"
 
 
-def _spread_in_words(values: Sequence[float], scale: float, digits: int) -> str:
-    """`mean (lowest to highest)`."""
-    if not values:
-        return "-"
-    found = spread([scale * value for value in values])
-    ends = f" ({found['lowest']:,.{digits}f} to {found['highest']:,.{digits}f})"
-    return f"{found['mean']:,.{digits}f}{ends * (len(values) > 1)}"
+def _units(sides: Sequence[Side], loss_name: str) -> tuple[str, float, int]:
+    """Return how a table shows the measure: its name, the factor of its numbers and their digits."""
+    return ("accuracy %", 100, 2) if sides[0].accuracy else (loss_name, 1, 4)
+
+
+def differing_settings(sides: Sequence[Side]) -> list[str]:
+    """Return the flags in which the sides differ."""
+    flags = dict.fromkeys(flag for side in sides for flag in side.settings)
+    values = {flag: [side.settings.get(flag, "no") for side in sides] for flag in flags}
+    return [f for f, row in values.items() if len({"no" if v in OFF else v for v in row}) > 1]
 
 
 def settings_table(sides: Sequence[Side]) -> str:
-    """The settings in which they differ: a column a side, or of many sides, a row."""
-    flags = [f for f in dict.fromkeys(f for s in sides for f in s.settings) if differs(sides, f)]
+    """Return the settings in which the sides differ: a column a side, or of many sides, a row."""
+    flags = differing_settings(sides)
     if not flags:
         return "All settings are the same."
-    cells = {side.name: [_shown(side.settings.get(flag, "-")) for flag in flags] for side in sides}
+    names = [side.short_name for side in sides]
+    cells = [[_shorten(side.settings.get(flag, "-")) for flag in flags] for side in sides]
     if len(sides) <= MOST_COLUMNS:
-        return table([("differing", "", flags), *((_shown(name), "", c) for name, c in cells.items())])
-    by_flag = zip(flags, zip(*cells.values(), strict=True), strict=True)
-    return table([("", "", [_shown(side.name) for side in sides]), *((f, "", c) for f, c in by_flag)])
-
-
-def differs(sides: Sequence[Side], flag: str) -> bool:
-    """Whether a setting is not the same; where it means nothing, it is as if it were off."""
-    values = {side.settings.get(flag, "no") for side in sides}
-    return len({"no" if value in OFF else value for value in values}) > 1
+        return table([("differing", flags), *zip(names, cells, strict=True)])
+    return table([("", names), *zip(flags, zip(*cells, strict=True), strict=True)])
 
 
 def learning_table(sides: Sequence[Side], loss_name: str) -> str:
-    """A row a side: how it learned."""
+    """Return how each side learned, a row a side."""
     level = common_level(sides)
-    scale, digits = _units(sides)
+    measure, scale, digits = _units(sides, loss_name)
     rows = [learning_of(side, level) for side in sides]
-    measure = "accuracy %" if sides[0].accuracies else loss_name
 
     def column(name: str, scale: float = 1, digits: int = 0) -> list[str]:
-        return [_spread_in_words(row[name], scale, digits) for row in rows]
+        return [spread_text(row[name], scale, digits) for row in rows]
 
-    columns: list[tuple[str, str, Sequence[str]]] = [
-        ("", "", [_shown(side.name) for side in sides]),
-        ("runs", "", [str(len(side.evaluations)) for side in sides]),
-        ("validated until", "", column("validated_until")),
-        (f"best validation {measure}", "", column("best_validation", scale, digits)),
-        ("at iteration", "", column("best_iteration")),
+    columns = [
+        ("", [side.short_name for side in sides]),
+        ("runs", [str(len(side.evaluations)) for side in sides]),
+        ("validated until", column("validated_until")),
+        (f"best validation {measure}", column("best_validation", scale, digits)),
+        ("at iteration", column("best_iteration")),
     ]
     if level is not None:
-        title = f"first at {scale * level:.{digits}f}"
-        columns.append((title, "", column("reaches_common_level")))
+        columns.append((f"first at {scale * level:.{digits}f}", column("reaches_common_level")))
     return table(columns)
 
 
-def _units(sides: Sequence[Side]) -> tuple[float, int]:
-    """What a result is multiplied by where it is shown, and the digits."""
-    return (100, 2) if sides[0].accuracies else (1, 4)
-
-
 def differences_table(sides: Sequence[Side], loss_name: str, tasks: str) -> str:
-    """A row a side and normalisation: its result after the quoted steps, and the difference to the first."""
-    scale, digits = _units(sides)
-    more = sides[0].accuracies
-    measure = "accuracy %" if more else loss_name
-    ways, many = normalisations(sides), any(len(side.evaluations) > 1 for side in sides)
-    rows = []
-    for words, norms in ways.items():
-        for number, (side, norm) in enumerate(zip(sides, norms, strict=True)):
-            column = side.columns[norm]
-            found = difference(side, sides[0], (norm, norms[0]))
-            row = {
-                "": _shown(side.name),
-                "statistics": words * (len(ways) > 1),
-                "steps": str(side.steps),
-                measure: column.cell(side.steps, scale, digits),
-                "diverged": column.count(side.steps),
-                "seeds": str(len(found.by_seed) if number else len(side.evaluations)) if many else "",
-                "difference": found.in_words(scale, digits) if number else "the first",
-                "pairs left out": str(found.left_out * bool(number)),
-                "that is": found.verdict(more_is_better=more) if number else "",
-            }
-            rows.append(row)
-    shown = [name for name in rows[0] if any(row[name] not in ("", "0") for row in rows) or name == ""]
-    left_out = "Diverged tasks are left out, and counted." if "diverged" in shown else "No task diverged."
+    """Return each side's result after the quoted steps and its difference to the first, by normalisation.
+
+    Args:
+        tasks: what the tasks are, in words.
+    """
+    compared, several = normalisations_of(sides), any(len(side.evaluations) > 1 for side in sides)
+    measure, *_ = _units(sides, loss_name)
+    rows = [
+        {"": side.short_name, "statistics": words * (len(compared) > 1)}
+        | _difference_row(sides, number, norms, loss_name)
+        for words, norms in compared.items()
+        for number, side in enumerate(sides)
+    ]
+    shown = [name for name in rows[0] if name == "" or any(row[name] not in ("", "0") for row in rows)]
+    if not several:
+        shown.remove("seeds")
+    diverged = any(any(r.diverged) for side in sides for r in side.results.values())
+    left_out = "Diverged tasks are left out, and counted." if diverged else "No task diverged."
     result = pairs = "mean ± 95 % interval over tasks"
-    if many:
+    if several:
         result = "mean over seeds ± the mean 95 % interval over tasks (lowest to highest seed)"
         pairs = "mean over shared seeds ± its 95 % interval over tasks (lowest to highest seed)"
     return (
-        f"{table([(name, '', [row[name] for row in rows]) for name in shown])}\n"
+        f"{table([(name, [row[name] for row in rows]) for name in shown])}\n"
         f"Query {measure} on {tasks}: {result}. {left_out}\n"
-        f"Difference to {_shown(sides[0].name)} on the same tasks: {pairs}; better or worse where the "
+        f"Difference to {sides[0].short_name} on the same tasks: {pairs}; better or worse where the "
         "interval excludes 0."
     )
 
 
-def _difference_record(found: Difference) -> dict[str, Any]:
-    return {
-        "mean": found.mean,
-        "interval_95_over_tasks": found.interval,
-        "excludes_0": found.seen,
-        "by_seed": found.by_seed,
-        "tasks": found.tasks,
-        "left_out": found.left_out,
+def _difference_row(
+    sides: Sequence[Side], number: int, normalisations: Sequence[str], loss_name: str
+) -> dict[str, str]:
+    """Return the cells of one side by heading."""
+    side, norm = sides[number], normalisations[number]
+    measure, scale, digits = _units(sides, loss_name)
+    row = {
+        "steps": str(side.steps),
+        measure: side.results[norm].cell(side.steps, scale, digits),
+        "seeds": str(len(side.evaluations)),
+        "difference": "the first",
+        "pairs left out": "",
+        "verdict": "",
+    }
+    if number == 0:
+        return row
+    paired = difference(side, sides[0], (norm, normalisations[0]))
+    return row | {
+        "seeds": str(len(paired.by_seed)),
+        "difference": paired.text(scale, digits),
+        "pairs left out": str(paired.left_out),
+        "verdict": paired.verdict(more_is_better=side.accuracy),
     }
 
 
+# ---- record --------------------------------------------------------------------------------------
+
+
 def record(sides: Sequence[Side]) -> list[dict[str, Any]]:
-    """The numbers behind tables and picture, and each task's result after the quoted steps."""
-    ways, level, first = normalisations(sides), common_level(sides), sides[0]
-    found = []
-    for number, side in enumerate(sides):
-        results = {}
-        for words, norms in ways.items():
-            column, pair = side.columns[norms[number]], (norms[number], norms[0])
-            over_steps = zip(column.means, column.intervals, column.diverged, strict=True)
-            steps = range(min(len(column.means), len(first.columns[norms[0]].means)))
-            results[words] = {
-                "normalisation": norms[number],
-                "difference": _difference_record(difference(side, first, pair)),
-                "per_step": [
-                    spread(means) | {"steps": step, "interval_95_over_tasks": half, "diverged_tasks": n}
-                    for step, (means, half, n) in enumerate(over_steps)
-                ],
-                "difference_per_step": [
-                    {"steps": step} | _difference_record(difference(side, first, pair, (step, step)))
-                    for step in steps
-                ],
-                "per_task": {
-                    seed: (each.accuracies or each.losses)[norms[number]][:, side.steps]
-                    for seed, each in side.evaluations.items()
-                },
-            }
-        found.append(
-            {
-                "name": side.name,
-                "steps": side.steps,
-                "seeds": list(side.evaluations),
-                "differing_settings": {f: v for f, v in side.settings.items() if differs(sides, f)},
-                "learning": {n: spread(v) for n, v in learning_of(side, level).items() if v},
-                "results": results,
-            }
-        )
-    return found
+    """Return the numbers behind tables and picture, and each task's result after the quoted steps."""
+    level, differing = common_level(sides), differing_settings(sides)
+    return [
+        {
+            "name": side.name,
+            "steps": side.steps,
+            "seeds": list(side.evaluations),
+            "differing_settings": {f: v for f, v in side.settings.items() if f in differing},
+            "learning": {n: asdict(Spread.over(v)) for n, v in learning_of(side, level).items() if v},
+            "results": {
+                words: _side_record(side, sides[0], (norms[number], norms[0]))
+                for words, norms in normalisations_of(sides).items()
+            },
+        }
+        for number, side in enumerate(sides)
+    ]
+
+
+def _side_record(side: Side, first: Side, normalisations: tuple[str, str]) -> dict[str, Any]:
+    """Return results of a side with one normalisation, and its differences to the first."""
+    results, others = side.results[normalisations[0]], first.results[normalisations[1]]
+    steps = range(min(len(results.means), len(others.means)))
+    return {
+        "normalisation": normalisations[0],
+        "difference": difference(side, first, normalisations).record(),
+        "per_step": results.record(),
+        "difference_per_step": [
+            {"steps": step} | difference(side, first, normalisations, (step, step)).record() for step in steps
+        ],
+        "per_task": {
+            seed: evaluation.measures[normalisations[0]][:, side.steps]
+            for seed, evaluation in side.evaluations.items()
+        },
+    }
 
 
 # ---- figure --------------------------------------------------------------------------------------
 
 
-def figure(sides: Sequence[Side], loss_name: str, title: str, theme: Theme = LIGHT) -> Figure:
-    """Validation over iterations, the result over inner steps, and below the paired differences; a colour a
-    side, as it was trained."""
-    import matplotlib
+@style.styled()
+def figure(sides: Sequence[Side], loss_name: str, title: str) -> Figure:
+    """Draw validation over iterations, the result over inner steps and, below, the paired differences.
 
-    more = sides[0].accuracies
-    measure = "accuracy" if more else loss_name
-    norms = next(iter(normalisations(sides).values()))
-    with style(theme), matplotlib.rc_context({"text.parse_math": False}):  # a name may have a $ in it
-        figure = new_figure(9.0, 3.9 + 0.3 * len(sides))
-        figure.suptitle(title)
-        heights = [3.1, 0.8 + 0.3 * len(sides)]
-        top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
-        learning, steps = top.subplots(1, 2)
-        for number, (side, norm) in enumerate(zip(sides, norms, strict=True)):
-            line = curve_style(number, theme) | {"markersize": 3, "linewidth": 1.2}
-            _draw_learning(learning, side, line)
-            _draw_steps(steps, side, side.columns[norm], line)
-        if not any(ends for side in sides for ends, _ in side.validation.values()):
-            learning.text(0.5, 0.5, "no curves were kept", ha="center", transform=learning.transAxes)
-        over_iterations(learning)
-        learning.set(ylabel=f"validation {measure} while trained")
-        steps.set(xlabel="inner steps", ylabel=f"query {measure} on these tasks")
-        _set_scale(learning, steps, more_is_better=more)
-        _draw_differences(bottom.subplots(), sides, norms, measure, theme)
+    A side has one colour and marker in all panels, and its normalisation is the one it was trained with.
+    """
+    measure = "accuracy" if sides[0].accuracy else loss_name
+    norms = next(iter(normalisations_of(sides).values()))
+    figure = style.new_figure(9.0, 3.9 + 0.3 * len(sides))
+    figure.suptitle(title)
+    heights = [3.1, 0.8 + 0.3 * len(sides)]
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
+    learning, steps = top.subplots(1, 2)
+    for number, (side, norm) in enumerate(zip(sides, norms, strict=True)):
+        _draw_learning(learning, side, number)
+        mean = side.results[norm].means.mean(1)
+        draw_over_steps(steps, mean, side.results[norm].intervals, side.short_name, number)
+        steps.plot([side.steps], [mean[side.steps]], **style.curve_style(number) | {"markersize": 7})
+    if not any(iterations for side in sides for iterations, _ in side.validation.values()):
+        learning.text(0.5, 0.5, "no curves were kept", ha="center", transform=learning.transAxes)
+    style.set_iteration_axis(learning)
+    style.set_measure_axis(learning, f"validation {measure} while training", accuracy=sides[0].accuracy)
+    style.set_measure_axis(steps, f"query {measure} on these tasks", accuracy=sides[0].accuracy)
+    _draw_differences(bottom.subplots(), sides, norms, measure)
     return figure
 
 
-def _draw_learning(panel: Axes, side: Side, line: Mapping[str, Any]) -> None:
-    """Mean over seeds, and a band from the lowest to the highest, at the iterations that all seeds have."""
+def _draw_learning(panel: Axes, side: Side, number: int) -> None:
+    """Draw the mean over seeds at the iterations that all have, and a band from the lowest to the highest."""
     curves = [dict(zip(*curve, strict=True)) for curve in side.validation.values()]
-    ends = sorted(set.intersection(*(set(curve) for curve in curves)))
-    found = [spread([curve[end] for curve in curves]) for end in ends]
-    panel.plot(ends, [each["mean"] for each in found], **line)
-    if len(curves) > 1:
-        low, high = ([each[name] for each in found] for name in ("lowest", "highest"))
-        panel.fill_between(ends, low, high, color=line["color"], alpha=0.15, linewidth=0)
+    iterations = sorted(set.intersection(*(set(curve) for curve in curves)))
+    spreads = [Spread.over([curve[iteration] for curve in curves]) for iteration in iterations]
+    look = style.curve_style(number)
+    panel.plot(iterations, [spread.mean for spread in spreads], **look | {"linewidth": 1.2})
+    low, high = [spread.lowest for spread in spreads], [spread.highest for spread in spreads]
+    panel.fill_between(iterations, low, high, color=look["color"], alpha=0.15, linewidth=0)
 
 
-def _draw_steps(panel: Axes, side: Side, column: Column, line: Mapping[str, Any]) -> None:
-    """With the interval over tasks; the quoted steps have a larger mark."""
-    means = [spread(of_runs)["mean"] for of_runs in column.means]
-    steps = range(len(means))
-    panel.plot(steps, means, **line)
-    panel.plot([side.steps], [means[side.steps]], **{**line, "markersize": 7})
-    ends = list(zip(means, column.intervals, strict=True))
-    low, high = [m - h for m, h in ends], [m + h for m, h in ends]
-    panel.fill_between(steps, low, high, color=line["color"], alpha=0.2, linewidth=0)
-
-
-def _set_scale(learning: Axes, steps: Axes, *, more_is_better: bool) -> None:
-    """Of losses a logarithmic one, where it can be: they differ by orders of magnitude."""
-    from matplotlib.ticker import LogFormatter, MaxNLocator
-
-    class Plain(LogFormatter):
-        def __call__(self, x: float, pos: int | None = None) -> str:
-            return f"{x:g}" if super().__call__(x, pos) else ""  # not all ticks have room for it
-
-    steps.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for panel in (learning, steps):
-        low = panel.dataLim.ymin
-        if more_is_better:
-            panel.set_ylim(top=1.0)
-        elif 0 < low < math.inf:
-            panel.set_yscale("log")
-            panel.yaxis.set_major_formatter(Plain())
-            panel.yaxis.set_minor_formatter(Plain(minor_thresholds=(2, 0.4)))
-
-
-def _draw_differences(
-    panel: Axes, sides: Sequence[Side], norms: Sequence[str], measure: str, theme: Theme
-) -> None:
-    """A row a side: mean and interval over tasks, and below it a dot for each of several seeds."""
-    better = "right" if sides[0].accuracies else "left"
-    panel.axvline(0.0, color=theme.grey, linestyle=":")
+def _draw_differences(panel: Axes, sides: Sequence[Side], norms: Sequence[str], measure: str) -> None:
+    """Draw a row a side: mean and interval over tasks, and below it a dot for each of several seeds."""
+    panel.axvline(0.0, color=style.GREY, linestyle=":")
     for number, (side, norm) in enumerate(zip(sides, norms, strict=True)):
-        look = curve_style(number, theme)
-        colour, marker = look["color"], look["marker"]
-        found = difference(side, sides[0], (norm, norms[0]))
-        half = [found.interval if number else 0.0]
-        panel.errorbar([found.mean], [number], xerr=half, fmt=marker, color=colour, capsize=3, markersize=6)
-        if len(found.by_seed) > 1 and number:
-            seeds = list(found.by_seed.values())
-            panel.plot(seeds, [number + 0.25] * len(seeds), "o", color=colour, markersize=2.5)
-    panel.set_yticks(range(len(sides)), [_shown(side.name) for side in sides])
+        look = style.curve_style(number)
+        paired = difference(side, sides[0], (norm, norms[0]))
+        half = paired.interval_95_over_tasks if number else 0.0
+        points = {"fmt": look["marker"], "color": look["color"], "capsize": 3, "markersize": 6}
+        panel.errorbar([paired.mean], [number], xerr=[half], **points)
+        if len(paired.by_seed) > 1 and number:
+            seeds = list(paired.by_seed.values())
+            panel.plot(seeds, [number + 0.25] * len(seeds), "o", color=look["color"], markersize=2.5)
+    panel.set_yticks(range(len(sides)), [side.short_name for side in sides])
     panel.set_ylim(len(sides) - 0.5, -0.5)
+    better = "right" if sides[0].accuracy else "left"
     panel.set_xlabel(
         f"{measure}: paired difference to the first, 95 % interval over tasks (better: {better})"
     )

@@ -1,280 +1,289 @@
-"""Many runs side by side: mean and spread over seeds, as tables, plain values and pictures.
+"""Several runs at once: mean and spread over seeds, as tables, records and pictures.
 
-The spread over seeds (lowest to highest) and the interval over test tasks are two things, and stand apart.
+Runs of one setting differ in their seed alone. The spread over seeds (lowest to highest) and the interval
+over test tasks are two different things, and are reported apart.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from evaluation.figures import (
-    DASHES,
-    LIGHT,
-    Theme,
-    curve_style,
-    measured,
-    new_figure,
-    over_iterations,
-    over_steps,
-    style,
-    trained_for,
-)
+from evaluation import style, tables
+from evaluation.figures import mark_trained_steps
 from evaluation.meta_test import Evaluation
-from evaluation.tables import Words, of_the_rest, table
+from evaluation.tables import Caption, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Outcome = Mapping[str, Any]  # of a run: see `several.outcome_of`
-ALL = "all"  # where there is but one setting
-MOST_COLUMNS = 3  # of a table, each of some 35 characters
-MOST_IN_LEGEND = len(DASHES) * len(LIGHT.palette)  # so many curves can be told apart
+ALL = "all"  # name of the only setting
+MOST_COLUMNS = 3  # settings that a table has as columns; more are rows
+LETTERS_PER_INCH = 17  # of a legend
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the training of one run ended."""
+
+    name: str
+    setting: str  # "" if there is but one
+    seed: int
+    iteration: int
+    failure: str | None
+    final_training_loss: float | None
+    measure: str  # of validation, "query_accuracy" or "query_loss"
+    loss: str  # name of the loss
+    best_validation: float | None
+    best_iteration: int | None
+    validation: dict[str, list[float]]  # curves by name: "iteration" and the measure
+
+    @property
+    def accuracy(self) -> bool:
+        """Return whether the measure is an accuracy."""
+        return self.measure == "query_accuracy"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One number over several runs; NaN where it is NaN in one of them."""
+
+    runs: int
+    mean: float
+    standard_deviation: float | None
+    lowest: float
+    highest: float
+
+    @classmethod
+    def over(cls, values: Sequence[float] | Tensor) -> Spread:
+        """Return the spread of these values, of which there is at least one."""
+        v = torch.as_tensor(values, dtype=torch.float64)
+        deviation = v.std().item() if len(v) > 1 and v.isfinite().all() else None
+        return cls(len(v), v.mean().item(), deviation, v.min().item(), v.max().item())
+
+    def ends(self, digits: int) -> str:
+        """Return " (lowest to highest)", or "" for a single run."""
+        return f" ({self.lowest:,.{digits}f} to {self.highest:,.{digits}f})" * (self.runs > 1)
+
+
+def spread_text(values: Sequence[float], scale: float, digits: int) -> str:
+    """Return `mean (lowest to highest)`, the latter for several values; "-" for none."""
+    if not values:
+        return "-"
+    spread = Spread.over([scale * value for value in values])
+    return f"{spread.mean:,.{digits}f}{spread.ends(digits)}"
 
 
 def by_setting(runs: Sequence[Outcome]) -> dict[str, list[Outcome]]:
-    """Runs that differ in their seed alone, by setting."""
-    found: dict[str, list[Outcome]] = {}
+    """Group runs by their setting."""
+    groups: dict[str, list[Outcome]] = {}
     for run in runs:
-        found.setdefault(run["setting"] or ALL, []).append(run)
-    return found
-
-
-def _mean_and_ends(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean, lowest and highest; all NaN where one is."""
-    if any(map(math.isnan, values)):
-        return math.nan, math.nan, math.nan
-    return statistics.fmean(values), min(values), max(values)
-
-
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Of the same number in several runs."""
-    mean, low, high = _mean_and_ends(values)
-    finite = len(values) > 1 and all(map(math.isfinite, values))
-    return {
-        "runs": len(values),
-        "mean": mean,
-        "standard_deviation": statistics.stdev(values) if finite else None,
-        "lowest": low,
-        "highest": high,
-    }
-
-
-def _in_words(values: Sequence[float], scale: float, digits: int) -> str:
-    """`mean (lowest to highest)`."""
-    if not values:
-        return "-"
-    mean, low, high = (scale * v for v in _mean_and_ends(values))
-    return f"{mean:.{digits}f}" + f" ({low:.{digits}f} to {high:.{digits}f})" * (len(values) > 1)
-
-
-def _drawn(
-    panel: Axes,
-    number: int,
-    setting: str,
-    curves: Sequence[tuple[Sequence[float], Sequence[float]]],
-    theme: Theme,
-) -> None:
-    """Each run of a setting as a thin line (x and y), and their mean as far as all of them go."""
-    kind = curve_style(number, theme)
-    for ends, values in curves:
-        panel.plot(ends, values, color=kind["color"], alpha=0.35, linewidth=0.8)
-    length = min(len(ends) for ends, _ in curves)
-    means = [statistics.fmean(values[position] for _, values in curves) for position in range(length)]
-    label = f"{'' if setting == ALL else setting + ': '}mean of {len(curves)}"
-    panel.plot(curves[0][0][:length], means, label=label, **kind)
-
-
-def _legend(figure: Figure, panel: Axes, settings: int) -> None:
-    """Below, in as many columns as the longest name leaves room for; of too many settings, none."""
-    if settings > MOST_IN_LEGEND:
-        return
-    labels = panel.get_legend_handles_labels()[1]
-    columns = max(1, min(3, int(figure.get_figwidth() * 17) // (max(map(len, labels)) + 8)))
-    lines = math.ceil(len(labels) / columns)
-    figure.set_figheight(figure.get_figheight() + 0.15 * (lines - 1))
-    figure.legend(loc="outside lower center", ncols=columns)
+        groups.setdefault(run.setting or ALL, []).append(run)
+    return groups
 
 
 # ---- training ------------------------------------------------------------------------------------
 
 
-def _known(runs: Sequence[Outcome], name: str) -> list[float]:
-    return [run[name] for run in runs if run[name] is not None]
+def training_table(runs: Sequence[Outcome]) -> str:
+    """Return the final training loss and the best validation of each setting, over its seeds."""
+    groups = by_setting(runs)
+    scale, digits = (100, 2) if runs[0].accuracy else (1, 4)
+    best = "best validation " + ("accuracy %" if runs[0].accuracy else _loss_name(runs))
+    finished = [(sum(run.failure is None for run in group), len(group)) for group in groups.values()]
+
+    def column(name: str, scale: float, digits: int) -> list[str]:
+        return [spread_text(_values(group, name), scale, digits) for group in groups.values()]
+
+    columns = [
+        ("setting", list(groups)),
+        ("runs", [f"{n}" if n == count else f"{n} of {count}" for n, count in finished]),
+        ("training loss", column("final_training_loss", 1, 4)),
+        (best, column("best_validation", scale, digits)),
+        ("at iteration", column("best_iteration", 1, 0)),
+    ]
+    shown = columns[1:] if list(groups) == [ALL] else columns
+    return f"{table(shown)}\nMean over runs that differ in their seed (lowest to highest)."
+
+
+def _values(runs: Sequence[Outcome], name: str) -> list[float]:
+    """Return a number of each run that has it."""
+    values = (getattr(run, name) for run in runs)
+    return [value for value in values if value is not None]
 
 
 def _loss_name(runs: Sequence[Outcome]) -> str:
-    names = {run["loss"] for run in runs}
+    names = {run.loss for run in runs}
     return names.pop() if len(names) == 1 else "loss"
 
 
-def training_table(runs: Sequence[Outcome]) -> str:
-    """A row a setting: training loss at the end and best validation, mean and spread over its seeds."""
-    groups = by_setting(runs)
-    accuracy = runs[0]["measure"] == "query_accuracy"
-    scale, digits = (100, 2) if accuracy else (1, 4)
-    best = "best validation " + ("accuracy %" if accuracy else _loss_name(runs))
-    columns: list[tuple[str, str, Sequence[str]]] = [
-        ("setting", "", list(groups)),
-        ("runs", "", [_number_of(group) for group in groups.values()]),
-        ("training loss", "", [_in_words(_known(g, "final_training_loss"), 1, 4) for g in groups.values()]),
-        (best, "", [_in_words(_known(g, "best_validation"), scale, digits) for g in groups.values()]),
-        ("at iteration", "", [_in_words(_known(g, "best_iteration"), 1, 0) for g in groups.values()]),
-    ]
-    if list(groups) == [ALL]:
-        columns = columns[1:]
-    return f"{table(columns)}\nMean over runs that differ in their seed (lowest to highest)."
-
-
-def _number_of(group: Sequence[Outcome]) -> str:
-    whole = sum(run["failure"] is None for run in group)
-    return f"{whole}" if whole == len(group) else f"{whole} of {len(group)}"
-
-
 def training_record(runs: Sequence[Outcome]) -> dict[str, Any]:
-    """The numbers behind the table, and the runs behind the numbers."""
+    """Return the numbers behind the table, and the runs behind the numbers."""
     names = ("final_training_loss", "best_validation", "best_iteration")
     settings = {
-        setting: {n: spread(_known(group, n)) for n in names if _known(group, n)}
+        setting: {n: asdict(Spread.over(_values(group, n))) for n in names if _values(group, n)}
         for setting, group in by_setting(runs).items()
     }
-    return {"settings": settings, "runs": list(runs)}
+    return {"settings": settings, "runs": [asdict(run) for run in runs]}
 
 
-def training_figure(runs: Sequence[Outcome], theme: Theme = LIGHT) -> Figure:
-    """Validation over iterations: each run, and the mean of each setting's."""
-    measure = runs[0]["measure"]
-    with style(theme):
-        figure = new_figure(6.5, 3.6)
-        panel = figure.subplots()
-        groups = by_setting(runs)
-        for number, (setting, group) in enumerate(groups.items()):
-            curves = [(r["validation"]["iteration"], r["validation"][measure]) for r in group]
-            _drawn(panel, number, setting, curves, theme)
-        over_iterations(panel)
-        accuracy = measure == "query_accuracy"
-        name = "validation accuracy" if accuracy else f"validation {_loss_name(runs)}"
-        measured(panel, name, accuracy=accuracy)
-        _legend(figure, panel, len(groups))
+@style.styled()
+def training_figure(runs: Sequence[Outcome]) -> Figure:
+    """Draw validation over iterations: each run, and the mean of each setting."""
+    figure = style.new_figure(6.5, 3.6)
+    panel = figure.subplots()
+    groups = by_setting(runs)
+    for number, (setting, group) in enumerate(groups.items()):
+        curves = [(run.validation["iteration"], run.validation[run.measure]) for run in group]
+        _draw_runs(panel, number, setting, curves)
+    style.set_iteration_axis(panel)
+    accuracy = runs[0].accuracy
+    name = "validation accuracy" if accuracy else f"validation {_loss_name(runs)}"
+    style.set_measure_axis(panel, name, accuracy=accuracy)
+    _add_legend(figure, panel, len(groups))
     return figure
+
+
+def _draw_runs(
+    panel: Axes, number: int, setting: str, curves: Sequence[tuple[Sequence[float], Sequence[float]]]
+) -> None:
+    """Draw each run of a setting (x and y) as a thin line, and their mean as far as all of them go."""
+    look = style.curve_style(number)
+    for x, y in curves:
+        panel.plot(x, y, color=look["color"], alpha=0.35, linewidth=0.8)
+    length = min(len(x) for x, _ in curves)
+    mean = torch.tensor([list(y[:length]) for _, y in curves], dtype=torch.float64).mean(0)
+    label = f"mean of {len(curves)}" if setting == ALL else f"{setting}: mean of {len(curves)}"
+    panel.plot(curves[0][0][:length], mean.tolist(), label=label, **look)
+
+
+def _add_legend(figure: Figure, panel: Axes, settings: int) -> None:
+    """Add a legend below, in as many columns as the longest name allows; none for too many settings."""
+    if settings > style.DISTINCT_CURVES:
+        return
+    labels = panel.get_legend_handles_labels()[1]
+    room = int(figure.get_figwidth() * LETTERS_PER_INCH) // (max(map(len, labels)) + 8)
+    columns = max(1, min(3, room))
+    figure.set_figheight(figure.get_figheight() + 0.15 * (math.ceil(len(labels) / columns) - 1))
+    style.add_legend(figure, panel, columns)
 
 
 # ---- test ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Column:
-    """The runs of a setting, with one normalisation, over inner steps."""
+class StepResults:
+    """Results of the runs of one setting, with one normalisation, after 0, 1, ... inner steps.
+
+    Tasks that have diverged are left out of means and intervals.
+    """
 
     setting: str
-    norm: str  # empty where there is but one
-    means: list[list[float]]  # by step and run, over the tasks that have not diverged
-    intervals: list[float]  # by step, half widths of the interval over tasks; means over the runs
-    diverged: list[int]  # by step, tasks of all runs
+    normalisation: str
+    means: Tensor  # [steps + 1, runs], over tasks
+    intervals: Tensor  # [steps + 1], half widths over tasks, mean over the runs
+    diverged: list[int]  # [steps + 1], tasks of all runs
+
+    @classmethod
+    def over(cls, setting: str, normalisation: str, evaluations: Sequence[Evaluation]) -> StepResults:
+        """Return the results of these runs."""
+        means, intervals = zip(*(e.intervals(normalisation) for e in evaluations), strict=True)
+        diverged = torch.stack([e.diverged(normalisation).sum(0) for e in evaluations]).sum(0)
+        return cls(
+            setting, normalisation, torch.stack(means, 1), torch.stack(intervals).mean(0), diverged.tolist()
+        )
 
     def cell(self, step: int, scale: float, digits: int) -> str:
-        """`mean ± interval (lowest to highest)`, the latter of several runs; empty beyond the last step."""
+        """Return `mean ± interval (lowest to highest), diverged tasks` after a step; "" beyond the last.
+
+        Only several runs have a lowest and a highest, and only diverged tasks are mentioned.
+        """
         if step >= len(self.means):
             return ""
-        mean, low, high = (scale * v for v in _mean_and_ends(self.means[step]))
-        spread = f" ({low:.{digits}f} to {high:.{digits}f})" * (len(self.means[step]) > 1)
-        return f"{mean:.{digits}f} ± {scale * self.intervals[step]:.{digits}f}{spread}"
+        spread = Spread.over(scale * self.means[step])
+        diverged = f", {self.diverged[step]} diverged" * bool(self.diverged[step])
+        interval = f"{scale * self.intervals[step]:.{digits}f}"
+        return f"{spread.mean:.{digits}f} ± {interval}{spread.ends(digits)}{diverged}"
 
-    def count(self, step: int) -> str:
-        return str(self.diverged[step]) if step < len(self.diverged) else ""
-
-
-def columns_of(results: Mapping[str, Sequence[Evaluation]]) -> list[Column]:
-    found = []
-    for setting, evaluations in results.items():
-        for norm in evaluations[0].losses:
-            by_step = list(zip(*(of_the_rest(each, norm) for each in evaluations), strict=True))
-            found.append(
-                Column(
-                    setting,
-                    norm * (len(evaluations[0].losses) > 1),
-                    [[mean.item() for mean, _ in of_runs] for of_runs in by_step],
-                    [statistics.fmean(half.item() for _, half in of_runs) for of_runs in by_step],
-                    torch.stack([each.diverged(norm).sum(0) for each in evaluations]).sum(0).tolist(),
-                )
-            )
-    return found
+    def record(self) -> list[dict[str, Any]]:
+        """Return the numbers after each step as plain values."""
+        rows = zip(self.means, self.intervals.tolist(), self.diverged, strict=True)
+        return [
+            {"steps": step} | asdict(Spread.over(m)) | {"interval_95_over_tasks": i, "diverged_tasks": d}
+            for step, (m, i, d) in enumerate(rows)
+        ]
 
 
-def test_table(results: Mapping[str, Sequence[Evaluation]], words: Words) -> str:
-    """Mean over seeds, ± the interval over tasks, and the spread: a row an inner step and a column a setting;
-    of many settings, a row each, with but the steps that matter.
+def results_of(results: Mapping[str, Sequence[Evaluation]]) -> list[StepResults]:
+    """Return the results of each setting and normalisation."""
+    return [
+        StepResults.over(setting, normalisation, evaluations)
+        for setting, evaluations in results.items()
+        for normalisation in evaluations[0].losses
+    ]
 
-    Tasks that have diverged are left out, and counted where there are any.
+
+def test_table(results: Mapping[str, Sequence[Evaluation]], caption: Caption) -> str:
+    """Return mean over seeds, interval over tasks and spread over seeds of each setting.
+
+    Few settings are columns, with a row for each inner step. Many settings are rows, with the steps that
+    matter: before adaptation, as quoted, and the last.
     """
-    some = next(iter(results.values()))[0]
-    found = columns_of(results)
-    rows = max(len(column.means) for column in found)
-    scale, digits = (100, 2) if some.accuracies else (1, 4)
-    measure = "accuracy %" if some.accuracies else words.loss_name
-    columns: list[tuple[str, str, Sequence[str]]]
-    if len(found) <= MOST_COLUMNS:
-        columns = [("steps", "", [str(step) for step in range(rows)])]
-        for each in found:
-            title = measure if each.setting == ALL else each.setting
-            columns.append((title, each.norm, [each.cell(step, scale, digits) for step in range(rows)]))
-            if any(each.diverged):
-                columns.append(("diverged", "", [each.count(step) for step in range(rows)]))
-        columns.append(("", "", ["trained for" * (step == words.trained_steps) for step in range(rows)]))
+    first = next(iter(results.values()))[0]
+    settings = results_of(results)
+    scale, digits = (100, 2) if first.accuracies else (1, 4)
+    measure = "accuracy %" if first.accuracies else caption.loss_name
+    columns: list[tables.Column]
+    few, last = len(settings) <= MOST_COLUMNS, max(len(setting.means) for setting in settings) - 1
+    steps = range(last + 1) if few else sorted({0, min(caption.test_steps, last), last})
+    cells = [[setting.cell(step, scale, digits) for step in steps] for setting in settings]
+    names = [
+        (measure if s.setting == ALL else s.setting) + f"\n{s.normalisation}" * (len(first.losses) > 1)
+        for s in settings
+    ]
+    if few:
+        marks = ["trained for" * (step == caption.trained_steps) for step in steps]
+        columns = [("steps", list(map(str, steps))), *zip(names, cells, strict=True), ("", marks)]
     else:
-        shown = sorted({0, min(words.test_steps, rows - 1), rows - 1})
-        columns = [("setting", "", [each.setting for each in found])]
-        if any(each.norm for each in found):
-            columns.append(("statistics", "", [each.norm for each in found]))
-        for step in shown:
-            title = f"after {step} step{'s' * (step != 1)}"
-            columns.append((title, "", [each.cell(step, scale, digits) for each in found]))
-            if any(each.count(step) not in ("", "0") for each in found):
-                columns.append(("diverged", "", [each.count(step) for each in found]))
-    tasks = len(next(iter(some.losses.values())))
-    runs = " or ".join(map(str, sorted({len(each) for each in results.values()})))
-    over = f"mean over {runs} runs" + (" of each setting" * (len(results) > 1))
-    footer = f"Query {measure}: {over} ± the mean 95 % interval over {tasks} tasks (lowest to highest run)"
+        by_step = zip(map(tables.after_steps, steps), zip(*cells, strict=True), strict=True)
+        columns = [("setting", [name.replace("\n", ", ") for name in names]), *by_step]
+    runs = " or ".join(map(str, sorted({len(evaluations) for evaluations in results.values()})))
+    over = f"mean over {runs} runs" + " of each setting" * (len(results) > 1)
+    footer = f"{over} ± the mean 95 % interval over {first.tasks} tasks (lowest to highest run)"
     if runs == "1":
-        footer = f"Query {measure}: mean and 95 % interval over {tasks} tasks"
-    count = any(any(each.diverged) for each in found)
-    left_out = "Diverged tasks are left out, and counted." if count else "No task diverged."
-    return f"{table(columns)}\n{footer}.\n{left_out}"
+        footer = f"mean and 95 % interval over {first.tasks} tasks"
+    diverged = any(any(setting.diverged) for setting in settings)
+    left_out = "Diverged tasks are left out, and counted." if diverged else "No task diverged."
+    return f"{table(columns)}\nQuery {measure}: {footer}.\n{left_out}"
 
 
 def test_record(results: Mapping[str, Sequence[Evaluation]]) -> dict[str, Any]:
-    """By setting and normalisation, after each inner step: the spread of the runs' means, over the tasks that
-    have not diverged."""
-    found: dict[str, Any] = {}
-    norms = [norm for evaluations in results.values() for norm in evaluations[0].losses]
-    for norm, each in zip(norms, columns_of(results), strict=True):
-        found.setdefault(each.setting, {})[norm] = [
-            spread(means) | {"interval_95_over_tasks": interval, "diverged_tasks": diverged}
-            for means, interval, diverged in zip(each.means, each.intervals, each.diverged, strict=True)
-        ]
-    return found
+    """Return the results by setting and normalisation, after each inner step."""
+    record: dict[str, Any] = {}
+    for setting in results_of(results):
+        record.setdefault(setting.setting, {})[setting.normalisation] = setting.record()
+    return record
 
 
-def test_figure(results: Mapping[str, Sequence[Evaluation]], words: Words, theme: Theme = LIGHT) -> Figure:
-    """The runs' means over inner steps, and their mean, by setting; with the first normalisation."""
-    accuracies = bool(next(iter(results.values()))[0].accuracies)
-    with style(theme):
-        figure = new_figure(5.5, 3.6)
-        panel = figure.subplots()
-        panel.set_title(words.title)
-        for number, (setting, evaluations) in enumerate(results.items()):
-            norm = next(iter(evaluations[0].losses))
-            curves = [[mean.item() for mean, _ in of_the_rest(each, norm)] for each in evaluations]
-            _drawn(panel, number, setting, [(range(len(curve)), curve) for curve in curves], theme)
-        over_steps(panel)
-        measured(panel, "query accuracy" if accuracies else f"query {words.loss_name}", accuracy=accuracies)
-        if words.trained_steps is not None:
-            trained_for(panel, words.trained_steps, theme)
-        _legend(figure, panel, len(results))
+@style.styled()
+def test_figure(results: Mapping[str, Sequence[Evaluation]], caption: Caption) -> Figure:
+    """Draw each run over inner steps, and the mean of each setting, with the first normalisation."""
+    figure = style.new_figure(5.5, 3.6)
+    figure.suptitle(caption.title)
+    panel = figure.subplots()
+    for number, (setting, evaluations) in enumerate(results.items()):
+        normalisation = next(iter(evaluations[0].losses))
+        means = StepResults.over(setting, normalisation, evaluations).means.T.tolist()
+        _draw_runs(panel, number, setting, [(range(len(mean)), mean) for mean in means])
+    style.set_step_axis(panel)
+    first = next(iter(results.values()))[0]
+    style.set_measure_axis(panel, caption.measure(first), accuracy=bool(first.accuracies))
+    mark_trained_steps(panel, caption.trained_steps)
+    _add_legend(figure, panel, len(results))
     return figure

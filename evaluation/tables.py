@@ -1,17 +1,19 @@
-"""What people look at: figures, tables and result files. Nothing else writes them.
+"""Results as tables for the terminal, and as records for result files.
 
-Functions take plain numbers and CPU tensors; matplotlib is imported when used.
+`evaluation_record` and `evaluation_table` show one `Evaluation`; those of several runs are in `seeds` and
+`paired`. Every JSON and CSV file is written here.
 """
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,18 +21,11 @@ from torch import Tensor
 from common.files import write_whole
 from evaluation.meta_test import Evaluation, mean_and_interval
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-
-DPI = 200  # of pictures in files and in TensorBoard
-
-
 # ---- result files ---------------------------------------------------------------------------
 
 
 def _plain(value: Any) -> Any:
-    """JSON has neither tensors nor NaN: lists with seven digits, and null."""
+    """Return a value as JSON has it: tensors as lists, numbers with seven digits, non-finite ones as null."""
     if isinstance(value, Tensor):
         return _plain(value.tolist())
     if isinstance(value, Mapping):
@@ -42,149 +37,127 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def write_json(path: Path, result: Mapping[str, Any]) -> None:
-    text = json.dumps(_plain(result), indent=1) + "\n"
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record as JSON, whole or not at all."""
+    text = json.dumps(_plain(record), indent=1) + "\n"
     write_whole(path, lambda file: file.write(text.encode()))
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    import csv
-
+    """Write rows of cells as CSV, whole or not at all."""
     text = io.StringIO(newline="")
     csv.writer(text).writerows([header, *rows])
     write_whole(path, lambda file: file.write(text.getvalue().encode()))
 
 
-def write_figure(path: Path, figure: Figure) -> None:
-    write_whole(path, lambda file: figure.savefig(file, dpi=DPI, format="png"))
+# ---- tables ---------------------------------------------------------------------------------
+
+Column = tuple[str, Sequence[str]]  # heading, of one or two lines, and cells
+ROWS_PRINTED, LONGEST_CELL = 20, 24  # of predictions
 
 
-# ---- evaluation: table and record -----------------------------------------------------------
+def table(columns: Sequence[Column]) -> str:
+    """Return right-aligned columns as text; empty lines are left out."""
+    headings = [heading.split("\n") for heading, _ in columns]
+    height = max(map(len, headings))
+    padded = [[*lines, *[""] * (height - len(lines))] for lines in headings]
+    rows = list(
+        zip(*([*lines, *cells] for lines, (_, cells) in zip(padded, columns, strict=True)), strict=True)
+    )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(filter(None, lines))
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What tables and figures say about an evaluation."""
+
+    title: str
+    loss_name: str
+    trained_steps: int | None  # None: several runs that were trained for different numbers
+    test_steps: int  # whose result is quoted
+
+    def measure(self, evaluation: Evaluation) -> str:
+        """Return the name of the reported measure, for an axis."""
+        return "query accuracy" if evaluation.accuracies else f"query {self.loss_name}"
+
+
+def after_steps(steps: int) -> str:
+    """Return "after 1 step", "after 2 steps", ..."""
+    return f"after {steps} step{'s' * (steps != 1)}"
+
+
+def evaluation_table(evaluation: Evaluation, caption: Caption) -> str:
+    """Return the mean and its 95 % interval over all tasks, a row an inner step.
+
+    Diverged tasks, if there are any, are counted, and the loss of the others is added.
+    """
+    several = len(evaluation.losses) > 1
+    rows = range(evaluation.steps + 1)
+    columns: list[Column] = [("steps", [str(step) for step in rows])]
+    quoted: list[str] = []
+    measures = [("accuracy %", evaluation.accuracies, 100, 2), (caption.loss_name, evaluation.losses, 1, 4)]
+    for title, results, scale, digits in measures:
+        for name, values in results.items():
+            pairs = zip(*(t.tolist() for t in mean_and_interval(values * scale)), strict=True)
+            cells = [f"{mean:.{digits}f} ± {interval:.{digits}f}" for mean, interval in pairs]
+            columns.append((f"{title}\n{name}" if several else title, cells))
+            quoted.append(f"{title} {cells[caption.test_steps]}" + f" ({name})" * several)
+    counted = False
+    for name, losses in evaluation.losses.items():
+        diverged = evaluation.diverged(name)
+        if diverged.any():
+            counted = True
+            others = losses.where(~diverged, torch.nan).nanmean(0).tolist()
+            suffix = f"\n{name}" * several
+            columns.append((f"diverged{suffix}", [str(count) for count in diverged.sum(0).tolist()]))
+            columns.append((f"{caption.loss_name} of the rest{suffix}", [f"{loss:.4f}" for loss in others]))
+    columns.append(("", ["trained for" * (step == caption.trained_steps) for step in rows]))
+    footer = f"Mean and 95 % interval over {evaluation.tasks} tasks"
+    footer += "." if counted else "; none of them diverged."
+    return f"{table(columns)}\n{footer}\n{after_steps(caption.test_steps).capitalize()}: {', '.join(quoted)}"
+
+
+def predictions_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return the first rows of predictions, as the terminal shows them."""
+    shown = [[cell[:LONGEST_CELL] for cell in row] for row in rows[:ROWS_PRINTED]]
+    columns = [(heading, [row[number] for row in shown]) for number, heading in enumerate(header)]
+    more = f"\n... and {len(rows) - ROWS_PRINTED} more" if len(rows) > ROWS_PRINTED else ""
+    return table(columns) + more
+
+
+# ---- record ---------------------------------------------------------------------------------
 
 
 def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
-    """The numbers behind table and picture, and the per-task values behind the numbers."""
-    per_step: list[dict[str, Any]] = []
-    for name, losses in evaluation.losses.items():
-        diverged = evaluation.diverged(name)
-        for step in range(losses.shape[1]):
-            row: dict[str, Any] = {"normalisation": name, "steps": step}
-            measures = {"loss": losses}
-            if name in evaluation.accuracies:
-                measures["accuracy"] = evaluation.accuracies[name]
-            for measure, values in measures.items():
-                mean, interval = mean_and_interval(values[:, step])
-                row |= {measure: mean.item(), f"{measure}_interval_95": interval.item()}
-            kept = losses[~diverged[:, step], step]
-            ordered = losses[:, step].nan_to_num(nan=math.inf).sort().values
-            row |= {
-                "loss_median": ordered[len(ordered) // 2].item(),
-                "loss_without_worst_percent": ordered[: math.ceil(0.99 * len(ordered))].mean().item(),
-                "diverged_tasks": int(diverged[:, step].sum()),
-                "loss_without_diverged": kept.mean().item() if len(kept) else None,
-                "loss_without_diverged_interval_95": mean_and_interval(kept)[1].item() if len(kept) else None,
-            }
-            per_step.append(row)
+    """Return the numbers behind table and picture, and the values of each task behind the numbers."""
+    per_step = [
+        {"normalisation": name, "steps": step} | _statistics(evaluation, name, step)
+        for name in evaluation.losses
+        for step in range(evaluation.steps + 1)
+    ]
     per_task: dict[str, Any] = {"loss": evaluation.losses}
     if evaluation.accuracies:
         per_task["accuracy"] = evaluation.accuracies
     return {"per_step": per_step, "per_task": per_task}
 
 
-def _with_interval(values: Tensor, scale: float, digits: int) -> list[str]:
-    """`mean ± half width` for each inner step of `[tasks, steps + 1]`."""
-    mean, interval = mean_and_interval(values * scale)
-    pairs = zip(mean.tolist(), interval.tolist(), strict=True)
-    return [f"{m:.{digits}f} ± {i:.{digits}f}" for m, i in pairs]
-
-
-def table(columns: Sequence[tuple[str, str, Sequence[str]]]) -> str:
-    """Right-aligned columns of (title, subtitle, cells)."""
-    rows = [row for row in zip(*([t, s, *cells] for t, s, cells in columns), strict=True) if any(row)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-@dataclass(frozen=True)
-class Words:
-    """What tables and figures say about an evaluation."""
-
-    loss_name: str
-    trained_steps: int | None  # None: of several runs, not the same for all
-    test_steps: int  # whose result is quoted
-    title: str
-
-
-def evaluation_table(evaluation: Evaluation, words: Words) -> str:
-    """A row an inner step: mean and 95 % interval over tasks, and the tasks that diverged, if any did."""
-    loss_name, test_steps = words.loss_name, words.test_steps
-    tasks, rows = next(iter(evaluation.losses.values())).shape
-    subtitles = {name: name if len(evaluation.losses) > 1 else "" for name in evaluation.losses}
-    columns: list[tuple[str, str, Sequence[str]]] = [("steps", "", [str(step) for step in range(rows)])]
-    quoted: list[str] = []
-    measures = [("accuracy %", evaluation.accuracies, 100, 2), (loss_name, evaluation.losses, 1, 4)]
-    for title, results, scale, digits in measures:
-        for name, values in results.items():
-            cells = _with_interval(values, scale, digits)
-            columns.append((title, subtitles[name], cells))
-            quoted.append(f"{title} {cells[test_steps]}" + f" ({name})" * bool(subtitles[name]))
-    diverged_at_all = False
-    for name, losses in evaluation.losses.items():
-        diverged = evaluation.diverged(name)
-        if diverged.any():
-            diverged_at_all = True
-            kept = losses.where(~diverged, torch.nan).nanmean(0).tolist()
-            columns.append(("diverged", subtitles[name], [str(n) for n in diverged.sum(0).tolist()]))
-            columns.append((f"{loss_name} of the rest", subtitles[name], [f"{value:.4f}" for value in kept]))
-    marks = ["trained for" if step == words.trained_steps else "" for step in range(rows)]
-    columns.append(("", "", marks))
-    footer = f"Mean and 95 % interval over {tasks} tasks"
-    footer += "." if diverged_at_all else "; none of them diverged."
-    steps = f"{test_steps} step{'s' * (test_steps != 1)}"
-    return f"{table(columns)}\n{footer}\nAfter {steps}: {', '.join(quoted)}"
-
-
-def comparison_table(results: Mapping[str, Evaluation], normalisation: str, words: Words) -> str:
-    """Methods side by side, a row an inner step: mean and 95 % interval over the same tasks.
-
-    Tasks that have diverged are left out, and counted where there are any. `results` by name, with the
-    second line of the title behind a line break.
-    """
-    rows = max(next(iter(e.losses.values())).shape[1] for e in results.values())
-    columns: list[tuple[str, str, Sequence[str]]] = [("steps", "", [str(step) for step in range(rows)])]
-    for name, evaluation in results.items():
-        title, _, subtitle = name.partition("\n")
-        scale, digits = (100, 2) if evaluation.accuracies else (1, 4)
-        pairs = [[x.item() * scale for x in pair] for pair in of_the_rest(evaluation, normalisation)]
-        cells = [f"{mean:.{digits}f} ± {interval:.{digits}f}" for mean, interval in pairs]
-        missing = [""] * (rows - len(cells))
-        columns.append((title, subtitle, [*cells, *missing]))
-        diverged = evaluation.diverged(normalisation).sum(0).tolist()
-        if any(diverged):
-            columns.append(("diverged", "", [*map(str, diverged), *missing]))
-    measure = "accuracy %" if next(iter(results.values())).accuracies else words.loss_name
-    tasks = len(next(iter(next(iter(results.values())).losses.values())))
-    return (
-        f"{table(columns)}\nQuery {measure} over {tasks} test tasks: mean and 95 % interval of those that "
-        "have not diverged."
-    )
-
-
-def of_the_rest(evaluation: Evaluation, normalisation: str) -> list[tuple[Tensor, Tensor]]:
-    """Mean and half width of the interval after each step, over the tasks that have not diverged."""
-    values = (evaluation.accuracies or evaluation.losses)[normalisation]
-    kept = ~evaluation.diverged(normalisation)
-    return [mean_and_interval(v[k]) for v, k in zip(values.unbind(1), kept.unbind(1), strict=True)]
-
-
-# ---- predictions on one's own tasks ---------------------------------------------------------
-
-ROWS_PRINTED = 20
-
-
-def predictions_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The first predictions, as the terminal shows them."""
-    shown = [[cell[:24] for cell in row] for row in rows[:ROWS_PRINTED]]
-    columns = [(title, "", [row[i] for row in shown]) for i, title in enumerate(header)]
-    more = f"\n... and {len(rows) - ROWS_PRINTED} more" if len(rows) > ROWS_PRINTED else ""
-    return table(columns) + more
+def _statistics(evaluation: Evaluation, name: str, step: int) -> dict[str, Any]:
+    """Return statistics over tasks after one step; those of all tasks, and robust ones."""
+    losses = evaluation.losses[name][:, step]
+    row: dict[str, Any] = {}
+    for measure, results in (("loss", evaluation.losses), ("accuracy", evaluation.accuracies)):
+        if results:
+            mean, interval = mean_and_interval(results[name][:, step])
+            row |= {measure: mean.item(), f"{measure}_interval_95": interval.item()}
+    diverged = evaluation.diverged(name)[:, step]
+    kept = losses[~diverged]
+    ordered = losses.nan_to_num(nan=math.inf).sort().values
+    return row | {
+        "loss_median": ordered[len(ordered) // 2].item(),
+        "loss_without_worst_percent": ordered[: math.ceil(0.99 * len(ordered))].mean().item(),
+        "diverged_tasks": int(diverged.sum()),
+        "loss_without_diverged": kept.mean().item() if len(kept) else None,
+        "loss_without_diverged_interval_95": mean_and_interval(kept)[1].item() if len(kept) else None,
+    }

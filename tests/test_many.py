@@ -24,7 +24,7 @@ from commands.presets import ALGORITHMS
 from common.errors import UsageError
 from evaluation import seeds as spread
 from evaluation.meta_test import Evaluation
-from evaluation.tables import Words
+from evaluation.tables import Caption
 from training import trainer
 from training.checkpoint import BEST, LAST, load_checkpoint
 
@@ -756,7 +756,7 @@ def test_the_table_of_test_tasks_leaves_out_and_counts_those_that_diverged():
         return Evaluation({"transductive": losses}, {})
 
     results = {"all": [evaluation(2.0, 1.0), evaluation(4.0, 1e6)]}
-    words = Words("MSE", 1, 1, "")
+    words = Caption("", "MSE", 1, 1)
     record = spread.test_record(results)["all"]["transductive"]
     assert record[1]["mean"] == 1.5 and (record[1]["lowest"], record[1]["highest"]) == (1.0, 2.0)
     assert [row["diverged_tasks"] for row in record] == [0, 1]
@@ -776,12 +776,12 @@ def test_many_settings_are_a_row_each_and_have_a_legend_as_long_as_it_helps():
     values = torch.rand(40, 6, 3, generator=generator, dtype=torch.float64)
     results = {f"a-{n}": [Evaluation({"transductive": values[n]}, {})] for n in range(40)}
     few = dict(list(results.items())[:4])
-    lines = spread.test_table(few, Words("MSE", 1, 1, "")).splitlines()
+    lines = spread.test_table(few, Caption("", "MSE", 1, 1)).splitlines()
     assert [line.split()[0] for line in lines[:5]] == ["setting", *few]
     assert re.split(" {2,}", lines[0]) == ["setting", "after 0 steps", "after 1 step", "after 2 steps"]
     assert lines[1].split()[1] == f"{values[0, :, 0].mean():.4f}" and "to" not in lines[1]
-    assert spread.test_figure(few, Words("MSE", None, 1, "")).legends
-    assert not spread.test_figure(results, Words("MSE", None, 1, "")).legends
+    assert spread.test_figure(few, Caption("", "MSE", None, 1)).legends
+    assert not spread.test_figure(results, Caption("", "MSE", None, 1)).legends
 
 
 def test_a_folder_of_many_takes_no_other_settings_and_no_single_run(tmp_path, capsys):

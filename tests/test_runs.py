@@ -23,7 +23,7 @@ from commands import config
 from common.errors import LostError
 from dataset import Sinusoid, SinusoidLine
 from evaluation.meta_test import DIVERGENCE, Evaluation, diverged, mean_and_interval
-from evaluation.tables import Words, evaluation_record, evaluation_table
+from evaluation.tables import Caption, evaluation_record, evaluation_table
 from learner import build_learner
 from training import trainer
 from training.checkpoint import BEST, LAST, initialisation_of, load_checkpoint, save_checkpoint
@@ -517,7 +517,7 @@ def test_diverged_tasks_are_counted_and_shown_and_never_hidden_in_the_mean():
         (15 + 3.5 + 0.4) / 9
     )
     assert record[2]["loss_median"] == 0.5 and record[1]["loss_median"] == 0.5
-    table = evaluation_table(evaluation, Words("MSE", 1, 2, ""))
+    table = evaluation_table(evaluation, Caption("", "MSE", 1, 2))
     assert "diverged" in table and "nan" in table
     losses[:6, :2] = torch.inf  # most of them, and before adaptation
     assert Evaluation({"transductive": losses}, {}).diverged("transductive").sum(0).tolist() == [6, 6, 1]

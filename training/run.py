@@ -15,8 +15,8 @@ from commands.config import CONFIG_FLAGS, Config, meaningful
 from common.batch import TaskDistribution
 from common.errors import reason_of
 from common.optimizers import Weights
-from evaluation.examples import Scene
-from evaluation.figures import THEMES, learning_figure
+from evaluation.examples import examples_figure
+from evaluation.figures import learning_figure
 from evaluation.meta_test import Evaluation
 from evaluation.tables import write_json
 from inner_loop import RATE
@@ -40,7 +40,6 @@ class Run:
         origin: where else the parameters come from, if not from the initialisation; for the record.
         computed_by: what the last bits depend on, for the record.
         writes: whether this process is the one that writes to the folder.
-        theme: of its pictures.
     """
 
     def __init__(
@@ -53,7 +52,6 @@ class Run:
         *,
         computed_by: dict[str, Any] | None = None,
         writes: bool = True,
-        theme: str = "light",
     ) -> None:
         self.config = config
         self.folder = folder
@@ -61,7 +59,6 @@ class Run:
         self.start = start
         self.computed_by = computed_by or {}
         self.writes = writes
-        self.theme = THEMES[theme]
         self.iteration = start.iteration if start else 0
         self.progress = Progress(**start.progress) if start else Progress(origin=origin)
         self.log_every = min(
@@ -164,17 +161,25 @@ class Run:
         return better
 
     def draw_examples(self, maml: MAML, distribution: TaskDistribution) -> None:
-        """Validation tasks before and after adaptation, and how features move, as pictures."""
+        """Draw validation tasks before and after adaptation, where there is a picture of them."""
         if not self.writes:
             return
-        when = f"iteration {self.iteration:,}"
-        scene = Scene(maml, self.parameters, distribution, self.config, "validation", when, self.theme)
-        for tag, figure in (("examples", scene.tasks()), ("features", scene.features())):
-            try:
-                if figure is not None:
-                    self.log.figure(tag, figure, self.iteration, self.folder / f"{tag}.png")
-            except OSError as error:
-                tqdm.write(f"{tag}.png could not be written ({reason_of(error)})", file=sys.stderr)
+        figure = examples_figure(
+            maml,
+            self.parameters,
+            distribution,
+            "validation",
+            steps=self.config.choices.steps,
+            test_steps=self.config.evaluation.test_steps,
+            normalisation=self.config.choices.query_norm,
+            inner_batch=self.config.evaluation.eval_inner_batch,
+            title=f"validation tasks, iteration {self.iteration:,}",
+        )
+        try:
+            if figure is not None:
+                self.log.figure("examples", figure, self.iteration, self.folder / "examples.png")
+        except OSError as error:
+            tqdm.write(f"examples.png could not be written ({reason_of(error)})", file=sys.stderr)
 
     # ---- saving -----------------------------------------------------------------------------
 
@@ -247,7 +252,6 @@ class Run:
                 measure="query_accuracy" if classification else "query_loss",
                 label="query accuracy" if classification else f"query {loss_name(self.config.learner.loss)}",
                 log_every=self.log_every,
-                theme=self.theme,
             )
             self.log.figure("training", figure, after, self.folder / "training.png")
         self.log.end(after, failed=self.failure is not None)

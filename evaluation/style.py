@@ -1,0 +1,172 @@
+"""The one style of every picture: colours, sizes, axes and legends, and how a picture becomes a file.
+
+All modules that draw import this one. Pictures are opaque, dark ink on white with a margin, so that they read
+on a white page and on a dark one. matplotlib is imported when the first picture is drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from common.files import write_whole
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# The hues are Okabe and Ito's, darkened until each has a contrast of 3 : 1 to the background and
+# colour-blind readers still tell them apart.
+BACKGROUND, INK, GRID = "#FFFFFF", "#1A1A1A", "#E3E3E3"
+GREY = "#767676"  # what is drawn for comparison
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#005A9C", "#BF8500", "#008F6B", "#B83A00", "#C565A0", "#3399DD"
+PALETTE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)  # of curves, in this order
+DASHES = ("-", "--", "-.", ":")  # after the last colour they begin again with the next dash
+MARKERS = "osD^vPX"  # seven, which has no divisor in common with the six colours
+DISTINCT_CURVES = len(PALETTE) * len(DASHES)
+
+SMALL = 8  # font size in points of legends, ticks and notes
+DPI = 200
+WIDE = 50.0  # ratio of the largest to the smallest loss from which its axis is logarithmic
+MARGIN = 0.08  # inches
+
+SETTINGS: dict[Any, Any] = {  # of matplotlib
+    **dict.fromkeys(["figure.facecolor", "axes.facecolor", "legend.facecolor"], BACKGROUND),
+    **dict.fromkeys(["text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"], INK),
+    **dict.fromkeys(["xtick.labelsize", "ytick.labelsize", "legend.fontsize"], SMALL),
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "figure.titlesize": 10,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.85,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 3.5,
+    "text.parse_math": False,  # names of files and classes may contain a dollar sign
+    "figure.constrained_layout.h_pad": MARGIN,
+    "figure.constrained_layout.w_pad": MARGIN,
+}
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Make figures in this style: `with styled():`, or `@styled()` on a function that draws."""
+    import matplotlib
+
+    with matplotlib.rc_context(SETTINGS):
+        yield
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of this size in inches, whose panels share the room among themselves."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def curve_style(number: int) -> dict[str, Any]:
+    """Return colour, line style and marker of the curve with this number."""
+    return {
+        "color": PALETTE[number % len(PALETTE)],
+        "linestyle": DASHES[number // len(PALETTE) % len(DASHES)],
+        "marker": MARKERS[number % len(MARKERS)],
+    }
+
+
+Place = Literal["outside lower left", "outside lower center", "outside lower right"]
+
+
+def add_legend(figure: Figure, panel: Axes, columns: int = 6, loc: Place = "outside lower center") -> None:
+    """Add a legend of the panel's curves below all panels, where it covers nothing."""
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, loc=loc, ncols=min(columns, len(labels)))
+
+
+# ---- axes -----------------------------------------------------------------------------------
+
+
+def set_iteration_axis(panel: Axes) -> None:
+    """Label the horizontal axis of a learning curve."""
+    from matplotlib.ticker import MaxNLocator
+
+    panel.set_xlabel("iteration")
+    panel.xaxis.set_major_formatter("{x:,.0f}")
+    panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
+
+
+def set_step_axis(panel: Axes) -> None:
+    """Label the horizontal axis of results over inner steps."""
+    from matplotlib.ticker import MaxNLocator
+
+    panel.set_xlabel("inner steps")
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def set_measure_axis(panel: Axes, name: str, *, accuracy: bool) -> None:
+    """Label and scale the vertical axis of an accuracy, up to 100 %, or of a loss.
+
+    A loss that varies little has an axis of its own range, one that varies more begins at 0, and one that
+    varies by orders of magnitude is logarithmic. Call it when all curves are drawn.
+    """
+    import numpy as np
+    from matplotlib.ticker import PercentFormatter
+
+    panel.set_ylabel(f"{name} (%)" if accuracy else name)
+    if accuracy:
+        panel.yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=""))
+        panel.set_ylim(top=1.0)
+        return
+    values = [float(y) for line in panel.lines for y in np.asarray(line.get_ydata()) if 0 < y < math.inf]
+    if values and max(values) > WIDE * min(values):
+        _set_logarithmic(panel)
+    elif values and max(values) > 2 * min(values):
+        panel.set_ylim(bottom=0.0)
+
+
+def _set_logarithmic(panel: Axes) -> None:
+    """Use a logarithmic vertical axis whose ticks are plain numbers, not powers in mathematical notation."""
+    from matplotlib.ticker import LogFormatter
+
+    class PlainNumbers(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    panel.set_yscale("log")
+    panel.yaxis.set_major_formatter(PlainNumbers())
+    panel.yaxis.set_minor_formatter(PlainNumbers(minor_thresholds=(2, 0.4)))
+
+
+# ---- files ----------------------------------------------------------------------------------
+
+
+def render(figure: Figure) -> np.ndarray:
+    """Draw a figure: uint8 `[height, width, 3]`, the slow part of writing it."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure.set_dpi(DPI)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def write_pixels(path: Path, pixels: np.ndarray) -> None:
+    """Write a rendered figure as PNG, whole or not at all."""
+    from PIL import Image
+
+    image = Image.fromarray(pixels)
+    write_whole(path, lambda file: image.save(file, format="png"))
+
+
+def write_figure(path: Path, figure: Figure) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    write_pixels(path, render(figure))
