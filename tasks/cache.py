@@ -1,118 +1,118 @@
-"""Caches of prepared images: found, or built once by one process, whole or not at all.
+"""Keep decoded images in a file: each data set is decoded once, and memory-mapped afterwards.
 
-A cache lies beside its data, or in the user's cache folder where nothing can be written there. It is named
-after a fingerprint of its sources and settings, so that one of another source is never met. A file in its
-place is doubted: what is not as it should be is built again.
+The cache lies in the data's folder or, where that cannot be written, in the user's cache folder. Its name holds
+a fingerprint of the sources and settings: changed sources never meet an old cache.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import os
-import re
-import secrets
-import shutil
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO
 
-from common.errors import one_line, printable
-from common.files import one_at_a_time, user_cache
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
 
-T = TypeVar("T")
-TITLE_BYTES = 100  # of a folder's name in that of its cache
+from common.errors import UsageError, one_line, printable
+from common.files import one_at_a_time, user_cache, write_whole
+
+CACHE_VERSION = 2
+TITLE_BYTES = 100  # of the folder's name in the cache's: file systems allow 255 in all
 
 
-def title_of(folder: Path) -> str:
-    """The folder's name, cut to what leaves room for more in a file's name."""
-    return os.fsdecode(os.fsencode(folder.resolve().name)[:TITLE_BYTES])
+def cached_pixels(
+    folder: Path,
+    sources: Sequence[Path],
+    settings: object,
+    shape: tuple[int, ...],
+    decode: Callable[[], Iterable[np.ndarray]],
+) -> Tensor:
+    """Return a data set's images, uint8 `shape`, memory-mapped; decode them first if they are not cached.
 
+    Args:
+        folder: the data's folder.
+        sources: the files that are decoded.
+        settings: what else decides the pixels; its `repr` enters the fingerprint.
+        shape: `[images, channels, height, width]`.
+        decode: yields the images in order, uint8 `[channels, height, width]`.
 
-def from_cache(
-    beside: Path,
-    name: str,
-    size: int,
-    read: Callable[[Path], T | None],
-    write: Callable[[IO[bytes]], None],
-) -> tuple[T | None, list[str]]:
-    """What `read` finds in a cache, which `write` makes if need be; or None, and why it fits nowhere.
-
-    Arguments:
-        beside: the data's folder.
-        name: `TITLE-FINGERPRINT.EXTENSION`.
-        size: in bytes, about.
-        read: None where there is no such file, or it is not whole.
+    Raises UsageError where a source cannot be read or changes meanwhile, or no cache can be written.
     """
-    paths = [folder / name for folder in (beside, user_cache()) if folder is not None]
+    title = os.fsdecode(os.fsencode(folder.resolve().name)[:TITLE_BYTES])
+    fingerprint = _fingerprint(folder, sources, settings)
+    places = [place for place in (folder, user_cache()) if place is not None]
+    paths = [place / f".{title}-{fingerprint}.npy" for place in places]
+
+    def decode_unchanged() -> Iterator[np.ndarray]:
+        yield from tqdm(decode(), f"Preparing {printable(title)} (once)", shape[0], unit=" images")
+        if _fingerprint(folder, sources, settings) != fingerprint:
+            raise UsageError(f"{folder} has changed while its images were read: start again when it is whole")
+
     for path in paths:
-        found = read(path)
-        if found is not None:
-            return found, []
+        if (pixels := _map(path, shape)) is not None:
+            return pixels
     reasons = []
     for path in paths:
         try:
-            return _built(path, size, read, write), []
+            return _build(path, shape, decode_unchanged)
         except OSError as error:
             reasons.append(f"{path.parent} ({error.strerror or one_line(error)})")
-    return None, reasons
+    raise UsageError(
+        f"the prepared images, {math.prod(shape) / 1e6:,.0f} MB, cannot be written to {' or '.join(reasons)}: "
+        "free room there, or set XDG_CACHE_HOME to another folder"
+    )
 
 
-def _built(path: Path, size: int, read: Callable[[Path], T | None], write: Callable[[IO[bytes]], None]) -> T:
-    """Raises OSError where it cannot be written; whatever goes wrong, nothing stays behind."""
-    folder = path.parent
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
-    found = None
+def _fingerprint(folder: Path, sources: Iterable[Path], settings: object) -> str:
+    """Hash the settings and the sources' names, sizes and times."""
+    digest = hashlib.sha256(repr((CACHE_VERSION, settings)).encode())
+    for file in sources:
+        try:
+            status = file.stat()
+        except OSError as error:
+            raise UsageError(f"{file} cannot be read ({error.strerror}): remove it") from error
+        source = [os.path.relpath(file, folder), status.st_size, status.st_mtime_ns]
+        digest.update(json.dumps(source).encode())
+    return digest.hexdigest()[:16]
+
+
+def _map(path: Path, shape: tuple[int, ...]) -> Tensor | None:
+    """Return the cache's images, or None where there is no whole one."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not folder.stat().st_mode & 0o222:  # root may write there, but was told not to
-            raise PermissionError("read-only")
-        if shutil.disk_usage(folder).free < size:  # before hours of work, not after
-            raise OSError("too little room")
-        title = path.name.lstrip(".").rpartition("-")[0]
-        with one_at_a_time(folder / f".{title}.lock", on_wait=lambda: _say_waiting(title)):
-            found = read(path)  # another process may have built it meanwhile
-            if found is None:
-                _remove_leftovers(folder, title)
-                _write(path, write)
-                found = read(path)
-        if found is None:
-            raise OSError("what was written cannot be read")
-        return found
-    finally:
-        if found is None:
-            for place in made:
-                with suppress(OSError):
-                    place.rmdir()
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    if array.shape != shape or array.dtype != np.uint8:
+        return None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable")  # nobody writes to it
+        return torch.from_numpy(array)
 
 
-def _write(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    # a name of its own: two processes may write where files cannot be locked
-    temporary = path.with_name(f".{path.name.lstrip('.')}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+def _build(path: Path, shape: tuple[int, ...], decode: Callable[[], Iterator[np.ndarray]]) -> Tensor:
+    """Write and map the cache, in one process at a time; raise OSError where it cannot be written."""
 
+    def write(file: IO[bytes]) -> None:  # a full disk is an error here, but a crash in a writable memory map
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        for image in decode():
+            file.write(image.tobytes())
 
-def _remove_leftovers(folder: Path, title: str) -> None:
-    """What processes that were killed have left of this title; nobody else is writing one now."""
-    leftover = re.compile(rf"\.{re.escape(title)}-[0-9a-f]+\.np[yz]\.[0-9a-f]+\.tmp")
-    for path in folder.iterdir():
-        if leftover.fullmatch(path.name):
-            with suppress(OSError):
-                path.unlink()
+    def tell() -> None:
+        print(f"Waiting for another process, which prepares {path.name}", file=sys.stderr, flush=True)
 
-
-def _say_waiting(title: str) -> None:
-    print(f"Waiting for another process, which prepares {printable(title)}", file=sys.stderr, flush=True)
-
-
-def summed_up(reasons: Sequence[str]) -> str:
-    return f"neither {' nor '.join(reasons)}" if len(reasons) > 1 else f"not {reasons[0]}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(path.with_suffix(".lock"), on_wait=tell):
+        if _map(path, shape) is None:  # else another process has built it meanwhile
+            write_whole(path, write)
+    pixels = _map(path, shape)
+    if pixels is None:
+        raise OSError("what was written cannot be read")
+    return pixels

@@ -1,7 +1,7 @@
-"""N-way K-shot tasks over any set of images.
+"""Draw N-way K-shot tasks from any set of images.
 
-The pixels live on the device as one uint8 tensor, and a batch is an index operation; where they do not
-fit there, they stay memory-mapped on the host, and the next batch is fetched while this one is computed.
+The pixels lie on the device as one uint8 tensor, and a batch is an index operation. Where they do not fit there,
+they stay memory-mapped on the host, and the next batch is fetched while this one is computed.
 """
 
 from __future__ import annotations
@@ -18,30 +18,28 @@ from common.batch import Kind, TaskBatch
 from common.errors import UsageError
 from common.random import Stream, task_stream
 from tasks.images import ImageSet
-from tasks.options import AUGMENTATIONS
-from tasks.prefetch import Ahead
+from tasks.prefetch import Prefetch
 
-PLACES = ("auto", "device", "host")
 ZOOM = 0.8  # "crop" shows between this part of the image's side and all of it
-SHIFT = 1 / 8  # of the side, at most, to each direction
+SHIFT = 1 / 8  # of the side, at most, in each direction
 ANGLE = 15.0  # degrees, at most, to each side
 
 
 class ImageTasks:
-    """A task draws `ways` different classes, and of each `shots` and `queries` images, never the same twice.
+    """Tasks of `ways` different classes, with `shots` and `queries` different images of each.
 
-    Labels follow the random order of the classes. Inputs `[tasks, ways * examples, channels, height,
-    width]` in [0, 1]; labels int64 `[tasks, ways * examples]`, ordered by class.
+    Labels follow the random order of the classes. Inputs `[tasks, ways * examples, channels, height, width]` in
+    [0, 1]; labels int64 `[tasks, ways * examples]`, ordered by class.
 
-    Arguments:
+    Args:
         images: the images, their classes and the splits. A split may be empty; sampling from it is an error.
-        ways: classes of a task; shots, queries: images per class of the support and the query set.
+        ways: classes of a task.
+        shots, queries: images per class of the support and of the query set.
         quarter_turns: each class of a task is turned by 0, 90, 180 or 270 degrees, in every split.
-        augment: what happens to each training image by itself, never to others: "flip" mirrors left and
-            right half the time; "crop" shows 0.8 to 1 of the side, moved by up to an eighth of it;
-            "rotate" turns by up to 15 degrees. What comes into view from outside is reflected.
-        place: where the pixels are: on the "device", on the "host", or ("auto") on the device if they fill
-            at most half of its free memory.
+        augment: random changes of each training image, independent of the others. "flip" mirrors left and right
+            half the time; "crop" shows 0.8 to 1 of the side, moved by up to an eighth of it; "rotate" turns by
+            up to 15 degrees. Pixels from outside are reflections.
+        on_host: pixels stay on the host; None: if they would fill more than half of the device's free memory.
 
     Raises UsageError where a split has too few classes or a class too few images.
     """
@@ -59,12 +57,10 @@ class ImageTasks:
         queries: int,
         quarter_turns: bool = False,
         augment: tuple[str, ...] = (),
-        place: str = "auto",
+        on_host: bool | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if not set(augment) <= set(AUGMENTATIONS) or place not in PLACES:
-            raise ValueError(f"augment {augment} of {AUGMENTATIONS}, or place {place!r} of {PLACES}")
         self.images = images
         self.ways = ways
         self.shots = shots
@@ -72,53 +68,46 @@ class ImageTasks:
         self.augment = augment
         self.device = torch.device(device)
         self.dtype = dtype
-        self._check()
-        free = _free_memory(self.device) if place == "auto" else 0
-        self.on_host = place == "host" or (place == "auto" and images.pixels.nbytes > free // 2)
+        self._check_sizes()
+        pixels = images.load()
+        self.on_host = pixels.nbytes > _free_memory(self.device) // 2 if on_host is None else on_host
         table_device = torch.device("cpu") if self.on_host else self.device
-        self.pixels = images.pixels.to(table_device)
-        self.first = images.first.to(table_device)
+        self.pixels = pixels.to(table_device)
         self.count = images.count.to(table_device)
-        self.splits = {name: classes.to(table_device) for name, classes in images.splits.items()}
+        self.first = self.count.cumsum(0) - self.count  # [classes], position of a class's first image
+        self.splits = {split: classes.to(table_device) for split, classes in images.splits.items()}
         self.largest = int(images.count.max())
-        self.image_size = list(images.pixels.shape[1:])  # channels, height, width
-        positions = torch.arange(images.pixels[0, 0].numel()).view(self.image_size[1:])
+        positions = torch.arange(pixels[0, 0].numel()).view(pixels.shape[2:])
         turned = torch.stack([torch.rot90(positions, quarters).flatten() for quarters in range(4)])
         self.turned = turned.to(self.device) if quarter_turns else None  # [4, pixels]
-        self._fetched = Ahead(self._fetch)
+        self.prefetch = Prefetch(self._fetch)
 
     @property
     def examples(self) -> int:
         return self.ways * (self.shots + self.queries)
 
-    def resized(self, shots: int) -> ImageTasks:
-        other = copy.copy(self)
-        other.shots = shots
-        other._check()
-        other._fetched = Ahead(other._fetch)
-        return other
-
-    def __deepcopy__(self, memo: dict[int, object]) -> ImageTasks:
-        return copy.copy(self)  # nobody changes the tensors, and they may be larger than the memory
-
-    def _check(self) -> None:
-        check_sizes(self.images, ways=self.ways, shots=self.shots, queries=self.queries)
-
     @property
     def split_names(self) -> dict[str, list[str]]:
         if self.images.published:
             return {}
-        return {s: sorted(self.images.names[i] for i in p.tolist()) for s, p in self.images.splits.items()}
+        names = self.images.names
+        return {split: sorted(names[i] for i in part.tolist()) for split, part in self.images.splits.items()}
+
+    def resized(self, shots: int) -> ImageTasks:
+        other = copy.copy(self)
+        other.shots = shots
+        other._check_sizes()
+        other.prefetch = Prefetch(other._fetch)
+        return other
 
     def sample(self, split: str, seed: int, iteration: int | Tensor, tasks: range) -> TaskBatch:
-        """A meta-batch. On the host the iteration's number is read, and training batches come ahead."""
         stream = task_stream(split, seed, iteration, tasks, self.device)
         if not len(self.splits[split]):
             raise UsageError(f"{self.images.source} has no {split} classes: add them, or use another split")
         if self.on_host:
-            pixels = self._fetched(split, seed, int(iteration), tasks).to(self.device, non_blocking=True)
+            pixels = self.prefetch(split, seed, int(iteration), tasks).to(self.device, non_blocking=True)
         else:
-            pixels = self._gather(self._rows(stream, split))
+            pixels = self._gather(self._draw_rows(stream, split))
         if self.turned is not None:
             pixels = self._turn(pixels, stream.at("rotations").words(self.ways) >> 30)
         support, query = pixels.split([self.shots, self.queries], 2)
@@ -129,11 +118,10 @@ class ImageTasks:
         )
 
     def sample_to_draw(self, split: str, seed: int, tasks: int) -> TaskBatch:
-        """Return the first tasks as `sample` gives them."""
         return self.sample(split, seed, 0, range(tasks))
 
-    def _rows(self, stream: Stream, split: str) -> Tensor:
-        """Which images: positions `[tasks, ways, shots + queries]`, on the stream's device."""
+    def _draw_rows(self, stream: Stream, split: str) -> Tensor:
+        """Return positions of images `[tasks, ways, shots + queries]`, on the stream's device."""
         classes = self.splits[split]
         classes = classes[stream.at("classes").distinct(self.ways, len(classes))]  # [tasks, ways]
         order = stream.at("drawings").words(self.ways * self.largest).unflatten(1, (self.ways, self.largest))
@@ -144,53 +132,48 @@ class ImageTasks:
         return self.first[classes][..., None] + chosen
 
     def _gather(self, rows: Tensor) -> Tensor:
-        """`[tasks, ways, examples, channels, height, width]`, by copying whole images."""
+        """Copy whole images: `[tasks, ways, examples, channels, height, width]`."""
         return self.pixels.index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
+    def _fetch(self, split: str, seed: int, iteration: int, tasks: range) -> Tensor:
+        """Read a batch's pixels from the memory map."""
+        pixels = self._gather(self._draw_rows(task_stream(split, seed, iteration, tasks, self.pixels.device), split))
+        return pixels.pin_memory() if self.device.type == "cuda" else pixels
+
     def _turn(self, pixels: Tensor, quarters: Tensor) -> Tensor:
-        """Each class turned by its number of quarters: `[tasks, ways, examples, channels, height, width]`."""
+        """Turn each class by its quarters `[tasks, ways]`: `[tasks, ways, examples, channels, height, width]`."""
         assert self.turned is not None
         flat = pixels.flatten(4)
         positions = self.turned[quarters][:, :, None, None]  # [tasks, ways, 1, 1, pixels]
         return flat.gather(4, positions.expand(flat.shape)).view(pixels.shape)
 
     def _examples(self, pixels: Tensor, augmentation: Stream | None) -> tuple[Tensor, Tensor]:
-        """Inputs and labels of `[tasks, ways, examples, channels, height, width]` pixels."""
+        """Return inputs and labels of `[tasks, ways, examples, channels, height, width]` pixels."""
         tasks, ways, examples = pixels.shape[:3]
-        x = pixels.flatten(1, 2).to(self.dtype).div_(255)  # the conversion has made it ours
+        x = pixels.flatten(1, 2).to(self.dtype).div_(255)  # in place: the conversion has made a copy
         if augmentation is not None:
-            x = augmented(x, self.augment, augmentation)
+            x = augment_images(x, self.augment, augmentation)
         labels = torch.arange(ways, device=x.device).repeat_interleave(examples)
         return x, labels.expand(tasks, -1)
 
-    def _fetch(self, split: str, seed: int, iteration: int, tasks: range) -> Tensor:
-        """The batch's pixels, out of the memory map."""
-        rows = self._rows(task_stream(split, seed, iteration, tasks, self.pixels.device), split)
-        pixels = self._gather(rows)
-        return pixels.pin_memory() if self.device.type == "cuda" else pixels
+    def _check_sizes(self) -> None:
+        """Refuse splits with too few classes and classes with too few images, before any pixel is read."""
+        images, needed = self.images, self.shots + self.queries
+        for split, classes in images.splits.items():
+            if 0 < len(classes) < self.ways:
+                raise UsageError(
+                    f"-n {self.ways} is more than the classes of the {split} split of {images.source}, "
+                    f"{len(classes)}: lower -n, or add classes"
+                )
+            for number in classes[images.count[classes] < needed].tolist():
+                raise UsageError(
+                    f"-k {self.shots} plus -q {self.queries} is {needed}, but class {images.names[number]} ({split}) "
+                    f"of {images.source} has {images.count[number]} images: lower -k or -q, or add images"
+                )
 
 
-def check_sizes(images: ImageSet, *, ways: int, shots: int, queries: int) -> None:
-    """Raises UsageError where a split has too few classes or a class too few images; looks at no pixel."""
-    needed = shots + queries
-    for split, classes in images.splits.items():
-        if 0 < len(classes) < ways:
-            some = f"{len(classes)} class{'es' * (len(classes) > 1)}"
-            raise UsageError(
-                f"-n {ways} is more than the {some} of the {split} split of {images.source}: lower -n, or "
-                "add classes"
-            )
-        short = classes[images.count[classes] < needed].tolist()
-        if short:
-            name, count = images.names[short[0]], images.count[short[0]]
-            raise UsageError(
-                f"-k {shots} plus -q {queries} is {needed}, but class {name} ({split}) of {images.source} "
-                f"has {count} images: lower -k or -q, or add images"
-            )
-
-
-def augmented(x: Tensor, kinds: tuple[str, ...], stream: Stream) -> Tensor:
-    """Images `[tasks, images, channels, side, side]`, each changed by itself as its task's stream says."""
+def augment_images(x: Tensor, kinds: tuple[str, ...], stream: Stream) -> Tensor:
+    """Change each of the images `[tasks, images, channels, side, side]` as its task's stream says."""
     tasks, images = x.shape[:2]
     if "flip" in kinds:
         mirrored = stream.at("flip").words(images) >> 31 == 1
@@ -198,8 +181,8 @@ def augmented(x: Tensor, kinds: tuple[str, ...], stream: Stream) -> Tensor:
     if not {"crop", "rotate"} & set(kinds):
         return x
     precise = torch.promote_types(x.dtype, torch.float32)  # bfloat16 cannot tell two pixels apart
-    one, nought = (torch.full((tasks, images), value, device=x.device, dtype=precise) for value in (1.0, 0.0))
-    zoom, right, down, angle = one, nought, nought, nought
+    one, zero = (torch.full((tasks, images), value, device=x.device, dtype=precise) for value in (1.0, 0.0))
+    zoom, right, down, angle = one, zero, zero, zero
     if "crop" in kinds:
         zoom = stream.at("zoom").uniform(images, ZOOM, 1.0, precise)
         # The sides are 2 long in the coordinates of the grid.
@@ -215,7 +198,7 @@ def augmented(x: Tensor, kinds: tuple[str, ...], stream: Stream) -> Tensor:
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes."""
+    """Return the free memory of a device, or of this machine, in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")

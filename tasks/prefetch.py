@@ -1,4 +1,4 @@
-"""Fetching the next iteration's tasks while the present one is computed."""
+"""Fetch the tasks of the next iteration in a thread while the present one is computed."""
 
 from __future__ import annotations
 
@@ -7,31 +7,30 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 from typing import Any
 
-Fetch = Callable[[str, int, int, range], Any]  # of split, seed, iteration and numbers of tasks
+Fetch = Callable[[str, int, int, range], Any]  # arguments: split, seed, iteration, numbers of the tasks
 
 
-class Ahead:
-    """A fetching function, called as it is, that is a training iteration ahead in a thread.
+class Prefetch:
+    """Call a fetching function one training iteration ahead, in a thread.
 
-    What it gives is a pure function of its arguments, so that it does not matter who asks when; calls never
-    overlap. What fails in the thread fails in the call that wants it.
+    The function is pure, so it does not matter who asks when; its calls never overlap. An error in the thread is
+    raised by the call that asks for that result.
     """
 
     def __init__(self, fetch: Fetch) -> None:
         self.fetch = fetch
         self.lock = Lock()
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="tasks-ahead")
-        self.coming: dict[int, tuple[tuple[Any, ...], Future[Any]]] = {}  # by seed
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self.pending: dict[int, tuple[tuple[Any, ...], Future[Any]]] = {}  # seed -> arguments and result
 
     def __call__(self, split: str, seed: int, iteration: int, tasks: range) -> Any:
-        wanted = (split, seed, iteration, tasks)
-        what, coming = self.coming.get(seed, (None, None))
-        found = coming.result() if coming is not None and what == wanted else self._fetched(*wanted)
-        following = (split, seed, iteration + 1, tasks)
-        if split == "train" and what != following:
-            self.coming[seed] = following, self.thread.submit(self._fetched, *following)
-        return found
+        wanted, following = (split, seed, iteration, tasks), (split, seed, iteration + 1, tasks)
+        arguments, future = self.pending.get(seed, (None, None))
+        result = future.result() if future is not None and arguments == wanted else self._call(*wanted)
+        if split == "train" and arguments != following:
+            self.pending[seed] = following, self.thread.submit(self._call, *following)
+        return result
 
-    def _fetched(self, *wanted: Any) -> Any:
+    def _call(self, *arguments: Any) -> Any:
         with self.lock:
-            return self.fetch(*wanted)
+            return self.fetch(*arguments)
