@@ -1,9 +1,10 @@
-"""Task distributions: what can be sampled, and how.
+"""Task distributions by name: what `--dataset` can be, and how a meta-batch is sampled from it.
 
-A distribution samples a whole meta-batch as tensors on its device: no loop over tasks, no workers.
-Task t of iteration i is a pure function of (split, seed, i, t), see randomness.py. Curves are computed
-here; images (image_tasks.py) and tables (tables.py) are looked up; the user's own are asked for. A new one
-in this project needs what `TaskDistribution` in tasks.py describes, and a line in `build_distribution`.
+`build_distribution` makes a distribution from the options of tasks, and its `sample` gives a whole meta-batch, a
+`TaskBatch`, as tensors on the device: no loop over tasks, no workers. Task t of iteration i is a pure function of
+(split, seed, i, t), see common/random.py. Curves are computed here, images and tables (tasks/) are looked up, the
+user's own tasks are asked for. A new one needs the members of `TaskDistribution` in common/batch.py, and a line in
+`build_distribution`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,23 +24,88 @@ from torch.utils import _pytree as pytree
 
 from common.batch import Kind, TaskBatch, TaskDistribution, first_tensor, tree_map
 from common.errors import UsageError
-from common.own_code import asked_for, called, is_own_code, load_code
-from common.random import Stream, task_stream
-from tasks.image_tasks import ImageTasks, check_sizes
-from tasks.images import ImageSet, load_images, load_named
-from tasks.omniglot import load_omniglot
-from tasks.prefetch import Ahead
-from tasks.tables import Columns, TableTasks, load_table
+from common.own_code import arguments_from, asked_for, called, is_own_code, load_code
+from common.random import SPLITS, Stream, task_stream
+from tasks.benchmarks import open_benchmark
+from tasks.image_tasks import ImageTasks
+from tasks.images import Form, ImageSet, open_folder
+from tasks.omniglot import open_omniglot
+from tasks.options import TaskOptions
+from tasks.prefetch import Prefetch
+from tasks.splits import all_for_test
+from tasks.table_tasks import TableTasks
+from tasks.tables import Columns, load_table
 
 GRID_POINTS = 200  # of a curve in a picture
 
-# ---- regression ----------------------------------------------------------------------------------
+
+def build_distribution(
+    options: TaskOptions,
+    *,
+    data_root: Path,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    for_test: bool = False,
+) -> TaskDistribution:
+    """Return the task distribution `options.dataset`.
+
+    Args:
+        data_root: the folder from which named image sets are read; they are fetched into it if need be.
+        for_test: there is no training on it: of data without a split of its own, everything is for test.
+
+    Raises UsageError where the data cannot be read, or is too little for tasks of this size.
+    """
+    name, placed = options.dataset, {"device": device, "dtype": dtype}
+    if name in FAMILIES:
+        return FAMILIES[name](
+            options.shots, options.queries, noise=options.noise, oracle=options.oracle, **placed
+        )
+    ways = options.ways if options.classification else None
+    sizes: dict[str, Any] = {"ways": ways, "shots": options.shots, "queries": options.queries}
+    if is_own_code(name):
+        factory, arguments = load_code(name, "--dataset"), arguments_from(options.dataset_args)
+
+        def make(shots: int) -> Any:
+            sizes_of_task = asked_for(factory, sizes | {"shots": shots})
+            return called(factory, name, "--dataset", **sizes_of_task | arguments)
+
+        return Custom(make, name, ways=ways, shots=options.shots, **placed)
+    if name.startswith("table:"):
+        path, columns = Path(name.partition(":")[2]), Columns.parse(options.columns)
+        table = load_table(path, columns, classification=ways is not None, shares=_shares(options))
+        if for_test and not table.own_splits:
+            table = replace(table, splits=all_for_test(len(table.tasks)))
+        return TableTasks(table, **sizes, **placed)
+    images = _open_images(options, data_root)
+    if for_test and not images.own_splits:
+        images = replace(images, splits=all_for_test(len(images.names)))
+    quarter_turns = options.quarter_turns or name == "omniglot"
+    augment = tuple(options.augment.split(",")) if options.augment else ()
+    return ImageTasks(images, **sizes, quarter_turns=quarter_turns, augment=augment, **placed)
+
+
+def _open_images(options: TaskOptions, data_root: Path) -> ImageSet:
+    """Return the images of a folder or of a named set; no pixel is read yet."""
+    assert options.image_size and options.channels
+    form = Form(options.image_size, options.channels, options.invert, options.resize)
+    if options.dataset == "omniglot":
+        return open_omniglot(data_root, form, options.omniglot_split)
+    if options.dataset.startswith("images:"):
+        return open_folder(Path(options.dataset.partition(":")[2]), form, _shares(options))
+    return open_benchmark(options.dataset, data_root, form)
+
+
+def _shares(options: TaskOptions) -> dict[str, int]:
+    return dict(zip(SPLITS, map(int, options.split_shares.split(",")), strict=True))
+
+
+# ---- curves --------------------------------------------------------------------------------------
 
 
 class Regression(ABC):
     """Curves from a parametric family: inputs `[tasks, points, 1]`, targets of the same shape.
 
-    Arguments:
+    Args:
         shots, queries: points of the support and of the query set of a task.
         noise: standard deviation of Gaussian noise on the targets of both.
         oracle: the parameters of the task join the inputs: `[tasks, points, 1 + parameters]`.
@@ -68,6 +134,22 @@ class Regression(ABC):
         self.device = torch.device(device)
         self.dtype = dtype
 
+    @abstractmethod
+    def parameters(self, stream: Stream) -> tuple[Tensor, ...]:
+        """Draw the parameters that make a task: tensors `[tasks, 1]`."""
+
+    @abstractmethod
+    def inputs(self, stream: Stream, points: int, parameters: tuple[Tensor, ...]) -> Tensor:
+        """Draw inputs `[tasks, points]`."""
+
+    @abstractmethod
+    def grid(self, points: int, parameters: tuple[Tensor, ...]) -> Tensor:
+        """Return dense, sorted inputs for a picture: `[tasks, points]`, or `[1, points]`."""
+
+    @abstractmethod
+    def curve(self, x: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
+        """Return the targets at `x`, without noise: `[tasks, points]`."""
+
     @property
     def examples(self) -> int:
         return self.shots + self.queries
@@ -81,56 +163,35 @@ class Regression(ABC):
         other.shots = shots
         return other
 
-    @abstractmethod
-    def parameters(self, stream: Stream) -> tuple[Tensor, ...]:
-        """What makes a task: tensors `[tasks, 1]`."""
-
-    @abstractmethod
-    def inputs(self, stream: Stream, points: int, parameters: tuple[Tensor, ...]) -> Tensor:
-        """Random inputs `[tasks, points]`."""
-
-    @abstractmethod
-    def grid(self, points: int, parameters: tuple[Tensor, ...]) -> Tensor:
-        """Dense, sorted inputs for a picture: `[tasks, points]`, or `[1, points]`."""
-
-    @abstractmethod
-    def curve(self, x: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
-        """The targets, without noise: `[tasks, points]`."""
-
     def sample(
-        self,
-        split: str,
-        seed: int | Tensor,
-        iteration: int | Tensor,
-        tasks: range | Tensor,
-        *,
-        grid: int | None = None,
+        self, split: str, seed: int | Tensor, iteration: int | Tensor, tasks: range | Tensor
     ) -> TaskBatch:
-        """A meta-batch; with `grid`, the query is that many dense, sorted points without noise."""
         stream = task_stream(split, seed, iteration, tasks, self.device)
         parameters = self.parameters(stream.at("parameters"))
         support = self._examples(stream.at("support"), self.shots, parameters)
-        if grid is None:
-            return TaskBatch(*support, *self._examples(stream.at("query"), self.queries, parameters))
-        x = self.grid(grid, parameters).expand(len(tasks), grid)
-        return TaskBatch(*support, self._inputs(x, parameters), self.curve(x, parameters)[..., None])
+        query = self._examples(stream.at("query"), self.queries, parameters)
+        return TaskBatch(*support, *query)
 
     def sample_to_draw(self, split: str, seed: int, tasks: int) -> TaskBatch:
-        """Return tasks whose query is the true curve on a grid."""
-        return self.sample(split, seed, 0, range(tasks), grid=GRID_POINTS)
+        numbers = range(tasks)
+        parameters = self.parameters(task_stream(split, seed, 0, numbers, self.device).at("parameters"))
+        x = self.grid(GRID_POINTS, parameters).expand(tasks, GRID_POINTS)
+        query_x, query_y = self._with_parameters(x, parameters), self.curve(x, parameters)[..., None]
+        return self.sample(split, seed, 0, numbers)._replace(query_x=query_x, query_y=query_y)
 
     def _examples(self, stream: Stream, points: int, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         x = self.inputs(stream, points, parameters)
         y = self.curve(x, parameters)
         if self.noise:
             y = y + self.noise * stream.at("noise").normal(points, self.dtype)
-        return self._inputs(x, parameters), y[..., None]
+        return self._with_parameters(x, parameters), y[..., None]
 
-    def _inputs(self, x: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
+    def _with_parameters(self, x: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
+        """Return inputs `[tasks, points, features]` of `x` `[tasks, points]`."""
         if not self.oracle:
             return x[..., None]
-        told = torch.cat([p.to(x.dtype) for p in parameters], 1)
-        return torch.cat([x[..., None], told[:, None].expand(-1, x.shape[1], -1)], -1)
+        features = torch.cat([parameter.to(x.dtype) for parameter in parameters], 1)
+        return torch.cat([x[..., None], features[:, None].expand(-1, x.shape[1], -1)], -1)
 
 
 class Sinusoid(Regression):
@@ -213,23 +274,30 @@ class Harmonic(Regression):
         return first + amplitude_2 * torch.sin(2.0 * frequency * x + phase_2)
 
 
+FAMILIES: dict[str, type[Regression]] = {
+    "sinusoid": Sinusoid,
+    "sinusoid-frequency": SinusoidFrequency,
+    "sinusoid-line": SinusoidLine,
+    "harmonic": Harmonic,
+}
+
+
 # ---- the user's own ------------------------------------------------------------------------------
 
 
 class Custom:
-    """Tasks from the user's object, which has one method, `sample(split, seeds)`.
+    """Tasks of a user's object, which has one method, `sample(split, seeds)`.
 
-    It gives the four tensors of a `TaskBatch` for "train", "validation" or "test" and seeds, int64 `[tasks]`:
-    each task is a function of the split and of its seed. (Nested tuples or dictionaries of tensors stand for
-    several inputs or outputs.) Labels are int64; numbers to predict have an axis of their own, behind the
-    examples'.
+    The method returns the four tensors of a `TaskBatch` for "train", "validation" or "test" and seeds, int64
+    `[tasks]`: each task is a function of the split and of its seed. Nested tuples or dictionaries of tensors stand
+    for several inputs or outputs. Labels are int64; targets of a regression are `[tasks, examples, numbers]`.
 
-    Raises UsageError where the object has no such method, or gives anything else.
-
-    Arguments:
-        make: the object for a number of shots.
+    Args:
+        make: makes the object for a number of shots.
         name: of the object's factory, for messages.
-        ways: classes of a task; None: regression.
+        ways: classes of a task; None in regression.
+
+    Raises UsageError where the object has no such method, or returns anything else.
     """
 
     kind: Kind = "other"
@@ -256,11 +324,11 @@ class Custom:
         self.source = make(shots)
         if not callable(getattr(self.source, "sample", None)):
             raise UsageError(f"--dataset {name} makes a {type(self.source).__name__} without a method sample")
-        self.fetched = Ahead(self._sample)
+        self.prefetch = Prefetch(self._fetch)
 
     @cached_property
     def examples(self) -> int:
-        batch = self._sample("train", 0, 0, range(1))  # past what is fetched ahead
+        batch = self._fetch("train", 0, 0, range(1))
         return sum(first_tensor(tree).shape[1] for tree in (batch.support_x, batch.query_x))
 
     @property
@@ -270,36 +338,35 @@ class Custom:
     def resized(self, shots: int) -> Custom:
         if shots == self.shots:
             return self
-        return Custom(
-            self.make, self.name, ways=self.ways, shots=shots, device=self.device,
-            dtype=self.dtype,
-        )  # fmt: skip
+        sizes: dict[str, Any] = {"ways": self.ways, "shots": shots}
+        return Custom(self.make, self.name, **sizes, device=self.device, dtype=self.dtype)
 
     def sample(self, split: str, seed: int, iteration: int | Tensor, tasks: range) -> TaskBatch:
-        batch = self.fetched(split, seed, int(iteration), tasks)
-        return TaskBatch(*(tree_map(self._placed, tree) for tree in batch))
+        batch = self.prefetch(split, seed, int(iteration), tasks)
+        return TaskBatch(*(tree_map(self._place, tree) for tree in batch))
 
     def sample_to_draw(self, split: str, seed: int, tasks: int) -> TaskBatch:
-        """Return the first tasks as `sample` gives them."""
         return self.sample(split, seed, 0, range(tasks))
 
-    def _placed(self, tensor: Tensor) -> Tensor:
+    def _place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
 
-    def _sample(self, split: str, seed: int, iteration: int, tasks: range) -> TaskBatch:
+    def _fetch(self, split: str, seed: int, iteration: int, tasks: range) -> TaskBatch:
+        """Call the user's method and check what it returns."""
         stream = task_stream(split, seed, iteration, tasks, torch.device("cpu"))
         high, low = stream.at("own").words(2).unbind(1)
         seeds = (high >> 1 << 32) | low  # 63 bits
-        found = called(self.source.sample, f"{self.name}: sample", "--dataset", split, seeds)
-        problem = self._problem(found, len(tasks))
+        parts = called(self.source.sample, f"{self.name}: sample", "--dataset", split, seeds)
+        problem = self._find_problem(parts, len(tasks))
         if problem:
             raise UsageError(f"--dataset {self.name}: sample({split!r}, {len(tasks)} seeds) {problem}")
-        return TaskBatch(*found)
+        return TaskBatch(*parts)
 
-    def _problem(self, found: Any, tasks: int) -> str | None:
-        if not isinstance(found, tuple | list) or len(found) != 4:
+    def _find_problem(self, parts: Any, tasks: int) -> str | None:
+        """Return what is wrong with a batch of the user's, or None."""
+        if not isinstance(parts, tuple | list) or len(parts) != 4:
             return "should give four tensors: support x and y, query x and y"
-        for name, tree in zip(TaskBatch._fields, found, strict=True):
+        for name, tree in zip(TaskBatch._fields, parts, strict=True):
             tensors = pytree.tree_leaves(tree)
             if not tensors or not all(isinstance(t, Tensor) for t in tensors):
                 return f"gives no tensor as {name}"
@@ -307,114 +374,15 @@ class Custom:
                 return f"gives {name} {tuple(tensors[0].shape)}: it should be [{tasks} tasks, examples, ...]"
             if len({t.shape[1] for t in tensors}) > 1:
                 return f"gives parts of {name} with different numbers of examples"
-        sizes = [first_tensor(tree).shape[1] for tree in found]
+        support_x, support_y, query_x, query_y = map(first_tensor, parts)
+        sizes = [t.shape[1] for t in (support_x, support_y, query_x, query_y)]
         if sizes[0] != sizes[1] or sizes[2] != sizes[3]:
             return f"gives x and y of different numbers of examples: {sizes}"
-        if not self.classification and min(first_tensor(found[i]).dim() for i in (1, 3)) < 3:
+        if not self.classification and min(support_y.dim(), query_y.dim()) < 3:
             return "gives targets without an axis of their own: they should be [tasks, examples, numbers]"
-        for labels in map(first_tensor, (found[1], found[3]) if self.classification else ()):
+        for labels in (support_y, query_y) if self.classification else ():
             if labels.is_floating_point():
                 return "gives labels that are not int64"
             if labels.min() < 0 or labels.max() >= (self.ways or 0):
                 return f"gives labels from {labels.min()} to {labels.max()}: they go from 0 to -n - 1"
         return None
-
-
-@dataclass(frozen=True)
-class ImageOptions:
-    """How images are brought to tensors, and where these are kept."""
-
-    size: int
-    channels: int
-    invert: bool = False
-    resize: str = "lanczos"
-    quarter_turns: bool = False
-    augment: tuple[str, ...] = ()
-    place: str = "auto"
-
-
-FAMILIES: dict[str, type[Regression]] = {
-    "sinusoid": Sinusoid,
-    "sinusoid-frequency": SinusoidFrequency,
-    "sinusoid-line": SinusoidLine,
-    "harmonic": Harmonic,
-}
-
-
-def build_distribution(
-    name: str,
-    *,
-    classification: bool,
-    ways: int | None,
-    shots: int,
-    queries: int,
-    noise: float = 0.0,
-    oracle: bool = False,
-    images: ImageOptions | None = None,
-    columns: Columns | None = None,
-    shares: tuple[int, int, int] = (64, 16, 20),
-    split_seed: int = 0,
-    omniglot_split: str = "random",
-    arguments: dict[str, Any] | None = None,
-    for_test: bool = False,
-    data_root: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> TaskDistribution:
-    """The distribution of that name; named sets are read, or fetched, from `data_root`.
-
-    Arguments:
-        for_test: there is no training on it: all classes or tasks of a set without a split of its own are
-            for test.
-    """
-    placed: dict[str, Any] = {"device": device, "dtype": dtype}
-    if name in FAMILIES:
-        return FAMILIES[name](shots, queries, noise=noise, oracle=oracle, device=device, dtype=dtype)
-    kind, _, path = name.partition(":")
-    split: dict[str, Any] = {"shares": shares, "split_seed": split_seed}
-    if kind == "table":
-        table = load_table(Path(path), columns or Columns(), classification=classification, **split)
-        if for_test and not table.own_splits:
-            table = replace(table, splits=all_for_test(len(table.tasks)))
-        return TableTasks(table, shots=shots, queries=queries, ways=ways, **placed)
-    if is_own_code(name):
-        factory, given = load_code(name, "--dataset"), arguments or {}
-
-        def make(shots: int) -> Any:
-            sizes = asked_for(factory, {"ways": ways, "shots": shots, "queries": queries})
-            return called(factory, name, "--dataset", **sizes | given)
-
-        return Custom(make, name, ways=ways if classification else None, shots=shots, **placed)
-    if ways is None or images is None:
-        raise ValueError(f"no dataset {name!r} with ways {ways}")
-
-    def as_used(found: ImageSet) -> ImageSet:
-        everything = for_test and not found.own_splits
-        return replace(found, splits=all_for_test(len(found.names))) if everything else found
-
-    if name == "omniglot":
-        pixels, splits = load_omniglot(data_root, split=omniglot_split, resize=images.resize)
-        pixels = pixels if images.invert else 255 - pixels
-        found = ImageSet.of_equal_classes(pixels, splits, "Omniglot")
-    else:
-        form: dict[str, Any] = {
-            "size": images.size, "channels": images.channels, "invert": images.invert,
-            "resize": images.resize,
-        }  # fmt: skip
-
-        def check(found: ImageSet) -> None:
-            check_sizes(as_used(found), ways=ways, shots=shots, queries=queries)
-
-        form["check"] = check
-        found = load_images(Path(path), **form, **split) if path else load_named(name, data_root, **form)
-    found = as_used(found)
-    return ImageTasks(
-        found, ways=ways, shots=shots, queries=queries, augment=images.augment, place=images.place,
-        quarter_turns=images.quarter_turns or name == "omniglot", **placed,
-    )  # fmt: skip
-
-
-def all_for_test(count: int) -> dict[str, Tensor]:
-    """Splits in which everything is for test."""
-    none = torch.zeros(0, dtype=torch.int64)
-    return {"train": none, "validation": none, "test": torch.arange(count)}

@@ -127,7 +127,9 @@ def _open_cifar(name: str, data_root: Path, published: Mapping[str, list[str]], 
 
     def load() -> Tensor:
         shape = (len(names) * CIFAR_IMAGES, form.channels, form.size, form.size)
-        return cached_pixels(folder, files, (form, names), shape, lambda: _cifar_images(data_root, names, form))
+        return cached_pixels(
+            folder, files, (form, names), shape, lambda: _cifar_images(data_root, names, form)
+        )
 
     count = torch.full((len(names),), CIFAR_IMAGES)
     return ImageSet(names, count, as_positions(published, names), load, name, published=True)

@@ -137,7 +137,9 @@ class ImageTasks:
 
     def _fetch(self, split: str, seed: int, iteration: int, tasks: range) -> Tensor:
         """Read a batch's pixels from the memory map."""
-        pixels = self._gather(self._draw_rows(task_stream(split, seed, iteration, tasks, self.pixels.device), split))
+        pixels = self._gather(
+            self._draw_rows(task_stream(split, seed, iteration, tasks, self.pixels.device), split)
+        )
         return pixels.pin_memory() if self.device.type == "cuda" else pixels
 
     def _turn(self, pixels: Tensor, quarters: Tensor) -> Tensor:

@@ -204,7 +204,9 @@ def _listed_classes(folder: Path, path: Path) -> Classes:
         raise UsageError(f"{path} is no readable CSV file ({one_line(error)}): write it again") from error
     label_column = next((column for column in ("label", "class") if column in columns), None)
     if label_column is None:
-        raise UsageError(f'{path} has the columns {columns}: it needs "filename" and "label", or "label" alone')
+        raise UsageError(
+            f'{path} has the columns {columns}: it needs "filename" and "label", or "label" alone'
+        )
     classes: Classes = {}
     for number, row in lines:
         label, filename = row[label_column], row.get("filename")
@@ -249,7 +251,9 @@ def _check_disjoint(folder: Path, groups: Mapping[str, Classes]) -> None:
             for file in files:
                 label = class_of.setdefault(os.path.normpath(file), f"{name} ({split})")
                 if label != f"{name} ({split})":
-                    raise UsageError(f"{file} is listed under {label} and under {name} ({split}): list it once")
+                    raise UsageError(
+                        f"{file} is listed under {label} and under {name} ({split}): list it once"
+                    )
 
 
 # ---- from a file to pixels -----------------------------------------------------------------------

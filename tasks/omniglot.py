@@ -38,7 +38,9 @@ def open_omniglot(data_root: Path, form: Form, split: str) -> ImageSet:
                     f"Omniglot's {name} has {len(files)} drawings instead of {OMNIGLOT_DRAWINGS}: fetch it again"
                 )
         if len(of_character) != characters:
-            raise UsageError(f"{place} has {len(of_character)} characters instead of {characters}: fetch it again")
+            raise UsageError(
+                f"{place} has {len(of_character)} characters instead of {characters}: fetch it again"
+            )
         classes |= of_character
         sources += [place] if place.is_file() else [place / path for path in drawings]
     splits = split_characters(sorted(classes), split)
@@ -87,7 +89,9 @@ def _list_drawings(place: Path) -> dict[str, ImageFile]:
     try:
         archive = zipfile.ZipFile(place)
     except (OSError, zipfile.BadZipFile) as error:
-        raise UsageError(f"{place} is damaged ({one_line(error)}): remove it, and it is fetched again") from error
+        raise UsageError(
+            f"{place} is damaged ({one_line(error)}): remove it, and it is fetched again"
+        ) from error
     prefix = f"{place.stem}/"
     names = [name for name in sorted(archive.namelist()) if name.startswith(prefix) and name.endswith(".png")]
     return {name.removeprefix(prefix): zipfile.Path(archive, name) for name in names}

@@ -29,7 +29,9 @@ def split_at_random(names: Sequence[str], shares: Mapping[str, int]) -> dict[str
     """Split the names at random in proportion to the shares, `{"train": 64, ...}`; each part is sorted."""
     shuffled = iter(shuffle(names, "class split"))
     sizes = _apportion(len(names), list(shares.values()))
-    return {split: sorted(next(shuffled) for _ in range(size)) for split, size in zip(shares, sizes, strict=True)}
+    return {
+        split: sorted(next(shuffled) for _ in range(size)) for split, size in zip(shares, sizes, strict=True)
+    }
 
 
 def _apportion(total: int, shares: list[int]) -> list[int]:

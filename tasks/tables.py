@@ -43,7 +43,9 @@ class Columns:
         """Return the roles that `task=NAME`, `target=NAME,...` and `input=NAME,...` name."""
         roles = dict(pair.split("=", 1) for pair in pairs)
         names = {role: tuple(name.strip() for name in text.split(",")) for role, text in roles.items()}
-        return cls(roles.get("task", cls.task), names.get("target", cls.targets), names.get("input", cls.inputs))
+        return cls(
+            roles.get("task", cls.task), names.get("target", cls.targets), names.get("input", cls.inputs)
+        )
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,9 @@ def load_table(
     inputs, own_splits = _check_columns(file, columns, one_task)
     x = torch.from_numpy(np.stack([file.numbers(name) for name in inputs], 1))
     if classification:
-        classes, y = _sort_classes(*file.names(columns.targets[0], NO_CLASS, "class", missing=missing_targets))
+        classes, y = _sort_classes(
+            *file.names(columns.targets[0], NO_CLASS, "class", missing=missing_targets)
+        )
         known = y >= 0
     else:
         classes = []
@@ -123,14 +127,18 @@ def _check_columns(file: _File, columns: Columns, one_task: bool) -> tuple[tuple
     chosen = [*columns.targets, *columns.inputs, *[columns.task] * (not one_task)]
     for name, times in Counter(chosen).items():
         if times > 1:
-            raise UsageError(f"column {name!r} is named twice: task, targets and inputs are different columns")
+            raise UsageError(
+                f"column {name!r} is named twice: task, targets and inputs are different columns"
+            )
         if name not in file.columns:
             has = ", ".join(map(repr, file.columns))
             raise UsageError(f"{file.path} has no column {name!r}: it has {has}; name yours with --columns")
     own_splits = SPLIT_COLUMN in file.columns and SPLIT_COLUMN not in chosen
     inputs = columns.inputs or tuple(name for name in file.columns if name not in (*chosen, SPLIT_COLUMN))
     if not inputs:
-        raise UsageError(f"{file.path} has no input column, only {', '.join(map(repr, file.columns))}: add one")
+        raise UsageError(
+            f"{file.path} has no input column, only {', '.join(map(repr, file.columns))}: add one"
+        )
     for name in INDEX_COLUMNS:
         if name in inputs and not columns.inputs:
             raise UsageError(
@@ -156,13 +164,17 @@ def _read_splits(file: _File, tasks: list[str], task: Tensor) -> dict[str, list[
     names, split = file.names(SPLIT_COLUMN, NO_NAME, "split")
     for position, name in enumerate(names):
         if name.lower() not in SPLIT_NAMES:
-            raise file.error(SPLIT_COLUMN, f"says {name!r}, not train, validation or test,", split == position)
+            raise file.error(
+                SPLIT_COLUMN, f"says {name!r}, not train, validation or test,", split == position
+            )
     split = torch.tensor([SPLITS.index(SPLIT_NAMES[name.lower()]) for name in names])[split]
     of_task = torch.full([len(tasks)], -1).scatter_reduce(0, task, split, "amax")
     torn = split != of_task[task]
     if torn.any():
         name = tasks[int(task[torn][0])]
-        raise file.error(SPLIT_COLUMN, f"puts task {name!r} into two splits: {SPLITS[int(split[torn][0])]}", torn)
+        raise file.error(
+            SPLIT_COLUMN, f"puts task {name!r} into two splits: {SPLITS[int(split[torn][0])]}", torn
+        )
     return {name: [tasks[t] for t in (of_task == number).nonzero()] for number, name in enumerate(SPLITS)}
 
 
@@ -188,7 +200,9 @@ def _read(path: Path) -> Any:
             as_text = csv.ConvertOptions(column_types=dict.fromkeys(header, string()))
             data = csv.read_csv(path, parse_options=parse, convert_options=as_text)
     except (OSError, ValueError, ArrowException) as error:
-        raise UsageError(f"{path} is not readable as {kind} ({one_line(error)[:200]}): mend the file") from error
+        raise UsageError(
+            f"{path} is not readable as {kind} ({one_line(error)[:200]}): mend the file"
+        ) from error
     names = [name.strip() for name in data.column_names]
     for name, times in Counter(names).items():
         if times > 1:
@@ -238,7 +252,9 @@ class _File:
                     raise self.error(name, f"holds {value!r:.40}, not a number,", row) from error
             raise UsageError(f"{self.path}: column {name!r} holds {column.type}, not numbers") from error
 
-    def names(self, name: str, absent: Iterable[str], what: str, *, missing: bool = False) -> tuple[list[str], Tensor]:
+    def names(
+        self, name: str, absent: Iterable[str], what: str, *, missing: bool = False
+    ) -> tuple[list[str], Tensor]:
         """Return a column's different names in order of appearance, and each row's position among them.
 
         Positions are int64 `[rows]`, -1 where a name may be missing.
@@ -250,7 +266,9 @@ class _File:
         try:
             column = column.cast(pa.string())
         except pa.ArrowException as error:
-            raise UsageError(f"{self.path}: column {name!r} holds {column.type}: it needs plain names") from error
+            raise UsageError(
+                f"{self.path}: column {name!r} holds {column.type}: it needs plain names"
+            ) from error
         if what == "class":  # pandas makes floats of whole numbers as soon as one is missing
             column = pc.replace_substring_regex(column, r"^(-?\d+)\.0+$", r"\1")
         encoded = column.combine_chunks().dictionary_encode()
