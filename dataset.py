@@ -1,10 +1,10 @@
 """Task distributions by name: what `--dataset` can be, and how a meta-batch is sampled from it.
 
-`build_distribution` makes a distribution from the options of tasks, and its `sample` gives a whole meta-batch, a
-`TaskBatch`, as tensors on the device: no loop over tasks, no workers. Task t of iteration i is a pure function of
-(split, seed, i, t), see common/random.py. Curves are computed here, images and tables (tasks/) are looked up, the
-user's own tasks are asked for. A new one needs the members of `TaskDistribution` in common/batch.py, and a line in
-`build_distribution`.
+`build_distribution` makes a distribution from the options of tasks, and its `sample` gives a whole
+meta-batch, a `TaskBatch`, as tensors on the device: no loop over tasks, no workers. Task t of iteration i is
+a pure function of (split, seed, i, t), see common/random.py. Curves are computed here, images and tables
+(tasks/) are looked up, the user's own tasks are asked for. A new one needs the members of `TaskDistribution`
+in common/batch.py, and a line in `build_distribution`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def build_distribution(
 
     Raises UsageError where the data cannot be read, or is too little for tasks of this size.
     """
-    name, placed = options.dataset, {"device": device, "dtype": dtype}
+    name = options.dataset
+    placed: dict[str, Any] = {"device": device, "dtype": dtype}
     if name in FAMILIES:
         return FAMILIES[name](
             options.shots, options.queries, noise=options.noise, oracle=options.oracle, **placed
@@ -102,7 +103,7 @@ def _shares(options: TaskOptions) -> dict[str, int]:
 # ---- curves --------------------------------------------------------------------------------------
 
 
-class Regression(ABC):
+class Regression(TaskDistribution, ABC):
     """Curves from a parametric family: inputs `[tasks, points, 1]`, targets of the same shape.
 
     Args:
@@ -112,10 +113,7 @@ class Regression(ABC):
     """
 
     kind: Kind = "curves"
-    classification = False
-    ways = None
     computed = True
-    on_host = False
 
     def __init__(
         self,
@@ -153,10 +151,6 @@ class Regression(ABC):
     @property
     def examples(self) -> int:
         return self.shots + self.queries
-
-    @property
-    def split_names(self) -> dict[str, list[str]]:
-        return {}
 
     def resized(self, shots: int) -> Regression:
         other = copy.copy(self)
@@ -285,12 +279,13 @@ FAMILIES: dict[str, type[Regression]] = {
 # ---- the user's own ------------------------------------------------------------------------------
 
 
-class Custom:
+class Custom(TaskDistribution):
     """Tasks of a user's object, which has one method, `sample(split, seeds)`.
 
     The method returns the four tensors of a `TaskBatch` for "train", "validation" or "test" and seeds, int64
-    `[tasks]`: each task is a function of the split and of its seed. Nested tuples or dictionaries of tensors stand
-    for several inputs or outputs. Labels are int64; targets of a regression are `[tasks, examples, numbers]`.
+    `[tasks]`: each task is a function of the split and of its seed. Nested tuples or dictionaries of tensors
+    stand for several inputs or outputs. Labels are int64; targets of a regression are `[tasks, examples,
+    numbers]`.
 
     Args:
         make: makes the object for a number of shots.
@@ -300,8 +295,6 @@ class Custom:
     Raises UsageError where the object has no such method, or returns anything else.
     """
 
-    kind: Kind = "other"
-    computed = False
     on_host = True
 
     def __init__(
@@ -318,7 +311,6 @@ class Custom:
         self.name = name
         self.shots = shots
         self.ways = ways
-        self.classification = ways is not None
         self.device = torch.device(device)
         self.dtype = dtype
         self.source = make(shots)
@@ -331,10 +323,6 @@ class Custom:
         batch = self._fetch("train", 0, 0, range(1))
         return sum(first_tensor(tree).shape[1] for tree in (batch.support_x, batch.query_x))
 
-    @property
-    def split_names(self) -> dict[str, list[str]]:
-        return {}
-
     def resized(self, shots: int) -> Custom:
         if shots == self.shots:
             return self
@@ -344,9 +332,6 @@ class Custom:
     def sample(self, split: str, seed: int, iteration: int | Tensor, tasks: range) -> TaskBatch:
         batch = self.prefetch(split, seed, int(iteration), tasks)
         return TaskBatch(*(tree_map(self._place, tree) for tree in batch))
-
-    def sample_to_draw(self, split: str, seed: int, tasks: int) -> TaskBatch:
-        return self.sample(split, seed, 0, range(tasks))
 
     def _place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)

@@ -34,28 +34,31 @@ class TaskDistribution(Protocol):
 
     Attributes:
         kind: "curves" and "images" can be drawn (see `sample_to_draw`); "other" cannot.
-        classification: labels are classes, and accuracy is defined.
-        ways: classes of a task; None in regression. Labels go from 0 to `ways` - 1.
+        ways: classes of a task, labelled from 0 to `ways` - 1; None in regression.
         computed: `sample` computes tasks from numbers alone. It can be compiled with the step, and takes the
             seed and the numbers of the tasks as int64 tensors too.
         on_host: `sample` works on the host, a batch ahead of its call, and requires a plain number as the
             iteration.
     """
 
-    kind: Kind
-    classification: bool
-    ways: int | None
-    computed: bool
-    on_host: bool
+    kind: Kind = "other"
+    ways: int | None = None
+    computed: bool = False
+    on_host: bool = False
 
     @property
-    def examples(self) -> int:
-        """Support and query examples of one task, together."""
-        ...
+    def classification(self) -> bool:
+        """Labels are classes, and accuracy is defined."""
+        return self.ways is not None
 
     @property
     def split_names(self) -> dict[str, list[str]]:
         """Names of the classes, or tasks, of each split of the user's own files; empty for other data."""
+        return {}
+
+    @property
+    def examples(self) -> int:
+        """Support and query examples of one task, together."""
         ...
 
     def resized(self, shots: int) -> TaskDistribution:
@@ -75,10 +78,10 @@ class TaskDistribution(Protocol):
     def sample_to_draw(self, split: str, seed: int, tasks: int) -> TaskBatch:
         """Return the first tasks of iteration 0 for a picture.
 
-        Curves have as query their true function, without noise, on a dense and sorted grid of inputs
-        (the first input feature). Other kinds give what `sample` gives.
+        The query of a curve is its true function, without noise, on a dense and sorted grid of inputs (the
+        first input feature). Other kinds give what `sample` gives.
         """
-        ...
+        return self.sample(split, seed, 0, range(tasks))
 
 
 def tree_map(function: Callable[..., Any], *trees: Tree) -> Tree:

@@ -7,7 +7,7 @@ and must be the published classes: results compare over nothing else.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from common.errors import UsageError, one_line
 from tasks.cache import cached_pixels
-from tasks.images import Classes, Form, ImageSet, find_classes, image_set, prepare
+from tasks.images import Form, ImageSet, find_classes, image_set, prepare
 from tasks.splits import as_positions, published_splits
 
 if TYPE_CHECKING:
@@ -38,19 +38,26 @@ def open_benchmark(name: str, data_root: Path, form: Form) -> ImageSet:
     published = published_splits(name)
     if name in ("cifar-fs", "fc100"):
         return _open_cifar(name, data_root, published, form)
-    folder = _named_folder(name, data_root)
+    folder = data_root / name
+    if not folder.is_dir():
+        raise UsageError(
+            f"{folder} is not there: put the benchmark's folders train, val and test of class folders there, "
+            "or name another --data-root"
+        )
     groups, has_splits = find_classes(folder)
-    classes = _by_last_part(folder, groups)
-    if has_splits:
-        for split, group in groups.items():
-            _check_published(folder, split, _last_parts(group), published)
-        published = {split: published[split] for split in groups}
-    else:
-        members = set(chain(*published.values()))  # ImageNet's other classes may lie there too
-        classes = {wnid: files for wnid, files in classes.items() if wnid in members}
-        for split, part in published.items():
-            _check_published(folder, split, [wnid for wnid in part if wnid in classes], published)
-    return image_set(folder, classes, published, form, published=True)
+    classes = {wnid: files for group in groups.values() for wnid, files in group.items()}
+    if not has_splits:  # ImageNet's other classes may lie there too
+        classes = {wnid: classes[wnid] for wnid in chain(*published.values()) if wnid in classes}
+        groups = {split: {w: classes[w] for w in part if w in classes} for split, part in published.items()}
+    for split, group in groups.items():
+        different = sorted(group.keys() ^ set(published[split]))
+        if different:
+            problem = "does not belong" if different[0] in group else "is missing"
+            raise UsageError(
+                f"{folder}: the class {different[0]} {problem} in the {split} split ({len(different)} differ "
+                "from the published ones): mend it, or load the folder as your own, images:FOLDER"
+            )
+    return image_set(folder, classes, groups, form, published=True)
 
 
 def fetch(download: Callable[[], T], what: str, remedy: str) -> T:
@@ -63,59 +70,6 @@ def fetch(download: Callable[[], T], what: str, remedy: str) -> T:
         raise UsageError(f"{what} and could not be fetched ({one_line(error)}): {remedy}") from error
     finally:
         socket.setdefaulttimeout(timeout)
-
-
-# ---- ImageNet ------------------------------------------------------------------------------------
-
-
-def _named_folder(name: str, data_root: Path) -> Path:
-    """Return the folder of that name, however people write it: miniImageNet, mini_imagenet, mini-imagenet."""
-    for path in sorted(data_root.iterdir()) if data_root.is_dir() else ():
-        if path.is_dir() and _letters(path.name) == _letters(name):
-            return path
-    raise UsageError(
-        f"{name} is not in {data_root}: put its folders train, val and test of class folders into "
-        f"{data_root / name}, or name another --data-root"
-    )
-
-
-def _letters(name: str) -> str:
-    return name.lower().replace("-", "").replace("_", "")
-
-
-def _last_parts(names: Iterable[str]) -> list[str]:
-    return [name.rpartition("/")[2] for name in names]
-
-
-def _by_last_part(folder: Path, groups: Mapping[str, Classes]) -> Classes:
-    """Return the classes by their ImageNet number alone, wherever below the folder they lie."""
-    classes: Classes = {}
-    for name, files in chain(*(group.items() for group in groups.values())):
-        (wnid,) = _last_parts([name])
-        if wnid in classes:
-            raise UsageError(f"{folder} has the class {wnid} twice: remove one of its folders")
-        classes[wnid] = files
-    return classes
-
-
-def _check_published(folder: Path, split: str, names: list[str], published: Mapping[str, list[str]]) -> None:
-    """Refuse a split of other classes than the published ones."""
-    split_of = {wnid: name for name, part in published.items() for wnid in part}
-    for wnid in names:
-        if split_of.get(wnid) != split:
-            truth = f"in {split_of[wnid]}" if wnid in split_of else "in no split"
-            raise UsageError(
-                f"{folder} has the class {wnid} in its {split} split, the published list has it {truth}: move it"
-            )
-    missing = sorted(set(published[split]) - set(names))
-    if missing:
-        raise UsageError(
-            f"{folder} lacks the class {missing[0]} of the published {split} split ({len(missing)} of "
-            f"{len(published[split])} are missing): add them, or load the folder as your own"
-        )
-
-
-# ---- CIFAR-100 -----------------------------------------------------------------------------------
 
 
 def _open_cifar(name: str, data_root: Path, published: Mapping[str, list[str]], form: Form) -> ImageSet:

@@ -1,6 +1,7 @@
 """Keep decoded images in a file: each data set is decoded once, and memory-mapped afterwards.
 
-The cache lies in the data's folder or, where that cannot be written, in the user's cache folder. Its name holds
+The cache lies in the data's folder or, where that cannot be written, in the user's cache folder. Its name
+holds
 a fingerprint of the sources and settings: changed sources never meet an old cache.
 """
 
@@ -66,8 +67,8 @@ def cached_pixels(
         except OSError as error:
             reasons.append(f"{path.parent} ({error.strerror or one_line(error)})")
     raise UsageError(
-        f"the prepared images, {math.prod(shape) / 1e6:,.0f} MB, cannot be written to {' or '.join(reasons)}: "
-        "free room there, or set XDG_CACHE_HOME to another folder"
+        f"the prepared images, {math.prod(shape) / 1e6:,.0f} MB, cannot be written to "
+        f"{' or '.join(reasons)}: free room there, or set XDG_CACHE_HOME to another folder"
     )
 
 

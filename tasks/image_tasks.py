@@ -1,7 +1,7 @@
 """Draw N-way K-shot tasks from any set of images.
 
-The pixels lie on the device as one uint8 tensor, and a batch is an index operation. Where they do not fit there,
-they stay memory-mapped on the host, and the next batch is fetched while this one is computed.
+The pixels lie on the device as one uint8 tensor, and a batch is an index operation. Where they do not fit
+there, they stay memory-mapped on the host, and the next batch is fetched while this one is computed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.batch import Kind, TaskBatch
+from common.batch import Kind, TaskBatch, TaskDistribution
 from common.errors import UsageError
 from common.random import Stream, task_stream
 from tasks.images import ImageSet
@@ -25,28 +25,27 @@ SHIFT = 1 / 8  # of the side, at most, in each direction
 ANGLE = 15.0  # degrees, at most, to each side
 
 
-class ImageTasks:
+class ImageTasks(TaskDistribution):
     """Tasks of `ways` different classes, with `shots` and `queries` different images of each.
 
-    Labels follow the random order of the classes. Inputs `[tasks, ways * examples, channels, height, width]` in
-    [0, 1]; labels int64 `[tasks, ways * examples]`, ordered by class.
+    Labels follow the random order of the classes. Inputs `[tasks, ways * examples, channels, height, width]`
+    in [0, 1]; labels int64 `[tasks, ways * examples]`, ordered by class.
 
     Args:
         images: the images, their classes and the splits. A split may be empty; sampling from it is an error.
         ways: classes of a task.
         shots, queries: images per class of the support and of the query set.
         quarter_turns: each class of a task is turned by 0, 90, 180 or 270 degrees, in every split.
-        augment: random changes of each training image, independent of the others. "flip" mirrors left and right
-            half the time; "crop" shows 0.8 to 1 of the side, moved by up to an eighth of it; "rotate" turns by
-            up to 15 degrees. Pixels from outside are reflections.
+        augment: random changes of each training image, independent of the others. "flip" mirrors left and
+            right half the time; "crop" shows 0.8 to 1 of the side, moved by up to an eighth of it; "rotate"
+            turns by up to 15 degrees. Pixels from outside are reflections.
         on_host: pixels stay on the host; None: if they would fill more than half of the device's free memory.
 
     Raises UsageError where a split has too few classes or a class too few images.
     """
 
     kind: Kind = "images"
-    classification = True
-    computed = False
+    ways: int
 
     def __init__(
         self,
@@ -117,9 +116,6 @@ class ImageTasks:
             *self._examples(query, augmentation and augmentation.at("query")),
         )
 
-    def sample_to_draw(self, split: str, seed: int, tasks: int) -> TaskBatch:
-        return self.sample(split, seed, 0, range(tasks))
-
     def _draw_rows(self, stream: Stream, split: str) -> Tensor:
         """Return positions of images `[tasks, ways, shots + queries]`, on the stream's device."""
         classes = self.splits[split]
@@ -143,7 +139,7 @@ class ImageTasks:
         return pixels.pin_memory() if self.device.type == "cuda" else pixels
 
     def _turn(self, pixels: Tensor, quarters: Tensor) -> Tensor:
-        """Turn each class by its quarters `[tasks, ways]`: `[tasks, ways, examples, channels, height, width]`."""
+        """Turn each class of `[tasks, ways, examples, channels, height, width]` by its quarters `[tasks, ways]`."""
         assert self.turned is not None
         flat = pixels.flatten(4)
         positions = self.turned[quarters][:, :, None, None]  # [tasks, ways, 1, 1, pixels]
@@ -169,8 +165,9 @@ class ImageTasks:
                 )
             for number in classes[images.count[classes] < needed].tolist():
                 raise UsageError(
-                    f"-k {self.shots} plus -q {self.queries} is {needed}, but class {images.names[number]} ({split}) "
-                    f"of {images.source} has {images.count[number]} images: lower -k or -q, or add images"
+                    f"-k {self.shots} plus -q {self.queries} is {needed}, but class {images.names[number]} "
+                    f"({split}) of {images.source} has {images.count[number]} images: lower -k or -q, or add "
+                    "images"
                 )
 
 

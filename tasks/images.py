@@ -1,8 +1,8 @@
 """Find the classes of a folder of images and decode its files: from a path to an `ImageSet`.
 
-Three layouts are read: folders train/, val/ and test/ of class folders; lists train.csv, val.csv and test.csv;
-or class folders alone, which are split at random. `ImageTasks` (image_tasks.py) draws tasks from an `ImageSet`;
-the benchmarks with published classes are in benchmarks.py and omniglot.py.
+Three layouts are read: folders train/, val/ and test/ of class folders; lists train.csv, val.csv and
+test.csv; or class folders alone, which are split at random. `ImageTasks` (image_tasks.py) draws tasks from an
+`ImageSet`; the benchmarks with published classes are in benchmarks.py and omniglot.py.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SPLIT_NAMES = {"train": ("train",), "validation": ("val", "validation", "valid")
 AT_ONCE = 256  # images in work at a time: bounds the memory
 
 ImageFile = Path | zipfile.Path
-Classes = dict[str, list[ImageFile]]  # a class's name -> its image files, sorted
+Classes = dict[str, list[Path]]  # a class's name -> its image files, sorted
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ def open_folder(folder: Path, form: Form, shares: Mapping[str, int]) -> ImageSet
     """Return the images of a folder and their splits; no image is read yet.
 
     Args:
-        shares: of "train", "validation" and "test" in classes that the folder does not split. If it splits them
-            into training and test alone, validation classes come out of the training classes.
+        shares: of "train", "validation" and "test" in classes that the folder does not split. If it splits
+            them into training and test alone, validation classes come out of the training classes.
 
     Raises UsageError, in one line, on a folder in none of the three layouts.
     """
@@ -135,7 +135,7 @@ def find_classes(folder: Path) -> tuple[dict[str, Classes], bool]:
 
 def image_files(folder: Path) -> list[Path]:
     """Return the images directly in a folder, sorted; other files are passed over."""
-    return [path for path in _visible(folder, os.listdir(folder)) if _is_image(path)]
+    return [path for path in _visible(folder, (path.name for path in folder.iterdir())) if _is_image(path)]
 
 
 def _is_image(path: Path) -> bool:
@@ -155,7 +155,8 @@ def _named_splits(folder: Path, suffix: str) -> dict[str, Path]:
         paths = [path for path in candidates if (path.is_file() if suffix else path.is_dir())]
         if len(paths) > 1:
             raise UsageError(f"{folder} has both {paths[0].name} and {paths[1].name}: remove one of them")
-        splits |= {split: path for path in paths}
+        if paths:
+            splits[split] = paths[0]
     return splits if {"train", "test"} & splits.keys() else {}
 
 

@@ -35,12 +35,10 @@ def open_omniglot(data_root: Path, form: Form, split: str) -> ImageSet:
         for name, files in of_character.items():
             if len(files) != OMNIGLOT_DRAWINGS:
                 raise UsageError(
-                    f"Omniglot's {name} has {len(files)} drawings instead of {OMNIGLOT_DRAWINGS}: fetch it again"
+                    f"{place}: {name} has {len(files)} drawings, not {OMNIGLOT_DRAWINGS}: fetch it again"
                 )
         if len(of_character) != characters:
-            raise UsageError(
-                f"{place} has {len(of_character)} characters instead of {characters}: fetch it again"
-            )
+            raise UsageError(f"{place} has {len(of_character)} characters, not {characters}: fetch it again")
         classes |= of_character
         sources += [place] if place.is_file() else [place / path for path in drawings]
     splits = split_characters(sorted(classes), split)

@@ -13,8 +13,8 @@ Fetch = Callable[[str, int, int, range], Any]  # arguments: split, seed, iterati
 class Prefetch:
     """Call a fetching function one training iteration ahead, in a thread.
 
-    The function is pure, so it does not matter who asks when; its calls never overlap. An error in the thread is
-    raised by the call that asks for that result.
+    The function is pure, so it does not matter who asks when; its calls never overlap. An error in the thread
+    is raised by the call that asks for that result.
     """
 
     def __init__(self, fetch: Fetch) -> None:

@@ -1,7 +1,7 @@
 """Decide which classes, or tasks of a table, are for training, for validation and for test.
 
-Every data set with classes or named tasks gets its splits from here, and they never meet: `as_positions` checks it.
-A split is a pure function of the names and the shares: no seed of the user's changes it.
+Every data set with classes or named tasks gets its splits from here, and they never meet: `as_positions`
+checks it. A split is a pure function of the names and the shares: no seed of the user's changes it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def split_at_random(names: Sequence[str], shares: Mapping[str, int]) -> dict[str
 
 
 def _apportion(total: int, shares: list[int]) -> list[int]:
-    """Return whole numbers in proportion, by largest remainder; none is 0 for a share above 0, if possible."""
+    """Return whole numbers in proportion, by largest remainder; 0 only for a share of 0, if possible."""
     exact = [total * share / sum(shares) for share in shares]
     sizes = [int(part) for part in exact]
     by_remainder = sorted(range(len(shares)), key=lambda i: sizes[i] - exact[i])

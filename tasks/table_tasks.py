@@ -7,22 +7,23 @@ import copy
 import torch
 from torch import Tensor
 
-from common.batch import Kind, TaskBatch
+from common.batch import TaskBatch, TaskDistribution
 from common.errors import UsageError
 from common.random import task_stream
 from tasks.tables import Table
 
 
-class TableTasks:
+class TableTasks(TaskDistribution):
     """Tasks drawn, with replacement, from those of a table.
 
-    Support and query rows of a task are drawn without replacement and never meet; the query does not depend on
-    the number of shots. Inputs `[tasks, examples, inputs]` are the file's. Rows without a target are left out.
+    Support and query rows of a task are drawn without replacement and never meet; the query does not depend
+    on the number of shots. Inputs `[tasks, examples, inputs]` are the file's. Rows without a target are left
+    out.
 
     Regression: targets `[tasks, examples, targets]`.
     Classification: a task draws `ways` of its classes and then rows of each. Labels, int64
-    `[tasks, ways * examples]`, are ordered by class and follow the random order of the classes. Only where the
-    table has no more classes than `ways` do they keep their sorted order: there a label has a meaning.
+    `[tasks, ways * examples]`, are ordered by class and follow the random order of the classes. Only where
+    the table has no more classes than `ways` do they keep their sorted order: there a label has a meaning.
 
     Args:
         ways: classes of a task; None in regression.
@@ -30,10 +31,6 @@ class TableTasks:
 
     Raises UsageError for a task with too few rows or classes.
     """
-
-    kind: Kind = "other"
-    computed = False
-    on_host = False
 
     def __init__(
         self,
@@ -46,7 +43,6 @@ class TableTasks:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.table = table
-        self.classification = ways is not None
         self.ways = ways
         self.shots = shots
         self.queries = queries
@@ -104,9 +100,6 @@ class TableTasks:
         query, support = (self.first_row[group][..., None] + drawn).split([self.queries, self.shots], -1)
         return TaskBatch(*self._examples(support), *self._examples(query))
 
-    def sample_to_draw(self, split: str, seed: int, tasks: int) -> TaskBatch:
-        return self.sample(split, seed, 0, range(tasks))
-
     def _examples(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return inputs and targets of rows `[tasks, ways, examples]`."""
         tasks, ways, examples = rows.shape
@@ -124,8 +117,8 @@ class TableTasks:
             if not self.classification:
                 raise UsageError(f"no row of task {names[task]!r} has a target: leave out the task")
             raise UsageError(
-                f"-n {self.ways}, but task {names[task]!r} has {groups[task]} classes: lower -n, or leave out "
-                "the task"
+                f"-n {self.ways}, but task {names[task]!r} has {groups[task]} classes: lower -n, or leave the "
+                "task out"
             )
         needed = self.shots + self.queries
         for group in (rows < needed).nonzero()[:1, 0].tolist():

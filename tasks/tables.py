@@ -1,7 +1,7 @@
 """Read a user's table, a CSV or Parquet file with one row per example: from a path to a `Table`.
 
-pyarrow reads the file; ordinary mistakes in it are one line that says where. `TableTasks` (table_tasks.py) draws
-tasks from a `Table`, and `--adapt` predicts the rows whose targets are missing.
+pyarrow reads the file; ordinary mistakes in it become one line that says where. `TableTasks` (table_tasks.py)
+draws tasks from a `Table`, and `--adapt` predicts the rows whose targets are missing.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from tasks.splits import as_positions, split_at_random
 SPLIT_COLUMN = "split"
 SPLIT_NAMES = {name: name for name in SPLITS} | {"val": "validation", "valid": "validation"}
 EXTENSIONS = (".csv", ".csv.gz", ".parquet")
-ONE_TASK = "task"  # name of the only task of a file without a task column
 NO_NUMBER = ("", "NA", "N/A", "nan", "NaN", "null", "NULL", "None")  # how files write a missing number
 NO_CLASS = ("", "nan", "NaN")
-NO_NAME = ("",)  # a task or a class may well be called NA
+NO_NAME = ("",)  # a task may well be called NA
 INDEX_COLUMNS = ("", "__index_level_0__")  # what pandas calls its index in CSV and in Parquet
 
 
@@ -41,11 +40,12 @@ class Columns:
     @classmethod
     def parse(cls, pairs: Iterable[str]) -> Columns:
         """Return the roles that `task=NAME`, `target=NAME,...` and `input=NAME,...` name."""
-        roles = dict(pair.split("=", 1) for pair in pairs)
-        names = {role: tuple(name.strip() for name in text.split(",")) for role, text in roles.items()}
-        return cls(
-            roles.get("task", cls.task), names.get("target", cls.targets), names.get("input", cls.inputs)
-        )
+        names = {}
+        for pair in pairs:
+            role, _, text = pair.partition("=")
+            names[role] = tuple(name.strip() for name in text.split(","))
+        (task,) = names.get("task", (cls.task,))
+        return cls(task, names.get("target", cls.targets), names.get("input", cls.inputs))
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ def load_table(
     Args:
         classification: the one target is a class, of any type; otherwise targets are numbers.
         shares: of "train", "validation" and "test" in the tasks of a file without a column "split".
-        missing_targets: for prediction: targets may be missing, and without a task column all rows are one task.
+        missing_targets: for prediction: targets may be missing, and without a task column all rows are one
+        task.
 
     Raises UsageError where the file is not there, not readable, or its data is bad.
     """
@@ -92,18 +93,16 @@ def load_table(
     file = _File(path, _read(path))
     one_task = missing_targets and columns.task not in file.columns
     inputs, own_splits = _check_columns(file, columns, one_task)
-    x = torch.from_numpy(np.stack([file.numbers(name) for name in inputs], 1))
+    x = torch.stack([file.numbers(name) for name in inputs], 1)
     if classification:
-        classes, y = _sort_classes(
-            *file.names(columns.targets[0], NO_CLASS, "class", missing=missing_targets)
-        )
+        labels = file.names(columns.targets[0], NO_CLASS, "class", missing=missing_targets)
+        classes, y = _sort_classes(*labels)
         known = y >= 0
     else:
-        classes = []
-        y = torch.from_numpy(np.stack([file.numbers(n, missing=missing_targets) for n in columns.targets], 1))
+        classes, y = [], torch.stack([file.numbers(n, missing=missing_targets) for n in columns.targets], 1)
         known = ~y.isnan().any(1)
     if one_task:
-        tasks, task = [ONE_TASK], torch.zeros(len(x), dtype=torch.int64)
+        tasks, task = ["task"], torch.zeros(len(x), dtype=torch.int64)
     else:
         tasks, task = file.names(columns.task, NO_NAME, "task")
     splits = _read_splits(file, tasks, task) if own_splits else split_at_random(tasks, shares)
@@ -124,6 +123,7 @@ def load_table(
 
 def _check_columns(file: _File, columns: Columns, one_task: bool) -> tuple[tuple[str, ...], bool]:
     """Return the input columns, and whether the file has splits of its own."""
+    has = ", ".join(map(repr, file.columns))
     chosen = [*columns.targets, *columns.inputs, *[columns.task] * (not one_task)]
     for name, times in Counter(chosen).items():
         if times > 1:
@@ -131,14 +131,11 @@ def _check_columns(file: _File, columns: Columns, one_task: bool) -> tuple[tuple
                 f"column {name!r} is named twice: task, targets and inputs are different columns"
             )
         if name not in file.columns:
-            has = ", ".join(map(repr, file.columns))
             raise UsageError(f"{file.path} has no column {name!r}: it has {has}; name yours with --columns")
     own_splits = SPLIT_COLUMN in file.columns and SPLIT_COLUMN not in chosen
     inputs = columns.inputs or tuple(name for name in file.columns if name not in (*chosen, SPLIT_COLUMN))
     if not inputs:
-        raise UsageError(
-            f"{file.path} has no input column, only {', '.join(map(repr, file.columns))}: add one"
-        )
+        raise UsageError(f"{file.path} has no input column, only {has}: add one")
     for name in INDEX_COLUMNS:
         if name in inputs and not columns.inputs:
             raise UsageError(
@@ -168,14 +165,14 @@ def _read_splits(file: _File, tasks: list[str], task: Tensor) -> dict[str, list[
                 SPLIT_COLUMN, f"says {name!r}, not train, validation or test,", split == position
             )
     split = torch.tensor([SPLITS.index(SPLIT_NAMES[name.lower()]) for name in names])[split]
-    of_task = torch.full([len(tasks)], -1).scatter_reduce(0, task, split, "amax")
-    torn = split != of_task[task]
+    split_of_task = torch.zeros(len(tasks), dtype=torch.int64).scatter(0, task, split)
+    torn = split != split_of_task[task]
     if torn.any():
         name = tasks[int(task[torn][0])]
-        raise file.error(
-            SPLIT_COLUMN, f"puts task {name!r} into two splits: {SPLITS[int(split[torn][0])]}", torn
-        )
-    return {name: [tasks[t] for t in (of_task == number).nonzero()] for number, name in enumerate(SPLITS)}
+        raise file.error(SPLIT_COLUMN, f"puts task {name!r} into two splits, the second of them", torn)
+    return {
+        name: [tasks[t] for t in (split_of_task == number).nonzero()] for number, name in enumerate(SPLITS)
+    }
 
 
 # ---- reading a file ------------------------------------------------------------------------------
@@ -223,34 +220,27 @@ class _File:
     def columns(self) -> list[str]:
         return self.data.column_names
 
-    def numbers(self, name: str, *, missing: bool = False) -> np.ndarray:
+    def numbers(self, name: str, *, missing: bool = False) -> Tensor:
         """Return a column as float64 `[rows]`, with NaN where a value may be missing."""
         import pyarrow as pa
-        import pyarrow.compute as pc
 
         column = self._column(name, NO_NUMBER)
         try:
-            values = pc.cast(column, pa.float64(), safe=False).to_numpy()  # integers above 2^53 are rounded
-        except pa.ArrowException:
-            values = self._parse(name, column)
-        for bad, problem in ((np.isinf(values), "is infinite"), (np.isnan(values), "has no value")):
-            if bad.any() and not (missing and problem == "has no value"):
-                raise self.error(name, problem, torch.from_numpy(bad))
-        return values
-
-    def _parse(self, name: str, column: Any) -> np.ndarray:
-        """Return true and false, as CSV files write them, as numbers; refuse any other text."""
-        import pyarrow as pa
-
-        try:
-            return column.cast(pa.bool_()).cast(pa.float64()).to_numpy()
+            values = column.cast(pa.float64(), safe=False)  # integers above 2^53 are rounded
         except pa.ArrowException as error:
-            for row, value in enumerate(column.to_pylist()):
-                try:
-                    pa.scalar(value).cast(pa.float64())
-                except (pa.ArrowException, TypeError):
-                    raise self.error(name, f"holds {value!r:.40}, not a number,", row) from error
-            raise UsageError(f"{self.path}: column {name!r} holds {column.type}, not numbers") from error
+            try:
+                values = column.cast(pa.bool_()).cast(pa.float64())  # "true" and "false" of a CSV file
+            except pa.ArrowException:
+                raise UsageError(
+                    f"{self.path}: column {name!r} is not of numbers ({one_line(error)[:200]}): correct it, "
+                    "or leave out the column"
+                ) from error
+        numbers = torch.from_numpy(np.array(values, dtype=np.float64))
+        if numbers.isinf().any():
+            raise self.error(name, "is infinite", numbers.isinf())
+        if not missing and numbers.isnan().any():
+            raise self.error(name, "has no value", numbers.isnan())
+        return numbers
 
     def names(
         self, name: str, absent: Iterable[str], what: str, *, missing: bool = False
@@ -266,9 +256,8 @@ class _File:
         try:
             column = column.cast(pa.string())
         except pa.ArrowException as error:
-            raise UsageError(
-                f"{self.path}: column {name!r} holds {column.type}: it needs plain names"
-            ) from error
+            kind = column.type
+            raise UsageError(f"{self.path}: column {name!r} holds {kind}: it needs plain names") from error
         if what == "class":  # pandas makes floats of whole numbers as soon as one is missing
             column = pc.replace_substring_regex(column, r"^(-?\d+)\.0+$", r"\1")
         encoded = column.combine_chunks().dictionary_encode()
@@ -291,10 +280,10 @@ class _File:
         is_absent = pc.is_in(column, value_set=pa.array(absent, column.type))
         return pc.if_else(is_absent, pa.scalar(None, column.type), column)
 
-    def error(self, name: str, problem: str, row: int | Tensor) -> UsageError:
-        """Return an error that names a column's problem and its row; a mask `[rows]` means its first row."""
-        row = row if isinstance(row, int) else int(row.nonzero()[0])
+    def error(self, name: str, problem: str, rows: Tensor) -> UsageError:
+        """Return an error that names a column, its problem and the first of the rows, bool `[rows]`."""
+        row = int(rows.nonzero()[0]) + 1
         return UsageError(
-            f"{self.path}: column {name!r} {problem} in data row {row + 1}: correct it, or leave out the row "
-            "or the column"
+            f"{self.path}: column {name!r} {problem} in data row {row}: correct it, or leave out the row or "
+            "the column"
         )
