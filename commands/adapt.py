@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from commands.build import algorithm_of, columns_of, module_of
+from commands.build import algorithm_of, module_of
 from commands.config import Config, config_of
 from commands.resolve import resolve_from
 from common.batch import Tree, first_tensor, joined, tree_map
@@ -33,9 +33,9 @@ from evaluation.style import write_figure
 from inner_loop import BUFFER
 from learners.batch_norm import norm_layers, recorded_statistics
 from maml import MAML
-from tasks.images import image_files, read_images
+from tasks.images import Form, image_files, read_images
 from tasks.options import data_facts
-from tasks.tables import load_table
+from tasks.tables import Columns, load_table
 from training.checkpoint import (
     Checkpoint,
     fitting_parameters,
@@ -331,11 +331,9 @@ def _folder(path: Path, config: Config, runtime: Runtime) -> Task:
 
     def pixels(files: list[Path]) -> Tensor:
         assert config.tasks.image_size and config.tasks.channels
-        read = read_images(
-            files, size=config.tasks.image_size, channels=config.tasks.channels, resize=config.tasks.resize,
-            invert=config.tasks.invert,
-        )  # fmt: skip
-        return read.to(runtime.device, runtime.dtype) / 255
+        options = config.tasks
+        form = Form(options.image_size, options.channels, options.invert, options.resize)
+        return read_images(files, form).to(runtime.device, runtime.dtype) / 255
 
     return Task(
         "",
@@ -349,7 +347,11 @@ def _folder(path: Path, config: Config, runtime: Runtime) -> Task:
 
 def _table(path: Path, config: Config, runtime: Runtime) -> list[Task]:
     table = load_table(
-        path, columns_of(config), classification=config.tasks.classification, missing_targets=True
+        path,
+        Columns.parse(config.tasks.columns),
+        classification=config.tasks.classification,
+        shares={"test": 1},
+        missing_targets=True,
     )
     tasks = []
     for number, name in enumerate(table.tasks):
@@ -397,7 +399,7 @@ def _header(tasks: list[Task], config: Config) -> list[str]:
     if config.tasks.classification:
         classes = list(dict.fromkeys(name for task in tasks for name in task.classes))
         return [place, *named, "prediction", *(f"p({name})" for name in classes)]
-    return [place, *named, *columns_of(config).targets[: first.support_y.shape[-1]]]
+    return [place, *named, *Columns.parse(config.tasks.columns).targets[: first.support_y.shape[-1]]]
 
 
 def _rows(tasks: list[Task], found: list[Tensor]) -> Any:

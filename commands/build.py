@@ -25,14 +25,13 @@ from common.optimizers import InnerOptimizer, Weights
 from common.own_code import arguments_from, is_own_code
 from common.processes import ALONE, World
 from common.random import keys_of, task_stream
-from dataset import ImageOptions, build_distribution
+from dataset import build_distribution
 from inner_loop import fixed_tensors, pass_around
 from learner import LEARNERS, build_learner, check_learner
 from learners.diagnosis import culprit
 from learners.elementary import Elementary
 from learners.losses import LOSSES, build_loss
 from maml import MAML, as_it_is
-from tasks.tables import Columns
 from training.checkpoint import Checkpoint
 from training.compiler import Compiler, cpp_compiler
 
@@ -128,44 +127,14 @@ def facts(config: Config, runtime: Runtime, source: Checkpoint | None) -> dict[s
 
 
 def tasks_of(config: Config, call: Call, runtime: Runtime) -> TaskDistribution:
-    """The family of tasks."""
-    images = None
-    if config.tasks.image_size and config.tasks.channels:
-        augment = tuple(config.tasks.augment.split(",")) if config.tasks.augment else ()
-        images = ImageOptions(
-            config.tasks.image_size, config.tasks.channels, config.tasks.invert, config.tasks.resize, config.tasks.quarter_turns, augment,
-        )  # fmt: skip
-    shares = tuple(int(share) for share in config.tasks.split_shares.split(","))
+    """Return the task distribution that the settings name."""
     return build_distribution(
-        config.tasks.dataset,
-        classification=config.tasks.classification,
-        ways=config.tasks.ways,
-        shots=config.tasks.shots,
-        queries=config.tasks.queries,
-        noise=config.tasks.noise,
-        oracle=config.tasks.oracle,
-        images=images,
-        columns=columns_of(config),
-        shares=(shares[0], shares[1], shares[2]),
-        omniglot_split=config.tasks.omniglot_split,
-        arguments=arguments_from(config.tasks.dataset_args),
-        for_test=call.eval_dataset is not None,
+        config.tasks,
         data_root=call.data_root,
         device=runtime.device,
         dtype=runtime.dtype,
+        for_test=call.eval_dataset is not None,
     )
-
-
-def columns_of(config: Config) -> Columns:
-    """What the columns of a table are."""
-
-    roles = dict(text.split("=", 1) for text in config.tasks.columns)
-
-    def names(role: str, default: str) -> tuple[str, ...]:
-        return tuple(name.strip() for name in roles.get(role, default).split(",") if name.strip())
-
-    (task,) = names("task", "task")
-    return Columns(task, names("target", "y"), names("input", ""))
 
 
 def module_of(

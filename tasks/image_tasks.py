@@ -139,7 +139,7 @@ class ImageTasks(TaskDistribution):
         return pixels.pin_memory() if self.device.type == "cuda" else pixels
 
     def _turn(self, pixels: Tensor, quarters: Tensor) -> Tensor:
-        """Turn each class of `[tasks, ways, examples, channels, height, width]` by its quarters `[tasks, ways]`."""
+        """Turn each class `[tasks, ways]` of the pixels by its number of quarters."""
         assert self.turned is not None
         flat = pixels.flatten(4)
         positions = self.turned[quarters][:, :, None, None]  # [tasks, ways, 1, 1, pixels]

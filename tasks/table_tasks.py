@@ -117,8 +117,8 @@ class TableTasks(TaskDistribution):
             if not self.classification:
                 raise UsageError(f"no row of task {names[task]!r} has a target: leave out the task")
             raise UsageError(
-                f"-n {self.ways}, but task {names[task]!r} has {groups[task]} classes: lower -n, or leave the "
-                "task out"
+                f"-n {self.ways}, but task {names[task]!r} has {groups[task]} classes: lower -n, or leave "
+                "it out"
             )
         needed = self.shots + self.queries
         for group in (rows < needed).nonzero()[:1, 0].tolist():
