@@ -74,8 +74,9 @@ def omniglot(ways: int, shots: int, steps: int, *, tasks: int, inner_lr: float =
     torch.manual_seed(0)
     images = torch.randint(0, 256, (100, 20, 28, 28), dtype=torch.uint8)
     splits = {name: torch.arange(100) for name in ("train", "validation", "test")}
-    found = ImageSet.of_equal_classes(images, splits, "noise")
-    distribution = ImageTasks(found, ways=ways, shots=shots, queries=shots, quarter_turns=True)
+    count, names = torch.full((100,), 20), [str(number) for number in range(100)]
+    noise = ImageSet(names, count, splits, lambda: images.flatten(0, 1)[:, None], "noise")
+    distribution = ImageTasks(noise, ways=ways, shots=shots, queries=shots, quarter_turns=True)
     learner = build_learner("conv", ways, init="torch", seed=0)
     name = f"omniglot-{ways}-way-{shots}-shot-{steps}"
     return Work(name, learner, distribution, tasks, steps, inner_lr, 3 if steps == 1 else 1, 1)

@@ -21,9 +21,9 @@ def write_folder(data_root: Path, folder: Path) -> None:
     for part in PARTS:
         zipfile.ZipFile(data_root / "omniglot-py" / f"{part}.zip").extractall(folder)
     names = sorted({path.parent.relative_to(folder).as_posix() for path in folder.glob("images_*/*/*/*.png")})
-    for split, positions in split_characters(names, "random").items():
-        lines = ["label", *(names[position] for position in positions.tolist())]
-        (folder / f"{'val' if split == 'validation' else split}.csv").write_text("\n".join(lines) + "\n")
+    for split, characters in split_characters(names, "random").items():
+        name = "val" if split == "validation" else split
+        (folder / f"{name}.csv").write_text("\n".join(["label", *characters]) + "\n")
 
 
 if __name__ == "__main__":
