@@ -28,7 +28,7 @@ from common.random import keys_of, task_stream
 from dataset import build_distribution
 from inner_loop import fixed_tensors, pass_around
 from learner import LEARNERS, build_learner, check_learner
-from learners.diagnosis import culprit
+from learners.diagnosis import find_failing_layer
 from learners.elementary import Elementary
 from learners.losses import LOSSES, build_loss
 from maml import MAML, as_it_is
@@ -293,7 +293,7 @@ def tried(maml: MAML, parameters: Weights, distribution: TaskDistribution, confi
     one_task = tree_map(lambda part: part[0], tasks.support_x)
     weights = maml.whole_weights(parameters)
     positional, named = arguments_of(one_task)
-    finding = None if named else culprit(maml.learner, weights, positional, keys[0])
+    finding = None if named else find_failing_layer(maml.learner, weights, positional, keys[0])
     if finding is None:
         raise UsageError(
             f"--learner {config.learner.learner} with --loss {config.learner.loss} cannot be meta-trained so: {reason}; "

@@ -1,8 +1,8 @@
-"""Why a learner cannot be meta-learned: which of its layers fails, and at what.
+"""Find the layer because of which a learner cannot be meta-learned, and what it lacks.
 
-Called after a failure, whose message would name an operation of PyTorch but no layer of the user's.
+Called after a failure, whose message names an operation of PyTorch but no layer of the user's.
 
-    finding = culprit(learner, weights, (support_x,))     # Finding(layer="encoder.norm", kind="Norm", ...)
+    finding = find_failing_layer(learner, weights, (support_x,))  # Finding("encoder.norm", "Norm", ...)
 """
 
 from __future__ import annotations
@@ -22,104 +22,89 @@ from torch.utils import _pytree as pytree
 from learners.elementary import Elementary
 
 Weights = dict[str, Tensor]
-
-TASKS = 2  # that a layer is tried with
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional, and by name
 
 
 @dataclass(frozen=True)
 class Finding:
-    layer: str  # its name in the learner; "" is the learner itself
+    """A layer that fails, and at what."""
+
+    layer: str  # its name in the learner; "": the learner itself
     kind: str  # its class
-    problem: str  # at what it fails: "vectorise", "second derivative" or "forward mode"
+    problem: str  # "vectorise", "second derivative" or "forward mode"
     reason: str  # first line of the error, at most 120 characters
 
 
-@dataclass
-class _Call:
-    """A layer's first call in a forward pass."""
-
-    name: str
-    arguments: tuple[Any, ...]
-    named: dict[str, Any]
-
-
-def culprit(
+def find_failing_layer(
     module: nn.Module, weights: Weights, inputs: tuple[Any, ...], keys: Tensor | None = None
 ) -> Finding | None:
-    """The innermost layer, the first that returns, that fails when it is tried by itself; None: none does.
+    """Return the innermost layer that fails when it is tried by itself; None: every layer passes.
 
-    Each layer is called with what it is given in a forward pass of the whole: vectorised over tasks, then
-    differentiated twice in reverse, then in reverse over forward mode. A layer whose own layers all pass is
-    named for what its own `forward` does. The module stays as it is: a copy of it is tried.
+    A forward pass of the module shows with what each layer is called. With these arguments each layer is
+    vectorised over tasks, then differentiated twice in reverse, then in reverse over forward mode. Layers
+    are tried before those around them, so a layer whose children pass fails in its own `forward`. The
+    module is copied, not changed.
 
-    Arguments:
+    Args:
         weights: the module's parameters by name, and any of its buffers.
         inputs: the arguments of its forward pass, of one task.
-        keys: see `Elementary`.
+        keys: int64 `[2]`; see `Elementary`.
     """
     module = copy.deepcopy(module)
-    calls: list[_Call] = []
-    running: list[str] = []
+    calls: dict[str, Arguments] = {}
+    running: list[tuple[str, Arguments]] = []
     try:
-        with torch.no_grad(), _recorded(module, calls, running):
-            _call(module, weights, inputs, {}, keys)
-    except Exception as error:  # in the plainest of forward passes: the layer that has not returned
-        name = running[-1] if running else ""
-        return _finding(module, name, "vectorise", error)
-    for call in calls:
-        layer = module.get_submodule(call.name)
-        prefix = f"{call.name}." if call.name else ""
-        own = {name[len(prefix) :]: w for name, w in weights.items() if name.startswith(prefix)}
+        with torch.no_grad(), _record_calls(module, calls, running):
+            _call(module, weights, (inputs, {}), keys)
+    except Exception as error:  # in a plain forward pass: the layer that has not returned
+        return _describe(module, running[-1][0] if running else "", "vectorise", error)
+    for name, arguments in calls.items():
+        prefix = f"{name}." if name else ""
+        layer_weights = {n[len(prefix) :]: w for n, w in weights.items() if n.startswith(prefix)}
         for problem, attempt in _ATTEMPTS.items():
             try:
-                attempt(*_as_function(layer, own, call, keys))
+                attempt(*_as_loss(module.get_submodule(name), layer_weights, arguments, keys))
             except Exception as error:
-                return _finding(module, call.name, problem, error)
+                return _describe(module, name, problem, error)
     return None
 
 
-def _finding(module: nn.Module, name: str, problem: str, error: Exception) -> Finding:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return Finding(
-        name,
-        type(module.get_submodule(name)).__name__,
-        problem,
-        textwrap.shorten(lines[0], 120, placeholder=" ..."),
-    )
+def _describe(module: nn.Module, name: str, problem: str, error: Exception) -> Finding:
+    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    reason = textwrap.shorten(first_line, 120, placeholder=" ...")
+    return Finding(name, type(module.get_submodule(name)).__name__, problem, reason)
 
 
-def _call(
-    layer: nn.Module, weights: Weights, arguments: tuple[Any, ...], named: dict[str, Any], keys: Tensor | None
-) -> Any:
-    with Elementary(keys, next((t for t in pytree.tree_leaves((arguments, named)) if _real(t)), None)):
-        return functional_call(layer, weights, arguments, named)
+def _call(layer: nn.Module, weights: Weights, arguments: Arguments, keys: Tensor | None) -> Any:
+    like = next((leaf for leaf in pytree.tree_leaves(arguments) if _is_real(leaf)), None)
+    with Elementary(keys, like):
+        return functional_call(layer, weights, *arguments)
 
 
 @contextmanager
-def _recorded(module: nn.Module, calls: list[_Call], running: list[str]) -> Iterator[None]:
-    """Appends to `calls` as layers return, those inside before those around them.
+def _record_calls(
+    module: nn.Module, calls: dict[str, Arguments], running: list[tuple[str, Arguments]]
+) -> Iterator[None]:
+    """Record the arguments of each layer's first call in `calls`, in the order in which layers return.
 
-    `running` has the names of those that have not returned.
+    `running` holds the calls that have not returned.
     """
-    begun: list[_Call] = []
 
-    def before(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-            running.append(name)
-            begun.append(_Call(name, *_copied((arguments, named))))
+    def begin(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, *arguments: Any) -> None:
+            # copied: a layer may write to its inputs
+            copies = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), arguments)
+            running.append((name, copies))
 
         return hook
 
-    def after(layer: nn.Module, arguments: Any, named: Any, output: Any) -> None:
-        running.pop()
-        call = begun.pop()
-        if all(call.name != other.name for other in calls):
-            calls.append(call)
+    def end(layer: nn.Module, arguments: Any, named: Any, output: Any) -> None:
+        calls.setdefault(*running.pop())
 
     handles = []
     for name, layer in module.named_modules():
-        handles.append(layer.register_forward_pre_hook(before(name), with_kwargs=True, prepend=True))
-        handles.append(layer.register_forward_hook(after, with_kwargs=True))
+        handles.append(layer.register_forward_pre_hook(begin(name), with_kwargs=True, prepend=True))
+        handles.append(layer.register_forward_hook(end, with_kwargs=True))
     try:
         yield
     finally:
@@ -127,91 +112,67 @@ def _recorded(module: nn.Module, calls: list[_Call], running: list[str]) -> Iter
             handle.remove()
 
 
-def _copied(values: Any) -> Any:
-    """With tensors of its own: a layer may write to what it is given."""
-    return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), values)
-
-
-def _real(value: Any) -> bool:
+def _is_real(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
 # ---- a layer as a function ------------------------------------------------------------------
 
-Pass = Callable[[Weights, list[Tensor]], list[Tensor]]  # variables, constants -> outputs
+Tensors = dict[Any, Tensor]  # by ("weight", name), ("input", position) or "keys"
+Loss = Callable[[Tensors, Tensors], Tensor]  # of variables and constants of one task
 
 
-def _as_function(
-    layer: nn.Module, weights: Weights, call: _Call, keys: Tensor | None
-) -> tuple[Pass, Weights, list[Tensor]]:
-    """A layer of one task; its arguments for `TASKS` tasks: what to differentiate in, and the rest."""
-    values, structure = pytree.tree_flatten((call.arguments, call.named))
-    reals = {f"input {i}": v for i, v in enumerate(values) if _real(v)}
-    others = {i: v for i, v in enumerate(values) if isinstance(v, Tensor) and not _real(v)}
-    own = {name: w.detach() for name, w in weights.items() if _real(w)}
-    held = {name: w.detach() for name, w in weights.items() if not _real(w)}
+def _as_loss(
+    layer: nn.Module, weights: Weights, arguments: Arguments, keys: Tensor | None
+) -> tuple[Loss, Tensors, Tensors]:
+    """Return a number that depends on all outputs, as does its gradient, and its arguments for two tasks."""
+    leaves, structure = pytree.tree_flatten(arguments)
+    tensors: Tensors = {("weight", name): weight for name, weight in weights.items()}
+    tensors |= {("input", i): leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+    tensors |= {} if keys is None else {"keys": keys}
 
-    def run(variables: Weights, constants: list[Tensor]) -> list[Tensor]:
-        given = list(values)
-        rest = iter(constants)
-        for i, value in enumerate(values):
-            if f"input {i}" in reals:
-                given[i] = variables[f"input {i}"].clone()
-            elif isinstance(value, Tensor):
-                given[i] = next(rest)
-        arguments, named = pytree.tree_unflatten(given, structure)
-        mine = held | {name: variables[name] for name in own}
-        output = _call(layer, mine, arguments, named, next(rest, None))
-        return [value for value in pytree.tree_leaves(output) if isinstance(value, Tensor)]
+    def loss(variables: Tensors, constants: Tensors) -> Tensor:
+        values = variables | constants
+        inputs = [
+            values["input", i].clone() if ("input", i) in values else leaf for i, leaf in enumerate(leaves)
+        ]
+        substitutes = {name: values["weight", name] for name in weights}
+        output = _call(layer, substitutes, pytree.tree_unflatten(inputs, structure), values.get("keys"))
+        reals = [leaf for leaf in pytree.tree_leaves(output) if _is_real(leaf)]
+        return sum(((real + real**2).sum() for real in reals), torch.zeros(()))
 
-    constants = [*others.values(), *([] if keys is None else [keys])]
-    return run, _for_tasks(own | reals), [_of_tasks(value) for value in constants]
+    of_tasks = {key: torch.stack([tensor.detach()] * 2) for key, tensor in tensors.items()}
+    variables = {key: tensor for key, tensor in of_tasks.items() if _is_real(tensor)}
+    return loss, variables, {key: tensor for key, tensor in of_tasks.items() if key not in variables}
 
 
-def _of_tasks(tensor: Tensor) -> Tensor:
-    return torch.stack([tensor.detach()] * TASKS)
+def _vectorise(loss: Loss, variables: Tensors, constants: Tensors) -> None:
+    vmap(loss)(variables, constants)
 
 
-def _for_tasks(tensors: Weights) -> Weights:
-    return {name: _of_tasks(tensor) for name, tensor in tensors.items()}
+def _differentiate_twice(loss: Loss, variables: Tensors, constants: Tensors) -> None:
+    if not variables:
+        return
+    leaves = {key: tensor.requires_grad_() for key, tensor in variables.items()}
+    gradients = vmap(grad(loss))(leaves, constants)
+    total = torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum()
+    if total.requires_grad:
+        torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    elif total > 0:
+        raise RuntimeError("its backward pass cannot be differentiated (once_differentiable?)")
 
 
-def _loss(run: Pass) -> Callable[[Weights, list[Tensor]], Tensor]:
-    """A number that depends on all outputs, and whose gradient does so, too."""
-
-    def loss(variables: Weights, constants: list[Tensor]) -> Tensor:
-        outputs = [output for output in run(variables, constants) if _real(output)]
-        return sum(((output + output**2).sum() for output in outputs), torch.zeros(()))
-
-    return loss
-
-
-def _vectorised(run: Pass, variables: Weights, constants: list[Tensor]) -> None:
-    vmap(run)(variables, constants)
-
-
-def _differentiated_twice(run: Pass, variables: Weights, constants: list[Tensor]) -> None:
-    if variables:
-        leaves = {name: tensor.requires_grad_() for name, tensor in variables.items()}
-        gradients = vmap(grad(_loss(run)))(leaves, constants)
-        total = torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum()
-        if total.requires_grad:
-            torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-        elif total > 0:
-            raise RuntimeError("its backward pass cannot be differentiated (once_differentiable?)")
-
-
-def _differentiated_in_forward_mode(run: Pass, variables: Weights, constants: list[Tensor]) -> None:
-    def slope(variables: Weights, direction: Weights, constants: list[Tensor]) -> Tensor:
-        return jvp(lambda variables: _loss(run)(variables, constants), (variables,), (direction,))[1]
+def _differentiate_in_forward_mode(loss: Loss, variables: Tensors, constants: Tensors) -> None:
+    def slope(variables: Tensors, direction: Tensors, constants: Tensors) -> Tensor:
+        return jvp(lambda variables: loss(variables, constants), (variables,), (direction,))[1]
 
     if variables:
-        direction = {name: torch.ones_like(tensor) for name, tensor in variables.items()}
+        direction = {key: torch.ones_like(tensor) for key, tensor in variables.items()}
         grad(lambda variables: vmap(slope)(variables, direction, constants).sum())(variables)
 
 
-_ATTEMPTS: dict[str, Callable[[Pass, Weights, list[Tensor]], None]] = {
-    "vectorise": _vectorised,
-    "second derivative": _differentiated_twice,
-    "forward mode": _differentiated_in_forward_mode,
+_ATTEMPTS: dict[str, Callable[[Loss, Tensors, Tensors], None]] = {
+    "vectorise": _vectorise,
+    "second derivative": _differentiate_twice,
+    "forward mode": _differentiate_in_forward_mode,
 }

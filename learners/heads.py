@@ -1,7 +1,7 @@
-"""Which parameters the inner loop adapts: the head, the body, all of them, or a context.
+"""Which parameters the inner loop adapts: all of them, the head, the body, or a context vector.
 
-Functions on names of parameters; and the context layer, which CAVIA (Zintgraf et al. 2019) feeds a
-vector of the task's own with.
+Functions from a module to names of its parameters, which `MAML` calls once when it is built. `ContextLayer`
+feeds a vector of the task's own to the network (CAVIA, Zintgraf et al. 2019).
 """
 
 from __future__ import annotations
@@ -10,45 +10,49 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from common.choices import FAST_WEIGHTS, check_choice
 from learners.batch_norm import BatchNorm
 
+_NORMS = (BatchNorm, _NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+
 
 def head_names(module: nn.Module, head: str | None = None) -> frozenset[str]:
-    """Names of the parameters of the head.
+    """Return the names of the head's parameters.
 
-    The rule, where `head` is None: the last module, in the order of `named_modules`, that has parameters of
-    its own and is not a normalisation layer. Else the names of modules or parameters, with commas between.
-    Raises ValueError for a name that is none.
+    Args:
+        head: names of modules or parameters, separated by commas. None: the last module, in the order of
+            `named_modules`, that has parameters of its own and is not a normalisation layer.
+
+    Raises:
+        ValueError: the module has no part of that name.
     """
-    # a tied parameter has several names, of which the first counts
-    canonical: dict[int, str] = {}
+    first_names: dict[int, str] = {}  # a tied parameter has several names, of which the first counts
     names: dict[str, str] = {
-        name: canonical.setdefault(id(p), name) for name, p in module.named_parameters(remove_duplicate=False)
+        name: first_names.setdefault(id(p), name)
+        for name, p in module.named_parameters(remove_duplicate=False)
     }
-    found: set[str] = set()
-    for prefix in _head_parts(module, head):
+    selected: set[str] = set()
+    for part in _head_parts(module, head):
         inside = {
-            first for n, first in names.items() if n == prefix or n.startswith(f"{prefix}.") or not prefix
+            first for name, first in names.items() if name == part or name.startswith(f"{part}.") or not part
         }
-        if not inside or not (prefix or head is None):
-            layers = dict.fromkeys(name.rpartition(".")[0] or name for name in names)
-            raise ValueError(f"the learner has no part {prefix!r}: there are {', '.join(layers)}")
-        found |= inside
-    return frozenset(found)
+        if not inside or not (part or head is None):
+            parts = dict.fromkeys(name.rpartition(".")[0] or name for name in names)
+            raise ValueError(f"the learner has no part {part!r}: there are {', '.join(parts)}")
+        selected |= inside
+    return frozenset(selected)
 
 
 def _head_parts(module: nn.Module, head: str | None) -> list[str]:
-    """The head's modules or parameters by name: as they are given, or by the rule of `head_names`."""
+    """Return the names of the head's modules or parameters; see `head_names` for the rule."""
     if head is not None:
         return [name.strip() for name in head.split(",")]
-    norms = (BatchNorm, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
     owners = [
-        prefix
-        for prefix, layer in module.named_modules()
-        if not isinstance(layer, norms) and next(layer.parameters(recurse=False), None) is not None
+        name
+        for name, layer in module.named_modules()
+        if not isinstance(layer, _NORMS) and next(layer.parameters(recurse=False), None) is not None
     ]
     if not owners:
         raise ValueError("the learner has no parameters")
@@ -56,41 +60,44 @@ def _head_parts(module: nn.Module, head: str | None) -> list[str]:
 
 
 def head_layer(module: nn.Module, head: str | None = None) -> str:
-    """The name of the layer with which the head begins; what goes into it are the features."""
+    """Return the name of the layer with which the head begins; its inputs are the features."""
     layers = [name for name, _ in module.named_modules()]
     parts = [part if part in layers else part.rpartition(".")[0] for part in _head_parts(module, head)]
     return min(parts, key=layers.index)
 
 
 def linear_head(module: nn.Module, head: str | None = None) -> str:
-    """The name of the linear layer with a bias that the head is; raises ValueError where it is none."""
+    """Return the name of the linear layer that is the head; ValueError if it is not one with a bias."""
     names = head_names(module, head)
     for name, layer in module.named_modules():
-        own = {f"{name}.{p}" if name else p for p, _ in layer.named_parameters(recurse=False)}
-        if own == names and isinstance(layer, nn.Linear) and layer.bias is not None:
+        inside = {f"{name}.{p}" if name else p for p, _ in layer.named_parameters(recurse=False)}
+        if inside == names and isinstance(layer, nn.Linear) and layer.bias is not None:
             return name
     raise ValueError(f"the head ({', '.join(sorted(names))}) is not one linear layer with a bias")
 
 
-def without_head(module: nn.Module, head: str) -> nn.Module:
-    """A copy that gives what goes into the layer `head`, the last one."""
-    if not head:
-        return nn.Identity()
-    module = copy.deepcopy(module)
-    parent, _, child = head.rpartition(".")
-    setattr(module.get_submodule(parent), child, nn.Identity())
+def replace_module(module: nn.Module, name: str, new: nn.Module) -> nn.Module:
+    """Put `new` where the submodule `name` is, in place; return the module ("": `new` itself)."""
+    if not name:
+        return new
+    parent, _, child = name.rpartition(".")
+    setattr(module.get_submodule(parent), child, new)
     return module
 
 
-class ContextLayer(nn.Module):
-    """A layer whose output a linear function of a context vector modulates.
+def without_head(module: nn.Module, head: str) -> nn.Module:
+    """Return a copy whose outputs are the inputs of its last layer, `head`."""
+    return replace_module(copy.deepcopy(module), head, nn.Identity())
 
-    The output is shifted, which for a linear layer is the same as joining the context to its inputs; with
-    `film` its channels are scaled and shifted: y (1 + scale) + shift. The context is a parameter, `[size]`,
-    of zeros.
+
+class ContextLayer(nn.Module):
+    """Modulate a layer's output by a linear function of a context vector, `[size]`, which begins at zero.
+
+    The output is shifted, which for a linear layer equals joining the context to its inputs. With `film` its
+    channels are scaled and shifted: y (1 + scale) + shift.
     """
 
-    elementary = True  # see elementary.py
+    elementary = True  # see `learners.elementary.is_elementary`
 
     def __init__(self, layer: nn.Module, channels: int, size: int, *, film: bool) -> None:
         super().__init__()
@@ -109,12 +116,17 @@ class ContextLayer(nn.Module):
 
 
 def add_context(module: nn.Module, size: int, *, seed: int = 0) -> nn.Module:
-    """Puts a `ContextLayer` in, in place.
+    """Wrap one layer in a `ContextLayer`, in place, where Zintgraf et al. (2019) have it.
 
-    As Zintgraf et al. (2019) have it: with scale and shift (FiLM) behind the middle convolution, of four the
-    third; in a network without convolutions, with a shift behind the first linear layer. Where batch norm
-    follows, which would subtract a shift, the context modulates that, with scale and shift.
-    Raises ValueError where there is neither a convolution nor a linear layer.
+    Networks with convolutions: scale and shift (FiLM) after the middle one, the third of four. Others: a
+    shift after the first linear layer. Batch norm would subtract a shift: where it follows, the context
+    scales and shifts its output instead.
+
+    Returns:
+        The module, or the `ContextLayer` where the module itself is wrapped.
+
+    Raises:
+        ValueError: the learner has neither a convolution nor a linear layer.
     """
     layers = list(module.named_modules())
     convolutions = [name for name, layer in layers if isinstance(layer, nn.Conv2d)]
@@ -122,27 +134,22 @@ def add_context(module: nn.Module, size: int, *, seed: int = 0) -> nn.Module:
     if not convolutions and not linear:
         raise ValueError("a context needs a convolution or a linear layer in the learner")
     name = convolutions[len(convolutions) // 2] if convolutions else linear[0]
-    chosen = module.get_submodule(name)
-    channels = chosen.out_channels if isinstance(chosen, nn.Conv2d) else chosen.out_features
-    names = [layer_name for layer_name, _ in layers]
-    following = layers[names.index(name) + 1 :][:1]
-    film = bool(convolutions)
-    if following and isinstance(following[0][1], BatchNorm | _BatchNorm):
-        name, chosen = following[0]
-        film = True
+    layer = module.get_submodule(name)
+    channels = layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
     assert isinstance(channels, int)
+    film = bool(convolutions)
+    position = [layer_name for layer_name, _ in layers].index(name)
+    for next_name, next_layer in layers[position + 1 : position + 2]:
+        if isinstance(next_layer, BatchNorm | _BatchNorm):
+            name, layer, film = next_name, next_layer, True
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        wrapped = ContextLayer(chosen, channels, size, film=film)
-    if not name:
-        return wrapped
-    parent, _, child = name.rpartition(".")
-    setattr(module.get_submodule(parent), child, wrapped)
-    return module
+        wrapped = ContextLayer(layer, channels, size, film=film)
+    return replace_module(module, name, wrapped)
 
 
 def context_names(module: nn.Module) -> frozenset[str]:
-    """Names of the context vectors."""
+    """Return the names of the context vectors."""
     return frozenset(
         f"{name}.context" if name else "context"
         for name, layer in module.named_modules()
@@ -151,9 +158,14 @@ def context_names(module: nn.Module) -> frozenset[str]:
 
 
 def adapted_names(module: nn.Module, fast_weights: str, head: str | None = None) -> frozenset[str]:
-    """Names of the parameters that the inner loop adapts, batch norm's among them.
+    """Return the names of the parameters that the inner loop adapts, those of batch norm included.
 
-    Raises ValueError where there is nothing to adapt.
+    Args:
+        fast_weights: "all", "head", "body" or "context".
+        head: as in `head_names`.
+
+    Raises:
+        ValueError: there is nothing to adapt.
     """
     check_choice("fast_weights", fast_weights, FAST_WEIGHTS)
     everything = frozenset(name for name, p in module.named_parameters() if p.requires_grad)
@@ -165,7 +177,7 @@ def adapted_names(module: nn.Module, fast_weights: str, head: str | None = None)
     if fast_weights == "all":
         return everything - contexts
     in_head = head_names(module, head) & everything
-    chosen = (in_head if fast_weights == "head" else everything - in_head) - contexts
-    if not chosen:
+    selected = (in_head if fast_weights == "head" else everything - in_head) - contexts
+    if not selected:
         raise ValueError(f"the {fast_weights} of the learner has nothing to adapt")
-    return chosen
+    return selected

@@ -1,34 +1,32 @@
-"""Convolutions whose weights differ from task to task.
+"""Convolutions whose weights differ from task to task, as matrix products.
 
-`vmap` over tasks makes one grouped convolution of them, which libraries are slow at, and their second
-derivatives slower. As a matrix product over gathered patches ("im2col", channels last) every derivative
-is a matrix product again, one for each task, or a single one where the tasks share their weights, as
-they do before the first inner step. The gathering is pointwise work that a compiler fuses with the
-layers around it; without a compiler it costs more than it saves (benchmarks/README.md).
+`vmap` over tasks makes one grouped convolution of them, which libraries compute slowly, and its second
+derivatives more slowly still. As a product over gathered patches ("im2col", channels last) every derivative
+is a matrix product again: one for each task, or a single one where tasks share their weights, as they do
+before the first inner step. A compiler fuses the gathering with the layers around it; uncompiled, it costs
+more than it saves (benchmarks/README.md). `MAML(convolution="im2col")` converts its copy of the learner.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-
-from learners.modules import replace_layers
+from torch.nn import functional as F
 
 
 class Im2colConv2d(nn.Conv2d):
-    """`nn.Conv2d` as a matrix product over patches: the same parameters, arguments and result.
+    """Compute `nn.Conv2d` as a matrix product over patches, with the same parameters and result.
 
-    Made by `convert_convolutions`; needs `groups == 1` and padding with zeros.
+    Made by `convert_convolutions`; requires `groups == 1` and zero padding.
     """
 
-    elementary = True  # see elementary.py
+    elementary = True  # see `learners.elementary.is_elementary`
 
     def forward(self, x: Tensor) -> Tensor:
         batch = len(x)
         stride, dilation = self.stride, self.dilation
         # [batch, height, width, channels]: a patch is then a few runs of whole pixels
-        x = functional.pad(x, self._reversed_padding_repeated_twice).permute(0, 2, 3, 1)
+        x = F.pad(x, self._reversed_padding_repeated_twice).permute(0, 2, 3, 1)
         rows, columns = (
             (size - d * (kernel - 1) - 1) // s + 1
             for size, kernel, s, d in zip(x.shape[1:3], self.kernel_size, stride, dilation, strict=True)
@@ -53,14 +51,11 @@ class Im2colConv2d(nn.Conv2d):
 
 
 def convert_convolutions(module: nn.Module) -> nn.Module:
-    """Puts an `Im2colConv2d` in the place of each `nn.Conv2d` that it can stand for, in place.
+    """Convert every `nn.Conv2d` to `Im2colConv2d`, in place.
 
-    Grouped ones, other paddings than zeros and subclasses are left as they are.
+    Grouped convolutions, paddings other than zeros and subclasses stay as they are.
     """
-
-    def replacement(layer: nn.Module) -> nn.Module | None:
+    for layer in module.modules():
         if type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros":
             layer.__class__ = Im2colConv2d
-        return None
-
-    return replace_layers(module, replacement)
+    return module

@@ -35,18 +35,8 @@ METRICS = (
     "validation/query_loss",
 )
 # Settings that the view shows at first.
-CHANGED_MOST = (
-    "dataset",
-    "algorithm",
-    "learner",
-    "ways",
-    "shots",
-    "steps",
-    "inner_lr",
-    "meta_lr",
-    "meta_batch_size",
-    "seed",
-)
+CHANGED_MOST = ["dataset", "algorithm", "learner", "ways", "shots", "steps"]
+CHANGED_MOST += ["inner_lr", "meta_lr", "meta_batch_size", "seed"]
 # Curves that belong together: patterns of tags by group and chart. They are the same for every run:
 # TensorBoard joins the layouts of all runs, and shows twice what differs.
 CHARTS = {
@@ -80,46 +70,41 @@ class RunLog:
     """
 
     def __init__(self, folder: Path | None, *, begin_at: int = 0) -> None:
-        self.folder = folder
+        self.path: Path | None = None
         if folder is None:
             return
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.event_pb2 import Event
 
         folder.mkdir(parents=True, exist_ok=True)
         drop_events(folder, begin_at)
         self.path = _new_file(folder)
         self.waiting = [Event(wall_time=time.time(), file_version="brain.Event:2")]
-        if begin_at:  # for readers that have seen the dropped points
-            start = SessionLog(status=SessionLog.START)
-            self.waiting.append(Event(wall_time=time.time(), step=begin_at, session_log=start))
-        self._append()
+        self._append(self.path)
 
     def add(self, summary: Summary, iteration: int) -> None:
         """Note a point, which reaches the file within seconds, or with the next `flush`."""
-        if self.folder is None:
+        if self.path is None:
             return
         from tensorboard.compat.proto.event_pb2 import Event
 
         self.waiting.append(Event(wall_time=time.time(), step=iteration, summary=summary))
         if time.monotonic() - self.appended_at > FLUSH_SECONDS:
-            self._append()
+            self._append(self.path)
 
-    def _append(self) -> None:
-        with self.path.open("ab") as file:
+    def flush(self) -> None:
+        """Bring all points to the disk; raises OSError where that fails."""
+        if self.path is not None:
+            self._append(self.path)
+            sync(self.path)
+
+    def _append(self, path: Path) -> None:
+        with path.open("ab") as file:
             _write_records([event.SerializeToString() for event in self.waiting], file)
         self.waiting.clear()
         self.appended_at = time.monotonic()
 
-    def flush(self) -> None:
-        """Bring all points to the disk; raises OSError where that fails."""
-        if self.folder is not None:
-            self._append()
-            sync(self.path)
-
     def scalars(self, values: Mapping[str, float], iteration: int) -> None:
         """Add a point to several curves, by tag."""
-        if self.folder is None:
-            return
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         # one event for all: an event per curve takes a tenth of a fast run's time
@@ -128,8 +113,6 @@ class RunLog:
 
     def text(self, tag: str, text: str, iteration: int) -> None:
         """Add a text in Markdown."""
-        if self.folder is None:
-            return
         from torch.utils.tensorboard import summary
 
         self.add(summary.text(tag, text), iteration)
@@ -142,20 +125,15 @@ class RunLog:
             tags: of the curves that the run is going to write.
             flags: the declarations of all settings that may decide a result.
         """
-        if self.folder is None:
-            return
         for summary in (experiment_summary(flags), session_summary(settings), layout_summary(tags)):
             self.add(summary, 0)
 
     def end(self, iteration: int, *, failed: bool) -> None:
         """Say in the view of hyper-parameters how the run ended."""
-        if self.folder is not None:
-            self.add(end_summary(failed=failed), iteration)
+        self.add(end_summary(failed=failed), iteration)
 
     def figure(self, tag: str, figure: Figure, iteration: int, file: Path) -> None:
         """Show a figure, and write the same pixels to a PNG file: drawing them is the slow part."""
-        if self.folder is None:
-            return
         from torch.utils.tensorboard import summary
 
         pixels = render(figure)

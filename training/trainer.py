@@ -220,7 +220,6 @@ class Trainer:
     def _compile(self, bar: tqdm) -> bool:
         """Compiles the step by rehearsing it, or goes on without, and says so; False if interrupted."""
         state = State(*(tensor.clone() for tensor in self.state))
-        self.compiler.on_wait = lambda seconds: bar.set_postfix_str(f"compiling, {seconds:.0f} s")
         self.compiler.interrupted = lambda: self.signal is not None
         self.compiler.active = True
         seconds, compiled = self.compiler.seconds, self.compiler.compiled
@@ -244,10 +243,6 @@ class Trainer:
             return True
         done = "Compiled" if self.compiler.compiled > compiled else "Found compiled code"
         self._say(f"{done} in {self.compiler.seconds - seconds:.1f} s")
-        if not self.compiler.keeps:
-            self._say(
-                "It is not kept: the cache folder is not this user's alone (XDG_CACHE_HOME names another)"
-            )
         if state.parameters.is_cuda and not self.distribution.on_host and self.world.size == 1:
             self._record(state)
         return True
