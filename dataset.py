@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from common.batch import Kind, TaskBatch, TaskDistribution, first_tensor, tree_map
 from common.errors import UsageError
-from common.own_code import arguments_from, asked_for, called, is_own_code, load_code
+from common.own_code import call_factory, is_own_code, load_code, parse_arguments, select_accepted
 from common.random import SPLITS, Stream, task_stream
 from tasks.benchmarks import open_benchmark
 from tasks.image_tasks import ImageTasks
@@ -64,11 +64,11 @@ def build_distribution(
     ways = options.ways if options.classification else None
     sizes: dict[str, Any] = {"ways": ways, "shots": options.shots, "queries": options.queries}
     if is_own_code(name):
-        factory, arguments = load_code(name, "--dataset"), arguments_from(options.dataset_args)
+        factory, arguments = load_code(name, "--dataset"), parse_arguments(options.dataset_args)
 
         def make(shots: int) -> Any:
-            sizes_of_task = asked_for(factory, sizes | {"shots": shots})
-            return called(factory, name, "--dataset", **sizes_of_task | arguments)
+            sizes_of_task = select_accepted(factory, sizes | {"shots": shots})
+            return call_factory(factory, name, "--dataset", **sizes_of_task | arguments)
 
         return Custom(make, name, ways=ways, shots=options.shots, **placed)
     if name.startswith("table:"):
@@ -341,7 +341,7 @@ class Custom(TaskDistribution):
         stream = task_stream(split, seed, iteration, tasks, torch.device("cpu"))
         high, low = stream.at("own").words(2).unbind(1)
         seeds = (high >> 1 << 32) | low  # 63 bits
-        parts = called(self.source.sample, f"{self.name}: sample", "--dataset", split, seeds)
+        parts = call_factory(self.source.sample, f"{self.name}: sample", "--dataset", split, seeds)
         problem = self._find_problem(parts, len(tasks))
         if problem:
             raise UsageError(f"--dataset {self.name}: sample({split!r}, {len(tasks)} seeds) {problem}")

@@ -1,12 +1,18 @@
-"""Base learners: the networks that are meta-learned. Plain modules that know nothing of meta-learning.
+"""Base learners by name: built in, torchvision's, or the user's own factory.
 
-One's own stay in one's own code: `--learner module:factory`. A new built-in one is a function from the
-number of outputs and the shape of an example to an `nn.Module`, an entry in `LEARNERS`, and a line about it
-in `presets.LEARNERS`.
+A learner is a plain `nn.Module` that knows nothing of meta-learning; `MAML` takes it as it is.
+
+    learner = build_learner("conv", outputs=5, inputs=(1, 28, 28))
+    learner = build_learner("torchvision:resnet18", outputs=5, inputs=(3, 84, 84))
+    learner = build_learner("my_code.py:factory", outputs=5, arguments={"width": 64})
+
+Your own learners stay in your own code. A new built-in one is a function from the number of outputs and the
+shape of an example to a module, an entry in `LEARNERS`, and its facts in `learners/options.py`.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
 import warnings
 from collections.abc import Callable
@@ -18,27 +24,20 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UsageError
-from common.own_code import asked_for, called, is_own_code, load_code
+from common.own_code import call_factory, is_own_code, load_code, select_accepted
 from learners.batch_norm import BatchNorm
-from learners.heads import add_context, linear_head
-
-CHANNELS = 64
-
-
-class SpatialMean(nn.Module):
-    """`[batch, channels, height, width]` to `[batch, channels]`."""
-
-    elementary = True  # see elementary.py
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean((2, 3))
-
+from learners.heads import add_context, linear_head, replace_module
 
 Shape = tuple[int, ...]  # of one example
+CHANNELS = 64
+
+# ---- built-in learners ----------------------------------------------------------------------
+#
+# Convolutions before a batch norm have no bias: it would be subtracted with the mean.
 
 
 def mlp(outputs: int, inputs: Shape = (1,), *, width: int = 40, layers: int = 2) -> nn.Module:
-    """1-40-40-1 with ReLU: the sinusoid network of Finn et al. (2017)."""
+    """Build 1-40-40-1 with ReLU: the sinusoid network of Finn et al. (2017)."""
     (size,) = inputs
     hidden: list[nn.Module] = []
     for _ in range(layers):
@@ -47,11 +46,17 @@ def mlp(outputs: int, inputs: Shape = (1,), *, width: int = 40, layers: int = 2)
     return nn.Sequential(*hidden, nn.Linear(size, outputs))
 
 
-# Below, a bias in front of a batch normalisation would be subtracted with the mean: there is none.
+class SpatialMean(nn.Module):
+    """Average `[batch, channels, height, width]` over space: `[batch, channels]`."""
+
+    elementary = True  # see `learners.elementary.is_elementary`
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
 
 
 def _strided(inputs: Shape, channels: int, scale: bool) -> list[nn.Module]:
-    """Four 3x3 convolutions of stride 2, each with batch norm and ReLU."""
+    """Return four 3x3 convolutions of stride 2, each with batch norm and ReLU."""
     blocks: list[nn.Module] = []
     for channels_in in (inputs[0], channels, channels, channels):
         convolution = nn.Conv2d(channels_in, channels, 3, stride=2, padding=1, bias=False)
@@ -62,7 +67,7 @@ def _strided(inputs: Shape, channels: int, scale: bool) -> list[nn.Module]:
 def conv(
     outputs: int, inputs: Shape = (1, 28, 28), *, channels: int = CHANNELS, scale: bool = False
 ) -> nn.Module:
-    """Four 3x3 convolutions of stride 2, mean over space: Finn et al.'s Omniglot network."""
+    """Build four 3x3 convolutions of stride 2 and a mean over space: Finn et al.'s Omniglot network."""
     blocks = _strided(inputs, channels, scale)
     return nn.Sequential(*blocks, SpatialMean(), nn.Linear(channels, outputs))
 
@@ -70,13 +75,13 @@ def conv(
 def conv_flat(
     outputs: int, inputs: Shape = (1, 28, 28), *, channels: int = CHANNELS, scale: bool = True
 ) -> nn.Module:
-    """`conv` flattened, with batch norm's scale: Nichol et al.'s Omniglot network (Reptile, 2018)."""
+    """Build `conv`, flattened and with batch norm's scale: Nichol et al.'s Omniglot network (2018)."""
     features = channels * math.prod(-(-size // 16) for size in inputs[1:])
     return nn.Sequential(*_strided(inputs, channels, scale), nn.Flatten(), nn.Linear(features, outputs))
 
 
 def _pooled(inputs: Shape, channels: int, scale: bool) -> list[nn.Module]:
-    """Four 3x3 convolutions, each with batch norm, ReLU and 2x2 max pooling."""
+    """Return four 3x3 convolutions, each with batch norm, ReLU and 2x2 max pooling."""
     blocks: list[nn.Module] = []
     for channels_in in (inputs[0], channels, channels, channels):
         convolution = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
@@ -87,19 +92,19 @@ def _pooled(inputs: Shape, channels: int, scale: bool) -> list[nn.Module]:
 def conv_pool(
     outputs: int, inputs: Shape = (1, 28, 28), *, channels: int = CHANNELS, scale: bool = False
 ) -> nn.Module:
-    """`conv` with 2x2 max pooling in the place of the strides (Vinyals et al. 2016)."""
+    """Build `conv` with 2x2 max pooling instead of strides (Vinyals et al. 2016)."""
     blocks = _pooled(inputs, channels, scale)
     return nn.Sequential(*blocks, SpatialMean(), nn.Linear(channels, outputs))
 
 
 def conv4(outputs: int, inputs: Shape = (3, 84, 84), *, channels: int = 32, scale: bool = False) -> nn.Module:
-    """The mini-ImageNet network of Ravi and Larochelle (2017) and Finn et al.: max pooling, flattened."""
+    """Build the mini-ImageNet network of Ravi and Larochelle (2017): max pooling, flattened."""
     features = channels * (inputs[1] // 16) * (inputs[2] // 16)
     return nn.Sequential(*_pooled(inputs, channels, scale), nn.Flatten(), nn.Linear(features, outputs))
 
 
 def convnet(outputs: int, inputs: Shape = (1, 28, 28), *, channels: int = CHANNELS) -> nn.Module:
-    """Four unpadded 3x3 convolutions with PyTorch's own batch norm, flattened: 25,600 features at 28 x 28."""
+    """Build four unpadded 3x3 convolutions with PyTorch's batch norm: 25,600 features at 28 x 28."""
     blocks: list[nn.Module] = []
     for channels_in in (inputs[0], channels, channels, channels):
         blocks += [nn.Conv2d(channels_in, channels, 3), nn.BatchNorm2d(channels), nn.ReLU()]
@@ -108,40 +113,12 @@ def convnet(outputs: int, inputs: Shape = (1, 28, 28), *, channels: int = CHANNE
 
 
 def fc(outputs: int, inputs: Shape = (1, 28, 28)) -> nn.Module:
-    """784-256-128-64-64 with batch norm and ReLU: Finn et al.'s fully connected Omniglot network."""
+    """Build 784-256-128-64-64 with batch norm and ReLU: Finn et al.'s fully connected Omniglot network."""
     sizes = (math.prod(inputs), 256, 128, 64, 64)
     layers: list[nn.Module] = [nn.Flatten()]
     for size_in, size_out in pairwise(sizes):
         layers += [nn.Linear(size_in, size_out, bias=False), BatchNorm(size_out), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
-
-
-def of_torchvision(name: str, outputs: int, inputs: Shape | None, /, **arguments: Any) -> nn.Module:
-    """A classification model of torchvision with a last layer for `outputs`, for grey images, too.
-
-    With `weights` (a name of torchvision's, "DEFAULT" say) it is a trained one, whose last layer is new.
-    """
-    import torchvision
-
-    trained = arguments.get("weights") is not None
-    model = torchvision.models.get_model(name, **({} if trained else {"num_classes": outputs}), **arguments)
-    if trained:
-        head = model.get_submodule(linear_head(model))
-        assert isinstance(head, nn.Linear)
-        parent, _, child = linear_head(model).rpartition(".")
-        setattr(model.get_submodule(parent), child, nn.Linear(head.in_features, outputs))
-    return GreyAsColour(model) if inputs and inputs[0] == 1 else model
-
-
-class GreyAsColour(nn.Module):
-    """A network for images of three channels, for those of one."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Any:
-        return self.network(x.expand(-1, 3, -1, -1))
 
 
 LEARNERS: dict[str, Callable[..., nn.Module]] = {
@@ -155,11 +132,112 @@ LEARNERS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def initialise_as_paper(learner: nn.Module) -> None:
-    """Finn et al.'s initialisation, in place.
+# ---- learners by name -----------------------------------------------------------------------
 
-    Convolutions Xavier uniform, the layer above their mean N(0, 1), and above them flattened Xavier uniform;
-    fully connected networks truncated normal with std 0.01 (cut at two std, as TensorFlow does); biases 0.
+
+class GreyAsColour(nn.Module):
+    """Give a network for three channels images of one channel."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Any:
+        return self.network(x.expand(-1, 3, -1, -1))
+
+
+def build_torchvision(
+    model: str, outputs: int, /, inputs: Shape | None = None, **arguments: Any
+) -> nn.Module:
+    """Build a classification model of torchvision's with a new last layer, for colour or grey images.
+
+    With `weights` (such as "DEFAULT") the other layers are trained ones.
+    """
+    import torchvision
+
+    if arguments.get("weights") is None:
+        network = torchvision.models.get_model(model, num_classes=outputs, **arguments)
+    else:
+        network = torchvision.models.get_model(model, **arguments)
+        name = linear_head(network)
+        head = network.get_submodule(name)
+        assert isinstance(head, nn.Linear)
+        replace_module(network, name, nn.Linear(head.in_features, outputs))
+    return GreyAsColour(network) if inputs and inputs[0] == 1 else network
+
+
+def load_factory(name: str) -> Callable[..., nn.Module]:
+    """Return the factory of a learner: a function of the number of outputs and other arguments.
+
+    Args:
+        name: a key of `LEARNERS`, `torchvision:MODEL`, or the user's `file.py:factory`.
+
+    Raises:
+        UsageError: there is no learner of that name.
+    """
+    if is_own_code(name):
+        return load_code(name, "--learner")
+    if name in LEARNERS:
+        return LEARNERS[name]
+    import torchvision
+
+    model = name.removeprefix("torchvision:")
+    models = torchvision.models.list_models(torchvision.models)
+    if model not in models:
+        nearest = ", ".join(difflib.get_close_matches(model, models, 5) or models[:5])
+        raise UsageError(f"--learner {name}: torchvision has no classification model {model}: try {nearest}")
+    return partial(build_torchvision, model)
+
+
+def build_learner(
+    name: str,
+    outputs: int,
+    *,
+    inputs: Any = None,
+    arguments: dict[str, Any] | None = None,
+    init: str = "torch",
+    context: int = 0,
+    seed: int = 0,
+) -> nn.Module:
+    """Build a learner with fresh weights: the same for a seed, whatever else has drawn random numbers.
+
+    Args:
+        name: see `load_factory`.
+        outputs: number of outputs, the factory's first argument.
+        inputs: the shape of an example without the batch axis, or nested tuples or dictionaries of shapes;
+            given to factories that have a parameter `inputs`.
+        arguments: further arguments of the factory.
+        init: "torch" leaves the weights; "paper" applies `initialise_as_paper`.
+        context: size of a context vector that modulates a layer (`heads.add_context`); 0: none.
+
+    Raises:
+        UsageError: the factory does not exist, does not take the arguments, or does not return a module.
+    """
+    factory = load_factory(name)
+    shape = {} if inputs is None else select_accepted(factory, {"inputs": inputs})
+    options = shape | (arguments or {})
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        torch.manual_seed(seed)
+        warnings.filterwarnings("ignore", message="Initializing zero-element")  # refused below
+        learner = call_factory(factory, name, "--learner", outputs, **options)
+        if not isinstance(learner, nn.Module):
+            raise UsageError(f"--learner {name} makes a {type(learner).__name__}, not a torch.nn.Module")
+        if name in LEARNERS and not all(weight.numel() for weight in learner.parameters()):
+            raise UsageError(
+                f"--learner {name}: inputs {inputs} leave nothing for its last layers; use larger ones "
+                "(--image-size) or other --learner-args"
+            )
+        if init == "paper":
+            initialise_as_paper(learner)
+    return add_context(learner, context, seed=seed) if context else learner
+
+
+def initialise_as_paper(learner: nn.Module) -> None:
+    """Set weights as Finn et al. (2017) do, in place.
+
+    Convolutions, and linear layers after flattened ones, are Xavier uniform; linear layers after a mean over
+    space N(0, 1); those of fully connected networks N(0, 0.01^2), cut at two std (as TensorFlow does).
+    Biases are 0.
     """
     layers = list(learner.modules())
     convolutional = any(isinstance(layer, nn.Conv2d) for layer in layers)
@@ -173,63 +251,3 @@ def initialise_as_paper(learner: nn.Module) -> None:
             nn.init.trunc_normal_(layer.weight, std=0.01, a=-0.02, b=0.02)
         if isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is not None:
             nn.init.zeros_(layer.bias)
-
-
-def check_learner(name: str) -> None:
-    """Raises UsageError where there is no learner of that name; before there are data to build it for."""
-    if is_own_code(name):
-        load_code(name, "--learner")
-    elif name.startswith("torchvision:"):
-        import torchvision
-
-        there = torchvision.models.list_models(torchvision.models)
-        if name.partition(":")[2] not in there:
-            raise UsageError(
-                f"--learner {name}: torchvision has no classification model of that name; it has "
-                f"{', '.join(there)}"
-            )
-
-
-def build_learner(
-    name: str,
-    outputs: int,
-    *,
-    inputs: Any = None,
-    arguments: dict[str, Any] | None = None,
-    init: str = "torch",
-    context: int = 0,
-    seed: int = 0,
-) -> nn.Module:
-    """A fresh learner; the same weights for the same seed, whatever else has drawn random numbers.
-
-    Raises UsageError where a factory is not there, does not take the arguments, or makes no module.
-
-    Arguments:
-        name: a built-in one, `torchvision:MODEL`, or a factory in the user's code, which is called with the
-            number of outputs, the arguments and, where it has a parameter `inputs`, the shape of an example.
-        inputs: that shape, or nested tuples or dictionaries of shapes where an example has several parts.
-        context: size of the context vector that modulates a layer (see partition.py); 0: there is none.
-    """
-    given = arguments or {}
-    shape = {} if inputs is None else {"inputs": inputs}
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        torch.manual_seed(seed)
-        if name in LEARNERS:
-            warnings.filterwarnings("ignore", message="Initializing zero-element")  # refused here
-            learner = called(LEARNERS[name], name, "--learner", outputs, **shape | given)
-            if not all(weight.numel() for weight in learner.parameters()):
-                raise UsageError(
-                    f"--learner {name}: of inputs {inputs} nothing is left for its last layers: larger ones "
-                    "(--image-size), or other --learner-args"
-                )
-        elif name.startswith("torchvision:"):
-            model = partial(of_torchvision, name.partition(":")[2], outputs, inputs)
-            learner = called(model, name, "--learner", **given)
-        else:
-            factory = load_code(name, "--learner")
-            learner = called(factory, name, "--learner", outputs, **asked_for(factory, shape) | given)
-        if not isinstance(learner, nn.Module):
-            raise UsageError(f"--learner {name} makes a {type(learner).__name__}, not a torch.nn.Module")
-        if init == "paper":
-            initialise_as_paper(learner)
-    return add_context(learner, context, seed=seed) if context else learner

@@ -22,12 +22,12 @@ from common.batch import TaskBatch, TaskDistribution, Tree, arguments_of, first_
 from common.device import Runtime, device_of, machine_memory, set_up
 from common.errors import UsageError, is_out_of_memory
 from common.optimizers import InnerOptimizer, Weights
-from common.own_code import arguments_from, is_own_code
+from common.own_code import is_own_code, parse_arguments
 from common.processes import ALONE, World
 from common.random import keys_of, task_stream
 from dataset import build_distribution
 from inner_loop import fixed_tensors, pass_around
-from learner import LEARNERS, build_learner, check_learner
+from learner import LEARNERS, build_learner, load_factory
 from learners.diagnosis import find_failing_layer
 from learners.elementary import Elementary
 from learners.losses import LOSSES, build_loss
@@ -94,7 +94,7 @@ def build(
     learned (see `MAML.fixed`) is the checkpoint's. `distribution`: the tasks, where another run has built the
     same.
     """
-    check_learner(config.learner.learner)  # before there is work with the data
+    load_factory(config.learner.learner)  # before there is work with the data
     build_loss(config.learner.loss, config.learner.loss_args)
     distribution = distribution or tasks_of(config, call, runtime)
     example = distribution.sample("test" if call.eval_dataset else "train", 0, 0, range(1))
@@ -142,7 +142,7 @@ def module_of(
 ) -> nn.Module:
     """The learner with its initial weights, and that many outputs; `example` is one task's inputs. Of a
     checkpoint, nothing is fetched for it, and nothing built that is much larger than what is `saved`."""
-    arguments = arguments_from(config.learner.learner_args)
+    arguments = parse_arguments(config.learner.learner_args)
     if saved and config.learner.learner.startswith("torchvision:"):
         for name in ("weights", "pretrained"):  # the checkpoint has all of them
             arguments.pop(name, None)

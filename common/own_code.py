@@ -1,7 +1,7 @@
 """The user's own code, by name: `package.module:factory` or `path/to/file.py:factory`.
 
-Only names from the command line come here; what a checkpoint names is never imported because it says so
-(`config.resolve_from`).
+Learners, datasets and losses are loaded here, and their `NAME=VALUE` arguments parsed. Code is imported only
+if the user named it on the command line, never because a checkpoint names it (commands/resolve.py).
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from common.errors import UsageError
 TOOL = Path(__file__).resolve().parent.parent
 # Prefixes of names with a colon that are not the user's code: `images:FOLDER`, `torchvision:MODEL`.
 RESERVED_PREFIXES = ("images", "table", "torchvision")
-WINGS = ("common", "learners", "tasks", "evaluation", "training", "commands")
 
 
 def is_own_code(name: str) -> bool:
@@ -37,115 +35,124 @@ def is_well_formed_code(name: str) -> bool:
     return (dotted or module.endswith(".py")) and factory.isidentifier()
 
 
-def load_code(name: str, flag: str) -> Callable[..., Any]:
-    """The function or class of that name; raises UsageError, which names the flag, where there is none.
+# ---- importing ------------------------------------------------------------------------------
 
-    Modules are found as Python finds them, and in the working directory; what a file imports, beside it.
+
+def load_code(name: str, flag: str) -> Callable[..., Any]:
+    """Import a function or class of the user's; `flag` names the flag in errors.
+
+    Modules are found as Python finds them, and in the working directory. A file may import what lies in its
+    own folder. Raises UsageError if there is no such code or its import fails.
     """
-    where, _, attribute = name.rpartition(":")
+    source, _, attribute = name.rpartition(":")
     try:
-        module = _from_file(Path(where)) if where.endswith(".py") else _by_name(where)
+        module = _import_file(Path(source)) if source.endswith(".py") else _import_module(source)
     except UsageError as error:
         raise UsageError(f"{flag} {name}: {error}") from error
-    except (Exception, SystemExit) as error:  # it is the user's code, and may fail in any way
+    except (Exception, SystemExit) as error:  # the user's code may fail in any way
         hint = ""
         if "attempted relative import" in str(error):
-            hint = ": name it as a package has it, package.module:factory"
-        raise UsageError(f"{flag} {name}: importing {where} failed: {_in_a_line(error)}{hint}") from error
-    found = getattr(module, attribute, None)
-    if not callable(found):
-        there = ", ".join(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))
+            hint = ": name it as its package has it, package.module:factory"
+        raise UsageError(f"{flag} {name}: importing {source} failed: {_one_line(error)}{hint}") from error
+    code = getattr(module, attribute, None)
+    if not callable(code):
+        public = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
         raise UsageError(
-            f"{flag} {name}: {where} has no {attribute} to call: it has {there or 'nothing'}"[:300]
+            f"{flag} {name}: {source} has no {attribute} to call: it has {', '.join(public)}"[:300]
         )
-    return found
+    return code
 
 
-def _from_file(path: Path) -> Any:
+def _import_file(path: Path) -> Any:
     if not path.is_file():
         raise UsageError("there is no such file")
     path = path.resolve()
-    name = f"own_code_of_{path.stem}_{abs(hash(str(path)))}"  # never one of ours, nor an installed one
+    name = f"own_code_of_{path.stem}_{abs(hash(str(path)))}"  # never that of another module
     if name in sys.modules:
         return sys.modules[name]
+    _check_imports(path)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    _add_to_path(path.parent)
     sys.modules[name] = module
     try:
-        with _first_in_line(path.parent):
-            spec.loader.exec_module(module)
+        spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
     return module
 
 
-@contextmanager
-def _first_in_line(folder: Path) -> Iterator[None]:
-    """Within it, modules are looked for in the folder first, even where this tool has one of that name, whose
-    own comes back afterwards."""
-    ours = {
-        name: module
-        for name, module in sys.modules.items()
-        if _is_ours(module) and (folder / f"{name}.py").is_file() and folder != TOOL
-    }
-    for name in ours:
-        del sys.modules[name]
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
-        sys.path.append(str(folder))  # for what is imported later
-        sys.modules.update(ours)
-
-
-def _is_ours(module: Any) -> bool:
-    file = getattr(module, "__file__", None)
-    return file is not None and Path(file).parent in (TOOL, *(TOOL / wing for wing in WINGS))
-
-
-def _by_name(name: str) -> Any:
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
+def _import_module(name: str) -> Any:
+    _add_to_path(Path.cwd())
     module = importlib.import_module(name)
-    if _is_ours(module):
+    if name.partition(".")[0] in _own_modules() and TOOL in Path(module.__file__ or "").parents:
         raise UsageError(f"{name} is a module of this tool: name the file, {name}.py:factory")
     return module
 
 
-def arguments_from(pairs: Iterable[str]) -> dict[str, Any]:
-    """`NAME=VALUE` as keyword arguments: values are Python literals, or else text."""
+def _add_to_path(folder: Path) -> None:
+    """Search the folder before installed packages, but behind the tool's own folder."""
+    if str(folder) not in sys.path:
+        sys.path.insert(1, str(folder))
+
+
+def _own_modules() -> set[str]:
+    """Return the names of this tool's modules and packages at top level."""
+    return {path.stem for path in (*TOOL.glob("*.py"), *(init.parent for init in TOOL.glob("*/__init__.py")))}
+
+
+def _check_imports(path: Path) -> None:
+    """Raise UsageError if a file imports a neighbour that Python would take for a module of this tool."""
+    imported: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_bytes(), str(path))):
+        if isinstance(node, ast.Import):
+            imported.update(alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            imported.add(str(node.module).partition(".")[0])
+    for name in sorted(imported & _own_modules()):
+        neighbour = path.parent / name
+        if path.parent != TOOL and (neighbour.is_dir() or neighbour.with_suffix(".py").is_file()):
+            raise UsageError(f"it imports {name}, and this tool has a module of that name: rename yours")
+
+
+# ---- calling --------------------------------------------------------------------------------
+
+
+def parse_arguments(pairs: Iterable[str]) -> dict[str, Any]:
+    """Return `NAME=VALUE` pairs as keyword arguments; a value is a Python literal, or else text."""
     values: dict[str, Any] = {}
     for pair in pairs:
         name, _, text = pair.partition("=")
         try:
             values[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):  # the last two: nested too deep
+        except (ValueError, SyntaxError, RecursionError, MemoryError):  # the last two: nested too deeply
             values[name] = {"true": True, "false": False, "none": None}.get(text.lower(), text)
     return values
 
 
-def called(factory: Callable[..., Any], name: str, flag: str, /, *given: Any, **arguments: Any) -> Any:
-    """What the factory makes; raises UsageError, which names the flag, where it fails."""
+def call_factory(
+    factory: Callable[..., Any], name: str, flag: str, /, *arguments: Any, **options: Any
+) -> Any:
+    """Call a factory; raise UsageError, which names the flag and the arguments, if it fails."""
     try:
-        return factory(*given, **arguments)
+        return factory(*arguments, **options)
     except UsageError:
         raise
     except (Exception, SystemExit) as error:
-        words = ", ".join([*map(repr, given), *(f"{n}={v!r}" for n, v in arguments.items())])
-        raise UsageError(f"{flag} {name} fails, called with ({words}): {_in_a_line(error)}") from error
+        words = ", ".join([*map(repr, arguments), *(f"{key}={value!r}" for key, value in options.items())])
+        raise UsageError(f"{flag} {name} fails, called with ({words}): {_one_line(error)}") from error
 
 
-def asked_for(factory: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
-    """Of the arguments that are offered, those that the factory has a parameter of that name for."""
+def select_accepted(factory: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Return those options for which the factory has a parameter of that name."""
     try:
         parameters = inspect.signature(factory).parameters
     except (TypeError, ValueError):
         return {}
-    return {name: value for name, value in offered.items() if name in parameters}
+    return {name: value for name, value in options.items() if name in parameters}
 
 
-def _in_a_line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
