@@ -188,7 +188,9 @@ def train_locked(call: Call, given: Mapping[str, Any], world: World, locked: Exi
         check_splits,
         facts,
         fitted,
+        make_run,
         no_empty_folder_left,
+        own_code_flags,
         prepare,
         print_difference,
         print_settings,
@@ -200,8 +202,7 @@ def train_locked(call: Call, given: Mapping[str, Any], world: World, locked: Exi
     from learners.losses import LOSSES
     from training.checkpoint import check_same_split
     from training.compiler import Compiler
-    from training.folders import lock_folder
-    from training.run import Run
+    from training.folders import LAST, lock_folder
     from training.trainer import Trainer
 
     with world.together():
@@ -238,32 +239,39 @@ def train_locked(call: Call, given: Mapping[str, Any], world: World, locked: Exi
     for name in sorted(parameters):  # initial weights may differ in the last bit between machines
         parameters[name] = world.from_first_tensor(parameters[name].contiguous())
     folder = at.folder or world.from_first(lambda: fresh_folder(call.checkpoint_path, config, locked))
-    run = Run(
-        config, folder, parameters, at.start, at.origin,
+    run = make_run(
+        config, folder, parameters, start=at.start, origin=at.origin,
         computed_by=runtime.computed_by(tasks=config.training.tasks_at_once), writes=world.first,
     )  # fmt: skip
-    trainer = Trainer([run], maml, distribution, compiler, world)
+    trainer = Trainer(
+        [run],
+        maml,
+        distribution.resized(config.training_shots),
+        distribution,
+        compiler,
+        world,
+        resume=shlex.join(["--load", str(folder / LAST), *own_code_flags(config)]),
+    )
     doing = f"Going on from iteration {at.start.iteration:,}" if at.start else "Meta-training"
     print_settings(config, runtime, f"{doing} in {folder}")
     if at.start is not None:
         print_difference(at.start.computed_by, run.computed_by)
     code = trainer.train()
-    print_end(run, code, world)
+    print_end(run, code, world, own_code_flags(config))
     sys.stdout.flush()
     world.wait()  # torchrun ends all where one has ended with a code, and the first may have more to do
     return code
 
 
-def print_end(run: Run, code: int, world: World) -> None:
+def print_end(run: Run, code: int, world: World, own: list[str]) -> None:
     """How training ended, and what to type next."""
-    from commands.build import own_code_flags
     from training.folders import LAST
+    from training.run import final_loss
 
-    own = own_code_flags(run.config)
-    final = run.final_loss()
+    final = final_loss(run.progress.training)
     if final is not None:
-        loss, first, last = final
-        print(f"Mean training query loss of iterations {first:,} to {last:,}: {loss:.4f}")
+        span = f"iterations {final['from']:,} to {final['to']:,}"
+        print(f"Mean training query loss of {span}: {final['mean']:.4f}")
     launcher = ["python"] if world.size == 1 else ["torchrun", f"--nproc-per-node={world.local_size}"]
     go_on = [*launcher, "main.py", "--load", str(run.folder / LAST), *own]
     if run.skipped:

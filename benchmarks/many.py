@@ -33,10 +33,9 @@ import torch  # noqa: E402
 from script import Parser, conditions, launch  # noqa: E402
 
 from commands import config as settings  # noqa: E402
-from commands.build import build, prepare  # noqa: E402
+from commands.build import build, make_run, prepare  # noqa: E402
 from common.processes import ALONE  # noqa: E402
 from training.compiler import Compiler  # noqa: E402
-from training.run import Run  # noqa: E402
 from training.trainer import Trainer  # noqa: E402
 
 MEMBERS = (1, 2, 4, 8)
@@ -65,10 +64,13 @@ def stepper(flags: list[str], seeds: int, *, compiled: bool) -> Callable[[int], 
     runtime = prepare(configs[0], call, ALONE)
     compiler = Compiler(runtime.device)
     distribution, maml = build(configs[0], call, runtime, compiler)
-    runs = [Run(each, Path(), maml.initial_parameters(each.seed), writes=False) for each in configs]
+    runs = [
+        make_run(each, Path(), maml.initial_parameters(each.training.seed), writes=False) for each in configs
+    ]
     if seeds > 1:
         maml = maml.with_options(in_transform=True)
-    trainer = Trainer(runs, maml, distribution, compiler, shown=False)
+    training_tasks = distribution.resized(configs[0].training_shots)
+    trainer = Trainer(runs, maml, training_tasks, distribution, compiler, show=False)
     compiler.active = compiled
 
     def run(iterations: int) -> None:

@@ -49,7 +49,7 @@ from common.files import read_json, write_whole  # noqa: E402
 from evaluation.tables import write_json  # noqa: E402
 from training.checkpoint import load_checkpoint  # noqa: E402
 from training.folders import BEST, LAST, find_checkpoint  # noqa: E402
-from training.run import Run  # noqa: E402
+from training.run import final_loss  # noqa: E402
 from training.trainer import FAILED  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "reproduce"
@@ -232,14 +232,12 @@ def progress_of(file: Path, changed: int) -> dict[str, Any]:
     """What a checkpoint, as it was changed last, says about its run."""
     found = load_checkpoint(file)
     config = settings.config_of(found.settings, file)
-    run = Run(config, file.parent, found.parameters, found, writes=False)
-    final = run.final_loss()
     return {
         "config": config,
         "iteration": found.iteration,
         "planned": config.iterations,
         "best_iteration": found.progress["best_iteration"],
-        "final_training_loss": final and dict(zip(("mean", "from", "to"), final, strict=True)),
+        "final_training_loss": final_loss(found.progress["training"]),
         "training": found.progress["training"],
         "validation": found.progress["validation"],
     }

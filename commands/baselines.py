@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from commands import config as settings
-from commands.build import build, fitted, no_empty_folder_left, prepare
+from commands.build import build, fitted, make_run, no_empty_folder_left, prepare
 from commands.call import Call
 from commands.config import Config, config_of
 from commands.resolve import resolve, what_is_learned
@@ -35,7 +35,6 @@ from tasks.options import CURVES
 from training.checkpoint import fitting_parameters, load_checkpoint
 from training.compiler import Compiler
 from training.folders import LAST, lock_folder
-from training.run import Run
 from training.trainer import Trainer
 
 RATES = {
@@ -206,17 +205,18 @@ def _trained(config: Config, call: Call, folder: Path, world: World) -> Weights:
     folder.mkdir(parents=True, exist_ok=True)
     if runtime.world.first:
         print(f"Training {folder}", file=sys.stderr, flush=True)
-    run = Run(
-        config, folder, parameters, start,
+    run = make_run(
+        config, folder, parameters, start=start,
         computed_by=runtime.computed_by(tasks=config.training.tasks_at_once), writes=runtime.world.first,
     )  # fmt: skip
-    trainer = Trainer([run], maml, distribution, compiler, runtime.world)
+    training_tasks = distribution.resized(config.training_shots)
+    trainer = Trainer([run], maml, training_tasks, distribution, compiler, runtime.world)
     code = trainer.train()
     if run.failure is not None:
         raise UsageError(f"{folder}: {run.failure}")
     if code:
         raise InterruptedBySignalError(code)
-    return {name: w.clone() for name, w in trainer.parameters.items()}
+    return {name: w.clone() for name, w in run.parameters.items()}
 
 
 # ---- loss over iterations -------------------------------------------------------------------

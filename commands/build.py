@@ -34,6 +34,7 @@ from learners.losses import LOSSES, build_loss
 from maml import MAML, as_it_is
 from training.checkpoint import Checkpoint
 from training.compiler import Compiler, cpp_compiler
+from training.run import Run
 
 # Numbers by which a learner may exceed four times what a checkpoint has, and what the least tensor counts as
 FREE_SIZE, LEAST_SIZE = 2**24, 10_000
@@ -102,6 +103,26 @@ def build(
     one_task = tree_map(lambda part: part[0], example.support_x)
     learner = module_of(config, runtime, outputs or 1, one_task, saved=saved)
     return distribution, algorithm_of(config, runtime, learner, one_task, accelerate)
+
+
+def make_run(
+    config: Config, folder: Path, parameters: Weights, *, start: Checkpoint | None = None, **others: Any
+) -> Run:
+    """Return a training run with these settings; `others` are further fields of `Run`."""
+    flags = settings.CONFIG_FLAGS.items()
+    return Run(
+        folder=folder,
+        parameters=parameters,
+        training=config.training,
+        choices=config.choices,
+        evaluation=config.evaluation,
+        settings=config.values(),
+        meaningful=list(settings.meaningful(config)),
+        flags={name: flag for name, flag in flags if flag.group not in ("machine", "logging")},
+        classification=config.tasks.classification,
+        start=start,
+        **others,
+    )
 
 
 def data_of(config: Config) -> tuple[Any, ...]:

@@ -23,6 +23,7 @@ from commands.build import (
     check_splits,
     data_of,
     fitted,
+    make_run,
     no_empty_folder_left,
     prepare,
     print_difference,
@@ -48,7 +49,7 @@ from maml import MAML
 from training.checkpoint import check_same_split, load_checkpoint
 from training.compiler import Compiler
 from training.folders import LAST, LIST, has_results, is_occupied, list_runs, lock_folder
-from training.run import Run, as_measured
+from training.run import Run, final_loss
 from training.trainer import AT_ONCE, FAILED, Trainer
 
 SUMMARY = "summary"
@@ -58,11 +59,12 @@ MOST_NAMES = 4  # of runs, in the terminal
 # ---- which can be trained together ---------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ready:
     """A run that has all it needs."""
 
     member: Member
+    config: Config
     run: Run
     maml: MAML
     distribution: TaskDistribution
@@ -72,8 +74,8 @@ class Ready:
         """Whether the two can be trained at once: they differ in numbers alone."""
         return (
             self.run.iteration == other.run.iteration
-            and _structure(self.run.config) == _structure(other.run.config)
-            and self.run.config.training.vectorise
+            and _structure(self.config) == _structure(other.config)
+            and self.config.training.vectorise
             and _same(self.maml.fixed, other.maml.fixed)
         )
 
@@ -101,7 +103,7 @@ def groups_of(runs: Sequence[Ready], at_most: int | None) -> list[list[Ready]]:
     """
     groups: list[list[Ready]] = []
     for each in runs:
-        config = each.run.config
+        config = each.config
         most = at_most or (1 if config.training.compile == "on" and not compiles(config) else len(runs))
         fitting = (g for g in groups if len(g) < most and g[0].fits(each))
         group = next(fitting, None)
@@ -214,7 +216,7 @@ def _of_member(call: Call, folder: Path | None, member: Member) -> Call:
 
 
 def _finished(run: Run) -> bool:
-    return run.iteration >= run.config.training.iterations and has_results(run.folder, run.iteration)
+    return run.iteration >= run.training.iterations and has_results(run.folder, run.iteration)
 
 
 def _ready(
@@ -245,24 +247,33 @@ def _ready(
             check_splits(distribution, config)
             if config.learner.learner not in LEARNERS or config.learner.loss not in LOSSES:
                 tried(maml, parameters, distribution, config)
-        run = Run(config, writes_to / member.name, parameters, at.start, at.origin)
-        found.append(Ready(member, run, maml, distribution, runtime))
+        folder = writes_to / member.name
+        run = make_run(config, folder, parameters, start=at.start, origin=at.origin)
+        found.append(Ready(member, config, run, maml, distribution, runtime))
     return found
 
 
 def _train_group(group: Sequence[Ready], call: Call, world: World) -> int:
     """Trains runs at once; the exit code."""
     first, shown = group[0], world.first
-    config = first.run.config
+    config = first.config
     runtime = prepare(config, call, world)  # threads and precision are the process's: other runs had others
     for each in group:
-        chunk = each.run.config.training.tasks_at_once
+        chunk = each.config.training.tasks_at_once
         each.run.computed_by = runtime.computed_by(processes=1, runs=len(group), tasks=chunk)
     alone = len(group) == 1
     if not alone and config.training.compile == "on" and not compiles(config):
         for each in group:
-            each.run.config = _uncompiled(each)
-        config = first.run.config
+            each.config = _uncompiled(each)
+            each.run = make_run(
+                each.config,
+                each.run.folder,
+                each.run.parameters,
+                start=each.run.start,
+                origin=each.run.origin,
+                computed_by=each.run.computed_by,
+            )
+        config = first.config
     maml = first.maml
     if not alone:
         maml = maml.with_options(
@@ -274,18 +285,28 @@ def _train_group(group: Sequence[Ready], call: Call, world: World) -> int:
         names = [each.member.name for each in group]
         listed = ", ".join(names) if len(names) <= MOST_NAMES else f"{names[0]} ... {names[-1]}"
         print(f"Training {listed}", flush=True)
-        print(settings.describe(*(each.run.config for each in group)), flush=True)
+        print(settings.describe(*(each.config for each in group)), flush=True)
         if first.run.start is not None:
             print_difference(first.run.start.computed_by, first.run.computed_by)
     compiler = Compiler(runtime.device)
     maml = maml.with_options(accelerate=compiler)
-    return Trainer([each.run for each in group], maml, first.distribution, compiler, shown=shown).train()
+    training_tasks = first.distribution.resized(config.training_shots)
+    resume = f"the same command with --run-name {first.run.folder.parent.name} --resume"
+    return Trainer(
+        [each.run for each in group],
+        maml,
+        training_tasks,
+        first.distribution,
+        compiler,
+        resume=resume,
+        show=shown,
+    ).train()
 
 
 def _uncompiled(each: Ready) -> Config:
     """The settings of a run that cannot be compiled with others; of one that goes on, as they are else."""
     if each.run.start is not None:
-        return each.run.config.replaced(compile="off")
+        return each.config.replaced(compile="off")
     return resolve({**each.member.given, "compile": "off"})
 
 
@@ -296,22 +317,20 @@ def outcome_of(each: Ready) -> Outcome:
     """Return how the training of a run ended."""
     run = each.run
     whole = run.failure is None  # one that has stopped early is no part of a mean over seeds
-    final = run.final_loss() if whole else None
+    final = final_loss(run.progress.training) if whole else None
     validation = run.progress.validation
-    measure = "query_accuracy" if run.config.tasks.classification else "query_loss"
-    best = run.progress.best_score if whole else None
     return Outcome(
         name=each.member.name,
         setting=each.member.setting,
         seed=each.member.seed,
         iteration=run.iteration,
         failure=run.failure,
-        final_training_loss=final[0] if final else None,
-        measure=measure,
-        loss=loss_name(run.config.learner.loss),
-        best_validation=None if best is None else as_measured(best, measure),
+        final_training_loss=final["mean"] if final else None,
+        measure=run.measure,
+        loss=loss_name(each.config.learner.loss),
+        best_validation=run.best_validation if whole else None,
         best_iteration=run.progress.best_iteration if whole else None,
-        validation={name: validation.get(name, []) for name in ("iteration", measure)},
+        validation={name: validation.get(name, []) for name in ("iteration", run.measure)},
     )
 
 

@@ -1,15 +1,14 @@
-"""The outer loop: when to step, to validate, to log and to save.
+"""The outer loop: step, log, validate, save.
 
-An iteration is a function of the state (meta_step.py), of one run or of several at once; what belongs to a
-run alone is in run.py. Metrics stay on the device and are summed there; they are read when a point of a
-curve is due or the progress bar is redrawn, so that no iteration waits for the device.
+An iteration is a function of the state (step.py), of one run or of several at once; what belongs to one run
+alone is in run.py. Metrics stay on the device and are summed there. They are read when a point of a curve is
+due or the progress bar is redrawn, so that no iteration waits for the device.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import shlex
 import signal
 import sys
 import time
@@ -21,19 +20,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from commands.build import own_code_flags
-from commands.config import Config
 from common.batch import TaskDistribution, tree_map
 from common.errors import LostError, UsageError, is_out_of_memory, reason_of
-from common.optimizers import Weights
 from common.processes import ALONE, Late, World
 from evaluation.meta_test import Evaluation, evaluate
-from learner import LEARNERS
 from maml import MAML
 from training import divergence
 from training.checkpoint import Checkpoint, save_checkpoints
 from training.compiler import CompilationError, Compiler
 from training.folders import BEST, LAST
+from training.options import TrainingOptions
 from training.run import Run
 from training.schedules import meta_lr_at
 from training.step import (
@@ -49,12 +45,12 @@ from training.step import (
 
 VALIDATION_TASKS = 200
 REDRAW_SECONDS = 0.5
-SAVE_MINUTES = 10.0
-# Iterations that run uncompiled first, in order to show at once that the run works.
+SAVE_SECONDS = 600.0  # last.pt is saved at least so often
+# Iterations that run uncompiled first, which shows at once that the run works.
 UNCOMPILED_ITERATIONS = {"regression": 100, "classification": 3}
-FAILED = 4  # exit code of a run whose numbers have become other than finite
+FAILED = 4  # exit code of a run that stopped because its numbers became non-finite
 
-# Settings in which runs that are trained at once may differ, and what `MetaStep` calls them.
+# Settings in which runs that are trained at once may differ, and their names in `MetaStep`.
 AT_ONCE = {
     "seed": "seed",
     "inner_lr": "inner_lr",
@@ -65,63 +61,66 @@ AT_ONCE = {
 }
 
 
-def _is_power_of_four(number: int) -> bool:
-    return number & (number - 1) == 0 and number.bit_length() % 2 == 1
-
-
 class Trainer:
-    """Meta-trains a run in its folder, from an iteration on; or several at once, each in its own.
+    """Meta-train a run in its folder, or several at once, each in its own.
 
-    Arguments:
-        runs: whose settings differ in `AT_ONCE` alone, and which are at the same iteration.
-        maml: the algorithm; of several runs, one that can be called `in_transform`.
-        distribution: of validation tasks; training ones may have more support examples.
-        compiler: what makes compiled functions of `maml`'s and of the whole iteration.
+    Args:
+        runs: at the same iteration, with settings that differ in `AT_ONCE` alone.
+        maml: the algorithm; for several runs, built to be called `in_transform`.
+        training_tasks, validation_tasks: the same tasks, maybe with other numbers of support examples.
+        compiler: compiles functions of `maml` and the whole iteration.
         world: the processes that share the tasks of an iteration.
-        shown: show the progress; else it is silent.
+        resume: the flags, or words, with which a user resumes; for error messages.
+        show: whether to show progress.
     """
 
     def __init__(
         self,
         runs: Sequence[Run],
         maml: MAML,
-        distribution: TaskDistribution,
+        training_tasks: TaskDistribution,
+        validation_tasks: TaskDistribution,
         compiler: Compiler,
         world: World = ALONE,
         *,
-        shown: bool = True,
+        resume: str = "the same command",
+        show: bool = True,
     ) -> None:
         self.runs = list(runs)
         self.maml = maml
-        self.distribution = distribution
+        self.training_tasks = training_tasks
+        self.validation_tasks = validation_tasks
         self.compiler = compiler
         self.world = world
-        self.shown = shown and world.first
+        self.resume = resume
+        self.show = show and world.first
         self.layout = FlatLayout(runs[0].parameters)
         statistics = maml.initial_statistics()
         self.statistics_layout = FlatLayout(statistics) if statistics else None
-        self.metrics = ["query_loss", "meta_gradient_norm", *TAIL]  # of an iteration
-        if distribution.classification:
-            self.metrics.insert(1, "query_accuracy")
+        accuracy = ["query_accuracy"] * training_tasks.classification
+        self.metrics = ["query_loss", *accuracy, "meta_gradient_norm", *TAIL]  # of an iteration
         self.iteration = runs[0].iteration
-        self.window_size = runs[0].progress.window_size
-        states = [self._state_of(run) for run in runs]
+        self.window_size = runs[0].progress.window_size  # iterations since the last point of the curves
+        states = [self._initial_state(run) for run in runs]
         self.state = State(*map(torch.stack, zip(*states, strict=True))) if len(runs) > 1 else states[0]
-        self.draws = self._learner_draws()
-        self.plain_step = self._plain_step()
+        example = training_tasks.sample("train", self.options.seed, 0, range(1)).support_x
+        self.draws = maml.draws(tree_map(lambda part: part[0], example))
+        self.plain_step = self._build_step()
         self.meta_step: MetaStep | CudaGraph = self.plain_step
         self.signal: int | None = None
         self.stop_asked = Late(self.state.parameters.device)
+        self.bar = tqdm(disable=True)
+        self.redrawn_at = -math.inf
+        self.saved_at = time.monotonic()
 
-    def _state_of(self, run: Run) -> State:
-        """The state of one run, as it begins or goes on."""
+    def _initial_state(self, run: Run) -> State:
+        """Return the state in which a run begins or resumes."""
         vector = self.layout.flatten(run.parameters)
         first, second = torch.zeros_like(vector), torch.zeros_like(vector)
         statistics = self.maml.initial_statistics()
         if run.start is not None:
-            first, second = (
-                self.layout.flatten(moment).to(vector) for moment in (run.start.exp_avg, run.start.exp_avg_sq)
-            )
+            first = self.layout.flatten(run.start.exp_avg).to(vector)
+            second = self.layout.flatten(run.start.exp_avg_sq).to(vector)
             statistics = run.start.statistics
         sums = [run.progress.window.get(name, 0.0) for name in self.metrics]
         return State(
@@ -134,297 +133,226 @@ class Trainer:
         )
 
     @property
-    def config(self) -> Config:
-        """The settings, of several runs those of the first."""
-        return self.runs[0].config
+    def options(self) -> TrainingOptions:
+        """Options of the run; of several, the first one's."""
+        return self.runs[0].training
 
-    @property
-    def parameters(self) -> Weights:
-        """The meta-parameters, as views of the state's; of several runs those of the first."""
-        self._show_runs()
-        return self.runs[0].parameters
+    # ---- the loop ---------------------------------------------------------------------------
 
-    def _learner_draws(self) -> bool:
-        if self.config.learner.learner in LEARNERS:
-            return False
-        batch = self.distribution.sample("train", self.config.training.seed, 0, range(1))
-        return self.maml.draws(tree_map(lambda part: part[0], batch.support_x))
+    def train(self) -> int:
+        """Train up to the last iteration, save, and write the results.
 
-    # ---- one iteration ----------------------------------------------------------------------
+        Returns:
+            The exit code: 128 + signal where one ended it early, `FAILED` where any run's numbers became
+            non-finite.
 
-    def _plain_step(self) -> MetaStep:
-        """The iteration to come: first order up to `config.training.exact_from`, if it is exact at all."""
-        config = self.config
-        first_order = self.iteration < config.training.exact_from
+        Raises:
+            LostError: another process is lost; the state before is saved.
+            UsageError: memory ran out, or a file could not be written.
+        """
+        self._update_runs()
+        for run in self.runs:
+            run.begin()
+        total, show = self.options.iterations, self.show
+        with (
+            tqdm(total=total, initial=self.iteration, unit="it", dynamic_ncols=True, disable=not show) as bar,
+            self._catch_signals(),
+            self._save_if_interrupted(),
+        ):
+            self.bar = bar
+            self._loop()
+        return self._end()
+
+    def _loop(self) -> None:
+        options = self.options
+        self.window_start, self.window_first = time.monotonic(), self.iteration
+        if self._is_validation_missing():  # the run was stopped before it
+            self._validate()
+        stopping = self._is_interrupted()
+        while self.iteration < options.iterations and self._living_runs() and not stopping:
+            if not self._prepare_step():
+                break
+            self.step()
+            self._redraw()
+            stopping = self._is_stopping()
+            log = self.iteration % self.runs[0].log_every == 0
+            validate = self._is_validation_due()
+            save = self.iteration % options.save_every == 0
+            if log or validate or save:
+                self._stop_failed_runs()
+            if log:
+                self._log()
+            if validate:
+                self._validate()
+            if save or self._is_save_due_by_clock():
+                self.save(LAST)
+            stopping = stopping or self._is_interrupted()
+        self._stop_failed_runs()
+        self.save(LAST)
+
+    def step(self) -> None:
+        """Take one iteration."""
+        self.plain_step.stop = self.signal is not None
+        self.state = self.meta_step(self.state, self.iteration)
+        self.iteration += 1
+        self.window_size += 1
+
+    def _is_validation_due(self) -> bool:
+        return self.iteration % self.options.val_every == 0 or self.iteration == self.options.iterations
+
+    def _is_validation_missing(self) -> bool:
+        """Return whether the validation of the present iteration is due and has not been done."""
+        due = self.iteration > 0 and self._is_validation_due()
+        return due and not all(run.is_validated for run in self._living_runs())
+
+    def _is_save_due_by_clock(self) -> bool:
+        """Return whether last.pt is older than ten minutes: the first process's clock counts, as it writes."""
+        return self.world.first and time.monotonic() - self.saved_at > SAVE_SECONDS
+
+    def _end(self) -> int:
+        """Write the results, and return the exit code."""
+        self._update_runs()
+        missing = self._is_validation_missing()
+        with self.world.together():
+            for run in self.runs if not missing else ():
+                run.end()
+        if self.signal is not None and (missing or self.iteration < self.options.iterations):
+            return 128 + self.signal
+        return FAILED if len(self._living_runs()) < len(self.runs) else 0
+
+    # ---- the step, and its compilation ------------------------------------------------------
+
+    def _build_step(self) -> MetaStep:
+        """Build the coming iteration: first order up to `exact_from`, if it is exact at all."""
+        options, choices = self.options, self.runs[0].choices
+        first_order = self.iteration < options.exact_from
         outer = OuterLoop(
-            config.training.meta_lr,
-            config.training.meta_optimizer,
-            config.training.meta_lr_schedule,
-            config.training.meta_lr_final,
-            config.training.iterations,
-            config.training.grad_clip,
-            config.training.grad_clip_norm,
-            config.choices.inner_batch,
-            config.training.msl_iterations if config.choices.objective == "multi-step" else None,
-            config.training.on_nan,
+            options.meta_lr,
+            options.meta_optimizer,
+            options.meta_lr_schedule,
+            options.meta_lr_final,
+            options.iterations,
+            options.grad_clip,
+            options.grad_clip_norm,
+            choices.inner_batch,
+            options.msl_iterations if choices.objective == "multi-step" else None,
+            options.on_nan,
         )
         return MetaStep(
             self.maml.with_options(meta_gradient="first-order") if first_order else self.maml,
-            self.distribution.resized(config.training_shots),
+            self.training_tasks,
             outer,
             layout=self.layout,
             statistics_layout=self.statistics_layout,
-            measure=loss_and_accuracy_of if self.distribution.classification else loss_of,
-            member=self._member(),
-            tasks=config.training.meta_batch_size,
+            measure=loss_and_accuracy_of if self.training_tasks.classification else loss_of,
+            member=self._member_tensors(),
+            tasks=options.meta_batch_size,
             draws=self.draws,
             world=self.world,
             accelerate=self.compiler,
         )
 
-    def _member(self) -> dict[str, Tensor]:
-        """What tells the runs apart."""
-        vector = self.state.parameters
-        found = {"seed": torch.tensor([run.config.training.seed for run in self.runs], device=vector.device)}
+    def _member_tensors(self) -> dict[str, Tensor]:
+        """Return the numbers in which the runs differ, `[runs]`, by their names in `MetaStep`."""
+        parameters = self.state.parameters
+        seeds = torch.tensor([run.training.seed for run in self.runs], device=parameters.device)
+        if len(self.runs) == 1:
+            return {"seed": seeds[0]}
+        tensors = {"seed": seeds}
+        settings = [run.settings for run in self.runs]
         for name in AT_ONCE.keys() - {"seed"}:
-            values = [run.config.get(name) for run in self.runs]
-            if len(set(values)) > 1 and not (
-                name == "inner_lr" and self.config.choices.inner_rates != "fixed"
-            ):
-                found[AT_ONCE[name]] = torch.tensor(values, device=vector.device, dtype=vector.dtype)
-        found = dict(sorted(found.items()))  # compiled code knows them by position
-        return found if len(self.runs) > 1 else {"seed": found["seed"][0]}
+            values = [one[name] for one in settings]
+            learned = name == "inner_lr" and self.runs[0].choices.inner_rates != "fixed"
+            if len(set(values)) > 1 and not learned:
+                tensors[AT_ONCE[name]] = parameters.new_tensor(values)
+        return dict(sorted(tensors.items()))  # compiled code knows them by position
 
-    def step(self, bar: tqdm) -> bool:
-        """One iteration; the first ones of a run, as many as are set, run uncompiled.
-
-        False where a signal came while it was being compiled: the iteration was not taken.
-        """
-        if self.iteration == self.config.training.exact_from and self.iteration:
-            self.meta_step = self.plain_step = self._plain_step()
+    def _prepare_step(self) -> bool:
+        """Rebuild or compile the step where that is due; return False if a signal interrupted it."""
+        if self.iteration and self.iteration == self.options.exact_from:
+            self.meta_step = self.plain_step = self._build_step()
             self.compiler.active = False  # the exact step is another function
-        due = self.config.training.compile == "on" and self.iteration >= self._uncompiled_iterations()
-        if due and not self.compiler.active and not self._compile(bar):
-            return False
-        self.plain_step.stop = self.signal is not None
-        self.state = self.meta_step(self.state, self.iteration)
-        self.iteration += 1
-        self.window_size += 1
-        return True
+        if self.options.compile != "on" or self.compiler.active:
+            return True
+        uncompiled = UNCOMPILED_ITERATIONS[
+            "classification" if self.training_tasks.classification else "regression"
+        ]
+        if self.iteration < uncompiled < self.options.iterations:
+            return True
+        return self._compile()
 
-    def _uncompiled_iterations(self) -> int:
-        kind = "classification" if self.distribution.classification else "regression"
-        few = UNCOMPILED_ITERATIONS[kind]
-        return few if self.config.training.iterations > few else 0
+    def _compile(self) -> bool:
+        """Compile the step by rehearsing it; return False if a signal interrupted it.
 
-    def _compile(self, bar: tqdm) -> bool:
-        """Compiles the step by rehearsing it, or goes on without, and says so; False if interrupted."""
+        A step that cannot be compiled runs uncompiled, and the user is told why.
+        """
         state = State(*(tensor.clone() for tensor in self.state))
         self.compiler.interrupted = lambda: self.signal is not None
         self.compiler.active = True
         seconds, compiled = self.compiler.seconds, self.compiler.compiled
         failure, interrupted = None, False
         try:
-            with self._shown_as(bar, "compiling"):
+            with self._show_as("compiling"):
                 self.plain_step.rehearse(state, self.iteration)
         except CompilationError as error:
             failure, interrupted = str(error), self.signal is not None
-        outcomes = self.world.gathered((failure, interrupted))
-        failures = [each for each, _ in outcomes if each is not None]
-        if any(each for _, each in outcomes):
+        failures, interruptions = zip(*self.world.gathered((failure, interrupted)), strict=True)
+        if any(interruptions):
             self.compiler.active = False
             self.signal = self.signal or signal.SIGTERM
             return False
-        if failures:  # all processes compute alike
+        reasons = [reason for reason in failures if reason is not None]
+        if reasons:  # all processes compute alike
             self.compiler.active = False
             for run in self.runs:
-                run.config = run.config.replaced(compile="off")
-            self._say(f"Not compiled, the run goes on without: {failures[0]}")
+                run.give_up_compiling()
+            self._say(f"The run stays uncompiled: {reasons[0]}")
             return True
         done = "Compiled" if self.compiler.compiled > compiled else "Found compiled code"
         self._say(f"{done} in {self.compiler.seconds - seconds:.1f} s")
-        if state.parameters.is_cuda and not self.distribution.on_host and self.world.size == 1:
+        if state.parameters.is_cuda and not self.training_tasks.on_host and self.world.size == 1:
             self._record(state)
         return True
 
     def _record(self, state: State) -> None:
-        """Replays the compiled step as a CUDA graph from here on, if it can be recorded as one."""
+        """Replay the compiled step as a CUDA graph from here on, if it can be recorded as one."""
         try:
             self.meta_step = CudaGraph(self.plain_step, state)
         except RuntimeError as error:
-            first_line = str(error).partition("\n")[0]
-            self._say(f"Not recorded as a CUDA graph, kernels are launched one by one: {first_line}")
+            reason = str(error).partition("\n")[0]
+            self._say(f"Not recorded as a CUDA graph, kernels are launched one by one: {reason}")
 
-    # ---- the loop ---------------------------------------------------------------------------
-
-    def train(self) -> int:
-        """Up to `config.training.iterations`; saves, and returns the exit code: 128 + signal where one ended it early,
-        `FAILED` where numbers did that are not finite (of several runs: of any of them).
-
-        Raises LostError where another process is lost; what the iterations before have led to is saved.
-        UsageError where the end could not be saved, or its results.
-        """
-        config = self.config
-        self._show_runs()
-        for run in self.runs:
-            run.begin()
-        window_start, window_first = time.monotonic(), self.iteration
-        bar = tqdm(
-            total=config.training.iterations, initial=self.iteration, unit="it", dynamic_ncols=True,
-            disable=not self.shown,
-        )  # fmt: skip
-        redrawn, shown_first = time.monotonic(), self.iteration + 1
-        with bar, self._signals():
-            if self._validation_is_missing():
-                with (
-                    self._saved_if_lost(),
-                    self._shown_as(bar, "validating"),
-                ):
-                    self._validate(last=self.iteration == config.training.iterations)
-            stopping = self._interrupted()
-            while self.iteration < config.training.iterations and not stopping:
-                with self._saved_if_lost():
-                    taken = self.step(bar)
-                if not taken:
-                    self._look_for_failures()
-                    self.save(LAST)
-                    break
-                bar.update()
-                if self.shown and (
-                    time.monotonic() - redrawn > REDRAW_SECONDS or self.iteration == shown_first
-                ):
-                    self._show_progress(bar)
-                    redrawn = time.monotonic()
-                stopping = self._stopping()
-                last = self.iteration == config.training.iterations
-                logging = self.iteration % self.runs[0].log_every == 0
-                validating = self.iteration % config.training.val_every == 0 or last
-                saving = self.iteration % config.training.save_every == 0 or last
-                if logging or validating or saving or stopping:  # in all processes
-                    self._look_for_failures()
-                    if not self._living():
-                        break
-                if logging:
-                    now = time.monotonic()
-                    self._log_window((self.iteration - window_first) / (now - window_start))
-                    window_start, window_first = now, self.iteration
-                if validating:
-                    paused = time.monotonic()
-                    with (
-                        self._saved_if_lost(),
-                        self._shown_as(bar, "validating"),
-                    ):
-                        self._validate(last=last)
-                    window_start += time.monotonic() - paused
-                stopping = stopping or self._interrupted()
-                if stopping:  # in all processes
-                    self._look_for_failures()
-                if saving or stopping:
-                    self.save(LAST)
-        missing = any(run.writes and not (run.folder / LAST).exists() for run in self._living())
-        if any(self.world.gathered(missing)):  # killed between best.pt and last.pt of the last iteration
-            self.save(LAST)
-        self._show_runs()
-        ended_early = self.iteration < config.training.iterations or self._validation_is_missing()
-        self._end()
-        if self.signal is not None and ended_early:
-            return 128 + self.signal
-        return FAILED if len(self._living()) < len(self.runs) else 0
-
-    def _end(self) -> None:
-        """Write the results; raises UsageError in all processes where they cannot be written."""
-        with self.world.together():
-            for run in self.runs if not self._validation_is_missing() else ():
-                run.end(classification=self.distribution.classification)
-
-    # ---- numbers that are not finite ----------------------------------------------------------
-
-    def _living(self) -> list[Run]:
-        """The runs that have not failed."""
-        return [run for run in self.runs if run.failure is None]
-
-    def _look_for_failures(self) -> None:
-        """Ends the runs that stand still since their numbers are not finite: saves them, says why.
-
-        Done only where the device is waited for anyway.
-        """
-        if self.config.training.on_nan != "stop":
-            return
-        for run, state in zip(self.runs, self._states(), strict=True):
-            if run.failure is None and not math.isfinite(state.sums[-1].item()):
-                self._fail(run, state)
-
-    def _fail(self, run: Run, state: State) -> None:
-        good = int(state.iteration)
-        run.iteration, run.parameters = good, self.layout.unflatten(state.parameters)
-        run.progress.window_size = self.window_size - (self.iteration - good)
-        run.failure = divergence.UNKNOWN
-        self._write(LAST, [(run, state)])
-        run.failure = f"{run.folder.name}, iteration {good + 1:,}: {self._cause(run, good)}"
-        if run.writes:
-            run.log.text("failure", run.failure, good)
-        if len(self.runs) > 1:
-            self._say(f"{run.failure} (saved before it; the other runs go on)")
-
-    def _cause(self, run: Run, good: int) -> str:
-        """What is wrong with the numbers of the iteration after the last good one, in words."""
-        step, found = self.plain_step, None
-        # it is saved, and this is but a hint
-        with suppress(Exception), self.maml.at_rate(run.config.choices.inner_lr):
-            tasks = step.tasks_of(run.config.training.seed, good)
-            found = divergence.cause(step.maml, run.parameters, *tasks, first=step.share.start)
-        causes = [each for each in self.world.gathered(found) if each]
-        return causes[0] if causes else divergence.UNKNOWN
+    # ---- stopping early ---------------------------------------------------------------------
 
     @contextmanager
-    def _saved_if_lost(self) -> Iterator[None]:
-        """Save the state of the last iteration where another process is lost, or memory runs out.
+    def _catch_signals(self) -> Iterator[None]:
+        """End the loop after the present iteration on Ctrl-C or SIGTERM; a second one acts at once."""
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-        The work that was interrupted is done by the resumed run.
-        """
+        def restore() -> None:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+        def ask_to_stop(number: int, frame: FrameType | None) -> None:
+            self.signal = number
+            restore()
+            if self.show:  # not print(): the signal may have come in the middle of one
+                with suppress(OSError):  # nobody reads it
+                    os.write(2, b"\nEnding after this iteration; once more to end at once.\n")
+
+        for number in handlers:
+            signal.signal(number, ask_to_stop)
         try:
             yield
-        except LostError:
-            self.save(LAST)
-            raise
-        except (MemoryError, RuntimeError, OSError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise self._out_of_memory() from None
+        finally:
+            restore()
 
-    def _out_of_memory(self) -> UsageError:
-        """Save if possible, and say what to lower and how to resume."""
-        saved = False
-        with suppress(Exception):  # an older checkpoint exists, and something else has to be said
-            self.save(LAST)
-            saved = True
-        tasks = self.maml.tasks_at_once or len(self.plain_step.share)
-        run = self.runs[0]
-        command = f"the same command with --run-name {run.folder.parent.name} --resume"
-        if len(self.runs) == 1:
-            command = shlex.join(["--load", str(run.folder / LAST), *own_code_flags(run.config)])
-        since = f"iteration {self.iteration:,}" if saved else "the last checkpoint"
-        return UsageError(
-            f"out of memory at iteration {self.iteration:,} with {tasks} tasks at once: resume from {since} "
-            f"with {command} and a smaller --tasks-at-once"
-        )
+    def _is_interrupted(self) -> bool:
+        """Return whether a signal has come to a process on its own, which need not ask the others."""
+        return self.world.size == 1 and self.signal is not None
 
-    def _validation_is_missing(self) -> bool:
-        """Whether the run was left before the validation of its last iteration."""
-        due = (
-            self.iteration % self.config.training.val_every == 0
-            or self.iteration == self.config.training.iterations
-        )
-        if not self.iteration or not due:
-            return False
-        return any(not self._is_validated(run) for run in self._living())
-
-    def _is_validated(self, run: Run) -> bool:
-        """At the present iteration."""
-        return self.iteration in run.progress.validation.get("iteration", [])[-1:]
-
-    def _stopping(self) -> bool:
-        """Whether all processes stop after this iteration, since one has got a signal."""
+    def _is_stopping(self) -> bool:
+        """Return whether all processes stop after this iteration, because one has received a signal."""
         if self.world.size == 1:
             return self.signal is not None
         assert self.plain_step.stop_asked is not None
@@ -434,179 +362,226 @@ class Trainer:
         return True
 
     @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the loop after the iteration at hand; a second one ends at once."""
-
-        def ask_to_stop(number: int, frame: FrameType | None) -> None:
-            self.signal = number
-            for each in handled:
-                signal.signal(each, handled[each])
-            if self.shown:  # not print(): the handler may have come in the middle of one
-                with suppress(OSError):  # nobody reads it
-                    os.write(2, b"\nEnding after this iteration; once more to end at once.\n")
-
-        handled = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-        for each in handled:
-            signal.signal(each, ask_to_stop)
+    def _save_if_interrupted(self) -> Iterator[None]:
+        """Save the last state where another process is lost, or memory runs out."""
         try:
             yield
-        finally:
-            for each, handler in handled.items():
-                signal.signal(each, handler)
+        except LostError:
+            self.save(LAST)
+            raise
+        except (MemoryError, RuntimeError, OSError) as error:
+            if not is_out_of_memory(error):
+                raise
+            since = "the last checkpoint"
+            with suppress(Exception):  # that one is whole, and the message matters more
+                self.save(LAST)
+                since = f"iteration {self.iteration:,}"
+            tasks = self.maml.tasks_at_once or len(self.plain_step.share)
+            raise UsageError(
+                f"out of memory at iteration {self.iteration:,} with {tasks} tasks at once: resume from "
+                f"{since} with {self.resume} and a smaller --tasks-at-once"
+            ) from None
 
-    # ---- what runs see of it ----------------------------------------------------------------
+    # ---- non-finite numbers -----------------------------------------------------------------
+
+    def _living_runs(self) -> list[Run]:
+        return [run for run in self.runs if run.failure is None]
+
+    def _stop_failed_runs(self) -> None:
+        """End the runs that stand still because their numbers are non-finite: save them, and say why.
+
+        This waits for the device; all processes call it together.
+        """
+        if self.options.on_nan == "stop":
+            for run, state in zip(self.runs, self._states(), strict=True):
+                if run.failure is None and not math.isfinite(state.sums[-1].item()):
+                    self._fail(run, state)
+
+    def _fail(self, run: Run, state: State) -> None:
+        """End a run at its last good iteration."""
+        good = int(state.iteration)
+        run.iteration, run.parameters = good, self.layout.unflatten(state.parameters)
+        run.progress.window_size = self.window_size - (self.iteration - good)
+        run.failure = divergence.UNKNOWN
+        self._write(LAST, [(run, state)])
+        run.failure = f"{run.folder.name}, iteration {good + 1:,}: {self._cause_of_failure(run)}"
+        if run.writes:
+            run.log.text("failure", run.failure, good)
+        if len(self.runs) > 1:
+            self._say(f"{run.failure} (saved before it; the other runs continue)")
+
+    def _cause_of_failure(self, run: Run) -> str:
+        """Say what is wrong with the numbers of the iteration after a run's last."""
+        step, cause = self.plain_step, None
+        # the run is saved, and this is but a hint
+        with suppress(Exception), self.maml.at_rate(run.choices.inner_lr):
+            tasks = step.tasks_of(run.training.seed, run.iteration)
+            cause = divergence.cause(step.maml, run.parameters, *tasks, first=step.share.start)
+        return next((one for one in self.world.gathered(cause) if one), divergence.UNKNOWN)
+
+    # ---- saving -----------------------------------------------------------------------------
 
     def _states(self) -> list[State]:
-        """The state of each run."""
+        """Return the state of each run."""
         if len(self.runs) == 1:
             return [self.state]
         return [State(*(field[number] for field in self.state)) for number in range(len(self.runs))]
 
-    def _show_runs(self) -> None:
-        """Tells each run its iteration, and its meta-parameters as views of the state's."""
+    def _update_runs(self) -> None:
+        """Tell each run its iteration, and its meta-parameters as views of the state."""
         for run, state in zip(self.runs, self._states(), strict=True):
             if run.failure is None:
                 run.iteration = self.iteration
                 run.parameters = self.layout.unflatten(state.parameters)
                 run.progress.window_size = self.window_size
 
-    def _say(self, text: str) -> None:
-        if self.shown:
-            tqdm.write(text, file=sys.stderr)
-
     def save(self, name: str, runs: Sequence[Run] | None = None) -> None:
-        """Write a checkpoint of these runs, or of all.
+        """Write a checkpoint of these runs, or of all that have not failed.
 
-        Of several runs, all files are written before the first is renamed. Raises UsageError where the disk
-        does not take them; the previous checkpoints are whole then.
+        Raises UsageError where the disk does not take them; the previous checkpoints are whole then.
         """
-        self._show_runs()
-        states = zip(self.runs, self._states(), strict=True)
-        self._write(name, [(r, s) for r, s in states if r.failure is None and (runs is None or r in runs)])
+        self._update_runs()
+        chosen = self._living_runs() if runs is None else runs
+        self._write(name, [(r, s) for r, s in zip(self.runs, self._states(), strict=True) if r in chosen])
+        if name == LAST:
+            self.saved_at = time.monotonic()
 
     def _write(self, name: str, runs: Sequence[tuple[Run, State]]) -> None:
-        writers = [
+        # a run that stands still, and whose failure has not been looked into, keeps its last checkpoint
+        files = [
             (run.folder / name, self._checkpoint_of(run, state))
             for run, state in runs
             if run.writes and (run.failure is not None or not math.isinf(state.sums[-1].item()))
         ]
         try:
-            for path, _ in writers:
+            for path, _ in files:
                 path.parent.mkdir(parents=True, exist_ok=True)
-            for run, _ in runs:  # what a checkpoint has seen is in the event files first
+            for run, _ in runs:  # the points that a checkpoint has seen are on the disk before it
                 run.log.flush()
-            save_checkpoints(writers)
+            save_checkpoints(files)
         except OSError as error:
             raise UsageError(
-                f"{error.filename or writers[0][0]}: not saved at iteration {self.iteration:,} "
+                f"{error.filename or files[0][0]}: not saved at iteration {self.iteration:,} "
                 f"({reason_of(error)}); the previous checkpoint is whole: free some space and resume from it"
             ) from error
 
     def _checkpoint_of(self, run: Run, state: State) -> Checkpoint:
         sums = state.sums.tolist()
-        if math.isinf(sums[-1]):  # a failed run can be resumed
+        if math.isinf(sums[-1]):  # so that a failed run can be resumed
             sums[-1] = 0.0
-        layout = self.statistics_layout
+        statistics = self.statistics_layout
         return run.checkpoint(
-            [self.layout.unflatten(moment) for moment in (state.exp_avg, state.exp_avg_sq)],
-            layout.unflatten(state.statistics) if layout else {},
+            self.layout.unflatten(state.exp_avg),
+            self.layout.unflatten(state.exp_avg_sq),
+            statistics.unflatten(state.statistics) if statistics else {},
             dict(zip(self.metrics, sums, strict=True)),
-            self.maml,
-            self.distribution,
+            self.maml.fixed,
+            self.validation_tasks.split_names,
         )
 
-    # ---- what is shown ----------------------------------------------------------------------
+    # ---- metrics ----------------------------------------------------------------------------
+
+    def _window_means(self) -> list[dict[str, float]]:
+        """Return each run's means since the last point of the curves; `TAIL` as it is."""
+        means = []
+        for *sums, skipped, last_skipped in self.state.sums.view(len(self.runs), -1).tolist():
+            count = self.window_size - skipped
+            values = [total / count if count > 0 else math.nan for total in sums]
+            means.append(dict(zip(self.metrics, [*values, skipped, last_skipped], strict=True)))
+        return means
+
+    def _log(self) -> None:
+        """Add a point to the training curves."""
+        now = time.monotonic()
+        rate = (self.iteration - self.window_first) / (now - self.window_start)
+        self.window_start, self.window_first = now, self.iteration
+        means = self._window_means()
+        failed = self.state.sums[..., -1:].isinf()  # for good: of several runs, some may have failed
+        zeros = torch.zeros_like(self.state.sums)
+        self.state = self.state._replace(sums=torch.where(failed, torch.inf, zeros))
+        self.window_size = 0
+        self._update_runs()
+        for run, values in zip(self.runs, means, strict=True):
+            options = run.training
+            lr = meta_lr_at(
+                options.meta_lr_schedule,
+                torch.tensor(self.iteration - 1),
+                options.meta_lr,
+                options.meta_lr_final,
+                options.iterations,
+                torch.float64,
+            )
+            if run.failure is None:
+                run.add_training(values, rate, float(lr))
+
+    def _redraw(self) -> None:
+        """Move the progress bar on, and twice a second show the metrics."""
+        self.bar.update()
+        if not self.show or time.monotonic() - self.redrawn_at < REDRAW_SECONDS:
+            return
+        means = [values for values in self._window_means() if math.isfinite(values["last_skipped"])]
+        if means:
+            text = f"query loss {_mean_and_range([values['query_loss'] for values in means], 4)}"
+            if self.training_tasks.classification:
+                accuracies = [100 * values["query_accuracy"] for values in means]
+                text += f", accuracy {_mean_and_range(accuracies, 2)} %"
+            self.bar.set_postfix_str(text)
+        self.redrawn_at = time.monotonic()
 
     @contextmanager
-    def _shown_as(self, bar: tqdm, doing: str) -> Iterator[None]:
-        """The bar says what takes its time meanwhile."""
-        before = getattr(bar, "postfix", None)  # a silent bar has none
-        bar.set_postfix_str(doing)
+    def _show_as(self, doing: str) -> Iterator[None]:
+        """Let the bar name what takes its time."""
+        before = getattr(self.bar, "postfix", None)  # a silent bar has none
+        self.bar.set_postfix_str(doing)
         try:
             yield
         finally:
-            bar.set_postfix_str(before or "")
+            self.bar.set_postfix_str(before or "")
 
-    def _window_means(self) -> list[dict[str, float]]:
-        """Of each run, since the last point of the curves; the last two as they are."""
-        found = []
-        for sums in self.state.sums.view(len(self.runs), -1).tolist():
-            taken = self.window_size - sums[-2]
-            means = [value / taken if taken > 0 else math.nan for value in sums[:-2]]
-            found.append(dict(zip(self.metrics, [*means, *sums[-2:]], strict=True)))
-        return found
-
-    def _show_progress(self, bar: tqdm) -> None:
-        means = [each for each in self._window_means() if math.isfinite(each["last_skipped"])]
-        if self.window_size == 0 or not means:
-            return
-
-        def of_runs(metric: str, scale: float, digits: int) -> str:
-            values = [scale * each[metric] for each in means]
-            mean = f"{sum(values) / len(values):.{digits}f}"
-            spread = f" ({min(values):.{digits}f} to {max(values):.{digits}f})"
-            return mean + spread * (len(values) > 1)
-
-        shown = f"query loss {of_runs('query_loss', 1, 4)}"
-        if self.distribution.classification:
-            shown += f", accuracy {of_runs('query_accuracy', 100, 2)} %"
-        bar.set_postfix_str(shown)
-
-    def _log_window(self, rate: float) -> None:
-        """A point of the training curves: means since the last one."""
-        means = self._window_means()
-        standing = self.state.sums[..., -1:].isinf()  # for good: of several runs, those that have failed
-        zeros = torch.zeros_like(self.state.sums)
-        self.state = self.state._replace(sums=torch.where(standing, torch.inf, zeros))
-        self.window_size = 0
-        self._show_runs()
-        for run, values in zip(self.runs, means, strict=True):
-            if run.failure is not None:
-                continue
-            config = run.config
-            meta_lr = meta_lr_at(
-                config.training.meta_lr_schedule, torch.tensor(self.iteration - 1), config.training.meta_lr,
-                config.training.meta_lr_final, config.training.iterations, torch.float64,
-            )  # fmt: skip
-            run.add_training(values, rate, float(meta_lr))
+    def _say(self, text: str) -> None:
+        if self.show:
+            tqdm.write(text, file=sys.stderr)
 
     # ---- validation -------------------------------------------------------------------------
 
-    def _validate(self, *, last: bool) -> None:
-        """After the trained number of steps; saves best.pt, and draws at 1, 4, 16, ... validations.
+    def _validate(self) -> None:
+        """Measure the validation tasks, save best.pt, and draw examples after 1, 4, 16, ... validations.
 
-        A signal to a process on its own ends it; the run makes up for it when it goes on.
+        A signal to a process on its own ends it; the resumed run catches up on it.
         """
-        with suppress(InterruptedError):
-            self._validate_all(last=last)
+        begin = time.monotonic()
+        number, last = self.iteration // self.options.val_every, self.iteration == self.options.iterations
+        self._update_runs()
+        with suppress(InterruptedError), self._show_as("validating"):
+            for run in self._living_runs():
+                if run.is_validated:
+                    continue
+                with self.maml.at_rate(run.choices.inner_lr):
+                    if run.add_validation(self._evaluate(run)):
+                        self.save(BEST, [run])
+                    if last or _is_power_of_four(number):
+                        run.draw_examples(self.maml, self.validation_tasks)
+        self.window_start += time.monotonic() - begin  # not part of the speed
 
-    def _interrupted(self) -> bool:
-        return self.world.size == 1 and self.signal is not None
-
-    def _validate_all(self, *, last: bool) -> None:
-        self._show_runs()
-        number = self.iteration // self.config.training.val_every
-        for run in self._living():
-            if self._is_validated(run):
-                continue
-            with self.maml.at_rate(run.config.choices.inner_lr):
-                evaluation = self._evaluated(run, VALIDATION_TASKS, self.world)
-                if run.add_validation(evaluation):
-                    self.save(BEST, [run])
-                if last or _is_power_of_four(number):
-                    run.draw_examples(self.maml, self.distribution)
-
-    def _evaluated(self, run: Run, tasks: int, world: World) -> Evaluation:
-        config = run.config
+    def _evaluate(self, run: Run) -> Evaluation:
         return evaluate(
             self.maml,
             run.parameters,
-            self.distribution,
+            self.validation_tasks,
             "validation",
-            tasks=tasks,
-            steps=config.choices.trained_steps,
-            normalisations=(config.choices.query_norm,),
-            inner_batch=config.evaluation.eval_inner_batch,
-            world=world,
-            interrupted=self._interrupted,
+            tasks=VALIDATION_TASKS,
+            steps=run.choices.trained_steps,
+            normalisations=(run.choices.query_norm,),
+            inner_batch=run.evaluation.eval_inner_batch,
+            world=self.world,
+            interrupted=self._is_interrupted,
         )
+
+
+def _mean_and_range(values: Sequence[float], digits: int) -> str:
+    mean = f"{sum(values) / len(values):.{digits}f}"
+    return mean + f" ({min(values):.{digits}f} to {max(values):.{digits}f})" * (len(values) > 1)
+
+
+def _is_power_of_four(number: int) -> bool:
+    return number & (number - 1) == 0 and number.bit_length() % 2 == 1
