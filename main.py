@@ -133,7 +133,7 @@ def command(arguments: list[str]) -> int:
 
         check_current_folder()
         from common.device import device_of
-        from common.processes import join, launched, leave
+        from common.processes import join, leave, read_world
         from training.folders import BEST, LAST, find_checkpoint
 
         names = (BEST, LAST) if call.eval or call.adapt else (LAST, BEST)
@@ -142,7 +142,7 @@ def command(arguments: list[str]) -> int:
             load=call.load and find_checkpoint(call.load, *names),
             init_from=call.init_from and find_checkpoint(call.init_from, BEST, LAST),
         )
-        world = launched()
+        world = read_world()
         if world.size > 1 and (call.adapt is not None or call.compare):
             name = "--compare" if call.compare else "--adapt"
             raise UsageError(f"{name} is for one process: start it without torchrun")
@@ -237,7 +237,7 @@ def train_locked(call: Call, given: Mapping[str, Any], world: World, locked: Exi
                 tried(maml, parameters, distribution, config)
             parameters = saved_parameters(at, maml, parameters)
     for name in sorted(parameters):  # initial weights may differ in the last bit between machines
-        parameters[name] = world.from_first_tensor(parameters[name].contiguous())
+        parameters[name] = world.broadcast(parameters[name].contiguous())
     folder = at.folder or world.from_first(lambda: fresh_folder(call.checkpoint_path, config, locked))
     run = make_run(
         config, folder, parameters, start=at.start, origin=at.origin,

@@ -171,7 +171,7 @@ def train_many(call: Call, members: Sequence[Member], world: World, locked: Exit
         code = _train_group(group, call, world)
         if code > 128:
             return folder, code
-    outcomes = [one for part in world.gathered([outcome_of(each) for each in ready]) for one in part]
+    outcomes = [one for part in world.gather([outcome_of(each) for each in ready]) for one in part]
     if world.first:
         _write_summary(folder, outcomes)
     failed = [one.failure for one in outcomes if one.failure is not None]

@@ -1,7 +1,7 @@
-"""The processes of a job, as torchrun starts them: which share of the work is whose, and sums over all.
+"""The processes of a job, as torchrun starts them: each one's share of the work, and sums over all.
 
 A process on its own is a world of one, in which every operation leaves things as they are. Tensors are
-summed over NCCL between CUDA GPUs, over gloo between CPUs; what processes say to each other goes over gloo.
+summed over NCCL between CUDA GPUs and over gloo between CPUs; plain values travel over gloo.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.errors import AgreedError, LostError, UsageError
+from common.errors import AgreedError, LostError, UsageError, describe_os_error
 
 T = TypeVar("T")
 PLACE_IN_SOURCE = re.compile(r"^\[[^]]*\] *")  # with which gloo's errors begin
@@ -28,82 +28,64 @@ PLACE_IN_SOURCE = re.compile(r"^\[[^]]*\] *")  # with which gloo's errors begin
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands among those of the job."""
+    """This process's place among those of the job."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0  # on this machine
     local_size: int = 1
-    words: Any = None  # over which group of PyTorch's they talk
+    group: Any = None  # PyTorch's group for plain values
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that logs, saves and shows progress."""
+        """Return whether this is the process that logs, saves and shows progress."""
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """Of so many things in a row, those of this process; the first processes may have one more."""
-        each, more = divmod(count, self.size)
-        begin = self.rank * each + min(self.rank, more)
-        return range(begin, begin + each + (self.rank < more))
+        """Return this process's part of `count` things in a row; the first processes may have one more."""
+        length, rest = divmod(count, self.size)
+        begin = self.rank * length + min(self.rank, rest)
+        return range(begin, begin + length + (self.rank < rest))
 
     # ---- tensors ------------------------------------------------------------------------------
 
-    def summed(self, tensor: Tensor, *, patiently: bool = False) -> Callable[[], Tensor]:
-        """Begins to sum a tensor over all processes, in place; the result, once it is asked for.
+    def start_sum(self, tensor: Tensor, *, patiently: bool = False) -> Callable[[], Tensor]:
+        """Start to sum a tensor over all processes, in place; the returned function waits for the sum.
 
-        Each process gets the same bits. `patiently`: on the CPU, waiting as long as for words.
+        Every process gets the same bits. `patiently`: a tensor on the CPU, with the timeout of plain values.
         """
         if self.size == 1:
             return lambda: tensor
-        with _losses_are_said():
-            work = dist.all_reduce(tensor, group=self.words if patiently else None, async_op=True)
+        with _as_lost():
+            work = dist.all_reduce(tensor, group=self.group if patiently else None, async_op=True)
 
         def result() -> Tensor:
-            with _losses_are_said():
+            with _as_lost():
                 work.wait()
             return tensor
 
         return result
 
-    def slice_of_sum(self, vector: Tensor) -> Tensor:
-        """Of the sum of `[size * n]` over all processes, this one's `[n]`."""
-        if self.size == 1:
-            return vector
-        part = vector.new_empty(len(vector) // self.size)
-        with _losses_are_said():
-            dist.reduce_scatter_tensor(part, vector)
-        return part
-
-    def whole_of_slices(self, part: Tensor) -> Tensor:
-        """The slices `[n]` of all processes in a row: `[size * n]`."""
-        if self.size == 1:
-            return part
-        whole = part.new_empty(len(part) * self.size)
-        with _losses_are_said():
-            dist.all_gather_into_tensor(whole, part.contiguous())
-        return whole
-
-    def from_first_tensor(self, tensor: Tensor) -> Tensor:
-        """The first process's, in place."""
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Overwrite a tensor with the first process's."""
         if self.size > 1:
-            with _losses_are_said():
+            with _as_lost():
                 dist.broadcast(tensor, 0)
         return tensor
 
-    # ---- words --------------------------------------------------------------------------------
+    # ---- plain values -------------------------------------------------------------------------
 
-    def gathered(self, value: T) -> list[T]:
-        """The values of all processes, by rank."""
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all processes, by rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with _losses_are_said():
-            dist.all_gather_object(values, value, self.words)
+        with _as_lost():
+            dist.all_gather_object(values, value, self.group)
         return values
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` gives in the first process, or raises there; the others do not call it."""
+        """Call `make` in the first process alone, and return its result, or raise its error, in all."""
         if self.size == 1:
             return make()
         outcome: list[Any] = [None, None]
@@ -111,16 +93,16 @@ class World:
             try:
                 outcome[0] = make()
             except (UsageError, OSError) as error:
-                outcome[1] = str(error)
-        with _losses_are_said():
-            dist.broadcast_object_list(outcome, 0, self.words)
+                outcome[1] = _message(error)
+        with _as_lost():
+            dist.broadcast_object_list(outcome, 0, self.group)
         if outcome[1] is not None:
             raise AgreedError(outcome[1])
         return outcome[0]
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What one process refuses to do, all refuse: they would wait for it. Nothing in it may wait."""
+        """Raise in all processes what one raises in the block, which must not wait for the others."""
         if self.size == 1:
             yield
             return
@@ -128,35 +110,39 @@ class World:
         try:
             yield
         except (UsageError, OSError) as error:
-            problem = str(error)
-        found = next((each for each in self.gathered(problem) if each is not None), None)
-        if found is not None:
-            raise AgreedError(found)
+            problem = _message(error)
+        problems = [problem for problem in self.gather(problem) if problem is not None]
+        if problems:
+            raise AgreedError(problems[0])
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
-        """Raises UsageError in all processes where they do not agree, and names what they disagree about."""
-        others = self.gathered(dict(facts))
-        for rank, other in enumerate(others):
-            names = sorted(others[0].keys() | other.keys())
-            different = [name for name in names if other.get(name) != others[0].get(name)]
+        """Raise UsageError in all processes where their facts differ, and name the first difference."""
+        values = self.gather(dict(facts))
+        for rank, other in enumerate(values):
+            names = sorted(values[0].keys() | other.keys())
+            different = [name for name in names if other.get(name) != values[0].get(name)]
             if different:
                 name = different[0]
                 raise AgreedError(
                     f"process {rank} has another {name} than process 0 ({other.get(name)!s:.60} and "
-                    f"{others[0].get(name)!s:.60}): start all with the same flags, versions and files"
+                    f"{values[0].get(name)!s:.60}): start all with the same flags, versions and files"
                 )
 
     def wait(self) -> None:
-        """Until all processes are here."""
-        self.gathered(None)
+        """Wait until all processes are here."""
+        self.gather(None)
 
 
 ALONE = World()
 
 
+def _message(error: UsageError | OSError) -> str:
+    return describe_os_error(error) if isinstance(error, OSError) else str(error)
+
+
 @contextmanager
-def _losses_are_said() -> Iterator[None]:
-    """Turns the many errors of a broken connection into one."""
+def _as_lost() -> Iterator[None]:
+    """Turn the many errors of a broken connection into LostError."""
     try:
         yield
     except (dist.DistError, RuntimeError) as error:
@@ -165,14 +151,14 @@ def _losses_are_said() -> Iterator[None]:
 
 
 class Late:
-    """Reads a number on a device a few calls late, so that nothing waits for the device; on a CPU at once."""
+    """Read a number on a GPU two calls late, so that nothing waits for the device; on a CPU at once."""
 
     def __init__(self, device: torch.device) -> None:
         self.lag = 2 if device.type == "cuda" else 0
         self.coming: deque[tuple[torch.cuda.Event, Tensor]] = deque()
 
     def __call__(self, number: Tensor) -> bool:
-        """Whether the number of `lag` calls ago is above 0."""
+        """Return whether the number of `lag` calls ago is above 0."""
         if not self.lag:
             return bool(number > 0)
         copy = torch.empty_like(number, device="cpu", pin_memory=True)
@@ -187,8 +173,8 @@ class Late:
         return bool(copy > 0)
 
 
-def launched() -> World:
-    """As torchrun says in the environment; a world of one without."""
+def read_world() -> World:
+    """Return the world that torchrun describes in the environment; without torchrun, a world of one."""
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "LOCAL_RANK"} <= os.environ.keys():
         return ALONE
     return World(
@@ -199,25 +185,29 @@ def launched() -> World:
     )
 
 
-def join(world: World, device: torch.device, minutes: float, words_minutes: float) -> World:
-    """Meets the other processes. From then on each waits so long for the others' tensors, and for their
-    words, which may have to wait until data are read or code is compiled.
+def join(world: World, device: torch.device, minutes: float, values_minutes: float) -> World:
+    """Meet the other processes, and return the world in which they can talk.
 
-    Raises LostError where they do not come.
+    Args:
+        minutes: how long each waits for the others' tensors.
+        values_minutes: how long each waits for plain values, which may come after reading or compiling.
+
+    Raises:
+        LostError: the others do not come.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    # torchrun keeps its store when it starts all again: what the dead have left there is not for the living
+    # torchrun keeps its store when it restarts a job: the entries of the dead are not for the living
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     timeout = timedelta(minutes=minutes)
-    with _losses_are_said():
-        found, *_ = next(dist.rendezvous("env://", timeout=timeout))
-        store = dist.PrefixStore(f"attempt-{attempt}", found)
+    with _as_lost():
+        rendezvous, *_ = next(dist.rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(f"attempt-{attempt}", rendezvous)
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
-        words = dist.new_group(backend="gloo", timeout=timedelta(minutes=words_minutes))
-    return replace(world, words=words)
+        group = dist.new_group(backend="gloo", timeout=timedelta(minutes=values_minutes))
+    return replace(world, group=group)
 
 
 def leave() -> None:
-    """Ends what `join` began."""
+    """End what `join` began."""
     if dist.is_initialized():
         dist.destroy_process_group()

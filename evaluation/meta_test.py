@@ -167,7 +167,7 @@ def evaluate(
                 correct = accuracy(outputs[name], first_tensor(batch.query_y)[:, None])
                 results[1, column, rows] = correct.cpu().double()
     # each number was measured by one process, and is zero in all others
-    results = world.summed(results, patiently=True)()
+    results = world.start_sum(results, patiently=True)()
     losses, *accuracies = (dict(zip(normalisations, measure, strict=True)) for measure in results)
     return Evaluation(losses, accuracies[0] if accuracies else {})
 

@@ -150,7 +150,7 @@ def test_the_state_is_saved_before_the_cause_is_looked_for(bad_iteration, tmp_pa
     def fails(*_, **__):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("training.divergence.cause", fails)
+    monkeypatch.setattr("training.divergence.find_cause", fails)
     line = [*SHORT, "--seed", 1, "--checkpoint-path", tmp_path, "--run-name", "run"]
     assert command(*line) == trainer.FAILED
     assert load_checkpoint(tmp_path / "run" / LAST).iteration == BAD - 1

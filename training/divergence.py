@@ -1,4 +1,7 @@
-"""Why the numbers of an iteration are not finite, in words: looked into once it has happened."""
+"""Why the numbers of an iteration are not finite, in words.
+
+The trainer asks once an iteration has failed; the answer ends up in the run's error line.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch.utils import _pytree as pytree
 from common.batch import TaskBatch, first_tensor
 from common.optimizers import Weights
 from evaluation.meta_test import diverged, loss_per_step
-from maml import MAML
+from maml import MAML, MetaGradient
 from training.meta_gradients import Reptile
 
 UNKNOWN = (
@@ -22,44 +25,70 @@ UNKNOWN = (
 SHOWN = 5  # losses of a task
 
 
-def cause(
-    maml: MAML, parameters: Weights, batch: TaskBatch, given: dict[str, Any], *, first: int = 0
+def find_cause(
+    maml: MAML, parameters: Weights, batch: TaskBatch, inputs: dict[str, Any], *, first: int = 0
 ) -> str | None:
-    """What is wrong with these tasks under these meta-parameters, and what to do; None: nothing is.
+    """Return what is wrong with these tasks under these meta-parameters, and what to do about it.
 
-    Arguments:
-        given: what else `MAML.meta_gradient` takes.
-        first: the number of the first task.
+    Args:
+        inputs: what else `MAML.meta_gradient` takes, by name.
+        first: the number of the batch's first task.
+
+    Returns:
+        One line; None where everything is finite.
     """
-    found = _in_data(batch, first)
-    if found:
-        return found
+    problem = _check_data(batch, first)
+    if problem:
+        return problem
     if any(not bool(w.isfinite().all()) for w in parameters.values()):
-        return "the meta-parameters are not finite: begin again from an earlier checkpoint"
+        return "the meta-parameters are not finite: start again from an earlier checkpoint"
     # Reptile's minibatches are of support and query together
-    order = None if isinstance(maml.way, Reptile) else given.get("order")
+    order = None if isinstance(maml.way, Reptile) else inputs.get("order")
     outputs = maml.predictions(
-        parameters, batch, maml.steps, (maml.normalisation,), order=order, keys=given.get("keys")
-    )
-    predicted = outputs[maml.normalisation]
-    losses = loss_per_step(maml, predicted, batch.query_y)
-    infinite = ~losses.isfinite()
-    if infinite[:, 0].any():
-        task = _where(infinite[:, 0])
-        said = f"the query loss of task {first + task} is {losses[task, 0]:.3g} before the first inner step"
-        if bool(first_tensor(predicted)[task, 0].isfinite().all()):
-            return f"{said}, though the outputs are finite: look at the loss, or at the size of the targets"
-        return f"{said}: the weights have become too large; try a smaller --meta-lr, or --grad-clip"
-    grown = diverged(losses)
+        parameters, batch, maml.steps, (maml.normalisation,), order=order, keys=inputs.get("keys")
+    )[maml.normalisation]
+    losses = loss_per_step(maml, outputs, batch.query_y)  # [tasks, steps + 1]
+    at_start = ~losses[:, 0].isfinite()
+    if at_start.any():
+        task = _first_set(at_start)
+        line = f"the query loss of task {first + task} is {losses[task, 0]:.3g} before the first inner step"
+        if bool(first_tensor(outputs)[task, 0].isfinite().all()):
+            return f"{line}, though the outputs are finite: check the loss and the size of the targets"
+        return f"{line}: the weights have become too large; try a smaller --meta-lr, or --grad-clip"
+    growth = _explain_growth(losses, first)
+    return growth or _check_gradient(maml.meta_gradient(parameters, batch, **inputs), losses)
+
+
+def _check_data(batch: TaskBatch, first: int) -> str | None:
+    parts = {
+        "support inputs": batch.support_x,
+        "support targets": batch.support_y,
+        "query inputs": batch.query_x,
+        "query targets": batch.query_y,
+    }
+    for name, tree in parts.items():
+        for tensor in filter(Tensor.is_floating_point, pytree.tree_leaves(tree)):
+            bad = ~tensor.isfinite().flatten(1).all(1)
+            if bad.any():
+                return f"the {name} of task {first + _first_set(bad)} are not all finite: clean the data"
+    return None
+
+
+def _explain_growth(losses: Tensor, first: int) -> str | None:
+    """Say which tasks diverge in the inner loop; `losses`: [tasks, steps + 1]."""
+    grown = diverged(losses).any(1)
+    if not grown.any():
+        return None
     worst = losses.nan_to_num(nan=torch.inf).amax(1).argmax()
-    result = maml.meta_gradient(parameters, batch, **given)
+    return (
+        f"the inner loop diverges in {int(grown.sum())} of {len(losses)} tasks (query loss of "
+        f"task {first + int(worst)}: {_listed(losses[worst].tolist())}): try a smaller --inner-lr, "
+        "--inner-clip, or fewer steps (-s)"
+    )
+
+
+def _check_gradient(result: MetaGradient, losses: Tensor) -> str | None:
     bad = [name for name, g in result.gradients.items() if not bool(g.isfinite().all())]
-    if grown.any():
-        return (
-            f"the inner loop diverges in {int(grown.any(1).sum())} of {len(losses)} tasks (query loss of "
-            f"task {first + int(worst)}: {_listed(losses[worst].tolist())}): try a smaller --inner-lr, "
-            "--inner-clip, or fewer steps (-s)"
-        )
     if bad:
         return (
             f"the losses are finite (up to {losses.max():.3g}), but not the meta-gradient of {bad[0]}: try "
@@ -71,20 +100,7 @@ def cause(
     return None
 
 
-def _in_data(batch: TaskBatch, first: int) -> str | None:
-    parts = dict(
-        zip(("support inputs", "support targets", "query inputs", "query targets"), batch, strict=True)
-    )
-    for name, tree in parts.items():
-        for tensor in filter(Tensor.is_floating_point, pytree.tree_leaves(tree)):
-            bad = ~tensor.isfinite().flatten(1).all(1)
-            if bad.any():
-                return f"the {name} of task {first + _where(bad)} are not all finite: clean the data"
-    return None
-
-
-def _where(flags: Tensor) -> int:
-    """The position of the first that is set."""
+def _first_set(flags: Tensor) -> int:
     return int(flags.int().argmax())
 
 

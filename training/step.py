@@ -235,7 +235,7 @@ class MetaStep:
 
     def exchanged(self, state: State, message: Tensor, iteration: int | None) -> State:
         """The next state, from this process's message and those of the others."""
-        sum_of_all = self.world.summed(message)
+        sum_of_all = self.world.start_sum(message)
         self._fetch_ahead(iteration)
         message = sum_of_all()
         if self.world.size > 1:

@@ -296,7 +296,7 @@ class Trainer:
                 self.plain_step.rehearse(state, self.iteration)
         except CompilationError as error:
             failure, interrupted = str(error), self.signal is not None
-        failures, interruptions = zip(*self.world.gathered((failure, interrupted)), strict=True)
+        failures, interruptions = zip(*self.world.gather((failure, interrupted)), strict=True)
         if any(interruptions):
             self.compiler.active = False
             self.signal = self.signal or signal.SIGTERM
@@ -358,7 +358,7 @@ class Trainer:
         assert self.plain_step.stop_asked is not None
         if not self.stop_asked(self.plain_step.stop_asked):
             return False
-        self.signal = max(self.world.gathered(self.signal or 0)) or signal.SIGTERM
+        self.signal = max(self.world.gather(self.signal or 0)) or signal.SIGTERM
         return True
 
     @contextmanager
@@ -416,8 +416,8 @@ class Trainer:
         # the run is saved, and this is but a hint
         with suppress(Exception), self.maml.at_rate(run.choices.inner_lr):
             tasks = step.tasks_of(run.training.seed, run.iteration)
-            cause = divergence.cause(step.maml, run.parameters, *tasks, first=step.share.start)
-        return next((one for one in self.world.gathered(cause) if one), divergence.UNKNOWN)
+            cause = divergence.find_cause(step.maml, run.parameters, *tasks, first=step.share.start)
+        return next((one for one in self.world.gather(cause) if one), divergence.UNKNOWN)
 
     # ---- saving -----------------------------------------------------------------------------
 
