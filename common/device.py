@@ -1,4 +1,4 @@
-"""Device, precision, threads and processes: decided here, once, and passed on."""
+"""Device, precision and threads: decided once by a command, and passed on as a `Runtime`."""
 
 from __future__ import annotations
 
@@ -17,21 +17,34 @@ import torch
 from common.errors import UsageError
 from common.processes import ALONE, World
 
+_INITIAL_THREADS = torch.get_num_threads()
+_DTYPES = {  # of meta-parameters, and of the learner's arithmetic where it differs
+    "float64": (torch.float64, None),
+    "float32": (torch.float32, None),
+    "tf32": (torch.float32, None),
+    "bf16": (torch.float32, torch.bfloat16),
+}
+
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where tensors live, of what type they are, and which processes work on them."""
+    """Where tensors live, their type, and the processes that share the work."""
 
     device: torch.device
     dtype: torch.dtype
-    compute_dtype: torch.dtype | None = None  # of the learner's arithmetic, where it is another
+    compute_dtype: torch.dtype | None = None  # of the learner's arithmetic; None: `dtype`
     world: World = ALONE
 
     def computed_by(
         self, *, processes: int | None = None, runs: int = 1, tasks: int | None = None
     ) -> dict[str, Any]:
-        """What the last bits of a result depend on beside what is learned: of so many runs and tasks at
-        once, by so many processes; None: all tasks, by all of them."""
+        """Return what the last bits of a result depend on, apart from the settings.
+
+        Args:
+            processes: that share one run; None: all.
+            runs: trained as one.
+            tasks: computed at once; None: all.
+        """
         return {
             "processes": processes or self.world.size,
             "runs at once": runs,
@@ -43,21 +56,20 @@ class Runtime:
         }
 
     def describe(self) -> str:
-        """The device in words, for people and result files."""
+        """Return the device in words, for people and result files."""
         threads = torch.get_num_threads()
-        of_each = "" if self.world.size == 1 else f"{self.world.size} processes of "
+        processes = "" if self.world.size == 1 else f"{self.world.size} processes of "
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device)
         else:
             name = f"{platform.processor() or platform.machine()} {self.device.type}"
-        return f"{name}, {of_each}{threads} thread{'s' * (threads > 1)}"
+        return f"{name}, {processes}{threads} thread{'s' * (threads > 1)}"
 
 
 def device_of(name: str, world: World) -> torch.device:
-    """The device of a name from --device ("auto": CUDA where there is any, else the CPU), of several GPUs
-    this process's own.
+    """Return the device of a --device name ("auto": CUDA if there is any, else the CPU).
 
-    Raises UsageError where it is not there.
+    Each of several processes gets a GPU of its own. Raises UsageError if there is no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -66,7 +78,7 @@ def device_of(name: str, world: World) -> torch.device:
     if name == "mps" and not torch.backends.mps.is_available():
         raise UsageError("--device mps: PyTorch finds no Apple GPU here; use --device cpu")
     if name == "mps" and world.size > 1:
-        raise UsageError("--device mps is for a process on its own: use --device cpu, or no torchrun")
+        raise UsageError("--device mps runs one process: use --device cpu, or no torchrun")
     if name != "cuda" or world.size == 1:
         return torch.device(name)
     gpus = torch.cuda.device_count()
@@ -79,33 +91,28 @@ def device_of(name: str, world: World) -> torch.device:
     return device
 
 
-THREADS_AT_FIRST = torch.get_num_threads()
+def threads_for(requested: int | None, world: World, *, small_tensors: bool) -> int:
+    """Return the number of threads of this process.
 
-
-def threads_for(asked: int | None, world: World, *, small_tensors: bool) -> int:
-    """Threads of this process.
-
-    Without --threads: as OMP_NUM_THREADS says, else one with `small_tensors`, since splitting the sinusoid
-    network's operations costs more than it saves (by a quarter on two cores). Several processes share the
-    machine's cores; that torchrun sets OMP_NUM_THREADS to one is no decision of the user's.
+    Without --threads it is OMP_NUM_THREADS, else one with `small_tensors`: splitting the sinusoid network's
+    operations over two cores takes a quarter longer. Several processes share the machine's cores. torchrun
+    sets OMP_NUM_THREADS to one, which is not the user's choice.
     """
-    if asked is not None:
-        return asked
-    by_environment = os.environ.get("OMP_NUM_THREADS")
-    if by_environment is not None and (world.size == 1 or by_environment != "1"):
-        return THREADS_AT_FIRST
+    if requested is not None:
+        return requested
+    environment = os.environ.get("OMP_NUM_THREADS")
+    if environment is not None and (world.size == 1 or environment != "1"):
+        return _INITIAL_THREADS
     if small_tensors:
         return 1
-    return THREADS_AT_FIRST if world.size == 1 else max(1, _cores() // world.local_size)
-
-
-def _cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if world.size == 1:
+        return _INITIAL_THREADS
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // world.local_size)
 
 
 def machine_memory() -> int | None:
-    """Bytes that this process may use at the most, where the system says so."""
+    """Return the bytes of memory that this process may use, or None if the system does not say."""
     limits = []
     if hasattr(os, "sysconf"):
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -124,10 +131,10 @@ def set_up(
     world: World = ALONE,
     deterministic: bool = False,
 ) -> Runtime:
-    """The runtime on a device; raises UsageError for a precision that it has not.
+    """Configure PyTorch for a device and return the runtime.
 
-    `deterministic`: an operator that cannot give the same bits every time raises RuntimeError (see
-    `not_deterministic`); Inductor is told so where code is compiled (compiler.py).
+    With `deterministic`, operators that cannot give the same bits every time raise RuntimeError (see
+    `not_deterministic`). Raises UsageError for a precision that the device does not have.
     """
     if device.type == "mps" and precision == "float64":
         raise UsageError("--device mps has no float64: use --precision float32 or --device cpu")
@@ -138,30 +145,22 @@ def set_up(
         torch.backends.cudnn.allow_tf32 = precision == "tf32"
         torch.backends.cudnn.deterministic = True
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read where cuBLAS is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS is first used
         torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(deterministic)
-    # torch.func's own, of a module that it imports; of an operator of the user's, which the loop over tasks
-    # that it asks for would not make faster
+    # `torch.func` warns about its own imports, and about operators that its loop would not make faster
     warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet")
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # that it has no folder for its cache
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns about a missing cache folder
     torch.set_num_threads(threads_for(threads, world, small_tensors=small_tensors))
-    dtype, compute_dtype = {
-        "float64": (torch.float64, None),
-        "float32": (torch.float32, None),
-        "tf32": (torch.float32, None),
-        "bf16": (torch.float32, torch.bfloat16),
-    }[precision]
-    return Runtime(device, dtype, compute_dtype, world)
+    return Runtime(device, *_DTYPES[precision], world)
 
 
 def not_deterministic(error: BaseException | None) -> str | None:
-    """What to do, in one line, where an error or one of its causes is an operator without a deterministic
-    form."""
+    """Return what to do if the error, or a cause of it, is an operator without a deterministic form."""
     while error is not None:
-        operator, sign, _ = str(error).partition(" does not have a deterministic implementation")
-        if sign and isinstance(error, RuntimeError):
+        operator, separator, _ = str(error).partition(" does not have a deterministic implementation")
+        if separator and isinstance(error, RuntimeError):
             return (
                 f"--deterministic: the operator {operator.split()[-1]} has no deterministic form here: use "
                 "another in the learner or the loss, or leave --deterministic out"
@@ -171,5 +170,5 @@ def not_deterministic(error: BaseException | None) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """What a result depends on beside the settings."""
+    """Return the versions that a result depends on."""
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}

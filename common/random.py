@@ -1,14 +1,13 @@
 """Counter-based random numbers: each is a pure function of where it is used, not of what came before.
 
-A `Stream` is a pair of 32-bit keys. `stream.at(value)` gives the stream of a sub-purpose (a seed, a
-name, an iteration, a vector of task numbers), and `uniform`, `normal` and `words` read numbers from
-it by position. So the tasks of iteration i are the same in any order, chunk, process or resumed run:
-the iteration number is all the state there is.
+A `Stream` is a pair of 32-bit keys. `stream.at(value)` returns the stream of a sub-purpose (a seed, a name,
+an iteration, a vector of task numbers); `uniform`, `normal` and `words` read numbers from it by position. So
+the tasks of iteration i are the same in any order, chunk, process or resumed run: the iteration number is all
+the state there is.
 
-The mixer is a 32-bit xorshift-multiply hash (constants of github.com/skeeto/hash-prospector). Words
-live in int64 and the second multiplier is written as the negative number it is modulo 2^32, so that
-no product leaves the range of int64: the bits do not depend on how a device or a compiler treats
-overflow.
+The mixer is a 32-bit xorshift-multiply hash (constants of github.com/skeeto/hash-prospector). Words live in
+int64, and the second multiplier is written as the negative number that it equals modulo 2^32. No product then
+leaves the range of int64, and the bits do not depend on how a device or a compiler treats overflow.
 """
 
 from __future__ import annotations
@@ -20,94 +19,77 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+SPLITS = ("train", "validation", "test")
 _MASK = 0xFFFFFFFF
 _MULTIPLIER_1 = 0x21F0AAAD
 _MULTIPLIER_2 = 0xD35A2D97 - 2**32
 
 
 def mix(word: Any) -> Any:
-    """A bijection of the 32-bit words in which each input bit flips each output bit half the time.
+    """Map 32-bit words one to one; each input bit flips each output bit half the time.
 
-    Takes and gives a Python integer or an int64 tensor.
+    Takes and returns a Python integer or an int64 tensor.
     """
     word = ((word ^ (word >> 16)) * _MULTIPLIER_1) & _MASK
     word = ((word ^ (word >> 15)) * _MULTIPLIER_2) & _MASK
     return word ^ (word >> 15)
 
 
-SPLITS = ("train", "validation", "test")
-
-
 class Stream(NamedTuple):
-    """Two independent 32-bit keys: Python integers, or int64 tensors `[tasks]` (of no axis for one)."""
+    """Two independent 32-bit keys: Python integers, or int64 tensors `[tasks]` (0-dimensional for one)."""
 
     key_1: int | Tensor
     key_2: int | Tensor
 
     @classmethod
     def from_seed(cls, seed: int | Tensor) -> Stream:
-        """The root stream of a seed in [0, 2^63), a number or an int64 tensor."""
+        """Return the root stream of a seed in [0, 2^63), a number or an int64 tensor."""
         low, high = seed & _MASK, seed >> 32
         return cls(mix(mix(low ^ 0x9E3779B9) ^ high), mix(mix(high ^ 0x85EBCA6B) ^ low))
 
-    def at(self, value: int | str | Tensor) -> Stream:
-        """The sub-stream for a number, a name, or each element of an int64 tensor `[tasks]`."""
-        if isinstance(value, str):
-            value = zlib.crc32(value.encode())
-        return Stream(mix(self.key_1 ^ value), mix(self.key_2 ^ value))
-
     @classmethod
     def from_keys(cls, keys: Tensor) -> Stream:
-        """The stream of keys `[..., 2]`."""
+        """Return the stream of keys, int64 `[..., 2]`."""
         return cls(*keys.unbind(-1))
 
     @property
     def keys(self) -> Tensor:
-        """The two keys in one tensor, `[..., 2]`."""
+        """Both keys in one tensor, int64 `[..., 2]`."""
         assert isinstance(self.key_1, Tensor) and isinstance(self.key_2, Tensor)
         return torch.stack([self.key_1, self.key_2], -1)
 
+    def at(self, value: int | str | Tensor) -> Stream:
+        """Return the sub-stream for a number, a name, or each element of an int64 tensor `[tasks]`."""
+        if isinstance(value, str):
+            value = zlib.crc32(value.encode())
+        return Stream(mix(self.key_1 ^ value), mix(self.key_2 ^ value))
+
     def words(self, count: int) -> Tensor:
-        """32-bit words in int64, `[tasks, count]`; those of one task are all different."""
+        """Return 32-bit words, int64 `[tasks, count]`, all different within a task."""
         if not (isinstance(self.key_1, Tensor) and isinstance(self.key_2, Tensor)):
             raise TypeError("read from a stream that is keyed by a tensor of task numbers")
         positions = torch.arange(count, device=self.key_1.device)
         return mix(mix(positions ^ self.key_2[..., None]) ^ self.key_1[..., None])
 
     def uniform(self, count: int, low: float, high: float, dtype: torch.dtype) -> Tensor:
-        """Uniform in [low, high), `[tasks, count]`; 24 random bits, so the same in every precision."""
+        """Return numbers in [low, high), `[tasks, count]`; 24 random bits, the same in every precision."""
         return low + (high - low) * ((self.words(count) >> 8).to(dtype) * 2.0**-24)
 
     def normal(self, count: int, dtype: torch.dtype) -> Tensor:
-        """Standard normal, `[tasks, count]`, by Box and Muller's transform."""
-        radius_word, angle_word = (self.words(2 * count) >> 8).to(dtype).mul(2.0**-24).chunk(2, 1)
+        """Return standard normal numbers, `[tasks, count]` (Box and Muller's transform)."""
+        radius_word, angle_word = (self.words(2 * count) >> 8).to(dtype).mul(2.0**-24).chunk(2, -1)
         radius = torch.sqrt(-2.0 * torch.log1p(-radius_word))
         return radius * torch.cos(2.0 * math.pi * angle_word)
 
     def distinct(self, count: int, total: int) -> Tensor:
-        """`count` different numbers below `total`, in random order, `[tasks, count]`."""
+        """Return `count` different numbers below `total` in random order, `[tasks, count]`."""
         return self.words(total).topk(count, dim=1).indices
-
-
-# ---- what is random in tasks -----------------------------------------------------------------
-
-
-def minibatch_order(stream: Stream, examples: int, batch: int | None, steps: int) -> Tensor | None:
-    """The examples of each inner step: int64 `[tasks, steps, batch]`, or None where all are taken.
-
-    As Nichol et al. (2018) have it: passes over the examples, each in a new random order, cut into batches.
-    """
-    if batch is None or batch >= examples or not steps:
-        return None
-    passes = -(-steps * batch // examples)
-    orders = [stream.at(number).distinct(examples, examples) for number in range(passes)]
-    return torch.cat(orders, 1)[:, : steps * batch].unflatten(1, (steps, batch))
 
 
 def task_stream(
     split: str, seed: int | Tensor, iteration: int | Tensor, tasks: range | Tensor, device: torch.device
 ) -> Stream:
-    """One independent random stream for each task, by its number."""
+    """Return an independent stream for each task, by its number; ValueError for an unknown split."""
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}: one of {', '.join(SPLITS)}")
     numbers = torch.arange(tasks.start, tasks.stop, device=device) if isinstance(tasks, range) else tasks
@@ -115,5 +97,17 @@ def task_stream(
 
 
 def keys_of(stream: Stream) -> Tensor:
-    """Keys of the random numbers that a learner draws in each task (see elementary.py): `[tasks, 2]`."""
+    """Return the keys of the numbers that a learner draws in each task (`Elementary`), `[tasks, 2]`."""
     return stream.at("learner").keys
+
+
+def minibatch_order(stream: Stream, examples: int, batch: int | None, steps: int) -> Tensor | None:
+    """Return the examples of each inner step, int64 `[tasks, steps, batch]`; None: each step takes all.
+
+    As in Nichol et al. (2018): passes over the examples, each in a new random order, cut into batches.
+    """
+    if batch is None or batch >= examples or not steps:
+        return None
+    passes = -(-steps * batch // examples)
+    orders = [stream.at(number).distinct(examples, examples) for number in range(passes)]
+    return torch.cat(orders, 1)[:, : steps * batch].unflatten(1, (steps, batch))

@@ -1,7 +1,7 @@
-"""A function of one task as a function of many: by `vmap`, or one after another where that cannot be.
+"""A function of one task as a function of many: by `vmap`, or by a loop over tasks.
 
-What no `vmap` can take (a `.item()`, a decision that depends on data, an operator without a rule) still has
-exact derivatives when tasks go one by one; it costs their number in time.
+Learners that `vmap` cannot take (a `.item()`, a decision that depends on data, an operator without a rule)
+have exact derivatives in the loop too; it costs their number in time.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ OverTasks = Callable[..., Callable[..., Any]]
 
 
 def one_by_one(function: Callable[..., Any], in_dims: Any = 0) -> Callable[..., Any]:
-    """As `torch.func.vmap`, by a loop: arguments whose `in_dims` is 0 have tasks as their first axis."""
+    """Return what `torch.func.vmap` would, by a loop; arguments with `in_dims` None are shared by tasks."""
 
     def loop(*arguments: Any) -> Any:
         axes = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(arguments)
-        per_task = [a for a, axis in zip(arguments, axes, strict=True) if axis is not None]
+        per_task = [argument for argument, axis in zip(arguments, axes, strict=True) if axis is not None]
         tasks = len(pytree.tree_leaves(per_task)[0])
 
-        def of_task(argument: Any, axis: int | None, task: int) -> Any:
-            return argument if axis is None else pytree.tree_map(lambda t: t[task], argument)
+        def select(argument: Any, axis: int | None, task: int) -> Any:
+            return argument if axis is None else pytree.tree_map(lambda tensor: tensor[task], argument)
 
         results = [
-            function(*(of_task(a, axis, task) for a, axis in zip(arguments, axes, strict=True)))
+            function(*(select(argument, axis, task) for argument, axis in zip(arguments, axes, strict=True)))
             for task in range(tasks)
         ]
         return pytree.tree_map(lambda *parts: torch.stack(parts), *results)
@@ -37,5 +37,5 @@ def one_by_one(function: Callable[..., Any], in_dims: Any = 0) -> Callable[..., 
 
 
 def over_tasks(vectorised: bool) -> OverTasks:
-    """How functions of one task become functions of many."""
+    """Return `vmap`, or the loop over tasks in its form."""
     return vmap if vectorised else one_by_one

@@ -33,31 +33,28 @@ class Draws:
         self.keys = keys
         self.calls = 0  # that have drawn so far
 
-    def bits(self, count: int, function: str) -> Tensor:
-        """Return 24 random bits each, int64 `[count]`; `function` names the caller in errors."""
+    def stream(self, function: str) -> Stream:
+        """Return the stream of the next call; `function` names the caller in errors."""
         if self.keys is None:
             raise ValueError(f"{function} draws random numbers: give keys")
-        stream = Stream.from_keys(self.keys).at(self.calls)
         self.calls += 1
-        return stream.words(count) >> 8
+        return Stream.from_keys(self.keys).at(self.calls - 1)
 
     def uniform(self, like: Tensor, function: str) -> Tensor:
         """Return numbers in [0, 1) of that tensor's shape, type and device."""
         precision = min(24, 1 - round(math.log2(torch.finfo(like.dtype).eps)))  # more bits would round to 1
-        bits = self.bits(like.numel(), function).to(like.device) >> (24 - precision)
+        bits = self.stream(function).words(like.numel()).to(like.device) >> (32 - precision)
         return (bits.to(like.dtype) * 2.0**-precision).view(like.shape)
 
     def normal(self, like: Tensor, function: str) -> Tensor:
-        """Return standard normal numbers of that tensor's shape, type and device (Box and Muller)."""
-        bits = self.bits(2 * like.numel(), function).to(like.device)
+        """Return standard normal numbers of that tensor's shape, type and device."""
         wide = torch.promote_types(like.dtype, torch.float32)
-        radius, angle = (bits.to(wide) * 2.0**-24).chunk(2)
-        values = torch.sqrt(-2.0 * torch.log1p(-radius)) * torch.cos(2.0 * math.pi * angle)
-        return values.to(like.dtype).view(like.shape)
+        numbers = self.stream(function).normal(like.numel(), wide)
+        return numbers.to(like.device, like.dtype).view(like.shape)
 
     def mask(self, p: float, shape: Sequence[int], like: Tensor, function: str) -> Tensor:
         """Return 1 with probability 1 - p and else 0, in the type of `like`; the same in every type."""
-        bits = self.bits(math.prod(shape), function).to(like.device)
+        bits = self.stream(function).words(math.prod(shape)).to(like.device) >> 8
         return (bits >= round(p * 2**24)).to(like.dtype).view(shape)
 
 
