@@ -228,7 +228,7 @@ def train_locked(call: Call, given: Mapping[str, Any], world: World, locked: Exi
             tasks = read_first(config, call, runtime)
         with world.together():
             compiler = Compiler(runtime.device)
-            distribution, maml = build(config, call, runtime, compiler, saved=at.weights, distribution=tasks)
+            distribution, maml = build(config, call, runtime, saved=at.weights, distribution=tasks)
             if at.start is not None and at.start_file is not None:
                 check_same_split(at.start_file, at.start.splits, distribution.split_names)
             check_splits(distribution, config)

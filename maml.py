@@ -1,213 +1,344 @@
-"""Gradient-based meta-learning (Finn, Abbeel and Levine 2017, and its family), vectorised over tasks.
+"""MAML (Finn, Abbeel and Levine 2017) and its family: inner loop, outer loss, meta-gradient, predictions.
 
-Everything here is a function of tensors: meta-parameters and a `TaskBatch` in, meta-gradients or
-predictions out; no flags, files, datasets or logging. The inner loop is written for one task
-(inner_loop.py), the ways to the meta-gradient take all tasks at once (meta_gradients.py).
-
-    maml = MAML(learner, torch.nn.functional.mse_loss, inner_lr=0.01)
+    maml = MAML(learner, torch.nn.functional.mse_loss, Choices(inner_lr=0.01, steps=5))
     parameters = maml.initial_parameters()
-    step = maml.meta_gradient(parameters, batch)          # step.gradients, step.losses
-    outputs = maml.predictions(parameters, batch, steps=10)["transductive"]  # after 0, 1, ... 10
+    result = maml.meta_gradient(parameters, batch)               # result.gradients, result.losses
+    outputs = maml.predictions(parameters, batch, steps=10)["transductive"]   # after 0, 1, ... 10 steps
+
+Everything is a function of tensors: meta-parameters and tasks in, gradients or predictions out. The inner
+loop is written for one task; `torch.func.vmap` takes it to all tasks of a batch at once.
+
+Meta-parameters are a dictionary by name: the learner's weights and, if they are learned, the inner rates
+(`inner_lr/` and the name of the weight). What belongs to an inner step has the steps as its first axis: rates
+per layer and step `[steps]`, per-step batch norm `[steps, channels]`. A step beyond the trained ones uses the
+last one's.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import grad
 
-from common.batch import TaskBatch, Tree, arguments_of, first_tensor, in_type, joined, stacked_trees, tree_map
-from common.choices import ENGINES, META_GRADIENTS, check_choice
-from common.optimizers import InnerOptimizer, Weights
-from inner_loop import InnerLoop, Loss
-from learners.elementary import Elementary
-from training.meta_gradients import Accelerate, Adjoint, Implicit, Joint, Reptile, Unrolled
+from common.batch import TaskBatch, Tree, first_tensor, joined, stacked_trees, tree_map
+from common.choices import Choices
+from common.optimizers import InnerOptimizer, InnerState, Moments, Weights
+from common.task import Extras, Task, mean_statistics, stack_steps, sum_over_tasks
+from common.vectorise import over_tasks
+from learners.batch_norm import BatchNorm, given_statistics, norm_parameter_names, recorded_statistics
+from learners.functional import FunctionalLearner
+from learners.heads import adapted_names, context_names, linear_head, prototype_head, without_head
+
+Loss = Callable[[Any, Any], Tensor]  # (outputs, targets) of one task -> mean over its examples
+
+RATE = "inner_lr/"  # prefix of a weight's name: its learned rate
+SQUARE = "inner_square/"  # prefix of a weight's name: its carried second moment
+MASS = SQUARE + "mass/"  # what the carried moments are divided by
+
+
+# ---- what flows through the loops ----------------------------------------------------------------
+
+
+class Shared(NamedTuple):
+    """What all tasks share in one inner step."""
+
+    weights: Weights  # those that are not adapted
+    rates: Weights  # learned inner rates; empty: the optimizer's own
+    anchor: Weights  # what the proximal term pulls to; empty without one
+
+
+class Adapted(NamedTuple):
+    """A task's weights after some inner steps, as its query uses them."""
+
+    fast: Weights  # adapted
+    shared: Weights  # not adapted
+    task: Task  # the task as those steps leave it: buffers, and the extras of the query's pass
+    statistics: Weights  # [2, channels] by layer: what batch norm saw in the last step, if recorded
+
+    @property
+    def weights(self) -> Weights:
+        return self.fast | self.shared
+
+
+class Outcome(NamedTuple):
+    """What one task's outer loss is made of."""
+
+    loss: Tensor  # query loss after the last inner step
+    outputs: Tree  # [query examples, ...], the learner's, behind that loss
+    statistics: Weights  # [steps, 2, channels] by layer: what batch norm saw, if recorded
 
 
 class MetaGradient(NamedTuple):
-    gradients: Weights  # of the objective's mean over tasks, by meta-parameter
+    gradients: Weights  # of the mean outer loss over tasks, by meta-parameter
     losses: Tensor  # [tasks], query loss after the last inner step
     outputs: Tree  # [tasks, query examples, ...], the learner's outputs behind it
-    statistics: Weights  # [steps, 2, channels] by layer: what per-step batch norm has seen, mean over tasks
+    statistics: Weights  # [steps, 2, channels] by layer, mean over tasks: what per-step batch norm saw
 
 
-def as_it_is(function: Callable[..., Any], options: dict[str, Any] | None = None) -> Callable[..., Any]:
-    """Accelerates nothing."""
-    return function
+class MAML:
+    """A learner, a loss and an algorithm's choices, as functions of meta-parameters and tasks.
 
-
-class MAML(InnerLoop):
-    """A learner, a loss and five choices, as functions of meta-parameters and tasks.
-
-    Arguments:
+    Args:
         learner: any `nn.Module` that maps `[examples, ...]` to outputs; it is copied, not changed.
-            PyTorch's batch norm layers in it normalise with the batch at hand (see normalisation.py);
-            recurrent layers, attention and dropout are carried out as elementary.py has them. Several inputs
-            are a tuple, or a dictionary by name. Parameters that require no gradient stay as they are.
-        loss: maps (outputs, targets) of one task to a scalar; a mean over examples.
-        inner_lr: learning rate of the inner loop, on that loss; where rates are learned, their start.
-        steps: inner gradient steps while meta-training.
-        fast_weights: which parameters the inner loop adapts: "all" (MAML), "head" (ANIL), "body" (BOIL), or a
-            "context" vector (CAVIA; the learner has one from `partition.add_context`).
-        head: the head's modules or parameters by name, with commas between; None: by rule
-            (`partition.head_names`).
-        head_init: the head before the first step: "learned"; "zero"; or from the support set, by the means of
-            its classes: "prototype" (Proto-MAML, Triantafillou et al. 2020). The latter two are no
-            meta-parameters, so that the weights serve any number of classes; they ask for a linear head.
-        inner_rates: "fixed"; "layer-step": one learned rate for each weight tensor and step (MAML++);
-            "element": one for each element (Meta-SGD).
-        inner_lr_max: learned rates begin uniformly between `inner_lr` and this; None: all at `inner_lr`.
-        meta_gradient: "exact"; "first-order": the inner gradients count as constants; "reptile"; "implicit"
-            (iMAML); "joint": no inner loop at all (pretraining).
-        first_order: the same as `meta_gradient="first-order"`.
-        normalisation: whose statistics batch norm uses for the query while meta-training: its own
-            ("transductive"), or the support set's under the adapted weights ("inductive"). "per-step":
-            its own, and `meta_gradient` tells the statistics of each step, for running ones (MAML++).
-        norm_per_step: shift and scale of batch norm for each inner step (MAML++).
-        adapt_norm: adapt the parameters of batch norm layers in the inner loop too; if not, they are
-            meta-learned and shared by all tasks. Per-step ones never are adapted.
-        optimizer: the inner update rule, whose rate `inner_lr` replaces; None: gradient descent.
-        cg_steps, cg_damping: of the implicit meta-gradient (see meta_gradients.py).
-        engine: how the exact or first-order meta-gradient is computed; both give the same to rounding.
-            "unrolled" differentiates through the whole inner loop; "adjoint" keeps the fast weights of
-            each step and walks back through them, one step's activations in memory at a time.
-        convolution: how `nn.Conv2d` is computed, "grouped" or "im2col" (see convolution.py).
-        compute_dtype: type that the learner computes in (float16's and bfloat16's batch statistics,
-            losses, gradients and fast weights stay in the meta-parameters' type); None: theirs.
-        tasks_at_once: bounds memory: tasks are taken in chunks of that size. The result is the same
-            to rounding.
-        example: one task's inputs `[examples, ...]`, on which a pass shows which buffers the learner changes;
-            only for learners with buffers, which are all copied for each task without.
-        vectorised: run tasks at once by `vmap`; else one after another, for learners that cannot be.
-        in_transform: the meta-gradient itself is to be called within a transform of `torch.func`, such as the
-            `vmap` of several runs at once.
-        accelerate: makes a faster function of each vectorised function of tensors that the
-            meta-gradient is made of (see compiler.py).
+        loss: maps (outputs, targets) of one task to a scalar, a mean over examples.
+        choices: the algorithm; each field is described by its flag's help text.
+        convolution, compute_dtype, example: see `FunctionalLearner`.
+        tasks_at_once: take tasks in chunks of that size, which bounds memory; the result is the same to
+            rounding. None: all at once.
+        vectorise: run tasks at once by `vmap`; else one after another, for learners that cannot be.
 
-    Raises ValueError for a choice or a head that there is not, for choices that do not go together, and where
-    there is nothing to adapt.
+    Raises ValueError for choices or a head that do not exist or do not go together, and if nothing is left
+    to adapt.
     """
 
     def __init__(
         self,
         learner: nn.Module,
         loss: Loss,
+        choices: Choices,
         *,
-        inner_lr: float,
-        steps: int = 1,
-        fast_weights: str = "all",
-        head: str | None = None,
-        head_init: str = "learned",
-        inner_rates: str = "fixed",
-        inner_lr_max: float | None = None,
-        meta_gradient: str = "exact",
-        first_order: bool = False,
-        normalisation: str = "transductive",
-        norm_per_step: bool = False,
-        adapt_norm: bool = True,
-        optimizer: InnerOptimizer | None = None,
-        cg_steps: int = 5,
-        cg_damping: float = 0.0,
-        engine: str = "unrolled",
         convolution: str = "grouped",
         compute_dtype: torch.dtype | None = None,
-        tasks_at_once: int | None = None,
         example: Tree | None = None,
-        vectorised: bool = True,
-        in_transform: bool = False,
-        accelerate: Accelerate = as_it_is,
+        tasks_at_once: int | None = None,
+        vectorise: bool = True,
     ) -> None:
-        self._options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        check_choice("meta_gradient", meta_gradient, META_GRADIENTS)
-        check_choice("engine", engine, ENGINES)
-        other = meta_gradient not in ("exact", "first-order")
-        if other and (first_order or inner_rates != "fixed"):
-            raise ValueError(
-                f"meta_gradient {meta_gradient!r} goes with neither first_order nor learned rates"
-            )
-        super().__init__(
-            learner,
-            loss,
-            replace(optimizer, lr=inner_lr) if optimizer else InnerOptimizer(inner_lr),
-            steps=steps,
-            fast_weights=fast_weights,
-            head=head,
-            head_init=head_init,
-            inner_rates=inner_rates,
-            inner_lr_max=inner_lr_max,
-            first_order=first_order or meta_gradient == "first-order",
-            normalisation=normalisation,
-            norm_per_step=norm_per_step,
-            adapt_norm=adapt_norm,
-            convolution=convolution,
-            compute_dtype=compute_dtype,
-            example=example,
-            vectorised=vectorised,
+        self._arguments = {name: value for name, value in locals().items() if name != "self"}
+        self.choices, self.loss, self.steps = choices, loss, choices.steps
+        self.call = FunctionalLearner(
+            learner, convolution=convolution, compute_dtype=compute_dtype, example=example
         )
-        if self.optimizer.carried and (
-            meta_gradient != "reptile" or self.optimizer.name != "adam" or head_init != "learned"
-        ):
-            raise ValueError("carried second moments go with Adam, 'reptile' and a learned head")
-        if meta_gradient == "joint" and head_init != "learned":
-            raise ValueError(
-                f"head_init {head_init!r}: without an inner loop the head would never be adapted"
-            )
+        choices.check(has_batch_norm=self.has_batch_norm)
         self.tasks_at_once = tasks_at_once
-        self.way: Callable[..., Any]
-        if meta_gradient == "implicit":
-            if not self.optimizer.proximal:
-                raise ValueError("the implicit meta-gradient needs a proximal term above 0")
-            self.way = Implicit(self, accelerate, cg_steps=cg_steps, damping=cg_damping)
-        elif meta_gradient in ("reptile", "joint"):
-            self.way = (Reptile if meta_gradient == "reptile" else Joint)(self, accelerate)
-        else:
-            unrolled = partial(Unrolled, in_transform=in_transform)
-            self.way = (Adjoint if engine == "adjoint" else unrolled)(self, accelerate)
+        self.over_tasks = over_tasks(vectorise)
+        self.optimizer = InnerOptimizer(
+            choices.inner_lr,
+            choices.inner_optimizer,
+            momentum=choices.inner_momentum,
+            clip_norm=choices.inner_clip,
+            proximal=choices.proximal,
+        )
+        self.first_order = choices.meta_gradient == "first-order"
+        self.normalisation = "inductive" if choices.batch_norm == "inductive" else "transductive"
+        self._partition()
 
-    def training_examples(self, batch: TaskBatch) -> int:
-        """Examples of a task that the inner loop learns from while meta-training."""
-        queries = first_tensor(batch.query_x).shape[1] if isinstance(self.way, Reptile) else 0
-        return first_tensor(batch.support_x).shape[1] + queries
+    def _partition(self) -> None:
+        """Divide the learner's weights: adapted or shared, learned or computed, per step or not."""
+        choices, module = self.choices, self.call.module
+        self.head_layer = "" if choices.head_init == "learned" else linear_head(module, choices.head)
+        self.body = without_head(module, self.head_layer) if choices.head_init == "prototype" else module
+        prefix = f"{self.head_layer}." if self.head_layer else ""
+        heads = {f"{prefix}weight", f"{prefix}bias"} if choices.head_init != "learned" else set()
+        norms, contexts = norm_parameter_names(module), context_names(module)
+        parameters = self.call.parameters
+        self.contexts = {name: parameters[name] for name in sorted(contexts)}
+        self.head_weights = {name: w for name, w in parameters.items() if name in heads}
+        self.initial = {n: w for n, w in parameters.items() if n not in contexts and n not in heads}
+        self.per_step = norms if choices.norm_per_step else frozenset()
+        adapted = adapted_names(module, choices.fast_weights, choices.head)
+        self.adapted = frozenset(adapted if choices.adapt_norm and not self.per_step else adapted - norms)
+        if not self.adapted:
+            raise ValueError(f"adapting {choices.fast_weights} leaves nothing to adapt but batch norm")
+        if not heads <= self.adapted:
+            raise ValueError(f"head_init {choices.head_init!r} needs a head that the inner loop adapts")
+
+    def with_options(self, **changes: Any) -> MAML:
+        """Return the algorithm with other choices or other arguments of the constructor, by name."""
+        names = {choice.name for choice in fields(self.choices)}
+        choices = replace(self.choices, **{n: v for n, v in changes.items() if n in names})
+        others = {n: v for n, v in changes.items() if n not in names}
+        return MAML(**self._arguments | {"choices": choices} | others)
 
     @contextmanager
     def at_rate(self, lr: Tensor | float | None) -> Iterator[None]:
-        """Within it, the learning rate of the inner loop; None: as it is."""
-        if lr is None:
-            yield
-            return
+        """Use this inner learning rate inside the context; None: the algorithm's own."""
         before = self.optimizer
-        self.optimizer = replace(before, lr=lr)
+        self.optimizer = before if lr is None else replace(before, lr=lr)
         try:
             yield
         finally:
             self.optimizer = before
 
-    def with_options(self, **changes: Any) -> MAML:
-        """The same with other arguments."""
-        return MAML(**self._options | changes)
+    @property
+    def learner(self) -> nn.Module:
+        """The converted copy of the learner."""
+        return self.call.module
 
-    def draws(self, x: Tree) -> bool:
-        """Whether the learner draws random numbers while it trains on one task's inputs, as dropout does:
-        then it needs keys."""
-        keys = torch.zeros(2, dtype=torch.int64, device=first_tensor(x).device)
-        weights = self.whole_weights(self.initial_parameters())
-        if self.compute_dtype is not None:
-            weights, x = in_type(weights, self.compute_dtype), in_type(x, self.compute_dtype)
-        with torch.no_grad(), Elementary(keys, first_tensor(x)) as counted:
-            functional_call(copy.deepcopy(self.learner), weights, *arguments_of(x))
-        return counted.draws > 0
+    @property
+    def has_batch_norm(self) -> bool:
+        return any(isinstance(layer, BatchNorm) for layer in self.learner.modules())
+
+    @property
+    def starts_apart(self) -> bool:
+        """Return whether tasks have weights of their own before the first step."""
+        return self.choices.head_init == "prototype"
+
+    # ---- meta-parameters --------------------------------------------------------------------
+
+    def initial_parameters(self, seed: int = 0) -> Weights:
+        """Return fresh meta-parameters; the seed is that of inner rates that start at random."""
+        parameters = {name: weight.clone() for name, weight in self.initial.items()}
+        for name in self.per_step:
+            parameters[name] = parameters[name].expand(self.steps, -1).clone()
+        everything = self.initial | self.contexts | self.head_weights
+        adapted = {name: w for name, w in everything.items() if name in self.adapted}
+        if self.choices.inner_rates != "fixed":
+            parameters |= self._initial_rates(adapted, seed)
+        if self.optimizer.is_carried:
+            parameters |= {SQUARE + name: torch.zeros_like(w) for name, w in adapted.items()}
+            parameters[MASS] = torch.zeros_like(next(iter(adapted.values())).flatten()[0])
+        return parameters
+
+    def _initial_rates(self, adapted: Weights, seed: int) -> Weights:
+        low, high = self.choices.inner_lr, self.choices.inner_lr_max
+        generator = torch.Generator().manual_seed(seed)
+        rates = {}
+        for name, weight in adapted.items():
+            shape = (self.steps,) if self.choices.inner_rates == "layer-step" else weight.shape
+            rate = torch.full(shape, low, dtype=weight.dtype)
+            if high is not None:
+                rate += (high - low) * torch.rand(shape, generator=generator, dtype=weight.dtype)
+            rates[RATE + name] = rate.to(weight.device)
+        return rates
+
+    def initial_statistics(self) -> Weights:
+        """Return fresh running statistics of per-step batch norm, `[steps, 2, channels]` by layer."""
+        if self.choices.batch_norm != "per-step":
+            return {}
+        return {name: s.expand(self.steps, -1, -1).clone() for name, s in self.call.statistics.items()}
 
     def whole_weights(self, parameters: Weights) -> Weights:
-        """The learner's weights before the first step, all that one task needs; a computed head as built."""
+        """Return every weight of the learner before the first step; a computed head as the module has it."""
         adapted = {name: w for name, w in parameters.items() if name in self.adapted}
-        return self._contexts | self._head_weights | self.shared_at(parameters, 0).weights | adapted
+        return self.contexts | self.head_weights | self.shared_at(parameters, 0).weights | adapted
+
+    # ---- the inner loop, for one task -------------------------------------------------------
+
+    def start(
+        self, parameters: Weights, task: Task | None = None, statistics: Weights | None = None
+    ) -> InnerState:
+        """Return the state before the first step. A context and a "zero" head start at zero; a "prototype"
+        head is computed from the support set of `task`, with running `statistics` if batch norm uses them."""
+        fast = {name: parameters[name] for name in parameters if name in self.adapted}
+        fast |= {n: torch.zeros_like(w) for n, w in self.contexts.items() if n in self.adapted}
+        if task is not None and self.starts_apart:
+            fast |= self._prototypes(parameters, task, statistics)
+        else:
+            fast |= {name: torch.zeros_like(w) for name, w in self.head_weights.items()}
+        if not self.optimizer.is_carried:
+            return self.optimizer.start(fast)
+        squares = {name: parameters[SQUARE + name] for name in fast}
+        return self.optimizer.start(fast, Moments(squares, parameters[MASS]))
+
+    def _prototypes(self, parameters: Weights, task: Task, statistics: Weights | None) -> Weights:
+        weights = {name: w for name, w in parameters.items() if not name.startswith((RATE, SQUARE))}
+        weights |= self.shared_at(parameters, 0, statistics).weights
+        extras = task.extras.for_pass("prototypes")
+        return prototype_head(
+            self.call(weights, task.support_x, extras, module=self.body), task.support_y, self.head_weights
+        )
+
+    def shared_at(self, parameters: Weights, step: int, statistics: Weights | None = None) -> Shared:
+        """Return what tasks share in an inner step, counted from 0; running statistics join the weights."""
+        row = min(step, self.steps - 1)
+        names = (name for name in self.initial if name not in self.adapted)
+        weights = {n: parameters[n][row] if n in self.per_step else parameters[n] for n in names}
+        weights |= {name: s[row] for name, s in (statistics or {}).items()}
+        rates = {name[len(RATE) :]: rate for name, rate in parameters.items() if name.startswith(RATE)}
+        if self.choices.inner_rates == "layer-step":
+            rates = {name: rate[row] for name, rate in rates.items()}
+        return Shared(weights, rates, self.start(parameters).fast if self.optimizer.proximal else {})
+
+    def support_loss(self, fast: Weights, shared: Weights, x: Tree, y: Tree, extras: Extras) -> Tensor:
+        return self.loss(self.call(fast | shared, x, extras), y)
+
+    def inner_step(
+        self, state: InnerState, shared: Shared, x: Tree, y: Tree, extras: Extras
+    ) -> tuple[InnerState, Weights, Weights, Weights]:
+        """Take one step along the gradient of the support loss; first order counts it as a constant.
+
+        Returns the next state, the gradient, the statistics that batch norm saw, and the changed buffers.
+        """
+        fast, weights = state.fast, shared.weights
+        if self.first_order:
+            fast, weights = ({n: w.detach() for n, w in part.items()} for part in (fast, weights))
+
+        def loss(fast: Weights) -> tuple[Tensor, tuple[Weights, Weights]]:
+            changed: Weights = {}
+            with self._recording() as statistics:
+                outputs = self.call(fast | weights, x, extras, changed=changed)
+            return self.loss(outputs, y), (statistics or {}, changed)
+
+        gradient, (statistics, buffers) = grad(loss, has_aux=True)(fast)
+        state = self.optimizer.update(state, gradient, shared.rates, shared.anchor)
+        return state, gradient, statistics, buffers
+
+    def inner_loop(
+        self, parameters: Weights, task: Task, steps: int, statistics: Weights | None = None
+    ) -> Iterator[Adapted]:
+        """Yield the task's weights after 0, 1, ... `steps` inner steps."""
+        state, shared = self.start(parameters, task, statistics), self.shared_at(parameters, 0, statistics)
+        yield Adapted(state.fast, shared.weights, task.for_query(0), {})
+        for step in range(steps):
+            shared = self.shared_at(parameters, step, statistics)
+            state, _, seen, buffers = self.inner_step(state, shared, *task.at_step(step))
+            task = task.with_buffers(buffers)
+            yield Adapted(state.fast, shared.weights, task.for_query(step + 1), seen)
+
+    def adapt(self, parameters: Weights, support_x: Tree, support_y: Tree, steps: int) -> Weights:
+        """Return the weights adapted to one task; `support_x` is `[examples, ...]`."""
+        *_, adapted = self.inner_loop(parameters, Task(support_x, support_y), steps)
+        return adapted.weights
+
+    # ---- the outer loss, for one task -------------------------------------------------------
+
+    def query_loss(self, fast: Weights, shared: Weights, task: Task) -> tuple[Tensor, tuple[Tree, Weights]]:
+        """Return the query loss under adapted weights; with it outputs, and recorded statistics."""
+        with self._recording() as statistics:
+            outputs = self.call.query(
+                fast | shared, task.query_x, task.support_x, self.normalisation, task.extras
+            )
+        return self.loss(outputs, task.query_y), (outputs, statistics or {})
+
+    def outer_loss(
+        self, parameters: Weights, task: Task, step_weights: Tensor | None = None
+    ) -> tuple[Tensor, Outcome]:
+        """Return what meta-training minimises: the query loss after the last inner step or, with
+        `step_weights` `[steps]`, the weighted sum of those after each (Antoniou et al. 2019)."""
+        losses, seen = [], []
+        for step, adapted in enumerate(self.inner_loop(parameters, task, self.steps)):
+            if step == 0:
+                continue
+            query_statistics: Weights = {}
+            if step_weights is not None or step == self.steps:
+                loss, (outputs, query_statistics) = self.query_loss(
+                    adapted.fast, adapted.shared, adapted.task
+                )
+                losses.append(loss)
+            seen.append(mean_statistics(adapted.statistics, query_statistics))
+        total = losses[-1] if step_weights is None else (step_weights * torch.stack(losses)).sum()
+        return total, Outcome(losses[-1], outputs, stack_steps(seen))
+
+    # ---- for all tasks ----------------------------------------------------------------------
+
+    def total_loss(
+        self, parameters: Weights, tasks: Task, step_weights: Tensor | None = None
+    ) -> tuple[Tensor, Outcome]:
+        """Return the sum of the tasks' outer losses, and their outcomes `[tasks, ...]`."""
+        losses, outcomes = self.over_tasks(lambda task: self.outer_loss(parameters, task, step_weights))(
+            tasks
+        )
+        return losses.sum(), outcomes
+
+    def unrolled(self, parameters: Weights, tasks: Task, step_weights: Tensor | None = None) -> MetaGradient:
+        """Differentiate through the whole inner loop; sums over tasks (see `mean_over_chunks`)."""
+        gradients, outcome = grad(self.total_loss, has_aux=True)(parameters, tasks, step_weights)
+        return MetaGradient(gradients, outcome.loss, outcome.outputs, sum_over_tasks(outcome.statistics))
 
     def meta_gradient(
         self,
@@ -219,20 +350,31 @@ class MAML(InnerLoop):
         step_weights: Tensor | None = None,
         tasks: int | None = None,
     ) -> MetaGradient:
-        """The gradient of the objective, averaged over tasks, in the meta-parameters.
+        """Return the exact or first-order gradient of the mean outer loss in the meta-parameters.
 
-        Arguments:
-            tasks: of the meta-batch, where `batch` is but a part of it: the gradients, and statistics, of all
-                parts add up to the mean; None: those of the batch.
-            order: the examples of the minibatch of each inner step, int64 `[tasks, steps, batch]`, as
-                positions in the support set (Reptile: in support and query together); None: all of them.
+        Args:
+            order: the support examples of each inner step, int64 `[tasks, steps, batch]`; None: all.
             keys: of the learner's random numbers, 32-bit words in int64 `[tasks, 2]`; each task, step and
-                pass draws other ones. Only for learners that draw.
+                pass draws others. Only for learners that draw.
             step_weights: `[steps]`, of the query losses after each inner step; None: the last alone counts.
+            tasks: the meta-batch's, if `batch` is only a part of it: the results of all parts add up to the
+                mean.
         """
-        schedule = {} if step_weights is None else {"step_weights": step_weights}
-        parts = [self.way(parameters, schedule, *chunk) for chunk in self._chunks(batch, order, keys)]
-        tasks = tasks or _tasks(batch)
+        return self.mean_over_chunks(self.unrolled, parameters, batch, order, keys, step_weights, tasks)
+
+    def mean_over_chunks(
+        self,
+        way: Callable[[Weights, Task, Tensor | None], MetaGradient],
+        parameters: Weights,
+        batch: TaskBatch,
+        order: Tensor | None,
+        keys: Tensor | None,
+        step_weights: Tensor | None,
+        tasks: int | None,
+    ) -> MetaGradient:
+        """Return the mean over tasks of a way to the meta-gradient, which gives sums over a chunk of them."""
+        parts = [way(parameters, chunk, step_weights) for chunk in self._chunks(batch, order, keys)]
+        tasks = tasks or len(first_tensor(batch.support_x))
         sums, losses, outputs, statistics = zip(*parts, strict=True)
         return MetaGradient(
             {name: sum(part[name] for part in sums) / tasks for name in parameters},
@@ -253,52 +395,63 @@ class MAML(InnerLoop):
         keys: Tensor | None = None,
         statistics: Weights | None = None,
     ) -> dict[str, Tree]:
-        """Outputs on the query sets after 0, 1, ... `steps` inner steps.
+        """Return outputs on the query sets after 0, 1, ... `steps` inner steps, by normalisation.
 
-        For each of the `normalisations`: `[tasks, steps + 1, query examples, ...]`. The inner loop is the
-        same for "transductive" and "inductive"; with "per-step" it uses the running `statistics`
-        `[trained steps, 2, channels]` in support and query passes. The inner loop trains, and the query is
-        predicted, as `nn.Module.train` and `eval` have it: dropout drops nothing in the query. `order` and
-        `keys` as in `meta_gradient`. Raises ValueError for "per-step" without the statistics that it needs.
+        Each is `[tasks, steps + 1, query examples, ...]`. The inner loop is the same for "transductive" and
+        "inductive"; with "per-step" support and query use the running `statistics`
+        `[trained steps, 2, channels]`. The inner loop runs in training mode and the query in evaluation mode:
+        dropout drops nothing there. `order` and `keys` as in `meta_gradient`.
+        Raises ValueError for "per-step" without the statistics that it needs.
         """
         self.check_statistics(normalisations, statistics)
 
-        def per_step(
-            support_x: Tree, support_y: Tree, query_x: Tree, query_y: Tree, extras: Weights
-        ) -> dict[str, Tree]:
+        def predict(task: Task) -> dict[str, Tree]:
             outputs: dict[str, list[Tree]] = {name: [] for name in normalisations}
             for running in (False, True):
                 names = [name for name in normalisations if (name == "per-step") == running]
                 if not names:
                     continue
-                given = statistics if running else None
                 with self.running() if running else nullcontext():
-                    for weights, around in self.trajectory(
-                        parameters, support_x, support_y, extras, steps=steps, statistics=given
-                    ):
+                    for adapted in self.inner_loop(parameters, task, steps, statistics if running else None):
                         for name in names:
-                            with self.predicting():
-                                found = self.query_outputs(weights, query_x, support_x, name, around)
-                            outputs[name].append(found)
-            return {name: stacked_trees(found) for name, found in outputs.items()}
+                            outputs[name].append(self.predict(adapted, name))
+            return {name: stacked_trees(after_steps) for name, after_steps in outputs.items()}
 
-        of_tasks = self.over_tasks(per_step)
-        parts = [of_tasks(*chunk) for chunk in self._chunks(batch, order, keys)]
+        parts = [self.over_tasks(predict)(chunk) for chunk in self._chunks(batch, order, keys)]
         return {name: joined([part[name] for part in parts]) for name in normalisations}
 
-    def _chunks(self, batch: TaskBatch, order: Tensor | None, keys: Tensor | None) -> list[tuple[Any, ...]]:
-        """The tensors of at most `tasks_at_once` tasks at a time, and these tasks' extras."""
-        tasks = _tasks(batch)
-        extras = self.buffers_of(tasks)
-        extras |= {name: t for name, t in (("order", order), ("keys", keys)) if t is not None}
-        size = self.tasks_at_once or tasks
-        if size >= tasks:
-            return [(*batch, extras)]
-        return [
-            tree_map(lambda t, first=first: t[first : first + size], (*batch, extras))
-            for first in range(0, tasks, size)
-        ]
+    def predict(self, adapted: Adapted, normalisation: str) -> Tree:
+        """Return outputs on one task's query set, with the learner in evaluation mode."""
+        task = adapted.task
+        with self.call.predicting():
+            return self.call.query(adapted.weights, task.query_x, task.support_x, normalisation, task.extras)
 
+    def _chunks(self, batch: TaskBatch, order: Tensor | None, keys: Tensor | None) -> list[Task]:
+        """Split a batch into parts of at most `tasks_at_once` tasks."""
+        count = len(first_tensor(batch.support_x))
+        tasks = Task(*batch, order, self.call.extras(count, keys))
+        size = self.tasks_at_once or count
+        if size >= count:
+            return [tasks]
+        starts = range(0, count, size)
+        return [tree_map(lambda t, first=first: t[first : first + size], tasks) for first in starts]
 
-def _tasks(batch: TaskBatch) -> int:
-    return len(first_tensor(batch.support_x))
+    # ---- batch norm's statistics ------------------------------------------------------------
+
+    def _recording(self) -> AbstractContextManager[Weights | None]:
+        """Record what batch norm sees, for per-step batch norm."""
+        per_step = self.choices.batch_norm == "per-step" and self.call.statistics
+        return recorded_statistics(self.learner) if per_step else nullcontext()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Let batch norm normalise with the running statistics that come with the weights."""
+        with ExitStack() as stack:
+            for module in (self.learner, self.body):
+                stack.enter_context(given_statistics(module))
+            yield
+
+    def check_statistics(self, normalisations: Iterable[str], statistics: Weights | None) -> None:
+        """Raise ValueError if "per-step" has no running statistics to normalise with."""
+        if "per-step" in normalisations and self.has_batch_norm and not statistics:
+            raise ValueError('"per-step" normalises with running statistics: give `statistics`')

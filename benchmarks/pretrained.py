@@ -22,13 +22,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from cells import FAMILY, FAR_ENOUGH, SEEDS, TABLES, Table  # noqa: E402
+from inner_loop import SQUARE  # noqa: E402
 from reproduce import Job  # noqa: E402
 from script import Parser, launch  # noqa: E402
 
 from common.errors import UsageError  # noqa: E402
 from common.files import read_json, write_whole  # noqa: E402
 from evaluation.tables import write_json  # noqa: E402
-from inner_loop import SQUARE  # noqa: E402
 from training.checkpoint import load_checkpoint, save_checkpoint, strip_run  # noqa: E402
 from training.folders import BEST  # noqa: E402
 

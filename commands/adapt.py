@@ -26,11 +26,12 @@ from common.errors import UsageError, printable
 from common.optimizers import Weights
 from common.processes import ALONE
 from common.random import keys_of, minibatch_order, task_stream
+from common.task import Extras
+from common.task import Task as InnerTask
 from evaluation import tables as report
 from evaluation.meta_test import SEED
 from evaluation.predictions import Prediction, predictions_figure
 from evaluation.style import write_figure
-from inner_loop import BUFFER
 from learners.batch_norm import norm_layers, recorded_statistics
 from maml import MAML
 from tasks.images import Form, image_files, read_images
@@ -74,7 +75,7 @@ class Adapted:
 
     maml: MAML
     weights: Weights
-    around: Weights  # what surrounds the query's pass: buffers and keys
+    extras: Extras  # of the query's pass: buffers and keys
     support_x: Tree
     normalisation: str
 
@@ -87,9 +88,9 @@ class Adapted:
             for first in range(0, len(first_tensor(x)), size)
         ]
         maml = self.maml
-        with maml.predicting(), maml.running() if self.normalisation == "per-step" else nullcontext():
+        with maml.call.predicting(), maml.running() if self.normalisation == "per-step" else nullcontext():
             outputs = [
-                maml.query_outputs(self.weights, part, self.support_x, self.normalisation, self.around)
+                maml.call.query(self.weights, part, self.support_x, self.normalisation, self.extras)
                 for part in parts
             ]
         return joined(outputs)
@@ -106,10 +107,10 @@ class Adapted:
                 if name in self.weights:
                     parameter.copy_(self.weights[name])
             for name, buffer in learner.named_buffers():
-                if BUFFER + name in self.around:  # as the inner steps have left it
-                    buffer.copy_(self.around[BUFFER + name])
-            with self.maml.predicting(), recorded_statistics(self.maml.learner) as seen:
-                self.maml.forward(self.weights, self.support_x, self.around)
+                if name in self.extras.buffers:  # as the inner steps have left it
+                    buffer.copy_(self.extras.buffers[name])
+            with self.maml.call.predicting(), recorded_statistics(self.maml.learner) as seen:
+                self.maml.call(self.weights, self.support_x, self.extras)
             for name in norm_layers(self.maml.learner):
                 layer = learner.get_submodule(name)
                 key = f"{name}.statistics" if name else "statistics"
@@ -140,15 +141,12 @@ def adapted_to(
     labels = first_tensor(support_y)
     stream = task_stream("test", SEED, 0, range(1), labels.device)
     order = minibatch_order(stream.at("minibatches"), len(labels), inner_batch, steps)
-    extras = {name: buffer[0] for name, buffer in maml.buffers_of(1).items()} | {"keys": keys_of(stream)[0]}
-    if order is not None:
-        extras["order"] = order[0]
+    extras = tree_map(lambda part: part[0], maml.call.extras(1, keys_of(stream)))
+    task = InnerTask(support_x, support_y, order=None if order is None else order[0], extras=extras)
     running = normalisation == "per-step"
     with torch.no_grad(), maml.running() if running else nullcontext():
-        *_, (weights, around) = maml.trajectory(
-            parameters, support_x, support_y, extras, steps=steps, statistics=statistics if running else None
-        )
-    return Adapted(maml, weights, around, support_x, normalisation)
+        *_, adapted = maml.inner_loop(parameters, task, steps, statistics if running else None)
+    return Adapted(maml, adapted.weights, adapted.task.extras, support_x, normalisation)
 
 
 def load(

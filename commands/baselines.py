@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from commands.resolve import resolve, what_is_learned
 from common.batch import TaskDistribution
 from common.device import Runtime
 from common.errors import UsageError
-from common.optimizers import InnerOptimizer, Weights
+from common.optimizers import Weights
 from common.processes import ALONE, World
 from dataset import Regression
 from evaluation.meta_test import Evaluation, evaluate
@@ -42,6 +43,11 @@ RATES = {
     "adam": (0.001, 0.003, 0.01, 0.03, 0.1),
 }
 VALIDATION_TASKS = 600
+PLAIN_STEP: dict[str, Any] = {
+    "inner_momentum": 0.9,
+    "inner_clip": None,
+    "proximal": 0.0,
+}  # nothing but the rule
 
 # The assignment's comparison: ten steps of Adam at 0.001 on each task's support set, from one random
 # initialisation; its plot has means over 300 episodes.
@@ -152,7 +158,7 @@ def _tuned(
     """With the rate whose mean validation loss over all numbers of steps is the lowest."""
 
     def with_rate(rate: float) -> MAML:
-        return maml.with_options(inner_lr=rate, optimizer=InnerOptimizer(rate, rule))
+        return maml.with_options(inner_lr=rate, inner_optimizer=rule, **PLAIN_STEP)
 
     norm = config.choices.query_norm
     losses = {}
@@ -190,7 +196,7 @@ def _trained(config: Config, call: Call, folder: Path, world: World) -> Weights:
     runtime = prepare(config, call, world)
     config = fitted(config, {}, runtime, new=False)
     compiler = Compiler(runtime.device)
-    distribution, maml = build(config, call, runtime, compiler)
+    distribution, maml = build(config, call, runtime)
     parameters = maml.initial_parameters(config.training.seed)
     file, start = folder / LAST, None
     if file.exists():
@@ -230,13 +236,12 @@ def scratch_curve(config: Config, call: Call, runtime: Runtime, iterations: Sequ
     """
     distribution, maml = build(from_scratch(config, testing=False), call, runtime)
     assert isinstance(distribution, Regression)
-    rule = InnerOptimizer(SCRATCH_RATE, "adam")
-    maml = maml.with_options(inner_lr=SCRATCH_RATE, optimizer=rule)
+    maml = maml.with_options(inner_lr=SCRATCH_RATE, inner_optimizer="adam", **PLAIN_STEP)
     parameters = maml.initial_parameters(config.training.seed)
 
     def query_loss(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
         weights = maml.adapt(parameters, support_x, support_y, SCRATCH_STEPS)
-        return maml.loss(maml.forward(weights, query_x), query_y)
+        return maml.loss(maml.call(weights, query_x), query_y)
 
     numbers = torch.arange(1, iterations[-1] + 1, device=runtime.device)
     losses = []

@@ -15,8 +15,7 @@ from commands.names import file_name, task_size
 from commands.resolve import resolve, resolve_from
 from common.errors import UsageError
 from common.optimizers import Weights
-from inner_loop import RATE, SQUARE
-from maml import MAML
+from maml import MAML, RATE, SQUARE
 from training.checkpoint import Checkpoint, fitting_parameters, load_checkpoint
 from training.folders import BEST, LAST, LIST, has_results, is_occupied, lock_folder
 

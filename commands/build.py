@@ -21,19 +21,21 @@ from commands.resolve import resolve
 from common.batch import TaskBatch, TaskDistribution, Tree, arguments_of, first_tensor, tree_map
 from common.device import Runtime, device_of, machine_memory, set_up
 from common.errors import UsageError, is_out_of_memory
-from common.optimizers import InnerOptimizer, Weights
+from common.optimizers import Weights
 from common.own_code import is_own_code, parse_arguments
 from common.processes import ALONE, World
 from common.random import keys_of, task_stream
+from common.task import Extras
 from dataset import build_distribution
-from inner_loop import fixed_tensors, pass_around
 from learner import LEARNERS, build_learner, load_factory
 from learners.diagnosis import find_failing_layer
 from learners.elementary import Elementary
+from learners.functional import fixed_tensors
 from learners.losses import LOSSES, build_loss
-from maml import MAML, as_it_is
+from maml import MAML
 from training.checkpoint import Checkpoint
-from training.compiler import Compiler, cpp_compiler
+from training.compiler import cpp_compiler
+from training.meta_gradients import MetaGradientOf
 from training.run import Run
 
 # Numbers by which a learner may exceed four times what a checkpoint has, and what the least tensor counts as
@@ -84,7 +86,6 @@ def build(
     config: Config,
     call: Call,
     runtime: Runtime,
-    accelerate: Compiler | None = None,
     *,
     saved: Checkpoint | None = None,
     distribution: TaskDistribution | None = None,
@@ -102,7 +103,7 @@ def build(
     outputs = config.tasks.ways if config.tasks.classification else first_tensor(example.support_y).shape[-1]
     one_task = tree_map(lambda part: part[0], example.support_x)
     learner = module_of(config, runtime, outputs or 1, one_task, saved=saved)
-    return distribution, algorithm_of(config, runtime, learner, one_task, accelerate)
+    return distribution, algorithm_of(config, runtime, learner, one_task)
 
 
 def make_run(
@@ -184,44 +185,18 @@ def module_of(
     return learner
 
 
-def algorithm_of(
-    config: Config, runtime: Runtime, learner: nn.Module, example: Tree, accelerate: Compiler | None = None
-) -> MAML:
-    """The algorithm for a learner."""
-    rule = InnerOptimizer(
-        config.choices.inner_lr,
-        config.choices.inner_optimizer.removesuffix("-carried"),
-        momentum=config.choices.inner_momentum,
-        beta_1=config.choices.inner_momentum,
-        clip_norm=config.choices.inner_clip,
-        proximal=config.choices.proximal,
-        carried=config.choices.inner_optimizer == "adam-carried",
-    )
+def algorithm_of(config: Config, runtime: Runtime, learner: nn.Module, example: Tree) -> MAML:
+    """Return the algorithm for a learner; raise UsageError if its choices do not fit the learner."""
     try:
         return MAML(
             learner,
             build_loss(config.learner.loss, config.learner.loss_args),
-            inner_lr=config.choices.inner_lr,
-            steps=config.choices.steps,
-            fast_weights=config.choices.fast_weights,
-            head=config.choices.head,
-            head_init=config.choices.head_init,
-            inner_rates=config.choices.inner_rates,
-            inner_lr_max=config.choices.inner_lr_max,
-            meta_gradient=config.choices.meta_gradient,
-            normalisation=config.choices.batch_norm,
-            norm_per_step=config.choices.norm_per_step and config.learner.has_batch_norm,
-            adapt_norm=config.choices.adapt_norm,
-            optimizer=rule,
-            cg_steps=config.choices.cg_steps,
-            cg_damping=config.choices.cg_damping,
-            engine=config.training.engine,
+            config.choices,
             convolution=config.training.convolution,
             compute_dtype=runtime.compute_dtype,
-            tasks_at_once=config.training.tasks_at_once,
             example=None if config.learner.learner in LEARNERS else example,
-            vectorised=config.training.vectorise,
-            accelerate=accelerate or as_it_is,
+            tasks_at_once=config.training.tasks_at_once,
+            vectorise=config.training.vectorise,
         )
     except ValueError as error:
         head = "" if config.choices.head is None else f" --head {config.choices.head}"
@@ -304,7 +279,7 @@ def tried(maml: MAML, parameters: Weights, distribution: TaskDistribution, confi
     keys = keys_of(task_stream("train", config.training.seed, 1, range(2), device))
     _check_loss(maml, tasks, config)
     try:
-        maml.meta_gradient(parameters, tasks, keys=keys)
+        MetaGradientOf(maml, engine=config.training.engine)(parameters, tasks, keys=keys)
         return
     except Exception as error:  # an operator may stumble in any way
         if is_out_of_memory(error):
@@ -356,7 +331,7 @@ def _check_loss(maml: MAML, tasks: TaskBatch, config: Config) -> None:
     x, y = (tree_map(lambda part: part[0], tree) for tree in (tasks.support_x, tasks.support_y))
     with torch.no_grad():
         weights = maml.whole_weights(maml.initial_parameters())
-        outputs = maml.forward(weights, x, pass_around({"keys": keys}, "support"))
+        outputs = maml.call(weights, x, Extras(keys).for_pass("support"))
     outputs = tree_map(lambda t: t.detach().requires_grad_(t.is_floating_point()), outputs)
     try:
         value = maml.loss(outputs, y)

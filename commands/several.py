@@ -76,7 +76,7 @@ class Ready:
             self.run.iteration == other.run.iteration
             and _structure(self.config) == _structure(other.config)
             and self.config.training.vectorise
-            and _same(self.maml.fixed, other.maml.fixed)
+            and _same(self.maml.call.fixed, other.maml.call.fixed)
         )
 
 
@@ -235,7 +235,7 @@ def _ready(
         runtime = prepare(at.config, call, world)
         config = fitted(at.config, member.given, runtime, new=at.start is None, silent=bool(found))
         distribution, maml = build(
-            config, call, runtime, Compiler(runtime.device),
+            config, call, runtime,
             saved=at.weights, distribution=distributions.get(data_of(config)),
         )  # fmt: skip
         distributions[data_of(config)] = distribution
@@ -277,7 +277,6 @@ def _train_group(group: Sequence[Ready], call: Call, world: World) -> int:
     maml = first.maml
     if not alone:
         maml = maml.with_options(
-            in_transform=True,
             convolution=config.training.convolution,
             tasks_at_once=config.training.tasks_at_once,
         )
@@ -289,7 +288,6 @@ def _train_group(group: Sequence[Ready], call: Call, world: World) -> int:
         if first.run.start is not None:
             print_difference(first.run.start.computed_by, first.run.computed_by)
     compiler = Compiler(runtime.device)
-    maml = maml.with_options(accelerate=compiler)
     training_tasks = first.distribution.resized(config.training_shots)
     resume = f"the same command with --run-name {first.run.folder.parent.name} --resume"
     return Trainer(

@@ -7,6 +7,7 @@ inputs or outputs has a nested tuple or dictionary of tensors where others have 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -82,6 +83,20 @@ class TaskDistribution(Protocol):
         first input feature). Other kinds give what `sample` gives.
         """
         return self.sample(split, seed, 0, range(tasks))
+
+
+def register_tree(cls: type) -> type:
+    """Make a dataclass of tensors a tree for PyTorch's transforms; its fields that are None vanish."""
+
+    def flatten(value: Any) -> tuple[list[Any], tuple[str, ...]]:
+        present = [field.name for field in fields(value) if getattr(value, field.name) is not None]
+        return [getattr(value, name) for name in present], tuple(present)
+
+    def unflatten(parts: Any, names: tuple[str, ...]) -> Any:
+        return cls(**dict(zip(names, parts, strict=True)))
+
+    pytree.register_pytree_node(cls, flatten, unflatten)
+    return cls
 
 
 def tree_map(function: Callable[..., Any], *trees: Tree) -> Tree:

@@ -90,6 +90,23 @@ def without_head(module: nn.Module, head: str) -> nn.Module:
     return replace_module(copy.deepcopy(module), head, nn.Identity())
 
 
+def prototype_head(embeddings: Tensor, labels: Tensor, head: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the linear head that classifies by distance to the class means (Triantafillou et al. 2020).
+
+    A class with mean embedding c has weights 2 c and bias -|c|^2: logits are minus the squared distances, up
+    to what is the same for all classes.
+
+    Args:
+        embeddings: `[support examples, features]`; `labels` `[support examples]`.
+        head: the head's weight `[ways, features]` and bias `[ways]` by name, for names and shapes.
+    """
+    weight, bias = sorted(head, key=lambda name: head[name].dim(), reverse=True)
+    classes = torch.arange(len(head[weight]), device=labels.device)
+    in_class = (labels[:, None] == classes).to(embeddings.dtype)
+    means = (in_class.mT @ embeddings) / in_class.sum(0)[:, None]
+    return {weight: 2 * means, bias: -(means * means).sum(1)}
+
+
 class ContextLayer(nn.Module):
     """Modulate a layer's output by a linear function of a context vector, `[size]`, which begins at zero.
 

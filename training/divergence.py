@@ -16,7 +16,7 @@ from common.batch import TaskBatch, first_tensor
 from common.optimizers import Weights
 from evaluation.meta_test import diverged, loss_per_step
 from maml import MAML, MetaGradient
-from training.meta_gradients import Reptile
+from training.meta_gradients import MetaGradientOf
 
 UNKNOWN = (
     "the loss or what it leads to is not finite, and computed again it is: try a smaller --meta-lr or "
@@ -43,7 +43,7 @@ def find_cause(
     if any(not bool(w.isfinite().all()) for w in parameters.values()):
         return "the meta-parameters are not finite: start again from an earlier checkpoint"
     # Reptile's minibatches are of support and query together
-    order = None if isinstance(maml.way, Reptile) else inputs.get("order")
+    order = None if maml.choices.meta_gradient == "reptile" else inputs.get("order")
     outputs = maml.predictions(
         parameters, batch, maml.steps, (maml.normalisation,), order=order, keys=inputs.get("keys")
     )[maml.normalisation]
@@ -56,7 +56,7 @@ def find_cause(
             return f"{line}, though the outputs are finite: check the loss and the size of the targets"
         return f"{line}: the weights have become too large; try a smaller --meta-lr, or --grad-clip"
     growth = _explain_growth(losses, first)
-    return growth or _check_gradient(maml.meta_gradient(parameters, batch, **inputs), losses)
+    return growth or _check_gradient(MetaGradientOf(maml)(parameters, batch, **inputs), losses)
 
 
 def _check_data(batch: TaskBatch, first: int) -> str | None:

@@ -27,9 +27,8 @@ from evaluation.figures import learning_figure
 from evaluation.meta_test import Evaluation
 from evaluation.options import EvaluationOptions
 from evaluation.tables import write_json
-from inner_loop import RATE
 from learners.losses import loss_name
-from maml import MAML
+from maml import MAML, RATE
 from training.checkpoint import Checkpoint, Curve, Progress
 from training.folders import BEST, RESULTS
 from training.options import TrainingOptions

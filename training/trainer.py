@@ -37,10 +37,9 @@ from training.step import (
     CudaGraph,
     FlatLayout,
     MetaStep,
-    OuterLoop,
     State,
-    loss_and_accuracy_of,
-    loss_of,
+    measure_loss,
+    measure_loss_and_accuracy,
 )
 
 VALIDATION_TASKS = 200
@@ -50,15 +49,8 @@ SAVE_SECONDS = 600.0  # last.pt is saved at least so often
 UNCOMPILED_ITERATIONS = {"regression": 100, "classification": 3}
 FAILED = 4  # exit code of a run that stopped because its numbers became non-finite
 
-# Settings in which runs that are trained at once may differ, and their names in `MetaStep`.
-AT_ONCE = {
-    "seed": "seed",
-    "inner_lr": "inner_lr",
-    "meta_lr": "lr",
-    "meta_lr_final": "final_lr",
-    "grad_clip": "clip_value",
-    "grad_clip_norm": "clip_norm",
-}
+# Settings in which runs that are trained at once may differ.
+AT_ONCE = ("seed", "inner_lr", "meta_lr", "meta_lr_final", "grad_clip", "grad_clip_norm")
 
 
 class Trainer:
@@ -104,7 +96,8 @@ class Trainer:
         states = [self._initial_state(run) for run in runs]
         self.state = State(*map(torch.stack, zip(*states, strict=True))) if len(runs) > 1 else states[0]
         example = training_tasks.sample("train", self.options.seed, 0, range(1)).support_x
-        self.draws = maml.draws(tree_map(lambda part: part[0], example))
+        weights = maml.whole_weights(maml.initial_parameters())
+        self.draws = maml.call.draws(weights, tree_map(lambda part: part[0], example))
         self.plain_step = self._build_step()
         self.meta_step: MetaStep | CudaGraph = self.plain_step
         self.signal: int | None = None
@@ -224,47 +217,34 @@ class Trainer:
 
     def _build_step(self) -> MetaStep:
         """Build the coming iteration: first order up to `exact_from`, if it is exact at all."""
-        options, choices = self.options, self.runs[0].choices
+        options = self.options
         first_order = self.iteration < options.exact_from
-        outer = OuterLoop(
-            options.meta_lr,
-            options.meta_optimizer,
-            options.meta_lr_schedule,
-            options.meta_lr_final,
-            options.iterations,
-            options.grad_clip,
-            options.grad_clip_norm,
-            choices.inner_batch,
-            options.msl_iterations if choices.objective == "multi-step" else None,
-            options.on_nan,
-        )
         return MetaStep(
             self.maml.with_options(meta_gradient="first-order") if first_order else self.maml,
             self.training_tasks,
-            outer,
+            options,
             layout=self.layout,
             statistics_layout=self.statistics_layout,
-            measure=loss_and_accuracy_of if self.training_tasks.classification else loss_of,
-            member=self._member_tensors(),
-            tasks=options.meta_batch_size,
+            measure=measure_loss_and_accuracy if self.training_tasks.classification else measure_loss,
+            members=self._member_tensors(),
             draws=self.draws,
             world=self.world,
             accelerate=self.compiler,
         )
 
     def _member_tensors(self) -> dict[str, Tensor]:
-        """Return the numbers in which the runs differ, `[runs]`, by their names in `MetaStep`."""
+        """Return the numbers in which the runs differ, `[runs]`, by name."""
         parameters = self.state.parameters
         seeds = torch.tensor([run.training.seed for run in self.runs], device=parameters.device)
         if len(self.runs) == 1:
             return {"seed": seeds[0]}
         tensors = {"seed": seeds}
         settings = [run.settings for run in self.runs]
-        for name in AT_ONCE.keys() - {"seed"}:
+        for name in AT_ONCE[1:]:
             values = [one[name] for one in settings]
             learned = name == "inner_lr" and self.runs[0].choices.inner_rates != "fixed"
             if len(set(values)) > 1 and not learned:
-                tensors[AT_ONCE[name]] = parameters.new_tensor(values)
+                tensors[name] = parameters.new_tensor(values)
         return dict(sorted(tensors.items()))  # compiled code knows them by position
 
     def _prepare_step(self) -> bool:
@@ -475,7 +455,7 @@ class Trainer:
             self.layout.unflatten(state.exp_avg_sq),
             statistics.unflatten(state.statistics) if statistics else {},
             dict(zip(self.metrics, sums, strict=True)),
-            self.maml.fixed,
+            self.maml.call.fixed,
             self.validation_tasks.split_names,
         )
 

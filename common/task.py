@@ -1,0 +1,68 @@
+"""The tasks as the algorithm sees them: a batch's examples, and what travels with them, by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from common.batch import Tree, register_tree, tree_map
+from common.optimizers import Weights
+from common.random import Stream
+
+
+@register_tree
+@dataclass(frozen=True)
+class Extras:
+    """What a forward pass needs besides weights and inputs, of one task or with tasks as first axis."""
+
+    keys: Tensor | None = None  # [2] int64, of its random numbers; None: the learner draws none
+    buffers: Weights = field(default_factory=dict)  # that the learner changes, by name
+
+    def for_pass(self, purpose: str, step: int = 0) -> Extras:
+        """Return extras whose keys are those of one pass alone."""
+        if self.keys is None:
+            return self
+        return Extras(Stream.from_keys(self.keys).at(purpose).at(step).keys, self.buffers)
+
+
+@register_tree
+@dataclass(frozen=True)
+class Task:
+    """One task `[examples, ...]`, or a batch of them with tasks as the first axis."""
+
+    support_x: Tree
+    support_y: Tree
+    query_x: Tree = None
+    query_y: Tree = None
+    order: Tensor | None = None  # [steps, batch] int64, support examples of each inner step; None: all
+    extras: Extras = field(default_factory=Extras)
+
+    def at_step(self, step: int) -> tuple[Tree, Tree, Extras]:
+        """Return what one task's inner step learns from: inputs, targets, and extras of its pass."""
+        x, y = self.support_x, self.support_y
+        if self.order is not None:
+            chosen = self.order[step]
+            x, y = (tree_map(lambda t: t[chosen], tree) for tree in (x, y))
+        return x, y, self.extras.for_pass("support", step)
+
+    def for_query(self, steps: int) -> Task:
+        """Return the task with the extras of the query's pass after so many inner steps."""
+        return replace(self, order=None, extras=self.extras.for_pass("query", steps))
+
+    def with_buffers(self, buffers: Weights) -> Task:
+        return replace(self, extras=replace(self.extras, buffers=buffers)) if buffers else self
+
+
+def mean_statistics(support: Weights, query: Weights) -> Weights:
+    """Return the mean of what batch norm saw in a step's support and query, if the query passed."""
+    return {name: (support[name] + query[name]) / 2 for name in support} if query else support
+
+
+def stack_steps(steps: list[Weights]) -> Weights:
+    return {name: torch.stack([step[name] for step in steps]) for name in steps[0]} if steps else {}
+
+
+def sum_over_tasks(weights: Weights) -> Weights:
+    return {name: w.sum(0) for name, w in weights.items()}
