@@ -13,7 +13,7 @@ statistics of each forward pass:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,39 +86,32 @@ def convert_batch_norm(module: nn.Module) -> nn.Module:
 
     A subclass with a `forward` of its own stays as it is. So does a layer in evaluation mode, whose running
     statistics are meant to stay. Instance norm in training mode loses its running statistics: it then
-    predicts with each example's own, as it trains.
-
-    Returns:
-        The module, or the new layer where the module itself is a batch norm layer.
+    predicts with each example's own, as it trains. Returns the module, or its replacement.
     """
 
-    def replacement(layer: nn.Module) -> nn.Module | None:
+    layers = list(module.modules())
+    for layer in layers:
         if isinstance(layer, _InstanceNorm) and layer.training:
             layer.track_running_stats, layer.running_mean, layer.running_var = False, None, None
             layer.num_batches_tracked = None
-        if not (isinstance(layer, _BatchNorm) and type(layer).forward in _STANDARD_FORWARDS):
-            return None
-        if not layer.training and layer.running_mean is not None:
-            return None
-        converted = BatchNorm(layer.num_features, eps=layer.eps)
-        converted.weight, converted.bias = layer.weight, layer.bias
-        return converted
-
-    return _replace_layers(module, replacement, {})
+    converted = {layer: _convert(layer) for layer in layers if _is_convertible(layer)}
+    for layer in layers:
+        for name, child in layer._modules.items():  # named_children() would name a shared layer once
+            if child in converted:
+                setattr(layer, name, converted[child])
+    return converted.get(module, module)
 
 
-def _replace_layers(
-    module: nn.Module,
-    replacement: Callable[[nn.Module], nn.Module | None],
-    replaced: dict[nn.Module, nn.Module],
-) -> nn.Module:
-    """Replace layers for which `replacement` returns another; a shared layer stays one layer."""
-    if module not in replaced:
-        replaced[module] = replacement(module) or module
-        for name, child in module._modules.items():  # named_children() names a shared layer once
-            if child is not None:
-                setattr(replaced[module], name, _replace_layers(child, replacement, replaced))
-    return replaced[module]
+def _is_convertible(layer: nn.Module) -> bool:
+    """Return whether the layer is PyTorch's own batch norm, and normalises with the batch at hand."""
+    standard = isinstance(layer, _BatchNorm) and type(layer).forward in _STANDARD_FORWARDS
+    return standard and (layer.training or layer.running_mean is None)
+
+
+def _convert(layer: Any) -> BatchNorm:
+    converted = BatchNorm(layer.num_features, eps=layer.eps)
+    converted.weight, converted.bias = layer.weight, layer.bias
+    return converted
 
 
 # ---- names ----------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import textwrap
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,65 +51,50 @@ def find_failing_layer(
         keys: int64 `[2]`; see `Elementary`.
     """
     module = copy.deepcopy(module)
-    calls: dict[str, Arguments] = {}
-    running: list[tuple[str, Arguments]] = []
-    try:
-        with torch.no_grad(), _record_calls(module, calls, running):
-            _call(module, weights, (inputs, {}), keys)
-    except Exception as error:  # in a plain forward pass: the layer that has not returned
-        return _describe(module, running[-1][0] if running else "", "vectorise", error)
-    for name, arguments in calls.items():
+    calls = _record_calls(module, weights, inputs, keys)
+    for name in sorted(calls, key=lambda name: -len(name.split(".")) if name else 0):  # the deepest first
+        layer = module.get_submodule(name)
         prefix = f"{name}." if name else ""
         layer_weights = {n[len(prefix) :]: w for n, w in weights.items() if n.startswith(prefix)}
         for problem, attempt in _ATTEMPTS.items():
             try:
-                attempt(*_as_loss(module.get_submodule(name), layer_weights, arguments, keys))
-            except Exception as error:
-                return _describe(module, name, problem, error)
+                attempt(*_as_loss(layer, layer_weights, calls[name], keys))
+            except Exception as error:  # an operator may fail in any way
+                first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                reason = textwrap.shorten(first_line, 120, placeholder=" ...")
+                return Finding(name, type(layer).__name__, problem, reason)
     return None
 
 
-def _describe(module: nn.Module, name: str, problem: str, error: Exception) -> Finding:
-    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    reason = textwrap.shorten(first_line, 120, placeholder=" ...")
-    return Finding(name, type(module.get_submodule(name)).__name__, problem, reason)
+def _record_calls(
+    module: nn.Module, weights: Weights, inputs: tuple[Any, ...], keys: Tensor | None
+) -> dict[str, Arguments]:
+    """Return the arguments of each layer's first call in a pass, by name, as far as the pass gets."""
+    calls: dict[str, Arguments] = {}
+
+    def record(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, *arguments: Any) -> None:
+            # copied: a layer may write to its inputs
+            copies = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), arguments)
+            calls.setdefault(name, copies)
+
+        return hook
+
+    handles = [
+        layer.register_forward_pre_hook(record(name), with_kwargs=True, prepend=True)
+        for name, layer in module.named_modules()
+    ]
+    with torch.no_grad(), suppress(Exception):
+        _call(module, weights, (inputs, {}), keys)
+    for handle in handles:
+        handle.remove()
+    return calls
 
 
 def _call(layer: nn.Module, weights: Weights, arguments: Arguments, keys: Tensor | None) -> Any:
     like = next((leaf for leaf in pytree.tree_leaves(arguments) if _is_real(leaf)), None)
     with Elementary(keys, like):
         return functional_call(layer, weights, *arguments)
-
-
-@contextmanager
-def _record_calls(
-    module: nn.Module, calls: dict[str, Arguments], running: list[tuple[str, Arguments]]
-) -> Iterator[None]:
-    """Record the arguments of each layer's first call in `calls`, in the order in which layers return.
-
-    `running` holds the calls that have not returned.
-    """
-
-    def begin(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, *arguments: Any) -> None:
-            # copied: a layer may write to its inputs
-            copies = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), arguments)
-            running.append((name, copies))
-
-        return hook
-
-    def end(layer: nn.Module, arguments: Any, named: Any, output: Any) -> None:
-        calls.setdefault(*running.pop())
-
-    handles = []
-    for name, layer in module.named_modules():
-        handles.append(layer.register_forward_pre_hook(begin(name), with_kwargs=True, prepend=True))
-        handles.append(layer.register_forward_hook(end, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _is_real(value: Any) -> bool:
@@ -147,6 +132,8 @@ def _as_loss(
 
 
 def _vectorise(loss: Loss, variables: Tensors, constants: Tensors) -> None:
+    with torch.no_grad():  # one task first: its error is the plainest
+        loss(*({key: tensor[0] for key, tensor in tensors.items()} for tensors in (variables, constants)))
     vmap(loss)(variables, constants)
 
 
