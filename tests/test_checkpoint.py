@@ -1,26 +1,99 @@
-"""Checkpoints: whole or refused, in one line, and never run."""
+"""A checkpoint is whole or refused in one line, and nothing in it is run."""
 
+import importlib.util
+import io
 import pickle
-from dataclasses import asdict
+import random
+import struct
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
+from runs import assert_same_bits, command
 
 from commands import config
+from commands.resolve import resolve
+from common import files
 from common.errors import UsageError
-from training import checkpoint
-from training.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
+from training.checkpoint import (
+    FORMAT,
+    VERSION,
+    Checkpoint,
+    check_same_split,
+    fitting_parameters,
+    load_checkpoint,
+    save_checkpoint,
+    save_checkpoints,
+    strip_run,
+)
 
 
 def a_checkpoint() -> Checkpoint:
-    weights = torch.randn(3, 2)
-    optimizer = torch.optim.Adam([weights], fused=True)
-    weights.grad = torch.ones(3, 2)
-    optimizer.step()
+    names = ("0.weight", "0.bias")
+    weights, first, second = ({name: torch.randn(3, 2) for name in names} for _ in range(3))
     return Checkpoint(
-        config.resolve({}), 7, {"0.weight": weights}, optimizer.state_dict(), asdict(Progress())
+        settings=resolve({}).values(),
+        iteration=7,
+        parameters=weights,
+        exp_avg=first,
+        exp_avg_sq=second,
+        progress={"best_score": -0.5, "training": {"iteration": [1.0], "query_loss": [2.0]}},
+        statistics={"1.mean": torch.randn(5, 2)},
+        fixed={"2.scale": torch.tensor(3)},
+        splits={"train": ["a", "b"], "test": ["c"]},
+        computed_by={"threads": 1},
     )
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    save_checkpoint(tmp_path / "last.pt", a_checkpoint())
+    return tmp_path / "last.pt"
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path):
+    checkpoint = a_checkpoint()
+    save_checkpoint(tmp_path / "last.pt", checkpoint)
+    assert_same_bits(vars(load_checkpoint(tmp_path / "last.pt")), vars(checkpoint))
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]  # nothing temporary stays
+
+
+def test_a_stripped_checkpoint_has_its_weights_and_no_run():
+    checkpoint = a_checkpoint()
+    stripped = strip_run(checkpoint)
+    assert stripped.parameters == checkpoint.parameters and stripped.statistics == checkpoint.statistics
+    assert stripped.exp_avg == {} == stripped.exp_avg_sq and stripped.progress["training"] == {}
+
+
+# ---- writing ---------------------------------------------------------------------------------------
+
+
+def test_a_write_cut_short_leaves_the_old_file_and_nothing_else(saved, monkeypatch):
+    before = saved.read_bytes()
+
+    def cut_short(content, file):
+        file.write(before[:100])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(saved, a_checkpoint())
+    assert saved.read_bytes() == before and list(saved.parent.iterdir()) == [saved]
+
+
+def test_all_files_are_on_the_disk_before_the_first_takes_its_name(tmp_path, monkeypatch):
+    events: list[str] = []
+    fsync, rename = files.os.fsync, Path.replace
+    monkeypatch.setattr(files.os, "fsync", lambda file: (events.append("sync"), fsync(file)))
+    monkeypatch.setattr(Path, "replace", lambda a, b: (events.append("rename"), rename(a, b))[1])
+    save_checkpoints([(tmp_path / name, a_checkpoint()) for name in ("best.pt", "last.pt")])
+    assert events == ["sync", "sync", "rename", "rename", "sync"]  # the last one of the folder
+
+
+# ---- reading ---------------------------------------------------------------------------------------
 
 
 class RunsCode:
@@ -31,144 +104,150 @@ class RunsCode:
         return Path.touch, (self.victim,)
 
 
-def test_what_is_saved_is_what_is_loaded(tmp_path):
-    saved = a_checkpoint()
-    save_checkpoint(tmp_path / "last.pt", saved)
-    loaded = load_checkpoint(tmp_path / "last.pt")
-    assert loaded.config == saved.config and loaded.iteration == 7
-    assert torch.equal(loaded.parameters["0.weight"], saved.parameters["0.weight"])
-    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]  # nothing temporary stays
-
-
-def test_a_write_cut_short_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
-    path = tmp_path / "last.pt"
-    save_checkpoint(path, a_checkpoint())
-    before = path.read_bytes()
-
-    def half(content, file):
-        file.write(before[:100])
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(checkpoint.torch, "save", half)
-    with pytest.raises(OSError):
-        save_checkpoint(path, a_checkpoint())
-    assert path.read_bytes() == before
-
-
-def test_code_in_a_checkpoint_is_refused_before_it_runs(tmp_path):
+def test_code_in_a_file_is_refused_and_never_run(tmp_path):
     victim = tmp_path / "victim"
     for name, write in (("pickle.pt", pickle.dump), ("torch.pt", torch.save)):
         with (tmp_path / name).open("wb") as file:
-            write({"format": checkpoint.FORMAT, "parameters": RunsCode(victim)}, file)
-        with pytest.raises(UsageError, match="checkpoint"):
+            write({"format": FORMAT, "parameters": RunsCode(victim)}, file)
+        with pytest.raises(UsageError, match="not a checkpoint"):
             load_checkpoint(tmp_path / name)
     assert not victim.exists()
 
 
-@pytest.mark.parametrize("keep", [0, 10, 0.3, 0.9, 0.999])
-def test_a_truncated_checkpoint_is_refused(tmp_path, keep):
-    path = tmp_path / "last.pt"
-    save_checkpoint(path, a_checkpoint())
-    content = path.read_bytes()
-    path.write_bytes(content[: keep if isinstance(keep, int) else int(keep * len(content))])
-    with pytest.raises(UsageError, match=r"last.pt is"):
-        load_checkpoint(path)
+@pytest.mark.parametrize("part", [0, 10, 0.3, 0.9, 0.999])
+def test_a_truncated_file_is_one_line_and_exit_code_2(saved, part, capsys):
+    content = saved.read_bytes()
+    saved.write_bytes(content[: part if isinstance(part, int) else int(part * len(content))])
+    for flags in (["--eval"], []):
+        assert command(*flags, "--load", saved) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("main.py: error: ") and "damaged" in line
+
+
+def test_a_flipped_bit_in_a_tensor_is_refused(saved):
+    content = saved.read_bytes()
+    with zipfile.ZipFile(saved) as archive:
+        records = [info for info in archive.infolist() if "/data/" in info.filename]
+    draw = random.Random(0)
+    for record in records:
+        name_and_extra = sum(struct.unpack_from("<HH", content, record.header_offset + 26))
+        spoilt = bytearray(content)
+        begin = record.header_offset + 30 + name_and_extra
+        spoilt[begin + draw.randrange(record.file_size)] ^= 1 << draw.randrange(8)
+        saved.write_bytes(spoilt)
+        with pytest.raises(UsageError, match="is damaged"):
+            load_checkpoint(saved)
+    assert len(records) == 8
+
+
+def test_parts_larger_than_the_file_are_refused(saved):
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(saved) as archive, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in archive.namelist():
+            packed.writestr(name, archive.read(name))
+        packed.writestr("archive/data/99", bytes(10**6))
+    saved.write_bytes(bomb.getvalue())
+    with pytest.raises(UsageError, match="is damaged"):
+        load_checkpoint(saved)
+
+
+FOREIGN = {
+    "nothing": b"",
+    "text": b"weights",
+    "an empty archive": b"PK\x05\x06" + bytes(18),
+    "noise": random.Random(1).randbytes(2**12),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_foreign_file_is_refused(tmp_path, kind):
+    (tmp_path / "last.pt").write_bytes(FOREIGN[kind])
+    with pytest.raises(UsageError, match="not a checkpoint of this tool"):
+        load_checkpoint(tmp_path / "last.pt")
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("content", "message"),
     [
-        ({"format": "other"}, "is not a checkpoint of this tool"),
-        ({"version": 99}, "has format version 99; this tool reads up to 2: update the tool"),
-        ({"version": 0}, "has format version 0; this tool reads up to 2"),
-        ({"version": 2**40}, "has format version 1099511627776; this tool reads up to 2: update"),
-        ({"config": {}}, "its settings are not those of this version"),
-        ({"config": [1]}, "its settings are missing"),
-        ({"iteration": 8}, "is damaged: its checksum does not match"),
-        ({"version": 2**70}, "cannot be read"),
-        ({"parameters": {"0.weight": torch.ones(3, 2)}}, "is damaged: its checksum does not match"),
-        ({"splits": {"train": "ab"}}, "parts of it are missing or of the wrong kind"),
-        ({"splits": {"train": [1]}}, "parts of it are missing or of the wrong kind"),
-        ({"statistics": {"1": [0.0]}}, "parts of it are missing or of the wrong kind"),
-        ({"fixed": {1: torch.ones(2)}}, "parts of it are missing or of the wrong kind"),
-        ({"computed_by": {"threads": 0.5}}, "parts of it are missing or of the wrong kind"),
-        ({"more": 1}, "is damaged: its checksum does not match"),
-        ({"digest": "0" * 64}, "is damaged: its checksum does not match"),
-        ({"digest": None}, "is damaged: its checksum does not match"),
-        ({"iteration": "7"}, "is damaged"),
-        ({"iteration": -1}, "is damaged"),
-        ({"parameters": [1]}, "is damaged"),
-        ({"version": torch.ones(2)}, "has format version"),
-        ({"iteration": True}, "is damaged"),
-        ({"iteration": 2**53 + 1}, "is damaged"),
-        ({"parameters": {"0.weight": torch.eye(2).to_sparse()}}, "would call torch._utils._rebuild_sparse"),
-        (
-            {"parameters": {"0.weight": torch.zeros(3, 2, device="meta")}},
-            "would call torch._utils._rebuild_m",
-        ),
-        ({"parameters": {"0.weight": torch.zeros(3, 2, dtype=torch.complex64)}}, "would call torch.Complex"),
-        ({"parameters": {"0.weight": torch.zeros(3, 2, dtype=torch.int64)}}, "is damaged"),
-        ({"optimizer": None}, "is damaged"),
-        ({"optimizer": {"state": {}}}, "is damaged"),
-        ({"progress": {}}, "is damaged"),
+        ([1], "is not a checkpoint of this tool"),
+        ({"0.weight": torch.ones(2)}, "is not a checkpoint of this tool"),
+        ({"format": FORMAT, "version": 2}, f"has format version 2, and this tool reads version {VERSION}"),
+        ({"format": FORMAT, "version": VERSION, "iteration": 3}, "parts of it are missing or unknown"),
     ],
 )
-def test_other_content_is_refused(tmp_path, change, message):
-    path = tmp_path / "last.pt"
-    save_checkpoint(path, a_checkpoint())
-    torch.save(torch.load(path, weights_only=True) | change, path)
+def test_a_file_of_something_else_is_refused(tmp_path, content, message):
+    torch.save(content, tmp_path / "last.pt")
     with pytest.raises(UsageError, match=message):
-        load_checkpoint(path)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"exp_avg": torch.zeros(1000)},  # a fused kernel would read past its end
-        {"exp_avg_sq": torch.zeros(3, 2, dtype=torch.float64)},
-        {"step": torch.zeros(5)},
-        {"exp_avg": None},
-        {"exp_avg": torch.zeros(1).expand(3, 2)},  # one number in memory
-    ],
-)
-def test_moments_that_do_not_fit_are_refused(tmp_path, change):
-    saved = a_checkpoint()
-    saved.optimizer["state"][0] |= change
-    save_checkpoint(tmp_path / "last.pt", saved)
-    with pytest.raises(UsageError, match="is damaged"):
         load_checkpoint(tmp_path / "last.pt")
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"best_score": "x"},
-        {"window_size": 1.5},
-        {"window_size": -1},
-        {"training": {"iteration": [float("nan")], "query_loss": [1.0]}},
-        {"training": {"iteration": [2, 1], "query_loss": [1.0, 1.0]}},
-        {"training": {"iteration": [1], "query_loss": [1.0, 2.0]}},
-        {"validation": {"iteration": ["1"], "query_loss": [1.0]}},
-        {"window": {"query_loss": None}},
-    ],
-)
-def test_curves_of_the_wrong_kind_are_refused(tmp_path, change):
-    saved = a_checkpoint()
-    saved.progress.update(change)
-    save_checkpoint(tmp_path / "last.pt", saved)
-    with pytest.raises(UsageError, match="is damaged"):
-        load_checkpoint(tmp_path / "last.pt")
+@pytest.mark.parametrize("kind", ["nothing", "a folder", "a device"])
+def test_what_is_no_file_is_one_line_and_exit_code_2(tmp_path, kind, capsys):
+    path = tmp_path / "last.pt"
+    {"nothing": lambda: None, "a folder": path.mkdir, "a device": lambda: path.symlink_to("/dev/zero")}[
+        kind
+    ]()
+    for flags in (["--eval", "--load"], ["--load"], ["--init-from"]):
+        assert command(*flags, path) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert str(path) in line and "there is no such checkpoint" in line
 
 
-@pytest.mark.parametrize("content", [b"", b"text", b"\x80\x04K\x01.", b"PK\x03\x04 no archive"])
-def test_a_foreign_file_is_refused(tmp_path, content):
-    (tmp_path / "x.pt").write_bytes(content)
-    with pytest.raises(UsageError, match="checkpoint"):
-        load_checkpoint(tmp_path / "x.pt")
+def test_settings_that_this_version_does_not_know_are_one_line(saved, capsys):
+    checkpoint = load_checkpoint(saved)
+    save_checkpoint(saved, replace(checkpoint, settings=checkpoint.settings | {"future": 1}))
+    assert command("--eval", "--load", saved) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(saved) in line and "future" in line
 
 
-def test_weights_of_another_shape_are_refused():
-    wanted = {"a": torch.zeros(2), "b": torch.zeros(3)}
-    for saved in ({"a": torch.zeros(2)}, {**wanted, "c": torch.zeros(1)}, {**wanted, "b": torch.zeros(4)}):
-        with pytest.raises(UsageError, match=r"x\.pt does not fit the learner conv"):
-            checkpoint.fitting_parameters(Path("x.pt"), saved, wanted, "conv")
+def test_a_setting_that_a_checkpoint_lacks_takes_its_default():
+    settings = resolve({}).values()
+    lacking = {name: value for name, value in settings.items() if name != "on_nan"}
+    assert config.config_from_plain(lacking).values() == settings
+
+
+# ---- does it fit? ----------------------------------------------------------------------------------
+
+
+def test_weights_of_another_learner_are_refused_by_name_and_shape():
+    ours, theirs = {"w": torch.ones(2), "b": torch.ones(1)}, {"w": torch.ones(3), "b": torch.ones(1)}
+    with pytest.raises(UsageError, match=r"does not fit the learner mlp .* w is \(3,\) there, \(2,\) here"):
+        fitting_parameters(Path("x.pt"), theirs, ours, "mlp")
+    copy = fitting_parameters(Path("x.pt"), ours, {k: v.double() for k, v in ours.items()}, "mlp")
+    assert copy["w"].dtype == torch.float64
+
+
+def test_another_split_of_the_data_is_refused():
+    check_same_split(Path("x.pt"), {"test": ["a", "b"]}, {"test": ["b", "a"], "train": ["c"]})
+    with pytest.raises(UsageError, match=r"another test split \(2 differ; a: gone\)"):
+        check_same_split(Path("x.pt"), {"test": ["a", "b"]}, {"test": ["b", "c"]})
+
+
+# ---- the shipped checkpoints -----------------------------------------------------------------------
+
+
+def test_resaving_keeps_every_bit_and_names_the_moments(tmp_path):
+    spec = importlib.util.spec_from_file_location("resave", ROOT / "checkpoints" / "resave.py")
+    resave = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(resave)
+    new = a_checkpoint()
+    old_settings = {**new.settings, "task_type": None, "split_seed": 0, "inner_weight_decay": 0.0}
+    old_settings |= {"task_column": "task", "target_columns": "y", "input_columns": None}
+    old_settings |= {"inner_beta_1": 0.9, "images_on": "auto", "save_every_minutes": 10.0, "compile_after": 3}
+    del old_settings["columns"]
+    moments = zip(new.exp_avg.values(), new.exp_avg_sq.values(), strict=True)
+    state = {
+        n: {"step": torch.tensor(7.0), "exp_avg": m, "exp_avg_sq": v} for n, (m, v) in enumerate(moments)
+    }
+    content = {name: value for name, value in vars(new).items() if not name.startswith(("exp_", "settings"))}
+    old = {
+        "format": FORMAT,
+        "version": 2,
+        "config": old_settings,
+        "optimizer": {"state": state},
+        "digest": "",
+    }
+    torch.save(content | old, tmp_path / "best.pt")
+    resave.resave(tmp_path / "best.pt")
+    assert_same_bits(vars(load_checkpoint(tmp_path / "best.pt")), vars(new))

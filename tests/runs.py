@@ -1,0 +1,42 @@
+"""Helpers of the tests that train: a command line in this process, its curves, and two runs compared."""
+
+from pathlib import Path
+
+import torch
+
+import main
+from training.checkpoint import load_checkpoint
+from training.folders import BEST, LAST
+
+
+def command(*arguments: object) -> int:
+    """Run one command line; return its exit code."""
+    return main.main([str(argument) for argument in arguments])
+
+
+def curves(folder: Path) -> dict[str, list[int]]:
+    """Return the iterations of each scalar curve, as TensorBoard's own reader sees them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def assert_same_bits(a: object, b: object, where: str = "") -> None:
+    """Compare nested dictionaries of tensors and plain values."""
+    if isinstance(a, torch.Tensor):
+        assert isinstance(b, torch.Tensor) and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert isinstance(b, dict) and a.keys() == b.keys(), where
+        for key in a:
+            assert_same_bits(a[key], b[key], f"{where}/{key}")
+    else:
+        assert a == b, where
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Compare everything in two runs' checkpoints, and the points of their curves."""
+    for name in (LAST, BEST):
+        assert_same_bits(vars(load_checkpoint(a / name)), vars(load_checkpoint(b / name)), name)
+    assert curves(a) == curves(b)

@@ -1,0 +1,197 @@
+"""Two runs never write one folder, and what lies in a folder is found again or refused in one line."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from runs import command
+
+from common.errors import UsageError
+from common.files import one_at_a_time
+from training import folders
+from training.checkpoint import load_checkpoint
+from training.folders import BEST, LAST, LIST, LOCK, find_checkpoint, find_runs, has_results, is_occupied
+
+SHORT = ["--iterations", 4, "--val-every", 4, "--meta-batch-size", 2, "--compile", "off", "-k", 2, "-q", 2]
+
+HOLD = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from training.folders import lock_folder
+with lock_folder(Path(sys.argv[2]), sys.argv[3:]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+class Holder:
+    """Another process that trains in a folder."""
+
+    def __init__(self, folder: Path, *members: str) -> None:
+        line = [sys.executable, "-c", HOLD, str(ROOT), str(folder), *members]
+        self.process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout.readline() == "held\n"
+
+    def __enter__(self) -> "Holder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(folders, "PATIENCE", 0.05)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The folder of one run, and of a sweep of two."""
+    home = tmp_path_factory.mktemp("home")
+    assert command(*SHORT, "--checkpoint-path", home, "--run-name", "run") == 0
+    assert command(*SHORT, "--checkpoint-path", home, "--run-name", "many", "--seeds", "0,1") == 0
+    return home
+
+
+# ---- locks -----------------------------------------------------------------------------------------
+
+
+def test_a_run_that_another_process_trains_is_neither_resumed_nor_started_again(trained, capsys):
+    before = (trained / "run" / LAST).read_bytes()
+    again = [*SHORT, "--iterations", 8]
+    with Holder(trained / "run"):
+        for flags in (
+            [*again, "--load", trained / "run" / LAST],
+            [*again, "--checkpoint-path", trained, "--run-name", "run", "--resume"],
+        ):
+            assert command(*flags) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert f"{trained / 'run'} is in use by another process" in line and "--run-name" in line
+        assert command("--eval", "--load", trained / "run", "--eval-tasks", 4) == 0  # reading is free
+    assert (trained / "run" / LAST).read_bytes() == before
+
+
+def test_a_sweep_and_one_of_its_runs_exclude_each_other(trained, capsys):
+    sweep = [*SHORT, "--checkpoint-path", trained, "--run-name", "many", "--seeds", "0,1", "--resume"]
+    with Holder(trained / "many" / "seed-1"):
+        assert command(*sweep) == 2
+        assert "seed-1 is in use" in capsys.readouterr().err
+    with Holder(trained / "many", "seed-0", "seed-1"):
+        assert command("--load", trained / "many" / "seed-1" / LAST, "--iterations", 8) == 2
+        assert "seed-1 is in use" in capsys.readouterr().err
+
+
+def test_a_lock_ends_with_its_process_however_that_ends(trained):
+    holder = Holder(trained / "run")
+    holder.__exit__()  # kill -9
+    assert (trained / "run" / LOCK).exists()
+    with folders.lock_folder(trained / "run"):
+        pass
+    assert not (trained / "run" / LOCK).exists()
+
+
+def test_what_a_killed_process_left_half_written_goes_with_the_next_lock(tmp_path):
+    (tmp_path / f".{LAST}.12345.tmp").write_bytes(b"half")
+    with folders.lock_folder(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+
+
+def test_a_refused_start_leaves_nothing_behind(tmp_path, capsys):
+    home = tmp_path / "new" / "er"
+    assert command(*SHORT, "--checkpoint-path", home, "--run-name", "run", "--dataset", "images:nowhere") == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_those_that_make_one_thing_one_works_and_the_others_wait(tmp_path):
+    order, waiting = [], threading.Event()
+
+    def second() -> None:
+        with one_at_a_time(tmp_path / "lock", on_wait=waiting.set):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    with one_at_a_time(tmp_path / "lock"):
+        thread.start()
+        assert waiting.wait(5)
+        order.append("first")
+    thread.join(5)
+    assert order == ["first", "second"]
+
+
+def test_who_waits_can_be_interrupted(tmp_path):
+    outcome = []
+
+    def second() -> None:
+        with (
+            pytest.raises(RuntimeError, match="interrupted"),
+            one_at_a_time(tmp_path / "lock", interrupted=lambda: True),
+        ):
+            pass
+        outcome.append("interrupted")
+
+    with one_at_a_time(tmp_path / "lock"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join(5)
+    assert outcome == ["interrupted"]
+
+
+# ---- what lies there -------------------------------------------------------------------------------
+
+
+def test_a_folder_with_anything_in_it_is_occupied(tmp_path):
+    assert not is_occupied(tmp_path / "new") and not is_occupied(tmp_path)
+    (tmp_path / LOCK).touch()
+    assert not is_occupied(tmp_path)
+    (tmp_path / "notes").touch()
+    assert is_occupied(tmp_path) and is_occupied(tmp_path / "notes")
+
+
+def test_a_runs_folder_stands_for_its_checkpoint(trained):
+    assert find_checkpoint(trained / "run", BEST, LAST) == trained / "run" / BEST
+    assert find_checkpoint(trained / "run" / LAST, BEST) == trained / "run" / LAST
+    assert find_checkpoint(trained / "many", BEST) == trained / "many"
+    with pytest.raises(UsageError, match="neither last"):
+        find_checkpoint(trained, BEST, LAST)
+
+
+def test_the_runs_of_a_sweep_are_found_by_its_list(trained):
+    found = find_runs(trained / "many")
+    assert [(run.seed, run.file) for run in found] == [
+        (seed, trained / "many" / f"seed-{seed}" / BEST) for seed in (0, 1)
+    ]
+    assert [run.file.name for run in find_runs(trained / "many" / LAST)] == [LAST, LAST]
+    assert find_runs(trained / "run") == []
+    member, alone = trained / "many" / "seed-0" / LAST, trained / "run" / LAST
+    assert load_checkpoint(member).settings == load_checkpoint(alone).settings
+
+
+@pytest.mark.parametrize("text", ["", "[3]", '{"runs": 3}', '{"runs": []}', '{"runs": [{"name": "a"}]}'])
+def test_a_damaged_list_or_result_is_refused_or_counts_as_none(tmp_path, text):
+    for name in (LIST, folders.RESULTS):
+        (tmp_path / name).write_text(text)
+    assert not has_results(tmp_path, 3)
+    with pytest.raises(UsageError, match="is damaged"):
+        find_runs(tmp_path)
+
+
+def test_results_count_at_their_iteration_alone(tmp_path):
+    (tmp_path / folders.RESULTS).write_text(json.dumps({"iteration": 3}))
+    assert has_results(tmp_path, 3) and not has_results(tmp_path, 4)
+
+
+# ---- flags without a reader ------------------------------------------------------------------------
+
+
+def test_help_into_a_closed_pipe_ends_without_a_traceback():
+    line = f"{sys.executable} {ROOT / 'main.py'} --help-all | head -n 1"
+    run = subprocess.run(line, shell=True, capture_output=True, text=True, check=True, env=os.environ)
+    assert run.stdout.startswith("usage: ") and run.stderr == ""
