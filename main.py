@@ -29,10 +29,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from commands.call import Call, check_call
-from commands.config import config_of
 from commands.members import Member, members_of
 from commands.parser import parse
-from commands.resolve import resolve, resolve_from
+from commands.resolve import resolve
 from common.errors import (
     AgreedError,
     LostError,
@@ -473,33 +472,10 @@ def compare_runs(call: Call, given: Mapping[str, Any], arguments: list[str]) -> 
 
 
 def adapt(call: Call, given: Mapping[str, Any], arguments: list[str]) -> int:
-    """Adapts a checkpoint to the examples of one's own task, and predicts the others."""
-    from commands.adapt import adapt_to_files, tasks_in
-    from commands.build import prepare, print_settings, writable
-    from training.checkpoint import load_checkpoint
+    """Adapt a checkpoint to the examples of a task of the user's own, and predict the others."""
+    from commands.adapt import adapt
 
-    assert call.load is not None and call.adapt is not None
-    source = load_checkpoint(call.load)
-    config = resolve_from(config_of(source.settings, call.load), given, evaluate=True, adapt=True)
-    config = config.replaced(convolution="grouped", tasks_at_once=None)
-    runtime = prepare(config, call)
-    tasks = tasks_in(call.adapt, config, runtime)
-    out = writable(call.out or call.load.parent, "--out")
-    what = f"{call.load}, iteration {source.iteration:,}"
-    print_settings(config, runtime, f"Adapting {what} to {call.adapt}, {config.evaluation.test_steps} steps")
-    normalisation = given.get("batch_norm", "per-step" if source.statistics else "inductive")
-    single = len(tasks) == 1 and config.choices.fast_weights != "context"  # a module of the task's own
-    stem = out / f"{call.load.stem}-adapted-{call.adapt.stem}"
-    weights_file = stem.with_name(f"{stem.name}-weights.pt") if single else None
-    written = adapt_to_files(
-        source, config, tasks, call.adapt, call.load, runtime,
-        normalisation=normalisation,
-        file=stem,
-        weights_file=weights_file,
-        record={"command": shlex.join(["main.py", *arguments]), "checkpoint": call.load},
-    )  # fmt: skip
-    print("Written: " + ", ".join(map(str, written)))
-    return 0
+    return adapt(call, given, shlex.join(["main.py", *arguments]))
 
 
 def end(code: int) -> NoReturn:

@@ -1,10 +1,8 @@
 """Data that someone else has made, or that broke: refused in one line or mended, within bounds, and nothing
 of it is run or leaves its folder."""
 
-import csv
 import gzip
 import io
-import json
 import multiprocessing
 import os
 import pickle
@@ -32,7 +30,6 @@ from conftest import ROOT
 from PIL import Image
 
 import main
-from commands.adapt import inert
 from common.errors import UsageError
 from tasks import cache as caches
 from tasks import images, omniglot, tables
@@ -947,74 +944,6 @@ def test_the_libraries_that_were_not_used_for_longest_go_first(private, monkeypa
 
 
 # ---- what is written, and what is imported --------------------------------------------------
-
-
-def test_predictions_of_files_with_strange_names_are_text_and_no_formula(tmp_path, capsys, monkeypatch):
-    write_classes(tmp_path / "data", 12, 2)
-    (tmp_path / "data" / "c00").rename(tmp_path / "data" / NASTY)
-    line = ["--dataset", f"images:{tmp_path / 'data'}", "-n", "2", "-k", "1", "-q", "1", "--image-size", "8",
-            "--channels", "1", "--iterations", "1", "--compile", "off", "--device", "cpu",
-            "--head-init", "zero", "--checkpoint-path", str(tmp_path), "--run-name", "run",
-            "--learner", "fc", "-s", "1", "--first-order"]  # fmt: skip
-    monkeypatch.setattr("training.trainer.VALIDATION_TASKS", 2)
-    assert main.main(line) == 0
-    task = tmp_path / "task"
-    classes = {"=1+1": "'=1+1", "$\\frac$": "$\\frac$", NASTY: None}
-    for name in classes:
-        (task / "support" / name).mkdir(parents=True)
-        Image.new("L", (8, 8), 9).save(task / "support" / name / "a.png")
-    (task / "query").mkdir()
-    names = [
-        '=HYPERLINK("x").png',
-        "-1+1.png",
-        "@a.png",
-        f"{NASTY}.png",
-        os.fsdecode(b"\xff.png"),
-        "plain.png",
-    ]
-    for name in names:
-        Image.new("L", (8, 8), 9).save(task / "query" / name)
-    capsys.readouterr()
-    base = ["--adapt", str(task), "--load", str(tmp_path / "run" / "last.pt"), "--device", "cpu"]
-    assert main.main([*base, "--out", str(tmp_path / "out")]) == 0
-    said = capsys.readouterr()
-    assert all(part.isprintable() for part in (said.out + said.err).splitlines())
-    with (tmp_path / "out" / "last-adapted-task.csv").open(encoding="utf-8", newline="") as file:
-        cells = list(csv.reader(file))
-    assert len(cells) == 7 and {len(row) for row in cells} == {5}
-    assert all(
-        cell.isprintable() and not cell.startswith(("=", "+", "-", "@")) for row in cells for cell in row
-    )
-    assert {"'@a.png", "plain.png", "\\udcff.png"} < {row[0] for row in cells}
-    assert (
-        len(json.loads((tmp_path / "out" / "last-adapted-task.json").read_text())["tasks"][0]["query"]) == 6
-    )
-    # places that cannot take the results are refused before anything is computed
-    monkeypatch.setattr("commands.adapt.adapted_to", lambda *_, **__: pytest.fail("it has adapted"))
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "file").touch()
-    for more in (["--save-weights", "/dev/null"], ["--save-weights", str(tmp_path / "pipe")],
-                 ["--save-weights", str(tmp_path)], ["--out", str(tmp_path / "file")],
-                 ["--out", "/dev/null"], ["--save-weights", "/proc/w.pt"]):  # fmt: skip
-        assert main.main([*base, *more]) == 2
-        said = capsys.readouterr().err
-        assert said.count("\n") == 1 and more[0] in said
-    monkeypatch.setattr("commands.adapt.MOST_NUMBERS", 64 * 5)
-    assert main.main(base) == 2
-    assert "query has 6 images: give 5 at most at a time" in capsys.readouterr().err
-    assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
-
-
-def test_numbers_stay_numbers_where_formulas_become_text():
-    assert [inert(name) for name in ("-1", "+2.5", "-inf", "1", "a=b", "")] == [
-        "-1",
-        "+2.5",
-        "-inf",
-        "1",
-        "a=b",
-        "",
-    ]
-    assert [inert(name) for name in ("=1", "-a", "@x", "+")] == ["'=1", "'-a", "'@x", "'+"]
 
 
 def test_nothing_is_imported_but_what_the_command_line_names(tmp_path):

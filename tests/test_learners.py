@@ -10,18 +10,18 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from inner_loop import RATE, pass_around
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrizations import spectral_norm
 
-from commands.adapt import adapted_to
+from commands.adapt import adapt_to
 from common.batch import TaskBatch, arguments_of, tree_map
 from common.optimizers import InnerOptimizer
 from common.random import keys_of, task_stream
 from evaluation.meta_test import SEED
-from inner_loop import RATE, pass_around
 from learners.batch_norm import BatchNorm
 from learners.elementary import Elementary
 from learners.heads import head_names
@@ -542,7 +542,7 @@ def test_predictions_use_the_buffers_of_the_inner_loop_and_leave_them(kind):
     outputs = maml.predictions(parameters, batch, STEPS)["transductive"]
     torch.testing.assert_close(outputs, expected)
     for number, task in enumerate(tasks_of(batch)):
-        adapted = adapted_to(maml, parameters, task.support_x, task.support_y, steps=STEPS)
+        adapted = adapt_to(maml, parameters, task.support_x, task.support_y, steps=STEPS)
         for _ in range(2):
             torch.testing.assert_close(adapted.predict(task.query_x), expected[number, -1])
         module_of_task = adapted.module(module).eval()
@@ -829,7 +829,7 @@ def test_predictions_drop_in_the_inner_loop_and_nothing_in_the_query():
     keys = keys_of(task_stream("test", SEED, 0, range(1), torch.device("cpu"))).expand(TASKS, 2)
     expected = plain_predictions(module, F.mse_loss, parameters, batch, keys=keys)
     for number, task in enumerate(tasks_of(batch)):
-        adapted = adapted_to(maml, parameters, task.support_x, task.support_y, steps=STEPS)
+        adapted = adapt_to(maml, parameters, task.support_x, task.support_y, steps=STEPS)
         torch.testing.assert_close(adapted.predict(task.query_x), expected[number, -1])
         torch.testing.assert_close(adapted.module(module).eval()(task.query_x), expected[number, -1])
 
@@ -1011,7 +1011,7 @@ def test_prototypes_under_running_statistics_do_not_depend_on_the_other_classes(
     with pytest.raises(ValueError, match="running statistics"):
         maml.predictions(parameters, labelled(), 1, ("per-step",))
     with pytest.raises(ValueError, match="running statistics"):
-        adapted_to(maml, parameters, task.support_x, task.support_y, steps=1, normalisation="per-step")
+        adapt_to(maml, parameters, task.support_x, task.support_y, steps=1, normalisation="per-step")
 
 
 @pytest.mark.parametrize("options", [{}, {"fast_weights": "head"}])
@@ -1137,7 +1137,7 @@ def test_with_a_computed_head_the_same_parameters_serve_any_number_of_ways(init)
         assert outputs.shape == (TASKS, STEPS + 1, EXAMPLES + ways, ways)
         torch.testing.assert_close(outputs, expected)
         for number, task in enumerate(tasks_of(batch)):
-            adapted = adapted_to(maml, parameters, task.support_x, task.support_y, steps=STEPS)
+            adapted = adapt_to(maml, parameters, task.support_x, task.support_y, steps=STEPS)
             torch.testing.assert_close(adapted.predict(task.query_x), expected[number, -1])
             torch.testing.assert_close(adapted.module(module).eval()(task.query_x), expected[number, -1])
 
@@ -1215,12 +1215,12 @@ def test_predictions_and_adapted_modules_are_those_of_a_plain_loop(adapt_norm):
             )
         ]
         torch.testing.assert_close(both["inductive"][number], torch.stack(wanted))
-        adapted = adapted_to(maml, parameters, task.support_x, task.support_y, steps=STEPS)
+        adapted = adapt_to(maml, parameters, task.support_x, task.support_y, steps=STEPS)
         torch.testing.assert_close(adapted.predict(task.query_x), wanted[-1])
         module_of_task = adapted.module(module)
         torch.testing.assert_close(module_of_task.eval()(task.query_x), wanted[-1])
         torch.testing.assert_close(module_of_task(task.query_x[:1]), wanted[-1][:1])  # one query at a time
-        transductive = adapted_to(
+        transductive = adapt_to(
             maml, parameters, task.support_x, task.support_y, steps=STEPS, normalisation="transductive"
         )
         torch.testing.assert_close(transductive.predict(task.query_x), expected[number, -1])

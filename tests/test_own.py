@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from commands import build as building
 from commands import config
-from commands.adapt import adapted_to, load
+from commands.adapt import adapt_to, load
 from common.random import Stream
 from dataset import build_distribution
 from learner import build_learner
@@ -269,12 +269,12 @@ def test_frozen_layers_and_buffers_in_half_precision_saved_and_moved(elsewhere, 
     assert command("--eval", *there, "--eval-tasks", 4, "--eval-steps", 1) == 0
     assert command("--eval", "--load", last, "--learner", f"{moved}:Net") == 2
     path = write_table(tmp_path / "mine.csv", [[0, 1], [1, 2], [2, ""]], "x,y")
-    assert command("--adapt", path, *there, "--save-weights", tmp_path / "w.pt") == 0
-    weights = torch.load(tmp_path / "w.pt", weights_only=True)
+    assert command("--adapt", path, *there) == 0
+    weights = torch.load(tmp_path / "run" / "last-adapted-mine-weights.pt", weights_only=True)
     assert torch.equal(weights["middle.weight"], load_checkpoint(last).fixed["middle.weight"])
     x = torch.tensor([[0.0], [1.0]])
     maml, parameters, _ = load(last, example=x, learner=f"{moved}:Strange")
-    adapted = adapted_to(maml, parameters, x, torch.tensor([[1.0], [2.0]]), steps=1)
+    adapted = adapt_to(maml, parameters, x, torch.tensor([[1.0], [2.0]]), steps=1)
     with (tmp_path / "run" / "last-adapted-mine.csv").open() as file:
         predicted = float(list(csv.reader(file))[1][1])
     assert adapted.predict(torch.tensor([[2.0]])).item() == pytest.approx(predicted, abs=0.02)  # bfloat16
@@ -320,28 +320,6 @@ def test_a_table_without_validation_tasks_is_refused_before_there_is_a_run(tmp_p
     flags = ["--dataset", f"table:{path}", "-k", 2, "-q", 2]
     assert command(*flags, "--checkpoint-path", tmp_path / "runs") == 2
     assert f"{path} has no validation tasks" in capsys.readouterr().err and not (tmp_path / "runs").exists()
-
-
-def test_per_step_statistics_predict_and_are_saved(elsewhere, tmp_path):
-    (elsewhere / "norm.py").write_text(
-        "from torch import nn\ndef net(outputs):\n"
-        "    return nn.Sequential(nn.Linear(1, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, outputs))\n"
-    )
-    code = ["--learner", f"{elsewhere / 'norm.py'}:net"]
-    flags = [*code, "-k", 4, "-q", 4, "--algorithm", "maml++", "-s", 2, "--iterations", 3]
-    assert command(*flags, "--checkpoint-path", tmp_path, "--run-name", "run") == 0
-    path = write_table(tmp_path / "mine.csv", [[0, 1], [1, 2], [2, 2], [3, ""]], "x,y")
-    found = {}
-    for norm in (["--batch-norm", "inductive"], []):
-        line = ["--adapt", path, "--load", tmp_path / "run" / LAST, *code, *norm]
-        assert command(*line, "--save-weights", tmp_path / "w.pt") == 0
-        with (tmp_path / "run" / "last-adapted-mine.csv").open() as file:
-            predicted = float(list(csv.reader(file))[1][1])
-        network = nn.Sequential(nn.Linear(1, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
-        network.load_state_dict(torch.load(tmp_path / "w.pt", weights_only=True))
-        found[len(norm)] = predicted
-        assert network.eval()(torch.tensor([[3.0]])).item() == pytest.approx(predicted, abs=1e-4)
-    assert found[0] != pytest.approx(found[2], abs=1e-3)
 
 
 # ---- what a checkpoint may not do -----------------------------------------------------------
@@ -535,87 +513,3 @@ def test_trained_on_one_set_and_tested_on_another_with_other_ways(tmp_path, caps
         assert expected in capsys.readouterr().err
     assert command("--eval", "--load", tmp_path / "learned" / LAST, "--eval-dataset", "sinusoid") == 2
     assert "is regression, and the checkpoint learned classification" in capsys.readouterr().err
-
-
-# ---- putting it to use ----------------------------------------------------------------------
-
-
-@pytest.fixture
-def task_of_ones_own(tmp_path) -> Path:
-    made = make_images(tmp_path / "made", 3, 6)
-    for number in range(3):
-        support = tmp_path / "task" / "support" / f"kind {number}"
-        support.mkdir(parents=True)
-        for image in range(4):
-            (made / f"class{number}" / f"{image}.png").rename(support / f"{image}.png")
-    (tmp_path / "task" / "query").mkdir()
-    for number in range(3):
-        for image in (4, 5):
-            target = tmp_path / "task" / "query" / f"{number}-{image}.png"
-            (made / f"class{number}" / f"{image}.png").rename(target)
-    return tmp_path / "task"
-
-
-def test_adapting_to_a_folder_predicts_and_gives_weights_that_predict_the_same(
-    task_of_ones_own, elsewhere, tmp_path, monkeypatch
-):
-    code = ["--learner", f"{elsewhere / 'own.py'}:Net"]
-    flags = [*images_flags(make_images(tmp_path / "data", 10, 5)), *code, "--head-init", "prototype"]
-    flags += ["--learner-args", "dropout=0.2", *SHORT, "--checkpoint-path", tmp_path, "--run-name", "run"]
-    assert command(*flags) == 0
-    weights = tmp_path / "adapted.pt"
-    line = ["--adapt", task_of_ones_own, "--load", tmp_path / "run" / LAST, *code, "--save-weights", weights]
-    assert command(*line, "--out", tmp_path / "out") == 0
-    with (tmp_path / "out" / "last-adapted-task.csv").open() as file:
-        header, *rows = csv.reader(file)
-    assert header == ["file", "prediction", "p(kind 0)", "p(kind 1)", "p(kind 2)"] and len(rows) == 6
-    shares = torch.tensor([[float(cell) for cell in row[2:]] for row in rows])
-    assert torch.allclose(shares.sum(1), torch.ones(6), atol=1e-5)
-    assert [row[1] for row in rows] == [f"kind {row[0][0]}" for row in rows]  # brightness tells them apart
-    assert (tmp_path / "out" / "last-adapted-task.png").stat().st_size > 5000
-    monkeypatch.syspath_prepend(elsewhere)
-    import own  # the user's module, in the user's program
-
-    network = own.Net(3, (1, 8, 8), dropout=0.2)
-    network.load_state_dict(torch.load(weights, weights_only=True))
-    images = [Image.open(task_of_ones_own / "query" / row[0]).resize((8, 8), 1) for row in rows]
-    x = torch.stack([torch.from_numpy(np.array(image)) for image in images])[:, None] / 255
-    assert torch.allclose(network.eval()(x).softmax(1), shares, atol=2e-5)
-
-
-def test_adapting_to_a_table_fills_in_what_is_missing(tmp_path):
-    table = ["--dataset", f"table:{curves_table(tmp_path / 'curves.csv')}", "-k", 4, "-q", 4]
-    flags = [*table, "--iterations", 300, "--checkpoint-path", tmp_path, "--run-name", "run"]
-    assert command(*flags, "--inner-lr", 0.1) == 0
-    rows = [[x / 4, 3 * x / 4 if x % 2 else ""] for x in range(-4, 5)]
-    path = write_table(tmp_path / "mine.csv", rows, "x,y")
-    assert command("--adapt", path, "--load", tmp_path / "run" / LAST, "--test-steps", 8) == 0
-    with (tmp_path / "run" / "last-adapted-mine.csv").open() as file:
-        header, *found = csv.reader(file)
-    assert header == ["row", "y"] and [int(row[0]) for row in found] == [1, 3, 5, 7, 9]
-    for (_, y), x in zip(found, (-1, -0.5, 0, 0.5, 1), strict=True):
-        assert abs(float(y) - 3 * x) < 1.0
-
-
-def test_what_cannot_be_adapted_to_is_refused(task_of_ones_own, tmp_path, capsys):
-    flags = [*images_flags(make_images(tmp_path / "data", 10, 5)), *SHORT, "--checkpoint-path", tmp_path]
-    assert command(*flags, "--learner", "conv", "--run-name", "run") == 0
-    before = snapshot(tmp_path / "run")
-    (task_of_ones_own / "table.csv").write_text("x,y\n1,2\n")
-    capsys.readouterr()
-    for path, more, expected in (
-        (task_of_ones_own, [], "3 classes, and the checkpoint learned 2"),
-        (tmp_path / "nowhere", [], "there is no such file or folder"),
-        (task_of_ones_own / "support", [], "it has no folder support/"),
-        (task_of_ones_own / "table.csv", [], "the checkpoint learned from images, give a folder"),
-        (task_of_ones_own, ["-k", 3], "-n, -k, -q"),
-        (task_of_ones_own, ["--save-weights", tmp_path / "no" / "w.pt"], "there is no folder"),
-    ):
-        assert command("--adapt", path, "--load", tmp_path / "run" / LAST, *more) == 2
-        said = capsys.readouterr().err
-        assert expected in said and said.count("\n") == 1, said
-    shutil.rmtree(task_of_ones_own / "support" / "kind 2")
-    (task_of_ones_own / "query" / "0-4.png").write_text("not an image")
-    assert command("--adapt", task_of_ones_own, "--load", tmp_path / "run" / LAST) == 2
-    assert "0-4.png" in capsys.readouterr().err
-    assert snapshot(tmp_path / "run") == before

@@ -1,0 +1,172 @@
+"""--adapt: the rest of a folder or table is predicted, and the written weights predict the same."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import main
+from commands.adapt import adapt_to, load
+
+SHORT = ["--iterations", 1, "--val-every", 1, "--eval-tasks", 2, "--meta-batch-size", 2, "--test-steps", 2]
+
+OWN_CODE = """
+from torch import nn
+
+def network(outputs, inputs, dropout=0.0):
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(inputs[0] * inputs[1] * inputs[2], 12), nn.BatchNorm1d(12), nn.Tanh(),
+        nn.Dropout(dropout), nn.Linear(12, outputs))
+
+def vectors(outputs):
+    return nn.Sequential(nn.Linear(1, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, outputs))
+"""
+
+
+def command(*arguments: object) -> int:
+    return main.main([str(argument) for argument in arguments])
+
+
+def rows_of(file: Path) -> list[list[str]]:
+    with file.open() as text:
+        return list(csv.reader(text))
+
+
+def write_images(folder: Path, level: int, count: int) -> None:
+    """Grey images of about that brightness."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(level)
+    for number in range(count):
+        pixels = random.integers(level - 9, level + 10, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{level}-{number}.png")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr("training.trainer.VALIDATION_TASKS", 2)
+    monkeypatch.setattr("training.run.Run.draw_examples", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """Own code, a folder of images to learn from and one to adapt to, and a table of both kinds of rows."""
+    folder = tmp_path_factory.mktemp("adapt")
+    (folder / "own.py").write_text(OWN_CODE)
+    for number in range(10):
+        write_images(folder / "data" / f"class{number}", 20 * number + 20, 4)
+    for number, level in enumerate((20, 120, 220)):
+        write_images(folder / "task" / "support" / f"kind {number}", level, 2)
+        write_images(folder / "task" / "query", level + 1, 2)
+    (folder / "mine.csv").write_text("x,y\n0,1\n1,\n2,5\n3,\n4,9\n")
+    return folder
+
+
+def images(place: Path) -> list[object]:
+    return ["--dataset", f"images:{place / 'data'}", "--image-size", 8, "--channels", 1, "-n", 2, "-q", 1]
+
+
+def train(folder: Path, name: str, *flags: object) -> Path:
+    options = ["--checkpoint-path", folder, "--run-name", name]
+    assert command(*SHORT, "-k", 2, "-q", 2, *flags, *options) == 0
+    return folder / name / "last.pt"
+
+
+def test_a_folder_is_predicted_and_the_written_weights_predict_the_same(place, tmp_path, monkeypatch):
+    code = ["--learner", f"{place / 'own.py'}:network"]
+    flags = [*images(place), *code, "--head-init", "prototype", "--learner-args", "dropout=0.2"]
+    last = train(tmp_path, "run", *flags)
+    assert command("--adapt", place / "task", "--load", last, *code, "--out", tmp_path / "out") == 0
+    stem = tmp_path / "out" / "last-adapted-task"
+    header, *rows = rows_of(Path(f"{stem}.csv"))
+    assert header == ["file", "prediction", "p(kind 0)", "p(kind 1)", "p(kind 2)"] and len(rows) == 6
+    shares = torch.tensor([[float(cell) for cell in row[2:]] for row in rows])
+    assert torch.allclose(shares.sum(1), torch.ones(6), atol=1e-5)
+    kinds = {"21": "kind 0", "121": "kind 1", "221": "kind 2"}
+    assert [row[1] for row in rows] == [kinds[row[0].partition("-")[0]] for row in rows]
+    assert Path(f"{stem}.png").stat().st_size > 5000 and Path(f"{stem}.json").is_file()
+    monkeypatch.syspath_prepend(place)
+    import own  # the user's module, in the user's program
+
+    network = own.network(3, (1, 8, 8), dropout=0.2)
+    network.load_state_dict(torch.load(f"{stem}-weights.pt", weights_only=True))
+    pixels = [np.array(Image.open(place / "task" / "query" / row[0])) for row in rows]
+    x = torch.from_numpy(np.stack(pixels))[:, None] / 255
+    assert torch.allclose(network.eval()(x).softmax(1), shares, atol=2e-5)
+
+
+def test_the_missing_targets_of_a_table_are_predicted(place, tmp_path):
+    last = train(tmp_path, "run")
+    assert command("--adapt", place / "mine.csv", "--load", last, "--test-steps", 5) == 0
+    header, *rows = rows_of(last.parent / "last-adapted-mine.csv")
+    assert header == ["row", "y"] and [row[0] for row in rows] == ["2", "4"]
+    x = torch.tensor([[0.0], [2.0], [4.0]])
+    maml, parameters, _ = load(last, example=x)
+    adapted = adapt_to(maml, parameters, x, 2 * x + 1, steps=5)
+    expected = adapted.predict(torch.tensor([[1.0], [3.0]]))[:, 0].tolist()
+    assert [float(row[1]) for row in rows] == pytest.approx(expected, rel=1e-4)
+    before, after = (maml.call(w, x) - 2 * x - 1 for w in (parameters, adapted.adapted.weights))
+    assert after.square().mean() < before.square().mean()
+
+
+def test_each_task_of_a_table_is_adapted_to_by_itself(place, tmp_path):
+    last = train(tmp_path, "run")
+    both = tmp_path / "both.csv"
+    both.write_text("task,x,y\na,0,1\nb,0,-1\na,1,\nb,1,\na,2,5\nb,2,3\n")
+    assert command("--adapt", both, "--load", last) == 0
+    header, *rows = rows_of(last.parent / "last-adapted-both.csv")
+    assert header == ["row", "task", "y"] and [row[:2] for row in rows] == [["3", "a"], ["4", "b"]]
+    (tmp_path / "one.csv").write_text("x,y\n0,-1\n1,\n2,3\n")
+    assert command("--adapt", tmp_path / "one.csv", "--load", last) == 0
+    assert rows_of(last.parent / "last-adapted-one.csv")[1][1] == rows[1][2]
+    assert not (last.parent / "last-adapted-both-weights.pt").exists()  # of which task?
+
+
+def test_per_step_statistics_predict_by_default_and_are_written(place, tmp_path):
+    code = ["--learner", f"{place / 'own.py'}:vectors"]
+    last = train(tmp_path, "run", *code, "--algorithm", "maml++", "-s", 2)
+    predicted = {}
+    for norm in ([], ["--batch-norm", "inductive"]):
+        assert command("--adapt", place / "mine.csv", "--load", last, *code, *norm) == 0
+        predicted[len(norm)] = float(rows_of(last.parent / "last-adapted-mine.csv")[1][1])
+        network = nn.Sequential(nn.Linear(1, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
+        weights = last.parent / "last-adapted-mine-weights.pt"
+        network.load_state_dict(torch.load(weights, weights_only=True))
+        assert network.eval()(torch.tensor([[1.0]])).item() == pytest.approx(predicted[len(norm)], abs=1e-4)
+    assert predicted[0] != pytest.approx(predicted[2], abs=1e-3)
+
+
+def test_a_context_vector_has_no_weights_of_its_own_to_write(place, tmp_path):
+    last = train(tmp_path, "run", "--algorithm", "cavia")
+    assert command("--adapt", place / "mine.csv", "--load", last) == 0
+    assert not list(last.parent.glob("*weights.pt"))
+
+
+def test_what_cannot_be_adapted_to_is_one_line_and_leaves_nothing(place, tmp_path, capsys):
+    last = train(tmp_path, "run", *images(place), "--learner", "fc")
+    regression = train(tmp_path, "curves")
+    no_query = tmp_path / "no-query"
+    write_images(no_query / "support" / "a", 20, 1)
+    (tmp_path / "full.csv").write_text("x,y\n1,2\n")
+    (tmp_path / "bare.csv").write_text("x,y\n1,\n")
+    before = set(tmp_path.rglob("*"))
+    capsys.readouterr()
+    for checkpoint, path, more, expected in (
+        (last, place / "task", [], "3 classes, and the checkpoint learned 2"),
+        (last, tmp_path / "nowhere", [], "there is no such file or folder"),
+        (last, place / "task" / "support", [], "it has no folder support/"),
+        (last, no_query, [], "it has no folder query/"),
+        (last, place / "mine.csv", [], "the checkpoint learned from images, give a folder"),
+        (last, place / "task", ["-k", 3], "-n, -k, -q"),
+        (regression, place / "task", [], "is a folder: the checkpoint learned from"),
+        (regression, tmp_path / "full.csv", [], "no row lacks a target"),
+        (regression, tmp_path / "bare.csv", [], "no row has its targets"),
+        (regression, place / "mine.csv", ["--test-steps", 400, "--out", tmp_path / "full.csv"], "--out"),
+    ):
+        assert command("--adapt", path, "--load", checkpoint, *more) == 2
+        said = capsys.readouterr().err
+        assert expected in said and said.count("\n") == 1, said
+    assert set(tmp_path.rglob("*")) == before
