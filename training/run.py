@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
 from common.batch import TaskDistribution
@@ -32,7 +31,7 @@ from maml import MAML, RATE
 from training.checkpoint import Checkpoint, Curve, Progress
 from training.folders import BEST, RESULTS
 from training.options import TrainingOptions
-from training.step import TAIL
+from training.step import TAIL, State
 from training.tensorboard import RunLog, settings_as_markdown
 
 BY_STEP = "validation_by_step"
@@ -66,6 +65,7 @@ class Run:
         self.failure: str | None = None  # the iteration whose numbers are non-finite, and why
         self.skipped = 0  # iterations, by this process
         self.log = RunLog(None)
+        self.state: State  # of the present iteration; the trainer's
 
     def give_up_compiling(self) -> None:
         """Run uncompiled from here on, when resumed too."""
@@ -169,6 +169,11 @@ class Run:
         return self.iteration in self.progress.validation.get("iteration", [])[-1:]
 
     @property
+    def stands_still(self) -> bool:
+        """Whether its numbers have become non-finite; this waits for the device."""
+        return bool(self.state.sums[-1].isinf())
+
+    @property
     def best_validation(self) -> float | None:
         """The best validation's query accuracy, or loss in regression."""
         score = self.progress.best_score
@@ -195,39 +200,7 @@ class Run:
         except OSError as error:
             tqdm.write(f"examples.png could not be written ({reason_of(error)})", file=sys.stderr)
 
-    # ---- checkpoint and results -------------------------------------------------------------
-
-    def checkpoint(
-        self,
-        exp_avg: Weights,
-        exp_avg_sq: Weights,
-        statistics: Weights,
-        window: dict[str, float],
-        fixed: Weights,
-        splits: dict[str, list[str]],
-    ) -> Checkpoint:
-        """Compose the checkpoint of the present iteration.
-
-        Args:
-            exp_avg, exp_avg_sq: Adam's moments.
-            statistics: running ones of per-step batch norm.
-            window: sums of the metrics since the last point of the curves.
-            fixed: frozen parameters and buffers of the learner.
-            splits: the user's classes, or tasks, by split.
-        """
-        self.progress.window = window
-        return Checkpoint(
-            settings=dict(self.settings),
-            iteration=self.iteration,
-            parameters=clone_each(self.parameters),
-            exp_avg=clone_each(exp_avg),
-            exp_avg_sq=clone_each(exp_avg_sq),
-            progress=asdict(self.progress),
-            statistics=clone_each(statistics),
-            fixed={name: tensor.cpu().contiguous() for name, tensor in fixed.items()},
-            splits=splits,
-            computed_by=self.computed_by,
-        )
+    # ---- results ----------------------------------------------------------------------------
 
     @property
     def best_file(self) -> Path | None:
@@ -279,21 +252,14 @@ def final_loss(training: Curve) -> dict[str, Any] | None:
     if not training:
         return None
     ends = [int(end) for end in training["iteration"]]
-    points = list(zip(ends, [0, *ends[:-1]], training["query_loss"], strict=True))
-    total, first, last = 0.0, ends[-1] + 1, ends[-1]
-    for end, before, loss in reversed(points):
-        if last - before > FINAL_ITERATIONS and first <= last:
-            break
-        total, first = total + loss * (end - before), before + 1
-    return {"mean": total / (last - first + 1), "from": first, "to": last}
+    points = list(zip([0, *ends[:-1]], ends, training["query_loss"], strict=True))
+    final = [point for point in points if ends[-1] - point[0] <= FINAL_ITERATIONS] or points[-1:]
+    before, last = final[0][0], ends[-1]
+    mean = sum(loss * (end - begin) for begin, end, loss in final) / (last - before)
+    return {"mean": mean, "from": before + 1, "to": last}
 
 
 def extend_curve(curve: Curve, iteration: int, values: dict[str, float]) -> None:
     """Append a point to a curve."""
     for name, value in {"iteration": iteration, **values}.items():
         curve.setdefault(name, []).append(value)
-
-
-def clone_each(weights: Weights) -> dict[str, Tensor]:
-    """Copy each tensor: a view would be saved together with the whole vector behind it."""
-    return {name: w.clone() for name, w in weights.items()}

@@ -8,13 +8,12 @@ due or the progress bar is redrawn, so that no iteration waits for the device.
 from __future__ import annotations
 
 import math
-import os
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from types import FrameType
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -22,7 +21,8 @@ from tqdm import tqdm
 
 from common.batch import TaskDistribution, tree_map
 from common.errors import LostError, UsageError, is_out_of_memory, reason_of
-from common.processes import ALONE, Late, World
+from common.optimizers import Weights
+from common.processes import ALONE, World
 from evaluation.meta_test import Evaluation, evaluate
 from maml import MAML
 from training import divergence
@@ -41,6 +41,7 @@ from training.step import (
     measure_loss,
     measure_loss_and_accuracy,
 )
+from training.stopping import StopRequest
 
 VALIDATION_TASKS = 200
 REDRAW_SECONDS = 0.5
@@ -95,13 +96,13 @@ class Trainer:
         self.window_size = runs[0].progress.window_size  # iterations since the last point of the curves
         states = [self._initial_state(run) for run in runs]
         self.state = State(*map(torch.stack, zip(*states, strict=True))) if len(runs) > 1 else states[0]
+        self._update_runs()
         example = training_tasks.sample("train", self.options.seed, 0, range(1)).support_x
         weights = maml.whole_weights(maml.initial_parameters())
         self.draws = maml.call.draws(weights, tree_map(lambda part: part[0], example))
         self.plain_step = self._build_step()
         self.meta_step: MetaStep | CudaGraph = self.plain_step
-        self.signal: int | None = None
-        self.stop_asked = Late(self.state.parameters.device)
+        self.stop = StopRequest(world, self.state.parameters.device, show=self.show)
         self.bar = tqdm(disable=True)
         self.redrawn_at = -math.inf
         self.saved_at = time.monotonic()
@@ -143,13 +144,12 @@ class Trainer:
             LostError: another process is lost; the state before is saved.
             UsageError: memory ran out, or a file could not be written.
         """
-        self._update_runs()
         for run in self.runs:
             run.begin()
         total, show = self.options.iterations, self.show
         with (
             tqdm(total=total, initial=self.iteration, unit="it", dynamic_ncols=True, disable=not show) as bar,
-            self._catch_signals(),
+            self.stop.catch_signals(),
             self._save_if_interrupted(),
         ):
             self.bar = bar
@@ -161,31 +161,30 @@ class Trainer:
         self.window_start, self.window_first = time.monotonic(), self.iteration
         if self._is_validation_missing():  # the run was stopped before it
             self._validate()
-        stopping = self._is_interrupted()
-        while self.iteration < options.iterations and self._living_runs() and not stopping:
+        while self.iteration < options.iterations and self._living_runs() and not self.stop.now:
             if not self._prepare_step():
                 break
             self.step()
             self._redraw()
-            stopping = self._is_stopping()
+            self.stop.ask_others(self.plain_step.stop_asked)
             log = self.iteration % self.runs[0].log_every == 0
             validate = self._is_validation_due()
             save = self.iteration % options.save_every == 0
+            late = self.world.first and time.monotonic() - self.saved_at > SAVE_SECONDS  # it alone writes
             if log or validate or save:
                 self._stop_failed_runs()
             if log:
                 self._log()
             if validate:
                 self._validate()
-            if save or self._is_save_due_by_clock():
+            if save or late:
                 self.save(LAST)
-            stopping = stopping or self._is_interrupted()
         self._stop_failed_runs()
         self.save(LAST)
 
     def step(self) -> None:
         """Take one iteration."""
-        self.plain_step.stop = self.signal is not None
+        self.plain_step.stop = self.stop.signal is not None
         self.state = self.meta_step(self.state, self.iteration)
         self.iteration += 1
         self.window_size += 1
@@ -198,10 +197,6 @@ class Trainer:
         due = self.iteration > 0 and self._is_validation_due()
         return due and not all(run.is_validated for run in self._living_runs())
 
-    def _is_save_due_by_clock(self) -> bool:
-        """Return whether last.pt is older than ten minutes: the first process's clock counts, as it writes."""
-        return self.world.first and time.monotonic() - self.saved_at > SAVE_SECONDS
-
     def _end(self) -> int:
         """Write the results, and return the exit code."""
         self._update_runs()
@@ -209,8 +204,8 @@ class Trainer:
         with self.world.together():
             for run in self.runs if not missing else ():
                 run.end()
-        if self.signal is not None and (missing or self.iteration < self.options.iterations):
-            return 128 + self.signal
+        if self.stop.signal is not None and (missing or self.iteration < self.options.iterations):
+            return 128 + self.stop.signal
         return FAILED if len(self._living_runs()) < len(self.runs) else 0
 
     # ---- the step, and its compilation ------------------------------------------------------
@@ -267,19 +262,19 @@ class Trainer:
         A step that cannot be compiled runs uncompiled, and the user is told why.
         """
         state = State(*(tensor.clone() for tensor in self.state))
-        self.compiler.interrupted = lambda: self.signal is not None
+        self.compiler.interrupted = lambda: self.stop.signal is not None
         self.compiler.active = True
         seconds, compiled = self.compiler.seconds, self.compiler.compiled
+        self.bar.set_postfix_str("compiling")
         failure, interrupted = None, False
         try:
-            with self._show_as("compiling"):
-                self.plain_step.rehearse(state, self.iteration)
+            self.plain_step.rehearse(state, self.iteration)
         except CompilationError as error:
-            failure, interrupted = str(error), self.signal is not None
+            failure, interrupted = str(error), self.stop.signal is not None
         failures, interruptions = zip(*self.world.gather((failure, interrupted)), strict=True)
         if any(interruptions):
             self.compiler.active = False
-            self.signal = self.signal or signal.SIGTERM
+            self.stop.signal = self.stop.signal or signal.SIGTERM
             return False
         reasons = [reason for reason in failures if reason is not None]
         if reasons:  # all processes compute alike
@@ -301,45 +296,6 @@ class Trainer:
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             self._say(f"Not recorded as a CUDA graph, kernels are launched one by one: {reason}")
-
-    # ---- stopping early ---------------------------------------------------------------------
-
-    @contextmanager
-    def _catch_signals(self) -> Iterator[None]:
-        """End the loop after the present iteration on Ctrl-C or SIGTERM; a second one acts at once."""
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-        def restore() -> None:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-
-        def ask_to_stop(number: int, frame: FrameType | None) -> None:
-            self.signal = number
-            restore()
-            if self.show:  # not print(): the signal may have come in the middle of one
-                with suppress(OSError):  # nobody reads it
-                    os.write(2, b"\nEnding after this iteration; once more to end at once.\n")
-
-        for number in handlers:
-            signal.signal(number, ask_to_stop)
-        try:
-            yield
-        finally:
-            restore()
-
-    def _is_interrupted(self) -> bool:
-        """Return whether a signal has come to a process on its own, which need not ask the others."""
-        return self.world.size == 1 and self.signal is not None
-
-    def _is_stopping(self) -> bool:
-        """Return whether all processes stop after this iteration, because one has received a signal."""
-        if self.world.size == 1:
-            return self.signal is not None
-        assert self.plain_step.stop_asked is not None
-        if not self.stop_asked(self.plain_step.stop_asked):
-            return False
-        self.signal = max(self.world.gather(self.signal or 0)) or signal.SIGTERM
-        return True
 
     @contextmanager
     def _save_if_interrupted(self) -> Iterator[None]:
@@ -373,47 +329,40 @@ class Trainer:
         This waits for the device; all processes call it together.
         """
         if self.options.on_nan == "stop":
-            for run, state in zip(self.runs, self._states(), strict=True):
-                if run.failure is None and not math.isfinite(state.sums[-1].item()):
-                    self._fail(run, state)
+            self._update_runs()
+            for run in self._living_runs():
+                if run.stands_still:
+                    self._fail(run)
 
-    def _fail(self, run: Run, state: State) -> None:
+    def _fail(self, run: Run) -> None:
         """End a run at its last good iteration."""
-        good = int(state.iteration)
-        run.iteration, run.parameters = good, self.layout.unflatten(state.parameters)
-        run.progress.window_size = self.window_size - (self.iteration - good)
+        run.progress.window_size -= self.iteration - int(run.state.iteration)
+        run.iteration = int(run.state.iteration)
+        sums = run.state.sums
+        run.state = run.state._replace(sums=torch.where(sums.isinf(), 0.0, sums))  # so that it can resume
         run.failure = divergence.UNKNOWN
-        self._write(LAST, [(run, state)])
-        run.failure = f"{run.folder.name}, iteration {good + 1:,}: {self._cause_of_failure(run)}"
+        self.save(LAST, [run])
+        step, cause = self.plain_step, None
+        with suppress(Exception), self.maml.at_rate(run.choices.inner_lr):  # the run is saved, this is a hint
+            tasks = step.tasks_of(run.training.seed, run.iteration)
+            cause = divergence.find_cause(step.maml, run.parameters, *tasks, first=step.share.start)
+        reason = next((one for one in self.world.gather(cause) if one), divergence.UNKNOWN)
+        run.failure = f"{run.folder.name}, iteration {run.iteration + 1:,}: {reason}"
         if run.writes:
-            run.log.text("failure", run.failure, good)
+            run.log.text("failure", run.failure, run.iteration)
         if len(self.runs) > 1:
             self._say(f"{run.failure} (saved before it; the other runs continue)")
 
-    def _cause_of_failure(self, run: Run) -> str:
-        """Say what is wrong with the numbers of the iteration after a run's last."""
-        step, cause = self.plain_step, None
-        # the run is saved, and this is but a hint
-        with suppress(Exception), self.maml.at_rate(run.choices.inner_lr):
-            tasks = step.tasks_of(run.training.seed, run.iteration)
-            cause = divergence.find_cause(step.maml, run.parameters, *tasks, first=step.share.start)
-        return next((one for one in self.world.gather(cause) if one), divergence.UNKNOWN)
-
     # ---- saving -----------------------------------------------------------------------------
 
-    def _states(self) -> list[State]:
-        """Return the state of each run."""
-        if len(self.runs) == 1:
-            return [self.state]
-        return [State(*(field[number] for field in self.state)) for number in range(len(self.runs))]
-
     def _update_runs(self) -> None:
-        """Tell each run its iteration, and its meta-parameters as views of the state."""
-        for run, state in zip(self.runs, self._states(), strict=True):
+        """Tell each run that has not failed its iteration, and its state as views of all runs' state."""
+        for number, run in enumerate(self.runs):
             if run.failure is None:
-                run.iteration = self.iteration
-                run.parameters = self.layout.unflatten(state.parameters)
-                run.progress.window_size = self.window_size
+                several = len(self.runs) > 1
+                run.state = State(*(part[number] for part in self.state)) if several else self.state
+                run.parameters = self.layout.unflatten(run.state.parameters)
+                run.iteration, run.progress.window_size = self.iteration, self.window_size
 
     def save(self, name: str, runs: Sequence[Run] | None = None) -> None:
         """Write a checkpoint of these runs, or of all that have not failed.
@@ -421,42 +370,38 @@ class Trainer:
         Raises UsageError where the disk does not take them; the previous checkpoints are whole then.
         """
         self._update_runs()
-        chosen = self._living_runs() if runs is None else runs
-        self._write(name, [(r, s) for r, s in zip(self.runs, self._states(), strict=True) if r in chosen])
+        # a run that stands still, and whose failure has not been looked into, keeps its last checkpoint
+        chosen = [run for run in runs or self._living_runs() if run.writes and not run.stands_still]
+        try:
+            for run in chosen:
+                run.folder.mkdir(parents=True, exist_ok=True)
+                run.log.flush()  # the points that a checkpoint has seen are on the disk before it
+            save_checkpoints([(run.folder / name, self._checkpoint_of(run)) for run in chosen])
+        except OSError as error:
+            raise UsageError(
+                f"{error.filename or chosen[0].folder / name}: not saved at iteration {self.iteration:,} "
+                f"({reason_of(error)}); the previous checkpoint is whole: free some space and resume from it"
+            ) from error
         if name == LAST:
             self.saved_at = time.monotonic()
 
-    def _write(self, name: str, runs: Sequence[tuple[Run, State]]) -> None:
-        # a run that stands still, and whose failure has not been looked into, keeps its last checkpoint
-        files = [
-            (run.folder / name, self._checkpoint_of(run, state))
-            for run, state in runs
-            if run.writes and (run.failure is not None or not math.isinf(state.sums[-1].item()))
-        ]
-        try:
-            for path, _ in files:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            for run, _ in runs:  # the points that a checkpoint has seen are on the disk before it
-                run.log.flush()
-            save_checkpoints(files)
-        except OSError as error:
-            raise UsageError(
-                f"{error.filename or files[0][0]}: not saved at iteration {self.iteration:,} "
-                f"({reason_of(error)}); the previous checkpoint is whole: free some space and resume from it"
-            ) from error
+    def _checkpoint_of(self, run: Run) -> Checkpoint:
+        def names(layout: FlatLayout | None, vector: Tensor) -> Weights:
+            # a view would be saved together with the whole vector behind it
+            return {name: part.clone() for name, part in layout.unflatten(vector).items()} if layout else {}
 
-    def _checkpoint_of(self, run: Run, state: State) -> Checkpoint:
-        sums = state.sums.tolist()
-        if math.isinf(sums[-1]):  # so that a failed run can be resumed
-            sums[-1] = 0.0
-        statistics = self.statistics_layout
-        return run.checkpoint(
-            self.layout.unflatten(state.exp_avg),
-            self.layout.unflatten(state.exp_avg_sq),
-            statistics.unflatten(state.statistics) if statistics else {},
-            dict(zip(self.metrics, sums, strict=True)),
-            self.maml.call.fixed,
-            self.validation_tasks.split_names,
+        run.progress.window = dict(zip(self.metrics, run.state.sums.tolist(), strict=True))
+        return Checkpoint(
+            settings=dict(run.settings),
+            iteration=run.iteration,
+            parameters=names(self.layout, run.state.parameters),
+            exp_avg=names(self.layout, run.state.exp_avg),
+            exp_avg_sq=names(self.layout, run.state.exp_avg_sq),
+            progress=asdict(run.progress),
+            statistics=names(self.statistics_layout, run.state.statistics),
+            fixed={name: tensor.cpu().contiguous() for name, tensor in self.maml.call.fixed.items()},
+            splits=self.validation_tasks.split_names,
+            computed_by=run.computed_by,
         )
 
     # ---- metrics ----------------------------------------------------------------------------
@@ -508,16 +453,6 @@ class Trainer:
             self.bar.set_postfix_str(text)
         self.redrawn_at = time.monotonic()
 
-    @contextmanager
-    def _show_as(self, doing: str) -> Iterator[None]:
-        """Let the bar name what takes its time."""
-        before = getattr(self.bar, "postfix", None)  # a silent bar has none
-        self.bar.set_postfix_str(doing)
-        try:
-            yield
-        finally:
-            self.bar.set_postfix_str(before or "")
-
     def _say(self, text: str) -> None:
         if self.show:
             tqdm.write(text, file=sys.stderr)
@@ -532,7 +467,8 @@ class Trainer:
         begin = time.monotonic()
         number, last = self.iteration // self.options.val_every, self.iteration == self.options.iterations
         self._update_runs()
-        with suppress(InterruptedError), self._show_as("validating"):
+        self.bar.set_postfix_str("validating")
+        with suppress(InterruptedError):
             for run in self._living_runs():
                 if run.is_validated:
                     continue
@@ -554,7 +490,7 @@ class Trainer:
             normalisations=(run.choices.query_norm,),
             inner_batch=run.evaluation.eval_inner_batch,
             world=self.world,
-            interrupted=self._is_interrupted,
+            interrupted=lambda: self.stop.alone,
         )
 
 

@@ -1,0 +1,67 @@
+"""Stopping a run before its end: Ctrl-C or SIGTERM, to this process or to another of the job.
+
+The trainer asks after each iteration; all processes stop after the same one.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+from common.processes import Late, World
+
+
+class StopRequest:
+    """A signal that ends the training loop after the present iteration; `signal` is its number."""
+
+    def __init__(self, world: World, device: torch.device, *, show: bool) -> None:
+        self.world = world
+        self.show = show
+        self.signal: int | None = None
+        self._agreed = False
+        self._read_late = Late(device)
+
+    @contextmanager
+    def catch_signals(self) -> Iterator[None]:
+        """Note the first SIGINT or SIGTERM; a second one acts as it did before."""
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def restore() -> None:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self.signal = number
+            restore()
+            if self.show:  # not print(): the signal may have come in the middle of one
+                with suppress(OSError):  # nobody reads it
+                    os.write(2, b"\nEnding after this iteration; once more to end at once.\n")
+
+        for number in handlers:
+            signal.signal(number, note)
+        try:
+            yield
+        finally:
+            restore()
+
+    @property
+    def alone(self) -> bool:
+        """Whether a signal has come to a process on its own, which need not ask others."""
+        return self.world.size == 1 and self.signal is not None
+
+    @property
+    def now(self) -> bool:
+        """Whether all processes stop."""
+        return self.alone or self._agreed
+
+    def ask_others(self, asked: Tensor | None) -> None:
+        """Take note, after an iteration, of whether any process has a signal: `asked` is above 0 then."""
+        if self.world.size > 1 and asked is not None and self._read_late(asked):
+            self.signal = max(self.world.gather(self.signal or 0)) or signal.SIGTERM
+            self._agreed = True
