@@ -31,7 +31,6 @@ from training.compiler import CompilationError, Compiler
 from training.folders import BEST, LAST
 from training.options import TrainingOptions
 from training.run import Run
-from training.schedules import meta_lr_at
 from training.step import (
     TAIL,
     CudaGraph,
@@ -46,8 +45,7 @@ from training.stopping import StopRequest
 VALIDATION_TASKS = 200
 REDRAW_SECONDS = 0.5
 SAVE_SECONDS = 600.0  # last.pt is saved at least so often
-# Iterations that run uncompiled first, which shows at once that the run works.
-UNCOMPILED_ITERATIONS = {"regression": 100, "classification": 3}
+UNCOMPILED_REGRESSION, UNCOMPILED_CLASSIFICATION = 100, 3  # iterations first, to show that the run works
 FAILED = 4  # exit code of a run that stopped because its numbers became non-finite
 
 # Settings in which runs that are trained at once may differ.
@@ -104,27 +102,22 @@ class Trainer:
         self.meta_step: MetaStep | CudaGraph = self.plain_step
         self.stop = StopRequest(world, self.state.parameters.device, show=self.show)
         self.bar = tqdm(disable=True)
-        self.redrawn_at = -math.inf
+        self.redrawn_at, self.metrics_text = -math.inf, ""
         self.saved_at = time.monotonic()
 
     def _initial_state(self, run: Run) -> State:
         """Return the state in which a run begins or resumes."""
-        vector = self.layout.flatten(run.parameters)
-        first, second = torch.zeros_like(vector), torch.zeros_like(vector)
+        vector, running = self.layout.flatten(run.parameters), None
+        moments = [torch.zeros_like(vector), torch.zeros_like(vector)]
         statistics = self.maml.initial_statistics()
         if run.start is not None:
-            first = self.layout.flatten(run.start.exp_avg).to(vector)
-            second = self.layout.flatten(run.start.exp_avg_sq).to(vector)
+            moments = [self.layout.flatten(m).to(vector) for m in (run.start.exp_avg, run.start.exp_avg_sq)]
             statistics = run.start.statistics
-        sums = [run.progress.window.get(name, 0.0) for name in self.metrics]
-        return State(
-            vector,
-            first,
-            second,
-            torch.tensor(run.iteration, device=vector.device),
-            torch.tensor(sums, device=vector.device, dtype=vector.dtype),
-            self.statistics_layout.flatten(statistics).to(vector) if self.statistics_layout else vector[:0],
-        )
+        if self.statistics_layout:
+            running = self.statistics_layout.flatten(statistics).to(vector)
+        iteration = torch.tensor(run.iteration, device=vector.device)
+        sums = vector.new_tensor([run.progress.window.get(name, 0.0) for name in self.metrics])
+        return State(vector, *moments, iteration, sums, vector[:0] if running is None else running)
 
     @property
     def options(self) -> TrainingOptions:
@@ -159,7 +152,7 @@ class Trainer:
     def _loop(self) -> None:
         options = self.options
         self.window_start, self.window_first = time.monotonic(), self.iteration
-        if self._is_validation_missing():  # the run was stopped before it
+        if self._is_validation_due():  # the run was stopped before it
             self._validate()
         while self.iteration < options.iterations and self._living_runs() and not self.stop.now:
             if not self._prepare_step():
@@ -190,17 +183,15 @@ class Trainer:
         self.window_size += 1
 
     def _is_validation_due(self) -> bool:
-        return self.iteration % self.options.val_every == 0 or self.iteration == self.options.iterations
-
-    def _is_validation_missing(self) -> bool:
-        """Return whether the validation of the present iteration is due and has not been done."""
-        due = self.iteration > 0 and self._is_validation_due()
+        """Return whether the present iteration's validation is to be done, or was interrupted."""
+        last = self.iteration == self.options.iterations
+        due = self.iteration > 0 and (last or self.iteration % self.options.val_every == 0)
         return due and not all(run.is_validated for run in self._living_runs())
 
     def _end(self) -> int:
         """Write the results, and return the exit code."""
         self._update_runs()
-        missing = self._is_validation_missing()
+        missing = self._is_validation_due()
         with self.world.together():
             for run in self.runs if not missing else ():
                 run.end()
@@ -249,12 +240,10 @@ class Trainer:
             self.compiler.active = False  # the exact step is another function
         if self.options.compile != "on" or self.compiler.active:
             return True
-        uncompiled = UNCOMPILED_ITERATIONS[
-            "classification" if self.training_tasks.classification else "regression"
-        ]
-        if self.iteration < uncompiled < self.options.iterations:
-            return True
-        return self._compile()
+        uncompiled = (
+            UNCOMPILED_CLASSIFICATION if self.training_tasks.classification else UNCOMPILED_REGRESSION
+        )
+        return self.iteration < uncompiled < self.options.iterations or self._compile()
 
     def _compile(self) -> bool:
         """Compile the step by rehearsing it; return False if a signal interrupted it.
@@ -426,18 +415,11 @@ class Trainer:
         self.state = self.state._replace(sums=torch.where(failed, torch.inf, zeros))
         self.window_size = 0
         self._update_runs()
-        for run, values in zip(self.runs, means, strict=True):
-            options = run.training
-            lr = meta_lr_at(
-                options.meta_lr_schedule,
-                torch.tensor(self.iteration - 1),
-                options.meta_lr,
-                options.meta_lr_final,
-                options.iterations,
-                torch.float64,
-            )
+        step, done = self.plain_step, torch.tensor(self.iteration - 1)
+        lrs = torch.as_tensor(step.meta_lr_at(done, members=step.members)).expand(len(self.runs)).tolist()
+        for run, values, lr in zip(self.runs, means, lrs, strict=True):
             if run.failure is None:
-                run.add_training(values, rate, float(lr))
+                run.add_training(values, rate, lr)
 
     def _redraw(self) -> None:
         """Move the progress bar on, and twice a second show the metrics."""
@@ -451,6 +433,7 @@ class Trainer:
                 accuracies = [100 * values["query_accuracy"] for values in means]
                 text += f", accuracy {_mean_and_range(accuracies, 2)} %"
             self.bar.set_postfix_str(text)
+            self.metrics_text = text
         self.redrawn_at = time.monotonic()
 
     def _say(self, text: str) -> None:
@@ -477,6 +460,7 @@ class Trainer:
                         self.save(BEST, [run])
                     if last or _is_power_of_four(number):
                         run.draw_examples(self.maml, self.validation_tasks)
+        self.bar.set_postfix_str(self.metrics_text)
         self.window_start += time.monotonic() - begin  # not part of the speed
 
     def _evaluate(self, run: Run) -> Evaluation:
