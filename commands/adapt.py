@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from commands.build import algorithm_of, module_of, prepare, print_settings, writable
 from commands.call import Call
-from commands.config import Config, config_of
-from commands.resolve import resolve_from
+from commands.config import Config
+from commands.resolve import config_of, resolve_from
 from common.batch import Tree, first_tensor, joined, tree_map
 from common.device import Runtime, device_of, set_up, versions
 from common.errors import UsageError, printable

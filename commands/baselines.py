@@ -20,23 +20,27 @@ from torch import Tensor
 from tqdm import tqdm
 
 from commands import config as settings
-from commands.build import build, fitted, make_run, no_empty_folder_left, prepare
+from commands.build import Start, assemble, build, no_empty_folder_left, prepare_run, train_runs
 from commands.call import Call
-from commands.config import Config, config_of
-from commands.resolve import resolve, what_is_learned
+from commands.config import Config
+from commands.evaluate import evaluate_one
+from commands.names import meaningful
+from commands.resolve import config_of, resolve, what_is_learned
 from common.batch import TaskDistribution
 from common.device import Runtime
 from common.errors import UsageError
 from common.optimizers import Weights
 from common.processes import ALONE, World
 from dataset import Regression
+from evaluation.figures import comparison_figure
 from evaluation.meta_test import Evaluation, evaluate
+from evaluation.seeds import test_table
+from evaluation.style import write_figure
+from evaluation.tables import evaluation_record, write_json
 from maml import MAML
 from tasks.options import CURVES
-from training.checkpoint import fitting_parameters, load_checkpoint
-from training.compiler import Compiler
+from training.checkpoint import load_checkpoint
 from training.folders import LAST, lock_folder
-from training.trainer import Trainer
 
 RATES = {
     "sgd": (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
@@ -70,6 +74,48 @@ class InterruptedBySignalError(Exception):
     def __init__(self, code: int) -> None:
         super().__init__(code)
         self.code = code
+
+
+def baselines(call: Call, given: Mapping[str, Any], command: str, world: World) -> int:
+    """The checkpoint's result on the test tasks beside those of the baselines (--baselines)."""
+    job, result, stem = evaluate_one(call, given, command, world)
+    subject, runtime, file = job.subject, job.runtime, f"{stem}-baselines"
+    record = {"command": command, **job.record()}
+    assert call.load is not None and subject.source is not None
+    source, config, words = subject.source, subject.config, subject.words
+    try:
+        others = measured(subject.trained, config, call, runtime, call.load.parent / "baselines")
+    except InterruptedBySignalError as interrupted:
+        print("Saved; the same command goes on from there.", flush=True)
+        runtime.world.wait()  # see `train`
+        return interrupted.code
+    mine = Baseline(config.choices.algorithm, "as trained", result)
+    norm = config.choices.query_norm
+    results = {f"{b.name}, {b.how}": b.evaluation.select(norm) for b in (mine, *others)}
+    print("\n" + test_table({name: [evaluation] for name, evaluation in results.items()}, words))
+    if not runtime.world.first:
+        return 0
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+    if config.tasks.dataset in CURVES and source.progress["training"]:
+        ends, losses = windows_of(source.progress["training"])
+        scratch = scratch_curve(subject.trained, call, runtime, ends)
+        curves = {
+            config.choices.algorithm: (ends, losses),
+            "from scratch, Adam 0.001, 10 steps": (ends, scratch),
+        }
+    methods = {b.name: {"how": b.how} | evaluation_record(b.evaluation) for b in (mine, *others)}
+    write_json(
+        Path(f"{file}.json"),
+        record
+        | {
+            "methods": methods,
+            "curves": {n: dict(zip(("iteration", "query_loss"), c, strict=True)) for n, c in curves.items()},
+        },
+    )
+    figure = comparison_figure(results, words, curves)
+    write_figure(Path(f"{file}.png"), figure)
+    print(f"Written: {file}.json and .png")
+    return 0
 
 
 def measured(saved: Config, config: Config, call: Call, runtime: Runtime, folder: Path) -> list[Baseline]:
@@ -137,7 +183,7 @@ def plain(config: Config, algorithm: str, *, testing: bool = False) -> Config:
         given["train_shots"] = config.training_shots  # beside the query, whose points Reptile counts in
     if testing:
         given.pop("train_shots", None)
-    mine = settings.meaningful(config)
+    mine = meaningful(config)
     return resolve({n: v for n, v in given.items() if n in mine} | {"algorithm": algorithm})
 
 
@@ -193,31 +239,23 @@ def trained(config: Config, call: Call, folder: Path, world: World = ALONE) -> W
 
 
 def _trained(config: Config, call: Call, folder: Path, world: World) -> Weights:
-    runtime = prepare(config, call, world)
-    config = fitted(config, {}, runtime, new=False)
-    compiler = Compiler(runtime.device)
-    distribution, maml = build(config, call, runtime)
-    parameters = maml.initial_parameters(config.training.seed)
-    file, start = folder / LAST, None
+    file, start = folder / LAST, Start(config, folder)
     if file.exists():
-        start = load_checkpoint(file)
-        saved = config_of(start.settings, file)
+        checkpoint = load_checkpoint(file)
+        saved = config_of(checkpoint.settings, file)
         if what_is_learned(saved) != what_is_learned(config):
             raise UsageError(f"{folder} holds a run with other settings: move it away")
-        parameters = fitting_parameters(file, start.parameters, parameters, config.learner.learner)
-        if start.iteration >= config.training.iterations:
-            return parameters
         config = saved.replaced(iterations=config.training.iterations)
+        start = Start(config, folder, file, checkpoint, resumes=True)
+    start, runtime = prepare_run(start, config.values(), call, world)
+    assembly = assemble(start, call, runtime, {}, team=world)
+    if start.resumed is not None and start.resumed.iteration >= config.training.iterations:
+        return assembly.parameters
     folder.mkdir(parents=True, exist_ok=True)
     if runtime.world.first:
         print(f"Training {folder}", file=sys.stderr, flush=True)
-    run = make_run(
-        config, folder, parameters, start=start,
-        computed_by=runtime.computed_by(tasks=config.training.tasks_at_once), writes=runtime.world.first,
-    )  # fmt: skip
-    training_tasks = distribution.resized(config.training_shots)
-    trainer = Trainer([run], maml, training_tasks, distribution, compiler, runtime.world)
-    code = trainer.train()
+    run = assembly.open_run(folder)
+    code = train_runs([assembly], [run])
     if run.failure is not None:
         raise UsageError(f"{folder}: {run.failure}")
     if code:

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from commands import config as settings
-from commands.build import no_empty_folder_left, prepare, writable
+from commands.build import SharedTasks, no_empty_folder_left, prepare, writable
 from commands.call import Call
-from commands.config import Config, config_of
-from commands.measuring import Subject
-from commands.names import file_name, task_size, task_words
-from commands.resolve import what_is_learned
-from common.batch import TaskDistribution
+from commands.config import Config
+from commands.evaluate import Subject
+from commands.names import file_name, in_words, meaningful, task_size, task_words
+from commands.resolve import config_of, what_is_learned
 from common.errors import UsageError, printable
 from common.files import read_json
 from common.own_code import is_own_code
@@ -125,18 +124,18 @@ def _measured(
     """The entries with their results on so many tasks of the split, and for the record where each run's come
     from."""
     sides, records = [], []
-    known: dict[Any, TaskDistribution | None] = {}
+    known: SharedTasks = {}
     for entry in entries:
         results: dict[int, Evaluation] = {}
         for seed, subject in entry.runs.items():
             subject = replace(subject, config=subject.config.replaced(eval_tasks=tasks))
             print(f"Measuring {subject.name}", flush=True)
             runtime = prepare(subject.config, call)
-            built = subject.built(call, runtime, known)
-            results[seed] = built.measured(runtime, call.split, skipped)
+            job = subject.build(call, runtime, known)
+            results[seed] = job.evaluate(call.split, first_task=skipped)
             records.append(
                 {"name": entry.name, "seed": seed}
-                | subject.record(runtime)
+                | job.record()
                 | {"split": call.split, "curves": entry.curves[seed]}
             )
         sides.append(_side(entry, results))
@@ -148,7 +147,7 @@ def _side(entry: Entry, results: dict[int, Evaluation]) -> paired.Side:
     assert subject.source is not None
     saved, config = subject.trained, subject.config
     learned = {*what_is_learned(saved), "iterations"} - {"seed"}
-    shown = settings.in_words(saved, [name for name in settings.meaningful(saved) if name in learned])
+    shown = in_words(saved, [name for name in meaningful(saved) if name in learned])
     measure = "query_accuracy" if config.tasks.classification else "query_loss"
     curves = {seed: curve["validation"] for seed, curve in entry.curves.items()}
     validation = {s: (c["iteration"], c[measure]) if measure in c else ([], []) for s, c in curves.items()}
@@ -265,7 +264,7 @@ def _read(place: Place, name: str, call: Call, given: Mapping[str, Any]) -> Entr
         own = {n: v for n, v in given.items() if n not in ("learner", "loss") or _is_for(v, n, trained)}
         seed = number if place.setting or len(place.files) > 1 else trained.training.seed
         try:
-            runs[seed] = Subject.of(file, source, call, own)
+            runs[seed] = Subject.read(file, call, own, source)
         except UsageError as error:
             raise UsageError(f"{file}: {error}") from error
         last = file.with_name(LAST)
@@ -350,7 +349,7 @@ def check_same_tasks(entries: Sequence[Entry]) -> None:
         if not different:
             continue
         said = [
-            ", ".join(f"{flag} {value}" for flag, value in settings.in_words(each, different).items())
+            ", ".join(f"{flag} {value}" for flag, value in in_words(each, different).items())
             for each in (first, config)
         ]
         hints = [TASKS.get(n) for n in different]

@@ -1,23 +1,19 @@
-"""Compose the options of all wings into the settings of one experiment, and write and read them as data.
+"""Compose the options of all wings into the settings of one experiment.
 
     flags -> parser -> resolve -> Config(tasks, learner, choices, training, evaluation)
 
-Each group is declared by the wing that uses it and handed down alone; only commands see all of them. The
-standard library alone.
+Each group is declared by the wing that uses it and handed down alone; only commands see all of them. Rules
+between settings are in rules.py, their words in names.py. The standard library alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import textwrap
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from common.choices import Choices
-from common.errors import UsageError
-from common.options import BY_DATASET, BY_LEARNER, BY_RULE, Flag, flags_of
+from common.options import Flag, flags_of
 from evaluation.options import EvaluationOptions
 from learners.options import LearnerOptions
 from tasks.options import TaskOptions
@@ -41,7 +37,6 @@ GROUPS = (
     "files", "machine",
 )  # fmt: skip
 OWN_CODE = ("learner", "dataset", "loss")  # settings that may name the user's code
-MOST_SHOWN = 6  # values of one setting, when several runs are described
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,48 +85,6 @@ class Config:
         return tasks.train_shots or tasks.shots
 
 
-# ---- to and from a checkpoint --------------------------------------------------------------------
-
-
-def config_from_plain(values: Any) -> Config:
-    """Return the settings that a checkpoint holds; one that it lacks takes its default.
-
-    Raises UsageError for unknown settings, for values that no flag allows, and for contradictions.
-    """
-    from commands.rules import check
-
-    if not isinstance(values, dict):
-        raise UsageError("its settings are missing")
-    unknown = sorted(map(str, values.keys() - CONFIG_FLAGS.keys()))
-    if unknown:
-        names = ", ".join(unknown)
-        raise UsageError(f"its settings {names!r:.60} are unknown; a newer version may know them")
-    complete = {name: flag.default for name, flag in CONFIG_FLAGS.items()} | values
-    for name, flag in CONFIG_FLAGS.items():
-        value = complete[name]
-        if value in (BY_DATASET, BY_LEARNER, BY_RULE):
-            raise UsageError(f"its setting {name} is missing")
-        problem = flag.problem(value)
-        if flag.default is BY_RULE and value == "auto":
-            problem = "settled"
-        if problem:
-            raise UsageError(f"its setting {name} should be {problem}, not {value!r}"[:200])
-    config = Config.from_values(complete)
-    check(config, {})
-    return config
-
-
-def config_of(plain: Any, source: Path | None) -> Config:
-    """Return the settings of a checkpoint; a UsageError names its file."""
-    try:
-        return config_from_plain(plain)
-    except UsageError as error:
-        raise UsageError(" ".join(f"{source} cannot be used: {error}".split())) from error
-
-
-# ---- in words ------------------------------------------------------------------------------------
-
-
 def show(value: Any) -> str:
     """Return a setting's value as people read it."""
     if isinstance(value, bool):
@@ -139,52 +92,3 @@ def show(value: Any) -> str:
     if isinstance(value, tuple):
         return " ".join(value) or "none"
     return "none" if value is None else f"{value:,}" if type(value) is int else str(value)
-
-
-def meaningful(config: Config) -> dict[str, Any]:
-    """Return the settings that have a meaning with these data and this learner, by name."""
-    from commands.rules import ONLY
-
-    return {
-        name: config.get(name)
-        for name, flag in CONFIG_FLAGS.items()
-        if flag.only is None or ONLY[flag.only](config) is None
-    }
-
-
-def in_words(config: Config, names: Iterable[str]) -> dict[str, str]:
-    """Return some settings as people read them, by name of the flag."""
-    return {CONFIG_FLAGS[name].name: show(config.get(name)) for name in names}
-
-
-def by_flag(config: Config) -> dict[str, Any]:
-    """Return all settings by name of the flag."""
-    return {flag.name: config.get(name) for name, flag in CONFIG_FLAGS.items()}
-
-
-def describe(*configs: Config) -> str:
-    """Return the meaningful settings of one run or several, a line per group; of several, every value."""
-    values: dict[str, list[Any]] = {}
-    for config in configs:
-        for name, value in meaningful(config).items():
-            known = values.setdefault(name, [])
-            if value not in known:
-                known.append(value)
-
-    def show_all(name: str) -> str:
-        shown = [str(value) if name == "seed" else show(value) for value in values[name]]
-        if len(shown) > MOST_SHOWN:
-            return f"{shown[0]}, {shown[1]}, ... {shown[-1]} ({len(shown)} values)"
-        return ", ".join(shown)
-
-    lines = []
-    for group in GROUPS:
-        shown = [
-            f"{name.replace('_', ' ')} {show_all(name)}"
-            for name, flag in CONFIG_FLAGS.items()
-            if flag.group == group and any(value not in (None, ()) for value in values.get(name, ()))
-        ]
-        if shown:
-            text = textwrap.fill(" · ".join(shown), 96, subsequent_indent=" " * 14)
-            lines.append(f"  {group:<11} {text}")
-    return "\n".join(lines)

@@ -1,12 +1,71 @@
-"""Name things after settings: folders, result files, titles, and the flags that a command must repeat."""
+"""Put settings into words: for people, and in the names of folders, result files and titles."""
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from commands.config import OWN_CODE, Config
+from commands.config import CONFIG_FLAGS, GROUPS, OWN_CODE, Config, show
+from commands.rules import ONLY
 from common.own_code import is_own_code
 from tasks.options import TaskOptions
+
+MOST_SHOWN = 6  # values of one setting, when several runs are described
+
+
+# ---- settings in words ---------------------------------------------------------------------------
+
+
+def meaningful(config: Config) -> dict[str, Any]:
+    """Return the settings that have a meaning with these data and this learner, by name."""
+    return {
+        name: config.get(name)
+        for name, flag in CONFIG_FLAGS.items()
+        if flag.only is None or ONLY[flag.only](config) is None
+    }
+
+
+def in_words(config: Config, names: Iterable[str]) -> dict[str, str]:
+    """Return some settings as people read them, by name of the flag."""
+    return {CONFIG_FLAGS[name].name: show(config.get(name)) for name in names}
+
+
+def by_flag(config: Config) -> dict[str, Any]:
+    """Return all settings by name of the flag."""
+    return {flag.name: config.get(name) for name, flag in CONFIG_FLAGS.items()}
+
+
+def describe(*configs: Config) -> str:
+    """Return the meaningful settings of one run or several, a line per group; of several, every value."""
+    values: dict[str, list[Any]] = {}
+    for config in configs:
+        for name, value in meaningful(config).items():
+            known = values.setdefault(name, [])
+            if value not in known:
+                known.append(value)
+
+    def show_all(name: str) -> str:
+        shown = [str(value) if name == "seed" else show(value) for value in values[name]]
+        if len(shown) > MOST_SHOWN:
+            return f"{shown[0]}, {shown[1]}, ... {shown[-1]} ({len(shown)} values)"
+        return ", ".join(shown)
+
+    lines = []
+    for group in GROUPS:
+        shown = [
+            f"{name.replace('_', ' ')} {show_all(name)}"
+            for name, flag in CONFIG_FLAGS.items()
+            if flag.group == group and any(value not in (None, ()) for value in values.get(name, ()))
+        ]
+        if shown:
+            text = textwrap.fill(" · ".join(shown), 96, subsequent_indent=" " * 14)
+            lines.append(f"  {group:<11} {text}")
+    return "\n".join(lines)
+
+
+# ---- names ---------------------------------------------------------------------------------------
 
 
 def file_name(name: str) -> str:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from commands.config import CONFIG_FLAGS, OWN_CODE, Config, show
 from commands.presets import ALGORITHMS, CHUNK_IMAGES, COMPILED_FROM, DEFAULTS, ByData, default_column
 from commands.rules import check, check_curves
 from common.errors import UsageError
+from common.options import BY_DATASET, BY_LEARNER, BY_RULE
 from common.own_code import is_own_code
 from learners.options import LEARNERS, learner_facts
 from tasks.options import FILE_KINDS, data_facts, is_classification
@@ -151,6 +153,16 @@ def settle_auto(values: Mapping[str, Any]) -> dict[str, Any]:
     return values | settled | chunks
 
 
+def uncompiled(config: Config, given: Mapping[str, Any]) -> Config:
+    """Return a new run's settings without compilation, and with what suits that where no flag decides."""
+    changes: dict[str, Any] = {"compile": "off"}
+    if given.get("convolution", "auto") == "auto":
+        changes["convolution"] = "grouped"
+    if "tasks_at_once" not in given:
+        changes["tasks_at_once"] = None
+    return config.replaced(**changes)
+
+
 def _unless_auto(value: str | None, otherwise: str) -> str:
     return otherwise if value in (None, "auto") else str(value)
 
@@ -166,6 +178,40 @@ def _cache_chunk(values: Mapping[str, Any]) -> int | None:
 
 
 # ---- from a checkpoint ---------------------------------------------------------------------------
+
+
+def config_from_plain(values: Any) -> Config:
+    """Return the settings that a checkpoint holds; one that it lacks takes its default.
+
+    Raises UsageError for unknown settings, for values that no flag allows, and for contradictions.
+    """
+    if not isinstance(values, dict):
+        raise UsageError("its settings are missing")
+    unknown = sorted(map(str, values.keys() - CONFIG_FLAGS.keys()))
+    if unknown:
+        names = ", ".join(unknown)
+        raise UsageError(f"its settings {names!r:.60} are unknown; a newer version may know them")
+    complete = {name: flag.default for name, flag in CONFIG_FLAGS.items()} | values
+    for name, flag in CONFIG_FLAGS.items():
+        value = complete[name]
+        if value in (BY_DATASET, BY_LEARNER, BY_RULE):
+            raise UsageError(f"its setting {name} is missing")
+        problem = flag.problem(value)
+        if flag.default is BY_RULE and value == "auto":
+            problem = "settled"
+        if problem:
+            raise UsageError(f"its setting {name} should be {problem}, not {value!r}"[:200])
+    config = Config.from_values(complete)
+    check(config, {})
+    return config
+
+
+def config_of(plain: Any, source: Path | None) -> Config:
+    """Return the settings of a checkpoint; a UsageError names its file."""
+    try:
+        return config_from_plain(plain)
+    except UsageError as error:
+        raise UsageError(" ".join(f"{source} cannot be used: {error}".split())) from error
 
 
 def resolve_from(

@@ -6,6 +6,7 @@ differ in anything else follow each other. Several processes share the runs out.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
@@ -16,25 +17,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from commands import config as settings
-from commands.beginning import Beginning, beginning, fresh_folder, saved_parameters
 from commands.build import (
-    build,
-    check_splits,
-    data_of,
-    fitted,
-    make_run,
+    Assembly,
+    SharedTasks,
+    Start,
+    assemble,
     no_empty_folder_left,
     prepare,
+    prepare_run,
     print_difference,
-    read_first,
-    tried,
+    read_tasks,
+    train_runs,
     writable,
 )
 from commands.call import Call
-from commands.config import CONFIG_FLAGS, Config, config_of
-from commands.members import Member, compiles
-from commands.resolve import resolve, what_is_learned
+from commands.config import CONFIG_FLAGS, Config
+from commands.members import Member, compiles, members_of
+from commands.names import describe, own_code_flags
+from commands.resolve import config_of, uncompiled, what_is_learned
+from commands.train import find_start, make_folder
 from common.batch import TaskDistribution
 from common.device import Runtime
 from common.errors import UsageError
@@ -43,14 +44,13 @@ from evaluation import seeds as spread
 from evaluation import tables as report
 from evaluation.seeds import Outcome
 from evaluation.style import write_figure
-from learner import LEARNERS
-from learners.losses import LOSSES, loss_name
+from learners.losses import loss_name
 from maml import MAML
-from training.checkpoint import check_same_split, load_checkpoint
+from training.checkpoint import load_checkpoint
 from training.compiler import Compiler
 from training.folders import LAST, LIST, has_results, is_occupied, list_runs, lock_folder
 from training.run import Run, final_loss
-from training.trainer import AT_ONCE, FAILED, Trainer
+from training.trainer import AT_ONCE, FAILED
 
 SUMMARY = "summary"
 MOST_NAMES = 4  # of runs, in the terminal
@@ -64,11 +64,12 @@ class Ready:
     """A run that has all it needs."""
 
     member: Member
-    config: Config
+    assembly: Assembly
     run: Run
-    maml: MAML
-    distribution: TaskDistribution
-    runtime: Runtime
+
+    @property
+    def config(self) -> Config:
+        return self.assembly.config
 
     def fits(self, other: Ready) -> bool:
         """Whether the two can be trained at once: they differ in numbers alone."""
@@ -76,7 +77,7 @@ class Ready:
             self.run.iteration == other.run.iteration
             and _structure(self.config) == _structure(other.config)
             and self.config.training.vectorise
-            and _same(self.maml.call.fixed, other.maml.call.fixed)
+            and _same(self.assembly.maml.call.fixed, other.assembly.maml.call.fixed)
         )
 
 
@@ -117,6 +118,20 @@ def groups_of(runs: Sequence[Ready], at_most: int | None) -> list[list[Ready]]:
 # ---- training ------------------------------------------------------------------------------------
 
 
+def sweep(call: Call, given: Mapping[str, Any], world: World) -> int:
+    """Many runs as one (--seeds, --sweep)."""
+    members = members_of(call, given)
+    with ExitStack() as locked:
+        folder, ending = train_many(call, members, world, locked)
+    if ending > 128:
+        print(f"Saved; the same command with --run-name {folder.name} --resume goes on.")
+        return ending
+    print("Curves:   ", shlex.join(["tensorboard", "--logdir", str(folder)]))
+    code = [] if len(codes := {tuple(own_code_flags(m.config)) for m in members}) > 1 else [*codes.pop()]
+    print("Test them:", shlex.join(["python", "main.py", "--eval", "--load", str(folder), *code]))
+    return ending
+
+
 def train_many(call: Call, members: Sequence[Member], world: World, locked: ExitStack) -> tuple[Path, int]:
     """Trains, or goes on with, all of these runs; their folder, and the exit code: 128 + signal where one
     ended it early, `FAILED` where some runs could not go on to their end.
@@ -142,22 +157,17 @@ def train_many(call: Call, members: Sequence[Member], world: World, locked: Exit
         if named and (named / LIST).exists():
             _check_settings(named, members)
         own = [members[number] for number in world.share(len(members))]
-        begun = [beginning(_of_member(call, named, member), member.given) for member in own]
+        begun = [find_start(_of_member(call, named, member), member.given) for member in own]
     world.check_same({"torch": torch.__version__, "list of runs": [(m.name, m.config) for m in members]})
     home = named or call.checkpoint_path
     with no_empty_folder_left(home) if world.first else nullcontext():
         with world.together():
             if world.first:
                 writable(home, "--checkpoint-path")
-        distributions: dict[Any, TaskDistribution | None] = {}
-        with world.together():
-            for member in members:
-                data = data_of(member.config)
-                if data not in distributions:
-                    distributions[data] = read_first(member.config, call, prepare(member.config, call, world))
+        distributions = read_tasks([member.config for member in members], call, world)
         with world.together():
             ready = _ready(call, own, begun, world, distributions, writes_to=home)
-    folder = named or world.from_first(lambda: fresh_folder(call.checkpoint_path, members[0].config, locked))
+    folder = named or world.from_first(lambda: make_folder(call.checkpoint_path, members[0].config, locked))
     for each in ready:
         each.run.folder = folder / each.member.name
     world.from_first(lambda: _write_list(folder, members))
@@ -166,7 +176,7 @@ def train_many(call: Call, members: Sequence[Member], world: World, locked: Exit
         sizes = ", ".join(str(len(group)) for group in groups) or "none, all are finished"
         of_all = f", {len(own)} of them in this process" if world.size > 1 else ""
         print(f"{len(members)} runs{of_all} in {folder}; trained at once: {sizes}")
-        print(f"  device      {ready[0].runtime.describe()}")
+        print(f"  device      {ready[0].assembly.runtime.describe()}")
     for group in groups:
         code = _train_group(group, call, world)
         if code > 128:
@@ -222,34 +232,21 @@ def _finished(run: Run) -> bool:
 def _ready(
     call: Call,
     members: Sequence[Member],
-    begun: Sequence[Beginning],
+    begun: Sequence[Start],
     world: World,
-    distributions: dict[Any, TaskDistribution | None],
+    distributions: SharedTasks,
     *,
     writes_to: Path,
 ) -> list[Ready]:
     """The runs, built and checked; those with the same data share them."""
     tested: set[Config] = set()
     found: list[Ready] = []
-    for member, at in zip(members, begun, strict=True):
-        runtime = prepare(at.config, call, world)
-        config = fitted(at.config, member.given, runtime, new=at.start is None, silent=bool(found))
-        distribution, maml = build(
-            config, call, runtime,
-            saved=at.weights, distribution=distributions.get(data_of(config)),
-        )  # fmt: skip
-        distributions[data_of(config)] = distribution
-        if at.start is not None and at.start_file is not None:
-            check_same_split(at.start_file, at.start.splits, distribution.split_names)
-        parameters = saved_parameters(at, maml, maml.initial_parameters(config.training.seed))
-        if _structure(config) not in tested:
-            tested.add(_structure(config))
-            check_splits(distribution, config)
-            if config.learner.learner not in LEARNERS or config.learner.loss not in LOSSES:
-                tried(maml, parameters, distribution, config)
-        folder = writes_to / member.name
-        run = make_run(config, folder, parameters, start=at.start, origin=at.origin)
-        found.append(Ready(member, config, run, maml, distribution, runtime))
+    for member, begins in zip(members, begun, strict=True):
+        start, runtime = prepare_run(begins, member.given, call, world, silent=bool(found))
+        probed = _structure(start.config) in tested
+        assembly = assemble(start, call, runtime, distributions, probed=probed)
+        tested.add(_structure(start.config))
+        found.append(Ready(member, assembly, assembly.open_run(writes_to / member.name)))
     return found
 
 
@@ -257,55 +254,37 @@ def _train_group(group: Sequence[Ready], call: Call, world: World) -> int:
     """Trains runs at once; the exit code."""
     first, shown = group[0], world.first
     config = first.config
-    runtime = prepare(config, call, world)  # threads and precision are the process's: other runs had others
-    for each in group:
-        chunk = each.config.training.tasks_at_once
-        each.run.computed_by = runtime.computed_by(processes=1, runs=len(group), tasks=chunk)
-    alone = len(group) == 1
-    if not alone and config.training.compile == "on" and not compiles(config):
+    prepare(config, call, world)  # threads and precision are the process's: other runs had others
+    if len(group) > 1 and config.training.compile == "on" and not compiles(config):
         for each in group:
-            each.config = _uncompiled(each)
-            each.run = make_run(
-                each.config,
-                each.run.folder,
-                each.run.parameters,
-                start=each.run.start,
-                origin=each.run.origin,
-                computed_by=each.run.computed_by,
-            )
+            each.assembly = _uncompiled(each)
         config = first.config
-    maml = first.maml
-    if not alone:
-        maml = maml.with_options(
-            convolution=config.training.convolution,
-            tasks_at_once=config.training.tasks_at_once,
-        )
+    for each in group:
+        each.run = each.assembly.open_run(each.run.folder, runs_at_once=len(group))
     if shown:
         names = [each.member.name for each in group]
         listed = ", ".join(names) if len(names) <= MOST_NAMES else f"{names[0]} ... {names[-1]}"
         print(f"Training {listed}", flush=True)
-        print(settings.describe(*(each.config for each in group)), flush=True)
+        print(describe(*(each.config for each in group)), flush=True)
         if first.run.start is not None:
             print_difference(first.run.start.computed_by, first.run.computed_by)
-    compiler = Compiler(runtime.device)
-    training_tasks = first.distribution.resized(config.training_shots)
     resume = f"the same command with --run-name {first.run.folder.parent.name} --resume"
-    return Trainer(
-        [each.run for each in group],
-        maml,
-        training_tasks,
-        first.distribution,
-        compiler,
-        resume=resume,
-        show=shown,
-    ).train()
+    assemblies, runs = [each.assembly for each in group], [each.run for each in group]
+    return train_runs(assemblies, runs, resume=resume, show=shown)
 
 
-def _uncompiled(each: Ready) -> Config:
-    """The settings of a run that cannot be compiled with others; of one that goes on, as they are else."""
-    if each.run.start is not None:
-        return each.config.replaced(compile="off")
-    return resolve({**each.member.given, "compile": "off"})
+def _uncompiled(each: Ready) -> Assembly:
+    """The run uncompiled, as others that it is trained with; of one that goes on, as it is else."""
+    start = each.assembly.start
+    if start.resumes:
+        config = start.config.replaced(compile="off")
+    else:
+        config = uncompiled(start.config, each.member.given)
+    training = config.training
+    maml = each.assembly.maml.with_options(
+        convolution=training.convolution, tasks_at_once=training.tasks_at_once
+    )
+    return replace(each.assembly, start=replace(start, config=config), maml=maml)
 
 
 # ---- what came of it -----------------------------------------------------------------------------

@@ -134,7 +134,7 @@ def set_up(
     """Configure PyTorch for a device and return the runtime.
 
     With `deterministic`, operators that cannot give the same bits every time raise RuntimeError (see
-    `not_deterministic`). Raises UsageError for a precision that the device does not have.
+    `errors.explain`). Raises UsageError for a precision that the device does not have.
     """
     if device.type == "mps" and precision == "float64":
         raise UsageError("--device mps has no float64: use --precision float32 or --device cpu")
@@ -154,19 +154,6 @@ def set_up(
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns about a missing cache folder
     torch.set_num_threads(threads_for(threads, world, small_tensors=small_tensors))
     return Runtime(device, *_DTYPES[precision], world)
-
-
-def not_deterministic(error: BaseException | None) -> str | None:
-    """Return what to do if the error, or a cause of it, is an operator without a deterministic form."""
-    while error is not None:
-        operator, separator, _ = str(error).partition(" does not have a deterministic implementation")
-        if separator and isinstance(error, RuntimeError):
-            return (
-                f"--deterministic: the operator {operator.split()[-1]} has no deterministic form here: use "
-                "another in the learner or the loss, or leave --deterministic out"
-            )
-        error = error.__cause__
-    return None
 
 
 def versions() -> dict[str, str]:

@@ -25,9 +25,7 @@ class UsageError(Exception):
 
 
 class AgreedError(UsageError):
-    """A UsageError that all processes of the job raise: the first prints it, the others wait `seconds`."""
-
-    seconds = 3.0
+    """A UsageError that all processes of the job raise: the first prints it."""
 
 
 class LostError(Exception):
@@ -52,6 +50,34 @@ def describe_os_error(error: OSError) -> str:
     """Return the file, why it could not be read or written, and what to do."""
     full = "; free some space, or write to another disk" if error.errno == errno.ENOSPC else ""
     return f"{error.filename}: {reason_of(error)}{full}" if error.filename else one_line(error)
+
+
+def explain(error: BaseException) -> str | None:
+    """Return one printable line on what to do about an error; None for a mistake in this tool."""
+    operator = not_deterministic(error)
+    if operator is not None:
+        return for_terminal(
+            f"--deterministic: the operator {operator} has no deterministic form here: use another in the "
+            "learner or the loss, or leave --deterministic out"
+        )
+    if is_out_of_memory(error):
+        return (
+            "out of memory: lower --tasks-at-once, take smaller tasks (-q, -k, --image-size) or a smaller "
+            "--learner, or another --device"
+        )
+    if isinstance(error, OSError):
+        return for_terminal(describe_os_error(error))
+    return for_terminal(one_line(error)) if isinstance(error, UsageError) else None
+
+
+def not_deterministic(error: BaseException | None) -> str | None:
+    """Return the operator without a deterministic form that caused a PyTorch error, if one did."""
+    while error is not None:
+        operator, sign, _ = str(error).partition(" does not have a deterministic implementation")
+        if sign and isinstance(error, RuntimeError):
+            return operator.split()[-1]
+        error = error.__cause__
+    return None
 
 
 def one_line(error: BaseException) -> str:

@@ -1,0 +1,305 @@
+"""Measure checkpoints, or the fresh initialisation, on test tasks, and write the results.
+
+    Subject.read -> Subject.build -> Job -> Job.evaluate -> Job.write
+
+There is one evaluation job: --eval, --baselines and --compare make theirs of a `Subject`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from commands.build import (
+    SharedTasks,
+    build,
+    check_processes,
+    prepare,
+    print_settings,
+    read_tasks,
+    shared_facts,
+    writable,
+)
+from commands.call import Call
+from commands.config import Config
+from commands.names import file_name, task_size, task_words
+from commands.resolve import config_of, resolve, resolve_from
+from common.batch import TaskDistribution
+from common.device import Runtime, versions
+from common.errors import UsageError
+from common.optimizers import Weights
+from common.processes import World
+from evaluation import meta_test, seeds
+from evaluation.examples import Examples, adapt_examples, examples_figure
+from evaluation.figures import evaluation_figure
+from evaluation.meta_test import Evaluation, normalisations_of
+from evaluation.style import write_figure
+from evaluation.tables import Caption, evaluation_record, evaluation_table, write_json
+from learners.losses import loss_name
+from maml import MAML
+from training.checkpoint import Checkpoint, check_same_split, fitting_parameters, load_checkpoint
+from training.folders import SavedRun, find_runs
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SHOWN_CURVES = 3  # test tasks in the picture of a regression
+
+
+def evaluate(call: Call, given: Mapping[str, Any], command: str, world: World) -> int:
+    """Measure a checkpoint, all runs of a folder, or the fresh initialisation; return the exit code.
+
+    Args:
+        command: the command line, for the record.
+    """
+    with world.together():
+        runs = find_runs(call.load) if call.load is not None else []
+    if runs:
+        evaluate_runs(runs, call, given, command, world)
+    else:
+        evaluate_one(call, given, command, world)
+    return 0
+
+
+def evaluate_one(
+    call: Call, given: Mapping[str, Any], command: str, world: World
+) -> tuple[Job, Evaluation, Path]:
+    """Measure a checkpoint or the fresh initialisation; return the job, the result, and its files' stem."""
+    with world.together():
+        subject = Subject.read(call.load, call, given)
+        config = subject.config
+        runtime = prepare(config, call, world)
+        if call.baselines:
+            check_processes(config, world)
+        folder = call.checkpoint_path if call.load is None else call.load.parent
+        out = writable(call.out or folder, "--out") if world.first else Path()
+    world.check_same(shared_facts(config, runtime, subject.source))
+    shared = read_tasks([config], call, world)
+    with world.together():
+        job = subject.build(call, runtime, shared)
+    print_settings(config, runtime, f"Evaluating {subject.name} on {config.evaluation.eval_tasks} test tasks")
+    result = job.evaluate()
+    print(evaluation_table(result, subject.words))
+    stem = out / f"{subject.stem(with_run=call.out is not None)}-{summarise([subject])[1]}"
+    if world.first:
+        *others, last = job.write(result, stem, command)
+        print(f"Written: {stem}{', '.join(others)} and {last}")
+    return job, result, stem
+
+
+def evaluate_runs(
+    runs: Sequence[SavedRun], call: Call, given: Mapping[str, Any], command: str, world: World
+) -> None:
+    """Measure many runs on the same test tasks: each by itself, and mean and spread over seeds."""
+    folder = runs[0].file.parent.parent
+    with world.together():
+        if call.baselines:
+            raise UsageError("--baselines accompanies one run: name its checkpoint")
+        subjects = [Subject.read(run.file, call, given) for run in runs]
+        evaluations = {(s.config.evaluation.eval_steps, s.config.evaluation.eval_tasks) for s in subjects}
+        if len(evaluations) > 1:
+            raise UsageError(f"{folder}: the runs differ in --eval-steps or --eval-tasks: give both")
+        out = writable(call.out or folder, "--out") if world.first else Path()
+    first, *others = configs = [subject.config for subject in subjects]
+    runtime = prepare(first, call, world)
+    title = f"Evaluating {len(runs)} runs in {folder} on {first.evaluation.eval_tasks} test tasks"
+    print_settings(first, runtime, title, *others)
+    shared = read_tasks(configs, call, world)
+    results: dict[str, list[Evaluation]] = {}
+    for run, subject in zip(runs, subjects, strict=True):
+        runtime = prepare(subject.config, call, world)
+        with world.together():
+            job = subject.build(call, runtime, shared)
+        result = job.evaluate()
+        results.setdefault(run.setting or seeds.ALL, []).append(result)
+        if world.first:
+            name = f"{subject.stem(with_run=call.out is not None)}-{summarise([subject])[1]}"
+            job.write(result, (out if call.out else run.file.parent) / name, command)
+    words, name = summarise(subjects)
+    print(seeds.test_table(results, words))
+    if world.first:
+        record = {"runs": [vars(run) for run in runs], "settings": seeds.test_record(results)}
+        write_json(out / f"{name}.json", {"command": command, **record})
+        write_figure(out / f"{name}.png", seeds.test_figure(results, words))
+    place = "next to them" if call.out else "next to its checkpoint"
+    print(f"Written: {out / name}.json and .png, and those of each run {place}")
+
+
+# ---- what is measured ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint, or the fresh initialisation, with the settings of its test."""
+
+    file: Path | None  # None: the fresh initialisation
+    source: Checkpoint | None
+    config: Config
+
+    @classmethod
+    def read(
+        cls, file: Path | None, call: Call, given: Mapping[str, Any], source: Checkpoint | None = None
+    ) -> Subject:
+        """Return a checkpoint's settings with the given flags that may differ; uncompiled in any case.
+
+        Args:
+            source: the checkpoint, if it has been loaded.
+        """
+        if file is None:
+            config = resolve(given)
+        else:
+            source = source or load_checkpoint(file)
+            other = call.eval_dataset
+            config = resolve_from(config_of(source.settings, file), given, evaluate=True, eval_dataset=other)
+        config = config.replaced(convolution="grouped", tasks_at_once=given.get("tasks_at_once"))
+        return cls(file, source, config)
+
+    @property
+    def trained(self) -> Config:
+        """Return the settings that the checkpoint was trained with."""
+        assert self.source is not None
+        return config_of(self.source.settings, self.file)
+
+    @property
+    def name(self) -> str:
+        if self.source is None:
+            return "the fresh initialisation (no --load)"
+        return f"{self.file}, iteration {self.source.iteration:,}"
+
+    @property
+    def when(self) -> str:
+        return "fresh initialisation" if self.source is None else f"iteration {self.source.iteration:,}"
+
+    @property
+    def words(self) -> Caption:
+        return summarise([self])[0]
+
+    def stem(self, *, with_run: bool) -> str:
+        """Return the beginning of its results' names; `with_run`, where those of several runs may meet."""
+        if self.file is None:
+            learner, seed = self.config.learner, self.config.training.seed
+            return f"fresh-{file_name(learner.learner)}-{learner.init}-seed{seed}"
+        return f"{self.file.resolve().parent.name}-{self.file.stem}" if with_run else self.file.stem
+
+    @property
+    def task_names(self) -> dict[str, str]:
+        """Return what tells its test tasks from others: in words, and in the names of results."""
+        tasks, number = self.config.tasks, self.config.evaluation.eval_tasks
+        return {
+            file_name(tasks.dataset): file_name(tasks.dataset),
+            task_words(tasks): task_size(tasks),
+            "": f"{tasks.queries}query",
+            f"{number} test tasks": f"{number}tasks",
+        }
+
+    def build(self, call: Call, runtime: Runtime, shared: SharedTasks | None = None) -> Job:
+        """Build algorithm, tasks and weights; raise UsageError where they do not fit.
+
+        Args:
+            shared: task distributions that may serve several subjects; a new one is added.
+        """
+        config, source = self.config, self.source
+        distribution, maml = build(config, call, runtime, shared, saved=source)
+        parameters, statistics = maml.initial_parameters(config.training.seed), maml.initial_statistics()
+        if source is not None and self.file is not None:
+            if call.eval_dataset is None:
+                check_same_split(self.file, source.splits, distribution.split_names)
+            learner = config.learner.learner
+            parameters = fitting_parameters(self.file, source.parameters, parameters, learner)
+            statistics = fitting_parameters(self.file, source.statistics, statistics, learner)
+        return Job(self, runtime, maml, distribution, parameters, statistics)
+
+
+def summarise(subjects: Sequence[Subject]) -> tuple[Caption, str]:
+    """Return what several subjects have in common, in words and as a name for their results."""
+
+    def common(values: Iterable[Any], otherwise: Any = None) -> Any:
+        distinct = list(dict.fromkeys(values))
+        return distinct[0] if len(distinct) == 1 else otherwise
+
+    columns = zip(*(subject.task_names.items() for subject in subjects), strict=True)
+    parts = [part for part in map(common, columns) if part]
+    configs = [subject.config for subject in subjects]
+    words = Caption(
+        loss_name=common((loss_name(config.learner.loss) for config in configs), "loss"),
+        trained_steps=common(config.choices.trained_steps for config in configs),
+        test_steps=configs[0].evaluation.test_steps,
+        title=", ".join(text for text, _ in parts if text),
+    )
+    return words, "-".join(["test", *(name for _, name in parts)])
+
+
+@dataclass(frozen=True)
+class Job:
+    """A subject with all that it is measured with."""
+
+    subject: Subject
+    runtime: Runtime
+    maml: MAML
+    distribution: TaskDistribution
+    parameters: Weights
+    statistics: Weights  # running ones of per-step batch norm, or none
+
+    def evaluate(self, split: str = "test", *, first_task: int = 0) -> Evaluation:
+        """Measure on the fixed tasks of a split from `first_task` on, with each reading of batch norm."""
+        choices, options = self.subject.config.choices, self.subject.config.evaluation
+        normalisations = normalisations_of(self.maml, self.statistics, choices.query_norm)
+        return meta_test.evaluate(
+            self.maml,
+            self.parameters,
+            self.distribution,
+            split,
+            tasks=options.eval_tasks,
+            steps=options.eval_steps,
+            normalisations=normalisations,
+            statistics=self.statistics,
+            inner_batch=options.eval_inner_batch,
+            skipped=first_task,
+            world=self.runtime.world,
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Return what a result file says about where its numbers come from."""
+        subject, config = self.subject, self.subject.config
+        return {
+            "checkpoint": subject.file,
+            "iteration": subject.source.iteration if subject.source else 0,
+            "split": "test",
+            "tasks": config.evaluation.eval_tasks,
+            "tasks_seed": meta_test.SEED,
+            "trained_steps": config.choices.trained_steps,
+            "test_steps": config.evaluation.test_steps,
+            "settings": config.values(),
+            "versions": versions(),
+            "device": self.runtime.describe(),
+        }
+
+    def write(self, result: Evaluation, stem: Path, command: str) -> list[str]:
+        """Write the result as JSON and as pictures; return the ends of the files' names."""
+        record = {"command": command, **self.record(), **evaluation_record(result)}
+        write_json(Path(f"{stem}.json"), record)
+        curves, sheet = self._draw_examples()
+        write_figure(Path(f"{stem}.png"), evaluation_figure(result, self.subject.words, curves))
+        if sheet is None:
+            return [".json", ".png"]
+        write_figure(Path(f"{stem}-examples.png"), sheet)
+        return [".json", ".png", "-examples.png"]
+
+    def _draw_examples(self) -> tuple[tuple[Examples, list[int]] | None, Figure | None]:
+        """Return some adapted curves with the steps to show, or a sheet of image tasks."""
+        choices, options = self.subject.config.choices, self.subject.config.evaluation
+        trained, last = choices.trained_steps, options.eval_steps
+        subject = (self.maml, self.parameters, self.distribution, "test")
+        adapting: dict[str, Any] = {
+            "normalisation": choices.query_norm,
+            "inner_batch": options.eval_inner_batch,
+        }
+        if self.distribution.kind == "curves":
+            examples = adapt_examples(*subject, tasks=SHOWN_CURVES, steps=last, **adapting)
+            return (examples, sorted({0, min(trained, last), last})), None
+        title = f"test tasks, {self.subject.when}, {task_words(self.subject.config.tasks)}"
+        return None, examples_figure(
+            *subject, steps=choices.steps, test_steps=options.test_steps, title=title, **adapting
+        )
