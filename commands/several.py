@@ -36,8 +36,6 @@ from commands.members import Member, compiles, members_of
 from commands.names import describe, own_code_flags
 from commands.resolve import config_of, uncompiled, what_is_learned
 from commands.train import find_start, make_folder
-from common.batch import TaskDistribution
-from common.device import Runtime
 from common.errors import UsageError
 from common.processes import World
 from evaluation import seeds as spread
@@ -45,9 +43,7 @@ from evaluation import tables as report
 from evaluation.seeds import Outcome
 from evaluation.style import write_figure
 from learners.losses import loss_name
-from maml import MAML
 from training.checkpoint import load_checkpoint
-from training.compiler import Compiler
 from training.folders import LAST, LIST, has_results, is_occupied, list_runs, lock_folder
 from training.run import Run, final_loss
 from training.trainer import AT_ONCE, FAILED
