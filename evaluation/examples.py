@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from common.batch import TaskBatch, TaskDistribution, first_tensor, tree_map
 from common.optimizers import Weights
 from evaluation import style
 from evaluation.meta_test import SEED, randomness_of
-from evaluation.sheet import Sheet, pitch
 from evaluation.tables import after_steps
 from maml import MAML
 
@@ -139,71 +139,58 @@ def draw_fits(panels: Sequence[Axes], examples: Examples, steps: Sequence[int]) 
 
 # ---- images ---------------------------------------------------------------------------------
 
-MOST_WAYS, MOST_SHOTS, MOST_QUERIES = 20, 5, 3  # shown of a task
-MOST_INCHES = 16.0  # width of a sheet of several tasks
-# in image heights
-TOP = 1.9
-LEFT = 0.6
-BEFORE_QUERY = 0.3
-ANSWER = 0.9
+MOST_WAYS, MOST_SHOTS = 20, 5  # shown of a task
 RIGHT, WRONG = "✓", "✗"
 
 
 @style.styled()
 def tasks_figure(examples: Examples, ways: int, title: str) -> Figure:
-    """Draw image tasks side by side, a row a class: support images, query images and the labels predicted
-    before adaptation and after the last step.
+    """Draw image tasks side by side: a row a class, with its support images and its first query image.
 
-    Marks and lines tell right from wrong, not colours alone. What does not fit is left out, and a note says
-    so; the numbers of correct predictions are those of all queries.
+    Next to a query is its label before adaptation and after the last step. Marks and lines tell right from
+    wrong, not colours alone. The numbers of correct labels are those of all queries of all classes.
     """
+    tasks, rows = len(examples.outputs), min(ways, MOST_WAYS)
     shots, queries = (x.shape[1] // ways for x in (examples.batch.support_x, examples.batch.query_x))
-    rows, supports, asked = min(ways, MOST_WAYS), min(shots, MOST_SHOTS), min(queries, MOST_QUERIES)
-    parts = [(rows, ways, "classes"), (supports, shots, "support images a class"),
-             (asked, queries, "query images a class")]  # fmt: skip
-    left_out = [f"{shown} of {count} {what}" for shown, count, what in parts if shown < count]
-    step = pitch(examples.batch.query_x)
-    width = LEFT + supports * step + asked * (BEFORE_QUERY + step + 2 * ANSWER) + 0.4
+    shown = min(shots, MOST_SHOTS)
     inch = 0.5 if rows <= 10 else 0.42
-    tasks = min(len(examples.outputs), max(1, int(MOST_INCHES / (width * inch))))
-    sheet = Sheet(tasks * width, rows * step + TOP + 0.4 * bool(left_out), inch=inch, top=TOP)
-    sheet.text(tasks * width / 2, -1.5, title, ha="center", fontsize=10)
-    for task in range(tasks):
-        support = examples.batch.support_x[task].unflatten(0, (ways, shots))[:rows, :supports]
-        query = examples.batch.query_x[task].unflatten(0, (ways, queries))[:rows, :asked]
-        answers = examples.outputs[task, [0, -1]].argmax(-1).view(2, ways, queries)
-        correct = (answers == torch.arange(ways)[:, None]).flatten(1).sum(1).tolist()
-        left = task * width + LEFT
-        sheet.text(left, -0.85, f"correct: {correct[0]} → {correct[1]} of {ways * queries}")
-        _draw_support(sheet, support, left, step)
-        for number in range(asked):
-            place = left + supports * step + BEFORE_QUERY + number * (BEFORE_QUERY + step + 2 * ANSWER)
-            sheet.images(query[:, number : number + 1], place, 0.0)
-            _draw_answers(sheet, answers[:, :rows, number], place, step)
-    if left_out:
-        sheet.text(LEFT, rows * step + 0.2, f"Shown: {', '.join(left_out)}.", fontsize=style.SMALL)
-    return sheet.figure
+    figure = style.new_figure(tasks * (inch * (shown + 1) + 1.5), rows * inch + 1.2)
+    figure.suptitle(title)
+    for task, panel in enumerate(figure.subplots(1, tasks, squeeze=False)[0]):
+        support = examples.batch.support_x[task].unflatten(0, (ways, shots))[:rows, :shown]
+        query = examples.batch.query_x[task].unflatten(0, (ways, queries))[:rows, :1]
+        labels = examples.outputs[task, [0, -1]].argmax(-1).view(2, ways, queries)
+        correct = (labels == torch.arange(ways)[:, None]).flatten(1).sum(1).tolist()
+        left_out = f"\nshown: {rows} of {ways} classes, {shown} of {shots} shots" * (
+            (rows, shown) != (ways, shots)
+        )
+        panel.set_title(
+            f"correct: {correct[0]} → {correct[1]} of {ways * queries}{left_out}", loc="left", pad=18
+        )
+        framed = functional.pad(torch.cat([support, query], 1).float(), (1, 1, 1, 1), value=0.4)
+        style.draw_images(panel, framed)
+        _label_images(panel, labels[:, :rows, 0].T.tolist(), shown)
+    return figure
 
 
-def _draw_support(sheet: Sheet, images: Tensor, left: float, step: float) -> None:
-    """Draw the labelled images `[classes, shots, channels, height, width]`, and the labels before them."""
-    sheet.text(left, -0.28, "support", fontsize=style.SMALL)
-    sheet.images(images, left, 0.0)
-    for row in range(images.shape[0]):
-        sheet.text(left - 0.15, row * step + 0.5, str(row), ha="right", fontsize=style.SMALL)
-        for shot in range(images.shape[1]):
-            sheet.frame(left + shot * step, row * step, style.GREY, "-", 0.6)
+def _label_images(panel: Axes, labels: Sequence[Sequence[int]], query: int) -> None:
+    """Write the labels of a task's classes and, next to the query images, those predicted before and after.
 
+    Args:
+        labels: by class, predicted for its query before and after adaptation.
+        query: column of the query images.
+    """
+    from matplotlib.patches import Rectangle
 
-def _draw_answers(sheet: Sheet, answers: Tensor, left: float, step: float) -> None:
-    """Write the predicted labels `[before and after, classes]` next to a column of query images."""
-    columns = [left + step + ANSWER / 2, left + step + 1.5 * ANSWER]
-    for x, heading in zip((left + 0.5, *columns), ("query", "before", "after"), strict=True):
-        sheet.text(x, -0.28, heading, ha="center", fontsize=style.SMALL)
-    for row, labels in enumerate(answers.T.tolist()):
-        for x, label in zip(columns, labels, strict=True):
-            look = {"color": style.BLUE} if label == row else {"color": style.RED, "fontweight": "bold"}
-            words = f"{label} {RIGHT if label == row else WRONG}"
-            sheet.text(x, row * step + 0.5, words, ha="center", fontsize=style.SMALL, **look)
-        colour, line = (style.BLUE, "-") if labels[-1] == row else (style.RED, "--")
-        sheet.frame(left, row * step, colour, line, 1.4)
+    columns = {"support": query / 2, "query": query + 0.5, "before": query + 1.5, "after": query + 2.3}
+    for heading, x in columns.items():
+        panel.text(x, -0.15, heading, ha="center", fontsize=style.SMALL)
+    panel.set_yticks([row + 0.5 for row in range(len(labels))], [str(row) for row in range(len(labels))])
+    for row, (before, after) in enumerate(labels):
+        for heading, label in (("before", before), ("after", after)):
+            colour, weight = (style.BLUE, "normal") if label == row else (style.RED, "bold")
+            place = (columns[heading], row + 0.5, f"{label} {RIGHT if label == row else WRONG}")
+            panel.text(*place, ha="center", va="center", color=colour, weight=weight, fontsize=style.SMALL)
+        frame = Rectangle((query + 0.04, row + 0.04), 0.92, 0.92, fill=False, edgecolor=colour, linewidth=1.4)
+        frame.set_linestyle("-" if after == row else "--")
+        panel.add_patch(frame)

@@ -45,8 +45,8 @@ def evaluation_figure(
     mark_trained_steps(panels[0], caption.trained_steps)
     if fits:
         draw_fits(panels[1:], *fits)
-        style.add_legend(figure, panels[1], loc="outside lower right")
-    style.add_legend(figure, panels[0], loc="outside lower left" if fits else "outside lower center")
+        style.add_legend(figure, panels[1], "right")
+    style.add_legend(figure, panels[0], "left" if fits else "center")
     return figure
 
 
@@ -88,7 +88,7 @@ def comparison_figure(
             draw_over_steps(panels[0], mean, interval, name, number)
     first = next(iter(results.values()))
     style.set_measure_axis(panels[0], caption.measure(first), accuracy=bool(first.accuracies))
-    style.add_legend(figure, panels[0], columns=3)
+    style.add_legend(figure, panels[0])
     for number, (name, (ends, losses)) in enumerate(curves.items()):
         look = style.curve_style(number) | ({"marker": None} if len(ends) > 1 else {})
         panels[1].plot(ends, losses, linewidth=1.2, label=name, **look)

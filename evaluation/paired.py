@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -26,25 +26,24 @@ if TYPE_CHECKING:
 
 Curve = tuple[list[float], list[float]]  # iterations, values
 
-MOST_COLUMNS = 4  # sides that the table of settings has as columns; more are rows
 OFF = ("no", "none", "0", "0.0")  # a setting with such a value is as if it were not there
-LONGEST_NAME = 40  # characters
+LONGEST = 40  # characters of a name or a setting in a table
 
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison: a run, or the runs of a setting, by seed."""
+    """One side of a comparison: a run, or the runs of a setting by seed, with one normalisation."""
 
     name: str
     settings: Mapping[str, str]  # values in words by flag, without the seed
     validation: Mapping[int, Curve]  # while training
     evaluations: Mapping[int, Evaluation]  # on the same tasks as all other sides'
-    normalisation: str  # it was trained with
+    normalisation: str
     steps: int  # inner steps whose result is quoted
 
     @property
     def accuracy(self) -> bool:
-        """Return whether it is measured by accuracy, of which more is better."""
+        """Whether it is measured by accuracy, of which more is better."""
         return bool(next(iter(self.evaluations.values())).accuracies)
 
     @property
@@ -53,11 +52,24 @@ class Side:
         return _shorten(self.name)
 
     @cached_property
-    def results(self) -> dict[str, StepResults]:
-        """Results over inner steps by normalisation."""
-        evaluations = list(self.evaluations.values())
-        names = evaluations[0].losses
-        return {name: StepResults.over(self.name, name, evaluations) for name in names}
+    def results(self) -> StepResults:
+        """Results over inner steps."""
+        return StepResults.over(list(self.evaluations.values()), self.normalisation)
+
+
+def readings(sides: Sequence[Side]) -> dict[str, list[Side]]:
+    """Return what is compared, in words: each side as it was trained, then all with the same normalisation.
+
+    The latter for each normalisation that all sides were measured with.
+    """
+    trained = [side.normalisation for side in sides]
+    alike = len(set(trained)) == 1
+    compared = {f"{trained[0]}, as trained" if alike else "as trained": list(sides)}
+    measured = [next(iter(side.evaluations.values())).losses for side in sides]
+    for name in measured[0]:
+        if not (alike and name == trained[0]) and all(name in losses for losses in measured):
+            compared[name] = [replace(side, normalisation=name) for side in sides]
+    return compared
 
 
 # ---- differences ---------------------------------------------------------------------------------
@@ -75,7 +87,7 @@ class Difference:
 
     @property
     def excludes_0(self) -> bool:
-        """Return whether the interval excludes 0; False where there is none."""
+        """Whether the interval excludes 0; False where there is none."""
         return abs(self.mean) > self.interval_95_over_tasks
 
     def text(self, scale: float, digits: int) -> str:
@@ -106,44 +118,20 @@ def shared_seeds(one: Collection[int], other: Collection[int]) -> list[tuple[int
     return [(seed, seed) for seed in one if seed in other]
 
 
-def difference(
-    side: Side, first: Side, normalisations: tuple[str, str], steps: tuple[int, int] | None = None
-) -> Difference:
-    """Return `side` minus `first`.
-
-    Args:
-        normalisations: of the two sides.
-        steps: inner steps of the two sides; None: those that are quoted.
-    """
-    steps = steps or (side.steps, first.steps)
+def difference(side: Side, first: Side, step: int | None = None) -> Difference:
+    """Return `side` minus `first`, after this inner step; None: each after its quoted steps."""
     seeds = shared_seeds(side.evaluations, first.evaluations)
-    pairs = [(side.evaluations[a], first.evaluations[b]) for a, b in seeds]
-    values, diverged = (
-        [
-            [f(e, norm)[:, step] for e, norm, step in zip(pair, normalisations, steps, strict=True)]
-            for pair in pairs
-        ]
-        for f in (lambda e, norm: e.measures[norm], Evaluation.diverged)
-    )
-    kept = ~torch.stack([flags for pair in diverged for flags in pair]).any(0)
-    differences = torch.stack([one - other for one, other in values])[:, kept]  # [seeds, tasks]
+    values, diverged = [], []  # [tasks] of side and first, by pair of seeds
+    for pair in seeds:
+        for one, seed in zip((side, first), pair, strict=True):
+            evaluation, at = one.evaluations[seed], one.steps if step is None else step
+            values.append(evaluation.measures[one.normalisation][:, at])
+            diverged.append(evaluation.diverged(one.normalisation)[:, at])
+    kept = ~torch.stack(diverged).any(0)
+    differences = (torch.stack(values[::2]) - torch.stack(values[1::2]))[:, kept]  # [seeds, tasks]
     mean, interval = mean_and_interval(differences.mean(0))
-    by_seed = dict(zip((a for a, _ in seeds), differences.mean(1).tolist(), strict=True))
+    by_seed = dict(zip((seed for seed, _ in seeds), differences.mean(1).tolist(), strict=True))
     return Difference(mean.item(), interval.item(), by_seed, int(kept.sum()), int((~kept).sum()))
-
-
-def normalisations_of(sides: Sequence[Side]) -> dict[str, list[str]]:
-    """Return what is compared, in words, with the normalisation of each side.
-
-    First each as it was trained, then all with the same one, where all have it.
-    """
-    trained = [side.normalisation for side in sides]
-    alike = len(set(trained)) == 1
-    compared = {f"{trained[0]}, as trained" if alike else "as trained": trained}
-    for name in sides[0].results:
-        if not (alike and name == trained[0]) and all(name in side.results for side in sides):
-            compared[name] = [name] * len(sides)
-    return compared
 
 
 # ---- learning ------------------------------------------------------------------------------------
@@ -151,34 +139,31 @@ def normalisations_of(sides: Sequence[Side]) -> dict[str, list[str]]:
 
 def common_level(sides: Sequence[Side]) -> float | None:
     """Return the best validation result that every run has reached; None where one has none."""
-    curves = [curve for side in sides for curve in side.validation.values()]
-    best = [_best(curve, more_is_better=sides[0].accuracy) for curve in curves]
-    values = [point[0] for point in best if point is not None]
+    best = [_best(curve, side.accuracy) for side in sides for curve in side.validation.values()]
+    values = [value for value, _ in filter(None, best)]
     return (min if sides[0].accuracy else max)(values) if len(values) == len(best) else None
 
 
-def _best(curve: Curve, *, more_is_better: bool) -> tuple[float, float] | None:
-    """Return the best value of a curve and its iteration; None for an empty one."""
-    sign = 1 if more_is_better else -1
+def _best(curve: Curve, accuracy: bool) -> tuple[float, float] | None:
+    """Return the best value of a curve and its iteration; None where no value is finite."""
     points = [(value, iteration) for iteration, value in zip(*curve, strict=True) if math.isfinite(value)]
-    return max(points, key=lambda point: sign * point[0], default=None)
+    return max(points, key=lambda point: point[0] if accuracy else -point[0], default=None)
 
 
 def learning_of(side: Side, level: float | None) -> dict[str, list[float]]:
     """Return how each run learned: its length, its best validation, and when it first reached `level`."""
-    curves = list(side.validation.values())
+    curves = [curve for curve in side.validation.values() if curve[0]]
+    best = [point for curve in curves if (point := _best(curve, side.accuracy))]
     sign = 1 if side.accuracy else -1
-    best = [point for c in curves if (point := _best(c, more_is_better=side.accuracy)) is not None]
-    first = [
-        next(iteration for iteration, value in zip(*curve, strict=True) if sign * value >= sign * level)
-        for curve in curves
-        if level is not None
-    ]
     return {
-        "validated_until": [iterations[-1] for iterations, _ in curves if iterations],
+        "validated_until": [iterations[-1] for iterations, _ in curves],
         "best_validation": [value for value, _ in best],
         "best_iteration": [iteration for _, iteration in best],
-        "reaches_common_level": first,
+        "reaches_common_level": [
+            next(iteration for iteration, value in zip(*curve, strict=True) if sign * value >= sign * level)
+            for curve in curves
+            if level is not None
+        ],
     }
 
 
@@ -186,8 +171,8 @@ def learning_of(side: Side, level: float | None) -> dict[str, list[float]]:
 
 
 def _shorten(text: str) -> str:
-    half = LONGEST_NAME // 2
-    return text if len(text) <= LONGEST_NAME else f"{text[: half - 1]}...{text[-(half - 2) :]}"
+    half = LONGEST // 2 - 2
+    return text if len(text) <= LONGEST else f"{text[:half]}...{text[-half:]}"
 
 
 def _units(sides: Sequence[Side], loss_name: str) -> tuple[str, float, int]:
@@ -203,15 +188,12 @@ def differing_settings(sides: Sequence[Side]) -> list[str]:
 
 
 def settings_table(sides: Sequence[Side]) -> str:
-    """Return the settings in which the sides differ: a column a side, or of many sides, a row."""
+    """Return the settings in which the sides differ, a row a side."""
     flags = differing_settings(sides)
     if not flags:
         return "All settings are the same."
-    names = [side.short_name for side in sides]
-    cells = [[_shorten(side.settings.get(flag, "-")) for flag in flags] for side in sides]
-    if len(sides) <= MOST_COLUMNS:
-        return table([("differing", flags), *zip(names, cells, strict=True)])
-    return table([("", names), *zip(flags, zip(*cells, strict=True), strict=True)])
+    columns = [(flag, [_shorten(side.settings.get(flag, "-")) for side in sides]) for flag in flags]
+    return table([("", [side.short_name for side in sides]), *columns])
 
 
 def learning_table(sides: Sequence[Side], loss_name: str) -> str:
@@ -241,57 +223,47 @@ def differences_table(sides: Sequence[Side], loss_name: str, tasks: str) -> str:
     Args:
         tasks: what the tasks are, in words.
     """
-    compared, several = normalisations_of(sides), any(len(side.evaluations) > 1 for side in sides)
-    measure, *_ = _units(sides, loss_name)
-    rows = [
-        {"": side.short_name, "statistics": words * (len(compared) > 1)}
-        | _difference_row(sides, number, norms, loss_name)
-        for words, norms in compared.items()
-        for number, side in enumerate(sides)
+    measure, scale, digits = _units(sides, loss_name)
+    rows: list[dict[str, str]] = []
+    for words, compared in readings(sides).items():
+        for side in compared:
+            row = {"": side.short_name, "statistics": words, "steps": str(side.steps)}
+            row[measure] = side.results.cell(side.steps, scale, digits)
+            if side is compared[0]:
+                row |= {"difference": "the first", "seeds": str(len(side.evaluations))}
+            else:
+                paired = difference(side, compared[0])
+                row |= {"difference": paired.text(scale, digits), "seeds": str(len(paired.by_seed))}
+                row |= {
+                    "pairs left out": str(paired.left_out),
+                    "verdict": paired.verdict(more_is_better=side.accuracy),
+                }
+            rows.append(row)
+    several = any(len(side.evaluations) > 1 for side in sides)
+    shown = [
+        "",
+        *["statistics"] * (len(readings(sides)) > 1),
+        "steps",
+        measure,
+        *["seeds"] * several,
+        "difference",
+        "pairs left out",
+        "verdict",
     ]
-    shown = [name for name in rows[0] if name == "" or any(row[name] not in ("", "0") for row in rows)]
-    if not several:
-        shown.remove("seeds")
-    diverged = any(any(r.diverged) for side in sides for r in side.results.values())
+    if not any(row.get("pairs left out", "0") != "0" for row in rows):
+        shown.remove("pairs left out")
+    diverged = "diverged" in " ".join(row[measure] for row in rows)
     left_out = "Diverged tasks are left out, and counted." if diverged else "No task diverged."
     result = pairs = "mean ± 95 % interval over tasks"
     if several:
         result = "mean over seeds ± the mean 95 % interval over tasks (lowest to highest seed)"
         pairs = "mean over shared seeds ± its 95 % interval over tasks (lowest to highest seed)"
     return (
-        f"{table([(name, [row[name] for row in rows]) for name in shown])}\n"
+        f"{table([(name, [row.get(name, '') for row in rows]) for name in shown])}\n"
         f"Query {measure} on {tasks}: {result}. {left_out}\n"
         f"Difference to {sides[0].short_name} on the same tasks: {pairs}; better or worse where the "
         "interval excludes 0."
     )
-
-
-def _difference_row(
-    sides: Sequence[Side], number: int, normalisations: Sequence[str], loss_name: str
-) -> dict[str, str]:
-    """Return the cells of one side by heading."""
-    side, norm = sides[number], normalisations[number]
-    measure, scale, digits = _units(sides, loss_name)
-    row = {
-        "steps": str(side.steps),
-        measure: side.results[norm].cell(side.steps, scale, digits),
-        "seeds": str(len(side.evaluations)),
-        "difference": "the first",
-        "pairs left out": "",
-        "verdict": "",
-    }
-    if number == 0:
-        return row
-    paired = difference(side, sides[0], (norm, normalisations[0]))
-    return row | {
-        "seeds": str(len(paired.by_seed)),
-        "difference": paired.text(scale, digits),
-        "pairs left out": str(paired.left_out),
-        "verdict": paired.verdict(more_is_better=side.accuracy),
-    }
-
-
-# ---- record --------------------------------------------------------------------------------------
 
 
 def record(sides: Sequence[Side]) -> list[dict[str, Any]]:
@@ -305,29 +277,23 @@ def record(sides: Sequence[Side]) -> list[dict[str, Any]]:
             "differing_settings": {f: v for f, v in side.settings.items() if f in differing},
             "learning": {n: asdict(Spread.over(v)) for n, v in learning_of(side, level).items() if v},
             "results": {
-                words: _side_record(side, sides[0], (norms[number], norms[0]))
-                for words, norms in normalisations_of(sides).items()
+                words: _record_results(compared[number], compared[0])
+                for words, compared in readings(sides).items()
             },
         }
         for number, side in enumerate(sides)
     ]
 
 
-def _side_record(side: Side, first: Side, normalisations: tuple[str, str]) -> dict[str, Any]:
-    """Return results of a side with one normalisation, and its differences to the first."""
-    results, others = side.results[normalisations[0]], first.results[normalisations[1]]
-    steps = range(min(len(results.means), len(others.means)))
+def _record_results(side: Side, first: Side) -> dict[str, Any]:
+    """Return results of a side, and its differences to the first."""
+    steps = range(min(len(side.results.means), len(first.results.means)))
     return {
-        "normalisation": normalisations[0],
-        "difference": difference(side, first, normalisations).record(),
-        "per_step": results.record(),
-        "difference_per_step": [
-            {"steps": step} | difference(side, first, normalisations, (step, step)).record() for step in steps
-        ],
-        "per_task": {
-            seed: evaluation.measures[normalisations[0]][:, side.steps]
-            for seed, evaluation in side.evaluations.items()
-        },
+        "normalisation": side.normalisation,
+        "difference": difference(side, first).record(),
+        "per_step": side.results.record(),
+        "difference_per_step": [{"steps": s} | difference(side, first, s).record() for s in steps],
+        "per_task": {s: e.measures[side.normalisation][:, side.steps] for s, e in side.evaluations.items()},
     }
 
 
@@ -338,26 +304,29 @@ def _side_record(side: Side, first: Side, normalisations: tuple[str, str]) -> di
 def figure(sides: Sequence[Side], loss_name: str, title: str) -> Figure:
     """Draw validation over iterations, the result over inner steps and, below, the paired differences.
 
-    A side has one colour and marker in all panels, and its normalisation is the one it was trained with.
+    A side has one colour and marker in all panels; its quoted steps have a larger marker.
     """
-    measure = "accuracy" if sides[0].accuracy else loss_name
-    norms = next(iter(normalisations_of(sides).values()))
+    accuracy = sides[0].accuracy
+    measure = "accuracy" if accuracy else loss_name
     figure = style.new_figure(9.0, 3.9 + 0.3 * len(sides))
     figure.suptitle(title)
     heights = [3.1, 0.8 + 0.3 * len(sides)]
     top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
     learning, steps = top.subplots(1, 2)
-    for number, (side, norm) in enumerate(zip(sides, norms, strict=True)):
+    for number, side in enumerate(sides):
         _draw_learning(learning, side, number)
-        mean = side.results[norm].means.mean(1)
-        draw_over_steps(steps, mean, side.results[norm].intervals, side.short_name, number)
+        mean = side.results.means.mean(1)
+        draw_over_steps(steps, mean, side.results.intervals, side.short_name, number)
         steps.plot([side.steps], [mean[side.steps]], **style.curve_style(number) | {"markersize": 7})
-    if not any(iterations for side in sides for iterations, _ in side.validation.values()):
-        learning.text(0.5, 0.5, "no curves were kept", ha="center", transform=learning.transAxes)
     style.set_iteration_axis(learning)
-    style.set_measure_axis(learning, f"validation {measure} while training", accuracy=sides[0].accuracy)
-    style.set_measure_axis(steps, f"query {measure} on these tasks", accuracy=sides[0].accuracy)
-    _draw_differences(bottom.subplots(), sides, norms, measure)
+    style.set_measure_axis(learning, f"validation {measure} while training", accuracy=accuracy)
+    style.set_measure_axis(steps, f"query {measure} on these tasks", accuracy=accuracy)
+    better = "right" if accuracy else "left"
+    panel = bottom.subplots()
+    panel.set_xlabel(
+        f"{measure}: paired difference to the first, 95 % interval over tasks (better: {better})"
+    )
+    _draw_differences(panel, sides)
     return figure
 
 
@@ -372,12 +341,11 @@ def _draw_learning(panel: Axes, side: Side, number: int) -> None:
     panel.fill_between(iterations, low, high, color=look["color"], alpha=0.15, linewidth=0)
 
 
-def _draw_differences(panel: Axes, sides: Sequence[Side], norms: Sequence[str], measure: str) -> None:
+def _draw_differences(panel: Axes, sides: Sequence[Side]) -> None:
     """Draw a row a side: mean and interval over tasks, and below it a dot for each of several seeds."""
     panel.axvline(0.0, color=style.GREY, linestyle=":")
-    for number, (side, norm) in enumerate(zip(sides, norms, strict=True)):
-        look = style.curve_style(number)
-        paired = difference(side, sides[0], (norm, norms[0]))
+    for number, side in enumerate(sides):
+        look, paired = style.curve_style(number), difference(side, sides[0])
         half = paired.interval_95_over_tasks if number else 0.0
         points = {"fmt": look["marker"], "color": look["color"], "capsize": 3, "markersize": 6}
         panel.errorbar([paired.mean], [number], xerr=[half], **points)
@@ -386,7 +354,3 @@ def _draw_differences(panel: Axes, sides: Sequence[Side], norms: Sequence[str], 
             panel.plot(seeds, [number + 0.25] * len(seeds), "o", color=look["color"], markersize=2.5)
     panel.set_yticks(range(len(sides)), [side.short_name for side in sides])
     panel.set_ylim(len(sides) - 0.5, -0.5)
-    better = "right" if sides[0].accuracy else "left"
-    panel.set_xlabel(
-        f"{measure}: paired difference to the first, 95 % interval over tasks (better: {better})"
-    )

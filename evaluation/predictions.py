@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from evaluation import style
-from evaluation.sheet import GAP, Sheet, pitch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 
 MOST_TASKS = 6
 MOST_IMAGES, COLUMNS = 60, 10
-HATCHES = ("", "////", "....", "xxxx")  # after the last colour they begin again with the next hatch
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Prediction:
 
 @style.styled()
 def predictions_figure(tasks: Sequence[Prediction], title: str) -> Figure:
-    """Draw a contact sheet of images, or a panel a task: curves, numbers by row or probabilities by row."""
+    """Draw a contact sheet of images, or a panel a task: curves of one input, or predictions by row."""
     if tasks[0].support_x.dim() == 4:
         return _contact_sheet(tasks[0], title)
     shown = min(len(tasks), MOST_TASKS)
@@ -44,15 +42,15 @@ def predictions_figure(tasks: Sequence[Prediction], title: str) -> Figure:
     panels = figure.subplots(1, shown, squeeze=False)[0]
     for panel, task in zip(panels, tasks, strict=False):
         panel.set_title(task.name)
-        if task.classes:
-            _draw_probabilities(panel, task)
-        elif task.support_x.shape[-1] == 1:
+        if task.support_x.shape[-1] == 1 and not task.classes:
             _draw_curve(panel, task)
-        else:
-            for target, values in enumerate(task.predicted.unbind(1)):
-                look = style.curve_style(target) | {"linestyle": "none"}
-                panel.plot(range(len(values)), values.numpy(), label=f"target {target}", **look)
-            panel.set(xlabel="predicted row", ylabel="prediction")
+            continue
+        names = task.classes or [f"target {number}" for number in range(task.predicted.shape[1])]
+        for number, (name, values) in enumerate(zip(names, task.predicted.T, strict=True)):
+            look = style.curve_style(number) | {"linestyle": "none"}
+            panel.plot(range(len(values)), values.numpy(), label=name, **look)
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.set(xlabel="predicted row", ylabel="probability" if task.classes else "prediction")
     style.add_legend(figure, panels[0])
     return figure
 
@@ -69,48 +67,33 @@ def _draw_curve(panel: Axes, task: Prediction) -> None:
     panel.set(xlabel="x", ylabel="y")
 
 
-def _draw_probabilities(panel: Axes, task: Prediction) -> None:
-    """Stack the probabilities of each row to a bar."""
-    bottom = torch.zeros(len(task.predicted))
-    for number, (name, height) in enumerate(zip(task.classes, task.predicted.T, strict=True)):
-        panel.bar(
-            range(len(height)),
-            height.numpy(),
-            bottom=bottom.numpy(),
-            width=1.0,
-            label=name,
-            color=style.PALETTE[number % len(style.PALETTE)],
-            hatch=HATCHES[number // len(style.PALETTE) % len(HATCHES)],
-            edgecolor=style.BACKGROUND,
-            linewidth=0.3,
-        )
-        bottom = bottom + height
-    panel.set(xlabel="predicted row", ylabel="probability")
-
-
 def _contact_sheet(task: Prediction, title: str) -> Figure:
     """Draw the labelled images, a row a class, and below them the predicted ones with their confidence."""
     classes, queries = len(task.classes), min(len(task.query_x), MOST_IMAGES)
     if queries < len(task.query_x):
         title += f" (the first {queries} of {len(task.query_x)})"
-    below = 0.4  # room for the words over the next row
-    across, down = pitch(task.query_x), pitch(task.query_x, below)
-    rows = classes + -(-queries // COLUMNS)
-    sheet = Sheet(COLUMNS * across + 2 * GAP, rows * down + 0.8, inch=0.9, top=0.8)
-    sheet.text(GAP, -0.55, title, fontsize=10)
-
-    def draw(images: Tensor, row: int, words: Sequence[str], colour: str) -> None:
-        sheet.images(images[None], GAP, row * down, below)
-        for column, word in enumerate(words):
-            place = (GAP + column * across, row * down - 0.06)
-            sheet.text(*place, word, fontsize=style.SMALL - 1, color=colour, va="bottom")
-
-    for label, name in enumerate(task.classes):
-        draw(task.support_x[task.support_y == label][:COLUMNS], label, [f"support: {name}"], style.GREY)
+    rows = -(-queries // COLUMNS)
+    figure = style.new_figure(10.0, 0.8 * classes + 1.05 * rows + 1.0)
+    figure.suptitle(title)
+    support, query = figure.subplots(2, 1, height_ratios=[classes, 1.3 * rows])
+    examples = [
+        _filled(task.support_x[task.support_y == label][:COLUMNS], COLUMNS) for label in range(classes)
+    ]
+    style.draw_images(support, torch.stack(examples))
+    support.set_yticks([label + 0.5 for label in range(classes)], task.classes)
+    support.set_title("support set", loc="left")
+    images = _filled(task.query_x[:queries], rows * COLUMNS)
+    style.draw_images(query, images.unflatten(0, (rows, COLUMNS)), above=0.3)
+    query.set_title("predicted", loc="left")
     confidence, best = task.predicted[:queries].max(-1)
-    pairs = zip(best.tolist(), confidence.tolist(), strict=True)
-    words = [f"{task.classes[label][:12]} {100 * share:.0f} %" for label, share in pairs]
-    for first in range(0, queries, COLUMNS):
-        rows_of = slice(first, min(first + COLUMNS, queries))
-        draw(task.query_x[rows_of], classes + first // COLUMNS, words[rows_of], style.INK)
-    return sheet.figure
+    for number, (label, share) in enumerate(zip(best.tolist(), confidence.tolist(), strict=True)):
+        row, column = divmod(number, COLUMNS)
+        words = f"{task.classes[label][:10]} {100 * share:.0f} %"
+        query.text(column + 0.06, row + 0.22, words, fontsize=style.SMALL - 1)
+    return figure
+
+
+def _filled(images: Tensor, count: int) -> Tensor:
+    """Append empty images, up to `count`."""
+    empty = 0.0 if images.shape[1] == 1 else 1.0  # one channel is drawn dark on white
+    return torch.cat([images, images.new_full((count - len(images), *images.shape[1:]), empty)])

@@ -6,7 +6,6 @@ over test tasks are two different things, and are reported apart.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from evaluation import style, tables
+from evaluation import style
 from evaluation.figures import mark_trained_steps
 from evaluation.meta_test import Evaluation
-from evaluation.tables import Caption, table
+from evaluation.tables import Caption, Column, after_steps, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 ALL = "all"  # name of the only setting
 MOST_COLUMNS = 3  # settings that a table has as columns; more are rows
-LETTERS_PER_INCH = 17  # of a legend
 
 
 @dataclass(frozen=True)
@@ -43,11 +41,6 @@ class Outcome:
     best_validation: float | None
     best_iteration: int | None
     validation: dict[str, list[float]]  # curves by name: "iteration" and the measure
-
-    @property
-    def accuracy(self) -> bool:
-        """Return whether the measure is an accuracy."""
-        return self.measure == "query_accuracy"
 
 
 @dataclass(frozen=True)
@@ -67,17 +60,18 @@ class Spread:
         deviation = v.std().item() if len(v) > 1 and v.isfinite().all() else None
         return cls(len(v), v.mean().item(), deviation, v.min().item(), v.max().item())
 
-    def ends(self, digits: int) -> str:
-        """Return " (lowest to highest)", or "" for a single run."""
-        return f" ({self.lowest:,.{digits}f} to {self.highest:,.{digits}f})" * (self.runs > 1)
+    def text(self, digits: int, interval: str = "") -> str:
+        """Return `mean interval (lowest to highest)`, the latter for several runs."""
+        ends = f" ({self.lowest:,.{digits}f} to {self.highest:,.{digits}f})" * (self.runs > 1)
+        return f"{self.mean:,.{digits}f}{interval}{ends}"
 
 
 def spread_text(values: Sequence[float], scale: float, digits: int) -> str:
-    """Return `mean (lowest to highest)`, the latter for several values; "-" for none."""
-    if not values:
-        return "-"
-    spread = Spread.over([scale * value for value in values])
-    return f"{spread.mean:,.{digits}f}{spread.ends(digits)}"
+    """Return mean and spread of these values as text; "-" for none."""
+    return Spread.over([scale * value for value in values]).text(digits) if values else "-"
+
+
+# ---- training ------------------------------------------------------------------------------------
 
 
 def by_setting(runs: Sequence[Outcome]) -> dict[str, list[Outcome]]:
@@ -88,39 +82,39 @@ def by_setting(runs: Sequence[Outcome]) -> dict[str, list[Outcome]]:
     return groups
 
 
-# ---- training ------------------------------------------------------------------------------------
-
-
-def training_table(runs: Sequence[Outcome]) -> str:
-    """Return the final training loss and the best validation of each setting, over its seeds."""
-    groups = by_setting(runs)
-    scale, digits = (100, 2) if runs[0].accuracy else (1, 4)
-    best = "best validation " + ("accuracy %" if runs[0].accuracy else _loss_name(runs))
-    finished = [(sum(run.failure is None for run in group), len(group)) for group in groups.values()]
-
-    def column(name: str, scale: float, digits: int) -> list[str]:
-        return [spread_text(_values(group, name), scale, digits) for group in groups.values()]
-
-    columns = [
-        ("setting", list(groups)),
-        ("runs", [f"{n}" if n == count else f"{n} of {count}" for n, count in finished]),
-        ("training loss", column("final_training_loss", 1, 4)),
-        (best, column("best_validation", scale, digits)),
-        ("at iteration", column("best_iteration", 1, 0)),
-    ]
-    shown = columns[1:] if list(groups) == [ALL] else columns
-    return f"{table(shown)}\nMean over runs that differ in their seed (lowest to highest)."
-
-
 def _values(runs: Sequence[Outcome], name: str) -> list[float]:
     """Return a number of each run that has it."""
     values = (getattr(run, name) for run in runs)
     return [value for value in values if value is not None]
 
 
-def _loss_name(runs: Sequence[Outcome]) -> str:
-    names = {run.loss for run in runs}
-    return names.pop() if len(names) == 1 else "loss"
+def _measure(runs: Sequence[Outcome]) -> tuple[bool, str]:
+    """Return whether validation measures accuracy, and the name of the measure."""
+    if runs[0].measure == "query_accuracy":
+        return True, "accuracy"
+    return False, runs[0].loss if len({run.loss for run in runs}) == 1 else "loss"
+
+
+def training_table(runs: Sequence[Outcome]) -> str:
+    """Return the final training loss and the best validation of each setting, over its seeds."""
+    groups = by_setting(runs)
+    accuracy, name = _measure(runs)
+    finished = [(sum(run.failure is None for run in group), len(group)) for group in groups.values()]
+
+    def column(heading: str, name: str, scale: float, digits: int) -> Column:
+        return heading, [spread_text(_values(group, name), scale, digits) for group in groups.values()]
+
+    columns = [
+        ("setting", list(groups)),
+        ("runs", [f"{n}" if n == count else f"{n} of {count}" for n, count in finished]),
+        column("training loss", "final_training_loss", 1, 4),
+        column(
+            f"best validation {name}{' %' * accuracy}", "best_validation", *((100, 2) if accuracy else (1, 4))
+        ),
+        column("at iteration", "best_iteration", 1, 0),
+    ]
+    shown = columns[1:] if list(groups) == [ALL] else columns
+    return f"{table(shown)}\nMean over runs that differ in their seed (lowest to highest)."
 
 
 def training_record(runs: Sequence[Outcome]) -> dict[str, Any]:
@@ -138,15 +132,13 @@ def training_figure(runs: Sequence[Outcome]) -> Figure:
     """Draw validation over iterations: each run, and the mean of each setting."""
     figure = style.new_figure(6.5, 3.6)
     panel = figure.subplots()
-    groups = by_setting(runs)
-    for number, (setting, group) in enumerate(groups.items()):
+    for number, (setting, group) in enumerate(by_setting(runs).items()):
         curves = [(run.validation["iteration"], run.validation[run.measure]) for run in group]
         _draw_runs(panel, number, setting, curves)
+    accuracy, name = _measure(runs)
     style.set_iteration_axis(panel)
-    accuracy = runs[0].accuracy
-    name = "validation accuracy" if accuracy else f"validation {_loss_name(runs)}"
-    style.set_measure_axis(panel, name, accuracy=accuracy)
-    _add_legend(figure, panel, len(groups))
+    style.set_measure_axis(panel, f"validation {name}", accuracy=accuracy)
+    style.add_legend(figure, panel)
     return figure
 
 
@@ -163,17 +155,6 @@ def _draw_runs(
     panel.plot(curves[0][0][:length], mean.tolist(), label=label, **look)
 
 
-def _add_legend(figure: Figure, panel: Axes, settings: int) -> None:
-    """Add a legend below, in as many columns as the longest name allows; none for too many settings."""
-    if settings > style.DISTINCT_CURVES:
-        return
-    labels = panel.get_legend_handles_labels()[1]
-    room = int(figure.get_figwidth() * LETTERS_PER_INCH) // (max(map(len, labels)) + 8)
-    columns = max(1, min(3, room))
-    figure.set_figheight(figure.get_figheight() + 0.15 * (math.ceil(len(labels) / columns) - 1))
-    style.add_legend(figure, panel, columns)
-
-
 # ---- test ----------------------------------------------------------------------------------------
 
 
@@ -184,32 +165,25 @@ class StepResults:
     Tasks that have diverged are left out of means and intervals.
     """
 
-    setting: str
-    normalisation: str
     means: Tensor  # [steps + 1, runs], over tasks
     intervals: Tensor  # [steps + 1], half widths over tasks, mean over the runs
     diverged: list[int]  # [steps + 1], tasks of all runs
 
     @classmethod
-    def over(cls, setting: str, normalisation: str, evaluations: Sequence[Evaluation]) -> StepResults:
+    def over(cls, evaluations: Sequence[Evaluation], normalisation: str) -> StepResults:
         """Return the results of these runs."""
         means, intervals = zip(*(e.intervals(normalisation) for e in evaluations), strict=True)
         diverged = torch.stack([e.diverged(normalisation).sum(0) for e in evaluations]).sum(0)
-        return cls(
-            setting, normalisation, torch.stack(means, 1), torch.stack(intervals).mean(0), diverged.tolist()
-        )
+        return cls(torch.stack(means, 1), torch.stack(intervals).mean(0), diverged.tolist())
 
     def cell(self, step: int, scale: float, digits: int) -> str:
-        """Return `mean ± interval (lowest to highest), diverged tasks` after a step; "" beyond the last.
-
-        Only several runs have a lowest and a highest, and only diverged tasks are mentioned.
-        """
+        """Return the result after a step as text, with the number of diverged tasks; "" beyond the last."""
         if step >= len(self.means):
             return ""
-        spread = Spread.over(scale * self.means[step])
-        diverged = f", {self.diverged[step]} diverged" * bool(self.diverged[step])
-        interval = f"{scale * self.intervals[step]:.{digits}f}"
-        return f"{spread.mean:.{digits}f} ± {interval}{spread.ends(digits)}{diverged}"
+        text = Spread.over(scale * self.means[step]).text(
+            digits, f" ± {scale * self.intervals[step]:.{digits}f}"
+        )
+        return text + f", {self.diverged[step]} diverged" * bool(self.diverged[step])
 
     def record(self) -> list[dict[str, Any]]:
         """Return the numbers after each step as plain values."""
@@ -220,15 +194,6 @@ class StepResults:
         ]
 
 
-def results_of(results: Mapping[str, Sequence[Evaluation]]) -> list[StepResults]:
-    """Return the results of each setting and normalisation."""
-    return [
-        StepResults.over(setting, normalisation, evaluations)
-        for setting, evaluations in results.items()
-        for normalisation in evaluations[0].losses
-    ]
-
-
 def test_table(results: Mapping[str, Sequence[Evaluation]], caption: Caption) -> str:
     """Return mean over seeds, interval over tasks and spread over seeds of each setting.
 
@@ -236,39 +201,40 @@ def test_table(results: Mapping[str, Sequence[Evaluation]], caption: Caption) ->
     matter: before adaptation, as quoted, and the last.
     """
     first = next(iter(results.values()))[0]
-    settings = results_of(results)
-    scale, digits = (100, 2) if first.accuracies else (1, 4)
-    measure = "accuracy %" if first.accuracies else caption.loss_name
-    columns: list[tables.Column]
-    few, last = len(settings) <= MOST_COLUMNS, max(len(setting.means) for setting in settings) - 1
+    measure, scale, digits = caption.units(first)
+    settings = {
+        (measure if setting == ALL else setting) + f"\n{norm}" * (len(first.losses) > 1): StepResults.over(
+            e, norm
+        )
+        for setting, e in results.items()
+        for norm in e[0].losses
+    }
+    few, last = len(settings) <= MOST_COLUMNS, max(len(setting.means) for setting in settings.values()) - 1
     steps = range(last + 1) if few else sorted({0, min(caption.test_steps, last), last})
-    cells = [[setting.cell(step, scale, digits) for step in steps] for setting in settings]
-    names = [
-        (measure if s.setting == ALL else s.setting) + f"\n{s.normalisation}" * (len(first.losses) > 1)
-        for s in settings
-    ]
+    cells = [[setting.cell(step, scale, digits) for step in steps] for setting in settings.values()]
+    columns: list[Column]
     if few:
         marks = ["trained for" * (step == caption.trained_steps) for step in steps]
-        columns = [("steps", list(map(str, steps))), *zip(names, cells, strict=True), ("", marks)]
+        columns = [("steps", list(map(str, steps))), *zip(settings, cells, strict=True), ("", marks)]
     else:
-        by_step = zip(map(tables.after_steps, steps), zip(*cells, strict=True), strict=True)
-        columns = [("setting", [name.replace("\n", ", ") for name in names]), *by_step]
+        names = [name.replace("\n", ", ") for name in settings]
+        columns = [("setting", names), *zip(map(after_steps, steps), zip(*cells, strict=True), strict=True)]
     runs = " or ".join(map(str, sorted({len(evaluations) for evaluations in results.values()})))
-    over = f"mean over {runs} runs" + " of each setting" * (len(results) > 1)
-    footer = f"{over} ± the mean 95 % interval over {first.tasks} tasks (lowest to highest run)"
-    if runs == "1":
-        footer = f"mean and 95 % interval over {first.tasks} tasks"
-    diverged = any(any(setting.diverged) for setting in settings)
+    footer = f"mean and 95 % interval over {first.tasks} tasks"
+    if runs != "1":
+        over = f"mean over {runs} runs" + " of each setting" * (len(results) > 1)
+        footer = f"{over} ± the mean 95 % interval over {first.tasks} tasks (lowest to highest run)"
+    diverged = any(any(setting.diverged) for setting in settings.values())
     left_out = "Diverged tasks are left out, and counted." if diverged else "No task diverged."
     return f"{table(columns)}\nQuery {measure}: {footer}.\n{left_out}"
 
 
 def test_record(results: Mapping[str, Sequence[Evaluation]]) -> dict[str, Any]:
     """Return the results by setting and normalisation, after each inner step."""
-    record: dict[str, Any] = {}
-    for setting in results_of(results):
-        record.setdefault(setting.setting, {})[setting.normalisation] = setting.record()
-    return record
+    return {
+        setting: {norm: StepResults.over(evaluations, norm).record() for norm in evaluations[0].losses}
+        for setting, evaluations in results.items()
+    }
 
 
 @style.styled()
@@ -278,12 +244,11 @@ def test_figure(results: Mapping[str, Sequence[Evaluation]], caption: Caption) -
     figure.suptitle(caption.title)
     panel = figure.subplots()
     for number, (setting, evaluations) in enumerate(results.items()):
-        normalisation = next(iter(evaluations[0].losses))
-        means = StepResults.over(setting, normalisation, evaluations).means.T.tolist()
+        means = StepResults.over(evaluations, next(iter(evaluations[0].losses))).means.T.tolist()
         _draw_runs(panel, number, setting, [(range(len(mean)), mean) for mean in means])
     style.set_step_axis(panel)
     first = next(iter(results.values()))[0]
     style.set_measure_axis(panel, caption.measure(first), accuracy=bool(first.accuracies))
     mark_trained_steps(panel, caption.trained_steps)
-    _add_legend(figure, panel, len(results))
+    style.add_legend(figure, panel)
     return figure

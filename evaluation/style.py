@@ -10,7 +10,10 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.nn import functional
 
 from common.files import write_whole
 
@@ -29,6 +32,7 @@ DASHES = ("-", "--", "-.", ":")  # after the last colour they begin again with t
 MARKERS = "osD^vPX"  # seven, which has no divisor in common with the six colours
 DISTINCT_CURVES = len(PALETTE) * len(DASHES)
 
+LETTERS_PER_INCH = 17  # of a legend
 SMALL = 8  # font size in points of legends, ticks and notes
 DPI = 200
 WIDE = 50.0  # ratio of the largest to the smallest loss from which its axis is logarithmic
@@ -82,13 +86,41 @@ def curve_style(number: int) -> dict[str, Any]:
     }
 
 
-Place = Literal["outside lower left", "outside lower center", "outside lower right"]
+def add_legend(figure: Figure, panel: Axes, place: str = "center") -> None:
+    """Add a legend of the panel's curves below all panels; none where too many curves look alike.
 
-
-def add_legend(figure: Figure, panel: Axes, columns: int = 6, loc: Place = "outside lower center") -> None:
-    """Add a legend of the panel's curves below all panels, where it covers nothing."""
+    Args:
+        place: "left", "center" or "right".
+    """
     handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc=loc, ncols=min(columns, len(labels)))
+    if len(labels) <= DISTINCT_CURVES:
+        room = LETTERS_PER_INCH * figure.get_figwidth() // (max(map(len, labels)) + 8)
+        columns = min(len(labels), max(1, int(room)))
+        outside: Any = f"outside lower {place}"
+        figure.legend(handles, labels, loc=outside, ncols=columns)
+
+
+def draw_images(panel: Axes, images: Tensor, above: float = 0.0) -> None:
+    """Draw a grid of images with gaps: the image at `row` and `column` fills that unit square of the panel.
+
+    Args:
+        images: `[rows, columns, channels, height, width]` in [0, 1]: colour, or one channel, drawn dark on
+            white.
+        above: additional gap above each row, in heights of an image.
+    """
+    images = images.float().clamp(0, 1)
+    if images.shape[2] == 1:
+        images = (1 - images).expand(-1, -1, 3, -1, -1)
+    rows, columns, _, height, _ = images.shape
+    gap = max(1, round(0.06 * height))
+    padded = functional.pad(images, (gap, gap, gap + round(above * height), gap), value=1.0)
+    pixels = padded.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # [height, width, 3] of the grid
+    aspect = padded.shape[3] / padded.shape[4]
+    panel.imshow(pixels.numpy(), extent=(0, columns, rows, 0), aspect=aspect, interpolation="nearest")
+    panel.grid(visible=False)
+    panel.spines[:].set_visible(False)
+    panel.tick_params(length=0)
+    panel.set(xticks=[], yticks=[])
 
 
 # ---- axes -----------------------------------------------------------------------------------
@@ -118,7 +150,7 @@ def set_measure_axis(panel: Axes, name: str, *, accuracy: bool) -> None:
     varies by orders of magnitude is logarithmic. Call it when all curves are drawn.
     """
     import numpy as np
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import NullFormatter, PercentFormatter
 
     panel.set_ylabel(f"{name} (%)" if accuracy else name)
     if accuracy:
@@ -127,22 +159,11 @@ def set_measure_axis(panel: Axes, name: str, *, accuracy: bool) -> None:
         return
     values = [float(y) for line in panel.lines for y in np.asarray(line.get_ydata()) if 0 < y < math.inf]
     if values and max(values) > WIDE * min(values):
-        _set_logarithmic(panel)
+        panel.set_yscale("log")
+        panel.yaxis.set_major_formatter("{x:g}")  # plain numbers, not powers in mathematical notation
+        panel.yaxis.set_minor_formatter(NullFormatter())
     elif values and max(values) > 2 * min(values):
         panel.set_ylim(bottom=0.0)
-
-
-def _set_logarithmic(panel: Axes) -> None:
-    """Use a logarithmic vertical axis whose ticks are plain numbers, not powers in mathematical notation."""
-    from matplotlib.ticker import LogFormatter
-
-    class PlainNumbers(LogFormatter):
-        def __call__(self, x: float, pos: int | None = None) -> str:
-            return f"{x:g}" if super().__call__(x, pos) else ""
-
-    panel.set_yscale("log")
-    panel.yaxis.set_major_formatter(PlainNumbers())
-    panel.yaxis.set_minor_formatter(PlainNumbers(minor_thresholds=(2, 0.4)))
 
 
 # ---- files ----------------------------------------------------------------------------------

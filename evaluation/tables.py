@@ -82,6 +82,10 @@ class Caption:
         """Return the name of the reported measure, for an axis."""
         return "query accuracy" if evaluation.accuracies else f"query {self.loss_name}"
 
+    def units(self, evaluation: Evaluation) -> tuple[str, float, int]:
+        """Return how a table shows the measure: its name, the factor of its numbers and their digits."""
+        return ("accuracy %", 100, 2) if evaluation.accuracies else (self.loss_name, 1, 4)
+
 
 def after_steps(steps: int) -> str:
     """Return "after 1 step", "after 2 steps", ..."""
@@ -137,27 +141,21 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
         for name in evaluation.losses
         for step in range(evaluation.steps + 1)
     ]
-    per_task: dict[str, Any] = {"loss": evaluation.losses}
-    if evaluation.accuracies:
-        per_task["accuracy"] = evaluation.accuracies
+    per_task = {"loss": evaluation.losses} | (
+        {"accuracy": evaluation.accuracies} if evaluation.accuracies else {}
+    )
     return {"per_step": per_step, "per_task": per_task}
 
 
-def _statistics(evaluation: Evaluation, name: str, step: int) -> dict[str, Any]:
-    """Return statistics over tasks after one step; those of all tasks, and robust ones."""
-    losses = evaluation.losses[name][:, step]
-    row: dict[str, Any] = {}
-    for measure, results in (("loss", evaluation.losses), ("accuracy", evaluation.accuracies)):
-        if results:
-            mean, interval = mean_and_interval(results[name][:, step])
-            row |= {measure: mean.item(), f"{measure}_interval_95": interval.item()}
-    diverged = evaluation.diverged(name)[:, step]
-    kept = losses[~diverged]
-    ordered = losses.nan_to_num(nan=math.inf).sort().values
-    return row | {
-        "loss_median": ordered[len(ordered) // 2].item(),
-        "loss_without_worst_percent": ordered[: math.ceil(0.99 * len(ordered))].mean().item(),
-        "diverged_tasks": int(diverged.sum()),
-        "loss_without_diverged": kept.mean().item() if len(kept) else None,
-        "loss_without_diverged_interval_95": mean_and_interval(kept)[1].item() if len(kept) else None,
-    }
+def _statistics(evaluation: Evaluation, normalisation: str, step: int) -> dict[str, Any]:
+    """Return the means over all tasks after a step, and that of the losses that have not diverged."""
+    diverged = evaluation.diverged(normalisation)[:, step]
+    losses = evaluation.losses[normalisation][:, step]
+    measures = {"loss": losses, "loss_without_diverged": losses[~diverged]}
+    if evaluation.accuracies:
+        measures["accuracy"] = evaluation.accuracies[normalisation][:, step]
+    row: dict[str, Any] = {"diverged_tasks": int(diverged.sum())}
+    for name, values in measures.items():
+        mean, interval = mean_and_interval(values)
+        row |= {name: mean.item(), f"{name}_interval_95": interval.item()}
+    return row

@@ -1,12 +1,10 @@
 """Runs side by side (--compare): paired on the same tasks, by seed, and refused where they cannot be."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -15,8 +13,6 @@ from commands import compare as comparing
 from commands import config, measuring
 from commands.build import prepare
 from common import locks
-from evaluation import meta_test as evaluation
-from evaluation import paired
 from training.checkpoint import load_checkpoint
 
 TINY = ["-k", "3", "-q", "4", "--meta-batch-size", "2", "--iterations", "6", "--val-every", "2",
@@ -161,15 +157,6 @@ def test_the_seeds_that_both_have_are_paired(compare, place):
     assert "--init" in said and "--inner-lr" in said and "--seed " not in said
 
 
-def side(name: str, *losses: torch.Tensor) -> paired.Side:
-    """One of as many seeds, measured before and after one step."""
-    curve = ([1.0, 2.0], [3.0, 2.0])
-    evaluations = {
-        seed: evaluation.Evaluation({"transductive": loss}, {}) for seed, loss in enumerate(losses)
-    }
-    return paired.Side(name, {}, dict.fromkeys(evaluations, curve), evaluations, "transductive", 1)
-
-
 def test_runs_that_differ_in_their_seeds_alone_are_one_entry(compare, place):
     folders = sorted(folder for folder in (place / "grid").iterdir() if (folder / "best.pt").is_file())
     assert len(folders) == 6
@@ -189,33 +176,6 @@ def test_an_entry_of_several_runs_is_called_by_their_words():
     assert comparing._name_of_all(["a/seed0", "a/seed1"]) == "a"
     assert comparing._name_of_all(["monday", "tuesday"]) == "monday and 1 more"
     assert comparing._name_of_all(["one_x"]) == "one_x"
-
-
-def test_a_task_that_diverges_in_either_run_is_no_pair_and_is_counted():
-    before = torch.ones(20)
-    after = torch.linspace(0.1, 0.5, 20)
-    mine, theirs = after + 0.1, after.clone()
-    mine[3], mine[4], theirs[4], theirs[5] = 1e6, torch.nan, torch.inf, 50.0
-    one, other = (side(name, torch.stack([before, a], 1)) for name, a in (("one", mine), ("other", theirs)))
-    found = paired.difference(one, other, ("transductive", "transductive"))
-    assert (found.tasks, found.left_out) == (17, 3) and found.seen
-    assert found.mean == pytest.approx(0.1) and found.interval == pytest.approx(0.0, abs=1e-6)
-    said = paired.differences_table([other, one], "MSE", "20 tasks")
-    rows = [line.split() for line in said.splitlines()]
-    assert rows[1][-4:] == ["2", "the", "first", "0"] and rows[2][-2:] == ["3", "worse"]
-
-
-def test_seeds_that_disagree_are_said_beside_an_interval_that_excludes_nothing_by_itself():
-    base = torch.stack([torch.ones(50), torch.linspace(0.2, 0.4, 50)], 1)
-    shift = torch.tensor([0.0, 1.0])
-    first = side("first", base, base)
-    other = side("other", base + 0.2 * shift, base - 0.1 * shift)
-    found = paired.difference(other, first, ("transductive", "transductive"))
-    assert found.seen and found.mean == pytest.approx(0.05)
-    assert found.verdict(more_is_better=False) == "worse, but not in every seed"
-    assert found.verdict(more_is_better=True) == "better, but not in every seed"
-    assert replace(found, by_seed={0: 0.2}).verdict(more_is_better=False) == "worse"
-    assert replace(found, interval=0.06).verdict(more_is_better=False) == "not told apart"
 
 
 # ---- what is compared ----------------------------------------------------------------------------
@@ -393,9 +353,3 @@ def test_by_default_results_are_beside_the_first_run(place, monkeypatch, capsys)
         assert min(picture.size) > 400
     for name in names:
         (place / name).unlink()
-
-
-def test_a_figure_is_drawn_of_many_sides_whatever_their_names_are():
-    loss = torch.rand(5, 2) + 0.1
-    names = ["_hidden", "$x", "long " * 30, *map(str, range(9))]
-    assert isinstance(paired.figure([side(name, loss) for name in names], "MSE", "a_$title"), Figure)

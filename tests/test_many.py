@@ -1,7 +1,6 @@
 """Many runs as one (--seeds, --sweep): each is the run alone; stopped, gone on with, evaluated, refused."""
 
 import json
-import math
 import os
 import re
 import signal
@@ -23,8 +22,6 @@ from commands import config, members
 from commands.presets import ALGORITHMS
 from common.errors import UsageError
 from evaluation import seeds as spread
-from evaluation.meta_test import Evaluation
-from evaluation.tables import Caption
 from training import trainer
 from training.checkpoint import BEST, LAST, load_checkpoint
 
@@ -51,7 +48,6 @@ def _few_pictures(monkeypatch):
     monkeypatch.setattr("training.run.Run.draw_examples", lambda *_: None)
     monkeypatch.setattr("training.run.learning_figure", lambda *_, **__: Figure(figsize=(1, 1)))
     monkeypatch.setattr("commands.measuring.evaluation_figure", lambda *_: Figure(figsize=(1, 1)))
-    monkeypatch.setattr("evaluation.examples.Scene.features", lambda *_: None)
 
 
 # ---- a member is the run alone ------------------------------------------------------------------
@@ -673,115 +669,6 @@ def test_processes_share_the_runs_out(tmp_path, monkeypatch):
     alone = trained(tmp_path / "alone", *flags)
     for name in of_seeds(0, 1, 2):
         assert_same_run_to_rounding(tmp_path / "shared" / name, alone / name)
-
-
-# ---- tables, records and pictures ---------------------------------------------------------------
-
-
-def outcome(setting: str, seed: int, loss: float | None, best: float | None, curve: list[float]) -> dict:
-    return {
-        "name": f"{setting}_seed-{seed}", "setting": setting, "seed": seed, "iteration": 20,
-        "final_training_loss": loss, "measure": "query_loss", "loss": "MSE", "best_validation": best,
-        "best_iteration": None if best is None else 10 * (seed + 1), "failure": None,
-        "validation": {"iteration": [10 * (n + 1) for n in range(len(curve))], "query_loss": curve},
-    }  # fmt: skip
-
-
-OUTCOMES = [
-    outcome("a-1", 0, 1.0, 0.5, [0.5, 0.75]),
-    outcome("a-1", 1, 3.0, 0.25, [1.0, 0.25]),
-    outcome("a-2", 0, None, None, []),
-    outcome("a-2", 1, 2.0, math.nan, [math.nan]),
-]
-
-
-def test_the_spread_is_over_runs_of_one_setting():
-    assert spread.spread([1.0, 2.0, 6.0]) == {
-        "runs": 3, "mean": 3.0, "standard_deviation": pytest.approx(7**0.5), "lowest": 1.0, "highest": 6.0,
-    }  # fmt: skip
-    assert spread.spread([4.0])["standard_deviation"] is None
-    undefined = spread.spread([1.0, math.nan, 0.0])
-    assert all(math.isnan(undefined[name]) for name in ("mean", "lowest", "highest"))
-    assert list(spread.by_setting(OUTCOMES)) == ["a-1", "a-2"]
-    assert list(spread.by_setting([{**OUTCOMES[0], "setting": ""}])) == ["all"]
-    record = spread.training_record(OUTCOMES)
-    assert record["settings"]["a-1"]["final_training_loss"]["mean"] == 2.0
-    assert record["settings"]["a-1"]["best_iteration"]["highest"] == 20
-    assert record["settings"]["a-2"]["final_training_loss"]["runs"] == 1
-    assert record["runs"] == OUTCOMES
-
-
-def test_the_table_of_training_has_a_row_a_setting():
-    lines = spread.training_table(OUTCOMES).splitlines()
-    assert re.split(" {2,}", lines[0]) == [
-        "setting",
-        "runs",
-        "training loss",
-        "best validation MSE",
-        "at iteration",
-    ]
-    assert re.split(" {2,}", lines[1].strip()) == [
-        "a-1", "2", "2.0000 (1.0000 to 3.0000)", "0.3750 (0.2500 to 0.5000)", "15 (10 to 20)",
-    ]  # fmt: skip
-    assert re.split(" {2,}", lines[2].strip()) == ["a-2", "2", "2.0000", "nan", "20"]
-    failed = [OUTCOMES[0], {**OUTCOMES[1], "failure": "iteration 7: ...", "final_training_loss": None}]
-    assert "1 of 2" in spread.training_table(failed)
-    accuracies = [{**run, "setting": "", "measure": "query_accuracy"} for run in OUTCOMES[:2]]
-    table = spread.training_table(accuracies)
-    assert (
-        "best validation accuracy %" in table and "37.50 (25.00 to 50.00)" in table and "setting" not in table
-    )
-    mixed = [OUTCOMES[0], {**OUTCOMES[1], "loss": "Huber"}]
-    assert "best validation loss" in spread.training_table(mixed)
-
-
-def test_the_picture_of_training_has_each_run_and_the_mean_of_each_setting():
-    figure = spread.training_figure([*OUTCOMES[:2], outcome("a-2", 0, 1.0, 0.5, [0.5])])
-    (panel,) = figure.axes
-    assert [list(line.get_ydata()) for line in panel.lines] == [
-        [0.5, 0.75],
-        [1.0, 0.25],
-        [0.75, 0.5],
-        [0.5],
-        [0.5],
-    ]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a-1: mean of 2", "a-2: mean of 1"]
-    assert panel.get_ylabel() == "validation MSE"
-
-
-def test_the_table_of_test_tasks_leaves_out_and_counts_those_that_diverged():
-    def evaluation(level: float, last: float) -> Evaluation:
-        losses = torch.full((4, 2), level, dtype=torch.float64)
-        losses[:, 1] = torch.tensor([level / 2, level / 2, level / 2, last])
-        return Evaluation({"transductive": losses}, {})
-
-    results = {"all": [evaluation(2.0, 1.0), evaluation(4.0, 1e6)]}
-    words = Caption("", "MSE", 1, 1)
-    record = spread.test_record(results)["all"]["transductive"]
-    assert record[1]["mean"] == 1.5 and (record[1]["lowest"], record[1]["highest"]) == (1.0, 2.0)
-    assert [row["diverged_tasks"] for row in record] == [0, 1]
-    lines = spread.test_table(results, words).splitlines()
-    assert [re.split(" {2,}", line.strip()) for line in lines[:3]] == [
-        ["steps", "MSE", "diverged"],
-        ["0", "3.0000 ± 0.0000 (2.0000 to 4.0000)", "0"],
-        ["1", "1.5000 ± 0.0000 (1.0000 to 2.0000)", "1", "trained for"],
-    ]
-    figure = spread.test_figure(results, words)
-    drawn = [list(line.get_ydata()) for line in figure.axes[0].lines]
-    assert drawn[:3] == [[2.0, 1.0], [4.0, 2.0], [3.0, 1.5]]
-
-
-def test_many_settings_are_a_row_each_and_have_a_legend_as_long_as_it_helps():
-    generator = torch.Generator().manual_seed(0)
-    values = torch.rand(40, 6, 3, generator=generator, dtype=torch.float64)
-    results = {f"a-{n}": [Evaluation({"transductive": values[n]}, {})] for n in range(40)}
-    few = dict(list(results.items())[:4])
-    lines = spread.test_table(few, Caption("", "MSE", 1, 1)).splitlines()
-    assert [line.split()[0] for line in lines[:5]] == ["setting", *few]
-    assert re.split(" {2,}", lines[0]) == ["setting", "after 0 steps", "after 1 step", "after 2 steps"]
-    assert lines[1].split()[1] == f"{values[0, :, 0].mean():.4f}" and "to" not in lines[1]
-    assert spread.test_figure(few, Caption("", "MSE", None, 1)).legends
-    assert not spread.test_figure(results, Caption("", "MSE", None, 1)).legends
 
 
 def test_a_folder_of_many_takes_no_other_settings_and_no_single_run(tmp_path, capsys):

@@ -22,12 +22,9 @@ from commands import build as building
 from commands import config
 from common.errors import LostError
 from dataset import Sinusoid, SinusoidLine
-from evaluation.meta_test import DIVERGENCE, Evaluation, diverged, mean_and_interval
-from evaluation.tables import Caption, evaluation_record, evaluation_table
 from learner import build_learner
 from training import trainer
 from training.checkpoint import BEST, LAST, initialisation_of, load_checkpoint, save_checkpoint
-from training.run import as_measured
 
 # Points of the curves, validations and savings that fall together in all ways.
 ITERATIONS = 240
@@ -494,42 +491,6 @@ def test_evaluation_without_a_checkpoint_says_that_it_is_of_the_fresh_initialisa
     assert (tmp_path / "fresh-mlp-paper-seed0-test-sinusoid-10shot-10query-5tasks.json").exists()
 
 
-def test_a_loss_below_zero_has_diverged_where_it_has_grown_and_not_where_it_has_fallen():
-    losses = torch.tensor([[-3.0, -3.5, -4.0], [-2.0, -2.1, 40.0], [0.01, -1.0, 5.0], [-1.0, 7.0, torch.nan]])
-    assert diverged(losses).tolist() == [[False] * 3, [False, False, True], [False] * 3, [False, False, True]]
-    positive = losses.abs().nan_to_num(200.0)
-    times = DIVERGENCE * torch.fmax(positive[:, :1], positive[:, 0].median())
-    assert torch.equal(diverged(positive), positive > times) and diverged(positive).any()
-    assert as_measured(2.5, "query_loss") == -2.5 and as_measured(0.5, "query_accuracy") == 0.5
-
-
-def test_diverged_tasks_are_counted_and_shown_and_never_hidden_in_the_mean():
-    losses = torch.full((10, 3), 1.0, dtype=torch.float64)
-    losses[:, 1:] = 0.5
-    losses[0] = torch.tensor([1.0, 0.4, torch.nan])  # not a number
-    losses[1] = torch.tensor([1.0, 11.0, 0.5])  # eleven times what it was
-    losses[2] = torch.tensor([20.0, 15.0, 150.0])  # a hard task, which is no divergence
-    evaluation = Evaluation({"transductive": losses}, {})
-    assert evaluation.diverged("transductive").sum(0).tolist() == [0, 1, 1]
-    record = evaluation_record(evaluation)["per_step"]
-    assert [row["diverged_tasks"] for row in record] == [0, 1, 1]
-    assert record[1]["loss"] > 2.5 and record[1]["loss_without_diverged"] == pytest.approx(
-        (15 + 3.5 + 0.4) / 9
-    )
-    assert record[2]["loss_median"] == 0.5 and record[1]["loss_median"] == 0.5
-    table = evaluation_table(evaluation, Caption("", "MSE", 1, 2))
-    assert "diverged" in table and "nan" in table
-    losses[:6, :2] = torch.inf  # most of them, and before adaptation
-    assert Evaluation({"transductive": losses}, {}).diverged("transductive").sum(0).tolist() == [6, 6, 1]
-
-
-def test_interval_is_that_of_a_mean():
-    generator = torch.Generator().manual_seed(0)
-    samples = torch.randn(400, 2000, generator=generator, dtype=torch.float64)  # 2,000 experiments
-    mean, interval = mean_and_interval(samples)
-    assert ((mean.abs() < interval).double().mean() - 0.95).abs() < 0.02
-
-
 # ---- Omniglot -------------------------------------------------------------------------------
 
 
@@ -593,7 +554,6 @@ def test_tensorboard_serves_the_run(tensorboard):
         assert [point[1] for point in points] == steps, tag
     assert get(f"{tensorboard}/plugin/images/tags")["killed"].keys() == {
         "examples",
-        "features",
         "training",
     }
     text = get(f"{tensorboard}/plugin/text/tags")

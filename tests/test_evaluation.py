@@ -1,0 +1,180 @@
+"""The one evaluation: the numbers of a plain loop, their intervals, and diverged tasks in plain sight."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from common.batch import TaskBatch
+from common.processes import World
+from dataset import Sinusoid
+from evaluation import meta_test
+from evaluation.examples import adapt_examples, examples_figure
+from evaluation.meta_test import DIVERGENCE, Evaluation, diverged, evaluate, mean_and_interval
+from evaluation.tables import Caption, evaluation_record, evaluation_table, predictions_table
+from learner import build_learner
+from maml import MAML
+
+
+class Blobs:
+    """Images of three classes, each a level of grey; a distribution by its protocol alone."""
+
+    kind, classification, ways, computed, on_host = "images", True, 3, False, False
+    examples, split_names = 9, {}
+
+    def sample(self, split: str, seed: int, iteration: int, tasks: range) -> TaskBatch:
+        random = torch.Generator().manual_seed(seed)
+        noise = torch.rand(1000, 9, 1, 8, 8, generator=random)[tasks.start : tasks.stop]
+        labels = torch.arange(3).repeat(3).expand(len(tasks), -1)
+        x = 0.3 * noise + labels[..., None, None, None] / 2
+        return TaskBatch(x[:, :3], labels[:, :3], x[:, 3:], labels[:, 3:])
+
+    def sample_to_draw(self, split: str, seed: int, tasks: int) -> TaskBatch:
+        return self.sample(split, seed, 0, range(tasks))
+
+
+def classifier(**choices: object) -> MAML:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)]
+    return MAML(nn.Sequential(*layers), F.cross_entropy, inner_lr=0.05, **choices)
+
+
+def regressor(**choices: object) -> MAML:
+    return MAML(build_learner("mlp", 1, init="torch", seed=0), F.mse_loss, inner_lr=0.01, **choices)
+
+
+def measured(
+    maml: MAML, *, tasks: int = 6, normalisations: tuple[str, ...] = ("transductive",), **how: object
+):
+    source = Blobs() if maml.has_batch_norm else Sinusoid(5, 10)
+    parameters = maml.initial_parameters()
+    return evaluate(
+        maml, parameters, source, "test", tasks=tasks, steps=2, normalisations=normalisations, **how
+    )
+
+
+# ---- measuring ----------------------------------------------------------------------------------
+
+
+def test_losses_are_those_of_a_plain_loop_over_tasks_and_steps():
+    maml = regressor()
+    losses = torch.zeros(6, 3, dtype=torch.float64)
+    network = build_learner("mlp", 1, init="torch", seed=0)
+    for task, (support_x, support_y, query_x, query_y) in enumerate(
+        zip(*Sinusoid(5, 10).sample("test", 0, 0, range(6)), strict=True)
+    ):
+        network.load_state_dict(maml.initial_parameters())
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+        for step in range(3):
+            losses[task, step] = F.mse_loss(network(query_x), query_y).item()
+            optimizer.zero_grad()
+            F.mse_loss(network(support_x), support_y).backward()
+            optimizer.step()
+    torch.testing.assert_close(measured(maml).losses["transductive"], losses, rtol=1e-5, atol=1e-6)
+
+
+def test_chunks_processes_and_skipped_tasks_change_no_number(monkeypatch):
+    whole = measured(regressor()).losses["transductive"]
+    chunked = measured(regressor(tasks_at_once=4)).losses["transductive"]
+    torch.testing.assert_close(chunked, whole)
+    last = measured(regressor(), tasks=2, skipped=4).losses["transductive"]
+    torch.testing.assert_close(last, whole[4:])
+    monkeypatch.setattr(World, "summed", lambda self, tensor, patiently: lambda: tensor)
+    shares = [measured(regressor(tasks_at_once=2), world=World(rank, 2)).losses for rank in (0, 1)]
+    torch.testing.assert_close(sum(share["transductive"] for share in shares), whole)
+    assert all((share["transductive"] == 0).any() for share in shares)
+
+
+def test_both_readings_of_batch_norm_and_the_running_statistics_are_measured():
+    maml = classifier(steps=2, normalisation="per-step")
+    statistics = maml.initial_statistics()
+    names = meta_test.normalisations_of(maml, statistics, "per-step")
+    assert names == ("transductive", "inductive", "per-step")
+    result = measured(maml, normalisations=names, statistics=statistics)
+    assert list(result.losses) == list(result.accuracies) == list(names)
+    assert len({values[:, -1].mean().item() for values in result.losses.values()}) == 3
+    assert (
+        result.accuracies["transductive"][:, -1].mean() > 0.5 > result.accuracies["transductive"][:, 0].mean()
+    )
+    assert meta_test.normalisations_of(regressor(), {}, "inductive") == ("inductive",)
+
+
+def test_an_evaluation_can_be_interrupted_before_a_chunk():
+    answers = iter([False, True])
+    with pytest.raises(InterruptedError):
+        measured(regressor(tasks_at_once=2), interrupted=lambda: next(answers))
+
+
+def test_examples_are_the_tasks_that_are_measured_and_curves_have_a_dense_grid():
+    maml = regressor()
+    how = {"normalisation": "transductive"}
+    examples = adapt_examples(
+        maml, maml.initial_parameters(), Sinusoid(5, 10), "test", tasks=2, steps=1, **how
+    )
+    x = examples.batch.query_x[0, :, 0]
+    assert len(x) == 200 and (x.diff() > 0).all() and examples.outputs.shape == (2, 2, 200, 1)
+    batch = Sinusoid(5, 10).sample("test", meta_test.SEED, 0, range(2))
+    assert torch.equal(examples.batch.support_x, batch.support_x)
+    sheet = classifier()
+    figure = examples_figure(
+        sheet, sheet.initial_parameters(), Blobs(), "test", steps=1, test_steps=2, title="tasks", **how
+    )
+    assert figure.get_suptitle() == "tasks: before and after 2 steps" and len(figure.axes) == 3
+
+
+# ---- statistics ---------------------------------------------------------------------------------
+
+
+def test_a_loss_has_diverged_where_it_has_grown_tenfold_and_not_where_it_has_fallen():
+    losses = torch.tensor([[-3.0, -3.5, -4.0], [-2.0, -2.1, 40.0], [0.01, -1.0, 5.0], [-1.0, 7.0, torch.nan]])
+    assert diverged(losses).tolist() == [[False] * 3, [False, False, True], [False] * 3, [False, False, True]]
+    positive = losses.abs().nan_to_num(200.0)
+    limit = DIVERGENCE * torch.fmax(positive[:, :1], positive[:, 0].median())
+    assert torch.equal(diverged(positive), positive > limit) and diverged(positive).any()
+
+
+def test_a_hard_task_and_a_majority_of_diverged_tasks_are_told_apart_from_divergence():
+    losses = torch.full((10, 2), 1.0)
+    losses[0] = torch.tensor([20.0, 150.0])  # hard, and not ten times its own loss
+    assert not diverged(losses).any()
+    losses[:6] = torch.inf  # most of them, and before adaptation
+    assert diverged(losses).sum(0).tolist() == [6, 6]
+
+
+def test_the_interval_covers_the_mean_in_95_of_100_experiments():
+    generator = torch.Generator().manual_seed(0)
+    mean, interval = mean_and_interval(torch.randn(400, 2000, generator=generator, dtype=torch.float64))
+    assert ((mean.abs() < interval).double().mean() - 0.95).abs() < 0.02
+
+
+# ---- tables and records -------------------------------------------------------------------------
+
+
+def test_diverged_tasks_are_counted_and_never_hidden_in_the_mean():
+    losses = torch.full((10, 2), 0.5, dtype=torch.float64)
+    losses[0, 1] = 11.0
+    evaluation = Evaluation({"transductive": losses}, {})
+    before, after = evaluation_record(evaluation)["per_step"]
+    assert (before["diverged_tasks"], after["diverged_tasks"]) == (0, 1)
+    assert after["loss"] == pytest.approx(1.55) and after["loss_without_diverged"] == 0.5
+    table = evaluation_table(evaluation, Caption("", "MSE", 1, 1))
+    assert table.splitlines()[2].split()[-5:] == ["2.0580", "1", "0.5000", "trained", "for"]
+    assert table.splitlines()[0].split() == ["steps", "MSE", "diverged", "MSE", "of", "the", "rest"]
+    losses[0] = torch.inf
+    assert evaluation_record(evaluation)["per_step"][0]["loss_without_diverged"] == 0.5
+    assert evaluation.intervals("transductive")[0].tolist() == [0.5, 0.5]
+
+
+def test_a_table_quotes_each_reading_after_the_test_steps():
+    values = torch.rand(9, 3, dtype=torch.float64)
+    both = {"transductive": values, "inductive": values / 2}
+    table = evaluation_table(Evaluation(both, both), Caption("", "cross-entropy", 2, 1))
+    mean, interval = mean_and_interval(100 * values[:, 1])
+    quoted = f"After 1 step: accuracy % {mean:.2f} ± {interval:.2f} (transductive), "
+    assert quoted in table and "none of them diverged" in table
+    assert table.splitlines()[1].split() == ["transductive", "inductive"] * 2
+
+
+def test_long_predictions_are_cut_and_say_so():
+    table = predictions_table(["row", "class"], [[str(n), "x" * 99] for n in range(25)])
+    assert table.endswith("... and 5 more") and "x" * 25 not in table

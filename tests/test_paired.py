@@ -1,0 +1,137 @@
+"""Paired differences: on the same tasks, by seed, without the tasks that diverged."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from evaluation import paired, style
+from evaluation.meta_test import Evaluation
+from evaluation.paired import Difference, Side
+
+
+def side(name: str, *losses: Tensor, curve: paired.Curve = ([1.0, 2.0], [3.0, 2.0]), **settings: str) -> Side:
+    """A side of as many seeds, with losses `[tasks, steps + 1]` and one inner step quoted."""
+    evaluations = {seed: Evaluation({"transductive": loss.double()}, {}) for seed, loss in enumerate(losses)}
+    return Side(name, settings, dict.fromkeys(evaluations, curve), evaluations, "transductive", 1)
+
+
+def losses(after: Tensor) -> Tensor:
+    return torch.stack([torch.ones_like(after), after], 1)
+
+
+AFTER = torch.linspace(0.1, 0.5, 20)
+
+
+# ---- differences ------------------------------------------------------------------------------
+
+
+def test_a_difference_has_the_mean_over_pairs_and_the_interval_of_that_mean():
+    one, other = torch.rand(2, 20, generator=torch.Generator().manual_seed(0)).double()
+    found = paired.difference(side("one", losses(one)), side("first", losses(other)))
+    assert found.mean == pytest.approx((one - other).mean().item())
+    assert found.interval_95_over_tasks == pytest.approx(1.96 * (one - other).std().item() / 20**0.5)
+    swapped = paired.difference(side("one", losses(other)), side("first", losses(one)))
+    assert (swapped.mean, swapped.by_seed) == (-found.mean, {0: -found.mean})
+
+
+def test_a_side_and_itself_differ_by_exactly_nothing():
+    same = paired.difference(side("a", losses(AFTER)), side("b", losses(AFTER)))
+    assert same.mean == same.interval_95_over_tasks == 0.0 and not same.excludes_0
+    assert same.verdict(more_is_better=True) == "same"
+
+
+def test_the_seeds_that_both_have_are_paired_and_averaged_before_the_interval():
+    first = side("first", losses(AFTER), losses(AFTER), losses(AFTER))
+    other = side("other", losses(AFTER + 0.1), losses(AFTER + 0.3))
+    found = paired.difference(other, first)
+    assert found.by_seed == {0: pytest.approx(0.1), 1: pytest.approx(0.3)}
+    assert found.mean == pytest.approx(0.2) and found.interval_95_over_tasks == pytest.approx(0.0, abs=1e-6)
+    assert paired.shared_seeds([3], [5]) == [(3, 5)]  # two single runs
+
+
+def test_a_task_that_diverges_in_either_run_is_no_pair_and_is_counted():
+    mine, theirs = AFTER + 0.1, AFTER.clone()
+    mine[3], mine[4], theirs[4], theirs[5] = 1e6, torch.nan, torch.inf, 50.0
+    one, first = side("one", losses(mine)), side("first", losses(theirs))
+    found = paired.difference(one, first)
+    assert (found.tasks, found.left_out) == (17, 3) and found.mean == pytest.approx(0.1)
+    table = paired.differences_table([first, one], "MSE", "20 tasks")
+    assert "2 diverged" in table and table.splitlines()[2].split()[-2:] == ["3", "worse"]
+
+
+def test_a_verdict_says_whether_seeds_agree_and_whether_the_interval_excludes_0():
+    found = Difference(0.05, 0.01, {0: 0.2, 1: -0.1}, tasks=50, left_out=0)
+    assert found.verdict(more_is_better=False) == "worse, but not in every seed"
+    assert found.verdict(more_is_better=True) == "better, but not in every seed"
+    assert replace(found, by_seed={0: 0.05}).verdict(more_is_better=False) == "worse"
+    assert replace(found, interval_95_over_tasks=0.06).verdict(more_is_better=False) == "not told apart"
+    assert (
+        replace(found, interval_95_over_tasks=float("nan")).verdict(more_is_better=False) == "not told apart"
+    )
+    assert "most have diverged" in replace(found, left_out=51).verdict(more_is_better=False)
+
+
+def test_sides_with_different_normalisations_are_compared_as_trained_and_with_each():
+    measured = {0: Evaluation({n: losses(AFTER) for n in ("transductive", "inductive")}, {})}
+    one = replace(side("one"), evaluations=measured)
+    other = replace(one, normalisation="inductive")
+    compared = {
+        words: [s.normalisation for s in sides] for words, sides in paired.readings([one, other]).items()
+    }
+    assert compared == {
+        "as trained": ["transductive", "inductive"],
+        "transductive": ["transductive"] * 2,
+        "inductive": ["inductive"] * 2,
+    }
+    assert list(paired.readings([one, one])) == ["transductive, as trained", "inductive"]
+
+
+# ---- learning and settings --------------------------------------------------------------------
+
+
+def test_learning_is_compared_at_the_level_that_every_run_reaches():
+    fast = side("fast", losses(AFTER), curve=([1.0, 2.0, 3.0], [2.0, 1.0, 0.5]))
+    slow = side("slow", losses(AFTER), curve=([1.0, 2.0, 3.0], [3.0, float("nan"), 1.5]))
+    level = paired.common_level([fast, slow])
+    assert level == 1.5
+    assert paired.learning_of(fast, level)["reaches_common_level"] == [2.0]
+    assert paired.learning_of(slow, level)["best_iteration"] == [3.0]
+    never = side("never", losses(AFTER), curve=([], []))
+    assert paired.common_level([fast, never]) is None
+    assert paired.learning_table([fast, never], "MSE").splitlines()[-1].split() == [
+        "never",
+        "1",
+        "-",
+        "-",
+        "-",
+    ]
+
+
+def test_settings_differ_unless_both_are_off():
+    one = side("one", losses(AFTER), **{"--first-order": "no", "--noise": "0.0", "--steps": "1"})
+    other = side("other", losses(AFTER), **{"--steps": "5", "--noise": "none"})
+    assert paired.differing_settings([one, other]) == ["--steps"]
+    assert paired.settings_table([one, one]) == "All settings are the same."
+
+
+# ---- record and picture -----------------------------------------------------------------------
+
+
+def test_the_record_has_the_numbers_of_tables_and_picture():
+    first, other = side("first", losses(AFTER)), side("other", losses(AFTER + 0.1))
+    (_, record) = paired.record([first, other])
+    (results,) = record["results"].values()
+    assert results["difference"]["mean"] == pytest.approx(0.1) and results["difference"]["excludes_0"]
+    assert [row["mean"] for row in results["difference_per_step"]] == [0.0, pytest.approx(0.1)]
+    assert results["per_step"][1]["mean"] == pytest.approx(AFTER.mean().item() + 0.1)
+    assert torch.equal(results["per_task"][0], losses(AFTER + 0.1).double()[:, 1])
+
+
+def test_a_figure_is_drawn_of_many_sides_whatever_their_names_are():
+    names = ["_hidden", "$x", "long " * 30, *map(str, range(9))]
+    figure = paired.figure([side(name, losses(AFTER)) for name in names], "MSE", "a_$title")
+    style.render(figure)
+    labels = [label.get_text() for label in figure.axes[-1].get_yticklabels()]
+    assert labels[:2] == names[:2] and len(labels) == 12 and max(map(len, labels)) <= paired.LONGEST

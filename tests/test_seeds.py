@@ -1,0 +1,116 @@
+"""Several runs: mean and spread over seeds, as tables, records and pictures."""
+
+import math
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from evaluation import seeds, style
+from evaluation.meta_test import Evaluation
+from evaluation.seeds import Outcome, Spread
+from evaluation.tables import Caption
+
+
+def outcome(setting: str, seed: int, loss: float | None, best: float | None, curve: list[float]) -> Outcome:
+    validation = {"iteration": [10.0 * (n + 1) for n in range(len(curve))], "query_loss": curve}
+    best_iteration = None if best is None else 10 * (seed + 1)
+    name = f"{setting}_seed-{seed}"
+    return Outcome(name, setting, seed, 20, None, loss, "query_loss", "MSE", best, best_iteration, validation)
+
+
+OUTCOMES = [
+    outcome("a-1", 0, 1.0, 0.5, [0.5, 0.75]),
+    outcome("a-1", 1, 3.0, 0.25, [1.0, 0.25]),
+    outcome("a-2", 0, None, None, []),
+    outcome("a-2", 1, 2.0, math.nan, [math.nan]),
+]
+
+
+def cells(line: str) -> list[str]:
+    return re.split(" {2,}", line.strip())
+
+
+def evaluation(*tasks: list[float]) -> Evaluation:
+    """Losses of some tasks after each step."""
+    return Evaluation({"transductive": torch.tensor(tasks, dtype=torch.float64)}, {})
+
+
+def test_a_spread_has_the_mean_and_the_ends_and_is_nan_where_one_value_is():
+    assert Spread.over([1.0, 2.0, 6.0]) == Spread(3, 3.0, pytest.approx(7**0.5), 1.0, 6.0)
+    assert Spread.over([4.0]).standard_deviation is None
+    undefined = Spread.over([1.0, math.nan, 0.0])
+    assert all(map(math.isnan, (undefined.mean, undefined.lowest, undefined.highest)))
+
+
+# ---- training ---------------------------------------------------------------------------------
+
+
+def test_the_table_of_training_has_a_row_a_setting():
+    heading, first, second, _ = seeds.training_table(OUTCOMES).splitlines()
+    assert cells(heading) == ["setting", "runs", "training loss", "best validation MSE", "at iteration"]
+    spread = ["2.0000 (1.0000 to 3.0000)", "0.3750 (0.2500 to 0.5000)", "15 (10 to 20)"]
+    assert cells(first) == ["a-1", "2", *spread]
+    assert cells(second) == ["a-2", "2", "2.0000", "nan", "20"]
+
+
+def test_the_table_of_training_says_what_was_measured_and_how_many_runs_ended():
+    accuracies = [replace(run, setting="", measure="query_accuracy") for run in OUTCOMES[:2]]
+    table = seeds.training_table(accuracies)
+    assert "best validation accuracy %" in table and "37.50 (25.00 to 50.00)" in table
+    assert "setting" not in table  # there is but one
+    failed = [OUTCOMES[0], replace(OUTCOMES[1], failure="iteration 7: ...", loss="Huber")]
+    assert "1 of 2" in seeds.training_table(failed) and "best validation loss" in seeds.training_table(failed)
+
+
+def test_the_record_of_training_groups_the_runs_by_setting():
+    record = seeds.training_record(OUTCOMES)
+    assert record["settings"]["a-1"]["final_training_loss"]["mean"] == 2.0
+    assert record["settings"]["a-1"]["best_iteration"]["highest"] == 20
+    assert record["settings"]["a-2"]["final_training_loss"]["runs"] == 1
+    assert [run["name"] for run in record["runs"]] == [run.name for run in OUTCOMES]
+
+
+def test_the_picture_of_training_has_each_run_and_the_mean_of_each_setting():
+    figure = seeds.training_figure([*OUTCOMES[:2], outcome("a-2", 0, 1.0, 0.5, [0.5])])
+    (panel,) = figure.axes
+    drawn = [line.get_ydata().tolist() for line in panel.lines]
+    assert drawn == [[0.5, 0.75], [1.0, 0.25], [0.75, 0.5], [0.5], [0.5]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a-1: mean of 2", "a-2: mean of 1"]
+    assert panel.get_ylabel() == "validation MSE"
+
+
+# ---- test -------------------------------------------------------------------------------------
+
+
+def test_diverged_tasks_are_left_out_of_the_means_over_seeds_and_counted():
+    quiet = evaluation(*[[2.0, 1.0]] * 4)
+    diverging = evaluation(*[[4.0, 2.0]] * 3, [4.0, 1e6])
+    results, caption = {"all": [quiet, diverging]}, Caption("", "MSE", 1, 1)
+    after_one = seeds.test_record(results)["all"]["transductive"][1]
+    assert (after_one["mean"], after_one["lowest"], after_one["highest"]) == (1.5, 1.0, 2.0)
+    assert after_one["diverged_tasks"] == 1
+    heading, before, after, *_, footer = seeds.test_table(results, caption).splitlines()
+    assert cells(heading) == ["steps", "MSE"] and cells(before)[1] == "3.0000 ± 0.0000 (2.0000 to 4.0000)"
+    assert cells(after)[1:] == ["1.5000 ± 0.0000 (1.0000 to 2.0000), 1 diverged", "trained for"]
+    assert footer == "Diverged tasks are left out, and counted."
+    drawn = [line.get_ydata() for line in seeds.test_figure(results, caption).axes[0].lines]
+    assert [list(y) for y in drawn[:3]] == [[2.0, 1.0], [4.0, 2.0], [3.0, 1.5]]
+
+
+def test_many_settings_are_rows_with_the_steps_that_matter():
+    results = {f"a-{n}": [evaluation([n, n, n, n / 2], [n, n, n, n / 2])] for n in range(1, 5)}
+    results["oracle"] = [evaluation([0.0], [0.0])]  # is not adapted
+    heading, *rows = seeds.test_table(results, Caption("", "MSE", 1, 1)).splitlines()
+    assert cells(heading) == ["setting", "after 0 steps", "after 1 step", "after 3 steps"]
+    assert [cells(row)[0] for row in rows[:5]] == list(results)
+    assert cells(rows[0])[1:] == ["1.0000 ± 0.0000", "1.0000 ± 0.0000", "0.5000 ± 0.0000"]
+    assert cells(rows[4])[1:] == ["0.0000 ± 0.0000"]
+
+
+def test_a_legend_is_drawn_as_long_as_its_curves_can_be_told_apart():
+    results = {f"a-{n}": [evaluation([1.0, 0.5])] for n in range(style.DISTINCT_CURVES + 1)}
+    few = dict(list(results.items())[:4])
+    assert seeds.test_figure(few, Caption("", "MSE", None, 1)).legends
+    assert not seeds.test_figure(results, Caption("", "MSE", None, 1)).legends
