@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from common.options import BY_LEARNER, above_zero, at_least, below_one, flag, not_negative
+from common.options import BY_LEARNER, above_zero, at_least, below_one, flag, flags_of, not_negative
 
 # rows of `commands.presets.ALGORITHMS`
 ALGORITHMS = (
@@ -148,12 +148,16 @@ class Choices:
         return "inductive" if self.batch_norm == "inductive" else "transductive"
 
     def check(self, *, has_batch_norm: bool = False, classification: bool | None = None) -> None:
-        """Raise ValueError for choices that contradict each other, with the reason in terms of the flags.
+        """Raise ValueError for a choice that does not exist, and for choices that contradict each other.
 
         Args:
             has_batch_norm: whether the learner has batch norm; without it the choices about it do not matter.
             classification: whether targets are classes; None: unknown.
         """
+        for name, declaration in flags_of(Choices).items():
+            value = getattr(self, name)
+            if problem := declaration.problem(value):
+                raise ValueError(f"{name} should be {problem}, not {value!r}")
         for refused, reason in self._contradictions(has_batch_norm, classification):
             if refused:
                 raise ValueError(reason)

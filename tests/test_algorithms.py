@@ -2,53 +2,28 @@
 
 import pytest
 import torch
-from test_maml import assert_same, make_maml, make_tasks
+from algorithms import Algorithm, assert_same, make_maml, make_tasks, smooth_maml, smooth_network, vary
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
 from common.batch import TaskBatch
 from common.optimizers import InnerOptimizer
-from inner_loop import MASS, RATE, SQUARE
+from common.task import Task
 from learner import build_learner
 from learners.batch_norm import BatchNorm
 from learners.heads import ContextLayer, adapted_names, add_context, head_names
-from maml import MAML
+from maml import MASS, RATE, SQUARE
 from training.meta_gradients import conjugate_gradients
 from training.schedules import meta_lr_at, multi_step_weights
 
-STEPS = 3
-
-
-def smooth_network(inputs: int = 1) -> nn.Module:
-    """Without kinks: finite differences and other ways round agree to many digits."""
-    torch.manual_seed(2)
-    return nn.Sequential(
-        nn.Linear(inputs, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1)
-    ).double()
-
-
-def smooth_maml(**options) -> MAML:
-    context = options.pop("context", 0)
-    network = smooth_network()
-    if context:
-        network = add_context(network, context, seed=3).double()
-    return MAML(network, F.mse_loss, **{"inner_lr": 0.1, "steps": STEPS} | options)
-
-
-def varied(parameters: dict) -> dict:
-    """No two steps, layers or elements alike: what is mixed up shows."""
-    generator = torch.Generator().manual_seed(5)
-    return {
-        name: w * (1 + 0.3 * torch.rand(w.shape, generator=generator, dtype=w.dtype))
-        for name, w in parameters.items()
-    }
+ORDERS = {False: "exact", True: "first-order"}
 
 
 # ---- a plain loop ---------------------------------------------------------------------------
 
 
-def plain_loop(maml: MAML, parameters: dict, batch: TaskBatch, order=None, step_weights=None) -> dict:
+def plain_loop(maml: Algorithm, parameters: dict, batch: TaskBatch, order=None, step_weights=None) -> dict:
     """One task after the other, written down from the papers."""
     leaves = {name: w.clone().requires_grad_() for name, w in parameters.items()}
     rule, total = maml.optimizer, 0.0
@@ -77,18 +52,17 @@ def plain_loop(maml: MAML, parameters: dict, batch: TaskBatch, order=None, step_
                 norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
                 assert norm > rule.clip_norm  # there is something to clip
                 gradients = {n: g * rule.clip_norm / (norm + 1e-6) for n, g in gradients.items()}
-            gradients = {n: g + rule.weight_decay * fast[n] for n, g in gradients.items()}
             for n, g in gradients.items():
                 rate = leaves.get(RATE + n, rule.lr)
-                if maml.inner_rates == "layer-step":
+                if maml.choices.inner_rates == "layer-step":
                     rate = rate[step]
                 if rule.name == "momentum":
                     g = velocity[n] = rule.momentum * velocity[n] + g
                 if rule.name == "adam":
-                    mean[n] = rule.beta_1 * mean[n] + (1 - rule.beta_1) * g
+                    mean[n] = rule.momentum * mean[n] + (1 - rule.momentum) * g
                     square[n] = rule.beta_2 * square[n] + (1 - rule.beta_2) * g**2
                     unbiased = square[n] / (1 - rule.beta_2 ** (step + 1))
-                    g = mean[n] / (1 - rule.beta_1 ** (step + 1)) / (unbiased.sqrt() + rule.eps)
+                    g = mean[n] / (1 - rule.momentum ** (step + 1)) / (unbiased.sqrt() + rule.eps)
                 fast[n] = fast[n] - rate * g
             if step_weights is not None or step == maml.steps - 1:
                 loss = F.mse_loss(outputs_of(fast, query_x), query_y)
@@ -100,19 +74,19 @@ def plain_loop(maml: MAML, parameters: dict, batch: TaskBatch, order=None, step_
 COMBINATIONS = [
     {"fast_weights": "head"},
     {"fast_weights": "body"},
-    {"fast_weights": "context", "context": 4},
+    {"fast_weights": "context", "context_size": 4},
     {"fast_weights": "head", "inner_rates": "element"},
     {"inner_rates": "layer-step"},
-    {"inner_rates": "element", "optimizer": InnerOptimizer(0, "momentum", momentum=0.7)},
+    {"inner_rates": "element", "inner_optimizer": "momentum", "inner_momentum": 0.7},
     {"inner_rates": "layer-step", "fast_weights": "body", "objective": True},
     {"objective": True},
-    {"objective": True, "fast_weights": "context", "context": 4, "inner_rates": "layer-step"},
-    {"optimizer": InnerOptimizer(0, "adam", beta_1=0.8), "inner_lr": 0.02},
-    {"optimizer": InnerOptimizer(0, "adam", beta_1=0.0), "inner_rates": "element", "inner_lr": 0.02},
-    {"optimizer": InnerOptimizer(0, weight_decay=0.1, proximal=0.5)},
-    {"optimizer": InnerOptimizer(0, "momentum", clip_norm=0.2, weight_decay=0.1), "objective": True},
+    {"objective": True, "fast_weights": "context", "context_size": 4, "inner_rates": "layer-step"},
+    {"inner_optimizer": "adam", "inner_momentum": 0.8, "inner_lr": 0.02},
+    {"inner_optimizer": "adam", "inner_momentum": 0.0, "inner_rates": "element", "inner_lr": 0.02},
+    {"proximal": 0.5},
+    {"inner_optimizer": "momentum", "inner_clip": 0.2, "objective": True},
     {"order": True},
-    {"order": True, "optimizer": InnerOptimizer(0, "adam"), "inner_lr": 0.02, "inner_rates": "layer-step"},
+    {"order": True, "inner_optimizer": "adam", "inner_lr": 0.02, "inner_rates": "layer-step"},
 ]
 
 
@@ -129,8 +103,8 @@ def test_every_combination_of_choices_is_the_plain_loops(number, first_order):
             [[[0, 1], [2, 3], [4, 0]], [[3, 1], [0, 4], [2, 2]], [[4, 4], [1, 0], [3, 2]]]
         )
     for engine in ("unrolled", "adjoint"):
-        maml = smooth_maml(**options, first_order=first_order, engine=engine)
-        parameters = varied(maml.initial_parameters())
+        maml = smooth_maml(**options, meta_gradient=ORDERS[first_order], engine=engine)
+        parameters = vary(maml.initial_parameters())
         expected = plain_loop(maml, parameters, batch, **given)
         assert_same(maml.meta_gradient(parameters, batch, **given).gradients, expected)
         assert all(g.abs().max() > 0 for g in expected.values())
@@ -140,14 +114,12 @@ def test_every_combination_of_choices_is_the_plain_loops(number, first_order):
 @pytest.mark.parametrize("objective", [False, True])
 def test_per_step_batch_norm_has_parameters_and_statistics_for_each_step(objective, engine):
     batch = make_tasks("fc")
-    maml = make_maml(
-        "fc", normalisation="per-step", norm_per_step=True, steps=2, engine=engine, tasks_at_once=2
-    )
+    maml = make_maml("fc", batch_norm="per-step", norm_per_step=True, steps=2, engine=engine, tasks_at_once=2)
     parameters = maml.initial_parameters()
     norms = {n for n, layer in maml.learner.named_modules() if isinstance(layer, BatchNorm)}
     assert maml.per_step == {f"{n}.bias" for n in norms} and not maml.per_step & maml.adapted
     assert all(parameters[n].shape[0] == 2 for n in maml.per_step)
-    parameters = varied({n: w + 0.1 * (n in maml.per_step) for n, w in parameters.items()})
+    parameters = vary({n: w + 0.1 * (n in maml.per_step) for n, w in parameters.items()})
     step_weights = torch.tensor([0.4, 0.6]).double() if objective else None
     leaves = {n: w.clone().requires_grad_() for n, w in parameters.items()}
     losses, seen = [], []
@@ -186,8 +158,8 @@ def test_per_step_batch_norm_has_parameters_and_statistics_for_each_step(objecti
 
 def test_per_step_statistics_are_used_and_a_step_beyond_uses_the_last_ones():
     batch = make_tasks("fc")
-    maml = make_maml("fc", normalisation="per-step", norm_per_step=True, steps=2, inner_rates="layer-step")
-    parameters = varied({n: w + 0.1 * (n in maml.per_step) for n, w in maml.initial_parameters().items()})
+    maml = make_maml("fc", batch_norm="per-step", norm_per_step=True, steps=2, inner_rates="layer-step")
+    parameters = vary({n: w + 0.1 * (n in maml.per_step) for n, w in maml.initial_parameters().items()})
     statistics = {n: s + torch.rand_like(s) for n, s in maml.initial_statistics().items()}
     both = ("transductive", "per-step")
     outputs = maml.predictions(parameters, batch, 4, both, statistics=statistics)
@@ -228,7 +200,7 @@ def test_per_step_statistics_are_used_and_a_step_beyond_uses_the_last_ones():
 # ---- identities -----------------------------------------------------------------------------
 
 
-def gradients_of(maml: MAML, batch: TaskBatch, **options) -> dict:
+def gradients_of(maml: Algorithm, batch: TaskBatch, **options) -> dict:
     return maml.meta_gradient(maml.initial_parameters(), batch, **options).gradients
 
 
@@ -246,7 +218,7 @@ def test_each_method_is_maml_where_its_choice_makes_no_difference(engine):
     assert_same(gradients_of(smooth_maml(engine=engine), batch, step_weights=last), expected, 1e-13)
     everything = smooth_maml(engine=engine, fast_weights="head", head="0,2,4")
     assert_same(gradients_of(everything, batch), expected, 1e-13)
-    everybody = smooth_maml(engine=engine, optimizer=InnerOptimizer(0, "momentum", momentum=0.0))
+    everybody = smooth_maml(engine=engine, inner_optimizer="momentum", inner_momentum=0.0)
     assert_same(gradients_of(everybody, batch), expected, 1e-13)
 
 
@@ -254,7 +226,7 @@ def test_first_order_equals_exact_where_the_loss_is_linear_in_the_adapted_weight
     batch = make_tasks("mlp")
     network = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)).double()
     results = [
-        MAML(
+        Algorithm(
             network, lambda outputs, targets: (outputs * targets).mean(), inner_lr=0.1, steps=3,
             fast_weights="head", meta_gradient=meta_gradient, engine=engine,
         ).meta_gradient(dict(network.named_parameters()), batch).gradients
@@ -282,7 +254,7 @@ def test_reptile_with_one_step_is_joint_training():
 def test_reptile_moves_to_where_torchs_adam_ends_on_the_same_minibatches():
     batch = make_tasks("mlp")  # pools of ten
     maml = smooth_maml(
-        meta_gradient="reptile", steps=4, inner_lr=0.01, optimizer=InnerOptimizer(0, "adam", beta_1=0.0)
+        meta_gradient="reptile", steps=4, inner_lr=0.01, inner_optimizer="adam", inner_momentum=0.0
     )
     order = torch.stack([torch.randperm(10)[:8].view(4, 2) for _ in batch.support_x])
     result = gradients_of(maml, batch, order=order)
@@ -303,8 +275,8 @@ def test_reptile_moves_to_where_torchs_adam_ends_on_the_same_minibatches():
 
 def test_carried_second_moments_are_those_of_one_adam_for_all_tasks():
     batch = make_tasks("mlp")
-    rule = InnerOptimizer(0, "adam", beta_1=0.0, carried=True)
-    maml = smooth_maml(meta_gradient="reptile", steps=4, inner_lr=0.01, optimizer=rule)
+    carried = {"inner_optimizer": "adam-carried", "inner_momentum": 0.0, "inner_lr": 0.01}
+    maml = smooth_maml(meta_gradient="reptile", steps=4, **carried)
     singles = [TaskBatch(*(part[i : i + 1] for part in batch)) for i in range(len(batch.support_x))]
     order = torch.stack([torch.randperm(10)[:8].view(4, 2) for _ in singles])
     network = smooth_network()
@@ -334,19 +306,16 @@ def test_carried_second_moments_are_those_of_one_adam_for_all_tasks():
     assert_same(together, {n: torch.stack([g[n] for g in apart]).mean(0) for n in together})
     fresh = start | {n: torch.zeros_like(w) for n, w in start.items() if n.startswith(SQUARE)}
     outputs, before = (maml.predictions(at, batch, 2)["transductive"] for at in (start, fresh))
-    uncarried = maml.with_options(optimizer=InnerOptimizer(0, "adam", beta_1=0.0))
+    uncarried = smooth_maml(meta_gradient="reptile", steps=4, **carried | {"inner_optimizer": "adam"})
     torch.testing.assert_close(before, uncarried.predictions(fresh, batch, 2)["transductive"])
     assert (outputs - before).abs().max() > 1e-3
 
 
-def implicit(
-    strength: float, cg_steps: int, *, steps: int = 3, inner_lr: float = 0.05, rule=None, **options
-) -> MAML:
-    rule = rule or InnerOptimizer(0, proximal=strength)
-    options = {"fast_weights": "body"} | options  # the head is shared: mixed derivatives take part
+def implicit(strength: float, cg_steps: int, *, steps: int = 3, inner_lr: float = 0.05) -> Algorithm:
     return smooth_maml(
-        meta_gradient="implicit", cg_steps=cg_steps, steps=steps, inner_lr=inner_lr, optimizer=rule, **options
-    )
+        meta_gradient="implicit", cg_steps=cg_steps, steps=steps, inner_lr=inner_lr, proximal=strength,
+        fast_weights="body",  # the head is shared: mixed derivatives take part
+    )  # fmt: skip
 
 
 def test_implicit_without_conjugate_gradients_is_first_order_at_the_same_solution():
@@ -357,14 +326,14 @@ def test_implicit_without_conjugate_gradients_is_first_order_at_the_same_solutio
         steps=3,
         inner_lr=0.05,
         fast_weights="body",
-        optimizer=InnerOptimizer(0, proximal=0.5),
+        proximal=0.5,
     )
     parameters = first.initial_parameters()
     expected = {n: torch.zeros_like(w) for n, w in parameters.items()}
     for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
         weights = first.adapt(parameters, support_x, support_y, 3)
         leaves = {n: w.clone().requires_grad_() for n, w in weights.items()}
-        loss = F.mse_loss(first.forward(leaves, query_x), query_y)
+        loss = F.mse_loss(first.outputs(leaves, query_x), query_y)
         for n, g in zip(leaves, torch.autograd.grad(loss, leaves.values()), strict=True):
             expected[n] += g / len(batch.support_x)
     assert_same(ours, expected, 1e-12)
@@ -380,15 +349,13 @@ def test_implicit_tends_to_joint_training_as_the_proximal_term_grows():
     assert_same(ours, dict(zip(ours, joint, strict=True)), 1e-5)
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-def test_implicit_is_the_unrolled_exact_gradient_of_the_converged_proximal_problem(weight_decay):
+def test_implicit_is_the_unrolled_exact_gradient_of_the_converged_proximal_problem():
     batch = make_tasks("mlp")
     options = {"steps": 400, "inner_lr": 0.2}
-    rule = InnerOptimizer(0, proximal=2.0, weight_decay=weight_decay)
-    ours = gradients_of(implicit(2.0, 40, rule=rule, **options), batch)
-    exact = smooth_maml(engine="adjoint", fast_weights="body", optimizer=rule, **options)
+    ours = gradients_of(implicit(2.0, 40, **options), batch)
+    exact = smooth_maml(engine="adjoint", fast_weights="body", proximal=2.0, **options)
     assert_same(ours, gradients_of(exact, batch), 1e-8)
-    rough = gradients_of(implicit(2.0, 0, rule=rule, **options), batch)
+    rough = gradients_of(implicit(2.0, 0, **options), batch)
     assert max((rough[n] - ours[n]).abs().max() for n in ours) > 1e-3
 
 
@@ -398,9 +365,9 @@ def test_implicit_has_the_closed_form_on_a_quadratic():
     batch = TaskBatch(*(torch.randn(tasks, n, k).double() for n in (5, 6) for k in (size, 1)))
     network = nn.Linear(size, 1, bias=False).double()
     for damping in (0.0, 1.0):
-        maml = MAML(
-            network, F.mse_loss, inner_lr=0.05, steps=3000, meta_gradient="implicit", cg_steps=size,
-            cg_damping=damping, optimizer=InnerOptimizer(0, proximal=strength),
+        maml = Algorithm(
+            network, F.mse_loss, inner_lr=0.05, steps=1000, meta_gradient="implicit", cg_steps=size,
+            cg_damping=damping, proximal=strength,
         )  # fmt: skip
         ours = maml.meta_gradient(maml.initial_parameters(), batch).gradients["weight"]
         expected = torch.zeros(1, size).double()
@@ -421,8 +388,8 @@ def test_implicit_has_the_closed_form_on_a_quadratic():
     [
         dict(fast_weights="haed"), dict(meta_gradient="implict"), dict(engine="adjont"),
         dict(convolution="im2cool"), dict(head_init="zeros"), dict(inner_rates="elements"),
-        dict(normalisation="perstep"),
-        dict(meta_gradient="reptile", inner_rates="element"), dict(meta_gradient="joint", first_order=True),
+        dict(batch_norm="perstep"),
+        dict(meta_gradient="reptile", inner_rates="element"), dict(meta_gradient="joint", inner_batch=3),
         dict(meta_gradient="implicit"),
     ],
 )  # fmt: skip
@@ -432,7 +399,7 @@ def test_choices_that_there_are_not_are_refused(wrong):
 
 
 def test_rules_and_schedules_that_there_are_not_are_refused():
-    with pytest.raises(ValueError, match="one of sgd, momentum, adam, not 'Adam'"):
+    with pytest.raises(ValueError, match="one of sgd, momentum, adam, adam-carried, not 'Adam'"):
         InnerOptimizer(0.1, "Adam")
     with pytest.raises(ValueError, match="the schedule"):
         meta_lr_at("cos", torch.tensor(1), 1.0, 0.1, 10, torch.float64)
@@ -449,9 +416,9 @@ def test_conjugate_gradients_stay_where_the_residual_is_nothing_or_the_matrix_is
 META_LEARNED = [
     {"inner_rates": "element"},
     {"inner_rates": "layer-step", "objective": True},
-    {"fast_weights": "context", "context": 4, "inner_rates": "layer-step"},
-    {"optimizer": InnerOptimizer(0, "adam"), "inner_rates": "element", "inner_lr": 0.02},
-    {"fast_weights": "head", "optimizer": InnerOptimizer(0, "momentum", proximal=0.3, weight_decay=0.1)},
+    {"fast_weights": "context", "context_size": 4, "inner_rates": "layer-step"},
+    {"inner_optimizer": "adam", "inner_rates": "element", "inner_lr": 0.02},
+    {"fast_weights": "head", "inner_optimizer": "momentum", "proximal": 0.3},
 ]
 
 
@@ -459,16 +426,15 @@ META_LEARNED = [
 def test_every_meta_learned_quantity_agrees_with_finite_differences(number):
     options = dict(META_LEARNED[number])
     weights = torch.tensor([0.2, 0.5, 0.3]).double() if options.pop("objective", False) else None
-    schedule = {} if weights is None else {"step_weights": weights}
     batch = make_tasks("mlp", tasks=1)
     task = [tensor[0] for tensor in batch]
     maml = smooth_maml(**options)
-    parameters = varied(maml.initial_parameters())
+    parameters = vary(maml.initial_parameters())
     gradients = maml.meta_gradient(parameters, batch, step_weights=weights).gradients
     for name, w in parameters.items():
         direction = torch.randn(w.shape, generator=torch.Generator().manual_seed(1), dtype=w.dtype)
         ahead, behind = (
-            maml.objective(parameters | {name: w + epsilon * direction}, schedule, *task)[0].item()
+            maml.outer_loss(parameters | {name: w + epsilon * direction}, Task(*task), weights)[0].item()
             for epsilon in (1e-5, -1e-5)
         )
         slope = (gradients[name] * direction).sum().item()
@@ -477,14 +443,14 @@ def test_every_meta_learned_quantity_agrees_with_finite_differences(number):
 
 def test_per_step_shifts_agree_with_finite_differences():
     batch = make_tasks("fc", tasks=1)
-    maml = make_maml("fc", normalisation="per-step", norm_per_step=True, steps=2, inner_lr=0.01)
+    maml = make_maml("fc", batch_norm="per-step", norm_per_step=True, steps=2, inner_lr=0.01)
     parameters = maml.initial_parameters()
     gradients = maml.meta_gradient(parameters, batch).gradients
     task = [tensor[0] for tensor in batch]
     for name in maml.per_step:
         direction = torch.randn(parameters[name].shape, generator=torch.Generator().manual_seed(1)).double()
         ahead, behind = (
-            maml.objective(parameters | {name: parameters[name] + e * direction}, {}, *task)[0].item()
+            maml.outer_loss(parameters | {name: parameters[name] + e * direction}, Task(*task))[0].item()
             for e in (1e-9, -1e-9)
         )
         slope = (gradients[name] * direction).sum().item()
@@ -496,9 +462,9 @@ def test_the_inner_optimizers_are_those_of_torch():
     start = {"a": torch.randn(3).double(), "b": torch.randn(2, 2).double()}
     gradients = [{n: torch.randn_like(w) for n, w in start.items()} for _ in range(6)]
     cases = [
-        (InnerOptimizer(0.1, weight_decay=0.2), lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.2)),
+        (InnerOptimizer(0.1), lambda p: torch.optim.SGD(p, 0.1)),
         (InnerOptimizer(0.1, "momentum", momentum=0.6), lambda p: torch.optim.SGD(p, 0.1, momentum=0.6)),
-        (InnerOptimizer(0.1, "adam", beta_1=0.5), lambda p: torch.optim.Adam(p, 0.1, betas=(0.5, 0.999))),
+        (InnerOptimizer(0.1, "adam", momentum=0.5), lambda p: torch.optim.Adam(p, 0.1, betas=(0.5, 0.999))),
         (InnerOptimizer(0.1, "adam", clip_norm=0.5), lambda p: torch.optim.Adam(p, 0.1)),
     ]
     for rule, make in cases:
@@ -520,8 +486,8 @@ def test_adams_derivative_is_finite_where_a_unit_is_dead():
     with torch.no_grad():
         network[0].bias.fill_(-100.0)
     for engine in ("unrolled", "adjoint"):
-        for rule in (InnerOptimizer(0, "adam"), InnerOptimizer(0, clip_norm=1.0)):
-            maml = MAML(network, F.mse_loss, inner_lr=0.01, steps=2, optimizer=rule, engine=engine)
+        for rule in ({"inner_optimizer": "adam"}, {"inner_clip": 1.0}):
+            maml = Algorithm(network, F.mse_loss, inner_lr=0.01, steps=2, engine=engine, **rule)
             gradients = gradients_of(maml, make_tasks("mlp"))
             assert all(g.isfinite().all() for g in gradients.values())
 
@@ -550,14 +516,14 @@ def test_a_context_of_zero_changes_nothing_and_the_inner_loop_moves_it_alone():
         (layer,) = [m for m in network.modules() if isinstance(m, ContextLayer)]
         assert layer.film == (name != "mlp")
         loss = F.mse_loss if name == "mlp" else F.cross_entropy
-        maml = MAML(network, loss, inner_lr=1.0, fast_weights="context")
-        plain = MAML(build_learner(name, outputs), loss, inner_lr=1.0)
+        maml = Algorithm(network, loss, inner_lr=1.0, fast_weights="context")
+        plain = Algorithm(build_learner(name, outputs), loss, inner_lr=1.0)
         parameters = maml.initial_parameters()
         (context,) = maml.adapted
         weights = maml.start(parameters).fast | parameters
-        before = plain.forward(plain.initial_parameters(), x)
-        assert torch.equal(before, maml.forward(weights, x))
-        moved = maml.forward(weights | {context: torch.ones(6)}, x)
+        before = plain.outputs(plain.initial_parameters(), x)
+        assert torch.equal(before, maml.outputs(weights, x))
+        moved = maml.outputs(weights | {context: torch.ones(6)}, x)
         assert (moved - before).abs().max() > 1e-2
         y = torch.rand(4, 1) if name == "mlp" else torch.tensor([0, 1, 0, 1])
         adapted = maml.adapt(parameters, x, y, 1)

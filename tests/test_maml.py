@@ -4,44 +4,24 @@ import copy
 
 import pytest
 import torch
+from algorithms import TASKS, WAYS, WAYS_TO_COMPUTE, Algorithm, assert_same, make_maml, make_tasks
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
 from common.batch import TaskBatch
+from common.task import Task
 from learner import LEARNERS, build_learner
 from learners.batch_norm import BatchNorm, norm_parameter_names
 from learners.im2col import Im2colConv2d, convert_convolutions
-from maml import MAML
 
-WAYS, SHOTS, TASKS = 2, 2, 3
-INNER_LR = 0.1
-
-
-def make_tasks(learner: str, *, tasks: int = TASKS) -> TaskBatch:
-    shots = 1 if learner == "convnet" else SHOTS  # it costs twenty times what `conv` does
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape):
-        return torch.rand(*shape, generator=generator, dtype=torch.float64)
-
-    if learner == "mlp":
-        return TaskBatch(*(4 * random(tasks, 5, 1) - 2 for _ in range(4)))
-    labels = torch.arange(WAYS).repeat_interleave(shots).expand(tasks, -1)
-    images = [random(tasks, WAYS * shots, 1, 28, 28) for _ in range(2)]
-    return TaskBatch(images[0], labels, images[1], labels)
-
-
-def make_maml(learner: str, **options) -> MAML:
-    outputs = 1 if learner == "mlp" else WAYS
-    inputs = (1,) if learner == "mlp" else (1, 28, 28)
-    network = build_learner(learner, outputs, inputs=inputs, init="torch", seed=1).double()
-    loss = F.mse_loss if learner == "mlp" else F.cross_entropy
-    return MAML(network, loss, **{"inner_lr": INNER_LR} | options)
+FAST = ("mlp", "conv", "fc")
+EVERY_LEARNER = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in LEARNERS]
+ORDERS = {False: "exact", True: "first-order"}
 
 
 def forward_by_hand(
-    maml: MAML, weights: dict, x: torch.Tensor, support: torch.Tensor | None = None
+    maml: Algorithm, weights: dict, x: torch.Tensor, support: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The learner again, batch norm by PyTorch's own function.
 
@@ -64,10 +44,10 @@ def forward_by_hand(
     return x
 
 
-def loop_over_tasks(maml: MAML, parameters: dict, batch: TaskBatch) -> tuple[dict, torch.Tensor]:
+def loop_over_tasks(maml: Algorithm, parameters: dict, batch: TaskBatch) -> tuple[dict, torch.Tensor]:
     """The textbook: one task after the other, `create_graph` for the second order."""
     leaves = {name: w.clone().requires_grad_() for name, w in parameters.items()}
-    adapted_names = [name for name in leaves if name not in maml.not_adapted]
+    adapted_names = [name for name in leaves if name not in maml.initial.keys() - maml.adapted]
     losses = []
     for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
         weights = dict(leaves)
@@ -85,28 +65,13 @@ def loop_over_tasks(maml: MAML, parameters: dict, batch: TaskBatch) -> tuple[dic
     return dict(zip(leaves, gradients, strict=True)), total.detach()
 
 
-def assert_same(ours: dict, theirs: dict, tolerance: float = 1e-9) -> None:
-    assert ours.keys() == theirs.keys()
-    scale = max(g.abs().max().item() for g in theirs.values())
-    assert scale > 1e-6  # a comparison of zeros would prove nothing
-    for name in ours:
-        assert (ours[name] - theirs[name]).abs().max().item() < tolerance * scale, name
-
-
-WAYS_TO_COMPUTE = [
-    {"engine": engine, "convolution": convolution}
-    for engine in ("unrolled", "adjoint")
-    for convolution in ("grouped", "im2col")
-]
-
-
 @pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize("first_order", [False, True])
-@pytest.mark.parametrize("learner", LEARNERS)
+@pytest.mark.parametrize("learner", EVERY_LEARNER)
 def test_meta_gradient_is_that_of_a_plain_loop_over_tasks(learner, first_order, steps):
     tasks = 2 if learner == "convnet" else TASKS
     batch = make_tasks(learner, tasks=tasks)
-    options = {"steps": steps, "first_order": first_order, "adapt_norm": learner == "convnet"}
+    options = {"steps": steps, "meta_gradient": ORDERS[first_order], "adapt_norm": learner == "convnet"}
     parameters = make_maml(learner).initial_parameters()
     expected, loss = loop_over_tasks(make_maml(learner, **options), parameters, batch)
     for ways in WAYS_TO_COMPUTE[:1] if learner == "convnet" else WAYS_TO_COMPUTE:
@@ -118,7 +83,12 @@ def test_meta_gradient_is_that_of_a_plain_loop_over_tasks(learner, first_order, 
 @pytest.mark.parametrize("first_order", [False, True])
 @pytest.mark.parametrize("learner", ["conv", "fc"])
 def test_inductive_meta_gradient_is_that_of_a_plain_loop(learner, first_order):
-    options = {"steps": 2, "first_order": first_order, "normalisation": "inductive", "adapt_norm": False}
+    options = {
+        "steps": 2,
+        "meta_gradient": ORDERS[first_order],
+        "batch_norm": "inductive",
+        "adapt_norm": False,
+    }
     batch, parameters = make_tasks(learner), make_maml(learner).initial_parameters()
     expected, _ = loop_over_tasks(make_maml(learner, **options), parameters, batch)
     for ways in WAYS_TO_COMPUTE:
@@ -129,11 +99,11 @@ def test_inductive_meta_gradient_is_that_of_a_plain_loop(learner, first_order):
 
 @pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize("first_order", [False, True])
-@pytest.mark.parametrize("learner", LEARNERS)
+@pytest.mark.parametrize("learner", EVERY_LEARNER)
 def test_meta_gradient_agrees_with_finite_differences(learner, first_order, steps):
     """First order by its own definition: the slope of the query loss when the *adapted* weights move."""
     batch = make_tasks(learner, tasks=1)
-    maml = make_maml(learner, steps=steps, first_order=first_order, adapt_norm=False, inner_lr=0.01)
+    maml = make_maml(learner, steps=steps, meta_gradient=ORDERS[first_order], adapt_norm=False, inner_lr=0.01)
     parameters = maml.initial_parameters()
     gradients = maml.meta_gradient(parameters, batch).gradients
     generator = torch.Generator().manual_seed(3)
@@ -147,8 +117,8 @@ def test_meta_gradient_agrees_with_finite_differences(learner, first_order, step
         start = adapted if first_order else parameters
         moved = {name: w + epsilon * direction[name] for name, w in start.items()}
         if first_order:
-            return maml.loss(maml.forward(moved, task.query_x), task.query_y).item()
-        return maml.objective(moved, {}, *task)[0].item()
+            return maml.loss(maml.outputs(moved, task.query_x), task.query_y).item()
+        return maml.outer_loss(moved, Task(*task))[0].item()
 
     epsilon = 1e-9  # so small that no ReLU and no maximum changes sides on the way
     measured = (query_loss(epsilon) - query_loss(-epsilon)) / (2 * epsilon)
@@ -159,7 +129,7 @@ def test_meta_gradient_agrees_with_finite_differences(learner, first_order, step
 def test_exact_and_first_order_meta_gradients_differ():
     batch = make_tasks("conv")
     exact, first = (
-        make_maml("conv", first_order=order, adapt_norm=False).meta_gradient(
+        make_maml("conv", meta_gradient=ORDERS[order], adapt_norm=False).meta_gradient(
             make_maml("conv").initial_parameters(), batch
         )
         for order in (False, True)
@@ -171,9 +141,9 @@ def test_exact_and_first_order_meta_gradients_differ():
 def test_first_order_equals_exact_when_the_loss_is_linear_in_the_weights():
     batch = make_tasks("mlp")
     results = [
-        MAML(
+        Algorithm(
             nn.Linear(1, 1).double(), lambda outputs, targets: (outputs * targets).mean(),
-            inner_lr=INNER_LR, steps=3, first_order=first_order,
+            inner_lr=0.1, steps=3, meta_gradient=ORDERS[first_order],
         ).meta_gradient({"weight": torch.ones(1, 1).double(), "bias": torch.ones(1).double()}, batch)
         for first_order in (False, True)
     ]  # fmt: skip
@@ -199,7 +169,7 @@ def test_predictions_follow_the_inner_loop_step_by_step():
     assert outputs.shape == (TASKS, 4, 5, 1)
     for steps in range(4):
         weights = maml.adapt(parameters, batch.support_x[1], batch.support_y[1], steps)
-        assert torch.allclose(outputs[1, steps], maml.forward(weights, batch.query_x[1]))
+        assert torch.allclose(outputs[1, steps], maml.outputs(weights, batch.query_x[1]))
     assert not torch.allclose(outputs[:, 0], outputs[:, 3])
 
 
@@ -270,13 +240,13 @@ def test_bf16_computes_the_learner_alone_in_half_precision():
     def flat(result) -> torch.Tensor:
         return torch.cat([g.flatten() for g in result.gradients.values()])
 
-    maml = MAML(network, F.mse_loss, inner_lr=0.05)
+    maml = Algorithm(network, F.mse_loss, inner_lr=0.05)
     exact = flat(maml.meta_gradient(maml.initial_parameters(), batch))
     usual_error = (by_hand() - exact).norm()
     assert usual_error > 1e-4 * exact.norm()
     seen.clear()
     for engine in ("unrolled", "adjoint"):
-        maml = MAML(network, F.mse_loss, inner_lr=0.05, compute_dtype=torch.bfloat16, engine=engine)
+        maml = Algorithm(network, F.mse_loss, inner_lr=0.05, compute_dtype=torch.bfloat16, engine=engine)
         gradient = flat(maml.meta_gradient(maml.initial_parameters(), batch))
         assert gradient.dtype == torch.float32 and set(seen) == {torch.bfloat16}
         assert (gradient - exact).norm() < 1.5 * usual_error
@@ -302,7 +272,7 @@ def test_norm_parameters_stay_where_they_are_unless_adapted():
 
 def test_inductive_normalises_the_query_with_the_support_sets_biased_statistics():
     batch = make_tasks("fc")
-    maml = make_maml("fc", normalisation="inductive")
+    maml = make_maml("fc", batch_norm="inductive")
     weights = maml.initial_parameters()
     support, query = (x.flatten(1) for x in (batch.support_x[0], batch.query_x[0]))
     layers = list(maml.learner)[1:]
@@ -314,9 +284,9 @@ def test_inductive_normalises_the_query_with_the_support_sets_biased_statistics(
             support, query = ((x - mean) / deviation + shift for x in (support, query))
         else:
             support, query = layer(support), layer(query)
-    outputs = maml.query_outputs(weights, batch.query_x[0], batch.support_x[0], "inductive")
+    outputs = maml.call.query(weights, batch.query_x[0], batch.support_x[0], "inductive")
     assert torch.allclose(outputs, query, atol=1e-12)
-    transductive = maml.query_outputs(weights, batch.query_x[0], batch.support_x[0], "transductive")
+    transductive = maml.call.query(weights, batch.query_x[0], batch.support_x[0], "transductive")
     assert (outputs - transductive).abs().max() > 1e-3
 
 
@@ -348,7 +318,7 @@ def test_a_plain_module_with_running_statistics_works_unchanged():
     torch.manual_seed(0)
     module = Foreign().double()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    maml = MAML(module, F.cross_entropy, inner_lr=INNER_LR, steps=2)
+    maml = Algorithm(module, F.cross_entropy, inner_lr=0.1, steps=2)
     batch = make_tasks("conv")
     parameters = maml.initial_parameters()
     assert parameters.keys() == dict(module.named_parameters()).keys()
@@ -359,7 +329,7 @@ def test_a_plain_module_with_running_statistics_works_unchanged():
             leaves = {name: w if w.requires_grad else w.requires_grad_() for name, w in weights.items()}
             loss = F.cross_entropy(functional_call(module.train(), leaves, (support_x,)), support_y)
             gradients = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
-            weights = {n: w - INNER_LR * g for (n, w), g in zip(leaves.items(), gradients, strict=True)}
+            weights = {n: w - 0.1 * g for (n, w), g in zip(leaves.items(), gradients, strict=True)}
         return F.cross_entropy(functional_call(module, weights, (query_x,)), query_y)
 
     leaves = {name: w.clone().requires_grad_() for name, w in parameters.items()}
@@ -374,7 +344,7 @@ def test_a_plain_module_with_running_statistics_works_unchanged():
 def test_a_batch_norm_layer_that_is_used_twice_stays_one_layer():
     norm = nn.BatchNorm1d(4)
     network = nn.Sequential(nn.Linear(1, 4), norm, nn.Linear(4, 4), norm, nn.Linear(4, 1)).double()
-    maml = MAML(network, F.mse_loss, inner_lr=0.1)
+    maml = Algorithm(network, F.mse_loss, inner_lr=0.1)
     assert maml.learner[1] is maml.learner[3]
     parameters, batch = maml.initial_parameters(), make_tasks("mlp")
     assert parameters.keys() == dict(network.named_parameters()).keys()
@@ -393,5 +363,5 @@ def test_a_batch_norm_with_a_forward_of_its_own_is_left_alone():
             return x + self.weight
 
     network = nn.Sequential(nn.Linear(1, 3), Own(3))
-    maml = MAML(network, F.mse_loss, inner_lr=0.1)
+    maml = Algorithm(network, F.mse_loss, inner_lr=0.1)
     assert isinstance(maml.learner[1], Own)
