@@ -9,11 +9,10 @@ in common/batch.py, and a line in `build_distribution`.
 
 from __future__ import annotations
 
-import copy
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from common.batch import Kind, TaskBatch, TaskDistribution, first_tensor, tree_map
+from common.batch import TaskBatch, TaskDistribution, first_tensor, tree_map
 from common.errors import UsageError
 from common.own_code import call_factory, is_own_code, load_code, parse_arguments, select_accepted
 from common.random import SPLITS, Stream, task_stream
@@ -70,13 +69,13 @@ def build_distribution(
             sizes_of_task = select_accepted(factory, sizes | {"shots": shots})
             return call_factory(factory, name, "--dataset", **sizes_of_task | arguments)
 
-        return Custom(make, name, ways=ways, shots=options.shots, **placed)
+        return Custom(make=make, name=name, ways=ways, shots=options.shots, **placed)
     if name.startswith("table:"):
         path, columns = Path(name.partition(":")[2]), Columns.parse(options.columns)
         table = load_table(path, columns, classification=ways is not None, shares=_shares(options))
         if for_test and not table.own_splits:
             table = replace(table, splits=all_for_test(len(table.tasks)))
-        return TableTasks(table, **sizes, **placed)
+        return TableTasks(table=table, **sizes, **placed)
     images = _open_images(options, data_root)
     if for_test and not images.own_splits:
         images = replace(images, splits=all_for_test(len(images.names)))
@@ -103,7 +102,8 @@ def _shares(options: TaskOptions) -> dict[str, int]:
 # ---- curves --------------------------------------------------------------------------------------
 
 
-class Regression(TaskDistribution, ABC):
+@dataclass(eq=False)
+class Regression(TaskDistribution):
     """Curves from a parametric family: inputs `[tasks, points, 1]`, targets of the same shape.
 
     Args:
@@ -112,25 +112,15 @@ class Regression(TaskDistribution, ABC):
         oracle: the parameters of the task join the inputs: `[tasks, points, 1 + parameters]`.
     """
 
-    kind: Kind = "curves"
-    computed = True
+    shots: int
+    queries: int
+    noise: float = 0.0
+    oracle: bool = False
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
 
-    def __init__(
-        self,
-        shots: int,
-        queries: int,
-        *,
-        noise: float = 0.0,
-        oracle: bool = False,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        self.shots = shots
-        self.queries = queries
-        self.noise = noise
-        self.oracle = oracle
-        self.device = torch.device(device)
-        self.dtype = dtype
+    kind = "curves"
+    computed = True
 
     @abstractmethod
     def parameters(self, stream: Stream) -> tuple[Tensor, ...]:
@@ -153,13 +143,9 @@ class Regression(TaskDistribution, ABC):
         return self.shots + self.queries
 
     def resized(self, shots: int) -> Regression:
-        other = copy.copy(self)
-        other.shots = shots
-        return other
+        return replace(self, shots=shots)
 
-    def sample(
-        self, split: str, seed: int | Tensor, iteration: int | Tensor, tasks: range | Tensor
-    ) -> TaskBatch:
+    def sample(self, split: str, seed: Any, iteration: int | Tensor, tasks: Any) -> TaskBatch:
         stream = task_stream(split, seed, iteration, tasks, self.device)
         parameters = self.parameters(stream.at("parameters"))
         support = self._examples(stream.at("support"), self.shots, parameters)
@@ -210,10 +196,7 @@ class Sinusoid(Regression):
 
 
 class SinusoidFrequency(Sinusoid):
-    """y = a sin(w x + phase): amplitude and phase as above, frequency w uniform in [0.8, 1.2).
-
-    The regression of the Meta-SGD paper (Li et al. 2017).
-    """
+    """y = a sin(w x + phase): a and phase as in `Sinusoid`, w in [0.8, 1.2). Meta-SGD, Li et al. (2017)."""
 
     def parameters(self, stream: Stream) -> tuple[Tensor, ...]:
         return *super().parameters(stream), stream.at("frequency").uniform(1, 0.8, 1.2, self.dtype)
@@ -224,7 +207,7 @@ class SinusoidFrequency(Sinusoid):
 
 
 class SinusoidLine(Sinusoid):
-    """With even odds a sinusoid as above, or a line with slope and intercept uniform in [-3, 3)."""
+    """With even odds a `Sinusoid`, or a line with slope and intercept uniform in [-3, 3)."""
 
     def parameters(self, stream: Stream) -> tuple[Tensor, ...]:
         is_line = stream.at("kind").words(1) >> 31 == 1
@@ -246,13 +229,8 @@ class Harmonic(Regression):
     def parameters(self, stream: Stream) -> tuple[Tensor, ...]:
         frequency, phase_1, phase_2, mean = stream.uniform(4, 0.0, 1.0, self.dtype).split(1, 1)
         amplitudes = stream.at("amplitudes").normal(2, self.dtype).split(1, 1)
-        return (
-            5.0 + 2.0 * frequency,
-            *amplitudes,
-            2.0 * math.pi * phase_1,
-            2.0 * math.pi * phase_2,
-            8.0 * mean - 4.0,
-        )
+        phases = math.tau * phase_1, math.tau * phase_2
+        return 5.0 + 2.0 * frequency, *amplitudes, *phases, 8.0 * mean - 4.0
 
     def inputs(self, stream: Stream, points: int, parameters: tuple[Tensor, ...]) -> Tensor:
         mean = parameters[-1]
@@ -279,6 +257,7 @@ FAMILIES: dict[str, type[Regression]] = {
 # ---- the user's own ------------------------------------------------------------------------------
 
 
+@dataclass(eq=False, kw_only=True)
 class Custom(TaskDistribution):
     """Tasks of a user's object, which has one method, `sample(split, seeds)`.
 
@@ -295,27 +274,20 @@ class Custom(TaskDistribution):
     Raises UsageError where the object has no such method, or returns anything else.
     """
 
+    make: Callable[[int], Any]
+    name: str
+    ways: int | None
+    shots: int
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+
     on_host = True
 
-    def __init__(
-        self,
-        make: Callable[[int], Any],
-        name: str,
-        *,
-        ways: int | None,
-        shots: int,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        self.make = make
-        self.name = name
-        self.shots = shots
-        self.ways = ways
-        self.device = torch.device(device)
-        self.dtype = dtype
-        self.source = make(shots)
+    def __post_init__(self) -> None:
+        self.source = self.make(self.shots)
         if not callable(getattr(self.source, "sample", None)):
-            raise UsageError(f"--dataset {name} makes a {type(self.source).__name__} without a method sample")
+            kind = type(self.source).__name__
+            raise UsageError(f"--dataset {self.name} makes a {kind} without a method sample")
         self.prefetch = Prefetch(self._fetch)
 
     @cached_property
@@ -324,10 +296,7 @@ class Custom(TaskDistribution):
         return sum(first_tensor(tree).shape[1] for tree in (batch.support_x, batch.query_x))
 
     def resized(self, shots: int) -> Custom:
-        if shots == self.shots:
-            return self
-        sizes: dict[str, Any] = {"ways": self.ways, "shots": shots}
-        return Custom(self.make, self.name, **sizes, device=self.device, dtype=self.dtype)
+        return self if shots == self.shots else replace(self, shots=shots)
 
     def sample(self, split: str, seed: int, iteration: int | Tensor, tasks: range) -> TaskBatch:
         batch = self.prefetch(split, seed, int(iteration), tasks)
@@ -357,12 +326,11 @@ class Custom(TaskDistribution):
                 return f"gives no tensor as {name}"
             if any(t.dim() < 2 or len(t) != tasks or not t.shape[1] for t in tensors):
                 return f"gives {name} {tuple(tensors[0].shape)}: it should be [{tasks} tasks, examples, ...]"
-            if len({t.shape[1] for t in tensors}) > 1:
-                return f"gives parts of {name} with different numbers of examples"
-        support_x, support_y, query_x, query_y = map(first_tensor, parts)
-        sizes = [t.shape[1] for t in (support_x, support_y, query_x, query_y)]
-        if sizes[0] != sizes[1] or sizes[2] != sizes[3]:
-            return f"gives x and y of different numbers of examples: {sizes}"
+        for x_and_y in (parts[:2], parts[2:]):
+            sizes = [t.shape[1] for t in pytree.tree_leaves(x_and_y)]
+            if len(set(sizes)) > 1:
+                return f"gives x and y of different numbers of examples: {sizes}"
+        support_y, query_y = first_tensor(parts[1]), first_tensor(parts[3])
         if not self.classification and min(support_y.dim(), query_y.dim()) < 3:
             return "gives targets without an axis of their own: they should be [tasks, examples, numbers]"
         for labels in (support_y, query_y) if self.classification else ():

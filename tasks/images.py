@@ -102,7 +102,6 @@ def image_set(
     if sources is None:
         sources = [file for file in files if isinstance(file, Path)]
     shape, settings = (len(files), form.channels, form.size, form.size), (form, names, count)
-
     return ImageSet(
         names,
         torch.tensor(count),
@@ -250,11 +249,12 @@ def _check_disjoint(folder: Path, groups: Mapping[str, Classes]) -> None:
                 )
             split_of[name] = split
             for file in files:
-                label = class_of.setdefault(os.path.normpath(file), f"{name} ({split})")
-                if label != f"{name} ({split})":
+                key = os.path.normpath(file)
+                if key in class_of:
                     raise UsageError(
-                        f"{file} is listed under {label} and under {name} ({split}): list it once"
+                        f"{file} is listed twice, under {class_of[key]} and {name} ({split}): list it once"
                     )
+                class_of[key] = f"{name} ({split})"
 
 
 # ---- from a file to pixels -----------------------------------------------------------------------

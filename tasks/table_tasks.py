@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from common.random import task_stream
 from tasks.tables import Table
 
 
+@dataclass(eq=False, kw_only=True)
 class TableTasks(TaskDistribution):
     """Tasks drawn, with replacement, from those of a table.
 
@@ -32,21 +34,15 @@ class TableTasks(TaskDistribution):
     Raises UsageError for a task with too few rows or classes.
     """
 
-    def __init__(
-        self,
-        table: Table,
-        *,
-        ways: int | None,
-        shots: int,
-        queries: int,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        self.table = table
-        self.ways = ways
-        self.shots = shots
-        self.queries = queries
-        self.device = torch.device(device)
+    table: Table
+    ways: int | None
+    shots: int
+    queries: int
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        table = self.table
         # Rows are grouped by (task, class), or by task alone. Examples are drawn from a group.
         classes = max(len(table.classes), 1)
         task = torch.arange(len(table.tasks)).repeat_interleave(table.count)
@@ -57,11 +53,11 @@ class TableTasks(TaskDistribution):
         groups = torch.bincount(self.group_numbers // classes, minlength=len(table.tasks))
         self._groups_and_rows = groups, rows
         self._check_sizes()
-        self.x = table.x[known].to(self.device, dtype)
-        self.y = None if self.classification else table.y[known].to(self.device, dtype)
+        self.x = table.x[known].to(self.device, self.dtype)
+        self.y = None if self.classification else table.y[known].to(self.device, self.dtype)
         for values in (self.x, self.y):
             if values is not None and not values.isfinite().all():
-                raise UsageError(f"the table has numbers beyond the range of {dtype}: scale its columns")
+                raise UsageError(f"the table has numbers beyond the range of {self.dtype}: scale its columns")
         self.splits = {split: positions.to(self.device) for split, positions in table.splits.items()}
         self.groups = groups.to(self.device)  # [tasks], the number of groups of each
         self.first_group = self.groups.cumsum(0) - self.groups
