@@ -6,6 +6,8 @@ draws tasks from a `Table`, and `--adapt` predicts the rows whose targets are mi
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -23,10 +25,6 @@ from tasks.splits import as_positions, split_at_random
 SPLIT_COLUMN = "split"
 SPLIT_NAMES = {name: name for name in SPLITS} | {"val": "validation", "valid": "validation"}
 EXTENSIONS = (".csv", ".csv.gz", ".parquet")
-NO_NUMBER = ("", "NA", "N/A", "nan", "NaN", "null", "NULL", "None")  # how files write a missing number
-NO_CLASS = ("", "nan", "NaN")
-NO_NAME = ("",)  # a task may well be called NA
-INDEX_COLUMNS = ("", "__index_level_0__")  # what pandas calls its index in CSV and in Parquet
 
 
 @dataclass(frozen=True)
@@ -90,13 +88,15 @@ def load_table(
     """
     if classification and len(columns.targets) != 1:
         raise UsageError(f"classification takes one target column, not {len(columns.targets)}: name one")
-    file = _File(path, _read(path))
-    one_task = missing_targets and columns.task not in file.columns
-    inputs, own_splits = _check_columns(file, columns, one_task)
+    header = _read_header(path)
+    one_task = missing_targets and columns.task not in header
+    inputs = _check_columns(path, header, columns, one_task)
+    own_splits = SPLIT_COLUMN in header and SPLIT_COLUMN not in (*inputs, *columns.targets, columns.task)
+    numeric = inputs if classification else (*inputs, *columns.targets)
+    file = _File(path, _read(path, header, numeric))
     x = torch.stack([file.numbers(name) for name in inputs], 1)
     if classification:
-        labels = file.names(columns.targets[0], NO_CLASS, "class", missing=missing_targets)
-        classes, y = _sort_classes(*labels)
+        classes, y = _sort_classes(*file.names(columns.targets[0], "class", missing=missing_targets))
         known = y >= 0
     else:
         classes, y = [], torch.stack([file.numbers(n, missing=missing_targets) for n in columns.targets], 1)
@@ -104,7 +104,7 @@ def load_table(
     if one_task:
         tasks, task = ["task"], torch.zeros(len(x), dtype=torch.int64)
     else:
-        tasks, task = file.names(columns.task, NO_NAME, "task")
+        tasks, task = file.names(columns.task, "task")
     splits = _read_splits(file, tasks, task) if own_splits else split_at_random(tasks, shares)
     order = task.argsort(stable=True)
     return Table(
@@ -121,28 +121,24 @@ def load_table(
     )
 
 
-def _check_columns(file: _File, columns: Columns, one_task: bool) -> tuple[tuple[str, ...], bool]:
-    """Return the input columns, and whether the file has splits of its own."""
-    has = ", ".join(map(repr, file.columns))
+def _check_columns(path: Path, header: list[str], columns: Columns, one_task: bool) -> tuple[str, ...]:
+    """Return the input columns; refuse columns that are not there, or have two roles."""
+    has = ", ".join(map(repr, header))
     chosen = [*columns.targets, *columns.inputs, *[columns.task] * (not one_task)]
     for name, times in Counter(chosen).items():
         if times > 1:
-            raise UsageError(
-                f"column {name!r} is named twice: task, targets and inputs are different columns"
-            )
-        if name not in file.columns:
-            raise UsageError(f"{file.path} has no column {name!r}: it has {has}; name yours with --columns")
-    own_splits = SPLIT_COLUMN in file.columns and SPLIT_COLUMN not in chosen
-    inputs = columns.inputs or tuple(name for name in file.columns if name not in (*chosen, SPLIT_COLUMN))
+            raise UsageError(f"column {name!r} is named twice: task, targets and inputs are different")
+        if name not in header:
+            raise UsageError(f"{path} has no column {name!r}: it has {has}; name yours with --columns")
+    inputs = columns.inputs or tuple(name for name in header if name not in (*chosen, SPLIT_COLUMN))
     if not inputs:
-        raise UsageError(f"{file.path} has no input column, only {has}: add one")
-    for name in INDEX_COLUMNS:
-        if name in inputs and not columns.inputs:
-            raise UsageError(
-                f"{file.path} has a column {name!r}, which looks like pandas' index: write the file with "
-                "index=False, or name the input columns"
-            )
-    return inputs, own_splits
+        raise UsageError(f"{path} has no input column, only {has}: add one")
+    if not columns.inputs and {"", "__index_level_0__"} & set(inputs):  # in CSV and in Parquet
+        raise UsageError(
+            f"{path} seems to have pandas' index as a column: write the file with index=False, or name the "
+            "input columns"
+        )
+    return inputs
 
 
 def _sort_classes(names: list[str], labels: Tensor) -> tuple[list[str], Tensor]:
@@ -158,55 +154,66 @@ def _sort_classes(names: list[str], labels: Tensor) -> tuple[list[str], Tensor]:
 
 def _read_splits(file: _File, tasks: list[str], task: Tensor) -> dict[str, list[str]]:
     """Return the tasks of each split, as the column "split" says."""
-    names, split = file.names(SPLIT_COLUMN, NO_NAME, "split")
+    names, split = file.names(SPLIT_COLUMN, "split")
     for position, name in enumerate(names):
         if name.lower() not in SPLIT_NAMES:
             raise file.error(
                 SPLIT_COLUMN, f"says {name!r}, not train, validation or test,", split == position
             )
     split = torch.tensor([SPLITS.index(SPLIT_NAMES[name.lower()]) for name in names])[split]
-    split_of_task = torch.zeros(len(tasks), dtype=torch.int64).scatter(0, task, split)
-    torn = split != split_of_task[task]
-    if torn.any():
-        name = tasks[int(task[torn][0])]
-        raise file.error(SPLIT_COLUMN, f"puts task {name!r} into two splits, the second of them", torn)
-    return {
-        name: [tasks[t] for t in (split_of_task == number).nonzero()] for number, name in enumerate(SPLITS)
-    }
+    splits = {name: [tasks[t] for t in task[split == n].unique()] for n, name in enumerate(SPLITS)}
+    for name, times in Counter(itertools.chain(*splits.values())).items():
+        if times > 1:
+            raise UsageError(
+                f"{file.path}: task {name!r} is in {times} splits: give all of its rows the same"
+            )
+    return splits
 
 
 # ---- reading a file ------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> Any:
-    """Return the file as a pyarrow.Table; the columns of a CSV file are text."""
-    from pyarrow import ArrowException, csv, parquet, string  # slow to import, and for tables alone
+def _read_header(path: Path) -> list[str]:
+    """Return the names of the columns, without spaces around them."""
+    from pyarrow import ArrowException, csv, parquet  # slow to import, and for tables alone
 
     if not path.name.lower().endswith(EXTENSIONS):
         raise UsageError(f"{path} is not a table: give a file that ends in {', '.join(EXTENSIONS)}")
     if not path.is_file():
         raise UsageError(f"there is no file {path}: give the path of a table")
-    kind = "Parquet" if path.suffix.lower() == ".parquet" else "CSV"
     try:
-        if kind == "Parquet":
-            data = parquet.ParquetFile(path).read()  # read_table would make columns of folder names
-        else:
-            # A type guessed from the first rows would fail on a later one.
-            parse = csv.ParseOptions(newlines_in_values=True)
-            header = csv.open_csv(path, parse_options=parse).schema.names
-            as_text = csv.ConvertOptions(column_types=dict.fromkeys(header, string()))
-            data = csv.read_csv(path, parse_options=parse, convert_options=as_text)
+        schema = parquet.read_schema(path) if path.suffix == ".parquet" else csv.open_csv(path).schema
     except (OSError, ValueError, ArrowException) as error:
-        raise UsageError(
-            f"{path} is not readable as {kind} ({one_line(error)[:200]}): mend the file"
-        ) from error
-    names = [name.strip() for name in data.column_names]
-    for name, times in Counter(names).items():
+        raise UsageError(f"{path} is not readable ({one_line(error)[:300]}): mend the file") from error
+    header = [name.strip() for name in schema.names]
+    for name, times in Counter(header).items():
         if times > 1:
             raise UsageError(f"{path} has {times} columns {name!r}: rename all but one")
+    return header
+
+
+def _read(path: Path, header: list[str], numeric: Iterable[str]) -> Any:
+    """Return the file as a pyarrow.Table; of a CSV file the numeric columns are float64, all others text."""
+    import pyarrow as pa
+    from pyarrow import csv, parquet
+
+    types = dict.fromkeys(header, pa.string()) | dict.fromkeys(numeric, pa.float64())
+    try:
+        if path.suffix == ".parquet":  # read_table would make columns of the names of folders
+            data = parquet.ParquetFile(path).read().rename_columns(header)
+        else:
+            data = csv.read_csv(
+                path,
+                csv.ReadOptions(column_names=header, skip_rows=1, use_threads=False),  # errors name the row
+                csv.ParseOptions(newlines_in_values=True),
+                csv.ConvertOptions(column_types=types),
+            )
+    except (OSError, ValueError, pa.ArrowException) as error:
+        reason = re.sub(r"CSV column #(\d+)", lambda m: f"column {header[int(m[1])]!r}", one_line(error))
+        raise UsageError(f"{path} is not readable ({reason[:300]}): mend the file") from error
     if not data.num_rows:
         raise UsageError(f"{path} has no rows: give a table with at least one")
-    return data.rename_columns(names)
+    return data
 
 
 @dataclass(frozen=True)
@@ -216,35 +223,25 @@ class _File:
     path: Path
     data: Any  # pyarrow.Table
 
-    @property
-    def columns(self) -> list[str]:
-        return self.data.column_names
-
     def numbers(self, name: str, *, missing: bool = False) -> Tensor:
         """Return a column as float64 `[rows]`, with NaN where a value may be missing."""
         import pyarrow as pa
 
-        column = self._column(name, NO_NUMBER)
+        column = self.data.column(name)
         try:
-            values = column.cast(pa.float64(), safe=False)  # integers above 2^53 are rounded
+            column = column.cast(pa.float64(), safe=False)  # integers above 2^53 are rounded
         except pa.ArrowException as error:
-            try:
-                values = column.cast(pa.bool_()).cast(pa.float64())  # "true" and "false" of a CSV file
-            except pa.ArrowException:
-                raise UsageError(
-                    f"{self.path}: column {name!r} is not of numbers ({one_line(error)[:200]}): correct it, "
-                    "or leave out the column"
-                ) from error
-        numbers = torch.from_numpy(np.array(values, dtype=np.float64))
+            raise UsageError(
+                f"{self.path}: column {name!r} holds {column.type}, not numbers: convert it, or leave it out"
+            ) from error
+        numbers = torch.tensor(column.to_numpy())
         if numbers.isinf().any():
             raise self.error(name, "is infinite", numbers.isinf())
         if not missing and numbers.isnan().any():
             raise self.error(name, "has no value", numbers.isnan())
         return numbers
 
-    def names(
-        self, name: str, absent: Iterable[str], what: str, *, missing: bool = False
-    ) -> tuple[list[str], Tensor]:
+    def names(self, name: str, what: str, *, missing: bool = False) -> tuple[list[str], Tensor]:
         """Return a column's different names in order of appearance, and each row's position among them.
 
         Positions are int64 `[rows]`, -1 where a name may be missing.
@@ -252,12 +249,14 @@ class _File:
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        column = self._column(name, absent)
+        column = self.data.column(name)
         try:
-            column = column.cast(pa.string())
+            column = pc.utf8_trim_whitespace(column.cast(pa.string()))
         except pa.ArrowException as error:
             kind = column.type
             raise UsageError(f"{self.path}: column {name!r} holds {kind}: it needs plain names") from error
+        absent = ["", "nan", "NaN"] if what == "class" else [""]  # a task may well be called NaN
+        column = pc.if_else(pc.is_in(column, pa.array(absent)), pa.scalar(None, pa.string()), column)
         if what == "class":  # pandas makes floats of whole numbers as soon as one is missing
             column = pc.replace_substring_regex(column, r"^(-?\d+)\.0+$", r"\1")
         encoded = column.combine_chunks().dictionary_encode()
@@ -265,20 +264,6 @@ class _File:
         if not missing and (positions < 0).any():
             raise self.error(name, f"names no {what}", positions < 0)
         return encoded.dictionary.to_pylist(), positions
-
-    def _column(self, name: str, absent: Iterable[str]) -> Any:
-        """Return a column; texts are trimmed, and null where they stand for a missing value."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        column = self.data.column(name)
-        if pa.types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type)
-        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-            return column
-        column = pc.utf8_trim_whitespace(column)
-        is_absent = pc.is_in(column, value_set=pa.array(absent, column.type))
-        return pc.if_else(is_absent, pa.scalar(None, column.type), column)
 
     def error(self, name: str, problem: str, rows: Tensor) -> UsageError:
         """Return an error that names a column, its problem and the first of the rows, bool `[rows]`."""
