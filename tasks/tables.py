@@ -183,9 +183,9 @@ def _read_header(path: Path) -> list[str]:
         raise UsageError(f"there is no file {path}: give the path of a table")
     try:
         schema = parquet.read_schema(path) if path.suffix == ".parquet" else csv.open_csv(path).schema
+        header = [name.strip() for name in schema.names]
     except (OSError, ValueError, ArrowException) as error:
         raise UsageError(f"{path} is not readable ({one_line(error)[:300]}): mend the file") from error
-    header = [name.strip() for name in schema.names]
     for name, times in Counter(header).items():
         if times > 1:
             raise UsageError(f"{path} has {times} columns {name!r}: rename all but one")

@@ -5,7 +5,7 @@ import resource
 import signal
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -73,6 +73,33 @@ def at_most(seconds: int, megabytes: int) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, handler)
         resource.setrlimit(resource.RLIMIT_AS, (before, most))
+
+
+def write_images(folder: Path, values: Sequence[int], suffix: str = ".png", side: int = 6) -> None:
+    """Write images of one grey each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, value in enumerate(values):
+        Image.new("L", (side, side), value).save(folder / f"{number:03}{suffix}")
+
+
+def write_classes(folder: Path, classes: int, count: int = 3, prefix: str = "c", first: int = 0) -> None:
+    """Write folders of `count` images, each of a grey of its own, counted from `first`."""
+    for c in range(classes):
+        write_images(folder / f"{prefix}{c:02}", [first + count * c + i for i in range(count)])
+
+
+@pytest.fixture
+def user_cache(tmp_path_factory, monkeypatch) -> Path:
+    """A fresh user's cache folder instead of that of whoever runs the tests."""
+    folder = tmp_path_factory.mktemp("user-cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture
+def shared_cache(tmp_path_factory, monkeypatch) -> None:
+    """A user's cache folder that the tests of a session share, so that the real Omniglot is decoded once."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "shared-cache"))
 
 
 def write_part(folder: Path, part: str, alphabets: int, *, archive: bool) -> None:

@@ -1,0 +1,101 @@
+"""Omniglot is read from folders or archives, fetched if need be, and split in two ways."""
+
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from conftest import write_part
+
+from common.errors import UsageError
+from tasks import images
+from tasks.images import Form, open_folder
+from tasks.omniglot import open_omniglot, split_characters
+
+INK_IS_ONE = Form(28, 1, invert=True)
+
+
+def load(root: Path, form: Form = INK_IS_ONE) -> torch.Tensor:
+    return open_omniglot(root, form, "random").load()
+
+
+def test_folders_and_archives_are_read_and_cached(small_omniglot, monkeypatch):
+    pixels = load(small_omniglot)
+    assert pixels.shape == (16 * 20, 1, 28, 28) and pixels.dtype == torch.uint8
+    assert pixels[0, 0, 0, 0] == 255 and pixels[0, 0, -1, -1] == 0  # ink is 255
+    assert not torch.equal(pixels[0], pixels[1])
+    paper, nearest = (load(small_omniglot, Form(28, 1, *more)) for more in ((False,), (True, "nearest")))
+    assert torch.equal(paper, 255 - pixels)
+    assert set(nearest.unique().tolist()) == {0, 255} and len(pixels.unique()) > 2
+    monkeypatch.setattr(images, "_decode", None)  # from here on, reading a drawing would fail
+    assert torch.equal(load(small_omniglot), pixels)
+
+
+def test_an_archive_and_its_folder_are_the_same_characters(small_omniglot):
+    folder = small_omniglot / "omniglot-py"
+    archived = open_omniglot(small_omniglot, INK_IS_ONE, "alphabet")
+    pixels = archived.load()
+    (folder / "images_evaluation.zip").unlink()
+    write_part(folder, "images_evaluation", 2, archive=False)
+    unpacked = open_omniglot(small_omniglot, INK_IS_ONE, "alphabet")
+    assert unpacked.names == archived.names and torch.equal(unpacked.load(), pixels)
+    assert all(torch.equal(unpacked.splits[split], part) for split, part in archived.splits.items())
+
+
+def test_damaged_data_is_named(small_omniglot):
+    drawing = small_omniglot / "omniglot-py/images_background/A3/character01/0001_07.png"
+    drawing.write_bytes(drawing.read_bytes()[:40])
+    with pytest.raises(UsageError, match=r"0001_07.png is no readable image"):
+        load(small_omniglot)
+    drawing.unlink()
+    with pytest.raises(UsageError, match="A3/character01 has 19 drawings, not 20"):
+        load(small_omniglot)
+    archive = small_omniglot / "omniglot-py/images_evaluation.zip"
+    archive.write_bytes(archive.read_bytes()[:-3000])
+    write_part(small_omniglot / "omniglot-py", "images_background", 6, archive=False)
+    with pytest.raises(UsageError, match=r"images_evaluation.zip is damaged"):
+        load(small_omniglot)
+
+
+def test_data_that_cannot_be_fetched_is_said_in_one_line(tmp_path, monkeypatch):
+    def no_network(*_, **__):
+        raise OSError("no route\nto host")
+
+    monkeypatch.setattr(torchvision.datasets, "Omniglot", no_network)
+    with pytest.raises(UsageError, match=r"no route to host.*put images_background.zip"):
+        load(tmp_path)
+
+
+def test_what_was_fetched_is_read(tmp_path, monkeypatch, small_omniglot):
+    def download(root, background, download):
+        part = "images_background" if background else "images_evaluation"
+        write_part(Path(root) / "omniglot-py", part, 6 if background else 2, archive=False)
+
+    monkeypatch.setattr(torchvision.datasets, "Omniglot", download)
+    assert torch.equal(load(tmp_path / "empty"), load(small_omniglot))
+
+
+def test_alphabet_split_keeps_alphabets_together():
+    names = [
+        f"{part}/{alphabet}/character{c:02}"
+        for part, alphabets in (("images_background", "ABCDEFGHIJKLM"), ("images_evaluation", "VW"))
+        for alphabet in alphabets
+        for c in range(3)
+    ]
+    splits = split_characters(names, "alphabet")
+    alphabets = {split: {name.rpartition("/")[0] for name in part} for split, part in splits.items()}
+    assert alphabets["validation"] == {"images_background/F", "images_background/L"}
+    assert alphabets["test"] == {"images_evaluation/V", "images_evaluation/W"}
+    assert not alphabets["train"] & alphabets["validation"] and len(alphabets["train"]) == 11
+
+
+def test_real_omniglot_as_a_folder_of_images_is_omniglot(tmp_path, omniglot_root, shared_cache):
+    with zipfile.ZipFile(omniglot_root / "omniglot-py" / "images_background.zip") as archive:
+        wanted = [n for n in archive.namelist() if n.split("/")[1] in ("Braille", "Greek", "Korean")]
+        archive.extractall(tmp_path, wanted)
+    folder = open_folder(tmp_path, INK_IS_ONE, {"train": 1})
+    omniglot = open_omniglot(omniglot_root, INK_IS_ONE, "random")
+    numbers = [omniglot.names.index(name) for name in folder.names]
+    expected = omniglot.load().view(1623, 20, 28, 28)[numbers]
+    assert len(numbers) == 90 and torch.equal(folder.load().view(90, 20, 28, 28), expected)

@@ -1,0 +1,150 @@
+"""Training, validation and test never meet, whatever the dataset, and a split depends on names alone."""
+
+from itertools import chain, combinations
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_classes
+
+from common.batch import TaskDistribution
+from common.random import SPLITS
+from dataset import FAMILIES, build_distribution
+from tasks.options import DATASETS, OMNIGLOT_CLASSES, TaskOptions
+from tasks.splits import as_positions, published_splits, split_at_random
+
+SHARES = {"train": 64, "validation": 16, "test": 20}
+OWN = """
+import torch
+def draw(seeds, points):
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    return torch.stack([torch.rand(points, 2, generator=g) for g in generators])
+class Tasks:
+    def sample(self, split, seeds):
+        x = draw(seeds, 10)
+        return x[:, :5], x[:, :5], x[:, 5:], x[:, 5:]
+"""
+PUBLISHED = {
+    "cifar-fs": [64, 16, 20],
+    "fc100": [60, 20, 20],
+    "mini-imagenet": [64, 16, 20],
+    "tiered-imagenet": [351, 97, 160],
+}
+
+
+def make(dataset: str, data_root: Path = Path(), **options) -> TaskDistribution:
+    defaults = dict(ways=None, shots=1, queries=1, image_size=6, channels=1, invert=False)
+    tasks = TaskOptions(dataset=dataset, **defaults | options)
+    return build_distribution(tasks, data_root=data_root, device=torch.device("cpu"))
+
+
+def inputs_by_split(distribution: TaskDistribution, tasks: int = 400) -> dict[str, set[bytes]]:
+    """The inputs that many tasks of each split show."""
+    inputs = {}
+    for split in SPLITS:
+        batch = distribution.sample(split, 0, 0, range(tasks))
+        inputs[split] = {
+            x.numpy().tobytes() for x in torch.cat([batch.support_x, batch.query_x], 1).flatten(0, 1)
+        }
+    return inputs
+
+
+def assert_apart(inputs: dict[str, set[bytes]]) -> None:
+    for a, b in combinations(SPLITS, 2):
+        assert inputs[a] and not inputs[a] & inputs[b], (a, b)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_curves_of_different_splits_have_no_point_in_common(name):
+    assert_apart(inputs_by_split(make(name, shots=5, queries=5), tasks=50))
+
+
+def test_own_tasks_of_different_splits_have_different_seeds(tmp_path):
+    (tmp_path / "own_tasks.py").write_text(OWN)
+    assert_apart(inputs_by_split(make(f"{tmp_path / 'own_tasks.py'}:Tasks"), tasks=50))
+
+
+@pytest.mark.parametrize("layout", ["class folders", "split folders", "train and test", "lists"])
+def test_images_of_different_splits_never_meet(tmp_path, layout):
+    parts = {"class folders": [""], "train and test": ["train", "test"]}.get(layout, ["train", "val", "test"])
+    for number, part in enumerate(parts):
+        place = tmp_path / ("" if layout == "lists" else part)
+        write_classes(place, 12, prefix=f"{part}c", first=60 * number)
+        if layout == "lists":
+            names = [f"{part}c{c:02}" for c in range(12)]
+            (tmp_path / f"{part}.csv").write_text("\n".join(["label", *names]))
+    distribution = make(f"images:{tmp_path}", ways=2)
+    assert_apart(inputs_by_split(distribution))
+    names = distribution.split_names
+    assert sum(map(len, names.values())) == len(set().union(*names.values())) == 12 * len(parts)
+
+
+@pytest.mark.parametrize("own_splits", [False, True])
+def test_tasks_of_a_table_are_in_one_split_alone(tmp_path, own_splits):
+    path = tmp_path / "a.csv"
+    splits = ["train", "validation", "test"]
+    rows = [f"{t},{4 * t + i},1{f',{splits[t % 3]}' * own_splits}" for t in range(20) for i in range(4)]
+    path.write_text("\n".join([f"task,x,y{',split' * own_splits}", *rows]))
+    distribution = make(f"table:{path}")
+    assert_apart(inputs_by_split(distribution))
+    assert len(set().union(*distribution.split_names.values())) == 20
+
+
+@pytest.mark.parametrize("split", OMNIGLOT_CLASSES)
+def test_real_omniglots_characters_never_meet(split, omniglot_root, shared_cache):
+    distribution = make("omniglot", omniglot_root, ways=5, omniglot_split=split, image_size=28, invert=True)
+    splits = distribution.images.splits
+    assert {name: len(part) for name, part in splits.items()} == OMNIGLOT_CLASSES[split]
+    assert sorted(torch.cat(list(splits.values())).tolist()) == list(range(1623))
+    drawings = distribution.pixels.view(1623, 20, 28, 28)
+    pictures = {name: {drawings[c].numpy().tobytes() for c in part} for name, part in splits.items()}
+    assert_apart(pictures)
+    assert 0.05 < drawings.float().mean() / 255 < 0.12  # ink on an empty ground, not the reverse
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_splits_are_disjoint_and_of_the_published_sizes(name):
+    splits = published_splits(name)
+    assert [len(part) for part in splits.values()] == PUBLISHED[name]
+    assert len(set().union(*splits.values())) == sum(PUBLISHED[name])
+
+
+def test_every_dataset_has_its_test_here():
+    assert {*FAMILIES, *PUBLISHED, "omniglot"} == set(DATASETS)
+
+
+def test_a_random_split_depends_on_names_and_shares_alone():
+    names = [f"class {c}" for c in range(25)]
+    splits = split_at_random(names, SHARES)
+    assert {split: len(part) for split, part in splits.items()} == {"train": 16, "validation": 4, "test": 5}
+    assert sorted(chain(*splits.values())) == sorted(names)
+    assert split_at_random(names[::-1], SHARES) == splits
+    assert split_at_random([*names[1:], "another"], SHARES) != splits
+
+
+@pytest.mark.parametrize("classes", [3, 4, 7])
+def test_every_split_with_a_share_has_a_class_where_there_are_three(classes):
+    splits = split_at_random("abcdefg"[:classes], {"train": 98, "validation": 1, "test": 1})
+    assert all(splits.values()) and sum(map(len, splits.values())) == classes
+    assert split_at_random("abc", {"train": 1, "validation": 0, "test": 1})["validation"] == []
+
+
+def test_a_name_in_two_splits_is_an_error():
+    with pytest.raises(ValueError, match="in two splits"):
+        as_positions({"train": ["a", "b"], "test": ["b"]}, ["a", "b"])
+
+
+def test_without_training_everything_is_for_test(tmp_path):
+    write_classes(tmp_path / "images", 6)
+    options = TaskOptions(
+        dataset=f"images:{tmp_path / 'images'}",
+        ways=2,
+        shots=1,
+        queries=1,
+        image_size=6,
+        channels=1,
+        invert=False,
+    )
+    arguments = dict(data_root=Path(), device=torch.device("cpu"))
+    names = build_distribution(options, **arguments, for_test=True).split_names
+    assert (names["train"], names["validation"], len(names["test"])) == ([], [], 6)
