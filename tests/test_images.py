@@ -16,6 +16,7 @@ import torchvision
 from conftest import write_classes, write_images
 from PIL import Image
 
+import main
 from common.errors import UsageError
 from tasks import benchmarks, cache, images
 from tasks.benchmarks import open_benchmark
@@ -210,6 +211,18 @@ def test_bad_data_is_refused_in_one_line_and_leaves_nothing(case, tmp_path, user
         load(folder)
     assert "\n" not in str(raised.value)
     assert listing(tmp_path) == before and not [p for p in user_cache.rglob("*") if p.is_file()]
+
+
+def test_no_name_reaches_the_terminal_as_anything_but_text(tmp_path, capsys):
+    write_classes(tmp_path, 12)
+    for name in ("a\n\x1b]0;owned\x07\x1b[2J\u202egnp\x9b31m", os.fsdecode(b"\xff\xfe")):
+        bad = tmp_path / "c01" / f"{name}.png"
+        bad.write_bytes(b"no image")
+        arguments = ["--dataset", f"images:{tmp_path}", "-n", "2", "-k", "1", "-q", "1", "--device", "cpu"]
+        assert main.main(arguments) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.isprintable() and line.startswith("main.py: error:") and "no readable image" in line
+        bad.unlink()
 
 
 # ---- the cache ------------------------------------------------------------------------------
