@@ -23,40 +23,40 @@ class Call:
 
     eval: bool = flag(
         "--eval", group="what to do", default=False, common=True,
-        help="measure on the test tasks: a checkpoint with --load, else the fresh initialisation",
+        help="measure a checkpoint (--load), or the initialisation, on test tasks",
     )  # fmt: skip
     load: Path | None = flag(
         "--load", group="what to do", metavar="FILE", default=None, common=True,
-        help="the checkpoint to evaluate or to adapt or, without --eval and --adapt, to resume; its run's "
-        "folder stands for best.pt, or for last.pt to resume",
+        help="checkpoint to evaluate, to adapt or to resume; a run's folder stands for its best.pt, or for its "
+        "last.pt to resume",
     )  # fmt: skip
     resume: bool = flag(
         "--resume", group="what to do", default=False, common=True,
-        help="resume the run of this --run-name if it has a checkpoint, else start it",
+        help="resume the run of this --run-name; start it if it has no checkpoint",
     )  # fmt: skip
     init_from: Path | None = flag(
         "--init-from", group="what to do", metavar="FILE", default=None,
-        help="start a new run with the weights of a checkpoint, or of best.pt in a run's folder, whatever "
-        "its algorithm",
+        help="start a new run from the weights of a checkpoint, whatever its algorithm; a run's folder stands for "
+        "its best.pt",
     )  # fmt: skip
     adapt: Path | None = flag(
         "--adapt", group="what to do", metavar="PATH", default=None, common=True,
-        help="with --load: adapt to a task of your own, predict, and save the adapted weights. A folder with "
+        help="adapt a checkpoint (--load) to a task of your own, and predict; PATH is a folder with "
         "support/<class>/ and query/ full of images, or a table in which some targets are missing",
     )  # fmt: skip
     baselines: bool = flag(
         "--baselines", group="what to do", default=False, common=True,
-        help="with --eval --load: measure training from scratch on each task as well and, for regression, "
-        "a pretrained network and the oracle that is told the task; these two are trained first",
+        help="with --eval --load: measure training from scratch on each task as well; for regression also a "
+        "pretrained network, and the oracle that is told the task, which are trained first",
     )  # fmt: skip
     compare: tuple[str, ...] = flag(
         "--compare", group="what to do", metavar="RUN", default=(), common=True,
-        help="compare runs: learning curves, and paired differences on the same tasks. Folders of runs, "
-        "checkpoints, or folders of many runs; the seeds of a setting are taken together",
+        help="compare runs: learning curves, and paired differences on the same tasks; RUN is a run's folder, a "
+        "checkpoint, or a folder of many runs, whose seeds are taken together",
     )  # fmt: skip
     split: str = flag(
         "--split", group="evaluation", choices=("validation", "test"), default="validation",
-        help="with --compare: the tasks to measure on. Choose between runs on validation tasks, and measure "
+        help="with --compare: the tasks to measure on; choose between runs on validation tasks, and measure "
         "the choice on test tasks",
     )  # fmt: skip
     seeds: str | None = flag(
@@ -65,7 +65,7 @@ class Call:
     )  # fmt: skip
     sweep: tuple[str, ...] = flag(
         "--sweep", group="what to do", check=key_and_values, metavar="FLAG=A,B,...", default=(), common=True,
-        help="train one run per value of a flag, or per combination of several flags' values and seeds",
+        help="train one run per value of a flag; of several flags and --seeds, one per combination",
     )  # fmt: skip
     runs_at_once: int | None = flag(
         "--runs-at-once", group="machine", check=at_least(1), metavar="N", default=None,
@@ -79,7 +79,7 @@ class Call:
     )  # fmt: skip
     samples: int | None = flag(
         "--samples", group="tasks", check=at_least(2), metavar="M", default=None, only="regression",
-        common=True, help="points per task: -k of them support, the others query; the same as -q (M - k)",
+        common=True, help="points per task, of which -k are support; the same as -q (M - k)",
     )  # fmt: skip
     first_order: bool = flag(
         "--first-order", group="algorithm", default=False, common=True,
@@ -101,12 +101,13 @@ class Call:
     data_root: Path = flag(
         "--data-root", group="files", metavar="FOLDER", common=True,
         default=Path(os.environ.get("MAML_DATA_ROOT") or "data"),
-        help="holds omniglot-py/ and the other named sets; also from the environment variable MAML_DATA_ROOT",
+        help="folder of the named image sets; also from the environment variable MAML_DATA_ROOT",
     )  # fmt: skip
 
     device: str = flag(
         "--device", group="machine", choices=("auto", "cpu", "cuda", "mps"), default="auto", common=True,
-        help="auto: CUDA if available, else the CPU",
+        metavar="NAME",
+        help="auto, cpu, cuda or mps; auto: CUDA if available, else the CPU",
     )  # fmt: skip
     threads: int | None = flag(
         "--threads", group="machine", check=at_least(1, 1024), metavar="N", default=None,

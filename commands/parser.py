@@ -1,10 +1,15 @@
-"""Make the command line of the declared flags. The standard library alone."""
+"""Make the command line of the declared flags. The standard library alone.
+
+`--help` shows the flags that most people use, with the first clause of their texts; `--help-all` shows every
+flag, the defaults for each kind of data, and the settings of each algorithm.
+"""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import re
+import shutil
 import textwrap
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -18,18 +23,30 @@ from learners.options import LEARNERS, OTHER_LEARNER
 
 EXAMPLES = """\
   train      python main.py --dataset omniglot -n 5 -k 1
+  watch      tensorboard --logdir checkpoints
   evaluate   python main.py --eval --load checkpoints/RUN
   adapt      python main.py --adapt my-images/ --load checkpoints/RUN
   compare    python main.py --compare checkpoints/RUN checkpoints/OTHER
 """
 CAN_BE_SWITCHED_OFF = ("invert", "adapt_norm", "norm_per_step", "vectorise")  # by --no-NAME
+WIDTH = 100  # of the help, at most
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Keep names with hyphens whole."""
+    """Write flags in one column and their texts in another, with one spelling of each flag."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28, width=min(WIDTH, shutil.get_terminal_size().columns - 1))
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        name = "-h, --help" if action.dest == "help" else ", ".join(action.option_strings)
+        if action.dest == "checkpoint_path":
+            name = action.option_strings[0]
+        metavar = "" if action.nargs == 0 or not action.metavar else f" {action.metavar}"
+        return f"{name}{metavar}{' ...' if action.nargs == '+' else ''}"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -52,13 +69,13 @@ def build_parser(*, every_flag: bool = False) -> argparse.ArgumentParser:
     tables = (
         "Defaults that depend on the data (k, s: the values of those flags):\n\n"
         + defaults_table()
-        + "\n\nSettings of each --algorithm (half: of --iterations):\n\n"
-        + presets_table()
+        + "\n\nSettings of each --algorithm (a/b/c/d: by the columns above, the last value holds for the rest;\n"
+        "half: of --iterations):\n\n" + presets_table()
     )
     parser = _Parser(
         prog="main.py",
         usage="python main.py [FLAGS]",
-        description=f"Gradient-based meta-learning (MAML).\n\n{EXAMPLES}",
+        description=f"Gradient-based meta-learning: MAML and its family, in PyTorch.\n\n{EXAMPLES}",
         epilog=tables if every_flag else "Every flag, and the settings of each algorithm: --help-all",
         formatter_class=_Formatter,
         allow_abbrev=False,
@@ -66,18 +83,30 @@ def build_parser(*, every_flag: bool = False) -> argparse.ArgumentParser:
         add_help=False,
     )
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
-    groups["what to do"].add_argument("-h", "--help", action="help", help="show the usual flags and end")
+    groups["what to do"].add_argument("-h", "--help", action="help", help="show the usual flags")
     groups["what to do"].add_argument(
         "--help-all", nargs=0, action=_HelpAll, help="show every flag, and what each algorithm sets"
     )
     for name, flag in ALL_FLAGS.items():
-        text = f"{flag.help} (default: {_default_text(name, flag)})".replace("%", "%%")
-        if "(default" in flag.help or (flag.default in (None, False, ()) and flag.default != 0.0):
-            text = flag.help.replace("%", "%%")
-        shown = every_flag or flag.common
-        options: dict[str, Any] = {"dest": name, "help": text if shown else argparse.SUPPRESS}
-        groups[flag.group].add_argument(*flag.names, **options | _argument(name, flag))
+        text = argparse.SUPPRESS
+        if every_flag or flag.common:
+            text = _help_text(name, flag, whole=every_flag).replace("%", "%%")
+        groups[flag.group].add_argument(*flag.names, dest=name, help=text, **_argument(name, flag))
     return parser
+
+
+def _help_text(name: str, flag: Flag, *, whole: bool) -> str:
+    """Return a flag's text, or its first clause, and its default."""
+    text, parenthesis, default = flag.help.partition(" (default")
+    text = text if whole else text.partition("; ")[0]
+    if parenthesis:
+        return f"{text} (default{default}"
+    is_plain = flag.default is None or flag.default is False or flag.default == ()
+    return (
+        text
+        if is_plain and name not in DEFAULTS
+        else f"{text} (default: {_default_text(name, flag, whole=whole)})"
+    )
 
 
 def _argument(name: str, flag: Flag) -> dict[str, Any]:
@@ -85,7 +114,7 @@ def _argument(name: str, flag: Flag) -> dict[str, Any]:
     if flag.kind is bool:
         switch = argparse.BooleanOptionalAction if name in CAN_BE_SWITCHED_OFF else "store_true"
         return {"action": switch}
-    metavar = "{" + ",".join(flag.choices) + "}" if flag.choices else flag.metavar
+    metavar = flag.metavar or "{" + ",".join(flag.choices or ()) + "}"
     several = {"nargs": "+", "action": "extend"} if flag.kind is tuple else {}
     return {"type": flag.parse, "metavar": metavar} | several
 
@@ -105,15 +134,16 @@ DEFAULT_TEXTS: dict[str, Callable[[Flag], str]] = {
     "image_size": lambda flag: "84; omniglot 28; cifar-fs and fc100 32",
     "channels": lambda flag: "3; omniglot 1",
     "invert": lambda flag: "no; omniglot yes",
+    "tasks_at_once": lambda flag: "all, or what fits the cache",
     "eval_steps": lambda flag: f"{flag.default}, or --test-steps if that is more",
 }
 
 
-def _default_text(name: str, flag: Flag) -> str:
+def _default_text(name: str, flag: Flag, *, whole: bool) -> str:
     if name in DEFAULT_TEXTS:
         return DEFAULT_TEXTS[name](flag)
     if name in DEFAULTS:
-        return _defaults_by_data(name, flag)
+        return _defaults_by_data(name, flag, whole=whole)
     if flag.default is BY_RULE:
         return "auto"
     if flag.default is BY_LEARNER:
@@ -123,16 +153,13 @@ def _default_text(name: str, flag: Flag) -> str:
     return show(flag.default)
 
 
-def _defaults_by_data(name: str, flag: Flag) -> str:
+def _defaults_by_data(name: str, flag: Flag, *, whole: bool) -> str:
     regression, few_ways, many_ways, other = map(show, DEFAULTS[name])
-    omniglot = few_ways if few_ways == many_ways else f"{few_ways}, above 10 ways {many_ways}"
+    omniglot = f"{few_ways} (above 10 ways {many_ways})" if whole and few_ways != many_ways else few_ways
+    first = "" if flag.only else f"regression {regression}, "
     if len({few_ways, many_ways, other}) == 1:
-        return few_ways if flag.only else f"{regression}; classification {few_ways}"
-    text = f"omniglot {omniglot}; other classification {other}"
-    for learner, facts in {**LEARNERS, "other learners": OTHER_LEARNER}.items():
-        if getattr(facts, name, None) is not None:
-            text += f", {learner} {getattr(facts, name)}"
-    return text if flag.only else f"{regression}; {text}"
+        return f"{first}classification {few_ways}" if first else few_ways
+    return f"{first}omniglot {omniglot}, else {other}"
 
 
 def defaults_table() -> str:

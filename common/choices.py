@@ -43,8 +43,9 @@ class Choices:
 
     algorithm: str = flag(
         "--algorithm", group="algorithm", choices=ALGORITHMS, default="maml", common=True,
-        help="preset of the choices in this group and of its paper's settings; a flag of its own overrides "
-        "each (--help-all lists them)",
+        metavar="NAME",
+        help=f"{', '.join(ALGORITHMS)}; a preset of the choices in this group and of its paper's settings, "
+        "which other flags override",
     )  # fmt: skip
     fast_weights: str = flag(
         "--fast-weights", group="algorithm", choices=FAST_WEIGHTS, default="all",
@@ -113,7 +114,7 @@ class Choices:
     )  # fmt: skip
     inner_lr: float = flag(
         "--inner-lr", group="inner loop", check=above_zero, metavar="RATE", common=True,
-        help="learning rate of the inner loop, on the mean loss of the support set",
+        help="learning rate of the inner loop; the support loss is a mean over examples",
     )  # fmt: skip
     inner_optimizer: str = flag(
         "--inner-optimizer", group="inner loop", choices=INNER_OPTIMIZERS, default="sgd",

@@ -70,10 +70,10 @@ class LearnerOptions:
 
     learner: str = flag(
         "--learner", group="learner", check=check_learner_name, metavar="NAME", common=True,
-        help="mlp: 1-40-40-1; conv: four stride-2 convolutions of 64; conv-flat: the same, flattened; "
-        "conv-pool: with max pooling; conv4: with max pooling, of 32, flattened; convnet: unpadded and "
-        "flattened; fc: 256-128-64-64; torchvision:MODEL; or a factory in your own code: "
-        "package.module:factory, file.py:factory",
+        help=f"{', '.join(LEARNERS)}, torchvision:MODEL, or file.py:factory; mlp: 1-40-40-1; conv: four "
+        "stride-2 convolutions of 64 channels; conv-flat: conv, flattened; conv-pool: max pooling instead of "
+        "strides; conv4: conv-pool of 32 channels, flattened; convnet: unpadded convolutions, flattened; fc: "
+        "256-128-64-64; package.module:factory is your own code too",
     )  # fmt: skip
     learner_args: tuple[str, ...] = flag(
         "--learner-args", group="learner", check=key_and_value, metavar="NAME=VALUE", default=(),

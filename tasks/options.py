@@ -103,8 +103,8 @@ class TaskOptions:
 
     dataset: str = flag(
         "--dataset", group="tasks", check=check_dataset, default="sinusoid", metavar="NAME", common=True,
-        help=f"the family of tasks: {', '.join(DATASETS)}; images:FOLDER with a folder per class, "
-        "table:FILE (CSV or Parquet), or a factory in your own code: package.module:factory, file.py:factory",
+        help=f"{', '.join(DATASETS)}, images:FOLDER, table:FILE, or file.py:factory; FOLDER has a folder per "
+        "class, FILE is CSV or Parquet, and package.module:factory is your own code too",
     )  # fmt: skip
     dataset_args: tuple[str, ...] = flag(
         "--dataset-args", group="tasks", check=key_and_value, metavar="NAME=VALUE", default=(),
@@ -116,11 +116,11 @@ class TaskOptions:
     )  # fmt: skip
     shots: int = flag(
         "-k", group="tasks", check=at_least(1), metavar="SHOTS", free_on_eval=True, common=True,
-        help="support examples per task, per class in classification",
+        help="support examples per task; in classification, per class",
     )  # fmt: skip
     queries: int = flag(
         "-q", group="tasks", check=at_least(1), metavar="QUERIES", free_on_eval=True, common=True,
-        help="query examples per task, per class in classification",
+        help="query examples per task; in classification, per class",
     )  # fmt: skip
     train_shots: int | None = flag(
         "--train-shots", group="tasks", check=at_least(1), metavar="SHOTS", default=None,

@@ -21,11 +21,11 @@ class TrainingOptions:
     )  # fmt: skip
     iterations: int = flag(
         "--iterations", group="outer loop", check=at_least(1), metavar="N", free_on_resume=True, common=True,
-        help="number of meta-gradient steps",
+        help="meta-gradient steps",
     )  # fmt: skip
     meta_lr: float = flag(
         "--meta-lr", group="outer loop", check=above_zero, metavar="RATE", default=1e-3, common=True,
-        help="learning rate of the outer loop, at its first iteration",
+        help="learning rate of the outer loop; with a schedule, at its first iteration",
     )  # fmt: skip
     meta_optimizer: str = flag(
         "--meta-optimizer", group="outer loop", choices=META_OPTIMIZERS, default="adam",
@@ -80,14 +80,14 @@ class TrainingOptions:
 
     precision: str = flag(
         "--precision", group="machine", choices=("float64", "float32", "tf32", "bf16"), default="float32",
-        free_on_eval=True, common=True,
-        help="arithmetic of the learner; with tf32 (CUDA) and bf16, meta-parameters, fast weights, losses, "
-        "batch statistics and the optimizer stay in float32",
+        free_on_eval=True, common=True, metavar="TYPE",
+        help="the learner's arithmetic: float32, float64, tf32, bf16; with tf32 (CUDA) and bf16, "
+        "meta-parameters, fast weights, losses, batch statistics and the optimizer stay in float32",
     )  # fmt: skip
     compile: str = flag(
         "--compile", group="machine", choices=("auto", "on", "off"), default=BY_RULE, common=True,
-        help="compile the iteration; auto: with a built-in learner in runs of at least 10,000 iterations "
-        "(classification 1,500), which pay for it",
+        help="compile the whole iteration; auto: with a built-in learner, in runs of at least 10,000 iterations "
+        "(classification 1,500)",
     )  # fmt: skip
     engine: str = flag(
         "--engine", group="machine", choices=("auto", *ENGINES), default=BY_RULE, only="engines",
@@ -108,6 +108,5 @@ class TrainingOptions:
     tasks_at_once: int | None = flag(
         "--tasks-at-once", group="machine", check=at_least(1), metavar="N", default=BY_RULE,
         free_on_resume=True, free_on_eval=True, common=True,
-        help="take the tasks of an iteration, a validation or a test in chunks of N, which bounds memory; "
-        "the result is the same to rounding (default: all, or what fits the cache for compiled convolutions)",
+        help="take tasks in chunks of N, which bounds memory; the result is the same to rounding",
     )  # fmt: skip
