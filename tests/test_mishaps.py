@@ -1,35 +1,38 @@
-"""What goes wrong while a run is trained: numbers that are not finite, disks that do not take it."""
+"""What goes wrong while a run is trained: non-finite numbers, kills, full disks, signals, little memory."""
 
 import errno
-import json
 import os
 import re
-import resource
-import shutil
 import signal
-import struct
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from common.saving import Saver
-from test_checkpoint import a_checkpoint
-from test_runs import assert_same_bits, assert_same_run, command, curves
+from runs import assert_same_bits, assert_same_run, command, curves
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import saving
+from common import files
 from dataset import Regression
 from training import trainer
-from training.checkpoint import BEST, LAST, load_checkpoint
+from training.checkpoint import load_checkpoint
+from training.folders import LAST, RESULTS
 from training.tensorboard import RunLog, drop_events
+from training.trainer import FAILED, Trainer
 
 BAD = 37  # the iteration whose targets are made NaN
-SHORT = ["--iterations", 60, "--log-every", 10, "--val-every", 20, "--save-every", 25, "--meta-batch-size", 4]
+SHORT = ["--iterations", 60, "--log-every", 10, "--val-every", 25, "--save-every", 20]
+SHORT += ["--meta-batch-size", 4, "-k", 3, "-q", 3, "--compile", "off"]
+
+
+@pytest.fixture(autouse=True)
+def few_validation_tasks(monkeypatch):
+    monkeypatch.setattr(trainer, "VALIDATION_TASKS", 10)
 
 
 @pytest.fixture
 def bad_iteration(monkeypatch):
-    """The targets of one iteration are NaN, of the seeds 1 and above."""
+    """Make the targets of one iteration NaN, for the seeds 1 and above."""
     sample = Regression.sample
 
     def spoilt(self, split, seed, iteration, tasks, **options):
@@ -42,121 +45,109 @@ def bad_iteration(monkeypatch):
     monkeypatch.setattr(Regression, "sample", spoilt)
 
 
-def weights_and_moments(folder: Path) -> dict[str, object]:
-    saved = load_checkpoint(folder / LAST)
-    return {"parameters": saved.parameters, "optimizer": saved.optimizer["state"], "window": saved.progress}
+@pytest.fixture
+def at_iteration(monkeypatch):
+    """Call functions before iterations, by number."""
+    plan: dict[int, object] = {}
+    step = Trainer.step
+
+    def planned(self):
+        plan.get(self.iteration + 1, lambda: None)()
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "step", planned)
+    return plan
 
 
-# ---- numbers that are not finite ------------------------------------------------------------
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The folder of a run that nothing has disturbed."""
+    home = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "VALIDATION_TASKS", 10)
+        assert command(*SHORT, "--checkpoint-path", home, "--run-name", "run") == 0
+    return home / "run"
 
 
-def test_a_run_stops_before_the_iteration_that_is_not_finite(bad_iteration, tmp_path, capsys):
+def last_line(capsys) -> str:
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+# ---- non-finite numbers ----------------------------------------------------------------------------
+
+
+def test_a_run_stops_before_a_non_finite_iteration_and_says_why(bad_iteration, tmp_path, capsys):
     options = [*SHORT, "--seed", 1, "--checkpoint-path", tmp_path]
-    assert command(*options, "--run-name", "stopped") == trainer.FAILED
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert f"iteration {BAD}: the query targets of task 0 are not all finite" in said
-    assert f"--load {tmp_path / 'stopped' / LAST} --on-nan skip" in said
+    assert command(*options, "--run-name", "stopped") == FAILED
+    line = last_line(capsys)
+    assert f"iteration {BAD}: the query targets of task 0 are not all finite" in line
+    assert f"--load {tmp_path / 'stopped' / LAST} --on-nan skip" in line
     stopped = load_checkpoint(tmp_path / "stopped" / LAST)
     assert stopped.iteration == BAD - 1 and curves(tmp_path / "stopped")["train/query_loss"] == [10, 20, 30]
-    assert json.loads((tmp_path / "stopped" / "training.json").read_text())["failure"] in said
-    # as if it had been asked for so many iterations; but for the validation at the end of those
     assert command(*options, "--iterations", BAD - 1, "--run-name", "short") == 0
-    found, expected = (weights_and_moments(tmp_path / name) for name in ("stopped", "short"))
-    assert_same_bits(found["parameters"], expected["parameters"])
-    assert_same_bits(found["optimizer"], expected["optimizer"])
-    assert found["window"]["window_size"] == 6
+    short = load_checkpoint(tmp_path / "short" / LAST)
+    assert_same_bits(stopped.parameters | stopped.exp_avg, short.parameters | short.exp_avg)
 
 
-def test_a_compiled_run_stops_there_too(bad_iteration, tmp_path, capsys):
-    compiled = ["--compile", "on", "--compile-after", 5, "--seed", 1, "--checkpoint-path", tmp_path]
-    assert command(*SHORT, *compiled, "--run-name", "run") == trainer.FAILED
-    assert f"iteration {BAD}: the query targets of task 0 are not all finite" in capsys.readouterr().err
-    assert load_checkpoint(tmp_path / "run" / LAST).iteration == BAD - 1
+def test_a_skipped_iteration_changes_neither_weights_nor_moments(bad_iteration, tmp_path, monkeypatch):
+    seen: dict[int, torch.Tensor] = {}
+    step = Trainer.step
+
+    def look(self):
+        state = self.state
+        seen[self.iteration] = torch.cat([state.parameters, state.exp_avg, state.exp_avg_sq])
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "step", look)
+    options = [*SHORT, "--seed", 1, "--on-nan", "skip", "--checkpoint-path", tmp_path]
+    assert command(*options, "--run-name", "run") == 0
+    assert torch.equal(seen[BAD - 1], seen[BAD]) and not torch.equal(seen[BAD], seen[BAD + 1])
+    assert curves(tmp_path / "run")["train/skipped"] == [10, 20, 30, 40, 50, 60]
 
 
-def test_an_iteration_that_is_skipped_changes_nothing(bad_iteration, tmp_path):
-    options = [*SHORT, "--seed", 1, "--checkpoint-path", tmp_path]
-    skip = ["--on-nan", "skip"]
-    assert command(*options, *skip, "--run-name", "whole") == 0
-    assert command(*options, *skip, "--iterations", BAD, "--run-name", "skipped") == 0
-    assert command(*options, "--iterations", BAD - 1, "--run-name", "before") == 0
-    after, before = (load_checkpoint(tmp_path / name / LAST) for name in ("skipped", "before"))
-    assert_same_bits(after.parameters, before.parameters)
-    moments = ("exp_avg", "exp_avg_sq")
-    for number, state in after.optimizer["state"].items():
-        for moment in moments:
-            assert_same_bits(state[moment], before.optimizer["state"][number][moment])
-    # what stopped there goes on as what skipped it
-    assert command(*options, "--run-name", "stopped") == trainer.FAILED
-    assert command("--load", tmp_path / "stopped" / LAST, *skip) == 0
-    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
-    training = load_checkpoint(tmp_path / "whole" / LAST).progress["training"]
-    assert all(0 < loss < 100 for loss in training["query_loss"])  # a mean of nine is one of nine
-
-
-def test_of_several_runs_the_others_go_on(bad_iteration, tmp_path, capsys):
+def test_of_several_runs_those_that_do_not_fail_continue(bad_iteration, tmp_path, capsys):
     options = [*SHORT, "--checkpoint-path", tmp_path]
-    assert command(*options, "--seeds", "0-2", "--run-name", "many") == trainer.FAILED
-    said = capsys.readouterr().err
-    assert "2 of 3 runs stopped before their end, seed-1, iteration 37: " in said
-    assert command(*options, "--seed", 0, "--run-name", "alone") == 0
-    there, alone = (load_checkpoint(tmp_path / name / LAST) for name in ("many/seed-0", "alone"))
-    assert there.iteration == 60
-    for name, weight in alone.parameters.items():
-        assert torch.allclose(there.parameters[name], weight, atol=1e-5)
-    assert load_checkpoint(tmp_path / "many" / "seed-2" / LAST).iteration == BAD - 1
+    assert command(*options, "--seeds", "0-2", "--run-name", "many") == FAILED
+    assert "2 of 3 runs stopped before their end, seed-1, iteration 37: " in capsys.readouterr().err
+    iterations = [load_checkpoint(tmp_path / "many" / f"seed-{n}" / LAST).iteration for n in range(3)]
+    assert iterations == [60, BAD - 1, BAD - 1]
     again = [*options, "--seeds", "0-2", "--run-name", "many", "--resume", "--on-nan", "skip"]
     assert command(*again) == 0
     assert load_checkpoint(tmp_path / "many" / "seed-2" / LAST).iteration == 60
+
+
+OWN_LOSSES = """
+import torch
+
+def steep(outputs, y):
+    still = (outputs - outputs.detach()).abs()
+    return (still.pow(1.5) + (outputs - y) ** 2).mean()
+
+def large(outputs, y):
+    return 1e25 * ((outputs - y) ** 2).mean()
+"""
 
 
 @pytest.mark.parametrize(
     ("flags", "cause"),
     [
         (["--inner-lr", 5, "-s", 5], r"the inner loop diverges in 4 of 4 tasks \(query loss of task"),
-        (["--algorithm", "reptile", "--inner-lr", 5], r"the inner loop diverges in 4 of 4 tasks"),
         (["--meta-lr", 1e25], "before the first inner step: the weights have become too large"),
-        (["--loss", "{own}:steep"], r"the losses are finite .*, but not the meta-gradient of"),
+        (["--loss", "own.py:steep"], r"the losses are finite .*, but not the meta-gradient of"),
         (
-            ["--loss", "{own}:large", "--inner-lr", 1e-30],
+            ["--loss", "own.py:large", "--inner-lr", 1e-30],
             r"the meta-gradient's norm is .*, too large for Adam",
         ),
     ],
 )
-def test_the_likely_cause_is_said(flags, cause, tmp_path, capsys):
-    own = tmp_path / "own.py"
-    own.write_text(
-        "import torch\n"
-        "def steep(outputs, y):\n    still = (outputs - outputs.detach()).abs()\n"
-        "    return (still.pow(1.5) + (outputs - y) ** 2).mean()\n"
-        "def large(outputs, y):\n    return 1e25 * ((outputs - y) ** 2).mean()\n"
-    )
-    flags = [str(flag).format(own=own) for flag in flags]
-    assert command(*SHORT, *flags, "--checkpoint-path", tmp_path) == trainer.FAILED
-    assert re.search(cause, capsys.readouterr().err.splitlines()[-1])
+def test_the_likely_cause_of_non_finite_numbers_is_named(flags, cause, tmp_path, capsys, monkeypatch):
+    (tmp_path / "own.py").write_text(OWN_LOSSES)
+    flags = [str(flag).replace("own.py", str(tmp_path / "own.py")) for flag in flags]
+    assert command(*SHORT, *flags, "--checkpoint-path", tmp_path) == FAILED
+    assert re.search(cause, last_line(capsys))
 
 
-@pytest.mark.parametrize("clip", [["--grad-clip", 10], ["--grad-clip-norm", 10]])
-def test_clipping_does_not_hide_a_meta_gradient_that_is_not_finite(clip, tmp_path, capsys):
-    own = tmp_path / "own.py"  # a loss of some 1, whose gradient's norm overflows
-    own.write_text("def loss(outputs, y):\n    still = outputs.detach()\n"
-                   "    return 1 + (1e25 * (outputs - still)).mean() * 1.0\n")  # fmt: skip
-    line = [*SHORT, *clip, "--loss", f"{own}:loss", "--first-order", "--inner-lr", 1e-35]
-    assert command(*line, "--checkpoint-path", tmp_path) == trainer.FAILED
-    assert "iteration 1: the meta-gradient's norm is" in capsys.readouterr().err
-
-
-def test_the_state_is_saved_before_the_cause_is_looked_for(bad_iteration, tmp_path, monkeypatch):
-    def fails(*_, **__):
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr("training.divergence.find_cause", fails)
-    line = [*SHORT, "--seed", 1, "--checkpoint-path", tmp_path, "--run-name", "run"]
-    assert command(*line) == trainer.FAILED
-    assert load_checkpoint(tmp_path / "run" / LAST).iteration == BAD - 1
-
-
-def test_no_iteration_asks_the_device_for_a_number(tmp_path, monkeypatch):
+def test_no_iteration_waits_for_the_device(tmp_path, monkeypatch):
     class Asked(TorchDispatchMode):
         times = 0
 
@@ -164,217 +155,201 @@ def test_no_iteration_asks_the_device_for_a_number(tmp_path, monkeypatch):
             Asked.times += function is torch.ops.aten._local_scalar_dense.default
             return function(*args, **(kwargs or {}))
 
-    step = trainer.Trainer.step
+    step = Trainer.step
 
-    def watched(self, bar):
+    def watched(self):
         with Asked():
-            return step(self, bar)
+            return step(self)
 
-    monkeypatch.setattr(trainer.Trainer, "step", watched)
+    monkeypatch.setattr(Trainer, "step", watched)
     assert command(*SHORT, "--on-nan", "skip", "--checkpoint-path", tmp_path) == 0
     assert Asked.times == 0
 
 
-# ---- disks ----------------------------------------------------------------------------------
+# ---- kills -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def at_iteration(monkeypatch):
-    """Does things after iterations, by number."""
-    plan: dict[int, object] = {}
-    step = trainer.Trainer.step
+def run_and_be_killed(at_write: int, line: list[object]) -> bool:
+    """Run a command line in a forked process that is gone, as by kill -9, at a write; False: it had ended."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            writes = 0
+            fsync, rename = os.fsync, Path.replace
 
-    def planned(self, bar):
-        taken = step(self, bar)
-        plan.get(self.iteration, lambda: None)()
-        return taken
+            def count() -> None:
+                nonlocal writes
+                writes += 1
+                if writes == at_write:
+                    os._exit(9)
 
-    monkeypatch.setattr(trainer.Trainer, "step", planned)
-    return plan
-
-
-@pytest.fixture
-def small_files():
-    """The kernel cuts off every file of this process at a size; None lets them grow again."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def limit(size: int | None) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (before[0] if size is None else size, before[1]))
-
-    yield limit
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_run_outlives_a_disk_that_takes_nothing_for_a_while(at_iteration, small_files, tmp_path, capsys):
-    options = [*SHORT, "--iterations", 100, "--checkpoint-path", tmp_path]
-    assert command(*options, "--run-name", "whole") == 0
-    found = {}
-
-    def look():
-        found["last"] = load_checkpoint(tmp_path / "run" / LAST).iteration
-        small_files(None)
-
-    at_iteration.update({31: lambda: small_files(4096), 79: look})
-    assert command(*options, "--run-name", "run") == 0
-    said = capsys.readouterr().err
-    assert found["last"] == 25
-    assert "Not saved at iteration 40 (file too large): training goes on" in said and "Saved again" in said
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
-    assert curves(tmp_path / "run") == curves(tmp_path / "whole")
-    assert not list((tmp_path / "run").glob(".*.tmp"))
+            files.os.fsync = lambda file: (count(), fsync(file))
+            Path.replace = lambda a, b: (count(), rename(a, b))[1]
+            with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+                os.dup2(nowhere.fileno(), 1)
+                os.dup2(nowhere.fileno(), 2)
+                code = command(*line)
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, 9)
+    return code == 9
 
 
-def test_a_run_that_cannot_save_its_end_says_so_and_saves_it_elsewhere(
-    at_iteration, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    run, aside = tmp_path / "run", tmp_path / "aside"
+def kill_and_compare(writes: list[int], whole: Path, home: Path) -> bool:
+    """Kill a run at these writes, one after another, and resume it to the end; False: it ended before."""
+    line = [*SHORT, "--checkpoint-path", home, "--run-name", "run", "--resume"]
+    killed = [run_and_be_killed(number, line) for number in writes]
+    assert command(*line) == 0
+    assert_same_run(home / "run", whole)
+    assert {path.name for path in (home / "run").iterdir() if path.name.startswith(".")} == set()
+    return all(killed)
 
-    def in_its_place():
-        run.rename(aside)
-        run.write_text("")  # no folder can be made there
 
-    at_iteration[31] = in_its_place
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_run_killed_again_and_again_ends_with_the_bits_of_an_undisturbed_one(whole, tmp_path):
+    # at a log's sync, a checkpoint's sync, between best.pt and last.pt, at a rename, ...
+    assert kill_and_compare([2, 5, 7, 3], whole, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_run_killed_at_any_write_ends_with_the_bits_of_an_undisturbed_one(whole, tmp_path):
+    number = 1
+    while kill_and_compare([number], whole, tmp_path / str(number)):
+        number += 1
+    assert number > 15
+
+
+# ---- disks -----------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_ends_a_run_in_one_line_and_it_resumes_to_the_bit(whole, at_iteration, tmp_path, capsys):
+    line = [*SHORT, "--checkpoint-path", tmp_path, "--run-name", "run"]
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_iteration[31] = lambda: patch.setattr(files.os, "fsync", full)
+        assert command(*line) == 2
+    message = last_line(capsys)
+    assert "not saved at iteration 40 (no space left on device)" in message and "resume" in message
+    assert load_checkpoint(tmp_path / "run" / LAST).iteration == 20
+    assert not list((tmp_path / "run").glob(".*"))
+    at_iteration.clear()
+    assert command(*line, "--resume") == 0
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_disk_that_is_full_from_the_start_is_one_line_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "events")
+
+    monkeypatch.setattr(RunLog, "_append", full)
     assert command(*SHORT, "--checkpoint-path", tmp_path, "--run-name", "run") == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    (rescued,) = tmp_path.glob("maml-rescued-*")
-    assert f"{run / LAST} could not be saved at iteration 60 (" in said and str(rescued) in said
-    assert load_checkpoint(rescued / "run" / LAST).iteration == 60
-    assert load_checkpoint(aside / LAST).iteration == 25
-
-
-def test_a_disk_that_is_full_from_the_start_is_named_and_nothing_stays(small_files, tmp_path, capsys):
-    small_files(0)
-    assert command(*SHORT, "--checkpoint-path", tmp_path, "--run-name", "run") == 2
-    assert re.search(r"run/events\S+: file too large$", capsys.readouterr().err.strip())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "events: no space left on device; free some space" in line
     assert list(tmp_path.iterdir()) == []
 
 
-def test_of_all_that_is_rescued_the_line_names_what_the_run_goes_on_from(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    (tmp_path / "run").write_text("")  # no folder can be made there
-    saver = Saver(lambda line: None)
-    for name in (LAST, BEST):
-        saver.add(tmp_path / "run" / name, a_checkpoint())
-        assert not saver.write([], 7)
-    said = saver.rescued(7)
-    (rescued,) = tmp_path.glob("maml-rescued-*/run")
-    assert f"--load {rescued / LAST}" in said
-    assert {file.name for file in rescued.iterdir()} == {LAST, BEST}
-
-
-def test_a_folder_that_vanishes_is_made_again(at_iteration, tmp_path):
-    at_iteration[31] = lambda: shutil.rmtree(tmp_path / "run")
-    for name in ("run", "whole"):
-        assert command(*SHORT, "--checkpoint-path", tmp_path, "--run-name", name) == 0
-        at_iteration.clear()
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
-
-
-def test_a_folder_that_has_become_another_runs_is_left_alone(at_iteration, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    run = tmp_path / "run"
-
-    def another():
-        run.rename(tmp_path / "aside")
-        run.mkdir()
-        (run / LAST).write_text("another's")
-
-    at_iteration[31] = another
-    assert command(*SHORT, "--checkpoint-path", tmp_path, "--run-name", "run") == 2
-    assert "another folder has come in the place of" in capsys.readouterr().err
-    assert (run / LAST).read_text() == "another's" and not (run / "best.pt").exists()
-    (rescued,) = tmp_path.glob("maml-rescued-*")
-    assert command("--load", rescued / "run" / LAST, "--iterations", 61) == 0
-
-
-@pytest.mark.parametrize("kind", ["link", "pipe"])
-def test_nothing_is_written_through_what_lies_in_the_place_of_a_temporary_file(kind, tmp_path):
-    precious = tmp_path / "precious"
-    precious.write_text("mine")
-    for name in (f".{LAST}.tmp", ".training.json.tmp"):
-        (tmp_path / "run").mkdir(exist_ok=True)
-        place = tmp_path / "run" / name
-        place.symlink_to(precious) if kind == "link" else os.mkfifo(place)
-    assert command(*SHORT, "--checkpoint-path", tmp_path, "--run-name", "run", "--resume") == 0
-    assert precious.read_text() == "mine" and not (tmp_path / "run" / LAST).is_symlink()
-
-
-def test_results_that_cannot_be_written_are_written_by_the_next_call(tmp_path, capsys, monkeypatch):
+def test_results_that_could_not_be_written_are_written_by_the_next_call(tmp_path, capsys, monkeypatch):
     def full(log, tag, figure, iteration, file):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device", str(file))
 
     with monkeypatch.context() as patch:
-        patch.setattr("training.run.RunLog.figure", full)
+        patch.setattr(RunLog, "figure", full)
         assert command(*SHORT, "--checkpoint-path", tmp_path, "--run-name", "run") == 2
-    assert "the run is saved, but not its results (no space left on device)" in capsys.readouterr().err
+    assert "no space left on device; free some space" in last_line(capsys)
     assert command("--load", tmp_path / "run" / LAST) == 0
-    assert (tmp_path / "run" / "training.json").exists() and (tmp_path / "run" / "training.png").exists()
+    assert (tmp_path / "run" / RESULTS).exists() and (tmp_path / "run" / "training.png").exists()
 
 
-def test_an_event_file_that_is_cut_short_goes_on_without_a_gap(small_files, tmp_path):
-    log = RunLog(tmp_path, begin_at=0)
-    for iteration in range(1, 200):
-        log.scalars({"loss": float(iteration)}, iteration)
-        if iteration == 50:
-            log.flush()
-            small_files(log.events.path.stat().st_size + 1000)  # in the middle of a record
-        if iteration == 150:
-            with pytest.raises(OSError):
-                log.flush()
-            small_files(None)
-    assert curves(tmp_path)["loss"] == list(range(1, 51))  # whole at any time
-    log.flush()
-    assert curves(tmp_path)["loss"] == list(range(1, 200))
+# ---- signals ---------------------------------------------------------------------------------------
 
 
-def test_an_event_file_that_is_taken_away_begins_again_as_one(tmp_path):
-    log = RunLog(tmp_path, begin_at=0)
-    log.events.path.unlink()
-    for iteration in range(1, 30):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("place", ["step", "_is_stopping", "_validate"])
+def test_a_signal_at_any_moment_is_followed_by_a_save(place, number, whole, tmp_path, monkeypatch):
+    function = getattr(Trainer, place)
+
+    def with_signal(self):
+        result = function(self)
+        if self.iteration == 25:
+            os.kill(os.getpid(), number)
+        return result
+
+    line = [*SHORT, "--checkpoint-path", tmp_path, "--run-name", "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, place, with_signal)
+        assert command(*line) == 128 + number
+    assert load_checkpoint(tmp_path / "run" / LAST).iteration in (25, 26)
+    assert command(*line, "--resume") == 0
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_the_state_is_saved_every_few_minutes_whatever_save_every_says(tmp_path, monkeypatch):
+    saved = []
+    save = trainer.save_checkpoints
+    monkeypatch.setattr(
+        trainer, "save_checkpoints", lambda files: (saved.extend(c.iteration for _, c in files), save(files))
+    )
+    monkeypatch.setattr(trainer, "SAVE_SECONDS", 0.0)
+    line = [*SHORT, "--iterations", 5, "--save-every", 1000, "--val-every", 1000]
+    assert command(*line, "--checkpoint-path", tmp_path) == 0
+    assert set(saved) == {1, 2, 3, 4, 5}
+
+
+# ---- memory ----------------------------------------------------------------------------------------
+
+
+def test_out_of_memory_is_one_line_after_which_the_run_resumes_to_the_bit(
+    whole, at_iteration, tmp_path, capsys
+):
+    def run_out() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    line = [*SHORT, "--checkpoint-path", tmp_path, "--run-name", "run"]
+    at_iteration[33] = run_out
+    assert command(*line) == 2
+    message = last_line(capsys)
+    assert "out of memory at iteration 32 with 4 tasks at once: resume from iteration 32 with" in message
+    assert "and a smaller --tasks-at-once" in message
+    at_iteration.clear()
+    assert command(*line, "--resume") == 0
+    assert_same_run(tmp_path / "run", whole)
+
+
+# ---- event files -----------------------------------------------------------------------------------
+
+
+def log_points(folder: Path, first: int, last: int) -> RunLog:
+    log = RunLog(folder, begin_at=first)
+    for iteration in range(first, last + 1):
         log.scalars({"loss": 1.0}, iteration)
     log.flush()
-    drop_events(tmp_path, 20)
-    assert curves(tmp_path)["loss"] == list(range(1, 20))
+    return log
 
 
-@pytest.mark.parametrize("length", [5, 2**40, 2**62, 2**63 + 5])
-def test_a_record_that_is_longer_than_its_file_is_its_end(length, tmp_path):
-    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+def test_a_resumed_curve_has_neither_gaps_nor_doubled_points(tmp_path):
+    log_points(tmp_path, 0, 50)
+    log_points(tmp_path, 31, 60)  # in the same second: TensorBoard orders files by names
+    assert curves(tmp_path)["loss"] == list(range(61))
 
-    log = RunLog(tmp_path, begin_at=0)
+
+def test_a_torn_record_and_a_foreign_file_do_no_harm(tmp_path):
+    log = log_points(tmp_path, 0, 9)
+    log.path.write_bytes(log.path.read_bytes()[:-3])
+    foreign = tmp_path / "events.out.tfevents.notes"
+    foreign.write_text("mine")
+    drop_events(tmp_path, 5)
+    assert curves(tmp_path)["loss"] == list(range(5)) and foreign.read_text() == "mine"
+
+
+def test_points_reach_the_file_without_being_asked(tmp_path, monkeypatch):
+    log = log_points(tmp_path, 0, 0)
+    size = log.path.stat().st_size
+    monkeypatch.setattr(time, "monotonic", lambda: 1e9)
     log.scalars({"loss": 1.0}, 1)
-    log.flush()
-    with log.events.path.open("ab") as file:
-        size = struct.pack("<Q", length)
-        file.write(size + struct.pack("<I", masked_crc32c(size)) + b"abc")
-    drop_events(tmp_path, 2)
-    assert curves(tmp_path)["loss"] == [1] and b"abc" not in log.events.path.read_bytes()
-
-
-@pytest.mark.parametrize("place", ["before a step", "after a validation"])
-def test_a_signal_at_any_moment_is_followed_by_a_save(place, tmp_path, monkeypatch):
-    """Also in the moments between the questions whether there has been one."""
-    name = {"before a step": "_stopping", "after a validation": "_validate"}[place]
-    whole = getattr(trainer.Trainer, name)
-
-    def with_signal(self, *arguments, **options):
-        found = whole(self, *arguments, **options)
-        if self.iteration == 20:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return found
-
-    monkeypatch.setattr(trainer.Trainer, name, with_signal)
-    assert command(*SHORT, "--checkpoint-path", tmp_path, "--run-name", "run") == 128 + signal.SIGTERM
-    assert load_checkpoint(tmp_path / "run" / LAST).iteration in (20, 21)
-
-
-def test_the_clock_saves_too(tmp_path, monkeypatch):
-    seen = []
-    write = saving.save_checkpoints
-    monkeypatch.setattr(
-        saving, "save_checkpoints", lambda each: (seen.extend(c.iteration for _, c in each), write(each))
-    )
-    line = [*SHORT, "--save-every", 1000, "--val-every", 1000, "--save-every-minutes", 1e-9]
-    assert command(*line, "--checkpoint-path", tmp_path) == 0
-    assert set(seen) == set(range(1, 61))
+    assert log.path.stat().st_size > size

@@ -24,6 +24,7 @@ LAST = "last.pt"
 BEST = "best.pt"
 RESULTS = "training.json"
 LIST = "runs.json"
+WRITTEN = (LAST, BEST, RESULTS, "training.png", "examples.png", "events.*")  # by training, again and again
 LOCK = ".lock"
 PATIENCE = 2.0  # seconds in which a killed process is gone
 OTHER_NAME = "choose another --run-name"
@@ -48,8 +49,9 @@ def lock_folder(folder: Path, members: Sequence[str] = (), *, otherwise: str = O
     with ExitStack() as locks:
         for part in (folder, *(folder / name for name in members)):
             locks.enter_context(_lock(part, otherwise))
-        for left in folder.glob(".*.pt.*.tmp"):  # of a process that was killed while it saved
-            left.unlink(missing_ok=True)
+        for name in WRITTEN:
+            for left in folder.glob(f".{name}.*.tmp"):  # of a process that was killed while it wrote
+                left.unlink(missing_ok=True)
         yield
 
 
