@@ -14,7 +14,7 @@ from learner import build_learner
 from learners.batch_norm import BatchNorm
 from learners.heads import ContextLayer, adapted_names, add_context, head_names
 from maml import MASS, RATE, SQUARE
-from training.meta_gradients import conjugate_gradients
+from training.meta_gradients import MetaGradientOf, conjugate_gradients
 from training.schedules import meta_lr_at, multi_step_weights
 
 ORDERS = {False: "exact", True: "first-order"}
@@ -351,7 +351,7 @@ def test_implicit_tends_to_joint_training_as_the_proximal_term_grows():
 
 def test_implicit_is_the_unrolled_exact_gradient_of_the_converged_proximal_problem():
     batch = make_tasks("mlp")
-    options = {"steps": 400, "inner_lr": 0.2}
+    options = {"steps": 100, "inner_lr": 0.2}
     ours = gradients_of(implicit(2.0, 40, **options), batch)
     exact = smooth_maml(engine="adjoint", fast_weights="body", proximal=2.0, **options)
     assert_same(ours, gradients_of(exact, batch), 1e-8)
@@ -386,7 +386,7 @@ def test_implicit_has_the_closed_form_on_a_quadratic():
 @pytest.mark.parametrize(
     "wrong",
     [
-        dict(fast_weights="haed"), dict(meta_gradient="implict"), dict(engine="adjont"),
+        dict(fast_weights="haed"), dict(meta_gradient="implict"),
         dict(convolution="im2cool"), dict(head_init="zeros"), dict(inner_rates="elements"),
         dict(batch_norm="perstep"),
         dict(meta_gradient="reptile", inner_rates="element"), dict(meta_gradient="joint", inner_batch=3),
@@ -401,6 +401,8 @@ def test_choices_that_there_are_not_are_refused(wrong):
 def test_rules_and_schedules_that_there_are_not_are_refused():
     with pytest.raises(ValueError, match="one of sgd, momentum, adam, adam-carried, not 'Adam'"):
         InnerOptimizer(0.1, "Adam")
+    with pytest.raises(ValueError, match="engine should be one of unrolled, adjoint"):
+        MetaGradientOf(smooth_maml(), engine="adjont")
     with pytest.raises(ValueError, match="the schedule"):
         meta_lr_at("cos", torch.tensor(1), 1.0, 0.1, 10, torch.float64)
 
