@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from commands.call import Call, check_call
-from commands.members import members_of
 from commands.parser import parse
 from commands.resolve import resolve
 from common.errors import AgreedError, LostError, UsageError, explain
@@ -72,7 +71,7 @@ def run(arguments: list[str]) -> int:
     try:
         given = parse(arguments)
         call = check_call(given)
-        many = bool(members_of(call, given))
+        many = bool(call.seeds or call.sweep)
         if not (call.load or call.resume or call.compare or many):
             resolve(given)  # mistakes answer before PyTorch is imported
         from commands.build import join_job
@@ -107,7 +106,7 @@ def dispatch(call: Call, given: Mapping[str, Any], command: str, world: World) -
 
         return evaluate(call, given, command, world)
     if call.seeds or call.sweep:
-        from commands.several import sweep
+        from commands.sweep import sweep
 
         return sweep(call, given, world)
     from commands.train import train

@@ -1,43 +1,43 @@
-"""Runs set side by side (--compare): which they are, whether they can be paired, and measuring them.
+"""Compare trained runs (--compare): find them, check that they can be paired, measure them on the same tasks.
 
-Nothing is trained, and nothing written but the results: a run may go on meanwhile.
+    folders and checkpoints -> sides {name: {seed: Subject}} -> evaluations -> tables, JSON, picture
+
+A side is a run, or the runs of one setting by seed. Nothing is trained and nothing is written but the
+results, so a run that is still being trained can take part.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from commands import config as settings
 from commands.build import SharedTasks, no_empty_folder_left, prepare, writable
 from commands.call import Call
-from commands.config import Config
+from commands.config import CONFIG_FLAGS, Config
 from commands.evaluate import Subject
 from commands.names import file_name, in_words, meaningful, task_size, task_words
-from commands.resolve import config_of, what_is_learned
+from commands.resolve import what_is_learned
 from common.errors import UsageError, printable
 from common.files import read_json
 from common.own_code import is_own_code
-from evaluation import meta_test as evaluation
-from evaluation import paired
-from evaluation import tables as report
+from evaluation import meta_test, paired
 from evaluation.meta_test import Evaluation
 from evaluation.style import write_figure
+from evaluation.tables import write_json
 from learners.losses import loss_name
 from tasks.options import FILE_KINDS
-from training import trainer
 from training.checkpoint import Curve, load_checkpoint
 from training.folders import BEST, LAST, find_checkpoint, find_runs
+from training.trainer import VALIDATION_TASKS
 
-LONGEST_NAME = 100  # characters of the names of runs in that of a file
+MOST_NAMES, LONGEST_NAMES = 3, 100  # sides and characters in a file name
 
-# What decides which tasks there are, but the seeds of their numbers; and what can be done where it differs.
-TASKS = {
+# Settings that decide the tasks, with what to do where runs differ in them; None: nothing.
+TASK_SETTINGS = {
     "dataset": "--eval-dataset with --split test",
     "dataset_args": None,
     "ways": "-n, which runs with --head-init zero or prototype take",
@@ -50,53 +50,31 @@ TASKS = {
     "columns": None,
 }
 
-
-@dataclass(frozen=True)
-class Place:
-    """Where one of those that are compared is: a run, or the runs of a setting."""
-
-    folder: Path  # of the run, or of the many
-    setting: str  # of many
-    files: dict[int, Path]  # checkpoints, by seed; of one run, 0
-    named: str  # the checkpoint, where it and not the folder was given
-
-
-@dataclass(frozen=True)
-class Entry:
-    """The same, read."""
-
-    name: str
-    runs: dict[int, Subject]  # by seed
-    curves: dict[int, dict[str, Curve]]  # training and validation
-    named: str = ""  # as its place's
+Runs = dict[int, Subject]  # one side of the comparison, by seed
 
 
 def compare(call: Call, given: Mapping[str, Any], command: str) -> int:
-    """Measures the runs on the same tasks, and writes what came of it."""
-    places = places_of(call.compare)
-    read = [_read(place, name, call, given) for place, name in zip(places, names_of(places), strict=True)]
-    entries = of_one_setting(read)
-    _check_own_code(entries, given)
-    check_same_tasks(entries)
-    check_shared_seeds(entries)
-    first = next(iter(entries[0].runs.values())).config
-    tasks = min(subject.config.evaluation.eval_tasks for entry in entries for subject in entry.runs.values())
-    skipped = trainer.VALIDATION_TASKS if call.split == "validation" else 0
-    folder = call.out or places[0].folder.parent
-    size = (
-        f"{file_name(first.tasks.dataset)}-{task_size(first.tasks)}-{first.tasks.queries}query-{tasks}tasks"
-    )
-    file = folder / f"comparison-{_in_file_name([entry.name for entry in entries])}-{call.split}-{size}"
-    compared = [[str(s.file.resolve()) for s in entry.runs.values() if s.file] for entry in entries]
-    _check_other(Path(f"{file}.json"), compared)
+    """Measure the runs of --compare on the same tasks; print tables, write a record and a picture."""
+    runs = group_seeds(read_sides(call, given))
+    check_pairs(runs, given)
+    subjects = [subject for side in runs.values() for subject in side.values()]
+    config = subjects[0].config
+    tasks = min(subject.config.evaluation.eval_tasks for subject in subjects)
+    first = Path(call.compare[0])
+    folder = call.out or (first if first.is_dir() else first.parent).parent
+    sizes = f"{task_size(config.tasks)}-{config.tasks.queries}query-{tasks}tasks"
+    name = f"{_join_names(list(runs))}-{call.split}-{file_name(config.tasks.dataset)}-{sizes}"
+    file = folder / f"comparison-{name}.json"
+    compared = [[str(_file_of(subject).resolve()) for subject in side.values()] for side in runs.values()]
+    _check_results(file, compared)
     with no_empty_folder_left(folder):
         writable(folder, "--out")
-        what = f"{first.tasks.dataset}, {task_words(first.tasks)}, {first.tasks.queries} query"
+        what = f"{config.tasks.dataset}, {task_words(config.tasks)}, {config.tasks.queries} query"
         print(f"Comparing on {tasks} {call.split} tasks: {what}")
-        print(f"  device      {prepare(first, call).describe()}", flush=True)
-        sides, records = _measured(entries, call, tasks, skipped)
-        loss = loss_name(first.learner.loss)
-        words = f"{tasks} {call.split} tasks" + ", none of which chose a checkpoint" * bool(skipped)
+        print(f"  device      {prepare(config, call).describe()}", flush=True)
+        sides, records = _measure(runs, call, tasks)
+        loss, chosen = loss_name(config.learner.loss), ", none of which chose a checkpoint"
+        words = f"{tasks} {call.split} tasks{chosen if call.split == 'validation' else ''}"
         print(f"\n{paired.settings_table(sides)}\n\n{paired.learning_table(sides, loss)}")
         print(f"\n{paired.differences_table(sides, loss, words)}")
         result = {
@@ -104,281 +82,235 @@ def compare(call: Call, given: Mapping[str, Any], command: str) -> int:
             "compared": compared,
             "split": call.split,
             "tasks": tasks,
-            "first_task": skipped,
-            "tasks_seed": evaluation.SEED,
+            "first_task": _first_task(call),
+            "tasks_seed": meta_test.SEED,
             "measure": "accuracy" if sides[0].accuracy else loss,
             "common_validation_level": paired.common_level(sides),
             "sides": paired.record(sides),
             "runs": records,
         }
-        report.write_json(Path(f"{file}.json"), result)
+        write_json(file, result)
         figure = paired.figure(sides, loss, f"{what}: {tasks} {call.split} tasks")
-        write_figure(Path(f"{file}.png"), figure)
-        print(f"Written: {file}.json and .png")
+        write_figure(file.with_name(f"{file.stem}.png"), figure)
+        print(f"Written: {file} and .png")
     return 0
 
 
-def _measured(
-    entries: Sequence[Entry], call: Call, tasks: int, skipped: int
+def _first_task(call: Call) -> int:
+    """Return the first task to measure on: the first validation tasks chose each run's best checkpoint."""
+    return VALIDATION_TASKS if call.split == "validation" else 0
+
+
+def _measure(
+    runs: Mapping[str, Runs], call: Call, tasks: int
 ) -> tuple[list[paired.Side], list[dict[str, Any]]]:
-    """The entries with their results on so many tasks of the split, and for the record where each run's come
-    from."""
+    """Return the sides with their results on `tasks` tasks of the split, and a record of each run."""
     sides, records = [], []
-    known: SharedTasks = {}
-    for entry in entries:
+    shared: SharedTasks = {}
+    for name, by_seed in runs.items():
         results: dict[int, Evaluation] = {}
-        for seed, subject in entry.runs.items():
+        curves: dict[int, dict[str, Curve]] = {}
+        for seed, subject in by_seed.items():
             subject = replace(subject, config=subject.config.replaced(eval_tasks=tasks))
             print(f"Measuring {subject.name}", flush=True)
-            runtime = prepare(subject.config, call)
-            job = subject.build(call, runtime, known)
-            results[seed] = job.evaluate(call.split, first_task=skipped)
-            records.append(
-                {"name": entry.name, "seed": seed}
-                | job.record()
-                | {"split": call.split, "curves": entry.curves[seed]}
-            )
-        sides.append(_side(entry, results))
+            job = subject.build(call, prepare(subject.config, call), shared)
+            results[seed] = job.evaluate(call.split, first_task=_first_task(call))
+            curves[seed] = _curves_of(subject)
+            record = {"name": name, "seed": seed, **job.record(), "split": call.split}
+            records.append(record | {"curves": curves[seed]})
+        sides.append(_side(name, by_seed, results, curves))
     return sides, records
 
 
-def _side(entry: Entry, results: dict[int, Evaluation]) -> paired.Side:
-    subject = next(iter(entry.runs.values()))
-    assert subject.source is not None
+def _curves_of(subject: Subject) -> dict[str, Curve]:
+    """Return the curves of the whole run, which go on after the iteration of its best checkpoint."""
+    file = _file_of(subject)
+    last = file.with_name(LAST)
+    progress = load_checkpoint(last if file.name == BEST and last.is_file() else file).progress
+    return {part: progress[part] for part in ("training", "validation")}
+
+
+def _side(
+    name: str, by_seed: Runs, results: dict[int, Evaluation], curves: Mapping[int, Mapping[str, Curve]]
+) -> paired.Side:
+    subject = next(iter(by_seed.values()))
     saved, config = subject.trained, subject.config
     learned = {*what_is_learned(saved), "iterations"} - {"seed"}
-    shown = in_words(saved, [name for name in meaningful(saved) if name in learned])
     measure = "query_accuracy" if config.tasks.classification else "query_loss"
-    curves = {seed: curve["validation"] for seed, curve in entry.curves.items()}
-    validation = {s: (c["iteration"], c[measure]) if measure in c else ([], []) for s, c in curves.items()}
+    validation = {seed: curve["validation"] for seed, curve in curves.items()}
     return paired.Side(
-        entry.name, shown, validation, results, config.choices.query_norm, config.evaluation.test_steps
+        name,
+        in_words(saved, [name for name in meaningful(saved) if name in learned]),
+        {seed: (curve.get("iteration", []), curve.get(measure, [])) for seed, curve in validation.items()},
+        results,
+        config.choices.query_norm,
+        config.evaluation.test_steps,
     )
 
 
-# ---- which they are ------------------------------------------------------------------------------
+# ---- which runs ----------------------------------------------------------------------------------
 
 
-def places_of(given: Sequence[str]) -> list[Place]:
-    """Where the runs are: of a folder of many, a place a setting.
+def read_sides(call: Call, given: Mapping[str, Any]) -> dict[str, Runs]:
+    """Return the sides that --compare names: a run, or each setting of a folder of many runs.
 
-    Raises UsageError where there are none, or less than two.
+    Raises UsageError where there is no checkpoint, or fewer than two sides.
     """
-    found: list[Place] = []
-    for text in given:
-        path = Path(text)
+    places: list[tuple[Path, str, list[Path]]] = []  # path, setting, checkpoints
+    for path in map(Path, call.compare):
         many = find_runs(path)
+        settings = dict.fromkeys(run.setting for run in many)
+        places += [(path, s, [run.file for run in many if run.setting == s]) for s in settings]
         if not many:
-            found.append(_place_of_one(path))
-        folder, named = (path, "") if path.is_dir() else (path.parent, path.stem)
-        for setting in dict.fromkeys(run.setting for run in many):
-            files = {run.seed: run.file for run in many if run.setting == setting}
-            found.append(Place(folder, setting, files, named))
-    if len(found) < 2:
+            places.append((path, "", [find_checkpoint(path, BEST, LAST)]))
+    if len(places) < 2:
         raise UsageError(
-            f"--compare {given[0]}: that is one run, or one setting: name another to compare it to"
+            f"--compare {call.compare[0]}: that is one run, or one setting: name another to compare it to"
         )
-    return found
+    names = name_sides([(path, setting) for path, setting, _ in places])
+    subjects = [[_read_subject(file, call, given) for file in files] for *_, files in places]
+    return {
+        name: {subject.trained.training.seed: subject for subject in side}
+        for name, side in zip(names, subjects, strict=True)
+    }
 
 
-def _place_of_one(path: Path) -> Place:
-    if not path.is_dir():
-        return Place(path.parent, "", {0: path}, path.stem)
+def _read_subject(file: Path, call: Call, given: Mapping[str, Any]) -> Subject:
+    """Return a checkpoint with the flags that may differ from it; own code only where it has own code."""
+    source = load_checkpoint(file)
+    flags = {
+        name: value
+        for name, value in given.items()
+        if name not in ("learner", "loss") or is_own_code(source.settings[name]) or not is_own_code(value)
+    }
     try:
-        return Place(path, "", {0: find_checkpoint(path, BEST, LAST)}, "")
+        return Subject.read(file, call, flags, source)
     except UsageError as error:
-        raise UsageError(f"--compare {error}; of a folder of many, name the runs, as FOLDER/*") from error
+        raise UsageError(f"{file}: {error}") from error
 
 
-def names_of(places: Sequence[Place]) -> list[str]:
-    """What each is called: the shortest that tells it from the others."""
-    folders = [place.folder.resolve() for place in places]
-    short = dict(zip(folders, _without_common_words([_last_parts(f, folders) for f in folders]), strict=True))
+def _file_of(subject: Subject) -> Path:
+    assert subject.file is not None
+    return subject.file
+
+
+def name_sides(places: Sequence[tuple[Path, str]]) -> list[str]:
+    """Return a name for each path and setting: the path below the folder that all have in common."""
+    paths = [path.resolve() for path, _ in places]
+    common = os.path.commonpath(paths)
     names: list[str] = []
-    for place, folder in zip(places, folders, strict=True):
-        beside = [other for other, its in zip(places, folders, strict=True) if its == folder]
-        several = len({other.setting for other in beside}) > 1
-        parts = [short[folder] * (not several or len(beside) < len(places)), place.setting * several]
-        if len({other.named for other in beside if other.setting == place.setting}) > 1:
-            parts.append(place.named or "as chosen")
-        name = printable(" ".join(filter(None, parts))) or "run"
-        again = sum(each == name or each.startswith(f"{name} (") for each in names)
-        names.append(f"{name} ({again + 1})" if again else name)
+    for path, (_, setting) in zip(paths, places, strict=True):
+        below = str(path.relative_to(common)).removesuffix(".pt").removeprefix(".")
+        name = printable(f"{below} {setting}".strip() or path.name)
+        copies = sum(other == name or other.startswith(f"{name} (") for other in names)
+        names.append(f"{name} ({copies + 1})" if copies else name)
     return names
 
 
-def _without_common_words(names: Sequence[str]) -> list[str]:
-    """Names of folders without the words with which all begin and end, if that leaves letters of each."""
-    split = [re.split("([-_])", name) for name in names]
-    if len(set(names)) == 1 or any("/" in name for name in names):
-        return list(names)
-    head, backwards = (_common_length(words) // 2 * 2 for words in (split, [w[::-1] for w in split]))
-    short = ["".join(words[head : len(words) - backwards]) for words in split]
-    return short if all(any(c.isalpha() for c in name) for name in short) else list(names)
+def group_seeds(sides: Mapping[str, Runs]) -> dict[str, Runs]:
+    """Return single runs that differ only in their seeds as one side.
+
+    This is done if at least two sides remain and all of them have the same seeds.
+    """
+    groups: dict[str, list[str]] = {}
+    for name, runs in sides.items():
+        key = _setting_of(*runs.values()) if len(runs) == 1 else f"runs {name}"
+        groups.setdefault(key, []).append(name)
+    seeds = [sorted(seed for name in names for seed in sides[name]) for names in groups.values()]
+    distinct = all(len(set(part)) == len(part) and part == seeds[0] for part in seeds)
+    if not 2 <= len(groups) < len(sides) or not distinct:
+        return dict(sides)
+    joined = {}
+    for names in groups.values():
+        common = common_words(names)
+        name = names[0] if common in joined else common
+        joined[name] = {seed: subject for part in names for seed, subject in sides[part].items()}
+    return joined
 
 
-def _common_length(lists: Sequence[Sequence[str]]) -> int:
-    """Of what all begin with."""
-    same = (len(set(column)) == 1 for column in zip(*lists, strict=False))
-    return len(list(itertools.takewhile(bool, same)))
-
-
-def _last_parts(folder: Path, others: Sequence[Path]) -> str:
-    """The last parts of a path, as few as no other has."""
-    parts = folder.parts
-    for number in range(1, len(parts)):
-        if all(other == folder or other.parts[-number:] != parts[-number:] for other in others):
-            return "/".join(parts[-number:])
-    return str(folder)
-
-
-def _in_file_name(names: Sequence[str]) -> str:
-    """The names in that of a file; of many, the first and how many more."""
-    plain = ["".join(c if c.isalnum() or c in "-_.+=" else "-" for c in name) for name in names]
-    while len("-vs-".join(plain)) > LONGEST_NAME and len(plain) > 1:
-        plain = [*plain[:-2], f"{len(names) - len(plain) + 2}-more"] if len(plain) > 2 else plain[:1]
-    return "-vs-".join(plain)[:LONGEST_NAME]
-
-
-def _check_other(file: Path, compared: list[list[str]]) -> None:
-    """Raises UsageError where there are the results of other runs, or no results, by this name."""
-    if not file.exists():
-        return
-    try:
-        same = read_json(file)["compared"] == compared
-    except (UsageError, ValueError, KeyError, TypeError):
-        same = False
-    if not same:
-        raise UsageError(f"{file} is there, of other runs: choose another --out")
-
-
-# ---- reading them --------------------------------------------------------------------------------
-
-
-def _read(place: Place, name: str, call: Call, given: Mapping[str, Any]) -> Entry:
-    """The checkpoints with their settings and those flags that may differ, and the curves of their runs."""
-    runs, curves = {}, {}
-    for number, file in place.files.items():
-        source = load_checkpoint(file)
-        trained = config_of(source.settings, file)
-        own = {n: v for n, v in given.items() if n not in ("learner", "loss") or _is_for(v, n, trained)}
-        seed = number if place.setting or len(place.files) > 1 else trained.training.seed
-        try:
-            runs[seed] = Subject.read(file, call, own, source)
-        except UsageError as error:
-            raise UsageError(f"{file}: {error}") from error
-        last = file.with_name(LAST)
-        longest = source if place.named or not last.is_file() else load_checkpoint(last)
-        curves[seed] = {part: longest.progress[part] for part in ("training", "validation")}
-    return Entry(name, runs, curves, place.named)
-
-
-def of_one_setting(entries: Sequence[Entry]) -> list[Entry]:
-    """With single runs that differ in nothing but their seeds as one entry, if that leaves several entries,
-    which all have the same seeds; otherwise as they are."""
-    groups: dict[str, list[Entry]] = {}
-    for entry in entries:
-        groups.setdefault(_setting_of(entry), []).append(entry)
-    seeds = [sorted(seed for entry in group for seed in entry.runs) for group in groups.values()]
-    distinct = all(len(set(each)) == len(each) and each == seeds[0] for each in seeds)
-    if not 2 <= len(groups) < len(entries) or not distinct:
-        return list(entries)
-    names = [_name_of_all([entry.name for entry in group]) for group in groups.values()]
-    if len(set(names)) < len(names):
-        names = [group[0].name for group in groups.values()]
-    return [
-        Entry(
-            name,
-            {seed: subject for entry in group for seed, subject in entry.runs.items()},
-            {seed: curve for entry in group for seed, curve in entry.curves.items()},
-            group[0].named,
-        )
-        for name, group in zip(names, groups.values(), strict=True)
-    ]
-
-
-def _setting_of(entry: Entry) -> str:
-    """All that decides a single run's results but its seed; of several runs, their name."""
-    subject, *more = entry.runs.values()
-    if more or subject.source is None:
-        return f"runs {entry.name}"
+def _setting_of(subject: Subject) -> str:
+    """Return everything that decides a run's results except its seed."""
     saved, config = subject.trained, subject.config
-    measured = {name for name, flag in settings.CONFIG_FLAGS.items() if flag.group == "evaluation"}
-    found = what_is_learned(saved) | {"seed": None, "named": entry.named}
-    found |= {name: config.get(name) for name in measured}
-    found |= {name: saved.get(name) for name in ("iterations", "val_every")}
-    found["origin"] = subject.source.progress.get("origin")
-    return repr(sorted(found.items()))
+    assert subject.source is not None
+    measured = [name for name, flag in CONFIG_FLAGS.items() if flag.group == "evaluation"]
+    deciding = what_is_learned(saved) | {name: config.get(name) for name in measured}
+    deciding |= {name: saved.get(name) for name in ("iterations", "val_every")}
+    deciding |= {"origin": subject.source.progress["origin"], "file": _file_of(subject).name}
+    return repr(sorted((deciding | {"seed": None}).items()))
 
 
-def _name_of_all(names: Sequence[str]) -> str:
-    """The words that stand in the same place of all names, but for "seed"."""
+def common_words(names: Sequence[str]) -> str:
+    """Return the words that are in the same place of all names, without "seed"."""
     if len(names) == 1:
         return names[0]
     words = [re.split("[-_ /]", name) for name in names]
-    same = [each[0] for each in zip(*words, strict=False) if len(set(each)) == 1]
+    same = [column[0] for column in zip(*words, strict=False) if len(set(column)) == 1]
     return "-".join(word for word in same if word != "seed") or f"{names[0]} and {len(names) - 1} more"
-
-
-def _is_for(value: str, name: str, saved: Config) -> bool:
-    """Whether a flag that names code of the user's concerns a run: others have learners of this tool's."""
-    return is_own_code(saved.get(name)) or not is_own_code(value)
-
-
-def _check_own_code(entries: Sequence[Entry], given: Mapping[str, Any]) -> None:
-    """Raises UsageError for code that is given and that no run has."""
-    for name in ("learner", "loss"):
-        saved = [s.trained.get(name) for e in entries for s in e.runs.values() if s.source]
-        if is_own_code(given.get(name, "")) and not any(map(is_own_code, saved)):
-            raise UsageError(
-                f"--{name} {given[name]}: none of the runs has code of your own there: leave it out"
-            )
 
 
 # ---- whether they can be paired ------------------------------------------------------------------
 
 
-def check_same_tasks(entries: Sequence[Entry]) -> None:
-    """Raises UsageError where the tasks are not the same, or what is measured on them."""
-    named = [(e.name, s.config) for e in entries for s in e.runs.values()]
-    first_name, first = named[0]
-    for name, config in named[1:]:
-        different = [
-            n for n, value in _what_is_measured(first).items() if value != _what_is_measured(config)[n]
-        ]
-        if not different:
-            continue
-        said = [
-            ", ".join(f"{flag} {value}" for flag, value in in_words(each, different).items())
-            for each in (first, config)
-        ]
-        hints = [TASKS.get(n) for n in different]
-        advice = (
-            f"give {' and '.join(filter(None, hints))}" if all(hints) else "compare runs of one kind of task"
-        )
-        raise UsageError(
-            f"--compare: {first_name} ({said[0]}) and {name} ({said[1]}) have other tasks, which cannot be "
-            f"paired: {advice}"
-        )
-
-
-def check_shared_seeds(entries: Sequence[Entry]) -> None:
-    """Raises UsageError where several runs have no seed of the first."""
-    first = entries[0]
-    for entry in entries[1:]:
-        if not paired.shared_seeds(entry.runs, first.runs):
+def check_pairs(sides: Mapping[str, Runs], given: Mapping[str, Any]) -> None:
+    """Raise UsageError where the sides have other tasks or no seed in common, or a flag is for none of them."""
+    subjects = [(name, subject) for name, runs in sides.items() for subject in runs.values()]
+    for flag in ("learner", "loss"):
+        saved = [subject.trained.get(flag) for _, subject in subjects]
+        if is_own_code(given.get(flag, "")) and not any(map(is_own_code, saved)):
             raise UsageError(
-                f"--compare: {first.name} and {entry.name} have no seed in common, and cannot be paired: "
-                "name one run of each"
+                f"--{flag} {given[flag]}: none of the runs has code of your own there: leave it out"
+            )
+    first_name, first = next(iter(sides.items()))
+    for name, subject in subjects:
+        _check_same_tasks((first_name, subjects[0][1].config), (name, subject.config))
+        if not paired.shared_seeds(sides[name], first):
+            raise UsageError(
+                f"--compare: {first_name} and {name} have no seed in common, and cannot be paired: name one "
+                "run of each"
             )
 
 
+def _check_same_tasks(one: tuple[str, Config], other: tuple[str, Config]) -> None:
+    """Raise UsageError where two runs, by name, have other tasks, or another measure on them."""
+    measured, others = _what_is_measured(one[1]), _what_is_measured(other[1])
+    different = [setting for setting in measured if measured[setting] != others[setting]]
+    if not different:
+        return
+    words = [
+        f"{name} ({', '.join(f'{flag} {value}' for flag, value in in_words(config, different).items())})"
+        for name, config in (one, other)
+    ]
+    hints = [TASK_SETTINGS.get(setting) for setting in different]
+    advice = f"give {' and '.join(filter(None, hints))}" if all(hints) else "compare runs of one task"
+    raise UsageError(f"--compare: {' and '.join(words)} have other tasks, which cannot be paired: {advice}")
+
+
 def _what_is_measured(config: Config) -> dict[str, Any]:
-    """The settings that decide what the tasks are and, of a regression, what is measured on them."""
-    found = {name: config.get(name) for name in TASKS}
+    """Return the settings that decide the tasks and, for regression, the measure."""
+    measured = {name: config.get(name) for name in TASK_SETTINGS}
     for name in ("loss", "loss_args"):
-        found[name] = None if config.tasks.classification else config.get(name)
+        measured[name] = None if config.tasks.classification else config.get(name)
     kind, colon, path = config.tasks.dataset.partition(":")
     if kind in FILE_KINDS and colon:
-        found["dataset"] = f"{kind}:{os.path.realpath(path)}"
-    return found
+        measured["dataset"] = f"{kind}:{os.path.realpath(path)}"
+    return measured
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def _join_names(names: Sequence[str]) -> str:
+    """Return the sides' names as part of a file name; of many sides, the first ones."""
+    plain = ["".join(c if c.isalnum() or c in "-_.+=" else "-" for c in name) for name in names]
+    more = [f"{len(plain) - MOST_NAMES}-more"] * (len(plain) > MOST_NAMES)
+    return "-vs-".join([*plain[:MOST_NAMES], *more])[:LONGEST_NAMES]
+
+
+def _check_results(file: Path, compared: list[list[str]]) -> None:
+    """Raise UsageError where the file holds the results of other runs, or something else."""
+    try:
+        same = not file.exists() or read_json(file)["compared"] == compared
+    except (ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise UsageError(f"{file} holds the results of other runs: choose another --out")
