@@ -59,13 +59,6 @@ def _head_parts(module: nn.Module, head: str | None) -> list[str]:
     return owners[-1:]
 
 
-def head_layer(module: nn.Module, head: str | None = None) -> str:
-    """Return the name of the layer with which the head begins; its inputs are the features."""
-    layers = [name for name, _ in module.named_modules()]
-    parts = [part if part in layers else part.rpartition(".")[0] for part in _head_parts(module, head)]
-    return min(parts, key=layers.index)
-
-
 def linear_head(module: nn.Module, head: str | None = None) -> str:
     """Return the name of the linear layer that is the head; ValueError if it is not one with a bias."""
     names = head_names(module, head)

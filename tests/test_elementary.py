@@ -4,22 +4,17 @@ import copy
 
 import pytest
 import torch
+from plain_loop import KEYS, TASKS, assert_is_the_plain_loops, normal
 from torch import nn
-from torch.func import functional_call, grad, jvp, vmap
+from torch.func import functional_call, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrizations import orthogonal
 
+from common.batch import TaskBatch
 from learners.diagnosis import find_failing_layer
 from learners.elementary import Elementary
-
-TASKS, LR = 3, 0.1
-KEYS = torch.tensor([[1, 2], [3, 4], [5, 6]])  # [tasks, 2]
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def tensors(outputs) -> list:
@@ -28,7 +23,7 @@ def tensors(outputs) -> list:
     return [] if outputs is None else [outputs]
 
 
-def curved(outputs) -> torch.Tensor:
+def curved(outputs, targets=None) -> torch.Tensor:
     """Return a number that depends on all outputs, with derivatives of every order."""
     return sum((t * t.cos() + 0.1 * t**3).sum() for t in tensors(outputs))
 
@@ -88,24 +83,20 @@ class Written(nn.Module):
         return outputs
 
 
-class One(nn.Module):
-    """Give a module the first example of the batch, without the batch axis."""
+class Calling(nn.Module):
+    """Call a module with what a function makes of x; outputs are a tuple of tensors."""
 
-    def __init__(self, module):
+    def __init__(self, module, arguments=lambda x: (x,)):
         super().__init__()
-        self.module = module
+        self.module, self.arguments = module, arguments
 
     def forward(self, x):
-        return self.module(x[:, 0])
+        return tuple(tensors(self.module(*self.arguments(x))))
 
 
-class Twice(nn.Module):
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, x):
-        return self.module(x, x.roll(1, 0))
+def example(module: nn.Module) -> nn.Module:
+    """Return the module on the first example of the batch, without the batch axis."""
+    return Calling(module, lambda x: (x[:, 0],))
 
 
 CAUSAL = torch.ones(4, 4, dtype=torch.bool).triu(1)
@@ -120,14 +111,18 @@ ATTENTION = {
     "attention, causal": lambda: attention({"attn_mask": CAUSAL, "is_causal": True, "need_weights": False}),
     "attention, batch first": lambda: attention({"key_padding_mask": None}, batch_first=True),
     "attention, other features": lambda: attention(kdim=5, vdim=3),
-    "attention, one example": lambda: One(attention({"attn_mask": CAUSAL, "key_padding_mask": PADDING[1]})),
+    "attention, one example": lambda: example(
+        attention({"attn_mask": CAUSAL, "key_padding_mask": PADDING[1]})
+    ),
     "product": lambda: product_attention(scale=0.3),
     "product, causal": lambda: product_attention(is_causal=True),
     "product, masked row": lambda: product_attention(attn_mask=torch.arange(4)[:, None] > torch.arange(4)),
     "product, float mask": lambda: product_attention(attn_mask=normal(4, 4)),
     "product, grouped heads": lambda: product_attention(enable_gqa=True),
     "encoder layer": lambda: nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0),
-    "encoder and decoder": lambda: Twice(nn.Transformer(8, 2, 1, 1, 12, dropout=0.0)),
+    "encoder and decoder": lambda: Calling(
+        nn.Transformer(8, 2, 1, 1, 12, dropout=0.0), lambda x: (x, x.roll(1, 0))
+    ),
 }
 RECURRENT = {
     "lstm": lambda: nn.LSTM(8, 3, num_layers=2, bidirectional=True),
@@ -161,18 +156,17 @@ ALL = ATTENTION | RECURRENT | CELLS | OTHERS | NO_SECOND_DERIVATIVE
 
 
 def build(name: str) -> tuple[nn.Module, torch.Tensor]:
-    """Return a module in float64, and inputs `[tasks, ...]`."""
+    """Return a module in float64, and inputs of support and query, `[2, tasks, ...]`."""
     torch.manual_seed(1)
-    module = ALL[name]().double()
-    inputs = normal(TASKS, 2, 8) if "cell" in name else normal(TASKS, 4, 2, 8)
-    inputs = inputs.transpose(1, 2) if "batch first" in name or "projected" in name else inputs
-    return module, inputs
+    module = Calling(ALL[name]()).double()
+    inputs = normal(2, TASKS, 2, 8) if "cell" in name else normal(2, TASKS, 4, 2, 8)
+    return module, inputs.transpose(2, 3) if "batch first" in name or "projected" in name else inputs
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_substituted_functions_have_pytorchs_values_and_gradients(name):
     module, inputs = build(name)
-    x = inputs[0].requires_grad_()
+    x = inputs[0, 0].requires_grad_()
     variables = [x, *module.parameters()]
 
     def evaluated() -> tuple[list, tuple]:
@@ -191,62 +185,12 @@ def test_substituted_functions_have_pytorchs_values_and_gradients(name):
         assert ours is None or torch.allclose(ours, theirs, atol=1e-11)
 
 
-def meta_gradient_of_a_loop(loss, weights: dict, inputs, keys) -> dict:
-    leaves = {name: w.clone().requires_grad_() for name, w in weights.items()}
-    total = 0
-    for x, key in zip(inputs, keys, strict=True):
-        gradients = torch.autograd.grad(loss(leaves, x, key), list(leaves.values()), create_graph=True)
-        fast = {n: w - LR * g for (n, w), g in zip(leaves.items(), gradients, strict=True)}
-        total = total + loss(fast, x, key)
-    return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
-
-
-def unrolled(loss, weights: dict, inputs, keys) -> dict:
-    leaves = {name: w.clone().requires_grad_() for name, w in weights.items()}
-
-    def objective(x, key):
-        gradients = grad(loss)(leaves, x, key)
-        return loss({n: w - LR * gradients[n] for n, w in leaves.items()}, x, key)
-
-    total = vmap(objective)(inputs, keys).sum()
-    return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
-
-
-def adjoint(loss, weights: dict, inputs, keys) -> dict:
-    gradients = vmap(grad(loss), (None, 0, 0))(weights, inputs, keys)
-    fast = {n: w - LR * gradients[n] for n, w in weights.items()}
-    v = vmap(grad(loss))(fast, inputs, keys)
-
-    def slope(weights, v, x, key):
-        return jvp(lambda weights: loss(weights, x, key), (weights,), (v,))[1]
-
-    second = grad(lambda w: vmap(slope, (None, 0, 0, 0))(w, v, inputs, keys).sum())(weights)
-    return {n: v[n].sum(0) - LR * second[n] for n in weights}
-
-
-def assert_engines_agree(module, inputs, reference_in_mode: bool) -> None:
-    """Compare with a loop over PyTorch's own function, or over ours where that has no second derivative."""
-    weights = {name: w.detach() for name, w in module.named_parameters()}
-
-    def plain(weights, x, key):
-        with sdpa_kernel(SDPBackend.MATH):
-            return curved(functional_call(module, weights, (x,)))
-
-    def loss(weights, x, key):
-        with Elementary(key, x):
-            return curved(functional_call(module, weights, (x,)))
-
-    expected = meta_gradient_of_a_loop(loss if reference_in_mode else plain, weights, inputs, KEYS)
-    scale = max(g.abs().max() for g in expected.values())
-    assert scale > 1e-3
-    for engine in (unrolled, adjoint):
-        gradients = engine(loss, weights, inputs, KEYS)
-        assert all(torch.allclose(gradients[n], expected[n], atol=1e-9 * scale) for n in weights), engine
-
-
 @pytest.mark.parametrize("name", ALL)
 def test_both_engines_over_tasks_give_the_meta_gradient_of_a_plain_loop(name):
-    assert_engines_agree(*build(name), reference_in_mode=name in NO_SECOND_DERIVATIVE)
+    module, inputs = build(name)
+    batch = TaskBatch(inputs[0], torch.zeros(TASKS), inputs[1], torch.zeros(TASKS))
+    keys = KEYS if name in NO_SECOND_DERIVATIVE else None  # with keys, the loop has the same functions
+    assert_is_the_plain_loops(module, batch, loss=curved, orders=("exact",), steps=1, keys=keys)
 
 
 @pytest.mark.parametrize("name", ["layer norm", "batch norm", "instance norm", "attention", "lstm", "gru"])
@@ -258,7 +202,7 @@ def test_second_derivatives_agree_with_finite_differences(name):
             parameters = dict(zip(dict(module.named_parameters()), weights, strict=True))
             return curved(functional_call(module, parameters, (x,)))
 
-    variables = (inputs[0], *module.parameters())
+    variables = (inputs[0, 0], *module.parameters())
     assert torch.autograd.gradgradcheck(loss, variables, fast_mode=True)
 
 
@@ -373,17 +317,14 @@ def test_a_method_that_fills_a_tensor_changes_that_tensor():
     assert set(draw(fill).unique().tolist()) == {0.0, 1.0}
 
 
-def in_mode(keys, function, x):
-    with Elementary(keys):
-        return function(x)
-
-
 @pytest.mark.parametrize("name", ["attention", "lstm"])
-def test_dropout_within_a_layer_gives_the_meta_gradient_of_a_plain_loop(name):
+def test_dropout_within_a_layer_depends_on_the_keys_in_both_engines(name):
     module = attention(dropout=0.4) if name == "attention" else nn.LSTM(8, 3, num_layers=2, dropout=0.4)
-    inputs = normal(TASKS, 4, 2, 8)
-    assert_engines_agree(module.double(), inputs, reference_in_mode=True)
-    first, second = (tensors(in_mode(keys, module, inputs[0]))[0] for keys in KEYS[:2])
+    inputs = normal(2, TASKS, 4, 2, 8)
+    batch = TaskBatch(inputs[0], torch.zeros(TASKS), inputs[1], torch.zeros(TASKS))
+    module = Calling(module).double()
+    assert_is_the_plain_loops(module, batch, loss=curved, orders=("exact",), steps=1, keys=KEYS)
+    first, second = draw(lambda x: module(x)[0], x=inputs[0, :1].expand(TASKS, -1, -1, -1))
     assert not torch.equal(first, second)
 
 

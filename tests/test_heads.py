@@ -1,0 +1,209 @@
+"""Heads that are computed for each task instead of learned: zero, and prototypes from the support set."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from plain_loop import (
+    ENGINES,
+    EXAMPLES,
+    KEYS,
+    ORDERS,
+    STEPS,
+    TASKS,
+    algorithm,
+    assert_close,
+    distance,
+    filled,
+    inner_loop,
+    key_of,
+    learned,
+    meta_gradient,
+    normal,
+    plain_loop,
+    plain_predictions,
+    run,
+    tasks_of,
+)
+from torch import nn
+from torch.nn import functional as F
+
+from common.batch import TaskBatch
+from common.task import Task
+from learners.batch_norm import BatchNorm
+from maml import RATE
+from training.meta_gradients import MetaGradientOf
+
+HEAD = ["head.weight", "head.bias"]
+
+
+class Classifier(nn.Module):
+    """A body and a linear head; the head is not the last of the children."""
+
+    def __init__(self, ways: int, *between: nn.Module) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, ways)
+        self.body = nn.Sequential(nn.Linear(3, 4), *between, nn.Tanh())
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def classifier(ways: int = 3, *between: nn.Module) -> nn.Module:
+    module = filled(Classifier(ways, *between))
+    module.body = filled(module.body)  # the same whatever the ways
+    return module
+
+
+def labelled(ways: int = 3) -> TaskBatch:
+    """Return tasks with classes in any order and of different sizes."""
+    size = EXAMPLES + ways
+    labels = [torch.stack([torch.arange(size).roll(i + j) % ways for i in range(TASKS)]) for j in (0, 1)]
+    x = [normal(TASKS, size, 3, seed=seed) + 0.5 * y[..., None] for seed, y in enumerate(labels)]
+    return TaskBatch(x[0], labels[0], x[1], labels[1])
+
+
+def zero_head(module, leaves, task, key):
+    return {n: torch.zeros_like(module.get_parameter(n)).requires_grad_() for n in HEAD}
+
+
+def prototype_head(module, leaves, task, key):
+    weights = {n.removeprefix("body."): w for n, w in leaves.items() if n.startswith("body.")}
+    embeddings = run(module.body, weights, task.support_x, key_of(key, "prototypes"))
+    ways = range(module.head.out_features)
+    means = torch.stack([embeddings[task.support_y == way].mean(0) for way in ways])
+    return {"head.weight": 2 * means, "head.bias": -means.pow(2).sum(1)}
+
+
+HEADS = {"zero": zero_head, "prototype": prototype_head}
+
+
+def build(module: nn.Module, init: str, **options):
+    return algorithm(module, F.cross_entropy, head="head", head_init=init, **options)
+
+
+@pytest.mark.parametrize("fast_weights", ["all", "head"])
+@pytest.mark.parametrize("between", ["nothing", "dropout", "batch norm"])
+@pytest.mark.parametrize("init", HEADS)
+def test_the_meta_gradient_through_a_computed_head_is_a_plain_loops(init, between, fast_weights):
+    layer = {"nothing": nn.Identity(), "dropout": nn.Dropout(0.4), "batch norm": nn.BatchNorm1d(4)}[between]
+    module, batch, keys = classifier(3, layer), labelled(), KEYS if between == "dropout" else None
+    adapted = HEAD if fast_weights == "head" else None
+    gradients = []
+    for order in ORDERS:
+        maml = build(module, init, fast_weights=fast_weights, meta_gradient=order)
+        assert all(name.startswith("body.") for name in maml.initial_parameters())
+        expected, losses, _ = plain_loop(
+            module, F.cross_entropy, batch, head=HEADS[init], adapted=adapted, order=order, keys=keys
+        )
+        for engine in ENGINES:
+            result = meta_gradient(maml, batch, engine, keys=keys)
+            assert_close(result.gradients, expected)
+            torch.testing.assert_close(result.losses, losses)
+        gradients.append(expected)
+    assert distance(*gradients) > 1e-3
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("options", [{}, {"fast_weights": "head"}, {"inner_rates": "layer-step"}])
+def test_gradients_through_prototypes_agree_with_finite_differences(options, engine):
+    batch, maml = labelled(), build(classifier(), "prototype", **options)
+    parameters, gradient_of = maml.initial_parameters(), MetaGradientOf(maml, engine=engine)
+    for name, gradient in gradient_of(parameters, batch).gradients.items():
+        for place in range(0, gradient.numel(), 5):
+            step = torch.zeros_like(gradient)
+            step.view(-1)[place] = 1e-5
+            above, below = (
+                gradient_of(parameters | {name: parameters[name] + s}, batch).losses.mean().item()
+                for s in (step, -step)
+            )
+            assert gradient.view(-1)[place].item() == pytest.approx(
+                (above - below) / 2e-5, rel=1e-6, abs=1e-9
+            )
+
+
+def test_prototypes_before_the_first_step_classify_by_the_distance_to_class_means():
+    module, batch = classifier(), labelled()
+    maml = build(module, "prototype")
+    logits = maml.predictions(maml.initial_parameters(), batch, 0)["transductive"][:, 0]
+    for number, task in enumerate(tasks_of(batch)):
+        support, query = module.body(task.support_x), module.body(task.query_x)
+        means = torch.stack([support[task.support_y == way].mean(0) for way in range(3)])
+        distances = torch.cdist(query, means) ** 2
+        torch.testing.assert_close(logits[number].softmax(-1), (-distances).softmax(-1).detach())
+
+
+def test_prototypes_under_running_statistics_do_not_depend_on_the_other_classes():
+    module = classifier(3, BatchNorm(4).double())
+    maml = build(module, "prototype", batch_norm="per-step")
+    parameters, task = maml.initial_parameters(), tasks_of(labelled())[0]
+    others = torch.where(task.support_y[:, None] == 0, task.support_x, task.support_x + 1)
+    running = {name: s + torch.tensor([[0.3], [2.0]]) for name, s in maml.initial_statistics().items()}
+    for statistics in (running, None):
+        with maml.running() if statistics else nullcontext():
+            first, second = (
+                maml.start(parameters, Task(x, task.support_y), statistics).fast["head.weight"][0]
+                for x in (task.support_x, others)
+            )
+        assert torch.equal(first, second) == (statistics is not None)
+    with pytest.raises(ValueError, match="running statistics"):
+        maml.predictions(parameters, labelled(), 1, ("per-step",))
+
+
+@pytest.mark.parametrize("init", HEADS)
+def test_with_a_computed_head_the_same_parameters_serve_any_number_of_ways(init):
+    parameters = build(classifier(3), init).initial_parameters()
+    for ways in (2, 5):
+        module, batch = classifier(ways), labelled(ways)
+        maml = build(module, init)
+        shapes = {name: w.shape for name, w in maml.initial_parameters().items()}
+        assert shapes == {name: w.shape for name, w in parameters.items()}
+        outputs = maml.predictions(parameters, batch, STEPS)["transductive"]
+        assert outputs.shape == (TASKS, STEPS + 1, EXAMPLES + ways, ways)
+        expected = plain_predictions(module, F.cross_entropy, batch, head=HEADS[init])
+        torch.testing.assert_close(outputs, expected)
+
+
+@pytest.mark.parametrize("init", HEADS)
+def test_reptile_from_a_computed_head_moves_the_body_to_where_it_went(init):
+    module, batch = classifier(), labelled()
+    result = meta_gradient(build(module, init, meta_gradient="reptile"), batch, "unrolled")
+    moved = {n: torch.zeros_like(w) for n, w in learned(module).items() if n not in HEAD}
+    for task in tasks_of(batch):
+        pool = Task(torch.cat([task.support_x, task.query_x]), torch.cat([task.support_y, task.query_y]))
+        start = learned(module) | HEADS[init](module, learned(module), pool, None)
+        *_, fast = inner_loop(
+            module,
+            F.cross_entropy,
+            start,
+            list(start),
+            pool.support_x,
+            pool.support_y,
+            steps=STEPS,
+            order="exact",
+        )
+        for name in moved:
+            moved[name] += (start[name] - fast[name]).detach() / TASKS
+    assert_close(result.gradients, moved)
+
+
+@pytest.mark.parametrize("init", HEADS)
+def test_a_learner_that_is_all_head_learns_its_rates_alone(init):
+    maml = algorithm(filled(nn.Linear(3, 3)), F.cross_entropy, head_init=init, inner_rates="layer-step")
+    assert maml.initial_parameters().keys() == {RATE + "weight", RATE + "bias"}
+    unrolled, adjoint = (meta_gradient(maml, labelled(), engine).gradients for engine in ENGINES)
+    assert_close(unrolled, adjoint)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head_init": "prototype", "proximal": 1.0}, "--proximal"),
+        ({"head_init": "zero", "fast_weights": "body"}, "inner loop must adapt the head"),
+        ({"head_init": "zero", "meta_gradient": "joint"}, "no inner loop"),
+        ({"head_init": "zero", "inner_rates": "element"}, "use layer-step"),
+    ],
+)
+def test_a_head_that_cannot_be_computed_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        algorithm(classifier(), F.cross_entropy, head="head", **options)
