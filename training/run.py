@@ -163,10 +163,9 @@ class Run:
         self.log.scalars(scalars, self.iteration)
         return is_best
 
-    @property
-    def is_validated(self) -> bool:
-        """Whether the validation of the present iteration has been done."""
-        return self.iteration in self.progress.validation.get("iteration", [])[-1:]
+    def is_validated(self, iteration: int) -> bool:
+        """Return whether the validation of this iteration, the present one, has been done."""
+        return iteration in self.progress.validation.get("iteration", [])[-1:]
 
     @property
     def stands_still(self) -> bool:

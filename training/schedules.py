@@ -1,4 +1,7 @@
-"""What changes in the course of meta-training, as functions of the iteration: tensors in, tensors out."""
+"""What changes over the iterations of meta-training: the meta-learning rate, and the multi-step weights.
+
+Functions of tensors, so that they compile with the step.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,18 @@ from torch import Tensor
 from common.choices import check_choice
 from training.options import SCHEDULES
 
-EPOCHS = 10  # in which the multi-step loss goes over to the last step
-FLOOR = 0.03  # what remains of the earlier steps' weights, of 1 / steps
+STAGES = 10  # in which the multi-step loss moves to the last step
+FLOOR = 0.03  # the earlier steps keep this share of their first weights
 
 
 def multi_step_weights(iteration: Tensor, steps: int, iterations: int, dtype: torch.dtype) -> Tensor:
-    """Weights of the query losses after each inner step (Antoniou et al. 2019, their code): `[steps]`.
+    """Return the weights `[steps]` of the query losses after each inner step (Antoniou et al. 2019, their code).
 
-    Equal at first; those of the earlier steps fall linearly, in ten equal stages over so many iterations, to
-    0.03 / steps; the last takes the rest. `iteration` counts from 0.
+    They are equal at first. The earlier steps' fall linearly, in ten equal stages over `iterations`, to
+    0.03 / steps; the last step takes the rest. `iteration` counts from 0.
     """
-    stage = (iteration * EPOCHS // iterations).clamp(max=EPOCHS)
-    earlier = (1 - stage.to(dtype) / EPOCHS).clamp(min=FLOOR) / steps
+    stage = (iteration * STAGES // iterations).clamp(max=STAGES)
+    earlier = (1 - stage.to(dtype) / STAGES).clamp(min=FLOOR) / steps
     last = 1 - (steps - 1) * earlier
     return torch.cat([earlier.expand(steps - 1), last[None]])
 
@@ -34,8 +37,10 @@ def meta_lr_at(
     iterations: int,
     dtype: torch.dtype,
 ) -> Tensor | float:
-    """The learning rate of the outer loop: constant, or from `first` to `final` in so many iterations,
-    along a line or a half wave of the cosine. `iteration` counts from 0."""
+    """Return the learning rate of the outer loop; `iteration` counts from 0.
+
+    It is constant, or goes from `first` to `final` over `iterations`: linearly, or by half a cosine wave.
+    """
     check_choice("the schedule", schedule, SCHEDULES)
     if schedule == "constant":
         return first

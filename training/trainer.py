@@ -186,7 +186,7 @@ class Trainer:
         """Return whether the present iteration's validation is to be done, or was interrupted."""
         last = self.iteration == self.options.iterations
         due = self.iteration > 0 and (last or self.iteration % self.options.val_every == 0)
-        return due and not all(run.is_validated for run in self._living_runs())
+        return due and not all(run.is_validated(self.iteration) for run in self._living_runs())
 
     def _end(self) -> int:
         """Write the results, and return the exit code."""
@@ -453,7 +453,7 @@ class Trainer:
         self.bar.set_postfix_str("validating")
         with suppress(InterruptedError):
             for run in self._living_runs():
-                if run.is_validated:
+                if run.is_validated(self.iteration):
                     continue
                 with self.maml.at_rate(run.choices.inner_lr):
                     if run.add_validation(self._evaluate(run)):
