@@ -1,8 +1,12 @@
 """Helpers of the tests that train: a command line in this process, its curves, and two runs compared."""
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import torch
+from conftest import ROOT
 
 import main
 from training.checkpoint import load_checkpoint
@@ -12,6 +16,20 @@ from training.folders import BEST, LAST
 def command(*arguments: object) -> int:
     """Run one command line; return its exit code."""
     return main.main([str(argument) for argument in arguments])
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    """Start one command line as a process of its own."""
+    line = [sys.executable, str(ROOT / "main.py"), *map(str, arguments)]
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
+    """Wait until a process has made a file."""
+    limit = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < limit, process.communicate()
+        time.sleep(0.002)
 
 
 def curves(folder: Path) -> dict[str, list[int]]:
