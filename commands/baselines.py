@@ -1,8 +1,9 @@
-"""What meta-learning is measured against: the baselines of the paper and of every course on it.
+"""Measure what meta-learning must beat (--baselines), on the test tasks of a checkpoint.
 
-Beside a checkpoint: training from scratch on each task (gradient descent and Adam), pretraining on all
-tasks followed by fine-tuning, and the oracle that is told the task. Rates are chosen on validation tasks;
-everything is measured on the same test tasks.
+    evaluate.evaluate_one -> the checkpoint's result; measure_baselines -> the others' -> table, JSON, picture
+
+The baselines are those of Finn et al. 2017, section 5.1: training from scratch on each task, pretraining on
+all tasks with fine-tuning, and an oracle that is told the task. Learning rates are chosen on validation tasks.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +20,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from commands import config as settings
 from commands.build import Start, assemble, build, no_empty_folder_left, prepare_run, train_runs
 from commands.call import Call
-from commands.config import Config
+from commands.config import CONFIG_FLAGS, Config
 from commands.evaluate import evaluate_one
 from commands.names import meaningful
 from commands.resolve import config_of, resolve, what_is_learned
-from common.batch import TaskDistribution
 from common.device import Runtime
 from common.errors import UsageError
 from common.optimizers import Weights
-from common.processes import ALONE, World
-from dataset import Regression
+from common.processes import World
 from evaluation.figures import comparison_figure
 from evaluation.meta_test import Evaluation, evaluate
 from evaluation.seeds import test_table
 from evaluation.style import write_figure
 from evaluation.tables import evaluation_record, write_json
-from maml import MAML
 from tasks.options import CURVES
 from training.checkpoint import load_checkpoint
 from training.folders import LAST, lock_folder
@@ -47,25 +44,20 @@ RATES = {
     "adam": (0.001, 0.003, 0.01, 0.03, 0.1),
 }
 VALIDATION_TASKS = 600
-PLAIN_STEP: dict[str, Any] = {
-    "inner_momentum": 0.9,
-    "inner_clip": None,
-    "proximal": 0.0,
-}  # nothing but the rule
 
-# The assignment's comparison: ten steps of Adam at 0.001 on each task's support set, from one random
-# initialisation; its plot has means over 300 episodes.
+# A well-known course assignment trains from scratch on the support set of each training task: ten steps of
+# Adam at 0.001 from one random initialisation. It plots means over 300 tasks.
 SCRATCH_STEPS, SCRATCH_RATE, WINDOW = 10, 0.001, 300
 EPISODES_AT_ONCE = 3000
 
+# Settings that a baseline shares with the run: those of these groups, and these
+SHARED_GROUPS = ("tasks", "learner", "logging")
+SHARED = (
+    *("meta_batch_size", "iterations", "seed", "precision", "compile", "vectorise", "tasks_at_once"),
+    *("eval_tasks", "eval_steps"),
+)
 
-@dataclass(frozen=True)
-class Baseline:
-    """A method's result on the test tasks."""
-
-    name: str
-    how: str  # update rule and rate, in words
-    evaluation: Evaluation
+Results = dict[tuple[str, str], Evaluation]  # by method and how it adapts, in words
 
 
 class InterruptedBySignalError(Exception):
@@ -77,235 +69,195 @@ class InterruptedBySignalError(Exception):
 
 
 def baselines(call: Call, given: Mapping[str, Any], command: str, world: World) -> int:
-    """The checkpoint's result on the test tasks beside those of the baselines (--baselines)."""
+    """Measure a checkpoint and its baselines on the same test tasks; return the exit code."""
     job, result, stem = evaluate_one(call, given, command, world)
-    subject, runtime, file = job.subject, job.runtime, f"{stem}-baselines"
-    record = {"command": command, **job.record()}
+    subject, config = job.subject, job.subject.config
     assert call.load is not None and subject.source is not None
-    source, config, words = subject.source, subject.config, subject.words
+    algorithm = config.choices.algorithm
     try:
-        others = measured(subject.trained, config, call, runtime, call.load.parent / "baselines")
+        others = measure_baselines(subject.trained, config, call, job.runtime, call.load.parent / "baselines")
     except InterruptedBySignalError as interrupted:
-        print("Saved; the same command goes on from there.", flush=True)
-        runtime.world.wait()  # see `train`
+        print("Saved. To resume: the same command", flush=True)
+        world.wait()  # torchrun ends all processes once one ends with a code, and the first may be busy
         return interrupted.code
-    mine = Baseline(config.choices.algorithm, "as trained", result)
-    norm = config.choices.query_norm
-    results = {f"{b.name}, {b.how}": b.evaluation.select(norm) for b in (mine, *others)}
-    print("\n" + test_table({name: [evaluation] for name, evaluation in results.items()}, words))
-    if not runtime.world.first:
+    results = {(algorithm, "as trained"): result, **others}
+    selected = {f"{name}, {how}": r.select(config.choices.query_norm) for (name, how), r in results.items()}
+    print("\n" + test_table({name: [evaluation] for name, evaluation in selected.items()}, subject.words))
+    if not world.first:
         return 0
     curves: dict[str, tuple[list[int], list[float]]] = {}
-    if config.tasks.dataset in CURVES and source.progress["training"]:
-        ends, losses = windows_of(source.progress["training"])
-        scratch = scratch_curve(subject.trained, call, runtime, ends)
-        curves = {
-            config.choices.algorithm: (ends, losses),
-            "from scratch, Adam 0.001, 10 steps": (ends, scratch),
-        }
-    methods = {b.name: {"how": b.how} | evaluation_record(b.evaluation) for b in (mine, *others)}
-    write_json(
-        Path(f"{file}.json"),
-        record
-        | {
-            "methods": methods,
-            "curves": {n: dict(zip(("iteration", "query_loss"), c, strict=True)) for n, c in curves.items()},
+    if config.tasks.dataset in CURVES and subject.source.progress["training"]:
+        ends, losses = average_windows(subject.source.progress["training"])
+        scratch = scratch_curve(subject.trained, call, job.runtime, ends)
+        curves = {algorithm: (ends, losses), "from scratch, Adam 0.001, 10 steps": (ends, scratch)}
+    record = {
+        "command": command,
+        **job.record(),
+        "methods": {name: {"how": how, **evaluation_record(r)} for (name, how), r in results.items()},
+        "curves": {
+            name: {"iteration": ends, "query_loss": losses} for name, (ends, losses) in curves.items()
         },
-    )
-    figure = comparison_figure(results, words, curves)
-    write_figure(Path(f"{file}.png"), figure)
-    print(f"Written: {file}.json and .png")
+    }
+    write_json(Path(f"{stem}-baselines.json"), record)
+    write_figure(Path(f"{stem}-baselines.png"), comparison_figure(selected, subject.words, curves))
+    print(f"Written: {stem}-baselines.json and .png")
     return 0
 
 
-def measured(saved: Config, config: Config, call: Call, runtime: Runtime, folder: Path) -> list[Baseline]:
-    """All baselines of a run.
+def measure_baselines(saved: Config, config: Config, call: Call, runtime: Runtime, folder: Path) -> Results:
+    """Return the results of all baselines of a run.
 
-    Pretraining takes part for regression only, the oracle for curves that we compute: the labels of a
-    classification task are drawn anew for each task, and there is nothing about them to pretrain or to tell.
-    They are trained in `folder`, with the run's iterations, tasks and seed, unless they already are.
-    Raises InterruptedBySignalError where a signal ends their training.
+    Pretraining takes part in regression alone, and the oracle for computed curves: labels of classification
+    are drawn anew for each task, so there is nothing about them to pretrain or to tell. Both are trained in
+    `folder` with the run's iterations, tasks and seed, unless they already are.
 
-    Arguments:
-        saved: the settings of the run.
-        config: the same as they are to be tested: shots, queries, tasks, steps.
+    Args:
+        saved: settings of the run.
+        config: the same settings with the sizes of the test.
+
+    Raises:
+        InterruptedBySignalError: a signal ended their training.
     """
-    distribution, maml = build(from_scratch(config), call, runtime)
+    world = runtime.world
+    distribution, maml = build(scratch_settings(config), call, runtime)
+    test = partial(
+        evaluate, distribution=distribution, normalisations=(config.choices.query_norm,), world=world
+    )
+    steps, tasks = config.evaluation.eval_steps, config.evaluation.eval_tasks
+
+    def tune(name: str, rule: str, parameters: Weights) -> Results:
+        """Test with the rate whose mean validation loss over all numbers of steps is the lowest."""
+        losses = {}
+        title = f"{name}: rates on validation tasks"
+        for rate in tqdm(RATES[rule], desc=title, leave=False, disable=not world.first):
+            tuned = maml.with_options(inner_lr=rate, inner_optimizer=rule)
+            result = test(tuned, parameters, split="validation", tasks=VALIDATION_TASKS, steps=steps)
+            loss = result.losses[config.choices.query_norm][:, 1:].mean().item()
+            losses[rate] = loss if math.isfinite(loss) else math.inf
+        best = min(losses, key=losses.__getitem__)
+        tuned = maml.with_options(inner_lr=best, inner_optimizer=rule)
+        return {(name, f"rate {best}"): test(tuned, parameters, split="test", tasks=tasks, steps=steps)}
+
     fresh = maml.initial_parameters(config.training.seed)
-    results = [
-        _tuned(f"scratch, {rule}", rule, maml, fresh, distribution, config, runtime.world)
-        for rule in ("sgd", "adam")
-    ]
+    results = tune("scratch, sgd", "sgd", fresh) | tune("scratch, adam", "adam", fresh)
     if config.tasks.classification:
         return results
-    pretraining = plain(saved, "pretrain")
-    pretrained = trained(pretraining, call, folder / "pretrained", runtime.world)
-    pretrained = {name: w.to(runtime.device, runtime.dtype) for name, w in pretrained.items()}
-    results.append(_tuned("pretrained", "sgd", maml, pretrained, distribution, config, runtime.world))
-    if config.tasks.dataset not in CURVES:
-        return results
-    told, maml = build(plain(config, "pretrain", testing=True).replaced(oracle=True), call, runtime)
-    parameters = trained(pretraining.replaced(oracle=True), call, folder / "oracle", runtime.world)
-    parameters = {name: w.to(runtime.device, runtime.dtype) for name, w in parameters.items()}
-    # it is given the answer, not examples
-    result = tested(maml, parameters, told, config, runtime.world, steps=0)
-    results.append(Baseline("oracle", "not adapted", result))
+    pretraining = plain_settings(saved, "pretrain")
+    results |= tune("pretrained", "sgd", train_baseline(pretraining, call, folder / "pretrained", runtime))
+    if config.tasks.dataset in CURVES:
+        told = plain_settings(config, "pretrain", testing=True).replaced(oracle=True)
+        distribution, oracle = build(told, call, runtime)
+        parameters = train_baseline(pretraining.replaced(oracle=True), call, folder / "oracle", runtime)
+        # it is given the answer, not examples
+        result = test(oracle, parameters, distribution=distribution, split="test", tasks=tasks, steps=0)
+        results["oracle", "not adapted"] = result
     return results
 
 
-def tested(
-    maml: MAML,
-    parameters: Weights,
-    distribution: TaskDistribution,
-    config: Config,
-    world: World,
-    *,
-    steps: int,
-) -> Evaluation:
-    """On the test tasks."""
-    return evaluate(
-        maml, parameters, distribution, "test", tasks=config.evaluation.eval_tasks, steps=steps,
-        normalisations=(config.choices.query_norm,), world=world,
-    )  # fmt: skip
+def plain_settings(config: Config, algorithm: str, *, testing: bool = False) -> Config:
+    """Return the settings of a run with these data and this budget, and the algorithm's own choices.
 
-
-def plain(config: Config, algorithm: str, *, testing: bool = False) -> Config:
-    """The settings of a run with these data and this budget, and with no choice of its own.
-
-    With `testing`, those of its test tasks: the shots of training ones do not matter.
+    Args:
+        testing: for its test tasks alone: the shots of training tasks do not matter.
     """
-    kept = [n for n, flag in settings.CONFIG_FLAGS.items() if flag.group in ("tasks", "learner", "logging")]
-    kept += ["meta_batch_size", "iterations", "seed", "precision", "eval_tasks", "eval_steps"]
-    kept += ["compile", "vectorise", "tasks_at_once"]
-    kept.remove("oracle")
-    given = {name: config.get(name) for name in kept if config.get(name) not in (None, ())}
+    shared = {*SHARED, *(name for name, flag in CONFIG_FLAGS.items() if flag.group in SHARED_GROUPS)}
+    values = {name: value for name, value in meaningful(config).items() if name in shared - {"oracle"}}
     if config.choices.meta_gradient == "reptile" and config.tasks.train_shots is not None:
-        given["train_shots"] = config.training_shots  # beside the query, whose points Reptile counts in
+        values["train_shots"] = config.training_shots  # without the query, which Reptile counts in
     if testing:
-        given.pop("train_shots", None)
-    mine = meaningful(config)
-    return resolve({n: v for n, v in given.items() if n in mine} | {"algorithm": algorithm})
+        values.pop("train_shots", None)
+    given = {name: value for name, value in values.items() if value not in (None, ())}
+    return resolve(given | {"algorithm": algorithm})
 
 
-def from_scratch(config: Config, *, testing: bool = True) -> Config:
-    """The settings of ordinary training: as `plain`, all weights, from PyTorch's initialisation."""
-    return plain(config, "maml", testing=testing).replaced(init="torch", adapt_norm=True)
+def scratch_settings(config: Config, *, testing: bool = True) -> Config:
+    """Return the settings of ordinary training: all weights, from PyTorch's initialisation."""
+    return plain_settings(config, "maml", testing=testing).replaced(init="torch", adapt_norm=True)
 
 
-def _tuned(
-    name: str,
-    rule: str,
-    maml: MAML,
-    parameters: Weights,
-    distribution: TaskDistribution,
-    config: Config,
-    world: World,
-) -> Baseline:
-    """With the rate whose mean validation loss over all numbers of steps is the lowest."""
+def train_baseline(config: Config, call: Call, folder: Path, runtime: Runtime) -> Weights:
+    """Return the meta-parameters of a run in `folder`, in the precision of `runtime`.
 
-    def with_rate(rate: float) -> MAML:
-        return maml.with_options(inner_lr=rate, inner_optimizer=rule, **PLAIN_STEP)
+    The run is started or resumed if it is not finished.
 
-    norm = config.choices.query_norm
-    losses = {}
-    for rate in tqdm(
-        RATES[rule], desc=f"{name}: rates on validation tasks", leave=False, disable=not world.first
-    ):
-        found = evaluate(
-            with_rate(rate), parameters, distribution, "validation", tasks=VALIDATION_TASKS,
-            steps=config.evaluation.eval_steps, normalisations=(norm,), world=world,
-        )  # fmt: skip
-        loss = found.losses[norm][:, 1:].mean().item()
-        losses[rate] = loss if math.isfinite(loss) else math.inf
-    best = min(losses, key=losses.__getitem__)
-    result = tested(
-        with_rate(best), parameters, distribution, config, world, steps=config.evaluation.eval_steps
-    )
-    return Baseline(name, f"rate {best}", result)
-
-
-def trained(config: Config, call: Call, folder: Path, world: World = ALONE) -> Weights:
-    """The meta-parameters of a run in its folder, which is begun, or gone on with, where it must be.
-
-    Raises UsageError where the folder holds a run with other settings, or another process trains in it;
-    InterruptedBySignalError where a signal came.
+    Raises:
+        UsageError: the folder holds a run with other settings, or another process trains in it.
+        InterruptedBySignalError: a signal ended the training.
     """
-    with ExitStack() as locked:
+    world = runtime.world
+    with ExitStack() as locks:
         with world.together():
             if world.first:
-                locked.enter_context(no_empty_folder_left(folder))
-                locked.enter_context(lock_folder(folder, otherwise="do without --baselines"))
-        return _trained(config, call, folder, world)
+                locks.enter_context(no_empty_folder_left(folder))
+                locks.enter_context(lock_folder(folder, otherwise="leave out --baselines"))
+        start, machine = prepare_run(_find_start(config, folder), config.values(), call, world)
+        assembly = assemble(start, call, machine, {}, team=world)
+        parameters = assembly.parameters
+        if start.resumed is None or start.resumed.iteration < config.training.iterations:
+            if world.first:
+                print(f"Training {folder}", file=sys.stderr, flush=True)
+            run = assembly.open_run(folder)
+            code = train_runs([assembly], [run])
+            if run.failure is not None:
+                raise UsageError(f"{folder}: {run.failure}")
+            if code:
+                raise InterruptedBySignalError(code)
+            parameters = run.parameters
+    return {name: w.to(runtime.device, runtime.dtype, copy=True) for name, w in parameters.items()}
 
 
-def _trained(config: Config, call: Call, folder: Path, world: World) -> Weights:
-    file, start = folder / LAST, Start(config, folder)
-    if file.exists():
-        checkpoint = load_checkpoint(file)
-        saved = config_of(checkpoint.settings, file)
-        if what_is_learned(saved) != what_is_learned(config):
-            raise UsageError(f"{folder} holds a run with other settings: move it away")
-        config = saved.replaced(iterations=config.training.iterations)
-        start = Start(config, folder, file, checkpoint, resumes=True)
-    start, runtime = prepare_run(start, config.values(), call, world)
-    assembly = assemble(start, call, runtime, {}, team=world)
-    if start.resumed is not None and start.resumed.iteration >= config.training.iterations:
-        return assembly.parameters
-    folder.mkdir(parents=True, exist_ok=True)
-    if runtime.world.first:
-        print(f"Training {folder}", file=sys.stderr, flush=True)
-    run = assembly.open_run(folder)
-    code = train_runs([assembly], [run])
-    if run.failure is not None:
-        raise UsageError(f"{folder}: {run.failure}")
-    if code:
-        raise InterruptedBySignalError(code)
-    return {name: w.clone() for name, w in run.parameters.items()}
+def _find_start(config: Config, folder: Path) -> Start:
+    """Return where a baseline's training starts: afresh, or at the checkpoint in its folder."""
+    file = folder / LAST
+    if not file.exists():
+        return Start(config, folder)
+    checkpoint = load_checkpoint(file)
+    saved = config_of(checkpoint.settings, file)
+    if what_is_learned(saved) != what_is_learned(config):
+        raise UsageError(f"{folder} holds a run with other settings: move it away")
+    resumed = saved.replaced(iterations=config.training.iterations)
+    return Start(resumed, folder, file, checkpoint, resumes=True)
 
 
-# ---- loss over iterations -------------------------------------------------------------------
+# ---- loss over iterations ------------------------------------------------------------------------
 
 
-def scratch_curve(config: Config, call: Call, runtime: Runtime, iterations: Sequence[int]) -> list[float]:
-    """Mean query loss after training from scratch on the first task of each iteration, in windows.
+def scratch_curve(config: Config, call: Call, runtime: Runtime, ends: Sequence[int]) -> list[float]:
+    """Return the mean query loss, in windows, after training from scratch on each iteration's first task.
 
-    Arguments:
-        iterations: the last iteration of each window, which begins behind the one before.
+    Args:
+        ends: the last iteration of each window; the next window begins after it.
     """
-    distribution, maml = build(from_scratch(config, testing=False), call, runtime)
-    assert isinstance(distribution, Regression)
-    maml = maml.with_options(inner_lr=SCRATCH_RATE, inner_optimizer="adam", **PLAIN_STEP)
+    distribution, maml = build(scratch_settings(config, testing=False), call, runtime)
+    maml = maml.with_options(inner_lr=SCRATCH_RATE, inner_optimizer="adam")
     parameters = maml.initial_parameters(config.training.seed)
 
     def query_loss(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
         weights = maml.adapt(parameters, support_x, support_y, SCRATCH_STEPS)
         return maml.loss(maml.call(weights, query_x), query_y)
 
-    numbers = torch.arange(1, iterations[-1] + 1, device=runtime.device)
-    losses = []
-    training = distribution.resized(config.training_shots)
+    tasks, losses = distribution.resized(config.training_shots), []
+    parts = torch.arange(1, ends[-1] + 1, device=runtime.device).split(EPISODES_AT_ONCE)
     with torch.no_grad():
-        for part in tqdm(
-            numbers.split(EPISODES_AT_ONCE), desc="from scratch on the training tasks", leave=False
-        ):
-            batch = training.sample("train", config.training.seed, part, range(1))
+        for iterations in tqdm(parts, desc="from scratch on the training tasks", leave=False):
+            batch = tasks.sample("train", config.training.seed, iterations, range(1))
             losses.append(maml.over_tasks(query_loss)(*batch))
-    windows = torch.cat(losses).tensor_split(tuple(iterations[:-1]))
+    windows = torch.cat(losses).tensor_split(tuple(ends[:-1]))
     return [window.mean().item() for window in windows]
 
 
-def windows_of(curve: Mapping[str, Sequence[float]]) -> tuple[list[int], list[float]]:
-    """A training curve in windows of some 300 iterations, from points of fewer: ends and means."""
-    ends = [int(end) for end in curve["iteration"]]
-    sizes = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
-    found: tuple[list[int], list[float]] = ([], [])
-    total, size = 0.0, 0
-    for end, points, value in zip(ends, sizes, curve["query_loss"], strict=True):
-        total, size = total + points * value, size + points
+def average_windows(curve: Mapping[str, Sequence[float]]) -> tuple[list[int], list[float]]:
+    """Return a training curve in windows of at least 300 iterations: their last iterations and means.
+
+    Iterations after the last full window are left out; a shorter curve is one window.
+    """
+    ends: list[int] = []
+    means: list[float] = []
+    total, size, before = 0.0, 0, 0
+    for end, loss in zip(map(int, curve["iteration"]), curve["query_loss"], strict=True):
+        total, size, before = total + (end - before) * loss, size + end - before, end
         if size >= WINDOW:
-            found[0].append(end)
-            found[1].append(total / size)
+            ends.append(end)
+            means.append(total / size)
             total, size = 0.0, 0
-    if size and not found[0]:
-        return [ends[-1]], [total / size]
-    return found
+    return (ends, means) if ends else ([before], [total / size])

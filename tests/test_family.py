@@ -1,20 +1,17 @@
 """Whole runs of every algorithm through the command line: trained, stopped, tested, compared."""
 
-import json
-import math
 import signal
-from pathlib import Path
 
 import pytest
 import torch
+from inner_loop import RATE
 from test_runs import assert_same_run, command, curves
 
 import dataset
-from commands import baselines, config
+from commands import config
 from commands.presets import ALGORITHMS
 from common.random import minibatch_order, task_stream
 from dataset import Sinusoid, SinusoidFrequency, SinusoidLine
-from inner_loop import RATE
 from training import trainer
 from training.checkpoint import LAST, Checkpoint, load_checkpoint, save_checkpoint
 from training.schedules import meta_lr_at
@@ -160,25 +157,6 @@ def test_a_schedule_ends_where_it_was_set_to(tmp_path, capsys):
         assert event.value == pytest.approx(float(rate), rel=1e-5)
 
 
-def test_baselines_take_tasks_as_the_run_does():
-    saved = config.resolve({"vectorise": False, "compile": "off", "tasks_at_once": 3, "algorithm": "anil"})
-    for algorithm in ("maml", "pretrain"):
-        found = baselines.plain(saved, algorithm)
-        assert (found.vectorise, found.tasks_at_once, found.fast_weights) == (False, 3, "all")
-
-
-def test_checkpoints_with_the_old_name_of_first_order_load():
-    for first_order, expected in ((True, "first-order"), (False, "exact")):
-        plain = config.config_to_plain(config.resolve({}))
-        old = {n: v for n, v in plain.items() if config.CONFIG_FLAGS[n].before is config.NOT_THERE}
-        old.pop("meta_gradient")
-        loaded = config.config_from_plain(old | {"first_order": first_order})
-        assert (loaded.meta_gradient, loaded.algorithm, loaded.fast_weights) == (expected, "maml", "all")
-        assert (loaded.loss, loaded.head_init, loaded.vectorise) == ("mse", "learned", True)
-    head = {n: v for n, v in config.config_to_plain(config.resolve({})).items() if n != "fast_weights"}
-    assert config.config_from_plain(head | {"adapt": "head"}).fast_weights == "head"
-
-
 # ---- data -----------------------------------------------------------------------------------
 
 
@@ -197,16 +175,6 @@ def test_reptile_counts_the_query_into_its_shots_and_others_do_not():
     assert config.resolve({"train_shots": 15}).training_shots == 15
     tasks = Sinusoid(10, 10).resized(5).sample("train", 0, 1, range(3))
     assert tasks.support_x.shape == (3, 5, 1) and tasks.query_x.shape == (3, 10, 1)
-
-
-def test_a_reptile_checkpoint_is_tested_with_any_number_of_queries():
-    saved = config.resolve({"algorithm": "reptile", "dataset": "omniglot"})
-    assert (saved.train_shots, saved.training_shots) == (10, 9)
-    tested = config.resolve_from(saved, {"queries": 15}, evaluate=True)
-    assert (tested.shots, tested.queries) == (1, 15)
-    assert baselines.plain(tested, "maml", testing=True).queries == 15
-    large = config.resolve({"algorithm": "reptile", "dataset": "omniglot", "shots": 5, "queries": 12})
-    assert (large.train_shots, large.training_shots) == (17, 5)
 
 
 def test_the_frequency_varies_in_its_family_alone():
@@ -231,121 +199,3 @@ def test_the_oracle_is_told_the_parameters_of_the_same_tasks():
     is_line = b.query_x[..., -1] == 1
     sinusoids = amplitude * torch.sin(b.query_x[..., 0] + phase)
     assert torch.allclose(b.query_y[..., 0][~is_line], sinusoids[~is_line])
-
-
-# ---- baselines ------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def short_baselines(monkeypatch):
-    monkeypatch.setattr(baselines, "VALIDATION_TASKS", 20)
-    monkeypatch.setattr(baselines, "RATES", {"sgd": (0.01, 0.1), "adam": (0.001, 0.01)})
-
-
-def test_baselines_stand_beside_a_checkpoint(tmp_path, capsys, short_baselines):
-    options = [*SHORT, "--iterations", 700, "--log-every", 100, "--checkpoint-path", tmp_path]
-    assert command(*options, "--run-name", "run", "--init", "torch") == 0
-    line = ["--eval", "--baselines", "--load", tmp_path / "run" / LAST, "--eval-tasks", 50, "--eval-steps", 3]
-    assert command(*line) == 0
-    said = capsys.readouterr().out
-    for name in ("maml", "scratch, sgd", "scratch, adam", "pretrained", "oracle"):
-        assert name in said
-    file = tmp_path / "run" / "last-test-sinusoid-4shot-10query-50tasks-baselines"
-    assert file.with_suffix(".png").stat().st_size > 10_000
-    record = json.loads(file.with_suffix(".json").read_text())
-    steps = {name: len(method["per_step"]) for name, method in record["methods"].items()}
-    assert steps == {"maml": 4, "scratch, sgd": 4, "scratch, adam": 4, "pretrained": 4, "oracle": 1}
-
-    # from scratch, by hand: Adam from one initialisation on the first task of each iteration
-    from learner import build_learner
-
-    assert record["curves"]["maml"]["iteration"] == [300, 600]
-    losses = []
-    for iteration in range(1, 301):
-        batch = Sinusoid(4, 10).sample("train", 0, iteration, range(1))
-        network = build_learner("mlp", 1, init="torch", seed=0)
-        optimizer = torch.optim.Adam(network.parameters(), lr=0.001)
-        for _ in range(10):
-            optimizer.zero_grad()
-            torch.nn.functional.mse_loss(network(batch.support_x[0]), batch.support_y[0]).backward()
-            optimizer.step()
-        loss = torch.nn.functional.mse_loss(network(batch.query_x[0]), batch.query_y[0])
-        losses.append(loss.item())
-    (scratch,) = [curve for name, curve in record["curves"].items() if name != "maml"]
-    assert scratch["query_loss"][0] == pytest.approx(sum(losses) / 300, rel=1e-4)
-    training = load_checkpoint(tmp_path / "run" / LAST).progress["training"]["query_loss"]
-    assert record["curves"]["maml"]["query_loss"][0] == pytest.approx(sum(training[:3]) / 3, rel=1e-6)
-
-    # again, with fewer shots: what is trained stays
-    trained = (tmp_path / "run" / "baselines" / "oracle" / LAST).read_bytes()
-    oracle = load_checkpoint(tmp_path / "run" / "baselines" / "oracle" / LAST)
-    assert oracle.iteration == 700 and oracle.config.oracle and oracle.config.shots == 4
-    assert command(*line, "-k", 2) == 0
-    assert (tmp_path / "run" / "baselines" / "oracle" / LAST).read_bytes() == trained
-
-
-def test_the_rate_of_a_baseline_is_the_best_on_validation_tasks(
-    tmp_path, capsys, monkeypatch, short_baselines
-):
-    asked = []
-
-    def fake(maml, parameters, distribution, split, *, tasks, steps, normalisations, world):
-        asked.append((split, maml.optimizer.lr))
-        loss = {("validation", 0.01): 1.0, ("validation", 0.1): math.nan}.get((split, maml.optimizer.lr), 2.0)
-        values = torch.full((3, steps + 1), loss, dtype=torch.float64)
-        return baselines.Evaluation(dict.fromkeys(normalisations, values), {})
-
-    monkeypatch.setattr(baselines, "evaluate", fake)
-    options = [*SHORT, "--dataset", "omniglot", "--learner", "fc", "--checkpoint-path", tmp_path]
-    assert command(*options, "--run-name", "run") == 0
-    saved = load_checkpoint(tmp_path / "run" / LAST).config
-    call = config.check_invocation({})
-    found = baselines.measured(saved, saved, call, baselines_runtime(), Path())
-    assert [(b.name, b.how) for b in found] == [("scratch, sgd", "rate 0.01"), ("scratch, adam", "rate 0.01")]
-    assert [a for a in asked if a[0] == "test"] == [("test", 0.01), ("test", 0.01)]
-
-
-def baselines_runtime():
-    from common.device import set_up
-
-    return set_up(torch.device("cpu"), "float32", small_tensors=True)
-
-
-def test_baselines_of_a_compiled_run_are_trained_where_there_is_no_compiler(tmp_path, monkeypatch):
-    monkeypatch.setenv("CXX", "/no/such/compiler")
-    given = config.parse([*map(str, SHORT), "--dataset", "harmonic", "--compile", "on"])
-    saved, call = config.resolve(given), config.check_invocation({})
-    baselines.trained(baselines.plain(saved, "pretrain"), call, tmp_path / "pretrained")
-    found = load_checkpoint(tmp_path / "pretrained" / LAST)
-    assert (found.config.dataset, found.config.compile, found.iteration) == ("harmonic", "off", ITERATIONS)
-    before = (tmp_path / "pretrained" / LAST).read_bytes()
-    baselines.trained(baselines.plain(saved, "pretrain"), call, tmp_path / "pretrained")
-    assert (tmp_path / "pretrained" / LAST).read_bytes() == before
-
-
-def test_a_stopped_baseline_goes_on(tmp_path, monkeypatch, capsys, short_baselines):
-    options = [*SHORT, "--checkpoint-path", tmp_path, "--run-name", "run"]
-    assert command(*options) == 0
-    line = ["--eval", "--baselines", "--load", tmp_path / "run" / LAST, "--eval-tasks", 5]
-    with monkeypatch.context() as patch:
-        stop_at(5, patch)
-        assert command(*line) == 130
-    assert "the same command goes on" in capsys.readouterr().out
-    assert load_checkpoint(tmp_path / "run" / "baselines" / "pretrained" / LAST).iteration == 5
-    assert command(*line) == 0
-    assert load_checkpoint(tmp_path / "run" / "baselines" / "pretrained" / LAST).iteration == ITERATIONS
-    # a longer run has longer baselines; in another precision than the call's
-    longer = ["--iterations", ITERATIONS + 3, "--log-every", 3, "--eval-steps", 4]
-    assert command("--load", tmp_path / "run" / LAST, *longer) == 0
-    assert command(*line, "--precision", "float64") == 0
-    again = load_checkpoint(tmp_path / "run" / "baselines" / "pretrained" / LAST)
-    assert again.iteration == ITERATIONS + 3
-    assert all(w.dtype == torch.float32 for w in again.parameters.values())
-    assert command(*options[:-1], "elsewhere", "--seed", 1) == 0
-    (tmp_path / "elsewhere" / "baselines").mkdir()
-    (tmp_path / "run" / "baselines" / "pretrained").rename(
-        tmp_path / "elsewhere" / "baselines" / "pretrained"
-    )
-    line[3] = tmp_path / "elsewhere" / LAST
-    assert command(*line) == 2
-    assert "holds a run with other settings" in capsys.readouterr().err

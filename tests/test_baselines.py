@@ -1,0 +1,141 @@
+"""--baselines: what meta-learning must beat, measured on the test tasks of a checkpoint."""
+
+import json
+import math
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from runs import command
+
+from commands import baselines
+from commands.call import Call
+from commands.resolve import config_of, resolve, resolve_from
+from common.device import set_up
+from dataset import Sinusoid
+from learner import build_learner
+from training import trainer
+from training.checkpoint import load_checkpoint
+
+SHORT = ["--iterations", 12, "--log-every", 2, "--val-every", 6, "--save-every", 100, "-k", 4, "-q", 10]
+SHORT += ["--meta-batch-size", 2, "--compile", "off"]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(baselines, "VALIDATION_TASKS", 20)
+    monkeypatch.setattr(baselines, "RATES", {"sgd": (0.01, 0.1), "adam": (0.001, 0.01)})
+    monkeypatch.setattr(trainer, "VALIDATION_TASKS", 4)
+    monkeypatch.setattr("training.run.Run.draw_examples", lambda *_: None)
+
+
+def train(folder: Path, name: str, *flags: object) -> Path:
+    assert command(*SHORT, *flags, "--checkpoint-path", folder, "--run-name", name) == 0
+    return folder / name / "last.pt"
+
+
+def test_all_baselines_are_measured_with_a_checkpoint_and_trained_once(tmp_path, capsys):
+    last = train(tmp_path, "run", "--iterations", 700, "--log-every", 100, "--val-every", 700)
+    line = ["--eval", "--baselines", "--load", last, "--eval-tasks", 20, "--eval-steps", 3]
+    assert command(*line) == 0
+    said = capsys.readouterr().out
+    record = json.loads(
+        (tmp_path / "run" / "last-test-sinusoid-4shot-10query-20tasks-baselines.json").read_text()
+    )
+    steps = {name: len(method["per_step"]) for name, method in record["methods"].items()}
+    assert steps == {"maml": 4, "scratch, sgd": 4, "scratch, adam": 4, "pretrained": 4, "oracle": 1}
+    assert all(name in said for name in steps)
+    assert (tmp_path / "run" / "last-test-sinusoid-4shot-10query-20tasks-baselines.png").is_file()
+
+    maml, scratch = record["curves"].values()
+    assert maml["iteration"] == scratch["iteration"] == [300, 600]
+    points = load_checkpoint(last).progress["training"]["query_loss"]
+    assert maml["query_loss"][0] == pytest.approx(sum(points[:3]) / 3, rel=1e-6)
+    assert scratch["query_loss"][0] == pytest.approx(scratch_loss_by_hand(300), rel=1e-4)
+
+    file = tmp_path / "run" / "baselines" / "oracle" / "last.pt"
+    trained, oracle = file.read_bytes(), load_checkpoint(file)
+    assert oracle.iteration == 700 and oracle.settings["oracle"] and oracle.settings["shots"] == 4
+    assert command(*line, "-k", 2) == 0
+    assert file.read_bytes() == trained
+
+
+def scratch_loss_by_hand(iterations: int) -> float:
+    """Mean query loss after ten steps of Adam from one initialisation on each iteration's first task."""
+    losses = []
+    for iteration in range(1, iterations + 1):
+        batch = Sinusoid(4, 10).sample("train", 0, iteration, range(1))
+        network = build_learner("mlp", 1, init="torch", seed=0)
+        optimizer = torch.optim.Adam(network.parameters(), lr=0.001)
+        for _ in range(10):
+            optimizer.zero_grad()
+            torch.nn.functional.mse_loss(network(batch.support_x[0]), batch.support_y[0]).backward()
+            optimizer.step()
+        loss = torch.nn.functional.mse_loss(network(batch.query_x[0]), batch.query_y[0])
+        losses.append(loss.item())
+    return sum(losses) / len(losses)
+
+
+def test_the_rate_of_a_baseline_is_the_best_on_validation_tasks(tmp_path, monkeypatch):
+    saved = config_of(load_checkpoint(train(tmp_path, "run")).settings, None)
+    tested = []
+
+    def evaluate(maml, parameters, *, distribution, split, tasks, steps, normalisations, world):
+        rate = maml.choices.inner_lr
+        if split == "test":
+            tested.append(rate)
+        loss = {("validation", 0.01): 1.0, ("validation", 0.1): math.nan}.get((split, rate), 2.0)
+        values = torch.full((3, steps + 1), loss, dtype=torch.float64)
+        return baselines.Evaluation(dict.fromkeys(normalisations, values), {})
+
+    monkeypatch.setattr(baselines, "evaluate", evaluate)
+    monkeypatch.setattr(baselines, "train_baseline", lambda *_: {})
+    runtime = set_up(torch.device("cpu"), "float32", small_tensors=True)
+    results = baselines.measure_baselines(saved, saved, Call(), runtime, tmp_path)
+    assert list(results) == [
+        ("scratch, sgd", "rate 0.01"),
+        ("scratch, adam", "rate 0.01"),
+        ("pretrained", "rate 0.01"),
+        ("oracle", "not adapted"),
+    ]
+    assert tested[:3] == [0.01] * 3
+
+
+def test_a_stopped_baseline_is_resumed_and_follows_a_longer_run(tmp_path, monkeypatch, capsys):
+    last = train(tmp_path, "run")
+    pretrained = tmp_path / "run" / "baselines" / "pretrained" / "last.pt"
+    line = ["--eval", "--baselines", "--load", last, "--eval-tasks", 5]
+    plain = trainer.Trainer.step
+
+    def step(self):
+        if self.iteration == 4:
+            self.stop.signal = signal.SIGINT
+        return plain(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "step", step)
+        assert command(*line) == 130
+    assert "To resume: the same command" in capsys.readouterr().out
+    assert load_checkpoint(pretrained).iteration == 5
+    assert command(*line) == 0
+    assert load_checkpoint(pretrained).iteration == 12
+    assert command("--load", last, "--iterations", 15, "--eval-steps", 4) == 0
+    assert command(*line, "--precision", "float64") == 0
+    again = load_checkpoint(pretrained)
+    assert again.iteration == 15 and all(w.dtype == torch.float32 for w in again.parameters.values())
+    other = train(tmp_path, "other", "--seed", 1)
+    (tmp_path / "run" / "baselines").rename(tmp_path / "other" / "baselines")
+    assert command("--eval", "--baselines", "--load", other, "--eval-tasks", 5) == 2
+    assert "holds a run with other settings" in capsys.readouterr().err
+
+
+def test_baselines_take_the_tasks_and_the_budget_of_the_run_and_no_other_choice():
+    saved = resolve({"vectorise": False, "compile": "off", "tasks_at_once": 3, "algorithm": "anil"})
+    for algorithm in ("maml", "pretrain"):
+        plain = baselines.plain_settings(saved, algorithm)
+        assert (plain.training.vectorise, plain.training.tasks_at_once) == (False, 3)
+        assert plain.choices.fast_weights == "all"
+    reptile = resolve({"algorithm": "reptile", "dataset": "omniglot"})
+    tested = resolve_from(reptile, {"queries": 15}, evaluate=True)
+    assert baselines.plain_settings(tested, "maml", testing=True).tasks.queries == 15
