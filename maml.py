@@ -17,7 +17,7 @@ last one's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ from common.task import Extras, Task, mean_statistics, stack_steps, sum_over_tas
 from common.vectorise import over_tasks
 from learners.batch_norm import BatchNorm, given_statistics, norm_parameter_names, recorded_statistics
 from learners.functional import FunctionalLearner
-from learners.heads import adapted_names, context_names, linear_head, prototype_head, without_head
+from learners.heads import adapted_names, context_names, head_names, linear_head, prototype_head, without_head
 
 Loss = Callable[[Any, Any], Tensor]  # (outputs, targets) of one task -> mean over its examples
 
@@ -78,6 +78,10 @@ class MetaGradient(NamedTuple):
     losses: Tensor  # [tasks], query loss after the last inner step
     outputs: Tree  # [tasks, query examples, ...], the learner's outputs behind it
     statistics: Weights  # [steps, 2, channels] by layer, mean over tasks: what per-step batch norm saw
+
+
+# A way to the meta-gradient of a chunk of tasks: (parameters, tasks, step_weights), with sums over the tasks.
+Way = Callable[[Weights, Task, Tensor | None], MetaGradient]
 
 
 class MAML:
@@ -132,13 +136,13 @@ class MAML:
         choices, module = self.choices, self.call.module
         self.head_layer = "" if choices.head_init == "learned" else linear_head(module, choices.head)
         self.body = without_head(module, self.head_layer) if choices.head_init == "prototype" else module
-        prefix = f"{self.head_layer}." if self.head_layer else ""
-        heads = {f"{prefix}weight", f"{prefix}bias"} if choices.head_init != "learned" else set()
+        heads = set() if choices.head_init == "learned" else head_names(module, choices.head)
         norms, contexts = norm_parameter_names(module), context_names(module)
         parameters = self.call.parameters
         self.contexts = {name: parameters[name] for name in sorted(contexts)}
         self.head_weights = {name: w for name, w in parameters.items() if name in heads}
         self.initial = {n: w for n, w in parameters.items() if n not in contexts and n not in heads}
+        self.starts_apart = choices.head_init == "prototype"  # tasks differ before the first step
         self.per_step = norms if choices.norm_per_step else frozenset()
         adapted = adapted_names(module, choices.fast_weights, choices.head)
         self.adapted = frozenset(adapted if choices.adapt_norm and not self.per_step else adapted - norms)
@@ -172,11 +176,6 @@ class MAML:
     @property
     def has_batch_norm(self) -> bool:
         return any(isinstance(layer, BatchNorm) for layer in self.learner.modules())
-
-    @property
-    def starts_apart(self) -> bool:
-        """Return whether tasks have weights of their own before the first step."""
-        return self.choices.head_init == "prototype"
 
     # ---- meta-parameters --------------------------------------------------------------------
 
@@ -336,7 +335,9 @@ class MAML:
         return losses.sum(), outcomes
 
     def unrolled(self, parameters: Weights, tasks: Task, step_weights: Tensor | None = None) -> MetaGradient:
-        """Differentiate through the whole inner loop; sums over tasks (see `mean_over_chunks`)."""
+        """Differentiate through the whole inner loop; gradients and statistics are sums over tasks."""
+        if self.choices.meta_gradient not in ("exact", "first-order"):
+            raise ValueError(f"{self.choices.meta_gradient}: see training.meta_gradients.make_meta_gradient")
         gradients, outcome = grad(self.total_loss, has_aux=True)(parameters, tasks, step_weights)
         return MetaGradient(gradients, outcome.loss, outcome.outputs, sum_over_tasks(outcome.statistics))
 
@@ -349,8 +350,9 @@ class MAML:
         keys: Tensor | None = None,
         step_weights: Tensor | None = None,
         tasks: int | None = None,
+        way: Way | None = None,
     ) -> MetaGradient:
-        """Return the exact or first-order gradient of the mean outer loss in the meta-parameters.
+        """Return the gradient of the mean outer loss in the meta-parameters.
 
         Args:
             order: the support examples of each inner step, int64 `[tasks, steps, batch]`; None: all.
@@ -359,20 +361,10 @@ class MAML:
             step_weights: `[steps]`, of the query losses after each inner step; None: the last alone counts.
             tasks: the meta-batch's, if `batch` is only a part of it: the results of all parts add up to the
                 mean.
+            way: how it is computed (see training/meta_gradients.py); None: `unrolled`, which is exact or
+                first-order.
         """
-        return self.mean_over_chunks(self.unrolled, parameters, batch, order, keys, step_weights, tasks)
-
-    def mean_over_chunks(
-        self,
-        way: Callable[[Weights, Task, Tensor | None], MetaGradient],
-        parameters: Weights,
-        batch: TaskBatch,
-        order: Tensor | None,
-        keys: Tensor | None,
-        step_weights: Tensor | None,
-        tasks: int | None,
-    ) -> MetaGradient:
-        """Return the mean over tasks of a way to the meta-gradient, which gives sums over a chunk of them."""
+        way = way or self.unrolled
         parts = [way(parameters, chunk, step_weights) for chunk in self._chunks(batch, order, keys)]
         tasks = tasks or len(first_tensor(batch.support_x))
         sums, losses, outputs, statistics = zip(*parts, strict=True)
@@ -446,9 +438,7 @@ class MAML:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Let batch norm normalise with the running statistics that come with the weights."""
-        with ExitStack() as stack:
-            for module in (self.learner, self.body):
-                stack.enter_context(given_statistics(module))
+        with given_statistics(self.learner), given_statistics(self.body):
             yield
 
     def check_statistics(self, normalisations: Iterable[str], statistics: Weights | None) -> None:

@@ -22,7 +22,7 @@ from learners.diagnosis import find_failing_layer
 from learners.elementary import Elementary
 from learners.losses import LOSSES
 from maml import MAML
-from training.meta_gradients import MetaGradientOf
+from training.meta_gradients import make_meta_gradient
 
 NUMBERS_PER_EXAMPLE = 10  # in a learner's layers, at the least
 # By the problem that `find_failing_layer` finds: what the layer lacks, and how to train without it.
@@ -105,7 +105,7 @@ def probe_learner(maml: MAML, parameters: Weights, distribution: TaskDistributio
     keys = keys_of(task_stream("train", seed, 1, range(2), first_tensor(tasks.support_x).device))
     _check_loss(maml, tasks, config)
     try:
-        MetaGradientOf(maml, engine=config.training.engine)(parameters, tasks, keys=keys)
+        make_meta_gradient(maml, engine=config.training.engine)(parameters, tasks, keys=keys)
     except Exception as error:  # an operator may fail in any way
         if is_out_of_memory(error):
             raise

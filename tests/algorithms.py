@@ -11,7 +11,7 @@ from common.choices import Choices
 from learner import build_learner
 from learners.heads import add_context
 from maml import MAML, MetaGradient
-from training.meta_gradients import MetaGradientOf
+from training.meta_gradients import make_meta_gradient
 
 WAYS, SHOTS, TASKS, STEPS = 2, 2, 3, 3
 WAYS_TO_COMPUTE = [
@@ -33,7 +33,7 @@ class Algorithm(MAML):
         self.engine = engine
 
     def meta_gradient(self, parameters, batch, **others) -> MetaGradient:
-        return MetaGradientOf(self, engine=self.engine)(parameters, batch, **others)
+        return make_meta_gradient(self, engine=self.engine)(parameters, batch, **others)
 
     def outputs(self, weights, x):
         """Return the learner's outputs on one task's inputs."""

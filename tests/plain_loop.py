@@ -19,7 +19,7 @@ from common.choices import Choices
 from common.task import Extras
 from learners.elementary import Elementary
 from maml import MAML
-from training.meta_gradients import MetaGradientOf
+from training.meta_gradients import make_meta_gradient
 
 ENGINES = ("unrolled", "adjoint")
 ORDERS = ("exact", "first-order")
@@ -53,7 +53,7 @@ def algorithm(module: nn.Module, loss=F.mse_loss, **options) -> MAML:
 
 
 def meta_gradient(maml: MAML, batch: TaskBatch, engine: str, **arguments):
-    return MetaGradientOf(maml, engine=engine)(maml.initial_parameters(), batch, **arguments)
+    return make_meta_gradient(maml, engine=engine)(maml.initial_parameters(), batch, **arguments)
 
 
 # ---- the plain loop -------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from learner import build_learner
 from learners.batch_norm import BatchNorm
 from learners.heads import ContextLayer, adapted_names, add_context, head_names
 from maml import MASS, RATE, SQUARE
-from training.meta_gradients import MetaGradientOf, conjugate_gradients
+from training.meta_gradients import conjugate_gradients, make_meta_gradient
 from training.schedules import meta_lr_at, multi_step_weights
 
 ORDERS = {False: "exact", True: "first-order"}
@@ -402,7 +402,7 @@ def test_rules_and_schedules_that_there_are_not_are_refused():
     with pytest.raises(ValueError, match="one of sgd, momentum, adam, adam-carried, not 'Adam'"):
         InnerOptimizer(0.1, "Adam")
     with pytest.raises(ValueError, match="engine should be one of unrolled, adjoint"):
-        MetaGradientOf(smooth_maml(), engine="adjont")
+        make_meta_gradient(smooth_maml(), engine="adjont")
     with pytest.raises(ValueError, match="the schedule"):
         meta_lr_at("cos", torch.tensor(1), 1.0, 0.1, 10, torch.float64)
 

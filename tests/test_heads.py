@@ -32,7 +32,7 @@ from common.batch import TaskBatch
 from common.task import Task
 from learners.batch_norm import BatchNorm
 from maml import RATE
-from training.meta_gradients import MetaGradientOf
+from training.meta_gradients import make_meta_gradient
 
 HEAD = ["head.weight", "head.bias"]
 
@@ -108,7 +108,7 @@ def test_the_meta_gradient_through_a_computed_head_is_a_plain_loops(init, betwee
 @pytest.mark.parametrize("options", [{}, {"fast_weights": "head"}, {"inner_rates": "layer-step"}])
 def test_gradients_through_prototypes_agree_with_finite_differences(options, engine):
     batch, maml = labelled(), build(classifier(), "prototype", **options)
-    parameters, gradient_of = maml.initial_parameters(), MetaGradientOf(maml, engine=engine)
+    parameters, gradient_of = maml.initial_parameters(), make_meta_gradient(maml, engine=engine)
     for name, gradient in gradient_of(parameters, batch).gradients.items():
         for place in range(0, gradient.numel(), 5):
             step = torch.zeros_like(gradient)

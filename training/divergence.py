@@ -16,7 +16,7 @@ from common.batch import TaskBatch, first_tensor
 from common.optimizers import Weights
 from evaluation.meta_test import diverged, loss_per_step
 from maml import MAML, MetaGradient
-from training.meta_gradients import MetaGradientOf
+from training.meta_gradients import make_meta_gradient
 
 UNKNOWN = (
     "the loss or what it leads to is not finite, and computed again it is: try a smaller --meta-lr or "
@@ -56,7 +56,7 @@ def find_cause(
             return f"{line}, though the outputs are finite: check the loss and the size of the targets"
         return f"{line}: the weights have become too large; try a smaller --meta-lr, or --grad-clip"
     growth = _explain_growth(losses, first)
-    return growth or _check_gradient(MetaGradientOf(maml)(parameters, batch, **inputs), losses)
+    return growth or _check_gradient(make_meta_gradient(maml)(parameters, batch, **inputs), losses)
 
 
 def _check_data(batch: TaskBatch, first: int) -> str | None:

@@ -13,17 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import grad
 
-from common.batch import TaskBatch, Tree, first_tensor, tree_map
+from common.batch import Tree, first_tensor, tree_map
 from common.choices import ENGINES, check_choice
 from common.optimizers import Weights
 from common.task import Extras, Task, sum_over_tasks
-from maml import MAML, MASS, SQUARE, MetaGradient, Outcome
+from maml import MAML, MASS, SQUARE, MetaGradient, Outcome, Way
 from training.adjoint import (
     EXAMPLES,
     SAME,
@@ -41,51 +42,34 @@ def run_as_is(function: Callable[..., Any], options: dict[str, Any] | None = Non
     return function
 
 
-class MetaGradientOf:
-    """The meta-gradient of an algorithm's choices, called like `MAML.meta_gradient`.
+def make_meta_gradient(
+    maml: MAML,
+    *,
+    engine: str = "unrolled",
+    accelerate: Accelerate = run_as_is,
+    in_transform: bool = False,
+) -> Callable[..., MetaGradient]:
+    """Return the meta-gradient of the algorithm's choices, to be called like `MAML.meta_gradient`.
+
+    With Reptile, `order` is of support and query together.
 
     Args:
         engine: how an exact or first-order one is computed, to the same numbers: "unrolled" or "adjoint".
         accelerate: makes a faster function of a vectorised function of tensors (see compiler.py).
         in_transform: it will be called inside a transform of `torch.func`, such as `vmap` over runs.
     """
-
-    def __init__(
-        self,
-        maml: MAML,
-        *,
-        engine: str = "unrolled",
-        accelerate: Accelerate = run_as_is,
-        in_transform: bool = False,
-    ) -> None:
-        check_choice("engine", engine, ENGINES)
-        self.maml = maml
-        kind = maml.choices.meta_gradient
-        self.way: Callable[..., MetaGradient]
-        if kind == "reptile":
-            self.way = Reptile(maml, accelerate)
-        elif kind == "implicit":
-            self.way = Implicit(maml, accelerate)
-        elif kind == "joint":
-            self.way = Joint(maml, accelerate)
-        elif engine == "adjoint":
-            self.way = Adjoint(maml, accelerate)
-        else:
-            self.way = Unrolled(maml, accelerate, in_transform=in_transform)
-
-    def __call__(
-        self,
-        parameters: Weights,
-        batch: TaskBatch,
-        *,
-        order: Tensor | None = None,
-        keys: Tensor | None = None,
-        step_weights: Tensor | None = None,
-        tasks: int | None = None,
-    ) -> MetaGradient:
-        """Return the mean over tasks; arguments as in `MAML.meta_gradient`. Reptile's `order` is of support
-        and query together."""
-        return self.maml.mean_over_chunks(self.way, parameters, batch, order, keys, step_weights, tasks)
+    check_choice("engine", engine, ENGINES)
+    kind = maml.choices.meta_gradient
+    way: Way = Unrolled(maml, accelerate, in_transform=in_transform)
+    if kind == "reptile":
+        way = Reptile(maml, accelerate)
+    elif kind == "implicit":
+        way = Implicit(maml, accelerate)
+    elif kind == "joint":
+        way = Joint(maml, accelerate)
+    elif engine == "adjoint":
+        way = Adjoint(maml, accelerate)
+    return partial(maml.meta_gradient, way=way)
 
 
 class Unrolled:

@@ -25,7 +25,7 @@ from common.processes import ALONE, World
 from common.random import keys_of, minibatch_order, task_stream
 from learners.losses import accuracy
 from maml import MAML, MetaGradient
-from training.meta_gradients import MetaGradientOf, run_as_is
+from training.meta_gradients import make_meta_gradient, run_as_is
 from training.options import TrainingOptions
 from training.schedules import meta_lr_at, multi_step_weights
 
@@ -172,7 +172,7 @@ class MetaStep:
         self.share = world.share(self.tasks)
         numbers = torch.arange(self.share.start, self.share.stop, device=members["seed"].device)
         self.numbers = numbers.expand(len(self.seeds), -1) if self.several else numbers
-        self.meta_gradient = MetaGradientOf(
+        self.meta_gradient = make_meta_gradient(
             maml, engine=options.engine, accelerate=accelerate, in_transform=self.several
         )
         self.stop = False  # whether this process asks all of them to stop
