@@ -60,8 +60,7 @@ def build_distribution(
         return FAMILIES[name](
             options.shots, options.queries, noise=options.noise, oracle=options.oracle, **placed
         )
-    ways = options.ways if options.classification else None
-    sizes: dict[str, Any] = {"ways": ways, "shots": options.shots, "queries": options.queries}
+    sizes: dict[str, Any] = {"ways": options.ways, "shots": options.shots, "queries": options.queries}
     if is_own_code(name):
         factory, arguments = load_code(name, "--dataset"), parse_arguments(options.dataset_args)
 
@@ -69,10 +68,10 @@ def build_distribution(
             sizes_of_task = select_accepted(factory, sizes | {"shots": shots})
             return call_factory(factory, name, "--dataset", **sizes_of_task | arguments)
 
-        return Custom(make=make, name=name, ways=ways, shots=options.shots, **placed)
+        return Custom(make=make, name=name, ways=options.ways, shots=options.shots, **placed)
     if name.startswith("table:"):
         path, columns = Path(name.partition(":")[2]), Columns.parse(options.columns)
-        table = load_table(path, columns, classification=ways is not None, shares=_shares(options))
+        table = load_table(path, columns, classification=options.classification, shares=_shares(options))
         if for_test and not table.own_splits:
             table = replace(table, splits=all_for_test(len(table.tasks)))
         return TableTasks(table=table, **sizes, **placed)
@@ -127,16 +126,16 @@ class Regression(TaskDistribution):
         """Draw the parameters that make a task: tensors `[tasks, 1]`."""
 
     @abstractmethod
-    def inputs(self, stream: Stream, points: int, parameters: tuple[Tensor, ...]) -> Tensor:
-        """Draw inputs `[tasks, points]`."""
-
-    @abstractmethod
-    def grid(self, points: int, parameters: tuple[Tensor, ...]) -> Tensor:
-        """Return dense, sorted inputs for a picture: `[tasks, points]`, or `[1, points]`."""
-
-    @abstractmethod
     def curve(self, x: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
         """Return the targets at `x`, without noise: `[tasks, points]`."""
+
+    def inputs(self, stream: Stream, points: int, parameters: tuple[Tensor, ...]) -> Tensor:
+        """Draw inputs `[tasks, points]`, by default uniform in [-5, 5)."""
+        return stream.uniform(points, -5.0, 5.0, self.dtype)
+
+    def grid(self, points: int, parameters: tuple[Tensor, ...]) -> Tensor:
+        """Return dense, sorted inputs for a picture: `[tasks, points]`, or `[1, points]`."""
+        return torch.linspace(-5.0, 5.0, points, device=self.device, dtype=self.dtype)[None]
 
     @property
     def examples(self) -> int:
@@ -174,6 +173,12 @@ class Regression(TaskDistribution):
         return torch.cat([x[..., None], features[:, None].expand(-1, x.shape[1], -1)], -1)
 
 
+def draw_wave(stream: Stream, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Draw amplitudes in [0.1, 5) and phases in [0, pi), both uniform: `[tasks, 1]` each."""
+    amplitude, phase = stream.uniform(2, 0.0, 1.0, dtype).split(1, 1)
+    return 0.1 + 4.9 * amplitude, math.pi * phase
+
+
 class Sinusoid(Regression):
     """y = a sin(x + phase): a in [0.1, 5), phase in [0, pi), x in [-5, 5), all uniform.
 
@@ -181,42 +186,35 @@ class Sinusoid(Regression):
     """
 
     def parameters(self, stream: Stream) -> tuple[Tensor, ...]:
-        amplitude, phase = stream.uniform(2, 0.0, 1.0, self.dtype).split(1, 1)
-        return 0.1 + 4.9 * amplitude, math.pi * phase
-
-    def inputs(self, stream: Stream, points: int, parameters: tuple[Tensor, ...]) -> Tensor:
-        return stream.uniform(points, -5.0, 5.0, self.dtype)
-
-    def grid(self, points: int, parameters: tuple[Tensor, ...]) -> Tensor:
-        return torch.linspace(-5.0, 5.0, points, device=self.device, dtype=self.dtype)[None]
+        return draw_wave(stream, self.dtype)
 
     def curve(self, x: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
         amplitude, phase = parameters
         return amplitude * torch.sin(x + phase)
 
 
-class SinusoidFrequency(Sinusoid):
+class SinusoidFrequency(Regression):
     """y = a sin(w x + phase): a and phase as in `Sinusoid`, w in [0.8, 1.2). Meta-SGD, Li et al. (2017)."""
 
     def parameters(self, stream: Stream) -> tuple[Tensor, ...]:
-        return *super().parameters(stream), stream.at("frequency").uniform(1, 0.8, 1.2, self.dtype)
+        return *draw_wave(stream, self.dtype), stream.at("frequency").uniform(1, 0.8, 1.2, self.dtype)
 
     def curve(self, x: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
         amplitude, phase, frequency = parameters
         return amplitude * torch.sin(frequency * x + phase)
 
 
-class SinusoidLine(Sinusoid):
+class SinusoidLine(Regression):
     """With even odds a `Sinusoid`, or a line with slope and intercept uniform in [-3, 3)."""
 
     def parameters(self, stream: Stream) -> tuple[Tensor, ...]:
         is_line = stream.at("kind").words(1) >> 31 == 1
         line = stream.at("line").uniform(2, -3.0, 3.0, self.dtype).split(1, 1)
-        return *super().parameters(stream), *line, is_line
+        return *draw_wave(stream, self.dtype), *line, is_line
 
     def curve(self, x: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
         amplitude, phase, slope, intercept, is_line = parameters
-        return torch.where(is_line, slope * x + intercept, super().curve(x, (amplitude, phase)))
+        return torch.where(is_line, slope * x + intercept, amplitude * torch.sin(x + phase))
 
 
 class Harmonic(Regression):

@@ -101,7 +101,8 @@ def _map(path: Path, shape: tuple[int, ...]) -> Tensor | None:
 def _build(path: Path, shape: tuple[int, ...], decode: Callable[[], Iterator[np.ndarray]]) -> Tensor:
     """Write and map the cache, in one process at a time; raise OSError where it cannot be written."""
 
-    def write(file: IO[bytes]) -> None:  # a full disk is an error here, but a crash in a writable memory map
+    # A full disk is an error in a write, and a crash in a writable memory map.
+    def write(file: IO[bytes]) -> None:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         for image in decode():
             file.write(image.tobytes())
@@ -114,6 +115,5 @@ def _build(path: Path, shape: tuple[int, ...], decode: Callable[[], Iterator[np.
         if _map(path, shape) is None:  # else another process has built it meanwhile
             write_whole(path, write)
     pixels = _map(path, shape)
-    if pixels is None:
-        raise OSError("what was written cannot be read")
+    assert pixels is not None
     return pixels

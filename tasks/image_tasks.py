@@ -7,14 +7,13 @@ there, they stay memory-mapped on the host, and the next batch is fetched while 
 from __future__ import annotations
 
 import copy
-import os
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from common.batch import Kind, TaskBatch, TaskDistribution
+from common.device import machine_memory
 from common.errors import UsageError
 from common.random import Stream, task_stream
 from tasks.images import ImageSet
@@ -69,7 +68,7 @@ class ImageTasks(TaskDistribution):
         self.dtype = dtype
         self._check_sizes()
         pixels = images.load()
-        self.on_host = pixels.nbytes > _free_memory(self.device) // 2 if on_host is None else on_host
+        self.on_host = not _fits(pixels.nbytes, self.device) if on_host is None else on_host
         table_device = torch.device("cpu") if self.on_host else self.device
         self.pixels = pixels.to(table_device)
         self.count = images.count.to(table_device)
@@ -196,13 +195,9 @@ def augment_images(x: Tensor, kinds: tuple[str, ...], stream: Stream) -> Tensor:
     return moved.to(x.dtype).view(x.shape)
 
 
-def _free_memory(device: torch.device) -> int:
-    """Return the free memory of a device, or of this machine, in bytes."""
+def _fits(size: int, device: torch.device) -> bool:
+    """Return whether this many bytes are less than half of the device's free memory, or of this machine's."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        if "MemAvailable" in fields:  # counts the page cache, which sysconf does not
-            return int(fields["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        return size <= torch.cuda.mem_get_info(device)[0] // 2
+    memory = machine_memory()
+    return memory is None or size <= memory // 2

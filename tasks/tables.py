@@ -182,7 +182,7 @@ def _read_header(path: Path) -> list[str]:
     if not path.is_file():
         raise UsageError(f"there is no file {path}: give the path of a table")
     try:
-        schema = parquet.read_schema(path) if path.suffix == ".parquet" else csv.open_csv(path).schema
+        schema = parquet.read_schema(path) if path.suffix.lower() == ".parquet" else csv.open_csv(path).schema
         header = [name.strip() for name in schema.names]
     except (OSError, ValueError, ArrowException) as error:
         raise UsageError(f"{path} is not readable ({one_line(error)[:300]}): mend the file") from error
@@ -199,7 +199,7 @@ def _read(path: Path, header: list[str], numeric: Iterable[str]) -> Any:
 
     types = dict.fromkeys(header, pa.string()) | dict.fromkeys(numeric, pa.float64())
     try:
-        if path.suffix == ".parquet":  # read_table would make columns of the names of folders
+        if path.suffix.lower() == ".parquet":  # read_table would make columns of the names of folders
             data = parquet.ParquetFile(path).read().rename_columns(header)
         else:
             data = csv.read_csv(

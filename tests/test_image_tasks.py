@@ -113,7 +113,7 @@ def test_pixels_stay_on_the_host_where_memory_is_scarce(monkeypatch):
     images = image_set([6] * 12)
     size = images.load().nbytes
     for free, on_host in ((2 * size, False), (2 * size - 2, True)):
-        monkeypatch.setattr("tasks.image_tasks._free_memory", lambda _, free=free: free)
+        monkeypatch.setattr("tasks.image_tasks.machine_memory", lambda free=free: free)
         assert ImageTasks(images, ways=3, shots=1, queries=2).on_host is on_host
 
 
