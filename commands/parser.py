@@ -52,9 +52,12 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown = re.search(r"unrecognized arguments: (--?[^\s=]+)", message)
-        names = [name for flag in ALL_FLAGS.values() for name in flag.names]
-        near = difflib.get_close_matches(unknown[1], names, 1) if unknown else []
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = ""
+        if unknown:
+            names = [name for flag in ALL_FLAGS.values() for name in flag.names]
+            near = [name for name in names if name.startswith(unknown[1])]
+            near = near or difflib.get_close_matches(unknown[1], names, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
         raise UsageError(f"{message} ({hint}all flags: --help-all)")
 
 
@@ -69,8 +72,8 @@ def build_parser(*, every_flag: bool = False) -> argparse.ArgumentParser:
     tables = (
         "Defaults that depend on the data (k, s: the values of those flags):\n\n"
         + defaults_table()
-        + "\n\nSettings of each --algorithm (a/b/c/d: by the columns above, the last value holds for the rest;\n"
-        "half: of --iterations):\n\n" + presets_table()
+        + "\n\nSettings of each --algorithm (a/b/c/d: by the columns above; half: of --iterations):\n\n"
+        + presets_table()
     )
     parser = _Parser(
         prog="main.py",

@@ -14,8 +14,8 @@ from typing import Any
 # mini-ImageNet: 0.01 with that loss, 0.05 on the mean over five classes.
 DEFAULT_COLUMNS = (
     "regression",
-    "omniglot, up to 10 ways",
-    "omniglot, above 10 ways",
+    "omniglot, 2-10 ways",
+    "omniglot, 11+ ways",
     "other classification",
 )
 DEFAULTS: dict[str, tuple[Any, Any, Any, Any]] = {
