@@ -32,8 +32,10 @@ class Algorithm(MAML):
         )
         self.engine = engine
 
-    def meta_gradient(self, parameters, batch, **others) -> MetaGradient:
-        return make_meta_gradient(self, engine=self.engine)(parameters, batch, **others)
+    def meta_gradient(self, parameters, batch, *, way=None, **others) -> MetaGradient:
+        if way is None:
+            return make_meta_gradient(self, engine=self.engine)(parameters, batch, **others)
+        return super().meta_gradient(parameters, batch, way=way, **others)
 
     def outputs(self, weights, x):
         """Return the learner's outputs on one task's inputs."""
