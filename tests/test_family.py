@@ -5,7 +5,7 @@ import signal
 import pytest
 import torch
 from inner_loop import RATE
-from test_runs import assert_same_run, command, curves
+from runs import assert_same_run, command, curves
 
 import dataset
 from commands import config

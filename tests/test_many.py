@@ -15,8 +15,8 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from runs import assert_same_bits, command, curves, start, wait_for
 from test_family import RUNS, few_drawings, stop_at  # noqa: F401 (a fixture)
-from test_runs import assert_same_bits, command, curves, start, wait_for
 
 from commands import config, members
 from commands.presets import ALGORITHMS

@@ -14,7 +14,7 @@ import torch
 import torchvision
 from conftest import ROOT
 from PIL import Image
-from test_runs import assert_same_bits, command
+from runs import assert_same_bits, command
 from torch import nn
 from torch.nn import functional as F
 

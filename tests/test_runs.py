@@ -7,21 +7,19 @@ import os
 import re
 import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from matplotlib.figure import Figure
-from runs import assert_same_bits, assert_same_run, command, curves
+from runs import assert_same_bits, assert_same_run, command, curves, start, wait_for
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.errors import LostError
 from dataset import Regression, Sinusoid, SinusoidLine
+from evaluation.meta_test import evaluate
 from learner import build_learner
 from training import trainer
 from training.checkpoint import Checkpoint, load_checkpoint
@@ -80,13 +78,13 @@ def after_step(monkeypatch):
 def before_evaluation(monkeypatch):
     """Actions to carry out before a validation, by its position in the run, from 1."""
     actions: dict = {}
-    evaluate, count = trainer.evaluate, iter(range(1, 1000))
+    count = iter(range(1, 1000))
 
     def act_and_evaluate(*arguments, **options):
         actions.pop(next(count), lambda: None)()
         return evaluate(*arguments, **options)
 
-    monkeypatch.setattr(trainer, "evaluate", act_and_evaluate)
+    monkeypatch.setattr("training.run.evaluate", act_and_evaluate)
     return actions
 
 
@@ -233,12 +231,8 @@ def test_a_run_leaves_its_results_and_pictures(tmp_path, monkeypatch):
 def test_a_killed_and_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(whole, tmp_path):
     run = tmp_path / "killed"
     flags = [*SETTINGS, *SCHEDULE, "--checkpoint-path", tmp_path, "--run-name", "killed", "--resume"]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "main.py", *map(str, flags)], stderr=subprocess.DEVNULL
-    )
-    while not (run / LAST).exists():
-        assert process.poll() is None
-        time.sleep(0.002)
+    process = start(*flags)
+    wait_for(run / LAST, process)
     time.sleep(0.03)  # some iterations past the checkpoint: their points must not appear twice
     process.kill()
     process.wait()
@@ -294,7 +288,7 @@ def test_a_run_out_of_memory_is_saved_and_says_how_to_resume(tmp_path, after_ste
     run = tmp_path / "run"
     assert train(run, *SETTINGS, *SCHEDULE) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
-    assert "out of memory at iteration 33 with 4 tasks at once: resume from iteration 33" in line
+    assert "out of memory at iteration 33 with 4 tasks at once: resume with " in line
     assert f"--load {run / LAST} and a smaller --tasks-at-once" in line
     assert last_of(run).iteration == 33
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from common.choices import Choices
 from common.errors import reason_of
 from common.optimizers import Weights
 from common.options import Flag
+from common.processes import World
 from evaluation.examples import examples_figure
 from evaluation.figures import learning_figure
-from evaluation.meta_test import Evaluation
+from evaluation.meta_test import evaluate
 from evaluation.options import EvaluationOptions
 from evaluation.tables import write_json
 from learners.losses import loss_name
@@ -140,9 +141,38 @@ class Run:
                 rates |= {f"{tag}/mean": rate.mean().item(), f"{tag}/least": rate.min().item()}
         return rates
 
-    def add_validation(self, evaluation: Evaluation) -> bool:
-        """Add a point to the validation curves; return whether it is the best so far."""
+    def validate(
+        self,
+        maml: MAML,
+        distribution: TaskDistribution,
+        tasks: int,
+        world: World,
+        interrupted: Callable[[], bool],
+    ) -> bool:
+        """Measure validation tasks after the trained number of inner steps: a point of the curves.
+
+        Args:
+            interrupted: asked now and then.
+
+        Returns:
+            Whether it is the best so far: in accuracy, or in loss for regression.
+
+        Raises:
+            InterruptedError: `interrupted` returned True; nothing is added.
+        """
         norm = self.choices.query_norm
+        evaluation = evaluate(
+            maml,
+            self.parameters,
+            distribution,
+            "validation",
+            tasks=tasks,
+            steps=self.choices.trained_steps,
+            normalisations=(norm,),
+            inner_batch=self.evaluation.eval_inner_batch,
+            world=world,
+            interrupted=interrupted,
+        )
         results = {"query_loss": evaluation.losses[norm]}
         if evaluation.accuracies:
             results["query_accuracy"] = evaluation.accuracies[norm]

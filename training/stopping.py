@@ -50,15 +50,14 @@ class StopRequest:
         finally:
             restore()
 
-    @property
-    def alone(self) -> bool:
-        """Whether a signal has come to a process on its own, which need not ask others."""
+    def is_local(self) -> bool:
+        """Return whether a signal has come to a process on its own, which need not ask others."""
         return self.world.size == 1 and self.signal is not None
 
     @property
     def now(self) -> bool:
         """Whether all processes stop."""
-        return self.alone or self._agreed
+        return self.is_local() or self._agreed
 
     def ask_others(self, asked: Tensor | None) -> None:
         """Take note, after an iteration, of whether any process has a signal: `asked` is above 0 then."""

@@ -8,7 +8,6 @@ due or the progress bar is redrawn, so that no iteration waits for the device.
 from __future__ import annotations
 
 import math
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -21,9 +20,7 @@ from tqdm import tqdm
 
 from common.batch import TaskDistribution, tree_map
 from common.errors import LostError, UsageError, is_out_of_memory, reason_of
-from common.optimizers import Weights
 from common.processes import ALONE, World
-from evaluation.meta_test import Evaluation, evaluate
 from maml import MAML
 from training import divergence
 from training.checkpoint import Checkpoint, save_checkpoints
@@ -43,12 +40,12 @@ from training.step import (
 from training.stopping import StopRequest
 
 VALIDATION_TASKS = 200
+DRAWN = [4**power for power in range(20)]  # validations whose tasks are drawn
 REDRAW_SECONDS = 0.5
 SAVE_SECONDS = 600.0  # last.pt is saved at least so often
-UNCOMPILED_REGRESSION, UNCOMPILED_CLASSIFICATION = 100, 3  # iterations first, to show that the run works
+UNCOMPILED = {False: 100, True: 3}  # iterations first, by `classification`: they show that the run works
 FAILED = 4  # exit code of a run that stopped because its numbers became non-finite
-
-# Settings in which runs that are trained at once may differ.
+# settings in which runs that are trained at once may differ
 AT_ONCE = ("seed", "inner_lr", "meta_lr", "meta_lr_final", "grad_clip", "grad_clip_norm")
 
 
@@ -107,17 +104,16 @@ class Trainer:
 
     def _initial_state(self, run: Run) -> State:
         """Return the state in which a run begins or resumes."""
-        vector, running = self.layout.flatten(run.parameters), None
-        moments = [torch.zeros_like(vector), torch.zeros_like(vector)]
-        statistics = self.maml.initial_statistics()
-        if run.start is not None:
-            moments = [self.layout.flatten(m).to(vector) for m in (run.start.exp_avg, run.start.exp_avg_sq)]
-            statistics = run.start.statistics
+        vector, start = self.layout.flatten(run.parameters), run.start
+        first, second, running = torch.zeros_like(vector), torch.zeros_like(vector), vector[:0]
+        if start:
+            first, second = (self.layout.flatten(m).to(vector) for m in (start.exp_avg, start.exp_avg_sq))
         if self.statistics_layout:
+            statistics = start.statistics if start else self.maml.initial_statistics()
             running = self.statistics_layout.flatten(statistics).to(vector)
         iteration = torch.tensor(run.iteration, device=vector.device)
         sums = vector.new_tensor([run.progress.window.get(name, 0.0) for name in self.metrics])
-        return State(vector, *moments, iteration, sums, vector[:0] if running is None else running)
+        return State(vector, first, second, iteration, sums, running)
 
     @property
     def options(self) -> TrainingOptions:
@@ -184,9 +180,9 @@ class Trainer:
 
     def _is_validation_due(self) -> bool:
         """Return whether the present iteration's validation is to be done, or was interrupted."""
-        last = self.iteration == self.options.iterations
-        due = self.iteration > 0 and (last or self.iteration % self.options.val_every == 0)
-        return due and not all(run.is_validated(self.iteration) for run in self._living_runs())
+        due = self.iteration == self.options.iterations or self.iteration % self.options.val_every == 0
+        validated = (run.is_validated(self.iteration) for run in self._living_runs())
+        return due and self.iteration > 0 and not all(validated)
 
     def _end(self) -> int:
         """Write the results, and return the exit code."""
@@ -224,12 +220,10 @@ class Trainer:
         seeds = torch.tensor([run.training.seed for run in self.runs], device=parameters.device)
         if len(self.runs) == 1:
             return {"seed": seeds[0]}
-        tensors = {"seed": seeds}
-        settings = [run.settings for run in self.runs]
+        tensors, learned = {"seed": seeds}, self.runs[0].choices.inner_rates != "fixed"
         for name in AT_ONCE[1:]:
-            values = [one[name] for one in settings]
-            learned = name == "inner_lr" and self.runs[0].choices.inner_rates != "fixed"
-            if len(set(values)) > 1 and not learned:
+            values = [run.settings[name] for run in self.runs]
+            if len(set(values)) > 1 and not (learned and name == "inner_lr"):
                 tensors[name] = parameters.new_tensor(values)
         return dict(sorted(tensors.items()))  # compiled code knows them by position
 
@@ -240,9 +234,7 @@ class Trainer:
             self.compiler.active = False  # the exact step is another function
         if self.options.compile != "on" or self.compiler.active:
             return True
-        uncompiled = (
-            UNCOMPILED_CLASSIFICATION if self.training_tasks.classification else UNCOMPILED_REGRESSION
-        )
+        uncompiled = UNCOMPILED[self.training_tasks.classification]
         return self.iteration < uncompiled < self.options.iterations or self._compile()
 
     def _compile(self) -> bool:
@@ -255,22 +247,20 @@ class Trainer:
         self.compiler.active = True
         seconds, compiled = self.compiler.seconds, self.compiler.compiled
         self.bar.set_postfix_str("compiling")
-        failure, interrupted = None, False
+        failure = None
         try:
             self.plain_step.rehearse(state, self.iteration)
         except CompilationError as error:
-            failure, interrupted = str(error), self.stop.signal is not None
-        failures, interruptions = zip(*self.world.gather((failure, interrupted)), strict=True)
-        if any(interruptions):
+            failure = str(error)
+        failures, signals = zip(*self.world.gather((failure, self.stop.signal)), strict=True)
+        if any(failures):  # all processes compute alike
             self.compiler.active = False
-            self.stop.signal = self.stop.signal or signal.SIGTERM
-            return False
-        reasons = [reason for reason in failures if reason is not None]
-        if reasons:  # all processes compute alike
-            self.compiler.active = False
+            self.stop.signal = next(filter(None, signals), None)
+            if self.stop.signal:  # it has ended the C++ compiler too
+                return False
             for run in self.runs:
                 run.give_up_compiling()
-            self._say(f"The run stays uncompiled: {reasons[0]}")
+            self._say(f"The run stays uncompiled: {next(filter(None, failures))}")
             return True
         done = "Compiled" if self.compiler.compiled > compiled else "Found compiled code"
         self._say(f"{done} in {self.compiler.seconds - seconds:.1f} s")
@@ -291,20 +281,17 @@ class Trainer:
         """Save the last state where another process is lost, or memory runs out."""
         try:
             yield
-        except LostError:
-            self.save(LAST)
-            raise
-        except (MemoryError, RuntimeError, OSError) as error:
-            if not is_out_of_memory(error):
+        except (LostError, MemoryError, RuntimeError, OSError) as error:
+            if not isinstance(error, LostError) and not is_out_of_memory(error):
                 raise
-            since = "the last checkpoint"
-            with suppress(Exception):  # that one is whole, and the message matters more
+            with suppress(Exception):  # the last checkpoint is whole, and what has happened matters more
                 self.save(LAST)
-                since = f"iteration {self.iteration:,}"
+            if isinstance(error, LostError):
+                raise
             tasks = self.maml.tasks_at_once or len(self.plain_step.share)
             raise UsageError(
-                f"out of memory at iteration {self.iteration:,} with {tasks} tasks at once: resume from "
-                f"{since} with {self.resume} and a smaller --tasks-at-once"
+                f"out of memory at iteration {self.iteration:,} with {tasks} tasks at once: resume with "
+                f"{self.resume} and a smaller --tasks-at-once"
             ) from None
 
     # ---- non-finite numbers -----------------------------------------------------------------
@@ -348,8 +335,9 @@ class Trainer:
         """Tell each run that has not failed its iteration, and its state as views of all runs' state."""
         for number, run in enumerate(self.runs):
             if run.failure is None:
-                several = len(self.runs) > 1
-                run.state = State(*(part[number] for part in self.state)) if several else self.state
+                run.state = (
+                    State(*(part[number] for part in self.state)) if len(self.runs) > 1 else self.state
+                )
                 run.parameters = self.layout.unflatten(run.state.parameters)
                 run.iteration, run.progress.window_size = self.iteration, self.window_size
 
@@ -375,7 +363,7 @@ class Trainer:
             self.saved_at = time.monotonic()
 
     def _checkpoint_of(self, run: Run) -> Checkpoint:
-        def names(layout: FlatLayout | None, vector: Tensor) -> Weights:
+        def names(layout: FlatLayout | None, vector: Tensor) -> dict[str, Tensor]:
             # a view would be saved together with the whole vector behind it
             return {name: part.clone() for name, part in layout.unflatten(vector).items()} if layout else {}
 
@@ -411,8 +399,8 @@ class Trainer:
         self.window_start, self.window_first = now, self.iteration
         means = self._window_means()
         failed = self.state.sums[..., -1:].isinf()  # for good: of several runs, some may have failed
-        zeros = torch.zeros_like(self.state.sums)
-        self.state = self.state._replace(sums=torch.where(failed, torch.inf, zeros))
+        sums = torch.where(failed, torch.inf, torch.zeros_like(self.state.sums))
+        self.state = self.state._replace(sums=sums)
         self.window_size = 0
         self._update_runs()
         step, done = self.plain_step, torch.tensor(self.iteration - 1)
@@ -428,12 +416,13 @@ class Trainer:
             return
         means = [values for values in self._window_means() if math.isfinite(values["last_skipped"])]
         if means:
-            text = f"query loss {_mean_and_range([values['query_loss'] for values in means], 4)}"
-            if self.training_tasks.classification:
-                accuracies = [100 * values["query_accuracy"] for values in means]
-                text += f", accuracy {_mean_and_range(accuracies, 2)} %"
-            self.bar.set_postfix_str(text)
-            self.metrics_text = text
+            loss, *accuracy = (
+                sum(values[name] for values in means) / len(means) for name in self.metrics[: -len(TAIL) - 1]
+            )
+            self.metrics_text = f"query loss {loss:.4f}"
+            if accuracy:
+                self.metrics_text += f", accuracy {100 * accuracy[0]:.2f} %"
+            self.bar.set_postfix_str(self.metrics_text)
         self.redrawn_at = time.monotonic()
 
     def _say(self, text: str) -> None:
@@ -443,11 +432,11 @@ class Trainer:
     # ---- validation -------------------------------------------------------------------------
 
     def _validate(self) -> None:
-        """Measure the validation tasks, save best.pt, and draw examples after 1, 4, 16, ... validations.
+        """Measure the validation tasks, save best.pt, and draw some tasks now and then.
 
         A signal to a process on its own ends it; the resumed run catches up on it.
         """
-        begin = time.monotonic()
+        begin, tasks = time.monotonic(), self.validation_tasks
         number, last = self.iteration // self.options.val_every, self.iteration == self.options.iterations
         self._update_runs()
         self.bar.set_postfix_str("validating")
@@ -456,32 +445,9 @@ class Trainer:
                 if run.is_validated(self.iteration):
                     continue
                 with self.maml.at_rate(run.choices.inner_lr):
-                    if run.add_validation(self._evaluate(run)):
+                    if run.validate(self.maml, tasks, VALIDATION_TASKS, self.world, self.stop.is_local):
                         self.save(BEST, [run])
-                    if last or _is_power_of_four(number):
-                        run.draw_examples(self.maml, self.validation_tasks)
+                    if last or number in DRAWN:
+                        run.draw_examples(self.maml, tasks)
         self.bar.set_postfix_str(self.metrics_text)
         self.window_start += time.monotonic() - begin  # not part of the speed
-
-    def _evaluate(self, run: Run) -> Evaluation:
-        return evaluate(
-            self.maml,
-            run.parameters,
-            self.validation_tasks,
-            "validation",
-            tasks=VALIDATION_TASKS,
-            steps=run.choices.trained_steps,
-            normalisations=(run.choices.query_norm,),
-            inner_batch=run.evaluation.eval_inner_batch,
-            world=self.world,
-            interrupted=lambda: self.stop.alone,
-        )
-
-
-def _mean_and_range(values: Sequence[float], digits: int) -> str:
-    mean = f"{sum(values) / len(values):.{digits}f}"
-    return mean + f" ({min(values):.{digits}f} to {max(values):.{digits}f})" * (len(values) > 1)
-
-
-def _is_power_of_four(number: int) -> bool:
-    return number & (number - 1) == 0 and number.bit_length() % 2 == 1
