@@ -18,10 +18,10 @@ FLOOR = 0.03  # the earlier steps keep this share of their first weights
 
 
 def multi_step_weights(iteration: Tensor, steps: int, iterations: int, dtype: torch.dtype) -> Tensor:
-    """Return the weights `[steps]` of the query losses after each inner step (Antoniou et al. 2019, their code).
+    """Return the weights `[steps]` of the query losses after each inner step (Antoniou et al. 2019).
 
     They are equal at first. The earlier steps' fall linearly, in ten equal stages over `iterations`, to
-    0.03 / steps; the last step takes the rest. `iteration` counts from 0.
+    0.03 / steps, as in their code; the last step takes the rest. `iteration` counts from 0.
     """
     stage = (iteration * STAGES // iterations).clamp(max=STAGES)
     earlier = (1 - stage.to(dtype) / STAGES).clamp(min=FLOOR) / steps

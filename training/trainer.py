@@ -126,8 +126,7 @@ class Trainer:
         """Train up to the last iteration, save, and write the results.
 
         Returns:
-            The exit code: 128 + signal where one ended it early, `FAILED` where any run's numbers became
-            non-finite.
+            The exit code: 128 + signal if one ended it early, `FAILED` if any run became non-finite.
 
         Raises:
             LostError: another process is lost; the state before is saved.
@@ -137,11 +136,12 @@ class Trainer:
             run.begin()
         total, show = self.options.iterations, self.show
         with (
-            tqdm(total=total, initial=self.iteration, unit="it", dynamic_ncols=True, disable=not show) as bar,
+            tqdm(
+                total=total, initial=self.iteration, unit="it", dynamic_ncols=True, disable=not show
+            ) as self.bar,
             self.stop.catch_signals(),
             self._save_if_interrupted(),
         ):
-            self.bar = bar
             self._loop()
         return self._end()
 
@@ -333,11 +333,10 @@ class Trainer:
 
     def _update_runs(self) -> None:
         """Tell each run that has not failed its iteration, and its state as views of all runs' state."""
+        several = len(self.runs) > 1
         for number, run in enumerate(self.runs):
             if run.failure is None:
-                run.state = (
-                    State(*(part[number] for part in self.state)) if len(self.runs) > 1 else self.state
-                )
+                run.state = State(*(part[number] for part in self.state)) if several else self.state
                 run.parameters = self.layout.unflatten(run.state.parameters)
                 run.iteration, run.progress.window_size = self.iteration, self.window_size
 
