@@ -25,12 +25,12 @@ from common.batch import TaskBatch, TaskDistribution, first_tensor, tree_map
 from common.errors import UsageError
 from common.own_code import call_factory, is_own_code, load_code, parse_arguments, select_accepted
 from common.random import SPLITS, Stream, task_stream
-from tasks.benchmarks import open_benchmark
 from tasks.image_tasks import ImageTasks
 from tasks.images import Form, ImageSet, open_folder
 from tasks.omniglot import open_omniglot
 from tasks.options import TaskOptions
 from tasks.prefetch import Prefetch
+from tasks.published import open_benchmark
 from tasks.splits import all_for_test
 from tasks.table_tasks import TableTasks
 from tasks.tables import Columns, load_table

@@ -1,8 +1,7 @@
 """Keep decoded images in a file: each data set is decoded once, and memory-mapped afterwards.
 
 The cache lies in the data's folder or, where that cannot be written, in the user's cache folder. Its name
-holds
-a fingerprint of the sources and settings: changed sources never meet an old cache.
+holds a fingerprint of the sources and settings: changed sources never meet an old cache.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Three layouts are read: folders train/, val/ and test/ of class folders; lists train.csv, val.csv and
 test.csv; or class folders alone, which are split at random. `ImageTasks` (image_tasks.py) draws tasks from an
-`ImageSet`; the benchmarks with published classes are in benchmarks.py and omniglot.py.
+`ImageSet`; the benchmarks with published classes are in published.py and omniglot.py.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import UsageError, one_line
-from tasks.benchmarks import fetch
 from tasks.images import Form, ImageFile, ImageSet, image_set
 from tasks.options import OMNIGLOT_CLASSES, OMNIGLOT_DRAWINGS
+from tasks.published import fetch
 from tasks.splits import shuffle
 
 PARTS = {"images_background": 964, "images_evaluation": 659}  # characters in each
@@ -29,17 +29,17 @@ def open_omniglot(data_root: Path, form: Form, split: str) -> ImageSet:
     for part, characters in PARTS.items():
         place = _find_part(data_root, part)
         drawings = _list_drawings(place)
-        of_character = defaultdict(list)
+        files = defaultdict(list)  # of each character of this half
         for path, drawing in drawings.items():
-            of_character[f"{part}/{path.rpartition('/')[0]}"].append(drawing)
-        for name, files in of_character.items():
-            if len(files) != OMNIGLOT_DRAWINGS:
+            files[f"{part}/{path.rpartition('/')[0]}"].append(drawing)
+        for name in files:
+            if len(files[name]) != OMNIGLOT_DRAWINGS:
                 raise UsageError(
-                    f"{place}: {name} has {len(files)} drawings, not {OMNIGLOT_DRAWINGS}: fetch it again"
+                    f"{place}: {name} has {len(files[name])} drawings, not {OMNIGLOT_DRAWINGS}: fetch again"
                 )
-        if len(of_character) != characters:
-            raise UsageError(f"{place} has {len(of_character)} characters, not {characters}: fetch it again")
-        classes |= of_character
+        if len(files) != characters:
+            raise UsageError(f"{place} has {len(files)} characters, not {characters}: fetch it again")
+        classes |= files
         sources += [place] if place.is_file() else [place / path for path in drawings]
     splits = split_characters(sorted(classes), split)
     return image_set(data_root / "omniglot-py", classes, splits, form, sources=sources, published=True)

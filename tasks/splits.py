@@ -60,11 +60,11 @@ def as_positions(splits: Mapping[str, Iterable[str]], names: Sequence[str]) -> d
     Raises ValueError where a name is in two splits.
     """
     position = {name: number for number, name in enumerate(names)}
-    found = {split: [position[name] for name in splits.get(split, ())] for split in SPLITS}
-    members = [number for part in found.values() for number in part]
+    positions = {split: [position[name] for name in splits.get(split, ())] for split in SPLITS}
+    members = [number for part in positions.values() for number in part]
     if len(set(members)) < len(members):
         raise ValueError("a class is in two splits")
-    return {split: torch.tensor(part, dtype=torch.int64) for split, part in found.items()}
+    return {split: torch.tensor(part, dtype=torch.int64) for split, part in positions.items()}
 
 
 def all_for_test(count: int) -> dict[str, Tensor]:

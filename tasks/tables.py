@@ -81,8 +81,7 @@ def load_table(
     Args:
         classification: the one target is a class, of any type; otherwise targets are numbers.
         shares: of "train", "validation" and "test" in the tasks of a file without a column "split".
-        missing_targets: for prediction: targets may be missing, and without a task column all rows are one
-        task.
+        missing_targets: for prediction: targets may be missing; without a task column all rows are one task.
 
     Raises UsageError where the file is not there, not readable, or its data is bad.
     """
@@ -95,12 +94,11 @@ def load_table(
     numeric = inputs if classification else (*inputs, *columns.targets)
     file = _File(path, _read(path, header, numeric))
     x = torch.stack([file.numbers(name) for name in inputs], 1)
+    classes: list[str] = []
     if classification:
         classes, y = _sort_classes(*file.names(columns.targets[0], "class", missing=missing_targets))
-        known = y >= 0
     else:
-        classes, y = [], torch.stack([file.numbers(n, missing=missing_targets) for n in columns.targets], 1)
-        known = ~y.isnan().any(1)
+        y = torch.stack([file.numbers(name, missing=missing_targets) for name in columns.targets], 1)
     if one_task:
         tasks, task = ["task"], torch.zeros(len(x), dtype=torch.int64)
     else:
@@ -110,7 +108,7 @@ def load_table(
     return Table(
         x=x[order],
         y=y[order],
-        known=known[order],
+        known=(y >= 0 if classification else ~y.isnan().any(1))[order],
         tasks=tasks,
         count=torch.bincount(task, minlength=len(tasks)),
         classes=classes,

@@ -18,9 +18,9 @@ from PIL import Image
 
 import main
 from common.errors import UsageError
-from tasks import benchmarks, cache, images
-from tasks.benchmarks import open_benchmark
+from tasks import cache, images, published
 from tasks.images import Form, ImageSet, image_files, open_folder, read_images
+from tasks.published import open_benchmark
 from tasks.splits import published_splits
 
 SMALL = Form(6, 1)
@@ -349,7 +349,7 @@ class FakeCIFAR100:
 
 @pytest.mark.parametrize("name", ["cifar-fs", "fc100"])
 def test_cifar_has_the_images_of_each_class_under_its_name(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmarks, "CIFAR_IMAGES", 6)
+    monkeypatch.setattr(published, "CIFAR_IMAGES", 6)
     monkeypatch.setattr(torchvision.datasets, "CIFAR100", FakeCIFAR100)
     found = open_benchmark(name, tmp_path / "data", Form(4, 3))
     assert class_names(found) == published_splits(name) and found.count.tolist() == [6] * 100
