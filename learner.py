@@ -198,6 +198,7 @@ def build_learner(
     init: str = "torch",
     context: int = 0,
     seed: int = 0,
+    fetch_weights: bool = True,
 ) -> nn.Module:
     """Build a learner with fresh weights: the same for a seed, whatever else has drawn random numbers.
 
@@ -209,13 +210,16 @@ def build_learner(
         arguments: further arguments of the factory.
         init: "torch" leaves the weights; "paper" applies `initialise_as_paper`.
         context: size of a context vector that modulates a layer (`heads.add_context`); 0: none.
+        fetch_weights: False leaves out torchvision's trained weights: a checkpoint's will replace them.
 
     Raises:
         UsageError: the factory does not exist, does not take the arguments, or does not return a module.
     """
     factory = load_factory(name)
-    shape = {} if inputs is None else select_accepted(factory, {"inputs": inputs})
-    options = shape | (arguments or {})
+    options = {} if inputs is None else select_accepted(factory, {"inputs": inputs})
+    options |= arguments or {}
+    if not fetch_weights and not is_own_code(name):
+        options = {key: value for key, value in options.items() if key not in ("weights", "pretrained")}
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
         warnings.filterwarnings("ignore", message="Initializing zero-element")  # refused below

@@ -181,17 +181,15 @@ def module_of(
         example: inputs of one task, `[examples, ...]`.
         saved: the checkpoint whose weights will be put in: pretrained ones are not fetched.
     """
-    arguments = parse_arguments(config.learner.learner_args)
-    if saved and config.learner.learner.startswith("torchvision:"):
-        arguments = {k: v for k, v in arguments.items() if k not in ("weights", "pretrained")}
     learner = build_learner(
         config.learner.learner,
         outputs,
         inputs=tree_map(lambda part: tuple(part.shape[1:]), example),
-        arguments=arguments,
+        arguments=parse_arguments(config.learner.learner_args),
         init=config.learner.init,
         context=config.choices.context_size if config.choices.fast_weights == "context" else 0,
         seed=config.training.seed,
+        fetch_weights=saved is None,
     )
     if saved and saved.fixed:
         _restore_fixed(learner, saved.fixed, config.learner.learner)
