@@ -24,7 +24,7 @@ from commands.resolve import what_is_learned
 from common.errors import UsageError, printable
 from common.files import read_json
 from common.own_code import is_own_code
-from evaluation import meta_test, paired
+from evaluation import meta_test, paired, seeds
 from evaluation.meta_test import Evaluation
 from evaluation.style import write_figure
 from evaluation.tables import write_json
@@ -32,6 +32,7 @@ from learners.losses import loss_name
 from tasks.options import FILE_KINDS
 from training.checkpoint import Curve, load_checkpoint
 from training.folders import BEST, LAST, find_checkpoint, find_runs
+from training.run import final_loss
 from training.trainer import VALIDATION_TASKS
 
 MOST_NAMES, LONGEST_NAMES = 3, 100  # sides and characters in a file name
@@ -73,9 +74,10 @@ def compare(call: Call, given: Mapping[str, Any], command: str) -> int:
         print(f"Comparing on {tasks} {call.split} tasks: {what}")
         print(f"  device      {prepare(config, call).describe()}", flush=True)
         sides, records = _measure(runs, call, tasks)
+        trained = paired.trained_runs(sides)
         loss, chosen = loss_name(config.learner.loss), ", none of which chose a checkpoint"
         words = f"{tasks} {call.split} tasks{chosen if call.split == 'validation' else ''}"
-        print(f"\n{paired.settings_table(sides)}\n\n{paired.learning_table(sides, loss)}")
+        print(f"\n{paired.settings_table(sides)}\n\n{seeds.training_table(trained)}")
         print(f"\n{paired.differences_table(sides, loss, words)}")
         result = {
             "command": command,
@@ -85,7 +87,7 @@ def compare(call: Call, given: Mapping[str, Any], command: str) -> int:
             "first_task": _first_task(call),
             "tasks_seed": meta_test.SEED,
             "measure": "accuracy" if sides[0].accuracy else loss,
-            "common_validation_level": paired.common_level(sides),
+            "common_validation_level": seeds.common_level(trained),
             "sides": paired.record(sides),
             "runs": records,
         }
@@ -136,15 +138,29 @@ def _side(
     subject = next(iter(by_seed.values()))
     saved, config = subject.trained, subject.config
     learned = {*what_is_learned(saved), "iterations"} - {"seed"}
-    measure = "query_accuracy" if config.tasks.classification else "query_loss"
-    validation = {seed: curve["validation"] for seed, curve in curves.items()}
+    training = {seed: _summarise_run(name, seed, subject, curves[seed]) for seed, subject in by_seed.items()}
     return paired.Side(
         name,
         in_words(saved, [name for name in meaningful(saved) if name in learned]),
-        {seed: (curve.get("iteration", []), curve.get(measure, [])) for seed, curve in validation.items()},
+        training,
         results,
         config.choices.query_norm,
         config.evaluation.test_steps,
+    )
+
+
+def _summarise_run(name: str, seed: int, subject: Subject, curves: Mapping[str, Curve]) -> seeds.RunSummary:
+    loss, config = final_loss(curves["training"]), subject.config
+    return seeds.RunSummary(
+        name=name,
+        setting=name,
+        seed=seed,
+        iteration=loss["to"] if loss else 0,
+        failure=None,
+        final_training_loss=loss["mean"] if loss else None,
+        measure="query_accuracy" if config.tasks.classification else "query_loss",
+        loss=loss_name(config.learner.loss),
+        validation=curves["validation"],
     )
 
 

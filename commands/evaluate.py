@@ -32,7 +32,7 @@ from common.errors import UsageError
 from common.optimizers import Weights
 from common.processes import World
 from evaluation import meta_test, seeds
-from evaluation.examples import Examples, adapt_examples, examples_figure
+from evaluation.examples import adapt_examples, examples_figure
 from evaluation.figures import evaluation_figure
 from evaluation.meta_test import Evaluation, normalisations_of
 from evaluation.style import write_figure
@@ -43,9 +43,7 @@ from training.checkpoint import Checkpoint, check_same_split, fitting_parameters
 from training.folders import SavedRun, find_runs
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-SHOWN_CURVES = 3  # test tasks in the picture of a regression
+    pass
 
 
 def evaluate(call: Call, given: Mapping[str, Any], command: str, world: World) -> int:
@@ -280,26 +278,21 @@ class Job:
         """Write the result as JSON and as pictures; return the ends of the files' names."""
         record = {"command": command, **self.record(), **evaluation_record(result)}
         write_json(Path(f"{stem}.json"), record)
-        curves, sheet = self._draw_examples()
-        write_figure(Path(f"{stem}.png"), evaluation_figure(result, self.subject.words, curves))
-        if sheet is None:
-            return [".json", ".png"]
-        write_figure(Path(f"{stem}-examples.png"), sheet)
-        return [".json", ".png", "-examples.png"]
-
-    def _draw_examples(self) -> tuple[tuple[Examples, list[int]] | None, Figure | None]:
-        """Return some adapted curves with the steps to show, or a sheet of image tasks."""
         choices, options = self.subject.config.choices, self.subject.config.evaluation
-        trained, last = choices.trained_steps, options.eval_steps
-        subject = (self.maml, self.parameters, self.distribution, "test")
-        adapting: dict[str, Any] = {
-            "normalisation": choices.query_norm,
-            "inner_batch": options.eval_inner_batch,
-        }
-        if self.distribution.kind == "curves":
-            examples = adapt_examples(*subject, tasks=SHOWN_CURVES, steps=last, **adapting)
-            return (examples, sorted({0, min(trained, last), last})), None
-        title = f"test tasks, {self.subject.when}, {task_words(self.subject.config.tasks)}"
-        return None, examples_figure(
-            *subject, steps=choices.steps, test_steps=options.test_steps, title=title, **adapting
+        curves, last = self.distribution.kind == "curves", options.eval_steps
+        examples = adapt_examples(
+            self.maml,
+            self.parameters,
+            self.distribution,
+            "test",
+            steps={min(choices.trained_steps, last), last} if curves else {options.test_steps},
+            normalisation=choices.query_norm,
+            inner_batch=options.eval_inner_batch,
         )
+        figure = evaluation_figure(result, self.subject.words, examples if curves else None)
+        write_figure(Path(f"{stem}.png"), figure)
+        if examples is None or curves:
+            return [".json", ".png"]
+        title = f"test tasks, {self.subject.when}, {task_words(self.subject.config.tasks)}"
+        write_figure(Path(f"{stem}-examples.png"), examples_figure(examples, title))
+        return [".json", ".png", "-examples.png"]

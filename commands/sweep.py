@@ -46,7 +46,7 @@ from common.errors import UsageError
 from common.options import Flag
 from common.processes import World
 from evaluation import seeds
-from evaluation.seeds import Outcome
+from evaluation.seeds import RunSummary
 from evaluation.style import write_figure
 from evaluation.tables import write_json
 from learners.losses import loss_name
@@ -269,7 +269,7 @@ def _train_all(call: Call, members: Sequence[Member], world: World, locks: ExitS
         code = _train_group(group, runs, mine, folder, call, world)
         if code > 128:
             return folder, code
-    outcomes = [outcome_of(member, runs[name]) for name, member in mine.items()]
+    outcomes = [summarise_run(member, runs[name]) for name, member in mine.items()]
     return folder, _report(folder, [one for part in world.gather(outcomes) for one in part], world)
 
 
@@ -374,11 +374,10 @@ def _without_compiling(parts: Assembly, member: Member) -> Assembly:
 # ---- outcome -------------------------------------------------------------------------------------
 
 
-def outcome_of(member: Member, run: Run) -> Outcome:
-    """Return how a run ended; one that failed is no part of a mean over seeds."""
-    finished, progress = run.failure is None, run.progress
-    loss = final_loss(progress.training) if finished else None
-    return Outcome(
+def summarise_run(member: Member, run: Run) -> RunSummary:
+    """Return how a run was trained."""
+    loss, validation = final_loss(run.progress.training), run.progress.validation
+    return RunSummary(
         name=member.name,
         setting=member.setting,
         seed=member.seed,
@@ -387,13 +386,11 @@ def outcome_of(member: Member, run: Run) -> Outcome:
         final_training_loss=loss["mean"] if loss else None,
         measure=run.measure,
         loss=loss_name(member.config.learner.loss),
-        best_validation=run.best_validation if finished else None,
-        best_iteration=progress.best_iteration if finished else None,
-        validation={name: progress.validation.get(name, []) for name in ("iteration", run.measure)},
+        validation={name: validation.get(name, []) for name in ("iteration", run.measure)},
     )
 
 
-def _report(folder: Path, outcomes: Sequence[Outcome], world: World) -> int:
+def _report(folder: Path, outcomes: Sequence[RunSummary], world: World) -> int:
     """Print and write the summary of all runs; return the exit code."""
     failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
     if world.first:

@@ -6,9 +6,9 @@ Drawn of validation tasks while training and of test tasks by --eval, from the s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,15 +25,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CURVES, SHEETS = 4, 3  # tasks in a picture
+TASKS = 3  # in a picture
 
 
 @dataclass(frozen=True)
 class Examples:
-    """A few tasks, on the CPU, and the outputs on their query sets: `[tasks, steps + 1, examples, ...]`."""
+    """A few tasks, on the CPU, and the outputs on their query sets."""
 
     batch: TaskBatch
-    outputs: Tensor
+    outputs: Tensor  # [tasks, shown steps, query examples, ...]
+    steps: list[int]  # numbers of inner steps that are shown, two or three, of which the first is 0
+    ways: int | None  # of image tasks; None: curves
 
 
 def adapt_examples(
@@ -42,95 +44,53 @@ def adapt_examples(
     distribution: TaskDistribution,
     split: str,
     *,
-    tasks: int,
-    steps: int,
+    steps: Collection[int],
     normalisation: str,
     inner_batch: int | None = None,
-) -> Examples:
-    """Adapt to the first tasks of a split; curves are predicted on a dense grid."""
-    batch = distribution.sample_to_draw(split, SEED, tasks)
-    order, keys = randomness_of(split, batch, range(tasks), inner_batch, steps)
-    outputs = maml.predictions(parameters, batch, steps, (normalisation,), order=order, keys=keys)
-    on_cpu = TaskBatch(*(tree_map(Tensor.cpu, tree) for tree in batch))
-    return Examples(on_cpu, first_tensor(outputs[normalisation]).cpu())
+) -> Examples | None:
+    """Adapt to the first tasks of a split, by 0 and these numbers of steps; None for tasks without a picture.
 
-
-def examples_figure(
-    maml: MAML,
-    parameters: Weights,
-    distribution: TaskDistribution,
-    split: str,
-    *,
-    steps: int,
-    test_steps: int,
-    normalisation: str,
-    title: str,
-    inner_batch: int | None = None,
-) -> Figure | None:
-    """Draw tasks of a split before and after adaptation; None for tasks that have no picture.
-
-    Args:
-        steps: inner steps of training, drawn for curves alongside `test_steps`.
+    Curves are predicted on a dense grid.
     """
     if distribution.kind == "other":
         return None
-    curves = distribution.kind == "curves"
-    examples = adapt_examples(
-        maml,
-        parameters,
-        distribution,
-        split,
-        tasks=CURVES if curves else SHEETS,
-        steps=max(steps, test_steps) if curves else test_steps,
-        normalisation=normalisation,
-        inner_batch=inner_batch,
-    )
-    if curves:
-        return fits_figure(examples, sorted({0, steps, test_steps}), title)
-    assert distribution.ways is not None
-    when = f"before and {after_steps(test_steps)}"
-    return tasks_figure(examples, distribution.ways, f"{title}: {when}")
-
-
-# ---- curves ---------------------------------------------------------------------------------
+    batch = distribution.sample_to_draw(split, SEED, TASKS)
+    shown = sorted({0, *steps})
+    order, keys = randomness_of(split, batch, range(TASKS), inner_batch, shown[-1])
+    outputs = maml.predictions(parameters, batch, shown[-1], (normalisation,), order=order, keys=keys)
+    on_cpu = TaskBatch(*(tree_map(Tensor.cpu, tree) for tree in batch))
+    return Examples(on_cpu, first_tensor(outputs[normalisation])[:, shown].cpu(), shown, distribution.ways)
 
 
 @style.styled()
-def fits_figure(examples: Examples, steps: Sequence[int], title: str) -> Figure:
-    """Draw curves before and after adaptation, a panel for each task; `steps` as in `draw_fits`."""
-    tasks = len(examples.outputs)
-    figure = style.new_figure(2.6 * tasks + 0.3, 2.8)
+def examples_figure(examples: Examples, title: str) -> Figure:
+    """Draw tasks before and after adaptation, a panel for each."""
+    title = f"{title}: before and {after_steps(examples.steps[-1])}"
+    if examples.ways is not None:
+        return _draw_images(examples, examples.ways, title)
+    figure = style.new_figure(2.6 * TASKS + 0.3, 2.8)
     figure.suptitle(title)
-    panels = figure.subplots(1, tasks, squeeze=False)[0]
-    draw_fits(panels, examples, steps)
+    panels = figure.subplots(1, TASKS)
+    draw_fits(panels, examples)
     style.add_legend(figure, panels[0])
     return figure
 
 
-def draw_fits(panels: Sequence[Axes], examples: Examples, steps: Sequence[int]) -> None:
-    """Draw the true curve, the support set and the predictions after each of `steps`, a task a panel.
-
-    Args:
-        steps: two or three numbers of inner steps, of which the first is 0.
-    """
+def draw_fits(panels: Sequence[Axes], examples: Examples) -> None:
+    """Draw the true curve, the support set and the predictions after each shown step, a task a panel."""
     first, *later = [(":", style.GREEN), ("--", style.ORANGE), ("-", style.BLUE)]
-    looks = [first, *later[-(len(steps) - 1) :]]  # the last one is solid
+    looks = [first, *later[1 - len(examples.steps) :]]  # the last one is solid
     support_x, support_y, query_x, query_y = (t[..., 0].numpy() for t in examples.batch)
     for task, panel in enumerate(panels):
         x, truth = query_x[task], query_y[task]
         panel.plot(x, truth, color=style.GREY, linewidth=3.5, alpha=0.5, label="true curve")
-        for step, (line, colour) in zip(steps, looks, strict=True):
-            predicted = examples.outputs[task, step, :, 0].numpy()
+        predictions = examples.outputs[task, ..., 0].numpy()
+        for step, predicted, (line, colour) in zip(examples.steps, predictions, looks, strict=True):
             label = after_steps(step) if step else "before adaptation"
             panel.plot(x, predicted, line, color=colour, label=label)
-        points: dict[str, Any] = {
-            "color": style.RED,
-            "edgecolor": style.BACKGROUND,
-            "linewidth": 0.5,
-            "s": 26,
-            "zorder": 3,
-        }
-        panel.scatter(support_x[task], support_y[task], label="support set", **points)
+        panel.scatter(
+            support_x[task], support_y[task], 26, style.RED, linewidth=0.5, label="support set", zorder=3
+        )
         margin = 0.3 * float(truth.max() - truth.min()) + 0.5
         panel.set_ylim(float(truth.min()) - margin, float(truth.max()) + margin)
         panel.set_xlabel("x")
@@ -143,30 +103,25 @@ MOST_WAYS, MOST_SHOTS = 20, 5  # shown of a task
 RIGHT, WRONG = "✓", "✗"
 
 
-@style.styled()
-def tasks_figure(examples: Examples, ways: int, title: str) -> Figure:
-    """Draw image tasks side by side: a row a class, with its support images and its first query image.
+def _draw_images(examples: Examples, ways: int, title: str) -> Figure:
+    """Draw image tasks: a row a class, with its support images and its first query image.
 
     Next to a query is its label before adaptation and after the last step. Marks and lines tell right from
     wrong, not colours alone. The numbers of correct labels are those of all queries of all classes.
     """
-    tasks, rows = len(examples.outputs), min(ways, MOST_WAYS)
+    rows, inch = min(ways, MOST_WAYS), 0.5 if ways <= 10 else 0.42
     shots, queries = (x.shape[1] // ways for x in (examples.batch.support_x, examples.batch.query_x))
     shown = min(shots, MOST_SHOTS)
-    inch = 0.5 if rows <= 10 else 0.42
-    figure = style.new_figure(tasks * (inch * (shown + 1) + 1.5), rows * inch + 1.2)
+    left_out = f"\nshown: {rows} of {ways} classes, {shown} of {shots} shots"
+    figure = style.new_figure(TASKS * (inch * (shown + 1) + 1.5), rows * inch + 1.2)
     figure.suptitle(title)
-    for task, panel in enumerate(figure.subplots(1, tasks, squeeze=False)[0]):
+    for task, panel in enumerate(figure.subplots(1, TASKS)):
         support = examples.batch.support_x[task].unflatten(0, (ways, shots))[:rows, :shown]
         query = examples.batch.query_x[task].unflatten(0, (ways, queries))[:rows, :1]
         labels = examples.outputs[task, [0, -1]].argmax(-1).view(2, ways, queries)
-        correct = (labels == torch.arange(ways)[:, None]).flatten(1).sum(1).tolist()
-        left_out = f"\nshown: {rows} of {ways} classes, {shown} of {shots} shots" * (
-            (rows, shown) != (ways, shots)
-        )
-        panel.set_title(
-            f"correct: {correct[0]} → {correct[1]} of {ways * queries}{left_out}", loc="left", pad=18
-        )
+        before, after = (labels == torch.arange(ways)[:, None]).flatten(1).sum(1).tolist()
+        words = f"correct: {before} → {after} of {ways * queries}"
+        panel.set_title(words + left_out * ((rows, shown) != (ways, shots)), loc="left", pad=18)
         framed = functional.pad(torch.cat([support, query], 1).float(), (1, 1, 1, 1), value=0.4)
         style.draw_images(panel, framed)
         _label_images(panel, labels[:, :rows, 0].T.tolist(), shown)

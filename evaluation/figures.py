@@ -21,17 +21,9 @@ if TYPE_CHECKING:
 
 
 @style.styled()
-def evaluation_figure(
-    evaluation: Evaluation,
-    caption: Caption,
-    fits: tuple[Examples, Sequence[int]] | None = None,
-) -> Figure:
-    """Draw the result over inner steps with its 95 % interval and, for curves, example fits.
-
-    Args:
-        fits: curves, and the inner steps after which their fits are drawn.
-    """
-    tasks = len(fits[0].outputs) if fits else 0
+def evaluation_figure(evaluation: Evaluation, caption: Caption, curves: Examples | None = None) -> Figure:
+    """Draw the result over inner steps with its 95 % interval and, for curves, example fits."""
+    tasks = len(curves.outputs) if curves else 0
     figure = style.new_figure(4.2 + 2.6 * tasks, 3.1)
     figure.suptitle(caption.title)
     panels = figure.subplots(1, 1 + tasks, squeeze=False, width_ratios=[1.5] + [1] * tasks)[0]
@@ -43,10 +35,10 @@ def evaluation_figure(
         draw_over_steps(panels[0], *evaluation.intervals(name), label, number)
     style.set_measure_axis(panels[0], caption.measure(evaluation), accuracy=bool(evaluation.accuracies))
     mark_trained_steps(panels[0], caption.trained_steps)
-    if fits:
-        draw_fits(panels[1:], *fits)
+    if curves:
+        draw_fits(panels[1:], curves)
         style.add_legend(figure, panels[1], "right")
-    style.add_legend(figure, panels[0], "left" if fits else "center")
+    style.add_legend(figure, panels[0], "left" if curves else "center")
     return figure
 
 

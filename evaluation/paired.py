@@ -6,7 +6,6 @@ and the spread over seeds (lowest to highest) are two different things, and are 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -17,14 +16,12 @@ import torch
 from evaluation import style
 from evaluation.figures import draw_over_steps
 from evaluation.meta_test import Evaluation, mean_and_interval
-from evaluation.seeds import Spread, StepResults, spread_text
+from evaluation.seeds import RunSummary, StepResults, draw_training, training_record
 from evaluation.tables import table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Curve = tuple[list[float], list[float]]  # iterations, values
 
 OFF = ("no", "none", "0", "0.0")  # a setting with such a value is as if it were not there
 LONGEST = 40  # characters of a name or a setting in a table
@@ -36,7 +33,7 @@ class Side:
 
     name: str
     settings: Mapping[str, str]  # values in words by flag, without the seed
-    validation: Mapping[int, Curve]  # while training
+    training: Mapping[int, RunSummary]
     evaluations: Mapping[int, Evaluation]  # on the same tasks as all other sides'
     normalisation: str
     steps: int  # inner steps whose result is quoted
@@ -55,6 +52,11 @@ class Side:
     def results(self) -> StepResults:
         """Results over inner steps."""
         return StepResults.over(list(self.evaluations.values()), self.normalisation)
+
+
+def trained_runs(sides: Sequence[Side]) -> list[RunSummary]:
+    """Return how the runs of all sides learned, with the side as their setting."""
+    return [replace(run, setting=side.name) for side in sides for run in side.training.values()]
 
 
 def readings(sides: Sequence[Side]) -> dict[str, list[Side]]:
@@ -134,39 +136,6 @@ def difference(side: Side, first: Side, step: int | None = None) -> Difference:
     return Difference(mean.item(), interval.item(), by_seed, int(kept.sum()), int((~kept).sum()))
 
 
-# ---- learning ------------------------------------------------------------------------------------
-
-
-def common_level(sides: Sequence[Side]) -> float | None:
-    """Return the best validation result that every run has reached; None where one has none."""
-    best = [_best(curve, side.accuracy) for side in sides for curve in side.validation.values()]
-    values = [value for value, _ in filter(None, best)]
-    return (min if sides[0].accuracy else max)(values) if len(values) == len(best) else None
-
-
-def _best(curve: Curve, accuracy: bool) -> tuple[float, float] | None:
-    """Return the best value of a curve and its iteration; None where no value is finite."""
-    points = [(value, iteration) for iteration, value in zip(*curve, strict=True) if math.isfinite(value)]
-    return max(points, key=lambda point: point[0] if accuracy else -point[0], default=None)
-
-
-def learning_of(side: Side, level: float | None) -> dict[str, list[float]]:
-    """Return how each run learned: its length, its best validation, and when it first reached `level`."""
-    curves = [curve for curve in side.validation.values() if curve[0]]
-    best = [point for curve in curves if (point := _best(curve, side.accuracy))]
-    sign = 1 if side.accuracy else -1
-    return {
-        "validated_until": [iterations[-1] for iterations, _ in curves],
-        "best_validation": [value for value, _ in best],
-        "best_iteration": [iteration for _, iteration in best],
-        "reaches_common_level": [
-            next(iteration for iteration, value in zip(*curve, strict=True) if sign * value >= sign * level)
-            for curve in curves
-            if level is not None
-        ],
-    }
-
-
 # ---- tables --------------------------------------------------------------------------------------
 
 
@@ -194,27 +163,6 @@ def settings_table(sides: Sequence[Side]) -> str:
         return "All settings are the same."
     columns = [(flag, [_shorten(side.settings.get(flag, "-")) for side in sides]) for flag in flags]
     return table([("", [side.short_name for side in sides]), *columns])
-
-
-def learning_table(sides: Sequence[Side], loss_name: str) -> str:
-    """Return how each side learned, a row a side."""
-    level = common_level(sides)
-    measure, scale, digits = _units(sides, loss_name)
-    rows = [learning_of(side, level) for side in sides]
-
-    def column(name: str, scale: float = 1, digits: int = 0) -> list[str]:
-        return [spread_text(row[name], scale, digits) for row in rows]
-
-    columns = [
-        ("", [side.short_name for side in sides]),
-        ("runs", [str(len(side.evaluations)) for side in sides]),
-        ("validated until", column("validated_until")),
-        (f"best validation {measure}", column("best_validation", scale, digits)),
-        ("at iteration", column("best_iteration")),
-    ]
-    if level is not None:
-        columns.append((f"first at {scale * level:.{digits}f}", column("reaches_common_level")))
-    return table(columns)
 
 
 def differences_table(sides: Sequence[Side], loss_name: str, tasks: str) -> str:
@@ -268,14 +216,15 @@ def differences_table(sides: Sequence[Side], loss_name: str, tasks: str) -> str:
 
 def record(sides: Sequence[Side]) -> list[dict[str, Any]]:
     """Return the numbers behind tables and picture, and each task's result after the quoted steps."""
-    level, differing = common_level(sides), differing_settings(sides)
+    differing = differing_settings(sides)
+    learning = training_record(trained_runs(sides))["settings"]
     return [
         {
             "name": side.name,
             "steps": side.steps,
             "seeds": list(side.evaluations),
             "differing_settings": {f: v for f, v in side.settings.items() if f in differing},
-            "learning": {n: asdict(Spread.over(v)) for n, v in learning_of(side, level).items() if v},
+            "learning": learning[side.name],
             "results": {
                 words: _record_results(compared[number], compared[0])
                 for words, compared in readings(sides).items()
@@ -314,12 +263,10 @@ def figure(sides: Sequence[Side], loss_name: str, title: str) -> Figure:
     top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
     learning, steps = top.subplots(1, 2)
     for number, side in enumerate(sides):
-        _draw_learning(learning, side, number)
         mean = side.results.means.mean(1)
         draw_over_steps(steps, mean, side.results.intervals, side.short_name, number)
         steps.plot([side.steps], [mean[side.steps]], **style.curve_style(number) | {"markersize": 7})
-    style.set_iteration_axis(learning)
-    style.set_measure_axis(learning, f"validation {measure} while training", accuracy=accuracy)
+    draw_training(learning, trained_runs(sides))
     style.set_measure_axis(steps, f"query {measure} on these tasks", accuracy=accuracy)
     better = "right" if accuracy else "left"
     panel = bottom.subplots()
@@ -328,17 +275,6 @@ def figure(sides: Sequence[Side], loss_name: str, title: str) -> Figure:
     )
     _draw_differences(panel, sides)
     return figure
-
-
-def _draw_learning(panel: Axes, side: Side, number: int) -> None:
-    """Draw the mean over seeds at the iterations that all have, and a band from the lowest to the highest."""
-    curves = [dict(zip(*curve, strict=True)) for curve in side.validation.values()]
-    iterations = sorted(set.intersection(*(set(curve) for curve in curves)))
-    spreads = [Spread.over([curve[iteration] for curve in curves]) for iteration in iterations]
-    look = style.curve_style(number)
-    panel.plot(iterations, [spread.mean for spread in spreads], **look | {"linewidth": 1.2})
-    low, high = [spread.lowest for spread in spreads], [spread.highest for spread in spreads]
-    panel.fill_between(iterations, low, high, color=look["color"], alpha=0.15, linewidth=0)
 
 
 def _draw_differences(panel: Axes, sides: Sequence[Side]) -> None:

@@ -6,6 +6,7 @@ over test tasks are two different things, and are reported apart.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,23 +25,6 @@ if TYPE_CHECKING:
 
 ALL = "all"  # name of the only setting
 MOST_COLUMNS = 3  # settings that a table has as columns; more are rows
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How the training of one run ended."""
-
-    name: str
-    setting: str  # "" if there is but one
-    seed: int
-    iteration: int
-    failure: str | None
-    final_training_loss: float | None
-    measure: str  # of validation, "query_accuracy" or "query_loss"
-    loss: str  # name of the loss
-    best_validation: float | None
-    best_iteration: int | None
-    validation: dict[str, list[float]]  # curves by name: "iteration" and the measure
 
 
 @dataclass(frozen=True)
@@ -74,72 +58,117 @@ def spread_text(values: Sequence[float], scale: float, digits: int) -> str:
 # ---- training ------------------------------------------------------------------------------------
 
 
-def by_setting(runs: Sequence[Outcome]) -> dict[str, list[Outcome]]:
-    """Group runs by their setting."""
-    groups: dict[str, list[Outcome]] = {}
+@dataclass(frozen=True)
+class RunSummary:
+    """How one run was trained."""
+
+    name: str
+    setting: str  # "" if there is but one
+    seed: int
+    iteration: int
+    failure: str | None  # a run that failed is no part of a mean over seeds
+    final_training_loss: float | None
+    measure: str  # of validation, "query_accuracy" or "query_loss"
+    loss: str  # name of the loss
+    validation: dict[str, list[float]]  # curves by name: "iteration" and the measure
+
+    @property
+    def curve(self) -> tuple[list[float], list[float]]:
+        """Validation while training: iterations and values."""
+        return self.validation.get("iteration", []), self.validation.get(self.measure, [])
+
+    def reaches(self, value: float, level: float) -> bool:
+        """Return whether a value is as good as a level."""
+        return value >= level if self.measure == "query_accuracy" else value <= level
+
+    def facts(self, level: float | None = None) -> dict[str, Any]:
+        """Return final training loss, best validation, and the iteration that first reached `level`."""
+        points = [(v, i) for i, v in zip(*self.curve, strict=True) if math.isfinite(v)]
+        pick = max if self.measure == "query_accuracy" else min
+        value, iteration = pick(points, key=lambda point: point[0], default=(None, None))
+        reached = next((i for v, i in points if level is not None and self.reaches(v, level)), None)
+        facts = {"final_training_loss": self.final_training_loss, "best_validation": value}
+        facts |= {"best_iteration": iteration, "reaches_common_level": reached}
+        return facts if self.failure is None else dict.fromkeys(facts)
+
+
+def common_level(runs: Sequence[RunSummary]) -> float | None:
+    """Return the best validation result that every run has reached; None where one has none."""
+    best = [run.facts()["best_validation"] for run in runs]
+    worst = min if runs[0].measure == "query_accuracy" else max
+    return None if None in best else worst(best)
+
+
+def _facts_by_setting(runs: Sequence[RunSummary]) -> dict[str, dict[str, list[float]]]:
+    """Return the facts of the runs that have them, by setting and name."""
+    level = common_level(runs)
+    groups: dict[str, dict[str, list[float]]] = {}
     for run in runs:
-        groups.setdefault(run.setting or ALL, []).append(run)
+        group = groups.setdefault(run.setting or ALL, {})
+        for name, value in run.facts(level).items():
+            group.setdefault(name, []).extend([] if value is None else [value])
     return groups
 
 
-def _values(runs: Sequence[Outcome], name: str) -> list[float]:
-    """Return a number of each run that has it."""
-    values = (getattr(run, name) for run in runs)
-    return [value for value in values if value is not None]
-
-
-def _measure(runs: Sequence[Outcome]) -> tuple[bool, str]:
+def _measure(runs: Sequence[RunSummary]) -> tuple[bool, str]:
     """Return whether validation measures accuracy, and the name of the measure."""
     if runs[0].measure == "query_accuracy":
         return True, "accuracy"
     return False, runs[0].loss if len({run.loss for run in runs}) == 1 else "loss"
 
 
-def training_table(runs: Sequence[Outcome]) -> str:
-    """Return the final training loss and the best validation of each setting, over its seeds."""
-    groups = by_setting(runs)
+def training_table(runs: Sequence[RunSummary]) -> str:
+    """Return how the runs of each setting learned: final training loss and best validation, over their seeds."""
+    groups, level = _facts_by_setting(runs), common_level(runs)
     accuracy, name = _measure(runs)
-    finished = [(sum(run.failure is None for run in group), len(group)) for group in groups.values()]
+    units = (100, 2) if accuracy else (1, 4)
 
-    def column(heading: str, name: str, scale: float, digits: int) -> Column:
-        return heading, [spread_text(_values(group, name), scale, digits) for group in groups.values()]
+    def column(heading: str, name: str, scale: float = 1, digits: int = 0) -> Column:
+        return heading, [spread_text(facts[name], scale, digits) for facts in groups.values()]
 
+    failures = [[run.failure for run in runs if (run.setting or ALL) == setting] for setting in groups]
+    counts = [(group.count(None), len(group)) for group in failures]
     columns = [
-        ("setting", list(groups)),
-        ("runs", [f"{n}" if n == count else f"{n} of {count}" for n, count in finished]),
+        ("", ["" if setting == ALL else setting for setting in groups]),
+        ("runs", [f"{n}" if n == count else f"{n} of {count}" for n, count in counts]),
         column("training loss", "final_training_loss", 1, 4),
-        column(
-            f"best validation {name}{' %' * accuracy}", "best_validation", *((100, 2) if accuracy else (1, 4))
-        ),
-        column("at iteration", "best_iteration", 1, 0),
+        column(f"best validation {name}{' %' * accuracy}", "best_validation", *units),
+        column("at iteration", "best_iteration"),
     ]
-    shown = columns[1:] if list(groups) == [ALL] else columns
-    return f"{table(shown)}\nMean over runs that differ in their seed (lowest to highest)."
+    if level is not None and len(runs) > 1:
+        columns.append(column(f"first at {units[0] * level:.{units[1]}f}", "reaches_common_level"))
+    return table(columns)
 
 
-def training_record(runs: Sequence[Outcome]) -> dict[str, Any]:
+def training_record(runs: Sequence[RunSummary]) -> dict[str, Any]:
     """Return the numbers behind the table, and the runs behind the numbers."""
-    names = ("final_training_loss", "best_validation", "best_iteration")
     settings = {
-        setting: {n: asdict(Spread.over(_values(group, n))) for n in names if _values(group, n)}
-        for setting, group in by_setting(runs).items()
+        setting: {name: asdict(Spread.over(values)) for name, values in facts.items() if values}
+        for setting, facts in _facts_by_setting(runs).items()
     }
-    return {"settings": settings, "runs": [asdict(run) for run in runs]}
+    level = common_level(runs)
+    records = [asdict(run) | run.facts(level) for run in runs]
+    return {"common_validation_level": level, "settings": settings, "runs": records}
 
 
 @style.styled()
-def training_figure(runs: Sequence[Outcome]) -> Figure:
+def training_figure(runs: Sequence[RunSummary]) -> Figure:
     """Draw validation over iterations: each run, and the mean of each setting."""
     figure = style.new_figure(6.5, 3.6)
     panel = figure.subplots()
-    for number, (setting, group) in enumerate(by_setting(runs).items()):
-        curves = [(run.validation["iteration"], run.validation[run.measure]) for run in group]
-        _draw_runs(panel, number, setting, curves)
+    draw_training(panel, runs)
+    style.add_legend(figure, panel)
+    return figure
+
+
+def draw_training(panel: Axes, runs: Sequence[RunSummary]) -> None:
+    """Draw validation over iterations: each run as a thin line, and the mean of each setting."""
+    for number, setting in enumerate(dict.fromkeys(run.setting for run in runs)):
+        curves = [run.curve for run in runs if run.setting == setting]
+        _draw_runs(panel, number, setting or ALL, curves)
     accuracy, name = _measure(runs)
     style.set_iteration_axis(panel)
     style.set_measure_axis(panel, f"validation {name}", accuracy=accuracy)
-    style.add_legend(figure, panel)
-    return figure
 
 
 def _draw_runs(

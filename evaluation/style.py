@@ -55,6 +55,7 @@ SETTINGS: dict[Any, Any] = {  # of matplotlib
     "legend.framealpha": 0.85,
     "lines.linewidth": 1.6,
     "lines.markersize": 3.5,
+    "scatter.edgecolors": BACKGROUND,
     "text.parse_math": False,  # names of files and classes may contain a dollar sign
     "figure.constrained_layout.h_pad": MARGIN,
     "figure.constrained_layout.w_pad": MARGIN,

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common.batch import TaskBatch
+from common.choices import Choices
 from common.processes import World
 from dataset import Sinusoid
 from evaluation import meta_test
@@ -36,11 +37,12 @@ class Blobs:
 def classifier(**choices: object) -> MAML:
     torch.manual_seed(0)
     layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)]
-    return MAML(nn.Sequential(*layers), F.cross_entropy, inner_lr=0.05, **choices)
+    return MAML(nn.Sequential(*layers), F.cross_entropy, Choices(inner_lr=0.05, **choices))
 
 
-def regressor(**choices: object) -> MAML:
-    return MAML(build_learner("mlp", 1, init="torch", seed=0), F.mse_loss, inner_lr=0.01, **choices)
+def regressor(tasks_at_once: int | None = None) -> MAML:
+    network = build_learner("mlp", 1, init="torch", seed=0)
+    return MAML(network, F.mse_loss, Choices(inner_lr=0.01), tasks_at_once=tasks_at_once)
 
 
 def measured(
@@ -79,14 +81,14 @@ def test_chunks_processes_and_skipped_tasks_change_no_number(monkeypatch):
     torch.testing.assert_close(chunked, whole)
     last = measured(regressor(), tasks=2, skipped=4).losses["transductive"]
     torch.testing.assert_close(last, whole[4:])
-    monkeypatch.setattr(World, "summed", lambda self, tensor, patiently: lambda: tensor)
+    monkeypatch.setattr(World, "start_sum", lambda self, tensor, patiently: lambda: tensor)
     shares = [measured(regressor(tasks_at_once=2), world=World(rank, 2)).losses for rank in (0, 1)]
     torch.testing.assert_close(sum(share["transductive"] for share in shares), whole)
     assert all((share["transductive"] == 0).any() for share in shares)
 
 
 def test_both_readings_of_batch_norm_and_the_running_statistics_are_measured():
-    maml = classifier(steps=2, normalisation="per-step")
+    maml = classifier(steps=2, batch_norm="per-step")
     statistics = maml.initial_statistics()
     names = meta_test.normalisations_of(maml, statistics, "per-step")
     assert names == ("transductive", "inductive", "per-step")
@@ -106,19 +108,16 @@ def test_an_evaluation_can_be_interrupted_before_a_chunk():
 
 
 def test_examples_are_the_tasks_that_are_measured_and_curves_have_a_dense_grid():
-    maml = regressor()
+    maml, source = regressor(), Sinusoid(5, 10)
     how = {"normalisation": "transductive"}
-    examples = adapt_examples(
-        maml, maml.initial_parameters(), Sinusoid(5, 10), "test", tasks=2, steps=1, **how
-    )
-    x = examples.batch.query_x[0, :, 0]
-    assert len(x) == 200 and (x.diff() > 0).all() and examples.outputs.shape == (2, 2, 200, 1)
-    batch = Sinusoid(5, 10).sample("test", meta_test.SEED, 0, range(2))
-    assert torch.equal(examples.batch.support_x, batch.support_x)
-    sheet = classifier()
-    figure = examples_figure(
-        sheet, sheet.initial_parameters(), Blobs(), "test", steps=1, test_steps=2, title="tasks", **how
-    )
+    curves = adapt_examples(maml, maml.initial_parameters(), source, "test", steps={3, 1}, **how)
+    x = curves.batch.query_x[0, :, 0]
+    assert len(x) == 200 and (x.diff() > 0).all()
+    assert curves.steps == [0, 1, 3] and curves.outputs.shape == (3, 3, 200, 1)
+    assert torch.equal(curves.batch.support_x, source.sample("test", meta_test.SEED, 0, range(3)).support_x)
+    maml = classifier()
+    images = adapt_examples(maml, maml.initial_parameters(), Blobs(), "test", steps={2}, **how)
+    figure = examples_figure(images, "tasks")
     assert figure.get_suptitle() == "tasks: before and after 2 steps" and len(figure.axes) == 3
 
 

@@ -11,7 +11,7 @@ from torch import nn
 import main
 from common.batch import TaskBatch
 from evaluation import style
-from evaluation.examples import Examples, fits_figure, tasks_figure
+from evaluation.examples import Examples, examples_figure
 from evaluation.figures import evaluation_figure, learning_figure
 from evaluation.meta_test import Evaluation
 from evaluation.predictions import Prediction, predictions_figure
@@ -113,28 +113,26 @@ def test_the_picture_of_learning_has_both_curves():
 
 
 def test_fits_show_the_steps_that_were_asked_for():
-    x = torch.linspace(-1, 1, 7).view(1, 7, 1)
-    examples = Examples(
-        TaskBatch(x[:, :2], x[:, :2], x, x.sin()), torch.arange(4.0).view(1, 4, 1, 1).expand(1, 4, 7, 1)
-    )
-    (panel,) = fits_figure(examples, [0, 3], "title").axes
+    x = torch.linspace(-1, 1, 7).expand(3, 7)[..., None]
+    outputs = torch.tensor([0.0, 3.0])[:, None, None].expand(3, 2, 7, 1)
+    examples = Examples(TaskBatch(x[:, :2], x[:, :2], x, x.sin()), outputs, steps=[0, 3], ways=None)
+    panel, *_ = examples_figure(examples, "title").axes
     assert [line.get_label() for line in panel.lines] == ["true curve", "before adaptation", "after 3 steps"]
     assert [line.get_ydata()[0] for line in panel.lines] == [pytest.approx(x.sin()[0, 0, 0]), 0.0, 3.0]
 
 
 def sheet(ways: int, shots: int, queries: int, size: int = 4):
-    """One task whose answers are all wrong before, and right after except for class 1."""
-    support, query = (torch.rand(1, ways * count, 1, size, size) for count in (shots, queries))
+    """Three tasks whose labels are all wrong before, and right after except for class 1."""
+    support, query = (torch.rand(3, ways * count, 1, size, size) for count in (shots, queries))
     labels = torch.arange(ways).repeat_interleave(queries)
     before, after = (labels + 1) % ways, torch.where(labels == 1, 0, labels)
-    outputs = nn.functional.one_hot(torch.stack([before, labels, after])[None], ways).float()
-    return tasks_figure(
-        Examples(TaskBatch(support, labels[None], query, labels[None]), outputs), ways, "title"
-    )
+    outputs = nn.functional.one_hot(torch.stack([before, after]), ways).float().expand(3, -1, -1, -1)
+    batch = TaskBatch(support, labels.expand(3, -1), query, labels.expand(3, -1))
+    return examples_figure(Examples(batch, outputs, steps=[0, 2], ways=ways), "title")
 
 
 def test_a_task_sheet_marks_each_label_by_more_than_colour():
-    (panel,) = sheet(3, 2, 1).axes
+    panel, *_ = sheet(3, 2, 1).axes
     words = [text.get_text() for text in panel.texts]
     assert [word for word in words if word[-1] in "✓✗"] == ["1 ✗", "0 ✓", "2 ✗", "0 ✗", "0 ✗", "2 ✓"]
     assert panel.get_title(loc="left") == "correct: 0 → 2 of 3"
@@ -142,7 +140,7 @@ def test_a_task_sheet_marks_each_label_by_more_than_colour():
 
 
 def test_a_task_sheet_says_what_it_leaves_out_and_counts_it_nevertheless():
-    (panel,) = sheet(25, 7, 4).axes
+    panel, *_ = sheet(25, 7, 4).axes
     title = panel.get_title(loc="left")
     assert title == "correct: 0 → 96 of 100\nshown: 20 of 25 classes, 5 of 7 shots"
     assert sum(text.get_text()[-1] in "✓✗" for text in panel.texts) == 20 * 2

@@ -9,12 +9,15 @@ from torch import Tensor
 from evaluation import paired, style
 from evaluation.meta_test import Evaluation
 from evaluation.paired import Difference, Side
+from evaluation.seeds import RunSummary
 
 
-def side(name: str, *losses: Tensor, curve: paired.Curve = ([1.0, 2.0], [3.0, 2.0]), **settings: str) -> Side:
+def side(name: str, *losses: Tensor, **settings: str) -> Side:
     """A side of as many seeds, with losses `[tasks, steps + 1]` and one inner step quoted."""
     evaluations = {seed: Evaluation({"transductive": loss.double()}, {}) for seed, loss in enumerate(losses)}
-    return Side(name, settings, dict.fromkeys(evaluations, curve), evaluations, "transductive", 1)
+    curves = {"iteration": [1.0, 2.0], "query_loss": [3.0, 2.0]}
+    run = RunSummary(name, "", 0, 2, None, 2.0, "query_loss", "MSE", curves)
+    return Side(name, settings, dict.fromkeys(evaluations, run), evaluations, "transductive", 1)
 
 
 def losses(after: Tensor) -> Tensor:
@@ -88,27 +91,6 @@ def test_sides_with_different_normalisations_are_compared_as_trained_and_with_ea
     assert list(paired.readings([one, one])) == ["transductive, as trained", "inductive"]
 
 
-# ---- learning and settings --------------------------------------------------------------------
-
-
-def test_learning_is_compared_at_the_level_that_every_run_reaches():
-    fast = side("fast", losses(AFTER), curve=([1.0, 2.0, 3.0], [2.0, 1.0, 0.5]))
-    slow = side("slow", losses(AFTER), curve=([1.0, 2.0, 3.0], [3.0, float("nan"), 1.5]))
-    level = paired.common_level([fast, slow])
-    assert level == 1.5
-    assert paired.learning_of(fast, level)["reaches_common_level"] == [2.0]
-    assert paired.learning_of(slow, level)["best_iteration"] == [3.0]
-    never = side("never", losses(AFTER), curve=([], []))
-    assert paired.common_level([fast, never]) is None
-    assert paired.learning_table([fast, never], "MSE").splitlines()[-1].split() == [
-        "never",
-        "1",
-        "-",
-        "-",
-        "-",
-    ]
-
-
 def test_settings_differ_unless_both_are_off():
     one = side("one", losses(AFTER), **{"--first-order": "no", "--noise": "0.0", "--steps": "1"})
     other = side("other", losses(AFTER), **{"--steps": "5", "--noise": "none"})
@@ -123,6 +105,7 @@ def test_the_record_has_the_numbers_of_tables_and_picture():
     first, other = side("first", losses(AFTER)), side("other", losses(AFTER + 0.1))
     (_, record) = paired.record([first, other])
     (results,) = record["results"].values()
+    assert record["learning"]["best_validation"]["mean"] == 2.0
     assert results["difference"]["mean"] == pytest.approx(0.1) and results["difference"]["excludes_0"]
     assert [row["mean"] for row in results["difference_per_step"]] == [0.0, pytest.approx(0.1)]
     assert results["per_step"][1]["mean"] == pytest.approx(AFTER.mean().item() + 0.1)

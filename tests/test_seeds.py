@@ -9,22 +9,23 @@ import torch
 
 from evaluation import seeds, style
 from evaluation.meta_test import Evaluation
-from evaluation.seeds import Outcome, Spread
+from evaluation.seeds import RunSummary, Spread
 from evaluation.tables import Caption
 
 
-def outcome(setting: str, seed: int, loss: float | None, best: float | None, curve: list[float]) -> Outcome:
+def run(setting: str, seed: int, loss: float | None, curve: list[float], **changes: object) -> RunSummary:
     validation = {"iteration": [10.0 * (n + 1) for n in range(len(curve))], "query_loss": curve}
-    best_iteration = None if best is None else 10 * (seed + 1)
-    name = f"{setting}_seed-{seed}"
-    return Outcome(name, setting, seed, 20, None, loss, "query_loss", "MSE", best, best_iteration, validation)
+    summary = RunSummary(
+        f"{setting}_seed-{seed}", setting, seed, 20, None, loss, "query_loss", "MSE", validation
+    )
+    return replace(summary, **changes)
 
 
-OUTCOMES = [
-    outcome("a-1", 0, 1.0, 0.5, [0.5, 0.75]),
-    outcome("a-1", 1, 3.0, 0.25, [1.0, 0.25]),
-    outcome("a-2", 0, None, None, []),
-    outcome("a-2", 1, 2.0, math.nan, [math.nan]),
+RUNS = [
+    run("a-1", 0, 1.0, [0.5, 0.75]),
+    run("a-1", 1, 3.0, [1.0, 0.25]),
+    run("a-2", 0, None, []),
+    run("a-2", 1, 2.0, [math.nan]),
 ]
 
 
@@ -48,32 +49,48 @@ def test_a_spread_has_the_mean_and_the_ends_and_is_nan_where_one_value_is():
 
 
 def test_the_table_of_training_has_a_row_a_setting():
-    heading, first, second, _ = seeds.training_table(OUTCOMES).splitlines()
-    assert cells(heading) == ["setting", "runs", "training loss", "best validation MSE", "at iteration"]
+    heading, first, second = seeds.training_table(RUNS).splitlines()
+    assert cells(heading) == ["runs", "training loss", "best validation MSE", "at iteration"]
     spread = ["2.0000 (1.0000 to 3.0000)", "0.3750 (0.2500 to 0.5000)", "15 (10 to 20)"]
     assert cells(first) == ["a-1", "2", *spread]
-    assert cells(second) == ["a-2", "2", "2.0000", "nan", "20"]
+    assert cells(second) == ["a-2", "2", "2.0000", "-", "-"]
+
+
+def test_runs_are_compared_at_the_level_that_all_of_them_reach():
+    slow, fast = run("slow", 0, 1.0, [3.0, math.nan, 1.5]), run("fast", 0, 1.0, [2.0, 1.0, 0.5])
+    assert seeds.common_level([slow, fast]) == 1.5
+    heading, *rows = seeds.training_table([slow, fast]).splitlines()
+    assert cells(heading)[-1] == "first at 1.5000" and [cells(row)[-1] for row in rows] == ["30", "20"]
+    assert seeds.common_level([slow, run("never", 0, 1.0, [])]) is None
+    accuracies = {
+        "measure": "query_accuracy",
+        "validation": {"iteration": [1, 2, 3], "query_accuracy": [0.2, 0.9, 0.6]},
+    }
+    assert seeds.common_level([run("", 0, 1.0, [], **accuracies)]) == 0.9
 
 
 def test_the_table_of_training_says_what_was_measured_and_how_many_runs_ended():
-    accuracies = [replace(run, setting="", measure="query_accuracy") for run in OUTCOMES[:2]]
-    table = seeds.training_table(accuracies)
-    assert "best validation accuracy %" in table and "37.50 (25.00 to 50.00)" in table
-    assert "setting" not in table  # there is but one
-    failed = [OUTCOMES[0], replace(OUTCOMES[1], failure="iteration 7: ...", loss="Huber")]
-    assert "1 of 2" in seeds.training_table(failed) and "best validation loss" in seeds.training_table(failed)
+    validation = {"iteration": [10, 20], "query_accuracy": [0.5, 0.25]}
+    table = seeds.training_table([run("", 0, 1.0, [], measure="query_accuracy", validation=validation)])
+    assert "best validation accuracy %" in table and "50.00" in table
+    failed = [RUNS[0], replace(RUNS[1], failure="iteration 7: ...", loss="Huber")]
+    table = seeds.training_table(failed)
+    assert "1 of 2" in table and "best validation loss" in table and "3.0000" not in table
 
 
 def test_the_record_of_training_groups_the_runs_by_setting():
-    record = seeds.training_record(OUTCOMES)
+    record = seeds.training_record(RUNS)
     assert record["settings"]["a-1"]["final_training_loss"]["mean"] == 2.0
     assert record["settings"]["a-1"]["best_iteration"]["highest"] == 20
     assert record["settings"]["a-2"]["final_training_loss"]["runs"] == 1
-    assert [run["name"] for run in record["runs"]] == [run.name for run in OUTCOMES]
+    assert [(r["name"], r["best_validation"]) for r in record["runs"]][:2] == [
+        ("a-1_seed-0", 0.5),
+        ("a-1_seed-1", 0.25),
+    ]
 
 
 def test_the_picture_of_training_has_each_run_and_the_mean_of_each_setting():
-    figure = seeds.training_figure([*OUTCOMES[:2], outcome("a-2", 0, 1.0, 0.5, [0.5])])
+    figure = seeds.training_figure([*RUNS[:2], run("a-2", 0, 1.0, [0.5])])
     (panel,) = figure.axes
     drawn = [line.get_ydata().tolist() for line in panel.lines]
     assert drawn == [[0.5, 0.75], [1.0, 0.25], [0.75, 0.5], [0.5], [0.5]]

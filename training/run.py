@@ -22,7 +22,7 @@ from common.errors import reason_of
 from common.optimizers import Weights
 from common.options import Flag
 from common.processes import World
-from evaluation.examples import examples_figure
+from evaluation.examples import adapt_examples, examples_figure
 from evaluation.figures import learning_figure
 from evaluation.meta_test import evaluate
 from evaluation.options import EvaluationOptions
@@ -212,20 +212,20 @@ class Run:
         """Draw validation tasks before and after adaptation, where there is a picture of them."""
         if not self.writes:
             return
-        figure = examples_figure(
+        examples = adapt_examples(
             maml,
             self.parameters,
             distribution,
             "validation",
-            steps=self.choices.steps,
-            test_steps=self.evaluation.test_steps,
+            steps={self.choices.steps, self.evaluation.test_steps},
             normalisation=self.choices.query_norm,
             inner_batch=self.evaluation.eval_inner_batch,
-            title=f"validation tasks, iteration {self.iteration:,}",
         )
+        if examples is None:
+            return
+        figure = examples_figure(examples, f"validation tasks, iteration {self.iteration:,}")
         try:
-            if figure is not None:
-                self.log.figure("examples", figure, self.iteration, self.folder / "examples.png")
+            self.log.figure("examples", figure, self.iteration, self.folder / "examples.png")
         except OSError as error:
             tqdm.write(f"examples.png could not be written ({reason_of(error)})", file=sys.stderr)
 
