@@ -37,7 +37,7 @@ from evaluation.style import write_figure
 from evaluation.tables import evaluation_record, write_json
 from tasks.options import CURVES
 from training.checkpoint import load_checkpoint
-from training.folders import LAST, lock_folder
+from training.folders import LAST, find_runs, lock_folder
 
 RATES = {
     "sgd": (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
@@ -70,9 +70,13 @@ class InterruptedBySignalError(Exception):
 
 def baselines(call: Call, given: Mapping[str, Any], command: str, world: World) -> int:
     """Measure a checkpoint and its baselines on the same test tasks; return the exit code."""
+    assert call.load is not None
+    with world.together():
+        if find_runs(call.load):
+            raise UsageError("--baselines accompanies one run: name its checkpoint")
     job, result, stem = evaluate_one(call, given, command, world)
     subject, config = job.subject, job.subject.config
-    assert call.load is not None and subject.source is not None
+    assert subject.source is not None
     algorithm = config.choices.algorithm
     try:
         others = measure_baselines(subject.trained, config, call, job.runtime, call.load.parent / "baselines")

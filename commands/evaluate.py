@@ -93,8 +93,6 @@ def evaluate_runs(
     """Measure many runs on the same test tasks: each by itself, and mean and spread over seeds."""
     folder = runs[0].file.parent.parent
     with world.together():
-        if call.baselines:
-            raise UsageError("--baselines accompanies one run: name its checkpoint")
         subjects = [Subject.read(run.file, call, given) for run in runs]
         evaluations = {(s.config.evaluation.eval_steps, s.config.evaluation.eval_tasks) for s in subjects}
         if len(evaluations) > 1:

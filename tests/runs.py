@@ -1,16 +1,19 @@
 """Helpers of the tests that train: a command line in this process, its curves, and two runs compared."""
 
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import ROOT
 
 import main
 from training.checkpoint import load_checkpoint
 from training.folders import BEST, LAST
+from training.trainer import Trainer
 
 
 def command(*arguments: object) -> int:
@@ -58,3 +61,15 @@ def assert_same_run(a: Path, b: Path) -> None:
     for name in (LAST, BEST):
         assert_same_bits(vars(load_checkpoint(a / name)), vars(load_checkpoint(b / name)), name)
     assert curves(a) == curves(b)
+
+
+def stop_at(iteration: int, patch: pytest.MonkeyPatch) -> None:
+    """Let Ctrl-C come in that iteration, from 1, of every run."""
+    step = Trainer.step
+
+    def interrupted(self: Trainer) -> None:
+        if self.iteration + 1 == iteration:
+            self.stop.signal = signal.SIGINT
+        step(self)
+
+    patch.setattr(Trainer, "step", interrupted)

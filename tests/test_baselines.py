@@ -2,12 +2,11 @@
 
 import json
 import math
-import signal
 from pathlib import Path
 
 import pytest
 import torch
-from runs import command
+from runs import command, stop_at
 
 from commands import baselines
 from commands.call import Call
@@ -106,15 +105,8 @@ def test_a_stopped_baseline_is_resumed_and_follows_a_longer_run(tmp_path, monkey
     last = train(tmp_path, "run")
     pretrained = tmp_path / "run" / "baselines" / "pretrained" / "last.pt"
     line = ["--eval", "--baselines", "--load", last, "--eval-tasks", 5]
-    plain = trainer.Trainer.step
-
-    def step(self):
-        if self.iteration == 4:
-            self.stop.signal = signal.SIGINT
-        return plain(self)
-
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "step", step)
+        stop_at(5, patch)
         assert command(*line) == 130
     assert "To resume: the same command" in capsys.readouterr().out
     assert load_checkpoint(pretrained).iteration == 5

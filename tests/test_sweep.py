@@ -1,0 +1,372 @@
+"""--seeds and --sweep: each run is the run alone; in groups, stopped, resumed, joined and refused."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, write_classes
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from runs import assert_same_bits, command, curves, stop_at
+
+from commands import sweep
+from commands.call import Call
+from commands.presets import ALGORITHMS
+from common.errors import UsageError
+from training import trainer
+from training.checkpoint import load_checkpoint
+from training.folders import BEST, LAST
+
+SHORT = ["--precision", "float64", "--iterations", 8, "--log-every", 3, "--val-every", 4, "--save-every", 50]
+SHORT += ["--meta-batch-size", 2, "-k", 3, "-q", 4, "--compile", "off", "--threads", 1]
+CLOSE = {"rtol": 1e-8, "atol": 1e-8, "equal_nan": True}  # in float64
+
+OWN_LEARNERS = """
+from torch import nn
+
+def dropping(outputs):
+    return nn.Sequential(nn.Linear(1, 12), nn.Tanh(), nn.Dropout(0.3), nn.Linear(12, outputs))
+
+def frozen(outputs):
+    first = nn.Linear(1, 12)  # random, and as the seed has it
+    first.requires_grad_(False)
+    return nn.Sequential(first, nn.Tanh(), nn.Linear(12, outputs))
+"""
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    """Pictures have tests of their own, and take longer than these runs."""
+    monkeypatch.setattr(trainer, "VALIDATION_TASKS", 4)
+    monkeypatch.setattr("training.run.Run.draw_examples", lambda *_: None)
+    for place in ("training.run.learning_figure", "commands.sweep.seeds.training_figure"):
+        monkeypatch.setattr(place, lambda *_, **__: Figure(figsize=(1, 1)))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep")
+    (folder / "own.py").write_text(OWN_LEARNERS)
+    write_classes(folder / "images", 12, 3)
+    return folder
+
+
+def train(folder: Path, *flags: object) -> Path:
+    assert command(*flags, "--checkpoint-path", folder.parent, "--run-name", folder.name) == 0
+    return folder
+
+
+def assert_same_to_rounding(a: Path, b: Path, names: tuple[str, ...] = (LAST, BEST)) -> None:
+    """Weights, moments, statistics and curves are close; settings and places are the same."""
+    for name in names:
+        one, other = (load_checkpoint(folder / name) for folder in (a, b))
+        tensors = ("parameters", "exp_avg", "exp_avg_sq", "statistics", "fixed")
+        for part in tensors:
+            torch.testing.assert_close(getattr(one, part), getattr(other, part), **CLOSE)
+        for part in ("training", "validation"):
+            torch.testing.assert_close(one.progress[part], other.progress[part], **CLOSE)
+        assert (one.settings, one.iteration) == (other.settings, other.iteration)
+        assert one.progress["best_iteration"] == other.progress["best_iteration"]
+
+
+def assert_each_is_the_run_alone(home: Path, flags: list, many: list, alone: dict[str, list]) -> Path:
+    folder = train(home / "many", *flags, *many)
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == alone.keys()
+    for name, own in alone.items():
+        assert_same_to_rounding(folder / name, train(home / f"alone-{name}", *flags, *own))
+    first, *others = (load_checkpoint(folder / name / LAST).parameters for name in alone)
+    weights = torch.cat([w.flatten() for w in first.values()])
+    assert all(not torch.equal(weights, torch.cat([w.flatten() for w in o.values()])) for o in others)
+    return folder
+
+
+def of_seeds(*seeds: int) -> dict[str, list]:
+    return {f"seed-{seed}": ["--seed", seed] for seed in seeds}
+
+
+# ---- each is the run alone -----------------------------------------------------------------------
+
+
+def test_each_seed_is_the_run_alone_with_its_curves_and_results(tmp_path, capsys):
+    seeds = (0, 3, 2**63 - 1)
+    folder = assert_each_is_the_run_alone(tmp_path, SHORT, ["--seeds", f"0,3,{seeds[2]}"], of_seeds(*seeds))
+    assert "3 runs in" in (said := capsys.readouterr().out) and "trained at once: 3\n" in said
+    assert f"python main.py --eval --load {folder}" in said
+    for name in of_seeds(*seeds):
+        alone = tmp_path / f"alone-{name}"
+        assert curves(folder / name) == curves(alone)
+        one, other = (json.loads((f / "training.json").read_text()) for f in (folder / name, alone))
+        assert one.keys() == other.keys() and one["validation"] == other["validation"]
+
+
+def test_each_of_a_sweep_of_numbers_is_the_run_alone_and_all_are_trained_at_once(tmp_path, capsys):
+    swept = ["--sweep", "inner-lr=0.001,0.02", "meta-lr=0.001,0.005", "--seed", 4]
+    alone = {
+        f"inner-lr-{inner}_meta-lr-{outer}_seed-4": ["--inner-lr", inner, "--meta-lr", outer, "--seed", 4]
+        for inner in (0.001, 0.02)
+        for outer in (0.001, 0.005)
+    }
+    folder = assert_each_is_the_run_alone(tmp_path, SHORT, swept, alone)
+    assert "trained at once: 4\n" in capsys.readouterr().out
+    record = json.loads((folder / "summary.json").read_text())
+    assert [run["name"] for run in record["runs"]] == list(alone)
+
+
+SWEEPS = {
+    "grad-clip=0.01,0.001": [],
+    "grad-clip-norm=0.3,0.01": ["--grad-clip", 0.1],
+    "meta-lr-final=0.0001,0.0": ["--meta-lr-schedule", "cosine"],
+    "inner-lr=0.001,0.05": ["--inner-rates", "element"],  # where learned rates begin
+}
+
+
+@pytest.mark.parametrize("swept", SWEEPS)
+def test_every_number_that_may_differ_within_a_group_counts_for_its_run(swept, tmp_path, capsys):
+    flags = [
+        *SHORT,
+        "--meta-optimizer",
+        "sgd",
+        "--meta-lr",
+        0.01,
+        *SWEEPS[swept],
+    ]  # sees the gradient's scale
+    name, values = swept.split("=")
+    alone = {f"{name}-{value}_seed-0": [f"--{name}", value] for value in values.split(",")}
+    assert_each_is_the_run_alone(tmp_path, flags, ["--sweep", swept], alone)
+    assert "trained at once: 2\n" in capsys.readouterr().out
+
+
+SLOW = pytest.mark.slow
+IMAGES = ["-n", 2, "-k", 1, "-q", 1, "--image-size", 8, "--channels", 1, "--learner", "fc", "--iterations", 4]
+CHOICES = {
+    "images, maml++": [*IMAGES, "--algorithm", "maml++", "-s", 2, "--exact-from", 2, "--msl-iterations", 3],
+    "images, adjoint in chunks": [*IMAGES, "-s", 2, "--engine", "adjoint", "--tasks-at-once", 1],
+    "minibatches, noise": ["-s", 3, "--inner-batch", 2, "--dataset", "harmonic", "--noise", 0.2],
+    "dropout": ["-s", 2, "--learner", "{own}:dropping"],
+    "images, conv": [*IMAGES, "--learner", "conv"],
+    "images, prototypes": [*IMAGES, "--head-init", "prototype"],
+    **{f"algorithm {name}": ["--algorithm", name, "-s", 2] for name in ALGORITHMS if name != "pretrain"},
+}
+FAST = ("images, maml++", "images, adjoint in chunks", "minibatches, noise", "dropout", "algorithm reptile")
+
+
+@pytest.mark.parametrize("choice", [pytest.param(c, marks=() if c in FAST else SLOW) for c in CHOICES])
+def test_with_other_choices_each_seed_is_the_run_alone(choice, place, tmp_path, capsys):
+    flags = [str(flag).replace("{own}", str(place / "own.py")) for flag in [*SHORT, *CHOICES[choice]]]
+    if choice.startswith("images"):
+        flags += ["--dataset", f"images:{place / 'images'}"]
+    assert_each_is_the_run_alone(tmp_path, flags, ["--seeds", "1,4"], of_seeds(1, 4))
+    assert "trained at once: 2\n" in capsys.readouterr().out
+
+
+@SLOW
+def test_compiled_runs_are_the_runs_alone(tmp_path, monkeypatch, capsys):
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setattr("training.compiler.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(trainer, "UNCOMPILED_ITERATIONS", {"regression": 3, "classification": 3})
+    line = ["--compile", "on", "--seeds", "0,1", "--sweep", "inner-lr=0.01,0.02", "--iterations", 40]
+    folder = train(tmp_path / "many", *SHORT, *line)
+    said = capsys.readouterr()
+    assert "trained at once: 4\n" in said.out and "Compiled in" in said.err
+    for seed, rate in ((0, 0.01), (1, 0.02)):
+        own = ["--inner-lr", rate, "--seed", seed, "--iterations", 40, "--compile", "on"]
+        alone = train(tmp_path / f"alone-{seed}", *SHORT, *own)
+        assert_same_to_rounding(folder / f"inner-lr-{rate}_seed-{seed}", alone)
+
+
+# ---- in groups -----------------------------------------------------------------------------------
+
+
+def test_runs_that_differ_in_more_than_numbers_are_trained_in_groups(tmp_path, capsys):
+    swept = ["--sweep", "s=1,2", "oracle=yes,no", "--seeds", "2,3"]
+    alone = {
+        "s-2_oracle-no_seed-3": ["-s", 2, "--seed", 3],
+        "s-1_oracle-yes_seed-2": ["--oracle", "--seed", 2],
+    }
+    folder = train(tmp_path / "many", *SHORT, *swept)
+    assert "trained at once: 2, 2, 2, 2\n" in capsys.readouterr().out
+    for name, own in alone.items():
+        assert_same_to_rounding(folder / name, train(tmp_path / name, *SHORT, *own))
+
+
+def test_runs_with_frozen_weights_of_their_own_follow_each_other(place, tmp_path, capsys):
+    flags = [*SHORT, "--learner", f"{place / 'own.py'}:frozen"]
+    folder = assert_each_is_the_run_alone(tmp_path, flags, ["--seeds", "0-1"], of_seeds(0, 1))
+    assert "trained at once: 1, 1\n" in capsys.readouterr().out
+    first, second = (load_checkpoint(folder / name / LAST).fixed["0.weight"] for name in of_seeds(0, 1))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("at_once", "groups"), [(1, "1, 1, 1"), (2, "2, 1")])
+def test_how_many_runs_are_trained_at_once_changes_nothing(at_once, groups, tmp_path, capsys):
+    whole = train(tmp_path / "whole", *SHORT, "--seeds", "0-2")
+    capsys.readouterr()
+    few = train(tmp_path / "few", *SHORT, "--seeds", "0-2", "--runs-at-once", at_once)
+    assert f"trained at once: {groups}\n" in capsys.readouterr().out
+    for name in of_seeds(0, 1, 2):
+        assert_same_to_rounding(whole / name, few / name)
+
+
+def test_compiled_runs_on_images_follow_each_other_unless_a_number_is_asked_for(place, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(trainer.Trainer, "train", lambda self: trained.append(self.runs) or 130)
+    flags = [*SHORT, *IMAGES, "--dataset", f"images:{place / 'images'}", "--compile", "on", "--seeds", "0-1"]
+    assert command(*flags, "--checkpoint-path", tmp_path, "--run-name", "one") == 130
+    assert command(*flags, "--checkpoint-path", tmp_path, "--run-name", "two", "--runs-at-once", 2) == 130
+    assert [(len(runs), runs[0].training.compile) for runs in trained] == [(1, "on"), (2, "off")]
+
+
+# ---- stopped, resumed, joined --------------------------------------------------------------------
+
+
+def test_stopped_groups_are_resumed_to_the_same_bits(tmp_path, monkeypatch, capsys):
+    flags = [*SHORT, "--sweep", "s=1,2", "--seeds", "0-1"]
+    whole, parts = train(tmp_path / "whole", *flags), tmp_path / "parts"
+    stopped = [*flags, "--checkpoint-path", tmp_path, "--run-name", "parts", "--resume"]
+    for iterations in ({3, 0}, {5, 0}):
+        with monkeypatch.context() as patch:
+            stop_at(max(iterations), patch)
+            assert command(*stopped) == 130
+        assert "--run-name parts --resume" in capsys.readouterr().out
+        assert load_checkpoint(parts / "s-1_seed-0" / LAST).iteration == max(iterations)
+        assert not (parts / "summary.json").exists() and not (parts / "s-2_seed-0" / LAST).exists()
+    assert command(*stopped) == 0
+    for folder in (path for path in whole.iterdir() if path.is_dir()):
+        for file in (LAST, BEST):
+            one, other = (vars(load_checkpoint(home / folder.name / file)) for home in (whole, parts))
+            assert_same_bits(one, other, f"{folder.name}/{file}")
+    assert (whole / "summary.json").read_bytes() == (parts / "summary.json").read_bytes()
+
+
+def test_finished_runs_stay_and_others_join_them(tmp_path, capsys):
+    folder = train(tmp_path / "many", *SHORT, "--seeds", "0-1")
+    content = {name: (folder / name / LAST).read_bytes() for name in of_seeds(0, 1)}
+    capsys.readouterr()
+    train(folder, *SHORT, "--seeds", "0-1", "--resume")
+    assert "trained at once: none, all are finished\n" in capsys.readouterr().out
+    train(folder, *SHORT, "--seeds", "0-2", "--resume")
+    assert "3 runs in" in (said := capsys.readouterr().out) and "trained at once: 1\n" in said
+    assert content == {name: (folder / name / LAST).read_bytes() for name in content}
+    assert_same_to_rounding(folder / "seed-2", train(tmp_path / "alone", *SHORT, "--seed", 2))
+    record = json.loads((folder / "summary.json").read_text())
+    assert [run["seed"] for run in record["runs"]] == [0, 1, 2]
+    assert record["settings"]["all"]["best_validation"]["runs"] == 3
+    assert command("--load", folder / "seed-0" / LAST, "--iterations", 10) == 0  # a run of many, alone
+
+
+def test_a_folder_takes_no_other_settings_and_no_single_run(tmp_path, capsys):
+    many, one = train(tmp_path / "many", *SHORT, "--seeds", "0"), train(tmp_path / "one", *SHORT)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").touch()
+    resumed = ["--checkpoint-path", tmp_path, "--resume", "--run-name"]
+    refused = {
+        "has the run seed-0 with another --inner-lr": ["--seeds", 1, "--inner-lr", 0.5, *resumed, many.name],
+        "has many runs": [*resumed, many.name],
+        "is a run, not a folder of many": ["--seeds", 0, *resumed, one.name],
+        "-s 2 disagrees": ["--seeds", 0, "-s", 2, *resumed, many.name],
+        "is not empty": ["--seeds", 0, "--checkpoint-path", tmp_path, "--run-name", "notes"],
+        "there is no such checkpoint, but many runs": None,
+    }
+    for said, line in refused.items():
+        assert command(*([*SHORT, *line] if line else ["--load", many])) == 2
+        assert said in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "notes").iterdir()] == ["mine.txt"]
+
+
+@SLOW
+def test_processes_share_the_runs_out(tmp_path):
+    flags = [*SHORT, "--seeds", "0-2", "--checkpoint-path", tmp_path, "--run-name"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    line = [*launcher, ROOT / "main.py", *flags, "shared"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*map(str, line)], env=environment, text=True, capture_output=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "3 runs, 2 of them in this process in" in done.stdout and done.stdout.count("best validation") == 1
+    summary = json.loads((tmp_path / "shared" / "summary.json").read_text())
+    assert [run["name"] for run in summary["runs"]] == ["seed-0", "seed-1", "seed-2"]
+    trainer.VALIDATION_TASKS = 200  # as the processes have it
+    assert command(*flags, "alone") == 0
+    for name in of_seeds(0, 1, 2):
+        assert_same_to_rounding(tmp_path / "shared" / name, tmp_path / "alone" / name)
+
+
+# ---- which runs ----------------------------------------------------------------------------------
+
+
+def test_the_table_of_many_runs_has_the_means_of_the_single_ones(tmp_path, capsys):
+    folder = train(tmp_path / "many", *SHORT, "--sweep", "inner-lr=0.01,0.3", "--seeds", "0-1")
+    line = ["--eval-tasks", 30, "--eval-steps", 2]
+    assert command("--eval", "--load", folder, *line) == 0
+    record = json.loads((folder / "test-sinusoid-3shot-4query-30tasks.json").read_text())
+    for setting, by_norm in record["settings"].items():
+        means = []
+        for run in folder.glob(f"{setting}_seed-*"):
+            assert command("--eval", "--load", run, *line, "--out", tmp_path / run.name) == 0
+            (file,) = (tmp_path / run.name).glob("*.json")
+            means.append(json.loads(file.read_text())["per_step"][2]["loss_without_diverged"])
+        (steps,) = by_norm.values()
+        assert steps[2]["mean"] == pytest.approx(sum(means) / 2, rel=1e-6) and steps[2]["runs"] == 2
+    assert command("--eval", "--load", folder, "--baselines") == 2
+    assert "name its checkpoint" in capsys.readouterr().err
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**63 - 100), st.integers(0, 50)), min_size=1, max_size=6))
+def test_seeds_are_numbers_and_ranges_each_once(ranges):
+    expected = [low + number for low, more in ranges for number in range(more + 1)]
+    text = ",".join(f" {low}-{low + more}" if more else str(low) for low, more in ranges)
+    if len(set(expected)) < len(expected):
+        with pytest.raises(UsageError, match="names a seed twice"):
+            sweep.parse_seeds(text)
+    else:
+        assert sweep.parse_seeds(text) == expected
+
+
+def test_a_runs_folder_is_named_after_its_setting_and_seed():
+    long = "a" * 50
+    call = Call(sweep=(f"learner={long}/x.py:net,{long}/y.py:net", "s=1,2", "oracle=yes"), seeds="0,1")
+    members = sweep.members_of(call, {})
+    names = [member.name for member in members]
+    assert len(set(names)) == 8 and len({member.setting for member in members}) == 4
+    assert all(re.fullmatch(r"[a-z0-9._-]{1,90}", name) for name in names)
+    assert members[0].config.tasks.oracle and members[-1].config.choices.steps == 2
+
+
+REFUSED = {
+    "--seeds 0-": "expected numbers and ranges",
+    "--seeds 3-1": "3-1 is no range",
+    "--seeds 1,1": "names a seed twice",
+    "--seeds 9223372036854775808": "below 2^63",
+    "--seeds 0-999 --sweep s=1,2": "ask for 2,000 runs: at most 1,000",
+    "--sweep depth=1,2": "depth is no setting",
+    "--sweep s=1,two": "expected a whole number",
+    "--sweep s=1,1": "names a value twice",
+    "--sweep s=1,2 s=3,4": "has -s twice",
+    "--sweep oracle=1,0": "--oracle is yes or no, not '1'",
+    "--sweep learner-args=1,2": "a list of arguments cannot be swept",
+    "--sweep seed=1,2": "use --seeds",
+    "--sweep s=1,,2": "expected FLAG=A,B,...",
+    "--sweep s=1,2 -s 3": "-s is given, and in --sweep too",
+    "--sweep algorithm=maml,imaml -s 2 --objective multi-step": "run algorithm-imaml_seed-0: ",
+    "--sweep dataset=sinusoid,omniglot": "regression and classification have no measure in common",
+    "--seeds 0,1 --eval": "leave out --eval",
+    "--seeds 0,1 --seed 3": "--seed and --seeds: give one of them",
+    "--runs-at-once 2": "--runs-at-once is for many runs",
+    "--seeds 0,1 --resume": "--resume needs the --run-name",
+    "--seeds 0,1 --init-from x": "there is no such checkpoint",
+    "--seeds 0,1 --learner nothing.py:net": "nothing.py",
+    "--sweep learner=mlp,conv --run-name new": "run learner-conv_seed-0: ",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_what_makes_no_runs_is_refused_in_one_line_and_leaves_nothing_behind(line, tmp_path, capsys):
+    assert command(*line.split(), "--checkpoint-path", tmp_path / "home") == 2
+    said = capsys.readouterr()
+    assert REFUSED[line] in said.err and said.err.count("\n") == 1 and not said.out
+    assert not list(tmp_path.iterdir())
