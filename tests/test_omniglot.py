@@ -9,9 +9,12 @@ import torchvision
 from conftest import write_part
 
 from common.errors import UsageError
+from common.random import SPLITS
+from dataset import build_distribution
 from tasks import images
 from tasks.images import Form, open_folder
 from tasks.omniglot import open_omniglot, split_characters
+from tasks.options import TaskOptions
 
 INK_IS_ONE = Form(28, 1, invert=True)
 
@@ -99,3 +102,23 @@ def test_real_omniglot_as_a_folder_of_images_is_omniglot(tmp_path, omniglot_root
     numbers = [omniglot.names.index(name) for name in folder.names]
     expected = omniglot.load().view(1623, 20, 28, 28)[numbers]
     assert len(numbers) == 90 and torch.equal(folder.load().view(90, 20, 28, 28), expected)
+
+
+def test_class_lists_of_the_same_split_make_the_same_tasks(small_omniglot):
+    data = small_omniglot / "omniglot-py"
+    (data / "images_evaluation.zip").unlink()
+    write_part(data, "images_evaluation", 2, archive=False)
+    names = open_omniglot(small_omniglot, INK_IS_ONE, "random").names
+    for split, characters in split_characters(names, "random").items():
+        name = "val" if split == "validation" else split
+        (data / f"{name}.csv").write_text("\n".join(["label", *characters]) + "\n")
+    common = dict(ways=2, shots=2, queries=3, image_size=28, channels=1, invert=True)
+    omniglot, folder = (
+        build_distribution(
+            TaskOptions(**options, **common), data_root=small_omniglot, device=torch.device("cpu")
+        )
+        for options in ({"dataset": "omniglot"}, {"dataset": f"images:{data}", "quarter_turns": True})
+    )
+    for split in SPLITS:
+        batches = (tasks.sample(split, 3, 5, range(6)) for tasks in (folder, omniglot))
+        assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
