@@ -1,0 +1,87 @@
+"""--eval from the command line: what is measured, on which tasks, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import write_classes
+from runs import command
+
+from commands.config import Config
+from commands.evaluate import Subject, summarise
+from commands.resolve import resolve
+
+SHORT = ["--iterations", 1, "--eval-tasks", 4, "--eval-steps", 2, "--test-steps", 2]
+IMAGES = ["--image-size", 8, "--channels", 1, "-n", 2, "-k", 1, "-q", 1, "--split-shares", "2,1,2"]
+
+
+@pytest.fixture(autouse=True)
+def _few_validation_tasks(monkeypatch):
+    monkeypatch.setattr("training.trainer.VALIDATION_TASKS", 4)
+
+
+def train(folder: Path, *flags: object) -> Path:
+    """Train on ten classes of images below the folder; return the run's folder."""
+    if not (folder / "data").exists():
+        write_classes(folder / "data", 10)
+    line = ["--dataset", f"images:{folder / 'data'}", "--learner", "conv", *IMAGES, *SHORT, *flags]
+    assert command(*line, "--checkpoint-path", folder, "--run-name", "run") == 0
+    return folder / "run"
+
+
+def test_the_fresh_initialisation_is_measured_without_a_checkpoint(tmp_path):
+    assert command("--eval", "--eval-tasks", 4, "--checkpoint-path", tmp_path) == 0
+    (result,) = tmp_path.glob("fresh-mlp-paper-seed0-test-sinusoid-10shot-10query-4tasks.json")
+    record = json.loads(result.read_text())
+    assert (
+        record["checkpoint"] is None and record["iteration"] == 0 and record["command"].startswith("main.py")
+    )
+    assert result.with_suffix(".png").is_file()
+
+
+def test_a_checkpoint_is_measured_with_other_shots_next_to_it_or_in_out(tmp_path):
+    run = train(tmp_path)
+    assert command("--eval", "--load", run, "-k", 2) == 0
+    assert command("--eval", "--load", run, "--out", tmp_path / "results") == 0
+    assert (run / "best-test-images-data-2way-2shot-1query-4tasks.json").is_file()
+    assert (
+        tmp_path / "results" / "run-best-test-images-data-2way-1shot-1query-4tasks-examples.png"
+    ).is_file()
+
+
+def test_another_dataset_may_have_other_ways_where_the_head_is_not_learned(tmp_path, capsys):
+    write_classes(tmp_path / "other", 4)
+    test = ["--eval", "--eval-dataset", f"images:{tmp_path / 'other'}", "-n", 4, "--load"]
+    run = train(tmp_path)
+    assert command(*test, run) == 2
+    assert "a run with --head-init zero or prototype can be tested" in capsys.readouterr().err
+    assert command("--eval", "--load", run, "--eval-dataset", "sinusoid") == 2
+    assert "is regression, and the checkpoint learned classification" in capsys.readouterr().err
+    shutil.rmtree(run)
+    run = train(tmp_path, "--head-init", "prototype")
+    assert command(*test, run) == 0
+    (result,) = run.glob("*-4way-1shot-*.json")
+    assert json.loads(result.read_text())["settings"]["dataset"] == f"images:{tmp_path / 'other'}"
+
+
+def test_classes_that_may_have_been_trained_on_are_not_tested_on(tmp_path, capsys):
+    """One class more, and the shuffle deals all of them anew."""
+    run = train(tmp_path)
+    write_classes(tmp_path / "data", 1, prefix="new")
+    for line in (["--eval"], ["--iterations", 2]):
+        assert command("--load", run, *line) == 2
+        assert "the data had another" in capsys.readouterr().err
+    assert command("--eval", "--load", run, "--eval-dataset", f"images:{tmp_path / 'data'}") == 2
+    assert "is what the checkpoint learned from" in capsys.readouterr().err
+
+
+def test_several_subjects_are_called_by_what_they_have_in_common():
+    def subject(**flags: object) -> Subject:
+        config: Config = resolve(flags)
+        return Subject(None, None, config)
+
+    same, other = subject(seed=1), subject(shots=5)
+    assert summarise([same, same])[1] == "test-sinusoid-10shot-10query-600tasks"
+    assert summarise([same, other])[1] == "test-sinusoid-10query-600tasks"
+    assert summarise([subject(loss="mse"), subject(loss="huber")])[0].loss_name == "loss"
