@@ -53,7 +53,7 @@ class Run:
     flags: Mapping[str, Flag]  # of the settings that may decide a result: the same for every run
     classification: bool
     start: Checkpoint | None = None
-    origin: str | None = None  # where a new run's parameters come from, if not from the initialisation
+    origin: str | None = None  # of a new run's parameters, if not the initialisation
     computed_by: dict[str, Any] = field(default_factory=dict)  # what the last bits depend on
     writes: bool = True  # whether this process writes to the folder
 
@@ -117,7 +117,7 @@ class Run:
         if skipped and self.writes and not self.skipped:
             tqdm.write(
                 f"{skipped:,} of the last {self.log_every:,} iterations skipped, the last of them "
-                f"{means['last_skipped']:,.0f}: their numbers were not finite (train/skipped counts on)",
+                f"{means['last_skipped']:,.0f}: their numbers were non-finite (train/skipped counts them)",
                 file=sys.stderr,
             )
         self.skipped += skipped
@@ -149,16 +149,10 @@ class Run:
         world: World,
         interrupted: Callable[[], bool],
     ) -> bool:
-        """Measure validation tasks after the trained number of inner steps: a point of the curves.
+        """Measure validation tasks after the trained number of inner steps, and add a point to the curves.
 
-        Args:
-            interrupted: asked now and then.
-
-        Returns:
-            Whether it is the best so far: in accuracy, or in loss for regression.
-
-        Raises:
-            InterruptedError: `interrupted` returned True; nothing is added.
+        Return whether it is the best so far. Raises InterruptedError, and adds nothing, if `interrupted`
+        returns True meanwhile.
         """
         norm = self.choices.query_norm
         evaluation = evaluate(
@@ -198,18 +192,18 @@ class Run:
         return iteration in self.progress.validation.get("iteration", [])[-1:]
 
     @property
-    def stands_still(self) -> bool:
-        """Whether its numbers have become non-finite; this waits for the device."""
+    def is_non_finite(self) -> bool:
+        """Return whether its numbers have become non-finite; this waits for the device."""
         return bool(self.state.sums[-1].isinf())
 
     @property
     def best_validation(self) -> float | None:
-        """The best validation's query accuracy, or loss in regression."""
+        """Return the best validation's query accuracy, or query loss for regression."""
         score = self.progress.best_score
         return -score if score is not None and self.measure == "query_loss" else score
 
     def draw_examples(self, maml: MAML, distribution: TaskDistribution) -> None:
-        """Draw validation tasks before and after adaptation, where there is a picture of them."""
+        """Draw validation tasks before and after adaptation, if such tasks can be drawn."""
         if not self.writes:
             return
         examples = adapt_examples(
@@ -233,7 +227,7 @@ class Run:
 
     @property
     def best_file(self) -> Path | None:
-        """The checkpoint of the best validation, if there has been one."""
+        """Return the checkpoint of the best validation, if there has been one."""
         return self.folder / BEST if self.progress.best_iteration else None
 
     def end(self) -> None:

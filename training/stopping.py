@@ -56,11 +56,11 @@ class StopRequest:
 
     @property
     def now(self) -> bool:
-        """Whether all processes stop."""
+        """Return whether all processes stop now."""
         return self.is_local() or self._agreed
 
     def ask_others(self, asked: Tensor | None) -> None:
-        """Take note, after an iteration, of whether any process has a signal: `asked` is above 0 then."""
+        """Learn after an iteration whether any process has a signal: `asked` is above 0 then."""
         if self.world.size > 1 and asked is not None and self._read_late(asked):
             self.signal = max(self.world.gather(self.signal or 0)) or signal.SIGTERM
             self._agreed = True

@@ -55,10 +55,10 @@ class Trainer:
     Args:
         runs: at the same iteration, with settings that differ in `AT_ONCE` alone.
         maml: the algorithm; for several runs, built to be called `in_transform`.
-        training_tasks, validation_tasks: the same tasks, maybe with other numbers of support examples.
+        training_tasks, validation_tasks: one distribution; numbers of support examples may differ.
         compiler: compiles functions of `maml` and the whole iteration.
         world: the processes that share the tasks of an iteration.
-        resume: the flags, or words, with which a user resumes; for error messages.
+        resume: what a user types to resume, for error messages.
         show: whether to show progress.
     """
 
@@ -117,7 +117,7 @@ class Trainer:
 
     @property
     def options(self) -> TrainingOptions:
-        """Options of the run; of several, the first one's."""
+        """Return the options of the first run; the others' differ in `AT_ONCE` alone."""
         return self.runs[0].training
 
     # ---- the loop ---------------------------------------------------------------------------
@@ -136,9 +136,7 @@ class Trainer:
             run.begin()
         total, show = self.options.iterations, self.show
         with (
-            tqdm(
-                total=total, initial=self.iteration, unit="it", dynamic_ncols=True, disable=not show
-            ) as self.bar,
+            tqdm(total=total, initial=self.iteration, dynamic_ncols=True, disable=not show) as self.bar,
             self.stop.catch_signals(),
             self._save_if_interrupted(),
         ):
@@ -228,7 +226,7 @@ class Trainer:
         return dict(sorted(tensors.items()))  # compiled code knows them by position
 
     def _prepare_step(self) -> bool:
-        """Rebuild or compile the step where that is due; return False if a signal interrupted it."""
+        """Rebuild or compile the step if that is due; return False if a signal interrupted it."""
         if self.iteration and self.iteration == self.options.exact_from:
             self.meta_step = self.plain_step = self._build_step()
             self.compiler.active = False  # the exact step is another function
@@ -278,7 +276,7 @@ class Trainer:
 
     @contextmanager
     def _save_if_interrupted(self) -> Iterator[None]:
-        """Save the last state where another process is lost, or memory runs out."""
+        """Save the last state if another process is lost or memory runs out."""
         try:
             yield
         except (LostError, MemoryError, RuntimeError, OSError) as error:
@@ -300,14 +298,14 @@ class Trainer:
         return [run for run in self.runs if run.failure is None]
 
     def _stop_failed_runs(self) -> None:
-        """End the runs that stand still because their numbers are non-finite: save them, and say why.
+        """End the runs that have become non-finite: save their last good state, and say why.
 
-        This waits for the device; all processes call it together.
+        They have stood still since. This waits for the device; all processes call it together.
         """
         if self.options.on_nan == "stop":
             self._update_runs()
             for run in self._living_runs():
-                if run.stands_still:
+                if run.is_non_finite:
                     self._fail(run)
 
     def _fail(self, run: Run) -> None:
@@ -332,7 +330,7 @@ class Trainer:
     # ---- saving -----------------------------------------------------------------------------
 
     def _update_runs(self) -> None:
-        """Tell each run that has not failed its iteration, and its state as views of all runs' state."""
+        """Tell each run that has not failed its iteration, and its state as views of the joint state."""
         several = len(self.runs) > 1
         for number, run in enumerate(self.runs):
             if run.failure is None:
@@ -343,11 +341,11 @@ class Trainer:
     def save(self, name: str, runs: Sequence[Run] | None = None) -> None:
         """Write a checkpoint of these runs, or of all that have not failed.
 
-        Raises UsageError where the disk does not take them; the previous checkpoints are whole then.
+        Raises UsageError if they cannot be written; the previous checkpoints stay whole.
         """
         self._update_runs()
-        # a run that stands still, and whose failure has not been looked into, keeps its last checkpoint
-        chosen = [run for run in runs or self._living_runs() if run.writes and not run.stands_still]
+        # a run that has just become non-finite keeps its last checkpoint until `_fail`
+        chosen = [run for run in runs or self._living_runs() if run.writes and not run.is_non_finite]
         try:
             for run in chosen:
                 run.folder.mkdir(parents=True, exist_ok=True)
@@ -433,7 +431,7 @@ class Trainer:
     def _validate(self) -> None:
         """Measure the validation tasks, save best.pt, and draw some tasks now and then.
 
-        A signal to a process on its own ends it; the resumed run catches up on it.
+        A signal to a process on its own ends the validation; the resumed run does it again.
         """
         begin, tasks = time.monotonic(), self.validation_tasks
         number, last = self.iteration // self.options.val_every, self.iteration == self.options.iterations
