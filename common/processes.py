@@ -7,8 +7,6 @@ summed over NCCL between CUDA GPUs and over gloo between CPUs; plain values trav
 from __future__ import annotations
 
 import os
-import re
-import textwrap
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,10 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.errors import AgreedError, LostError, UsageError, describe_os_error
+from common.errors import AgreedError, LostError, UsageError, explain, one_line
 
 T = TypeVar("T")
-PLACE_IN_SOURCE = re.compile(r"^\[[^]]*\] *")  # with which gloo's errors begin
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,7 @@ class World:
             try:
                 outcome[0] = make()
             except (UsageError, OSError) as error:
-                outcome[1] = _message(error)
+                outcome[1] = explain(error)
         with _as_lost():
             dist.broadcast_object_list(outcome, 0, self.group)
         if outcome[1] is not None:
@@ -110,7 +107,7 @@ class World:
         try:
             yield
         except (UsageError, OSError) as error:
-            problem = _message(error)
+            problem = explain(error)
         problems = [problem for problem in self.gather(problem) if problem is not None]
         if problems:
             raise AgreedError(problems[0])
@@ -136,18 +133,13 @@ class World:
 ALONE = World()
 
 
-def _message(error: UsageError | OSError) -> str:
-    return describe_os_error(error) if isinstance(error, OSError) else str(error)
-
-
 @contextmanager
 def _as_lost() -> Iterator[None]:
     """Turn the many errors of a broken connection into LostError."""
     try:
         yield
     except (dist.DistError, RuntimeError) as error:
-        reason = PLACE_IN_SOURCE.sub("", " ".join(str(error).split()))
-        raise LostError(textwrap.shorten(reason, 160, placeholder=" ...")) from error
+        raise LostError(one_line(error)[:160]) from error
 
 
 class Late:

@@ -1,0 +1,109 @@
+"""A run killed at any write, or on a full disk, resumes to the bits of an undisturbed one."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+from runs import assert_same_run, command
+
+from common import files
+from training.folders import LAST, RESULTS
+from training.tensorboard import RunLog
+
+SHORT = ["--iterations", 60, "--log-every", 10, "--val-every", 25, "--save-every", 20]
+SHORT += ["--meta-batch-size", 4, "-k", 3, "-q", 3, "--compile", "off"]
+
+
+@pytest.fixture(autouse=True)
+def small_pictures(monkeypatch):
+    monkeypatch.setattr("training.run.Run.draw_examples", lambda *_: None)
+    monkeypatch.setattr("training.run.learning_figure", lambda *_, **__: Figure(figsize=(1, 1)))
+
+
+@pytest.fixture
+def whole(tmp_path) -> Path:
+    """The folder of a run that nothing has disturbed."""
+    assert command(*SHORT, "--checkpoint-path", tmp_path, "--run-name", "whole") == 0
+    return tmp_path / "whole"
+
+
+def run_until_killed(write: int, line: list[object]) -> bool:
+    """Run a command line in a forked process that is gone at a write or rename, as by kill -9.
+
+    Returns whether it was killed before it ended.
+    """
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            done = 0
+            fsync, rename = os.fsync, Path.replace
+
+            def count() -> None:
+                nonlocal done
+                done += 1
+                if done == write:
+                    os._exit(9)
+
+            files.os.fsync = lambda file: (count(), fsync(file))
+            Path.replace = lambda a, b: (count(), rename(a, b))[1]
+            with Path(os.devnull).open("w") as nowhere:
+                os.dup2(nowhere.fileno(), 1)
+                os.dup2(nowhere.fileno(), 2)
+                code = command(*line)
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, 9)
+    return code == 9
+
+
+def kill_and_compare(writes: list[int], whole: Path, home: Path) -> bool:
+    """Kill a run at these writes, one after another, and resume it; return whether each kill came in time."""
+    line = [*SHORT, "--checkpoint-path", home, "--run-name", "run", "--resume"]
+    killed = [run_until_killed(write, line) for write in writes]
+    assert command(*line) == 0
+    assert_same_run(home / "run", whole)
+    assert not list((home / "run").glob(".*"))  # no half-written file, no lock
+    return all(killed)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_run_killed_again_and_again_ends_with_the_bits_of_an_undisturbed_one(whole, tmp_path):
+    # while points, a checkpoint and a best checkpoint are written, and between two renames
+    assert kill_and_compare([2, 5, 7, 3], whole, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_run_killed_at_any_write_ends_with_the_bits_of_an_undisturbed_one(whole, tmp_path):
+    write = 1
+    while kill_and_compare([write], whole, tmp_path / str(write)):
+        write += 1
+    assert write > 15
+
+
+def test_a_disk_that_is_full_from_the_start_is_one_line_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+    def fill(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "events")
+
+    monkeypatch.setattr(RunLog, "_append", fill)
+    assert command(*SHORT, "--checkpoint-path", tmp_path, "--run-name", "run") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "events: no space left on device; free some space" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_results_that_could_not_be_written_are_written_by_the_next_call(tmp_path, capsys, monkeypatch):
+    def fill(log, tag, figure, iteration, file):
+        raise OSError(errno.ENOSPC, "No space left on device", str(file))
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "figure", fill)
+        assert command(*SHORT, "--checkpoint-path", tmp_path, "--run-name", "run") == 2
+    assert "training.png: no space left on device; free some" in capsys.readouterr().err.splitlines()[-1]
+    assert command("--load", run / LAST) == 0
+    assert (run / RESULTS).exists() and (run / "training.png").exists()

@@ -1,0 +1,123 @@
+"""TensorBoard's own readers see each point of a run once, and each run in its views."""
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+from runs import command, curves
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import api_pb2, metadata
+
+from training.tensorboard import CHARTS, METRICS, RunLog, drop_events
+
+
+def log_points(folder: Path, first: int, last: int) -> RunLog:
+    log = RunLog(folder, begin_at=first)
+    for iteration in range(first, last + 1):
+        log.scalars({"loss": 1.0}, iteration)
+    log.flush()
+    return log
+
+
+# ---- event files -----------------------------------------------------------------------------------
+
+
+def test_a_resumed_curve_has_neither_gaps_nor_doubled_points(tmp_path):
+    log_points(tmp_path, 0, 50)
+    log_points(tmp_path, 31, 60)  # in the same second: TensorBoard orders files by their names
+    assert curves(tmp_path)["loss"] == list(range(61))
+
+
+def test_a_torn_record_and_a_foreign_file_do_no_harm(tmp_path):
+    log = log_points(tmp_path, 0, 9)
+    log.path.write_bytes(log.path.read_bytes()[:-3])
+    foreign = tmp_path / "events.out.tfevents.notes"
+    foreign.write_text("mine")
+    drop_events(tmp_path, 5)
+    foreign_text = foreign.read_text()
+    foreign.unlink()
+    assert curves(tmp_path)["loss"] == list(range(5)) and foreign_text == "mine"
+
+
+def test_points_reach_the_file_within_seconds(tmp_path, monkeypatch):
+    log = log_points(tmp_path, 0, 0)
+    size = log.path.stat().st_size
+    monkeypatch.setattr(time, "monotonic", lambda: 1e9)
+    log.scalars({"loss": 1.0}, 1)
+    assert log.path.stat().st_size > size
+
+
+def test_a_picture_is_the_same_in_tensorboard_and_in_its_file(tmp_path):
+    log = RunLog(tmp_path)
+    log.figure("fit", Figure(figsize=(1, 1)), 3, tmp_path / "fit.png")
+    log.flush()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    (image,) = events.Images("fit")
+    assert (image.step, image.width, image.height) == (3, 200, 200)
+    assert (tmp_path / "fit.png").read_bytes()[:4] == image.encoded_image_string[:4] == b"\x89PNG"
+
+
+def test_a_process_that_does_not_write_writes_nothing(tmp_path):
+    log = RunLog(None)
+    log.scalars({"loss": 1.0}, 1)
+    log.flush()
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- views -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A run with fixed inner rates, resumed once, and one with learned rates."""
+    home = tmp_path_factory.mktemp("views")
+    line = ["--iterations", 6, "--log-every", 3, "--val-every", 3, "--meta-batch-size", 2]
+    line += ["--compile", "off", "--checkpoint-path", home, "--resume"]
+    assert command(*line, "--iterations", 4, "--run-name", "maml") == 0
+    assert command(*line, "--run-name", "maml") == 0
+    assert command(*line, "--run-name", "rates", "--algorithm", "maml++") == 0
+    return home
+
+
+def hparams_records(folder: Path) -> dict[str, list[bytes]]:
+    """Return the records of the hyper-parameter plugin in all event files of a run, by tag."""
+    records: dict[str, list[bytes]] = {}
+    for path in sorted(folder.glob("events*")):
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                if value.metadata.plugin_data.plugin_name == "hparams":
+                    records.setdefault(value.tag, []).append(value.metadata.plugin_data.content)
+    return records
+
+
+def test_the_view_of_hyper_parameters_has_each_run_once(home):
+    tags = (metadata.EXPERIMENT_TAG, metadata.SESSION_START_INFO_TAG, metadata.SESSION_END_INFO_TAG)
+    for name in ("maml", "rates"):
+        records = hparams_records(home / name)
+        assert {tag: len(contents) for tag, contents in records.items()} == dict.fromkeys(tags, 1), name
+        experiment, start, end = (records[tag][0] for tag in tags)
+        columns = metadata.parse_experiment_plugin_data(experiment)
+        row = metadata.parse_session_start_info_plugin_data(start).hparams
+        assert row["meta_batch_size"].number_value == 2
+        assert row["algorithm"].string_value == ("maml" if name == "maml" else "maml++")
+        assert metadata.parse_session_end_info_plugin_data(end).status == api_pb2.STATUS_SUCCESS
+        assert {column.name for column in columns.hparam_infos} >= {"inner_lr", "steps", "seed", "algorithm"}
+        assert {metric.name.tag for metric in columns.metric_infos} == {*METRICS}
+        assert experiment == hparams_records(home / "maml")[metadata.EXPERIMENT_TAG][0]  # the same columns
+
+
+def test_the_charts_show_every_curve_of_a_run_and_none_is_empty(home):
+    for name in ("maml", "rates"):
+        events = EventAccumulator(str(home / name), size_guidance={"tensors": 0}).Reload()
+        (tensor,) = events.Tensors("custom_scalars__config__")
+        layout = layout_pb2.Layout.FromString(tensor.tensor_proto.string_val[0])
+        patterns = [tag for group in layout.category for chart in group.chart for tag in chart.multiline.tag]
+        scalars = [tag for tag in events.Tags()["scalars"] if not tag.startswith("validation/best_")]
+        drawn = {pattern: [tag for tag in scalars if re.match(pattern, tag)] for pattern in patterns}
+        assert all(drawn.values())
+        assert sorted(tag for tags in drawn.values() for tag in tags) == sorted(scalars)
+    assert {group.title for group in layout.category} == {*CHARTS}
