@@ -18,14 +18,14 @@ from common.errors import UsageError, is_out_of_memory
 from common.optimizers import Weights
 from common.random import keys_of, task_stream
 from common.task import Extras
-from learners.diagnosis import find_failing_layer
+from learners.diagnosis import find_failure
 from learners.elementary import Elementary
 from learners.losses import LOSSES
 from maml import MAML
 from training.meta_gradients import make_meta_gradient
 
 NUMBERS_PER_EXAMPLE = 10  # in a learner's layers, at the least
-# By the problem that `find_failing_layer` finds: what the layer lacks, and how to train without it.
+# By the problem that `find_failure` finds: what the layer lacks, and how to train without it.
 PROBLEMS = {
     "vectorise": ("cannot be vectorised over tasks", "--no-vectorise takes the tasks one after another"),
     "second derivative": ("has no second derivative", "--first-order needs none"),
@@ -119,7 +119,7 @@ def _explain(
     learner = config.learner
     positional, named = arguments_of(tree_map(lambda part: part[0], tasks.support_x))
     weights = maml.whole_weights(parameters)
-    finding = None if named else find_failing_layer(maml.learner, weights, positional, key)
+    finding = None if named else find_failure(maml.learner, weights, positional, key)
     if finding is None:
         return (
             f"--learner {learner.learner} with --loss {learner.loss} cannot be meta-trained: "

@@ -4,11 +4,10 @@ The inner loop (maml.py) converts a learner's batch norm layers to the layer def
 statistics of each forward pass:
 
 - *transductive*: a query set is normalised with its own statistics.
-- *inductive*: with those of the support set. Support and query pass through the network as one batch, whose
-  statistics come from its leading support examples alone (`statistics_from_first`).
-- *per-step* (Antoniou et al. 2019): training uses the batch at hand and keeps running statistics for each
-  inner step. The layers neither hold nor update them: `recorded_statistics` reads what a pass has seen, and
-  inside `given_statistics` the layers use what comes along with the weights.
+- *inductive*: with those of the support set. Both pass through the network as one batch, whose statistics
+  come from its leading examples alone (`statistics_from_first`).
+- *per-step* (Antoniou et al. 2019): running statistics for each inner step. The layers do not hold them:
+  `recorded_statistics` reads what a pass sees, and inside `given_statistics` they come with the weights.
 """
 
 from __future__ import annotations
@@ -114,9 +113,6 @@ def _convert(layer: Any) -> BatchNorm:
     return converted
 
 
-# ---- names ----------------------------------------------------------------------------------
-
-
 def norm_layers(module: nn.Module) -> dict[str, BatchNorm]:
     """Return the batch norm layers by name."""
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, BatchNorm)}
@@ -171,10 +167,9 @@ def fresh_statistics(module: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def recorded_statistics(module: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Record what each layer sees; yield a dictionary that is filled on exit.
+    """Record what each layer sees; yield a dictionary of mean and biased variance that is filled on exit.
 
-    It holds mean and biased variance, `[2, channels]`, detached, by the name of the layer's buffer. A layer
-    that was called several times has their mean.
+    They are `[2, channels]`, detached, by the name of the layer's buffer; several calls are averaged.
     """
     recorded: dict[str, Tensor] = {}
     with _temporary_attribute(module, "seen", None) as layers:

@@ -1,8 +1,8 @@
-"""Find the layer because of which a learner cannot be meta-learned, and what it lacks.
+"""Find out why a learner cannot be meta-learned: what it lacks, and which layer fails.
 
 Called after a failure, whose message names an operation of PyTorch but no layer of the user's.
 
-    finding = find_failing_layer(learner, weights, (support_x,))  # Finding("encoder.norm", "Norm", ...)
+    finding = find_failure(learner, weights, (support_x,))  # Finding("vectorise", "body.norm", "Norm", ...)
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import textwrap
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,28 +21,26 @@ from torch.utils import _pytree as pytree
 from learners.elementary import Elementary
 
 Weights = dict[str, Tensor]
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional, and by name
+Loss = Callable[[Weights, Any], Tensor]  # of the weights, and the inputs and keys of one task
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A layer that fails, and at what."""
+    """What a learner lacks."""
 
-    layer: str  # its name in the learner; "": the learner itself
-    kind: str  # its class
     problem: str  # "vectorise", "second derivative" or "forward mode"
+    layer: str  # name of the innermost layer whose forward fails; "": the learner as a whole
+    kind: str  # class of that layer
     reason: str  # first line of the error, at most 120 characters
 
 
-def find_failing_layer(
+def find_failure(
     module: nn.Module, weights: Weights, inputs: tuple[Any, ...], keys: Tensor | None = None
 ) -> Finding | None:
-    """Return the innermost layer that fails when it is tried by itself; None: every layer passes.
+    """Return what the learner lacks; None: nothing.
 
-    A forward pass of the module shows with what each layer is called. With these arguments each layer is
-    vectorised over tasks, then differentiated twice in reverse, then in reverse over forward mode. Layers
-    are tried before those around them, so a layer whose children pass fails in its own `forward`. The
-    module is copied, not changed.
+    It is vectorised over two tasks, then differentiated twice in reverse, then in reverse over forward mode.
+    Hooks tell which layer fails, if it fails in a forward pass. The module is copied, not changed.
 
     Args:
         weights: the module's parameters by name, and any of its buffers.
@@ -51,114 +48,67 @@ def find_failing_layer(
         keys: int64 `[2]`; see `Elementary`.
     """
     module = copy.deepcopy(module)
-    calls = _record_calls(module, weights, inputs, keys)
-    for name in sorted(calls, key=lambda name: -len(name.split(".")) if name else 0):  # the deepest first
-        layer = module.get_submodule(name)
-        prefix = f"{name}." if name else ""
-        layer_weights = {n[len(prefix) :]: w for n, w in weights.items() if n.startswith(prefix)}
-        for problem, attempt in _ATTEMPTS.items():
-            try:
-                attempt(*_as_loss(layer, layer_weights, calls[name], keys))
-            except Exception as error:  # an operator may fail in any way
-                first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-                reason = textwrap.shorten(first_line, 120, placeholder=" ...")
-                return Finding(name, type(layer).__name__, problem, reason)
+    running: list[str] = []  # layers whose forward has not returned
+
+    def end(*_: Any) -> None:
+        running.pop()
+
+    for name, layer in module.named_modules():
+        layer.register_forward_pre_hook(lambda *_, name=name: running.append(name), prepend=True)
+        layer.register_forward_hook(end)
+
+    def loss(weights: Weights, task: Any) -> Tensor:
+        """Return a number that depends on all outputs, as does its gradient."""
+        inputs, keys = pytree.tree_map_only(Tensor, Tensor.clone, task)  # a layer may write to its inputs
+        like = next((leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)), None)
+        with Elementary(keys[0] if keys else None, like):
+            output = functional_call(module, weights, inputs)
+        reals = [leaf for leaf in pytree.tree_leaves(output) if leaf.is_floating_point()]
+        return sum(((real + real**2).sum() for real in reals), torch.zeros(()))
+
+    task = (inputs, () if keys is None else (keys,))
+    weights = {name: weight.detach() for name, weight in weights.items()}
+    tasks = pytree.tree_map_only(Tensor, lambda tensor: torch.stack([tensor.detach()] * 2), task)
+    for problem, attempt in _ATTEMPTS.items():
+        running.clear()
+        try:
+            attempt(loss, weights, tasks)
+        except Exception as error:  # an operator may fail in any way
+            layer = running[-1] if running else ""
+            first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            reason = textwrap.shorten(first_line, 120, placeholder=" ...")
+            return Finding(problem, layer, type(module.get_submodule(layer)).__name__, reason)
     return None
 
 
-def _record_calls(
-    module: nn.Module, weights: Weights, inputs: tuple[Any, ...], keys: Tensor | None
-) -> dict[str, Arguments]:
-    """Return the arguments of each layer's first call in a pass, by name, as far as the pass gets."""
-    calls: dict[str, Arguments] = {}
-
-    def record(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, *arguments: Any) -> None:
-            # copied: a layer may write to its inputs
-            copies = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), arguments)
-            calls.setdefault(name, copies)
-
-        return hook
-
-    handles = [
-        layer.register_forward_pre_hook(record(name), with_kwargs=True, prepend=True)
-        for name, layer in module.named_modules()
-    ]
-    with torch.no_grad(), suppress(Exception):
-        _call(module, weights, (inputs, {}), keys)
-    for handle in handles:
-        handle.remove()
-    return calls
-
-
-def _call(layer: nn.Module, weights: Weights, arguments: Arguments, keys: Tensor | None) -> Any:
-    like = next((leaf for leaf in pytree.tree_leaves(arguments) if _is_real(leaf)), None)
-    with Elementary(keys, like):
-        return functional_call(layer, weights, *arguments)
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-# ---- a layer as a function ------------------------------------------------------------------
-
-Tensors = dict[Any, Tensor]  # by ("weight", name), ("input", position) or "keys"
-Loss = Callable[[Tensors, Tensors], Tensor]  # of variables and constants of one task
-
-
-def _as_loss(
-    layer: nn.Module, weights: Weights, arguments: Arguments, keys: Tensor | None
-) -> tuple[Loss, Tensors, Tensors]:
-    """Return a number that depends on all outputs, as does its gradient, and its arguments for two tasks."""
-    leaves, structure = pytree.tree_flatten(arguments)
-    tensors: Tensors = {("weight", name): weight for name, weight in weights.items()}
-    tensors |= {("input", i): leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-    tensors |= {} if keys is None else {"keys": keys}
-
-    def loss(variables: Tensors, constants: Tensors) -> Tensor:
-        values = variables | constants
-        inputs = [
-            values["input", i].clone() if ("input", i) in values else leaf for i, leaf in enumerate(leaves)
-        ]
-        substitutes = {name: values["weight", name] for name in weights}
-        output = _call(layer, substitutes, pytree.tree_unflatten(inputs, structure), values.get("keys"))
-        reals = [leaf for leaf in pytree.tree_leaves(output) if _is_real(leaf)]
-        return sum(((real + real**2).sum() for real in reals), torch.zeros(()))
-
-    of_tasks = {key: torch.stack([tensor.detach()] * 2) for key, tensor in tensors.items()}
-    variables = {key: tensor for key, tensor in of_tasks.items() if _is_real(tensor)}
-    return loss, variables, {key: tensor for key, tensor in of_tasks.items() if key not in variables}
-
-
-def _vectorise(loss: Loss, variables: Tensors, constants: Tensors) -> None:
+def _vectorise(loss: Loss, weights: Weights, tasks: Any) -> None:
     with torch.no_grad():  # one task first: its error is the plainest
-        loss(*({key: tensor[0] for key, tensor in tensors.items()} for tensors in (variables, constants)))
-    vmap(loss)(variables, constants)
+        loss(weights, pytree.tree_map_only(Tensor, lambda tensor: tensor[0], tasks))
+    vmap(loss, (None, 0))(weights, tasks)
 
 
-def _differentiate_twice(loss: Loss, variables: Tensors, constants: Tensors) -> None:
-    if not variables:
-        return
-    leaves = {key: tensor.requires_grad_() for key, tensor in variables.items()}
-    gradients = vmap(grad(loss))(leaves, constants)
+def _differentiate_twice(loss: Loss, weights: Weights, tasks: Any) -> None:
+    leaves = {name: w.clone().requires_grad_(w.is_floating_point()) for name, w in weights.items()}
+    reals = {name: w for name, w in leaves.items() if w.requires_grad}
+    gradients = vmap(grad(lambda reals, task: loss(leaves | reals, task)), (None, 0))(reals, tasks)
     total = torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum()
     if total.requires_grad:
-        torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        torch.autograd.grad(total, list(reals.values()), allow_unused=True)
     elif total > 0:
         raise RuntimeError("its backward pass cannot be differentiated (once_differentiable?)")
 
 
-def _differentiate_in_forward_mode(loss: Loss, variables: Tensors, constants: Tensors) -> None:
-    def slope(variables: Tensors, direction: Tensors, constants: Tensors) -> Tensor:
-        return jvp(lambda variables: loss(variables, constants), (variables,), (direction,))[1]
+def _differentiate_in_forward_mode(loss: Loss, weights: Weights, tasks: Any) -> None:
+    reals = {name: w for name, w in weights.items() if w.is_floating_point()}
+    direction = {name: torch.ones_like(w) for name, w in reals.items()}
 
-    if variables:
-        direction = {key: torch.ones_like(tensor) for key, tensor in variables.items()}
-        grad(lambda variables: vmap(slope)(variables, direction, constants).sum())(variables)
+    def slope(reals: Weights, task: Any) -> Tensor:
+        return jvp(lambda reals: loss(weights | reals, task), (reals,), (direction,))[1]
+
+    grad(lambda reals: vmap(slope, (None, 0))(reals, tasks).sum())(reals)
 
 
-_ATTEMPTS: dict[str, Callable[[Loss, Tensors, Tensors], None]] = {
+_ATTEMPTS: dict[str, Callable[[Loss, Weights, Any], None]] = {
     "vectorise": _vectorise,
     "second derivative": _differentiate_twice,
     "forward mode": _differentiate_in_forward_mode,
