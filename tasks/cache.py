@@ -106,11 +106,9 @@ def _build(path: Path, shape: tuple[int, ...], decode: Callable[[], Iterator[np.
         for image in decode():
             file.write(image.tobytes())
 
-    def tell() -> None:
-        print(f"Waiting for another process, which prepares {path.name}", file=sys.stderr, flush=True)
-
+    waiting = f"Waiting for another process, which prepares {printable(path.name)}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with one_at_a_time(path.with_suffix(".lock"), on_wait=tell):
+    with one_at_a_time(path.with_suffix(".lock"), on_wait=lambda: print(waiting, file=sys.stderr)):
         if _map(path, shape) is None:  # else another process has built it meanwhile
             write_whole(path, write)
     pixels = _map(path, shape)

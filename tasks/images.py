@@ -24,7 +24,7 @@ from torch import Tensor
 
 from common.errors import UsageError, one_line
 from tasks.cache import cached_pixels
-from tasks.splits import as_positions, split_at_random
+from tasks.splits import as_positions, check_disjoint, split_at_random
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # about files that are read all the same
 
@@ -105,7 +105,7 @@ def image_set(
     return ImageSet(
         names,
         torch.tensor(count),
-        as_positions(splits, names),
+        as_positions(splits, names, str(folder)),
         lambda: cached_pixels(folder, sources, settings, shape, lambda: _decode_all(files, form)),
         str(folder),
         own_splits=own_splits,
@@ -126,9 +126,10 @@ def find_classes(folder: Path) -> tuple[dict[str, Classes], bool]:
         groups = {split: _class_folders(path) for split, path in split_folders.items()}
     elif lists:
         groups = {split: _listed_classes(folder, path) for split, path in lists.items()}
+        _check_listed_once(groups)
     else:
         return {"all": _class_folders(folder)}, False
-    _check_disjoint(folder, groups)
+    check_disjoint(groups, str(folder))
     return groups, True
 
 
@@ -236,18 +237,11 @@ def _listed_path(line: str, name: str, places: list[Path], exists: Callable[[Pat
     )
 
 
-def _check_disjoint(folder: Path, groups: Mapping[str, Classes]) -> None:
-    """Refuse a class in two splits, and a file in two classes: what is tested was never trained on."""
-    split_of: dict[str, str] = {}
+def _check_listed_once(groups: Mapping[str, Classes]) -> None:
+    """Refuse a file in two places: what is tested was never trained on, and no task has an image twice."""
     class_of: dict[str, str] = {}
     for split, classes in groups.items():
         for name, files in classes.items():
-            if name in split_of:
-                raise UsageError(
-                    f"{folder}: class {name} is in the {split_of[name]} and in the {split} split: leave it "
-                    "in one, or put all classes into one folder, to have them split"
-                )
-            split_of[name] = split
             for file in files:
                 key = os.path.normpath(file)
                 if key in class_of:

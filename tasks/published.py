@@ -86,7 +86,7 @@ def _open_cifar(name: str, data_root: Path, published: Mapping[str, list[str]], 
         )
 
     count = torch.full((len(names),), CIFAR_IMAGES)
-    return ImageSet(names, count, as_positions(published, names), load, name, published=True)
+    return ImageSet(names, count, as_positions(published, names, name), load, name, published=True)
 
 
 def _read_cifar(data_root: Path) -> list[CIFAR100]:

@@ -1,7 +1,7 @@
 """Decide which classes, or tasks of a table, are for training, for validation and for test.
 
-Every data set with classes or named tasks gets its splits from here, and they never meet: `as_positions`
-checks it. A split is a pure function of the names and the shares: no seed of the user's changes it.
+Every data set with classes or named tasks gets its splits from here, and they never meet: `check_disjoint`
+sees to it. A split is a pure function of the names and the shares: no seed of the user's changes it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common.errors import UsageError
 from common.random import SPLITS, Stream
 
 PUBLISHED = Path(__file__).parent / "splits"
@@ -54,17 +55,24 @@ def published_splits(name: str) -> dict[str, list[str]]:
     return {split: content[split] for split in SPLITS}
 
 
-def as_positions(splits: Mapping[str, Iterable[str]], names: Sequence[str]) -> dict[str, Tensor]:
-    """Return the positions of each split's members in `names`, int64; a missing split is empty.
+def check_disjoint(splits: Mapping[str, Iterable[str]], source: str) -> None:
+    """Raise UsageError, which names the source, where a name is in two splits."""
+    split_of: dict[str, str] = {}
+    for split, members in splits.items():
+        for name in members:
+            if name in split_of:
+                raise UsageError(
+                    f"{source}: {name} is in the {split_of[name]} and in the {split} split: leave it in one"
+                )
+            split_of[name] = split
 
-    Raises ValueError where a name is in two splits.
-    """
+
+def as_positions(splits: Mapping[str, Iterable[str]], names: Sequence[str], source: str) -> dict[str, Tensor]:
+    """Return the positions of each split's members in `names`, int64; a missing split is empty."""
+    check_disjoint(splits, source)
     position = {name: number for number, name in enumerate(names)}
-    positions = {split: [position[name] for name in splits.get(split, ())] for split in SPLITS}
-    members = [number for part in positions.values() for number in part]
-    if len(set(members)) < len(members):
-        raise ValueError("a class is in two splits")
-    return {split: torch.tensor(part, dtype=torch.int64) for split, part in positions.items()}
+    members = {split: [position[name] for name in splits.get(split, ())] for split in SPLITS}
+    return {split: torch.tensor(part, dtype=torch.int64) for split, part in members.items()}
 
 
 def all_for_test(count: int) -> dict[str, Tensor]:

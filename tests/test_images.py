@@ -186,7 +186,7 @@ BAD = {
     "loose images": (lambda f: write_images(f, range(3)), r"holds images itself, such as 000.png"),
     "nothing": (lambda f: f.mkdir(), r"holds no classes"),
     "not there": (lambda f: None, r"is no folder"),
-    "a class in two splits": (two_splits(3, 1), r"class c00 is in the train and in the test split"),
+    "a class in two splits": (two_splits(3, 1), r"c00 is in the train and in the test split"),
     "two names of a split": (
         three_classes(lambda f: [write_classes(f / s, 1, prefix=s) for s in ("train", "val", "valid")]),
         r"has both val and valid",

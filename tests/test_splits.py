@@ -8,6 +8,7 @@ import torch
 from conftest import write_classes
 
 from common.batch import TaskDistribution
+from common.errors import UsageError
 from common.random import SPLITS
 from dataset import FAMILIES, build_distribution
 from tasks.options import DATASETS, OMNIGLOT_CLASSES, TaskOptions
@@ -130,8 +131,8 @@ def test_every_split_with_a_share_has_a_class_where_there_are_three(classes):
 
 
 def test_a_name_in_two_splits_is_an_error():
-    with pytest.raises(ValueError, match="in two splits"):
-        as_positions({"train": ["a", "b"], "test": ["b"]}, ["a", "b"])
+    with pytest.raises(UsageError, match="here: b is in the train and in the test split"):
+        as_positions({"train": ["a", "b"], "test": ["b"]}, ["a", "b"], "here")
 
 
 def test_without_training_everything_is_for_test(tmp_path):

@@ -113,7 +113,7 @@ BAD = {
     "task,x,y\na,1\n": "not readable .*Expected 3 columns",
     "task,split,x,y\na,train,1,1\nb,trial,1,1\n": "says 'trial', not train, .* in data row 2",
     "task,split,x,y\na,train,1,1\nb,,1,1\n": "column 'split' names no split in data row 2",
-    "task,split,x,y\na,train,1,1\nb,test,1,1\na,test,1,1\n": "task 'a' is in 2 splits",
+    "task,split,x,y\na,train,1,1\nb,test,1,1\na,test,1,1\n": "a is in the train and in the test split",
 }
 
 
