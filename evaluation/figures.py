@@ -47,7 +47,7 @@ def draw_over_steps(panel: Axes, mean: Tensor, interval: Tensor, label: str, num
     look, steps = style.curve_style(number), range(len(mean))
     panel.plot(steps, mean.numpy(), label=label, **look)
     low, high = (mean - interval).numpy(), (mean + interval).numpy()
-    panel.fill_between(steps, low, high, color=look["color"], alpha=0.2, linewidth=0)
+    panel.fill_between(steps, low, high, color=look["color"], alpha=0.15, linewidth=0)
     style.set_step_axis(panel)
 
 

@@ -40,17 +40,17 @@ class Evaluation:
 
     @property
     def measures(self) -> dict[str, Tensor]:
-        """The results to report: accuracies, or losses for regression."""
+        """Return the results to report: accuracies, or losses for regression."""
         return self.accuracies or self.losses
 
     @property
     def tasks(self) -> int:
-        """Number of tasks."""
+        """Return the number of tasks."""
         return len(next(iter(self.losses.values())))
 
     @property
     def steps(self) -> int:
-        """Number of inner steps."""
+        """Return the number of inner steps."""
         return next(iter(self.losses.values())).shape[1] - 1
 
     def select(self, normalisation: str) -> Evaluation:

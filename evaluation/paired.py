@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OFF = ("no", "none", "0", "0.0")  # a setting with such a value is as if it were not there
+MOST_COLUMNS = 4  # sides that the table of settings has as columns
 LONGEST = 40  # characters of a name or a setting in a table
 
 
@@ -40,17 +41,17 @@ class Side:
 
     @property
     def accuracy(self) -> bool:
-        """Whether it is measured by accuracy, of which more is better."""
+        """Return whether it is measured by accuracy, of which more is better."""
         return bool(next(iter(self.evaluations.values())).accuracies)
 
     @property
     def short_name(self) -> str:
-        """The name, shortened in the middle."""
+        """Return the name, shortened in the middle."""
         return _shorten(self.name)
 
     @cached_property
     def results(self) -> StepResults:
-        """Results over inner steps."""
+        """Return the results over inner steps."""
         return StepResults.over(list(self.evaluations.values()), self.normalisation)
 
 
@@ -89,7 +90,7 @@ class Difference:
 
     @property
     def excludes_0(self) -> bool:
-        """Whether the interval excludes 0; False where there is none."""
+        """Return whether the interval excludes 0; False where there is none."""
         return abs(self.mean) > self.interval_95_over_tasks
 
     def text(self, scale: float, digits: int) -> str:
@@ -144,9 +145,9 @@ def _shorten(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[:half]}...{text[-half:]}"
 
 
-def _units(sides: Sequence[Side], loss_name: str) -> tuple[str, float, int]:
+def _units(side: Side, loss_name: str) -> tuple[str, float, int]:
     """Return how a table shows the measure: its name, the factor of its numbers and their digits."""
-    return ("accuracy %", 100, 2) if sides[0].accuracy else (loss_name, 1, 4)
+    return ("accuracy %", 100, 2) if side.accuracy else (loss_name, 1, 4)
 
 
 def differing_settings(sides: Sequence[Side]) -> list[str]:
@@ -157,12 +158,14 @@ def differing_settings(sides: Sequence[Side]) -> list[str]:
 
 
 def settings_table(sides: Sequence[Side]) -> str:
-    """Return the settings in which the sides differ, a row a side."""
-    flags = differing_settings(sides)
+    """Return the settings in which the sides differ: of few sides a row a setting, of many a row a side."""
+    flags, names = differing_settings(sides), [side.short_name for side in sides]
     if not flags:
         return "All settings are the same."
-    columns = [(flag, [_shorten(side.settings.get(flag, "-")) for side in sides]) for flag in flags]
-    return table([("", [side.short_name for side in sides]), *columns])
+    values = [[_shorten(side.settings.get(flag, "-")) for flag in flags] for side in sides]
+    if len(sides) <= MOST_COLUMNS:
+        return table([("differing", flags), *zip(names, values, strict=True)])
+    return table([("", names), *zip(flags, zip(*values, strict=True), strict=True)])
 
 
 def differences_table(sides: Sequence[Side], loss_name: str, tasks: str) -> str:
@@ -171,47 +174,47 @@ def differences_table(sides: Sequence[Side], loss_name: str, tasks: str) -> str:
     Args:
         tasks: what the tasks are, in words.
     """
-    measure, scale, digits = _units(sides, loss_name)
-    rows: list[dict[str, str]] = []
-    for words, compared in readings(sides).items():
-        for side in compared:
-            row = {"": side.short_name, "statistics": words, "steps": str(side.steps)}
-            row[measure] = side.results.cell(side.steps, scale, digits)
-            if side is compared[0]:
-                row |= {"difference": "the first", "seeds": str(len(side.evaluations))}
-            else:
-                paired = difference(side, compared[0])
-                row |= {"difference": paired.text(scale, digits), "seeds": str(len(paired.by_seed))}
-                row |= {
-                    "pairs left out": str(paired.left_out),
-                    "verdict": paired.verdict(more_is_better=side.accuracy),
-                }
-            rows.append(row)
-    several = any(len(side.evaluations) > 1 for side in sides)
-    shown = [
-        "",
-        *["statistics"] * (len(readings(sides)) > 1),
-        "steps",
-        measure,
-        *["seeds"] * several,
-        "difference",
-        "pairs left out",
-        "verdict",
+    compared, several = readings(sides), any(len(side.evaluations) > 1 for side in sides)
+    rows = [
+        {"": side.short_name, "statistics": words * (len(compared) > 1)}
+        | _cells(side, group[0], loss_name, several)
+        for words, group in compared.items()
+        for side in group
     ]
-    if not any(row.get("pairs left out", "0") != "0" for row in rows):
-        shown.remove("pairs left out")
-    diverged = "diverged" in " ".join(row[measure] for row in rows)
-    left_out = "Diverged tasks are left out, and counted." if diverged else "No task diverged."
     result = pairs = "mean ± 95 % interval over tasks"
     if several:
         result = "mean over seeds ± the mean 95 % interval over tasks (lowest to highest seed)"
         pairs = "mean over shared seeds ± its 95 % interval over tasks (lowest to highest seed)"
+    measure, *_ = _units(sides[0], loss_name)
+    diverged = any("diverged" in row[measure] for row in rows)
+    left_out = "Diverged tasks are left out, and counted." if diverged else "No task diverged."
     return (
-        f"{table([(name, [row.get(name, '') for row in rows]) for name in shown])}\n"
+        f"{table([(name, [row[name] for row in rows]) for name in rows[0]])}\n"
         f"Query {measure} on {tasks}: {result}. {left_out}\n"
         f"Difference to {sides[0].short_name} on the same tasks: {pairs}; better or worse where the "
         "interval excludes 0."
     )
+
+
+def _cells(side: Side, first: Side, loss_name: str, several: bool) -> dict[str, str]:
+    """Return the cells of a side by heading; `several`: a side has more than one seed."""
+    measure, scale, digits = _units(side, loss_name)
+    cells = {"steps": str(side.steps), measure: side.results.cell(side.steps, scale, digits)}
+    if side is first:
+        seeds = len(side.evaluations)
+        return cells | {
+            "seeds": str(seeds) * several,
+            "difference": "the first",
+            "left out": "",
+            "verdict": "",
+        }
+    paired = difference(side, first)
+    return cells | {
+        "seeds": str(len(paired.by_seed)) * several,
+        "difference": paired.text(scale, digits),
+        "left out": f"{paired.left_out} pairs" if paired.left_out else "",
+        "verdict": paired.verdict(more_is_better=side.accuracy),
+    }
 
 
 def record(sides: Sequence[Side]) -> list[dict[str, Any]]:
@@ -269,15 +272,12 @@ def figure(sides: Sequence[Side], loss_name: str, title: str) -> Figure:
     draw_training(learning, trained_runs(sides))
     style.set_measure_axis(steps, f"query {measure} on these tasks", accuracy=accuracy)
     better = "right" if accuracy else "left"
-    panel = bottom.subplots()
-    panel.set_xlabel(
-        f"{measure}: paired difference to the first, 95 % interval over tasks (better: {better})"
-    )
-    _draw_differences(panel, sides)
+    label = f"{measure}: paired difference to the first, 95 % interval over tasks (better: {better})"
+    _draw_differences(bottom.subplots(), sides, label)
     return figure
 
 
-def _draw_differences(panel: Axes, sides: Sequence[Side]) -> None:
+def _draw_differences(panel: Axes, sides: Sequence[Side], label: str) -> None:
     """Draw a row a side: mean and interval over tasks, and below it a dot for each of several seeds."""
     panel.axvline(0.0, color=style.GREY, linestyle=":")
     for number, side in enumerate(sides):
@@ -289,4 +289,4 @@ def _draw_differences(panel: Axes, sides: Sequence[Side]) -> None:
             seeds = list(paired.by_seed.values())
             panel.plot(seeds, [number + 0.25] * len(seeds), "o", color=look["color"], markersize=2.5)
     panel.set_yticks(range(len(sides)), [side.short_name for side in sides])
-    panel.set_ylim(len(sides) - 0.5, -0.5)
+    panel.set(ylim=(len(sides) - 0.5, -0.5), xlabel=label)

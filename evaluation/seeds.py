@@ -74,7 +74,7 @@ class RunSummary:
 
     @property
     def curve(self) -> tuple[list[float], list[float]]:
-        """Validation while training: iterations and values."""
+        """Return validation while training: iterations and values."""
         return self.validation.get("iteration", []), self.validation.get(self.measure, [])
 
     def reaches(self, value: float, level: float) -> bool:

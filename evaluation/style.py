@@ -94,7 +94,7 @@ def add_legend(figure: Figure, panel: Axes, place: str = "center") -> None:
         place: "left", "center" or "right".
     """
     handles, labels = panel.get_legend_handles_labels()
-    if len(labels) <= DISTINCT_CURVES:
+    if 0 < len(labels) <= DISTINCT_CURVES:
         room = LETTERS_PER_INCH * figure.get_figwidth() // (max(map(len, labels)) + 8)
         columns = min(len(labels), max(1, int(room)))
         outside: Any = f"outside lower {place}"

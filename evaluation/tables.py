@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,17 +56,14 @@ Column = tuple[str, Sequence[str]]  # heading, of one or two lines, and cells
 ROWS_PRINTED, LONGEST_CELL = 20, 24  # of predictions
 
 
-def table(columns: Sequence[Column]) -> str:
-    """Return right-aligned columns as text; empty lines are left out."""
-    headings = [heading.split("\n") for heading, _ in columns]
-    height = max(map(len, headings))
-    padded = [[*lines, *[""] * (height - len(lines))] for lines in headings]
-    rows = list(
-        zip(*([*lines, *cells] for lines, (_, cells) in zip(padded, columns, strict=True)), strict=True)
-    )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(filter(None, lines))
+def table(columns: Iterable[Column]) -> str:
+    """Return right-aligned columns as text; columns without any text in their cells are left out."""
+    split = [(heading.split("\n"), cells) for heading, cells in columns if any(cells)]
+    height = max(len(heading) for heading, _ in split)
+    padded = [[*heading, *[""] * (height - len(heading)), *cells] for heading, cells in split]
+    widths = [max(map(len, column)) for column in padded]
+    rows = zip(*padded, strict=True)
+    return "\n".join("  ".join(map(str.rjust, row, widths)).rstrip() for row in rows)
 
 
 @dataclass(frozen=True)
@@ -97,8 +94,11 @@ def evaluation_table(evaluation: Evaluation, caption: Caption) -> str:
 
     Diverged tasks, if there are any, are counted, and the loss of the others is added.
     """
-    several = len(evaluation.losses) > 1
-    rows = range(evaluation.steps + 1)
+    several, rows = len(evaluation.losses) > 1, range(evaluation.steps + 1)
+
+    def heading(title: str, normalisation: str) -> str:
+        return f"{title}\n{normalisation}" if several else title
+
     columns: list[Column] = [("steps", [str(step) for step in rows])]
     quoted: list[str] = []
     measures = [("accuracy %", evaluation.accuracies, 100, 2), (caption.loss_name, evaluation.losses, 1, 4)]
@@ -106,17 +106,18 @@ def evaluation_table(evaluation: Evaluation, caption: Caption) -> str:
         for name, values in results.items():
             pairs = zip(*(t.tolist() for t in mean_and_interval(values * scale)), strict=True)
             cells = [f"{mean:.{digits}f} ± {interval:.{digits}f}" for mean, interval in pairs]
-            columns.append((f"{title}\n{name}" if several else title, cells))
+            columns.append((heading(title, name), cells))
             quoted.append(f"{title} {cells[caption.test_steps]}" + f" ({name})" * several)
-    counted = False
+    count = len(columns)
     for name, losses in evaluation.losses.items():
         diverged = evaluation.diverged(name)
         if diverged.any():
-            counted = True
-            others = losses.where(~diverged, torch.nan).nanmean(0).tolist()
-            suffix = f"\n{name}" * several
-            columns.append((f"diverged{suffix}", [str(count) for count in diverged.sum(0).tolist()]))
-            columns.append((f"{caption.loss_name} of the rest{suffix}", [f"{loss:.4f}" for loss in others]))
+            rest = losses.where(~diverged, torch.nan).nanmean(0).tolist()
+            columns.append((heading("diverged", name), list(map(str, diverged.sum(0).tolist()))))
+            columns.append(
+                (heading(f"{caption.loss_name} of the rest", name), [f"{loss:.4f}" for loss in rest])
+            )
+    counted = len(columns) > count
     columns.append(("", ["trained for" * (step == caption.trained_steps) for step in rows]))
     footer = f"Mean and 95 % interval over {evaluation.tasks} tasks"
     footer += "." if counted else "; none of them diverged."

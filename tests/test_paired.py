@@ -61,7 +61,7 @@ def test_a_task_that_diverges_in_either_run_is_no_pair_and_is_counted():
     found = paired.difference(one, first)
     assert (found.tasks, found.left_out) == (17, 3) and found.mean == pytest.approx(0.1)
     table = paired.differences_table([first, one], "MSE", "20 tasks")
-    assert "2 diverged" in table and table.splitlines()[2].split()[-2:] == ["3", "worse"]
+    assert "2 diverged" in table and table.splitlines()[2].split()[-2:] == ["pairs", "worse"]
 
 
 def test_a_verdict_says_whether_seeds_agree_and_whether_the_interval_excludes_0():
