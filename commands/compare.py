@@ -32,7 +32,6 @@ from learners.losses import loss_name
 from tasks.options import FILE_KINDS
 from training.checkpoint import Curve, load_checkpoint
 from training.folders import BEST, LAST, find_checkpoint, find_runs
-from training.run import final_loss
 from training.trainer import VALIDATION_TASKS
 
 MOST_NAMES, LONGEST_NAMES = 3, 100  # sides and characters in a file name
@@ -150,14 +149,14 @@ def _side(
 
 
 def _summarise_run(name: str, seed: int, subject: Subject, curves: Mapping[str, Curve]) -> seeds.RunSummary:
-    loss, config = final_loss(curves["training"]), subject.config
+    config, iterations = subject.config, curves["validation"].get("iteration", [])
     return seeds.RunSummary(
         name=name,
         setting=name,
         seed=seed,
-        iteration=loss["to"] if loss else 0,
+        iteration=int(iterations[-1]) if iterations else 0,
         failure=None,
-        final_training_loss=loss["mean"] if loss else None,
+        final_training_loss=None,
         measure="query_accuracy" if config.tasks.classification else "query_loss",
         loss=loss_name(config.learner.loss),
         validation=curves["validation"],

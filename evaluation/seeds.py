@@ -124,7 +124,8 @@ def training_table(runs: Sequence[RunSummary]) -> str:
     units = (100, 2) if accuracy else (1, 4)
 
     def column(heading: str, name: str, scale: float = 1, digits: int = 0) -> Column:
-        return heading, [spread_text(facts[name], scale, digits) for facts in groups.values()]
+        known = any(facts[name] for facts in groups.values())
+        return heading, [spread_text(facts[name], scale, digits) * known for facts in groups.values()]
 
     failures = [[run.failure for run in runs if (run.setting or ALL) == setting] for setting in groups]
     counts = [(group.count(None), len(group)) for group in failures]
