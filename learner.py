@@ -55,12 +55,13 @@ class SpatialMean(nn.Module):
         return x.mean((2, 3))
 
 
-def _strided(inputs: Shape, channels: int, scale: bool) -> list[nn.Module]:
-    """Return four 3x3 convolutions of stride 2, each with batch norm and ReLU."""
+def _blocks(inputs: Shape, channels: int, scale: bool, *, pool: bool = False) -> list[nn.Module]:
+    """Return four 3x3 convolutions, of stride 2 or before 2x2 max pooling, with batch norm and ReLU."""
     blocks: list[nn.Module] = []
     for channels_in in (inputs[0], channels, channels, channels):
-        convolution = nn.Conv2d(channels_in, channels, 3, stride=2, padding=1, bias=False)
+        convolution = nn.Conv2d(channels_in, channels, 3, stride=1 if pool else 2, padding=1, bias=False)
         blocks += [convolution, BatchNorm(channels, scale=scale), nn.ReLU()]
+        blocks += [nn.MaxPool2d(2)] * pool
     return blocks
 
 
@@ -68,7 +69,7 @@ def conv(
     outputs: int, inputs: Shape = (1, 28, 28), *, channels: int = CHANNELS, scale: bool = False
 ) -> nn.Module:
     """Build four 3x3 convolutions of stride 2 and a mean over space: Finn et al.'s Omniglot network."""
-    blocks = _strided(inputs, channels, scale)
+    blocks = _blocks(inputs, channels, scale)
     return nn.Sequential(*blocks, SpatialMean(), nn.Linear(channels, outputs))
 
 
@@ -77,30 +78,22 @@ def conv_flat(
 ) -> nn.Module:
     """Build `conv`, flattened and with batch norm's scale: Nichol et al.'s Omniglot network (2018)."""
     features = channels * math.prod(-(-size // 16) for size in inputs[1:])
-    return nn.Sequential(*_strided(inputs, channels, scale), nn.Flatten(), nn.Linear(features, outputs))
-
-
-def _pooled(inputs: Shape, channels: int, scale: bool) -> list[nn.Module]:
-    """Return four 3x3 convolutions, each with batch norm, ReLU and 2x2 max pooling."""
-    blocks: list[nn.Module] = []
-    for channels_in in (inputs[0], channels, channels, channels):
-        convolution = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
-        blocks += [convolution, BatchNorm(channels, scale=scale), nn.ReLU(), nn.MaxPool2d(2)]
-    return blocks
+    return nn.Sequential(*_blocks(inputs, channels, scale), nn.Flatten(), nn.Linear(features, outputs))
 
 
 def conv_pool(
     outputs: int, inputs: Shape = (1, 28, 28), *, channels: int = CHANNELS, scale: bool = False
 ) -> nn.Module:
     """Build `conv` with 2x2 max pooling instead of strides (Vinyals et al. 2016)."""
-    blocks = _pooled(inputs, channels, scale)
+    blocks = _blocks(inputs, channels, scale, pool=True)
     return nn.Sequential(*blocks, SpatialMean(), nn.Linear(channels, outputs))
 
 
 def conv4(outputs: int, inputs: Shape = (3, 84, 84), *, channels: int = 32, scale: bool = False) -> nn.Module:
     """Build the mini-ImageNet network of Ravi and Larochelle (2017): max pooling, flattened."""
     features = channels * (inputs[1] // 16) * (inputs[2] // 16)
-    return nn.Sequential(*_pooled(inputs, channels, scale), nn.Flatten(), nn.Linear(features, outputs))
+    blocks = _blocks(inputs, channels, scale, pool=True)
+    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(features, outputs))
 
 
 def convnet(outputs: int, inputs: Shape = (1, 28, 28), *, channels: int = CHANNELS) -> nn.Module:
@@ -169,11 +162,8 @@ def build_torchvision(
 def load_factory(name: str) -> Callable[..., nn.Module]:
     """Return the factory of a learner: a function of the number of outputs and other arguments.
 
-    Args:
-        name: a key of `LEARNERS`, `torchvision:MODEL`, or the user's `file.py:factory`.
-
-    Raises:
-        UsageError: there is no learner of that name.
+    The name is a key of `LEARNERS`, `torchvision:MODEL`, or the user's `file.py:factory`. Raises UsageError
+    if there is no such learner.
     """
     if is_own_code(name):
         return load_code(name, "--learner")
@@ -204,9 +194,9 @@ def build_learner(
 
     Args:
         name: see `load_factory`.
-        outputs: number of outputs, the factory's first argument.
-        inputs: the shape of an example without the batch axis, or nested tuples or dictionaries of shapes;
-            given to factories that have a parameter `inputs`.
+        outputs: the factory's first argument.
+        inputs: the shape of an example, or nested tuples or dictionaries of shapes; for factories that have a
+            parameter `inputs`.
         arguments: further arguments of the factory.
         init: "torch" leaves the weights; "paper" applies `initialise_as_paper`.
         context: size of a context vector that modulates a layer (`heads.add_context`); 0: none.

@@ -36,14 +36,13 @@ class Elementary(TorchFunctionMode):
 
     While a substitute runs, the mode is off: the functions that it calls are PyTorch's own.
 
+    The pass raises ValueError for functions that cannot be substituted; the message says what to do.
+
     Args:
-        keys: int64 `[2]`, two 32-bit words on which the random numbers depend (seed, task, pass); those of
-            one task under `vmap`. None: a pass that draws raises ValueError.
+        keys: int64 `[2]`, two 32-bit words on which the random numbers depend (seed, task, pass); None: a
+            pass that draws raises ValueError.
         like: any tensor of one task. Tensors that the pass allocates (`torch.zeros`) then belong to one task
             as well under `vmap`, and may be written to. None: `keys` serve.
-
-    Raises:
-        ValueError: in the pass, for functions that cannot be substituted; the message says what to do.
     """
 
     def __init__(self, keys: Tensor | None = None, like: Tensor | None = None) -> None:

@@ -72,13 +72,9 @@ def loss_name(name: str) -> str:
 
 
 def build_loss(name: str, arguments: tuple[str, ...] = ()) -> Callable[[Any, Any], Tensor]:
-    """Return a loss by name, with its `NAME=VALUE` arguments bound.
+    """Return a loss by name, a key of `LOSSES` or `file.py:function`, with `NAME=VALUE` arguments bound.
 
-    Args:
-        name: a key of `LOSSES`, or the user's `file.py:function`.
-
-    Raises:
-        UsageError: there is no such function, or a built-in one does not take the arguments.
+    Raises UsageError if there is no such function, or if a built-in one does not take the arguments.
     """
     options = parse_arguments(arguments)
     if is_own_code(name):
