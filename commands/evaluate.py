@@ -7,10 +7,10 @@ There is one evaluation job: --eval, --baselines and --compare make theirs of a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from commands.build import (
     SharedTasks,
@@ -40,10 +40,7 @@ from evaluation.tables import Caption, evaluation_record, evaluation_table, writ
 from learners.losses import loss_name
 from maml import MAML
 from training.checkpoint import Checkpoint, check_same_split, fitting_parameters, load_checkpoint
-from training.folders import SavedRun, find_runs
-
-if TYPE_CHECKING:
-    pass
+from training.folders import find_runs
 
 
 def evaluate(call: Call, given: Mapping[str, Any], command: str, world: World) -> int:
@@ -54,10 +51,25 @@ def evaluate(call: Call, given: Mapping[str, Any], command: str, world: World) -
     """
     with world.together():
         runs = find_runs(call.load) if call.load is not None else []
-    if runs:
-        evaluate_runs(runs, call, given, command, world)
-    else:
+    if not runs:
         evaluate_one(call, given, command, world)
+        return 0
+    folder = runs[0].file.parent.parent
+    measured = _evaluate_all([run.file for run in runs], folder, call, given, command, world)
+    subjects: list[Subject] = []
+    results: dict[str, list[Evaluation]] = {}
+    for run, (job, result, _) in zip(runs, measured, strict=True):
+        subjects.append(job.subject)
+        results.setdefault(run.setting or seeds.ALL, []).append(result)
+    words, name = summarise(subjects)
+    print(seeds.test_table(results, words))
+    stem = (call.out or folder) / name
+    if world.first:
+        record = {"runs": [vars(run) for run in runs], "settings": seeds.test_record(results)}
+        write_json(Path(f"{stem}.json"), {"command": command, **record})
+        write_figure(Path(f"{stem}.png"), seeds.test_figure(results, words))
+    place = "next to them" if call.out else "next to its checkpoint"
+    print(f"Written: {stem}.json and .png, and those of each run {place}")
     return 0
 
 
@@ -65,62 +77,49 @@ def evaluate_one(
     call: Call, given: Mapping[str, Any], command: str, world: World
 ) -> tuple[Job, Evaluation, Path]:
     """Measure a checkpoint or the fresh initialisation; return the job, the result, and its files' stem."""
-    with world.together():
-        subject = Subject.read(call.load, call, given)
-        config = subject.config
-        runtime = prepare(config, call, world)
-        if call.baselines:
-            check_processes(config, world)
-        folder = call.checkpoint_path if call.load is None else call.load.parent
-        out = writable(call.out or folder, "--out") if world.first else Path()
-    world.check_same(shared_facts(config, runtime, subject.source))
-    shared = read_tasks([config], call, world)
-    with world.together():
-        job = subject.build(call, runtime, shared)
-    print_settings(config, runtime, f"Evaluating {subject.name} on {config.evaluation.eval_tasks} test tasks")
-    result = job.evaluate()
-    print(evaluation_table(result, subject.words))
-    stem = out / f"{subject.stem(with_run=call.out is not None)}-{summarise([subject])[1]}"
-    if world.first:
-        *others, last = job.write(result, stem, command)
-        print(f"Written: {stem}{', '.join(others)} and {last}")
+    folder = call.checkpoint_path if call.load is None else call.load.parent
+    ((job, result, stem),) = _evaluate_all([call.load], folder, call, given, command, world)
+    print(evaluation_table(result, job.subject.words))
+    print(f"Written: {stem}.json and .png")
     return job, result, stem
 
 
-def evaluate_runs(
-    runs: Sequence[SavedRun], call: Call, given: Mapping[str, Any], command: str, world: World
-) -> None:
-    """Measure many runs on the same test tasks: each by itself, and mean and spread over seeds."""
-    folder = runs[0].file.parent.parent
+def _evaluate_all(
+    files: Sequence[Path | None],
+    folder: Path,
+    call: Call,
+    given: Mapping[str, Any],
+    command: str,
+    world: World,
+) -> Iterator[tuple[Job, Evaluation, Path]]:
+    """Measure checkpoints on test tasks; write each one's result to --out, or next to the checkpoint.
+
+    Yields each job, its result, and the stem of its files.
+    """
     with world.together():
-        subjects = [Subject.read(run.file, call, given) for run in runs]
-        evaluations = {(s.config.evaluation.eval_steps, s.config.evaluation.eval_tasks) for s in subjects}
-        if len(evaluations) > 1:
+        subjects = [Subject.read(file, call, given) for file in files]
+        configs = [subject.config for subject in subjects]
+        if len({(c.evaluation.eval_steps, c.evaluation.eval_tasks) for c in configs}) > 1:
             raise UsageError(f"{folder}: the runs differ in --eval-steps or --eval-tasks: give both")
-        out = writable(call.out or folder, "--out") if world.first else Path()
-    first, *others = configs = [subject.config for subject in subjects]
-    runtime = prepare(first, call, world)
-    title = f"Evaluating {len(runs)} runs in {folder} on {first.evaluation.eval_tasks} test tasks"
-    print_settings(first, runtime, title, *others)
-    shared = read_tasks(configs, call, world)
-    results: dict[str, list[Evaluation]] = {}
-    for run, subject in zip(runs, subjects, strict=True):
-        runtime = prepare(subject.config, call, world)
-        with world.together():
-            job = subject.build(call, runtime, shared)
-        result = job.evaluate()
-        results.setdefault(run.setting or seeds.ALL, []).append(result)
+        if call.baselines:
+            check_processes(configs[0], world)
         if world.first:
-            name = f"{subject.stem(with_run=call.out is not None)}-{summarise([subject])[1]}"
-            job.write(result, (out if call.out else run.file.parent) / name, command)
-    words, name = summarise(subjects)
-    print(seeds.test_table(results, words))
-    if world.first:
-        record = {"runs": [vars(run) for run in runs], "settings": seeds.test_record(results)}
-        write_json(out / f"{name}.json", {"command": command, **record})
-        write_figure(out / f"{name}.png", seeds.test_figure(results, words))
-    place = "next to them" if call.out else "next to its checkpoint"
-    print(f"Written: {out / name}.json and .png, and those of each run {place}")
+            writable(call.out or folder, "--out")
+        runtime = prepare(configs[0], call, world)
+    world.check_same(shared_facts(configs[0], runtime, subjects[0].source))
+    shared = read_tasks(configs, call, world)
+    name = subjects[0].name if len(files) == 1 else f"{len(files)} runs in {folder}"
+    title = f"Evaluating {name} on {configs[0].evaluation.eval_tasks} test tasks"
+    print_settings(configs[0], runtime, title, *configs[1:])
+    for subject in subjects:
+        with world.together():
+            job = subject.build(call, prepare(subject.config, call, world), shared)
+        result = job.evaluate()
+        place = call.out or (subject.file.parent if subject.file else folder)
+        stem = place / f"{subject.stem(with_run=call.out is not None)}-{summarise([subject])[1]}"
+        if world.first:
+            job.write(result, stem, command)
+        yield job, result, stem
 
 
 # ---- what is measured ----------------------------------------------------------------------------
@@ -272,8 +271,8 @@ class Job:
             "device": self.runtime.describe(),
         }
 
-    def write(self, result: Evaluation, stem: Path, command: str) -> list[str]:
-        """Write the result as JSON and as pictures; return the ends of the files' names."""
+    def write(self, result: Evaluation, stem: Path, command: str) -> None:
+        """Write the result as JSON, and as a picture; image tasks get a picture of examples as well."""
         record = {"command": command, **self.record(), **evaluation_record(result)}
         write_json(Path(f"{stem}.json"), record)
         choices, options = self.subject.config.choices, self.subject.config.evaluation
@@ -289,8 +288,6 @@ class Job:
         )
         figure = evaluation_figure(result, self.subject.words, examples if curves else None)
         write_figure(Path(f"{stem}.png"), figure)
-        if examples is None or curves:
-            return [".json", ".png"]
-        title = f"test tasks, {self.subject.when}, {task_words(self.subject.config.tasks)}"
-        write_figure(Path(f"{stem}-examples.png"), examples_figure(examples, title))
-        return [".json", ".png", "-examples.png"]
+        if examples is not None and not curves:
+            title = f"test tasks, {self.subject.when}, {task_words(self.subject.config.tasks)}"
+            write_figure(Path(f"{stem}-examples.png"), examples_figure(examples, title))
