@@ -402,16 +402,6 @@ def shared_facts(config: Config, runtime: Runtime, checkpoint: Checkpoint | None
     }
 
 
-def check_processes(config: Config, world: World) -> None:
-    """Raise UsageError where there are more processes than tasks to share."""
-    tasks = config.training.meta_batch_size
-    if world.size > tasks:
-        raise UsageError(
-            f"{world.size} processes for a meta-batch of {tasks} tasks: take fewer "
-            "(torchrun --nproc-per-node), or a larger --meta-batch-size"
-        )
-
-
 @contextmanager
 def no_empty_folder_left(folder: Path) -> Iterator[None]:
     """After an error, remove the folder and those of its parents that are new and still empty."""

@@ -21,109 +21,73 @@ from tasks.options import check_dataset
 class Call:
     """One invocation of the command line."""
 
-    eval: bool = flag(
-        "--eval", group="what to do", default=False, common=True,
-        help="measure a checkpoint (--load), or the initialisation, on test tasks",
-    )  # fmt: skip
-    load: Path | None = flag(
-        "--load", group="what to do", metavar="FILE", default=None, common=True,
+    # fmt: off
+    eval: bool = flag("--eval", group="what to do", default=False, common=True,
+        help="measure a checkpoint (--load), or the initialisation, on test tasks")
+    load: Path | None = flag("--load", group="what to do", metavar="FILE", default=None, common=True,
         help="checkpoint to evaluate, to adapt or to resume; a run's folder stands for its best.pt, or for its "
-        "last.pt to resume",
-    )  # fmt: skip
-    resume: bool = flag(
-        "--resume", group="what to do", default=False, common=True,
-        help="resume the run of this --run-name; start it if it has no checkpoint",
-    )  # fmt: skip
-    init_from: Path | None = flag(
-        "--init-from", group="what to do", metavar="FILE", default=None,
+        "last.pt to resume")
+    resume: bool = flag("--resume", group="what to do", default=False, common=True,
+        help="resume the run of this --run-name; start it if it has no checkpoint")
+    init_from: Path | None = flag("--init-from", group="what to do", metavar="FILE", default=None,
         help="start a new run from the weights of a checkpoint, whatever its algorithm; a run's folder stands for "
-        "its best.pt",
-    )  # fmt: skip
-    adapt: Path | None = flag(
-        "--adapt", group="what to do", metavar="PATH", default=None, common=True,
+        "its best.pt")
+    adapt: Path | None = flag("--adapt", group="what to do", metavar="PATH", default=None, common=True,
         help="adapt a checkpoint (--load) to a task of your own, and predict; PATH is a folder with "
-        "support/<class>/ and query/ full of images, or a table in which some targets are missing",
-    )  # fmt: skip
-    baselines: bool = flag(
-        "--baselines", group="what to do", default=False, common=True,
+        "support/<class>/ and query/ full of images, or a table in which some targets are missing")
+    baselines: bool = flag("--baselines", group="what to do", default=False, common=True,
         help="with --eval --load: measure training from scratch on each task as well; for regression also a "
-        "pretrained network, and the oracle that is told the task, which are trained first",
-    )  # fmt: skip
-    compare: tuple[str, ...] = flag(
-        "--compare", group="what to do", metavar="RUN", default=(), common=True,
+        "pretrained network, and the oracle that is told the task, which are trained first")
+    compare: tuple[str, ...] = flag("--compare", group="what to do", metavar="RUN", default=(), common=True,
         help="compare runs: learning curves, and paired differences on the same tasks; RUN is a run's folder, a "
-        "checkpoint, or a folder of many runs, whose seeds are taken together",
-    )  # fmt: skip
-    split: str = flag(
-        "--split", group="evaluation", choices=("validation", "test"), default="validation",
+        "checkpoint, or a folder of many runs, whose seeds are taken together")
+    split: str = flag("--split", group="evaluation", choices=("validation", "test"), default="validation",
         help="with --compare: the tasks to measure on; choose between runs on validation tasks, and measure "
-        "the choice on test tasks",
-    )  # fmt: skip
-    seeds: str | None = flag(
-        "--seeds", group="what to do", metavar="LIST", default=None, common=True,
-        help="train one run per seed, all at once: 0-7 or 0,3,5-9; --eval --load takes their folder",
-    )  # fmt: skip
+        "the choice on test tasks")
+    seeds: str | None = flag("--seeds", group="what to do", metavar="LIST", default=None, common=True,
+        help="train one run per seed, all at once: 0-7 or 0,3,5-9; --eval --load takes their folder")
     sweep: tuple[str, ...] = flag(
         "--sweep", group="what to do", check=key_and_values, metavar="FLAG=A,B,...", default=(), common=True,
-        help="train one run per value of a flag; of several flags and --seeds, one per combination",
-    )  # fmt: skip
+        help="train one run per value of a flag; of several flags and --seeds, one per combination")
     runs_at_once: int | None = flag(
         "--runs-at-once", group="machine", check=at_least(1), metavar="N", default=None,
         help="with --seeds and --sweep: runs trained together, which bounds memory (default: all that differ "
-        "in numbers alone, but compiled runs on images one after another)",
-    )  # fmt: skip
+        "in numbers alone, but compiled runs on images one after another)")
     eval_dataset: str | None = flag(
         "--eval-dataset", group="evaluation", check=check_dataset, metavar="NAME", default=None,
         help="with --eval --load, or --compare --split test: take the test tasks from another dataset; all "
-        "of its classes count as test classes if it has no split of its own",
-    )  # fmt: skip
+        "of its classes count as test classes if it has no split of its own")
     samples: int | None = flag(
         "--samples", group="tasks", check=at_least(2), metavar="M", default=None, only="regression",
-        common=True, help="points per task, of which -k are support; the same as -q (M - k)",
-    )  # fmt: skip
-    first_order: bool = flag(
-        "--first-order", group="algorithm", default=False, common=True,
-        help="the same as --meta-gradient first-order",
-    )  # fmt: skip
+        common=True, help="points per task, of which -k are support; the same as -q (M - k)")
+    first_order: bool = flag("--first-order", group="algorithm", default=False, common=True,
+        help="the same as --meta-gradient first-order")
 
-    checkpoint_path: Path = flag(
-        "--checkpoint-path", "--checkpoint_path", group="files", metavar="FOLDER",
-        default=Path("checkpoints"), common=True, help="the folder of all runs",
-    )  # fmt: skip
-    run_name: str | None = flag(
-        "--run-name", group="files", metavar="NAME", default=None, common=True,
-        help="name of the run's folder (default: from the settings and the time)",
-    )  # fmt: skip
-    out: Path | None = flag(
-        "--out", group="files", metavar="FOLDER", default=None,
-        help="where --eval, --adapt and --compare write their results (default: next to the checkpoint)",
-    )  # fmt: skip
-    data_root: Path = flag(
-        "--data-root", group="files", metavar="FOLDER", common=True,
+    checkpoint_path: Path = flag("--checkpoint-path", "--checkpoint_path", group="files", metavar="FOLDER",
+        default=Path("checkpoints"), common=True, help="the folder of all runs")
+    run_name: str | None = flag("--run-name", group="files", metavar="NAME", default=None, common=True,
+        help="name of the run's folder (default: from the settings and the time)")
+    out: Path | None = flag("--out", group="files", metavar="FOLDER", default=None,
+        help="where --eval, --adapt and --compare write their results (default: next to the checkpoint)")
+    data_root: Path = flag("--data-root", group="files", metavar="FOLDER", common=True,
         default=Path(os.environ.get("MAML_DATA_ROOT") or "data"),
-        help="folder of the named image sets; also from the environment variable MAML_DATA_ROOT",
-    )  # fmt: skip
+        help="folder of the named image sets; also from the environment variable MAML_DATA_ROOT")
 
     device: str = flag(
         "--device", group="machine", choices=("auto", "cpu", "cuda", "mps"), default="auto", common=True,
         metavar="NAME",
-        help="auto, cpu, cuda or mps; auto: CUDA if available, else the CPU",
-    )  # fmt: skip
+        help="auto, cpu, cuda or mps; auto: CUDA if available, else the CPU")
     threads: int | None = flag(
         "--threads", group="machine", check=at_least(1, 1024), metavar="N", default=None,
         help="CPU threads per process (default: OMP_NUM_THREADS, else one with --learner mlp, else all "
-        "cores, shared among the processes of torchrun)",
-    )  # fmt: skip
-    deterministic: bool = flag(
-        "--deterministic", group="machine", default=False,
+        "cores, shared among the processes of torchrun)")
+    deterministic: bool = flag("--deterministic", group="machine", default=False,
         help="refuse operators that may give other bits for the same numbers, and let compilers and "
-        "libraries choose by rule, not by measuring: the same command gives the same bits on one machine",
-    )  # fmt: skip
-    timeout: float = flag(
-        "--timeout", group="machine", check=minutes, metavar="MINUTES", default=10.0,
+        "libraries choose by rule, not by measuring: the same command gives the same bits on one machine")
+    timeout: float = flag("--timeout", group="machine", check=minutes, metavar="MINUTES", default=10.0,
         help="how long a process of torchrun waits for the others' gradients before it gives up (for data "
-        "and compilation at least two hours)",
-    )  # fmt: skip
+        "and compilation at least two hours)")
+    # fmt: on
 
 
 CALL_FLAGS = flags_of(Call)

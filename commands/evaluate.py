@@ -15,7 +15,6 @@ from typing import Any
 from commands.build import (
     SharedTasks,
     build,
-    check_processes,
     prepare,
     print_settings,
     read_tasks,
@@ -25,6 +24,7 @@ from commands.build import (
 from commands.call import Call
 from commands.config import Config
 from commands.names import file_name, task_size, task_words
+from commands.probe import check_processes
 from commands.resolve import config_of, resolve, resolve_from
 from common.batch import TaskDistribution
 from common.device import Runtime, versions
@@ -102,7 +102,7 @@ def _evaluate_all(
         if len({(c.evaluation.eval_steps, c.evaluation.eval_tasks) for c in configs}) > 1:
             raise UsageError(f"{folder}: the runs differ in --eval-steps or --eval-tasks: give both")
         if call.baselines:
-            check_processes(configs[0], world)
+            check_processes(configs[0], world.size)
         if world.first:
             writable(call.out or folder, "--out")
         runtime = prepare(configs[0], call, world)

@@ -1,4 +1,4 @@
-"""Try out before training what may fail during it: memory, the user's learner, its loss, the splits.
+"""Try out before training what may fail during it: memory, processes, the user's learner and loss.
 
 `build` and `assemble` call these checks. Each raises UsageError with one line that says what to do, where
 PyTorch would raise its own error hours later, or end the process without a word.
@@ -57,6 +57,16 @@ def check_memory(config: Config, processes: int, *, testing: bool) -> None:
                 f"{part} take at least {size / 2**30:,.0f} GiB, and this machine has {memory / 2**30:,.0f} "
                 f"GiB of memory: lower {' or '.join(flags)}"
             )
+
+
+def check_processes(config: Config, processes: int) -> None:
+    """Raise UsageError where there are more processes than tasks to share."""
+    tasks = config.training.meta_batch_size
+    if processes > tasks:
+        raise UsageError(
+            f"{processes} processes for a meta-batch of {tasks} tasks: take fewer "
+            "(torchrun --nproc-per-node), or a larger --meta-batch-size"
+        )
 
 
 def check_splits(distribution: TaskDistribution, config: Config) -> None:

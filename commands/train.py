@@ -18,7 +18,6 @@ from typing import Any
 from commands.build import (
     Start,
     assemble,
-    check_processes,
     no_empty_folder_left,
     prepare_run,
     print_difference,
@@ -31,6 +30,7 @@ from commands.build import (
 from commands.call import Call
 from commands.config import Config
 from commands.names import file_name, own_code_flags, task_size
+from commands.probe import check_processes
 from commands.resolve import config_of, resolve, resolve_from
 from common.errors import UsageError
 from common.processes import World
@@ -54,7 +54,7 @@ def _train(call: Call, given: Mapping[str, Any], world: World, locks: ExitStack)
             locks.enter_context(no_empty_folder_left(folder))
             locks.enter_context(lock_folder(folder))
         start, runtime = prepare_run(find_start(call, given), given, call, world)
-        check_processes(start.config, world)
+        check_processes(start.config, world.size)
     world.check_same(shared_facts(start.config, runtime, start.resumed))
     if start.finished and start.resumed is not None:
         print(f"{start.file} is at iteration {start.resumed.iteration:,}: resume with larger --iterations")

@@ -41,102 +41,72 @@ class Choices:
     Each field is described by the help text of its flag.
     """
 
-    algorithm: str = flag(
-        "--algorithm", group="algorithm", choices=ALGORITHMS, default="maml", common=True,
+    # fmt: off
+    algorithm: str = flag("--algorithm", group="algorithm", choices=ALGORITHMS, default="maml", common=True,
         metavar="NAME",
         help=f"{', '.join(ALGORITHMS)}; a preset of the choices in this group and of its paper's settings, "
-        "which other flags override",
-    )  # fmt: skip
-    fast_weights: str = flag(
-        "--fast-weights", group="algorithm", choices=FAST_WEIGHTS, default="all",
+        "which other flags override")
+    fast_weights: str = flag("--fast-weights", group="algorithm", choices=FAST_WEIGHTS, default="all",
         help="weights that the inner loop adapts: all (MAML), the head (ANIL), all but the head (BOIL), or a "
-        "context vector that modulates a layer (CAVIA)",
-    )  # fmt: skip
-    head: str | None = flag(
-        "--head", group="algorithm", metavar="NAMES", default=None, only="head",
+        "context vector that modulates a layer (CAVIA)")
+    head: str | None = flag("--head", group="algorithm", metavar="NAMES", default=None, only="head",
         help="the head's modules or parameters by name, with commas between (default: the last module with "
-        "weights of its own that is no normalisation layer)",
-    )  # fmt: skip
-    head_init: str = flag(
-        "--head-init", group="algorithm", choices=HEAD_INITS, default="learned",
+        "weights of its own that is no normalisation layer)")
+    head_init: str = flag("--head-init", group="algorithm", choices=HEAD_INITS, default="learned",
         help="the head before the first inner step: meta-learned, zero, or a prototype classifier from the "
-        "support set (Proto-MAML); the latter two allow another number of classes (-n) at test",
-    )  # fmt: skip
+        "support set (Proto-MAML); the latter two allow another number of classes (-n) at test")
     context_size: int = flag(
         "--context-size", group="algorithm", check=at_least(1, 100_000), metavar="N", default=5,
-        only="context", help="length of the context vector",
-    )  # fmt: skip
-    inner_rates: str = flag(
-        "--inner-rates", group="algorithm", choices=INNER_RATES, default="fixed",
+        only="context", help="length of the context vector")
+    inner_rates: str = flag("--inner-rates", group="algorithm", choices=INNER_RATES, default="fixed",
         help="inner learning rates: --inner-lr; or meta-learned from there, one for each weight tensor and "
-        "step (MAML++), or one for each element (Meta-SGD)",
-    )  # fmt: skip
+        "step (MAML++), or one for each element (Meta-SGD)")
     inner_lr_max: float | None = flag(
         "--inner-lr-max", group="algorithm", check=above_zero, metavar="RATE", default=None,
         only="learned rates",
-        help="learned rates start uniformly between --inner-lr and this (default: all at --inner-lr)",
-    )  # fmt: skip
-    meta_gradient: str = flag(
-        "--meta-gradient", group="algorithm", choices=META_GRADIENTS, default="exact",
+        help="learned rates start uniformly between --inner-lr and this (default: all at --inner-lr)")
+    meta_gradient: str = flag("--meta-gradient", group="algorithm", choices=META_GRADIENTS, default="exact",
         help="exact; first-order: inner gradients count as constants; reptile: how far the inner loop has "
-        "moved; implicit: from its end alone (iMAML); joint: no inner loop while training",
-    )  # fmt: skip
+        "moved; implicit: from its end alone (iMAML); joint: no inner loop while training")
     cg_steps: int = flag(
         "--cg-steps", group="algorithm", check=at_least(0, MOST_STEPS), metavar="N", default=5,
-        only="implicit", help="steps of conjugate gradients; 0 is first order",
-    )  # fmt: skip
-    cg_damping: float = flag(
-        "--cg-damping", group="algorithm", check=not_negative, metavar="X", default=0.0,
-        only="conjugate gradients", help="solve (1 + X) I + H / lambda instead of I + H / lambda",
-    )  # fmt: skip
-    objective: str = flag(
-        "--objective", group="algorithm", choices=OBJECTIVES, default="last",
+        only="implicit", help="steps of conjugate gradients; 0 is first order")
+    cg_damping: float = flag("--cg-damping", group="algorithm", check=not_negative, metavar="X", default=0.0,
+        only="conjugate gradients", help="solve (1 + X) I + H / lambda instead of I + H / lambda")
+    objective: str = flag("--objective", group="algorithm", choices=OBJECTIVES, default="last",
         help="the query loss after the last inner step, or a weighted sum over all steps whose weight moves "
-        "to the last (MAML++)",
-    )  # fmt: skip
+        "to the last (MAML++)")
     batch_norm: str = flag(
         "--batch-norm", group="algorithm", choices=NORMALISATIONS, only="batch norm", default="transductive",
         help="statistics for the query while training: its own; inductive: the support set's under the "
-        "adapted weights; per-step: its own, with running statistics kept for each inner step (MAML++)",
-    )  # fmt: skip
-    norm_per_step: bool = flag(
-        "--norm-per-step", group="algorithm", default=False, only="batch norm",
-        help="learn batch norm's shift and scale for each inner step (MAML++); these are never adapted",
-    )  # fmt: skip
+        "adapted weights; per-step: its own, with running statistics kept for each inner step (MAML++)")
+    norm_per_step: bool = flag("--norm-per-step", group="algorithm", default=False, only="batch norm",
+        help="learn batch norm's shift and scale for each inner step (MAML++); these are never adapted")
     adapt_norm: bool = flag(
         "--adapt-norm", group="algorithm", only="norm that can adapt", default=BY_LEARNER, in_python=True,
-        help="adapt batch norm's shift and scale in the inner loop as well as meta-learning them",
-    )  # fmt: skip
+        help="adapt batch norm's shift and scale in the inner loop as well as meta-learning them")
 
-    steps: int = flag(
-        "-s", group="inner loop", check=at_least(1, MOST_STEPS), metavar="STEPS", common=True,
-        in_python=1, help="inner gradient steps while training",
-    )  # fmt: skip
-    inner_lr: float = flag(
-        "--inner-lr", group="inner loop", check=above_zero, metavar="RATE", common=True,
-        help="learning rate of the inner loop; the support loss is a mean over examples",
-    )  # fmt: skip
+    steps: int = flag("-s", group="inner loop", check=at_least(1, MOST_STEPS), metavar="STEPS", common=True,
+        in_python=1, help="inner gradient steps while training")
+    inner_lr: float = flag("--inner-lr", group="inner loop", check=above_zero, metavar="RATE", common=True,
+        help="learning rate of the inner loop; the support loss is a mean over examples")
     inner_optimizer: str = flag(
         "--inner-optimizer", group="inner loop", choices=INNER_OPTIMIZERS, default="sgd",
         help="update rule of the inner loop, which starts afresh for each task; adam-carried keeps Adam's "
-        "second moments from task to task, as the code of Reptile's authors does",
-    )  # fmt: skip
+        "second moments from task to task, as the code of Reptile's authors does")
     inner_momentum: float = flag(
         "--inner-momentum", group="inner loop", check=below_one, metavar="X", default=0.9, only="momentum",
-        help="decay of the inner gradients' running mean: momentum, or Adam's beta1",
-    )  # fmt: skip
+        help="decay of the inner gradients' running mean: momentum, or Adam's beta1")
     inner_clip: float | None = flag(
         "--inner-clip", group="inner loop", check=above_zero, metavar="X", default=None,
-        help="clip the inner gradient of each task to norm X",
-    )  # fmt: skip
+        help="clip the inner gradient of each task to norm X")
     proximal: float = flag(
         "--proximal", group="inner loop", check=not_negative, metavar="LAMBDA", default=0.0,
-        help="add LAMBDA / 2 times the squared distance from the initialisation to the support loss (iMAML)",
-    )  # fmt: skip
+        help="add LAMBDA / 2 times the squared distance from the initialisation to the support loss (iMAML)")
     inner_batch: int | None = flag(
         "--inner-batch", group="inner loop", check=at_least(1), metavar="N", default=None,
-        help="support examples per inner step while training (default: all)",
-    )  # fmt: skip
+        help="support examples per inner step while training (default: all)")
+    # fmt: on
 
     @property
     def trained_steps(self) -> int:

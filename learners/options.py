@@ -68,30 +68,24 @@ def check_loss_name(name: str) -> str | None:
 class LearnerOptions:
     """The network that is meta-learned, and its loss."""
 
-    learner: str = flag(
-        "--learner", group="learner", check=check_learner_name, metavar="NAME", common=True,
+    # fmt: off
+    learner: str = flag("--learner", group="learner", check=check_learner_name, metavar="NAME", common=True,
         help=f"{', '.join(LEARNERS)}, torchvision:MODEL, or file.py:factory; mlp: 1-40-40-1; conv: four "
         "stride-2 convolutions of 64 channels; conv-flat: conv, flattened; conv-pool: max pooling instead of "
         "strides; conv4: conv-pool of 32 channels, flattened; convnet: unpadded convolutions, flattened; fc: "
-        "256-128-64-64; package.module:factory is your own code too",
-    )  # fmt: skip
+        "256-128-64-64; package.module:factory is your own code too")
     learner_args: tuple[str, ...] = flag(
         "--learner-args", group="learner", check=key_and_value, metavar="NAME=VALUE", default=(),
-        help="arguments of the learner's factory",
-    )  # fmt: skip
-    init: str = flag(
-        "--init", group="learner", choices=("paper", "torch"), default=BY_LEARNER,
-        help="initial weights: the paper's, or PyTorch's defaults",
-    )  # fmt: skip
-    loss: str = flag(
-        "--loss", group="learner", check=check_loss_name, metavar="NAME", default=BY_RULE,
+        help="arguments of the learner's factory")
+    init: str = flag("--init", group="learner", choices=("paper", "torch"), default=BY_LEARNER,
+        help="initial weights: the paper's, or PyTorch's defaults")
+    loss: str = flag("--loss", group="learner", check=check_loss_name, metavar="NAME", default=BY_RULE,
         help="mse, cross-entropy, bce (binary cross-entropy of logits), huber, or a function in your own "
-        "code: package.module:function, file.py:function; auto: mse, or cross-entropy in classification",
-    )  # fmt: skip
+        "code: package.module:function, file.py:function; auto: mse, or cross-entropy in classification")
     loss_args: tuple[str, ...] = flag(
         "--loss-args", group="learner", check=key_and_value, metavar="NAME=VALUE", default=(),
-        help="arguments of the loss",
-    )  # fmt: skip
+        help="arguments of the loss")
+    # fmt: on
 
     @property
     def facts(self) -> LearnerFacts:

@@ -101,79 +101,60 @@ def check_shares(text: str) -> str | None:
 class TaskOptions:
     """What tasks are made of, and how large they are."""
 
+    # fmt: off
     dataset: str = flag(
         "--dataset", group="tasks", check=check_dataset, default="sinusoid", metavar="NAME", common=True,
         help=f"{', '.join(DATASETS)}, images:FOLDER, table:FILE, or file.py:factory; FOLDER has a folder per "
-        "class, FILE is CSV or Parquet, and package.module:factory is your own code too",
-    )  # fmt: skip
+        "class, FILE is CSV or Parquet, and package.module:factory is your own code too")
     dataset_args: tuple[str, ...] = flag(
         "--dataset-args", group="tasks", check=key_and_value, metavar="NAME=VALUE", default=(),
-        only="own data", help="arguments of your own dataset's factory",
-    )  # fmt: skip
+        only="own data", help="arguments of your own dataset's factory")
     ways: int | None = flag(
         "-n", group="tasks", check=at_least(2), metavar="WAYS", only="classification", common=True,
-        help="classes per task; makes a table or your own dataset a classification",
-    )  # fmt: skip
-    shots: int = flag(
-        "-k", group="tasks", check=at_least(1), metavar="SHOTS", free_on_eval=True, common=True,
-        help="support examples per task; in classification, per class",
-    )  # fmt: skip
+        help="classes per task; makes a table or your own dataset a classification")
+    shots: int = flag("-k", group="tasks", check=at_least(1), metavar="SHOTS", free_on_eval=True, common=True,
+        help="support examples per task; in classification, per class")
     queries: int = flag(
         "-q", group="tasks", check=at_least(1), metavar="QUERIES", free_on_eval=True, common=True,
-        help="query examples per task; in classification, per class",
-    )  # fmt: skip
+        help="query examples per task; in classification, per class")
     train_shots: int | None = flag(
         "--train-shots", group="tasks", check=at_least(1), metavar="SHOTS", default=None,
         help="support examples of a training task, if not -k; for the Reptile meta-gradient all of its "
-        "examples, query included (default k + q)",
-    )  # fmt: skip
+        "examples, query included (default k + q)")
     noise: float = flag(
         "--noise", group="tasks", check=not_negative, metavar="STD", only="curves", default=0.0,
-        help="standard deviation of Gaussian noise on the targets",
-    )  # fmt: skip
-    oracle: bool = flag(
-        "--oracle", group="tasks", default=False, only="curves",
-        help="a baseline: the task's parameters (amplitude, phase, ...) join the inputs",
-    )  # fmt: skip
+        help="standard deviation of Gaussian noise on the targets")
+    oracle: bool = flag("--oracle", group="tasks", default=False, only="curves",
+        help="a baseline: the task's parameters (amplitude, phase, ...) join the inputs")
     omniglot_split: str = flag(
         "--omniglot-split", group="tasks", choices=tuple(OMNIGLOT_CLASSES), only="omniglot", default="random",
         help="random: 1,100 / 100 / 423 characters for training, validation and test from one fixed shuffle; "
-        "alphabet: the original background and evaluation alphabets (806 / 158 / 659)",
-    )  # fmt: skip
+        "alphabet: the original background and evaluation alphabets (806 / 158 / 659)")
     resize: str = flag(
         "--resize", group="tasks", choices=("lanczos", "nearest"), only="any images", default="lanczos",
-        help="resampling of images; nearest is what the paper's script does to Omniglot",
-    )  # fmt: skip
+        help="resampling of images; nearest is what the paper's script does to Omniglot")
     image_size: int | None = flag(
         "--image-size", group="tasks", check=at_least(1), metavar="PIXELS", only="images", default=BY_DATASET,
-        help="height and width of images",
-    )  # fmt: skip
+        help="height and width of images")
     channels: int | None = flag(
         "--channels", group="tasks", check=check_channels, metavar="{1,3}", only="images", default=BY_DATASET,
-        help="1: grey images; 3: colour",
-    )  # fmt: skip
-    invert: bool = flag(
-        "--invert", group="tasks", default=BY_DATASET, only="any images",
-        help="exchange black and white, so that ink on paper is 1",
-    )  # fmt: skip
-    quarter_turns: bool = flag(
-        "--quarter-turns", group="tasks", default=False, only="images",
-        help="turn each class of a task by a random multiple of 90 degrees, in every split, as with Omniglot",
-    )  # fmt: skip
+        help="1: grey images; 3: colour")
+    invert: bool = flag("--invert", group="tasks", default=BY_DATASET, only="any images",
+        help="exchange black and white, so that ink on paper is 1")
+    quarter_turns: bool = flag("--quarter-turns", group="tasks", default=False, only="images",
+        help="turn each class of a task by a random multiple of 90 degrees, in every split, as with Omniglot")
     augment: str | None = flag(
         "--augment", group="tasks", check=check_augmentations, metavar="NAMES", default=None, only="images",
-        help="random changes of training images: some of flip, crop, rotate, with commas between",
-    )  # fmt: skip
+        help="random changes of training images: some of flip, crop, rotate, with commas between")
     split_shares: str = flag(
         "--split-shares", group="tasks", check=check_shares, metavar="A,B,C", default="64,16,20",
         only="files", help="shares of training, validation and test among the classes of a folder or the "
-        "tasks of a table without a split of its own",
-    )  # fmt: skip
+        "tasks of a table without a split of its own")
     columns: tuple[str, ...] = flag(
         "--columns", group="tasks", check=check_columns, metavar="ROLE=NAMES", only="table", default=(),
         help="columns of a table by role: task=NAME target=NAMES input=NAMES (default task=task target=y, "
-        "and all others but `split` as inputs)",
-    )  # fmt: skip
+        "and all others but `split` as inputs)")
+    # fmt: on
 
     @property
     def classification(self) -> bool:

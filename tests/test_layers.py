@@ -80,8 +80,6 @@ def test_the_top_level_fits_on_a_screen():
 KNOWN = {
     "maml",
     "training.trainer",
-    "commands.build",
-    "commands.several.train_many",
     "learners.attention._multi_head_attention_forward",
     "tasks.tables.load_table",
 }

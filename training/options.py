@@ -15,98 +15,74 @@ SCHEDULES = ("constant", "linear", "cosine")
 class TrainingOptions:
     """The outer loop, what it records, and how the machine computes it."""
 
+    # fmt: off
     meta_batch_size: int = flag(
         "--meta-batch-size", group="outer loop", check=at_least(1), metavar="TASKS", common=True,
-        help="tasks per iteration",
-    )  # fmt: skip
+        help="tasks per iteration")
     iterations: int = flag(
         "--iterations", group="outer loop", check=at_least(1), metavar="N", free_on_resume=True, common=True,
-        help="meta-gradient steps",
-    )  # fmt: skip
+        help="meta-gradient steps")
     meta_lr: float = flag(
         "--meta-lr", group="outer loop", check=above_zero, metavar="RATE", default=1e-3, common=True,
-        help="learning rate of the outer loop; with a schedule, at its first iteration",
-    )  # fmt: skip
+        help="learning rate of the outer loop; with a schedule, at its first iteration")
     meta_optimizer: str = flag(
         "--meta-optimizer", group="outer loop", choices=META_OPTIMIZERS, default="adam",
-        help="update rule of the meta-parameters",
-    )  # fmt: skip
+        help="update rule of the meta-parameters")
     meta_lr_schedule: str = flag(
         "--meta-lr-schedule", group="outer loop", choices=SCHEDULES, default="constant",
-        help="course of the learning rate over --iterations",
-    )  # fmt: skip
+        help="course of the learning rate over --iterations")
     meta_lr_final: float = flag(
         "--meta-lr-final", group="outer loop", check=not_negative, metavar="RATE", default=0.0,
-        only="schedule", help="learning rate at the end of the schedule",
-    )  # fmt: skip
-    grad_clip: float | None = flag(
-        "--grad-clip", group="outer loop", check=above_zero, metavar="X",
-        help="clip each element of the meta-gradient to +-X, as the paper does on mini-ImageNet",
-    )  # fmt: skip
+        only="schedule", help="learning rate at the end of the schedule")
+    grad_clip: float | None = flag("--grad-clip", group="outer loop", check=above_zero, metavar="X",
+        help="clip each element of the meta-gradient to +-X, as the paper does on mini-ImageNet")
     grad_clip_norm: float | None = flag(
         "--grad-clip-norm", group="outer loop", check=above_zero, metavar="X", default=None,
-        help="clip the meta-gradient to norm X",
-    )  # fmt: skip
+        help="clip the meta-gradient to norm X")
     exact_from: int = flag(
         "--exact-from", group="outer loop", check=at_least(0), metavar="N", default=0, only="exact",
-        help="use first order in the first N iterations, the exact meta-gradient afterwards (MAML++)",
-    )  # fmt: skip
+        help="use first order in the first N iterations, the exact meta-gradient afterwards (MAML++)")
     msl_iterations: int = flag(
         "--msl-iterations", group="outer loop", check=at_least(1), metavar="N", default=5000,
         only="multi-step",
-        help="iterations in which the multi-step weights move to the last step, in ten stages",
-    )  # fmt: skip
+        help="iterations in which the multi-step weights move to the last step, in ten stages")
     on_nan: str = flag(
         "--on-nan", group="outer loop", choices=("stop", "skip"), default="stop", free_on_resume=True,
-        help="after a non-finite loss or update: stop with the last good state saved, or skip the iteration",
-    )  # fmt: skip
-    seed: int = flag(
-        "--seed", group="outer loop", check=seed_range, default=0, metavar="SEED", common=True,
-        help="seed of the initial weights and of the training tasks",
-    )  # fmt: skip
+        help="after a non-finite loss or update: stop with the last good state saved, or skip the iteration")
+    seed: int = flag("--seed", group="outer loop", check=seed_range, default=0, metavar="SEED", common=True,
+        help="seed of the initial weights and of the training tasks")
 
-    log_every: int = flag(
-        "--log-every", group="logging", check=at_least(1), metavar="N", free_on_resume=True,
-        help="iterations per point of the training curves",
-    )  # fmt: skip
-    val_every: int = flag(
-        "--val-every", group="logging", check=at_least(1), metavar="N", free_on_resume=True,
-        help="iterations between validations on 200 fixed tasks",
-    )  # fmt: skip
+    log_every: int = flag("--log-every", group="logging", check=at_least(1), metavar="N", free_on_resume=True,
+        help="iterations per point of the training curves")
+    val_every: int = flag("--val-every", group="logging", check=at_least(1), metavar="N", free_on_resume=True,
+        help="iterations between validations on 200 fixed tasks")
     save_every: int = flag(
         "--save-every", group="logging", check=at_least(1), metavar="N", free_on_resume=True,
-        help="iterations between savings of last.pt, which is saved every 10 minutes as well",
-    )  # fmt: skip
+        help="iterations between savings of last.pt, which is saved every 10 minutes as well")
 
     precision: str = flag(
         "--precision", group="machine", choices=("float64", "float32", "tf32", "bf16"), default="float32",
         free_on_eval=True, common=True, metavar="TYPE",
         help="the learner's arithmetic: float32, float64, tf32, bf16; with tf32 (CUDA) and bf16, "
-        "meta-parameters, fast weights, losses, batch statistics and the optimizer stay in float32",
-    )  # fmt: skip
+        "meta-parameters, fast weights, losses, batch statistics and the optimizer stay in float32")
     compile: str = flag(
         "--compile", group="machine", choices=("auto", "on", "off"), default=BY_RULE, common=True,
         help="compile the whole iteration; auto: with a built-in learner, in runs of at least 10,000 iterations "
-        "(classification 1,500)",
-    )  # fmt: skip
+        "(classification 1,500)")
     engine: str = flag(
         "--engine", group="machine", choices=("auto", *ENGINES), default=BY_RULE, only="engines",
         help="how the exact or first-order meta-gradient is computed, to the same numbers: unrolled through "
         "the whole inner loop, or adjoint, step by step backwards in memory that hardly grows with -s; "
-        "auto: adjoint in classification with several inner steps",
-    )  # fmt: skip
+        "auto: adjoint in classification with several inner steps")
     convolution: str = flag(
         "--conv", group="machine", choices=("auto", *CONVOLUTIONS), default=BY_RULE, only="convolutions",
         help="convolutions as matrix products over patches, or as one convolution grouped over tasks; "
-        "auto: im2col if compiled",
-    )  # fmt: skip
-    vectorise: bool = flag(
-        "--vectorise", group="machine", default=True,
+        "auto: im2col if compiled")
+    vectorise: bool = flag("--vectorise", group="machine", default=True,
         help="compute all tasks at once; --no-vectorise takes one after another, for a learner that "
-        "torch.func.vmap cannot handle: slower, equally exact",
-    )  # fmt: skip
+        "torch.func.vmap cannot handle: slower, equally exact")
     tasks_at_once: int | None = flag(
         "--tasks-at-once", group="machine", check=at_least(1), metavar="N", default=BY_RULE,
         free_on_resume=True, free_on_eval=True, common=True,
-        help="take tasks in chunks of N, which bounds memory; the result is the same to rounding",
-    )  # fmt: skip
+        help="take tasks in chunks of N, which bounds memory; the result is the same to rounding")
+    # fmt: on
