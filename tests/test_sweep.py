@@ -153,10 +153,10 @@ CHOICES = {
     "images, prototypes": [*IMAGES, "--head-init", "prototype"],
     **{f"algorithm {name}": ["--algorithm", name, "-s", 2] for name in ALGORITHMS if name != "pretrain"},
 }
-FAST = ("images, maml++", "images, adjoint in chunks", "minibatches, noise", "dropout", "algorithm reptile")
+SLOW_CHOICES = ("images, conv", "images, prototypes", "algorithm imaml")
 
 
-@pytest.mark.parametrize("choice", [pytest.param(c, marks=() if c in FAST else SLOW) for c in CHOICES])
+@pytest.mark.parametrize("choice", [pytest.param(c, marks=SLOW if c in SLOW_CHOICES else ()) for c in CHOICES])
 def test_with_other_choices_each_seed_is_the_run_alone(choice, place, tmp_path, capsys):
     flags = [str(flag).replace("{own}", str(place / "own.py")) for flag in [*SHORT, *CHOICES[choice]]]
     if choice.startswith("images"):
@@ -169,7 +169,7 @@ def test_with_other_choices_each_seed_is_the_run_alone(choice, place, tmp_path, 
 def test_compiled_runs_are_the_runs_alone(tmp_path, monkeypatch, capsys):
     (tmp_path / "cache").mkdir()
     monkeypatch.setattr("training.compiler.cache_folder", lambda: tmp_path / "cache")
-    monkeypatch.setattr(trainer, "UNCOMPILED_ITERATIONS", {"regression": 3, "classification": 3})
+    monkeypatch.setattr(trainer, "UNCOMPILED", {False: 3, True: 3})
     line = ["--compile", "on", "--seeds", "0,1", "--sweep", "inner-lr=0.01,0.02", "--iterations", 40]
     folder = train(tmp_path / "many", *SHORT, *line)
     said = capsys.readouterr()
