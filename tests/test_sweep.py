@@ -156,7 +156,7 @@ CHOICES = {
 SLOW_CHOICES = ("images, conv", "images, prototypes", "algorithm imaml")
 
 
-@pytest.mark.parametrize("choice", [pytest.param(c, marks=SLOW if c in SLOW_CHOICES else ()) for c in CHOICES])
+@pytest.mark.parametrize("choice", [pytest.param(c, marks=[SLOW] * (c in SLOW_CHOICES)) for c in CHOICES])
 def test_with_other_choices_each_seed_is_the_run_alone(choice, place, tmp_path, capsys):
     flags = [str(flag).replace("{own}", str(place / "own.py")) for flag in [*SHORT, *CHOICES[choice]]]
     if choice.startswith("images"):
