@@ -8,14 +8,16 @@ from torch import nn
 from torch.nn import functional as F
 
 import main
-from common.optimizers import InnerOptimizer
+from commands.resolve import resolve
+from common.choices import Choices
 from dataset import Sinusoid
-from maml import MAML, as_it_is
+from maml import MAML
 from training import compiler
 from training.checkpoint import load_checkpoint
 from training.compiler import CompilationError, Compiler
 from training.folders import LAST
-from training.step import TAIL, FlatLayout, MetaStep, OuterLoop, State, adam, clipped
+from training.meta_gradients import run_as_is
+from training.step import TAIL, FlatLayout, MetaStep, State, adam, clip
 
 CPU = torch.device("cpu")
 
@@ -39,19 +41,27 @@ def small_network(*, norm: bool = False) -> nn.Module:
 
 
 def iteration(
-    accelerate, *, norm: bool = False, outer: dict | None = None, **options
+    accelerate, *, norm: bool = False, training: dict | None = None, **choices
 ) -> tuple[MetaStep, State]:
-    maml = MAML(small_network(norm=norm), F.mse_loss, **{"inner_lr": 0.05, "steps": 2} | options)
+    """Return a step on three sinusoids in float64, and its first state."""
+    maml = MAML(small_network(norm=norm), F.mse_loss, Choices(**{"inner_lr": 0.05, "steps": 2} | choices))
     parameters, statistics = maml.initial_parameters(), maml.initial_statistics()
     layout = FlatLayout(parameters)
+    options = {
+        "meta_batch_size": 3,
+        "iterations": 100,
+        "meta_lr": 0.01,
+        "grad_clip": 0.5,
+        "grad_clip_norm": 0.3,
+    }
+    settings = resolve({"dataset": "sinusoid"}).replaced(**options | (training or {}))
     step = MetaStep(
         maml,
         Sinusoid(4, 3, dtype=torch.float64),
-        OuterLoop(0.01, **{"clip_value": 0.5, "clip_norm": 0.3} | (outer or {})),
+        settings.training,
         layout=layout,
         statistics_layout=FlatLayout(statistics) if statistics else None,
-        member={"seed": torch.tensor(5)},
-        tasks=3,
+        members={"seed": torch.tensor(5)},
         accelerate=accelerate,
     )
     vector = layout.flatten(parameters)
@@ -61,19 +71,17 @@ def iteration(
 
 
 WAYS = {
+    "unrolled": dict(training=dict(engine="unrolled")),
     "multi-step": dict(
-        normalisation="per-step", norm_per_step=True, inner_rates="layer-step", norm=True, engine="adjoint",
-        outer=dict(msl_iterations=20, schedule="cosine", iterations=5),
+        objective="multi-step", norm_per_step=True, inner_rates="layer-step", norm=True,
+        training=dict(msl_iterations=20, meta_lr_schedule="cosine", iterations=5, engine="adjoint"),
     ),
-    "unrolled": dict(engine="unrolled"),
-    "implicit": dict(
-        meta_gradient="implicit", optimizer=InnerOptimizer(0, proximal=2.0), cg_steps=2, fast_weights="body"
-    ),
+    "implicit": dict(meta_gradient="implicit", proximal=2.0, cg_steps=2, fast_weights="body"),
     "reptile": dict(
-        meta_gradient="reptile", optimizer=InnerOptimizer(0, "adam", momentum=0.0),
-        outer=dict(optimizer="sgd", inner_batch=3, schedule="linear", iterations=5),
+        meta_gradient="reptile", inner_optimizer="adam", inner_momentum=0.0, inner_batch=3,
+        training=dict(meta_optimizer="sgd", meta_lr_schedule="linear", iterations=5),
     ),
-    "element": dict(inner_rates="element", fast_weights="head", first_order=True),
+    "element": dict(inner_rates="element", fast_weights="head", meta_gradient="first-order"),
 }  # fmt: skip
 
 
@@ -83,7 +91,7 @@ WAYS = {
 def test_a_compiled_iteration_equals_the_uncompiled_one_and_is_found_again(name, cache):
     accelerate = active_compiler(cache)
     step, state = iteration(accelerate, **WAYS[name])
-    plain_step, plain = iteration(as_it_is, **WAYS[name])
+    plain_step, plain = iteration(run_as_is, **WAYS[name])
     start = state
     for _ in range(3):
         state, plain = step(state), plain_step(plain)
@@ -181,8 +189,8 @@ def test_clipping_is_that_of_torch():
     theirs.grad = gradient.clone()
     nn.utils.clip_grad_value_([theirs], 4.0)
     nn.utils.clip_grad_norm_([theirs], 2.0)
-    assert torch.allclose(clipped(gradient, gradient.norm(), 4.0, 2.0), theirs.grad, rtol=1e-12)
-    assert torch.equal(clipped(gradient, gradient.norm(), None, 20.0), gradient)
+    assert torch.allclose(clip(gradient, gradient.norm(), 4.0, 2.0), theirs.grad, rtol=1e-12)
+    assert torch.equal(clip(gradient, gradient.norm(), None, 20.0), gradient)
 
 
 # ---- runs -----------------------------------------------------------------------------------------
@@ -238,6 +246,6 @@ def test_without_a_working_compiler_a_run_says_so_and_continues_uncompiled(
     assert "internal compiler error with details\n" in capsys.readouterr().err
     monkeypatch.setenv("CXX", "/no/such/compiler")
     assert command(*RUN, "--compile", "on", "--run-name", "none") == 0
-    assert "uncompiled" in capsys.readouterr().err
+    assert "no C++ compiler was found" in capsys.readouterr().err
     assert torch.equal(weights(tmp_path / "failed"), weights(tmp_path / "none"))
     assert load_checkpoint(tmp_path / "failed" / LAST).settings["compile"] == "off"
