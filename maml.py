@@ -30,9 +30,9 @@ from common.choices import Choices
 from common.optimizers import InnerOptimizer, InnerState, Moments, Weights
 from common.task import Extras, Task, mean_statistics, stack_steps, sum_over_tasks
 from common.vectorise import over_tasks
-from learners.batch_norm import BatchNorm, given_statistics, norm_parameter_names, recorded_statistics
+from learners.batch_norm import BatchNorm, norm_parameter_names, record_statistics, use_running_statistics
 from learners.functional import FunctionalLearner
-from learners.heads import adapted_names, context_names, head_names, linear_head, prototype_head, without_head
+from learners.heads import adapted_names, context_names, head_names, linear_head, prototype_head, remove_head
 
 Loss = Callable[[Any, Any], Tensor]  # (outputs, targets) of one task -> mean over its examples
 
@@ -135,7 +135,7 @@ class MAML:
         """Divide the learner's weights: adapted or shared, learned or computed, per step or not."""
         choices, module = self.choices, self.call.module
         self.head_layer = "" if choices.head_init == "learned" else linear_head(module, choices.head)
-        self.body = without_head(module, self.head_layer) if choices.head_init == "prototype" else module
+        self.body = remove_head(module, self.head_layer) if choices.head_init == "prototype" else module
         heads = set() if choices.head_init == "learned" else head_names(module, choices.head)
         norms, contexts = norm_parameter_names(module), context_names(module)
         parameters = self.call.parameters
@@ -433,12 +433,12 @@ class MAML:
     def _recording(self) -> AbstractContextManager[Weights | None]:
         """Record what batch norm sees, for per-step batch norm."""
         per_step = self.choices.batch_norm == "per-step" and self.call.statistics
-        return recorded_statistics(self.learner) if per_step else nullcontext()
+        return record_statistics(self.learner) if per_step else nullcontext()
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Let batch norm normalise with the running statistics that come with the weights."""
-        with given_statistics(self.learner), given_statistics(self.body):
+        with use_running_statistics(self.learner), use_running_statistics(self.body):
             yield
 
     def check_statistics(self, normalisations: Iterable[str], statistics: Weights | None) -> None:

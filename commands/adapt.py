@@ -23,7 +23,7 @@ from commands.call import Call
 from commands.config import Config
 from commands.resolve import config_of, resolve_from
 from common.batch import Tree, first_tensor, joined, tree_map
-from common.device import Runtime, device_of, set_up, versions
+from common.device import Runtime, find_device, set_up, versions
 from common.errors import UsageError, printable
 from common.optimizers import Weights
 from common.processes import ALONE
@@ -33,7 +33,7 @@ from evaluation.meta_test import SEED
 from evaluation.predictions import Prediction, predictions_figure
 from evaluation.style import write_figure
 from evaluation.tables import predictions_table, write_csv, write_json
-from learners.batch_norm import norm_layers, recorded_statistics
+from learners.batch_norm import norm_layers, record_statistics
 from maml import MAML, Adapted
 from tasks.images import Form
 from tasks.options import data_facts
@@ -82,7 +82,7 @@ class AdaptedLearner:
         for name, buffer in learner.named_buffers():
             if name in task.extras.buffers:  # as the inner steps have left it
                 buffer.copy_(task.extras.buffers[name])
-        with self.maml.call.predicting(), recorded_statistics(self.maml.learner) as recorded:
+        with self.maml.call.predicting(), record_statistics(self.maml.learner) as recorded:
             self.maml.call(weights, task.support_x, task.extras)
         statistics = weights if self.normalisation == "per-step" else recorded
         for name in norm_layers(self.maml.learner):
@@ -155,7 +155,7 @@ def load(
     source = load_checkpoint(path)
     names = {"learner": learner, "loss": loss}
     config = _settings_of(source, path, {name: value for name, value in names.items() if value is not None})
-    runtime = set_up(device_of(device, ALONE), config.training.precision, small_tensors=False)
+    runtime = set_up(find_device(device, ALONE), config.training.precision, small_tensors=False)
     example = tree_map(lambda part: part.to(runtime.device), example)
     return _restore(source, path, config, runtime, example, outputs or config.tasks.ways or 1)[1:]
 

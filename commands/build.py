@@ -27,7 +27,7 @@ from commands.names import describe, meaningful, own_code_flags
 from commands.probe import check_memory, check_outputs, check_splits, probe_learner
 from commands.resolve import uncompiled
 from common.batch import TaskDistribution, Tree, first_tensor, tree_map
-from common.device import Runtime, device_of, set_up
+from common.device import Runtime, find_device, set_up
 from common.errors import UsageError
 from common.optimizers import Weights
 from common.own_code import parse_arguments
@@ -68,7 +68,7 @@ def join_job(call: Call, *, many: bool) -> tuple[Call, World]:
     if world.size > 1 and (call.adapt or call.compare):
         name = "--compare" if call.compare else "--adapt"
         raise UsageError(f"{name} is for one process: start it without torchrun")
-    device = device_of(call.device, world)
+    device = find_device(call.device, world)
     if world.size > 1:
         world = join(world, device, call.timeout, A_YEAR if many else max(PREPARING, call.timeout))
     return call, world
@@ -77,7 +77,7 @@ def join_job(call: Call, *, many: bool) -> tuple[Call, World]:
 def prepare(config: Config, call: Call, world: World = ALONE) -> Runtime:
     """Set up device, precision and threads; raise UsageError if the machine lacks them, or memory."""
     runtime = set_up(
-        device_of(call.device, world), config.training.precision, small_tensors=config.learner.learner == "mlp",
+        find_device(call.device, world), config.training.precision, small_tensors=config.learner.learner == "mlp",
         threads=call.threads, world=world, deterministic=call.deterministic,
     )  # fmt: skip
     if runtime.device.type == "cpu":

@@ -66,7 +66,7 @@ class Runtime:
         return f"{name}, {processes}{threads} thread{'s' * (threads > 1)}"
 
 
-def device_of(name: str, world: World) -> torch.device:
+def find_device(name: str, world: World) -> torch.device:
     """Return the device of a --device name ("auto": CUDA if there is any, else the CPU).
 
     Each of several processes gets a GPU of its own. Raises UsageError if there is no such device.

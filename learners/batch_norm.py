@@ -5,9 +5,9 @@ statistics of each forward pass:
 
 - *transductive*: a query set is normalised with its own statistics.
 - *inductive*: with those of the support set. Both pass through the network as one batch, whose statistics
-  come from its leading examples alone (`statistics_from_first`).
+  come from its leading examples alone (`use_leading_statistics`).
 - *per-step* (Antoniou et al. 2019): running statistics for each inner step. The layers do not hold them:
-  `recorded_statistics` reads what a pass sees, and inside `given_statistics` they come with the weights.
+  `record_statistics` reads what a pass sees, and inside `use_running_statistics` they come with the weights.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class BatchNorm(nn.Module):
 
     Attributes:
         reference: number of leading examples that give the statistics; None: all.
-        statistics_given: normalise with the buffer `statistics`, `[2, channels]`: mean and biased variance.
+        uses_buffer: normalise with the buffer `statistics`, `[2, channels]`: mean and biased variance.
         seen: a list that collects the statistics of each pass; None: they are not collected.
     """
 
@@ -45,7 +45,7 @@ class BatchNorm(nn.Module):
         self.channels = channels
         self.register_buffer("statistics", torch.zeros(2, channels), persistent=False)
         self.reference: int | None = None
-        self.statistics_given = False
+        self.uses_buffer = False
         self.seen: list[Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class BatchNorm(nn.Module):
 
     def _centre(self, x: Tensor, per_channel: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Return x minus its mean, and the biased variance, which broadcasts against x."""
-        if self.statistics_given:
+        if self.uses_buffer:
             mean, variance = self.get_buffer("statistics").to(x.dtype).unbind()
             return x - mean.view(per_channel), variance.view(per_channel)
         all_but_channels = [0, *range(2, x.dim())]
@@ -149,7 +149,7 @@ def _temporary_attribute(module: nn.Module, attribute: str, value: Any) -> Itera
 
 
 @contextmanager
-def statistics_from_first(examples: int, module: nn.Module) -> Iterator[None]:
+def use_leading_statistics(examples: int, module: nn.Module) -> Iterator[None]:
     """Make every `BatchNorm` take its statistics from that many leading examples of the batch."""
     with _temporary_attribute(module, "reference", examples):
         yield
@@ -166,7 +166,7 @@ def fresh_statistics(module: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def recorded_statistics(module: nn.Module) -> Iterator[dict[str, Tensor]]:
+def record_statistics(module: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Record what each layer sees; yield a dictionary of mean and biased variance that is filled on exit.
 
     They are `[2, channels]`, detached, by the name of the layer's buffer; several calls are averaged.
@@ -182,10 +182,10 @@ def recorded_statistics(module: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 @contextmanager
-def given_statistics(module: nn.Module) -> Iterator[None]:
+def use_running_statistics(module: nn.Module) -> Iterator[None]:
     """Make every `BatchNorm` normalise with its buffer `statistics`, `[2, channels]`.
 
     `functional_call` substitutes the buffer along with the weights.
     """
-    with _temporary_attribute(module, "statistics_given", True):
+    with _temporary_attribute(module, "uses_buffer", True):
         yield

@@ -20,7 +20,7 @@ from common.batch import Tree, arguments_of, first_tensor, in_type, joined, tree
 from common.choices import CONVOLUTIONS, check_choice
 from common.optimizers import Weights
 from common.task import Extras
-from learners.batch_norm import convert_batch_norm, fresh_statistics, statistics_from_first
+from learners.batch_norm import convert_batch_norm, fresh_statistics, use_leading_statistics
 from learners.elementary import Elementary, is_elementary
 from learners.im2col import convert_convolutions
 
@@ -110,7 +110,7 @@ class FunctionalLearner:
         if normalisation != "inductive":
             return self(weights, query_x, extras)
         shots = len(first_tensor(support_x))
-        with statistics_from_first(shots, self.module):
+        with use_leading_statistics(shots, self.module):
             outputs = self(weights, joined([support_x, query_x]), extras)
         return tree_map(lambda part: part[shots:], outputs)
 

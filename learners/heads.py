@@ -78,7 +78,7 @@ def replace_module(module: nn.Module, name: str, new: nn.Module) -> nn.Module:
     return module
 
 
-def without_head(module: nn.Module, head: str) -> nn.Module:
+def remove_head(module: nn.Module, head: str) -> nn.Module:
     """Return a copy whose outputs are the inputs of its last layer, `head`."""
     return replace_module(copy.deepcopy(module), head, nn.Identity())
 
