@@ -17,7 +17,7 @@ from evaluation import style
 from evaluation.figures import draw_over_steps
 from evaluation.meta_test import Evaluation, mean_and_interval
 from evaluation.seeds import RunSummary, StepResults, draw_training, training_record
-from evaluation.tables import table
+from evaluation.tables import table, units
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -145,11 +145,6 @@ def _shorten(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[:half]}...{text[-half:]}"
 
 
-def _units(side: Side, loss_name: str) -> tuple[str, float, int]:
-    """Return how a table shows the measure: its name, the factor of its numbers and their digits."""
-    return ("accuracy %", 100, 2) if side.accuracy else (loss_name, 1, 4)
-
-
 def differing_settings(sides: Sequence[Side]) -> list[str]:
     """Return the flags in which the sides differ."""
     flags = dict.fromkeys(flag for side in sides for flag in side.settings)
@@ -185,7 +180,7 @@ def differences_table(sides: Sequence[Side], loss_name: str, tasks: str) -> str:
     if several:
         result = "mean over seeds ± the mean 95 % interval over tasks (lowest to highest seed)"
         pairs = "mean over shared seeds ± its 95 % interval over tasks (lowest to highest seed)"
-    measure, *_ = _units(sides[0], loss_name)
+    measure, *_ = units(loss_name, accuracy=sides[0].accuracy)
     diverged = any("diverged" in row[measure] for row in rows)
     left_out = "Diverged tasks are left out, and counted." if diverged else "No task diverged."
     return (
@@ -198,7 +193,7 @@ def differences_table(sides: Sequence[Side], loss_name: str, tasks: str) -> str:
 
 def _cells(side: Side, first: Side, loss_name: str, several: bool) -> dict[str, str]:
     """Return the cells of a side by heading; `several`: a side has more than one seed."""
-    measure, scale, digits = _units(side, loss_name)
+    measure, scale, digits = units(loss_name, accuracy=side.accuracy)
     cells = {"steps": str(side.steps), measure: side.results.cell(side.steps, scale, digits)}
     if side is first:
         seeds = len(side.evaluations)

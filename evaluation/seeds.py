@@ -7,6 +7,7 @@ over test tasks are two different things, and are reported apart.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from evaluation import style
 from evaluation.figures import mark_trained_steps
 from evaluation.meta_test import Evaluation
-from evaluation.tables import Caption, Column, after_steps, table
+from evaluation.tables import Caption, Column, after_steps, table, units
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,16 +78,17 @@ class RunSummary:
         """Return validation while training: iterations and values."""
         return self.validation.get("iteration", []), self.validation.get(self.measure, [])
 
-    def reaches(self, value: float, level: float) -> bool:
-        """Return whether a value is as good as a level."""
-        return value >= level if self.measure == "query_accuracy" else value <= level
+    @property
+    def accuracy(self) -> bool:
+        """Return whether validation measures accuracy, of which more is better."""
+        return self.measure == "query_accuracy"
 
     def facts(self, level: float | None = None) -> dict[str, Any]:
         """Return final training loss, best validation, and the iteration that first reached `level`."""
         points = [(v, i) for i, v in zip(*self.curve, strict=True) if math.isfinite(v)]
-        pick = max if self.measure == "query_accuracy" else min
-        value, iteration = pick(points, key=lambda point: point[0], default=(None, None))
-        reached = next((i for v, i in points if level is not None and self.reaches(v, level)), None)
+        best, reaches = (max, operator.ge) if self.accuracy else (min, operator.le)
+        value, iteration = best(points, key=lambda point: point[0], default=(None, None))
+        reached = next((i for v, i in points if level is not None and reaches(v, level)), None)
         facts = {"final_training_loss": self.final_training_loss, "best_validation": value}
         facts |= {"best_iteration": iteration, "reaches_common_level": reached}
         return facts if self.failure is None else dict.fromkeys(facts)
@@ -95,8 +97,7 @@ class RunSummary:
 def common_level(runs: Sequence[RunSummary]) -> float | None:
     """Return the best validation result that every run has reached; None where one has none."""
     best = [run.facts()["best_validation"] for run in runs]
-    worst = min if runs[0].measure == "query_accuracy" else max
-    return None if None in best else worst(best)
+    return None if None in best else (min if runs[0].accuracy else max)(best)
 
 
 def _facts_by_setting(runs: Sequence[RunSummary]) -> dict[str, dict[str, list[float]]]:
@@ -110,18 +111,15 @@ def _facts_by_setting(runs: Sequence[RunSummary]) -> dict[str, dict[str, list[fl
     return groups
 
 
-def _measure(runs: Sequence[RunSummary]) -> tuple[bool, str]:
-    """Return whether validation measures accuracy, and the name of the measure."""
-    if runs[0].measure == "query_accuracy":
-        return True, "accuracy"
-    return False, runs[0].loss if len({run.loss for run in runs}) == 1 else "loss"
+def _loss_name(runs: Sequence[RunSummary]) -> str:
+    """Return the name of the loss, or "loss" if the runs have different ones."""
+    return runs[0].loss if len({run.loss for run in runs}) == 1 else "loss"
 
 
 def training_table(runs: Sequence[RunSummary]) -> str:
     """Return how the runs of each setting learned: final training loss and best validation, over their seeds."""
     groups, level = _facts_by_setting(runs), common_level(runs)
-    accuracy, name = _measure(runs)
-    units = (100, 2) if accuracy else (1, 4)
+    measure, scale, digits = units(_loss_name(runs), accuracy=runs[0].accuracy)
 
     def column(heading: str, name: str, scale: float = 1, digits: int = 0) -> Column:
         known = any(facts[name] for facts in groups.values())
@@ -133,11 +131,11 @@ def training_table(runs: Sequence[RunSummary]) -> str:
         ("", ["" if setting == ALL else setting for setting in groups]),
         ("runs", [f"{n}" if n == count else f"{n} of {count}" for n, count in counts]),
         column("training loss", "final_training_loss", 1, 4),
-        column(f"best validation {name}{' %' * accuracy}", "best_validation", *units),
+        column(f"best validation {measure}", "best_validation", scale, digits),
         column("at iteration", "best_iteration"),
     ]
     if level is not None and len(runs) > 1:
-        columns.append(column(f"first at {units[0] * level:.{units[1]}f}", "reaches_common_level"))
+        columns.append(column(f"first at {scale * level:.{digits}f}", "reaches_common_level"))
     return table(columns)
 
 
@@ -167,9 +165,9 @@ def draw_training(panel: Axes, runs: Sequence[RunSummary]) -> None:
     for number, setting in enumerate(dict.fromkeys(run.setting for run in runs)):
         curves = [run.curve for run in runs if run.setting == setting]
         _draw_runs(panel, number, setting or ALL, curves)
-    accuracy, name = _measure(runs)
     style.set_iteration_axis(panel)
-    style.set_measure_axis(panel, f"validation {name}", accuracy=accuracy)
+    name = "accuracy" if runs[0].accuracy else _loss_name(runs)
+    style.set_measure_axis(panel, f"validation {name}", accuracy=runs[0].accuracy)
 
 
 def _draw_runs(
@@ -210,10 +208,9 @@ class StepResults:
         """Return the result after a step as text, with the number of diverged tasks; "" beyond the last."""
         if step >= len(self.means):
             return ""
-        text = Spread.over(scale * self.means[step]).text(
-            digits, f" ± {scale * self.intervals[step]:.{digits}f}"
-        )
-        return text + f", {self.diverged[step]} diverged" * bool(self.diverged[step])
+        spread, interval = Spread.over(scale * self.means[step]), scale * self.intervals[step]
+        diverged = f", {self.diverged[step]} diverged" * bool(self.diverged[step])
+        return spread.text(digits, f" ± {interval:.{digits}f}") + diverged
 
     def record(self) -> list[dict[str, Any]]:
         """Return the numbers after each step as plain values."""
@@ -231,14 +228,13 @@ def test_table(results: Mapping[str, Sequence[Evaluation]], caption: Caption) ->
     matter: before adaptation, as quoted, and the last.
     """
     first = next(iter(results.values()))[0]
-    measure, scale, digits = caption.units(first)
-    settings = {
-        (measure if setting == ALL else setting) + f"\n{norm}" * (len(first.losses) > 1): StepResults.over(
-            e, norm
-        )
-        for setting, e in results.items()
-        for norm in e[0].losses
-    }
+    measure, scale, digits = units(caption.loss_name, accuracy=bool(first.accuracies))
+    settings = {}
+    for setting, evaluations in results.items():
+        for norm in evaluations[0].losses:
+            name = measure if setting == ALL else setting
+            heading = f"{name}\n{norm}" if len(first.losses) > 1 else name
+            settings[heading] = StepResults.over(evaluations, norm)
     few, last = len(settings) <= MOST_COLUMNS, max(len(setting.means) for setting in settings.values()) - 1
     steps = range(last + 1) if few else sorted({0, min(caption.test_steps, last), last})
     cells = [[setting.cell(step, scale, digits) for step in steps] for setting in settings.values()]

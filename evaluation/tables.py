@@ -79,9 +79,10 @@ class Caption:
         """Return the name of the reported measure, for an axis."""
         return "query accuracy" if evaluation.accuracies else f"query {self.loss_name}"
 
-    def units(self, evaluation: Evaluation) -> tuple[str, float, int]:
-        """Return how a table shows the measure: its name, the factor of its numbers and their digits."""
-        return ("accuracy %", 100, 2) if evaluation.accuracies else (self.loss_name, 1, 4)
+
+def units(loss_name: str, *, accuracy: bool) -> tuple[str, float, int]:
+    """Return how a table shows a measure: its name, the factor of its numbers and their digits."""
+    return ("accuracy %", 100, 2) if accuracy else (loss_name, 1, 4)
 
 
 def after_steps(steps: int) -> str:
@@ -101,8 +102,8 @@ def evaluation_table(evaluation: Evaluation, caption: Caption) -> str:
 
     columns: list[Column] = [("steps", [str(step) for step in rows])]
     quoted: list[str] = []
-    measures = [("accuracy %", evaluation.accuracies, 100, 2), (caption.loss_name, evaluation.losses, 1, 4)]
-    for title, results, scale, digits in measures:
+    for results, accuracy in ((evaluation.accuracies, True), (evaluation.losses, False)):
+        title, scale, digits = units(caption.loss_name, accuracy=accuracy)
         for name, values in results.items():
             pairs = zip(*(t.tolist() for t in mean_and_interval(values * scale)), strict=True)
             cells = [f"{mean:.{digits}f} ± {interval:.{digits}f}" for mean, interval in pairs]
