@@ -22,7 +22,7 @@ def sines(outputs: int, inputs: tuple[int, ...], width: int = 64, fastest: float
     The first layer's frequencies begin uniform within `fastest` radians for a unit of x (a harmonic task's go
     up to 14), its phases at random; the second layer begins as that of Sitzmann et al. (2020).
     """
-    first, second = nn.Linear(*inputs, width), nn.Linear(width, width)
+    first, second = nn.Linear(inputs[0], width), nn.Linear(width, width)
     head = nn.Linear(width, outputs)
     nn.init.uniform_(first.weight, -fastest, fastest)
     nn.init.uniform_(first.bias, -math.pi, math.pi)
