@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from commands.call import Call, check_call
+from commands.members import members_of
 from commands.parser import parse
 from commands.resolve import resolve
 from common.errors import AgreedError, LostError, UsageError, explain
@@ -72,8 +73,10 @@ def run(arguments: list[str]) -> int:
         given = parse(arguments)
         call = check_call(given)
         many = bool(call.seeds or call.sweep)
-        if not (call.load or call.resume or call.compare or many):
-            resolve(given)  # mistakes answer before PyTorch is imported
+        if many:  # mistakes answer before PyTorch is imported
+            members_of(call, given)
+        elif not (call.load or call.resume or call.compare):
+            resolve(given)
         from commands.build import join_job
         from common.processes import leave
 

@@ -9,16 +9,11 @@ trained alone. Several processes share the runs out.
 
 from __future__ import annotations
 
-import argparse
-import itertools
-import math
-import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +34,11 @@ from commands.build import (
 )
 from commands.call import Call
 from commands.config import CONFIG_FLAGS, Config
+from commands.members import Member, members_of
 from commands.names import describe, own_code_flags
-from commands.resolve import config_of, resolve, uncompiled, what_is_learned
+from commands.resolve import config_of, uncompiled, what_is_learned
 from commands.train import find_start, make_folder
 from common.errors import UsageError
-from common.options import Flag
 from common.processes import World
 from evaluation import seeds
 from evaluation.seeds import RunSummary
@@ -56,10 +51,7 @@ from training.folders import LAST, LIST, is_occupied, list_runs, lock_folder
 from training.run import Run, final_loss
 from training.trainer import AT_ONCE, FAILED
 
-MOST_RUNS = 1000
-LONGEST_VALUE = 40  # characters of a value in a folder's name: the last ones, in which paths differ
 MOST_NAMES = 4  # of runs, in the terminal
-SWITCHES = {"yes": True, "no": False}
 
 
 def sweep(call: Call, given: Mapping[str, Any], world: World) -> int:
@@ -76,113 +68,6 @@ def sweep(call: Call, given: Mapping[str, Any], world: World) -> int:
     flags = own_code.pop() if len(own_code) == 1 else ()
     print("Test them:", shlex.join(["python", "main.py", "--eval", "--load", str(folder), *flags]))
     return code
-
-
-# ---- which runs ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Member:
-    """One of many runs."""
-
-    setting: str  # of the sweep, as part of a folder's name; runs of one setting differ in their seed alone
-    seed: int
-    given: dict[str, Any]  # the flags of this run
-
-    @property
-    def name(self) -> str:
-        """Name of its folder."""
-        return "_".join(filter(None, (self.setting, f"seed-{self.seed}")))
-
-    @cached_property
-    def config(self) -> Config:
-        """Its settings as a new run."""
-        try:
-            return resolve(self.given)
-        except UsageError as error:
-            raise UsageError(f"run {self.name}: {error}") from error
-
-
-def members_of(call: Call, given: Mapping[str, Any]) -> list[Member]:
-    """Return the runs that --seeds and --sweep ask for, setting by setting.
-
-    Raises UsageError for an unknown flag or value, and for a combination that is no valid run.
-    """
-    run_seeds = [given.get("seed", CONFIG_FLAGS["seed"].default)]
-    if call.seeds is not None:
-        run_seeds = parse_seeds(call.seeds)
-    axes = _parse_axes(call.sweep, given)
-    number = len(run_seeds) * math.prod(map(len, axes.values()))
-    if number > MOST_RUNS:
-        raise UsageError(f"--seeds and --sweep ask for {number:,} runs: at most {MOST_RUNS:,}")
-    members = []
-    for choice in itertools.product(*(values.items() for values in axes.values())):
-        values = {name: value for name, (_, value) in zip(axes, choice, strict=True)}
-        words = [
-            f"{CONFIG_FLAGS[n].name.lstrip('-')}-{text}" for n, (text, _) in zip(axes, choice, strict=True)
-        ]
-        members += [Member("_".join(words), seed, {**given, **values, "seed": seed}) for seed in run_seeds]
-    if len({member.config.tasks.classification for member in members}) > 1:
-        raise UsageError("--sweep: regression and classification have no measure in common: sweep them apart")
-    return members
-
-
-def parse_seeds(text: str) -> list[int]:
-    """Return the seeds of "0-7", "1,5,9" or both."""
-    numbers: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*([0-9]{1,19})(?:-([0-9]{1,19}))?\s*", part)
-        if match is None:
-            raise UsageError(f"--seeds {text}: expected numbers and ranges, like 0-7 or 0,2,5-9")
-        low, high = int(match[1]), int(match[2] or match[1])
-        if not low <= high < min(low + MOST_RUNS, 2**63):
-            raise UsageError(
-                f"--seeds {text}: {part.strip()} is no range of up to {MOST_RUNS:,} seeds below 2^63"
-            )
-        numbers += range(low, high + 1)
-    if len(set(numbers)) < len(numbers):
-        raise UsageError(f"--seeds {text} names a seed twice")
-    return numbers
-
-
-def _parse_axes(sweep: Sequence[str], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return, for each swept setting by name, its values by their text in a folder's name."""
-    by_flag = {flag.lstrip("-"): name for name, f in CONFIG_FLAGS.items() for flag in f.names}
-    axes: dict[str, dict[str, Any]] = {}
-    for text in sweep:
-        key, _, values = text.partition("=")
-        name = by_flag.get(key.strip().lstrip("-").replace("_", "-"))
-        if name is None:
-            raise UsageError(f"--sweep {text}: {key} is no setting (all flags: --help-all)")
-        flag, parts = CONFIG_FLAGS[name], values.split(",")
-        if name == "seed":
-            raise UsageError("--sweep seed: use --seeds")
-        if name in axes:
-            raise UsageError(f"--sweep has {flag.name} twice: give all of its values at once")
-        if name in given:
-            raise UsageError(f"{flag.name} is given, and in --sweep too: give one of them")
-        axes[name] = {_folder_text(v): v for v in (_parse_value(flag, part.strip(), text) for part in parts)}
-        if len(axes[name]) < len(parts):
-            raise UsageError(f"--sweep {text} names a value twice, or two whose folders would have one name")
-    return axes
-
-
-def _parse_value(flag: Flag, value: str, sweep: str) -> Any:
-    if flag.kind is tuple:
-        raise UsageError(f"--sweep {sweep}: a list of arguments cannot be swept")
-    if flag.kind is bool:
-        if value not in SWITCHES:
-            raise UsageError(f"--sweep {sweep}: {flag.name} is yes or no, not {value!r}")
-        return SWITCHES[value]
-    try:
-        return flag.parse(value)
-    except argparse.ArgumentTypeError as error:
-        raise UsageError(f"--sweep {sweep}: {error}") from error
-
-
-def _folder_text(value: Any) -> str:
-    text = {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
-    return "".join(c if c.isalnum() or c in "-.+" else "-" for c in text)[-LONGEST_VALUE:]
 
 
 # ---- the folder of all runs ----------------------------------------------------------------------

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from commands import parser
 from commands.call import ALL_FLAGS, check_call
+from commands.members import members_of
 from commands.resolve import resolve
-from commands.sweep import members_of
 from common import errors
 from common.errors import UsageError
 from common.options import Flag

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from runs import assert_same_bits, command, curves, stop_at
 
-from commands import sweep
 from commands.call import Call
+from commands.members import members_of, parse_seeds
 from commands.presets import ALGORITHMS
 from common.errors import UsageError
 from training import trainer
@@ -322,15 +322,15 @@ def test_seeds_are_numbers_and_ranges_each_once(ranges):
     text = ",".join(f" {low}-{low + more}" if more else str(low) for low, more in ranges)
     if len(set(expected)) < len(expected):
         with pytest.raises(UsageError, match="names a seed twice"):
-            sweep.parse_seeds(text)
+            parse_seeds(text)
     else:
-        assert sweep.parse_seeds(text) == expected
+        assert parse_seeds(text) == expected
 
 
 def test_a_runs_folder_is_named_after_its_setting_and_seed():
     long = "a" * 50
     call = Call(sweep=(f"learner={long}/x.py:net,{long}/y.py:net", "s=1,2", "oracle=yes"), seeds="0,1")
-    members = sweep.members_of(call, {})
+    members = members_of(call, {})
     names = [member.name for member in members]
     assert len(set(names)) == 8 and len({member.setting for member in members}) == 4
     assert all(re.fullmatch(r"[a-z0-9._-]{1,90}", name) for name in names)
