@@ -1,29 +1,23 @@
-"""The checkpoints in the box: each is the file of its card, and says what its card says."""
+"""Each shipped checkpoint is the file of its card, and measures what its card says."""
 
 import hashlib
 import json
-import os
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
+from runs import command
 
-import main
-from commands import config
-from training.checkpoint import BEST, load_checkpoint
+from commands.parser import parse
+from commands.resolve import config_of, resolve, what_is_learned
+from training.checkpoint import load_checkpoint
+from training.folders import BEST
 
 FOLDER = ROOT / "checkpoints" / "pretrained"
 CARDS = {file.parent.name: json.loads(file.read_text()) for file in sorted(FOLDER.glob("*/card.json"))}
-NO_DATA = "omniglot" if "MAML_DATA_ROOT" not in os.environ else ""
-
-
-def cards():
-    for name, card in CARDS.items():
-        missing = card["data"] == NO_DATA
-        yield pytest.param(
-            name, card, id=name, marks=pytest.mark.skipif(missing, reason="MAML_DATA_ROOT is not set")
-        )
+FAST = ("sinusoid-maml", "sinusoid-meta-sgd")
 
 
 def test_each_folder_has_a_card_and_a_row_in_the_index():
@@ -31,46 +25,42 @@ def test_each_folder_has_a_card_and_a_row_in_the_index():
     index = (FOLDER / "README.md").read_text()
     assert folders == set(CARDS) != set()
     assert all(f"`{name}`" in index for name in folders)
-    assert len({frozenset(card) for card in CARDS.values()}) == 1  # all of one version of the script
+    assert len({frozenset(card) for card in CARDS.values()}) == 1  # the same entries
 
 
-@pytest.mark.parametrize(("name", "card"), CARDS.items(), ids=CARDS)
-def test_the_file_is_the_cards_and_holds_an_initialisation_alone(name, card):
-    file = FOLDER / name / BEST
+@pytest.mark.parametrize("name", CARDS)
+def test_a_file_is_its_cards_and_holds_an_initialisation_alone(name):
+    card, file = CARDS[name], FOLDER / name / BEST
     checkpoint = load_checkpoint(file)
     assert hashlib.sha256(file.read_bytes()).hexdigest() == card["sha256"]
-    assert checkpoint.optimizer == {} and file.stat().st_size < 2**20
+    assert checkpoint.exp_avg == {} and file.stat().st_size < 2**20
     assert {weight.dtype for weight in checkpoint.parameters.values()} == {torch.float32}
-    given = config.parse(shlex.split(card["trained_by"])[2:])
-    trained = config.resolve(given)
-    assert config.what_is_learned(trained) == config.what_is_learned(checkpoint.config)
-    assert (checkpoint.iteration, checkpoint.config.seed) == (card["iteration"], card["seed"])
+    config = config_of(checkpoint.settings, file)
+    assert what_is_learned(resolve(parse(shlex.split(card["trained_by"])[2:]))) == what_is_learned(config)
+    assert (checkpoint.iteration, config.training.seed) == (card["iteration"], card["seed"])
 
 
-@pytest.mark.parametrize(("name", "card"), list(cards()))
-def test_its_command_says_what_the_card_says(name, card, tmp_path, monkeypatch, capsys):
-    """Of images but MAML's on the first of the tasks alone, which are the same for any number of them."""
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CARDS]
+)
+def test_a_checkpoint_measures_what_its_card_says(name, tmp_path, monkeypatch, request):
+    """Of images, on the first of the test tasks alone, which are the same for any number of them."""
+    card = CARDS[name]
     monkeypatch.chdir(ROOT)
-    command = shlex.split(card["tested_by"])
-    assert command[:5] == ["python", "main.py", "--eval", "--load", f"checkpoints/pretrained/{name}"]
-    whole = name == "omniglot-5way-1shot-maml"
-    number, numbers = (
-        (card["test_tasks"], card["numbers"])
-        if whole
-        else (card["first_tasks"], card["numbers_of_first_tasks"])
-    )
-    tasks = ["--eval-tasks", str(number)]
-    assert main.main([*command[2:], *tasks, "--out", str(tmp_path)]) == 0
-    (file,) = tmp_path.glob("*.json")
-    record = json.loads(file.read_text())
-    assert record["tasks"] == number and record["test_steps"] == card["test_steps"]
+    line = shlex.split(card["tested_by"])[2:]
+    assert line[:3] == ["--eval", "--load", f"checkpoints/pretrained/{name}"]
+    if card["data"] == "omniglot":
+        line += ["--data-root", str(request.getfixturevalue("omniglot_root"))]
+    assert command(*line, "--eval-tasks", card["first_tasks"], "--out", tmp_path) == 0
+    record = json.loads(next(Path(tmp_path).glob("*.json")).read_text())
+    assert record["tasks"] == card["first_tasks"] and record["test_steps"] == card["test_steps"]
     rows = {row["normalisation"]: row for row in record["per_step"] if row["steps"] == card["test_steps"]}
     assert rows.keys() == card["numbers"].keys() == card["numbers_of_first_tasks"].keys()
-    for normalisation, said in numbers.items():
-        found = rows[normalisation]
-        if "accuracy" in said:  # another processor may decide a query or two otherwise
-            queries = number * record["settings"]["ways"] * record["settings"]["queries"]
-            assert found["accuracy"] == pytest.approx(said["accuracy"], abs=2.5 / queries)
+    for normalisation, expected in card["numbers_of_first_tasks"].items():
+        row = rows[normalisation]
+        if "accuracy" in expected:  # another processor may decide a query or two otherwise
+            queries = card["first_tasks"] * record["settings"]["ways"] * record["settings"]["queries"]
+            assert row["accuracy"] == pytest.approx(expected["accuracy"], abs=2.5 / queries)
         else:
-            key = "loss_without_diverged"
-            assert found[key] == pytest.approx(said[key], rel=1e-3)
+            loss = "loss_without_diverged"
+            assert row[loss] == pytest.approx(expected[loss], rel=1e-3)
