@@ -474,19 +474,6 @@ def test_a_learner_that_decides_by_values_is_learned_one_task_at_a_time():
             meta_gradient(algorithm(module), batch, engine)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("kind", ["batch norm of images", "gru", "own"])
-def test_one_task_at_a_time_gives_the_same_as_all_at_once(kind, engine):
-    module, batch = build(kind)
-    at_once, one_by_one = (algorithm(module, vectorise=vectorise) for vectorise in (True, False))
-    expected, result = (meta_gradient(maml, batch, engine) for maml in (at_once, one_by_one))
-    assert_close(result.gradients, expected.gradients, 1e-11)
-    torch.testing.assert_close(result.outputs, expected.outputs)
-    parameters = at_once.initial_parameters()
-    outputs, others = (m.predictions(parameters, batch, 1)["transductive"] for m in (one_by_one, at_once))
-    torch.testing.assert_close(outputs, others)
-
-
 # ---- dropout --------------------------------------------------------------------------------
 
 DROPOUT = {

@@ -25,7 +25,8 @@ from learner import build_learner
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.folders import LAST
 
-SHORT = ["--iterations", 1, "--eval-tasks", 4, "--eval-steps", 2, "--test-steps", 2, "--precision", "float64"]
+FEW = ["--eval-tasks", 4, "--eval-steps", 2, "--test-steps", 2]
+SHORT = ["--iterations", 1, "--precision", "float64", *FEW]
 SEQUENCES = f"{ROOT / 'examples' / 'sequences.py'}:"
 
 OWN = """
@@ -111,42 +112,14 @@ def image_flags(folder: Path, *, size: int, channels: int) -> list[object]:
             shape = (size, size) if channels == 1 else (size, size, channels)
             pixels = generator.integers(0, 60, shape) + 19 * number
             Image.fromarray(pixels.astype(np.uint8)).save(folder / f"class{number}" / f"{image}.png")
-    return [
-        "--dataset",
-        f"images:{folder}",
-        "--image-size",
-        size,
-        "--channels",
-        channels,
-        "-n",
-        2,
-        "-k",
-        2,
-        "-q",
-        2,
-        "--split-shares",
-        "2,1,2",
-    ]
+    flags = f"--dataset images:{folder} --image-size {size} --channels {channels} -n 2 -k 2 -q 2"
+    return [*flags.split(), "--split-shares", "2,1,2"]
 
 
 def assert_a_step_is_a_plain_loops(tmp_path: Path, flags: list[object], *, steps: int) -> None:
     """Compare one iteration of SGD at rate 1 from the command line with the plain loop's meta-gradient."""
-    flags = [
-        *flags,
-        "-s",
-        steps,
-        "--inner-lr",
-        0.1,
-        "--meta-optimizer",
-        "sgd",
-        "--meta-lr",
-        1.0,
-        "--grad-clip",
-        1e6,
-        "--meta-batch-size",
-        2,
-        *SHORT,
-    ]
+    sgd = f"-s {steps} --inner-lr 0.1 --meta-optimizer sgd --meta-lr 1.0 --grad-clip 1e6 --meta-batch-size 2"
+    flags = [*flags, *sgd.split(), *SHORT]
     assert command(*flags, "--checkpoint-path", tmp_path, "--run-name", "run") == 0
     given = parse([str(flag) for flag in flags])
     config, call = resolve(given), check_call(given)
@@ -164,11 +137,6 @@ def assert_a_step_is_a_plain_loops(tmp_path: Path, flags: list[object], *, steps
         assert (before[name] - gradient - after[name]).abs().max().item() < 1e-9 * scale, name
 
 
-def test_resnet18_on_a_folder_of_images(tmp_path):
-    flags = image_flags(tmp_path / "data", size=32, channels=3)
-    assert_a_step_is_a_plain_loops(tmp_path, [*flags, "--learner", "torchvision:resnet18"], steps=1)
-
-
 def test_a_pretrained_network_of_torchvisions_keeps_its_body_and_gets_a_new_head(monkeypatch):
     trained = torchvision.models.resnet18().state_dict()
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: trained)
@@ -184,25 +152,31 @@ def test_a_pretrained_network_of_torchvisions_keeps_its_body_and_gets_a_new_head
 @pytest.mark.parametrize(
     "learner",
     [
-        "transformer --learner-args width=8 heads=2",
-        "gru",
-        "gru --learner-args cell=lstm width=6",
+        f"{SEQUENCES}transformer --learner-args width=8 heads=2",
+        f"{SEQUENCES}gru",
+        f"{SEQUENCES}gru --learner-args cell=lstm width=6",
     ],
+    ids=["transformer", "gru", "lstm"],
 )
-def test_a_transformer_and_recurrent_networks_on_your_own_sequences(learner, tmp_path):
+def test_your_own_network_and_tasks_learn_as_in_a_plain_loop(learner, tmp_path):
     data = ["--dataset", f"{SEQUENCES}Sequences", "--dataset-args", "length=6", "-n", 2, "-k", 3, "-q", 3]
-    flags = [*data, "--learner", *f"{SEQUENCES}{learner}".split()]
-    assert_a_step_is_a_plain_loops(tmp_path, flags, steps=2)
+    assert_a_step_is_a_plain_loops(tmp_path, [*data, "--learner", *learner.split()], steps=2)
 
 
-def test_a_network_of_sines_on_harmonic_tasks(tmp_path):
+def test_a_network_of_sines_learns_harmonic_tasks_as_in_a_plain_loop(tmp_path):
     learner = ["--learner", f"{ROOT / 'examples' / 'sines.py'}:sines", "--learner-args", "width=6"]
     assert_a_step_is_a_plain_loops(tmp_path, ["--dataset", "harmonic", *learner], steps=2)
 
 
-def test_a_module_from_another_folder(own, images, tmp_path):
+def test_a_module_that_imports_its_neighbours_learns_images_as_in_a_plain_loop(own, images, tmp_path):
     flags = [*images, "--learner", f"{own}:Net", "--learner-args", "hidden=3"]
     assert_a_step_is_a_plain_loops(tmp_path, flags, steps=2)
+
+
+@pytest.mark.slow
+def test_a_residual_network_of_torchvisions_learns_images_as_in_a_plain_loop(tmp_path):
+    flags = image_flags(tmp_path / "data", size=32, channels=3)
+    assert_a_step_is_a_plain_loops(tmp_path, [*flags, "--learner", "torchvision:resnet18"], steps=1)
 
 
 def test_a_learner_that_cannot_be_vectorised_is_refused_and_trains_with_no_vectorise(
@@ -221,25 +195,8 @@ def test_a_learner_that_cannot_be_vectorised_is_refused_and_trains_with_no_vecto
 
 def test_with_dropout_and_your_own_tasks_a_resumed_run_ends_with_the_same_bits(tmp_path):
     code = ["--dataset", f"{SEQUENCES}Sequences", "--learner", f"{SEQUENCES}transformer"]
-    flags = [
-        *code,
-        "-n",
-        2,
-        "-k",
-        2,
-        "-q",
-        2,
-        "-s",
-        2,
-        "--meta-batch-size",
-        2,
-        "--val-every",
-        2,
-        "--log-every",
-        2,
-        "--checkpoint-path",
-        tmp_path,
-    ]
+    sizes = "-n 2 -k 2 -q 2 -s 2 --meta-batch-size 2 --val-every 2 --log-every 2"
+    flags = [*code, *sizes.split(), "--checkpoint-path", tmp_path]
     dropout = ["--learner-args", "width=8", "heads=2", "dropout=0.3"]
     assert command(*flags, *dropout, "--iterations", 4, "--run-name", "whole") == 0
     assert command(*flags, *dropout, "--iterations", 2, "--run-name", "stopped") == 0
