@@ -27,19 +27,30 @@ def evaluation_figure(evaluation: Evaluation, caption: Caption, curves: Examples
     figure = style.new_figure(4.2 + 2.6 * tasks, 3.1)
     figure.suptitle(caption.title)
     panels = figure.subplots(1, 1 + tasks, squeeze=False, width_ratios=[1.5] + [1] * tasks)[0]
-    for number, name in enumerate(evaluation.losses):
-        label = name if len(evaluation.losses) > 1 else "mean and 95 % interval"
-        diverged = int(evaluation.diverged(name).any(1).sum())
-        if diverged:
-            label += f"\n(without the {diverged} task{'s' * (diverged > 1)} that diverged)"
-        draw_over_steps(panels[0], *evaluation.intervals(name), label, number)
-    style.set_measure_axis(panels[0], caption.measure(evaluation), accuracy=bool(evaluation.accuracies))
+    results = {name: evaluation.select(name) for name in evaluation.losses}
+    _draw_results(panels[0], results if len(results) > 1 else {"mean and 95 % interval": evaluation}, caption)
     mark_trained_steps(panels[0], caption.trained_steps)
     if curves:
         draw_fits(panels[1:], curves)
         style.add_legend(figure, panels[1], "right")
     style.add_legend(figure, panels[0], "left" if curves else "center")
     return figure
+
+
+def _draw_results(panel: Axes, results: Mapping[str, Evaluation], caption: Caption) -> None:
+    """Draw results with one normalisation over inner steps; one that is not adapted is a horizontal line."""
+    for number, (label, evaluation) in enumerate(results.items()):
+        (normalisation,) = evaluation.losses
+        mean, interval = evaluation.intervals(normalisation)
+        diverged = int(evaluation.diverged(normalisation).any(1).sum())
+        if diverged:
+            label += f"\n(without the {diverged} task{'s' * (diverged > 1)} that diverged)"
+        if evaluation.steps:
+            draw_over_steps(panel, mean, interval, label, number)
+        else:
+            panel.axhline(mean.item(), color=style.GREY, linestyle="--", label=label)
+    first = next(iter(results.values()))
+    style.set_measure_axis(panel, caption.measure(first), accuracy=bool(first.accuracies))
 
 
 def draw_over_steps(panel: Axes, mean: Tensor, interval: Tensor, label: str, number: int) -> None:
@@ -66,20 +77,13 @@ def comparison_figure(
     """Draw methods over inner steps and, where there are any, their losses while training.
 
     Args:
-        results: by method, with one normalisation; a method that is not adapted is a horizontal line.
+        results: by method, with one normalisation.
         curves: by method, the last iteration of each window and the mean loss in it.
     """
     figure = style.new_figure(5.5 + 4.5 * bool(curves), 3.6)
     figure.suptitle(caption.title)
     panels = figure.subplots(1, 1 + bool(curves), squeeze=False)[0]
-    for number, (name, evaluation) in enumerate(results.items()):
-        mean, interval = evaluation.intervals(next(iter(evaluation.losses)))
-        if len(mean) == 1:
-            panels[0].axhline(mean.item(), color=style.GREY, linestyle="--", label=name)
-        else:
-            draw_over_steps(panels[0], mean, interval, name, number)
-    first = next(iter(results.values()))
-    style.set_measure_axis(panels[0], caption.measure(first), accuracy=bool(first.accuracies))
+    _draw_results(panels[0], results, caption)
     style.add_legend(figure, panels[0])
     for number, (name, (ends, losses)) in enumerate(curves.items()):
         look = style.curve_style(number) | ({"marker": None} if len(ends) > 1 else {})

@@ -55,10 +55,8 @@ class Evaluation:
 
     def select(self, normalisation: str) -> Evaluation:
         """Return the results with one normalisation alone."""
-        parts = (
-            {n: v for n, v in part.items() if n == normalisation} for part in (self.losses, self.accuracies)
-        )
-        return Evaluation(*parts)
+        accuracies = self.accuracies and {normalisation: self.accuracies[normalisation]}
+        return Evaluation({normalisation: self.losses[normalisation]}, accuracies)
 
     def diverged(self, normalisation: str) -> Tensor:
         """Return which tasks have diverged after which step: bool `[tasks, steps + 1]`."""

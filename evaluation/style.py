@@ -1,7 +1,7 @@
-"""The one style of every picture: colours, sizes, axes and legends, and how a picture becomes a file.
+"""The one style of every picture: colours, axes, legends and images, and how a picture becomes a file.
 
-All modules that draw import this one. Pictures are opaque, dark ink on white with a margin, so that they read
-on a white page and on a dark one. matplotlib is imported when the first picture is drawn.
+All modules that draw import this one. Sizes and fonts are in `pictures.mplstyle`. matplotlib is imported when
+the first picture is drawn.
 """
 
 from __future__ import annotations
@@ -22,52 +22,29 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# The hues are Okabe and Ito's, darkened until each has a contrast of 3 : 1 to the background and
-# colour-blind readers still tell them apart.
-BACKGROUND, INK, GRID = "#FFFFFF", "#1A1A1A", "#E3E3E3"
-GREY = "#767676"  # what is drawn for comparison
+STYLE_FILE = Path(__file__).with_name("pictures.mplstyle")
+
+# The hues are Okabe and Ito's, darkened until each has a contrast of 3 : 1 to white and colour-blind readers
+# still tell them apart.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#005A9C", "#BF8500", "#008F6B", "#B83A00", "#C565A0", "#3399DD"
+GREY = "#767676"  # what is drawn for comparison
 PALETTE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)  # of curves, in this order
 DASHES = ("-", "--", "-.", ":")  # after the last colour they begin again with the next dash
 MARKERS = "osD^vPX"  # seven, which has no divisor in common with the six colours
 DISTINCT_CURVES = len(PALETTE) * len(DASHES)
 
-LETTERS_PER_INCH = 17  # of a legend
-SMALL = 8  # font size in points of legends, ticks and notes
 DPI = 200
+SMALL = 8  # font size in points of notes
+LETTERS_PER_INCH = 17  # of a legend
 WIDE = 50.0  # ratio of the largest to the smallest loss from which its axis is logarithmic
-MARGIN = 0.08  # inches
-
-SETTINGS: dict[Any, Any] = {  # of matplotlib
-    **dict.fromkeys(["figure.facecolor", "axes.facecolor", "legend.facecolor"], BACKGROUND),
-    **dict.fromkeys(["text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"], INK),
-    **dict.fromkeys(["xtick.labelsize", "ytick.labelsize", "legend.fontsize"], SMALL),
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "figure.titlesize": 10,
-    "legend.edgecolor": "none",
-    "legend.framealpha": 0.85,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 3.5,
-    "scatter.edgecolors": BACKGROUND,
-    "text.parse_math": False,  # names of files and classes may contain a dollar sign
-    "figure.constrained_layout.h_pad": MARGIN,
-    "figure.constrained_layout.w_pad": MARGIN,
-}
 
 
 @contextmanager
 def styled() -> Iterator[None]:
     """Make figures in this style: `with styled():`, or `@styled()` on a function that draws."""
-    import matplotlib
+    import matplotlib.style
 
-    with matplotlib.rc_context(SETTINGS):
+    with matplotlib.style.context(STYLE_FILE):
         yield
 
 

@@ -5,6 +5,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from matplotlib import rc_params_from_file
+from matplotlib.colors import to_hex
 from PIL import Image
 from torch import nn
 
@@ -12,12 +14,14 @@ import main
 from common.batch import TaskBatch
 from evaluation import style
 from evaluation.examples import Examples, examples_figure
-from evaluation.figures import evaluation_figure, learning_figure
+from evaluation.figures import comparison_figure, evaluation_figure, learning_figure
 from evaluation.meta_test import Evaluation
 from evaluation.predictions import Prediction, predictions_figure
 from evaluation.tables import Caption
 from training.folders import LAST
 
+STYLE = rc_params_from_file(style.STYLE_FILE, use_default_template=False)
+INK = to_hex(STYLE["text.color"])
 CAPTION = Caption("sinusoid", "MSE", trained_steps=1, test_steps=1)
 
 # what colour-blind readers see: Machado et al. (2009), full severity
@@ -52,9 +56,10 @@ def lab(light: np.ndarray) -> np.ndarray:
 
 
 def test_text_and_curves_stand_out_from_the_background():
-    assert contrast(style.INK, style.BACKGROUND) >= 7
-    assert all(contrast(colour, style.BACKGROUND) >= 3 for colour in (*style.PALETTE, style.GREY))
-    assert contrast(style.GRID, style.BACKGROUND) < 1.5
+    assert to_hex(STYLE["figure.facecolor"]) == "#ffffff"
+    assert contrast(INK, "#ffffff") >= 7
+    assert all(contrast(colour, "#ffffff") >= 3 for colour in (*style.PALETTE, style.GREY))
+    assert contrast(to_hex(STYLE["grid.color"]), "#ffffff") < 1.5
 
 
 @pytest.mark.parametrize("readers", SEEN_BY)
@@ -76,8 +81,8 @@ def test_a_picture_is_opaque_and_keeps_its_style_outside_of_the_function_that_dr
     picture = Image.open(tmp_path / "picture.png")
     assert picture.mode == "RGB"
     pixels = {tuple(pixel) for pixel in np.unique(np.asarray(picture).reshape(-1, 3), axis=0)}
-    assert {tuple(bytes.fromhex(c[1:])) for c in (style.BACKGROUND, style.INK, style.BLUE)} <= pixels
-    assert {label.get_color() for label in figure.axes[0].get_xticklabels()} == {style.INK}
+    assert {tuple(bytes.fromhex(c[1:])) for c in ("#ffffff", INK, style.BLUE)} <= pixels
+    assert {label.get_color() for label in figure.axes[0].get_xticklabels()} == {STYLE["xtick.color"]}
 
 
 @pytest.mark.parametrize(
@@ -103,6 +108,15 @@ def test_the_picture_of_a_result_leaves_diverged_tasks_out_and_says_so():
     legend = panel.figure.legends[0].get_texts()
     assert "(without the 1 task that diverged)" in legend[0].get_text()
     assert [panel.get_xlabel(), panel.get_ylabel()] == ["inner steps", "query MSE"]
+
+
+def test_methods_are_drawn_over_inner_steps_and_one_that_is_not_adapted_as_a_line_across():
+    adapted, oracle = (Evaluation({"inductive": torch.ones(4, steps)}, {}) for steps in (3, 1))
+    curves = {"maml": ([300, 600], [2.0, 1.0])}
+    results, training = comparison_figure({"maml": adapted, "oracle": oracle}, CAPTION, curves).axes
+    assert [len(line.get_ydata()) for line in results.lines] == [3, 2]
+    assert training.get_ylabel() == "query MSE, means of 300 iterations"
+    assert len(comparison_figure({"maml": adapted}, CAPTION, {}).axes) == 1
 
 
 def test_the_picture_of_learning_has_both_curves():
