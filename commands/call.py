@@ -13,7 +13,7 @@ from typing import Any
 
 from commands.config import CONFIG_FLAGS
 from common.errors import UsageError
-from common.options import at_least, flag, flags_of, key_and_values, minutes
+from common.options import above_zero, at_least, flag, flags_of, key_and_values
 from tasks.options import check_dataset
 
 
@@ -84,7 +84,7 @@ class Call:
     deterministic: bool = flag("--deterministic", group="machine", default=False,
         help="refuse operators that may give other bits for the same numbers, and let compilers and "
         "libraries choose by rule, not by measuring: the same command gives the same bits on one machine")
-    timeout: float = flag("--timeout", group="machine", check=minutes, metavar="MINUTES", default=10.0,
+    timeout: float = flag("--timeout", group="machine", check=above_zero, metavar="MINUTES", default=10.0,
         help="how long a process of torchrun waits for the others' gradients before it gives up (for data "
         "and compilation at least two hours)")
     # fmt: on

@@ -45,10 +45,6 @@ def not_negative(value: float) -> str | None:
     return None if math.isfinite(value) and value >= 0 else "a number that is not negative"
 
 
-def minutes(value: float) -> str | None:
-    return None if 0 < value <= 525_600 else "a number of minutes above 0, at most a year"
-
-
 def seed_range(value: int) -> str | None:
     return None if 0 <= value < 2**63 else "a whole number from 0 to 2^63 - 1"
 
@@ -61,10 +57,6 @@ def key_and_value(text: str) -> str | None:
 def key_and_values(text: str) -> str | None:
     key, equals, values = text.partition("=")
     return None if equals and key and all(values.split(",")) else "FLAG=A,B,..."
-
-
-def one_of(*choices: str) -> Check:
-    return lambda value: None if value in choices else f"one of {', '.join(choices)}"
 
 
 def is_plain_text(text: str) -> bool:
@@ -97,14 +89,14 @@ class Flag:
     names: tuple[str, ...]
     group: str  # heading in --help
     help: str
-    default: Any
-    check: Check | None
-    choices: tuple[str, ...] | None
-    metavar: str | None
-    only: str | None  # where the flag has a meaning: a key of `rules.ONLY`
-    free_on_resume: bool  # may differ from the checkpoint when a run is resumed
-    free_on_eval: bool  # may differ from the checkpoint with --eval
-    common: bool  # shown by --help; the others by --help-all alone
+    default: Any = BY_DATASET
+    check: Check | None = None
+    choices: tuple[str, ...] | None = None
+    metavar: str | None = None
+    only: str | None = None  # where the flag has a meaning: a key of `rules.ONLY`
+    free_on_resume: bool = False  # may differ from the checkpoint when a run is resumed
+    free_on_eval: bool = False  # may differ from the checkpoint with --eval
+    common: bool = False  # shown by --help; the others by --help-all alone
     kind: type = str  # from the field's annotation, as is `optional`
     optional: bool = False
 
@@ -128,6 +120,8 @@ class Flag:
             return KIND_NAMES[self.kind]
         if self.kind in (str, Path) and not is_plain_text(str(value)):
             return PLAIN_TEXT
+        if self.choices and value not in self.choices:
+            return f"one of {', '.join(self.choices)}"
         return self.check(value) if self.check else None
 
     def parse(self, text: str) -> Any:
@@ -142,39 +136,14 @@ class Flag:
         return text if self.kind is tuple else value
 
 
-def flag(
-    *names: str,
-    group: str,
-    help: str,
-    default: Any = BY_DATASET,
-    check: Check | None = None,
-    choices: tuple[str, ...] | None = None,
-    metavar: str | None = None,
-    only: str | None = None,
-    free_on_resume: bool = False,
-    free_on_eval: bool = False,
-    common: bool = False,
-    in_python: Any = dataclasses.MISSING,
-) -> Any:
-    """Return a dataclass field that carries its flag; see `Flag` for the arguments.
+def flag(*names: str, in_python: Any = dataclasses.MISSING, **declared: Any) -> Any:
+    """Return a dataclass field that carries a `Flag` of these names and attributes.
 
     `in_python` is the field's default where the command line's depends on other settings.
     """
-    declaration = Flag(
-        names=names,
-        group=group,
-        help=help,
-        default=default,
-        check=one_of(*choices) if choices else check,
-        choices=choices,
-        metavar=metavar,
-        only=only,
-        free_on_resume=free_on_resume,
-        free_on_eval=free_on_eval,
-        common=common,
-    )
-    value = in_python if default in (BY_DATASET, BY_LEARNER, BY_RULE) else default
-    return field(default=value, metadata={"flag": declaration})
+    declaration = Flag(names, **declared)
+    by_others = declaration.default in (BY_DATASET, BY_LEARNER, BY_RULE)
+    return field(default=in_python if by_others else declaration.default, metadata={"flag": declaration})
 
 
 def flags_of(options: type) -> dict[str, Flag]:

@@ -24,7 +24,7 @@ from common.optimizers import Weights
 from common.processes import ALONE, World
 from common.random import keys_of, minibatch_order, task_stream
 from learners.losses import accuracy
-from maml import MAML, MetaGradient
+from maml import MAML
 from training.meta_gradients import make_meta_gradient, run_as_is
 from training.options import TrainingOptions
 from training.schedules import meta_lr_at, multi_step_weights
@@ -113,20 +113,6 @@ def all_finite(moved: State, measures: Tensor, norm: Tensor) -> Tensor:
     return torch.stack([part.isfinite().all() for part in parts]).all()
 
 
-Measure = Callable[[MetaGradient, Tensor, int], Tensor]
-
-
-def measure_loss(result: MetaGradient, targets: Tensor, tasks: int) -> Tensor:
-    """Return an iteration's query loss `[1]`; of a part of its `tasks`, the contribution to their mean."""
-    return result.losses.sum()[None] / tasks
-
-
-def measure_loss_and_accuracy(result: MetaGradient, targets: Tensor, tasks: int) -> Tensor:
-    """Return an iteration's query loss and query accuracy `[2]`, like `measure_loss`."""
-    share = accuracy(result.outputs, targets).sum() / tasks
-    return torch.cat([measure_loss(result, targets, tasks), share[None].to(result.losses.dtype)])
-
-
 # ---- the iteration -------------------------------------------------------------------------------
 
 
@@ -140,8 +126,6 @@ class MetaStep:
     Args:
         distribution: of the training tasks.
         layout, statistics_layout: of the meta-parameters and of the running statistics.
-        measure: an iteration's measures `[measures]`, from the meta-gradient, the targets and the number of
-            all tasks.
         members: what tells runs apart, scalars by name of the option (with several runs `[runs]`): "seed",
             int64; and those of "inner_lr", "meta_lr", "meta_lr_final", "grad_clip", "grad_clip_norm" that
             differ between runs.
@@ -157,7 +141,6 @@ class MetaStep:
         *,
         layout: FlatLayout,
         statistics_layout: FlatLayout | None = None,
-        measure: Measure = measure_loss,
         members: Members,
         draws: bool = False,
         world: World = ALONE,
@@ -165,7 +148,7 @@ class MetaStep:
     ) -> None:
         self.maml, self.distribution, self.options = maml, distribution, options
         self.layout, self.statistics_layout = layout, statistics_layout
-        self.measure, self.members, self.draws, self.world = measure, dict(members), draws, world
+        self.members, self.draws, self.world = dict(members), draws, world
         self.tasks = options.meta_batch_size
         self.several = members["seed"].dim() > 0
         self.seeds: list[int] = members["seed"].reshape(-1).tolist()
@@ -262,8 +245,11 @@ class MetaStep:
                 step_weights=self._step_weights(state.iteration, state.parameters.dtype),
                 tasks=self.tasks,
             )
-        measures = self.measure(result, first_tensor(batch.query_y), self.tasks)
-        parts = [self.layout.flatten(result.gradients), measures.to(state.parameters.dtype)]
+        measures = [result.losses.sum()]  # this part's contributions to means over tasks
+        if self.distribution.classification:
+            shares = accuracy(result.outputs, first_tensor(batch.query_y))
+            measures.append(shares.sum().to(result.losses.dtype))
+        parts = [self.layout.flatten(result.gradients), torch.stack(measures) / self.tasks]
         if self.statistics_layout:
             parts.append(self.statistics_layout.flatten(result.statistics))
         return torch.cat([*parts, state.parameters.new_zeros(1)])

@@ -34,8 +34,6 @@ from training.step import (
     FlatLayout,
     MetaStep,
     State,
-    measure_loss,
-    measure_loss_and_accuracy,
 )
 from training.stopping import StopRequest
 
@@ -205,7 +203,6 @@ class Trainer:
             options,
             layout=self.layout,
             statistics_layout=self.statistics_layout,
-            measure=measure_loss_and_accuracy if self.training_tasks.classification else measure_loss,
             members=self._member_tensors(),
             draws=self.draws,
             world=self.world,
