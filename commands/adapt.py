@@ -196,8 +196,8 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
     saves_weights = len(tasks) == 1 and config.choices.fast_weights != "context"  # a module of its own
     predicted = []
     for task in tasks:
-        learner, adapted = _adapt_to_user_task(source, call, config, runtime, task, normalisation)
-        predicted.append(_predict(adapted, task, config, call.adapt))
+        learner, adapted, outputs = _predict(source, call, config, runtime, task, normalisation)
+        predicted.append(outputs)
     stem = f"{folder / call.load.stem}-adapted-{call.adapt.stem}"
     title = f"{printable(call.adapt.name)}: after {steps} inner steps"
     written = _write_predictions(stem, tasks, predicted, title, Columns.parse(config.tasks.columns).targets)
@@ -230,39 +230,31 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
     return 0
 
 
-def _adapt_to_user_task(
+def _predict(
     source: Checkpoint, call: Call, config: Config, runtime: Runtime, task: UserTask, normalisation: str
-) -> tuple[nn.Module, AdaptedLearner]:
-    """Return the checkpoint's learner, made for the task's shapes, and what it is adapted to the task."""
+) -> tuple[nn.Module, AdaptedLearner, Tensor]:
+    """Adapt the checkpoint to one task; return its learner, what became of it, and the predictions.
+
+    These are probabilities `[query examples, classes]`, or `[query examples, targets]`, on the CPU.
+    """
     assert call.load is not None
     if task.classes:
         config = config.replaced(ways=len(task.classes))
-    outputs = len(task.classes) or task.support_y.shape[-1]
-    learner, maml, parameters, statistics = _restore(
-        source, call.load, config, runtime, task.support_x, outputs
-    )
-    adapted = adapt_to(
-        maml,
-        parameters,
-        task.support_x,
-        task.support_y,
-        steps=config.evaluation.test_steps,
-        normalisation=normalisation,
-        inner_batch=config.evaluation.eval_inner_batch,
-        statistics=statistics,
-    )
-    return learner, adapted
-
-
-def _predict(adapted: AdaptedLearner, task: UserTask, config: Config, path: Path) -> Tensor:
-    """Return probabilities `[query examples, classes]`, or numbers `[query examples, targets]`."""
-    outputs = adapted.predict(task.query_x)
-    if not outputs.isfinite().all():
+    x, y = task.support_x, task.support_y
+    outputs = len(task.classes) or y.shape[-1]
+    learner, maml, parameters, statistics = _restore(source, call.load, config, runtime, x, outputs)
+    options: dict[str, Any] = {"normalisation": normalisation, "statistics": statistics}
+    options |= {"steps": config.evaluation.test_steps, "inner_batch": config.evaluation.eval_inner_batch}
+    adapted = adapt_to(maml, parameters, x, y, **options)
+    predicted = adapted.predict(task.query_x)
+    if not predicted.isfinite().all():
         name = f", task {task.name!r}" * bool(task.name)
-        raise UsageError(f"--adapt {path}{name}: the predictions are not finite: take fewer --test-steps")
+        raise UsageError(
+            f"--adapt {call.adapt}{name}: the predictions are not finite: take fewer --test-steps"
+        )
     if task.classes:
-        outputs = outputs.sigmoid() if config.learner.loss == "bce" else outputs.softmax(-1)
-    return outputs.float().cpu()
+        predicted = predicted.sigmoid() if config.learner.loss == "bce" else predicted.softmax(-1)
+    return learner, adapted, predicted.float().cpu()
 
 
 def read_tasks(path: Path, config: Config, runtime: Runtime) -> list[UserTask]:

@@ -26,6 +26,7 @@ from common.files import read_json
 from common.own_code import is_own_code
 from evaluation import meta_test, paired, seeds
 from evaluation.meta_test import Evaluation
+from evaluation.seeds import RunSummary
 from evaluation.style import write_figure
 from evaluation.tables import write_json
 from learners.losses import loss_name
@@ -60,6 +61,7 @@ def compare(call: Call, given: Mapping[str, Any], command: str) -> int:
     subjects = [subject for side in runs.values() for subject in side.values()]
     config = subjects[0].config
     tasks = min(subject.config.evaluation.eval_tasks for subject in subjects)
+    first_task = VALIDATION_TASKS if call.split == "validation" else 0  # those before chose best.pt
     first = Path(call.compare[0])
     folder = call.out or (first if first.is_dir() else first.parent).parent
     sizes = f"{task_size(config.tasks)}-{config.tasks.queries}query-{tasks}tasks"
@@ -72,10 +74,12 @@ def compare(call: Call, given: Mapping[str, Any], command: str) -> int:
         what = f"{config.tasks.dataset}, {task_words(config.tasks)}, {config.tasks.queries} query"
         print(f"Comparing on {tasks} {call.split} tasks: {what}")
         print(f"  device      {prepare(config, call).describe()}", flush=True)
-        sides, records = _measure(runs, call, tasks)
+        shared: SharedTasks = {}
+        measured = [_measure_side(*side, call, tasks, first_task, shared) for side in runs.items()]
+        sides = [side for side, _ in measured]
         trained = paired.trained_runs(sides)
-        loss, chosen = loss_name(config.learner.loss), ", none of which chose a checkpoint"
-        words = f"{tasks} {call.split} tasks{chosen if call.split == 'validation' else ''}"
+        loss = loss_name(config.learner.loss)
+        words = f"{tasks} {call.split} tasks" + ", none of which chose a checkpoint" * bool(first_task)
         print(f"\n{paired.settings_table(sides)}\n\n{seeds.training_table(trained)}")
         print(f"\n{paired.differences_table(sides, loss, words)}")
         result = {
@@ -83,12 +87,12 @@ def compare(call: Call, given: Mapping[str, Any], command: str) -> int:
             "compared": compared,
             "split": call.split,
             "tasks": tasks,
-            "first_task": _first_task(call),
+            "first_task": first_task,
             "tasks_seed": meta_test.SEED,
             "measure": "accuracy" if sides[0].accuracy else loss,
             "common_validation_level": seeds.common_level(trained),
             "sides": paired.record(sides),
-            "runs": records,
+            "runs": [record for _, records in measured for record in records],
         }
         write_json(file, result)
         figure = paired.figure(sides, loss, f"{what}: {tasks} {call.split} tasks")
@@ -97,30 +101,36 @@ def compare(call: Call, given: Mapping[str, Any], command: str) -> int:
     return 0
 
 
-def _first_task(call: Call) -> int:
-    """Return the first task to measure on: the first validation tasks chose each run's best checkpoint."""
-    return VALIDATION_TASKS if call.split == "validation" else 0
-
-
-def _measure(
-    runs: Mapping[str, Runs], call: Call, tasks: int
-) -> tuple[list[paired.Side], list[dict[str, Any]]]:
-    """Return the sides with their results on `tasks` tasks of the split, and a record of each run."""
-    sides, records = [], []
-    shared: SharedTasks = {}
-    for name, by_seed in runs.items():
-        results: dict[int, Evaluation] = {}
-        curves: dict[int, dict[str, Curve]] = {}
-        for seed, subject in by_seed.items():
-            subject = replace(subject, config=subject.config.replaced(eval_tasks=tasks))
-            print(f"Measuring {subject.name}", flush=True)
-            job = subject.build(call, prepare(subject.config, call), shared)
-            results[seed] = job.evaluate(call.split, first_task=_first_task(call))
-            curves[seed] = _curves_of(subject)
-            record = {"name": name, "seed": seed, **job.record(), "split": call.split}
-            records.append(record | {"curves": curves[seed]})
-        sides.append(_side(name, by_seed, results, curves))
-    return sides, records
+def _measure_side(
+    name: str, runs: Runs, call: Call, tasks: int, first_task: int, shared: SharedTasks
+) -> tuple[paired.Side, list[dict[str, Any]]]:
+    """Return a side with its results on `tasks` tasks of the split, and a record of each of its runs."""
+    training: dict[int, RunSummary] = {}
+    results: dict[int, Evaluation] = {}
+    records = []
+    for seed, subject in runs.items():
+        config = subject.config.replaced(eval_tasks=tasks)
+        print(f"Measuring {subject.name}", flush=True)
+        job = replace(subject, config=config).build(call, prepare(config, call), shared)
+        results[seed] = job.evaluate(call.split, first_task=first_task)
+        curves = _curves_of(subject)
+        training[seed] = RunSummary(
+            name=name,
+            setting=name,
+            seed=seed,
+            iteration=int(max(curves["validation"].get("iteration", [0]))),
+            failure=None,
+            final_training_loss=None,
+            measure="query_accuracy" if config.tasks.classification else "query_loss",
+            loss=loss_name(config.learner.loss),
+            validation=curves["validation"],
+        )
+        records.append({"name": name, "seed": seed, **job.record(), "split": call.split, "curves": curves})
+    saved = subject.trained
+    learned = {*what_is_learned(saved), "iterations"} - {"seed"}
+    words = in_words(saved, [setting for setting in meaningful(saved) if setting in learned])
+    steps = config.evaluation.test_steps
+    return paired.Side(name, words, training, results, config.choices.query_norm, steps), records
 
 
 def _curves_of(subject: Subject) -> dict[str, Curve]:
@@ -129,38 +139,6 @@ def _curves_of(subject: Subject) -> dict[str, Curve]:
     last = file.with_name(LAST)
     progress = load_checkpoint(last if file.name == BEST and last.is_file() else file).progress
     return {part: progress[part] for part in ("training", "validation")}
-
-
-def _side(
-    name: str, by_seed: Runs, results: dict[int, Evaluation], curves: Mapping[int, Mapping[str, Curve]]
-) -> paired.Side:
-    subject = next(iter(by_seed.values()))
-    saved, config = subject.trained, subject.config
-    learned = {*what_is_learned(saved), "iterations"} - {"seed"}
-    training = {seed: _summarise_run(name, seed, subject, curves[seed]) for seed, subject in by_seed.items()}
-    return paired.Side(
-        name,
-        in_words(saved, [name for name in meaningful(saved) if name in learned]),
-        training,
-        results,
-        config.choices.query_norm,
-        config.evaluation.test_steps,
-    )
-
-
-def _summarise_run(name: str, seed: int, subject: Subject, curves: Mapping[str, Curve]) -> seeds.RunSummary:
-    config, iterations = subject.config, curves["validation"].get("iteration", [])
-    return seeds.RunSummary(
-        name=name,
-        setting=name,
-        seed=seed,
-        iteration=int(iterations[-1]) if iterations else 0,
-        failure=None,
-        final_training_loss=None,
-        measure="query_accuracy" if config.tasks.classification else "query_loss",
-        loss=loss_name(config.learner.loss),
-        validation=curves["validation"],
-    )
 
 
 # ---- which runs ----------------------------------------------------------------------------------
@@ -237,7 +215,7 @@ def group_seeds(sides: Mapping[str, Runs]) -> dict[str, Runs]:
         return dict(sides)
     joined = {}
     for names in groups.values():
-        common = common_words(names)
+        common = name_group(names)
         name = names[0] if common in joined else common
         joined[name] = {seed: subject for part in names for seed, subject in sides[part].items()}
     return joined
@@ -254,13 +232,11 @@ def _setting_of(subject: Subject) -> str:
     return repr(sorted((deciding | {"seed": None}).items()))
 
 
-def common_words(names: Sequence[str]) -> str:
-    """Return the words that are in the same place of all names, without "seed"."""
+def name_group(names: Sequence[str]) -> str:
+    """Return what the names of a setting's runs have in common, without the seed."""
     if len(names) == 1:
         return names[0]
-    words = [re.split("[-_ /]", name) for name in names]
-    same = [column[0] for column in zip(*words, strict=False) if len(set(column)) == 1]
-    return "-".join(word for word in same if word != "seed") or f"{names[0]} and {len(names) - 1} more"
+    return re.sub(r"[-_ /]*(seed)?[-_]*[0-9]*$", "", os.path.commonprefix(names)) or names[0]
 
 
 # ---- whether they can be paired ------------------------------------------------------------------

@@ -11,7 +11,7 @@ from runs import command
 
 from commands.build import prepare
 from commands.call import Call
-from commands.compare import common_words, name_sides
+from commands.compare import name_group, name_sides
 from commands.evaluate import Subject
 from training.checkpoint import load_checkpoint
 from training.folders import lock_folder
@@ -167,9 +167,9 @@ def test_sides_are_named_after_their_path_and_setting():
     assert names("x", "x") == ["x", "x (2)"]
     assert names("grid:s-1", "grid:s-2") == ["s-1", "s-2"]
     assert names("grid:s-1", "grid:s-2", "other") == ["grid s-1", "grid s-2", "other"]
-    assert common_words(["maml-seed0", "maml-seed1"]) == "maml"
-    assert common_words(["a/seed0", "a/seed1"]) == "a"
-    assert common_words(["monday", "tuesday"]) == "monday and 1 more"
+    assert name_group(["maml-seed0", "maml-seed1"]) == "maml"
+    assert name_group(["a/seed0", "a/seed1"]) == "a"
+    assert name_group(["monday", "tuesday"]) == "monday"
 
 
 def test_results_lie_next_to_the_first_run_and_those_of_other_runs_are_never_overwritten(
