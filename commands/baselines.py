@@ -9,9 +9,8 @@ all tasks with fine-tuning, and an oracle that is told the task. Learning rates 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from commands.build import Start, assemble, build, no_empty_folder_left, prepare_run, train_runs
+from commands.build import build
 from commands.call import Call
 from commands.config import CONFIG_FLAGS, Config
 from commands.evaluate import evaluate_one
 from commands.names import meaningful
-from commands.resolve import config_of, resolve, what_is_learned
+from commands.resolve import resolve
+from commands.train import train
 from common.device import Runtime
 from common.errors import UsageError
 from common.optimizers import Weights
@@ -37,7 +37,7 @@ from evaluation.style import write_figure
 from evaluation.tables import evaluation_record, write_json
 from tasks.options import CURVES
 from training.checkpoint import load_checkpoint
-from training.folders import LAST, find_runs, lock_folder
+from training.folders import LAST, find_runs
 
 RATES = {
     "sgd": (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
@@ -60,8 +60,8 @@ SHARED = (
 Results = dict[tuple[str, str], Evaluation]  # by method and how it adapts, in words
 
 
-class InterruptedBySignalError(Exception):
-    """A signal ended the training of a baseline; `code` is the exit code."""
+class TrainingEndedError(Exception):
+    """The training of a baseline ended early; `code` is its exit code."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -80,10 +80,9 @@ def baselines(call: Call, given: Mapping[str, Any], command: str, world: World) 
     algorithm = config.choices.algorithm
     try:
         others = measure_baselines(subject.trained, config, call, job.runtime, call.load.parent / "baselines")
-    except InterruptedBySignalError as interrupted:
-        print("Saved. To resume: the same command", flush=True)
-        world.wait()  # torchrun ends all processes once one ends with a code, and the first may be busy
-        return interrupted.code
+    except TrainingEndedError as ended:
+        print("To resume: the same command", flush=True)
+        return ended.code
     results = {(algorithm, "as trained"): result, **others}
     selected = {f"{name}, {how}": r.select(config.choices.query_norm) for (name, how), r in results.items()}
     print("\n" + test_table({name: [evaluation] for name, evaluation in selected.items()}, subject.words))
@@ -120,7 +119,7 @@ def measure_baselines(saved: Config, config: Config, call: Call, runtime: Runtim
         config: the same settings with the sizes of the test.
 
     Raises:
-        InterruptedBySignalError: a signal ended their training.
+        TrainingEndedError: a signal or a failure ended their training.
     """
     world = runtime.world
     distribution, maml = build(scratch_settings(config), call, runtime)
@@ -146,20 +145,20 @@ def measure_baselines(saved: Config, config: Config, call: Call, runtime: Runtim
     results = tune("scratch, sgd", "sgd", fresh) | tune("scratch, adam", "adam", fresh)
     if config.tasks.classification:
         return results
-    pretraining = plain_settings(saved, "pretrain")
+    pretraining = plain_flags(saved, "pretrain")
     results |= tune("pretrained", "sgd", train_baseline(pretraining, call, folder / "pretrained", runtime))
     if config.tasks.dataset in CURVES:
-        told = plain_settings(config, "pretrain", testing=True).replaced(oracle=True)
-        distribution, oracle = build(told, call, runtime)
-        parameters = train_baseline(pretraining.replaced(oracle=True), call, folder / "oracle", runtime)
+        told = plain_flags(config, "pretrain", testing=True) | {"oracle": True}
+        distribution, oracle = build(resolve(told), call, runtime)
+        parameters = train_baseline(pretraining | {"oracle": True}, call, folder / "oracle", runtime)
         # it is given the answer, not examples
         result = test(oracle, parameters, distribution=distribution, split="test", tasks=tasks, steps=0)
         results["oracle", "not adapted"] = result
     return results
 
 
-def plain_settings(config: Config, algorithm: str, *, testing: bool = False) -> Config:
-    """Return the settings of a run with these data and this budget, and the algorithm's own choices.
+def plain_flags(config: Config, algorithm: str, *, testing: bool = False) -> dict[str, Any]:
+    """Return the flags of a run with these data and this budget, and the algorithm's own choices.
 
     Args:
         testing: for its test tasks alone: the shots of training tasks do not matter.
@@ -170,57 +169,29 @@ def plain_settings(config: Config, algorithm: str, *, testing: bool = False) -> 
         values["train_shots"] = config.training_shots  # without the query, which Reptile counts in
     if testing:
         values.pop("train_shots", None)
-    given = {name: value for name, value in values.items() if value not in (None, ())}
-    return resolve(given | {"algorithm": algorithm})
+    return {name: value for name, value in values.items() if value not in (None, ())} | {
+        "algorithm": algorithm
+    }
 
 
 def scratch_settings(config: Config, *, testing: bool = True) -> Config:
     """Return the settings of ordinary training: all weights, from PyTorch's initialisation."""
-    return plain_settings(config, "maml", testing=testing).replaced(init="torch", adapt_norm=True)
+    return resolve(plain_flags(config, "maml", testing=testing)).replaced(init="torch", adapt_norm=True)
 
 
-def train_baseline(config: Config, call: Call, folder: Path, runtime: Runtime) -> Weights:
-    """Return the meta-parameters of a run in `folder`, in the precision of `runtime`.
-
-    The run is started or resumed if it is not finished.
+def train_baseline(flags: Mapping[str, Any], call: Call, folder: Path, runtime: Runtime) -> Weights:
+    """Return the meta-parameters of the run in `folder`, which is started or resumed if it is not finished.
 
     Raises:
         UsageError: the folder holds a run with other settings, or another process trains in it.
-        InterruptedBySignalError: a signal ended the training.
+        TrainingEndedError: a signal or a failure ended the training.
     """
-    world = runtime.world
-    with ExitStack() as locks:
-        with world.together():
-            if world.first:
-                locks.enter_context(no_empty_folder_left(folder))
-                locks.enter_context(lock_folder(folder, otherwise="leave out --baselines"))
-        start, machine = prepare_run(_find_start(config, folder), config.values(), call, world)
-        assembly = assemble(start, call, machine, {}, team=world)
-        parameters = assembly.parameters
-        if start.resumed is None or start.resumed.iteration < config.training.iterations:
-            if world.first:
-                print(f"Training {folder}", file=sys.stderr, flush=True)
-            run = assembly.open_run(folder)
-            code = train_runs([assembly], [run])
-            if run.failure is not None:
-                raise UsageError(f"{folder}: {run.failure}")
-            if code:
-                raise InterruptedBySignalError(code)
-            parameters = run.parameters
-    return {name: w.to(runtime.device, runtime.dtype, copy=True) for name, w in parameters.items()}
-
-
-def _find_start(config: Config, folder: Path) -> Start:
-    """Return where a baseline's training starts: afresh, or at the checkpoint in its folder."""
-    file = folder / LAST
-    if not file.exists():
-        return Start(config, folder)
-    checkpoint = load_checkpoint(file)
-    saved = config_of(checkpoint.settings, file)
-    if what_is_learned(saved) != what_is_learned(config):
-        raise UsageError(f"{folder} holds a run with other settings: move it away")
-    resumed = saved.replaced(iterations=config.training.iterations)
-    return Start(resumed, folder, file, checkpoint, resumes=True)
+    call = replace(call, eval=False, baselines=False, load=None, resume=True, out=None)
+    code = train(replace(call, checkpoint_path=folder.parent, run_name=folder.name), flags, runtime.world)
+    if code:
+        raise TrainingEndedError(code)
+    parameters = load_checkpoint(folder / LAST).parameters
+    return {name: w.to(runtime.device, runtime.dtype) for name, w in parameters.items()}
 
 
 # ---- loss over iterations ------------------------------------------------------------------------

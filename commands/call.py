@@ -52,7 +52,7 @@ class Call:
     runs_at_once: int | None = flag(
         "--runs-at-once", group="machine", check=at_least(1), metavar="N", default=None,
         help="with --seeds and --sweep: runs trained together, which bounds memory (default: all that differ "
-        "in numbers alone, but compiled runs on images one after another)")
+        "in numbers alone; compiled runs on images always follow each other)")
     eval_dataset: str | None = flag(
         "--eval-dataset", group="evaluation", check=check_dataset, metavar="NAME", default=None,
         help="with --eval --load, or --compare --split test: take the test tasks from another dataset; all "

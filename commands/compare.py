@@ -8,6 +8,7 @@ results, so a run that is still being trained can take part.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -37,27 +38,18 @@ from training.trainer import VALIDATION_TASKS
 
 MOST_NAMES, LONGEST_NAMES = 3, 100  # sides and characters in a file name
 
-# Settings that decide the tasks, with what to do where runs differ in them; None: nothing.
-TASK_SETTINGS = {
-    "dataset": "--eval-dataset with --split test",
-    "dataset_args": None,
-    "ways": "-n, which runs with --head-init zero or prototype take",
-    "shots": "-k",
-    "queries": "-q",
-    "noise": None,
-    "omniglot_split": None,
-    "quarter_turns": None,
-    "split_shares": None,
-    "columns": None,
-}
-
+# Settings that decide the tasks
+TASK_SETTINGS = (
+    *("dataset", "dataset_args", "ways", "shots", "queries", "noise"),
+    *("omniglot_split", "quarter_turns", "split_shares", "columns"),
+)
 Runs = dict[int, Subject]  # one side of the comparison, by seed
 
 
 def compare(call: Call, given: Mapping[str, Any], command: str) -> int:
     """Measure the runs of --compare on the same tasks; print tables, write a record and a picture."""
     runs = group_seeds(read_sides(call, given))
-    check_pairs(runs, given)
+    check_pairs(runs)
     subjects = [subject for side in runs.values() for subject in side.values()]
     config = subjects[0].config
     tasks = min(subject.config.evaluation.eval_tasks for subject in subjects)
@@ -233,24 +225,18 @@ def _setting_of(subject: Subject) -> str:
 
 
 def name_group(names: Sequence[str]) -> str:
-    """Return what the names of a setting's runs have in common, without the seed."""
-    if len(names) == 1:
-        return names[0]
-    return re.sub(r"[-_ /]*(seed)?[-_]*[0-9]*$", "", os.path.commonprefix(names)) or names[0]
+    """Return what the names of a setting's runs begin with in common, without the seed."""
+    letters = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*names, strict=False))
+    common = "".join(column[0] for column in letters)
+    return names[0] if len(names) == 1 else re.sub(r"[-_ /]*(seed)?[-_]*[0-9]*$", "", common) or names[0]
 
 
 # ---- whether they can be paired ------------------------------------------------------------------
 
 
-def check_pairs(sides: Mapping[str, Runs], given: Mapping[str, Any]) -> None:
-    """Raise UsageError where the sides have other tasks or no seed in common, or a flag is for none of them."""
+def check_pairs(sides: Mapping[str, Runs]) -> None:
+    """Raise UsageError where the sides have other tasks, or no seed in common."""
     subjects = [(name, subject) for name, runs in sides.items() for subject in runs.values()]
-    for flag in ("learner", "loss"):
-        saved = [subject.trained.get(flag) for _, subject in subjects]
-        if is_own_code(given.get(flag, "")) and not any(map(is_own_code, saved)):
-            raise UsageError(
-                f"--{flag} {given[flag]}: none of the runs has code of your own there: leave it out"
-            )
     first_name, first = next(iter(sides.items()))
     for name, subject in subjects:
         _check_same_tasks((first_name, subjects[0][1].config), (name, subject.config))
@@ -271,9 +257,10 @@ def _check_same_tasks(one: tuple[str, Config], other: tuple[str, Config]) -> Non
         f"{name} ({', '.join(f'{flag} {value}' for flag, value in in_words(config, different).items())})"
         for name, config in (one, other)
     ]
-    hints = [TASK_SETTINGS.get(setting) for setting in different]
-    advice = f"give {' and '.join(filter(None, hints))}" if all(hints) else "compare runs of one task"
-    raise UsageError(f"--compare: {' and '.join(words)} have other tasks, which cannot be paired: {advice}")
+    raise UsageError(
+        f"--compare: {' and '.join(words)} have other tasks, which cannot be paired: give -k, -q, -n or "
+        "--eval-dataset if they differ in these alone"
+    )
 
 
 def _what_is_measured(config: Config) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from common.options import Flag
 
 MOST_RUNS = 1000
 LONGEST_VALUE = 40  # characters of a value in a folder's name: the last ones, in which paths differ
-SWITCHES = {"yes": True, "no": False}
 
 
 @dataclass(frozen=True)
@@ -114,10 +113,6 @@ def _parse_axes(sweep: Sequence[str], given: Mapping[str, Any]) -> dict[str, dic
 def _parse_value(flag: Flag, value: str, sweep: str) -> Any:
     if flag.kind is tuple:
         raise UsageError(f"--sweep {sweep}: a list of arguments cannot be swept")
-    if flag.kind is bool:
-        if value not in SWITCHES:
-            raise UsageError(f"--sweep {sweep}: {flag.name} is yes or no, not {value!r}")
-        return SWITCHES[value]
     try:
         return flag.parse(value)
     except argparse.ArgumentTypeError as error:

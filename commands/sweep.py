@@ -36,7 +36,7 @@ from commands.call import Call
 from commands.config import CONFIG_FLAGS, Config
 from commands.members import Member, members_of
 from commands.names import describe, own_code_flags
-from commands.resolve import config_of, uncompiled, what_is_learned
+from commands.resolve import config_of, what_is_learned
 from commands.train import find_start, make_folder
 from common.errors import UsageError
 from common.processes import World
@@ -151,7 +151,7 @@ def _train_all(call: Call, members: Sequence[Member], world: World, locks: ExitS
         print(f"  device      {next(iter(assemblies.values())).runtime.describe()}")
     runs = {name: parts.open_run(folder / name) for name, parts in assemblies.items() if parts.start.finished}
     for group in groups:
-        code = _train_group(group, runs, mine, folder, call, world)
+        code = _train_group(group, runs, folder, call, world)
         if code > 128:
             return folder, code
     outcomes = [summarise_run(member, runs[name]) for name, member in mine.items()]
@@ -173,15 +173,13 @@ def _assemble_all(
 
 
 def group_runs(assemblies: Mapping[str, Assembly], at_most: int | None) -> list[dict[str, Assembly]]:
-    """Return the runs, by name, in groups that can be trained at once.
+    """Return the runs, by name, in groups that can be trained at once, of at most that size.
 
-    Args:
-        at_most: size of a group. None: no bound, except that runs which are compiled alone and cannot be
-            compiled together follow each other, which is faster.
+    Runs that are compiled, and cannot be compiled together, follow each other: that is faster.
     """
     groups: list[dict[str, Assembly]] = []
     for name, parts in assemblies.items():
-        size = at_most or (1 if _loses_compilation(parts.config) else len(assemblies))
+        size = (at_most or len(assemblies)) if _compiles_together(parts.config) else 1
         fitting = (g for g in groups if len(g) < size and _fits(next(iter(g.values())), parts))
         group = next(fitting, None)
         if group is None:
@@ -190,21 +188,18 @@ def group_runs(assemblies: Mapping[str, Assembly], at_most: int | None) -> list[
     return groups
 
 
-def _loses_compilation(config: Config) -> bool:
-    """Return whether a compiled run cannot be compiled together with others: its tasks are read, or chunked."""
+def _compiles_together(config: Config) -> bool:
+    """Return whether runs need no compiler, or learn from whole batches of computed tasks."""
     chunk, tasks = config.training.tasks_at_once, config.training.meta_batch_size
     whole = config.tasks.dataset in CURVES and (chunk is None or chunk >= tasks)
-    return config.training.compile == "on" and not whole
+    return whole or config.training.compile == "off"
 
 
 def _structure(config: Config) -> Config:
     """Return the settings without the numbers in which runs that are trained at once may differ."""
-    free: dict[str, Any] = {}
-    for name in AT_ONCE:
-        value = config.get(name)
-        free[name] = None if value is None else type(value)(1)
+    free = {name: config.get(name) is not None for name in AT_ONCE}
     if config.choices.inner_rates != "fixed":  # their start is in the weights
-        free["inner_lr_max"] = None
+        free["inner_lr_max"] = False
     return config.replaced(**free)
 
 
@@ -222,18 +217,11 @@ def _fits(one: Assembly, other: Assembly) -> bool:
 
 
 def _train_group(
-    group: Mapping[str, Assembly],
-    runs: dict[str, Run],
-    members: Mapping[str, Member],
-    folder: Path,
-    call: Call,
-    world: World,
+    group: Mapping[str, Assembly], runs: dict[str, Run], folder: Path, call: Call, world: World
 ) -> int:
     """Train runs at once; add them to `runs`, and return the exit code."""
     first = next(iter(group.values()))
     prepare(first.config, call, world)  # threads and precision are the process's: other runs had others
-    if len(group) > 1 and _loses_compilation(first.config):
-        group = {name: _without_compiling(parts, members[name]) for name, parts in group.items()}
     opened = {name: parts.open_run(folder / name, runs_at_once=len(group)) for name, parts in group.items()}
     if world.first:
         names = list(group)
@@ -244,16 +232,6 @@ def _train_group(
     runs |= opened
     resume = f"the same command with --run-name {folder.name} --resume"
     return train_runs(list(group.values()), list(opened.values()), resume=resume, show=world.first)
-
-
-def _without_compiling(parts: Assembly, member: Member) -> Assembly:
-    config = parts.config.replaced(compile="off")
-    if not parts.start.resumes:
-        config = uncompiled(parts.config, member.given)
-    maml = parts.maml.with_options(
-        convolution=config.training.convolution, tasks_at_once=config.training.tasks_at_once
-    )
-    return replace(parts, start=replace(parts.start, config=config), maml=maml)
 
 
 # ---- outcome -------------------------------------------------------------------------------------

@@ -72,9 +72,10 @@ KIND_NAMES = {
     float: "a number",
     str: "text",
     Path: "a path",
-    bool: "true or false",
+    bool: "yes or no",
     tuple: "a list",
 }
+SWITCHES = {"yes": True, "no": False}
 
 # Defaults that are no single value:
 BY_DATASET = object()  # `presets.DEFAULTS` has one for each kind of data
@@ -127,7 +128,8 @@ class Flag:
     def parse(self, text: str) -> Any:
         """Return the value of a flag's argument; an argparse `type`."""
         try:
-            value = (text,) if self.kind is tuple else self.kind(text)
+            kind = SWITCHES.get if self.kind is bool else self.kind
+            value = (text,) if kind is tuple else kind(text)
         except ValueError:
             value = None
         problem = KIND_NAMES[self.kind] if value is None else self.problem(value)

@@ -119,15 +119,15 @@ def test_a_stopped_baseline_is_resumed_and_follows_a_longer_run(tmp_path, monkey
     other = train(tmp_path, "other", "--seed", 1)
     (tmp_path / "run" / "baselines").rename(tmp_path / "other" / "baselines")
     assert command("--eval", "--baselines", "--load", other, "--eval-tasks", 5) == 2
-    assert "holds a run with other settings" in capsys.readouterr().err
+    assert "--seed 1 disagrees with the checkpoint" in capsys.readouterr().err
 
 
 def test_baselines_take_the_tasks_and_the_budget_of_the_run_and_no_other_choice():
     saved = resolve({"vectorise": False, "compile": "off", "tasks_at_once": 3, "algorithm": "anil"})
     for algorithm in ("maml", "pretrain"):
-        plain = baselines.plain_settings(saved, algorithm)
+        plain = resolve(baselines.plain_flags(saved, algorithm))
         assert (plain.training.vectorise, plain.training.tasks_at_once) == (False, 3)
         assert plain.choices.fast_weights == "all"
     reptile = resolve({"algorithm": "reptile", "dataset": "omniglot"})
     tested = resolve_from(reptile, {"queries": 15}, evaluate=True)
-    assert baselines.plain_settings(tested, "maml", testing=True).tasks.queries == 15
+    assert baselines.plain_flags(tested, "maml", testing=True)["queries"] == 15
