@@ -16,7 +16,20 @@ from training.schedules import meta_lr_at
 ITERATIONS = 12
 SHORT = ["--iterations", ITERATIONS, "--log-every", 2, "--val-every", 6, "--save-every", 100, "-k", 4]
 SHORT += ["--meta-batch-size", 2, "--compile", "off", "--threads", 1]
-IMAGES = ["--learner", "fc", "-n", 2, "-k", 1, "-q", 1, "--msl-iterations", 10]  # of the fixture `folder`
+IMAGES = [
+    "--learner",
+    "fc",
+    "--image-size",
+    8,
+    "-n",
+    2,
+    "-k",
+    1,
+    "-q",
+    1,
+    "--msl-iterations",
+    10,
+]  # of the fixture `folder`
 RUNS = {
     "maml": [],
     "fomaml": ["-s", 2, "--inner-optimizer", "momentum"],
