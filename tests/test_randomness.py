@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from common.random import Stream, minibatch_order, mix, task_stream
+from common.random import Stream, mix
 
 THOUSAND = range(1000)
 
@@ -71,13 +71,3 @@ def test_distinct_draws_are_distinct_and_every_number_is_equally_likely():
     counts = torch.bincount(draws[:, 0], minlength=12).double()
     expected = 20_000 / 12
     assert ((counts - expected) ** 2 / expected).sum() < 11 + 5 * math.sqrt(22)
-
-
-def test_minibatches_pass_over_all_examples_in_ever_new_orders():
-    tasks = task_stream("train", 3, 7, range(2), torch.device("cpu"))
-    assert minibatch_order(tasks, 6, None, 3) is None and minibatch_order(tasks, 6, 6, 3) is None
-    order = minibatch_order(tasks, 6, 4, 5)
-    assert order.shape == (2, 5, 4)
-    passes = order.flatten(1)
-    assert (passes[:, :18].view(2, 3, 6).sort(-1).values == torch.arange(6)).all()
-    assert not torch.equal(passes[:, :6], passes[:, 6:12]) and not torch.equal(passes[0], passes[1])

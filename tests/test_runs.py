@@ -25,6 +25,7 @@ from training import trainer
 from training.checkpoint import Checkpoint, load_checkpoint
 from training.folders import BEST, LAST, RESULTS
 from training.run import final_loss
+from training.schedules import meta_lr_at
 from training.trainer import FAILED, Trainer
 
 ITERATIONS = 120
@@ -183,6 +184,19 @@ def test_every_curve_has_its_points_and_no_others(whole):
         **{tag: list(range(7, ITERATIONS + 1, 7)) for tag in training},
         **{tag: [50, 100, 120] for tag in validation},
     }
+
+
+def test_the_meta_learning_rate_follows_its_schedule_to_the_end(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    assert train(run, *SHORT, "--meta-lr-schedule", "cosine") == 0
+    assert command("--load", run / LAST, "--iterations", 70) == 2  # the schedule ends at 60
+    events = EventAccumulator(str(run))
+    events.Reload()
+    for event in events.Scalars("optimizer/meta_lr"):
+        rate = meta_lr_at("cosine", torch.tensor(event.step - 1), 1e-3, 0.0, 60, torch.float64)
+        assert event.value == pytest.approx(float(rate), rel=1e-5)
 
 
 def test_a_run_shorter_than_a_window_has_a_curve(tmp_path):
