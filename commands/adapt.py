@@ -42,6 +42,11 @@ from tasks.user_tasks import UserTask, read_task_folder, read_task_table
 from training.checkpoint import Checkpoint, fitting_parameters, load_checkpoint, save_weights
 from training.folders import BEST, LAST, find_checkpoint
 
+NEEDED = {
+    "images": "images: give a folder",
+    "vectors": "numbers: give a table",
+    "any": "tasks of your own: give a table, or adapt from Python (docs/using.md)",
+}
 QUERIES_AT_ONCE = 256  # bounds the memory of predictions that do not depend on each other
 
 
@@ -60,9 +65,8 @@ class AdaptedLearner:
         """Return the outputs, logits or numbers, for examples `[examples, ...]`."""
         count = len(first_tensor(x))
         size = count if self.normalisation == "transductive" else QUERIES_AT_ONCE
-        parts = [
-            tree_map(lambda t, first=first: t[first : first + size], x) for first in range(0, count, size)
-        ]
+        starts = range(0, count, size)
+        parts = [tree_map(lambda t, start=start: t[start : start + size], x) for start in starts]
         with torch.no_grad(), self.maml.running() if self.normalisation == "per-step" else nullcontext():
             tasks = [replace(self.adapted.task, query_x=part) for part in parts]
             outputs = [self.maml.predict(self.adapted._replace(task=t), self.normalisation) for t in tasks]
@@ -76,12 +80,7 @@ class AdaptedLearner:
         "per-step" prediction. In evaluation mode it predicts what `predict` does, unless "transductive".
         """
         learner, weights, task = copy.deepcopy(learner), self.adapted.weights, self.adapted.task
-        for name, parameter in learner.named_parameters():
-            if name in weights:
-                parameter.copy_(weights[name])
-        for name, buffer in learner.named_buffers():
-            if name in task.extras.buffers:  # as the inner steps have left it
-                buffer.copy_(task.extras.buffers[name])
+        learner.load_state_dict(weights | task.extras.buffers, strict=False)  # others stay as they were
         with self.maml.call.predicting(), record_statistics(self.maml.learner) as recorded:
             self.maml.call(weights, task.support_x, task.extras)
         statistics = weights if self.normalisation == "per-step" else recorded
@@ -267,11 +266,8 @@ def read_tasks(path: Path, config: Config, runtime: Runtime) -> list[UserTask]:
         raise UsageError(f"--adapt {path}: there is no such file or folder")
     inputs = data_facts(options.dataset).inputs
     if path.is_dir() != (inputs == "images"):
-        needed = (
-            "a folder of images" if inputs == "images" else "a table, or adapt from Python (docs/using.md)"
-        )
         kind = "folder" if path.is_dir() else "file"
-        raise UsageError(f"--adapt {path} is a {kind}: the checkpoint learned from {inputs}, give {needed}")
+        raise UsageError(f"--adapt {path} is a {kind}: the checkpoint learned from {NEEDED[inputs]}")
     if path.is_dir():
         assert options.image_size and options.channels
         form = Form(options.image_size, options.channels, options.invert, options.resize)

@@ -56,8 +56,7 @@ MOST_NAMES = 4  # of runs, in the terminal
 
 def sweep(call: Call, given: Mapping[str, Any], world: World) -> int:
     """Train or resume many runs; return the exit code: 128 + signal, or `FAILED` if a run failed."""
-    with world.together():
-        members = members_of(call, given)
+    members = members_of(call, given)
     with ExitStack() as locks:
         folder, code = _train_all(call, members, world, locks)
     if code > 128:
