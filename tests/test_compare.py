@@ -46,7 +46,6 @@ def place(tmp_path_factory):
     write_classes(folder / "images", 12, 7)
     data = ["--dataset", f"images:{folder / 'images'}", "--image-size", 6, "--channels", 1, "-n", 2]
     train("fc", *data, "--learner", "fc")
-    train("inductive", *data, "--learner", "fc", "--batch-norm", "inductive")
     yield folder
     patch.undo()
 
@@ -147,14 +146,6 @@ def test_best_is_measured_and_the_curves_are_those_of_the_whole_run(compare, pla
         assert run["curves"] == {part: saved[part] for part in ("training", "validation")}
 
 
-def test_accuracies_are_compared_as_trained_and_with_both_readings_of_batch_norm(compare):
-    result, said = compare("fc", "inductive")
-    assert result["measure"] == "accuracy" and "accuracy %" in said
-    for side, trained in zip(result["sides"], ("transductive", "inductive"), strict=True):
-        assert list(side["results"]) == ["as trained", "transductive", "inductive"]
-        assert side["results"]["as trained"]["per_task"] == side["results"][trained]["per_task"]
-
-
 # ---- names and files -----------------------------------------------------------------------------
 
 
@@ -195,7 +186,6 @@ def test_results_lie_next_to_the_first_run_and_those_of_other_runs_are_never_ove
         ("maml", "name another"),
         ("seeds", "name another"),
         ("maml gone", "there is no such checkpoint"),
-        ("maml images", "there is no such checkpoint"),
         ("maml maml/training.json", "not a checkpoint"),
         ("maml five", "maml (-k 3) and five (-k 5) have other tasks, which cannot be paired: give -k, -q"),
         ("maml huber -k 3", "--loss"),
@@ -204,10 +194,8 @@ def test_results_lie_next_to_the_first_run_and_those_of_other_runs_are_never_ove
         ("maml fomaml --iterations 3", "maml/best.pt: --iterations 3 disagrees"),
         ("maml fomaml --eval", "leave out --eval"),
         ("maml fomaml --seeds 0-1", "leave out --seeds"),
-        ("maml fomaml --compile on", "for training"),
-        ("maml fomaml --eval-dataset harmonic", "--split test"),
         ("maml fomaml --out maml/best.pt/x", "cannot write"),
-        ("fc inductive --split test --eval-dataset images:gone --out new/er", "gone"),
+        ("fc fc/last.pt --split test --eval-dataset images:gone --out new/er", "gone"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_one_line_and_leaves_nothing(
