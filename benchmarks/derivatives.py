@@ -1,33 +1,25 @@
-"""Derivatives of derivatives, as PyTorch's modules give them and as `elementary.py` does.
+"""Derivatives of derivatives, as PyTorch's modules give them and as `learners/` repairs them.
 
     python benchmarks/derivatives.py
 
 A Hessian-vector product of a loss with regard to a module's parameters and input, float64, in the orders that
 the engines take: reverse over forward (adjoint) and reverse over reverse (unrolled), of one task and of three
 under `vmap` with shared weights. The error is the largest difference to central differences of the gradient,
-relative to the product's largest element. Writes benchmarks/results/derivatives.json.
+relative to the product's largest element.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from harness import RESULTS, Parser, launch, write_json
+from tool import Elementary
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
-
-from script import Parser, launch  # noqa: E402
-
-from evaluation.tables import write_json  # noqa: E402
-from learners.elementary import Elementary  # noqa: E402
-
-RESULTS = ROOT / "benchmarks" / "results" / "derivatives.json"
 STEP = 1e-5  # of the central differences, whose own error is some 1e-9
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "LayerNorm": lambda: nn.LayerNorm(8),
@@ -38,88 +30,79 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "BatchNorm1d": lambda: nn.BatchNorm1d(6, track_running_stats=False),
     "Linear": lambda: nn.Linear(8, 8),
 }
-Weights = dict[str, Tensor]
+Weights = dict[str, Tensor]  # the parameters and "input"
 Function = Callable[[Weights], Tensor]
 
 
-def reverse_over_forward(loss: Function, at: Weights, along: Weights, tasks: int) -> Weights:
-    def slope(weights: Weights) -> Tensor:
-        return jvp(loss, (weights,), (along,))[1]
+def reverse_over_forward(loss: Function, weights: Weights, direction: Weights, tasks: int) -> Weights:
+    def slope(w: Weights) -> Tensor:
+        return jvp(loss, (w,), (direction,))[1]
 
-    return grad(lambda weights: _mean(slope, weights, tasks))(at)
-
-
-def reverse_over_reverse(loss: Function, at: Weights, along: Weights, tasks: int) -> Weights:
-    leaves = {name: w.clone().requires_grad_() for name, w in at.items()}
-
-    def slope(weights: Weights) -> Tensor:
-        return dot(grad(loss)(weights), along)
-
-    return dict(
-        zip(leaves, torch.autograd.grad(_mean(slope, leaves, tasks), list(leaves.values())), strict=True)
-    )
+    return grad(lambda w: mean_over_tasks(slope, w, tasks))(weights)
 
 
-def _mean(slope: Function, weights: Weights, tasks: int) -> Tensor:
-    """Over tasks that are all the same; 0: without `vmap`."""
+def reverse_over_reverse(loss: Function, weights: Weights, direction: Weights, tasks: int) -> Weights:
+    leaves = {name: w.clone().requires_grad_() for name, w in weights.items()}
+
+    def slope(w: Weights) -> Tensor:
+        return torch.stack([(g * direction[name]).sum() for name, g in grad(loss)(w).items()]).sum()
+
+    gradients = torch.autograd.grad(mean_over_tasks(slope, leaves, tasks), list(leaves.values()))
+    return dict(zip(leaves, gradients, strict=True))
+
+
+def mean_over_tasks(slope: Function, weights: Weights, tasks: int) -> Tensor:
+    """Return the mean over equal tasks under `vmap`; no tasks: without `vmap`."""
     if not tasks:
         return slope(weights)
     inputs = torch.stack([weights["input"]] * tasks)
     return vmap(lambda x: slope(weights | {"input": x}))(inputs).mean()
 
 
-def differences(loss: Function, at: Weights, along: Weights) -> Weights:
-    high, low = (grad(loss)({n: w + s * along[n] for n, w in at.items()}) for s in (STEP, -STEP))
-    return {name: (high[name] - low[name]) / (2 * STEP) for name in at}
+def central_differences(loss: Function, weights: Weights, direction: Weights) -> Weights:
+    high, low = (grad(loss)({n: w + s * direction[n] for n, w in weights.items()}) for s in (STEP, -STEP))
+    return {name: (high[name] - low[name]) / (2 * STEP) for name in weights}
 
 
-def dot(a: Weights, b: Weights) -> Tensor:
-    return torch.stack([(a[name] * b[name]).sum() for name in a]).sum()
-
-
-def error(found: Weights, expected: Weights) -> float:
-    """Relative to the largest element expected."""
-    largest = max(float(w.abs().max()) for w in expected.values())
-    return max(float((found[name] - w).abs().max()) for name, w in expected.items()) / largest
-
-
-def errors(module: nn.Module, *, elementary: bool) -> dict[str, float]:
-    """By the order of the derivatives."""
+def errors_of(module: nn.Module, *, repaired: bool) -> dict[str, float]:
+    """Return the relative error by order of the derivatives."""
     draw = torch.Generator().manual_seed(0)
 
     def random(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=draw, dtype=torch.float64)
 
-    parameters = {name: w.detach() + 0.3 * random(w) for name, w in module.named_parameters()}
-    at = parameters | {"input": random(torch.empty(4, 6, 8))}
-    along = {name: random(w) for name, w in at.items()}
+    weights = {name: w.detach() + 0.3 * random(w) for name, w in module.named_parameters()}
+    weights["input"] = random(torch.empty(4, 6, 8))
+    direction = {name: random(w) for name, w in weights.items()}
 
     def loss(weights: Weights) -> Tensor:
-        inside = {name: w for name, w in weights.items() if name != "input"}
-        with Elementary() if elementary else nullcontext():
-            outputs = functional_call(module, inside, (weights["input"],))
+        parameters = {name: w for name, w in weights.items() if name != "input"}
+        with Elementary() if repaired else nullcontext():
+            outputs = functional_call(module, parameters, (weights["input"],))
         return (outputs * outputs.cos() + 0.1 * outputs**3).sum()
 
-    expected, found = differences(loss, at, along), {}
+    expected, errors = central_differences(loss, weights, direction), {}
+    largest = max(float(w.abs().max()) for w in expected.values())
     for product in (reverse_over_forward, reverse_over_reverse):
         for tasks in (0, 3):
             name = product.__name__.replace("_", " ") + ", vmap" * bool(tasks)
-            found[name] = error(product(loss, at, along, tasks), expected)
-    return found
+            result = product(loss, weights, direction, tasks)
+            errors[name] = max(float((result[n] - w).abs().max()) for n, w in expected.items()) / largest
+    return errors
 
 
 def main() -> None:
-    parser = Parser(__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON file")
-    out: Path = parser.parse_args().out
-    record = {}
+    parser = Parser(__doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS / "derivatives.json", help="the JSON file")
+    options = parser.parse_args()
+    record: dict[str, dict[str, dict[str, float]]] = {}
     for name, build in MODULES.items():
         record[name] = {
-            how: errors(build().double(), elementary=how == "elementary") for how in ("torch", "elementary")
+            how: errors_of(build().double(), repaired=how == "elementary") for how in ("torch", "elementary")
         }
-        for how, found in record[name].items():
-            print(f"{name:36}{how:12}", *(f"{order} {e:8.1e}" for order, e in found.items()), sep="  ")
-    write_json(out, {"torch": torch.__version__, "errors": record})
+        for how, errors in record[name].items():
+            print(f"{name:36}{how:12}", *(f"{order} {e:8.1e}" for order, e in errors.items()), sep="  ")
+    write_json(options.out, {"torch": torch.__version__, "errors": record})
 
 
 if __name__ == "__main__":

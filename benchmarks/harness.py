@@ -1,0 +1,190 @@
+"""What all scripts of this folder share: command line, runs of main.py, paired timing, files of results.
+
+    script -> run_main(flags) -> main.py in a process of its own -> its JSON files -> read_json -> a table
+
+Importing this module puts the repository on the path; a script imports it before the tool's own modules.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+MAIN = str(ROOT / "main.py")
+sys.path.insert(0, str(ROOT))
+
+from common.errors import UsageError  # noqa: E402
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, with exit code 2."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def launch(main: Callable[[], int | None]) -> NoReturn:
+    """Run a script; a mistake in its input or files is one line on stderr and exit code 2."""
+    try:
+        sys.exit(main())
+    except (UsageError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all; make its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file; raise UsageError if it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UsageError(f"{path} is not a JSON file ({error}): remove it, or write elsewhere") from error
+
+
+def put(page: Path, name: str, text: str) -> bool:
+    """Replace the text between `<!-- name -->` and `<!-- /name -->`; return False if the page has neither."""
+    before, begin, rest = page.read_text().partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- /{name} -->")
+    if end:
+        write_text(page, before + begin + text + end + after)
+    return bool(end)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table, without a final newline."""
+    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|-" * len(head) + "|", *lines[1:]])
+
+
+# ---- the machine ---------------------------------------------------------------------------------
+
+
+def machine() -> str:
+    """Return this computer in a few words: processor, cores, GPU."""
+    import torch
+
+    file = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.*)$", file.read_text() if file.exists() else "", re.MULTILINE)
+    name = names[0] if names else platform.machine()
+    graphics = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{name}, {os.cpu_count()} cores{graphics}"
+
+
+def conditions() -> dict[str, Any]:
+    """Return what a timing depends on, for a JSON file: machine, cores, threads, versions."""
+    import torch
+
+    return {
+        "machine": machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
+
+
+# ---- runs of main.py -----------------------------------------------------------------------------
+
+
+def main_line(flags: Sequence[str], processes: int = 1) -> list[str]:
+    """Return the command line of main.py; several processes are launched by torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [sys.executable, *(launcher if processes > 1 else []), MAIN, *flags]
+
+
+def run_main(flags: Sequence[str], processes: int = 1, **environment: str) -> float:
+    """Run main.py silently; return its seconds of wall time, or raise UsageError with its last line."""
+    line, begin = main_line(flags, processes), time.perf_counter()
+    done = subprocess.run(line, env=os.environ | environment, capture_output=True, text=True)
+    if done.returncode:
+        message = (done.stderr.strip() or f"exit code {done.returncode}").rpartition("\n")[2]
+        raise UsageError(message.partition("error: ")[2] or message)
+    return time.perf_counter() - begin
+
+
+def evaluate(checkpoint: Path, flags: Sequence[str]) -> dict[str, Any]:
+    """Test a checkpoint with `main.py --eval`; return the content of its result file."""
+    with tempfile.TemporaryDirectory() as out:
+        run_main(["--eval", "--load", str(checkpoint), *flags, "--out", out])
+        return read_json(next(Path(out).glob("*.json")))
+
+
+def rows_after_test_steps(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the rows of a result after the run's test steps, by normalisation."""
+    rows = (row for row in result["per_step"] if row["steps"] == result["test_steps"])
+    return {row["normalisation"]: row for row in rows}
+
+
+def write_images(folder: Path, classes: int, drawings: int, size: int) -> None:
+    """Write grey images of noise, `folder/<class>/<number>.png`; their content does not change the work."""
+    import numpy as np
+    from PIL import Image
+
+    draw = np.random.default_rng(0)
+    for name in range(classes):
+        (folder / f"{name:03}").mkdir(parents=True)
+        for number in range(drawings):
+            pixels = draw.integers(0, 256, (size, size), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{name:03}" / f"{number:02}.png")
+
+
+# ---- timing --------------------------------------------------------------------------------------
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Return the wall time of one call, in seconds."""
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def in_turn(timings: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Take every timing once a round, so that whatever slows the machine slows them all."""
+    seconds: dict[str, list[float]] = {name: [] for name in timings}
+    for _ in range(rounds):
+        for name, timing in timings.items():
+            seconds[name].append(timing())
+    return seconds
+
+
+def median_ratio(values: Sequence[float], reference: Sequence[float]) -> float:
+    """Return the median of the ratios within a round."""
+    return statistics.median(value / other for value, other in zip(values, reference, strict=True))
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """Return lower quartile, median and upper quartile."""
+    return statistics.quantiles(values, n=4, method="inclusive")

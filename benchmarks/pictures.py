@@ -1,0 +1,144 @@
+"""The pictures of the papers' tables, drawn from the records that runs.py collects: one a table."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cells import Column, Table
+from table_text import Record, number
+
+from evaluation.figures import curve_style, legend_below, new_figure, over_iterations, over_steps, style
+from evaluation.tables import write_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+STEPS_SHOWN = 10
+MOST_PANELS = 4  # of a figure; a table with more tests has none
+DECADE = 10.0  # a narrower range has a linear axis, where bands would hide each other
+WINDOW = 300  # tasks in a point of the assignment's curve
+
+
+def draw(table: Table, record: Record, folder: Path) -> None:
+    """Write the picture of a table, unless none of its runs has been tested."""
+    shows_training = any(column.test is None for column in table.columns)
+    figure = learning_figure(record) if shows_training else steps_figure(table, record)
+    if figure is not None:
+        write_figure(folder / f"{table.name}.png", figure)
+
+
+# ---- numbers over inner steps --------------------------------------------------------------------
+
+
+def points_of(table: Table, runs: Sequence[Record], test: str) -> list[tuple[int, float, float]]:
+    """Return step, mean over seeds and interval over tasks; without steps after which all tasks diverged."""
+    values = [
+        (step, number(table, Column("", test, step, "transductive"), runs)) for step in range(STEPS_SHOWN + 1)
+    ]
+    return [(step, value.mean, value.interval) for step, value in values if value is not None]
+
+
+def steps_figure(table: Table, record: Record) -> Figure | None:
+    """Return the query error, or accuracy, over inner steps, a panel for each test.
+
+    Lines are means over seeds, bands intervals over tasks, hollow diamonds published numbers. None if no run
+    has been tested, or there are too many panels.
+    """
+    tests = [test.name for test in table.tests]
+    methods = record["methods"]
+    curves = {(m, test): points_of(table, methods[m]["runs"], test) for m in methods for test in tests}
+    means = [mean for points in curves.values() for _, mean, _ in points]
+    if not means or len(tests) > MOST_PANELS:
+        return None
+    wide = max(means) >= DECADE * min(means) and not table.accuracy
+    with style():
+        figure = new_figure(3.5 * len(tests) + 0.4, 4.4)
+        panels = figure.subplots(1, len(tests), sharey=True, squeeze=False)[0]
+        for panel, test in zip(panels, tests, strict=True):
+            for position, cell in enumerate(table.cells):
+                if cell.method in methods:
+                    look = curve_style(position) | {"markersize": 3}
+                    draw_curve(
+                        panel, curves[cell.method, test], cell.method, look, filled=wide or table.accuracy
+                    )
+                    draw_published(panel, table, cell.method, test, look["color"])
+            panel.set(title=test, yscale="log" if wide else "linear")
+            over_steps(panel)
+        measure = "query accuracy (%)" if table.accuracy else "query MSE"
+        panels[0].set_ylabel(f"{measure}; diamonds: published")
+        legend_below(figure, panels[0], columns=7)
+    return figure
+
+
+def draw_curve(
+    panel: Axes, points: Sequence[tuple[int, float, float]], label: str, look: dict[str, Any], *, filled: bool
+) -> None:
+    """Draw a method's curve with its band; a method that does not adapt is a dotted line."""
+    if not points:
+        return
+    steps, means, intervals = zip(*points, strict=True)
+    if len(points) == 1:
+        panel.axhline(means[0], label=label, color=look["color"], linestyle=":")
+        return
+    panel.plot(steps, means, label=label, **look)
+    if filled:
+        low = [max(m - i, 1e-9) for m, i in zip(means, intervals, strict=True)]
+        high = [m + i for m, i in zip(means, intervals, strict=True)]
+        panel.fill_between(steps, low, high, color=look["color"], alpha=0.15, linewidth=0)
+
+
+def draw_published(panel: Axes, table: Table, method: str, test: str, color: str) -> None:
+    """Draw published numbers as hollow diamonds, those without a number of steps at the right edge."""
+    for column in table.columns:
+        published = table.cell(method).published.get(column.title)
+        if published and column.test == test and column.normalisation == "transductive":
+            step = STEPS_SHOWN if column.steps is None else column.steps
+            look = {"markerfacecolor": "none", "markeredgecolor": color, "markeredgewidth": 1.6}
+            panel.plot([step], [published.value], "D", markersize=7, zorder=4, **look)
+
+
+# ---- the assignment's learning curve -------------------------------------------------------------
+
+
+def learning_figure(record: Record) -> Figure:
+    """Return the first seed's training losses against training from scratch on the same tasks, if measured.
+
+    Points are means of consecutive windows; a window far above all others leaves the picture.
+    """
+    methods = record["methods"]
+    with style():
+        figure = new_figure(4.6 * len(methods), 3.4)
+        panels = figure.subplots(1, len(methods), squeeze=False, sharey=True)[0]
+        losses: list[float] = []
+        for panel, (method, entry) in zip(panels, methods.items(), strict=True):
+            run = entry["runs"][0]
+            curves = [("first-order MAML", windows(run["training"])), *scratch_curves(run)]
+            for position, (name, points) in enumerate(curves):
+                panel.plot(
+                    *points, label=name, **(curve_style(position) | {"marker": None, "linewidth": 1.0})
+                )
+                losses += points[1]
+            panel.set(title=method, yscale="log")
+            over_iterations(panel)
+        panels[0].set_ylim(top=5 * max(statistics.quantiles(losses, n=50)))
+        panels[0].set_ylabel(f"query MSE, means of {WINDOW} tasks")
+        legend_below(figure, panels[0])
+    return figure
+
+
+def windows(training: Record) -> tuple[list[int], list[float]]:
+    """Return ends and means of consecutive windows of a curve whose points are means of shorter ones."""
+    ends, losses = training["iteration"], training["query_loss"]
+    size = WINDOW // ends[0]
+    starts = range(0, len(ends) - size + 1, size)
+    return [ends[i + size - 1] for i in starts], [statistics.mean(losses[i : i + size]) for i in starts]
+
+
+def scratch_curves(run: Record) -> list[tuple[str, tuple[list[int], list[float]]]]:
+    """Return the curves of training from scratch that a run's tests have measured, by name."""
+    curves = next((test["curves"] for test in run["tests"].values() if test.get("curves")), {})
+    return [(n, (c["iteration"], c["query_loss"])) for n, c in curves.items() if "scratch" in n]

@@ -1,0 +1,252 @@
+"""Runs of the papers' tables: train and test a cell with main.py, and read the results.
+
+    Table, Cell, seed -> Job -> main.py -> TABLE/METHOD-seedN/ -> record() -> results/reproduce/TABLE.json
+
+A job's folder is main.py's own (training.json, best.pt, ...), with a folder for each test's result files and
+`reproduce.json`: the command that trained it, its seconds and the machine. Everything is matched by command.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from cells import Cell, Table, Test
+from harness import machine, main_line, read_json, write_json
+
+Record = Mapping[str, Any]
+
+STOPPED, NON_FINITE = 128 + signal.SIGTERM, 4  # exit codes of main.py whose state is saved
+LEDGER = "reproduce.json"
+QUICK_TASKS = "100"
+QUICK_ITERATIONS = {False: "300", True: "20"}  # of curves, of images
+
+
+@dataclass(frozen=True)
+class Job:
+    """A method of a table, trained from one seed."""
+
+    table: Table
+    cell: Cell
+    seed: int
+    root: Path
+    quick: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.cell.slug}-seed{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return self.root / self.table.name / self.name
+
+    @property
+    def training(self) -> list[str]:
+        """The flags that train it."""
+        quick = ["--iterations", QUICK_ITERATIONS[self.table.accuracy]] * self.quick
+        return [*self.table.flags, *self.cell.flags, *quick, "--seed", str(self.seed)]
+
+    @property
+    def command(self) -> str:
+        """The command that trains it, as a user types it."""
+        return shlex.join(["python", "main.py", *self.training])
+
+    def test_flags(self, test: Test) -> list[str]:
+        flags = list(test.flags)
+        if self.quick:
+            flags[flags.index("--eval-tasks") + 1] = QUICK_TASKS
+        return flags
+
+    def testing(self, test: Test) -> list[str]:
+        """The arguments of main.py that run a test."""
+        out = str(self.folder / f"test {test.name}")
+        baselines = ["--baselines"] * self.cell.baselines
+        return ["--eval", "--load", str(self.folder), *self.test_flags(test), "--out", out, *baselines]
+
+    # ---- results -----------------------------------------------------------------------------
+
+    @property
+    def ledger(self) -> Record:
+        file = self.folder / LEDGER
+        return read_json(file) if file.exists() else {}
+
+    @property
+    def progress(self) -> Record:
+        """The curves and numbers of this command's run; empty if it has not begun."""
+        file = self.folder / "training.json"
+        trained = self.ledger.get("trained_by") == self.command and file.exists()
+        return read_small_json(file, file.stat().st_mtime_ns) if trained else {}
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether training cannot continue: all iterations are done, or numbers are non-finite."""
+        progress = self.progress
+        ended = progress and progress["failure"] is not None
+        return bool(progress and (ended or progress["iteration"] >= planned_iterations(progress)))
+
+    def add_to_ledger(self, seconds: float) -> None:
+        total = round(self.ledger.get("seconds", 0.0) + seconds, 1)
+        entry = {"trained_by": self.command, "seconds": total, "machine": machine()}
+        write_json(self.folder / LEDGER, entry)
+
+    def result(self, test: Test, *, baselines: bool = False) -> Record | None:
+        """Return the result of a test of the current checkpoint with these flags; None if there is none."""
+        progress = self.progress
+        if not progress:
+            return None
+        iteration = progress["best_iteration"] or progress["iteration"]
+        command = shlex.join(["main.py", *self.testing(test)])
+        for file in sorted((self.folder / f"test {test.name}").glob("*.json")):
+            if file.stem.endswith("-baselines") == baselines:
+                content = read_small_json(file, file.stat().st_mtime_ns)
+                if content.get("iteration") == iteration and content["command"] == command:
+                    return content
+        return None
+
+    def is_tested(self, test: Test) -> bool:
+        kinds = (False, True) if self.cell.baselines else (False,)
+        return all(self.result(test, baselines=kind) for kind in kinds)
+
+
+def planned_iterations(progress: Record) -> int:
+    return progress["settings"]["iterations"]
+
+
+@cache
+def read_small_json(file: Path, changed: int) -> dict[str, Any]:
+    """Read a result file as it was changed last, without the numbers of single tasks; empty if damaged."""
+    try:
+        content = json.loads(file.read_text())
+    except ValueError:  # cut short by a kill
+        return {}
+    for part in (content, *content.get("methods", {}).values()):
+        part.pop("per_task", None)
+    return content
+
+
+# ---- running -------------------------------------------------------------------------------------
+
+
+def run_job(job: Job, until: float, *, single_threaded: bool) -> tuple[bool, str]:
+    """Train and test one job; return success and a line that says what happened.
+
+    Args:
+        until: the time.monotonic() at which training stops; what has been trained by then is tested.
+        single_threaded: whether other jobs run at the same time.
+    """
+    title = f"{job.table.name}, {job.name}"
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if single_threaded else {})
+    begin = time.monotonic()
+    if not job.is_finished and begin < until:
+        job.folder.parent.mkdir(parents=True, exist_ok=True)
+        place = ["--run-name", job.name, "--checkpoint-path", str(job.folder.parent), "--resume"]
+        code, last_line = call_main([*job.training, *place], environment, until - begin)
+        if code not in (0, STOPPED, NON_FINITE):
+            return False, f"{title}: {last_line}"
+        if job.folder.exists():
+            job.add_to_ledger(time.monotonic() - begin)
+    progress = job.progress
+    if not progress:
+        return time.monotonic() > until, f"{title}: not begun"
+    for test in job.table.tests:
+        if not job.is_tested(test):
+            code, last_line = call_main(job.testing(test), environment)
+            if code:
+                return False, f"{title}, {test.name}: {last_line}"
+    ended = f"; {progress['failure']}" if progress["failure"] else ""
+    done = f"iteration {progress['iteration']:,} of {planned_iterations(progress):,}"
+    return True, f"{title}: {done}{ended}"
+
+
+def call_main(
+    arguments: Sequence[str], environment: Mapping[str, str], seconds: float = math.inf
+) -> tuple[int, str]:
+    """Run main.py, which is asked to save and end when time is up; return its exit code and its last line."""
+    process = subprocess.Popen(
+        main_line(arguments), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        _, errors = process.communicate(timeout=min(seconds, threading.TIMEOUT_MAX))
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        _, errors = process.communicate()
+    return process.returncode, (errors.strip() or f"exit code {process.returncode}").rpartition("\n")[2]
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def record(table: Table, jobs: Sequence[Job], recorded: Record | None = None) -> dict[str, Any]:
+    """Return all numbers of a table, after every inner step, without single tasks.
+
+    Args:
+        jobs: of this table; those that have not begun are left out.
+        recorded: the record so far. Its runs stay, by command, until a job's folder has as many tests.
+    """
+    methods: dict[str, Any] = {}
+    for cell in table.cells:
+        runs = {run["trained_by"]: run for run in recorded_runs(recorded or {}, cell.method)}
+        for job in jobs:
+            if job.progress and job.cell.method == (cell.baseline_of or cell.method):
+                run, known = run_of(table, cell, job), runs.get(job.command)
+                if known is None or len(run["tests"]) >= len(known["tests"]):
+                    runs[job.command] = run
+        if runs:
+            methods[cell.method] = {"runs": sorted(runs.values(), key=lambda run: run["seed"])}
+    return {"table": table.name, "title": table.title, "methods": methods}
+
+
+def recorded_runs(recorded: Record, method: str) -> list[dict[str, Any]]:
+    return recorded.get("methods", {}).get(method, {"runs": []})["runs"]
+
+
+def run_of(table: Table, cell: Cell, job: Job) -> dict[str, Any]:
+    """Return what a job's folder says of its method, or of a baseline measured with it."""
+    progress, ledger = job.progress, job.ledger
+    shows_training = any(column.test is None for column in table.columns)
+    return {
+        "seed": job.seed,
+        "iterations": progress["iteration"],
+        "planned": planned_iterations(progress),
+        "best_iteration": progress["best_iteration"],
+        "failure": progress["failure"],
+        "final_training_loss": progress["final_training_loss"],
+        "seconds": ledger["seconds"],
+        "machine": ledger["machine"],
+        "trained_by": job.command,
+        "name": job.name,
+        **({"training": progress["training"]} if shows_training else {}),
+        "tests": tests_of(table, cell, job),
+    }
+
+
+def tests_of(table: Table, cell: Cell, job: Job) -> dict[str, Any]:
+    """Return the numbers of a run's tests, or of a baseline's, after each step."""
+    tests = {}
+    for test in table.tests:
+        result = numbers = job.result(test)
+        baselines = job.result(test, baselines=True) if job.cell.baselines else None
+        if cell.baseline_of:
+            numbers = baselines and baselines["methods"].get(cell.method)
+        if result and numbers:
+            tests[test.name] = {
+                "flags": shlex.join(job.test_flags(test)),
+                "tasks": result["tasks"],
+                "test_steps": result["test_steps"],
+                "device": result["device"],
+                "torch": result["versions"]["torch"],
+                "per_step": numbers["per_step"],
+                "curves": baselines["curves"] if baselines and not cell.baseline_of else {},
+            }
+    return tests
