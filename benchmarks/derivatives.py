@@ -95,14 +95,13 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS / "derivatives.json", help="the JSON file")
     options = parser.parse_args()
-    record: dict[str, dict[str, dict[str, float]]] = {}
+    results: dict[str, dict[str, dict[str, float]]] = {}
     for name, build in MODULES.items():
-        record[name] = {
-            how: errors_of(build().double(), repaired=how == "elementary") for how in ("torch", "elementary")
-        }
-        for how, errors in record[name].items():
+        for how in ("torch", "elementary"):
+            errors = errors_of(build().double(), repaired=how == "elementary")
+            results.setdefault(name, {})[how] = errors
             print(f"{name:36}{how:12}", *(f"{order} {e:8.1e}" for order, e in errors.items()), sep="  ")
-    write_json(options.out, {"torch": torch.__version__, "errors": record})
+    write_json(options.out, {"torch": torch.__version__, "errors": results})
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cells import Column, Table
 from table_text import Record, number
 
-from evaluation.figures import curve_style, legend_below, new_figure, over_iterations, over_steps, style
-from evaluation.tables import write_figure
+from evaluation import style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +27,7 @@ def draw(table: Table, record: Record, folder: Path) -> None:
     shows_training = any(column.test is None for column in table.columns)
     figure = learning_figure(record) if shows_training else steps_figure(table, record)
     if figure is not None:
-        write_figure(folder / f"{table.name}.png", figure)
+        style.write_figure(folder / f"{table.name}.png", figure)
 
 
 # ---- numbers over inner steps --------------------------------------------------------------------
@@ -55,22 +54,22 @@ def steps_figure(table: Table, record: Record) -> Figure | None:
     if not means or len(tests) > MOST_PANELS:
         return None
     wide = max(means) >= DECADE * min(means) and not table.accuracy
-    with style():
-        figure = new_figure(3.5 * len(tests) + 0.4, 4.4)
+    with style.styled():
+        figure = style.new_figure(3.5 * len(tests) + 0.4, 4.4)
         panels = figure.subplots(1, len(tests), sharey=True, squeeze=False)[0]
         for panel, test in zip(panels, tests, strict=True):
             for position, cell in enumerate(table.cells):
                 if cell.method in methods:
-                    look = curve_style(position) | {"markersize": 3}
+                    look = style.curve_style(position) | {"markersize": 3}
                     draw_curve(
                         panel, curves[cell.method, test], cell.method, look, filled=wide or table.accuracy
                     )
                     draw_published(panel, table, cell.method, test, look["color"])
             panel.set(title=test, yscale="log" if wide else "linear")
-            over_steps(panel)
+            style.set_step_axis(panel)
         measure = "query accuracy (%)" if table.accuracy else "query MSE"
         panels[0].set_ylabel(f"{measure}; diamonds: published")
-        legend_below(figure, panels[0], columns=7)
+        style.add_legend(figure, panels[0], columns=7)
     return figure
 
 
@@ -110,8 +109,8 @@ def learning_figure(record: Record) -> Figure:
     Points are means of consecutive windows; a window far above all others leaves the picture.
     """
     methods = record["methods"]
-    with style():
-        figure = new_figure(4.6 * len(methods), 3.4)
+    with style.styled():
+        figure = style.new_figure(4.6 * len(methods), 3.4)
         panels = figure.subplots(1, len(methods), squeeze=False, sharey=True)[0]
         losses: list[float] = []
         for panel, (method, entry) in zip(panels, methods.items(), strict=True):
@@ -119,14 +118,14 @@ def learning_figure(record: Record) -> Figure:
             curves = [("first-order MAML", windows(run["training"])), *scratch_curves(run)]
             for position, (name, points) in enumerate(curves):
                 panel.plot(
-                    *points, label=name, **(curve_style(position) | {"marker": None, "linewidth": 1.0})
+                    *points, label=name, **(style.curve_style(position) | {"marker": None, "linewidth": 1.0})
                 )
                 losses += points[1]
             panel.set(title=method, yscale="log")
-            over_iterations(panel)
+            style.set_iteration_axis(panel)
         panels[0].set_ylim(top=5 * max(statistics.quantiles(losses, n=50)))
         panels[0].set_ylabel(f"query MSE, means of {WINDOW} tasks")
-        legend_below(figure, panels[0])
+        style.add_legend(figure, panels[0])
     return figure
 
 

@@ -41,12 +41,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--list", action="store_true", help="list tables and methods, and exit")
     parser.add_argument("--methods", nargs="+", help="methods of these tables (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop training then")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop training then; 0: only test")
     parser.add_argument("--jobs", type=int, help="runs at once (default: the CPU's cores, or 1 with a GPU)")
     parser.add_argument("--folder", type=Path, default=RUNS, help="folder of the runs")
     parser.add_argument("--results", type=Path, default=TABLE_RESULTS, help="folder of tables and pictures")
     parser.add_argument("--quick", action="store_true", help="few iterations and tasks, one seed")
-    parser.add_argument("--collect", action="store_true", help="run nothing; write tables of existing runs")
     options = parser.parse_args(arguments)
     for name in options.tables:
         if name not in TABLES:
@@ -127,7 +126,7 @@ def main() -> int:
             print(f"{table.name}: {'; '.join(cell.method for cell in table.trained)}")
         return 0
     options.results.mkdir(parents=True, exist_ok=True)
-    success = options.collect or run_jobs(options)
+    success = run_jobs(options)
     written = [write_table(table, options) for table in options.tables]
     if options.results == TABLE_RESULTS:
         update_pages()

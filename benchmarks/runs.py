@@ -14,7 +14,6 @@ import os
 import shlex
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -177,7 +176,7 @@ def call_main(
         main_line(arguments), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     try:
-        _, errors = process.communicate(timeout=min(seconds, threading.TIMEOUT_MAX))
+        _, errors = process.communicate(timeout=seconds if math.isfinite(seconds) else None)
     except subprocess.TimeoutExpired:
         process.terminate()
         _, errors = process.communicate()

@@ -9,14 +9,15 @@ error after 1, 5 and 10 steps of the tasks on either side.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from harness import RESULTS, Parser, launch, write_json
-from tool import assemble, load_trained, make_learner
+from tool import assemble, load_trained
 from torch import Tensor
-from torch.func import functional_call, grad, vjp, vmap
+from torch.func import grad, vjp, vmap
 from torch.nn.functional import mse_loss
 
 POWER_STEPS = 40
@@ -25,16 +26,11 @@ STEPS = (1, 5, 10)
 Weights = dict[str, Tensor]
 
 
-def support_loss(weights: Weights, x: Tensor, y: Tensor) -> Tensor:
-    """Return the loss of the paper's network on one task: x and y `[examples, 1]`."""
-    return mse_loss(functional_call(make_learner("mlp", 1, (1,)), weights, (x,)), y)
-
-
-def curvature(weights: Weights, x: Tensor, y: Tensor) -> Tensor:
-    """Return the largest curvature of one task's support loss, by power iteration."""
+def curvature(loss: Callable[[Weights], Tensor], weights: Weights) -> Tensor:
+    """Return the largest curvature of one task's loss, by power iteration."""
     direction = {name: torch.ones_like(weight) for name, weight in weights.items()}
-    multiply = vjp(grad(lambda w: support_loss(w, x, y)), weights)[1]  # the Hessian is symmetric
-    length = x.new_zeros(())
+    multiply = vjp(grad(loss), weights)[1]  # the Hessian is symmetric
+    length = torch.zeros(())
     for _ in range(POWER_STEPS):
         (product,) = multiply(direction)
         length = torch.stack([(part**2).sum() for part in product.values()]).sum().sqrt()
@@ -49,12 +45,16 @@ def measure(checkpoint: Path, shots: int, tasks: int) -> dict[str, Any]:
     batch = assemble(["-k", str(shots), "-q", "10"]).distribution.sample("test", 0, 0, range(tasks))
     rate = float(maml.optimizer.lr)
 
-    def take_step(x: Tensor, y: Tensor) -> Weights:
-        gradients = grad(support_loss)(parameters, x, y)
-        return {name: weight - rate * gradients[name] for name, weight in parameters.items()}
+    def rate_times_curvature(x: Tensor, y: Tensor) -> Tensor:
+        """Return r c of one task, x and y `[examples, 1]`, after one step."""
 
-    support = batch.support_x, batch.support_y
-    products = rate * vmap(curvature)(vmap(take_step)(*support), *support)
+        def loss(weights: Weights) -> Tensor:
+            return mse_loss(maml.forward(weights, x), y)
+
+        gradients = grad(loss)(parameters)
+        return rate * curvature(loss, {name: w - rate * gradients[name] for name, w in parameters.items()})
+
+    products = vmap(rate_times_curvature)(batch.support_x, batch.support_y)
     outputs = maml.predictions(parameters, batch, max(STEPS), ("transductive",))["transductive"]
     errors = ((outputs - batch.query_y[:, None]) ** 2).mean((-1, -2))  # [tasks, steps + 1]
     beyond = products > 2

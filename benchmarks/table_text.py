@@ -175,9 +175,8 @@ def verdict_text(table: Table, verdict: Verdict) -> str:
     _, _, published, ours, runs = verdict
     if ours is None:
         return f"published {published.text}; not run"
-    text = (
-        f"published {published.text}, ours {ours.text(digits_of(table))}: {distance(table, published, ours)}"
-    )
+    text = f"published {published.text}, ours {ours.text(digits_of(table))}: "
+    text += distance(table, published, ours)
     text += f" (after {reached(runs)} iterations{ended(runs)})" * is_unfinished(runs)
     return text + "".join(f" ({remark})" for remark in remarks(verdict.cell, ours))
 

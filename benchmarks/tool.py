@@ -11,25 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import ROOT
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from commands import adapt
-from commands import config as settings
-from commands.build import build, prepare
+from commands.build import build, make_run, prepare
+from commands.call import check_call
+from commands.parser import parse
+from commands.resolve import resolve
 from common.batch import TaskBatch, TaskDistribution
 from common.processes import ALONE
 from inner_loop import SQUARE
 from learner import build_learner
 from learners.elementary import Elementary as Elementary
 from maml import MAML
-from training.checkpoint import BEST, initialisation_of, load_checkpoint, save_checkpoint
+from training.checkpoint import load_checkpoint, save_checkpoint, strip_run
 from training.compiler import Compiler
-from training.run import Run
+from training.folders import BEST
 from training.trainer import Trainer
-
-assert ROOT  # importing harness has put it on the path
 
 Weights = dict[str, Tensor]
 
@@ -46,15 +45,16 @@ class Assembly:
 
 def assemble(flags: Sequence[str]) -> Assembly:
     """Assemble the run of these flags; the first iteration waits for the compiler."""
-    given = settings.parse(list(flags))
-    call = settings.check_invocation(given)
-    config = settings.resolve(given)
+    given = parse(list(flags))
+    call, config = check_call(given), resolve(given)
     runtime = prepare(config, call, ALONE)
     compiler = Compiler(runtime.device)
     distribution, maml = build(config, call, runtime, compiler)
-    run = Run(config, Path(), maml.initial_parameters(config.seed), writes=False)
-    trainer = Trainer([run], maml, distribution, compiler, shown=False)
-    compiler.active = config.compile == "on"
+    parameters = maml.initial_parameters(config.training.seed)
+    training_tasks = distribution.resized(config.training_shots)
+    run = make_run(config, Path(), parameters, writes=False)
+    trainer = Trainer([run], maml, training_tasks, distribution, compiler, show=False)
+    compiler.active = config.training.compile == "on"
 
     def advance(iterations: int) -> None:
         for _ in range(iterations):
@@ -62,7 +62,7 @@ def assemble(flags: Sequence[str]) -> Assembly:
             trainer.iteration += 1
         trainer.state.sums.tolist()  # waits
 
-    return Assembly(maml, distribution, maml.initial_parameters(config.seed), advance)
+    return Assembly(maml, distribution, parameters, advance)
 
 
 def make_learner(name: str, outputs: int, inputs: tuple[int, ...], **arguments: Any) -> nn.Module:
@@ -99,12 +99,12 @@ def copy_initialisation(run: Path, folder: Path) -> dict[str, Any]:
     """Copy a run's best checkpoint without its optimizer's state; return facts about it."""
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = load_checkpoint(run / BEST)
-    save_checkpoint(folder / BEST, initialisation_of(checkpoint))
+    save_checkpoint(folder / BEST, strip_run(checkpoint))
     parameters = (w.numel() for name, w in checkpoint.parameters.items() if not name.startswith(SQUARE))
-    config = checkpoint.config
+    settings = checkpoint.settings
     return {
         "iteration": checkpoint.iteration,
-        "dataset": config.dataset,
-        "test_steps": config.test_steps,
+        "dataset": settings["dataset"],
+        "test_steps": settings["test_steps"],
         "parameters": sum(parameters),
     }
