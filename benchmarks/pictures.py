@@ -69,7 +69,7 @@ def steps_figure(table: Table, record: Record) -> Figure | None:
             style.set_step_axis(panel)
         measure = "query accuracy (%)" if table.accuracy else "query MSE"
         panels[0].set_ylabel(f"{measure}; diamonds: published")
-        style.add_legend(figure, panels[0], columns=7)
+        style.add_legend(figure, panels[0])
     return figure
 
 

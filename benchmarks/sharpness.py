@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from harness import RESULTS, Parser, launch, write_json
-from tool import assemble, load_trained
+from tool import assemble, load
 from torch import Tensor
 from torch.func import grad, vjp, vmap
 from torch.nn.functional import mse_loss
@@ -41,7 +41,7 @@ def curvature(loss: Callable[[Weights], Tensor], weights: Weights) -> Tensor:
 @torch.no_grad()
 def measure(checkpoint: Path, shots: int, tasks: int) -> dict[str, Any]:
     """Measure one run's initialisation on the first test tasks."""
-    maml, parameters = load_trained(checkpoint, torch.zeros(1, 1))
+    maml, parameters, _ = load(checkpoint, torch.zeros(1, 1))
     batch = assemble(["-k", str(shots), "-q", "10"]).distribution.sample("test", 0, 0, range(tasks))
     rate = float(maml.optimizer.lr)
 
@@ -49,7 +49,7 @@ def measure(checkpoint: Path, shots: int, tasks: int) -> dict[str, Any]:
         """Return r c of one task, x and y `[examples, 1]`, after one step."""
 
         def loss(weights: Weights) -> Tensor:
-            return mse_loss(maml.forward(weights, x), y)
+            return mse_loss(maml.call(weights, x), y)
 
         gradients = grad(loss)(parameters)
         return rate * curvature(loss, {name: w - rate * gradients[name] for name, w in parameters.items()})

@@ -1,33 +1,36 @@
 """The tool's insides, for scripts that time or measure less than a whole command.
 
-Only this module and the few lines that call a `MAML` follow the tool's Python API.
+This module and the few lines that call a `MAML` alone follow the tool's Python API.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import harness  # noqa: F401  (puts the repository on the path)
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from commands import adapt
-from commands.build import build, make_run, prepare
+from commands.adapt import load as load
+from commands.build import Start, prepare_run
+from commands.build import assemble as assemble_run
 from commands.call import check_call
 from commands.parser import parse
 from commands.resolve import resolve
 from common.batch import TaskBatch, TaskDistribution
+from common.choices import Choices
 from common.processes import ALONE
-from inner_loop import SQUARE
 from learner import build_learner
 from learners.elementary import Elementary as Elementary
-from maml import MAML
+from maml import MAML, SQUARE
 from training.checkpoint import load_checkpoint, save_checkpoint, strip_run
 from training.compiler import Compiler
 from training.folders import BEST
+from training.meta_gradients import MetaGradientOf as MetaGradientOf
 from training.trainer import Trainer
 
 Weights = dict[str, Tensor]
@@ -46,23 +49,21 @@ class Assembly:
 def assemble(flags: Sequence[str]) -> Assembly:
     """Assemble the run of these flags; the first iteration waits for the compiler."""
     given = parse(list(flags))
-    call, config = check_call(given), resolve(given)
-    runtime = prepare(config, call, ALONE)
+    call = check_call(given)
+    start, runtime = prepare_run(Start(resolve(given)), given, call, ALONE)
+    parts = assemble_run(start, call, runtime, {})
     compiler = Compiler(runtime.device)
-    distribution, maml = build(config, call, runtime, compiler)
-    parameters = maml.initial_parameters(config.training.seed)
-    training_tasks = distribution.resized(config.training_shots)
-    run = make_run(config, Path(), parameters, writes=False)
-    trainer = Trainer([run], maml, training_tasks, distribution, compiler, show=False)
-    compiler.active = config.training.compile == "on"
+    training_tasks = parts.distribution.resized(start.config.training_shots)
+    run = parts.open_run(Path())
+    trainer = Trainer([run], parts.maml, training_tasks, parts.distribution, compiler, show=False)
+    compiler.active = start.config.training.compile == "on"
 
     def advance(iterations: int) -> None:
         for _ in range(iterations):
-            trainer.state = trainer.meta_step(trainer.state, trainer.iteration)
-            trainer.iteration += 1
+            trainer.step()
         trainer.state.sums.tolist()  # waits
 
-    return Assembly(maml, distribution, parameters, advance)
+    return Assembly(parts.maml, parts.distribution, parts.parameters, advance)
 
 
 def make_learner(name: str, outputs: int, inputs: tuple[int, ...], **arguments: Any) -> nn.Module:
@@ -70,11 +71,17 @@ def make_learner(name: str, outputs: int, inputs: tuple[int, ...], **arguments: 
     return build_learner(name, outputs, inputs=inputs, arguments=arguments)
 
 
-def make_maml(learner: nn.Module, *, steps: int, inner_lr: float = 0.01, **options: Any) -> MAML:
-    """Return the algorithm with the loss of the learner's task: one output is regression."""
+def make_maml(learner: nn.Module, **options: Any) -> MAML:
+    """Return the algorithm with the loss of the learner's task: one output is regression.
+
+    Args:
+        options: choices, or arguments of `MAML`, by name.
+    """
     outputs = [module for module in learner.modules() if isinstance(module, nn.Linear)][-1].out_features
     loss = F.mse_loss if outputs == 1 else F.cross_entropy
-    return MAML(learner, loss, inner_lr=inner_lr, steps=steps, **options)
+    names = {choice.name for choice in fields(Choices)} & options.keys()
+    choices = Choices(**{name: options.pop(name) for name in names})
+    return MAML(learner, loss, choices, **options)
 
 
 def noise(tasks: int, inputs: tuple[int, ...], classes: int, support: int, query: int) -> TaskBatch:
@@ -89,22 +96,15 @@ def noise(tasks: int, inputs: tuple[int, ...], classes: int, support: int, query
     return TaskBatch(x[:, :support], labels(support), x[:, support:], labels(query))
 
 
-def load_trained(folder: Path, example: Tensor) -> tuple[MAML, Weights]:
-    """Return the algorithm and the meta-parameters of a run's best checkpoint."""
-    loaded = adapt.load(folder, example)
-    return loaded.maml, loaded.parameters
-
-
 def copy_initialisation(run: Path, folder: Path) -> dict[str, Any]:
     """Copy a run's best checkpoint without its optimizer's state; return facts about it."""
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = load_checkpoint(run / BEST)
     save_checkpoint(folder / BEST, strip_run(checkpoint))
     parameters = (w.numel() for name, w in checkpoint.parameters.items() if not name.startswith(SQUARE))
-    settings = checkpoint.settings
     return {
         "iteration": checkpoint.iteration,
-        "dataset": settings["dataset"],
-        "test_steps": settings["test_steps"],
+        "dataset": checkpoint.settings["dataset"],
+        "test_steps": checkpoint.settings["test_steps"],
         "parameters": sum(parameters),
     }
