@@ -32,8 +32,7 @@ class Work:
     tasks: int
     steps: int
     inner_lr: float
-    iterations: int  # of a timing
-    slow_iterations: int  # of a timing of loops over tasks
+    iterations: int  # of a timing, unless the contender is slow
 
     @property
     def loss(self) -> Callable[[Tensor, Tensor], Tensor]:

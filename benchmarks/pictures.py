@@ -38,11 +38,18 @@ def points_of(table: Table, runs: Sequence[Record], test: str) -> list[tuple[int
     values = [
         (step, number(table, Column("", test, step, "transductive"), runs)) for step in range(STEPS_SHOWN + 1)
     ]
-    return [(step, value.mean, value.interval) for step, value in values if value is not None]
+    return [
+        (step, as_error(table, value.mean), value.interval) for step, value in values if value is not None
+    ]
+
+
+def as_error(table: Table, value: float) -> float:
+    """Return an accuracy's distance from 100 percent, of which a logarithmic axis shows small differences."""
+    return max(100 - value, 0.01) if table.accuracy else value
 
 
 def steps_figure(table: Table, record: Record) -> Figure | None:
-    """Return the query error, or accuracy, over inner steps, a panel for each test.
+    """Return the query error over inner steps, a panel for each test.
 
     Lines are means over seeds, bands intervals over tasks, hollow diamonds published numbers. None if no run
     has been tested, or there are too many panels.
@@ -53,7 +60,7 @@ def steps_figure(table: Table, record: Record) -> Figure | None:
     means = [mean for points in curves.values() for _, mean, _ in points]
     if not means or len(tests) > MOST_PANELS:
         return None
-    wide = max(means) >= DECADE * min(means) and not table.accuracy
+    wide = max(means) >= DECADE * min(means)
     with style.styled():
         figure = style.new_figure(3.5 * len(tests) + 0.4, 4.4)
         panels = figure.subplots(1, len(tests), sharey=True, squeeze=False)[0]
@@ -61,13 +68,11 @@ def steps_figure(table: Table, record: Record) -> Figure | None:
             for position, cell in enumerate(table.cells):
                 if cell.method in methods:
                     look = style.curve_style(position) | {"markersize": 3}
-                    draw_curve(
-                        panel, curves[cell.method, test], cell.method, look, filled=wide or table.accuracy
-                    )
+                    draw_curve(panel, curves[cell.method, test], cell.method, look, filled=wide)
                     draw_published(panel, table, cell.method, test, look["color"])
             panel.set(title=test, yscale="log" if wide else "linear")
             style.set_step_axis(panel)
-        measure = "query accuracy (%)" if table.accuracy else "query MSE"
+        measure = "query error (%)" if table.accuracy else "query MSE"
         panels[0].set_ylabel(f"{measure}; diamonds: published")
         style.add_legend(figure, panels[0])
     return figure
@@ -97,7 +102,7 @@ def draw_published(panel: Axes, table: Table, method: str, test: str, color: str
         if published and column.test == test and column.normalisation == "transductive":
             step = STEPS_SHOWN if column.steps is None else column.steps
             look = {"markerfacecolor": "none", "markeredgecolor": color, "markeredgewidth": 1.6}
-            panel.plot([step], [published.value], "D", markersize=7, zorder=4, **look)
+            panel.plot([step], [as_error(table, published.value)], "D", markersize=7, zorder=4, **look)
 
 
 # ---- the assignment's learning curve -------------------------------------------------------------

@@ -55,7 +55,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     for method in options.methods or ():
         if method not in methods:
             parser.error(f"no method {method} in these tables; choose from {'; '.join(sorted(methods))}")
-    if (options.jobs or 1) < 1 or not options.minutes >= 0 or min(options.seeds) < 0:
+    if options.jobs == 0 or not options.minutes >= 0 or min(options.seeds) < 0:
         parser.error("expected --jobs of at least 1, --minutes and --seeds of at least 0")
     if options.quick:
         options.seeds = options.seeds[:1]

@@ -33,18 +33,18 @@ IMAGES = "--dataset images:FOLDER --image-size 28 --channels 1 --quarter-turns -
 SINUSOID = "--init torch -k 10 -q 15 --meta-batch-size 25"
 
 
-# flags, and iterations of one timing: of this tool and JAX, of loops over tasks
-WORKS: dict[str, tuple[str, int, int]] = {
-    "sinusoid-1": (f"{SINUSOID} -s 1", 300, 2),
-    "sinusoid-5": (f"{SINUSOID} -s 5", 100, 2),
-    "omniglot-5-way": (f"{IMAGES} -n 5 -k 1 -q 1 -s 1 --meta-batch-size 32 --inner-lr 0.4", 3, 1),
-    "omniglot-20-way": (f"{IMAGES} -n 20 -k 1 -q 1 -s 5 --meta-batch-size 16 --inner-lr 0.1", 1, 1),
+# flags, and iterations of one timing
+WORKS = {
+    "sinusoid-1": (f"{SINUSOID} -s 1", 300),
+    "sinusoid-5": (f"{SINUSOID} -s 5", 100),
+    "omniglot-5-way": (f"{IMAGES} -n 5 -k 1 -q 1 -s 1 --meta-batch-size 32 --inner-lr 0.4", 3),
+    "omniglot-20-way": (f"{IMAGES} -n 20 -k 1 -q 1 -s 5 --meta-batch-size 16 --inner-lr 0.1", 1),
 }
 
 
 def make_work(name: str, folder: Path) -> Work:
     """Return a work; its images are noise, since their content does not change the work."""
-    text, iterations, slow_iterations = WORKS[name]
+    text, iterations = WORKS[name]
     if "FOLDER" in text and not folder.exists():
         harness.write_images(folder, 100, 20, 28)
     flags = [*text.replace("FOLDER", str(folder)).split(), "--iterations", "60000"]
@@ -55,7 +55,7 @@ def make_work(name: str, folder: Path) -> Work:
     value = dict(pairwise(flags))
     rate = float(value.get("--inner-lr", 0.01))
     tasks, steps = int(value["--meta-batch-size"]), int(value["-s"])
-    return Work(name, flags, learner, run.distribution, tasks, steps, rate, iterations, slow_iterations)
+    return Work(name, flags, learner, run.distribution, tasks, steps, rate, iterations)
 
 
 def make_ours(work: Work, *flags: str) -> Contender:
@@ -71,12 +71,11 @@ def make_ours(work: Work, *flags: str) -> Contender:
 # ---- against the peers ---------------------------------------------------------------------------
 
 
-def make_contenders(work: Work, without: list[str]) -> dict[str, Contender]:
+def make_contenders(work: Work) -> dict[str, Contender]:
     contenders = {OURS: make_ours(work, "--compile", "on"), EAGER: make_ours(work, "--compile", "off")}
     for name, make in PEERS.items():
         try:
-            if name not in without:
-                contenders[name] = make(work)
+            contenders[name] = make(work)
         except ImportError as error:
             print(f"  {name}: left out ({error})", flush=True)
     return contenders
@@ -104,16 +103,13 @@ def compare_gradients(work: Work, contenders: Mapping[str, Contender]) -> dict[s
     return differences
 
 
-def compare(work: Work, rounds: int, without: list[str]) -> dict[str, Any]:
+def compare(work: Work, rounds: int) -> dict[str, Any]:
     """Time all contenders of a work; return what is recorded."""
     print(f"\n{work.name}: {work.tasks} tasks, {work.steps} inner steps", flush=True)
     begin = time.monotonic()
-    contenders = make_contenders(work, without)
+    contenders = make_contenders(work)
     differences = compare_gradients(work, contenders)
-    timings = {
-        name: partial(c.time, work.slow_iterations if c.slow else work.iterations)
-        for name, c in contenders.items()
-    }
+    timings = {name: partial(c.time, 1 if c.slow else work.iterations) for name, c in contenders.items()}
     for timing in [*timings.values()] * 2:  # compile, warm up
         timing()
     print(f"  ready after {time.monotonic() - begin:.0f} s; timing", flush=True)
@@ -176,7 +172,6 @@ def main() -> None:
     parser.add_argument("works", nargs="*", metavar="WORK", help=f"{', '.join(WORKS)} (default: all)")
     parser.add_argument("--precision", action="store_true", help="measure speed and error of precisions")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--without", action="append", default=[], choices=PEERS, help="leave a peer out")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON")
     options = parser.parse_args()
     unknown = [name for name in options.works if name not in WORKS]
@@ -193,7 +188,7 @@ def main() -> None:
         else:
             results = harness.read_json(file)["results"] if file.exists() else {}
             for work in options.works or WORKS:
-                results[work] = compare(make_work(work, folder), options.rounds, options.without)
+                results[work] = compare(make_work(work, folder), options.rounds)
                 print(table(results[work]), flush=True)
                 harness.write_json(file, {"results": results})  # those of the other works stay
     print(f"\nWritten: {file}")

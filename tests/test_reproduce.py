@@ -1,63 +1,65 @@
-"""The papers' tables: what is declared, what is said of it, and a small one from its command."""
+"""The papers' tables and the other benchmarks: what is declared, what is said of it, and what is run."""
 
+import importlib
 import json
-import math
-import subprocess
+import os
 import sys
-import threading
-import time
-from dataclasses import replace
 
 import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import pictures
 import reproduce
-import reproduced
-import table_figures
+import runs
+import table_text
 from cells import TABLES, Column, Published
-from reproduced import Number, number, row_of
-from script import launch
+from harness import launch, read_json
+from table_text import Number, distance, number, row_of
 
-from commands import config
-from training.checkpoint import load_checkpoint
+from commands.call import check_call
+from commands.parser import parse
+from commands.resolve import resolve, resolve_from
 
-RESULTS = ROOT / "benchmarks" / "results" / "reproduce"
-RECORDS = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in TABLES
-           if (RESULTS / f"{name}.json").exists()}  # fmt: skip
-CELLS = [(table, cell) for table in TABLES.values() for cell in table.cells if cell.beside is None]
+RECORDS = {
+    name: read_json(file) for name in TABLES if (file := reproduce.TABLE_RESULTS / f"{name}.json").exists()
+}
+FREQUENCY, SINUSOID, OMNIGLOT = (TABLES[n] for n in ("sinusoid-frequency", "sinusoid", "omniglot-5way-1shot"))
 
 
-@pytest.mark.parametrize(
-    ("table", "cell"), CELLS, ids=[f"{table.name}-{cell.method}" for table, cell in CELLS]
-)
-def test_each_cells_flags_are_a_run_and_its_tests(table, cell):
-    trained = config.resolve(config.parse([*table.flags, *cell.flags]))
-    titles = {column.title for column in table.columns}
-    assert cell.published.keys() <= titles
-    for test in table.tests:
-        given = config.parse(["--eval", "--load", "best.pt", *test.flags])
-        config.check_invocation(given)
-        tested = config.resolve_from(trained, given, evaluate=True)
-        wanted = [column.steps for column in table.columns if column.test == test.name and column.steps]
-        assert tested.eval_steps >= max([*wanted, trained.test_steps])
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_each_cells_flags_are_a_run_and_its_tests(table):
+    for cell in table.trained:
+        trained = resolve(parse([*table.flags, *cell.flags]))
+        assert cell.published.keys() <= {column.title for column in table.columns}
+        for test in table.tests:
+            given = parse(["--eval", "--load", "best.pt", *test.flags])
+            check_call(given)
+            tested = resolve_from(trained, given, evaluate=True).evaluation
+            steps = [column.steps for column in table.columns if column.test == test.name and column.steps]
+            assert tested.eval_steps >= max([*steps, trained.evaluation.test_steps])
     assert {column.test for column in table.columns} - {None} == {test.name for test in table.tests}
 
 
-def test_a_published_number_is_met_where_ours_reaches_it_or_has_it_in_its_interval():
-    ours, published = Number([98.0, 98.4], [0.4, 0.4], 0), Published(98.5)
-    assert ours.mean == pytest.approx(98.2) and ours.meets(published, higher=True)
-    assert not ours.reaches(published, higher=True) and ours.reaches(published, higher=False)
-    assert not ours.meets(Published(98.7), higher=True)
-    assert not ours.meets(Published(97.7), higher=False)
-    assert not Number([0.7], [math.nan], 0).meets(Published(0.6), higher=False)
+@pytest.mark.parametrize(
+    "script",
+    ["reproduce", "pretrained", "speed", "memory", "scaling", "long_run", "speedrun", "sharpness", "derivatives"],
+)
+def test_each_benchmark_says_what_it_does(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(script).main()
+    assert ended.value.code == 0 and f"python benchmarks/{script}.py" in capsys.readouterr().out
+
+
+# ---- from numbers to words -----------------------------------------------------------------------
 
 
 def test_a_column_is_read_from_its_steps_and_normalisation_and_from_no_others():
     rows = [
-        {"normalisation": norm, "steps": step, "accuracy": accuracy, "accuracy_interval_95": 0.01}
-        for norm, step, accuracy in (
+        {"normalisation": normalisation, "steps": step, "accuracy": accuracy, "accuracy_interval_95": 0.01}
+        for normalisation, step, accuracy in (
             ("transductive", 1, 0.5),
             ("transductive", 3, 0.6),
             ("inductive", 3, 0.4),
@@ -67,200 +69,144 @@ def test_a_column_is_read_from_its_steps_and_normalisation_and_from_no_others():
     assert row_of(Column("", "1", None, "transductive"), run)["accuracy"] == 0.6
     assert row_of(Column("", "1", 1, "transductive"), run)["accuracy"] == 0.5
     assert row_of(Column("", "1", None, "per-step"), run) is row_of(Column("", "2"), run) is None
-    table = TABLES["omniglot-5way-1shot"]
-    assert number(table, Column("", "1", None, "inductive"), [run, run]).means == [40.0, 40.0]
+    assert number(OMNIGLOT, Column("", "1", None, "inductive"), [run, run]).means == [40.0, 40.0]
     assert row_of(Column("", None), run) == {"loss_without_diverged": 0.25}
 
 
-def test_a_run_says_how_far_it_is_and_where_its_numbers_ended():
+@pytest.mark.parametrize(
+    ("means", "interval", "published", "verdict"),
+    [
+        ([99.0, 98.0, 98.8], 0.1, 98.5, "**met**"),
+        ([98.2, 98.2, 98.2], 0.4, 98.5, "**met**, within its interval"),
+        ([98.2, 98.2, 98.2], 0.2, 98.5, "not met, by 0.30"),
+        ([98.2, 98.2, 98.2], float("nan"), 98.5, "not met, by 0.30"),
+        ([98.6], 0.4, 98.5, "reached"),
+        ([98.2], 0.4, 98.5, "within its interval"),
+        ([97.0], 0.4, 98.5, "short by 1.50"),
+    ],
+)
+def test_only_three_seeds_meet_a_published_number(means, interval, published, verdict):
+    ours = Number(means, [interval] * len(means), diverged=0)
+    assert distance(OMNIGLOT, Published(published, ""), ours) == verdict
+
+
+def test_a_run_says_how_far_it_is_and_that_its_numbers_ended_it():
     early, whole = ({"iterations": n, "planned": 90, "failure": f} for n, f in ((50, "NaN"), (90, None)))
-    table = TABLES["sinusoid-frequency"]
     row = {"normalisation": "transductive", "steps": 1, "loss_without_diverged": 2.0}
     tests = {"K = 5": {"per_step": [row], "test_steps": 1}}
 
-    def said(*runs: dict) -> tuple[str, str]:
-        record = {"methods": {"maml": {"runs": [{"tests": tests, "seed": 0} | run for run in runs]}}}
-        return reproduced.verdicts(table, record)[0][-1], reproduced.summary({table.name: record})
+    def texts(*of_runs: dict) -> tuple[str, str]:
+        record = {"methods": {"maml": {"runs": [{"tests": tests, "seed": 0} | run for run in of_runs]}}}
+        verdict = table_text.verdicts_of(FREQUENCY, record)[0]
+        return table_text.verdict_text(FREQUENCY, verdict), table_text.summary({FREQUENCY.name: record})
 
-    verdict, summary = said(early)
-    assert verdict.endswith("short by 0.870 (after 50 of 90 iterations, where numbers were no longer finite)")
-    assert "(single run, 50 of 90 iterations, where numbers were no longer finite) |" in summary
-    verdict, _ = said(early, whole)
-    assert "(after 50 to 90 of 90 iterations, where numbers were no longer finite in 1 of 2 runs)" in verdict
-    verdict, summary = said(whole)
+    verdict, summary = texts(early)
+    assert verdict.endswith("short by 0.870 (after 50 of 90 iterations, ended by non-finite numbers)")
+    assert "(single run, 50 of 90 iterations, ended by non-finite numbers) |" in summary
+    assert "(after 50 to 90 of 90 iterations, ended by non-finite numbers in 1 of 2 runs)" in texts(early, whole)[0]
+    verdict, summary = texts(whole, early | {"tests": {}})  # a run that is not tested counts for nothing
     assert verdict.endswith("short by 0.870") and "(single run) |" in summary
-    verdict, summary = said(whole, early | {"tests": {}})  # of which nothing is known
-    assert verdict.endswith("short by 0.870") and "(single run) |" in summary
-    verdict, summary = said(early | {"iterations": 20})  # not a quarter of its way
+    verdict, summary = texts(early | {"iterations": 20})  # not a quarter of its way
     assert "after 20 of 90 iterations" in verdict and "1.13" not in summary
 
 
-def test_the_pages_say_what_the_records_say(tmp_path):
-    assert "sinusoid" in RECORDS
+def test_the_pages_say_what_the_records_say():
     page = (ROOT / "docs" / "results.md").read_text()
     for name, record in RECORDS.items():
-        text = reproduced.table_text(TABLES[name], record)
-        assert text == (RESULTS / f"{name}.md").read_text()
+        text = table_text.table_text(TABLES[name], record)
+        assert text == (reproduce.TABLE_RESULTS / f"{name}.md").read_text()
         assert f"<!-- {name} -->\n{text}" in page
-    summary = reproduced.summary(RECORDS)
-    assert f"<!-- published -->\n{summary}<!-- /published -->" in (ROOT / "README.md").read_text()
+    assert f"<!-- published -->\n{table_text.summary(RECORDS)}<!-- /published -->" in page
+    readme = (ROOT / "README.md").read_text()
+    assert "<!-- published -->" not in readme or table_text.summary(RECORDS, one_a_method=True) in readme
 
 
-def test_a_table_comes_from_its_command_which_stops_where_it_is_told_and_repeats_nothing(tmp_path):
-    command = [sys.executable, ROOT / "benchmarks" / "reproduce.py", "sinusoid-frequency", "--quick"]
-    command += ["--methods", "maml", "--folder", tmp_path / "runs", "--results", tmp_path / "results"]
+def test_runs_that_are_not_tested_yet_have_no_picture():
+    record = {"methods": {"maml": {"runs": [{"tests": {}}]}}}
+    assert pictures.steps_figure(SINUSOID, record) is None
+    assert pictures.steps_figure(SINUSOID, RECORDS["sinusoid"]) is not None
 
-    def run(*more):
-        done = subprocess.run([*command, *more], capture_output=True, text=True, check=False)
-        return done.returncode, done.stdout + done.stderr
 
-    code, said = run("--minutes", "0")
-    assert (code, "not begun" in said) == (0, True), said
-    code, said = run()
-    assert (code, "iteration 300 of 300" in said) == (0, True), said
-    folder = tmp_path / "results-quick"
-    record = json.loads((folder / "sinusoid-frequency.json").read_text())
-    (found,) = record["methods"]["maml"]["runs"]
-    assert found["iterations"] == found["planned"] == 300 and set(found["tests"]) == {
-        "K = 5",
-        "K = 10",
-        "K = 20",
+# ---- from runs to numbers ------------------------------------------------------------------------
+
+
+def write_run(job: runs.Job, iteration: int, trained_by: str) -> None:
+    """Write what main.py and the ledger leave of a run without tests."""
+    progress = {
+        "settings": {"iterations": 90},
+        "iteration": iteration,
+        "best_iteration": iteration,
+        "failure": None,
+        "final_training_loss": None,
+        "validation": {},
+        "training": {},
     }
-    assert all(test["tasks"] == 100 for test in found["tests"].values())
-    text = (folder / "sinusoid-frequency.md").read_text()
-    assert (
-        "1 (single run)" in text
-        and "published 1.13, ours" in text
-        and "meta-sgd, K = 5, 1 step: published" in text
-    )
-    for suffix in ("", "-dark"):
-        assert (folder / f"sinusoid-frequency{suffix}.png").stat().st_size > 10_000
-    table, root = TABLES["sinusoid-frequency"], tmp_path / "runs-quick"
-    job = reproduce.Job(table, table.cell("maml"), 0, root, quick=True)
-    other = reproduce.Job(
-        replace(table, flags=(*table.flags, "--inner-lr", "0.05")), job.cell, 0, root, quick=True
-    )
-    assert job.finished and job.problem() is None and "other settings" in other.problem()
-    same, more = (
-        replace(table.tests[0], flags=(*table.tests[0].flags, *flags))
-        for flags in ([], ["--test-steps", "2"])
-    )
-    assert job.result(same) and not job.result(more)
-    files = {file: file.stat().st_mtime_ns for file in root.rglob("*")}
-    assert run()[0] == 0
-    assert files == {file: file.stat().st_mtime_ns for file in root.rglob("*")}
-    assert "maml" in reproduce.record(table, [job])["methods"]
-    assert not reproduce.record(table, [other])["methods"]  # not shown as what it is not
-    gone = reproduce.Job(table, job.cell, 0, tmp_path / "gone", quick=True)
-    assert reproduce.record(table, [gone], record) == record
-    assert not reproduce.record(table, [replace(gone, seed=1)], record)["methods"]
-    assert not reproduce.record(table, [replace(gone, table=other.table)], record)["methods"]
-    for other_run, kept in (  # what has been tested comes first, then what is further
-        ({"iterations": 400}, 400),
-        ({"iterations": 400, "tests": {}}, 300),
-        ({"iterations": 200}, 300),
-    ):
-        known = {"methods": {"maml": {"runs": [found | other_run]}}}
-        assert reproduce.record(table, [job], known)["methods"]["maml"]["runs"][0]["iterations"] == kept
-    old = {"methods": {"maml": {"runs": [found | {"tests": {"K = 5": {"tasks": 100}}}]}}}
-    assert reproduce.record(table, [gone], old)["methods"]["maml"]["runs"][0]["tests"] == {}
-    shorter = replace(table, tests=(replace(same, flags=("-k", "7")), *table.tests[1:]))
-    kept = reproduce.record(shorter, [replace(gone, table=shorter)], record)["methods"]["maml"]["runs"][0]
-    assert set(kept["tests"]) == {"K = 10", "K = 20"}
-    seventh = found | {"seed": 7, "trained_by": replace(job, seed=7).command}
-    (folder / "sinusoid-frequency.json").write_text(json.dumps({"methods": {"maml": {"runs": [seventh]}}}))
-    assert run("--collect")[0] == 0
-    runs = json.loads((folder / "sinusoid-frequency.json").read_text())["methods"]["maml"]["runs"]
-    assert [each["seed"] for each in runs] == [0, 7]
-    (folder / "sinusoid-frequency.json").write_text('{"methods": {"maml": {"ru')
-    code, said = run()
-    assert code == 2 and "sinusoid-frequency.json is damaged: remove it" in said.splitlines()[-1]
-    assert (folder / "sinusoid-frequency.json").read_text().endswith('"ru')
-    job.note(1.0, "NaN")
-    assert (job.failure, job.finished) == ("NaN", True)
-    assert reproduce.record(table, [job])["methods"]["maml"]["runs"][0]["failure"] == "NaN"
-    job.note(1.0, None)  # somebody has gone on with it
-    assert job.failure is None
-    (folder / "sinusoid-frequency.json").write_text(json.dumps(record))
-    last = job.folder / "last.pt"
-    last.write_bytes(last.read_bytes()[:500])
-    code, said = run("--collect")
-    assert code == 0 and "left out" in said and "is not a checkpoint" in said and "Traceback" not in said
-    assert json.loads((folder / "sinusoid-frequency.json").read_text())["methods"]  # what is recorded stays
-    code, said = run()
-    assert code == 1 and "is not a checkpoint" in said and "Traceback" not in said
+    job.folder.mkdir(parents=True, exist_ok=True)
+    (job.folder / "training.json").write_text(json.dumps(progress))
+    ledger = {"trained_by": trained_by, "seconds": 1.0, "machine": "here"}
+    (job.folder / runs.LEDGER).write_text(json.dumps(ledger))
+
+
+def test_a_recorded_run_stays_until_the_same_command_has_as_many_tests(tmp_path):
+    job = runs.Job(FREQUENCY, FREQUENCY.cell("maml"), 0, tmp_path)
+    assert not runs.record(FREQUENCY, [job])["methods"]
+    write_run(job, 50, "python main.py --of-another-command")
+    assert not runs.record(FREQUENCY, [job])["methods"]
+    write_run(job, 50, job.command)
+    record = runs.record(FREQUENCY, [job])
+    (run,) = record["methods"]["maml"]["runs"]
+    assert run["iterations"] == 50 and not job.is_finished
+    for tests, iterations in (({}, 50), ({"K = 5": {}}, 40)):
+        recorded = {"methods": {"maml": {"runs": [run | {"iterations": 40, "tests": tests}]}}}
+        (kept,) = runs.record(FREQUENCY, [job], recorded)["methods"]["maml"]["runs"]
+        assert kept["iterations"] == iterations
+    other = {"methods": {"maml": {"runs": [run | {"seed": 7, "trained_by": "another seed's"}]}}}
+    assert [r["seed"] for r in runs.record(FREQUENCY, [job], other)["methods"]["maml"]["runs"]] == [0, 7]
+
+
+def test_a_table_comes_from_its_command_which_repeats_nothing(tmp_path, monkeypatch, capsys):
+    flags = ["sinusoid-frequency", "--quick", "--methods", "maml", "--folder", str(tmp_path / "runs")]
+    flags += ["--results", str(tmp_path / "results")]
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *flags, "--minutes", "0"])
+    assert reproduce.main() == 0 and "not begun" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *flags])
+    assert reproduce.main() == 0 and "iteration 300 of 300" in capsys.readouterr().out
+    results = tmp_path / "results-quick"
+    (run,) = json.loads((results / f"{FREQUENCY.name}.json").read_text())["methods"]["maml"]["runs"]
+    assert {name: test["tasks"] for name, test in run["tests"].items()} == {f"K = {k}": 100 for k in (5, 10, 20)}
+    assert "| 1 (single run) | 300; best at" in (results / f"{FREQUENCY.name}.md").read_text()
+    assert (results / f"{FREQUENCY.name}.png").stat().st_size > 10_000
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs-quick").rglob("*")}
+    assert reproduce.main() == 0
+    assert files == {file: file.stat().st_mtime_ns for file in (tmp_path / "runs-quick").rglob("*")}
+
+
+@pytest.mark.slow
+def test_a_run_that_is_out_of_time_saves_and_is_resumed(tmp_path):
+    flags = "--meta-batch-size 2 --iterations 1000000 --val-every 1000000 --compile off --run-name run".split()
+    arguments = [*flags, "--checkpoint-path", str(tmp_path)]
+    code, _ = runs.call_main(arguments, os.environ, 15)
+    assert code == runs.STOPPED
+    assert 0 < read_json(tmp_path / "run" / "training.json")["iteration"] < 1_000_000
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--minutes nan", "expected a number of at least 0"),
-        ("--run-minutes -1", "expected a number of at least 0"),
-        ("--seeds -1", "expected a whole number of at least 0"),
-        ("--jobs 0", "at least 1"),
-        ("nothing", "there is no table nothing"),
+        ("--minutes nan", "--minutes and --seeds of at least 0"),
+        ("--seeds -1", "--minutes and --seeds of at least 0"),
+        ("--jobs 0", "expected --jobs of at least 1"),
+        ("nothing", "no table nothing; choose from sinusoid"),
         ("sinusoid --methods protomaml", "no method protomaml"),
-        ("sinusoid --results FILE", "file exists; name a folder"),
-        ("sinusoid --folder FILE/runs", "not a directory; name a folder"),
-        ("sinusoid --collect --folder FILE", "not a folder"),
+        ("sinusoid --results FILE --minutes 0", "exists"),
     ],
 )
 def test_a_mistake_gets_one_line_and_exit_code_2(flags, message, tmp_path, monkeypatch, capsys):
-    file = tmp_path / "file"
-    file.write_text("")
-    arguments = flags.replace("FILE", str(file)).split()
-    if "--results" not in arguments:
-        arguments += ["--results", str(tmp_path / "results")]
+    (tmp_path / "file").write_text("")
+    arguments = [*flags.replace("FILE", str(tmp_path / "file")).split(), "--folder", str(tmp_path / "runs")]
     monkeypatch.setattr(sys, "argv", ["reproduce.py", *arguments])
+    monkeypatch.setattr(reproduce, "run_jobs", lambda options: pytest.fail("it runs"))
     with pytest.raises(SystemExit) as ended:
         launch(reproduce.main)
-    said = capsys.readouterr().err
-    assert ended.value.code == 2 and said.count("\n") == 1 and message in said
-
-
-def test_a_table_names_what_is_not_run_and_not_tested():
-    table = TABLES["sinusoid"]
-    tests = {test.name: {} for test in table.tests}
-    runs = {"maml": [{"tests": tests}], "anil": [{"tests": tests}, {"tests": {}}]}
-    record = {"methods": {method: {"runs": of} for method, of in runs.items()}}
-    others = "fomaml, boil, reptile, meta-sgd, maml++, imaml, cavia"
-    assert reproduced.lacking(table, record) == (
-        f" Not run: {others}. Not tested in all columns, or not all seeds: anil."
-    )
-
-
-def test_runs_that_are_not_tested_yet_have_no_picture():
-    record = {"methods": {"maml": {"published": {}, "runs": [{"tests": {}}]}}}
-    assert table_figures.errors_figure(TABLES["sinusoid"], record, table_figures.THEMES["light"]) is None
-
-
-def test_an_axis_begins_above_what_lies_far_below_all_others():
-    assert table_figures.left_end([24.6, 75.0, 90.0, 91.0, 99.0]) == 75.0
-    assert table_figures.left_end([70.0, 75.0, 90.0, 91.0, 99.0]) == 70.0
-    assert table_figures.left_end([20.0, 90.0]) == 20.0
-
-
-def test_a_run_that_is_stopped_saves_what_it_has(tmp_path):
-    stop, run = threading.Event(), tmp_path / "run"
-
-    def once_it_trains() -> None:
-        while not list(run.glob("events*")):
-            time.sleep(0.1)
-        time.sleep(1)
-        stop.set()
-
-    threading.Thread(target=once_it_trains, daemon=True).start()
-    work = reproduce.Work(until=math.inf, run_minutes=math.inf, jobs=2, stop=stop)
-    flags = [
-        "--meta-batch-size",
-        "2",
-        "--iterations",
-        "1000000",
-        "--val-every",
-        "1000000",
-        "--compile",
-        "off",
-    ]
-    code, _ = work.command([*flags, "--checkpoint-path", str(tmp_path), "--run-name", "run"], math.inf)
-    assert code == reproduce.STOPPED
-    assert 0 < load_checkpoint(run / "last.pt").iteration < 1_000_000
+    errors = capsys.readouterr().err
+    assert ended.value.code == 2 and errors.count("\n") == 1 and message in errors
