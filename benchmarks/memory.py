@@ -46,18 +46,18 @@ def resident(field: str = "VmRSS") -> int:
 
 def measure(cell: Cell) -> tuple[int, int]:
     """Return the number of parameters and the bytes of the meta-gradient's peak."""
-    from tool import MetaGradientOf, make_learner, make_maml, noise
+    from tool import make_learner, make_maml, make_meta_gradient, noise
 
     engine, order = cell.engine.split(", ")
     tiny = make_maml(make_learner("mlp", 1, (1,)), steps=2, meta_gradient=order)
-    MetaGradientOf(tiny, engine=engine)(tiny.initial_parameters(), noise(2, (1,), 0, 5, 5))  # loads code
+    make_meta_gradient(tiny, engine=engine)(tiny.initial_parameters(), noise(2, (1,), 0, 5, 5))  # loads code
     shape = SHAPES[cell.learner]
     is_perceptron = cell.learner == "mlp"
     arguments = {"width": cell.width, "layers": 8} if is_perceptron else {}
     batch = noise(cell.tasks, shape, 0 if is_perceptron else EXAMPLES, EXAMPLES, EXAMPLES)
     learner = make_learner(cell.learner, 1 if is_perceptron else EXAMPLES, shape, **arguments)
     maml = make_maml(learner, steps=cell.steps, meta_gradient=order, example=batch.support_x[0])
-    meta_gradient = MetaGradientOf(maml, engine=engine)
+    meta_gradient = make_meta_gradient(maml, engine=engine)
     parameters = maml.initial_parameters()
     before = resident()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak

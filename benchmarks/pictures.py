@@ -1,4 +1,4 @@
-"""The pictures of the papers' tables, drawn from the records that runs.py collects: one a table."""
+"""The pictures of the papers' tables, drawn from the records that jobs.py collects: one a table."""
 
 from __future__ import annotations
 

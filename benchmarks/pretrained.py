@@ -19,7 +19,7 @@ from typing import Any
 import harness
 from cells import FAMILY, FAR_ENOUGH, SEEDS, TABLES, Table
 from harness import ROOT, Parser, evaluate
-from runs import Job, planned_iterations
+from jobs import Job, planned_iterations
 from tool import copy_initialisation
 
 FOLDER = ROOT / "checkpoints" / "pretrained"

@@ -29,7 +29,7 @@ import table_text
 import torch
 from cells import SEEDS, TABLES, Table
 from harness import RESULTS, ROOT, Parser, launch, put, read_json, write_json, write_text
-from runs import Job, record, run_job
+from jobs import Job, record, run_job
 
 RUNS = ROOT / "checkpoints" / "reproduce"
 TABLE_RESULTS = RESULTS / "reproduce"
@@ -106,7 +106,7 @@ def write_table(table: Table, options: argparse.Namespace) -> bool:
 
 
 def update_pages() -> None:
-    """Put the recorded tables into docs/results.md, and the published numbers into README.md, too."""
+    """Put the recorded tables, and a summary of the published numbers, into docs/results.md."""
     page = ROOT / "docs" / "results.md"
     files = {name: TABLE_RESULTS / f"{name}.json" for name in TABLES}
     records = {name: read_json(file) for name, file in files.items() if file.exists()}
@@ -116,7 +116,6 @@ def update_pages() -> None:
             text += f"\n![{TABLES[name].title}](../benchmarks/results/reproduce/{name}.png)\n"
         put(page, name, text)
     put(page, "published", table_text.summary(records))
-    put(ROOT / "README.md", "published", table_text.summary(records, one_a_method=True))
 
 
 def main() -> int:

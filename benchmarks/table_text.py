@@ -1,4 +1,4 @@
-"""Tables in Markdown, from the records that runs.py collects. Pure functions.
+"""Tables in Markdown, from the records that jobs.py collects. Pure functions.
 
 A record is the content of `results/reproduce/TABLE.json`: for each method its runs, with the numbers of
 every test after every inner step.
@@ -205,19 +205,13 @@ def distance(table: Table, published: Published, ours: Number) -> str:
     return f"{'short' if few else 'not met,'} by {gap:.{digits_of(table)}f}"
 
 
-def summary(records: Mapping[str, Record], *, one_a_method: bool = False) -> str:
-    """Return one table of the published numbers of all methods whose runs are far enough.
-
-    Args:
-        one_a_method: show the first number of a method alone, for a page that has no room for all.
-    """
+def summary(records: Mapping[str, Record]) -> str:
+    """Return one table of the published numbers of all methods whose runs are far enough."""
     rows = []
     for name, record in records.items():
         table = TABLES[name]
         for verdict in verdicts_of(table, record):
             cell, title, published, ours, runs = verdict
-            if one_a_method and title != next(iter(cell.published)):
-                continue
             short = any(run["iterations"] < FAR_ENOUGH * run["planned"] for run in runs)
             if ours is None or cell.baseline_of or short:
                 continue

@@ -30,7 +30,7 @@ from maml import MAML, SQUARE
 from training.checkpoint import load_checkpoint, save_checkpoint, strip_run
 from training.compiler import Compiler
 from training.folders import BEST
-from training.meta_gradients import MetaGradientOf as MetaGradientOf
+from training.meta_gradients import make_meta_gradient as make_meta_gradient
 from training.trainer import Trainer
 
 Weights = dict[str, Tensor]

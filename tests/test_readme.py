@@ -1,4 +1,4 @@
-"""The README is true: its commands are those that CI runs, its flags those that exist, its Python runs."""
+"""The pages are true: their commands have valid flags, their links lead somewhere, the README's Python runs."""
 
 import re
 import shlex
@@ -7,86 +7,87 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from runs import command
 
-from commands import config, members, presets
+from commands.call import check_call
+from commands.members import members_of
+from commands.parser import parse
+from commands.presets import ALGORITHMS
+from commands.resolve import resolve
 
 README = (ROOT / "README.md").read_text()
-PAGES = [Path("README.md"), *sorted(page.relative_to(ROOT) for page in ROOT.glob("docs/*.md"))]
+FOLDERS = (".", "docs", "examples", "benchmarks", "checkpoints/pretrained")
+PAGES = [page.relative_to(ROOT) for folder in FOLDERS for page in sorted((ROOT / folder).glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a page in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def command_lines(page: Path, launched: str) -> list[str]:
+    """What follows `launched` in each line of a page's shell blocks; a backslash continues a line."""
+    text = "\n".join(blocks(page, "sh") + blocks(page, "")).replace("\\\n", " ")
+    return re.findall(rf"^{launched}(.*)$", text, re.MULTILINE)
 
 
 def test_ci_runs_the_readmes_test_command():
-    commands = re.findall(r"^python3 -m venv .*$", README, re.MULTILINE)
-    assert len(commands) == 2 and "-m pytest" in commands[1]
-    assert commands[1] in (ROOT / ".ci/run").read_text().splitlines()
+    lines = re.findall(r"^python3 -m venv .*-m pytest.*$", README, re.MULTILINE)
+    assert lines and lines[0] in (ROOT / ".ci/run").read_text().splitlines()
 
 
-def test_every_flag_is_in_the_readme_with_its_meaning_and_default(monkeypatch):
-    monkeypatch.delenv("MAML_DATA_ROOT", raising=False)
-    for name, declaration in config.ALL_FLAGS.items():
-        flags = ", ".join(f"`{flag}`" for flag in declaration.names)
-        default = "data" if name == "data_root" else config._default_text(name, declaration)
-        assert f"| {flags} | {declaration.help} | {default} |" in README
-
-
-def test_every_algorithm_has_its_page_and_its_row():
-    for name in presets.ALGORITHMS:
-        page = ROOT / "docs" / f"{'baselines' if name == 'pretrain' else name}.md"
-        text = page.read_text()
-        parts = ("Implementation details", "Results") + (
-            ("Idea", "Flags", "Logged metrics") * (name != "pretrain")
-        )
-        assert all(f"## {part}" in text for part in parts), page
-        assert f"--algorithm {name}" in text and f"| [`{name}`](docs/{page.name}) |" in README
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_has_its_page_and_its_row(name):
+    page = ROOT / "docs" / f"{'baselines' if name == 'pretrain' else name}.md"
+    assert f"--algorithm {name}" in page.read_text() and f"| [`{name}`](docs/{page.name}) |" in README
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
-def test_the_commands_of_the_readme_and_of_the_pages_have_valid_flags(page):
-    launched = r"^(?:python|torchrun .*?) main\.py(.*)$"
-    lines = re.findall(launched, (ROOT / page).read_text(), re.MULTILINE)
-    assert lines
-    for line in lines:
-        given = config.parse(shlex.split(line, comments=True))
-        members.members_of(config.check_invocation(given), given)
+def test_the_commands_of_a_page_have_valid_flags(page):
+    for line in command_lines(page, r"(?:python|torchrun .*?) main\.py"):
+        given = parse(shlex.split(line, comments=True))
+        members_of(check_call(given), given)
         if not {"load", "compare"} & given.keys():
-            config.resolve(given)
+            resolve(given)
+    for line in command_lines(page, "python (?=[a-z]+/)"):
+        assert (ROOT / line.split()[0]).is_file(), line
 
 
 def anchors(page: Path) -> set[str]:
-    """Of its headings, as GitHub makes them."""
+    """The anchors of a page's headings, as GitHub makes them."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
-def test_the_links_between_the_pages_lead_somewhere(page):
-    for link in re.findall(r"\]\((?!https?://)(.*?)\)", (ROOT / page).read_text()):
+def test_the_links_of_a_page_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    for link in re.findall(r"\]\((?!https?://)(.*?)\)", text) + re.findall(r'(?:src|srcset)="(.*?)"', text):
         file, _, anchor = link.partition("#")
         target = (ROOT / page).parent / file if file else ROOT / page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
 
 
-def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
-    """As it stands there: learner and dataset as files of the user's, named by the flags beside."""
-    import main
-
-    learner_code, dataset_code, library_code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    for code in (learner_code, dataset_code):
-        (tmp_path / code.split()[1]).write_text(code)
+def test_the_readmes_python_runs(tmp_path, monkeypatch):
+    """A block that begins with a file's name is that file, and the commands that name it run; others run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("training.trainer.VALIDATION_TASKS", 4)
-    for file in ("wide.py:wide", "steps.py:Steps"):
-        (line,) = re.findall(rf"^python main\.py(.*{file}.*)$", README, re.MULTILINE)
-        run = ["--iterations", "2", "--meta-batch-size", "3", "--run-name", file.partition(".")[0]]
-        assert main.main([*shlex.split(line), *run]) == 0
-    scope: dict = {}
-    exec(library_code, scope)
-    assert scope["step"].gradients.keys() == scope["parameters"].keys()
+    snippets = blocks(Path("README.md"), "python")
+    files = {code.split()[1]: code for code in snippets if re.match(r"# \w+\.py\n", code)}
+    for file, code in files.items():
+        Path(file).write_text(code)
+        for line in command_lines(Path("README.md"), rf"python main\.py(?=.*\b{file}:)"):
+            run = ["--iterations", "2", "--meta-batch-size", "3", "--run-name", file]
+            assert command(*shlex.split(line, comments=True), *run) == 0
+    for code in snippets:
+        if code not in files.values():
+            scope: dict = {}
+            exec(code, scope)
+    maml, batch = scope["maml"], scope["batch"]  # the one that trains and adapts
+    x, y = batch.support_x[0], batch.support_y[0]
+    before, after = (maml.call(weights, x) for weights in (scope["parameters"], scope["adapted"]))
+    assert torch.nn.functional.mse_loss(after, y) < torch.nn.functional.mse_loss(before, y)
+    assert torch.equal(scope["network"](x), after)
     assert scope["outputs"].shape == (25, 11, 10, 1)
-    losses = [
-        torch.nn.functional.mse_loss(scope["maml"].forward(weights, scope["x"]), scope["y"])
-        for weights in (scope["parameters"], scope["adapted"])
-    ]
-    assert losses[1] < losses[0]
-    assert torch.equal(scope["network"](scope["x"]), scope["maml"].forward(scope["adapted"], scope["x"]))

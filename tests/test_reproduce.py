@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import sys
 
 import pytest
@@ -10,9 +11,9 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import jobs
 import pictures
 import reproduce
-import runs
 import table_text
 from cells import TABLES, Column, Published
 from harness import launch, read_json
@@ -44,7 +45,17 @@ def test_each_cells_flags_are_a_run_and_its_tests(table):
 
 @pytest.mark.parametrize(
     "script",
-    ["reproduce", "pretrained", "speed", "memory", "scaling", "long_run", "speedrun", "sharpness", "derivatives"],
+    [
+        "reproduce",
+        "pretrained",
+        "speed",
+        "memory",
+        "scaling",
+        "long_run",
+        "speedrun",
+        "sharpness",
+        "derivatives",
+    ],
 )
 def test_each_benchmark_says_what_it_does(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
@@ -103,7 +114,10 @@ def test_a_run_says_how_far_it_is_and_that_its_numbers_ended_it():
     verdict, summary = texts(early)
     assert verdict.endswith("short by 0.870 (after 50 of 90 iterations, ended by non-finite numbers)")
     assert "(single run, 50 of 90 iterations, ended by non-finite numbers) |" in summary
-    assert "(after 50 to 90 of 90 iterations, ended by non-finite numbers in 1 of 2 runs)" in texts(early, whole)[0]
+    assert (
+        "(after 50 to 90 of 90 iterations, ended by non-finite numbers in 1 of 2 runs)"
+        in texts(early, whole)[0]
+    )
     verdict, summary = texts(whole, early | {"tests": {}})  # a run that is not tested counts for nothing
     assert verdict.endswith("short by 0.870") and "(single run) |" in summary
     verdict, summary = texts(early | {"iterations": 20})  # not a quarter of its way
@@ -117,8 +131,9 @@ def test_the_pages_say_what_the_records_say():
         assert text == (reproduce.TABLE_RESULTS / f"{name}.md").read_text()
         assert f"<!-- {name} -->\n{text}" in page
     assert f"<!-- published -->\n{table_text.summary(RECORDS)}<!-- /published -->" in page
-    readme = (ROOT / "README.md").read_text()
-    assert "<!-- published -->" not in readme or table_text.summary(RECORDS, one_a_method=True) in readme
+    readme = (ROOT / "README.md").read_text().partition("## Results")[2].partition("## ")[0]
+    ours = re.findall(r"^\| .*? \| .*? \| .*? \| (\d.*?) \| .* \|$", readme, re.MULTILINE)
+    assert ours and all(f"| {number} |" in page for number in ours)
 
 
 def test_runs_that_are_not_tested_yet_have_no_picture():
@@ -130,7 +145,7 @@ def test_runs_that_are_not_tested_yet_have_no_picture():
 # ---- from runs to numbers ------------------------------------------------------------------------
 
 
-def write_run(job: runs.Job, iteration: int, trained_by: str) -> None:
+def write_run(job: jobs.Job, iteration: int, trained_by: str) -> None:
     """Write what main.py and the ledger leave of a run without tests."""
     progress = {
         "settings": {"iterations": 90},
@@ -144,24 +159,24 @@ def write_run(job: runs.Job, iteration: int, trained_by: str) -> None:
     job.folder.mkdir(parents=True, exist_ok=True)
     (job.folder / "training.json").write_text(json.dumps(progress))
     ledger = {"trained_by": trained_by, "seconds": 1.0, "machine": "here"}
-    (job.folder / runs.LEDGER).write_text(json.dumps(ledger))
+    (job.folder / jobs.LEDGER).write_text(json.dumps(ledger))
 
 
 def test_a_recorded_run_stays_until_the_same_command_has_as_many_tests(tmp_path):
-    job = runs.Job(FREQUENCY, FREQUENCY.cell("maml"), 0, tmp_path)
-    assert not runs.record(FREQUENCY, [job])["methods"]
+    job = jobs.Job(FREQUENCY, FREQUENCY.cell("maml"), 0, tmp_path)
+    assert not jobs.record(FREQUENCY, [job])["methods"]
     write_run(job, 50, "python main.py --of-another-command")
-    assert not runs.record(FREQUENCY, [job])["methods"]
+    assert not jobs.record(FREQUENCY, [job])["methods"]
     write_run(job, 50, job.command)
-    record = runs.record(FREQUENCY, [job])
+    record = jobs.record(FREQUENCY, [job])
     (run,) = record["methods"]["maml"]["runs"]
     assert run["iterations"] == 50 and not job.is_finished
     for tests, iterations in (({}, 50), ({"K = 5": {}}, 40)):
         recorded = {"methods": {"maml": {"runs": [run | {"iterations": 40, "tests": tests}]}}}
-        (kept,) = runs.record(FREQUENCY, [job], recorded)["methods"]["maml"]["runs"]
+        (kept,) = jobs.record(FREQUENCY, [job], recorded)["methods"]["maml"]["runs"]
         assert kept["iterations"] == iterations
     other = {"methods": {"maml": {"runs": [run | {"seed": 7, "trained_by": "another seed's"}]}}}
-    assert [r["seed"] for r in runs.record(FREQUENCY, [job], other)["methods"]["maml"]["runs"]] == [0, 7]
+    assert [r["seed"] for r in jobs.record(FREQUENCY, [job], other)["methods"]["maml"]["runs"]] == [0, 7]
 
 
 def test_a_table_comes_from_its_command_which_repeats_nothing(tmp_path, monkeypatch, capsys):
@@ -173,7 +188,9 @@ def test_a_table_comes_from_its_command_which_repeats_nothing(tmp_path, monkeypa
     assert reproduce.main() == 0 and "iteration 300 of 300" in capsys.readouterr().out
     results = tmp_path / "results-quick"
     (run,) = json.loads((results / f"{FREQUENCY.name}.json").read_text())["methods"]["maml"]["runs"]
-    assert {name: test["tasks"] for name, test in run["tests"].items()} == {f"K = {k}": 100 for k in (5, 10, 20)}
+    assert {name: test["tasks"] for name, test in run["tests"].items()} == {
+        f"K = {k}": 100 for k in (5, 10, 20)
+    }
     assert "| 1 (single run) | 300; best at" in (results / f"{FREQUENCY.name}.md").read_text()
     assert (results / f"{FREQUENCY.name}.png").stat().st_size > 10_000
     files = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs-quick").rglob("*")}
@@ -183,10 +200,21 @@ def test_a_table_comes_from_its_command_which_repeats_nothing(tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_a_run_that_is_out_of_time_saves_and_is_resumed(tmp_path):
-    flags = "--meta-batch-size 2 --iterations 1000000 --val-every 1000000 --compile off --run-name run".split()
+    flags = [
+        "--meta-batch-size",
+        "2",
+        "--iterations",
+        "1000000",
+        "--val-every",
+        "1000000",
+        "--compile",
+        "off",
+        "--run-name",
+        "run",
+    ]
     arguments = [*flags, "--checkpoint-path", str(tmp_path)]
-    code, _ = runs.call_main(arguments, os.environ, 15)
-    assert code == runs.STOPPED
+    code, _ = jobs.call_main(arguments, os.environ, 15)
+    assert code == jobs.STOPPED
     assert 0 < read_json(tmp_path / "run" / "training.json")["iteration"] < 1_000_000
 
 
