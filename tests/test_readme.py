@@ -46,8 +46,9 @@ def test_every_algorithm_has_its_page_and_its_row(name):
 def test_the_commands_of_a_page_have_valid_flags(page):
     for line in command_lines(page, r"(?:python|torchrun .*?) main\.py"):
         given = parse(shlex.split(line, comments=True))
-        members_of(check_call(given), given)
+        call = check_call(given)
         if not {"load", "compare"} & given.keys():
+            members_of(call, given)
             resolve(given)
     for line in command_lines(page, "python (?=[a-z]+/)"):
         assert (ROOT / line.split()[0]).is_file(), line
