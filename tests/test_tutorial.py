@@ -11,8 +11,10 @@ import torch
 from conftest import ROOT
 
 from common.batch import TaskBatch
+from common.choices import Choices
 from evaluation.meta_test import evaluate
 from maml import MAML
+from training.meta_gradients import make_meta_gradient
 
 TEXT = (ROOT / "docs/tutorial.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
@@ -36,9 +38,9 @@ def tutorial(tmp_path_factory: pytest.TempPathFactory) -> Scope:
 
 def test_its_command_runs_what_is_tested_here():
     (command,) = re.findall(r"^(sed .*?)\| python -$", TEXT.split("## 1.")[0], re.MULTILINE)
-    found = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert found.stdout == "".join(SNIPPETS)
-    assert len(re.findall(r"^iterations = 300\b", found.stdout, re.MULTILINE)) == 1
+    code = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert code == "".join(SNIPPETS)
+    assert len(re.findall(r"^iterations = 300\b", code, re.MULTILINE)) == 1
 
 
 def test_its_maml_falls_below_training_from_scratch(tutorial: Scope):
@@ -50,13 +52,14 @@ def test_its_maml_falls_below_training_from_scratch(tutorial: Scope):
 def test_its_meta_gradient_is_the_tools_in_float64(tutorial: Scope):
     """With the engine and the number of steps that the text does not try."""
     theta, tasks, steps = tutorial["theta64"], tutorial["tasks"], 3
-    tool = MAML(tutorial["net"], tutorial["F"].mse_loss, inner_lr=0.01, steps=steps, engine="adjoint")
-    found = tool.meta_gradient(theta, TaskBatch(*tutorial["stacked"])).gradients
-    own, first = (tutorial["meta_gradient"](theta, tasks, steps, order) for order in (False, True))
-    assert own.keys() == found.keys() == theta.keys()
-    for name in own:
-        torch.testing.assert_close(found[name], own[name], rtol=0, atol=1e-10)
-    assert max((own[name] - first[name]).abs().max() for name in own) > 0.01
+    tool = MAML(tutorial["net"], tutorial["F"].mse_loss, Choices(inner_lr=0.01, steps=steps))
+    meta_gradient = make_meta_gradient(tool, engine="adjoint")
+    gradients = meta_gradient(theta, TaskBatch(*tutorial["stacked"])).gradients
+    exact, first = (tutorial["meta_gradient"](theta, tasks, steps, order) for order in (False, True))
+    assert exact.keys() == gradients.keys() == theta.keys()
+    for name in exact:
+        torch.testing.assert_close(gradients[name], exact[name], rtol=0, atol=1e-10)
+    assert max((exact[name] - first[name]).abs().max() for name in exact) > 0.01
 
 
 def test_what_it_says_of_first_order_is_so(tutorial: Scope):
@@ -71,11 +74,9 @@ def test_what_it_says_of_first_order_is_so(tutorial: Scope):
 
 
 def test_its_test_losses_are_those_of_eval(tutorial: Scope):
-    found = evaluate(
-        tutorial["tool"], tutorial["theta"], tutorial["Sinusoid"](10, 10), "test", tasks=600, steps=10,
-        normalisations=("transductive",),
-    )  # fmt: skip
-    torch.testing.assert_close(tutorial["errors"].double(), found.losses["transductive"])
+    how = {"tasks": 600, "steps": 10, "normalisations": ("transductive",)}
+    result = evaluate(tutorial["tool"], tutorial["theta"], tutorial["Sinusoid"](10, 10), "test", **how)
+    torch.testing.assert_close(tutorial["errors"].double(), result.losses["transductive"])
 
 
 def test_it_draws_the_pictures_that_it_shows(tutorial: Scope):
