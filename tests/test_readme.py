@@ -1,4 +1,4 @@
-"""The pages are true: their commands have valid flags, their links lead somewhere, the README's Python runs."""
+"""The pages are true: commands have valid flags, links lead somewhere, and the README's Python runs."""
 
 import re
 import shlex
