@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from commands.build import algorithm_of, module_of, prepare, print_settings, writable
+from commands.build import build_algorithm, build_module, make_writable, prepare, print_settings
 from commands.call import Call
 from commands.config import Config
 from commands.resolve import config_of, resolve_from
@@ -168,8 +168,8 @@ def _restore(
     source: Checkpoint, file: Path, config: Config, runtime: Runtime, example: Tree, outputs: int
 ) -> tuple[nn.Module, MAML, Weights, Weights]:
     """Return a checkpoint's learner, algorithm, meta-parameters and running statistics for such examples."""
-    learner = module_of(config, runtime, outputs, example, saved=source)
-    maml = algorithm_of(config, runtime, learner, example)
+    learner = build_module(config, runtime, outputs, example, saved=source)
+    maml = build_algorithm(config, runtime, learner, example)
     name = config.learner.learner
     parameters = fitting_parameters(file, source.parameters, maml.initial_parameters(), name)
     statistics = fitting_parameters(file, source.statistics, maml.initial_statistics(), name)
@@ -189,7 +189,7 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
     normalisation = given.get("batch_norm", "per-step" if source.statistics else "inductive")
     if normalisation == "per-step" and not source.statistics:
         raise UsageError("--batch-norm per-step: the checkpoint has no running statistics")
-    folder, steps = writable(call.out or call.load.parent, "--out"), config.evaluation.test_steps
+    folder, steps = make_writable(call.out or call.load.parent, "--out"), config.evaluation.test_steps
     what = f"{call.load}, iteration {source.iteration:,}"
     print_settings(config, runtime, f"Adapting {what} to {call.adapt}, {steps} steps")
     saves_weights = len(tasks) == 1 and config.choices.fast_weights != "context"  # a module of its own

@@ -23,7 +23,7 @@ from commands.build import build
 from commands.call import Call
 from commands.config import CONFIG_FLAGS, Config
 from commands.evaluate import evaluate_one
-from commands.names import meaningful
+from commands.names import select_meaningful
 from commands.resolve import resolve
 from commands.train import train
 from common.device import Runtime
@@ -164,7 +164,7 @@ def plain_flags(config: Config, algorithm: str, *, testing: bool = False) -> dic
         testing: for its test tasks alone: the shots of training tasks do not matter.
     """
     shared = {*SHARED, *(name for name, flag in CONFIG_FLAGS.items() if flag.group in SHARED_GROUPS)}
-    values = {name: value for name, value in meaningful(config).items() if name in shared - {"oracle"}}
+    values = {name: value for name, value in select_meaningful(config).items() if name in shared - {"oracle"}}
     if config.choices.meta_gradient == "reptile" and config.tasks.train_shots is not None:
         values["train_shots"] = config.training_shots  # without the query, which Reptile counts in
     if testing:

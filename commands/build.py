@@ -23,9 +23,9 @@ from torch import nn
 
 from commands.call import Call
 from commands.config import CONFIG_FLAGS, Config
-from commands.names import describe, meaningful, own_code_flags
+from commands.names import describe, own_code_flags, select_meaningful
 from commands.probe import check_memory, check_outputs, check_splits, probe_learner
-from commands.resolve import uncompiled
+from commands.resolve import disable_compiling
 from common.batch import TaskDistribution, Tree, first_tensor, tree_map
 from common.device import Runtime, find_device, set_up
 from common.errors import UsageError
@@ -43,7 +43,7 @@ from training.folders import BEST, LAST, find_checkpoint, has_results
 from training.run import Run
 from training.trainer import Trainer
 
-PREPARING, A_YEAR = 120.0, 60.0 * 24 * 365  # minutes that processes wait for each other's words
+PREPARING, A_YEAR = 120.0, 60.0 * 24 * 365  # minutes that processes wait for each other's values
 SharedTasks = dict[Any, TaskDistribution]  # by `tasks_key`
 
 # ---- machine -------------------------------------------------------------------------------------
@@ -77,9 +77,13 @@ def join_job(call: Call, *, many: bool) -> tuple[Call, World]:
 def prepare(config: Config, call: Call, world: World = ALONE) -> Runtime:
     """Set up device, precision and threads; raise UsageError if the machine lacks them, or memory."""
     runtime = set_up(
-        find_device(call.device, world), config.training.precision, small_tensors=config.learner.learner == "mlp",
-        threads=call.threads, world=world, deterministic=call.deterministic,
-    )  # fmt: skip
+        find_device(call.device, world),
+        config.training.precision,
+        small_tensors=config.learner.learner == "mlp",
+        threads=call.threads,
+        world=world,
+        deterministic=call.deterministic,
+    )
     if runtime.device.type == "cpu":
         check_memory(config, world.size, testing=bool(call.eval or call.adapt or call.compare))
     return runtime
@@ -108,7 +112,7 @@ def fit_to_machine(
         return config
     if not silent:
         print(f"main.py: {reason}: the run is not compiled", file=sys.stderr)
-    return uncompiled(config, given) if new else config.replaced(compile="off")
+    return disable_compiling(config, given) if new else config.replaced(compile="off")
 
 
 # ---- tasks and algorithm -------------------------------------------------------------------------
@@ -139,8 +143,8 @@ def build(
     batch = distribution.sample("test" if call.eval_dataset else "train", 0, 0, range(1))
     example = tree_map(lambda part: part[0], batch.support_x)
     outputs = config.tasks.ways if config.tasks.classification else first_tensor(batch.support_y).shape[-1]
-    learner = module_of(config, runtime, outputs or 1, example, saved=saved)
-    return distribution, algorithm_of(config, runtime, learner, example)
+    learner = build_module(config, runtime, outputs or 1, example, saved=saved)
+    return distribution, build_algorithm(config, runtime, learner, example)
 
 
 def tasks_key(config: Config) -> Any:
@@ -171,7 +175,7 @@ def _build_tasks(config: Config, call: Call, runtime: Runtime) -> TaskDistributi
     )
 
 
-def module_of(
+def build_module(
     config: Config, runtime: Runtime, outputs: int, example: Tree, *, saved: Checkpoint | None = None
 ) -> nn.Module:
     """Return the learner with its initial weights.
@@ -207,7 +211,7 @@ def _restore_fixed(learner: nn.Module, fixed: Weights, name: str) -> None:
         state[key].data.copy_(fixed[key])
 
 
-def algorithm_of(config: Config, runtime: Runtime, learner: nn.Module, example: Tree) -> MAML:
+def build_algorithm(config: Config, runtime: Runtime, learner: nn.Module, example: Tree) -> MAML:
     """Return the algorithm for a learner; raise UsageError where its choices do not fit the learner.
 
     Args:
@@ -291,7 +295,7 @@ class Assembly:
             choices=config.choices,
             evaluation=config.evaluation,
             settings=config.values(),
-            meaningful=list(meaningful(config)),
+            meaningful=list(select_meaningful(config)),
             flags=flags,
             classification=config.tasks.classification,
             start=start.resumed,
@@ -392,7 +396,7 @@ def train_runs(
 # ---- several processes, folders, the terminal ----------------------------------------------------
 
 
-def shared_facts(config: Config, runtime: Runtime, checkpoint: Checkpoint | None) -> dict[str, Any]:
+def collect_facts(config: Config, runtime: Runtime, checkpoint: Checkpoint | None) -> dict[str, Any]:
     """Return what all processes of a job must agree in, by names for people."""
     return {
         "torch": str(torch.__version__),
@@ -403,7 +407,7 @@ def shared_facts(config: Config, runtime: Runtime, checkpoint: Checkpoint | None
 
 
 @contextmanager
-def no_empty_folder_left(folder: Path) -> Iterator[None]:
+def remove_if_left_empty(folder: Path) -> Iterator[None]:
     """After an error, remove the folder and those of its parents that are new and still empty."""
     new = [part for part in (folder, *folder.parents) if not part.exists()]
     try:
@@ -415,7 +419,7 @@ def no_empty_folder_left(folder: Path) -> Iterator[None]:
         raise
 
 
-def writable(folder: Path, flag: str) -> Path:
+def make_writable(folder: Path, flag: str) -> Path:
     """Return the folder, made if need be; raise UsageError that names the flag if nothing can be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

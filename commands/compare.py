@@ -16,12 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from commands.build import SharedTasks, no_empty_folder_left, prepare, writable
+from commands.build import SharedTasks, make_writable, prepare, remove_if_left_empty
 from commands.call import Call
 from commands.config import CONFIG_FLAGS, Config
 from commands.evaluate import Subject
-from commands.names import file_name, in_words, meaningful, task_size, task_words
-from commands.resolve import what_is_learned
+from commands.names import file_name, in_words, select_meaningful, task_size, task_words
+from commands.resolve import select_learned
 from common.errors import UsageError, printable
 from common.files import read_json
 from common.own_code import is_own_code
@@ -61,8 +61,8 @@ def compare(call: Call, given: Mapping[str, Any], command: str) -> int:
     file = folder / f"comparison-{name}.json"
     compared = [[str(_file_of(subject).resolve()) for subject in side.values()] for side in runs.values()]
     _check_results(file, compared)
-    with no_empty_folder_left(folder):
-        writable(folder, "--out")
+    with remove_if_left_empty(folder):
+        make_writable(folder, "--out")
         what = f"{config.tasks.dataset}, {task_words(config.tasks)}, {config.tasks.queries} query"
         print(f"Comparing on {tasks} {call.split} tasks: {what}")
         print(f"  device      {prepare(config, call).describe()}", flush=True)
@@ -119,8 +119,8 @@ def _measure_side(
         )
         records.append({"name": name, "seed": seed, **job.record(), "split": call.split, "curves": curves})
     saved = subject.trained
-    learned = {*what_is_learned(saved), "iterations"} - {"seed"}
-    words = in_words(saved, [setting for setting in meaningful(saved) if setting in learned])
+    learned = {*select_learned(saved), "iterations"} - {"seed"}
+    words = in_words(saved, [setting for setting in select_meaningful(saved) if setting in learned])
     steps = config.evaluation.test_steps
     return paired.Side(name, words, training, results, config.choices.query_norm, steps), records
 
@@ -218,7 +218,7 @@ def _setting_of(subject: Subject) -> str:
     saved, config = subject.trained, subject.config
     assert subject.source is not None
     measured = [name for name, flag in CONFIG_FLAGS.items() if flag.group == "evaluation"]
-    deciding = what_is_learned(saved) | {name: config.get(name) for name in measured}
+    deciding = select_learned(saved) | {name: config.get(name) for name in measured}
     deciding |= {name: saved.get(name) for name in ("iterations", "val_every")}
     deciding |= {"origin": subject.source.progress["origin"], "file": _file_of(subject).name}
     return repr(sorted((deciding | {"seed": None}).items()))

@@ -15,11 +15,11 @@ from typing import Any
 from commands.build import (
     SharedTasks,
     build,
+    collect_facts,
+    make_writable,
     prepare,
     print_settings,
     read_tasks,
-    shared_facts,
-    writable,
 )
 from commands.call import Call
 from commands.config import Config
@@ -104,9 +104,9 @@ def _evaluate_all(
         if call.baselines:
             check_processes(configs[0], world.size)
         if world.first:
-            writable(call.out or folder, "--out")
+            make_writable(call.out or folder, "--out")
         runtime = prepare(configs[0], call, world)
-    world.check_same(shared_facts(configs[0], runtime, subjects[0].source))
+    world.check_same(collect_facts(configs[0], runtime, subjects[0].source))
     shared = read_tasks(configs, call, world)
     name = subjects[0].name if len(files) == 1 else f"{len(files)} runs in {folder}"
     title = f"Evaluating {name} on {configs[0].evaluation.eval_tasks} test tasks"

@@ -18,7 +18,7 @@ MOST_SHOWN = 6  # values of one setting, when several runs are described
 # ---- settings in words ---------------------------------------------------------------------------
 
 
-def meaningful(config: Config) -> dict[str, Any]:
+def select_meaningful(config: Config) -> dict[str, Any]:
     """Return the settings that have a meaning with these data and this learner, by name."""
     return {
         name: config.get(name)
@@ -32,16 +32,11 @@ def in_words(config: Config, names: Iterable[str]) -> dict[str, str]:
     return {CONFIG_FLAGS[name].name: show(config.get(name)) for name in names}
 
 
-def by_flag(config: Config) -> dict[str, Any]:
-    """Return all settings by name of the flag."""
-    return {flag.name: config.get(name) for name, flag in CONFIG_FLAGS.items()}
-
-
 def describe(*configs: Config) -> str:
     """Return the meaningful settings of one run or several, a line per group; of several, every value."""
     values: dict[str, list[Any]] = {}
     for config in configs:
-        for name, value in meaningful(config).items():
+        for name, value in select_meaningful(config).items():
             known = values.setdefault(name, [])
             if value not in known:
                 known.append(value)

@@ -45,7 +45,7 @@ def resolve(given: Mapping[str, Any]) -> Config:
     values |= _queries_from_samples(given, values["shots"], classification)
     _fill_sizes(values, given)
     _fill_from_learner(values, given)
-    config = Config.from_values(settle_auto(values))
+    config = Config.from_values(resolve_auto_settings(values))
     check(config, given)
     check_curves(config)
     return config
@@ -131,7 +131,7 @@ def _fill_from_learner(values: dict[str, Any], given: Mapping[str, Any]) -> None
             values.pop(name, None)
 
 
-def settle_auto(values: Mapping[str, Any]) -> dict[str, Any]:
+def resolve_auto_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values with each "auto" settled by what was measured (benchmarks/README.md)."""
     values = {"dataset": CONFIG_FLAGS["dataset"].default} | dict(values)
     classification = is_classification(values["dataset"], values["ways"])
@@ -153,7 +153,7 @@ def settle_auto(values: Mapping[str, Any]) -> dict[str, Any]:
     return values | settled | chunks
 
 
-def uncompiled(config: Config, given: Mapping[str, Any]) -> Config:
+def disable_compiling(config: Config, given: Mapping[str, Any]) -> Config:
     """Return a new run's settings without compilation, and with what suits that where no flag decides."""
     changes: dict[str, Any] = {"compile": "off"}
     if given.get("convolution", "auto") == "auto":
@@ -364,7 +364,7 @@ def _check_other_data(config: Config, dataset: str) -> None:
         )
 
 
-def what_is_learned(config: Config) -> dict[str, Any]:
+def select_learned(config: Config) -> dict[str, Any]:
     """Return the settings that decide what is learned up to an iteration, to rounding."""
     others = ("machine", "logging", "evaluation")
     learned = {name for name, flag in CONFIG_FLAGS.items() if flag.group not in others}

@@ -24,19 +24,19 @@ from commands.build import (
     SharedTasks,
     Start,
     assemble,
-    no_empty_folder_left,
+    make_writable,
     prepare,
     prepare_run,
     print_difference,
     read_tasks,
+    remove_if_left_empty,
     train_runs,
-    writable,
 )
 from commands.call import Call
 from commands.config import CONFIG_FLAGS, Config
 from commands.members import Member, members_of
 from commands.names import describe, own_code_flags
-from commands.resolve import config_of, what_is_learned
+from commands.resolve import config_of, select_learned
 from commands.train import find_start, make_folder
 from common.errors import UsageError
 from common.processes import World
@@ -84,7 +84,7 @@ def _claim_folder(call: Call, members: Sequence[Member], world: World, locks: Ex
     if world.first:
         if not call.resume and is_occupied(folder):
             raise UsageError(f"{folder} is not empty: choose another --run-name, or --resume what is there")
-        locks.enter_context(no_empty_folder_left(folder))
+        locks.enter_context(remove_if_left_empty(folder))
         locks.enter_context(lock_folder(folder, [member.name for member in members]))
     if (folder / LAST).exists():
         raise UsageError(f"{folder} is a run, not a folder of many: choose another --run-name")
@@ -105,7 +105,7 @@ def _check_settings(folder: Path, members: Sequence[Member]) -> None:
         if run.name in names or run.setting not in wanted or not file.is_file():
             continue
         saved = config_of(load_checkpoint(file).settings, file)
-        now, before = (what_is_learned(c.replaced(seed=0)) for c in (wanted[run.setting].config, saved))
+        now, before = (select_learned(c.replaced(seed=0)) for c in (wanted[run.setting].config, saved))
         different = [name for name in now if now[name] != before[name]]
         if different:
             raise UsageError(
@@ -133,10 +133,10 @@ def _train_all(call: Call, members: Sequence[Member], world: World, locks: ExitS
         starts = {name: find_start(calls[name], member.given) for name, member in mine.items()}
     world.check_same({"torch": torch.__version__, "list of runs": [(m.name, m.config) for m in members]})
     home = named or call.checkpoint_path
-    with no_empty_folder_left(home) if world.first else nullcontext():
+    with remove_if_left_empty(home) if world.first else nullcontext():
         with world.together():
             if world.first:
-                writable(home, "--checkpoint-path")
+                make_writable(home, "--checkpoint-path")
         shared = read_tasks([member.config for member in members], call, world)
         with world.together():
             assemblies = _assemble_all(starts, mine, call, shared, world)

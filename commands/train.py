@@ -18,14 +18,14 @@ from typing import Any
 from commands.build import (
     Start,
     assemble,
-    no_empty_folder_left,
+    collect_facts,
+    make_writable,
     prepare_run,
     print_difference,
     print_settings,
     read_tasks,
-    shared_facts,
+    remove_if_left_empty,
     train_runs,
-    writable,
 )
 from commands.call import Call
 from commands.config import Config
@@ -51,19 +51,19 @@ def train(call: Call, given: Mapping[str, Any], world: World) -> int:
 def _train(call: Call, given: Mapping[str, Any], world: World, locks: ExitStack) -> int:
     with world.together():
         if world.first and (folder := _named_folder(call)):
-            locks.enter_context(no_empty_folder_left(folder))
+            locks.enter_context(remove_if_left_empty(folder))
             locks.enter_context(lock_folder(folder))
         start, runtime = prepare_run(find_start(call, given), given, call, world)
         check_processes(start.config, world.size)
-    world.check_same(shared_facts(start.config, runtime, start.resumed))
+    world.check_same(collect_facts(start.config, runtime, start.resumed))
     if start.finished and start.resumed is not None:
         print(f"{start.file} is at iteration {start.resumed.iteration:,}: resume with larger --iterations")
         return 0
     home = start.folder or call.checkpoint_path
-    with no_empty_folder_left(home) if world.first else nullcontext():
+    with remove_if_left_empty(home) if world.first else nullcontext():
         with world.together():
             if world.first:
-                writable(home, "--load" if call.load else "--checkpoint-path")
+                make_writable(home, "--load" if call.load else "--checkpoint-path")
         shared = read_tasks([start.config], call, world)
         with world.together():
             assembly = assemble(start, call, runtime, shared, team=world)

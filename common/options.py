@@ -80,7 +80,7 @@ SWITCHES = {"yes": True, "no": False}
 # Defaults that are no single value:
 BY_DATASET = object()  # `presets.DEFAULTS` has one for each kind of data
 BY_LEARNER = object()  # `learners.options.LEARNERS` has one for each learner
-BY_RULE = object()  # `resolve.settle_auto` replaces "auto"
+BY_RULE = object()  # `resolve.resolve_auto_settings` replaces "auto"
 
 
 @dataclass(frozen=True)
