@@ -219,7 +219,7 @@ def alone(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def pair(alone) -> list[dict]:
     """What two processes said to a batch of command lines."""
-    assert command(*stage_line(alone, 30)) == 0
+    assert command(*stage_line(alone, 40)) == 0
     lines = {
         **common_lines(alone, 2),
         "stage": stage_line(alone, 60),
@@ -253,7 +253,7 @@ def test_two_processes_learn_what_one_does(pair, alone):
 
 
 def test_a_run_resumes_with_another_number_of_processes(pair, alone):
-    assert "iteration 30" in pair[0]["stage"]["out"]
+    assert "iteration 40" in pair[0]["stage"]["out"]
     assert_same_learning(last(alone, "stages"), last(alone, "float64-1"), 1e-9)
 
 
