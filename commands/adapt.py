@@ -207,14 +207,8 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
         "steps": steps,
         "batch_norm": normalisation if adapted.maml.has_batch_norm else None,
         "tasks": [
-            {
-                "task": task.name or None,
-                "support": len(task.support_x),
-                "classes": task.classes or None,
-                "query": task.query_names,
-                "predicted": values,
-            }
-            for task, values in zip(tasks, predicted, strict=True)
+            {"task": t.name or None, "classes": t.classes, "query": t.query_names, "predicted": values}
+            for t, values in zip(tasks, predicted, strict=True)
         ],
         "settings": config.values(),
         "versions": versions(),

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from commands.build import SharedTasks, make_writable, prepare, remove_if_left_empty
 from commands.call import Call
@@ -36,6 +36,9 @@ from training.checkpoint import Curve, load_checkpoint
 from training.folders import BEST, LAST, find_checkpoint, find_runs
 from training.trainer import VALIDATION_TASKS
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 MOST_NAMES, LONGEST_NAMES = 3, 100  # sides and characters in a file name
 
 # Settings that decide the tasks
@@ -53,7 +56,6 @@ def compare(call: Call, given: Mapping[str, Any], command: str) -> int:
     subjects = [subject for side in runs.values() for subject in side.values()]
     config = subjects[0].config
     tasks = min(subject.config.evaluation.eval_tasks for subject in subjects)
-    first_task = VALIDATION_TASKS if call.split == "validation" else 0  # those before chose best.pt
     first = Path(call.compare[0])
     folder = call.out or (first if first.is_dir() else first.parent).parent
     sizes = f"{task_size(config.tasks)}-{config.tasks.queries}query-{tasks}tasks"
@@ -66,31 +68,35 @@ def compare(call: Call, given: Mapping[str, Any], command: str) -> int:
         what = f"{config.tasks.dataset}, {task_words(config.tasks)}, {config.tasks.queries} query"
         print(f"Comparing on {tasks} {call.split} tasks: {what}")
         print(f"  device      {prepare(config, call).describe()}", flush=True)
-        shared: SharedTasks = {}
-        measured = [_measure_side(*side, call, tasks, first_task, shared) for side in runs.items()]
-        sides = [side for side, _ in measured]
-        trained = paired.trained_runs(sides)
-        loss = loss_name(config.learner.loss)
-        words = f"{tasks} {call.split} tasks" + ", none of which chose a checkpoint" * bool(first_task)
-        print(f"\n{paired.settings_table(sides)}\n\n{seeds.training_table(trained)}")
-        print(f"\n{paired.differences_table(sides, loss, words)}")
-        result = {
-            "command": command,
-            "compared": compared,
-            "split": call.split,
-            "tasks": tasks,
-            "first_task": first_task,
-            "tasks_seed": meta_test.SEED,
-            "measure": "accuracy" if sides[0].accuracy else loss,
-            "common_validation_level": seeds.common_level(trained),
-            "sides": paired.record(sides),
-            "runs": [record for _, records in measured for record in records],
-        }
-        write_json(file, result)
-        figure = paired.figure(sides, loss, f"{what}: {tasks} {call.split} tasks")
+        record, figure = _measure(runs, call, tasks, f"{what}: {tasks} {call.split} tasks")
+        write_json(file, {"command": command, "compared": compared, **record})
         write_figure(file.with_name(f"{file.stem}.png"), figure)
         print(f"Written: {file} and .png")
     return 0
+
+
+def _measure(runs: Mapping[str, Runs], call: Call, tasks: int, title: str) -> tuple[dict[str, Any], Figure]:
+    """Measure all sides on `tasks` tasks, and print the tables; return the record and the picture."""
+    first_task = VALIDATION_TASKS if call.split == "validation" else 0  # those before chose best.pt
+    shared: SharedTasks = {}
+    measured = [_measure_side(*side, call, tasks, first_task, shared) for side in runs.items()]
+    sides = [side for side, _ in measured]
+    trained = paired.trained_runs(sides)
+    loss = trained[0].loss
+    words = f"{tasks} {call.split} tasks" + ", none of which chose a checkpoint" * bool(first_task)
+    print(f"\n{paired.settings_table(sides)}\n\n{seeds.training_table(trained)}")
+    print(f"\n{paired.differences_table(sides, loss, words)}")
+    record = {
+        "split": call.split,
+        "tasks": tasks,
+        "first_task": first_task,
+        "tasks_seed": meta_test.SEED,
+        "measure": "accuracy" if sides[0].accuracy else loss,
+        "common_validation_level": seeds.common_level(trained),
+        "sides": paired.record(sides),
+        "runs": [record for _, records in measured for record in records],
+    }
+    return record, paired.figure(sides, loss, title)
 
 
 def _measure_side(

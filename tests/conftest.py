@@ -20,8 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 LONG_FILES = (
     "test_world.py",
-    "test_faults.py",
-    "test_many.py",
+    "test_sweep.py",
     "test_compiler.py",
     "test_learners.py",
     "test_runs.py",
