@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import harness
-from harness import RESULTS, Parser
+from harness import RESULTS, Parser, UsageError
 
 OMNIGLOT = "--dataset omniglot --compile off"
 
@@ -53,6 +53,8 @@ def seconds_of_run(work: Work, iterations: int, processes: int, seeds: int) -> f
 def seconds_of_iteration(work: Work, processes: int, seeds: int) -> float:
     few, many = work.iterations
     short, long = (seconds_of_run(work, iterations, processes, seeds) for iterations in (few, many))
+    if long <= short:
+        raise UsageError(f"{work.flags}: the longer run was the shorter one; is the machine busy?")
     return (long - short) / (many - few)
 
 

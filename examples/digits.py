@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes scikit-learn's handwritten digits as images, a folder per class: a set to test on, never trained on.
+"""Write scikit-learn's handwritten digits as images, one folder per class: a data set to test on.
 
 pip install scikit-learn
 python examples/digits.py digits
@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 
 
 def write_digits(folder: Path) -> None:
-    """1,797 images, 8 x 8, white on black, as `folder/<digit>/<number>.png`."""
+    """Write 1,797 images, 8 x 8, white on black, as `folder/<digit>/<number>.png`."""
     digits = load_digits()
     for number, (pixels, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
         path = folder / str(digit) / f"{number:04}.png"

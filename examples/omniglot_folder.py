@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Unpacks Omniglot into a folder of images with the class lists of `--dataset omniglot`, for `images:FOLDER`.
+"""Unpack Omniglot into a folder of images with the class lists of `--dataset omniglot`, for `images:FOLDER`.
 
 python examples/omniglot_folder.py data omniglot-folder
 """
@@ -17,7 +17,7 @@ from tasks.omniglot import PARTS, split_characters
 
 
 def write_folder(data_root: Path, folder: Path) -> None:
-    """`folder/images_*/<alphabet>/<character>/*.png`, and train.csv, val.csv and test.csv."""
+    """Write `folder/images_*/<alphabet>/<character>/*.png`, and train.csv, val.csv and test.csv."""
     for part in PARTS:
         zipfile.ZipFile(data_root / "omniglot-py" / f"{part}.zip").extractall(folder)
     names = sorted({path.parent.relative_to(folder).as_posix() for path in folder.glob("images_*/*/*/*.png")})
@@ -30,8 +30,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("data_root", type=Path, help="the folder that holds omniglot-py")
     parser.add_argument("folder", type=Path, help="where the images go")
-    given = parser.parse_args()
+    options = parser.parse_args()
     try:
-        write_folder(given.data_root, given.folder)
+        write_folder(options.data_root, options.folder)
     except (OSError, zipfile.BadZipFile) as error:
-        parser.error(f"Omniglot is not there, or damaged: {error}")
+        parser.error(f"Omniglot is missing or damaged: {error}")

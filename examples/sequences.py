@@ -1,7 +1,7 @@
 """Your own learner and your own tasks, in one file: which motif is hidden in a sequence of tokens?
 
-A learner is a function that makes an `nn.Module` with the given number of outputs. A dataset is a class
-with one method, `sample`, that makes the tasks of some seeds. Nothing here imports the tool.
+A learner is a function that returns an `nn.Module` with the given number of outputs. A dataset is a class
+with one method, `sample`, that returns one task for each seed. Nothing here imports the tool.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class Transformer(nn.Module):
-    """Tokens int64 `[examples, length]` -> outputs `[examples, outputs]`, for sequences up to `LONGEST`."""
+    """Map tokens, int64 `[examples, length]` up to `LONGEST`, to `[examples, outputs]` by a mean over them."""
 
     LONGEST = 64
 
@@ -35,7 +35,7 @@ class Transformer(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """Tokens int64 `[examples, length]` -> outputs `[examples, outputs]`, read from the last state."""
+    """Map tokens, int64 `[examples, length]`, to `[examples, outputs]`, read from the last state."""
 
     def __init__(
         self, outputs: int, tokens: int, width: int, layers: int, cell: type[nn.GRU | nn.LSTM]
@@ -59,12 +59,12 @@ def transformer(
     heads: int = 4,
     dropout: float = 0.0,
 ) -> nn.Module:
-    """A small transformer encoder, averaged over positions."""
+    """Return a small transformer encoder."""
     return Transformer(outputs, tokens, width, layers, heads, dropout)
 
 
 def gru(outputs: int, *, tokens: int = 12, width: int = 32, layers: int = 1, cell: str = "gru") -> nn.Module:
-    """A recurrent network: cell is "gru" or "lstm"."""
+    """Return a recurrent network; `cell` is "gru" or "lstm"."""
     return Recurrent(outputs, tokens, width, layers, {"gru": nn.GRU, "lstm": nn.LSTM}[cell])
 
 
@@ -72,10 +72,10 @@ def gru(outputs: int, *, tokens: int = 12, width: int = 32, layers: int = 1, cel
 
 
 class Sequences:
-    """Each class of a task has a motif, three tokens in a row, hidden in sequences of random tokens.
+    """Tasks whose classes each hide a motif, three tokens in a row, in sequences of random tokens.
 
-    The motif starts anywhere and may run over the end, where it goes on at the beginning. Of all motifs
-    70% are for training, 10% for validation and 20% for the test, so no test motif was ever trained on.
+    The motif starts anywhere, and wraps around at the end. 70 % of all motifs are for training, 10 % for
+    validation and 20 % for the test, so no test motif is ever trained on.
     """
 
     MOTIF = 3
@@ -97,17 +97,18 @@ class Sequences:
         self.motifs = dict(zip(("train", "validation", "test"), parts, strict=True))
 
     def sample(self, split: str, seeds: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One task for each seed (int64 `[tasks]`), a function of the split and that seed alone.
+        """Return one task for each seed, int64 `[tasks]`: a function of the split and that seed alone.
 
-        Returns support_x, support_y, query_x, query_y: tokens int64 `[tasks, ways * shots, length]` and
-        labels int64 `[tasks, ways * shots]`, and likewise `ways * queries` of them for the query.
+        Returns:
+            support_x, support_y: tokens `[tasks, ways * shots, length]`, labels `[tasks, ways * shots]`.
+            query_x, query_y: the same with `ways * queries` examples.
         """
         tasks = torch.stack([self._task(split, seed) for seed in seeds.tolist()]).to(seeds.device)
         support, query = tasks.split([self.shots, self.queries], 2)
         return *self._examples(support), *self._examples(query)
 
     def _task(self, split: str, seed: int) -> Tensor:
-        """Sequences of one task: `[ways, shots + queries, length]`."""
+        """Return the sequences of one task, `[ways, shots + queries, length]`."""
         generator = torch.Generator().manual_seed(seed)
         motifs = self.motifs[split]
         motifs = motifs[torch.randperm(len(motifs), generator=generator)[: self.ways]]
