@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class Transformer(nn.Module):
-    """Map tokens, int64 `[examples, length]` up to `LONGEST`, to `[examples, outputs]` by a mean over them."""
+    """Map tokens, int64 `[examples, length]` up to `LONGEST`, to `[examples, outputs]` by their mean."""
 
     LONGEST = 64
 
