@@ -96,7 +96,6 @@ ALL_FLAGS = CONFIG_FLAGS | CALL_FLAGS
 WITH_COMPARE = frozenset(
     ("compare", "split", "eval_dataset", "out", "data_root", "device", "threads", "deterministic", "samples")
 )
-RUN_FILES = (".pt", ".json", ".png")  # suffixes of a run's own files
 
 
 def check_call(given: Mapping[str, Any]) -> Call:
@@ -183,14 +182,5 @@ def _file_rules(call: Call, given: Mapping[str, Any]) -> Iterator[tuple[Any, str
         "--checkpoint-path has no meaning here: results go next to the file of --load, or to --out",
     )
     name = call.run_name
-    yield (
-        name is not None
-        and (
-            not name.strip(". ")
-            or not name.isprintable()
-            or set(name) & set("/\\")
-            or len(name) > 100
-            or Path(name).suffix in RUN_FILES
-        ),
-        f"--run-name {name!r} is no name for a folder",
-    )
+    is_name = name is None or (name.strip(". ") and not set(name) & set("/\\") and len(name) <= 100)
+    yield not is_name, f"--run-name {name!r:.100} is no name for a folder"

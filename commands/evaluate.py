@@ -158,14 +158,12 @@ class Subject:
         return config_of(self.source.settings, self.file)
 
     @property
-    def name(self) -> str:
-        if self.source is None:
-            return "the fresh initialisation (no --load)"
-        return f"{self.file}, iteration {self.source.iteration:,}"
+    def when(self) -> str:
+        return f"iteration {self.source.iteration:,}" if self.source else "fresh initialisation"
 
     @property
-    def when(self) -> str:
-        return "fresh initialisation" if self.source is None else f"iteration {self.source.iteration:,}"
+    def name(self) -> str:
+        return f"{self.file}, {self.when}" if self.source else f"the {self.when} (no --load)"
 
     @property
     def words(self) -> Caption:

@@ -13,7 +13,7 @@ from typing import Any
 
 from commands.config import CONFIG_FLAGS, OWN_CODE, Config, show
 from commands.presets import ALGORITHMS, CHUNK_IMAGES, COMPILED_FROM, DEFAULTS, ByData, default_column
-from commands.rules import check, check_curves
+from commands.rules import check
 from common.errors import UsageError
 from common.options import BY_DATASET, BY_LEARNER, BY_RULE
 from common.own_code import is_own_code
@@ -47,7 +47,6 @@ def resolve(given: Mapping[str, Any]) -> Config:
     _fill_from_learner(values, given)
     config = Config.from_values(resolve_auto_settings(values))
     check(config, given)
-    check_curves(config)
     return config
 
 
@@ -258,8 +257,6 @@ def resolve_from(
     if eval_dataset:
         config = _on_other_data(config, eval_dataset, given)
     check(config, given, testing=evaluate)
-    if not evaluate:
-        check_curves(config)
     return config
 
 

@@ -12,8 +12,6 @@ from common.own_code import is_own_code
 from learners.options import LEARNERS
 from tasks.options import CURVES, FILE_KINDS, OMNIGLOT_CLASSES, OMNIGLOT_DRAWINGS, data_facts
 
-MOST_POINTS = 100_000  # of a curve, which checkpoints and TensorBoard keep
-
 Place = Callable[[Config], str | None]
 
 
@@ -159,18 +157,6 @@ def _check_algorithm(config: Config, given: Mapping[str, Any]) -> None:
     for refused, reason in refusals:
         if refused:
             raise UsageError(reason)
-
-
-def check_curves(config: Config) -> None:
-    """Raise UsageError where the curves of training or validation would have too many points."""
-    iterations = config.training.iterations
-    interval = -(-iterations // MOST_POINTS)
-    fine = [name for name in ("log_every", "val_every") if config.get(name) < interval]
-    if fine:
-        flags = " and ".join(f"{CONFIG_FLAGS[name].name} {interval}" for name in fine)
-        raise UsageError(
-            f"--iterations {iterations} makes a curve of more than {MOST_POINTS:,} points: use {flags}"
-        )
 
 
 def _check_omniglot(config: Config, *, testing: bool) -> None:
