@@ -1,7 +1,7 @@
 """Make the command line of the declared flags. The standard library alone.
 
 `--help` shows the flags that most people use, with the first clause of their texts; `--help-all` shows every
-flag, the defaults for each kind of data, and the settings of each algorithm.
+flag with all of its text, and the settings of each algorithm.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ EXAMPLES = """\
   adapt      python main.py --adapt my-images/ --load checkpoints/RUN
   compare    python main.py --compare checkpoints/RUN checkpoints/OTHER
 """
+MORE = "Every flag, and the settings of each algorithm: --help-all"
 CAN_BE_SWITCHED_OFF = ("invert", "adapt_norm", "norm_per_step", "vectorise")  # by --no-NAME
 WIDTH = 100  # of the help, at most
 
@@ -69,17 +70,11 @@ class _HelpAll(argparse.Action):
 
 def build_parser(*, every_flag: bool = False) -> argparse.ArgumentParser:
     """Return the parser; its help shows the flags that most people use, or every one."""
-    tables = (
-        "Defaults that depend on the data (k, s: the values of those flags):\n\n"
-        + defaults_table()
-        + "\n\nSettings of each --algorithm (a/b/c/d: by the columns above; half: of --iterations):\n\n"
-        + presets_table()
-    )
     parser = _Parser(
         prog="main.py",
         usage="python main.py [FLAGS]",
         description=f"Gradient-based meta-learning: MAML and its family, in PyTorch.\n\n{EXAMPLES}",
-        epilog=tables if every_flag else "Every flag, and the settings of each algorithm: --help-all",
+        epilog=presets_table() if every_flag else MORE,
         formatter_class=_Formatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -104,12 +99,9 @@ def _help_text(name: str, flag: Flag, *, whole: bool) -> str:
     text = text if whole else text.partition("; ")[0]
     if parenthesis:
         return f"{text} (default{default}"
-    is_plain = flag.default is None or flag.default is False or flag.default == ()
-    return (
-        text
-        if is_plain and name not in DEFAULTS
-        else f"{text} (default: {_default_text(name, flag, whole=whole)})"
-    )
+    if name not in DEFAULTS and (flag.default is None or flag.default is False or flag.default == ()):
+        return text
+    return f"{text} (default: {_default_text(name, flag, whole=whole)})"
 
 
 def _argument(name: str, flag: Flag) -> dict[str, Any]:
@@ -165,31 +157,21 @@ def _defaults_by_data(name: str, flag: Flag, *, whole: bool) -> str:
     return f"{first}omniglot {omniglot}, else {other}"
 
 
-def defaults_table() -> str:
-    """Return the table of defaults that depend on the data."""
-    rows: list[tuple[str, ...]] = [("", *DEFAULT_COLUMNS)]
-    for name, values in DEFAULTS.items():
-        rows.append((CONFIG_FLAGS[name].name, *("-" if v is None else show(v) for v in values)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    for name, facts in {**LEARNERS, "that is not built in": OTHER_LEARNER}.items():
-        if facts.inner_lr is not None:
-            lines.append(f"with --learner {name}: --inner-lr {facts.inner_lr}")
-    return "\n".join(f"  {line}" for line in lines)
-
-
 def presets_table() -> str:
-    """Return the settings of each algorithm, for the columns of the defaults' table."""
-    lines = []
+    """Return the settings of each algorithm, by the columns of the defaults where they differ."""
+    lines = [
+        "Settings of each --algorithm (half: of --iterations); where they depend on the data:",
+        f"  {' / '.join(DEFAULT_COLUMNS)}\n",
+    ]
     for algorithm, row in ALGORITHMS.items():
         cells = []
         for name, value in row.items():
             columns = [value[i] if isinstance(value, ByData) else value for i in range(4)]
-            if len(set(map(str, columns[1:]))) == 1:
-                columns = columns[:2]
             if len(set(map(str, columns))) == 1:
                 columns = columns[:1]
+            elif len(set(map(str, columns[1:]))) == 1:
+                columns = columns[:2]
             cells.append(f"{CONFIG_FLAGS[name].name} {'/'.join(map(show, columns))}")
-        text = f"{algorithm}: {', '.join(cells) or 'the defaults'}"
-        lines += textwrap.wrap(text, 96, subsequent_indent="    ", break_on_hyphens=False)
-    return "\n".join(f"  {line}" for line in lines)
+        text = f"  {algorithm}: {', '.join(cells) or 'the defaults'}"
+        lines += textwrap.wrap(text, WIDTH - 2, subsequent_indent=" " * 6, break_on_hyphens=False)
+    return "\n".join(lines)

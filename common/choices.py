@@ -89,7 +89,8 @@ class Choices:
     steps: int = flag("-s", group="inner loop", check=at_least(1, MOST_STEPS), metavar="STEPS", common=True,
         in_python=1, help="inner gradient steps while training")
     inner_lr: float = flag("--inner-lr", group="inner loop", check=above_zero, metavar="RATE", common=True,
-        help="learning rate of the inner loop; the support loss is a mean over examples")
+        help="learning rate of the inner loop; on the mean loss of the support set; 0.01 for convnet "
+        "and for learners that are not built in")
     inner_optimizer: str = flag(
         "--inner-optimizer", group="inner loop", choices=INNER_OPTIMIZERS, default="sgd",
         help="update rule of the inner loop, which starts afresh for each task; adam-carried keeps Adam's "
