@@ -7,17 +7,12 @@ mistakes in the flags are answered before PyTorch is imported.
 from __future__ import annotations
 
 import errno
+import re
 
 LONGEST = 1000  # characters of a message
-OUT_OF_MEMORY = (  # in PyTorch's RuntimeErrors: CPU, CUDA and MPS, cuBLAS and cuDNN, C++
-    "out of memory",
-    "not enough memory",
-    "allocate memory",
-    "ALLOC_FAILED",
-    "bad_alloc",
-    "Storage size calculation overflowed",
-    "run_func_(",  # compiled functions in PyTorch 2.11 fail at nothing else, and say no more
-)
+# PyTorch's RuntimeErrors on CPU, CUDA and MPS, and those of cuBLAS, cuDNN and C++. Compiled functions of
+# PyTorch 2.11 ("run_func_") fail at nothing else, and say no more.
+OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory|ALLOC_FAILED|bad_alloc|run_func_")
 
 
 class UsageError(Exception):
@@ -37,7 +32,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)
+        isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
     )
 
 

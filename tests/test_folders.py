@@ -164,8 +164,8 @@ def test_a_runs_folder_stands_for_its_checkpoint(trained):
 
 
 def test_the_runs_of_a_sweep_are_found_by_its_list(trained):
-    found = find_runs(trained / "many")
-    assert [(run.seed, run.file) for run in found] == [
+    runs = find_runs(trained / "many")
+    assert [(run.seed, run.file) for run in runs] == [
         (seed, trained / "many" / f"seed-{seed}" / BEST) for seed in (0, 1)
     ]
     assert [run.file.name for run in find_runs(trained / "many" / LAST)] == [LAST, LAST]

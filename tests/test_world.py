@@ -41,16 +41,16 @@ common.processes.leave = lambda: None
 commands.build.join = functools.cache(commands.build.join)
 main.PATIENCE = 0.0
 build, built = Compiler._build, []
-Compiler._build = lambda self, *given: (built.append(given[-1].name), build(self, *given))[1]
+Compiler._build = lambda self, *inputs: (built.append(inputs[-1].name), build(self, *inputs))[1]
 lines, results = map(Path, sys.argv[1:])
-found = {{}}
+outcomes = {{}}
 for name, line in json.loads(lines.read_text()).items():
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         code = main.main(line)
-    found[name] = dict(code=code, out=out.getvalue(), err=err.getvalue(), built=list(built))
+    outcomes[name] = dict(code=code, out=out.getvalue(), err=err.getvalue(), built=list(built))
     built.clear()
-(results / ("rank" + os.environ["RANK"])).write_text(json.dumps(found))
+(results / ("rank" + os.environ["RANK"])).write_text(json.dumps(outcomes))
 os._exit(0)
 """
 

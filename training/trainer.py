@@ -39,7 +39,7 @@ from training.stopping import StopRequest
 
 VALIDATION_TASKS = 200
 DRAWN = [4**power for power in range(20)]  # validations whose tasks are drawn
-REDRAW_SECONDS = 0.5
+REDRAW_SECONDS = 0.5 if sys.stderr.isatty() else 30.0  # a file keeps what a terminal overwrites
 SAVE_SECONDS = 600.0  # last.pt is saved at least so often
 UNCOMPILED = {False: 100, True: 3}  # iterations first, by `classification`: they show that the run works
 FAILED = 4  # exit code of a run that stopped because its numbers became non-finite
@@ -134,7 +134,9 @@ class Trainer:
             run.begin()
         total, show = self.options.iterations, self.show
         with (
-            tqdm(total=total, initial=self.iteration, dynamic_ncols=True, disable=not show) as self.bar,
+            tqdm(
+                total=total, initial=self.iteration, mininterval=REDRAW_SECONDS, disable=not show
+            ) as self.bar,
             self.stop.catch_signals(),
             self._save_if_interrupted(),
         ):
