@@ -96,16 +96,10 @@ def _multi_head_attention_forward(
         raise ValueError("multi-head attention: give the attn_mask that is_causal is a hint for")
     if query.shape[-1] != embed_dim_to_check:
         raise ValueError(f"query has {query.shape[-1]} features: expected {embed_dim_to_check}")
-    inputs = [x if x.dim() == 3 else x.unsqueeze(1) for x in (query, key, value)]
     weights: Sequence[Tensor | None] = (q_proj_weight, k_proj_weight, v_proj_weight)
     if in_proj_weight is not None and not use_separate_proj_weight:
         weights = in_proj_weight.chunk(3)
-    biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
-    heads = [
-        F.linear(x, weight, bias).unflatten(2, (num_heads, -1)).permute(1, 2, 0, 3)
-        for x, weight, bias in zip(inputs, weights, biases, strict=True)
-        if weight is not None
-    ]  # three of [batch, heads, length, features of a head]
+    heads = _project((query, key, value), weights, in_proj_bias, num_heads)
     mask = _join_masks(attn_mask, key_padding_mask, len(heads[0]), query.dtype)
     scale = heads[0].shape[-1] ** -0.5
     output, attention = _attend(
@@ -117,6 +111,19 @@ def _multi_head_attention_forward(
     if not need_weights:
         return output, None
     return output, attention.mean(-3) if average_attn_weights else attention
+
+
+def _project(
+    inputs: Sequence[Tensor], weights: Sequence[Tensor | None], bias: Tensor | None, heads: int
+) -> list[Tensor]:
+    """Return query, key and value of each head: `[batch, heads, length, features of a head]`."""
+    biases = (None,) * 3 if bias is None else bias.chunk(3)
+    batches = [x if x.dim() == 3 else x.unsqueeze(1) for x in inputs]
+    return [
+        F.linear(x, weight, part).unflatten(2, (heads, -1)).permute(1, 2, 0, 3)
+        for x, weight, part in zip(batches, weights, biases, strict=True)
+        if weight is not None
+    ]
 
 
 def _join_masks(
