@@ -33,9 +33,9 @@ from common.errors import AgreedError, LostError, UsageError, explain
 if TYPE_CHECKING:
     from common.processes import World
 
-RANK = int(os.environ.get("RANK", "0")) if "MASTER_ADDR" in os.environ else 0  # torchrun's
-LOCAL_RANK = os.environ.get("LOCAL_RANK", "0") if "MASTER_ADDR" in os.environ else "0"
-PATIENCE = 30.0  # seconds in which the first process says what all have found; torchrun then ends the others
+JOB = os.environ if "MASTER_ADDR" in os.environ else {}  # torchrun's
+RANK, LOCAL_RANK = int(JOB.get("RANK", 0)), int(JOB.get("LOCAL_RANK", 0))  # in the job, and on this machine
+PATIENCE = 30.0  # seconds: torchrun ends the other processes once the first has printed the error and ended
 
 
 def main(arguments: list[str]) -> int:
@@ -52,10 +52,12 @@ def main(arguments: list[str]) -> int:
         text = None if isinstance(error, BrokenPipeError) else explain(error)
         if text is None:
             raise
-        if RANK and isinstance(error, AgreedError):
+        agreed = isinstance(error, AgreedError)
+        if agreed and LOCAL_RANK:
             time.sleep(PATIENCE)
         else:
-            print(f"main.py: error: {f'process {RANK}: ' if RANK else ''}{text}", file=sys.stderr)
+            process = f"process {RANK}: " if RANK and not agreed else ""
+            print(f"main.py: error: {process}{text}", file=sys.stderr)
         return 2
     except LostError as error:
         lost = f"another process of the job has ended or does not answer ({error})"
@@ -81,9 +83,7 @@ def run(arguments: list[str]) -> int:
         from common.processes import leave
 
         call, world = join_job(call, many=many)
-    except UsageError as error:
-        if LOCAL_RANK == "0":
-            raise
+    except UsageError as error:  # in all processes alike
         raise AgreedError(str(error)) from error
     code = dispatch(call, given, shlex.join(["main.py", *arguments]), world)
     leave()
