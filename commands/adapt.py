@@ -29,8 +29,8 @@ from common.optimizers import Weights
 from common.processes import ALONE
 from common.random import keys_of, minibatch_order, task_stream
 from common.task import Task
+from evaluation.examples import Prediction, predictions_figure
 from evaluation.meta_test import SEED
-from evaluation.predictions import Prediction, predictions_figure
 from evaluation.style import write_figure
 from evaluation.tables import predictions_table, write_csv, write_json
 from learners.batch_norm import norm_layers, record_statistics

@@ -30,9 +30,9 @@ from common.device import Runtime
 from common.errors import UsageError
 from common.optimizers import Weights
 from common.processes import World
-from evaluation.figures import comparison_figure
+from evaluation.figures import results_figure
 from evaluation.meta_test import Evaluation, evaluate
-from evaluation.seeds import test_table
+from evaluation.seeds import StepResults, results_table
 from evaluation.style import write_figure
 from evaluation.tables import evaluation_record, write_json
 from tasks.options import CURVES
@@ -84,8 +84,9 @@ def baselines(call: Call, given: Mapping[str, Any], command: str, world: World) 
         print("To resume: the same command", flush=True)
         return ended.code
     results = {(algorithm, "as trained"): result, **others}
-    selected = {f"{name}, {how}": r.select(config.choices.query_norm) for (name, how), r in results.items()}
-    print("\n" + test_table({name: [evaluation] for name, evaluation in selected.items()}, subject.words))
+    norm = config.choices.query_norm
+    selected = {f"{name}, {how}": StepResults.over([result], norm) for (name, how), result in results.items()}
+    print("\n" + results_table(selected, subject.words))
     if not world.first:
         return 0
     curves: dict[str, tuple[list[int], list[float]]] = {}
@@ -102,7 +103,10 @@ def baselines(call: Call, given: Mapping[str, Any], command: str, world: World) 
         },
     }
     write_json(Path(f"{stem}-baselines.json"), record)
-    write_figure(Path(f"{stem}-baselines.png"), comparison_figure(selected, subject.words, curves))
+    learning = {name: [curve] for name, curve in curves.items()}
+    measure = f"query {subject.words.loss_name} while training, means of windows"
+    figure = results_figure(selected, subject.words, learning=learning, learning_measure=measure)
+    write_figure(Path(f"{stem}-baselines.png"), figure)
     print(f"Written: {stem}-baselines.json and .png")
     return 0
 

@@ -33,10 +33,10 @@ from common.optimizers import Weights
 from common.processes import World
 from evaluation import meta_test, seeds
 from evaluation.examples import adapt_examples, examples_figure
-from evaluation.figures import evaluation_figure
+from evaluation.figures import results_figure
 from evaluation.meta_test import Evaluation, normalisations_of
 from evaluation.style import write_figure
-from evaluation.tables import Caption, evaluation_record, evaluation_table, write_json
+from evaluation.tables import Caption, evaluation_record, write_json
 from learners.losses import loss_name
 from maml import MAML
 from training.checkpoint import Checkpoint, check_same_split, fitting_parameters, load_checkpoint
@@ -62,12 +62,13 @@ def evaluate(call: Call, given: Mapping[str, Any], command: str, world: World) -
         subjects.append(job.subject)
         results.setdefault(run.setting or seeds.ALL, []).append(result)
     words, name = summarise(subjects)
-    print(seeds.test_table(results, words))
+    summary = seeds.results_of(results)
+    print(seeds.results_table(summary, words))
     stem = (call.out or folder) / name
     if world.first:
-        record = {"runs": [vars(run) for run in runs], "settings": seeds.test_record(results)}
+        record = {"runs": [vars(run) for run in runs], "settings": seeds.results_record(results)}
         write_json(Path(f"{stem}.json"), {"command": command, **record})
-        write_figure(Path(f"{stem}.png"), seeds.test_figure(results, words))
+        write_figure(Path(f"{stem}.png"), results_figure(summary, words))
     place = "next to them" if call.out else "next to its checkpoint"
     print(f"Written: {stem}.json and .png, and those of each run {place}")
     return 0
@@ -79,7 +80,7 @@ def evaluate_one(
     """Measure a checkpoint or the fresh initialisation; return the job, the result, and its files' stem."""
     folder = call.checkpoint_path if call.load is None else call.load.parent
     ((job, result, stem),) = _evaluate_all([call.load], folder, call, given, command, world)
-    print(evaluation_table(result, job.subject.words))
+    print(seeds.results_table(seeds.results_of({seeds.ALL: [result]}), job.subject.words))
     print(f"Written: {stem}.json and .png")
     return job, result, stem
 
@@ -284,7 +285,8 @@ class Job:
             normalisation=choices.query_norm,
             inner_batch=options.eval_inner_batch,
         )
-        figure = evaluation_figure(result, self.subject.words, examples if curves else None)
+        results, fits = seeds.results_of({seeds.ALL: [result]}), examples if curves else None
+        figure = results_figure(results, self.subject.words, fits=fits)
         write_figure(Path(f"{stem}.png"), figure)
         if examples is not None and not curves:
             title = f"test tasks, {self.subject.when}, {task_words(self.subject.config.tasks)}"

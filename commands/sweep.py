@@ -41,7 +41,8 @@ from commands.train import find_start, make_folder
 from common.errors import UsageError
 from common.processes import World
 from evaluation import seeds
-from evaluation.seeds import RunSummary
+from evaluation.figures import learning_figure
+from evaluation.seeds import ALL, RunSummary
 from evaluation.style import write_figure
 from evaluation.tables import write_json
 from learners.losses import loss_name
@@ -239,16 +240,16 @@ def _train_group(
 def summarise_run(member: Member, run: Run) -> RunSummary:
     """Return how a run was trained."""
     loss, validation = final_loss(run.progress.training), run.progress.validation
+    accuracy = run.measure == "query_accuracy"
     return RunSummary(
         name=member.name,
-        setting=member.setting,
+        setting=member.setting or ALL,
         seed=member.seed,
         iteration=run.iteration,
         failure=run.failure,
         final_training_loss=loss["mean"] if loss else None,
-        measure=run.measure,
-        loss=loss_name(member.config.learner.loss),
-        validation={name: validation.get(name, []) for name in ("iteration", run.measure)},
+        measure="accuracy" if accuracy else loss_name(member.config.learner.loss),
+        validation=(validation.get("iteration", []), validation.get(run.measure, [])),
     )
 
 
@@ -258,7 +259,9 @@ def _report(folder: Path, outcomes: Sequence[RunSummary], world: World) -> int:
     if world.first:
         print(seeds.training_table(outcomes))
         write_json(folder / "summary.json", seeds.training_record(outcomes))
-        write_figure(folder / "summary.png", seeds.training_figure(outcomes))
+        curves, measure = seeds.learning_curves(outcomes), seeds.measure_of(outcomes)
+        figure = learning_figure(curves, f"validation {measure}", accuracy=measure == "accuracy")
+        write_figure(folder / "summary.png", figure)
         print(f"Written: {folder / 'summary'}.json and .png")
     if failures and world.first:
         count = f"{len(failures)} of {len(outcomes)} runs stopped before their end, " * (len(failures) > 1)

@@ -1,7 +1,7 @@
-"""Pictures of single tasks before and after adaptation: curves as fits, image tasks as sheets.
+"""Pictures of single tasks: before and after adaptation, and the predictions for a user's own (--adapt).
 
-Drawn of validation tasks while training and of test tasks by --eval, from the same `MAML.predictions` that
-`meta_test` measures.
+Curves are drawn as fits, image tasks as sheets. Examples are validation tasks while training and test tasks
+in --eval, from the same `MAML.predictions` that `meta_test` measures.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-TASKS = 3  # in a picture
+TASKS = 3  # in a picture of examples
+MOST_WAYS, MOST_SHOTS = 20, 5  # shown of an image task
+RIGHT, WRONG = "✓", "✗"
+MOST_PREDICTED, MOST_IMAGES, COLUMNS = 6, 60, 10  # tasks, predicted images and images in a row of --adapt
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,8 @@ def examples_figure(examples: Examples, title: str) -> Figure:
     """Draw tasks before and after adaptation, a panel for each."""
     title = f"{title}: before and {after_steps(examples.steps[-1])}"
     if examples.ways is not None:
-        return _draw_images(examples, examples.ways, title)
-    figure = style.new_figure(2.6 * TASKS + 0.3, 2.8)
-    figure.suptitle(title)
+        return _draw_image_tasks(examples, examples.ways, title)
+    figure = style.new_figure(2.6 * TASKS + 0.3, 2.8, title)
     panels = figure.subplots(1, TASKS)
     draw_fits(panels, examples)
     style.add_legend(figure, panels[0])
@@ -78,74 +80,143 @@ def examples_figure(examples: Examples, title: str) -> Figure:
 
 def draw_fits(panels: Sequence[Axes], examples: Examples) -> None:
     """Draw the true curve, the support set and the predictions after each shown step, a task a panel."""
-    first, *later = [(":", style.GREEN), ("--", style.ORANGE), ("-", style.BLUE)]
-    looks = [first, *later[1 - len(examples.steps) :]]  # the last one is solid
+    looks = [(":", style.GREEN), *[("--", style.ORANGE)] * (len(examples.steps) - 2), ("-", style.BLUE)]
     support_x, support_y, query_x, query_y = (t[..., 0].numpy() for t in examples.batch)
     for task, panel in enumerate(panels):
-        x, truth = query_x[task], query_y[task]
-        panel.plot(x, truth, color=style.GREY, linewidth=3.5, alpha=0.5, label="true curve")
+        truth = query_y[task]
+        panel.plot(query_x[task], truth, color=style.GREY, linewidth=3.5, alpha=0.5, label="true curve")
         predictions = examples.outputs[task, ..., 0].numpy()
         for step, predicted, (line, colour) in zip(examples.steps, predictions, looks, strict=True):
             label = after_steps(step) if step else "before adaptation"
-            panel.plot(x, predicted, line, color=colour, label=label)
+            panel.plot(query_x[task], predicted, line, color=colour, label=label)
         panel.scatter(
             support_x[task], support_y[task], 26, style.RED, linewidth=0.5, label="support set", zorder=3
         )
         margin = 0.3 * float(truth.max() - truth.min()) + 0.5
-        panel.set_ylim(float(truth.min()) - margin, float(truth.max()) + margin)
-        panel.set_xlabel("x")
+        panel.set(xlabel="x", ylim=(float(truth.min()) - margin, float(truth.max()) + margin))
     panels[0].set_ylabel("y")
 
 
 # ---- images ---------------------------------------------------------------------------------
 
-MOST_WAYS, MOST_SHOTS = 20, 5  # shown of a task
-RIGHT, WRONG = "✓", "✗"
+
+def draw_images(panel: Axes, images: Tensor, above: float = 0.0) -> None:
+    """Draw a grid of images with gaps: the image at `row` and `column` fills that unit square of the panel.
+
+    Args:
+        images: `[rows, columns, channels, height, width]` in [0, 1]: colour, or one channel, drawn dark on
+            white.
+        above: additional gap above each row, in heights of an image.
+    """
+    images = images.float().clamp(0, 1)
+    if images.shape[2] == 1:
+        images = (1 - images).expand(-1, -1, 3, -1, -1)
+    rows, columns, _, height, _ = images.shape
+    gap = max(1, round(0.06 * height))
+    padded = functional.pad(images, (gap, gap, gap + round(above * height), gap), value=1.0)
+    pixels = padded.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # [height, width, 3] of the grid
+    aspect = padded.shape[3] / padded.shape[4]
+    panel.imshow(pixels.numpy(), extent=(0, columns, rows, 0), aspect=aspect, interpolation="nearest")
+    panel.grid(visible=False)
+    panel.spines[:].set_visible(False)
+    panel.tick_params(length=0)
+    panel.set(xticks=[], yticks=[])
 
 
-def _draw_images(examples: Examples, ways: int, title: str) -> Figure:
+def _draw_image_tasks(examples: Examples, ways: int, title: str) -> Figure:
     """Draw image tasks: a row a class, with its support images and its first query image.
 
-    Next to a query is its label before adaptation and after the last step. Marks and lines tell right from
-    wrong, not colours alone. The numbers of correct labels are those of all queries of all classes.
+    Next to a query is its label before adaptation and after the last step; marks tell right from wrong, not
+    colours alone. The numbers of correct labels are those of all queries of all classes.
     """
     rows, inch = min(ways, MOST_WAYS), 0.5 if ways <= 10 else 0.42
     shots, queries = (x.shape[1] // ways for x in (examples.batch.support_x, examples.batch.query_x))
     shown = min(shots, MOST_SHOTS)
-    left_out = f"\nshown: {rows} of {ways} classes, {shown} of {shots} shots"
-    figure = style.new_figure(TASKS * (inch * (shown + 1) + 1.5), rows * inch + 1.2)
-    figure.suptitle(title)
+    figure = style.new_figure(TASKS * (inch * (shown + 1) + 1.5), rows * inch + 1.2, title)
     for task, panel in enumerate(figure.subplots(1, TASKS)):
         support = examples.batch.support_x[task].unflatten(0, (ways, shots))[:rows, :shown]
         query = examples.batch.query_x[task].unflatten(0, (ways, queries))[:rows, :1]
         labels = examples.outputs[task, [0, -1]].argmax(-1).view(2, ways, queries)
         before, after = (labels == torch.arange(ways)[:, None]).flatten(1).sum(1).tolist()
-        words = f"correct: {before} → {after} of {ways * queries}"
-        panel.set_title(words + left_out * ((rows, shown) != (ways, shots)), loc="left", pad=18)
+        panel.set_title(f"correct: {before} → {after} of {ways * queries}", loc="left", pad=18)
         framed = functional.pad(torch.cat([support, query], 1).float(), (1, 1, 1, 1), value=0.4)
-        style.draw_images(panel, framed)
-        _label_images(panel, labels[:, :rows, 0].T.tolist(), shown)
+        draw_images(panel, framed)
+        panel.set_yticks([row + 0.5 for row in range(rows)], [str(row) for row in range(rows)])
+        for heading, x in {"support": shown / 2, "query": shown + 0.5}.items():
+            panel.text(x, -0.15, heading, ha="center", fontsize=style.SMALL)
+        for heading, x, column in (("before", shown + 1.5, 0), ("after", shown + 2.3, 1)):
+            panel.text(x, -0.15, heading, ha="center", fontsize=style.SMALL)
+            for row, label in enumerate(labels[column, :rows, 0].tolist()):
+                colour, mark = (style.BLUE, RIGHT) if label == row else (style.RED, WRONG)
+                words = {"color": colour, "ha": "center", "va": "center", "fontsize": style.SMALL}
+                panel.text(x, row + 0.5, f"{label} {mark}", **words)
     return figure
 
 
-def _label_images(panel: Axes, labels: Sequence[Sequence[int]], query: int) -> None:
-    """Write the labels of a task's classes and, next to the query images, those predicted before and after.
+# ---- predictions for a user's own tasks -----------------------------------------------------
 
-    Args:
-        labels: by class, predicted for its query before and after adaptation.
-        query: column of the query images.
-    """
-    from matplotlib.patches import Rectangle
 
-    columns = {"support": query / 2, "query": query + 0.5, "before": query + 1.5, "after": query + 2.3}
-    for heading, x in columns.items():
-        panel.text(x, -0.15, heading, ha="center", fontsize=style.SMALL)
-    panel.set_yticks([row + 0.5 for row in range(len(labels))], [str(row) for row in range(len(labels))])
-    for row, (before, after) in enumerate(labels):
-        for heading, label in (("before", before), ("after", after)):
-            colour, weight = (style.BLUE, "normal") if label == row else (style.RED, "bold")
-            place = (columns[heading], row + 0.5, f"{label} {RIGHT if label == row else WRONG}")
-            panel.text(*place, ha="center", va="center", color=colour, weight=weight, fontsize=style.SMALL)
-        frame = Rectangle((query + 0.04, row + 0.04), 0.92, 0.92, fill=False, edgecolor=colour, linewidth=1.4)
-        frame.set_linestyle("-" if after == row else "--")
-        panel.add_patch(frame)
+@dataclass(frozen=True)
+class Prediction:
+    """A user's task and the predictions for it, on the CPU."""
+
+    name: str
+    classes: list[str]  # names of the labels; empty for regression
+    support_x: Tensor  # [support examples, ...]
+    support_y: Tensor  # [support examples] of labels, or [support examples, targets]
+    query_x: Tensor  # [query examples, ...]
+    predicted: Tensor  # probabilities [query examples, classes], or [query examples, targets]
+
+
+@style.styled()
+def predictions_figure(tasks: Sequence[Prediction], title: str) -> Figure:
+    """Draw a contact sheet of images, or a panel a task: curves of one input, or predictions by row."""
+    if tasks[0].support_x.dim() == 4:
+        return _contact_sheet(tasks[0], title)
+    shown = min(len(tasks), MOST_PREDICTED)
+    figure = style.new_figure(3.0 * shown + 0.6, 3.2, title)
+    panels = figure.subplots(1, shown, squeeze=False)[0]
+    for panel, task in zip(panels, tasks, strict=False):
+        curve = task.support_x.shape[-1] == 1 and not task.classes
+        x, order = (task.query_x[:, 0] if curve else torch.arange(len(task.query_x))).sort()
+        names = task.classes or [f"target {number}" for number in range(task.predicted.shape[1])]
+        for number, (name, values) in enumerate(zip(names, task.predicted[order].T, strict=True)):
+            look = style.curve_style(number) | ({} if curve else {"linestyle": "none"})
+            panel.plot(x.numpy(), values.numpy(), label=name, **look)
+            if curve:
+                targets = task.support_y[:, number].numpy()
+                panel.scatter(task.support_x[:, 0].numpy(), targets, 18, look["color"], zorder=3)
+        panel.xaxis.get_major_locator().set_params(integer=not curve)
+        label = "probability" if task.classes else "prediction"
+        panel.set(title=task.name, xlabel="x" if curve else "predicted row", ylabel=label)
+    style.add_legend(figure, panels[0])
+    return figure
+
+
+def _contact_sheet(task: Prediction, title: str) -> Figure:
+    """Draw the labelled images, a row a class, and below them the predicted ones with their confidence."""
+    classes, queries = len(task.classes), min(len(task.query_x), MOST_IMAGES)
+    if queries < len(task.query_x):
+        title += f" (the first {queries} of {len(task.query_x)})"
+    rows = -(-queries // COLUMNS)
+    figure = style.new_figure(10.0, 0.8 * classes + 1.05 * rows + 1.0, title)
+    support, query = figure.subplots(2, 1, height_ratios=[classes, 1.3 * rows])
+    examples = [_fill(task.support_x[task.support_y == label][:COLUMNS], COLUMNS) for label in range(classes)]
+    draw_images(support, torch.stack(examples))
+    support.set_yticks([label + 0.5 for label in range(classes)], task.classes)
+    support.set_title("support set", loc="left")
+    images = _fill(task.query_x[:queries], rows * COLUMNS)
+    draw_images(query, images.unflatten(0, (rows, COLUMNS)), above=0.3)
+    query.set_title("predicted", loc="left")
+    confidence, best = task.predicted[:queries].max(-1)
+    for number, (label, share) in enumerate(zip(best.tolist(), confidence.tolist(), strict=True)):
+        row, column = divmod(number, COLUMNS)
+        words = f"{task.classes[label][:10]} {100 * share:.0f} %"
+        query.text(column + 0.06, row + 0.22, words, fontsize=style.SMALL - 1)
+    return figure
+
+
+def _fill(images: Tensor, count: int) -> Tensor:
+    """Append empty images, up to `count`."""
+    empty = 0.0 if images.shape[1] == 1 else 1.0  # one channel is drawn dark on white
+    return torch.cat([images, images.new_full((count - len(images), *images.shape[1:]), empty)])

@@ -1,6 +1,7 @@
-"""Pictures of results: over inner steps (--eval), of methods side by side (--baselines), and while learning.
+"""Pictures of results over inner steps, of learning curves, and of paired differences.
 
-Tasks that have diverged are left out of every mean, and counted.
+A curve is the mean of a setting's runs in a band: from the lowest to the highest run or, of one run, the 95 %
+interval over tasks.
 """
 
 from __future__ import annotations
@@ -8,114 +9,127 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from evaluation import style
 from evaluation.examples import Examples, draw_fits
-from evaluation.meta_test import Evaluation
+from evaluation.paired import Side, difference
+from evaluation.seeds import ALL, Curve, StepResults
 from evaluation.tables import Caption
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-
-@style.styled()
-def evaluation_figure(evaluation: Evaluation, caption: Caption, curves: Examples | None = None) -> Figure:
-    """Draw the result over inner steps with its 95 % interval and, for curves, example fits."""
-    tasks = len(curves.outputs) if curves else 0
-    figure = style.new_figure(4.2 + 2.6 * tasks, 3.1)
-    figure.suptitle(caption.title)
-    panels = figure.subplots(1, 1 + tasks, squeeze=False, width_ratios=[1.5] + [1] * tasks)[0]
-    results = {name: evaluation.select(name) for name in evaluation.losses}
-    _draw_results(panels[0], results if len(results) > 1 else {"mean and 95 % interval": evaluation}, caption)
-    mark_trained_steps(panels[0], caption.trained_steps)
-    if curves:
-        draw_fits(panels[1:], curves)
-        style.add_legend(figure, panels[1], "right")
-    style.add_legend(figure, panels[0], "left" if curves else "center")
-    return figure
+MOST_MARKED = 100  # points of a curve that have markers
+Curves = Mapping[str, Sequence[Curve]]  # curves of a setting's runs, by label
 
 
-def _draw_results(panel: Axes, results: Mapping[str, Evaluation], caption: Caption) -> None:
-    """Draw results with one normalisation over inner steps; one that is not adapted is a horizontal line."""
-    for number, (label, evaluation) in enumerate(results.items()):
-        (normalisation,) = evaluation.losses
-        mean, interval = evaluation.intervals(normalisation)
-        diverged = int(evaluation.diverged(normalisation).any(1).sum())
-        if diverged:
-            label += f"\n(without the {diverged} task{'s' * (diverged > 1)} that diverged)"
-        if evaluation.steps:
-            draw_over_steps(panel, mean, interval, label, number)
+def draw_curve(
+    panel: Axes, number: int, label: str, runs: Sequence[Curve], interval: Tensor | None = None
+) -> None:
+    """Draw curve number `number`: the mean of the runs as far as all of them go, in its band.
+
+    Args:
+        interval: half width of the band, `[points]`; None: from the lowest run to the highest.
+    """
+    length = min(len(x) for x, _ in runs)
+    x, y = runs[0][0][:length], torch.tensor([list(y[:length]) for _, y in runs], dtype=torch.float64)
+    mean = y.mean(0)
+    low, high = (y.amin(0), y.amax(0)) if interval is None else (mean - interval, mean + interval)
+    look = style.curve_style(number) | ({"marker": ""} if length > MOST_MARKED else {})
+    panel.plot(x, mean.numpy(), label=label, **look)
+    panel.fill_between(x, low.numpy(), high.numpy(), color=look["color"], alpha=0.15, linewidth=0)
+
+
+def draw_learning(panel: Axes, curves: Curves, measure: str, *, accuracy: bool) -> None:
+    """Draw a measure over iterations."""
+    for number, (label, runs) in enumerate(curves.items()):
+        draw_curve(panel, number, label, runs)
+    style.label_axes(panel, "iteration", measure, accuracy=accuracy)
+
+
+def draw_results(panel: Axes, results: Mapping[str, StepResults], caption: Caption) -> None:
+    """Draw results over inner steps; one that is not adapted is a horizontal line."""
+    for number, (name, part) in enumerate(results.items()):
+        runs = part.means.shape[1]
+        label = "mean and 95 % interval" if name == ALL and runs == 1 else name
+        label += f": mean of {runs}" * (runs > 1)
+        diverged = f"{max(part.diverged)} task{'s' * (max(part.diverged) > 1)} that diverged"
+        label += f"\n(without the {diverged})" * (any(part.diverged) and not part.accuracy)
+        if len(part.means) == 1:
+            panel.axhline(part.means.mean().item(), color=style.GREY, linestyle="--", label=label)
         else:
-            panel.axhline(mean.item(), color=style.GREY, linestyle="--", label=label)
-    first = next(iter(results.values()))
-    style.set_measure_axis(panel, caption.measure(first), accuracy=bool(first.accuracies))
-
-
-def draw_over_steps(panel: Axes, mean: Tensor, interval: Tensor, label: str, number: int) -> None:
-    """Draw curve number `number`: mean and half width of the interval, `[steps + 1]` each."""
-    look, steps = style.curve_style(number), range(len(mean))
-    panel.plot(steps, mean.numpy(), label=label, **look)
-    low, high = (mean - interval).numpy(), (mean + interval).numpy()
-    panel.fill_between(steps, low, high, color=look["color"], alpha=0.15, linewidth=0)
-    style.set_step_axis(panel)
-
-
-def mark_trained_steps(panel: Axes, steps: int | None) -> None:
-    """Mark the number of inner steps that the learner was trained for."""
-    if steps is not None:
-        panel.axvline(steps, color=style.GREY, linestyle=":", label="trained for")
+            curves = [(range(len(mean)), mean) for mean in part.means.T.tolist()]
+            draw_curve(panel, number, label, curves, part.intervals if runs == 1 else None)
+    if caption.trained_steps is not None:
+        panel.axvline(caption.trained_steps, color=style.GREY, linestyle=":", label="trained for")
+    accuracy = next(iter(results.values())).accuracy
+    measure = f"query {'accuracy' if accuracy else caption.loss_name}"
+    style.label_axes(panel, "inner steps", measure, accuracy=accuracy)
 
 
 @style.styled()
-def comparison_figure(
-    results: Mapping[str, Evaluation],
+def results_figure(
+    results: Mapping[str, StepResults],
     caption: Caption,
-    curves: Mapping[str, tuple[Sequence[int], Sequence[float]]],
+    *,
+    fits: Examples | None = None,
+    learning: Curves | None = None,
+    learning_measure: str = "",
 ) -> Figure:
-    """Draw methods over inner steps and, where there are any, their losses while training.
-
-    Args:
-        results: by method, with one normalisation.
-        curves: by method, the last iteration of each window and the mean loss in it.
-    """
-    figure = style.new_figure(5.5 + 4.5 * bool(curves), 3.6)
-    figure.suptitle(caption.title)
-    panels = figure.subplots(1, 1 + bool(curves), squeeze=False)[0]
-    _draw_results(panels[0], results, caption)
-    style.add_legend(figure, panels[0])
-    for number, (name, (ends, losses)) in enumerate(curves.items()):
-        look = style.curve_style(number) | ({"marker": None} if len(ends) > 1 else {})
-        panels[1].plot(ends, losses, linewidth=1.2, label=name, **look)
-        label = f"query {caption.loss_name}, means of {ends[0]:,} iterations"
-        style.set_measure_axis(panels[1], label, accuracy=False)
-    if curves:
-        style.set_iteration_axis(panels[1])
-        panels[1].legend()
+    """Draw results over inner steps and, to the right, example fits or losses while training."""
+    others = len(fits.outputs) if fits else int(bool(learning))
+    figure = style.new_figure(4.2 + others * (2.6 if fits else 3.8), 3.4, caption.title)
+    ratios = [1.5 if fits else 1, *[1] * others]
+    panel, *rest = figure.subplots(1, 1 + others, squeeze=False, width_ratios=ratios)[0]
+    draw_results(panel, results, caption)
+    if learning:
+        draw_learning(rest[0], learning, learning_measure, accuracy=False)
+        rest[0].legend()
+    if fits:
+        draw_fits(rest, fits)
+    style.add_legend(figure, panel, *rest[:1] if fits else ())
     return figure
 
 
 @style.styled()
-def learning_figure(
-    training: Mapping[str, Sequence[float]],
-    validation: Mapping[str, Sequence[float]],
-    *,
-    measure: str,
-    label: str,
-    log_every: int,
-) -> Figure:
-    """Draw training means over consecutive windows of `log_every` iterations, and validation.
-
-    Args:
-        training, validation: values by name; "iteration" and `measure` are drawn.
-    """
-    figure = style.new_figure(6, 3.4)
+def learning_figure(curves: Curves, measure: str, *, accuracy: bool) -> Figure:
+    """Draw learning curves, by label."""
+    figure = style.new_figure(6.5, 3.6)
     panel = figure.subplots()
-    window = f"training, means of {log_every:,} iteration{'s' * (log_every > 1)}"
-    panel.plot(training["iteration"], training[measure], color=style.BLUE, linewidth=0.9, label=window)
-    panel.plot(validation["iteration"], validation[measure], "o-", color=style.ORANGE, label="validation")
-    style.set_iteration_axis(panel)
-    style.set_measure_axis(panel, label, accuracy=measure == "query_accuracy")
+    draw_learning(panel, curves, measure, accuracy=accuracy)
     style.add_legend(figure, panel)
+    return figure
+
+
+@style.styled()
+def comparison_figure(sides: Sequence[Side], caption: Caption) -> Figure:
+    """Draw validation over iterations, the result over inner steps and, below, the paired differences.
+
+    A side has one colour and marker in all panels.
+    """
+    accuracy = sides[0].results.accuracy
+    measure = "accuracy" if accuracy else caption.loss_name
+    heights = [3.1, 0.8 + 0.3 * len(sides)]
+    figure = style.new_figure(9.0, sum(heights), caption.title)
+    top, bottom = figure.subfigures(2, 1, height_ratios=heights)
+    learning, steps = top.subplots(1, 2)
+    curves = {side.name: list(side.curves.values()) for side in sides}
+    draw_learning(learning, curves, f"validation {measure}", accuracy=accuracy)
+    draw_results(steps, {side.name: side.results for side in sides}, caption)
+    panel = bottom.subplots()
+    panel.axvline(0.0, color=style.GREY, linestyle=":")
+    for number, side in enumerate(sides):
+        look, paired = style.curve_style(number), difference(side, sides[0])
+        points = {"fmt": look["marker"], "color": look["color"], "capsize": 3, "markersize": 6}
+        panel.errorbar([paired.mean], [number], xerr=[paired.interval_95_over_tasks], **points)
+        if len(paired.by_seed) > 1 and number:
+            seeds = list(paired.by_seed.values())
+            panel.plot(seeds, [number + 0.25] * len(seeds), "o", color=look["color"], markersize=2.5)
+    panel.set_yticks(range(len(sides)), [side.name for side in sides])
+    better = "right" if accuracy else "left"
+    label = f"{measure}: paired difference to the first, 95 % interval over tasks (better: {better})"
+    panel.set(ylim=(len(sides) - 0.5, -0.5), xlabel=label)
     return figure

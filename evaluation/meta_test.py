@@ -43,34 +43,25 @@ class Evaluation:
         """Return the results to report: accuracies, or losses for regression."""
         return self.accuracies or self.losses
 
-    @property
-    def tasks(self) -> int:
-        """Return the number of tasks."""
-        return len(next(iter(self.losses.values())))
-
-    @property
-    def steps(self) -> int:
-        """Return the number of inner steps."""
-        return next(iter(self.losses.values())).shape[1] - 1
-
-    def select(self, normalisation: str) -> Evaluation:
-        """Return the results with one normalisation alone."""
-        accuracies = self.accuracies and {normalisation: self.accuracies[normalisation]}
-        return Evaluation({normalisation: self.losses[normalisation]}, accuracies)
-
     def diverged(self, normalisation: str) -> Tensor:
         """Return which tasks have diverged after which step: bool `[tasks, steps + 1]`."""
         return diverged(self.losses[normalisation])
 
-    def intervals(self, normalisation: str) -> tuple[Tensor, Tensor]:
-        """Return mean and half width of the 95 % interval over the tasks that have not diverged.
+    def kept(self, normalisation: str) -> Tensor:
+        """Return which results count towards a mean: bool `[tasks, steps + 1]`.
 
-        Both `[steps + 1]`.
+        These are all accuracies, and the losses that have not diverged.
         """
-        values, kept = self.measures[normalisation], ~self.diverged(normalisation)
-        pairs = [mean_and_interval(v[k]) for v, k in zip(values.unbind(1), kept.unbind(1), strict=True)]
-        mean, interval = map(torch.stack, zip(*pairs, strict=True))
-        return mean, interval
+        diverged = self.diverged(normalisation)
+        return torch.ones_like(diverged) if self.accuracies else ~diverged
+
+    def intervals(self, normalisation: str) -> tuple[Tensor, Tensor]:
+        """Return mean and half width of the 95 % interval over tasks, each `[steps + 1]`; see `kept`."""
+        values, kept = self.measures[normalisation].T, self.kept(normalisation).T
+        mean, interval = zip(
+            *(mean_and_interval(v[k]) for v, k in zip(values, kept, strict=True)), strict=True
+        )
+        return torch.stack(mean), torch.stack(interval)
 
 
 def diverged(losses: Tensor) -> Tensor:

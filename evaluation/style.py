@@ -1,7 +1,6 @@
-"""The one style of every picture: colours, axes, legends and images, and how a picture becomes a file.
+"""The one style of every picture: colours, axes and legends, and how a picture becomes a file.
 
-All modules that draw import this one. Sizes and fonts are in `pictures.mplstyle`. matplotlib is imported when
-the first picture is drawn.
+Sizes and fonts are in `pictures.mplstyle`. matplotlib is imported when the first picture is drawn.
 """
 
 from __future__ import annotations
@@ -11,9 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
-from torch.nn import functional
 
 from common.files import write_whole
 
@@ -48,11 +44,14 @@ def styled() -> Iterator[None]:
         yield
 
 
-def new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float, title: str = "") -> Figure:
     """Return an empty figure of this size in inches, whose panels share the room among themselves."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    if title:
+        figure.suptitle(title)
+    return figure
 
 
 def curve_style(number: int) -> dict[str, Any]:
@@ -64,79 +63,33 @@ def curve_style(number: int) -> dict[str, Any]:
     }
 
 
-def add_legend(figure: Figure, panel: Axes, place: str = "center") -> None:
-    """Add a legend of the panel's curves below all panels; none where too many curves look alike.
-
-    Args:
-        place: "left", "center" or "right".
-    """
-    handles, labels = panel.get_legend_handles_labels()
-    if 0 < len(labels) <= DISTINCT_CURVES:
-        room = LETTERS_PER_INCH * figure.get_figwidth() // (max(map(len, labels)) + 8)
-        columns = min(len(labels), max(1, int(room)))
-        outside: Any = f"outside lower {place}"
-        figure.legend(handles, labels, loc=outside, ncols=columns)
+def add_legend(figure: Figure, *panels: Axes) -> None:
+    """Add a legend of these panels' curves below the figure; none where too many curves look alike."""
+    curves = [curve for panel in panels for curve in zip(*panel.get_legend_handles_labels(), strict=True)]
+    if 0 < len(curves) <= DISTINCT_CURVES:
+        handles, labels = zip(*curves, strict=True)
+        longest = max(len(line) for label in labels for line in label.split("\n"))
+        columns = max(1, int(LETTERS_PER_INCH * figure.get_figwidth() // (longest + 8)))
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))  # type: ignore[arg-type]  # "outside ..." is missing in the stubs
 
 
-def draw_images(panel: Axes, images: Tensor, above: float = 0.0) -> None:
-    """Draw a grid of images with gaps: the image at `row` and `column` fills that unit square of the panel.
+def label_axes(panel: Axes, x: str, measure: str, *, accuracy: bool) -> None:
+    """Label and scale the axes of whole numbers and of a measure. Call it when all curves are drawn.
 
-    Args:
-        images: `[rows, columns, channels, height, width]` in [0, 1]: colour, or one channel, drawn dark on
-            white.
-        above: additional gap above each row, in heights of an image.
-    """
-    images = images.float().clamp(0, 1)
-    if images.shape[2] == 1:
-        images = (1 - images).expand(-1, -1, 3, -1, -1)
-    rows, columns, _, height, _ = images.shape
-    gap = max(1, round(0.06 * height))
-    padded = functional.pad(images, (gap, gap, gap + round(above * height), gap), value=1.0)
-    pixels = padded.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # [height, width, 3] of the grid
-    aspect = padded.shape[3] / padded.shape[4]
-    panel.imshow(pixels.numpy(), extent=(0, columns, rows, 0), aspect=aspect, interpolation="nearest")
-    panel.grid(visible=False)
-    panel.spines[:].set_visible(False)
-    panel.tick_params(length=0)
-    panel.set(xticks=[], yticks=[])
-
-
-# ---- axes -----------------------------------------------------------------------------------
-
-
-def set_iteration_axis(panel: Axes) -> None:
-    """Label the horizontal axis of a learning curve."""
-    from matplotlib.ticker import MaxNLocator
-
-    panel.set_xlabel("iteration")
-    panel.xaxis.set_major_formatter("{x:,.0f}")
-    panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
-
-
-def set_step_axis(panel: Axes) -> None:
-    """Label the horizontal axis of results over inner steps."""
-    from matplotlib.ticker import MaxNLocator
-
-    panel.set_xlabel("inner steps")
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def set_measure_axis(panel: Axes, name: str, *, accuracy: bool) -> None:
-    """Label and scale the vertical axis of an accuracy, up to 100 %, or of a loss.
-
-    A loss that varies little has an axis of its own range, one that varies more begins at 0, and one that
-    varies by orders of magnitude is logarithmic. Call it when all curves are drawn.
+    An accuracy is shown in percent, up to 100. The axis of a loss that varies by orders of magnitude is
+    logarithmic, that of others begins at 0 unless the loss varies by less than half.
     """
     import numpy as np
-    from matplotlib.ticker import NullFormatter, PercentFormatter
+    from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
-    panel.set_ylabel(f"{name} (%)" if accuracy else name)
+    panel.set(xlabel=x, ylabel=f"{measure} (%)" if accuracy else measure)
+    panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    panel.xaxis.set_major_formatter("{x:,.0f}")
+    values = [float(y) for line in panel.lines for y in np.asarray(line.get_ydata()) if 0 < y < math.inf]
     if accuracy:
         panel.yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=""))
         panel.set_ylim(top=1.0)
-        return
-    values = [float(y) for line in panel.lines for y in np.asarray(line.get_ydata()) if 0 < y < math.inf]
-    if values and max(values) > WIDE * min(values):
+    elif values and max(values) > WIDE * min(values):
         panel.set_yscale("log")
         panel.yaxis.set_major_formatter("{x:g}")  # plain numbers, not powers in mathematical notation
         panel.yaxis.set_minor_formatter(NullFormatter())

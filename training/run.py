@@ -249,12 +249,15 @@ class Run:
         after = self.iteration + 1  # a resumed run drops it
         if self.progress.training and self.progress.validation:
             loss = f"query {loss_name(self.settings['loss'])}"
+            curves = {
+                f"training, means of {self.log_every:,} iterations": self.progress.training,
+                "validation": self.progress.validation,
+            }
+            accuracy = self.measure == "query_accuracy"
             figure = learning_figure(
-                self.progress.training,
-                self.progress.validation,
-                measure=self.measure,
-                label=loss if self.measure == "query_loss" else "query accuracy",
-                log_every=self.log_every,
+                {label: [(curve["iteration"], curve[self.measure])] for label, curve in curves.items()},
+                "query accuracy" if accuracy else loss,
+                accuracy=accuracy,
             )
             self.log.figure("training", figure, after, self.folder / "training.png")
         self.log.end(after, failed=self.failure is not None)
