@@ -71,7 +71,7 @@ def steps_figure(table: Table, record: Record) -> Figure | None:
                     draw_curve(panel, curves[cell.method, test], cell.method, look, filled=wide)
                     draw_published(panel, table, cell.method, test, look["color"])
             panel.set(title=test, yscale="log" if wide else "linear")
-            style.set_step_axis(panel)
+            panel.set_xlabel("inner steps")
         measure = "query error (%)" if table.accuracy else "query MSE"
         panels[0].set_ylabel(f"{measure}; diamonds: published")
         style.add_legend(figure, panels[0])
@@ -127,7 +127,7 @@ def learning_figure(record: Record) -> Figure:
                 )
                 losses += points[1]
             panel.set(title=method, yscale="log")
-            style.set_iteration_axis(panel)
+            panel.set_xlabel("iteration")
         panels[0].set_ylim(top=5 * max(statistics.quantiles(losses, n=50)))
         panels[0].set_ylabel(f"query MSE, means of {WINDOW} tasks")
         style.add_legend(figure, panels[0])

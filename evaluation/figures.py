@@ -56,18 +56,19 @@ def draw_results(panel: Axes, results: Mapping[str, StepResults], caption: Capti
         runs = part.means.shape[1]
         label = "mean and 95 % interval" if name == ALL and runs == 1 else name
         label += f": mean of {runs}" * (runs > 1)
-        diverged = f"{max(part.diverged)} task{'s' * (max(part.diverged) > 1)} that diverged"
-        label += f"\n(without the {diverged})" * (any(part.diverged) and not part.accuracy)
+        label += f"\n(without {max(part.diverged)} that diverged)" * (
+            any(part.diverged) and not part.accuracy
+        )
         if len(part.means) == 1:
             panel.axhline(part.means.mean().item(), color=style.GREY, linestyle="--", label=label)
         else:
             curves = [(range(len(mean)), mean) for mean in part.means.T.tolist()]
             draw_curve(panel, number, label, curves, part.intervals if runs == 1 else None)
-    if caption.trained_steps is not None:
-        panel.axvline(caption.trained_steps, color=style.GREY, linestyle=":", label="trained for")
     accuracy = next(iter(results.values())).accuracy
     measure = f"query {'accuracy' if accuracy else caption.loss_name}"
     style.label_axes(panel, "inner steps", measure, accuracy=accuracy)
+    if caption.trained_steps is not None:
+        panel.axvline(caption.trained_steps, color=style.GREY, linestyle=":", label="trained for")
 
 
 @style.styled()

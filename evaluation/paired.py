@@ -136,24 +136,26 @@ def differences_table(sides: Sequence[Side], loss_name: str, split: str) -> str:
     """
     accuracy = sides[0].results.accuracy
     measure, scale, digits = units(loss_name, accuracy=accuracy)
+    several = any(len(side.evaluations) > 1 for side in sides)
     compared, rows = readings(sides), []
     for words, (first, *others) in compared.items():
         for side in (first, *others):
             row = [side.name, words * (len(compared) > 1), str(side.steps)]
             row.append(side.results.cell(side.steps, scale, digits))
             if side is first:
-                rows.append([*row, "the first", "", ""])
+                rows.append([*row, "the first", "", "", ""])
                 continue
             paired = difference(side, first)
-            left_out = str(paired.left_out or "")
+            counts = str(len(paired.by_seed)) * several, str(paired.left_out or "")
             verdict = paired.verdict(more_is_better=accuracy)
-            rows.append([*row, paired.text(scale, digits), left_out, verdict])
+            rows.append([*row, paired.text(scale, digits), *counts, verdict])
     means = describe_means([side.results for group in compared.values() for side in group])
+    header = ["", "statistics", "steps", measure, "difference", "seeds", "left out", "verdict"]
     pairs = "mean ± 95 % interval over tasks"
-    if any(len(side.evaluations) > 1 for side in sides):
+    if several:
         pairs = "mean over shared seeds ± its 95 % interval over tasks (lowest to highest seed)"
     return (
-        f"{table(['', 'statistics', 'steps', measure, 'difference', 'left out', 'verdict'], rows)}\n"
+        f"{table(header, rows)}\n"
         f"Query {measure}, {split}: {means}\n"
         f"Difference to {sides[0].name} on the same tasks: {pairs}; better or worse where the "
         "interval excludes 0."

@@ -11,7 +11,6 @@ from runs import command
 
 from commands.build import prepare
 from commands.call import Call
-from commands.compare import name_group, name_sides
 from commands.evaluate import Subject
 from training.checkpoint import load_checkpoint
 from training.folders import lock_folder
@@ -30,7 +29,7 @@ def place(tmp_path_factory):
     patch.setattr("training.trainer.VALIDATION_TASKS", CHOSEN_BY)
     patch.setattr("commands.compare.VALIDATION_TASKS", CHOSEN_BY)
     patch.setattr("training.run.Run.draw_examples", lambda *_: None)
-    for drawn in ("training.run.learning_figure", "commands.sweep.seeds.training_figure"):
+    for drawn in ("training.run.learning_figure", "commands.sweep.learning_figure"):
         patch.setattr(drawn, lambda *_, **__: Figure(figsize=(1, 1)))
 
     def train(name: str, *flags: object) -> None:
@@ -54,7 +53,7 @@ def place(tmp_path_factory):
 def compare(place, tmp_path, capsys, monkeypatch):
     """Compare runs of the folder; return the record, and what was printed."""
     monkeypatch.chdir(place)
-    monkeypatch.setattr("evaluation.paired.figure", lambda *_: Figure(figsize=(3, 3)))
+    monkeypatch.setattr("commands.compare.comparison_figure", lambda *_: Figure(figsize=(3, 3)))
 
     def compared(*arguments: object) -> tuple[dict, str]:
         capsys.readouterr()
@@ -124,17 +123,6 @@ def test_the_seeds_that_both_have_are_paired(compare, place):
     assert "--init" in said and "--inner-lr" in said and "--seed " not in said
 
 
-def test_single_runs_that_differ_in_their_seeds_alone_are_one_side(compare, place):
-    folders = sorted(path for path in (place / "grid").iterdir() if path.is_dir())
-    (as_runs, _), (as_many, _) = compare(*folders), compare("grid")
-    assert [side["name"] for side in as_runs["sides"]] == ["inner-lr-0.001", "inner-lr-0.1"]
-    assert [side["seeds"] for side in as_runs["sides"]] == [[0, 1, 2], [0, 1, 2]]
-    assert [side["results"] for side in as_runs["sides"]] == [side["results"] for side in as_many["sides"]]
-    incomplete, _ = compare(*folders[:-1])  # one setting lacks a seed
-    last, _ = compare(*folders[:-1], folders[-1] / "last.pt")  # the others are the best
-    assert (len(incomplete["sides"]), len(last["sides"])) == (5, 6)
-
-
 def test_best_is_measured_and_the_curves_are_those_of_the_whole_run(compare, place):
     with lock_folder(place / "maml"):  # it is being trained
         result, _ = compare("maml", "fomaml/last.pt")
@@ -149,33 +137,22 @@ def test_best_is_measured_and_the_curves_are_those_of_the_whole_run(compare, pla
 # ---- names and files -----------------------------------------------------------------------------
 
 
-def test_sides_are_named_after_their_path_and_setting():
-    def names(*places: str) -> list[str]:
-        return name_sides([(Path("/runs") / p.partition(":")[0], p.partition(":")[2]) for p in places])
-
-    assert names("a/x", "a/y") == ["x", "y"]
-    assert names("a/x", "b/y/best.pt") == ["a/x", "b/y/best"]
-    assert names("x", "x") == ["x", "x (2)"]
-    assert names("grid:s-1", "grid:s-2") == ["s-1", "s-2"]
-    assert names("grid:s-1", "grid:s-2", "other") == ["grid s-1", "grid s-2", "other"]
-    assert name_group(["maml-seed0", "maml-seed1"]) == "maml"
-    assert name_group(["a/seed0", "a/seed1"]) == "a"
-    assert name_group(["monday", "tuesday"]) == "monday"
-
-
-def test_results_lie_next_to_the_first_run_and_those_of_other_runs_are_never_overwritten(
-    place, monkeypatch, capsys
-):
+def test_sides_are_named_after_their_path_and_setting_and_results_lie_next_to_the_first(place, monkeypatch):
     monkeypatch.chdir(place)
-    for _ in range(2):  # the same may be
-        assert command("--compare", "maml", "fomaml", "--eval-tasks", 3) == 0
+    line = ["maml", "grid/inner-lr-0.1_seed-0", "maml/last.pt", "grid", "--eval-tasks", 3]
+    assert command("--compare", *line) == 0
     (picture,) = place.glob("comparison-*.png")
-    assert picture.stem == "comparison-maml-vs-fomaml-validation-sinusoid-3shot-4query-3tasks"
     file = picture.with_suffix(".json")
-    file.write_text(file.read_text().replace("maml/best.pt", "other/best.pt"))
-    assert command("--compare", "maml", "fomaml", "--eval-tasks", 3) == 2
-    assert "of other runs: choose another --out" in capsys.readouterr().err
-    assert "other/best.pt" in file.read_text()
+    names = [side["name"] for side in json.loads(file.read_text())["sides"]]
+    assert names == [
+        "maml",
+        "grid/inner-lr-0.1_seed-0",
+        "maml/last",
+        "grid inner-lr-0.001",
+        "grid inner-lr-0.1",
+    ]
+    joined = "maml-vs-grid-inner-lr-0.1_seed-0-vs-maml-last-vs-2-more"
+    assert picture.stem == f"comparison-{joined}-validation-sinusoid-3shot-4query-3tasks"
     file.unlink()
     picture.unlink()
 
@@ -191,6 +168,7 @@ def test_results_lie_next_to_the_first_run_and_those_of_other_runs_are_never_ove
         ("maml huber -k 3", "--loss"),
         ("maml fc", "have other tasks"),
         ("seeds late", "no seed in common"),
+        ("maml fomaml maml", "names maml twice"),
         ("maml fomaml --iterations 3", "maml/best.pt: --iterations 3 disagrees"),
         ("maml fomaml --eval", "leave out --eval"),
         ("maml fomaml --seeds 0-1", "leave out --seeds"),

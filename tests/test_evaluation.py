@@ -12,7 +12,8 @@ from dataset import Sinusoid
 from evaluation import meta_test
 from evaluation.examples import adapt_examples, examples_figure
 from evaluation.meta_test import DIVERGENCE, Evaluation, diverged, evaluate, mean_and_interval
-from evaluation.tables import Caption, evaluation_record, evaluation_table, predictions_table
+from evaluation.seeds import results_of, results_table
+from evaluation.tables import Caption, evaluation_record, predictions_table
 from learner import build_learner
 from maml import MAML
 
@@ -156,22 +157,27 @@ def test_diverged_tasks_are_counted_and_never_hidden_in_the_mean():
     before, after = evaluation_record(evaluation)["per_step"]
     assert (before["diverged_tasks"], after["diverged_tasks"]) == (0, 1)
     assert after["loss"] == pytest.approx(1.55) and after["loss_without_diverged"] == 0.5
-    table = evaluation_table(evaluation, Caption("", "MSE", 1, 1))
-    assert table.splitlines()[2].split()[-5:] == ["2.0580", "1", "0.5000", "trained", "for"]
-    assert table.splitlines()[0].split() == ["steps", "MSE", "diverged", "MSE", "of", "the", "rest"]
+    table = results_table(results_of({"all": [evaluation]}), Caption("", "MSE", 1, 1))
+    assert table.splitlines()[0].split() == ["steps", "MSE"]
+    assert table.splitlines()[2].split() == ["1", "0.5000", "±", "0.0000,", "1", "diverged", "trained", "for"]
+    assert table.endswith("Diverged tasks are counted; means include no loss of theirs.")
     losses[0] = torch.inf
     assert evaluation_record(evaluation)["per_step"][0]["loss_without_diverged"] == 0.5
     assert evaluation.intervals("transductive")[0].tolist() == [0.5, 0.5]
 
 
-def test_a_table_quotes_each_reading_after_the_test_steps():
+def test_a_table_has_each_reading_after_each_step_and_the_accuracy_of_diverged_tasks():
     values = torch.rand(9, 3, dtype=torch.float64)
+    losses = values.clone()
+    losses[0, 1] = torch.nan
     both = {"transductive": values, "inductive": values / 2}
-    table = evaluation_table(Evaluation(both, both), Caption("", "cross-entropy", 2, 1))
+    evaluation = Evaluation(dict.fromkeys(both, losses), both)
+    table = results_table(results_of({"all": [evaluation]}), Caption("", "cross-entropy", 2, 1))
     mean, interval = mean_and_interval(100 * values[:, 1])
-    quoted = f"After 1 step: accuracy % {mean:.2f} ± {interval:.2f} (transductive), "
-    assert quoted in table and "none of them diverged" in table
-    assert table.splitlines()[1].split() == ["transductive", "inductive"] * 2
+    heading, _, after_one, *_ = table.splitlines()
+    assert heading.split() == ["steps", "transductive", "inductive"]
+    assert f"1  {mean:.2f} ± {interval:.2f}, 1 diverged" in after_one
+    assert "Query accuracy %" in table and table.endswith("means include their accuracies.")
 
 
 def test_long_predictions_are_cut_and_say_so():

@@ -45,7 +45,7 @@ def _quick(monkeypatch):
     """Pictures have tests of their own, and take longer than these runs."""
     monkeypatch.setattr(trainer, "VALIDATION_TASKS", 4)
     monkeypatch.setattr("training.run.Run.draw_examples", lambda *_: None)
-    for place in ("training.run.learning_figure", "commands.sweep.seeds.training_figure"):
+    for place in ("training.run.learning_figure", "commands.sweep.learning_figure"):
         monkeypatch.setattr(place, lambda *_, **__: Figure(figsize=(1, 1)))
 
 
