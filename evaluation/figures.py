@@ -115,7 +115,7 @@ def comparison_figure(sides: Sequence[Side], caption: Caption) -> Figure:
     measure = "accuracy" if accuracy else caption.loss_name
     heights = [3.1, 0.8 + 0.3 * len(sides)]
     figure = style.new_figure(9.0, sum(heights), caption.title)
-    top, bottom = figure.subfigures(2, 1, height_ratios=heights)
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
     learning, steps = top.subplots(1, 2)
     curves = {side.name: list(side.curves.values()) for side in sides}
     draw_learning(learning, curves, f"validation {measure}", accuracy=accuracy)
