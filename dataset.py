@@ -1,17 +1,14 @@
 """Task distributions by name: what `--dataset` can be, and how a meta-batch is sampled from it.
 
-`build_distribution` makes a distribution from the options of tasks, and its `sample` gives a whole
-meta-batch, a `TaskBatch`, as tensors on the device: no loop over tasks, no workers. Task t of iteration i is
-a pure function of (split, seed, i, t), see common/random.py. Curves are computed here, images and tables
-(tasks/) are looked up, the user's own tasks are asked for. A new one needs the members of `TaskDistribution`
-in common/batch.py, and a line in `build_distribution`.
+Curves are computed here, images and tables (tasks/) are looked up, the user's own tasks are asked for: a
+whole `TaskBatch` at once, on the device, without workers. Task t of iteration i is a pure function of
+(split, seed, i, t). A new distribution needs the members of `TaskDistribution` in common/batch.py.
 """
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,14 +23,11 @@ from common.errors import UsageError
 from common.own_code import call_factory, is_own_code, load_code, parse_arguments, select_accepted
 from common.random import SPLITS, Stream, task_stream
 from tasks.image_tasks import ImageTasks
-from tasks.images import Form, ImageSet, open_folder
-from tasks.omniglot import open_omniglot
+from tasks.images import Form, open_folder
 from tasks.options import TaskOptions
-from tasks.prefetch import Prefetch
 from tasks.published import open_benchmark
-from tasks.splits import all_for_test
-from tasks.table_tasks import TableTasks
-from tasks.tables import Columns, load_table
+from tasks.sampling import Prefetch
+from tasks.tables import Columns, TableTasks, load_table
 
 GRID_POINTS = 200  # of a curve in a picture
 
@@ -54,61 +48,35 @@ def build_distribution(
 
     Raises UsageError where the data cannot be read, or is too little for tasks of this size.
     """
-    name = options.dataset
-    placed: dict[str, Any] = {"device": device, "dtype": dtype}
-    if name in FAMILIES:
-        return FAMILIES[name](
-            options.shots, options.queries, noise=options.noise, oracle=options.oracle, **placed
-        )
-    sizes: dict[str, Any] = {"ways": options.ways, "shots": options.shots, "queries": options.queries}
+    name, (prefix, _, path) = options.dataset, options.dataset.partition(":")
     if is_own_code(name):
-        factory, arguments = load_code(name, "--dataset"), parse_arguments(options.dataset_args)
-
-        def make(shots: int) -> Any:
-            sizes_of_task = select_accepted(factory, sizes | {"shots": shots})
-            return call_factory(factory, name, "--dataset", **sizes_of_task | arguments)
-
-        return Custom(make=make, name=name, ways=options.ways, shots=options.shots, **placed)
-    if name.startswith("table:"):
-        path, columns = Path(name.partition(":")[2]), Columns.parse(options.columns)
-        table = load_table(path, columns, classification=options.classification, shares=_shares(options))
-        if for_test and not table.own_splits:
-            table = replace(table, splits=all_for_test(len(table.tasks)))
-        return TableTasks(table=table, **sizes, **placed)
-    images = _open_images(options, data_root)
-    if for_test and not images.own_splits:
-        images = replace(images, splits=all_for_test(len(images.names)))
-    quarter_turns = options.quarter_turns or name == "omniglot"
-    augment = tuple(options.augment.split(",")) if options.augment else ()
-    return ImageTasks(images, **sizes, quarter_turns=quarter_turns, augment=augment, **placed)
-
-
-def _open_images(options: TaskOptions, data_root: Path) -> ImageSet:
-    """Return the images of a folder or of a named set; no pixel is read yet."""
-    assert options.image_size and options.channels
+        return Custom(options=options, shots=options.shots, device=device, dtype=dtype)
+    sizes: dict[str, Any] = dict(shots=options.shots, queries=options.queries, device=device, dtype=dtype)
+    if name in FAMILIES:
+        return FAMILIES[name](noise=options.noise, oracle=options.oracle, **sizes)
+    numbers = "0,0,1" if for_test else options.split_shares
+    shares = dict(zip(SPLITS, map(int, numbers.split(",")), strict=True))
+    if prefix == "table":
+        columns, classification = Columns.parse(options.columns), options.classification
+        table = load_table(Path(path), columns, classification=classification, shares=shares)
+        return TableTasks(table=table, ways=options.ways, **sizes)
+    assert options.ways and options.image_size and options.channels
     form = Form(options.image_size, options.channels, options.invert, options.resize)
-    if options.dataset == "omniglot":
-        return open_omniglot(data_root, form, options.omniglot_split)
-    if options.dataset.startswith("images:"):
-        return open_folder(Path(options.dataset.partition(":")[2]), form, _shares(options))
-    return open_benchmark(options.dataset, data_root, form)
-
-
-def _shares(options: TaskOptions) -> dict[str, int]:
-    return dict(zip(SPLITS, map(int, options.split_shares.split(",")), strict=True))
-
-
-# ---- curves --------------------------------------------------------------------------------------
+    if prefix == "images":
+        images = open_folder(Path(path), form, shares)
+    else:
+        images = open_benchmark(name, data_root, form, options.omniglot_split)
+    turns = options.quarter_turns or name == "omniglot"
+    augment = tuple(options.augment.split(",")) if options.augment else ()
+    return ImageTasks(images, ways=options.ways, quarter_turns=turns, augment=augment, **sizes)
 
 
 @dataclass(eq=False)
 class Regression(TaskDistribution):
-    """Curves from a parametric family: inputs `[tasks, points, 1]`, targets of the same shape.
+    """Curves from a parametric family: inputs and targets `[tasks, points, 1]`.
 
-    Args:
-        shots, queries: points of the support and of the query set of a task.
-        noise: standard deviation of Gaussian noise on the targets of both.
-        oracle: the parameters of the task join the inputs: `[tasks, points, 1 + parameters]`.
+    The targets have Gaussian noise of standard deviation `noise`. With `oracle`, the parameters of the task
+    join the inputs, `[tasks, points, 1 + parameters]`.
     """
 
     shots: int
@@ -147,30 +115,26 @@ class Regression(TaskDistribution):
     def sample(self, split: str, seed: Any, iteration: int | Tensor, tasks: Any) -> TaskBatch:
         stream = task_stream(split, seed, iteration, tasks, self.device)
         parameters = self.parameters(stream.at("parameters"))
-        support = self._examples(stream.at("support"), self.shots, parameters)
-        query = self._examples(stream.at("query"), self.queries, parameters)
-        return TaskBatch(*support, *query)
+        parts: list[Tensor] = []
+        for part, points in (("support", self.shots), ("query", self.queries)):
+            x, y = self._evaluate(self.inputs(stream.at(part), points, parameters), parameters)
+            if self.noise:
+                y = y + self.noise * stream.at(part).at("noise").normal(points, self.dtype)[..., None]
+            parts += [x, y]
+        return TaskBatch(*parts)
 
     def sample_to_draw(self, split: str, seed: int, tasks: int) -> TaskBatch:
-        numbers = range(tasks)
-        parameters = self.parameters(task_stream(split, seed, 0, numbers, self.device).at("parameters"))
-        x = self.grid(GRID_POINTS, parameters).expand(tasks, GRID_POINTS)
-        query_x, query_y = self._with_parameters(x, parameters), self.curve(x, parameters)[..., None]
-        return self.sample(split, seed, 0, numbers)._replace(query_x=query_x, query_y=query_y)
+        stream = task_stream(split, seed, 0, range(tasks), self.device)
+        parameters = self.parameters(stream.at("parameters"))
+        x, y = self._evaluate(self.grid(GRID_POINTS, parameters).expand(tasks, GRID_POINTS), parameters)
+        return self.sample(split, seed, 0, range(tasks))._replace(query_x=x, query_y=y)
 
-    def _examples(self, stream: Stream, points: int, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        x = self.inputs(stream, points, parameters)
-        y = self.curve(x, parameters)
-        if self.noise:
-            y = y + self.noise * stream.at("noise").normal(points, self.dtype)
-        return self._with_parameters(x, parameters), y[..., None]
-
-    def _with_parameters(self, x: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
-        """Return inputs `[tasks, points, features]` of `x` `[tasks, points]`."""
+    def _evaluate(self, x: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Return inputs `[tasks, points, features]` and targets `[tasks, points, 1]` at x."""
+        y = self.curve(x, parameters)[..., None]
         if not self.oracle:
-            return x[..., None]
-        features = torch.cat([parameter.to(x.dtype) for parameter in parameters], 1)
-        return torch.cat([x[..., None], features[:, None].expand(-1, x.shape[1], -1)], -1)
+            return x[..., None], y
+        return torch.stack([x, *(parameter.to(x.dtype).expand_as(x) for parameter in parameters)], -1), y
 
 
 def draw_wave(stream: Stream, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -252,29 +216,16 @@ FAMILIES: dict[str, type[Regression]] = {
 }
 
 
-# ---- the user's own ------------------------------------------------------------------------------
-
-
 @dataclass(eq=False, kw_only=True)
 class Custom(TaskDistribution):
-    """Tasks of a user's object, which has one method, `sample(split, seeds)`.
+    """Tasks of a user's object, which has one method, `sample(split, seeds)`; UsageError where it has not.
 
-    The method returns the four tensors of a `TaskBatch` for "train", "validation" or "test" and seeds, int64
-    `[tasks]`: each task is a function of the split and of its seed. Nested tuples or dictionaries of tensors
-    stand for several inputs or outputs. Labels are int64; targets of a regression are `[tasks, examples,
-    numbers]`.
-
-    Args:
-        make: makes the object for a number of shots.
-        name: of the object's factory, for messages.
-        ways: classes of a task; None in regression.
-
-    Raises UsageError where the object has no such method, or returns anything else.
+    The method returns the four parts of a `TaskBatch` for "train", "validation" or "test" and seeds, int64
+    `[tasks]`: each task is a function of the split and of its seed. Parts are tensors, or nested tuples or
+    dictionaries of them. Labels are int64; targets of a regression are `[tasks, examples, numbers]`.
     """
 
-    make: Callable[[int], Any]
-    name: str
-    ways: int | None
+    options: TaskOptions
     shots: int
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
@@ -282,10 +233,13 @@ class Custom(TaskDistribution):
     on_host = True
 
     def __post_init__(self) -> None:
-        self.source = self.make(self.shots)
+        options, name, self.ways = self.options, self.options.dataset, self.options.ways
+        sizes = {"ways": options.ways, "shots": self.shots, "queries": options.queries}
+        factory = load_code(name, "--dataset")
+        arguments = select_accepted(factory, sizes) | parse_arguments(options.dataset_args)
+        self.source = call_factory(factory, name, "--dataset", **arguments)
         if not callable(getattr(self.source, "sample", None)):
-            kind = type(self.source).__name__
-            raise UsageError(f"--dataset {self.name} makes a {kind} without a method sample")
+            raise UsageError(f"--dataset {name} makes a {type(self.source).__name__} without a method sample")
         self.prefetch = Prefetch(self._fetch)
 
     @cached_property
@@ -298,42 +252,32 @@ class Custom(TaskDistribution):
 
     def sample(self, split: str, seed: int, iteration: int | Tensor, tasks: range) -> TaskBatch:
         batch = self.prefetch(split, seed, int(iteration), tasks)
-        return TaskBatch(*(tree_map(self._place, tree) for tree in batch))
-
-    def _place(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+        return tree_map(lambda t: t.to(self.device, self.dtype if t.is_floating_point() else None), batch)
 
     def _fetch(self, split: str, seed: int, iteration: int, tasks: range) -> TaskBatch:
         """Call the user's method and check what it returns."""
         stream = task_stream(split, seed, iteration, tasks, torch.device("cpu"))
         high, low = stream.at("own").words(2).unbind(1)
         seeds = (high >> 1 << 32) | low  # 63 bits
-        parts = call_factory(self.source.sample, f"{self.name}: sample", "--dataset", split, seeds)
-        problem = self._find_problem(parts, len(tasks))
-        if problem:
-            raise UsageError(f"--dataset {self.name}: sample({split!r}, {len(tasks)} seeds) {problem}")
+        name = self.options.dataset
+        parts = call_factory(self.source.sample, f"{name}: sample", "--dataset", split, seeds)
+        if problem := self._find_problem(parts, len(tasks)):
+            raise UsageError(f"--dataset {name}: sample({split!r}, {len(tasks)} seeds) {problem}")
         return TaskBatch(*parts)
 
     def _find_problem(self, parts: Any, tasks: int) -> str | None:
         """Return what is wrong with a batch of the user's, or None."""
         if not isinstance(parts, tuple | list) or len(parts) != 4:
             return "should give four tensors: support x and y, query x and y"
-        for name, tree in zip(TaskBatch._fields, parts, strict=True):
-            tensors = pytree.tree_leaves(tree)
-            if not tensors or not all(isinstance(t, Tensor) for t in tensors):
-                return f"gives no tensor as {name}"
-            if any(t.dim() < 2 or len(t) != tasks or not t.shape[1] for t in tensors):
-                return f"gives {name} {tuple(tensors[0].shape)}: it should be [{tasks} tasks, examples, ...]"
-        for x_and_y in (parts[:2], parts[2:]):
-            sizes = [t.shape[1] for t in pytree.tree_leaves(x_and_y)]
-            if len(set(sizes)) > 1:
-                return f"gives x and y of different numbers of examples: {sizes}"
-        support_y, query_y = first_tensor(parts[1]), first_tensor(parts[3])
-        if not self.classification and min(support_y.dim(), query_y.dim()) < 3:
-            return "gives targets without an axis of their own: they should be [tasks, examples, numbers]"
-        for labels in (support_y, query_y) if self.classification else ():
-            if labels.is_floating_point():
-                return "gives labels that are not int64"
-            if labels.min() < 0 or labels.max() >= (self.ways or 0):
-                return f"gives labels from {labels.min()} to {labels.max()}: they go from 0 to -n - 1"
+        for x, y in (parts[:2], parts[2:]):
+            tensors, main = pytree.tree_leaves((x, y)), first_tensor(y)
+            if not all(isinstance(t, Tensor) and t.dim() > 1 for t in tensors):
+                return "should give tensors [tasks, examples, ...]"
+            sizes = [tuple(t.shape[:2]) for t in tensors]
+            if {*sizes} != {(tasks, sizes[0][1])}:
+                return f"gives x and y of different numbers of tasks or examples: {sizes}"
+            if not self.ways and main.dim() < 3:
+                return "gives targets without an axis of their own: they should be [tasks, examples, numbers]"
+            if self.ways and (main.is_floating_point() or main.min() < 0 or main.max() >= self.ways):
+                return f"gives labels that are not int64 from 0 to {self.ways - 1}"
         return None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tasks.omniglot import PARTS, split_characters
+from tasks.published import PARTS, split_characters
 
 
 def write_folder(data_root: Path, folder: Path) -> None:
@@ -22,8 +22,11 @@ def write_folder(data_root: Path, folder: Path) -> None:
         zipfile.ZipFile(data_root / "omniglot-py" / f"{part}.zip").extractall(folder)
     names = sorted({path.parent.relative_to(folder).as_posix() for path in folder.glob("images_*/*/*/*.png")})
     for split, characters in split_characters(names, "random").items():
+        rows = [
+            f"{path.name},{name}" for name in characters for path in sorted((folder / name).glob("*.png"))
+        ]
         name = "val" if split == "validation" else split
-        (folder / f"{name}.csv").write_text("\n".join(["label", *characters]) + "\n")
+        (folder / f"{name}.csv").write_text("\n".join(["filename,label", *rows]) + "\n")
 
 
 if __name__ == "__main__":

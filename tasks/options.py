@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from common.options import BY_DATASET, at_least, flag, key_and_value, not_negative
@@ -14,9 +15,6 @@ OMNIGLOT_CLASSES = {  # characters in each split
     "random": {"train": 1100, "validation": 100, "test": 423},
     "alphabet": {"train": 806, "validation": 158, "test": 659},
 }
-
-
-# ---- facts ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -55,9 +53,6 @@ def is_classification(dataset: str, ways: int | None) -> bool:
     return ways is not None if classification is None else classification
 
 
-# ---- checks --------------------------------------------------------------------------------------
-
-
 def check_dataset(name: str) -> str | None:
     kind, colon, path = name.partition(":")
     if name in DATASETS or (kind in FILE_KINDS and path):
@@ -69,17 +64,13 @@ def check_dataset(name: str) -> str | None:
 
 
 def check_columns(text: str) -> str | None:
-    role, _, names = text.partition("=")
-    if role in ("task", "target", "input") and all(name.strip() for name in names.split(",")):
-        return None
-    return "task=NAME, target=NAMES or input=NAMES, with commas between names"
+    good = re.fullmatch(r"(task=[^,]+)|((target|input)=[^,]+(,[^,]+)*)", text)
+    return None if good else "task=NAME, target=NAMES or input=NAMES, with commas between names"
 
 
 def check_augmentations(text: str) -> str | None:
-    names = text.split(",")
-    if set(names) <= set(AUGMENTATIONS) and len(set(names)) == len(names):
-        return None
-    return f"some of {', '.join(AUGMENTATIONS)}, with commas between"
+    good = {*text.split(",")} <= {*AUGMENTATIONS}
+    return None if good else f"some of {', '.join(AUGMENTATIONS)}, with commas between"
 
 
 def check_channels(value: int) -> str | None:
@@ -87,14 +78,8 @@ def check_channels(value: int) -> str | None:
 
 
 def check_shares(text: str) -> str | None:
-    parts = text.split(",")
-    whole = len(parts) == 3 and all(part.isdecimal() and len(part) < 10 for part in parts)
-    if whole and int(parts[0]) and int(parts[2]):
-        return None
-    return "three whole numbers below 10^9 with commas between, the first and the last above 0"
-
-
-# ---- options -------------------------------------------------------------------------------------
+    good = re.fullmatch(r"[1-9]\d{0,8},\d{1,9},[1-9]\d{0,8}", text)
+    return None if good else "three whole numbers with commas between, the first and the last above 0"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,110 +1,132 @@
-"""Image benchmarks with published classes: CIFAR-FS and FC100, mini-ImageNet and tiered-ImageNet.
+"""Image benchmarks with published classes: Omniglot, CIFAR-FS, FC100, mini-ImageNet and tiered-ImageNet.
 
-CIFAR-100 is fetched by torchvision. ImageNet's pictures are looked for in a folder of the benchmark's name,
-and must be the published classes: results compare over nothing else.
+Omniglot and CIFAR-100 are fetched by torchvision. ImageNet's pictures are looked for in a folder of the
+benchmark's name, and must be the published classes: results compare over nothing else.
 """
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Callable, Iterator, Mapping
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from common.errors import UsageError, one_line
 from tasks.cache import cached_pixels
-from tasks.images import Form, ImageSet, find_classes, image_set, prepare
-from tasks.splits import as_positions, published_splits
+from tasks.images import Form, ImageFile, ImageSet, find_classes, image_set, prepare
+from tasks.options import OMNIGLOT_CLASSES, OMNIGLOT_DRAWINGS
+from tasks.splits import as_positions, published_splits, shuffle
 
-if TYPE_CHECKING:
-    from torchvision.datasets import CIFAR100
-
-T = TypeVar("T")
-DOWNLOAD_TIMEOUT = 30  # seconds without an answer
+PARTS = {"images_background": 964, "images_evaluation": 659}  # characters in each half of Omniglot
 CIFAR_IMAGES = 600  # of each class, training and test images together
 
 
-def open_benchmark(name: str, data_root: Path, form: Form) -> ImageSet:
-    """Return a benchmark: "cifar-fs", "fc100", "mini-imagenet" or "tiered-imagenet".
+def open_benchmark(name: str, data_root: Path, form: Form, omniglot_split: str = "random") -> ImageSet:
+    """Return a benchmark: "omniglot", "cifar-fs", "fc100", "mini-imagenet" or "tiered-imagenet".
 
-    Raises UsageError where the data is not in `data_root`, or its classes are not the published ones.
+    Raises UsageError where the data is neither in `data_root` nor to be fetched, or its classes are not the
+    published ones.
     """
+    if name == "omniglot":
+        return _open_omniglot(data_root, form, omniglot_split)
     published = published_splits(name)
     if name in ("cifar-fs", "fc100"):
         return _open_cifar(name, data_root, published, form)
     folder = data_root / name
-    if not folder.is_dir():
-        raise UsageError(
-            f"{folder} is not there: put the benchmark's folders train, val and test of class folders there, "
-            "or name another --data-root"
-        )
-    groups, has_splits = find_classes(folder)
-    classes = {wnid: files for group in groups.values() for wnid, files in group.items()}
-    if not has_splits:  # ImageNet's other classes may lie there too
-        classes = {wnid: classes[wnid] for wnid in chain(*published.values()) if wnid in classes}
+    groups = find_classes(folder)
+    if "all" in groups:  # ImageNet's other classes may lie there too
+        classes = groups["all"]
         groups = {split: {w: classes[w] for w in part if w in classes} for split, part in published.items()}
     for split, group in groups.items():
         different = sorted(group.keys() ^ set(published[split]))
         if different:
-            problem = "does not belong" if different[0] in group else "is missing"
-            raise UsageError(
-                f"{folder}: the class {different[0]} {problem} in the {split} split ({len(different)} differ "
-                "from the published ones): mend it, or load the folder as your own, images:FOLDER"
-            )
-    return image_set(folder, classes, groups, form, published=True)
+            where = f"{folder}: {different[0]} is missing in {split}, or was not published there"
+            raise UsageError(f"{where}: mend that, or load the folder as your own, images:FOLDER")
+    return image_set(folder, groups, groups, form, published=True)
 
 
-def fetch(download: Callable[[], T], what: str, remedy: str) -> T:
-    """Call torchvision's download; raise UsageError with the remedy where it fails."""
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+def _fetch(name: str, data_root: Path, **half: bool) -> Any:
+    """Return half of a data set of torchvision's, which fetches it if it is not whole in `data_root`."""
+    from torchvision import datasets  # slow to import, and needed once in a lifetime
+
     try:
-        return download()
+        return getattr(datasets, name)(data_root, download=True, **half)
     except Exception as error:  # of the network, the disk, an archive, a pickle
-        raise UsageError(f"{what} and could not be fetched ({one_line(error)}): {remedy}") from error
-    finally:
-        socket.setdefaulttimeout(timeout)
+        problem = f"{name} is not whole in {data_root} and could not be fetched ({one_line(error)})"
+        raise UsageError(f"{problem}: put it there by hand, or name another --data-root") from error
+
+
+def _open_omniglot(data_root: Path, form: Form, split: str) -> ImageSet:
+    """Return Omniglot's 1,623 characters of 20 drawings, from torchvision's archives or unpacked folders."""
+    folder = data_root / "omniglot-py"
+    classes: dict[str, list[ImageFile]] = {}
+    for part, characters in PARTS.items():
+        archive = folder / f"{part}.zip"
+        if not archive.exists() and not (folder / part).exists():
+            _fetch("Omniglot", data_root, background=part == "images_background")
+        zipped = zipfile.ZipFile(archive) if zipfile.is_zipfile(archive) else None
+        if zipped:
+            paths = [path for path in zipped.namelist() if path.endswith(".png")]
+        else:
+            paths = [file.relative_to(folder).as_posix() for file in folder.glob(f"{part}/*/*/*.png")]
+        drawn: dict[str, list[ImageFile]] = defaultdict(list)
+        for path in sorted(paths):  # part/alphabet/character/drawing.png
+            drawn[path.rpartition("/")[0]].append(zipfile.Path(zipped, path) if zipped else folder / path)
+        if len(drawn) != characters or {*map(len, drawn.values())} != {OMNIGLOT_DRAWINGS}:
+            where = f"{folder}: {part} has not {characters} characters of {OMNIGLOT_DRAWINGS} drawings"
+            raise UsageError(f"{where}: remove it, and it is fetched again")
+        classes |= drawn
+    splits = split_characters(sorted(classes), split)
+    return image_set(folder, {"all": classes}, splits, form, published=True)
+
+
+def split_characters(names: Sequence[str], split: str) -> dict[str, list[str]]:
+    """Return the characters for training, validation and test.
+
+    "random": all characters shuffled once, 1,100 / 100 / 423. "alphabet": the background alphabets but for
+    every sixth, which validates, and the evaluation alphabets for test.
+    """
+    if split == "random":
+        shuffled = iter(shuffle(names, "omniglot split"))
+        return {part: [next(shuffled) for _ in range(size)] for part, size in OMNIGLOT_CLASSES[split].items()}
+    alphabets = sorted({name.rpartition("/")[0] for name in names if name.startswith("images_background")})
+    part_of = dict.fromkeys(alphabets, "train") | dict.fromkeys(alphabets[5::6], "validation")
+    splits: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
+    for name in names:
+        splits[part_of.get(name.rpartition("/")[0], "test")].append(name)
+    return splits
 
 
 def _open_cifar(name: str, data_root: Path, published: Mapping[str, list[str]], form: Form) -> ImageSet:
     names = sorted(chain(*published.values()))
     folder = data_root / "cifar-100-python"
-    files = [folder / "train", folder / "test"]
-    if not all(file.is_file() for file in files):
-        _read_cifar(data_root)
+    sources = [folder / "train", folder / "test"]
+    shape = (len(names) * CIFAR_IMAGES, form.channels, form.size, form.size)
 
-    def load() -> Tensor:
-        shape = (len(names) * CIFAR_IMAGES, form.channels, form.size, form.size)
-        return cached_pixels(
-            folder, files, (form, names), shape, lambda: _cifar_images(data_root, names, form)
-        )
+    def read_halves() -> list[Any]:  # torchvision checks their MD5 sums
+        return [_fetch("CIFAR100", data_root, train=train) for train in (True, False)]
 
-    count = torch.full((len(names),), CIFAR_IMAGES)
-    return ImageSet(names, count, as_positions(published, names, name), load, name, published=True)
+    def decode() -> Iterator[np.ndarray]:
+        halves = read_halves()
+        labels = np.concatenate([half.targets for half in halves])
+        data = np.concatenate([half.data for half in halves])  # [60000, 32, 32, 3]
+        for class_name in names:
+            for position in np.flatnonzero(labels == halves[0].class_to_idx[class_name]):
+                yield prepare(Image.fromarray(data[position]), form)
 
-
-def _read_cifar(data_root: Path) -> list[CIFAR100]:
-    """Return CIFAR-100's training and test half, fetched if need be; torchvision checks their MD5 sums."""
-    from torchvision.datasets import CIFAR100  # slow to import, and needed once in a lifetime
-
-    return fetch(
-        lambda: [CIFAR100(data_root, train=train, download=True) for train in (True, False)],
-        f"CIFAR-100 is not whole in {data_root}",
-        f"put the unpacked folder cifar-100-python into {data_root}, or name another --data-root",
+    if not all(source.is_file() for source in sources):
+        read_halves()
+    return ImageSet(
+        names,
+        torch.full((len(names),), CIFAR_IMAGES),
+        as_positions(published, names, name),
+        lambda: cached_pixels(folder, sources, (form, names), shape, decode),
+        name,
+        published=True,
     )
-
-
-def _cifar_images(data_root: Path, names: list[str], form: Form) -> Iterator[np.ndarray]:
-    """Yield CIFAR-100's images class by class, the training before the test images."""
-    halves = _read_cifar(data_root)
-    labels = np.concatenate([half.targets for half in halves])
-    data = np.concatenate([half.data for half in halves])  # [60000, 32, 32, 3]
-    for name in names:
-        for position in np.flatnonzero(labels == halves[0].class_to_idx[name]):
-            yield prepare(Image.fromarray(data[position]), form)

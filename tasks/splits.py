@@ -7,7 +7,7 @@ sees to it. A split is a pure function of the names and the shares: no seed of t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from common.errors import UsageError
 from common.random import SPLITS, Stream
 
 PUBLISHED = Path(__file__).parent / "splits"
+SPLIT_NAMES = dict(zip(SPLITS, SPLITS, strict=True)) | {"val": "validation", "valid": "validation"}
 
 
 def shuffle(names: Iterable[str], purpose: str) -> list[str]:
@@ -26,27 +27,22 @@ def shuffle(names: Iterable[str], purpose: str) -> list[str]:
     return [ordered[position] for position in stream.distinct(len(ordered), len(ordered))[0].tolist()]
 
 
-def split_at_random(names: Sequence[str], shares: Mapping[str, int]) -> dict[str, list[str]]:
-    """Split the names at random in proportion to the shares, `{"train": 64, ...}`; each part is sorted."""
-    shuffled = iter(shuffle(names, "class split"))
-    sizes = _apportion(len(names), list(shares.values()))
-    return {
-        split: sorted(next(shuffled) for _ in range(size)) for split, size in zip(shares, sizes, strict=True)
-    }
+def split_at_random(names: Collection[str], shares: Mapping[str, int]) -> dict[str, list[str]]:
+    """Split the names at random in proportion to the shares, `{"train": 64, ...}`; each part is sorted.
 
-
-def _apportion(total: int, shares: list[int]) -> list[int]:
-    """Return whole numbers in proportion, by largest remainder; 0 only for a share of 0, if possible."""
-    exact = [total * share / sum(shares) for share in shares]
-    sizes = [int(part) for part in exact]
-    by_remainder = sorted(range(len(shares)), key=lambda i: sizes[i] - exact[i])
-    for i in by_remainder[: total - sum(sizes)]:
-        sizes[i] += 1
-    for i, share in enumerate(shares if total >= len(shares) else ()):
-        if share and not sizes[i]:
-            sizes[sizes.index(max(sizes))] -= 1
-            sizes[i] = 1
-    return sizes
+    Sizes are by largest remainder, and 0 only for a share of 0, if there are enough names.
+    """
+    shuffled, total = iter(shuffle(names, "class split")), len(names)
+    exact = {split: total * share / sum(shares.values()) for split, share in shares.items()}
+    sizes = {split: int(size) for split, size in exact.items()}
+    by_remainder = sorted(shares, key=lambda split: sizes[split] - exact[split])
+    for split in by_remainder[: total - sum(sizes.values())]:
+        sizes[split] += 1
+    for split, share in shares.items():
+        if share and not sizes[split] and total >= len(shares):
+            sizes[max(sizes, key=sizes.__getitem__)] -= 1
+            sizes[split] = 1
+    return {split: sorted(next(shuffled) for _ in range(size)) for split, size in sizes.items()}
 
 
 def published_splits(name: str) -> dict[str, list[str]]:
@@ -56,14 +52,12 @@ def published_splits(name: str) -> dict[str, list[str]]:
 
 
 def check_disjoint(splits: Mapping[str, Iterable[str]], source: str) -> None:
-    """Raise UsageError, which names the source, where a name is in two splits."""
+    """Raise UsageError, which names the source, where a name is in two splits, or twice in one."""
     split_of: dict[str, str] = {}
     for split, members in splits.items():
         for name in members:
             if name in split_of:
-                raise UsageError(
-                    f"{source}: {name} is in the {split_of[name]} and in the {split} split: leave it in one"
-                )
+                raise UsageError(f"{source}: {name} is in {split_of[name]} and in {split}: leave it once")
             split_of[name] = split
 
 
@@ -73,9 +67,3 @@ def as_positions(splits: Mapping[str, Iterable[str]], names: Sequence[str], sour
     position = {name: number for number, name in enumerate(names)}
     members = {split: [position[name] for name in splits.get(split, ())] for split in SPLITS}
     return {split: torch.tensor(part, dtype=torch.int64) for split, part in members.items()}
-
-
-def all_for_test(count: int) -> dict[str, Tensor]:
-    """Return splits in which each of `count` classes is for test: of data that no training sees."""
-    none = torch.zeros(0, dtype=torch.int64)
-    return {"train": none, "validation": none, "test": torch.arange(count)}

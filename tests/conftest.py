@@ -124,9 +124,9 @@ def write_part(folder: Path, part: str, alphabets: int, *, archive: bool) -> Non
 @pytest.fixture
 def small_omniglot(tmp_path, monkeypatch):
     """Twelve plus four characters: one half unpacked, the other an archive."""
-    monkeypatch.setattr("tasks.omniglot.PARTS", {"images_background": 12, "images_evaluation": 4})
+    monkeypatch.setattr("tasks.published.PARTS", {"images_background": 12, "images_evaluation": 4})
     sizes = {"train": 8, "validation": 2, "test": 6}
-    monkeypatch.setattr("tasks.omniglot.OMNIGLOT_CLASSES", {"random": sizes})
+    monkeypatch.setattr("tasks.published.OMNIGLOT_CLASSES", {"random": sizes})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_part(tmp_path / "omniglot-py", "images_background", 6, archive=False)
     write_part(tmp_path / "omniglot-py", "images_evaluation", 2, archive=True)

@@ -157,13 +157,13 @@ def test_what_cannot_be_adapted_to_is_one_line_and_leaves_nothing(place, tmp_pat
     for checkpoint, path, more, expected in (
         (last, place / "task", [], "3 classes, and the checkpoint learned 2"),
         (last, tmp_path / "nowhere", [], "there is no such file or folder"),
-        (last, place / "task" / "support", [], "it has no folder support/"),
-        (last, no_query, [], "it has no folder query/"),
+        (last, place / "task" / "support", [], "into support/<class>/"),
+        (last, no_query, [], "into query/"),
         (last, place / "mine.csv", [], "the checkpoint learned from images: give a folder"),
         (last, place / "task", ["-k", 3], "-n, -k, -q"),
         (regression, place / "task", [], "is a folder: the checkpoint learned from numbers: give a table"),
-        (regression, tmp_path / "full.csv", [], "no row lacks a target"),
-        (regression, tmp_path / "bare.csv", [], "no row has its targets"),
+        (regression, tmp_path / "full.csv", [], "and others, to predict"),
+        (regression, tmp_path / "bare.csv", [], "give rows with targets"),
         (regression, place / "mine.csv", ["--test-steps", 400, "--out", tmp_path / "full.csv"], "--out"),
     ):
         assert command("--adapt", path, "--load", checkpoint, *more) == 2

@@ -12,6 +12,7 @@ from conftest import ROOT
 from common.errors import UsageError
 from common.random import task_stream
 from dataset import FAMILIES, GRID_POINTS, Custom, Harmonic, Sinusoid, SinusoidLine
+from tasks.options import TaskOptions
 
 MANY = range(20_000)
 
@@ -111,18 +112,26 @@ class Own:
 
     def sample(self, split: str, seeds: torch.Tensor) -> tuple:
         self.asked.append((split, seeds.tolist()))
-        return tuple(part.expand(len(seeds), *part.shape[1:]) for part in self.parts)
+        return tuple(x if isinstance(x, str) else x.expand(len(seeds), *x.shape[1:]) for x in self.parts)
 
 
 X, Y, LABELS = torch.zeros(1, 3, 2), torch.zeros(1, 3, 1), torch.zeros(1, 3, dtype=torch.int64)
 
 
-def own(*parts, ways=None) -> tuple[Own, Custom]:
-    source = Own(*parts)
-    return source, Custom(make=lambda shots: source, name="own.py:f", ways=ways, shots=1)
+@pytest.fixture
+def own(monkeypatch):
+    """Return a function that makes the source of some parts, and its distribution."""
+
+    def make(*parts, ways=None) -> tuple[Own, Custom]:
+        source = Own(*parts)
+        monkeypatch.setattr("dataset.load_code", lambda *_: lambda: source)
+        sizes = dict(ways=ways, shots=1, queries=1, image_size=None, channels=None, invert=False)
+        return source, Custom(options=TaskOptions(dataset="own.py:f", **sizes), shots=1)
+
+    return make
 
 
-def test_own_tasks_are_asked_for_by_seeds_of_their_own_and_training_ahead():
+def test_own_tasks_are_asked_for_by_seeds_of_their_own_and_training_ahead(own):
     source, distribution = own(X, Y, X, Y)
     for iteration in (0, 1):
         assert distribution.sample("train", 5, iteration, range(4)).query_x.shape == (4, 3, 2)
@@ -138,13 +147,14 @@ def test_own_tasks_are_asked_for_by_seeds_of_their_own_and_training_ahead():
     ("parts", "ways", "problem"),
     [
         ((X, Y, X), None, "should give four tensors"),
-        ((X, Y[:, :2], X, Y), None, "different numbers of examples"),
+        ((X, Y[:, :2], X, Y), None, "different numbers of tasks or examples"),
         ((X, Y[..., 0], X, Y[..., 0]), None, "targets without an axis of their own"),
-        ((X, Y[..., 0], X, Y[..., 0]), 2, "labels that are not int64"),
-        ((X, LABELS + 2, X, LABELS), 2, "labels from 2 to 2"),
+        ((X, Y[..., 0], X, Y[..., 0]), 2, "labels that are not int64 from 0 to 1"),
+        ((X, LABELS + 2, X, LABELS), 2, "labels that are not int64 from 0 to 1"),
+        (("no", Y, X, Y), None, "should give tensors"),
     ],
 )
-def test_a_batch_that_is_none_is_refused_with_its_reason(parts, ways, problem):
+def test_a_batch_that_is_none_is_refused_with_its_reason(own, parts, ways, problem):
     with pytest.raises(UsageError, match=rf"--dataset own.py:f: sample\('train', 2 seeds\) .*{problem}"):
         own(*parts, ways=ways)[1].sample("train", 0, 0, range(2))
 

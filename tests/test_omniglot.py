@@ -13,14 +13,14 @@ from common.random import SPLITS
 from dataset import build_distribution
 from tasks import images
 from tasks.images import Form, open_folder
-from tasks.omniglot import open_omniglot, split_characters
 from tasks.options import TaskOptions
+from tasks.published import open_benchmark, split_characters
 
 INK_IS_ONE = Form(28, 1, invert=True)
 
 
 def load(root: Path, form: Form = INK_IS_ONE) -> torch.Tensor:
-    return open_omniglot(root, form, "random").load()
+    return open_benchmark("omniglot", root, form).load()
 
 
 def test_folders_and_archives_are_read_and_cached(small_omniglot, monkeypatch):
@@ -37,27 +37,28 @@ def test_folders_and_archives_are_read_and_cached(small_omniglot, monkeypatch):
 
 def test_an_archive_and_its_folder_are_the_same_characters(small_omniglot):
     folder = small_omniglot / "omniglot-py"
-    archived = open_omniglot(small_omniglot, INK_IS_ONE, "alphabet")
+    archived = open_benchmark("omniglot", small_omniglot, INK_IS_ONE, "alphabet")
     pixels = archived.load()
     (folder / "images_evaluation.zip").unlink()
     write_part(folder, "images_evaluation", 2, archive=False)
-    unpacked = open_omniglot(small_omniglot, INK_IS_ONE, "alphabet")
+    unpacked = open_benchmark("omniglot", small_omniglot, INK_IS_ONE, "alphabet")
     assert unpacked.names == archived.names and torch.equal(unpacked.load(), pixels)
     assert all(torch.equal(unpacked.splits[split], part) for split, part in archived.splits.items())
 
 
 def test_damaged_data_is_named(small_omniglot):
-    drawing = small_omniglot / "omniglot-py/images_background/A3/character01/0001_07.png"
+    folder = small_omniglot / "omniglot-py"
+    drawing = folder / "images_background/A3/character01/0001_07.png"
     drawing.write_bytes(drawing.read_bytes()[:40])
     with pytest.raises(UsageError, match=r"0001_07.png is no readable image"):
         load(small_omniglot)
     drawing.unlink()
-    with pytest.raises(UsageError, match="A3/character01 has 19 drawings, not 20"):
+    with pytest.raises(UsageError, match="images_background has not 12 characters of 20 drawings"):
         load(small_omniglot)
-    archive = small_omniglot / "omniglot-py/images_evaluation.zip"
+    write_part(folder, "images_background", 6, archive=False)
+    archive = folder / "images_evaluation.zip"
     archive.write_bytes(archive.read_bytes()[:-3000])
-    write_part(small_omniglot / "omniglot-py", "images_background", 6, archive=False)
-    with pytest.raises(UsageError, match=r"images_evaluation.zip is damaged"):
+    with pytest.raises(UsageError, match="images_evaluation has not 4 characters"):
         load(small_omniglot)
 
 
@@ -66,7 +67,7 @@ def test_data_that_cannot_be_fetched_is_said_in_one_line(tmp_path, monkeypatch):
         raise OSError("no route\nto host")
 
     monkeypatch.setattr(torchvision.datasets, "Omniglot", no_network)
-    with pytest.raises(UsageError, match=r"no route to host.*put images_background.zip"):
+    with pytest.raises(UsageError, match=r"Omniglot is not whole in .*no route to host.*--data-root"):
         load(tmp_path)
 
 
@@ -98,7 +99,7 @@ def test_real_omniglot_as_a_folder_of_images_is_omniglot(tmp_path, omniglot_root
         wanted = [n for n in archive.namelist() if n.split("/")[1] in ("Braille", "Greek", "Korean")]
         archive.extractall(tmp_path, wanted)
     folder = open_folder(tmp_path, INK_IS_ONE, {"train": 1})
-    omniglot = open_omniglot(omniglot_root, INK_IS_ONE, "random")
+    omniglot = open_benchmark("omniglot", omniglot_root, INK_IS_ONE)
     numbers = [omniglot.names.index(name) for name in folder.names]
     expected = omniglot.load().view(1623, 20, 28, 28)[numbers]
     assert len(numbers) == 90 and torch.equal(folder.load().view(90, 20, 28, 28), expected)
@@ -108,10 +109,11 @@ def test_class_lists_of_the_same_split_make_the_same_tasks(small_omniglot):
     data = small_omniglot / "omniglot-py"
     (data / "images_evaluation.zip").unlink()
     write_part(data, "images_evaluation", 2, archive=False)
-    names = open_omniglot(small_omniglot, INK_IS_ONE, "random").names
+    names = open_benchmark("omniglot", small_omniglot, INK_IS_ONE).names
     for split, characters in split_characters(names, "random").items():
+        rows = [f"{path.name},{name}" for name in characters for path in (data / name).iterdir()]
         name = "val" if split == "validation" else split
-        (data / f"{name}.csv").write_text("\n".join(["label", *characters]) + "\n")
+        (data / f"{name}.csv").write_text("\n".join(["filename,label", *rows]))
     common = dict(ways=2, shots=2, queries=3, image_size=28, channels=1, invert=True)
     omniglot, folder = (
         build_distribution(

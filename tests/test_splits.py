@@ -72,8 +72,8 @@ def test_images_of_different_splits_never_meet(tmp_path, layout):
         place = tmp_path / ("" if layout == "lists" else part)
         write_classes(place, 12, prefix=f"{part}c", first=60 * number)
         if layout == "lists":
-            names = [f"{part}c{c:02}" for c in range(12)]
-            (tmp_path / f"{part}.csv").write_text("\n".join(["label", *names]))
+            rows = [f"00{i}.png,{part}c{c:02}" for c in range(12) for i in range(3)]
+            (tmp_path / f"{part}.csv").write_text("\n".join(["filename,label", *rows]))
     distribution = make(f"images:{tmp_path}", ways=2)
     assert_apart(inputs_by_split(distribution))
     names = distribution.split_names
@@ -131,7 +131,7 @@ def test_every_split_with_a_share_has_a_class_where_there_are_three(classes):
 
 
 def test_a_name_in_two_splits_is_an_error():
-    with pytest.raises(UsageError, match="here: b is in the train and in the test split"):
+    with pytest.raises(UsageError, match="here: b is in train and in test"):
         as_positions({"train": ["a", "b"], "test": ["b"]}, ["a", "b"], "here")
 
 

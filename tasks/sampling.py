@@ -1,0 +1,46 @@
+"""What tasks of images, of tables and of the user's own share: distinct draws, labels, fetching ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def draw_distinct(words: Tensor, totals: Tensor, count: int) -> Tensor:
+    """Return `count` different numbers below each of the totals `[...]`, in random order: `[..., count]`.
+
+    The words are random and different: `[..., at least the largest total]`.
+    """
+    positions = torch.arange(words.shape[-1], device=words.device)
+    ranked = words.masked_fill(positions >= totals[..., None], 1 << 32)  # above every word
+    return ranked.topk(count, largest=False).indices  # sorted, so the order is that of the words
+
+
+def with_labels(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return inputs `[tasks, ways * examples, ...]` of `[tasks, ways, examples, ...]`, and their labels."""
+    tasks, ways, examples = x.shape[:3]
+    labels = torch.arange(ways, device=x.device).repeat_interleave(examples)
+    return x.flatten(1, 2), labels.expand(tasks, -1)
+
+
+class Prefetch:
+    """Call a pure function of (split, seed, iteration, numbers of the tasks) one training iteration ahead.
+
+    Its calls, in a thread, never overlap. An error is raised by the call that asks for that result.
+    """
+
+    def __init__(self, fetch: Callable[[str, int, int, range], Any]) -> None:
+        self.fetch = fetch
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self.pending: dict[tuple[Any, ...], Future[Any]] = {}  # by arguments
+
+    def __call__(self, split: str, seed: int, iteration: int, tasks: range) -> Any:
+        wanted, following = (split, seed, iteration, tasks), (split, seed, iteration + 1, tasks)
+        future = self.pending.pop(wanted, None) or self.thread.submit(self.fetch, *wanted)
+        if split == "train" and following not in self.pending:
+            self.pending[following] = self.thread.submit(self.fetch, *following)
+        return future.result()
