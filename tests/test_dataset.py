@@ -1,13 +1,9 @@
 """Curves have the laws of their papers, and every task is a function of split, seed, iteration and number."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
 
 from common.errors import UsageError
 from common.random import task_stream
@@ -157,14 +153,3 @@ def test_own_tasks_are_asked_for_by_seeds_of_their_own_and_training_ahead(own):
 def test_a_batch_that_is_none_is_refused_with_its_reason(own, parts, ways, problem):
     with pytest.raises(UsageError, match=rf"--dataset own.py:f: sample\('train', 2 seeds\) .*{problem}"):
         own(*parts, ways=ways)[1].sample("train", 0, 0, range(2))
-
-
-def test_own_code_is_imported_by_its_name_and_shadows_no_module_of_ours(tmp_path):
-    for name in ("numpy", "torch", "PIL", "pyarrow", "csv", "tasks", "tqdm", "sitecustomize"):
-        (tmp_path / f"{name}.py").write_text("import pathlib; pathlib.Path('code has run').touch()")
-    (tmp_path / "mine.py").write_text("def make():\n    import numpy, csv\n    raise ValueError('here')")
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [sys.executable, ROOT / "main.py", "--dataset", "mine:make", "--device", "cpu"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 2 and "ValueError: here" in done.stderr, done.stderr
-    assert not (tmp_path / "code has run").exists()

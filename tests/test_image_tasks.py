@@ -65,13 +65,10 @@ def test_any_class_has_any_label_and_one_of_four_turns():
     corner = torch.zeros(30, 20, 1, 2, 2, dtype=torch.uint8)
     corner[..., 0, 0] = torch.arange(1, 31, dtype=torch.uint8)[:, None, None]  # one corner says the class
     splits = dict.fromkeys(("train", "validation", "test"), torch.arange(30))
-    images = ImageSet(
-        [str(c) for c in range(30)], torch.full((30,), 20), splits, lambda: corner.flatten(0, 1), ""
-    )
+    images = ImageSet([*map(str, range(30))], torch.full((30,), 20), splits, lambda: corner.flatten(0, 1), "")
+    tasks = ImageTasks(images, ways=5, shots=1, queries=2, quarter_turns=True)
     for split in splits:
-        batch = ImageTasks(images, ways=5, shots=1, queries=2, quarter_turns=True).sample(
-            split, 0, 0, range(400)
-        )
+        batch = tasks.sample(split, 0, 0, range(400))
         x = torch.cat([x.view(400, 5, -1, 4) for x in (batch.support_x, batch.query_x)], 2)  # [..., corners]
         turn, number = x.argmax(-1), (x.amax(-1) * 255).round().long()
         assert (turn == turn[..., :1]).all()  # one turn a class
@@ -83,8 +80,7 @@ def test_any_class_has_any_label_and_one_of_four_turns():
 def test_the_host_gives_the_devices_bits_and_fetches_training_ahead(augment):
     options = dict(ways=3, shots=1, queries=2, quarter_turns=True, augment=augment)
     images = image_set([6] * 12, channels=3)
-    device = ImageTasks(images, **options)
-    host = on_the_host(images, **options)
+    device, host = ImageTasks(images, **options), on_the_host(images, **options)
     calls = [("train", 0, i, range(4)) for i in (0, 1, 2, 9, 10)]
     calls[2:2] = [("validation", 0, 0, range(4)), ("validation", 0, 0, range(4, 6))]
     for arguments in [*calls, ("train", 1, 11, range(4)), ("train", 1, torch.tensor(12), range(2))]:

@@ -1,11 +1,9 @@
 """Images from files to pixels: what is read, what is refused in one line, and that it is decoded once."""
 
-import csv
-import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
@@ -16,7 +14,6 @@ import torchvision
 from conftest import write_classes, write_images
 from PIL import Image
 
-import main
 from common.errors import UsageError
 from tasks import images, published
 from tasks.images import Form, ImageSet, decode_all, image_files, open_folder
@@ -24,7 +21,6 @@ from tasks.published import open_benchmark
 from tasks.splits import published_splits
 
 SMALL = Form(6, 1)
-FILES = ("filename", "label")
 SHARES = {"train": 64, "validation": 16, "test": 20}
 
 pytestmark = pytest.mark.usefixtures("user_cache")
@@ -36,11 +32,6 @@ def read_images(folder: Path, form: Form) -> torch.Tensor:
 
 def load(folder: Path, form: Form = SMALL) -> torch.Tensor:
     return open_folder(folder, form, SHARES).load()
-
-
-def write_list(path: Path, rows: Sequence[Sequence[str]]) -> None:
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows(rows)
 
 
 def listing(folder: Path) -> list[str]:
@@ -69,8 +60,9 @@ def test_split_folders_are_taken_as_they_are(tmp_path):
 
 def test_lists_of_files_and_labels_are_followed(tmp_path):
     write_images(tmp_path / "images", range(8))
-    for split, rows in {"train": ["5x", "1y"], "val": ["2z"], "test": ["0w", "7w"]}.items():
-        write_list(tmp_path / f"{split}.csv", [FILES, *((f"00{n}.png", c) for n, c in rows)])
+    (tmp_path / "train.csv").write_text("filename,label\n005.png,x\n001.png,y\n")
+    (tmp_path / "val.csv").write_text("filename,label\n002.png,z\n")
+    (tmp_path / "test.csv").write_text("label,filename\nw,000.png\nw,007.png\n")
     found = open_folder(tmp_path, SMALL, SHARES)
     assert class_names(found) == {"train": ["x", "y"], "validation": ["z"], "test": ["w"]}
     assert found.load()[:, 0, 0, 0].tolist() == [0, 7, 5, 1, 2]  # of w, x, y and z
@@ -139,60 +131,44 @@ def test_one_bit_images_are_resized_smoothly_unless_nearest_is_asked_for(tmp_pat
 # ---- bad data -------------------------------------------------------------------------------
 
 
-def three_classes(change):
-    def make(folder: Path) -> None:
-        write_classes(folder, 3)
-        change(folder)
-
-    return make
+def three(change):
+    """Three classes, c00 to c02, of three images each; and a change."""
+    return lambda folder: (write_classes(folder, 3), change(folder))
 
 
-def listed(*rows: Sequence[str]):
-    def make(folder: Path) -> None:
-        write_images(folder / "images", range(3))
-        write_list(folder / "train.csv", rows)
-
-    return make
+def listed(rows: str):
+    return lambda folder: (write_images(folder / "images", [0]), (folder / "train.csv").write_text(rows))
 
 
-def two_splits(prefix: str):
+def two_splits(prefix: str, link: str = ""):
     def make(folder: Path) -> None:
         write_classes(folder / "train", 3)
         write_classes(folder / "test", 1, prefix=prefix)
+        if link:
+            (folder / "test" / "link").symlink_to(folder / "train" / link)
 
     return make
 
 
-def two_links(folder: Path) -> None:
-    two_splits("d")(folder)
-    (folder / "test" / "link").symlink_to(folder / "train" / "c00")
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:50])
-
-
+COLUMNS = 'should have a "filename" and a "label"'
 BAD = {
     "damaged": (
-        three_classes(lambda f: cut(f / "c01/001.png")),
-        r"c01/001.png is no readable image .*remove",
+        three(lambda f: os.truncate(f / "c01/001.png", 50)),
+        "c01/001.png is no readable image .*remove",
     ),
-    "text": (three_classes(lambda f: (f / "c00/x.jpg").write_text("")), r"c00/x.jpg is no readable image"),
-    "empty class": (three_classes(lambda f: (f / "A/empty").mkdir(parents=True)), r"A/empty: put the images"),
-    "loop": (three_classes(lambda f: (f / "loop").symlink_to(f)), r"Too many levels of symbolic links"),
-    "twin": (
-        three_classes(lambda f: (f / "twin").symlink_to(f / "c01")),
-        r"c01/000.png is in all and in all",
-    ),
-    "loose images": (lambda f: write_images(f, range(3)), r"into a folder of its own"),
-    "nothing": (lambda f: f.mkdir(), r"into a folder of its own"),
-    "not there": (lambda f: None, r"there is no folder"),
-    "a class in two splits": (two_splits("c"), r"c00 is in train and in test"),
-    "an image in two splits": (two_links, r"c00/000.png is in train and in test"),
-    "columns": (listed(("file", "kind"), ("000.png", "x")), r'should have a "filename" and a "label"'),
-    "short row": (listed(FILES, ("000.png",)), r'should have a "filename" and a "label"'),
-    "missing file": (listed(FILES, ("000.png", "x"), ("9.png", "x")), r"there is no 9.png in"),
-    "listed twice": (listed(FILES, ("000.png", "x"), ("000.png", "y")), r"000.png is in train and in train"),
+    "text": (three(lambda f: (f / "c00/x.jpg").write_text("")), "c00/x.jpg is no readable image"),
+    "empty class": (three(lambda f: (f / "A/empty").mkdir(parents=True)), "A/empty: put the images"),
+    "loop": (three(lambda f: (f / "loop").symlink_to(f)), "Too many levels of symbolic links"),
+    "twin": (three(lambda f: (f / "twin").symlink_to(f / "c01")), "c01/000.png is in all and in all"),
+    "loose images": (lambda f: write_images(f, range(3)), "into a folder of its own"),
+    "nothing": (lambda f: f.mkdir(), "into a folder of its own"),
+    "not there": (lambda f: None, "there is no folder"),
+    "a class in two splits": (two_splits("c"), "c00 is in train and in test"),
+    "an image in two splits": (two_splits("d", link="c00"), "c00/000.png is in train and in test"),
+    "columns": (listed("file,kind\n000.png,x"), COLUMNS),
+    "short row": (listed("filename,label\n000.png"), COLUMNS),
+    "missing file": (listed("filename,label\n000.png,x\n9.png,x"), "there is no 9.png in"),
+    "listed twice": (listed("filename,label\n000.png,x\n000.png,y"), "000.png is in train and in train"),
 }
 
 
@@ -206,18 +182,6 @@ def test_bad_data_is_refused_in_one_line_and_leaves_nothing(case, tmp_path, user
         load(folder)
     assert "\n" not in str(raised.value)
     assert listing(tmp_path) == before and not [p for p in user_cache.rglob("*") if p.is_file()]
-
-
-def test_no_name_reaches_the_terminal_as_anything_but_text(tmp_path, capsys):
-    write_classes(tmp_path, 12)
-    for name in ("a\n\x1b]0;owned\x07\x1b[2J\u202egnp\x9b31m", os.fsdecode(b"\xff\xfe")):
-        bad = tmp_path / "c01" / f"{name}.png"
-        bad.write_bytes(b"no image")
-        arguments = ["--dataset", f"images:{tmp_path}", "-n", "2", "-k", "1", "-q", "1", "--device", "cpu"]
-        assert main.main(arguments) == 2
-        line = capsys.readouterr().err.splitlines()[-1]
-        assert line.isprintable() and line.startswith("main.py: error:") and "no readable image" in line
-        bad.unlink()
 
 
 # ---- the cache ------------------------------------------------------------------------------
@@ -260,36 +224,19 @@ def test_a_build_that_is_cut_short_leaves_nothing(tmp_path, monkeypatch, error):
     assert listing(tmp_path) == before
 
 
-def load_slowly(folder: Path, log: Path, start: Path) -> None:
-    """Decode as slowly as a busy disk, and leave a line for each image."""
-    decode = images._decode
+def test_of_those_that_want_a_cache_one_builds_it_and_all_have_it(tmp_path, monkeypatch):
+    write_classes(tmp_path, 4)
+    decode, decoded = images._decode, []
 
     def decode_slowly(path, form):
-        with log.open("a") as file:
-            file.write(f"{path.name}\n")
+        decoded.append(path)
         time.sleep(0.02)
         return decode(path, form)
 
-    images._decode = decode_slowly
-    while not start.exists():
-        time.sleep(0.001)
-    assert load(folder).shape == (12, 1, 6, 6)
-
-
-@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
-def test_of_processes_that_want_a_cache_one_builds_it_and_all_have_it(tmp_path):
-    write_classes(tmp_path / "data", 4)
-    arguments = tmp_path / "data", tmp_path / "log", tmp_path / "start"
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=load_slowly, args=arguments) for _ in range(3)]
-    for process in processes:
-        process.start()
-    (tmp_path / "start").touch()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0] * 3
-    assert len((tmp_path / "log").read_text().splitlines()) == 12  # each image once
-    assert len(list((tmp_path / "data").glob(".*"))) == 1
+    monkeypatch.setattr(images, "_decode", decode_slowly)
+    with ThreadPoolExecutor(3) as pool:
+        assert [len(pixels) for pixels in pool.map(load, 3 * [tmp_path])] == [12, 12, 12]
+    assert len(decoded) == 12 and len(list(tmp_path.glob(".*"))) == 1
 
 
 # ---- the published benchmarks ---------------------------------------------------------------
@@ -324,15 +271,6 @@ def test_cifar_has_the_images_of_each_class_under_its_name(name, tmp_path, monke
     assert (pixels[:, :5, 1] == 255).all() and (pixels[:, 5:, 1] == 0).all()
 
 
-def test_a_failed_fetch_is_said_in_one_line(tmp_path, monkeypatch):
-    def broken(*_, **__):
-        raise OSError("no route\nto host")
-
-    monkeypatch.setattr(torchvision.datasets, "CIFAR100", broken)
-    with pytest.raises(UsageError, match=r"CIFAR100 is not whole in .*no route to host.*--data-root"):
-        open_benchmark("cifar-fs", tmp_path, Form(4, 3))
-
-
 def write_published(folder: Path) -> None:
     for split, wnids in published_splits("mini-imagenet").items():
         for wnid in wnids:
@@ -346,7 +284,8 @@ def test_mini_imagenet_is_read_from_split_folders_lists_or_one_folder(tmp_path):
     for part in ("train", "val", "test"):
         shutil.copytree(parts / part, one, dirs_exist_ok=True)
         wnids = sorted(path.name for path in (parts / part).iterdir())
-        write_list(lists / f"{part}.csv", [FILES, *((f"{wnid}01.png", wnid) for wnid in wnids)])
+        rows = [f"{wnid}01.png,{wnid}" for wnid in wnids]
+        (lists / f"{part}.csv").write_text("\n".join(["filename,label", *rows]))
         for wnid in wnids:
             shutil.copy(parts / part / wnid / "000.png", lists / f"{wnid}01.png")
     write_images(one / "n99999999", [0])  # another of ImageNet's

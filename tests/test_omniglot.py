@@ -1,6 +1,5 @@
 """Omniglot is read from folders or archives, fetched if need be, and split in two ways."""
 
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from common.errors import UsageError
 from common.random import SPLITS
 from dataset import build_distribution
 from tasks import images
-from tasks.images import Form, open_folder
+from tasks.images import Form
 from tasks.options import TaskOptions
 from tasks.published import open_benchmark, split_characters
 
@@ -33,17 +32,6 @@ def test_folders_and_archives_are_read_and_cached(small_omniglot, monkeypatch):
     assert set(nearest.unique().tolist()) == {0, 255} and len(pixels.unique()) > 2
     monkeypatch.setattr(images, "_decode", None)  # from here on, reading a drawing would fail
     assert torch.equal(load(small_omniglot), pixels)
-
-
-def test_an_archive_and_its_folder_are_the_same_characters(small_omniglot):
-    folder = small_omniglot / "omniglot-py"
-    archived = open_benchmark("omniglot", small_omniglot, INK_IS_ONE, "alphabet")
-    pixels = archived.load()
-    (folder / "images_evaluation.zip").unlink()
-    write_part(folder, "images_evaluation", 2, archive=False)
-    unpacked = open_benchmark("omniglot", small_omniglot, INK_IS_ONE, "alphabet")
-    assert unpacked.names == archived.names and torch.equal(unpacked.load(), pixels)
-    assert all(torch.equal(unpacked.splits[split], part) for split, part in archived.splits.items())
 
 
 def test_damaged_data_is_named(small_omniglot):
@@ -71,7 +59,7 @@ def test_data_that_cannot_be_fetched_is_said_in_one_line(tmp_path, monkeypatch):
         load(tmp_path)
 
 
-def test_what_was_fetched_is_read(tmp_path, monkeypatch, small_omniglot):
+def test_what_was_fetched_is_read_from_archives_or_folders(tmp_path, monkeypatch, small_omniglot):
     def download(root, background, download):
         part = "images_background" if background else "images_evaluation"
         write_part(Path(root) / "omniglot-py", part, 6 if background else 2, archive=False)
@@ -94,17 +82,6 @@ def test_alphabet_split_keeps_alphabets_together():
     assert not alphabets["train"] & alphabets["validation"] and len(alphabets["train"]) == 11
 
 
-def test_real_omniglot_as_a_folder_of_images_is_omniglot(tmp_path, omniglot_root, shared_cache):
-    with zipfile.ZipFile(omniglot_root / "omniglot-py" / "images_background.zip") as archive:
-        wanted = [n for n in archive.namelist() if n.split("/")[1] in ("Braille", "Greek", "Korean")]
-        archive.extractall(tmp_path, wanted)
-    folder = open_folder(tmp_path, INK_IS_ONE, {"train": 1})
-    omniglot = open_benchmark("omniglot", omniglot_root, INK_IS_ONE)
-    numbers = [omniglot.names.index(name) for name in folder.names]
-    expected = omniglot.load().view(1623, 20, 28, 28)[numbers]
-    assert len(numbers) == 90 and torch.equal(folder.load().view(90, 20, 28, 28), expected)
-
-
 def test_class_lists_of_the_same_split_make_the_same_tasks(small_omniglot):
     data = small_omniglot / "omniglot-py"
     (data / "images_evaluation.zip").unlink()
@@ -115,11 +92,10 @@ def test_class_lists_of_the_same_split_make_the_same_tasks(small_omniglot):
         name = "val" if split == "validation" else split
         (data / f"{name}.csv").write_text("\n".join(["filename,label", *rows]))
     common = dict(ways=2, shots=2, queries=3, image_size=28, channels=1, invert=True)
+    place = dict(data_root=small_omniglot, device=torch.device("cpu"))
     omniglot, folder = (
-        build_distribution(
-            TaskOptions(**options, **common), data_root=small_omniglot, device=torch.device("cpu")
-        )
-        for options in ({"dataset": "omniglot"}, {"dataset": f"images:{data}", "quarter_turns": True})
+        build_distribution(TaskOptions(dataset=name, quarter_turns=True, **common), **place)
+        for name in ("omniglot", f"images:{data}")
     )
     for split in SPLITS:
         batches = (tasks.sample(split, 3, 5, range(6)) for tasks in (folder, omniglot))

@@ -15,16 +15,6 @@ from tasks.options import DATASETS, OMNIGLOT_CLASSES, TaskOptions
 from tasks.splits import as_positions, published_splits, split_at_random
 
 SHARES = {"train": 64, "validation": 16, "test": 20}
-OWN = """
-import torch
-def draw(seeds, points):
-    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-    return torch.stack([torch.rand(points, 2, generator=g) for g in generators])
-class Tasks:
-    def sample(self, split, seeds):
-        x = draw(seeds, 10)
-        return x[:, :5], x[:, :5], x[:, 5:], x[:, 5:]
-"""
 PUBLISHED = {
     "cifar-fs": [64, 16, 20],
     "fc100": [60, 20, 20],
@@ -33,10 +23,10 @@ PUBLISHED = {
 }
 
 
-def make(dataset: str, data_root: Path = Path(), **options) -> TaskDistribution:
+def make(dataset: str, data_root: Path = Path(), for_test=False, **options) -> TaskDistribution:
     defaults = dict(ways=None, shots=1, queries=1, image_size=6, channels=1, invert=False)
     tasks = TaskOptions(dataset=dataset, **defaults | options)
-    return build_distribution(tasks, data_root=data_root, device=torch.device("cpu"))
+    return build_distribution(tasks, data_root=data_root, device=torch.device("cpu"), for_test=for_test)
 
 
 def inputs_by_split(distribution: TaskDistribution, tasks: int = 400) -> dict[str, set[bytes]]:
@@ -58,11 +48,6 @@ def assert_apart(inputs: dict[str, set[bytes]]) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_curves_of_different_splits_have_no_point_in_common(name):
     assert_apart(inputs_by_split(make(name, shots=5, queries=5), tasks=50))
-
-
-def test_own_tasks_of_different_splits_have_different_seeds(tmp_path):
-    (tmp_path / "own_tasks.py").write_text(OWN)
-    assert_apart(inputs_by_split(make(f"{tmp_path / 'own_tasks.py'}:Tasks"), tasks=50))
 
 
 @pytest.mark.parametrize("layout", ["class folders", "split folders", "train and test", "lists"])
@@ -136,16 +121,6 @@ def test_a_name_in_two_splits_is_an_error():
 
 
 def test_without_training_everything_is_for_test(tmp_path):
-    write_classes(tmp_path / "images", 6)
-    options = TaskOptions(
-        dataset=f"images:{tmp_path / 'images'}",
-        ways=2,
-        shots=1,
-        queries=1,
-        image_size=6,
-        channels=1,
-        invert=False,
-    )
-    arguments = dict(data_root=Path(), device=torch.device("cpu"))
-    names = build_distribution(options, **arguments, for_test=True).split_names
+    write_classes(tmp_path, 6)
+    names = make(f"images:{tmp_path}", ways=2, for_test=True).split_names
     assert (names["train"], names["validation"], len(names["test"])) == ([], [], 6)

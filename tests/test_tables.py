@@ -22,7 +22,7 @@ def write(path, columns: dict) -> None:
         csv.write_csv(data, path)
 
 
-def read(path, columns: Columns | None = None, *, classification=False, shares=SHARES) -> Table:
+def read(path, columns=None, *, classification=False, shares=SHARES) -> Table:
     return load_table(path, columns or Columns(), classification=classification, shares=shares)
 
 
@@ -37,9 +37,6 @@ def numbered(tmp_path, tasks=9, rows=6, classes=0) -> Table:
     path = tmp_path / "numbered.parquet"
     write(path, {"task": [f"t{t}" for t in task], "i": index, "t": task, "y": label})
     return read(path, classification=bool(classes))
-
-
-# ---- reading --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("classification", [False, True])
@@ -71,11 +68,8 @@ def test_columns_have_the_roles_that_the_flag_gives_them(tmp_path):
     (tmp_path / "a.csv").write_text("person, u,v,w ,spare\n007,1, 2,3,text\n")
     table = read(tmp_path / "a.csv", columns)
     assert table.tasks == ["007"] and table.x.tolist() == [[2]] and table.y.tolist() == [[3, 1]]
-
-
-def test_at_prediction_time_a_file_without_tasks_is_one_task(tmp_path):
     (tmp_path / "a.csv").write_text("x,y\n1,7\n2,\n3,nan\n4,8\n")
-    table = read(tmp_path / "a.csv", shares=None)
+    table = read(tmp_path / "a.csv", shares=None)  # of which one predicts: all rows are one task
     assert table.tasks == ["task"] and table.y.isnan()[:, 0].tolist() == [False, True, True, False]
 
 
@@ -95,7 +89,6 @@ BAD = {
     "task,x,y\n": "column 'task' has .* no cells",
     "": "not readable .*[Ee]mpty",
     "task,x,y\na,1,1\nb,abc,1\n": "column 'x': .*'abc'",
-    "task,x,y\na,2020-01-01,1\n": "column 'x': .*'2020-01-01'",
     "task,x,y\na,1,1\nb,,1\n": "column 'x', data row 2 is empty or infinite",
     "task,x,y\na,1,1\nb,-inf,1\n": "column 'x', data row 2 is empty or infinite",
     "task,x,y\na,1,1\nb,1,NA\n": "column 'y', data row 2 is empty or infinite",
