@@ -29,7 +29,10 @@ from tool import TaskBatch, assemble, make_learner, make_maml
 
 OURS, EAGER = "this tool", "this tool, uncompiled"
 CHECKED = 5  # examples of a task with which meta-gradients are compared
-IMAGES = "--dataset images:FOLDER --image-size 28 --channels 1 --quarter-turns --learner conv --init torch"
+IMAGES = (  # as in the peers, batch norm's shift is adapted
+    "--dataset images:FOLDER --image-size 28 --channels 1 --quarter-turns --learner conv --init torch "
+    "--adapt-norm"
+)
 SINUSOID = "--init torch -k 10 -q 15 --meta-batch-size 25"
 
 
@@ -150,7 +153,7 @@ def measure_precision(rounds: int, folder: Path) -> dict[str, Any]:
     work = make_work("omniglot-5-way", folder)
     batch = work.batch(1)
     wide = TaskBatch(*(part.double() if part.is_floating_point() else part for part in batch))
-    maml = make_maml(work.learner.double(), steps=1, inner_lr=work.inner_lr)
+    maml = make_maml(work.learner.double(), steps=1, inner_lr=work.inner_lr, adapt_norm=True)
     exact = as_numpy(maml.meta_gradient(maml.initial_parameters(), wide).gradients)
     norm = math.sqrt(sum(float((g**2).sum()) for g in exact.values()))
     contenders, results = {}, {}
