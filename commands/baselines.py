@@ -32,9 +32,8 @@ from common.optimizers import Weights
 from common.processes import World
 from evaluation.figures import results_figure
 from evaluation.meta_test import Evaluation, evaluate
-from evaluation.seeds import StepResults, results_table
 from evaluation.style import write_figure
-from evaluation.tables import evaluation_record, write_json
+from evaluation.tables import StepResults, evaluation_record, results_table, write_json
 from tasks.options import CURVES
 from training.checkpoint import load_checkpoint
 from training.folders import LAST, find_runs

@@ -24,9 +24,8 @@ from common.own_code import is_own_code
 from evaluation import meta_test, paired
 from evaluation.figures import comparison_figure
 from evaluation.meta_test import Evaluation
-from evaluation.seeds import Curve
 from evaluation.style import write_figure
-from evaluation.tables import Caption, write_json
+from evaluation.tables import Caption, Curve, write_json
 from learners.losses import loss_name
 from training.checkpoint import load_checkpoint
 from training.folders import BEST, LAST, find_checkpoint, find_runs

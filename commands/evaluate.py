@@ -31,12 +31,12 @@ from common.device import Runtime, versions
 from common.errors import UsageError
 from common.optimizers import Weights
 from common.processes import World
-from evaluation import meta_test, seeds
+from evaluation import meta_test
 from evaluation.examples import adapt_examples, examples_figure
 from evaluation.figures import results_figure
 from evaluation.meta_test import Evaluation, normalisations_of
 from evaluation.style import write_figure
-from evaluation.tables import Caption, evaluation_record, write_json
+from evaluation.tables import ALL, Caption, evaluation_record, results_of, results_table, write_json
 from learners.losses import loss_name
 from maml import MAML
 from training.checkpoint import Checkpoint, check_same_split, fitting_parameters, load_checkpoint
@@ -60,14 +60,15 @@ def evaluate(call: Call, given: Mapping[str, Any], command: str, world: World) -
     results: dict[str, list[Evaluation]] = {}
     for run, (job, result, _) in zip(runs, measured, strict=True):
         subjects.append(job.subject)
-        results.setdefault(run.setting or seeds.ALL, []).append(result)
+        results.setdefault(run.setting or ALL, []).append(result)
     words, name = summarise(subjects)
-    summary = seeds.results_of(results)
-    print(seeds.results_table(summary, words))
+    summary = results_of(results)
+    print(results_table(summary, words))
     stem = (call.out or folder) / name
     if world.first:
-        record = {"runs": [vars(run) for run in runs], "settings": seeds.results_record(results)}
-        write_json(Path(f"{stem}.json"), {"command": command, **record})
+        settings = {label: part.record() for label, part in summary.items()}
+        record = {"command": command, "runs": [vars(run) for run in runs], "settings": settings}
+        write_json(Path(f"{stem}.json"), record)
         write_figure(Path(f"{stem}.png"), results_figure(summary, words))
     place = "next to them" if call.out else "next to its checkpoint"
     print(f"Written: {stem}.json and .png, and those of each run {place}")
@@ -80,7 +81,7 @@ def evaluate_one(
     """Measure a checkpoint or the fresh initialisation; return the job, the result, and its files' stem."""
     folder = call.checkpoint_path if call.load is None else call.load.parent
     ((job, result, stem),) = _evaluate_all([call.load], folder, call, given, command, world)
-    print(seeds.results_table(seeds.results_of({seeds.ALL: [result]}), job.subject.words))
+    print(results_table(results_of({ALL: [result]}), job.subject.words))
     print(f"Written: {stem}.json and .png")
     return job, result, stem
 
@@ -285,7 +286,7 @@ class Job:
             normalisation=choices.query_norm,
             inner_batch=options.eval_inner_batch,
         )
-        results, fits = seeds.results_of({seeds.ALL: [result]}), examples if curves else None
+        results, fits = results_of({ALL: [result]}), examples if curves else None
         figure = results_figure(results, self.subject.words, fits=fits)
         write_figure(Path(f"{stem}.png"), figure)
         if examples is not None and not curves:

@@ -40,11 +40,17 @@ from commands.resolve import config_of, select_learned
 from commands.train import find_start, make_folder
 from common.errors import UsageError
 from common.processes import World
-from evaluation import seeds
 from evaluation.figures import learning_figure
-from evaluation.seeds import ALL, RunSummary
 from evaluation.style import write_figure
-from evaluation.tables import write_json
+from evaluation.tables import (
+    ALL,
+    RunSummary,
+    learning_curves,
+    measure_of,
+    training_record,
+    training_table,
+    write_json,
+)
 from learners.losses import loss_name
 from tasks.options import CURVES
 from training.checkpoint import load_checkpoint
@@ -257,9 +263,9 @@ def _report(folder: Path, outcomes: Sequence[RunSummary], world: World) -> int:
     """Print and write the summary of all runs; return the exit code."""
     failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
     if world.first:
-        print(seeds.training_table(outcomes))
-        write_json(folder / "summary.json", seeds.training_record(outcomes))
-        curves, measure = seeds.learning_curves(outcomes), seeds.measure_of(outcomes)
+        print(training_table(outcomes))
+        write_json(folder / "summary.json", training_record(outcomes))
+        curves, measure = learning_curves(outcomes), measure_of(outcomes)
         figure = learning_figure(curves, f"validation {measure}", accuracy=measure == "accuracy")
         write_figure(folder / "summary.png", figure)
         print(f"Written: {folder / 'summary'}.json and .png")

@@ -15,8 +15,7 @@ from torch import Tensor
 from evaluation import style
 from evaluation.examples import Examples, draw_fits
 from evaluation.paired import Side, difference
-from evaluation.seeds import ALL, Curve, StepResults
-from evaluation.tables import Caption
+from evaluation.tables import ALL, Caption, Curve, StepResults
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -47,21 +47,13 @@ class Evaluation:
         """Return which tasks have diverged after which step: bool `[tasks, steps + 1]`."""
         return diverged(self.losses[normalisation])
 
-    def kept(self, normalisation: str) -> Tensor:
-        """Return which results count towards a mean: bool `[tasks, steps + 1]`.
-
-        These are all accuracies, and the losses that have not diverged.
-        """
-        diverged = self.diverged(normalisation)
-        return torch.ones_like(diverged) if self.accuracies else ~diverged
-
     def intervals(self, normalisation: str) -> tuple[Tensor, Tensor]:
-        """Return mean and half width of the 95 % interval over tasks, each `[steps + 1]`; see `kept`."""
-        values, kept = self.measures[normalisation].T, self.kept(normalisation).T
-        mean, interval = zip(
-            *(mean_and_interval(v[k]) for v, k in zip(values, kept, strict=True)), strict=True
-        )
-        return torch.stack(mean), torch.stack(interval)
+        """Return mean and half width of the 95 % interval over tasks, each `[steps + 1]`.
+
+        Means include every accuracy, and the losses that have not diverged.
+        """
+        kept = None if self.accuracies else ~self.diverged(normalisation)
+        return mean_and_interval(self.measures[normalisation], kept)
 
 
 def diverged(losses: Tensor) -> Tensor:
@@ -81,10 +73,17 @@ def diverged(losses: Tensor) -> Tensor:
     return ~losses.isfinite() | (losses > base + (DIVERGENCE - 1) * size)
 
 
-def mean_and_interval(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean over tasks (the first axis) and the half width of its 95 % confidence interval."""
-    spread = values.std(0) if len(values) > 1 else torch.full_like(values.sum(0), torch.nan)
-    return values.mean(0), 1.96 * spread / len(values) ** 0.5
+def mean_and_interval(values: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the mean over tasks (the first axis) and the half width of its 95 % confidence interval.
+
+    Args:
+        kept: bool, of the values' shape: those that count; None: all.
+    """
+    kept = torch.ones_like(values, dtype=torch.bool) if kept is None else kept
+    count = kept.sum(0)
+    mean = values.where(kept, 0).sum(0) / count
+    variance = (values - mean).where(kept, 0).square().sum(0) / (count - 1)
+    return mean, 1.96 * (variance / count).sqrt()
 
 
 def loss_per_step(maml: MAML, outputs: Tree, targets: Tree) -> Tensor:

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from evaluation.meta_test import Evaluation, mean_and_interval
-from evaluation.seeds import Curve, StepResults, describe_means
-from evaluation.tables import table, units
+from evaluation.tables import Curve, StepResults, describe_means, table, units
 
 MOST_COLUMNS = 4  # sides that the table of settings has as columns
 
@@ -95,13 +94,13 @@ def shared_seeds(one: Collection[int], other: Collection[int]) -> list[tuple[int
 def difference(side: Side, first: Side, step: int | None = None) -> Difference:
     """Return `side` minus `first`, after this inner step; None: each after its quoted steps."""
     seeds = shared_seeds(side.evaluations, first.evaluations)
-    values, kept = [], []  # [tasks] of side and first, by pair of seeds
+    values, diverged = [], []  # [tasks] of side and first, by pair of seeds
     for pair in seeds:
         for part, seed in zip((side, first), pair, strict=True):
             evaluation, column = part.evaluations[seed], part.steps if step is None else step
             values.append(evaluation.measures[part.normalisation][:, column])
-            kept.append(evaluation.kept(part.normalisation)[:, column])
-    paired = torch.stack(kept).all(0)
+            diverged.append(evaluation.diverged(part.normalisation)[:, column])
+    paired = ~torch.stack(diverged).any(0) | side.results.accuracy
     differences = (torch.stack(values[::2]) - torch.stack(values[1::2]))[:, paired]  # [seeds, tasks]
     mean, interval = mean_and_interval(differences.mean(0))
     by_seed = dict(zip((seed for seed, _ in seeds), differences.mean(1).tolist(), strict=True))

@@ -5,6 +5,7 @@ Sizes and fonts are in `pictures.mplstyle`. matplotlib is imported when the firs
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from common.files import write_whole
 
 if TYPE_CHECKING:
-    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -29,7 +29,6 @@ DASHES = ("-", "--", "-.", ":")  # after the last colour they begin again with t
 MARKERS = "osD^vPX"  # seven, which has no divisor in common with the six colours
 DISTINCT_CURVES = len(PALETTE) * len(DASHES)
 
-DPI = 200
 SMALL = 8  # font size in points of notes
 LETTERS_PER_INCH = 17  # of a legend
 WIDE = 50.0  # ratio of the largest to the smallest loss from which its axis is logarithmic
@@ -97,28 +96,14 @@ def label_axes(panel: Axes, x: str, measure: str, *, accuracy: bool) -> None:
         panel.set_ylim(bottom=0.0)
 
 
-# ---- files ----------------------------------------------------------------------------------
-
-
-def render(figure: Figure) -> np.ndarray:
-    """Draw a figure: uint8 `[height, width, 3]`, the slow part of writing it."""
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    figure.set_dpi(DPI)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3]
-
-
-def write_pixels(path: Path, pixels: np.ndarray) -> None:
-    """Write a rendered figure as PNG, whole or not at all."""
-    from PIL import Image
-
-    image = Image.fromarray(pixels)
-    write_whole(path, lambda file: image.save(file, format="png"))
+def render(figure: Figure) -> bytes:
+    """Return a figure as PNG; drawing it is the slow part of writing it."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return png.getvalue()
 
 
 def write_figure(path: Path, figure: Figure) -> None:
     """Write a figure as PNG, whole or not at all."""
-    write_pixels(path, render(figure))
+    png = render(figure)
+    write_whole(path, lambda file: file.write(png))

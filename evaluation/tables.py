@@ -1,6 +1,7 @@
-"""Tables for the terminal, and records for result files. Every JSON and CSV file is written here.
+"""Results and learning of one run or many, by setting, as tables for the terminal and records for files.
 
-`evaluation_record` holds one `Evaluation`; what is shown of it, and of several runs, is in `seeds` and `paired`.
+Runs of one setting differ in their seed alone. The spread over seeds (lowest to highest) and the interval
+over test tasks are two different things, and are reported apart. All JSON and CSV files are written here.
 """
 
 from __future__ import annotations
@@ -10,18 +11,26 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from common.files import write_whole
 from evaluation.meta_test import Evaluation, mean_and_interval
 
+ALL = "all"  # name of the only setting
+MOST_COLUMNS = 3  # settings that a table has as columns; more are rows
 ROWS_PRINTED, LONGEST_CELL = 20, 24  # of predictions
+Curve = tuple[Sequence[float], Sequence[float]]  # x and y
 
-# ---- result files ---------------------------------------------------------------------------
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record as JSON, whole or not at all."""
+    text = json.dumps(_plain(record), indent=1) + "\n"
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def _plain(value: Any) -> Any:
@@ -37,12 +46,6 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a record as JSON, whole or not at all."""
-    text = json.dumps(_plain(record), indent=1) + "\n"
-    write_whole(path, lambda file: file.write(text.encode()))
-
-
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Write rows of cells as CSV, whole or not at all."""
     text = io.StringIO(newline="")
@@ -50,32 +53,18 @@ def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) 
     write_whole(path, lambda file: file.write(text.getvalue().encode()))
 
 
-def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
-    """Return the numbers behind table and picture, and the values of each task behind the numbers."""
-    per_step = [
-        {"normalisation": name, "steps": step} | _statistics(evaluation, name, step)
-        for name, losses in evaluation.losses.items()
-        for step in range(losses.shape[1])
-    ]
-    per_task = {"loss": evaluation.losses, "accuracy": evaluation.accuracies}
-    return {"per_step": per_step, "per_task": {name: values for name, values in per_task.items() if values}}
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return right-aligned columns as text; columns without any text below their heading are left out."""
+    columns = [column for column in zip(header, *rows, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    lines = zip(*columns, strict=True)
+    return "\n".join("  ".join(map(str.rjust, line, widths)).rstrip() for line in lines)
 
 
-def _statistics(evaluation: Evaluation, normalisation: str, step: int) -> dict[str, Any]:
-    """Return the means over all tasks after a step, and that of the losses that have not diverged."""
-    diverged = evaluation.diverged(normalisation)[:, step]
-    losses = evaluation.losses[normalisation][:, step]
-    measures = {"loss": losses, "loss_without_diverged": losses[~diverged]}
-    if evaluation.accuracies:
-        measures["accuracy"] = evaluation.accuracies[normalisation][:, step]
-    row: dict[str, Any] = {"diverged_tasks": int(diverged.sum())}
-    for name, values in measures.items():
-        mean, interval = mean_and_interval(values)
-        row |= {name: mean.item(), f"{name}_interval_95": interval.item()}
-    return row
-
-
-# ---- tables ---------------------------------------------------------------------------------
+def predictions_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return the first rows of predictions, as the terminal shows them."""
+    more = f"\n... and {len(rows) - ROWS_PRINTED} more" if len(rows) > ROWS_PRINTED else ""
+    return table(header, [[cell[:LONGEST_CELL] for cell in row] for row in rows[:ROWS_PRINTED]]) + more
 
 
 @dataclass(frozen=True)
@@ -88,14 +77,6 @@ class Caption:
     test_steps: int  # whose result is quoted
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return right-aligned columns as text; columns without any text below their heading are left out."""
-    columns = [column for column in zip(header, *rows, strict=True) if any(column[1:])]
-    widths = [max(map(len, column)) for column in columns]
-    lines = zip(*columns, strict=True)
-    return "\n".join("  ".join(map(str.rjust, line, widths)).rstrip() for line in lines)
-
-
 def units(loss_name: str, *, accuracy: bool) -> tuple[str, float, int]:
     """Return how a table shows a measure: its name, the factor of its numbers and their digits."""
     return ("accuracy %", 100, 2) if accuracy else (loss_name, 1, 4)
@@ -106,7 +87,202 @@ def after_steps(steps: int) -> str:
     return f"after {steps} step{'s' * (steps != 1)}"
 
 
-def predictions_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return the first rows of predictions, as the terminal shows them."""
-    more = f"\n... and {len(rows) - ROWS_PRINTED} more" if len(rows) > ROWS_PRINTED else ""
-    return table(header, [[cell[:LONGEST_CELL] for cell in row] for row in rows[:ROWS_PRINTED]]) + more
+@dataclass(frozen=True)
+class Spread:
+    """One number over several runs; NaN where it is NaN in one of them."""
+
+    runs: int
+    mean: float
+    standard_deviation: float | None
+    lowest: float
+    highest: float
+
+    @classmethod
+    def over(cls, values: Sequence[float] | Tensor) -> Spread:
+        """Return the spread of these values, of which there is at least one."""
+        v = torch.as_tensor(values, dtype=torch.float64)
+        deviation = v.std().item() if len(v) > 1 and v.isfinite().all() else None
+        return cls(len(v), v.mean().item(), deviation, v.min().item(), v.max().item())
+
+    def text(self, digits: int, interval: str = "") -> str:
+        """Return `mean interval (lowest to highest)`, the latter for several runs."""
+        ends = f" ({self.lowest:,.{digits}f} to {self.highest:,.{digits}f})" * (self.runs > 1)
+        return f"{self.mean:,.{digits}f}{interval}{ends}"
+
+
+# ---- results over inner steps --------------------------------------------------------------------
+
+
+def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
+    """Return the numbers of one run behind table and picture, and the values of each task behind them."""
+    per_step: list[dict[str, Any]] = []
+    for name, losses in evaluation.losses.items():
+        diverged = evaluation.diverged(name)
+        measures = {
+            "loss": mean_and_interval(losses),
+            "loss_without_diverged": mean_and_interval(losses, ~diverged),
+        }
+        if evaluation.accuracies:
+            measures["accuracy"] = mean_and_interval(evaluation.accuracies[name])
+        for step, count in enumerate(diverged.sum(0).tolist()):
+            per_step.append({"normalisation": name, "steps": step, "diverged_tasks": count})
+            for measure, (mean, interval) in measures.items():
+                per_step[-1] |= {measure: mean[step].item(), f"{measure}_interval_95": interval[step].item()}
+    per_task = {"loss": evaluation.losses, "accuracy": evaluation.accuracies}
+    return {"per_step": per_step, "per_task": {name: values for name, values in per_task.items() if values}}
+
+
+@dataclass(frozen=True)
+class StepResults:
+    """Results of the runs of one setting, with one normalisation, after 0, 1, ... inner steps."""
+
+    means: Tensor  # [steps + 1, runs], over tasks
+    intervals: Tensor  # [steps + 1], half widths over tasks, mean over the runs
+    diverged: list[int]  # [steps + 1], tasks of all runs
+    tasks: int
+    accuracy: bool  # the measure, of which more is better; or else the loss
+
+    @classmethod
+    def over(cls, evaluations: Sequence[Evaluation], normalisation: str) -> StepResults:
+        """Return the results of these runs."""
+        means, intervals = zip(*(e.intervals(normalisation) for e in evaluations), strict=True)
+        diverged = torch.stack([e.diverged(normalisation).sum(0) for e in evaluations]).sum(0)
+        accuracy, tasks = bool(evaluations[0].accuracies), len(evaluations[0].losses[normalisation])
+        return cls(torch.stack(means, 1), torch.stack(intervals).mean(0), diverged.tolist(), tasks, accuracy)
+
+    def cell(self, step: int, scale: float, digits: int) -> str:
+        """Return the result after a step as text, with the number of diverged tasks; "" beyond the last."""
+        if step >= len(self.means):
+            return ""
+        interval = f" ± {scale * self.intervals[step]:.{digits}f}"
+        diverged = f", {self.diverged[step]} diverged" * bool(self.diverged[step])
+        return Spread.over(scale * self.means[step]).text(digits, interval) + diverged
+
+    def record(self) -> list[dict[str, Any]]:
+        """Return the numbers after each step as plain values."""
+        rows = zip(self.means, self.intervals.tolist(), self.diverged, strict=True)
+        return [
+            {"steps": step} | asdict(Spread.over(m)) | {"interval_95_over_tasks": i, "diverged_tasks": d}
+            for step, (m, i, d) in enumerate(rows)
+        ]
+
+
+def results_of(settings: Mapping[str, Sequence[Evaluation]]) -> dict[str, StepResults]:
+    """Return the results of each setting's runs with each normalisation, by a label."""
+    results = {}
+    for setting, runs in settings.items():
+        for norm in runs[0].losses:
+            label = norm if setting == ALL else f"{setting}, {norm}"
+            results[label if len(runs[0].losses) > 1 else setting] = StepResults.over(runs, norm)
+    return results
+
+
+def results_table(results: Mapping[str, StepResults], caption: Caption) -> str:
+    """Return mean over seeds, interval over tasks and spread over seeds.
+
+    Few settings are columns, with a row for each inner step. Many settings are rows, with the steps that
+    matter: before adaptation, as quoted, and the last.
+    """
+    parts = list(results.values())
+    measure, scale, digits = units(caption.loss_name, accuracy=parts[0].accuracy)
+    last = max(len(part.means) for part in parts) - 1
+    few = len(parts) <= MOST_COLUMNS
+    steps = range(last + 1) if few else sorted({0, min(caption.test_steps, last), last})
+    cells = [[part.cell(step, scale, digits) for step in steps] for part in parts]
+    if few:
+        marks = ["trained for" * (step == caption.trained_steps) for step in steps]
+        names = [measure if name == ALL else name for name in results]
+        text = table(["steps", *names, ""], list(zip(map(str, steps), *cells, marks, strict=True)))
+    else:
+        rows = [[name, *row] for name, row in zip(results, cells, strict=True)]
+        text = table(["", *map(after_steps, steps)], rows)
+    return f"{text}\nQuery {measure}: {describe_means(parts)}"
+
+
+def describe_means(results: Sequence[StepResults]) -> str:
+    """Return what the cells of a table of results hold, in words."""
+    words = f"mean ± 95 % interval over {results[0].tasks} tasks"
+    if any(part.means.shape[1] > 1 for part in results):
+        words = f"mean over seeds ± mean 95 % interval over {results[0].tasks} tasks (lowest to highest seed)"
+    if not any(any(part.diverged) for part in results):
+        return f"{words}. No task diverged."
+    kept = "their accuracies" if results[0].accuracy else "no loss of theirs"
+    return f"{words}. Diverged tasks are counted; means include {kept}."
+
+
+# ---- learning ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """How one run was trained."""
+
+    name: str
+    setting: str
+    seed: int
+    iteration: int
+    failure: str | None  # a run that failed is no part of a mean over seeds
+    final_training_loss: float | None
+    measure: str  # of validation: "accuracy", or the loss's name
+    validation: Curve  # iterations and values
+
+    def numbers(self) -> dict[str, float]:
+        """Return final training loss, best validation and its iteration, of a run that ended with them."""
+        if self.failure is not None:
+            return {}
+        loss = self.final_training_loss
+        numbers = {} if loss is None else {"final_training_loss": loss}
+        points = [(v, i) for i, v in zip(*self.validation, strict=True) if math.isfinite(v)]
+        if points:
+            choose = max if self.measure == "accuracy" else min
+            value, iteration = choose(points, key=lambda point: point[0])
+            numbers |= {"best_validation": value, "best_iteration": iteration}
+        return numbers
+
+
+def measure_of(runs: Sequence[RunSummary]) -> str:
+    """Return the measure of all runs: "accuracy", a loss's name, or "loss" where they have different ones."""
+    return runs[0].measure if len({run.measure for run in runs}) == 1 else "loss"
+
+
+def _numbers_by_setting(runs: Sequence[RunSummary]) -> dict[str, dict[str, list[float]]]:
+    groups: dict[str, dict[str, list[float]]] = {}
+    for run in runs:
+        group = groups.setdefault(run.setting, {})
+        for name, value in run.numbers().items():
+            group.setdefault(name, []).append(value)
+    return groups
+
+
+def training_table(runs: Sequence[RunSummary]) -> str:
+    """Return how the runs of each setting learned: final training loss and best validation, over their seeds."""
+    measure = measure_of(runs)
+    measure, scale, digits = units(measure, accuracy=measure == "accuracy")
+    formats = {"final_training_loss": (1, 4), "best_validation": (scale, digits), "best_iteration": (1, 0)}
+    rows = []
+    for setting, numbers in _numbers_by_setting(runs).items():
+        failures = [run.failure for run in runs if run.setting == setting]
+        ended = failures.count(None)
+        row = [setting, f"{ended}" if ended == len(failures) else f"{ended} of {len(failures)}"]
+        for name, (factor, places) in formats.items():
+            values = [factor * value for value in numbers.get(name, ())]
+            row.append(Spread.over(values).text(places) if values else "-")
+        rows.append(row)
+    return table(["", "runs", "training loss", f"best validation {measure}", "at iteration"], rows)
+
+
+def training_record(runs: Sequence[RunSummary]) -> dict[str, Any]:
+    """Return the numbers behind the table, and the runs behind the numbers."""
+    settings = {
+        setting: {name: asdict(Spread.over(values)) for name, values in numbers.items()}
+        for setting, numbers in _numbers_by_setting(runs).items()
+    }
+    return {"settings": settings, "runs": [asdict(run) | run.numbers() for run in runs]}
+
+
+def learning_curves(runs: Sequence[RunSummary]) -> dict[str, list[Curve]]:
+    """Return the validation curves of each setting's runs, by a label."""
+    groups: dict[str, list[Curve]] = {}
+    for run in runs:
+        groups.setdefault(run.setting, []).append(run.validation)
+    return {f"{setting}: mean of {len(curves)}": curves for setting, curves in groups.items()}

@@ -12,8 +12,7 @@ from dataset import Sinusoid
 from evaluation import meta_test
 from evaluation.examples import adapt_examples, examples_figure
 from evaluation.meta_test import DIVERGENCE, Evaluation, diverged, evaluate, mean_and_interval
-from evaluation.seeds import results_of, results_table
-from evaluation.tables import Caption, evaluation_record, predictions_table
+from evaluation.tables import Caption, evaluation_record, predictions_table, results_of, results_table
 from learner import build_learner
 from maml import MAML
 

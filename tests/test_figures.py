@@ -16,8 +16,7 @@ from evaluation import style
 from evaluation.examples import Examples, Prediction, draw_images, examples_figure, predictions_figure
 from evaluation.figures import learning_figure, results_figure
 from evaluation.meta_test import Evaluation
-from evaluation.seeds import results_of
-from evaluation.tables import Caption
+from evaluation.tables import Caption, results_of
 from training.folders import LAST
 
 STYLE = rc_params_from_file(style.STYLE_FILE, use_default_template=False)
@@ -81,7 +80,8 @@ def test_a_picture_is_opaque_and_keeps_its_style_outside_of_the_function_that_dr
     )
     style.write_figure(tmp_path / "picture.png", figure)  # ticks are made here
     picture = Image.open(tmp_path / "picture.png")
-    assert picture.mode == "RGB"
+    assert picture.getextrema()[3] == (255, 255)
+    picture = picture.convert("RGB")
     pixels = {tuple(pixel) for pixel in np.unique(np.asarray(picture).reshape(-1, 3), axis=0)}
     assert {tuple(bytes.fromhex(c[1:])) for c in ("#ffffff", INK, style.BLUE)} <= pixels
     assert {label.get_color() for label in figure.axes[0].get_xticklabels()} == {STYLE["xtick.color"]}

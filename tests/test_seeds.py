@@ -7,11 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from evaluation import seeds, style
+from evaluation import style, tables
 from evaluation.figures import results_figure
 from evaluation.meta_test import Evaluation
-from evaluation.seeds import RunSummary, Spread
-from evaluation.tables import Caption
+from evaluation.tables import Caption, RunSummary, Spread
 
 
 def run(setting: str, seed: int, loss: float | None, curve: list[float], **changes: object) -> RunSummary:
@@ -48,7 +47,7 @@ def test_a_spread_has_the_mean_and_the_ends_and_is_nan_where_one_value_is():
 
 
 def test_the_table_of_training_has_a_row_a_setting():
-    heading, first, second = seeds.training_table(RUNS).splitlines()
+    heading, first, second = tables.training_table(RUNS).splitlines()
     assert cells(heading) == ["runs", "training loss", "best validation MSE", "at iteration"]
     spread = ["2.0000 (1.0000 to 3.0000)", "0.3750 (0.2500 to 0.5000)", "15 (10 to 20)"]
     assert cells(first) == ["a-1", "2", *spread]
@@ -56,15 +55,15 @@ def test_the_table_of_training_has_a_row_a_setting():
 
 
 def test_the_table_of_training_says_what_was_measured_and_how_many_runs_ended():
-    table = seeds.training_table([run("", 0, 1.0, [0.5, 0.25], measure="accuracy")])
+    table = tables.training_table([run("", 0, 1.0, [0.5, 0.25], measure="accuracy")])
     assert "best validation accuracy %" in table and "50.00" in table
     failed = [RUNS[0], replace(RUNS[1], failure="iteration 7: ...", measure="Huber")]
-    table = seeds.training_table(failed)
+    table = tables.training_table(failed)
     assert "1 of 2" in table and "best validation loss" in table and "3.0000" not in table
 
 
 def test_the_record_of_training_groups_the_runs_by_setting():
-    record = seeds.training_record(RUNS)
+    record = tables.training_record(RUNS)
     assert record["settings"]["a-1"]["final_training_loss"]["mean"] == 2.0
     assert record["settings"]["a-1"]["best_iteration"]["highest"] == 20
     assert record["settings"]["a-2"]["final_training_loss"]["runs"] == 1
@@ -81,21 +80,23 @@ def test_diverged_tasks_are_left_out_of_the_means_over_seeds_and_counted():
     quiet = evaluation(*[[2.0, 1.0]] * 4)
     diverging = evaluation(*[[4.0, 2.0]] * 3, [4.0, 1e6])
     results, caption = {"all": [quiet, diverging]}, Caption("", "MSE", 1, 1)
-    after_one = seeds.results_record(results)["all"]["transductive"][1]
+    after_one = tables.results_of(results)["all"].record()[1]
     assert (after_one["mean"], after_one["lowest"], after_one["highest"]) == (1.5, 1.0, 2.0)
     assert after_one["diverged_tasks"] == 1
-    heading, before, after, *_, footer = seeds.results_table(seeds.results_of(results), caption).splitlines()
+    heading, before, after, *_, footer = tables.results_table(
+        tables.results_of(results), caption
+    ).splitlines()
     assert cells(heading) == ["steps", "MSE"] and cells(before)[1] == "3.0000 ± 0.0000 (2.0000 to 4.0000)"
     assert cells(after)[1:] == ["1.5000 ± 0.0000 (1.0000 to 2.0000), 1 diverged", "trained for"]
     assert footer.endswith("Diverged tasks are counted; means include no loss of theirs.")
-    line, *_ = results_figure(seeds.results_of(results), caption).axes[0].lines
+    line, *_ = results_figure(tables.results_of(results), caption).axes[0].lines
     assert list(line.get_ydata()) == [3.0, 1.5]
 
 
 def test_many_settings_are_rows_with_the_steps_that_matter():
     results = {f"a-{n}": [evaluation([n, n, n, n / 2], [n, n, n, n / 2])] for n in range(1, 5)}
     results["oracle"] = [evaluation([0.0], [0.0])]  # is not adapted
-    heading, *rows = seeds.results_table(seeds.results_of(results), Caption("", "MSE", 1, 1)).splitlines()
+    heading, *rows = tables.results_table(tables.results_of(results), Caption("", "MSE", 1, 1)).splitlines()
     assert cells(heading) == ["after 0 steps", "after 1 step", "after 3 steps"]
     assert [cells(row)[0] for row in rows[:5]] == list(results)
     assert cells(rows[0])[1:] == ["1.0000 ± 0.0000", "1.0000 ± 0.0000", "0.5000 ± 0.0000"]
@@ -106,5 +107,5 @@ def test_a_legend_is_drawn_as_long_as_its_curves_can_be_told_apart():
     results = {f"a-{n}": [evaluation([1.0, 0.5])] for n in range(style.DISTINCT_CURVES + 1)}
     few = dict(list(results.items())[:4])
     caption = Caption("", "MSE", None, 1)
-    assert results_figure(seeds.results_of(few), caption).legends
-    assert not results_figure(seeds.results_of(results), caption).legends
+    assert results_figure(tables.results_of(few), caption).legends
+    assert not results_figure(tables.results_of(results), caption).legends

@@ -303,13 +303,12 @@ def test_the_table_of_many_runs_has_the_means_of_the_single_ones(tmp_path, capsy
     line = ["--eval-tasks", 30, "--eval-steps", 2]
     assert command("--eval", "--load", folder, *line) == 0
     record = json.loads((folder / "test-sinusoid-3shot-4query-30tasks.json").read_text())
-    for setting, by_norm in record["settings"].items():
+    for setting, steps in record["settings"].items():
         means = []
         for run in folder.glob(f"{setting}_seed-*"):
             assert command("--eval", "--load", run, *line, "--out", tmp_path / run.name) == 0
             (file,) = (tmp_path / run.name).glob("*.json")
             means.append(json.loads(file.read_text())["per_step"][2]["loss_without_diverged"])
-        (steps,) = by_norm.values()
         assert steps[2]["mean"] == pytest.approx(sum(means) / 2, rel=1e-6) and steps[2]["runs"] == 2
     assert command("--eval", "--load", folder, "--baselines") == 2
     assert "name its checkpoint" in capsys.readouterr().err

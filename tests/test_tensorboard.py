@@ -57,7 +57,7 @@ def test_a_picture_is_the_same_in_tensorboard_and_in_its_file(tmp_path):
     log.flush()
     events = EventAccumulator(str(tmp_path)).Reload()
     (image,) = events.Images("fit")
-    assert (image.step, image.width, image.height) == (3, 200, 200)
+    assert (image.step, image.width, image.height) == (3, 100, 100)
     assert (tmp_path / "fit.png").read_bytes()[:4] == image.encoded_image_string[:4] == b"\x89PNG"
 
 

@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from common.files import sync, write_whole
 from common.options import Flag
-from evaluation.style import render, write_pixels
+from evaluation.style import render
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -133,12 +133,14 @@ class RunLog:
         self.add(end_summary(failed=failed), iteration)
 
     def figure(self, tag: str, figure: Figure, iteration: int, file: Path) -> None:
-        """Show a figure, and write the same pixels to a PNG file: drawing them is the slow part."""
-        from torch.utils.tensorboard import summary
+        """Show a figure, and write the same PNG to a file: drawing it is the slow part."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
 
-        pixels = render(figure)
-        self.add(summary.image(tag, pixels, dataformats="HWC"), iteration)
-        write_pixels(file, pixels)
+        png = render(figure)
+        width, height = map(int, figure.bbox.size)
+        image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
+        self.add(Summary(value=[Summary.Value(tag=tag, image=image)]), iteration)
+        write_whole(file, lambda opened: opened.write(png))
 
 
 # ---- event files ----------------------------------------------------------------------------------
