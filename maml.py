@@ -16,6 +16,7 @@ last one's.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
@@ -32,7 +33,14 @@ from common.task import Extras, Task, mean_statistics, stack_steps, sum_over_tas
 from common.vectorise import over_tasks
 from learners.batch_norm import BatchNorm, norm_parameter_names, record_statistics, use_running_statistics
 from learners.functional import FunctionalLearner
-from learners.heads import adapted_names, context_names, head_names, linear_head, prototype_head, remove_head
+from learners.heads import (
+    adapted_names,
+    context_names,
+    head_names,
+    linear_head,
+    prototype_head,
+    replace_module,
+)
 
 Loss = Callable[[Any, Any], Tensor]  # (outputs, targets) of one task -> mean over its examples
 
@@ -134,9 +142,11 @@ class MAML:
     def _partition(self) -> None:
         """Divide the learner's weights: adapted or shared, learned or computed, per step or not."""
         choices, module = self.choices, self.call.module
-        self.head_layer = "" if choices.head_init == "learned" else linear_head(module, choices.head)
-        self.body = remove_head(module, self.head_layer) if choices.head_init == "prototype" else module
-        heads = set() if choices.head_init == "learned" else head_names(module, choices.head)
+        self.body, heads = module, frozenset[str]()
+        if choices.head_init != "learned":
+            heads, layer = head_names(module, choices.head), linear_head(module, choices.head)
+            if choices.head_init == "prototype":  # of the body's outputs, which are the inputs of the head
+                self.body = replace_module(copy.deepcopy(module), layer, nn.Identity())
         norms, contexts = norm_parameter_names(module), context_names(module)
         parameters = self.call.parameters
         self.contexts = {name: parameters[name] for name in sorted(contexts)}

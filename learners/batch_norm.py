@@ -42,17 +42,16 @@ class BatchNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(channels)) if scale else None
         self.bias = nn.Parameter(torch.zeros(channels)) if shift else None
-        self.channels = channels
+        self.statistics: Tensor
         self.register_buffer("statistics", torch.zeros(2, channels), persistent=False)
         self.reference: int | None = None
         self.uses_buffer = False
         self.seen: list[Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        # a sum of squares in half precision would lose the variance
-        wide = torch.promote_types(x.dtype, torch.float32)
         per_channel = (-1,) + (1,) * (x.dim() - 2)
-        centred, variance = self._centre(x.to(wide), per_channel)
+        # a sum of squares in half precision would lose the variance
+        centred, variance = self._centre(x.to(torch.promote_types(x.dtype, torch.float32)), per_channel)
         scale = torch.rsqrt(variance + self.eps)
         if self.weight is not None:
             scale = scale * self.weight.view(per_channel)
@@ -64,7 +63,7 @@ class BatchNorm(nn.Module):
     def _centre(self, x: Tensor, per_channel: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Return x minus its mean, and the biased variance, which broadcasts against x."""
         if self.uses_buffer:
-            mean, variance = self.get_buffer("statistics").to(x.dtype).unbind()
+            mean, variance = self.statistics.to(x.dtype).unbind()
             return x - mean.view(per_channel), variance.view(per_channel)
         all_but_channels = [0, *range(2, x.dim())]
         reference = slice(self.reference)
@@ -87,30 +86,21 @@ def convert_batch_norm(module: nn.Module) -> nn.Module:
     statistics are meant to stay. Instance norm in training mode loses its running statistics: it then
     predicts with each example's own, as it trains. Returns the module, or its replacement.
     """
-
-    layers = list(module.modules())
+    layers: list[Any] = list(module.modules())
+    converted = {}
     for layer in layers:
         if isinstance(layer, _InstanceNorm) and layer.training:
             layer.track_running_stats, layer.running_mean, layer.running_var = False, None, None
             layer.num_batches_tracked = None
-    converted = {layer: _convert(layer) for layer in layers if _is_convertible(layer)}
+        standard = isinstance(layer, _BatchNorm) and type(layer).forward in _STANDARD_FORWARDS
+        if standard and (layer.training or layer.running_mean is None):
+            converted[layer] = BatchNorm(layer.num_features, eps=layer.eps)
+            converted[layer].weight, converted[layer].bias = layer.weight, layer.bias
     for layer in layers:
         for name, child in layer._modules.items():  # named_children() would name a shared layer once
             if child in converted:
                 setattr(layer, name, converted[child])
     return converted.get(module, module)
-
-
-def _is_convertible(layer: nn.Module) -> bool:
-    """Return whether the layer is PyTorch's own batch norm, and normalises with the batch at hand."""
-    standard = isinstance(layer, _BatchNorm) and type(layer).forward in _STANDARD_FORWARDS
-    return standard and (layer.training or layer.running_mean is None)
-
-
-def _convert(layer: Any) -> BatchNorm:
-    converted = BatchNorm(layer.num_features, eps=layer.eps)
-    converted.weight, converted.bias = layer.weight, layer.bias
-    return converted
 
 
 def norm_layers(module: nn.Module) -> dict[str, BatchNorm]:
@@ -121,13 +111,13 @@ def norm_layers(module: nn.Module) -> dict[str, BatchNorm]:
 def norm_parameter_names(module: nn.Module) -> frozenset[str]:
     """Return the names of the parameters that belong to batch norm layers."""
     return frozenset(
-        _join_names(prefix, name)
+        join_names(prefix, name)
         for prefix, layer in norm_layers(module).items()
         for name, _ in layer.named_parameters(recurse=False)
     )
 
 
-def _join_names(layer: str, name: str) -> str:
+def join_names(layer: str, name: str) -> str:
     return f"{layer}.{name}" if layer else name
 
 
@@ -160,16 +150,16 @@ def fresh_statistics(module: nn.Module) -> dict[str, Tensor]:
     fresh = {}
     like = next(module.parameters(), torch.zeros(()))
     for name, layer in norm_layers(module).items():
-        mean = torch.zeros(layer.channels, dtype=like.dtype, device=like.device)
-        fresh[_join_names(name, "statistics")] = torch.stack([mean, torch.ones_like(mean)])
+        mean = torch.zeros(len(layer.statistics[0]), dtype=like.dtype, device=like.device)
+        fresh[join_names(name, "statistics")] = torch.stack([mean, torch.ones_like(mean)])
     return fresh
 
 
 @contextmanager
 def record_statistics(module: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Record what each layer sees; yield a dictionary of mean and biased variance that is filled on exit.
+    """Record the mean and biased variance that each layer sees, averaged over calls.
 
-    They are `[2, channels]`, detached, by the name of the layer's buffer; several calls are averaged.
+    Yield a dictionary that is filled on exit: `[2, channels]`, detached, by the name of the layer's buffer.
     """
     recorded: dict[str, Tensor] = {}
     with _temporary_attribute(module, "seen", None) as layers:
@@ -178,14 +168,11 @@ def record_statistics(module: nn.Module) -> Iterator[dict[str, Tensor]]:
         yield recorded
         for name, layer in layers.items():
             if layer.seen:
-                recorded[_join_names(name, "statistics")] = torch.stack(layer.seen).mean(0)
+                recorded[join_names(name, "statistics")] = torch.stack(layer.seen).mean(0)
 
 
 @contextmanager
 def use_running_statistics(module: nn.Module) -> Iterator[None]:
-    """Make every `BatchNorm` normalise with its buffer `statistics`, `[2, channels]`.
-
-    `functional_call` substitutes the buffer along with the weights.
-    """
+    """Make every `BatchNorm` normalise with its buffer, which `functional_call` substitutes like a weight."""
     with _temporary_attribute(module, "uses_buffer", True):
         yield

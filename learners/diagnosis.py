@@ -1,8 +1,6 @@
 """Find out why a learner cannot be meta-learned: what it lacks, and which layer fails.
 
 Called after a failure, whose message names an operation of PyTorch but no layer of the user's.
-
-    finding = find_failure(learner, weights, (support_x,))  # Finding("vectorise", "body.norm", "Norm", ...)
 """
 
 from __future__ import annotations
@@ -10,8 +8,7 @@ from __future__ import annotations
 import copy
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +21,7 @@ Weights = dict[str, Tensor]
 Loss = Callable[[Weights, Any], Tensor]  # of the weights, and the inputs and keys of one task
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """What a learner lacks."""
 
     problem: str  # "vectorise", "second derivative" or "forward mode"
@@ -50,12 +46,12 @@ def find_failure(
     module = copy.deepcopy(module)
     running: list[str] = []  # layers whose forward has not returned
 
-    def end(*_: Any) -> None:
+    def pop(*_: Any) -> None:
         running.pop()
 
     for name, layer in module.named_modules():
         layer.register_forward_pre_hook(lambda *_, name=name: running.append(name), prepend=True)
-        layer.register_forward_hook(end)
+        layer.register_forward_hook(pop)
 
     def loss(weights: Weights, task: Any) -> Tensor:
         """Return a number that depends on all outputs, as does its gradient."""
@@ -66,18 +62,18 @@ def find_failure(
         reals = [leaf for leaf in pytree.tree_leaves(output) if leaf.is_floating_point()]
         return sum(((real + real**2).sum() for real in reals), torch.zeros(()))
 
-    task = (inputs, () if keys is None else (keys,))
     weights = {name: weight.detach() for name, weight in weights.items()}
+    task = (inputs, () if keys is None else (keys,))
     tasks = pytree.tree_map_only(Tensor, lambda tensor: torch.stack([tensor.detach()] * 2), task)
     for problem, attempt in _ATTEMPTS.items():
         running.clear()
         try:
             attempt(loss, weights, tasks)
         except Exception as error:  # an operator may fail in any way
-            layer = running[-1] if running else ""
+            layer_name = running[-1] if running else ""
             first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
             reason = textwrap.shorten(first_line, 120, placeholder=" ...")
-            return Finding(problem, layer, type(module.get_submodule(layer)).__name__, reason)
+            return Finding(problem, layer_name, type(module.get_submodule(layer_name)).__name__, reason)
     return None
 
 
@@ -88,9 +84,8 @@ def _vectorise(loss: Loss, weights: Weights, tasks: Any) -> None:
 
 
 def _differentiate_twice(loss: Loss, weights: Weights, tasks: Any) -> None:
-    leaves = {name: w.clone().requires_grad_(w.is_floating_point()) for name, w in weights.items()}
-    reals = {name: w for name, w in leaves.items() if w.requires_grad}
-    gradients = vmap(grad(lambda reals, task: loss(leaves | reals, task)), (None, 0))(reals, tasks)
+    reals = {name: w.clone().requires_grad_() for name, w in weights.items() if w.is_floating_point()}
+    gradients = vmap(grad(lambda reals, task: loss(weights | reals, task)), (None, 0))(reals, tasks)
     total = torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum()
     if total.requires_grad:
         torch.autograd.grad(total, list(reals.values()), allow_unused=True)
@@ -100,9 +95,9 @@ def _differentiate_twice(loss: Loss, weights: Weights, tasks: Any) -> None:
 
 def _differentiate_in_forward_mode(loss: Loss, weights: Weights, tasks: Any) -> None:
     reals = {name: w for name, w in weights.items() if w.is_floating_point()}
-    direction = {name: torch.ones_like(w) for name, w in reals.items()}
 
     def slope(reals: Weights, task: Any) -> Tensor:
+        direction = {name: torch.ones_like(w) for name, w in reals.items()}
         return jvp(lambda reals: loss(weights | reals, task), (reals,), (direction,))[1]
 
     grad(lambda reals: vmap(slope, (None, 0))(reals, tasks).sum())(reals)

@@ -12,23 +12,69 @@ family of layers. All other functions run as they are, and the module is not cha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from learners import attention, draws, dropout, missing_rules, normalisation, recurrent
+from learners import attention, draws, normalisation, recurrent
+from learners.draws import Draws, Replacements
 
-_FAMILIES = (draws, dropout, attention, recurrent, normalisation, missing_rules)
-_REPLACEMENTS = {function: new for family in _FAMILIES for function, new in family.REPLACEMENTS.items()}
+# ---- functions without a second derivative or a rule for `vmap` ------------------------------
+
+
+def _embedding(
+    draws: Draws, input: Tensor, weight: Tensor, padding_idx: int | None = None, **options: Any
+) -> Tensor:
+    if options.get("max_norm") is not None:
+        raise ValueError("an embedding with max_norm overwrites its weights in a forward pass: leave it out")
+    rows = F.embedding(input, weight, scale_grad_by_freq=bool(options.get("scale_grad_by_freq")))
+    if padding_idx is None:
+        return rows
+    # under `vmap`, PyTorch's second derivative does not leave out the padding's row
+    padding = (input == padding_idx % weight.shape[0]).unsqueeze(-1)
+    return torch.where(padding, rows.detach(), rows)
+
+
+def _one_hot(draws: Draws, tensor: Tensor, num_classes: int = -1) -> Tensor:
+    if num_classes < 0:
+        raise ValueError("one_hot: give num_classes, which would depend on each task's values")
+    return (tensor.unsqueeze(-1) == torch.arange(num_classes, device=tensor.device)).long()
+
+
+_OTHERS: Replacements = {
+    F.embedding: _embedding,
+    F.one_hot: _one_hot,
+    F.hardsigmoid: lambda draws, x, inplace=False: F.relu6(x + 3.0) / 6.0,
+    Tensor.data.__get__: lambda draws, x: x.detach(),  # type: ignore[attr-defined]  # a descriptor
+}
+_FAMILIES = (
+    draws.REPLACEMENTS,
+    attention.REPLACEMENTS,
+    recurrent.REPLACEMENTS,
+    normalisation.REPLACEMENTS,
+    _OTHERS,
+)
+_REPLACEMENTS = {function: new for family in _FAMILIES for function, new in family.items()}
+_REFUSED = dict.fromkeys(
+    draws.REFUSED,
+    "draws random numbers in a way that cannot be repeated for each task: draw with torch.rand, torch.randn, "
+    "bernoulli or nn.functional.dropout",
+) | {
+    F.embedding_bag: "has no second derivative: average rows of nn.Embedding",
+    torch.linalg.householder_product: 'has wrong derivatives: use orthogonal_map="matrix_exp"',
+}
 _ALLOCATIONS = {
     *(torch.empty, torch.zeros, torch.ones, torch.full),
     *(torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like),
     *(Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full),
 }
+
+# ---- the mode --------------------------------------------------------------------------------
 
 
 class Elementary(TorchFunctionMode):
@@ -47,28 +93,19 @@ class Elementary(TorchFunctionMode):
 
     def __init__(self, keys: Tensor | None = None, like: Tensor | None = None) -> None:
         super().__init__()
-        self.random = draws.Draws(keys)
+        self.draws = Draws(keys)
         self.like = keys if like is None else like
 
-    @property
-    def draws(self) -> int:
-        """Calls that have drawn random numbers so far."""
-        return self.random.calls
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         replacement = _REPLACEMENTS.get(func)
         if replacement is not None:
-            return replacement(self.random, *args, **kwargs or {})
+            return replacement(self.draws, *args, **kwargs or {})
+        if func in _REFUSED:
+            raise ValueError(f"{func.__name__} {_REFUSED[func]}")
         result = func(*args, **kwargs) if kwargs else func(*args)
-        return self._copy_for_task(result) if func in _ALLOCATIONS else result
-
-    def _copy_for_task(self, allocated: Tensor) -> Tensor:
-        if self.like is None or allocated.requires_grad:
-            return allocated
-        shape, dtype, device = allocated.shape, allocated.dtype, allocated.device
-        return self.like.new_empty(shape, dtype=dtype, device=device).copy_(allocated)
+        if func not in _ALLOCATIONS or self.like is None or result.requires_grad:
+            return result
+        return self.like.new_empty(result.shape, dtype=result.dtype, device=result.device).copy_(result)
 
 
 _NOTHING_TO_REPLACE = (nn.Sequential, nn.Linear, nn.Conv2d, nn.ReLU, nn.Tanh, nn.Flatten, nn.MaxPool2d)
@@ -89,10 +126,6 @@ def is_elementary(module: nn.Module) -> bool:
 class NoGradHolds(TorchFunctionMode):
     """A mode that makes `torch.no_grad` hold for forward-mode derivatives too."""
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if torch.is_grad_enabled():
-            return func(*args, **kwargs or {})
-        with _set_fwd_grad_enabled(False):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with nullcontext() if torch.is_grad_enabled() else _set_fwd_grad_enabled(False):
             return func(*args, **kwargs or {})

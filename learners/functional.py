@@ -29,8 +29,7 @@ class FunctionalLearner:
     """A module as a function of weights and inputs: `outputs = learner(weights, x)`.
 
     Args:
-        module: any `nn.Module` that maps `[examples, ...]` to outputs. Several inputs are a tuple, or a
-            dictionary by name.
+        module: maps `[examples, ...]` to outputs. Several inputs are a tuple, or a dictionary by name.
         convolution: how `nn.Conv2d` is computed, "grouped" or "im2col" (see im2col.py).
         compute_dtype: type of the learner's arithmetic; None: that of its parameters.
         example: one task's inputs; a pass on them shows which buffers the module changes. Without it all
@@ -55,11 +54,8 @@ class FunctionalLearner:
         check_choice("convolution", convolution, CONVOLUTIONS)
         self.fixed = fixed_tensors(module)
         self.module = convert_batch_norm(copy.deepcopy(module))
-        self.parameters = {
-            name: parameter.detach().clone()
-            for name, parameter in self.module.named_parameters()
-            if parameter.requires_grad
-        }
+        learned = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        self.parameters = {name: p.detach().clone() for name, p in learned.items()}
         if convolution == "im2col":
             convert_convolutions(self.module)
         self.statistics = fresh_statistics(self.module)
@@ -137,7 +133,7 @@ class FunctionalLearner:
             weights, x = in_type(weights, self.compute_dtype), in_type(x, self.compute_dtype)
         with torch.no_grad(), Elementary(keys, first_tensor(x)) as mode:
             functional_call(copy.deepcopy(self.module), weights, *arguments_of(x))
-        return mode.draws > 0
+        return mode.draws.calls > 0
 
 
 def fixed_tensors(module: nn.Module) -> Weights:
@@ -154,17 +150,15 @@ def _changing_buffers(module: nn.Module, example: Tree | None) -> Weights:
     if not buffers or example is None:
         return buffers
     probe = copy.deepcopy(module)
-    before = {name: (buffer, buffer._version) for name, buffer in probe.named_buffers()}
+    before = dict(probe.named_buffers())
+    versions = {name: buffer._version for name, buffer in before.items()}
     keys = torch.zeros(2, dtype=torch.int64, device=first_tensor(example).device)
     positional, named = arguments_of(example)
     with torch.no_grad(), Elementary(keys):
         probe(*positional, **named)
     after = dict(probe.named_buffers())
-    return {
-        name: buffer
-        for name, buffer in buffers.items()
-        if after[name] is not before[name][0] or after[name]._version != before[name][1]
-    }
+    same = {n for n in after if after[n] is before[n] and after[n]._version == versions[n]}
+    return {name: buffer for name, buffer in buffers.items() if name not in same}
 
 
 @contextmanager

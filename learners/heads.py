@@ -6,20 +6,20 @@ feeds a vector of the task's own to the network (CAVIA, Zintgraf et al. 2019).
 
 from __future__ import annotations
 
-import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from common.choices import FAST_WEIGHTS, check_choice
-from learners.batch_norm import BatchNorm
+from learners.batch_norm import BatchNorm, join_names
 
 _NORMS = (BatchNorm, _NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 
 def head_names(module: nn.Module, head: str | None = None) -> frozenset[str]:
-    """Return the names of the head's parameters.
+    """Return the names of the head's parameters; a tied parameter goes by the first of its names.
 
     Args:
         head: names of modules or parameters, separated by commas. None: the last module, in the order of
@@ -28,42 +28,31 @@ def head_names(module: nn.Module, head: str | None = None) -> frozenset[str]:
     Raises:
         ValueError: the module has no part of that name.
     """
-    first_names: dict[int, str] = {}  # a tied parameter has several names, of which the first counts
-    names: dict[str, str] = {
+    first_names: dict[int, str] = {}
+    names = {
         name: first_names.setdefault(id(p), name)
         for name, p in module.named_parameters(remove_duplicate=False)
     }
+    if head is None:
+        layers = [(n, layer) for n, layer in module.named_modules() if not isinstance(layer, _NORMS)]
+        parts = [n for n, layer in layers if next(layer.parameters(recurse=False), None) is not None][-1:]
+    else:
+        parts = [part.strip() for part in head.split(",") if part.strip()]
     selected: set[str] = set()
-    for part in _head_parts(module, head):
-        inside = {
-            first for name, first in names.items() if name == part or name.startswith(f"{part}.") or not part
-        }
-        if not inside or not (part or head is None):
-            parts = dict.fromkeys(name.rpartition(".")[0] or name for name in names)
-            raise ValueError(f"the learner has no part {part!r}: there are {', '.join(parts)}")
+    for part in parts:
+        inside = {first for n, first in names.items() if not part or f"{n}.".startswith(f"{part}.")}
+        if not inside:
+            layers_there = ", ".join(dict.fromkeys(n.rpartition(".")[0] or n for n in names))
+            raise ValueError(f"the learner has no part {part!r}: there are {layers_there}")
         selected |= inside
     return frozenset(selected)
-
-
-def _head_parts(module: nn.Module, head: str | None) -> list[str]:
-    """Return the names of the head's modules or parameters; see `head_names` for the rule."""
-    if head is not None:
-        return [name.strip() for name in head.split(",")]
-    owners = [
-        name
-        for name, layer in module.named_modules()
-        if not isinstance(layer, _NORMS) and next(layer.parameters(recurse=False), None) is not None
-    ]
-    if not owners:
-        raise ValueError("the learner has no parameters")
-    return owners[-1:]
 
 
 def linear_head(module: nn.Module, head: str | None = None) -> str:
     """Return the name of the linear layer that is the head; ValueError if it is not one with a bias."""
     names = head_names(module, head)
     for name, layer in module.named_modules():
-        inside = {f"{name}.{p}" if name else p for p, _ in layer.named_parameters(recurse=False)}
+        inside = {join_names(name, p) for p, _ in layer.named_parameters(recurse=False)}
         if inside == names and isinstance(layer, nn.Linear) and layer.bias is not None:
             return name
     raise ValueError(f"the head ({', '.join(sorted(names))}) is not one linear layer with a bias")
@@ -76,11 +65,6 @@ def replace_module(module: nn.Module, name: str, new: nn.Module) -> nn.Module:
     parent, _, child = name.rpartition(".")
     setattr(module.get_submodule(parent), child, new)
     return module
-
-
-def remove_head(module: nn.Module, head: str) -> nn.Module:
-    """Return a copy whose outputs are the inputs of its last layer, `head`."""
-    return replace_module(copy.deepcopy(module), head, nn.Identity())
 
 
 def prototype_head(embeddings: Tensor, labels: Tensor, head: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -130,28 +114,20 @@ def add_context(module: nn.Module, size: int, *, seed: int = 0) -> nn.Module:
 
     Networks with convolutions: scale and shift (FiLM) after the middle one, the third of four. Others: a
     shift after the first linear layer. Batch norm would subtract a shift: where it follows, the context
-    scales and shifts its output instead.
-
-    Returns:
-        The module, or the `ContextLayer` where the module itself is wrapped.
-
-    Raises:
-        ValueError: the learner has neither a convolution nor a linear layer.
+    scales and shifts its output instead. Returns the module, or the `ContextLayer` where it is wrapped whole.
+    Raises ValueError for a learner with neither a convolution nor a linear layer.
     """
     layers = list(module.named_modules())
-    convolutions = [name for name, layer in layers if isinstance(layer, nn.Conv2d)]
-    linear = [name for name, layer in layers if isinstance(layer, nn.Linear)]
+    convolutions = [n for n, (_, layer) in enumerate(layers) if isinstance(layer, nn.Conv2d)]
+    linear = [n for n, (_, layer) in enumerate(layers) if isinstance(layer, nn.Linear)]
     if not convolutions and not linear:
         raise ValueError("a context needs a convolution or a linear layer in the learner")
-    name = convolutions[len(convolutions) // 2] if convolutions else linear[0]
-    layer = module.get_submodule(name)
-    channels = layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
-    assert isinstance(channels, int)
+    position = convolutions[len(convolutions) // 2] if convolutions else linear[0]
+    name, layer = layers[position]
+    channels: Any = layer.out_channels if convolutions else layer.out_features
     film = bool(convolutions)
-    position = [layer_name for layer_name, _ in layers].index(name)
-    for next_name, next_layer in layers[position + 1 : position + 2]:
-        if isinstance(next_layer, BatchNorm | _BatchNorm):
-            name, layer, film = next_name, next_layer, True
+    if position + 1 < len(layers) and isinstance(layers[position + 1][1], BatchNorm | _BatchNorm):
+        (name, layer), film = layers[position + 1], True
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         wrapped = ContextLayer(layer, channels, size, film=film)
@@ -160,34 +136,24 @@ def add_context(module: nn.Module, size: int, *, seed: int = 0) -> nn.Module:
 
 def context_names(module: nn.Module) -> frozenset[str]:
     """Return the names of the context vectors."""
-    return frozenset(
-        f"{name}.context" if name else "context"
-        for name, layer in module.named_modules()
-        if isinstance(layer, ContextLayer)
-    )
+    layers = module.named_modules()
+    return frozenset(join_names(name, "context") for name, layer in layers if isinstance(layer, ContextLayer))
 
 
 def adapted_names(module: nn.Module, fast_weights: str, head: str | None = None) -> frozenset[str]:
     """Return the names of the parameters that the inner loop adapts, those of batch norm included.
 
-    Args:
-        fast_weights: "all", "head", "body" or "context".
-        head: as in `head_names`.
-
-    Raises:
-        ValueError: there is nothing to adapt.
+    `fast_weights` is "all", "head", "body" or "context", `head` as in `head_names`. Raises ValueError where
+    there is nothing to adapt.
     """
     check_choice("fast_weights", fast_weights, FAST_WEIGHTS)
     everything = frozenset(name for name, p in module.named_parameters() if p.requires_grad)
     contexts = context_names(module)
-    if fast_weights == "context":
-        if not contexts:
-            raise ValueError("there is no context in the learner: see add_context")
-        return contexts
-    if fast_weights == "all":
-        return everything - contexts
-    in_head = head_names(module, head) & everything
-    selected = (in_head if fast_weights == "head" else everything - in_head) - contexts
+    selected = contexts if fast_weights == "context" else everything - contexts
+    if fast_weights == "head":
+        selected &= head_names(module, head)
+    if fast_weights == "body":
+        selected -= head_names(module, head)
     if not selected:
         raise ValueError(f"the {fast_weights} of the learner has nothing to adapt")
     return selected

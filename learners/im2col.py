@@ -15,28 +15,26 @@ from torch.nn import functional as F
 
 
 class Im2colConv2d(nn.Conv2d):
-    """Compute `nn.Conv2d` as a matrix product over patches, with the same parameters and result.
-
-    Made by `convert_convolutions`; requires `groups == 1` and zero padding.
-    """
+    """Compute `nn.Conv2d` (one group, zero padding) as a matrix product over patches: the same result."""
 
     elementary = True  # see `learners.elementary.is_elementary`
 
     def forward(self, x: Tensor) -> Tensor:
-        batch = len(x)
-        stride, dilation = self.stride, self.dilation
+        (down, right), (row, column) = self.stride, self.dilation
         # [batch, height, width, channels]: a patch is then a few runs of whole pixels
         x = F.pad(x, self._reversed_padding_repeated_twice).permute(0, 2, 3, 1)
         rows, columns = (
             (size - d * (kernel - 1) - 1) // s + 1
-            for size, kernel, s, d in zip(x.shape[1:3], self.kernel_size, stride, dilation, strict=True)
+            for size, kernel, s, d in zip(
+                x.shape[1:3], self.kernel_size, self.stride, self.dilation, strict=True
+            )
         )
         patches = torch.cat(
             [
                 x[
                     :,
-                    dilation[0] * i : dilation[0] * i + stride[0] * (rows - 1) + 1 : stride[0],
-                    dilation[1] * j : dilation[1] * j + stride[1] * (columns - 1) + 1 : stride[1],
+                    row * i : row * i + down * (rows - 1) + 1 : down,
+                    column * j : column * j + right * (columns - 1) + 1 : right,
                 ]
                 for i in range(self.kernel_size[0])
                 for j in range(self.kernel_size[1])
@@ -44,17 +42,14 @@ class Im2colConv2d(nn.Conv2d):
             dim=-1,
         )
         kernels = self.weight.permute(2, 3, 1, 0).flatten(0, 2)  # [patch size, channels out]
-        y = patches.reshape(batch * rows * columns, -1) @ kernels
+        y = patches.flatten(0, 2) @ kernels
         if self.bias is not None:
             y = y + self.bias
-        return y.view(batch, rows, columns, self.out_channels).permute(0, 3, 1, 2)
+        return y.unflatten(0, (len(x), rows, columns)).permute(0, 3, 1, 2)
 
 
 def convert_convolutions(module: nn.Module) -> nn.Module:
-    """Convert every `nn.Conv2d` to `Im2colConv2d`, in place.
-
-    Grouped convolutions, paddings other than zeros and subclasses stay as they are.
-    """
+    """Convert every `nn.Conv2d` in place, but not grouped ones, other paddings than zeros, and subclasses."""
     for layer in module.modules():
         if type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros":
             layer.__class__ = Im2colConv2d

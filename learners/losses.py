@@ -57,12 +57,8 @@ def accuracy(outputs: Tree, targets: Tensor) -> Tensor:
     return (first_tensor(outputs).argmax(-1) == targets).float().mean(-1)
 
 
-LOSSES: dict[str, Callable[..., Tensor]] = {
-    "mse": mse,
-    "cross-entropy": cross_entropy,
-    "bce": bce,
-    "huber": huber,
-}
+LOSSES: dict[str, Callable[..., Tensor]]
+LOSSES = {"mse": mse, "cross-entropy": cross_entropy, "bce": bce, "huber": huber}
 _TITLES = {"mse": "MSE", "bce": "binary cross-entropy", "huber": "Huber loss"}
 
 
@@ -76,16 +72,14 @@ def build_loss(name: str, arguments: tuple[str, ...] = ()) -> Callable[[Any, Any
 
     Raises UsageError if there is no such function, or if a built-in one does not take the arguments.
     """
-    options = parse_arguments(arguments)
-    if is_own_code(name):
-        function = load_code(name, "--loss")
-        return partial(function, **options) if options else function
-    if not options:
-        return LOSSES[name]
-    loss = partial(LOSSES[name], **options)
-    target = torch.zeros(1, dtype=torch.int64) if name == "cross-entropy" else torch.zeros(1, 1)
-    try:  # report a wrong argument before there is work with the data
-        loss(torch.zeros(1, 1), target)
-    except Exception as error:
-        raise UsageError(f"--loss-args {' '.join(arguments)} with --loss {name}: {error}") from error
+    function = load_code(name, "--loss") if is_own_code(name) else LOSSES[name]
+    if not arguments:
+        return function
+    loss = partial(function, **parse_arguments(arguments))
+    if name in LOSSES:
+        target = torch.zeros(1, dtype=torch.int64) if name == "cross-entropy" else torch.zeros(1, 1)
+        try:  # report a wrong argument before there is work with the data
+            loss(torch.zeros(1, 1), target)
+        except Exception as error:
+            raise UsageError(f"--loss-args {' '.join(arguments)} with --loss {name}: {error}") from error
     return loss

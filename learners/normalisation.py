@@ -8,6 +8,7 @@ statistics as constants.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,14 +58,13 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     all_but_channels = [0, *range(2, input.dim())]
-    if training and running_mean is not None:  # the task's own buffers (see maml.py)
-        assert running_var is not None
-        wide = input.detach().to(torch.promote_types(input.dtype, torch.float32))
-        statistics = torch.var_mean(wide, all_but_channels, correction=1)
-        for running, now in zip((running_var, running_mean), statistics, strict=True):
-            running.copy_(running + momentum * (now - running))
     weight, bias = _per_channel(input, weight), _per_channel(input, bias)
     if training:
+        if running_mean is not None and running_var is not None:  # the task's own buffers (see maml.py)
+            wide = input.detach().to(torch.promote_types(input.dtype, torch.float32))
+            statistics = torch.var_mean(wide, all_but_channels, correction=1)
+            for running, now in zip((running_var, running_mean), statistics, strict=True):
+                running.copy_(running + momentum * (now - running))
         return _scale_and_shift(_normalise(input, all_but_channels, eps), weight, bias)
     mean, variance = _per_channel(input, running_mean), _per_channel(input, running_var)
     assert mean is not None and variance is not None
@@ -88,11 +88,9 @@ def _instance_norm(
     return _scale_and_shift(_normalise(input, range(2, input.dim()), eps), weight, bias)
 
 
-def _normalize(
-    draws: Draws, input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Tensor | None = None
-) -> Tensor:
+def _normalize(draws: Draws, *arguments: Any, out: Tensor | None = None, **options: Any) -> Tensor:
     """Compute `F.normalize`; `vmap` has no rule for `out`, which spectral norm gives."""
-    unit = F.normalize(input, p, dim, eps)
+    unit = F.normalize(*arguments, **options)
     return unit if out is None else out.copy_(unit)
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from learners.draws import Draws, Replacements
-from learners.dropout import drop
 
 State = tuple[Tensor, ...]
 Cell = Callable[[Tensor, Tensor, State], State]
@@ -34,29 +33,20 @@ def _gru_cell(from_input: Tensor, from_state: Tensor, state: State) -> State:
     return (candidate + (update_x + update_h).sigmoid() * (state[0] - candidate),)
 
 
-def _tanh_cell(from_input: Tensor, from_state: Tensor, state: State) -> State:
-    return ((from_input + from_state).tanh(),)
-
-
-def _relu_cell(from_input: Tensor, from_state: Tensor, state: State) -> State:
-    return ((from_input + from_state).relu(),)
+def _plain_cell(
+    activation: Callable[[Tensor], Tensor], from_input: Tensor, from_state: Tensor, state: State
+) -> State:
+    return (activation(from_input + from_state),)
 
 
 def _run_cell(
-    cell: Cell,
-    draws: Draws,
-    input: Tensor,
-    hx: Any,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
+    cell: Cell, draws: Draws, input: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, *biases: Tensor | None
 ) -> Tensor | State:
     """Run `torch.lstm_cell` and the like: a single step."""
-    single = isinstance(hx, Tensor)
-    state = (hx,) if single else tuple(hx)
+    b_ih, b_hh = biases or (None, None)
+    state = (hx,) if isinstance(hx, Tensor) else tuple(hx)
     state = cell(F.linear(input, w_ih, b_ih), F.linear(state[0], w_hh, b_hh), state)
-    return state[0] if single else state
+    return state[0] if isinstance(hx, Tensor) else state
 
 
 def _scan(cell: Cell, x: Tensor, state: State, weights: Sequence[Tensor], bias: bool) -> tuple[Tensor, State]:
@@ -99,7 +89,7 @@ def _run_layers(
             last_states.append(state)
         x = torch.cat(outputs, -1)
         if layer < num_layers - 1:
-            x = drop(draws, x, dropout, train, x.shape, "dropout between recurrent layers")
+            x = draws.drop(x, dropout, train, x.shape)
     x = x.transpose(0, 1) if batch_first else x
     return x, *(torch.stack(parts) for parts in zip(*last_states, strict=True))
 
@@ -107,12 +97,12 @@ def _run_layers(
 REPLACEMENTS: Replacements = {
     torch.lstm: partial(_run_layers, _lstm_cell),
     torch.gru: partial(_run_layers, _gru_cell),
-    torch.rnn_tanh: partial(_run_layers, _tanh_cell),
-    torch.rnn_relu: partial(_run_layers, _relu_cell),
+    torch.rnn_tanh: partial(_run_layers, partial(_plain_cell, torch.tanh)),
+    torch.rnn_relu: partial(_run_layers, partial(_plain_cell, torch.relu)),
     torch.lstm_cell: partial(_run_cell, _lstm_cell),
     torch.gru_cell: partial(_run_cell, _gru_cell),
-    torch.rnn_tanh_cell: partial(_run_cell, _tanh_cell),
-    torch.rnn_relu_cell: partial(_run_cell, _relu_cell),
+    torch.rnn_tanh_cell: partial(_run_cell, partial(_plain_cell, torch.tanh)),
+    torch.rnn_relu_cell: partial(_run_cell, partial(_plain_cell, torch.relu)),
     # weights under `vmap` have no address; at one address, cuDNN does not lay them out in a buffer of its own
     Tensor.data_ptr: lambda draws, tensor: 0,
 }
