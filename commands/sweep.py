@@ -265,8 +265,7 @@ def _report(folder: Path, outcomes: Sequence[RunSummary], world: World) -> int:
     if world.first:
         print(training_table(outcomes))
         write_json(folder / "summary.json", training_record(outcomes))
-        curves, measure = learning_curves(outcomes), measure_of(outcomes)
-        figure = learning_figure(curves, f"validation {measure}", accuracy=measure == "accuracy")
+        figure = learning_figure(learning_curves(outcomes), f"validation {measure_of(outcomes)}")
         write_figure(folder / "summary.png", figure)
         print(f"Written: {folder / 'summary'}.json and .png")
     if failures and world.first:

@@ -117,10 +117,7 @@ def draw_images(panel: Axes, images: Tensor, above: float = 0.0) -> None:
     pixels = padded.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # [height, width, 3] of the grid
     aspect = padded.shape[3] / padded.shape[4]
     panel.imshow(pixels.numpy(), extent=(0, columns, rows, 0), aspect=aspect, interpolation="nearest")
-    panel.grid(visible=False)
-    panel.spines[:].set_visible(False)
-    panel.tick_params(length=0)
-    panel.set(xticks=[], yticks=[])
+    panel.set_axis_off()
 
 
 def _draw_image_tasks(examples: Examples, ways: int, title: str) -> Figure:
@@ -141,15 +138,15 @@ def _draw_image_tasks(examples: Examples, ways: int, title: str) -> Figure:
         panel.set_title(f"correct: {before} → {after} of {ways * queries}", loc="left", pad=18)
         framed = functional.pad(torch.cat([support, query], 1).float(), (1, 1, 1, 1), value=0.4)
         draw_images(panel, framed)
-        panel.set_yticks([row + 0.5 for row in range(rows)], [str(row) for row in range(rows)])
-        for heading, x in {"support": shown / 2, "query": shown + 0.5}.items():
+        headings = {"support": shown / 2, "query": shown + 0.5, "before": shown + 1.5, "after": shown + 2.3}
+        for heading, x in headings.items():
             panel.text(x, -0.15, heading, ha="center", fontsize=style.SMALL)
-        for heading, x, column in (("before", shown + 1.5, 0), ("after", shown + 2.3, 1)):
-            panel.text(x, -0.15, heading, ha="center", fontsize=style.SMALL)
-            for row, label in enumerate(labels[column, :rows, 0].tolist()):
+        for row, predicted in enumerate(labels[:, :rows, 0].T.tolist()):
+            panel.text(-0.15, row + 0.5, str(row), ha="right", va="center", fontsize=style.SMALL)
+            for heading, label in zip(("before", "after"), predicted, strict=True):
                 colour, mark = (style.BLUE, RIGHT) if label == row else (style.RED, WRONG)
-                words = {"color": colour, "ha": "center", "va": "center", "fontsize": style.SMALL}
-                panel.text(x, row + 0.5, f"{label} {mark}", **words)
+                look = {"color": colour, "ha": "center", "va": "center", "fontsize": style.SMALL}
+                panel.text(headings[heading], row + 0.5, f"{label} {mark}", **look)
     return figure
 
 
@@ -194,29 +191,19 @@ def predictions_figure(tasks: Sequence[Prediction], title: str) -> Figure:
 
 
 def _contact_sheet(task: Prediction, title: str) -> Figure:
-    """Draw the labelled images, a row a class, and below them the predicted ones with their confidence."""
-    classes, queries = len(task.classes), min(len(task.query_x), MOST_IMAGES)
-    if queries < len(task.query_x):
-        title += f" (the first {queries} of {len(task.query_x)})"
-    rows = -(-queries // COLUMNS)
-    figure = style.new_figure(10.0, 0.8 * classes + 1.05 * rows + 1.0, title)
-    support, query = figure.subplots(2, 1, height_ratios=[classes, 1.3 * rows])
-    examples = [_fill(task.support_x[task.support_y == label][:COLUMNS], COLUMNS) for label in range(classes)]
-    draw_images(support, torch.stack(examples))
-    support.set_yticks([label + 0.5 for label in range(classes)], task.classes)
-    support.set_title("support set", loc="left")
-    images = _fill(task.query_x[:queries], rows * COLUMNS)
-    draw_images(query, images.unflatten(0, (rows, COLUMNS)), above=0.3)
-    query.set_title("predicted", loc="left")
-    confidence, best = task.predicted[:queries].max(-1)
+    """Draw the predicted images, each below its label and confidence."""
+    queries, rows = len(task.query_x), -(-min(len(task.query_x), MOST_IMAGES) // COLUMNS)
+    images = task.query_x[:MOST_IMAGES]
+    if queries > MOST_IMAGES:
+        title += f" (the first {MOST_IMAGES} of {queries})"
+    figure = style.new_figure(10.0, 1.05 * rows + 0.5, title)
+    panel = figure.subplots()
+    empty = 0.0 if images.shape[1] == 1 else 1.0  # one channel is drawn dark on white
+    missing = images.new_full((rows * COLUMNS - len(images), *images.shape[1:]), empty)
+    draw_images(panel, torch.cat([images, missing]).unflatten(0, (rows, COLUMNS)), above=0.3)
+    confidence, best = task.predicted[: len(images)].max(-1)
     for number, (label, share) in enumerate(zip(best.tolist(), confidence.tolist(), strict=True)):
         row, column = divmod(number, COLUMNS)
         words = f"{task.classes[label][:10]} {100 * share:.0f} %"
-        query.text(column + 0.06, row + 0.22, words, fontsize=style.SMALL - 1)
+        panel.text(column + 0.06, row + 0.22, words, fontsize=style.SMALL - 1)
     return figure
-
-
-def _fill(images: Tensor, count: int) -> Tensor:
-    """Append empty images, up to `count`."""
-    empty = 0.0 if images.shape[1] == 1 else 1.0  # one channel is drawn dark on white
-    return torch.cat([images, images.new_full((count - len(images), *images.shape[1:]), empty)])

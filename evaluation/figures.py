@@ -42,11 +42,11 @@ def draw_curve(
     panel.fill_between(x, low.numpy(), high.numpy(), color=look["color"], alpha=0.15, linewidth=0)
 
 
-def draw_learning(panel: Axes, curves: Curves, measure: str, *, accuracy: bool) -> None:
+def draw_learning(panel: Axes, curves: Curves, measure: str) -> None:
     """Draw a measure over iterations."""
     for number, (label, runs) in enumerate(curves.items()):
         draw_curve(panel, number, label, runs)
-    style.label_axes(panel, "iteration", measure, accuracy=accuracy)
+    style.label_axes(panel, "iteration", measure)
 
 
 def draw_results(panel: Axes, results: Mapping[str, StepResults], caption: Caption) -> None:
@@ -55,17 +55,15 @@ def draw_results(panel: Axes, results: Mapping[str, StepResults], caption: Capti
         runs = part.means.shape[1]
         label = "mean and 95 % interval" if name == ALL and runs == 1 else name
         label += f": mean of {runs}" * (runs > 1)
-        label += f"\n(without {max(part.diverged)} that diverged)" * (
-            any(part.diverged) and not part.accuracy
-        )
+        if any(part.diverged) and not part.accuracy:
+            label += f"\n(without {max(part.diverged)} that diverged)"
         if len(part.means) == 1:
             panel.axhline(part.means.mean().item(), color=style.GREY, linestyle="--", label=label)
         else:
             curves = [(range(len(mean)), mean) for mean in part.means.T.tolist()]
             draw_curve(panel, number, label, curves, part.intervals if runs == 1 else None)
-    accuracy = next(iter(results.values())).accuracy
-    measure = f"query {'accuracy' if accuracy else caption.loss_name}"
-    style.label_axes(panel, "inner steps", measure, accuracy=accuracy)
+    measure = "accuracy" if next(iter(results.values())).accuracy else caption.loss_name
+    style.label_axes(panel, "inner steps", f"query {measure}")
     if caption.trained_steps is not None:
         panel.axvline(caption.trained_steps, color=style.GREY, linestyle=":", label="trained for")
 
@@ -81,12 +79,12 @@ def results_figure(
 ) -> Figure:
     """Draw results over inner steps and, to the right, example fits or losses while training."""
     others = len(fits.outputs) if fits else int(bool(learning))
-    figure = style.new_figure(4.2 + others * (2.6 if fits else 3.8), 3.4, caption.title)
-    ratios = [1.5 if fits else 1, *[1] * others]
-    panel, *rest = figure.subplots(1, 1 + others, squeeze=False, width_ratios=ratios)[0]
+    widths = [4.2, *[2.6 if fits else 3.8] * others]
+    figure = style.new_figure(sum(widths), 3.4, caption.title)
+    panel, *rest = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
     draw_results(panel, results, caption)
     if learning:
-        draw_learning(rest[0], learning, learning_measure, accuracy=False)
+        draw_learning(rest[0], learning, learning_measure)
         rest[0].legend()
     if fits:
         draw_fits(rest, fits)
@@ -95,11 +93,11 @@ def results_figure(
 
 
 @style.styled()
-def learning_figure(curves: Curves, measure: str, *, accuracy: bool) -> Figure:
+def learning_figure(curves: Curves, measure: str) -> Figure:
     """Draw learning curves, by label."""
     figure = style.new_figure(6.5, 3.6)
     panel = figure.subplots()
-    draw_learning(panel, curves, measure, accuracy=accuracy)
+    draw_learning(panel, curves, measure)
     style.add_legend(figure, panel)
     return figure
 
@@ -110,14 +108,13 @@ def comparison_figure(sides: Sequence[Side], caption: Caption) -> Figure:
 
     A side has one colour and marker in all panels.
     """
-    accuracy = sides[0].results.accuracy
-    measure = "accuracy" if accuracy else caption.loss_name
+    measure = "accuracy" if sides[0].results.accuracy else caption.loss_name
     heights = [3.1, 0.8 + 0.3 * len(sides)]
     figure = style.new_figure(9.0, sum(heights), caption.title)
     top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
     learning, steps = top.subplots(1, 2)
     curves = {side.name: list(side.curves.values()) for side in sides}
-    draw_learning(learning, curves, f"validation {measure}", accuracy=accuracy)
+    draw_learning(learning, curves, f"validation {measure}")
     draw_results(steps, {side.name: side.results for side in sides}, caption)
     panel = bottom.subplots()
     panel.axvline(0.0, color=style.GREY, linestyle=":")
@@ -129,7 +126,7 @@ def comparison_figure(sides: Sequence[Side], caption: Caption) -> Figure:
             seeds = list(paired.by_seed.values())
             panel.plot(seeds, [number + 0.25] * len(seeds), "o", color=look["color"], markersize=2.5)
     panel.set_yticks(range(len(sides)), [side.name for side in sides])
-    better = "right" if accuracy else "left"
+    better = "right" if sides[0].results.accuracy else "left"
     label = f"{measure}: paired difference to the first, 95 % interval over tasks (better: {better})"
     panel.set(ylim=(len(sides) - 0.5, -0.5), xlabel=label)
     return figure

@@ -64,11 +64,6 @@ class Difference:
     tasks: int
     left_out: int  # tasks that have diverged
 
-    @property
-    def excludes_0(self) -> bool:
-        """Return whether the interval excludes 0; False where there is none."""
-        return abs(self.mean) > self.interval_95_over_tasks
-
     def text(self, scale: float, digits: int) -> str:
         """Return `mean ± interval (lowest to highest seed)`, the latter for several seeds."""
         values = [scale * value for value in self.by_seed.values()]
@@ -77,7 +72,7 @@ class Difference:
 
     def verdict(self, *, more_is_better: bool) -> str:
         """Return in words whether the side is better than the first."""
-        if not self.excludes_0:
+        if not abs(self.mean) > self.interval_95_over_tasks:  # or there is no interval
             return "not told apart"
         word = "better" if (self.mean > 0) == more_is_better else "worse"
         agreeing = all((value > 0) == (self.mean > 0) for value in self.by_seed.values())
@@ -163,17 +158,14 @@ def differences_table(sides: Sequence[Side], loss_name: str, split: str) -> str:
 
 def record(sides: Sequence[Side]) -> list[dict[str, Any]]:
     """Return the numbers behind tables and picture, and each task's result after the quoted steps."""
-    differing = differing_settings(sides)
+    differing, compared = differing_settings(sides), readings(sides).items()
     return [
         {
             "name": side.name,
             "steps": side.steps,
             "seeds": list(side.evaluations),
             "differing_settings": {f: v for f, v in side.settings.items() if f in differing},
-            "results": {
-                words: _record_results(compared[number], compared[0])
-                for words, compared in readings(sides).items()
-            },
+            "results": {words: _record_results(group[number], group[0]) for words, group in compared},
         }
         for number, side in enumerate(sides)
     ]
@@ -181,16 +173,11 @@ def record(sides: Sequence[Side]) -> list[dict[str, Any]]:
 
 def _record_results(side: Side, first: Side) -> dict[str, Any]:
     """Return results of a side, and its differences to the first."""
-
-    def record(step: int | None) -> dict[str, Any]:
-        paired = difference(side, first, step)
-        return asdict(paired) | {"excludes_0": paired.excludes_0}
-
     steps = range(min(len(side.results.means), len(first.results.means)))
     return {
         "normalisation": side.normalisation,
-        "difference": record(None),
+        "difference": asdict(difference(side, first)),
         "per_step": side.results.record(),
-        "difference_per_step": [{"steps": step} | record(step) for step in steps],
+        "difference_per_step": [{"steps": step} | asdict(difference(side, first, step)) for step in steps],
         "per_task": {s: e.measures[side.normalisation][:, side.steps] for s, e in side.evaluations.items()},
     }

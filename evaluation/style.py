@@ -72,12 +72,13 @@ def add_legend(figure: Figure, *panels: Axes) -> None:
         figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))  # type: ignore[arg-type]  # "outside ..." is missing in the stubs
 
 
-def label_axes(panel: Axes, x: str, measure: str, *, accuracy: bool) -> None:
+def label_axes(panel: Axes, x: str, measure: str) -> None:
     """Label and scale the axes of whole numbers and of a measure. Call it when all curves are drawn.
 
     An accuracy is shown in percent, up to 100. The axis of a loss that varies by orders of magnitude is
     logarithmic, that of others begins at 0 unless the loss varies by less than half.
     """
+    accuracy = measure.endswith("accuracy")
     import numpy as np
     from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 

@@ -253,11 +253,9 @@ class Run:
                 f"training, means of {self.log_every:,} iterations": self.progress.training,
                 "validation": self.progress.validation,
             }
-            accuracy = self.measure == "query_accuracy"
             figure = learning_figure(
                 {label: [(curve["iteration"], curve[self.measure])] for label, curve in curves.items()},
-                "query accuracy" if accuracy else loss,
-                accuracy=accuracy,
+                "query accuracy" if self.measure == "query_accuracy" else loss,
             )
             self.log.figure("training", figure, after, self.folder / "training.png")
         self.log.end(after, failed=self.failure is not None)
