@@ -73,7 +73,7 @@ def compare(call: Call, given: Mapping[str, Any], command: str) -> int:
             "tasks": number,
             "first_task": first_task,
             "tasks_seed": meta_test.SEED,
-            "measure": "accuracy" if sides[0].results.accuracy else caption.loss_name,
+            "measure": sides[0].results.measure(caption.loss_name),
             "sides": paired.record(sides),
             "runs": records,
         }

@@ -6,6 +6,7 @@ in --eval, from the same `MAML.predictions` that `meta_test` measures.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -192,15 +193,15 @@ def predictions_figure(tasks: Sequence[Prediction], title: str) -> Figure:
 
 def _contact_sheet(task: Prediction, title: str) -> Figure:
     """Draw the predicted images, each below its label and confidence."""
-    queries, rows = len(task.query_x), -(-min(len(task.query_x), MOST_IMAGES) // COLUMNS)
     images = task.query_x[:MOST_IMAGES]
-    if queries > MOST_IMAGES:
-        title += f" (the first {MOST_IMAGES} of {queries})"
+    if len(images) < len(task.query_x):
+        title += f" (the first {len(images)} of {len(task.query_x)})"
+    rows = math.ceil(len(images) / COLUMNS)
     figure = style.new_figure(10.0, 1.05 * rows + 0.5, title)
     panel = figure.subplots()
     empty = 0.0 if images.shape[1] == 1 else 1.0  # one channel is drawn dark on white
-    missing = images.new_full((rows * COLUMNS - len(images), *images.shape[1:]), empty)
-    draw_images(panel, torch.cat([images, missing]).unflatten(0, (rows, COLUMNS)), above=0.3)
+    grid = functional.pad(images, (*[0] * 7, rows * COLUMNS - len(images)), value=empty)
+    draw_images(panel, grid.unflatten(0, (rows, COLUMNS)), above=0.3)
     confidence, best = task.predicted[: len(images)].max(-1)
     for number, (label, share) in enumerate(zip(best.tolist(), confidence.tolist(), strict=True)):
         row, column = divmod(number, COLUMNS)

@@ -62,7 +62,7 @@ def draw_results(panel: Axes, results: Mapping[str, StepResults], caption: Capti
         else:
             curves = [(range(len(mean)), mean) for mean in part.means.T.tolist()]
             draw_curve(panel, number, label, curves, part.intervals if runs == 1 else None)
-    measure = "accuracy" if next(iter(results.values())).accuracy else caption.loss_name
+    measure = next(iter(results.values())).measure(caption.loss_name)
     style.label_axes(panel, "inner steps", f"query {measure}")
     if caption.trained_steps is not None:
         panel.axvline(caption.trained_steps, color=style.GREY, linestyle=":", label="trained for")
@@ -108,7 +108,7 @@ def comparison_figure(sides: Sequence[Side], caption: Caption) -> Figure:
 
     A side has one colour and marker in all panels.
     """
-    measure = "accuracy" if sides[0].results.accuracy else caption.loss_name
+    measure = sides[0].results.measure(caption.loss_name)
     heights = [3.1, 0.8 + 0.3 * len(sides)]
     figure = style.new_figure(9.0, sum(heights), caption.title)
     top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]

@@ -19,15 +19,11 @@ from common.random import keys_of, minibatch_order, task_stream
 from learners.losses import accuracy
 from maml import MAML
 
-# Seed of the evaluation tasks, the same for every checkpoint. Validation and test have random streams of
-# their own, so they share nothing with a training seed of the same number.
-SEED = 0
+SEED = 0  # of the evaluation tasks; validation and test have random streams apart from those of training
 
-# Limits of a chunk of tasks, which then fills about 1.5 GB at the most (20-way `convnet`; ResNet-18).
-CHUNK_EXAMPLES = 2000
-CHUNK_WEIGHTS = 50_000_000  # numbers in the fast weights
+# Limits of a chunk of tasks, which then fills about 1.5 GB at the most (20-way `convnet`; ResNet-18)
+CHUNK_EXAMPLES, CHUNK_WEIGHTS = 2000, 50_000_000
 MIN_CHUNKS = 8  # to share among processes, of tasks that take long
-
 DIVERGENCE = 10.0  # a diverged loss is this many times the loss before adaptation
 
 
@@ -38,10 +34,9 @@ class Evaluation:
     losses: dict[str, Tensor]
     accuracies: dict[str, Tensor]  # empty for regression
 
-    @property
-    def measures(self) -> dict[str, Tensor]:
-        """Return the results to report: accuracies, or losses for regression."""
-        return self.accuracies or self.losses
+    def measured(self, normalisation: str) -> Tensor:
+        """Return the results to report, `[tasks, steps + 1]`: accuracies, or losses for regression."""
+        return (self.accuracies or self.losses)[normalisation]
 
     def diverged(self, normalisation: str) -> Tensor:
         """Return which tasks have diverged after which step: bool `[tasks, steps + 1]`."""
@@ -53,7 +48,7 @@ class Evaluation:
         Means include every accuracy, and the losses that have not diverged.
         """
         kept = None if self.accuracies else ~self.diverged(normalisation)
-        return mean_and_interval(self.measures[normalisation], kept)
+        return mean_and_interval(self.measured(normalisation), kept)
 
 
 def diverged(losses: Tensor) -> Tensor:
@@ -76,8 +71,7 @@ def diverged(losses: Tensor) -> Tensor:
 def mean_and_interval(values: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the mean over tasks (the first axis) and the half width of its 95 % confidence interval.
 
-    Args:
-        kept: bool, of the values' shape: those that count; None: all.
+    Only the values that are `kept` count; None: all.
     """
     kept = torch.ones_like(values, dtype=torch.bool) if kept is None else kept
     count = kept.sum(0)
@@ -87,10 +81,8 @@ def mean_and_interval(values: Tensor, kept: Tensor | None = None) -> tuple[Tenso
 
 
 def loss_per_step(maml: MAML, outputs: Tree, targets: Tree) -> Tensor:
-    """Return the query losses `[tasks, steps + 1]` of `MAML.predictions`.
-
-    One flat `vmap` over tasks and steps: a nested one of `mse_loss` fails in PyTorch 2.15.
-    """
+    """Return the query losses `[tasks, steps + 1]` of `MAML.predictions`."""
+    # one flat `vmap` over tasks and steps: a nested one of `mse_loss` fails in PyTorch 2.15
     sizes = first_tensor(outputs).shape[:2]
     targets = tree_map(lambda t: t[:, None].expand(-1, sizes[1], *t.shape[1:]).flatten(0, 1), targets)
     outputs = tree_map(lambda t: t.flatten(0, 1), outputs)
@@ -98,11 +90,7 @@ def loss_per_step(maml: MAML, outputs: Tree, targets: Tree) -> Tensor:
 
 
 def normalisations_of(maml: MAML, statistics: Weights, trained_with: str) -> tuple[str, ...]:
-    """Return the normalisations to test a learner with.
-
-    With batch norm these are "transductive", "inductive" and, if there are running `statistics`, "per-step".
-    Without, all are the same, and the result bears the name of the one it was trained with.
-    """
+    """Return the normalisations to test a learner with; without batch norm, the one it was trained with."""
     if not maml.has_batch_norm:
         return (trained_with,)
     return ("transductive", "inductive", *["per-step"] * bool(statistics))
@@ -161,10 +149,7 @@ def evaluate(
 
 
 def chunk_size(maml: MAML, parameters: Weights, distribution: TaskDistribution, tasks: int) -> int:
-    """Return how many tasks are adapted to at a time.
-
-    It does not depend on the number of processes, so that neither do the results.
-    """
+    """Return how many tasks are adapted to at a time, whatever the number of processes."""
     if maml.tasks_at_once:
         return maml.tasks_at_once
     adapted = sum(w.numel() for name, w in parameters.items() if name in maml.adapted)
@@ -177,10 +162,7 @@ def chunk_size(maml: MAML, parameters: Weights, distribution: TaskDistribution, 
 def randomness_of(
     split: str, batch: TaskBatch, numbers: range, inner_batch: int | None, steps: int
 ) -> tuple[Tensor | None, Tensor]:
-    """Return the order of the minibatches and the learner's random keys for tasks of these numbers.
-
-    They are the arguments `order` and `keys` of `MAML.predictions`.
-    """
+    """Return the arguments `order` and `keys` of `MAML.predictions` for tasks of these numbers."""
     support = first_tensor(batch.support_x)
     stream = task_stream(split, SEED, 0, numbers, support.device)
     order = minibatch_order(stream.at("minibatches"), support.shape[1], inner_batch, steps)

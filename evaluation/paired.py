@@ -37,10 +37,7 @@ class Side:
 
 
 def readings(sides: Sequence[Side]) -> dict[str, list[Side]]:
-    """Return what is compared, in words: each side as it was trained, then all with the same normalisation.
-
-    The latter for each normalisation that all sides were measured with.
-    """
+    """Return what is compared, in words: each side as it was trained, then all with each common normalisation."""
     trained = [side.normalisation for side in sides]
     alike = len(set(trained)) == 1
     compared = {f"{trained[0]}, as trained" if alike else "as trained": list(sides)}
@@ -49,9 +46,6 @@ def readings(sides: Sequence[Side]) -> dict[str, list[Side]]:
         if not (alike and name == trained[0]) and all(name in losses for losses in measured):
             compared[name] = [replace(side, normalisation=name) for side in sides]
     return compared
-
-
-# ---- differences ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -93,16 +87,13 @@ def difference(side: Side, first: Side, step: int | None = None) -> Difference:
     for pair in seeds:
         for part, seed in zip((side, first), pair, strict=True):
             evaluation, column = part.evaluations[seed], part.steps if step is None else step
-            values.append(evaluation.measures[part.normalisation][:, column])
+            values.append(evaluation.measured(part.normalisation)[:, column])
             diverged.append(evaluation.diverged(part.normalisation)[:, column])
     paired = ~torch.stack(diverged).any(0) | side.results.accuracy
     differences = (torch.stack(values[::2]) - torch.stack(values[1::2]))[:, paired]  # [seeds, tasks]
     mean, interval = mean_and_interval(differences.mean(0))
     by_seed = dict(zip((seed for seed, _ in seeds), differences.mean(1).tolist(), strict=True))
     return Difference(mean.item(), interval.item(), by_seed, int(paired.sum()), int((~paired).sum()))
-
-
-# ---- tables --------------------------------------------------------------------------------------
 
 
 def differing_settings(sides: Sequence[Side]) -> list[str]:
@@ -123,13 +114,8 @@ def settings_table(sides: Sequence[Side]) -> str:
 
 
 def differences_table(sides: Sequence[Side], loss_name: str, split: str) -> str:
-    """Return each side's result after the quoted steps and its difference to the first, by normalisation.
-
-    Args:
-        split: what the tasks are, in words.
-    """
-    accuracy = sides[0].results.accuracy
-    measure, scale, digits = units(loss_name, accuracy=accuracy)
+    """Return each side's result after the quoted steps and its difference to the first, by normalisation."""
+    measure, scale, digits = units(sides[0].results.measure(loss_name))
     several = any(len(side.evaluations) > 1 for side in sides)
     compared, rows = readings(sides), []
     for words, (first, *others) in compared.items():
@@ -141,7 +127,7 @@ def differences_table(sides: Sequence[Side], loss_name: str, split: str) -> str:
                 continue
             paired = difference(side, first)
             counts = str(len(paired.by_seed)) * several, str(paired.left_out or "")
-            verdict = paired.verdict(more_is_better=accuracy)
+            verdict = paired.verdict(more_is_better=side.results.accuracy)
             rows.append([*row, paired.text(scale, digits), *counts, verdict])
     means = describe_means([side.results for group in compared.values() for side in group])
     header = ["", "statistics", "steps", measure, "difference", "seeds", "left out", "verdict"]
@@ -179,5 +165,5 @@ def _record_results(side: Side, first: Side) -> dict[str, Any]:
         "difference": asdict(difference(side, first)),
         "per_step": side.results.record(),
         "difference_per_step": [{"steps": step} | asdict(difference(side, first, step)) for step in steps],
-        "per_task": {s: e.measures[side.normalisation][:, side.steps] for s, e in side.evaluations.items()},
+        "per_task": {s: e.measured(side.normalisation)[:, side.steps] for s, e in side.evaluations.items()},
     }

@@ -77,9 +77,9 @@ class Caption:
     test_steps: int  # whose result is quoted
 
 
-def units(loss_name: str, *, accuracy: bool) -> tuple[str, float, int]:
-    """Return how a table shows a measure: its name, the factor of its numbers and their digits."""
-    return ("accuracy %", 100, 2) if accuracy else (loss_name, 1, 4)
+def units(measure: str) -> tuple[str, float, int]:
+    """Return how a table shows "accuracy" or a loss: its name, the factor of its numbers and their digits."""
+    return ("accuracy %", 100, 2) if measure == "accuracy" else (measure, 1, 4)
 
 
 def after_steps(steps: int) -> str:
@@ -104,10 +104,10 @@ class Spread:
         deviation = v.std().item() if len(v) > 1 and v.isfinite().all() else None
         return cls(len(v), v.mean().item(), deviation, v.min().item(), v.max().item())
 
-    def text(self, digits: int, interval: str = "") -> str:
+    def text(self, scale: float, digits: int, interval: str = "") -> str:
         """Return `mean interval (lowest to highest)`, the latter for several runs."""
-        ends = f" ({self.lowest:,.{digits}f} to {self.highest:,.{digits}f})" * (self.runs > 1)
-        return f"{self.mean:,.{digits}f}{interval}{ends}"
+        mean, *ends = (f"{scale * v:,.{digits}f}" for v in (self.mean, self.lowest, self.highest))
+        return f"{mean}{interval}" + f" ({' to '.join(ends)})" * (self.runs > 1)
 
 
 # ---- results over inner steps --------------------------------------------------------------------
@@ -150,13 +150,17 @@ class StepResults:
         accuracy, tasks = bool(evaluations[0].accuracies), len(evaluations[0].losses[normalisation])
         return cls(torch.stack(means, 1), torch.stack(intervals).mean(0), diverged.tolist(), tasks, accuracy)
 
+    def measure(self, loss_name: str) -> str:
+        """Return the name of the measure: "accuracy", or that of the loss."""
+        return "accuracy" if self.accuracy else loss_name
+
     def cell(self, step: int, scale: float, digits: int) -> str:
         """Return the result after a step as text, with the number of diverged tasks; "" beyond the last."""
         if step >= len(self.means):
             return ""
         interval = f" ± {scale * self.intervals[step]:.{digits}f}"
         diverged = f", {self.diverged[step]} diverged" * bool(self.diverged[step])
-        return Spread.over(scale * self.means[step]).text(digits, interval) + diverged
+        return Spread.over(self.means[step]).text(scale, digits, interval) + diverged
 
     def record(self) -> list[dict[str, Any]]:
         """Return the numbers after each step as plain values."""
@@ -178,13 +182,9 @@ def results_of(settings: Mapping[str, Sequence[Evaluation]]) -> dict[str, StepRe
 
 
 def results_table(results: Mapping[str, StepResults], caption: Caption) -> str:
-    """Return mean over seeds, interval over tasks and spread over seeds.
-
-    Few settings are columns, with a row for each inner step. Many settings are rows, with the steps that
-    matter: before adaptation, as quoted, and the last.
-    """
+    """Return few settings as columns, with all inner steps; or many as rows: step 0, the quoted one, the last."""
     parts = list(results.values())
-    measure, scale, digits = units(caption.loss_name, accuracy=parts[0].accuracy)
+    measure, scale, digits = units(parts[0].measure(caption.loss_name))
     last = max(len(part.means) for part in parts) - 1
     few = len(parts) <= MOST_COLUMNS
     steps = range(last + 1) if few else sorted({0, min(caption.test_steps, last), last})
@@ -245,44 +245,42 @@ def measure_of(runs: Sequence[RunSummary]) -> str:
     return runs[0].measure if len({run.measure for run in runs}) == 1 else "loss"
 
 
-def _numbers_by_setting(runs: Sequence[RunSummary]) -> dict[str, dict[str, list[float]]]:
-    groups: dict[str, dict[str, list[float]]] = {}
+def _by_setting(runs: Sequence[RunSummary]) -> dict[str, list[RunSummary]]:
+    groups: dict[str, list[RunSummary]] = {}
     for run in runs:
-        group = groups.setdefault(run.setting, {})
-        for name, value in run.numbers().items():
-            group.setdefault(name, []).append(value)
+        groups.setdefault(run.setting, []).append(run)
     return groups
+
+
+def _spreads(runs: Sequence[RunSummary]) -> dict[str, Spread]:
+    """Return the spread of each number over the runs that have it."""
+    numbers = [run.numbers() for run in runs]
+    names = dict.fromkeys(name for part in numbers for name in part)
+    return {name: Spread.over([part[name] for part in numbers if name in part]) for name in names}
 
 
 def training_table(runs: Sequence[RunSummary]) -> str:
     """Return how the runs of each setting learned: final training loss and best validation, over their seeds."""
-    measure = measure_of(runs)
-    measure, scale, digits = units(measure, accuracy=measure == "accuracy")
+    measure, scale, digits = units(measure_of(runs))
     formats = {"final_training_loss": (1, 4), "best_validation": (scale, digits), "best_iteration": (1, 0)}
     rows = []
-    for setting, numbers in _numbers_by_setting(runs).items():
-        failures = [run.failure for run in runs if run.setting == setting]
-        ended = failures.count(None)
-        row = [setting, f"{ended}" if ended == len(failures) else f"{ended} of {len(failures)}"]
-        for name, (factor, places) in formats.items():
-            values = [factor * value for value in numbers.get(name, ())]
-            row.append(Spread.over(values).text(places) if values else "-")
-        rows.append(row)
-    return table(["", "runs", "training loss", f"best validation {measure}", "at iteration"], rows)
+    for setting, group in _by_setting(runs).items():
+        ended, spreads = sum(run.failure is None for run in group), _spreads(group)
+        cells = [spreads[n].text(*form) if n in spreads else "-" for n, form in formats.items()]
+        rows.append([setting, f"{ended} of {len(group)}", *cells])
+    return table(["", "ended", "training loss", f"best validation {measure}", "at iteration"], rows)
 
 
 def training_record(runs: Sequence[RunSummary]) -> dict[str, Any]:
     """Return the numbers behind the table, and the runs behind the numbers."""
-    settings = {
-        setting: {name: asdict(Spread.over(values)) for name, values in numbers.items()}
-        for setting, numbers in _numbers_by_setting(runs).items()
-    }
+    spreads = {setting: _spreads(group) for setting, group in _by_setting(runs).items()}
+    settings = {setting: {name: asdict(s) for name, s in part.items()} for setting, part in spreads.items()}
     return {"settings": settings, "runs": [asdict(run) | run.numbers() for run in runs]}
 
 
 def learning_curves(runs: Sequence[RunSummary]) -> dict[str, list[Curve]]:
     """Return the validation curves of each setting's runs, by a label."""
-    groups: dict[str, list[Curve]] = {}
-    for run in runs:
-        groups.setdefault(run.setting, []).append(run.validation)
-    return {f"{setting}: mean of {len(curves)}": curves for setting, curves in groups.items()}
+    groups = _by_setting(runs).items()
+    return {
+        f"{setting}: mean of {len(group)}": [run.validation for run in group] for setting, group in groups
+    }

@@ -48,10 +48,10 @@ def test_a_spread_has_the_mean_and_the_ends_and_is_nan_where_one_value_is():
 
 def test_the_table_of_training_has_a_row_a_setting():
     heading, first, second = tables.training_table(RUNS).splitlines()
-    assert cells(heading) == ["runs", "training loss", "best validation MSE", "at iteration"]
+    assert cells(heading) == ["ended", "training loss", "best validation MSE", "at iteration"]
     spread = ["2.0000 (1.0000 to 3.0000)", "0.3750 (0.2500 to 0.5000)", "15 (10 to 20)"]
-    assert cells(first) == ["a-1", "2", *spread]
-    assert cells(second) == ["a-2", "2", "2.0000", "-", "-"]
+    assert cells(first) == ["a-1", "2 of 2", *spread]
+    assert cells(second) == ["a-2", "2 of 2", "2.0000", "-", "-"]
 
 
 def test_the_table_of_training_says_what_was_measured_and_how_many_runs_ended():
