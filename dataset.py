@@ -40,13 +40,11 @@ def build_distribution(
     dtype: torch.dtype = torch.float32,
     for_test: bool = False,
 ) -> TaskDistribution:
-    """Return the task distribution `options.dataset`.
+    """Return the distribution `options.dataset`; UsageError where its data is bad, or too little for a task.
 
     Args:
         data_root: the folder from which named image sets are read; they are fetched into it if need be.
         for_test: there is no training on it: of data without a split of its own, everything is for test.
-
-    Raises UsageError where the data cannot be read, or is too little for tasks of this size.
     """
     name, (prefix, _, path) = options.dataset, options.dataset.partition(":")
     if is_own_code(name):
@@ -124,8 +122,7 @@ class Regression(TaskDistribution):
         return TaskBatch(*parts)
 
     def sample_to_draw(self, split: str, seed: int, tasks: int) -> TaskBatch:
-        stream = task_stream(split, seed, 0, range(tasks), self.device)
-        parameters = self.parameters(stream.at("parameters"))
+        parameters = self.parameters(task_stream(split, seed, 0, range(tasks), self.device).at("parameters"))
         x, y = self._evaluate(self.grid(GRID_POINTS, parameters).expand(tasks, GRID_POINTS), parameters)
         return self.sample(split, seed, 0, range(tasks))._replace(query_x=x, query_y=y)
 
