@@ -29,8 +29,7 @@ from torch.func import grad
 from common.batch import TaskBatch, Tree, first_tensor, joined, stacked_trees, tree_map
 from common.choices import Choices
 from common.optimizers import InnerOptimizer, InnerState, Moments, Weights
-from common.task import Extras, Task, mean_statistics, stack_steps, sum_over_tasks
-from common.vectorise import over_tasks
+from common.task import Extras, Task, mean_statistics, over_tasks, stack_steps, sum_over_tasks
 from learners.batch_norm import BatchNorm, norm_parameter_names, record_statistics, use_running_statistics
 from learners.functional import FunctionalLearner
 from learners.heads import (

@@ -38,14 +38,17 @@ class TaskDistribution(Protocol):
         ways: classes of a task, labelled from 0 to `ways` - 1; None in regression.
         computed: `sample` computes tasks from numbers alone. It can be compiled with the step, and takes the
             seed and the numbers of the tasks as int64 tensors too.
-        on_host: `sample` works on the host, a batch ahead of its call, and requires a plain number as the
-            iteration.
+        on_host: `sample` works on the host, a batch ahead, and requires a plain number as the iteration.
+        examples: support and query examples of one task, together.
     """
 
     kind: Kind = "other"
     ways: int | None = None
     computed: bool = False
     on_host: bool = False
+
+    @property
+    def examples(self) -> int: ...
 
     @property
     def classification(self) -> bool:
@@ -56,11 +59,6 @@ class TaskDistribution(Protocol):
     def split_names(self) -> dict[str, list[str]]:
         """Names of the classes, or tasks, of each split of the user's own files; empty for other data."""
         return {}
-
-    @property
-    def examples(self) -> int:
-        """Support and query examples of one task, together."""
-        ...
 
     def resized(self, shots: int) -> TaskDistribution:
         """Return these tasks with another number of support examples (per class in classification)."""
@@ -100,34 +98,34 @@ def register_tree(cls: type) -> type:
 
 
 def tree_map(function: Callable[..., Any], *trees: Tree) -> Tree:
-    """The function of each tensor, or of the tensors in the same places of several trees."""
+    """Apply a function to each tensor, or to the tensors in the same places of several trees."""
     if all(isinstance(tree, Tensor) for tree in trees):
         return function(*trees)
     return pytree.tree_map(function, *trees)
 
 
 def arguments_of(x: Tree) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Inputs as a module is called with them: several are a tuple, or a dictionary by name."""
+    """Return inputs as a module is called with them: several are a tuple, or a dictionary by name."""
     if isinstance(x, dict):
         return (), x
     return (x if isinstance(x, tuple) else (x,)), {}
 
 
 def first_tensor(tree: Tree) -> Tensor:
-    """The first tensor of a tree: of several inputs or outputs, the main one."""
+    """Return the first tensor of a tree: of several inputs or outputs, the main one."""
     return tree if isinstance(tree, Tensor) else pytree.tree_leaves(tree)[0]
 
 
 def joined(trees: list[Tree], axis: int = 0) -> Tree:
-    """The tensors of equal trees, concatenated."""
+    """Concatenate the tensors of equal trees."""
     return trees[0] if len(trees) == 1 else tree_map(lambda *parts: torch.cat(parts, axis), *trees)
 
 
 def stacked_trees(trees: list[Tree]) -> Tree:
-    """The tensors of equal trees, stacked along a new first axis."""
+    """Stack the tensors of equal trees along a new first axis."""
     return tree_map(lambda *parts: torch.stack(parts), *trees)
 
 
 def in_type(tree: Tree, dtype: torch.dtype) -> Tree:
-    """The floating-point tensors of a tree in another type."""
+    """Convert the floating-point tensors of a tree to another type."""
     return tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, tree)

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from common.options import BY_LEARNER, above_zero, at_least, below_one, flag, flags_of, not_negative
 
 # rows of `commands.presets.ALGORITHMS`
-ALGORITHMS = (
-    "maml", "fomaml", "anil", "boil", "reptile", "meta-sgd", "maml++", "imaml", "cavia", "pretrain",
-)  # fmt: skip
+ALGORITHMS = ("maml", "fomaml", "anil", "boil", "reptile", "meta-sgd", "maml++", "imaml", "cavia", "pretrain")
 FAST_WEIGHTS = ("all", "head", "body", "context")
 HEAD_INITS = ("learned", "zero", "prototype")
 INNER_RATES = ("fixed", "layer-step", "element")
@@ -130,20 +128,15 @@ class Choices:
             value = getattr(self, name)
             if problem := declaration.problem(value):
                 raise ValueError(f"{name} should be {problem}, not {value!r}")
-        for refused, reason in self._contradictions(has_batch_norm, classification):
+        rules = [*self._rate_rules(), *self._meta_gradient_rules(has_batch_norm)]
+        for refused, reason in [*rules, *self._head_rules(classification)]:
             if refused:
                 raise ValueError(reason)
 
-    def _contradictions(
-        self, has_batch_norm: bool, classification: bool | None
-    ) -> Iterator[tuple[bool, str]]:
-        yield from self._meta_gradient_rules(has_batch_norm)
-        yield from self._head_rules(classification)
+    def _rate_rules(self) -> Iterator[tuple[bool, str]]:
         if self.inner_lr_max is not None and self.inner_rates != "fixed":
-            yield (
-                self.inner_lr_max <= self.inner_lr,
-                f"--inner-lr-max {self.inner_lr_max} is not above --inner-lr {self.inner_lr}",
-            )
+            too_low = self.inner_lr_max <= self.inner_lr
+            yield too_low, f"--inner-lr-max {self.inner_lr_max} is not above --inner-lr {self.inner_lr}"
         if self.inner_optimizer == "adam-carried":
             carried = "--inner-optimizer adam-carried: moments go from task to task"
             yield self.meta_gradient != "reptile", f"{carried} with --meta-gradient reptile alone; use adam"
@@ -187,18 +180,10 @@ class Choices:
         if self.head_init == "learned":
             return
         head = f"--head-init {self.head_init}"
-        yield (
-            self.fast_weights not in ("all", "head"),
-            f"{head}: the inner loop must adapt the head, not --fast-weights {self.fast_weights}",
-        )
-        yield (
-            self.inner_rates == "element",
-            f"{head}: --inner-rates element learns a rate for each weight of a learned head; use layer-step",
-        )
+        weights, element = self.fast_weights, self.inner_rates == "element"
+        yield weights not in ("all", "head"), f"{head}: the inner loop must adapt the head, not the {weights}"
+        yield element, f"{head}: --inner-rates element needs a learned head; use layer-step"
         yield self.meta_gradient == "joint", f"{head}: --meta-gradient joint has no inner loop to adapt it"
         if self.head_init == "prototype":
             yield classification is False, f"{head}: prototypes are of classes, and this is regression"
-            yield (
-                self.proximal > 0,
-                f"{head}: --proximal pulls all tasks to one start, with prototypes each has its own",
-            )
+            yield self.proximal > 0, f"{head}: each task has its own start, --proximal pulls all to one"

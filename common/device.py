@@ -40,10 +40,7 @@ class Runtime:
     ) -> dict[str, Any]:
         """Return what the last bits of a result depend on, apart from the settings.
 
-        Args:
-            processes: that share one run; None: all.
-            runs: trained as one.
-            tasks: computed at once; None: all.
+        `processes` share one run, `runs` are trained as one, and `tasks` are computed at once; None: all.
         """
         return {
             "processes": processes or self.world.size,
@@ -59,10 +56,9 @@ class Runtime:
         """Return the device in words, for people and result files."""
         threads = torch.get_num_threads()
         processes = "" if self.world.size == 1 else f"{self.world.size} processes of "
+        name = f"{platform.processor() or platform.machine()} {self.device.type}"
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device)
-        else:
-            name = f"{platform.processor() or platform.machine()} {self.device.type}"
         return f"{name}, {processes}{threads} thread{'s' * (threads > 1)}"
 
 
@@ -73,10 +69,9 @@ def find_device(name: str, world: World) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: PyTorch finds no CUDA GPU here; use --device cpu")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("--device mps: PyTorch finds no Apple GPU here; use --device cpu")
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(name, True):
+        raise UsageError(f"--device {name}: PyTorch finds no such GPU here; use --device cpu")
     if name == "mps" and world.size > 1:
         raise UsageError("--device mps runs one process: use --device cpu, or no torchrun")
     if name != "cuda" or world.size == 1:
@@ -116,9 +111,8 @@ def machine_memory() -> int | None:
     limits = []
     if hasattr(os, "sysconf"):
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    for file in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container
-        with suppress(OSError, ValueError):
-            limits.append(int(Path("/sys/fs/cgroup", file).read_text()))
+    with suppress(OSError, ValueError):  # of a container
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return min(limits, default=None)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import re
 
-LONGEST = 1000  # characters of a message
 # PyTorch's RuntimeErrors on CPU, CUDA and MPS, and those of cuBLAS, cuDNN and C++. Compiled functions of
 # PyTorch 2.11 ("run_func_") fail at nothing else, and say no more.
 OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory|ALLOC_FAILED|bad_alloc|run_func_")
@@ -41,17 +40,10 @@ def reason_of(error: OSError) -> str:
     return (error.strerror or str(error) or type(error).__name__).lower()
 
 
-def describe_os_error(error: OSError) -> str:
-    """Return the file, why it could not be read or written, and what to do."""
-    full = "; free some space, or write to another disk" if error.errno == errno.ENOSPC else ""
-    return f"{error.filename}: {reason_of(error)}{full}" if error.filename else one_line(error)
-
-
 def explain(error: BaseException) -> str | None:
     """Return one printable line on what to do about an error; None for a mistake in this tool."""
-    operator = not_deterministic(error)
-    if operator is not None:
-        return for_terminal(
+    if operator := _not_deterministic(error):
+        return (
             f"--deterministic: the operator {operator} has no deterministic form here: use another in the "
             "learner or the loss, or leave --deterministic out"
         )
@@ -60,19 +52,20 @@ def explain(error: BaseException) -> str | None:
             "out of memory: lower --tasks-at-once, take smaller tasks (-q, -k, --image-size) or a smaller "
             "--learner, or another --device"
         )
-    if isinstance(error, OSError):
-        return for_terminal(describe_os_error(error))
-    return for_terminal(one_line(error)) if isinstance(error, UsageError) else None
+    if isinstance(error, OSError) and error.filename:
+        full = "; free some space, or write to another disk" if error.errno == errno.ENOSPC else ""
+        return printable(f"{error.filename}: {reason_of(error)}{full}")
+    return printable(one_line(error)) if isinstance(error, OSError | UsageError) else None
 
 
-def not_deterministic(error: BaseException | None) -> str | None:
-    """Return the operator without a deterministic form that caused a PyTorch error, if one did."""
+def _not_deterministic(error: BaseException | None) -> str:
+    """Return the operator without a deterministic form that caused a PyTorch error, or "" for another one."""
     while error is not None:
         operator, sign, _ = str(error).partition(" does not have a deterministic implementation")
         if sign and isinstance(error, RuntimeError):
             return operator.split()[-1]
         error = error.__cause__
-    return None
+    return ""
 
 
 def one_line(error: BaseException) -> str:
@@ -83,9 +76,3 @@ def one_line(error: BaseException) -> str:
 def printable(text: str) -> str:
     """Escape what a terminal would obey in a text from elsewhere, such as a file's name."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def for_terminal(text: str) -> str:
-    """Return a text as one printable line; of a long one, both ends."""
-    text = printable(" ".join(text.split()))
-    return text if len(text) <= LONGEST else f"{text[: 2 * LONGEST // 3]} ... {text[-(LONGEST // 3 - 5) :]}"

@@ -21,10 +21,7 @@ Writer = Callable[[IO[bytes]], Any]
 
 
 def write_whole(path: Path, write: Writer) -> None:
-    """Write a file atomically by calling `write` with the opened file.
-
-    Raises OSError where that fails; the previous file is unchanged then.
-    """
+    """Write a file atomically by calling `write` with it; on OSError the previous one is unchanged."""
     write_all_whole([(path, write)])
 
 
@@ -68,11 +65,6 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_bytes())
 
 
-def opened(path: Path, limit: int | None = None) -> IO[bytes]:
-    """Open a file to read."""
-    return path.open("rb")
-
-
 def user_cache() -> Path | None:
     """Return this tool's folder in the user's cache, which may not exist yet; None without a home."""
     try:
@@ -92,16 +84,16 @@ def one_at_a_time(
 
     Waiting begins with a call of `on_wait`, and ends with a RuntimeError once `interrupted` returns True.
     """
-    lock, waiting = FileLock(path), False
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        on_wait()
     while not lock.is_locked:
-        try:
+        with suppress(Timeout):
             lock.acquire(timeout=0.1)
-        except Timeout:
-            if not waiting:
-                on_wait()
-            waiting = True
-            if interrupted():
-                raise RuntimeError("interrupted") from None
+        if interrupted() and not lock.is_locked:
+            raise RuntimeError("interrupted")
     try:
         yield
     finally:

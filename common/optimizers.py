@@ -77,12 +77,11 @@ class InnerOptimizer:
         if self.name == "momentum":
             return InnerState(fast, {"velocity": zeros})
         weight = next(iter(fast.values()))
-        count = {"steps": torch.zeros((), dtype=weight.dtype, device=weight.device)}
-        squares = dict(zeros)
+        slots = {"mean": zeros, "square": zeros, "count": {"steps": weight.new_zeros(())}}
         if moments is not None:
-            squares = {name: moments.squares[name] for name in fast}
-            count["mass"] = moments.mass
-        return InnerState(fast, {"mean": zeros, "square": squares, "count": count})
+            slots["square"] = {name: moments.squares[name] for name in fast}
+            slots["count"]["mass"] = moments.mass
+        return InnerState(fast, slots)
 
     def update(self, state: InnerState, gradients: Weights, rates: Weights, anchor: Weights) -> InnerState:
         """Return the state after a step along the gradients of the support loss.

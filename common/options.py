@@ -26,8 +26,7 @@ Check = Callable[[Any], str | None]  # returns what was expected, or None for a 
 def at_least(minimum: int, maximum: int = 2**31 - 1) -> Check:
     def check(value: int) -> str | None:
         if value > maximum:
-            bound = "below 2^31" if maximum == 2**31 - 1 else f"up to {maximum:,}"
-            return f"a whole number {bound}"
+            return f"a whole number up to {maximum:,}"
         return None if value >= minimum else f"a whole number of at least {minimum}"
 
     return check
@@ -67,14 +66,8 @@ def is_plain_text(text: str) -> bool:
 # ---- declarations --------------------------------------------------------------------------------
 
 PLAIN_TEXT = "text without control characters, in UTF-8"
-KIND_NAMES = {
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    Path: "a path",
-    bool: "yes or no",
-    tuple: "a list",
-}
+KIND_NAMES = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
+KIND_NAMES |= {bool: "yes or no", tuple: "a list"}
 SWITCHES = {"yes": True, "no": False}
 
 # Defaults that are no single value:
@@ -152,10 +145,10 @@ def flags_of(options: type) -> dict[str, Flag]:
     """Return the flags of a dataclass by field name, with the kinds that the annotations say."""
     hints = typing.get_type_hints(options)
     flags = {}
-    for each in dataclasses.fields(options):
-        hint = hints[each.name]
+    for option in dataclasses.fields(options):
+        hint = hints[option.name]
         kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         kind = next(typing.get_origin(kind) or kind for kind in kinds if kind is not type(None))
-        declaration = each.metadata["flag"]
-        flags[each.name] = dataclasses.replace(declaration, kind=kind, optional=type(None) in kinds)
+        declaration = option.metadata["flag"]
+        flags[option.name] = dataclasses.replace(declaration, kind=kind, optional=type(None) in kinds)
     return flags

@@ -17,7 +17,6 @@ from typing import Any
 
 from common.errors import UsageError
 
-TOOL = Path(__file__).resolve().parent.parent
 # Prefixes of names with a colon that are not the user's code: `images:FOLDER`, `torchvision:MODEL`.
 RESERVED_PREFIXES = ("images", "table", "torchvision")
 
@@ -35,9 +34,6 @@ def is_well_formed_code(name: str) -> bool:
     return (dotted or module.endswith(".py")) and factory.isidentifier()
 
 
-# ---- importing ------------------------------------------------------------------------------
-
-
 def load_code(name: str, flag: str) -> Callable[..., Any]:
     """Import a function or class of the user's; `flag` names the flag in errors.
 
@@ -45,36 +41,28 @@ def load_code(name: str, flag: str) -> Callable[..., Any]:
     own folder. Raises UsageError if there is no such code or its import fails.
     """
     source, _, attribute = name.rpartition(":")
+    is_file = source.endswith(".py")
+    folder = str(Path(source).resolve().parent if is_file else Path.cwd())
+    if folder not in sys.path:  # before installed packages, but behind the tool's own modules
+        sys.path.insert(1, folder)
     try:
-        module = _import_file(Path(source)) if source.endswith(".py") else _import_module(source)
-    except UsageError as error:
-        raise UsageError(f"{flag} {name}: {error}") from error
+        module = _import_file(Path(source).resolve()) if is_file else importlib.import_module(source)
     except (Exception, SystemExit) as error:  # the user's code may fail in any way
-        hint = ""
-        if "attempted relative import" in str(error):
-            hint = ": name it as its package has it, package.module:factory"
-        raise UsageError(f"{flag} {name}: importing {source} failed: {_one_line(error)}{hint}") from error
+        raise UsageError(f"{flag} {name}: importing {source} failed: {_one_line(error)}") from error
     code = getattr(module, attribute, None)
     if not callable(code):
-        public = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
-        raise UsageError(
-            f"{flag} {name}: {source} has no {attribute} to call: it has {', '.join(public)}"[:300]
-        )
+        public = ", ".join(key for key, value in vars(module).items() if callable(value) and key[0] != "_")
+        raise UsageError(f"{flag} {name}: {source} has no {attribute} to call: it has {public}"[:300])
     return code
 
 
 def _import_file(path: Path) -> Any:
-    if not path.is_file():
-        raise UsageError("there is no such file")
-    path = path.resolve()
     name = f"own_code_of_{path.stem}_{abs(hash(str(path)))}"  # never that of another module
     if name in sys.modules:
         return sys.modules[name]
-    _check_imports(path)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    _add_to_path(path.parent)
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
@@ -82,42 +70,6 @@ def _import_file(path: Path) -> Any:
         del sys.modules[name]
         raise
     return module
-
-
-def _import_module(name: str) -> Any:
-    _add_to_path(Path.cwd())
-    module = importlib.import_module(name)
-    if name.partition(".")[0] in _own_modules() and TOOL in Path(module.__file__ or "").parents:
-        raise UsageError(f"{name} is a module of this tool: name the file, {name}.py:factory")
-    return module
-
-
-def _add_to_path(folder: Path) -> None:
-    """Search the folder before installed packages, but behind the tool's own folder."""
-    if str(folder) not in sys.path:
-        sys.path.insert(1, str(folder))
-
-
-def _own_modules() -> set[str]:
-    """Return the names of this tool's modules and packages at top level."""
-    return {path.stem for path in (*TOOL.glob("*.py"), *(init.parent for init in TOOL.glob("*/__init__.py")))}
-
-
-def _check_imports(path: Path) -> None:
-    """Raise UsageError if a file imports a neighbour that Python would take for a module of this tool."""
-    imported: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_bytes(), str(path))):
-        if isinstance(node, ast.Import):
-            imported.update(alias.name.partition(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            imported.add(str(node.module).partition(".")[0])
-    for name in sorted(imported & _own_modules()):
-        neighbour = path.parent / name
-        if path.parent != TOOL and (neighbour.is_dir() or neighbour.with_suffix(".py").is_file()):
-            raise UsageError(f"it imports {name}, and this tool has a module of that name: rename yours")
-
-
-# ---- calling --------------------------------------------------------------------------------
 
 
 def parse_arguments(pairs: Iterable[str]) -> dict[str, Any]:

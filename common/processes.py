@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -44,8 +44,6 @@ class World:
         begin = self.rank * length + min(self.rank, rest)
         return range(begin, begin + length + (self.rank < rest))
 
-    # ---- tensors ------------------------------------------------------------------------------
-
     def start_sum(self, tensor: Tensor, *, patiently: bool = False) -> Callable[[], Tensor]:
         """Start to sum a tensor over all processes, in place; the returned function waits for the sum.
 
@@ -70,8 +68,6 @@ class World:
                 dist.broadcast(tensor, 0)
         return tensor
 
-    # ---- plain values -------------------------------------------------------------------------
-
     def gather(self, value: T) -> list[T]:
         """Return the values of all processes, by rank."""
         if self.size == 1:
@@ -83,47 +79,40 @@ class World:
 
     def from_first(self, make: Callable[[], T]) -> T:
         """Call `make` in the first process alone, and return its result, or raise its error, in all."""
-        if self.size == 1:
-            return make()
-        outcome: list[Any] = [None, None]
-        if self.first:
-            try:
-                outcome[0] = make()
-            except (UsageError, OSError) as error:
-                outcome[1] = explain(error)
-        with _as_lost():
-            dist.broadcast_object_list(outcome, 0, self.group)
-        if outcome[1] is not None:
-            raise AgreedError(outcome[1])
-        return outcome[0]
+        result: list[Any] = [None]
+        with self.together():
+            if self.first:
+                result[0] = make()
+        if self.size > 1:
+            with _as_lost():
+                dist.broadcast_object_list(result, 0, self.group)
+        return result[0]
 
     @contextmanager
     def together(self) -> Iterator[None]:
         """Raise in all processes what one raises in the block, which must not wait for the others."""
-        if self.size == 1:
-            yield
-            return
         problem = None
         try:
             yield
         except (UsageError, OSError) as error:
+            if self.size == 1:
+                raise
             problem = explain(error)
         problems = [problem for problem in self.gather(problem) if problem is not None]
         if problems:
             raise AgreedError(problems[0])
 
-    def check_same(self, facts: Mapping[str, Any]) -> None:
+    def check_same(self, facts: dict[str, Any]) -> None:
         """Raise UsageError in all processes where their facts differ, and name the first difference."""
-        values = self.gather(dict(facts))
-        for rank, other in enumerate(values):
-            names = sorted(values[0].keys() | other.keys())
-            different = [name for name in names if other.get(name) != values[0].get(name)]
-            if different:
-                name = different[0]
-                raise AgreedError(
-                    f"process {rank} has another {name} than process 0 ({other.get(name)!s:.60} and "
-                    f"{values[0].get(name)!s:.60}): start all with the same flags, versions and files"
-                )
+        first, *others = self.gather(facts)
+        for rank, other in enumerate(others, 1):
+            for name in sorted(first.keys() | other.keys()):
+                here, there = first.get(name), other.get(name)
+                if here != there:
+                    raise AgreedError(
+                        f"process {rank} has another {name} than process 0 ({there!s:.60} and {here!s:.60}): "
+                        "start all with the same flags, versions and files"
+                    )
 
     def wait(self) -> None:
         """Wait until all processes are here."""
@@ -169,23 +158,15 @@ def read_world() -> World:
     """Return the world that torchrun describes in the environment; without torchrun, a world of one."""
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "LOCAL_RANK"} <= os.environ.keys():
         return ALONE
-    return World(
-        int(os.environ["RANK"]),
-        int(os.environ["WORLD_SIZE"]),
-        int(os.environ["LOCAL_RANK"]),
-        int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
-    )
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    return World(*(int(os.environ.get(name, 1)) for name in names))
 
 
 def join(world: World, device: torch.device, minutes: float, values_minutes: float) -> World:
     """Meet the other processes, and return the world in which they can talk.
 
-    Args:
-        minutes: how long each waits for the others' tensors.
-        values_minutes: how long each waits for plain values, which may come after reading or compiling.
-
-    Raises:
-        LostError: the others do not come.
+    Each waits `minutes` for the others' tensors, and `values_minutes` for plain values, which may come after
+    reading or compiling. Raises LostError where the others do not come.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # torchrun keeps its store when it restarts a job: the entries of the dead are not for the living

@@ -1,9 +1,8 @@
 """Counter-based random numbers: each is a pure function of where it is used, not of what came before.
 
-A `Stream` is a pair of 32-bit keys. `stream.at(value)` returns the stream of a sub-purpose (a seed, a name,
-an iteration, a vector of task numbers); `uniform`, `normal` and `words` read numbers from it by position. So
-the tasks of iteration i are the same in any order, chunk, process or resumed run: the iteration number is all
-the state there is.
+A `Stream` is a pair of 32-bit keys. `stream.at(value)` returns the stream of a sub-purpose (a name, an
+iteration, a vector of task numbers); `uniform`, `normal` and `words` read numbers from it by position. The
+tasks of iteration i are the same in any order, chunk, process or resumed run: its number is all the state.
 
 The mixer is a 32-bit xorshift-multiply hash (constants of github.com/skeeto/hash-prospector). Words live in
 int64, and the second multiplier is written as the negative number that it equals modulo 2^32. No product then

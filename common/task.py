@@ -1,11 +1,18 @@
-"""The tasks as the algorithm sees them: a batch's examples, and what travels with them, by name."""
+"""The tasks as the algorithm sees them: a batch's examples, and what travels with them, by name.
+
+A function of one task becomes a function of many by `over_tasks`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import vmap
+from torch.utils import _pytree as pytree
 
 from common.batch import Tree, register_tree, tree_map
 from common.optimizers import Weights
@@ -66,3 +73,29 @@ def stack_steps(steps: list[Weights]) -> Weights:
 
 def sum_over_tasks(weights: Weights) -> Weights:
     return {name: w.sum(0) for name, w in weights.items()}
+
+
+def over_tasks(vectorised: bool) -> Callable[..., Callable[..., Any]]:
+    """Return `vmap`, or a loop over tasks that is called like it.
+
+    Learners that `vmap` cannot take (a `.item()`, a decision that depends on data, an operator without a
+    rule) have exact derivatives in the loop too; it costs their number in time.
+    """
+    return vmap if vectorised else _one_by_one
+
+
+def _one_by_one(function: Callable[..., Any], in_dims: Any = 0) -> Callable[..., Any]:
+    """Return what `vmap` would, by a loop; arguments with `in_dims` None are shared by tasks."""
+
+    def loop(*arguments: Any) -> Any:
+        axes = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(arguments)
+        pairs = list(zip(arguments, axes, strict=True))
+        tasks = len(pytree.tree_leaves([argument for argument, axis in pairs if axis is not None])[0])
+
+        def call(task: int) -> Any:
+            parts = (x if axis is None else pytree.tree_map(lambda t: t[task], x) for x, axis in pairs)
+            return function(*parts)
+
+        return pytree.tree_map(lambda *parts: torch.stack(parts), *map(call, range(tasks)))
+
+    return loop

@@ -94,7 +94,7 @@ def test_facts_about_learners_match_the_learners():
 MISTAKES = [
     ("-k 0", "-k: expected a whole number of at least 1, got '0'"),
     ("-s 1.5", "-s: expected a whole number, got '1.5'"),
-    ("-k 1000000000000", "-k: expected a whole number below 2^31"),
+    ("-k 1000000000000", "-k: expected a whole number up to 2,147,483,647"),
     ("--meta-lr nan", "--meta-lr: expected a number above 0, got 'nan'"),
     ("--noise -1", "--noise: expected a number that is not negative"),
     ("--seed -1", "--seed: expected a whole number from 0"),

@@ -232,19 +232,11 @@ def test_a_loss_of_your_own_is_minimised(own, images, tmp_path):
 # ---- what is imported, and what is not ------------------------------------------------------
 
 
-def test_modules_beside_your_own_are_found_and_never_confused_with_the_tools(tmp_path, monkeypatch):
-    folder = tmp_path / "code"
-    folder.mkdir()
-    (folder / "config.py").write_text("WIDTH = 7\n")
-    (folder / "maml.py").write_text("WIDTH = 7\n")
-    (folder / "learner.py").write_text("import config\ndef width(): return config.WIDTH\n")
-    (folder / "clash.py").write_text("def width():\n    from maml import WIDTH\n")
+def test_modules_beside_your_own_are_found(tmp_path, monkeypatch):
+    (tmp_path / "config.py").write_text("WIDTH = 7\n")
+    (tmp_path / "learner.py").write_text("import config\ndef width(): return config.WIDTH\n")
     monkeypatch.setattr(sys, "path", [*sys.path])
-    assert load_code(f"{folder / 'learner.py'}:width", "--learner")() == 7
-    with pytest.raises(Exception, match=r"it imports maml, and this tool has a module of that name"):
-        load_code(f"{folder / 'clash.py'}:width", "--learner")
-    with pytest.raises(Exception, match=r"learner is a module of this tool: name the file"):
-        load_code("learner:build", "--learner")
+    assert load_code(f"{tmp_path / 'learner.py'}:width", "--learner")() == 7
 
 
 @pytest.mark.parametrize("setting", OWN_CODE)
