@@ -241,26 +241,26 @@ def test_modules_beside_your_own_are_found(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("setting", OWN_CODE)
 @pytest.mark.parametrize("doing", [["--eval"], [], ["--adapt", "x.csv"]], ids=["test", "resume", "adapt"])
-def test_code_that_a_checkpoint_names_is_never_imported(setting, doing, tmp_path, capsys, monkeypatch):
+def test_code_that_a_checkpoint_names_is_never_imported(setting, doing, tmp_path, capsys):
     assert command("--iterations", 1, "--checkpoint-path", tmp_path, "--run-name", "run") == 0
     last = tmp_path / "run" / LAST
     saved = load_checkpoint(last)
-    settings = saved.settings | {setting: "os:system", "init": "torch"}
-    save_checkpoint(last, replace(saved, settings=settings))
-    monkeypatch.setattr("common.own_code._import_module", lambda *_: pytest.fail("it was imported"))
+    (tmp_path / "theirs.py").write_text("raise SystemExit('it was imported')")
+    code = f"{tmp_path / 'theirs.py'}:f"
+    save_checkpoint(last, replace(saved, settings=saved.settings | {setting: code, "init": "torch"}))
     capsys.readouterr()
     assert command(*doing, "--load", last) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1
+    assert error.count("\n") == 1 and "it was imported" not in error
     if setting != "dataset" or "--adapt" not in doing:  # --adapt reads no dataset
-        assert f"if you trust it, add --{setting} os:system" in error
+        assert f"if you trust it, add --{setting} {code}" in error
 
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
         ("--learner {own}:Missing", "has no Missing to call: it has Net, Item, Wrong"),
-        ("--learner {own}x.py:Net", "there is no such file"),
+        ("--learner {own}x.py:Net", "No such file or directory"),
         ("--learner not_there.at_all:Net", "ModuleNotFoundError: No module named 'not_there'"),
         ("--learner {own}:nothing", "makes a int, not a torch.nn.Module"),
         ("--learner {own}:failing", "RuntimeError: it is not ready"),
