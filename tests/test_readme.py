@@ -8,10 +8,11 @@ import pytest
 import torch
 from conftest import ROOT
 from runs import command
+from torch.distributed.run import get_args_parser
 
 from commands.call import check_call
 from commands.members import members_of
-from commands.parser import parse
+from commands.parser import build_parser, parse
 from commands.presets import ALGORITHMS
 from commands.resolve import resolve
 
@@ -52,6 +53,25 @@ def test_the_commands_of_a_page_have_valid_flags(page):
             resolve(given)
     for line in command_lines(page, "python (?=[a-z]+/)"):
         assert (ROOT / line.split()[0]).is_file(), line
+
+
+@pytest.fixture(scope="module")
+def flags() -> set[str]:
+    """The flags of the tool, of torchrun, of the scripts that pages call, and tensorboard's one."""
+    scripts = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("examples/*.py")]
+    of_scripts = {name for file in scripts for name in re.findall(r'"(--[a-z][a-z-]*)"', file.read_text())}
+    return {*build_parser()._option_string_actions, *get_args_parser()._option_string_actions, "--logdir"} | (
+        of_scripts
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_every_flag_that_a_page_mentions_is_one(page, flags):
+    text = (ROOT / page).read_text()
+    fenced = re.findall(r"^```(?:sh)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    inline = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+    mentioned = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", "\n".join(fenced + inline)))
+    assert sorted(mentioned - flags) == []
 
 
 def anchors(page: Path) -> set[str]:
