@@ -78,30 +78,19 @@ class Run:
         if self.writes:
             self.log = RunLog(self.folder, begin_at=self.iteration + 1 if self.iteration else 0)
         if not self.iteration:
-            settings = {name: self.settings[name] for name in self.meaningful}
-            self.log.text("settings", settings_as_markdown(settings | self._origin()), 0)
-            self.log.begin(settings, self.tags(), self.flags)
+            never = {
+                "query accuracy": not self.classification,
+                "skipped iterations": self.training.on_nan != "skip",
+                "of weights and steps": self.choices.inner_rates == "fixed",
+            }
+            self.log.begin(self._settings(), self.flags, without=[chart for chart in never if never[chart]])
 
-    def _origin(self) -> dict[str, str]:
-        return {"initial_weights": self.progress.origin} if self.progress.origin else {}
+    def _settings(self) -> dict[str, Any]:
+        """Return the settings that matter, and where the weights come from."""
+        origin = {"initial_weights": self.progress.origin} if self.progress.origin else {}
+        return {name: self.settings[name] for name in self.meaningful} | origin
 
     # ---- curves -----------------------------------------------------------------------------
-
-    def tags(self) -> list[str]:
-        """Return the tags of all scalars that the run will write."""
-        measures = sorted({"query_loss", self.measure}, reverse=True)
-        steps = shown_steps(self.choices.trained_steps)
-        return [
-            *(f"train/{measure}" for measure in (*measures, "meta_gradient_norm")),
-            *["train/skipped"] * (self.training.on_nan == "skip"),
-            "speed/iterations_per_second",
-            "optimizer/meta_lr",
-            *(f"validation/{measure}" for measure in measures),
-            "validation/diverged_tasks",
-            f"validation/best_{self.measure}",
-            *(f"{BY_STEP}/{measure}/{step}" for measure in measures for step in steps),
-            *self._inner_rates(),
-        ]
 
     def add_training(self, means: dict[str, float], rate: float, meta_lr: float) -> None:
         """Add a point to the training curves.
@@ -123,23 +112,14 @@ class Run:
         self.skipped += skipped
         if self.training.on_nan == "skip":
             metrics["skipped"] = skipped
-        self.log.scalars({f"train/{name}": value for name, value in metrics.items()}, self.iteration)
-        self.log.scalars({"speed/iterations_per_second": rate, "optimizer/meta_lr": meta_lr}, self.iteration)
-        if self.choices.inner_rates != "fixed":
-            self.log.scalars(self._inner_rates(), self.iteration)
-
-    def _inner_rates(self) -> dict[str, float]:
-        """Return the learned inner rates by tag: of each weight and step; of elements, mean and least."""
-        rates: dict[str, float] = {}
-        for name, rate in self.parameters.items():
-            if not name.startswith(RATE):
-                continue
-            tag = f"inner_lr/{name.removeprefix(RATE)}"
-            if self.choices.inner_rates == "layer-step":
-                rates |= {f"{tag}/step_{step}": value for step, value in enumerate(rate.tolist(), 1)}
-            else:
-                rates |= {f"{tag}/mean": rate.mean().item(), f"{tag}/least": rate.min().item()}
-        return rates
+        scalars = {f"train/{name}": value for name, value in metrics.items()}
+        scalars |= {"speed/iterations_per_second": rate, "optimizer/meta_lr": meta_lr}
+        for name, rates in self.parameters.items():
+            if name.startswith(RATE) and self.choices.inner_rates == "layer-step":
+                scalars |= {f"{name}/step_{step}": value for step, value in enumerate(rates.tolist(), 1)}
+            elif name.startswith(RATE):
+                scalars |= {f"{name}/mean": rates.mean().item(), f"{name}/least": rates.min().item()}
+        self.log.scalars(scalars, self.iteration)
 
     def validate(
         self,

@@ -8,10 +8,9 @@ points that a killed process wrote after the checkpoint are dropped: the curves 
 from __future__ import annotations
 
 import os
-import re
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
 
 FLUSH_SECONDS = 5.0
-EVENT_FILES = "events.out.tfevents.*"
 
 # Result columns of the hyper-parameter view.
 METRICS = (
@@ -34,11 +32,8 @@ METRICS = (
     "validation/query_accuracy",
     "validation/query_loss",
 )
-# Settings that the view shows at first.
-CHANGED_MOST = ["dataset", "algorithm", "learner", "ways", "shots", "steps"]
-CHANGED_MOST += ["inner_lr", "meta_lr", "meta_batch_size", "seed"]
-# Curves that belong together: patterns of tags by group and chart. They are the same for every run:
-# TensorBoard joins the layouts of all runs, and shows twice what differs.
+# Curves that belong together: patterns of tags by group and chart. TensorBoard joins the layouts of all runs,
+# and shows twice what differs.
 CHARTS = {
     "learning": {
         "query accuracy": "^(train|validation)/query_accuracy$",
@@ -77,7 +72,8 @@ class RunLog:
 
         folder.mkdir(parents=True, exist_ok=True)
         drop_events(folder, begin_at)
-        self.path = _new_file(folder)
+        # TensorBoard reads the files in the order of their names
+        self.path = folder / f"events.out.tfevents.{time.time_ns():019d}.{socket.gethostname()}.{os.getpid()}"
         self.waiting = [Event(wall_time=time.time(), file_version="brain.Event:2")]
         self._append(self.path)
 
@@ -117,21 +113,6 @@ class RunLog:
 
         self.add(summary.text(tag, text), iteration)
 
-    def begin(self, settings: Mapping[str, Any], tags: Sequence[str], flags: Mapping[str, Flag]) -> None:
-        """Describe a new run for the views of hyper-parameters and of custom scalars.
-
-        Args:
-            settings: the run's settings by name.
-            tags: of the curves that the run is going to write.
-            flags: the declarations of all settings that may decide a result.
-        """
-        for summary in (experiment_summary(flags), session_summary(settings), layout_summary(tags)):
-            self.add(summary, 0)
-
-    def end(self, iteration: int, *, failed: bool) -> None:
-        """Say in the view of hyper-parameters how the run ended."""
-        self.add(end_summary(failed=failed), iteration)
-
     def figure(self, tag: str, figure: Figure, iteration: int, file: Path) -> None:
         """Show a figure, and write the same PNG to a file: drawing it is the slow part."""
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -142,20 +123,36 @@ class RunLog:
         self.add(Summary(value=[Summary.Value(tag=tag, image=image)]), iteration)
         write_whole(file, lambda opened: opened.write(png))
 
+    def begin(
+        self, settings: Mapping[str, Any], flags: Mapping[str, Flag], *, without: Collection[str]
+    ) -> None:
+        """Describe a new run: its settings as a text and as a row of the hyper-parameter view, and its charts.
 
-# ---- event files ----------------------------------------------------------------------------------
+        Args:
+            flags: of all settings that may decide a result: the columns, which TensorBoard takes from the
+                first run for all.
+            without: charts that would stay empty.
+        """
+        from torch.utils.tensorboard import summary
 
+        rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
+        self.text("settings", f"| setting | value |\n|-|-|\n{rows}", 0)
+        columns = {name: 0.0 if flag.kind in (int, float, bool) else "" for name, flag in flags.items()}
+        plain = {n: " ".join(v) if isinstance(v, list | tuple) else v for n, v in settings.items()}
+        experiment, _, _ = summary.hparams(columns, dict.fromkeys(METRICS))
+        _, row, _ = summary.hparams(plain, {})
+        layout: dict[str, dict[str, Any]] = {}
+        for group, charts in CHARTS.items():
+            shown = {name: ["Multiline", [tags]] for name, tags in charts.items() if name not in without}
+            layout |= {group: shown} if shown else {}
+        for part in (experiment, row, summary.custom_scalars(layout)):
+            self.add(part, 0)
 
-def _new_file(folder: Path) -> Path:
-    """Return the path of a new event file.
+    def end(self, iteration: int) -> None:
+        """Mark the run's row in the hyper-parameter view as a success."""
+        from torch.utils.tensorboard import summary
 
-    TensorBoard reads the files in the order of their names, which begin with a second: a run that is
-    resumed within the second of its last start needs a later one.
-    """
-    stamps = [path.name.split(".")[3] for path in folder.glob(EVENT_FILES)]
-    latest = max((int(stamp) for stamp in stamps if stamp.isdecimal()), default=0)
-    stamp = max(int(time.time()), latest + 1)
-    return folder / f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}.0"
+        self.add(summary.hparams({}, {})[2], iteration)
 
 
 def drop_events(folder: Path, begin_at: int) -> None:
@@ -163,21 +160,13 @@ def drop_events(folder: Path, begin_at: int) -> None:
 
     TensorBoard's own `purge_step` is unknown to the data server that `tensorboard` starts by default.
     """
-    from google.protobuf.message import DecodeError
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
 
-    for path in folder.glob(EVENT_FILES):
+    for path in folder.glob("events.out.tfevents.*"):
         records = list(RawEventFileLoader(str(path)).Load())  # ends before a record that is not whole
-        try:
-            events = [Event.FromString(record) for record in records]
-        except DecodeError:  # another program's
-            continue
-        kept = [
-            record
-            for record, event in zip(records, events, strict=True)
-            if event.step < begin_at or event.HasField("file_version")
-        ]
+        events = [(record, Event.FromString(record)) for record in records]
+        kept = [r for r, event in events if event.step < begin_at or event.HasField("file_version")]
         if len(kept) < len(records):
             write_whole(path, partial(_write_records, kept))
 
@@ -188,84 +177,3 @@ def _write_records(records: Sequence[bytes], file: IO[bytes]) -> None:
     writer = RecordWriter(file)
     for record in records:
         writer.write(record)
-
-
-# ---- what the views show --------------------------------------------------------------------------
-
-
-def _hparams_summary(tag: str, **content: Any) -> Summary:
-    """Wrap a message to the hyper-parameter plugin, which reads the metadata of a summary without a value."""
-    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
-    from tensorboard.plugins.hparams import metadata, plugin_data_pb2
-
-    data = plugin_data_pb2.HParamsPluginData(version=metadata.PLUGIN_DATA_VERSION, **content)
-    plugin = SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME, content=data.SerializeToString())
-    return Summary(value=[Summary.Value(tag=tag, metadata=SummaryMetadata(plugin_data=plugin))])
-
-
-def experiment_summary(flags: Mapping[str, Flag]) -> Summary:
-    """Declare the columns of the hyper-parameter view.
-
-    They are the same for every run, since TensorBoard takes those of the first run for all.
-    """
-    from tensorboard.plugins.hparams import api_pb2, metadata
-
-    number, truth = api_pb2.DATA_TYPE_FLOAT64, api_pb2.DATA_TYPE_BOOL
-    kinds: dict[type, Any] = {int: number, float: number, bool: truth}
-    columns = [
-        api_pb2.HParamInfo(
-            name=name,
-            description=flag.help,
-            type=kinds.get(flag.kind, api_pb2.DATA_TYPE_STRING),
-            differs=name in CHANGED_MOST,
-        )
-        for name, flag in flags.items()
-    ]
-    metrics = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in METRICS]
-    experiment = api_pb2.Experiment(hparam_infos=columns, metric_infos=metrics)
-    return _hparams_summary(metadata.EXPERIMENT_TAG, experiment=experiment)
-
-
-def session_summary(settings: Mapping[str, Any]) -> Summary:
-    """Declare a row of the hyper-parameter view: a run's settings. None is an empty cell."""
-    from tensorboard.plugins.hparams import metadata, plugin_data_pb2
-
-    start = plugin_data_pb2.SessionStartInfo()
-    for name, value in settings.items():
-        if isinstance(value, bool):
-            start.hparams[name].bool_value = value
-        elif isinstance(value, int | float):
-            start.hparams[name].number_value = value
-        elif value is not None:
-            start.hparams[name].string_value = value if isinstance(value, str) else " ".join(value)
-    return _hparams_summary(metadata.SESSION_START_INFO_TAG, session_start_info=start)
-
-
-def end_summary(*, failed: bool) -> Summary:
-    """Declare a run's row of the hyper-parameter view as ended."""
-    from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
-
-    status = api_pb2.STATUS_FAILURE if failed else api_pb2.STATUS_SUCCESS
-    end = plugin_data_pb2.SessionEndInfo(status=status)
-    return _hparams_summary(metadata.SESSION_END_INFO_TAG, session_end_info=end)
-
-
-def layout_summary(tags: Sequence[str]) -> Summary:
-    """Declare the view of custom scalars: the charts of `CHARTS` for which the run has a curve."""
-    from torch.utils.tensorboard import summary
-
-    charts = {
-        group: {
-            name: ["Multiline", [pattern]]
-            for name, pattern in named.items()
-            if any(re.match(pattern, tag) for tag in tags)
-        }
-        for group, named in CHARTS.items()
-    }
-    return summary.custom_scalars({group: named for group, named in charts.items() if named})
-
-
-def settings_as_markdown(settings: Mapping[str, Any]) -> str:
-    """Return a table of settings."""
-    rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
-    return f"| setting | value |\n|-|-|\n{rows}"
