@@ -104,7 +104,7 @@ def _print_end(run: Run, config: Config, code: int, world: World) -> None:
         print(f"Saved at iteration {run.iteration:,}. Resume: {shlex.join(resume)}")
         return
     print("Curves:   ", shlex.join(["tensorboard", "--logdir", str(run.folder)]))
-    file = str(run.best_file or run.folder / LAST)
+    file = str(run.folder / (BEST if run.progress.best_iteration else LAST))
     print("Test it:  ", shlex.join(["python", "main.py", "--eval", "--load", file, *own_code]))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from common.batch import TaskDistribution
 from common.choices import Choices
-from common.errors import reason_of
 from common.optimizers import Weights
 from common.options import Flag
 from common.processes import World
@@ -30,12 +29,11 @@ from evaluation.tables import write_json
 from learners.losses import loss_name
 from maml import MAML, RATE
 from training.checkpoint import Checkpoint, Curve, Progress
-from training.folders import BEST, RESULTS
+from training.folders import RESULTS
 from training.options import TrainingOptions
 from training.step import TAIL, State
-from training.tensorboard import RunLog, settings_as_markdown
+from training.tensorboard import RunLog
 
-BY_STEP = "validation_by_step"
 FINAL_ITERATIONS = 500  # the training loss reported at the end is their mean
 
 
@@ -65,18 +63,12 @@ class Run:
         self.measure = "query_accuracy" if self.classification else "query_loss"
         self.failure: str | None = None  # the iteration whose numbers are non-finite, and why
         self.skipped = 0  # iterations, by this process
-        self.log = RunLog(None)
+        self.log = RunLog(None)  # until the run begins, and in all processes but the first
         self.state: State  # of the present iteration; the trainer's
-
-    def give_up_compiling(self) -> None:
-        """Run uncompiled from here on, when resumed too."""
-        self.training = replace(self.training, compile="off")
-        self.settings |= {"compile": "off"}
 
     def begin(self) -> None:
         """Open the event file; a new run describes itself there."""
-        if self.writes:
-            self.log = RunLog(self.folder, begin_at=self.iteration + 1 if self.iteration else 0)
+        self.log = RunLog(self.folder, begin_at=self.iteration + 1 if self.iteration else 0)
         if not self.iteration:
             never = {
                 "query accuracy": not self.classification,
@@ -93,22 +85,14 @@ class Run:
     # ---- curves -----------------------------------------------------------------------------
 
     def add_training(self, means: dict[str, float], rate: float, meta_lr: float) -> None:
-        """Add a point to the training curves.
-
-        Args:
-            means: of the metrics since the last point; `step.TAIL` says what was skipped.
-            rate: iterations per second.
-        """
+        """Add a point to the training curves: means since the last one, `rate` in iterations per second."""
         self.progress.window_size = 0
         skipped = int(means["skipped"])
         metrics = {name: value for name, value in means.items() if name not in TAIL}
         extend_curve(self.progress.training, self.iteration, metrics)
         if skipped and self.writes and not self.skipped:
-            tqdm.write(
-                f"{skipped:,} of the last {self.log_every:,} iterations skipped, the last of them "
-                f"{means['last_skipped']:,.0f}: their numbers were non-finite (train/skipped counts them)",
-                file=sys.stderr,
-            )
+            text = f"{skipped:,} of the last {self.log_every:,} iterations skipped: their numbers were non-finite"
+            tqdm.write(f"{text} (train/skipped counts them)", file=sys.stderr)
         self.skipped += skipped
         if self.training.on_nan == "skip":
             metrics["skipped"] = skipped
@@ -129,10 +113,9 @@ class Run:
         world: World,
         interrupted: Callable[[], bool],
     ) -> bool:
-        """Measure validation tasks after the trained number of inner steps, and add a point to the curves.
+        """Measure validation tasks, add a point to the curves, and return whether it is the best so far.
 
-        Return whether it is the best so far. Raises InterruptedError, and adds nothing, if `interrupted`
-        returns True meanwhile.
+        Raises InterruptedError, and adds nothing, if `interrupted` returns True meanwhile.
         """
         norm = self.choices.query_norm
         evaluation = evaluate(
@@ -153,17 +136,19 @@ class Run:
         by_step = {name: [step.mean().item() for step in tasks.unbind(1)] for name, tasks in results.items()}
         values = {name: steps[-1] for name, steps in by_step.items()}
         extend_curve(self.progress.validation, self.iteration, values)
-        score = values[self.measure] if self.measure == "query_accuracy" else -values[self.measure]
-        best = self.progress.best_score
+        score, best = values[self.measure], self.progress.best_score
+        score = score if self.classification else -score
         is_best = math.isfinite(score) and (best is None or score > best)
         if is_best:
-            self.progress.best_score, self.progress.best_iteration = score, self.iteration
+            best = self.progress.best_score = score
+            self.progress.best_iteration = self.iteration
         values["diverged_tasks"] = float(evaluation.diverged(norm)[:, -1].sum())
-        if self.best_validation is not None:
-            values[f"best_{self.measure}"] = self.best_validation
+        if best is not None:
+            values[f"best_{self.measure}"] = best if self.classification else -best
         scalars = {f"validation/{name}": value for name, value in values.items()}
         for name, steps in by_step.items():
-            scalars |= {f"{BY_STEP}/{name}/{step}": steps[step] for step in shown_steps(len(steps) - 1)}
+            shown = {round((len(steps) - 1) * tenth / 10) for tenth in range(11)}  # of many steps, eleven
+            scalars |= {f"validation_by_step/{name}/{step}": steps[step] for step in sorted(shown)}
         self.log.scalars(scalars, self.iteration)
         return is_best
 
@@ -176,16 +161,8 @@ class Run:
         """Return whether its numbers have become non-finite; this waits for the device."""
         return bool(self.state.sums[-1].isinf())
 
-    @property
-    def best_validation(self) -> float | None:
-        """Return the best validation's query accuracy, or query loss for regression."""
-        score = self.progress.best_score
-        return -score if score is not None and self.measure == "query_loss" else score
-
     def draw_examples(self, maml: MAML, distribution: TaskDistribution) -> None:
-        """Draw validation tasks before and after adaptation, if such tasks can be drawn."""
-        if not self.writes:
-            return
+        """Draw validation tasks before and after adaptation, if their kind has a picture."""
         examples = adapt_examples(
             maml,
             self.parameters,
@@ -195,30 +172,16 @@ class Run:
             normalisation=self.choices.query_norm,
             inner_batch=self.evaluation.eval_inner_batch,
         )
-        if examples is None:
-            return
-        figure = examples_figure(examples, f"validation tasks, iteration {self.iteration:,}")
-        try:
+        if examples is not None:
+            figure = examples_figure(examples, f"validation tasks, iteration {self.iteration:,}")
             self.log.figure("examples", figure, self.iteration, self.folder / "examples.png")
-        except OSError as error:
-            tqdm.write(f"examples.png could not be written ({reason_of(error)})", file=sys.stderr)
 
     # ---- results ----------------------------------------------------------------------------
 
-    @property
-    def best_file(self) -> Path | None:
-        """Return the checkpoint of the best validation, if there has been one."""
-        return self.folder / BEST if self.progress.best_iteration else None
-
     def end(self) -> None:
-        """Write the curves as JSON and as a picture; close the row in the hyper-parameter view.
-
-        A run that has its results file is finished, so that is written last. Raises OSError.
-        """
-        if not self.writes:
-            return
+        """Write the curves as a picture and, last, as JSON: a run with that file is finished. Raises OSError."""
         results: dict[str, Any] = {
-            "settings": {name: self.settings[name] for name in self.meaningful} | self._origin(),
+            "settings": self._settings(),
             "iteration": self.iteration,
             "best_iteration": self.progress.best_iteration,
             "failure": self.failure,
@@ -228,24 +191,18 @@ class Run:
         }
         after = self.iteration + 1  # a resumed run drops it
         if self.progress.training and self.progress.validation:
-            loss = f"query {loss_name(self.settings['loss'])}"
+            measure = "accuracy" if self.classification else loss_name(self.settings["loss"])
             curves = {
                 f"training, means of {self.log_every:,} iterations": self.progress.training,
                 "validation": self.progress.validation,
             }
-            figure = learning_figure(
-                {label: [(curve["iteration"], curve[self.measure])] for label, curve in curves.items()},
-                "query accuracy" if self.measure == "query_accuracy" else loss,
-            )
+            points = {label: [(curve["iteration"], curve[self.measure])] for label, curve in curves.items()}
+            figure = learning_figure(points, f"query {measure}")
             self.log.figure("training", figure, after, self.folder / "training.png")
-        self.log.end(after, failed=self.failure is not None)
+        if self.failure is None:
+            self.log.end(after)
         self.log.flush()
         write_json(self.folder / RESULTS, results)
-
-
-def shown_steps(steps: int) -> list[int]:
-    """Return the inner steps that have a validation curve: of many, eleven."""
-    return sorted({round(steps * tenth / 10) for tenth in range(11)})
 
 
 def final_loss(training: Curve) -> dict[str, Any] | None:

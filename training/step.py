@@ -1,6 +1,6 @@
 """One iteration of meta-training as a function of tensors: tasks, meta-gradient, update, running metrics.
 
-    step = MetaStep(maml, distribution, options, ...)
+    step = MetaStep(maml, distribution, options, {"seed": seed})
     state = step(state)
 
 Meta-parameters and Adam's moments are flat vectors, so that the outer loop is a handful of operations for
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from common.batch import TaskBatch, TaskDistribution, first_tensor, stacked_trees
+from common.batch import TaskBatch, TaskDistribution, first_tensor, stacked_trees, tree_map
 from common.optimizers import Weights
 from common.processes import ALONE, World
 from common.random import keys_of, minibatch_order, task_stream
@@ -48,7 +48,7 @@ class FlatLayout:
         self.size = sum(math.prod(shape) for shape in self.shapes.values())
 
     def flatten(self, weights: Weights) -> Tensor:
-        return torch.cat([weights[name].flatten() for name in self.shapes])
+        return torch.cat([weights[n].flatten() for n in self.shapes]) if self.shapes else torch.empty(0)
 
     def unflatten(self, vector: Tensor) -> Weights:
         parts = vector.split([math.prod(shape) for shape in self.shapes.values()])
@@ -125,11 +125,9 @@ class MetaStep:
 
     Args:
         distribution: of the training tasks.
-        layout, statistics_layout: of the meta-parameters and of the running statistics.
         members: what tells runs apart, scalars by name of the option (with several runs `[runs]`): "seed",
             int64; and those of "inner_lr", "meta_lr", "meta_lr_final", "grad_clip", "grad_clip_norm" that
             differ between runs.
-        draws: whether the learner draws random numbers.
         accelerate: makes a faster function of one of tensors (see compiler.py).
     """
 
@@ -138,20 +136,20 @@ class MetaStep:
         maml: MAML,
         distribution: TaskDistribution,
         options: TrainingOptions,
-        *,
-        layout: FlatLayout,
-        statistics_layout: FlatLayout | None = None,
         members: Members,
-        draws: bool = False,
+        *,
         world: World = ALONE,
         accelerate: Callable[..., Callable[..., Any]] = run_as_is,
     ) -> None:
         self.maml, self.distribution, self.options = maml, distribution, options
-        self.layout, self.statistics_layout = layout, statistics_layout
-        self.members, self.draws, self.world = dict(members), draws, world
-        self.tasks = options.meta_batch_size
+        self.members, self.world, self.tasks = dict(members), world, options.meta_batch_size
+        parameters = maml.initial_parameters()
+        self.layout = FlatLayout(parameters)
+        self.statistics_layout = FlatLayout(maml.initial_statistics())
         self.several = members["seed"].dim() > 0
         self.seeds: list[int] = members["seed"].reshape(-1).tolist()
+        example = tree_map(lambda part: part[0], distribution.sample("train", 0, 0, range(1)).support_x)
+        self.draws = maml.call.draws(maml.whole_weights(parameters), example)  # random numbers
         self.share = world.share(self.tasks)
         numbers = torch.arange(self.share.start, self.share.stop, device=members["seed"].device)
         self.numbers = numbers.expand(len(self.seeds), -1) if self.several else numbers
@@ -175,11 +173,8 @@ class MetaStep:
         A compiler is quickest with a flat tuple of tensors, none of them empty: they are packed and unpacked
         here and nowhere else. With several runs, all of them go through at once.
         """
-        fields = State._fields if self.statistics_layout else State._fields[:-1]
+        fields = State._fields if self.statistics_layout.size else State._fields[:-1]
         names = (*fields, *self.members)
-
-        def pack(state: State) -> tuple[Tensor, ...]:
-            return state if self.statistics_layout else state[:-1]
 
         def unpack(tensors: Mapping[str, Tensor]) -> State:
             return State(**{"statistics": tensors["parameters"][..., :0]} | {n: tensors[n] for n in fields})
@@ -187,12 +182,12 @@ class MetaStep:
         def flat(*tensors: Any) -> tuple[Tensor, ...]:
             named = dict(zip(names, tensors[:-1], strict=True))
             result = function(unpack(named), {name: named[name] for name in self.members}, tensors[-1])
-            return pack(result) if isinstance(result, State) else (result,)
+            return result[: len(fields)] if isinstance(result, State) else (result,)
 
         fast = accelerate(vmap(flat) if self.several else flat)
 
         def call(state: State, last: Any) -> State | Tensor:
-            outputs = fast(*pack(state), *self.members.values(), last)
+            outputs = fast(*state[: len(fields)], *self.members.values(), last)
             return unpack(dict(zip(fields, outputs, strict=True))) if len(outputs) > 1 else outputs[0]
 
         return call
@@ -206,14 +201,15 @@ class MetaStep:
         message = self.message(state, iteration)
         if self.world.size > 1:
             message[-1] = float(self.stop)
-        sum_of_all = self.world.start_sum(message)
-        self._fetch_ahead(iteration)
-        message = sum_of_all()
-        if self.world.size > 1:
+            sum_of_all = self.world.start_sum(message)
+            if iteration is not None and not self.computed and not self.distribution.on_host:
+                # the next tasks, while messages are under way; on the host a thread looks them up
+                self.next_batch = iteration + 1, self._sample(iteration + 2)
+            message = sum_of_all()
             self.stop_asked = message[-1]
         return self._receive(state, message)
 
-    def rehearse(self, state: State, iteration: int | None = None) -> None:
+    def rehearse(self, state: State, iteration: int) -> None:
         """Run an iteration without other processes: compiles what there is to compile."""
         if self.world.size == 1:
             self(state, iteration)
@@ -250,24 +246,23 @@ class MetaStep:
             shares = accuracy(result.outputs, first_tensor(batch.query_y))
             measures.append(shares.sum().to(result.losses.dtype))
         parts = [self.layout.flatten(result.gradients), torch.stack(measures) / self.tasks]
-        if self.statistics_layout:
+        if self.statistics_layout.size:
             parts.append(self.statistics_layout.flatten(result.statistics))
         return torch.cat([*parts, state.parameters.new_zeros(1)])
 
     def _update(self, state: State, members: Members, message: Tensor) -> State:
-        seen = self.statistics_layout.size if self.statistics_layout else 0
-        sizes = [self.layout.size, len(message) - self.layout.size - seen - 1, seen, 1]
-        gradient, measures, statistics, _ = message.split(sizes)
+        size, seen = self.layout.size, self.statistics_layout.size
+        gradient, measures, statistics, _ = message.split([size, len(message) - size - seen - 1, seen, 1])
         norm = gradient.norm()
         tail = norm.new_zeros(len(TAIL))
         counted = state._replace(sums=state.sums + torch.cat([measures, norm[None], tail]))
-        if self.statistics_layout:
+        if seen:
             change = STATISTICS_MOMENTUM * (statistics - state.statistics)
             counted = counted._replace(statistics=state.statistics + change)
         options = self.options
         value, max_norm = (members.get(n, getattr(options, n)) for n in ("grad_clip", "grad_clip_norm"))
         rule = {"adam": adam, "sgd": sgd}[options.meta_optimizer]
-        lr = self.meta_lr_at(state.iteration, gradient.dtype, members)
+        lr = meta_lr_at(options, members, state.iteration.to(gradient.dtype))
         moved = rule(counted, clip(gradient, norm, value, max_norm), lr=lr)
         return self._guard(state, moved, all_finite(moved, measures, norm))
 
@@ -305,14 +300,6 @@ class MetaStep:
             return None
         return multi_step_weights(iteration, self.maml.steps, self.options.msl_iterations, dtype)
 
-    def meta_lr_at(
-        self, iteration: Tensor, dtype: torch.dtype = torch.float64, members: Members | None = None
-    ) -> Tensor | float:
-        """Return the learning rate of the outer loop after so many iterations."""
-        options, own = self.options, members or {}
-        first, final = own.get("meta_lr", options.meta_lr), own.get("meta_lr_final", options.meta_lr_final)
-        return meta_lr_at(options.meta_lr_schedule, iteration, first, final, options.iterations, dtype)
-
     def tasks_of(self, seed: int, iteration: int) -> tuple[TaskBatch, dict[str, Any]]:
         """Return this process's tasks of a run's next iteration, and the other arguments of the
         meta-gradient."""
@@ -330,21 +317,13 @@ class MetaStep:
         if iteration is not None and self.next_batch is not None and self.next_batch[0] == iteration:
             batch, self.next_batch = self.next_batch[1], None
             return batch
-        if iteration is None and not self.several:
-            return self._sample(state.iteration + 1)
-        return self._sample((int(state.iteration.flatten()[0]) if iteration is None else iteration) + 1)
+        return self._sample((state.iteration.flatten()[0] if iteration is None else iteration) + 1)
 
     def _sample(self, iteration: int | Tensor) -> TaskBatch:
         parts = [self.distribution.sample("train", seed, iteration, self.share) for seed in self.seeds]
         if not self.several:
             return parts[0]
         return TaskBatch(*(stacked_trees(list(trees)) for trees in zip(*parts, strict=True)))
-
-    def _fetch_ahead(self, iteration: int | None) -> None:
-        """Look up the tasks after the next while messages are under way; on the host a thread does that."""
-        wanted = self.world.size > 1 and not self.computed and not self.distribution.on_host
-        if wanted and iteration is not None:
-            self.next_batch = iteration + 1, self._sample(iteration + 2)
 
 
 class CudaGraph:

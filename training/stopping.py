@@ -21,8 +21,7 @@ class StopRequest:
     """A signal that ends the training loop after the present iteration; `signal` is its number."""
 
     def __init__(self, world: World, device: torch.device, *, show: bool) -> None:
-        self.world = world
-        self.show = show
+        self.world, self.show = world, show
         self.signal: int | None = None
         self._agreed = False
         self._read_late = Late(device)
@@ -30,11 +29,6 @@ class StopRequest:
     @contextmanager
     def catch_signals(self) -> Iterator[None]:
         """Note the first SIGINT or SIGTERM; a second one acts as it did before."""
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-        def restore() -> None:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
 
         def note(number: int, frame: FrameType | None) -> None:
             self.signal = number
@@ -43,8 +37,11 @@ class StopRequest:
                 with suppress(OSError):  # nobody reads it
                     os.write(2, b"\nEnding after this iteration; once more to end at once.\n")
 
-        for number in handlers:
-            signal.signal(number, note)
+        def restore() -> None:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+        handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
@@ -61,6 +58,6 @@ class StopRequest:
 
     def ask_others(self, asked: Tensor | None) -> None:
         """Learn after an iteration whether any process has a signal: `asked` is above 0 then."""
-        if self.world.size > 1 and asked is not None and self._read_late(asked):
+        if asked is not None and self._read_late(asked):
             self.signal = max(self.world.gather(self.signal or 0)) or signal.SIGTERM
             self._agreed = True

@@ -10,31 +10,25 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.batch import TaskDistribution, tree_map
-from common.errors import LostError, UsageError, is_out_of_memory, reason_of
+from common.batch import TaskDistribution
+from common.errors import LostError, UsageError, is_out_of_memory, one_line, reason_of
 from common.processes import ALONE, World
 from maml import MAML
 from training import divergence
 from training.checkpoint import Checkpoint, save_checkpoints
 from training.compiler import CompilationError, Compiler
 from training.folders import BEST, LAST
-from training.options import TrainingOptions
 from training.run import Run
-from training.step import (
-    TAIL,
-    CudaGraph,
-    FlatLayout,
-    MetaStep,
-    State,
-)
+from training.schedules import meta_lr_at
+from training.step import TAIL, CudaGraph, FlatLayout, MetaStep, State
 from training.stopping import StopRequest
 
 VALIDATION_TASKS = 200
@@ -72,29 +66,19 @@ class Trainer:
         resume: str = "the same command",
         show: bool = True,
     ) -> None:
-        self.runs = list(runs)
-        self.maml = maml
-        self.training_tasks = training_tasks
-        self.validation_tasks = validation_tasks
-        self.compiler = compiler
-        self.world = world
-        self.resume = resume
-        self.show = show and world.first
-        self.layout = FlatLayout(runs[0].parameters)
-        statistics = maml.initial_statistics()
-        self.statistics_layout = FlatLayout(statistics) if statistics else None
+        self.runs, self.maml, self.compiler, self.world = list(runs), maml, compiler, world
+        self.training_tasks, self.validation_tasks = training_tasks, validation_tasks
+        self.resume, self.show = resume, show and world.first
+        self.options = runs[0].training  # the others' differ in `AT_ONCE` alone
         accuracy = ["query_accuracy"] * training_tasks.classification
         self.metrics = ["query_loss", *accuracy, "meta_gradient_norm", *TAIL]  # of an iteration
         self.iteration = runs[0].iteration
         self.window_size = runs[0].progress.window_size  # iterations since the last point of the curves
+        self.plain_step = self._build_step()
+        self.meta_step: MetaStep | CudaGraph = self.plain_step
         states = [self._initial_state(run) for run in runs]
         self.state = State(*map(torch.stack, zip(*states, strict=True))) if len(runs) > 1 else states[0]
         self._update_runs()
-        example = training_tasks.sample("train", self.options.seed, 0, range(1)).support_x
-        weights = maml.whole_weights(maml.initial_parameters())
-        self.draws = maml.call.draws(weights, tree_map(lambda part: part[0], example))
-        self.plain_step = self._build_step()
-        self.meta_step: MetaStep | CudaGraph = self.plain_step
         self.stop = StopRequest(world, self.state.parameters.device, show=self.show)
         self.bar = tqdm(disable=True)
         self.redrawn_at, self.metrics_text = -math.inf, ""
@@ -102,21 +86,15 @@ class Trainer:
 
     def _initial_state(self, run: Run) -> State:
         """Return the state in which a run begins or resumes."""
-        vector, start = self.layout.flatten(run.parameters), run.start
-        first, second, running = torch.zeros_like(vector), torch.zeros_like(vector), vector[:0]
+        layout, seen, start = self.plain_step.layout, self.plain_step.statistics_layout, run.start
+        vector = layout.flatten(run.parameters)
+        first, second = torch.zeros_like(vector), torch.zeros_like(vector)
         if start:
-            first, second = (self.layout.flatten(m).to(vector) for m in (start.exp_avg, start.exp_avg_sq))
-        if self.statistics_layout:
-            statistics = start.statistics if start else self.maml.initial_statistics()
-            running = self.statistics_layout.flatten(statistics).to(vector)
+            first, second = (layout.flatten(m).to(vector) for m in (start.exp_avg, start.exp_avg_sq))
+        running = seen.flatten(start.statistics if start else self.maml.initial_statistics()).to(vector)
         iteration = torch.tensor(run.iteration, device=vector.device)
         sums = vector.new_tensor([run.progress.window.get(name, 0.0) for name in self.metrics])
         return State(vector, first, second, iteration, sums, running)
-
-    @property
-    def options(self) -> TrainingOptions:
-        """Return the options of the first run; the others' differ in `AT_ONCE` alone."""
-        return self.runs[0].training
 
     # ---- the loop ---------------------------------------------------------------------------
 
@@ -131,16 +109,26 @@ class Trainer:
             UsageError: memory ran out, or a file could not be written.
         """
         for run in self.runs:
-            run.begin()
-        total, show = self.options.iterations, self.show
-        with (
-            tqdm(
-                total=total, initial=self.iteration, mininterval=REDRAW_SECONDS, disable=not show
-            ) as self.bar,
-            self.stop.catch_signals(),
-            self._save_if_interrupted(),
-        ):
-            self._loop()
+            if run.writes:
+                run.begin()
+        total, begun = self.options.iterations, self.iteration
+        bar = tqdm(total=total, initial=begun, mininterval=REDRAW_SECONDS, disable=not self.show)
+        with bar as self.bar, self.stop.catch_signals():
+            try:
+                self._loop()
+            except (LostError, MemoryError, RuntimeError) as error:
+                lost = isinstance(error, LostError)
+                if not lost and not is_out_of_memory(error):
+                    raise
+                with suppress(Exception):  # the last checkpoint is whole, and what has happened matters more
+                    self.save(LAST)
+                if lost:
+                    raise
+                tasks = self.maml.tasks_at_once or len(self.plain_step.share)
+                raise UsageError(
+                    f"out of memory at iteration {self.iteration:,} with {tasks} tasks at once: resume with "
+                    f"{self.resume} and a smaller --tasks-at-once"
+                ) from None
         return self._end()
 
     def _loop(self) -> None:
@@ -150,7 +138,7 @@ class Trainer:
             self._validate()
         while self.iteration < options.iterations and self._living_runs() and not self.stop.now:
             if not self._prepare_step():
-                break
+                break  # a signal
             self.step()
             self._redraw()
             self.stop.ask_others(self.plain_step.stop_asked)
@@ -188,7 +176,8 @@ class Trainer:
         missing = self._is_validation_due()
         with self.world.together():
             for run in self.runs if not missing else ():
-                run.end()
+                if run.writes:
+                    run.end()
         if self.stop.signal is not None and (missing or self.iteration < self.options.iterations):
             return 128 + self.stop.signal
         return FAILED if len(self._living_runs()) < len(self.runs) else 0
@@ -197,32 +186,27 @@ class Trainer:
 
     def _build_step(self) -> MetaStep:
         """Build the coming iteration: first order up to `exact_from`, if it is exact at all."""
-        options = self.options
-        first_order = self.iteration < options.exact_from
+        first_order = self.iteration < self.options.exact_from
         return MetaStep(
             self.maml.with_options(meta_gradient="first-order") if first_order else self.maml,
             self.training_tasks,
-            options,
-            layout=self.layout,
-            statistics_layout=self.statistics_layout,
-            members=self._member_tensors(),
-            draws=self.draws,
+            self.options,
+            self._member_tensors(),
             world=self.world,
             accelerate=self.compiler,
         )
 
     def _member_tensors(self) -> dict[str, Tensor]:
-        """Return the numbers in which the runs differ, `[runs]`, by name."""
-        parameters = self.state.parameters
-        seeds = torch.tensor([run.training.seed for run in self.runs], device=parameters.device)
-        if len(self.runs) == 1:
-            return {"seed": seeds[0]}
-        tensors, learned = {"seed": seeds}, self.runs[0].choices.inner_rates != "fixed"
+        """Return the numbers in which the runs differ, `[runs]`, by name; the seed of a single run."""
+        like = next(iter(self.runs[0].parameters.values()))
+        seeds = torch.tensor([run.training.seed for run in self.runs], device=like.device)
+        tensors = {"seed": seeds if len(self.runs) > 1 else seeds[0]}
+        learned = self.runs[0].choices.inner_rates != "fixed"
         for name in AT_ONCE[1:]:
             values = [run.settings[name] for run in self.runs]
             if len(set(values)) > 1 and not (learned and name == "inner_lr"):
-                tensors[name] = parameters.new_tensor(values)
-        return dict(sorted(tensors.items()))  # compiled code knows them by position
+                tensors[name] = like.new_tensor(values)
+        return tensors
 
     def _prepare_step(self) -> bool:
         """Rebuild or compile the step if that is due; return False if a signal interrupted it."""
@@ -239,14 +223,13 @@ class Trainer:
 
         A step that cannot be compiled runs uncompiled, and the user is told why.
         """
-        state = State(*(tensor.clone() for tensor in self.state))
         self.compiler.interrupted = lambda: self.stop.signal is not None
         self.compiler.active = True
-        seconds, compiled = self.compiler.seconds, self.compiler.compiled
+        begin, compiled = time.monotonic(), self.compiler.compiled
         self.bar.set_postfix_str("compiling")
         failure = None
         try:
-            self.plain_step.rehearse(state, self.iteration)
+            self.plain_step.rehearse(self.state, self.iteration)
         except CompilationError as error:
             failure = str(error)
         failures, signals = zip(*self.world.gather((failure, self.stop.signal)), strict=True)
@@ -255,41 +238,19 @@ class Trainer:
             self.stop.signal = next(filter(None, signals), None)
             if self.stop.signal:  # it has ended the C++ compiler too
                 return False
+            self.options = replace(self.options, compile="off")
             for run in self.runs:
-                run.give_up_compiling()
+                run.settings["compile"] = "off"
             self._say(f"The run stays uncompiled: {next(filter(None, failures))}")
             return True
         done = "Compiled" if self.compiler.compiled > compiled else "Found compiled code"
-        self._say(f"{done} in {self.compiler.seconds - seconds:.1f} s")
-        if state.parameters.is_cuda and not self.training_tasks.on_host and self.world.size == 1:
-            self._record(state)
+        self._say(f"{done} in {time.monotonic() - begin:.1f} s")
+        if self.state.parameters.is_cuda and not self.training_tasks.on_host and self.world.size == 1:
+            try:
+                self.meta_step = CudaGraph(self.plain_step, self.state)
+            except RuntimeError as error:
+                self._say(f"Not recorded as a CUDA graph, kernels are launched one by one: {one_line(error)}")
         return True
-
-    def _record(self, state: State) -> None:
-        """Replay the compiled step as a CUDA graph from here on, if it can be recorded as one."""
-        try:
-            self.meta_step = CudaGraph(self.plain_step, state)
-        except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            self._say(f"Not recorded as a CUDA graph, kernels are launched one by one: {reason}")
-
-    @contextmanager
-    def _save_if_interrupted(self) -> Iterator[None]:
-        """Save the last state if another process is lost or memory runs out."""
-        try:
-            yield
-        except (LostError, MemoryError, RuntimeError, OSError) as error:
-            if not isinstance(error, LostError) and not is_out_of_memory(error):
-                raise
-            with suppress(Exception):  # the last checkpoint is whole, and what has happened matters more
-                self.save(LAST)
-            if isinstance(error, LostError):
-                raise
-            tasks = self.maml.tasks_at_once or len(self.plain_step.share)
-            raise UsageError(
-                f"out of memory at iteration {self.iteration:,} with {tasks} tasks at once: resume with "
-                f"{self.resume} and a smaller --tasks-at-once"
-            ) from None
 
     # ---- non-finite numbers -----------------------------------------------------------------
 
@@ -319,10 +280,9 @@ class Trainer:
         with suppress(Exception), self.maml.at_rate(run.choices.inner_lr):  # the run is saved, this is a hint
             tasks = step.tasks_of(run.training.seed, run.iteration)
             cause = divergence.find_cause(step.maml, run.parameters, *tasks, first=step.share.start)
-        reason = next((one for one in self.world.gather(cause) if one), divergence.UNKNOWN)
+        reason = next(filter(None, self.world.gather(cause)), divergence.UNKNOWN)
         run.failure = f"{run.folder.name}, iteration {run.iteration + 1:,}: {reason}"
-        if run.writes:
-            run.log.text("failure", run.failure, run.iteration)
+        run.log.text("failure", run.failure, run.iteration)
         if len(self.runs) > 1:
             self._say(f"{run.failure} (saved before it; the other runs continue)")
 
@@ -334,7 +294,7 @@ class Trainer:
         for number, run in enumerate(self.runs):
             if run.failure is None:
                 run.state = State(*(part[number] for part in self.state)) if several else self.state
-                run.parameters = self.layout.unflatten(run.state.parameters)
+                run.parameters = self.plain_step.layout.unflatten(run.state.parameters)
                 run.iteration, run.progress.window_size = self.iteration, self.window_size
 
     def save(self, name: str, runs: Sequence[Run] | None = None) -> None:
@@ -353,25 +313,26 @@ class Trainer:
         except OSError as error:
             raise UsageError(
                 f"{error.filename or chosen[0].folder / name}: not saved at iteration {self.iteration:,} "
-                f"({reason_of(error)}); the previous checkpoint is whole: free some space and resume from it"
+                f"({reason_of(error)}): free some space, and resume from the previous checkpoint"
             ) from error
         if name == LAST:
             self.saved_at = time.monotonic()
 
     def _checkpoint_of(self, run: Run) -> Checkpoint:
-        def names(layout: FlatLayout | None, vector: Tensor) -> dict[str, Tensor]:
+        def names(layout: FlatLayout, vector: Tensor) -> dict[str, Tensor]:
             # a view would be saved together with the whole vector behind it
-            return {name: part.clone() for name, part in layout.unflatten(vector).items()} if layout else {}
+            return {name: part.clone() for name, part in layout.unflatten(vector).items()}
 
-        run.progress.window = dict(zip(self.metrics, run.state.sums.tolist(), strict=True))
+        step, state = self.plain_step, run.state
+        run.progress.window = dict(zip(self.metrics, state.sums.tolist(), strict=True))
         return Checkpoint(
             settings=dict(run.settings),
             iteration=run.iteration,
-            parameters=names(self.layout, run.state.parameters),
-            exp_avg=names(self.layout, run.state.exp_avg),
-            exp_avg_sq=names(self.layout, run.state.exp_avg_sq),
+            parameters=names(step.layout, state.parameters),
+            exp_avg=names(step.layout, state.exp_avg),
+            exp_avg_sq=names(step.layout, state.exp_avg_sq),
             progress=asdict(run.progress),
-            statistics=names(self.statistics_layout, run.state.statistics),
+            statistics=names(step.statistics_layout, state.statistics),
             fixed={name: tensor.cpu().contiguous() for name, tensor in self.maml.call.fixed.items()},
             splits=self.validation_tasks.split_names,
             computed_by=run.computed_by,
@@ -399,8 +360,9 @@ class Trainer:
         self.state = self.state._replace(sums=sums)
         self.window_size = 0
         self._update_runs()
-        step, done = self.plain_step, torch.tensor(self.iteration - 1)
-        lrs = torch.as_tensor(step.meta_lr_at(done, members=step.members)).expand(len(self.runs)).tolist()
+        done = torch.tensor(self.iteration - 1, dtype=torch.float64)
+        rates = torch.as_tensor(meta_lr_at(self.options, self.plain_step.members, done))
+        lrs = rates.expand(len(self.runs)).tolist()
         for run, values, lr in zip(self.runs, means, lrs, strict=True):
             if run.failure is None:
                 run.add_training(values, rate, lr)
@@ -412,12 +374,9 @@ class Trainer:
             return
         means = [values for values in self._window_means() if math.isfinite(values["last_skipped"])]
         if means:
-            loss, *accuracy = (
-                sum(values[name] for values in means) / len(means) for name in self.metrics[: -len(TAIL) - 1]
-            )
-            self.metrics_text = f"query loss {loss:.4f}"
-            if accuracy:
-                self.metrics_text += f", accuracy {100 * accuracy[0]:.2f} %"
+            shown = self.metrics[: -len(TAIL) - 1]
+            texts = (f"{n.replace('_', ' ')} {sum(m[n] for m in means) / len(means):.4f}" for n in shown)
+            self.metrics_text = ", ".join(texts)
             self.bar.set_postfix_str(self.metrics_text)
         self.redrawn_at = time.monotonic()
 
@@ -443,7 +402,7 @@ class Trainer:
                 with self.maml.at_rate(run.choices.inner_lr):
                     if run.validate(self.maml, tasks, VALIDATION_TASKS, self.world, self.stop.is_local):
                         self.save(BEST, [run])
-                    if last or number in DRAWN:
+                    if run.writes and (last or number in DRAWN):
                         run.draw_examples(self.maml, tasks)
         self.bar.set_postfix_str(self.metrics_text)
         self.window_start += time.monotonic() - begin  # not part of the speed
