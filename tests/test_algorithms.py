@@ -1,5 +1,7 @@
 """The family of algorithms: every choice against a plain loop, and the identities between them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from algorithms import Algorithm, assert_same, make_maml, make_tasks, smooth_maml, smooth_network, vary
@@ -7,6 +9,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from commands.resolve import resolve
 from common.batch import TaskBatch
 from common.optimizers import InnerOptimizer
 from common.task import Task
@@ -398,13 +401,11 @@ def test_choices_that_there_are_not_are_refused(wrong):
         smooth_maml(**wrong)
 
 
-def test_rules_and_schedules_that_there_are_not_are_refused():
+def test_rules_and_engines_that_there_are_not_are_refused():
     with pytest.raises(ValueError, match="one of sgd, momentum, adam, adam-carried, not 'Adam'"):
         InnerOptimizer(0.1, "Adam")
     with pytest.raises(ValueError, match="engine should be one of unrolled, adjoint"):
         make_meta_gradient(smooth_maml(), engine="adjont")
-    with pytest.raises(ValueError, match="the schedule"):
-        meta_lr_at("cos", torch.tensor(1), 1.0, 0.1, 10, torch.float64)
 
 
 def test_conjugate_gradients_stay_where_the_residual_is_nothing_or_the_matrix_is_not_positive():
@@ -561,10 +562,12 @@ def test_multi_step_weights_fall_over_ten_epochs_and_the_last_takes_the_rest():
 
 def test_the_meta_learning_rate_follows_its_schedule():
     def rate(kind, iteration):
-        lr = meta_lr_at(kind, torch.tensor(iteration), 1.0, 0.2, 100, torch.float64)
-        return float(lr)
+        course = replace(options, meta_lr_schedule=kind)
+        return float(meta_lr_at(course, {}, torch.tensor(iteration).double()))
 
-    assert [rate("constant", i) for i in (0, 50, 100)] == [1.0, 1.0, 1.0]
+    options = replace(resolve({}).training, meta_lr=1.0, meta_lr_final=0.2, iterations=100)
+
+    assert [rate("constant", i) for i in (0, 50, 100)] == [1.0] * 3
     assert [rate("linear", i) for i in (0, 50, 100, 130)] == pytest.approx([1.0, 0.6, 0.2, 0.2])
     assert [rate("cosine", i) for i in (0, 50, 100)] == pytest.approx([1.0, 0.6, 0.2])
     theirs = torch.optim.SGD([torch.zeros(1)], 1.0)

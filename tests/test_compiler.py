@@ -17,7 +17,7 @@ from training.checkpoint import load_checkpoint
 from training.compiler import CompilationError, Compiler
 from training.folders import LAST
 from training.meta_gradients import run_as_is
-from training.step import TAIL, FlatLayout, MetaStep, State, adam, clip
+from training.step import TAIL, MetaStep, State, adam, clip
 
 CPU = torch.device("cpu")
 
@@ -46,7 +46,6 @@ def iteration(
     """Return a step on three sinusoids in float64, and its first state."""
     maml = MAML(small_network(norm=norm), F.mse_loss, Choices(**{"inner_lr": 0.05, "steps": 2} | choices))
     parameters, statistics = maml.initial_parameters(), maml.initial_statistics()
-    layout = FlatLayout(parameters)
     options = {
         "meta_batch_size": 3,
         "iterations": 100,
@@ -59,14 +58,12 @@ def iteration(
         maml,
         Sinusoid(4, 3, dtype=torch.float64),
         settings.training,
-        layout=layout,
-        statistics_layout=FlatLayout(statistics) if statistics else None,
-        members={"seed": torch.tensor(5)},
+        {"seed": torch.tensor(5)},
         accelerate=accelerate,
     )
-    vector = layout.flatten(parameters)
+    vector = step.layout.flatten(parameters)
     zero, sums = torch.zeros_like(vector), torch.zeros(2 + len(TAIL), dtype=torch.float64)
-    running = FlatLayout(statistics).flatten(statistics) if statistics else zero[:0]
+    running = step.statistics_layout.flatten(statistics).to(vector)
     return step, State(vector, zero, zero, torch.tensor(0), sums, running)
 
 
@@ -104,14 +101,14 @@ def test_a_compiled_iteration_equals_the_uncompiled_one_and_is_found_again(name,
     step, other = iteration(again, **WAYS[name])
     for _ in range(3):
         other = step(other)
-    assert (again.compiled, again.loaded) == (0, 1)
+    assert again.compiled == 0
     assert all(torch.equal(a, b) for a, b in zip(state, other, strict=True))
 
 
 def test_a_library_is_named_after_everything_it_depends_on(cache, monkeypatch):
     built: list[Path] = []
     monkeypatch.setattr(Compiler, "_build", lambda self, graph, tensors, options, path: built.append(path))
-    monkeypatch.setattr(compiler, "Library", lambda path, structure: lambda tensors: tensors)
+    monkeypatch.setattr(compiler, "load_library", lambda path, structure: lambda tensors: tensors)
 
     def name_of(function, options=None, x=torch.ones(2)):  # noqa: B008
         built.clear()
@@ -141,16 +138,15 @@ def test_a_failed_compilation_says_why_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unfinished_and_surplus_libraries_are_removed(tmp_path, monkeypatch):
-    monkeypatch.setattr(compiler, "MOST_LIBRARIES", 2)
-    for age, name in enumerate(("new.pt2", "older.pt2", "oldest.pt2")):
+def test_what_no_run_has_used_for_a_month_is_removed(tmp_path):
+    for name in ("old.pt2", "new.pt2"):
         (tmp_path / name).touch()
-        compiler.os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
-    for name, stamp in (("a-left", 1e9), ("a-now", 4e9)):
-        (tmp_path / name).mkdir()
-        compiler.os.utime(tmp_path / name, (stamp, stamp))
-    compiler.trim(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"new.pt2", "older.pt2", "a-now"}
+    (tmp_path / "left-by-a-killed-process").mkdir()
+    for path in tmp_path.iterdir():
+        if path.name != "new.pt2":
+            compiler.os.utime(path, (1e9, 1e9))
+    compiler.remove_unused(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["new.pt2"]
 
 
 @pytest.mark.skipif(not hasattr(compiler.os, "geteuid"), reason="no owners")

@@ -25,7 +25,6 @@ from training import trainer
 from training.checkpoint import Checkpoint, load_checkpoint
 from training.folders import BEST, LAST, RESULTS
 from training.run import final_loss
-from training.schedules import meta_lr_at
 from training.trainer import FAILED, Trainer
 
 ITERATIONS = 120
@@ -195,8 +194,8 @@ def test_the_meta_learning_rate_follows_its_schedule_to_the_end(tmp_path):
     events = EventAccumulator(str(run))
     events.Reload()
     for event in events.Scalars("optimizer/meta_lr"):
-        rate = meta_lr_at("cosine", torch.tensor(event.step - 1), 1e-3, 0.0, 60, torch.float64)
-        assert event.value == pytest.approx(float(rate), rel=1e-5)
+        rate = 0.5e-3 * (1 + math.cos(math.pi * (event.step - 1) / 60))
+        assert event.value == pytest.approx(rate, rel=1e-5)
 
 
 def test_a_run_shorter_than_a_window_has_a_curve(tmp_path):
@@ -428,10 +427,10 @@ def test_the_other_runs_continue_where_one_of_several_fails(bad_iteration, tmp_p
     [
         (["--inner-lr", 5, "-s", 5], r"the inner loop diverges in 4 of 4 tasks \(query loss of task"),
         (["--algorithm", "reptile", "--inner-lr", 5], r"the inner loop diverges in 4 of 4 tasks"),
-        (["--meta-lr", 1e25], "before the first inner step: the weights have become too large"),
+        (["--meta-lr", 1e25], "before the first inner step: the weights or the targets are too large"),
         (["--loss", "{own}:steep"], r"the losses are finite .*, but not the meta-gradient of"),
         # clipping does not hide it
-        (["--loss", "{own}:large", "--inner-lr", 1e-30, "--grad-clip", 10], "norm is .*, too large for Adam"),
+        (["--loss", "{own}:large", "--inner-lr", 1e-30, "--grad-clip", 10], "the update is too large"),
     ],
 )
 def test_the_likely_cause_is_named(flags, cause, tmp_path, capsys):

@@ -33,8 +33,7 @@ from common.files import one_at_a_time, sync, user_cache
 Function = Callable[..., Any]
 Signature = tuple[tuple[tuple[torch.Size, torch.dtype], ...], str | None]  # shapes and types, and structure
 
-MOST_LIBRARIES = 500  # kept in the cache
-LEFT_SECONDS = 86_400.0  # age from which an unfinished library is a killed process's
+KEPT_SECONDS = 30 * 86_400.0  # that a library stays without being used
 CPP_COMPILERS = {"linux": "g++", "darwin": "clang++", "win32": "cl"}  # where CXX names none
 
 
@@ -47,18 +46,19 @@ def cpp_compiler() -> str | None:
     return shutil.which(os.environ.get("CXX") or CPP_COMPILERS.get(sys.platform, "g++"))
 
 
-def cache_folder() -> Path | None:
-    """Return the folder of compiled functions in the user's cache; None where it is not the user's own."""
+def cache_folder() -> Path:
+    """Return the folder of compiled functions in the user's cache, made if need be.
+
+    Raises CompilationError where it is not the user's own: what lies there is run.
+    """
     home = user_cache()
     if home is None:
-        return None
+        raise CompilationError("there is no cache folder: name one in XDG_CACHE_HOME")
     folder = home / "compiled"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        mine = not hasattr(os, "geteuid") or folder.stat().st_uid == os.geteuid()
-        return folder if mine and os.access(folder, os.W_OK) else None
-    except OSError:
-        return None
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if hasattr(os, "geteuid") and folder.stat().st_uid != os.geteuid():
+        raise CompilationError(f"{folder} is another user's: name a folder of your own in XDG_CACHE_HOME")
+    return folder
 
 
 class Compiler:
@@ -74,18 +74,15 @@ class Compiler:
     """
 
     def __init__(self, device: torch.device, *, folder: Path | None = None) -> None:
-        self.device = device
-        self.folder = folder
-        self.interrupted: Callable[[], bool] = lambda: False  # a signal may have hit the C++ compiler, too
+        self.device, self.folder = device, folder
+        self.interrupted: Callable[[], bool] = lambda: False  # ends waiting for another process's library
         self.active = False
+        self.compiled = 0  # libraries built by this instance; others were in the cache
         self._tracing = False
-        self.compiled = 0  # libraries built by this instance
-        self.loaded = 0  # libraries found in the cache
-        self.seconds = 0.0  # spent in tracing, compiling and loading
 
     def __call__(self, function: Function, options: dict[str, Any] | None = None) -> Function:
         """Return the compiled function; `options` are Inductor's."""
-        libraries: dict[Signature, Library] = {}
+        libraries: dict[Signature, Function] = {}
 
         def run(*arguments: Any) -> Any:
             if not self.active or self._tracing:
@@ -101,43 +98,30 @@ class Compiler:
 
     def _library(
         self, function: Function, tensors: list[Tensor], structure: Any, options: dict[str, Any]
-    ) -> Library:
+    ) -> Function:
         """Load the function's library, which is built first if need be."""
-        begin = time.monotonic()
         tensors = [tensor.detach() for tensor in tensors]  # one passed twice would become a single input
         self._tracing = True  # what this function calls becomes part of it
         try:
             with _quiet(), torch.enable_grad():
                 graph, output_structure = _trace(function, tensors, structure)
-                path = self._cache() / f"{self._key(graph, tensors, options)}.pt2"
-                library = _load(path, output_structure)
-                if library is None:
-                    with one_at_a_time(path.with_suffix(".lock"), interrupted=self.interrupted):
-                        library = _load(path, output_structure)  # another process may have built it
-                        if library is None:
-                            self._build(graph, tensors, options, path)
-                            self.compiled += 1
-                            return Library(path, output_structure)
-                self.loaded += 1
-                return library
+                path = (self.folder or cache_folder()) / f"{self._key(graph, tensors, options)}.pt2"
+                with one_at_a_time(path.with_suffix(".lock"), interrupted=self.interrupted):
+                    if not path.exists():  # another process may have just built it
+                        self._build(graph, tensors, options, path)
+                        self.compiled += 1
+                    return load_library(path, output_structure)
         except Exception as error:  # a compiler may fail in any way; the run continues without it
             raise CompilationError(one_line(error)[:200]) from error
         finally:
             self._tracing = False
-            self.seconds += time.monotonic() - begin
-
-    def _cache(self) -> Path:
-        folder = self.folder or cache_folder()
-        if folder is None:
-            raise CompilationError("there is no cache folder of this user's own: name one in XDG_CACHE_HOME")
-        return folder
 
     def _build(
         self, graph: torch.fx.GraphModule, tensors: list[Tensor], options: dict[str, Any], path: Path
     ) -> None:
         from torch._inductor import aoti_compile_and_package
 
-        trim(path.parent)
+        remove_unused(path.parent)
         exported = torch.export.export(graph, tuple(tensors))
         with tempfile.TemporaryDirectory(prefix=f"{path.stem}-", dir=path.parent) as temporary:
             built = aoti_compile_and_package(
@@ -145,17 +129,18 @@ class Compiler:
                 package_path=str(Path(temporary) / path.name),
                 inductor_configs={**options, "deterministic": torch.are_deterministic_algorithms_enabled()},
             )
-            if self.interrupted():
-                raise RuntimeError("interrupted")
             sync(Path(built))
             Path(built).replace(path)
 
     def _key(self, graph: torch.fx.GraphModule, tensors: list[Tensor], options: dict[str, Any]) -> str:
         """Return a hash of everything that the library depends on."""
         cuda = self.device.type == "cuda"
+        names = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
+        constants = {name: getattr(graph, name).detach().cpu().contiguous() for name in sorted(names)}
+        digests = {n: hashlib.sha256(c.flatten().view(torch.uint8).numpy()) for n, c in constants.items()}
         content = [
             graph.code,
-            [(name, str(c.dtype), tuple(c.shape), _bits(c)) for name, c in _constants(graph).items()],
+            [(name, str(c.dtype), c.shape, digests[name].hexdigest()) for name, c in constants.items()],
             [(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors],
             sorted(options.items()),
             torch.__version__,
@@ -181,53 +166,28 @@ def _processor() -> str:
     return f"{torch.backends.cpu.get_cpu_capability()} {sorted(distinctive)}"
 
 
-def _bits(tensor: Tensor) -> str:
-    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(content.numpy().tobytes()).hexdigest()
+def remove_unused(folder: Path) -> None:
+    """Remove the libraries that no run has used for long, and what killed processes have left."""
+    for path in folder.iterdir():
+        with suppress(OSError):  # another process removes it, too
+            if path.stat().st_mtime < time.time() - KEPT_SECONDS:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def trim(folder: Path) -> None:
-    """Remove the libraries that were unused the longest, beyond `MOST_LIBRARIES`, and unfinished ones."""
-    with suppress(OSError):  # another process trims, too
-        libraries = sorted(folder.glob("*.pt2"), key=lambda path: path.stat().st_mtime)
-        for path in libraries[:-MOST_LIBRARIES]:
-            path.unlink()
-        for path in folder.glob("*-*"):
-            if path.stat().st_mtime < time.time() - LEFT_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-class Library:
-    """A compiled function, loaded from the disk."""
-
-    def __init__(self, path: Path, structure: Any) -> None:
-        # single-threaded: one call at a time, and nothing that a CUDA graph could not capture
-        self.model = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
-        self.run = self.model.loader.boxed_run  # without the parsing of structures at each call
-        self.structure = structure
-        with suppress(OSError):  # another process may have just removed it
-            os.utime(path)  # for `trim`
-
-    def __call__(self, tensors: list[Tensor]) -> Any:
-        return _unflatten(self.run(tensors), self.structure)
-
-
-def _load(path: Path, structure: Any) -> Library | None:
-    """Return the library, or None where there is none or it cannot be loaded."""
-    try:
-        return Library(path, structure) if path.exists() else None
-    except Exception:  # whatever is wrong with it, it is built again
-        return None
+def load_library(path: Path, structure: Any) -> Function:
+    """Load a compiled function of a list of tensors; `structure` is its outputs'."""
+    # single-threaded: one call at a time, and nothing that a CUDA graph could not capture
+    model = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
+    run = model.loader.boxed_run  # without the parsing of structures at each call
+    os.utime(path)  # for `remove_unused`
+    return lambda tensors: _unflatten(run(tensors), structure)
 
 
 # ---- from functions to graphs ---------------------------------------------------------------------
 
 
 def _flatten(value: Any) -> tuple[list[Tensor], Any]:
-    """Return the contiguous tensors in nested tuples and dictionaries, and the structure.
-
-    A plain tuple has the structure None: pytree's functions take longer than a small step's arithmetic.
-    """
+    """Return contiguous tensors and their structure; None is a tuple's, which is faster than pytree."""
     if type(value) is tuple and all(isinstance(part, Tensor) for part in value):
         return [tensor.contiguous() for tensor in value], None
     tensors, structure = pytree.tree_flatten(value)
@@ -281,12 +241,6 @@ REWRITINGS: dict[Any, Callable[..., Any]] = {
 }
 
 
-def _constants(graph: torch.fx.GraphModule) -> dict[str, Tensor]:
-    """Return the tensors that the graph holds apart from its inputs, by name."""
-    names = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
-    return {name: getattr(graph, name) for name in sorted(names)}
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the compiler's own remarks off the user's terminal."""
@@ -294,8 +248,7 @@ def _quiet() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logger.setLevel(level)

@@ -17,7 +17,7 @@ from evaluation.meta_test import diverged, loss_per_step
 from maml import MAML
 from training.meta_gradients import make_meta_gradient
 
-UNKNOWN = "the meta-gradient or the update is too large: try a smaller --meta-lr, --grad-clip or --grad-clip-norm"
+UNKNOWN = "the meta-gradient or the update is too large: try --grad-clip-norm or a smaller --meta-lr"
 
 
 def find_cause(
@@ -33,7 +33,8 @@ def find_cause(
         for tensor in filter(Tensor.is_floating_point, pytree.tree_leaves(tree)):
             bad = ~tensor.isfinite().flatten(1).all(1)
             if bad.any():
-                return f"{name} of task {first + _first_set(bad)} is not finite: clean the data"
+                part = name.replace("_x", " inputs").replace("_y", " targets")
+                return f"the {part} of task {first + _first_set(bad)} are not all finite: clean the data"
     # Reptile's minibatches are of support and query together
     order = None if maml.choices.meta_gradient == "reptile" else inputs.get("order")
     norm = maml.normalisation

@@ -24,60 +24,42 @@ LAST = "last.pt"
 BEST = "best.pt"
 RESULTS = "training.json"
 LIST = "runs.json"
-WRITTEN = (LAST, BEST, RESULTS, "training.png", "examples.png", "events.*")  # by training, again and again
 LOCK = ".lock"
 PATIENCE = 2.0  # seconds in which a killed process is gone
-OTHER_NAME = "choose another --run-name"
-
-
-# ---- locks ----------------------------------------------------------------------------------------
 
 
 @contextmanager
-def lock_folder(folder: Path, members: Sequence[str] = (), *, otherwise: str = OTHER_NAME) -> Iterator[None]:
-    """Hold a run's folder, which is made if need be: no other process trains there meanwhile.
+def lock_folder(folder: Path, members: Sequence[str] = ()) -> Iterator[None]:
+    """Hold a run's folder, which is made if need be, and those of a sweep's members in it.
 
-    The lock ends with the process, however that ends.
-
-    Args:
-        members: folders in it that are held too, those of a sweep's runs.
-        otherwise: what a user can do instead of waiting.
-
-    Raises:
-        UsageError: another process trains there.
+    The lock ends with the process, however that ends. Raises UsageError where another process trains there.
     """
     with ExitStack() as locks:
         for part in (folder, *(folder / name for name in members)):
-            locks.enter_context(_lock(part, otherwise))
-        for name in WRITTEN:
-            for left in folder.glob(f".{name}.*.tmp"):  # of a process that was killed while it wrote
-                left.unlink(missing_ok=True)
+            locks.enter_context(_lock(part))
+        for left in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+            left.unlink(missing_ok=True)
         yield
 
 
 @contextmanager
-def _lock(folder: Path, otherwise: str) -> Iterator[None]:
-    new = not folder.exists()
+def _lock(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, timeout=PATIENCE)
     try:
         lock.acquire()
     except Timeout:
         raise UsageError(
-            f"{folder} is in use by another process: wait, end that one, or {otherwise}"
+            f"{folder} is in use by another process: wait, end that one, or choose another --run-name"
         ) from None
     try:
         yield
     finally:
-        with suppress(OSError):  # Windows removes no open file
+        with suppress(OSError):  # Windows removes no open file; and the folder is rarely empty
             (folder / LOCK).unlink(missing_ok=True)
+            lock.release()
+            folder.rmdir()
         lock.release()
-        if new:
-            with suppress(OSError):  # not empty
-                folder.rmdir()
-
-
-# ---- one run --------------------------------------------------------------------------------------
 
 
 def is_occupied(folder: Path) -> bool:
@@ -87,10 +69,7 @@ def is_occupied(folder: Path) -> bool:
 
 def has_results(folder: Path, iteration: int) -> bool:
     """Return whether a run has written its results at this iteration."""
-    try:
-        return read_json(folder / RESULTS)["iteration"] == iteration
-    except (OSError, UsageError, ValueError, KeyError, TypeError):  # none, or another program's
-        return False
+    return (folder / RESULTS).is_file() and read_json(folder / RESULTS)["iteration"] == iteration
 
 
 def find_checkpoint(path: Path, *names: str) -> Path:
@@ -126,32 +105,21 @@ class SavedRun(ListedRun):
 
 
 def list_runs(folder: Path) -> list[ListedRun]:
-    """Return the runs that a folder of many lists; raises UsageError where the list is damaged."""
-    try:
-        entries = read_json(folder / LIST)["runs"]
-        runs = [ListedRun(entry["name"], entry["setting"], entry["seed"]) for entry in entries]
-    except (ValueError, KeyError, TypeError):
-        runs = []
-    if not runs:
-        raise UsageError(f"{folder / LIST} is damaged: name the checkpoint of one run")
-    return runs
+    """Return the runs that a folder of many lists."""
+    return [ListedRun(**entry) for entry in read_json(folder / LIST)["runs"]]
 
 
 def find_runs(path: Path) -> list[SavedRun]:
     """Return the checkpoints below a folder of many runs; none where the path is another thing.
 
-    Args:
-        path: the folder, for the best checkpoint of each run; or FOLDER/last.pt, FOLDER/best.pt.
-
-    Raises:
-        UsageError: the list is damaged, or a run has no such checkpoint.
+    The path is the folder, for the best checkpoint of each run, or FOLDER/last.pt, FOLDER/best.pt.
+    Raises UsageError where a run has no such checkpoint.
     """
-    folder, name = (path, None) if path.is_dir() else (path.parent, path.name)
-    if path.is_file() or not (folder / LIST).is_file() or name not in (None, BEST, LAST):
+    folder, names = (path, (BEST, LAST)) if path.is_dir() else (path.parent, (path.name,))
+    if path.is_file() or not (folder / LIST).is_file() or names[-1] not in (BEST, LAST):
         return []
     saved = []
     for run in list_runs(folder):
-        names = (name,) if name else (BEST, LAST)
         file = next((p for p in (folder / run.name / n for n in names) if p.is_file()), None)
         if file is None:
             raise UsageError(f"{folder / run.name} has no {names[0]}: resume its training first")
