@@ -6,7 +6,7 @@ This module and the few lines that call a `MAML` alone follow the tool's Python 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from common.processes import ALONE
 from learner import build_learner
 from learners.elementary import Elementary as Elementary
 from maml import MAML, SQUARE
-from training.checkpoint import load_checkpoint, save_checkpoint, strip_run
+from training.checkpoint import Progress, load_checkpoint, save_checkpoints
 from training.compiler import Compiler
 from training.folders import BEST
 from training.meta_gradients import make_meta_gradient as make_meta_gradient
@@ -100,7 +100,8 @@ def copy_initialisation(run: Path, folder: Path) -> dict[str, Any]:
     """Copy a run's best checkpoint without its optimizer's state; return facts about it."""
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = load_checkpoint(run / BEST)
-    save_checkpoint(folder / BEST, strip_run(checkpoint))
+    weights = replace(checkpoint, exp_avg={}, exp_avg_sq={}, progress=vars(Progress()))
+    save_checkpoints({folder / BEST: weights})
     parameters = (w.numel() for name, w in checkpoint.parameters.items() if not name.startswith(SQUARE))
     return {
         "iteration": checkpoint.iteration,

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from commands.config import CONFIG_FLAGS  # noqa: E402
 from commands.resolve import config_of  # noqa: E402
-from training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint  # noqa: E402
+from training.checkpoint import Checkpoint, load_checkpoint, save_checkpoints  # noqa: E402
 
 # Settings that are gone, and the only value that a checkpoint may have of them.
 GONE = {
@@ -69,7 +69,7 @@ def resave(path: Path) -> None:
         splits=old["splits"],
         computed_by=old["computed_by"],
     )
-    save_checkpoint(path, checkpoint)
+    save_checkpoints({path: checkpoint})
     saved = load_checkpoint(path)
     for kind in ("parameters", "statistics", "fixed"):
         before, now = old[kind], getattr(saved, kind)

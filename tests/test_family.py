@@ -12,7 +12,7 @@ from common.random import minibatch_order, task_stream
 from dataset import SinusoidFrequency
 from maml import RATE
 from training import trainer
-from training.checkpoint import load_checkpoint, save_checkpoint
+from training.checkpoint import load_checkpoint, save_checkpoints
 
 SHORT = ["--iterations", 12, "--log-every", 2, "--val-every", 6, "--save-every", 100, "-k", 4, "--threads", 1]
 SHORT += ["--meta-batch-size", 2]
@@ -92,7 +92,7 @@ def test_maml_plus_plus_learns_rates_and_keeps_statistics_of_each_step(flags, tm
     assert set(curves(tmp_path / "run")) >= {f"inner_lr/1.weight/step_{n}" for n in range(1, 6)}
     (tmp_path / "other").mkdir()
     for statistics in ({}, {name: s[:2] for name, s in saved.statistics.items()}):
-        save_checkpoint(tmp_path / "other" / "last.pt", replace(saved, statistics=statistics))
+        save_checkpoints({tmp_path / "other" / "last.pt": replace(saved, statistics=statistics)})
         for doing in ([], ["--eval", "--eval-tasks", 2]):
             assert command(*doing, "--load", tmp_path / "other" / "last.pt") == 2
             assert "does not fit the learner fc" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from common.errors import UsageError
 from common.files import one_at_a_time
 from training import folders
 from training.checkpoint import load_checkpoint
-from training.folders import BEST, LAST, LIST, LOCK, find_checkpoint, find_runs, has_results, is_occupied
+from training.folders import BEST, LAST, LOCK, find_checkpoint, find_runs, has_results, is_occupied
 
 SHORT = ["--iterations", 4, "--val-every", 4, "--meta-batch-size", 2, "--compile", "off", "-k", 2, "-q", 2]
 
@@ -172,15 +172,6 @@ def test_the_runs_of_a_sweep_are_found_by_its_list(trained):
     assert find_runs(trained / "run") == []
     member, alone = trained / "many" / "seed-0" / LAST, trained / "run" / LAST
     assert load_checkpoint(member).settings == load_checkpoint(alone).settings
-
-
-@pytest.mark.parametrize("text", ["", "[3]", '{"runs": 3}', '{"runs": []}', '{"runs": [{"name": "a"}]}'])
-def test_a_damaged_list_or_result_is_refused_or_counts_as_none(tmp_path, text):
-    for name in (LIST, folders.RESULTS):
-        (tmp_path / name).write_text(text)
-    assert not has_results(tmp_path, 3)
-    with pytest.raises(UsageError, match="is damaged"):
-        find_runs(tmp_path)
 
 
 def test_results_count_at_their_iteration_alone(tmp_path):

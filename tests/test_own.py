@@ -22,7 +22,7 @@ from commands.parser import parse
 from commands.resolve import resolve
 from common.own_code import load_code
 from learner import build_learner
-from training.checkpoint import load_checkpoint, save_checkpoint
+from training.checkpoint import load_checkpoint, save_checkpoints
 from training.folders import LAST
 
 FEW = ["--eval-tasks", 4, "--eval-steps", 2, "--test-steps", 2]
@@ -247,7 +247,7 @@ def test_code_that_a_checkpoint_names_is_never_imported(setting, doing, tmp_path
     saved = load_checkpoint(last)
     (tmp_path / "theirs.py").write_text("raise SystemExit('it was imported')")
     code = f"{tmp_path / 'theirs.py'}:f"
-    save_checkpoint(last, replace(saved, settings=saved.settings | {setting: code, "init": "torch"}))
+    save_checkpoints({last: replace(saved, settings=saved.settings | {setting: code, "init": "torch"})})
     capsys.readouterr()
     assert command(*doing, "--load", last) == 2
     error = capsys.readouterr().err

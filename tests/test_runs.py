@@ -330,7 +330,9 @@ def test_the_newest_checkpoint_is_never_older_than_ten_minutes(tmp_path, monkeyp
     saved: list[int] = []
     save = trainer.save_checkpoints
     monkeypatch.setattr(
-        trainer, "save_checkpoints", lambda files: (saved.extend(c.iteration for _, c in files), save(files))
+        trainer,
+        "save_checkpoints",
+        lambda files: (saved.extend(c.iteration for c in files.values()), save(files)),
     )
     monkeypatch.setattr(trainer, "SAVE_SECONDS", 0.0)
     assert train(tmp_path / "run", *SHORT, "--save-every", 1000, "--val-every", 1000) == 0

@@ -9,8 +9,8 @@ It says by itself which learner, dataset and algorithm it is for: `settings` is 
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.errors import UsageError, is_out_of_memory, reason_of
+from common.errors import UsageError, is_out_of_memory
 from common.files import write_all_whole, write_whole
 
 FORMAT = "maml checkpoint"
@@ -59,15 +59,13 @@ class Checkpoint:
     computed_by: dict[str, Any] = field(default_factory=dict)  # what the last bits depend on
 
 
-def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint atomically; raises OSError where that fails, and the previous file stays."""
-    save_checkpoints([(path, checkpoint)])
+def save_checkpoints(checkpoints: Mapping[Path, Checkpoint]) -> None:
+    """Write checkpoints: all are on the disk before the first is renamed, and takes the previous one's place.
 
-
-def save_checkpoints(checkpoints: Sequence[tuple[Path, Checkpoint]]) -> None:
-    """Write several checkpoints; all are on the disk before the first is renamed."""
+    Raises OSError where that fails; the previous files stay.
+    """
     header = {"format": FORMAT, "version": VERSION}
-    write_all_whole([(path, partial(torch.save, header | vars(c))) for path, c in checkpoints])
+    write_all_whole([(path, partial(torch.save, header | vars(c))) for path, c in checkpoints.items()])
 
 
 def save_weights(path: Path, module: nn.Module) -> None:
@@ -76,46 +74,30 @@ def save_weights(path: Path, module: nn.Module) -> None:
     write_whole(path, partial(torch.save, state))
 
 
-def strip_run(checkpoint: Checkpoint) -> Checkpoint:
-    """Return a checkpoint to be given away: without the moments and curves that only its run needs."""
-    return replace(checkpoint, exp_avg={}, exp_avg_sq={}, progress=asdict(Progress()))
-
-
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint onto the CPU.
+    """Read a checkpoint onto the CPU, once the checksums of all its records have passed; run nothing in it.
 
-    Raises:
-        UsageError: there is none, it is damaged or foreign, or another version of the tool wrote it.
+    Raises UsageError: there is none, it is damaged or foreign, or another version of the tool wrote it.
     """
-    content = _load_plain(path)
-    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-        raise UsageError(f"{path} is not a checkpoint of this tool")
-    version = content.pop("version", None)
-    if version != VERSION:
-        raise UsageError(f"{path} has format version {version!s:.20}, and this tool reads version {VERSION}")
-    if content.keys() != {part.name for part in fields(Checkpoint)}:
-        raise UsageError(f"{path} is damaged: parts of it are missing or unknown")
-    return Checkpoint(**content)
-
-
-def _load_plain(path: Path) -> Any:
-    """Return the content of a file of `torch.save`, once the checksums of all its records have passed."""
     if not path.is_file():
         raise UsageError(f"{path}: there is no such checkpoint")
+    content: Any = None
     try:
         with zipfile.ZipFile(path) as archive:
             whole = sum(record.file_size for record in archive.infolist()) <= path.stat().st_size
-            if not whole or archive.testzip() is not None:
-                raise UsageError(f"{path} is damaged: take another copy of it")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except UsageError:
-        raise
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({reason_of(error)})") from error
+            if whole and archive.testzip() is None:
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile and the unpickler may meet any bytes
-        if is_out_of_memory(error):
+        if isinstance(error, OSError) or is_out_of_memory(error):
             raise
-        raise UsageError(f"{path} is not a checkpoint of this tool, or damaged: it was not loaded") from error
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+        raise UsageError(f"{path} is damaged, or not a checkpoint of this tool")
+    version = content.pop("version", None)
+    if version != VERSION:
+        raise UsageError(f"{path} has format version {version}, and this tool reads version {VERSION}")
+    if content.keys() != {part.name for part in fields(Checkpoint)}:
+        raise UsageError(f"{path} is damaged: parts of it are missing or unknown")
+    return Checkpoint(**content)
 
 
 def check_same_split(path: Path, saved: dict[str, list[str]], now: dict[str, list[str]]) -> None:
@@ -126,11 +108,9 @@ def check_same_split(path: Path, saved: dict[str, list[str]], now: dict[str, lis
     for split in saved:
         different = set(saved[split]) ^ set(now.get(split, ()))
         if different:
-            example = min(different)
-            state = "gone" if example in saved[split] else "new"
             raise UsageError(
-                f"{path}: the data had another {split} split ({len(different)} differ; {example}: {state}): "
-                "restore them as they were, or test on other data with --eval-dataset"
+                f"{path}: the data had another {split} split ({min(different)} is new or gone): restore it as "
+                "it was, or test on other data with --eval-dataset"
             )
 
 
@@ -141,11 +121,11 @@ def fitting_parameters(
 
     Raises UsageError where names or shapes are not those of the learner called `name`.
     """
-    for key in sorted(wanted.keys() | saved.keys()):
-        if key not in saved or key not in wanted or saved[key].shape != wanted[key].shape:
-            shapes = [tuple(p[key].shape) if key in p else "missing" for p in (saved, wanted)]
+    before, now = ({n: tuple(w.shape) for n, w in weights.items()} for weights in (saved, wanted))
+    for key in sorted(now.keys() | before.keys()):
+        if before.get(key) != now.get(key):
             raise UsageError(
-                f"{path} does not fit the learner {name} as it is adapted here: {key} is {shapes[0]} there, "
-                f"{shapes[1]} here"
+                f"{path} does not fit the learner {name} as it is adapted here: {key} is "
+                f"{before.get(key, 'missing')} there, {now.get(key, 'missing')} here"
             )
     return {key: saved[key].to(wanted[key], copy=True) for key in wanted}

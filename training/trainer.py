@@ -309,7 +309,7 @@ class Trainer:
             for run in chosen:
                 run.folder.mkdir(parents=True, exist_ok=True)
                 run.log.flush()  # the points that a checkpoint has seen are on the disk before it
-            save_checkpoints([(run.folder / name, self._checkpoint_of(run)) for run in chosen])
+            save_checkpoints({run.folder / name: self._checkpoint_of(run) for run in chosen})
         except OSError as error:
             raise UsageError(
                 f"{error.filename or chosen[0].folder / name}: not saved at iteration {self.iteration:,} "
