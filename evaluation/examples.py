@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 TASKS = 3  # in a picture of examples
 MOST_WAYS, MOST_SHOTS = 20, 5  # shown of an image task
-RIGHT, WRONG = "✓", "✗"
 MOST_PREDICTED, MOST_IMAGES, COLUMNS = 6, 60, 10  # tasks, predicted images and images in a row of --adapt
 
 
@@ -102,12 +101,9 @@ def draw_fits(panels: Sequence[Axes], examples: Examples) -> None:
 
 
 def draw_images(panel: Axes, images: Tensor, above: float = 0.0) -> None:
-    """Draw a grid of images with gaps: the image at `row` and `column` fills that unit square of the panel.
+    """Draw images `[rows, columns, channels, height, width]` in [0, 1], each in its unit square of the panel.
 
-    Args:
-        images: `[rows, columns, channels, height, width]` in [0, 1]: colour, or one channel, drawn dark on
-            white.
-        above: additional gap above each row, in heights of an image.
+    One channel is drawn dark on white. `above`: additional gap above each row, in heights of an image.
     """
     images = images.float().clamp(0, 1)
     if images.shape[2] == 1:
@@ -145,7 +141,7 @@ def _draw_image_tasks(examples: Examples, ways: int, title: str) -> Figure:
         for row, predicted in enumerate(labels[:, :rows, 0].T.tolist()):
             panel.text(-0.15, row + 0.5, str(row), ha="right", va="center", fontsize=style.SMALL)
             for heading, label in zip(("before", "after"), predicted, strict=True):
-                colour, mark = (style.BLUE, RIGHT) if label == row else (style.RED, WRONG)
+                colour, mark = (style.BLUE, "✓") if label == row else (style.RED, "✗")
                 look = {"color": colour, "ha": "center", "va": "center", "fontsize": style.SMALL}
                 panel.text(headings[heading], row + 0.5, f"{label} {mark}", **look)
     return figure

@@ -28,11 +28,7 @@ Curves = Mapping[str, Sequence[Curve]]  # curves of a setting's runs, by label
 def draw_curve(
     panel: Axes, number: int, label: str, runs: Sequence[Curve], interval: Tensor | None = None
 ) -> None:
-    """Draw curve number `number`: the mean of the runs as far as all of them go, in its band.
-
-    Args:
-        interval: half width of the band, `[points]`; None: from the lowest run to the highest.
-    """
+    """Draw the mean of the runs as far as all of them go, in a band with this half width, `[points]`."""
     length = min(len(x) for x, _ in runs)
     x, y = runs[0][0][:length], torch.tensor([list(y[:length]) for _, y in runs], dtype=torch.float64)
     mean = y.mean(0)

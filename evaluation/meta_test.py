@@ -52,14 +52,10 @@ class Evaluation:
 
 
 def diverged(losses: Tensor) -> Tensor:
-    """Return which tasks have diverged after which step: bool `[tasks, steps + 1]`.
+    """Return which of the query losses `[tasks, steps + 1]` have diverged.
 
-    A loss has diverged if it is not finite, or if it is more than ten times the loss before adaptation: the
-    larger of the task's own and of the median over tasks. A loss that may be negative has diverged if it has
-    grown by more than nine times the size of that loss.
-
-    Args:
-        losses: query losses `[tasks, steps + 1]`.
+    These are not finite, or more than ten times the loss before adaptation: the larger of the task's own and of
+    the median over tasks. Losses that may be negative have grown by more than nine times the size of that loss.
     """
     before = losses[:, :1]
     finite = before[before.isfinite()]
@@ -119,10 +115,7 @@ def evaluate(
         statistics: running statistics that "per-step" normalises with.
         inner_batch: support examples in the minibatch of an inner step; None: all.
         world: the processes that share the chunks of tasks. All get the same result, whatever their number.
-        interrupted: called before each chunk.
-
-    Raises:
-        InterruptedError: `interrupted` returned True.
+        interrupted: called before each chunk; InterruptedError is raised once it returns True.
     """
     size = chunk_size(maml, parameters, distribution, tasks)
     measures = 1 + distribution.classification

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from evaluation.meta_test import Evaluation, mean_and_interval
-from evaluation.tables import Curve, StepResults, describe_means, table, units
+from evaluation.tables import Curve, Spread, StepResults, describe_means, table, units
 
+OFF = {"-", "no", "none", "0", "0.0"}  # values of a setting that are as good as its absence
 MOST_COLUMNS = 4  # sides that the table of settings has as columns
 
 
@@ -58,12 +59,6 @@ class Difference:
     tasks: int
     left_out: int  # tasks that have diverged
 
-    def text(self, scale: float, digits: int) -> str:
-        """Return `mean ± interval (lowest to highest seed)`, the latter for several seeds."""
-        values = [scale * value for value in self.by_seed.values()]
-        ends = f" ({min(values):+.{digits}f} to {max(values):+.{digits}f})" * (len(values) > 1)
-        return f"{scale * self.mean:+.{digits}f} ± {scale * self.interval_95_over_tasks:.{digits}f}{ends}"
-
     def verdict(self, *, more_is_better: bool) -> str:
         """Return in words whether the side is better than the first."""
         if not abs(self.mean) > self.interval_95_over_tasks:  # or there is no interval
@@ -99,7 +94,8 @@ def difference(side: Side, first: Side, step: int | None = None) -> Difference:
 def differing_settings(sides: Sequence[Side]) -> list[str]:
     """Return the flags in which the sides differ."""
     flags = dict.fromkeys(flag for side in sides for flag in side.settings)
-    return [flag for flag in flags if len({side.settings.get(flag, "no") for side in sides}) > 1]
+    values = {flag: {side.settings.get(flag, "-") for side in sides} for flag in flags}
+    return [flag for flag in flags if len(values[flag]) > 1 and not values[flag] <= OFF]
 
 
 def settings_table(sides: Sequence[Side]) -> str:
@@ -122,23 +118,19 @@ def differences_table(sides: Sequence[Side], loss_name: str, split: str) -> str:
         for side in (first, *others):
             row = [side.name, words * (len(compared) > 1), str(side.steps)]
             row.append(side.results.cell(side.steps, scale, digits))
-            if side is first:
-                rows.append([*row, "the first", "", "", ""])
-                continue
             paired = difference(side, first)
-            counts = str(len(paired.by_seed)) * several, str(paired.left_out or "")
+            spread = Spread.over(list(paired.by_seed.values()))
+            text = spread.text(scale, digits, paired.interval_95_over_tasks, sign="+")
+            counts = [str(spread.runs) * several, str(paired.left_out or "")]
             verdict = paired.verdict(more_is_better=side.results.accuracy)
-            rows.append([*row, paired.text(scale, digits), *counts, verdict])
-    means = describe_means([side.results for group in compared.values() for side in group])
+            rows.append([*row, *(["the first", "", "", ""] if side is first else [text, *counts, verdict])])
     header = ["", "statistics", "steps", measure, "difference", "seeds", "left out", "verdict"]
-    pairs = "mean ± 95 % interval over tasks"
-    if several:
-        pairs = "mean over shared seeds ± its 95 % interval over tasks (lowest to highest seed)"
+    pairs = "mean over shared seeds ± its" if several else "mean ±"
+    pairs += " 95 % interval over tasks" + " (lowest to highest seed)" * several
+    means = describe_means([side.results for side in sides])
     return (
-        f"{table(header, rows)}\n"
-        f"Query {measure}, {split}: {means}\n"
-        f"Difference to {sides[0].name} on the same tasks: {pairs}; better or worse where the "
-        "interval excludes 0."
+        f"{table(header, rows)}\nQuery {measure}, {split}: {means}.\nDifference to {sides[0].name} on the same "
+        f"tasks: {pairs}; better or worse where the interval excludes 0."
     )
 
 

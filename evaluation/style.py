@@ -80,7 +80,7 @@ def label_axes(panel: Axes, x: str, measure: str) -> None:
     """
     accuracy = measure.endswith("accuracy")
     import numpy as np
-    from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
     panel.set(xlabel=x, ylabel=f"{measure} (%)" if accuracy else measure)
     panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
@@ -91,6 +91,7 @@ def label_axes(panel: Axes, x: str, measure: str) -> None:
         panel.set_ylim(top=1.0)
     elif values and max(values) > WIDE * min(values):
         panel.set_yscale("log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.yaxis.set_major_formatter("{x:g}")  # plain numbers, not powers in mathematical notation
         panel.yaxis.set_minor_formatter(NullFormatter())
     elif values and max(values) > 2 * min(values):

@@ -104,10 +104,11 @@ class Spread:
         deviation = v.std().item() if len(v) > 1 and v.isfinite().all() else None
         return cls(len(v), v.mean().item(), deviation, v.min().item(), v.max().item())
 
-    def text(self, scale: float, digits: int, interval: str = "") -> str:
-        """Return `mean interval (lowest to highest)`, the latter for several runs."""
-        mean, *ends = (f"{scale * v:,.{digits}f}" for v in (self.mean, self.lowest, self.highest))
-        return f"{mean}{interval}" + f" ({' to '.join(ends)})" * (self.runs > 1)
+    def text(self, scale: float, digits: int, interval: float | None = None, sign: str = "") -> str:
+        """Return `mean ± interval (lowest to highest)`, the latter for several runs; `sign` "+": with signs."""
+        mean, *ends = (f"{scale * v:{sign},.{digits}f}" for v in (self.mean, self.lowest, self.highest))
+        mean += "" if interval is None else f" ± {scale * interval:.{digits}f}"
+        return mean + f" ({' to '.join(ends)})" * (self.runs > 1)
 
 
 # ---- results over inner steps --------------------------------------------------------------------
@@ -158,9 +159,8 @@ class StepResults:
         """Return the result after a step as text, with the number of diverged tasks; "" beyond the last."""
         if step >= len(self.means):
             return ""
-        interval = f" ± {scale * self.intervals[step]:.{digits}f}"
-        diverged = f", {self.diverged[step]} diverged" * bool(self.diverged[step])
-        return Spread.over(self.means[step]).text(scale, digits, interval) + diverged
+        text = Spread.over(self.means[step]).text(scale, digits, self.intervals[step].item())
+        return text + f", {self.diverged[step]} diverged" * bool(self.diverged[step])
 
     def record(self) -> list[dict[str, Any]]:
         """Return the numbers after each step as plain values."""
@@ -196,18 +196,15 @@ def results_table(results: Mapping[str, StepResults], caption: Caption) -> str:
     else:
         rows = [[name, *row] for name, row in zip(results, cells, strict=True)]
         text = table(["", *map(after_steps, steps)], rows)
-    return f"{text}\nQuery {measure}: {describe_means(parts)}"
+    return f"{text}\nQuery {measure}: {describe_means(parts)}."
 
 
 def describe_means(results: Sequence[StepResults]) -> str:
     """Return what the cells of a table of results hold, in words."""
-    words = f"mean ± 95 % interval over {results[0].tasks} tasks"
+    tasks = f"{results[0].tasks} tasks" + ", without those that diverged" * (not results[0].accuracy)
     if any(part.means.shape[1] > 1 for part in results):
-        words = f"mean over seeds ± mean 95 % interval over {results[0].tasks} tasks (lowest to highest seed)"
-    if not any(any(part.diverged) for part in results):
-        return f"{words}. No task diverged."
-    kept = "their accuracies" if results[0].accuracy else "no loss of theirs"
-    return f"{words}. Diverged tasks are counted; means include {kept}."
+        return f"mean over seeds ± mean 95 % interval over {tasks} (lowest to highest seed)"
+    return f"mean ± 95 % interval over {tasks}"
 
 
 # ---- learning ------------------------------------------------------------------------------------

@@ -159,7 +159,7 @@ def test_diverged_tasks_are_counted_and_never_hidden_in_the_mean():
     table = results_table(results_of({"all": [evaluation]}), Caption("", "MSE", 1, 1))
     assert table.splitlines()[0].split() == ["steps", "MSE"]
     assert table.splitlines()[2].split() == ["1", "0.5000", "±", "0.0000,", "1", "diverged", "trained", "for"]
-    assert table.endswith("Diverged tasks are counted; means include no loss of theirs.")
+    assert table.endswith("over 10 tasks, without those that diverged.")
     losses[0] = torch.inf
     assert evaluation_record(evaluation)["per_step"][0]["loss_without_diverged"] == 0.5
     assert evaluation.intervals("transductive")[0].tolist() == [0.5, 0.5]
@@ -176,7 +176,7 @@ def test_a_table_has_each_reading_after_each_step_and_the_accuracy_of_diverged_t
     heading, _, after_one, *_ = table.splitlines()
     assert heading.split() == ["steps", "transductive", "inductive"]
     assert f"1  {mean:.2f} ± {interval:.2f}, 1 diverged" in after_one
-    assert "Query accuracy %" in table and table.endswith("means include their accuracies.")
+    assert "Query accuracy %" in table and table.endswith("over 9 tasks.")
 
 
 def test_long_predictions_are_cut_and_say_so():

@@ -88,7 +88,7 @@ def test_diverged_tasks_are_left_out_of_the_means_over_seeds_and_counted():
     ).splitlines()
     assert cells(heading) == ["steps", "MSE"] and cells(before)[1] == "3.0000 ± 0.0000 (2.0000 to 4.0000)"
     assert cells(after)[1:] == ["1.5000 ± 0.0000 (1.0000 to 2.0000), 1 diverged", "trained for"]
-    assert footer.endswith("Diverged tasks are counted; means include no loss of theirs.")
+    assert "over 4 tasks, without those that diverged" in footer
     line, *_ = results_figure(tables.results_of(results), caption).axes[0].lines
     assert list(line.get_ydata()) == [3.0, 1.5]
 
