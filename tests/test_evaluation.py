@@ -12,7 +12,7 @@ from dataset import Sinusoid
 from evaluation import meta_test
 from evaluation.examples import adapt_examples, examples_figure
 from evaluation.meta_test import DIVERGENCE, Evaluation, diverged, evaluate, mean_and_interval
-from evaluation.tables import Caption, evaluation_record, predictions_table, results_of, results_table
+from evaluation.tables import Caption, evaluation_record, results_of, results_table
 from learner import build_learner
 from maml import MAML
 
@@ -177,8 +177,3 @@ def test_a_table_has_each_reading_after_each_step_and_the_accuracy_of_diverged_t
     assert heading.split() == ["steps", "transductive", "inductive"]
     assert f"1  {mean:.2f} ± {interval:.2f}, 1 diverged" in after_one
     assert "Query accuracy %" in table and table.endswith("over 9 tasks.")
-
-
-def test_long_predictions_are_cut_and_say_so():
-    table = predictions_table(["row", "class"], [[str(n), "x" * 99] for n in range(25)])
-    assert table.endswith("... and 5 more") and "x" * 25 not in table

@@ -13,7 +13,7 @@ from torch import nn
 import main
 from common.batch import TaskBatch
 from evaluation import style
-from evaluation.examples import Examples, Prediction, draw_images, examples_figure, predictions_figure
+from evaluation.examples import Examples, Prediction, examples_figure, predictions_figure
 from evaluation.figures import learning_figure, results_figure
 from evaluation.meta_test import Evaluation
 from evaluation.tables import Caption, results_of
@@ -65,13 +65,6 @@ def test_text_and_curves_stand_out_from_the_background():
 def test_colour_blind_readers_can_tell_the_curves_apart(readers):
     places = [lab(np.array(SEEN_BY[readers]) @ light_of(colour)) for colour in style.PALETTE]
     assert min(np.linalg.norm(a - b) for a, b in combinations(places, 2)) > 12
-
-
-def test_curves_that_share_a_colour_differ_in_line_and_marker():
-    looks = [tuple(style.curve_style(number).values()) for number in range(style.DISTINCT_CURVES)]
-    assert len(set(looks)) == style.DISTINCT_CURVES
-    (colour, *look), (same, *other) = looks[0], looks[len(style.PALETTE)]
-    assert colour == same and not set(look) & set(other)
 
 
 def test_a_picture_is_opaque_and_keeps_its_style_outside_of_the_function_that_drew_it(tmp_path):
@@ -157,24 +150,6 @@ def test_a_task_sheet_marks_each_label_by_more_than_colour():
     words = [text.get_text() for text in panel.texts]
     assert [word for word in words if word[-1] in "✓✗"] == ["1 ✗", "0 ✓", "2 ✗", "0 ✗", "0 ✗", "2 ✓"]
     assert panel.get_title(loc="left") == "correct: 0 → 2 of 3"
-
-
-def test_a_task_sheet_counts_what_it_leaves_out():
-    panel, *_ = sheet(25, 7, 4).axes
-    assert panel.get_title(loc="left") == "correct: 0 → 96 of 100"
-    assert sum(text.get_text()[-1] in "✓✗" for text in panel.texts) == 20 * 2
-
-
-def test_images_fill_their_unit_squares():
-    with style.styled():
-        panel = style.new_figure(4, 4).subplots()
-        images = torch.rand(2, 3, 1, 10, 10)
-        draw_images(panel, images)
-    (drawn,) = panel.images
-    assert drawn.get_extent() == [0, 3, 2, 0]
-    pixels = torch.as_tensor(drawn.get_array())
-    assert pixels.shape == (24, 36, 3)
-    torch.testing.assert_close(pixels[13:23, 25:35, 0], 1 - images[1, 2, 0])  # behind a gap of one pixel
 
 
 @pytest.mark.parametrize(("ways", "shots"), [(5, 1), (20, 5)])

@@ -39,12 +39,6 @@ def test_a_difference_has_the_mean_over_pairs_and_the_interval_of_that_mean():
     assert (swapped.mean, swapped.by_seed) == (-found.mean, {0: -found.mean})
 
 
-def test_a_side_and_itself_differ_by_exactly_nothing():
-    same = paired.difference(side("a", losses(AFTER)), side("b", losses(AFTER)))
-    assert same.mean == same.interval_95_over_tasks == 0.0
-    assert same.verdict(more_is_better=True) == "not told apart"
-
-
 def test_the_seeds_that_both_have_are_paired_and_averaged_before_the_interval():
     first = side("first", losses(AFTER), losses(AFTER), losses(AFTER))
     other = side("other", losses(AFTER + 0.1), losses(AFTER + 0.3))
