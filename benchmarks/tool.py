@@ -51,11 +51,10 @@ def assemble(flags: Sequence[str]) -> Assembly:
     given = parse(list(flags))
     call = check_call(given)
     start, runtime = prepare_run(Start(resolve(given)), given, call, ALONE)
-    parts = assemble_run(start, call, runtime, {})
+    parts = assemble_run(start, Path(), call, runtime, {})
     compiler = Compiler(runtime.device)
     training_tasks = parts.distribution.resized(start.config.training_shots)
-    run = parts.open_run(Path())
-    trainer = Trainer([run], parts.maml, training_tasks, parts.distribution, compiler, show=False)
+    trainer = Trainer([parts.run], parts.maml, training_tasks, parts.distribution, compiler, show=False)
     compiler.active = start.config.training.compile == "on"
 
     def advance(iterations: int) -> None:
@@ -63,7 +62,7 @@ def assemble(flags: Sequence[str]) -> Assembly:
             trainer.step()
         trainer.state.sums.tolist()  # waits
 
-    return Assembly(parts.maml, parts.distribution, parts.parameters, advance)
+    return Assembly(parts.maml, parts.distribution, parts.run.parameters, advance)
 
 
 def make_learner(name: str, outputs: int, inputs: tuple[int, ...], **arguments: Any) -> nn.Module:

@@ -3,17 +3,16 @@
     Config -> prepare -> Runtime; build -> TaskDistribution, MAML       all commands
     Start -> prepare_run -> assemble -> Assembly -> train_runs          train, sweep, baselines
 
-There is one way to assemble a run. A command decides where it starts (`Start`) and in which folder it
-trains; everything between the settings and the `Trainer` is here.
+A command decides where a run starts (`Start`) and in which folder it trains; everything between the
+settings and the `Trainer` is here.
 """
 
 from __future__ import annotations
 
 import os
-import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,8 @@ from torch import nn
 
 from commands.call import Call
 from commands.config import CONFIG_FLAGS, Config
-from commands.names import describe, own_code_flags, select_meaningful
-from commands.probe import check_memory, check_outputs, check_splits, probe_learner
+from commands.names import describe, select_meaningful
+from commands.probe import check_outputs, probe_learner
 from commands.resolve import disable_compiling
 from common.batch import TaskDistribution, Tree, first_tensor, tree_map
 from common.device import Runtime, find_device, set_up
@@ -44,7 +43,7 @@ from training.run import Run
 from training.trainer import Trainer
 
 PREPARING, A_YEAR = 120.0, 60.0 * 24 * 365  # minutes that processes wait for each other's values
-SharedTasks = dict[Any, TaskDistribution]  # by `tasks_key`
+SharedTasks = dict[Any, TaskDistribution]  # what runs that agree in their tasks share
 
 # ---- machine -------------------------------------------------------------------------------------
 
@@ -66,8 +65,7 @@ def join_job(call: Call, *, many: bool) -> tuple[Call, World]:
     )
     world = read_world()
     if world.size > 1 and (call.adapt or call.compare):
-        name = "--compare" if call.compare else "--adapt"
-        raise UsageError(f"{name} is for one process: start it without torchrun")
+        raise UsageError("--adapt and --compare are for one process: start them without torchrun")
     device = find_device(call.device, world)
     if world.size > 1:
         world = join(world, device, call.timeout, A_YEAR if many else max(PREPARING, call.timeout))
@@ -75,8 +73,8 @@ def join_job(call: Call, *, many: bool) -> tuple[Call, World]:
 
 
 def prepare(config: Config, call: Call, world: World = ALONE) -> Runtime:
-    """Set up device, precision and threads; raise UsageError if the machine lacks them, or memory."""
-    runtime = set_up(
+    """Set up device, precision and threads; raise UsageError if the machine lacks them."""
+    return set_up(
         find_device(call.device, world),
         config.training.precision,
         small_tensors=config.learner.learner == "mlp",
@@ -84,35 +82,6 @@ def prepare(config: Config, call: Call, world: World = ALONE) -> Runtime:
         world=world,
         deterministic=call.deterministic,
     )
-    if runtime.device.type == "cpu":
-        check_memory(config, world.size, testing=bool(call.eval or call.adapt or call.compare))
-    return runtime
-
-
-def fit_to_machine(
-    config: Config, given: Mapping[str, Any], runtime: Runtime, *, new: bool, silent: bool = False
-) -> Config:
-    """Return the settings as this machine can run them.
-
-    A machine without a compiler runs uncompiled; a GPU takes all tasks at once. A flag in `given`, and the
-    settings of a run that is not `new`, stay.
-    """
-    silent = silent or not runtime.world.first
-    if new and runtime.device.type == "cuda" and "tasks_at_once" not in given:
-        config = config.replaced(tasks_at_once=None)
-    if not new and given.get("compile") == "on" and config.training.compile == "off" and not silent:
-        print("main.py: the run started uncompiled, and stays so", file=sys.stderr)
-    if config.training.compile == "off":
-        return config
-    if runtime.device.type == "mps":
-        reason = "--device mps cannot compile"
-    elif cpp_compiler() is None:
-        reason = "no C++ compiler was found (install g++, or name one in CXX)"
-    else:
-        return config
-    if not silent:
-        print(f"main.py: {reason}: the run is not compiled", file=sys.stderr)
-    return disable_compiling(config, given) if new else config.replaced(compile="off")
 
 
 # ---- tasks and algorithm -------------------------------------------------------------------------
@@ -135,11 +104,7 @@ def build(
     """
     load_factory(config.learner.learner)  # before any work with the data
     build_loss(config.learner.loss, config.learner.loss_args)
-    shared = {} if shared is None else shared
-    key = tasks_key(config)
-    if key not in shared:
-        shared[key] = _build_tasks(config, call, runtime)
-    distribution = shared[key]
+    distribution = build_tasks(config, call, runtime, {} if shared is None else shared)
     batch = distribution.sample("test" if call.eval_dataset else "train", 0, 0, range(1))
     example = tree_map(lambda part: part[0], batch.support_x)
     outputs = config.tasks.ways if config.tasks.classification else first_tensor(batch.support_y).shape[-1]
@@ -147,9 +112,18 @@ def build(
     return distribution, build_algorithm(config, runtime, learner, example)
 
 
-def tasks_key(config: Config) -> Any:
-    """Return what decides the tasks: runs that agree in it share one distribution."""
-    return config.tasks, config.training.precision
+def build_tasks(config: Config, call: Call, runtime: Runtime, shared: SharedTasks) -> TaskDistribution:
+    """Return the tasks from `shared`, to which new ones are added."""
+    key = config.tasks, config.training.precision
+    if key not in shared:
+        shared[key] = build_distribution(
+            config.tasks,
+            data_root=call.data_root,
+            device=runtime.device,
+            dtype=runtime.dtype,
+            for_test=call.eval_dataset is not None,
+        )
+    return shared[key]
 
 
 def read_tasks(configs: Iterable[Config], call: Call, world: World) -> SharedTasks:
@@ -160,19 +134,8 @@ def read_tasks(configs: Iterable[Config], call: Call, world: World) -> SharedTas
     shared: SharedTasks = {}
     with world.together():
         for config in configs if world.local_rank == 0 else ():
-            if tasks_key(config) not in shared:
-                shared[tasks_key(config)] = _build_tasks(config, call, prepare(config, call, world))
+            build_tasks(config, call, prepare(config, call, world), shared)
     return shared
-
-
-def _build_tasks(config: Config, call: Call, runtime: Runtime) -> TaskDistribution:
-    return build_distribution(
-        config.tasks,
-        data_root=call.data_root,
-        device=runtime.device,
-        dtype=runtime.dtype,
-        for_test=call.eval_dataset is not None,
-    )
 
 
 def build_module(
@@ -185,8 +148,9 @@ def build_module(
         example: inputs of one task, `[examples, ...]`.
         saved: the checkpoint whose weights will be put in: pretrained ones are not fetched.
     """
+    name = config.learner.learner
     learner = build_learner(
-        config.learner.learner,
+        name,
         outputs,
         inputs=tree_map(lambda part: tuple(part.shape[1:]), example),
         arguments=parse_arguments(config.learner.learner_args),
@@ -196,19 +160,14 @@ def build_module(
         fetch_weights=saved is None,
     )
     if saved and saved.fixed:
-        _restore_fixed(learner, saved.fixed, config.learner.learner)
+        state = {**dict(learner.named_parameters()), **dict(learner.named_buffers())}
+        for key in sorted(saved.fixed.keys() | fixed_tensors(learner).keys()):
+            if key not in saved.fixed or key not in state or state[key].shape != saved.fixed[key].shape:
+                raise UsageError(f"the checkpoint does not fit the learner {name}: {key} differs")
+            state[key].data.copy_(saved.fixed[key])
     learner = learner.to(runtime.device, runtime.dtype)
     check_outputs(learner, example, outputs, config)
     return learner
-
-
-def _restore_fixed(learner: nn.Module, fixed: Weights, name: str) -> None:
-    """Put a checkpoint's frozen parameters and buffers into the learner."""
-    state = {**dict(learner.named_parameters()), **dict(learner.named_buffers())}
-    for key in sorted(fixed.keys() | fixed_tensors(learner).keys()):
-        if key not in fixed or key not in state or state[key].shape != fixed[key].shape:
-            raise UsageError(f"the checkpoint does not fit the learner {name}: {key} differs")
-        state[key].data.copy_(fixed[key])
 
 
 def build_algorithm(config: Config, runtime: Runtime, learner: nn.Module, example: Tree) -> MAML:
@@ -235,15 +194,21 @@ def build_algorithm(config: Config, runtime: Runtime, learner: nn.Module, exampl
         raise UsageError(f"{flags} with --learner {config.learner.learner}: {error}") from error
 
 
+def fit_weights(file: Path, source: Checkpoint, maml: MAML, config: Config) -> tuple[Weights, Weights]:
+    """Return a checkpoint's meta-parameters and running statistics; raise UsageError if they do not fit."""
+    name = config.learner.learner
+    parameters = fitting_parameters(file, source.parameters, maml.initial_parameters(), name)
+    return parameters, fitting_parameters(file, source.statistics, maml.initial_statistics(), name)
+
+
 # ---- a run ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts: its settings and folder and, unless it starts afresh, a checkpoint."""
+    """Where a run starts: its settings and, unless it starts afresh, a checkpoint."""
 
     config: Config
-    folder: Path | None = None  # None: the command makes a fresh one
     file: Path | None = None
     checkpoint: Checkpoint | None = None  # the content of `file`
     resumes: bool = False  # the run that the checkpoint is of; else a new run takes its weights
@@ -254,70 +219,49 @@ class Start:
 
     @property
     def finished(self) -> bool:
-        """Return whether nothing is left to train: the last iteration is done, and its results are written."""
+        """Return whether the last iteration is done and its results are written."""
         if self.resumed is None or self.file is None:
             return False
         iteration = self.resumed.iteration
         return iteration >= self.config.training.iterations and has_results(self.file.parent, iteration)
 
-    @property
-    def origin(self) -> str | None:
-        """Return in words which checkpoint the weights come from."""
-        return f"{self.file}, iteration {self.checkpoint.iteration:,}" if self.checkpoint else None
-
 
 @dataclass(frozen=True)
 class Assembly:
-    """One run's parts: settings, machine, tasks, algorithm, and the weights that it starts with."""
+    """All that a run is trained with."""
 
-    start: Start
+    start: Start  # with the settings as this machine can run them
     runtime: Runtime
     distribution: TaskDistribution
     maml: MAML
-    parameters: Weights
+    run: Run
     team: World  # the processes that share the run's tasks
-
-    @property
-    def config(self) -> Config:
-        return self.start.config
-
-    def open_run(self, folder: Path, *, runs_at_once: int = 1) -> Run:
-        """Return the run, which will write to its folder; all processes of the team start alike."""
-        config, start = self.config, self.start
-        weights = dict(self.parameters)
-        for name in sorted(weights):  # initial weights may differ in their last bit between machines
-            weights[name] = self.team.broadcast(weights[name].contiguous())
-        flags = {n: flag for n, flag in CONFIG_FLAGS.items() if flag.group not in ("machine", "logging")}
-        return Run(
-            folder=folder,
-            parameters=weights,
-            training=config.training,
-            choices=config.choices,
-            evaluation=config.evaluation,
-            settings=config.values(),
-            meaningful=list(select_meaningful(config)),
-            flags=flags,
-            classification=config.tasks.classification,
-            start=start.resumed,
-            origin=start.origin,
-            computed_by=self.runtime.computed_by(
-                processes=self.team.size, runs=runs_at_once, tasks=config.training.tasks_at_once
-            ),
-            writes=self.team.first,
-        )
 
 
 def prepare_run(
     start: Start, given: Mapping[str, Any], call: Call, world: World, *, silent: bool = False
 ) -> tuple[Start, Runtime]:
-    """Set up the machine for a run, and fit the run's settings to it."""
-    runtime = prepare(start.config, call, world)
-    config = fit_to_machine(start.config, given, runtime, new=not start.resumes, silent=silent)
+    """Set up the machine for a run, and fit the run's settings to it.
+
+    A machine without a compiler runs uncompiled; a GPU takes all tasks of a new run at once.
+    """
+    config, runtime = start.config, prepare(start.config, call, world)
+    if not start.resumes and runtime.device.type == "cuda" and "tasks_at_once" not in given:
+        config = config.replaced(tasks_at_once=None)
+    if config.training.compile == "on" and (runtime.device.type == "mps" or cpp_compiler() is None):
+        if world.first and not silent:
+            print(
+                "main.py: not compiled: --device mps cannot, and others need a C++ compiler (install g++, or "
+                "name one in CXX)",
+                file=sys.stderr,
+            )
+        config = config.replaced(compile="off") if start.resumes else disable_compiling(config, given)
     return replace(start, config=config), runtime
 
 
 def assemble(
     start: Start,
+    folder: Path,
     call: Call,
     runtime: Runtime,
     shared: SharedTasks,
@@ -328,23 +272,36 @@ def assemble(
     """Build everything that a run is trained with; no process waits for another in here.
 
     Args:
-        shared: task distributions by `tasks_key`; a new one is added.
+        shared: task distributions; a new one is added.
         team: the processes that share the run's tasks.
         probed: a run of the same structure has been tried out: this one need not be.
 
     Raises:
         UsageError: data, learner, loss or checkpoint do not fit each other.
     """
-    config = start.config
-    distribution, maml = build(config, call, runtime, shared, saved=start.checkpoint)
+    config, source = start.config, start.checkpoint
+    distribution, maml = build(config, call, runtime, shared, saved=source)
     if start.file is not None and start.resumed is not None:
         check_same_split(start.file, start.resumed.splits, distribution.split_names)
     parameters = _starting_weights(start, maml)
-    if not probed:
-        check_splits(distribution, config)
-        if config.learner.learner not in LEARNERS or config.learner.loss not in LOSSES:
-            probe_learner(maml, parameters, distribution, config)
-    return Assembly(start, runtime, distribution, maml, parameters, team)
+    own = config.learner.learner not in LEARNERS or config.learner.loss not in LOSSES
+    if own and not probed:
+        probe_learner(maml, parameters, distribution, config)
+    run = Run(
+        folder=folder,
+        parameters=parameters,
+        training=config.training,
+        choices=config.choices,
+        evaluation=config.evaluation,
+        settings=config.values(),
+        meaningful=list(select_meaningful(config)),
+        flags={n: flag for n, flag in CONFIG_FLAGS.items() if flag.group not in ("machine", "logging")},
+        classification=config.tasks.classification,
+        start=start.resumed,
+        origin=f"{start.file}, iteration {source.iteration:,}" if source else None,
+        writes=team.first,
+    )
+    return Assembly(start, runtime, distribution, maml, run, team)
 
 
 def _starting_weights(start: Start, maml: MAML) -> Weights:
@@ -356,39 +313,42 @@ def _starting_weights(start: Start, maml: MAML) -> Weights:
     fresh = maml.initial_parameters(start.config.training.seed)
     if start.checkpoint is None or start.file is None:
         return fresh
-    learner, saved = start.config.learner.learner, start.checkpoint.parameters
     if start.resumes:
-        statistics = start.checkpoint.statistics
-        fitting_parameters(start.file, statistics, maml.initial_statistics(), learner)
-    else:
-        inner = (RATE, SQUARE)
-        rates = {name: w for name, w in fresh.items() if name.startswith(inner)}
-        saved = rates | {n: w for n, w in saved.items() if n in fresh or not n.startswith(inner)}
-    return fitting_parameters(start.file, saved, fresh, learner)
+        return fit_weights(start.file, start.checkpoint, maml, start.config)[0]
+    inner, saved = (RATE, SQUARE), start.checkpoint.parameters
+    rates = {name: w for name, w in fresh.items() if name.startswith(inner)}
+    saved = rates | {n: w for n, w in saved.items() if n in fresh or not n.startswith(inner)}
+    return fitting_parameters(start.file, saved, fresh, start.config.learner.learner)
 
 
-def train_runs(
-    assemblies: Sequence[Assembly], runs: Sequence[Run], *, resume: str | None = None, show: bool = True
-) -> int:
-    """Train a run, or several at once, to their end; return the exit code of `Trainer.train`.
+def train_runs(assemblies: Sequence[Assembly], resume: str) -> int:
+    """Train a run, or several that differ in `trainer.AT_ONCE` alone; return the code of `Trainer.train`.
 
     Args:
-        assemblies: of runs that differ in `trainer.AT_ONCE` alone; the first one's parts serve all.
-        runs: their open runs, in the same order.
-        resume: what a user types to resume; by default --load of the run's checkpoint.
-        show: whether to show progress.
+        assemblies: the first one's parts serve all runs.
+        resume: what a user types to resume.
     """
-    first = assemblies[0]
-    load = ["--load", str(runs[0].folder / LAST), *own_code_flags(first.config)]
+    first, runs = assemblies[0], [parts.run for parts in assemblies]
+    for run in runs:
+        for name in sorted(run.parameters):  # they may differ in their last bit between machines
+            run.parameters[name] = first.team.broadcast(run.parameters[name].contiguous())
+        chunk = run.training.tasks_at_once
+        run.computed_by = first.runtime.computed_by(processes=first.team.size, runs=len(runs), tasks=chunk)
+    before, now = runs[0].start.computed_by if runs[0].start else {}, runs[0].computed_by
+    changed = [
+        f"{name} {before[name]}, now {now.get(name)}" for name in before if before[name] != now.get(name)
+    ]
+    if changed:
+        print(f"Resumed to rounding, not to the bit: the run had {'; '.join(changed)}", flush=True)
     trainer = Trainer(
-        list(runs),
+        runs,
         first.maml,
-        first.distribution.resized(first.config.training_shots),
+        first.distribution.resized(first.start.config.training_shots),
         first.distribution,
         Compiler(first.runtime.device),
         first.team,
-        resume=resume or shlex.join(load),
-        show=show,
+        resume=resume,
+        show=first.runtime.world.first,
     )
     return trainer.train()
 
@@ -406,42 +366,15 @@ def collect_facts(config: Config, runtime: Runtime, checkpoint: Checkpoint | Non
     }
 
 
-@contextmanager
-def remove_if_left_empty(folder: Path) -> Iterator[None]:
-    """After an error, remove the folder and those of its parents that are new and still empty."""
-    new = [part for part in (folder, *folder.parents) if not part.exists()]
-    try:
-        yield
-    except BaseException:
-        for part in new:
-            with suppress(OSError):  # not empty, or never made
-                part.rmdir()
-        raise
-
-
 def make_writable(folder: Path, flag: str) -> Path:
     """Return the folder, made if need be; raise UsageError that names the flag if nothing can be written."""
-    try:
+    with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise UsageError(
-            f"{flag} {folder}: cannot write there ({error.strerror or error}); name another folder"
-        ) from error
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UsageError(f"{flag} {folder}: cannot write there; name another folder")
     return folder
 
 
 def print_settings(config: Config, runtime: Runtime, first_line: str, *others: Config) -> None:
     """Print a line, the settings of one run or of several, and the device."""
     print(f"{first_line}\n{describe(config, *others)}\n  device      {runtime.describe()}", flush=True)
-
-
-def print_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Print where a resumed run is computed in another way: its last bits depend on that."""
-    changed = [
-        f"{name} {before[name]}, now {now.get(name)}" for name in before if before[name] != now.get(name)
-    ]
-    if changed:
-        print(f"Resumed to rounding, not to the bit: the run had {'; '.join(changed)}", flush=True)

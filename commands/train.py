@@ -7,11 +7,12 @@ Sweeps take `find_start` and `make_folder` from here for each of their runs.
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,93 +20,77 @@ from commands.build import (
     Start,
     assemble,
     collect_facts,
-    make_writable,
     prepare_run,
-    print_difference,
     print_settings,
     read_tasks,
-    remove_if_left_empty,
     train_runs,
 )
 from commands.call import Call
 from commands.config import Config
 from commands.names import file_name, own_code_flags, task_size
-from commands.probe import check_processes
 from commands.resolve import config_of, resolve, resolve_from
 from common.errors import UsageError
 from common.processes import World
-from training.checkpoint import Checkpoint, load_checkpoint
+from training.checkpoint import load_checkpoint
 from training.folders import BEST, LAST, LIST, is_occupied, lock_folder
 from training.run import Run, final_loss
 
 
 def train(call: Call, given: Mapping[str, Any], world: World) -> int:
-    """Train a run, and return the exit code.
-
-    Its folder is locked from before its checkpoint is read until its results are written.
-    """
+    """Train a run, whose folder is locked until its results are written; return the exit code."""
     with ExitStack() as locks:
         return _train(call, given, world, locks)
 
 
 def _train(call: Call, given: Mapping[str, Any], world: World, locks: ExitStack) -> int:
+    folder = call.load.parent if call.load else _named_folder(call)
     with world.together():
-        if world.first and (folder := _named_folder(call)):
-            locks.enter_context(remove_if_left_empty(folder))
+        if world.first and folder:
             locks.enter_context(lock_folder(folder))
         start, runtime = prepare_run(find_start(call, given), given, call, world)
-        check_processes(start.config, world.size)
+        tasks = start.config.training.meta_batch_size
+        if world.size > tasks:
+            raise UsageError(f"{world.size} processes for a meta-batch of {tasks} tasks: take fewer")
     world.check_same(collect_facts(start.config, runtime, start.resumed))
     if start.finished and start.resumed is not None:
-        print(f"{start.file} is at iteration {start.resumed.iteration:,}: resume with larger --iterations")
+        longer = "" if call.baselines else ": resume with larger --iterations"
+        print(f"{start.file} is finished at iteration {start.resumed.iteration:,}{longer}")
         return 0
-    home = start.folder or call.checkpoint_path
-    with remove_if_left_empty(home) if world.first else nullcontext():
-        with world.together():
-            if world.first:
-                make_writable(home, "--load" if call.load else "--checkpoint-path")
-        shared = read_tasks([start.config], call, world)
-        with world.together():
-            assembly = assemble(start, call, runtime, shared, team=world)
-    folder = start.folder or world.from_first(lambda: make_folder(call.checkpoint_path, start.config, locks))
-    run = assembly.open_run(folder)
-    doing = f"Resuming at iteration {start.resumed.iteration:,}" if start.resumed else "Meta-training"
+    folder = folder or world.from_first(lambda: make_folder(call.checkpoint_path, start.config, locks))
+    shared = read_tasks([start.config], call, world)
+    with world.together():
+        parts = assemble(start, folder, call, runtime, shared, team=world)
+    doing = f"Resuming at iteration {parts.run.iteration:,}" if start.resumed else "Meta-training"
     print_settings(start.config, runtime, f"{doing} in {folder}")
-    if start.resumed:
-        print_difference(start.resumed.computed_by, run.computed_by)
-    code = train_runs([assembly], [run])
-    _print_end(run, start.config, code, world)
-    sys.stdout.flush()
+    launcher = ["python"] if world.size == 1 else ["torchrun", f"--nproc-per-node={world.local_size}"]
+    own_code = own_code_flags(start.config)
+    resume = shlex.join([*launcher, "main.py", "--load", str(folder / LAST), *own_code])
+    code = train_runs([parts], resume)
+    if world.first:
+        _print_end(parts.run, code, resume, own_code)
     world.wait()  # torchrun ends all processes once one ends with a code, and the first may be busy
     return code
 
 
-def _print_end(run: Run, config: Config, code: int, world: World) -> None:
+def _print_end(run: Run, code: int, resume: str, own_code: list[str]) -> None:
     """Print how training ended, and what to type next."""
-    own_code = own_code_flags(config)
     loss = final_loss(run.progress.training)
     if loss is not None:
         iterations = f"iterations {loss['from']:,} to {loss['to']:,}"
         print(f"Mean training query loss of {iterations}: {loss['mean']:.4f}")
-    launcher = ["python"] if world.size == 1 else ["torchrun", f"--nproc-per-node={world.local_size}"]
-    resume = [*launcher, "main.py", "--load", str(run.folder / LAST), *own_code]
     if run.skipped:
         print(f"Iterations skipped for non-finite numbers: {run.skipped:,}")
     if run.failure is not None:
-        if world.first:
-            skipping = shlex.join([*resume, "--on-nan", "skip"])
-            print(
-                f"main.py: error: {run.failure}; saved at iteration {run.iteration:,}; to skip such "
-                f"iterations: {skipping}",
-                file=sys.stderr,
-            )
-        return
-    if code:
-        print(f"Saved at iteration {run.iteration:,}. Resume: {shlex.join(resume)}")
-        return
-    print("Curves:   ", shlex.join(["tensorboard", "--logdir", str(run.folder)]))
-    file = str(run.folder / (BEST if run.progress.best_iteration else LAST))
-    print("Test it:  ", shlex.join(["python", "main.py", "--eval", "--load", file, *own_code]))
+        saved = f"{run.failure}; saved at iteration {run.iteration:,}"
+        skip = f"to skip such iterations: {resume} --on-nan skip"
+        print(f"main.py: error: {saved}; {skip}", file=sys.stderr)
+    elif code:
+        print(f"Saved at iteration {run.iteration:,}. Resume: {resume}")
+    else:
+        print("Curves:   ", shlex.join(["tensorboard", "--logdir", str(run.folder)]))
+        file = str(run.folder / (BEST if run.progress.best_iteration else LAST))
+        print("Test it:  ", shlex.join(["python", "main.py", "--eval", "--load", file, *own_code]))
+    sys.stdout.flush()
 
 
 # ---- where a run starts --------------------------------------------------------------------------
@@ -113,95 +98,46 @@ def _print_end(run: Run, config: Config, code: int, world: World) -> None:
 
 def find_start(call: Call, given: Mapping[str, Any]) -> Start:
     """Read the settings of a new run, or the checkpoint that it starts from or is resumed from."""
-    file, folder = _find_files(call, given)
+    file = call.load or _find_saved(call)
     if file is None:
         weights = load_checkpoint(call.init_from) if call.init_from else None
-        return Start(resolve(given), folder, call.init_from, weights)
-    checkpoint = _load_to_resume(file)
+        return Start(resolve(given), call.init_from, weights)
+    if (file / LIST).is_file():
+        raise UsageError(f"{file} has many runs: resume them with --seeds or --sweep and --resume")
+    checkpoint = load_checkpoint(file)
+    if not checkpoint.exp_avg and checkpoint.parameters:
+        raise UsageError(f"{file} has weights alone: start a run from them with --init-from")
+    last = file.with_name(LAST)
+    if file != last and last.is_file() and load_checkpoint(last).iteration > checkpoint.iteration:
+        raise UsageError(f"{last} is ahead of it: --load that one, or start a new run with --init-from")
+    origin = checkpoint.progress["origin"] or "the initialisation"
+    if call.init_from and not origin.startswith(f"{call.init_from}, "):
+        raise UsageError(f"the run of {file} started from {origin}: leave --init-from out when resuming")
     config = resolve_from(config_of(checkpoint.settings, file), given, evaluate=False)
-    start = Start(config, folder, file, checkpoint, resumes=True)
-    origin = checkpoint.progress["origin"] or ""
-    if call.init_from and not start.finished and not origin.startswith(f"{call.init_from}, "):
-        raise UsageError(
-            f"--init-from {call.init_from} disagrees with the checkpoint {file}, which started from "
-            f"{origin or 'the initialisation'}: leave it out when resuming"
-        )
-    return start
+    return Start(config, file, checkpoint, resumes=True)
 
 
 def make_folder(checkpoint_path: Path, config: Config, locks: ExitStack) -> Path:
     """Make and lock a new run's folder, named after its settings and the time."""
     name = f"{file_name(config.tasks.dataset)}-{task_size(config.tasks)}-{time.strftime('%Y%m%d-%H%M%S')}"
-    number = 1
-    while True:
-        folder = checkpoint_path / (name if number == 1 else f"{name}-{number}")
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            number += 1
-        else:
-            locks.enter_context(lock_folder(folder))
-            return folder
+    numbers, folder = itertools.count(2), checkpoint_path / name
+    while folder.exists():
+        folder = checkpoint_path / f"{name}-{next(numbers)}"
+    locks.enter_context(lock_folder(folder))
+    return folder
 
 
 def _named_folder(call: Call) -> Path | None:
-    """Return the folder of the run that the call names; None if it names none, or none that exists."""
-    if call.load is not None:
-        return call.load.parent if call.load.is_file() else None
     return call.checkpoint_path / call.run_name if call.run_name else None
 
 
-def _find_files(call: Call, given: Mapping[str, Any]) -> tuple[Path | None, Path | None]:
-    """Return the checkpoint to resume, if any, and the run's folder (None: a fresh one)."""
-    if call.load is not None:
-        _check_load(call.load, call, given)
-        return call.load, call.load.parent
-    if call.run_name is None:
-        return None, None
-    folder = call.checkpoint_path / call.run_name
+def _find_saved(call: Call) -> Path | None:
+    """Return the newest checkpoint of --run-name, if any; raise UsageError unless it is to be resumed."""
+    folder = _named_folder(call)
+    if folder is None:
+        return None
+    if is_occupied(folder) and not call.resume:
+        raise UsageError(f"{folder} is not empty: choose another --run-name, or --resume what is there")
     if (folder / LIST).is_file():
-        raise UsageError(f"{folder} has many runs: resume them with --seeds or --sweep and --resume")
-    saved = [folder / name for name in (LAST, BEST) if (folder / name).is_file()]
-    if saved and not call.resume:
-        raise UsageError(f"the run {folder} exists: --resume it, or choose another --run-name")
-    if saved:
-        return saved[0], folder
-    if not call.resume and is_occupied(folder):
-        raise UsageError(f"{folder} is not empty: choose another --run-name, or --resume to start in it")
-    return None, folder
-
-
-def _check_load(file: Path, call: Call, given: Mapping[str, Any]) -> None:
-    """Raise UsageError where --load names no checkpoint whose run can be resumed in its folder."""
-    if not file.is_file():
-        many = ", but many runs: name the checkpoint of one of them, or resume all with --resume"
-        raise UsageError(f"{file}: there is no such checkpoint{many if (file / LIST).is_file() else ''}")
-    folder = file.resolve().parent
-    if "checkpoint_path" in given and call.checkpoint_path.resolve() not in (folder, folder.parent):
-        raise UsageError(
-            f"--load resumes in {file.parent}, not in --checkpoint-path {call.checkpoint_path}: leave that "
-            "out, or start a new run with --init-from"
-        )
-    if file.name not in (BEST, LAST):
-        raise UsageError(
-            f"{file} is not in a run's folder as {LAST} or {BEST}: start a new run from its weights with "
-            "--init-from"
-        )
-
-
-def _load_to_resume(file: Path) -> Checkpoint:
-    """Return a checkpoint that has all that resuming needs, and no later one in its folder."""
-    checkpoint = load_checkpoint(file)
-    if not checkpoint.exp_avg and checkpoint.parameters:
-        raise UsageError(
-            f"{file} has weights alone, without the optimizer's state: start a run from them with --init-from"
-        )
-    last = file.with_name(LAST)
-    if file.name != LAST and last.is_file():
-        ahead = load_checkpoint(last).iteration
-        if ahead > checkpoint.iteration:
-            raise UsageError(
-                f"{last} is ahead (iteration {ahead:,}; {file.name}: {checkpoint.iteration:,}): --load that "
-                "one, or start a new run with --init-from"
-            )
-    return checkpoint
+        return folder
+    return next((file for file in (folder / LAST, folder / BEST) if file.is_file()), None)

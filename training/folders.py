@@ -44,6 +44,7 @@ def lock_folder(folder: Path, members: Sequence[str] = ()) -> Iterator[None]:
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
+    new = [part for part in (folder, *folder.parents) if not part.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, timeout=PATIENCE)
     try:
@@ -55,10 +56,11 @@ def _lock(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # Windows removes no open file; and the folder is rarely empty
+        with suppress(OSError):  # Windows removes no open file; and new folders are rarely empty
             (folder / LOCK).unlink(missing_ok=True)
             lock.release()
-            folder.rmdir()
+            for part in new:
+                part.rmdir()
         lock.release()
 
 
