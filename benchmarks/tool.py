@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from commands.adapt import load as load
-from commands.build import Start, prepare_run
+from commands.build import Start
 from commands.build import assemble as assemble_run
 from commands.call import check_call
 from commands.parser import parse
@@ -50,12 +50,11 @@ def assemble(flags: Sequence[str]) -> Assembly:
     """Assemble the run of these flags; the first iteration waits for the compiler."""
     given = parse(list(flags))
     call = check_call(given)
-    start, runtime = prepare_run(Start(resolve(given)), given, call, ALONE)
-    parts = assemble_run(start, Path(), call, runtime, {})
-    compiler = Compiler(runtime.device)
-    training_tasks = parts.distribution.resized(start.config.training_shots)
+    parts = assemble_run(Start(resolve(given)), Path(), given, call, ALONE, {})
+    config, compiler = parts.start.config, Compiler(parts.runtime.device)
+    training_tasks = parts.distribution.resized(config.training_shots)
     trainer = Trainer([parts.run], parts.maml, training_tasks, parts.distribution, compiler, show=False)
-    compiler.active = start.config.training.compile == "on"
+    compiler.active = config.training.compile == "on"
 
     def advance(iterations: int) -> None:
         for _ in range(iterations):

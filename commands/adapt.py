@@ -9,16 +9,16 @@ are adapted to one after another, since each has its own sizes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from commands.build import build_algorithm, build_module, make_writable, prepare, print_settings
+from commands.build import build_algorithm, build_module, fit_weights, make_writable, prepare, print_settings
 from commands.call import Call
 from commands.config import Config
 from commands.resolve import config_of, resolve_from
@@ -39,7 +39,7 @@ from tasks.images import Form
 from tasks.options import data_facts
 from tasks.tables import Columns
 from tasks.user_tasks import UserTask, read_task_folder, read_task_table
-from training.checkpoint import Checkpoint, fitting_parameters, load_checkpoint, save_weights
+from training.checkpoint import Checkpoint, load_checkpoint, save_weights
 from training.folders import BEST, LAST, find_checkpoint
 
 NEEDED = {
@@ -170,10 +170,7 @@ def _restore(
     """Return a checkpoint's learner, algorithm, meta-parameters and running statistics for such examples."""
     learner = build_module(config, runtime, outputs, example, saved=source)
     maml = build_algorithm(config, runtime, learner, example)
-    name = config.learner.learner
-    parameters = fitting_parameters(file, source.parameters, maml.initial_parameters(), name)
-    statistics = fitting_parameters(file, source.statistics, maml.initial_statistics(), name)
-    return learner, maml, parameters, statistics
+    return learner, maml, *fit_weights(file, source, maml, config)
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -186,68 +183,60 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
     config = _settings_of(source, call.load, given)
     runtime = prepare(config, call)
     tasks = read_tasks(call.adapt, config, runtime)
-    normalisation = given.get("batch_norm", "per-step" if source.statistics else "inductive")
-    if normalisation == "per-step" and not source.statistics:
+    norm = given.get("batch_norm", "per-step" if source.statistics else "inductive")
+    if norm == "per-step" and not source.statistics:
         raise UsageError("--batch-norm per-step: the checkpoint has no running statistics")
     folder, steps = make_writable(call.out or call.load.parent, "--out"), config.evaluation.test_steps
     what = f"{call.load}, iteration {source.iteration:,}"
     print_settings(config, runtime, f"Adapting {what} to {call.adapt}, {steps} steps")
-    saves_weights = len(tasks) == 1 and config.choices.fast_weights != "context"  # a module of its own
-    predicted = []
+    predictions = []
     for task in tasks:
-        learner, adapted, outputs = _predict(source, call, config, runtime, task, normalisation)
-        predicted.append(outputs)
+        x, outputs = task.support_x, len(task.classes) or task.support_y.shape[-1]
+        learner, maml, parameters, statistics = _restore(source, call.load, config, runtime, x, outputs)
+        adapted = adapt_to(
+            maml,
+            parameters,
+            x,
+            task.support_y,
+            steps=steps,
+            normalisation=norm,
+            inner_batch=config.evaluation.eval_inner_batch,
+            statistics=statistics,
+        )
+        predicted = adapted.predict(task.query_x)
+        if not predicted.isfinite().all():
+            raise UsageError(f"--adapt {call.adapt}: predictions are not finite: take fewer --test-steps")
+        if task.classes:
+            predicted = predicted.sigmoid() if config.learner.loss == "bce" else predicted.softmax(-1)
+        examples = (part.float().cpu() for part in (x, task.support_y, task.query_x, predicted))
+        predictions.append(Prediction(task.name, task.classes, *examples))
     stem = f"{folder / call.load.stem}-adapted-{call.adapt.stem}"
     title = f"{printable(call.adapt.name)}: after {steps} inner steps"
-    written = _write_predictions(stem, tasks, predicted, title, Columns.parse(config.tasks.columns).targets)
+    header, rows = _tabulate(tasks, predictions, Columns.parse(config.tasks.columns).targets)
+    print(predictions_table(header, rows))
+    write_csv(Path(f"{stem}.csv"), header, rows)
+    write_figure(Path(f"{stem}.png"), predictions_figure(predictions, title))
     record = {
         "command": command,
         "checkpoint": call.load,
         "adapted_to": call.adapt,
         "steps": steps,
-        "batch_norm": normalisation if adapted.maml.has_batch_norm else None,
+        "batch_norm": norm if maml.has_batch_norm else None,
         "tasks": [
-            {"task": t.name or None, "classes": t.classes, "query": t.query_names, "predicted": values}
-            for t, values in zip(tasks, predicted, strict=True)
+            {"task": t.name or None, "classes": t.classes, "query": t.query_names, "predicted": p.predicted}
+            for t, p in zip(tasks, predictions, strict=True)
         ],
         "settings": config.values(),
         "versions": versions(),
         "device": runtime.describe(),
     }
-    written.append(Path(f"{stem}.json"))
-    write_json(written[-1], record)
-    if saves_weights:
-        written.append(Path(f"{stem}-weights.pt"))
-        save_weights(written[-1], adapted.module(learner))
-    print("Written: " + ", ".join(map(str, written)))
+    write_json(Path(f"{stem}.json"), record)
+    written = f"Written: {stem}.csv, .png and .json"
+    if len(tasks) == 1 and config.choices.fast_weights != "context":  # which is no module of its own
+        save_weights(Path(f"{stem}-weights.pt"), adapted.module(learner))
+        written += f", {stem}-weights.pt"
+    print(written)
     return 0
-
-
-def _predict(
-    source: Checkpoint, call: Call, config: Config, runtime: Runtime, task: UserTask, normalisation: str
-) -> tuple[nn.Module, AdaptedLearner, Tensor]:
-    """Adapt the checkpoint to one task; return its learner, what became of it, and the predictions.
-
-    These are probabilities `[query examples, classes]`, or `[query examples, targets]`, on the CPU.
-    """
-    assert call.load is not None
-    if task.classes:
-        config = config.replaced(ways=len(task.classes))
-    x, y = task.support_x, task.support_y
-    outputs = len(task.classes) or y.shape[-1]
-    learner, maml, parameters, statistics = _restore(source, call.load, config, runtime, x, outputs)
-    options: dict[str, Any] = {"normalisation": normalisation, "statistics": statistics}
-    options |= {"steps": config.evaluation.test_steps, "inner_batch": config.evaluation.eval_inner_batch}
-    adapted = adapt_to(maml, parameters, x, y, **options)
-    predicted = adapted.predict(task.query_x)
-    if not predicted.isfinite().all():
-        name = f", task {task.name!r}" * bool(task.name)
-        raise UsageError(
-            f"--adapt {call.adapt}{name}: the predictions are not finite: take fewer --test-steps"
-        )
-    if task.classes:
-        predicted = predicted.sigmoid() if config.learner.loss == "bce" else predicted.softmax(-1)
-    return learner, adapted, predicted.float().cpu()
 
 
 def read_tasks(path: Path, config: Config, runtime: Runtime) -> list[UserTask]:
@@ -256,22 +245,19 @@ def read_tasks(path: Path, config: Config, runtime: Runtime) -> list[UserTask]:
     Raises UsageError where they cannot be read, or are not what the checkpoint learned from.
     """
     options, place = config.tasks, (runtime.device, runtime.dtype)
-    if not path.exists():
-        raise UsageError(f"--adapt {path}: there is no such file or folder")
     inputs = data_facts(options.dataset).inputs
-    if path.is_dir() != (inputs == "images"):
-        kind = "folder" if path.is_dir() else "file"
-        raise UsageError(f"--adapt {path} is a {kind}: the checkpoint learned from {NEEDED[inputs]}")
-    if path.is_dir():
+    kind, exists = ("folder", path.is_dir()) if inputs == "images" else ("file", path.is_file())
+    if not exists:
+        raise UsageError(f"--adapt {path} is no {kind}: the checkpoint learned from {NEEDED[inputs]}")
+    if inputs == "images":
         assert options.image_size and options.channels
         form = Form(options.image_size, options.channels, options.invert, options.resize)
         tasks = [read_task_folder(path, form, *place)]
     else:
         columns = Columns.parse(options.columns)
         tasks = read_task_table(path, columns, *place, classification=options.classification)
-    fixed_head = options.classification and config.choices.head_init == "learned"
     numbers = {len(task.classes) for task in tasks} - {options.ways}
-    if fixed_head and numbers:
+    if options.classification and config.choices.head_init == "learned" and numbers:
         raise UsageError(
             f"--adapt {path}: {min(numbers)} classes, and the checkpoint learned {options.ways}: give as "
             "many, or train with --head-init zero or prototype"
@@ -279,37 +265,22 @@ def read_tasks(path: Path, config: Config, runtime: Runtime) -> list[UserTask]:
     return tasks
 
 
-# ---- results -------------------------------------------------------------------------------------
-
-
-def _write_predictions(
-    stem: str, tasks: Sequence[UserTask], predicted: Sequence[Tensor], title: str, targets: Sequence[str]
-) -> list[Path]:
-    """Write the predictions as a table and as a picture, and print them; return the files."""
+def _tabulate(
+    tasks: Sequence[UserTask], predictions: Sequence[Prediction], targets: Sequence[str]
+) -> tuple[list[str], list[list[str]]]:
+    """Return the heading and the rows of all tasks' predictions, as text."""
     classes = list(dict.fromkeys(name for task in tasks for name in task.classes))
     header = ["file" if tasks[0].support_x.dim() > 2 else "row", *["task"] * bool(tasks[0].name)]
     header += ["prediction", *(f"p({name})" for name in classes)] if classes else targets
-    rows = [row for pair in zip(tasks, predicted, strict=True) for row in _rows(*pair, classes)]
-    files = [Path(f"{stem}.csv"), Path(f"{stem}.png")]
-    write_csv(files[0], header, rows)
-    pictured = [
-        Prediction(
-            task.name, task.classes, task.support_x.cpu(), task.support_y.cpu(), task.query_x.cpu(), values
-        )
-        for task, values in zip(tasks, predicted, strict=True)
-    ]
-    write_figure(files[1], predictions_figure(pictured, title))
-    print(predictions_table(header, rows))
-    return files
-
-
-def _rows(task: UserTask, predicted: Tensor, classes: Sequence[str]) -> Iterator[list[str]]:
-    """Yield the cells of each query example of a task; `classes` are those of all tasks."""
-    for name, values in zip(task.query_names, predicted.tolist(), strict=True):
-        row = [name, *[task.name] * bool(task.name)]
-        if task.classes:
-            shares = dict(zip(task.classes, values, strict=True))
-            best = max(shares, key=shares.__getitem__)
-            yield [*row, best, *(f"{shares[c]:.6f}" if c in shares else "" for c in classes)]
-        else:
-            yield [*row, *(f"{value:.7g}" for value in values)]
+    rows = []
+    for task, prediction in zip(tasks, predictions, strict=True):
+        for name, values in zip(task.query_names, prediction.predicted.tolist(), strict=True):
+            row = [name, *[task.name] * bool(task.name)]
+            if classes:
+                shares = dict(zip(task.classes, values, strict=True))
+                row += [max(shares, key=shares.__getitem__)]
+                row += [f"{shares[name]:.6f}" if name in shares else "" for name in classes]
+            else:
+                row += [f"{value:.7g}" for value in values]
+            rows.append(row)
+    return header, rows

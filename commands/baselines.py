@@ -59,104 +59,100 @@ SHARED = (
 Results = dict[tuple[str, str], Evaluation]  # by method and how it adapts, in words
 
 
-class TrainingEndedError(Exception):
-    """The training of a baseline ended early; `code` is its exit code."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(code)
-        self.code = code
-
-
 def baselines(call: Call, given: Mapping[str, Any], command: str, world: World) -> int:
     """Measure a checkpoint and its baselines on the same test tasks; return the exit code."""
     assert call.load is not None
     with world.together():
         if find_runs(call.load):
             raise UsageError("--baselines accompanies one run: name its checkpoint")
-    job, result, stem = evaluate_one(call, given, command, world)
-    subject, config = job.subject, job.subject.config
-    assert subject.source is not None
-    algorithm = config.choices.algorithm
-    try:
-        others = measure_baselines(subject.trained, config, call, job.runtime, call.load.parent / "baselines")
-    except TrainingEndedError as ended:
-        print("To resume: the same command", flush=True)
-        return ended.code
+    subject, result, stem = evaluate_one(call, given, command, world)
+    folder, saved, runtime = call.load.parent / "baselines", subject.trained, subject.runtime
+    for name, flags in trained_baselines(saved).items():
+        start = replace(
+            call, eval=False, load=None, resume=True, out=None, checkpoint_path=folder, run_name=name
+        )
+        code = train(start, flags, world)
+        if code:
+            print("To resume: the same command", flush=True)
+            return code
+    algorithm, norm = saved.choices.algorithm, saved.choices.query_norm
+    others = measure_baselines(saved, subject.config, call, runtime, folder)
     results = {(algorithm, "as trained"): result, **others}
-    norm = config.choices.query_norm
     selected = {f"{name}, {how}": StepResults.over([result], norm) for (name, how), result in results.items()}
-    print("\n" + results_table(selected, subject.words))
+    print("\n" + results_table(selected, subject.caption))
     if not world.first:
         return 0
     curves: dict[str, tuple[list[int], list[float]]] = {}
-    if config.tasks.dataset in CURVES and subject.source.progress["training"]:
+    assert subject.source is not None
+    if saved.tasks.dataset in CURVES and subject.source.progress["training"]:
         ends, losses = average_windows(subject.source.progress["training"])
-        scratch = scratch_curve(subject.trained, call, job.runtime, ends)
+        scratch = scratch_curve(saved, call, runtime, ends)
         curves = {algorithm: (ends, losses), "from scratch, Adam 0.001, 10 steps": (ends, scratch)}
     record = {
         "command": command,
-        **job.record(),
+        **subject.record(),
         "methods": {name: {"how": how, **evaluation_record(r)} for (name, how), r in results.items()},
         "curves": {
-            name: {"iteration": ends, "query_loss": losses} for name, (ends, losses) in curves.items()
+            name: {"iteration": ends, "query_loss": values} for name, (ends, values) in curves.items()
         },
     }
     write_json(Path(f"{stem}-baselines.json"), record)
     learning = {name: [curve] for name, curve in curves.items()}
-    measure = f"query {subject.words.loss_name} while training, means of windows"
-    figure = results_figure(selected, subject.words, learning=learning, learning_measure=measure)
+    measure = f"query {subject.caption.loss_name} while training, means of windows"
+    figure = results_figure(selected, subject.caption, learning=learning, learning_measure=measure)
     write_figure(Path(f"{stem}-baselines.png"), figure)
     print(f"Written: {stem}-baselines.json and .png")
     return 0
 
 
+def trained_baselines(saved: Config) -> dict[str, dict[str, Any]]:
+    """Return the flags of the runs that baselines are, by name: none in classification.
+
+    Its labels are drawn anew for each task: there is nothing about them to pretrain or to tell.
+    """
+    if saved.tasks.classification:
+        return {}
+    flags = plain_flags(saved, "pretrain")
+    oracle = {"oracle": flags | {"oracle": True}} if saved.tasks.dataset in CURVES else {}
+    return {"pretrained": flags, **oracle}
+
+
 def measure_baselines(saved: Config, config: Config, call: Call, runtime: Runtime, folder: Path) -> Results:
     """Return the results of all baselines of a run.
-
-    Pretraining takes part in regression alone, and the oracle for computed curves: labels of classification
-    are drawn anew for each task, so there is nothing about them to pretrain or to tell. Both are trained in
-    `folder` with the run's iterations, tasks and seed, unless they already are.
 
     Args:
         saved: settings of the run.
         config: the same settings with the sizes of the test.
-
-    Raises:
-        TrainingEndedError: a signal or a failure ended their training.
+        folder: of the trained baselines.
     """
-    world = runtime.world
     distribution, maml = build(scratch_settings(config), call, runtime)
-    test = partial(
-        evaluate, distribution=distribution, normalisations=(config.choices.query_norm,), world=world
-    )
-    steps, tasks = config.evaluation.eval_steps, config.evaluation.eval_tasks
+    norm, steps, tasks = config.choices.query_norm, config.evaluation.eval_steps, config.evaluation.eval_tasks
+    test = partial(evaluate, distribution=distribution, normalisations=(norm,), world=runtime.world)
 
     def tune(name: str, rule: str, parameters: Weights) -> Results:
         """Test with the rate whose mean validation loss over all numbers of steps is the lowest."""
         losses = {}
         title = f"{name}: rates on validation tasks"
-        for rate in tqdm(RATES[rule], desc=title, leave=False, disable=not world.first):
+        for rate in tqdm(RATES[rule], desc=title, leave=False, disable=not runtime.world.first):
             tuned = maml.with_options(inner_lr=rate, inner_optimizer=rule)
             result = test(tuned, parameters, split="validation", tasks=VALIDATION_TASKS, steps=steps)
-            loss = result.losses[config.choices.query_norm][:, 1:].mean().item()
-            losses[rate] = loss if math.isfinite(loss) else math.inf
+            losses[rate] = result.losses[norm][:, 1:].mean().nan_to_num(math.inf).item()
         best = min(losses, key=losses.__getitem__)
         tuned = maml.with_options(inner_lr=best, inner_optimizer=rule)
         return {(name, f"rate {best}"): test(tuned, parameters, split="test", tasks=tasks, steps=steps)}
 
     fresh = maml.initial_parameters(config.training.seed)
     results = tune("scratch, sgd", "sgd", fresh) | tune("scratch, adam", "adam", fresh)
-    if config.tasks.classification:
-        return results
-    pretraining = plain_flags(saved, "pretrain")
-    results |= tune("pretrained", "sgd", train_baseline(pretraining, call, folder / "pretrained", runtime))
-    if config.tasks.dataset in CURVES:
-        told = plain_flags(config, "pretrain", testing=True) | {"oracle": True}
-        distribution, oracle = build(resolve(told), call, runtime)
-        parameters = train_baseline(pretraining | {"oracle": True}, call, folder / "oracle", runtime)
-        # it is given the answer, not examples
-        result = test(oracle, parameters, distribution=distribution, split="test", tasks=tasks, steps=0)
-        results["oracle", "not adapted"] = result
+    for name in trained_baselines(saved):
+        weights = load_checkpoint(folder / name / LAST).parameters
+        weights = {key: w.to(runtime.device, runtime.dtype) for key, w in weights.items()}
+        if name == "pretrained":
+            results |= tune(name, "sgd", weights)
+        else:  # the oracle is given the answer, not examples
+            told = resolve(plain_flags(config, "pretrain", testing=True) | {"oracle": True})
+            distribution, oracle = build(told, call, runtime)
+            result = test(oracle, weights, distribution=distribution, split="test", tasks=tasks, steps=0)
+            results[name, "not adapted"] = result
     return results
 
 
@@ -172,29 +168,12 @@ def plain_flags(config: Config, algorithm: str, *, testing: bool = False) -> dic
         values["train_shots"] = config.training_shots  # without the query, which Reptile counts in
     if testing:
         values.pop("train_shots", None)
-    return {name: value for name, value in values.items() if value not in (None, ())} | {
-        "algorithm": algorithm
-    }
+    return {name: v for name, v in values.items() if v not in (None, ())} | {"algorithm": algorithm}
 
 
 def scratch_settings(config: Config, *, testing: bool = True) -> Config:
     """Return the settings of ordinary training: all weights, from PyTorch's initialisation."""
     return resolve(plain_flags(config, "maml", testing=testing)).replaced(init="torch", adapt_norm=True)
-
-
-def train_baseline(flags: Mapping[str, Any], call: Call, folder: Path, runtime: Runtime) -> Weights:
-    """Return the meta-parameters of the run in `folder`, which is started or resumed if it is not finished.
-
-    Raises:
-        UsageError: the folder holds a run with other settings, or another process trains in it.
-        TrainingEndedError: a signal or a failure ended the training.
-    """
-    call = replace(call, eval=False, baselines=False, load=None, resume=True, out=None)
-    code = train(replace(call, checkpoint_path=folder.parent, run_name=folder.name), flags, runtime.world)
-    if code:
-        raise TrainingEndedError(code)
-    parameters = load_checkpoint(folder / LAST).parameters
-    return {name: w.to(runtime.device, runtime.dtype) for name, w in parameters.items()}
 
 
 # ---- loss over iterations ------------------------------------------------------------------------

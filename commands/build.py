@@ -1,7 +1,7 @@
 """Assemble what commands work with: the machine, the tasks, the algorithm, and runs ready for training.
 
     Config -> prepare -> Runtime; build -> TaskDistribution, MAML       all commands
-    Start -> prepare_run -> assemble -> Assembly -> train_runs          train, sweep, baselines
+    Start -> assemble -> Assembly -> train_runs                         train, sweep, baselines
 
 A command decides where a run starts (`Start`) and in which folder it trains; everything between the
 settings and the `Trainer` is here.
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -238,54 +239,33 @@ class Assembly:
     team: World  # the processes that share the run's tasks
 
 
-def prepare_run(
-    start: Start, given: Mapping[str, Any], call: Call, world: World, *, silent: bool = False
-) -> tuple[Start, Runtime]:
-    """Set up the machine for a run, and fit the run's settings to it.
-
-    A machine without a compiler runs uncompiled; a GPU takes all tasks of a new run at once.
-    """
-    config, runtime = start.config, prepare(start.config, call, world)
-    if not start.resumes and runtime.device.type == "cuda" and "tasks_at_once" not in given:
-        config = config.replaced(tasks_at_once=None)
-    if config.training.compile == "on" and (runtime.device.type == "mps" or cpp_compiler() is None):
-        if world.first and not silent:
-            print(
-                "main.py: not compiled: --device mps cannot, and others need a C++ compiler (install g++, or "
-                "name one in CXX)",
-                file=sys.stderr,
-            )
-        config = config.replaced(compile="off") if start.resumes else disable_compiling(config, given)
-    return replace(start, config=config), runtime
-
-
 def assemble(
     start: Start,
     folder: Path,
+    given: Mapping[str, Any],
     call: Call,
-    runtime: Runtime,
+    world: World,
     shared: SharedTasks,
     *,
     team: World = ALONE,
-    probed: bool = False,
 ) -> Assembly:
     """Build everything that a run is trained with; no process waits for another in here.
 
     Args:
         shared: task distributions; a new one is added.
         team: the processes that share the run's tasks.
-        probed: a run of the same structure has been tried out: this one need not be.
 
     Raises:
         UsageError: data, learner, loss or checkpoint do not fit each other.
     """
-    config, source = start.config, start.checkpoint
+    runtime = prepare(start.config, call, world)
+    config, source = _fit_to_machine(start, given, runtime), start.checkpoint
+    start = replace(start, config=config)
     distribution, maml = build(config, call, runtime, shared, saved=source)
     if start.file is not None and start.resumed is not None:
         check_same_split(start.file, start.resumed.splits, distribution.split_names)
     parameters = _starting_weights(start, maml)
-    own = config.learner.learner not in LEARNERS or config.learner.loss not in LOSSES
-    if own and not probed:
+    if config.learner.learner not in LEARNERS or config.learner.loss not in LOSSES:
         probe_learner(maml, parameters, distribution, config)
     run = Run(
         folder=folder,
@@ -302,6 +282,23 @@ def assemble(
         writes=team.first,
     )
     return Assembly(start, runtime, distribution, maml, run, team)
+
+
+def _fit_to_machine(start: Start, given: Mapping[str, Any], runtime: Runtime) -> Config:
+    """Return settings that this machine can run: uncompiled, if need be; on a GPU all tasks at once."""
+    config = start.config
+    if not start.resumes and runtime.device.type == "cuda" and "tasks_at_once" not in given:
+        config = config.replaced(tasks_at_once=None)
+    if config.training.compile == "off" or (runtime.device.type != "mps" and cpp_compiler()):
+        return config
+    if runtime.world.first:
+        _print_once("main.py: not compiled: that needs a C++ compiler (install g++), and no MPS")
+    return config.replaced(compile="off") if start.resumes else disable_compiling(config, given)
+
+
+@cache
+def _print_once(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _starting_weights(start: Start, maml: MAML) -> Weights:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from commands.build import SharedTasks, make_writable, prepare, remove_if_left_empty
+from commands.build import SharedTasks, make_writable, prepare
 from commands.call import Call
 from commands.evaluate import Subject
 from commands.names import file_name, in_words, select_meaningful, task_size, task_words
@@ -55,31 +55,30 @@ def compare(call: Call, given: Mapping[str, Any], command: str) -> int:
     sizes = f"{task_size(config.tasks)}-{config.tasks.queries}query-{number}tasks"
     name = f"{_join_names(runs)}-{call.split}-{file_name(config.tasks.dataset)}-{sizes}"
     file = folder / f"comparison-{name}.json"
-    with remove_if_left_empty(folder):
-        make_writable(folder, "--out")
-        what = f"{config.tasks.dataset}, {task_words(config.tasks)}, {config.tasks.queries} query"
-        what += f": {number} {call.split} tasks"
-        print(f"Comparing on {what}\n  device      {prepare(config, call).describe()}", flush=True)
-        shared: SharedTasks = {}
-        records: list[dict[str, Any]] = []
-        sides = [_measure(*side, number, first_task, call, shared, records) for side in runs.items()]
-        caption = Caption(what, loss_name(config.learner.loss), None, config.evaluation.test_steps)
-        print(f"\n{paired.settings_table(sides)}\n")
-        which = f"{call.split} tasks" + ", none of which chose a checkpoint" * bool(first_task)
-        print(paired.differences_table(sides, caption.loss_name, which))
-        result = {
-            "command": command,
-            "split": call.split,
-            "tasks": number,
-            "first_task": first_task,
-            "tasks_seed": meta_test.SEED,
-            "measure": sides[0].results.measure(caption.loss_name),
-            "sides": paired.record(sides),
-            "runs": records,
-        }
-        write_json(file, result)
-        write_figure(file.with_name(f"{file.stem}.png"), comparison_figure(sides, caption))
-        print(f"Written: {file} and .png")
+    make_writable(folder, "--out")
+    what = f"{config.tasks.dataset}, {task_words(config.tasks)}, {config.tasks.queries} query"
+    what += f": {number} {call.split} tasks"
+    print(f"Comparing on {what}\n  device      {prepare(config, call).describe()}", flush=True)
+    shared: SharedTasks = {}
+    records: list[dict[str, Any]] = []
+    sides = [_measure(*side, number, first_task, call, shared, records) for side in runs.items()]
+    caption = Caption(what, loss_name(config.learner.loss), None, config.evaluation.test_steps)
+    print(f"\n{paired.settings_table(sides)}\n")
+    which = f"{call.split} tasks" + ", none of which chose a checkpoint" * bool(first_task)
+    print(paired.differences_table(sides, caption.loss_name, which))
+    result = {
+        "command": command,
+        "split": call.split,
+        "tasks": number,
+        "first_task": first_task,
+        "tasks_seed": meta_test.SEED,
+        "measure": sides[0].results.measure(caption.loss_name),
+        "sides": paired.record(sides),
+        "runs": records,
+    }
+    write_json(file, result)
+    write_figure(file.with_name(f"{file.stem}.png"), comparison_figure(sides, caption))
+    print(f"Written: {file} and .png")
     return 0
 
 

@@ -1,14 +1,14 @@
 """Measure checkpoints, or the fresh initialisation, on test tasks, and write the results.
 
-    Subject.read -> Subject.build -> Job -> Job.evaluate -> Job.write
+    Subject.read -> Subject.build -> Subject.evaluate -> Subject.write
 
-There is one evaluation job: --eval, --baselines and --compare make theirs of a `Subject`.
+--eval, --baselines and --compare measure a `Subject` each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from commands.build import (
     SharedTasks,
     build,
     collect_facts,
+    fit_weights,
     make_writable,
     prepare,
     print_settings,
@@ -24,7 +25,6 @@ from commands.build import (
 from commands.call import Call
 from commands.config import Config
 from commands.names import file_name, task_size, task_words
-from commands.probe import check_processes
 from commands.resolve import config_of, resolve, resolve_from
 from common.batch import TaskDistribution
 from common.device import Runtime, versions
@@ -39,8 +39,10 @@ from evaluation.style import write_figure
 from evaluation.tables import ALL, Caption, evaluation_record, results_of, results_table, write_json
 from learners.losses import loss_name
 from maml import MAML
-from training.checkpoint import Checkpoint, check_same_split, fitting_parameters, load_checkpoint
+from training.checkpoint import Checkpoint, check_same_split, load_checkpoint
 from training.folders import find_runs
+
+Measured = tuple["Subject", Evaluation, Path]  # with the stem of its result files
 
 
 def evaluate(call: Call, given: Mapping[str, Any], command: str, world: World) -> int:
@@ -55,56 +57,47 @@ def evaluate(call: Call, given: Mapping[str, Any], command: str, world: World) -
         evaluate_one(call, given, command, world)
         return 0
     folder = runs[0].file.parent.parent
-    measured = _evaluate_all([run.file for run in runs], folder, call, given, command, world)
-    subjects: list[Subject] = []
+    measured = measure([run.file for run in runs], folder, call, given, command, world)
     results: dict[str, list[Evaluation]] = {}
-    for run, (job, result, _) in zip(runs, measured, strict=True):
-        subjects.append(job.subject)
+    for run, (_, result, _) in zip(runs, measured, strict=True):
         results.setdefault(run.setting or ALL, []).append(result)
-    words, name = summarise(subjects)
+    caption, name = summarise([subject for subject, *_ in measured])
     summary = results_of(results)
-    print(results_table(summary, words))
+    print(results_table(summary, caption))
     stem = (call.out or folder) / name
     if world.first:
         settings = {label: part.record() for label, part in summary.items()}
         record = {"command": command, "runs": [vars(run) for run in runs], "settings": settings}
         write_json(Path(f"{stem}.json"), record)
-        write_figure(Path(f"{stem}.png"), results_figure(summary, words))
-    place = "next to them" if call.out else "next to its checkpoint"
-    print(f"Written: {stem}.json and .png, and those of each run {place}")
+        write_figure(Path(f"{stem}.png"), results_figure(summary, caption))
+    print(f"Written: {stem}.json and .png, and those of each run")
     return 0
 
 
-def evaluate_one(
-    call: Call, given: Mapping[str, Any], command: str, world: World
-) -> tuple[Job, Evaluation, Path]:
-    """Measure a checkpoint or the fresh initialisation; return the job, the result, and its files' stem."""
+def evaluate_one(call: Call, given: Mapping[str, Any], command: str, world: World) -> Measured:
+    """Measure a checkpoint or the fresh initialisation; print the table and return the result."""
     folder = call.checkpoint_path if call.load is None else call.load.parent
-    ((job, result, stem),) = _evaluate_all([call.load], folder, call, given, command, world)
-    print(results_table(results_of({ALL: [result]}), job.subject.words))
+    (measured,) = measure([call.load], folder, call, given, command, world)
+    subject, result, stem = measured
+    print(results_table(results_of({ALL: [result]}), subject.caption))
     print(f"Written: {stem}.json and .png")
-    return job, result, stem
+    return measured
 
 
-def _evaluate_all(
+def measure(
     files: Sequence[Path | None],
     folder: Path,
     call: Call,
     given: Mapping[str, Any],
     command: str,
     world: World,
-) -> Iterator[tuple[Job, Evaluation, Path]]:
-    """Measure checkpoints on test tasks; write each one's result to --out, or next to the checkpoint.
-
-    Yields each job, its result, and the stem of its files.
-    """
+) -> list[Measured]:
+    """Measure checkpoints on test tasks; write each one's result to --out, or next to the checkpoint."""
     with world.together():
         subjects = [Subject.read(file, call, given) for file in files]
         configs = [subject.config for subject in subjects]
         if len({(c.evaluation.eval_steps, c.evaluation.eval_tasks) for c in configs}) > 1:
             raise UsageError(f"{folder}: the runs differ in --eval-steps or --eval-tasks: give both")
-        if call.baselines:
-            check_processes(configs[0], world.size)
         if world.first:
             make_writable(call.out or folder, "--out")
         runtime = prepare(configs[0], call, world)
@@ -113,27 +106,34 @@ def _evaluate_all(
     name = subjects[0].name if len(files) == 1 else f"{len(files)} runs in {folder}"
     title = f"Evaluating {name} on {configs[0].evaluation.eval_tasks} test tasks"
     print_settings(configs[0], runtime, title, *configs[1:])
+    measured = []
     for subject in subjects:
         with world.together():
-            job = subject.build(call, prepare(subject.config, call, world), shared)
-        result = job.evaluate()
+            subject.build(call, prepare(subject.config, call, world), shared)
+        result = subject.evaluate()
         place = call.out or (subject.file.parent if subject.file else folder)
         stem = place / f"{subject.stem(with_run=call.out is not None)}-{summarise([subject])[1]}"
         if world.first:
-            job.write(result, stem, command)
-        yield job, result, stem
+            subject.write(result, stem, command)
+        measured.append((subject, result, stem))
+    return measured
 
 
 # ---- what is measured ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Subject:
-    """A checkpoint, or the fresh initialisation, with the settings of its test."""
+    """A checkpoint, or the fresh initialisation, with the settings of its test, and what `build` makes of it."""
 
     file: Path | None  # None: the fresh initialisation
     source: Checkpoint | None
     config: Config
+    runtime: Runtime = field(init=False)
+    distribution: TaskDistribution = field(init=False)
+    maml: MAML = field(init=False)
+    parameters: Weights = field(init=False)
+    statistics: Weights = field(init=False)  # running ones of per-step batch norm, or none
 
     @classmethod
     def read(
@@ -168,7 +168,7 @@ class Subject:
         return f"{self.file}, {self.when}" if self.source else f"the {self.when} (no --load)"
 
     @property
-    def words(self) -> Caption:
+    def caption(self) -> Caption:
         return summarise([self])[0]
 
     def stem(self, *, with_run: bool) -> str:
@@ -178,69 +178,26 @@ class Subject:
             return f"fresh-{file_name(learner.learner)}-{learner.init}-seed{seed}"
         return f"{self.file.resolve().parent.name}-{self.file.stem}" if with_run else self.file.stem
 
-    @property
-    def task_names(self) -> dict[str, str]:
-        """Return what tells its test tasks from others: in words, and in the names of results."""
-        tasks, number = self.config.tasks, self.config.evaluation.eval_tasks
-        return {
-            file_name(tasks.dataset): file_name(tasks.dataset),
-            task_words(tasks): task_size(tasks),
-            "": f"{tasks.queries}query",
-            f"{number} test tasks": f"{number}tasks",
-        }
-
-    def build(self, call: Call, runtime: Runtime, shared: SharedTasks | None = None) -> Job:
+    def build(self, call: Call, runtime: Runtime, shared: SharedTasks | None = None) -> Subject:
         """Build algorithm, tasks and weights; raise UsageError where they do not fit.
 
         Args:
             shared: task distributions that may serve several subjects; a new one is added.
         """
-        config, source = self.config, self.source
-        distribution, maml = build(config, call, runtime, shared, saved=source)
-        parameters, statistics = maml.initial_parameters(config.training.seed), maml.initial_statistics()
-        if source is not None and self.file is not None:
-            if call.eval_dataset is None:
-                check_same_split(self.file, source.splits, distribution.split_names)
-            learner = config.learner.learner
-            parameters = fitting_parameters(self.file, source.parameters, parameters, learner)
-            statistics = fitting_parameters(self.file, source.statistics, statistics, learner)
-        return Job(self, runtime, maml, distribution, parameters, statistics)
-
-
-def summarise(subjects: Sequence[Subject]) -> tuple[Caption, str]:
-    """Return what several subjects have in common, in words and as a name for their results."""
-
-    def common(values: Iterable[Any], otherwise: Any = None) -> Any:
-        distinct = list(dict.fromkeys(values))
-        return distinct[0] if len(distinct) == 1 else otherwise
-
-    columns = zip(*(subject.task_names.items() for subject in subjects), strict=True)
-    parts = [part for part in map(common, columns) if part]
-    configs = [subject.config for subject in subjects]
-    words = Caption(
-        loss_name=common((loss_name(config.learner.loss) for config in configs), "loss"),
-        trained_steps=common(config.choices.trained_steps for config in configs),
-        test_steps=configs[0].evaluation.test_steps,
-        title=", ".join(text for text, _ in parts if text),
-    )
-    return words, "-".join(["test", *(name for _, name in parts)])
-
-
-@dataclass(frozen=True)
-class Job:
-    """A subject with all that it is measured with."""
-
-    subject: Subject
-    runtime: Runtime
-    maml: MAML
-    distribution: TaskDistribution
-    parameters: Weights
-    statistics: Weights  # running ones of per-step batch norm, or none
+        self.runtime = runtime
+        self.distribution, self.maml = build(self.config, call, runtime, shared, saved=self.source)
+        if self.file is None or self.source is None:
+            self.parameters = self.maml.initial_parameters(self.config.training.seed)
+            self.statistics = self.maml.initial_statistics()
+            return self
+        if call.eval_dataset is None:
+            check_same_split(self.file, self.source.splits, self.distribution.split_names)
+        self.parameters, self.statistics = fit_weights(self.file, self.source, self.maml, self.config)
+        return self
 
     def evaluate(self, split: str = "test", *, first_task: int = 0) -> Evaluation:
         """Measure on the fixed tasks of a split from `first_task` on, with each reading of batch norm."""
-        choices, options = self.subject.config.choices, self.subject.config.evaluation
-        normalisations = normalisations_of(self.maml, self.statistics, choices.query_norm)
+        options, norm = self.config.evaluation, self.config.choices.query_norm
         return meta_test.evaluate(
             self.maml,
             self.parameters,
@@ -248,7 +205,7 @@ class Job:
             split,
             tasks=options.eval_tasks,
             steps=options.eval_steps,
-            normalisations=normalisations,
+            normalisations=normalisations_of(self.maml, self.statistics, norm),
             statistics=self.statistics,
             inner_batch=options.eval_inner_batch,
             skipped=first_task,
@@ -257,16 +214,15 @@ class Job:
 
     def record(self) -> dict[str, Any]:
         """Return what a result file says about where its numbers come from."""
-        subject, config = self.subject, self.subject.config
         return {
-            "checkpoint": subject.file,
-            "iteration": subject.source.iteration if subject.source else 0,
+            "checkpoint": self.file,
+            "iteration": self.source.iteration if self.source else 0,
             "split": "test",
-            "tasks": config.evaluation.eval_tasks,
+            "tasks": self.config.evaluation.eval_tasks,
             "tasks_seed": meta_test.SEED,
-            "trained_steps": config.choices.trained_steps,
-            "test_steps": config.evaluation.test_steps,
-            "settings": config.values(),
+            "trained_steps": self.config.choices.trained_steps,
+            "test_steps": self.config.evaluation.test_steps,
+            "settings": self.config.values(),
             "versions": versions(),
             "device": self.runtime.describe(),
         }
@@ -275,7 +231,7 @@ class Job:
         """Write the result as JSON, and as a picture; image tasks get a picture of examples as well."""
         record = {"command": command, **self.record(), **evaluation_record(result)}
         write_json(Path(f"{stem}.json"), record)
-        choices, options = self.subject.config.choices, self.subject.config.evaluation
+        choices, options = self.config.choices, self.config.evaluation
         curves, last = self.distribution.kind == "curves", options.eval_steps
         examples = adapt_examples(
             self.maml,
@@ -287,8 +243,30 @@ class Job:
             inner_batch=options.eval_inner_batch,
         )
         results, fits = results_of({ALL: [result]}), examples if curves else None
-        figure = results_figure(results, self.subject.words, fits=fits)
-        write_figure(Path(f"{stem}.png"), figure)
+        write_figure(Path(f"{stem}.png"), results_figure(results, self.caption, fits=fits))
         if examples is not None and not curves:
-            title = f"test tasks, {self.subject.when}, {task_words(self.subject.config.tasks)}"
+            title = f"test tasks, {self.when}, {task_words(self.config.tasks)}"
             write_figure(Path(f"{stem}-examples.png"), examples_figure(examples, title))
+
+
+def summarise(subjects: Sequence[Subject]) -> tuple[Caption, str]:
+    """Return what several subjects have in common, in words and as a name for their results."""
+
+    def common(values: Iterable[Any], otherwise: Any = None) -> Any:
+        distinct = list(dict.fromkeys(values))
+        return distinct[0] if len(distinct) == 1 else otherwise
+
+    configs = [subject.config for subject in subjects]
+    tasks = [config.tasks for config in configs]
+    number = common(config.evaluation.eval_tasks for config in configs)
+    dataset = common(file_name(part.dataset) for part in tasks)
+    queries = common(part.queries for part in tasks)
+    titles = [dataset, common(map(task_words, tasks)), f"{number} test tasks"]
+    names = ["test", dataset, common(map(task_size, tasks)), queries and f"{queries}query", f"{number}tasks"]
+    caption = Caption(
+        title=", ".join(filter(None, titles)),
+        loss_name=common((loss_name(config.learner.loss) for config in configs), "loss"),
+        trained_steps=common(config.choices.trained_steps for config in configs),
+        test_steps=configs[0].evaluation.test_steps,
+    )
+    return caption, "-".join(filter(None, names))

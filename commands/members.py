@@ -18,7 +18,6 @@ from commands.call import Call
 from commands.config import CONFIG_FLAGS, Config
 from commands.resolve import resolve
 from common.errors import UsageError
-from common.options import Flag
 
 MOST_RUNS = 1000
 LONGEST_VALUE = 40  # characters of a value in a folder's name: the last ones, in which paths differ
@@ -59,11 +58,9 @@ def members_of(call: Call, given: Mapping[str, Any]) -> list[Member]:
     if number > MOST_RUNS:
         raise UsageError(f"--seeds and --sweep ask for {number:,} runs: at most {MOST_RUNS:,}")
     members = []
-    for choice in itertools.product(*(values.items() for values in axes.values())):
-        values = {name: value for name, (_, value) in zip(axes, choice, strict=True)}
-        words = [
-            f"{CONFIG_FLAGS[n].name.lstrip('-')}-{text}" for n, (text, _) in zip(axes, choice, strict=True)
-        ]
+    for choice in itertools.product(*axes.values()):
+        values = {name: axes[name][text] for name, text in zip(axes, choice, strict=True)}
+        words = [f"{CONFIG_FLAGS[n].name.lstrip('-')}-{text}" for n, text in zip(axes, choice, strict=True)]
         members += [Member("_".join(words), seed, {**given, **values, "seed": seed}) for seed in run_seeds]
     if len({member.config.tasks.classification for member in members}) > 1:
         raise UsageError("--sweep: regression and classification have no measure in common: sweep them apart")
@@ -75,13 +72,9 @@ def parse_seeds(text: str) -> list[int]:
     numbers: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*([0-9]{1,19})(?:-([0-9]{1,19}))?\s*", part)
-        if match is None:
-            raise UsageError(f"--seeds {text}: expected numbers and ranges, like 0-7 or 0,2,5-9")
-        low, high = int(match[1]), int(match[2] or match[1])
+        low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
         if not low <= high < min(low + MOST_RUNS, 2**63):
-            raise UsageError(
-                f"--seeds {text}: {part.strip()} is no range of up to {MOST_RUNS:,} seeds below 2^63"
-            )
+            raise UsageError(f"--seeds {text}: {part} is no number or range, like 0-7 or 0,2,5-9")
         numbers += range(low, high + 1)
     if len(set(numbers)) < len(numbers):
         raise UsageError(f"--seeds {text} names a seed twice")
@@ -97,26 +90,19 @@ def _parse_axes(sweep: Sequence[str], given: Mapping[str, Any]) -> dict[str, dic
         name = by_flag.get(key.strip().lstrip("-").replace("_", "-"))
         if name is None:
             raise UsageError(f"--sweep {text}: {key} is no setting (all flags: --help-all)")
-        flag, parts = CONFIG_FLAGS[name], values.split(",")
-        if name == "seed":
-            raise UsageError("--sweep seed: use --seeds")
-        if name in axes:
-            raise UsageError(f"--sweep has {flag.name} twice: give all of its values at once")
-        if name in given:
-            raise UsageError(f"{flag.name} is given, and in --sweep too: give one of them")
-        axes[name] = {_folder_text(v): v for v in (_parse_value(flag, part.strip(), text) for part in parts)}
+        flag = CONFIG_FLAGS[name]
+        if name == "seed" or flag.kind is tuple:
+            raise UsageError(f"--sweep {text}: {key} cannot be swept (of seeds, give --seeds)")
+        if name in axes or name in given:
+            raise UsageError(f"{flag.name} is given twice: give all of its values at once")
+        try:
+            parts = [flag.parse(part.strip()) for part in values.split(",")]
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(f"--sweep {text}: {error}") from error
+        axes[name] = {_folder_text(value): value for value in parts}
         if len(axes[name]) < len(parts):
             raise UsageError(f"--sweep {text} names a value twice, or two whose folders would have one name")
     return axes
-
-
-def _parse_value(flag: Flag, value: str, sweep: str) -> Any:
-    if flag.kind is tuple:
-        raise UsageError(f"--sweep {sweep}: a list of arguments cannot be swept")
-    try:
-        return flag.parse(value)
-    except argparse.ArgumentTypeError as error:
-        raise UsageError(f"--sweep {sweep}: {error}") from error
 
 
 def _folder_text(value: Any) -> str:

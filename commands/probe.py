@@ -63,6 +63,8 @@ def probe_learner(maml: MAML, parameters: Weights, distribution: TaskDistributio
     keys = keys_of(task_stream("train", seed, 1, range(2), first_tensor(tasks.support_x).device))
     try:
         make_meta_gradient(maml, engine=config.training.engine)(parameters, tasks, keys=keys)
+    except UsageError:
+        raise
     except Exception as error:  # an operator may fail in any way
         if is_out_of_memory(error):
             raise

@@ -21,11 +21,8 @@ import torch
 
 from commands.build import (
     Assembly,
-    SharedTasks,
-    Start,
     assemble,
     prepare,
-    prepare_run,
     read_tasks,
     train_runs,
 )
@@ -134,7 +131,10 @@ def _train_all(call: Call, members: Sequence[Member], world: World, locks: ExitS
     folder = folder or world.from_first(lambda: make_folder(call.checkpoint_path, members[0].config, locks))
     shared = read_tasks([member.config for member in members], call, world)
     with world.together():
-        assemblies = _assemble_all(starts, mine, folder, call, shared, world)
+        assemblies = [
+            assemble(start, folder / name, mine[name].given, call, world, shared)
+            for name, start in starts.items()
+        ]
     world.from_first(lambda: _write_list(folder, members))
     groups = group_runs([parts for parts in assemblies if not parts.start.finished], call.runs_at_once)
     sizes = ", ".join(str(len(group)) for group in groups) or "none, all are finished"
@@ -152,26 +152,6 @@ def _train_all(call: Call, members: Sequence[Member], world: World, locks: ExitS
     runs = zip(mine.values(), assemblies, strict=True)
     outcomes = [_summarise(member, parts.run) for member, parts in runs]
     return folder, _report(folder, [one for part in world.gather(outcomes) for one in part], world)
-
-
-def _assemble_all(
-    starts: Mapping[str, Start],
-    members: Mapping[str, Member],
-    folder: Path,
-    call: Call,
-    shared: SharedTasks,
-    world: World,
-) -> list[Assembly]:
-    """Assemble each run; of runs that differ in numbers alone, only the first is probed."""
-    assemblies: list[Assembly] = []
-    probed: set[Config] = set()
-    for name, start in starts.items():
-        start, runtime = prepare_run(start, members[name].given, call, world, silent=bool(assemblies))
-        structure = _structure(start.config)
-        own_folder, known = folder / name, structure in probed
-        assemblies.append(assemble(start, own_folder, call, runtime, shared, probed=known))
-        probed.add(structure)
-    return assemblies
 
 
 def group_runs(assemblies: Sequence[Assembly], at_most: int | None) -> list[list[Assembly]]:

@@ -1,6 +1,6 @@
 """Meta-train a run: a new one, one from another's weights (--init-from), or one that is resumed.
 
-    find_start -> build.prepare_run -> build.assemble -> build.train_runs
+    find_start -> build.assemble -> build.train_runs
 
 Sweeps take `find_start` and `make_folder` from here for each of their runs.
 """
@@ -20,7 +20,7 @@ from commands.build import (
     Start,
     assemble,
     collect_facts,
-    prepare_run,
+    prepare,
     print_settings,
     read_tasks,
     train_runs,
@@ -47,7 +47,8 @@ def _train(call: Call, given: Mapping[str, Any], world: World, locks: ExitStack)
     with world.together():
         if world.first and folder:
             locks.enter_context(lock_folder(folder))
-        start, runtime = prepare_run(find_start(call, given), given, call, world)
+        start = find_start(call, given)
+        runtime = prepare(start.config, call, world)
         tasks = start.config.training.meta_batch_size
         if world.size > tasks:
             raise UsageError(f"{world.size} processes for a meta-batch of {tasks} tasks: take fewer")
@@ -59,11 +60,13 @@ def _train(call: Call, given: Mapping[str, Any], world: World, locks: ExitStack)
     folder = folder or world.from_first(lambda: make_folder(call.checkpoint_path, start.config, locks))
     shared = read_tasks([start.config], call, world)
     with world.together():
-        parts = assemble(start, folder, call, runtime, shared, team=world)
+        parts = assemble(start, folder, given, call, world, shared, team=world)
+    config = parts.start.config
+    world.check_same({"--compile, for want of a compiler": config.training.compile})
     doing = f"Resuming at iteration {parts.run.iteration:,}" if start.resumed else "Meta-training"
-    print_settings(start.config, runtime, f"{doing} in {folder}")
+    print_settings(config, runtime, f"{doing} in {folder}")
     launcher = ["python"] if world.size == 1 else ["torchrun", f"--nproc-per-node={world.local_size}"]
-    own_code = own_code_flags(start.config)
+    own_code = own_code_flags(config)
     resume = shlex.join([*launcher, "main.py", "--load", str(folder / LAST), *own_code])
     code = train_runs([parts], resume)
     if world.first:

@@ -73,13 +73,21 @@ def build_loss(name: str, arguments: tuple[str, ...] = ()) -> Callable[[Any, Any
     Raises UsageError if there is no such function, or if a built-in one does not take the arguments.
     """
     function = load_code(name, "--loss") if is_own_code(name) else LOSSES[name]
-    if not arguments:
-        return function
-    loss = partial(function, **parse_arguments(arguments))
-    if name in LOSSES:
+    loss = partial(function, **parse_arguments(arguments)) if arguments else function
+    if name not in LOSSES:
+        return partial(_one_number, loss, name)
+    if arguments:
         target = torch.zeros(1, dtype=torch.int64) if name == "cross-entropy" else torch.zeros(1, 1)
         try:  # report a wrong argument before there is work with the data
             loss(torch.zeros(1, 1), target)
         except Exception as error:
             raise UsageError(f"--loss-args {' '.join(arguments)} with --loss {name}: {error}") from error
     return loss
+
+
+def _one_number(loss: Callable[[Any, Any], Tensor], name: str, outputs: Any, targets: Any) -> Tensor:
+    value = loss(outputs, targets)
+    if not isinstance(value, Tensor) or value.dim():
+        shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise UsageError(f"--loss {name} gives {shape}: it should give one number, a tensor")
+    return value

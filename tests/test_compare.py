@@ -173,7 +173,7 @@ def test_sides_are_named_after_their_path_and_setting_and_results_lie_next_to_th
         ("maml fomaml --eval", "leave out --eval"),
         ("maml fomaml --seeds 0-1", "leave out --seeds"),
         ("maml fomaml --out maml/best.pt/x", "cannot write"),
-        ("fc fc/last.pt --split test --eval-dataset images:gone --out new/er", "gone"),
+        ("fc fc/last.pt --split test --eval-dataset images:gone", "gone"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_one_line_and_leaves_nothing(
