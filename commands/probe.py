@@ -15,6 +15,7 @@ from common.batch import TaskDistribution, Tree, arguments_of, first_tensor, tre
 from common.errors import UsageError, is_out_of_memory
 from common.optimizers import Weights
 from common.random import keys_of, task_stream
+from common.task import Extras
 from learners.diagnosis import find_failure
 from learners.elementary import Elementary
 from learners.losses import LOSSES
@@ -61,15 +62,18 @@ def probe_learner(maml: MAML, parameters: Weights, distribution: TaskDistributio
     seed, learner = config.training.seed, config.learner
     tasks = distribution.resized(config.training_shots).sample("train", seed, 1, range(2))
     keys = keys_of(task_stream("train", seed, 1, range(2), first_tensor(tasks.support_x).device))
+    x, y = (tree_map(lambda part: part[0], tree) for tree in (tasks.support_x, tasks.support_y))
+    weights = maml.whole_weights(parameters)
     try:
+        with torch.no_grad():
+            maml.loss(maml.call(weights, x, Extras(keys[0]).for_pass("support")), y)
         make_meta_gradient(maml, engine=config.training.engine)(parameters, tasks, keys=keys)
     except UsageError:
         raise
     except Exception as error:  # an operator may fail in any way
         if is_out_of_memory(error):
             raise
-        positional, named = arguments_of(tree_map(lambda part: part[0], tasks.support_x))
-        weights = maml.whole_weights(parameters)
+        positional, named = arguments_of(x)
         failure = None if named else find_failure(maml.learner, weights, positional, keys[0])
         if failure is None:
             raise UsageError(

@@ -336,17 +336,17 @@ def test_a_runs_folder_is_named_after_its_setting_and_seed():
 
 
 REFUSED = {
-    "--seeds 0-": "expected numbers and ranges",
-    "--seeds 3-1": "3-1 is no range",
-    "--seeds 9223372036854775808": "below 2^63",
+    "--seeds 0-": "is no number or range, like 0-7",
+    "--seeds 3-1": "3-1 is no number or range",
+    "--seeds 9223372036854775808": "is no number or range",
     "--seeds 0-999 --sweep s=1,2": "ask for 2,000 runs: at most 1,000",
     "--sweep depth=1,2": "depth is no setting",
     "--sweep s=1,two": "expected a whole number",
     "--sweep s=1,1": "names a value twice",
     "--sweep oracle=1,0": "expected yes or no, got '1'",
-    "--sweep learner-args=1,2": "a list of arguments cannot be swept",
-    "--sweep seed=1,2": "use --seeds",
-    "--sweep s=1,2 -s 3": "-s is given, and in --sweep too",
+    "--sweep learner-args=1,2": "cannot be swept",
+    "--sweep seed=1,2": "give --seeds",
+    "--sweep s=1,2 -s 3": "-s is given twice",
     "--sweep algorithm=maml,imaml -s 2 --objective multi-step": "run algorithm-imaml_seed-0: ",
     "--sweep dataset=sinusoid,omniglot": "regression and classification have no measure in common",
     "--seeds 0,1 --init-from x": "there is no such checkpoint",
