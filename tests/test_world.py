@@ -277,7 +277,7 @@ def test_the_first_process_alone_speaks_and_writes(pair, alone):
     ("name", "message"),
     [
         ("tasks", "2 processes for a meta-batch of 1 tasks"),
-        ("adapt", "--adapt is for one process"),
+        ("adapt", "are for one process"),
         ("flag", "--meta-lr"),
     ],
 )
