@@ -91,10 +91,11 @@ def _check_settings(folder: Path, members: Sequence[Member]) -> None:
 
     Their mean would be one of different things.
     """
+    names = {member.name for member in members}
     settings = {member.setting: select_learned(member.config.replaced(seed=0)) for member in members}
     for run in list_runs(folder):
         file = folder / run.name / LAST
-        if run.setting in settings and file.is_file():
+        if run.setting in settings and run.name not in names and file.is_file():
             saved = config_of(load_checkpoint(file).settings, file)
             now, before = settings[run.setting], select_learned(saved.replaced(seed=0))
             for name in now:

@@ -268,7 +268,7 @@ def test_a_folder_takes_no_other_settings_and_no_single_run(tmp_path, capsys):
         "has the run seed-0 with another --inner-lr": ["--seeds", 1, "--inner-lr", 0.5, *resumed, many.name],
         "has many runs": [*resumed, many.name],
         "is a run, not a folder of many": ["--seeds", 0, *resumed, one.name],
-        "with another -s": ["--seeds", 0, "-s", 2, *resumed, many.name],
+        "-s 2 disagrees": ["--seeds", 0, "-s", 2, *resumed, many.name],
         "is not empty": ["--seeds", 0, "--checkpoint-path", tmp_path, "--run-name", "notes"],
         "resume them with --seeds or --sweep": ["--load", many],
     }
