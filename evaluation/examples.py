@@ -175,14 +175,13 @@ def predictions_figure(tasks: Sequence[Prediction], title: str) -> Figure:
         x, order = (task.query_x[:, 0] if curve else torch.arange(len(task.query_x))).sort()
         names = task.classes or [f"target {number}" for number in range(task.predicted.shape[1])]
         for number, (name, values) in enumerate(zip(names, task.predicted[order].T, strict=True)):
-            look = style.curve_style(number) | ({} if curve else {"linestyle": "none"})
+            look = style.curve_style(number) | ({"marker": ""} if curve else {"linestyle": "none"})
             panel.plot(x.numpy(), values.numpy(), label=name, **look)
             if curve:
-                targets = task.support_y[:, number].numpy()
-                panel.scatter(task.support_x[:, 0].numpy(), targets, 18, look["color"], zorder=3)
-        panel.xaxis.get_major_locator().set_params(integer=not curve)
-        label = "probability" if task.classes else "prediction"
-        panel.set(title=task.name, xlabel="x" if curve else "predicted row", ylabel=label)
+                support = task.support_x[:, 0].numpy(), task.support_y[:, number].numpy()
+                panel.scatter(*support, 18, style.RED, zorder=3, label="support set" if number == 0 else None)
+        panel.set(title=task.name, xlabel="x" if curve else "predicted row")
+        panel.set_ylabel("probability" if task.classes else "prediction")
     style.add_legend(figure, panels[0])
     return figure
 

@@ -182,7 +182,7 @@ def results_of(settings: Mapping[str, Sequence[Evaluation]]) -> dict[str, StepRe
 
 
 def results_table(results: Mapping[str, StepResults], caption: Caption) -> str:
-    """Return few settings as columns, with all inner steps; or many as rows: step 0, the quoted one, the last."""
+    """Return few settings as columns, with all steps, or many as rows, after 0, the quoted and the last step."""
     parts = list(results.values())
     measure, scale, digits = units(parts[0].measure(caption.loss_name))
     last = max(len(part.means) for part in parts) - 1
@@ -190,7 +190,8 @@ def results_table(results: Mapping[str, StepResults], caption: Caption) -> str:
     steps = range(last + 1) if few else sorted({0, min(caption.test_steps, last), last})
     cells = [[part.cell(step, scale, digits) for step in steps] for part in parts]
     if few:
-        marks = ["trained for" * (step == caption.trained_steps) for step in steps]
+        words = {caption.test_steps: "quoted", caption.trained_steps: "trained for"}
+        marks = [words.get(step, "") for step in steps]
         names = [measure if name == ALL else name for name in results]
         text = table(["steps", *names, ""], list(zip(map(str, steps), *cells, marks, strict=True)))
     else:
