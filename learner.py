@@ -2,8 +2,6 @@
 
 A learner is a plain `nn.Module` that knows nothing of meta-learning; `MAML` takes it as it is.
 
-    learner = build_learner("conv", outputs=5, inputs=(1, 28, 28))
-    learner = build_learner("torchvision:resnet18", outputs=5, inputs=(3, 84, 84))
     learner = build_learner("my_code.py:factory", outputs=5, arguments={"width": 64})
 
 Your own learners stay in your own code. A new built-in one is a function from the number of outputs and the
@@ -55,45 +53,30 @@ class SpatialMean(nn.Module):
         return x.mean((2, 3))
 
 
-def _blocks(inputs: Shape, channels: int, scale: bool, *, pool: bool = False) -> list[nn.Module]:
-    """Return four 3x3 convolutions, of stride 2 or before 2x2 max pooling, with batch norm and ReLU."""
-    blocks: list[nn.Module] = []
+def convolutional(
+    outputs: int,
+    inputs: Shape = (1, 28, 28),
+    *,
+    channels: int = CHANNELS,
+    scale: bool = False,
+    pool: bool = False,
+    flat: bool = False,
+) -> nn.Module:
+    """Build four 3x3 convolutions with batch norm and ReLU, and a linear layer.
+
+    Args:
+        scale: batch norm has a scale as well as a shift.
+        pool: 2x2 max pooling instead of strides of 2.
+        flat: the linear layer sees all positions instead of their mean.
+    """
+    layers: list[nn.Module] = []
     for channels_in in (inputs[0], channels, channels, channels):
         convolution = nn.Conv2d(channels_in, channels, 3, stride=1 if pool else 2, padding=1, bias=False)
-        blocks += [convolution, BatchNorm(channels, scale=scale), nn.ReLU()]
-        blocks += [nn.MaxPool2d(2)] * pool
-    return blocks
-
-
-def conv(
-    outputs: int, inputs: Shape = (1, 28, 28), *, channels: int = CHANNELS, scale: bool = False
-) -> nn.Module:
-    """Build four 3x3 convolutions of stride 2 and a mean over space: Finn et al.'s Omniglot network."""
-    blocks = _blocks(inputs, channels, scale)
-    return nn.Sequential(*blocks, SpatialMean(), nn.Linear(channels, outputs))
-
-
-def conv_flat(
-    outputs: int, inputs: Shape = (1, 28, 28), *, channels: int = CHANNELS, scale: bool = True
-) -> nn.Module:
-    """Build `conv`, flattened and with batch norm's scale: Nichol et al.'s Omniglot network (2018)."""
-    features = channels * math.prod(-(-size // 16) for size in inputs[1:])
-    return nn.Sequential(*_blocks(inputs, channels, scale), nn.Flatten(), nn.Linear(features, outputs))
-
-
-def conv_pool(
-    outputs: int, inputs: Shape = (1, 28, 28), *, channels: int = CHANNELS, scale: bool = False
-) -> nn.Module:
-    """Build `conv` with 2x2 max pooling instead of strides (Vinyals et al. 2016)."""
-    blocks = _blocks(inputs, channels, scale, pool=True)
-    return nn.Sequential(*blocks, SpatialMean(), nn.Linear(channels, outputs))
-
-
-def conv4(outputs: int, inputs: Shape = (3, 84, 84), *, channels: int = 32, scale: bool = False) -> nn.Module:
-    """Build the mini-ImageNet network of Ravi and Larochelle (2017): max pooling, flattened."""
-    features = channels * (inputs[1] // 16) * (inputs[2] // 16)
-    blocks = _blocks(inputs, channels, scale, pool=True)
-    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(features, outputs))
+        layers += [convolution, BatchNorm(channels, scale=scale), nn.ReLU()]
+        layers += [nn.MaxPool2d(2)] * pool
+    positions = math.prod(size // 16 if pool else -(-size // 16) for size in inputs[1:])
+    features = channels * positions if flat else channels
+    return nn.Sequential(*layers, nn.Flatten() if flat else SpatialMean(), nn.Linear(features, outputs))
 
 
 def convnet(outputs: int, inputs: Shape = (1, 28, 28), *, channels: int = CHANNELS) -> nn.Module:
@@ -116,10 +99,11 @@ def fc(outputs: int, inputs: Shape = (1, 28, 28)) -> nn.Module:
 
 LEARNERS: dict[str, Callable[..., nn.Module]] = {
     "mlp": mlp,
-    "conv": conv,
-    "conv-flat": conv_flat,
-    "conv-pool": conv_pool,
-    "conv4": conv4,
+    "conv": convolutional,  # Finn et al.'s Omniglot network
+    "conv-flat": partial(convolutional, scale=True, flat=True),  # Nichol et al.'s (2018)
+    "conv-pool": partial(convolutional, pool=True),  # Vinyals et al. (2016)
+    # the mini-ImageNet network of Ravi and Larochelle (2017)
+    "conv4": partial(convolutional, inputs=(3, 84, 84), channels=32, pool=True, flat=True),
     "convnet": convnet,
     "fc": fc,
 }
@@ -139,10 +123,8 @@ class GreyAsColour(nn.Module):
         return self.network(x.expand(-1, 3, -1, -1))
 
 
-def build_torchvision(
-    model: str, outputs: int, /, inputs: Shape | None = None, **arguments: Any
-) -> nn.Module:
-    """Build a classification model of torchvision's with a new last layer, for colour or grey images.
+def build_torchvision(model: str, outputs: int, /, inputs: Any = None, **arguments: Any) -> nn.Module:
+    """Build torchvision's classification model with a new last layer, for colour or grey images.
 
     With `weights` (such as "DEFAULT") the other layers are trained ones.
     """
@@ -160,10 +142,9 @@ def build_torchvision(
 
 
 def load_factory(name: str) -> Callable[..., nn.Module]:
-    """Return the factory of a learner: a function of the number of outputs and other arguments.
+    """Return the factory behind a key of `LEARNERS`, `torchvision:MODEL`, or the user's `file.py:factory`.
 
-    The name is a key of `LEARNERS`, `torchvision:MODEL`, or the user's `file.py:factory`. Raises UsageError
-    if there is no such learner.
+    It takes the number of outputs, and other arguments by name. Raises UsageError if there is none.
     """
     if is_own_code(name):
         return load_code(name, "--learner")

@@ -30,7 +30,7 @@ from common.batch import TaskBatch, Tree, first_tensor, joined, stacked_trees, t
 from common.choices import Choices
 from common.optimizers import InnerOptimizer, InnerState, Moments, Weights
 from common.task import Extras, Task, mean_statistics, over_tasks, stack_steps, sum_over_tasks
-from learners.batch_norm import BatchNorm, norm_parameter_names, record_statistics, use_running_statistics
+from learners.batch_norm import norm_parameter_names, record_statistics, set_norms
 from learners.functional import FunctionalLearner
 from learners.heads import (
     adapted_names,
@@ -99,12 +99,10 @@ class MAML:
         loss: maps (outputs, targets) of one task to a scalar, a mean over examples.
         choices: the algorithm; each field is described by its flag's help text.
         convolution, compute_dtype, example: see `FunctionalLearner`.
-        tasks_at_once: take tasks in chunks of that size, which bounds memory; the result is the same to
-            rounding. None: all at once.
+        tasks_at_once: take tasks in chunks of that size, which bounds memory; None: all at once.
         vectorise: run tasks at once by `vmap`; else one after another, for learners that cannot be.
 
-    Raises ValueError for choices or a head that do not exist or do not go together, and if nothing is left
-    to adapt.
+    Raises ValueError for choices or a head that do not exist or contradict each other.
     """
 
     def __init__(
@@ -124,6 +122,7 @@ class MAML:
         self.call = FunctionalLearner(
             learner, convolution=convolution, compute_dtype=compute_dtype, example=example
         )
+        self.learner = self.call.module  # the converted copy
         choices.check(has_batch_norm=self.has_batch_norm)
         self.tasks_at_once = tasks_at_once
         self.over_tasks = over_tasks(vectorise)
@@ -135,7 +134,6 @@ class MAML:
             proximal=choices.proximal,
         )
         self.first_order = choices.meta_gradient == "first-order"
-        self.normalisation = "inductive" if choices.batch_norm == "inductive" else "transductive"
         self._partition()
 
     def _partition(self) -> None:
@@ -157,8 +155,6 @@ class MAML:
         self.adapted = frozenset(adapted if choices.adapt_norm and not self.per_step else adapted - norms)
         if not self.adapted:
             raise ValueError(f"adapting {choices.fast_weights} leaves nothing to adapt but batch norm")
-        if not heads <= self.adapted:
-            raise ValueError(f"head_init {choices.head_init!r} needs a head that the inner loop adapts")
 
     def with_options(self, **changes: Any) -> MAML:
         """Return the algorithm with other choices or other arguments of the constructor, by name."""
@@ -178,13 +174,8 @@ class MAML:
             self.optimizer = before
 
     @property
-    def learner(self) -> nn.Module:
-        """The converted copy of the learner."""
-        return self.call.module
-
-    @property
     def has_batch_norm(self) -> bool:
-        return any(isinstance(layer, BatchNorm) for layer in self.learner.modules())
+        return bool(self.call.statistics)
 
     # ---- meta-parameters --------------------------------------------------------------------
 
@@ -247,9 +238,8 @@ class MAML:
         weights = {name: w for name, w in parameters.items() if not name.startswith((RATE, SQUARE))}
         weights |= self.shared_at(parameters, 0, statistics).weights
         extras = task.extras.for_pass("prototypes")
-        return prototype_head(
-            self.call(weights, task.support_x, extras, module=self.body), task.support_y, self.head_weights
-        )
+        embeddings = self.call(weights, task.support_x, extras, module=self.body)
+        return prototype_head(embeddings, task.support_y, self.head_weights)
 
     def shared_at(self, parameters: Weights, step: int, statistics: Weights | None = None) -> Shared:
         """Return what tasks share in an inner step, counted from 0; running statistics join the weights."""
@@ -261,9 +251,6 @@ class MAML:
         if self.choices.inner_rates == "layer-step":
             rates = {name: rate[row] for name, rate in rates.items()}
         return Shared(weights, rates, self.start(parameters).fast if self.optimizer.proximal else {})
-
-    def support_loss(self, fast: Weights, shared: Weights, x: Tree, y: Tree, extras: Extras) -> Tensor:
-        return self.loss(self.call(fast | shared, x, extras), y)
 
     def inner_step(
         self, state: InnerState, shared: Shared, x: Tree, y: Tree, extras: Extras
@@ -307,10 +294,9 @@ class MAML:
 
     def query_loss(self, fast: Weights, shared: Weights, task: Task) -> tuple[Tensor, tuple[Tree, Weights]]:
         """Return the query loss under adapted weights; with it outputs, and recorded statistics."""
+        x, support_x = task.query_x, task.support_x
         with self._recording() as statistics:
-            outputs = self.call.query(
-                fast | shared, task.query_x, task.support_x, self.normalisation, task.extras
-            )
+            outputs = self.call.query(fast | shared, x, support_x, self.choices.query_norm, task.extras)
         return self.loss(outputs, task.query_y), (outputs, statistics or {})
 
     def outer_loss(
@@ -319,9 +305,9 @@ class MAML:
         """Return what meta-training minimises: the query loss after the last inner step or, with
         `step_weights` `[steps]`, the weighted sum of those after each (Antoniou et al. 2019)."""
         losses, seen = [], []
-        for step, adapted in enumerate(self.inner_loop(parameters, task, self.steps)):
-            if step == 0:
-                continue
+        states = self.inner_loop(parameters, task, self.steps)
+        next(states)  # before the first step
+        for step, adapted in enumerate(states, 1):
             query_statistics: Weights = {}
             if step_weights is not None or step == self.steps:
                 loss, (outputs, query_statistics) = self.query_loss(
@@ -338,9 +324,8 @@ class MAML:
         self, parameters: Weights, tasks: Task, step_weights: Tensor | None = None
     ) -> tuple[Tensor, Outcome]:
         """Return the sum of the tasks' outer losses, and their outcomes `[tasks, ...]`."""
-        losses, outcomes = self.over_tasks(lambda task: self.outer_loss(parameters, task, step_weights))(
-            tasks
-        )
+        outer_loss = self.over_tasks(lambda task: self.outer_loss(parameters, task, step_weights))
+        losses, outcomes = outer_loss(tasks)
         return losses.sum(), outcomes
 
     def unrolled(self, parameters: Weights, tasks: Task, step_weights: Tensor | None = None) -> MetaGradient:
@@ -365,13 +350,10 @@ class MAML:
 
         Args:
             order: the support examples of each inner step, int64 `[tasks, steps, batch]`; None: all.
-            keys: of the learner's random numbers, 32-bit words in int64 `[tasks, 2]`; each task, step and
-                pass draws others. Only for learners that draw.
+            keys: of the random numbers of a learner that draws, 32-bit words in int64 `[tasks, 2]`.
             step_weights: `[steps]`, of the query losses after each inner step; None: the last alone counts.
-            tasks: the meta-batch's, if `batch` is only a part of it: the results of all parts add up to the
-                mean.
-            way: how it is computed (see training/meta_gradients.py); None: `unrolled`, which is exact or
-                first-order.
+            tasks: size of the meta-batch, if `batch` is a part of it: the parts' results add up to the mean.
+            way: how it is computed (see training/meta_gradients.py); None: `unrolled`.
         """
         way = way or self.unrolled
         parts = [way(parameters, chunk, step_weights) for chunk in self._chunks(batch, order, keys)]
@@ -398,11 +380,9 @@ class MAML:
     ) -> dict[str, Tree]:
         """Return outputs on the query sets after 0, 1, ... `steps` inner steps, by normalisation.
 
-        Each is `[tasks, steps + 1, query examples, ...]`. The inner loop is the same for "transductive" and
-        "inductive"; with "per-step" support and query use the running `statistics`
-        `[trained steps, 2, channels]`. The inner loop runs in training mode and the query in evaluation mode:
-        dropout drops nothing there. `order` and `keys` as in `meta_gradient`.
-        Raises ValueError for "per-step" without the statistics that it needs.
+        Each is `[tasks, steps + 1, query examples, ...]`. The inner loop runs in training mode, the query in
+        evaluation mode: dropout drops nothing there. With "per-step", support and query use the running
+        `statistics` `[trained steps, 2, channels]`: ValueError without. `order`, `keys`: see `meta_gradient`.
         """
         self.check_statistics(normalisations, statistics)
 
@@ -447,7 +427,7 @@ class MAML:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Let batch norm normalise with the running statistics that come with the weights."""
-        with use_running_statistics(self.learner), use_running_statistics(self.body):
+        with set_norms(self.learner, uses_buffer=True), set_norms(self.body, uses_buffer=True):
             yield
 
     def check_statistics(self, normalisations: Iterable[str], statistics: Weights | None) -> None:

@@ -18,6 +18,12 @@ FAST_WEIGHTS = ("all", "head", "body", "context")
 HEAD_INITS = ("learned", "zero", "prototype")
 INNER_RATES = ("fixed", "layer-step", "element")
 META_GRADIENTS = ("exact", "first-order", "reptile", "implicit", "joint")
+# Of the meta-gradients that do not go through the inner loop: what rules out some other choices.
+MEANING = {
+    "implicit": "differentiates the solution of one support loss, which does not depend on the rates",
+    "reptile": "moves only what the inner loop adapts, to where the inner loop ends, without a query loss",
+    "joint": "has no inner loop: support and query are one batch",
+}
 OBJECTIVES = ("last", "multi-step")
 NORMALISATIONS = ("transductive", "inductive", "per-step")
 INNER_OPTIMIZERS = ("sgd", "momentum", "adam", "adam-carried")
@@ -128,12 +134,14 @@ class Choices:
             value = getattr(self, name)
             if problem := declaration.problem(value):
                 raise ValueError(f"{name} should be {problem}, not {value!r}")
-        rules = [*self._rate_rules(), *self._meta_gradient_rules(has_batch_norm)]
-        for refused, reason in [*rules, *self._head_rules(classification)]:
+        for refused, reason in self._contradictions(has_batch_norm, classification):
             if refused:
                 raise ValueError(reason)
 
-    def _rate_rules(self) -> Iterator[tuple[bool, str]]:
+    def _contradictions(
+        self, has_batch_norm: bool, classification: bool | None
+    ) -> Iterator[tuple[bool, str]]:
+        yield from self._meta_gradient_rules(has_batch_norm)
         if self.inner_lr_max is not None and self.inner_rates != "fixed":
             too_low = self.inner_lr_max <= self.inner_lr
             yield too_low, f"--inner-lr-max {self.inner_lr_max} is not above --inner-lr {self.inner_lr}"
@@ -141,49 +149,32 @@ class Choices:
             carried = "--inner-optimizer adam-carried: moments go from task to task"
             yield self.meta_gradient != "reptile", f"{carried} with --meta-gradient reptile alone; use adam"
             yield self.head_init != "learned", f"{carried} for a learned head alone; use adam"
+        head, weights = f"--head-init {self.head_init}", self.fast_weights
+        if self.head_init != "learned":
+            fixed, element = weights not in ("all", "head"), self.inner_rates == "element"
+            yield fixed, f"{head}: the inner loop must adapt the head, not --fast-weights {weights}"
+            yield element, f"{head}: --inner-rates element needs a learned head; use layer-step"
+            yield self.meta_gradient == "joint", f"{head}: --meta-gradient joint has no inner loop"
+        if self.head_init == "prototype":
+            yield classification is False, f"{head}: prototypes are of classes, and this is regression"
+            yield self.proximal > 0, f"{head}: each task has its own start; --proximal pulls all to one"
 
     def _meta_gradient_rules(self, has_batch_norm: bool) -> Iterator[tuple[bool, str]]:
         """Yield what each meta-gradient cannot be combined with."""
-        way = f"--meta-gradient {self.meta_gradient}"
-        rates, learned = f"--inner-rates {self.inner_rates}", self.inner_rates != "fixed"
-        multi_step, weights = self.objective == "multi-step", f"--fast-weights {self.fast_weights}"
-        per_step = has_batch_norm and (self.batch_norm == "per-step" or self.norm_per_step)
-        norm = "--norm-per-step" if self.norm_per_step else "--batch-norm per-step"
-        inductive = has_batch_norm and self.batch_norm == "inductive"
-        if self.meta_gradient == "implicit":
-            same_loss = f"{way} needs the same support loss in every step"
-            yield learned, f"{rates}: the solution that {way} differentiates does not depend on the rates"
-            yield multi_step, f"--objective multi-step: {way} uses the end of the inner loop alone"
-            yield per_step, f"{norm}: {same_loss}"
-            yield self.inner_batch is not None, f"--inner-batch: {same_loss}"
-            yield not self.proximal, f"{way} needs a --proximal above 0, which defines the problem it solves"
-        if self.meta_gradient == "reptile":
-            moves = f"{way} moves only what the inner loop adapts"
-            yield learned, f"{rates}: {way} gives the rates no gradient"
-            yield multi_step, f"--objective multi-step: {way} has no query loss"
-            yield self.fast_weights != "all", f"{weights}: {moves}, the rest would not learn"
-            yield per_step, f"{norm}: {moves}"
-            frozen_norm = has_batch_norm and not self.adapt_norm
-            yield frozen_norm, f"--no-adapt-norm: {moves}; the shift would not learn"
-            yield inductive, f"--batch-norm inductive: {way} does not learn from a query set"
-        if self.meta_gradient == "joint":
-            no_loop = f"{way} has no inner loop"
-            yield learned, f"{rates}: {no_loop} for the rates to learn from"
-            yield multi_step, f"--objective multi-step: {no_loop}"
-            yield per_step, f"{norm}: {no_loop}"
-            yield self.inner_batch is not None, f"--inner-batch: {no_loop}"
-            yield self.fast_weights == "context", f"{weights}: {no_loop} for the context to learn from"
-            yield inductive, f"--batch-norm inductive: {way} takes support and query as one batch"
-
-    def _head_rules(self, classification: bool | None) -> Iterator[tuple[bool, str]]:
-        """Yield what a head that is not learned cannot be combined with."""
-        if self.head_init == "learned":
+        way, weights = self.meta_gradient, self.fast_weights
+        if way not in MEANING:
             return
-        head = f"--head-init {self.head_init}"
-        weights, element = self.fast_weights, self.inner_rates == "element"
-        yield weights not in ("all", "head"), f"{head}: the inner loop must adapt the head, not the {weights}"
-        yield element, f"{head}: --inner-rates element needs a learned head; use layer-step"
-        yield self.meta_gradient == "joint", f"{head}: --meta-gradient joint has no inner loop to adapt it"
-        if self.head_init == "prototype":
-            yield classification is False, f"{head}: prototypes are of classes, and this is regression"
-            yield self.proximal > 0, f"{head}: each task has its own start, --proximal pulls all to one"
+        reason = f"--meta-gradient {way} {MEANING[way]}"
+        norm = self.batch_norm if has_batch_norm else ""
+        frozen_norm = has_batch_norm and not self.adapt_norm
+        yield self.inner_rates != "fixed", f"--inner-rates {self.inner_rates}: {reason}"
+        yield self.objective == "multi-step", f"--objective multi-step: {reason}"
+        yield has_batch_norm and self.norm_per_step, f"--norm-per-step: {reason}"
+        yield norm == "per-step", f"--batch-norm per-step: {reason}"
+        yield norm == "inductive" and way != "implicit", f"--batch-norm inductive: {reason}"
+        yield self.inner_batch is not None and way != "reptile", f"--inner-batch: {reason}"
+        yield way == "reptile" and weights != "all", f"--fast-weights {weights}: {reason}"
+        yield way == "joint" and weights == "context", f"--fast-weights context: {reason}"
+        yield way == "reptile" and frozen_norm, f"--no-adapt-norm: {reason}"
+        no_problem = way == "implicit" and not self.proximal
+        yield no_problem, f"{reason}: it needs a --proximal above 0, which defines the problem"

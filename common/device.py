@@ -95,13 +95,11 @@ def threads_for(requested: int | None, world: World, *, small_tensors: bool) -> 
     """
     if requested is not None:
         return requested
-    environment = os.environ.get("OMP_NUM_THREADS")
-    if environment is not None and (world.size == 1 or environment != "1"):
+    by_user = os.environ.get("OMP_NUM_THREADS") not in (None, "" if world.size == 1 else "1")
+    if by_user or (world.size == 1 and not small_tensors):
         return _INITIAL_THREADS
     if small_tensors:
         return 1
-    if world.size == 1:
-        return _INITIAL_THREADS
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // world.local_size)
 
@@ -127,8 +125,8 @@ def set_up(
 ) -> Runtime:
     """Configure PyTorch for a device and return the runtime.
 
-    With `deterministic`, operators that cannot give the same bits every time raise RuntimeError (see
-    `errors.explain`). Raises UsageError for a precision that the device does not have.
+    With `deterministic`, operators that cannot give the same bits every time raise RuntimeError.
+    Raises UsageError for a precision that the device does not have.
     """
     if device.type == "mps" and precision == "float64":
         raise UsageError("--device mps has no float64: use --precision float32 or --device cpu")

@@ -5,9 +5,9 @@ statistics of each forward pass:
 
 - *transductive*: a query set is normalised with its own statistics.
 - *inductive*: with those of the support set. Both pass through the network as one batch, whose statistics
-  come from its leading examples alone (`use_leading_statistics`).
-- *per-step* (Antoniou et al. 2019): running statistics for each inner step. The layers do not hold them:
-  `record_statistics` reads what a pass sees, and inside `use_running_statistics` they come with the weights.
+  come from its leading examples alone (`reference`).
+- *per-step* (Antoniou et al. 2019): running statistics for each inner step. `record_statistics` reads what a
+  pass sees; with `uses_buffer`, `functional_call` substitutes them for the buffer like weights.
 """
 
 from __future__ import annotations
@@ -125,24 +125,17 @@ def join_names(layer: str, name: str) -> str:
 
 
 @contextmanager
-def _temporary_attribute(module: nn.Module, attribute: str, value: Any) -> Iterator[dict[str, BatchNorm]]:
-    """Set an attribute of every `BatchNorm` and restore it on exit; yield the layers by name."""
+def set_norms(module: nn.Module, **attributes: Any) -> Iterator[dict[str, BatchNorm]]:
+    """Set attributes of every `BatchNorm` and restore them on exit; yield the layers by name."""
     layers = norm_layers(module)
-    before = {name: getattr(layer, attribute) for name, layer in layers.items()}
+    before = [{name: getattr(layer, name) for name in attributes} for layer in layers.values()]
     for layer in layers.values():
-        setattr(layer, attribute, value)
+        layer.__dict__.update(attributes)
     try:
         yield layers
     finally:
-        for name, layer in layers.items():
-            setattr(layer, attribute, before[name])
-
-
-@contextmanager
-def use_leading_statistics(examples: int, module: nn.Module) -> Iterator[None]:
-    """Make every `BatchNorm` take its statistics from that many leading examples of the batch."""
-    with _temporary_attribute(module, "reference", examples):
-        yield
+        for layer, values in zip(layers.values(), before, strict=True):
+            layer.__dict__.update(values)
 
 
 def fresh_statistics(module: nn.Module) -> dict[str, Tensor]:
@@ -162,17 +155,10 @@ def record_statistics(module: nn.Module) -> Iterator[dict[str, Tensor]]:
     Yield a dictionary that is filled on exit: `[2, channels]`, detached, by the name of the layer's buffer.
     """
     recorded: dict[str, Tensor] = {}
-    with _temporary_attribute(module, "seen", None) as layers:
+    with set_norms(module, seen=None) as layers:
         for layer in layers.values():
             layer.seen = []
         yield recorded
         for name, layer in layers.items():
             if layer.seen:
                 recorded[join_names(name, "statistics")] = torch.stack(layer.seen).mean(0)
-
-
-@contextmanager
-def use_running_statistics(module: nn.Module) -> Iterator[None]:
-    """Make every `BatchNorm` normalise with its buffer, which `functional_call` substitutes like a weight."""
-    with _temporary_attribute(module, "uses_buffer", True):
-        yield

@@ -35,13 +35,9 @@ def find_failure(
 ) -> Finding | None:
     """Return what the learner lacks; None: nothing.
 
-    It is vectorised over two tasks, then differentiated twice in reverse, then in reverse over forward mode.
-    Hooks tell which layer fails, if it fails in a forward pass. The module is copied, not changed.
-
-    Args:
-        weights: the module's parameters by name, and any of its buffers.
-        inputs: the arguments of its forward pass, of one task.
-        keys: int64 `[2]`; see `Elementary`.
+    A copy is vectorised over two tasks, then differentiated twice in reverse, then in reverse over forward
+    mode. Hooks tell which layer's forward pass fails. `weights` are parameters by name, `inputs` one task's
+    arguments of a forward pass, and `keys` as in `Elementary`.
     """
     module = copy.deepcopy(module)
     running: list[str] = []  # layers whose forward has not returned

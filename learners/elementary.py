@@ -52,14 +52,8 @@ _OTHERS: Replacements = {
     F.hardsigmoid: lambda draws, x, inplace=False: F.relu6(x + 3.0) / 6.0,
     Tensor.data.__get__: lambda draws, x: x.detach(),  # type: ignore[attr-defined]  # a descriptor
 }
-_FAMILIES = (
-    draws.REPLACEMENTS,
-    attention.REPLACEMENTS,
-    recurrent.REPLACEMENTS,
-    normalisation.REPLACEMENTS,
-    _OTHERS,
-)
-_REPLACEMENTS = {function: new for family in _FAMILIES for function, new in family.items()}
+_REPLACEMENTS = _OTHERS | draws.REPLACEMENTS | normalisation.REPLACEMENTS
+_REPLACEMENTS |= attention.REPLACEMENTS | recurrent.REPLACEMENTS
 _REFUSED = dict.fromkeys(
     draws.REFUSED,
     "draws random numbers in a way that cannot be repeated for each task: draw with torch.rand, torch.randn, "
@@ -80,9 +74,8 @@ _ALLOCATIONS = {
 class Elementary(TorchFunctionMode):
     """A mode that substitutes functions; enter a new one for each forward pass.
 
-    While a substitute runs, the mode is off: the functions that it calls are PyTorch's own.
-
-    The pass raises ValueError for functions that cannot be substituted; the message says what to do.
+    While a substitute runs, the mode is off: the functions that it calls are PyTorch's own. The pass raises
+    ValueError for functions that cannot be substituted; the message says what to do.
 
     Args:
         keys: int64 `[2]`, two 32-bit words on which the random numbers depend (seed, task, pass); None: a

@@ -20,7 +20,7 @@ from common.batch import Tree, arguments_of, first_tensor, in_type, joined, tree
 from common.choices import CONVOLUTIONS, check_choice
 from common.optimizers import Weights
 from common.task import Extras
-from learners.batch_norm import convert_batch_norm, fresh_statistics, use_leading_statistics
+from learners.batch_norm import convert_batch_norm, fresh_statistics, set_norms
 from learners.elementary import Elementary, is_elementary
 from learners.im2col import convert_convolutions
 
@@ -32,14 +32,12 @@ class FunctionalLearner:
         module: maps `[examples, ...]` to outputs. Several inputs are a tuple, or a dictionary by name.
         convolution: how `nn.Conv2d` is computed, "grouped" or "im2col" (see im2col.py).
         compute_dtype: type of the learner's arithmetic; None: that of its parameters.
-        example: one task's inputs; a pass on them shows which buffers the module changes. Without it all
-            buffers count as changed.
+        example: one task's inputs, to see which buffers a pass changes; None: all count as changed.
 
-    Attributes:
-        module: the converted copy.
-        parameters: its trainable parameters by name.
+    Attributes, by name:
+        parameters: the trainable parameters of `module`, the converted copy.
         fixed: frozen parameters, and the buffers of a `state_dict`.
-        statistics: fresh running statistics of its batch norm layers, `[2, channels]` by name.
+        statistics: fresh running statistics of its batch norm layers, `[2, channels]`.
         buffers: the buffers that a pass changes, batch norm's aside.
     """
 
@@ -75,12 +73,9 @@ class FunctionalLearner:
         module: nn.Module | None = None,
         changed: Weights | None = None,
     ) -> Tree:
-        """Return the outputs `[examples, ...]` under these weights.
+        """Return the outputs `[examples, ...]` under weights, and running statistics, by name.
 
-        Args:
-            weights: parameters by name, and any running statistics that batch norm is to use.
-            module: another module of the same parameters, such as the learner without its head.
-            changed: receives the buffers that the pass has changed, by name.
+        `module` is another one of the same parameters. `changed` receives the buffers that the pass changes.
         """
         extras, module = extras or Extras(), module or self.module
         dtype = next(iter(weights.values()), first_tensor(x)).dtype
@@ -106,7 +101,7 @@ class FunctionalLearner:
         if normalisation != "inductive":
             return self(weights, query_x, extras)
         shots = len(first_tensor(support_x))
-        with use_leading_statistics(shots, self.module):
+        with set_norms(self.module, reference=shots):
             outputs = self(weights, joined([support_x, query_x]), extras)
         return tree_map(lambda part: part[shots:], outputs)
 

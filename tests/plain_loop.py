@@ -75,17 +75,23 @@ def run(module: nn.Module, weights: dict, x, key=None):
     return outputs
 
 
-def inner_loop(module, loss, weights, adapted, x, y, *, steps, order, keys=None, carry=True):
+def inner_loop(
+    module, loss, weights, task, *, adapted=None, steps=STEPS, order="exact", keys=None, carry=True
+):
     """Yield one task's weights after 0, 1, ... steps; the module's buffers go along if they `carry`."""
+    adapted = adapted or list(weights)
     yield weights
     for step in range(steps):
         # independent of each other, however they began
         fast = {n: w.detach() if order == "first-order" else w.clone() for n, w in weights.items()}
         fast = {n: w if w.requires_grad else w.requires_grad_() for n, w in fast.items()}
         called = module if carry else copy.deepcopy(module)
-        value = loss(run(called, fast, x, key_of(keys, "support", step)), y)
+        outputs = run(called, fast, task.support_x, key_of(keys, "support", step))
         gradients = torch.autograd.grad(
-            value, [fast[n] for n in adapted], create_graph=order == "exact", allow_unused=True
+            loss(outputs, task.support_y),
+            [fast[n] for n in adapted],
+            create_graph=order == "exact",
+            allow_unused=True,
         )
         steps_taken = {n: LR * g for n, g in zip(adapted, gradients, strict=True) if g is not None}
         weights = weights | {n: weights[n] - s for n, s in steps_taken.items()}
@@ -114,18 +120,8 @@ def plain_loop(
     for number, task in enumerate(tasks_of(batch)):
         task_module, key = copy.deepcopy(module), None if keys is None else keys[number]
         start = leaves | (head(copy.deepcopy(module), leaves, task, key) if head else {})
-        *_, fast = inner_loop(
-            task_module,
-            loss,
-            start,
-            adapted or list(start),
-            task.support_x,
-            task.support_y,
-            steps=steps,
-            order=order,
-            keys=key,
-            carry=carry,
-        )
+        options = {"adapted": adapted, "steps": steps, "order": order, "keys": key, "carry": carry}
+        *_, fast = inner_loop(task_module, loss, start, task, **options)
         outputs.append(run(task_module, fast, task.query_x, key_of(key, "query", steps)))
         losses.append(loss(outputs[-1], task.query_y))
     gradients = torch.autograd.grad(torch.stack(losses).mean(), list(leaves.values()), materialize_grads=True)
@@ -174,17 +170,7 @@ def plain_predictions(
         task_module, key = copy.deepcopy(module), None if keys is None else keys[number]
         start = learned(module)
         start |= head(copy.deepcopy(module), start, task, key) if head else {}
-        weights = inner_loop(
-            task_module,
-            loss,
-            start,
-            adapted or list(start),
-            task.support_x,
-            task.support_y,
-            steps=STEPS,
-            order="exact",
-            keys=key,
-        )
+        weights = inner_loop(task_module, loss, start, task, adapted=adapted, keys=key)
         if normalisation == "inductive":
             steps = [inductive(task_module, fast, task.support_x, task.query_x) for fast in weights]
         else:

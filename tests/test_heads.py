@@ -172,16 +172,7 @@ def test_reptile_from_a_computed_head_moves_the_body_to_where_it_went(init):
     for task in tasks_of(batch):
         pool = Task(torch.cat([task.support_x, task.query_x]), torch.cat([task.support_y, task.query_y]))
         start = learned(module) | HEADS[init](module, learned(module), pool, None)
-        *_, fast = inner_loop(
-            module,
-            F.cross_entropy,
-            start,
-            list(start),
-            pool.support_x,
-            pool.support_y,
-            steps=STEPS,
-            order="exact",
-        )
+        *_, fast = inner_loop(module, F.cross_entropy, start, pool)
         for name in moved:
             moved[name] += (start[name] - fast[name]).detach() / TASKS
     assert_close(result.gradients, moved)

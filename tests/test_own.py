@@ -99,20 +99,15 @@ def own(tmp_path) -> str:
 
 @pytest.fixture
 def images(tmp_path) -> list[object]:
-    """Return the flags of small grey images in ten classes."""
-    return image_flags(tmp_path / "images", size=8, channels=1)
-
-
-def image_flags(folder: Path, *, size: int, channels: int) -> list[object]:
-    """Write noise around a brightness of each class's own; return the flags of tasks of it."""
+    """Write grey noise around a brightness of each class's own; return the flags of tasks of it."""
     generator = np.random.default_rng(0)
     for number in range(10):
-        (folder / f"class{number}").mkdir(parents=True)
+        folder = tmp_path / "images" / f"class{number}"
+        folder.mkdir(parents=True)
         for image in range(4):
-            shape = (size, size) if channels == 1 else (size, size, channels)
-            pixels = generator.integers(0, 60, shape) + 19 * number
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"class{number}" / f"{image}.png")
-    flags = f"--dataset images:{folder} --image-size {size} --channels {channels} -n 2 -k 2 -q 2"
+            pixels = generator.integers(0, 60, (8, 8)) + 19 * number
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{image}.png")
+    flags = f"--dataset images:{tmp_path / 'images'} --image-size 8 --channels 1 -n 2 -k 2 -q 2"
     return [*flags.split(), "--split-shares", "2,1,2"]
 
 
@@ -171,12 +166,6 @@ def test_a_network_of_sines_learns_harmonic_tasks_as_in_a_plain_loop(tmp_path):
 def test_a_module_that_imports_its_neighbours_learns_images_as_in_a_plain_loop(own, images, tmp_path):
     flags = [*images, "--learner", f"{own}:Net", "--learner-args", "hidden=3"]
     assert_a_step_is_a_plain_loops(tmp_path, flags, steps=2)
-
-
-@pytest.mark.slow
-def test_a_residual_network_of_torchvisions_learns_images_as_in_a_plain_loop(tmp_path):
-    flags = image_flags(tmp_path / "data", size=32, channels=3)
-    assert_a_step_is_a_plain_loops(tmp_path, [*flags, "--learner", "torchvision:resnet18"], steps=1)
 
 
 def test_a_learner_that_cannot_be_vectorised_is_refused_and_trains_with_no_vectorise(

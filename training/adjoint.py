@@ -228,7 +228,7 @@ def gradient_of_slopes(maml: MAML, axis: int | None) -> Callable[..., tuple[Weig
     def slope(fast: Weights, shared: Weights, v: Weights, x: Tree, y: Tree, extras: Extras) -> Tensor:
         def loss(fast: Weights) -> Tensor:
             with NoGradHolds():
-                return maml.support_loss(fast, shared, x, y, extras)
+                return maml.loss(maml.call(fast | shared, x, extras), y)
 
         return jvp(loss, (fast,), (v,))[1]
 

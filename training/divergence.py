@@ -37,7 +37,7 @@ def find_cause(
                 return f"the {part} of task {first + _first_set(bad)} are not all finite: clean the data"
     # Reptile's minibatches are of support and query together
     order = None if maml.choices.meta_gradient == "reptile" else inputs.get("order")
-    norm = maml.normalisation
+    norm = maml.choices.query_norm
     outputs = maml.predictions(parameters, batch, maml.steps, (norm,), order=order, keys=inputs.get("keys"))
     losses = loss_per_step(maml, outputs[norm], batch.query_y)  # [tasks, steps + 1]
     bad = ~losses[:, 0].isfinite()
