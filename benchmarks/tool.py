@@ -50,7 +50,7 @@ def assemble(flags: Sequence[str]) -> Assembly:
     """Assemble the run of these flags; the first iteration waits for the compiler."""
     given = parse(list(flags))
     call = check_call(given)
-    parts = assemble_run(Start(resolve(given)), Path(), given, call, ALONE, {})
+    parts = assemble_run(Start(resolve(given)), Path(), given, call, ALONE)
     config, compiler = parts.start.config, Compiler(parts.runtime.device)
     training_tasks = parts.distribution.resized(config.training_shots)
     trainer = Trainer([parts.run], parts.maml, training_tasks, parts.distribution, compiler, show=False)

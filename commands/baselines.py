@@ -65,7 +65,8 @@ def baselines(call: Call, given: Mapping[str, Any], command: str, world: World) 
     with world.together():
         if find_runs(call.load):
             raise UsageError("--baselines accompanies one run: name its checkpoint")
-    subject, result, stem = evaluate_one(call, given, command, world)
+    subject, result = evaluate_one(call, given, command, world)
+    stem = subject.stem(call)
     folder, saved, runtime = call.load.parent / "baselines", subject.trained, subject.runtime
     for name, flags in trained_baselines(saved).items():
         start = replace(

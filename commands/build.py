@@ -44,7 +44,7 @@ from training.run import Run
 from training.trainer import Trainer
 
 PREPARING, A_YEAR = 120.0, 60.0 * 24 * 365  # minutes that processes wait for each other's values
-SharedTasks = dict[Any, TaskDistribution]  # what runs that agree in their tasks share
+distribution_of = cache(build_distribution)  # one for all runs with the same tasks; `join_job` forgets them
 
 # ---- machine -------------------------------------------------------------------------------------
 
@@ -58,6 +58,7 @@ def join_job(call: Call, *, many: bool) -> tuple[Call, World]:
     Returns:
         The call with the checkpoints' files in place of folders, and the processes of the job.
     """
+    distribution_of.cache_clear()
     names = (BEST, LAST) if call.eval or call.adapt else (LAST, BEST)
     call = replace(
         call,
@@ -89,23 +90,17 @@ def prepare(config: Config, call: Call, world: World = ALONE) -> Runtime:
 
 
 def build(
-    config: Config,
-    call: Call,
-    runtime: Runtime,
-    shared: SharedTasks | None = None,
-    *,
-    saved: Checkpoint | None = None,
+    config: Config, call: Call, runtime: Runtime, *, saved: Checkpoint | None = None
 ) -> tuple[TaskDistribution, MAML]:
     """Build tasks and algorithm; the learner has its initial weights.
 
     Args:
-        shared: task distributions that may serve several runs; a new one is added.
         saved: the checkpoint whose weights will be put in: nothing is fetched for them, and the parts of the
             learner that are not learned (`MAML.fixed`) are the checkpoint's.
     """
     load_factory(config.learner.learner)  # before any work with the data
     build_loss(config.learner.loss, config.learner.loss_args)
-    distribution = build_tasks(config, call, runtime, {} if shared is None else shared)
+    distribution = build_tasks(config, call, runtime)
     batch = distribution.sample("test" if call.eval_dataset else "train", 0, 0, range(1))
     example = tree_map(lambda part: part[0], batch.support_x)
     outputs = config.tasks.ways if config.tasks.classification else first_tensor(batch.support_y).shape[-1]
@@ -113,30 +108,25 @@ def build(
     return distribution, build_algorithm(config, runtime, learner, example)
 
 
-def build_tasks(config: Config, call: Call, runtime: Runtime, shared: SharedTasks) -> TaskDistribution:
-    """Return the tasks from `shared`, to which new ones are added."""
-    key = config.tasks, config.training.precision
-    if key not in shared:
-        shared[key] = build_distribution(
-            config.tasks,
-            data_root=call.data_root,
-            device=runtime.device,
-            dtype=runtime.dtype,
-            for_test=call.eval_dataset is not None,
-        )
-    return shared[key]
+def build_tasks(config: Config, call: Call, runtime: Runtime) -> TaskDistribution:
+    """Return the tasks, which are read once per command."""
+    return distribution_of(
+        config.tasks,
+        data_root=call.data_root,
+        device=runtime.device,
+        dtype=runtime.dtype,
+        for_test=call.eval_dataset is not None,
+    )
 
 
-def read_tasks(configs: Iterable[Config], call: Call, world: World) -> SharedTasks:
+def read_tasks(configs: Iterable[Config], call: Call, world: World) -> None:
     """Build the tasks in the first process of each machine, which fetches and decodes what there is.
 
-    The other processes get none: `build` reads what the first has left behind.
+    The other processes then read what the first has left behind.
     """
-    shared: SharedTasks = {}
     with world.together():
         for config in configs if world.local_rank == 0 else ():
-            build_tasks(config, call, prepare(config, call, world), shared)
-    return shared
+            build_tasks(config, call, prepare(config, call, world))
 
 
 def build_module(
@@ -190,8 +180,7 @@ def build_algorithm(config: Config, runtime: Runtime, learner: nn.Module, exampl
             vectorise=config.training.vectorise,
         )
     except ValueError as error:
-        head = "" if choices.head is None else f" --head {choices.head}"
-        flags = f"--fast-weights {choices.fast_weights}{head} --head-init {choices.head_init}"
+        flags = f"--fast-weights {choices.fast_weights} --head-init {choices.head_init}"
         raise UsageError(f"{flags} with --learner {config.learner.learner}: {error}") from error
 
 
@@ -240,28 +229,19 @@ class Assembly:
 
 
 def assemble(
-    start: Start,
-    folder: Path,
-    given: Mapping[str, Any],
-    call: Call,
-    world: World,
-    shared: SharedTasks,
-    *,
-    team: World = ALONE,
+    start: Start, folder: Path, given: Mapping[str, Any], call: Call, world: World, *, team: World = ALONE
 ) -> Assembly:
     """Build everything that a run is trained with; no process waits for another in here.
 
-    Args:
-        shared: task distributions; a new one is added.
-        team: the processes that share the run's tasks.
+    Raises UsageError where data, learner, loss or checkpoint do not fit each other.
 
-    Raises:
-        UsageError: data, learner, loss or checkpoint do not fit each other.
+    Args:
+        team: the processes that share the run's tasks.
     """
     runtime = prepare(start.config, call, world)
     config, source = _fit_to_machine(start, given, runtime), start.checkpoint
     start = replace(start, config=config)
-    distribution, maml = build(config, call, runtime, shared, saved=source)
+    distribution, maml = build(config, call, runtime, saved=source)
     if start.file is not None and start.resumed is not None:
         check_same_split(start.file, start.resumed.splits, distribution.split_names)
     parameters = _starting_weights(start, maml)

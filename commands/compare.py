@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from commands.build import SharedTasks, make_writable, prepare
+from commands.build import make_writable, prepare
 from commands.call import Call
 from commands.evaluate import Subject
 from commands.names import file_name, in_words, select_meaningful, task_size, task_words
@@ -59,9 +59,8 @@ def compare(call: Call, given: Mapping[str, Any], command: str) -> int:
     what = f"{config.tasks.dataset}, {task_words(config.tasks)}, {config.tasks.queries} query"
     what += f": {number} {call.split} tasks"
     print(f"Comparing on {what}\n  device      {prepare(config, call).describe()}", flush=True)
-    shared: SharedTasks = {}
     records: list[dict[str, Any]] = []
-    sides = [_measure(*side, number, first_task, call, shared, records) for side in runs.items()]
+    sides = [_measure(*side, number, first_task, call, records) for side in runs.items()]
     caption = Caption(what, loss_name(config.learner.loss), None, config.evaluation.test_steps)
     print(f"\n{paired.settings_table(sides)}\n")
     which = f"{call.split} tasks" + ", none of which chose a checkpoint" * bool(first_task)
@@ -88,7 +87,6 @@ def _measure(
     number: int,
     first_task: int,
     call: Call,
-    shared: SharedTasks,
     records: list[dict[str, Any]],
 ) -> paired.Side:
     """Return a side with its results on `number` tasks of the split; append a record of each of its runs."""
@@ -97,7 +95,7 @@ def _measure(
     for seed, subject in runs.items():
         config = subject.config.replaced(eval_tasks=number)
         print(f"Measuring {subject.name}", flush=True)
-        job = replace(subject, config=config).build(call, prepare(config, call), shared)
+        job = replace(subject, config=config).build(call, prepare(config, call))
         results[seed] = job.evaluate(call.split, first_task=first_task)
         curves = _curves_of(subject)
         measure = "query_accuracy" if config.tasks.classification else "query_loss"

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from commands.build import (
-    SharedTasks,
     build,
     collect_facts,
     fit_weights,
@@ -42,8 +41,6 @@ from maml import MAML
 from training.checkpoint import Checkpoint, check_same_split, load_checkpoint
 from training.folders import find_runs
 
-Measured = tuple["Subject", Evaluation, Path]  # with the stem of its result files
-
 
 def evaluate(call: Call, given: Mapping[str, Any], command: str, world: World) -> int:
     """Measure a checkpoint, all runs of a folder, or the fresh initialisation; return the exit code.
@@ -56,15 +53,14 @@ def evaluate(call: Call, given: Mapping[str, Any], command: str, world: World) -
     if not runs:
         evaluate_one(call, given, command, world)
         return 0
-    folder = runs[0].file.parent.parent
-    measured = measure([run.file for run in runs], folder, call, given, command, world)
+    measured = measure([run.file for run in runs], call, given, command, world)
     results: dict[str, list[Evaluation]] = {}
-    for run, (_, result, _) in zip(runs, measured, strict=True):
+    for run, (_, result) in zip(runs, measured, strict=True):
         results.setdefault(run.setting or ALL, []).append(result)
-    caption, name = summarise([subject for subject, *_ in measured])
+    caption, name = summarise([subject for subject, _ in measured])
     summary = results_of(results)
     print(results_table(summary, caption))
-    stem = (call.out or folder) / name
+    stem = (call.out or runs[0].file.parent.parent) / name
     if world.first:
         settings = {label: part.record() for label, part in summary.items()}
         record = {"command": command, "runs": [vars(run) for run in runs], "settings": settings}
@@ -74,48 +70,40 @@ def evaluate(call: Call, given: Mapping[str, Any], command: str, world: World) -
     return 0
 
 
-def evaluate_one(call: Call, given: Mapping[str, Any], command: str, world: World) -> Measured:
+def evaluate_one(
+    call: Call, given: Mapping[str, Any], command: str, world: World
+) -> tuple[Subject, Evaluation]:
     """Measure a checkpoint or the fresh initialisation; print the table and return the result."""
-    folder = call.checkpoint_path if call.load is None else call.load.parent
-    (measured,) = measure([call.load], folder, call, given, command, world)
-    subject, result, stem = measured
+    ((subject, result),) = measure([call.load], call, given, command, world)
     print(results_table(results_of({ALL: [result]}), subject.caption))
-    print(f"Written: {stem}.json and .png")
-    return measured
+    print(f"Written: {subject.stem(call)}.json and .png")
+    return subject, result
 
 
 def measure(
-    files: Sequence[Path | None],
-    folder: Path,
-    call: Call,
-    given: Mapping[str, Any],
-    command: str,
-    world: World,
-) -> list[Measured]:
+    files: Sequence[Path | None], call: Call, given: Mapping[str, Any], command: str, world: World
+) -> list[tuple[Subject, Evaluation]]:
     """Measure checkpoints on test tasks; write each one's result to --out, or next to the checkpoint."""
     with world.together():
         subjects = [Subject.read(file, call, given) for file in files]
-        configs = [subject.config for subject in subjects]
+        first, configs = subjects[0], [subject.config for subject in subjects]
         if len({(c.evaluation.eval_steps, c.evaluation.eval_tasks) for c in configs}) > 1:
-            raise UsageError(f"{folder}: the runs differ in --eval-steps or --eval-tasks: give both")
+            raise UsageError("the runs differ in --eval-steps or --eval-tasks: give both")
         if world.first:
-            make_writable(call.out or folder, "--out")
-        runtime = prepare(configs[0], call, world)
-    world.check_same(collect_facts(configs[0], runtime, subjects[0].source))
-    shared = read_tasks(configs, call, world)
-    name = subjects[0].name if len(files) == 1 else f"{len(files)} runs in {folder}"
-    title = f"Evaluating {name} on {configs[0].evaluation.eval_tasks} test tasks"
-    print_settings(configs[0], runtime, title, *configs[1:])
+            make_writable(first.stem(call).parent, "--out")
+        runtime = prepare(first.config, call, world)
+    world.check_same(collect_facts(first.config, runtime, first.source))
+    read_tasks(configs, call, world)
+    others = f" and {len(files) - 1} other runs" if files[1:] else ""
+    title = f"Evaluating {first.name}{others} on {first.config.evaluation.eval_tasks} test tasks"
+    print_settings(first.config, runtime, title, *configs[1:])
     measured = []
     for subject in subjects:
         with world.together():
-            subject.build(call, prepare(subject.config, call, world), shared)
-        result = subject.evaluate()
-        place = call.out or (subject.file.parent if subject.file else folder)
-        stem = place / f"{subject.stem(with_run=call.out is not None)}-{summarise([subject])[1]}"
+            subject.build(call, prepare(subject.config, call, world))
+        measured.append((subject, subject.evaluate()))
         if world.first:
-            subject.write(result, stem, command)
-        measured.append((subject, result, stem))
+            subject.write(measured[-1][1], subject.stem(call), command)
     return measured
 
 
@@ -171,28 +159,26 @@ class Subject:
     def caption(self) -> Caption:
         return summarise([self])[0]
 
-    def stem(self, *, with_run: bool) -> str:
-        """Return the beginning of its results' names; `with_run`, where those of several runs may meet."""
+    def stem(self, call: Call) -> Path:
+        """Return the beginning of the names of its result files; in --out those of several runs may meet."""
         if self.file is None:
             learner, seed = self.config.learner, self.config.training.seed
-            return f"fresh-{file_name(learner.learner)}-{learner.init}-seed{seed}"
-        return f"{self.file.resolve().parent.name}-{self.file.stem}" if with_run else self.file.stem
+            name = f"fresh-{file_name(learner.learner)}-{learner.init}-seed{seed}"
+        else:
+            name = f"{self.file.resolve().parent.name}-{self.file.stem}" if call.out else self.file.stem
+        folder = call.out or (self.file.parent if self.file else call.checkpoint_path)
+        return folder / f"{name}-{summarise([self])[1]}"
 
-    def build(self, call: Call, runtime: Runtime, shared: SharedTasks | None = None) -> Subject:
-        """Build algorithm, tasks and weights; raise UsageError where they do not fit.
-
-        Args:
-            shared: task distributions that may serve several subjects; a new one is added.
-        """
+    def build(self, call: Call, runtime: Runtime) -> Subject:
+        """Build algorithm, tasks and weights, and return self; raise UsageError where they do not fit."""
         self.runtime = runtime
-        self.distribution, self.maml = build(self.config, call, runtime, shared, saved=self.source)
-        if self.file is None or self.source is None:
-            self.parameters = self.maml.initial_parameters(self.config.training.seed)
-            self.statistics = self.maml.initial_statistics()
-            return self
-        if call.eval_dataset is None:
-            check_same_split(self.file, self.source.splits, self.distribution.split_names)
-        self.parameters, self.statistics = fit_weights(self.file, self.source, self.maml, self.config)
+        self.distribution, self.maml = build(self.config, call, runtime, saved=self.source)
+        self.parameters = self.maml.initial_parameters(self.config.training.seed)
+        self.statistics = self.maml.initial_statistics()
+        if self.file and self.source:
+            if call.eval_dataset is None:
+                check_same_split(self.file, self.source.splits, self.distribution.split_names)
+            self.parameters, self.statistics = fit_weights(self.file, self.source, self.maml, self.config)
         return self
 
     def evaluate(self, split: str = "test", *, first_task: int = 0) -> Evaluation:

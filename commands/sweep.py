@@ -130,11 +130,10 @@ def _train_all(call: Call, members: Sequence[Member], world: World, locks: ExitS
         starts = {name: find_start(calls[name], member.given) for name, member in mine.items()}
     world.check_same({"torch": torch.__version__, "list of runs": [(m.name, m.config) for m in members]})
     folder = folder or world.from_first(lambda: make_folder(call.checkpoint_path, members[0].config, locks))
-    shared = read_tasks([member.config for member in members], call, world)
+    read_tasks([member.config for member in members], call, world)
     with world.together():
         assemblies = [
-            assemble(start, folder / name, mine[name].given, call, world, shared)
-            for name, start in starts.items()
+            assemble(start, folder / name, mine[name].given, call, world) for name, start in starts.items()
         ]
     world.from_first(lambda: _write_list(folder, members))
     groups = group_runs([parts for parts in assemblies if not parts.start.finished], call.runs_at_once)

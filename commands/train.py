@@ -58,9 +58,9 @@ def _train(call: Call, given: Mapping[str, Any], world: World, locks: ExitStack)
         print(f"{start.file} is finished at iteration {start.resumed.iteration:,}{longer}")
         return 0
     folder = folder or world.from_first(lambda: make_folder(call.checkpoint_path, start.config, locks))
-    shared = read_tasks([start.config], call, world)
+    read_tasks([start.config], call, world)
     with world.together():
-        parts = assemble(start, folder, given, call, world, shared, team=world)
+        parts = assemble(start, folder, given, call, world, team=world)
     config = parts.start.config
     world.check_same({"--compile, for want of a compiler": config.training.compile})
     doing = f"Resuming at iteration {parts.run.iteration:,}" if start.resumed else "Meta-training"
