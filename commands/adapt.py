@@ -22,7 +22,7 @@ from commands.build import build_algorithm, build_module, fit_weights, make_writ
 from commands.call import Call
 from commands.config import Config
 from commands.resolve import config_of, resolve_from
-from common.batch import Tree, first_tensor, joined, tree_map
+from common.batch import Tree, first_tensor, tree_map
 from common.device import Runtime, find_device, set_up, versions
 from common.errors import UsageError, printable
 from common.optimizers import Weights
@@ -42,14 +42,6 @@ from tasks.user_tasks import UserTask, read_task_folder, read_task_table
 from training.checkpoint import Checkpoint, load_checkpoint, save_weights
 from training.folders import BEST, LAST, find_checkpoint
 
-NEEDED = {
-    "images": "images: give a folder",
-    "vectors": "numbers: give a table",
-    "any": "tasks of your own: give a table, or adapt from Python (docs/using.md)",
-}
-QUERIES_AT_ONCE = 256  # bounds the memory of predictions that do not depend on each other
-
-
 # ---- from Python ---------------------------------------------------------------------------------
 
 
@@ -61,16 +53,12 @@ class AdaptedLearner:
     adapted: Adapted
     normalisation: str
 
+    @torch.no_grad()
     def predict(self, x: Tree) -> Tree:
         """Return the outputs, logits or numbers, for examples `[examples, ...]`."""
-        count = len(first_tensor(x))
-        size = count if self.normalisation == "transductive" else QUERIES_AT_ONCE
-        starts = range(0, count, size)
-        parts = [tree_map(lambda t, start=start: t[start : start + size], x) for start in starts]
-        with torch.no_grad(), self.maml.running() if self.normalisation == "per-step" else nullcontext():
-            tasks = [replace(self.adapted.task, query_x=part) for part in parts]
-            outputs = [self.maml.predict(self.adapted._replace(task=t), self.normalisation) for t in tasks]
-        return joined(outputs)
+        task = replace(self.adapted.task, query_x=x)
+        with self.maml.running() if self.normalisation == "per-step" else nullcontext():
+            return self.maml.predict(self.adapted._replace(task=task), self.normalisation)
 
     @torch.no_grad()
     def module(self, learner: nn.Module) -> nn.Module:
@@ -153,7 +141,7 @@ def load(
     path = find_checkpoint(Path(path), BEST, LAST)
     source = load_checkpoint(path)
     names = {"learner": learner, "loss": loss}
-    config = _settings_of(source, path, {name: value for name, value in names.items() if value is not None})
+    config = _settings_of(source, path, {name: value for name, value in names.items() if value})
     runtime = set_up(find_device(device, ALONE), config.training.precision, small_tensors=False)
     example = tree_map(lambda part: part.to(runtime.device), example)
     return _restore(source, path, config, runtime, example, outputs or config.tasks.ways or 1)[1:]
@@ -245,11 +233,11 @@ def read_tasks(path: Path, config: Config, runtime: Runtime) -> list[UserTask]:
     Raises UsageError where they cannot be read, or are not what the checkpoint learned from.
     """
     options, place = config.tasks, (runtime.device, runtime.dtype)
-    inputs = data_facts(options.dataset).inputs
-    kind, exists = ("folder", path.is_dir()) if inputs == "images" else ("file", path.is_file())
-    if not exists:
-        raise UsageError(f"--adapt {path} is no {kind}: the checkpoint learned from {NEEDED[inputs]}")
-    if inputs == "images":
+    images = data_facts(options.dataset).inputs == "images"
+    if not (path.is_dir() if images else path.is_file()):
+        what = "images: give a folder" if images else "numbers: give a table"
+        raise UsageError(f"--adapt {path}: the checkpoint learned from {what}")
+    if images:
         assert options.image_size and options.channels
         form = Form(options.image_size, options.channels, options.invert, options.resize)
         tasks = [read_task_folder(path, form, *place)]

@@ -44,8 +44,7 @@ RATES = {
 }
 VALIDATION_TASKS = 600
 
-# A well-known course assignment trains from scratch on the support set of each training task: ten steps of
-# Adam at 0.001 from one random initialisation. It plots means over 300 tasks.
+# As a well-known course assignment trains from scratch on each training task, and plots it
 SCRATCH_STEPS, SCRATCH_RATE, WINDOW = 10, 0.001, 300
 EPISODES_AT_ONCE = 3000
 
@@ -86,7 +85,7 @@ def baselines(call: Call, given: Mapping[str, Any], command: str, world: World) 
     curves: dict[str, tuple[list[int], list[float]]] = {}
     assert subject.source is not None
     if saved.tasks.dataset in CURVES and subject.source.progress["training"]:
-        ends, losses = average_windows(subject.source.progress["training"])
+        ends, losses = average_windows(subject.source.progress["training"], saved.training.log_every)
         scratch = scratch_curve(saved, call, runtime, ends)
         curves = {algorithm: (ends, losses), "from scratch, Adam 0.001, 10 steps": (ends, scratch)}
     record = {
@@ -204,18 +203,12 @@ def scratch_curve(config: Config, call: Call, runtime: Runtime, ends: Sequence[i
     return [window.mean().item() for window in windows]
 
 
-def average_windows(curve: Mapping[str, Sequence[float]]) -> tuple[list[int], list[float]]:
-    """Return a training curve in windows of at least 300 iterations: their last iterations and means.
+def average_windows(curve: Mapping[str, Sequence[float]], log_every: int) -> tuple[list[int], list[float]]:
+    """Return a training curve in windows of about 300 iterations: their last iterations and means.
 
     Iterations after the last full window are left out; a shorter curve is one window.
     """
-    ends: list[int] = []
-    means: list[float] = []
-    total, size, before = 0.0, 0, 0
-    for end, loss in zip(map(int, curve["iteration"]), curve["query_loss"], strict=True):
-        total, size, before = total + (end - before) * loss, size + end - before, end
-        if size >= WINDOW:
-            ends.append(end)
-            means.append(total / size)
-            total, size = 0.0, 0
-    return (ends, means) if ends else ([before], [total / size])
+    points = min(max(1, WINDOW // log_every), len(curve["iteration"]))
+    ends = [int(end) for end in curve["iteration"][points - 1 :: points]]
+    losses = torch.tensor(curve["query_loss"][: points * len(ends)], dtype=torch.float64)
+    return ends, losses.view(-1, points).mean(1).tolist()

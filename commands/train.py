@@ -39,40 +39,36 @@ from training.run import Run, final_loss
 def train(call: Call, given: Mapping[str, Any], world: World) -> int:
     """Train a run, whose folder is locked until its results are written; return the exit code."""
     with ExitStack() as locks:
-        return _train(call, given, world, locks)
-
-
-def _train(call: Call, given: Mapping[str, Any], world: World, locks: ExitStack) -> int:
-    folder = call.load.parent if call.load else _named_folder(call)
-    with world.together():
-        if world.first and folder:
-            locks.enter_context(lock_folder(folder))
-        start = find_start(call, given)
-        runtime = prepare(start.config, call, world)
-        tasks = start.config.training.meta_batch_size
-        if world.size > tasks:
-            raise UsageError(f"{world.size} processes for a meta-batch of {tasks} tasks: take fewer")
-    world.check_same(collect_facts(start.config, runtime, start.resumed))
-    if start.finished and start.resumed is not None:
-        longer = "" if call.baselines else ": resume with larger --iterations"
-        print(f"{start.file} is finished at iteration {start.resumed.iteration:,}{longer}")
-        return 0
-    folder = folder or world.from_first(lambda: make_folder(call.checkpoint_path, start.config, locks))
-    read_tasks([start.config], call, world)
-    with world.together():
-        parts = assemble(start, folder, given, call, world, team=world)
-    config = parts.start.config
-    world.check_same({"--compile, for want of a compiler": config.training.compile})
-    doing = f"Resuming at iteration {parts.run.iteration:,}" if start.resumed else "Meta-training"
-    print_settings(config, runtime, f"{doing} in {folder}")
-    launcher = ["python"] if world.size == 1 else ["torchrun", f"--nproc-per-node={world.local_size}"]
-    own_code = own_code_flags(config)
-    resume = shlex.join([*launcher, "main.py", "--load", str(folder / LAST), *own_code])
-    code = train_runs([parts], resume)
-    if world.first:
-        _print_end(parts.run, code, resume, own_code)
-    world.wait()  # torchrun ends all processes once one ends with a code, and the first may be busy
-    return code
+        folder = call.load.parent if call.load else _named_folder(call)
+        with world.together():
+            if world.first and folder:
+                locks.enter_context(lock_folder(folder))
+            start = find_start(call, given)
+            runtime = prepare(start.config, call, world)
+            tasks = start.config.training.meta_batch_size
+            if world.size > tasks:
+                raise UsageError(f"{world.size} processes for a meta-batch of {tasks} tasks: take fewer")
+        world.check_same(collect_facts(start.config, runtime, start.resumed))
+        if start.finished and start.resumed is not None:
+            longer = "" if call.baselines else ": resume with larger --iterations"
+            print(f"{start.file} is finished at iteration {start.resumed.iteration:,}{longer}")
+            return 0
+        folder = folder or world.from_first(lambda: make_folder(call.checkpoint_path, start.config, locks))
+        read_tasks([start.config], call, world)
+        with world.together():
+            parts = assemble(start, folder, given, call, world, team=world)
+        config = parts.start.config
+        world.check_same({"--compile, for want of a compiler": config.training.compile})
+        doing = f"Resuming at iteration {parts.run.iteration:,}" if start.resumed else "Meta-training"
+        print_settings(config, runtime, f"{doing} in {folder}")
+        launcher = ["python"] if world.size == 1 else ["torchrun", f"--nproc-per-node={world.local_size}"]
+        own_code = own_code_flags(config)
+        resume = shlex.join([*launcher, "main.py", "--load", str(folder / LAST), *own_code])
+        code = train_runs([parts], resume)
+        if world.first:
+            _print_end(parts.run, code, resume, own_code)
+        world.wait()  # torchrun ends all processes once one ends with a code, and the first may be busy
+        return code
 
 
 def _print_end(run: Run, code: int, resume: str, own_code: list[str]) -> None:

@@ -156,12 +156,12 @@ def test_what_cannot_be_adapted_to_is_one_line_and_leaves_nothing(place, tmp_pat
     capsys.readouterr()
     for checkpoint, path, more, expected in (
         (last, place / "task", [], "3 classes, and the checkpoint learned 2"),
-        (last, tmp_path / "nowhere", [], "is no folder: the checkpoint learned from images"),
+        (last, tmp_path / "nowhere", [], "the checkpoint learned from images: give a folder"),
         (last, place / "task" / "support", [], "into support/<class>/"),
         (last, no_query, [], "into query/"),
         (last, place / "mine.csv", [], "the checkpoint learned from images: give a folder"),
         (last, place / "task", ["-k", 3], "-n, -k, -q"),
-        (regression, place / "task", [], "is no file: the checkpoint learned from numbers: give a table"),
+        (regression, place / "task", [], "the checkpoint learned from numbers: give a table"),
         (regression, tmp_path / "full.csv", [], "and others, to predict"),
         (regression, tmp_path / "bare.csv", [], "give rows with targets"),
         (regression, place / "mine.csv", ["--test-steps", 400, "--out", tmp_path / "full.csv"], "--out"),
