@@ -78,7 +78,7 @@ def make_maml(learner: nn.Module, **options: Any) -> MAML:
     outputs = [module for module in learner.modules() if isinstance(module, nn.Linear)][-1].out_features
     loss = F.mse_loss if outputs == 1 else F.cross_entropy
     names = {choice.name for choice in fields(Choices)} & options.keys()
-    choices = Choices(**{name: options.pop(name) for name in names})
+    choices = Choices(**{"inner_lr": 0.01} | {name: options.pop(name) for name in names})
     return MAML(learner, loss, choices, **options)
 
 
