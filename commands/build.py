@@ -298,12 +298,10 @@ def _starting_weights(start: Start, maml: MAML) -> Weights:
     return fitting_parameters(start.file, saved, fresh, start.config.learner.learner)
 
 
-def train_runs(assemblies: Sequence[Assembly], resume: str) -> int:
+def train_runs(assemblies: Sequence[Assembly]) -> int:
     """Train a run, or several that differ in `trainer.AT_ONCE` alone; return the code of `Trainer.train`.
 
-    Args:
-        assemblies: the first one's parts serve all runs.
-        resume: what a user types to resume.
+    The first assembly's parts serve all runs.
     """
     first, runs = assemblies[0], [parts.run for parts in assemblies]
     for run in runs:
@@ -324,7 +322,6 @@ def train_runs(assemblies: Sequence[Assembly], resume: str) -> int:
         first.distribution,
         Compiler(first.runtime.device),
         first.team,
-        resume=resume,
         show=first.runtime.world.first,
     )
     return trainer.train()

@@ -146,7 +146,7 @@ def _train_all(call: Call, members: Sequence[Member], world: World, locks: ExitS
         names = [parts.run.folder.name for parts in group]
         print(f"Training {', '.join(names) if len(names) <= MOST_NAMES else f'{names[0]} ... {names[-1]}'}")
         print(describe(*(parts.start.config for parts in group)), flush=True)
-        code = train_runs(group, f"the same command with --run-name {folder.name} --resume")
+        code = train_runs(group)
         if code > 128:
             return folder, code
     runs = zip(mine.values(), assemblies, strict=True)

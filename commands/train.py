@@ -64,7 +64,7 @@ def train(call: Call, given: Mapping[str, Any], world: World) -> int:
         launcher = ["python"] if world.size == 1 else ["torchrun", f"--nproc-per-node={world.local_size}"]
         own_code = own_code_flags(config)
         resume = shlex.join([*launcher, "main.py", "--load", str(folder / LAST), *own_code])
-        code = train_runs([parts], resume)
+        code = train_runs([parts])
         if world.first:
             _print_end(parts.run, code, resume, own_code)
         world.wait()  # torchrun ends all processes once one ends with a code, and the first may be busy

@@ -1,10 +1,10 @@
 """Ways to the meta-gradient of all tasks at once. Each takes a `MAML` and gives sums over a chunk of tasks.
 
-    Unrolled   exact or first order; differentiates through the whole inner loop
+    unrolled   exact or first order; differentiates through the whole inner loop
     Adjoint    the same numbers; walks back through the inner loop, one step in memory at a time
-    Implicit   iMAML: from the end of the inner loop alone, by conjugate gradients
-    Reptile    how far the inner loop has moved, on support and query together
-    Joint      no inner loop: the gradient on support and query together, as in pretraining
+    implicit   iMAML: from the end of the inner loop alone, by conjugate gradients
+    reptile    how far the inner loop has moved, on support and query together
+    joint      no inner loop: the gradient on support and query together, as in pretraining
 
 The functions that they are made of go through `accelerate` one by one, which may compile them.
 """
@@ -59,44 +59,41 @@ def make_meta_gradient(
         in_transform: it will be called inside a transform of `torch.func`, such as `vmap` over runs.
     """
     check_choice("engine", engine, ENGINES)
-    kind = maml.choices.meta_gradient
-    way: Way = Unrolled(maml, accelerate, in_transform=in_transform)
-    if kind == "reptile":
-        way = Reptile(maml, accelerate)
-    elif kind == "implicit":
-        way = Implicit(maml, accelerate)
-    elif kind == "joint":
-        way = Joint(maml, accelerate)
-    elif engine == "adjoint":
-        way = Adjoint(maml, accelerate)
+    ways = {"reptile": reptile, "implicit": implicit, "joint": joint}
+    make = ways.get(maml.choices.meta_gradient)
+    if make is None and engine == "unrolled":
+        way = unrolled(maml, accelerate, in_transform=in_transform)
+    else:
+        way = (make or Adjoint)(maml, accelerate)
     return partial(maml.meta_gradient, way=way)
 
 
-class Unrolled:
+def unrolled(maml: MAML, accelerate: Accelerate, *, in_transform: bool) -> Way:
     """Reverse over reverse: the derivative of the whole inner loop."""
 
-    def __init__(self, maml: MAML, accelerate: Accelerate, *, in_transform: bool = False) -> None:
-        self.maml = maml
-        self.gradient = accelerate(maml.unrolled if in_transform else self._by_autograd)
-
-    def __call__(self, parameters: Weights, tasks: Task, step_weights: Tensor | None) -> MetaGradient:
-        return MetaGradient(*self.gradient(parameters, tasks, *_present(step_weights)))
-
-    def _by_autograd(self, parameters: Weights, tasks: Task, *step_weights: Tensor) -> tuple[Any, ...]:
-        """Do as `MAML.unrolled`: autograd spends less on an operation than a transform of `torch.func`, a
-        quarter of a small network's time."""
+    def by_autograd(parameters: Weights, tasks: Task, *step_weights: Tensor) -> tuple[Any, ...]:
+        # `MAML.unrolled`; autograd spends less on an operation than `torch.func`: a quarter of a small
+        # network's time
         leaves = {name: w.detach().requires_grad_() for name, w in parameters.items()}
-        total, outcome = self.maml.total_loss(leaves, tasks, *step_weights)
+        total, outcome = maml.total_loss(leaves, tasks, *step_weights)
         gradients = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
         outcome = Outcome(*tree_map(Tensor.detach, tuple(outcome)))
         named = dict(zip(leaves, gradients, strict=True))
         return named, outcome.loss, outcome.outputs, sum_over_tasks(outcome.statistics)
 
+    gradient = accelerate(maml.unrolled if in_transform else by_autograd)
+
+    def way(parameters: Weights, tasks: Task, step_weights: Tensor | None) -> MetaGradient:
+        present = () if step_weights is None else (step_weights,)
+        return MetaGradient(*gradient(parameters, tasks, *present))
+
+    return way
+
 
 # ---- without unrolling ---------------------------------------------------------------------------
 
 
-class Implicit:
+def implicit(maml: MAML, accelerate: Accelerate) -> Way:
     """iMAML (Rajeswaran et al. 2019): the inner loop has found the minimum of L + lambda / 2 |w - start|^2.
 
     With v the gradient of the query loss Q and H the Hessian of the support loss L, both at the end, the
@@ -104,32 +101,30 @@ class Implicit:
     are not adapted have dQ/ds - (d2L/ds dw) x / lambda. `cg_steps` 0 is first order; `cg_damping` is added to
     I, as the authors do, and 0 is exact.
     """
-
-    def __init__(self, maml: MAML, accelerate: Accelerate) -> None:
-        self.maml = maml
-        self.steps = InnerSteps(maml, accelerate)
-        self.query = accelerate(maml.over_tasks(query_gradient(maml), (TASKS, SAME, TASKS)))
-        self.slopes = accelerate(gradient_of_slopes(maml, TASKS))
+    choices, strength = maml.choices, maml.optimizer.proximal
+    steps = InnerSteps(maml, accelerate)
+    query_of = accelerate(maml.over_tasks(query_gradient(maml), (TASKS, SAME, TASKS)))
+    slopes = accelerate(gradient_of_slopes(maml, TASKS))
 
     @torch.no_grad()
-    def __call__(self, parameters: Weights, tasks: Task, step_weights: Tensor | None) -> MetaGradient:
-        choices, strength = self.maml.choices, self.maml.optimizer.proximal
-        _, state, shared, tasks = self.steps.run(parameters, tasks)
-        query = tasks.for_query(self.maml.steps)
+    def way(parameters: Weights, tasks: Task, step_weights: Tensor | None) -> MetaGradient:
+        _, state, shared, tasks = steps.run(parameters, tasks)
+        query = tasks.for_query(maml.steps)
         support = (tasks.support_x, tasks.support_y, query.extras)
-        (v, u), (losses, outputs, _) = self.query(state.fast, shared.weights, query)
+        (v, u), (losses, outputs, _) = query_of(state.fast, shared.weights, query)
 
         def product(x: Weights) -> Weights:
-            second, _ = self.slopes(state.fast, shared.weights, x, *support)
+            second, _ = slopes(state.fast, shared.weights, x, *support)
             return {n: (1 + choices.cg_damping) * x[n] + second[n] / strength for n in x}
 
         gradients, x = sum_over_tasks(u), v
         if choices.cg_steps:
             x = conjugate_gradients(product, v, choices.cg_steps)
-            _, mixed = self.slopes(state.fast, shared.weights, x, *support)
+            _, mixed = slopes(state.fast, shared.weights, x, *support)
             gradients = {n: g - mixed[n] / strength for n, g in gradients.items()}
-        gradients |= sum_over_tasks(x)
-        return MetaGradient(_for_all(parameters, gradients), losses, outputs, {})
+        return MetaGradient(_for_all(parameters, gradients | sum_over_tasks(x)), losses, outputs, {})
+
+    return way
 
 
 def conjugate_gradients(product: Callable[[Weights], Weights], b: Weights, steps: int) -> Weights:
@@ -167,55 +162,54 @@ def conjugate_gradients(product: Callable[[Weights], Weights], b: Weights, steps
     return x
 
 
-class Reptile:
+def reptile(maml: MAML, accelerate: Accelerate) -> Way:
     """Nichol, Achiam and Schulman (2018): start minus adapted weights, instead of a gradient.
 
     A task's support and query together are what its inner loop learns from; its query loss is measured on a
     part of that.
     """
-
-    def __init__(self, maml: MAML, accelerate: Accelerate) -> None:
-        self.maml = maml
-        self.steps = InnerSteps(maml, accelerate)
-        self.query = accelerate(maml.over_tasks(maml.query_loss, (TASKS, SAME, TASKS)))
+    steps = InnerSteps(maml, accelerate)
+    query_loss = accelerate(maml.over_tasks(maml.query_loss, (TASKS, SAME, TASKS)))
 
     @torch.no_grad()
-    def __call__(self, parameters: Weights, tasks: Task, step_weights: Tensor | None) -> MetaGradient:
+    def way(parameters: Weights, tasks: Task, step_weights: Tensor | None) -> MetaGradient:
         x, y = _join_sets(tasks)
-        start, state, shared, pool = self.steps.run(parameters, replace(tasks, support_x=x, support_y=y))
-        query = replace(tasks, extras=pool.extras).for_query(self.maml.steps)
-        losses, (outputs, _) = self.query(state.fast, shared.weights, query)
+        start, state, shared, pool = steps.run(parameters, replace(tasks, support_x=x, support_y=y))
+        query = replace(tasks, extras=pool.extras).for_query(maml.steps)
+        losses, (outputs, _) = query_loss(state.fast, shared.weights, query)
         moved = {name: (w - state.fast[name]).sum(0) for name, w in start.fast.items()}
-        if self.maml.optimizer.is_carried:
+        if maml.optimizer.is_carried:
             squares, mass = start.slots["square"], start.slots["count"]["mass"]
             moved |= {SQUARE + n: (s - state.slots["square"][n]).sum(0) for n, s in squares.items()}
             moved[MASS] = (mass - state.slots["count"]["mass"]).sum(0)
         return MetaGradient(_for_all(parameters, moved), losses, outputs, {})
 
+    return way
 
-class Joint:
+
+def joint(maml: MAML, accelerate: Accelerate) -> Way:
     """The gradient of the mean loss on support and query together, nothing adapted: pretraining."""
 
-    def __init__(self, maml: MAML, accelerate: Accelerate) -> None:
-        self.maml = maml
-        self.gradient = accelerate(maml.over_tasks(self._gradient, (SAME, *EXAMPLES, TASKS)))
-
-    def __call__(self, parameters: Weights, tasks: Task, step_weights: Tensor | None) -> MetaGradient:
-        extras = tasks.extras.for_pass("query")
-        gradients, losses, outputs = self.gradient(parameters, *_join_sets(tasks), extras, tasks.query_y)
-        return MetaGradient(_for_all(parameters, sum_over_tasks(gradients)), losses, outputs, {})
-
-    def _gradient(
-        self, parameters: Weights, x: Tree, y: Tree, extras: Extras, query_y: Tree
+    def one_task(
+        parameters: Weights, x: Tree, y: Tree, extras: Extras, query_y: Tree
     ) -> tuple[Weights, Tensor, Tree]:
         def loss(parameters: Weights) -> tuple[Tensor, Tree]:
-            outputs = self.maml.call(self.maml.start(parameters).fast | parameters, x, extras)
-            return self.maml.loss(outputs, y), outputs
+            outputs = maml.call(maml.start(parameters).fast | parameters, x, extras)
+            return maml.loss(outputs, y), outputs
 
         gradients, outputs = grad(loss, has_aux=True)(parameters)
         queries = len(first_tensor(query_y))
         outputs = tree_map(lambda part: part[-queries:], outputs)
-        return gradients, self.maml.loss(outputs, query_y), outputs
+        return gradients, maml.loss(outputs, query_y), outputs
+
+    gradient = accelerate(maml.over_tasks(one_task, (SAME, *EXAMPLES, TASKS)))
+
+    def way(parameters: Weights, tasks: Task, step_weights: Tensor | None) -> MetaGradient:
+        extras = tasks.extras.for_pass("query")
+        gradients, losses, outputs = gradient(parameters, *_join_sets(tasks), extras, tasks.query_y)
+        return MetaGradient(_for_all(parameters, sum_over_tasks(gradients)), losses, outputs, {})
+
+    return way
 
 
 # ---- dictionaries of tensors ---------------------------------------------------------------------
@@ -223,15 +217,9 @@ class Joint:
 
 def _join_sets(tasks: Task) -> tuple[Tree, Tree]:
     """Return support and query as one set: inputs and targets `[tasks, examples, ...]`."""
-
-    def join(a: Tree, b: Tree) -> Tree:
-        return tree_map(lambda *two: torch.cat(two, 1), a, b)
-
-    return join(tasks.support_x, tasks.query_x), join(tasks.support_y, tasks.query_y)
-
-
-def _present(value: Tensor | None) -> tuple[Tensor, ...]:
-    return () if value is None else (value,)
+    pairs = ((tasks.support_x, tasks.query_x), (tasks.support_y, tasks.query_y))
+    x, y = (tree_map(lambda *two: torch.cat(two, 1), *pair) for pair in pairs)
+    return x, y
 
 
 def _for_all(parameters: Weights, gradients: Weights) -> Weights:

@@ -144,7 +144,7 @@ class MetaStep:
         self.maml, self.distribution, self.options = maml, distribution, options
         self.members, self.world, self.tasks = dict(members), world, options.meta_batch_size
         parameters = maml.initial_parameters()
-        self.layout = FlatLayout(parameters)
+        self.layout, self.dtype = FlatLayout(parameters), next(iter(parameters.values())).dtype
         self.statistics_layout = FlatLayout(maml.initial_statistics())
         self.several = members["seed"].dim() > 0
         self.seeds: list[int] = members["seed"].reshape(-1).tolist()
@@ -237,9 +237,7 @@ class MetaStep:
             result = self.meta_gradient(
                 self.layout.unflatten(state.parameters),
                 batch,
-                **self._random(members["seed"], state.iteration, numbers, batch),
-                step_weights=self._step_weights(state.iteration, state.parameters.dtype),
-                tasks=self.tasks,
+                **self._inputs(members["seed"], state.iteration, numbers, batch),
             )
         measures = [result.losses.sum()]  # this part's contributions to means over tasks
         if self.distribution.classification:
@@ -281,34 +279,27 @@ class MetaStep:
             finite = finite & last.isfinite()
         return State(*(torch.where(finite, new, old) for new, old in zip(moved, left, strict=True)))
 
-    def _random(self, seed: Tensor, iteration: Tensor, numbers: Tensor, batch: TaskBatch) -> dict[str, Any]:
-        """Return the order of the inner steps' minibatches, and the keys of the learner's random numbers."""
-        inner_batch = self.maml.choices.inner_batch
-        if inner_batch is None and not self.draws:
-            return {}
-        stream = task_stream("train", seed, iteration + 1, numbers, numbers.device)
-        order = None
-        if inner_batch is not None:
-            sets = [batch.support_x, batch.query_x][: 1 + (self.maml.choices.meta_gradient == "reptile")]
-            examples = sum(first_tensor(inputs).shape[1] for inputs in sets)
-            order = minibatch_order(stream.at("minibatches"), examples, inner_batch, self.maml.steps)
-        return {"order": order, "keys": keys_of(stream) if self.draws else None}
-
-    def _step_weights(self, iteration: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """Return the weights `[steps]` of the multi-step loss; None: the last step alone counts."""
-        if self.maml.choices.objective != "multi-step":
-            return None
-        return multi_step_weights(iteration, self.maml.steps, self.options.msl_iterations, dtype)
+    def _inputs(self, seed: Tensor, iteration: Tensor, numbers: Tensor, batch: TaskBatch) -> dict[str, Any]:
+        """Return what the meta-gradient takes besides parameters and tasks, by name."""
+        choices, steps = self.maml.choices, self.maml.steps
+        inputs: dict[str, Any] = {"tasks": self.tasks}
+        if choices.inner_batch is not None or self.draws:
+            stream = task_stream("train", seed, iteration + 1, numbers, numbers.device)
+            sets = [batch.support_x, batch.query_x][: 1 + (choices.meta_gradient == "reptile")]
+            examples = sum(first_tensor(part).shape[1] for part in sets)
+            inputs["order"] = minibatch_order(stream.at("minibatches"), examples, choices.inner_batch, steps)
+            inputs["keys"] = keys_of(stream) if self.draws else None
+        if choices.objective == "multi-step":
+            last = self.options.msl_iterations
+            inputs["step_weights"] = multi_step_weights(iteration, steps, last, self.dtype)
+        return inputs
 
     def tasks_of(self, seed: int, iteration: int) -> tuple[TaskBatch, dict[str, Any]]:
-        """Return this process's tasks of a run's next iteration, and the other arguments of the
-        meta-gradient."""
+        """Return this process's tasks of a run's next iteration, and the meta-gradient's other inputs."""
         device = self.numbers.device
         batch = self.distribution.sample("train", seed, iteration + 1, self.share)
         done, numbers = torch.tensor(iteration, device=device), self.numbers.view(-1)[: len(self.share)]
-        random = self._random(torch.tensor(seed, device=device), done, numbers, batch)
-        dtype = first_tensor(batch.support_x).dtype
-        return batch, random | {"step_weights": self._step_weights(done, dtype), "tasks": self.tasks}
+        return batch, self._inputs(torch.tensor(seed, device=device), done, numbers, batch)
 
     # ---- tasks that are looked up -----------------------------------------------------------------
 

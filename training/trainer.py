@@ -50,7 +50,6 @@ class Trainer:
         training_tasks, validation_tasks: one distribution; numbers of support examples may differ.
         compiler: compiles functions of `maml` and the whole iteration.
         world: the processes that share the tasks of an iteration.
-        resume: what a user types to resume, for error messages.
         show: whether to show progress.
     """
 
@@ -63,12 +62,11 @@ class Trainer:
         compiler: Compiler,
         world: World = ALONE,
         *,
-        resume: str = "the same command",
         show: bool = True,
     ) -> None:
         self.runs, self.maml, self.compiler, self.world = list(runs), maml, compiler, world
         self.training_tasks, self.validation_tasks = training_tasks, validation_tasks
-        self.resume, self.show = resume, show and world.first
+        self.show = show and world.first
         self.options = runs[0].training  # the others' differ in `AT_ONCE` alone
         accuracy = ["query_accuracy"] * training_tasks.classification
         self.metrics = ["query_loss", *accuracy, "meta_gradient_norm", *TAIL]  # of an iteration
@@ -101,12 +99,7 @@ class Trainer:
     def train(self) -> int:
         """Train up to the last iteration, save, and write the results.
 
-        Returns:
-            The exit code: 128 + signal if one ended it early, `FAILED` if any run became non-finite.
-
-        Raises:
-            LostError: another process is lost; the state before is saved.
-            UsageError: memory ran out, or a file could not be written.
+        Returns the exit code: 128 + signal if one ended it early, `FAILED` if any run became non-finite.
         """
         for run in self.runs:
             if run.writes:
@@ -117,18 +110,11 @@ class Trainer:
             try:
                 self._loop()
             except (LostError, MemoryError, RuntimeError) as error:
-                lost = isinstance(error, LostError)
-                if not lost and not is_out_of_memory(error):
-                    raise
-                with suppress(Exception):  # the last checkpoint is whole, and what has happened matters more
-                    self.save(LAST)
-                if lost:
-                    raise
-                tasks = self.maml.tasks_at_once or len(self.plain_step.share)
-                raise UsageError(
-                    f"out of memory at iteration {self.iteration:,} with {tasks} tasks at once: resume with "
-                    f"{self.resume} and a smaller --tasks-at-once"
-                ) from None
+                if isinstance(error, LostError) or is_out_of_memory(error):
+                    with suppress(Exception):  # the last checkpoint is whole, and the error matters more
+                        self.save(LAST)
+                        self._say(f"Saved at iteration {self.iteration:,}")
+                raise
         return self._end()
 
     def _loop(self) -> None:
