@@ -110,14 +110,12 @@ def test_the_view_of_hyper_parameters_has_each_run_once(home):
         assert experiment == hparams_records(home / "maml")[metadata.EXPERIMENT_TAG][0]  # the same columns
 
 
-def test_the_charts_show_every_curve_of_a_run_and_none_is_empty(home):
+def test_no_chart_of_a_run_is_empty(home):
     for name in ("maml", "rates"):
         events = EventAccumulator(str(home / name), size_guidance={"tensors": 0}).Reload()
         (tensor,) = events.Tensors("custom_scalars__config__")
         layout = layout_pb2.Layout.FromString(tensor.tensor_proto.string_val[0])
         patterns = [tag for group in layout.category for chart in group.chart for tag in chart.multiline.tag]
-        scalars = [tag for tag in events.Tags()["scalars"] if not tag.startswith("validation/best_")]
-        drawn = {pattern: [tag for tag in scalars if re.match(pattern, tag)] for pattern in patterns}
-        assert all(drawn.values())
-        assert sorted(tag for tags in drawn.values() for tag in tags) == sorted(scalars)
+        scalars = events.Tags()["scalars"]
+        assert all(any(re.match(pattern, tag) for tag in scalars) for pattern in patterns)
     assert {group.title for group in layout.category} == {*CHARTS}

@@ -98,11 +98,11 @@ class Adjoint:
         self.maml = maml
         self.steps = InnerSteps(maml, accelerate)
         self.query = accelerate(maml.over_tasks(query_gradient(maml), (TASKS, SAME, TASKS)))
-        self.back_in_next = accelerate(self._back(TASKS))
-        self.back_in_first = accelerate(self._back(SAME))
         # first order and w - lr * gradient: a step back changes nothing
         plain = maml.optimizer.is_plain and maml.choices.inner_rates == "fixed"
         self.passes_through = maml.first_order and plain
+        make = self._pass_through if self.passes_through else lambda axis: accelerate(self._back(axis))
+        self.back = {apart: make(TASKS if apart else SAME) for apart in (True, False)}
 
     @torch.no_grad()
     def __call__(self, parameters: Weights, tasks: Task, step_weights: Tensor | None) -> MetaGradient:
@@ -153,29 +153,25 @@ class Adjoint:
                 cotangent = _add_to_fast(cotangent, v, state)
             seen.append(statistics)
             assert cotangent is not None
-            cotangent, of_step = self._step_back(step, before, shared[step], gradients, cotangent, examples)
+            back = self.back[self.steps.are_apart(step)]
+            cotangent, of_step = back(before, shared[step], gradients, cotangent, *examples)
             of_shared.append(of_step._replace(weights=_plus(of_step.weights, direct)))
             state = before or state
         assert cotangent is not None
         statistics = stack_steps([sum_over_tasks(step) for step in reversed(seen)])
         return (cotangent, of_shared[::-1]), Outcome(final_loss, final_outputs, statistics)
 
-    def _step_back(
-        self,
-        step: int,
-        before: InnerState | None,
-        shared: Shared,
-        gradients: Weights,
-        cotangent: InnerState,
-        examples: tuple[Tree, Tree, Extras],
-    ) -> tuple[InnerState, Shared]:
-        """Return the cotangents of the state before a step, and of what tasks share in it."""
-        apart = self.steps.are_apart(step)
-        if not self.passes_through:
-            back = self.back_in_next if apart else self.back_in_first
-            return back(before, shared, gradients, cotangent, *examples)
-        zeros = {n: torch.zeros_like(w) for n, w in shared.weights.items()}
-        return cotangent if apart else InnerState(sum_over_tasks(cotangent.fast), {}), Shared(zeros, {}, {})
+    def _pass_through(self, axis: int | None) -> Callable[..., tuple[InnerState, Shared]]:
+        """Make the function of a step back that changes nothing."""
+
+        def back(
+            state: None, shared: Shared, gradients: Weights, cotangent: InnerState, *examples: Any
+        ) -> tuple[InnerState, Shared]:
+            fast = cotangent.fast if axis is TASKS else sum_over_tasks(cotangent.fast)
+            zeros = {n: torch.zeros_like(w) for n, w in shared.weights.items()}
+            return InnerState(fast, {}), Shared(zeros, {}, {})
+
+        return back
 
     def _back(self, axis: int | None) -> Callable[..., tuple[InnerState, Shared]]:
         """Make the function of one step back; `axis` is the tasks' in the state before the step.

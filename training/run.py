@@ -48,7 +48,7 @@ class Run:
     evaluation: EvaluationOptions
     settings: dict[str, Any]  # all, by name, as plain values: what a checkpoint holds
     meaningful: Sequence[str]  # names of the settings that matter for these data and this learner
-    flags: Mapping[str, Flag]  # of the settings that may decide a result: the same for every run
+    flags: Mapping[str, Flag]  # of all settings that may decide a result
     classification: bool
     start: Checkpoint | None = None
     origin: str | None = None  # of a new run's parameters, if not the initialisation
@@ -70,12 +70,9 @@ class Run:
         """Open the event file; a new run describes itself there."""
         self.log = RunLog(self.folder, begin_at=self.iteration + 1 if self.iteration else 0)
         if not self.iteration:
-            never = {
-                "query accuracy": not self.classification,
-                "skipped iterations": self.training.on_nan != "skip",
-                "of weights and steps": self.choices.inner_rates == "fixed",
-            }
-            self.log.begin(self._settings(), self.flags, without=[chart for chart in never if never[chart]])
+            empty = ["query accuracy"] * (not self.classification)
+            empty += ["inner rates"] * (self.choices.inner_rates == "fixed")
+            self.log.begin(self._settings(), self.flags, empty)
 
     def _settings(self) -> dict[str, Any]:
         """Return the settings that matter, and where the weights come from."""

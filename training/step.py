@@ -158,7 +158,6 @@ class MetaStep:
         )
         self.stop = False  # whether this process asks all of them to stop
         self.stop_asked: Tensor | None = None  # above 0 if any asked so in the last iteration
-        self.next_batch: tuple[int, TaskBatch] | None = None  # with its iteration
         self.computed = distribution.computed and (maml.tasks_at_once or self.tasks) >= self.tasks
         whole = partial(accelerate, options=SAMPLING_OPTIONS) if self.computed else run_as_is
         self._whole = self._at_edge(self._iterate, whole)
@@ -201,11 +200,7 @@ class MetaStep:
         message = self.message(state, iteration)
         if self.world.size > 1:
             message[-1] = float(self.stop)
-            sum_of_all = self.world.start_sum(message)
-            if iteration is not None and not self.computed and not self.distribution.on_host:
-                # the next tasks, while messages are under way; on the host a thread looks them up
-                self.next_batch = iteration + 1, self._sample(iteration + 2)
-            message = sum_of_all()
+            message = self.world.start_sum(message)()
             self.stop_asked = message[-1]
         return self._receive(state, message)
 
@@ -220,7 +215,11 @@ class MetaStep:
         """Return what this process learns from its tasks: `[numbers]`, the last of which is 0."""
         if self.computed:
             return self._send(state, self.numbers)
-        return self._send(state, (self.numbers, self._look_up(state, iteration)))
+        coming = 1 + (state.iteration.flatten()[0] if iteration is None else iteration)
+        parts = [self.distribution.sample("train", seed, coming, self.share) for seed in self.seeds]
+        trees = zip(*parts, strict=True)
+        batch = TaskBatch(*(stacked_trees(list(tree)) for tree in trees)) if self.several else parts[0]
+        return self._send(state, (self.numbers, batch))
 
     # ---- functions of tensors, for one run ------------------------------------------------------
 
@@ -300,21 +299,6 @@ class MetaStep:
         batch = self.distribution.sample("train", seed, iteration + 1, self.share)
         done, numbers = torch.tensor(iteration, device=device), self.numbers.view(-1)[: len(self.share)]
         return batch, self._inputs(torch.tensor(seed, device=device), done, numbers, batch)
-
-    # ---- tasks that are looked up -----------------------------------------------------------------
-
-    def _look_up(self, state: State, iteration: int | None) -> TaskBatch:
-        """Return this process's tasks of the next iteration, of each run."""
-        if iteration is not None and self.next_batch is not None and self.next_batch[0] == iteration:
-            batch, self.next_batch = self.next_batch[1], None
-            return batch
-        return self._sample((state.iteration.flatten()[0] if iteration is None else iteration) + 1)
-
-    def _sample(self, iteration: int | Tensor) -> TaskBatch:
-        parts = [self.distribution.sample("train", seed, iteration, self.share) for seed in self.seeds]
-        if not self.several:
-            return parts[0]
-        return TaskBatch(*(stacked_trees(list(trees)) for trees in zip(*parts, strict=True)))
 
 
 class CudaGraph:

@@ -26,12 +26,7 @@ if TYPE_CHECKING:
 FLUSH_SECONDS = 5.0
 
 # Result columns of the hyper-parameter view.
-METRICS = (
-    "validation/best_query_accuracy",
-    "validation/best_query_loss",
-    "validation/query_accuracy",
-    "validation/query_loss",
-)
+METRICS = [f"validation/{best}query_{measure}" for best in ("best_", "") for measure in ("accuracy", "loss")]
 # Curves that belong together: patterns of tags by group and chart. TensorBoard joins the layouts of all runs,
 # and shows twice what differs.
 CHARTS = {
@@ -43,16 +38,7 @@ CHARTS = {
         "query accuracy": r"^validation_by_step/query_accuracy/\d+$",
         "query loss": r"^validation_by_step/query_loss/\d+$",
     },
-    "trouble": {
-        "diverged validation tasks": "^validation/diverged_tasks$",
-        "norm of the meta-gradient": "^train/meta_gradient_norm$",
-        "skipped iterations": "^train/skipped$",
-    },
-    "outer loop": {
-        "iterations a second": "^speed/iterations_per_second$",
-        "meta-learning rate": "^optimizer/meta_lr$",
-    },
-    "learned inner rates": {"of weights and steps": "^inner_lr/"},
+    "learned inner rates": {"inner rates": "^inner_lr/"},
 }
 
 
@@ -123,27 +109,22 @@ class RunLog:
         self.add(Summary(value=[Summary.Value(tag=tag, image=image)]), iteration)
         write_whole(file, lambda opened: opened.write(png))
 
-    def begin(
-        self, settings: Mapping[str, Any], flags: Mapping[str, Flag], *, without: Collection[str]
-    ) -> None:
+    def begin(self, settings: Mapping[str, Any], columns: Mapping[str, Flag], empty: Collection[str]) -> None:
         """Describe a new run: its settings as a text and as a row of the hyper-parameter view, and its charts.
 
-        Args:
-            flags: of all settings that may decide a result: the columns, which TensorBoard takes from the
-                first run for all.
-            without: charts that would stay empty.
+        TensorBoard takes the view's columns from the first run for all. `empty` charts are left out.
         """
         from torch.utils.tensorboard import summary
 
         rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
         self.text("settings", f"| setting | value |\n|-|-|\n{rows}", 0)
-        columns = {name: 0.0 if flag.kind in (int, float, bool) else "" for name, flag in flags.items()}
+        examples = {n: 0.0 if flag.kind in (int, float, bool) else "" for n, flag in columns.items()}
         plain = {n: " ".join(v) if isinstance(v, list | tuple) else v for n, v in settings.items()}
-        experiment, _, _ = summary.hparams(columns, dict.fromkeys(METRICS))
+        experiment, _, _ = summary.hparams(examples, dict.fromkeys(METRICS))
         _, row, _ = summary.hparams(plain, {})
         layout: dict[str, dict[str, Any]] = {}
         for group, charts in CHARTS.items():
-            shown = {name: ["Multiline", [tags]] for name, tags in charts.items() if name not in without}
+            shown = {name: ["Multiline", [tags]] for name, tags in charts.items() if name not in empty}
             layout |= {group: shown} if shown else {}
         for part in (experiment, row, summary.custom_scalars(layout)):
             self.add(part, 0)
