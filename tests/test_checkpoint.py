@@ -1,6 +1,5 @@
 """A checkpoint is whole or refused in one line, and nothing in it is run."""
 
-import importlib.util
 import io
 import pickle
 import random
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from runs import assert_same_bits, command
 
 from commands.resolve import config_from_plain, resolve
@@ -211,32 +209,3 @@ def test_another_split_of_the_data_is_refused():
     check_same_split(Path("x.pt"), {"test": ["a", "b"]}, {"test": ["b", "a"], "train": ["c"]})
     with pytest.raises(UsageError, match=r"another test split \(a is new or gone\)"):
         check_same_split(Path("x.pt"), {"test": ["a", "b"]}, {"test": ["b", "c"]})
-
-
-# ---- the shipped checkpoints -----------------------------------------------------------------------
-
-
-def test_resaving_keeps_every_bit_and_names_the_moments(tmp_path):
-    spec = importlib.util.spec_from_file_location("resave", ROOT / "checkpoints" / "resave.py")
-    resave = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(resave)
-    new = a_checkpoint()
-    old_settings = {**new.settings, "task_type": None, "split_seed": 0, "inner_weight_decay": 0.0}
-    old_settings |= {"task_column": "task", "target_columns": "y", "input_columns": None}
-    old_settings |= {"inner_beta_1": 0.9, "images_on": "auto", "save_every_minutes": 10.0, "compile_after": 3}
-    del old_settings["columns"]
-    moments = zip(new.exp_avg.values(), new.exp_avg_sq.values(), strict=True)
-    state = {
-        n: {"step": torch.tensor(7.0), "exp_avg": m, "exp_avg_sq": v} for n, (m, v) in enumerate(moments)
-    }
-    content = {name: value for name, value in vars(new).items() if not name.startswith(("exp_", "settings"))}
-    old = {
-        "format": FORMAT,
-        "version": 2,
-        "config": old_settings,
-        "optimizer": {"state": state},
-        "digest": "",
-    }
-    torch.save(content | old, tmp_path / "best.pt")
-    resave.resave(tmp_path / "best.pt")
-    assert_same_bits(vars(load_checkpoint(tmp_path / "best.pt")), vars(new))

@@ -1,6 +1,5 @@
 """Two runs never write one folder, and what lies in a folder is found again or refused in one line."""
 
-import json
 import os
 import subprocess
 import sys
@@ -168,15 +167,11 @@ def test_the_runs_of_a_sweep_are_found_by_its_list(trained):
     assert [(run.seed, run.file) for run in runs] == [
         (seed, trained / "many" / f"seed-{seed}" / BEST) for seed in (0, 1)
     ]
+    assert has_results(trained / "run", 4) and not has_results(trained / "run", 3)
     assert [run.file.name for run in find_runs(trained / "many" / LAST)] == [LAST, LAST]
     assert find_runs(trained / "run") == []
     member, alone = trained / "many" / "seed-0" / LAST, trained / "run" / LAST
     assert load_checkpoint(member).settings == load_checkpoint(alone).settings
-
-
-def test_results_count_at_their_iteration_alone(tmp_path):
-    (tmp_path / folders.RESULTS).write_text(json.dumps({"iteration": 3}))
-    assert has_results(tmp_path, 3) and not has_results(tmp_path, 4)
 
 
 # ---- flags without a reader ------------------------------------------------------------------------

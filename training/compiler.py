@@ -18,8 +18,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,8 @@ class Compiler:
         tensors = [tensor.detach() for tensor in tensors]  # one passed twice would become a single input
         self._tracing = True  # what this function calls becomes part of it
         try:
-            with _quiet(), torch.enable_grad():
+            logging.disable(logging.WARNING)  # remarks of PyTorch's compiler
+            with warnings.catch_warnings(action="ignore"), torch.enable_grad():
                 graph, output_structure = _trace(function, tensors, structure)
                 path = (self.folder or cache_folder()) / f"{self._key(graph, tensors, options)}.pt2"
                 with one_at_a_time(path.with_suffix(".lock"), interrupted=self.interrupted):
@@ -115,6 +116,7 @@ class Compiler:
             raise CompilationError(one_line(error)[:200]) from error
         finally:
             self._tracing = False
+            logging.disable(logging.NOTSET)
 
     def _build(
         self, graph: torch.fx.GraphModule, tensors: list[Tensor], options: dict[str, Any], path: Path
@@ -123,14 +125,12 @@ class Compiler:
 
         remove_unused(path.parent)
         exported = torch.export.export(graph, tuple(tensors))
+        configs = {**options, "deterministic": torch.are_deterministic_algorithms_enabled()}
         with tempfile.TemporaryDirectory(prefix=f"{path.stem}-", dir=path.parent) as temporary:
-            built = aoti_compile_and_package(
-                exported,
-                package_path=str(Path(temporary) / path.name),
-                inductor_configs={**options, "deterministic": torch.are_deterministic_algorithms_enabled()},
-            )
-            sync(Path(built))
-            Path(built).replace(path)
+            file = Path(temporary) / path.name
+            aoti_compile_and_package(exported, package_path=str(file), inductor_configs=configs)
+            sync(file)
+            file.replace(path)
 
     def _key(self, graph: torch.fx.GraphModule, tensors: list[Tensor], options: dict[str, Any]) -> str:
         """Return a hash of everything that the library depends on."""
@@ -239,16 +239,3 @@ REWRITINGS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.threshold_backward.default: _threshold_backward,
     torch.ops.aten.bmm.default: _bmm,
 }
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the compiler's own remarks off the user's terminal."""
-    logger = logging.getLogger("torch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logger.setLevel(level)

@@ -101,18 +101,6 @@ def clip(
     return gradient
 
 
-def all_finite(moved: State, measures: Tensor, norm: Tensor) -> Tensor:
-    """Return whether an iteration's numbers are finite, as a bool tensor.
-
-    `norm` is the meta-gradient's before clipping, which would hide it. A second moment that overflows would
-    end Adam's steps for good.
-    """
-    parts = [measures, norm[None], moved.parameters, moved.exp_avg_sq]
-    if moved.statistics.numel():  # a compiler takes no empty tensor
-        parts.append(moved.statistics)
-    return torch.stack([part.isfinite().all() for part in parts]).all()
-
-
 # ---- the iteration -------------------------------------------------------------------------------
 
 
@@ -261,13 +249,12 @@ class MetaStep:
         rule = {"adam": adam, "sgd": sgd}[options.meta_optimizer]
         lr = meta_lr_at(options, members, state.iteration.to(gradient.dtype))
         moved = rule(counted, clip(gradient, norm, value, max_norm), lr=lr)
-        return self._guard(state, moved, all_finite(moved, measures, norm))
+        # the norm before clipping, which would hide it; a second moment that overflows would end Adam's steps
+        numbers = [measures, norm[None], moved.parameters, moved.exp_avg_sq, *[moved.statistics] * bool(seen)]
+        return self._guard(state, moved, torch.stack([part.isfinite().all() for part in numbers]).all())
 
     def _guard(self, state: State, moved: State, finite: Tensor) -> State:
-        """Return `moved` if its numbers are finite, else what --on-nan says.
-
-        No value is asked of the device: whoever reads the sums sees it.
-        """
+        """Return `moved` if its numbers are finite, else what --on-nan says; the device is not asked."""
         skipped, last = state.sums[-2], state.sums[-1]
         if self.options.on_nan == "skip":
             tail = torch.stack([skipped + 1, (state.iteration + 1).to(last.dtype)])
