@@ -29,9 +29,7 @@ from learners.heads import add_context, linear_head, replace_module
 Shape = tuple[int, ...]  # of one example
 CHANNELS = 64
 
-# ---- built-in learners ----------------------------------------------------------------------
-#
-# Convolutions before a batch norm have no bias: it would be subtracted with the mean.
+# ---- built-in learners: convolutions before a batch norm need no bias ------------------------
 
 
 def mlp(outputs: int, inputs: Shape = (1,), *, width: int = 40, layers: int = 2) -> nn.Module:
@@ -174,17 +172,14 @@ def build_learner(
     """Build a learner with fresh weights: the same for a seed, whatever else has drawn random numbers.
 
     Args:
-        name: see `load_factory`.
-        outputs: the factory's first argument.
         inputs: the shape of an example, or nested tuples or dictionaries of shapes; for factories that have a
-            parameter `inputs`.
-        arguments: further arguments of the factory.
+            parameter `inputs`, as all have one for the `outputs`.
+        arguments: further arguments of the factory (see `load_factory`).
         init: "torch" leaves the weights; "paper" applies `initialise_as_paper`.
         context: size of a context vector that modulates a layer (`heads.add_context`); 0: none.
         fetch_weights: False leaves out torchvision's trained weights: a checkpoint's will replace them.
 
-    Raises:
-        UsageError: the factory does not exist, does not take the arguments, or does not return a module.
+    Raises UsageError if the factory does not exist, fails with the arguments, or does not return a module.
     """
     factory = load_factory(name)
     options = {} if inputs is None else select_accepted(factory, {"inputs": inputs})
@@ -211,8 +206,7 @@ def initialise_as_paper(learner: nn.Module) -> None:
     """Set weights as Finn et al. (2017) do, in place.
 
     Convolutions, and linear layers after flattened ones, are Xavier uniform; linear layers after a mean over
-    space N(0, 1); those of fully connected networks N(0, 0.01^2), cut at two std (as TensorFlow does).
-    Biases are 0.
+    space N(0, 1); those of fully connected networks N(0, 0.01^2), cut at two std. Biases are 0.
     """
     layers = list(learner.modules())
     convolutional = any(isinstance(layer, nn.Conv2d) for layer in layers)

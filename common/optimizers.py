@@ -12,8 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.choices import INNER_OPTIMIZERS, check_choice
-
 Weights = dict[str, Tensor]
 
 
@@ -51,9 +49,6 @@ class InnerOptimizer:
     eps: float = 1e-8
     clip_norm: float | None = None
     proximal: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_choice("the inner optimizer", self.name, INNER_OPTIMIZERS)
 
     @property
     def is_carried(self) -> bool:

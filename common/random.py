@@ -65,8 +65,7 @@ class Stream(NamedTuple):
 
     def words(self, count: int) -> Tensor:
         """Return 32-bit words, int64 `[tasks, count]`, all different within a task."""
-        if not (isinstance(self.key_1, Tensor) and isinstance(self.key_2, Tensor)):
-            raise TypeError("read from a stream that is keyed by a tensor of task numbers")
+        assert isinstance(self.key_1, Tensor) and isinstance(self.key_2, Tensor), "keyed by no task numbers"
         positions = torch.arange(count, device=self.key_1.device)
         return mix(mix(positions ^ self.key_2[..., None]) ^ self.key_1[..., None])
 

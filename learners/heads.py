@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from common.choices import FAST_WEIGHTS, check_choice
 from learners.batch_norm import BatchNorm, join_names
 
 _NORMS = (BatchNorm, _NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
@@ -146,7 +145,6 @@ def adapted_names(module: nn.Module, fast_weights: str, head: str | None = None)
     `fast_weights` is "all", "head", "body" or "context", `head` as in `head_names`. Raises ValueError where
     there is nothing to adapt.
     """
-    check_choice("fast_weights", fast_weights, FAST_WEIGHTS)
     everything = frozenset(name for name, p in module.named_parameters() if p.requires_grad)
     contexts = context_names(module)
     selected = contexts if fast_weights == "context" else everything - contexts

@@ -324,13 +324,7 @@ def implicit(strength: float, cg_steps: int, *, steps: int = 3, inner_lr: float 
 def test_implicit_without_conjugate_gradients_is_first_order_at_the_same_solution():
     batch = make_tasks("mlp")
     ours = gradients_of(implicit(0.5, 0), batch)
-    first = smooth_maml(
-        meta_gradient="exact",
-        steps=3,
-        inner_lr=0.05,
-        fast_weights="body",
-        proximal=0.5,
-    )
+    first = smooth_maml(steps=3, inner_lr=0.05, fast_weights="body", proximal=0.5)
     parameters = first.initial_parameters()
     expected = {n: torch.zeros_like(w) for n, w in parameters.items()}
     for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
@@ -390,7 +384,7 @@ def test_implicit_has_the_closed_form_on_a_quadratic():
     "wrong",
     [
         dict(fast_weights="haed"), dict(meta_gradient="implict"),
-        dict(convolution="im2cool"), dict(head_init="zeros"), dict(inner_rates="elements"),
+        dict(head_init="zeros"), dict(inner_rates="elements"),
         dict(batch_norm="perstep"),
         dict(meta_gradient="reptile", inner_rates="element"), dict(meta_gradient="joint", inner_batch=3),
         dict(meta_gradient="implicit"),
@@ -402,8 +396,6 @@ def test_choices_that_there_are_not_are_refused(wrong):
 
 
 def test_rules_and_engines_that_there_are_not_are_refused():
-    with pytest.raises(ValueError, match="one of sgd, momentum, adam, adam-carried, not 'Adam'"):
-        InnerOptimizer(0.1, "Adam")
     with pytest.raises(ValueError, match="engine should be one of unrolled, adjoint"):
         make_meta_gradient(smooth_maml(), engine="adjont")
 
