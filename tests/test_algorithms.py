@@ -388,6 +388,8 @@ def test_implicit_has_the_closed_form_on_a_quadratic():
         dict(batch_norm="perstep"),
         dict(meta_gradient="reptile", inner_rates="element"), dict(meta_gradient="joint", inner_batch=3),
         dict(meta_gradient="implicit"),
+        dict(head_init="prototype", proximal=1.0), dict(head_init="zero", fast_weights="body"),
+        dict(head_init="zero", meta_gradient="joint"), dict(head_init="zero", inner_rates="element"),
     ],
 )  # fmt: skip
 def test_choices_that_there_are_not_are_refused(wrong):

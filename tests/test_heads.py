@@ -32,7 +32,6 @@ from common.batch import TaskBatch
 from common.task import Task
 from learners.batch_norm import BatchNorm
 from maml import RATE
-from training.meta_gradients import make_meta_gradient
 
 HEAD = ["head.weight", "head.bias"]
 
@@ -104,24 +103,6 @@ def test_the_meta_gradient_through_a_computed_head_is_a_plain_loops(init, betwee
     assert distance(*gradients) > 1e-3
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("options", [{}, {"fast_weights": "head"}, {"inner_rates": "layer-step"}])
-def test_gradients_through_prototypes_agree_with_finite_differences(options, engine):
-    batch, maml = labelled(), build(classifier(), "prototype", **options)
-    parameters, gradient_of = maml.initial_parameters(), make_meta_gradient(maml, engine=engine)
-    for name, gradient in gradient_of(parameters, batch).gradients.items():
-        for place in range(0, gradient.numel(), 5):
-            step = torch.zeros_like(gradient)
-            step.view(-1)[place] = 1e-5
-            above, below = (
-                gradient_of(parameters | {name: parameters[name] + s}, batch).losses.mean().item()
-                for s in (step, -step)
-            )
-            assert gradient.view(-1)[place].item() == pytest.approx(
-                (above - below) / 2e-5, rel=1e-6, abs=1e-9
-            )
-
-
 def test_prototypes_before_the_first_step_classify_by_the_distance_to_class_means():
     module, batch = classifier(), labelled()
     maml = build(module, "prototype")
@@ -184,17 +165,3 @@ def test_a_learner_that_is_all_head_learns_its_rates_alone(init):
     assert maml.initial_parameters().keys() == {RATE + "weight", RATE + "bias"}
     unrolled, adjoint = (meta_gradient(maml, labelled(), engine).gradients for engine in ENGINES)
     assert_close(unrolled, adjoint)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"head_init": "prototype", "proximal": 1.0}, "--proximal"),
-        ({"head_init": "zero", "fast_weights": "body"}, "inner loop must adapt the head"),
-        ({"head_init": "zero", "meta_gradient": "joint"}, "no inner loop"),
-        ({"head_init": "zero", "inner_rates": "element"}, "use layer-step"),
-    ],
-)
-def test_a_head_that_cannot_be_computed_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        algorithm(classifier(), F.cross_entropy, head="head", **options)

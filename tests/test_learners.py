@@ -333,20 +333,6 @@ def test_both_readings_of_batch_norm_are_a_plain_loops(adapt_norm):
 # ---- parameters -----------------------------------------------------------------------------
 
 
-def test_a_frozen_parameter_is_no_meta_parameter_and_stays_as_it_is():
-    module, batch = build("frozen")
-    before = {n: module.get_parameter(n).clone() for n in ("0.weight", "1.bias")}
-    maml = algorithm(module)
-    parameters = maml.initial_parameters()
-    assert not before.keys() & parameters.keys() and before.keys() <= maml.call.fixed.keys()
-    gradients = maml.meta_gradient(parameters, batch).gradients
-    for changed in (module, maml.learner):
-        assert all(torch.equal(changed.get_parameter(n), w) for n, w in before.items())
-    other, _ = build("frozen")
-    other[0].weight.data += 0.5  # a frozen weight counts all the same
-    assert distance(algorithm(other).meta_gradient(parameters, batch).gradients, gradients) > 1e-3
-
-
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_tied_head_goes_by_its_first_name_and_cannot_be_computed(bias):
     module, batch = filled(Tied(bias=bias)), sentences(language=True)

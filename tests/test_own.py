@@ -20,7 +20,6 @@ from commands.call import check_call
 from commands.config import OWN_CODE
 from commands.parser import parse
 from commands.resolve import resolve
-from common.own_code import load_code
 from learner import build_learner
 from training.checkpoint import load_checkpoint, save_checkpoints
 from training.folders import LAST
@@ -144,23 +143,21 @@ def test_a_pretrained_network_of_torchvisions_keeps_its_body_and_gets_a_new_head
     build_learner("torchvision:resnet18", 3, arguments=arguments, fetch_weights=False)
 
 
+DATA = f"--dataset {SEQUENCES}Sequences --dataset-args length=6 -n 2 -k 3 -q 3 --learner {SEQUENCES}"
+
+
 @pytest.mark.parametrize(
-    "learner",
+    "flags",
     [
-        f"{SEQUENCES}transformer --learner-args width=8 heads=2",
-        f"{SEQUENCES}gru",
-        f"{SEQUENCES}gru --learner-args cell=lstm width=6",
+        f"{DATA}transformer --learner-args width=8 heads=2",
+        f"{DATA}gru",
+        f"{DATA}gru --learner-args cell=lstm width=6",
+        f"--dataset harmonic --learner {ROOT / 'examples' / 'sines.py'}:sines --learner-args width=6",
     ],
-    ids=["transformer", "gru", "lstm"],
+    ids=["transformer", "gru", "lstm", "sines"],
 )
-def test_your_own_network_and_tasks_learn_as_in_a_plain_loop(learner, tmp_path):
-    data = ["--dataset", f"{SEQUENCES}Sequences", "--dataset-args", "length=6", "-n", 2, "-k", 3, "-q", 3]
-    assert_a_step_is_a_plain_loops(tmp_path, [*data, "--learner", *learner.split()], steps=2)
-
-
-def test_a_network_of_sines_learns_harmonic_tasks_as_in_a_plain_loop(tmp_path):
-    learner = ["--learner", f"{ROOT / 'examples' / 'sines.py'}:sines", "--learner-args", "width=6"]
-    assert_a_step_is_a_plain_loops(tmp_path, ["--dataset", "harmonic", *learner], steps=2)
+def test_your_own_network_and_tasks_learn_as_in_a_plain_loop(flags, tmp_path):
+    assert_a_step_is_a_plain_loops(tmp_path, flags.split(), steps=2)
 
 
 def test_a_module_that_imports_its_neighbours_learns_images_as_in_a_plain_loop(own, images, tmp_path):
@@ -219,13 +216,6 @@ def test_a_loss_of_your_own_is_minimised(own, images, tmp_path):
 
 
 # ---- what is imported, and what is not ------------------------------------------------------
-
-
-def test_modules_beside_your_own_are_found(tmp_path, monkeypatch):
-    (tmp_path / "config.py").write_text("WIDTH = 7\n")
-    (tmp_path / "learner.py").write_text("import config\ndef width(): return config.WIDTH\n")
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    assert load_code(f"{tmp_path / 'learner.py'}:width", "--learner")() == 7
 
 
 @pytest.mark.parametrize("setting", OWN_CODE)
