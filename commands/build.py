@@ -210,10 +210,10 @@ class Start:
     @property
     def finished(self) -> bool:
         """Return whether the last iteration is done and its results are written."""
-        if self.resumed is None or self.file is None:
-            return False
-        iteration = self.resumed.iteration
-        return iteration >= self.config.training.iterations and has_results(self.file.parent, iteration)
+        done = self.resumed.iteration if self.resumed else -1
+        return bool(
+            self.file and done >= self.config.training.iterations and has_results(self.file.parent, done)
+        )
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from commands.build import (
-    build,
-    collect_facts,
-    fit_weights,
-    make_writable,
-    prepare,
-    print_settings,
-    read_tasks,
-)
+from commands import build
 from commands.call import Call
 from commands.config import Config
 from commands.names import file_name, task_size, task_words
@@ -90,17 +82,17 @@ def measure(
         if len({(c.evaluation.eval_steps, c.evaluation.eval_tasks) for c in configs}) > 1:
             raise UsageError("the runs differ in --eval-steps or --eval-tasks: give both")
         if world.first:
-            make_writable(first.stem(call).parent, "--out")
-        runtime = prepare(first.config, call, world)
-    world.check_same(collect_facts(first.config, runtime, first.source))
-    read_tasks(configs, call, world)
+            build.make_writable(first.stem(call).parent, "--out")
+        runtime = build.prepare(first.config, call, world)
+    world.check_same(build.collect_facts(first.config, runtime, first.source))
+    build.read_tasks(configs, call, world)
     others = f" and {len(files) - 1} other runs" if files[1:] else ""
     title = f"Evaluating {first.name}{others} on {first.config.evaluation.eval_tasks} test tasks"
-    print_settings(first.config, runtime, title, *configs[1:])
+    build.print_settings(first.config, runtime, title, *configs[1:])
     measured = []
     for subject in subjects:
         with world.together():
-            subject.build(call, prepare(subject.config, call, world))
+            subject.build(call, build.prepare(subject.config, call, world))
         measured.append((subject, subject.evaluate()))
         if world.first:
             subject.write(measured[-1][1], subject.stem(call), command)
@@ -172,13 +164,15 @@ class Subject:
     def build(self, call: Call, runtime: Runtime) -> Subject:
         """Build algorithm, tasks and weights, and return self; raise UsageError where they do not fit."""
         self.runtime = runtime
-        self.distribution, self.maml = build(self.config, call, runtime, saved=self.source)
+        self.distribution, self.maml = build.build(self.config, call, runtime, saved=self.source)
         self.parameters = self.maml.initial_parameters(self.config.training.seed)
         self.statistics = self.maml.initial_statistics()
         if self.file and self.source:
             if call.eval_dataset is None:
                 check_same_split(self.file, self.source.splits, self.distribution.split_names)
-            self.parameters, self.statistics = fit_weights(self.file, self.source, self.maml, self.config)
+            self.parameters, self.statistics = build.fit_weights(
+                self.file, self.source, self.maml, self.config
+            )
         return self
 
     def evaluate(self, split: str = "test", *, first_task: int = 0) -> Evaluation:

@@ -34,17 +34,9 @@ from commands.resolve import config_of, select_learned
 from commands.train import find_start, make_folder
 from common.errors import UsageError
 from common.processes import World
+from evaluation import tables
 from evaluation.figures import learning_figure
 from evaluation.style import write_figure
-from evaluation.tables import (
-    ALL,
-    RunSummary,
-    learning_curves,
-    measure_of,
-    training_record,
-    training_table,
-    write_json,
-)
 from learners.losses import loss_name
 from tasks.options import CURVES
 from training.checkpoint import load_checkpoint
@@ -75,42 +67,34 @@ def sweep(call: Call, given: Mapping[str, Any], world: World) -> int:
 def _claim_folder(
     folder: Path, call: Call, members: Sequence[Member], world: World, locks: ExitStack
 ) -> None:
-    """Check and lock the folder that --run-name names."""
+    """Check and lock the folder that --run-name names.
+
+    Raises UsageError where it has other seeds of a setting, trained with other settings: their mean would be
+    one of different things.
+    """
+    names = [member.name for member in members]
     if world.first:
         if not call.resume and is_occupied(folder):
             raise UsageError(f"{folder} is not empty: choose another --run-name, or --resume what is there")
-        locks.enter_context(lock_folder(folder, [member.name for member in members]))
+        locks.enter_context(lock_folder(folder, names))
     if (folder / LAST).exists():
         raise UsageError(f"{folder} is a run, not a folder of many: choose another --run-name")
-    if (folder / LIST).exists():
-        _check_settings(folder, members)
-
-
-def _check_settings(folder: Path, members: Sequence[Member]) -> None:
-    """Raise UsageError where the folder has other seeds of a setting, trained with other settings.
-
-    Their mean would be one of different things.
-    """
-    names = {member.name for member in members}
     settings = {member.setting: select_learned(member.config.replaced(seed=0)) for member in members}
-    for run in list_runs(folder):
+    for run in list_runs(folder) if (folder / LIST).exists() else ():
         file = folder / run.name / LAST
         if run.setting in settings and run.name not in names and file.is_file():
-            saved = config_of(load_checkpoint(file).settings, file)
-            now, before = settings[run.setting], select_learned(saved.replaced(seed=0))
-            for name in now:
-                if now[name] != before[name]:
-                    raise UsageError(
-                        f"{folder} has the run {run.name} with another {CONFIG_FLAGS[name].name} "
-                        f"({before[name]}): choose another --run-name"
-                    )
+            saved = select_learned(config_of(load_checkpoint(file).settings, file).replaced(seed=0))
+            different = [name for name, value in settings[run.setting].items() if value != saved[name]]
+            if different:
+                name = f"{CONFIG_FLAGS[different[0]].name} ({saved[different[0]]})"
+                raise UsageError(f"{folder} has {run.name} with another {name}: choose another --run-name")
 
 
 def _write_list(folder: Path, members: Sequence[Member]) -> None:
     """Write which runs the folder has: these, and those from before."""
     before = list_runs(folder) if (folder / LIST).exists() else []
     runs = {run.name: run for run in [*before, *(ListedRun(m.name, m.setting, m.seed) for m in members)]}
-    write_json(folder / LIST, {"runs": [asdict(run) for run in runs.values()]})
+    tables.write_json(folder / LIST, {"runs": [asdict(run) for run in runs.values()]})
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -195,13 +179,13 @@ def _fits(one: Assembly, other: Assembly) -> bool:
 # ---- outcome -------------------------------------------------------------------------------------
 
 
-def _summarise(member: Member, run: Run) -> RunSummary:
+def _summarise(member: Member, run: Run) -> tables.RunSummary:
     """Return how a run was trained."""
     loss, validation = final_loss(run.progress.training), run.progress.validation
     accuracy = run.measure == "query_accuracy"
-    return RunSummary(
+    return tables.RunSummary(
         name=member.name,
-        setting=member.setting or ALL,
+        setting=member.setting or tables.ALL,
         seed=member.seed,
         iteration=run.iteration,
         failure=run.failure,
@@ -211,13 +195,15 @@ def _summarise(member: Member, run: Run) -> RunSummary:
     )
 
 
-def _report(folder: Path, outcomes: Sequence[RunSummary], world: World) -> int:
+def _report(folder: Path, outcomes: Sequence[tables.RunSummary], world: World) -> int:
     """Print and write the summary of all runs; return the exit code."""
     failures = [outcome for outcome in outcomes if outcome.failure is not None]
     if world.first:
-        print(training_table(outcomes))
-        write_json(folder / "summary.json", training_record(outcomes))
-        figure = learning_figure(learning_curves(outcomes), f"validation {measure_of(outcomes)}")
+        print(tables.training_table(outcomes))
+        tables.write_json(folder / "summary.json", tables.training_record(outcomes))
+        figure = learning_figure(
+            tables.learning_curves(outcomes), f"validation {tables.measure_of(outcomes)}"
+        )
         write_figure(folder / "summary.png", figure)
         print(f"Written: {folder / 'summary'}.json and .png")
         if failures:

@@ -16,15 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from commands.build import (
-    Start,
-    assemble,
-    collect_facts,
-    prepare,
-    print_settings,
-    read_tasks,
-    train_runs,
-)
+from commands import build
 from commands.call import Call
 from commands.config import Config
 from commands.names import file_name, own_code_flags, task_size
@@ -44,27 +36,27 @@ def train(call: Call, given: Mapping[str, Any], world: World) -> int:
             if world.first and folder:
                 locks.enter_context(lock_folder(folder))
             start = find_start(call, given)
-            runtime = prepare(start.config, call, world)
+            runtime = build.prepare(start.config, call, world)
             tasks = start.config.training.meta_batch_size
             if world.size > tasks:
                 raise UsageError(f"{world.size} processes for a meta-batch of {tasks} tasks: take fewer")
-        world.check_same(collect_facts(start.config, runtime, start.resumed))
+        world.check_same(build.collect_facts(start.config, runtime, start.resumed))
         if start.finished and start.resumed is not None:
             longer = "" if call.baselines else ": resume with larger --iterations"
             print(f"{start.file} is finished at iteration {start.resumed.iteration:,}{longer}")
             return 0
         folder = folder or world.from_first(lambda: make_folder(call.checkpoint_path, start.config, locks))
-        read_tasks([start.config], call, world)
+        build.read_tasks([start.config], call, world)
         with world.together():
-            parts = assemble(start, folder, given, call, world, team=world)
+            parts = build.assemble(start, folder, given, call, world, team=world)
         config = parts.start.config
         world.check_same({"--compile, for want of a compiler": config.training.compile})
         doing = f"Resuming at iteration {parts.run.iteration:,}" if start.resumed else "Meta-training"
-        print_settings(config, runtime, f"{doing} in {folder}")
+        build.print_settings(config, runtime, f"{doing} in {folder}")
         launcher = ["python"] if world.size == 1 else ["torchrun", f"--nproc-per-node={world.local_size}"]
         own_code = own_code_flags(config)
         resume = shlex.join([*launcher, "main.py", "--load", str(folder / LAST), *own_code])
-        code = train_runs([parts])
+        code = build.train_runs([parts])
         if world.first:
             _print_end(parts.run, code, resume, own_code)
         world.wait()  # torchrun ends all processes once one ends with a code, and the first may be busy
@@ -95,12 +87,12 @@ def _print_end(run: Run, code: int, resume: str, own_code: list[str]) -> None:
 # ---- where a run starts --------------------------------------------------------------------------
 
 
-def find_start(call: Call, given: Mapping[str, Any]) -> Start:
+def find_start(call: Call, given: Mapping[str, Any]) -> build.Start:
     """Read the settings of a new run, or the checkpoint that it starts from or is resumed from."""
     file = call.load or _find_saved(call)
     if file is None:
         weights = load_checkpoint(call.init_from) if call.init_from else None
-        return Start(resolve(given), call.init_from, weights)
+        return build.Start(resolve(given), call.init_from, weights)
     if (file / LIST).is_file():
         raise UsageError(f"{file} has many runs: resume them with --seeds or --sweep and --resume")
     checkpoint = load_checkpoint(file)
@@ -113,7 +105,7 @@ def find_start(call: Call, given: Mapping[str, Any]) -> Start:
     if call.init_from and not origin.startswith(f"{call.init_from}, "):
         raise UsageError(f"the run of {file} started from {origin}: leave --init-from out when resuming")
     config = resolve_from(config_of(checkpoint.settings, file), given, evaluate=False)
-    return Start(config, file, checkpoint, resumes=True)
+    return build.Start(config, file, checkpoint, resumes=True)
 
 
 def make_folder(checkpoint_path: Path, config: Config, locks: ExitStack) -> Path:

@@ -265,7 +265,7 @@ def test_a_folder_takes_no_other_settings_and_no_single_run(tmp_path, capsys):
     (tmp_path / "notes" / "mine.txt").touch()
     resumed = ["--checkpoint-path", tmp_path, "--resume", "--run-name"]
     refused = {
-        "has the run seed-0 with another --inner-lr": ["--seeds", 1, "--inner-lr", 0.5, *resumed, many.name],
+        "has seed-0 with another --inner-lr": ["--seeds", 1, "--inner-lr", 0.5, *resumed, many.name],
         "has many runs": [*resumed, many.name],
         "is a run, not a folder of many": ["--seeds", 0, *resumed, one.name],
         "-s 2 disagrees": ["--seeds", 0, "-s", 2, *resumed, many.name],
