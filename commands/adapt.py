@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from commands.build import build_algorithm, build_module, fit_weights, make_writable, prepare, print_settings
+from commands.build import build_algorithm, fit_weights, make_writable, prepare, print_settings
 from commands.call import Call
 from commands.config import Config
 from commands.resolve import config_of, resolve_from
@@ -156,8 +156,7 @@ def _restore(
     source: Checkpoint, file: Path, config: Config, runtime: Runtime, example: Tree, outputs: int
 ) -> tuple[nn.Module, MAML, Weights, Weights]:
     """Return a checkpoint's learner, algorithm, meta-parameters and running statistics for such examples."""
-    learner = build_module(config, runtime, outputs, example, saved=source)
-    maml = build_algorithm(config, runtime, learner, example)
+    learner, maml = build_algorithm(config, runtime, outputs, example, saved=source)
     return learner, maml, *fit_weights(file, source, maml, config)
 
 

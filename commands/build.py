@@ -104,8 +104,7 @@ def build(
     batch = distribution.sample("test" if call.eval_dataset else "train", 0, 0, range(1))
     example = tree_map(lambda part: part[0], batch.support_x)
     outputs = config.tasks.ways if config.tasks.classification else first_tensor(batch.support_y).shape[-1]
-    learner = build_module(config, runtime, outputs or 1, example, saved=saved)
-    return distribution, build_algorithm(config, runtime, learner, example)
+    return distribution, build_algorithm(config, runtime, outputs or 1, example, saved=saved)[1]
 
 
 def build_tasks(config: Config, call: Call, runtime: Runtime) -> TaskDistribution:
@@ -129,59 +128,56 @@ def read_tasks(configs: Iterable[Config], call: Call, world: World) -> None:
             build_tasks(config, call, prepare(config, call, world))
 
 
-def build_module(
+def build_algorithm(
     config: Config, runtime: Runtime, outputs: int, example: Tree, *, saved: Checkpoint | None = None
-) -> nn.Module:
-    """Return the learner with its initial weights.
+) -> tuple[nn.Module, MAML]:
+    """Return the learner, with its initial weights, and the algorithm.
+
+    Raises UsageError where they do not fit each other or the data.
 
     Args:
         outputs: numbers per example.
         example: inputs of one task, `[examples, ...]`.
         saved: the checkpoint whose weights will be put in: pretrained ones are not fetched.
     """
-    name = config.learner.learner
+    name, choices = config.learner.learner, config.choices
     learner = build_learner(
         name,
         outputs,
         inputs=tree_map(lambda part: tuple(part.shape[1:]), example),
         arguments=parse_arguments(config.learner.learner_args),
         init=config.learner.init,
-        context=config.choices.context_size if config.choices.fast_weights == "context" else 0,
+        context=choices.context_size if choices.fast_weights == "context" else 0,
         seed=config.training.seed,
         fetch_weights=saved is None,
     )
     if saved and saved.fixed:
-        state = {**dict(learner.named_parameters()), **dict(learner.named_buffers())}
-        for key in sorted(saved.fixed.keys() | fixed_tensors(learner).keys()):
-            if key not in saved.fixed or key not in state or state[key].shape != saved.fixed[key].shape:
-                raise UsageError(f"the checkpoint does not fit the learner {name}: {key} differs")
-            state[key].data.copy_(saved.fixed[key])
+        _restore_fixed(learner, saved.fixed, name)
     learner = learner.to(runtime.device, runtime.dtype)
     check_outputs(learner, example, outputs, config)
-    return learner
-
-
-def build_algorithm(config: Config, runtime: Runtime, learner: nn.Module, example: Tree) -> MAML:
-    """Return the algorithm for a learner; raise UsageError where its choices do not fit the learner.
-
-    Args:
-        example: inputs of one task, `[examples, ...]`.
-    """
-    choices = config.choices
     try:
-        return MAML(
+        return learner, MAML(
             learner,
             build_loss(config.learner.loss, config.learner.loss_args),
             choices,
             convolution=config.training.convolution,
             compute_dtype=runtime.compute_dtype,
-            example=None if config.learner.learner in LEARNERS else example,
+            example=None if name in LEARNERS else example,
             tasks_at_once=config.training.tasks_at_once,
             vectorise=config.training.vectorise,
         )
     except ValueError as error:
         flags = f"--fast-weights {choices.fast_weights} --head-init {choices.head_init}"
-        raise UsageError(f"{flags} with --learner {config.learner.learner}: {error}") from error
+        raise UsageError(f"{flags} with --learner {name}: {error}") from error
+
+
+def _restore_fixed(learner: nn.Module, fixed: Weights, name: str) -> None:
+    """Put a checkpoint's frozen parameters and buffers into the learner."""
+    state = {**dict(learner.named_parameters()), **dict(learner.named_buffers())}
+    for key in sorted(fixed.keys() | fixed_tensors(learner).keys()):
+        if key not in fixed or key not in state or state[key].shape != fixed[key].shape:
+            raise UsageError(f"the checkpoint does not fit the learner {name}: {key} differs")
+        state[key].data.copy_(fixed[key])
 
 
 def fit_weights(file: Path, source: Checkpoint, maml: MAML, config: Config) -> tuple[Weights, Weights]:

@@ -15,7 +15,7 @@ from plain_loop import plain_loop
 from runs import assert_same_bits, command
 from torch.nn import functional as F
 
-from commands.build import build, build_module, prepare
+from commands.build import build, build_algorithm, prepare
 from commands.call import check_call
 from commands.config import OWN_CODE
 from commands.parser import parse
@@ -121,7 +121,7 @@ def assert_a_step_is_a_plain_loops(tmp_path: Path, flags: list[object], *, steps
     distribution, maml = build(config, call, runtime)
     batch = distribution.sample("train", 0, 1, range(2))
     outputs = config.tasks.ways or batch.support_y.shape[-1]
-    module = build_module(config, runtime, outputs, batch.support_x[0])  # the user's, as it is
+    module, _ = build_algorithm(config, runtime, outputs, batch.support_x[0])  # the user's, as it is
     loss = F.cross_entropy if config.tasks.classification else F.mse_loss
     gradients, *_ = plain_loop(module, loss, batch, steps=steps)
     before, after = maml.initial_parameters(), load_checkpoint(tmp_path / "run" / LAST).parameters
