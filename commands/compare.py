@@ -164,7 +164,7 @@ def _read_subject(file: Path, call: Call, given: Mapping[str, Any]) -> Subject:
 
 
 def check_pairs(sides: Mapping[str, Runs]) -> None:
-    """Raise UsageError where sides have other tasks or, for regression, another loss, or no seed in common."""
+    """Raise UsageError where sides have other tasks, another loss (in regression), or no seed in common."""
     (first_name, first), *others = sides.items()
     config = next(iter(first.values())).config
     measured = TASK_SETTINGS if config.tasks.classification else TASK_SETTINGS + LOSS_SETTINGS
@@ -177,8 +177,8 @@ def check_pairs(sides: Mapping[str, Runs]) -> None:
         ]
         if different:
             raise UsageError(
-                f"--compare: {' and '.join(words)} have other tasks, which cannot be paired: give -k, -q, -n or "
-                "--eval-dataset if they differ in these alone"
+                f"--compare: {' and '.join(words)} have other tasks, which cannot be paired: "
+                "give -k, -q, -n or --eval-dataset if they differ in these alone"
             )
         if not paired.shared_seeds(runs, first):
             raise UsageError(

@@ -54,8 +54,8 @@ class Evaluation:
 def diverged(losses: Tensor) -> Tensor:
     """Return which of the query losses `[tasks, steps + 1]` have diverged.
 
-    These are not finite, or more than ten times the loss before adaptation: the larger of the task's own and of
-    the median over tasks. Losses that may be negative have grown by more than nine times the size of that loss.
+    They are not finite, or above ten times the loss before adaptation: the larger of the task's and of the
+    median over tasks. Losses that may be negative have grown by more than nine times the size of that loss.
     """
     before = losses[:, :1]
     finite = before[before.isfinite()]

@@ -38,7 +38,7 @@ class Side:
 
 
 def readings(sides: Sequence[Side]) -> dict[str, list[Side]]:
-    """Return what is compared, in words: each side as it was trained, then all with each common normalisation."""
+    """Return what is compared, in words: the sides as trained, and with each common normalisation."""
     trained = [side.normalisation for side in sides]
     alike = len(set(trained)) == 1
     compared = {f"{trained[0]}, as trained" if alike else "as trained": list(sides)}
@@ -126,11 +126,11 @@ def differences_table(sides: Sequence[Side], loss_name: str, split: str) -> str:
             rows.append([*row, *(["the first", "", "", ""] if side is first else [text, *counts, verdict])])
     header = ["", "statistics", "steps", measure, "difference", "seeds", "left out", "verdict"]
     pairs = "mean over shared seeds ± its" if several else "mean ±"
-    pairs += " 95 % interval over tasks" + " (lowest to highest seed)" * several
+    pairs += f" 95 % interval over tasks{' (lowest to highest seed)' * several}; better or worse"
     means = describe_means([side.results for side in sides])
     return (
-        f"{table(header, rows)}\nQuery {measure}, {split}: {means}.\nDifference to {sides[0].name} on the same "
-        f"tasks: {pairs}; better or worse where the interval excludes 0."
+        f"{table(header, rows)}\nQuery {measure}, {split}: {means}.\n"
+        f"Difference to {sides[0].name} on the same tasks: {pairs} where the interval excludes 0."
     )
 
 

@@ -48,8 +48,7 @@ def new_figure(width: float, height: float, title: str = "") -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    if title:
-        figure.suptitle(title)
+    figure.suptitle(title)
     return figure
 
 
@@ -69,7 +68,8 @@ def add_legend(figure: Figure, *panels: Axes) -> None:
         handles, labels = zip(*curves, strict=True)
         longest = max(len(line) for label in labels for line in label.split("\n"))
         columns = max(1, int(LETTERS_PER_INCH * figure.get_figwidth() // (longest + 8)))
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))  # type: ignore[arg-type]  # "outside ..." is missing in the stubs
+        place: Any = "outside lower center"  # which the stubs lack
+        figure.legend(handles, labels, loc=place, ncols=min(columns, len(labels)))
 
 
 def label_axes(panel: Axes, x: str, measure: str) -> None:

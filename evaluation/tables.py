@@ -105,7 +105,7 @@ class Spread:
         return cls(len(v), v.mean().item(), deviation, v.min().item(), v.max().item())
 
     def text(self, scale: float, digits: int, interval: float | None = None, sign: str = "") -> str:
-        """Return `mean ± interval (lowest to highest)`, the latter for several runs; `sign` "+": with signs."""
+        """Return `mean ± interval (lowest to highest)`, the latter for several runs."""
         mean, *ends = (f"{scale * v:{sign},.{digits}f}" for v in (self.mean, self.lowest, self.highest))
         mean += "" if interval is None else f" ± {scale * interval:.{digits}f}"
         return mean + f" ({' to '.join(ends)})" * (self.runs > 1)
@@ -182,7 +182,7 @@ def results_of(settings: Mapping[str, Sequence[Evaluation]]) -> dict[str, StepRe
 
 
 def results_table(results: Mapping[str, StepResults], caption: Caption) -> str:
-    """Return few settings as columns, with all steps, or many as rows, after 0, the quoted and the last step."""
+    """Return few settings as columns with all steps, or many as rows after 0, the quoted, the last step."""
     parts = list(results.values())
     measure, scale, digits = units(parts[0].measure(caption.loss_name))
     last = max(len(part.means) for part in parts) - 1
@@ -258,7 +258,7 @@ def _spreads(runs: Sequence[RunSummary]) -> dict[str, Spread]:
 
 
 def training_table(runs: Sequence[RunSummary]) -> str:
-    """Return how the runs of each setting learned: final training loss and best validation, over their seeds."""
+    """Return final training loss and best validation of each setting, over its seeds."""
     measure, scale, digits = units(measure_of(runs))
     formats = {"final_training_loss": (1, 4), "best_validation": (scale, digits), "best_iteration": (1, 0)}
     rows = []
