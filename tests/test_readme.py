@@ -1,4 +1,4 @@
-"""The pages are true: commands have valid flags, links lead somewhere, and the README's Python runs."""
+"""The pages are true: every flag exists, commands parse, links lead somewhere, the README's Python runs."""
 
 import re
 import shlex
@@ -22,12 +22,12 @@ PAGES = [page.relative_to(ROOT) for folder in FOLDERS for page in sorted((ROOT /
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """The fenced blocks of a page in one language."""
+    """Return the fenced blocks of a page in one language."""
     return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
 
 
 def command_lines(page: Path, launched: str) -> list[str]:
-    """What follows `launched` in each line of a page's shell blocks; a backslash continues a line."""
+    """Return what follows `launched` in each line of a page's shell blocks; a backslash continues a line."""
     text = "\n".join(blocks(page, "sh") + blocks(page, "")).replace("\\\n", " ")
     return re.findall(rf"^{launched}(.*)$", text, re.MULTILINE)
 
@@ -57,7 +57,7 @@ def test_the_commands_of_a_page_have_valid_flags(page):
 
 @pytest.fixture(scope="module")
 def flags() -> set[str]:
-    """The flags of the tool, of torchrun, of the scripts that pages call, and tensorboard's one."""
+    """Return the flags of the tool, of torchrun, of the scripts that pages call, and tensorboard's one."""
     scripts = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("examples/*.py")]
     of_scripts = {name for file in scripts for name in re.findall(r'"(--[a-z][a-z-]*)"', file.read_text())}
     return {*build_parser()._option_string_actions, *get_args_parser()._option_string_actions, "--logdir"} | (
@@ -75,7 +75,7 @@ def test_every_flag_that_a_page_mentions_is_one(page, flags):
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors of a page's headings, as GitHub makes them."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
@@ -92,7 +92,7 @@ def test_the_links_of_a_page_lead_somewhere(page):
 
 
 def test_the_readmes_python_runs(tmp_path, monkeypatch):
-    """A block that begins with a file's name is that file, and the commands that name it run; others run."""
+    """Write a block that starts with a file's name to that file, and run the commands that name it; run the others."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("training.trainer.VALIDATION_TASKS", 4)
     snippets = blocks(Path("README.md"), "python")
