@@ -92,7 +92,7 @@ def test_the_links_of_a_page_lead_somewhere(page):
 
 
 def test_the_readmes_python_runs(tmp_path, monkeypatch):
-    """Write blocks that start with a file's name to files, and run the commands that name them; run the others."""
+    """Write each block that starts with a file's name to that file, and run its commands; run the others."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("training.trainer.VALIDATION_TASKS", 4)
     snippets = blocks(Path("README.md"), "python")
