@@ -35,15 +35,16 @@ class Runtime:
     compute_dtype: torch.dtype | None = None  # of the learner's arithmetic; None: `dtype`
     world: World = ALONE
 
-    def computed_by(
-        self, *, processes: int | None = None, runs: int = 1, tasks: int | None = None
-    ) -> dict[str, Any]:
+    def computed_by(self, *, processes: int, runs: int, tasks: int | None) -> dict[str, Any]:
         """Return what the last bits of a result depend on, apart from the settings.
 
-        `processes` share one run, `runs` are trained as one, and `tasks` are computed at once; None: all.
+        Args:
+            processes: that share one run.
+            runs: trained as one.
+            tasks: computed at once; None: all.
         """
         return {
-            "processes": processes or self.world.size,
+            "processes": processes,
             "runs at once": runs,
             "tasks at once": tasks or "all",
             "threads": torch.get_num_threads(),

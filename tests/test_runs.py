@@ -300,8 +300,8 @@ def test_a_run_out_of_memory_is_saved_and_says_what_to_do(tmp_path, after_step, 
     after_step[33] = fail
     run = tmp_path / "run"
     assert train(run, *SETTINGS, *SCHEDULE) == 2
-    saved, error = capsys.readouterr().err.strip().splitlines()[-2:]
-    assert "Saved at iteration 33" in saved and "out of memory: lower --tasks-at-once" in error
+    said = capsys.readouterr().err
+    assert "Saved at iteration 33" in said and "out of memory: lower --tasks-at-once" in said
     assert last_of(run).iteration == 33
 
 
