@@ -141,8 +141,6 @@ def test_parts_larger_than_the_file_are_refused(saved):
 
 FOREIGN = {
     "nothing": b"",
-    "text": b"weights",
-    "an empty archive": b"PK\x05\x06" + bytes(18),
     "noise": random.Random(1).randbytes(2**12),
 }
 

@@ -354,13 +354,6 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, after_step, capsy
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_folder_that_vanishes_is_made_again(tmp_path, after_step):
-    run = tmp_path / "run"
-    after_step[31] = lambda: [path.unlink() for path in run.iterdir()] and run.rmdir()
-    assert train(run, *SHORT) == 0
-    assert last_of(run).iteration == 60
-
-
 # ---- non-finite numbers ---------------------------------------------------------------------
 
 
