@@ -77,7 +77,6 @@ class InnerSteps:
 class PathStep(NamedTuple):
     """What the way back needs of one inner step."""
 
-    before: InnerState | None  # the state before it; None: not needed
     gradients: Weights  # of the support loss; empty: not needed
     examples: tuple[Tree, Tree, Extras]
     query: Task  # the tasks as their query after the step needs them
@@ -113,33 +112,42 @@ class Adjoint:
             return self.steps.start(parameters, tasks), shared
 
         (start, shared), pull_back, *_ = vjp(prepare, parameters)
-        path, end = self._forward(start, shared, tasks, keep_all=step_weights is not None)
-        cotangents, outcome = self._backward(path, end, shared, step_weights)
+        states, path = self._forward(start, shared, tasks, keep_all=step_weights is not None)
+        cotangents, outcome = self._backward(states, path, shared, step_weights)
         (gradients,) = pull_back(cotangents)
         return MetaGradient(gradients, outcome.loss, outcome.outputs, outcome.statistics)
 
     def _forward(
         self, state: InnerState, shared: list[Shared], tasks: Task, *, keep_all: bool
-    ) -> tuple[list[PathStep], InnerState]:
-        """Walk through the inner loop. Returns what the way back needs of each step, and the last state."""
-        path = []
+    ) -> tuple[list[InnerState], list[PathStep]]:
+        """Walk through the inner loop. Returns the states that the way back needs, and its steps."""
+        states, path = [], []
         for step in range(self.maml.steps):
-            before = state if keep_all or not self.passes_through else None
+            if keep_all or not self.passes_through:
+                states.append(state)
             examples = self.steps.examples(tasks, step)
             state, gradients, statistics, buffers = self.steps.take(step, state, shared[step], *examples)
             tasks = tasks.with_buffers(buffers)
-            path.append(PathStep(before, gradients, examples, tasks.for_query(step + 1), statistics))
-        return path, state
+            path.append(PathStep(gradients, examples, tasks.for_query(step + 1), statistics))
+        return [*states, state], path
 
     def _backward(
-        self, path: list[PathStep], state: InnerState, shared: list[Shared], step_weights: Tensor | None
+        self,
+        states: list[InnerState],
+        path: list[PathStep],
+        shared: list[Shared],
+        step_weights: Tensor | None,
     ) -> tuple[tuple[InnerState, list[Shared]], Outcome]:
-        """Walk back to the cotangents of the first state and of what tasks share in each step."""
+        """Walk back to the cotangents of the first state and of what tasks share in each step.
+
+        States and steps are popped, which frees what the way back has passed.
+        """
+        state = states.pop()
         cotangent: InnerState | None = None
         of_shared: list[Shared] = []
         seen: list[Weights] = []
         for step in reversed(range(len(path))):
-            before, gradients, examples, query, statistics = path.pop()
+            gradients, examples, query, statistics = path.pop()
             last = step == self.maml.steps - 1
             direct: Weights = {}
             if last or step_weights is not None:
@@ -153,10 +161,10 @@ class Adjoint:
                 cotangent = _add_to_fast(cotangent, v, state)
             seen.append(statistics)
             assert cotangent is not None
+            state = states.pop() if states else state  # from the one after the step to the one before
             back = self.back[self.steps.are_apart(step)]
-            cotangent, of_step = back(before, shared[step], gradients, cotangent, *examples)
+            cotangent, of_step = back(state, shared[step], gradients, cotangent, *examples)
             of_shared.append(of_step._replace(weights=_plus(of_step.weights, direct)))
-            state = before or state
         assert cotangent is not None
         statistics = stack_steps([sum_over_tasks(step) for step in reversed(seen)])
         return (cotangent, of_shared[::-1]), Outcome(final_loss, final_outputs, statistics)
@@ -165,7 +173,7 @@ class Adjoint:
         """Make the function of a step back that changes nothing."""
 
         def back(
-            state: None, shared: Shared, gradients: Weights, cotangent: InnerState, *examples: Any
+            state: InnerState, shared: Shared, gradients: Weights, cotangent: InnerState, *examples: Any
         ) -> tuple[InnerState, Shared]:
             fast = cotangent.fast if axis is TASKS else sum_over_tasks(cotangent.fast)
             zeros = {n: torch.zeros_like(w) for n, w in shared.weights.items()}
