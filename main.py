@@ -39,11 +39,7 @@ PATIENCE = 30.0  # seconds: torchrun ends the other processes once the first has
 
 
 def main(arguments: list[str]) -> int:
-    """Run one command line and return the exit code.
-
-    0; 2: bad input; 3: another process of the job is lost; 4: non-finite numbers ended training;
-    128 + signal.
-    """
+    """Run one command line; return 0, or 2: bad input, 3: a lost process, 4: non-finite numbers, 130: Ctrl+C."""
     if RANK:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (until the process ends)
     try:
@@ -91,30 +87,20 @@ def run(arguments: list[str]) -> int:
 
 
 def dispatch(call: Call, given: Mapping[str, Any], command: str, world: World) -> int:
-    """Call the command that the flags ask for; each is imported only here."""
+    """Call the command that the flags ask for."""
+    from commands import adapt, baselines, compare, evaluate, sweep, train
+
     if call.adapt:
-        from commands.adapt import adapt
-
-        return adapt(call, given, command)
+        return adapt.adapt(call, given, command)
     if call.compare:
-        from commands.compare import compare
-
-        return compare(call, given, command)
+        return compare.compare(call, given, command)
     if call.baselines:
-        from commands.baselines import baselines
-
-        return baselines(call, given, command, world)
+        return baselines.baselines(call, given, command, world)
     if call.eval:
-        from commands.evaluate import evaluate
-
-        return evaluate(call, given, command, world)
+        return evaluate.evaluate(call, given, command, world)
     if call.seeds or call.sweep:
-        from commands.sweep import sweep
-
-        return sweep(call, given, world)
-    from commands.train import train
-
-    return train(call, given, world)
+        return sweep.sweep(call, given, world)
+    return train.train(call, given, world)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from commands.config import CONFIG_FLAGS, GROUPS, OWN_CODE, Config, show
-from commands.rules import ONLY
+from commands.rules import what_makes_meaningless
 from common.own_code import is_own_code
 from tasks.options import TaskOptions
 
 MOST_SHOWN = 6  # values of one setting, when several runs are described
-
-
-# ---- settings in words ---------------------------------------------------------------------------
 
 
 def select_meaningful(config: Config) -> dict[str, Any]:
@@ -23,7 +20,7 @@ def select_meaningful(config: Config) -> dict[str, Any]:
     return {
         name: config.get(name)
         for name, flag in CONFIG_FLAGS.items()
-        if flag.only is None or ONLY[flag.only](config) is None
+        if what_makes_meaningless(flag, config) is None
     }
 
 
@@ -58,9 +55,6 @@ def describe(*configs: Config) -> str:
             text = textwrap.fill(" · ".join(shown), 96, subsequent_indent=" " * 14)
             lines.append(f"  {group:<11} {text}")
     return "\n".join(lines)
-
-
-# ---- names ---------------------------------------------------------------------------------------
 
 
 def file_name(name: str) -> str:

@@ -11,12 +11,11 @@ import difflib
 import re
 import shutil
 import textwrap
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 from commands.call import ALL_FLAGS
 from commands.config import CONFIG_FLAGS, GROUPS, show
-from commands.presets import ALGORITHMS, DEFAULT_COLUMNS, DEFAULTS, ByData
+from commands.presets import ALGORITHMS, DEFAULT_COLUMNS, DEFAULTS
 from common.errors import UsageError
 from common.options import BY_LEARNER, BY_RULE, Flag
 from learners.options import LEARNERS, OTHER_LEARNER
@@ -43,18 +42,15 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        name = "-h, --help" if action.dest == "help" else ", ".join(action.option_strings)
-        if action.dest == "checkpoint_path":
-            name = action.option_strings[0]
+        names = action.option_strings[:1] if action.dest == "checkpoint_path" else action.option_strings
         metavar = "" if action.nargs == 0 or not action.metavar else f" {action.metavar}"
-        return f"{name}{metavar}{' ...' if action.nargs == '+' else ''}"
+        return f"{', '.join(names)}{metavar}{' ...' if action.nargs == '+' else ''}"
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        unknown = re.search(r"unrecognized arguments: (--?[^\s=]+)", message)
         hint = ""
-        if unknown:
+        if unknown := re.search(r"unrecognized arguments: (--?[^\s=]+)", message):
             names = [name for flag in ALL_FLAGS.values() for name in flag.names]
             near = [name for name in names if name.startswith(unknown[1])]
             near = near or difflib.get_close_matches(unknown[1], names, 1)
@@ -81,15 +77,23 @@ def build_parser(*, every_flag: bool = False) -> argparse.ArgumentParser:
         add_help=False,
     )
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
-    groups["what to do"].add_argument("-h", "--help", action="help", help="show the usual flags")
-    groups["what to do"].add_argument(
-        "--help-all", nargs=0, action=_HelpAll, help="show every flag, and what each algorithm sets"
-    )
+    add_to_first = groups["what to do"].add_argument
+    add_to_first("-h", "--help", action="help", help="show the usual flags")
+    add_to_first("--help-all", nargs=0, action=_HelpAll, help="show every flag, and what each algorithm sets")
     for name, flag in ALL_FLAGS.items():
+        reading: dict[str, Any] = {
+            "type": flag.parse,
+            "metavar": flag.metavar or "{" + ",".join(flag.choices or ()) + "}",
+        }
+        if flag.kind is bool:
+            switch = argparse.BooleanOptionalAction if name in CAN_BE_SWITCHED_OFF else "store_true"
+            reading = {"action": switch}
+        elif flag.kind is tuple:
+            reading |= {"nargs": "+", "action": "extend"}
         text = argparse.SUPPRESS
         if every_flag or flag.common:
             text = _help_text(name, flag, whole=every_flag).replace("%", "%%")
-        groups[flag.group].add_argument(*flag.names, dest=name, help=text, **_argument(name, flag))
+        groups[flag.group].add_argument(*flag.names, dest=name, help=text, **reading)
     return parser
 
 
@@ -104,16 +108,6 @@ def _help_text(name: str, flag: Flag, *, whole: bool) -> str:
     return f"{text} (default: {_default_text(name, flag, whole=whole)})"
 
 
-def _argument(name: str, flag: Flag) -> dict[str, Any]:
-    """Return how argparse reads a flag's argument."""
-    if flag.kind is bool:
-        switch = argparse.BooleanOptionalAction if name in CAN_BE_SWITCHED_OFF else "store_true"
-        return {"action": switch}
-    metavar = flag.metavar or "{" + ",".join(flag.choices or ()) + "}"
-    several = {"nargs": "+", "action": "extend"} if flag.kind is tuple else {}
-    return {"type": flag.parse, "metavar": metavar} | several
-
-
 def parse(arguments: list[str]) -> dict[str, Any]:
     """Return the given flags by name of the setting, each valid by itself; raise UsageError else."""
     given = vars(build_parser().parse_args(arguments))
@@ -125,30 +119,27 @@ def parse(arguments: list[str]) -> dict[str, Any]:
 
 # ---- defaults in words ---------------------------------------------------------------------------
 
-DEFAULT_TEXTS: dict[str, Callable[[Flag], str]] = {
-    "image_size": lambda flag: "84; omniglot 28; cifar-fs and fc100 32",
-    "channels": lambda flag: "3; omniglot 1",
-    "invert": lambda flag: "no; omniglot yes",
-    "tasks_at_once": lambda flag: "all, or what fits the cache",
-    "eval_steps": lambda flag: f"{flag.default}, or --test-steps if that is more",
+DEFAULT_TEXTS = {
+    "image_size": "84; omniglot 28; cifar-fs and fc100 32",
+    "channels": "3; omniglot 1",
+    "invert": "no; omniglot yes",
+    "tasks_at_once": "all, or what fits the cache",
+    "eval_steps": f"{CONFIG_FLAGS['eval_steps'].default}, or --test-steps if that is more",
 }
 
 
 def _default_text(name: str, flag: Flag, *, whole: bool) -> str:
     if name in DEFAULT_TEXTS:
-        return DEFAULT_TEXTS[name](flag)
-    if name in DEFAULTS:
-        return _defaults_by_data(name, flag, whole=whole)
+        return DEFAULT_TEXTS[name]
     if flag.default is BY_RULE:
         return "auto"
     if flag.default is BY_LEARNER:
         values = {learner: getattr(facts, name) for learner, facts in LEARNERS.items()}
-        values["others"] = getattr(OTHER_LEARNER, name)
-        return ", ".join(f"{k} {show(v)}" for k, v in values.items() if v is not None)
-    return show(flag.default)
-
-
-def _defaults_by_data(name: str, flag: Flag, *, whole: bool) -> str:
+        usual = next(iter(values.values())) or False
+        others = ", ".join(f"{k} {show(v)}" for k, v in values.items() if v not in (None, usual))
+        return f"{show(usual)}; {others}, not built in {show(getattr(OTHER_LEARNER, name))}"
+    if name not in DEFAULTS:
+        return show(flag.default)
     regression, few_ways, many_ways, other = map(show, DEFAULTS[name])
     omniglot = f"{few_ways} (above 10 ways {many_ways})" if whole and few_ways != many_ways else few_ways
     first = "" if flag.only else f"regression {regression}, "
@@ -166,10 +157,8 @@ def presets_table() -> str:
     for algorithm, row in ALGORITHMS.items():
         cells = []
         for name, value in row.items():
-            columns = [value[i] if isinstance(value, ByData) else value for i in range(4)]
-            if len(set(map(str, columns))) == 1:
-                columns = columns[:1]
-            elif len(set(map(str, columns[1:]))) == 1:
+            columns = value if isinstance(value, tuple) else (value,)
+            if len(set(map(str, columns[1:]))) == 1:
                 columns = columns[:2]
             cells.append(f"{CONFIG_FLAGS[name].name} {'/'.join(map(show, columns))}")
         text = f"  {algorithm}: {', '.join(cells) or 'the defaults'}"

@@ -5,19 +5,13 @@ The standard library alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 # Defaults that depend on the data: those of Finn et al. (2017). "k" and "s" stand for the values of those
 # flags. Omniglot's inner rate belongs to the mean cross-entropy: the paper's loss is `ways` times as large,
 # so that its 0.4 (5-way) and 0.1 (20-way) both become 2.0. Other classification has their settings for
 # mini-ImageNet: 0.01 with that loss, 0.05 on the mean over five classes.
-DEFAULT_COLUMNS = (
-    "regression",
-    "omniglot, 2-10 ways",
-    "omniglot, 11+ ways",
-    "other classification",
-)
+DEFAULT_COLUMNS = ("regression", "omniglot, 2-10 ways", "omniglot, 11+ ways", "other classification")
 DEFAULTS: dict[str, tuple[Any, Any, Any, Any]] = {
     "learner": ("mlp", "conv", "conv", "conv4"),
     "ways": (None, 5, 5, 5),
@@ -47,27 +41,9 @@ def default_column(classification: bool, dataset: str, ways: int) -> int:
 COMPILED_FROM = {"regression": 10_000, "classification": 1_500}
 CHUNK_IMAGES = 40
 
-
-SAME_AS_FEW = object()
-
-
-@dataclass(frozen=True)
-class ByData:
-    """A default for each column of `DEFAULT_COLUMNS`."""
-
-    regression: Any
-    few_ways: Any
-    many_ways: Any
-    other: Any = SAME_AS_FEW
-
-    def __getitem__(self, column: int) -> Any:
-        other = self.few_ways if self.other is SAME_AS_FEW else self.other
-        return (self.regression, self.few_ways, self.many_ways, other)[column]
-
-
-# An algorithm is a row: its choices, and its paper's settings where they differ from MAML's. Settings without
-# a meaning for the data or the learner are ignored. "half" is half of --iterations; "train_shots" is at least
-# k + q.
+# An algorithm is a row: its choices, and its paper's settings where they differ from MAML's; a tuple has a
+# value for each of `DEFAULT_COLUMNS`. Settings without a meaning for the data or the learner are ignored.
+# "half" is half of --iterations; "train_shots" is at least k + q.
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "maml": {},
     "fomaml": {"meta_gradient": "first-order"},
@@ -75,62 +51,62 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "boil": {"fast_weights": "body"},
     "reptile": {
         "meta_gradient": "reptile",
-        "inner_optimizer": ByData("sgd", "adam-carried", "adam-carried"),
+        "inner_optimizer": ("sgd", "adam-carried", "adam-carried", "adam-carried"),
         "inner_momentum": 0.0,
-        "inner_lr": ByData(0.01, 1e-3, 5e-4),
-        "steps": ByData(10, 5, 10, 8),
-        "train_shots": ByData(None, 10, 10, 15),
-        "inner_batch": ByData(10, 10, 20),
-        "eval_inner_batch": ByData(None, 5, 10),
-        "test_steps": ByData("s", 50, 50),
-        "learner": ByData("mlp", "conv-flat", "conv-flat", "conv4"),
+        "inner_lr": (0.01, 1e-3, 5e-4, 1e-3),
+        "steps": (10, 5, 10, 8),
+        "train_shots": (None, 10, 10, 15),
+        "inner_batch": (10, 10, 20, 10),
+        "eval_inner_batch": (None, 5, 10, 5),
+        "test_steps": ("s", 50, 50, 50),
+        "learner": ("mlp", "conv-flat", "conv-flat", "conv4"),
         "adapt_norm": True,
         "meta_optimizer": "sgd",
         "meta_lr": 1.0,
         "meta_lr_schedule": "linear",
-        "meta_batch_size": ByData(25, 5, 5),
-        "iterations": ByData(70_000, 100_000, 200_000),
+        "meta_batch_size": (25, 5, 5, 5),
+        "iterations": (70_000, 100_000, 200_000, 100_000),
     },
     "meta-sgd": {
         "inner_rates": "element",
-        "inner_lr": ByData(0.005, 2.0, 2.0, 0.01),
-        "inner_lr_max": ByData(0.1, None, None),
+        "inner_lr": (0.005, 2.0, 2.0, 0.01),
+        "inner_lr_max": (0.1, None, None, None),
     },
     "maml++": {
         "inner_rates": "layer-step",
         "objective": "multi-step",
-        "msl_iterations": ByData(5000, 5000, 5000, 7500),
+        "msl_iterations": (5000, 5000, 5000, 7500),
         "batch_norm": "per-step",
         "norm_per_step": True,
-        "exact_from": ByData(0, "half", "half"),
-        "grad_clip_norm": ByData(1.0, None, None),
+        "exact_from": (0, "half", "half", "half"),
+        "grad_clip_norm": (1.0, None, None, None),
         "meta_lr_schedule": "cosine",
         "meta_lr_final": 1e-5,
-        "learner": ByData("mlp", "conv-pool", "conv-pool", "conv4"),
+        "learner": ("mlp", "conv-pool", "conv-pool", "conv4"),
         "steps": 5,
         "test_steps": "s",
-        "inner_lr": ByData(0.01, 0.1, 0.1, 0.01),
-        "meta_batch_size": ByData(25, 8, 8, 2),
-        "iterations": ByData(70_000, 50_000, 50_000),
+        "inner_lr": (0.01, 0.1, 0.1, 0.01),
+        "meta_batch_size": (25, 8, 8, 2),
+        "iterations": (70_000, 50_000, 50_000, 50_000),
     },
     "imaml": {
         "meta_gradient": "implicit",
-        "proximal": ByData(3.0, 1.0, 1.0),
+        "proximal": (3.0, 1.0, 1.0, 1.0),
         "steps": 16,
-        "inner_lr": ByData(0.003, 0.01, 0.01),
-        "inner_clip": ByData(10.0, None, None),
-        "grad_clip_norm": ByData(10.0, None, None),
+        "inner_lr": (0.003, 0.01, 0.01, 0.01),
+        "inner_clip": (10.0, None, None, None),
+        "grad_clip_norm": (10.0, None, None, None),
         "cg_steps": 5,
         "cg_damping": 1.0,
         "test_steps": "s",
-        "meta_batch_size": ByData(25, 16, 16),
-        "meta_lr": ByData(1e-3, 1e-2, 1e-2),
+        "meta_batch_size": (25, 16, 16, 16),
+        "meta_lr": (1e-3, 1e-2, 1e-2, 1e-2),
     },
     "cavia": {
         "fast_weights": "context",
-        "context_size": ByData(5, 100, 100),
-        "steps": ByData(1, 1, 5, 2),
-        "test_steps": ByData("s", 3, 5, "s"),
+        "context_size": (5, 100, 100, 100),
+        "steps": (1, 1, 5, 2),
+        "test_steps": ("s", 3, 5, "s"),
         "inner_lr": 1.0,
     },
     "pretrain": {"meta_gradient": "joint"},

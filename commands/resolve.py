@@ -6,13 +6,12 @@ alone.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from commands.config import CONFIG_FLAGS, OWN_CODE, Config, show
-from commands.presets import ALGORITHMS, CHUNK_IMAGES, COMPILED_FROM, DEFAULTS, ByData, default_column
+from commands.presets import ALGORITHMS, CHUNK_IMAGES, COMPILED_FROM, DEFAULTS, default_column
 from commands.rules import check
 from common.errors import UsageError
 from common.options import BY_DATASET, BY_LEARNER, BY_RULE
@@ -20,11 +19,7 @@ from common.own_code import is_own_code
 from learners.options import LEARNERS, learner_facts
 from tasks.options import FILE_KINDS, data_facts, is_classification
 
-FREE_ON_ADAPT = ("invert", "columns")
-FREE_WITH_EVAL_DATASET = (
-    "invert", "quarter_turns", "dataset_args", "columns", "split_shares", "omniglot_split",
-)  # fmt: skip
-TASK_TYPES = {False: "regression", True: "classification"}
+OF_OTHER_DATA = ("invert", "quarter_turns", "dataset_args", "columns", "split_shares", "omniglot_split")
 
 
 # ---- a new experiment ----------------------------------------------------------------------------
@@ -32,35 +27,34 @@ TASK_TYPES = {False: "regression", True: "classification"}
 
 def resolve(given: Mapping[str, Any]) -> Config:
     """Return the settings of a new experiment: the given flags, and defaults for all others."""
-    given = dict(given) | _meta_gradient_from_first_order(given)
-    values = {name: value for name, value in given.items() if name in CONFIG_FLAGS}
-    dataset = values.get("dataset", CONFIG_FLAGS["dataset"].default)
-    classification = is_classification(dataset, values.get("ways"))
-    column = default_column(classification, dataset, values.get("ways") or DEFAULTS["ways"][1])
-    preset = _preset(values, given, column)
-    if data_facts(dataset).inputs != "images" and "learner" not in given:
-        preset["learner"] = "mlp"  # whatever the column of other classification says
-    values = preset | values
-    _fill_from_data(values, dataset, column)
-    values |= _queries_from_samples(given, values["shots"], classification)
+    flags = {name: value for name, value in given.items() if name in CONFIG_FLAGS}
+    dataset = flags.get("dataset", CONFIG_FLAGS["dataset"].default)
+    facts = data_facts(dataset)
+    classification = is_classification(dataset, flags.get("ways"))
+    column = default_column(classification, dataset, flags.get("ways") or DEFAULTS["ways"][1])
+    defaults = {name: by_column[column] for name, by_column in DEFAULTS.items()}
+    defaults |= {"dataset": dataset, "image_size": facts.image_size}
+    defaults |= {"channels": facts.channels, "invert": facts.invert}
+    if facts.classification is None:
+        defaults["ways"] = None  # a regression, unless -n is given
+    values = defaults | _preset(given, column) | flags
+    if facts.inputs != "images" and "learner" not in given:
+        values["learner"] = "mlp"  # whatever the column of other classification says
+    values |= _expand_shorthands(given, values["shots"])
     _fill_sizes(values, given)
     _fill_from_learner(values, given)
-    config = Config.from_values(resolve_auto_settings(values))
+    config = Config.from_values(_settle(values, classification))
     check(config, given)
     return config
 
 
-def _preset(values: Mapping[str, Any], given: Mapping[str, Any], column: int) -> dict[str, Any]:
+def _preset(given: Mapping[str, Any], column: int) -> dict[str, Any]:
     """Return the algorithm's settings for a column of `DEFAULT_COLUMNS`, with the learner's inner rate."""
-    algorithm = values.get("algorithm", CONFIG_FLAGS["algorithm"].default)
-    preset = {n: v[column] if isinstance(v, ByData) else v for n, v in ALGORITHMS[algorithm].items()}
-    differentiated = preset.get("meta_gradient", "exact") in ("exact", "first-order")
-    if given.get("first_order") and not differentiated:
-        raise UsageError(
-            f"--first-order has no meaning with --algorithm {algorithm}: leave it out, or choose with "
-            "--meta-gradient"
-        )
-    learner = learner_facts(values.get("learner", preset.get("learner", DEFAULTS["learner"][column])))
+    algorithm = given.get("algorithm", CONFIG_FLAGS["algorithm"].default)
+    preset = {n: v[column] if isinstance(v, tuple) else v for n, v in ALGORITHMS[algorithm].items()}
+    if given.get("first_order") and preset.get("meta_gradient", "exact") not in ("exact", "first-order"):
+        raise UsageError(f"--first-order has no meaning with --algorithm {algorithm}: leave it out")
+    learner = learner_facts(given.get("learner", preset.get("learner", DEFAULTS["learner"][column])))
     usual = DEFAULTS["inner_lr"][column]
     if learner.inner_lr is not None and preset.get("inner_lr", usual) == usual:
         preset["inner_lr"] = learner.inner_lr
@@ -69,42 +63,21 @@ def _preset(values: Mapping[str, Any], given: Mapping[str, Any], column: int) ->
     return preset
 
 
-def _meta_gradient_from_first_order(given: Mapping[str, Any]) -> dict[str, str]:
-    """Return what --first-order, if given, says about --meta-gradient."""
-    if not given.get("first_order"):
-        return {}
-    if given.get("meta_gradient", "first-order") != "first-order":
-        raise UsageError(
-            f"--first-order disagrees with --meta-gradient {given['meta_gradient']}: give one of them"
-        )
-    return {"meta_gradient": "first-order"}
-
-
-def _queries_from_samples(given: Mapping[str, Any], shots: int, classification: bool) -> dict[str, int]:
-    """Return what --samples, if given, says about the size of the query."""
+def _expand_shorthands(given: Mapping[str, Any], shots: int) -> dict[str, Any]:
+    """Return the settings that --first-order and --samples stand for."""
+    values: dict[str, Any] = {}
+    if given.get("first_order"):
+        values["meta_gradient"] = "first-order"
+        if given.get("meta_gradient", "first-order") != "first-order":
+            raise UsageError(f"--first-order disagrees with --meta-gradient {given['meta_gradient']}")
     samples = given.get("samples")
-    if samples is None:
-        return {}
-    if classification:
-        raise UsageError("--samples counts the points of a curve: use -k and -q in classification")
-    if samples <= shots:
-        raise UsageError(f"--samples {samples} leaves no query: it must be above -k {shots}")
-    if "queries" in given and given["queries"] != samples - shots:
-        raise UsageError(
-            f"--samples {samples} is not -k {shots} plus -q {given['queries']}: give one of --samples and -q"
-        )
-    return {"queries": samples - shots}
-
-
-def _fill_from_data(values: dict[str, Any], dataset: str, column: int) -> None:
-    facts = data_facts(dataset)
-    if facts.classification is None and "ways" not in values:
-        values["ways"] = None  # a regression
-    for name, by_column in DEFAULTS.items():
-        values.setdefault(name, by_column[column])
-    values.setdefault("image_size", facts.image_size)
-    values.setdefault("channels", facts.channels)
-    values.setdefault("invert", facts.invert)
+    if samples is not None:
+        values["queries"] = samples - shots
+        if samples <= shots:
+            raise UsageError(f"--samples {samples} leaves no query: it must be above -k {shots}")
+        if given.get("queries", samples - shots) != samples - shots:
+            raise UsageError(f"--samples {samples} is not -k {shots} plus -q {given['queries']}")
+    return values
 
 
 def _fill_sizes(values: dict[str, Any], given: Mapping[str, Any]) -> None:
@@ -130,10 +103,8 @@ def _fill_from_learner(values: dict[str, Any], given: Mapping[str, Any]) -> None
             values.pop(name, None)
 
 
-def resolve_auto_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+def _settle(values: Mapping[str, Any], classification: bool) -> dict[str, Any]:
     """Return the values with each "auto" settled by what was measured (benchmarks/README.md)."""
-    values = {"dataset": CONFIG_FLAGS["dataset"].default} | dict(values)
-    classification = is_classification(values["dataset"], values["ways"])
     built_in = values["learner"] in LEARNERS and values.get("vectorise", True)
     long = COMPILED_FROM["classification" if classification else "regression"]
     convolutional = learner_facts(values["learner"]).convolutional
@@ -142,14 +113,12 @@ def resolve_auto_settings(values: Mapping[str, Any]) -> dict[str, Any]:
         "compile": "on" if values["iterations"] >= long and built_in else "off",
         "engine": "adjoint" if classification and values["steps"] > 1 else "unrolled",
     }
-    settled = {name: _unless_auto(values.get(name), value) for name, value in settled.items()}
+    chosen = {name: value for name, value in values.items() if value != "auto"}
+    settled |= chosen
     patches = settled["compile"] == "on" and convolutional
-    settled["convolution"] = _unless_auto(values.get("convolution"), "im2col" if patches else "grouped")
-    chunks: dict[str, Any] = {}
-    if "tasks_at_once" not in values:
-        in_cache = settled["compile"] == "on" and settled["convolution"] == "im2col" and classification
-        chunks["tasks_at_once"] = _cache_chunk(values) if in_cache and convolutional else None
-    return values | settled | chunks
+    settled = {"convolution": "im2col" if patches else "grouped"} | settled
+    chunked = patches and settled["convolution"] == "im2col" and classification
+    return {"tasks_at_once": _cache_chunk(values) if chunked else None} | settled
 
 
 def disable_compiling(config: Config, given: Mapping[str, Any]) -> Config:
@@ -160,10 +129,6 @@ def disable_compiling(config: Config, given: Mapping[str, Any]) -> Config:
     if "tasks_at_once" not in given:
         changes["tasks_at_once"] = None
     return config.replaced(**changes)
-
-
-def _unless_auto(value: str | None, otherwise: str) -> str:
-    return otherwise if value in (None, "auto") else str(value)
 
 
 def _cache_chunk(values: Mapping[str, Any]) -> int | None:
@@ -179,38 +144,28 @@ def _cache_chunk(values: Mapping[str, Any]) -> int | None:
 # ---- from a checkpoint ---------------------------------------------------------------------------
 
 
-def config_from_plain(values: Any) -> Config:
+def config_of(plain: Mapping[str, Any], source: Path | None) -> Config:
     """Return the settings that a checkpoint holds; one that it lacks takes its default.
 
-    Raises UsageError for unknown settings, for values that no flag allows, and for contradictions.
+    Raises UsageError, which names the file, for unknown settings, values that no flag allows, contradictions.
     """
-    if not isinstance(values, dict):
-        raise UsageError("its settings are missing")
-    unknown = sorted(map(str, values.keys() - CONFIG_FLAGS.keys()))
-    if unknown:
-        names = ", ".join(unknown)
-        raise UsageError(f"its settings {names!r:.60} are unknown; a newer version may know them")
-    complete = {name: flag.default for name, flag in CONFIG_FLAGS.items()} | values
-    for name, flag in CONFIG_FLAGS.items():
-        value = complete[name]
-        if value in (BY_DATASET, BY_LEARNER, BY_RULE):
-            raise UsageError(f"its setting {name} is missing")
-        problem = flag.problem(value)
-        if flag.default is BY_RULE and value == "auto":
-            problem = "settled"
-        if problem:
-            raise UsageError(f"its setting {name} should be {problem}, not {value!r}"[:200])
-    config = Config.from_values(complete)
-    check(config, {})
-    return config
-
-
-def config_of(plain: Any, source: Path | None) -> Config:
-    """Return the settings of a checkpoint; a UsageError names its file."""
     try:
-        return config_from_plain(plain)
+        if unknown := ", ".join(sorted(plain.keys() - CONFIG_FLAGS.keys())):
+            raise UsageError(f"its settings {unknown!r:.60} are unknown; a newer version may know them")
+        defaults = {
+            name: flag.default
+            for name, flag in CONFIG_FLAGS.items()
+            if flag.default not in (BY_DATASET, BY_LEARNER, BY_RULE)
+        }
+        values = defaults | dict(plain)
+        for name, flag in CONFIG_FLAGS.items():
+            if problem := flag.problem(values.setdefault(name, None)):
+                raise UsageError(f"its setting {name} should be {problem}, not {values[name]!r}"[:200])
+        config = Config.from_values(values)
+        check(config, {})
     except UsageError as error:
         raise UsageError(" ".join(f"{source} cannot be used: {error}".split())) from error
+    return config
 
 
 def resolve_from(
@@ -233,12 +188,13 @@ def resolve_from(
     """
     _check_own_code(saved, given, without_data=adapt or eval_dataset is not None)
     shots = given.get("shots", saved.tasks.shots) if evaluate else saved.tasks.shots
-    given = dict(given) | _queries_from_samples(given, shots, saved.tasks.classification)
-    given |= _meta_gradient_from_first_order(given)
-    _check_schedule(saved, given)
-    free = set(FREE_ON_ADAPT if adapt else ()) | set(FREE_WITH_EVAL_DATASET if eval_dataset else ())
-    if adapt:
-        free.add("batch_norm")
+    given = {**given, **_expand_shorthands(given, shots)}
+    schedule = saved.training.meta_lr_schedule
+    if schedule != "constant" and given.get("iterations", saved.training.iterations) != (
+        saved.training.iterations
+    ):
+        raise UsageError(f"--iterations: the {schedule} schedule of the checkpoint fixes it; leave it out")
+    free = {"invert", "columns", "batch_norm"} if adapt else set(OF_OTHER_DATA if eval_dataset else ())
     if evaluate and saved.choices.head_init != "learned":
         free.add("ways")
     changes = {
@@ -262,25 +218,16 @@ def resolve_from(
 
 def _may_change(saved: Config, name: str, value: Any, free: set[str], *, evaluate: bool) -> bool:
     """Return whether a flag changes a checkpoint's setting; raise UsageError where it must not."""
-    flag = CONFIG_FLAGS[name]
-    now = saved.get(name)
-    if (
-        name in free
-        or (flag.free_on_eval if evaluate else flag.free_on_resume)
-        or (name in OWN_CODE and _may_have_moved(value, now))
-    ):
+    flag, now = CONFIG_FLAGS[name], saved.get(name)
+    if name in free or (flag.free_on_eval if evaluate else flag.free_on_resume):
         return True
-    settled = value == "auto" and name in ("loss", "compile", "engine", "convolution")
+    if name in OWN_CODE and _may_have_moved(value, now):
+        return True
     uncompiled = (name, value, now) == ("compile", "on", "off") and not evaluate
-    if value == now or settled or uncompiled:  # an uncompiled run is resumed as it is
-        return False
-    doing = "evaluating" if evaluate else "resuming"
-    hint = ""
-    if name == "ways" and evaluate:
-        hint = "; a run with --head-init zero or prototype can be tested with any number of ways"
+    if value == now or (flag.default is BY_RULE and value == "auto") or uncompiled:
+        return False  # an uncompiled run is resumed as it is
     raise UsageError(
-        f"{flag.name} {show(value)} disagrees with the checkpoint, which has {show(now)}: leave it out when "
-        f"{doing} a checkpoint{hint}"
+        f"{flag.name} {show(value)} disagrees with the checkpoint, which has {show(now)}: leave it out"
     )
 
 
@@ -288,8 +235,8 @@ def _may_have_moved(name: str, saved: str) -> bool:
     """Return whether two names may mean the same code or the same files at another place."""
     if is_own_code(name) and is_own_code(saved):
         return name.rpartition(":")[2] == saved.rpartition(":")[2]
-    kinds = [part.partition(":")[0] for part in (name, saved)]
-    return kinds[0] == kinds[1] and kinds[0] in FILE_KINDS
+    kind = name.partition(":")[0]
+    return kind in FILE_KINDS and kind == saved.partition(":")[0]
 
 
 def _check_own_code(saved: Config, given: Mapping[str, Any], *, without_data: bool) -> None:
@@ -300,65 +247,41 @@ def _check_own_code(saved: Config, given: Mapping[str, Any], *, without_data: bo
     ]
     if missing:
         raise UsageError(
-            f"the checkpoint names code that is not this tool's, and a file is no reason to run it: if you "
-            f"trust it, add {' '.join(missing)}"
-        )
-
-
-def _check_schedule(saved: Config, given: Mapping[str, Any]) -> None:
-    training = saved.training
-    if given.get("iterations", training.iterations) != training.iterations and (
-        training.meta_lr_schedule != "constant"
-    ):
-        raise UsageError(
-            f"--iterations {show(given['iterations'])}: the {training.meta_lr_schedule} schedule of the "
-            f"checkpoint ends at iteration {show(training.iterations)}: leave it out"
+            f"the checkpoint names code that is not this tool's: if you trust it, add {' '.join(missing)}"
         )
 
 
 def _on_other_data(config: Config, dataset: str, given: Mapping[str, Any]) -> Config:
-    """Return the settings for test tasks of another dataset: images of the same size."""
-    now, before = data_facts(dataset), data_facts(config.tasks.dataset)
-    _check_other_data(config, dataset)
-    image_size = config.tasks.image_size or before.image_size or now.image_size
-    channels = config.tasks.channels or before.channels or now.channels
-    if dataset == "omniglot" and (image_size, channels) != (28, 1):
-        raise UsageError(
-            f"--eval-dataset omniglot has 28 x 28 grey images, and the checkpoint learned {image_size} x "
-            f"{image_size} with {channels} channels"
-        )
-    changes: dict[str, Any] = {
-        "dataset": dataset,
-        "image_size": image_size if now.inputs == "images" else None,
-        "channels": channels if now.inputs == "images" else None,
-    }
-    for name in FREE_WITH_EVAL_DATASET:
-        default = now.invert if name == "invert" else CONFIG_FLAGS[name].default
-        changes[name] = given.get(name, default)
-    return config.replaced(**changes)
-
-
-def _check_other_data(config: Config, dataset: str) -> None:
-    """Raise UsageError where test tasks of another dataset do not fit the checkpoint, or are its own."""
-    now, before = data_facts(dataset), data_facts(config.tasks.dataset)
-    places = [
-        name if is_own_code(name) else os.path.realpath(name.partition(":")[2] or name)
-        for name in (dataset, config.tasks.dataset)
-    ]
-    if places[0] == places[1]:
+    """Return the settings for test tasks of another dataset: the same kind of inputs and of targets."""
+    tasks = config.tasks
+    if _place(dataset) == _place(tasks.dataset):
         raise UsageError(
             f"--eval-dataset {dataset} is what the checkpoint learned from, training classes included: leave "
             "it out to test on its own test tasks"
         )
-    if now.classification is not None and now.classification != config.tasks.classification:
+    now, before = data_facts(dataset), data_facts(tasks.dataset)
+    size: tuple[int | None, int | None] = (None, None)
+    if now.inputs == "images":  # they are resized, but for Omniglot's
+        size = (tasks.image_size or now.image_size, tasks.channels or now.channels)
+    fits = (
+        (now.inputs == before.inputs or "any" in (now.inputs, before.inputs))
+        and now.classification in (None, tasks.classification)
+        and (dataset != "omniglot" or size == (now.image_size, now.channels))
+    )
+    if not fits:
+        kind = "classification" if tasks.classification else "regression"
+        images = f" ({tasks.image_size} pixels, {tasks.channels} channels)" if tasks.image_size else ""
         raise UsageError(
-            f"--eval-dataset {dataset} is {TASK_TYPES[now.classification]}, and the checkpoint learned "
-            f"{TASK_TYPES[config.tasks.classification]}"
+            f"--eval-dataset {dataset} does not fit: the checkpoint learned {kind} of {before.inputs}{images}"
         )
-    if "any" not in (now.inputs, before.inputs) and now.inputs != before.inputs:
-        raise UsageError(
-            f"--eval-dataset {dataset} has {now.inputs}, and the checkpoint learned {before.inputs}"
-        )
+    changes = {name: given.get(name, CONFIG_FLAGS[name].default) for name in OF_OTHER_DATA}
+    changes |= {"dataset": dataset, "image_size": size[0], "channels": size[1]}
+    changes["invert"] = given.get("invert", now.invert)
+    return config.replaced(**changes)
+
+
+def _place(dataset: str) -> Path:
+    return Path(dataset.removeprefix("images:").removeprefix("table:")).resolve()
 
 
 def select_learned(config: Config) -> dict[str, Any]:

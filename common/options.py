@@ -58,6 +58,11 @@ def key_and_values(text: str) -> str | None:
     return None if equals and key and all(values.split(",")) else "FLAG=A,B,..."
 
 
+def folder_name(text: str) -> str | None:
+    good = text.strip(". ") and not set(text) & {"/", "\\"} and len(text) <= 100
+    return None if good else "a name for a folder"
+
+
 def is_plain_text(text: str) -> bool:
     """Return whether files, terminals and TensorBoard can show a text: no control characters, valid UTF-8."""
     return not any(c < " " or "\x7f" <= c < "\xa0" or "\ud800" <= c < "\ue000" for c in text)

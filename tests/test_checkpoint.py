@@ -12,7 +12,7 @@ import pytest
 import torch
 from runs import assert_same_bits, command
 
-from commands.resolve import config_from_plain, resolve
+from commands.resolve import config_of, resolve
 from common import files
 from common.errors import UsageError
 from training.checkpoint import (
@@ -189,7 +189,7 @@ def test_settings_that_this_version_does_not_know_are_one_line(saved, capsys):
 def test_a_setting_that_a_checkpoint_lacks_takes_its_default():
     settings = resolve({}).values()
     lacking = {name: value for name, value in settings.items() if name != "on_nan"}
-    assert config_from_plain(lacking).values() == settings
+    assert config_of(lacking, None).values() == settings
 
 
 # ---- does it fit? ----------------------------------------------------------------------------------

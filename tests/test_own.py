@@ -252,7 +252,7 @@ def test_code_that_a_checkpoint_names_is_never_imported(setting, doing, tmp_path
         ("--loss {own}:vector --learner {own}:Net", "it should give one number"),
         ("--image-size 3 --learner conv4", "leave nothing for its last layers"),
         ("--loss cross-entropy --loss-args x=1", "unexpected keyword argument 'x'"),
-        ("--loss mse", "--loss mse is for numbers"),
+        ("--loss mse", "--loss mse does not fit classification"),
         ("--no-vectorise --compile on", "use --compile off"),
     ],
 )
