@@ -160,7 +160,7 @@ def test_what_cannot_be_adapted_to_is_one_line_and_leaves_nothing(place, tmp_pat
         (last, place / "task" / "support", [], "into support/<class>/"),
         (last, no_query, [], "into query/"),
         (last, place / "mine.csv", [], "the checkpoint learned from images: give a folder"),
-        (last, place / "task", ["-k", 3], "-n, -k, -q"),
+        (last, place / "task", ["-k", 3], "--adapt and -k"),
         (regression, place / "task", [], "the checkpoint learned from numbers: give a table"),
         (regression, tmp_path / "full.csv", [], "and others, to predict"),
         (regression, tmp_path / "bare.csv", [], "give rows with targets"),

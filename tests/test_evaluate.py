@@ -55,9 +55,9 @@ def test_another_dataset_may_have_other_ways_where_the_head_is_not_learned(tmp_p
     test = ["--eval", "--eval-dataset", f"images:{tmp_path / 'other'}", "-n", 4, "--load"]
     run = train(tmp_path)
     assert command(*test, run) == 2
-    assert "a run with --head-init zero or prototype can be tested" in capsys.readouterr().err
+    assert "-n 4 disagrees with the checkpoint" in capsys.readouterr().err
     assert command("--eval", "--load", run, "--eval-dataset", "sinusoid") == 2
-    assert "is regression, and the checkpoint learned classification" in capsys.readouterr().err
+    assert "does not fit: the checkpoint learned classification of images" in capsys.readouterr().err
     shutil.rmtree(run)
     run = train(tmp_path, "--head-init", "prototype")
     assert command(*test, run) == 0
