@@ -190,13 +190,7 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
             inner_batch=config.evaluation.eval_inner_batch,
             statistics=statistics,
         )
-        predicted = adapted.predict(task.query_x)
-        if not predicted.isfinite().all():
-            raise UsageError(f"--adapt {call.adapt}: predictions are not finite: take fewer --test-steps")
-        if task.classes:
-            predicted = predicted.sigmoid() if config.learner.loss == "bce" else predicted.softmax(-1)
-        examples = (part.float().cpu() for part in (x, task.support_y, task.query_x, predicted))
-        predictions.append(Prediction(task.name, task.classes, *examples))
+        predictions.append(_predict(adapted, task, config.learner.loss))
     stem = f"{folder / call.load.stem}-adapted-{call.adapt.stem}"
     title = f"{printable(call.adapt.name)}: after {steps} inner steps"
     header, rows = _tabulate(tasks, predictions, Columns.parse(config.tasks.columns).targets)
@@ -224,6 +218,17 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
         written += f", {stem}-weights.pt"
     print(written)
     return 0
+
+
+def _predict(adapted: AdaptedLearner, task: UserTask, loss: str) -> Prediction:
+    """Return a task's examples with the predictions of its query: probabilities, or numbers."""
+    predicted = adapted.predict(task.query_x)
+    if not predicted.isfinite().all():
+        raise UsageError("--adapt: the predictions are not finite: take fewer --test-steps")
+    if task.classes:
+        predicted = predicted.sigmoid() if loss == "bce" else predicted.softmax(-1)
+    examples = (part.float().cpu() for part in (task.support_x, task.support_y, task.query_x, predicted))
+    return Prediction(task.name, task.classes, *examples)
 
 
 def read_tasks(path: Path, config: Config, runtime: Runtime) -> list[UserTask]:

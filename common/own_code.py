@@ -10,6 +10,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 from common.errors import UsageError
 
+TOOL = Path(__file__).resolve().parent.parent
 # Prefixes of names with a colon that are not the user's code: `images:FOLDER`, `torchvision:MODEL`.
 RESERVED_PREFIXES = ("images", "table", "torchvision")
 
@@ -60,6 +62,7 @@ def _import_file(path: Path) -> Any:
     name = f"own_code_of_{path.stem}_{abs(hash(str(path)))}"  # never that of another module
     if name in sys.modules:
         return sys.modules[name]
+    _check_neighbours(path)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -70,6 +73,15 @@ def _import_file(path: Path) -> Any:
         del sys.modules[name]
         raise
     return module
+
+
+def _check_neighbours(path: Path) -> None:
+    """Raise ImportError if the file imports a neighbour for which Python would take a module of this tool."""
+    tools = {*TOOL.glob("*.py"), *(init.parent for init in TOOL.glob("*/__init__.py"))}
+    for name in sorted(tool.stem for tool in tools if path.parent != TOOL):
+        imported = re.search(rf"^\s*(from|import) {name}\b", path.read_text(), re.MULTILINE)
+        if imported and ((path.parent / name).is_dir() or (path.parent / f"{name}.py").is_file()):
+            raise ImportError(f"it imports {name}, and this tool has a module of that name: rename yours")
 
 
 def parse_arguments(pairs: Iterable[str]) -> dict[str, Any]:

@@ -140,6 +140,7 @@ class StepResults:
     means: Tensor  # [steps + 1, runs], over tasks
     intervals: Tensor  # [steps + 1], half widths over tasks, mean over the runs
     diverged: list[int]  # [steps + 1], tasks of all runs
+    plain: Tensor  # [steps + 1], means over all tasks, diverged ones included
     tasks: int
     accuracy: bool  # the measure, of which more is better; or else the loss
 
@@ -148,8 +149,10 @@ class StepResults:
         """Return the results of these runs."""
         means, intervals = zip(*(e.intervals(normalisation) for e in evaluations), strict=True)
         diverged = torch.stack([e.diverged(normalisation).sum(0) for e in evaluations]).sum(0)
+        plain = torch.stack([e.measured(normalisation).mean(0) for e in evaluations]).mean(0)
         accuracy, tasks = bool(evaluations[0].accuracies), len(evaluations[0].losses[normalisation])
-        return cls(torch.stack(means, 1), torch.stack(intervals).mean(0), diverged.tolist(), tasks, accuracy)
+        interval = torch.stack(intervals).mean(0)
+        return cls(torch.stack(means, 1), interval, diverged.tolist(), plain, tasks, accuracy)
 
     def measure(self, loss_name: str) -> str:
         """Return the name of the measure: "accuracy", or that of the loss."""
@@ -193,6 +196,10 @@ def results_table(results: Mapping[str, StepResults], caption: Caption) -> str:
         words = {caption.test_steps: "quoted", caption.trained_steps: "trained for"}
         marks = [words.get(step, "") for step in steps]
         names = [measure if name == ALL else name for name in results]
+        for name, part in results.items():
+            if any(part.diverged) and not part.accuracy:
+                names.append("with the diverged" if name == ALL else f"{name}, with the diverged")
+                cells.append([f"{v:.4g}" for v in part.plain.tolist()])
         text = table(["steps", *names, ""], list(zip(map(str, steps), *cells, marks, strict=True)))
     else:
         rows = [[name, *row] for name, row in zip(results, cells, strict=True)]

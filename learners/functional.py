@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from common.batch import Tree, arguments_of, first_tensor, in_type, joined, tree_map
+from common.choices import CONVOLUTIONS, check_choice
 from common.optimizers import Weights
 from common.task import Extras
 from learners.batch_norm import convert_batch_norm, fresh_statistics, set_norms
@@ -48,6 +49,7 @@ class FunctionalLearner:
         compute_dtype: torch.dtype | None = None,
         example: Tree | None = None,
     ) -> None:
+        check_choice("convolution", convolution, CONVOLUTIONS)
         self.fixed = fixed_tensors(module)
         self.module = convert_batch_norm(copy.deepcopy(module))
         learned = {name: p for name, p in self.module.named_parameters() if p.requires_grad}

@@ -157,8 +157,9 @@ def test_diverged_tasks_are_counted_and_never_hidden_in_the_mean():
     assert (before["diverged_tasks"], after["diverged_tasks"]) == (0, 1)
     assert after["loss"] == pytest.approx(1.55) and after["loss_without_diverged"] == 0.5
     table = results_table(results_of({"all": [evaluation]}), Caption("", "MSE", 1, 1))
-    assert table.splitlines()[0].split() == ["steps", "MSE"]
-    assert table.splitlines()[2].split() == ["1", "0.5000", "±", "0.0000,", "1", "diverged", "trained", "for"]
+    assert table.splitlines()[0].split() == ["steps", "MSE", "with", "the", "diverged"]
+    cells = ["1", "0.5000", "±", "0.0000,", "1", "diverged", "1.55", "trained", "for"]
+    assert table.splitlines()[2].split() == cells
     assert table.endswith("over 10 tasks, without those that diverged.")
     losses[0] = torch.inf
     assert evaluation_record(evaluation)["per_step"][0]["loss_without_diverged"] == 0.5

@@ -86,8 +86,9 @@ def test_diverged_tasks_are_left_out_of_the_means_over_seeds_and_counted():
     heading, before, after, *_, footer = tables.results_table(
         tables.results_of(results), caption
     ).splitlines()
-    assert cells(heading) == ["steps", "MSE"] and cells(before)[1] == "3.0000 ± 0.0000 (2.0000 to 4.0000)"
-    assert cells(after)[1:] == ["1.5000 ± 0.0000 (1.0000 to 2.0000), 1 diverged", "trained for"]
+    assert cells(heading) == ["steps", "MSE", "with the diverged"]
+    assert cells(before)[1] == "3.0000 ± 0.0000 (2.0000 to 4.0000)"
+    assert cells(after)[1:] == ["1.5000 ± 0.0000 (1.0000 to 2.0000), 1 diverged", "1.25e+05", "trained for"]
     assert "over 4 tasks, without those that diverged" in footer
     line, *_ = results_figure(tables.results_of(results), caption).axes[0].lines
     assert list(line.get_ydata()) == [3.0, 1.5]
