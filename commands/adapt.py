@@ -180,23 +180,13 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
     for task in tasks:
         x, outputs = task.support_x, len(task.classes) or task.support_y.shape[-1]
         learner, maml, parameters, statistics = _restore(source, call.load, config, runtime, x, outputs)
-        adapted = adapt_to(
-            maml,
-            parameters,
-            x,
-            task.support_y,
-            steps=steps,
-            normalisation=norm,
-            inner_batch=config.evaluation.eval_inner_batch,
-            statistics=statistics,
-        )
+        batch = config.evaluation.eval_inner_batch
+        options: dict[str, Any] = {"steps": steps, "normalisation": norm, "inner_batch": batch}
+        adapted = adapt_to(maml, parameters, x, task.support_y, statistics=statistics, **options)
         predictions.append(_predict(adapted, task, config.learner.loss))
     stem = f"{folder / call.load.stem}-adapted-{call.adapt.stem}"
-    title = f"{printable(call.adapt.name)}: after {steps} inner steps"
     header, rows = _tabulate(tasks, predictions, Columns.parse(config.tasks.columns).targets)
     print(predictions_table(header, rows))
-    write_csv(Path(f"{stem}.csv"), header, rows)
-    write_figure(Path(f"{stem}.png"), predictions_figure(predictions, title))
     record = {
         "command": command,
         "checkpoint": call.load,
@@ -211,6 +201,9 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
         "versions": versions(),
         "device": runtime.describe(),
     }
+    title = f"{printable(call.adapt.name)}: after {steps} inner steps"
+    write_csv(Path(f"{stem}.csv"), header, rows)
+    write_figure(Path(f"{stem}.png"), predictions_figure(predictions, title))
     write_json(Path(f"{stem}.json"), record)
     written = f"Written: {stem}.csv, .png and .json"
     if len(tasks) == 1 and config.choices.fast_weights != "context":  # which is no module of its own
