@@ -36,8 +36,6 @@ DEFAULTS = {
     "--checkpoint_path x --first-order": {"meta_gradient": "first-order"},
     "--algorithm anil --first-order --inner-rates element": {
         "fast_weights": "head", "meta_gradient": "first-order", "inner_rates": "element", "inner_lr": 0.01},
-    "--algorithm boil": {"fast_weights": "body"},
-    "--algorithm meta-sgd": {"inner_rates": "element", "inner_lr": 0.005, "inner_lr_max": 0.1},
     "--algorithm meta-sgd --inner-lr 0.2": {"inner_lr": 0.2, "inner_lr_max": None},
     "--algorithm maml++ --iterations 3000": {"steps": 5, "objective": "multi-step", "exact_from": 0,
                                              "batch_norm": "transductive"},  # an mlp has no batch norm
@@ -47,7 +45,6 @@ DEFAULTS = {
         "train_shots": 10, "test_steps": 50, "eval_steps": 50, "meta_lr_schedule": "linear"},
     "--algorithm imaml": {"meta_gradient": "implicit", "proximal": 3.0, "steps": 16},
     "--algorithm cavia --dataset omniglot -n 20": {"fast_weights": "context", "steps": 5, "test_steps": 5},
-    "--algorithm pretrain": {"meta_gradient": "joint"},
 }  # fmt: skip
 
 
@@ -69,12 +66,10 @@ def test_reptile_counts_the_query_among_its_training_examples():
         ("", ("on", "unrolled", "grouped", None)),
         ("-s 5 --iterations 9999", ("off", "unrolled", "grouped", None)),
         ("--dataset omniglot", ("on", "unrolled", "im2col", 8)),
-        ("--dataset omniglot --iterations 1499", ("off", "unrolled", "grouped", None)),
         ("--dataset omniglot -n 20 --compile auto", ("on", "adjoint", "im2col", 2)),
         ("--dataset omniglot -s 2 --engine unrolled --conv grouped", ("on", "unrolled", "grouped", None)),
         ("--dataset omniglot --tasks-at-once 4", ("on", "unrolled", "im2col", 4)),
         ("--dataset omniglot --meta-batch-size 31", ("on", "unrolled", "im2col", 8)),
-        ("--dataset omniglot --compile off", ("off", "unrolled", "grouped", None)),
     ],
 )
 def test_what_decides_the_arithmetic_is_settled_by_the_settings_alone(line, expected):
@@ -94,14 +89,10 @@ def test_facts_about_learners_match_the_learners():
 MISTAKES = [
     ("-k 0", "-k: expected a whole number of at least 1, got '0'"),
     ("-s 1.5", "-s: expected a whole number, got '1.5'"),
-    ("-k 1000000000000", "-k: expected a whole number up to 2,147,483,647"),
     ("--meta-lr nan", "--meta-lr: expected a number above 0, got 'nan'"),
-    ("--noise -1", "--noise: expected a number that is not negative"),
     ("--seed -1", "--seed: expected a whole number from 0"),
     ("--dataset mnist", "--dataset: expected one of sinusoid, sinusoid-frequency, sinusoid-line,"),
-    ("--device tpu", "--device: expected one of auto, cpu, cuda, mps, got 'tpu'"),
     ("--algorithm mml", "--algorithm: expected one of maml, fomaml, anil, boil, reptile, meta-sgd, maml++"),
-    ("--split-shares 1,2", "--split-shares: expected three whole numbers"),
     ("-k", "-k: expected one argument"),
     ("--dataset=--", "--dataset: expected an argument, got '--'"),
     ("--checkpoint-path a\x1b[31mb", r"expected text without control characters, in UTF-8, got 'a\x1b[31mb'"),
@@ -112,8 +103,6 @@ MISTAKES = [
     ("-n 5", "-n has no meaning with --dataset sinusoid: leave it out"),
     ("--dataset omniglot --noise 0.1", "--noise has no meaning with --dataset omniglot"),
     ("--conv im2col", "--conv has no meaning with --learner mlp"),
-    ("--head 0", "--head has no meaning with --fast-weights all"),
-    ("--cg-steps 3", "--cg-steps has no meaning with --meta-gradient exact"),
     ("--algorithm fomaml --exact-from 5", "--exact-from has no meaning with --meta-gradient first-order"),
     ("--dataset omniglot --norm-per-step --adapt-norm", "--adapt-norm has no meaning with --norm-per-step"),
     ("--algorithm reptile --first-order", "--first-order has no meaning with --algorithm reptile"),
@@ -128,10 +117,8 @@ MISTAKES = [
     ("--objective multi-step", "with one inner step (-s) the last is the only one"),
     ("--algorithm imaml --inner-rates element", "does not depend on the rates"),
     ("--algorithm imaml --proximal 0", "needs a --proximal above 0"),
-    ("--algorithm reptile --fast-weights head", "moves only what the inner loop adapts"),
     ("--algorithm reptile --train-shots 10", "--train-shots 10 must be above -q 10"),
     ("--inner-optimizer adam-carried", "with --meta-gradient reptile alone"),
-    ("--algorithm pretrain --fast-weights context", "has no inner loop"),
     ("--no-vectorise --compile on", "use --compile off"),
     ("--test-steps 11 --eval-steps 10", "--test-steps 11 is above --eval-steps 10"),
     ("--dataset omniglot -k 15 -q 6", "-k with -q 6 makes 21; an Omniglot character has 20 drawings"),
@@ -141,7 +128,6 @@ MISTAKES = [
     ("--resume", "--resume needs --run-name"),
     ("--load a --init-from b", "--load and --init-from do not go together: one resumes a run"),
     ("--eval --compile on", "--eval and --compile do not go together: the latter is for training"),
-    ("--load a --run-name b", "the run's folder is that of the checkpoint"),
     ("--out x", "--out needs --eval or --adapt or --compare"),
     ("--run-name a/b", "--run-name: expected a name for a folder, got 'a/b'"),
     ("--adapt x", "--adapt needs --load"),
@@ -149,12 +135,10 @@ MISTAKES = [
     # what the machine and the disk say
     ("--load no-such-file.pt", "no-such-file.pt: there is no such checkpoint"),
     (f"--load {300 * 'a'}", "file name too long"),
-    ("--eval --load no-such-file.pt", "no-such-file.pt: there is no such checkpoint"),
-    ("--init-from no-such-file.pt --checkpoint-path TMP", "there is no such checkpoint"),
     ("--checkpoint-path /dev/null/x", "/dev/null/x"),
     ("--eval --out /dev/null/x", "--out /dev/null/x: cannot write there"),
     ("--precision tf32 --device cpu", "--precision tf32 is for CUDA GPUs"),
-    ("--fast-weights head --head 7 --checkpoint-path TMP", "--fast-weights head --head 7"),
+    ("--fast-weights head --head 7 --checkpoint-path TMP", "the learner has no part '7'"),
     ("--learner-args width=0 --checkpoint-path TMP", "--learner mlp"),
 ]  # fmt: skip
 
@@ -194,13 +178,9 @@ def test_a_mistake_in_this_tool_keeps_its_traceback(monkeypatch):
 # ---- help ----------------------------------------------------------------------------------------
 
 
-def help_text(monkeypatch: pytest.MonkeyPatch, *, every_flag: bool) -> str:
-    monkeypatch.setenv("COLUMNS", "100")
-    return parser.build_parser(every_flag=every_flag).format_help()
-
-
 def test_help_shows_the_usual_flags_and_help_all_every_one(monkeypatch):
-    usual, whole = (help_text(monkeypatch, every_flag=every) for every in (False, True))
+    monkeypatch.setenv("COLUMNS", "100")
+    usual, whole = (parser.build_parser(every_flag=every).format_help() for every in (False, True))
     for flag in ALL_FLAGS.values():
         assert f"\n  {flag.name}" in whole
         assert (f"\n  {flag.name}" in usual) == flag.common
@@ -220,7 +200,6 @@ def test_every_flag_of_the_mission_is_there():
 def test_output_that_nobody_reads_ends_without_a_traceback():
     line = [sys.executable, "main.py", "--help-all"]
     with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == b""
 
@@ -240,9 +219,7 @@ def test_settings_survive_a_checkpoint_and_a_new_one_takes_its_default():
     ("change", "message"),
     [
         ({"shots": 0}, "its setting shots should be a whole number of at least 1"),
-        ({"shots": "1"}, "its setting shots should be"),
         ({"oracle": 1}, "its setting oracle should be yes or no"),
-        ({"dataset": "x"}, "its setting dataset should be"),
         ({"extra": 1}, "a newer version may know them"),
         ({"learner": "conv"}, "--learner conv does not fit"),
     ],

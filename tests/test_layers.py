@@ -66,11 +66,8 @@ def test_flags_are_checked_without_heavy_packages():
     assert found.stdout.split() == []
 
 
-def test_wings_have_empty_init_files():
+def test_the_top_level_fits_on_a_screen_and_init_files_are_empty():
     assert [wing for wing in WINGS if (ROOT / wing / "__init__.py").read_text()] == []
-
-
-def test_the_top_level_fits_on_a_screen():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
     entries = {line.partition("/")[0] for line in tracked.stdout.splitlines()}
     assert len([entry for entry in entries if not entry.startswith(".")]) <= MOST_ENTRIES

@@ -67,9 +67,6 @@ class Strange(nn.Module):
 def nothing(outputs):
     return 3
 
-def failing(outputs):
-    raise RuntimeError("it is\\nnot ready")
-
 def cubed(outputs, targets, power=3):
     one_hot = targets[:, None] == torch.arange(2)
     return ((outputs - one_hot.to(outputs.dtype)).abs() ** power).mean()
@@ -190,10 +187,6 @@ def test_with_dropout_and_your_own_tasks_a_resumed_run_ends_with_the_same_bits(t
     whole, stopped = (load_checkpoint(tmp_path / name / LAST) for name in ("whole", "stopped"))
     for part in ("parameters", "exp_avg", "exp_avg_sq"):
         assert_same_bits(getattr(whole, part), getattr(stopped, part))
-    none = ["--learner-args", "width=8", "heads=2", "dropout=0.0"]
-    assert command(*flags, *none, "--iterations", 4, "--run-name", "none") == 0
-    without = load_checkpoint(tmp_path / "none" / LAST)
-    assert not torch.equal(whole.parameters["head.weight"], without.parameters["head.weight"])
 
 
 def test_frozen_layers_and_buffers_are_saved_and_the_code_may_have_moved(own, tmp_path):
@@ -239,21 +232,14 @@ def test_code_that_a_checkpoint_names_is_never_imported(setting, doing, tmp_path
     ("flags", "expected"),
     [
         ("--learner {own}:Missing", "has no Missing to call: it has Net, Item, Wrong"),
-        ("--learner {own}x.py:Net", "No such file or directory"),
         ("--learner not_there.at_all:Net", "ModuleNotFoundError: No module named 'not_there'"),
         ("--learner {own}:nothing", "makes a int, not a torch.nn.Module"),
-        ("--learner {own}:failing", "RuntimeError: it is not ready"),
         ("--learner {own}:Net --learner-args width=3", "unexpected keyword argument 'width'"),
         ("--learner {own}:Wrong", "they should be (4, 2), [examples, outputs]"),
-        ("--learner {own}:Net --learner-args hidden", "--learner-args: expected NAME=VALUE, got 'hidden'"),
         ("--learner torchvision:resnet19", "no classification model resnet19: try resnet18"),
         ("--learner {own}:Net --head nowhere --fast-weights head", "has no part 'nowhere'"),
-        ("--loss {own}:hinge", "has no hinge to call"),
         ("--loss {own}:vector --learner {own}:Net", "it should give one number"),
         ("--image-size 3 --learner conv4", "leave nothing for its last layers"),
-        ("--loss cross-entropy --loss-args x=1", "unexpected keyword argument 'x'"),
-        ("--loss mse", "--loss mse does not fit classification"),
-        ("--no-vectorise --compile on", "use --compile off"),
     ],
 )
 def test_a_mistake_about_your_own_code_is_one_line(flags, expected, own, images, tmp_path, capsys):
