@@ -59,10 +59,13 @@ def sync(path: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file; raises ValueError where it is damaged, UsageError where none is."""
+    """Return the content of a JSON file; raise UsageError if it is missing or damaged."""
     if not path.is_file():
         raise UsageError(f"{path}: there is no such file")
-    return json.loads(path.read_bytes())
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged ({error}): restore it, or move it away") from error
 
 
 def user_cache() -> Path | None:
