@@ -2,13 +2,12 @@
 
     flags -> parser -> resolve -> Config(tasks, learner, choices, training, evaluation)
 
-Each group is declared by the wing that uses it and handed down alone; only commands see all of them. Rules
-between settings are in rules.py, their words in names.py. The standard library alone.
+Each group is declared by the wing that uses it and handed down alone; only commands see all of them.
+The standard library alone.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,11 +51,10 @@ class Config:
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> Config:
         """Compose the groups from a flat dictionary by name of the setting."""
-        sections: dict[str, Any] = {
-            section: options(**{name: values[name] for name in values if SECTION_OF[name] == section})
-            for section, options in SECTIONS.items()
-        }
-        return cls(**sections)
+        sections: dict[str, Any] = {section: {} for section in SECTIONS}
+        for name, value in values.items():
+            sections[SECTION_OF[name]][name] = value
+        return cls(**{section: SECTIONS[section](**values) for section, values in sections.items()})
 
     def values(self) -> dict[str, Any]:
         """Return all settings, flat, by name: what a checkpoint holds."""
@@ -68,13 +66,7 @@ class Config:
 
     def replaced(self, **changes: Any) -> Config:
         """Return the settings with some changed, by name, whichever group they are in."""
-        sections = {
-            section: dataclasses.replace(
-                getattr(self, section), **{n: v for n, v in changes.items() if SECTION_OF[n] == section}
-            )
-            for section in {SECTION_OF[name] for name in changes}
-        }
-        return dataclasses.replace(self, **sections)
+        return Config.from_values(self.values() | changes)
 
     @property
     def training_shots(self) -> int:

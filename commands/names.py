@@ -12,8 +12,6 @@ from commands.rules import what_makes_meaningless
 from common.own_code import is_own_code
 from tasks.options import TaskOptions
 
-MOST_SHOWN = 6  # values of one setting, when several runs are described
-
 
 def select_meaningful(config: Config) -> dict[str, Any]:
     """Return the settings that have a meaning with these data and this learner, by name."""
@@ -31,25 +29,23 @@ def in_words(config: Config, names: Iterable[str]) -> dict[str, str]:
 
 def describe(*configs: Config) -> str:
     """Return the meaningful settings of one run or several, a line per group; of several, every value."""
-    values: dict[str, list[Any]] = {}
-    for config in configs:
-        for name, value in select_meaningful(config).items():
-            known = values.setdefault(name, [])
-            if value not in known:
-                known.append(value)
+    meaningful = [select_meaningful(config) for config in configs]
 
     def show_all(name: str) -> str:
-        shown = [str(value) if name == "seed" else show(value) for value in values[name]]
-        if len(shown) > MOST_SHOWN:
+        values = [settings[name] for settings in meaningful if name in settings]
+        if all(value in (None, ()) for value in values):
+            return ""
+        shown = list(dict.fromkeys(str(value) if name == "seed" else show(value) for value in values))
+        if len(shown) > 6:
             return f"{shown[0]}, {shown[1]}, ... {shown[-1]} ({len(shown)} values)"
         return ", ".join(shown)
 
     lines = []
     for group in GROUPS:
         shown = [
-            f"{name.replace('_', ' ')} {show_all(name)}"
+            f"{name.replace('_', ' ')} {words}"
             for name, flag in CONFIG_FLAGS.items()
-            if flag.group == group and any(value not in (None, ()) for value in values.get(name, ()))
+            if flag.group == group and (words := show_all(name))
         ]
         if shown:
             text = textwrap.fill(" · ".join(shown), 96, subsequent_indent=" " * 14)

@@ -1,7 +1,6 @@
 """Make the command line of the declared flags. The standard library alone.
 
-`--help` shows the flags that most people use, with the first clause of their texts; `--help-all` shows every
-flag with all of its text, and the settings of each algorithm.
+`--help` shows the flags that most people use and the first clause of their texts; `--help-all` shows all.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import argparse
 import difflib
 import re
 import shutil
+import sys
 import textwrap
 from typing import Any, NoReturn
 
@@ -17,8 +17,7 @@ from commands.call import ALL_FLAGS
 from commands.config import CONFIG_FLAGS, GROUPS, show
 from commands.presets import ALGORITHMS, DEFAULT_COLUMNS, DEFAULTS
 from common.errors import UsageError
-from common.options import BY_LEARNER, BY_RULE, Flag
-from learners.options import LEARNERS, OTHER_LEARNER
+from common.options import BY_RULE, Flag
 
 EXAMPLES = """\
   train      python main.py --dataset omniglot -n 5 -k 1
@@ -58,12 +57,6 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} ({hint}all flags: --help-all)")
 
 
-class _HelpAll(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> NoReturn:
-        build_parser(every_flag=True).print_help()
-        parser.exit()
-
-
 def build_parser(*, every_flag: bool = False) -> argparse.ArgumentParser:
     """Return the parser; its help shows the flags that most people use, or every one."""
     parser = _Parser(
@@ -79,7 +72,7 @@ def build_parser(*, every_flag: bool = False) -> argparse.ArgumentParser:
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     add_to_first = groups["what to do"].add_argument
     add_to_first("-h", "--help", action="help", help="show the usual flags")
-    add_to_first("--help-all", nargs=0, action=_HelpAll, help="show every flag, and what each algorithm sets")
+    add_to_first("--help-all", action="store_true", help="show every flag, and what each algorithm sets")
     for name, flag in ALL_FLAGS.items():
         reading: dict[str, Any] = {
             "type": flag.parse,
@@ -103,49 +96,31 @@ def _help_text(name: str, flag: Flag, *, whole: bool) -> str:
     text = text if whole else text.partition("; ")[0]
     if parenthesis:
         return f"{text} (default{default}"
-    if name not in DEFAULTS and (flag.default is None or flag.default is False or flag.default == ()):
+    if name in DEFAULTS:
+        regression, few_ways, many_ways, other = map(show, DEFAULTS[name])
+        omniglot = f"{few_ways} (above 10 ways {many_ways})" if whole and few_ways != many_ways else few_ways
+        default = f"omniglot {omniglot}, else {other}"
+        if few_ways == many_ways == other:
+            default = few_ways if flag.only else f"classification {few_ways}"
+        if not flag.only:
+            default = f"regression {regression}, {default}"
+    elif flag.default is None or flag.default is False or flag.default == ():
         return text
-    return f"{text} (default: {_default_text(name, flag, whole=whole)})"
+    else:
+        default = "auto" if flag.default is BY_RULE else show(flag.default)
+    return f"{text} (default: {default})"
 
 
 def parse(arguments: list[str]) -> dict[str, Any]:
     """Return the given flags by name of the setting, each valid by itself; raise UsageError else."""
     given = vars(build_parser().parse_args(arguments))
+    if given.pop("help_all", False):
+        build_parser(every_flag=True).print_help()
+        sys.exit()
     for name, value in given.items():
         if value == []:  # argparse takes the argument of --flag=-- for the end of the flags
             raise UsageError(f"{ALL_FLAGS[name].name}: expected an argument, got '--'")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-
-
-# ---- defaults in words ---------------------------------------------------------------------------
-
-DEFAULT_TEXTS = {
-    "image_size": "84; omniglot 28; cifar-fs and fc100 32",
-    "channels": "3; omniglot 1",
-    "invert": "no; omniglot yes",
-    "tasks_at_once": "all, or what fits the cache",
-    "eval_steps": f"{CONFIG_FLAGS['eval_steps'].default}, or --test-steps if that is more",
-}
-
-
-def _default_text(name: str, flag: Flag, *, whole: bool) -> str:
-    if name in DEFAULT_TEXTS:
-        return DEFAULT_TEXTS[name]
-    if flag.default is BY_RULE:
-        return "auto"
-    if flag.default is BY_LEARNER:
-        values = {learner: getattr(facts, name) for learner, facts in LEARNERS.items()}
-        usual = next(iter(values.values())) or False
-        others = ", ".join(f"{k} {show(v)}" for k, v in values.items() if v not in (None, usual))
-        return f"{show(usual)}; {others}, not built in {show(getattr(OTHER_LEARNER, name))}"
-    if name not in DEFAULTS:
-        return show(flag.default)
-    regression, few_ways, many_ways, other = map(show, DEFAULTS[name])
-    omniglot = f"{few_ways} (above 10 ways {many_ways})" if whole and few_ways != many_ways else few_ways
-    first = "" if flag.only else f"regression {regression}, "
-    if len({few_ways, many_ways, other}) == 1:
-        return f"{first}classification {few_ways}" if first else few_ways
-    return f"{first}omniglot {omniglot}, else {other}"
 
 
 def presets_table() -> str:

@@ -42,7 +42,11 @@ def resolve(given: Mapping[str, Any]) -> Config:
         values["learner"] = "mlp"  # whatever the column of other classification says
     values |= _expand_shorthands(given, values["shots"])
     _fill_sizes(values, given)
-    _fill_from_learner(values, given)
+    learner = learner_facts(values["learner"])
+    values = {"init": learner.init, "adapt_norm": bool(learner.adapt_norm)} | values
+    if learner.adapt_norm is None:  # a preset's choices about batch norm do not matter
+        for name in {"batch_norm", "norm_per_step"} - given.keys():
+            values.pop(name, None)
     config = Config.from_values(_settle(values, classification))
     check(config, given)
     return config
@@ -92,15 +96,6 @@ def _fill_sizes(values: dict[str, Any], given: Mapping[str, Any]) -> None:
     if values.get("exact_from") == "half":
         exact = values.get("meta_gradient", "exact") == "exact"
         values["exact_from"] = values["iterations"] // 2 if exact else 0
-
-
-def _fill_from_learner(values: dict[str, Any], given: Mapping[str, Any]) -> None:
-    facts = learner_facts(values["learner"])
-    values.setdefault("init", facts.init)
-    values.setdefault("adapt_norm", bool(facts.adapt_norm))
-    if facts.adapt_norm is None:  # a preset's choices about batch norm do not matter
-        for name in {"batch_norm", "norm_per_step"} - given.keys():
-            values.pop(name, None)
 
 
 def _settle(values: Mapping[str, Any], classification: bool) -> dict[str, Any]:
@@ -189,10 +184,8 @@ def resolve_from(
     _check_own_code(saved, given, without_data=adapt or eval_dataset is not None)
     shots = given.get("shots", saved.tasks.shots) if evaluate else saved.tasks.shots
     given = {**given, **_expand_shorthands(given, shots)}
-    schedule = saved.training.meta_lr_schedule
-    if schedule != "constant" and given.get("iterations", saved.training.iterations) != (
-        saved.training.iterations
-    ):
+    schedule, iterations = saved.training.meta_lr_schedule, saved.training.iterations
+    if schedule != "constant" and given.get("iterations", iterations) != iterations:
         raise UsageError(f"--iterations: the {schedule} schedule of the checkpoint fixes it; leave it out")
     free = {"invert", "columns", "batch_norm"} if adapt else set(OF_OTHER_DATA if eval_dataset else ())
     if evaluate and saved.choices.head_init != "learned":

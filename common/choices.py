@@ -88,17 +88,17 @@ class Choices:
         help="learn batch norm's shift and scale for each inner step (MAML++); these are never adapted")
     adapt_norm: bool = flag(
         "--adapt-norm", group="algorithm", only="norm that can adapt", default=BY_LEARNER, in_python=True,
-        help="adapt batch norm's shift and scale in the inner loop as well as meta-learning them")
+        help="adapt batch norm's shift and scale in the inner loop as well as meta-learning them (default: "
+        "no; yes for convnet and what is not built in)")
 
     steps: int = flag("-s", group="inner loop", check=at_least(1, MOST_STEPS), metavar="STEPS", common=True,
         in_python=1, help="inner gradient steps while training")
     inner_lr: float = flag("--inner-lr", group="inner loop", check=above_zero, metavar="RATE", common=True,
-        help="learning rate of the inner loop; on the mean loss of the support set; 0.01 for convnet "
-        "and for learners that are not built in")
+        help="learning rate of the inner loop; 0.01 for convnet and for learners that are not built in")
     inner_optimizer: str = flag(
         "--inner-optimizer", group="inner loop", choices=INNER_OPTIMIZERS, default="sgd",
-        help="update rule of the inner loop, which starts afresh for each task; adam-carried keeps Adam's "
-        "second moments from task to task, as the code of Reptile's authors does")
+        help="update rule of the inner loop; adam-carried keeps Adam's second moments from task to task, as "
+        "the code of Reptile's authors does")
     inner_momentum: float = flag(
         "--inner-momentum", group="inner loop", check=below_one, metavar="X", default=0.9, only="momentum",
         help="decay of the inner gradients' running mean: momentum, or Adam's beta1")

@@ -70,7 +70,6 @@ def is_plain_text(text: str) -> bool:
 
 # ---- declarations --------------------------------------------------------------------------------
 
-PLAIN_TEXT = "text without control characters, in UTF-8"
 KIND_NAMES = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
 KIND_NAMES |= {bool: "yes or no", tuple: "a list"}
 SWITCHES = {"yes": True, "no": False}
@@ -78,7 +77,7 @@ SWITCHES = {"yes": True, "no": False}
 # Defaults that are no single value:
 BY_DATASET = object()  # `presets.DEFAULTS` has one for each kind of data
 BY_LEARNER = object()  # `learners.options.LEARNERS` has one for each learner
-BY_RULE = object()  # `resolve.resolve_auto_settings` replaces "auto"
+BY_RULE = object()  # `resolve.resolve` replaces "auto" by what was measured
 
 
 @dataclass(frozen=True)
@@ -108,17 +107,16 @@ class Flag:
         if value is None and self.optional:
             return None
         if self.kind is tuple:
-            if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
+            if not isinstance(value, tuple):
                 return KIND_NAMES[tuple]
-            if not all(map(is_plain_text, value)):
-                return PLAIN_TEXT
-            return next((p for p in map(self.check, value) if p), None) if self.check else None
+            item = dataclasses.replace(self, kind=str)
+            return next((problem for problem in map(item.problem, value) if problem), None)
         if self.kind is float and type(value) is int and abs(value) < 2**63:
             value = float(value)
         if not isinstance(value, self.kind) or (isinstance(value, bool) and self.kind is not bool):
             return KIND_NAMES[self.kind]
         if self.kind in (str, Path) and not is_plain_text(str(value)):
-            return PLAIN_TEXT
+            return "text without control characters, in UTF-8"
         if self.choices and value not in self.choices:
             return f"one of {', '.join(self.choices)}"
         return self.check(value) if self.check else None

@@ -71,17 +71,16 @@ class LearnerOptions:
     # fmt: off
     learner: str = flag("--learner", group="learner", check=check_learner_name, metavar="NAME", common=True,
         help=f"{', '.join(LEARNERS)}, torchvision:MODEL, or file.py:factory; mlp: 1-40-40-1; conv: four "
-        "stride-2 convolutions of 64 channels; conv-flat: conv, flattened; conv-pool: max pooling instead of "
-        "strides; conv4: conv-pool of 32 channels, flattened; convnet: unpadded convolutions, flattened; fc: "
-        "256-128-64-64; package.module:factory is your own code too")
+        "stride-2 convolutions of 64 channels; conv-pool: max pooling; conv4: 32 channels; fc: 256-128-64-64")
     learner_args: tuple[str, ...] = flag(
         "--learner-args", group="learner", check=key_and_value, metavar="NAME=VALUE", default=(),
         help="arguments of the learner's factory")
     init: str = flag("--init", group="learner", choices=("paper", "torch"), default=BY_LEARNER,
-        help="initial weights: the paper's, or PyTorch's defaults")
+        help="initial weights: the paper's, or PyTorch's (default: paper; torch for conv-flat, convnet and "
+        "what is not built in)")
     loss: str = flag("--loss", group="learner", check=check_loss_name, metavar="NAME", default=BY_RULE,
-        help="mse, cross-entropy, bce (binary cross-entropy of logits), huber, or a function in your own "
-        "code: package.module:function, file.py:function; auto: mse, or cross-entropy in classification")
+        help="mse, cross-entropy, bce (binary, of logits), huber, or file.py:function; auto: mse, or "
+        "cross-entropy in classification")
     loss_args: tuple[str, ...] = flag(
         "--loss-args", group="learner", check=key_and_value, metavar="NAME=VALUE", default=(),
         help="arguments of the loss")

@@ -74,7 +74,7 @@ def test_every_algorithm_is_resumed_exactly_learns_and_is_evaluated(
     capsys.readouterr()
     assert command("--eval", "--load", tmp_path / "whole", "--eval-tasks", 5, "--eval-steps", 6) == 0
     said = capsys.readouterr().out
-    assert "Mean and 95 % interval over 5 tasks" in said
+    assert "mean ± 95 % interval over 5 tasks" in said
     assert ("per-step" in said.partition("steps ")[2]) == (algorithm == "maml++")
 
 

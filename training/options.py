@@ -63,26 +63,26 @@ class TrainingOptions:
     precision: str = flag(
         "--precision", group="machine", choices=("float64", "float32", "tf32", "bf16"), default="float32",
         free_on_eval=True, common=True, metavar="TYPE",
-        help="the learner's arithmetic: float32, float64, tf32, bf16; with tf32 (CUDA) and bf16, "
-        "meta-parameters, fast weights, losses, batch statistics and the optimizer stay in float32")
+        help="the learner's arithmetic: float32, float64, tf32 (CUDA), bf16; meta-parameters, fast weights, "
+        "losses and the optimizer stay in float32 at least")
     compile: str = flag(
         "--compile", group="machine", choices=("auto", "on", "off"), default=BY_RULE, common=True,
         help="compile the whole iteration; auto: with a built-in learner, in runs of at least 10,000 iterations "
         "(classification 1,500)")
     engine: str = flag(
         "--engine", group="machine", choices=("auto", *ENGINES), default=BY_RULE, only="engines",
-        help="how the exact or first-order meta-gradient is computed, to the same numbers: unrolled through "
-        "the whole inner loop, or adjoint, step by step backwards in memory that hardly grows with -s; "
-        "auto: adjoint in classification with several inner steps")
+        help="how the same meta-gradient is computed: unrolled through the whole inner loop, or adjoint, step "
+        "by step in memory that hardly grows with -s; auto: adjoint in classification with several steps")
     convolution: str = flag(
         "--conv", group="machine", choices=("auto", *CONVOLUTIONS), default=BY_RULE, only="convolutions",
         help="convolutions as matrix products over patches, or as one convolution grouped over tasks; "
         "auto: im2col if compiled")
     vectorise: bool = flag("--vectorise", group="machine", default=True,
-        help="compute all tasks at once; --no-vectorise takes one after another, for a learner that "
-        "torch.func.vmap cannot handle: slower, equally exact")
+        help="compute all tasks at once; --no-vectorise: one after another, for a learner that torch.func.vmap "
+        "cannot handle")
     tasks_at_once: int | None = flag(
         "--tasks-at-once", group="machine", check=at_least(1), metavar="N", default=BY_RULE,
         free_on_resume=True, free_on_eval=True, common=True,
-        help="take tasks in chunks of N, which bounds memory; the result is the same to rounding")
+        help="take tasks in chunks of N, which bounds memory; the result is the same to rounding (default: all, "
+        "or what fits the cache)")
     # fmt: on
