@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils import _pytree as pytree
 
+from common.batch import first_tensor
+from common.optimizers import Weights
 from learners.elementary import Elementary
 
-Weights = dict[str, Tensor]
 Loss = Callable[[Weights, Any], Tensor]  # of the weights, and the inputs and keys of one task
 
 
@@ -26,7 +27,7 @@ class Finding(NamedTuple):
 
     problem: str  # "vectorise", "second derivative" or "forward mode"
     layer: str  # name of the innermost layer whose forward fails; "": the learner as a whole
-    kind: str  # class of that layer
+    kind: str  # its class
     reason: str  # first line of the error, at most 120 characters
 
 
@@ -35,9 +36,8 @@ def find_failure(
 ) -> Finding | None:
     """Return what the learner lacks; None: nothing.
 
-    A copy is vectorised over two tasks, then differentiated twice in reverse, then in reverse over forward
-    mode. Hooks tell which layer's forward pass fails. `weights` are parameters by name, `inputs` one task's
-    arguments of a forward pass, and `keys` as in `Elementary`.
+    `weights` are parameters by name, `inputs` one task's arguments of a forward pass, `keys` as in
+    `Elementary`. Hooks of a copy tell which layer's forward pass fails.
     """
     module = copy.deepcopy(module)
     running: list[str] = []  # layers whose forward has not returned
@@ -52,14 +52,13 @@ def find_failure(
     def loss(weights: Weights, task: Any) -> Tensor:
         """Return a number that depends on all outputs, as does its gradient."""
         inputs, keys = pytree.tree_map_only(Tensor, Tensor.clone, task)  # a layer may write to its inputs
-        like = next((leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)), None)
-        with Elementary(keys[0] if keys else None, like):
+        with Elementary(*keys, like=first_tensor(inputs)):
             output = functional_call(module, weights, inputs)
         reals = [leaf for leaf in pytree.tree_leaves(output) if leaf.is_floating_point()]
         return sum(((real + real**2).sum() for real in reals), torch.zeros(()))
 
     weights = {name: weight.detach() for name, weight in weights.items()}
-    task = (inputs, () if keys is None else (keys,))
+    task = (inputs, [] if keys is None else [keys])
     tasks = pytree.tree_map_only(Tensor, lambda tensor: torch.stack([tensor.detach()] * 2), task)
     for problem, attempt in _ATTEMPTS.items():
         running.clear()
@@ -80,26 +79,25 @@ def _vectorise(loss: Loss, weights: Weights, tasks: Any) -> None:
 
 
 def _differentiate_twice(loss: Loss, weights: Weights, tasks: Any) -> None:
-    reals = {name: w.clone().requires_grad_() for name, w in weights.items() if w.is_floating_point()}
-    gradients = vmap(grad(lambda reals, task: loss(weights | reals, task)), (None, 0))(reals, tasks)
+    variables = {name: w.clone().requires_grad_() for name, w in weights.items()}
+    gradients = vmap(grad(loss), (None, 0))(variables, tasks)
     total = torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum()
     if total.requires_grad:
-        torch.autograd.grad(total, list(reals.values()), allow_unused=True)
+        torch.autograd.grad(total, list(variables.values()), allow_unused=True)
     elif total > 0:
         raise RuntimeError("its backward pass cannot be differentiated (once_differentiable?)")
 
 
 def _differentiate_in_forward_mode(loss: Loss, weights: Weights, tasks: Any) -> None:
-    reals = {name: w for name, w in weights.items() if w.is_floating_point()}
+    ones = {name: torch.ones_like(w) for name, w in weights.items()}
 
-    def slope(reals: Weights, task: Any) -> Tensor:
-        direction = {name: torch.ones_like(w) for name, w in reals.items()}
-        return jvp(lambda reals: loss(weights | reals, task), (reals,), (direction,))[1]
+    def slope(weights: Weights, task: Any) -> Tensor:
+        return jvp(lambda weights: loss(weights, task), (weights,), (ones,))[1]
 
-    grad(lambda reals: vmap(slope, (None, 0))(reals, tasks).sum())(reals)
+    grad(lambda weights: vmap(slope, (None, 0))(weights, tasks).sum())(weights)
 
 
-_ATTEMPTS: dict[str, Callable[[Loss, Weights, Any], None]] = {
+_ATTEMPTS = {
     "vectorise": _vectorise,
     "second derivative": _differentiate_twice,
     "forward mode": _differentiate_in_forward_mode,

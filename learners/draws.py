@@ -1,9 +1,8 @@
 """Random numbers that a learner draws while it trains, as pure functions of the task's keys.
 
-`Elementary` (elementary.py) passes a `Draws` to every function that it substitutes. The functions below
-replace dropout and those that make or fill a random tensor. The numbers depend on the keys, on how many calls
-have drawn before in this pass, and on the position in the tensor. So a pass can be repeated, and draws the
-same eager, compiled, or under `vmap`. A `generator` is ignored.
+`Elementary` (elementary.py) passes a `Draws` to every function that it substitutes. The numbers depend on the
+keys, on how many calls have drawn before in this pass, and on the position in the tensor. So a pass can be
+repeated, and draws the same eager, compiled, or under `vmap`. A `generator` is ignored.
 """
 
 from __future__ import annotations
@@ -24,31 +23,27 @@ Replacements = dict[Any, Callable[..., Any]]
 
 
 class Draws:
-    """The random numbers of one forward pass of one task.
-
-    Args:
-        keys: int64 `[2]`, two 32-bit words; None: a pass that draws raises ValueError.
-    """
+    """The random numbers of one forward pass of one task; `keys` are int64 `[2]`, two 32-bit words."""
 
     def __init__(self, keys: Tensor | None) -> None:
         self.keys = keys
         self.calls = 0  # that have drawn so far
 
     def stream(self) -> Stream:
-        """Return the stream of the next call."""
+        """Return the stream of the next call; ValueError without keys."""
         if self.keys is None:
             raise ValueError("the learner draws random numbers: give keys")
         self.calls += 1
         return Stream.from_keys(self.keys).at(self.calls - 1)
 
     def uniform(self, like: Tensor) -> Tensor:
-        """Return numbers in [0, 1) of that tensor's shape, type and device."""
+        """Return numbers in [0, 1) in the tensor's shape, type and device."""
         precision = min(24, 1 - round(math.log2(torch.finfo(like.dtype).eps)))  # more bits would round to 1
         bits = self.stream().words(like.numel()).to(like.device) >> (32 - precision)
         return (bits.to(like.dtype) * 2.0**-precision).view(like.shape)
 
     def normal(self, like: Tensor) -> Tensor:
-        """Return standard normal numbers of that tensor's shape, type and device."""
+        """Return standard normal numbers in the tensor's shape, type and device."""
         wide = torch.promote_types(like.dtype, torch.float32)
         numbers = self.stream().normal(like.numel(), wide)
         return numbers.to(like.device, like.dtype).view(like.shape)
@@ -90,30 +85,12 @@ def _bernoulli_(draws: Draws, input: Tensor, p: float | Tensor = 0.5, *, generat
     return input.copy_(draws.uniform(torch.empty_like(input, dtype=torch.float32)) < p)
 
 
-def _uniform_(draws: Draws, input: Tensor, *limits: float, generator: Any = None, **named: float) -> Tensor:
-    bounds = dict(zip(("from", "to"), limits, strict=False)) | named  # no parameter can be called `from`
-    low, high = bounds.get("from", 0.0), bounds.get("to", 1.0)
-    return input.copy_(low + (high - low) * draws.uniform(input))
-
-
-def _normal_(
-    draws: Draws, input: Tensor, mean: float = 0.0, std: float = 1.0, *, generator: Any = None
+def _drop(
+    whole: int | None, draws: Draws, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Tensor:
-    return input.copy_(mean + std * draws.normal(input))
-
-
-def _dropout(
-    draws: Draws, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-) -> Tensor:
-    return draws.drop(input, p, training, input.shape)
-
-
-def _drop_channels(
-    unbatched: int, draws: Draws, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-) -> Tensor:
-    """Drop whole channels of `[batch, channels, ...]`; inputs of `unbatched` axes have no batch axis."""
-    leading = 1 if input.dim() == unbatched else 2
-    return draws.drop(input, p, training, (*input.shape[:leading], *(1,) * (input.dim() - leading)))
+    """Drop elements of x; or its channels, of `whole` axes, in `[batch, channels, ...]` or without batch."""
+    each = x.dim() if whole is None else min(2, x.dim() - whole)
+    return draws.drop(x, p, training, (*x.shape[:each], *(1,) * (x.dim() - each)))
 
 
 REPLACEMENTS: Replacements = {
@@ -124,17 +101,23 @@ REPLACEMENTS: Replacements = {
     torch.bernoulli: _bernoulli,
     Tensor.bernoulli: _bernoulli,
     Tensor.bernoulli_: _bernoulli_,
-    Tensor.uniform_: _uniform_,
-    Tensor.normal_: _normal_,
-    F.dropout: _dropout,
-    F.dropout1d: partial(_drop_channels, 2),
-    F.dropout2d: partial(_drop_channels, -1),  # PyTorch takes three axes for a batch here
-    F.dropout3d: partial(_drop_channels, 4),
+    F.dropout: partial(_drop, None),
+    F.dropout1d: partial(_drop, 1),
+    F.dropout2d: partial(_drop, 0),  # PyTorch takes three axes for a batch here
+    F.dropout3d: partial(_drop, 3),
 }
 REFUSED = (
     *(torch.multinomial, torch.normal, torch.poisson, torch.binomial, torch.randint, torch.randint_like),
     *(torch.randperm, torch.dropout, torch.feature_dropout, Tensor.multinomial, Tensor.random_),
-    *(Tensor.exponential_, Tensor.cauchy_, Tensor.geometric_, Tensor.log_normal_, F.rrelu),
+    *(
+        Tensor.uniform_,
+        Tensor.normal_,
+        Tensor.exponential_,
+        Tensor.cauchy_,
+        Tensor.geometric_,
+        Tensor.log_normal_,
+        F.rrelu,
+    ),
     *(F.alpha_dropout, F.feature_alpha_dropout, F.gumbel_softmax, F.fractional_max_pool2d),
     *(F.fractional_max_pool3d, F.fractional_max_pool2d_with_indices, F.fractional_max_pool3d_with_indices),
 )

@@ -24,8 +24,6 @@ from torch.overrides import TorchFunctionMode
 from learners import attention, draws, normalisation, recurrent
 from learners.draws import Draws, Replacements
 
-# ---- functions without a second derivative or a rule for `vmap` ------------------------------
-
 
 def _embedding(
     draws: Draws, input: Tensor, weight: Tensor, padding_idx: int | None = None, **options: Any
@@ -68,19 +66,15 @@ _ALLOCATIONS = {
     *(Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full),
 }
 
-# ---- the mode --------------------------------------------------------------------------------
-
 
 class Elementary(TorchFunctionMode):
     """A mode that substitutes functions; enter a new one for each forward pass.
 
-    While a substitute runs, the mode is off: the functions that it calls are PyTorch's own. The pass raises
-    ValueError for functions that cannot be substituted; the message says what to do.
+    While a substitute runs, the mode is off. Functions that cannot be substituted raise ValueError.
 
     Args:
-        keys: int64 `[2]`, two 32-bit words on which the random numbers depend (seed, task, pass); None: a
-            pass that draws raises ValueError.
-        like: any tensor of one task. Tensors that the pass allocates (`torch.zeros`) then belong to one task
+        keys: int64 `[2]`, on which the random numbers depend; None: a pass that draws raises ValueError.
+        like: a tensor of one task. Tensors that the pass allocates (`torch.zeros`) then belong to one task
             as well under `vmap`, and may be written to. None: `keys` serve.
     """
 
@@ -105,10 +99,9 @@ _NOTHING_TO_REPLACE = (nn.Sequential, nn.Linear, nn.Conv2d, nn.ReLU, nn.Tanh, nn
 
 
 def is_elementary(module: nn.Module) -> bool:
-    """Return whether `Elementary` would change nothing in the module, judging by the classes of its layers.
+    """Return whether the module can do without `Elementary`, which takes a few percent of a small one's time.
 
-    Such a learner runs without the mode, which saves a few percent of a small network's time. The tool's own
-    layers have a class attribute `elementary`.
+    The tool's own layers have a class attribute `elementary`.
     """
     return all(
         type(layer) in _NOTHING_TO_REPLACE or getattr(type(layer), "elementary", False)
