@@ -14,7 +14,7 @@ from commands.config import CONFIG_FLAGS, OWN_CODE, Config, show
 from commands.presets import ALGORITHMS, CHUNK_IMAGES, COMPILED_FROM, DEFAULTS, default_column
 from commands.rules import check
 from common.errors import UsageError
-from common.options import BY_DATASET, BY_LEARNER, BY_RULE
+from common.options import BY_RULE
 from common.own_code import is_own_code
 from learners.options import LEARNERS, learner_facts
 from tasks.options import FILE_KINDS, data_facts, is_classification
@@ -108,8 +108,7 @@ def _settle(values: Mapping[str, Any], classification: bool) -> dict[str, Any]:
         "compile": "on" if values["iterations"] >= long and built_in else "off",
         "engine": "adjoint" if classification and values["steps"] > 1 else "unrolled",
     }
-    chosen = {name: value for name, value in values.items() if value != "auto"}
-    settled |= chosen
+    settled |= {name: value for name, value in values.items() if value != "auto"}
     patches = settled["compile"] == "on" and convolutional
     settled = {"convolution": "im2col" if patches else "grouped"} | settled
     chunked = patches and settled["convolution"] == "im2col" and classification
@@ -147,14 +146,9 @@ def config_of(plain: Mapping[str, Any], source: Path | None) -> Config:
     try:
         if unknown := ", ".join(sorted(plain.keys() - CONFIG_FLAGS.keys())):
             raise UsageError(f"its settings {unknown!r:.60} are unknown; a newer version may know them")
-        defaults = {
-            name: flag.default
-            for name, flag in CONFIG_FLAGS.items()
-            if flag.default not in (BY_DATASET, BY_LEARNER, BY_RULE)
-        }
-        values = defaults | dict(plain)
+        values = {name: flag.default for name, flag in CONFIG_FLAGS.items()} | dict(plain)
         for name, flag in CONFIG_FLAGS.items():
-            if problem := flag.problem(values.setdefault(name, None)):
+            if problem := flag.problem(values[name]):
                 raise UsageError(f"its setting {name} should be {problem}, not {values[name]!r}"[:200])
         config = Config.from_values(values)
         check(config, {})

@@ -60,7 +60,7 @@ ONLY: dict[str, tuple[tuple[str, Callable[[Config], bool]], ...]] = {
 
 def what_makes_meaningless(flag: Flag, config: Config) -> str | None:
     """Return the setting that leaves a flag without a meaning, as its flag and value, or None."""
-    for name, applies in ONLY.get(flag.only or "", ()):
+    for name, applies in ONLY[flag.only] if flag.only else ():
         if not applies(config):
             return f"{CONFIG_FLAGS[name].name} {show(config.get(name))}"
     return None
