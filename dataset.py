@@ -22,11 +22,11 @@ from common.batch import TaskBatch, TaskDistribution, first_tensor, tree_map
 from common.errors import UsageError
 from common.own_code import call_factory, is_own_code, load_code, parse_arguments, select_accepted
 from common.random import SPLITS, Stream, task_stream
+from tasks.file_tasks import Prefetch
 from tasks.image_tasks import ImageTasks
 from tasks.images import Form, open_folder
 from tasks.options import TaskOptions
 from tasks.published import open_benchmark
-from tasks.sampling import Prefetch
 from tasks.tables import Columns, TableTasks, load_table
 
 GRID_POINTS = 200  # of a curve in a picture

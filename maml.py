@@ -56,7 +56,7 @@ class Shared(NamedTuple):
 
     weights: Weights  # those that are not adapted
     rates: Weights  # learned inner rates; empty: the optimizer's own
-    anchor: Weights  # what the proximal term pulls to; empty without one
+    anchor: Weights  # what the proximal term pulls towards; empty without one
 
 
 class Adapted(NamedTuple):
@@ -65,7 +65,7 @@ class Adapted(NamedTuple):
     fast: Weights  # adapted
     shared: Weights  # not adapted
     task: Task  # the task as those steps leave it: buffers, and the extras of the query's pass
-    statistics: Weights  # [2, channels] by layer: what batch norm saw in the last step, if recorded
+    statistics: Weights  # [2, channels] by layer: mean and variance in the last step, if recorded
 
     @property
     def weights(self) -> Weights:
@@ -73,21 +73,23 @@ class Adapted(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What one task's outer loss is made of."""
+    """A task's result after the last inner step."""
 
     loss: Tensor  # query loss after the last inner step
     outputs: Tree  # [query examples, ...], the learner's, behind that loss
-    statistics: Weights  # [steps, 2, channels] by layer: what batch norm saw, if recorded
+    statistics: Weights  # [steps, 2, channels] by layer: means and variances, if recorded
 
 
 class MetaGradient(NamedTuple):
-    gradients: Weights  # of the mean outer loss over tasks, by meta-parameter
+    """The mean over tasks; a `Way` returns sums over its chunk of tasks."""
+
+    gradients: Weights  # of the outer loss, by meta-parameter
     losses: Tensor  # [tasks], query loss after the last inner step
     outputs: Tree  # [tasks, query examples, ...], the learner's outputs behind it
-    statistics: Weights  # [steps, 2, channels] by layer, mean over tasks: what per-step batch norm saw
+    statistics: Weights  # [steps, 2, channels] by layer: mean and variance that per-step batch norm saw
 
 
-# A way to the meta-gradient of a chunk of tasks: (parameters, tasks, step_weights), with sums over the tasks.
+# How the meta-gradient of a chunk of tasks is computed: (parameters, tasks, step_weights) -> sums over tasks.
 Way = Callable[[Weights, Task, Tensor | None], MetaGradient]
 
 
@@ -102,7 +104,7 @@ class MAML:
         tasks_at_once: take tasks in chunks of that size, which bounds memory; None: all at once.
         vectorise: run tasks at once by `vmap`; else one after another, for learners that cannot be.
 
-    Raises ValueError for choices or a head that do not exist or contradict each other.
+    Raises ValueError if a choice or the head is unknown, or if choices contradict each other.
     """
 
     def __init__(
@@ -212,7 +214,7 @@ class MAML:
         return {name: s.expand(self.steps, -1, -1).clone() for name, s in self.call.statistics.items()}
 
     def whole_weights(self, parameters: Weights) -> Weights:
-        """Return every weight of the learner before the first step; a computed head as the module has it."""
+        """Return every weight of the learner before the first step; computed heads as in the module."""
         adapted = {name: w for name, w in parameters.items() if name in self.adapted}
         return self.contexts | self.head_weights | self.shared_at(parameters, 0).weights | adapted
 
@@ -350,8 +352,8 @@ class MAML:
 
         Args:
             order: the support examples of each inner step, int64 `[tasks, steps, batch]`; None: all.
-            keys: of the random numbers of a learner that draws, 32-bit words in int64 `[tasks, 2]`.
-            step_weights: `[steps]`, of the query losses after each inner step; None: the last alone counts.
+            keys: random keys, for learners that draw: 32-bit words in int64 `[tasks, 2]`.
+            step_weights: `[steps]`, weight of the query loss after each step; None: the last alone counts.
             tasks: size of the meta-batch, if `batch` is a part of it: the parts' results add up to the mean.
             way: how it is computed (see training/meta_gradients.py); None: `unrolled`.
         """

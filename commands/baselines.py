@@ -42,7 +42,7 @@ RATES = {
     "sgd": (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
     "adam": (0.001, 0.003, 0.01, 0.03, 0.1),
 }
-VALIDATION_TASKS = 600
+RATE_TASKS = 600  # validation tasks on which rates are chosen
 
 # As a well-known course assignment trains from scratch on each training task, and plots it
 SCRATCH_STEPS, SCRATCH_RATE, WINDOW = 10, 0.001, 300
@@ -135,7 +135,7 @@ def measure_baselines(saved: Config, config: Config, call: Call, runtime: Runtim
         title = f"{name}: rates on validation tasks"
         for rate in tqdm(RATES[rule], desc=title, leave=False, disable=not runtime.world.first):
             tuned = maml.with_options(inner_lr=rate, inner_optimizer=rule)
-            result = test(tuned, parameters, split="validation", tasks=VALIDATION_TASKS, steps=steps)
+            result = test(tuned, parameters, split="validation", tasks=RATE_TASKS, steps=steps)
             losses[rate] = result.losses[norm][:, 1:].mean().nan_to_num(math.inf).item()
         best = min(losses, key=losses.__getitem__)
         tuned = maml.with_options(inner_lr=best, inner_optimizer=rule)

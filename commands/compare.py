@@ -29,7 +29,7 @@ from evaluation.tables import Caption, Curve, write_json
 from learners.losses import loss_name
 from training.checkpoint import load_checkpoint
 from training.folders import BEST, LAST, find_checkpoint, find_runs
-from training.trainer import VALIDATION_TASKS
+from training.options import VALIDATION_TASKS
 
 MOST_NAMES, LONGEST_NAMES = 3, 100  # sides and characters in a file name
 

@@ -17,8 +17,8 @@ from common.batch import TaskBatch, TaskDistribution
 from common.device import machine_memory
 from common.errors import UsageError
 from common.random import Stream, task_stream
+from tasks.file_tasks import Prefetch, draw_distinct, with_labels
 from tasks.images import ImageSet
-from tasks.sampling import Prefetch, draw_distinct, with_labels
 
 ZOOM = 0.8  # "crop" shows between this part of the image's side and all of it
 SHIFT = 1 / 8  # of the side, at most, in each direction

@@ -18,7 +18,7 @@ from torch import Tensor
 from common.batch import TaskBatch, TaskDistribution
 from common.errors import UsageError, one_line
 from common.random import SPLITS, task_stream
-from tasks.sampling import draw_distinct, with_labels
+from tasks.file_tasks import draw_distinct, with_labels
 from tasks.splits import SPLIT_NAMES, as_positions, split_at_random
 
 

@@ -442,6 +442,6 @@ def test_the_state_is_saved_before_the_cause_is_looked_for(bad_iteration, tmp_pa
     def fail(*_, **__):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("training.divergence.find_cause", fail)
+    monkeypatch.setattr("training.nonfinite.find_cause", fail)
     assert train(tmp_path / "run", *SHORT, "--seed", 1) == FAILED
     assert last_of(tmp_path / "run").iteration == BAD - 1

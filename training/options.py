@@ -8,6 +8,7 @@ from common.choices import CONVOLUTIONS, ENGINES
 from common.options import BY_RULE, above_zero, at_least, flag, not_negative, seed_range
 
 META_OPTIMIZERS = ("adam", "sgd")
+VALIDATION_TASKS = 200  # the same ones at every validation of every run
 SCHEDULES = ("constant", "linear", "cosine")
 
 

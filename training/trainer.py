@@ -22,16 +22,16 @@ from common.batch import TaskDistribution
 from common.errors import LostError, UsageError, is_out_of_memory, one_line, reason_of
 from common.processes import ALONE, World
 from maml import MAML
-from training import divergence
+from training import nonfinite
 from training.checkpoint import Checkpoint, save_checkpoints
 from training.compiler import CompilationError, Compiler
 from training.folders import BEST, LAST
+from training.options import VALIDATION_TASKS
 from training.run import Run
 from training.schedules import meta_lr_at
 from training.step import TAIL, CudaGraph, FlatLayout, MetaStep, State
 from training.stopping import StopRequest
 
-VALIDATION_TASKS = 200
 DRAWN = [4**power for power in range(20)]  # validations whose tasks are drawn
 REDRAW_SECONDS = 0.5 if sys.stderr.isatty() else 30.0  # a file keeps what a terminal overwrites
 SAVE_SECONDS = 600.0  # last.pt is saved at least so often
@@ -260,13 +260,13 @@ class Trainer:
         run.iteration = int(run.state.iteration)
         sums = run.state.sums
         run.state = run.state._replace(sums=torch.where(sums.isinf(), 0.0, sums))  # so that it can resume
-        run.failure = divergence.UNKNOWN
+        run.failure = nonfinite.UNKNOWN
         self.save(LAST, [run])
         step, cause = self.plain_step, None
         with suppress(Exception), self.maml.at_rate(run.choices.inner_lr):  # the run is saved, this is a hint
             tasks = step.tasks_of(run.training.seed, run.iteration)
-            cause = divergence.find_cause(step.maml, run.parameters, *tasks, first=step.share.start)
-        reason = next(filter(None, self.world.gather(cause)), divergence.UNKNOWN)
+            cause = nonfinite.find_cause(step.maml, run.parameters, *tasks, first=step.share.start)
+        reason = next(filter(None, self.world.gather(cause)), nonfinite.UNKNOWN)
         run.failure = f"{run.folder.name}, iteration {run.iteration + 1:,}: {reason}"
         run.log.text("failure", run.failure, run.iteration)
         if len(self.runs) > 1:
