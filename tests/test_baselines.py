@@ -23,7 +23,7 @@ SHORT += ["--meta-batch-size", 2, "--compile", "off"]
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(baselines, "VALIDATION_TASKS", 20)
+    monkeypatch.setattr(baselines, "RATE_TASKS", 20)
     monkeypatch.setattr(baselines, "RATES", {"sgd": (0.01, 0.1), "adam": (0.001, 0.01)})
     monkeypatch.setattr(trainer, "VALIDATION_TASKS", 4)
     monkeypatch.setattr("training.run.Run.draw_examples", lambda *_: None)
