@@ -84,6 +84,10 @@ class Call:
         help="how long a process of torchrun waits for the others' gradients before it gives up")
     # fmt: on
 
+    @property
+    def run_folder(self) -> Path | None:
+        return self.checkpoint_path / self.run_name if self.run_name else None
+
 
 CALL_FLAGS = flags_of(Call)
 ALL_FLAGS = CONFIG_FLAGS | CALL_FLAGS

@@ -87,11 +87,9 @@ def _parse_axes(sweep: Sequence[str], given: Mapping[str, Any]) -> dict[str, dic
     axes: dict[str, dict[str, Any]] = {}
     for text in sweep:
         key, _, values = text.partition("=")
-        name = by_flag.get(key.strip().lstrip("-").replace("_", "-"))
-        if name is None:
-            raise UsageError(f"--sweep {text}: {key} is no setting (all flags: --help-all)")
-        flag = CONFIG_FLAGS[name]
-        if name == "seed" or flag.kind is tuple:
+        name = by_flag.get(key.strip().lstrip("-").replace("_", "-"), "")
+        flag = CONFIG_FLAGS.get(name)
+        if flag is None or name == "seed" or flag.kind is tuple:
             raise UsageError(f"--sweep {text}: {key} cannot be swept (of seeds, give --seeds)")
         if name in axes or name in given:
             raise UsageError(f"{flag.name} is given twice: give all of its values at once")

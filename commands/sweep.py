@@ -9,8 +9,8 @@ processes share the runs out.
 
 from __future__ import annotations
 
-import shlex
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -19,19 +19,13 @@ from typing import Any
 
 import torch
 
-from commands.build import (
-    Assembly,
-    assemble,
-    prepare,
-    read_tasks,
-    train_runs,
-)
+from commands.build import Assembly, assemble, prepare, read_tasks, train_runs
 from commands.call import Call
 from commands.config import CONFIG_FLAGS, Config
 from commands.members import Member, members_of
-from commands.names import describe, own_code_flags
+from commands.names import describe
 from commands.resolve import config_of, select_learned
-from commands.train import find_start, make_folder
+from commands.train import check_free, find_start, make_folder, print_next
 from common.errors import UsageError
 from common.processes import World
 from evaluation import tables
@@ -40,11 +34,9 @@ from evaluation.style import write_figure
 from learners.losses import loss_name
 from tasks.options import CURVES
 from training.checkpoint import load_checkpoint
-from training.folders import LAST, LIST, ListedRun, is_occupied, list_runs, lock_folder
+from training.folders import LAST, LIST, ListedRun, list_runs, lock_folder
 from training.run import Run, final_loss
 from training.trainer import AT_ONCE, FAILED
-
-MOST_NAMES = 4  # of runs, in the terminal
 
 
 def sweep(call: Call, given: Mapping[str, Any], world: World) -> int:
@@ -55,9 +47,7 @@ def sweep(call: Call, given: Mapping[str, Any], world: World) -> int:
     if code > 128:
         print(f"Saved. To resume: the same command with --run-name {folder.name} --resume")
         return code
-    print("Curves:   ", shlex.join(["tensorboard", "--logdir", str(folder)]))
-    own_code = own_code_flags(members[0].config)
-    print("Test them:", shlex.join(["python", "main.py", "--eval", "--load", str(folder), *own_code]))
+    print_next(folder, folder, members[0].config)
     return code
 
 
@@ -74,13 +64,12 @@ def _claim_folder(
     """
     names = [member.name for member in members]
     if world.first:
-        if not call.resume and is_occupied(folder):
-            raise UsageError(f"{folder} is not empty: choose another --run-name, or --resume what is there")
+        check_free(folder, call)
         locks.enter_context(lock_folder(folder, names))
     if (folder / LAST).exists():
         raise UsageError(f"{folder} is a run, not a folder of many: choose another --run-name")
     settings = {member.setting: select_learned(member.config.replaced(seed=0)) for member in members}
-    for run in list_runs(folder) if (folder / LIST).exists() else ():
+    for run in _listed(folder):
         file = folder / run.name / LAST
         if run.setting in settings and run.name not in names and file.is_file():
             saved = select_learned(config_of(load_checkpoint(file).settings, file).replaced(seed=0))
@@ -92,9 +81,13 @@ def _claim_folder(
 
 def _write_list(folder: Path, members: Sequence[Member]) -> None:
     """Write which runs the folder has: these, and those from before."""
-    before = list_runs(folder) if (folder / LIST).exists() else []
-    runs = {run.name: run for run in [*before, *(ListedRun(m.name, m.setting, m.seed) for m in members)]}
+    runs = {run.name: run for run in _listed(folder)}
+    runs |= {member.name: ListedRun(member.name, member.setting, member.seed) for member in members}
     tables.write_json(folder / LIST, {"runs": [asdict(run) for run in runs.values()]})
+
+
+def _listed(folder: Path) -> list[ListedRun]:
+    return list_runs(folder) if (folder / LIST).exists() else []
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -102,7 +95,7 @@ def _write_list(folder: Path, members: Sequence[Member]) -> None:
 
 def _train_all(call: Call, members: Sequence[Member], world: World, locks: ExitStack) -> tuple[Path, int]:
     """Train the runs of this process; return the folder of all runs and the exit code."""
-    folder = call.checkpoint_path / call.run_name if call.run_name else None
+    folder = call.run_folder
     mine = {members[number].name: members[number] for number in world.share(len(members))}
     with world.together():
         if world.size > len(members):
@@ -127,8 +120,8 @@ def _train_all(call: Call, members: Sequence[Member], world: World, locks: ExitS
     print(f"  device      {assemblies[0].runtime.describe()}")
     for group in groups:
         prepare(group[0].start.config, call, world)  # threads and precision are the process's
-        names = [parts.run.folder.name for parts in group]
-        print(f"Training {', '.join(names) if len(names) <= MOST_NAMES else f'{names[0]} ... {names[-1]}'}")
+        names = ", ".join(parts.run.folder.name for parts in group)
+        print("Training", textwrap.shorten(names, 96))
         print(describe(*(parts.start.config for parts in group)), flush=True)
         code = train_runs(group)
         if code > 128:
@@ -156,20 +149,19 @@ def group_runs(assemblies: Sequence[Assembly], at_most: int | None) -> list[list
     return groups
 
 
-def _structure(config: Config) -> Config:
-    """Return the settings without the numbers in which runs that are trained at once may differ."""
-    free = {name: config.get(name) is not None for name in AT_ONCE}
-    if config.choices.inner_rates != "fixed":  # their start is in the weights
-        free["inner_lr_max"] = False
-    return config.replaced(**free)
-
-
 def _fits(one: Assembly, other: Assembly) -> bool:
     """Return whether two runs can be trained at once: they differ in numbers alone."""
+
+    def structure(config: Config) -> Config:
+        free = {name: config.get(name) is not None for name in AT_ONCE}
+        if config.choices.inner_rates != "fixed":  # their start is in the weights
+            free["inner_lr_max"] = False
+        return config.replaced(**free)
+
     fixed, others = one.maml.call.fixed, other.maml.call.fixed
     return (
         one.run.iteration == other.run.iteration
-        and _structure(one.start.config) == _structure(other.start.config)
+        and structure(one.start.config) == structure(other.start.config)
         and one.start.config.training.vectorise
         and fixed.keys() == others.keys()
         and all(torch.equal(fixed[name], others[name]) for name in fixed)
@@ -201,10 +193,8 @@ def _report(folder: Path, outcomes: Sequence[tables.RunSummary], world: World) -
     if world.first:
         print(tables.training_table(outcomes))
         tables.write_json(folder / "summary.json", tables.training_record(outcomes))
-        figure = learning_figure(
-            tables.learning_curves(outcomes), f"validation {tables.measure_of(outcomes)}"
-        )
-        write_figure(folder / "summary.png", figure)
+        measure = f"validation {tables.measure_of(outcomes)}"
+        write_figure(folder / "summary.png", learning_figure(tables.learning_curves(outcomes), measure))
         print(f"Written: {folder / 'summary'}.json and .png")
         if failures:
             count = f"{len(failures)} of {len(outcomes)} runs stopped before their end"

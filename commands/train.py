@@ -31,7 +31,7 @@ from training.run import Run, final_loss
 def train(call: Call, given: Mapping[str, Any], world: World) -> int:
     """Train a run, whose folder is locked until its results are written; return the exit code."""
     with ExitStack() as locks:
-        folder = call.load.parent if call.load else _named_folder(call)
+        folder = call.load.parent if call.load else call.run_folder
         with world.together():
             if world.first and folder:
                 locks.enter_context(lock_folder(folder))
@@ -53,18 +53,17 @@ def train(call: Call, given: Mapping[str, Any], world: World) -> int:
         world.check_same({"--compile, for want of a compiler": config.training.compile})
         doing = f"Resuming at iteration {parts.run.iteration:,}" if start.resumed else "Meta-training"
         build.print_settings(config, runtime, f"{doing} in {folder}")
-        launcher = ["python"] if world.size == 1 else ["torchrun", f"--nproc-per-node={world.local_size}"]
-        own_code = own_code_flags(config)
-        resume = shlex.join([*launcher, "main.py", "--load", str(folder / LAST), *own_code])
         code = build.train_runs([parts])
         if world.first:
-            _print_end(parts.run, code, resume, own_code)
+            _print_end(parts.run, code, config, world)
         world.wait()  # torchrun ends all processes once one ends with a code, and the first may be busy
         return code
 
 
-def _print_end(run: Run, code: int, resume: str, own_code: list[str]) -> None:
+def _print_end(run: Run, code: int, config: Config, world: World) -> None:
     """Print how training ended, and what to type next."""
+    launcher = ["python"] if world.size == 1 else ["torchrun", f"--nproc-per-node={world.local_size}"]
+    resume = shlex.join([*launcher, "main.py", "--load", str(run.folder / LAST), *own_code_flags(config)])
     loss = final_loss(run.progress.training)
     if loss is not None:
         iterations = f"iterations {loss['from']:,} to {loss['to']:,}"
@@ -78,10 +77,14 @@ def _print_end(run: Run, code: int, resume: str, own_code: list[str]) -> None:
     elif code:
         print(f"Saved at iteration {run.iteration:,}. Resume: {resume}")
     else:
-        print("Curves:   ", shlex.join(["tensorboard", "--logdir", str(run.folder)]))
-        file = str(run.folder / (BEST if run.progress.best_iteration else LAST))
-        print("Test it:  ", shlex.join(["python", "main.py", "--eval", "--load", file, *own_code]))
-    sys.stdout.flush()
+        print_next(run.folder, run.folder / (BEST if run.progress.best_iteration else LAST), config)
+
+
+def print_next(folder: Path, test: Path, config: Config) -> None:
+    """Print the commands that show the curves of a folder, and test a checkpoint or many runs."""
+    print("Curves:", shlex.join(["tensorboard", "--logdir", str(folder)]))
+    command = shlex.join(["python", "main.py", "--eval", "--load", str(test), *own_code_flags(config)])
+    print("Test:  ", command, flush=True)
 
 
 # ---- where a run starts --------------------------------------------------------------------------
@@ -89,12 +92,16 @@ def _print_end(run: Run, code: int, resume: str, own_code: list[str]) -> None:
 
 def find_start(call: Call, given: Mapping[str, Any]) -> build.Start:
     """Read the settings of a new run, or the checkpoint that it starts from or is resumed from."""
-    file = call.load or _find_saved(call)
+    file, folder = call.load, call.run_folder
+    if folder:
+        check_free(folder, call)
+        file = next((path for path in (folder / LAST, folder / BEST) if path.is_file()), None)
+    many = folder or call.load
+    if many and (many / LIST).is_file():
+        raise UsageError(f"{many} has many runs: resume them with --seeds or --sweep and --resume")
     if file is None:
         weights = load_checkpoint(call.init_from) if call.init_from else None
         return build.Start(resolve(given), call.init_from, weights)
-    if (file / LIST).is_file():
-        raise UsageError(f"{file} has many runs: resume them with --seeds or --sweep and --resume")
     checkpoint = load_checkpoint(file)
     if not checkpoint.exp_avg and checkpoint.parameters:
         raise UsageError(f"{file} has weights alone: start a run from them with --init-from")
@@ -118,17 +125,7 @@ def make_folder(checkpoint_path: Path, config: Config, locks: ExitStack) -> Path
     return folder
 
 
-def _named_folder(call: Call) -> Path | None:
-    return call.checkpoint_path / call.run_name if call.run_name else None
-
-
-def _find_saved(call: Call) -> Path | None:
-    """Return the newest checkpoint of --run-name, if any; raise UsageError unless it is to be resumed."""
-    folder = _named_folder(call)
-    if folder is None:
-        return None
+def check_free(folder: Path, call: Call) -> None:
+    """Raise UsageError where something lies in the folder that --run-name names, unless --resume is given."""
     if is_occupied(folder) and not call.resume:
         raise UsageError(f"{folder} is not empty: choose another --run-name, or --resume what is there")
-    if (folder / LIST).is_file():
-        return folder
-    return next((file for file in (folder / LAST, folder / BEST) if file.is_file()), None)

@@ -340,7 +340,7 @@ REFUSED = {
     "--seeds 3-1": "3-1 is no number or range",
     "--seeds 9223372036854775808": "is no number or range",
     "--seeds 0-999 --sweep s=1,2": "ask for 2,000 runs: at most 1,000",
-    "--sweep depth=1,2": "depth is no setting",
+    "--sweep depth=1,2": "depth cannot be swept",
     "--sweep s=1,two": "expected a whole number",
     "--sweep s=1,1": "names a value twice",
     "--sweep oracle=1,0": "expected yes or no, got '1'",
