@@ -68,11 +68,9 @@ def baselines(call: Call, given: Mapping[str, Any], command: str, world: World) 
     stem = subject.stem(call)
     folder, saved, runtime = call.load.parent / "baselines", subject.trained, subject.runtime
     for name, flags in trained_baselines(saved).items():
-        start = replace(
-            call, eval=False, load=None, resume=True, out=None, checkpoint_path=folder, run_name=name
-        )
-        code = train(start, flags, world)
-        if code:
+        start = replace(call, eval=False, load=None, out=None)
+        start = replace(start, resume=True, checkpoint_path=folder, run_name=name)
+        if code := train(start, flags, world):
             print("To resume: the same command", flush=True)
             return code
     algorithm, norm = saved.choices.algorithm, saved.choices.query_norm
@@ -82,7 +80,7 @@ def baselines(call: Call, given: Mapping[str, Any], command: str, world: World) 
     print("\n" + results_table(selected, subject.caption))
     if not world.first:
         return 0
-    curves: dict[str, tuple[list[int], list[float]]] = {}
+    curves = {}
     assert subject.source is not None
     if saved.tasks.dataset in CURVES and subject.source.progress["training"]:
         ends, losses = average_windows(subject.source.progress["training"], saved.training.log_every)
@@ -92,9 +90,7 @@ def baselines(call: Call, given: Mapping[str, Any], command: str, world: World) 
         "command": command,
         **subject.record(),
         "methods": {name: {"how": how, **evaluation_record(r)} for (name, how), r in results.items()},
-        "curves": {
-            name: {"iteration": ends, "query_loss": values} for name, (ends, values) in curves.items()
-        },
+        "curves": {n: {"iteration": ends, "query_loss": values} for n, (ends, values) in curves.items()},
     }
     write_json(Path(f"{stem}-baselines.json"), record)
     learning = {name: [curve] for name, curve in curves.items()}
@@ -131,15 +127,17 @@ def measure_baselines(saved: Config, config: Config, call: Call, runtime: Runtim
 
     def tune(name: str, rule: str, parameters: Weights) -> Results:
         """Test with the rate whose mean validation loss over all numbers of steps is the lowest."""
-        losses = {}
-        title = f"{name}: rates on validation tasks"
-        for rate in tqdm(RATES[rule], desc=title, leave=False, disable=not runtime.world.first):
+
+        def measure(rate: float, split: str, tasks: int) -> Evaluation:
             tuned = maml.with_options(inner_lr=rate, inner_optimizer=rule)
-            result = test(tuned, parameters, split="validation", tasks=RATE_TASKS, steps=steps)
+            return test(tuned, parameters, split=split, tasks=tasks, steps=steps)
+
+        losses = {}
+        for rate in tqdm(RATES[rule], desc=f"{name}: rates", leave=False, disable=not runtime.world.first):
+            result = measure(rate, "validation", RATE_TASKS)
             losses[rate] = result.losses[norm][:, 1:].mean().nan_to_num(math.inf).item()
         best = min(losses, key=losses.__getitem__)
-        tuned = maml.with_options(inner_lr=best, inner_optimizer=rule)
-        return {(name, f"rate {best}"): test(tuned, parameters, split="test", tasks=tasks, steps=steps)}
+        return {(name, f"rate {best}"): measure(best, "test", tasks)}
 
     fresh = maml.initial_parameters(config.training.seed)
     results = tune("scratch, sgd", "sgd", fresh) | tune("scratch, adam", "adam", fresh)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from training.trainer import Trainer
 
 PREPARING, A_YEAR = 120.0, 60.0 * 24 * 365  # minutes that processes wait for each other's values
 distribution_of = cache(build_distribution)  # one for all runs with the same tasks; `join_job` forgets them
+print_once = cache(partial(print, file=sys.stderr))
 
 # ---- machine -------------------------------------------------------------------------------------
 
@@ -206,10 +207,10 @@ class Start:
     @property
     def finished(self) -> bool:
         """Return whether the last iteration is done and its results are written."""
-        done = self.resumed.iteration if self.resumed else -1
-        return bool(
-            self.file and done >= self.config.training.iterations and has_results(self.file.parent, done)
-        )
+        if self.file is None or self.resumed is None:
+            return False
+        done = self.resumed.iteration
+        return done >= self.config.training.iterations and has_results(self.file.parent, done)
 
 
 @dataclass(frozen=True)
@@ -268,13 +269,8 @@ def _fit_to_machine(start: Start, given: Mapping[str, Any], runtime: Runtime) ->
     if config.training.compile == "off" or (runtime.device.type != "mps" and cpp_compiler()):
         return config
     if runtime.world.first:
-        _print_once("main.py: not compiled: that needs a C++ compiler (install g++), and no MPS")
+        print_once("main.py: not compiled: that needs a C++ compiler (install g++), and no MPS")
     return config.replaced(compile="off") if start.resumes else disable_compiling(config, given)
-
-
-@cache
-def _print_once(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 def _starting_weights(start: Start, maml: MAML) -> Weights:
@@ -286,11 +282,10 @@ def _starting_weights(start: Start, maml: MAML) -> Weights:
     fresh = maml.initial_parameters(start.config.training.seed)
     if start.checkpoint is None or start.file is None:
         return fresh
-    if start.resumes:
-        return fit_weights(start.file, start.checkpoint, maml, start.config)[0]
-    inner, saved = (RATE, SQUARE), start.checkpoint.parameters
-    rates = {name: w for name, w in fresh.items() if name.startswith(inner)}
-    saved = rates | {n: w for n, w in saved.items() if n in fresh or not n.startswith(inner)}
+    saved = start.checkpoint.parameters
+    if not start.resumes:
+        rates = {name: w for name, w in fresh.items() if name.startswith((RATE, SQUARE))}
+        saved = rates | {n: w for n, w in saved.items() if n in fresh or not n.startswith((RATE, SQUARE))}
     return fitting_parameters(start.file, saved, fresh, start.config.learner.learner)
 
 
@@ -306,10 +301,9 @@ def train_runs(assemblies: Sequence[Assembly]) -> int:
         chunk = run.training.tasks_at_once
         run.computed_by = first.runtime.computed_by(processes=first.team.size, runs=len(runs), tasks=chunk)
     before, now = runs[0].start.computed_by if runs[0].start else {}, runs[0].computed_by
-    changed = [
-        f"{name} {before[name]}, now {now.get(name)}" for name in before if before[name] != now.get(name)
-    ]
-    if changed:
+    if changed := [
+        f"{name} {old}, now {now.get(name)}" for name, old in before.items() if old != now.get(name)
+    ]:
         print(f"Resumed to rounding, not to the bit: the run had {'; '.join(changed)}", flush=True)
     trainer = Trainer(
         runs,

@@ -16,6 +16,7 @@ from typing import Any
 
 from commands.build import make_writable, prepare
 from commands.call import Call
+from commands.config import OWN_CODE
 from commands.evaluate import Subject
 from commands.names import file_name, in_words, select_meaningful, task_size, task_words
 from commands.resolve import select_learned
@@ -82,12 +83,7 @@ def compare(call: Call, given: Mapping[str, Any], command: str) -> int:
 
 
 def _measure(
-    name: str,
-    runs: Runs,
-    number: int,
-    first_task: int,
-    call: Call,
-    records: list[dict[str, Any]],
+    name: str, runs: Runs, number: int, first_task: int, call: Call, records: list[dict[str, Any]]
 ) -> paired.Side:
     """Return a side with its results on `number` tasks of the split; append a record of each of its runs."""
     validation: dict[int, Curve] = {}
@@ -152,13 +148,9 @@ def read_sides(call: Call, given: Mapping[str, Any]) -> dict[str, Runs]:
 def _read_subject(file: Path, call: Call, given: Mapping[str, Any]) -> Subject:
     """Return a checkpoint with the flags that may differ from it; own code only where it has own code."""
     source = load_checkpoint(file)
-    flags = {
-        name: value
-        for name, value in given.items()
-        if name not in ("learner", "loss") or is_own_code(source.settings[name]) or not is_own_code(value)
-    }
+    foreign = {n for n in OWN_CODE if is_own_code(given.get(n, "")) and not is_own_code(source.settings[n])}
     try:
-        return Subject.read(file, call, flags, source)
+        return Subject.read(file, call, {n: v for n, v in given.items() if n not in foreign}, source)
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from error
 
