@@ -132,8 +132,7 @@ def load(
         example: inputs of some examples, `[examples, ...]`; their shape determines the learner's.
         outputs: number of outputs; None: the classes of the training tasks, or one number. Another number of
             classes requires a run with `--head-init zero` or `prototype`.
-        learner, loss: names of the user's code, where the checkpoint names some: it is not imported
-            otherwise.
+        learner, loss: names of the user's code, where the checkpoint names some.
 
     Raises:
         UsageError: the file is not a checkpoint, or does not fit.
@@ -144,20 +143,13 @@ def load(
     config = _settings_of(source, path, {name: value for name, value in names.items() if value})
     runtime = set_up(find_device(device, ALONE), config.training.precision, small_tensors=False)
     example = tree_map(lambda part: part.to(runtime.device), example)
-    return _restore(source, path, config, runtime, example, outputs or config.tasks.ways or 1)[1:]
+    _, maml = build_algorithm(config, runtime, outputs or config.tasks.ways or 1, example, saved=source)
+    return maml, *fit_weights(path, source, maml, config)
 
 
 def _settings_of(source: Checkpoint, file: Path, given: Mapping[str, Any]) -> Config:
     config = resolve_from(config_of(source.settings, file), given, evaluate=True, adapt=True)
     return config.replaced(convolution="grouped", tasks_at_once=None)
-
-
-def _restore(
-    source: Checkpoint, file: Path, config: Config, runtime: Runtime, example: Tree, outputs: int
-) -> tuple[nn.Module, MAML, Weights, Weights]:
-    """Return a checkpoint's learner, algorithm, meta-parameters and running statistics for such examples."""
-    learner, maml = build_algorithm(config, runtime, outputs, example, saved=source)
-    return learner, maml, *fit_weights(file, source, maml, config)
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -179,7 +171,8 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
     predictions = []
     for task in tasks:
         x, outputs = task.support_x, len(task.classes) or task.support_y.shape[-1]
-        learner, maml, parameters, statistics = _restore(source, call.load, config, runtime, x, outputs)
+        learner, maml = build_algorithm(config, runtime, outputs, x, saved=source)
+        parameters, statistics = fit_weights(call.load, source, maml, config)
         batch = config.evaluation.eval_inner_batch
         options: dict[str, Any] = {"steps": steps, "normalisation": norm, "inner_batch": batch}
         adapted = adapt_to(maml, parameters, x, task.support_y, statistics=statistics, **options)
@@ -225,10 +218,7 @@ def _predict(adapted: AdaptedLearner, task: UserTask, loss: str) -> Prediction:
 
 
 def read_tasks(path: Path, config: Config, runtime: Runtime) -> list[UserTask]:
-    """Return the tasks of a folder of images, or of a table.
-
-    Raises UsageError where they cannot be read, or are not what the checkpoint learned from.
-    """
+    """Return the tasks of a folder of images, or of a table; UsageError unless the checkpoint fits them."""
     options, place = config.tasks, (runtime.device, runtime.dtype)
     images = data_facts(options.dataset).inputs == "images"
     if not (path.is_dir() if images else path.is_file()):
@@ -260,12 +250,10 @@ def _tabulate(
     rows = []
     for task, prediction in zip(tasks, predictions, strict=True):
         for name, values in zip(task.query_names, prediction.predicted.tolist(), strict=True):
-            row = [name, *[task.name] * bool(task.name)]
+            cells = [f"{value:.7g}" for value in values]
             if classes:
                 shares = dict(zip(task.classes, values, strict=True))
-                row += [max(shares, key=shares.__getitem__)]
-                row += [f"{shares[name]:.6f}" if name in shares else "" for name in classes]
-            else:
-                row += [f"{value:.7g}" for value in values]
-            rows.append(row)
+                cells = [max(shares, key=shares.__getitem__)]
+                cells += [f"{shares[name]:.6f}" if name in shares else "" for name in classes]
+            rows.append([name, *[task.name] * bool(task.name), *cells])
     return header, rows

@@ -9,6 +9,7 @@ settings and the `Trainer` is here.
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,22 +25,26 @@ from torch import nn
 from commands.call import Call
 from commands.config import CONFIG_FLAGS, Config
 from commands.names import describe, select_meaningful
-from commands.probe import check_outputs, probe_learner
 from commands.resolve import disable_compiling
-from common.batch import TaskDistribution, Tree, first_tensor, tree_map
+from common.batch import TaskDistribution, Tree, arguments_of, first_tensor, tree_map
 from common.device import Runtime, find_device, set_up
-from common.errors import UsageError
+from common.errors import UsageError, is_out_of_memory
 from common.optimizers import Weights
 from common.own_code import parse_arguments
 from common.processes import ALONE, World, join, read_world
+from common.random import keys_of, task_stream
+from common.task import Extras
 from dataset import build_distribution
 from learner import LEARNERS, build_learner, load_factory
+from learners.diagnosis import find_failure
+from learners.elementary import Elementary
 from learners.functional import fixed_tensors
 from learners.losses import LOSSES, build_loss
 from maml import MAML, RATE, SQUARE
 from training.checkpoint import Checkpoint, check_same_split, fitting_parameters
 from training.compiler import Compiler, cpp_compiler
 from training.folders import BEST, LAST, find_checkpoint, has_results
+from training.meta_gradients import make_meta_gradient
 from training.run import Run
 from training.trainer import Trainer
 
@@ -47,17 +52,22 @@ PREPARING, A_YEAR = 120.0, 60.0 * 24 * 365  # minutes that processes wait for ea
 distribution_of = cache(build_distribution)  # one for all runs with the same tasks; `join_job` forgets them
 print_once = cache(partial(print, file=sys.stderr))
 
+# By the problem that `find_failure` finds: what the layer lacks, and how to train without it.
+PROBLEMS = {
+    "vectorise": ("cannot be vectorised over tasks", "--no-vectorise takes the tasks one after another"),
+    "second derivative": ("has no second derivative", "--first-order needs none"),
+    "forward mode": ("has no derivative in forward mode", "--engine unrolled needs none"),
+}
+
+
 # ---- machine -------------------------------------------------------------------------------------
 
 
 def join_job(call: Call, *, many: bool) -> tuple[Call, World]:
-    """Find the checkpoints that the call names, and meet the other processes that torchrun has started.
+    """Return the call with checkpoints' files in place of folders, and the job's processes, which meet here.
 
     Args:
         many: each process has runs of its own; they meet at the end, whenever that is.
-
-    Returns:
-        The call with the checkpoints' files in place of folders, and the processes of the job.
     """
     distribution_of.cache_clear()
     names = (BEST, LAST) if call.eval or call.adapt else (LAST, BEST)
@@ -96,8 +106,7 @@ def build(
     """Build tasks and algorithm; the learner has its initial weights.
 
     Args:
-        saved: the checkpoint whose weights will be put in: nothing is fetched for them, and the parts of the
-            learner that are not learned (`MAML.fixed`) are the checkpoint's.
+        saved: the checkpoint whose weights will be put in, see `build_algorithm`.
     """
     load_factory(config.learner.learner)  # before any work with the data
     build_loss(config.learner.loss, config.learner.loss_args)
@@ -120,10 +129,7 @@ def build_tasks(config: Config, call: Call, runtime: Runtime) -> TaskDistributio
 
 
 def read_tasks(configs: Iterable[Config], call: Call, world: World) -> None:
-    """Build the tasks in the first process of each machine, which fetches and decodes what there is.
-
-    The other processes then read what the first has left behind.
-    """
+    """Build the tasks in the first process of each machine, which fetches and decodes for the others."""
     with world.together():
         for config in configs if world.local_rank == 0 else ():
             build_tasks(config, call, prepare(config, call, world))
@@ -132,14 +138,13 @@ def read_tasks(configs: Iterable[Config], call: Call, world: World) -> None:
 def build_algorithm(
     config: Config, runtime: Runtime, outputs: int, example: Tree, *, saved: Checkpoint | None = None
 ) -> tuple[nn.Module, MAML]:
-    """Return the learner, with its initial weights, and the algorithm.
-
-    Raises UsageError where they do not fit each other or the data.
+    """Return the learner, with its initial weights, and the algorithm; UsageError where the data do not fit.
 
     Args:
         outputs: numbers per example.
         example: inputs of one task, `[examples, ...]`.
-        saved: the checkpoint whose weights will be put in: pretrained ones are not fetched.
+        saved: the checkpoint whose weights will be put in: pretrained ones are not fetched, and the parts of
+            the learner that are not learned are the checkpoint's.
     """
     name, choices = config.learner.learner, config.choices
     learner = build_learner(
@@ -188,6 +193,69 @@ def fit_weights(file: Path, source: Checkpoint, maml: MAML, config: Config) -> t
     return parameters, fitting_parameters(file, source.statistics, maml.initial_statistics(), name)
 
 
+# ---- the user's learner and loss, tried out before training --------------------------------------
+
+
+def check_outputs(learner: nn.Module, example: Tree, outputs: int, config: Config) -> None:
+    """Raise UsageError where the learner fails on a task's inputs, or gives outputs of another shape.
+
+    Args:
+        example: inputs of one task, `[examples, ...]`.
+        outputs: numbers per example that the learner should give.
+    """
+    name = f"--learner {config.learner.learner}"
+    shapes = tree_map(lambda part: tuple(part.shape), example)
+    positional, named = arguments_of(example)
+    first = first_tensor(example)
+    try:
+        keys = torch.zeros(2, dtype=torch.int64, device=first.device)
+        with torch.no_grad(), Elementary(keys, first):
+            output = first_tensor(copy.deepcopy(learner)(*positional, **named))
+    except Exception as error:  # the user's code may fail in any way
+        if is_out_of_memory(error):
+            raise
+        raise UsageError(f"{name} fails on the inputs of a task, {shapes}: {_in_short(error)}") from error
+    expected = (len(first), outputs)
+    if config.learner.loss in LOSSES and tuple(output.shape) != expected:
+        raise UsageError(
+            f"{name} gives outputs {tuple(output.shape)} for inputs {shapes}: they should be {expected}, "
+            "[examples, outputs]"
+        )
+
+
+def probe_learner(maml: MAML, parameters: Weights, distribution: TaskDistribution, config: Config) -> None:
+    """Compute one meta-gradient; raise UsageError that names the layer that fails, and the way round."""
+    seed, learner = config.training.seed, config.learner
+    tasks = distribution.resized(config.training_shots).sample("train", seed, 1, range(2))
+    keys = keys_of(task_stream("train", seed, 1, range(2), first_tensor(tasks.support_x).device))
+    x, y = (tree_map(lambda part: part[0], tree) for tree in (tasks.support_x, tasks.support_y))
+    weights = maml.whole_weights(parameters)
+    try:
+        with torch.no_grad():
+            maml.loss(maml.call(weights, x, Extras(keys[0]).for_pass("support")), y)
+        make_meta_gradient(maml, engine=config.training.engine)(parameters, tasks, keys=keys)
+    except UsageError:
+        raise
+    except Exception as error:  # an operator may fail in any way
+        if is_out_of_memory(error):
+            raise
+        positional, named = arguments_of(x)
+        failure = None if named else find_failure(maml.learner, weights, positional, keys[0])
+        if failure is None:
+            raise UsageError(
+                f"--learner {learner.learner} with --loss {learner.loss} cannot be meta-trained: "
+                f"{_in_short(error)}; --no-vectorise, --engine unrolled or --first-order ask less of it"
+            ) from error
+        lack, way_round = PROBLEMS[failure.problem]
+        layer = f"its layer {failure.layer} ({failure.kind})" if failure.layer else f"{failure.kind} itself"
+        text = f"--learner {learner.learner}: {layer} {lack} ({failure.reason}): {way_round}"
+        raise UsageError(text) from error
+
+
+def _in_short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
 # ---- a run ---------------------------------------------------------------------------------------
 
 
@@ -231,9 +299,6 @@ def assemble(
     """Build everything that a run is trained with; no process waits for another in here.
 
     Raises UsageError where data, learner, loss or checkpoint do not fit each other.
-
-    Args:
-        team: the processes that share the run's tasks.
     """
     runtime = prepare(start.config, call, world)
     config, source = _fit_to_machine(start, given, runtime), start.checkpoint
