@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import platform
 import warnings
@@ -36,13 +35,7 @@ class Runtime:
     world: World = ALONE
 
     def computed_by(self, *, processes: int, runs: int, tasks: int | None) -> dict[str, Any]:
-        """Return what the last bits of a result depend on, apart from the settings.
-
-        Args:
-            processes: that share one run.
-            runs: trained as one.
-            tasks: computed at once; None: all.
-        """
+        """Return what the last bits of a result depend on, apart from the settings; `tasks` None: all."""
         return {
             "processes": processes,
             "runs at once": runs,
@@ -55,19 +48,15 @@ class Runtime:
 
     def describe(self) -> str:
         """Return the device in words, for people and result files."""
-        threads = torch.get_num_threads()
+        on_cuda = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if on_cuda else f"{platform.machine()} {self.device}"
         processes = "" if self.world.size == 1 else f"{self.world.size} processes of "
-        name = f"{platform.processor() or platform.machine()} {self.device.type}"
-        if self.device.type == "cuda":
-            name = torch.cuda.get_device_name(self.device)
+        threads = torch.get_num_threads()
         return f"{name}, {processes}{threads} thread{'s' * (threads > 1)}"
 
 
 def find_device(name: str, world: World) -> torch.device:
-    """Return the device of a --device name ("auto": CUDA if there is any, else the CPU).
-
-    Each of several processes gets a GPU of its own. Raises UsageError if there is no such device.
-    """
+    """Return the device of a --device name, a GPU for each process; UsageError if there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -90,9 +79,9 @@ def find_device(name: str, world: World) -> torch.device:
 def threads_for(requested: int | None, world: World, *, small_tensors: bool) -> int:
     """Return the number of threads of this process.
 
-    Without --threads it is OMP_NUM_THREADS, else one with `small_tensors`: splitting the sinusoid network's
-    operations over two cores takes a quarter longer. Several processes share the machine's cores. torchrun
-    sets OMP_NUM_THREADS to one, which is not the user's choice.
+    Without --threads it is OMP_NUM_THREADS (but not torchrun's, which is 1), else one with `small_tensors`:
+    splitting the sinusoid network's operations over two cores takes a quarter longer. Several processes share
+    the machine's cores.
     """
     if requested is not None:
         return requested
@@ -107,12 +96,12 @@ def threads_for(requested: int | None, world: World, *, small_tensors: bool) -> 
 
 def machine_memory() -> int | None:
     """Return the bytes of memory that this process may use, or None if the system does not say."""
-    limits = []
-    if hasattr(os, "sysconf"):
-        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    if not hasattr(os, "sysconf"):
+        return None
+    limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with suppress(OSError, ValueError):  # of a container
-        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(limits, default=None)
+        limit = min(limit, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return limit
 
 
 def set_up(
@@ -124,15 +113,12 @@ def set_up(
     world: World = ALONE,
     deterministic: bool = False,
 ) -> Runtime:
-    """Configure PyTorch for a device and return the runtime.
+    """Configure PyTorch for a device and return the runtime; UsageError for a precision that it lacks.
 
     With `deterministic`, operators that cannot give the same bits every time raise RuntimeError.
-    Raises UsageError for a precision that the device does not have.
     """
-    if device.type == "mps" and precision == "float64":
-        raise UsageError("--device mps has no float64: use --precision float32 or --device cpu")
-    if device.type != "cuda" and precision == "tf32":
-        raise UsageError(f"--precision tf32 is for CUDA GPUs, not for --device {device.type}")
+    if (device.type, precision) == ("mps", "float64") or (device.type != "cuda" and precision == "tf32"):
+        raise UsageError(f"--device {device.type} has no {precision}: use --precision float32")
     if device.type == "cuda":  # float32 is float32, and the same run gives the same bits
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         torch.backends.cudnn.allow_tf32 = precision == "tf32"
@@ -144,7 +130,6 @@ def set_up(
     # `torch.func` warns about its own imports, and about operators that its loop would not make faster
     warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet")
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns about a missing cache folder
     torch.set_num_threads(threads_for(threads, world, small_tensors=small_tensors))
     return Runtime(device, *_DTYPES[precision], world)
 

@@ -28,11 +28,8 @@ class LostError(Exception):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that no memory is left, on the host or on the device."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
-    )
+    in_pytorch = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
+    return in_pytorch or isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
 
 
 def reason_of(error: OSError) -> str:
@@ -43,15 +40,10 @@ def reason_of(error: OSError) -> str:
 def explain(error: BaseException) -> str | None:
     """Return one printable line on what to do about an error; None for a mistake in this tool."""
     if operator := _not_deterministic(error):
-        return (
-            f"--deterministic: the operator {operator} has no deterministic form here: use another in the "
-            "learner or the loss, or leave --deterministic out"
-        )
+        way_round = "use another, or leave --deterministic out"
+        return f"--deterministic: the operator {operator} has no deterministic form here: {way_round}"
     if is_out_of_memory(error):
-        return (
-            "out of memory: lower --tasks-at-once, take smaller tasks (-q, -k, --image-size) or a smaller "
-            "--learner, or another --device"
-        )
+        return "out of memory: lower --tasks-at-once, or take smaller tasks or a smaller --learner"
     if isinstance(error, OSError) and error.filename:
         full = "; free some space, or write to another disk" if error.errno == errno.ENOSPC else ""
         return printable(f"{error.filename}: {reason_of(error)}{full}")
@@ -59,7 +51,6 @@ def explain(error: BaseException) -> str | None:
 
 
 def _not_deterministic(error: BaseException | None) -> str:
-    """Return the operator without a deterministic form that caused a PyTorch error, or "" for another one."""
     while error is not None:
         operator, sign, _ = str(error).partition(" does not have a deterministic implementation")
         if sign and isinstance(error, RuntimeError):

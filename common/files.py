@@ -26,10 +26,7 @@ def write_whole(path: Path, write: Writer) -> None:
 
 
 def write_all_whole(writers: Sequence[tuple[Path, Writer]]) -> None:
-    """Write several files atomically: all are on the disk before the first is renamed.
-
-    They belong together unless the process is killed between two renames.
-    """
+    """Write several files atomically: all are on the disk before the first is renamed."""
     temporaries = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path, _ in writers]
     try:
         for temporary, (_, write) in zip(temporaries, writers, strict=True):

@@ -39,8 +39,8 @@ def is_well_formed_code(name: str) -> bool:
 def load_code(name: str, flag: str) -> Callable[..., Any]:
     """Import a function or class of the user's; `flag` names the flag in errors.
 
-    Modules are found as Python finds them, and in the working directory. A file may import what lies in its
-    own folder. Raises UsageError if there is no such code or its import fails.
+    Modules are found in the working directory too, a file's imports in its folder. Raises UsageError if there
+    is no such code or its import fails.
     """
     source, _, attribute = name.rpartition(":")
     is_file = source.endswith(".py")

@@ -35,7 +35,7 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Return whether this is the process that logs, saves and shows progress."""
+        """Return whether this process logs, saves and shows progress."""
         return self.rank == 0
 
     def share(self, count: int) -> range:
@@ -79,14 +79,11 @@ class World:
 
     def from_first(self, make: Callable[[], T]) -> T:
         """Call `make` in the first process alone, and return its result, or raise its error, in all."""
-        result: list[Any] = [None]
+        result: Any = None
         with self.together():
             if self.first:
-                result[0] = make()
-        if self.size > 1:
-            with _as_lost():
-                dist.broadcast_object_list(result, 0, self.group)
-        return result[0]
+                result = make()
+        return self.gather(result)[0]
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -98,8 +95,7 @@ class World:
             if self.size == 1:
                 raise
             problem = explain(error)
-        problems = [problem for problem in self.gather(problem) if problem is not None]
-        if problems:
+        if problems := list(filter(None, self.gather(problem))):
             raise AgreedError(problems[0])
 
     def check_same(self, facts: dict[str, Any]) -> None:
@@ -107,12 +103,10 @@ class World:
         first, *others = self.gather(facts)
         for rank, other in enumerate(others, 1):
             for name in sorted(first.keys() | other.keys()):
-                here, there = first.get(name), other.get(name)
-                if here != there:
-                    raise AgreedError(
-                        f"process {rank} has another {name} than process 0 ({there!s:.60} and {here!s:.60}): "
-                        "start all with the same flags, versions and files"
-                    )
+                values = f"{other.get(name)!s:.60} and {first.get(name)!s:.60}"
+                if other.get(name) != first.get(name):
+                    problem = f"process {rank} has another {name} than process 0 ({values})"
+                    raise AgreedError(f"{problem}: start all with the same flags, versions and files")
 
     def wait(self) -> None:
         """Wait until all processes are here."""
@@ -132,7 +126,7 @@ def _as_lost() -> Iterator[None]:
 
 
 class Late:
-    """Read a number on a GPU two calls late, so that nothing waits for the device; on a CPU at once."""
+    """Read a number on a GPU two calls late, so that nothing waits for it; on a CPU at once."""
 
     def __init__(self, device: torch.device) -> None:
         self.lag = 2 if device.type == "cuda" else 0
@@ -166,11 +160,10 @@ def join(world: World, device: torch.device, minutes: float, values_minutes: flo
     """Meet the other processes, and return the world in which they can talk.
 
     Each waits `minutes` for the others' tensors, and `values_minutes` for plain values, which may come after
-    reading or compiling. Raises LostError where the others do not come.
+    compiling. Raises LostError where the others do not come.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    # torchrun keeps its store when it restarts a job: the entries of the dead are not for the living
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps its store over restarts
     timeout = timedelta(minutes=minutes)
     with _as_lost():
         rendezvous, *_ = next(dist.rendezvous("env://", timeout=timeout))

@@ -52,7 +52,7 @@ def find_failure(
     def loss(weights: Weights, task: Any) -> Tensor:
         """Return a number that depends on all outputs, as does its gradient."""
         inputs, keys = pytree.tree_map_only(Tensor, Tensor.clone, task)  # a layer may write to its inputs
-        with Elementary(*keys, like=first_tensor(inputs)):
+        with Elementary(keys[0] if keys else None, first_tensor(inputs)):
             output = functional_call(module, weights, inputs)
         reals = [leaf for leaf in pytree.tree_leaves(output) if leaf.is_floating_point()]
         return sum(((real + real**2).sum() for real in reals), torch.zeros(()))

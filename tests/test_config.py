@@ -137,7 +137,7 @@ MISTAKES = [
     (f"--load {300 * 'a'}", "file name too long"),
     ("--checkpoint-path /dev/null/x", "/dev/null/x"),
     ("--eval --out /dev/null/x", "--out /dev/null/x: cannot write there"),
-    ("--precision tf32 --device cpu", "--precision tf32 is for CUDA GPUs"),
+    ("--precision tf32 --device cpu", "--device cpu has no tf32"),
     ("--fast-weights head --head 7 --checkpoint-path TMP", "the learner has no part '7'"),
     ("--learner-args width=0 --checkpoint-path TMP", "--learner mlp"),
 ]  # fmt: skip
