@@ -24,6 +24,7 @@ SHORT += ["--meta-batch-size", 2, "--compile", "off"]
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     monkeypatch.setattr(baselines, "RATE_TASKS", 20)
+    monkeypatch.setattr(baselines, "WINDOW", 30)
     monkeypatch.setattr(baselines, "RATES", {"sgd": (0.01, 0.1), "adam": (0.001, 0.01)})
     monkeypatch.setattr(trainer, "VALIDATION_TASKS", 4)
     monkeypatch.setattr("training.run.Run.draw_examples", lambda *_: None)
@@ -35,7 +36,7 @@ def train(folder: Path, name: str, *flags: object) -> Path:
 
 
 def test_all_baselines_are_measured_with_a_checkpoint_and_trained_once(tmp_path, capsys):
-    last = train(tmp_path, "run", "--iterations", 700, "--log-every", 100, "--val-every", 700)
+    last = train(tmp_path, "run", "--iterations", 70, "--log-every", 10, "--val-every", 70)
     line = ["--eval", "--baselines", "--load", last, "--eval-tasks", 20, "--eval-steps", 3]
     assert command(*line) == 0
     said = capsys.readouterr().out
@@ -48,14 +49,14 @@ def test_all_baselines_are_measured_with_a_checkpoint_and_trained_once(tmp_path,
     assert (tmp_path / "run" / "last-test-sinusoid-4shot-10query-20tasks-baselines.png").is_file()
 
     maml, scratch = record["curves"].values()
-    assert maml["iteration"] == scratch["iteration"] == [300, 600]
+    assert maml["iteration"] == scratch["iteration"] == [30, 60]
     points = load_checkpoint(last).progress["training"]["query_loss"]
     assert maml["query_loss"][0] == pytest.approx(sum(points[:3]) / 3, rel=1e-6)
-    assert scratch["query_loss"][0] == pytest.approx(scratch_loss_by_hand(300), rel=1e-4)
+    assert scratch["query_loss"][0] == pytest.approx(scratch_loss_by_hand(30), rel=1e-4)
 
     file = tmp_path / "run" / "baselines" / "oracle" / "last.pt"
     trained, oracle = file.read_bytes(), load_checkpoint(file)
-    assert oracle.iteration == 700 and oracle.settings["oracle"] and oracle.settings["shots"] == 4
+    assert oracle.iteration == 70 and oracle.settings["oracle"] and oracle.settings["shots"] == 4
     assert command(*line, "-k", 2) == 0
     assert file.read_bytes() == trained
 

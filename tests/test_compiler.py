@@ -204,6 +204,7 @@ def weights(folder: Path) -> torch.Tensor:
     return torch.cat([w.flatten() for w in load_checkpoint(folder / LAST).parameters.values()])
 
 
+@pytest.mark.slow
 def test_a_compiled_run_resumes_to_the_bit_and_stays_compiled(command, tmp_path, capsys):
     compiled = [*RUN, "--compile", "on"]
     assert command(*compiled, "--run-name", "whole") == 0
