@@ -4,8 +4,8 @@ A learner is a plain `nn.Module` that knows nothing of meta-learning; `MAML` tak
 
     learner = build_learner("my_code.py:factory", outputs=5, arguments={"width": 64})
 
-Your own learners stay in your own code. A new built-in one is a function from the number of outputs and the
-shape of an example to a module, an entry in `LEARNERS`, and its facts in `learners/options.py`.
+A new built-in one is a function from the number of outputs and the shape of an example to a module, an entry
+in `LEARNERS`, and its facts in `learners/options.py`.
 """
 
 from __future__ import annotations
@@ -122,10 +122,7 @@ class GreyAsColour(nn.Module):
 
 
 def build_torchvision(model: str, outputs: int, /, inputs: Any = None, **arguments: Any) -> nn.Module:
-    """Build torchvision's classification model with a new last layer, for colour or grey images.
-
-    With `weights` (such as "DEFAULT") the other layers are trained ones.
-    """
+    """Build torchvision's model for colour or grey images; with `weights`, trained ones but for the head."""
     import torchvision
 
     if arguments.get("weights") is None:
@@ -140,10 +137,7 @@ def build_torchvision(model: str, outputs: int, /, inputs: Any = None, **argumen
 
 
 def load_factory(name: str) -> Callable[..., nn.Module]:
-    """Return the factory behind a key of `LEARNERS`, `torchvision:MODEL`, or the user's `file.py:factory`.
-
-    It takes the number of outputs, and other arguments by name. Raises UsageError if there is none.
-    """
+    """Return a learner's factory by name; it takes the number of outputs. UsageError if there is none."""
     if is_own_code(name):
         return load_code(name, "--learner")
     if name in LEARNERS:
@@ -172,9 +166,8 @@ def build_learner(
     """Build a learner with fresh weights: the same for a seed, whatever else has drawn random numbers.
 
     Args:
-        inputs: the shape of an example, or nested tuples or dictionaries of shapes; for factories that have a
-            parameter `inputs`, as all have one for the `outputs`.
-        arguments: further arguments of the factory (see `load_factory`).
+        name: a key of `LEARNERS`, `torchvision:MODEL`, or the user's `file.py:factory`.
+        inputs: the shape of an example, or a tree of shapes, for factories with a parameter `inputs`.
         init: "torch" leaves the weights; "paper" applies `initialise_as_paper`.
         context: size of a context vector that modulates a layer (`heads.add_context`); 0: none.
         fetch_weights: False leaves out torchvision's trained weights: a checkpoint's will replace them.
@@ -185,7 +178,7 @@ def build_learner(
     options = {} if inputs is None else select_accepted(factory, {"inputs": inputs})
     options |= arguments or {}
     if not fetch_weights and not is_own_code(name):
-        options = {key: value for key, value in options.items() if key not in ("weights", "pretrained")}
+        options.pop("weights", None)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
         warnings.filterwarnings("ignore", message="Initializing zero-element")  # refused below
@@ -193,10 +186,7 @@ def build_learner(
         if not isinstance(learner, nn.Module):
             raise UsageError(f"--learner {name} makes a {type(learner).__name__}, not a torch.nn.Module")
         if name in LEARNERS and not all(weight.numel() for weight in learner.parameters()):
-            raise UsageError(
-                f"--learner {name}: inputs {inputs} leave nothing for its last layers; use larger ones "
-                "(--image-size) or other --learner-args"
-            )
+            raise UsageError(f"--learner {name}: inputs {inputs} are too small: use a larger --image-size")
         if init == "paper":
             initialise_as_paper(learner)
     return add_context(learner, context, seed=seed) if context else learner

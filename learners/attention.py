@@ -32,7 +32,6 @@ def _attend(
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a mask to add to scores, from one that is True where attention is allowed."""
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -math.inf)
@@ -108,10 +107,10 @@ def _multi_head_attention_forward(
 def _join_masks(
     attn_mask: Tensor | None, key_padding_mask: Tensor | None, batch: int, dtype: torch.dtype
 ) -> Tensor | None:
-    """Return both masks of multi-head attention as one to add to scores `[batch, heads, queries, keys]`.
+    """Return both masks, True where attention is not allowed, as one to add to scores.
 
     `attn_mask` is `[queries, keys]` or `[batch * heads, queries, keys]`, the padding's `[batch, keys]` or
-    `[keys]`. True means that attention is not allowed.
+    `[keys]`; the result broadcasts against `[batch, heads, queries, keys]`.
     """
     if attn_mask is not None and attn_mask.dim() == 3:
         attn_mask = attn_mask.unflatten(0, (batch, -1))

@@ -76,15 +76,11 @@ class BatchNorm(nn.Module):
         return centred, variance
 
 
-# ---- conversion -----------------------------------------------------------------------------
-
-
 def convert_batch_norm(module: nn.Module) -> nn.Module:
     """Replace PyTorch's batch norm layers by `BatchNorm`, in place; parameters keep name and value.
 
-    A subclass with a `forward` of its own stays as it is. So does a layer in evaluation mode, whose running
-    statistics are meant to stay. Instance norm in training mode loses its running statistics: it then
-    predicts with each example's own, as it trains. Returns the module, or its replacement.
+    A subclass with a `forward` of its own and a layer in evaluation mode stay. Instance norm in training mode
+    loses its running statistics and predicts as it trains. Returns the module, or its replacement.
     """
     layers: list[Any] = list(module.modules())
     converted = {}
@@ -121,9 +117,6 @@ def join_names(layer: str, name: str) -> str:
     return f"{layer}.{name}" if layer else name
 
 
-# ---- statistics -----------------------------------------------------------------------------
-
-
 @contextmanager
 def set_norms(module: nn.Module, **attributes: Any) -> Iterator[dict[str, BatchNorm]]:
     """Set attributes of every `BatchNorm` and restore them on exit; yield the layers by name."""
@@ -150,9 +143,9 @@ def fresh_statistics(module: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def record_statistics(module: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Record the mean and biased variance that each layer sees, averaged over calls.
+    """Yield a dictionary that is filled on exit with the mean and biased variance that each layer has seen.
 
-    Yield a dictionary that is filled on exit: `[2, channels]`, detached, by the name of the layer's buffer.
+    Averages over calls, `[2, channels]`, detached, by the name of the layer's buffer.
     """
     recorded: dict[str, Tensor] = {}
     with set_norms(module, seen=None) as layers:

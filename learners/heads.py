@@ -20,12 +20,9 @@ _NORMS = (BatchNorm, _NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 def head_names(module: nn.Module, head: str | None = None) -> frozenset[str]:
     """Return the names of the head's parameters; a tied parameter goes by the first of its names.
 
-    Args:
-        head: names of modules or parameters, separated by commas. None: the last module, in the order of
-            `named_modules`, that has parameters of its own and is not a normalisation layer.
-
-    Raises:
-        ValueError: the module has no part of that name.
+    `head` are names of modules or parameters, separated by commas. None: the last module, in the order of
+    `named_modules`, that has parameters of its own and is not a normalisation layer. Raises ValueError if the
+    module has no part of that name.
     """
     first_names: dict[int, str] = {}
     names = {
@@ -70,11 +67,8 @@ def prototype_head(embeddings: Tensor, labels: Tensor, head: dict[str, Tensor]) 
     """Return the linear head that classifies by distance to the class means (Triantafillou et al. 2020).
 
     A class with mean embedding c has weights 2 c and bias -|c|^2: logits are minus the squared distances, up
-    to what is the same for all classes.
-
-    Args:
-        embeddings: `[support examples, features]`; `labels` `[support examples]`.
-        head: the head's weight `[ways, features]` and bias `[ways]` by name, for names and shapes.
+    to what is the same for all classes. `embeddings` are `[support examples, features]`, `labels`
+    `[support examples]`. `head` gives the names and shapes: weight `[ways, features]`, bias `[ways]`.
     """
     weight, bias = sorted(head, key=lambda name: head[name].dim(), reverse=True)
     classes = torch.arange(len(head[weight]), device=labels.device)
@@ -140,10 +134,9 @@ def context_names(module: nn.Module) -> frozenset[str]:
 
 
 def adapted_names(module: nn.Module, fast_weights: str, head: str | None = None) -> frozenset[str]:
-    """Return the names of the parameters that the inner loop adapts, those of batch norm included.
+    """Return the names of the parameters that the inner loop adapts; ValueError where there are none.
 
-    `fast_weights` is "all", "head", "body" or "context", `head` as in `head_names`. Raises ValueError where
-    there is nothing to adapt.
+    `fast_weights` is "all", "head", "body" or "context", `head` as in `head_names`.
     """
     everything = frozenset(name for name, p in module.named_parameters() if p.requires_grad)
     contexts = context_names(module)

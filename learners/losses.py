@@ -48,11 +48,9 @@ def huber(outputs: Tree, targets: Tree, *, delta: float = 1.0) -> Tensor:
 
 
 def accuracy(outputs: Tree, targets: Tensor) -> Tensor:
-    """Return the share of correct classes over the last axis, float32 `[...]`.
+    """Return the share of correct classes, float32 `[...]`.
 
-    Args:
-        outputs: scores `[..., examples, classes]`; the first tensor of several outputs.
-        targets: classes, int64 `[..., examples]`.
+    Outputs are scores `[..., examples, classes]`, targets classes, int64 `[..., examples]`.
     """
     return (first_tensor(outputs).argmax(-1) == targets).float().mean(-1)
 
@@ -88,6 +86,6 @@ def build_loss(name: str, arguments: tuple[str, ...] = ()) -> Callable[[Any, Any
 def _one_number(loss: Callable[[Any, Any], Tensor], name: str, outputs: Any, targets: Any) -> Tensor:
     value = loss(outputs, targets)
     if not isinstance(value, Tensor) or value.dim():
-        shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        shape = getattr(value, "shape", type(value).__name__)
         raise UsageError(f"--loss {name} gives {shape}: it should give one number, a tensor")
     return value

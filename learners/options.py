@@ -10,9 +10,6 @@ from common.own_code import is_own_code, is_well_formed_code
 LOSSES = ("mse", "cross-entropy", "bce", "huber")
 
 
-# ---- facts ---------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class LearnerFacts:
     """Facts about a learner that decide which flags fit it and what their defaults are."""
@@ -42,9 +39,6 @@ def learner_facts(learner: str) -> LearnerFacts:
     return LEARNERS.get(learner, OTHER_LEARNER)
 
 
-# ---- checks --------------------------------------------------------------------------------------
-
-
 def check_learner_name(name: str) -> str | None:
     kind, _, model = name.partition(":")
     if name in LEARNERS or (kind == "torchvision" and model):
@@ -59,9 +53,6 @@ def check_loss_name(name: str) -> str | None:
     if name in LOSSES or (is_own_code(name) and is_well_formed_code(name)):
         return None
     return f"one of {', '.join(LOSSES)}, package.module:function, file.py:function"
-
-
-# ---- options -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)

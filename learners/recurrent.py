@@ -42,7 +42,6 @@ def _plain_cell(
 def _run_cell(
     cell: Cell, draws: Draws, input: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, *biases: Tensor | None
 ) -> Tensor | State:
-    """Run `torch.lstm_cell` and the like: a single step."""
     b_ih, b_hh = biases or (None, None)
     state = (hx,) if isinstance(hx, Tensor) else tuple(hx)
     state = cell(F.linear(input, w_ih, b_ih), F.linear(state[0], w_hh, b_hh), state)
@@ -66,10 +65,7 @@ def _scan(cell: Cell, x: Tensor, state: State, weights: Sequence[Tensor], bias: 
 def _run_layers(
     cell: Cell, draws: Draws, x: Tensor, states: Any, weights: Any, *options: Any
 ) -> tuple[Tensor, ...]:
-    """Run `torch.lstm` and the like; return outputs and last states.
-
-    States are `[layers * directions, batch, hidden]`, and so is each of the last states.
-    """
+    """Run `torch.lstm` and the like; return outputs and last states `[layers * directions, batch, hidden]`."""
     if not isinstance(options[0], bool):  # another overload: batch sizes follow the data
         raise ValueError("a recurrent layer cannot take a PackedSequence: give it a padded batch and a mask")
     has_biases, num_layers, dropout, train, bidirectional, batch_first = options

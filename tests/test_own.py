@@ -239,7 +239,7 @@ def test_code_that_a_checkpoint_names_is_never_imported(setting, doing, tmp_path
         ("--learner torchvision:resnet19", "no classification model resnet19: try resnet18"),
         ("--learner {own}:Net --head nowhere --fast-weights head", "has no part 'nowhere'"),
         ("--loss {own}:vector --learner {own}:Net", "it should give one number"),
-        ("--image-size 3 --learner conv4", "leave nothing for its last layers"),
+        ("--image-size 3 --learner conv4", "are too small"),
     ],
 )
 def test_a_mistake_about_your_own_code_is_one_line(flags, expected, own, images, tmp_path, capsys):
