@@ -29,8 +29,6 @@ from learners.heads import add_context, linear_head, replace_module
 Shape = tuple[int, ...]  # of one example
 CHANNELS = 64
 
-# ---- built-in learners: convolutions before a batch norm need no bias ------------------------
-
 
 def mlp(outputs: int, inputs: Shape = (1,), *, width: int = 40, layers: int = 2) -> nn.Module:
     """Build 1-40-40-1 with ReLU: the sinusoid network of Finn et al. (2017)."""
@@ -105,9 +103,6 @@ LEARNERS: dict[str, Callable[..., nn.Module]] = {
     "convnet": convnet,
     "fc": fc,
 }
-
-
-# ---- learners by name -----------------------------------------------------------------------
 
 
 class GreyAsColour(nn.Module):

@@ -135,5 +135,4 @@ def set_up(
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}

@@ -81,9 +81,8 @@ class InnerOptimizer:
     def update(self, state: InnerState, gradients: Weights, rates: Weights, anchor: Weights) -> InnerState:
         """Return the state after a step along the gradients of the support loss.
 
-        Args:
-            rates: learning rates by name of the weight, of its shape or scalars; may be empty.
-            anchor: the weights that the proximal term pulls to; empty without such a term.
+        `rates` are learning rates by name of the weight, of its shape or scalars; `lr` serves the others.
+        `anchor` are the weights that the proximal term pulls to; empty without such a term.
         """
         fast, slots = state
         if self.proximal:
@@ -118,7 +117,7 @@ class InnerOptimizer:
 
 
 def _correction(beta: float, steps: Tensor) -> Tensor:
-    """Return 1 - beta ** steps without losing digits where it is small."""
+    # 1 - beta ** steps would lose digits where it is small
     return -torch.expm1(steps * math.log(beta)) if beta else torch.ones_like(steps)
 
 

@@ -111,10 +111,7 @@ def call_factory(
 
 def select_accepted(factory: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
     """Return those options for which the factory has a parameter of that name."""
-    try:
-        parameters = inspect.signature(factory).parameters
-    except (TypeError, ValueError):
-        return {}
+    parameters = inspect.signature(factory).parameters
     return {name: value for name, value in options.items() if name in parameters}
 
 

@@ -25,10 +25,7 @@ _MULTIPLIER_2 = 0xD35A2D97 - 2**32
 
 
 def mix(word: Any) -> Any:
-    """Map 32-bit words one to one; each input bit flips each output bit half the time.
-
-    Takes and returns a Python integer or an int64 tensor.
-    """
+    """Map 32-bit words, a Python integer or an int64 tensor, one to one and without a pattern."""
     word = ((word ^ (word >> 16)) * _MULTIPLIER_1) & _MASK
     word = ((word ^ (word >> 15)) * _MULTIPLIER_2) & _MASK
     return word ^ (word >> 15)

@@ -76,17 +76,11 @@ def sum_over_tasks(weights: Weights) -> Weights:
 
 
 def over_tasks(vectorised: bool) -> Callable[..., Callable[..., Any]]:
-    """Return `vmap`, or a loop over tasks that is called like it.
-
-    Learners that `vmap` cannot take (a `.item()`, a decision that depends on data, an operator without a
-    rule) have exact derivatives in the loop too; it costs their number in time.
-    """
+    """Return `vmap`, or a loop over tasks that is called like it, as exact and slower, for any learner."""
     return vmap if vectorised else _one_by_one
 
 
 def _one_by_one(function: Callable[..., Any], in_dims: Any = 0) -> Callable[..., Any]:
-    """Return what `vmap` would, by a loop; arguments with `in_dims` None are shared by tasks."""
-
     def loop(*arguments: Any) -> Any:
         axes = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(arguments)
         pairs = list(zip(arguments, axes, strict=True))

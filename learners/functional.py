@@ -28,17 +28,14 @@ from learners.im2col import convert_convolutions
 class FunctionalLearner:
     """A module as a function of weights and inputs: `outputs = learner(weights, x)`.
 
+    Its attributes are by name: the trainable `parameters`, what is `fixed`, fresh running `statistics` of
+    batch norm layers, `[2, channels]`, and the other `buffers` that a pass changes.
+
     Args:
         module: maps `[examples, ...]` to outputs. Several inputs are a tuple, or a dictionary by name.
         convolution: how `nn.Conv2d` is computed, "grouped" or "im2col" (see im2col.py).
         compute_dtype: type of the learner's arithmetic; None: that of its parameters.
         example: one task's inputs, to see which buffers a pass changes; None: all count as changed.
-
-    Attributes, by name:
-        parameters: the trainable parameters of `module`, the converted copy.
-        fixed: frozen parameters, and the buffers of a `state_dict`.
-        statistics: fresh running statistics of its batch norm layers, `[2, channels]`.
-        buffers: the buffers that a pass changes, batch norm's aside.
     """
 
     def __init__(
@@ -112,14 +109,13 @@ class FunctionalLearner:
     @contextmanager
     def predicting(self) -> Iterator[None]:
         """Let the learner predict as in `nn.Module.eval`: dropout drops nothing."""
-        training = [layer for layer in self.module.modules() if layer.training]
-        for layer in training:
-            layer.training = False
+        modes = {layer: layer.training for layer in self.module.modules()}
+        self.module.eval()
         try:
             yield
         finally:
-            for layer in training:
-                layer.training = True
+            for layer, training in modes.items():
+                layer.training = training
 
     def draws(self, weights: Weights, x: Tree) -> bool:
         """Return whether a training pass draws random numbers, as dropout does, and so needs keys."""
@@ -145,14 +141,13 @@ def _changing_buffers(module: nn.Module, example: Tree | None) -> Weights:
     if not buffers or example is None:
         return buffers
     probe = copy.deepcopy(module)
-    before = dict(probe.named_buffers())
-    versions = {name: buffer._version for name, buffer in before.items()}
+    before = {name: (buffer, buffer._version) for name, buffer in probe.named_buffers()}
     keys = torch.zeros(2, dtype=torch.int64, device=first_tensor(example).device)
     positional, named = arguments_of(example)
     with torch.no_grad(), Elementary(keys):
         probe(*positional, **named)
     after = dict(probe.named_buffers())
-    same = {n for n in after if after[n] is before[n] and after[n]._version == versions[n]}
+    same = {n for n, (b, version) in before.items() if after.get(n) is b and b._version == version}
     return {name: buffer for name, buffer in buffers.items() if name not in same}
 
 

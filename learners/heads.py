@@ -106,9 +106,8 @@ def add_context(module: nn.Module, size: int, *, seed: int = 0) -> nn.Module:
     """Wrap one layer in a `ContextLayer`, in place, where Zintgraf et al. (2019) have it.
 
     Networks with convolutions: scale and shift (FiLM) after the middle one, the third of four. Others: a
-    shift after the first linear layer. Batch norm would subtract a shift: where it follows, the context
-    scales and shifts its output instead. Returns the module, or the `ContextLayer` where it is wrapped whole.
-    Raises ValueError for a learner with neither a convolution nor a linear layer.
+    shift after the first linear layer. Batch norm would subtract a shift: where it follows, its output is
+    scaled and shifted. Returns the module, or its wrapper. Raises ValueError where there is no such layer.
     """
     layers = list(module.named_modules())
     convolutions = [n for n, (_, layer) in enumerate(layers) if isinstance(layer, nn.Conv2d)]

@@ -4,7 +4,7 @@
 derivatives more slowly still. As a product over gathered patches ("im2col", channels last) every derivative
 is a matrix product again: one for each task, or a single one where tasks share their weights, as they do
 before the first inner step. A compiler fuses the gathering with the layers around it; uncompiled, it costs
-more than it saves (benchmarks/README.md). `MAML(convolution="im2col")` converts its copy of the learner.
+more than it saves (benchmarks/README.md).
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def _scan(cell: Cell, x: Tensor, state: State, weights: Sequence[Tensor], bias: 
 def _run_layers(
     cell: Cell, draws: Draws, x: Tensor, states: Any, weights: Any, *options: Any
 ) -> tuple[Tensor, ...]:
-    """Run `torch.lstm` and the like; return outputs and last states `[layers * directions, batch, hidden]`."""
+    """Run `torch.lstm` and the like; return outputs, last states `[layers * directions, batch, hidden]`."""
     if not isinstance(options[0], bool):  # another overload: batch sizes follow the data
         raise ValueError("a recurrent layer cannot take a PackedSequence: give it a padded batch and a mask")
     has_biases, num_layers, dropout, train, bidirectional, batch_first = options
