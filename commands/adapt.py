@@ -42,8 +42,6 @@ from tasks.user_tasks import UserTask, read_task_folder, read_task_table
 from training.checkpoint import Checkpoint, load_checkpoint, save_weights
 from training.folders import BEST, LAST, find_checkpoint
 
-# ---- from Python ---------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class AdaptedLearner:
@@ -150,9 +148,6 @@ def load(
 def _settings_of(source: Checkpoint, file: Path, given: Mapping[str, Any]) -> Config:
     config = resolve_from(config_of(source.settings, file), given, evaluate=True, adapt=True)
     return config.replaced(convolution="grouped", tasks_at_once=None)
-
-
-# ---- the command ---------------------------------------------------------------------------------
 
 
 def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:

@@ -174,9 +174,6 @@ def scratch_settings(config: Config, *, testing: bool = True) -> Config:
     return resolve(plain_flags(config, "maml", testing=testing)).replaced(init="torch", adapt_norm=True)
 
 
-# ---- loss over iterations ------------------------------------------------------------------------
-
-
 def scratch_curve(config: Config, call: Call, runtime: Runtime, ends: Sequence[int]) -> list[float]:
     """Return the mean query loss, in windows, after training from scratch on each iteration's first task.
 

@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -103,11 +104,7 @@ def prepare(config: Config, call: Call, world: World = ALONE) -> Runtime:
 def build(
     config: Config, call: Call, runtime: Runtime, *, saved: Checkpoint | None = None
 ) -> tuple[TaskDistribution, MAML]:
-    """Build tasks and algorithm; the learner has its initial weights.
-
-    Args:
-        saved: the checkpoint whose weights will be put in, see `build_algorithm`.
-    """
+    """Build tasks and algorithm; the learner has its initial weights (`saved`: see `build_algorithm`)."""
     load_factory(config.learner.learner)  # before any work with the data
     build_loss(config.learner.loss, config.learner.loss_args)
     distribution = build_tasks(config, call, runtime)
@@ -197,12 +194,7 @@ def fit_weights(file: Path, source: Checkpoint, maml: MAML, config: Config) -> t
 
 
 def check_outputs(learner: nn.Module, example: Tree, outputs: int, config: Config) -> None:
-    """Raise UsageError where the learner fails on a task's inputs, or gives outputs of another shape.
-
-    Args:
-        example: inputs of one task, `[examples, ...]`.
-        outputs: numbers per example that the learner should give.
-    """
+    """Raise UsageError where the learner fails on a task's inputs, or its outputs have another shape."""
     name = f"--learner {config.learner.learner}"
     shapes = tree_map(lambda part: tuple(part.shape), example)
     positional, named = arguments_of(example)
@@ -214,7 +206,9 @@ def check_outputs(learner: nn.Module, example: Tree, outputs: int, config: Confi
     except Exception as error:  # the user's code may fail in any way
         if is_out_of_memory(error):
             raise
-        raise UsageError(f"{name} fails on the inputs of a task, {shapes}: {_in_short(error)}") from error
+        raise UsageError(
+            f"{name} fails on the inputs of a task, {shapes}: {shorten(str(error), 200)}"
+        ) from error
     expected = (len(first), outputs)
     if config.learner.loss in LOSSES and tuple(output.shape) != expected:
         raise UsageError(
@@ -234,26 +228,20 @@ def probe_learner(maml: MAML, parameters: Weights, distribution: TaskDistributio
         with torch.no_grad():
             maml.loss(maml.call(weights, x, Extras(keys[0]).for_pass("support")), y)
         make_meta_gradient(maml, engine=config.training.engine)(parameters, tasks, keys=keys)
-    except UsageError:
-        raise
     except Exception as error:  # an operator may fail in any way
-        if is_out_of_memory(error):
+        if isinstance(error, UsageError) or is_out_of_memory(error):
             raise
         positional, named = arguments_of(x)
         failure = None if named else find_failure(maml.learner, weights, positional, keys[0])
         if failure is None:
             raise UsageError(
                 f"--learner {learner.learner} with --loss {learner.loss} cannot be meta-trained: "
-                f"{_in_short(error)}; --no-vectorise, --engine unrolled or --first-order ask less of it"
+                f"{shorten(str(error), 200)}; --no-vectorise, --engine unrolled or --first-order ask less of it"
             ) from error
         lack, way_round = PROBLEMS[failure.problem]
         layer = f"its layer {failure.layer} ({failure.kind})" if failure.layer else f"{failure.kind} itself"
         text = f"--learner {learner.learner}: {layer} {lack} ({failure.reason}): {way_round}"
         raise UsageError(text) from error
-
-
-def _in_short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 # ---- a run ---------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from training.checkpoint import load_checkpoint
 from training.folders import BEST, LAST, find_checkpoint, find_runs
 from training.options import VALIDATION_TASKS
 
-MOST_NAMES, LONGEST_NAMES = 3, 100  # sides and characters in a file name
+LONGEST_NAMES = 100  # characters of the sides' names in a file name
 
 # Settings that decide the tasks and, for regression, the measure on them
 TASK_SETTINGS = (
@@ -113,13 +113,8 @@ def _curves_of(subject: Subject) -> dict[str, Any]:
 
 
 def _join_names(names: Mapping[str, Any]) -> str:
-    """Return the sides' names as part of a file name; of many sides, the first ones."""
-    plain = ["".join(c if c.isalnum() or c in "-_.+=" else "-" for c in name) for name in names]
-    more = [f"{len(plain) - MOST_NAMES}-more"] * (len(plain) > MOST_NAMES)
-    return "-vs-".join([*plain[:MOST_NAMES], *more])[:LONGEST_NAMES]
-
-
-# ---- which runs ----------------------------------------------------------------------------------
+    """Return the sides' names as part of a file name."""
+    return "".join(c if c.isalnum() or c in "-_.+=" else "-" for c in "-vs-".join(names))[:LONGEST_NAMES]
 
 
 def read_sides(call: Call, given: Mapping[str, Any]) -> dict[str, Runs]:
@@ -163,16 +158,11 @@ def check_pairs(sides: Mapping[str, Runs]) -> None:
     for name, runs in others:
         other = next(iter(runs.values())).config
         different = [setting for setting in measured if config.get(setting) != other.get(setting)]
-        words = [
-            f"{side} ({', '.join(f'{flag} {value}' for flag, value in in_words(c, different).items())})"
-            for side, c in ((first_name, config), (name, other))
-        ]
         if different:
+            one, two = (", ".join(map(" ".join, in_words(c, different).items())) for c in (config, other))
             raise UsageError(
-                f"--compare: {' and '.join(words)} have other tasks, which cannot be paired: "
-                "give -k, -q, -n or --eval-dataset if they differ in these alone"
+                f"--compare: {first_name} ({one}) and {name} ({two}) have other tasks, which cannot be "
+                "paired: give -k, -q, -n or --eval-dataset if they differ in these alone"
             )
         if not paired.shared_seeds(runs, first):
-            raise UsageError(
-                f"--compare: {first_name} and {name} have no seed in common: name one run of each"
-            )
+            raise UsageError(f"--compare: {first_name} and {name} have no seed in common: name a run of each")

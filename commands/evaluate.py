@@ -99,9 +99,6 @@ def measure(
     return measured
 
 
-# ---- what is measured ----------------------------------------------------------------------------
-
-
 @dataclass(eq=False)
 class Subject:
     """A checkpoint, or the fresh initialisation, with the settings of its test, and what `build` makes of it."""

@@ -51,9 +51,6 @@ def sweep(call: Call, given: Mapping[str, Any], world: World) -> int:
     return code
 
 
-# ---- the folder of all runs ----------------------------------------------------------------------
-
-
 def _claim_folder(
     folder: Path, call: Call, members: Sequence[Member], world: World, locks: ExitStack
 ) -> None:
@@ -88,9 +85,6 @@ def _write_list(folder: Path, members: Sequence[Member]) -> None:
 
 def _listed(folder: Path) -> list[ListedRun]:
     return list_runs(folder) if (folder / LIST).exists() else []
-
-
-# ---- training ------------------------------------------------------------------------------------
 
 
 def _train_all(call: Call, members: Sequence[Member], world: World, locks: ExitStack) -> tuple[Path, int]:
@@ -166,9 +160,6 @@ def _fits(one: Assembly, other: Assembly) -> bool:
         and fixed.keys() == others.keys()
         and all(torch.equal(fixed[name], others[name]) for name in fixed)
     )
-
-
-# ---- outcome -------------------------------------------------------------------------------------
 
 
 def _summarise(member: Member, run: Run) -> tables.RunSummary:

@@ -87,9 +87,6 @@ def print_next(folder: Path, test: Path, config: Config) -> None:
     print("Test:  ", command, flush=True)
 
 
-# ---- where a run starts --------------------------------------------------------------------------
-
-
 def find_start(call: Call, given: Mapping[str, Any]) -> build.Start:
     """Read the settings of a new run, or the checkpoint that it starts from or is resumed from."""
     file, folder = call.load, call.run_folder
