@@ -114,13 +114,7 @@ def trained_baselines(saved: Config) -> dict[str, dict[str, Any]]:
 
 
 def measure_baselines(saved: Config, config: Config, call: Call, runtime: Runtime, folder: Path) -> Results:
-    """Return the results of all baselines of a run.
-
-    Args:
-        saved: settings of the run.
-        config: the same settings with the sizes of the test.
-        folder: of the trained baselines.
-    """
+    """Return the results of all baselines of a run; `config` has the sizes of its test."""
     distribution, maml = build(scratch_settings(config), call, runtime)
     norm, steps, tasks = config.choices.query_norm, config.evaluation.eval_steps, config.evaluation.eval_tasks
     test = partial(evaluate, distribution=distribution, normalisations=(norm,), world=runtime.world)
@@ -155,10 +149,9 @@ def measure_baselines(saved: Config, config: Config, call: Call, runtime: Runtim
 
 
 def plain_flags(config: Config, algorithm: str, *, testing: bool = False) -> dict[str, Any]:
-    """Return the flags of a run with these data and this budget, and the algorithm's own choices.
+    """Return the flags of a run with these data, this budget and the algorithm's own choices.
 
-    Args:
-        testing: for its test tasks alone: the shots of training tasks do not matter.
+    With `testing`, for its test tasks alone, the shots of training tasks do not matter.
     """
     shared = {*SHARED, *(name for name, flag in CONFIG_FLAGS.items() if flag.group in SHARED_GROUPS)}
     values = {name: value for name, value in select_meaningful(config).items() if name in shared - {"oracle"}}
@@ -175,10 +168,9 @@ def scratch_settings(config: Config, *, testing: bool = True) -> Config:
 
 
 def scratch_curve(config: Config, call: Call, runtime: Runtime, ends: Sequence[int]) -> list[float]:
-    """Return the mean query loss, in windows, after training from scratch on each iteration's first task.
+    """Return the mean query loss after training from scratch on each iteration's first task, in windows.
 
-    Args:
-        ends: the last iteration of each window; the next window begins after it.
+    `ends` are the windows' last iterations.
     """
     distribution, maml = build(scratch_settings(config, testing=False), call, runtime)
     maml = maml.with_options(inner_lr=SCRATCH_RATE, inner_optimizer="adam")

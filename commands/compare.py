@@ -120,8 +120,7 @@ def _join_names(names: Mapping[str, Any]) -> str:
 def read_sides(call: Call, given: Mapping[str, Any]) -> dict[str, Runs]:
     """Return the sides that --compare names: a run, or each setting of a folder of many runs.
 
-    Their names are the paths below the folder that all have in common. Raises UsageError where there is no
-    checkpoint, fewer than two sides, or one of them twice.
+    Their names are the paths below the folder that all have in common.
     """
     sides: dict[str, Runs] = {}
     common = os.path.commonpath([Path(path).resolve() for path in call.compare])

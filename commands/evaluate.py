@@ -35,11 +35,7 @@ from training.folders import find_runs
 
 
 def evaluate(call: Call, given: Mapping[str, Any], command: str, world: World) -> int:
-    """Measure a checkpoint, all runs of a folder, or the fresh initialisation; return the exit code.
-
-    Args:
-        command: the command line, for the record.
-    """
+    """Measure a checkpoint, all runs of a folder, or the fresh initialisation; return the exit code."""
     with world.together():
         runs = find_runs(call.load) if call.load is not None else []
     if not runs:
@@ -116,11 +112,7 @@ class Subject:
     def read(
         cls, file: Path | None, call: Call, given: Mapping[str, Any], source: Checkpoint | None = None
     ) -> Subject:
-        """Return a checkpoint's settings with the given flags that may differ; uncompiled in any case.
-
-        Args:
-            source: the checkpoint, if it has been loaded.
-        """
+        """Return a checkpoint (loaded as `source`, if given) with the flags that may differ from its settings."""
         if file is None:
             config = resolve(given)
         else:
@@ -150,12 +142,11 @@ class Subject:
 
     def stem(self, call: Call) -> Path:
         """Return the beginning of the names of its result files; in --out those of several runs may meet."""
-        if self.file is None:
-            learner, seed = self.config.learner, self.config.training.seed
-            name = f"fresh-{file_name(learner.learner)}-{learner.init}-seed{seed}"
-        else:
-            name = f"{self.file.resolve().parent.name}-{self.file.stem}" if call.out else self.file.stem
-        folder = call.out or (self.file.parent if self.file else call.checkpoint_path)
+        file, learner = self.file, self.config.learner
+        name = f"fresh-{file_name(learner.learner)}-{learner.init}-seed{self.config.training.seed}"
+        if file is not None:
+            name = f"{file.resolve().parent.name}-{file.stem}" if call.out else file.stem
+        folder = call.out or (file.parent if file else call.checkpoint_path)
         return folder / f"{name}-{summarise([self])[1]}"
 
     def build(self, call: Call, runtime: Runtime) -> Subject:
@@ -167,9 +158,8 @@ class Subject:
         if self.file and self.source:
             if call.eval_dataset is None:
                 check_same_split(self.file, self.source.splits, self.distribution.split_names)
-            self.parameters, self.statistics = build.fit_weights(
-                self.file, self.source, self.maml, self.config
-            )
+            weights = build.fit_weights(self.file, self.source, self.maml, self.config)
+            self.parameters, self.statistics = weights
         return self
 
     def evaluate(self, split: str = "test", *, first_task: int = 0) -> Evaluation:

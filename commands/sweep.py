@@ -54,11 +54,7 @@ def sweep(call: Call, given: Mapping[str, Any], world: World) -> int:
 def _claim_folder(
     folder: Path, call: Call, members: Sequence[Member], world: World, locks: ExitStack
 ) -> None:
-    """Check and lock the folder that --run-name names.
-
-    Raises UsageError where it has other seeds of a setting, trained with other settings: their mean would be
-    one of different things.
-    """
+    """Check and lock the folder of --run-name; UsageError where it has other seeds with other settings."""
     names = [member.name for member in members]
     if world.first:
         check_free(folder, call)

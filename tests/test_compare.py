@@ -151,7 +151,7 @@ def test_sides_are_named_after_their_path_and_setting_and_results_lie_next_to_th
         "grid inner-lr-0.001",
         "grid inner-lr-0.1",
     ]
-    joined = "maml-vs-grid-inner-lr-0.1_seed-0-vs-maml-last-vs-2-more"
+    joined = "maml-vs-grid-inner-lr-0.1_seed-0-vs-maml-last-vs-grid-inner-lr-0.001-vs-grid-inner-lr-0.1"
     assert picture.stem == f"comparison-{joined}-validation-sinusoid-3shot-4query-3tasks"
     file.unlink()
     picture.unlink()
