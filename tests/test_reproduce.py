@@ -179,6 +179,7 @@ def test_a_recorded_run_stays_until_the_same_command_has_as_many_tests(tmp_path)
     assert [r["seed"] for r in jobs.record(FREQUENCY, [job], other)["methods"]["maml"]["runs"]] == [0, 7]
 
 
+@pytest.mark.slow
 def test_a_table_comes_from_its_command_which_repeats_nothing(tmp_path, monkeypatch, capsys):
     flags = ["sinusoid-frequency", "--quick", "--methods", "maml", "--folder", str(tmp_path / "runs")]
     flags += ["--results", str(tmp_path / "results")]
@@ -200,18 +201,8 @@ def test_a_table_comes_from_its_command_which_repeats_nothing(tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_a_run_that_is_out_of_time_saves_and_is_resumed(tmp_path):
-    flags = [
-        "--meta-batch-size",
-        "2",
-        "--iterations",
-        "1000000",
-        "--val-every",
-        "1000000",
-        "--compile",
-        "off",
-        "--run-name",
-        "run",
-    ]
+    line = "--meta-batch-size 2 --iterations 1000000 --val-every 1000000 --compile off --run-name run"
+    flags = line.split()
     arguments = [*flags, "--checkpoint-path", str(tmp_path)]
     code, _ = jobs.call_main(arguments, os.environ, 15)
     assert code == jobs.STOPPED
