@@ -65,12 +65,7 @@ class Draws:
 
 
 def _make(
-    draw: Callable[[Draws, Tensor], Tensor],
-    allocate: Callable[..., Tensor],
-    draws: Draws,
-    *size: Any,
-    generator: Any = None,
-    **options: Any,
+    draw: Any, allocate: Any, draws: Draws, *size: Any, generator: Any = None, **options: Any
 ) -> Tensor:
     return draw(draws, allocate(*size, **options))
 
@@ -86,11 +81,12 @@ def _bernoulli_(draws: Draws, input: Tensor, p: float | Tensor = 0.5, *, generat
 
 
 def _drop(
-    whole: int | None, draws: Draws, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    whole: int, draws: Draws, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Tensor:
-    """Drop elements of x; or its channels, of `whole` axes, in `[batch, channels, ...]` or without batch."""
-    each = x.dim() if whole is None else min(2, x.dim() - whole)
-    return draws.drop(x, p, training, (*x.shape[:each], *(1,) * (x.dim() - each)))
+    """Drop elements (`whole` is 0), or channels of examples `[channels, ...]` that have so many axes."""
+    axes = input.dim()
+    own = min(2, axes - whole + 1) if whole else axes  # with a draw of their own; batch may be absent
+    return draws.drop(input, p, training, (*input.shape[:own], *(1,) * (axes - own)))
 
 
 REPLACEMENTS: Replacements = {
@@ -101,10 +97,10 @@ REPLACEMENTS: Replacements = {
     torch.bernoulli: _bernoulli,
     Tensor.bernoulli: _bernoulli,
     Tensor.bernoulli_: _bernoulli_,
-    F.dropout: partial(_drop, None),
-    F.dropout1d: partial(_drop, 1),
-    F.dropout2d: partial(_drop, 0),  # PyTorch takes three axes for a batch here
-    F.dropout3d: partial(_drop, 3),
+    F.dropout: partial(_drop, 0),
+    F.dropout1d: partial(_drop, 2),
+    F.dropout2d: partial(_drop, 1),  # PyTorch takes three axes for a batch here
+    F.dropout3d: partial(_drop, 4),
 }
 REFUSED = (
     *(torch.multinomial, torch.normal, torch.poisson, torch.binomial, torch.randint, torch.randint_like),

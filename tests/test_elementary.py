@@ -262,7 +262,9 @@ def test_dropout_is_the_identity_at_0_and_in_evaluation_and_zero_at_1():
     x = normal(3, 4, 5)
     with Elementary() as mode:
         for p, training in ((0.5, False), (0.0, True)):
-            assert torch.equal(F.dropout(x, p, training), x) and torch.equal(F.dropout1d(x, p, training), x)
+            assert torch.equal(F.dropout(input=x, p=p, training=training), x) and torch.equal(
+                F.dropout1d(x, p, training), x
+            )
         assert not F.dropout(x, 1.0).any() and not F.dropout2d(x, 1.0).any()
     assert mode.draws.calls == 0
 
