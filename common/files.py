@@ -97,6 +97,4 @@ def one_at_a_time(
     try:
         yield
     finally:
-        with suppress(OSError):  # Windows removes no open file
-            path.unlink(missing_ok=True)
-        lock.release()
+        lock.release()  # the file stays: another process may be waiting for this very one

@@ -18,7 +18,8 @@ class EvaluationOptions:
         free_on_resume=True, free_on_eval=True, common=True, help="number of test tasks")
     eval_steps: int = flag(
         "--eval-steps", group="evaluation", check=at_least(1, MOST_STEPS), metavar="STEPS", default=10,
-        free_on_resume=True, free_on_eval=True, common=True, help="measure after 0, 1, ... STEPS inner steps (default: 10, or --test-steps if that is more)")
+        free_on_resume=True, free_on_eval=True, common=True,
+        help="measure after 0, 1, ... STEPS inner steps (default: 10, or --test-steps if that is more)")
     test_steps: int = flag("--test-steps", group="evaluation", check=at_least(1, MOST_STEPS), metavar="STEPS",
         free_on_resume=True, free_on_eval=True,
         help="number of inner steps whose result is quoted; at most --eval-steps")

@@ -1,12 +1,9 @@
 """Shared by all tests: the project's modules on the path, and where real data is, if anywhere."""
 
 import os
-import resource
-import signal
 import sys
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,28 +47,6 @@ def _threads_as_before():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-
-
-@contextmanager
-def at_most(seconds: int, megabytes: int) -> Iterator[None]:
-    """Within it, more CPU time is an error, and more memory than there is now and that is not had."""
-
-    def late(number: int, frame: object) -> None:
-        raise TimeoutError
-
-    before, most = resource.getrlimit(resource.RLIMIT_AS)
-    now = Path("/proc/self/statm")  # pages
-    if now.exists():  # Linux
-        limit = int(now.read_text().split()[0]) * resource.getpagesize() + megabytes * 2**20
-        resource.setrlimit(resource.RLIMIT_AS, (limit, most))
-    handler = signal.signal(signal.SIGPROF, late)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, handler)
-        resource.setrlimit(resource.RLIMIT_AS, (before, most))
 
 
 def write_images(folder: Path, values: Sequence[int], suffix: str = ".png", side: int = 6) -> None:

@@ -65,7 +65,7 @@ class InnerSteps:
         return (self.next if self.are_apart(step) else self.first)(state, shared, *examples)
 
     def run(self, parameters: Weights, tasks: Task) -> tuple[InnerState, InnerState, Shared, Task]:
-        """Take all steps. Returns the first and the last state, what tasks share, and the tasks afterwards."""
+        """Take all steps. Returns first and last state, the shared weights, and the tasks afterwards."""
         start, shared = self.start(parameters, tasks), self.maml.shared_at(parameters, 0)
         state = start
         for step in range(self.maml.steps):
@@ -88,9 +88,9 @@ class Adjoint:
 
     An inner step is state' = update(state, g, shared), with g the gradient of the support loss L at (w, s):
     the fast weights, and the weights that all tasks share. Given the cotangents of state', those of state, g
-    and shared come from the update rule, which is elementwise. The cotangent of g, call it c, goes on to w and
-    s as (d2L/dw dw) c and (d2L/ds dw) c: the gradient, in w and s, of the slope of L along c. First order
-    leaves it out.
+    and shared come from the update rule, which is elementwise. The cotangent c of g goes on to w and s as
+    (d2L/dw dw) c and (d2L/ds dw) c: the gradient, in w and s, of the slope of L along c. First order leaves
+    it out.
     """
 
     def __init__(self, maml: MAML, accelerate: Accelerate) -> None:

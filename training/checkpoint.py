@@ -109,7 +109,7 @@ def check_same_split(path: Path, saved: dict[str, list[str]], now: dict[str, lis
         different = set(saved[split]) ^ set(now.get(split, ()))
         if different:
             raise UsageError(
-                f"{path}: the data had another {split} split ({min(different)} is new or gone): restore it as "
+                f"{path}: the data had another {split} split ({min(different)} differs): restore it as "
                 "it was, or test on other data with --eval-dataset"
             )
 

@@ -199,7 +199,7 @@ def _unflatten(tensors: Sequence[Tensor], structure: Any) -> Any:
 
 
 def _trace(function: Function, tensors: list[Tensor], structure: Any) -> tuple[torch.fx.GraphModule, Any]:
-    """Return the function's graph, from flat inputs to flat contiguous outputs, and the outputs' structure."""
+    """Return the function's graph, from flat inputs to flat contiguous outputs, and their structure."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     structures = []

@@ -56,12 +56,12 @@ def _lock(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # Windows removes no open file; and new folders are rarely empty
-            (folder / LOCK).unlink(missing_ok=True)
-            lock.release()
-            for part in new:
-                part.rmdir()
         lock.release()
+        if new and not is_occupied(folder):  # nothing came of it
+            (folder / LOCK).unlink(missing_ok=True)
+            for part in new:
+                with suppress(OSError):  # another run's
+                    part.rmdir()
 
 
 def is_occupied(folder: Path) -> bool:

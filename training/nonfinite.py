@@ -44,16 +44,16 @@ def find_cause(
     if bad.any():
         task = _first_set(bad)
         return (
-            f"the query loss of task {first + task} is {losses[task, 0]:.3g} before the first inner step: the "
-            "weights or the targets are too large; try a smaller --meta-lr, or --grad-clip"
+            f"the query loss of task {first + task} is {losses[task, 0]:.3g} before the first inner step: "
+            "the weights or the targets are too large; try a smaller --meta-lr, or --grad-clip"
         )
     grown = diverged(losses).any(1)
     if grown.any():
         task = int(losses.nan_to_num(nan=torch.inf).amax(1).argmax())
         return (
             f"the inner loop diverges in {int(grown.sum())} of {len(losses)} tasks (query loss of task "
-            f"{first + task}: from {losses[task, 0]:.3g} to {losses[task, -1]:.3g}): try a smaller --inner-lr, "
-            "--inner-clip, or fewer steps (-s)"
+            f"{first + task}: from {losses[task, 0]:.3g} to {losses[task, -1]:.3g}): try a smaller "
+            "--inner-lr, --inner-clip, or fewer steps (-s)"
         )
     for name, gradient in make_meta_gradient(maml)(parameters, batch, **inputs).gradients.items():
         if not gradient.isfinite().all():

@@ -68,22 +68,22 @@ class TrainingOptions:
         "losses and the optimizer stay in float32 at least")
     compile: str = flag(
         "--compile", group="machine", choices=("auto", "on", "off"), default=BY_RULE, common=True,
-        help="compile the whole iteration; auto: with a built-in learner, in runs of at least 10,000 iterations "
-        "(classification 1,500)")
+        help="compile the whole iteration; auto: with a built-in learner, in runs of at least 10,000 "
+        "iterations (classification 1,500)")
     engine: str = flag(
         "--engine", group="machine", choices=("auto", *ENGINES), default=BY_RULE, only="engines",
-        help="how the same meta-gradient is computed: unrolled through the whole inner loop, or adjoint, step "
-        "by step in memory that hardly grows with -s; auto: adjoint in classification with several steps")
+        help="how the same meta-gradient is computed: unrolled through the whole inner loop, or adjoint, "
+        "step by step in memory that hardly grows with -s; auto: adjoint in classification with -s above 1")
     convolution: str = flag(
         "--conv", group="machine", choices=("auto", *CONVOLUTIONS), default=BY_RULE, only="convolutions",
         help="convolutions as matrix products over patches, or as one convolution grouped over tasks; "
         "auto: im2col if compiled")
     vectorise: bool = flag("--vectorise", group="machine", default=True,
-        help="compute all tasks at once; --no-vectorise: one after another, for a learner that torch.func.vmap "
-        "cannot handle")
+        help="compute all tasks at once; --no-vectorise: one after another, for a learner that "
+        "torch.func.vmap cannot handle")
     tasks_at_once: int | None = flag(
         "--tasks-at-once", group="machine", check=at_least(1), metavar="N", default=BY_RULE,
         free_on_resume=True, free_on_eval=True, common=True,
-        help="take tasks in chunks of N, which bounds memory; the result is the same to rounding (default: all, "
-        "or what fits the cache)")
+        help="take tasks in chunks of N, which bounds memory; the result is the same to rounding "
+        "(default: all, or what fits the cache)")
     # fmt: on

@@ -88,7 +88,7 @@ class Run:
         metrics = {name: value for name, value in means.items() if name not in TAIL}
         extend_curve(self.progress.training, self.iteration, metrics)
         if skipped and self.writes and not self.skipped:
-            text = f"{skipped:,} of the last {self.log_every:,} iterations skipped: their numbers were non-finite"
+            text = f"{skipped:,} of the last {self.log_every:,} iterations skipped: non-finite numbers"
             tqdm.write(f"{text} (train/skipped counts them)", file=sys.stderr)
         self.skipped += skipped
         if self.training.on_nan == "skip":
@@ -176,7 +176,7 @@ class Run:
     # ---- results ----------------------------------------------------------------------------
 
     def end(self) -> None:
-        """Write the curves as a picture and, last, as JSON: a run with that file is finished. Raises OSError."""
+        """Write the curves as a picture and, last, as JSON: a run that has it is finished. Raises OSError."""
         results: dict[str, Any] = {
             "settings": self._settings(),
             "iteration": self.iteration,

@@ -110,7 +110,7 @@ class RunLog:
         write_whole(file, lambda opened: opened.write(png))
 
     def begin(self, settings: Mapping[str, Any], columns: Mapping[str, Flag], empty: Collection[str]) -> None:
-        """Describe a new run: its settings as a text and as a row of the hyper-parameter view, and its charts.
+        """Describe a new run: settings as a text and as a row of the hyper-parameter view, and its charts.
 
         TensorBoard takes the view's columns from the first run for all. `empty` charts are left out.
         """
