@@ -1,8 +1,8 @@
 """Task distributions by name: what `--dataset` can be, and how a meta-batch is sampled from it.
 
-Curves are computed here, images and tables (tasks/) are looked up, the user's own tasks are asked for: a
-whole `TaskBatch` at once, on the device, without workers. Task t of iteration i is a pure function of
-(split, seed, i, t). A new distribution needs the members of `TaskDistribution` in common/batch.py.
+Curves are computed here; images and tables are read by tasks/; the user's own tasks come from the user's
+code. Each call makes a whole `TaskBatch` on the device, without workers. Task t of iteration i is a pure
+function of (split, seed, i, t). A new distribution needs the members of common/batch.py's `TaskDistribution`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tasks.options import TaskOptions
 from tasks.published import open_benchmark
 from tasks.tables import Columns, TableTasks, load_table
 
-GRID_POINTS = 200  # of a curve in a picture
+GRID_POINTS = 200  # points of a plotted curve
 
 
 def build_distribution(
@@ -40,11 +40,11 @@ def build_distribution(
     dtype: torch.dtype = torch.float32,
     for_test: bool = False,
 ) -> TaskDistribution:
-    """Return the distribution `options.dataset`; UsageError where its data is bad, or too little for a task.
+    """Return the distribution `options.dataset`; UsageError if its data is bad, or too little for a task.
 
     Args:
-        data_root: the folder from which named image sets are read; they are fetched into it if need be.
-        for_test: there is no training on it: of data without a split of its own, everything is for test.
+        data_root: the folder of named image sets; a missing one is fetched into it.
+        for_test: use all of the data for test if it has no split of its own.
     """
     name, (prefix, _, path) = options.dataset, options.dataset.partition(":")
     if is_own_code(name):
@@ -56,7 +56,7 @@ def build_distribution(
     shares = dict(zip(SPLITS, map(int, numbers.split(",")), strict=True))
     if prefix == "table":
         columns, classification = Columns.parse(options.columns), options.classification
-        table = load_table(Path(path), columns, classification=classification, shares=shares)
+        table = load_table(Path(path), columns, dtype, classification=classification, shares=shares)
         return TableTasks(table=table, ways=options.ways, **sizes)
     assert options.ways and options.image_size and options.channels
     form = Form(options.image_size, options.channels, options.invert, options.resize)
@@ -166,7 +166,7 @@ class SinusoidFrequency(Regression):
 
 
 class SinusoidLine(Regression):
-    """With even odds a `Sinusoid`, or a line with slope and intercept uniform in [-3, 3)."""
+    """A `Sinusoid` or a line, equally likely; slope and intercept are uniform in [-3, 3)."""
 
     def parameters(self, stream: Stream) -> tuple[Tensor, ...]:
         is_line = stream.at("kind").words(1) >> 31 == 1
@@ -215,7 +215,7 @@ FAMILIES: dict[str, type[Regression]] = {
 
 @dataclass(eq=False, kw_only=True)
 class Custom(TaskDistribution):
-    """Tasks of a user's object, which has one method, `sample(split, seeds)`; UsageError where it has not.
+    """Tasks of a user's object with one method, `sample(split, seeds)`; UsageError if the method is missing.
 
     The method returns the four parts of a `TaskBatch` for "train", "validation" or "test" and seeds, int64
     `[tasks]`: each task is a function of the split and of its seed. Parts are tensors, or nested tuples or

@@ -1,4 +1,4 @@
-"""What tasks of images, of tables and of the user's own share: distinct draws, labels, fetching ahead."""
+"""Share what tasks of images, tables and the user's own code need: distinct draws, labels, prefetching."""
 
 from __future__ import annotations
 

@@ -27,11 +27,11 @@ from common.errors import UsageError, one_line
 from tasks.cache import cached_pixels
 from tasks.splits import SPLIT_NAMES, as_positions, check_disjoint, split_at_random
 
-warnings.filterwarnings("ignore", module=r"PIL\.")  # about files that are read all the same
+warnings.filterwarnings("ignore", module=r"PIL\.")  # about files that are read anyway
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # Pillow's other readers see nothing
-HIDDEN = (".", "__MACOSX")  # beginnings of names that are passed over
+HIDDEN = (".", "__MACOSX")  # beginnings of names that are ignored
 AT_ONCE = 256  # images in work at a time: bounds the memory
 
 ImageFile = Path | zipfile.Path
@@ -40,7 +40,7 @@ Classes = dict[str, list[Path]]  # a class's name -> its image files, sorted
 
 @dataclass(frozen=True)
 class Form:
-    """How an image becomes a tensor, uint8 `[channels, size, size]`."""
+    """The form of a decoded image: uint8 `[channels, size, size]`."""
 
     size: int
     channels: int
@@ -113,14 +113,14 @@ def find_classes(folder: Path) -> dict[str, Classes]:
     groups = groups or {"all": class_folders(folder)}
     check_disjoint(groups, str(folder))
     real, files = cache(os.path.realpath), {}
-    for split, classes in groups.items():  # no image is there twice, through a list or a link
+    for split, classes in groups.items():  # no image appears twice, through a list or a link
         files[split] = [f"{real(file.parent)}/{file.name}" for file in chain(*classes.values())]
     check_disjoint(files, str(folder))
     return groups
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Return the images directly in a folder, sorted; other files are passed over."""
+    """Return the images directly in a folder, sorted; other files are ignored."""
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith(HIDDEN))
     return [folder / name for name in names if name.lower().endswith(EXTENSIONS)]
 

@@ -84,7 +84,7 @@ def check_shares(text: str) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions:
-    """What tasks are made of, and how large they are."""
+    """Options that choose the dataset and the size of its tasks."""
 
     # fmt: off
     dataset: str = flag(

@@ -1,7 +1,7 @@
 """Image benchmarks with published classes: Omniglot, CIFAR-FS, FC100, mini-ImageNet and tiered-ImageNet.
 
-Omniglot and CIFAR-100 are fetched by torchvision. ImageNet's pictures are looked for in a folder of the
-benchmark's name, and must be the published classes: results compare over nothing else.
+Omniglot and CIFAR-100 are fetched by torchvision. ImageNet's pictures lie in a folder of the benchmark's
+name and must be the published classes: only then do results compare.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ CIFAR_IMAGES = 600  # of each class, training and test images together
 def open_benchmark(name: str, data_root: Path, form: Form, omniglot_split: str = "random") -> ImageSet:
     """Return a benchmark: "omniglot", "cifar-fs", "fc100", "mini-imagenet" or "tiered-imagenet".
 
-    Raises UsageError where the data is neither in `data_root` nor to be fetched, or its classes are not the
-    published ones.
+    Raises UsageError if the data can be neither found nor fetched, or its classes are not the published ones.
     """
     if name == "omniglot":
         return _open_omniglot(data_root, form, omniglot_split)
@@ -52,13 +51,13 @@ def open_benchmark(name: str, data_root: Path, form: Form, omniglot_split: str =
 
 
 def _fetch(name: str, data_root: Path, **half: bool) -> Any:
-    """Return half of a data set of torchvision's, which fetches it if it is not whole in `data_root`."""
+    """Return half of a torchvision data set; torchvision fetches it if it is incomplete in `data_root`."""
     from torchvision import datasets  # slow to import, and needed once in a lifetime
 
     try:
         return getattr(datasets, name)(data_root, download=True, **half)
     except Exception as error:  # of the network, the disk, an archive, a pickle
-        problem = f"{name} is not whole in {data_root} and could not be fetched ({one_line(error)})"
+        problem = f"{name} is incomplete in {data_root} and could not be fetched ({one_line(error)})"
         raise UsageError(f"{problem}: put it there by hand, or name another --data-root") from error
 
 
@@ -79,8 +78,8 @@ def _open_omniglot(data_root: Path, form: Form, split: str) -> ImageSet:
         for path in sorted(paths):  # part/alphabet/character/drawing.png
             drawn[path.rpartition("/")[0]].append(zipfile.Path(zipped, path) if zipped else folder / path)
         if len(drawn) != characters or {*map(len, drawn.values())} != {OMNIGLOT_DRAWINGS}:
-            where = f"{folder}: {part} has not {characters} characters of {OMNIGLOT_DRAWINGS} drawings"
-            raise UsageError(f"{where}: remove it, and it is fetched again")
+            where = f"{folder}: {part} should have {characters} characters of {OMNIGLOT_DRAWINGS} drawings"
+            raise UsageError(f"{where}: remove it to fetch it again")
         classes |= drawn
     splits = split_characters(sorted(classes), split)
     return image_set(folder, {"all": classes}, splits, form, published=True)
@@ -89,8 +88,8 @@ def _open_omniglot(data_root: Path, form: Form, split: str) -> ImageSet:
 def split_characters(names: Sequence[str], split: str) -> dict[str, list[str]]:
     """Return the characters for training, validation and test.
 
-    "random": all characters shuffled once, 1,100 / 100 / 423. "alphabet": the background alphabets but for
-    every sixth, which validates, and the evaluation alphabets for test.
+    "random": all characters shuffled once, 1,100 / 100 / 423. "alphabet": every sixth background alphabet
+    for validation, the others for training; the evaluation alphabets for test.
     """
     if split == "random":
         shuffled = iter(shuffle(names, "omniglot split"))

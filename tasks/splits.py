@@ -1,7 +1,7 @@
-"""Decide which classes, or tasks of a table, are for training, for validation and for test.
+"""Split classes, or the tasks of a table, into training, validation and test.
 
-Every data set with classes or named tasks gets its splits from here, and they never meet: `check_disjoint`
-sees to it. A split is a pure function of the names and the shares: no seed of the user's changes it.
+`check_disjoint` refuses overlaps. The folder `splits/` next to this file holds the published lists of
+classes; any other split is a pure function of the names and the shares, independent of the seed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def published_splits(name: str) -> dict[str, list[str]]:
 
 
 def check_disjoint(splits: Mapping[str, Iterable[str]], source: str) -> None:
-    """Raise UsageError, which names the source, where a name is in two splits, or twice in one."""
+    """Raise a UsageError that names the source if a name is in two splits, or twice in one."""
     split_of: dict[str, str] = {}
     for split, members in splits.items():
         for name in members:

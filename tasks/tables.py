@@ -6,7 +6,8 @@ leaves targets empty.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,8 @@ class Columns:
 class Table:
     """The rows of a file, in its order."""
 
-    x: Tensor  # float64 [rows, inputs]
-    y: Tensor  # float64 [rows, targets], NaN where missing; in classification int64 [rows], -1 where missing
+    x: Tensor  # float [rows, inputs]
+    y: Tensor  # float [rows, targets], NaN where missing; in classification int64 [rows], -1 where missing
     task: Tensor  # int64 [rows], positions in `tasks`
     tasks: list[str]  # names, in order of first appearance
     classes: list[str]  # all classes, sorted, numbers as numbers; empty for regression
@@ -52,17 +53,17 @@ class Table:
 
 
 def load_table(
-    path: Path, columns: Columns, *, classification: bool, shares: Mapping[str, int] | None
+    path: Path, columns: Columns, dtype: torch.dtype, *, classification: bool, shares: dict[str, int] | None
 ) -> Table:
     """Read a .csv, .csv.gz or .parquet file.
 
     Args:
+        dtype: of inputs and numeric targets; a number that does not fit is an error.
         classification: the one target is a class, of any type; otherwise targets are numbers.
-        shares: of "train", "validation" and "test" in the tasks of a file without a column "split". None for
-            prediction: there are no splits, targets may be missing, and without a task column all rows are
-            one task.
+        shares: of each split in the tasks of a file without a column "split". None for prediction: targets
+            may be missing, and without a task column all rows are one task.
 
-    Raises UsageError where the file is not there, not readable, or its data is bad.
+    Raises UsageError if the file is missing or unreadable, or its data is bad.
     """
     if classification and len(columns.targets) > 1:
         raise UsageError(f"classification takes one target column, not {len(columns.targets)}: name one")
@@ -74,8 +75,8 @@ def load_table(
     if classification:
         classes, y = _sort_classes(*_read_names(path, data, *columns.targets, missing=prediction))
     else:
-        y = _read_numbers(path, data, columns.targets, missing=prediction)
-    x = _read_numbers(path, data, columns.inputs)
+        y = _read_numbers(path, data, columns.targets, dtype, missing=prediction)
+    x = _read_numbers(path, data, columns.inputs, dtype, missing=False)
     splits: dict[str, list[str]] = {name: [] for name in SPLITS}
     if shares and "split" in {*data.column_names} - {*columns.inputs, *columns.targets, columns.task}:
         names, split = _read_names(path, data, "split")
@@ -90,25 +91,28 @@ def load_table(
 
 
 def _read(path: Path) -> Any:
-    """Return a file as a pyarrow.Table; the columns of a CSV file are text."""
+    """Return a file as a pyarrow.Table; the columns of a CSV file are text, trimmed, null where missing."""
     import pyarrow as pa  # slow to import, and for tables alone
     from pyarrow import compute, csv, parquet
 
+    if not path.exists():
+        raise UsageError(f"{path}: there is no such file")
     try:
         if path.suffix.lower() == ".parquet":
             return parquet.read_table(path, partitioning=None)  # names of folders are no columns
         with csv.open_csv(path) as reader:
             types = dict.fromkeys(reader.schema.names, pa.string())
-        options = csv.ConvertOptions(column_types=types, strings_can_be_null=True)
-        data = csv.read_csv(path, convert_options=options)
+        options = csv.ConvertOptions(column_types=types)
+        data, missing = csv.read_csv(path, convert_options=options), pa.array(options.null_values)
         texts = [compute.utf8_trim_whitespace(column) for column in data.columns]
+        texts = [compute.if_else(compute.is_in(text, missing), None, text) for text in texts]
         return pa.table(texts, [name.strip() for name in data.column_names])
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UsageError(f"{path} is not readable ({one_line(error)[:300]}): mend the file") from error
 
 
 def _complete(columns: Columns, path: Path, header: list[str], *, prediction: bool) -> Columns:
-    """Return the roles of a file's columns, the inputs by name; refuse what a file has not, or has twice."""
+    """Return the roles of a file's columns, the inputs by name; refuse missing and repeated columns."""
     task = None if prediction and columns.task not in header else columns.task
     roles = [*columns.targets, *([task] if task else [])]
     inputs = columns.inputs or tuple(name for name in header if name not in (*roles, "split"))
@@ -116,7 +120,7 @@ def _complete(columns: Columns, path: Path, header: list[str], *, prediction: bo
         if name not in header:
             raise UsageError(f"{path} has no column {name!r}, but {header}: name yours with --columns")
         if header.count(name) > 1 or (*roles, *inputs).count(name) > 1:
-            raise UsageError(f"{path}: column {name!r} is there, or has a role, more than once")
+            raise UsageError(f"{path}: column {name!r} is repeated, or has more than one role: leave one")
     if not inputs:
         raise UsageError(f"{path} has no input column, but {header}: add one")
     if not columns.inputs and {"", "__index_level_0__"} & {*inputs}:  # in CSV and in Parquet
@@ -125,33 +129,40 @@ def _complete(columns: Columns, path: Path, header: list[str], *, prediction: bo
 
 
 def _cast(path: Path, data: Any, name: str, kind: str) -> Any:
+    column, row = data.column(name), 1
     try:
-        return data.column(name).cast(kind, safe=False).combine_chunks()
-    except (ValueError, NotImplementedError) as error:  # pyarrow's
-        raise UsageError(f"{path}: column {name!r}: {one_line(error)}: mend it, or leave it out") from error
+        return column.cast(kind, safe=False).combine_chunks()
+    except (ValueError, NotImplementedError) as error:  # pyarrow's, which name no row
+        with suppress(type(error)):
+            for cell in column:
+                cell.cast(kind, safe=False)
+                row += 1
+        where = f"{path}: column {name!r}, data row {row}"
+        raise UsageError(f"{where}: {one_line(error)}: mend it, or leave it out") from error
 
 
-def _read_numbers(path: Path, data: Any, names: Iterable[str], *, missing: bool = False) -> Tensor:
-    """Return columns as float64 `[rows, columns]`, NaN where a value may be missing."""
+def _read_numbers(path: Path, data: Any, names: Iterable[str], dtype: torch.dtype, missing: bool) -> Tensor:
+    """Return columns as `[rows, columns]`, NaN where a value may be missing."""
     columns = []
     for name in names:
-        column = torch.tensor(_cast(path, data, name, "float64").to_numpy(zero_copy_only=False))
+        column = torch.tensor(_cast(path, data, name, "float64").to_numpy(zero_copy_only=False)).to(dtype)
         bad = column.isinf() if missing else ~column.isfinite()
         if bad.any():
-            where = f"column {name!r}, data row {int(bad.nonzero()[0]) + 1}"
-            raise UsageError(f"{path}: {where} is empty or infinite: mend it, or leave it out")
+            where = f"{path}: column {name!r}, data row {int(bad.nonzero()[0]) + 1}"
+            raise UsageError(f"{where} is empty, infinite or too large for {dtype}: mend or leave it out")
         columns.append(column)
     return torch.stack(columns, 1)
 
 
 def _read_names(path: Path, data: Any, name: str, *, missing: bool = False) -> tuple[list[str], Tensor]:
-    """Return a column's different names in order of appearance, and each row's position among them.
+    """Return a column's names in order of appearance, and each row's int64 position, -1 where missing."""
+    from pyarrow import compute
 
-    Positions are int64 `[rows]`, -1 where a name may be missing.
-    """
-    encoded = _cast(path, data, name, "string").dictionary_encode()
-    if not len(encoded) or (encoded.null_count and not missing):
-        raise UsageError(f"{path}: column {name!r} has an empty cell, or no cells at all: fill it")
+    texts = compute.utf8_trim_whitespace(_cast(path, data, name, "string"))
+    encoded = compute.if_else(compute.equal(texts, ""), None, texts).dictionary_encode()
+    row = encoded.is_null().index(True).as_py() + 1  # 0: none is missing
+    if not len(encoded) or (row and not missing):
+        raise UsageError(f"{path}: column {name!r}, data row {row or 1} is empty: fill it")
     positions = encoded.indices.fill_null(-1).to_numpy().astype(np.int64)
     return encoded.dictionary.to_pylist(), torch.from_numpy(positions)
 
@@ -171,14 +182,13 @@ def _sort_classes(names: list[str], labels: Tensor) -> tuple[list[str], Tensor]:
 
 @dataclass(eq=False, kw_only=True)
 class TableTasks(TaskDistribution):
-    """Tasks drawn, with replacement, from those of a table, whose targets are all there.
+    """Tasks drawn, with replacement, from a table without missing targets.
 
     Support and query rows of a task are drawn without replacement and never meet; the query does not depend
     on the number of shots. Inputs are `[tasks, examples, inputs]`, targets `[tasks, examples, targets]`.
 
-    With `ways`, a task draws as many of its classes, and then `shots` and `queries` rows of each. Labels,
-    int64 `[tasks, ways * examples]`, are ordered by class and follow the random order of the classes. Only
-    where the table has no more classes than `ways` do they keep their order: there a label has a meaning.
+    With `ways`, a task draws that many of its classes, then rows of each. Labels, int64 `[tasks, ways *
+    examples]`, number the drawn classes at random, or in sorted order if the table has no other classes.
 
     Raises UsageError for a task with too few rows or classes.
     """

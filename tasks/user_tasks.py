@@ -55,8 +55,8 @@ def read_task_folder(path: Path, form: Form, device: torch.device, dtype: torch.
 def read_task_table(
     path: Path, columns: Columns, device: torch.device, dtype: torch.dtype, *, classification: bool
 ) -> list[UserTask]:
-    """Return the tasks of a table in order of appearance; UsageError where one has rows of one kind alone."""
-    table = load_table(path, columns, classification=classification, shares=None)
+    """Return the tasks of a table in order of appearance; UsageError if one lacks either kind of rows."""
+    table = load_table(path, columns, dtype, classification=classification, shares=None)
     known = table.y >= 0 if classification else ~table.y.isnan().any(1)
     tasks = []
     for number, name in enumerate(table.tasks):

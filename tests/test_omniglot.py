@@ -41,12 +41,12 @@ def test_damaged_data_is_named(small_omniglot):
     with pytest.raises(UsageError, match=r"0001_07.png is no readable image"):
         load(small_omniglot)
     drawing.unlink()
-    with pytest.raises(UsageError, match="images_background has not 12 characters of 20 drawings"):
+    with pytest.raises(UsageError, match="images_background should have 12 characters of 20 drawings"):
         load(small_omniglot)
     write_part(folder, "images_background", 6, archive=False)
     archive = folder / "images_evaluation.zip"
     archive.write_bytes(archive.read_bytes()[:-3000])
-    with pytest.raises(UsageError, match="images_evaluation has not 4 characters"):
+    with pytest.raises(UsageError, match="images_evaluation should have 4 characters"):
         load(small_omniglot)
 
 
@@ -55,7 +55,7 @@ def test_data_that_cannot_be_fetched_is_said_in_one_line(tmp_path, monkeypatch):
         raise OSError("no route\nto host")
 
     monkeypatch.setattr(torchvision.datasets, "Omniglot", no_network)
-    with pytest.raises(UsageError, match=r"Omniglot is not whole in .*no route to host.*--data-root"):
+    with pytest.raises(UsageError, match=r"Omniglot is incomplete in .*no route to host.*--data-root"):
         load(tmp_path)
 
 

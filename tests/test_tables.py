@@ -22,8 +22,8 @@ def write(path, columns: dict) -> None:
         csv.write_csv(data, path)
 
 
-def read(path, columns=None, *, classification=False, shares=SHARES) -> Table:
-    return load_table(path, columns or Columns(), classification=classification, shares=shares)
+def read(path, columns=None, dtype=torch.float32, *, classification=False, shares=SHARES) -> Table:
+    return load_table(path, columns or Columns(), dtype, classification=classification, shares=shares)
 
 
 def numbered(tmp_path, tasks=9, rows=6, classes=0) -> Table:
@@ -51,7 +51,7 @@ def test_csv_and_parquet_give_the_same_table(tmp_path, classification):
         write(tmp_path / name, columns)
     (tmp_path / "a.csv.gz").write_bytes(gzip.compress((tmp_path / "a.csv").read_bytes()))
     for name in ("a.csv", "a.csv.gz", "a.parquet"):
-        table = read(tmp_path / name, classification=classification, shares=None)
+        table = read(tmp_path / name, dtype=torch.float64, classification=classification, shares=None)
         assert table.tasks == ["10", "9"] and table.task.tolist() == [0, 1, 0, 1]  # as they first appear
         assert table.x.tolist() == [[1, 0.5], [2, -1e-3], [3, 1e300], [4, 0.1]]
         if classification:
@@ -68,9 +68,11 @@ def test_columns_have_the_roles_that_the_flag_gives_them(tmp_path):
     (tmp_path / "a.csv").write_text("person, u,v,w ,spare\n007,1, 2,3,text\n")
     table = read(tmp_path / "a.csv", columns)
     assert table.tasks == ["007"] and table.x.tolist() == [[2]] and table.y.tolist() == [[3, 1]]
-    (tmp_path / "a.csv").write_text("x,y\n1,7\n2,\n3,nan\n4,8\n")
+    (tmp_path / "a.csv").write_text("x,y\n1,7\n2, \n3, NA\n4,8\n")
     table = read(tmp_path / "a.csv", shares=None)  # of which one predicts: all rows are one task
     assert table.tasks == ["task"] and table.y.isnan()[:, 0].tolist() == [False, True, True, False]
+    table = read(tmp_path / "a.csv", classification=True, shares=None)
+    assert table.classes == ["7", "8"] and table.y.tolist() == [0, -1, -1, 1]
 
 
 def test_splits_of_the_file_are_kept(tmp_path):
@@ -83,19 +85,19 @@ def test_splits_of_the_file_are_kept(tmp_path):
 
 BAD = {
     "x,y\n1,2\n": r"has no column 'task', but \['x', 'y'\]",
-    "task,x,x,y\na,1,2,3\n": "column 'x' is there, or has a role, more than once",
+    "task,x,x,y\na,1,2,3\n": "column 'x' is repeated, or has more than one role",
     "task,y\na,1\n": "no input column",
     ",task,x,y\n0,a,1,1\n": "has pandas' index as a column",
-    "task,x,y\n": "column 'task' has .* no cells",
+    "task,x,y\n": "column 'task', data row 1 is empty: fill it",
     "": "not readable .*[Ee]mpty",
-    "task,x,y\na,1,1\nb,abc,1\n": "column 'x': .*'abc'",
-    "task,x,y\na,1,1\nb,,1\n": "column 'x', data row 2 is empty or infinite",
-    "task,x,y\na,1,1\nb,-inf,1\n": "column 'x', data row 2 is empty or infinite",
-    "task,x,y\na,1,1\nb,1,NA\n": "column 'y', data row 2 is empty or infinite",
-    "task,x,y\na,1,1\n,1,1\n": "column 'task' has an empty cell",
+    "task,x,y\na,1,1\nb,abc,1\n": "column 'x', data row 2: .*'abc'",
+    "task,x,y\na,1,1\nb, ,1\n": "column 'x', data row 2 is empty, infinite",
+    "task,x,y\na,1,1\nb,1e39,1\n": "column 'x', data row 2 .* too large for torch.float32",
+    "task,x,y\na,1,1\nb,1,NA\n": "column 'y', data row 2 is empty, infinite",
+    "task,x,y\na,1,1\n ,1,1\n": "column 'task', data row 2 is empty: fill it",
     "task,x,y\na,1\n": "not readable .*Expected 3 columns",
     "task,split,x,y\na,train,1,1\nb,trial,1,1\n": "a split is 'trial': it should be train, val or test",
-    "task,split,x,y\na,train,1,1\nb,,1,1\n": "column 'split' has an empty cell",
+    "task,split,x,y\na,train,1,1\nb, ,1,1\n": "column 'split', data row 2 is empty",
     "task,split,x,y\na,train,1,1\nb,test,1,1\na,test,1,1\n": "a is in train and in test",
 }
 
@@ -115,7 +117,7 @@ def test_bad_data_is_named_in_one_line(tmp_path, text):
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
-    assert "No such file" in refusal(tmp_path / "nowhere.csv")
+    assert "there is no such file" in refusal(tmp_path / "nowhere.csv")
     for name in ("a.csv", "a.parquet", "a.csv.gz"):
         (tmp_path / name).write_bytes(b"\x89PNG\r\n\x1a\n\0\xff\xfe")
         assert f"{name} is not readable" in refusal(tmp_path / name)
@@ -123,11 +125,12 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
 
 def test_bad_roles_and_bad_parquet_are_named(tmp_path):
     path = tmp_path / "a.parquet"
-    write(path, {"task": ["a", "b"], "x": [1, 2], "l": [[1], [2]], "c": ["u", None]})
-    assert "'l': Unsupported cast from list" in refusal(path, columns=Columns("task", ("x",), ("l",)))
+    write(path, {"task": ["a", "b"], "x": [1, 2], "l": [[1], [2]], "c": ["u", " "], "big": [1, 1e39]})
+    assert "row 1: Unsupported cast from list" in refusal(path, columns=Columns("task", ("x",), ("l",)))
     classes = Columns("task", ("c",), ("x",))
-    assert "'c' has an empty cell" in refusal(path, columns=classes, classification=True)
-    assert "more than once" in refusal(path, columns=Columns("task", ("x",), ("x",)))
+    assert "'c', data row 2 is empty" in refusal(path, columns=classes, classification=True)
+    assert "too large" in refusal(path, columns=Columns("task", ("big",), ("x",)), shares=None)
+    assert "more than one role" in refusal(path, columns=Columns("task", ("x",), ("x",)))
     two = Columns("task", ("x", "c"))
     assert "one target column, not 2" in refusal(path, columns=two, classification=True)
 
