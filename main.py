@@ -11,7 +11,7 @@
     python main.py --adapt FOLDER --load checkpoints/RUN    # adapt it to a task of your own
     tensorboard --logdir checkpoints
 
-Flags are parsed and checked before PyTorch is imported. `--help` shows the usual ones, `--help-all` every one.
+Flags are parsed and checked before PyTorch is imported. `--help` shows the usual ones, `--help-all` all.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PATIENCE = 30.0  # seconds: torchrun ends the other processes once the first has
 
 
 def main(arguments: list[str]) -> int:
-    """Run one command line; return 0, or 2: bad input, 3: a lost process, 4: non-finite numbers, 130: Ctrl+C."""
+    """Run a command line; return 0, or 2: bad input, 3: lost process, 4: non-finite numbers, 130: Ctrl+C."""
     if RANK:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (until the process ends)
     try:

@@ -236,7 +236,7 @@ def probe_learner(maml: MAML, parameters: Weights, distribution: TaskDistributio
         if failure is None:
             raise UsageError(
                 f"--learner {learner.learner} with --loss {learner.loss} cannot be meta-trained: "
-                f"{shorten(str(error), 200)}; --no-vectorise, --engine unrolled or --first-order ask less of it"
+                f"{shorten(str(error), 200)}; --no-vectorise, --engine unrolled or --first-order may work"
             ) from error
         lack, way_round = PROBLEMS[failure.problem]
         layer = f"its layer {failure.layer} ({failure.kind})" if failure.layer else f"{failure.kind} itself"
@@ -249,7 +249,7 @@ def probe_learner(maml: MAML, parameters: Weights, distribution: TaskDistributio
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts: its settings and, unless it starts afresh, a checkpoint."""
+    """The settings of a run and, unless it starts afresh, the checkpoint that it starts from."""
 
     config: Config
     file: Path | None = None
@@ -271,7 +271,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Assembly:
-    """All that a run is trained with."""
+    """The parts that training a run needs."""
 
     start: Start  # with the settings as this machine can run them
     runtime: Runtime

@@ -26,7 +26,7 @@ class Call:
     eval: bool = flag("--eval", group="what to do", default=False, common=True,
         help="measure a checkpoint (--load), or the initialisation, on test tasks")
     load: Path | None = flag("--load", group="what to do", metavar="FILE", default=None, common=True,
-        help="checkpoint to evaluate, to adapt or to resume; a run's folder stands for its best.pt, or last.pt")
+        help="checkpoint to evaluate, to adapt or to resume; a run's folder means its best.pt or last.pt")
     resume: bool = flag("--resume", group="what to do", default=False, common=True,
         help="resume the run of this --run-name; start it if it has no checkpoint")
     init_from: Path | None = flag("--init-from", group="what to do", metavar="FILE", default=None,
@@ -38,8 +38,8 @@ class Call:
         help="with --eval --load: measure training from scratch on each task as well; for regression also a "
         "pretrained network, and the oracle that is told the task")
     compare: tuple[str, ...] = flag("--compare", group="what to do", metavar="RUN", default=(), common=True,
-        help="compare runs: learning curves, and paired differences on the same tasks; RUN: a run's folder, a "
-        "checkpoint, or a folder of many runs, whose seeds are taken together")
+        help="compare runs: learning curves, and paired differences on the same tasks; RUN: a run's folder, "
+        "a checkpoint, or a folder of many runs, whose seeds are taken together")
     split: str = flag("--split", group="evaluation", choices=("validation", "test"), default="validation",
         help="with --compare: the tasks to measure on; choose between runs on validation tasks")
     seeds: str | None = flag("--seeds", group="what to do", metavar="LIST", default=None, common=True,
@@ -76,7 +76,7 @@ class Call:
         common=True, metavar="NAME", help="auto, cpu, cuda or mps; auto: CUDA if available, else the CPU")
     threads: int | None = flag(
         "--threads", group="machine", check=at_least(1, 1024), metavar="N", default=None,
-        help="CPU threads per process (default: OMP_NUM_THREADS, else one with --learner mlp, else all cores)")
+        help="CPU threads per process (default: OMP_NUM_THREADS, else 1 with --learner mlp, else all cores)")
     deterministic: bool = flag("--deterministic", group="machine", default=False,
         help="the same command gives the same bits on one machine; operators that may not are refused, and "
         "libraries choose by rule instead of by measuring")

@@ -105,7 +105,7 @@ def _measure(
 
 
 def _curves_of(subject: Subject) -> dict[str, Any]:
-    """Return the curves of the whole run, which go on after the iteration of its best checkpoint."""
+    """Return the curves of the whole run, including those after its best checkpoint."""
     assert subject.file is not None and subject.source is not None
     last = subject.file.with_name(LAST)
     whole = load_checkpoint(last) if subject.file.name == BEST and last.is_file() else subject.source

@@ -97,7 +97,7 @@ def measure(
 
 @dataclass(eq=False)
 class Subject:
-    """A checkpoint, or the fresh initialisation, with the settings of its test, and what `build` makes of it."""
+    """A checkpoint or the fresh initialisation, with its test settings, tasks and algorithm."""
 
     file: Path | None  # None: the fresh initialisation
     source: Checkpoint | None
@@ -112,7 +112,7 @@ class Subject:
     def read(
         cls, file: Path | None, call: Call, given: Mapping[str, Any], source: Checkpoint | None = None
     ) -> Subject:
-        """Return a checkpoint (loaded as `source`, if given) with the flags that may differ from its settings."""
+        """Load a checkpoint (unless `source` is given) and resolve its settings with the given flags."""
         if file is None:
             config = resolve(given)
         else:
@@ -141,7 +141,7 @@ class Subject:
         return summarise([self])[0]
 
     def stem(self, call: Call) -> Path:
-        """Return the beginning of the names of its result files; in --out those of several runs may meet."""
+        """Return the common prefix of the result files; with --out it includes the run's name."""
         file, learner = self.file, self.config.learner
         name = f"fresh-{file_name(learner.learner)}-{learner.init}-seed{self.config.training.seed}"
         if file is not None:

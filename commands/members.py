@@ -33,12 +33,12 @@ class Member:
 
     @property
     def name(self) -> str:
-        """Name of its folder."""
+        """The name of the run's folder."""
         return "_".join(filter(None, (self.setting, f"seed-{self.seed}")))
 
     @cached_property
     def config(self) -> Config:
-        """Its settings as a new run."""
+        """The settings of the run when it starts afresh."""
         try:
             return resolve(self.given)
         except UsageError as error:

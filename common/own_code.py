@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from common.errors import UsageError
+from common.errors import UsageError, one_line
 
 TOOL = Path(__file__).resolve().parent.parent
 # Prefixes of names with a colon that are not the user's code: `images:FOLDER`, `torchvision:MODEL`.
@@ -50,7 +50,8 @@ def load_code(name: str, flag: str) -> Callable[..., Any]:
     try:
         module = _import_file(Path(source).resolve()) if is_file else importlib.import_module(source)
     except (Exception, SystemExit) as error:  # the user's code may fail in any way
-        raise UsageError(f"{flag} {name}: importing {source} failed: {_one_line(error)}") from error
+        reason = f"{type(error).__name__}: {one_line(error):.300}"
+        raise UsageError(f"{flag} {name}: importing {source} failed: {reason}") from error
     code = getattr(module, attribute, None)
     if not callable(code):
         public = ", ".join(key for key, value in vars(module).items() if callable(value) and key[0] != "_")
@@ -105,15 +106,12 @@ def call_factory(
     except UsageError:
         raise
     except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {one_line(error):.300}"
         words = ", ".join([*map(repr, arguments), *(f"{key}={value!r}" for key, value in options.items())])
-        raise UsageError(f"{flag} {name} fails, called with ({words}): {_one_line(error)}") from error
+        raise UsageError(f"{flag} {name} fails, called with ({words}): {reason}") from error
 
 
 def select_accepted(factory: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
     """Return those options for which the factory has a parameter of that name."""
     parameters = inspect.signature(factory).parameters
     return {name: value for name, value in options.items() if name in parameters}
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
