@@ -28,12 +28,13 @@ def in_words(config: Config, names: Iterable[str]) -> dict[str, str]:
 
 
 def describe(*configs: Config) -> str:
-    """Return the meaningful settings of one run or several, a line per group; of several, every value."""
+    """Return the settings of one run or several that tell it from others, a line per group."""
     meaningful = [select_meaningful(config) for config in configs]
 
     def show_all(name: str) -> str:
         values = [settings[name] for settings in meaningful if name in settings]
-        if all(value in (None, ()) for value in values):
+        plain = (None, ()) if CONFIG_FLAGS[name].common else (None, (), CONFIG_FLAGS[name].default)
+        if all(value in plain for value in values):
             return ""
         shown = list(dict.fromkeys(str(value) if name == "seed" else show(value) for value in values))
         if len(shown) > 6:
@@ -48,7 +49,7 @@ def describe(*configs: Config) -> str:
             if flag.group == group and (words := show_all(name))
         ]
         if shown:
-            text = textwrap.fill(" · ".join(shown), 96, subsequent_indent=" " * 14)
+            text = textwrap.fill(" · ".join(shown), 96, subsequent_indent=" " * 14, break_on_hyphens=False)
             lines.append(f"  {group:<11} {text}")
     return "\n".join(lines)
 

@@ -27,6 +27,13 @@ OF_OTHER_DATA = ("invert", "quarter_turns", "dataset_args", "columns", "split_sh
 
 def resolve(given: Mapping[str, Any]) -> Config:
     """Return the settings of a new experiment: the given flags, and defaults for all others."""
+    config = _fill_in(given)
+    check(config, given)
+    return config
+
+
+def _fill_in(given: Mapping[str, Any]) -> Config:
+    """Return the given settings with the defaults that fit them, not yet checked against each other."""
     flags = {name: value for name, value in given.items() if name in CONFIG_FLAGS}
     dataset = flags.get("dataset", CONFIG_FLAGS["dataset"].default)
     facts = data_facts(dataset)
@@ -47,9 +54,7 @@ def resolve(given: Mapping[str, Any]) -> Config:
     if learner.adapt_norm is None:  # a preset's choices about batch norm do not matter
         for name in {"batch_norm", "norm_per_step"} - given.keys():
             values.pop(name, None)
-    config = Config.from_values(_settle(values, classification))
-    check(config, given)
-    return config
+    return Config.from_values(_settle(values, classification))
 
 
 def _preset(given: Mapping[str, Any], column: int) -> dict[str, Any]:
@@ -146,11 +151,10 @@ def config_of(plain: Mapping[str, Any], source: Path | None) -> Config:
     try:
         if unknown := ", ".join(sorted(plain.keys() - CONFIG_FLAGS.keys())):
             raise UsageError(f"its settings {unknown!r:.60} are unknown; a newer version may know them")
-        values = {name: flag.default for name, flag in CONFIG_FLAGS.items()} | dict(plain)
-        for name, flag in CONFIG_FLAGS.items():
-            if problem := flag.problem(values[name]):
-                raise UsageError(f"its setting {name} should be {problem}, not {values[name]!r}"[:200])
-        config = Config.from_values(values)
+        for name, value in plain.items():
+            if problem := CONFIG_FLAGS[name].problem(value):
+                raise UsageError(f"its setting {name} should be {problem}, not {value!r}"[:200])
+        config = _fill_in(plain)
         check(config, {})
     except UsageError as error:
         raise UsageError(" ".join(f"{source} cannot be used: {error}".split())) from error

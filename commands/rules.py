@@ -46,6 +46,10 @@ ONLY: dict[str, tuple[tuple[str, Callable[[Config], bool]], ...]] = {
     "learned rates": (("inner_rates", lambda c: c.choices.inner_rates != "fixed"),),
     "exact": (("meta_gradient", lambda c: c.choices.meta_gradient == "exact"),),
     "implicit": (("meta_gradient", lambda c: c.choices.meta_gradient == "implicit"),),
+    "conjugate gradients": (
+        ("meta_gradient", lambda c: c.choices.meta_gradient == "implicit"),
+        ("cg_steps", lambda c: c.choices.cg_steps > 0),
+    ),
     "engines": (("meta_gradient", lambda c: c.choices.meta_gradient in ("exact", "first-order")),),
     "multi-step": (("objective", lambda c: c.choices.objective == "multi-step"),),
     "momentum": (("inner_optimizer", lambda c: c.choices.inner_optimizer != "sgd"),),

@@ -76,7 +76,7 @@ class Choices:
         "--cg-steps", group="algorithm", check=at_least(0, MOST_STEPS), metavar="N", default=5,
         only="implicit", help="steps of conjugate gradients; 0 is first order")
     cg_damping: float = flag("--cg-damping", group="algorithm", check=not_negative, metavar="X", default=0.0,
-        only="implicit", help="solve (1 + X) I + H / lambda instead of I + H / lambda")
+        only="conjugate gradients", help="solve (1 + X) I + H / lambda instead of I + H / lambda")
     objective: str = flag("--objective", group="algorithm", choices=OBJECTIVES, default="last",
         help="the query loss after the last inner step, or a weighted sum over all steps whose weight moves "
         "to the last (MAML++)")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import math
 import types
 import typing
@@ -130,7 +131,9 @@ class Flag:
             value = None
         problem = KIND_NAMES[self.kind] if value is None else self.problem(value)
         if problem:
-            raise argparse.ArgumentTypeError(f"expected {problem}, got {text!r}")
+            near = difflib.get_close_matches(text, self.choices or (), 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise argparse.ArgumentTypeError(f"expected {problem}, got {text!r}{hint}")
         return text if self.kind is tuple else value
 
 

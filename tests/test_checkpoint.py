@@ -186,10 +186,12 @@ def test_settings_that_this_version_does_not_know_are_one_line(saved, capsys):
     assert str(saved) in line and "future" in line
 
 
-def test_a_setting_that_a_checkpoint_lacks_takes_its_default():
-    settings = resolve({}).values()
-    lacking = {name: value for name, value in settings.items() if name != "on_nan"}
-    assert config_of(lacking, None).values() == settings
+@pytest.mark.parametrize("algorithm", ["maml", "imaml"])
+def test_any_setting_that_a_checkpoint_lacks_takes_its_default(algorithm):
+    settings = resolve({"algorithm": algorithm}).values()
+    for lost in settings.keys() - {"algorithm"}:
+        lacking = {name: value for name, value in settings.items() if name != lost}
+        assert config_of(lacking, None).values() == settings, lost
 
 
 # ---- does it fit? ----------------------------------------------------------------------------------
@@ -205,5 +207,5 @@ def test_weights_of_another_learner_are_refused_by_name_and_shape():
 
 def test_another_split_of_the_data_is_refused():
     check_same_split(Path("x.pt"), {"test": ["a", "b"]}, {"test": ["b", "a"], "train": ["c"]})
-    with pytest.raises(UsageError, match=r"another test split \(a is new or gone\)"):
+    with pytest.raises(UsageError, match=r"another test split \(a differs\)"):
         check_same_split(Path("x.pt"), {"test": ["a", "b"]}, {"test": ["b", "c"]})

@@ -11,7 +11,9 @@ import main
 from commands import parser
 from commands.call import ALL_FLAGS
 from commands.config import CONFIG_FLAGS, Config
+from commands.names import describe
 from commands.resolve import config_of, resolve, resolve_from
+from commands.rules import ONLY
 from common.errors import UsageError
 from learners.options import LEARNERS
 
@@ -51,6 +53,17 @@ DEFAULTS = {
 def test_flags_override_the_preset_and_the_preset_the_datasets_defaults(line):
     settings = settings_of(line)
     assert {name: settings.get(name) for name in DEFAULTS[line]} == DEFAULTS[line]
+
+
+def test_every_condition_of_a_flag_is_a_rule():
+    assert {flag.only for flag in ALL_FLAGS.values()} - {None} == ONLY.keys()
+
+
+def test_settings_are_printed_with_their_words_whole_and_without_plain_defaults():
+    assert "exact from" not in describe(settings_of("")) and "on nan" not in describe(settings_of(""))
+    printed = describe(settings_of("--algorithm fomaml --inner-rates layer-step --on-nan skip"))
+    assert all(words in printed for words in ("first-order", "layer-step", "on nan skip"))
+    assert not any(line.endswith("-") for line in printed.splitlines())
 
 
 def test_reptile_counts_the_query_among_its_training_examples():
@@ -99,6 +112,9 @@ MISTAKES = [
     # flags that have no meaning here
     ("-n 5", "-n has no meaning with --dataset sinusoid: leave it out"),
     ("--dataset omniglot --noise 0.1", "--noise has no meaning with --dataset omniglot"),
+    ("--algorithm imaml --cg-steps 0 --cg-damping 1", "--cg-damping has no meaning with --cg-steps 0"),
+    ("--algorithm anil --cg-damping 1", "--cg-damping has no meaning with --meta-gradient exact"),
+    ("--algorithm mamll", "got 'mamll'; did you mean maml?"),
     ("--conv im2col", "--conv has no meaning with --learner mlp"),
     ("--dataset omniglot --norm-per-step --adapt-norm", "--adapt-norm has no meaning with --norm-per-step"),
     ("--algorithm reptile --first-order", "--first-order has no meaning with --algorithm reptile"),
