@@ -5,7 +5,7 @@ Memory hardly grows with the number of steps: the way back sees the activations 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,15 @@ Accelerate = Callable[..., Callable[..., Any]]  # of a function, and Inductor's 
 
 TASKS, SAME = 0, None  # axes for vmap: of tasks, or shared by them
 EXAMPLES = (TASKS, TASKS, TASKS)  # inputs, targets and extras of an inner step
+
+
+class PathStep(NamedTuple):
+    """What the way back needs of one inner step."""
+
+    gradients: Weights  # of the support loss; empty: not needed
+    examples: tuple[Tree, Tree, Extras]
+    query: Task  # the tasks as their query after the step needs them
+    statistics: Weights  # that batch norm saw
 
 
 class InnerSteps:
@@ -59,28 +68,22 @@ class InnerSteps:
             return tasks.at_step(step)
         return self.maml.over_tasks(lambda task: task.at_step(step))(tasks)
 
-    def take(
-        self, step: int, state: InnerState, shared: Shared, *examples: Any
-    ) -> tuple[InnerState, Weights, Weights, Weights]:
-        return (self.next if self.are_apart(step) else self.first)(state, shared, *examples)
+    def walk(
+        self, state: InnerState, shared: Sequence[Shared], tasks: Task
+    ) -> Iterator[tuple[InnerState, PathStep]]:
+        """Yield the state after each inner step, with the step itself; `shared` has one entry per step."""
+        for step in range(self.maml.steps):
+            examples = self.examples(tasks, step)
+            take_step = self.next if self.are_apart(step) else self.first
+            state, gradients, statistics, buffers = take_step(state, shared[step], *examples)
+            tasks = tasks.with_buffers(buffers)
+            yield state, PathStep(gradients, examples, tasks.for_query(step + 1), statistics)
 
     def run(self, parameters: Weights, tasks: Task) -> tuple[InnerState, InnerState, Shared, Task]:
-        """Take all steps. Returns first and last state, the shared weights, and the tasks afterwards."""
+        """Take all steps, alike. Returns first and last state, what tasks share, and tasks for their query."""
         start, shared = self.start(parameters, tasks), self.maml.shared_at(parameters, 0)
-        state = start
-        for step in range(self.maml.steps):
-            state, _, _, buffers = self.take(step, state, shared, *self.examples(tasks, step))
-            tasks = tasks.with_buffers(buffers)
-        return start, state, shared, tasks
-
-
-class PathStep(NamedTuple):
-    """What the way back needs of one inner step."""
-
-    gradients: Weights  # of the support loss; empty: not needed
-    examples: tuple[Tree, Tree, Extras]
-    query: Task  # the tasks as their query after the step needs them
-    statistics: Weights  # that batch norm saw
+        *_, (end, step) = self.walk(start, [shared] * self.maml.steps, tasks)
+        return start, end, shared, step.query
 
 
 class Adjoint:
@@ -122,13 +125,11 @@ class Adjoint:
     ) -> tuple[list[InnerState], list[PathStep]]:
         """Walk through the inner loop. Returns the states that the way back needs, and its steps."""
         states, path = [], []
-        for step in range(self.maml.steps):
+        for after, step in self.steps.walk(state, shared, tasks):
             if keep_all or not self.passes_through:
                 states.append(state)
-            examples = self.steps.examples(tasks, step)
-            state, gradients, statistics, buffers = self.steps.take(step, state, shared[step], *examples)
-            tasks = tasks.with_buffers(buffers)
-            path.append(PathStep(gradients, examples, tasks.for_query(step + 1), statistics))
+            state = after
+            path.append(step)
         return [*states, state], path
 
     def _backward(

@@ -108,8 +108,7 @@ def implicit(maml: MAML, accelerate: Accelerate) -> Way:
 
     @torch.no_grad()
     def way(parameters: Weights, tasks: Task, step_weights: Tensor | None) -> MetaGradient:
-        _, state, shared, tasks = steps.run(parameters, tasks)
-        query = tasks.for_query(maml.steps)
+        _, state, shared, query = steps.run(parameters, tasks)
         support = (tasks.support_x, tasks.support_y, query.extras)
         (v, u), (losses, outputs, _) = query_of(state.fast, shared.weights, query)
 
@@ -175,7 +174,7 @@ def reptile(maml: MAML, accelerate: Accelerate) -> Way:
     def way(parameters: Weights, tasks: Task, step_weights: Tensor | None) -> MetaGradient:
         x, y = _join_sets(tasks)
         start, state, shared, pool = steps.run(parameters, replace(tasks, support_x=x, support_y=y))
-        query = replace(tasks, extras=pool.extras).for_query(maml.steps)
+        query = replace(tasks, order=None, extras=pool.extras)
         losses, (outputs, _) = query_loss(state.fast, shared.weights, query)
         moved = {name: (w - state.fast[name]).sum(0) for name, w in start.fast.items()}
         if maml.optimizer.is_carried:
