@@ -97,4 +97,6 @@ def one_at_a_time(
     try:
         yield
     finally:
-        lock.release()  # the file stays: another process may be waiting for this very one
+        with suppress(OSError):  # Windows removes no open file; two that meet here do the same work twice
+            path.unlink(missing_ok=True)
+        lock.release()

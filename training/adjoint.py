@@ -25,7 +25,7 @@ EXAMPLES = (TASKS, TASKS, TASKS)  # inputs, targets and extras of an inner step
 
 
 class PathStep(NamedTuple):
-    """What the way back needs of one inner step."""
+    """One inner step of all tasks, as a way back needs it."""
 
     gradients: Weights  # of the support loss; empty: not needed
     examples: tuple[Tree, Tree, Extras]
@@ -80,10 +80,11 @@ class InnerSteps:
             yield state, PathStep(gradients, examples, tasks.for_query(step + 1), statistics)
 
     def run(self, parameters: Weights, tasks: Task) -> tuple[InnerState, InnerState, Shared, Task]:
-        """Take all steps, alike. Returns first and last state, what tasks share, and tasks for their query."""
+        """Take all steps. Returns first and last state, what tasks share, and the tasks for their query."""
         start, shared = self.start(parameters, tasks), self.maml.shared_at(parameters, 0)
-        *_, (end, step) = self.walk(start, [shared] * self.maml.steps, tasks)
-        return start, end, shared, step.query
+        for state, step in self.walk(start, [shared] * self.maml.steps, tasks):
+            end, query = state, step.query
+        return start, end, shared, query
 
 
 class Adjoint:
