@@ -3,8 +3,7 @@
     evaluate.evaluate_one -> the checkpoint's result; measure_baselines -> the others' -> table, JSON, picture
 
 The baselines are those of Finn et al. 2017, section 5.1: training from scratch on each task, pretraining on
-all tasks with fine-tuning, and an oracle that is told the task. Learning rates are chosen on validation
-tasks.
+all tasks with fine-tuning, and an oracle told the task. Learning rates are chosen on validation tasks.
 """
 
 from __future__ import annotations

@@ -65,10 +65,10 @@ PROBLEMS = {
 
 
 def join_job(call: Call, *, many: bool) -> tuple[Call, World]:
-    """Return the call with checkpoints' files in place of folders, and the job's processes, which meet here.
+    """Join the job's processes; return the call with folders resolved to checkpoints' files, and the job.
 
     Args:
-        many: each process has runs of its own; they meet at the end, whenever that is.
+        many: each process trains runs of its own, and waits for the others only at the end.
     """
     distribution_of.cache_clear()
     names = (BEST, LAST) if call.eval or call.adapt else (LAST, BEST)
@@ -218,7 +218,7 @@ def check_outputs(learner: nn.Module, example: Tree, outputs: int, config: Confi
 
 
 def probe_learner(maml: MAML, parameters: Weights, distribution: TaskDistribution, config: Config) -> None:
-    """Compute one meta-gradient; raise UsageError that names the layer that fails, and the way round."""
+    """Compute one meta-gradient; raise UsageError that names the failing layer and a workaround."""
     seed, learner = config.training.seed, config.learner
     tasks = distribution.resized(config.training_shots).sample("train", seed, 1, range(2))
     keys = keys_of(task_stream("train", seed, 1, range(2), first_tensor(tasks.support_x).device))
@@ -284,7 +284,7 @@ class Assembly:
 def assemble(
     start: Start, folder: Path, given: Mapping[str, Any], call: Call, world: World, *, team: World = ALONE
 ) -> Assembly:
-    """Build everything that a run is trained with; no process waits for another in here.
+    """Build everything needed to train a run; processes do not wait for each other here.
 
     Raises UsageError where data, learner, loss or checkpoint do not fit each other.
     """
@@ -315,7 +315,7 @@ def assemble(
 
 
 def _fit_to_machine(start: Start, given: Mapping[str, Any], runtime: Runtime) -> Config:
-    """Return settings that this machine can run: uncompiled, if need be; on a GPU all tasks at once."""
+    """Fit settings to this machine: uncompiled if it has no compiler, on a GPU all tasks at once."""
     config = start.config
     if not start.resumes and runtime.device.type == "cuda" and "tasks_at_once" not in given:
         config = config.replaced(tasks_at_once=None)
@@ -385,7 +385,7 @@ def collect_facts(config: Config, runtime: Runtime, checkpoint: Checkpoint | Non
 
 
 def make_writable(folder: Path, flag: str) -> Path:
-    """Return the folder, made if need be; raise UsageError that names the flag if nothing can be written."""
+    """Create the folder if it is missing; raise UsageError, naming the flag, if it cannot be written to."""
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     if not folder.is_dir() or not os.access(folder, os.W_OK):

@@ -28,7 +28,7 @@ def in_words(config: Config, names: Iterable[str]) -> dict[str, str]:
 
 
 def describe(*configs: Config) -> str:
-    """Return the settings of one run or several that tell it from others, a line per group."""
+    """Return the settings of one or more runs, without those at plain defaults, one line per group."""
     meaningful = [select_meaningful(config) for config in configs]
 
     def show_all(name: str) -> str:

@@ -112,7 +112,7 @@ def _help_text(name: str, flag: Flag, *, whole: bool) -> str:
 
 
 def parse(arguments: list[str]) -> dict[str, Any]:
-    """Return the given flags by name of the setting, each valid by itself; raise UsageError else."""
+    """Return the given flags by name of the setting, each valid by itself; raise UsageError otherwise."""
     given = vars(build_parser().parse_args(arguments))
     if given.pop("help_all", False):
         build_parser(every_flag=True).print_help()

@@ -26,7 +26,7 @@ OF_OTHER_DATA = ("invert", "quarter_turns", "dataset_args", "columns", "split_sh
 
 
 def resolve(given: Mapping[str, Any]) -> Config:
-    """Return the settings of a new experiment: the given flags, and defaults for all others."""
+    """Return the settings of a new experiment: the given flags, and defaults for the rest."""
     config = _fill_in(given)
     check(config, given)
     return config
@@ -121,7 +121,7 @@ def _settle(values: Mapping[str, Any], classification: bool) -> dict[str, Any]:
 
 
 def disable_compiling(config: Config, given: Mapping[str, Any]) -> Config:
-    """Return a new run's settings without compilation, and with what suits that where no flag decides."""
+    """Return a new run's settings for uncompiled training, except where a flag decides."""
     changes: dict[str, Any] = {"compile": "off"}
     if given.get("convolution", "auto") == "auto":
         changes["convolution"] = "grouped"
@@ -131,7 +131,7 @@ def disable_compiling(config: Config, given: Mapping[str, Any]) -> Config:
 
 
 def _cache_chunk(values: Mapping[str, Any]) -> int | None:
-    """Return the tasks whose support sets have some `CHUNK_IMAGES` images; None: the whole meta-batch."""
+    """Return how many tasks have about `CHUNK_IMAGES` support images; None: the whole meta-batch."""
     tasks = values["meta_batch_size"]
     most = max(1, CHUNK_IMAGES // (values["ways"] * values["shots"]))
     chunk = max(size for size in range(1, min(most, tasks) + 1) if tasks % size == 0)

@@ -28,6 +28,7 @@ def _adapts_body(config: Config) -> bool:
 
 
 BATCH_NORM = ("learner", lambda c: c.learner.has_batch_norm)
+IMPLICIT = ("meta_gradient", lambda c: c.choices.meta_gradient == "implicit")
 # By the `only` of a flag: conditions under which it has a meaning, each with the setting that decides it.
 ONLY: dict[str, tuple[tuple[str, Callable[[Config], bool]], ...]] = {
     "curves": (("dataset", lambda c: c.tasks.dataset in CURVES),),
@@ -45,11 +46,8 @@ ONLY: dict[str, tuple[tuple[str, Callable[[Config], bool]], ...]] = {
     "context": (("fast_weights", lambda c: c.choices.fast_weights == "context"),),
     "learned rates": (("inner_rates", lambda c: c.choices.inner_rates != "fixed"),),
     "exact": (("meta_gradient", lambda c: c.choices.meta_gradient == "exact"),),
-    "implicit": (("meta_gradient", lambda c: c.choices.meta_gradient == "implicit"),),
-    "conjugate gradients": (
-        ("meta_gradient", lambda c: c.choices.meta_gradient == "implicit"),
-        ("cg_steps", lambda c: c.choices.cg_steps > 0),
-    ),
+    "implicit": (IMPLICIT,),
+    "conjugate gradients": (IMPLICIT, ("cg_steps", lambda c: c.choices.cg_steps > 0)),
     "engines": (("meta_gradient", lambda c: c.choices.meta_gradient in ("exact", "first-order")),),
     "multi-step": (("objective", lambda c: c.choices.objective == "multi-step"),),
     "momentum": (("inner_optimizer", lambda c: c.choices.inner_optimizer != "sgd"),),

@@ -73,7 +73,7 @@ def _claim_folder(
 
 
 def _write_list(folder: Path, members: Sequence[Member]) -> None:
-    """Write which runs the folder has: these, and those from before."""
+    """Record which runs the folder has: these and the earlier ones."""
     runs = {run.name: run for run in _listed(folder)}
     runs |= {member.name: ListedRun(member.name, member.setting, member.seed) for member in members}
     tables.write_json(folder / LIST, {"runs": [asdict(run) for run in runs.values()]})

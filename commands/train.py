@@ -123,6 +123,6 @@ def make_folder(checkpoint_path: Path, config: Config, locks: ExitStack) -> Path
 
 
 def check_free(folder: Path, call: Call) -> None:
-    """Raise UsageError where something lies in the folder that --run-name names, unless --resume is given."""
+    """Raise UsageError if the folder of --run-name is not empty, unless --resume is given."""
     if is_occupied(folder) and not call.resume:
         raise UsageError(f"{folder} is not empty: choose another --run-name, or --resume what is there")

@@ -186,12 +186,12 @@ def test_settings_that_this_version_does_not_know_are_one_line(saved, capsys):
     assert str(saved) in line and "future" in line
 
 
-@pytest.mark.parametrize("algorithm", ["maml", "imaml"])
-def test_any_setting_that_a_checkpoint_lacks_takes_its_default(algorithm):
-    settings = resolve({"algorithm": algorithm}).values()
-    for lost in settings.keys() - {"algorithm"}:
+def test_any_setting_that_a_checkpoint_lacks_takes_its_default():
+    settings = resolve({"algorithm": "imaml"}).values()
+    for lost in settings:
         lacking = {name: value for name, value in settings.items() if name != lost}
-        assert config_of(lacking, None).values() == settings, lost
+        expected = settings | ({"algorithm": "maml"} if lost == "algorithm" else {})
+        assert config_of(lacking, None).values() == expected, lost
 
 
 # ---- does it fit? ----------------------------------------------------------------------------------
