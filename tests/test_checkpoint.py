@@ -12,7 +12,7 @@ import pytest
 import torch
 from runs import assert_same_bits, command
 
-from commands.resolve import config_of, resolve
+from commands.resolve import resolve
 from common import files
 from common.errors import UsageError
 from training.checkpoint import (
@@ -184,14 +184,6 @@ def test_settings_that_this_version_does_not_know_are_one_line(saved, capsys):
     assert command("--eval", "--load", saved) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert str(saved) in line and "future" in line
-
-
-def test_any_setting_that_a_checkpoint_lacks_takes_its_default():
-    settings = resolve({"algorithm": "imaml"}).values()
-    for lost in settings:
-        lacking = {name: value for name, value in settings.items() if name != lost}
-        expected = settings | ({"algorithm": "maml"} if lost == "algorithm" else {})
-        assert config_of(lacking, None).values() == expected, lost
 
 
 # ---- does it fit? ----------------------------------------------------------------------------------
