@@ -1,6 +1,7 @@
 """A run killed at any write, or on a full disk, resumes to the bits of an undisturbed one."""
 
 import errno
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -29,35 +30,35 @@ def whole(tmp_path) -> Path:
     return tmp_path / "whole"
 
 
+FORKSERVER = multiprocessing.get_context("forkserver")  # forks a process that has not used autograd yet
+FORKSERVER.set_forkserver_preload(["commands.train", "runs"])
+
+
+def run_counting(write: int, line: list[object]) -> None:
+    """Run a command line in a process that is gone at a write or rename, as by kill -9."""
+    done, fsync, rename = 0, os.fsync, Path.replace
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        if done == write:
+            os._exit(9)
+
+    files.os.fsync = lambda file: (count(), fsync(file))
+    Path.replace = lambda a, b: (count(), rename(a, b))[1]
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+        os._exit(command(*line))
+
+
 def run_until_killed(write: int, line: list[object]) -> bool:
-    """Run a command line in a forked process that is gone at a write or rename, as by kill -9.
-
-    Returns whether it was killed before it ended.
-    """
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            done = 0
-            fsync, rename = os.fsync, Path.replace
-
-            def count() -> None:
-                nonlocal done
-                done += 1
-                if done == write:
-                    os._exit(9)
-
-            files.os.fsync = lambda file: (count(), fsync(file))
-            Path.replace = lambda a, b: (count(), rename(a, b))[1]
-            with Path(os.devnull).open("w") as nowhere:
-                os.dup2(nowhere.fileno(), 1)
-                os.dup2(nowhere.fileno(), 2)
-                code = command(*line)
-        finally:
-            os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, 9)
-    return code == 9
+    """Return whether the command was killed before it ended."""
+    process = FORKSERVER.Process(target=run_counting, args=(write, line))
+    process.start()
+    process.join()
+    assert process.exitcode in (0, 9)
+    return process.exitcode == 9
 
 
 def kill_and_compare(writes: list[int], whole: Path, home: Path) -> bool:
