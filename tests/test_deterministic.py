@@ -34,7 +34,7 @@ def _as_before(monkeypatch):
     "way",
     [
         ["--compile", "off", "--threads", 2],
-        pytest.param(["--compile", "on", "--compile-after", 2], marks=pytest.mark.slow),
+        pytest.param(["--compile", "on"], marks=pytest.mark.slow),
     ],
     ids=["uncompiled", "compiled"],
 )
