@@ -294,6 +294,7 @@ def assemble(
     distribution, maml = build(config, call, runtime, saved=source)
     if start.file is not None and start.resumed is not None:
         check_same_split(start.file, start.resumed.splits, distribution.split_names)
+    distribution.sample("validation", 0, 0, range(1))  # a split without tasks is refused before training
     parameters = _starting_weights(start, maml)
     if config.learner.learner not in LEARNERS or config.learner.loss not in LOSSES:
         probe_learner(maml, parameters, distribution, config)

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pytest
 import torch
 from pyarrow import csv, parquet
+from runs import command
 
 from common.errors import UsageError
 from common.random import SPLITS
@@ -216,3 +217,21 @@ def test_what_a_table_does_not_suffice_for_is_refused(tmp_path):
     tasks.sample("train", 0, 0, range(2))
     with pytest.raises(UsageError, match="no validation tasks"):
         tasks.sample("validation", 0, 0, range(2))
+
+
+def test_a_table_without_validation_tasks_is_refused_before_training(tmp_path, capsys):
+    rows = [f"t{task},{x},{task * x},train" for task in range(4) for x in range(12)]
+    (tmp_path / "t.csv").write_text("task,x,y,split\n" + "\n".join(rows))
+    line = [
+        "--dataset",
+        f"table:{tmp_path / 't.csv'}",
+        "-k",
+        5,
+        "-q",
+        5,
+        "--checkpoint-path",
+        tmp_path / "runs",
+    ]
+    assert command(*line, "--run-name", "run") == 2
+    assert "has no validation tasks" in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "run").exists()
