@@ -226,7 +226,8 @@ def probe_learner(maml: MAML, parameters: Weights, distribution: TaskDistributio
     weights = maml.whole_weights(parameters)
     try:
         with torch.no_grad():
-            maml.loss(maml.call(weights, x, Extras(keys[0]).for_pass("support")), y)
+            outputs = maml.call(weights, x, Extras(keys[0]).for_pass("support"))
+        _probe_loss(maml, outputs, y, learner.loss)
         make_meta_gradient(maml, engine=config.training.engine)(parameters, tasks, keys=keys)
     except Exception as error:  # an operator may fail in any way
         if isinstance(error, UsageError) or is_out_of_memory(error):
@@ -242,6 +243,19 @@ def probe_learner(maml: MAML, parameters: Weights, distribution: TaskDistributio
         layer = f"its layer {failure.layer} ({failure.kind})" if failure.layer else f"{failure.kind} itself"
         text = f"--learner {learner.learner}: {layer} {lack} ({failure.reason}): {way_round}"
         raise UsageError(text) from error
+
+
+def _probe_loss(maml: MAML, outputs: Tree, targets: Tree, name: str) -> None:
+    """Raise UsageError if the loss fails, or does not depend on the outputs."""
+    outputs = tree_map(lambda t: t.detach().requires_grad_(t.is_floating_point()), outputs)
+    try:
+        value = maml.loss(outputs, targets)
+    except Exception as error:  # the user's code may fail in any way
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"--loss {name} fails: {shorten(str(error), 200)}") from error
+    if not value.requires_grad:
+        raise UsageError(f"--loss {name} does not depend on the learner's outputs")
 
 
 # ---- a run ---------------------------------------------------------------------------------------

@@ -73,6 +73,12 @@ def cubed(outputs, targets, power=3):
 
 def vector(outputs, targets):
     return (outputs - torch.nn.functional.one_hot(targets, 2)).square().mean(1)
+
+def alone(outputs):
+    return outputs.mean()
+
+def constant(outputs, targets):
+    return torch.tensor(1.0)
 """
 
 
@@ -239,6 +245,11 @@ def test_code_that_a_checkpoint_names_is_never_imported(setting, doing, tmp_path
         ("--learner torchvision:resnet19", "no classification model resnet19: try resnet18"),
         ("--learner {own}:Net --head nowhere --fast-weights head", "has no part 'nowhere'"),
         ("--loss {own}:vector --learner {own}:Net", "it should give one number"),
+        (
+            "--loss {own}:alone --learner {own}:Net",
+            "alone fails: alone() takes 1 positional argument but 2 were given",
+        ),
+        ("--loss {own}:constant --learner {own}:Net", "constant does not depend on the learner's outputs"),
         ("--image-size 3 --learner conv4", "are too small"),
     ],
 )
