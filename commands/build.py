@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -51,7 +51,6 @@ from training.trainer import Trainer
 
 PREPARING, A_YEAR = 120.0, 60.0 * 24 * 365  # minutes that processes wait for each other's values
 distribution_of = cache(build_distribution)  # one for all runs with the same tasks; `join_job` forgets them
-print_once = cache(partial(print, file=sys.stderr))
 
 # By the problem that `find_failure` finds: what the layer lacks, and how to train without it.
 PROBLEMS = {
@@ -59,6 +58,11 @@ PROBLEMS = {
     "second derivative": ("has no second derivative", "--first-order needs none"),
     "forward mode": ("has no derivative in forward mode", "--engine unrolled needs none"),
 }
+
+
+@cache
+def print_once(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 # ---- machine -------------------------------------------------------------------------------------
