@@ -52,7 +52,7 @@ MASS = SQUARE + "mass/"  # what the carried moments are divided by
 
 
 class Shared(NamedTuple):
-    """What all tasks share in one inner step."""
+    """Weights, rates and anchor shared by all tasks in one inner step."""
 
     weights: Weights  # those that are not adapted
     rates: Weights  # learned inner rates; empty: the optimizer's own

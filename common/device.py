@@ -27,7 +27,7 @@ _DTYPES = {  # of meta-parameters, and of the learner's arithmetic where it diff
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where tensors live, their type, and the processes that share the work."""
+    """Device and type of tensors, and the processes that share the work."""
 
     device: torch.device
     dtype: torch.dtype

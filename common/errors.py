@@ -15,7 +15,7 @@ OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory|ALLO
 
 
 class UsageError(Exception):
-    """What was given, what was expected, and what to do: one line, no traceback."""
+    """A mistake that the user can mend: one line on what was given, what was expected, and what to do."""
 
 
 class AgreedError(UsageError):

@@ -10,7 +10,7 @@ from common.options import at_least, flag
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """How a checkpoint is measured on validation and test tasks."""
+    """Options of measuring a checkpoint on validation and test tasks."""
 
     # fmt: off
     eval_tasks: int = flag(

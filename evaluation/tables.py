@@ -69,7 +69,7 @@ def predictions_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> s
 
 @dataclass(frozen=True)
 class Caption:
-    """What tables and figures say about results."""
+    """Words of tables and figures about results."""
 
     title: str
     loss_name: str
@@ -220,7 +220,7 @@ def describe_means(results: Sequence[StepResults]) -> str:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """How one run was trained."""
+    """Summary of one run's training."""
 
     name: str
     setting: str

@@ -23,7 +23,7 @@ Loss = Callable[[Weights, Any], Tensor]  # of the weights, and the inputs and ke
 
 
 class Finding(NamedTuple):
-    """What a learner lacks."""
+    """A layer that fails, and at what."""
 
     problem: str  # "vectorise", "second derivative" or "forward mode"
     layer: str  # name of the innermost layer whose forward fails; "": the learner as a whole

@@ -1,4 +1,4 @@
-"""What lies in a run's folder, and in the folder of many runs: names, locks, and what was left there.
+"""Names, locks and leftovers in the folder of a run, and in the folder of many runs.
 
     RUN/last.pt, best.pt       checkpoints: the newest, and the best on the validation tasks
     RUN/training.json          curves and outcome; a run that has it is finished

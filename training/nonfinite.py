@@ -1,4 +1,4 @@
-"""Why the numbers of an iteration are not finite, in words.
+"""Explain in words why the numbers of an iteration are not finite.
 
 The trainer asks once an iteration has failed; the answer ends up in the run's error line.
 """

@@ -1,4 +1,4 @@
-"""What changes over the iterations of meta-training: the meta-learning rate, and the multi-step weights.
+"""Schedules over the iterations of meta-training: the meta-learning rate and the multi-step weights.
 
 Functions of tensors, so that they compile with the step. Iterations count from 0.
 """

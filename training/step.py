@@ -56,7 +56,7 @@ class FlatLayout:
 
 
 class State(NamedTuple):
-    """What an iteration changes; with several runs at once, each tensor has these as its first axis."""
+    """State carried from one iteration to the next; with several runs, each tensor has these as first axis."""
 
     parameters: Tensor  # [parameters], the meta-parameters
     exp_avg: Tensor  # [parameters], Adam's first moment
