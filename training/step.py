@@ -56,7 +56,7 @@ class FlatLayout:
 
 
 class State(NamedTuple):
-    """State carried from one iteration to the next; with several runs, each tensor has these as first axis."""
+    """State carried from one iteration to the next; of several runs, these are the first axis."""
 
     parameters: Tensor  # [parameters], the meta-parameters
     exp_avg: Tensor  # [parameters], Adam's first moment
