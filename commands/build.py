@@ -40,7 +40,7 @@ from learner import LEARNERS, build_learner, load_factory
 from learners.diagnosis import find_failure
 from learners.elementary import Elementary
 from learners.functional import fixed_tensors
-from learners.losses import LOSSES, build_loss
+from learners.losses import LOSSES, build_loss, loss_name
 from maml import MAML, RATE, SQUARE
 from training.checkpoint import Checkpoint, check_same_split, fitting_parameters
 from training.compiler import Compiler, cpp_compiler
@@ -323,9 +323,14 @@ def assemble(
         choices=config.choices,
         evaluation=config.evaluation,
         settings=config.values(),
-        meaningful=list(select_meaningful(config)),
-        flags={n: flag for n, flag in CONFIG_FLAGS.items() if flag.group not in ("machine", "logging")},
+        described_by=select_meaningful(config),
+        columns={
+            name: 0.0 if flag.kind in (int, float, bool) else ""
+            for name, flag in CONFIG_FLAGS.items()
+            if flag.group not in ("machine", "logging")
+        },
         classification=config.tasks.classification,
+        measure_name="accuracy" if config.tasks.classification else loss_name(config.learner.loss),
         start=start.resumed,
         origin=f"{start.file}, iteration {source.iteration:,}" if source else None,
         writes=team.first,

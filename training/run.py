@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,12 @@ from tqdm import tqdm
 from common.batch import TaskDistribution
 from common.choices import Choices
 from common.optimizers import Weights
-from common.options import Flag
 from common.processes import World
 from evaluation.examples import adapt_examples, examples_figure
 from evaluation.figures import learning_figure
 from evaluation.meta_test import evaluate
 from evaluation.options import EvaluationOptions
 from evaluation.tables import write_json
-from learners.losses import loss_name
 from maml import MAML, RATE
 from training.checkpoint import Checkpoint, Curve, Progress
 from training.folders import RESULTS
@@ -46,10 +44,11 @@ class Run:
     training: TrainingOptions
     choices: Choices
     evaluation: EvaluationOptions
-    settings: dict[str, Any]  # all, by name, as plain values: what a checkpoint holds
-    meaningful: Sequence[str]  # names of the settings that matter for these data and this learner
-    flags: Mapping[str, Flag]  # of all settings that may decide a result
+    settings: Mapping[str, Any]  # saved as they are, with `training` as it is now
+    described_by: Mapping[str, Any]  # the settings that TensorBoard and the results show
+    columns: Mapping[str, Any]  # of TensorBoard's view of all runs: an example value by name
     classification: bool
+    measure_name: str  # for people
     start: Checkpoint | None = None
     origin: str | None = None  # of a new run's parameters, if not the initialisation
     computed_by: dict[str, Any] = field(default_factory=dict)  # what the last bits depend on
@@ -72,12 +71,12 @@ class Run:
         if not self.iteration:
             empty = ["query accuracy"] * (not self.classification)
             empty += ["inner rates"] * (self.choices.inner_rates == "fixed")
-            self.log.begin(self._settings(), self.flags, empty)
+            self.log.begin(self._description(), self.columns, empty)
 
-    def _settings(self) -> dict[str, Any]:
-        """Return the settings that matter, and where the weights come from."""
+    def _description(self) -> dict[str, Any]:
+        """Return the settings to show, as they are now, and where the weights come from."""
         origin = {"initial_weights": self.progress.origin} if self.progress.origin else {}
-        return {name: self.settings[name] for name in self.meaningful} | origin
+        return {name: getattr(self.training, name, v) for name, v in self.described_by.items()} | origin
 
     # ---- curves -----------------------------------------------------------------------------
 
@@ -178,7 +177,7 @@ class Run:
     def end(self) -> None:
         """Write the curves as a picture and, last, as JSON: a run that has it is finished. Raises OSError."""
         results: dict[str, Any] = {
-            "settings": self._settings(),
+            "settings": self._description(),
             "iteration": self.iteration,
             "best_iteration": self.progress.best_iteration,
             "failure": self.failure,
@@ -188,13 +187,12 @@ class Run:
         }
         after = self.iteration + 1  # a resumed run drops it
         if self.progress.training and self.progress.validation:
-            measure = "accuracy" if self.classification else loss_name(self.settings["loss"])
             curves = {
                 f"training, means of {self.log_every:,} iterations": self.progress.training,
                 "validation": self.progress.validation,
             }
             points = {label: [(curve["iteration"], curve[self.measure])] for label, curve in curves.items()}
-            figure = learning_figure(points, f"query {measure}")
+            figure = learning_figure(points, f"query {self.measure_name}")
             self.log.figure("training", figure, after, self.folder / "training.png")
         if self.failure is None:
             self.log.end(after)

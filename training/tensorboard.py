@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from common.files import sync, write_whole
-from common.options import Flag
 from evaluation.style import render
 
 if TYPE_CHECKING:
@@ -109,18 +108,19 @@ class RunLog:
         self.add(Summary(value=[Summary.Value(tag=tag, image=image)]), iteration)
         write_whole(file, lambda opened: opened.write(png))
 
-    def begin(self, settings: Mapping[str, Any], columns: Mapping[str, Flag], empty: Collection[str]) -> None:
+    def begin(self, settings: Mapping[str, Any], columns: Mapping[str, Any], empty: Collection[str]) -> None:
         """Describe a new run: settings as a text and as a row of the hyper-parameter view, and its charts.
 
-        TensorBoard takes the view's columns from the first run for all. `empty` charts are left out.
+        Args:
+            columns: an example value of each column; TensorBoard takes them from the first run for all.
+            empty: charts to leave out.
         """
         from torch.utils.tensorboard import summary
 
         rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
         self.text("settings", f"| setting | value |\n|-|-|\n{rows}", 0)
-        examples = {n: 0.0 if flag.kind in (int, float, bool) else "" for n, flag in columns.items()}
         plain = {n: " ".join(v) if isinstance(v, list | tuple) else v for n, v in settings.items()}
-        experiment, _, _ = summary.hparams(examples, dict.fromkeys(METRICS))
+        experiment, _, _ = summary.hparams(dict(columns), dict.fromkeys(METRICS))
         _, row, _ = summary.hparams(plain, {})
         layout: dict[str, dict[str, Any]] = {}
         for group, charts in CHARTS.items():

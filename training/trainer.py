@@ -26,7 +26,7 @@ from training import nonfinite
 from training.checkpoint import Checkpoint, save_checkpoints
 from training.compiler import CompilationError, Compiler
 from training.folders import BEST, LAST
-from training.options import VALIDATION_TASKS
+from training.options import VALIDATION_TASKS, TrainingOptions
 from training.run import Run
 from training.schedules import meta_lr_at
 from training.step import TAIL, CudaGraph, FlatLayout, MetaStep, State
@@ -67,7 +67,6 @@ class Trainer:
         self.runs, self.maml, self.compiler, self.world = list(runs), maml, compiler, world
         self.training_tasks, self.validation_tasks = training_tasks, validation_tasks
         self.show = show and world.first
-        self.options = runs[0].training  # the others' differ in `AT_ONCE` alone
         accuracy = ["query_accuracy"] * training_tasks.classification
         self.metrics = ["query_loss", *accuracy, "meta_gradient_norm", *TAIL]  # of an iteration
         self.iteration = runs[0].iteration
@@ -81,6 +80,11 @@ class Trainer:
         self.bar = tqdm(disable=True)
         self.redrawn_at, self.metrics_text = -math.inf, ""
         self.saved_at = time.monotonic()
+
+    @property
+    def options(self) -> TrainingOptions:
+        """Return the first run's options; the others' differ in `AT_ONCE` alone."""
+        return self.runs[0].training
 
     def _initial_state(self, run: Run) -> State:
         """Return the state in which a run begins or resumes."""
@@ -189,7 +193,7 @@ class Trainer:
         tensors = {"seed": seeds if len(self.runs) > 1 else seeds[0]}
         learned = self.runs[0].choices.inner_rates != "fixed"
         for name in AT_ONCE[1:]:
-            values = [run.settings[name] for run in self.runs]
+            values = [getattr(r.choices if name == "inner_lr" else r.training, name) for r in self.runs]
             if len(set(values)) > 1 and not (learned and name == "inner_lr"):
                 tensors[name] = like.new_tensor(values)
         return tensors
@@ -224,9 +228,8 @@ class Trainer:
             self.stop.signal = next(filter(None, signals), None)
             if self.stop.signal:  # it has ended the C++ compiler too
                 return False
-            self.options = replace(self.options, compile="off")
             for run in self.runs:
-                run.settings["compile"] = "off"
+                run.training = replace(run.training, compile="off")
             self._say(f"The run stays uncompiled: {next(filter(None, failures))}")
             return True
         done = "Compiled" if self.compiler.compiled > compiled else "Found compiled code"
@@ -311,7 +314,7 @@ class Trainer:
         step, state = self.plain_step, run.state
         run.progress.window = dict(zip(self.metrics, state.sums.tolist(), strict=True))
         return Checkpoint(
-            settings=dict(run.settings),
+            settings={**run.settings, **vars(run.training)},
             iteration=run.iteration,
             parameters=names(step.layout, state.parameters),
             exp_avg=names(step.layout, state.exp_avg),
