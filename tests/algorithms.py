@@ -87,11 +87,3 @@ def vary(parameters: dict) -> dict:
         name: w * (1 + 0.3 * torch.rand(w.shape, generator=generator, dtype=w.dtype))
         for name, w in parameters.items()
     }
-
-
-def assert_same(ours: dict, theirs: dict, tolerance: float = 1e-9) -> None:
-    assert ours.keys() == theirs.keys()
-    scale = max(g.abs().max().item() for g in theirs.values())
-    assert scale > 1e-6  # a comparison of zeros would prove nothing
-    for name in ours:
-        assert (ours[name] - theirs[name]).abs().max().item() < tolerance * scale, name

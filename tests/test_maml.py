@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from algorithms import TASKS, WAYS_TO_COMPUTE, Algorithm, assert_same, make_maml, make_tasks
+from algorithms import TASKS, WAYS_TO_COMPUTE, Algorithm, make_maml, make_tasks
+from plain_loop import ENGINES, ORDERS, assert_close
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -12,12 +13,11 @@ from torch.nn import functional as F
 from common.batch import TaskBatch
 from common.task import Task
 from learner import LEARNERS, build_learner
-from learners.batch_norm import BatchNorm, norm_parameter_names
+from learners.batch_norm import BatchNorm
 from learners.im2col import Im2colConv2d, convert_convolutions
 
 FAST = ("mlp", "conv", "fc")
 EVERY_LEARNER = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in LEARNERS]
-ORDERS = {False: "exact", True: "first-order"}
 
 
 def forward_by_hand(
@@ -38,9 +38,9 @@ def forward_by_hand(
                 x, support = ((part - mean) / (variance + layer.eps).sqrt() for part in (x, support))
                 x, support = (part + shift.view(mean.shape) for part in (x, support))
         elif name and not list(layer.children()):
-            own = {p: weights[f"{name}.{p}"] for p, _ in layer.named_parameters()}
-            x = functional_call(layer, own, (x,))
-            support = None if support is None else functional_call(layer, own, (support,))
+            layer_weights = {p: weights[f"{name}.{p}"] for p, _ in layer.named_parameters()}
+            x = functional_call(layer, layer_weights, (x,))
+            support = None if support is None else functional_call(layer, layer_weights, (support,))
     return x
 
 
@@ -66,44 +66,45 @@ def loop_over_tasks(maml: Algorithm, parameters: dict, batch: TaskBatch) -> tupl
 
 
 @pytest.mark.parametrize("steps", [1, 5])
-@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("meta_gradient", ORDERS)
 @pytest.mark.parametrize("learner", EVERY_LEARNER)
-def test_meta_gradient_is_that_of_a_plain_loop_over_tasks(learner, first_order, steps):
+def test_meta_gradient_is_that_of_a_plain_loop_over_tasks(learner, meta_gradient, steps):
     tasks = 2 if learner == "convnet" else TASKS
     batch = make_tasks(learner, tasks=tasks)
-    options = {"steps": steps, "meta_gradient": ORDERS[first_order], "adapt_norm": learner == "convnet"}
+    options = {"steps": steps, "meta_gradient": meta_gradient, "adapt_norm": learner == "convnet"}
     parameters = make_maml(learner).initial_parameters()
     expected, loss = loop_over_tasks(make_maml(learner, **options), parameters, batch)
     for ways in WAYS_TO_COMPUTE[:1] if learner == "convnet" else WAYS_TO_COMPUTE:
         result = make_maml(learner, **options, **ways).meta_gradient(parameters, batch)
-        assert_same(result.gradients, expected)
+        assert_close(result.gradients, expected)
         assert torch.allclose(result.losses.mean(), loss, rtol=1e-12)
 
 
-@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("meta_gradient", ORDERS)
 @pytest.mark.parametrize("learner", ["conv", "fc"])
-def test_inductive_meta_gradient_is_that_of_a_plain_loop(learner, first_order):
+def test_inductive_meta_gradient_is_that_of_a_plain_loop(learner, meta_gradient):
     options = {
         "steps": 2,
-        "meta_gradient": ORDERS[first_order],
+        "meta_gradient": meta_gradient,
         "batch_norm": "inductive",
         "adapt_norm": False,
     }
     batch, parameters = make_tasks(learner), make_maml(learner).initial_parameters()
     expected, _ = loop_over_tasks(make_maml(learner, **options), parameters, batch)
     for ways in WAYS_TO_COMPUTE:
-        assert_same(
+        assert_close(
             make_maml(learner, **options, **ways).meta_gradient(parameters, batch).gradients, expected
         )
 
 
 @pytest.mark.parametrize("steps", [1, 5])
-@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("meta_gradient", ORDERS)
 @pytest.mark.parametrize("learner", EVERY_LEARNER)
-def test_meta_gradient_agrees_with_finite_differences(learner, first_order, steps):
+def test_meta_gradient_agrees_with_finite_differences(learner, meta_gradient, steps):
     """First order by its own definition: the slope of the query loss when the *adapted* weights move."""
+    first_order = meta_gradient == "first-order"
     batch = make_tasks(learner, tasks=1)
-    maml = make_maml(learner, steps=steps, meta_gradient=ORDERS[first_order], adapt_norm=False, inner_lr=0.01)
+    maml = make_maml(learner, steps=steps, meta_gradient=meta_gradient, adapt_norm=False, inner_lr=0.01)
     parameters = maml.initial_parameters()
     gradients = maml.meta_gradient(parameters, batch).gradients
     generator = torch.Generator().manual_seed(3)
@@ -126,14 +127,14 @@ def test_meta_gradient_agrees_with_finite_differences(learner, first_order, step
     assert slope == pytest.approx(measured, rel=1e-4)
 
 
-@pytest.mark.parametrize("engine", ["unrolled", "adjoint"])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("chunk", [1, 2])
 def test_tasks_at_once_leaves_the_result_the_same(chunk, engine):
     batch = make_tasks("conv")  # three tasks: chunks of two divide unevenly
     whole, parts = (make_maml("conv", steps=2, engine=engine, tasks_at_once=n) for n in (None, chunk))
     parameters = whole.initial_parameters()
     expected, result = (maml.meta_gradient(parameters, batch) for maml in (whole, parts))
-    assert_same(result.gradients, expected.gradients, 1e-12)
+    assert_close(result.gradients, expected.gradients, 1e-12)
     assert torch.allclose(result.losses, expected.losses) and torch.allclose(result.outputs, expected.outputs)
 
 
@@ -178,68 +179,24 @@ def test_the_papers_initial_weights_and_networks():
     assert build_learner("conv", 5, arguments={"scale": True})[1].weight is not None
 
 
-def test_bf16_computes_the_learner_alone_in_half_precision():
+@pytest.mark.parametrize("engine", ENGINES)
+def test_bf16_computes_the_learner_alone_in_half_precision(engine):
     batch = TaskBatch(*(tensor.float() for tensor in make_tasks("mlp")))
     network = build_learner("mlp", 1, init="torch", seed=1)
-    seen = []
-    network[2].register_forward_hook(lambda layer, inputs, output: seen.append(output.dtype))
+    learner_types, loss_types = set(), set()
+    network[2].register_forward_hook(lambda layer, inputs, output: learner_types.add(output.dtype))
 
-    def by_hand() -> torch.Tensor:
-        leaves = dict(network.named_parameters())
+    def loss(outputs, targets):
+        loss_types.add(outputs.dtype)
+        return F.mse_loss(outputs, targets)
 
-        def loss(weights: dict, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            narrow = {name: w.bfloat16() for name, w in weights.items()}
-            return F.mse_loss(functional_call(network, narrow, (x.bfloat16(),)).float(), y)
-
-        losses = []
-        for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
-            gradients = torch.autograd.grad(
-                loss(leaves, support_x, support_y), list(leaves.values()), create_graph=True
-            )
-            fast = {n: w - 0.05 * g for (n, w), g in zip(leaves.items(), gradients, strict=True)}
-            losses.append(loss(fast, query_x, query_y))
-        gradients = torch.autograd.grad(torch.stack(losses).mean(), list(leaves.values()))
-        return torch.cat([g.flatten() for g in gradients])
-
-    def flat(result) -> torch.Tensor:
+    def gradient(dtype: torch.dtype | None) -> torch.Tensor:
+        learner_types.clear()
+        maml = Algorithm(network, loss, inner_lr=0.05, compute_dtype=dtype, engine=engine)
+        result = maml.meta_gradient(maml.initial_parameters(), batch)
         return torch.cat([g.flatten() for g in result.gradients.values()])
 
-    maml = Algorithm(network, F.mse_loss, inner_lr=0.05)
-    exact = flat(maml.meta_gradient(maml.initial_parameters(), batch))
-    usual_error = (by_hand() - exact).norm()
-    assert usual_error > 1e-4 * exact.norm()
-    seen.clear()
-    for engine in ("unrolled", "adjoint"):
-        maml = Algorithm(network, F.mse_loss, inner_lr=0.05, compute_dtype=torch.bfloat16, engine=engine)
-        gradient = flat(maml.meta_gradient(maml.initial_parameters(), batch))
-        assert gradient.dtype == torch.float32 and set(seen) == {torch.bfloat16}
-        assert (gradient - exact).norm() < 1.5 * usual_error
-
-
-# ---- batch norm -----------------------------------------------------------------------------
-
-
-def test_norm_parameters_stay_where_they_are_unless_adapted():
-    batch = make_tasks("conv")
-    task = [tensor[0] for tensor in batch]
-    for adapt_norm in (False, True):
-        maml = make_maml("conv", adapt_norm=adapt_norm)
-        parameters = maml.initial_parameters()
-        norms = norm_parameter_names(maml.learner)
-        assert len(norms) == 4
-        adapted = maml.adapt(parameters, task[0], task[1], 1)
-        moved = {name for name in parameters if not torch.equal(parameters[name], adapted[name])}
-        assert moved == (set(parameters) if adapt_norm else set(parameters) - norms)
-        gradients = maml.meta_gradient(parameters, batch).gradients
-        assert all(gradients[name].abs().max() > 0 for name in norms)  # meta-learned in both
-
-
-def test_inductive_predictions_do_not_see_the_rest_of_the_query():
-    batch = make_tasks("conv")
-    fewer = batch._replace(query_x=batch.query_x[:, :1])
-    maml = make_maml("conv")
-    both = ("transductive", "inductive")
-    parameters = maml.initial_parameters()
-    all_outputs, one_output = (maml.predictions(parameters, b, 2, both) for b in (batch, fewer))
-    same = {n: torch.allclose(all_outputs[n][:, :, :1], one_output[n], atol=1e-10) for n in both}
-    assert same == {"inductive": True, "transductive": False}
+    exact, narrow = gradient(None), gradient(torch.bfloat16)
+    assert learner_types == {torch.bfloat16}
+    assert loss_types == {narrow.dtype} == {torch.float32}
+    assert 1e-4 < (narrow - exact).norm() / exact.norm() < 0.15
