@@ -1,7 +1,7 @@
 """Ways to the meta-gradient of all tasks at once. Each takes a `MAML` and gives sums over a chunk of tasks.
 
     unrolled   exact or first order; differentiates through the whole inner loop
-    Adjoint    the same numbers; walks back through the inner loop, one step in memory at a time
+    adjoint    the same numbers; walks back through the inner loop, one step in memory at a time
     implicit   iMAML: from the end of the inner loop alone, by conjugate gradients
     reptile    how far the inner loop has moved, on support and query together
     joint      no inner loop: the gradient on support and query together, as in pretraining
@@ -30,10 +30,11 @@ from training.adjoint import (
     SAME,
     TASKS,
     Accelerate,
-    Adjoint,
-    InnerSteps,
+    adjoint,
     gradient_of_slopes,
+    make_walk,
     query_gradient,
+    walk_to_end,
 )
 
 
@@ -64,7 +65,7 @@ def make_meta_gradient(
     if make is None and engine == "unrolled":
         way = unrolled(maml, accelerate, in_transform=in_transform)
     else:
-        way = (make or Adjoint)(maml, accelerate)
+        way = (make or adjoint)(maml, accelerate)
     return partial(maml.meta_gradient, way=way)
 
 
@@ -102,24 +103,24 @@ def implicit(maml: MAML, accelerate: Accelerate) -> Way:
     I, as the authors do, and 0 is exact.
     """
     choices, strength = maml.choices, maml.optimizer.proximal
-    steps = InnerSteps(maml, accelerate)
+    walk = make_walk(maml, accelerate)
     query_of = accelerate(maml.over_tasks(query_gradient(maml), (TASKS, SAME, TASKS)))
     slopes = accelerate(gradient_of_slopes(maml, TASKS))
 
     @torch.no_grad()
     def way(parameters: Weights, tasks: Task, step_weights: Tensor | None) -> MetaGradient:
-        _, state, shared, query = steps.run(parameters, tasks)
-        support = (tasks.support_x, tasks.support_y, query.extras)
-        (v, u), (losses, outputs, _) = query_of(state.fast, shared.weights, query)
+        _, last, shared = walk_to_end(maml, walk, parameters, tasks)
+        support = (tasks.support_x, tasks.support_y, last.query.extras)
+        (v, u), (losses, outputs, _) = query_of(last.after.fast, shared.weights, last.query)
 
         def product(x: Weights) -> Weights:
-            second, _ = slopes(state.fast, shared.weights, x, *support)
+            second, _ = slopes(last.after.fast, shared.weights, x, *support)
             return {n: (1 + choices.cg_damping) * x[n] + second[n] / strength for n in x}
 
         gradients, x = sum_over_tasks(u), v
         if choices.cg_steps:
             x = conjugate_gradients(product, v, choices.cg_steps)
-            _, mixed = slopes(state.fast, shared.weights, x, *support)
+            _, mixed = slopes(last.after.fast, shared.weights, x, *support)
             gradients = {n: g - mixed[n] / strength for n, g in gradients.items()}
         return MetaGradient(_for_all(parameters, gradients | sum_over_tasks(x)), losses, outputs, {})
 
@@ -167,14 +168,15 @@ def reptile(maml: MAML, accelerate: Accelerate) -> Way:
     A task's support and query together are what its inner loop learns from; its query loss is measured on a
     part of that.
     """
-    steps = InnerSteps(maml, accelerate)
+    walk = make_walk(maml, accelerate)
     query_loss = accelerate(maml.over_tasks(maml.query_loss, (TASKS, SAME, TASKS)))
 
     @torch.no_grad()
     def way(parameters: Weights, tasks: Task, step_weights: Tensor | None) -> MetaGradient:
         x, y = _join_sets(tasks)
-        start, state, shared, pool = steps.run(parameters, replace(tasks, support_x=x, support_y=y))
-        query = replace(tasks, order=None, extras=pool.extras)
+        pools = replace(tasks, support_x=x, support_y=y)
+        start, last, shared = walk_to_end(maml, walk, parameters, pools)
+        state, query = last.after, replace(tasks, order=None, extras=last.query.extras)
         losses, (outputs, _) = query_loss(state.fast, shared.weights, query)
         moved = {name: (w - state.fast[name]).sum(0) for name, w in start.fast.items()}
         if maml.optimizer.is_carried:
