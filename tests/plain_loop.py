@@ -107,19 +107,19 @@ def learned(module: nn.Module) -> dict:
 
 
 def plain_loop(
-    module, loss, batch, *, adapted=None, keys=None, steps=STEPS, order="exact", carry=True, head=None
+    module, loss, batch, *, adapted=None, keys=None, steps=STEPS, order="exact", carry=True, compute_head=None
 ):
     """Return the meta-gradient by name, the query losses `[tasks]` and the outputs of each task.
 
-    `head(module, weights, task, key)` returns weights that are computed for each task instead of learned.
+    `compute_head(module, weights, task, key)` returns weights that are computed for each task, not learned.
     """
     leaves = learned(module)
-    if head:
+    if compute_head:
         leaves = {n: w for n, w in leaves.items() if not n.startswith("head.")}
     losses, outputs = [], []
     for number, task in enumerate(tasks_of(batch)):
         task_module, key = copy.deepcopy(module), None if keys is None else keys[number]
-        start = leaves | (head(copy.deepcopy(module), leaves, task, key) if head else {})
+        start = leaves | (compute_head(copy.deepcopy(module), leaves, task, key) if compute_head else {})
         options = {"adapted": adapted, "steps": steps, "order": order, "keys": key, "carry": carry}
         *_, fast = inner_loop(task_module, loss, start, task, **options)
         outputs.append(run(task_module, fast, task.query_x, key_of(key, "query", steps)))
@@ -162,14 +162,14 @@ def inductive(module: nn.Module, weights: dict, support_x, x):
 
 
 def plain_predictions(
-    module, loss, batch, *, adapted=None, keys=None, normalisation="transductive", head=None
+    module, loss, batch, *, adapted=None, keys=None, normalisation="transductive", compute_head=None
 ):
     """Return query outputs after 0, 1, ... steps, `[tasks, steps + 1, ...]`."""
     outputs = []
     for number, task in enumerate(tasks_of(batch)):
         task_module, key = copy.deepcopy(module), None if keys is None else keys[number]
         start = learned(module)
-        start |= head(copy.deepcopy(module), start, task, key) if head else {}
+        start |= compute_head(copy.deepcopy(module), start, task, key) if compute_head else {}
         weights = inner_loop(task_module, loss, start, task, adapted=adapted, keys=key)
         if normalisation == "inductive":
             steps = [inductive(task_module, fast, task.support_x, task.query_x) for fast in weights]
@@ -203,15 +203,15 @@ def assert_is_the_plain_loops(
     steps=STEPS,
     keys=None,
     adapted=None,
+    compute_head=None,
     tolerance=1e-9,
     **options,
 ):
     """Compare gradients, losses and outputs of both engines, exact and first order, which differ."""
     gradients = []
     for order in orders:
-        expected, losses, outputs = plain_loop(
-            module, loss, batch, order=order, keys=keys, adapted=adapted, steps=steps
-        )
+        how = {"order": order, "keys": keys, "adapted": adapted, "steps": steps, "compute_head": compute_head}
+        expected, losses, outputs = plain_loop(module, loss, batch, **how)
         gradients.append(expected)
         maml = algorithm(module, loss, steps=steps, meta_gradient=order, **options)
         for engine in ENGINES:

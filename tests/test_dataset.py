@@ -7,7 +7,7 @@ import torch
 
 from common.errors import UsageError
 from common.random import task_stream
-from dataset import FAMILIES, GRID_POINTS, Custom, Harmonic, Sinusoid, SinusoidLine
+from dataset import FAMILIES, GRID_POINTS, Custom, Harmonic, Sinusoid, SinusoidFrequency, SinusoidLine
 from tasks.options import TaskOptions
 
 MANY = range(20_000)
@@ -33,6 +33,15 @@ def test_sinusoid_is_finns():
     assert uniform_within(amplitude, 0.1, 5) and uniform_within(phase, 0, math.pi)
     predicted = amplitude[:, None, None] * torch.sin(batch.query_x + phase[:, None, None])
     assert torch.allclose(predicted, batch.query_y, atol=1e-8)  # the query is of the same task
+
+
+def test_the_frequency_varies_in_its_family_alone():
+    family = SinusoidFrequency(50, 1, dtype=torch.float64)
+    x, y, *_ = family.sample("train", 0, 0, MANY)
+    stream = task_stream("train", 0, 0, MANY, family.device)
+    amplitude, phase, frequency = family.parameters(stream.at("parameters"))
+    assert uniform_within(frequency, 0.8, 1.2)
+    assert torch.allclose(y[..., 0], amplitude * torch.sin(frequency * x[..., 0] + phase))
 
 
 def test_sinusoid_line_mixes_both_kinds_evenly():

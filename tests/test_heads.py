@@ -8,19 +8,17 @@ from plain_loop import (
     ENGINES,
     EXAMPLES,
     KEYS,
-    ORDERS,
     STEPS,
     TASKS,
     algorithm,
     assert_close,
-    distance,
+    assert_is_the_plain_loops,
     filled,
     inner_loop,
     key_of,
     learned,
     meta_gradient,
     normal,
-    plain_loop,
     plain_predictions,
     run,
     tasks_of,
@@ -86,32 +84,10 @@ def build(module: nn.Module, init: str, **options):
 @pytest.mark.parametrize("init", HEADS)
 def test_the_meta_gradient_through_a_computed_head_is_a_plain_loops(init, between, fast_weights):
     layer = {"nothing": nn.Identity(), "dropout": nn.Dropout(0.4), "batch norm": nn.BatchNorm1d(4)}[between]
-    module, batch, keys = classifier(3, layer), labelled(), KEYS if between == "dropout" else None
-    adapted = HEAD if fast_weights == "head" else None
-    gradients = []
-    for order in ORDERS:
-        maml = build(module, init, fast_weights=fast_weights, meta_gradient=order)
-        assert all(name.startswith("body.") for name in maml.initial_parameters())
-        expected, losses, _ = plain_loop(
-            module, F.cross_entropy, batch, head=HEADS[init], adapted=adapted, order=order, keys=keys
-        )
-        for engine in ENGINES:
-            result = meta_gradient(maml, batch, engine, keys=keys)
-            assert_close(result.gradients, expected)
-            torch.testing.assert_close(result.losses, losses)
-        gradients.append(expected)
-    assert distance(*gradients) > 1e-3
-
-
-def test_prototypes_before_the_first_step_classify_by_the_distance_to_class_means():
-    module, batch = classifier(), labelled()
-    maml = build(module, "prototype")
-    logits = maml.predictions(maml.initial_parameters(), batch, 0)["transductive"][:, 0]
-    for number, task in enumerate(tasks_of(batch)):
-        support, query = module.body(task.support_x), module.body(task.query_x)
-        means = torch.stack([support[task.support_y == way].mean(0) for way in range(3)])
-        distances = torch.cdist(query, means) ** 2
-        torch.testing.assert_close(logits[number].softmax(-1), (-distances).softmax(-1).detach())
+    loop = {"adapted": HEAD if fast_weights == "head" else None, "compute_head": HEADS[init]}
+    loop |= {"keys": KEYS if between == "dropout" else None, "loss": F.cross_entropy}
+    choices = {"head": "head", "head_init": init, "fast_weights": fast_weights}
+    assert_is_the_plain_loops(classifier(3, layer), labelled(), **loop, **choices)
 
 
 def test_prototypes_under_running_statistics_do_not_depend_on_the_other_classes():
@@ -141,7 +117,7 @@ def test_with_a_computed_head_the_same_parameters_serve_any_number_of_ways(init)
         assert shapes == {name: w.shape for name, w in parameters.items()}
         outputs = maml.predictions(parameters, batch, STEPS)["transductive"]
         assert outputs.shape == (TASKS, STEPS + 1, EXAMPLES + ways, ways)
-        expected = plain_predictions(module, F.cross_entropy, batch, head=HEADS[init])
+        expected = plain_predictions(module, F.cross_entropy, batch, compute_head=HEADS[init])
         torch.testing.assert_close(outputs, expected)
 
 

@@ -37,15 +37,6 @@ TOKENS = 7
 # ---- learners, one of each kind -------------------------------------------------------------
 
 
-class Recurrent(nn.Module):
-    def __init__(self, layer: nn.Module, features: int) -> None:
-        super().__init__()
-        self.layer, self.out = layer, nn.Linear(features, 2)
-
-    def forward(self, x):  # [examples, length, 4]
-        return self.out(self.layer(x)[0][:, -1])
-
-
 class Constant(nn.Module):
     """Divide by a size that counts as a constant, written in one of three ways."""
 
@@ -61,15 +52,6 @@ class Constant(nn.Module):
         with torch.no_grad():
             size = x.square().mean()
         return x / size
-
-
-class Text(nn.Module):
-    def __init__(self, **options) -> None:
-        super().__init__()
-        self.embedding, self.out = nn.Embedding(TOKENS, 3, **options), nn.Linear(3, 2)
-
-    def forward(self, tokens):  # [examples, length]
-        return self.out(self.embedding(tokens).mean(1).tanh())
 
 
 class Tied(nn.Module):
@@ -109,10 +91,6 @@ def images() -> TaskBatch:
     return vectors(2, 4, 4)
 
 
-def sequences() -> TaskBatch:
-    return vectors(3, 4)
-
-
 def places() -> TaskBatch:
     """A target for each place of a sequence: `[tasks, examples, 6, 2]`."""
     x, _, more, _ = vectors(6, 3)
@@ -136,11 +114,7 @@ KINDS = {
     "batch norm of sequences": (lambda: layers(nn.BatchNorm1d(6)), places),
     "batch norm of images": (lambda: convolutions(nn.BatchNorm2d(4)), images),
     "batch norm, no statistics": (without_statistics, lambda: vectors(3)),
-    "layer norm of images": (lambda: convolutions(nn.LayerNorm([2, 2])), images),
-    "instance norm": (lambda: convolutions(nn.InstanceNorm2d(4, affine=True)), images),
     "instance norm, running": (lambda: convolutions(nn.InstanceNorm2d(4, track_running_stats=True)), images),
-    "embedding with padding": (lambda: Text(padding_idx=1), sentences),
-    "gru": (lambda: Recurrent(nn.GRU(4, 3, 2, batch_first=True), 3), sequences),
     "tied": (Tied, lambda: sentences(language=True)),
     "frozen": (lambda: frozen(layers(nn.BatchNorm1d(4)), "0.weight", "1.bias"), lambda: vectors(3)),
 }
@@ -460,7 +434,6 @@ def test_a_learner_that_decides_by_values_is_learned_one_task_at_a_time():
 DROPOUT = {
     "plain": (lambda: layers(nn.Dropout(0.4)), lambda: vectors(3)),
     "channels": (lambda: convolutions(nn.Dropout2d(0.4)), images),
-    "recurrent": (lambda: Recurrent(nn.LSTM(4, 3, 2, batch_first=True, dropout=0.4), 3), sequences),
 }
 
 
