@@ -1,4 +1,4 @@
-"""Shared by all tests: the project's modules on the path, and where real data is, if anywhere."""
+"""Shared by all tests: the project's modules on the path, small data sets, and the real Omniglot."""
 
 import os
 import sys
@@ -9,19 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-
-LONG_FILES = (
-    "test_world.py",
-    "test_sweep.py",
-    "test_compiler.py",
-    "test_learners.py",
-    "test_runs.py",
-)
+LONG_FILES = ("test_world.py", "test_sweep.py", "test_compiler.py", "test_learners.py", "test_runs.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -32,73 +26,78 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def omniglot_root() -> Path:
-    """The folder that holds the real Omniglot; tests of it are skipped where there is none."""
+    """Return the folder of the real Omniglot; skip its tests where there is none."""
     root = Path(os.environ.get("MAML_DATA_ROOT") or ROOT / "data")
-    if not any(
-        (root / "omniglot-py" / name).exists() for name in ("images_background.zip", "images_background")
-    ):
+    if not [*(root / "omniglot-py").glob("images_background*")]:
         pytest.skip("no Omniglot: set MAML_DATA_ROOT to the folder that holds omniglot-py/")
     return root
 
 
 @pytest.fixture(autouse=True)
-def _threads_as_before():
-    """A run of the command line may set the number of threads; the next test has its own again."""
+def _restore_threads():
+    """Restore the number of threads, which a command line may have set."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
 
 
 def write_images(folder: Path, values: Sequence[int], suffix: str = ".png", side: int = 6) -> None:
-    """Write images of one grey each."""
+    """Write one plain image for each grey value."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, value in enumerate(values):
         Image.new("L", (side, side), value).save(folder / f"{number:03}{suffix}")
 
 
 def write_classes(folder: Path, classes: int, count: int = 3, prefix: str = "c", first: int = 0) -> None:
-    """Write folders of `count` images, each of a grey of its own, counted from `first`."""
+    """Write a folder of `count` plain images for each class; grey values count up from `first`."""
     for c in range(classes):
         write_images(folder / f"{prefix}{c:02}", [first + count * c + i for i in range(count)])
 
 
 @pytest.fixture
 def user_cache(tmp_path_factory, monkeypatch) -> Path:
-    """A fresh user's cache folder instead of that of whoever runs the tests."""
+    """Use a fresh cache folder instead of the one of whoever runs the tests."""
     folder = tmp_path_factory.mktemp("user-cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     return folder
 
 
 @pytest.fixture
+def no_pictures(monkeypatch) -> None:
+    """Draw no pictures: they take longer than a short run, and have tests of their own."""
+    monkeypatch.setattr("training.run.Run.draw_examples", lambda *_: None)
+    for module in ("training.run", "commands.sweep"):
+        monkeypatch.setattr(f"{module}.learning_figure", lambda *_, **__: Figure(figsize=(1, 1)))
+
+
+@pytest.fixture
 def shared_cache(tmp_path_factory, monkeypatch) -> None:
-    """A user's cache folder that the tests of a session share, so that the real Omniglot is decoded once."""
+    """Use one cache folder for all tests, so that the real Omniglot is decoded once."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "shared-cache"))
 
 
 def write_part(folder: Path, part: str, alphabets: int, *, archive: bool) -> None:
-    """A small half of Omniglot in the original layout: two characters an alphabet, 20 drawings."""
-    images = {}
+    """Write a small half of Omniglot in the original layout: two characters an alphabet, 20 drawings."""
+    paths = []
     for alphabet in range(alphabets):
         for character in range(2):
             for drawing in range(20):
                 pixels = np.full((105, 105), True)
                 pixels[5 * drawing : 5 * drawing + 5, : 10 * (alphabet + character + 1)] = False
-                images[f"A{alphabet}/character{character:02}/{character:04}_{drawing:02}.png"] = pixels
-    for name, pixels in images.items():
-        path = folder / part / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path)
+                name = f"A{alphabet}/character{character:02}/{character:04}_{drawing:02}.png"
+                paths.append(folder / part / name)
+                paths[-1].parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(paths[-1])
     if archive:
         with zipfile.ZipFile(folder / f"{part}.zip", "w") as zipped:
-            for name in images:
-                zipped.write(folder / part / name, f"{part}/{name}")
-                (folder / part / name).unlink()
+            for path in paths:
+                zipped.write(path, path.relative_to(folder))
+                path.unlink()
 
 
 @pytest.fixture
 def small_omniglot(tmp_path, monkeypatch):
-    """Twelve plus four characters: one half unpacked, the other an archive."""
+    """Write an Omniglot of twelve plus four characters: one half unpacked, the other as an archive."""
     monkeypatch.setattr("tasks.published.PARTS", {"images_background": 12, "images_evaluation": 4})
     sizes = {"train": 8, "validation": 2, "test": 6}
     monkeypatch.setattr("tasks.published.OMNIGLOT_CLASSES", {"random": sizes})

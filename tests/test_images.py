@@ -1,9 +1,7 @@
-"""Images from files to pixels: what is read, what is refused in one line, and that it is decoded once."""
+"""Images from files to pixels: what is read, what is refused in one line, and what is cached."""
 
 import os
 import shutil
-import time
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
@@ -38,22 +36,22 @@ def listing(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-def class_names(found: ImageSet) -> dict[str, list[str]]:
-    return {split: [found.names[c] for c in part] for split, part in found.splits.items()}
+def class_names(images: ImageSet) -> dict[str, list[str]]:
+    return {split: [images.names[c] for c in part] for split, part in images.splits.items()}
 
 
 # ---- layouts --------------------------------------------------------------------------------
 
 
-def test_split_folders_are_taken_as_they_are(tmp_path):
+def test_split_folders_are_followed(tmp_path):
     for split, names in {"train": "ab", "val": "c", "test": "de"}.items():
         for name in names:
             write_images(tmp_path / split / "deep" / name, [ord(name), ord(name) + 1])
-    found = open_folder(tmp_path, SMALL, SHARES)
-    assert found.count.tolist() == [2] * 5
+    opened = open_folder(tmp_path, SMALL, SHARES)
+    assert opened.count.tolist() == [2] * 5
     splits = {"train": ["deep/a", "deep/b"], "validation": ["deep/c"], "test": ["deep/d", "deep/e"]}
-    assert class_names(found) == splits
-    pixels = found.load()
+    assert class_names(opened) == splits
+    pixels = opened.load()
     assert pixels[:, 0, 0, 0].tolist() == [ord(n) + i for n in "abcde" for i in (0, 1)]
     assert pixels.dtype == torch.uint8 and pixels.shape == (10, 1, 6, 6)
 
@@ -63,36 +61,28 @@ def test_lists_of_files_and_labels_are_followed(tmp_path):
     (tmp_path / "train.csv").write_text("filename,label\n005.png,x\n001.png,y\n")
     (tmp_path / "val.csv").write_text("filename,label\n002.png,z\n")
     (tmp_path / "test.csv").write_text("label,filename\nw,000.png\nw,007.png\n")
-    found = open_folder(tmp_path, SMALL, SHARES)
-    assert class_names(found) == {"train": ["x", "y"], "validation": ["z"], "test": ["w"]}
-    assert found.load()[:, 0, 0, 0].tolist() == [0, 7, 5, 1, 2]  # of w, x, y and z
+    opened = open_folder(tmp_path, SMALL, SHARES)
+    assert class_names(opened) == {"train": ["x", "y"], "validation": ["z"], "test": ["w"]}
+    assert opened.load()[:, 0, 0, 0].tolist() == [0, 7, 5, 1, 2]  # w, x, y, z
 
 
-def test_class_folders_are_split_and_any_split_has_the_same_cache(tmp_path):
+def test_class_folders_are_split_with_one_cache_for_all_shares(tmp_path):
     write_classes(tmp_path, 25, count=1)
-    found = open_folder(tmp_path, SMALL, SHARES)
+    (tmp_path / "README.md").touch()
+    (tmp_path / ".git").mkdir()
+    opened = open_folder(tmp_path, SMALL, SHARES)
     other = open_folder(tmp_path, SMALL, SHARES | {"test": 0})
     assert class_names(other)["test"] == []
-    assert [len(part) for part in found.splits.values()] == [16, 4, 5]
-    assert torch.equal(found.load(), other.load()) and len(list(tmp_path.glob(".*.npy"))) == 1
+    assert [len(part) for part in opened.splits.values()] == [16, 4, 5]
+    assert torch.equal(opened.load(), other.load()) and len(list(tmp_path.glob(".*.npy"))) == 1
 
 
-def test_validation_classes_come_out_of_training_where_the_folder_has_none(tmp_path):
+def test_validation_classes_come_from_training_if_the_folder_has_none(tmp_path):
     write_classes(tmp_path / "train", 10, prefix="a")
     write_classes(tmp_path / "test", 3, prefix="b")
     names = class_names(open_folder(tmp_path, SMALL, SHARES))
     assert [len(part) for part in names.values()] == [8, 2, 3]
     assert sorted(names["train"] + names["validation"]) == [f"a{c:02}" for c in range(10)]
-
-
-def test_a_class_may_be_called_train_and_litter_is_passed_over(tmp_path):
-    write_classes(tmp_path, 3)
-    write_images(tmp_path / "train", [1, 2, 3])
-    for litter in ("c00/notes.txt", "c01/.hidden.png", "README.md"):
-        (tmp_path / litter).touch()
-    (tmp_path / ".git").mkdir()
-    found = open_folder(tmp_path, SMALL, SHARES)
-    assert found.names == ["c00", "c01", "c02", "train"] and found.count.tolist() == [3] * 4
 
 
 # ---- from a file to pixels ------------------------------------------------------------------
@@ -107,13 +97,13 @@ def test_images_of_every_kind_become_the_same_pixels(tmp_path):
     grey.convert("RGB").save(tmp_path / "rgb.bmp")
     grey.convert("P").save(tmp_path / "palette.gif")
     exif = Image.Exif()
-    exif[0x0112] = 6  # "turn me by a quarter to see me upright"
+    exif[0x0112] = 6  # orientation: turn by a quarter
     grey.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
     opaque = np.where(left_dark == 0, 255, 0).astype(np.uint8)
     see_through = Image.merge("LA", [Image.new("L", (6, 6), 0), Image.fromarray(opaque)])
-    see_through.save(tmp_path / "zalpha.png")  # black, and glass on its right
+    see_through.save(tmp_path / "zalpha.png")  # black, with a transparent right half
     for other in ("notes.txt", ".hidden.png"):
-        (tmp_path / other).write_text("passed over")
+        (tmp_path / other).write_text("ignored")
     read = read_images(tmp_path, SMALL)
     assert len(read) == 6 and (read[:5] == torch.from_numpy(left_dark)).all()
     assert read[5, 0, 0].tolist() == [0, 0, 0, 255, 255, 255]  # on white
@@ -121,7 +111,7 @@ def test_images_of_every_kind_become_the_same_pixels(tmp_path):
     assert torch.equal(colour, (255 - read).expand(-1, 3, -1, -1))
 
 
-def test_one_bit_images_are_resized_smoothly_unless_nearest_is_asked_for(tmp_path):
+def test_one_bit_images_are_resized_smoothly_by_default(tmp_path):
     Image.fromarray(np.indices((40, 40)).sum(0) % 2 == 0).save(tmp_path / "bits.png")
     forms = (SMALL, Form(6, 1, resize="nearest"))
     smooth, nearest = (read_images(tmp_path, form) for form in forms)
@@ -132,7 +122,7 @@ def test_one_bit_images_are_resized_smoothly_unless_nearest_is_asked_for(tmp_pat
 
 
 def three(change):
-    """Three classes, c00 to c02, of three images each; and a change."""
+    """Return a function that writes three classes, c00 to c02, and changes them."""
     return lambda folder: (write_classes(folder, 3), change(folder))
 
 
@@ -150,23 +140,17 @@ def two_splits(prefix: str, link: str = ""):
     return make
 
 
-COLUMNS = 'should have a "filename" and a "label"'
 BAD = {
     "damaged": (
         three(lambda f: os.truncate(f / "c01/001.png", 50)),
         "c01/001.png is no readable image .*remove",
     ),
-    "text": (three(lambda f: (f / "c00/x.jpg").write_text("")), "c00/x.jpg is no readable image"),
     "empty class": (three(lambda f: (f / "A/empty").mkdir(parents=True)), "A/empty: put the images"),
-    "loop": (three(lambda f: (f / "loop").symlink_to(f)), "Too many levels of symbolic links"),
-    "twin": (three(lambda f: (f / "twin").symlink_to(f / "c01")), "c01/000.png is in all and in all"),
     "loose images": (lambda f: write_images(f, range(3)), "into a folder of its own"),
-    "nothing": (lambda f: f.mkdir(), "into a folder of its own"),
-    "not there": (lambda f: None, "there is no folder"),
+    "missing": (lambda f: None, "there is no folder"),
     "a class in two splits": (two_splits("c"), "c00 is in train and in test"),
     "an image in two splits": (two_splits("d", link="c00"), "c00/000.png is in train and in test"),
-    "columns": (listed("file,kind\n000.png,x"), COLUMNS),
-    "short row": (listed("filename,label\n000.png"), COLUMNS),
+    "short row": (listed("filename,label\n000.png"), 'should have a "filename" and a "label"'),
     "missing file": (listed("filename,label\n000.png,x\n9.png,x"), "there is no 9.png in"),
     "listed twice": (listed("filename,label\n000.png,x\n000.png,y"), "000.png is in train and in train"),
 }
@@ -190,19 +174,15 @@ def test_bad_data_is_refused_in_one_line_and_leaves_nothing(case, tmp_path, user
 def test_images_are_decoded_once(tmp_path, monkeypatch):
     write_classes(tmp_path, 3)
     made = load(tmp_path).clone()
-    with monkeypatch.context() as patch:
-        patch.setattr(images, "_decode", None)  # from here on, reading an image would fail
-        assert torch.equal(load(tmp_path), made)
     assert load(tmp_path, Form(6, 1, invert=True))[0, 0, 0, 0] == 255
-    os.utime(tmp_path / "c01" / "001.png", ns=(1, 1))  # another file now, perhaps
-    with monkeypatch.context() as patch, pytest.raises(TypeError):
-        patch.setattr(images, "_decode", None)
+    monkeypatch.setattr(images, "_decode", None)  # from now on, decoding fails
+    assert torch.equal(load(tmp_path), made)
+    os.utime(tmp_path / "c01" / "001.png", ns=(1, 1))  # as after a change
+    with pytest.raises(TypeError):
         load(tmp_path)
 
 
-def test_where_nothing_can_be_written_beside_the_data_the_users_cache_is_taken(
-    tmp_path, user_cache, monkeypatch
-):
+def test_a_read_only_data_folder_is_cached_in_the_users_folder(tmp_path, user_cache, monkeypatch):
     write_classes(tmp_path, 3)
     before = listing(tmp_path)
     monkeypatch.setattr(os, "access", lambda *_: False)
@@ -210,40 +190,11 @@ def test_where_nothing_can_be_written_beside_the_data_the_users_cache_is_taken(
     assert listing(tmp_path) == before and len(list((user_cache / "maml").iterdir())) == 1
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
-def test_a_build_that_is_cut_short_leaves_nothing(tmp_path, monkeypatch, error):
-    write_classes(tmp_path, 3)
-    before = listing(tmp_path)
-
-    def fail(_):
-        raise error
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(type(error)):
-        load(tmp_path)
-    assert listing(tmp_path) == before
-
-
-def test_of_those_that_want_a_cache_one_builds_it_and_all_have_it(tmp_path, monkeypatch):
-    write_classes(tmp_path, 4)
-    decode, decoded = images._decode, []
-
-    def decode_slowly(path, form):
-        decoded.append(path)
-        time.sleep(0.02)
-        return decode(path, form)
-
-    monkeypatch.setattr(images, "_decode", decode_slowly)
-    with ThreadPoolExecutor(3) as pool:
-        assert [len(pixels) for pixels in pool.map(load, 3 * [tmp_path])] == [12, 12, 12]
-    assert len(decoded) == 12 and len(list(tmp_path.glob(".*"))) == 1
-
-
 # ---- the published benchmarks ---------------------------------------------------------------
 
 
 class FakeCIFAR100:
-    """As torchvision's, with images that say their class and half; "fetching" makes two files."""
+    """Stand in for torchvision's class; the pixels encode an image's class and half."""
 
     classes = sorted(chain(*published_splits("fc100").values()))
 
@@ -260,13 +211,13 @@ class FakeCIFAR100:
 
 
 @pytest.mark.parametrize("name", ["cifar-fs", "fc100"])
-def test_cifar_has_the_images_of_each_class_under_its_name(name, tmp_path, monkeypatch):
+def test_cifar_has_the_right_images_under_each_class_name(name, tmp_path, monkeypatch):
     monkeypatch.setattr(published, "CIFAR_IMAGES", 6)
     monkeypatch.setattr(torchvision.datasets, "CIFAR100", FakeCIFAR100)
-    found = open_benchmark(name, tmp_path / "data", Form(4, 3))
-    assert class_names(found) == published_splits(name) and found.count.tolist() == [6] * 100
-    pixels = found.load().view(100, 6, 3, 4, 4)[..., 0, 0]
-    for c, class_name in enumerate(found.names):
+    opened = open_benchmark(name, tmp_path / "data", Form(4, 3))
+    assert class_names(opened) == published_splits(name) and opened.count.tolist() == [6] * 100
+    pixels = opened.load().view(100, 6, 3, 4, 4)[..., 0, 0]
+    for c, class_name in enumerate(opened.names):
         assert (pixels[c, :, 0] == FakeCIFAR100.classes.index(class_name)).all()
     assert (pixels[:, :5, 1] == 255).all() and (pixels[:, 5:, 1] == 0).all()
 
@@ -278,7 +229,7 @@ def write_published(folder: Path) -> None:
 
 
 def test_mini_imagenet_is_read_from_split_folders_lists_or_one_folder(tmp_path):
-    parts, one, lists = (tmp_path / place / "mini-imagenet" for place in "abc")
+    parts, one, lists = (tmp_path / root / "mini-imagenet" for root in "abc")
     write_published(parts)
     lists.mkdir(parents=True)
     for part in ("train", "val", "test"):
@@ -288,17 +239,17 @@ def test_mini_imagenet_is_read_from_split_folders_lists_or_one_folder(tmp_path):
         (lists / f"{part}.csv").write_text("\n".join(["filename,label", *rows]))
         for wnid in wnids:
             shutil.copy(parts / part / wnid / "000.png", lists / f"{wnid}01.png")
-    write_images(one / "n99999999", [0])  # another of ImageNet's
+    write_images(one / "n99999999", [0])  # another class of ImageNet
     for root in "abc":
-        found = open_benchmark("mini-imagenet", tmp_path / root, SMALL)
-        for split, names in class_names(found).items():
+        opened = open_benchmark("mini-imagenet", tmp_path / root, SMALL)
+        for split, names in class_names(opened).items():
             assert sorted(names) == sorted(published_splits("mini-imagenet")[split])
-        pixels = found.load()
-        for split, part in found.splits.items():
+        pixels = opened.load()
+        for split, part in opened.splits.items():
             assert (pixels[part, 0, 0, 0] == len(split)).all()  # one image a class
 
 
-def test_a_benchmark_with_other_classes_than_the_published_is_refused(tmp_path):
+def test_a_benchmark_must_have_the_published_classes(tmp_path):
     with pytest.raises(UsageError, match=r"there is no folder .*mini-imagenet: .* train, val and test"):
         open_benchmark("mini-imagenet", tmp_path, SMALL)
     folder = tmp_path / "mini-imagenet"
@@ -306,7 +257,4 @@ def test_a_benchmark_with_other_classes_than_the_published_is_refused(tmp_path):
     moved = published_splits("mini-imagenet")["test"][3]
     (folder / "test" / moved).rename(folder / "train" / moved)
     with pytest.raises(UsageError, match=f"{moved} is missing in train, or was not published there"):
-        open_benchmark("mini-imagenet", tmp_path, SMALL)
-    shutil.rmtree(folder / "train" / moved)
-    with pytest.raises(UsageError, match=f"{moved} is missing in test, or was not published there"):
         open_benchmark("mini-imagenet", tmp_path, SMALL)

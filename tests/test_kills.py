@@ -1,12 +1,12 @@
 """A run killed at any write, or on a full disk, resumes to the bits of an undisturbed one."""
 
 import errno
+import itertools
 import multiprocessing
 import os
 from pathlib import Path
 
 import pytest
-from matplotlib.figure import Figure
 from runs import assert_same_run, command
 
 from common import files
@@ -17,31 +17,26 @@ SHORT = ["--iterations", 60, "--log-every", 10, "--val-every", 25, "--save-every
 SHORT += ["--meta-batch-size", 4, "-k", 3, "-q", 3, "--compile", "off"]
 
 
-@pytest.fixture(autouse=True)
-def small_pictures(monkeypatch):
-    monkeypatch.setattr("training.run.Run.draw_examples", lambda *_: None)
-    monkeypatch.setattr("training.run.learning_figure", lambda *_, **__: Figure(figsize=(1, 1)))
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture
 def whole(tmp_path) -> Path:
-    """The folder of a run that nothing has disturbed."""
+    """Return the folder of an undisturbed run."""
     assert command(*SHORT, "--checkpoint-path", tmp_path, "--run-name", "whole") == 0
     return tmp_path / "whole"
 
 
-FORKSERVER = multiprocessing.get_context("forkserver")  # forks a process that has not used autograd yet
+FORKSERVER = multiprocessing.get_context("forkserver")  # it forks a process that has not used autograd
 FORKSERVER.set_forkserver_preload(["commands.train", "runs"])
 
 
 def run_counting(write: int, line: list[object]) -> None:
-    """Run a command line in a process that is gone at a write or rename, as by kill -9."""
-    done, fsync, rename = 0, os.fsync, Path.replace
+    """Run a command line in a process that ends at a write or rename, as by kill -9."""
+    writes, fsync, rename = itertools.count(1), os.fsync, Path.replace
 
     def count() -> None:
-        nonlocal done
-        done += 1
-        if done == write:
+        if next(writes) == write:
             os._exit(9)
 
     files.os.fsync = lambda file: (count(), fsync(file))
@@ -62,7 +57,7 @@ def run_until_killed(write: int, line: list[object]) -> bool:
 
 
 def kill_and_compare(writes: list[int], whole: Path, home: Path) -> bool:
-    """Kill a run at these writes, one after another, and resume it; return whether each kill came in time."""
+    """Kill a run at these writes in turn, and resume it; return whether every kill came in time."""
     line = [*SHORT, "--checkpoint-path", home, "--run-name", "run", "--resume"]
     killed = [run_until_killed(write, line) for write in writes]
     assert command(*line) == 0

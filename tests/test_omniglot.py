@@ -8,11 +8,8 @@ import torchvision
 from conftest import write_part
 
 from common.errors import UsageError
-from common.random import SPLITS
-from dataset import build_distribution
 from tasks import images
 from tasks.images import Form
-from tasks.options import TaskOptions
 from tasks.published import open_benchmark, split_characters
 
 INK_IS_ONE = Form(28, 1, invert=True)
@@ -30,7 +27,7 @@ def test_folders_and_archives_are_read_and_cached(small_omniglot, monkeypatch):
     paper, nearest = (load(small_omniglot, Form(28, 1, *more)) for more in ((False,), (True, "nearest")))
     assert torch.equal(paper, 255 - pixels)
     assert set(nearest.unique().tolist()) == {0, 255} and len(pixels.unique()) > 2
-    monkeypatch.setattr(images, "_decode", None)  # from here on, reading a drawing would fail
+    monkeypatch.setattr(images, "_decode", None)  # from now on, reading a drawing fails
     assert torch.equal(load(small_omniglot), pixels)
 
 
@@ -50,7 +47,7 @@ def test_damaged_data_is_named(small_omniglot):
         load(small_omniglot)
 
 
-def test_data_that_cannot_be_fetched_is_said_in_one_line(tmp_path, monkeypatch):
+def test_a_failed_download_is_one_line(tmp_path, monkeypatch):
     def no_network(*_, **__):
         raise OSError("no route\nto host")
 
@@ -80,23 +77,3 @@ def test_alphabet_split_keeps_alphabets_together():
     assert alphabets["validation"] == {"images_background/F", "images_background/L"}
     assert alphabets["test"] == {"images_evaluation/V", "images_evaluation/W"}
     assert not alphabets["train"] & alphabets["validation"] and len(alphabets["train"]) == 11
-
-
-def test_class_lists_of_the_same_split_make_the_same_tasks(small_omniglot):
-    data = small_omniglot / "omniglot-py"
-    (data / "images_evaluation.zip").unlink()
-    write_part(data, "images_evaluation", 2, archive=False)
-    names = open_benchmark("omniglot", small_omniglot, INK_IS_ONE).names
-    for split, characters in split_characters(names, "random").items():
-        rows = [f"{path.name},{name}" for name in characters for path in (data / name).iterdir()]
-        name = "val" if split == "validation" else split
-        (data / f"{name}.csv").write_text("\n".join(["filename,label", *rows]))
-    common = dict(ways=2, shots=2, queries=3, image_size=28, channels=1, invert=True)
-    place = dict(data_root=small_omniglot, device=torch.device("cpu"))
-    omniglot, folder = (
-        build_distribution(TaskOptions(dataset=name, quarter_turns=True, **common), **place)
-        for name in ("omniglot", f"images:{data}")
-    )
-    for split in SPLITS:
-        batches = (tasks.sample(split, 3, 5, range(6)) for tasks in (folder, omniglot))
-        assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))

@@ -1,19 +1,18 @@
 """Whole runs: what training computes, how it stops and resumes, and what it leaves in its folder."""
 
-import copy
+import itertools
 import json
 import math
 import os
 import re
 import resource
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from matplotlib.figure import Figure
-from runs import assert_same_bits, assert_same_run, command, curves, start, wait_for
+from plain_loop import LR, plain_loop
+from runs import assert_same_bits, assert_same_run, command, curves
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,7 +27,7 @@ from training.run import final_loss
 from training.trainer import FAILED, Trainer
 
 ITERATIONS = 120
-# points of the curves, validations and checkpoints fall together in all ways
+# points, validations and checkpoints coincide in every combination
 SCHEDULE = ["--iterations", ITERATIONS, "--log-every", 7, "--val-every", 50, "--save-every", 20]
 SETTINGS = ["--meta-batch-size", 4, "-k", 5, "--grad-clip", 10, "--seed", 3]
 BAD = 37  # the iteration whose targets are made NaN
@@ -45,16 +44,10 @@ def last_of(folder: Path) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """A run that nothing has interrupted."""
+    """Return the folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     assert train(folder, *SETTINGS, *SCHEDULE) == 0
     return folder
-
-
-@pytest.fixture
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("training.run.Run.draw_examples", lambda *_: None)
-    monkeypatch.setattr("training.run.learning_figure", lambda *_, **__: Figure(figsize=(1, 1)))
 
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -62,9 +55,8 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 
 @pytest.fixture
 def after_step(monkeypatch):
-    """Actions to carry out after an iteration, by its number."""
-    actions: dict = {}
-    step = Trainer.step
+    """Return a dictionary of actions to carry out after an iteration, by its number."""
+    actions, step = {}, Trainer.step
 
     def step_and_act(self):
         step(self)
@@ -76,9 +68,8 @@ def after_step(monkeypatch):
 
 @pytest.fixture
 def before_evaluation(monkeypatch):
-    """Actions to carry out before a validation, by its position in the run, from 1."""
-    actions: dict = {}
-    count = iter(range(1, 1000))
+    """Return a dictionary of actions to carry out before a validation, by its position in the run, from 1."""
+    actions, count = {}, itertools.count(1)
 
     def act_and_evaluate(*arguments, **options):
         actions.pop(next(count), lambda: None)()
@@ -93,51 +84,32 @@ def before_evaluation(monkeypatch):
 
 def test_training_is_adam_on_the_exact_meta_gradient_with_its_elements_clipped(tmp_path):
     options = ["--iterations", 3, "--meta-batch-size", 2, "--precision", "float64", "--grad-clip", 0.01]
-    assert train(tmp_path / "run", *options, "--log-every", 1) == 0
-    network = build_learner("mlp", 1, init="paper", seed=0).double()
+    assert train(tmp_path / "run", *options, "--inner-lr", LR, "--log-every", 1) == 0
+    network, losses = build_learner("mlp", 1, init="paper", seed=0).double(), []
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
-    losses = []
     for iteration in (1, 2, 3):
         batch = Sinusoid(10, 10, dtype=torch.float64).sample("train", 0, iteration, range(2))
-        total = 0.0
-        for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
-            weights = dict(network.named_parameters())
-            loss = F.mse_loss(torch.func.functional_call(network, weights, (support_x,)), support_y)
-            gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
-            weights = {n: w - 0.01 * g for (n, w), g in zip(weights.items(), gradients, strict=True)}
-            total += F.mse_loss(torch.func.functional_call(network, weights, (query_x,)), query_y) / 2
-        optimizer.zero_grad()
-        total.backward()
-        assert any(p.grad.abs().max() > 0.01 for p in network.parameters())  # there is something to clip
-        torch.nn.utils.clip_grad_value_(network.parameters(), 0.01)
+        gradients, query_losses, _ = plain_loop(network, F.mse_loss, batch, steps=1)
+        assert any(g.abs().max() > 0.01 for g in gradients.values())  # there is something to clip
+        for name, weight in network.named_parameters():
+            weight.grad = gradients[name].clamp(-0.01, 0.01)
         optimizer.step()
-        losses.append(total.item())
+        losses.append(query_losses.mean().item())
     saved = last_of(tmp_path / "run")
-    for name, weights in network.named_parameters():
-        assert torch.allclose(weights, saved.parameters[name], rtol=0, atol=1e-12), name
+    for name, weight in network.named_parameters():
+        assert torch.allclose(weight, saved.parameters[name], rtol=0, atol=1e-12), name
     assert saved.progress["training"]["query_loss"] == pytest.approx(losses, rel=1e-6)
 
 
 def test_every_option_of_the_inner_loop_reaches_it(tmp_path):
     options = ["--iterations", 1, "--meta-batch-size", 2, "--precision", "float64", "-k", 4, "-q", 6, "-s", 3]
-    options += ["--inner-lr", 0.05, "--first-order", "--noise", 0.3, "--init", "torch", "--seed", 5]
+    options += ["--inner-lr", LR, "--first-order", "--noise", 0.3, "--init", "torch", "--seed", 5]
     assert train(tmp_path / "run", *options, "--dataset", "sinusoid-line", "--tasks-at-once", 1) == 0
     network = build_learner("mlp", 1, init="torch", seed=5).double()
     batch = SinusoidLine(4, 6, noise=0.3, dtype=torch.float64).sample("train", 5, 1, range(2))
-    gradients = [torch.zeros_like(p) for p in network.parameters()]
-    for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
-        adapted = copy.deepcopy(network)
-        optimizer = torch.optim.SGD(adapted.parameters(), lr=0.05)
-        for _ in range(3):
-            optimizer.zero_grad()
-            F.mse_loss(adapted(support_x), support_y).backward()
-            optimizer.step()
-        loss = F.mse_loss(adapted(query_x), query_y)
-        for total, part in zip(gradients, torch.autograd.grad(loss, adapted.parameters()), strict=True):
-            total += part / 2
-    moments = last_of(tmp_path / "run").exp_avg
-    for moment, gradient in zip(moments.values(), gradients, strict=True):
-        assert torch.allclose(moment / 0.1, gradient, rtol=1e-9, atol=1e-12)
+    gradients, *_ = plain_loop(network, F.mse_loss, batch, steps=3, order="first-order")
+    for name, moment in last_of(tmp_path / "run").exp_avg.items():  # (1 - beta1) times the gradient
+        assert torch.allclose(moment / 0.1, gradients[name], rtol=1e-9, atol=1e-12), name
 
 
 def test_the_meta_gradients_norm_is_clipped(tmp_path):
@@ -152,23 +124,22 @@ def test_training_learns(tmp_path):
     assert losses[-1] < 0.6 * losses[0]
 
 
-def test_no_iteration_asks_the_device_for_a_number(tmp_path, monkeypatch):
-    class Asked(TorchDispatchMode):
-        times = 0
+def test_no_iteration_waits_for_the_device(tmp_path, monkeypatch):
+    read, step = [], Trainer.step
 
+    class ReadNumbers(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            Asked.times += function is torch.ops.aten._local_scalar_dense.default
+            if function is torch.ops.aten._local_scalar_dense.default:
+                read.append(args)
             return function(*args, **(kwargs or {}))
 
-    step = Trainer.step
-
-    def watched(self):
-        with Asked():
+    def watch_step(self):
+        with ReadNumbers():
             step(self)
 
-    monkeypatch.setattr(Trainer, "step", watched)
+    monkeypatch.setattr(Trainer, "step", watch_step)
     assert train(tmp_path / "run", *SHORT, "--on-nan", "skip") == 0
-    assert Asked.times == 0
+    assert read == []
 
 
 # ---- curves and files -----------------------------------------------------------------------
@@ -241,34 +212,31 @@ def test_a_run_leaves_its_results_and_pictures(tmp_path, monkeypatch):
 # ---- stopping and resuming ------------------------------------------------------------------
 
 
-def test_a_killed_and_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(whole, tmp_path):
-    run = tmp_path / "killed"
-    flags = [*SETTINGS, *SCHEDULE, "--checkpoint-path", tmp_path, "--run-name", "killed", "--resume"]
-    process = start(*flags)
-    wait_for(run / LAST, process)
-    time.sleep(0.03)  # some iterations past the checkpoint: their points must not appear twice
-    process.kill()
-    process.wait()
-    assert last_of(run).iteration < ITERATIONS
-    assert command(*flags) == 0
-    assert_same_run(whole, run)
-    assert len(list(run.glob("events*"))) == 2
+def raise_error(error: Exception) -> None:
+    raise error
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_after_its_iteration_saved(number, whole, tmp_path, after_step):
-    after_step[33] = lambda: os.kill(os.getpid(), number)
+DISTURBANCES = {
+    "SIGINT": (lambda: os.kill(os.getpid(), signal.SIGINT), 130, "--load"),
+    "SIGTERM": (lambda: os.kill(os.getpid(), signal.SIGTERM), 143, "--load"),
+    "memory": (lambda: raise_error(RuntimeError("CUDA out of memory.")), 2, "lower --tasks-at-once"),
+}
+
+
+@pytest.mark.parametrize("disturbance", DISTURBANCES)
+def test_a_disturbed_run_is_saved_and_resumes_exactly(disturbance, whole, tmp_path, after_step, capsys):
+    after_step[33], code, advice = DISTURBANCES[disturbance]
     run = tmp_path / "run"
-    assert train(run, *SETTINGS, *SCHEDULE) == 128 + number
+    assert train(run, *SETTINGS, *SCHEDULE) == code
     assert last_of(run).iteration == 33
+    output = "".join(capsys.readouterr())
+    assert "Saved at iteration 33" in output and advice in output
     assert command("--load", run / LAST) == 0
     assert_same_run(whole, run)
 
 
 @pytest.mark.parametrize("validation", [1, 3])
-def test_a_validation_that_a_signal_interrupts_is_done_after_resuming(
-    validation, whole, tmp_path, before_evaluation
-):
+def test_an_interrupted_validation_is_done_after_resuming(validation, whole, tmp_path, before_evaluation):
     before_evaluation[validation] = lambda: os.kill(os.getpid(), signal.SIGTERM)
     run = tmp_path / "run"
     assert train(run, *SETTINGS, *SCHEDULE) == 128 + signal.SIGTERM
@@ -281,28 +249,13 @@ def test_a_validation_that_a_signal_interrupts_is_done_after_resuming(
 
 
 def test_a_run_that_loses_another_process_is_saved_first(whole, tmp_path, before_evaluation, monkeypatch):
-    def lose():
-        raise LostError("gone")
-
-    before_evaluation[2] = lose
+    before_evaluation[2] = lambda: raise_error(LostError("gone"))
     monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("") if code != 3 else None)
     run = tmp_path / "run"
     train(run, *SETTINGS, *SCHEDULE)
     assert last_of(run).iteration == 100
     assert command("--load", run / LAST) == 0
     assert_same_run(whole, run)
-
-
-def test_a_run_out_of_memory_is_saved_and_says_what_to_do(tmp_path, after_step, capsys):
-    def fail():
-        raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
-
-    after_step[33] = fail
-    run = tmp_path / "run"
-    assert train(run, *SETTINGS, *SCHEDULE) == 2
-    said = capsys.readouterr().err
-    assert "Saved at iteration 33" in said and "out of memory: lower --tasks-at-once" in said
-    assert last_of(run).iteration == 33
 
 
 def test_a_finished_run_can_be_made_longer(whole, tmp_path):
@@ -326,16 +279,13 @@ def test_a_run_that_has_only_its_best_checkpoint_resumes_from_there(whole, tmp_p
 
 
 def test_the_newest_checkpoint_is_never_older_than_ten_minutes(tmp_path, monkeypatch):
-    saved: list[int] = []
-    save = trainer.save_checkpoints
+    saved = set()
     monkeypatch.setattr(
-        trainer,
-        "save_checkpoints",
-        lambda files: (saved.extend(c.iteration for c in files.values()), save(files)),
+        trainer, "save_checkpoints", lambda files: saved.update(c.iteration for c in files.values())
     )
     monkeypatch.setattr(trainer, "SAVE_SECONDS", 0.0)
     assert train(tmp_path / "run", *SHORT, "--save-every", 1000, "--val-every", 1000) == 0
-    assert set(saved) == set(range(1, 61))
+    assert saved == set(range(1, 61))
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, after_step, capsys):
@@ -359,7 +309,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, after_step, capsy
 
 @pytest.fixture
 def bad_iteration(monkeypatch):
-    """Make the targets of one iteration NaN, for the seeds 1 and above."""
+    """Make the targets of one iteration NaN for seeds 1 and above."""
     sample = Regression.sample
 
     def spoil(self, split, seed, iteration, tasks, **options):
@@ -402,7 +352,7 @@ def test_a_skipped_iteration_changes_nothing_and_counts_in_no_mean(bad_iteration
     assert all(map(math.isfinite, last_of(tmp_path / "whole").progress["training"]["query_loss"]))
 
 
-def test_the_other_runs_continue_where_one_of_several_fails(bad_iteration, tmp_path, capsys):
+def test_one_failed_run_of_several_does_not_stop_the_others(bad_iteration, tmp_path, capsys):
     many = tmp_path / "many"
     assert train(many, *SHORT, "--seeds", "0-2") == FAILED
     assert "2 of 3 runs stopped before their end, seed-1, iteration 37: " in capsys.readouterr().err
@@ -422,26 +372,23 @@ def test_the_other_runs_continue_where_one_of_several_fails(bad_iteration, tmp_p
         (["--inner-lr", 5, "-s", 5], r"the inner loop diverges in 4 of 4 tasks \(query loss of task"),
         (["--algorithm", "reptile", "--inner-lr", 5], r"the inner loop diverges in 4 of 4 tasks"),
         (["--meta-lr", 1e25], "before the first inner step: the weights or the targets are too large"),
-        (["--loss", "{own}:steep"], r"the losses are finite .*, but not the meta-gradient of"),
+        (["--loss", "{code}:steep"], r"the losses are finite .*, but not the meta-gradient of"),
         # clipping does not hide it
-        (["--loss", "{own}:large", "--inner-lr", 1e-30, "--grad-clip", 10], "the update is too large"),
+        (["--loss", "{code}:large", "--inner-lr", 1e-30, "--grad-clip", 10], "the update is too large"),
     ],
 )
 def test_the_likely_cause_is_named(flags, cause, tmp_path, capsys):
-    own = tmp_path / "own.py"
-    own.write_text(
+    code = tmp_path / "losses.py"
+    code.write_text(
         "def steep(outputs, y):\n    still = (outputs - outputs.detach()).abs()\n"
         "    return (still.pow(1.5) + (outputs - y) ** 2).mean()\n"
         "def large(outputs, y):\n    return 1e25 * ((outputs - y) ** 2).mean()\n"
     )
-    assert train(tmp_path / "run", *SHORT, *(str(flag).format(own=own) for flag in flags)) == FAILED
+    assert train(tmp_path / "run", *SHORT, *(str(flag).format(code=code) for flag in flags)) == FAILED
     assert re.search(cause, capsys.readouterr().err.splitlines()[-1])
 
 
-def test_the_state_is_saved_before_the_cause_is_looked_for(bad_iteration, tmp_path, monkeypatch):
-    def fail(*_, **__):
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr("training.nonfinite.find_cause", fail)
+def test_the_state_is_saved_before_the_cause_is_searched(bad_iteration, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.nonfinite.find_cause", lambda *_, **__: raise_error(RuntimeError()))
     assert train(tmp_path / "run", *SHORT, "--seed", 1) == FAILED
     assert last_of(tmp_path / "run").iteration == BAD - 1

@@ -1,4 +1,4 @@
-"""Several runs: mean and spread over seeds, as tables, records and pictures."""
+"""Several runs: mean and spread over seeds, in tables, records and pictures."""
 
 import math
 import re
@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from evaluation import style, tables
+from evaluation import tables
 from evaluation.figures import results_figure
 from evaluation.meta_test import Evaluation
 from evaluation.tables import Caption, RunSummary, Spread
@@ -32,11 +32,11 @@ def cells(line: str) -> list[str]:
 
 
 def evaluation(*tasks: list[float]) -> Evaluation:
-    """Losses of some tasks after each step."""
+    """Make an evaluation of the losses of each task after each step."""
     return Evaluation({"transductive": torch.tensor(tasks, dtype=torch.float64)}, {})
 
 
-def test_a_spread_has_the_mean_and_the_ends_and_is_nan_where_one_value_is():
+def test_a_spread_has_mean_and_range_and_one_nan_makes_it_nan():
     assert Spread.over([1.0, 2.0, 6.0]) == Spread(3, 3.0, pytest.approx(7**0.5), 1.0, 6.0)
     assert Spread.over([4.0]).standard_deviation is None
     undefined = Spread.over([1.0, math.nan, 0.0])
@@ -46,31 +46,25 @@ def test_a_spread_has_the_mean_and_the_ends_and_is_nan_where_one_value_is():
 # ---- training ---------------------------------------------------------------------------------
 
 
-def test_the_table_of_training_has_a_row_a_setting():
+def test_training_is_grouped_by_setting_in_table_and_record():
     heading, first, second = tables.training_table(RUNS).splitlines()
     assert cells(heading) == ["ended", "training loss", "best validation MSE", "at iteration"]
     spread = ["2.0000 (1.0000 to 3.0000)", "0.3750 (0.2500 to 0.5000)", "15 (10 to 20)"]
     assert cells(first) == ["a-1", "2 of 2", *spread]
     assert cells(second) == ["a-2", "2 of 2", "2.0000", "-", "-"]
+    record = tables.training_record(RUNS)
+    assert record["settings"]["a-1"]["final_training_loss"]["mean"] == 2.0
+    assert record["settings"]["a-1"]["best_iteration"]["highest"] == 20
+    assert record["settings"]["a-2"]["final_training_loss"]["runs"] == 1
+    assert [run.get("best_validation") for run in record["runs"]][:2] == [0.5, 0.25]
 
 
-def test_the_table_of_training_says_what_was_measured_and_how_many_runs_ended():
+def test_the_table_of_training_names_the_measure_and_counts_finished_runs():
     table = tables.training_table([run("", 0, 1.0, [0.5, 0.25], measure="accuracy")])
     assert "best validation accuracy %" in table and "50.00" in table
     failed = [RUNS[0], replace(RUNS[1], failure="iteration 7: ...", measure="Huber")]
     table = tables.training_table(failed)
     assert "1 of 2" in table and "best validation loss" in table and "3.0000" not in table
-
-
-def test_the_record_of_training_groups_the_runs_by_setting():
-    record = tables.training_record(RUNS)
-    assert record["settings"]["a-1"]["final_training_loss"]["mean"] == 2.0
-    assert record["settings"]["a-1"]["best_iteration"]["highest"] == 20
-    assert record["settings"]["a-2"]["final_training_loss"]["runs"] == 1
-    assert [(r["name"], r.get("best_validation")) for r in record["runs"]][:2] == [
-        ("a-1_seed-0", 0.5),
-        ("a-1_seed-1", 0.25),
-    ]
 
 
 # ---- test -------------------------------------------------------------------------------------
@@ -83,9 +77,8 @@ def test_diverged_tasks_are_left_out_of_the_means_over_seeds_and_counted():
     after_one = tables.results_of(results)["all"].record()[1]
     assert (after_one["mean"], after_one["lowest"], after_one["highest"]) == (1.5, 1.0, 2.0)
     assert after_one["diverged_tasks"] == 1
-    heading, before, after, *_, footer = tables.results_table(
-        tables.results_of(results), caption
-    ).splitlines()
+    table = tables.results_table(tables.results_of(results), caption)
+    heading, before, after, *_, footer = table.splitlines()
     assert cells(heading) == ["steps", "MSE", "with the diverged"]
     assert cells(before)[1] == "3.0000 ± 0.0000 (2.0000 to 4.0000)"
     assert cells(after)[1:] == ["1.5000 ± 0.0000 (1.0000 to 2.0000), 1 diverged", "1.25e+05", "trained for"]
@@ -94,7 +87,7 @@ def test_diverged_tasks_are_left_out_of_the_means_over_seeds_and_counted():
     assert list(line.get_ydata()) == [3.0, 1.5]
 
 
-def test_many_settings_are_rows_with_the_steps_that_matter():
+def test_the_table_of_many_settings_has_a_few_steps_as_columns():
     results = {f"a-{n}": [evaluation([n, n, n, n / 2], [n, n, n, n / 2])] for n in range(1, 5)}
     results["oracle"] = [evaluation([0.0], [0.0])]  # is not adapted
     heading, *rows = tables.results_table(tables.results_of(results), Caption("", "MSE", 1, 1)).splitlines()
@@ -102,11 +95,3 @@ def test_many_settings_are_rows_with_the_steps_that_matter():
     assert [cells(row)[0] for row in rows[:5]] == list(results)
     assert cells(rows[0])[1:] == ["1.0000 ± 0.0000", "1.0000 ± 0.0000", "0.5000 ± 0.0000"]
     assert cells(rows[4])[1:] == ["0.0000 ± 0.0000"]
-
-
-def test_a_legend_is_drawn_as_long_as_its_curves_can_be_told_apart():
-    results = {f"a-{n}": [evaluation([1.0, 0.5])] for n in range(style.DISTINCT_CURVES + 1)}
-    few = dict(list(results.items())[:4])
-    caption = Caption("", "MSE", None, 1)
-    assert results_figure(tables.results_of(few), caption).legends
-    assert not results_figure(tables.results_of(results), caption).legends

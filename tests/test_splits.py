@@ -8,11 +8,10 @@ import torch
 from conftest import write_classes
 
 from common.batch import TaskDistribution
-from common.errors import UsageError
 from common.random import SPLITS
 from dataset import FAMILIES, build_distribution
 from tasks.options import DATASETS, OMNIGLOT_CLASSES, TaskOptions
-from tasks.splits import as_positions, published_splits, split_at_random
+from tasks.splits import published_splits, split_at_random
 
 SHARES = {"train": 64, "validation": 16, "test": 20}
 PUBLISHED = {
@@ -30,13 +29,12 @@ def make(dataset: str, data_root: Path = Path(), for_test=False, **options) -> T
 
 
 def inputs_by_split(distribution: TaskDistribution, tasks: int = 400) -> dict[str, set[bytes]]:
-    """The inputs that many tasks of each split show."""
+    """Return the inputs of many tasks of each split."""
     inputs = {}
     for split in SPLITS:
         batch = distribution.sample(split, 0, 0, range(tasks))
-        inputs[split] = {
-            x.numpy().tobytes() for x in torch.cat([batch.support_x, batch.query_x], 1).flatten(0, 1)
-        }
+        x = torch.cat([batch.support_x, batch.query_x], 1).flatten(0, 1)
+        inputs[split] = {example.numpy().tobytes() for example in x}
     return inputs
 
 
@@ -54,8 +52,8 @@ def test_curves_of_different_splits_have_no_point_in_common(name):
 def test_images_of_different_splits_never_meet(tmp_path, layout):
     parts = {"class folders": [""], "train and test": ["train", "test"]}.get(layout, ["train", "val", "test"])
     for number, part in enumerate(parts):
-        place = tmp_path / ("" if layout == "lists" else part)
-        write_classes(place, 12, prefix=f"{part}c", first=60 * number)
+        folder = tmp_path / ("" if layout == "lists" else part)
+        write_classes(folder, 12, prefix=f"{part}c", first=60 * number)
         if layout == "lists":
             rows = [f"00{i}.png,{part}c{c:02}" for c in range(12) for i in range(3)]
             (tmp_path / f"{part}.csv").write_text("\n".join(["filename,label", *rows]))
@@ -65,12 +63,12 @@ def test_images_of_different_splits_never_meet(tmp_path, layout):
     assert sum(map(len, names.values())) == len(set().union(*names.values())) == 12 * len(parts)
 
 
-@pytest.mark.parametrize("own_splits", [False, True])
-def test_tasks_of_a_table_are_in_one_split_alone(tmp_path, own_splits):
+@pytest.mark.parametrize("split_column", [False, True])
+def test_a_task_of_a_table_is_in_one_split_only(tmp_path, split_column):
     path = tmp_path / "a.csv"
     splits = ["train", "validation", "test"]
-    rows = [f"{t},{4 * t + i},1{f',{splits[t % 3]}' * own_splits}" for t in range(20) for i in range(4)]
-    path.write_text("\n".join([f"task,x,y{',split' * own_splits}", *rows]))
+    rows = [f"{t},{4 * t + i},1{f',{splits[t % 3]}' * split_column}" for t in range(20) for i in range(4)]
+    path.write_text("\n".join([f"task,x,y{',split' * split_column}", *rows]))
     distribution = make(f"table:{path}")
     assert_apart(inputs_by_split(distribution))
     assert len(set().union(*distribution.split_names.values())) == 20
@@ -85,7 +83,7 @@ def test_real_omniglots_characters_never_meet(split, omniglot_root, shared_cache
     drawings = distribution.pixels.view(1623, 20, 28, 28)
     pictures = {name: {drawings[c].numpy().tobytes() for c in part} for name, part in splits.items()}
     assert_apart(pictures)
-    assert 0.05 < drawings.float().mean() / 255 < 0.12  # ink on an empty ground, not the reverse
+    assert 0.05 < drawings.float().mean() / 255 < 0.12  # ink is 1 and paper is 0
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -109,18 +107,13 @@ def test_a_random_split_depends_on_names_and_shares_alone():
 
 
 @pytest.mark.parametrize("classes", [3, 4, 7])
-def test_every_split_with_a_share_has_a_class_where_there_are_three(classes):
+def test_three_classes_suffice_for_three_splits(classes):
     splits = split_at_random("abcdefg"[:classes], {"train": 98, "validation": 1, "test": 1})
     assert all(splits.values()) and sum(map(len, splits.values())) == classes
     assert split_at_random("abc", {"train": 1, "validation": 0, "test": 1})["validation"] == []
 
 
-def test_a_name_in_two_splits_is_an_error():
-    with pytest.raises(UsageError, match="here: b is in train and in test"):
-        as_positions({"train": ["a", "b"], "test": ["b"]}, ["a", "b"], "here")
-
-
-def test_without_training_everything_is_for_test(tmp_path):
+def test_all_classes_are_for_test_without_training(tmp_path):
     write_classes(tmp_path, 6)
     names = make(f"images:{tmp_path}", ways=2, for_test=True).split_names
     assert (names["train"], names["validation"], len(names["test"])) == ([], [], 6)

@@ -12,8 +12,7 @@ import torch
 from conftest import ROOT, write_classes
 from hypothesis import given
 from hypothesis import strategies as st
-from matplotlib.figure import Figure
-from runs import assert_same_bits, command, curves, stop_at
+from runs import assert_same_run, command, curves, stop_at
 
 from commands.call import Call
 from commands.members import members_of, parse_seeds
@@ -27,32 +26,32 @@ SHORT = ["--precision", "float64", "--iterations", 8, "--log-every", 3, "--val-e
 SHORT += ["--meta-batch-size", 2, "-k", 3, "-q", 4, "--compile", "off", "--threads", 1]
 CLOSE = {"rtol": 1e-8, "atol": 1e-8, "equal_nan": True}  # in float64
 
-OWN_LEARNERS = """
+LEARNERS = """
 from torch import nn
 
 def dropping(outputs):
     return nn.Sequential(nn.Linear(1, 12), nn.Tanh(), nn.Dropout(0.3), nn.Linear(12, outputs))
 
 def frozen(outputs):
-    first = nn.Linear(1, 12)  # random, and as the seed has it
+    first = nn.Linear(1, 12)  # its random weights depend on the seed
     first.requires_grad_(False)
     return nn.Sequential(first, nn.Tanh(), nn.Linear(12, outputs))
 """
 
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
+
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    """Pictures have tests of their own, and take longer than these runs."""
+def _few_validation_tasks(monkeypatch):
     monkeypatch.setattr(trainer, "VALIDATION_TASKS", 4)
-    monkeypatch.setattr("training.run.Run.draw_examples", lambda *_: None)
-    for place in ("training.run.learning_figure", "commands.sweep.learning_figure"):
-        monkeypatch.setattr(place, lambda *_, **__: Figure(figsize=(1, 1)))
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def data(tmp_path_factory) -> Path:
+    """Return a folder with learners and images."""
     folder = tmp_path_factory.mktemp("sweep")
-    (folder / "own.py").write_text(OWN_LEARNERS)
+    (folder / "learners.py").write_text(LEARNERS)
     write_classes(folder / "images", 12, 3)
     return folder
 
@@ -62,12 +61,11 @@ def train(folder: Path, *flags: object) -> Path:
     return folder
 
 
-def assert_same_to_rounding(a: Path, b: Path, names: tuple[str, ...] = (LAST, BEST)) -> None:
-    """Weights, moments, statistics and curves are close; settings and places are the same."""
-    for name in names:
+def assert_same_to_rounding(a: Path, b: Path) -> None:
+    """Compare settings exactly, and weights, moments, statistics and curves to rounding."""
+    for name in (LAST, BEST):
         one, other = (load_checkpoint(folder / name) for folder in (a, b))
-        tensors = ("parameters", "exp_avg", "exp_avg_sq", "statistics", "fixed")
-        for part in tensors:
+        for part in ("parameters", "exp_avg", "exp_avg_sq", "statistics", "fixed"):
             torch.testing.assert_close(getattr(one, part), getattr(other, part), **CLOSE)
         for part in ("training", "validation"):
             torch.testing.assert_close(one.progress[part], other.progress[part], **CLOSE)
@@ -78,15 +76,14 @@ def assert_same_to_rounding(a: Path, b: Path, names: tuple[str, ...] = (LAST, BE
 def assert_each_is_the_run_alone(home: Path, flags: list, many: list, alone: dict[str, list]) -> Path:
     folder = train(home / "many", *flags, *many)
     assert {path.name for path in folder.iterdir() if path.is_dir()} == alone.keys()
-    for name, own in alone.items():
-        assert_same_to_rounding(folder / name, train(home / f"alone-{name}", *flags, *own))
+    for name, single in alone.items():
+        assert_same_to_rounding(folder / name, train(home / f"alone-{name}", *flags, *single))
     first, *others = (load_checkpoint(folder / name / LAST).parameters for name in alone)
-    weights = torch.cat([w.flatten() for w in first.values()])
-    assert all(not torch.equal(weights, torch.cat([w.flatten() for w in o.values()])) for o in others)
+    assert all(any(not torch.equal(w, other[name]) for name, w in first.items()) for other in others)
     return folder
 
 
-def of_seeds(*seeds: int) -> dict[str, list]:
+def seed_flags(*seeds: int) -> dict[str, list]:
     return {f"seed-{seed}": ["--seed", seed] for seed in seeds}
 
 
@@ -95,10 +92,12 @@ def of_seeds(*seeds: int) -> dict[str, list]:
 
 def test_each_seed_is_the_run_alone_with_its_curves_and_results(tmp_path, capsys):
     seeds = (0, 3, 2**63 - 1)
-    folder = assert_each_is_the_run_alone(tmp_path, SHORT, ["--seeds", f"0,3,{seeds[2]}"], of_seeds(*seeds))
-    assert "3 runs in" in (said := capsys.readouterr().out) and "trained at once: 3\n" in said
-    assert f"python main.py --eval --load {folder}" in said
-    for name in of_seeds(*seeds):
+    many = ["--seeds", f"0,3,{seeds[2]}", "--runs-at-once", 2]
+    folder = assert_each_is_the_run_alone(tmp_path, SHORT, many, seed_flags(*seeds))
+    output = capsys.readouterr().out
+    assert "3 runs in" in output and "trained at once: 2, 1\n" in output
+    assert f"python main.py --eval --load {folder}" in output
+    for name in seed_flags(*seeds):
         alone = tmp_path / f"alone-{name}"
         assert curves(folder / name) == curves(alone)
         one, other = (json.loads((f / "training.json").read_text()) for f in (folder / name, alone))
@@ -122,20 +121,13 @@ SWEEPS = {
     "grad-clip=0.01,0.001": [],
     "grad-clip-norm=0.3,0.01": ["--grad-clip", 0.1],
     "meta-lr-final=0.0001,0.0": ["--meta-lr-schedule", "cosine"],
-    "inner-lr=0.001,0.05": ["--inner-rates", "element"],  # where learned rates begin
+    "inner-lr=0.001,0.05": ["--inner-rates", "element"],  # initial values of learned rates
 }
 
 
 @pytest.mark.parametrize("swept", SWEEPS)
-def test_every_number_that_may_differ_within_a_group_counts_for_its_run(swept, tmp_path, capsys):
-    flags = [
-        *SHORT,
-        "--meta-optimizer",
-        "sgd",
-        "--meta-lr",
-        0.01,
-        *SWEEPS[swept],
-    ]  # sees the gradient's scale
+def test_numbers_that_differ_within_a_group_take_effect(swept, tmp_path, capsys):
+    flags = [*SHORT, *SWEEPS[swept], "--meta-optimizer", "sgd", "--meta-lr", 0.01]  # sensitive to scale
     name, values = swept.split("=")
     alone = {f"{name}-{value}_seed-0": [f"--{name}", value] for value in values.split(",")}
     assert_each_is_the_run_alone(tmp_path, flags, ["--sweep", swept], alone)
@@ -148,7 +140,7 @@ CHOICES = {
     "images, maml++": [*IMAGES, "--algorithm", "maml++", "-s", 2, "--exact-from", 2, "--msl-iterations", 3],
     "images, adjoint in chunks": [*IMAGES, "-s", 2, "--engine", "adjoint", "--tasks-at-once", 1],
     "minibatches, noise": ["-s", 3, "--inner-batch", 2, "--dataset", "harmonic", "--noise", 0.2],
-    "dropout": ["-s", 2, "--learner", "{own}:dropping"],
+    "dropout": ["-s", 2, "--learner", "{learners}:dropping"],
     "images, conv": [*IMAGES, "--learner", "conv"],
     "images, prototypes": [*IMAGES, "--head-init", "prototype"],
     **{f"algorithm {name}": ["--algorithm", name, "-s", 2] for name in ALGORITHMS if name != "pretrain"},
@@ -157,11 +149,11 @@ SLOW_CHOICES = ("images, conv", "images, prototypes", "algorithm imaml")
 
 
 @pytest.mark.parametrize("choice", [pytest.param(c, marks=[SLOW] * (c in SLOW_CHOICES)) for c in CHOICES])
-def test_with_other_choices_each_seed_is_the_run_alone(choice, place, tmp_path, capsys):
-    flags = [str(flag).replace("{own}", str(place / "own.py")) for flag in [*SHORT, *CHOICES[choice]]]
+def test_each_seed_is_the_run_alone_with_other_choices(choice, data, tmp_path, capsys):
+    flags = [str(flag).format(learners=data / "learners.py") for flag in [*SHORT, *CHOICES[choice]]]
     if choice.startswith("images"):
-        flags += ["--dataset", f"images:{place / 'images'}"]
-    assert_each_is_the_run_alone(tmp_path, flags, ["--seeds", "1,4"], of_seeds(1, 4))
+        flags += ["--dataset", f"images:{data / 'images'}"]
+    assert_each_is_the_run_alone(tmp_path, flags, ["--seeds", "1,4"], seed_flags(1, 4))
     assert "trained at once: 2\n" in capsys.readouterr().out
 
 
@@ -172,11 +164,11 @@ def test_compiled_runs_are_the_runs_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(trainer, "UNCOMPILED", {False: 3, True: 3})
     line = ["--compile", "on", "--seeds", "0,1", "--sweep", "inner-lr=0.01,0.02", "--iterations", 40]
     folder = train(tmp_path / "many", *SHORT, *line)
-    said = capsys.readouterr()
-    assert "trained at once: 4\n" in said.out and "Compiled in" in said.err
+    output = capsys.readouterr()
+    assert "trained at once: 4\n" in output.out and "Compiled in" in output.err
     for seed, rate in ((0, 0.01), (1, 0.02)):
-        own = ["--inner-lr", rate, "--seed", seed, "--iterations", 40, "--compile", "on"]
-        alone = train(tmp_path / f"alone-{seed}", *SHORT, *own)
+        single = ["--inner-lr", rate, "--seed", seed, "--iterations", 40, "--compile", "on"]
+        alone = train(tmp_path / f"alone-{seed}", *SHORT, *single)
         assert_same_to_rounding(folder / f"inner-lr-{rate}_seed-{seed}", alone)
 
 
@@ -191,30 +183,22 @@ def test_runs_that_differ_in_more_than_numbers_are_trained_in_groups(tmp_path, c
     }
     folder = train(tmp_path / "many", *SHORT, *swept)
     assert "trained at once: 2, 2, 2, 2\n" in capsys.readouterr().out
-    for name, own in alone.items():
-        assert_same_to_rounding(folder / name, train(tmp_path / name, *SHORT, *own))
+    for name, single in alone.items():
+        assert_same_to_rounding(folder / name, train(tmp_path / name, *SHORT, *single))
 
 
-def test_runs_with_frozen_weights_of_their_own_follow_each_other(place, tmp_path, capsys):
-    flags = [*SHORT, "--learner", f"{place / 'own.py'}:frozen"]
-    folder = assert_each_is_the_run_alone(tmp_path, flags, ["--seeds", "0-1"], of_seeds(0, 1))
+def test_runs_with_different_frozen_weights_are_trained_one_by_one(data, tmp_path, capsys):
+    flags = [*SHORT, "--learner", f"{data / 'learners.py'}:frozen"]
+    folder = assert_each_is_the_run_alone(tmp_path, flags, ["--seeds", "0-1"], seed_flags(0, 1))
     assert "trained at once: 1, 1\n" in capsys.readouterr().out
-    first, second = (load_checkpoint(folder / name / LAST).fixed["0.weight"] for name in of_seeds(0, 1))
+    first, second = (load_checkpoint(folder / name / LAST).fixed["0.weight"] for name in seed_flags(0, 1))
     assert not torch.equal(first, second)
 
 
-def test_how_many_runs_are_trained_at_once_changes_nothing(tmp_path, capsys):
-    whole = train(tmp_path / "whole", *SHORT, "--seeds", "0-2")
-    few = train(tmp_path / "few", *SHORT, "--seeds", "0-2", "--runs-at-once", 2)
-    assert "trained at once: 2, 1\n" in capsys.readouterr().out
-    for name in of_seeds(0, 1, 2):
-        assert_same_to_rounding(whole / name, few / name)
-
-
-def test_compiled_runs_on_images_follow_each_other_and_uncompiled_ones_do_not(place, tmp_path, monkeypatch):
+def test_only_compiled_runs_on_images_are_trained_one_by_one(data, tmp_path, monkeypatch):
     sizes = []
     monkeypatch.setattr(trainer.Trainer, "train", lambda self: sizes.append(len(self.runs)) or 130)
-    flags = [*SHORT, *IMAGES, "--dataset", f"images:{place / 'images'}", "--seeds", "0-1"]
+    flags = [*SHORT, *IMAGES, "--dataset", f"images:{data / 'images'}", "--seeds", "0-1"]
     for compiled in ("on", "off"):
         line = ["--checkpoint-path", tmp_path, "--run-name", compiled, "--compile", compiled]
         assert command(*flags, *line) == 130
@@ -228,58 +212,53 @@ def test_stopped_groups_are_resumed_to_the_same_bits(tmp_path, monkeypatch, caps
     flags = [*SHORT, "--sweep", "s=1,2", "--seeds", "0-1"]
     whole, parts = train(tmp_path / "whole", *flags), tmp_path / "parts"
     stopped = [*flags, "--checkpoint-path", tmp_path, "--run-name", "parts", "--resume"]
-    for iterations in ({3, 0}, {5, 0}):
+    for iteration in (3, 5):
         with monkeypatch.context() as patch:
-            stop_at(max(iterations), patch)
+            stop_at(iteration, patch)
             assert command(*stopped) == 130
         assert "--run-name parts --resume" in capsys.readouterr().out
-        assert load_checkpoint(parts / "s-1_seed-0" / LAST).iteration == max(iterations)
+        assert load_checkpoint(parts / "s-1_seed-0" / LAST).iteration == iteration
         assert not (parts / "summary.json").exists() and not (parts / "s-2_seed-0" / LAST).exists()
     assert command(*stopped) == 0
     for folder in (path for path in whole.iterdir() if path.is_dir()):
-        for file in (LAST, BEST):
-            one, other = (vars(load_checkpoint(home / folder.name / file)) for home in (whole, parts))
-            assert_same_bits(one, other, f"{folder.name}/{file}")
+        assert_same_run(folder, parts / folder.name)
     assert (whole / "summary.json").read_bytes() == (parts / "summary.json").read_bytes()
 
 
 def test_finished_runs_stay_and_others_join_them(tmp_path, capsys):
     folder = train(tmp_path / "many", *SHORT, "--seeds", "0-1")
-    content = {name: (folder / name / LAST).read_bytes() for name in of_seeds(0, 1)}
+    content = {name: (folder / name / LAST).read_bytes() for name in seed_flags(0, 1)}
     capsys.readouterr()
     train(folder, *SHORT, "--seeds", "0-1", "--resume")
     assert "trained at once: none, all are finished\n" in capsys.readouterr().out
     train(folder, *SHORT, "--seeds", "0-2", "--resume")
-    assert "3 runs in" in (said := capsys.readouterr().out) and "trained at once: 1\n" in said
+    assert "trained at once: 1\n" in capsys.readouterr().out
     assert content == {name: (folder / name / LAST).read_bytes() for name in content}
     assert_same_to_rounding(folder / "seed-2", train(tmp_path / "alone", *SHORT, "--seed", 2))
     record = json.loads((folder / "summary.json").read_text())
     assert [run["seed"] for run in record["runs"]] == [0, 1, 2]
     assert record["settings"]["all"]["best_validation"]["runs"] == 3
-    assert command("--load", folder / "seed-0" / LAST, "--iterations", 10) == 0  # a run of many, alone
+    assert command("--load", folder / "seed-0" / LAST, "--iterations", 10) == 0
 
 
-def test_a_folder_takes_no_other_settings_and_no_single_run(tmp_path, capsys):
+def test_a_sweep_never_mixes_with_other_settings_or_a_single_run(tmp_path, capsys):
     many, one = train(tmp_path / "many", *SHORT, "--seeds", "0"), train(tmp_path / "one", *SHORT)
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "mine.txt").touch()
     resumed = ["--checkpoint-path", tmp_path, "--resume", "--run-name"]
     refused = {
         "has seed-0 with another --inner-lr": ["--seeds", 1, "--inner-lr", 0.5, *resumed, many.name],
         "has many runs": [*resumed, many.name],
         "is a run, not a folder of many": ["--seeds", 0, *resumed, one.name],
         "-s 2 disagrees": ["--seeds", 0, "-s", 2, *resumed, many.name],
-        "is not empty": ["--seeds", 0, "--checkpoint-path", tmp_path, "--run-name", "notes"],
+        "is not empty": ["--seeds", 0, "--checkpoint-path", tmp_path, "--run-name", many.name],
         "resume them with --seeds or --sweep": ["--load", many],
     }
-    for said, line in refused.items():
+    for message, line in refused.items():
         assert command(*SHORT, *line) == 2
-        assert said in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "notes").iterdir()] == ["mine.txt"]
+        assert message in capsys.readouterr().err
 
 
 @SLOW
-def test_processes_share_the_runs_out(tmp_path):
+def test_processes_share_the_runs(tmp_path):
     flags = [*SHORT, "--seeds", "0-2", "--checkpoint-path", tmp_path, "--run-name"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     line = [*launcher, ROOT / "main.py", *flags, "shared"]
@@ -289,9 +268,9 @@ def test_processes_share_the_runs_out(tmp_path):
     assert "3 runs, 2 of them in this process in" in done.stdout and done.stdout.count("best validation") == 1
     summary = json.loads((tmp_path / "shared" / "summary.json").read_text())
     assert [run["name"] for run in summary["runs"]] == ["seed-0", "seed-1", "seed-2"]
-    trainer.VALIDATION_TASKS = 200  # as the processes have it
+    trainer.VALIDATION_TASKS = 200  # the processes' number
     assert command(*flags, "alone") == 0
-    for name in of_seeds(0, 1, 2):
+    for name in seed_flags(0, 1, 2):
         assert_same_to_rounding(tmp_path / "shared" / name, tmp_path / "alone" / name)
 
 
@@ -315,7 +294,7 @@ def test_the_table_of_many_runs_has_the_means_of_the_single_ones(tmp_path, capsy
 
 
 @given(st.lists(st.tuples(st.integers(0, 2**63 - 100), st.integers(0, 50)), min_size=1, max_size=6))
-def test_seeds_are_numbers_and_ranges_each_once(ranges):
+def test_seeds_are_distinct_numbers_and_ranges(ranges):
     expected = [low + number for low, more in ranges for number in range(more + 1)]
     text = ",".join(f" {low}-{low + more}" if more else str(low) for low, more in ranges)
     if len(set(expected)) < len(expected):
@@ -336,27 +315,20 @@ def test_a_runs_folder_is_named_after_its_setting_and_seed():
 
 
 REFUSED = {
-    "--seeds 0-": "is no number or range, like 0-7",
-    "--seeds 3-1": "3-1 is no number or range",
-    "--seeds 9223372036854775808": "is no number or range",
+    "--seeds 3-1": "3-1 is no number or range, like 0-7",
     "--seeds 0-999 --sweep s=1,2": "ask for 2,000 runs: at most 1,000",
     "--sweep depth=1,2": "depth cannot be swept",
     "--sweep s=1,two": "expected a whole number",
     "--sweep s=1,1": "names a value twice",
-    "--sweep oracle=1,0": "expected yes or no, got '1'",
-    "--sweep learner-args=1,2": "cannot be swept",
-    "--sweep seed=1,2": "give --seeds",
     "--sweep s=1,2 -s 3": "-s is given twice",
     "--sweep algorithm=maml,imaml -s 2 --objective multi-step": "run algorithm-imaml_seed-0: ",
     "--sweep dataset=sinusoid,omniglot": "regression and classification have no measure in common",
-    "--seeds 0,1 --init-from x": "there is no such checkpoint",
-    "--seeds 0,1 --learner nothing.py:net": "nothing.py",
 }
 
 
 @pytest.mark.parametrize("line", REFUSED)
-def test_what_makes_no_runs_is_refused_in_one_line_and_leaves_nothing_behind(line, tmp_path, capsys):
+def test_a_bad_sweep_is_refused_in_one_line_and_leaves_nothing(line, tmp_path, capsys):
     assert command(*line.split(), "--checkpoint-path", tmp_path / "home") == 2
-    said = capsys.readouterr()
-    assert REFUSED[line] in said.err and said.err.count("\n") == 1 and not said.out
+    output = capsys.readouterr()
+    assert REFUSED[line] in output.err and output.err.count("\n") == 1 and not output.out
     assert not list(tmp_path.iterdir())
