@@ -5,7 +5,6 @@ import pickle
 import random
 import struct
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -139,22 +138,10 @@ def test_parts_larger_than_the_file_are_refused(saved):
         load_checkpoint(saved)
 
 
-FOREIGN = {
-    "nothing": b"",
-    "noise": random.Random(1).randbytes(2**12),
-}
-
-
-@pytest.mark.parametrize("kind", FOREIGN)
-def test_a_foreign_file_is_refused(tmp_path, kind):
-    (tmp_path / "last.pt").write_bytes(FOREIGN[kind])
-    with pytest.raises(UsageError, match="not a checkpoint of this tool"):
-        load_checkpoint(tmp_path / "last.pt")
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (None, "is damaged, or not a checkpoint of this tool"),  # noise
         ({"0.weight": torch.ones(2)}, "is damaged, or not a checkpoint of this tool"),
         ({"format": FORMAT, "version": 2}, f"has format version 2, and this tool reads version {VERSION}"),
         ({"format": FORMAT, "version": VERSION, "iteration": 3}, "parts of it are missing or unknown"),
@@ -162,35 +149,25 @@ def test_a_foreign_file_is_refused(tmp_path, kind):
 )
 def test_a_file_of_something_else_is_refused(tmp_path, content, message):
     torch.save(content, tmp_path / "last.pt")
+    if content is None:
+        (tmp_path / "last.pt").write_bytes(random.Random(1).randbytes(2**12))
     with pytest.raises(UsageError, match=message):
         load_checkpoint(tmp_path / "last.pt")
 
 
-@pytest.mark.parametrize("kind", ["nothing", "a folder", "a device"])
-def test_what_is_no_file_is_one_line_and_exit_code_2(tmp_path, kind, capsys):
-    path = tmp_path / "last.pt"
-    {"nothing": lambda: None, "a folder": path.mkdir, "a device": lambda: path.symlink_to("/dev/zero")}[
-        kind
-    ]()
-    for flags in (["--eval", "--load"], ["--load"], ["--init-from"]):
+@pytest.mark.parametrize("flags", [["--eval", "--load"], ["--load"], ["--init-from"]])
+def test_what_is_no_file_is_one_line_and_exit_code_2(tmp_path, flags, capsys):
+    for path in (tmp_path / "nothing", tmp_path):
         assert command(*flags, path) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert str(path) in line and "there is no such checkpoint" in line
-
-
-def test_settings_that_this_version_does_not_know_are_one_line(saved, capsys):
-    checkpoint = load_checkpoint(saved)
-    save_checkpoints({saved: replace(checkpoint, settings=checkpoint.settings | {"future": 1})})
-    assert command("--eval", "--load", saved) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert str(saved) in line and "future" in line
 
 
 # ---- does it fit? ----------------------------------------------------------------------------------
 
 
 def test_weights_of_another_learner_are_refused_by_name_and_shape():
-    ours, theirs = {"w": torch.ones(2), "b": torch.ones(1)}, {"w": torch.ones(3), "b": torch.ones(1)}
+    ours, theirs = ({"w": torch.ones(size), "b": torch.ones(1)} for size in (2, 3))
     with pytest.raises(UsageError, match=r"does not fit the learner mlp .* w is \(3,\) there, \(2,\) here"):
         fitting_parameters(Path("x.pt"), theirs, ours, "mlp")
     copy = fitting_parameters(Path("x.pt"), ours, {k: v.double() for k, v in ours.items()}, "mlp")

@@ -5,7 +5,6 @@ import torch
 from runs import assert_same_bits, command
 
 from training.checkpoint import load_checkpoint
-from training.compiler import Compiler
 from training.folders import LAST
 
 SMALL = ["--iterations", 8, "--val-every", 8, "--meta-batch-size", 4, "--deterministic"]
@@ -62,13 +61,3 @@ def test_a_run_that_is_resumed_without_it_says_so(tmp_path, capsys):
     assert command(*SMALL, *flags) == 0
     assert command("--load", tmp_path / "a" / LAST, "--iterations", 9) == 0
     assert "deterministic yes, now no" in capsys.readouterr().out
-
-
-def test_compiled_code_of_one_kind_is_not_used_for_the_other():
-    graph = torch.fx.symbolic_trace(lambda x: x.sin())
-    compiler = Compiler(torch.device("cpu"))
-    keys = []
-    for deterministic in (True, False):
-        torch.use_deterministic_algorithms(deterministic)
-        keys.append(compiler._key(graph, [], {}))
-    assert keys[0] != keys[1]
