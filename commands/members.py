@@ -10,8 +10,6 @@ import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from commands.call import Call
@@ -23,48 +21,33 @@ MOST_RUNS = 1000
 LONGEST_VALUE = 40  # characters of a value in a folder's name: the last ones, in which paths differ
 
 
-@dataclass(frozen=True)
-class Member:
-    """One of many runs."""
-
-    setting: str  # of the sweep, as part of a folder's name; runs of one setting differ in their seed alone
-    seed: int
-    given: dict[str, Any]  # the flags of this run
-
-    @property
-    def name(self) -> str:
-        """The name of the run's folder."""
-        return "_".join(filter(None, (self.setting, f"seed-{self.seed}")))
-
-    @cached_property
-    def config(self) -> Config:
-        """The settings of the run when it starts afresh."""
-        try:
-            return resolve(self.given)
-        except UsageError as error:
-            raise UsageError(f"run {self.name}: {error}") from error
-
-
-def members_of(call: Call, given: Mapping[str, Any]) -> list[Member]:
-    """Return the runs that --seeds and --sweep ask for, setting by setting.
+def members_of(call: Call, given: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Config]]:
+    """Return the flags and the settings of each run that --seeds and --sweep ask for, by its folder's name.
 
     Raises UsageError for an unknown flag or value, and for a combination that is no valid run.
     """
-    run_seeds = [given.get("seed", CONFIG_FLAGS["seed"].default)]
-    if call.seeds is not None:
-        run_seeds = parse_seeds(call.seeds)
+    seeds = parse_seeds(call.seeds) if call.seeds else [given.get("seed", CONFIG_FLAGS["seed"].default)]
     axes = _parse_axes(call.sweep, given)
-    number = len(run_seeds) * math.prod(map(len, axes.values()))
+    number = len(seeds) * math.prod(map(len, axes.values()))
     if number > MOST_RUNS:
         raise UsageError(f"--seeds and --sweep ask for {number:,} runs: at most {MOST_RUNS:,}")
-    members = []
-    for choice in itertools.product(*axes.values()):
-        values = {name: axes[name][text] for name, text in zip(axes, choice, strict=True)}
-        words = [f"{CONFIG_FLAGS[n].name.lstrip('-')}-{text}" for n, text in zip(axes, choice, strict=True)]
-        members += [Member("_".join(words), seed, {**given, **values, "seed": seed}) for seed in run_seeds]
-    if len({member.config.tasks.classification for member in members}) > 1:
+    flags, configs = {}, {}
+    for words, seed in itertools.product(itertools.product(*axes.values()), seeds):
+        name = "_".join([*words, f"seed-{seed}"])
+        swept = {setting: axes[setting][word] for setting, word in zip(axes, words, strict=True)}
+        flags[name] = {**given, **swept, "seed": seed}
+        try:
+            configs[name] = resolve(flags[name])
+        except UsageError as error:
+            raise UsageError(f"run {name}: {error}") from error
+    if len({config.tasks.classification for config in configs.values()}) > 1:
         raise UsageError("--sweep: regression and classification have no measure in common: sweep them apart")
-    return members
+    return flags, configs
+
+
+def setting_of(name: str) -> str:
+    """Return the part of a run's name that says its setting in the sweep; the rest is the seed."""
+    return name.rpartition("seed-")[0].removesuffix("_")
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -82,7 +65,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def _parse_axes(sweep: Sequence[str], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return, for each swept setting by name, its values by their text in a folder's name."""
+    """Return, for each swept setting by name, its values by their words in a folder's name."""
     by_flag = {flag.lstrip("-"): name for name, f in CONFIG_FLAGS.items() for flag in f.names}
     axes: dict[str, dict[str, Any]] = {}
     for text in sweep:
@@ -97,7 +80,7 @@ def _parse_axes(sweep: Sequence[str], given: Mapping[str, Any]) -> dict[str, dic
             parts = [flag.parse(part.strip()) for part in values.split(",")]
         except argparse.ArgumentTypeError as error:
             raise UsageError(f"--sweep {text}: {error}") from error
-        axes[name] = {_folder_text(value): value for value in parts}
+        axes[name] = {f"{flag.name.lstrip('-')}-{_folder_text(value)}": value for value in parts}
         if len(axes[name]) < len(parts):
             raise UsageError(f"--sweep {text} names a value twice, or two whose folders would have one name")
     return axes

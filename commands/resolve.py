@@ -276,7 +276,7 @@ def _place(dataset: str) -> Path:
 
 
 def select_learned(config: Config) -> dict[str, Any]:
-    """Return the settings that decide what is learned up to an iteration, to rounding."""
-    others = ("machine", "logging", "evaluation")
-    learned = {name for name, flag in CONFIG_FLAGS.items() if flag.group not in others}
-    return {name: config.get(name) for name in (learned | {"precision"}) - {"iterations"}}
+    """Return the settings, but for the seed, that decide what is learned up to an iteration, to rounding."""
+    others, apart = ("machine", "logging", "evaluation"), ("iterations", "seed")
+    learned = [n for n, f in CONFIG_FLAGS.items() if f.group not in others or n == "precision"]
+    return {name: config.get(name) for name in learned if name not in apart}

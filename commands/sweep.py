@@ -13,7 +13,7 @@ import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,103 +22,110 @@ import torch
 from commands.build import Assembly, assemble, prepare, read_tasks, train_runs
 from commands.call import Call
 from commands.config import CONFIG_FLAGS, Config
-from commands.members import Member, members_of
+from commands.members import members_of, setting_of
 from commands.names import describe
 from commands.resolve import config_of, select_learned
 from commands.train import check_free, find_start, make_folder, print_next
 from common.errors import UsageError
+from common.files import read_json
 from common.processes import World
 from evaluation import tables
 from evaluation.figures import learning_figure
 from evaluation.style import write_figure
-from learners.losses import loss_name
 from tasks.options import CURVES
 from training.checkpoint import load_checkpoint
-from training.folders import LAST, LIST, ListedRun, list_runs, lock_folder
+from training.folders import LAST, LIST, lock_folder
 from training.run import Run, final_loss
 from training.trainer import AT_ONCE, FAILED
 
 
 def sweep(call: Call, given: Mapping[str, Any], world: World) -> int:
     """Train or resume many runs; return the exit code: 128 + signal, or `FAILED` if a run failed."""
-    members = members_of(call, given)
+    flags, configs = members_of(call, given)
     with ExitStack() as locks:
-        folder, code = _train_all(call, members, world, locks)
+        folder, code = _train_all(call, flags, configs, world, locks)
     if code > 128:
         print(f"Saved. To resume: the same command with --run-name {folder.name} --resume")
         return code
-    print_next(folder, folder, members[0].config)
+    print_next(folder, folder, next(iter(configs.values())))
     return code
 
 
 def _claim_folder(
-    folder: Path, call: Call, members: Sequence[Member], world: World, locks: ExitStack
+    folder: Path, call: Call, configs: Mapping[str, Config], world: World, locks: ExitStack
 ) -> None:
     """Check and lock the folder of --run-name; UsageError where it has other seeds with other settings."""
-    names = [member.name for member in members]
     if world.first:
         check_free(folder, call)
-        locks.enter_context(lock_folder(folder, names))
+        locks.enter_context(lock_folder(folder, [*configs]))
     if (folder / LAST).exists():
         raise UsageError(f"{folder} is a run, not a folder of many: choose another --run-name")
-    settings = {member.setting: select_learned(member.config.replaced(seed=0)) for member in members}
-    for run in _listed(folder):
-        file = folder / run.name / LAST
-        if run.setting in settings and run.name not in names and file.is_file():
-            saved = select_learned(config_of(load_checkpoint(file).settings, file).replaced(seed=0))
-            different = [name for name, value in settings[run.setting].items() if value != saved[name]]
+    settings = {setting_of(name): select_learned(config) for name, config in configs.items()}
+    for name in _listed(folder).keys() - configs.keys():
+        file, now = folder / name / LAST, settings.get(setting_of(name))
+        if now and file.is_file():
+            saved = select_learned(config_of(load_checkpoint(file).settings, file))
+            different = [
+                CONFIG_FLAGS[n].name + f" ({saved[n]})" for n, value in now.items() if value != saved[n]
+            ]
             if different:
-                name = f"{CONFIG_FLAGS[different[0]].name} ({saved[different[0]]})"
-                raise UsageError(f"{folder} has {run.name} with another {name}: choose another --run-name")
+                raise UsageError(
+                    f"{folder} has {name} with another {different[0]}: choose another --run-name"
+                )
 
 
-def _write_list(folder: Path, members: Sequence[Member]) -> None:
+def _listed(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the runs that the folder has, by name."""
+    file = folder / LIST
+    return {run["name"]: run for run in read_json(file)["runs"]} if file.exists() else {}
+
+
+def _write_list(folder: Path, configs: Mapping[str, Config]) -> None:
     """Record which runs the folder has: these and the earlier ones."""
-    runs = {run.name: run for run in _listed(folder)}
-    runs |= {member.name: ListedRun(member.name, member.setting, member.seed) for member in members}
-    tables.write_json(folder / LIST, {"runs": [asdict(run) for run in runs.values()]})
+    runs = _listed(folder)
+    for name, config in configs.items():
+        runs[name] = {"name": name, "setting": setting_of(name), "seed": config.training.seed}
+    tables.write_json(folder / LIST, {"runs": [*runs.values()]})
 
 
-def _listed(folder: Path) -> list[ListedRun]:
-    return list_runs(folder) if (folder / LIST).exists() else []
-
-
-def _train_all(call: Call, members: Sequence[Member], world: World, locks: ExitStack) -> tuple[Path, int]:
+def _train_all(
+    call: Call,
+    flags: Mapping[str, Mapping[str, Any]],
+    configs: Mapping[str, Config],
+    world: World,
+    locks: ExitStack,
+) -> tuple[Path, int]:
     """Train the runs of this process; return the folder of all runs and the exit code."""
-    folder = call.run_folder
-    mine = {members[number].name: members[number] for number in world.share(len(members))}
+    folder, names = call.run_folder, [*configs]
+    mine = [names[number] for number in world.share(len(names))]
     with world.together():
-        if world.size > len(members):
-            raise UsageError(f"{world.size} processes for {len(members)} runs: take fewer")
+        if world.size > len(names):
+            raise UsageError(f"{world.size} processes for {len(names)} runs: take fewer")
         calls = dict.fromkeys(mine, call)
         if folder:
-            _claim_folder(folder, call, members, world, locks)
+            _claim_folder(folder, call, configs, world, locks)
             calls = {name: replace(call, checkpoint_path=folder, run_name=name) for name in mine}
-        starts = {name: find_start(calls[name], member.given) for name, member in mine.items()}
-    world.check_same({"torch": torch.__version__, "list of runs": [(m.name, m.config) for m in members]})
-    folder = folder or world.from_first(lambda: make_folder(call.checkpoint_path, members[0].config, locks))
-    read_tasks([member.config for member in members], call, world)
+        starts = {name: find_start(calls[name], flags[name]) for name in mine}
+    world.check_same({"torch": torch.__version__, "list of runs": configs})
+    folder = folder or world.from_first(lambda: make_folder(call.checkpoint_path, configs[names[0]], locks))
+    read_tasks(configs.values(), call, world)
     with world.together():
-        assemblies = [
-            assemble(start, folder / name, mine[name].given, call, world) for name, start in starts.items()
-        ]
-    world.from_first(lambda: _write_list(folder, members))
+        assemblies = [assemble(starts[name], folder / name, flags[name], call, world) for name in mine]
+    world.from_first(lambda: _write_list(folder, configs))
     groups = group_runs([parts for parts in assemblies if not parts.start.finished], call.runs_at_once)
     sizes = ", ".join(str(len(group)) for group in groups) or "none, all are finished"
     share = f", {len(mine)} of them in this process" if world.size > 1 else ""
-    print(f"{len(members)} runs{share} in {folder}; trained at once: {sizes}")
+    print(f"{len(names)} runs{share} in {folder}; trained at once: {sizes}")
     print(f"  device      {assemblies[0].runtime.describe()}")
     for group in groups:
         prepare(group[0].start.config, call, world)  # threads and precision are the process's
-        names = ", ".join(parts.run.folder.name for parts in group)
-        print("Training", textwrap.shorten(names, 96))
+        print("Training", textwrap.shorten(", ".join(parts.run.folder.name for parts in group), 96))
         print(describe(*(parts.start.config for parts in group)), flush=True)
         code = train_runs(group)
         if code > 128:
             return folder, code
-    runs = zip(mine.values(), assemblies, strict=True)
-    outcomes = [_summarise(member, parts.run) for member, parts in runs]
-    return folder, _report(folder, [one for part in world.gather(outcomes) for one in part], world)
+    outcomes = world.gather([_summarise(parts.run) for parts in assemblies])
+    return folder, _report(folder, [one for part in outcomes for one in part], world)
 
 
 def group_runs(assemblies: Sequence[Assembly], at_most: int | None) -> list[list[Assembly]]:
@@ -158,18 +165,17 @@ def _fits(one: Assembly, other: Assembly) -> bool:
     )
 
 
-def _summarise(member: Member, run: Run) -> tables.RunSummary:
+def _summarise(run: Run) -> tables.RunSummary:
     """Return how a run was trained."""
     loss, validation = final_loss(run.progress.training), run.progress.validation
-    accuracy = run.measure == "query_accuracy"
     return tables.RunSummary(
-        name=member.name,
-        setting=member.setting or tables.ALL,
-        seed=member.seed,
+        name=run.folder.name,
+        setting=setting_of(run.folder.name) or tables.ALL,
+        seed=run.training.seed,
         iteration=run.iteration,
         failure=run.failure,
         final_training_loss=loss["mean"] if loss else None,
-        measure="accuracy" if accuracy else loss_name(member.config.learner.loss),
+        measure=run.measure_name,
         validation=(validation.get("iteration", []), validation.get(run.measure, [])),
     )
 

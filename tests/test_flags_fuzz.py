@@ -92,7 +92,8 @@ def test_any_flags_are_settled_or_refused_in_one_line(line):
     try:
         flags = parser.parse(line)
         call = check_call(flags)
-        if not members_of(call, flags) and call.load is None and not call.compare:
+        members_of(call, flags)
+        if call.load is None and not call.compare:
             resolve(flags)
     except UsageError as error:
         text = errors.explain(error)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from runs import assert_same_run, command, curves, stop_at
 
 from commands.call import Call
-from commands.members import members_of, parse_seeds
+from commands.members import members_of, parse_seeds, setting_of
 from commands.presets import ALGORITHMS
 from common.errors import UsageError
 from training import trainer
@@ -307,11 +307,11 @@ def test_seeds_are_distinct_numbers_and_ranges(ranges):
 def test_a_runs_folder_is_named_after_its_setting_and_seed():
     long = "a" * 50
     call = Call(sweep=(f"learner={long}/x.py:net,{long}/y.py:net", "s=1,2", "oracle=yes"), seeds="0,1")
-    members = members_of(call, {})
-    names = [member.name for member in members]
-    assert len(set(names)) == 8 and len({member.setting for member in members}) == 4
-    assert all(re.fullmatch(r"[a-z0-9._-]{1,90}", name) for name in names)
-    assert members[0].config.tasks.oracle and members[-1].config.choices.steps == 2
+    _, configs = members_of(call, {})
+    assert len(configs) == 8 and len(set(map(setting_of, configs))) == 4
+    assert all(re.fullmatch(r"[a-z0-9._-]{1,90}", name) for name in configs)
+    first, *_, last = configs.values()
+    assert first.tasks.oracle and last.choices.steps == 2 and last.training.seed == 1
 
 
 REFUSED = {
