@@ -48,11 +48,10 @@ def main(arguments: list[str]) -> int:
         text = None if isinstance(error, BrokenPipeError) else explain(error)
         if text is None:
             raise
-        agreed = isinstance(error, AgreedError)
-        if agreed and LOCAL_RANK:
+        if isinstance(error, AgreedError) and LOCAL_RANK:
             time.sleep(PATIENCE)
         else:
-            process = f"process {RANK}: " if RANK and not agreed else ""
+            process = f"process {RANK}: " if RANK else ""
             print(f"main.py: error: {process}{text}", file=sys.stderr)
         return 2
     except LostError as error:
@@ -70,15 +69,14 @@ def run(arguments: list[str]) -> int:
     try:
         given = parse(arguments)
         call = check_call(given)
-        many = bool(call.seeds or call.sweep)
-        if many:  # mistakes answer before PyTorch is imported
+        if call.seeds or call.sweep:  # mistakes answer before PyTorch is imported
             members_of(call, given)
         elif not (call.load or call.resume or call.compare):
             resolve(given)
         from commands.build import join_job
         from common.processes import leave
 
-        call, world = join_job(call, many=many)
+        call, world = join_job(call)
     except UsageError as error:  # in all processes alike
         raise AgreedError(str(error)) from error
     code = dispatch(call, given, shlex.join(["main.py", *arguments]), world)
@@ -112,7 +110,6 @@ if __name__ == "__main__":
     except BrokenPipeError:  # nobody reads the output any more, as in `main.py --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # threads between processes may outlive Python, and abort
-        sys.stderr.flush()
+    if JOB:  # threads between processes may outlive Python, and abort
         os._exit(code)
     sys.exit(code)

@@ -12,8 +12,8 @@ from __future__ import annotations
 import copy
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -68,12 +68,8 @@ def print_once(text: str) -> None:
 # ---- machine -------------------------------------------------------------------------------------
 
 
-def join_job(call: Call, *, many: bool) -> tuple[Call, World]:
-    """Join the job's processes; return the call with folders resolved to checkpoints' files, and the job.
-
-    Args:
-        many: each process trains runs of its own, and waits for the others only at the end.
-    """
+def join_job(call: Call) -> tuple[Call, World]:
+    """Join the job's processes; return the call with folders resolved to checkpoints' files, and the job."""
     distribution_of.cache_clear()
     names = (BEST, LAST) if call.eval or call.adapt else (LAST, BEST)
     call = replace(
@@ -86,6 +82,7 @@ def join_job(call: Call, *, many: bool) -> tuple[Call, World]:
         raise UsageError("--adapt and --compare are for one process: start them without torchrun")
     device = find_device(call.device, world)
     if world.size > 1:
+        many = call.seeds or call.sweep  # each process waits for the others only at the end
         world = join(world, device, call.timeout, A_YEAR if many else max(PREPARING, call.timeout))
     return call, world
 
@@ -159,7 +156,8 @@ def build_algorithm(
         fetch_weights=saved is None,
     )
     if saved and saved.fixed:
-        _restore_fixed(learner, saved.fixed, name)
+        fixed = fitting_parameters("the checkpoint", saved.fixed, fixed_tensors(learner), name)
+        learner.load_state_dict(fixed, strict=False)
     learner = learner.to(runtime.device, runtime.dtype)
     check_outputs(learner, example, outputs, config)
     try:
@@ -178,15 +176,6 @@ def build_algorithm(
         raise UsageError(f"{flags} with --learner {name}: {error}") from error
 
 
-def _restore_fixed(learner: nn.Module, fixed: Weights, name: str) -> None:
-    """Put a checkpoint's frozen parameters and buffers into the learner."""
-    state = {**dict(learner.named_parameters()), **dict(learner.named_buffers())}
-    for key in sorted(fixed.keys() | fixed_tensors(learner).keys()):
-        if key not in fixed or key not in state or state[key].shape != fixed[key].shape:
-            raise UsageError(f"the checkpoint does not fit the learner {name}: {key} differs")
-        state[key].data.copy_(fixed[key])
-
-
 def fit_weights(file: Path, source: Checkpoint, maml: MAML, config: Config) -> tuple[Weights, Weights]:
     """Return a checkpoint's meta-parameters and running statistics; raise UsageError if they do not fit."""
     name = config.learner.learner
@@ -197,22 +186,26 @@ def fit_weights(file: Path, source: Checkpoint, maml: MAML, config: Config) -> t
 # ---- the user's learner and loss, tried out before training --------------------------------------
 
 
+@contextmanager
+def _naming(flags: str) -> Iterator[None]:
+    """Raise UsageError, which names the flags of the user's code, where that fails in the block."""
+    try:
+        yield
+    except Exception as error:  # it may fail in any way
+        if isinstance(error, UsageError) or is_out_of_memory(error):
+            raise
+        raise UsageError(f"{flags}: {shorten(str(error), 200)}") from error
+
+
 def check_outputs(learner: nn.Module, example: Tree, outputs: int, config: Config) -> None:
     """Raise UsageError where the learner fails on a task's inputs, or its outputs have another shape."""
     name = f"--learner {config.learner.learner}"
     shapes = tree_map(lambda part: tuple(part.shape), example)
     positional, named = arguments_of(example)
     first = first_tensor(example)
-    try:
-        keys = torch.zeros(2, dtype=torch.int64, device=first.device)
-        with torch.no_grad(), Elementary(keys, first):
-            output = first_tensor(copy.deepcopy(learner)(*positional, **named))
-    except Exception as error:  # the user's code may fail in any way
-        if is_out_of_memory(error):
-            raise
-        raise UsageError(
-            f"{name} fails on the inputs of a task, {shapes}: {shorten(str(error), 200)}"
-        ) from error
+    keys = torch.zeros(2, dtype=torch.int64, device=first.device)
+    with _naming(f"{name} fails on the inputs of a task, {shapes}"), torch.no_grad(), Elementary(keys, first):
+        output = first_tensor(copy.deepcopy(learner)(*positional, **named))
     expected = (len(first), outputs)
     if config.learner.loss in LOSSES and tuple(output.shape) != expected:
         raise UsageError(
@@ -223,43 +216,32 @@ def check_outputs(learner: nn.Module, example: Tree, outputs: int, config: Confi
 
 def probe_learner(maml: MAML, parameters: Weights, distribution: TaskDistribution, config: Config) -> None:
     """Compute one meta-gradient; raise UsageError that names the failing layer and a workaround."""
-    seed, learner = config.training.seed, config.learner
+    seed, learner = config.training.seed, f"--learner {config.learner.learner}"
+    loss = f"--loss {config.learner.loss}"
     tasks = distribution.resized(config.training_shots).sample("train", seed, 1, range(2))
     keys = keys_of(task_stream("train", seed, 1, range(2), first_tensor(tasks.support_x).device))
     x, y = (tree_map(lambda part: part[0], tree) for tree in (tasks.support_x, tasks.support_y))
     weights = maml.whole_weights(parameters)
-    try:
+    hint = "--no-vectorise, --engine unrolled or --first-order may work"
+    with _naming(f"{learner} with {loss} cannot be meta-trained ({hint})"):
         with torch.no_grad():
             outputs = maml.call(weights, x, Extras(keys[0]).for_pass("support"))
-        _probe_loss(maml, outputs, y, learner.loss)
-        make_meta_gradient(maml, engine=config.training.engine)(parameters, tasks, keys=keys)
-    except Exception as error:  # an operator may fail in any way
-        if isinstance(error, UsageError) or is_out_of_memory(error):
-            raise
-        positional, named = arguments_of(x)
-        failure = None if named else find_failure(maml.learner, weights, positional, keys[0])
-        if failure is None:
-            raise UsageError(
-                f"--learner {learner.learner} with --loss {learner.loss} cannot be meta-trained: "
-                f"{shorten(str(error), 200)}; --no-vectorise, --engine unrolled or --first-order may work"
-            ) from error
-        lack, way_round = PROBLEMS[failure.problem]
-        layer = f"its layer {failure.layer} ({failure.kind})" if failure.layer else f"{failure.kind} itself"
-        text = f"--learner {learner.learner}: {layer} {lack} ({failure.reason}): {way_round}"
-        raise UsageError(text) from error
-
-
-def _probe_loss(maml: MAML, outputs: Tree, targets: Tree, name: str) -> None:
-    """Raise UsageError if the loss fails, or does not depend on the outputs."""
-    outputs = tree_map(lambda t: t.detach().requires_grad_(t.is_floating_point()), outputs)
-    try:
-        value = maml.loss(outputs, targets)
-    except Exception as error:  # the user's code may fail in any way
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"--loss {name} fails: {shorten(str(error), 200)}") from error
-    if not value.requires_grad:
-        raise UsageError(f"--loss {name} does not depend on the learner's outputs")
+        outputs = tree_map(lambda t: t.detach().requires_grad_(t.is_floating_point()), outputs)
+        with _naming(f"{loss} fails"):
+            if not maml.loss(outputs, y).requires_grad:
+                raise UsageError(f"{loss} does not depend on the learner's outputs")
+        try:
+            make_meta_gradient(maml, engine=config.training.engine)(parameters, tasks, keys=keys)
+        except Exception as error:  # an operator may fail in any way
+            positional, named = arguments_of(x)
+            failure = None if named else find_failure(maml.learner, weights, positional, keys[0])
+            if failure is None or is_out_of_memory(error):
+                raise
+            lack, way_round = PROBLEMS[failure.problem]
+            layer = (
+                f"its layer {failure.layer} ({failure.kind})" if failure.layer else f"{failure.kind} itself"
+            )
+            raise UsageError(f"{learner}: {layer} {lack} ({failure.reason}): {way_round}") from error
 
 
 # ---- a run ---------------------------------------------------------------------------------------
@@ -399,13 +381,9 @@ def train_runs(assemblies: Sequence[Assembly]) -> int:
 
 
 def collect_facts(config: Config, runtime: Runtime, checkpoint: Checkpoint | None) -> dict[str, Any]:
-    """Return what all processes of a job must agree in, by names for people."""
-    return {
-        "torch": str(torch.__version__),
-        "--device": runtime.device.type,
-        "checkpoint": checkpoint.iteration if checkpoint else None,
-        **{flag.name: config.get(name) for name, flag in CONFIG_FLAGS.items()},
-    }
+    """Return what all processes of a job must agree in, by name."""
+    facts = {"torch": str(torch.__version__), "device": runtime.device.type}
+    return {**facts, "checkpoint": checkpoint.iteration if checkpoint else None, **config.values()}
 
 
 def make_writable(folder: Path, flag: str) -> Path:

@@ -305,7 +305,7 @@ def test_processes_with_different_flags_refuse_to_start(tmp_path):
         for job in jobs:
             end_job(job)
     (line,) = (tmp_path / "0").read_text().splitlines()
-    assert line.startswith("main.py: error: process 1 has another --meta-lr than process 0 (0.002 and 0.001)")
+    assert line.startswith("main.py: error: process 1 has another meta_lr than process 0 (0.002 and 0.001)")
     assert not (tmp_path / "1").read_text()
     assert not (tmp_path / "runs").exists()
 

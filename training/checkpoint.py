@@ -115,7 +115,7 @@ def check_same_split(path: Path, saved: dict[str, list[str]], now: dict[str, lis
 
 
 def fitting_parameters(
-    path: Path, saved: dict[str, Tensor], wanted: dict[str, Tensor], name: str
+    path: Path | str, saved: dict[str, Tensor], wanted: dict[str, Tensor], name: str
 ) -> dict[str, Tensor]:
     """Return saved parameters, or statistics, on the device and in the type of `wanted`.
 
