@@ -6,16 +6,15 @@ differentiates in reverse over reverse. Nothing of the tool is in it, but for th
 
 import copy
 from contextlib import nullcontext
-from dataclasses import fields
 
 import torch
+from algorithms import Algorithm
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.batch import TaskBatch, arguments_of, tree_map
-from common.choices import Choices
 from common.task import Extras
 from learners.elementary import Elementary
 from maml import MAML
@@ -46,10 +45,7 @@ def filled(module: nn.Module) -> nn.Module:
 
 
 def algorithm(module: nn.Module, loss=F.mse_loss, **options) -> MAML:
-    names = {field.name for field in fields(Choices)}
-    choices = {"inner_lr": LR, "steps": STEPS, "adapt_norm": True}
-    choices |= {name: value for name, value in options.items() if name in names}
-    return MAML(module, loss, Choices(**choices), **{n: v for n, v in options.items() if n not in names})
+    return Algorithm(module, loss, **{"inner_lr": LR, "steps": STEPS, "adapt_norm": True} | options)
 
 
 def meta_gradient(maml: MAML, batch: TaskBatch, engine: str, **arguments):

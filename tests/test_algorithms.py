@@ -4,7 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from algorithms import Algorithm, make_maml, make_tasks, smooth_maml, smooth_network, vary
+from algorithms import (
+    Algorithm,
+    forward_by_hand,
+    loop_over_tasks,
+    make_maml,
+    make_tasks,
+    smooth_maml,
+    smooth_network,
+    vary,
+)
 from plain_loop import ENGINES, ORDERS, assert_close
 from torch import nn
 from torch.func import functional_call
@@ -14,60 +23,13 @@ from commands.resolve import resolve
 from common.batch import TaskBatch
 from common.task import Task
 from learner import build_learner
-from learners.batch_norm import BatchNorm, norm_parameter_names
+from learners.batch_norm import norm_parameter_names
 from learners.heads import ContextLayer, adapted_names, add_context, head_names
 from maml import MASS, RATE, SQUARE
 from training.meta_gradients import conjugate_gradients
 from training.schedules import meta_lr_at, multi_step_weights
 
-# ---- a plain loop ---------------------------------------------------------------------------
-
-
-def plain_loop(maml: Algorithm, parameters: dict, batch: TaskBatch, order=None, step_weights=None) -> dict:
-    """One task after the other, written down from the papers."""
-    leaves = {name: w.clone().requires_grad_() for name, w in parameters.items()}
-    rule, total = maml.optimizer, 0.0
-    names = sorted(maml.adapted)
-    for number, (support_x, support_y, query_x, query_y) in enumerate(zip(*batch, strict=True)):
-        fast = {n: leaves[n] if n in leaves else torch.zeros(4).double().requires_grad_() for n in names}
-        start, shared = dict(fast), {n: w for n, w in leaves.items() if n not in maml.adapted}
-        velocity = dict.fromkeys(names, 0.0)
-        mean, square = dict(velocity), dict(velocity)
-
-        def outputs_of(fast, x, shared=shared):
-            weights = {n: w for n, w in shared.items() if "/" not in n}
-            return functional_call(maml.learner, fast | weights, (x,))
-
-        for step in range(maml.steps):
-            rows = slice(None) if order is None else order[number, step]
-            loss = F.mse_loss(outputs_of(fast, support_x[rows]), support_y[rows])
-            gradients = torch.autograd.grad(
-                loss, [fast[n] for n in names], create_graph=not maml.first_order, retain_graph=True
-            )
-            gradients = dict(zip(names, gradients, strict=True))
-            gradients = {n: g + rule.proximal * (fast[n] - start[n]) for n, g in gradients.items()}
-            if rule.clip_norm:
-                norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
-                assert norm > rule.clip_norm  # there is something to clip
-                gradients = {n: g * rule.clip_norm / (norm + 1e-6) for n, g in gradients.items()}
-            for n, g in gradients.items():
-                rate = leaves.get(RATE + n, rule.lr)
-                if maml.choices.inner_rates == "layer-step":
-                    rate = rate[step]
-                if rule.name == "momentum":
-                    g = velocity[n] = rule.momentum * velocity[n] + g
-                if rule.name == "adam":
-                    mean[n] = rule.momentum * mean[n] + (1 - rule.momentum) * g
-                    square[n] = rule.beta_2 * square[n] + (1 - rule.beta_2) * g**2
-                    unbiased = square[n] / (1 - rule.beta_2 ** (step + 1))
-                    g = mean[n] / (1 - rule.momentum ** (step + 1)) / (unbiased.sqrt() + rule.eps)
-                fast[n] = fast[n] - rate * g
-            if step_weights is not None or step == maml.steps - 1:
-                loss = F.mse_loss(outputs_of(fast, query_x), query_y)
-                total = total + (1.0 if step_weights is None else step_weights[step]) * loss
-    gradients = torch.autograd.grad(total / len(batch.support_x), list(leaves.values()), allow_unused=True)
-    return {n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(leaves.items(), gradients)}  # noqa: B905
-
+# ---- plain loops --------------------------------------------------------------------------
 
 COMBINATIONS = [
     {"fast_weights": "head"},
@@ -103,23 +65,9 @@ def test_every_combination_of_choices_is_the_plain_loops(number, meta_gradient):
     for engine in ENGINES:
         maml = smooth_maml(**options, meta_gradient=meta_gradient, engine=engine)
         parameters = vary(maml.initial_parameters())
-        expected = plain_loop(maml, parameters, batch, **inputs)
+        expected, _ = loop_over_tasks(maml, parameters, batch, **inputs)
         assert_close(maml.meta_gradient(parameters, batch, **inputs).gradients, expected)
         assert all(g.abs().max() > 0 for g in expected.values())
-
-
-def forward_by_hand(maml: Algorithm, weights: dict, x, statistics: dict | None = None) -> tuple:
-    """Return outputs, and by layer the mean and variance that batch norm uses: its input's, unless given."""
-    seen, x = {}, x.flatten(1)
-    for name, layer in list(maml.learner.named_children())[1:]:
-        if isinstance(layer, BatchNorm):
-            at_hand = torch.stack([x.mean(0), x.var(0, unbiased=False)])
-            seen[f"{name}.statistics"] = at_hand if statistics is None else statistics[f"{name}.statistics"]
-            mean, variance = seen[f"{name}.statistics"]
-            x = (x - mean) / (variance + layer.eps).sqrt() + weights[f"{name}.bias"]
-        else:
-            x = functional_call(layer, {p: weights[f"{name}.{p}"] for p, _ in layer.named_parameters()}, (x,))
-    return x, seen
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -4,97 +4,44 @@ import copy
 
 import pytest
 import torch
-from algorithms import TASKS, WAYS_TO_COMPUTE, Algorithm, make_maml, make_tasks
+from algorithms import TASKS, WAYS_TO_COMPUTE, Algorithm, loop_over_tasks, make_maml, make_tasks
 from plain_loop import ENGINES, ORDERS, assert_close
 from torch import nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from common.batch import TaskBatch
 from common.task import Task
 from learner import LEARNERS, build_learner
-from learners.batch_norm import BatchNorm
 from learners.im2col import Im2colConv2d, convert_convolutions
 
 FAST = ("mlp", "conv", "fc")
 EVERY_LEARNER = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in LEARNERS]
 
 
-def forward_by_hand(
-    maml: Algorithm, weights: dict, x: torch.Tensor, support: torch.Tensor | None = None
-) -> torch.Tensor:
-    """The learner again, batch norm by PyTorch's own function.
-
-    With `support`, inductively: the support set goes along, and its biased statistics serve for both.
-    """
-    for name, layer in maml.learner.named_modules():
-        if isinstance(layer, BatchNorm):
-            scale, shift = (weights.get(f"{name}.{p}") for p in ("weight", "bias"))
-            if support is None:
-                x = F.batch_norm(x, None, None, scale, shift, training=True, eps=layer.eps)
-            else:
-                axes = [0, *range(2, x.dim())]
-                mean, variance = support.mean(axes, True), support.var(axes, False, keepdim=True)
-                x, support = ((part - mean) / (variance + layer.eps).sqrt() for part in (x, support))
-                x, support = (part + shift.view(mean.shape) for part in (x, support))
-        elif name and not list(layer.children()):
-            layer_weights = {p: weights[f"{name}.{p}"] for p, _ in layer.named_parameters()}
-            x = functional_call(layer, layer_weights, (x,))
-            support = None if support is None else functional_call(layer, layer_weights, (support,))
-    return x
-
-
-def loop_over_tasks(maml: Algorithm, parameters: dict, batch: TaskBatch) -> tuple[dict, torch.Tensor]:
-    """The textbook: one task after the other, `create_graph` for the second order."""
-    leaves = {name: w.clone().requires_grad_() for name, w in parameters.items()}
-    adapted_names = [name for name in leaves if name not in maml.initial.keys() - maml.adapted]
-    losses = []
-    for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
-        weights = dict(leaves)
-        for _ in range(maml.steps):
-            loss = maml.loss(forward_by_hand(maml, weights, support_x), support_y)
-            gradients = torch.autograd.grad(
-                loss, [weights[n] for n in adapted_names], create_graph=not maml.first_order
-            )
-            for name, gradient in zip(adapted_names, gradients, strict=True):
-                weights[name] = weights[name] - maml.optimizer.lr * gradient
-        support = support_x if maml.choices.query_norm == "inductive" else None
-        losses.append(maml.loss(forward_by_hand(maml, weights, query_x, support), query_y))
-    total = torch.stack(losses).mean()
-    gradients = torch.autograd.grad(total, list(leaves.values()))
-    return dict(zip(leaves, gradients, strict=True)), total.detach()
+def assert_every_way_is_a_loop_over_tasks(learner: str, **options) -> None:
+    batch = make_tasks(learner, tasks=2 if learner == "convnet" else TASKS)
+    maml = make_maml(learner, **options)
+    parameters = maml.initial_parameters()
+    expected, loss = loop_over_tasks(maml, parameters, batch)
+    for way in WAYS_TO_COMPUTE[:1] if learner == "convnet" else WAYS_TO_COMPUTE:
+        result = make_maml(learner, **options, **way).meta_gradient(parameters, batch)
+        assert_close(result.gradients, expected)
+        assert torch.allclose(result.losses.mean(), loss, rtol=1e-12)
 
 
 @pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize("meta_gradient", ORDERS)
 @pytest.mark.parametrize("learner", EVERY_LEARNER)
 def test_meta_gradient_is_that_of_a_plain_loop_over_tasks(learner, meta_gradient, steps):
-    tasks = 2 if learner == "convnet" else TASKS
-    batch = make_tasks(learner, tasks=tasks)
     options = {"steps": steps, "meta_gradient": meta_gradient, "adapt_norm": learner == "convnet"}
-    parameters = make_maml(learner).initial_parameters()
-    expected, loss = loop_over_tasks(make_maml(learner, **options), parameters, batch)
-    for ways in WAYS_TO_COMPUTE[:1] if learner == "convnet" else WAYS_TO_COMPUTE:
-        result = make_maml(learner, **options, **ways).meta_gradient(parameters, batch)
-        assert_close(result.gradients, expected)
-        assert torch.allclose(result.losses.mean(), loss, rtol=1e-12)
+    assert_every_way_is_a_loop_over_tasks(learner, **options)
 
 
 @pytest.mark.parametrize("meta_gradient", ORDERS)
 @pytest.mark.parametrize("learner", ["conv", "fc"])
 def test_inductive_meta_gradient_is_that_of_a_plain_loop(learner, meta_gradient):
-    options = {
-        "steps": 2,
-        "meta_gradient": meta_gradient,
-        "batch_norm": "inductive",
-        "adapt_norm": False,
-    }
-    batch, parameters = make_tasks(learner), make_maml(learner).initial_parameters()
-    expected, _ = loop_over_tasks(make_maml(learner, **options), parameters, batch)
-    for ways in WAYS_TO_COMPUTE:
-        assert_close(
-            make_maml(learner, **options, **ways).meta_gradient(parameters, batch).gradients, expected
-        )
+    options = {"steps": 2, "meta_gradient": meta_gradient, "batch_norm": "inductive", "adapt_norm": False}
+    assert_every_way_is_a_loop_over_tasks(learner, **options)
 
 
 @pytest.mark.parametrize("steps", [1, 5])
@@ -131,9 +78,10 @@ def test_meta_gradient_agrees_with_finite_differences(learner, meta_gradient, st
 @pytest.mark.parametrize("chunk", [1, 2])
 def test_tasks_at_once_leaves_the_result_the_same(chunk, engine):
     batch = make_tasks("conv")  # three tasks: chunks of two divide unevenly
-    whole, parts = (make_maml("conv", steps=2, engine=engine, tasks_at_once=n) for n in (None, chunk))
-    parameters = whole.initial_parameters()
-    expected, result = (maml.meta_gradient(parameters, batch) for maml in (whole, parts))
+    expected, result = (
+        maml.meta_gradient(maml.initial_parameters(), batch)
+        for maml in (make_maml("conv", steps=2, engine=engine, tasks_at_once=n) for n in (None, chunk))
+    )
     assert_close(result.gradients, expected.gradients, 1e-12)
     assert torch.allclose(result.losses, expected.losses) and torch.allclose(result.outputs, expected.outputs)
 
