@@ -1,4 +1,4 @@
-"""Your own learner and loss, from the command line: trained, resumed, tested and refused."""
+"""Learners, losses and tasks of a user's code, from the command line: trained, resumed, tested, refused."""
 
 import json
 import sys
@@ -28,10 +28,10 @@ FEW = ["--eval-tasks", 4, "--eval-steps", 2, "--test-steps", 2]
 SHORT = ["--iterations", 1, "--precision", "float64", *FEW]
 SEQUENCES = f"{ROOT / 'examples' / 'sequences.py'}:"
 
-OWN = """
+CODE = """
 import torch
 from torch import nn
-from helper_beside import SIZE
+from neighbour import SIZE
 
 class Net(nn.Module):
     def __init__(self, outputs, inputs, hidden=4):
@@ -88,20 +88,20 @@ def _few_validation_tasks(monkeypatch):
 
 
 @pytest.fixture
-def own(tmp_path) -> str:
-    """Return the file of the user's code, which imports what lies beside it."""
+def code(tmp_path) -> str:
+    """Return the file of the user's code, which imports a neighbour."""
     folder = tmp_path / "elsewhere"
     folder.mkdir()
-    (folder / "own.py").write_text(OWN)
-    (folder / "helper_beside.py").write_text("SIZE = 3\n")
-    yield f"{folder / 'own.py'}"
-    sys.modules.pop("helper_beside", None)
+    (folder / "code_file.py").write_text(CODE)
+    (folder / "neighbour.py").write_text("SIZE = 3\n")
+    yield f"{folder / 'code_file.py'}"
+    sys.modules.pop("neighbour", None)
     sys.path[:] = [path for path in sys.path if path != str(folder)]
 
 
 @pytest.fixture
 def images(tmp_path) -> list[object]:
-    """Write grey noise around a brightness of each class's own; return the flags of tasks of it."""
+    """Write noise around a different brightness for each class; return the flags of tasks on it."""
     generator = np.random.default_rng(0)
     for number in range(10):
         folder = tmp_path / "images" / f"class{number}"
@@ -124,7 +124,7 @@ def assert_a_step_is_a_plain_loops(tmp_path: Path, flags: list[object], *, steps
     distribution, maml = build(config, call, runtime)
     batch = distribution.sample("train", 0, 1, range(2))
     outputs = config.tasks.ways or batch.support_y.shape[-1]
-    module, _ = build_algorithm(config, runtime, outputs, batch.support_x[0])  # the user's, as it is
+    module, _ = build_algorithm(config, runtime, outputs, batch.support_x[0])
     loss = F.cross_entropy if config.tasks.classification else F.mse_loss
     gradients, *_ = plain_loop(module, loss, batch, steps=steps)
     before, after = maml.initial_parameters(), load_checkpoint(tmp_path / "run" / LAST).parameters
@@ -134,7 +134,7 @@ def assert_a_step_is_a_plain_loops(tmp_path: Path, flags: list[object], *, steps
         assert (before[name] - gradient - after[name]).abs().max().item() < 1e-9 * scale, name
 
 
-def test_a_pretrained_network_of_torchvisions_keeps_its_body_and_gets_a_new_head(monkeypatch):
+def test_a_pretrained_torchvision_network_keeps_its_body_and_gets_a_new_head(monkeypatch):
     trained = torchvision.models.resnet18().state_dict()
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: trained)
     arguments = {"weights": "DEFAULT"}
@@ -159,30 +159,30 @@ DATA = f"--dataset {SEQUENCES}Sequences --dataset-args length=6 -n 2 -k 3 -q 3 -
     ],
     ids=["transformer", "gru", "lstm", "sines"],
 )
-def test_your_own_network_and_tasks_learn_as_in_a_plain_loop(flags, tmp_path):
+def test_a_users_network_and_tasks_learn_as_in_a_plain_loop(flags, tmp_path):
     assert_a_step_is_a_plain_loops(tmp_path, flags.split(), steps=2)
 
 
-def test_a_module_that_imports_its_neighbours_learns_images_as_in_a_plain_loop(own, images, tmp_path):
-    flags = [*images, "--learner", f"{own}:Net", "--learner-args", "hidden=3"]
+def test_a_module_that_imports_its_neighbours_learns_images_as_in_a_plain_loop(code, images, tmp_path):
+    flags = [*images, "--learner", f"{code}:Net", "--learner-args", "hidden=3"]
     assert_a_step_is_a_plain_loops(tmp_path, flags, steps=2)
 
 
 def test_a_learner_that_cannot_be_vectorised_is_refused_and_trains_with_no_vectorise(
-    own, images, tmp_path, capsys
+    code, images, tmp_path, capsys
 ):
     flags = [*images, "--checkpoint-path", tmp_path, *SHORT, "--meta-batch-size", 2]
-    assert command(*flags, "--learner", f"{own}:Item", "--run-name", "item") == 2
+    assert command(*flags, "--learner", f"{code}:Item", "--run-name", "item") == 2
     error = capsys.readouterr().err
     assert "Item itself cannot be vectorised" in error and "--no-vectorise" in error
     assert not (tmp_path / "item").exists()
-    assert command(*flags, "--learner", f"{own}:Item", "--run-name", "item", "--no-vectorise") == 0
-    assert command(*flags, "--learner", f"{own}:Net", "--run-name", "net") == 0
+    assert command(*flags, "--learner", f"{code}:Item", "--run-name", "item", "--no-vectorise") == 0
+    assert command(*flags, "--learner", f"{code}:Net", "--run-name", "net") == 0
     item, net = (load_checkpoint(tmp_path / name / LAST).parameters for name in ("item", "net"))
     assert all(torch.allclose(w, net[name], atol=1e-9) for name, w in item.items())
 
 
-def test_with_dropout_and_your_own_tasks_a_resumed_run_ends_with_the_same_bits(tmp_path):
+def test_a_run_with_dropout_and_a_users_tasks_resumes_exactly(tmp_path):
     code = ["--dataset", f"{SEQUENCES}Sequences", "--learner", f"{SEQUENCES}transformer"]
     sizes = "-n 2 -k 2 -q 2 -s 2 --meta-batch-size 2 --val-every 2 --log-every 2"
     flags = [*code, *sizes.split(), "--checkpoint-path", tmp_path]
@@ -190,25 +190,24 @@ def test_with_dropout_and_your_own_tasks_a_resumed_run_ends_with_the_same_bits(t
     assert command(*flags, *dropout, "--iterations", 4, "--run-name", "whole") == 0
     assert command(*flags, *dropout, "--iterations", 2, "--run-name", "stopped") == 0
     assert command("--load", tmp_path / "stopped" / LAST, "--iterations", 4, *code) == 0
-    whole, stopped = (load_checkpoint(tmp_path / name / LAST) for name in ("whole", "stopped"))
-    for part in ("parameters", "exp_avg", "exp_avg_sq"):
-        assert_same_bits(getattr(whole, part), getattr(stopped, part))
+    whole, stopped = (vars(load_checkpoint(tmp_path / name / LAST)) for name in ("whole", "stopped"))
+    assert_same_bits(whole, stopped)
 
 
-def test_frozen_layers_and_buffers_are_saved_and_the_code_may_have_moved(own, tmp_path):
-    flags = ["--learner", f"{own}:Strange", "--learner-args", "name=y", "flag=3", "-k", 3, "-q", 3]
+def test_frozen_layers_and_buffers_are_saved_and_the_code_may_have_moved(code, tmp_path):
+    flags = ["--learner", f"{code}:Strange", "--learner-args", "name=y", "flag=3", "-k", 3, "-q", 3]
     home = ["--checkpoint-path", tmp_path, "--run-name", "run"]
     assert command(*flags, "--iterations", 2, "--precision", "bf16", *home) == 0
-    last, moved = tmp_path / "run" / LAST, Path(own).with_name("moved.py")
-    Path(own).rename(moved)
+    last, moved = tmp_path / "run" / LAST, Path(code).with_name("moved.py")
+    Path(code).rename(moved)
     assert set(load_checkpoint(last).fixed) >= {"middle.weight", "scale", "norm.running_mean"}
     few = ["--eval-tasks", 4, "--eval-steps", 1]
     assert command("--eval", "--load", last, "--learner", f"{moved}:Strange", *few) == 0
     assert command("--eval", "--load", last, "--learner", f"{moved}:Net", *few) == 2
 
 
-def test_a_loss_of_your_own_is_minimised(own, images, tmp_path):
-    code = ["--learner", f"{own}:Net", "--loss", f"{own}:cubed", "--loss-args", "power=2"]
+def test_a_users_loss_is_minimised(code, images, tmp_path):
+    code = ["--learner", f"{code}:Net", "--loss", f"{code}:cubed", "--loss-args", "power=2"]
     assert command(*images, *code, *SHORT, "--checkpoint-path", tmp_path, "--run-name", "run") == 0
     training = json.loads((tmp_path / "run" / "training.json").read_text())
     assert 0.05 < training["training"]["query_loss"][0] < 1.0  # cross-entropy would start near 0.7 or above
@@ -237,24 +236,18 @@ def test_code_that_a_checkpoint_names_is_never_imported(setting, doing, tmp_path
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ("--learner {own}:Missing", "has no Missing to call: it has Net, Item, Wrong"),
-        ("--learner not_there.at_all:Net", "ModuleNotFoundError: No module named 'not_there'"),
-        ("--learner {own}:nothing", "makes a int, not a torch.nn.Module"),
-        ("--learner {own}:Net --learner-args width=3", "unexpected keyword argument 'width'"),
-        ("--learner {own}:Wrong", "they should be (4, 2), [examples, outputs]"),
+        ("--learner {code}:Missing", "has no Missing to call: it has Net, Item, Wrong"),
+        ("--learner {code}:nothing", "makes a int, not a torch.nn.Module"),
+        ("--learner {code}:Net --learner-args width=3", "unexpected keyword argument 'width'"),
+        ("--learner {code}:Wrong", "they should be (4, 2), [examples, outputs]"),
         ("--learner torchvision:resnet19", "no classification model resnet19: try resnet18"),
-        ("--learner {own}:Net --head nowhere --fast-weights head", "has no part 'nowhere'"),
-        ("--loss {own}:vector --learner {own}:Net", "it should give one number"),
-        (
-            "--loss {own}:alone --learner {own}:Net",
-            "alone fails: alone() takes 1 positional argument but 2 were given",
-        ),
-        ("--loss {own}:constant --learner {own}:Net", "constant does not depend on the learner's outputs"),
-        ("--image-size 3 --learner conv4", "are too small"),
+        ("--loss {code}:vector --learner {code}:Net", "it should give one number"),
+        ("--loss {code}:alone --learner {code}:Net", "takes 1 positional argument but 2 were given"),
+        ("--loss {code}:constant --learner {code}:Net", "constant does not depend on the learner's outputs"),
     ],
 )
-def test_a_mistake_about_your_own_code_is_one_line(flags, expected, own, images, tmp_path, capsys):
-    line = flags.format(own=own).split()
+def test_a_mistake_in_a_users_code_is_one_line(flags, expected, code, images, tmp_path, capsys):
+    line = flags.format(code=code).split()
     assert command(*images, *line, "--checkpoint-path", tmp_path / "runs", *SHORT) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "main.py" in line]
     assert len(lines) == 1 and lines[0].startswith("main.py: error: ") and expected in lines[0], lines

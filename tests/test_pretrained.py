@@ -1,4 +1,4 @@
-"""Each shipped checkpoint is the file of its card, and measures what its card says."""
+"""Every shipped checkpoint is the file its card names, and measures what its card says."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ CARDS = {file.parent.name: json.loads(file.read_text()) for file in sorted(FOLDE
 FAST = ("sinusoid-maml", "sinusoid-meta-sgd")
 
 
-def test_each_folder_has_a_card_and_a_row_in_the_index():
+def test_every_folder_has_a_card_and_a_row_in_the_index():
     folders = {path.name for path in FOLDER.iterdir() if path.is_dir()}
     index = (FOLDER / "README.md").read_text()
     assert folders == set(CARDS) != set()
@@ -29,7 +29,7 @@ def test_each_folder_has_a_card_and_a_row_in_the_index():
 
 
 @pytest.mark.parametrize("name", CARDS)
-def test_a_file_is_its_cards_and_holds_an_initialisation_alone(name):
+def test_a_file_is_the_one_its_card_names_and_holds_only_an_initialisation(name):
     card, file = CARDS[name], FOLDER / name / BEST
     checkpoint = load_checkpoint(file)
     assert hashlib.sha256(file.read_bytes()).hexdigest() == card["sha256"]
@@ -44,7 +44,7 @@ def test_a_file_is_its_cards_and_holds_an_initialisation_alone(name):
     "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CARDS]
 )
 def test_a_checkpoint_measures_what_its_card_says(name, tmp_path, monkeypatch, request):
-    """Of images, on the first of the test tasks alone, which are the same for any number of them."""
+    """Measure the first test tasks only; they are the same for any number of tasks."""
     card = CARDS[name]
     monkeypatch.chdir(ROOT)
     line = shlex.split(card["tested_by"])[2:]
@@ -58,7 +58,7 @@ def test_a_checkpoint_measures_what_its_card_says(name, tmp_path, monkeypatch, r
     assert rows.keys() == card["numbers"].keys() == card["numbers_of_first_tasks"].keys()
     for normalisation, expected in card["numbers_of_first_tasks"].items():
         row = rows[normalisation]
-        if "accuracy" in expected:  # another processor may decide a query or two otherwise
+        if "accuracy" in expected:  # on another processor a query or two may differ
             queries = card["first_tasks"] * record["settings"]["ways"] * record["settings"]["queries"]
             assert row["accuracy"] == pytest.approx(expected["accuracy"], abs=2.5 / queries)
         else:

@@ -16,7 +16,7 @@ def stream(seed=0, name="test", iteration=0, tasks=THOUSAND):
 
 def test_a_number_depends_on_where_it_is_used_and_on_nothing_else():
     whole = stream(tasks=range(10)).words(20)
-    assert torch.equal(stream(tasks=[7, 3]).words(20), whole[[7, 3]])  # any order, any chunk
+    assert torch.equal(stream(tasks=[7, 3]).words(20), whole[[7, 3]])  # in any order or chunk
     assert torch.equal(stream(tasks=range(10)).words(5), whole[:, :5])
     others = [stream(seed=1), stream(seed=2**40), stream(name="tset"), stream(iteration=1)]
     for other in others:

@@ -57,16 +57,15 @@ def test_the_commands_of_a_page_have_valid_flags(page):
 
 @pytest.fixture(scope="module")
 def flags() -> set[str]:
-    """Return the flags of the tool, of torchrun, of the scripts that pages call, and tensorboard's one."""
-    scripts = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("examples/*.py")]
-    of_scripts = {name for file in scripts for name in re.findall(r'"(--[a-z][a-z-]*)"', file.read_text())}
-    return {*build_parser()._option_string_actions, *get_args_parser()._option_string_actions, "--logdir"} | (
-        of_scripts
-    )
+    """Return the flags of the tool, of torchrun, of the scripts that pages call, and one of TensorBoard."""
+    files = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("examples/*.py")]
+    scripts = {name for file in files for name in re.findall(r'"(--[a-z][a-z-]*)"', file.read_text())}
+    parsers = (build_parser(), get_args_parser())
+    return scripts.union(*(parser._option_string_actions for parser in parsers), {"--logdir"})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
-def test_every_flag_that_a_page_mentions_is_one(page, flags):
+def test_every_flag_on_a_page_exists(page, flags):
     text = (ROOT / page).read_text()
     fenced = re.findall(r"^```(?:sh)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     inline = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
@@ -82,7 +81,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
-def test_the_links_of_a_page_lead_somewhere(page):
+def test_the_links_of_a_page_have_targets(page):
     text = (ROOT / page).read_text()
     for link in re.findall(r"\]\((?!https?://)(.*?)\)", text) + re.findall(r'(?:src|srcset)="(.*?)"', text):
         file, _, anchor = link.partition("#")
@@ -106,7 +105,7 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
         if code not in files.values():
             scope: dict = {}
             exec(code, scope)
-    maml, batch = scope["maml"], scope["batch"]  # the one that trains and adapts
+    maml, batch = scope["maml"], scope["batch"]
     x, y = batch.support_x[0], batch.support_y[0]
     before, after = (maml.call(weights, x) for weights in (scope["parameters"], scope["adapted"]))
     assert torch.nn.functional.mse_loss(after, y) < torch.nn.functional.mse_loss(before, y)

@@ -1,4 +1,4 @@
-"""The tutorial is true: its Python runs as it stands there, in order, and shows what the text says."""
+"""The tutorial is true: its Python runs unchanged and shows what the text says."""
 
 import contextlib
 import io
@@ -23,7 +23,7 @@ Scope = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def tutorial(tmp_path_factory: pytest.TempPathFactory) -> Scope:
-    """The names that the snippets leave behind, the `folder` where they ran, and what they `printed`."""
+    """Run the snippets; return their variables, the `folder` they wrote to, and what they `printed`."""
     scope: Scope = {"folder": tmp_path_factory.mktemp("tutorial")}
     printed = io.StringIO()
     torch.set_num_threads(1)
@@ -50,7 +50,7 @@ def test_its_maml_falls_below_training_from_scratch(tutorial: Scope):
 
 
 def test_its_meta_gradient_is_the_tools_in_float64(tutorial: Scope):
-    """With the engine and the number of steps that the text does not try."""
+    """Compare with an engine and a number of steps that the text does not use."""
     theta, tasks, steps = tutorial["theta64"], tutorial["tasks"], 3
     tool = MAML(tutorial["net"], tutorial["F"].mse_loss, Choices(inner_lr=0.01, steps=steps))
     meta_gradient = make_meta_gradient(tool, engine="adjoint")
@@ -62,8 +62,8 @@ def test_its_meta_gradient_is_the_tools_in_float64(tutorial: Scope):
     assert max((exact[name] - first[name]).abs().max() for name in exact) > 0.01
 
 
-def test_what_it_says_of_first_order_is_so(tutorial: Scope):
-    """The numbers that need no training are in the text, to the digit."""
+def test_its_numbers_of_first_order_are_true(tutorial: Scope):
+    """Find the numbers that need no training in the text, to the digit."""
     slopes = re.search(r"definition (\S+), .* gradient (\S+), .* order (\S+)", tutorial["printed"])
     off = re.findall(r"off by (\S+)% .* cosine (\S+)", tutorial["printed"])[:2]
     assert slopes is not None

@@ -1,17 +1,19 @@
-"""Several processes compute what one does, speak with one voice, end together, and resume.
+"""Several processes compute what one does, print once, end together, and resume.
 
-Numbers are compared over batches of command lines, which the same processes run one after another, since
-starting a process takes seconds. Signals and kills go to jobs of their own, started as a user starts them.
+Starting processes takes seconds, so the same processes run a batch of command lines one after another.
+Signals and kills go to separate jobs, started as a user starts them.
 """
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +30,7 @@ from training.folders import BEST, LAST
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
 
-# Run command lines, given as JSON, in processes that stay together; write what each returned and printed.
+# Run command lines from a JSON file in the same processes; write their exit codes and outputs.
 BATCH = """
 import functools, io, json, os, sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -75,7 +77,7 @@ def last(folder: Path, name: str) -> Checkpoint:
 
 
 def assert_same_learning(a: Checkpoint, b: Checkpoint, within: float) -> None:
-    """Compare weights, moments, statistics and curves of two runs but for rounding."""
+    """Compare weights, moments, statistics and curves of two runs to rounding."""
     assert a.iteration == b.iteration
     for part in ("parameters", "exp_avg", "exp_avg_sq", "statistics"):
         for name, theirs in getattr(b, part).items():
@@ -93,7 +95,7 @@ def torchrun(processes: int, script: Path, arguments: list[object]) -> list[str]
 
 
 def start_job(line: list[str], log: Path, **environment: str) -> subprocess.Popen:
-    """Start a job in a session of its own; OMP_NUM_THREADS is torchrun's to set."""
+    """Start a job in a new session, without OMP_NUM_THREADS, which torchrun sets."""
     inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     with log.open("ab") as out:
         return subprocess.Popen(
@@ -111,15 +113,11 @@ def is_alive(pid: int) -> bool:
 def find_workers(job: subprocess.Popen) -> dict[int, int]:
     """Return the living processes of a torchrun job, by rank."""
     workers = {}
-    try:
-        pids = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-        for pid in map(int, pids):
-            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            ranks = [int(part[5:]) for part in variables if part.startswith(b"RANK=")]
-            if ranks and is_alive(pid):
-                workers[ranks[0]] = pid
-    except OSError:  # one has just ended
-        pass
+    with suppress(OSError):  # one has just ended
+        for pid in map(int, Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()):
+            rank = re.search(rb"\0RANK=(\d+)", Path(f"/proc/{pid}/environ").read_bytes())
+            if rank and is_alive(pid):
+                workers[int(rank[1])] = pid
     return workers
 
 
@@ -148,7 +146,7 @@ def wait_until(condition: Callable[[], object], seconds: float) -> bool:
 
 
 def run_batch(folder: Path, processes: int, lines: dict[str, list[object]], **environment: str) -> list[dict]:
-    """Run command lines in processes that stay together; return what each had to say, by rank and name."""
+    """Run command lines in the same processes; return exit codes and outputs, by rank and name."""
     folder.mkdir()
     script, todo = folder / "batch.py", folder / "lines.json"
     script.write_text(BATCH.format(root=str(ROOT)))
@@ -159,9 +157,9 @@ def run_batch(folder: Path, processes: int, lines: dict[str, list[object]], **en
     return [json.loads((folder / f"rank{rank}").read_text()) for rank in range(processes)]
 
 
-# ---- runs that several tests look at ---------------------------------------------------------------
+# ---- runs that several tests share -----------------------------------------------------------------
 
-# One iteration of plain descent with rate 1 moves the weights by the meta-gradient.
+# One iteration of plain descent at rate 1 moves the weights by the meta-gradient.
 DESCENT = flags("--iterations 1 --meta-optimizer sgd --meta-lr 1 --precision float64 --compile off")
 GRADIENTS = {
     "maml": flags("--meta-batch-size 7 -s 2 --noise 0.1"),
@@ -172,38 +170,29 @@ GRADIENTS = {
 }
 
 
-def training(folder: Path, name: str, *own: object) -> list[object]:
-    return [*own, "--checkpoint-path", folder, "--run-name", name]
+def training(folder: Path, name: str, *options: object) -> list[object]:
+    return [*options, "--checkpoint-path", folder, "--run-name", name]
 
 
 def common_lines(folder: Path, processes: int) -> dict[str, list[object]]:
-    """The command lines that any number of processes runs with the same result."""
+    """Return command lines with the same result for any number of processes."""
     images = {"maml": [], "maml++": ["--dataset", f"images:{folder / 'images'}"]}
-    return {
-        **{
-            name: training(folder, f"{name}-{processes}", *DESCENT, *images[name], *own)
-            for name, own in GRADIENTS.items()
-        },
-        "float64": training(folder, f"float64-{processes}", *FLOAT64),
-        "evaluation": [
-            "--eval",
-            "--load",
-            folder / "float64-1" / BEST,
-            "--out",
-            folder / f"eval-{processes}",
-            *EVALUATION,
-        ],
+    options = {name: [*DESCENT, *images[name], *line] for name, line in GRADIENTS.items()} | {
+        "float64": FLOAT64
     }
+    lines = {name: training(folder, f"{name}-{processes}", *line) for name, line in options.items()}
+    evaluation = ["--eval", "--load", folder / "float64-1" / BEST, "--out", folder / f"eval-{processes}"]
+    return lines | {"evaluation": [*evaluation, *EVALUATION]}
 
 
 def stage_line(folder: Path, iterations: int) -> list[object]:
-    """A run's next part; the same for any number of processes."""
+    """Return the command line that continues a run, with any number of processes."""
     return training(folder, "stages", *FLOAT64, "--iterations", iterations, "--resume")
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
-    """The folder of all runs, with those of one process."""
+    """Return the folder of all runs, after those of one process."""
     folder = tmp_path_factory.mktemp("world")
     draw = np.random.default_rng(0)
     for number in range(16):
@@ -218,7 +207,7 @@ def alone(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pair(alone) -> list[dict]:
-    """What two processes said to a batch of command lines."""
+    """Return what two processes answered to a batch of command lines."""
     assert command(*stage_line(alone, 40)) == 0
     lines = {
         **common_lines(alone, 2),
@@ -231,7 +220,7 @@ def pair(alone) -> list[dict]:
 
 
 @given(count=st.integers(0, 10_000), size=st.integers(1, 64))
-def test_the_shares_of_all_processes_are_the_whole_in_order_and_of_nearly_one_size(count, size):
+def test_the_shares_of_all_processes_are_the_whole_in_order_and_nearly_equal(count, size):
     shares = [World(rank, size).share(count) for rank in range(size)]
     assert [number for share in shares for number in share] == list(range(count))
     lengths = [len(share) for share in shares]
@@ -242,7 +231,7 @@ def test_the_shares_of_all_processes_are_the_whole_in_order_and_of_nearly_one_si
 
 
 @pytest.mark.parametrize("case", GRADIENTS)
-def test_two_processes_get_the_meta_gradient_of_one(case, pair, alone):
+def test_two_processes_compute_the_meta_gradient_of_one(case, pair, alone):
     assert_same_learning(last(alone, f"{case}-2"), last(alone, f"{case}-1"), 1e-10)
     assert bool(last(alone, f"{case}-1").statistics) == (case == "maml++")
 
@@ -257,16 +246,16 @@ def test_a_run_resumes_with_another_number_of_processes(pair, alone):
     assert_same_learning(last(alone, "stages"), last(alone, "float64-1"), 1e-9)
 
 
-def test_two_processes_measure_what_one_does(pair, alone):
+def test_two_processes_evaluate_as_one_does(pair, alone):
     ours, theirs = (json.loads(next((alone / f"eval-{n}").glob("*.json")).read_text()) for n in (2, 1))
     for part in ("per_step", "per_task", "settings"):
         assert ours[part] == theirs[part]
 
 
-# ---- one voice -------------------------------------------------------------------------------------
+# ---- output ----------------------------------------------------------------------------------------
 
 
-def test_the_first_process_alone_speaks_and_writes(pair, alone):
+def test_only_the_first_process_prints_and_writes(pair, alone):
     for name, outcome in pair[1].items():
         assert (outcome["out"], outcome["err"]) == ("", ""), name
     assert all(pair[0][name]["out"] for name in common_lines(alone, 2))
@@ -281,7 +270,7 @@ def test_the_first_process_alone_speaks_and_writes(pair, alone):
         ("flag", "--meta-lr"),
     ],
 )
-def test_what_one_process_refuses_all_do_and_one_says_so(name, message, pair, alone):
+def test_all_processes_refuse_a_mistake_and_one_prints_it(name, message, pair, alone):
     assert [outcomes[name]["code"] for outcomes in pair] == [2, 2]
     (line,) = pair[0][name]["err"].splitlines()
     assert line.startswith("main.py: error: ") and message in line
@@ -293,12 +282,19 @@ def test_processes_with_different_flags_refuse_to_start(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    where = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    job_variables = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     jobs = []
     for rank, rate in enumerate((0.001, 0.002)):
-        own = training(tmp_path / "runs", "run", *SINUSOID, "--meta-lr", rate)
-        line = [sys.executable, str(ROOT / "main.py"), *map(str, own)]
-        jobs.append(start_job(line, tmp_path / str(rank), **where, RANK=str(rank), LOCAL_RANK=str(rank)))
+        options = training(tmp_path / "runs", "run", *SINUSOID, "--meta-lr", rate)
+        line = [sys.executable, str(ROOT / "main.py"), *map(str, options)]
+        jobs.append(
+            start_job(line, tmp_path / str(rank), **job_variables, RANK=str(rank), LOCAL_RANK=str(rank))
+        )
     try:
         assert [job.wait(90) for job in jobs] == [2, 2]
     finally:
@@ -338,13 +334,14 @@ def test_processes_compile_each_library_once_and_repeat_a_run_to_the_bit(tmp_pat
 
 
 def stop_once_saved(line: list[str], folder: Path, log: Path, stop: Callable) -> str:
-    """Start a job, and call `stop(job, pids)` once it has saved; return what it said."""
+    """Start a job, and call `stop(job, pids)` once it has saved; return its output."""
     file = folder / LAST
     begin = load_checkpoint(file).iteration if file.exists() else 0
     job = start_job(line, log)
     try:
-        saved = lambda: file.exists() and load_checkpoint(file).iteration > begin  # noqa: E731
-        assert wait_until(lambda: saved() or job.poll() is not None, 90)
+        assert wait_until(lambda: file.exists() and load_checkpoint(file).iteration > begin, 90), (
+            log.read_text()
+        )
         assert job.poll() is None, log.read_text()
         pids = find_workers(job)
         assert len(pids) == 2
