@@ -155,8 +155,10 @@ def test_a_runs_folder_stands_for_its_checkpoint(trained):
     assert find_checkpoint(trained / "run", BEST, LAST) == trained / "run" / BEST
     assert find_checkpoint(trained / "run" / LAST, BEST) == trained / "run" / LAST
     assert find_checkpoint(trained / "many", BEST) == trained / "many"
-    with pytest.raises(UsageError, match="neither last"):
+    with pytest.raises(UsageError, match="no folder with last"):
         find_checkpoint(trained, BEST, LAST)
+    with pytest.raises(UsageError, match="there is no such checkpoint"):
+        find_checkpoint(trained / "nowhere.pt", BEST, LAST)
 
 
 def test_the_runs_of_a_sweep_are_found_by_its_list(trained):

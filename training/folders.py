@@ -77,14 +77,14 @@ def has_results(folder: Path, iteration: int) -> bool:
 def find_checkpoint(path: Path, *names: str) -> Path:
     """Return the path itself, or the first of these checkpoints in it where it is a run's folder.
 
-    The folder of many runs is returned as it is. Raises UsageError for a folder without a checkpoint.
+    The folder of many runs is returned as it is. Raises UsageError where there is no checkpoint.
     """
-    if not path.is_dir() or (path / LIST).is_file():
+    if path.is_file() or (path / LIST).is_file():
         return path
     for name in names:
         if (path / name).is_file():
             return path / name
-    raise UsageError(f"{path}: there is no such checkpoint: the folder has neither {LAST} nor {BEST}")
+    raise UsageError(f"{path}: there is no such checkpoint, and no folder with {LAST} or {BEST}")
 
 
 # ---- many runs ------------------------------------------------------------------------------------
