@@ -1,6 +1,6 @@
 """Speed of this tool and of other ways to the same meta-gradient.
 
-    pip install -r benchmarks/requirements-peers.txt      # a missing peer is left out
+    pip install -e '.[peers]'                             # a missing peer is left out
     python benchmarks/speed.py                            # every table; some 25 minutes on two cores, cold
     python benchmarks/speed.py sinusoid-1 omniglot-5-way
     python benchmarks/speed.py --precision                # float32 and bf16: speed, and error against float64

@@ -1,40 +1,29 @@
-"""The map of docs: which wing may import which, and how large a file and a function may be."""
+"""The layers in pyproject.toml: which part may import which. And how large a file and a function may be."""
 
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-WINGS = ("common", "learners", "tasks", "evaluation", "training", "commands")
-DOORS = ("learner", "dataset", "maml", "main")
-# What each part may import; itself is understood.
-MAY_IMPORT = {
-    "common": set(),
-    "learners": {"common"},
-    "tasks": {"common"},
-    "learner": {"common", "learners"},
-    "dataset": {"common", "tasks"},
-    "maml": {"common", "learners"},
-    "evaluation": {"common", "learners", "maml"},
-    "training": {"common", "learners", "maml", "evaluation"},
-    "commands": {"common", "learners", "tasks", "learner", "dataset", "maml", "evaluation", "training"},
-    "main": {"common", "commands"},
-}
+LAYERS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["layers"]
+PARTS: dict[str, list[str]] = LAYERS["parts"]
+COMMANDS: dict[str, list[str]] = LAYERS["commands"]
+STANDARD: list[str] = LAYERS["standard"]
 LIGHT = {"options", "choices", "errors", "config", "call", "rules", "resolve", "parser", "presets", "names"}
 HEAVY = ("torch", "numpy", "PIL", "matplotlib")
 MOST_LINES, MOST_LINES_OF_FUNCTION, MOST_ENTRIES = 450, 50, 20
 
-FILES = [ROOT / f"{door}.py" for door in DOORS] + [
-    file for wing in WINGS for file in sorted((ROOT / wing).rglob("*.py"))
-]
-MODULES = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in FILES}
+WINGS = [init.parent for init in ROOT.glob("*/__init__.py")]
+FILES = [*ROOT.glob("*.py"), *(file for wing in WINGS for file in wing.rglob("*.py"))]
+MODULES = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in sorted(FILES)}
 
 
-def imports_of(name: str) -> set[str]:
-    """Return the modules of this project that a module imports anywhere, in functions and for types too."""
+def all_imports_of(name: str) -> set[str]:
+    """Return the modules that a module imports anywhere, in functions and for types too."""
     imported: set[str] = set()
     for node in ast.walk(ast.parse(MODULES[name].read_text())):
         if isinstance(node, ast.Import):
@@ -42,14 +31,35 @@ def imports_of(name: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             submodules = {f"{node.module}.{alias.name}" for alias in node.names} & MODULES.keys()
             imported |= submodules or {node.module}
-    return imported & MODULES.keys()
+    return imported
+
+
+def imports_of(name: str) -> set[str]:
+    """Return the modules of this project that a module imports."""
+    return all_imports_of(name) & MODULES.keys()
+
+
+def part_of(module: str) -> str:
+    return module.partition(".")[0]
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_a_module_imports_only_from_the_layers_below(name):
-    part = name.partition(".")[0]
-    allowed = MAY_IMPORT[part] | {part}
-    assert {module for module in imports_of(name) if module.partition(".")[0] not in allowed} == set()
+    allowed = {part_of(name), *PARTS[part_of(name)]}
+    assert {module for module in imports_of(name) if not {module, part_of(module)} & allowed} == set()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_imports_the_commands_that_it_consists_of_and_no_other(name):
+    imported = {module.removeprefix("commands.") for module in imports_of(f"commands.{name}")}
+    assert imported & COMMANDS.keys() == set(COMMANDS[name])
+
+
+@pytest.mark.parametrize("name", STANDARD)
+def test_errors_and_options_import_the_standard_library_alone(name):
+    assert {
+        m for m in all_imports_of(name) - {*STANDARD} if part_of(m) not in sys.stdlib_module_names
+    } == set()
 
 
 def test_no_module_imports_itself_through_others():
@@ -67,7 +77,7 @@ def test_flags_are_checked_without_heavy_packages():
 
 
 def test_the_top_level_fits_on_a_screen_and_init_files_are_empty():
-    assert [wing for wing in WINGS if (ROOT / wing / "__init__.py").read_text()] == []
+    assert [wing for wing in WINGS if (wing / "__init__.py").read_text()] == []
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
     entries = {line.partition("/")[0] for line in tracked.stdout.splitlines()}
     assert len([entry for entry in entries if not entry.startswith(".")]) <= MOST_ENTRIES
