@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import inspect
 import re
+import reprlib
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -107,8 +108,8 @@ def call_factory(
         raise
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {one_line(error):.300}"
-        words = ", ".join([*map(repr, arguments), *(f"{key}={value!r}" for key, value in options.items())])
-        raise UsageError(f"{flag} {name} fails, called with ({words}): {reason}") from error
+        words = [*map(reprlib.repr, arguments), *(f"{key}={reprlib.repr(options[key])}" for key in options)]
+        raise UsageError(f"{flag} {name} fails, called with ({', '.join(words)}): {reason}") from error
 
 
 def select_accepted(factory: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:

@@ -27,8 +27,9 @@ def whole(tmp_path) -> Path:
     return tmp_path / "whole"
 
 
-FORKSERVER = multiprocessing.get_context("forkserver")  # it forks a process that has not used autograd
-FORKSERVER.set_forkserver_preload(["commands.train", "runs"])
+METHOD = next(m for m in ("forkserver", "spawn") if m in multiprocessing.get_all_start_methods())
+PROCESSES = multiprocessing.get_context(METHOD)  # not "fork": this process may have used autograd
+PROCESSES.set_forkserver_preload(["commands.train", "runs"])
 
 
 def run_counting(write: int, line: list[object]) -> None:
@@ -49,7 +50,7 @@ def run_counting(write: int, line: list[object]) -> None:
 
 def run_until_killed(write: int, line: list[object]) -> bool:
     """Return whether the command was killed before it ended."""
-    process = FORKSERVER.Process(target=run_counting, args=(write, line))
+    process = PROCESSES.Process(target=run_counting, args=(write, line))
     process.start()
     process.join()
     assert process.exitcode in (0, 9)
@@ -66,14 +67,12 @@ def kill_and_compare(writes: list[int], whole: Path, home: Path) -> bool:
     return all(killed)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_run_killed_again_and_again_ends_with_the_bits_of_an_undisturbed_one(whole, tmp_path):
     # while points, a checkpoint and a best checkpoint are written, and between two renames
     assert kill_and_compare([2, 5, 7, 3], whole, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_run_killed_at_any_write_ends_with_the_bits_of_an_undisturbed_one(whole, tmp_path):
     write = 1
     while kill_and_compare([write], whole, tmp_path / str(write)):
