@@ -287,10 +287,27 @@ class MAML:
             task = task.with_buffers(buffers)
             yield Adapted(state.fast, shared.weights, task.for_query(step + 1), seen)
 
-    def adapt(self, parameters: Weights, support_x: Tree, support_y: Tree, steps: int) -> Weights:
-        """Return the weights adapted to one task; `support_x` is `[examples, ...]`."""
-        *_, adapted = self.inner_loop(parameters, Task(support_x, support_y), steps)
-        return adapted.weights
+    def adapt(
+        self,
+        parameters: Weights,
+        support_x: Tree,
+        support_y: Tree,
+        steps: int,
+        *,
+        order: Tensor | None = None,
+        keys: Tensor | None = None,
+        statistics: Weights | None = None,
+    ) -> Adapted:
+        """Adapt to one task, whose `support_x` is `[examples, ...]`; the result has `weights`.
+
+        `order` `[steps, batch]` and `keys` `[2]`: see `meta_gradient`. With running `statistics`
+        `[trained steps, 2, channels]`, batch norm uses them.
+        """
+        extras = tree_map(lambda part: part[0], self.call.extras(1, None if keys is None else keys[None]))
+        task = Task(support_x, support_y, order=order, extras=extras)
+        with self.running() if statistics else nullcontext():
+            *_, adapted = self.inner_loop(parameters, task, steps, statistics)
+        return adapted
 
     # ---- the outer loss, for one task -------------------------------------------------------
 

@@ -1,39 +1,36 @@
 """Put a trained initialisation to use: adapt it to tasks of the user's own and predict the rest (--adapt).
 
-    files -> tasks/user_tasks -> UserTask -> adapt_to -> Adapted.predict -> CSV, JSON, picture, weights
+    files -> tasks/user_tasks -> UserTask -> MAML.adapt -> predict -> CSV, JSON, picture, weights
 
-From Python, `load` gives a checkpoint's algorithm and weights, and `adapt_to` adapts them to tensors. Tasks
-are adapted to one after another, since each has its own sizes.
+From Python, `load` gives a checkpoint's algorithm and weights, `MAML.adapt` adapts them to tensors, and
+`predict` applies the result. Tasks are adapted to one after another, since each has its own sizes.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from commands.build import build_algorithm, fit_weights, make_writable, prepare, print_settings
 from commands.call import Call
 from commands.config import Config
 from commands.resolve import config_of, resolve_from
-from common.batch import Tree, first_tensor, tree_map
+from common.batch import Tree, tree_map
 from common.device import Runtime, find_device, set_up, versions
 from common.errors import UsageError, printable
 from common.optimizers import Weights
 from common.processes import ALONE
-from common.random import keys_of, minibatch_order, task_stream
-from common.task import Task
 from evaluation.examples import Prediction, predictions_figure
-from evaluation.meta_test import SEED
+from evaluation.meta_test import randomness_of
 from evaluation.style import write_figure
 from evaluation.tables import predictions_table, write_csv, write_json
-from learners.batch_norm import norm_layers, record_statistics
+from learners.batch_norm import record_statistics
 from maml import MAML, Adapted
 from tasks.images import Form
 from tasks.options import data_facts
@@ -43,75 +40,36 @@ from training.checkpoint import Checkpoint, load_checkpoint, save_weights
 from training.folders import BEST, LAST, find_checkpoint
 
 
-@dataclass(frozen=True)
-class AdaptedLearner:
-    """A learner adapted to one task."""
+@torch.no_grad()
+def predict(maml: MAML, adapted: Adapted, x: Tree, normalisation: str = "inductive") -> Tree:
+    """Return outputs, logits or numbers, for examples `[examples, ...]`.
 
-    maml: MAML
-    adapted: Adapted
-    normalisation: str
-
-    @torch.no_grad()
-    def predict(self, x: Tree) -> Tree:
-        """Return the outputs, logits or numbers, for examples `[examples, ...]`."""
-        task = replace(self.adapted.task, query_x=x)
-        with self.maml.running() if self.normalisation == "per-step" else nullcontext():
-            return self.maml.predict(self.adapted._replace(task=task), self.normalisation)
-
-    @torch.no_grad()
-    def module(self, learner: nn.Module) -> nn.Module:
-        """Return a copy of the learner with the adapted weights.
-
-        Running statistics of its batch norm layers are those of the support set, or the per-step ones of a
-        "per-step" prediction. In evaluation mode it predicts what `predict` does, unless "transductive".
-        """
-        learner, weights, task = copy.deepcopy(learner), self.adapted.weights, self.adapted.task
-        learner.load_state_dict(weights | task.extras.buffers, strict=False)  # others stay as they were
-        with self.maml.call.predicting(), record_statistics(self.maml.learner) as recorded:
-            self.maml.call(weights, task.support_x, task.extras)
-        statistics = weights if self.normalisation == "per-step" else recorded
-        for name in norm_layers(self.maml.learner):
-            layer = learner.get_submodule(name)
-            key = f"{name}.statistics" if name else "statistics"
-            if getattr(layer, "running_mean", None) is not None and key in statistics:
-                mean, variance = statistics[key]
-                layer.get_buffer("running_mean").copy_(mean)
-                layer.get_buffer("running_var").copy_(variance)
-        return learner
-
-
-def adapt_to(
-    maml: MAML,
-    parameters: Weights,
-    support_x: Tree,
-    support_y: Tree,
-    *,
-    steps: int,
-    normalisation: str = "inductive",
-    inner_batch: int | None = None,
-    statistics: Weights | None = None,
-) -> AdaptedLearner:
-    """Return the learner after `steps` inner steps on one task.
-
-    Args:
-        support_x, support_y: the examples, `[examples, ...]`.
-        normalisation: whose statistics batch norm uses: "inductive", "transductive" or "per-step".
-        inner_batch: examples in the minibatch of an inner step; None: all.
-        statistics: running statistics of per-step batch norm.
-
-    Raises:
-        ValueError: "per-step" without the statistics.
+    Batch norm is "inductive" or "transductive", or uses the running statistics that `MAML.adapt` was given.
     """
-    maml.check_statistics([normalisation], statistics)
-    labels = first_tensor(support_y)
-    stream = task_stream("test", SEED, 0, range(1), labels.device)
-    order = minibatch_order(stream.at("minibatches"), len(labels), inner_batch, steps)
-    extras = tree_map(lambda part: part[0], maml.call.extras(1, keys_of(stream)))
-    task = Task(support_x, support_y, order=None if order is None else order[0], extras=extras)
-    running = normalisation == "per-step"
-    with torch.no_grad(), maml.running() if running else nullcontext():
-        *_, adapted = maml.inner_loop(parameters, task, steps, statistics if running else None)
-    return AdaptedLearner(maml, adapted, normalisation)
+    adapted = adapted._replace(task=replace(adapted.task, query_x=x))
+    running = bool(maml.call.statistics.keys() & adapted.shared.keys())
+    with maml.running() if running else nullcontext():
+        return maml.predict(adapted, "per-step" if running else normalisation)
+
+
+@torch.no_grad()
+def fill_module(learner: nn.Module, maml: MAML, adapted: Adapted) -> nn.Module:
+    """Give the learner the adapted weights, for use without this tool, and return it.
+
+    Running statistics of its batch norm layers become those of the support set, or those that `MAML.adapt`
+    was given. In evaluation mode it predicts what `predict` does, unless "transductive".
+    """
+    weights, task = adapted.weights, adapted.task
+    learner.load_state_dict(weights | task.extras.buffers, strict=False)  # others stay as they were
+    with maml.call.predicting(), record_statistics(maml.learner) as recorded:
+        maml.call(weights, task.support_x, task.extras)
+    for name, statistics in recorded.items():
+        layer = learner.get_submodule(name.rpartition(".")[0])
+        if getattr(layer, "running_mean", None) is not None:
+            mean, variance = weights.get(name, statistics)
+            layer.get_buffer("running_mean").copy_(mean)
+            layer.get_buffer("running_var").copy_(variance)
+    return learner
 
 
 def load(
@@ -156,7 +114,7 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
     source = load_checkpoint(call.load)
     config = _settings_of(source, call.load, given)
     runtime = prepare(config, call)
-    tasks = read_tasks(call.adapt, config, runtime)
+    tasks = read_tasks(call.adapt, config, runtime, source)
     norm = given.get("batch_norm", "per-step" if source.statistics else "inductive")
     if norm == "per-step" and not source.statistics:
         raise UsageError("--batch-norm per-step: the checkpoint has no running statistics")
@@ -168,10 +126,18 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
         x, outputs = task.support_x, len(task.classes) or task.support_y.shape[-1]
         learner, maml = build_algorithm(config, runtime, outputs, x, saved=source)
         parameters, statistics = fit_weights(call.load, source, maml, config)
-        batch = config.evaluation.eval_inner_batch
-        options: dict[str, Any] = {"steps": steps, "normalisation": norm, "inner_batch": batch}
-        adapted = adapt_to(maml, parameters, x, task.support_y, statistics=statistics, **options)
-        predictions.append(_predict(adapted, task, config.learner.loss))
+        order, keys = randomness_of("test", x[None], range(1), config.evaluation.eval_inner_batch, steps)
+        adapted = maml.adapt(
+            parameters,
+            x,
+            task.support_y,
+            steps,
+            order=None if order is None else order[0],
+            keys=keys[0],
+            statistics=statistics if norm == "per-step" else None,
+        )
+        predicted = predict(maml, adapted, task.query_x, norm)
+        predictions.append(_prediction(task, predicted, config.learner.loss))
     stem = f"{folder / call.load.stem}-adapted-{call.adapt.stem}"
     header, rows = _tabulate(tasks, predictions, Columns.parse(config.tasks.columns).targets)
     print(predictions_table(header, rows))
@@ -195,15 +161,14 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
     write_json(Path(f"{stem}.json"), record)
     written = f"Written: {stem}.csv, .png and .json"
     if len(tasks) == 1 and config.choices.fast_weights != "context":  # which is no module of its own
-        save_weights(Path(f"{stem}-weights.pt"), adapted.module(learner))
+        save_weights(Path(f"{stem}-weights.pt"), fill_module(learner, maml, adapted))
         written += f", {stem}-weights.pt"
     print(written)
     return 0
 
 
-def _predict(adapted: AdaptedLearner, task: UserTask, loss: str) -> Prediction:
+def _prediction(task: UserTask, predicted: Tensor, loss: str) -> Prediction:
     """Return a task's examples with the predictions of its query: probabilities, or numbers."""
-    predicted = adapted.predict(task.query_x)
     if not predicted.isfinite().all():
         raise UsageError("--adapt: the predictions are not finite: take fewer --test-steps")
     if task.classes:
@@ -212,11 +177,13 @@ def _predict(adapted: AdaptedLearner, task: UserTask, loss: str) -> Prediction:
     return Prediction(task.name, task.classes, *examples)
 
 
-def read_tasks(path: Path, config: Config, runtime: Runtime) -> list[UserTask]:
+def read_tasks(path: Path, config: Config, runtime: Runtime, source: Checkpoint) -> list[UserTask]:
     """Return the tasks of a folder of images, or of a table; UsageError unless the checkpoint fits them."""
     options, place = config.tasks, (runtime.device, runtime.dtype)
     images = data_facts(options.dataset).inputs == "images"
-    if not (path.is_dir() if images else path.is_file()):
+    if not path.exists():
+        raise UsageError(f"--adapt {path}: there is no such file or folder")
+    if images != path.is_dir():
         what = "images: give a folder" if images else "numbers: give a table"
         raise UsageError(f"--adapt {path}: the checkpoint learned from {what}")
     if images:
@@ -224,7 +191,10 @@ def read_tasks(path: Path, config: Config, runtime: Runtime) -> list[UserTask]:
         form = Form(options.image_size, options.channels, options.invert, options.resize)
         tasks = [read_task_folder(path, form, *place)]
     else:
-        columns = Columns.parse(options.columns)
+        columns = Columns.parse(
+            options.columns
+        )  # the inputs are those of training, whatever their order here
+        columns = replace(columns, inputs=columns.inputs or tuple(source.splits.get("input", ())))
         tasks = read_task_table(path, columns, *place, classification=options.classification)
     numbers = {len(task.classes) for task in tasks} - {options.ways}
     if options.classification and config.choices.head_init == "learned" and numbers:

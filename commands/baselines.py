@@ -177,7 +177,7 @@ def scratch_curve(config: Config, call: Call, runtime: Runtime, ends: Sequence[i
     parameters = maml.initial_parameters(config.training.seed)
 
     def query_loss(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
-        weights = maml.adapt(parameters, support_x, support_y, SCRATCH_STEPS)
+        weights = maml.adapt(parameters, support_x, support_y, SCRATCH_STEPS).weights
         return maml.loss(maml.call(weights, query_x), query_y)
 
     tasks, losses = distribution.resized(config.training_shots), []

@@ -57,7 +57,7 @@ class TaskDistribution(Protocol):
 
     @property
     def split_names(self) -> dict[str, list[str]]:
-        """Names of the classes, or tasks, of each split of the user's own files; empty for other data."""
+        """Names of the classes or tasks of each split of the user's files, and "input" columns of a table."""
         return {}
 
     def resized(self, shots: int) -> TaskDistribution:

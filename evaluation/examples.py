@@ -59,7 +59,7 @@ def adapt_examples(
         return None
     batch = distribution.sample_to_draw(split, SEED, TASKS)
     shown = sorted({0, *steps})
-    order, keys = randomness_of(split, batch, range(TASKS), inner_batch, shown[-1])
+    order, keys = randomness_of(split, batch.support_x, range(TASKS), inner_batch, shown[-1])
     outputs = maml.predictions(parameters, batch, shown[-1], (normalisation,), order=order, keys=keys)
     on_cpu = TaskBatch(*(tree_map(Tensor.cpu, tree) for tree in batch))
     return Examples(on_cpu, first_tensor(outputs[normalisation])[:, shown].cpu(), shown, distribution.ways)

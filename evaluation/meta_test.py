@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.batch import TaskBatch, TaskDistribution, Tree, first_tensor, tree_map
+from common.batch import TaskDistribution, Tree, first_tensor, tree_map
 from common.optimizers import Weights
 from common.processes import ALONE, World
 from common.random import keys_of, minibatch_order, task_stream
@@ -125,7 +125,7 @@ def evaluate(
             raise InterruptedError
         numbers = range(skipped + first, skipped + min(first + size, tasks))
         batch = distribution.sample(split, SEED, 0, numbers)
-        order, keys = randomness_of(split, batch, numbers, inner_batch, steps)
+        order, keys = randomness_of(split, batch.support_x, numbers, inner_batch, steps)
         outputs = maml.predictions(
             parameters, batch, steps, normalisations, order=order, keys=keys, statistics=statistics
         )
@@ -153,10 +153,10 @@ def chunk_size(maml: MAML, parameters: Weights, distribution: TaskDistribution, 
 
 
 def randomness_of(
-    split: str, batch: TaskBatch, numbers: range, inner_batch: int | None, steps: int
+    split: str, support_x: Tree, numbers: range, inner_batch: int | None, steps: int
 ) -> tuple[Tensor | None, Tensor]:
     """Return the arguments `order` and `keys` of `MAML.predictions` for tasks of these numbers."""
-    support = first_tensor(batch.support_x)
+    support = first_tensor(support_x)
     stream = task_stream(split, SEED, 0, numbers, support.device)
     order = minibatch_order(stream.at("minibatches"), support.shape[1], inner_batch, steps)
     return order, keys_of(stream)

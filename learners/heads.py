@@ -145,5 +145,5 @@ def adapted_names(module: nn.Module, fast_weights: str, head: str | None = None)
     if fast_weights == "body":
         selected -= head_names(module, head)
     if not selected:
-        raise ValueError(f"the {fast_weights} of the learner has nothing to adapt")
+        raise ValueError(f"the learner has nothing to adapt: no trainable weights for {fast_weights!r}")
     return selected

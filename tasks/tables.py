@@ -49,6 +49,7 @@ class Table:
     tasks: list[str]  # names, in order of first appearance
     classes: list[str]  # all classes, sorted, numbers as numbers; empty for regression
     splits: dict[str, Tensor]  # int64 positions of the tasks of each split, disjoint
+    inputs: tuple[str, ...]  # names of the input columns, in order
     source: str  # for messages
 
 
@@ -87,7 +88,7 @@ def load_table(
     elif shares:
         splits = split_at_random(tasks, shares)
     positions = {split: part.sort().values for split, part in as_positions(splits, tasks, str(path)).items()}
-    return Table(x, y, task, tasks, classes, positions, str(path))
+    return Table(x, y, task, tasks, classes, positions, columns.inputs, str(path))
 
 
 def _read(path: Path) -> Any:
@@ -230,8 +231,9 @@ class TableTasks(TaskDistribution):
 
     @property
     def split_names(self) -> dict[str, list[str]]:
-        names = self.table.tasks
-        return {split: sorted(names[i] for i in part.tolist()) for split, part in self.table.splits.items()}
+        names, splits = self.table.tasks, self.table.splits.items()
+        parts = {split: sorted(names[i] for i in part.tolist()) for split, part in splits}
+        return parts | {"input": list(self.table.inputs)}
 
     def resized(self, shots: int) -> TableTasks:
         return replace(self, shots=shots)

@@ -10,7 +10,7 @@ from PIL import Image
 from runs import command
 from torch import nn
 
-from commands.adapt import adapt_to, load
+from commands.adapt import load, predict
 
 SHORT = ["--iterations", 1, "--val-every", 1, "--eval-tasks", 2, "--meta-batch-size", 2, "--test-steps", 2]
 
@@ -101,11 +101,29 @@ def test_the_missing_targets_of_a_table_are_predicted(place, tmp_path):
     assert header == ["row", "y"] and [row[0] for row in rows] == ["2", "4"]
     x = torch.tensor([[0.0], [2.0], [4.0]])
     maml, parameters, _ = load(last, example=x)
-    adapted = adapt_to(maml, parameters, x, 2 * x + 1, steps=5)
-    expected = adapted.predict(torch.tensor([[1.0], [3.0]]))[:, 0].tolist()
+    adapted = maml.adapt(parameters, x, 2 * x + 1, steps=5)
+    expected = predict(maml, adapted, torch.tensor([[1.0], [3.0]]))[:, 0].tolist()
     assert [float(row[1]) for row in rows] == pytest.approx(expected, rel=1e-4)
-    before, after = (maml.call(w, x) - 2 * x - 1 for w in (parameters, adapted.adapted.weights))
+    before, after = (maml.call(w, x) - 2 * x - 1 for w in (parameters, adapted.weights))
     assert after.square().mean() < before.square().mean()
+
+
+def test_the_inputs_of_a_table_are_those_of_training_by_name(tmp_path, capsys):
+    rows = [f"{t},{i},{t - i},{3 * t + i}" for t in range(9) for i in range(5)]
+    (tmp_path / "data.csv").write_text("\n".join(["task,width,height,y", *rows]))
+    last = train(tmp_path, "run", "--dataset", f"table:{tmp_path / 'data.csv'}")
+    for name, cells in {"a": "width,height,y|1,2,3|4,7,", "b": "y,height,note,width|3,2,-,1|,7,-,4"}.items():
+        (tmp_path / f"{name}.csv").write_text("\n".join(cells.split("|")))
+        assert command("--adapt", tmp_path / f"{name}.csv", "--load", last) == 0
+    predicted = [rows_of(last.parent / f"last-adapted-{name}.csv") for name in "ab"]
+    assert predicted[0] == predicted[1]
+    (tmp_path / "c.csv").write_text("length,height,y\n1,2,3\n4,7,\n")
+    assert command("--adapt", tmp_path / "c.csv", "--load", last) == 2
+    assert "has no column 'width'" in capsys.readouterr().err
+    assert command("--adapt", tmp_path / "c.csv", "--load", last, "--columns", "input=length,height") == 0
+    (tmp_path / "data.csv").write_text("\n".join(["task,height,width,y", *rows]))
+    assert command("--eval", "--load", last) == 2
+    assert "other input names (their order differs)" in capsys.readouterr().err
 
 
 def test_each_task_of_a_table_is_adapted_to_by_itself(place, tmp_path):
@@ -150,6 +168,7 @@ def test_what_cannot_be_adapted_to_is_one_line_and_leaves_nothing(place, tmp_pat
     capsys.readouterr()
     for checkpoint, path, more, expected in (
         (last, place / "task", [], "3 classes, and the checkpoint learned 2"),
+        (last, tmp_path / "nowhere", [], "there is no such file or folder"),
         (last, place / "task" / "support", [], "into support/<class>/"),
         (last, place / "mine.csv", [], "the checkpoint learned from images: give a folder"),
         (last, place / "task", ["-k", 3], "--adapt and -k"),

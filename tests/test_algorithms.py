@@ -373,7 +373,7 @@ def test_a_context_of_zero_changes_nothing_and_the_inner_loop_moves_it_alone():
         moved = maml.outputs(weights | {context: torch.ones(6)}, x)
         assert (moved - before).abs().max() > 1e-2
         y = torch.rand(4, 1) if name == "mlp" else torch.tensor([0, 1, 0, 1])
-        adapted = maml.adapt(parameters, x, y, 1)
+        adapted = maml.adapt(parameters, x, y, 1).weights
         assert adapted.keys() - parameters.keys() == maml.adapted
         assert all(torch.equal(adapted[n], parameters[n]) for n in parameters)
         assert adapted[context].shape == (6,) and adapted[context].abs().max() > 1e-6

@@ -59,7 +59,7 @@ def test_meta_gradient_agrees_with_finite_differences(learner, meta_gradient, st
         name: torch.randn(w.shape, generator=generator, dtype=w.dtype) for name, w in parameters.items()
     }
     task = TaskBatch(*(tensor[0] for tensor in batch))
-    adapted = maml.adapt(parameters, task.support_x, task.support_y, steps)
+    adapted = maml.adapt(parameters, task.support_x, task.support_y, steps).weights
 
     def query_loss(epsilon: float) -> float:
         start = adapted if first_order else parameters

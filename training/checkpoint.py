@@ -100,17 +100,20 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(**content)
 
 
-def check_same_split(path: Path, saved: dict[str, list[str]], now: dict[str, list[str]]) -> None:
+def check_same_split(
+    path: Path, saved: dict[str, list[str]], now: dict[str, list[str]], *, other_data: bool = False
+) -> None:
     """Raise UsageError where a split has other classes, or tasks, than when the run was trained.
 
-    Some of those to be tested on might have been trained on.
+    Some of those to be tested on might have been trained on. Input columns must be the same, in order; they
+    alone matter for `other_data`.
     """
-    for split in saved:
-        different = set(saved[split]) ^ set(now.get(split, ()))
-        if different:
+    for part in ("input",) if other_data else saved:
+        if part in saved and part in now and saved[part] != now[part]:
+            different = min({*saved[part]} ^ {*now[part]}, default="their order")
             raise UsageError(
-                f"{path}: the data had another {split} split ({min(different)} differs): restore it as "
-                "it was, or test on other data with --eval-dataset"
+                f"{path}: the data had other {part} names ({different} differs): restore them, "
+                "or test on other data with --eval-dataset"
             )
 
 
