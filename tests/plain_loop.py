@@ -1,7 +1,7 @@
 """The reference that tests compare with: meta-learning as a plain loop over tasks, in float64.
 
 The loop runs the user's own module, PyTorch's layers as they are, one task after the other, and
-differentiates in reverse over reverse. Nothing of the tool is in it, but for the keys of random numbers.
+differentiates in reverse over reverse. It uses nothing of the tool except the keys of random numbers.
 """
 
 import copy
@@ -74,7 +74,7 @@ def run(module: nn.Module, weights: dict, x, key=None):
 def inner_loop(
     module, loss, weights, task, *, adapted=None, steps=STEPS, order="exact", keys=None, carry=True
 ):
-    """Yield one task's weights after 0, 1, ... steps; the module's buffers go along if they `carry`."""
+    """Yield one task's weights after 0, 1, ... steps; buffers are carried along if `carry`."""
     adapted = adapted or list(weights)
     yield weights
     for step in range(steps):
@@ -89,8 +89,8 @@ def inner_loop(
             create_graph=order == "exact",
             allow_unused=True,
         )
-        steps_taken = {n: LR * g for n, g in zip(adapted, gradients, strict=True) if g is not None}
-        weights = weights | {n: weights[n] - s for n, s in steps_taken.items()}
+        moves = {n: LR * g for n, g in zip(adapted, gradients, strict=True) if g is not None}
+        weights = weights | {n: weights[n] - s for n, s in moves.items()}
         yield weights
 
 
@@ -190,7 +190,7 @@ def distance(ours: dict, theirs: dict) -> float:
     return max((ours[n] - theirs[n]).abs().max().item() for n in theirs) / scale
 
 
-def assert_is_the_plain_loops(
+def assert_matches_plain_loop(
     module,
     batch,
     *,

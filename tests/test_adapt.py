@@ -1,4 +1,4 @@
-"""--adapt: the rest of a folder or table is predicted, and the written weights predict the same."""
+"""--adapt predicts the rest of a folder or table, and the written weights predict the same."""
 
 import csv
 from pathlib import Path
@@ -33,7 +33,7 @@ def rows_of(file: Path) -> list[list[str]]:
 
 
 def write_images(folder: Path, level: int, count: int) -> None:
-    """Grey images of about that brightness."""
+    """Write grey images of about that brightness."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(level)
     for number in range(count):
@@ -42,14 +42,13 @@ def write_images(folder: Path, level: int, count: int) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch):
+def _quick(monkeypatch, no_pictures):
     monkeypatch.setattr("training.trainer.VALIDATION_TASKS", 2)
-    monkeypatch.setattr("training.run.Run.draw_examples", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """Own code, a folder of images to learn from and one to adapt to, and a table of both kinds of rows."""
+    """Make a folder with a user's code, images to learn from, images to adapt to, and a table with gaps."""
     folder = tmp_path_factory.mktemp("adapt")
     (folder / "own.py").write_text(OWN_CODE)
     for number in range(10):
@@ -126,7 +125,7 @@ def test_the_inputs_of_a_table_are_those_of_training_by_name(tmp_path, capsys):
     assert "other input names (their order differs)" in capsys.readouterr().err
 
 
-def test_each_task_of_a_table_is_adapted_to_by_itself(place, tmp_path):
+def test_tasks_of_a_table_are_adapted_to_separately(place, tmp_path):
     last = train(tmp_path, "run")
     both = tmp_path / "both.csv"
     both.write_text("task,x,y\na,0,1\nb,0,-1\na,1,\nb,1,\na,2,5\nb,2,3\n")
@@ -153,13 +152,13 @@ def test_per_step_statistics_predict_by_default_and_are_written(place, tmp_path)
     assert predicted[0] != pytest.approx(predicted[2], abs=1e-3)
 
 
-def test_a_context_vector_has_no_weights_of_its_own_to_write(place, tmp_path):
+def test_a_context_vector_writes_no_weights(place, tmp_path):
     last = train(tmp_path, "run", "--algorithm", "cavia")
     assert command("--adapt", place / "mine.csv", "--load", last) == 0
     assert not list(last.parent.glob("*weights.pt"))
 
 
-def test_what_cannot_be_adapted_to_is_one_line_and_leaves_nothing(place, tmp_path, capsys):
+def test_data_that_does_not_fit_is_refused_in_one_line_and_leaves_nothing(place, tmp_path, capsys):
     last = train(tmp_path, "run", *images(place), "--learner", "fc")
     regression = train(tmp_path, "curves")
     (tmp_path / "full.csv").write_text("x,y\n1,2\n")

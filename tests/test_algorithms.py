@@ -52,7 +52,7 @@ COMBINATIONS = [
 
 @pytest.mark.parametrize("meta_gradient", ORDERS)
 @pytest.mark.parametrize("number", range(len(COMBINATIONS)))
-def test_every_combination_of_choices_is_the_plain_loops(number, meta_gradient):
+def test_every_combination_of_choices_matches_a_plain_loop(number, meta_gradient):
     options = dict(COMBINATIONS[number])
     batch = make_tasks("mlp")
     inputs = {}
@@ -292,7 +292,7 @@ def test_choices_that_do_not_exist_or_contradict_each_other_are_refused(wrong):
         smooth_maml(**wrong)
 
 
-def test_conjugate_gradients_stay_where_the_residual_is_nothing_or_the_matrix_is_not_positive():
+def test_conjugate_gradients_stop_where_the_residual_is_zero_or_the_matrix_is_not_positive():
     diagonals = torch.tensor([[1.0, 3.0], [1.0, 3.0], [1.0, 3.0], [-2.0, 1.0]]).double()
     b = {"w": torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [1.0, 0.0]]).double()}
     x = conjugate_gradients(lambda x: {"w": x["w"] * diagonals}, b, 6)["w"]
@@ -355,7 +355,7 @@ def test_the_head_is_the_last_layer_with_parameters_or_the_one_that_is_named():
         adapted_names(conv, "body", ",".join(str(i) for i in range(14) if list(conv[i].parameters())))
 
 
-def test_a_context_of_zero_changes_nothing_and_the_inner_loop_moves_it_alone():
+def test_a_context_of_zero_changes_nothing_and_the_inner_loop_moves_nothing_else():
     for name in ("conv", "conv-flat", "conv-pool", "fc", "mlp"):
         outputs = 1 if name == "mlp" else 2
         x = torch.rand(4, 1) if name == "mlp" else torch.rand(4, 1, 28, 28)

@@ -22,12 +22,11 @@ SHORT += ["--meta-batch-size", 2, "--compile", "off"]
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch):
+def _quick(monkeypatch, no_pictures):
     monkeypatch.setattr(baselines, "RATE_TASKS", 20)
     monkeypatch.setattr(baselines, "WINDOW", 30)
     monkeypatch.setattr(baselines, "RATES", {"sgd": (0.01, 0.1), "adam": (0.001, 0.01)})
     monkeypatch.setattr(trainer, "VALIDATION_TASKS", 4)
-    monkeypatch.setattr("training.run.Run.draw_examples", lambda *_: None)
 
 
 def train(folder: Path, name: str, *flags: object) -> Path:
@@ -39,13 +38,13 @@ def test_all_baselines_are_measured_with_a_checkpoint_and_trained_once(tmp_path,
     last = train(tmp_path, "run", "--iterations", 70, "--log-every", 10, "--val-every", 70)
     line = ["--eval", "--baselines", "--load", last, "--eval-tasks", 20, "--eval-steps", 3]
     assert command(*line) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     record = json.loads(
         (tmp_path / "run" / "last-test-sinusoid-4shot-10query-20tasks-baselines.json").read_text()
     )
     steps = {name: len(method["per_step"]) for name, method in record["methods"].items()}
     assert steps == {"maml": 4, "scratch, sgd": 4, "scratch, adam": 4, "pretrained": 4, "oracle": 1}
-    assert all(name in said for name in steps)
+    assert all(name in output for name in steps)
     assert (tmp_path / "run" / "last-test-sinusoid-4shot-10query-20tasks-baselines.png").is_file()
 
     maml, scratch = record["curves"].values()
@@ -62,7 +61,7 @@ def test_all_baselines_are_measured_with_a_checkpoint_and_trained_once(tmp_path,
 
 
 def scratch_loss_by_hand(iterations: int) -> float:
-    """Mean query loss after ten steps of Adam from one initialisation on each iteration's first task."""
+    """Return the mean query loss after ten steps of Adam on the first task of each iteration."""
     losses = []
     for iteration in range(1, iterations + 1):
         batch = Sinusoid(4, 10).sample("train", 0, iteration, range(1))

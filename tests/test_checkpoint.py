@@ -156,7 +156,7 @@ def test_a_file_of_something_else_is_refused(tmp_path, content, message):
 
 
 @pytest.mark.parametrize("flags", [["--eval", "--load"], ["--load"], ["--init-from"]])
-def test_what_is_no_file_is_one_line_and_exit_code_2(tmp_path, flags, capsys):
+def test_a_path_without_a_checkpoint_is_one_line_and_exit_code_2(tmp_path, flags, capsys):
     for path in (tmp_path / "nothing", tmp_path):
         assert command(*flags, path) == 2
         (line,) = capsys.readouterr().err.splitlines()

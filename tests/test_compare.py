@@ -23,7 +23,7 @@ DIGITS = 1e-6  # relative: files have seven
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder of trained runs."""
+    """Make a folder of trained runs."""
     folder = tmp_path_factory.mktemp("runs")
     patch = pytest.MonkeyPatch()
     patch.setattr("training.trainer.VALIDATION_TASKS", CHOSEN_BY)
@@ -58,10 +58,10 @@ def compare(place, tmp_path, capsys, monkeypatch):
     def compared(*arguments: object) -> tuple[dict, str]:
         capsys.readouterr()
         assert command("--compare", *arguments, "--out", tmp_path) == 0
-        said = capsys.readouterr().out
-        file = Path(said.split("Written: ")[1].split(" and")[0])
+        output = capsys.readouterr().out
+        file = Path(output.split("Written: ")[1].split(" and")[0])
         assert file.parent == tmp_path and file.with_suffix(".png").is_file()
-        return json.loads(file.read_text()), said
+        return json.loads(file.read_text()), output
 
     return compared
 
@@ -71,32 +71,32 @@ def difference_in(result: dict, side: int = 1) -> dict:
 
 
 def measure(file: Path) -> np.ndarray:
-    """Each validation task's loss after the quoted steps, of the tasks that chose no checkpoint."""
+    """Return each validation task's loss after the quoted steps, of the tasks that chose no checkpoint."""
     call = Call(eval=True, load=file)
     subject = Subject.read(file, call, {"eval_tasks": 12})
     result = subject.build(call, prepare(subject.config, call)).evaluate("validation", first_task=CHOSEN_BY)
     return result.losses["transductive"][:, subject.config.evaluation.test_steps].numpy()
 
 
-def assert_difference(found: dict, values: np.ndarray) -> None:
-    """A difference has the mean of these values, and the interval over them."""
-    assert found["mean"] == pytest.approx(values.mean(), rel=DIGITS) and values.mean() != 0
+def assert_difference(difference: dict, values: np.ndarray) -> None:
+    """Check that a difference has the mean of these values, and the interval over them."""
+    assert difference["mean"] == pytest.approx(values.mean(), rel=DIGITS) and values.mean() != 0
     interval = 1.96 * values.std(ddof=1) / len(values) ** 0.5
-    assert found["interval_95_over_tasks"] == pytest.approx(interval, rel=DIGITS)
+    assert difference["interval_95_over_tasks"] == pytest.approx(interval, rel=DIGITS)
 
 
 # ---- differences ---------------------------------------------------------------------------------
 
 
-def test_a_difference_is_that_of_two_evaluations_on_tasks_that_chose_no_checkpoint(compare, place):
-    result, said = compare("maml", "fomaml")
+def test_a_difference_equals_that_of_two_evaluations_on_tasks_that_chose_no_checkpoint(compare, place):
+    result, output = compare("maml", "fomaml")
     one, other = (measure(place / name / "best.pt") for name in ("fomaml", "maml"))
     assert_difference(difference_in(result), one - other)
     assert (result["split"], result["first_task"], result["tasks"]) == ("validation", CHOSEN_BY, 12)
-    assert "none of which chose a checkpoint" in said
+    assert "none of which chose a checkpoint" in output
 
 
-def test_on_test_tasks_a_difference_is_that_of_two_evals(compare, place, tmp_path):
+def test_a_difference_on_test_tasks_equals_that_of_two_evals(compare, place, tmp_path):
     result, _ = compare("maml", "five", "--split", "test", "-k", 5)
     values = []
     for name in ("five", "maml"):
@@ -109,7 +109,7 @@ def test_on_test_tasks_a_difference_is_that_of_two_evals(compare, place, tmp_pat
 
 
 def test_the_seeds_that_both_have_are_paired(compare, place):
-    result, said = compare("seeds", "grid")
+    result, output = compare("seeds", "grid")
     names = [side["name"] for side in result["sides"]]
     assert names == ["seeds", "grid inner-lr-0.001", "grid inner-lr-0.1"]
     by_seed = {
@@ -117,13 +117,13 @@ def test_the_seeds_that_both_have_are_paired(compare, place):
         - measure(place / f"seeds/seed-{seed}/best.pt")
         for seed in (1, 2)
     }
-    found = difference_in(result, 2)
-    assert found["by_seed"] == {s: pytest.approx(v.mean(), rel=DIGITS) for s, v in by_seed.items()}
-    assert_difference(found, np.mean(list(by_seed.values()), 0))
-    assert "--init" in said and "--inner-lr" in said and "--seed " not in said
+    difference = difference_in(result, 2)
+    assert difference["by_seed"] == {s: pytest.approx(v.mean(), rel=DIGITS) for s, v in by_seed.items()}
+    assert_difference(difference, np.mean(list(by_seed.values()), 0))
+    assert "--init" in output and "--inner-lr" in output and "--seed " not in output
 
 
-def test_best_is_measured_and_the_curves_are_those_of_the_whole_run(compare, place):
+def test_best_is_measured_and_curves_cover_the_whole_run(compare, place):
     with lock_folder(place / "maml"):  # it is being trained
         result, _ = compare("maml", "fomaml/last.pt")
     best, last = result["runs"]
@@ -158,7 +158,7 @@ def test_sides_are_named_after_their_path_and_setting_and_results_lie_next_to_th
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("maml", "name another"),
         ("seeds", "name another"),
@@ -176,12 +176,12 @@ def test_sides_are_named_after_their_path_and_setting_and_results_lie_next_to_th
         ("fc fc/last.pt --split test --eval-dataset images:gone", "gone"),
     ],
 )
-def test_what_cannot_be_compared_is_refused_in_one_line_and_leaves_nothing(
-    place, monkeypatch, capsys, line, said
+def test_runs_that_cannot_be_compared_are_refused_in_one_line_and_leave_nothing(
+    place, monkeypatch, capsys, line, message
 ):
     monkeypatch.chdir(place)
     before = sorted(place.rglob("*"))
     assert command("--compare", *line.split()) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 1 and said in errors[0]
+    assert len(errors) == 1 and message in errors[0]
     assert sorted(place.rglob("*")) == before

@@ -1,4 +1,4 @@
-"""Compiled functions compute what the functions do, are kept, and may fail without harm."""
+"""Compiled functions compute the same, are kept in a cache, and may fail without harm."""
 
 from pathlib import Path
 
@@ -106,7 +106,7 @@ def test_a_compiled_iteration_equals_the_uncompiled_one_and_is_found_again(name,
     assert all(torch.equal(a, b) for a, b in zip(state, other, strict=True))
 
 
-def test_a_library_is_named_after_everything_it_depends_on(cache, monkeypatch):
+def test_a_library_is_named_after_everything_that_it_depends_on(cache, monkeypatch):
     built: list[Path] = []
     monkeypatch.setattr(Compiler, "_build", lambda self, graph, tensors, options, path: built.append(path))
     monkeypatch.setattr(compiler, "load_library", lambda path, structure: lambda tensors: tensors)
@@ -142,7 +142,7 @@ def test_a_failed_compilation_says_why_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_no_run_has_used_for_a_month_is_removed(tmp_path):
+def test_libraries_unused_for_a_month_are_removed(tmp_path):
     for name in ("old.pt2", "new.pt2"):
         (tmp_path / name).touch()
     (tmp_path / "left-by-a-killed-process").mkdir()
@@ -154,7 +154,7 @@ def test_what_no_run_has_used_for_a_month_is_removed(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(compiler.os, "geteuid"), reason="no owners")
-def test_code_in_a_folder_that_is_not_the_users_is_not_loaded(tmp_path, monkeypatch):
+def test_code_in_another_users_folder_is_not_loaded(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert compiler.cache_folder() == tmp_path / "maml" / "compiled"
     monkeypatch.setattr(compiler.os, "geteuid", lambda: 12345)

@@ -81,7 +81,7 @@ def test_reptile_counts_the_query_among_its_training_examples():
         ("--dataset omniglot --tasks-at-once 4", ("on", "unrolled", "im2col", 4)),
     ],
 )
-def test_what_decides_the_arithmetic_is_settled_by_the_settings_alone(line, expected):
+def test_settings_alone_decide_the_arithmetic(line, expected):
     training = settings_of(line).training
     assert (training.compile, training.engine, training.convolution, training.tasks_at_once) == expected
 
@@ -161,7 +161,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(line, message, capsys, tmp_path):
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
-def test_trouble_while_running_is_one_line_and_its_exit_code(error, code, message, capsys, monkeypatch):
+def test_an_error_while_running_is_one_line_with_its_exit_code(error, code, message, capsys, monkeypatch):
     def fail(*_: object) -> int:
         raise error
 
@@ -181,13 +181,13 @@ def test_a_mistake_in_this_tool_keeps_its_traceback(monkeypatch):
 
 def test_help_shows_the_usual_flags_and_help_all_every_one(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    usual, whole = (parser.build_parser(every_flag=every).format_help() for every in (False, True))
+    usual, everything = (parser.build_parser(every_flag=every).format_help() for every in (False, True))
     for flag in ALL_FLAGS.values():
-        assert f"\n  {flag.name}" in whole
+        assert f"\n  {flag.name}" in everything
         assert (f"\n  {flag.name}" in usual) == flag.common
-        assert " ".join(flag.help.split())[:40] in " ".join(whole.split())
+        assert " ".join(flag.help.split())[:40] in " ".join(everything.split())
     assert 28 <= sum(flag.common for flag in ALL_FLAGS.values()) <= 34
-    assert max(map(len, (usual + whole).splitlines())) <= 100
+    assert max(map(len, (usual + everything).splitlines())) <= 100
     for command in ("--dataset omniglot -n 5 -k 1", "--eval --load", "--adapt", "--compare"):
         assert f"python main.py {command}" in usual
 
@@ -198,7 +198,7 @@ def test_every_flag_of_the_mission_is_there():
     assert len(ALL_FLAGS) <= 95
 
 
-def test_output_that_nobody_reads_ends_without_a_traceback():
+def test_a_closed_pipe_ends_without_a_traceback():
     line = [sys.executable, "main.py", "--help-all"]
     with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
@@ -208,7 +208,7 @@ def test_output_that_nobody_reads_ends_without_a_traceback():
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 
-def test_settings_survive_a_checkpoint_and_any_that_it_lacks_takes_its_default():
+def test_settings_survive_a_checkpoint_and_missing_ones_take_their_default():
     plain = settings_of("--algorithm imaml").values()
     for lost in (None, *plain):
         saved = {name: value for name, value in plain.items() if name != lost}
@@ -229,20 +229,20 @@ def test_a_checkpoints_settings_are_checked(change, message):
         config_of(settings_of("").values() | change, None)
 
 
-def test_a_checkpoints_settings_yield_only_where_they_may():
+def test_flags_override_a_checkpoints_settings_only_where_they_may():
     saved = settings_of("--dataset omniglot")
     assert resolve_from(saved, {"iterations": 70_000}, evaluate=False).training.iterations == 70_000
     test = resolve_from(saved, {"shots": 5, "queries": 15, "eval_tasks": 10}, evaluate=True)
     assert (test.tasks.shots, test.tasks.queries, test.evaluation.eval_tasks) == (5, 15, 10)
-    for given, evaluate in (
+    for flags, evaluate in (
         ({"dataset": "sinusoid"}, True),
         ({"ways": 3}, True),
         ({"shots": 5}, False),
         ({"precision": "float64"}, False),
     ):
-        (name,) = given
+        (name,) = flags
         with pytest.raises(UsageError, match=f"{CONFIG_FLAGS[name].name} .* disagrees with the checkpoint"):
-            resolve_from(saved, given, evaluate=evaluate)
+            resolve_from(saved, flags, evaluate=evaluate)
 
 
 def test_samples_are_compared_with_the_checkpoints_query():

@@ -14,7 +14,7 @@ MANY = range(20_000)
 
 
 def uniform_within(values: torch.Tensor, low: float, high: float) -> bool:
-    """Inside, close to both ends, and with the mean in the middle (six standard errors)."""
+    """Return whether values fill the range, with the mean in the middle (six standard errors)."""
     width = high - low
     inside = values.min() >= low and values.max() <= high
     filled = values.min() < low + 0.01 * width and values.max() > high - 0.01 * width
@@ -83,7 +83,7 @@ def test_noise_is_added_to_the_targets_alone_and_never_to_the_picture(name):
     assert (drawn.query_x.diff(dim=1) > 0).all()  # sorted
 
 
-def test_an_oracle_tells_the_parameters():
+def test_an_oracle_adds_the_parameters_to_the_inputs():
     batch = Sinusoid(5, 5, oracle=True, dtype=torch.float64).sample("train", 0, 0, range(9))
     x, amplitude, phase = batch.query_x.split(1, 2)
     assert torch.equal(amplitude * torch.sin(x + phase), batch.query_y)
@@ -105,11 +105,11 @@ def test_the_test_tasks_are_the_same_for_any_number_of_shots():
     assert torch.equal(few.support_x, many.support_x[:, :5])
 
 
-# ---- the user's own --------------------------------------------------------------------------
+# ---- a user's sampler ------------------------------------------------------------------------
 
 
-class Own:
-    """Gives whatever it is told to, of as many tasks as there are seeds."""
+class Source:
+    """Give the parts that it is made of, for as many tasks as seeds."""
 
     def __init__(self, *parts) -> None:
         self.parts = parts
@@ -124,11 +124,11 @@ X, Y, LABELS = torch.zeros(1, 3, 2), torch.zeros(1, 3, 1), torch.zeros(1, 3, dty
 
 
 @pytest.fixture
-def own(monkeypatch):
+def custom(monkeypatch):
     """Return a function that makes the source of some parts, and its distribution."""
 
-    def make(*parts, ways=None) -> tuple[Own, Custom]:
-        source = Own(*parts)
+    def make(*parts, ways=None) -> tuple[Source, Custom]:
+        source = Source(*parts)
         monkeypatch.setattr("dataset.load_code", lambda *_: lambda: source)
         sizes = dict(ways=ways, shots=1, queries=1, image_size=None, channels=None, invert=False)
         return source, Custom(options=TaskOptions(dataset="own.py:f", **sizes), shots=1)
@@ -136,8 +136,8 @@ def own(monkeypatch):
     return make
 
 
-def test_own_tasks_are_asked_for_by_seeds_of_their_own_and_training_ahead(own):
-    source, distribution = own(X, Y, X, Y)
+def test_a_users_tasks_are_sampled_by_distinct_seeds_and_training_ahead(custom):
+    source, distribution = custom(X, Y, X, Y)
     for iteration in (0, 1):
         assert distribution.sample("train", 5, iteration, range(4)).query_x.shape == (4, 3, 2)
     distribution.sample("test", 5, 0, range(4))
@@ -159,6 +159,6 @@ def test_own_tasks_are_asked_for_by_seeds_of_their_own_and_training_ahead(own):
         (("no", Y, X, Y), None, "should give tensors"),
     ],
 )
-def test_a_batch_that_is_none_is_refused_with_its_reason(own, parts, ways, problem):
+def test_an_invalid_batch_is_refused_with_its_reason(custom, parts, ways, problem):
     with pytest.raises(UsageError, match=rf"--dataset own.py:f: sample\('train', 2 seeds\) .*{problem}"):
-        own(*parts, ways=ways)[1].sample("train", 0, 0, range(2))
+        custom(*parts, ways=ways)[1].sample("train", 0, 0, range(2))

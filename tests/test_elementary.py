@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from plain_loop import KEYS, TASKS, assert_is_the_plain_loops, normal
+from plain_loop import KEYS, TASKS, assert_matches_plain_loop, normal
 from torch import nn
 from torch.func import functional_call, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -158,13 +158,13 @@ def build(name: str) -> tuple[nn.Module, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_both_engines_over_tasks_give_the_meta_gradient_of_a_plain_loop(name):
+def test_both_engines_match_a_plain_loop(name):
     module, inputs = build(name)
     batch = TaskBatch(inputs[0], torch.zeros(TASKS), inputs[1], torch.zeros(TASKS))
-    assert_is_the_plain_loops(module, batch, loss=curved, orders=("exact",), steps=1)
+    assert_matches_plain_loop(module, batch, loss=curved, orders=("exact",), steps=1)
 
 
-def test_hardsigmoid_of_which_pytorch_has_no_second_derivative_is_pytorchs():
+def test_hardsigmoid_matches_pytorch_and_gains_a_second_derivative():
     x = normal(100).requires_grad_()
     with Elementary():
         values = F.hardsigmoid(4 * x)
@@ -246,7 +246,7 @@ def test_masks_depend_on_task_call_and_keys_alone():
         (F.dropout3d, (9, 5, 4, 3)),
     ],
 )
-def test_channels_are_dropped_whole(function, shape):
+def test_dropout_drops_whole_channels(function, shape):
     dropped = draw(function, x=torch.ones(TASKS, *shape))
     channels = dropped.flatten(1 + shape.index(9) + 1).flatten(0, -2)  # [channels, positions]
     assert (channels == channels[:, :1]).all() and len(channels[:, 0].unique()) == 2
@@ -298,7 +298,7 @@ def test_dropout_within_a_layer_depends_on_the_keys_in_both_engines(name):
     inputs = normal(2, TASKS, 4, 2, 8)
     batch = TaskBatch(inputs[0], torch.zeros(TASKS), inputs[1], torch.zeros(TASKS))
     module = Calling(module).double()
-    assert_is_the_plain_loops(module, batch, loss=curved, orders=("exact",), steps=1, keys=KEYS)
+    assert_matches_plain_loop(module, batch, loss=curved, orders=("exact",), steps=1, keys=KEYS)
     first, second = draw(lambda x: module(x)[0], x=inputs[0, :1].expand(TASKS, -1, -1, -1))
     assert not torch.equal(first, second)
 

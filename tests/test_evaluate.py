@@ -34,9 +34,8 @@ def test_the_fresh_initialisation_is_measured_without_a_checkpoint(tmp_path):
     assert command("--eval", "--eval-tasks", 4, "--checkpoint-path", tmp_path) == 0
     (result,) = tmp_path.glob("fresh-mlp-paper-seed0-test-sinusoid-10shot-10query-4tasks.json")
     record = json.loads(result.read_text())
-    assert (
-        record["checkpoint"] is None and record["iteration"] == 0 and record["command"].startswith("main.py")
-    )
+    assert (record["checkpoint"], record["iteration"]) == (None, 0)
+    assert record["command"].startswith("main.py")
     assert result.with_suffix(".png").is_file()
 
 
@@ -45,9 +44,8 @@ def test_a_checkpoint_is_measured_with_other_shots_next_to_it_or_in_out(tmp_path
     assert command("--eval", "--load", run, "-k", 2) == 0
     assert command("--eval", "--load", run, "--out", tmp_path / "results") == 0
     assert (run / "best-test-images-data-2way-2shot-1query-4tasks.json").is_file()
-    assert (
-        tmp_path / "results" / "run-best-test-images-data-2way-1shot-1query-4tasks-examples.png"
-    ).is_file()
+    name = "run-best-test-images-data-2way-1shot-1query-4tasks-examples.png"
+    assert (tmp_path / "results" / name).is_file()
 
 
 def test_another_dataset_may_have_other_ways_where_the_head_is_not_learned(tmp_path, capsys):
@@ -76,7 +74,7 @@ def test_classes_that_may_have_been_trained_on_are_not_tested_on(tmp_path, capsy
     assert "is what the checkpoint learned from" in capsys.readouterr().err
 
 
-def test_several_subjects_are_called_by_what_they_have_in_common():
+def test_several_subjects_are_named_after_what_they_share():
     def subject(**flags: object) -> Subject:
         config: Config = resolve(flags)
         return Subject(None, None, config)

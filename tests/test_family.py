@@ -30,23 +30,22 @@ RUNS: dict[str, list] = {
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch):
+def _quick(monkeypatch, no_pictures):
     monkeypatch.setattr(trainer, "VALIDATION_TASKS", 4)
-    monkeypatch.setattr("training.run.Run.draw_examples", lambda *_: None)
 
 
 @pytest.fixture
 def flags(tmp_path):
     """Return the command line of a short run of an algorithm; that of MAML++ learns from images."""
 
-    def of_algorithm(algorithm: str) -> list:
+    def flags_of(algorithm: str) -> list:
         line = ["--algorithm", algorithm, *SHORT, *RUNS[algorithm], "--checkpoint-path", tmp_path]
         if algorithm != "maml++":
             return line
         write_classes(tmp_path / "images", 12, 3)
         return [*line, "--dataset", f"images:{tmp_path / 'images'}", "--image-size", 8, "--channels", 1]
 
-    return of_algorithm
+    return flags_of
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -1,4 +1,4 @@
-"""Pictures: one style that all readers can see, drawn from the numbers, and the same from a resumed run."""
+"""Pictures share one style that all readers can see, show the numbers, and survive a resumed run."""
 
 from itertools import combinations
 
@@ -169,18 +169,15 @@ def prediction(x_shape: tuple[int, ...], classes: list[str], outputs: int) -> Pr
     return Prediction("$x", classes, torch.rand(4, *x_shape), support_y, torch.rand(70, *x_shape), predicted)
 
 
-def test_predictions_are_drawn_as_what_they_are():
+def test_predictions_are_drawn_by_their_kind():
     def drawn(*task: object) -> list:
         figure = predictions_figure([prediction(*task)], "a $title")
         style.render(figure)
         return figure.axes
 
     (curve,), (numbers,), (shares,) = drawn((1,), [], 1), drawn((3,), [], 2), drawn((3,), ["a", "b"], 2)
-    assert [panel.get_ylabel() for panel in (curve, numbers, shares)] == [
-        "prediction",
-        "prediction",
-        "probability",
-    ]
+    labels = [panel.get_ylabel() for panel in (curve, numbers, shares)]
+    assert labels == ["prediction", "prediction", "probability"]
     assert curve.lines[0].get_xdata().tolist() == sorted(curve.lines[0].get_xdata())
     (query,) = drawn((1, 6, 6), ["a", "b"], 2)
     assert len(query.texts) == 60 and query.figure.get_suptitle() == "a $title (the first 60 of 70)"
@@ -195,9 +192,7 @@ def test_pictures_of_a_resumed_run_are_the_uninterrupted_runs_bits(tmp_path):
     assert main.main([*flags, "whole"]) == 0
     assert main.main([*flags, "resumed", "--iterations", "4"]) == 0
     assert main.main(["--load", str(tmp_path / "resumed" / LAST), "--iterations", "8"]) == 0
-    assert sorted(path.name for path in (tmp_path / "whole").glob("*.png")) == [
-        "examples.png",
-        "training.png",
-    ]
-    for name in ("examples.png", "training.png"):
+    pictures = sorted(path.name for path in (tmp_path / "whole").glob("*.png"))
+    assert pictures == ["examples.png", "training.png"]
+    for name in pictures:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes(), name

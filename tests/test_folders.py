@@ -1,4 +1,4 @@
-"""Two runs never write one folder, and what lies in a folder is found again or refused in one line."""
+"""Two runs never write one folder; the checkpoints of a folder are found, or refused in one line."""
 
 import subprocess
 import sys
@@ -51,7 +51,7 @@ def impatient(monkeypatch):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """The folder of one run, and of a sweep of two."""
+    """Make a folder with one run, and a sweep of two."""
     home = tmp_path_factory.mktemp("home")
     assert command(*SHORT, "--checkpoint-path", home, "--run-name", "run") == 0
     assert command(*SHORT, "--checkpoint-path", home, "--run-name", "many", "--seeds", "0,1") == 0
@@ -93,7 +93,7 @@ def test_a_lock_ends_with_its_process_however_that_ends(trained):
         assert (trained / "run" / LOCK).exists()
 
 
-def test_what_a_killed_process_left_half_written_goes_with_the_next_lock(tmp_path):
+def test_a_lock_removes_what_a_killed_process_left_half_written(tmp_path):
     (tmp_path / f".{LAST}.12345.tmp").write_bytes(b"half")
     with folders.lock_folder(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == [LOCK]
@@ -106,7 +106,7 @@ def test_a_refused_start_leaves_nothing_behind(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_of_those_that_make_one_thing_one_works_and_the_others_wait(tmp_path):
+def test_one_at_a_time_works_and_the_others_wait(tmp_path):
     order, waiting = [], threading.Event()
 
     def second() -> None:
@@ -122,7 +122,7 @@ def test_of_those_that_make_one_thing_one_works_and_the_others_wait(tmp_path):
     assert order == ["first", "second"]
 
 
-def test_who_waits_can_be_interrupted(tmp_path):
+def test_waiting_can_be_interrupted(tmp_path):
     outcome = []
 
     def second() -> None:
@@ -140,7 +140,7 @@ def test_who_waits_can_be_interrupted(tmp_path):
     assert outcome == ["interrupted"]
 
 
-# ---- what lies there -------------------------------------------------------------------------------
+# ---- runs in a folder ------------------------------------------------------------------------------
 
 
 def test_a_folder_with_anything_in_it_is_occupied(tmp_path):

@@ -12,7 +12,7 @@ from plain_loop import (
     TASKS,
     algorithm,
     assert_close,
-    assert_is_the_plain_loops,
+    assert_matches_plain_loop,
     filled,
     inner_loop,
     key_of,
@@ -82,12 +82,12 @@ def build(module: nn.Module, init: str, **options):
 @pytest.mark.parametrize("fast_weights", ["all", "head"])
 @pytest.mark.parametrize("between", ["nothing", "dropout", "batch norm"])
 @pytest.mark.parametrize("init", HEADS)
-def test_the_meta_gradient_through_a_computed_head_is_a_plain_loops(init, between, fast_weights):
+def test_the_meta_gradient_through_a_computed_head_matches_a_plain_loop(init, between, fast_weights):
     layer = {"nothing": nn.Identity(), "dropout": nn.Dropout(0.4), "batch norm": nn.BatchNorm1d(4)}[between]
     loop = {"adapted": HEAD if fast_weights == "head" else None, "compute_head": HEADS[init]}
     loop |= {"keys": KEYS if between == "dropout" else None, "loss": F.cross_entropy}
     choices = {"head": "head", "head_init": init, "fast_weights": fast_weights}
-    assert_is_the_plain_loops(classifier(3, layer), labelled(), **loop, **choices)
+    assert_matches_plain_loop(classifier(3, layer), labelled(), **loop, **choices)
 
 
 def test_prototypes_under_running_statistics_do_not_depend_on_the_other_classes():
@@ -122,7 +122,7 @@ def test_with_a_computed_head_the_same_parameters_serve_any_number_of_ways(init)
 
 
 @pytest.mark.parametrize("init", HEADS)
-def test_reptile_from_a_computed_head_moves_the_body_to_where_it_went(init):
+def test_reptile_from_a_computed_head_moves_the_body_to_where_the_inner_loop_ends(init):
     module, batch = classifier(), labelled()
     result = meta_gradient(build(module, init, meta_gradient="reptile"), batch, "unrolled")
     moved = {n: torch.zeros_like(w) for n, w in learned(module).items() if n not in HEAD}

@@ -1,4 +1,4 @@
-"""What a learner may be made of: each kind of layer, buffer, input, output and loss against a plain loop."""
+"""Learners of every kind of layer, buffer, input, output and loss match a plain loop."""
 
 import copy
 
@@ -13,7 +13,7 @@ from plain_loop import (
     TASKS,
     algorithm,
     assert_close,
-    assert_is_the_plain_loops,
+    assert_matches_plain_loop,
     distance,
     filled,
     integers,
@@ -129,10 +129,10 @@ def build(kind: str) -> tuple[nn.Module, TaskBatch]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_meta_gradient_and_predictions_of_any_learner_are_a_plain_loops(kind):
+def test_meta_gradient_and_predictions_of_any_learner_match_a_plain_loop(kind):
     module, batch = build(kind)
     loss = F.cross_entropy if kind == "tied" else F.mse_loss
-    assert_is_the_plain_loops(module, batch, loss=loss)
+    assert_matches_plain_loop(module, batch, loss=loss)
     maml = algorithm(module, loss)
     parameters = maml.initial_parameters()
     assert parameters.keys() == {name for name, p in module.named_parameters() if p.requires_grad}
@@ -145,12 +145,12 @@ def test_meta_gradient_and_predictions_of_any_learner_are_a_plain_loops(kind):
     [("detach", True), ("detach", False), ("no_grad", True), ("no_grad", False), ("data", False)],
 )
 def test_a_constant_in_the_learner_is_one_in_every_derivative(way, vectorise):
-    assert_is_the_plain_loops(filled(layers(Constant(way))), vectors(3), vectorise=vectorise)
+    assert_matches_plain_loop(filled(layers(Constant(way))), vectors(3), vectorise=vectorise)
 
 
 def test_a_batch_norm_layer_that_is_used_twice_stays_one_layer():
     norm = nn.BatchNorm1d(4)
-    assert_is_the_plain_loops(filled(layers(norm, nn.Linear(4, 4), norm)), vectors(3))
+    assert_matches_plain_loop(filled(layers(norm, nn.Linear(4, 4), norm)), vectors(3))
 
 
 def test_a_constant_in_the_loss_is_one_in_every_derivative():
@@ -159,7 +159,7 @@ def test_a_constant_in_the_loss_is_one_in_every_derivative():
             shares = (outputs - targets).square().sum(1).softmax(0)
         return (shares * (outputs - targets).square().sum(1)).sum()
 
-    assert_is_the_plain_loops(filled(layers()), vectors(3), loss=loss)
+    assert_matches_plain_loop(filled(layers()), vectors(3), loss=loss)
 
 
 def tensors_of(*modules: nn.Module) -> list[torch.Tensor]:
@@ -167,7 +167,9 @@ def tensors_of(*modules: nn.Module) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("kind", ["batch norm of images", "instance norm, running", "frozen", "own", "super"])
+@pytest.mark.parametrize(
+    "kind", ["batch norm of images", "instance norm, running", "frozen", "in place", "super"]
+)
 def test_modules_stay_as_they_are_and_nothing_passes_between_tasks(kind, engine):
     module, batch = build(kind)
     maml = algorithm(module)
@@ -186,7 +188,7 @@ def test_modules_stay_as_they_are_and_nothing_passes_between_tasks(kind, engine)
 # ---- buffers --------------------------------------------------------------------------------
 
 
-class OwnNorm(nn.BatchNorm1d):
+class InPlaceNorm(nn.BatchNorm1d):
     """Update the statistics in place, without gradient, and normalise with them."""
 
     @torch.no_grad()
@@ -203,7 +205,7 @@ class OwnNorm(nn.BatchNorm1d):
 
 
 class AttachedNorm(nn.BatchNorm1d):
-    """Differentiate the pass's own part in the mean."""
+    """Differentiate the part of the mean that comes from this pass."""
 
     def forward(self, x):
         if self.training:
@@ -234,8 +236,8 @@ class Assigning(nn.Module):
 
 
 BUFFERED = {
-    "own": lambda: layers(OwnNorm(4)),
-    "own, attached": lambda: layers(AttachedNorm(4)),
+    "in place": lambda: layers(InPlaceNorm(4)),
+    "attached": lambda: layers(AttachedNorm(4)),
     "super": lambda: layers(SuperNorm(4)),
     "spectral norm": lambda: nn.Sequential(spectral_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2)),
     "assigned": lambda: layers(Assigning()),
@@ -244,10 +246,10 @@ BUFFERED = {
 
 @pytest.mark.parametrize("with_example", [False, True])
 @pytest.mark.parametrize("kind", BUFFERED)
-def test_each_task_carries_buffers_of_its_own_through_its_inner_steps(kind, with_example):
+def test_each_task_carries_its_buffers_through_its_inner_steps(kind, with_example):
     module, batch = build(kind)
     options = {"example": batch.support_x[0]} if with_example else {}
-    assert_is_the_plain_loops(module, batch, steps=3, **options)
+    assert_matches_plain_loop(module, batch, steps=3, **options)
     carried, fresh = (
         plain_loop(module, F.mse_loss, batch, steps=3, carry=carry)[0] for carry in (True, False)
     )
@@ -269,7 +271,7 @@ def test_a_norm_layer_in_evaluation_mode_keeps_its_running_statistics(layer):
         module[3] = filled(nn.Linear(1, 2))
         batch = TaskBatch(*(normal(TASKS, EXAMPLES, *s, seed=i) for i, s in enumerate(2 * ((2, 3), (4, 2)))))
     before = tensors_of(module)
-    assert_is_the_plain_loops(module, batch)
+    assert_matches_plain_loop(module, batch)
     assert all(map(torch.equal, before, tensors_of(module)))
     maml = algorithm(module)
     outputs = maml.predictions(maml.initial_parameters(), batch, STEPS, ("transductive", "inductive"))
@@ -280,7 +282,7 @@ def test_a_norm_layer_in_evaluation_mode_keeps_its_running_statistics(layer):
 
 
 @pytest.mark.parametrize("adapt_norm", [True, False])
-def test_both_readings_of_batch_norm_are_a_plain_loops(adapt_norm):
+def test_transductive_and_inductive_predictions_match_a_plain_loop(adapt_norm):
     module = filled(
         nn.Sequential(
             nn.Conv2d(2, 3, 3, padding=1),
@@ -312,7 +314,7 @@ def test_a_tied_head_goes_by_its_first_name_and_cannot_be_computed(bias):
     module, batch = filled(Tied(bias=bias)), sentences(language=True)
     head = {"embedding.weight"} | ({"out.bias"} if bias else set())
     assert head_names(module) == head
-    assert_is_the_plain_loops(module, batch, loss=F.cross_entropy, adapted=sorted(head), fast_weights="head")
+    assert_matches_plain_loop(module, batch, loss=F.cross_entropy, adapted=sorted(head), fast_weights="head")
     for init in ("zero", "prototype"):  # the embeddings would go with it
         with pytest.raises(ValueError, match="not one linear layer with a bias"):
             algorithm(module, F.cross_entropy, head_init=init)
@@ -335,7 +337,7 @@ def test_parameters_that_do_not_reach_the_loss_have_a_gradient_of_zero():
     def loss(outputs, targets):
         return F.mse_loss(outputs["used"], targets)
 
-    assert_is_the_plain_loops(module, batch, loss=loss)
+    assert_matches_plain_loop(module, batch, loss=loss)
     for engine in ENGINES:
         gradients = meta_gradient(algorithm(module, loss), batch, engine).gradients
         zero = {n for n, g in gradients.items() if not g.any()}
@@ -378,7 +380,7 @@ def likelihood(outputs, targets):
 @pytest.mark.parametrize("kind", ["tuple", "dict"])
 def test_several_inputs_come_as_a_tuple_or_by_name(kind):
     module, batch = filled(TwoInputs()), two_inputs(kind)
-    assert_is_the_plain_loops(module, batch)
+    assert_matches_plain_loop(module, batch)
     maml = algorithm(module)
     both = maml.predictions(maml.initial_parameters(), batch, STEPS, ("transductive", "inductive"))
     for outputs in both.values():  # without batch norm they are the same
@@ -389,7 +391,7 @@ def test_several_inputs_come_as_a_tuple_or_by_name(kind):
 @pytest.mark.parametrize("kind", ["tuple", "dict"])
 def test_several_outputs_all_reach_the_loss(kind, options):
     module, batch = filled(TwoInputs(kind)), two_inputs("tuple")
-    assert_is_the_plain_loops(module, batch, loss=likelihood, orders=("exact",), **options)
+    assert_matches_plain_loop(module, batch, loss=likelihood, orders=("exact",), **options)
 
 
 def test_several_targets_all_reach_the_loss():
@@ -401,7 +403,7 @@ def test_several_targets_all_reach_the_loss():
     def loss(outputs, targets):
         return F.mse_loss(outputs[0], targets[0]) + F.mse_loss(outputs[1][:, 0], targets[1].double() / TOKENS)
 
-    assert_is_the_plain_loops(module, batch, loss=loss)
+    assert_matches_plain_loop(module, batch, loss=loss)
 
 
 # ---- without vmap ---------------------------------------------------------------------------
@@ -419,11 +421,11 @@ class DataDependent(nn.Module):
         return self.out(layer(x / x.std().item()).tanh())
 
 
-def test_a_learner_that_decides_by_values_is_learned_one_task_at_a_time():
+def test_a_learner_that_decides_by_values_is_trained_one_task_at_a_time():
     module, batch = filled(DataDependent()), vectors(3)
     shift = torch.tensor([1.0, -1.0]).view(2, 1, 1)  # so that tasks go different ways
     batch = batch._replace(support_x=batch.support_x + shift)
-    assert_is_the_plain_loops(module, batch, vectorise=False)
+    assert_matches_plain_loop(module, batch, vectorise=False)
     for engine in ENGINES:
         with pytest.raises(RuntimeError, match="item"):
             meta_gradient(algorithm(module), batch, engine)
@@ -441,7 +443,7 @@ DROPOUT = {
 def test_dropout_is_a_function_of_the_keys(kind):
     module, batch = (make() for make in DROPOUT[kind])
     module = filled(module)
-    assert_is_the_plain_loops(module, batch, keys=KEYS)
+    assert_matches_plain_loop(module, batch, keys=KEYS)
     maml = algorithm(module)
     parameters = maml.initial_parameters()
     for engine in ENGINES:
@@ -473,7 +475,7 @@ class Watched(nn.Module):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_each_task_step_and_pass_drops_others_and_the_adjoint_drops_them_again_on_its_way_back(engine):
+def test_masks_differ_by_task_step_and_pass_and_the_adjoint_draws_them_again(engine):
     maml = algorithm(filled(layers(Watched())), vectorise=False)
     meta_gradient(maml, vectors(3), engine, keys=KEYS)
     masks = maml.learner[1].masks
@@ -481,7 +483,7 @@ def test_each_task_step_and_pass_drops_others_and_the_adjoint_drops_them_again_o
     assert len(set(masks)) == TASKS * (STEPS + 1) == len(masks) - back
 
 
-def test_predictions_drop_in_the_inner_loop_and_nothing_in_the_query():
+def test_predictions_apply_dropout_in_the_inner_loop_and_not_in_the_query():
     module, batch = filled(layers(nn.Dropout(0.4))), vectors(3)
     maml = algorithm(module)
     outputs = maml.predictions(maml.initial_parameters(), batch, STEPS, ("transductive",), keys=KEYS)
@@ -512,7 +514,7 @@ LOSS_CASES = {
 
 
 @pytest.mark.parametrize("case", LOSS_CASES)
-def test_each_loss_is_pytorchs_own(case):
+def test_each_loss_is_pytorchs(case):
     assert {name for name, *_ in LOSS_CASES.values()} == LOSSES.keys()
     name, theirs, targets = LOSS_CASES[case]
     module = filled(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)))
@@ -528,7 +530,7 @@ def test_each_loss_is_pytorchs_own(case):
 # ---- torchvision ----------------------------------------------------------------------------
 
 
-def test_a_residual_network_of_torchvision_is_as_in_a_plain_loop():
+def test_a_residual_network_of_torchvision_matches_a_plain_loop():
     models = pytest.importorskip("torchvision.models")
     torch.manual_seed(0)
     network = models.resnet18(num_classes=2).double()
@@ -537,6 +539,6 @@ def test_a_residual_network_of_torchvision_is_as_in_a_plain_loop():
     labels = torch.arange(2).repeat_interleave(2).expand(TASKS, -1)
     x = [normal(TASKS, 4, 3, 32, 32, seed=seed) for seed in (1, 2)]
     batch = TaskBatch(x[0], labels, x[1], labels)
-    assert_is_the_plain_loops(
+    assert_matches_plain_loop(
         network, batch, loss=F.cross_entropy, orders=("exact",), steps=1, tolerance=1e-7
     )

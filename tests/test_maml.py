@@ -18,7 +18,7 @@ FAST = ("mlp", "conv", "fc")
 EVERY_LEARNER = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in LEARNERS]
 
 
-def assert_every_way_is_a_loop_over_tasks(learner: str, **options) -> None:
+def assert_every_way_matches_a_loop_over_tasks(learner: str, **options) -> None:
     batch = make_tasks(learner, tasks=2 if learner == "convnet" else TASKS)
     maml = make_maml(learner, **options)
     parameters = maml.initial_parameters()
@@ -32,16 +32,16 @@ def assert_every_way_is_a_loop_over_tasks(learner: str, **options) -> None:
 @pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize("meta_gradient", ORDERS)
 @pytest.mark.parametrize("learner", EVERY_LEARNER)
-def test_meta_gradient_is_that_of_a_plain_loop_over_tasks(learner, meta_gradient, steps):
+def test_meta_gradient_matches_a_plain_loop_over_tasks(learner, meta_gradient, steps):
     options = {"steps": steps, "meta_gradient": meta_gradient, "adapt_norm": learner == "convnet"}
-    assert_every_way_is_a_loop_over_tasks(learner, **options)
+    assert_every_way_matches_a_loop_over_tasks(learner, **options)
 
 
 @pytest.mark.parametrize("meta_gradient", ORDERS)
 @pytest.mark.parametrize("learner", ["conv", "fc"])
-def test_inductive_meta_gradient_is_that_of_a_plain_loop(learner, meta_gradient):
+def test_inductive_meta_gradient_matches_a_plain_loop(learner, meta_gradient):
     options = {"steps": 2, "meta_gradient": meta_gradient, "batch_norm": "inductive", "adapt_norm": False}
-    assert_every_way_is_a_loop_over_tasks(learner, **options)
+    assert_every_way_matches_a_loop_over_tasks(learner, **options)
 
 
 @pytest.mark.parametrize("steps", [1, 5])
@@ -76,7 +76,7 @@ def test_meta_gradient_agrees_with_finite_differences(learner, meta_gradient, st
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("chunk", [1, 2])
-def test_tasks_at_once_leaves_the_result_the_same(chunk, engine):
+def test_tasks_at_once_does_not_change_the_result(chunk, engine):
     batch = make_tasks("conv")  # three tasks: chunks of two divide unevenly
     expected, result = (
         maml.meta_gradient(maml.initial_parameters(), batch)
@@ -104,7 +104,7 @@ def test_convolution_over_patches_is_the_convolution(options):
     assert torch.allclose(ours(x), plain(x), atol=1e-12)
 
 
-def test_convolutions_that_patches_cannot_stand_for_are_left_alone():
+def test_convolutions_that_patches_cannot_replace_are_left_alone():
     for layer in (nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular")):
         assert type(convert_convolutions(layer)) is nn.Conv2d
 
