@@ -6,10 +6,15 @@ import pytest
 import torch
 import torchvision
 from conftest import write_part
+from torch.testing import assert_close
 
+from common.batch import TaskBatch
 from common.errors import UsageError
+from common.random import SPLITS
+from dataset import build_distribution
 from tasks import images
 from tasks.images import Form
+from tasks.options import TaskOptions
 from tasks.published import open_benchmark, split_characters
 
 INK_IS_ONE = Form(28, 1, invert=True)
@@ -77,3 +82,23 @@ def test_alphabet_split_keeps_alphabets_together():
     assert alphabets["validation"] == {"images_background/F", "images_background/L"}
     assert alphabets["test"] == {"images_evaluation/V", "images_evaluation/W"}
     assert not alphabets["train"] & alphabets["validation"] and len(alphabets["train"]) == 11
+
+
+def test_omniglot_as_a_folder_of_images_gives_the_same_tasks(small_omniglot):
+    data = small_omniglot / "omniglot-py"
+    (data / "images_evaluation.zip").unlink()
+    write_part(data, "images_evaluation", 2, archive=False)
+    names = open_benchmark("omniglot", small_omniglot, INK_IS_ONE).names
+    for split, characters in split_characters(names, "random").items():
+        rows = [f"{path.name},{name}" for name in characters for path in (data / name).iterdir()]
+        listing = data / f"{'val' if split == 'validation' else split}.csv"
+        listing.write_text("\n".join(["filename,label", *rows]))
+
+    def sample(dataset: str, split: str) -> TaskBatch:
+        form = dict(image_size=28, channels=1, invert=True, quarter_turns=True)
+        tasks = TaskOptions(dataset=dataset, ways=2, shots=2, queries=3, **form)
+        distribution = build_distribution(tasks, data_root=small_omniglot, device=torch.device("cpu"))
+        return distribution.sample(split, 3, 5, range(6))
+
+    for split in SPLITS:
+        assert_close(sample(f"images:{data}", split), sample("omniglot", split), rtol=0, atol=0)

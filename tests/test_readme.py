@@ -107,7 +107,7 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
             exec(code, scope)
     maml, batch = scope["maml"], scope["batch"]
     x, y = batch.support_x[0], batch.support_y[0]
-    before, after = (maml.call(weights, x) for weights in (scope["parameters"], scope["adapted"]))
+    before, after = (maml.call(weights, x) for weights in (scope["parameters"], scope["adapted"].weights))
     assert torch.nn.functional.mse_loss(after, y) < torch.nn.functional.mse_loss(before, y)
     assert torch.equal(scope["network"](x), after)
     assert scope["outputs"].shape == (25, 11, 10, 1)
