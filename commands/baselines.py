@@ -64,18 +64,16 @@ def baselines(call: Call, given: Mapping[str, Any], command: str, world: World) 
     with world.together():
         if find_runs(call.load):
             raise UsageError("--baselines accompanies one run: name its checkpoint")
-    subject, result = evaluate_one(call, given, command, world)
-    stem = subject.stem(call)
+    subject = evaluate_one(call, given, command, world)
     folder, saved, runtime = call.load.parent / "baselines", subject.trained, subject.runtime
     for name, flags in trained_baselines(saved).items():
-        start = replace(call, eval=False, load=None, out=None)
-        start = replace(start, resume=True, checkpoint_path=folder, run_name=name)
-        if code := train(start, flags, world):
+        start = replace(call, eval=False, load=None, out=None, resume=True)
+        if code := train(replace(start, checkpoint_path=folder, run_name=name), flags, world):
             print("To resume: the same command", flush=True)
             return code
     algorithm, norm = saved.choices.algorithm, saved.choices.query_norm
-    others = measure_baselines(saved, subject.config, call, runtime, folder)
-    results = {(algorithm, "as trained"): result, **others}
+    results = {(algorithm, "as trained"): subject.result}
+    results |= measure_baselines(saved, subject.config, call, runtime, folder)
     selected = {f"{name}, {how}": StepResults.over([result], norm) for (name, how), result in results.items()}
     print("\n" + results_table(selected, subject.caption))
     if not world.first:
@@ -92,12 +90,13 @@ def baselines(call: Call, given: Mapping[str, Any], command: str, world: World) 
         "methods": {name: {"how": how, **evaluation_record(r)} for (name, how), r in results.items()},
         "curves": {n: {"iteration": ends, "query_loss": values} for n, (ends, values) in curves.items()},
     }
-    write_json(Path(f"{stem}-baselines.json"), record)
+    file = f"{subject.stem(call)}-baselines"
+    write_json(Path(f"{file}.json"), record)
     learning = {name: [curve] for name, curve in curves.items()}
     measure = f"query {subject.caption.loss_name} while training, means of windows"
     figure = results_figure(selected, subject.caption, learning=learning, learning_measure=measure)
-    write_figure(Path(f"{stem}-baselines.png"), figure)
-    print(f"Written: {stem}-baselines.json and .png")
+    write_figure(Path(f"{file}.png"), figure)
+    print(f"Written: {file}.json and .png")
     return 0
 
 

@@ -10,23 +10,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from commands.build import make_writable, prepare
 from commands.call import Call
-from commands.config import OWN_CODE
 from commands.evaluate import Subject
 from commands.names import file_name, in_words, select_meaningful, task_size, task_words
 from commands.resolve import select_learned
 from common.errors import UsageError, printable
-from common.own_code import is_own_code
 from evaluation import meta_test, paired
 from evaluation.figures import comparison_figure
-from evaluation.meta_test import Evaluation
 from evaluation.style import write_figure
-from evaluation.tables import Caption, Curve, write_json
+from evaluation.tables import Caption, write_json
 from learners.losses import loss_name
 from training.checkpoint import load_checkpoint
 from training.folders import BEST, LAST, find_checkpoint, find_runs
@@ -52,16 +48,21 @@ def compare(call: Call, given: Mapping[str, Any], command: str) -> int:
     number = min(subject.config.evaluation.eval_tasks for subject in subjects)
     first_task = VALIDATION_TASKS if call.split == "validation" else 0  # those before chose best.pt
     first = Path(call.compare[0])
-    folder = call.out or (first if first.is_dir() else first.parent).parent
+    folder = make_writable(call.out or (first if first.is_dir() else first.parent).parent, "--out")
+    names = "".join(c if c.isalnum() or c in "-_.+=" else "-" for c in "-vs-".join(runs))[:LONGEST_NAMES]
     sizes = f"{task_size(config.tasks)}-{config.tasks.queries}query-{number}tasks"
-    name = f"{_join_names(runs)}-{call.split}-{file_name(config.tasks.dataset)}-{sizes}"
-    file = folder / f"comparison-{name}.json"
-    make_writable(folder, "--out")
+    file = folder / f"comparison-{names}-{call.split}-{file_name(config.tasks.dataset)}-{sizes}.json"
     what = f"{config.tasks.dataset}, {task_words(config.tasks)}, {config.tasks.queries} query"
     what += f": {number} {call.split} tasks"
     print(f"Comparing on {what}\n  device      {prepare(config, call).describe()}", flush=True)
-    records: list[dict[str, Any]] = []
-    sides = [_measure(*side, number, first_task, call, records) for side in runs.items()]
+    curves = {}
+    for subject in subjects:
+        print(f"Measuring {subject.name}", flush=True)
+        subject.config = subject.config.replaced(eval_tasks=number)
+        subject.build(call)
+        subject.evaluate(call.split, first_task=first_task)
+        curves[subject] = _read_curves(subject)
+    sides = [_side_of(name, side, curves) for name, side in runs.items()]
     caption = Caption(what, loss_name(config.learner.loss), None, config.evaluation.test_steps)
     print(f"\n{paired.settings_table(sides)}\n")
     which = f"{call.split} tasks" + ", none of which chose a checkpoint" * bool(first_task)
@@ -74,7 +75,11 @@ def compare(call: Call, given: Mapping[str, Any], command: str) -> int:
         "tasks_seed": meta_test.SEED,
         "measure": sides[0].results.measure(caption.loss_name),
         "sides": paired.record(sides),
-        "runs": records,
+        "runs": [
+            {"name": name, "seed": seed, **run.record(), "split": call.split, "curves": curves[run]}
+            for name, side in runs.items()
+            for seed, run in side.items()
+        ],
     }
     write_json(file, result)
     write_figure(file.with_name(f"{file.stem}.png"), comparison_figure(sides, caption))
@@ -82,29 +87,7 @@ def compare(call: Call, given: Mapping[str, Any], command: str) -> int:
     return 0
 
 
-def _measure(
-    name: str, runs: Runs, number: int, first_task: int, call: Call, records: list[dict[str, Any]]
-) -> paired.Side:
-    """Return a side with its results on `number` tasks of the split; append a record of each of its runs."""
-    validation: dict[int, Curve] = {}
-    results: dict[int, Evaluation] = {}
-    for seed, subject in runs.items():
-        config = subject.config.replaced(eval_tasks=number)
-        print(f"Measuring {subject.name}", flush=True)
-        job = replace(subject, config=config).build(call, prepare(config, call))
-        results[seed] = job.evaluate(call.split, first_task=first_task)
-        curves = _curves_of(subject)
-        measure = "query_accuracy" if config.tasks.classification else "query_loss"
-        validation[seed] = (curves["validation"].get("iteration", []), curves["validation"].get(measure, []))
-        records.append({"name": name, "seed": seed, **job.record(), "split": call.split, "curves": curves})
-    saved = subject.trained
-    learned = {*select_learned(saved), "iterations"} - {"seed"}
-    words = in_words(saved, [setting for setting in select_meaningful(saved) if setting in learned])
-    steps = config.evaluation.test_steps
-    return paired.Side(name, words, validation, results, config.choices.query_norm, steps)
-
-
-def _curves_of(subject: Subject) -> dict[str, Any]:
+def _read_curves(subject: Subject) -> dict[str, Any]:
     """Return the curves of the whole run, including those after its best checkpoint."""
     assert subject.file is not None and subject.source is not None
     last = subject.file.with_name(LAST)
@@ -112,9 +95,18 @@ def _curves_of(subject: Subject) -> dict[str, Any]:
     return {part: whole.progress[part] for part in ("training", "validation")}
 
 
-def _join_names(names: Mapping[str, Any]) -> str:
-    """Return the sides' names as part of a file name."""
-    return "".join(c if c.isalnum() or c in "-_.+=" else "-" for c in "-vs-".join(names))[:LONGEST_NAMES]
+def _side_of(name: str, runs: Runs, curves: Mapping[Subject, dict[str, Any]]) -> paired.Side:
+    """Return a side with the results and the validation curves of its runs."""
+    subject = next(iter(runs.values()))
+    saved, config = subject.trained, subject.config
+    learned = {*select_learned(saved), "iterations"} - {"seed"}
+    words = in_words(saved, [setting for setting in select_meaningful(saved) if setting in learned])
+    measure = "query_accuracy" if config.tasks.classification else "query_loss"
+    parts = {seed: curves[run]["validation"] for seed, run in runs.items()}
+    validation = {seed: (part.get("iteration", []), part.get(measure, [])) for seed, part in parts.items()}
+    results = {seed: run.result for seed, run in runs.items()}
+    steps = config.evaluation.test_steps
+    return paired.Side(name, words, validation, results, config.choices.query_norm, steps)
 
 
 def read_sides(call: Call, given: Mapping[str, Any]) -> dict[str, Runs]:
@@ -126,27 +118,16 @@ def read_sides(call: Call, given: Mapping[str, Any]) -> dict[str, Runs]:
     common = os.path.commonpath([Path(path).resolve() for path in call.compare])
     for path in map(Path, call.compare):
         below = str(path.resolve().relative_to(common)).removesuffix(".pt").removeprefix(".")
-        many = [(run.setting, run.file) for run in find_runs(path)]
-        places = many or [("", find_checkpoint(path, BEST, LAST))]
-        for setting in dict.fromkeys(setting for setting, _ in places):
+        listed = find_runs(path) or [{"setting": "", "file": find_checkpoint(path, BEST, LAST)}]
+        for setting in dict.fromkeys(run["setting"] for run in listed):
             name = printable(f"{below} {setting}".strip() or path.resolve().name)
             if name in sides:
                 raise UsageError(f"--compare names {name} twice")
-            subjects = [_read_subject(file, call, given) for part, file in places if part == setting]
+            subjects = [Subject.read(r["file"], call, given) for r in listed if r["setting"] == setting]
             sides[name] = {subject.trained.training.seed: subject for subject in subjects}
     if len(sides) < 2:
         raise UsageError(f"--compare {call.compare[0]}: that is one setting: name another to compare it to")
     return sides
-
-
-def _read_subject(file: Path, call: Call, given: Mapping[str, Any]) -> Subject:
-    """Return a checkpoint with the flags that may differ from it; own code only where it has own code."""
-    source = load_checkpoint(file)
-    foreign = {n for n in OWN_CODE if is_own_code(given.get(n, "")) and not is_own_code(source.settings[n])}
-    try:
-        return Subject.read(file, call, {n: v for n, v in given.items() if n not in foreign}, source)
-    except UsageError as error:
-        raise UsageError(f"{file}: {error}") from error
 
 
 def check_pairs(sides: Mapping[str, Runs]) -> None:

@@ -1,6 +1,6 @@
 """Measure checkpoints, or the fresh initialisation, on test tasks, and write the results.
 
-    Subject.read -> Subject.build -> Subject.evaluate -> Subject.write
+    Subject.read -> Subject.build -> Subject.evaluate -> Subject.result -> Subject.write
 
 --eval, --baselines and --compare measure a `Subject` each.
 """
@@ -14,14 +14,15 @@ from typing import Any
 
 from commands import build
 from commands.call import Call
-from commands.config import Config
+from commands.config import OWN_CODE, Config
 from commands.names import file_name, task_size, task_words
 from commands.resolve import config_of, resolve, resolve_from
 from common.batch import TaskDistribution
 from common.device import Runtime, versions
 from common.errors import UsageError
 from common.optimizers import Weights
-from common.processes import World
+from common.own_code import is_own_code
+from common.processes import ALONE, World
 from evaluation import meta_test
 from evaluation.examples import adapt_examples, examples_figure
 from evaluation.figures import results_figure
@@ -41,36 +42,33 @@ def evaluate(call: Call, given: Mapping[str, Any], command: str, world: World) -
     if not runs:
         evaluate_one(call, given, command, world)
         return 0
-    measured = measure([run.file for run in runs], call, given, command, world)
+    subjects = measure([run["file"] for run in runs], call, given, command, world)
     results: dict[str, list[Evaluation]] = {}
-    for run, (_, result) in zip(runs, measured, strict=True):
-        results.setdefault(run.setting or ALL, []).append(result)
-    caption, name = summarise([subject for subject, _ in measured])
+    for run, subject in zip(runs, subjects, strict=True):
+        results.setdefault(run["setting"] or ALL, []).append(subject.result)
+    caption, name = summarise(subjects)
     summary = results_of(results)
     print(results_table(summary, caption))
-    stem = (call.out or runs[0].file.parent.parent) / name
+    stem = (call.out or runs[0]["file"].parent.parent) / name
     if world.first:
         settings = {label: part.record() for label, part in summary.items()}
-        record = {"command": command, "runs": [vars(run) for run in runs], "settings": settings}
-        write_json(Path(f"{stem}.json"), record)
+        write_json(Path(f"{stem}.json"), {"command": command, "runs": runs, "settings": settings})
         write_figure(Path(f"{stem}.png"), results_figure(summary, caption))
     print(f"Written: {stem}.json and .png, and those of each run")
     return 0
 
 
-def evaluate_one(
-    call: Call, given: Mapping[str, Any], command: str, world: World
-) -> tuple[Subject, Evaluation]:
-    """Measure a checkpoint or the fresh initialisation; print the table and return the result."""
-    ((subject, result),) = measure([call.load], call, given, command, world)
-    print(results_table(results_of({ALL: [result]}), subject.caption))
+def evaluate_one(call: Call, given: Mapping[str, Any], command: str, world: World) -> Subject:
+    """Measure a checkpoint or the fresh initialisation, and print the table."""
+    (subject,) = measure([call.load], call, given, command, world)
+    print(results_table(results_of({ALL: [subject.result]}), subject.caption, losses=True))
     print(f"Written: {subject.stem(call)}.json and .png")
-    return subject, result
+    return subject
 
 
 def measure(
     files: Sequence[Path | None], call: Call, given: Mapping[str, Any], command: str, world: World
-) -> list[tuple[Subject, Evaluation]]:
+) -> list[Subject]:
     """Measure checkpoints on test tasks; write each one's result to --out, or next to the checkpoint."""
     with world.together():
         subjects = [Subject.read(file, call, given) for file in files]
@@ -85,48 +83,49 @@ def measure(
     others = f" and {len(files) - 1} other runs" if files[1:] else ""
     title = f"Evaluating {first.name}{others} on {first.config.evaluation.eval_tasks} test tasks"
     build.print_settings(first.config, runtime, title, *configs[1:])
-    measured = []
     for subject in subjects:
         with world.together():
-            subject.build(call, build.prepare(subject.config, call, world))
-        measured.append((subject, subject.evaluate()))
+            subject.build(call, world)
+        subject.evaluate()
         if world.first:
-            subject.write(measured[-1][1], subject.stem(call), command)
-    return measured
+            subject.write(subject.stem(call), command)
+    return subjects
 
 
 @dataclass(eq=False)
 class Subject:
-    """A checkpoint or the fresh initialisation, with its test settings, tasks and algorithm."""
+    """A checkpoint or the fresh initialisation, with its test settings, tasks, algorithm and result."""
 
     file: Path | None  # None: the fresh initialisation
     source: Checkpoint | None
+    trained: Config  # the settings of its training
     config: Config
     runtime: Runtime = field(init=False)
     distribution: TaskDistribution = field(init=False)
     maml: MAML = field(init=False)
     parameters: Weights = field(init=False)
     statistics: Weights = field(init=False)  # running ones of per-step batch norm, or none
+    result: Evaluation = field(init=False)
 
     @classmethod
-    def read(
-        cls, file: Path | None, call: Call, given: Mapping[str, Any], source: Checkpoint | None = None
-    ) -> Subject:
-        """Load a checkpoint (unless `source` is given) and resolve its settings with the given flags."""
+    def read(cls, file: Path | None, call: Call, given: Mapping[str, Any]) -> Subject:
+        """Load a checkpoint and resolve its settings with the given flags."""
+        source = None
         if file is None:
-            config = resolve(given)
+            trained = config = resolve(given)
         else:
-            source = source or load_checkpoint(file)
-            other = call.eval_dataset
-            config = resolve_from(config_of(source.settings, file), given, evaluate=True, eval_dataset=other)
+            source = load_checkpoint(file)
+            trained = config_of(source.settings, file)
+            if call.compare:  # the user's code is for the runs that have some
+                own = {name for name in OWN_CODE if is_own_code(given.get(name, ""))}
+                others = {name for name in own if not is_own_code(trained.get(name))}
+                given = {name: value for name, value in given.items() if name not in others}
+            try:
+                config = resolve_from(trained, given, evaluate=True, eval_dataset=call.eval_dataset)
+            except UsageError as error:
+                raise UsageError(f"{file}: {error}") from error
         config = config.replaced(convolution="grouped", tasks_at_once=given.get("tasks_at_once"))
-        return cls(file, source, config)
-
-    @property
-    def trained(self) -> Config:
-        """Return the settings that the checkpoint was trained with."""
-        assert self.source is not None
-        return config_of(self.source.settings, self.file)
+        return cls(file, source, trained, config)
 
     @property
     def when(self) -> str:
@@ -149,23 +148,22 @@ class Subject:
         folder = call.out or (file.parent if file else call.checkpoint_path)
         return folder / f"{name}-{summarise([self])[1]}"
 
-    def build(self, call: Call, runtime: Runtime) -> Subject:
-        """Build algorithm, tasks and weights, and return self; raise UsageError where they do not fit."""
-        self.runtime = runtime
-        self.distribution, self.maml = build.build(self.config, call, runtime, saved=self.source)
+    def build(self, call: Call, world: World = ALONE) -> None:
+        """Build algorithm, tasks and weights; raise UsageError where they do not fit."""
+        self.runtime = build.prepare(self.config, call, world)
+        self.distribution, self.maml = build.build(self.config, call, self.runtime, saved=self.source)
         self.parameters = self.maml.initial_parameters(self.config.training.seed)
         self.statistics = self.maml.initial_statistics()
         if self.file and self.source:
-            if call.eval_dataset is None:
-                check_same_split(self.file, self.source.splits, self.distribution.split_names)
+            names, other = self.distribution.split_names, call.eval_dataset is not None
+            check_same_split(self.file, self.source.splits, names, other_data=other)
             weights = build.fit_weights(self.file, self.source, self.maml, self.config)
             self.parameters, self.statistics = weights
-        return self
 
-    def evaluate(self, split: str = "test", *, first_task: int = 0) -> Evaluation:
+    def evaluate(self, split: str = "test", *, first_task: int = 0) -> None:
         """Measure on the fixed tasks of a split from `first_task` on, with each reading of batch norm."""
         options, norm = self.config.evaluation, self.config.choices.query_norm
-        return meta_test.evaluate(
+        self.result = meta_test.evaluate(
             self.maml,
             self.parameters,
             self.distribution,
@@ -194,9 +192,9 @@ class Subject:
             "device": self.runtime.describe(),
         }
 
-    def write(self, result: Evaluation, stem: Path, command: str) -> None:
+    def write(self, stem: Path, command: str) -> None:
         """Write the result as JSON, and as a picture; image tasks get a picture of examples as well."""
-        record = {"command": command, **self.record(), **evaluation_record(result)}
+        record = {"command": command, **self.record(), **evaluation_record(self.result)}
         write_json(Path(f"{stem}.json"), record)
         choices, options = self.config.choices, self.config.evaluation
         curves, last = self.distribution.kind == "curves", options.eval_steps
@@ -209,7 +207,7 @@ class Subject:
             normalisation=choices.query_norm,
             inner_batch=options.eval_inner_batch,
         )
-        results, fits = results_of({ALL: [result]}), examples if curves else None
+        results, fits = results_of({ALL: [self.result]}), examples if curves else None
         write_figure(Path(f"{stem}.png"), results_figure(results, self.caption, fits=fits))
         if examples is not None and not curves:
             title = f"test tasks, {self.when}, {task_words(self.config.tasks)}"

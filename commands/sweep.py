@@ -165,24 +165,27 @@ def _fits(one: Assembly, other: Assembly) -> bool:
     )
 
 
-def _summarise(run: Run) -> tables.RunSummary:
+def _summarise(run: Run) -> tables.Summary:
     """Return how a run was trained."""
-    loss, validation = final_loss(run.progress.training), run.progress.validation
-    return tables.RunSummary(
-        name=run.folder.name,
-        setting=setting_of(run.folder.name) or tables.ALL,
-        seed=run.training.seed,
-        iteration=run.iteration,
-        failure=run.failure,
-        final_training_loss=loss["mean"] if loss else None,
-        measure=run.measure_name,
-        validation=(validation.get("iteration", []), validation.get(run.measure, [])),
-    )
+    progress, loss = run.progress, final_loss(run.progress.training)
+    best, validation = progress.best_score, progress.validation
+    return {
+        "name": run.folder.name,
+        "setting": setting_of(run.folder.name) or tables.ALL,
+        "seed": run.training.seed,
+        "iteration": run.iteration,
+        "failure": run.failure,
+        "measure": run.measure_name,
+        "final_training_loss": loss and loss["mean"],
+        "best_validation": best if best is None or run.classification else -best,
+        "best_iteration": progress.best_iteration,
+        "validation": (validation.get("iteration", []), validation.get(run.measure, [])),
+    }
 
 
-def _report(folder: Path, outcomes: Sequence[tables.RunSummary], world: World) -> int:
+def _report(folder: Path, outcomes: Sequence[tables.Summary], world: World) -> int:
     """Print and write the summary of all runs; return the exit code."""
-    failures = [outcome for outcome in outcomes if outcome.failure is not None]
+    failures = [outcome for outcome in outcomes if outcome["failure"] is not None]
     if world.first:
         print(tables.training_table(outcomes))
         tables.write_json(folder / "summary.json", tables.training_record(outcomes))
@@ -190,6 +193,6 @@ def _report(folder: Path, outcomes: Sequence[tables.RunSummary], world: World) -
         write_figure(folder / "summary.png", learning_figure(tables.learning_curves(outcomes), measure))
         print(f"Written: {folder / 'summary'}.json and .png")
         if failures:
-            count = f"{len(failures)} of {len(outcomes)} runs stopped before their end"
-            print(f"main.py: error: {count}, {failures[0].failure}", file=sys.stderr)
+            count, reason = f"{len(failures)} of {len(outcomes)}", failures[0]["failure"]
+            print(f"main.py: error: {count} runs stopped before their end, {reason}", file=sys.stderr)
     return FAILED if failures else 0

@@ -118,17 +118,19 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
     """Return the numbers of one run behind table and picture, and the values of each task behind them."""
     per_step: list[dict[str, Any]] = []
     for name, losses in evaluation.losses.items():
-        diverged = evaluation.diverged(name)
-        measures = {
-            "loss": mean_and_interval(losses),
-            "loss_without_diverged": mean_and_interval(losses, ~diverged),
-        }
-        if evaluation.accuracies:
-            measures["accuracy"] = mean_and_interval(evaluation.accuracies[name])
-        for step, count in enumerate(diverged.sum(0).tolist()):
-            per_step.append({"normalisation": name, "steps": step, "diverged_tasks": count})
-            for measure, (mean, interval) in measures.items():
-                per_step[-1] |= {measure: mean[step].item(), f"{measure}_interval_95": interval[step].item()}
+        diverged, ordered = evaluation.diverged(name), losses.sort(0).values  # NaN is the last
+        most = ordered[: math.ceil(0.99 * len(ordered))]
+        numbers = {"diverged_tasks": diverged.sum(0), "loss_median": ordered[len(ordered) // 2]}
+        numbers["loss_without_worst_percent"] = most.mean(0)
+        measures = {"loss": losses, "accuracy": evaluation.accuracies.get(name)}
+        for measure, values in measures.items():
+            if values is not None:
+                numbers[measure], numbers[f"{measure}_interval_95"] = mean_and_interval(values)
+        mean, interval = mean_and_interval(losses, ~diverged)
+        numbers |= {"loss_without_diverged": mean, "loss_without_diverged_interval_95": interval}
+        for step in range(losses.shape[1]):
+            row = {key: values[step].item() for key, values in numbers.items()}
+            per_step.append({"normalisation": name, "steps": step} | row)
     per_task = {"loss": evaluation.losses, "accuracy": evaluation.accuracies}
     return {"per_step": per_step, "per_task": {name: values for name, values in per_task.items() if values}}
 
@@ -140,7 +142,7 @@ class StepResults:
     means: Tensor  # [steps + 1, runs], over tasks
     intervals: Tensor  # [steps + 1], half widths over tasks, mean over the runs
     diverged: list[int]  # [steps + 1], tasks of all runs
-    plain: Tensor  # [steps + 1], means over all tasks, diverged ones included
+    losses: Tensor  # [steps + 1], mean loss over all tasks, diverged ones included
     tasks: int
     accuracy: bool  # the measure, of which more is better; or else the loss
 
@@ -149,10 +151,10 @@ class StepResults:
         """Return the results of these runs."""
         means, intervals = zip(*(e.intervals(normalisation) for e in evaluations), strict=True)
         diverged = torch.stack([e.diverged(normalisation).sum(0) for e in evaluations]).sum(0)
-        plain = torch.stack([e.measured(normalisation).mean(0) for e in evaluations]).mean(0)
+        losses = torch.stack([e.losses[normalisation].mean(0) for e in evaluations]).mean(0)
         accuracy, tasks = bool(evaluations[0].accuracies), len(evaluations[0].losses[normalisation])
         interval = torch.stack(intervals).mean(0)
-        return cls(torch.stack(means, 1), interval, diverged.tolist(), plain, tasks, accuracy)
+        return cls(torch.stack(means, 1), interval, diverged.tolist(), losses, tasks, accuracy)
 
     def measure(self, loss_name: str) -> str:
         """Return the name of the measure: "accuracy", or that of the loss."""
@@ -184,8 +186,11 @@ def results_of(settings: Mapping[str, Sequence[Evaluation]]) -> dict[str, StepRe
     return results
 
 
-def results_table(results: Mapping[str, StepResults], caption: Caption) -> str:
-    """Return few settings as columns with all steps, or many as rows after 0, the quoted, the last step."""
+def results_table(results: Mapping[str, StepResults], caption: Caption, *, losses: bool = False) -> str:
+    """Return few settings as columns with all steps, or many as rows after 0, the quoted, the last step.
+
+    With `losses`, columns of accuracies are followed by columns of losses.
+    """
     parts = list(results.values())
     measure, scale, digits = units(parts[0].measure(caption.loss_name))
     last = max(len(part.means) for part in parts) - 1
@@ -193,14 +198,17 @@ def results_table(results: Mapping[str, StepResults], caption: Caption) -> str:
     steps = range(last + 1) if few else sorted({0, min(caption.test_steps, last), last})
     cells = [[part.cell(step, scale, digits) for step in steps] for part in parts]
     if few:
-        words = {caption.test_steps: "quoted", caption.trained_steps: "trained for"}
-        marks = [words.get(step, "") for step in steps]
+        marks = {caption.test_steps: "quoted", caption.trained_steps: "trained for"}
         names = [measure if name == ALL else name for name in results]
         for name, part in results.items():
-            if any(part.diverged) and not part.accuracy:
-                names.append("with the diverged" if name == ALL else f"{name}, with the diverged")
-                cells.append([f"{v:.4g}" for v in part.plain.tolist()])
-        text = table(["steps", *names, ""], list(zip(map(str, steps), *cells, marks, strict=True)))
+            if losses if part.accuracy else any(part.diverged):
+                words = caption.loss_name if part.accuracy else "with the diverged"
+                names.append(words if name == ALL else f"{name}, {words}")
+                cells.append([f"{loss:.4g}" for loss in part.losses.tolist()])
+        text = table(
+            ["steps", *names, ""],
+            list(zip(map(str, steps), *cells, [marks.get(s, "") for s in steps], strict=True)),
+        )
     else:
         rows = [[name, *row] for name, row in zip(results, cells, strict=True)]
         text = table(["", *map(after_steps, steps)], rows)
@@ -218,74 +226,53 @@ def describe_means(results: Sequence[StepResults]) -> str:
 # ---- learning ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class RunSummary:
-    """Summary of one run's training."""
-
-    name: str
-    setting: str
-    seed: int
-    iteration: int
-    failure: str | None  # a run that failed is no part of a mean over seeds
-    final_training_loss: float | None
-    measure: str  # of validation: "accuracy", or the loss's name
-    validation: Curve  # iterations and values
-
-    def numbers(self) -> dict[str, float]:
-        """Return final training loss, best validation and its iteration, of a run that ended with them."""
-        if self.failure is not None:
-            return {}
-        loss = self.final_training_loss
-        numbers = {} if loss is None else {"final_training_loss": loss}
-        points = [(v, i) for i, v in zip(*self.validation, strict=True) if math.isfinite(v)]
-        if points:
-            choose = max if self.measure == "accuracy" else min
-            value, iteration = choose(points, key=lambda point: point[0])
-            numbers |= {"best_validation": value, "best_iteration": iteration}
-        return numbers
+# How a run was trained: "name", "setting", "seed", "iteration", "failure" (why it stopped), "measure"
+# of validation ("accuracy", or the loss's name), its curve "validation", and these numbers, or None.
+Summary = dict[str, Any]
+NUMBERS = ("final_training_loss", "best_validation", "best_iteration")
 
 
-def measure_of(runs: Sequence[RunSummary]) -> str:
+def measure_of(runs: Sequence[Summary]) -> str:
     """Return the measure of all runs: "accuracy", a loss's name, or "loss" where they have different ones."""
-    return runs[0].measure if len({run.measure for run in runs}) == 1 else "loss"
+    return runs[0]["measure"] if len({run["measure"] for run in runs}) == 1 else "loss"
 
 
-def _by_setting(runs: Sequence[RunSummary]) -> dict[str, list[RunSummary]]:
-    groups: dict[str, list[RunSummary]] = {}
+def _by_setting(runs: Sequence[Summary]) -> dict[str, list[Summary]]:
+    groups: dict[str, list[Summary]] = {}
     for run in runs:
-        groups.setdefault(run.setting, []).append(run)
+        groups.setdefault(run["setting"], []).append(run)
     return groups
 
 
-def _spreads(runs: Sequence[RunSummary]) -> dict[str, Spread]:
-    """Return the spread of each number over the runs that have it."""
-    numbers = [run.numbers() for run in runs]
-    names = dict.fromkeys(name for part in numbers for name in part)
-    return {name: Spread.over([part[name] for part in numbers if name in part]) for name in names}
+def _spreads(runs: Sequence[Summary]) -> dict[str, Spread]:
+    """Return the spread of each number over the runs that ended with it; one that failed is left out."""
+    ended = [run for run in runs if run["failure"] is None]
+    numbers = {name: [run[name] for run in ended if run[name] is not None] for name in NUMBERS}
+    return {name: Spread.over(values) for name, values in numbers.items() if values}
 
 
-def training_table(runs: Sequence[RunSummary]) -> str:
+def training_table(runs: Sequence[Summary]) -> str:
     """Return final training loss and best validation of each setting, over its seeds."""
     measure, scale, digits = units(measure_of(runs))
     formats = {"final_training_loss": (1, 4), "best_validation": (scale, digits), "best_iteration": (1, 0)}
     rows = []
     for setting, group in _by_setting(runs).items():
-        ended, spreads = sum(run.failure is None for run in group), _spreads(group)
+        ended, spreads = sum(run["failure"] is None for run in group), _spreads(group)
         cells = [spreads[n].text(*form) if n in spreads else "-" for n, form in formats.items()]
         rows.append([setting, f"{ended} of {len(group)}", *cells])
     return table(["", "ended", "training loss", f"best validation {measure}", "at iteration"], rows)
 
 
-def training_record(runs: Sequence[RunSummary]) -> dict[str, Any]:
+def training_record(runs: Sequence[Summary]) -> dict[str, Any]:
     """Return the numbers behind the table, and the runs behind the numbers."""
     spreads = {setting: _spreads(group) for setting, group in _by_setting(runs).items()}
     settings = {setting: {name: asdict(s) for name, s in part.items()} for setting, part in spreads.items()}
-    return {"settings": settings, "runs": [asdict(run) | run.numbers() for run in runs]}
+    return {"settings": settings, "runs": [*runs]}
 
 
-def learning_curves(runs: Sequence[RunSummary]) -> dict[str, list[Curve]]:
+def learning_curves(runs: Sequence[Summary]) -> dict[str, list[Curve]]:
     """Return the validation curves of each setting's runs, by a label."""
     groups = _by_setting(runs).items()
     return {
-        f"{setting}: mean of {len(group)}": [run.validation for run in group] for setting, group in groups
+        f"{setting}: mean of {len(group)}": [run["validation"] for run in group] for setting, group in groups
     }

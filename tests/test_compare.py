@@ -9,7 +9,6 @@ from conftest import write_classes
 from matplotlib.figure import Figure
 from runs import command
 
-from commands.build import prepare
 from commands.call import Call
 from commands.evaluate import Subject
 from training.checkpoint import load_checkpoint
@@ -74,8 +73,9 @@ def measure(file: Path) -> np.ndarray:
     """Return each validation task's loss after the quoted steps, of the tasks that chose no checkpoint."""
     call = Call(eval=True, load=file)
     subject = Subject.read(file, call, {"eval_tasks": 12})
-    result = subject.build(call, prepare(subject.config, call)).evaluate("validation", first_task=CHOSEN_BY)
-    return result.losses["transductive"][:, subject.config.evaluation.test_steps].numpy()
+    subject.build(call)
+    subject.evaluate("validation", first_task=CHOSEN_BY)
+    return subject.result.losses["transductive"][:, subject.config.evaluation.test_steps].numpy()
 
 
 def assert_difference(difference: dict, values: np.ndarray) -> None:

@@ -77,7 +77,7 @@ def test_classes_that_may_have_been_trained_on_are_not_tested_on(tmp_path, capsy
 def test_several_subjects_are_named_after_what_they_share():
     def subject(**flags: object) -> Subject:
         config: Config = resolve(flags)
-        return Subject(None, None, config)
+        return Subject(None, None, config, config)
 
     same, other = subject(seed=1), subject(shots=5)
     assert summarise([same, same])[1] == "test-sinusoid-10shot-10query-600tasks"

@@ -163,11 +163,11 @@ def test_a_runs_folder_stands_for_its_checkpoint(trained):
 
 def test_the_runs_of_a_sweep_are_found_by_its_list(trained):
     runs = find_runs(trained / "many")
-    assert [(run.seed, run.file) for run in runs] == [
+    assert [(run["seed"], run["file"]) for run in runs] == [
         (seed, trained / "many" / f"seed-{seed}" / BEST) for seed in (0, 1)
     ]
     assert has_results(trained / "run", 4) and not has_results(trained / "run", 3)
-    assert [run.file.name for run in find_runs(trained / "many" / LAST)] == [LAST, LAST]
+    assert [run["file"].name for run in find_runs(trained / "many" / LAST)] == [LAST, LAST]
     assert find_runs(trained / "run") == []
     member, alone = trained / "many" / "seed-0" / LAST, trained / "run" / LAST
     assert load_checkpoint(member).settings == load_checkpoint(alone).settings

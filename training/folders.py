@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -87,43 +87,19 @@ def find_checkpoint(path: Path, *names: str) -> Path:
     raise UsageError(f"{path}: there is no such checkpoint, and no folder with {LAST} or {BEST}")
 
 
-# ---- many runs ------------------------------------------------------------------------------------
+def find_runs(path: Path) -> list[dict[str, Any]]:
+    """Return "name", "setting", "seed" and checkpoint "file" of each run in a folder of many.
 
-
-@dataclass(frozen=True)
-class ListedRun:
-    """A run in the folder of many: its own folder's name, its sweep setting in words, its seed."""
-
-    name: str
-    setting: str
-    seed: int
-
-
-@dataclass(frozen=True)
-class SavedRun(ListedRun):
-    """A listed run and its checkpoint."""
-
-    file: Path
-
-
-def list_runs(folder: Path) -> list[ListedRun]:
-    """Return the runs that a folder of many lists."""
-    return [ListedRun(**entry) for entry in read_json(folder / LIST)["runs"]]
-
-
-def find_runs(path: Path) -> list[SavedRun]:
-    """Return the checkpoints below a folder of many runs; none where the path is another thing.
-
-    The path is the folder, for the best checkpoint of each run, or FOLDER/last.pt, FOLDER/best.pt.
-    Raises UsageError where a run has no such checkpoint.
+    The path is that folder, for the best checkpoints, or FOLDER/last.pt, FOLDER/best.pt; another path has
+    none. Raises UsageError where a run has no such checkpoint.
     """
     folder, names = (path, (BEST, LAST)) if path.is_dir() else (path.parent, (path.name,))
     if path.is_file() or not (folder / LIST).is_file() or names[-1] not in (BEST, LAST):
         return []
-    saved = []
-    for run in list_runs(folder):
-        file = next((p for p in (folder / run.name / n for n in names) if p.is_file()), None)
-        if file is None:
-            raise UsageError(f"{folder / run.name} has no {names[0]}: resume its training first")
-        saved.append(SavedRun(run.name, run.setting, run.seed, file))
-    return saved
+    runs: list[dict[str, Any]] = read_json(folder / LIST)["runs"]
+    for run in runs:
+        files = [folder / run["name"] / name for name in names]
+        run["file"] = next((file for file in files if file.is_file()), None)
+        if run["file"] is None:
+            raise UsageError(f"{files[0].parent} has no {names[0]}: resume its training first")
+    return runs
