@@ -8,7 +8,7 @@ changes are returned instead of kept: a pass is a pure function of tensors.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -20,7 +20,7 @@ from common.batch import Tree, arguments_of, first_tensor, in_type, joined, tree
 from common.choices import CONVOLUTIONS, check_choice
 from common.optimizers import Weights
 from common.task import Extras
-from learners.batch_norm import convert_batch_norm, fresh_statistics, set_norms
+from learners.batch_norm import convert_batch_norm, fresh_statistics, join_names, set_norms
 from learners.elementary import Elementary, is_elementary
 from learners.im2col import convert_convolutions
 
@@ -80,10 +80,13 @@ class FunctionalLearner:
             wide = self.statistics.keys()
             weights = {n: w if n in wide else w.to(self.compute_dtype) for n, w in weights.items()}
             x = in_type(x, self.compute_dtype)
-        buffers = {name: b.clone() for name, b in extras.buffers.items()}  # a pass may change them in place
-        mode = nullcontext() if self._is_elementary else Elementary(extras.keys, first_tensor(x))
-        with mode, _reading_buffers(module, self.buffers, changed):
-            outputs = functional_call(module, weights | buffers, *arguments_of(x))
+        buffers = {
+            name: b.clone() for name, b in (extras.buffers or self.buffers).items()
+        }  # changed in place
+        with nullcontext() if self._is_elementary else Elementary(extras.keys, first_tensor(x)):
+            outputs, after = call_with(module, weights | buffers, x)
+        if changed is not None:
+            changed.update({name: after[name].detach() for name in buffers})
         return outputs if self.compute_dtype is None else in_type(outputs, dtype)
 
     def query(
@@ -123,7 +126,7 @@ class FunctionalLearner:
         if self.compute_dtype is not None:
             weights, x = in_type(weights, self.compute_dtype), in_type(x, self.compute_dtype)
         with torch.no_grad(), Elementary(keys, first_tensor(x)) as mode:
-            functional_call(copy.deepcopy(self.module), weights, *arguments_of(x))
+            call_with(copy.deepcopy(self.module), weights, x)
         return mode.draws.calls > 0
 
 
@@ -134,36 +137,32 @@ def fixed_tensors(module: nn.Module) -> Weights:
     return {name: t.detach().clone() for name, t in state.items() if name not in learned}
 
 
+def call_with(module: nn.Module, tensors: Weights, x: Tree) -> tuple[Tree, Weights]:
+    """Call a module with parameters and buffers by name; a tied one goes by the first of its names.
+
+    Returns the outputs, and the tensors as the pass leaves them. The module keeps its own.
+    """
+    first_names: dict[int, str] = {}
+    values = {}
+    for layer_name, layer in module.named_modules():  # once, even if it is used twice
+        for name, tensor in (layer._parameters | layer._buffers).items():
+            full_name = join_names(layer_name, name)
+            first_name = first_names.setdefault(id(tensor), full_name)
+            if first_name in tensors:
+                values[full_name] = tensors[first_name]
+    # `tie_weights` would put back the wrong tensors where a module is used twice
+    outputs = functional_call(module, values, *arguments_of(x), tie_weights=False)
+    return outputs, values
+
+
 def _changing_buffers(module: nn.Module, example: Tree | None) -> Weights:
     """Return the buffers that a pass on `example` changes, batch norm's aside; all of them without one."""
     norms = fresh_statistics(module)
     buffers = {name: b.detach().clone() for name, b in module.named_buffers() if name not in norms}
     if not buffers or example is None:
         return buffers
-    probe = copy.deepcopy(module)
-    before = {name: (buffer, buffer._version) for name, buffer in probe.named_buffers()}
+    before = {name: b.clone() for name, b in buffers.items()}
     keys = torch.zeros(2, dtype=torch.int64, device=first_tensor(example).device)
-    positional, named = arguments_of(example)
     with torch.no_grad(), Elementary(keys):
-        probe(*positional, **named)
-    after = dict(probe.named_buffers())
-    same = {n for n, (b, version) in before.items() if after.get(n) is b and b._version == version}
-    return {name: buffer for name, buffer in buffers.items() if name not in same}
-
-
-@contextmanager
-def _reading_buffers(module: nn.Module, names: Iterable[str], changed: Weights | None) -> Iterator[None]:
-    """Put these buffers, as they are when the module's forward ends, into `changed`."""
-    if changed is None or not names:
-        yield
-        return
-
-    def read(*_: Any) -> None:
-        buffers = dict(module.named_buffers())
-        changed.update({name: buffers[name].detach() for name in names})
-
-    handle = module.register_forward_hook(read)
-    try:
-        yield
-    finally:
-        handle.remove()
+        _, after = call_with(copy.deepcopy(module), before, example)
+    return {n: b for n, b in buffers.items() if after[n] is not before[n] or after[n]._version}

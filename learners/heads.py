@@ -6,6 +6,7 @@ feeds a vector of the task's own to the network (CAVIA, Zintgraf et al. 2019).
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -45,22 +46,28 @@ def head_names(module: nn.Module, head: str | None = None) -> frozenset[str]:
 
 
 def linear_head(module: nn.Module, head: str | None = None) -> str:
-    """Return the name of the linear layer that is the head; ValueError if it is not one with a bias."""
+    """Return the name of the head, a linear layer with a bias that is used once; ValueError if it is not."""
     names = head_names(module, head)
-    for name, layer in module.named_modules():
+    layers = list(module.named_modules(remove_duplicate=False))
+    for name, layer in layers:
         inside = {join_names(name, p) for p, _ in layer.named_parameters(recurse=False)}
         if inside == names and isinstance(layer, nn.Linear) and layer.bias is not None:
-            return name
-    raise ValueError(f"the head ({', '.join(sorted(names))}) is not one linear layer with a bias")
+            if sum(layer is other for _, other in layers) == 1:
+                return name
+    raise ValueError(f"the head ({', '.join(sorted(names))}) is not one linear layer with a bias, used once")
 
 
 def replace_module(module: nn.Module, name: str, new: nn.Module) -> nn.Module:
     """Put `new` where the submodule `name` is, in place; return the module ("": `new` itself)."""
     if not name:
         return new
-    parent, _, child = name.rpartition(".")
-    setattr(module.get_submodule(parent), child, new)
+    module.set_submodule(name, new)
     return module
+
+
+def headless(module: nn.Module, head: str | None = None) -> nn.Module:
+    """Return a copy without its linear head: its outputs are the inputs of the head."""
+    return replace_module(copy.deepcopy(module), linear_head(module, head), nn.Identity())
 
 
 def prototype_head(embeddings: Tensor, labels: Tensor, head: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -64,9 +64,11 @@ def run(module: nn.Module, weights: dict, x, key=None):
     positional, named = arguments_of(x)
     # the kernel that has two derivatives; PyTorch's functions, unless random numbers have to be the same
     with sdpa_kernel(SDPBackend.MATH), nullcontext() if key is None else Elementary(key):
-        outputs = functional_call(module, weights, positional, named)
-    for layer in module.modules():
-        for name, buffer in layer._buffers.items():
+        # of a copy: the call would leave its tensors in a module that is used twice
+        called = copy.deepcopy(module)
+        outputs = functional_call(called, weights, positional, named)
+    for layer, called_layer in zip(module.modules(), called.modules(), strict=True):
+        for name, buffer in called_layer._buffers.items():
             layer._buffers[name] = None if buffer is None else buffer.detach().clone()
     return outputs
 

@@ -148,9 +148,39 @@ def test_a_constant_in_the_learner_is_one_in_every_derivative(way, vectorise):
     assert_matches_plain_loop(filled(layers(Constant(way))), vectors(3), vectorise=vectorise)
 
 
-def test_a_batch_norm_layer_that_is_used_twice_stays_one_layer():
-    norm = nn.BatchNorm1d(4)
-    assert_matches_plain_loop(filled(layers(norm, nn.Linear(4, 4), norm)), vectors(3))
+def used_twice(layer: nn.Module) -> nn.Module:
+    return layers(layer, nn.Tanh(), layer)
+
+
+def used_twice_and_tied() -> nn.Module:
+    layer, other = nn.Linear(4, 4), nn.Linear(4, 4)
+    other.weight = layer.weight
+    return layers(other, nn.Tanh(), layer, nn.Tanh(), layer)
+
+
+SHARED = {
+    "linear": lambda: used_twice(nn.Linear(4, 4)),
+    "batch norm": lambda: used_twice(nn.BatchNorm1d(4)),
+    "tied too": used_twice_and_tied,
+}
+
+
+@pytest.mark.parametrize("vectorise", [True, False])
+@pytest.mark.parametrize("kind", SHARED)
+def test_a_module_that_is_used_twice_has_the_gradient_of_both_uses_and_keeps_its_tensors(kind, vectorise):
+    module = filled(SHARED[kind]())
+    assert_matches_plain_loop(module, vectors(3), vectorise=vectorise)
+    maml = algorithm(module, vectorise=vectorise)
+    before = dict(maml.learner.named_parameters(remove_duplicate=False))
+    maml.meta_gradient(maml.initial_parameters(), vectors(3))
+    after = dict(maml.learner.named_parameters(remove_duplicate=False))
+    assert all(after[name] is before[name] for name in before)
+
+
+def test_a_head_that_is_used_twice_cannot_be_computed():
+    layer = nn.Linear(3, 3)
+    with pytest.raises(ValueError, match="not one linear layer with a bias"):
+        algorithm(nn.Sequential(layer, nn.Tanh(), layer), F.cross_entropy, head_init="prototype")
 
 
 def test_a_constant_in_the_loss_is_one_in_every_derivative():
