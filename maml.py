@@ -16,7 +16,6 @@ last one's.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
@@ -32,20 +31,14 @@ from common.optimizers import InnerOptimizer, InnerState, Moments, Weights
 from common.task import Extras, Task, mean_statistics, over_tasks, stack_steps, sum_over_tasks
 from learners.batch_norm import norm_parameter_names, record_statistics, set_norms
 from learners.functional import FunctionalLearner
-from learners.heads import (
-    adapted_names,
-    context_names,
-    head_names,
-    linear_head,
-    prototype_head,
-    replace_module,
-)
+from learners.heads import adapted_names, context_names, head_names, headless, prototype_head
 
 Loss = Callable[[Any, Any], Tensor]  # (outputs, targets) of one task -> mean over its examples
 
-RATE = "inner_lr/"  # prefix of a weight's name: its learned rate
-SQUARE = "inner_square/"  # prefix of a weight's name: its carried second moment
-MASS = SQUARE + "mass/"  # what the carried moments are divided by
+# Prefixes of a weight's name, for the meta-parameters that are not weights.
+RATE = "inner_lr/"  # its learned inner rate
+SQUARE = "inner_square/"  # its second moment, carried from task to task
+MASS = SQUARE + "mass/"  # a whole name: the number that all carried moments are divided by
 
 
 # ---- what flows through the loops ----------------------------------------------------------------
@@ -60,23 +53,23 @@ class Shared(NamedTuple):
 
 
 class Adapted(NamedTuple):
-    """A task's weights after some inner steps, as its query uses them."""
+    """A task after some inner steps, ready for its query."""
 
-    fast: Weights  # adapted
-    shared: Weights  # not adapted
-    task: Task  # the task as those steps leave it: buffers, and the extras of the query's pass
+    fast: Weights  # the adapted weights
+    shared: Shared  # of the last step
+    task: Task  # with the buffers that those steps leave, and the random keys of the query's pass
     statistics: Weights  # [2, channels] by layer: mean and variance in the last step, if recorded
 
     @property
     def weights(self) -> Weights:
-        return self.fast | self.shared
+        return self.fast | self.shared.weights
 
 
 class Outcome(NamedTuple):
     """A task's result after the last inner step."""
 
-    loss: Tensor  # query loss after the last inner step
-    outputs: Tree  # [query examples, ...], the learner's, behind that loss
+    loss: Tensor  # query loss
+    outputs: Tree  # [query examples, ...], the learner's outputs
     statistics: Weights  # [steps, 2, channels] by layer: means and variances, if recorded
 
 
@@ -85,7 +78,7 @@ class MetaGradient(NamedTuple):
 
     gradients: Weights  # of the outer loss, by meta-parameter
     losses: Tensor  # [tasks], query loss after the last inner step
-    outputs: Tree  # [tasks, query examples, ...], the learner's outputs behind it
+    outputs: Tree  # [tasks, query examples, ...], the learner's outputs after that step
     statistics: Weights  # [steps, 2, channels] by layer: mean and variance that per-step batch norm saw
 
 
@@ -140,20 +133,17 @@ class MAML:
 
     def _partition(self) -> None:
         """Divide the learner's weights: adapted or shared, learned or computed, per step or not."""
-        choices, module = self.choices, self.call.module
-        self.body, heads = module, frozenset[str]()
+        choices, learner, parameters = self.choices, self.learner, self.call.parameters
+        self.body, heads = learner, frozenset[str]()
         if choices.head_init != "learned":
-            heads, layer = head_names(module, choices.head), linear_head(module, choices.head)
-            if choices.head_init == "prototype":  # of the body's outputs, which are the inputs of the head
-                self.body = replace_module(copy.deepcopy(module), layer, nn.Identity())
-        norms, contexts = norm_parameter_names(module), context_names(module)
-        parameters = self.call.parameters
+            self.body, heads = headless(learner, choices.head), head_names(learner, choices.head)
+        norms, contexts = norm_parameter_names(learner), context_names(learner)
         self.contexts = {name: parameters[name] for name in sorted(contexts)}
-        self.head_weights = {name: w for name, w in parameters.items() if name in heads}
+        self.head_weights = {name: w for name, w in parameters.items() if name in heads}  # computed heads
         self.initial = {n: w for n, w in parameters.items() if n not in contexts and n not in heads}
         self.starts_apart = choices.head_init == "prototype"  # tasks differ before the first step
         self.per_step = norms if choices.norm_per_step else frozenset()
-        adapted = adapted_names(module, choices.fast_weights, choices.head)
+        adapted = adapted_names(learner, choices.fast_weights, choices.head)
         self.adapted = frozenset(adapted if choices.adapt_norm and not self.per_step else adapted - norms)
         if not self.adapted:
             raise ValueError(f"adapting {choices.fast_weights} leaves nothing to adapt but batch norm")
@@ -223,8 +213,11 @@ class MAML:
     def start(
         self, parameters: Weights, task: Task | None = None, statistics: Weights | None = None
     ) -> InnerState:
-        """Return the state before the first step. A context and a "zero" head start at zero; a "prototype"
-        head is computed from the support set of `task`, with running `statistics` if batch norm uses them."""
+        """Return the state before the first step: the initialisation, and the optimizer's empty memory.
+
+        A context and a "zero" head start at zero; a "prototype" head is computed from the support set of
+        `task`, with running `statistics` if batch norm uses them.
+        """
         fast = {name: parameters[name] for name in parameters if name in self.adapted}
         fast |= {n: torch.zeros_like(w) for n, w in self.contexts.items() if n in self.adapted}
         if task is not None and self.starts_apart:
@@ -244,7 +237,7 @@ class MAML:
         return prototype_head(embeddings, task.support_y, self.head_weights)
 
     def shared_at(self, parameters: Weights, step: int, statistics: Weights | None = None) -> Shared:
-        """Return what tasks share in an inner step, counted from 0; running statistics join the weights."""
+        """Return what tasks share in this inner step, counted from 0; running statistics join the weights."""
         row = min(step, self.steps - 1)
         names = (name for name in self.initial if name not in self.adapted)
         weights = {n: parameters[n][row] if n in self.per_step else parameters[n] for n in names}
@@ -257,19 +250,19 @@ class MAML:
     def inner_step(
         self, state: InnerState, shared: Shared, x: Tree, y: Tree, extras: Extras
     ) -> tuple[InnerState, Weights, Weights, Weights]:
-        """Take one step along the gradient of the support loss; first order counts it as a constant.
+        """Take one step against the gradient of the support loss on (x, y).
 
         Returns the next state, the gradient, the statistics that batch norm saw, and the changed buffers.
         """
         fast, weights = state.fast, shared.weights
-        if self.first_order:
+        if self.first_order:  # the gradient counts as a constant of the meta-parameters
             fast, weights = ({n: w.detach() for n, w in part.items()} for part in (fast, weights))
 
         def loss(fast: Weights) -> tuple[Tensor, tuple[Weights, Weights]]:
             changed: Weights = {}
             with self._recording() as statistics:
                 outputs = self.call(fast | weights, x, extras, changed=changed)
-            return self.loss(outputs, y), (statistics or {}, changed)
+            return self.loss(outputs, y), (statistics, changed)
 
         gradient, (statistics, buffers) = grad(loss, has_aux=True)(fast)
         state = self.optimizer.update(state, gradient, shared.rates, shared.anchor)
@@ -280,12 +273,12 @@ class MAML:
     ) -> Iterator[Adapted]:
         """Yield the task's weights after 0, 1, ... `steps` inner steps."""
         state, shared = self.start(parameters, task, statistics), self.shared_at(parameters, 0, statistics)
-        yield Adapted(state.fast, shared.weights, task.for_query(0), {})
+        yield Adapted(state.fast, shared, task.for_query(0), {})
         for step in range(steps):
             shared = self.shared_at(parameters, step, statistics)
             state, _, seen, buffers = self.inner_step(state, shared, *task.at_step(step))
             task = task.with_buffers(buffers)
-            yield Adapted(state.fast, shared.weights, task.for_query(step + 1), seen)
+            yield Adapted(state.fast, shared, task.for_query(step + 1), seen)
 
     def adapt(
         self,
@@ -311,29 +304,29 @@ class MAML:
 
     # ---- the outer loss, for one task -------------------------------------------------------
 
-    def query_loss(self, fast: Weights, shared: Weights, task: Task) -> tuple[Tensor, tuple[Tree, Weights]]:
-        """Return the query loss under adapted weights; with it outputs, and recorded statistics."""
-        x, support_x = task.query_x, task.support_x
+    def query_loss(self, fast: Weights, others: Weights, task: Task) -> tuple[Tensor, tuple[Tree, Weights]]:
+        """Return the query loss under adapted and other weights, with the outputs and recorded statistics."""
+        x, support_x, query_norm = task.query_x, task.support_x, self.choices.query_norm
         with self._recording() as statistics:
-            outputs = self.call.query(fast | shared, x, support_x, self.choices.query_norm, task.extras)
-        return self.loss(outputs, task.query_y), (outputs, statistics or {})
+            outputs = self.call.query(fast | others, x, support_x, query_norm, task.extras)
+        return self.loss(outputs, task.query_y), (outputs, statistics)
 
     def outer_loss(
         self, parameters: Weights, task: Task, step_weights: Tensor | None = None
     ) -> tuple[Tensor, Outcome]:
-        """Return what meta-training minimises: the query loss after the last inner step or, with
-        `step_weights` `[steps]`, the weighted sum of those after each (Antoniou et al. 2019)."""
+        """Return the query loss after the last inner step, which meta-training minimises.
+
+        With `step_weights` `[steps]`: the weighted sum of those after each step (Antoniou et al. 2019).
+        """
         losses, seen = [], []
-        states = self.inner_loop(parameters, task, self.steps)
-        next(states)  # before the first step
-        for step, adapted in enumerate(states, 1):
-            query_statistics: Weights = {}
+        inner_loop = self.inner_loop(parameters, task, self.steps)
+        next(inner_loop)  # before the first step
+        for step, after in enumerate(inner_loop, 1):
+            query_seen: Weights = {}
             if step_weights is not None or step == self.steps:
-                loss, (outputs, query_statistics) = self.query_loss(
-                    adapted.fast, adapted.shared, adapted.task
-                )
+                loss, (outputs, query_seen) = self.query_loss(after.fast, after.shared.weights, after.task)
                 losses.append(loss)
-            seen.append(mean_statistics(adapted.statistics, query_statistics))
+            seen.append(mean_statistics(after.statistics, query_seen))
         total = losses[-1] if step_weights is None else (step_weights * torch.stack(losses)).sum()
         return total, Outcome(losses[-1], outputs, stack_steps(seen))
 
@@ -438,10 +431,10 @@ class MAML:
 
     # ---- batch norm's statistics ------------------------------------------------------------
 
-    def _recording(self) -> AbstractContextManager[Weights | None]:
-        """Record what batch norm sees, for per-step batch norm."""
-        per_step = self.choices.batch_norm == "per-step" and self.call.statistics
-        return record_statistics(self.learner) if per_step else nullcontext()
+    def _recording(self) -> AbstractContextManager[Weights]:
+        """Record the statistics that batch norm sees in a pass, if it keeps them for each step."""
+        per_step = self.choices.batch_norm == "per-step" and self.has_batch_norm
+        return record_statistics(self.learner) if per_step else nullcontext({})
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -50,10 +50,10 @@ def linear_head(module: nn.Module, head: str | None = None) -> str:
     names = head_names(module, head)
     layers = list(module.named_modules(remove_duplicate=False))
     for name, layer in layers:
-        inside = {join_names(name, p) for p, _ in layer.named_parameters(recurse=False)}
-        if inside == names and isinstance(layer, nn.Linear) and layer.bias is not None:
-            if sum(layer is other for _, other in layers) == 1:
-                return name
+        used_once = sum(layer is other for _, other in layers) == 1
+        inside = {join_names(name, p) for p, _ in layer.named_parameters()}
+        if isinstance(layer, nn.Linear) and layer.bias is not None and used_once and inside == names:
+            return name
     raise ValueError(f"the head ({', '.join(sorted(names))}) is not one linear layer with a bias, used once")
 
 
