@@ -203,11 +203,6 @@ class MAML:
             return {}
         return {name: s.expand(self.steps, -1, -1).clone() for name, s in self.call.statistics.items()}
 
-    def whole_weights(self, parameters: Weights) -> Weights:
-        """Return every weight of the learner before the first step; computed heads as in the module."""
-        adapted = {name: w for name, w in parameters.items() if name in self.adapted}
-        return self.contexts | self.head_weights | self.shared_at(parameters, 0).weights | adapted
-
     # ---- the inner loop, for one task -------------------------------------------------------
 
     def start(
@@ -306,9 +301,8 @@ class MAML:
 
     def query_loss(self, fast: Weights, others: Weights, task: Task) -> tuple[Tensor, tuple[Tree, Weights]]:
         """Return the query loss under adapted and other weights, with the outputs and recorded statistics."""
-        x, support_x, query_norm = task.query_x, task.support_x, self.choices.query_norm
         with self._recording() as statistics:
-            outputs = self.call.query(fast | others, x, support_x, query_norm, task.extras)
+            outputs = self.call.query(fast | others, task, self.choices.query_norm)
         return self.loss(outputs, task.query_y), (outputs, statistics)
 
     def outer_loss(
@@ -415,9 +409,8 @@ class MAML:
 
     def predict(self, adapted: Adapted, normalisation: str) -> Tree:
         """Return outputs on one task's query set, with the learner in evaluation mode."""
-        task = adapted.task
         with self.call.predicting():
-            return self.call.query(adapted.weights, task.query_x, task.support_x, normalisation, task.extras)
+            return self.call.query(adapted.weights, adapted.task, normalisation)
 
     def _chunks(self, batch: TaskBatch, order: Tensor | None, keys: Tensor | None) -> list[Task]:
         """Split a batch into parts of at most `tasks_at_once` tasks."""

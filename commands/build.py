@@ -221,7 +221,7 @@ def probe_learner(maml: MAML, parameters: Weights, distribution: TaskDistributio
     tasks = distribution.resized(config.training_shots).sample("train", seed, 1, range(2))
     keys = keys_of(task_stream("train", seed, 1, range(2), first_tensor(tasks.support_x).device))
     x, y = (tree_map(lambda part: part[0], tree) for tree in (tasks.support_x, tasks.support_y))
-    weights = maml.whole_weights(parameters)
+    weights = maml.call.parameters
     hint = "--no-vectorise, --engine unrolled or --first-order may work"
     with _naming(f"{learner} with {loss} cannot be meta-trained ({hint})"):
         with torch.no_grad():

@@ -53,12 +53,9 @@ class BatchNorm(nn.Module):
         # a sum of squares in half precision would lose the variance
         centred, variance = self._centre(x.to(torch.promote_types(x.dtype, torch.float32)), per_channel)
         scale = torch.rsqrt(variance + self.eps)
-        if self.weight is not None:
-            scale = scale * self.weight.view(per_channel)
+        scale = scale if self.weight is None else scale * self.weight.view(per_channel)
         y = centred * scale
-        if self.bias is not None:
-            y = y + self.bias.view(per_channel)
-        return y.to(x.dtype)
+        return (y if self.bias is None else y + self.bias.view(per_channel)).to(x.dtype)
 
     def _centre(self, x: Tensor, per_channel: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Return x minus its mean, and the biased variance, which broadcasts against x."""
@@ -86,8 +83,8 @@ def convert_batch_norm(module: nn.Module) -> nn.Module:
     converted = {}
     for layer in layers:
         if isinstance(layer, _InstanceNorm) and layer.training:
-            layer.track_running_stats, layer.running_mean, layer.running_var = False, None, None
-            layer.num_batches_tracked = None
+            layer.track_running_stats = False
+            layer.running_mean = layer.running_var = layer.num_batches_tracked = None
         standard = isinstance(layer, _BatchNorm) and type(layer).forward in _STANDARD_FORWARDS
         if standard and (layer.training or layer.running_mean is None):
             converted[layer] = BatchNorm(layer.num_features, eps=layer.eps)
@@ -106,10 +103,9 @@ def norm_layers(module: nn.Module) -> dict[str, BatchNorm]:
 
 def norm_parameter_names(module: nn.Module) -> frozenset[str]:
     """Return the names of the parameters that belong to batch norm layers."""
+    layers = norm_layers(module).items()
     return frozenset(
-        join_names(prefix, name)
-        for prefix, layer in norm_layers(module).items()
-        for name, _ in layer.named_parameters(recurse=False)
+        join_names(prefix, name) for prefix, layer in layers for name, _ in layer.named_parameters()
     )
 
 
@@ -133,12 +129,9 @@ def set_norms(module: nn.Module, **attributes: Any) -> Iterator[dict[str, BatchN
 
 def fresh_statistics(module: nn.Module) -> dict[str, Tensor]:
     """Return mean 0 and variance 1 of each layer, `[2, channels]`, by the name of its buffer."""
-    fresh = {}
-    like = next(module.parameters(), torch.zeros(()))
-    for name, layer in norm_layers(module).items():
-        mean = torch.zeros(len(layer.statistics[0]), dtype=like.dtype, device=like.device)
-        fresh[join_names(name, "statistics")] = torch.stack([mean, torch.ones_like(mean)])
-    return fresh
+    fresh = next(module.parameters(), torch.zeros(())).new_tensor([[0.0], [1.0]])
+    layers = norm_layers(module).items()
+    return {join_names(n, "statistics"): fresh.repeat(1, layer.statistics.shape[1]) for n, layer in layers}
 
 
 @contextmanager

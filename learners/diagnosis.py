@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, vmap
+from torch.func import grad, jvp, vmap
 from torch.utils import _pytree as pytree
 
 from common.batch import first_tensor
+from common.errors import one_line
 from common.optimizers import Weights
 from learners.elementary import Elementary
+from learners.functional import call_with
 
 Loss = Callable[[Weights, Any], Tensor]  # of the weights, and the inputs and keys of one task
 
@@ -28,7 +30,7 @@ class Finding(NamedTuple):
     problem: str  # "vectorise", "second derivative" or "forward mode"
     layer: str  # name of the innermost layer whose forward fails; "": the learner as a whole
     kind: str  # its class
-    reason: str  # first line of the error, at most 120 characters
+    reason: str  # the error, at most 120 characters
 
 
 def find_failure(
@@ -53,7 +55,7 @@ def find_failure(
         """Return a number that depends on all outputs, as does its gradient."""
         inputs, keys = pytree.tree_map_only(Tensor, Tensor.clone, task)  # a layer may write to its inputs
         with Elementary(keys[0] if keys else None, first_tensor(inputs)):
-            output = functional_call(module, weights, inputs)
+            output, _ = call_with(module, weights, inputs)
         reals = [leaf for leaf in pytree.tree_leaves(output) if leaf.is_floating_point()]
         return sum(((real + real**2).sum() for real in reals), torch.zeros(()))
 
@@ -66,8 +68,7 @@ def find_failure(
             attempt(loss, weights, tasks)
         except Exception as error:  # an operator may fail in any way
             layer_name = running[-1] if running else ""
-            first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            reason = textwrap.shorten(first_line, 120, placeholder=" ...")
+            reason = textwrap.shorten(one_line(error), 120, placeholder=" ...")
             return Finding(problem, layer_name, type(module.get_submodule(layer_name)).__name__, reason)
     return None
 

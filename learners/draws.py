@@ -53,8 +53,6 @@ class Draws:
 
         Never in place: tasks may share x, but not the mask, whose `shape` broadcasts against x.
         """
-        if not 0.0 <= p <= 1.0:
-            raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
         if p == 0.0 or not training:
             return x
         if p == 1.0:
@@ -85,8 +83,8 @@ def _drop(
 ) -> Tensor:
     """Drop elements (`whole` is 0), or channels of examples `[channels, ...]` that have so many axes."""
     axes = input.dim()
-    own = min(2, axes - whole + 1) if whole else axes  # with a draw of their own; batch may be absent
-    return draws.drop(input, p, training, (*input.shape[:own], *(1,) * (axes - own)))
+    drawn = min(2, axes - whole + 1) if whole else axes  # axes that differ in their draw; batch may be absent
+    return draws.drop(input, p, training, (*input.shape[:drawn], *(1,) * (axes - drawn)))
 
 
 REPLACEMENTS: Replacements = {
@@ -105,15 +103,8 @@ REPLACEMENTS: Replacements = {
 REFUSED = (
     *(torch.multinomial, torch.normal, torch.poisson, torch.binomial, torch.randint, torch.randint_like),
     *(torch.randperm, torch.dropout, torch.feature_dropout, Tensor.multinomial, Tensor.random_),
-    *(
-        Tensor.uniform_,
-        Tensor.normal_,
-        Tensor.exponential_,
-        Tensor.cauchy_,
-        Tensor.geometric_,
-        Tensor.log_normal_,
-        F.rrelu,
-    ),
+    *(Tensor.uniform_, Tensor.normal_, Tensor.exponential_, Tensor.cauchy_, Tensor.geometric_),
+    *(Tensor.log_normal_, F.rrelu),
     *(F.alpha_dropout, F.feature_alpha_dropout, F.gumbel_softmax, F.fractional_max_pool2d),
     *(F.fractional_max_pool3d, F.fractional_max_pool2d_with_indices, F.fractional_max_pool3d_with_indices),
 )

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from common.batch import Tree, arguments_of, first_tensor, in_type, joined, tree_map
 from common.choices import CONVOLUTIONS, check_choice
 from common.optimizers import Weights
-from common.task import Extras
+from common.task import Extras, Task
 from learners.batch_norm import convert_batch_norm, fresh_statistics, join_names, set_norms
 from learners.elementary import Elementary, is_elementary
 from learners.im2col import convert_convolutions
@@ -88,20 +88,13 @@ class FunctionalLearner:
             changed.update({name: after[name].detach() for name in buffers})
         return outputs if self.compute_dtype is None else in_type(outputs, dtype)
 
-    def query(
-        self,
-        weights: Weights,
-        query_x: Tree,
-        support_x: Tree,
-        normalisation: str,
-        extras: Extras | None = None,
-    ) -> Tree:
-        """Return outputs on a query set; "inductive": with the support set's batch statistics."""
+    def query(self, weights: Weights, task: Task, normalisation: str) -> Tree:
+        """Return outputs on the query set; "inductive": with the support set's batch statistics."""
         if normalisation != "inductive":
-            return self(weights, query_x, extras)
-        shots = len(first_tensor(support_x))
+            return self(weights, task.query_x, task.extras)
+        shots = len(first_tensor(task.support_x))
         with set_norms(self.module, reference=shots):
-            outputs = self(weights, joined([support_x, query_x]), extras)
+            outputs = self(weights, joined([task.support_x, task.query_x]), task.extras)
         return tree_map(lambda part: part[shots:], outputs)
 
     def extras(self, tasks: int, keys: Tensor | None = None) -> Extras:
@@ -119,14 +112,10 @@ class FunctionalLearner:
             for layer, training in modes.items():
                 layer.training = training
 
-    def draws(self, weights: Weights, x: Tree) -> bool:
+    def draws(self, x: Tree) -> bool:
         """Return whether a training pass draws random numbers, as dropout does, and so needs keys."""
-        keys = torch.zeros(2, dtype=torch.int64, device=first_tensor(x).device)
-        if self.compute_dtype is not None:
-            weights, x = in_type(weights, self.compute_dtype), in_type(x, self.compute_dtype)
-        with torch.no_grad(), Elementary(keys, first_tensor(x)) as mode:
-            call_with(copy.deepcopy(self.module), weights, x)
-        return mode.draws.calls > 0
+        x = x if self.compute_dtype is None else in_type(x, self.compute_dtype)
+        return _try(self.module, {}, x)[1] > 0
 
 
 def fixed_tensors(module: nn.Module) -> Weights:
@@ -161,7 +150,13 @@ def _changing_buffers(module: nn.Module, example: Tree | None) -> Weights:
     if not buffers or example is None:
         return buffers
     before = {name: b.clone() for name, b in buffers.items()}
-    keys = torch.zeros(2, dtype=torch.int64, device=first_tensor(example).device)
-    with torch.no_grad(), Elementary(keys):
-        _, after = call_with(copy.deepcopy(module), before, example)
+    after, _ = _try(module, before, example)
     return {n: b for n, b in buffers.items() if after[n] is not before[n] or after[n]._version}
+
+
+def _try(module: nn.Module, tensors: Weights, x: Tree) -> tuple[Weights, int]:
+    """Call a copy once; return the tensors as the pass leaves them, and how often it draws numbers."""
+    keys = torch.zeros(2, dtype=torch.int64, device=first_tensor(x).device)
+    with torch.no_grad(), Elementary(keys, first_tensor(x)) as mode:
+        _, after = call_with(copy.deepcopy(module), tensors, x)
+    return after, mode.draws.calls

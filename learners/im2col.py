@@ -20,24 +20,18 @@ class Im2colConv2d(nn.Conv2d):
     elementary = True  # see `learners.elementary.is_elementary`
 
     def forward(self, x: Tensor) -> Tensor:
-        (down, right), (row, column) = self.stride, self.dilation
         # [batch, height, width, channels]: a patch is then a few runs of whole pixels
         x = F.pad(x, self._reversed_padding_repeated_twice).permute(0, 2, 3, 1)
+        (down, right), (row, column), (height, width) = self.stride, self.dilation, self.kernel_size
         rows, columns = (
-            (size - d * (kernel - 1) - 1) // s + 1
-            for size, kernel, s, d in zip(
-                x.shape[1:3], self.kernel_size, self.stride, self.dilation, strict=True
-            )
-        )
+            x.shape[1] - row * (height - 1),
+            x.shape[2] - column * (width - 1),
+        )  # of patches' corners
         patches = torch.cat(
             [
-                x[
-                    :,
-                    row * i : row * i + down * (rows - 1) + 1 : down,
-                    column * j : column * j + right * (columns - 1) + 1 : right,
-                ]
-                for i in range(self.kernel_size[0])
-                for j in range(self.kernel_size[1])
+                x[:, row * i : row * i + rows : down, column * j : column * j + columns : right]
+                for i in range(height)
+                for j in range(width)
             ],
             dim=-1,
         )
@@ -45,7 +39,7 @@ class Im2colConv2d(nn.Conv2d):
         y = patches.flatten(0, 2) @ kernels
         if self.bias is not None:
             y = y + self.bias
-        return y.unflatten(0, (len(x), rows, columns)).permute(0, 3, 1, 2)
+        return y.unflatten(0, patches.shape[:3]).permute(0, 3, 1, 2)
 
 
 def convert_convolutions(module: nn.Module) -> nn.Module:

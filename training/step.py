@@ -137,7 +137,7 @@ class MetaStep:
         self.several = members["seed"].dim() > 0
         self.seeds: list[int] = members["seed"].reshape(-1).tolist()
         example = tree_map(lambda part: part[0], distribution.sample("train", 0, 0, range(1)).support_x)
-        self.draws = maml.call.draws(maml.whole_weights(parameters), example)  # random numbers
+        self.draws = maml.call.draws(example)  # random numbers
         self.share = world.share(self.tasks)
         numbers = torch.arange(self.share.start, self.share.stop, device=members["seed"].device)
         self.numbers = numbers.expand(len(self.seeds), -1) if self.several else numbers
