@@ -47,7 +47,7 @@ def predict(maml: MAML, adapted: Adapted, x: Tree, normalisation: str = "inducti
     Batch norm is "inductive" or "transductive", or uses the running statistics that `MAML.adapt` was given.
     """
     adapted = adapted._replace(task=replace(adapted.task, query_x=x))
-    running = bool(maml.call.statistics.keys() & adapted.shared.keys())
+    running = bool(maml.call.statistics.keys() & adapted.shared.weights.keys())
     with maml.running() if running else nullcontext():
         return maml.predict(adapted, "per-step" if running else normalisation)
 
