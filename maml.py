@@ -281,16 +281,11 @@ class MAML:
         support_x: Tree,
         support_y: Tree,
         steps: int,
-        *,
         order: Tensor | None = None,
         keys: Tensor | None = None,
         statistics: Weights | None = None,
     ) -> Adapted:
-        """Adapt to one task, whose `support_x` is `[examples, ...]`; the result has `weights`.
-
-        `order` `[steps, batch]` and `keys` `[2]`: see `meta_gradient`. With running `statistics`
-        `[trained steps, 2, channels]`, batch norm uses them.
-        """
+        """Adapt to one task, `[examples, ...]`: see `predictions`, here without the axis of tasks."""
         extras = tree_map(lambda part: part[0], self.call.extras(1, None if keys is None else keys[None]))
         task = Task(support_x, support_y, order=order, extras=extras)
         with self.running() if statistics else nullcontext():

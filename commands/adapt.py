@@ -26,7 +26,8 @@ from common.device import Runtime, find_device, set_up, versions
 from common.errors import UsageError, printable
 from common.optimizers import Weights
 from common.processes import ALONE
-from evaluation.examples import Prediction, predictions_figure
+from common.task import UserTask
+from evaluation.examples import predictions_figure
 from evaluation.meta_test import randomness_of
 from evaluation.style import write_figure
 from evaluation.tables import predictions_table, write_csv, write_json
@@ -35,7 +36,7 @@ from maml import MAML, Adapted
 from tasks.images import Form
 from tasks.options import data_facts
 from tasks.tables import Columns
-from tasks.user_tasks import UserTask, read_task_folder, read_task_table
+from tasks.user_tasks import read_task_folder, read_task_table
 from training.checkpoint import Checkpoint, load_checkpoint, save_weights
 from training.folders import BEST, LAST, find_checkpoint
 
@@ -123,21 +124,13 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
     print_settings(config, runtime, f"Adapting {what} to {call.adapt}, {steps} steps")
     predictions = []
     for task in tasks:
-        x, outputs = task.support_x, len(task.classes) or task.support_y.shape[-1]
-        learner, maml = build_algorithm(config, runtime, outputs, x, saved=source)
-        parameters, statistics = fit_weights(call.load, source, maml, config)
-        order, keys = randomness_of("test", x[None], range(1), config.evaluation.eval_inner_batch, steps)
-        adapted = maml.adapt(
-            parameters,
-            x,
-            task.support_y,
-            steps,
-            order=None if order is None else order[0],
-            keys=keys[0],
-            statistics=statistics if norm == "per-step" else None,
-        )
-        predicted = predict(maml, adapted, task.query_x, norm)
-        predictions.append(_prediction(task, predicted, config.learner.loss))
+        learner, maml, adapted = _adapt_to(task, call.load, source, config, runtime, norm)
+        predicted = predict(maml, adapted, task.query_x, norm).float().cpu()
+        if not predicted.isfinite().all():
+            raise UsageError("--adapt: the predictions are not finite: take fewer --test-steps")
+        if task.classes:
+            predicted = predicted.sigmoid() if config.learner.loss == "bce" else predicted.softmax(-1)
+        predictions.append(predicted)
     stem = f"{folder / call.load.stem}-adapted-{call.adapt.stem}"
     header, rows = _tabulate(tasks, predictions, Columns.parse(config.tasks.columns).targets)
     print(predictions_table(header, rows))
@@ -148,16 +141,16 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
         "steps": steps,
         "batch_norm": norm if maml.has_batch_norm else None,
         "tasks": [
-            {"task": t.name or None, "classes": t.classes, "query": t.query_names, "predicted": p.predicted}
-            for t, p in zip(tasks, predictions, strict=True)
+            {"task": task.name or None, "classes": task.classes, "query": task.query_names, "predicted": p}
+            for task, p in zip(tasks, predictions, strict=True)
         ],
         "settings": config.values(),
         "versions": versions(),
         "device": runtime.describe(),
     }
-    title = f"{printable(call.adapt.name)}: after {steps} inner steps"
     write_csv(Path(f"{stem}.csv"), header, rows)
-    write_figure(Path(f"{stem}.png"), predictions_figure(predictions, title))
+    title = f"{printable(call.adapt.name)}: after {steps} inner steps"
+    write_figure(Path(f"{stem}.png"), predictions_figure(tasks, predictions, title))
     write_json(Path(f"{stem}.json"), record)
     written = f"Written: {stem}.csv, .png and .json"
     if len(tasks) == 1 and config.choices.fast_weights != "context":  # which is no module of its own
@@ -167,14 +160,17 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
     return 0
 
 
-def _prediction(task: UserTask, predicted: Tensor, loss: str) -> Prediction:
-    """Return a task's examples with the predictions of its query: probabilities, or numbers."""
-    if not predicted.isfinite().all():
-        raise UsageError("--adapt: the predictions are not finite: take fewer --test-steps")
-    if task.classes:
-        predicted = predicted.sigmoid() if loss == "bce" else predicted.softmax(-1)
-    examples = (part.float().cpu() for part in (task.support_x, task.support_y, task.query_x, predicted))
-    return Prediction(task.name, task.classes, *examples)
+def _adapt_to(
+    task: UserTask, file: Path, source: Checkpoint, config: Config, runtime: Runtime, normalisation: str
+) -> tuple[nn.Module, MAML, Adapted]:
+    """Return the learner as it was built, the algorithm, and a task's adapted weights."""
+    x, steps, inner_batch = task.support_x, config.evaluation.test_steps, config.evaluation.eval_inner_batch
+    outputs = len(task.classes) or task.support_y.shape[-1]
+    learner, maml = build_algorithm(config, runtime, outputs, x, saved=source)
+    parameters, running = fit_weights(file, source, maml, config)
+    order, keys = randomness_of("test", x[None], range(1), inner_batch, steps)
+    order, running = None if order is None else order[0], running if normalisation == "per-step" else {}
+    return learner, maml, maml.adapt(parameters, x, task.support_y, steps, order, keys[0], running)
 
 
 def read_tasks(path: Path, config: Config, runtime: Runtime, source: Checkpoint) -> list[UserTask]:
@@ -206,19 +202,19 @@ def read_tasks(path: Path, config: Config, runtime: Runtime, source: Checkpoint)
 
 
 def _tabulate(
-    tasks: Sequence[UserTask], predictions: Sequence[Prediction], targets: Sequence[str]
+    tasks: Sequence[UserTask], predictions: Sequence[Tensor], targets: Sequence[str]
 ) -> tuple[list[str], list[list[str]]]:
     """Return the heading and the rows of all tasks' predictions, as text."""
-    classes = list(dict.fromkeys(name for task in tasks for name in task.classes))
-    header = ["file" if tasks[0].support_x.dim() > 2 else "row", *["task"] * bool(tasks[0].name)]
-    header += ["prediction", *(f"p({name})" for name in classes)] if classes else targets
     rows = []
-    for task, prediction in zip(tasks, predictions, strict=True):
-        for name, values in zip(task.query_names, prediction.predicted.tolist(), strict=True):
-            cells = [f"{value:.7g}" for value in values]
-            if classes:
-                shares = dict(zip(task.classes, values, strict=True))
-                cells = [max(shares, key=shares.__getitem__)]
-                cells += [f"{shares[name]:.6f}" if name in shares else "" for name in classes]
-            rows.append([name, *[task.name] * bool(task.name), *cells])
-    return header, rows
+    for task, predicted in zip(tasks, predictions, strict=True):
+        first = "file" if task.support_x.dim() > 2 else "row"
+        for name, values in zip(task.query_names, predicted.tolist(), strict=True):
+            row = {first: name} | ({"task": task.name} if task.name else {})
+            if task.classes:
+                row["prediction"] = task.classes[values.index(max(values))]
+                row |= {f"p({c})": f"{value:.6f}" for c, value in zip(task.classes, values, strict=True)}
+            else:
+                row |= {target: f"{value:.7g}" for target, value in zip(targets, values, strict=True)}
+            rows.append(row)
+    header = list(dict.fromkeys(key for row in rows for key in row))
+    return header, [[row.get(key, "") for key in header] for row in rows]

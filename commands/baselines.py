@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from commands.build import build
@@ -31,7 +30,7 @@ from common.errors import UsageError
 from common.optimizers import Weights
 from common.processes import World
 from evaluation.figures import results_figure
-from evaluation.meta_test import Evaluation, evaluate
+from evaluation.meta_test import Evaluation, evaluate, loss_per_step
 from evaluation.style import write_figure
 from evaluation.tables import StepResults, evaluation_record, results_table, write_json
 from tasks.options import CURVES
@@ -175,16 +174,12 @@ def scratch_curve(config: Config, call: Call, runtime: Runtime, ends: Sequence[i
     maml = maml.with_options(inner_lr=SCRATCH_RATE, inner_optimizer="adam")
     parameters = maml.initial_parameters(config.training.seed)
 
-    def query_loss(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
-        weights = maml.adapt(parameters, support_x, support_y, SCRATCH_STEPS).weights
-        return maml.loss(maml.call(weights, query_x), query_y)
-
     tasks, losses = distribution.resized(config.training_shots), []
     parts = torch.arange(1, ends[-1] + 1, device=runtime.device).split(EPISODES_AT_ONCE)
-    with torch.no_grad():
-        for iterations in tqdm(parts, desc="from scratch on the training tasks", leave=False):
-            batch = tasks.sample("train", config.training.seed, iterations, range(1))
-            losses.append(maml.over_tasks(query_loss)(*batch))
+    for iterations in tqdm(parts, desc="from scratch on the training tasks", leave=False):
+        batch = tasks.sample("train", config.training.seed, iterations, range(1))
+        outputs = maml.predictions(parameters, batch, SCRATCH_STEPS)["transductive"]
+        losses.append(loss_per_step(maml, outputs, batch.query_y)[:, -1])
     windows = torch.cat(losses).tensor_split(tuple(ends[:-1]))
     return [window.mean().item() for window in windows]
 

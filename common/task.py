@@ -62,6 +62,18 @@ class Task:
         return replace(self, extras=replace(self.extras, buffers=buffers)) if buffers else self
 
 
+@dataclass(frozen=True)
+class UserTask:
+    """A task of the user's: examples with targets, and examples without."""
+
+    name: str  # "" if it is the only one
+    support_x: Tensor  # [support examples, ...]
+    support_y: Tensor  # int64 [support examples] of labels, or [support examples, targets]
+    query_x: Tensor  # [query examples, ...]
+    classes: list[str]  # names of the labels; empty for regression
+    query_names: list[str]  # file names, or numbers of the table's rows from 1
+
+
 def mean_statistics(support: Weights, query: Weights) -> Weights:
     """Return the mean of what batch norm saw in a step's support and query, if the query passed."""
     return {name: (support[name] + query[name]) / 2 for name in support} if query else support

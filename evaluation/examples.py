@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from common.batch import TaskBatch, TaskDistribution, first_tensor, tree_map
 from common.optimizers import Weights
+from common.task import UserTask
 from evaluation import style
 from evaluation.meta_test import SEED, randomness_of
 from evaluation.tables import after_steps
@@ -150,35 +151,27 @@ def _draw_image_tasks(examples: Examples, ways: int, title: str) -> Figure:
 # ---- predictions for a user's own tasks -----------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """A user's task and the predictions for it, on the CPU."""
-
-    name: str
-    classes: list[str]  # names of the labels; empty for regression
-    support_x: Tensor  # [support examples, ...]
-    support_y: Tensor  # [support examples] of labels, or [support examples, targets]
-    query_x: Tensor  # [query examples, ...]
-    predicted: Tensor  # probabilities [query examples, classes], or [query examples, targets]
-
-
 @style.styled()
-def predictions_figure(tasks: Sequence[Prediction], title: str) -> Figure:
-    """Draw a contact sheet of images, or a panel a task: curves of one input, or predictions by row."""
+def predictions_figure(tasks: Sequence[UserTask], predictions: Sequence[Tensor], title: str) -> Figure:
+    """Draw a contact sheet of images, or a panel a task: curves of one input, or predictions by row.
+
+    Predictions are probabilities `[query examples, classes]`, or `[query examples, targets]`.
+    """
     if tasks[0].support_x.dim() == 4:
-        return _contact_sheet(tasks[0], title)
+        return _contact_sheet(tasks[0], predictions[0], title)
     shown = min(len(tasks), MOST_PREDICTED)
     figure = style.new_figure(3.0 * shown + 0.6, 3.2, title)
     panels = figure.subplots(1, shown, squeeze=False)[0]
-    for panel, task in zip(panels, tasks, strict=False):
-        curve = task.support_x.shape[-1] == 1 and not task.classes
-        x, order = (task.query_x[:, 0] if curve else torch.arange(len(task.query_x))).sort()
-        names = task.classes or [f"target {number}" for number in range(task.predicted.shape[1])]
-        for number, (name, values) in enumerate(zip(names, task.predicted[order].T, strict=True)):
+    for panel, task, predicted in zip(panels, tasks, predictions, strict=False):
+        support_x, support_y, query_x = (x.cpu() for x in (task.support_x, task.support_y, task.query_x))
+        curve = support_x.shape[-1] == 1 and not task.classes
+        x, order = (query_x[:, 0] if curve else torch.arange(len(query_x))).sort()
+        names = task.classes or [f"target {number}" for number in range(predicted.shape[1])]
+        for number, (name, values) in enumerate(zip(names, predicted[order].T, strict=True)):
             look = style.curve_style(number) | ({"marker": ""} if curve else {"linestyle": "none"})
             panel.plot(x.numpy(), values.numpy(), label=name, **look)
             if curve:
-                support = task.support_x[:, 0].numpy(), task.support_y[:, number].numpy()
+                support = support_x[:, 0].numpy(), support_y[:, number].numpy()
                 panel.scatter(*support, 18, style.RED, zorder=3, label="support set" if number == 0 else None)
         panel.set(title=task.name, xlabel="x" if curve else "predicted row")
         panel.set_ylabel("probability" if task.classes else "prediction")
@@ -186,9 +179,9 @@ def predictions_figure(tasks: Sequence[Prediction], title: str) -> Figure:
     return figure
 
 
-def _contact_sheet(task: Prediction, title: str) -> Figure:
+def _contact_sheet(task: UserTask, predicted: Tensor, title: str) -> Figure:
     """Draw the predicted images, each below its label and confidence."""
-    images = task.query_x[:MOST_IMAGES]
+    images = task.query_x[:MOST_IMAGES].cpu()
     if len(images) < len(task.query_x):
         title += f" (the first {len(images)} of {len(task.query_x)})"
     rows = math.ceil(len(images) / COLUMNS)
@@ -197,7 +190,7 @@ def _contact_sheet(task: Prediction, title: str) -> Figure:
     empty = 0.0 if images.shape[1] == 1 else 1.0  # one channel is drawn dark on white
     grid = functional.pad(images, (*[0] * 7, rows * COLUMNS - len(images)), value=empty)
     draw_images(panel, grid.unflatten(0, (rows, COLUMNS)), above=0.3)
-    confidence, best = task.predicted[: len(images)].max(-1)
+    confidence, best = predicted[: len(images)].max(-1)
     for number, (label, share) in enumerate(zip(best.tolist(), confidence.tolist(), strict=True)):
         row, column = divmod(number, COLUMNS)
         words = f"{task.classes[label][:10]} {100 * share:.0f} %"

@@ -6,29 +6,16 @@ task or several: rows with targets are the support set, rows without are the que
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from common.errors import UsageError, printable
+from common.task import UserTask
 from tasks.images import Form, class_folders, decode_all, image_files
 from tasks.tables import Columns, load_table
-
-
-@dataclass(frozen=True)
-class UserTask:
-    """A task of the user's: examples with targets, and examples without."""
-
-    name: str  # "" if it is the only one
-    support_x: Tensor  # [support examples, ...]
-    support_y: Tensor  # int64 [support examples] of labels, or [support examples, targets]
-    query_x: Tensor  # [query examples, ...]
-    classes: list[str]  # names of the labels; empty for regression
-    query_names: list[str]  # file names, or numbers of the table's rows from 1
 
 
 def read_task_folder(path: Path, form: Form, device: torch.device, dtype: torch.dtype) -> UserTask:

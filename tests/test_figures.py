@@ -12,8 +12,9 @@ from torch import nn
 
 import main
 from common.batch import TaskBatch
+from common.task import UserTask
 from evaluation import style
-from evaluation.examples import Examples, Prediction, examples_figure, predictions_figure
+from evaluation.examples import Examples, examples_figure, predictions_figure
 from evaluation.figures import learning_figure, results_figure
 from evaluation.meta_test import Evaluation
 from evaluation.tables import Caption, results_of
@@ -163,15 +164,11 @@ def test_nothing_of_a_sheet_is_clipped_or_covered(ways, shots):
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
 
 
-def prediction(x_shape: tuple[int, ...], classes: list[str], outputs: int) -> Prediction:
-    support_y = torch.arange(4) % len(classes) if classes else torch.rand(4, outputs)
-    predicted = torch.rand(70, outputs).softmax(-1)
-    return Prediction("$x", classes, torch.rand(4, *x_shape), support_y, torch.rand(70, *x_shape), predicted)
-
-
-def test_predictions_are_drawn_by_their_kind():
-    def drawn(*task: object) -> list:
-        figure = predictions_figure([prediction(*task)], "a $title")
+def test_predictions_are_drawn_as_what_they_are():
+    def drawn(x_shape: tuple[int, ...], classes: list[str], outputs: int) -> list:
+        support_y = torch.arange(4) % len(classes) if classes else torch.rand(4, outputs)
+        task = UserTask("$x", torch.rand(4, *x_shape), support_y, torch.rand(70, *x_shape), classes, [])
+        figure = predictions_figure([task], [torch.rand(70, outputs).softmax(-1)], "a $title")
         style.render(figure)
         return figure.axes
 
