@@ -285,7 +285,10 @@ class MAML:
         keys: Tensor | None = None,
         statistics: Weights | None = None,
     ) -> Adapted:
-        """Adapt to one task, `[examples, ...]`: see `predictions`, here without the axis of tasks."""
+        """Adapt to one task, whose `support_x` is `[examples, ...]`.
+
+        `order`, `keys` and running `statistics`: see `predictions`; the former two without the axis of tasks.
+        """
         extras = tree_map(lambda part: part[0], self.call.extras(1, None if keys is None else keys[None]))
         task = Task(support_x, support_y, order=order, extras=extras)
         with self.running() if statistics else nullcontext():
