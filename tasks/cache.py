@@ -1,7 +1,6 @@
 """Keep decoded images in a file: each data set is decoded once, and memory-mapped afterwards.
 
-The cache lies in the data's folder or, where that cannot be written, in the user's cache folder. Its name
-holds a fingerprint of the sources and settings: changed sources never meet an old cache.
+The cache lies in the data's folder or, where that cannot be written, in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -23,22 +22,15 @@ from common.errors import printable
 from common.files import one_at_a_time, user_cache, write_whole
 
 CACHE_VERSION = 3
+Decoder = Callable[[], Iterable[np.ndarray]]  # yields images, uint8 `[channels, height, width]`
 
 
 def cached_pixels(
-    folder: Path,
-    sources: Iterable[Path],
-    settings: object,
-    shape: tuple[int, ...],
-    decode: Callable[[], Iterable[np.ndarray]],
+    folder: Path, sources: Iterable[Path], settings: object, shape: tuple[int, ...], decode: Decoder
 ) -> Tensor:
-    """Return a data set's images, uint8 `shape`, memory-mapped; decode them first if they are not cached.
+    """Return a data set's images, uint8 of that shape, memory-mapped; decode them if they are not cached.
 
-    Args:
-        folder, sources: the data's folder, and the files that are decoded.
-        settings: what else decides the pixels; its `repr` enters the fingerprint.
-        shape: `[images, channels, height, width]`.
-        decode: yields the images in order, uint8 `[channels, height, width]`.
+    The file's name holds a fingerprint of the settings and of the sources' names, sizes and times.
     """
     status = {os.path.relpath(file, folder): file.stat() for file in sources}
     facts = [(name, file.st_size, file.st_mtime_ns) for name, file in status.items()]

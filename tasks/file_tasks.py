@@ -28,10 +28,7 @@ def with_labels(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Prefetch:
-    """Call a pure function of (split, seed, iteration, numbers of the tasks) one training iteration ahead.
-
-    Its calls, in a thread, never overlap. An error is raised by the call that asks for that result.
-    """
+    """Call a pure function of (split, seed, iteration, tasks) one training iteration ahead, in one thread."""
 
     def __init__(self, fetch: Callable[[str, int, int, range], Any]) -> None:
         self.fetch = fetch

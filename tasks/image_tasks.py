@@ -1,7 +1,7 @@
-"""Draw N-way K-shot tasks from any set of images.
+"""Draw N-way K-shot tasks from any set of images, which lies on the device as one uint8 tensor.
 
-The pixels lie on the device as one uint8 tensor, and a batch is an index operation. Where they do not fit
-there, they stay memory-mapped on the host, and the next batch is fetched while this one is computed.
+Where it would fill more than half of the free memory, it stays memory-mapped on the host, and the next batch
+is fetched while this one is computed.
 """
 
 from __future__ import annotations
@@ -20,27 +20,18 @@ from common.random import Stream, task_stream
 from tasks.file_tasks import Prefetch, draw_distinct, with_labels
 from tasks.images import ImageSet
 
-ZOOM = 0.8  # "crop" shows between this part of the image's side and all of it
-SHIFT = 1 / 8  # of the side, at most, in each direction
-ANGLE = 15.0  # degrees, at most, to each side
+ZOOM = 0.8  # part of the side that "crop" shows at least
+SHIFT = 1 / 8  # of the side
+ANGLE = 15.0  # degrees
 
 
 @dataclass(eq=False)
 class ImageTasks(TaskDistribution):
     """Tasks of `ways` different classes, with `shots` and `queries` different images of each.
 
-    Labels follow the random order of the classes. Inputs `[tasks, ways * examples, channels, height, width]`
-    in [0, 1]; labels int64 `[tasks, ways * examples]`, ordered by class. Pixels stay on the host if they
-    would fill more than half of the device's free memory.
-
-    Args:
-        images: a split may be empty; sampling from it is an error.
-        quarter_turns: each class of a task is turned by 0, 90, 180 or 270 degrees, in every split.
-        augment: random changes of each training image, independent of the others. "flip" mirrors left and
-            right half the time; "crop" shows 0.8 to 1 of the side, moved by up to an eighth of it; "rotate"
-            turns by up to 15 degrees. Pixels from outside are reflections.
-
-    Raises UsageError where a split has too few classes or a class too few images.
+    Inputs are `[tasks, ways * examples, channels, side, side]` in [0, 1]; labels, int64, number the classes
+    in random order. With `quarter_turns`, each class of a task is turned by 0, 90, 180 or 270 degrees, in
+    every split. Raises UsageError where a split has too few classes, or a class too few images.
     """
 
     images: ImageSet
@@ -66,9 +57,6 @@ class ImageTasks(TaskDistribution):
         self.count = self.images.count.to(place)
         self.first = self.count.cumsum(0) - self.count  # [classes], position of a class's first image
         self.splits = {split: classes.to(place) for split, classes in self.images.splits.items()}
-        positions = torch.arange(pixels[0, 0].numel()).view(pixels.shape[2:])
-        turned = [torch.rot90(positions, quarters).flatten() for quarters in range(4)]
-        self.turned = torch.stack(turned).to(self.device)  # [4, pixels]
         self.prefetch = Prefetch(self._fetch)
 
     @property
@@ -98,13 +86,12 @@ class ImageTasks(TaskDistribution):
         else:
             pixels = self._draw(stream, split)
         if self.quarter_turns:
-            quarters = stream.at("rotations").words(self.ways) >> 30
-            positions = self.turned[quarters][:, :, None, None]  # [tasks, ways, 1, 1, pixels]
-            flat = pixels.flatten(4)
-            pixels = flat.gather(4, positions.expand(flat.shape)).view(pixels.shape)
+            quarters = (stream.at("rotations").words(self.ways) >> 30)[..., None, None, None, None]
+            pixels = torch.where(quarters >= 2, pixels.flip(-2, -1), pixels)
+            pixels = torch.where(quarters % 2 == 1, pixels.rot90(1, (-2, -1)), pixels).contiguous()
         parts: list[Tensor] = []
-        sizes = {"support": self.shots, "query": self.queries}
-        for part, images in zip(sizes, pixels.split([*sizes.values()], 2), strict=True):
+        support, query = pixels.split([self.shots, self.queries], 2)
+        for part, images in (("support", support), ("query", query)):
             x, labels = with_labels(images.to(self.dtype).div_(255))  # in place: `to` has made a copy
             if split == "train" and self.augment:
                 x = augment_images(x, self.augment, stream.at("augmentation").at(part))
@@ -122,24 +109,25 @@ class ImageTasks(TaskDistribution):
         return self.pixels.index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
     def _fetch(self, split: str, seed: int, iteration: int, tasks: range) -> Tensor:
-        """Read a batch's pixels from the memory map."""
         pixels = self._draw(task_stream(split, seed, iteration, tasks, self.pixels.device), split)
         return pixels.pin_memory() if self.device.type == "cuda" else pixels
 
     def _check_sizes(self) -> None:
-        """Refuse splits with too few classes and classes with too few images, before any pixel is read."""
         images, needed = self.images, self.shots + self.queries
         for split, classes in images.splits.items():
             if 0 < len(classes) < self.ways:
-                where = f"{images.source} has {len(classes)} {split} classes"
-                raise UsageError(f"{where}: lower -n, {self.ways}, or add classes")
+                problem = f"has {len(classes)} {split} classes: lower -n, {self.ways}, or add classes"
+                raise UsageError(f"{images.source} {problem}")
             for number in classes[images.count[classes] < needed].tolist():
-                where = f"{images.source}: {images.names[number]} has {images.count[number]} images"
-                raise UsageError(f"{where}: lower -k plus -q, {needed}, or add images")
+                problem = f"has {images.count[number]} images: lower -k plus -q, {needed}, or add images"
+                raise UsageError(f"{images.source}: {images.names[number]} {problem}")
 
 
 def augment_images(x: Tensor, kinds: tuple[str, ...], stream: Stream) -> Tensor:
-    """Change each of the images `[tasks, images, channels, side, side]` as its task's stream says."""
+    """Change each of the images `[tasks, images, channels, side, side]` at random, by its task's stream.
+
+    "flip" mirrors half of them, "crop" zooms in and shifts, "rotate" turns; edges are reflected.
+    """
     tasks, images = x.shape[:2]
     if "flip" in kinds:
         mirrored = stream.at("flip").words(images) >> 31 == 1
@@ -147,8 +135,8 @@ def augment_images(x: Tensor, kinds: tuple[str, ...], stream: Stream) -> Tensor:
     if not {"crop", "rotate"} & set(kinds):
         return x
     precise = torch.promote_types(x.dtype, torch.float32)  # bfloat16 cannot tell two pixels apart
-    one, zero = (torch.full((tasks, images), value, device=x.device, dtype=precise) for value in (1.0, 0.0))
-    zoom, right, down, angle = one, zero, zero, zero
+    zoom = torch.ones(tasks, images, device=x.device, dtype=precise)
+    right = down = angle = torch.zeros_like(zoom)
     if "crop" in kinds:
         zoom = stream.at("zoom").uniform(images, ZOOM, 1.0, precise)
         # The sides are 2 long in the coordinates of the grid.

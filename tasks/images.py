@@ -30,12 +30,12 @@ from tasks.splits import SPLIT_NAMES, as_positions, check_disjoint, split_at_ran
 warnings.filterwarnings("ignore", module=r"PIL\.")  # about files that are read anyway
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # Pillow's other readers see nothing
 HIDDEN = (".", "__MACOSX")  # beginnings of names that are ignored
 AT_ONCE = 256  # images in work at a time: bounds the memory
 
 ImageFile = Path | zipfile.Path
 Classes = dict[str, list[Path]]  # a class's name -> its image files, sorted
+Groups = Mapping[str, Mapping[str, Sequence[ImageFile]]]  # the classes of each split, or of "all"
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,9 @@ class ImageSet:
 
 
 def open_folder(folder: Path, form: Form, shares: Mapping[str, int]) -> ImageSet:
-    """Return the images of a folder and their splits; no image is read yet.
+    """Return the images of a folder and their splits, of these shares where the folder has none.
 
-    The shares, of "train", "validation" and "test", are for classes that the folder does not split. If it
-    splits them into training and test alone, validation classes come out of the training classes.
+    If it has training and test alone, validation classes come out of the training classes.
     """
     groups = find_classes(folder)
     splits: dict[str, Iterable[str]] = {**groups}
@@ -76,12 +75,7 @@ def open_folder(folder: Path, form: Form, shares: Mapping[str, int]) -> ImageSet
 
 
 def image_set(
-    folder: Path,
-    groups: Mapping[str, Mapping[str, Sequence[ImageFile]]],
-    splits: Mapping[str, Iterable[str]],
-    form: Form,
-    *,
-    published: bool = False,
+    folder: Path, groups: Groups, splits: Mapping[str, Iterable[str]], form: Form, *, published: bool = False
 ) -> ImageSet:
     """Return the images of groups of classes, through the cache."""
     classes = {name: files for group in groups.values() for name, files in group.items()}
@@ -90,10 +84,9 @@ def image_set(
 
     def load() -> Tensor:
         files = [file for name in names for file in classes[name]]
-        archives = {Path(str(file.root.filename)) for file in files if isinstance(file, zipfile.Path)}
-        sources = [*sorted(archives), *(file for file in files if isinstance(file, Path))]
-        shape = (len(files), form.channels, form.size, form.size)
-        return cached_pixels(folder, sources, (form, names, count), shape, lambda: decode_all(files, form))
+        sources = [Path(str(f.root.filename)) if isinstance(f, zipfile.Path) else f for f in files]
+        shape, decode = (len(files), form.channels, form.size, form.size), partial(decode_all, files, form)
+        return cached_pixels(folder, dict.fromkeys(sources), (form, names, count), shape, decode)
 
     positions = as_positions(splits, names, str(folder))
     return ImageSet(names, torch.tensor(count), positions, load, str(folder), published=published)
@@ -163,7 +156,7 @@ def decode_all(files: Sequence[ImageFile], form: Form) -> Iterator[np.ndarray]:
 
 def _decode(path: ImageFile, form: Form) -> np.ndarray:
     try:
-        with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
+        with path.open("rb") as file, Image.open(file) as image:
             return prepare(image, form)
     except Exception as error:  # Pillow's readers raise errors of many kinds on damaged files
         raise UsageError(f"{path} is no readable image ({one_line(error)}): mend or remove it") from error

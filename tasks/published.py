@@ -1,7 +1,6 @@
 """Image benchmarks with published classes: Omniglot, CIFAR-FS, FC100, mini-ImageNet and tiered-ImageNet.
 
-Omniglot and CIFAR-100 are fetched by torchvision. ImageNet's pictures lie in a folder of the benchmark's
-name and must be the published classes: only then do results compare.
+Omniglot and CIFAR-100 are fetched by torchvision; ImageNet's images lie in a folder of the benchmark's name.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,7 @@ CIFAR_IMAGES = 600  # of each class, training and test images together
 
 
 def open_benchmark(name: str, data_root: Path, form: Form, omniglot_split: str = "random") -> ImageSet:
-    """Return a benchmark: "omniglot", "cifar-fs", "fc100", "mini-imagenet" or "tiered-imagenet".
-
-    Raises UsageError if the data can be neither found nor fetched, or its classes are not the published ones.
-    """
+    """Return a benchmark by its name; UsageError if it is not there, or has other classes than published."""
     if name == "omniglot":
         return _open_omniglot(data_root, form, omniglot_split)
     published = published_splits(name)
@@ -43,9 +40,8 @@ def open_benchmark(name: str, data_root: Path, form: Form, omniglot_split: str =
         classes = groups["all"]
         groups = {split: {w: classes[w] for w in part if w in classes} for split, part in published.items()}
     for split, group in groups.items():
-        different = sorted(group.keys() ^ set(published[split]))
-        if different:
-            where = f"{folder}: {different[0]} is missing in {split}, or was not published there"
+        if different := group.keys() ^ set(published[split]):
+            where = f"{folder}: {min(different)} is missing in {split}, or was not published there"
             raise UsageError(f"{where}: mend that, or load the folder as your own, images:FOLDER")
     return image_set(folder, groups, groups, form, published=True)
 
@@ -69,14 +65,15 @@ def _open_omniglot(data_root: Path, form: Form, split: str) -> ImageSet:
         archive = folder / f"{part}.zip"
         if not archive.exists() and not (folder / part).exists():
             _fetch("Omniglot", data_root, background=part == "images_background")
-        zipped = zipfile.ZipFile(archive) if zipfile.is_zipfile(archive) else None
-        if zipped:
-            paths = [path for path in zipped.namelist() if path.endswith(".png")]
+        files: dict[str, ImageFile] = {}  # by part/alphabet/character/drawing.png
+        if zipfile.is_zipfile(archive):
+            zipped = zipfile.ZipFile(archive)
+            files |= {name: zipfile.Path(zipped, name) for name in zipped.namelist() if name.endswith(".png")}
         else:
-            paths = [file.relative_to(folder).as_posix() for file in folder.glob(f"{part}/*/*/*.png")]
+            files |= {p.relative_to(folder).as_posix(): p for p in folder.glob(f"{part}/*/*/*.png")}
         drawn: dict[str, list[ImageFile]] = defaultdict(list)
-        for path in sorted(paths):  # part/alphabet/character/drawing.png
-            drawn[path.rpartition("/")[0]].append(zipfile.Path(zipped, path) if zipped else folder / path)
+        for name in sorted(files):
+            drawn[name.rpartition("/")[0]].append(files[name])
         if len(drawn) != characters or {*map(len, drawn.values())} != {OMNIGLOT_DRAWINGS}:
             where = f"{folder}: {part} should have {characters} characters of {OMNIGLOT_DRAWINGS} drawings"
             raise UsageError(f"{where}: remove it to fetch it again")
@@ -88,8 +85,8 @@ def _open_omniglot(data_root: Path, form: Form, split: str) -> ImageSet:
 def split_characters(names: Sequence[str], split: str) -> dict[str, list[str]]:
     """Return the characters for training, validation and test.
 
-    "random": all characters shuffled once, 1,100 / 100 / 423. "alphabet": every sixth background alphabet
-    for validation, the others for training; the evaluation alphabets for test.
+    "random": all characters shuffled once. "alphabet": every sixth background alphabet for validation, the
+    others for training; the evaluation alphabets for test.
     """
     if split == "random":
         shuffled = iter(shuffle(names, "omniglot split"))
@@ -108,24 +105,17 @@ def _open_cifar(name: str, data_root: Path, published: Mapping[str, list[str]], 
     sources = [folder / "train", folder / "test"]
     shape = (len(names) * CIFAR_IMAGES, form.channels, form.size, form.size)
 
-    def read_halves() -> list[Any]:  # torchvision checks their MD5 sums
-        return [_fetch("CIFAR100", data_root, train=train) for train in (True, False)]
-
     def decode() -> Iterator[np.ndarray]:
-        halves = read_halves()
+        halves = [_fetch("CIFAR100", data_root, train=train) for train in (True, False)]
         labels = np.concatenate([half.targets for half in halves])
         data = np.concatenate([half.data for half in halves])  # [60000, 32, 32, 3]
         for class_name in names:
             for position in np.flatnonzero(labels == halves[0].class_to_idx[class_name]):
                 yield prepare(Image.fromarray(data[position]), form)
 
-    if not all(source.is_file() for source in sources):
-        read_halves()
-    return ImageSet(
-        names,
-        torch.full((len(names),), CIFAR_IMAGES),
-        as_positions(published, names, name),
-        lambda: cached_pixels(folder, sources, (form, names), shape, decode),
-        name,
-        published=True,
-    )
+    for source in sources:
+        if not source.is_file():
+            _fetch("CIFAR100", data_root, train=source.name == "train")
+    count, positions = torch.full((len(names),), CIFAR_IMAGES), as_positions(published, names, name)
+    load = partial(cached_pixels, folder, sources, (form, names), shape, decode)
+    return ImageSet(names, count, positions, load, name, published=True)

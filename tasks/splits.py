@@ -1,7 +1,6 @@
-"""Split classes, or the tasks of a table, into training, validation and test.
+"""Split classes, or the tasks of a table, into training, validation and test; refuse overlaps.
 
-`check_disjoint` refuses overlaps. The folder `splits/` next to this file holds the published lists of
-classes; any other split is a pure function of the names and the shares, independent of the seed.
+`splits/` holds the published classes. Any other split is a function of names and shares, not of the seed.
 """
 
 from __future__ import annotations

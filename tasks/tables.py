@@ -1,8 +1,4 @@
-"""Read a user's table, with a row for each example, and draw tasks from it: path -> `Table` -> `TableTasks`.
-
-pyarrow reads CSV and Parquet; ordinary mistakes become one line. Whoever wants predictions (user_tasks.py)
-leaves targets empty.
-"""
+"""Read a user's table, a row for each example, and draw tasks from it: path -> `Table` -> `TableTasks`."""
 
 from __future__ import annotations
 
@@ -12,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,9 +29,9 @@ class Columns:
     @classmethod
     def parse(cls, pairs: Iterable[str]) -> Columns:
         """Return the roles that `task=NAME`, `target=NAME,...` and `input=NAME,...` name."""
-        texts = {role: text for role, _, text in (pair.partition("=") for pair in pairs)}
-        names = {role: tuple(name.strip() for name in text.split(",")) for role, text in texts.items()}
-        return cls(texts.get("task", "task"), names.get("target", ("y",)), names.get("input", ()))
+        roles = dict(pair.split("=", 1) for pair in pairs)
+        names = {role: tuple(map(str.strip, text.split(","))) for role, text in roles.items()}
+        return cls(roles.get("task", "task"), names.get("target", ("y",)), names.get("input", ()))
 
 
 @dataclass(frozen=True)
@@ -58,17 +53,14 @@ def load_table(
 ) -> Table:
     """Read a .csv, .csv.gz or .parquet file.
 
-    Args:
-        dtype: of inputs and numeric targets; a number that does not fit is an error.
-        classification: the one target is a class, of any type; otherwise targets are numbers.
-        shares: of each split in the tasks of a file without a column "split". None for prediction: targets
-            may be missing, and without a task column all rows are one task.
-
-    Raises UsageError if the file is missing or unreadable, or its data is bad.
+    The shares are those of each split where the file has no column "split". None is for prediction: targets
+    may be missing, and without a task column all rows are one task.
     """
     if classification and len(columns.targets) > 1:
         raise UsageError(f"classification takes one target column, not {len(columns.targets)}: name one")
     data, prediction, classes = _read(path), shares is None, list[str]()
+    if not data.num_rows:
+        raise UsageError(f"{path} has a header, {data.column_names}, and no rows: add some")
     columns = _complete(columns, path, data.column_names, prediction=prediction)
     tasks, task = ["task"], torch.zeros(data.num_rows, dtype=torch.int64)
     if columns.task:
@@ -101,10 +93,13 @@ def _read(path: Path) -> Any:
     try:
         if path.suffix.lower() == ".parquet":
             return parquet.read_table(path, partitioning=None)  # names of folders are no columns
-        with csv.open_csv(path) as reader:
+        with pa.input_stream(path) as stream:  # unpacks .gz
+            header = stream.read(1 << 16).partition(b"\n")[0]
+        form = csv.ParseOptions(delimiter=max(",;\t", key=lambda mark: header.count(mark.encode())))
+        with csv.open_csv(path, parse_options=form) as reader:
             types = dict.fromkeys(reader.schema.names, pa.string())
         options = csv.ConvertOptions(column_types=types)
-        data, missing = csv.read_csv(path, convert_options=options), pa.array(options.null_values)
+        data, missing = csv.read_csv(path, None, form, options), pa.array(options.null_values)
         texts = [compute.utf8_trim_whitespace(column) for column in data.columns]
         texts = [compute.if_else(compute.is_in(text, missing), None, text) for text in texts]
         return pa.table(texts, [name.strip() for name in data.column_names])
@@ -162,36 +157,30 @@ def _read_names(path: Path, data: Any, name: str, *, missing: bool = False) -> t
     texts = compute.utf8_trim_whitespace(_cast(path, data, name, "string"))
     encoded = compute.if_else(compute.equal(texts, ""), None, texts).dictionary_encode()
     row = encoded.is_null().index(True).as_py() + 1  # 0: none is missing
-    if not len(encoded) or (row and not missing):
-        raise UsageError(f"{path}: column {name!r}, data row {row or 1} is empty: fill it")
-    positions = encoded.indices.fill_null(-1).to_numpy().astype(np.int64)
-    return encoded.dictionary.to_pylist(), torch.from_numpy(positions)
+    if row and not missing:
+        raise UsageError(f"{path}: column {name!r}, data row {row} is empty: fill it")
+    positions = encoded.indices.fill_null(-1).cast("int64").to_numpy()
+    return encoded.dictionary.to_pylist(), torch.tensor(positions)
 
 
 def _sort_classes(names: list[str], labels: Tensor) -> tuple[list[str], Tensor]:
     """Return the classes in sorted order, numbers by their size, and the labels that go with it."""
     try:
-        order = sorted(range(len(names)), key=lambda i: float(names[i]))
+        classes = sorted(names, key=float)
     except ValueError:
-        order = sorted(range(len(names)), key=names.__getitem__)
-    position = torch.tensor([*np.argsort(order), -1])  # the last is that of -1, the missing class
-    return [names[i] for i in order], position[labels]
-
-
-# ---- sampling ------------------------------------------------------------------------------------
+        classes = sorted(names)
+    position = torch.tensor([*map(classes.index, names), -1])  # the last is that of -1, the missing class
+    return classes, position[labels]
 
 
 @dataclass(eq=False, kw_only=True)
 class TableTasks(TaskDistribution):
-    """Tasks drawn, with replacement, from a table without missing targets.
+    """Tasks drawn, with replacement, from a table; UsageError for a task with too few rows or classes.
 
-    Support and query rows of a task are drawn without replacement and never meet; the query does not depend
-    on the number of shots. Inputs are `[tasks, examples, inputs]`, targets `[tasks, examples, targets]`.
-
-    With `ways`, a task draws that many of its classes, then rows of each. Labels, int64 `[tasks, ways *
-    examples]`, number the drawn classes at random, or in sorted order if the table has no other classes.
-
-    Raises UsageError for a task with too few rows or classes.
+    Rows of a task are drawn without replacement; the query does not depend on the number of shots. Inputs are
+    `[tasks, examples, inputs]`, targets `[tasks, examples, targets]`. With `ways`, a task draws that many of
+    its classes, then rows of each. Labels, int64 `[tasks, ways * examples]`, number the drawn classes at
+    random, or in sorted order if the table has no other classes.
     """
 
     table: Table

@@ -51,7 +51,9 @@ def test_csv_and_parquet_give_the_same_table(tmp_path, classification):
     for name in ("a.csv", "a.parquet"):
         write(tmp_path / name, columns)
     (tmp_path / "a.csv.gz").write_bytes(gzip.compress((tmp_path / "a.csv").read_bytes()))
-    for name in ("a.csv", "a.csv.gz", "a.parquet"):
+    for name, mark in (("semicolons.csv", ";"), ("tabs.csv", "\t")):
+        (tmp_path / name).write_text((tmp_path / "a.csv").read_text().replace(",", mark))
+    for name in ("a.csv", "a.csv.gz", "a.parquet", "semicolons.csv", "tabs.csv"):
         table = read(tmp_path / name, dtype=torch.float64, classification=classification, shares=None)
         assert table.tasks == ["10", "9"] and table.task.tolist() == [0, 1, 0, 1]  # by first appearance
         assert table.x.tolist() == [[1, 0.5], [2, -1e-3], [3, 1e300], [4, 0.1]]
@@ -89,6 +91,8 @@ BAD = {
     "task,x,x,y\na,1,2,3\n": "column 'x' is repeated, or has more than one role",
     ",task,x,y\n0,a,1,1\n": "has pandas' index as a column",
     "": "not readable .*[Ee]mpty",
+    "task,x,y\n": r"has a header, \['task', 'x', 'y'\], and no rows: add some",
+    "task;x;y\na;1,5;1\n": "column 'x', data row 1: .*'1,5'",
     "task,x,y\na,1,1\nb,abc,1\n": "column 'x', data row 2: .*'abc'",
     "task,x,y\na,1,1\nb, ,1\n": "column 'x', data row 2 is empty, infinite",
     "task,x,y\na,1,1\nb,1e39,1\n": "column 'x', data row 2 .* too large for torch.float32",
