@@ -26,7 +26,7 @@ from torch import nn
 from commands.call import Call
 from commands.config import CONFIG_FLAGS, Config
 from commands.names import describe, select_meaningful
-from commands.resolve import disable_compiling
+from commands.resolve import resolve
 from common.batch import TaskDistribution, Tree, arguments_of, first_tensor, tree_map
 from common.device import Runtime, find_device, set_up
 from common.errors import UsageError, is_out_of_memory
@@ -323,13 +323,14 @@ def assemble(
 def _fit_to_machine(start: Start, given: Mapping[str, Any], runtime: Runtime) -> Config:
     """Fit settings to this machine: uncompiled if it has no compiler, on a GPU all tasks at once."""
     config = start.config
+    if config.training.compile == "on" and (runtime.device.type == "mps" or not cpp_compiler()):
+        if runtime.world.first:
+            print_once("main.py: not compiled: that needs a C++ compiler (install g++), and no MPS")
+        off = {"compile": "off"}
+        config = config.replaced(**off) if start.resumes else resolve({**given, **off})
     if not start.resumes and runtime.device.type == "cuda" and "tasks_at_once" not in given:
         config = config.replaced(tasks_at_once=None)
-    if config.training.compile == "off" or (runtime.device.type != "mps" and cpp_compiler()):
-        return config
-    if runtime.world.first:
-        print_once("main.py: not compiled: that needs a C++ compiler (install g++), and no MPS")
-    return config.replaced(compile="off") if start.resumes else disable_compiling(config, given)
+    return config
 
 
 def _starting_weights(start: Start, maml: MAML) -> Weights:

@@ -93,14 +93,21 @@ def _fill_sizes(values: dict[str, Any], given: Mapping[str, Any]) -> None:
     """Settle the sizes that depend on other sizes."""
     for name in ("queries", "test_steps"):
         values[name] = {"k": values["shots"], "s": values["steps"]}.get(values[name], values[name])
-    values.setdefault("eval_steps", max(CONFIG_FLAGS["eval_steps"].default, values["test_steps"]))
-    if "test_steps" not in given:
-        values["test_steps"] = min(values["test_steps"], values["eval_steps"])
+    values.setdefault("eval_steps", CONFIG_FLAGS["eval_steps"].default)
+    _fit_steps(values, given)
     if "train_shots" not in given and values.get("train_shots") is not None:
         values["train_shots"] = max(values["train_shots"], values["shots"] + values["queries"])
     if values.get("exact_from") == "half":
         exact = values.get("meta_gradient", "exact") == "exact"
         values["exact_from"] = values["iterations"] // 2 if exact else 0
+
+
+def _fit_steps(values: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """Let the steps that are measured and those of the result follow each other, where not both are given."""
+    if "eval_steps" not in given:
+        values["eval_steps"] = max(values["eval_steps"], values["test_steps"])
+    elif "test_steps" not in given:
+        values["test_steps"] = min(values["eval_steps"], values["test_steps"])
 
 
 def _settle(values: Mapping[str, Any], classification: bool) -> dict[str, Any]:
@@ -118,16 +125,6 @@ def _settle(values: Mapping[str, Any], classification: bool) -> dict[str, Any]:
     settled = {"convolution": "im2col" if patches else "grouped"} | settled
     chunked = patches and settled["convolution"] == "im2col" and classification
     return {"tasks_at_once": _cache_chunk(values) if chunked else None} | settled
-
-
-def disable_compiling(config: Config, given: Mapping[str, Any]) -> Config:
-    """Return a new run's settings for uncompiled training, except where a flag decides."""
-    changes: dict[str, Any] = {"compile": "off"}
-    if given.get("convolution", "auto") == "auto":
-        changes["convolution"] = "grouped"
-    if "tasks_at_once" not in given:
-        changes["tasks_at_once"] = None
-    return config.replaced(**changes)
 
 
 def _cache_chunk(values: Mapping[str, Any]) -> int | None:
@@ -179,7 +176,12 @@ def resolve_from(
         adapt: for --adapt, a kind of test.
         eval_dataset: test tasks come from this other dataset.
     """
-    _check_own_code(saved, given, without_data=adapt or eval_dataset is not None)
+    for name in OWN_CODE if not (adapt or eval_dataset) else ("learner", "loss"):
+        if is_own_code(saved.get(name)) and name not in given:
+            code = f"{CONFIG_FLAGS[name].name} {saved.get(name)}"
+            raise UsageError(
+                f"the checkpoint names code that is not this tool's: if you trust it, add {code}"
+            )
     shots = given.get("shots", saved.tasks.shots) if evaluate else saved.tasks.shots
     given = {**given, **_expand_shorthands(given, shots)}
     schedule, iterations = saved.training.meta_lr_schedule, saved.training.iterations
@@ -188,19 +190,15 @@ def resolve_from(
     free = {"invert", "columns", "batch_norm"} if adapt else set(OF_OTHER_DATA if eval_dataset else ())
     if evaluate and saved.choices.head_init != "learned":
         free.add("ways")
-    changes = {
+    values = saved.values() | {
         name: value
         for name, value in given.items()
         if name in CONFIG_FLAGS and _may_change(saved, name, value, free, evaluate=evaluate)
     }
-    if adapt:  # it chooses the statistics of predictions: what was learned stays as it is
-        changes.pop("batch_norm", None)
-    config = saved.replaced(**changes)
-    test_steps, eval_steps = config.evaluation.test_steps, config.evaluation.eval_steps
-    if "eval_steps" in given and "test_steps" not in given:
-        config = config.replaced(test_steps=min(test_steps, eval_steps))
-    if adapt:
-        config = config.replaced(eval_steps=max(eval_steps, test_steps))
+    if adapt:  # the flag chooses the statistics of predictions: what was learned stays as it is
+        values["batch_norm"] = saved.choices.batch_norm
+    _fit_steps(values, given)
+    config = Config.from_values(values)
     if eval_dataset:
         config = _on_other_data(config, eval_dataset, given)
     check(config, given, testing=evaluate)
@@ -230,18 +228,6 @@ def _may_have_moved(name: str, saved: str) -> bool:
     return kind in FILE_KINDS and kind == saved.partition(":")[0]
 
 
-def _check_own_code(saved: Config, given: Mapping[str, Any], *, without_data: bool) -> None:
-    missing = [
-        f"{CONFIG_FLAGS[name].name} {saved.get(name)}"
-        for name in OWN_CODE
-        if is_own_code(saved.get(name)) and name not in given and not (name == "dataset" and without_data)
-    ]
-    if missing:
-        raise UsageError(
-            f"the checkpoint names code that is not this tool's: if you trust it, add {' '.join(missing)}"
-        )
-
-
 def _on_other_data(config: Config, dataset: str, given: Mapping[str, Any]) -> Config:
     """Return the settings for test tasks of another dataset: the same kind of inputs and of targets."""
     tasks = config.tasks
@@ -251,23 +237,17 @@ def _on_other_data(config: Config, dataset: str, given: Mapping[str, Any]) -> Co
             "it out to test on its own test tasks"
         )
     now, before = data_facts(dataset), data_facts(tasks.dataset)
-    size: tuple[int | None, int | None] = (None, None)
-    if now.inputs == "images":  # they are resized, but for Omniglot's
-        size = (tasks.image_size or now.image_size, tasks.channels or now.channels)
-    fits = (
-        (now.inputs == before.inputs or "any" in (now.inputs, before.inputs))
-        and now.classification in (None, tasks.classification)
-        and (dataset != "omniglot" or size == (now.image_size, now.channels))
-    )
-    if not fits:
+    same_inputs = now.inputs == before.inputs or "any" in (now.inputs, before.inputs)
+    if not same_inputs or now.classification not in (None, tasks.classification):
         kind = "classification" if tasks.classification else "regression"
-        images = f" ({tasks.image_size} pixels, {tasks.channels} channels)" if tasks.image_size else ""
         raise UsageError(
-            f"--eval-dataset {dataset} does not fit: the checkpoint learned {kind} of {before.inputs}{images}"
+            f"--eval-dataset {dataset} does not fit: the checkpoint learned {kind} of {before.inputs}"
         )
     changes = {name: given.get(name, CONFIG_FLAGS[name].default) for name in OF_OTHER_DATA}
-    changes |= {"dataset": dataset, "image_size": size[0], "channels": size[1]}
-    changes["invert"] = given.get("invert", now.invert)
+    changes |= {"dataset": dataset, "invert": given.get("invert", now.invert)}
+    if now.inputs == "images":  # they are resized
+        changes["image_size"] = tasks.image_size or now.image_size
+        changes["channels"] = tasks.channels or now.channels
     return config.replaced(**changes)
 
 

@@ -13,7 +13,6 @@ import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +41,40 @@ from training.trainer import AT_ONCE, FAILED
 def sweep(call: Call, given: Mapping[str, Any], world: World) -> int:
     """Train or resume many runs; return the exit code: 128 + signal, or `FAILED` if a run failed."""
     flags, configs = members_of(call, given)
+    names, folder = [*configs], call.run_folder
+    mine = [names[number] for number in world.share(len(names))]
     with ExitStack() as locks:
-        folder, code = _train_all(call, flags, configs, world, locks)
-    if code > 128:
-        print(f"Saved. To resume: the same command with --run-name {folder.name} --resume")
-        return code
-    print_next(folder, folder, next(iter(configs.values())))
+        with world.together():
+            if world.size > len(names):
+                raise UsageError(f"{world.size} processes for {len(names)} runs: take fewer")
+            if folder:
+                _claim_folder(folder, call, configs, world, locks)
+            starts = [find_start(folder and folder / name, call, flags[name]) for name in mine]
+        world.check_same({"torch": torch.__version__, "list of runs": configs})
+        first = configs[names[0]]
+        folder = folder or world.from_first(lambda: make_folder(call.checkpoint_path, first, locks))
+        read_tasks(configs.values(), call, world)
+        with world.together():
+            assemblies = [
+                assemble(start, folder / name, flags[name], call, world)
+                for name, start in zip(mine, starts, strict=True)
+            ]
+        world.from_first(lambda: _write_list(folder, configs))
+        groups = group_runs([parts for parts in assemblies if not parts.start.finished], call.runs_at_once)
+        sizes = ", ".join(str(len(group)) for group in groups) or "none, all are finished"
+        share = f", {len(mine)} of them in this process" if world.size > 1 else ""
+        print(f"{len(names)} runs{share} in {folder}; trained at once: {sizes}")
+        print(f"  device      {assemblies[0].runtime.describe()}")
+        for group in groups:
+            prepare(group[0].start.config, call, world)  # threads and precision are the process's
+            print("Training", textwrap.shorten(", ".join(parts.run.folder.name for parts in group), 96))
+            print(describe(*(parts.start.config for parts in group)), flush=True)
+            code = train_runs(group)
+            if code > 128:
+                print(f"Saved. To resume: the same command with --run-name {folder.name} --resume")
+                return code
+        code = _report(folder, [parts.run for parts in assemblies], world)
+    print_next(folder, folder, first)
     return code
 
 
@@ -86,46 +113,6 @@ def _write_list(folder: Path, configs: Mapping[str, Config]) -> None:
     for name, config in configs.items():
         runs[name] = {"name": name, "setting": setting_of(name), "seed": config.training.seed}
     tables.write_json(folder / LIST, {"runs": [*runs.values()]})
-
-
-def _train_all(
-    call: Call,
-    flags: Mapping[str, Mapping[str, Any]],
-    configs: Mapping[str, Config],
-    world: World,
-    locks: ExitStack,
-) -> tuple[Path, int]:
-    """Train the runs of this process; return the folder of all runs and the exit code."""
-    folder, names = call.run_folder, [*configs]
-    mine = [names[number] for number in world.share(len(names))]
-    with world.together():
-        if world.size > len(names):
-            raise UsageError(f"{world.size} processes for {len(names)} runs: take fewer")
-        calls = dict.fromkeys(mine, call)
-        if folder:
-            _claim_folder(folder, call, configs, world, locks)
-            calls = {name: replace(call, checkpoint_path=folder, run_name=name) for name in mine}
-        starts = {name: find_start(calls[name], flags[name]) for name in mine}
-    world.check_same({"torch": torch.__version__, "list of runs": configs})
-    folder = folder or world.from_first(lambda: make_folder(call.checkpoint_path, configs[names[0]], locks))
-    read_tasks(configs.values(), call, world)
-    with world.together():
-        assemblies = [assemble(starts[name], folder / name, flags[name], call, world) for name in mine]
-    world.from_first(lambda: _write_list(folder, configs))
-    groups = group_runs([parts for parts in assemblies if not parts.start.finished], call.runs_at_once)
-    sizes = ", ".join(str(len(group)) for group in groups) or "none, all are finished"
-    share = f", {len(mine)} of them in this process" if world.size > 1 else ""
-    print(f"{len(names)} runs{share} in {folder}; trained at once: {sizes}")
-    print(f"  device      {assemblies[0].runtime.describe()}")
-    for group in groups:
-        prepare(group[0].start.config, call, world)  # threads and precision are the process's
-        print("Training", textwrap.shorten(", ".join(parts.run.folder.name for parts in group), 96))
-        print(describe(*(parts.start.config for parts in group)), flush=True)
-        code = train_runs(group)
-        if code > 128:
-            return folder, code
-    outcomes = world.gather([_summarise(parts.run) for parts in assemblies])
-    return folder, _report(folder, [one for part in outcomes for one in part], world)
 
 
 def group_runs(assemblies: Sequence[Assembly], at_most: int | None) -> list[list[Assembly]]:
@@ -183,8 +170,9 @@ def _summarise(run: Run) -> tables.Summary:
     }
 
 
-def _report(folder: Path, outcomes: Sequence[tables.Summary], world: World) -> int:
-    """Print and write the summary of all runs; return the exit code."""
+def _report(folder: Path, runs: Sequence[Run], world: World) -> int:
+    """Print and write the summary of all processes' runs; return the exit code."""
+    outcomes = [one for part in world.gather([*map(_summarise, runs)]) for one in part]
     failures = [outcome for outcome in outcomes if outcome["failure"] is not None]
     if world.first:
         print(tables.training_table(outcomes))

@@ -35,7 +35,7 @@ def train(call: Call, given: Mapping[str, Any], world: World) -> int:
         with world.together():
             if world.first and folder:
                 locks.enter_context(lock_folder(folder))
-            start = find_start(call, given)
+            start = find_start(call.run_folder, call, given)
             runtime = build.prepare(start.config, call, world)
             tasks = start.config.training.meta_batch_size
             if world.size > tasks:
@@ -87,9 +87,12 @@ def print_next(folder: Path, test: Path, config: Config) -> None:
     print("Test:  ", command, flush=True)
 
 
-def find_start(call: Call, given: Mapping[str, Any]) -> build.Start:
-    """Read the settings of a new run, or the checkpoint that it starts from or is resumed from."""
-    file, folder = call.load, call.run_folder
+def find_start(folder: Path | None, call: Call, given: Mapping[str, Any]) -> build.Start:
+    """Read the settings of a new run, or the checkpoint that it starts from or is resumed from.
+
+    `folder` is the run's, if --run-name says it.
+    """
+    file = call.load
     if folder:
         check_free(folder, call)
         file = next((path for path in (folder / LAST, folder / BEST) if path.is_file()), None)
