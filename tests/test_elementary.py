@@ -139,6 +139,7 @@ OTHERS = {
     "layer norm": lambda: nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)),
     "batch norm": lambda: nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(2, track_running_stats=False)),
     "instance norm": lambda: nn.Sequential(nn.Linear(8, 8), nn.InstanceNorm1d(2, affine=True)),
+    "layer norm of two axes": lambda: nn.Sequential(nn.Linear(8, 8), nn.LayerNorm([2, 8])),
     "rms norm": lambda: nn.Sequential(nn.Linear(8, 8), nn.RMSNorm(8)),
     "group norm": lambda: nn.Sequential(nn.Linear(8, 8), nn.GroupNorm(1, 2)),
     "one hot": lambda: Apply(lambda x: F.one_hot((x[..., 0] > 0).long(), 3).unsqueeze(-1) * x.unsqueeze(-2)),
