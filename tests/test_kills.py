@@ -84,7 +84,7 @@ def test_a_disk_that_is_full_from_the_start_is_one_line_and_leaves_nothing(tmp_p
     def fill(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "events")
 
-    monkeypatch.setattr(RunLog, "_append", fill)
+    monkeypatch.setattr("training.tensorboard.drop_events", fill)
     assert command(*SHORT, "--checkpoint-path", tmp_path, "--run-name", "run") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "events: no space left on device; free some space" in line

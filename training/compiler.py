@@ -64,9 +64,8 @@ def cache_folder() -> Path:
 class Compiler:
     """Compile functions of tensors; an instance is called with a function and returns the compiled one.
 
-    The functions take and return tensors in tuples and dictionaries. They are compiled at their first call
-    with inputs of new shapes. They run uncompiled until `active` is set, and while another compiled function
-    that calls them is being traced.
+    The functions take and return tensors in tuples and dictionaries, and are compiled for each new shape of
+    their inputs. They run uncompiled until `active` is set, and while a function that calls them is traced.
 
     Args:
         device: where the tensors are; part of what a library depends on, like the number of threads.
@@ -158,16 +157,14 @@ class Compiler:
 
 def _processor() -> str:
     """Return what distinguishes this machine's processor: the code is built for it, and for no other."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        distinctive = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
-    except OSError:
-        distinctive = {platform.processor()}
-    return f"{torch.backends.cpu.get_cpu_capability()} {sorted(distinctive)}"
+    cpuinfo = Path("/proc/cpuinfo")  # Linux's
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    distinctive = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    return f"{torch.backends.cpu.get_cpu_capability()} {platform.processor()} {distinctive}"
 
 
 def remove_unused(folder: Path) -> None:
-    """Remove the libraries that no run has used for long, and what killed processes have left."""
+    """Remove libraries that no run has used for long, and what killed processes have left."""
     for path in folder.iterdir():
         with suppress(OSError):  # another process removes it, too
             if path.stat().st_mtime < time.time() - KEPT_SECONDS:

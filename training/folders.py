@@ -44,7 +44,6 @@ def lock_folder(folder: Path, members: Sequence[str] = ()) -> Iterator[None]:
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    new = [part for part in (folder, *folder.parents) if not part.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, timeout=PATIENCE)
     try:
@@ -57,11 +56,10 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-        if new and not is_occupied(folder):  # nothing came of it
+        if not is_occupied(folder):  # nothing came of it
             (folder / LOCK).unlink(missing_ok=True)
-            for part in new:
-                with suppress(OSError):  # another run's
-                    part.rmdir()
+            with suppress(OSError):  # another process has just begun there
+                folder.rmdir()
 
 
 def is_occupied(folder: Path) -> bool:

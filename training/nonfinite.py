@@ -15,7 +15,6 @@ from common.batch import TaskBatch
 from common.optimizers import Weights
 from evaluation.meta_test import diverged, loss_per_step
 from maml import MAML
-from training.meta_gradients import make_meta_gradient
 
 UNKNOWN = "the meta-gradient or the update is too large: try --grad-clip-norm or a smaller --meta-lr"
 
@@ -26,7 +25,7 @@ def find_cause(
     """Return in one line what is wrong with these tasks under these meta-parameters, and what to do about it.
 
     Args:
-        inputs: what else `MAML.meta_gradient` takes, by name.
+        inputs: what else `MAML.meta_gradient` takes, by name; of these `order` and `keys` count.
         first: the number of the batch's first task.
     """
     for name, tree in batch._asdict().items():
@@ -34,7 +33,9 @@ def find_cause(
             bad = ~tensor.isfinite().flatten(1).all(1)
             if bad.any():
                 part = name.replace("_x", " inputs").replace("_y", " targets")
-                return f"the {part} of task {first + _first_set(bad)} are not all finite: clean the data"
+                return (
+                    f"the {part} of task {first + int(bad.nonzero()[0])} are not all finite: clean the data"
+                )
     # Reptile's minibatches are of support and query together
     order = None if maml.choices.meta_gradient == "reptile" else inputs.get("order")
     norm = maml.choices.query_norm
@@ -42,7 +43,7 @@ def find_cause(
     losses = loss_per_step(maml, outputs[norm], batch.query_y)  # [tasks, steps + 1]
     bad = ~losses[:, 0].isfinite()
     if bad.any():
-        task = _first_set(bad)
+        task = int(bad.nonzero()[0])
         return (
             f"the query loss of task {first + task} is {losses[task, 0]:.3g} before the first inner step: "
             "the weights or the targets are too large; try a smaller --meta-lr, or --grad-clip"
@@ -55,14 +56,4 @@ def find_cause(
             f"{first + task}: from {losses[task, 0]:.3g} to {losses[task, -1]:.3g}): try a smaller "
             "--inner-lr, --inner-clip, or fewer steps (-s)"
         )
-    for name, gradient in make_meta_gradient(maml)(parameters, batch, **inputs).gradients.items():
-        if not gradient.isfinite().all():
-            return (
-                f"the losses are finite (up to {losses.max():.3g}), but not the meta-gradient of {name}: try "
-                "--first-order, a smaller --inner-lr or another loss"
-            )
     return None
-
-
-def _first_set(flags: Tensor) -> int:
-    return int(flags.int().argmax())

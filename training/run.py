@@ -196,7 +196,7 @@ class Run:
             self.log.figure("training", figure, after, self.folder / "training.png")
         if self.failure is None:
             self.log.end(after)
-        self.log.flush()
+        self.log.sync()
         write_json(self.folder / RESULTS, results)
 
 

@@ -10,19 +10,22 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from common.files import sync, write_whole
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import summary
+
+from common.files import write_whole
 from evaluation.style import render
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from tensorboard.compat.proto.summary_pb2 import Summary
-
-FLUSH_SECONDS = 5.0
 
 # Result columns of the hyper-parameter view.
 METRICS = [f"validation/{best}query_{measure}" for best in ("best_", "") for measure in ("accuracy", "loss")]
@@ -50,58 +53,41 @@ class RunLog:
     """
 
     def __init__(self, folder: Path | None, *, begin_at: int = 0) -> None:
-        self.path: Path | None = None
+        self.file: IO[bytes] | None = None
         if folder is None:
             return
-        from tensorboard.compat.proto.event_pb2 import Event
-
         folder.mkdir(parents=True, exist_ok=True)
         drop_events(folder, begin_at)
         # TensorBoard reads the files in the order of their names
-        self.path = folder / f"events.out.tfevents.{time.time_ns():019d}.{socket.gethostname()}.{os.getpid()}"
-        self.waiting = [Event(wall_time=time.time(), file_version="brain.Event:2")]
-        self._append(self.path)
+        name = f"events.out.tfevents.{time.time_ns():019d}.{socket.gethostname()}.{os.getpid()}"
+        self.file = (folder / name).open("wb")
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
-    def add(self, summary: Summary, iteration: int) -> None:
-        """Note a point, which reaches the file within seconds, or with the next `flush`."""
-        if self.path is None:
-            return
-        from tensorboard.compat.proto.event_pb2 import Event
+    def _write(self, event: Event) -> None:
+        if self.file is not None:
+            _write_records([event.SerializeToString()], self.file)
+            self.file.flush()
 
-        self.waiting.append(Event(wall_time=time.time(), step=iteration, summary=summary))
-        if time.monotonic() - self.appended_at > FLUSH_SECONDS:
-            self._append(self.path)
+    def add(self, point: Summary, iteration: int) -> None:
+        """Add a point of any kind."""
+        self._write(Event(wall_time=time.time(), step=iteration, summary=point))
 
-    def flush(self) -> None:
+    def sync(self) -> None:
         """Bring all points to the disk; raises OSError where that fails."""
-        if self.path is not None:
-            self._append(self.path)
-            sync(self.path)
-
-    def _append(self, path: Path) -> None:
-        with path.open("ab") as file:
-            _write_records([event.SerializeToString() for event in self.waiting], file)
-        self.waiting.clear()
-        self.appended_at = time.monotonic()
+        if self.file is not None:
+            os.fsync(self.file.fileno())
 
     def scalars(self, values: Mapping[str, float], iteration: int) -> None:
         """Add a point to several curves, by tag."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
         # one event for all: an event per curve takes a tenth of a fast run's time
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=v) for tag, v in values.items()])
-        self.add(summary, iteration)
+        self.add(Summary(value=[Summary.Value(tag=n, simple_value=v) for n, v in values.items()]), iteration)
 
     def text(self, tag: str, text: str, iteration: int) -> None:
         """Add a text in Markdown."""
-        from torch.utils.tensorboard import summary
-
         self.add(summary.text(tag, text), iteration)
 
     def figure(self, tag: str, figure: Figure, iteration: int, file: Path) -> None:
         """Show a figure, and write the same PNG to a file: drawing it is the slow part."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
         png = render(figure)
         width, height = map(int, figure.bbox.size)
         image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
@@ -115,8 +101,6 @@ class RunLog:
             columns: an example value of each column; TensorBoard takes them from the first run for all.
             empty: charts to leave out.
         """
-        from torch.utils.tensorboard import summary
-
         rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
         self.text("settings", f"| setting | value |\n|-|-|\n{rows}", 0)
         plain = {n: " ".join(v) if isinstance(v, list | tuple) else v for n, v in settings.items()}
@@ -131,8 +115,6 @@ class RunLog:
 
     def end(self, iteration: int) -> None:
         """Mark the run's row in the hyper-parameter view as a success."""
-        from torch.utils.tensorboard import summary
-
         self.add(summary.hparams({}, {})[2], iteration)
 
 
@@ -141,9 +123,6 @@ def drop_events(folder: Path, begin_at: int) -> None:
 
     TensorBoard's own `purge_step` is unknown to the data server that `tensorboard` starts by default.
     """
-    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-    from tensorboard.compat.proto.event_pb2 import Event
-
     for path in folder.glob("events.out.tfevents.*"):
         records = list(RawEventFileLoader(str(path)).Load())  # ends before a record that is not whole
         events = [(record, Event.FromString(record)) for record in records]
@@ -152,9 +131,7 @@ def drop_events(folder: Path, begin_at: int) -> None:
             write_whole(path, partial(_write_records, kept))
 
 
-def _write_records(records: Sequence[bytes], file: IO[bytes]) -> None:
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
+def _write_records(records: Iterable[bytes], file: IO[bytes]) -> None:
     writer = RecordWriter(file)
     for record in records:
         writer.write(record)

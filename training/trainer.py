@@ -296,7 +296,7 @@ class Trainer:
         chosen = [run for run in runs or self._living_runs() if run.writes and not run.is_non_finite]
         try:
             for run in chosen:
-                run.log.flush()  # the points that a checkpoint has seen are on the disk before it
+                run.log.sync()  # the points that a checkpoint has seen are on the disk before it
             save_checkpoints({run.folder / name: self._checkpoint_of(run) for run in chosen})
         except OSError as error:
             raise UsageError(
