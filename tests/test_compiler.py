@@ -142,17 +142,6 @@ def test_a_failed_compilation_says_why_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_libraries_unused_for_a_month_are_removed(tmp_path):
-    for name in ("old.pt2", "new.pt2"):
-        (tmp_path / name).touch()
-    (tmp_path / "left-by-a-killed-process").mkdir()
-    for path in tmp_path.iterdir():
-        if path.name != "new.pt2":
-            compiler.os.utime(path, (1e9, 1e9))
-    compiler.remove_unused(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["new.pt2"]
-
-
 @pytest.mark.skipif(not hasattr(compiler.os, "geteuid"), reason="no owners")
 def test_code_in_another_users_folder_is_not_loaded(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -36,6 +36,9 @@ EXAMPLES = (TASKS, TASKS, TASKS)  # inputs, targets and extras of an inner step
 class InnerStep(NamedTuple):
     """One inner step of all tasks."""
 
+    axis: (
+        int | None
+    )  # the tasks' in the state before it: the first step has one for all, unless they start apart
     before: InnerState
     gradients: Weights  # of the support loss; empty: no way back needs them
     examples: tuple[Tree, Tree, Extras]
@@ -44,15 +47,7 @@ class InnerStep(NamedTuple):
     statistics: Weights  # that batch norm saw
 
 
-Walk = Callable[[InnerState, Sequence[Shared], Task], Iterator[InnerStep]]
-
-
-def axis_before(maml: MAML, step: int) -> int | None:
-    """Return the tasks' axis in the state before an inner step: all start with the same, or apart."""
-    return TASKS if step > 0 or maml.starts_apart else SAME
-
-
-def make_walk(maml: MAML, accelerate: Accelerate) -> Walk:
+def make_walk(maml: MAML, accelerate: Accelerate) -> Callable[..., Iterator[InnerStep]]:
     """Return a generator of the inner steps; what tasks share has one entry per step."""
     keeps_gradients = not maml.optimizer.is_linear or maml.choices.inner_rates != "fixed"
 
@@ -66,13 +61,12 @@ def make_walk(maml: MAML, accelerate: Accelerate) -> Walk:
 
     def walk(before: InnerState, shared: Sequence[Shared], tasks: Task) -> Iterator[InnerStep]:
         for step in range(maml.steps):
+            axis = TASKS if step > 0 or maml.starts_apart else SAME
             at_step = partial(Task.at_step, step=step)
             examples = at_step(tasks) if tasks.order is None else maml.over_tasks(at_step)(tasks)
-            after, gradients, statistics, buffers = take_step[axis_before(maml, step)](
-                before, shared[step], *examples
-            )
+            after, gradients, statistics, buffers = take_step[axis](before, shared[step], *examples)
             tasks = tasks.with_buffers(buffers)
-            yield InnerStep(before, gradients, examples, after, tasks.for_query(step + 1), statistics)
+            yield InnerStep(axis, before, gradients, examples, after, tasks.for_query(step + 1), statistics)
             before = after
 
     return walk
@@ -88,7 +82,7 @@ def start_tasks(maml: MAML, parameters: Weights, tasks: Task) -> InnerState:
 
 
 def walk_to_end(
-    maml: MAML, walk: Walk, parameters: Weights, tasks: Task
+    maml: MAML, walk: Callable[..., Iterator[InnerStep]], parameters: Weights, tasks: Task
 ) -> tuple[InnerState, InnerStep, Shared]:
     """Return the first state, the last inner step, and what tasks share."""
     start, shared = start_tasks(maml, parameters, tasks), maml.shared_at(parameters, 0)
@@ -109,7 +103,10 @@ class PathStep(NamedTuple):
 
 def adjoint(maml: MAML, accelerate: Accelerate) -> Way:
     """Reverse over forward, one inner step at a time (MixFlow-MG, Kemaev et al. 2025)."""
-    walk, make_pull_back = make_walk(maml, accelerate), pull_back_maker(maml, accelerate)
+    walk = make_walk(maml, accelerate)
+    step_back = {axis: accelerate(make_step_back(maml, axis)) for axis in (SAME, TASKS)}
+    # first order and w - lr * gradient: a step back changes nothing, and no state need be kept for it
+    is_plain = maml.first_order and maml.optimizer.is_plain and maml.choices.inner_rates == "fixed"
     query = accelerate(maml.over_tasks(query_gradient(maml), (TASKS, SAME, TASKS)))
 
     def forward(
@@ -127,7 +124,12 @@ def adjoint(maml: MAML, accelerate: Accelerate) -> Way:
             if step_weights is not None:
                 fast, weights = tree_map(partial(torch.mul, step_weights[number]), (fast, weights))
             seen.append(sum_over_tasks(mean_statistics(step.statistics, query_statistics)))
-            path.append(PathStep(make_pull_back(number, step, shared[number]), fast, weights))
+            pull_back = partial(
+                step_back[step.axis], step.before, shared[number], step.gradients, step.examples
+            )
+            if is_plain:
+                pull_back = partial(pass_back, step.axis, shared[number])
+            path.append(PathStep(pull_back, fast, weights))
         return path, step.after, Outcome(loss, outputs, stack_steps(seen))
 
     @torch.no_grad()
@@ -167,21 +169,6 @@ def add(a: Weights, b: Weights) -> Weights:
 # ---- one step back -------------------------------------------------------------------------------
 
 
-def pull_back_maker(maml: MAML, accelerate: Accelerate) -> Callable[[int, InnerStep, Shared], Any]:
-    """Return what makes the `pull_back` of an inner step, of this number from 0."""
-    step_back = {axis: accelerate(make_step_back(maml, axis)) for axis in (SAME, TASKS)}
-    # first order and w - lr * gradient: a step back changes nothing, and no state need be kept for it
-    keeps_nothing = maml.first_order and maml.optimizer.is_plain and maml.choices.inner_rates == "fixed"
-
-    def make(number: int, step: InnerStep, shared: Shared) -> Any:
-        axis = axis_before(maml, number)
-        if keeps_nothing:
-            return partial(pass_back, axis, shared)
-        return partial(step_back[axis], step.before, shared, step.gradients, step.examples)
-
-    return make
-
-
 def pass_back(axis: int | None, shared: Shared, cotangent: InnerState) -> tuple[InnerState, Shared]:
     """Take cotangents through a plain step of first order."""
     fast = cotangent.fast if axis is TASKS else sum_over_tasks(cotangent.fast)
@@ -189,7 +176,7 @@ def pass_back(axis: int | None, shared: Shared, cotangent: InnerState) -> tuple[
 
 
 def make_step_back(maml: MAML, axis: int | None) -> Callable[..., tuple[InnerState, Shared]]:
-    """Return a function that takes cotangents back through an inner step; `axis` as in `axis_before`.
+    """Return a function that takes cotangents back through an inner step; `axis` as in `InnerStep`.
 
     The step is state' = update(state, g, shared), with g the gradient of the support loss L at (w, s): the
     fast weights, and the weights that all tasks share. Given the cotangents of state', those of state, g and

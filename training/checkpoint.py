@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,10 +60,7 @@ class Checkpoint:
 
 
 def save_checkpoints(checkpoints: Mapping[Path, Checkpoint]) -> None:
-    """Write checkpoints: all are on the disk before the first is renamed, and takes the previous one's place.
-
-    Raises OSError where that fails; the previous files stay.
-    """
+    """Write checkpoints: all are on the disk before the first takes the place of the previous one."""
     header = {"format": FORMAT, "version": VERSION}
     write_all_whole([(path, partial(torch.save, header | vars(c))) for path, c in checkpoints.items()])
 
@@ -75,10 +72,7 @@ def save_weights(path: Path, module: nn.Module) -> None:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint onto the CPU, once the checksums of all its records have passed; run nothing in it.
-
-    Raises UsageError: there is none, it is damaged or foreign, or another version of the tool wrote it.
-    """
+    """Read a checkpoint onto the CPU, and run nothing in it; UsageError if it is damaged or foreign."""
     if not path.is_file():
         raise UsageError(f"{path}: there is no such checkpoint")
     content: Any = None
@@ -95,18 +89,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
     version = content.pop("version", None)
     if version != VERSION:
         raise UsageError(f"{path} has format version {version}, and this tool reads version {VERSION}")
-    if content.keys() != {part.name for part in fields(Checkpoint)}:
-        raise UsageError(f"{path} is damaged: parts of it are missing or unknown")
     return Checkpoint(**content)
 
 
 def check_same_split(
     path: Path, saved: dict[str, list[str]], now: dict[str, list[str]], *, other_data: bool = False
 ) -> None:
-    """Raise UsageError where a split has other classes, or tasks, than when the run was trained.
+    """Raise UsageError where a split differs from the trained one: a test class may have been seen.
 
-    Some of those to be tested on might have been trained on. Input columns must be the same, in order; they
-    alone matter for `other_data`.
+    Input columns must be the same, in order; they alone matter for `other_data`.
     """
     for part in ("input",) if other_data else saved:
         if part in saved and part in now and saved[part] != now[part]:

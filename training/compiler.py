@@ -16,10 +16,8 @@ import platform
 import shutil
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +29,8 @@ from common.errors import one_line
 from common.files import one_at_a_time, sync, user_cache
 
 Function = Callable[..., Any]
-Signature = tuple[tuple[tuple[torch.Size, torch.dtype], ...], str | None]  # shapes and types, and structure
 
-KEPT_SECONDS = 30 * 86_400.0  # that a library stays without being used
-CPP_COMPILERS = {"linux": "g++", "darwin": "clang++", "win32": "cl"}  # where CXX names none
+CPP_COMPILERS = {"darwin": "clang++", "win32": "cl"}  # where CXX names none; else g++
 
 
 class CompilationError(Exception):
@@ -47,10 +43,7 @@ def cpp_compiler() -> str | None:
 
 
 def cache_folder() -> Path:
-    """Return the folder of compiled functions in the user's cache, made if need be.
-
-    Raises CompilationError where it is not the user's own: what lies there is run.
-    """
+    """Make the folder of compiled functions; raise CompilationError if it is another user's: code is run."""
     home = user_cache()
     if home is None:
         raise CompilationError("there is no cache folder: name one in XDG_CACHE_HOME")
@@ -81,7 +74,7 @@ class Compiler:
 
     def __call__(self, function: Function, options: dict[str, Any] | None = None) -> Function:
         """Return the compiled function; `options` are Inductor's."""
-        libraries: dict[Signature, Function] = {}
+        libraries: dict[Any, Function] = {}  # by shapes, types and structure of the inputs
 
         def run(*arguments: Any) -> Any:
             if not self.active or self._tracing:
@@ -122,7 +115,6 @@ class Compiler:
     ) -> None:
         from torch._inductor import aoti_compile_and_package
 
-        remove_unused(path.parent)
         exported = torch.export.export(graph, tuple(tensors))
         configs = {**options, "deterministic": torch.are_deterministic_algorithms_enabled()}
         with tempfile.TemporaryDirectory(prefix=f"{path.stem}-", dir=path.parent) as temporary:
@@ -137,6 +129,8 @@ class Compiler:
         names = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
         constants = {name: getattr(graph, name).detach().cpu().contiguous() for name in sorted(names)}
         digests = {n: hashlib.sha256(c.flatten().view(torch.uint8).numpy()) for n, c in constants.items()}
+        cpuinfo = Path("/proc/cpuinfo")  # Linux's: the code is built for this processor, and for no other
+        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
         content = [
             graph.code,
             [(name, str(c.dtype), c.shape, digests[name].hexdigest()) for name, c in constants.items()],
@@ -145,7 +139,8 @@ class Compiler:
             torch.__version__,
             platform.platform(),
             cpp_compiler(),
-            _processor(),
+            torch.backends.cpu.get_cpu_capability(),
+            sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}),
             torch.cuda.get_device_name(self.device) if cuda else None,
             str(self.device),
             torch.get_num_threads(),
@@ -155,28 +150,11 @@ class Compiler:
         return hashlib.sha256(repr(content).encode()).hexdigest()[:32]
 
 
-def _processor() -> str:
-    """Return what distinguishes this machine's processor: the code is built for it, and for no other."""
-    cpuinfo = Path("/proc/cpuinfo")  # Linux's
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    distinctive = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
-    return f"{torch.backends.cpu.get_cpu_capability()} {platform.processor()} {distinctive}"
-
-
-def remove_unused(folder: Path) -> None:
-    """Remove libraries that no run has used for long, and what killed processes have left."""
-    for path in folder.iterdir():
-        with suppress(OSError):  # another process removes it, too
-            if path.stat().st_mtime < time.time() - KEPT_SECONDS:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def load_library(path: Path, structure: Any) -> Function:
     """Load a compiled function of a list of tensors; `structure` is its outputs'."""
     # single-threaded: one call at a time, and nothing that a CUDA graph could not capture
     model = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
     run = model.loader.boxed_run  # without the parsing of structures at each call
-    os.utime(path)  # for `remove_unused`
     return lambda tensors: _unflatten(run(tensors), structure)
 
 

@@ -30,9 +30,9 @@ PATIENCE = 2.0  # seconds in which a killed process is gone
 
 @contextmanager
 def lock_folder(folder: Path, members: Sequence[str] = ()) -> Iterator[None]:
-    """Hold a run's folder, which is made if need be, and those of a sweep's members in it.
+    """Hold a run's folder, and those of a sweep's members in it, until the process ends, however it does.
 
-    The lock ends with the process, however that ends. Raises UsageError where another process trains there.
+    Raises UsageError where another process trains there.
     """
     with ExitStack() as locks:
         for part in (folder, *(folder / name for name in members)):
@@ -94,10 +94,5 @@ def find_runs(path: Path) -> list[dict[str, Any]]:
     folder, names = (path, (BEST, LAST)) if path.is_dir() else (path.parent, (path.name,))
     if path.is_file() or not (folder / LIST).is_file() or names[-1] not in (BEST, LAST):
         return []
-    runs: list[dict[str, Any]] = read_json(folder / LIST)["runs"]
-    for run in runs:
-        files = [folder / run["name"] / name for name in names]
-        run["file"] = next((file for file in files if file.is_file()), None)
-        if run["file"] is None:
-            raise UsageError(f"{files[0].parent} has no {names[0]}: resume its training first")
-    return runs
+    runs = read_json(folder / LIST)["runs"]
+    return [run | {"file": find_checkpoint(folder / run["name"], *names)} for run in runs]

@@ -24,7 +24,7 @@ from common.batch import Tree, first_tensor, tree_map
 from common.choices import ENGINES, check_choice
 from common.optimizers import Weights
 from common.task import Extras, Task, sum_over_tasks
-from maml import MAML, MASS, SQUARE, MetaGradient, Outcome, Way
+from maml import MAML, MASS, SQUARE, MetaGradient, Way
 from training.adjoint import (
     EXAMPLES,
     SAME,
@@ -78,17 +78,12 @@ def unrolled(maml: MAML, accelerate: Accelerate, *, in_transform: bool) -> Way:
         leaves = {name: w.detach().requires_grad_() for name, w in parameters.items()}
         total, outcome = maml.total_loss(leaves, tasks, *step_weights)
         gradients = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
-        outcome = Outcome(*tree_map(Tensor.detach, tuple(outcome)))
-        named = dict(zip(leaves, gradients, strict=True))
-        return named, outcome.loss, outcome.outputs, sum_over_tasks(outcome.statistics)
+        loss, outputs, statistics = tree_map(Tensor.detach, tuple(outcome))
+        return dict(zip(leaves, gradients, strict=True)), loss, outputs, sum_over_tasks(statistics)
 
     gradient = accelerate(maml.unrolled if in_transform else by_autograd)
-
-    def way(parameters: Weights, tasks: Task, step_weights: Tensor | None) -> MetaGradient:
-        present = () if step_weights is None else (step_weights,)
-        return MetaGradient(*gradient(parameters, tasks, *present))
-
-    return way
+    # None is no tensor, which a compiled function could take
+    return lambda *arguments: MetaGradient(*gradient(*(part for part in arguments if part is not None)))
 
 
 # ---- without unrolling ---------------------------------------------------------------------------

@@ -8,13 +8,10 @@ once have a `Run` each.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from common.batch import TaskDistribution
 from common.choices import Choices
@@ -67,7 +64,8 @@ class Run:
 
     def begin(self) -> None:
         """Open the event file; a new run describes itself there."""
-        self.log = RunLog(self.folder, begin_at=self.iteration + 1 if self.iteration else 0)
+        if self.writes:
+            self.log = RunLog(self.folder, begin_at=self.iteration + 1 if self.iteration else 0)
         if not self.iteration:
             empty = ["query accuracy"] * (not self.classification)
             empty += ["inner rates"] * (self.choices.inner_rates == "fixed")
@@ -86,9 +84,6 @@ class Run:
         skipped = int(means["skipped"])
         metrics = {name: value for name, value in means.items() if name not in TAIL}
         extend_curve(self.progress.training, self.iteration, metrics)
-        if skipped and self.writes and not self.skipped:
-            text = f"{skipped:,} of the last {self.log_every:,} iterations skipped: non-finite numbers"
-            tqdm.write(f"{text} (train/skipped counts them)", file=sys.stderr)
         self.skipped += skipped
         if self.training.on_nan == "skip":
             metrics["skipped"] = skipped
@@ -109,10 +104,7 @@ class Run:
         world: World,
         interrupted: Callable[[], bool],
     ) -> bool:
-        """Measure validation tasks, add a point to the curves, and return whether it is the best so far.
-
-        Raises InterruptedError, and adds nothing, if `interrupted` returns True meanwhile.
-        """
+        """Measure validation tasks, add a point to the curves, and return whether it is the best so far."""
         norm = self.choices.query_norm
         evaluation = evaluate(
             maml,
@@ -132,15 +124,15 @@ class Run:
         by_step = {name: [step.mean().item() for step in tasks.unbind(1)] for name, tasks in results.items()}
         values = {name: steps[-1] for name, steps in by_step.items()}
         extend_curve(self.progress.validation, self.iteration, values)
-        score, best = values[self.measure], self.progress.best_score
-        score = score if self.classification else -score
+        sign = 1 if self.classification else -1
+        score, best = sign * values[self.measure], self.progress.best_score
         is_best = math.isfinite(score) and (best is None or score > best)
         if is_best:
             best = self.progress.best_score = score
             self.progress.best_iteration = self.iteration
         values["diverged_tasks"] = float(evaluation.diverged(norm)[:, -1].sum())
         if best is not None:
-            values[f"best_{self.measure}"] = best if self.classification else -best
+            values[f"best_{self.measure}"] = sign * best
         scalars = {f"validation/{name}": value for name, value in values.items()}
         for name, steps in by_step.items():
             shown = {round((len(steps) - 1) * tenth / 10) for tenth in range(11)}  # of many steps, eleven
@@ -148,9 +140,10 @@ class Run:
         self.log.scalars(scalars, self.iteration)
         return is_best
 
-    def is_validated(self, iteration: int) -> bool:
-        """Return whether the validation of this iteration, the present one, has been done."""
-        return iteration in self.progress.validation.get("iteration", [])[-1:]
+    @property
+    def last_validation(self) -> float:
+        """Return the iteration of the last validation, 0 without one."""
+        return self.progress.validation.get("iteration", [0])[-1]
 
     @property
     def is_non_finite(self) -> bool:
@@ -201,10 +194,7 @@ class Run:
 
 
 def final_loss(training: Curve) -> dict[str, Any] | None:
-    """Return the "mean" training loss of the last 500 iterations, "from" the first "to" the last.
-
-    Whole points of the curve are taken: fewer or more iterations where these do not divide 500.
-    """
+    """Return the "mean" training loss of about the last 500 iterations, whole points, "from" and "to"."""
     if not training:
         return None
     ends = [int(end) for end in training["iteration"]]

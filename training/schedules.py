@@ -32,10 +32,8 @@ def multi_step_weights(iteration: Tensor, steps: int, iterations: int, dtype: to
 def meta_lr_at(options: TrainingOptions, members: Mapping[str, Tensor], iteration: Tensor) -> Tensor | float:
     """Return the learning rate of the outer loop, in the type of `iteration`.
 
-    It is constant, or goes from the first to the final one: linearly, or by half a cosine wave.
-
-    Args:
-        members: the rates of runs that differ in them, by name of the option.
+    It is constant, or goes from the first to the final one: linearly, or by half a cosine wave. `members`
+    has the rates of runs that differ in them.
     """
     first, final = (members.get(n, getattr(options, n)) for n in ("meta_lr", "meta_lr_final"))
     if options.meta_lr_schedule == "constant":

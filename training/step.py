@@ -112,7 +112,6 @@ class MetaStep:
     tasks, and the messages are summed in between.
 
     Args:
-        distribution: of the training tasks.
         members: what tells runs apart, scalars by name of the option (with several runs `[runs]`): "seed",
             int64; and those of "inner_lr", "meta_lr", "meta_lr_final", "grad_clip", "grad_clip_norm" that
             differ between runs.
@@ -182,7 +181,7 @@ class MetaStep:
     # ---- from one state to the next -----------------------------------------------------------
 
     def __call__(self, state: State, iteration: int | None = None) -> State:
-        """Return the next state; with `iteration`, those so far, the host need not ask the device for it."""
+        """Return the next state; `iteration`: those so far, which the host else asks the device for."""
         if self.computed and self.world.size == 1:
             return self._whole(state, self.numbers)
         message = self.message(state, iteration)

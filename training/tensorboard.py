@@ -64,9 +64,14 @@ class RunLog:
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def _write(self, event: Event) -> None:
-        if self.file is not None:
+        if self.file is None:
+            return
+        try:
             _write_records([event.SerializeToString()], self.file)
             self.file.flush()
+        except OSError as error:  # a full disk
+            error.filename = self.file.name
+            raise
 
     def add(self, point: Summary, iteration: int) -> None:
         """Add a point of any kind."""

@@ -46,11 +46,8 @@ class Trainer:
 
     Args:
         runs: at the same iteration, with settings that differ in `AT_ONCE` alone.
-        maml: the algorithm; for several runs, built to be called `in_transform`.
         training_tasks, validation_tasks: one distribution; numbers of support examples may differ.
-        compiler: compiles functions of `maml` and the whole iteration.
         world: the processes that share the tasks of an iteration.
-        show: whether to show progress.
     """
 
     def __init__(
@@ -78,7 +75,7 @@ class Trainer:
         self._update_runs()
         self.stop = StopRequest(world, self.state.parameters.device, show=self.show)
         self.bar = tqdm(disable=True)
-        self.redrawn_at, self.metrics_text = -math.inf, ""
+        self.metrics_text = ""  # that the bar shows
         self.saved_at = time.monotonic()
 
     @property
@@ -101,13 +98,9 @@ class Trainer:
     # ---- the loop ---------------------------------------------------------------------------
 
     def train(self) -> int:
-        """Train up to the last iteration, save, and write the results.
-
-        Returns the exit code: 128 + signal if one ended it early, `FAILED` if any run became non-finite.
-        """
+        """Train, save and write the results; return the exit code: 0, `FAILED`, or 128 + signal."""
         for run in self.runs:
-            if run.writes:
-                run.begin()
+            run.begin()
         total, begun = self.options.iterations, self.iteration
         bar = tqdm(total=total, initial=begun, mininterval=REDRAW_SECONDS, disable=not self.show)
         with bar as self.bar, self.stop.catch_signals():
@@ -124,7 +117,7 @@ class Trainer:
     def _loop(self) -> None:
         options = self.options
         self.window_start, self.window_first = time.monotonic(), self.iteration
-        if self._is_validation_due():  # the run was stopped before it
+        if self._runs_to_validate():  # stopped before that
             self._validate()
         while self.iteration < options.iterations and self._living_runs() and not self.stop.now:
             if not self._prepare_step():
@@ -133,7 +126,7 @@ class Trainer:
             self._redraw()
             self.stop.ask_others(self.plain_step.stop_asked)
             log = self.iteration % self.runs[0].log_every == 0
-            validate = self._is_validation_due()
+            validate = bool(self._runs_to_validate())
             save = self.iteration % options.save_every == 0
             late = self.world.first and time.monotonic() - self.saved_at > SAVE_SECONDS  # it alone writes
             if log or validate or save:
@@ -154,19 +147,18 @@ class Trainer:
         self.iteration += 1
         self.window_size += 1
 
-    def _is_validation_due(self) -> bool:
-        """Return whether the present iteration's validation is to be done, or was interrupted."""
+    def _runs_to_validate(self) -> list[Run]:
+        """Return the runs whose validation of the present iteration is to be done, or was interrupted."""
         due = self.iteration == self.options.iterations or self.iteration % self.options.val_every == 0
-        validated = (run.is_validated(self.iteration) for run in self._living_runs())
-        return due and self.iteration > 0 and not all(validated)
+        return [run for run in self._living_runs() if due and run.last_validation != self.iteration]
 
     def _end(self) -> int:
         """Write the results, and return the exit code."""
         self._update_runs()
-        missing = self._is_validation_due()
+        missing = bool(self._runs_to_validate())
         with self.world.together():
-            for run in self.runs if not missing else ():
-                if run.writes:
+            for run in self.runs:
+                if run.writes and not missing:
                     run.end()
         if self.stop.signal is not None and (missing or self.iteration < self.options.iterations):
             return 128 + self.stop.signal
@@ -209,10 +201,7 @@ class Trainer:
         return self.iteration < uncompiled < self.options.iterations or self._compile()
 
     def _compile(self) -> bool:
-        """Compile the step by rehearsing it; return False if a signal interrupted it.
-
-        A step that cannot be compiled runs uncompiled, and the user is told why.
-        """
+        """Compile the step by rehearsing it, or say why it stays uncompiled; return False after a signal."""
         self.compiler.interrupted = lambda: self.stop.signal is not None
         self.compiler.active = True
         begin, compiled = time.monotonic(), self.compiler.compiled
@@ -287,10 +276,7 @@ class Trainer:
                 run.iteration, run.progress.window_size = self.iteration, self.window_size
 
     def save(self, name: str, runs: Sequence[Run] | None = None) -> None:
-        """Write a checkpoint of these runs, or of all that have not failed.
-
-        Raises UsageError if they cannot be written; the previous checkpoints stay whole.
-        """
+        """Write a checkpoint of these runs, or of all that have not failed; UsageError if that fails."""
         self._update_runs()
         # a run that has just become non-finite keeps its last checkpoint until `_fail`
         chosen = [run for run in runs or self._living_runs() if run.writes and not run.is_non_finite]
@@ -299,10 +285,8 @@ class Trainer:
                 run.log.sync()  # the points that a checkpoint has seen are on the disk before it
             save_checkpoints({run.folder / name: self._checkpoint_of(run) for run in chosen})
         except OSError as error:
-            raise UsageError(
-                f"{error.filename or chosen[0].folder / name}: not saved at iteration {self.iteration:,} "
-                f"({reason_of(error)}): free some space, and resume from the previous checkpoint"
-            ) from error
+            file, reason = error.filename or chosen[0].folder / name, reason_of(error)
+            raise UsageError(f"{file}: not saved ({reason}): free some space, and resume") from error
         if name == LAST:
             self.saved_at = time.monotonic()
 
@@ -356,9 +340,8 @@ class Trainer:
                 run.add_training(values, rate, lr)
 
     def _redraw(self) -> None:
-        """Move the progress bar on, and twice a second show the metrics."""
-        self.bar.update()
-        if not self.show or time.monotonic() - self.redrawn_at < REDRAW_SECONDS:
+        """Move the progress bar on; when it is due to be drawn, read the metrics."""
+        if not self.bar.update():
             return
         means = [values for values in self._window_means() if math.isfinite(values["last_skipped"])]
         if means:
@@ -366,7 +349,6 @@ class Trainer:
             texts = (f"{n.replace('_', ' ')} {sum(m[n] for m in means) / len(means):.4f}" for n in shown)
             self.metrics_text = ", ".join(texts)
             self.bar.set_postfix_str(self.metrics_text)
-        self.redrawn_at = time.monotonic()
 
     def _say(self, text: str) -> None:
         if self.show:
@@ -384,9 +366,7 @@ class Trainer:
         self._update_runs()
         self.bar.set_postfix_str("validating")
         with suppress(InterruptedError):
-            for run in self._living_runs():
-                if run.is_validated(self.iteration):
-                    continue
+            for run in self._runs_to_validate():
                 with self.maml.at_rate(run.choices.inner_lr):
                     if run.validate(self.maml, tasks, VALIDATION_TASKS, self.world, self.stop.is_local):
                         self.save(BEST, [run])
