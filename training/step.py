@@ -115,7 +115,6 @@ class MetaStep:
         members: what tells runs apart, scalars by name of the option (with several runs `[runs]`): "seed",
             int64; and those of "inner_lr", "meta_lr", "meta_lr_final", "grad_clip", "grad_clip_norm" that
             differ between runs.
-        accelerate: makes a faster function of one of tensors (see compiler.py).
     """
 
     def __init__(
