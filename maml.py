@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad
+from torch.func import grad, vmap
 
 from common.batch import TaskBatch, Tree, first_tensor, joined, stacked_trees, tree_map
 from common.choices import Choices
-from common.optimizers import InnerOptimizer, InnerState, Moments, Weights
-from common.task import Extras, Task, mean_statistics, over_tasks, stack_steps, sum_over_tasks
+from common.optimizers import InnerOptimizer, InnerState, Weights
+from common.task import Extras, Task, loop_over_tasks, mean_statistics, stack_steps, sum_over_tasks
 from learners.batch_norm import norm_parameter_names, record_statistics, set_norms
 from learners.functional import FunctionalLearner
 from learners.heads import adapted_names, context_names, head_names, headless, prototype_head
@@ -120,7 +120,7 @@ class MAML:
         self.learner = self.call.module  # the converted copy
         choices.check(has_batch_norm=self.has_batch_norm)
         self.tasks_at_once = tasks_at_once
-        self.over_tasks = over_tasks(vectorise)
+        self.over_tasks: Callable[..., Callable[..., Any]] = vmap if vectorise else loop_over_tasks
         self.optimizer = InnerOptimizer(
             choices.inner_lr,
             choices.inner_optimizer,
@@ -222,7 +222,7 @@ class MAML:
         if not self.optimizer.is_carried:
             return self.optimizer.start(fast)
         squares = {name: parameters[SQUARE + name] for name in fast}
-        return self.optimizer.start(fast, Moments(squares, parameters[MASS]))
+        return self.optimizer.start(fast, squares, parameters[MASS])
 
     def _prototypes(self, parameters: Weights, task: Task, statistics: Weights | None) -> Weights:
         weights = {name: w for name, w in parameters.items() if not name.startswith((RATE, SQUARE))}

@@ -22,33 +22,20 @@ class InnerState(NamedTuple):
     slots: dict[str, Weights]  # the optimizer's memory of them, by purpose
 
 
-class Moments(NamedTuple):
-    """Adam's second moments as earlier tasks have left them."""
-
-    squares: Weights
-    mass: Tensor  # scalar: how full these averages are, 1 - beta_2 ** steps if they began at zero
-
-
 @dataclass(frozen=True)
 class InnerOptimizer:
-    """Gradient descent, momentum, or Adam, as `torch.optim` computes them.
+    """Gradient descent, momentum (heavy ball), or Adam (Kingma and Ba 2015), as `torch.optim` computes them.
 
-    Args:
-        lr: learning rate of every weight for which `update` gets none.
-        name: "sgd", "momentum" (heavy ball), "adam" (Kingma and Ba 2015), or "adam-carried": Adam whose
-            second moments start where earlier tasks have left them (Nichol et al. 2018).
-        momentum: decay of the mean gradient: momentum, or Adam's beta_1.
-        clip_norm: maximal norm of a task's gradient, all weights together.
-        proximal: lambda of the term lambda / 2 |w - anchor|^2 in the support loss (Rajeswaran et al. 2019).
+    "adam-carried" is Adam whose second moments start where earlier tasks have left them (Nichol et al. 2018).
     """
 
-    lr: float | Tensor
-    name: str = "sgd"
-    momentum: float = 0.9
+    lr: float | Tensor  # of every weight for which `update` gets no rate
+    name: str = "sgd"  # "sgd", "momentum", "adam" or "adam-carried"
+    momentum: float = 0.9  # decay of the mean gradient: momentum, or Adam's beta_1
     beta_2: float = 0.999
     eps: float = 1e-8
-    clip_norm: float | None = None
-    proximal: float = 0.0
+    clip_norm: float | None = None  # maximal norm of a task's gradient, all weights together
+    proximal: float = 0.0  # lambda of lambda / 2 |w - anchor|^2 in the support loss (Rajeswaran et al. 2019)
 
     @property
     def is_carried(self) -> bool:
@@ -64,18 +51,21 @@ class InnerOptimizer:
         """Return whether the update is w - lr * gradient and nothing else."""
         return self.name == "sgd" and self.clip_norm is None and not self.proximal
 
-    def start(self, fast: Weights, moments: Moments | None = None) -> InnerState:
-        """Return the state before the first step; "adam-carried" requires the `moments`."""
+    def start(self, fast: Weights, squares: Weights | None = None, mass: Tensor | None = None) -> InnerState:
+        """Return the state before the first step.
+
+        "adam-carried" requires the second moments of earlier tasks, `squares`, and their `mass`, a scalar:
+        how full these averages are, 1 - beta_2 ** steps if they began at zero.
+        """
         if self.name == "sgd":
             return InnerState(fast, {})
         zeros = {name: torch.zeros_like(w) for name, w in fast.items()}
         if self.name == "momentum":
             return InnerState(fast, {"velocity": zeros})
         weight = next(iter(fast.values()))
-        slots = {"mean": zeros, "square": zeros, "count": {"steps": weight.new_zeros(())}}
-        if moments is not None:
-            slots["square"] = {name: moments.squares[name] for name in fast}
-            slots["count"]["mass"] = moments.mass
+        slots = {"mean": zeros, "square": squares or zeros, "count": {"steps": weight.new_zeros(())}}
+        if mass is not None:
+            slots["count"]["mass"] = mass
         return InnerState(fast, slots)
 
     def update(self, state: InnerState, gradients: Weights, rates: Weights, anchor: Weights) -> InnerState:

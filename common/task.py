@@ -1,7 +1,4 @@
-"""The tasks as the algorithm sees them: a batch's examples, and what travels with them, by name.
-
-A function of one task becomes a function of many by `over_tasks`.
-"""
+"""The tasks as the algorithm sees them: a batch's examples, and what travels with them, by name."""
 
 from __future__ import annotations
 
@@ -11,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 from torch.utils import _pytree as pytree
 
-from common.batch import Tree, register_tree, tree_map
+from common.batch import Tree, register_tree, stacked_trees, tree_map
 from common.optimizers import Weights
 from common.random import Stream
 
@@ -87,12 +83,9 @@ def sum_over_tasks(weights: Weights) -> Weights:
     return {name: w.sum(0) for name, w in weights.items()}
 
 
-def over_tasks(vectorised: bool) -> Callable[..., Callable[..., Any]]:
-    """Return `vmap`, or a loop over tasks that is called like it, as exact and slower, for any learner."""
-    return vmap if vectorised else _one_by_one
+def loop_over_tasks(function: Callable[..., Any], in_dims: Any = 0) -> Callable[..., Any]:
+    """Do what `vmap` does by a loop over tasks: as exact and slower, for any learner."""
 
-
-def _one_by_one(function: Callable[..., Any], in_dims: Any = 0) -> Callable[..., Any]:
     def loop(*arguments: Any) -> Any:
         axes = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(arguments)
         pairs = list(zip(arguments, axes, strict=True))
@@ -102,6 +95,6 @@ def _one_by_one(function: Callable[..., Any], in_dims: Any = 0) -> Callable[...,
             parts = (x if axis is None else pytree.tree_map(lambda t: t[task], x) for x, axis in pairs)
             return function(*parts)
 
-        return pytree.tree_map(lambda *parts: torch.stack(parts), *map(call, range(tasks)))
+        return stacked_trees([call(task) for task in range(tasks)])
 
     return loop

@@ -50,9 +50,7 @@ def _scaled_dot_product_attention(
 ) -> Tensor:
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
-    if is_causal:
-        if attn_mask is not None:
-            raise ValueError("scaled_dot_product_attention: give attn_mask or is_causal, not both")
+    if is_causal:  # PyTorch refuses a mask beside it
         shape = (query.shape[-2], key.shape[-2])
         attn_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -78,8 +76,8 @@ def _multi_head_attention_forward(
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute `nn.MultiheadAttention`; `query` is `[queries, batch, features]`, or has no batch axis."""
-    if bias_k is not None or add_zero_attn or options.get("static_k") is not None:
-        raise ValueError("multi-head attention is supported without add_bias_kv, add_zero_attn and static_k")
+    if bias_k is not None or add_zero_attn:
+        raise ValueError("multi-head attention is supported without add_bias_kv and add_zero_attn")
     if options.get("is_causal") and options.get("attn_mask") is None:
         raise ValueError("multi-head attention: give the attn_mask that is_causal is a hint for")
     weights: Sequence[Tensor]
@@ -116,12 +114,9 @@ def _join_masks(
         attn_mask = attn_mask.unflatten(0, (batch, -1))
     if key_padding_mask is not None:
         key_padding_mask = key_padding_mask.view(batch, 1, 1, -1)
-    total = None
-    for mask in (attn_mask, key_padding_mask):
-        if mask is not None:
-            mask = _additive(~mask if mask.dtype == torch.bool else mask, dtype)
-            total = mask if total is None else total + mask
-    return total
+    masks = [mask for mask in (attn_mask, key_padding_mask) if mask is not None]
+    masks = [_additive(~mask if mask.dtype == torch.bool else mask, dtype) for mask in masks]
+    return sum(masks[1:], masks[0]) if masks else None
 
 
 REPLACEMENTS: Replacements = {

@@ -1,13 +1,8 @@
 """Batch normalisation for few-shot learning: statistics come from the examples at hand.
 
-The inner loop (maml.py) converts a learner's batch norm layers to the layer defined here and chooses the
-statistics of each forward pass:
-
-- *transductive*: a query set is normalised with its own statistics.
-- *inductive*: with those of the support set. Both pass through the network as one batch, whose statistics
-  come from its leading examples alone (`reference`).
-- *per-step* (Antoniou et al. 2019): running statistics for each inner step. `record_statistics` reads what a
-  pass sees; with `uses_buffer`, `functional_call` substitutes them for the buffer like weights.
+A query set is normalised with its own statistics (*transductive*), with those of the support set
+(*inductive*: both pass through the network as one batch, whose `reference` is the support), or with running
+statistics of each inner step (*per-step*, Antoniou et al. 2019: recorded, and given like weights).
 """
 
 from __future__ import annotations
@@ -28,11 +23,6 @@ class BatchNorm(nn.Module):
     """Normalise each channel of `[batch, channels, ...]` with the mean and biased variance of the batch.
 
     The defaults are those of the layer in Finn et al.'s code: its eps, and a shift without a scale.
-
-    Attributes:
-        reference: number of leading examples that give the statistics; None: all.
-        uses_buffer: normalise with the buffer `statistics`, `[2, channels]`: mean and biased variance.
-        seen: a list that collects the statistics of each pass; None: they are not collected.
     """
 
     elementary = True  # see `learners.elementary.is_elementary`
@@ -44,9 +34,9 @@ class BatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels)) if shift else None
         self.statistics: Tensor
         self.register_buffer("statistics", torch.zeros(2, channels), persistent=False)
-        self.reference: int | None = None
-        self.uses_buffer = False
-        self.seen: list[Tensor] | None = None
+        self.reference: int | None = None  # number of leading examples that give the statistics; None: all
+        self.uses_buffer = False  # normalise with the buffer `statistics`: mean and biased variance
+        self.seen: list[Tensor] | None = None  # collects the statistics of each pass
 
     def forward(self, x: Tensor) -> Tensor:
         per_channel = (-1,) + (1,) * (x.dim() - 2)
@@ -97,16 +87,14 @@ def convert_batch_norm(module: nn.Module) -> nn.Module:
 
 
 def norm_layers(module: nn.Module) -> dict[str, BatchNorm]:
-    """Return the batch norm layers by name."""
+    """Return the `BatchNorm` layers by name."""
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, BatchNorm)}
 
 
 def norm_parameter_names(module: nn.Module) -> frozenset[str]:
     """Return the names of the parameters that belong to batch norm layers."""
     layers = norm_layers(module).items()
-    return frozenset(
-        join_names(prefix, name) for prefix, layer in layers for name, _ in layer.named_parameters()
-    )
+    return frozenset(join_names(n, name) for n, layer in layers for name, _ in layer.named_parameters())
 
 
 def join_names(layer: str, name: str) -> str:

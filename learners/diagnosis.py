@@ -1,7 +1,4 @@
-"""Find out why a learner cannot be meta-learned: what it lacks, and which layer fails.
-
-Called after a failure, whose message names an operation of PyTorch but no layer of the user's.
-"""
+"""Find out why a learner cannot be meta-learned: what it lacks, and which layer fails."""
 
 from __future__ import annotations
 
@@ -38,10 +35,9 @@ def find_failure(
 ) -> Finding | None:
     """Return what the learner lacks; None: nothing.
 
-    `weights` are parameters by name, `inputs` one task's arguments of a forward pass, `keys` as in
-    `Elementary`. Hooks of a copy tell which layer's forward pass fails.
+    `inputs` are one task's arguments of a forward pass, `keys` as in `Elementary`.
     """
-    module = copy.deepcopy(module)
+    module = copy.deepcopy(module)  # its hooks tell which layer's forward pass fails
     running: list[str] = []  # layers whose forward has not returned
 
     def pop(*_: Any) -> None:

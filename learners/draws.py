@@ -62,10 +62,8 @@ class Draws:
         return x * (mask / (1.0 - p))
 
 
-def _make(
-    draw: Any, allocate: Any, draws: Draws, *size: Any, generator: Any = None, **options: Any
-) -> Tensor:
-    return draw(draws, allocate(*size, **options))
+def _make(draw: Any, empty: Any, draws: Draws, *size: Any, generator: Any = None, **options: Any) -> Tensor:
+    return draw(draws, empty(*size, **options))
 
 
 def _bernoulli(draws: Draws, input: Tensor, p: float | None = None, *, generator: Any = None) -> Tensor:
@@ -104,7 +102,7 @@ REFUSED = (
     *(torch.multinomial, torch.normal, torch.poisson, torch.binomial, torch.randint, torch.randint_like),
     *(torch.randperm, torch.dropout, torch.feature_dropout, Tensor.multinomial, Tensor.random_),
     *(Tensor.uniform_, Tensor.normal_, Tensor.exponential_, Tensor.cauchy_, Tensor.geometric_),
-    *(Tensor.log_normal_, F.rrelu),
-    *(F.alpha_dropout, F.feature_alpha_dropout, F.gumbel_softmax, F.fractional_max_pool2d),
-    *(F.fractional_max_pool3d, F.fractional_max_pool2d_with_indices, F.fractional_max_pool3d_with_indices),
+    *(Tensor.log_normal_, F.rrelu, F.alpha_dropout, F.feature_alpha_dropout, F.gumbel_softmax),
+    *(F.fractional_max_pool2d, F.fractional_max_pool2d_with_indices),
+    *(F.fractional_max_pool3d, F.fractional_max_pool3d_with_indices),
 )

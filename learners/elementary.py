@@ -1,10 +1,8 @@
 """A learner's forward pass from elementary operations: exact second derivatives, `vmap`, repeatable draws.
 
-Meta-learning differentiates a forward pass twice, vectorised over tasks, and has to draw the same random
-numbers again. PyTorch's fused functions get in the way: kernels of attention have no second derivative, those
-of recurrent networks no rule for `vmap`, and random numbers come from a hidden state. The inner loop
-(maml.py) therefore runs learners under `Elementary`, which substitutes such functions, one file for each
-family of layers. All other functions run as they are, and the module is not changed.
+PyTorch's fused functions get in the way: kernels of attention have no second derivative, those of recurrent
+networks no rule for `vmap`, and random numbers come from a hidden state. `Elementary` substitutes them, one
+file for each family of layers. All other functions run as they are, and the module is not changed.
 
     with Elementary(keys):
         outputs = functional_call(learner, weights, (x,))
@@ -74,8 +72,8 @@ class Elementary(TorchFunctionMode):
 
     Args:
         keys: int64 `[2]`, on which the random numbers depend; None: a pass that draws raises ValueError.
-        like: a tensor of one task. Tensors that the pass allocates (`torch.zeros`) then belong to one task
-            as well under `vmap`, and may be written to. None: `keys` serve.
+        like: a tensor of one task, or the keys. Under `vmap`, tensors that the pass allocates (`torch.zeros`)
+            then belong to one task as well, and may be written to.
     """
 
     def __init__(self, keys: Tensor | None = None, like: Tensor | None = None) -> None:
@@ -103,10 +101,8 @@ def is_elementary(module: nn.Module) -> bool:
 
     The tool's own layers have a class attribute `elementary`.
     """
-    return all(
-        type(layer) in _NOTHING_TO_REPLACE or getattr(type(layer), "elementary", False)
-        for layer in module.modules()
-    )
+    kinds = {type(layer) for layer in module.modules()}
+    return all(kind in _NOTHING_TO_REPLACE or getattr(kind, "elementary", False) for kind in kinds)
 
 
 class NoGradHolds(TorchFunctionMode):

@@ -1,8 +1,7 @@
 """Call a learner as a function of its weights, as the inner loop differentiates it.
 
-The module itself is copied, not changed. Its batch norm layers use the statistics of the batch at hand, its
-fused layers have right second derivatives, its random numbers come from keys, and the buffers that a pass
-changes are returned instead of kept: a pass is a pure function of tensors.
+Batch norm layers use the statistics of the batch at hand, fused layers have right second derivatives, random
+numbers come from keys, and buffers that a pass changes are returned: a pass is a pure function of tensors.
 """
 
 from __future__ import annotations
@@ -27,9 +26,6 @@ from learners.im2col import convert_convolutions
 class FunctionalLearner:
     """A module as a function of weights and inputs: `outputs = learner(weights, x)`.
 
-    Its attributes are by name: the trainable `parameters`, what is `fixed`, fresh running `statistics` of
-    batch norm layers, `[2, channels]`, and the other `buffers` that a pass changes.
-
     Args:
         module: maps `[examples, ...]` to outputs. Several inputs are a tuple, or a dictionary by name.
         convolution: how `nn.Conv2d` is computed, "grouped" or "im2col" (see im2col.py).
@@ -48,16 +44,16 @@ class FunctionalLearner:
         check_choice("convolution", convolution, CONVOLUTIONS)
         self.fixed = fixed_tensors(module)
         self.module = convert_batch_norm(copy.deepcopy(module))
-        learned = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-        self.parameters = {name: p.detach().clone() for name, p in learned.items()}
+        parameters = self.module.named_parameters()
+        self.parameters = {name: p.detach().clone() for name, p in parameters if p.requires_grad}
         if convolution == "im2col":
             convert_convolutions(self.module)
-        self.statistics = fresh_statistics(self.module)
+        self.statistics = fresh_statistics(self.module)  # of batch norm, [2, channels]
         self.compute_dtype = compute_dtype
         if compute_dtype is not None:
             self.module.to(compute_dtype)
             example = None if example is None else in_type(example, compute_dtype)
-        self.buffers = _changing_buffers(self.module, example)
+        self.buffers = _changing_buffers(self.module, example)  # others that a pass changes
         self._is_elementary = is_elementary(self.module)  # then the mode and its cost can be saved
 
     def __call__(

@@ -1,8 +1,4 @@
-"""Which parameters the inner loop adapts: all of them, the head, the body, or a context vector.
-
-Functions from a module to names of its parameters, which `MAML` calls once when it is built. `ContextLayer`
-feeds a vector of the task's own to the network (CAVIA, Zintgraf et al. 2019).
-"""
+"""Which parameters the inner loop adapts: all of them, the head, the body, or a context vector."""
 
 from __future__ import annotations
 
@@ -22,14 +18,11 @@ def head_names(module: nn.Module, head: str | None = None) -> frozenset[str]:
     """Return the names of the head's parameters; a tied parameter goes by the first of its names.
 
     `head` are names of modules or parameters, separated by commas. None: the last module, in the order of
-    `named_modules`, that has parameters of its own and is not a normalisation layer. Raises ValueError if the
-    module has no part of that name.
+    `named_modules`, that has parameters of its own and is not a normalisation layer.
     """
     first_names: dict[int, str] = {}
-    names = {
-        name: first_names.setdefault(id(p), name)
-        for name, p in module.named_parameters(remove_duplicate=False)
-    }
+    parameters = module.named_parameters(remove_duplicate=False)
+    names = {name: first_names.setdefault(id(p), name) for name, p in parameters}
     if head is None:
         layers = [(n, layer) for n, layer in module.named_modules() if not isinstance(layer, _NORMS)]
         parts = [n for n, layer in layers if next(layer.parameters(recurse=False), None) is not None][-1:]
@@ -39,8 +32,8 @@ def head_names(module: nn.Module, head: str | None = None) -> frozenset[str]:
     for part in parts:
         inside = {first for n, first in names.items() if not part or f"{n}.".startswith(f"{part}.")}
         if not inside:
-            layers_there = ", ".join(dict.fromkeys(n.rpartition(".")[0] or n for n in names))
-            raise ValueError(f"the learner has no part {part!r}: there are {layers_there}")
+            layer_names = ", ".join(dict.fromkeys(n.rpartition(".")[0] or n for n in names))
+            raise ValueError(f"the learner has no part {part!r}: there are {layer_names}")
         selected |= inside
     return frozenset(selected)
 
@@ -74,8 +67,8 @@ def prototype_head(embeddings: Tensor, labels: Tensor, head: dict[str, Tensor]) 
     """Return the linear head that classifies by distance to the class means (Triantafillou et al. 2020).
 
     A class with mean embedding c has weights 2 c and bias -|c|^2: logits are minus the squared distances, up
-    to what is the same for all classes. `embeddings` are `[support examples, features]`, `labels`
-    `[support examples]`. `head` gives the names and shapes: weight `[ways, features]`, bias `[ways]`.
+    to what is the same for all classes. `embeddings` are `[examples, features]`; `head` gives the names and
+    shapes, weight `[ways, features]` and bias `[ways]`.
     """
     weight, bias = sorted(head, key=lambda name: head[name].dim(), reverse=True)
     classes = torch.arange(len(head[weight]), device=labels.device)
@@ -85,10 +78,10 @@ def prototype_head(embeddings: Tensor, labels: Tensor, head: dict[str, Tensor]) 
 
 
 class ContextLayer(nn.Module):
-    """Modulate a layer's output by a linear function of a context vector, `[size]`, which begins at zero.
+    """Modulate a layer's output by a linear function of a context vector (CAVIA, Zintgraf et al. 2019).
 
     The output is shifted, which for a linear layer equals joining the context to its inputs. With `film` its
-    channels are scaled and shifted: y (1 + scale) + shift.
+    channels are scaled and shifted: y (1 + scale) + shift. The context, `[size]`, begins at zero.
     """
 
     elementary = True  # see `learners.elementary.is_elementary`
@@ -110,11 +103,10 @@ class ContextLayer(nn.Module):
 
 
 def add_context(module: nn.Module, size: int, *, seed: int = 0) -> nn.Module:
-    """Wrap one layer in a `ContextLayer`, in place, where Zintgraf et al. (2019) have it.
+    """Wrap one layer in a `ContextLayer`, in place; return the module, or its wrapper.
 
     Networks with convolutions: scale and shift (FiLM) after the middle one, the third of four. Others: a
-    shift after the first linear layer. Batch norm would subtract a shift: where it follows, its output is
-    scaled and shifted. Returns the module, or its wrapper. Raises ValueError where there is no such layer.
+    shift after the first linear layer. Batch norm would subtract a shift: its output is scaled and shifted.
     """
     layers = list(module.named_modules())
     convolutions = [n for n, (_, layer) in enumerate(layers) if isinstance(layer, nn.Conv2d)]
@@ -140,10 +132,7 @@ def context_names(module: nn.Module) -> frozenset[str]:
 
 
 def adapted_names(module: nn.Module, fast_weights: str, head: str | None = None) -> frozenset[str]:
-    """Return the names of the parameters that the inner loop adapts; ValueError where there are none.
-
-    `fast_weights` is "all", "head", "body" or "context", `head` as in `head_names`.
-    """
+    """Return the names of the parameters that the inner loop adapts; ValueError where there are none."""
     everything = frozenset(name for name, p in module.named_parameters() if p.requires_grad)
     contexts = context_names(module)
     selected = contexts if fast_weights == "context" else everything - contexts

@@ -2,9 +2,8 @@
 
 `vmap` over tasks makes one grouped convolution of them, which libraries compute slowly, and its second
 derivatives more slowly still. As a product over gathered patches ("im2col", channels last) every derivative
-is a matrix product again: one for each task, or a single one where tasks share their weights, as they do
-before the first inner step. A compiler fuses the gathering with the layers around it; uncompiled, it costs
-more than it saves (benchmarks/README.md).
+is a matrix product again. A compiler fuses the gathering with the layers around it; uncompiled, it costs more
+than it saves (benchmarks/README.md).
 """
 
 from __future__ import annotations
@@ -23,10 +22,8 @@ class Im2colConv2d(nn.Conv2d):
         # [batch, height, width, channels]: a patch is then a few runs of whole pixels
         x = F.pad(x, self._reversed_padding_repeated_twice).permute(0, 2, 3, 1)
         (down, right), (row, column), (height, width) = self.stride, self.dilation, self.kernel_size
-        rows, columns = (
-            x.shape[1] - row * (height - 1),
-            x.shape[2] - column * (width - 1),
-        )  # of patches' corners
+        rows = x.shape[1] - row * (height - 1)  # where a patch may begin
+        columns = x.shape[2] - column * (width - 1)
         patches = torch.cat(
             [
                 x[:, row * i : row * i + rows : down, column * j : column * j + columns : right]

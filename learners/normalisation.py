@@ -30,7 +30,7 @@ def _scale_and_shift(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> T
     return x if bias is None else x + bias
 
 
-def _per_channel(x: Tensor, weight: Tensor | None) -> Tensor | None:
+def _per_channel(x: Tensor, weight: Any) -> Any:
     """Return `[channels]` in a shape that broadcasts against x, `[batch, channels, ...]`."""
     return None if weight is None else weight.view(-1, *(1,) * (x.dim() - 2))
 
@@ -60,14 +60,13 @@ def _batch_norm(
     all_but_channels = [0, *range(2, input.dim())]
     weight, bias = _per_channel(input, weight), _per_channel(input, bias)
     if training:
-        if running_mean is not None and running_var is not None:  # the task's own buffers (see maml.py)
+        if running_mean is not None and running_var is not None:  # buffers of this task alone
             wide = input.detach().to(torch.promote_types(input.dtype, torch.float32))
             statistics = torch.var_mean(wide, all_but_channels, correction=1)
             for running, now in zip((running_var, running_mean), statistics, strict=True):
                 running.copy_(running + momentum * (now - running))
         return _scale_and_shift(_normalise(input, all_but_channels, eps), weight, bias)
     mean, variance = _per_channel(input, running_mean), _per_channel(input, running_var)
-    assert mean is not None and variance is not None
     return _scale_and_shift((input - mean) * torch.rsqrt(variance + eps), weight, bias).to(input.dtype)
 
 
