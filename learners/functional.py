@@ -75,9 +75,8 @@ class FunctionalLearner:
             wide = self.statistics.keys()
             weights = {n: w if n in wide else w.to(self.compute_dtype) for n, w in weights.items()}
             x = in_type(x, self.compute_dtype)
-        buffers = {
-            name: b.clone() for name, b in (extras.buffers or self.buffers).items()
-        }  # changed in place
+        # copies, which the pass may change in place
+        buffers = {name: b.clone() for name, b in (extras.buffers or self.buffers).items()}
         with nullcontext() if self._is_elementary else Elementary(extras.keys, first_tensor(x)):
             outputs, after = call_with(module, weights | buffers, x)
         if changed is not None:
