@@ -250,7 +250,7 @@ class MAML:
         Returns the next state, the gradient, the statistics that batch norm saw, and the changed buffers.
         """
         fast, weights = state.fast, shared.weights
-        if self.first_order:  # the gradient counts as a constant of the meta-parameters
+        if self.first_order:  # the outer loss then sees the gradient as a constant
             fast, weights = ({n: w.detach() for n, w in part.items()} for part in (fast, weights))
 
         def loss(fast: Weights) -> tuple[Tensor, tuple[Weights, Weights]]:
