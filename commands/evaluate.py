@@ -39,10 +39,9 @@ def evaluate(call: Call, given: Mapping[str, Any], command: str, world: World) -
     """Measure a checkpoint, all runs of a folder, or the fresh initialisation; return the exit code."""
     with world.together():
         runs = find_runs(call.load) if call.load is not None else []
+    subjects = measure([run["file"] for run in runs] or [call.load], call, given, command, world)
     if not runs:
-        evaluate_one(call, given, command, world)
         return 0
-    subjects = measure([run["file"] for run in runs], call, given, command, world)
     results: dict[str, list[Evaluation]] = {}
     for run, subject in zip(runs, subjects, strict=True):
         results.setdefault(run["setting"] or ALL, []).append(subject.result)
@@ -58,18 +57,13 @@ def evaluate(call: Call, given: Mapping[str, Any], command: str, world: World) -
     return 0
 
 
-def evaluate_one(call: Call, given: Mapping[str, Any], command: str, world: World) -> Subject:
-    """Measure a checkpoint or the fresh initialisation, and print the table."""
-    (subject,) = measure([call.load], call, given, command, world)
-    print(results_table(results_of({ALL: [subject.result]}), subject.caption, losses=True))
-    print(f"Written: {subject.stem(call)}.json and .png")
-    return subject
-
-
 def measure(
     files: Sequence[Path | None], call: Call, given: Mapping[str, Any], command: str, world: World
 ) -> list[Subject]:
-    """Measure checkpoints on test tasks; write each one's result to --out, or next to the checkpoint."""
+    """Measure checkpoints on test tasks; write each one's result to --out, or next to the checkpoint.
+
+    The result of a single one is printed too.
+    """
     with world.together():
         subjects = [Subject.read(file, call, given) for file in files]
         first, configs = subjects[0], [subject.config for subject in subjects]
@@ -88,7 +82,7 @@ def measure(
             subject.build(call, world)
         subject.evaluate()
         if world.first:
-            subject.write(subject.stem(call), command)
+            subject.write(subject.stem(call), command, prints=len(files) == 1)
     return subjects
 
 
@@ -134,10 +128,6 @@ class Subject:
     @property
     def name(self) -> str:
         return f"{self.file}, {self.when}" if self.source else f"the {self.when} (no --load)"
-
-    @property
-    def caption(self) -> Caption:
-        return summarise([self])[0]
 
     def stem(self, call: Call) -> Path:
         """Return the common prefix of the result files; with --out it includes the run's name."""
@@ -192,7 +182,7 @@ class Subject:
             "device": self.runtime.describe(),
         }
 
-    def write(self, stem: Path, command: str) -> None:
+    def write(self, stem: Path, command: str, *, prints: bool) -> None:
         """Write the result as JSON, and as a picture; image tasks get a picture of examples as well."""
         record = {"command": command, **self.record(), **evaluation_record(self.result)}
         write_json(Path(f"{stem}.json"), record)
@@ -207,11 +197,15 @@ class Subject:
             normalisation=choices.query_norm,
             inner_batch=options.eval_inner_batch,
         )
-        results, fits = results_of({ALL: [self.result]}), examples if curves else None
-        write_figure(Path(f"{stem}.png"), results_figure(results, self.caption, fits=fits))
+        results, (caption, _) = results_of({ALL: [self.result]}), summarise([self])
+        figure = results_figure(results, caption, fits=examples if curves else None)
+        write_figure(Path(f"{stem}.png"), figure)
         if examples is not None and not curves:
             title = f"test tasks, {self.when}, {task_words(self.config.tasks)}"
             write_figure(Path(f"{stem}-examples.png"), examples_figure(examples, title))
+        if prints:
+            print(results_table(results, caption, losses=True))
+            print(f"Written: {stem}.json and .png")
 
 
 def summarise(subjects: Sequence[Subject]) -> tuple[Caption, str]:
