@@ -74,30 +74,21 @@ def fill_module(learner: nn.Module, maml: MAML, adapted: Adapted) -> nn.Module:
 
 
 def load(
-    path: Path | str,
-    example: Tree,
-    *,
-    outputs: int | None = None,
-    learner: str | None = None,
-    loss: str | None = None,
-    device: str = "cpu",
+    path: Path | str, example: Tree, *, outputs: int | None = None, device: str = "cpu", **own_code: str
 ) -> tuple[MAML, Weights, Weights]:
-    """Return the algorithm, the meta-parameters and the running statistics of a checkpoint.
+    """Return the algorithm, the meta-parameters and the running statistics of a checkpoint or run.
 
     Args:
-        path: a checkpoint, or the folder of a run.
         example: inputs of some examples, `[examples, ...]`; their shape determines the learner's.
         outputs: number of outputs; None: the classes of the training tasks, or one number. Another number of
             classes requires a run with `--head-init zero` or `prototype`.
-        learner, loss: names of the user's code, where the checkpoint names some.
+        own_code: names of the user's `learner` and `loss`, where the checkpoint names some.
 
-    Raises:
-        UsageError: the file is not a checkpoint, or does not fit.
+    Raises UsageError if the file is not a checkpoint, or does not fit.
     """
     path = find_checkpoint(Path(path), BEST, LAST)
     source = load_checkpoint(path)
-    names = {"learner": learner, "loss": loss}
-    config = _settings_of(source, path, {name: value for name, value in names.items() if value})
+    config = _settings_of(source, path, own_code)
     runtime = set_up(find_device(device, ALONE), config.training.precision, small_tensors=False)
     example = tree_map(lambda part: part.to(runtime.device), example)
     _, maml = build_algorithm(config, runtime, outputs or config.tasks.ways or 1, example, saved=source)

@@ -15,15 +15,14 @@ from typing import Any
 
 from commands.build import make_writable, prepare
 from commands.call import Call
-from commands.evaluate import Subject
-from commands.names import file_name, in_words, select_meaningful, task_size, task_words
+from commands.evaluate import Subject, summarise
+from commands.names import in_words, select_meaningful
 from commands.resolve import select_learned
 from common.errors import UsageError, printable
 from evaluation import meta_test, paired
 from evaluation.figures import comparison_figure
 from evaluation.style import write_figure
-from evaluation.tables import Caption, write_json
-from learners.losses import loss_name
+from evaluation.tables import write_json
 from training.checkpoint import load_checkpoint
 from training.folders import BEST, LAST, find_checkpoint, find_runs
 from training.options import VALIDATION_TASKS
@@ -44,26 +43,24 @@ def compare(call: Call, given: Mapping[str, Any], command: str) -> int:
     runs = read_sides(call, given)
     check_pairs(runs)
     subjects = [subject for side in runs.values() for subject in side.values()]
-    config = subjects[0].config
     number = min(subject.config.evaluation.eval_tasks for subject in subjects)
+    for subject in subjects:
+        subject.config = subject.config.replaced(eval_tasks=number)
     first_task = VALIDATION_TASKS if call.split == "validation" else 0  # those before chose best.pt
     first = Path(call.compare[0])
     folder = make_writable(call.out or (first if first.is_dir() else first.parent).parent, "--out")
     names = "".join(c if c.isalnum() or c in "-_.+=" else "-" for c in "-vs-".join(runs))[:LONGEST_NAMES]
-    sizes = f"{task_size(config.tasks)}-{config.tasks.queries}query-{number}tasks"
-    file = folder / f"comparison-{names}-{call.split}-{file_name(config.tasks.dataset)}-{sizes}.json"
-    what = f"{config.tasks.dataset}, {task_words(config.tasks)}, {config.tasks.queries} query"
-    what += f": {number} {call.split} tasks"
-    print(f"Comparing on {what}\n  device      {prepare(config, call).describe()}", flush=True)
+    caption, tasks = summarise(subjects, call.split)
+    file = folder / f"comparison-{names}-{tasks}.json"
+    device = prepare(subjects[0].config, call).describe()
+    print(f"Comparing on {caption.title}\n  device      {device}", flush=True)
     curves = {}
     for subject in subjects:
         print(f"Measuring {subject.name}", flush=True)
-        subject.config = subject.config.replaced(eval_tasks=number)
         subject.build(call)
         subject.evaluate(call.split, first_task=first_task)
         curves[subject] = _read_curves(subject)
     sides = [_side_of(name, side, curves) for name, side in runs.items()]
-    caption = Caption(what, loss_name(config.learner.loss), None, config.evaluation.test_steps)
     print(f"\n{paired.settings_table(sides)}\n")
     which = f"{call.split} tasks" + ", none of which chose a checkpoint" * bool(first_task)
     print(paired.differences_table(sides, caption.loss_name, which))

@@ -111,9 +111,8 @@ class Subject:
             source = load_checkpoint(file)
             trained = config_of(source.settings, file)
             if call.compare:  # the user's code is for the runs that have some
-                own = {name for name in OWN_CODE if is_own_code(given.get(name, ""))}
-                others = {name for name in own if not is_own_code(trained.get(name))}
-                given = {name: value for name, value in given.items() if name not in others}
+                tools = {name for name in OWN_CODE if not is_own_code(trained.get(name))}
+                given = {n: value for n, value in given.items() if n not in tools or not is_own_code(value)}
             try:
                 config = resolve_from(trained, given, evaluate=True, eval_dataset=call.eval_dataset)
             except UsageError as error:
@@ -152,7 +151,7 @@ class Subject:
 
     def evaluate(self, split: str = "test", *, first_task: int = 0) -> None:
         """Measure on the fixed tasks of a split from `first_task` on, with each reading of batch norm."""
-        options, norm = self.config.evaluation, self.config.choices.query_norm
+        options = self.config.evaluation
         self.result = meta_test.evaluate(
             self.maml,
             self.parameters,
@@ -160,7 +159,7 @@ class Subject:
             split,
             tasks=options.eval_tasks,
             steps=options.eval_steps,
-            normalisations=normalisations_of(self.maml, self.statistics, norm),
+            normalisations=normalisations_of(self.maml, self.statistics),
             statistics=self.statistics,
             inner_batch=options.eval_inner_batch,
             skipped=first_task,
@@ -186,17 +185,10 @@ class Subject:
         """Write the result as JSON, and as a picture; image tasks get a picture of examples as well."""
         record = {"command": command, **self.record(), **evaluation_record(self.result)}
         write_json(Path(f"{stem}.json"), record)
-        choices, options = self.config.choices, self.config.evaluation
-        curves, last = self.distribution.kind == "curves", options.eval_steps
-        examples = adapt_examples(
-            self.maml,
-            self.parameters,
-            self.distribution,
-            "test",
-            steps={min(choices.trained_steps, last), last} if curves else {options.test_steps},
-            normalisation=choices.query_norm,
-            inner_batch=options.eval_inner_batch,
-        )
+        options, curves = self.config.evaluation, self.distribution.kind == "curves"
+        steps = {min(self.maml.choices.trained_steps, options.eval_steps), options.eval_steps}
+        steps, inner_batch = steps if curves else {options.test_steps}, options.eval_inner_batch
+        examples = adapt_examples(self.maml, self.parameters, self.distribution, "test", steps, inner_batch)
         results, (caption, _) = results_of({ALL: [self.result]}), summarise([self])
         figure = results_figure(results, caption, fits=examples if curves else None)
         write_figure(Path(f"{stem}.png"), figure)
@@ -208,7 +200,7 @@ class Subject:
             print(f"Written: {stem}.json and .png")
 
 
-def summarise(subjects: Sequence[Subject]) -> tuple[Caption, str]:
+def summarise(subjects: Sequence[Subject], split: str = "test") -> tuple[Caption, str]:
     """Return what several subjects have in common, in words and as a name for their results."""
 
     def common(values: Iterable[Any], otherwise: Any = None) -> Any:
@@ -220,8 +212,8 @@ def summarise(subjects: Sequence[Subject]) -> tuple[Caption, str]:
     number = common(config.evaluation.eval_tasks for config in configs)
     dataset = common(file_name(part.dataset) for part in tasks)
     queries = common(part.queries for part in tasks)
-    titles = [dataset, common(map(task_words, tasks)), f"{number} test tasks"]
-    names = ["test", dataset, common(map(task_size, tasks)), queries and f"{queries}query", f"{number}tasks"]
+    titles = [dataset, common(map(task_words, tasks)), f"{number} {split} tasks"]
+    names = [split, dataset, common(map(task_size, tasks)), queries and f"{queries}query", f"{number}tasks"]
     caption = Caption(
         title=", ".join(filter(None, titles)),
         loss_name=common((loss_name(config.learner.loss) for config in configs), "loss"),

@@ -47,23 +47,21 @@ def adapt_examples(
     parameters: Weights,
     distribution: TaskDistribution,
     split: str,
-    *,
     steps: Collection[int],
-    normalisation: str,
     inner_batch: int | None = None,
 ) -> Examples | None:
     """Adapt to the first tasks of a split, by 0 and these numbers of steps; None for tasks without a picture.
 
-    Curves are predicted on a dense grid.
+    Curves are predicted on a dense grid. Batch norm is that of the query in training.
     """
     if distribution.kind == "other":
         return None
     batch = distribution.sample_to_draw(split, SEED, TASKS)
-    shown = sorted({0, *steps})
+    shown, norm = sorted({0, *steps}), maml.choices.query_norm
     order, keys = randomness_of(split, batch.support_x, range(TASKS), inner_batch, shown[-1])
-    outputs = maml.predictions(parameters, batch, shown[-1], (normalisation,), order=order, keys=keys)
+    outputs = maml.predictions(parameters, batch, shown[-1], (norm,), order=order, keys=keys)
     on_cpu = TaskBatch(*(tree_map(Tensor.cpu, tree) for tree in batch))
-    return Examples(on_cpu, first_tensor(outputs[normalisation])[:, shown].cpu(), shown, distribution.ways)
+    return Examples(on_cpu, first_tensor(outputs[norm])[:, shown].cpu(), shown, distribution.ways)
 
 
 @style.styled()

@@ -85,10 +85,10 @@ def loss_per_step(maml: MAML, outputs: Tree, targets: Tree) -> Tensor:
     return maml.over_tasks(maml.loss)(outputs, targets).view(sizes)
 
 
-def normalisations_of(maml: MAML, statistics: Weights, trained_with: str) -> tuple[str, ...]:
+def normalisations_of(maml: MAML, statistics: Weights) -> tuple[str, ...]:
     """Return the normalisations to test a learner with; without batch norm, the one it was trained with."""
     if not maml.has_batch_norm:
-        return (trained_with,)
+        return (maml.choices.query_norm,)
     return ("transductive", "inductive", *["per-step"] * bool(statistics))
 
 

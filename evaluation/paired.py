@@ -100,13 +100,14 @@ def differing_settings(sides: Sequence[Side]) -> list[str]:
 
 def settings_table(sides: Sequence[Side]) -> str:
     """Return the settings in which the sides differ: of few sides a row a setting, of many a row a side."""
-    flags, names = differing_settings(sides), [side.name for side in sides]
-    values = [[side.settings.get(flag, "-") for flag in flags] for side in sides]
+    flags = differing_settings(sides)
     if not flags:
         return "All settings are the same."
+    rows = [["differing", *flags]]
+    rows += [[side.name, *(side.settings.get(flag, "-") for flag in flags)] for side in sides]
     if len(sides) <= MOST_COLUMNS:
-        return table(["differing", *names], list(zip(flags, *values, strict=True)))
-    return table(["", *flags], [[name, *row] for name, row in zip(names, values, strict=True)])
+        rows = [list(column) for column in zip(*rows, strict=True)]
+    return table(rows[0], rows[1:])
 
 
 def differences_table(sides: Sequence[Side], loss_name: str, split: str) -> str:

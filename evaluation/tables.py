@@ -238,10 +238,8 @@ def measure_of(runs: Sequence[Summary]) -> str:
 
 
 def _by_setting(runs: Sequence[Summary]) -> dict[str, list[Summary]]:
-    groups: dict[str, list[Summary]] = {}
-    for run in runs:
-        groups.setdefault(run["setting"], []).append(run)
-    return groups
+    settings = dict.fromkeys(run["setting"] for run in runs)
+    return {setting: [run for run in runs if run["setting"] == setting] for setting in settings}
 
 
 def _spreads(runs: Sequence[Summary]) -> dict[str, Spread]:

@@ -90,7 +90,7 @@ def test_chunks_processes_and_skipped_tasks_change_no_number(monkeypatch):
 def test_both_readings_of_batch_norm_and_the_running_statistics_are_measured():
     maml = classifier(steps=2, batch_norm="per-step")
     statistics = maml.initial_statistics()
-    names = meta_test.normalisations_of(maml, statistics, "per-step")
+    names = meta_test.normalisations_of(maml, statistics)
     assert names == ("transductive", "inductive", "per-step")
     result = measured(maml, normalisations=names, statistics=statistics)
     assert list(result.losses) == list(result.accuracies) == list(names)
@@ -98,7 +98,7 @@ def test_both_readings_of_batch_norm_and_the_running_statistics_are_measured():
     assert (
         result.accuracies["transductive"][:, -1].mean() > 0.5 > result.accuracies["transductive"][:, 0].mean()
     )
-    assert meta_test.normalisations_of(regressor(), {}, "inductive") == ("inductive",)
+    assert meta_test.normalisations_of(regressor(), {}) == ("transductive",)
 
 
 def test_an_evaluation_can_be_interrupted_before_a_chunk():
@@ -109,14 +109,13 @@ def test_an_evaluation_can_be_interrupted_before_a_chunk():
 
 def test_examples_are_the_tasks_that_are_measured_and_curves_have_a_dense_grid():
     maml, source = regressor(), Sinusoid(5, 10)
-    how = {"normalisation": "transductive"}
-    curves = adapt_examples(maml, maml.initial_parameters(), source, "test", steps={3, 1}, **how)
+    curves = adapt_examples(maml, maml.initial_parameters(), source, "test", {3, 1})
     x = curves.batch.query_x[0, :, 0]
     assert len(x) == 200 and (x.diff() > 0).all()
     assert curves.steps == [0, 1, 3] and curves.outputs.shape == (3, 3, 200, 1)
     assert torch.equal(curves.batch.support_x, source.sample("test", meta_test.SEED, 0, range(3)).support_x)
     maml = classifier()
-    images = adapt_examples(maml, maml.initial_parameters(), Blobs(), "test", steps={2}, **how)
+    images = adapt_examples(maml, maml.initial_parameters(), Blobs(), "test", {2})
     figure = examples_figure(images, "tasks")
     assert figure.get_suptitle() == "tasks: before and after 2 steps" and len(figure.axes) == 3
 

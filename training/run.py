@@ -152,15 +152,11 @@ class Run:
 
     def draw_examples(self, maml: MAML, distribution: TaskDistribution) -> None:
         """Draw validation tasks before and after adaptation, if their kind has a picture."""
-        examples = adapt_examples(
-            maml,
-            self.parameters,
-            distribution,
-            "validation",
-            steps={self.choices.steps, self.evaluation.test_steps},
-            normalisation=self.choices.query_norm,
-            inner_batch=self.evaluation.eval_inner_batch,
+        steps, inner_batch = (
+            {self.choices.steps, self.evaluation.test_steps},
+            self.evaluation.eval_inner_batch,
         )
+        examples = adapt_examples(maml, self.parameters, distribution, "validation", steps, inner_batch)
         if examples is not None:
             figure = examples_figure(examples, f"validation tasks, iteration {self.iteration:,}")
             self.log.figure("examples", figure, self.iteration, self.folder / "examples.png")
