@@ -26,7 +26,6 @@ from commands.names import select_meaningful
 from commands.resolve import resolve
 from commands.train import train
 from common.device import Runtime
-from common.errors import UsageError
 from common.processes import World
 from evaluation.figures import results_figure
 from evaluation.meta_test import Evaluation, evaluate, loss_per_step
@@ -34,20 +33,16 @@ from evaluation.style import write_figure
 from evaluation.tables import Curve, StepResults, evaluation_record, results_table, write_json
 from tasks.options import CURVES
 from training.checkpoint import load_checkpoint
-from training.folders import LAST, find_runs
+from training.folders import LAST
 
-RATES = {
-    "sgd": (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
-    "adam": (0.001, 0.003, 0.01, 0.03, 0.1),
-}
+RATES = {"sgd": (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0), "adam": (0.001, 0.003, 0.01, 0.03, 0.1)}
 RATE_TASKS = 600  # validation tasks on which rates are chosen
 
 # As a well-known course assignment trains from scratch on each training task, and plots it
 SCRATCH_STEPS, SCRATCH_RATE, WINDOW = 10, 0.001, 300
 EPISODES_AT_ONCE = 3000
 
-# Settings that a baseline shares with the run: those of these groups, and these
-SHARED_GROUPS = ("tasks", "learner", "logging")
+# Settings that a baseline shares with the run, beside those of data, learner and logging
 SHARED = (
     *("meta_batch_size", "iterations", "seed", "precision", "compile", "vectorise", "tasks_at_once"),
     *("eval_tasks", "eval_steps"),
@@ -57,9 +52,6 @@ SHARED = (
 def baselines(call: Call, given: Mapping[str, Any], command: str, world: World) -> int:
     """Measure a checkpoint and its baselines on the same test tasks; return the exit code."""
     assert call.load is not None
-    with world.together():
-        if find_runs(call.load):
-            raise UsageError("--baselines accompanies one run: name its checkpoint")
     (subject,) = measure([call.load], call, given, command, world)
     folder, saved = call.load.parent / "baselines", subject.trained
     for name, flags in trained_baselines(saved).items():
@@ -92,10 +84,7 @@ def baselines(call: Call, given: Mapping[str, Any], command: str, world: World) 
 
 
 def trained_baselines(saved: Config) -> dict[str, dict[str, Any]]:
-    """Return the flags of the runs that baselines are, by name: none in classification.
-
-    Its labels are drawn anew for each task: there is nothing about them to pretrain or to tell.
-    """
+    """Return the flags of runs to train as baselines, by name: none where each task draws labels anew."""
     if saved.tasks.classification:
         return {}
     flags = plain_flags(saved, "pretrain")
@@ -136,11 +125,9 @@ def measure_baselines(
 
 
 def plain_flags(config: Config, algorithm: str, *, testing: bool = False) -> dict[str, Any]:
-    """Return the flags of a run with these data, this budget and the algorithm's own choices.
-
-    With `testing`, for its test tasks alone, the shots of training tasks do not matter.
-    """
-    shared = {*SHARED, *(name for name, flag in CONFIG_FLAGS.items() if flag.group in SHARED_GROUPS)}
+    """Return the flags of a run, or of its test alone, with these data and budget and its own algorithm."""
+    groups = ("tasks", "learner", "logging")
+    shared = {*SHARED, *(name for name, flag in CONFIG_FLAGS.items() if flag.group in groups)}
     values = {name: value for name, value in select_meaningful(config).items() if name in shared - {"oracle"}}
     if config.choices.meta_gradient == "reptile" and config.tasks.train_shots is not None:
         values["train_shots"] = config.training_shots  # without the query, which Reptile counts in
@@ -149,9 +136,9 @@ def plain_flags(config: Config, algorithm: str, *, testing: bool = False) -> dic
     return {name: v for name, v in values.items() if v not in (None, ())} | {"algorithm": algorithm}
 
 
-def scratch_settings(config: Config, *, testing: bool = True) -> Config:
+def scratch_settings(config: Config) -> Config:
     """Return the settings of ordinary training: all weights, from PyTorch's initialisation."""
-    return resolve(plain_flags(config, "maml", testing=testing)).replaced(init="torch", adapt_norm=True)
+    return resolve(plain_flags(config, "maml", testing=True)).replaced(init="torch", adapt_norm=True)
 
 
 def learning_curves(subject: Subject, call: Call) -> dict[str, Curve]:
@@ -166,7 +153,7 @@ def learning_curves(subject: Subject, call: Call) -> dict[str, Curve]:
     points = min(max(1, WINDOW // config.training.log_every), len(curve["iteration"]))
     ends = [int(end) for end in curve["iteration"][points - 1 :: points]]
     learned = torch.tensor(curve["query_loss"][: points * len(ends)], dtype=torch.float64).view(-1, points)
-    distribution, maml = build(scratch_settings(config, testing=False), call, runtime)
+    distribution, maml = build(scratch_settings(config), call, runtime)
     maml = maml.with_options(inner_lr=SCRATCH_RATE, inner_optimizer="adam")
     parameters = maml.initial_parameters(config.training.seed)
     tasks, losses = distribution.resized(config.training_shots), []

@@ -30,11 +30,11 @@ from training.options import VALIDATION_TASKS
 LONGEST_NAMES = 100  # characters of the sides' names in a file name
 
 # Settings that decide the tasks and, for regression, the measure on them
-TASK_SETTINGS = (
+TASKS = (
     *("dataset", "dataset_args", "ways", "shots", "queries", "noise"),
     *("omniglot_split", "quarter_turns", "split_shares", "columns"),
 )
-LOSS_SETTINGS = ("loss", "loss_args")
+MEASURE = ("loss", "loss_args")
 Runs = dict[int, Subject]  # one side of the comparison, by seed
 
 
@@ -131,7 +131,7 @@ def check_pairs(sides: Mapping[str, Runs]) -> None:
     """Raise UsageError where sides have other tasks, another loss (in regression), or no seed in common."""
     (first_name, first), *others = sides.items()
     config = next(iter(first.values())).config
-    measured = TASK_SETTINGS if config.tasks.classification else TASK_SETTINGS + LOSS_SETTINGS
+    measured = TASKS if config.tasks.classification else TASKS + MEASURE
     for name, runs in others:
         other = next(iter(runs.values())).config
         different = [setting for setting in measured if config.get(setting) != other.get(setting)]

@@ -60,10 +60,7 @@ def evaluate(call: Call, given: Mapping[str, Any], command: str, world: World) -
 def measure(
     files: Sequence[Path | None], call: Call, given: Mapping[str, Any], command: str, world: World
 ) -> list[Subject]:
-    """Measure checkpoints on test tasks; write each one's result to --out, or next to the checkpoint.
-
-    The result of a single one is printed too.
-    """
+    """Measure checkpoints on test tasks and write each one's result; print that of a single one."""
     with world.together():
         subjects = [Subject.read(file, call, given) for file in files]
         first, configs = subjects[0], [subject.config for subject in subjects]
@@ -121,12 +118,9 @@ class Subject:
         return cls(file, source, trained, config)
 
     @property
-    def when(self) -> str:
-        return f"iteration {self.source.iteration:,}" if self.source else "fresh initialisation"
-
-    @property
     def name(self) -> str:
-        return f"{self.file}, {self.when}" if self.source else f"the {self.when} (no --load)"
+        fresh = "the fresh initialisation (no --load)"
+        return f"{self.file}, iteration {self.source.iteration:,}" if self.source else fresh
 
     def stem(self, call: Call) -> Path:
         """Return the common prefix of the result files; with --out it includes the run's name."""
@@ -183,18 +177,17 @@ class Subject:
 
     def write(self, stem: Path, command: str, *, prints: bool) -> None:
         """Write the result as JSON, and as a picture; image tasks get a picture of examples as well."""
-        record = {"command": command, **self.record(), **evaluation_record(self.result)}
-        write_json(Path(f"{stem}.json"), record)
+        numbers = evaluation_record(self.result)
+        write_json(Path(f"{stem}.json"), {"command": command, **self.record(), **numbers})
         options, curves = self.config.evaluation, self.distribution.kind == "curves"
         steps = {min(self.maml.choices.trained_steps, options.eval_steps), options.eval_steps}
         steps, inner_batch = steps if curves else {options.test_steps}, options.eval_inner_batch
         examples = adapt_examples(self.maml, self.parameters, self.distribution, "test", steps, inner_batch)
         results, (caption, _) = results_of({ALL: [self.result]}), summarise([self])
-        figure = results_figure(results, caption, fits=examples if curves else None)
-        write_figure(Path(f"{stem}.png"), figure)
+        fits = examples if curves else None
+        write_figure(Path(f"{stem}.png"), results_figure(results, caption, fits=fits))
         if examples is not None and not curves:
-            title = f"test tasks, {self.when}, {task_words(self.config.tasks)}"
-            write_figure(Path(f"{stem}-examples.png"), examples_figure(examples, title))
+            write_figure(Path(f"{stem}-examples.png"), examples_figure(examples, caption.title))
         if prints:
             print(results_table(results, caption, losses=True))
             print(f"Written: {stem}.json and .png")
