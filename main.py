@@ -3,7 +3,6 @@
 
     python main.py                                          # the paper's sinusoid
     python main.py --dataset omniglot -n 5 -k 1             # 5-way 1-shot Omniglot
-    python main.py --algorithm meta-sgd                     # another of the family, or choice by choice
     python main.py --dataset images:FOLDER --learner torchvision:resnet18
     python main.py --load checkpoints/RUN/last.pt           # resume a run
     python main.py --eval --load checkpoints/RUN            # measure it on test tasks
@@ -74,14 +73,11 @@ def run(arguments: list[str]) -> int:
         elif not (call.load or call.resume or call.compare):
             resolve(given)
         from commands.build import join_job
-        from common.processes import leave
 
         call, world = join_job(call)
     except UsageError as error:  # in all processes alike
         raise AgreedError(str(error)) from error
-    code = dispatch(call, given, shlex.join(["main.py", *arguments]), world)
-    leave()
-    return code
+    return dispatch(call, given, shlex.join(["main.py", *arguments]), world)
 
 
 def dispatch(call: Call, given: Mapping[str, Any], command: str, world: World) -> int:

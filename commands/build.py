@@ -238,10 +238,9 @@ def probe_learner(maml: MAML, parameters: Weights, distribution: TaskDistributio
             if failure is None or is_out_of_memory(error):
                 raise
             lack, way_round = PROBLEMS[failure.problem]
-            layer = (
-                f"its layer {failure.layer} ({failure.kind})" if failure.layer else f"{failure.kind} itself"
-            )
-            raise UsageError(f"{learner}: {layer} {lack} ({failure.reason}): {way_round}") from error
+            layer = f"its layer {failure.layer}" if failure.layer else "itself"
+            text = f"{learner}: {layer} ({failure.kind}) {lack} ({failure.reason}): {way_round}"
+            raise UsageError(text) from error
 
 
 # ---- a run ---------------------------------------------------------------------------------------
@@ -334,19 +333,14 @@ def _fit_to_machine(start: Start, given: Mapping[str, Any], runtime: Runtime) ->
 
 
 def _starting_weights(start: Start, maml: MAML) -> Weights:
-    """Return fresh meta-parameters, or the checkpoint's.
-
-    A new run may have another algorithm than its checkpoint: it takes inner rates and carried moments where
-    both have them.
-    """
+    """Return fresh meta-parameters, or the checkpoint's."""
     fresh = maml.initial_parameters(start.config.training.seed)
     if start.checkpoint is None or start.file is None:
         return fresh
-    if start.resumes:
-        return fit_weights(start.file, start.checkpoint, maml, start.config)[0]
     saved = start.checkpoint.parameters
-    rates = {name: w for name, w in fresh.items() if name.startswith((RATE, SQUARE))}
-    saved = rates | {n: w for n, w in saved.items() if n in fresh or not n.startswith((RATE, SQUARE))}
+    if not start.resumes:  # perhaps with another algorithm: take rates and moments where both have them
+        rates = {name: w for name, w in fresh.items() if name.startswith((RATE, SQUARE))}
+        saved = rates | {n: w for n, w in saved.items() if n in fresh or not n.startswith((RATE, SQUARE))}
     return fitting_parameters(start.file, saved, fresh, start.config.learner.learner)
 
 

@@ -96,7 +96,7 @@ ALL_FLAGS = CONFIG_FLAGS | CALL_FLAGS
 CLASHES = (
     ("load", "init_from", "one resumes a run, the other starts one"),
     ("load", "resume", "both resume a run"),
-    ("load", "run_name", "the run's folder is that of the checkpoint"),
+    ("load", "run_name checkpoint_path", "files go to the checkpoint's folder, or to --out"),
     ("init_from", "init", "the checkpoint has the initial weights"),
     ("seeds sweep", "eval adapt load", "the former start runs, or resume them with --resume"),
     ("seeds", "seed", "the former names every seed"),
@@ -111,15 +111,20 @@ CLASHES = (
     ("adapt", "ways shots queries eval_tasks eval_steps samples", "the files say what there is"),
     ("eval_dataset", "dataset", "the checkpoint says what it learned from"),
     ("eval_dataset", "baselines", "these train on the data of the checkpoint"),
+    ("first_order", "meta_gradient", "they make the same choice"),
 )
 # A flag needs one of the others.
-NEEDS = {
-    "resume": ("run_name",),
-    "runs_at_once": ("seeds", "sweep"),
-    "split": ("compare",),
-    "adapt": ("load",),
-    "out": ("eval", "adapt", "compare"),
-}
+NEEDS = (
+    ("resume", "run_name"),
+    ("runs_at_once", "seeds sweep"),
+    ("split", "compare"),
+    ("adapt", "load"),
+    ("out", "eval adapt compare"),
+    ("baselines", "eval"),
+    ("baselines", "load"),
+    ("eval_dataset", "eval split"),
+    ("eval_dataset", "load compare"),
+)
 
 
 def check_call(given: Mapping[str, Any]) -> Call:
@@ -130,16 +135,7 @@ def check_call(given: Mapping[str, Any]) -> Call:
         for first, second in product(firsts.split(), seconds.split()):
             if first in given and second in given:
                 raise UsageError(f"{names[first]} and {names[second]} do not go together: {reason}")
-    for name, others in NEEDS.items():
-        if name in given and not given.keys() & set(others):
-            raise UsageError(f"{names[name]} needs {' or '.join(names[other] for other in others)}")
-    tested = call.eval and call.load
-    if call.baselines and not tested:
-        raise UsageError("--baselines accompanies the evaluation of a checkpoint: give --eval and --load")
-    if call.eval_dataset and not (tested or (call.compare and call.split == "test")):
-        raise UsageError(
-            "--eval-dataset tests a checkpoint: give --eval and --load, or --compare and --split test"
-        )
-    if tested and "checkpoint_path" in given:
-        raise UsageError("--checkpoint-path: results go next to the file of --load, or to --out")
+    for name, others in NEEDS:
+        if name in given and not given.keys() & set(others.split()):
+            raise UsageError(f"{names[name]} needs {' or '.join(names[other] for other in others.split())}")
     return call

@@ -32,7 +32,7 @@ WIDTH = 100  # of the help, at most
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Write flags in one column and their texts in another, with one spelling of each flag."""
+    """Write flags in one column and their texts in another."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=28, width=min(WIDTH, shutil.get_terminal_size().columns - 1))
@@ -41,9 +41,8 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        names = action.option_strings[:1] if action.dest == "checkpoint_path" else action.option_strings
         metavar = "" if action.nargs == 0 or not action.metavar else f" {action.metavar}"
-        return f"{', '.join(names)}{metavar}{' ...' if action.nargs == '+' else ''}"
+        return f"{', '.join(action.option_strings)}{metavar}{' ...' if action.nargs == '+' else ''}"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -98,12 +97,8 @@ def _help_text(name: str, flag: Flag, *, whole: bool) -> str:
         return f"{text} (default{default}"
     if name in DEFAULTS:
         regression, few_ways, many_ways, other = map(show, DEFAULTS[name])
-        omniglot = f"{few_ways} (above 10 ways {many_ways})" if whole and few_ways != many_ways else few_ways
-        default = f"omniglot {omniglot}, else {other}"
-        if few_ways == many_ways == other:
-            default = few_ways if flag.only else f"classification {few_ways}"
-        if not flag.only:
-            default = f"regression {regression}, {default}"
+        omniglot = few_ways if few_ways == many_ways else f"{few_ways} (above 10 ways {many_ways})"
+        default = f"regression {regression}, omniglot {omniglot}, else {other}"
     elif flag.default is None or flag.default is False or flag.default == ():
         return text
     else:

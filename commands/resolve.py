@@ -77,8 +77,6 @@ def _expand_shorthands(given: Mapping[str, Any], shots: int) -> dict[str, Any]:
     values: dict[str, Any] = {}
     if given.get("first_order"):
         values["meta_gradient"] = "first-order"
-        if given.get("meta_gradient", "first-order") != "first-order":
-            raise UsageError(f"--first-order disagrees with --meta-gradient {given['meta_gradient']}")
     samples = given.get("samples")
     if samples is not None:
         values["queries"] = samples - shots

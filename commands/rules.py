@@ -118,12 +118,9 @@ def _size_rules(config: Config, *, testing: bool) -> Iterator[tuple[bool, str]]:
     yield test_steps > eval_steps, f"--test-steps {test_steps} is above --eval-steps {eval_steps}"
     if tasks.dataset != "omniglot":
         return
-    drawings = {"-k": tasks.shots + tasks.queries}
-    if tasks.train_shots is not None and not testing:
-        drawings["--train-shots"] = config.training_shots + tasks.queries
-    for flag, number in drawings.items():
-        limit = f"an Omniglot character has {OMNIGLOT_DRAWINGS} drawings"
-        yield number > OMNIGLOT_DRAWINGS, f"{flag} with -q {tasks.queries} makes {number}; {limit}"
+    drawings = tasks.queries + max(tasks.shots, 0 if testing else config.training_shots)
+    limit = f"an Omniglot character has {OMNIGLOT_DRAWINGS} drawings"
+    yield drawings > OMNIGLOT_DRAWINGS, f"-k or --train-shots with -q makes {drawings}; {limit}"
     fewest, split = min((n, name) for name, n in OMNIGLOT_CLASSES[tasks.omniglot_split].items())
     yield (
         tasks.ways is None or tasks.ways > fewest,

@@ -88,10 +88,7 @@ def print_next(folder: Path, test: Path, config: Config) -> None:
 
 
 def find_start(folder: Path | None, call: Call, given: Mapping[str, Any]) -> build.Start:
-    """Read the settings of a new run, or the checkpoint that it starts from or is resumed from.
-
-    `folder` is the run's, if --run-name says it.
-    """
+    """Read the settings of a new run, or its checkpoint in the folder, in --load or in --init-from."""
     file = call.load
     if folder:
         check_free(folder, call)
@@ -108,9 +105,6 @@ def find_start(folder: Path | None, call: Call, given: Mapping[str, Any]) -> bui
     last = file.with_name(LAST)
     if file != last and last.is_file() and load_checkpoint(last).iteration > checkpoint.iteration:
         raise UsageError(f"{last} is ahead of it: --load that one, or start a new run with --init-from")
-    origin = checkpoint.progress["origin"] or "the initialisation"
-    if call.init_from and not origin.startswith(f"{call.init_from}, "):
-        raise UsageError(f"the run of {file} started from {origin}: leave --init-from out when resuming")
     config = resolve_from(config_of(checkpoint.settings, file), given, evaluate=False)
     return build.Start(config, file, checkpoint, resumes=True)
 

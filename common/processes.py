@@ -171,9 +171,3 @@ def join(world: World, device: torch.device, minutes: float, values_minutes: flo
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
         group = dist.new_group(backend="gloo", timeout=timedelta(minutes=values_minutes))
     return replace(world, group=group)
-
-
-def leave() -> None:
-    """End what `join` began."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

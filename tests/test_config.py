@@ -116,7 +116,7 @@ MISTAKES = [
     ("--dataset omniglot --norm-per-step --adapt-norm", "--adapt-norm has no meaning with --norm-per-step"),
     ("--algorithm reptile --first-order", "--first-order has no meaning with --algorithm reptile"),
     # settings that contradict each other
-    ("--first-order --meta-gradient exact", "--first-order disagrees with --meta-gradient exact"),
+    ("--first-order --meta-gradient exact", "--first-order and --meta-gradient do not go together"),
     ("--samples 10", "--samples 10 leaves no query: it must be above -k 10"),
     ("--dataset omniglot --samples 10", "--samples has no meaning with --dataset omniglot"),
     ("--learner conv", "--learner conv does not fit --dataset sinusoid: use mlp"),
@@ -127,7 +127,7 @@ MISTAKES = [
     ("--algorithm reptile --train-shots 10", "--train-shots 10 must be above -q 10"),
     ("--inner-optimizer adam-carried", "with --meta-gradient reptile alone"),
     ("--test-steps 11 --eval-steps 10", "--test-steps 11 is above --eval-steps 10"),
-    ("--dataset omniglot -k 15 -q 6", "-k with -q 6 makes 21; an Omniglot character has 20 drawings"),
+    ("--dataset omniglot -k 15 -q 6", "-k or --train-shots with -q makes 21; an Omniglot character has 20"),
     ("--dataset omniglot -n 101", "-n 101 is more than the 100 characters of the validation split"),
     # what to do, and where
     ("--eval --resume --run-name x", "--eval and --resume do not go together"),

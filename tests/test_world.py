@@ -36,10 +36,9 @@ import functools, io, json, os, sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 sys.path.insert(0, {root!r})
-import commands.build, common.processes, main
+import commands.build, main
 from training.compiler import Compiler
 
-common.processes.leave = lambda: None
 commands.build.join = functools.cache(commands.build.join)
 main.PATIENCE = 0.0
 build, built = Compiler._build, []
