@@ -326,4 +326,4 @@ def test_a_bad_sweep_is_refused_in_one_line_and_leaves_nothing(line, tmp_path, c
     assert command(*line.split(), "--checkpoint-path", tmp_path / "home") == 2
     output = capsys.readouterr()
     assert REFUSED[line] in output.err and output.err.count("\n") == 1 and not output.out
-    assert not list(tmp_path.iterdir())
+    assert not [*(tmp_path / "home").glob("*")]
