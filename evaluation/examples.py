@@ -96,9 +96,6 @@ def draw_fits(panels: Sequence[Axes], examples: Examples) -> None:
     panels[0].set_ylabel("y")
 
 
-# ---- images ---------------------------------------------------------------------------------
-
-
 def draw_images(panel: Axes, images: Tensor, above: float = 0.0) -> None:
     """Draw images `[rows, columns, channels, height, width]` in [0, 1], each in its unit square of the panel.
 
@@ -144,9 +141,6 @@ def _draw_image_tasks(examples: Examples, ways: int, title: str) -> Figure:
                 look = {"color": colour, "ha": "center", "va": "center", "fontsize": style.SMALL}
                 panel.text(headings[heading], row + 0.5, f"{label} {mark}", **look)
     return figure
-
-
-# ---- predictions for a user's own tasks -----------------------------------------------------
 
 
 @style.styled()

@@ -111,9 +111,6 @@ class Spread:
         return mean + f" ({' to '.join(ends)})" * (self.runs > 1)
 
 
-# ---- results over inner steps --------------------------------------------------------------------
-
-
 def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
     """Return the numbers of one run behind table and picture, and the values of each task behind them."""
     per_step: list[dict[str, Any]] = []
@@ -122,12 +119,11 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
         most = ordered[: math.ceil(0.99 * len(ordered))]
         numbers = {"diverged_tasks": diverged.sum(0), "loss_median": ordered[len(ordered) // 2]}
         numbers["loss_without_worst_percent"] = most.mean(0)
-        measures = {"loss": losses, "accuracy": evaluation.accuracies.get(name)}
-        for measure, values in measures.items():
-            if values is not None:
-                numbers[measure], numbers[f"{measure}_interval_95"] = mean_and_interval(values)
-        mean, interval = mean_and_interval(losses, ~diverged)
-        numbers |= {"loss_without_diverged": mean, "loss_without_diverged_interval_95": interval}
+        measures = {"loss": (losses, None), "loss_without_diverged": (losses, ~diverged)}
+        if evaluation.accuracies:
+            measures["accuracy"] = (evaluation.accuracies[name], None)
+        for measure, (values, kept) in measures.items():
+            numbers[measure], numbers[f"{measure}_interval_95"] = mean_and_interval(values, kept)
         for step in range(losses.shape[1]):
             row = {key: values[step].item() for key, values in numbers.items()}
             per_step.append({"normalisation": name, "steps": step} | row)
@@ -221,9 +217,6 @@ def describe_means(results: Sequence[StepResults]) -> str:
     if any(part.means.shape[1] > 1 for part in results):
         return f"mean over seeds ± mean 95 % interval over {tasks} (lowest to highest seed)"
     return f"mean ± 95 % interval over {tasks}"
-
-
-# ---- learning ------------------------------------------------------------------------------------
 
 
 # How a run was trained: "name", "setting", "seed", "iteration", "failure" (why it stopped), "measure"

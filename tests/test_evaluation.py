@@ -177,3 +177,18 @@ def test_a_table_has_each_reading_after_each_step_and_the_accuracy_of_diverged_t
     assert heading.split() == ["steps", "transductive", "inductive"]
     assert f"1  {mean:.2f} ± {interval:.2f}, 1 diverged" in after_one
     assert "Query accuracy %" in table and table.endswith("over 9 tasks.")
+    quiet = results_of({"all": [Evaluation({"inductive": values}, {"inductive": values / 2})]})
+    heading, before, *_ = results_table(quiet, Caption("", "cross-entropy", 2, 1), losses=True).splitlines()
+    assert heading.split() == ["steps", "accuracy", "%", "cross-entropy"]
+    assert before.split()[-1] == f"{values[:, 0].mean():.4g}"
+
+
+def test_the_record_has_the_median_and_the_mean_without_the_worst_percent():
+    losses = torch.rand(200, 2, dtype=torch.float64)
+    losses[7, 1] = torch.nan
+    before, after = evaluation_record(Evaluation({"inductive": losses}, {}))["per_step"]
+    ordered = sorted(losses[:, 0].tolist())
+    assert before["loss_median"] == ordered[100]
+    assert before["loss_without_worst_percent"] == pytest.approx(sum(ordered[:198]) / 198)
+    ordered = sorted(losses[:, 1].nan_to_num(torch.inf).tolist())
+    assert after["loss_without_worst_percent"] == pytest.approx(sum(ordered[:198]) / 198)
