@@ -110,7 +110,7 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
     norm = given.get("batch_norm", "per-step" if source.statistics else "inductive")
     if norm == "per-step" and not source.statistics:
         raise UsageError("--batch-norm per-step: the checkpoint has no running statistics")
-    folder, steps = make_writable(call.out or call.load.parent, "--out"), config.evaluation.test_steps
+    folder, steps = make_writable(call.out or call.load.parent), config.evaluation.test_steps
     what = f"{call.load}, iteration {source.iteration:,}"
     print_settings(config, runtime, f"Adapting {what} to {call.adapt}, {steps} steps")
     predictions = []

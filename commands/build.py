@@ -13,7 +13,7 @@ import copy
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -381,12 +381,11 @@ def collect_facts(config: Config, runtime: Runtime, checkpoint: Checkpoint | Non
     return {**facts, "checkpoint": checkpoint.iteration if checkpoint else None, **config.values()}
 
 
-def make_writable(folder: Path, flag: str) -> Path:
-    """Create the folder if it is missing; raise UsageError, naming the flag, if it cannot be written to."""
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"{flag} {folder}: cannot write there; name another folder")
+def make_writable(folder: Path) -> Path:
+    """Create the folder of --out if it is missing; raise UsageError or OSError if it cannot be written to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"{folder}: cannot write there; name another folder with --out")
     return folder
 
 

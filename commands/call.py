@@ -56,7 +56,7 @@ class Call:
         help="with --eval --load, or --compare --split test: take the test tasks from another dataset; all "
         "of its classes if it has no split of its own")
     samples: int | None = flag(
-        "--samples", group="tasks", check=at_least(2), metavar="M", default=None, only="regression",
+        "--samples", group="tasks", check=at_least(2, 100_000), metavar="M", default=None, only="regression",
         common=True, help="points per task, of which -k are support; the same as -q (M - k)")
     first_order: bool = flag("--first-order", group="algorithm", default=False, common=True,
         help="the same as --meta-gradient first-order")

@@ -48,7 +48,7 @@ def compare(call: Call, given: Mapping[str, Any], command: str) -> int:
         subject.config = subject.config.replaced(eval_tasks=number)
     first_task = VALIDATION_TASKS if call.split == "validation" else 0  # those before chose best.pt
     first = Path(call.compare[0])
-    folder = make_writable(call.out or (first if first.is_dir() else first.parent).parent, "--out")
+    folder = make_writable(call.out or (first if first.is_dir() else first.parent).parent)
     names = "".join(c if c.isalnum() or c in "-_.+=" else "-" for c in "-vs-".join(runs))[:LONGEST_NAMES]
     caption, tasks = summarise(subjects, call.split)
     file = folder / f"comparison-{names}-{tasks}.json"

@@ -67,7 +67,7 @@ def measure(
         if len({(c.evaluation.eval_steps, c.evaluation.eval_tasks) for c in configs}) > 1:
             raise UsageError("the runs differ in --eval-steps or --eval-tasks: give both")
         if world.first:
-            build.make_writable(first.stem(call).parent, "--out")
+            build.make_writable(first.stem(call).parent)
         runtime = build.prepare(first.config, call, world)
     world.check_same(build.collect_facts(first.config, runtime, first.source))
     build.read_tasks(configs, call, world)

@@ -164,15 +164,10 @@ def resolve_from(
     adapt: bool = False,
     eval_dataset: str | None = None,
 ) -> Config:
-    """Return a checkpoint's settings, with the given flags that may differ from it.
+    """Return a checkpoint's settings, with the given flags that may differ from it, for a test or to resume.
 
     Raises UsageError for any other flag that disagrees with the checkpoint, and for code of the user's that
     the checkpoint names and the flags do not: nothing is imported because a file says so.
-
-    Args:
-        evaluate: for a test, instead of resuming the run.
-        adapt: for --adapt, a kind of test.
-        eval_dataset: test tasks come from this other dataset.
     """
     for name in OWN_CODE if not (adapt or eval_dataset) else ("learner", "loss"):
         if is_own_code(saved.get(name)) and name not in given:

@@ -22,15 +22,10 @@ def _has_head(config: Config) -> bool:
     return config.choices.fast_weights in ("head", "body") or config.choices.head_init != "learned"
 
 
-def _adapts_body(config: Config) -> bool:
-    weights = config.choices.fast_weights
-    return weights in ("all", "body") or (weights == "head" and bool(config.choices.head))
-
-
 BATCH_NORM = ("learner", lambda c: c.learner.has_batch_norm)
 IMPLICIT = ("meta_gradient", lambda c: c.choices.meta_gradient == "implicit")
 # By the `only` of a flag: conditions under which it has a meaning, each with the setting that decides it.
-ONLY: dict[str, tuple[tuple[str, Callable[[Config], bool]], ...]] = {
+ONLY: dict[str, tuple[tuple[str, Callable[[Config], object]], ...]] = {
     "curves": (("dataset", lambda c: c.tasks.dataset in CURVES),),
     "regression": (("dataset", lambda c: not c.tasks.classification),),
     "classification": (("dataset", lambda c: c.tasks.classification),),
@@ -54,7 +49,7 @@ ONLY: dict[str, tuple[tuple[str, Callable[[Config], bool]], ...]] = {
     "schedule": (("meta_lr_schedule", lambda c: c.training.meta_lr_schedule != "constant"),),
     "norm that can adapt": (
         BATCH_NORM,
-        ("fast_weights", _adapts_body),
+        ("fast_weights", lambda c: c.choices.fast_weights in ("all", "body") or c.choices.head),
         ("norm_per_step", lambda c: not c.choices.norm_per_step),
     ),
 }

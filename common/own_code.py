@@ -30,11 +30,14 @@ def is_own_code(name: str) -> bool:
     return bool(colon) and prefix not in RESERVED_PREFIXES
 
 
-def is_well_formed_code(name: str) -> bool:
-    """Return whether a name has the form of the user's code; nothing is imported."""
+def check_code_name(name: str, others: str) -> str | None:
+    """Return what was expected of a name, `others` or code; None if it has the form of the user's code."""
+    if name.endswith(".py"):
+        return "the name of a function or class after a colon, as in file.py:factory"
     module, _, factory = name.rpartition(":")
-    dotted = all(part.isidentifier() for part in module.split("."))
-    return (dotted or module.endswith(".py")) and factory.isidentifier()
+    in_module = all(part.isidentifier() for part in module.split(".")) or module.endswith(".py")
+    good = is_own_code(name) and in_module and factory.isidentifier()
+    return None if good else f"one of {others}, package.module:factory, file.py:factory"
 
 
 def load_code(name: str, flag: str) -> Callable[..., Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from common.options import BY_LEARNER, BY_RULE, flag, key_and_value
-from common.own_code import is_own_code, is_well_formed_code
+from common.own_code import check_code_name
 
 LOSSES = ("mse", "cross-entropy", "bce", "huber")
 
@@ -41,18 +41,12 @@ def learner_facts(learner: str) -> LearnerFacts:
 
 def check_learner_name(name: str) -> str | None:
     kind, _, model = name.partition(":")
-    if name in LEARNERS or (kind == "torchvision" and model):
-        return None
-    if is_own_code(name) and is_well_formed_code(name):
-        return None
-    kinds = "torchvision:MODEL, package.module:factory, file.py:factory"
-    return f"one of {', '.join(LEARNERS)}, {kinds}"
+    good = name in LEARNERS or (kind == "torchvision" and model)
+    return None if good else check_code_name(name, f"{', '.join(LEARNERS)}, torchvision:MODEL")
 
 
 def check_loss_name(name: str) -> str | None:
-    if name in LOSSES or (is_own_code(name) and is_well_formed_code(name)):
-        return None
-    return f"one of {', '.join(LOSSES)}, package.module:function, file.py:function"
+    return None if name in LOSSES else check_code_name(name, ", ".join(LOSSES))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from common.options import BY_DATASET, at_least, flag, key_and_value, not_negative
-from common.own_code import is_own_code, is_well_formed_code
+from common.own_code import check_code_name
 
 CURVES = ("sinusoid", "sinusoid-frequency", "sinusoid-line", "harmonic")
 AUGMENTATIONS = ("flip", "crop", "rotate")
@@ -53,14 +53,13 @@ def is_classification(dataset: str, ways: int | None) -> bool:
     return ways is not None if classification is None else classification
 
 
+examples = at_least(1, 100_000)  # of a task, or of each of its classes
+
+
 def check_dataset(name: str) -> str | None:
-    kind, colon, path = name.partition(":")
-    if name in DATASETS or (kind in FILE_KINDS and path):
-        return None
-    if colon and is_own_code(name) and is_well_formed_code(name):
-        return None
-    kinds = "images:FOLDER, table:FILE, package.module:factory, file.py:factory"
-    return f"one of {', '.join(DATASETS)}, {kinds}"
+    kind, _, path = name.partition(":")
+    good = name in DATASETS or (kind in FILE_KINDS and path)
+    return None if good else check_code_name(name, f"{', '.join(DATASETS)}, images:FOLDER, table:FILE")
 
 
 def check_columns(text: str) -> str | None:
@@ -97,13 +96,13 @@ class TaskOptions:
     ways: int | None = flag(
         "-n", group="tasks", check=at_least(2), metavar="WAYS", only="classification", common=True,
         help="classes per task; makes a table or your own dataset a classification")
-    shots: int = flag("-k", group="tasks", check=at_least(1), metavar="SHOTS", free_on_eval=True, common=True,
+    shots: int = flag("-k", group="tasks", check=examples, metavar="SHOTS", free_on_eval=True, common=True,
         help="support examples per task; in classification, per class")
     queries: int = flag(
-        "-q", group="tasks", check=at_least(1), metavar="QUERIES", free_on_eval=True, common=True,
+        "-q", group="tasks", check=examples, metavar="QUERIES", free_on_eval=True, common=True,
         help="query examples per task; in classification, per class")
     train_shots: int | None = flag(
-        "--train-shots", group="tasks", check=at_least(1), metavar="SHOTS", default=None,
+        "--train-shots", group="tasks", check=examples, metavar="SHOTS", default=None,
         help="support examples of a training task, if not -k; for the Reptile meta-gradient all of its "
         "examples, query included (default k + q)")
     noise: float = flag(

@@ -174,7 +174,12 @@ def test_data_that_does_not_fit_is_refused_in_one_line_and_leaves_nothing(place,
         (regression, place / "task", [], "the checkpoint learned from numbers: give a table"),
         (regression, tmp_path / "full.csv", [], "and others, to predict"),
         (regression, tmp_path / "bare.csv", [], "give rows with targets"),
-        (regression, place / "mine.csv", ["--test-steps", 400, "--out", tmp_path / "full.csv"], "--out"),
+        (
+            regression,
+            place / "mine.csv",
+            ["--test-steps", 400, "--out", tmp_path / "full.csv"],
+            "file exists",
+        ),
     ):
         assert command("--adapt", path, "--load", checkpoint, *more) == 2
         (line,) = capsys.readouterr().err.splitlines()

@@ -97,6 +97,8 @@ def test_facts_about_learners_match_the_learners():
 
 MISTAKES = [
     ("-k 0", "-k: expected a whole number of at least 1, got '0'"),
+    ("-k 2000000000", "-k: expected a whole number up to 100,000, got '2000000000'"),
+    ("--dataset own.py", "expected the name of a function or class after a colon, as in file.py:factory"),
     ("-s 1.5", "-s: expected a whole number, got '1.5'"),
     ("--meta-lr nan", "--meta-lr: expected a number above 0, got 'nan'"),
     ("--dataset mnist", "--dataset: expected one of sinusoid, sinusoid-frequency, sinusoid-line,"),
@@ -138,7 +140,7 @@ MISTAKES = [
     # what the machine and the disk say
     ("--load no-such-file.pt", "no-such-file.pt: there is no such checkpoint"),
     ("--checkpoint-path /dev/null/x", "/dev/null/x"),
-    ("--eval --out /dev/null/x", "--out /dev/null/x: cannot write there"),
+    ("--eval --out /dev/null/x", "/dev/null/x: not a directory"),
     ("--fast-weights head --head 7 --checkpoint-path TMP", "the learner has no part '7'"),
     ("--learner-args width=0 --checkpoint-path TMP", "--learner mlp"),
 ]  # fmt: skip
