@@ -131,6 +131,7 @@ def _draw_image_tasks(examples: Examples, ways: int, title: str) -> Figure:
         panel.set_title(f"correct: {before} → {after} of {ways * queries}", loc="left", pad=18)
         framed = functional.pad(torch.cat([support, query], 1).float(), (1, 1, 1, 1), value=0.4)
         draw_images(panel, framed)
+        panel.set_xlim(-0.5, shown + 2.9)  # with room for the labels
         headings = {"support": shown / 2, "query": shown + 0.5, "before": shown + 1.5, "after": shown + 2.3}
         for heading, x in headings.items():
             panel.text(x, -0.15, heading, ha="center", fontsize=style.SMALL)

@@ -153,12 +153,11 @@ def test_a_task_sheet_marks_each_label_by_more_than_colour():
     assert panel.get_title(loc="left") == "correct: 0 → 2 of 3"
 
 
-@pytest.mark.parametrize(("ways", "shots"), [(5, 1), (20, 5)])
+@pytest.mark.parametrize(("ways", "shots"), [(2, 1), (5, 1), (20, 5)])
 def test_nothing_of_a_sheet_is_clipped_or_covered(ways, shots):
     figure = sheet(ways, shots, 3)
     style.render(figure)
-    panel = figure.axes[0]
-    words = [*panel.texts, panel._left_title]
+    words = [text for panel in figure.axes for text in (*panel.texts, panel._left_title)]
     boxes = [text.get_window_extent() for text in words]
     assert all(b.x0 >= 0 and b.y0 >= 0 and b.x1 <= figure.bbox.x1 and b.y1 <= figure.bbox.y1 for b in boxes)
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
