@@ -115,21 +115,22 @@ def adjoint(maml: MAML, accelerate: Accelerate) -> Way:
         path: list[PathStep] = []
         seen: list[Weights] = []
         for number, step in enumerate(walk(start, shared, tasks)):
-            fast, weights, query_statistics = dict[str, Tensor](), dict[str, Tensor](), {}
+            cotangents: tuple[Weights, Weights] = {}, {}
+            query_statistics: Weights = {}
             if step_weights is not None or number == maml.steps - 1:
-                (fast, weights), (loss, outputs, query_statistics) = query(
+                (fast_cotangent, weights_cotangent), (loss, outputs, query_statistics) = query(
                     step.after.fast, shared[number].weights, step.query
                 )
-                weights = sum_over_tasks(weights)
+                cotangents = fast_cotangent, sum_over_tasks(weights_cotangent)
             if step_weights is not None:
-                fast, weights = tree_map(partial(torch.mul, step_weights[number]), (fast, weights))
+                cotangents = tree_map(partial(torch.mul, step_weights[number]), cotangents)
             seen.append(sum_over_tasks(mean_statistics(step.statistics, query_statistics)))
             pull_back = partial(
                 step_back[step.axis], step.before, shared[number], step.gradients, step.examples
             )
             if is_plain:
                 pull_back = partial(pass_back, step.axis, shared[number])
-            path.append(PathStep(pull_back, fast, weights))
+            path.append(PathStep(pull_back, *cotangents))
         return path, step.after, Outcome(loss, outputs, stack_steps(seen))
 
     @torch.no_grad()
