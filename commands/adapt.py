@@ -111,8 +111,7 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
     if norm == "per-step" and not source.statistics:
         raise UsageError("--batch-norm per-step: the checkpoint has no running statistics")
     folder, steps = make_writable(call.out or call.load.parent), config.evaluation.test_steps
-    what = f"{call.load}, iteration {source.iteration:,}"
-    print_settings(config, runtime, f"Adapting {what} to {call.adapt}, {steps} steps")
+    print_settings(config, runtime, f"Adapting {call.load} to {call.adapt}, {steps} steps")
     predictions = []
     for task in tasks:
         learner, maml, adapted = _adapt_to(task, call.load, source, config, runtime, norm)

@@ -107,10 +107,7 @@ def _side_of(name: str, runs: Runs, curves: Mapping[Subject, dict[str, Any]]) ->
 
 
 def read_sides(call: Call, given: Mapping[str, Any]) -> dict[str, Runs]:
-    """Return the sides that --compare names: a run, or each setting of a folder of many runs.
-
-    Their names are the paths below the folder that all have in common.
-    """
+    """Return the sides of --compare, named by path: a run, or each setting of a folder of many runs."""
     sides: dict[str, Runs] = {}
     common = os.path.commonpath([Path(path).resolve() for path in call.compare])
     for path in map(Path, call.compare):

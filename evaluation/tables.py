@@ -116,9 +116,8 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
     per_step: list[dict[str, Any]] = []
     for name, losses in evaluation.losses.items():
         diverged, ordered = evaluation.diverged(name), losses.sort(0).values  # NaN is the last
-        most = ordered[: math.ceil(0.99 * len(ordered))]
         numbers = {"diverged_tasks": diverged.sum(0), "loss_median": ordered[len(ordered) // 2]}
-        numbers["loss_without_worst_percent"] = most.mean(0)
+        numbers["loss_without_worst_percent"] = ordered[: math.ceil(0.99 * len(ordered))].mean(0)
         measures = {"loss": (losses, None), "loss_without_diverged": (losses, ~diverged)}
         if evaluation.accuracies:
             measures["accuracy"] = (evaluation.accuracies[name], None)
