@@ -253,19 +253,14 @@ class Start:
     config: Config
     file: Path | None = None
     checkpoint: Checkpoint | None = None  # the content of `file`
-    resumes: bool = False  # the run that the checkpoint is of; else a new run takes its weights
-
-    @property
-    def resumed(self) -> Checkpoint | None:
-        return self.checkpoint if self.resumes else None
+    resumed: Checkpoint | None = None  # the same, unless a new run takes its weights
 
     @property
     def finished(self) -> bool:
         """Return whether the last iteration is done and its results are written."""
-        if self.file is None or self.resumed is None:
-            return False
-        done = self.resumed.iteration
-        return done >= self.config.training.iterations and has_results(self.file.parent, done)
+        done = self.resumed.iteration if self.resumed else -1
+        enough = done >= self.config.training.iterations
+        return enough and self.file is not None and has_results(self.file.parent, done)
 
 
 @dataclass(frozen=True)
@@ -326,8 +321,8 @@ def _fit_to_machine(start: Start, given: Mapping[str, Any], runtime: Runtime) ->
         if runtime.world.first:
             print_once("main.py: not compiled: that needs a C++ compiler (install g++), and no MPS")
         off = {"compile": "off"}
-        config = config.replaced(**off) if start.resumes else resolve({**given, **off})
-    if not start.resumes and runtime.device.type == "cuda" and "tasks_at_once" not in given:
+        config = config.replaced(**off) if start.resumed else resolve({**given, **off})
+    if not start.resumed and runtime.device.type == "cuda" and "tasks_at_once" not in given:
         config = config.replaced(tasks_at_once=None)
     return config
 
@@ -338,7 +333,7 @@ def _starting_weights(start: Start, maml: MAML) -> Weights:
     if start.checkpoint is None or start.file is None:
         return fresh
     saved = start.checkpoint.parameters
-    if not start.resumes:  # perhaps with another algorithm: take rates and moments where both have them
+    if not start.resumed:  # perhaps with another algorithm: take rates and moments where both have them
         rates = {name: w for name, w in fresh.items() if name.startswith((RATE, SQUARE))}
         saved = rates | {n: w for n, w in saved.items() if n in fresh or not n.startswith((RATE, SQUARE))}
     return fitting_parameters(start.file, saved, fresh, start.config.learner.learner)

@@ -119,18 +119,14 @@ def parse(arguments: list[str]) -> dict[str, Any]:
 
 
 def presets_table() -> str:
-    """Return the settings of each algorithm, by the columns of the defaults where they differ."""
+    """Return the settings of each algorithm, by the columns of the defaults where these matter."""
     lines = [
         "Settings of each --algorithm (half: of --iterations); where they depend on the data:",
         f"  {' / '.join(DEFAULT_COLUMNS)}\n",
     ]
     for algorithm, row in ALGORITHMS.items():
-        cells = []
-        for name, value in row.items():
-            columns = value if isinstance(value, tuple) else (value,)
-            if len(set(map(str, columns[1:]))) == 1:
-                columns = columns[:2]
-            cells.append(f"{CONFIG_FLAGS[name].name} {'/'.join(map(show, columns))}")
+        columns = {name: value if isinstance(value, tuple) else (value,) for name, value in row.items()}
+        cells = [f"{CONFIG_FLAGS[name].name} {'/'.join(map(show, v))}" for name, v in columns.items()]
         text = f"  {algorithm}: {', '.join(cells) or 'the defaults'}"
         lines += textwrap.wrap(text, WIDTH - 2, subsequent_indent=" " * 6, break_on_hyphens=False)
     return "\n".join(lines)

@@ -40,8 +40,8 @@ def _fill_in(given: Mapping[str, Any]) -> Config:
     classification = is_classification(dataset, flags.get("ways"))
     column = default_column(classification, dataset, flags.get("ways") or DEFAULTS["ways"][1])
     defaults = {name: by_column[column] for name, by_column in DEFAULTS.items()}
-    defaults |= {"dataset": dataset, "image_size": facts.image_size}
-    defaults |= {"channels": facts.channels, "invert": facts.invert}
+    images = {"image_size": facts.image_size, "channels": facts.channels, "invert": facts.invert}
+    defaults |= {"dataset": dataset, **images}
     if facts.classification is None:
         defaults["ways"] = None  # a regression, unless -n is given
     values = defaults | _preset(given, column) | flags

@@ -126,9 +126,9 @@ def group_runs(assemblies: Sequence[Assembly], at_most: int | None) -> list[list
         whole = (training.tasks_at_once or training.meta_batch_size) >= training.meta_batch_size
         together = training.compile == "off" or (tasks.dataset in CURVES and whole)
         size = (at_most or len(assemblies)) if together else 1
-        group = next((g for g in groups if len(g) < size and _fits(g[0], parts)), None)
-        if group is None:
-            groups.append(group := [])
+        group = next((g for g in groups if len(g) < size and _fits(g[0], parts)), [])
+        if not group:
+            groups.append(group)
         group.append(parts)
     return groups
 

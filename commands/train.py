@@ -106,7 +106,7 @@ def find_start(folder: Path | None, call: Call, given: Mapping[str, Any]) -> bui
     if file != last and last.is_file() and load_checkpoint(last).iteration > checkpoint.iteration:
         raise UsageError(f"{last} is ahead of it: --load that one, or start a new run with --init-from")
     config = resolve_from(config_of(checkpoint.settings, file), given, evaluate=False)
-    return build.Start(config, file, checkpoint, resumes=True)
+    return build.Start(config, file, checkpoint, resumed=checkpoint)
 
 
 def make_folder(checkpoint_path: Path, config: Config, locks: ExitStack) -> Path:
