@@ -172,7 +172,7 @@ def test_sides_are_named_after_their_path_and_setting_and_results_lie_next_to_th
         ("maml fomaml --iterations 3", "maml/best.pt: --iterations 3 disagrees"),
         ("maml fomaml --eval", "--eval"),
         ("maml fomaml --seeds 0-1", "--seeds"),
-        ("maml fomaml --out maml/best.pt/x", "cannot write"),
+        ("maml fomaml --out maml/best.pt/x", "not a directory"),
         ("fc fc/last.pt --split test --eval-dataset images:gone", "gone"),
     ],
 )
