@@ -20,7 +20,8 @@ from torch.utils import _pytree as pytree
 
 from common.batch import TaskBatch, TaskDistribution, first_tensor, tree_map
 from common.errors import UsageError
-from common.own_code import call_factory, is_own_code, load_code, parse_arguments, select_accepted
+from common.names import parse_name
+from common.own_code import call_factory, load_code, parse_arguments, select_accepted
 from common.random import SPLITS, Stream, task_stream
 from tasks.file_tasks import Prefetch
 from tasks.image_tasks import ImageTasks
@@ -46,25 +47,25 @@ def build_distribution(
         data_root: the folder of named image sets; a missing one is fetched into it.
         for_test: use all of the data for test if it has no split of its own.
     """
-    name, (prefix, _, path) = options.dataset, options.dataset.partition(":")
-    if is_own_code(name):
+    kind, source, _ = parse_name(options.dataset)
+    if kind == "code":
         return Custom(options=options, shots=options.shots, device=device, dtype=dtype)
     sizes: dict[str, Any] = dict(shots=options.shots, queries=options.queries, device=device, dtype=dtype)
-    if name in FAMILIES:
-        return FAMILIES[name](noise=options.noise, oracle=options.oracle, **sizes)
+    if source in FAMILIES:
+        return FAMILIES[source](noise=options.noise, oracle=options.oracle, **sizes)
     numbers = "0,0,1" if for_test else options.split_shares
     shares = dict(zip(SPLITS, map(int, numbers.split(",")), strict=True))
-    if prefix == "table":
+    if kind == "table":
         columns, classification = Columns.parse(options.columns), options.classification
-        table = load_table(Path(path), columns, dtype, classification=classification, shares=shares)
+        table = load_table(Path(source), columns, dtype, classification=classification, shares=shares)
         return TableTasks(table=table, ways=options.ways, **sizes)
     assert options.ways and options.image_size and options.channels
     form = Form(options.image_size, options.channels, options.invert, options.resize)
-    if prefix == "images":
-        images = open_folder(Path(path), form, shares)
+    if kind == "images":
+        images = open_folder(Path(source), form, shares)
     else:
-        images = open_benchmark(name, data_root, form, options.omniglot_split)
-    turns = options.quarter_turns or name == "omniglot"
+        images = open_benchmark(source, data_root, form, options.omniglot_split)
+    turns = options.quarter_turns or source == "omniglot"
     augment = tuple(options.augment.split(",")) if options.augment else ()
     return ImageTasks(images, ways=options.ways, quarter_turns=turns, augment=augment, **sizes)
 

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UsageError
-from common.own_code import call_factory, is_own_code, load_code, select_accepted
+from common.names import is_own_code, parse_name
+from common.own_code import call_factory, load_code, select_accepted
 from learners.batch_norm import BatchNorm
 from learners.heads import add_context, linear_head, replace_module
 
@@ -133,13 +134,13 @@ def build_torchvision(model: str, outputs: int, /, inputs: Any = None, **argumen
 
 def load_factory(name: str) -> Callable[..., nn.Module]:
     """Return a learner's factory by name; it takes the number of outputs. UsageError if there is none."""
-    if is_own_code(name):
+    kind, model, _ = parse_name(name)
+    if kind == "code":
         return load_code(name, "--learner")
     if name in LEARNERS:
         return LEARNERS[name]
     import torchvision
 
-    model = name.removeprefix("torchvision:")
     models = torchvision.models.list_models(torchvision.models)
     if model not in models:
         nearest = ", ".join(difflib.get_close_matches(model, models, 5) or models[:5])

@@ -20,8 +20,8 @@ from commands.resolve import config_of, resolve, resolve_from
 from common.batch import TaskDistribution
 from common.device import Runtime, versions
 from common.errors import UsageError
+from common.names import is_own_code
 from common.optimizers import Weights
-from common.own_code import is_own_code
 from common.processes import ALONE, World
 from evaluation import meta_test
 from evaluation.examples import adapt_examples, examples_figure

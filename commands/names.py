@@ -9,7 +9,7 @@ from typing import Any
 
 from commands.config import CONFIG_FLAGS, GROUPS, OWN_CODE, Config, show
 from commands.rules import what_makes_meaningless
-from common.own_code import is_own_code
+from common.names import is_own_code, parse_name
 from tasks.options import TaskOptions
 
 
@@ -56,10 +56,10 @@ def describe(*configs: Config) -> str:
 
 def file_name(name: str) -> str:
     """Return a dataset's or a learner's name for a file name: a path's stem, or the factory's name."""
-    kind, colon, path = name.partition(":")
-    if not colon:
+    kind, source, factory = parse_name(name)
+    if not kind:
         return name
-    last = name.rpartition(":")[2] if is_own_code(name) else f"{kind}-{Path(path).stem or 'data'}"
+    last = factory or f"{kind}-{Path(source).stem or 'data'}"
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in last)[:60]
 
 

@@ -14,8 +14,8 @@ from commands.config import CONFIG_FLAGS, OWN_CODE, Config, show
 from commands.presets import ALGORITHMS, CHUNK_IMAGES, COMPILED_FROM, DEFAULTS, default_column
 from commands.rules import check
 from common.errors import UsageError
+from common.names import is_own_code, parse_name
 from common.options import BY_RULE
-from common.own_code import is_own_code
 from learners.options import LEARNERS, learner_facts
 from tasks.options import FILE_KINDS, data_facts, is_classification
 
@@ -215,10 +215,9 @@ def _may_change(saved: Config, name: str, value: Any, free: set[str], *, evaluat
 
 def _may_have_moved(name: str, saved: str) -> bool:
     """Return whether two names may mean the same code or the same files at another place."""
-    if is_own_code(name) and is_own_code(saved):
-        return name.rpartition(":")[2] == saved.rpartition(":")[2]
-    kind = name.partition(":")[0]
-    return kind in FILE_KINDS and kind == saved.partition(":")[0]
+    now, before = parse_name(name), parse_name(saved)
+    same = (now.kind, now.factory) == (before.kind, before.factory)
+    return same and now.kind in (*FILE_KINDS, "code")
 
 
 def _on_other_data(config: Config, dataset: str, given: Mapping[str, Any]) -> Config:
@@ -245,7 +244,7 @@ def _on_other_data(config: Config, dataset: str, given: Mapping[str, Any]) -> Co
 
 
 def _place(dataset: str) -> Path:
-    return Path(dataset.removeprefix("images:").removeprefix("table:")).resolve()
+    return Path(parse_name(dataset).source).resolve()
 
 
 def select_learned(config: Config) -> dict[str, Any]:

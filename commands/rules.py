@@ -8,8 +8,8 @@ from typing import Any
 from commands.call import ALL_FLAGS
 from commands.config import CONFIG_FLAGS, Config, show
 from common.errors import UsageError
+from common.names import is_own_code, parse_name
 from common.options import Flag
-from common.own_code import is_own_code
 from learners.options import LEARNERS
 from tasks.options import CURVES, FILE_KINDS, OMNIGLOT_CLASSES, OMNIGLOT_DRAWINGS, data_facts
 
@@ -32,8 +32,8 @@ ONLY: dict[str, tuple[tuple[str, Callable[[Config], object]], ...]] = {
     "omniglot": (("dataset", lambda c: c.tasks.dataset == "omniglot"),),
     "any images": (("dataset", _has_images),),
     "images": (("dataset", lambda c: _has_images(c) and c.tasks.dataset != "omniglot"),),
-    "files": (("dataset", lambda c: c.tasks.dataset.partition(":")[0] in FILE_KINDS),),
-    "table": (("dataset", lambda c: c.tasks.dataset.startswith("table:")),),
+    "files": (("dataset", lambda c: parse_name(c.tasks.dataset).kind in FILE_KINDS),),
+    "table": (("dataset", lambda c: parse_name(c.tasks.dataset).kind == "table"),),
     "own data": (("dataset", lambda c: is_own_code(c.tasks.dataset)),),
     "batch norm": (BATCH_NORM,),
     "convolutions": (("learner", lambda c: c.learner.facts.convolutional),),

@@ -18,26 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UsageError, one_line
+from common.names import parse_name
 
 TOOL = Path(__file__).resolve().parent.parent
-# Prefixes of names with a colon that are not the user's code: `images:FOLDER`, `torchvision:MODEL`.
-RESERVED_PREFIXES = ("images", "table", "torchvision")
-
-
-def is_own_code(name: str) -> bool:
-    """Return whether the name is a factory in the user's code, such as `file.py:factory`."""
-    prefix, colon, _ = name.partition(":")
-    return bool(colon) and prefix not in RESERVED_PREFIXES
-
-
-def check_code_name(name: str, others: str) -> str | None:
-    """Return what was expected of a name, `others` or code; None if it has the form of the user's code."""
-    if name.endswith(".py"):
-        return "the name of a function or class after a colon, as in file.py:factory"
-    module, _, factory = name.rpartition(":")
-    in_module = all(part.isidentifier() for part in module.split(".")) or module.endswith(".py")
-    good = is_own_code(name) and in_module and factory.isidentifier()
-    return None if good else f"one of {others}, package.module:factory, file.py:factory"
 
 
 def load_code(name: str, flag: str) -> Callable[..., Any]:
@@ -46,7 +29,7 @@ def load_code(name: str, flag: str) -> Callable[..., Any]:
     Modules are found in the working directory too, a file's imports in its folder. Raises UsageError if there
     is no such code or its import fails.
     """
-    source, _, attribute = name.rpartition(":")
+    _, source, attribute = parse_name(name)
     is_file = source.endswith(".py")
     folder = str(Path(source).resolve().parent if is_file else Path.cwd())
     if folder not in sys.path:  # before installed packages, but behind the tool's own modules

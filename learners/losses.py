@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from common.batch import Tree, first_tensor
 from common.errors import UsageError
-from common.own_code import is_own_code, load_code, parse_arguments
+from common.names import is_own_code, parse_name
+from common.own_code import load_code, parse_arguments
 
 
 def mse(outputs: Tree, targets: Tree) -> Tensor:
@@ -62,7 +63,7 @@ _TITLES = {"mse": "MSE", "bce": "binary cross-entropy", "huber": "Huber loss"}
 
 def loss_name(name: str) -> str:
     """Return what tables and figures call a loss: a title, or the name of the user's function."""
-    return _TITLES.get(name, name.rpartition(":")[2])
+    return _TITLES.get(name, parse_name(name).factory or name)
 
 
 def build_loss(name: str, arguments: tuple[str, ...] = ()) -> Callable[[Any, Any], Tensor]:

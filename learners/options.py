@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from common.names import check_code_name, parse_name
 from common.options import BY_LEARNER, BY_RULE, flag, key_and_value
-from common.own_code import check_code_name
 
 LOSSES = ("mse", "cross-entropy", "bce", "huber")
 
@@ -40,7 +40,7 @@ def learner_facts(learner: str) -> LearnerFacts:
 
 
 def check_learner_name(name: str) -> str | None:
-    kind, _, model = name.partition(":")
+    kind, model, _ = parse_name(name)
     good = name in LEARNERS or (kind == "torchvision" and model)
     return None if good else check_code_name(name, f"{', '.join(LEARNERS)}, torchvision:MODEL")
 

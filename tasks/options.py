@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from common.names import check_code_name, parse_name
 from common.options import BY_DATASET, at_least, flag, key_and_value, not_negative
-from common.own_code import check_code_name
 
 CURVES = ("sinusoid", "sinusoid-frequency", "sinusoid-line", "harmonic")
 AUGMENTATIONS = ("flip", "crop", "rotate")
@@ -43,8 +43,8 @@ FILE_KINDS = {  # prefixes of a path
 
 def data_facts(dataset: str) -> DataFacts:
     """Return the facts of a dataset by its name or by the prefix of its path."""
-    kind, colon, _ = dataset.partition(":")
-    return FILE_KINDS.get(kind, DataFacts("any", None)) if colon else DATASETS[dataset]
+    kind, source, _ = parse_name(dataset)
+    return FILE_KINDS.get(kind, DataFacts("any", None)) if kind else DATASETS[source]
 
 
 def is_classification(dataset: str, ways: int | None) -> bool:
@@ -57,7 +57,7 @@ examples = at_least(1, 100_000)  # of a task, or of each of its classes
 
 
 def check_dataset(name: str) -> str | None:
-    kind, _, path = name.partition(":")
+    kind, path, _ = parse_name(name)
     good = name in DATASETS or (kind in FILE_KINDS and path)
     return None if good else check_code_name(name, f"{', '.join(DATASETS)}, images:FOLDER, table:FILE")
 

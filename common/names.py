@@ -1,0 +1,39 @@
+"""Parse the names that flags take, once for learners, datasets and losses. The standard library alone."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+PREFIXES = ("images", "table", "torchvision")
+
+
+class Name(NamedTuple):
+    """The parts of a name."""
+
+    kind: str  # one of `PREFIXES`; "code": the user's; "": built in
+    source: str  # path, model, module or file; of what is built in, the name
+    factory: str = ""  # of the user's code
+
+
+def parse_name(name: str) -> Name:
+    """Return the parts of `sinusoid`, `images:FOLDER`, `torchvision:MODEL` or `file.py:factory`."""
+    prefix, colon, rest = name.partition(":")
+    if not colon or prefix in PREFIXES:
+        return Name(prefix, rest) if colon else Name("", name)
+    source, _, factory = name.rpartition(":")
+    return Name("code", source, factory)
+
+
+def is_own_code(name: str) -> bool:
+    """Return whether a name is that of the user's code."""
+    return parse_name(name).kind == "code"
+
+
+def check_code_name(name: str, others: str) -> str | None:
+    """Return what was expected of a name, `others` or code; None if it has the form of the user's code."""
+    if name.endswith(".py"):
+        return "the name of a function or class after a colon, as in file.py:factory"
+    kind, module, factory = parse_name(name)
+    in_module = all(part.isidentifier() for part in module.split(".")) or module.endswith(".py")
+    good = kind == "code" and in_module and factory.isidentifier()
+    return None if good else f"one of {others}, package.module:factory, file.py:factory"
