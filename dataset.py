@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +102,6 @@ class Regression(TaskDistribution):
     def grid(self, points: int, parameters: tuple[Tensor, ...]) -> Tensor:
         """Return dense, sorted inputs for a picture: `[tasks, points]`, or `[1, points]`."""
         return torch.linspace(-5.0, 5.0, points, device=self.device, dtype=self.dtype)[None]
-
-    @property
-    def examples(self) -> int:
-        return self.shots + self.queries
 
     def resized(self, shots: int) -> Regression:
         return replace(self, shots=shots)
@@ -239,11 +234,6 @@ class Custom(TaskDistribution):
         if not callable(getattr(self.source, "sample", None)):
             raise UsageError(f"--dataset {name} makes a {type(self.source).__name__} without a method sample")
         self.prefetch = Prefetch(self._fetch)
-
-    @cached_property
-    def examples(self) -> int:
-        batch = self._fetch("train", 0, 0, range(1))
-        return sum(first_tensor(tree).shape[1] for tree in (batch.support_x, batch.query_x))
 
     def resized(self, shots: int) -> Custom:
         return self if shots == self.shots else replace(self, shots=shots)

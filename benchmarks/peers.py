@@ -156,7 +156,9 @@ def jax_scan(work: Work) -> Contender:
     initial = {name: jnp.asarray(w.detach().numpy()) for name, w in work.learner.named_parameters()}
     zeros = jax.tree.map(jnp.zeros_like, initial)
     state = [(initial, zeros, zeros, 0.0)]
-    shots, points = work.batch(0).support_x.shape[1], work.distribution.examples
+    batch = work.batch(0)
+    shots = batch.support_x.shape[1]
+    points = shots + batch.query_x.shape[1]
 
     def step(state: Any, key: Any) -> Any:
         batch = jax_sinusoids(key, work.tasks, shots, points)

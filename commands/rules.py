@@ -11,7 +11,7 @@ from common.errors import UsageError
 from common.names import is_own_code, parse_name
 from common.options import Flag
 from learners.options import LEARNERS
-from tasks.options import CURVES, FILE_KINDS, OMNIGLOT_CLASSES, OMNIGLOT_DRAWINGS, data_facts
+from tasks.options import CURVES, FILE_KINDS, data_facts
 
 
 def _has_images(config: Config) -> bool:
@@ -68,12 +68,12 @@ def check(config: Config, given: Mapping[str, Any], *, testing: bool = False) ->
 
     Args:
         given: the flags that the user typed, by name of the setting.
-        testing: the sizes of tasks are those of a test, and what concerns training alone is not checked.
+        testing: what concerns training alone is not checked.
     """
     for name in given:
         if setting := what_makes_meaningless(ALL_FLAGS[name], config):
             raise UsageError(f"{ALL_FLAGS[name].name} has no meaning with {setting}: leave it out")
-    rules = [*_learner_rules(config), *_size_rules(config, testing=testing)]
+    rules = [*_learner_rules(config)]
     if not testing:
         has_batch_norm, classification = config.learner.has_batch_norm, config.tasks.classification
         try:
@@ -87,7 +87,7 @@ def check(config: Config, given: Mapping[str, Any], *, testing: bool = False) ->
 
 
 def _learner_rules(config: Config) -> Iterator[tuple[bool, str]]:
-    """Yield where learner, data and loss do not fit each other."""
+    """Yield where learner, data, loss and steps do not fit each other."""
     tasks, learner = config.tasks, config.learner
     inputs = data_facts(tasks.dataset).inputs
     fitting = " or ".join(name for name, facts in LEARNERS.items() if facts.inputs == inputs)
@@ -99,27 +99,12 @@ def _learner_rules(config: Config) -> Iterator[tuple[bool, str]]:
         learner.init == "paper" and learner.facts.init != "paper",
         f"--init paper: {learner.learner} is not a network of the paper; use torch",
     )
+    test_steps, eval_steps = config.evaluation.test_steps, config.evaluation.eval_steps
+    yield test_steps > eval_steps, f"--test-steps {test_steps} is above --eval-steps {eval_steps}"
     kind = "classification" if tasks.classification else "regression"
     yield (
         learner.loss == ("mse" if tasks.classification else "cross-entropy"),
         f"--loss {learner.loss} does not fit {kind}: leave it out, or use bce, huber or your own",
-    )
-
-
-def _size_rules(config: Config, *, testing: bool) -> Iterator[tuple[bool, str]]:
-    """Yield steps beyond those measured, and tasks with more drawings or characters than Omniglot has."""
-    tasks, evaluation = config.tasks, config.evaluation
-    test_steps, eval_steps = evaluation.test_steps, evaluation.eval_steps
-    yield test_steps > eval_steps, f"--test-steps {test_steps} is above --eval-steps {eval_steps}"
-    if tasks.dataset != "omniglot":
-        return
-    drawings = tasks.queries + max(tasks.shots, 0 if testing else config.training_shots)
-    limit = f"an Omniglot character has {OMNIGLOT_DRAWINGS} drawings"
-    yield drawings > OMNIGLOT_DRAWINGS, f"-k or --train-shots with -q makes {drawings}; {limit}"
-    fewest, split = min((n, name) for name, n in OMNIGLOT_CLASSES[tasks.omniglot_split].items())
-    yield (
-        tasks.ways is None or tasks.ways > fewest,
-        f"-n {tasks.ways} is more than the {fewest} characters of the {split} split ({tasks.omniglot_split})",
     )
 
 

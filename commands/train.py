@@ -105,6 +105,9 @@ def find_start(folder: Path | None, call: Call, given: Mapping[str, Any]) -> bui
     last = file.with_name(LAST)
     if file != last and last.is_file() and load_checkpoint(last).iteration > checkpoint.iteration:
         raise UsageError(f"{last} is ahead of it: --load that one, or start a new run with --init-from")
+    origin = checkpoint.progress["origin"] or "the initialisation"
+    if call.init_from and not origin.startswith(f"{call.init_from}, "):
+        raise UsageError(f"the run of {file} started from {origin}: leave --init-from out when resuming")
     config = resolve_from(config_of(checkpoint.settings, file), given, evaluate=False)
     return build.Start(config, file, checkpoint, resumed=checkpoint)
 

@@ -39,16 +39,12 @@ class TaskDistribution(Protocol):
         computed: `sample` computes tasks from numbers alone. It can be compiled with the step, and takes the
             seed and the numbers of the tasks as int64 tensors too.
         on_host: `sample` works on the host, a batch ahead, and requires a plain number as the iteration.
-        examples: support and query examples of one task, together.
     """
 
     kind: Kind = "other"
     ways: int | None = None
     computed: bool = False
     on_host: bool = False
-
-    @property
-    def examples(self) -> int: ...
 
     @property
     def classification(self) -> bool:

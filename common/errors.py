@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import re
 
+NOT_DETERMINISTIC = re.compile(r"(\S+) does not have a deterministic implementation")
 # PyTorch's RuntimeErrors on CPU, CUDA and MPS, and those of cuBLAS, cuDNN and C++. Compiled functions of
 # PyTorch 2.11 ("run_func_") fail at nothing else, and say no more.
 OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory|ALLOC_FAILED|bad_alloc|run_func_")
@@ -39,24 +40,15 @@ def reason_of(error: OSError) -> str:
 
 def explain(error: BaseException) -> str | None:
     """Return one printable line on what to do about an error; None for a mistake in this tool."""
-    if operator := _not_deterministic(error):
+    if match := NOT_DETERMINISTIC.search(str(error)):
         way_round = "use another, or leave --deterministic out"
-        return f"--deterministic: the operator {operator} has no deterministic form here: {way_round}"
+        return f"--deterministic: the operator {match[1]} has no deterministic form here: {way_round}"
     if is_out_of_memory(error):
         return "out of memory: lower --tasks-at-once, or take smaller tasks or a smaller --learner"
     if isinstance(error, OSError) and error.filename:
         full = "; free some space, or write to another disk" if error.errno == errno.ENOSPC else ""
         return printable(f"{error.filename}: {reason_of(error)}{full}")
     return printable(one_line(error)) if isinstance(error, OSError | UsageError) else None
-
-
-def _not_deterministic(error: BaseException | None) -> str:
-    while error is not None:
-        operator, sign, _ = str(error).partition(" does not have a deterministic implementation")
-        if sign and isinstance(error, RuntimeError):
-            return operator.split()[-1]
-        error = error.__cause__
-    return ""
 
 
 def one_line(error: BaseException) -> str:

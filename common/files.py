@@ -65,12 +65,9 @@ def read_json(path: Path) -> Any:
         raise UsageError(f"{path} is damaged ({error}): restore it, or move it away") from error
 
 
-def user_cache() -> Path | None:
-    """Return this tool's folder in the user's cache, which may not exist yet; None without a home."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maml"
-    except RuntimeError:
-        return None
+def user_cache() -> Path:
+    """Return this tool's folder in the user's cache, which may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~").expanduser() / ".cache") / "maml"
 
 
 @contextmanager

@@ -7,7 +7,6 @@ summed over NCCL between CUDA GPUs and over gloo between CPUs; plain values trav
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -44,22 +43,15 @@ class World:
         begin = self.rank * length + min(self.rank, rest)
         return range(begin, begin + length + (self.rank < rest))
 
-    def start_sum(self, tensor: Tensor, *, patiently: bool = False) -> Callable[[], Tensor]:
-        """Start to sum a tensor over all processes, in place; the returned function waits for the sum.
+    def sum(self, tensor: Tensor, *, patiently: bool = False) -> Tensor:
+        """Sum a tensor over all processes, in place; every process gets the same bits.
 
-        Every process gets the same bits. `patiently`: a tensor on the CPU, with the timeout of plain values.
+        `patiently`: a tensor on the CPU, with the timeout of plain values.
         """
-        if self.size == 1:
-            return lambda: tensor
-        with _as_lost():
-            work = dist.all_reduce(tensor, group=self.group if patiently else None, async_op=True)
-
-        def result() -> Tensor:
+        if self.size > 1:
             with _as_lost():
-                work.wait()
-            return tensor
-
-        return result
+                dist.all_reduce(tensor, group=self.group if patiently else None)
+        return tensor
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Overwrite a tensor with the first process's."""
@@ -123,29 +115,6 @@ def _as_lost() -> Iterator[None]:
         yield
     except (dist.DistError, RuntimeError) as error:
         raise LostError(one_line(error)[:160]) from error
-
-
-class Late:
-    """Read a number on a GPU two calls late, so that nothing waits for it; on a CPU at once."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.lag = 2 if device.type == "cuda" else 0
-        self.coming: deque[tuple[torch.cuda.Event, Tensor]] = deque()
-
-    def __call__(self, number: Tensor) -> bool:
-        """Return whether the number of `lag` calls ago is above 0."""
-        if not self.lag:
-            return bool(number > 0)
-        copy = torch.empty_like(number, device="cpu", pin_memory=True)
-        copy.copy_(number, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self.coming.append((event, copy))
-        if len(self.coming) <= self.lag:
-            return False
-        event, copy = self.coming.popleft()
-        event.synchronize()
-        return bool(copy > 0)
 
 
 def read_world() -> World:

@@ -117,7 +117,7 @@ def evaluate(
         world: the processes that share the chunks of tasks. All get the same result, whatever their number.
         interrupted: called before each chunk; InterruptedError is raised once it returns True.
     """
-    size = chunk_size(maml, parameters, distribution, tasks)
+    size = chunk_size(maml, parameters, distribution, split, tasks)
     measures = 1 + distribution.classification
     results = torch.zeros(measures, len(normalisations), tasks, steps + 1, dtype=torch.float64)
     for first in range(0, tasks, size)[world.rank :: world.size]:
@@ -136,17 +136,21 @@ def evaluate(
                 correct = accuracy(outputs[name], first_tensor(batch.query_y)[:, None])
                 results[1, column, rows] = correct.cpu().double()
     # each number was measured by one process, and is zero in all others
-    results = world.start_sum(results, patiently=True)()
+    results = world.sum(results, patiently=True)
     losses, *accuracies = (dict(zip(normalisations, measure, strict=True)) for measure in results)
     return Evaluation(losses, accuracies[0] if accuracies else {})
 
 
-def chunk_size(maml: MAML, parameters: Weights, distribution: TaskDistribution, tasks: int) -> int:
+def chunk_size(
+    maml: MAML, parameters: Weights, distribution: TaskDistribution, split: str, tasks: int
+) -> int:
     """Return how many tasks are adapted to at a time, whatever the number of processes."""
     if maml.tasks_at_once:
         return maml.tasks_at_once
     adapted = sum(w.numel() for name, w in parameters.items() if name in maml.adapted)
-    size = min(CHUNK_EXAMPLES // distribution.examples, CHUNK_WEIGHTS // max(1, adapted))
+    one = distribution.sample(split, SEED, 0, range(1))
+    examples = sum(first_tensor(x).shape[1] for x in (one.support_x, one.query_x))
+    size = min(CHUNK_EXAMPLES // examples, CHUNK_WEIGHTS // max(1, adapted))
     if not distribution.computed:  # these take long, and are worth sharing among processes
         size = min(size, -(-tasks // MIN_CHUNKS))
     return max(1, size)

@@ -37,7 +37,7 @@ def cached_pixels(
     fingerprint = hashlib.sha256(repr((CACHE_VERSION, settings, facts)).encode()).hexdigest()[:16]
     title = printable(folder.resolve().name)[:50]  # file systems allow 255 bytes in a name
     name = f".{title}-{fingerprint}.npy"
-    paths = [place / name for place in (folder, user_cache() or folder)]
+    paths = [place / name for place in (folder, user_cache())]
     path = next((path for path in paths if path.is_file()), paths[not os.access(folder, os.W_OK)])
 
     def write(file: IO[bytes]) -> None:  # a full disk is an error here, and a crash in a memory map

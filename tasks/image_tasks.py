@@ -60,10 +60,6 @@ class ImageTasks(TaskDistribution):
         self.prefetch = Prefetch(self._fetch)
 
     @property
-    def examples(self) -> int:
-        return self.ways * (self.shots + self.queries)
-
-    @property
     def split_names(self) -> dict[str, list[str]]:
         if self.images.published:
             return {}

@@ -215,10 +215,6 @@ class TableTasks(TaskDistribution):
         self.most_groups, self.most_rows = int(groups.max()), int(rows.max())
 
     @property
-    def examples(self) -> int:
-        return (self.ways or 1) * (self.shots + self.queries)
-
-    @property
     def split_names(self) -> dict[str, list[str]]:
         names, splits = self.table.tasks, self.table.splits.items()
         parts = {split: sorted(names[i] for i in part.tolist()) for split, part in splits}

@@ -289,7 +289,7 @@ def test_the_table_of_many_runs_has_the_means_of_the_single_ones(tmp_path, capsy
             means.append(json.loads(file.read_text())["per_step"][2]["loss_without_diverged"])
         assert steps[2]["mean"] == pytest.approx(sum(means) / 2, rel=1e-6) and steps[2]["runs"] == 2
     assert command("--eval", "--load", folder, "--baselines") == 2
-    assert "name its checkpoint" in capsys.readouterr().err
+    assert f"{folder} is no checkpoint" in capsys.readouterr().err
 
 
 @given(st.lists(st.tuples(st.integers(0, 2**63 - 100), st.integers(0, 50)), min_size=1, max_size=6))
@@ -326,4 +326,4 @@ def test_a_bad_sweep_is_refused_in_one_line_and_leaves_nothing(line, tmp_path, c
     assert command(*line.split(), "--checkpoint-path", tmp_path / "home") == 2
     output = capsys.readouterr()
     assert REFUSED[line] in output.err and output.err.count("\n") == 1 and not output.out
-    assert not [*(tmp_path / "home").glob("*")]
+    assert not list(tmp_path.iterdir())

@@ -135,7 +135,7 @@ def test_unreadable_files_and_bad_columns_are_named(tmp_path):
 def test_a_regression_task_draws_distinct_rows_of_one_task(tmp_path):
     table = numbered(tmp_path)
     tasks = TableTasks(table=table, ways=None, shots=2, queries=3)
-    assert tasks.examples == 5 and not tasks.classification
+    assert not tasks.classification
     for split in SPLITS:
         batch = tasks.sample(split, 0, 0, range(300))
         assert batch.support_x.shape == (300, 2, 2) and batch.support_y.shape == (300, 2, 1)

@@ -74,7 +74,7 @@ def save_weights(path: Path, module: nn.Module) -> None:
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint onto the CPU, and run nothing in it; UsageError if it is damaged or foreign."""
     if not path.is_file():
-        raise UsageError(f"{path}: there is no such checkpoint")
+        raise UsageError(f"{path} is no checkpoint: name a file")
     content: Any = None
     try:
         with zipfile.ZipFile(path) as archive:

@@ -44,10 +44,7 @@ def cpp_compiler() -> str | None:
 
 def cache_folder() -> Path:
     """Make the folder of compiled functions; raise CompilationError if it is another user's: code is run."""
-    home = user_cache()
-    if home is None:
-        raise CompilationError("there is no cache folder: name one in XDG_CACHE_HOME")
-    folder = home / "compiled"
+    folder = user_cache() / "compiled"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if hasattr(os, "geteuid") and folder.stat().st_uid != os.geteuid():
         raise CompilationError(f"{folder} is another user's: name a folder of your own in XDG_CACHE_HOME")

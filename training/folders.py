@@ -44,6 +44,7 @@ def lock_folder(folder: Path, members: Sequence[str] = ()) -> Iterator[None]:
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, timeout=PATIENCE)
     try:
@@ -59,7 +60,8 @@ def _lock(folder: Path) -> Iterator[None]:
         if not is_occupied(folder):  # nothing came of it
             (folder / LOCK).unlink(missing_ok=True)
             with suppress(OSError):  # another process has just begun there
-                folder.rmdir()
+                for path in created:
+                    path.rmdir()
 
 
 def is_occupied(folder: Path) -> bool:

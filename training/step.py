@@ -186,7 +186,7 @@ class MetaStep:
         message = self.message(state, iteration)
         if self.world.size > 1:
             message[-1] = float(self.stop)
-            message = self.world.start_sum(message)()
+            message = self.world.sum(message)
             self.stop_asked = message[-1]
         return self._receive(state, message)
 

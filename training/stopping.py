@@ -11,20 +11,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-import torch
 from torch import Tensor
 
-from common.processes import Late, World
+from common.processes import World
+
+ASKED_EVERY = 10  # iterations on a GPU, where reading a number waits for the kernels before it
 
 
 class StopRequest:
     """A signal that ends the training loop after the present iteration; `signal` is its number."""
 
-    def __init__(self, world: World, device: torch.device, *, show: bool) -> None:
+    def __init__(self, world: World, *, show: bool) -> None:
         self.world, self.show = world, show
         self.signal: int | None = None
         self._agreed = False
-        self._read_late = Late(device)
 
     @contextmanager
     def catch_signals(self) -> Iterator[None]:
@@ -56,8 +56,10 @@ class StopRequest:
         """Return whether all processes stop now."""
         return self.is_local() or self._agreed
 
-    def ask_others(self, asked: Tensor | None) -> None:
+    def ask_others(self, asked: Tensor | None, iteration: int) -> None:
         """Learn after an iteration whether any process has a signal: `asked` is above 0 then."""
-        if asked is not None and self._read_late(asked):
+        if asked is None or (asked.is_cuda and iteration % ASKED_EVERY):
+            return
+        if asked > 0:
             self.signal = max(self.world.gather(self.signal or 0)) or signal.SIGTERM
             self._agreed = True

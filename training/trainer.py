@@ -73,7 +73,7 @@ class Trainer:
         states = [self._initial_state(run) for run in runs]
         self.state = State(*map(torch.stack, zip(*states, strict=True))) if len(runs) > 1 else states[0]
         self._update_runs()
-        self.stop = StopRequest(world, self.state.parameters.device, show=self.show)
+        self.stop = StopRequest(world, show=self.show)
         self.bar = tqdm(disable=True)
         self.metrics_text = ""  # that the bar shows
         self.saved_at = time.monotonic()
@@ -124,7 +124,7 @@ class Trainer:
                 break  # a signal
             self.step()
             self._redraw()
-            self.stop.ask_others(self.plain_step.stop_asked)
+            self.stop.ask_others(self.plain_step.stop_asked, self.iteration)
             log = self.iteration % self.runs[0].log_every == 0
             validate = bool(self._runs_to_validate())
             save = self.iteration % options.save_every == 0
