@@ -332,10 +332,12 @@ def _starting_weights(start: Start, maml: MAML) -> Weights:
     fresh = maml.initial_parameters(start.config.training.seed)
     if start.checkpoint is None or start.file is None:
         return fresh
+    if start.resumed:
+        return fit_weights(start.file, start.resumed, maml, start.config)[0]
+    # perhaps with another algorithm: take rates and moments where both have them
+    rates = {name: w for name, w in fresh.items() if name.startswith((RATE, SQUARE))}
     saved = start.checkpoint.parameters
-    if not start.resumed:  # perhaps with another algorithm: take rates and moments where both have them
-        rates = {name: w for name, w in fresh.items() if name.startswith((RATE, SQUARE))}
-        saved = rates | {n: w for n, w in saved.items() if n in fresh or not n.startswith((RATE, SQUARE))}
+    saved = rates | {n: w for n, w in saved.items() if n in fresh or not n.startswith((RATE, SQUARE))}
     return fitting_parameters(start.file, saved, fresh, start.config.learner.learner)
 
 
