@@ -25,7 +25,6 @@ from evaluation.style import write_figure
 from evaluation.tables import write_json
 from training.checkpoint import load_checkpoint
 from training.folders import BEST, LAST, find_checkpoint, find_runs
-from training.options import VALIDATION_TASKS
 
 LONGEST_NAMES = 100  # characters of the sides' names in a file name
 
@@ -46,7 +45,8 @@ def compare(call: Call, given: Mapping[str, Any], command: str) -> int:
     number = min(subject.config.evaluation.eval_tasks for subject in subjects)
     for subject in subjects:
         subject.config = subject.config.replaced(eval_tasks=number)
-    first_task = VALIDATION_TASKS if call.split == "validation" else 0  # those before chose best.pt
+    chosen_by = max(subject.trained.training.val_tasks for subject in subjects)  # of best.pt
+    first_task = chosen_by if call.split == "validation" else 0
     first = Path(call.compare[0])
     folder = make_writable(call.out or (first if first.is_dir() else first.parent).parent)
     names = "".join(c if c.isalnum() or c in "-_.+=" else "-" for c in "-vs-".join(runs))[:LONGEST_NAMES]

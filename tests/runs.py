@@ -9,12 +9,18 @@ import torch
 import main
 from training.checkpoint import load_checkpoint
 from training.folders import BEST, LAST
+from training.options import TrainingOptions
 from training.trainer import Trainer
 
 
 def command(*arguments: object) -> int:
     """Run one command line; return its exit code."""
     return main.main([str(argument) for argument in arguments])
+
+
+def validate_on(tasks: int, patch: pytest.MonkeyPatch) -> None:
+    """Change the default of --val-tasks."""
+    patch.setitem(TrainingOptions.__init__.__kwdefaults__, "val_tasks", tasks)
 
 
 def curves(folder: Path) -> dict[str, list[int]]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import command
+from runs import command, validate_on
 from torch import nn
 
 from commands.adapt import load, predict
@@ -43,7 +43,7 @@ def write_images(folder: Path, level: int, count: int) -> None:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch, no_pictures):
-    monkeypatch.setattr("training.trainer.VALIDATION_TASKS", 2)
+    validate_on(2, monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import command, stop_at
+from runs import command, stop_at, validate_on
 
 from commands import baselines
 from commands.call import Call
@@ -14,7 +14,6 @@ from commands.resolve import config_of, resolve, resolve_from
 from common.device import set_up
 from dataset import Sinusoid
 from learner import build_learner
-from training import trainer
 from training.checkpoint import Checkpoint, load_checkpoint
 
 SHORT = ["--iterations", 12, "--log-every", 2, "--val-every", 6, "--save-every", 100, "-k", 4, "-q", 10]
@@ -26,7 +25,7 @@ def _quick(monkeypatch, no_pictures):
     monkeypatch.setattr(baselines, "RATE_TASKS", 20)
     monkeypatch.setattr(baselines, "WINDOW", 30)
     monkeypatch.setattr(baselines, "RATES", {"sgd": (0.01, 0.1), "adam": (0.001, 0.01)})
-    monkeypatch.setattr(trainer, "VALIDATION_TASKS", 4)
+    validate_on(4, monkeypatch)
 
 
 def train(folder: Path, name: str, *flags: object) -> Path:

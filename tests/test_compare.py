@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import write_classes
 from matplotlib.figure import Figure
-from runs import command
+from runs import command, validate_on
 
 from commands.call import Call
 from commands.evaluate import Subject
@@ -25,8 +25,7 @@ def place(tmp_path_factory):
     """Make a folder of trained runs."""
     folder = tmp_path_factory.mktemp("runs")
     patch = pytest.MonkeyPatch()
-    patch.setattr("training.trainer.VALIDATION_TASKS", CHOSEN_BY)
-    patch.setattr("commands.compare.VALIDATION_TASKS", CHOSEN_BY)
+    validate_on(CHOSEN_BY, patch)
     patch.setattr("training.run.Run.draw_examples", lambda *_: None)
     for drawn in ("training.run.learning_figure", "commands.sweep.learning_figure"):
         patch.setattr(drawn, lambda *_, **__: Figure(figsize=(1, 1)))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from runs import assert_same_bits, command
+from runs import assert_same_bits, command, validate_on
 
 from training.checkpoint import load_checkpoint
 from training.folders import LAST
@@ -23,7 +23,7 @@ def net(outputs):
 
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch):
-    monkeypatch.setattr("training.trainer.VALIDATION_TASKS", 4)
+    validate_on(4, monkeypatch)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     yield
     torch.use_deterministic_algorithms(False)

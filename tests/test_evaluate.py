@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import write_classes
-from runs import command
+from runs import command, validate_on
 
 from commands.config import Config
 from commands.evaluate import Subject, summarise
@@ -18,7 +18,7 @@ IMAGES = ["--image-size", 8, "--channels", 1, "-n", 2, "-k", 1, "-q", 1, "--spli
 
 @pytest.fixture(autouse=True)
 def _few_validation_tasks(monkeypatch):
-    monkeypatch.setattr("training.trainer.VALIDATION_TASKS", 4)
+    validate_on(4, monkeypatch)
 
 
 def train(folder: Path, *flags: object) -> Path:

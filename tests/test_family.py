@@ -5,12 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import write_classes
-from runs import assert_same_run, command, curves, stop_at
+from runs import assert_same_run, command, curves, stop_at, validate_on
 
 from commands.presets import ALGORITHMS
 from common.random import minibatch_order, task_stream
 from maml import RATE
-from training import trainer
 from training.checkpoint import load_checkpoint, save_checkpoints
 
 SHORT = ["--iterations", 12, "--log-every", 2, "--val-every", 6, "--save-every", 100, "-k", 4, "--threads", 1]
@@ -31,7 +30,7 @@ RUNS: dict[str, list] = {
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch, no_pictures):
-    monkeypatch.setattr(trainer, "VALIDATION_TASKS", 4)
+    validate_on(4, monkeypatch)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torchvision
 from conftest import ROOT
 from PIL import Image
 from plain_loop import plain_loop
-from runs import assert_same_bits, command
+from runs import assert_same_bits, command, validate_on
 from torch.nn import functional as F
 
 from commands.build import build, build_algorithm, prepare
@@ -84,7 +84,7 @@ def constant(outputs, targets):
 
 @pytest.fixture(autouse=True)
 def _few_validation_tasks(monkeypatch):
-    monkeypatch.setattr("training.trainer.VALIDATION_TASKS", 4)
+    validate_on(4, monkeypatch)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, write_classes
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import assert_same_run, command, curves, stop_at
+from runs import assert_same_run, command, curves, stop_at, validate_on
 
 from commands.call import Call
 from commands.members import members_of, parse_seeds, setting_of
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 
 @pytest.fixture(autouse=True)
 def _few_validation_tasks(monkeypatch):
-    monkeypatch.setattr(trainer, "VALIDATION_TASKS", 4)
+    validate_on(4, monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +258,7 @@ def test_a_sweep_never_mixes_with_other_settings_or_a_single_run(tmp_path, capsy
 
 @SLOW
 def test_processes_share_the_runs(tmp_path):
-    flags = [*SHORT, "--seeds", "0-2", "--checkpoint-path", tmp_path, "--run-name"]
+    flags = [*SHORT, "--val-tasks", 4, "--seeds", "0-2", "--checkpoint-path", tmp_path, "--run-name"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     line = [*launcher, ROOT / "main.py", *flags, "shared"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -267,7 +267,6 @@ def test_processes_share_the_runs(tmp_path):
     assert "3 runs, 2 of them in this process in" in done.stdout and done.stdout.count("best validation") == 1
     summary = json.loads((tmp_path / "shared" / "summary.json").read_text())
     assert [run["name"] for run in summary["runs"]] == ["seed-0", "seed-1", "seed-2"]
-    trainer.VALIDATION_TASKS = 200  # the processes' number
     assert command(*flags, "alone") == 0
     for name in seed_flags(0, 1, 2):
         assert_same_to_rounding(tmp_path / "shared" / name, tmp_path / "alone" / name)

@@ -8,7 +8,6 @@ from common.choices import CONVOLUTIONS, ENGINES
 from common.options import BY_RULE, above_zero, at_least, flag, not_negative, seed_range
 
 META_OPTIMIZERS = ("adam", "sgd")
-VALIDATION_TASKS = 200  # the same ones at every validation of every run
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -56,7 +55,9 @@ class TrainingOptions:
     log_every: int = flag("--log-every", group="logging", check=at_least(1), metavar="N", free_on_resume=True,
         help="iterations per point of the training curves")
     val_every: int = flag("--val-every", group="logging", check=at_least(1), metavar="N", free_on_resume=True,
-        help="iterations between validations on 200 fixed tasks")
+        help="iterations between validations")
+    val_tasks: int = flag("--val-tasks", group="logging", check=at_least(1), metavar="TASKS", default=200,
+        help="validation tasks, the same at each validation; fewer save time with a large network")
     save_every: int = flag(
         "--save-every", group="logging", check=at_least(1), metavar="N", free_on_resume=True,
         help="iterations between savings of last.pt, which is saved every 10 minutes as well")

@@ -100,7 +100,6 @@ class Run:
         self,
         maml: MAML,
         distribution: TaskDistribution,
-        tasks: int,
         world: World,
         interrupted: Callable[[], bool],
     ) -> bool:
@@ -111,7 +110,7 @@ class Run:
             self.parameters,
             distribution,
             "validation",
-            tasks=tasks,
+            tasks=self.training.val_tasks,
             steps=self.choices.trained_steps,
             normalisations=(norm,),
             inner_batch=self.evaluation.eval_inner_batch,

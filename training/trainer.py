@@ -26,7 +26,7 @@ from training import nonfinite
 from training.checkpoint import Checkpoint, save_checkpoints
 from training.compiler import CompilationError, Compiler
 from training.folders import BEST, LAST
-from training.options import VALIDATION_TASKS, TrainingOptions
+from training.options import TrainingOptions
 from training.run import Run
 from training.schedules import meta_lr_at
 from training.step import TAIL, CudaGraph, FlatLayout, MetaStep, State
@@ -368,7 +368,7 @@ class Trainer:
         with suppress(InterruptedError):
             for run in self._runs_to_validate():
                 with self.maml.at_rate(run.choices.inner_lr):
-                    if run.validate(self.maml, tasks, VALIDATION_TASKS, self.world, self.stop.is_local):
+                    if run.validate(self.maml, tasks, self.world, self.stop.is_local):
                         self.save(BEST, [run])
                     if run.writes and (last or number in DRAWN):
                         run.draw_examples(self.maml, tasks)
