@@ -48,16 +48,16 @@ def draw_learning(panel: Axes, curves: Curves, measure: str) -> None:
 def draw_results(panel: Axes, results: Mapping[str, StepResults], caption: Caption) -> None:
     """Draw results over inner steps; one that is not adapted is a horizontal line."""
     for number, (name, part) in enumerate(results.items()):
-        runs = part.means.shape[1]
+        runs = part.kept_means.shape[1]
         label = "mean and 95 % interval" if name == ALL and runs == 1 else name
         label += f": mean of {runs}" * (runs > 1)
-        if any(part.diverged) and not part.accuracy:
+        if part.leaves_out:
             label += f"\n(without {max(part.diverged)} that diverged)"
-        if len(part.means) == 1:
-            panel.axhline(part.means.mean().item(), color=style.GREY, linestyle="--", label=label)
+        if len(part.kept_means) == 1:
+            panel.axhline(part.kept_means.mean().item(), color=style.GREY, linestyle="--", label=label)
         else:
-            curves = [(range(len(mean)), mean) for mean in part.means.T.tolist()]
-            draw_curve(panel, number, label, curves, part.intervals if runs == 1 else None)
+            curves = [(range(len(mean)), mean) for mean in part.kept_means.T.tolist()]
+            draw_curve(panel, number, label, curves, part.kept_intervals if runs == 1 else None)
     measure = next(iter(results.values())).measure(caption.loss_name)
     style.label_axes(panel, "inner steps", f"query {measure}")
     if caption.trained_steps is not None:

@@ -42,14 +42,6 @@ class Evaluation:
         """Return which tasks have diverged after which step: bool `[tasks, steps + 1]`."""
         return diverged(self.losses[normalisation])
 
-    def intervals(self, normalisation: str) -> tuple[Tensor, Tensor]:
-        """Return mean and half width of the 95 % interval over tasks, each `[steps + 1]`.
-
-        Means include every accuracy, and the losses that have not diverged.
-        """
-        kept = None if self.accuracies else ~self.diverged(normalisation)
-        return mean_and_interval(self.measured(normalisation), kept)
-
 
 def diverged(losses: Tensor) -> Tensor:
     """Return which of the query losses `[tasks, steps + 1]` have diverged.

@@ -114,7 +114,7 @@ def differences_table(sides: Sequence[Side], loss_name: str, split: str) -> str:
     """Return each side's result after the quoted steps and its difference to the first, by normalisation."""
     measure, scale, digits = units(sides[0].results.measure(loss_name))
     several = any(len(side.evaluations) > 1 for side in sides)
-    compared, rows = readings(sides), []
+    compared, rows, left_out = readings(sides), [], 0
     for words, (first, *others) in compared.items():
         for side in (first, *others):
             row = [side.name, words * (len(compared) > 1), str(side.steps)]
@@ -122,16 +122,19 @@ def differences_table(sides: Sequence[Side], loss_name: str, split: str) -> str:
             paired = difference(side, first)
             spread = Spread.over(list(paired.by_seed.values()))
             text = spread.text(scale, digits, paired.interval_95_over_tasks, sign="+")
+            left_out += paired.left_out
             counts = [str(spread.runs) * several, str(paired.left_out or "")]
             verdict = paired.verdict(more_is_better=side.results.accuracy)
             rows.append([*row, *(["the first", "", "", ""] if side is first else [text, *counts, verdict])])
     header = ["", "statistics", "steps", measure, "difference", "seeds", "left out", "verdict"]
     pairs = "mean over shared seeds ± its" if several else "mean ±"
-    pairs += f" 95 % interval over tasks{' (lowest to highest seed)' * several}; better or worse"
+    pairs += f" 95 % interval over tasks{' (lowest to highest seed)' * several}"
+    pairs += ", without tasks that diverged in either" * bool(left_out)
     means = describe_means([side.results for side in sides])
     return (
         f"{table(header, rows)}\nQuery {measure}, {split}: {means}.\n"
-        f"Difference to {sides[0].name} on the same tasks: {pairs} where the interval excludes 0."
+        f"Difference to {sides[0].name} on the same tasks: {pairs}; better or worse where the interval "
+        "excludes 0."
     )
 
 

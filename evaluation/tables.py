@@ -24,6 +24,7 @@ from evaluation.meta_test import Evaluation, mean_and_interval
 ALL = "all"  # name of the only setting
 MOST_COLUMNS = 3  # settings that a table has as columns; more are rows
 ROWS_PRINTED, LONGEST_CELL = 20, 24  # of predictions
+LARGE = 1e6  # a number from which on decimals say nothing
 Curve = tuple[Sequence[float], Sequence[float]]  # x and y
 
 
@@ -82,6 +83,11 @@ def units(measure: str) -> tuple[str, float, int]:
     return ("accuracy %", 100, 2) if measure == "accuracy" else (measure, 1, 4)
 
 
+def decimal(value: float, digits: int, sign: str = "") -> str:
+    """Return a number with these decimals; the mean of a diverged loss as a power of ten, "nan" or "inf"."""
+    return f"{value:{sign},.{digits}f}" if abs(value) < LARGE else f"{value:{sign}.3g}"
+
+
 def after_steps(steps: int) -> str:
     """Return "after 1 step", "after 2 steps", ..."""
     return f"after {steps} step{'s' * (steps != 1)}"
@@ -106,8 +112,8 @@ class Spread:
 
     def text(self, scale: float, digits: int, interval: float | None = None, sign: str = "") -> str:
         """Return `mean ± interval (lowest to highest)`, the latter for several runs."""
-        mean, *ends = (f"{scale * v:{sign},.{digits}f}" for v in (self.mean, self.lowest, self.highest))
-        mean += "" if interval is None else f" ± {scale * interval:.{digits}f}"
+        mean, *ends = (decimal(scale * v, digits, sign) for v in (self.mean, self.lowest, self.highest))
+        mean += "" if interval is None else f" ± {decimal(scale * interval, digits)}"
         return mean + f" ({' to '.join(ends)})" * (self.runs > 1)
 
 
@@ -132,42 +138,75 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StepResults:
-    """Results of the runs of one setting, with one normalisation, after 0, 1, ... inner steps."""
+    """Results of the runs of one setting, with one normalisation, after 0, 1, ... inner steps.
 
-    means: Tensor  # [steps + 1, runs], over tasks
-    intervals: Tensor  # [steps + 1], half widths over tasks, mean over the runs
+    An interval belongs to the mean over the runs: it is computed from each task's mean over them.
+    """
+
+    means: Tensor  # [steps + 1, runs], over all tasks
+    intervals: Tensor  # [steps + 1], half widths over tasks
     diverged: list[int]  # [steps + 1], tasks of all runs
-    losses: Tensor  # [steps + 1], mean loss over all tasks, diverged ones included
+    kept_means: Tensor  # [steps + 1, runs], over the tasks that have not diverged; accuracies keep all
+    kept_mean: Tensor  # [steps + 1], over tasks: each one's mean over the runs in which it has not diverged
+    kept_intervals: Tensor  # [steps + 1], half widths over tasks, of `kept_mean`
+    losses: Tensor  # [steps + 1], mean loss over all tasks
     tasks: int
     accuracy: bool  # the measure, of which more is better; or else the loss
 
     @classmethod
     def over(cls, evaluations: Sequence[Evaluation], normalisation: str) -> StepResults:
-        """Return the results of these runs."""
-        means, intervals = zip(*(e.intervals(normalisation) for e in evaluations), strict=True)
-        diverged = torch.stack([e.diverged(normalisation).sum(0) for e in evaluations]).sum(0)
-        losses = torch.stack([e.losses[normalisation].mean(0) for e in evaluations]).mean(0)
-        accuracy, tasks = bool(evaluations[0].accuracies), len(evaluations[0].losses[normalisation])
-        interval = torch.stack(intervals).mean(0)
-        return cls(torch.stack(means, 1), interval, diverged.tolist(), losses, tasks, accuracy)
+        """Return the results of these runs, which were measured on the same tasks."""
+        measured = torch.stack([e.measured(normalisation) for e in evaluations])  # [runs, tasks, steps + 1]
+        diverged = torch.stack([e.diverged(normalisation) for e in evaluations])
+        accuracy = bool(evaluations[0].accuracies)
+        kept = torch.ones_like(diverged) if accuracy else ~diverged
+        of_tasks = measured.where(kept, 0).sum(0) / kept.sum(0)  # NaN where a task diverged in all runs
+        kept_mean, kept_intervals = mean_and_interval(of_tasks, kept.any(0))
+        return cls(
+            means=measured.mean(1).T,
+            intervals=mean_and_interval(measured.mean(0))[1],
+            diverged=diverged.sum((0, 1)).tolist(),
+            kept_means=(measured.where(kept, 0).sum(1) / kept.sum(1)).T,
+            kept_mean=kept_mean,
+            kept_intervals=kept_intervals,
+            losses=torch.stack([e.losses[normalisation].mean(0) for e in evaluations]).mean(0),
+            tasks=measured.shape[1],
+            accuracy=accuracy,
+        )
+
+    @property
+    def leaves_out(self) -> bool:
+        """Return whether there is a mean without the tasks whose loss has diverged."""
+        return not self.accuracy and any(self.diverged)
 
     def measure(self, loss_name: str) -> str:
         """Return the name of the measure: "accuracy", or that of the loss."""
         return "accuracy" if self.accuracy else loss_name
 
     def cell(self, step: int, scale: float, digits: int) -> str:
-        """Return the result after a step as text, with the number of diverged tasks; "" beyond the last."""
+        """Return the result after a step as text; "" beyond the last.
+
+        The mean over all tasks comes first, then, where losses have diverged, the mean without them.
+        """
         if step >= len(self.means):
             return ""
         text = Spread.over(self.means[step]).text(scale, digits, self.intervals[step].item())
-        return text + f", {self.diverged[step]} diverged" * bool(self.diverged[step])
+        if not self.diverged[step]:
+            return text
+        if self.accuracy:
+            return f"{text}, {self.diverged[step]} diverged"
+        kept, interval = self.kept_mean[step].item(), self.kept_intervals[step].item()
+        return f"{text}; {kept:,.{digits}f} ± {interval:.{digits}f} without {self.diverged[step]} diverged"
 
     def record(self) -> list[dict[str, Any]]:
         """Return the numbers after each step as plain values."""
-        rows = zip(self.means, self.intervals.tolist(), self.diverged, strict=True)
+        columns = {"interval_95_over_tasks": self.intervals.tolist(), "diverged_tasks": self.diverged}
+        if not self.accuracy:
+            columns["mean_without_diverged"] = self.kept_mean.tolist()
+            columns["interval_95_without_diverged"] = self.kept_intervals.tolist()
         return [
-            {"steps": step} | asdict(Spread.over(m)) | {"interval_95_over_tasks": i, "diverged_tasks": d}
-            for step, (m, i, d) in enumerate(rows)
+            {"steps": step} | asdict(Spread.over(means)) | {name: c[step] for name, c in columns.items()}
+            for step, means in enumerate(self.means)
         ]
 
 
@@ -196,9 +235,8 @@ def results_table(results: Mapping[str, StepResults], caption: Caption, *, losse
         marks = {caption.test_steps: "quoted", caption.trained_steps: "trained for"}
         names = [measure if name == ALL else name for name in results]
         for name, part in results.items():
-            if losses if part.accuracy else any(part.diverged):
-                words = caption.loss_name if part.accuracy else "with the diverged"
-                names.append(words if name == ALL else f"{name}, {words}")
+            if losses and part.accuracy:
+                names.append(caption.loss_name if name == ALL else f"{name}, {caption.loss_name}")
                 cells.append([f"{loss:.4g}" for loss in part.losses.tolist()])
         text = table(
             ["steps", *names, ""],
@@ -212,10 +250,11 @@ def results_table(results: Mapping[str, StepResults], caption: Caption, *, losse
 
 def describe_means(results: Sequence[StepResults]) -> str:
     """Return what the cells of a table of results hold, in words."""
-    tasks = f"{results[0].tasks} tasks" + ", without those that diverged" * (not results[0].accuracy)
+    tasks = f"{results[0].tasks} tasks"
+    after = "; after the semicolon the mean without those that diverged" * any(p.leaves_out for p in results)
     if any(part.means.shape[1] > 1 for part in results):
-        return f"mean over seeds ± mean 95 % interval over {tasks} (lowest to highest seed)"
-    return f"mean ± 95 % interval over {tasks}"
+        return f"mean over seeds ± its 95 % interval over {tasks} (lowest to highest seed){after}"
+    return f"mean ± 95 % interval over {tasks}{after}"
 
 
 # How a run was trained: "name", "setting", "seed", "iteration", "failure" (why it stopped), "measure"

@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -76,21 +77,51 @@ def test_the_table_of_training_names_the_measure_and_counts_finished_runs():
 # ---- test -------------------------------------------------------------------------------------
 
 
-def test_diverged_tasks_are_left_out_of_the_means_over_seeds_and_counted():
+def test_the_mean_over_all_tasks_comes_first_and_the_one_without_diverged_tasks_after_it():
     quiet = evaluation(*[[2.0, 1.0]] * 4)
     diverging = evaluation(*[[4.0, 2.0]] * 3, [4.0, 1e6])
     results, caption = {"all": [quiet, diverging]}, Caption("", "MSE", 1, 1)
     after_one = tables.results_of(results)["all"].record()[1]
-    assert (after_one["mean"], after_one["lowest"], after_one["highest"]) == (1.5, 1.0, 2.0)
-    assert after_one["diverged_tasks"] == 1
+    assert (after_one["mean"], after_one["lowest"], after_one["highest"]) == (125001.25, 1.0, 250001.5)
+    # three tasks have a mean of 1.5 over the seeds, and one has 1.0, of the seed in which it did not diverge
+    assert (after_one["diverged_tasks"], after_one["mean_without_diverged"]) == (1, 1.375)
     table = tables.results_table(tables.results_of(results), caption)
     heading, before, after, *_, footer = table.splitlines()
-    assert cells(heading) == ["steps", "MSE", "with the diverged"]
+    assert cells(heading) == ["steps", "MSE"]
     assert cells(before)[1] == "3.0000 ± 0.0000 (2.0000 to 4.0000)"
-    assert cells(after)[1:] == ["1.5000 ± 0.0000 (1.0000 to 2.0000), 1 diverged", "1.25e+05", "trained for"]
-    assert "over 4 tasks, without those that diverged" in footer
+    assert "125,001.2500 ± 244,999.5100 (1.0000 to 250,001.5000); 1.3750 ± 0.2450 without 1 diverged" in after
+    assert footer.endswith("after the semicolon the mean without those that diverged.")
     line, *_ = results_figure(tables.results_of(results), caption).axes[0].lines
     assert list(line.get_ydata()) == [3.0, 1.5]
+
+
+@pytest.mark.parametrize("lost", [math.nan, math.inf, 1e19])
+def test_one_diverged_task_of_one_seed_is_seen_in_the_first_number(lost):
+    runs = [evaluation(*[[1.0, 0.5]] * 3), evaluation(*[[1.0, 0.5]] * 2, [1.0, lost])]
+    table = tables.results_table(tables.results_of({"all": runs}), Caption("", "MSE", 1, 1))
+    mean = f"{lost / 6:.3g} " if lost == 1e19 else f"{lost} "
+    assert cells(table.splitlines()[2])[1].startswith(mean)
+    assert "0.5000 ± 0.0000 without 1 diverged" in table
+
+
+def test_the_interval_over_seeds_is_that_of_each_tasks_mean_over_them():
+    draw = np.random.default_rng(0)
+    losses = draw.uniform(0.5, 1.5, (5, 50, 3))  # [seeds, tasks, steps + 1]
+    losses[1, 7, 2], losses[:, 9, 1] = math.inf, 1e6
+    results = tables.results_of({"all": [evaluation(*seed) for seed in losses.tolist()]})["all"]
+    finite = losses[..., :2].mean(0)
+    interval = 1.96 * finite.std(0, ddof=1) / 50**0.5
+    np.testing.assert_allclose(results.intervals[:2], interval)
+    apart = 1.96 * losses[..., :2].std(1, ddof=1).mean(0) / 50**0.5  # the mean of the seeds' intervals
+    assert 2.1 * interval[0] < apart[0]  # it would hide that seeds average out
+    assert not math.isfinite(results.means[2, 1]) and not math.isfinite(results.intervals[2])
+    kept = np.where(losses > 100, math.nan, losses)
+    of_tasks = [np.nanmean(np.delete(kept[..., 1], 9, 1), 0), np.nanmean(kept[..., 2], 0)]
+    for step, values in enumerate(of_tasks, 1):
+        assert results.kept_mean[step].item() == pytest.approx(values.mean())
+        expected = 1.96 * values.std(ddof=1) / len(values) ** 0.5
+        assert results.kept_intervals[step].item() == pytest.approx(expected)
+    assert results.diverged == [0, 5, 1]
 
 
 def test_the_table_of_many_settings_has_a_few_steps_as_columns():
