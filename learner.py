@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from common.errors import UsageError
 from common.names import is_own_code, parse_name
 from common.own_code import call_factory, load_code, select_accepted
-from learners.batch_norm import BatchNorm
 from learners.heads import add_context, linear_head, replace_module
 
 Shape = tuple[int, ...]  # of one example
@@ -39,6 +38,13 @@ def mlp(outputs: int, inputs: Shape = (1,), *, width: int = 40, layers: int = 2)
         hidden += [nn.Linear(size, width), nn.ReLU()]
         size = width
     return nn.Sequential(*hidden, nn.Linear(size, outputs))
+
+
+def normalise(layer: type[nn.Module], channels: int, *, scale: bool = False) -> nn.Module:
+    """Return a layer of batch norm as in Finn et al.'s code: its eps and, without `scale`, a shift alone."""
+    norm = layer(channels, eps=1e-3)
+    norm.weight.requires_grad_(scale)  # otherwise 1 for ever
+    return norm
 
 
 class SpatialMean(nn.Module):
@@ -69,7 +75,7 @@ def convolutional(
     layers: list[nn.Module] = []
     for channels_in in (inputs[0], channels, channels, channels):
         convolution = nn.Conv2d(channels_in, channels, 3, stride=1 if pool else 2, padding=1, bias=False)
-        layers += [convolution, BatchNorm(channels, scale=scale), nn.ReLU()]
+        layers += [convolution, normalise(nn.BatchNorm2d, channels, scale=scale), nn.ReLU()]
         layers += [nn.MaxPool2d(2)] * pool
     positions = math.prod(size // 16 if pool else -(-size // 16) for size in inputs[1:])
     features = channels * positions if flat else channels
@@ -90,7 +96,7 @@ def fc(outputs: int, inputs: Shape = (1, 28, 28)) -> nn.Module:
     sizes = (math.prod(inputs), 256, 128, 64, 64)
     layers: list[nn.Module] = [nn.Flatten()]
     for size_in, size_out in pairwise(sizes):
-        layers += [nn.Linear(size_in, size_out, bias=False), BatchNorm(size_out), nn.ReLU()]
+        layers += [nn.Linear(size_in, size_out, bias=False), normalise(nn.BatchNorm1d, size_out), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
 
 

@@ -9,17 +9,16 @@ From Python, `load` gives a checkpoint's algorithm and weights, `MAML.adapt` ada
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from commands.build import build_algorithm, fit_weights, make_writable, prepare, print_settings
+from commands.build import build_algorithm, build_module, fit_weights, make_writable, prepare, print_settings
 from commands.call import Call
 from commands.config import Config
+from commands.network import give_network, predict
 from commands.resolve import config_of, resolve_from
 from common.batch import Tree, tree_map
 from common.device import Runtime, find_device, set_up, versions
@@ -31,46 +30,13 @@ from evaluation.examples import predictions_figure
 from evaluation.meta_test import randomness_of
 from evaluation.style import write_figure
 from evaluation.tables import predictions_table, write_csv, write_json
-from learners.batch_norm import record_statistics
 from maml import MAML, Adapted
 from tasks.images import Form
 from tasks.options import data_facts
 from tasks.tables import Columns
 from tasks.user_tasks import read_task_folder, read_task_table
-from training.checkpoint import Checkpoint, load_checkpoint, save_weights
+from training.checkpoint import Checkpoint, load_checkpoint
 from training.folders import BEST, LAST, find_checkpoint
-
-
-@torch.no_grad()
-def predict(maml: MAML, adapted: Adapted, x: Tree, normalisation: str = "inductive") -> Tree:
-    """Return outputs, logits or numbers, for examples `[examples, ...]`.
-
-    Batch norm is "inductive" or "transductive", or uses the running statistics that `MAML.adapt` was given.
-    """
-    adapted = adapted._replace(task=replace(adapted.task, query_x=x))
-    running = bool(maml.call.statistics.keys() & adapted.shared.weights.keys())
-    with maml.running() if running else nullcontext():
-        return maml.predict(adapted, "per-step" if running else normalisation)
-
-
-@torch.no_grad()
-def fill_module(learner: nn.Module, maml: MAML, adapted: Adapted) -> nn.Module:
-    """Give the learner the adapted weights, for use without this tool, and return it.
-
-    Running statistics of its batch norm layers become those of the support set, or those that `MAML.adapt`
-    was given. In evaluation mode it predicts what `predict` does, unless "transductive".
-    """
-    weights, task = adapted.weights, adapted.task
-    learner.load_state_dict(weights | task.extras.buffers, strict=False)  # others stay as they were
-    with maml.call.predicting(), record_statistics(maml.learner) as recorded:
-        maml.call(weights, task.support_x, task.extras)
-    for name, statistics in recorded.items():
-        layer = learner.get_submodule(name.rpartition(".")[0])
-        if getattr(layer, "running_mean", None) is not None:
-            mean, variance = weights.get(name, statistics)
-            layer.get_buffer("running_mean").copy_(mean)
-            layer.get_buffer("running_var").copy_(variance)
-    return learner
 
 
 def load(
@@ -107,9 +73,7 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
     config = _settings_of(source, call.load, given)
     runtime = prepare(config, call)
     tasks = read_tasks(call.adapt, config, runtime, source)
-    norm = given.get("batch_norm", "per-step" if source.statistics else "inductive")
-    if norm == "per-step" and not source.statistics:
-        raise UsageError("--batch-norm per-step: the checkpoint has no running statistics")
+    norm = _normalisation_of(given, source, len(tasks))
     folder, steps = make_writable(call.out or call.load.parent), config.evaluation.test_steps
     print_settings(config, runtime, f"Adapting {call.load} to {call.adapt}, {steps} steps")
     predictions = []
@@ -142,12 +106,27 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
     title = f"{printable(call.adapt.name)}: after {steps} inner steps"
     write_figure(Path(f"{stem}.png"), predictions_figure(tasks, predictions, title))
     write_json(Path(f"{stem}.json"), record)
-    written = f"Written: {stem}.csv, .png and .json"
-    if len(tasks) == 1 and config.choices.fast_weights != "context":  # which is no module of its own
-        save_weights(Path(f"{stem}-weights.pt"), fill_module(learner, maml, adapted))
-        written += f", {stem}-weights.pt"
-    print(written)
+    print(f"Written: {stem}.csv, .png and .json")
+    if len(tasks) == 1:
+        x, seed = task.support_x, config.training.seed ^ 1
+        fresh = build_module(config, runtime, count_outputs(task), x, seed, fetch_weights=False)
+        files = call.save_weights, Path(f"{stem}-weights.pt")
+        print(give_network(*files, learner, fresh, maml, adapted, task.query_x, norm))
     return 0
+
+
+def _normalisation_of(given: Mapping[str, Any], source: Checkpoint, tasks: int) -> str:
+    """Return how batch norm predicts; raise UsageError where the flags do not fit checkpoint or tasks."""
+    if "save_weights" in given and tasks > 1:
+        raise UsageError(f"--save-weights {given['save_weights']}: there are {tasks} tasks: give one")
+    norm = given.get("batch_norm", "per-step" if source.statistics else "inductive")
+    if norm == "per-step" and not source.statistics:
+        raise UsageError("--batch-norm per-step: the checkpoint has no running statistics")
+    return norm
+
+
+def count_outputs(task: UserTask) -> int:
+    return len(task.classes) or task.support_y.shape[-1]
 
 
 def _adapt_to(
@@ -155,8 +134,7 @@ def _adapt_to(
 ) -> tuple[nn.Module, MAML, Adapted]:
     """Return the learner as it was built, the algorithm, and a task's adapted weights."""
     x, steps, inner_batch = task.support_x, config.evaluation.test_steps, config.evaluation.eval_inner_batch
-    outputs = len(task.classes) or task.support_y.shape[-1]
-    learner, maml = build_algorithm(config, runtime, outputs, x, saved=source)
+    learner, maml = build_algorithm(config, runtime, count_outputs(task), x, saved=source)
     parameters, running = fit_weights(file, source, maml, config)
     order, keys = randomness_of("test", x[None], range(1), inner_batch, steps)
     order, running = None if order is None else order[0], running if normalisation == "per-step" else {}

@@ -37,6 +37,7 @@ from common.random import keys_of, task_stream
 from common.task import Extras
 from dataset import build_distribution
 from learner import LEARNERS, build_learner, load_factory
+from learners.batch_norm import convert_batch_norm
 from learners.diagnosis import find_failure
 from learners.elementary import Elementary
 from learners.functional import fixed_tensors
@@ -133,6 +134,24 @@ def read_tasks(configs: Iterable[Config], call: Call, world: World) -> None:
             build_tasks(config, call, prepare(config, call, world))
 
 
+def build_module(
+    config: Config, runtime: Runtime, outputs: int, example: Tree, seed: int, *, fetch_weights: bool
+) -> nn.Module:
+    """Return the learner with initial weights of a seed, for inputs of the example's shape."""
+    choices = config.choices
+    learner = build_learner(
+        config.learner.learner,
+        outputs,
+        inputs=tree_map(lambda part: tuple(part.shape[1:]), example),
+        arguments=parse_arguments(config.learner.learner_args),
+        init=config.learner.init,
+        context=choices.context_size if choices.fast_weights == "context" else 0,
+        seed=seed,
+        fetch_weights=fetch_weights,
+    )
+    return learner.to(runtime.device, runtime.dtype)
+
+
 def build_algorithm(
     config: Config, runtime: Runtime, outputs: int, example: Tree, *, saved: Checkpoint | None = None
 ) -> tuple[nn.Module, MAML]:
@@ -145,20 +164,12 @@ def build_algorithm(
             the learner that are not learned are the checkpoint's.
     """
     name, choices = config.learner.learner, config.choices
-    learner = build_learner(
-        name,
-        outputs,
-        inputs=tree_map(lambda part: tuple(part.shape[1:]), example),
-        arguments=parse_arguments(config.learner.learner_args),
-        init=config.learner.init,
-        context=choices.context_size if choices.fast_weights == "context" else 0,
-        seed=config.training.seed,
-        fetch_weights=saved is None,
+    learner = build_module(
+        config, runtime, outputs, example, config.training.seed, fetch_weights=saved is None
     )
     if saved and saved.fixed:
         fixed = fitting_parameters("the checkpoint", saved.fixed, fixed_tensors(learner), name)
         learner.load_state_dict(fixed, strict=False)
-    learner = learner.to(runtime.device, runtime.dtype)
     check_outputs(learner, example, outputs, config)
     try:
         return learner, MAML(
@@ -205,7 +216,8 @@ def check_outputs(learner: nn.Module, example: Tree, outputs: int, config: Confi
     first = first_tensor(example)
     keys = torch.zeros(2, dtype=torch.int64, device=first.device)
     with _naming(f"{name} fails on the inputs of a task, {shapes}"), torch.no_grad(), Elementary(keys, first):
-        output = first_tensor(copy.deepcopy(learner)(*positional, **named))
+        copied = convert_batch_norm(copy.deepcopy(learner))  # PyTorch's takes no single example
+        output = first_tensor(copied(*positional, **named))
     expected = (len(first), outputs)
     if config.learner.loss in LOSSES and tuple(output.shape) != expected:
         raise UsageError(

@@ -18,6 +18,10 @@ from common.options import above_zero, at_least, flag, flags_of, folder_name, ke
 from tasks.options import check_dataset
 
 
+def network_file(file: Path) -> str | None:
+    return None if file.suffix in (".pt", ".pth", ".pt2") else "a file whose name ends in .pt, .pth or .pt2"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Call:
     """One invocation of the command line."""
@@ -68,6 +72,10 @@ class Call:
         help="name of the run's folder (default: from the settings and the time)")
     out: Path | None = flag("--out", group="files", metavar="FOLDER", default=None,
         help="where --eval, --adapt and --compare write their results (default: next to the checkpoint)")
+    save_weights: Path | None = flag(
+        "--save-weights", group="files", check=network_file, metavar="FILE", default=None,
+        help="with --adapt: where to write the adapted network; FILE.pt: a state_dict for its own class; "
+        "FILE.pt2: torch.export's program, which needs no class (default: ...-weights.pt, by the results)")
     data_root: Path = flag("--data-root", group="files", metavar="FOLDER", common=True,
         default=Path(os.environ.get("MAML_DATA_ROOT") or "data"),
         help="folder of the named image sets; also from the environment variable MAML_DATA_ROOT")

@@ -79,6 +79,12 @@ def convert_batch_norm(module: nn.Module) -> nn.Module:
         if standard and (layer.training or layer.running_mean is None):
             converted[layer] = BatchNorm(layer.num_features, eps=layer.eps)
             converted[layer].weight, converted[layer].bias = layer.weight, layer.bias
+            if (
+                layer.weight is not None
+                and not layer.weight.requires_grad
+                and bool((layer.weight == 1).all())
+            ):
+                converted[layer].weight = None  # scales nothing, for ever
     for layer in layers:
         for name, child in layer._modules.items():  # named_children() would name a shared layer once
             if child in converted:

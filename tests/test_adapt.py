@@ -125,7 +125,7 @@ def test_the_inputs_of_a_table_are_those_of_training_by_name(tmp_path, capsys):
     assert "other input names (their order differs)" in capsys.readouterr().err
 
 
-def test_tasks_of_a_table_are_adapted_to_separately(place, tmp_path):
+def test_tasks_of_a_table_are_adapted_to_separately(place, tmp_path, capsys):
     last = train(tmp_path, "run")
     both = tmp_path / "both.csv"
     both.write_text("task,x,y\na,0,1\nb,0,-1\na,1,\nb,1,\na,2,5\nb,2,3\n")
@@ -136,6 +136,8 @@ def test_tasks_of_a_table_are_adapted_to_separately(place, tmp_path):
     assert command("--adapt", tmp_path / "one.csv", "--load", last) == 0
     assert rows_of(last.parent / "last-adapted-one.csv")[1][1] == rows[1][2]
     assert not (last.parent / "last-adapted-both-weights.pt").exists()  # of which task?
+    assert command("--adapt", both, "--load", last, "--save-weights", tmp_path / "net.pt2") == 2
+    assert "net.pt2: there are 2 tasks: give one" in capsys.readouterr().err
 
 
 def test_per_step_statistics_predict_by_default_and_are_written(place, tmp_path):
@@ -150,12 +152,6 @@ def test_per_step_statistics_predict_by_default_and_are_written(place, tmp_path)
         network.load_state_dict(torch.load(weights, weights_only=True))
         assert network.eval()(torch.tensor([[1.0]])).item() == pytest.approx(predicted[len(norm)], abs=1e-4)
     assert predicted[0] != pytest.approx(predicted[2], abs=1e-3)
-
-
-def test_a_context_vector_writes_no_weights(place, tmp_path):
-    last = train(tmp_path, "run", "--algorithm", "cavia")
-    assert command("--adapt", place / "mine.csv", "--load", last) == 0
-    assert not list(last.parent.glob("*weights.pt"))
 
 
 def test_data_that_does_not_fit_is_refused_in_one_line_and_leaves_nothing(place, tmp_path, capsys):

@@ -1,0 +1,202 @@
+"""Give an adapted network away (--save-weights): as weights for its own class, or as a program without it.
+
+    Adapted -> fill_module -> FILE.pt, a `state_dict`; or FILE.pt2, `torch.export`'s program
+
+A network in evaluation mode should predict what `predict` does by the support set's statistics. Some cannot:
+each is tried before it is written.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.utils import _pytree as pytree
+
+from common.batch import Tree
+from common.errors import UsageError, one_line
+from common.files import write_whole
+from learner import GreyAsColour
+from learners.batch_norm import record_statistics
+from learners.heads import context_names
+from maml import MAML, Adapted
+from training.checkpoint import save_weights
+
+INSTEAD = "--save-weights FILE.pt2 writes a program instead"
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the largest output
+
+
+@torch.no_grad()
+def predict(maml: MAML, adapted: Adapted, x: Tree, normalisation: str = "inductive") -> Tree:
+    """Return outputs, logits or numbers, for examples `[examples, ...]`.
+
+    Batch norm is "inductive" or "transductive", or uses the running statistics that `MAML.adapt` was given.
+    """
+    adapted = adapted._replace(task=replace(adapted.task, query_x=x))
+    running = bool(maml.call.statistics.keys() & adapted.shared.weights.keys())
+    with maml.running() if running else nullcontext():
+        return maml.predict(adapted, "per-step" if running else normalisation)
+
+
+@torch.no_grad()
+def fill_module(learner: nn.Module, maml: MAML, adapted: Adapted, *, as_program: bool = False) -> nn.Module:
+    """Give the learner the adapted weights, set it to evaluation mode, and return it.
+
+    Running statistics of its batch norm layers become those of the support set, or those that `MAML.adapt`
+    was given. `as_program`: layers without such buffers get some, which the learner's class would not have.
+    """
+    weights, task = adapted.weights, adapted.task
+    learner.load_state_dict(weights | task.extras.buffers, strict=False)  # others stay as they were
+    with maml.call.predicting(), record_statistics(maml.learner) as recorded:
+        maml.call(weights, task.support_x, task.extras)
+    layers: dict[str, Any] = dict(learner.named_modules())
+    for name, statistics in recorded.items():
+        layer = layers[name.rpartition(".")[0]]
+        mean, variance = weights.get(name, statistics).to(statistics.dtype)  # biased, as `eval` takes it
+        if layer.running_mean is not None:
+            layer.running_mean.copy_(mean)
+            layer.running_var.copy_(variance)
+            layer.num_batches_tracked.fill_(1)
+        elif as_program:
+            layer.running_mean, layer.running_var, layer.track_running_stats = mean, variance, True
+    for layer in layers.values():
+        if as_program and isinstance(layer, _InstanceNorm) and layer.training:  # see `convert_batch_norm`
+            layer.running_mean = layer.running_var = None
+            layer.track_running_stats = False
+    return learner.eval()
+
+
+def give_network(
+    file: Path | None,
+    default: Path,
+    built: nn.Module,
+    fresh: nn.Module,
+    maml: MAML,
+    adapted: Adapted,
+    x: Tensor,
+    normalisation: str,
+) -> str:
+    """Write the adapted network to the user's file or the default one, and return a line for people.
+
+    The default file is not written where it would predict something else: the line says why. Raises
+    UsageError where the user's would.
+
+    Args:
+        built: the learner that `maml` was made of.
+        fresh: the learner built anew, from another seed, as by a program that loads the weights.
+        x: examples on which the network is tried, `[examples, ...]`.
+        normalisation: that of the predictions that were written.
+    """
+    try:
+        write_network(file or default, built, fresh, maml, adapted, x)
+    except UsageError as error:
+        if file:
+            raise
+        return f"Not written: {error}"
+    transductive = normalisation == "transductive" and maml.has_batch_norm
+    remark = ", which predicts inductively: each example by itself, with the support set's statistics"
+    return f"Written: {file or default}{remark * transductive}"
+
+
+def write_network(
+    file: Path, built: nn.Module, fresh: nn.Module, maml: MAML, adapted: Adapted, x: Tensor
+) -> None:
+    """Write the network as the file's suffix says; raise UsageError where it would predict something else."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == ".pt2":
+        network = fill_module(copy.deepcopy(built), maml, adapted, as_program=True)
+        _check_network(file, network, maml, adapted, x)
+        _write_program(file, network, torch.cat([adapted.task.support_x, x]))
+        return
+    if context_names(built):
+        raise UsageError(f"{file}: a context is no part of the learner's class: {INSTEAD}")
+    try:
+        fresh.load_state_dict(fill_module(built, maml, adapted).state_dict())
+    except RuntimeError as error:
+        reason = f"{one_line(error):.200}"
+        raise UsageError(f"{file}: the weights do not fit the learner built anew: {reason}") from error
+    _check_network(file, fresh.eval(), maml, adapted, x)
+    save_weights(file, fresh.network if isinstance(fresh, GreyAsColour) else fresh)
+
+
+def _write_program(file: Path, network: nn.Module, x: Tensor) -> None:
+    """Write what `torch.export` makes of the network, for any number of examples."""
+    network, x = network.cpu(), x.cpu()
+    try:
+        with warnings.catch_warnings(action="ignore"), torch.no_grad():
+            expected = network(x)
+            program = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim("examples")},))
+            for examples in (1, len(x)):
+                outputs = program.module()(x[:examples])
+                if not _agree(outputs, pytree.tree_map(lambda t, n=examples: t[:n], expected), 1e-3):
+                    raise ValueError("the program gives something else than the network")
+    except Exception as error:  # an export may fail in any way
+        raise UsageError(
+            f"{file}: torch.export cannot make a program of it: {one_line(error):.200}"
+        ) from error
+    with warnings.catch_warnings(action="ignore"):
+        write_whole(file, partial(torch.export.save, program))
+
+
+# ---- does it predict the same? -------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _check_network(file: Path, network: nn.Module, maml: MAML, adapted: Adapted, x: Tensor) -> None:
+    """Raise UsageError, which names a layer, where the network predicts something else than `predict`."""
+    tolerance = TOLERANCES[maml.call.compute_dtype or x.dtype]
+    expected, expected_layers = _call_noting_layers(maml.learner, lambda: predict(maml, adapted, x), len(x))
+    outputs, layers = _call_noting_layers(network, lambda: network(x), len(x))
+    if _agree(outputs, expected, tolerance):
+        return
+    names = (
+        name for name, output in layers.items() if not _agree(output, expected_layers.get(name), tolerance)
+    )
+    name = next(names, "")
+    kind = type(network.get_submodule(name)).__name__
+    layer = f"layer {name} ({kind})" if name else f"{kind}, which keeps more than parameters and buffers,"
+    instead = "" if file.suffix == ".pt2" else f": {INSTEAD}"
+    raise UsageError(f"{file}: {layer} gives something else in evaluation mode than --adapt{instead}")
+
+
+def _call_noting_layers(
+    module: nn.Module, call: Callable[[], Tree], examples: int
+) -> tuple[Tree, dict[str, list[Tree]]]:
+    """Return what a call returns, and the outputs of each layer on the last examples, by name."""
+    outputs: dict[str, list[Tree]] = defaultdict(list)
+    layers = [(name, layer) for name, layer in module.named_modules() if not list(layer.children())]
+    handles = [
+        layer.register_forward_hook(
+            lambda _, __, output, name=name: outputs[name].append(
+                pytree.tree_map(lambda t: t[-examples:], output)
+            )
+        )
+        for name, layer in layers
+    ]
+    try:
+        return call(), outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _agree(a: Any, b: Any, tolerance: float) -> bool:
+    """Return whether trees of tensors are the same but for rounding."""
+    pairs = zip(*(pytree.tree_leaves(tree) for tree in (a, b)), strict=False)
+    same = (
+        x.shape == y.shape
+        and torch.allclose(x.double(), y.double(), tolerance, tolerance * float(y.abs().max()))
+        for x, y in pairs
+        if isinstance(x, Tensor) and isinstance(y, Tensor)
+    )
+    return all(same)

@@ -1,0 +1,212 @@
+"""The adapted network predicts in plain PyTorch what --adapt wrote; a network that cannot is not written.
+
+The classes below are PyTorch's alone, as in a program that knows nothing of this tool.
+"""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_classes
+from PIL import Image
+from runs import command
+from torch import nn
+
+OWN_CODE = """
+import torch
+from torch import nn
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.rand(4)  # no buffer: a program that loads the weights draws another
+    def forward(self, x):
+        return x * self.scale
+
+class Twice(nn.Module):
+    def __init__(self, outputs):
+        super().__init__()
+        self.first, self.last, self.norm = nn.Linear(1, 4), nn.Linear(4, outputs), nn.BatchNorm1d(4)
+    def forward(self, x):
+        return self.last(self.norm(3 * self.norm(self.first(x))))
+
+def body(layer, outputs):
+    return nn.Sequential(nn.Linear(1, 4), layer, nn.Tanh(), nn.Linear(4, outputs))
+
+def layers(outputs): return body(nn.LayerNorm(4), outputs)
+def momentum(outputs): return body(nn.BatchNorm1d(4, eps=0.1, momentum=None), outputs)
+def bare(outputs): return body(nn.BatchNorm1d(4, track_running_stats=False), outputs)
+def instances(outputs):
+    norm = nn.InstanceNorm1d(4, affine=True, track_running_stats=True)
+    return body(nn.Sequential(nn.Unflatten(1, (4, 1)), nn.Upsample(scale_factor=3, mode="linear"), norm,
+                              nn.Flatten(), nn.Linear(12, 4)), outputs)
+def scaled(outputs): return body(Scaled(), outputs)
+def twice(outputs): return Twice(outputs)
+"""
+
+
+def conv(outputs: int) -> nn.Module:
+    """Build what `--learner conv` is, of PyTorch's layers."""
+    blocks = [
+        part
+        for channels in (1, 64, 64, 64)
+        for part in (
+            nn.Conv2d(channels, 64, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(64, eps=1e-3),
+            nn.ReLU(),
+        )
+    ]
+    mean = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(*blocks, mean, nn.Linear(64, outputs))
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
+
+
+def body(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(1, 4), layer, nn.Tanh(), nn.Linear(4, 1))
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch, no_pictures):
+    monkeypatch.setattr("training.trainer.VALIDATION_TASKS", 2)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """Make images to learn from and to adapt to, a table with gaps, and a user's code."""
+    folder = tmp_path_factory.mktemp("network")
+    write_classes(folder / "data", 10, 4)
+    random = np.random.default_rng(0)
+    for number, part in enumerate(("support/a", "support/b", "query")):
+        (folder / "task" / part).mkdir(parents=True)
+        for image in range(3):
+            pixels = random.integers(0, 90 * number + 60, (16, 16), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "task" / part / f"{image}.png")
+    (folder / "mine.csv").write_text("x,y\n0,1\n1,\n2,5\n3,\n4,9\n5,\n")
+    (folder / "own.py").write_text(OWN_CODE)
+    return folder
+
+
+def train(place: Path, out: Path, *flags: object) -> Path:
+    short = [
+        "--iterations",
+        1,
+        "--val-every",
+        1,
+        "--eval-tasks",
+        2,
+        "--meta-batch-size",
+        2,
+        "--compile",
+        "off",
+    ]
+    assert command(*short, "-k", 2, "-q", 2, *flags, "--checkpoint-path", out, "--run-name", "run") == 0
+    return out / "run" / "last.pt"
+
+
+def predictions(folder: Path, stem: str) -> torch.Tensor:
+    """Return the numbers of the CSV file, `[query examples, outputs]`."""
+    with next(folder.glob(f"*-adapted-{stem}.csv")).open() as file:
+        rows = list(csv.DictReader(file))
+    names = [name for name in rows[0] if name == "y" or name.startswith("p(")]
+    return torch.tensor([[float(row[name]) for name in names] for row in rows])
+
+
+def queries(place: Path, channels: int = 1) -> torch.Tensor:
+    pixels = [np.array(Image.open(file)) for file in sorted((place / "task" / "query").iterdir())]
+    return (torch.from_numpy(np.stack(pixels))[:, None] / 255).expand(-1, channels, -1, -1)
+
+
+def assert_predicts(network, x: torch.Tensor, expected: torch.Tensor) -> None:
+    """Compare a network's predictions, of all examples together and of each by itself."""
+    with torch.no_grad():
+        for outputs in (network(x), torch.cat([network(one[None]) for one in x])):
+            predicted = outputs.softmax(1) if outputs.shape[1] > 1 else outputs
+            torch.testing.assert_close(predicted, expected, rtol=1e-4, atol=1e-5)
+
+
+def load_weights(network: nn.Module, file: Path) -> nn.Module:
+    network.load_state_dict(torch.load(file, weights_only=True), strict=True)
+    return network.eval()
+
+
+def load_program(file: Path):
+    return torch.export.load(file).module()
+
+
+@pytest.mark.parametrize("learner", ["conv", "torchvision:resnet18"])
+def test_images_are_predicted_alike_by_weights_and_program(learner, place, tmp_path, capsys):
+    images = ["--dataset", f"images:{place / 'data'}", "--image-size", 16, "--channels", 1, "-n", 2]
+    last = train(place, tmp_path, *images, "--learner", learner, "-s", 1)
+    flags = ["--adapt", place / "task", "--load", last, "--test-steps", 2]
+    assert command(*flags, "--out", tmp_path / "a") == 0
+    expected = predictions(tmp_path / "a", "task")
+    if learner == "conv":
+        plain, x = conv(2), queries(place)
+    else:
+        plain, x = pytest.importorskip("torchvision").models.resnet18(num_classes=2), queries(place, 3)
+    weights = tmp_path / "a" / "last-adapted-task-weights.pt"
+    assert_predicts(load_weights(plain, weights), x, expected)
+    assert {int(n) for name, n in plain.state_dict().items() if name.endswith("num_batches_tracked")} == {1}
+    capsys.readouterr()
+    flags += ["--out", tmp_path / "b", "--batch-norm", "transductive"]
+    assert command(*flags, "--save-weights", tmp_path / "b" / "net.pt2") == 0
+    assert "net.pt2, which predicts inductively" in capsys.readouterr().out
+    assert (predictions(tmp_path / "b", "task") - expected).abs().max() > 1e-3
+    assert_predicts(load_program(tmp_path / "b" / "net.pt2"), queries(place), expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "plain"),
+    [
+        (["--learner", "mlp"], mlp()),
+        (["--learner", "own.py:layers"], body(nn.LayerNorm(4))),
+        (["--learner", "own.py:momentum"], body(nn.BatchNorm1d(4, eps=0.1, momentum=None))),
+        (
+            ["--learner", "own.py:momentum", "--algorithm", "maml++", "-s", 2],
+            body(nn.BatchNorm1d(4, eps=0.1)),
+        ),
+        (["--algorithm", "cavia"], None),
+        (["--learner", "own.py:bare"], None),
+        (["--learner", "own.py:instances"], None),
+        (["--learner", "own.py:scaled"], None),
+    ],
+)
+def test_vectors_are_predicted_alike(flags, plain, place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    last = train(place, tmp_path, *flags)
+    own = flags[:2] if "own.py" in str(flags) else []
+    line = ["--adapt", "mine.csv", "--load", last, *own]
+    capsys.readouterr()
+    assert command(*line) == 0
+    weights, x = last.parent / "last-adapted-mine-weights.pt", torch.tensor([[1.0], [3.0], [5.0]])
+    expected = predictions(last.parent, "mine")
+    if plain is None:
+        assert f"Not written: {weights}: " in capsys.readouterr().out and not weights.exists()
+    else:
+        assert_predicts(load_weights(plain, weights), x, expected)
+    assert command(*line, "--save-weights", tmp_path / "new" / "net.pt2") == 0
+    assert_predicts(load_program(tmp_path / "new" / "net.pt2"), x, expected)
+
+
+def test_what_no_file_can_hold_is_refused_in_one_line_that_names_the_layer(
+    place, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(place)
+    for name, file, expected in (
+        ("twice", "net.pt", "layer norm (BatchNorm1d) gives something else in evaluation mode than --adapt"),
+        ("twice", "net.pt2", "layer norm (BatchNorm1d) gives something else in evaluation mode than --adapt"),
+        ("instances", "net.pt", "layer 1.2 (InstanceNorm1d) gives something else in evaluation mode"),
+        ("scaled", "net.pt", "layer 1 (Scaled) gives something else in evaluation mode"),
+        ("layers", "net.onnx", "a file whose name ends in .pt, .pth or .pt2"),
+    ):
+        last = train(place, tmp_path / file / name, "--learner", f"own.py:{name}")
+        capsys.readouterr()
+        flags = ["--adapt", "mine.csv", "--load", last, "--learner", f"own.py:{name}"]
+        assert command(*flags, "--save-weights", tmp_path / file) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert expected in line
