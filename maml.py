@@ -16,6 +16,7 @@ last one's.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
-from common.batch import TaskBatch, Tree, first_tensor, joined, stacked_trees, tree_map
+from common.batch import TaskBatch, Tree, first_tensor, in_type, joined, stacked_trees, tree_map
 from common.choices import Choices
 from common.optimizers import InnerOptimizer, InnerState, Weights
 from common.task import Extras, Task, loop_over_tasks, mean_statistics, stack_steps, sum_over_tasks
@@ -154,6 +155,12 @@ class MAML:
         choices = replace(self.choices, **{n: v for n, v in changes.items() if n in names})
         others = {n: v for n, v in changes.items() if n not in names}
         return MAML(**self._arguments | {"choices": choices} | others)
+
+    def in_precision(self, dtype: torch.dtype) -> MAML:
+        """Return the algorithm in another type of arithmetic."""
+        learner, example = copy.deepcopy(self._arguments["learner"]).to(dtype), self._arguments["example"]
+        example = None if example is None else in_type(example, dtype)
+        return self.with_options(learner=learner, example=example, compute_dtype=None)
 
     @contextmanager
     def at_rate(self, lr: Tensor | float | None) -> Iterator[None]:

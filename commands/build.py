@@ -9,15 +9,12 @@ settings and the `Trainer` is here.
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -26,39 +23,28 @@ from torch import nn
 from commands.call import Call
 from commands.config import CONFIG_FLAGS, Config
 from commands.names import describe, select_meaningful
+from commands.probe import check_outputs, choose_engine, probe_learner
 from commands.resolve import resolve
-from common.batch import TaskDistribution, Tree, arguments_of, first_tensor, tree_map
+from common.batch import TaskDistribution, Tree, first_tensor, tree_map
 from common.device import Runtime, find_device, set_up
-from common.errors import UsageError, is_out_of_memory
+from common.errors import UsageError
 from common.optimizers import Weights
 from common.own_code import parse_arguments
 from common.processes import ALONE, World, join, read_world
-from common.random import keys_of, task_stream
-from common.task import Extras
 from dataset import build_distribution
 from learner import LEARNERS, build_learner, load_factory
-from learners.batch_norm import convert_batch_norm
-from learners.diagnosis import find_failure
-from learners.elementary import Elementary
 from learners.functional import fixed_tensors
 from learners.losses import LOSSES, build_loss, loss_name
 from maml import MAML, RATE, SQUARE
 from training.checkpoint import Checkpoint, check_same_split, fitting_parameters
 from training.compiler import Compiler, cpp_compiler
 from training.folders import BEST, LAST, find_checkpoint, has_results
-from training.meta_gradients import make_meta_gradient
 from training.run import Run
 from training.trainer import Trainer
 
 PREPARING, A_YEAR = 120.0, 60.0 * 24 * 365  # minutes that processes wait for each other's values
 distribution_of = cache(build_distribution)  # one for all runs with the same tasks; `join_job` forgets them
-
-# By the problem that `find_failure` finds: what the layer lacks, and how to train without it.
-PROBLEMS = {
-    "vectorise": ("cannot be vectorised over tasks", "--no-vectorise takes the tasks one after another"),
-    "second derivative": ("has no second derivative", "--first-order needs none"),
-    "forward mode": ("has no derivative in forward mode", "--engine unrolled needs none"),
-}
+ENGINES_CHECKED: dict[str, str] = {}  # the engine to use, by the settings that decide it; likewise
 
 
 @cache
@@ -72,6 +58,7 @@ def print_once(text: str) -> None:
 def join_job(call: Call) -> tuple[Call, World]:
     """Join the job's processes; return the call with folders resolved to checkpoints' files, and the job."""
     distribution_of.cache_clear()
+    ENGINES_CHECKED.clear()
     names = (BEST, LAST) if call.eval or call.adapt else (LAST, BEST)
     call = replace(
         call,
@@ -194,67 +181,6 @@ def fit_weights(file: Path, source: Checkpoint, maml: MAML, config: Config) -> t
     return parameters, fitting_parameters(file, source.statistics, maml.initial_statistics(), name)
 
 
-# ---- the user's learner and loss, tried out before training --------------------------------------
-
-
-@contextmanager
-def _naming(flags: str) -> Iterator[None]:
-    """Raise UsageError, which names the flags of the user's code, where that fails in the block."""
-    try:
-        yield
-    except Exception as error:  # it may fail in any way
-        if isinstance(error, UsageError) or is_out_of_memory(error):
-            raise
-        raise UsageError(f"{flags}: {shorten(str(error), 200)}") from error
-
-
-def check_outputs(learner: nn.Module, example: Tree, outputs: int, config: Config) -> None:
-    """Raise UsageError where the learner fails on a task's inputs, or its outputs have another shape."""
-    name = f"--learner {config.learner.learner}"
-    shapes = tree_map(lambda part: tuple(part.shape), example)
-    positional, named = arguments_of(example)
-    first = first_tensor(example)
-    keys = torch.zeros(2, dtype=torch.int64, device=first.device)
-    with _naming(f"{name} fails on the inputs of a task, {shapes}"), torch.no_grad(), Elementary(keys, first):
-        copied = convert_batch_norm(copy.deepcopy(learner))  # PyTorch's takes no single example
-        output = first_tensor(copied(*positional, **named))
-    expected = (len(first), outputs)
-    if config.learner.loss in LOSSES and tuple(output.shape) != expected:
-        raise UsageError(
-            f"{name} gives outputs {tuple(output.shape)} for inputs {shapes}: they should be {expected}, "
-            "[examples, outputs]"
-        )
-
-
-def probe_learner(maml: MAML, parameters: Weights, distribution: TaskDistribution, config: Config) -> None:
-    """Compute one meta-gradient; raise UsageError that names the failing layer and a workaround."""
-    seed, learner = config.training.seed, f"--learner {config.learner.learner}"
-    loss = f"--loss {config.learner.loss}"
-    tasks = distribution.resized(config.training_shots).sample("train", seed, 1, range(2))
-    keys = keys_of(task_stream("train", seed, 1, range(2), first_tensor(tasks.support_x).device))
-    x, y = (tree_map(lambda part: part[0], tree) for tree in (tasks.support_x, tasks.support_y))
-    weights = maml.call.parameters
-    hint = "--no-vectorise, --engine unrolled or --first-order may work"
-    with _naming(f"{learner} with {loss} cannot be meta-trained ({hint})"):
-        with torch.no_grad():
-            outputs = maml.call(weights, x, Extras(keys[0]).for_pass("support"))
-        outputs = tree_map(lambda t: t.detach().requires_grad_(t.is_floating_point()), outputs)
-        with _naming(f"{loss} fails"):
-            if not maml.loss(outputs, y).requires_grad:
-                raise UsageError(f"{loss} does not depend on the learner's outputs")
-        try:
-            make_meta_gradient(maml, engine=config.training.engine)(parameters, tasks, keys=keys)
-        except Exception as error:  # an operator may fail in any way
-            positional, named = arguments_of(x)
-            failure = None if named else find_failure(maml.learner, weights, positional, keys[0])
-            if failure is None or is_out_of_memory(error):
-                raise
-            lack, way_round = PROBLEMS[failure.problem]
-            layer = f"its layer {failure.layer}" if failure.layer else "itself"
-            text = f"{learner}: {layer} ({failure.kind}) {lack} ({failure.reason}): {way_round}"
-            raise UsageError(text) from error
-
-
 # ---- a run ---------------------------------------------------------------------------------------
 
 
@@ -302,8 +228,18 @@ def assemble(
         check_same_split(start.file, start.resumed.splits, distribution.split_names)
     distribution.sample("validation", 0, 0, range(1))  # a split without tasks is refused before training
     parameters = _starting_weights(start, maml)
-    if config.learner.learner not in LEARNERS or config.learner.loss not in LOSSES:
+    users = config.learner.learner not in LEARNERS or config.learner.loss not in LOSSES
+    if users:
         probe_learner(maml, parameters, distribution, config)
+    if users if call.check_gradients is None else call.check_gradients:
+        free = not start.resumed and given.get("engine", "auto") == "auto"
+        alike = repr((config.tasks, config.learner, config.choices, config.training.engine))
+        if alike not in ENGINES_CHECKED:  # of a sweep, one run checks for all that differ in their seed alone
+            ENGINES_CHECKED[alike], words = choose_engine(maml, parameters, distribution, config, free=free)
+            if runtime.world.first:
+                print(f"Checked: {words}", file=sys.stderr)
+        config = config.replaced(engine=ENGINES_CHECKED[alike])
+        start = replace(start, config=config)
     run = Run(
         folder=folder,
         parameters=parameters,

@@ -88,6 +88,9 @@ class Call:
     deterministic: bool = flag("--deterministic", group="machine", default=False,
         help="the same command gives the same bits on one machine; operators that may not are refused, and "
         "libraries choose by rule instead of by measuring")
+    check_gradients: bool | None = flag("--check-gradients", group="machine", default=None,
+        help="before training, compare the meta-gradient with central differences on small tasks (default: "
+        "for a learner or a loss that is not built in)")
     timeout: float = flag("--timeout", group="machine", check=above_zero, metavar="MINUTES", default=10.0,
         help="how long a process of torchrun waits for the others' gradients before it gives up")
     # fmt: on

@@ -27,7 +27,8 @@ EXAMPLES = """\
   compare    python main.py --compare checkpoints/RUN checkpoints/OTHER
 """
 MORE = "Every flag, and the settings of each algorithm: --help-all"
-CAN_BE_SWITCHED_OFF = ("invert", "adapt_norm", "norm_per_step", "vectorise")  # by --no-NAME
+# by --no-NAME
+CAN_BE_SWITCHED_OFF = {"invert", "adapt_norm", "norm_per_step", "vectorise", "check_gradients"}
 WIDTH = 100  # of the help, at most
 
 

@@ -1,15 +1,20 @@
-"""Find out why a learner cannot be meta-learned: what it lacks, and which layer fails."""
+"""Find out why a learner cannot be meta-learned: what it lacks, and which layer fails or is wrong.
+
+Called after a failure, whose message names an operation of PyTorch but no layer of the user's, or after a
+gradient check that failed (training/gradient_check.py).
+"""
 
 from __future__ import annotations
 
 import copy
 import textwrap
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, jvp, vmap
+from torch.func import functional_call, grad, jvp, vmap
 from torch.utils import _pytree as pytree
 
 from common.batch import first_tensor
@@ -24,10 +29,10 @@ Loss = Callable[[Weights, Any], Tensor]  # of the weights, and the inputs and ke
 class Finding(NamedTuple):
     """A layer that fails, and at what."""
 
-    problem: str  # "vectorise", "second derivative" or "forward mode"
+    problem: str  # "vectorise", "second derivative", "forward mode" or "wrong derivative"
     layer: str  # name of the innermost layer whose forward fails; "": the learner as a whole
     kind: str  # its class
-    reason: str  # the error, at most 120 characters
+    reason: str  # the error, at most 120 characters; or how far a derivative is off
 
 
 def find_failure(
@@ -99,3 +104,86 @@ _ATTEMPTS = {
     "second derivative": _differentiate_twice,
     "forward mode": _differentiate_in_forward_mode,
 }
+
+
+# ---- wrong second derivatives --------------------------------------------------------------------
+
+DISTANCE, TOLERANCE = 1e-6, 1e-4  # of a central difference of gradients in float64, and its relative error
+
+
+def find_wrong_layer(
+    module: nn.Module, weights: Weights, inputs: tuple[Any, ...], keys: Tensor | None = None
+) -> Finding | None:
+    """Return the first innermost layer whose second derivatives disagree with differences of its gradient.
+
+    Arguments as for `find_failure`, in float64. None: each layer by itself is right.
+    """
+    calls: list[tuple[str, nn.Module, tuple[Any, ...], dict[str, Any]]] = []  # in the order in which they end
+    module = copy.deepcopy(module)
+    for name, layer in module.named_modules():
+        layer.register_forward_hook(
+            lambda layer, args, options, _, name=name: calls.append((name, layer, args, options)),
+            with_kwargs=True,
+        )
+    with torch.no_grad(), Elementary(keys, first_tensor(inputs)):
+        call_with(module, weights, inputs)
+    clean = dict(copy.deepcopy(module).named_modules())
+    for layer in clean.values():
+        layer._forward_hooks.clear()
+    for name, _, args, options in calls:
+        with suppress(Exception):  # what is no function of tensors alone cannot be wrong by itself
+            prefix = f"{name}." if name else ""
+            inner = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+            if problem := _wrong_order(clean[name], inner, (args, options), keys):
+                return Finding("wrong derivative", name, type(clean[name]).__name__, problem)
+    return None
+
+
+def _wrong_order(layer: nn.Module, weights: Weights, call: Any, keys: Tensor | None) -> str | None:
+    """Return which of the two orders of differentiation is wrong for a layer called so, and how far off."""
+    leaves, structure = pytree.tree_flatten((weights, call))
+    real = [isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves]
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+
+    # off the kink at 0 of what dropout or a ReLU has left
+    start = [leaf + 1e-3 * draw(leaf) for leaf, chosen in zip(leaves, real, strict=True) if chosen]
+    v = [draw(x) for x in start]
+
+    def value(variables: list[Tensor]) -> Tensor:
+        rest = iter([x.clone() for x in variables])  # a layer may write to its inputs
+        parts = [next(rest) if chosen else leaf for leaf, chosen in zip(leaves, real, strict=True)]
+        weights, (args, options) = pytree.tree_unflatten(parts, structure)
+        with Elementary(keys, variables[0]):
+            outputs = functional_call(layer, weights, args, options)
+        reals = [leaf for leaf in pytree.tree_leaves(outputs) if leaf.is_floating_point()]
+        return sum(((real.sin() + real**2).sum() for real in reals), torch.zeros(()))
+
+    def differences(distance: float) -> list[Tensor]:
+        ends = [
+            grad(value)([x + d * u for x, u in zip(start, v, strict=True)]) for d in (distance, -distance)
+        ]
+        return [(ahead - behind) / (2 * distance) for ahead, behind in zip(*ends, strict=True)]
+
+    def product(x: list[Tensor], v: list[Tensor]) -> Tensor:
+        return torch.stack([(g * u).sum() for g, u in zip(grad(value)(x), v, strict=True)]).sum()
+
+    def slope(x: list[Tensor], v: list[Tensor]) -> Tensor:
+        return jvp(value, (x,), (v,))[1]
+
+    orders = {"forward mode": grad(slope), "reverse mode": grad(product)}
+    references = [differences(distance) for distance in (DISTANCE, DISTANCE / 100)]
+    two = [torch.stack([u, u]) for u in v]
+    for name, order in orders.items():
+        second = [part[0] for part in vmap(order, (None, 0))(start, two)]
+        error = min(_relative_error(second, reference) for reference in references)
+        if error > TOLERANCE:
+            return f"{error:.1%} off in {name}"
+    return None
+
+
+def _relative_error(a: list[Tensor], b: list[Tensor]) -> float:
+    difference = torch.stack([(x - y).norm() for x, y in zip(a, b, strict=True)]).norm()
+    return (difference / torch.stack([y.norm() for y in b]).norm().clamp(min=1e-12)).item()

@@ -190,12 +190,11 @@ class MetaStep:
             self.stop_asked = message[-1]
         return self._receive(state, message)
 
-    def rehearse(self, state: State, iteration: int) -> None:
-        """Run an iteration without other processes: compiles what there is to compile."""
+    def rehearse(self, state: State, iteration: int) -> State:
+        """Return the next state by this process's tasks alone; compiles what there is to compile."""
         if self.world.size == 1:
-            self(state, iteration)
-        else:
-            self._receive(state, self.message(state, iteration))
+            return self(state, iteration)
+        return self._receive(state, self.message(state, iteration))
 
     def message(self, state: State, iteration: int | None = None) -> Tensor:
         """Return what this process learns from its tasks: `[numbers]`, the last of which is 0."""

@@ -36,6 +36,8 @@ DRAWN = [4**power for power in range(20)]  # validations whose tasks are drawn
 REDRAW_SECONDS = 0.5 if sys.stderr.isatty() else 30.0  # a file keeps what a terminal overwrites
 SAVE_SECONDS = 600.0  # last.pt is saved at least so often
 UNCOMPILED = {False: 100, True: 3}  # iterations first, by `classification`: they show that the run works
+# relative difference of two meta-gradients that are the same to rounding, by precision
+SAME = {"float64": 1e-6, "float32": 0.05, "tf32": 0.2, "bf16": 0.5}
 FAILED = 4  # exit code of a run that stopped because its numbers became non-finite
 # settings in which runs that are trained at once may differ
 AT_ONCE = ("seed", "inner_lr", "meta_lr", "meta_lr_final", "grad_clip", "grad_clip_norm")
@@ -203,12 +205,13 @@ class Trainer:
     def _compile(self) -> bool:
         """Compile the step by rehearsing it, or say why it stays uncompiled; return False after a signal."""
         self.compiler.interrupted = lambda: self.stop.signal is not None
+        uncompiled = self.plain_step.rehearse(self.state, self.iteration)
         self.compiler.active = True
         begin, compiled = time.monotonic(), self.compiler.compiled
         self.bar.set_postfix_str("compiling")
         failure = None
         try:
-            self.plain_step.rehearse(self.state, self.iteration)
+            failure = self._compare(uncompiled, self.plain_step.rehearse(self.state, self.iteration))
         except CompilationError as error:
             failure = str(error)
         failures, signals = zip(*self.world.gather((failure, self.stop.signal)), strict=True)
@@ -229,6 +232,14 @@ class Trainer:
             except RuntimeError as error:
                 self._say(f"Not recorded as a CUDA graph, kernels are launched one by one: {one_line(error)}")
         return True
+
+    def _compare(self, uncompiled: State, compiled: State) -> str | None:
+        """Return what is wrong with the compiled iteration, or None."""
+        part = "exp_avg" if self.options.meta_optimizer == "adam" else "parameters"  # moved by the gradient
+        before, right, new = (getattr(state, part) for state in (self.state, uncompiled, compiled))
+        error = ((new - right).norm() / (right - before).norm()).item()
+        wrong = error > SAME[self.options.precision]
+        return f"compiled, an iteration is {error:.1%} off" if wrong else None
 
     # ---- non-finite numbers -----------------------------------------------------------------
 

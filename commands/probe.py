@@ -1,0 +1,140 @@
+"""Try out a learner and a loss before training: shapes, one meta-gradient, and whether that is right.
+
+The user's code may fail in any way, and PyTorch may be wrong without a word. Either becomes one line, which
+names the layer and what to do.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from textwrap import shorten
+
+import torch
+from torch import Tensor, nn
+
+from commands.config import Config
+from common.batch import TaskBatch, TaskDistribution, Tree, arguments_of, first_tensor, in_type, tree_map
+from common.errors import UsageError, is_out_of_memory, one_line
+from common.optimizers import Weights
+from common.random import keys_of, task_stream
+from common.task import Extras
+from learners.batch_norm import convert_batch_norm
+from learners.diagnosis import find_failure, find_wrong_layer
+from learners.elementary import Elementary
+from learners.losses import LOSSES
+from maml import MAML
+from training.gradient_check import check_meta_gradient
+from training.meta_gradients import make_meta_gradient
+
+# By the problem that `find_failure` finds: what the layer lacks, and how to train without it.
+PROBLEMS = {
+    "vectorise": ("cannot be vectorised over tasks", "--no-vectorise takes the tasks one after another"),
+    "second derivative": ("has no second derivative", "--first-order needs none"),
+    "forward mode": ("has no derivative in forward mode", "--engine unrolled needs none"),
+}
+
+
+@contextmanager
+def _naming(flags: str) -> Iterator[None]:
+    """Raise UsageError, which names the flags of the user's code, where that fails in the block."""
+    try:
+        yield
+    except Exception as error:  # it may fail in any way
+        if isinstance(error, UsageError) or is_out_of_memory(error):
+            raise
+        raise UsageError(f"{flags}: {shorten(str(error), 200)}") from error
+
+
+def check_outputs(learner: nn.Module, example: Tree, outputs: int, config: Config) -> None:
+    """Raise UsageError where the learner fails on a task's inputs, or its outputs have another shape."""
+    name = f"--learner {config.learner.learner}"
+    shapes = tree_map(lambda part: tuple(part.shape), example)
+    positional, named = arguments_of(example)
+    first = first_tensor(example)
+    keys = torch.zeros(2, dtype=torch.int64, device=first.device)
+    with _naming(f"{name} fails on the inputs of a task, {shapes}"), torch.no_grad(), Elementary(keys, first):
+        copied = convert_batch_norm(copy.deepcopy(learner))  # PyTorch's takes no single example
+        output = first_tensor(copied(*positional, **named))
+    expected = (len(first), outputs)
+    if config.learner.loss in LOSSES and tuple(output.shape) != expected:
+        raise UsageError(
+            f"{name} gives outputs {tuple(output.shape)} for inputs {shapes}: they should be {expected}, "
+            "[examples, outputs]"
+        )
+
+
+def probe_learner(maml: MAML, parameters: Weights, distribution: TaskDistribution, config: Config) -> None:
+    """Compute one meta-gradient; raise UsageError that names the failing layer and a workaround."""
+    seed, learner = config.training.seed, f"--learner {config.learner.learner}"
+    loss = f"--loss {config.learner.loss}"
+    tasks = distribution.resized(config.training_shots).sample("train", seed, 1, range(2))
+    keys = keys_of(task_stream("train", seed, 1, range(2), first_tensor(tasks.support_x).device))
+    x, y = (tree_map(lambda part: part[0], tree) for tree in (tasks.support_x, tasks.support_y))
+    weights = maml.call.parameters
+    hint = "--no-vectorise, --engine unrolled or --first-order may work"
+    with _naming(f"{learner} with {loss} cannot be meta-trained ({hint})"):
+        with torch.no_grad():
+            outputs = maml.call(weights, x, Extras(keys[0]).for_pass("support"))
+        outputs = tree_map(lambda t: t.detach().requires_grad_(t.is_floating_point()), outputs)
+        with _naming(f"{loss} fails"):
+            if not maml.loss(outputs, y).requires_grad:
+                raise UsageError(f"{loss} does not depend on the learner's outputs")
+        try:
+            make_meta_gradient(maml, engine=config.training.engine)(parameters, tasks, keys=keys)
+        except Exception as error:  # an operator may fail in any way
+            positional, named = arguments_of(x)
+            failure = None if named else find_failure(maml.learner, weights, positional, keys[0])
+            if failure is None or is_out_of_memory(error):
+                raise
+            lack, way_round = PROBLEMS[failure.problem]
+            layer = f"its layer {failure.layer}" if failure.layer else "itself"
+            text = f"{learner}: {layer} ({failure.kind}) {lack} ({failure.reason}): {way_round}"
+            raise UsageError(text) from error
+
+
+def choose_engine(
+    maml: MAML, parameters: Weights, distribution: TaskDistribution, config: Config, *, free: bool
+) -> tuple[str, str]:
+    """Check the meta-gradient on small tasks; return the engine to use, and the outcome in words.
+
+    `free`: the engine may be another one than configured. Raises UsageError where it is not right.
+    """
+    begin, seed, engine = time.monotonic(), config.training.seed, config.training.engine
+    tasks = distribution.resized(config.training_shots).sample("train", seed, 1, range(2))
+    keys = keys_of(task_stream("train", seed, 1, range(2), first_tensor(tasks.support_x).device))
+    engines = list(dict.fromkeys([engine, "unrolled"]))
+    try:
+        check = check_meta_gradient(maml, parameters, tasks, keys, engines)
+    except Exception as error:  # the user's code may not run on few examples, or not in this precision
+        if is_out_of_memory(error):
+            raise
+        return engine, f"the meta-gradient could not be checked: {shorten(one_line(error), 200)}"
+    if check.engine == engine:
+        reference = "a plain loop" if check.by_loop_alone else "central differences"
+        words = f"the meta-gradient agrees with {reference}"
+        words += " (the learner or the loss stops gradients on purpose)" if check.by_loop_alone else ""
+    else:
+        words = _locate(maml, tasks, keys)
+        if check.engine is None or not free:
+            way_round = "write that from other operators, use --first-order"
+            raise UsageError(
+                f"--learner {config.learner.learner} with --loss {config.learner.loss}: the meta-gradient is "
+                f"wrong, {words}: {f'use --engine {check.engine}' if check.engine else way_round}, or "
+                "--no-check-gradients if its derivatives are meant so"
+            )
+        words = f"--engine {engine} is wrong here, {words}; --engine {check.engine} is right, and taken"
+    return check.engine, f"{words} ({str(check.dtype)[6:]}, {time.monotonic() - begin:.1f} s)"
+
+
+def _locate(maml: MAML, tasks: TaskBatch, keys: Tensor) -> str:
+    """Return in words which layer has wrong second derivatives, and how far off they are."""
+    inputs, named = arguments_of(tree_map(lambda part: part[0], in_type(tasks.support_x, torch.float64)))
+    double = maml.in_precision(torch.float64)
+    wrong = None if named else find_wrong_layer(double.learner, double.call.parameters, inputs, keys[0])
+    if wrong is None:
+        return "for which no single layer can be named"
+    layer = f"layer {wrong.layer}" if wrong.layer else "the learner itself"
+    return f"{layer} ({wrong.kind}) being {wrong.reason}"

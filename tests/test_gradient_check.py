@@ -1,0 +1,247 @@
+"""The check of a meta-gradient before training: right ones pass, and every wrong one is seen and located."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from runs import command
+from torch import nn
+from torch.func import vmap
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from commands.resolve import resolve
+from common.batch import TaskBatch
+from common.choices import META_GRADIENTS, Choices
+from learners.diagnosis import find_wrong_layer
+from maml import MAML
+from training import compiler, gradient_check
+from training.checkpoint import load_checkpoint
+from training.gradient_check import check_meta_gradient
+from training.meta_gradients import make_meta_gradient
+
+KEYS = torch.tensor([[1, 2], [3, 4]])
+
+
+class Cube(torch.autograd.Function):
+    """The third power; `wrong` of its derivatives are 5 % off: "jvp" or "backward of backward"."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, wrong):
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.wrong = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * gradient, None
+
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * tangent * (1.05 if ctx.wrong == "jvp" else 1.0)
+
+
+class Cubed(nn.Module):
+    def __init__(self, wrong: str = "") -> None:
+        super().__init__()
+        self.wrong = wrong
+
+    def forward(self, x):
+        return Cube.apply(x, self.wrong)
+
+
+class HalfStopped(nn.Module):
+    """Half of the derivative is not there, in no order of differentiation."""
+
+    def forward(self, x):
+        return x**2 + (x**2).detach()
+
+
+class Float32Alone(nn.Module):
+    def forward(self, x):
+        return torch.tanh(x) @ torch.eye(x.shape[-1], dtype=torch.float32)
+
+
+def network(layer: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 8), layer, nn.Linear(8, 2))
+
+
+def batch(*shape: int) -> TaskBatch:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 5, *shape), (2, 5, 2)) * 2
+    return TaskBatch(*(torch.randn(*size, generator=generator) for size in shapes))
+
+
+def check(learner: nn.Module, meta_gradient: str = "exact", shape=(3,), **choices):
+    if meta_gradient == "implicit":
+        choices["proximal"] = 1.0
+    choices = {"inner_lr": 0.05, "steps": 3, "adapt_norm": True, "meta_gradient": meta_gradient} | choices
+    maml = MAML(learner, F.mse_loss, Choices(**choices))
+    engines = ("adjoint", "unrolled") if meta_gradient in ("exact", "first-order") else ("unrolled",)
+    return check_meta_gradient(maml, maml.initial_parameters(), batch(*shape), KEYS, engines)
+
+
+RIGHT = {
+    "kinks": lambda: nn.Sequential(nn.ReLU(), nn.Linear(8, 200), nn.ReLU(), nn.Linear(200, 8)),
+    "dropout and batch norm": lambda: nn.Sequential(nn.Dropout(), nn.BatchNorm1d(8), nn.LeakyReLU()),
+    "layer norm": lambda: nn.LayerNorm(8),
+}
+
+
+@pytest.mark.parametrize("meta_gradient", META_GRADIENTS)
+@pytest.mark.parametrize("layer", RIGHT)
+def test_a_right_meta_gradient_passes(layer, meta_gradient):
+    result = check(network(RIGHT[layer]()), meta_gradient)
+    assert result.engine is not None and result.error < 0.1 and result.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {
+            "inner_rates": "layer-step",
+            "objective": "multi-step",
+            "batch_norm": "per-step",
+            "norm_per_step": True,
+        },
+        {"inner_rates": "element", "inner_optimizer": "adam"},
+        {"fast_weights": "head", "head_init": "zero", "inner_clip": 0.1},
+    ],
+)
+def test_right_meta_gradients_of_other_choices_pass(choices):
+    assert check(network(nn.Sequential(nn.BatchNorm1d(8), nn.Tanh())), **choices).error < 0.1
+
+
+def test_images_with_pooling_pass():
+    layers = [
+        nn.Conv2d(1, 8, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 8, 3),
+        nn.ReLU(),
+    ]
+    assert check(nn.Sequential(*layers, nn.Flatten(), nn.Linear(72, 2)), shape=(1, 12, 12)).error < 1
+
+
+@pytest.mark.parametrize("meta_gradient", META_GRADIENTS)
+def test_a_meta_gradient_that_is_one_percent_off_is_seen(meta_gradient, monkeypatch):
+    def make_wrong(maml, **options):
+        right = make_meta_gradient(maml, **options)
+
+        def wrong(*arguments, **inputs):
+            result = right(*arguments, **inputs)
+            factor = 1.01 if maml.over_tasks is vmap else 1.0  # the loop is right
+            return result._replace(gradients={n: factor * g for n, g in result.gradients.items()})
+
+        return wrong
+
+    monkeypatch.setattr(gradient_check, "make_meta_gradient", make_wrong)
+    assert check(network(nn.Tanh()), meta_gradient).engine is None
+
+
+def test_the_engine_without_the_wrong_derivative_is_taken():
+    assert check(network(Cubed())).engine == "adjoint"
+    assert check(network(Cubed("jvp"))).engine == "unrolled"
+
+
+def test_a_learner_that_is_wrong_everywhere_is_located():
+    class Wrong(HalfStopped):
+        def forward(self, x):
+            return x**2 + x.new_tensor((x**2).tolist())  # no function that stops gradients is called
+
+    learner = network(nn.Sequential(nn.Tanh(), Wrong())).double()
+    finding = find_wrong_layer(learner, dict(learner.named_parameters()), (batch(3).support_x[0].double(),))
+    assert finding is not None and finding.layer == "1.1" and finding.kind == "Wrong"
+
+
+def test_stopped_gradients_are_compared_with_the_loop_alone():
+    result = check(network(HalfStopped()))
+    assert result.engine == "adjoint" and result.by_loop_alone
+    assert check(network(nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)))).error < 1
+
+
+def test_a_learner_that_needs_float32_is_checked_in_it():
+    result = check(network(Float32Alone()))
+    assert result.engine == "adjoint" and result.dtype == torch.float32 and result.error < 1
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Return a function that gives the flags of a run with a learner of this file."""
+    (tmp_path / "own.py").write_text(
+        "import sys\n"
+        f"sys.path.insert(1, {str(Path(__file__).parent)!r})\n"
+        "from torch import nn\n"
+        "from test_gradient_check import Cubed, HalfStopped\n"
+        "def right(outputs): return nn.Sequential(nn.Linear(1, 8), Cubed(), nn.Linear(8, 1))\n"
+        "def wrong(outputs): return nn.Sequential(nn.Linear(1, 8), Cubed('jvp'), nn.Linear(8, 1))\n"
+        "def stops(outputs): return nn.Sequential(nn.Linear(1, 8), HalfStopped(), nn.Linear(8, 1))\n"
+    )
+
+    def flags(name: str, *others: str) -> list:
+        line = ["--learner", f"{tmp_path / 'own.py'}:{name}", "--iterations", 2, "--eval-tasks", 2]
+        return [*line, "--checkpoint-path", tmp_path / "runs", "--run-name", "a", *others]
+
+    return flags
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "words"),
+    [
+        (
+            "right",
+            ["--engine", "adjoint"],
+            "Checked: the meta-gradient agrees with central differences (float64",
+        ),
+        ("stops", [], "Checked: the meta-gradient agrees with a plain loop (the learner or the loss stops"),
+        ("wrong", [], "Checked: the meta-gradient agrees with central differences"),  # auto is unrolled here
+        (
+            "wrong",
+            ["--engine", "adjoint"],
+            "layer 1 (Cubed) being 5.0% off in forward mode: use --engine unrolled",
+        ),
+        (
+            "wrong",
+            ["--algorithm", "imaml"],
+            "layer 1 (Cubed) being 5.0% off in forward mode: write that from",
+        ),
+        ("wrong", ["--engine", "adjoint", "--no-check-gradients"], ""),
+    ],
+)
+def test_a_run_says_whether_its_gradient_is_right(name, flags, words, own, capsys):
+    refused = "being" in words
+    assert command(*own(name, *flags)) == (2 if refused else 0)
+    error = capsys.readouterr().err
+    assert words in error and ("Checked" in error) == ("Checked" in words)
+
+
+def test_auto_leaves_an_engine_that_is_wrong(own, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("commands.train.resolve", lambda given: resolve(given).replaced(engine="adjoint"))
+    assert command(*own("wrong")) == 0
+    assert "--engine unrolled is right, and taken" in capsys.readouterr().err
+    assert load_checkpoint(tmp_path / "runs" / "a" / "last.pt").settings["engine"] == "unrolled"
+
+
+def test_a_wrong_compiled_iteration_is_seen_and_the_run_stays_uncompiled(tmp_path, capsys, monkeypatch):
+    load = compiler.load_library
+
+    def load_wrong(path, structure):
+        library = load(path, structure)
+        return lambda tensors: pytree.tree_map(
+            lambda t: 1.5 * t if t.is_floating_point() else t, library(tensors)
+        )
+
+    monkeypatch.setattr(compiler, "load_library", load_wrong)
+    line = ["--iterations", 102, "--compile", "on", "--checkpoint-path", tmp_path, "--run-name", "a"]
+    assert command(*line, "--eval-tasks", 2) == 0
+    assert "The run stays uncompiled: compiled, an iteration is" in capsys.readouterr().err

@@ -1,0 +1,353 @@
+"""Check the meta-gradient that a run will use against its definition, before training.
+
+PyTorch's derivative of an operator may be wrong without an error, in the next version another one's. A
+network or loss that is not built in is therefore tried on two small tasks, in float64 if it can: uncompiled
+and vectorised on one side; values and first derivatives of a plain loop over tasks on the other.
+
+    exact, joint   central differences of the outer loss along random directions
+    first order    the same with constant inner gradients
+    Reptile        how far the loop's inner steps move the weights
+    implicit       conjugate gradients whose products are central differences of the support gradient
+
+All but the last two are compared with reverse over reverse in the loop as well. That alone counts if the
+forward pass stops gradients (`detach`, `no_grad`), which differences do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import grad
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from common.batch import TaskBatch, Tree, first_tensor, in_type, joined, tree_map
+from common.optimizers import Weights
+from common.task import Task
+from maml import MAML, RATE
+from training.meta_gradients import conjugate_gradients, make_meta_gradient
+
+STEPS = 2  # at most: later ones start from weights that differ between tasks, as the second one does
+EXAMPLES, IMAGES = 4, 2  # of each task's support and query; batch norm requires some, or positions
+DIRECTIONS = 2
+
+
+class Scale(NamedTuple):
+    """Sizes that belong to a type of arithmetic."""
+
+    distances: tuple[float, ...]  # of differences, until one agrees: a long one crosses the kinks of ReLUs
+    tolerance: float  # relative, in a slope of the part that has second derivatives
+    resolution: float  # relative, of a loss
+    loop_tolerance: float  # relative, between two orders of the same operations
+
+
+SCALES = {
+    torch.float64: Scale((1e-6, 1e-7, 1e-5, 1e-8, 1e-4), 1e-3, 1e-14, 1e-6),
+    torch.float32: Scale((1e-2, 3e-3, 3e-2, 1e-3, 1e-1), 5e-2, 1e-6, 1e-2),
+}
+
+
+class Check(NamedTuple):
+    """The outcome of a check."""
+
+    engine: str | None  # the first one that agrees; None: none does
+    error: float  # of that, or else of the first engine, in units of the tolerance
+    dtype: torch.dtype
+    by_loop_alone: bool  # gradients are stopped on purpose, which differences do not see
+
+
+def check_meta_gradient(
+    maml: MAML, parameters: Weights, batch: TaskBatch, keys: Tensor, engines: Sequence[str]
+) -> Check:
+    """Return the first of the engines whose meta-gradient agrees with its definition.
+
+    Args:
+        batch: at least two tasks; a few of their examples are taken.
+        keys: random keys `[tasks, 2]`, see `MAML.meta_gradient`.
+    """
+    try:
+        return _choose(Definition(maml, parameters, batch, keys, torch.float64), engines)
+    except (RuntimeError, TypeError):  # a tensor inside has another type
+        return _choose(Definition(maml, parameters, batch, keys, torch.float32), engines)
+
+
+def _choose(definition: Definition, engines: Sequence[str]) -> Check:
+    errors = []
+    for engine in engines:
+        errors.append(definition.error(definition.gradient(definition.maml, engine)))
+        if errors[-1] <= 1:
+            return Check(engine, errors[-1], definition.dtype, definition.by_loop_alone)
+    return Check(None, errors[0], definition.dtype, definition.by_loop_alone)
+
+
+class Definition:
+    """What a meta-gradient should be, on small tasks in one type of arithmetic."""
+
+    def __init__(
+        self, maml: MAML, parameters: Weights, batch: TaskBatch, keys: Tensor, dtype: torch.dtype
+    ) -> None:
+        self.dtype, self.scale, self.kind = dtype, SCALES[dtype], maml.choices.meta_gradient
+        steps = min(maml.steps, STEPS)
+        self.maml = maml.in_precision(dtype).with_options(steps=steps, inner_batch=None, tasks_at_once=None)
+        self.loop = self.maml.with_options(vectorise=False)
+        fresh = self.maml.initial_parameters()  # those of inner steps have fewer rows
+        self.parameters = {n: parameters[n][: len(w)] if w.dim() else parameters[n] for n, w in fresh.items()}
+        self.parameters = {
+            n: _shaken(w.to(dtype)) if n in maml.initial else w.to(dtype) for n, w in self.parameters.items()
+        }
+        if maml.choices.head_init != "prototype":  # which needs an example of each class
+            count = IMAGES if first_tensor(batch.support_x).dim() > 4 else EXAMPLES
+            batch = TaskBatch(*(tree_map(lambda t: t[:, :count], part) for part in batch))
+        self.batch, self.keys = TaskBatch(*(in_type(part, dtype) for part in batch)), keys
+        self.step_weights = None
+        if maml.choices.objective == "multi-step":
+            self.step_weights = torch.full((steps,), 1 / steps, dtype=dtype, device=keys.device)
+        tasks = Task(*self.batch, extras=self.maml.call.extras(len(keys), keys))
+        self.tasks = [tree_map(lambda t, number=number: t[number], tasks) for number in range(len(keys))]
+        self.by_loop_alone = False  # whether the last error is that to the loop, since gradients are stopped
+        self._shorten_steps()
+        self.slopes: dict[tuple[int, float], tuple[float, float]] = {}  # by direction and distance
+
+    def _shorten_steps(self) -> None:
+        """Lower the inner rates until a step moves the weights by a tenth: differences need a smooth loss."""
+        start, end, *_ = self.loop.inner_loop(self.parameters, self.tasks[0], 1)
+        moved = _norm({name: w - end.fast[name] for name, w in start.fast.items()})
+        factor = max(0.1 * _norm(start.fast), 0.1) / max(moved, 1e-12)
+        if factor < 1:
+            self.maml = self.maml.with_options(
+                inner_lr=factor * self.maml.choices.inner_lr, inner_lr_max=None
+            )
+            self.loop = self.maml.with_options(vectorise=False)
+            self.parameters |= {n: factor * w for n, w in self.parameters.items() if n.startswith(RATE)}
+
+    def gradient(self, maml: MAML, engine: str = "unrolled") -> Weights:
+        """Return the meta-gradient of the small tasks, as training computes it."""
+        compute = make_meta_gradient(maml, engine=engine)
+        result = compute(self.parameters, self.batch, keys=self.keys, step_weights=self.step_weights)
+        return {name: g.detach() for name, g in result.gradients.items()}
+
+    def error(self, gradient: Weights) -> float:
+        """Return how far a meta-gradient is from its definition, in units of what is tolerated."""
+        if self.kind in ("reptile", "implicit"):
+            of_task = self._reptile if self.kind == "reptile" else self._implicit
+            parts = [of_task(task) for task in self.tasks]
+            reference = {n: torch.stack([part[n] for part in parts]).mean(0) for n in parts[0]}
+            tolerance = self.scale.loop_tolerance if self.kind == "reptile" else self.scale.tolerance
+            return _distance({name: gradient[name] for name in reference}, reference) / tolerance
+        to_loop = _distance(gradient, self.loop_gradient) / self.scale.loop_tolerance
+        by_differences = self.error_by_differences(gradient)
+        self.by_loop_alone = by_differences > 1 and self.stops_gradients
+        if by_differences > 1:
+            return to_loop if self.by_loop_alone else by_differences
+        loop_is_right = to_loop <= 1 or self.error_by_differences(self.loop_gradient) <= 1
+        return max(to_loop, by_differences) if loop_is_right else by_differences
+
+    @cached_property
+    def loop_gradient(self) -> Weights:
+        """Reverse over reverse, one task after another."""
+        return self.gradient(self.loop)
+
+    # ---- central differences ----------------------------------------------------------------
+
+    def error_by_differences(self, gradient: Weights) -> float:
+        """Return the largest error of a gradient's slopes, each by the distance that fits best."""
+        errors = []
+        for number, direction in enumerate(self.directions):
+            slopes = _dot(gradient, direction)
+            second = slopes
+            if self.kind == "exact":  # the error of second derivatives is to be seen beside the first ones
+                second = slopes - _dot(self.first_order_gradient, direction)
+            size = torch.maximum(second.norm(), self.scale.tolerance * slopes.norm()).item()
+            best = torch.inf
+            for distance in self.scale.distances:
+                slope, loss = self._slope(number, distance)
+                noise = self.scale.resolution * (1 + abs(loss)) / distance
+                error = abs(slope - slopes.sum().item()) / (self.scale.tolerance * size + noise)
+                best = min(best, error)
+                if best <= 1:
+                    break
+            errors.append(best)
+        return max(errors)
+
+    @cached_property
+    def directions(self) -> list[Weights]:
+        """The first along the gradient with random signs, the others at random; each tensor's has norm 1."""
+        generator = torch.Generator().manual_seed(0)
+
+        def unit(tensor: Tensor) -> Tensor:
+            return tensor / tensor.norm().clamp(min=torch.finfo(tensor.dtype).tiny)
+
+        def draw(like: Tensor, *shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(like)
+
+        along = {n: unit(g) * draw(g).sign() for n, g in self.loop_gradient.items()}
+        others = [{n: unit(draw(g, *g.shape)) for n, g in along.items()} for _ in range(DIRECTIONS - 1)]
+        return [along, *others]
+
+    def _slope(self, number: int, distance: float) -> tuple[float, float]:
+        """Return the slope of the outer loss along a direction, and the loss."""
+        if (number, distance) not in self.slopes:
+            direction = self.directions[number]
+            ahead, behind = (
+                self.outer_loss(_moved(self.parameters, d, direction)) for d in (distance, -distance)
+            )
+            self.slopes[number, distance] = (ahead - behind) / (2 * distance), ahead
+        return self.slopes[number, distance]
+
+    @torch.no_grad()
+    def outer_loss(self, parameters: Weights) -> float:
+        """Return the mean over tasks of the function whose gradient is the meta-gradient."""
+        return sum(self._loss_of(parameters, number).item() for number in range(len(self.tasks))) / len(
+            self.tasks
+        )
+
+    def _loss_of(self, parameters: Weights, number: int) -> Tensor:
+        task = self.tasks[number]
+        if self.kind == "exact":
+            return self.loop.outer_loss(parameters, task, self.step_weights)[0]
+        if self.kind == "first-order":
+            return self._first_order_loss(parameters, task, self.constants[number])
+        (x, y), fast = _join_sets(task), self.loop.start(parameters).fast
+        return self.loop.loss(self.loop.call(fast | parameters, x, task.extras.for_pass("query")), y)
+
+    # ---- first order, Reptile and implicit --------------------------------------------------
+
+    @cached_property
+    def first_order_gradient(self) -> Weights:
+        return self.gradient(self.loop.with_options(meta_gradient="first-order"))
+
+    @cached_property
+    def constants(self) -> list[list[tuple[Weights, Weights]]]:
+        """The gradients and changed buffers of each task's inner steps."""
+        steps = []
+        for task in self.tasks:
+            state, steps_of_task = self.loop.start(self.parameters, task), []
+            for step in range(self.loop.steps):
+                shared = self.loop.shared_at(self.parameters, step)
+                state, gradient, _, buffers = self.loop.inner_step(state, shared, *task.at_step(step))
+                task = task.with_buffers(buffers)
+                steps_of_task.append((gradient, buffers))
+            steps.append(steps_of_task)
+        return steps
+
+    def _first_order_loss(
+        self, parameters: Weights, task: Task, constants: list[tuple[Weights, Weights]]
+    ) -> Tensor:
+        """Return the outer loss as a function of the parameters alone, inner gradients being constants."""
+        state, losses = self.loop.start(parameters, task), []
+        for step, (gradient, buffers) in enumerate(constants):
+            shared = self.loop.shared_at(parameters, step)
+            state = self.loop.optimizer.update(state, gradient, shared.rates, shared.anchor)
+            task = task.with_buffers(buffers)
+            losses.append(self.loop.query_loss(state.fast, shared.weights, task.for_query(step + 1))[0])
+        return losses[-1] if self.step_weights is None else (self.step_weights * torch.stack(losses)).sum()
+
+    def _reptile(self, task: Task) -> Weights:
+        x, y = _join_sets(task)
+        start, *_, end = self.loop.inner_loop(
+            self.parameters, replace(task, support_x=x, support_y=y), self.loop.steps
+        )
+        return {name: w - end.fast[name] for name, w in start.fast.items() if name in self.parameters}
+
+    def _implicit(self, task: Task) -> Weights:
+        maml, distance = self.loop, self.scale.distances[0]
+        choices, strength = maml.choices, maml.optimizer.proximal
+        *_, end = maml.inner_loop(self.parameters, task, maml.steps)
+        shared_weights = end.shared.weights
+        v, u = grad(lambda fast, shared: maml.query_loss(fast, shared, end.task)[0], (0, 1))(
+            end.fast, shared_weights
+        )
+
+        def support_gradients(fast: Weights, shared: Weights) -> tuple[Weights, Weights]:
+            def loss(fast: Weights, shared: Weights) -> Tensor:
+                return maml.loss(maml.call(fast | shared, task.support_x, end.task.extras), task.support_y)
+
+            return grad(loss, (0, 1))(fast, shared)
+
+        def second(x: Weights) -> tuple[Weights, Weights]:
+            """Return (d2L/dw dw) x and (d2L/ds dw) x."""
+            if self.stops_gradients:
+                return grad(lambda *weights: _dot(support_gradients(*weights)[0], x).sum(), (0, 1))(
+                    end.fast, shared_weights
+                )
+            step = distance / max(1.0, _norm(x))
+            ahead, behind = (support_gradients(_moved(end.fast, d, x), shared_weights) for d in (step, -step))
+            of_fast, of_shared = (
+                {n: (a[n] - b[n]) / (2 * step) for n in a} for a, b in zip(ahead, behind, strict=True)
+            )
+            return of_fast, of_shared
+
+        def product(x: Weights) -> Weights:
+            hessian, _ = second({n: w[0] for n, w in x.items()})
+            return {n: (1 + choices.cg_damping) * x[n] + hessian[n][None] / strength for n in x}
+
+        if not choices.cg_steps:
+            return v | u
+        x = conjugate_gradients(product, {n: w[None] for n, w in v.items()}, choices.cg_steps)
+        x = {n: w[0] for n, w in x.items()}
+        return x | {n: g - m / strength for (n, g), m in zip(u.items(), second(x)[1].values(), strict=True)}
+
+    # ---- stopped gradients ------------------------------------------------------------------
+
+    @cached_property
+    def stops_gradients(self) -> bool:
+        """Return whether the learner or the loss stops gradients on purpose."""
+        task, weights = self.tasks[0], self.maml.call.parameters
+        weights = {name: w.detach().requires_grad_() for name, w in weights.items()}
+        with _FindStops() as mode:
+            self.maml.loss(
+                self.maml.call(weights, task.support_x, task.extras.for_pass("support")), task.support_y
+            )
+        return mode.stopped
+
+
+class _FindStops(TorchFunctionMode):
+    """A mode that notices functions of tensors that require a gradient, and whose results do not."""
+
+    stopped = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.requires_grad]
+        result = func(*args, **kwargs or {})
+        stops = func in (Tensor.detach, Tensor.detach_) or not torch.is_grad_enabled()
+        self.stopped = self.stopped or (bool(tensors) and stops)
+        return result
+
+
+def _shaken(weight: Tensor) -> Tensor:
+    """Move a weight a little, off the kinks and saddle points where weights of zero begin."""
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(
+        weight
+    )
+    return weight + (0.01 + 0.1 * weight.square().mean().sqrt()) * noise
+
+
+def _dot(a: Weights, b: Weights) -> Tensor:
+    """Return the products of two dictionaries of tensors, `[tensors]`."""
+    return torch.stack([(a[name] * b[name]).sum() for name in a])
+
+
+def _norm(weights: Weights) -> float:
+    return torch.stack([w.norm() for w in weights.values()]).norm().item()
+
+
+def _moved(weights: Weights, distance: float, direction: Weights) -> Weights:
+    return {name: w + distance * direction[name] for name, w in weights.items()}
+
+
+def _distance(a: Weights, b: Weights) -> float:
+    """Return the distance of two dictionaries of tensors, relative to the norm of the second; inf for NaN."""
+    difference = _norm({name: a[name] - b[name] for name in b})
+    return difference / max(_norm(b), 1e-12) if difference < torch.inf else torch.inf
+
+
+def _join_sets(task: Task) -> tuple[Tree, Tree]:
+    """Return one task's support and query as one set: inputs and targets."""
+    pairs = ((task.support_x, task.query_x), (task.support_y, task.query_y))
+    x, y = (joined(list(pair)) for pair in pairs)
+    return x, y
