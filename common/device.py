@@ -77,11 +77,9 @@ def find_device(name: str, world: World) -> torch.device:
 
 
 def threads_for(requested: int | None, world: World, *, small_tensors: bool) -> int:
-    """Return the number of threads of this process.
+    """Return the threads of this process: as requested, or OMP_NUM_THREADS (but not torchrun's, which is 1).
 
-    Without --threads it is OMP_NUM_THREADS (but not torchrun's, which is 1), else one with `small_tensors`:
-    splitting the sinusoid network's operations over two cores takes a quarter longer. Several processes share
-    the machine's cores.
+    Else one with `small_tensors`, which two cores make a quarter slower, or its share of the cores.
     """
     if requested is not None:
         return requested

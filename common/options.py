@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -21,7 +22,9 @@ from typing import Any
 Check = Callable[[Any], str | None]  # returns what was expected, or None for a good value
 
 
-# ---- checks --------------------------------------------------------------------------------------
+def expect(expected: str, holds: Callable[[Any], Any]) -> Check:
+    """Return a check that says what was expected of a value for which `holds` is false."""
+    return lambda value: None if holds(value) else expected
 
 
 def at_least(minimum: int, maximum: int = 2**31 - 1) -> Check:
@@ -33,47 +36,21 @@ def at_least(minimum: int, maximum: int = 2**31 - 1) -> Check:
     return check
 
 
-def above_zero(value: float) -> str | None:
-    return None if math.isfinite(value) and value > 0 else "a number above 0"
-
-
-def below_one(value: float) -> str | None:
-    return None if 0 <= value < 1 else "a number from 0 to below 1"
-
-
-def not_negative(value: float) -> str | None:
-    return None if math.isfinite(value) and value >= 0 else "a number that is not negative"
-
-
-def seed_range(value: int) -> str | None:
-    return None if 0 <= value < 2**63 else "a whole number from 0 to 2^63 - 1"
-
-
-def key_and_value(text: str) -> str | None:
-    key, equals, _ = text.partition("=")
-    return None if equals and key.isidentifier() else "NAME=VALUE"
-
-
-def key_and_values(text: str) -> str | None:
-    key, equals, values = text.partition("=")
-    return None if equals and key and all(values.split(",")) else "FLAG=A,B,..."
-
-
-def folder_name(text: str) -> str | None:
-    good = text.strip(". ") and not set(text) & {"/", "\\"} and len(text) <= 100
-    return None if good else "a name for a folder"
-
-
-def is_plain_text(text: str) -> bool:
-    """Return whether files, terminals and TensorBoard can show a text: no control characters, valid UTF-8."""
-    return not any(c < " " or "\x7f" <= c < "\xa0" or "\ud800" <= c < "\ue000" for c in text)
-
-
-# ---- declarations --------------------------------------------------------------------------------
+above_zero = expect("a number above 0", lambda x: math.isfinite(x) and x > 0)
+below_one = expect("a number from 0 to below 1", lambda x: 0 <= x < 1)
+not_negative = expect("a number that is not negative", lambda x: math.isfinite(x) and x >= 0)
+seed_range = expect("a whole number from 0 to 2^63 - 1", lambda x: 0 <= x < 2**63)
+key_and_value = expect("NAME=VALUE", lambda text: "=" in text and text.partition("=")[0].isidentifier())
+key_and_values = expect("FLAG=A,B,...", re.compile("[^=]+=[^,]+(,[^,]+)*").fullmatch)
+folder_name = expect(
+    "a name for a folder", lambda text: text.strip(". ") and not {*text} & {"/", "\\"} and len(text) <= 100
+)
 
 KIND_NAMES = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
 KIND_NAMES |= {bool: "yes or no", tuple: "a list"}
 SWITCHES = {"yes": True, "no": False}
+# what files, terminals and TensorBoard cannot show: control characters, and what is no valid UTF-8
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 # Defaults that are no single value:
 BY_DATASET = object()  # `presets.DEFAULTS` has one for each kind of data
@@ -116,7 +93,7 @@ class Flag:
             value = float(value)
         if not isinstance(value, self.kind) or (isinstance(value, bool) and self.kind is not bool):
             return KIND_NAMES[self.kind]
-        if self.kind in (str, Path) and not is_plain_text(str(value)):
+        if self.kind in (str, Path) and UNPRINTABLE.search(str(value)):
             return "text without control characters, in UTF-8"
         if self.choices and value not in self.choices:
             return f"one of {', '.join(self.choices)}"

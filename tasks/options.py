@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from common.names import check_code_name, parse_name
-from common.options import BY_DATASET, at_least, flag, key_and_value, not_negative
+from common.options import BY_DATASET, at_least, expect, flag, key_and_value, not_negative
 
 CURVES = ("sinusoid", "sinusoid-frequency", "sinusoid-line", "harmonic")
 AUGMENTATIONS = ("flip", "crop", "rotate")
@@ -62,23 +62,19 @@ def check_dataset(name: str) -> str | None:
     return None if good else check_code_name(name, f"{', '.join(DATASETS)}, images:FOLDER, table:FILE")
 
 
-def check_columns(text: str) -> str | None:
-    good = re.fullmatch(r"(task=[^,]+)|((target|input)=[^,]+(,[^,]+)*)", text)
-    return None if good else "task=NAME, target=NAMES or input=NAMES, with commas between names"
-
-
-def check_augmentations(text: str) -> str | None:
-    good = {*text.split(",")} <= {*AUGMENTATIONS}
-    return None if good else f"some of {', '.join(AUGMENTATIONS)}, with commas between"
-
-
-def check_channels(value: int) -> str | None:
-    return None if value in (1, 3) else "1 or 3"
-
-
-def check_shares(text: str) -> str | None:
-    good = re.fullmatch(r"[1-9]\d{0,8},\d{1,9},[1-9]\d{0,8}", text)
-    return None if good else "three whole numbers with commas between, the first and the last above 0"
+check_columns = expect(
+    "task=NAME, target=NAMES or input=NAMES, with commas between names",
+    re.compile("(task=[^,]+)|((target|input)=[^,]+(,[^,]+)*)").fullmatch,
+)
+check_augmentations = expect(
+    f"some of {', '.join(AUGMENTATIONS)}, with commas between",
+    lambda text: {*text.split(",")} <= {*AUGMENTATIONS},
+)
+check_channels = expect("1 or 3", lambda value: value in (1, 3))
+check_shares = expect(
+    "three whole numbers with commas between, the first and the last above 0",
+    re.compile(r"[1-9]\d{0,8},\d{1,9},[1-9]\d{0,8}").fullmatch,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
