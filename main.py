@@ -15,6 +15,7 @@ Flags are parsed and checked before PyTorch is imported. `--help` shows the usua
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import sys
@@ -27,7 +28,7 @@ from commands.call import Call, check_call
 from commands.members import members_of
 from commands.parser import parse
 from commands.resolve import resolve
-from common.errors import AgreedError, LostError, UsageError, explain
+from common.errors import AgreedError, LostError, UsageError, explain, show_warnings
 
 if TYPE_CHECKING:
     from common.processes import World
@@ -39,8 +40,9 @@ PATIENCE = 30.0  # seconds: torchrun ends the other processes once the first has
 
 def main(arguments: list[str]) -> int:
     """Run a command line; return 0, or 2: bad input, 3: lost process, 4: non-finite numbers, 130: Ctrl+C."""
+    show_warnings(silent=RANK > 0)
     if RANK:
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (until the process ends)
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
     try:
         return run(arguments)
     except (UsageError, OSError, MemoryError, RuntimeError) as error:
@@ -98,6 +100,8 @@ def dispatch(call: Call, given: Mapping[str, Any], command: str, world: World) -
 
 
 if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a Windows console cannot write every character
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             code = main(sys.argv[1:])

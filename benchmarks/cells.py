@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 SEEDS = (0, 1, 2)
 FAR_ENOUGH = 0.25  # of the planned iterations: shorter runs are in their own table alone
-PUBLISHED = tomllib.loads(Path(__file__).with_name("published.toml").read_text())
+PUBLISHED = tomllib.loads(Path(__file__).with_name("published.toml").read_text(encoding="utf-8"))
 
 
 class Published(NamedTuple):

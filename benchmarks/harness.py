@@ -57,7 +57,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all; make its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
@@ -69,14 +69,14 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file; raise UsageError if it is damaged."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"{path} is not a JSON file ({error}): remove it, or write elsewhere") from error
 
 
 def put(page: Path, name: str, text: str) -> bool:
     """Replace the text between `<!-- name -->` and `<!-- /name -->`; return False if the page has neither."""
-    before, begin, rest = page.read_text().partition(f"<!-- {name} -->\n")
+    before, begin, rest = page.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
     _, end, after = rest.partition(f"<!-- /{name} -->")
     if end:
         write_text(page, before + begin + text + end + after)
@@ -97,7 +97,8 @@ def machine() -> str:
     import torch
 
     file = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.*)$", file.read_text() if file.exists() else "", re.MULTILINE)
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    names = re.findall(r"^model name\s*: (.*)$", text, re.MULTILINE)
     name = names[0] if names else platform.machine()
     graphics = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{name}, {os.cpu_count()} cores{graphics}"

@@ -126,7 +126,7 @@ def planned_iterations(progress: Record) -> int:
 def read_small_json(file: Path, changed: int) -> dict[str, Any]:
     """Read a result file as it was changed last, without the numbers of single tasks; empty if damaged."""
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:  # cut short by a kill
         return {}
     for part in (content, *content.get("methods", {}).values()):

@@ -79,6 +79,8 @@ def main() -> None:
     parser.add_argument("--works", nargs="+", choices=WORKS, default=[*WORKS])
     parser.add_argument("--out", type=Path, default=RESULTS / "long_run.json", help="the JSON file")
     options = parser.parse_args()
+    if not Path("/proc/self/status").exists():
+        raise UsageError("runs are sampled by /proc, which this system lacks: use Linux")
     results = read_json(options.out) if options.out.exists() else {}
     for name in options.works:
         with tempfile.TemporaryDirectory() as root:

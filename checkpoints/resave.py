@@ -76,8 +76,8 @@ def resave(path: Path) -> None:
         assert before.keys() == now.keys() and all(torch.equal(before[n], now[n]) for n in now), path
     card = path.with_name("card.json")
     if card.exists():
-        facts = json.loads(card.read_text()) | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        card.write_text(json.dumps(facts, indent=1) + "\n")
+        facts = json.loads(card.read_bytes()) | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        card.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     print(f"{path}: re-saved")
 
 

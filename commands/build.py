@@ -9,7 +9,6 @@ settings and the `Trainer` is here.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from commands.resolve import resolve
 from common.batch import TaskDistribution, Tree, first_tensor, tree_map
 from common.device import Runtime, find_device, set_up
 from common.errors import UsageError
+from common.files import is_writable
 from common.optimizers import Weights
 from common.own_code import parse_arguments
 from common.processes import ALONE, World, join, read_world
@@ -37,7 +37,7 @@ from learners.functional import fixed_tensors
 from learners.losses import LOSSES, build_loss, loss_name
 from maml import MAML, RATE, SQUARE
 from training.checkpoint import Checkpoint, check_same_split, fitting_parameters
-from training.compiler import Compiler, cpp_compiler
+from training.compiler import Compiler, cpp_compiler, cpp_compiler_name
 from training.folders import BEST, LAST, find_checkpoint, has_results
 from training.run import Run
 from training.trainer import Trainer
@@ -267,7 +267,8 @@ def _fit_to_machine(start: Start, given: Mapping[str, Any], runtime: Runtime) ->
     config = start.config
     if config.training.compile == "on" and (runtime.device.type == "mps" or not cpp_compiler()):
         if runtime.world.first:
-            print_once("main.py: not compiled: that needs a C++ compiler (install g++), and no MPS")
+            compiler = cpp_compiler_name()
+            print_once(f"main.py: not compiled: that needs a C++ compiler (install {compiler}), and no MPS")
         off = {"compile": "off"}
         config = config.replaced(**off) if start.resumed else resolve({**given, **off})
     if not start.resumed and runtime.device.type == "cuda" and "tasks_at_once" not in given:
@@ -329,7 +330,7 @@ def collect_facts(config: Config, runtime: Runtime, checkpoint: Checkpoint | Non
 def make_writable(folder: Path) -> Path:
     """Create the folder of --out if it is missing; raise UsageError or OSError if it cannot be written to."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
+    if not is_writable(folder):
         raise UsageError(f"{folder}: cannot write there; name another folder with --out")
     return folder
 

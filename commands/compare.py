@@ -109,9 +109,12 @@ def _side_of(name: str, runs: Runs, curves: Mapping[Subject, dict[str, Any]]) ->
 def read_sides(call: Call, given: Mapping[str, Any]) -> dict[str, Runs]:
     """Return the sides of --compare, named by path: a run, or each setting of a folder of many runs."""
     sides: dict[str, Runs] = {}
-    common = os.path.commonpath([Path(path).resolve() for path in call.compare])
+    paths = [Path(path).resolve() for path in call.compare]
+    drives = {path.drive for path in paths}  # of Windows
+    common = os.path.commonpath(paths) if len(drives) == 1 else ""
     for path in map(Path, call.compare):
-        below = str(path.resolve().relative_to(common)).removesuffix(".pt").removeprefix(".")
+        below = os.path.relpath(path.resolve(), common) if common else str(path.resolve())
+        below = below.removesuffix(".pt").removeprefix(".")
         listed = find_runs(path) or [{"setting": "", "file": find_checkpoint(path, BEST, LAST)}]
         for setting in dict.fromkeys(run["setting"] for run in listed):
             name = printable(f"{below} {setting}".strip() or path.resolve().name)

@@ -94,11 +94,12 @@ def threads_for(requested: int | None, world: World, *, small_tensors: bool) -> 
 
 def machine_memory() -> int | None:
     """Return the bytes of memory that this process may use, or None if the system does not say."""
-    if not hasattr(os, "sysconf"):
+    try:
+        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # Windows has none, and other systems not every number
         return None
-    limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with suppress(OSError, ValueError):  # of a container
-        limit = min(limit, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        limit = min(limit, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
     return limit
 
 
@@ -125,8 +126,7 @@ def set_up(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS is first used
         torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(deterministic)
-    # `torch.func` warns about its own imports, and about operators that its loop would not make faster
-    warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated", category=FutureWarning)
+    # about operators that a loop would not make faster
     warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet")
     torch.set_num_threads(threads_for(threads, world, small_tensors=small_tensors))
     return Runtime(device, *_DTYPES[precision], world)

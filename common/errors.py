@@ -7,12 +7,19 @@ mistakes in the flags are answered before PyTorch is imported.
 from __future__ import annotations
 
 import errno
+import logging
+import os
 import re
+import sys
+import warnings
+from typing import Any
 
 NOT_DETERMINISTIC = re.compile(r"(\S+) does not have a deterministic implementation")
 # PyTorch's RuntimeErrors on CPU, CUDA and MPS, and those of cuBLAS, cuDNN and C++. Compiled functions of
 # PyTorch 2.11 ("run_func_") fail at nothing else, and say no more.
 OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory|ALLOC_FAILED|bad_alloc|run_func_")
+
+OF_LATER_VERSIONS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 
 
 class UsageError(Exception):
@@ -49,6 +56,28 @@ def explain(error: BaseException) -> str | None:
         full = "; free some space, or write to another disk" if error.errno == errno.ENOSPC else ""
         return printable(f"{error.filename}: {reason_of(error)}{full}")
     return printable(one_line(error)) if isinstance(error, OSError | UsageError) else None
+
+
+def show_warnings(*, silent: bool) -> None:
+    """Let each warning be a line on stderr, once; those of later versions are for programmers (python -W).
+
+    `silent`: show none, whoever raises it, as in all processes but the first.
+    """
+    shown = set()
+
+    def show(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any
+    ) -> None:
+        text = f"main.py: warning: {printable(' '.join(str(message).split()))} ({filename}, line {lineno})"
+        if text not in shown and not silent and not issubclass(category, OF_LATER_VERSIONS):
+            shown.add(text)
+            print(text, file=sys.stderr)
+
+    if silent or not sys.warnoptions:
+        warnings.showwarning = show
+    if silent:  # nor what PyTorch writes by other ways
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        logging.disable(logging.WARNING)
 
 
 def one_line(error: BaseException) -> str:

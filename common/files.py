@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,7 +36,7 @@ def write_all_whole(writers: Sequence[tuple[Path, Writer]]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         for temporary, (path, _) in zip(temporaries, writers, strict=True):
-            temporary.replace(path)
+            _replace(temporary, path)
     except BaseException:
         for temporary in temporaries:
             with suppress(OSError):
@@ -46,9 +47,32 @@ def write_all_whole(writers: Sequence[tuple[Path, Writer]]) -> None:
             sync(folder)
 
 
+def _replace(temporary: Path, path: Path) -> None:
+    """Rename a file; where another program reads the old one, Windows refuses that for a moment."""
+    for wait in (0.05, 0.2, 0.8):
+        with suppress(PermissionError):
+            temporary.replace(path)
+            return
+        time.sleep(wait)
+    temporary.replace(path)
+
+
+def is_writable(folder: Path) -> bool:
+    """Return whether files can be made in a folder; `os.access` does not know on Windows."""
+    probe = folder / f".{os.getpid()}.tmp"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError:
+        return False
+    return True
+
+
 def sync(path: Path) -> None:
     """Bring a file's content, or a folder's names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(
+        path, os.O_RDONLY if path.is_dir() else os.O_RDWR
+    )  # Windows writes through the latter
     try:
         os.fsync(descriptor)
     finally:

@@ -67,7 +67,9 @@ def _check_neighbours(path: Path) -> None:
     """Raise ImportError if the file imports a neighbour for which Python would take a module of this tool."""
     tools = {*TOOL.glob("*.py"), *(init.parent for init in TOOL.glob("*/__init__.py"))}
     for name in sorted(tool.stem for tool in tools if path.parent != TOOL):
-        imported = re.search(rf"^\s*(from|import) {name}\b", path.read_text(), re.MULTILINE)
+        imported = re.search(
+            rf"^\s*(from|import) {name}\b", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE
+        )
         if imported and ((path.parent / name).is_dir() or (path.parent / f"{name}.py").is_file()):
             raise ImportError(f"it imports {name}, and this tool has a module of that name: rename yours")
 

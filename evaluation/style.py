@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,7 +102,9 @@ def label_axes(panel: Axes, x: str, measure: str) -> None:
 def render(figure: Figure) -> bytes:
     """Return a figure as PNG; drawing it is the slow part of writing it."""
     png = io.BytesIO()
-    figure.savefig(png, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a box for each letter that the font lacks
+        figure.savefig(png, format="png")
     return png.getvalue()
 
 

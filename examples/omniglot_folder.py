@@ -26,7 +26,7 @@ def write_folder(data_root: Path, folder: Path) -> None:
             f"{path.name},{name}" for name in characters for path in sorted((folder / name).glob("*.png"))
         ]
         name = "val" if split == "validation" else split
-        (folder / f"{name}.csv").write_text("\n".join(["filename,label", *rows]) + "\n")
+        (folder / f"{name}.csv").write_text("\n".join(["filename,label", *rows]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.errors import printable
-from common.files import one_at_a_time, user_cache, write_whole
+from common.files import is_writable, one_at_a_time, user_cache, write_whole
 
 CACHE_VERSION = 3
 Decoder = Callable[[], Iterable[np.ndarray]]  # yields images, uint8 `[channels, height, width]`
@@ -32,13 +32,13 @@ def cached_pixels(
 
     The file's name holds a fingerprint of the settings and of the sources' names, sizes and times.
     """
-    status = {os.path.relpath(file, folder): file.stat() for file in sources}
+    status = {_relative(file, folder): file.stat() for file in sources}
     facts = [(name, file.st_size, file.st_mtime_ns) for name, file in status.items()]
     fingerprint = hashlib.sha256(repr((CACHE_VERSION, settings, facts)).encode()).hexdigest()[:16]
-    title = printable(folder.resolve().name)[:50]  # file systems allow 255 bytes in a name
+    title = printable(folder.resolve().name)[:50].replace("\\", "-")  # names have at most 255 bytes
     name = f".{title}-{fingerprint}.npy"
     paths = [place / name for place in (folder, user_cache())]
-    path = next((path for path in paths if path.is_file()), paths[not os.access(folder, os.W_OK)])
+    path = next((path for path in paths if path.is_file()), paths[not is_writable(folder)])
 
     def write(file: IO[bytes]) -> None:  # a full disk is an error here, and a crash in a memory map
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
@@ -53,3 +53,10 @@ def cached_pixels(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable")  # nobody writes to it
         return torch.from_numpy(np.load(path, mmap_mode="r"))
+
+
+def _relative(file: Path, folder: Path) -> str:
+    try:
+        return os.path.relpath(file, folder)
+    except ValueError:  # on another drive of Windows
+        return str(file)

@@ -37,9 +37,13 @@ class CompilationError(Exception):
     """Say in one line why a function could not be compiled."""
 
 
+def cpp_compiler_name() -> str:
+    return os.environ.get("CXX") or CPP_COMPILERS.get(sys.platform, "g++")
+
+
 def cpp_compiler() -> str | None:
     """Return the C++ compiler that Inductor would call, or None where this machine has none."""
-    return shutil.which(os.environ.get("CXX") or CPP_COMPILERS.get(sys.platform, "g++"))
+    return shutil.which(cpp_compiler_name())
 
 
 def cache_folder() -> Path:
@@ -91,6 +95,7 @@ class Compiler:
         """Load the function's library, which is built first if need be."""
         tensors = [tensor.detach() for tensor in tensors]  # one passed twice would become a single input
         self._tracing = True  # what this function calls becomes part of it
+        log_level = logging.root.manager.disable
         try:
             logging.disable(logging.WARNING)  # remarks of PyTorch's compiler
             with warnings.catch_warnings(action="ignore"), torch.enable_grad():
@@ -105,7 +110,7 @@ class Compiler:
             raise CompilationError(one_line(error)[:200]) from error
         finally:
             self._tracing = False
-            logging.disable(logging.NOTSET)
+            logging.disable(log_level)
 
     def _build(
         self, graph: torch.fx.GraphModule, tensors: list[Tensor], options: dict[str, Any], path: Path
@@ -127,7 +132,7 @@ class Compiler:
         constants = {name: getattr(graph, name).detach().cpu().contiguous() for name in sorted(names)}
         digests = {n: hashlib.sha256(c.flatten().view(torch.uint8).numpy()) for n, c in constants.items()}
         cpuinfo = Path("/proc/cpuinfo")  # Linux's: the code is built for this processor, and for no other
-        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
         content = [
             graph.code,
             [(name, str(c.dtype), c.shape, digests[name].hexdigest()) for name, c in constants.items()],

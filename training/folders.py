@@ -58,8 +58,8 @@ def _lock(folder: Path) -> Iterator[None]:
     finally:
         lock.release()
         if not is_occupied(folder):  # nothing came of it
-            (folder / LOCK).unlink(missing_ok=True)
             with suppress(OSError):  # another process has just begun there
+                (folder / LOCK).unlink(missing_ok=True)
                 for path in created:
                     path.rmdir()
 
