@@ -21,8 +21,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from cells import Cell, Table, Test
 from harness import machine, main_line, read_json, write_json
+
+from evaluation.meta_test import Evaluation
+from evaluation.tables import StepResults, plain_values
 
 Record = Mapping[str, Any]
 
@@ -101,6 +105,11 @@ class Job:
 
     def result(self, test: Test, *, baselines: bool = False) -> Record | None:
         """Return the result of a test of the current checkpoint with these flags; None if there is none."""
+        file = self.result_file(test, baselines=baselines)
+        return read_small_json(file, file.stat().st_mtime_ns) if file else None
+
+    def result_file(self, test: Test, *, baselines: bool = False) -> Path | None:
+        """Return the file of that result."""
         progress = self.progress
         if not progress:
             return None
@@ -110,7 +119,7 @@ class Job:
             if file.stem.endswith("-baselines") == baselines:
                 content = read_small_json(file, file.stat().st_mtime_ns)
                 if content.get("iteration") == iteration and content["command"] == command:
-                    return content
+                    return file
         return None
 
     def is_tested(self, test: Test) -> bool:
@@ -195,19 +204,58 @@ def record(table: Table, jobs: Sequence[Job], recorded: Record | None = None) ->
     """
     methods: dict[str, Any] = {}
     for cell in table.cells:
-        runs = {run["trained_by"]: run for run in recorded_runs(recorded or {}, cell.method)}
+        known_entry = (recorded or {}).get("methods", {}).get(cell.method, {"runs": []})
+        runs, fresh = {run["trained_by"]: run for run in known_entry["runs"]}, {}
         for job in jobs:
             if job.progress and job.cell.method == (cell.baseline_of or cell.method):
                 run, known = run_of(table, cell, job), runs.get(job.command)
                 if known is None or len(run["tests"]) >= len(known["tests"]):
-                    runs[job.command] = run
+                    runs[job.command], fresh[job.command] = run, job
         if runs:
-            methods[cell.method] = {"runs": sorted(runs.values(), key=lambda run: run["seed"])}
+            entry = {"runs": sorted(runs.values(), key=lambda run: run["seed"])}
+            kept = known_entry.get("over_seeds", {}) if known_entry["runs"] == entry["runs"] else {}
+            tests = kept.get("tests", {}) | over_seeds(table, cell, entry["runs"], fresh)
+            methods[cell.method] = entry | ({"over_seeds": {"tests": tests}} if tests else {})
     return {"table": table.name, "title": table.title, "methods": methods}
 
 
-def recorded_runs(recorded: Record, method: str) -> list[dict[str, Any]]:
-    return recorded.get("methods", {}).get(method, {"runs": []})["runs"]
+def over_seeds(
+    table: Table, cell: Cell, runs: Sequence[Record], jobs: Mapping[str, Job]
+) -> dict[str, dict[str, Any]]:
+    """Return means and intervals of several runs after each step, by test: they need every run's tasks.
+
+    Args:
+        jobs: those whose folders have the runs, by command.
+    """
+    tests = {}
+    for test in table.tests:
+        tested = [run for run in runs if test.name in run["tests"]]
+        if len(tested) > 1 and all(run["trained_by"] in jobs for run in tested):
+            evaluations = [task_results(jobs[run["trained_by"]], test, cell) for run in tested]
+            rows = [
+                {"normalisation": name, **row}
+                for name in evaluations[0].losses
+                for row in StepResults.over(evaluations, name).record()
+            ]
+            steps = tested[0]["tests"][test.name]["test_steps"]
+            tests[test.name] = plain_values({"test_steps": steps, "per_step": rows})
+    return tests
+
+
+def task_results(job: Job, test: Test, cell: Cell) -> Evaluation:
+    """Return the result of every task of a job's test, or of a baseline that was measured with it."""
+    file = job.result_file(test, baselines=cell.baseline_of is not None)
+    assert file is not None  # it is in the record
+    content = read_json(file)
+    per_task = (content["methods"][cell.method] if cell.baseline_of else content)["per_task"]
+
+    def tensors(measure: str) -> dict[str, torch.Tensor]:
+        return {
+            name: torch.tensor([[math.nan if v is None else v for v in row] for row in rows]).double()
+            for name, rows in per_task.get(measure, {}).items()
+        }
+
+    return Evaluation(tensors("loss"), tensors("accuracy"))
 
 
 def run_of(table: Table, cell: Cell, job: Job) -> dict[str, Any]:

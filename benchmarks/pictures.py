@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,14 +34,14 @@ def draw(table: Table, record: Record, folder: Path) -> None:
 # ---- numbers over inner steps --------------------------------------------------------------------
 
 
-def points_of(table: Table, runs: Sequence[Record], test: str) -> list[tuple[int, float, float]]:
-    """Return step, mean over seeds and interval over tasks; without steps after which all tasks diverged."""
-    values = [
-        (step, number(table, Column("", test, step, "transductive"), runs)) for step in range(STEPS_SHOWN + 1)
-    ]
-    return [
-        (step, as_error(table, value.mean), value.interval) for step, value in values if value is not None
-    ]
+def points_of(table: Table, entry: Record, test: str) -> list[tuple[int, float, float]]:
+    """Return step, mean without diverged tasks and its interval, after steps with a task that has not."""
+    points = []
+    for step in range(STEPS_SHOWN + 1):
+        value = number(table, Column("", test, step, "transductive"), entry)
+        if value is not None and math.isfinite(value.drawn[0]):
+            points.append((step, as_error(table, value.drawn[0]), value.drawn[1]))
+    return points
 
 
 def as_error(table: Table, value: float) -> float:
@@ -56,7 +57,7 @@ def steps_figure(table: Table, record: Record) -> Figure | None:
     """
     tests = [test.name for test in table.tests]
     methods = record["methods"]
-    curves = {(m, test): points_of(table, methods[m]["runs"], test) for m in methods for test in tests}
+    curves = {(m, test): points_of(table, methods[m], test) for m in methods for test in tests}
     means = [mean for points in curves.values() for _, mean, _ in points]
     if not means or len(tests) > MOST_PANELS:
         return None
@@ -72,8 +73,8 @@ def steps_figure(table: Table, record: Record) -> Figure | None:
                     draw_published(panel, table, cell.method, test, look["color"])
             panel.set(title=test, yscale="log" if wide else "linear")
             panel.set_xlabel("inner steps")
-        measure = "query error (%)" if table.accuracy else "query MSE"
-        panels[0].set_ylabel(f"{measure}; diamonds: published")
+        measure = "query error (%)" if table.accuracy else "query MSE of tasks that do not diverge"
+        panels[0].set_ylabel(f"{measure}\ndiamonds: published")
         style.add_legend(figure, panels[0])
     return figure
 

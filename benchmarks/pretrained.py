@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
-from cells import FAMILY, FAR_ENOUGH, SEEDS, TABLES, Table
+from cells import FAMILY, FAR_ENOUGH, TABLES, Table
 from harness import ROOT, Parser, evaluate
 from jobs import Job, planned_iterations
 from tool import copy_initialisation
@@ -56,7 +56,7 @@ def numbers(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 def publish(table: Table, method: str, root: Path) -> bool:
     """Write a method's checkpoint and card; return whether it has been trained far enough."""
-    job = Job(table, table.cell(method), SEEDS[0], root)
+    job = Job(table, table.cell(method), table.seeds[0], root)
     progress = job.progress
     if not progress or progress["iteration"] < FAR_ENOUGH * planned_iterations(progress):
         return False
@@ -103,9 +103,10 @@ def words(card: Mapping[str, Any]) -> str:
         if "accuracy" in row:
             parts.append(f"{100 * row['accuracy']:.2f} ±{100 * row['accuracy_interval_95']:.2f} % {name}")
         else:
-            parts.append(f"MSE {row['loss_without_diverged']:.3g} ±{row['loss_interval_95']:.2g}")
+            parts.append(f"MSE {row['loss']:.3g} ±{row['loss_interval_95']:.2g}")
             if row["diverged_tasks"]:
-                parts[-1] = f"MSE {row['loss_without_diverged']:.3g}, {row['diverged_tasks']} tasks diverged"
+                without, count = row["loss_without_diverged"], row["diverged_tasks"]
+                parts[-1] += f"; {without:.3g} without {count} tasks that diverged"
     return ", ".join(parts)
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 import pictures
 import table_text
 import torch
-from cells import SEEDS, TABLES, Table
+from cells import TABLES, Table
 from harness import RESULTS, ROOT, Parser, launch, put, read_json, write_json, write_text
 from jobs import Job, record, run_job
 
@@ -40,7 +40,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("tables", nargs="*", metavar="TABLE", help="(default: all; see --list)")
     parser.add_argument("--list", action="store_true", help="list tables and methods, and exit")
     parser.add_argument("--methods", nargs="+", help="methods of these tables (default: all)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--seeds", type=int, nargs="+", help="(default: curves 0 to 4, images 0 to 2)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop training then; 0: only test")
     parser.add_argument("--jobs", type=int, help="runs at once (default: the CPU's cores, or 1 with a GPU)")
     parser.add_argument("--folder", type=Path, default=RUNS, help="folder of the runs")
@@ -55,10 +55,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     for method in options.methods or ():
         if method not in methods:
             parser.error(f"no method {method} in these tables; choose from {'; '.join(sorted(methods))}")
-    if options.jobs == 0 or not options.minutes >= 0 or min(options.seeds) < 0:
+    if options.jobs == 0 or not options.minutes >= 0 or min(options.seeds or [0]) < 0:
         parser.error("expected --jobs of at least 1, --minutes and --seeds of at least 0")
     if options.quick:
-        options.seeds = options.seeds[:1]
+        options.seeds = (options.seeds or [0])[:1]
         options.folder = options.folder.with_name(options.folder.name + "-quick")
         options.results = options.results.with_name(options.results.name + "-quick")
     return options
@@ -66,9 +66,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
     """Yield all methods from the first seed, then from the others: tables fill evenly."""
-    for seed in dict.fromkeys(options.seeds):
+    for seed in dict.fromkeys(options.seeds or range(max(len(table.seeds) for table in options.tables))):
         for table in options.tables:
-            for cell in table.trained:
+            cells = table.trained if seed in (options.seeds or table.seeds) else ()
+            for cell in cells:
                 if options.methods is None or cell.method in options.methods:
                     yield Job(table, cell, seed, options.folder, options.quick)
 
@@ -95,7 +96,7 @@ def run_jobs(options: argparse.Namespace) -> bool:
 def write_table(table: Table, options: argparse.Namespace) -> bool:
     """Write a table's files from all runs, recorded ones included; return whether there are any."""
     file = options.results / f"{table.name}.json"
-    seeds = sorted({*SEEDS, *options.seeds})
+    seeds = sorted({*table.seeds, *(options.seeds or ())})
     jobs = [Job(table, c, seed, options.folder, options.quick) for seed in seeds for c in table.trained]
     content = record(table, jobs, read_json(file) if file.exists() else {})
     if content["methods"]:
@@ -106,7 +107,10 @@ def write_table(table: Table, options: argparse.Namespace) -> bool:
 
 
 def update_pages() -> None:
-    """Put the recorded tables, and a summary of the published numbers, into docs/results.md."""
+    """Put the recorded tables, and a summary of the published numbers, into docs/results.md.
+
+    Rows of a table stand on other pages, between `<!-- TABLE: METHOD; METHOD -->` and the same with a slash.
+    """
     page = ROOT / "docs" / "results.md"
     files = {name: TABLE_RESULTS / f"{name}.json" for name in TABLES}
     records = {name: read_json(file) for name, file in files.items() if file.exists()}
@@ -116,6 +120,9 @@ def update_pages() -> None:
             text += f"\n![{TABLES[name].title}](../benchmarks/results/reproduce/{name}.png)\n"
         put(page, name, text)
     put(page, "published", table_text.summary(records))
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        for mark, name, methods in table_text.excerpts_on(page.read_text()):
+            put(page, mark, table_text.excerpt(TABLES[name], records[name], methods))
 
 
 def main() -> int:

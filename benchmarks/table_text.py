@@ -7,14 +7,17 @@ every test after every inner step.
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from cells import FAR_ENOUGH, SEEDS, TABLES, Cell, Column, Published, Table
+from cells import FAR_ENOUGH, TABLES, Cell, Column, Published, Table
 from harness import markdown
+
+from evaluation.tables import decimal
 
 Record = Mapping[str, Any]  # of a table, or of one of its runs
 
@@ -23,48 +26,75 @@ Record = Mapping[str, Any]  # of a table, or of one of its runs
 class Number:
     """A measured number over seeds: an error, or an accuracy in percent."""
 
-    means: list[float]  # of each seed, over the tasks that did not diverge
-    intervals: list[float]  # 95 % over tasks, of each seed; NaN where there are none
-    diverged: int  # tasks, of all seeds
+    means: list[float]  # of each seed, over all tasks; NaN where it is not finite
+    interval: float = math.nan  # 95 % over tasks, of the mean over seeds; NaN where there is none
+    diverged: int = 0  # tasks, of all seeds
+    kept: tuple[float, float] = (math.nan, math.nan)  # mean without those, and its interval
 
     @property
     def mean(self) -> float:
         return statistics.mean(self.means)
 
     @property
-    def interval(self) -> float:
-        """The mean interval over tasks: all seeds share the test tasks, so more seeds do not narrow it."""
-        return statistics.mean(self.intervals)
+    def drawn(self) -> tuple[float, float]:
+        """Mean and interval as pictures show them: without diverged tasks."""
+        return self.kept if self.diverged else (self.mean, self.interval)
 
     def text(self, digits: int) -> str:
-        """Return the mean over seeds, its interval over tasks, the lowest and the highest seed."""
-        text = f"{self.mean:.{digits}f}"
-        if math.isfinite(self.interval):
-            text += f" ±{self.interval:.{digits}f}"
-        if len(self.means) > 1:
-            text += f" ({min(self.means):.{digits}f} to {max(self.means):.{digits}f})"
-        return text + f", {self.diverged} diverged" * bool(self.diverged)
+        """Return the mean over seeds, its interval over tasks, the lowest and the highest seed.
+
+        After a semicolon comes the mean without diverged tasks, if there are any.
+        """
+        text = mean_text(self.mean, self.interval, digits)
+        if any(map(math.isfinite, self.means[1:] and self.means)):
+            ordered = sorted(self.means, key=lambda mean: math.inf if math.isnan(mean) else mean)
+            low, high = (mean_text(mean, math.nan, digits) for mean in (ordered[0], ordered[-1]))
+            text += f" ({low} to {high})"
+        if not self.diverged:
+            return text
+        return f"{text}; {mean_text(*self.kept, digits)} without {self.diverged:,} diverged"
 
 
-def number(table: Table, column: Column, runs: Sequence[Record]) -> Number | None:
-    """Return a column of a method over the runs that have it; None if none has, or all tasks diverge."""
-    measure, scale = ("accuracy", 100) if table.accuracy else ("loss_without_diverged", 1)
-    rows = [row for run in runs if (row := row_of(column, run))]
-    if not rows or any(row[measure] is None for row in rows):
+def mean_text(mean: float, interval: float, digits: int) -> str:
+    """Return a mean with its interval, where there is one."""
+    if not math.isfinite(mean):
+        return "not finite"
+    return decimal(mean, digits) + f" ±{decimal(interval, digits)}" * math.isfinite(interval)
+
+
+def number(table: Table, column: Column, entry: Record) -> Number | None:
+    """Return a column of a method over the runs that have it; None if none has.
+
+    The interval of several runs is computed from each task's mean over them: there is none if the tasks of a
+    run were not kept.
+    """
+    measure, scale = ("accuracy", 100.0) if table.accuracy else ("loss", 1.0)
+    rows = [row for run in entry["runs"] if (row := row_of(column, run))]
+    if not rows:
         return None
-    intervals = [row.get(f"{measure}_interval_95") for row in rows]
-    return Number(
-        [scale * row[measure] for row in rows],
-        [math.nan if interval is None else scale * interval for interval in intervals],
-        0 if table.accuracy else sum(row.get("diverged_tasks", 0) for row in rows),
-    )
+
+    def value(row: Record, name: str) -> float:
+        return math.nan if row.get(name) is None else scale * row[name]
+
+    means = [value(row, measure) for row in rows]
+    diverged = 0 if table.accuracy else sum(row.get("diverged_tasks", 0) for row in rows)
+    if len(rows) == 1:
+        without = "loss_without_diverged"
+        kept = (value(rows[0], without), value(rows[0], f"{without}_interval_95"))
+        return Number(means, value(rows[0], f"{measure}_interval_95"), diverged, kept)
+    together = row_of(column, entry["over_seeds"]) if column.test and "over_seeds" in entry else None
+    if together and together["runs"] == len(rows):
+        kept = (value(together, "mean_without_diverged"), value(together, "interval_95_without_diverged"))
+        return Number(means, value(together, "interval_95_over_tasks"), diverged, kept)
+    kept = (statistics.mean(value(row, "loss_without_diverged") for row in rows), math.nan)
+    return Number(means, diverged=diverged, kept=kept)
 
 
 def row_of(column: Column, run: Record) -> Record | None:
     """Return the numbers of a run after the steps of a column; None if they have not been measured."""
     if column.test is None:
         final = run["final_training_loss"]
-        return {"loss_without_diverged": final["mean"]} if final else None
+        return {"loss": final["mean"]} if final else None
     test = run["tests"].get(column.test)
     if test is None:
         return None
@@ -84,16 +114,16 @@ def digits_of(table: Table) -> int:
 
 def table_text(table: Table, record: Record) -> str:
     """Return our numbers with the published ones below, then what is met, and the commands."""
-    runs = {method: entry["runs"] for method, entry in record["methods"].items()}
-    columns = [c for c in table.columns if any(number(table, c, of_method) for of_method in runs.values())]
+    methods = record["methods"]
+    columns = [c for c in table.columns if any(number(table, c, entry) for entry in methods.values())]
     titles = [column.title for column in columns]
     rows = []
     for cell in table.cells:
-        of_cell = runs.get(cell.method, [])
-        numbers = [number(table, column, of_cell) for column in columns]
+        entry = methods.get(cell.method, {"runs": []})
+        numbers = [number(table, column, entry) for column in columns]
         if any(numbers):
             texts = ["" if value is None else value.text(digits_of(table)) for value in numbers]
-            rows.append([f"**{cell.method}**", *texts, *length_texts(cell, of_cell)])
+            rows.append([f"**{cell.method}**", *texts, *length_texts(cell, entry["runs"])])
         if any(numbers) and any(title in titles for title in cell.published):
             texts = [cell.published[title].text if title in cell.published else "" for title in titles]
             rows.append([f"*{cell.source}*", *texts, "", "", ""])
@@ -162,11 +192,11 @@ def verdicts_of(table: Table, record: Record) -> list[Verdict]:
     columns = {column.title: column for column in table.columns}
     verdicts = []
     for cell in table.cells:
-        runs = record["methods"].get(cell.method, {"runs": []})["runs"]
+        entry = record["methods"].get(cell.method, {"runs": []})
         for title, published in cell.published.items():
             column = columns[title]
-            measured = [run for run in runs if row_of(column, run)]
-            verdicts.append(Verdict(cell, title, published, number(table, column, measured), measured))
+            measured = [run for run in entry["runs"] if row_of(column, run)]
+            verdicts.append(Verdict(cell, title, published, number(table, column, entry), measured))
     return verdicts
 
 
@@ -195,14 +225,17 @@ def is_unfinished(runs: Sequence[Record]) -> bool:
 
 
 def distance(table: Table, published: Published, ours: Number) -> str:
-    """Return the verdict in words; only the mean of three seeds or more *meets* a published number."""
-    few = len(ours.means) < len(SEEDS)
+    """Return the verdict in words, by the mean over all tasks: only all seeds *meet* a number."""
+    few = len(ours.means) < len(table.seeds)
+    by = "a single run" if len(ours.means) == 1 else f"{len(ours.means)} seeds of {len(table.seeds)}"
     gap = (published.value - ours.mean) * (1 if table.accuracy else -1)  # above 0: ours falls short
+    if not math.isfinite(gap):
+        return "not met, not finite"
     if gap <= 0:
-        return "reached" if few else "**met**"
+        return f"reached by {by}" if few else "**met**"
     if gap <= ours.interval:  # False for NaN
-        return "within its interval" if few else "**met**, within its interval"
-    return f"{'short' if few else 'not met,'} by {gap:.{digits_of(table)}f}"
+        return f"reached by {by}, within its interval" if few else "**met**, within its interval"
+    return f"{'short' if few else 'not met,'} by {decimal(gap, digits_of(table))}"
 
 
 def summary(records: Mapping[str, Record]) -> str:
@@ -215,9 +248,11 @@ def summary(records: Mapping[str, Record]) -> str:
             short = any(run["iterations"] < FAR_ENOUGH * run["planned"] for run in runs)
             if ours is None or cell.baseline_of or short:
                 continue
-            seeds = f"{len(ours.means)} seeds" if len(ours.means) > 1 else "single run"
-            partly = f", {reached(runs)} iterations{ended(runs)}" * is_unfinished(runs)
-            text = f"{distance(table, published, ours)} ({seeds}{partly})"
+            verdict_words = distance(table, published, ours)
+            details = [f"{len(ours.means)} seeds" if len(ours.means) > 1 else "single run"]
+            details = [] if verdict_words.startswith("reached by") else details
+            details += [f"{reached(runs)} iterations{ended(runs)}"] * is_unfinished(runs)
+            text = verdict_words + f" ({', '.join(details)})" * bool(details)
             text += "".join(f"; {remark}" for remark in remarks(cell, ours))
             method = f"{table.title.partition(':')[0].partition(', accuracy')[0]}, {cell.method}"
             rows.append([method, title, published.text, ours.text(digits_of(table)), text])
@@ -227,8 +262,8 @@ def summary(records: Mapping[str, Record]) -> str:
 # ---- below a table -------------------------------------------------------------------------------
 
 
-def footer(table: Table, record: Record) -> str:
-    """Return one line on what the numbers are and where they were measured."""
+def footer(table: Table, record: Record, *, complete: bool = True) -> str:
+    """Return one line on what the numbers are and where they are from, `complete` with what is absent."""
     runs = [run for entry in record["methods"].values() for run in entry["runs"]]
     tests = [test for run in runs for test in run["tests"].values()]
     machines = sorted({run["machine"] for run in runs if run["machine"]})
@@ -237,21 +272,66 @@ def footer(table: Table, record: Record) -> str:
     tasks = sorted({test["tasks"] for test in tests})
     parts = [
         f"{' or '.join(f'{count:,}' for count in tasks)} test tasks" if tasks else "",
-        "mean over seeds, ± 95 % interval over tasks, in brackets the lowest and the highest seed",
-        "" if table.accuracy else "diverged tasks are left out of the means, and counted over all seeds",
+        "mean over seeds, ± its 95 % interval over tasks, in brackets the lowest and the highest seed",
+        "several seeds without an interval: single tasks were not recorded" * lacks_interval(table, record),
+        "" if table.accuracy else "after a semicolon the mean without diverged tasks, counted over all seeds",
         "`best.pt`, chosen on validation tasks",
         "; ".join([*machines, *devices]),
         f"torch {', '.join(versions)}" if versions else "",
     ]
     absent = [cell.method for cell in table.trained if cell.method not in record["methods"]]
-    return "; ".join(part for part in parts if part) + "." + f" Not run: {', '.join(absent)}." * bool(absent)
+    text = "; ".join(part for part in parts if part) + "."
+    return text + f" Not run: {', '.join(absent)}." * bool(absent and complete)
+
+
+def lacks_interval(table: Table, record: Record) -> bool:
+    """Return whether an interval is missing where several seeds were tested."""
+    numbers = [
+        number(table, column, entry)
+        for entry in record["methods"].values()
+        for column in table.columns
+        if column.test
+    ]
+    return any(n and len(n.means) > 1 and math.isfinite(n.mean) and math.isnan(n.interval) for n in numbers)
 
 
 def commands(table: Table, record: Record) -> list[str]:
-    """Return the commands of the first seed's runs, and of the tests of the first of them."""
+    """Return the commands of the first seed's runs, and of the tests of one (that with baselines, if any)."""
     cells = [cell for cell in table.trained if cell.method in record["methods"]]
     first = [record["methods"][cell.method]["runs"][0] for cell in cells]
     lines = [f"{run['trained_by']} --run-name {table.name}-{run['name']}" for run in first]
-    evaluate = ["python", "main.py", "--eval", "--load", f"checkpoints/{table.name}-{first[0]['name']}"]
-    baselines = ["--baselines"] * cells[0].baselines
+    number_of_tested = next((n for n, cell in enumerate(cells) if cell.baselines), 0)
+    tested = f"checkpoints/{table.name}-{first[number_of_tested]['name']}"
+    evaluate = ["python", "main.py", "--eval", "--load", tested]
+    baselines = ["--baselines"] * cells[number_of_tested].baselines
     return [*lines, *(shlex.join([*evaluate, *test.flags, *baselines]) for test in table.tests)]
+
+
+# ---- rows on other pages -------------------------------------------------------------------------
+
+EXCERPT_STEPS, EXCERPT_SHOTS = (1, 5, 10), (5, 10)
+
+
+def excerpts_on(page: str) -> list[tuple[str, str, list[str]]]:
+    """Return mark, table and methods of each place of a page for rows of a table of curves."""
+    marks = re.findall(r"<!-- (([\w-]+): (.*?)) -->", page)
+    return [(mark, name, methods.split("; ")) for mark, name, methods in marks if name in TABLES]
+
+
+def excerpt(table: Table, record: Record, methods: Sequence[str]) -> str:
+    """Return the rows of some methods on curves after 1, 5 and 10 steps, and a line on what they are."""
+    columns = [
+        Column(f"K = {k}, {n} step{'s' * (n > 1)}", f"K = {k}", n, "transductive")
+        for k in EXCERPT_SHOTS
+        for n in EXCERPT_STEPS
+    ]
+    rows = []
+    for method in methods:
+        entry, cell = record["methods"][method], table.cell(method)
+        numbers = [number(table, column, entry) for column in columns]
+        trained = entry["runs"][0]["tests"]["K = 5"]["test_steps"]
+        texts = ["" if value is None else value.text(digits_of(table)) for value in numbers]
+        rows.append([method, *texts, "" if cell.baseline_of else str(trained), str(len(entry["runs"]))])
+    shown = {"methods": {method: record["methods"][method] for method in methods}}
+    head = ["", *(column.title for column in columns), "trained for", "seeds"]
+    return f"{markdown(head, rows)}\n\n{footer(table, shown, complete=False)}\n"

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from commands.call import ALL_FLAGS
 from commands.config import CONFIG_FLAGS, GROUPS, show
-from commands.presets import ALGORITHMS, DEFAULT_COLUMNS, DEFAULTS
+from commands.presets import ALGORITHMS, DEFAULT_COLUMNS, DEFAULTS, SINUSOID_DEFAULTS
 from common.errors import UsageError
 from common.options import BY_RULE, Flag
 
@@ -98,6 +98,7 @@ def _help_text(name: str, flag: Flag, *, whole: bool) -> str:
         return f"{text} (default{default}"
     if name in DEFAULTS:
         regression, few_ways, many_ways, other = map(show, DEFAULTS[name])
+        regression += f" (sinusoid {show(SINUSOID_DEFAULTS[name])})" if name in SINUSOID_DEFAULTS else ""
         omniglot = few_ways if few_ways == many_ways else f"{few_ways} (above 10 ways {many_ways})"
         default = f"regression {regression}, omniglot {omniglot}, else {other}"
     elif flag.default is None or flag.default is False or flag.default == ():

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from commands.config import CONFIG_FLAGS, OWN_CODE, Config, show
-from commands.presets import ALGORITHMS, CHUNK_IMAGES, COMPILED_FROM, DEFAULTS, default_column
+from commands.presets import (
+    ALGORITHMS,
+    CHUNK_IMAGES,
+    COMPILED_FROM,
+    DEFAULTS,
+    SINUSOID_DEFAULTS,
+    default_column,
+)
 from commands.rules import check
 from common.errors import UsageError
 from common.names import is_own_code, parse_name
@@ -40,6 +47,7 @@ def _fill_in(given: Mapping[str, Any]) -> Config:
     classification = is_classification(dataset, flags.get("ways"))
     column = default_column(classification, dataset, flags.get("ways") or DEFAULTS["ways"][1])
     defaults = {name: by_column[column] for name, by_column in DEFAULTS.items()}
+    defaults |= SINUSOID_DEFAULTS if dataset == "sinusoid" else {}
     images = {"image_size": facts.image_size, "channels": facts.channels, "invert": facts.invert}
     defaults |= {"dataset": dataset, **images}
     if facts.classification is None:

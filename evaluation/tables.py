@@ -30,18 +30,18 @@ Curve = tuple[Sequence[float], Sequence[float]]  # x and y
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
     """Write a record as JSON, whole or not at all."""
-    text = json.dumps(_plain(record), indent=1) + "\n"
+    text = json.dumps(plain_values(record), indent=1) + "\n"
     write_whole(path, lambda file: file.write(text.encode()))
 
 
-def _plain(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
     """Return a value as JSON has it: tensors as lists, numbers with seven digits, non-finite ones as null."""
     if isinstance(value, Tensor):
-        return _plain(value.tolist())
+        return plain_values(value.tolist())
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain_values(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain_values(item) for item in value]
     if isinstance(value, float):
         return float(f"{value:.7g}") if math.isfinite(value) else None
     return str(value) if isinstance(value, Path) else value

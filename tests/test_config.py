@@ -25,7 +25,7 @@ def settings_of(line: str) -> Config:
 # ---- defaults ------------------------------------------------------------------------------------
 
 DEFAULTS = {
-    "": {"dataset": "sinusoid", "learner": "mlp", "shots": 10, "queries": 10, "steps": 1, "inner_lr": 0.01,
+    "": {"dataset": "sinusoid", "learner": "mlp", "shots": 10, "queries": 10, "steps": 1, "inner_lr": 0.001,
          "meta_batch_size": 25, "meta_lr": 1e-3, "iterations": 70_000, "eval_tasks": 600, "eval_steps": 10},
     "--dataset omniglot": {"ways": 5, "shots": 1, "queries": 1, "steps": 1, "meta_batch_size": 32,
                            "inner_lr": 2.0, "iterations": 60_000, "test_steps": 3, "adapt_norm": False},
@@ -36,7 +36,9 @@ DEFAULTS = {
     "--samples 25 -k 5 -q 20": {"shots": 5, "queries": 20},
     "--checkpoint_path x --first-order": {"meta_gradient": "first-order"},
     "--algorithm anil --first-order --inner-rates element": {
-        "fast_weights": "head", "meta_gradient": "first-order", "inner_rates": "element", "inner_lr": 0.01},
+        "fast_weights": "head", "meta_gradient": "first-order", "inner_rates": "element", "inner_lr": 0.001},
+    "--dataset sinusoid-line": {"inner_lr": 0.01, "steps": 1, "shots": 10},
+    "--algorithm maml++": {"inner_lr": 0.01},
     "--algorithm meta-sgd --inner-lr 0.2": {"inner_lr": 0.2, "inner_lr_max": None},
     "--algorithm maml++ --iterations 3000": {"steps": 5, "objective": "multi-step", "exact_from": 0,
                                              "batch_norm": "transductive"},  # an mlp has no batch norm
@@ -123,7 +125,7 @@ MISTAKES = [
     ("--dataset omniglot --samples 10", "--samples has no meaning with --dataset omniglot"),
     ("--learner conv", "--learner conv does not fit --dataset sinusoid: use mlp"),
     ("--loss cross-entropy", "--loss cross-entropy does not fit regression"),
-    ("--inner-rates element --inner-lr-max 0.001", "--inner-lr-max 0.001 is not above --inner-lr 0.01"),
+    ("--inner-rates element --inner-lr-max 0.001", "--inner-lr-max 0.001 is not above --inner-lr 0.001"),
     ("--objective multi-step", "with one inner step (-s) the last is the only one"),
     ("--algorithm imaml --inner-rates element", "does not depend on the rates"),
     ("--algorithm reptile --train-shots 10", "--train-shots 10 must be above -q 10"),

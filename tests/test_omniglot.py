@@ -12,6 +12,7 @@ from common.batch import TaskBatch
 from common.errors import UsageError
 from common.random import SPLITS
 from dataset import build_distribution
+from learner import build_learner
 from tasks import images
 from tasks.images import Form
 from tasks.options import TaskOptions
@@ -102,3 +103,18 @@ def test_omniglot_as_a_folder_of_images_gives_the_same_tasks(small_omniglot):
 
     for split in SPLITS:
         assert_close(sample(f"images:{data}", split), sample("omniglot", split), rtol=0, atol=0)
+
+
+def test_the_networks_padding_is_that_of_the_papers_code_on_images_turned_by_half():
+    """TensorFlow pads even sizes below and to the right; tasks turn each class by random quarters anyway."""
+    network = build_learner("conv", 5, inputs=(1, 28, 28), init="paper").double()
+    x = torch.rand(4, 1, 28, 28, dtype=torch.float64)
+    y = x.rot90(2, (2, 3))
+    for layer in network:
+        if isinstance(layer, torch.nn.Conv2d):
+            before = 1 if y.shape[-1] % 2 else 0
+            padded = torch.nn.functional.pad(y, (before, 1, before, 1))
+            y = torch.nn.functional.conv2d(padded, layer.weight.rot90(2, (2, 3)), stride=2)
+        else:
+            y = layer(y)
+    assert_close(network(x), y)

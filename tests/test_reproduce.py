@@ -2,11 +2,15 @@
 
 import importlib
 import json
+import math
 import os
 import re
+import shlex
 import sys
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -21,6 +25,8 @@ from table_text import Number, distance, number, row_of
 from commands.call import check_call
 from commands.parser import parse
 from commands.resolve import resolve, resolve_from
+from evaluation.meta_test import Evaluation
+from evaluation.tables import evaluation_record, write_json
 
 RECORDS = {
     name: read_json(file) for name in TABLES if (file := reproduce.TABLE_RESULTS / f"{name}.json").exists()
@@ -64,8 +70,8 @@ def test_a_column_is_read_from_its_steps_and_normalisation_alone():
     assert row_of(Column("", "1", None, "transductive"), run)["accuracy"] == 0.6
     assert row_of(Column("", "1", 1, "transductive"), run)["accuracy"] == 0.5
     assert row_of(Column("", "1", None, "per-step"), run) is row_of(Column("", "2"), run) is None
-    assert number(OMNIGLOT, Column("", "1", None, "inductive"), [run, run]).means == [40.0, 40.0]
-    assert row_of(Column("", None), run) == {"loss_without_diverged": 0.25}
+    assert number(OMNIGLOT, Column("", "1", None, "inductive"), {"runs": [run, run]}).means == [40.0, 40.0]
+    assert row_of(Column("", None), run) == {"loss": 0.25}
 
 
 @pytest.mark.parametrize(
@@ -74,19 +80,52 @@ def test_a_column_is_read_from_its_steps_and_normalisation_alone():
         ([99.0, 98.0, 98.8], 0.1, 98.5, "**met**"),
         ([98.2, 98.2, 98.2], 0.4, 98.5, "**met**, within its interval"),
         ([98.2, 98.2, 98.2], 0.2, 98.5, "not met, by 0.30"),
-        ([98.2, 98.2, 98.2], float("nan"), 98.5, "not met, by 0.30"),
-        ([98.6], 0.4, 98.5, "reached"),
+        ([98.2, 98.2, 98.2], math.nan, 98.5, "not met, by 0.30"),
+        ([98.6], 0.4, 98.5, "reached by a single run"),
+        ([98.2], 0.4, 98.5, "reached by a single run, within its interval"),
+        ([98.6, 98.6], 0.4, 98.5, "reached by 2 seeds of 3"),
         ([97.0], 0.4, 98.5, "short by 1.50"),
     ],
 )
-def test_only_three_seeds_meet_a_published_number(means, interval, published, verdict):
-    ours = Number(means, [interval] * len(means), diverged=0)
-    assert distance(OMNIGLOT, Published(published, ""), ours) == verdict
+def test_only_three_seeds_meet_a_published_accuracy(means, interval, published, verdict):
+    assert distance(OMNIGLOT, Published(published, ""), Number(means, interval)) == verdict
+
+
+@pytest.mark.parametrize(
+    ("means", "verdict"),
+    [
+        ([0.3] * 5, "**met**"),
+        ([0.3] * 4, "reached by 4 seeds of 5"),
+        ([0.3] * 4 + [2e16], "not met, by 4e+15"),
+        ([0.3] * 4 + [math.nan], "not met, not finite"),
+    ],
+)
+def test_five_seeds_meet_a_published_error_and_never_without_their_diverged_tasks(means, verdict):
+    ours = Number(means, diverged=3, kept=(0.3, 0.01))
+    assert distance(SINUSOID, Published(0.35, ""), ours) == verdict
+    assert ours.text(3).endswith("; 0.300 ±0.010 without 3 diverged")
+
+
+def test_the_first_number_of_a_record_is_the_mean_over_all_tasks():
+    row = {"normalisation": "transductive", "steps": 5, "loss": 2.5e16, "loss_interval_95": 4e16}
+    row |= {"diverged_tasks": 68, "loss_without_diverged": 0.6, "loss_without_diverged_interval_95": 0.05}
+    column = next(column for column in SINUSOID.columns if column.title == "K = 5, 5 steps")
+
+    def text(*rows: dict) -> str:
+        runs = [{"tests": {"K = 5": {"per_step": [row]}}} for row in rows]
+        return number(SINUSOID, column, {"runs": runs}).text(3)
+
+    assert text(row) == "2.5e+16 ±4e+16; 0.600 ±0.050 without 68 diverged"
+    lost = row | {"loss": None, "loss_interval_95": None}  # JSON has no NaN
+    assert text(lost) == "not finite; 0.600 ±0.050 without 68 diverged"
+    quiet = row | {"loss": 0.5, "diverged_tasks": 0, "loss_without_diverged": 0.5}
+    assert text(quiet, lost) == "not finite (0.500 to not finite); 0.550 without 68 diverged"
+    assert text(quiet, quiet) == "0.500 (0.500 to 0.500)"  # the tasks are not there: no interval
 
 
 def test_unfinished_and_failed_runs_are_marked():
     early, whole = ({"iterations": n, "planned": 90, "failure": f} for n, f in ((50, "NaN"), (90, None)))
-    row = {"normalisation": "transductive", "steps": 1, "loss_without_diverged": 2.0}
+    row = {"normalisation": "transductive", "steps": 1, "loss": 2.0}
     tests = {"K = 5": {"per_step": [row], "test_steps": 1}}
 
     def texts(*runs: dict) -> tuple[str, str]:
@@ -111,6 +150,10 @@ def test_the_pages_say_what_the_records_say():
         text = table_text.table_text(TABLES[name], record)
         assert text == (reproduce.TABLE_RESULTS / f"{name}.md").read_text()
         assert f"<!-- {name} -->\n{text}" in page
+    for other in sorted((ROOT / "docs").glob("*.md")):
+        for mark, name, methods in table_text.excerpts_on(other.read_text()):
+            text = table_text.excerpt(TABLES[name], RECORDS[name], methods)
+            assert f"<!-- {mark} -->\n{text}<!-- /{mark} -->" in other.read_text()
     assert f"<!-- published -->\n{table_text.summary(RECORDS)}<!-- /published -->" in page
     readme = (ROOT / "README.md").read_text().partition("## Results")[2].partition("## ")[0]
     ours = re.findall(r"^\| .*? \| .*? \| .*? \| (\d.*?) \| .* \|$", readme, re.MULTILINE)
@@ -145,6 +188,32 @@ def test_a_recorded_run_stays_until_the_same_command_has_equally_many_tests(tmp_
         assert kept["iterations"] == iterations
     other = {"methods": {"maml": {"runs": [run | {"seed": 7, "trained_by": "another seed's"}]}}}
     assert [r["seed"] for r in jobs.record(FREQUENCY, [job], other)["methods"]["maml"]["runs"]] == [0, 7]
+
+
+def test_the_interval_of_several_seeds_is_that_of_each_tasks_mean_over_them(tmp_path):
+    losses = np.random.default_rng(0).uniform(0.5, 1.5, (3, 40, 2))  # [seeds, tasks, steps + 1]
+    losses[1, 7, 1] = 1e6
+    seeds = [jobs.Job(FREQUENCY, FREQUENCY.cell("maml"), seed, tmp_path) for seed in range(3)]
+    for job, values in zip(seeds, losses, strict=True):
+        write_run(job, 90, job.command)
+        evaluation = Evaluation({"transductive": torch.tensor(values)}, {})
+        for test in FREQUENCY.tests:
+            result = {"command": shlex.join(["main.py", *job.testing(test)]), "iteration": 90, "tasks": 40}
+            result |= {"test_steps": 1, "device": "cpu", "versions": {"torch": "2"}}
+            file = job.folder / f"test {test.name}" / "result.json"
+            file.parent.mkdir()
+            write_json(file, result | evaluation_record(evaluation))
+    record = jobs.record(FREQUENCY, seeds)
+    ours = number(FREQUENCY, FREQUENCY.columns[0], record["methods"]["maml"])
+    of_tasks = losses[:, :, 1].mean(0)
+    assert ours.means == pytest.approx(losses[:, :, 1].mean(1).tolist()) and ours.diverged == 1
+    assert ours.interval == pytest.approx(1.96 * of_tasks.std(ddof=1) / 40**0.5)
+    of_tasks[7] = losses[[0, 2], 7, 1].mean()
+    assert ours.kept == pytest.approx((of_tasks.mean(), 1.96 * of_tasks.std(ddof=1) / 40**0.5), rel=1e-5)
+    again = jobs.record(FREQUENCY, [], json.loads(json.dumps(record)))  # the folders are gone
+    assert number(FREQUENCY, FREQUENCY.columns[0], again["methods"]["maml"]) == ours
+    again["methods"]["maml"]["runs"].pop()
+    assert math.isnan(number(FREQUENCY, FREQUENCY.columns[0], again["methods"]["maml"]).interval)
 
 
 @pytest.mark.slow
