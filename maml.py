@@ -75,7 +75,7 @@ class Outcome(NamedTuple):
 
 
 class MetaGradient(NamedTuple):
-    """The mean over tasks; a `Way` returns sums over its chunk of tasks."""
+    """The result of a meta-batch: means over tasks. (A `Way` returns sums over its chunk of tasks.)"""
 
     gradients: Weights  # of the outer loss, by meta-parameter
     losses: Tensor  # [tasks], query loss after the last inner step
@@ -257,7 +257,7 @@ class MAML:
         Returns the next state, the gradient, the statistics that batch norm saw, and the changed buffers.
         """
         fast, weights = state.fast, shared.weights
-        if self.first_order:  # the outer loss then sees the gradient as a constant
+        if self.first_order:  # the gradient is then a constant for the outer loss; `state` stays attached
             fast, weights = ({n: w.detach() for n, w in part.items()} for part in (fast, weights))
 
         def loss(fast: Weights) -> tuple[Tensor, tuple[Weights, Weights]]:
@@ -304,10 +304,10 @@ class MAML:
 
     # ---- the outer loss, for one task -------------------------------------------------------
 
-    def query_loss(self, fast: Weights, others: Weights, task: Task) -> tuple[Tensor, tuple[Tree, Weights]]:
-        """Return the query loss under adapted and other weights, with the outputs and recorded statistics."""
+    def query_loss(self, fast: Weights, shared: Weights, task: Task) -> tuple[Tensor, tuple[Tree, Weights]]:
+        """Return the query loss under these weights, with the outputs and recorded statistics."""
         with self._recording() as statistics:
-            outputs = self.call.query(fast | others, task, self.choices.query_norm)
+            outputs = self.call.query(fast | shared, task, self.choices.query_norm)
         return self.loss(outputs, task.query_y), (outputs, statistics)
 
     def outer_loss(
@@ -318,9 +318,9 @@ class MAML:
         With `step_weights` `[steps]`: the weighted sum of those after each step (Antoniou et al. 2019).
         """
         losses, seen = [], []
-        inner_loop = self.inner_loop(parameters, task, self.steps)
-        next(inner_loop)  # before the first step
-        for step, after in enumerate(inner_loop, 1):
+        adapted_states = self.inner_loop(parameters, task, self.steps)
+        next(adapted_states)  # before the first step
+        for step, after in enumerate(adapted_states, 1):
             query_seen: Weights = {}
             if step_weights is not None or step == self.steps:
                 loss, (outputs, query_seen) = self.query_loss(after.fast, after.shared.weights, after.task)

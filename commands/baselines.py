@@ -38,7 +38,7 @@ from training.folders import LAST
 RATES = {"sgd": (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0), "adam": (0.001, 0.003, 0.01, 0.03, 0.1)}
 RATE_TASKS = 600  # validation tasks on which rates are chosen
 
-# As a well-known course assignment trains from scratch on each training task, and plots it
+# Training from scratch on each training task, for the learning curves, as a course assignment does it
 SCRATCH_STEPS, SCRATCH_RATE, WINDOW = 10, 0.001, 300
 EPISODES_AT_ONCE = 3000
 

@@ -114,7 +114,7 @@ def build_tasks(config: Config, call: Call, runtime: Runtime) -> TaskDistributio
     )
 
 
-def read_tasks(configs: Iterable[Config], call: Call, world: World) -> None:
+def preload_tasks(configs: Iterable[Config], call: Call, world: World) -> None:
     """Build the tasks in the first process of each machine, which fetches and decodes for the others."""
     with world.together():
         for config in configs if world.local_rank == 0 else ():
@@ -191,7 +191,7 @@ class Start:
     config: Config
     file: Path | None = None
     checkpoint: Checkpoint | None = None  # the content of `file`
-    resumed: Checkpoint | None = None  # the same, unless a new run takes its weights
+    resumed: Checkpoint | None = None  # `checkpoint` if the run resumes; None if a new one takes its weights
 
     @property
     def finished(self) -> bool:

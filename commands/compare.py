@@ -128,7 +128,7 @@ def read_sides(call: Call, given: Mapping[str, Any]) -> dict[str, Runs]:
 
 
 def check_pairs(sides: Mapping[str, Runs]) -> None:
-    """Raise UsageError where sides have other tasks, another loss (in regression), or no seed in common."""
+    """Raise UsageError where sides differ in tasks or (in regression) loss, or share no seed."""
     (first_name, first), *others = sides.items()
     config = next(iter(first.values())).config
     measured = TASKS if config.tasks.classification else TASKS + MEASURE
@@ -138,7 +138,7 @@ def check_pairs(sides: Mapping[str, Runs]) -> None:
         if different:
             one, two = (", ".join(map(" ".join, in_words(c, different).items())) for c in (config, other))
             raise UsageError(
-                f"--compare: {first_name} ({one}) and {name} ({two}) have other tasks, which cannot be "
+                f"--compare: {first_name} ({one}) and {name} ({two}) have different tasks, which cannot be "
                 "paired: give -k, -q, -n or --eval-dataset if they differ in these alone"
             )
         if not paired.shared_seeds(runs, first):

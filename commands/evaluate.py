@@ -70,7 +70,7 @@ def measure(
             build.make_writable(first.stem(call).parent)
         runtime = build.prepare(first.config, call, world)
     world.check_same(build.collect_facts(first.config, runtime, first.source))
-    build.read_tasks(configs, call, world)
+    build.preload_tasks(configs, call, world)
     others = f" and {len(files) - 1} other runs" if files[1:] else ""
     title = f"Evaluating {first.name}{others} on {first.config.evaluation.eval_tasks} test tasks"
     build.print_settings(first.config, runtime, title, *configs[1:])

@@ -57,7 +57,7 @@ def parse_seeds(text: str) -> list[int]:
         match = re.fullmatch(r"\s*([0-9]{1,19})(?:-([0-9]{1,19}))?\s*", part)
         low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
         if not low <= high < min(low + MOST_RUNS, 2**63):
-            raise UsageError(f"--seeds {text}: {part} is no number or range, like 0-7 or 0,2,5-9")
+            raise UsageError(f"--seeds {text}: {part} is not a number or a range, like 0-7 or 0,2,5-9")
         numbers += range(low, high + 1)
     return list(dict.fromkeys(numbers))
 

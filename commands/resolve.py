@@ -1,7 +1,6 @@
 """Resolve flags to settings: what the user typed, the algorithm's preset, the learner's and data's defaults.
 
-A flag overrides the preset, the preset the learner's default, and that the data's. The standard library
-alone.
+Precedence: flag, preset, the learner's default, the data's default. The standard library alone.
 """
 
 from __future__ import annotations
@@ -109,7 +108,7 @@ def _fill_sizes(values: dict[str, Any], given: Mapping[str, Any]) -> None:
 
 
 def _fit_steps(values: dict[str, Any], given: Mapping[str, Any]) -> None:
-    """Let the steps that are measured and those of the result follow each other, where not both are given."""
+    """Fit --eval-steps and --test-steps to each other: the one that is not given, or else the former."""
     if "eval_steps" not in given:
         values["eval_steps"] = max(values["eval_steps"], values["test_steps"])
     elif "test_steps" not in given:

@@ -1,10 +1,10 @@
-"""Train many runs of one command line (--seeds, --sweep): each is the run alone, several are trained at once.
+"""Train many runs of one command line (--seeds, --sweep), several at once: each gives what it gives alone.
 
     flags -> members_of -> build.assemble each -> group_runs -> build.train_runs each group -> summary
 
 Runs that differ in numbers alone (`trainer.AT_ONCE`) are trained together by one more `vmap`; other runs
-follow each other. Every run has the random stream, folder, checkpoints and curves that it has alone. Several
-processes share the runs out.
+are trained one after another. Every run has the random stream, folder, checkpoints and curves that it has
+alone. Several processes share the runs out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from commands.build import Assembly, assemble, prepare, read_tasks, train_runs
+from commands.build import Assembly, assemble, preload_tasks, prepare, train_runs
 from commands.call import Call
 from commands.config import CONFIG_FLAGS, Config
 from commands.members import members_of, setting_of
@@ -53,7 +53,7 @@ def sweep(call: Call, given: Mapping[str, Any], world: World) -> int:
         world.check_same({"torch": torch.__version__, "list of runs": configs})
         first = configs[names[0]]
         folder = folder or world.from_first(lambda: make_folder(call.checkpoint_path, first, locks))
-        read_tasks(configs.values(), call, world)
+        preload_tasks(configs.values(), call, world)
         with world.together():
             assemblies = [
                 assemble(start, folder / name, flags[name], call, world)
@@ -118,7 +118,7 @@ def _write_list(folder: Path, configs: Mapping[str, Config]) -> None:
 def group_runs(assemblies: Sequence[Assembly], at_most: int | None) -> list[list[Assembly]]:
     """Return the runs in groups that can be trained at once, of at most that size.
 
-    Compiled runs on images follow each other: that is faster.
+    Compiled runs on images are trained one after another: that is faster.
     """
     groups: list[list[Assembly]] = []
     for parts in assemblies:

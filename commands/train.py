@@ -46,7 +46,7 @@ def train(call: Call, given: Mapping[str, Any], world: World) -> int:
             print(f"{start.file} is finished at iteration {start.resumed.iteration:,}{longer}")
             return 0
         folder = folder or world.from_first(lambda: make_folder(call.checkpoint_path, start.config, locks))
-        build.read_tasks([start.config], call, world)
+        build.preload_tasks([start.config], call, world)
         with world.together():
             parts = build.assemble(start, folder, given, call, world, team=world)
         config = parts.start.config
@@ -104,7 +104,7 @@ def find_start(folder: Path | None, call: Call, given: Mapping[str, Any]) -> bui
         raise UsageError(f"{file} has weights alone: start a run from them with --init-from")
     last = file.with_name(LAST)
     if file != last and last.is_file() and load_checkpoint(last).iteration > checkpoint.iteration:
-        raise UsageError(f"{last} is ahead of it: --load that one, or start a new run with --init-from")
+        raise UsageError(f"{last} is further along than {file}: --load that, or start anew with --init-from")
     origin = checkpoint.progress["origin"] or "the initialisation"
     if call.init_from and not origin.startswith(f"{call.init_from}, "):
         raise UsageError(f"the run of {file} started from {origin}: leave --init-from out when resuming")

@@ -159,7 +159,7 @@ def _decode(path: ImageFile, form: Form) -> np.ndarray:
         with path.open("rb") as file, Image.open(file) as image:
             return prepare(image, form)
     except Exception as error:  # Pillow's readers raise errors of many kinds on damaged files
-        raise UsageError(f"{path} is no readable image ({one_line(error)}): mend or remove it") from error
+        raise UsageError(f"{path} is not a readable image ({one_line(error)}): mend or remove it") from error
 
 
 def prepare(image: Image.Image, form: Form) -> np.ndarray:

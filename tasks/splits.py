@@ -1,6 +1,7 @@
 """Split classes, or the tasks of a table, into training, validation and test; refuse overlaps.
 
-`splits/` holds the published classes. Any other split is a function of names and shares, not of the seed.
+`splits/` holds the published classes; Omniglot's split is computed in `published.py`. Any other split is a
+function of names and shares, not of the seed.
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ def two_splits(prefix: str, link: str = ""):
 BAD = {
     "damaged": (
         three(lambda f: os.truncate(f / "c01/001.png", 50)),
-        "c01/001.png is no readable image .*remove",
+        "c01/001.png is not a readable image .*remove",
     ),
     "empty class": (three(lambda f: (f / "A/empty").mkdir(parents=True)), "A/empty: put the images"),
     "loose images": (lambda f: write_images(f, range(3)), "into a folder of its own"),

@@ -41,7 +41,7 @@ def test_damaged_data_is_named(small_omniglot):
     folder = small_omniglot / "omniglot-py"
     drawing = folder / "images_background/A3/character01/0001_07.png"
     drawing.write_bytes(drawing.read_bytes()[:40])
-    with pytest.raises(UsageError, match=r"0001_07.png is no readable image"):
+    with pytest.raises(UsageError, match=r"0001_07.png is not a readable image"):
         load(small_omniglot)
     drawing.unlink()
     with pytest.raises(UsageError, match="images_background should have 12 characters of 20 drawings"):

@@ -36,9 +36,8 @@ EXAMPLES = (TASKS, TASKS, TASKS)  # inputs, targets and extras of an inner step
 class InnerStep(NamedTuple):
     """One inner step of all tasks."""
 
-    axis: (
-        int | None
-    )  # the tasks' in the state before it: the first step has one for all, unless they start apart
+    # of tasks in `before`; None while all share one state: in the first step, unless they start apart
+    axis: int | None
     before: InnerState
     gradients: Weights  # of the support loss; empty: no way back needs them
     examples: tuple[Tree, Tree, Extras]

@@ -74,7 +74,7 @@ def save_weights(path: Path, module: nn.Module) -> None:
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint onto the CPU, and run nothing in it; UsageError if it is damaged or foreign."""
     if not path.is_file():
-        raise UsageError(f"{path} is no checkpoint: name a file")
+        raise UsageError(f"{path} is not a checkpoint file")
     content: Any = None
     try:
         with zipfile.ZipFile(path) as archive:
@@ -103,7 +103,7 @@ def check_same_split(
         if part in saved and part in now and saved[part] != now[part]:
             different = min({*saved[part]} ^ {*now[part]}, default="their order")
             raise UsageError(
-                f"{path}: the data had other {part} names ({different} differs): restore them, "
+                f"{path}: the data had different {part} names ({different} differs): restore them, "
                 "or test on other data with --eval-dataset"
             )
 

@@ -30,7 +30,7 @@ PATIENCE = 2.0  # seconds in which a killed process is gone
 
 @contextmanager
 def lock_folder(folder: Path, members: Sequence[str] = ()) -> Iterator[None]:
-    """Hold a run's folder, and those of a sweep's members in it, until the process ends, however it does.
+    """Hold a run's folder, and those of a sweep's members in it; a process that dies releases them too.
 
     Raises UsageError where another process trains there.
     """

@@ -126,8 +126,8 @@ def conjugate_gradients(product: Callable[[Weights], Weights], b: Weights, steps
     """Solve A x = b approximately for each task, starting at x = b; `b` is `[tasks, ...]` by name.
 
     `product` maps x to A x, and A is symmetric. A task stops where its residual vanishes, or where it meets a
-    direction in which A is not positive: A is positive definite at a minimum, and only there has the system a
-    meaning.
+    direction in which A is not positive: A is positive definite at a minimum, and only there is the
+    system meaningful.
     """
 
     def dot(a: Weights, b: Weights) -> Tensor:

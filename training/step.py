@@ -34,7 +34,7 @@ from training.schedules import meta_lr_at, multi_step_weights
 SAMPLING_OPTIONS = {"realize_opcount_threshold": 10}
 STATISTICS_MOMENTUM = 0.1  # PyTorch's
 # The last two of the sums: how many iterations were skipped because of non-finite numbers, and the last of
-# them (exact up to 2^24). Infinity for the latter means that the run has stopped, one before it.
+# them (exact up to 2^24). If the latter is infinite, the run has stopped; `iteration` is its last good one.
 TAIL = ("skipped", "last_skipped")
 
 Members = Mapping[str, Tensor]  # what tells runs apart, by name of the option: scalars, or [runs]
@@ -56,7 +56,7 @@ class FlatLayout:
 
 
 class State(NamedTuple):
-    """State carried from one iteration to the next; of several runs, these are the first axis."""
+    """State carried from one iteration to the next; with several runs, they are the first axis of all."""
 
     parameters: Tensor  # [parameters], the meta-parameters
     exp_avg: Tensor  # [parameters], Adam's first moment
@@ -180,7 +180,7 @@ class MetaStep:
     # ---- from one state to the next -----------------------------------------------------------
 
     def __call__(self, state: State, iteration: int | None = None) -> State:
-        """Return the next state; `iteration`: those so far, which the host else asks the device for."""
+        """Return the next state; `iteration` are those done: None waits for the device to tell."""
         if self.computed and self.world.size == 1:
             return self._whole(state, self.numbers)
         message = self.message(state, iteration)

@@ -2,7 +2,7 @@
 
 `Run` hands over numbers and figures; they are framed by TensorBoard's `RecordWriter` and written by the
 training process itself. A checkpoint is saved after its points are on the disk. When a run is resumed,
-points that a killed process wrote after the checkpoint are dropped: the curves have neither gaps nor doubles.
+points that a killed process wrote after the checkpoint are dropped: no gaps, no duplicates.
 """
 
 from __future__ import annotations

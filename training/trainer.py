@@ -32,7 +32,7 @@ from training.schedules import meta_lr_at
 from training.step import TAIL, CudaGraph, FlatLayout, MetaStep, State
 from training.stopping import StopRequest
 
-DRAWN = [4**power for power in range(20)]  # validations whose tasks are drawn
+PICTURED = [4**power for power in range(20)]  # validations whose tasks are drawn
 REDRAW_SECONDS = 0.5 if sys.stderr.isatty() else 30.0  # a file keeps what a terminal overwrites
 SAVE_SECONDS = 600.0  # last.pt is saved at least so often
 UNCOMPILED = {False: 100, True: 3}  # iterations first, by `classification`: they show that the run works
@@ -278,7 +278,7 @@ class Trainer:
     # ---- saving -----------------------------------------------------------------------------
 
     def _update_runs(self) -> None:
-        """Tell each run that has not failed its iteration, and its state as views of the joint state."""
+        """Give each run that has not failed the present iteration, and its part of the state as views."""
         several = len(self.runs) > 1
         for number, run in enumerate(self.runs):
             if run.failure is None:
@@ -381,7 +381,7 @@ class Trainer:
                 with self.maml.at_rate(run.choices.inner_lr):
                     if run.validate(self.maml, tasks, self.world, self.stop.is_local):
                         self.save(BEST, [run])
-                    if run.writes and (last or number in DRAWN):
+                    if run.writes and (last or number in PICTURED):
                         run.draw_examples(self.maml, tasks)
         self.bar.set_postfix_str(self.metrics_text)
         self.window_start += time.monotonic() - begin  # not part of the speed
