@@ -39,12 +39,14 @@ def build_distribution(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     for_test: bool = False,
+    scale_targets: bool = True,
 ) -> TaskDistribution:
     """Return the distribution `options.dataset`; UsageError if its data is bad, or too little for a task.
 
     Args:
         data_root: the folder of named image sets; a missing one is fetched into it.
         for_test: use all of the data for test if it has no split of its own.
+        scale_targets: the loss allows a table's targets to be standardised.
     """
     kind, source, _ = parse_name(options.dataset)
     if kind == "code":
@@ -55,9 +57,17 @@ def build_distribution(
     numbers = "0,0,1" if for_test else options.split_shares
     shares = dict(zip(SPLITS, map(int, numbers.split(",")), strict=True))
     if kind == "table":
-        columns, classification = Columns.parse(options.columns), options.classification
-        table = load_table(Path(source), columns, dtype, classification=classification, shares=shares)
-        return TableTasks(table=table, ways=options.ways, **sizes)
+        table = load_table(
+            Path(source),
+            Columns.parse(options.columns, options.exclude_columns),
+            torch.float64 if options.standardise else dtype,
+            classification=options.classification,
+            shares=shares,
+            min_examples=options.min_examples,
+            min_classes=options.ways or 1,
+        )
+        scales = table.measure_scales(targets=scale_targets) if options.standardise else {}
+        return TableTasks(table=table, ways=options.ways, scales=scales, **sizes)
     assert options.ways and options.image_size and options.channels
     form = Form(options.image_size, options.channels, options.invert, options.resize)
     if kind == "images":

@@ -33,6 +33,7 @@ from evaluation.tables import predictions_table, write_csv, write_json
 from maml import MAML, Adapted
 from tasks.images import Form
 from tasks.options import data_facts
+from tasks.scales import Scales, undo_scale
 from tasks.tables import Columns
 from tasks.user_tasks import read_task_folder, read_task_table
 from training.checkpoint import Checkpoint, load_checkpoint
@@ -84,7 +85,7 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
             raise UsageError("--adapt: the predictions are not finite: take fewer --test-steps")
         if task.classes:
             predicted = predicted.sigmoid() if config.learner.loss == "bce" else predicted.softmax(-1)
-        predictions.append(predicted)
+        predictions.append(predicted if task.classes else undo_scale(predicted, source.scales, "target"))
     stem = f"{folder / call.load.stem}-adapted-{call.adapt.stem}"
     header, rows = _tabulate(tasks, predictions, Columns.parse(config.tasks.columns).targets)
     print(predictions_table(header, rows))
@@ -102,6 +103,7 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
         "versions": versions(),
         "device": runtime.describe(),
     }
+    tasks = [_in_units(task, source.scales) for task in tasks]
     write_csv(Path(f"{stem}.csv"), header, rows)
     title = f"{printable(call.adapt.name)}: after {steps} inner steps"
     write_figure(Path(f"{stem}.png"), predictions_figure(tasks, predictions, title))
@@ -113,6 +115,13 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
         files = call.save_weights, Path(f"{stem}-weights.pt")
         print(give_network(*files, learner, fresh, maml, adapted, task.query_x, norm))
     return 0
+
+
+def _in_units(task: UserTask, scales: Scales) -> UserTask:
+    """Return a task of a table in the table's units."""
+    support_x, query_x = (undo_scale(x.cpu(), scales, "input") for x in (task.support_x, task.query_x))
+    support_y = task.support_y if task.classes else undo_scale(task.support_y.cpu(), scales, "target")
+    return replace(task, support_x=support_x, query_x=query_x, support_y=support_y)
 
 
 def _normalisation_of(given: Mapping[str, Any], source: Checkpoint, tasks: int) -> str:
@@ -155,11 +164,10 @@ def read_tasks(path: Path, config: Config, runtime: Runtime, source: Checkpoint)
         form = Form(options.image_size, options.channels, options.invert, options.resize)
         tasks = [read_task_folder(path, form, *place)]
     else:
-        columns = Columns.parse(
-            options.columns
-        )  # the inputs are those of training, whatever their order here
+        columns = Columns.parse(options.columns, options.exclude_columns)
+        # the inputs are those of training, whatever their order here
         columns = replace(columns, inputs=columns.inputs or tuple(source.splits.get("input", ())))
-        tasks = read_task_table(path, columns, *place, classification=options.classification)
+        tasks = read_task_table(path, columns, source.scales, *place, classification=options.classification)
     numbers = {len(task.classes) for task in tasks} - {options.ways}
     if options.classification and config.choices.head_init == "learned" and numbers:
         raise UsageError(
@@ -176,13 +184,14 @@ def _tabulate(
     rows = []
     for task, predicted in zip(tasks, predictions, strict=True):
         first = "file" if task.support_x.dim() > 2 else "row"
+        digits = 10 if predicted.element_size() == 8 else 7  # in units of a table, or not
         for name, values in zip(task.query_names, predicted.tolist(), strict=True):
             row = {first: name} | ({"task": task.name} if task.name else {})
             if task.classes:
                 row["prediction"] = task.classes[values.index(max(values))]
                 row |= {f"p({c})": f"{value:.6f}" for c, value in zip(task.classes, values, strict=True)}
             else:
-                row |= {target: f"{value:.7g}" for target, value in zip(targets, values, strict=True)}
+                row |= {target: f"{value:.{digits}g}" for target, value in zip(targets, values, strict=True)}
             rows.append(row)
     header = list(dict.fromkeys(key for row in rows for key in row))
     return header, [[row.get(key, "") for key in header] for row in rows]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from commands.build import build
@@ -61,7 +62,9 @@ def baselines(call: Call, given: Mapping[str, Any], command: str, world: World) 
             return code
     algorithm, norm = saved.choices.algorithm, saved.choices.query_norm
     results = {(algorithm, "as trained"): subject.result}
-    results |= measure_baselines(saved, subject.config, call, subject.runtime, folder)
+    results |= measure_baselines(
+        saved, subject.config, call, subject.runtime, folder, subject.distribution.scales
+    )
     selected = {f"{name}, {how}": StepResults.over([result], norm) for (name, how), result in results.items()}
     caption, _ = summarise([subject])
     print("\n" + results_table(selected, caption))
@@ -93,13 +96,14 @@ def trained_baselines(saved: Config) -> dict[str, dict[str, Any]]:
 
 
 def measure_baselines(
-    saved: Config, config: Config, call: Call, runtime: Runtime, folder: Path
+    saved: Config, config: Config, call: Call, runtime: Runtime, folder: Path, scales: Mapping[str, Tensor]
 ) -> dict[tuple[str, str], Evaluation]:
     """Return results by a baseline's name and how it adapts, in words; `config` has the sizes of the test.
 
+    Tables are standardised by `scales`.
     The rate of a baseline has the lowest mean loss over all numbers of steps on validation tasks.
     """
-    distribution, maml = build(scratch_settings(config), call, runtime)
+    distribution, maml = build(scratch_settings(config), call, runtime, scales=scales)
     norm, steps, world = config.choices.query_norm, config.evaluation.eval_steps, runtime.world
     test = partial(evaluate, distribution=distribution, normalisations=(norm,), world=world)
     fresh, results = maml.initial_parameters(config.training.seed), {}

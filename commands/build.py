@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from commands.call import Call
 from commands.config import CONFIG_FLAGS, Config
@@ -91,12 +91,22 @@ def prepare(config: Config, call: Call, world: World = ALONE) -> Runtime:
 
 
 def build(
-    config: Config, call: Call, runtime: Runtime, *, saved: Checkpoint | None = None
+    config: Config,
+    call: Call,
+    runtime: Runtime,
+    *,
+    saved: Checkpoint | None = None,
+    scales: Mapping[str, Tensor] | None = None,
 ) -> tuple[TaskDistribution, MAML]:
-    """Build tasks and algorithm; the learner has its initial weights (`saved`: see `build_algorithm`)."""
+    """Build tasks and algorithm; the learner has its initial weights (`saved`: see `build_algorithm`).
+
+    A table is standardised by `scales`, a checkpoint's; None: by its own training rows.
+    """
     load_factory(config.learner.learner)  # before any work with the data
     build_loss(config.learner.loss, config.learner.loss_args)
     distribution = build_tasks(config, call, runtime)
+    if scales is not None:
+        distribution = distribution.with_scales(scales)
     batch = distribution.sample("test" if call.eval_dataset else "train", 0, 0, range(1))
     example = tree_map(lambda part: part[0], batch.support_x)
     outputs = config.tasks.ways if config.tasks.classification else first_tensor(batch.support_y).shape[-1]
@@ -111,7 +121,14 @@ def build_tasks(config: Config, call: Call, runtime: Runtime) -> TaskDistributio
         device=runtime.device,
         dtype=runtime.dtype,
         for_test=call.eval_dataset is not None,
+        scale_targets=config.learner.loss in ("mse", "huber"),  # others may need them as they are
     )
+
+
+def measure_name(config: Config, distribution: TaskDistribution) -> str:
+    """Return what tables and figures call the loss, with its unit where that is not the data's."""
+    name = loss_name(config.learner.loss)
+    return f"{name} of standardised targets" if "target" in distribution.scales else name
 
 
 def preload_tasks(configs: Iterable[Config], call: Call, world: World) -> None:
@@ -223,7 +240,8 @@ def assemble(
     runtime = prepare(start.config, call, world)
     config, source = _fit_to_machine(start, given, runtime), start.checkpoint
     start = replace(start, config=config)
-    distribution, maml = build(config, call, runtime, saved=source)
+    scales = start.resumed.scales if start.resumed else None
+    distribution, maml = build(config, call, runtime, saved=source, scales=scales)
     if start.file is not None and start.resumed is not None:
         check_same_split(start.file, start.resumed.splits, distribution.split_names)
     distribution.sample("validation", 0, 0, range(1))  # a split without tasks is refused before training
@@ -254,7 +272,7 @@ def assemble(
             if flag.group not in ("machine", "logging")
         },
         classification=config.tasks.classification,
-        measure_name="accuracy" if config.tasks.classification else loss_name(config.learner.loss),
+        measure_name="accuracy" if config.tasks.classification else measure_name(config, distribution),
         start=start.resumed,
         origin=f"{start.file}, iteration {source.iteration:,}" if source else None,
         writes=team.first,
@@ -333,6 +351,12 @@ def make_writable(folder: Path) -> Path:
     if not is_writable(folder):
         raise UsageError(f"{folder}: cannot write there; name another folder with --out")
     return folder
+
+
+def print_data(distribution: TaskDistribution, world: World) -> None:
+    """Print what was read, split, left out or changed of the user's data."""
+    if world.first and distribution.summary:
+        print("  data        " + "\n              ".join(distribution.summary), flush=True)
 
 
 def print_settings(config: Config, runtime: Runtime, first_line: str, *others: Config) -> None:

@@ -32,8 +32,9 @@ LONGEST_NAMES = 100  # characters of the sides' names in a file name
 TASKS = (
     *("dataset", "dataset_args", "ways", "shots", "queries", "noise"),
     *("omniglot_split", "quarter_turns", "split_shares", "columns"),
+    *("exclude_columns", "min_examples"),
 )
-MEASURE = ("loss", "loss_args")
+MEASURE = ("loss", "loss_args", "standardise")
 Runs = dict[int, Subject]  # one side of the comparison, by seed
 
 

@@ -29,7 +29,6 @@ from evaluation.figures import results_figure
 from evaluation.meta_test import Evaluation, normalisations_of
 from evaluation.style import write_figure
 from evaluation.tables import ALL, Caption, evaluation_record, results_of, results_table, write_json
-from learners.losses import loss_name
 from maml import MAML
 from training.checkpoint import Checkpoint, check_same_split, load_checkpoint
 from training.folders import find_runs
@@ -77,6 +76,8 @@ def measure(
     for subject in subjects:
         with world.together():
             subject.build(call, world)
+        if subject is first:
+            build.print_data(subject.distribution, world)
         subject.evaluate()
         if world.first:
             subject.write(subject.stem(call), command, prints=len(files) == 1)
@@ -93,6 +94,7 @@ class Subject:
     config: Config
     runtime: Runtime = field(init=False)
     distribution: TaskDistribution = field(init=False)
+    loss_name: str = field(init=False, default="loss")  # with its unit, once the data are known
     maml: MAML = field(init=False)
     parameters: Weights = field(init=False)
     statistics: Weights = field(init=False)  # running ones of per-step batch norm, or none
@@ -134,7 +136,11 @@ class Subject:
     def build(self, call: Call, world: World = ALONE) -> None:
         """Build algorithm, tasks and weights; raise UsageError where they do not fit."""
         self.runtime = build.prepare(self.config, call, world)
-        self.distribution, self.maml = build.build(self.config, call, self.runtime, saved=self.source)
+        saved, scales = self.source, self.source.scales if self.source else None
+        self.distribution, self.maml = build.build(
+            self.config, call, self.runtime, saved=saved, scales=scales
+        )
+        self.loss_name = build.measure_name(self.config, self.distribution)
         self.parameters = self.maml.initial_parameters(self.config.training.seed)
         self.statistics = self.maml.initial_statistics()
         if self.file and self.source:
@@ -209,7 +215,7 @@ def summarise(subjects: Sequence[Subject], split: str = "test") -> tuple[Caption
     names = [split, dataset, common(map(task_size, tasks)), queries and f"{queries}query", f"{number}tasks"]
     caption = Caption(
         title=", ".join(filter(None, titles)),
-        loss_name=common((loss_name(config.learner.loss) for config in configs), "loss"),
+        loss_name=common((subject.loss_name for subject in subjects), "loss"),
         trained_steps=common(config.choices.trained_steps for config in configs),
         test_steps=configs[0].evaluation.test_steps,
     )

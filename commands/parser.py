@@ -28,7 +28,7 @@ EXAMPLES = """\
 """
 MORE = "Every flag, and the settings of each algorithm: --help-all"
 # by --no-NAME
-CAN_BE_SWITCHED_OFF = {"invert", "adapt_norm", "norm_per_step", "vectorise", "check_gradients"}
+CAN_BE_SWITCHED_OFF = {"invert", "adapt_norm", "norm_per_step", "vectorise", "check_gradients", "standardise"}
 WIDTH = 100  # of the help, at most
 
 

@@ -25,7 +25,18 @@ from common.options import BY_RULE
 from learners.options import LEARNERS, learner_facts
 from tasks.options import FILE_KINDS, data_facts, is_classification
 
-OF_OTHER_DATA = ("invert", "quarter_turns", "dataset_args", "columns", "split_shares", "omniglot_split")
+OF_OTHER_DATA = (
+    *(
+        "invert",
+        "quarter_turns",
+        "dataset_args",
+        "columns",
+        "exclude_columns",
+        "split_shares",
+        "omniglot_split",
+    ),
+    "min_examples",
+)
 
 
 # ---- a new experiment ----------------------------------------------------------------------------
@@ -187,7 +198,11 @@ def resolve_from(
     schedule, iterations = saved.training.meta_lr_schedule, saved.training.iterations
     if schedule != "constant" and given.get("iterations", iterations) != iterations:
         raise UsageError(f"--iterations: the {schedule} schedule of the checkpoint fixes it; leave it out")
-    free = {"invert", "columns", "batch_norm"} if adapt else set(OF_OTHER_DATA if eval_dataset else ())
+    free = (
+        {"invert", "columns", "exclude_columns", "batch_norm"}
+        if adapt
+        else set(OF_OTHER_DATA if eval_dataset else ())
+    )
     if evaluate and saved.choices.head_init != "learned":
         free.add("ways")
     values = saved.values() | {

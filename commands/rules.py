@@ -73,7 +73,7 @@ def check(config: Config, given: Mapping[str, Any], *, testing: bool = False) ->
     for name in given:
         if setting := what_makes_meaningless(ALL_FLAGS[name], config):
             raise UsageError(f"{ALL_FLAGS[name].name} has no meaning with {setting}: leave it out")
-    rules = [*_learner_rules(config)]
+    rules = [*_table_rules(config), *_learner_rules(config)]
     if not testing:
         has_batch_norm, classification = config.learner.has_batch_norm, config.tasks.classification
         try:
@@ -84,6 +84,18 @@ def check(config: Config, given: Mapping[str, Any], *, testing: bool = False) ->
     for refused, reason in rules:
         if refused:
             raise UsageError(reason)
+
+
+def _table_rules(config: Config) -> Iterator[tuple[bool, str]]:
+    """Yield where the roles of columns contradict each other."""
+    roles = [pair.partition("=")[0] for pair in config.tasks.columns]
+    repeated = [role for role in roles if roles.count(role) > 1]
+    yield bool(repeated), f"--columns: {' '.join(repeated[:1])}= is given twice: put commas between its names"
+    yield (
+        "class" in roles and bool({"task", "target"} & {*roles}),
+        "--columns: class=NAME makes tasks of the classes: leave task= and target= out",
+    )
+    yield "class" in roles and not config.tasks.ways, "--columns class=NAME: give -n, the classes of a task"
 
 
 def _learner_rules(config: Config) -> Iterator[tuple[bool, str]]:

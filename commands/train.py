@@ -53,6 +53,7 @@ def train(call: Call, given: Mapping[str, Any], world: World) -> int:
         world.check_same({"--compile, for want of a compiler": config.training.compile})
         doing = f"Resuming at iteration {parts.run.iteration:,}" if start.resumed else "Meta-training"
         build.print_settings(config, runtime, f"{doing} in {folder}")
+        build.print_data(parts.distribution, world)
         code = build.train_runs([parts])
         if world.first:
             _print_end(parts.run, code, config, world)

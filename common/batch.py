@@ -6,8 +6,9 @@ inputs or outputs has a nested tuple or dictionary of tensors where others have 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -36,6 +37,7 @@ class TaskDistribution(Protocol):
     Attributes:
         kind: "curves" and "images" can be drawn (see `sample_to_draw`); "other" cannot.
         ways: classes of a task, labelled from 0 to `ways` - 1; None in regression.
+        scales: means and deviations `[2, columns]` by which "input" and "target" are standardised.
         computed: `sample` computes tasks from numbers alone. It can be compiled with the step, and takes the
             seed and the numbers of the tasks as int64 tensors too.
         on_host: `sample` works on the host, a batch ahead, and requires a plain number as the iteration.
@@ -43,6 +45,7 @@ class TaskDistribution(Protocol):
 
     kind: Kind = "other"
     ways: int | None = None
+    scales: Mapping[str, Tensor] = MappingProxyType({})
     computed: bool = False
     on_host: bool = False
 
@@ -55,6 +58,15 @@ class TaskDistribution(Protocol):
     def split_names(self) -> dict[str, list[str]]:
         """Names of the classes or tasks of each split of the user's files, and "input" columns of a table."""
         return {}
+
+    @property
+    def summary(self) -> list[str]:
+        """Say in short lines what was read, split, left out or changed."""
+        return []
+
+    def with_scales(self, scales: Mapping[str, Tensor]) -> TaskDistribution:
+        """Return these tasks standardised by other statistics: a checkpoint's."""
+        return self
 
     def resized(self, shots: int) -> TaskDistribution:
         """Return these tasks with another number of support examples (per class in classification)."""

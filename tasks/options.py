@@ -63,9 +63,10 @@ def check_dataset(name: str) -> str | None:
 
 
 check_columns = expect(
-    "task=NAME, target=NAMES or input=NAMES, with commas between names",
-    re.compile("(task=[^,]+)|((target|input)=[^,]+(,[^,]+)*)").fullmatch,
+    "task=NAME, class=NAME, target=NAMES or input=NAMES, with commas between names",
+    re.compile("((task|class)=[^,]+)|((target|input)=[^,]+(,[^,]+)*)").fullmatch,
 )
+check_names = expect("names with commas between", re.compile("[^,]+(,[^,]+)*").fullmatch)
 check_augmentations = expect(
     f"some of {', '.join(AUGMENTATIONS)}, with commas between",
     lambda text: {*text.split(",")} <= {*AUGMENTATIONS},
@@ -130,10 +131,19 @@ class TaskOptions:
         "--split-shares", group="tasks", check=check_shares, metavar="A,B,C", default="64,16,20",
         only="files", help="shares of training, validation and test among the classes of a folder or the "
         "tasks of a table without a split of its own")
+    min_examples: int = flag(
+        "--min-examples", group="tasks", check=at_least(0), metavar="N", default=0, only="table",
+        help="leave out classes, and tasks of a table, with fewer examples")
     columns: tuple[str, ...] = flag(
         "--columns", group="tasks", check=check_columns, metavar="ROLE=NAMES", only="table", default=(),
         help="columns of a table by role: task=NAME target=NAMES input=NAMES (default task=task target=y, "
-        "and all others but `split` as inputs)")
+        "and all others but `split` as inputs); class=NAME: tasks are made of a column's classes")
+    exclude_columns: str | None = flag(
+        "--exclude-columns", group="tasks", check=check_names, metavar="NAMES", default=None, only="table",
+        help="columns of a table that are no inputs, with commas between")
+    standardise: bool = flag("--standardise", group="tasks", default=True, only="table",
+        help="subtract the mean of each input of a table, and of each target with mse or huber, and divide "
+        "by the standard deviation, both of the training rows")
     # fmt: on
 
     @property

@@ -1,21 +1,25 @@
-"""Read a user's table, a row for each example, and draw tasks from it: path -> `Table` -> `TableTasks`."""
+"""Read a user's table, a row for each example, and draw tasks from it: path -> `Table` -> `TableTasks`.
+
+A task is the rows of one name in the task column. With `--columns class=NAME` the classes are the material
+instead: they are split, and a task draws some of one split's classes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from common.batch import TaskBatch, TaskDistribution
-from common.errors import UsageError, one_line
+from common.errors import UsageError
 from common.random import SPLITS, task_stream
 from tasks.file_tasks import draw_distinct, with_labels
+from tasks.scales import Scales, apply_scale, measure_scale
 from tasks.splits import SPLIT_NAMES, as_positions, split_at_random
+from tasks.table_files import TableFile
 
 
 @dataclass(frozen=True)
@@ -25,142 +29,222 @@ class Columns:
     task: str | None = "task"  # None: all rows are one task
     targets: tuple[str, ...] = ("y",)
     inputs: tuple[str, ...] = ()  # empty: all other columns but "split"
+    _: KW_ONLY
+    excluded: tuple[str, ...] = ()
+    by_class: bool = False  # the target's classes are split and drawn; there is no task column
 
     @classmethod
-    def parse(cls, pairs: Iterable[str]) -> Columns:
-        """Return the roles that `task=NAME`, `target=NAME,...` and `input=NAME,...` name."""
+    def parse(cls, pairs: Iterable[str], excluded: str | None = None) -> Columns:
+        """Return the roles that `task=NAME`, `target=NAME,...`, `input=NAME,...` or `class=NAME` name."""
         roles = dict(pair.split("=", 1) for pair in pairs)
         names = {role: tuple(map(str.strip, text.split(","))) for role, text in roles.items()}
-        return cls(roles.get("task", "task"), names.get("target", ("y",)), names.get("input", ()))
+        left_out = tuple(map(str.strip, excluded.split(","))) if excluded else ()
+        inputs = names.get("input", ())
+        if "class" in names:
+            return cls(None, names["class"], inputs, excluded=left_out, by_class=True)
+        return cls(roles.get("task", "task").strip(), names.get("target", ("y",)), inputs, excluded=left_out)
 
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of a file, in its order."""
+    """The rows of a file that have a target, in its order; for prediction, all rows."""
 
-    x: Tensor  # float [rows, inputs]
-    y: Tensor  # float [rows, targets], NaN where missing; in classification int64 [rows], -1 where missing
+    x: Tensor  # float64 [rows, inputs]
+    y: Tensor  # float64 [rows, targets], NaN where missing; in classification int64 [rows], -1 where missing
     task: Tensor  # int64 [rows], positions in `tasks`
-    tasks: list[str]  # names, in order of first appearance
+    tasks: list[str]  # names, in order of first appearance; with `by_class`, the splits
     classes: list[str]  # all classes, sorted, numbers as numbers; empty for regression
     splits: dict[str, Tensor]  # int64 positions of the tasks of each split, disjoint
+    split_names: dict[str, list[str]]  # names of each split's tasks, or classes, sorted
     inputs: tuple[str, ...]  # names of the input columns, in order
     source: str  # for messages
+    by_class: bool = False
+    left_out: dict[str, int] = field(default_factory=dict)  # what was left out, in words -> how many
+
+    def measure_scales(self, *, targets: bool) -> dict[str, Tensor]:
+        """Return means and deviations over the rows of training tasks; nothing if there are none."""
+        rows = torch.isin(self.task, self.splits["train"])
+        if not rows.any():
+            return {}
+        target = {"target": measure_scale(self.y[rows])} if targets and not self.classes else {}
+        return {"input": measure_scale(self.x[rows]), **target}
 
 
 def load_table(
-    path: Path, columns: Columns, dtype: torch.dtype, *, classification: bool, shares: dict[str, int] | None
+    path: Path,
+    columns: Columns,
+    dtype: torch.dtype,
+    *,
+    classification: bool,
+    shares: dict[str, int] | None,
+    min_examples: int = 0,
+    min_classes: int = 1,
 ) -> Table:
     """Read a .csv, .csv.gz or .parquet file.
 
-    The shares are those of each split where the file has no column "split". None is for prediction: targets
-    may be missing, and without a task column all rows are one task.
+    Args:
+        dtype: numbers must be finite in it.
+        shares: of each split where the file has no column "split". None is for prediction: targets may be
+            missing, and without a task column all rows are one task.
+        min_examples: tasks, and in classification their classes, with fewer rows are left out.
+        min_classes: with `min_examples`, tasks with fewer classes are left out too.
     """
-    if classification and len(columns.targets) > 1:
-        raise UsageError(f"classification takes one target column, not {len(columns.targets)}: name one")
-    data, prediction, classes = _read(path), shares is None, list[str]()
-    if not data.num_rows:
-        raise UsageError(f"{path} has a header, {data.column_names}, and no rows: add some")
-    columns = _complete(columns, path, data.column_names, prediction=prediction)
-    tasks, task = ["task"], torch.zeros(data.num_rows, dtype=torch.int64)
-    if columns.task:
-        tasks, task = _read_names(path, data, columns.task)
-    if classification:
-        classes, y = _sort_classes(*_read_names(path, data, *columns.targets, missing=prediction))
-    else:
-        y = _read_numbers(path, data, columns.targets, dtype, missing=prediction)
-    x = _read_numbers(path, data, columns.inputs, dtype, missing=False)
-    splits: dict[str, list[str]] = {name: [] for name in SPLITS}
-    if shares and "split" in {*data.column_names} - {*columns.inputs, *columns.targets, columns.task}:
-        names, split = _read_names(path, data, "split")
-        if unknown := {*names} - {*SPLIT_NAMES}:
-            raise UsageError(f"{path}: a split is {min(unknown)!r}: it should be train, val or test")
-        for s, t in torch.stack([split, task], 1).unique(dim=0).tolist():
-            splits[SPLIT_NAMES[names[s]]].append(tasks[t])
-    elif shares:
-        splits = split_at_random(tasks, shares)
+    file, prediction = TableFile.open(path), shares is None
+    header = file.data.column_names
+    if not file.data.num_rows:
+        raise UsageError(f"{path} has a header, {header}, and no rows: add some")
+    columns = _complete(columns, path, header, prediction=prediction, classification=classification)
+    classes, y, known = _read_targets(file, columns, dtype, classification)
+    kept = torch.ones_like(known) if prediction else known.clone()
+    x = file.numbers(columns.inputs, () if classification else columns.targets)
+    _check_finite(file, columns.inputs, x, kept, dtype)
+    tasks, task = _read_tasks(file, columns, kept)
+    by_class = columns.by_class and not prediction
+    if by_class:
+        tasks, task = classes, y
+    if not kept.any():
+        raise UsageError(f"{path}: column {', '.join(columns.targets)}: no row has a target: fill it")
+    left_out = {"rows without a target": int((~kept).sum())}
+    if min_examples:
+        left_out |= _leave_out_small(task, y if classification else None, kept, min_examples, min_classes)
+    if not kept.any():
+        raise UsageError(f"{path}: --min-examples {min_examples} leaves no rows: lower it")
+    tasks, task = _drop_unused(tasks, task[kept])
+    y = y[kept]
+    if classification and not prediction:
+        classes, y = _drop_unused(classes, y)
+    splits = _split(file, columns, tasks, task, kept, shares)
     positions = {split: part.sort().values for split, part in as_positions(splits, tasks, str(path)).items()}
-    return Table(x, y, task, tasks, classes, positions, columns.inputs, str(path))
+    names = {split: sorted(part) for split, part in splits.items()}
+    if by_class:
+        tasks, task, positions = _tasks_of_splits(positions, y)
+    inputs, source = columns.inputs, str(path)
+    return Table(x[kept], y, task, tasks, classes, positions, names, inputs, source, by_class, left_out)
 
 
-def _read(path: Path) -> Any:
-    """Return a file as a pyarrow.Table; the columns of a CSV file are text, trimmed, null where missing."""
-    import pyarrow as pa  # slow to import, and for tables alone
-    from pyarrow import compute, csv, parquet
-
-    if not path.exists():
-        raise UsageError(f"{path}: there is no such file")
-    try:
-        if path.suffix.lower() == ".parquet":
-            return parquet.read_table(path, partitioning=None)  # names of folders are no columns
-        with pa.input_stream(path) as stream:  # unpacks .gz
-            header = stream.read(1 << 16).partition(b"\n")[0]
-        form = csv.ParseOptions(delimiter=max(",;\t", key=lambda mark: header.count(mark.encode())))
-        with csv.open_csv(path, parse_options=form) as reader:
-            types = dict.fromkeys(reader.schema.names, pa.string())
-        options = csv.ConvertOptions(column_types=types)
-        data, missing = csv.read_csv(path, None, form, options), pa.array(options.null_values)
-        texts = [compute.utf8_trim_whitespace(column) for column in data.columns]
-        texts = [compute.if_else(compute.is_in(text, missing), None, text) for text in texts]
-        return pa.table(texts, [name.strip() for name in data.column_names])
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise UsageError(f"{path} is not readable ({one_line(error)[:300]}): mend the file") from error
+def _tasks_of_splits(classes: dict[str, Tensor], y: Tensor) -> tuple[list[str], Tensor, dict[str, Tensor]]:
+    """Return a task for each split that has classes: names, each row's position, those of the splits."""
+    tasks = [split for split in SPLITS if len(classes[split])]
+    task = torch.stack([torch.isin(y, classes[split]) for split in tasks]).int().argmax(0)
+    one = {split: [number] for number, split in enumerate(tasks)}
+    return tasks, task, {split: torch.tensor(one.get(split, []), dtype=torch.int64) for split in SPLITS}
 
 
-def _complete(columns: Columns, path: Path, header: list[str], *, prediction: bool) -> Columns:
+def _read_targets(
+    file: TableFile, columns: Columns, dtype: torch.dtype, classification: bool
+) -> tuple[list[str], Tensor, Tensor]:
+    """Return the classes, the targets or labels, and which rows have one."""
+    names = columns.targets
+    if classification:
+        if len(names) > 1:
+            raise UsageError(f"classification takes one target column, not {len(names)}: name one")
+        classes, y = _sort_classes(*file.names(*names))
+        known = y >= 0
+    else:
+        classes, y = [], file.numbers(names, columns.inputs)
+        known = ~y.isnan().any(1)
+        _check_finite(file, names, y, known, dtype)
+    return classes, y, known
+
+
+def _read_tasks(file: TableFile, columns: Columns, kept: Tensor) -> tuple[list[str], Tensor]:
+    """Return the names of the tasks, and each row's position."""
+    if not columns.task:
+        return ["task"], torch.zeros_like(kept, dtype=torch.int64)
+    tasks, task = file.names(columns.task)
+    if (empty := kept & (task < 0)).any():
+        raise file.fail(columns.task, int(empty.nonzero()[0]) + 1, " is empty: fill it")
+    return tasks, task
+
+
+def _leave_out_small(task: Tensor, y: Tensor | None, kept: Tensor, rows: int, classes: int) -> dict[str, int]:
+    """Unmark rows of tasks, or of their classes, with fewer rows, and of tasks with fewer such classes.
+
+    Returns what was left out, in words, and how many.
+    """
+    group = task if y is None else task * (int(y.max()) + 1) + y
+    small = kept & (torch.bincount(group[kept], minlength=int(group.max()) + 1)[group.clamp(min=0)] < rows)
+    what = "tasks" if y is None else "classes"
+    left_out = {f"{what} with fewer than {rows} rows": len(group[small].unique())}
+    kept &= ~small
+    if y is not None and not torch.equal(task, y):  # the classes are those of tasks
+        of_groups = torch.stack([task[kept], y[kept]], 1).unique(dim=0)[:, 0]
+        few = kept & (torch.bincount(of_groups, minlength=int(task.max()) + 1)[task.clamp(min=0)] < classes)
+        left_out[f"tasks with fewer than {classes} classes of them"] = len(task[few].unique())
+        kept &= ~few
+    return left_out
+
+
+def _drop_unused(names: list[str], positions: Tensor) -> tuple[list[str], Tensor]:
+    """Return the names that have rows, in their order, and the rows' new positions."""
+    used, positions = positions.unique(return_inverse=True)
+    return [names[position] for position in used.tolist()], positions
+
+
+def _split(
+    file: TableFile,
+    columns: Columns,
+    tasks: list[str],
+    task: Tensor,
+    kept: Tensor,
+    shares: dict[str, int] | None,
+) -> dict[str, list[str]]:
+    """Return the names of each split: as the column "split" says, or at random."""
+    splits: dict[str, list[str]] = {name: [] for name in SPLITS}
+    if not shares:
+        return splits
+    if "split" not in {*file.data.column_names} - {*columns.inputs, *columns.targets, columns.task}:
+        return split_at_random(tasks, shares)
+    names, split = file.names("split")
+    if (empty := kept & (split < 0)).any():
+        raise file.fail("split", int(empty.nonzero()[0]) + 1, " is empty: fill it")
+    if unknown := {name for name in names if name.lower() not in SPLIT_NAMES}:
+        raise UsageError(f"{file.path}: a split is {min(unknown)!r}: it should be train, val or test")
+    pairs = torch.stack([split[kept], task], 1).unique(dim=0).tolist()
+    for name, t in dict.fromkeys((SPLIT_NAMES[names[s].lower()], t) for s, t in pairs):
+        splits[name].append(tasks[t])
+    return splits
+
+
+def _complete(
+    columns: Columns, path: Path, header: list[str], *, prediction: bool, classification: bool
+) -> Columns:
     """Return the roles of a file's columns, the inputs by name; refuse missing and repeated columns."""
     task = None if prediction and columns.task not in header else columns.task
     roles = [*columns.targets, *([task] if task else [])]
-    inputs = columns.inputs or tuple(name for name in header if name not in (*roles, "split"))
+    if not prediction and (unknown := [name for name in columns.excluded if name not in header]):
+        raise UsageError(f"{path} has no column {unknown[0]!r} to exclude, but {header}")
+    others = tuple(name for name in header if name not in (*roles, "split", *columns.excluded))
+    inputs = columns.inputs or others
     for name in (*roles, *inputs):
         if name not in header:
-            raise UsageError(f"{path} has no column {name!r}, but {header}: name yours with --columns")
+            way = (
+                ", or class=NAME if tasks are to be made of its classes"
+                if classification and name == task
+                else ""
+            )
+            raise UsageError(f"{path} has no column {name!r}, but {header}: name yours with --columns{way}")
         if header.count(name) > 1 or (*roles, *inputs).count(name) > 1:
             raise UsageError(f"{path}: column {name!r} is repeated, or has more than one role: leave one")
+        if name in columns.excluded:
+            raise UsageError(f"{path}: column {name!r} has a role and is excluded: leave one")
     if not inputs:
         raise UsageError(f"{path} has no input column, but {header}: add one")
     if not columns.inputs and {"", "__index_level_0__"} & {*inputs}:  # in CSV and in Parquet
         raise UsageError(f"{path} has pandas' index as a column: write it with index=False")
-    return Columns(task, columns.targets, inputs)
+    return replace(columns, task=task, inputs=inputs)
 
 
-def _cast(path: Path, data: Any, name: str, kind: str) -> Any:
-    column, row = data.column(name), 1
-    try:
-        return column.cast(kind, safe=False).combine_chunks()
-    except (ValueError, NotImplementedError) as error:  # pyarrow's, which name no row
-        with suppress(type(error)):
-            for cell in column:
-                cell.cast(kind, safe=False)
-                row += 1
-        where = f"{path}: column {name!r}, data row {row}"
-        raise UsageError(f"{where}: {one_line(error)}: mend it, or leave it out") from error
-
-
-def _read_numbers(path: Path, data: Any, names: Iterable[str], dtype: torch.dtype, missing: bool) -> Tensor:
-    """Return columns as `[rows, columns]`, NaN where a value may be missing."""
-    columns = []
-    for name in names:
-        column = torch.tensor(_cast(path, data, name, "float64").to_numpy(zero_copy_only=False)).to(dtype)
-        bad = column.isinf() if missing else ~column.isfinite()
-        if bad.any():
-            where = f"{path}: column {name!r}, data row {int(bad.nonzero()[0]) + 1}"
-            raise UsageError(f"{where} is empty, infinite or too large for {dtype}: mend or leave it out")
-        columns.append(column)
-    return torch.stack(columns, 1)
-
-
-def _read_names(path: Path, data: Any, name: str, *, missing: bool = False) -> tuple[list[str], Tensor]:
-    """Return a column's names in order of appearance, and each row's int64 position, -1 where missing."""
-    from pyarrow import compute
-
-    texts = compute.utf8_trim_whitespace(_cast(path, data, name, "string"))
-    encoded = compute.if_else(compute.equal(texts, ""), None, texts).dictionary_encode()
-    row = encoded.is_null().index(True).as_py() + 1  # 0: none is missing
-    if row and not missing:
-        raise UsageError(f"{path}: column {name!r}, data row {row} is empty: fill it")
-    positions = encoded.indices.fill_null(-1).cast("int64").to_numpy()
-    return encoded.dictionary.to_pylist(), torch.tensor(positions)
+def _check_finite(
+    file: TableFile, names: Iterable[str], values: Tensor, rows: Tensor, dtype: torch.dtype
+) -> None:
+    """Raise UsageError for the first of these rows whose values are missing, or infinite in that type."""
+    bad = (~values.to(dtype).isfinite() & rows[:, None]).nonzero()
+    if len(bad):
+        row, column = bad[0].tolist()
+        name = file.name_of(names, column)
+        problem = " is empty, infinite or too large for"
+        raise file.fail(name, row + 1, f"{problem} {dtype}: mend it, or leave the column or the row out")
 
 
 def _sort_classes(names: list[str], labels: Tensor) -> tuple[list[str], Tensor]:
@@ -177,6 +261,7 @@ def _sort_classes(names: list[str], labels: Tensor) -> tuple[list[str], Tensor]:
 class TableTasks(TaskDistribution):
     """Tasks drawn, with replacement, from a table; UsageError for a task with too few rows or classes.
 
+    Inputs and targets are standardised by `scales` (tasks/scales.py).
     Rows of a task are drawn without replacement; the query does not depend on the number of shots. Inputs are
     `[tasks, examples, inputs]`, targets `[tasks, examples, targets]`. With `ways`, a task draws that many of
     its classes, then rows of each. Labels, int64 `[tasks, ways * examples]`, number the drawn classes at
@@ -189,6 +274,7 @@ class TableTasks(TaskDistribution):
     queries: int
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
+    scales: Scales = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # Rows are grouped by (task, class), or by task alone. Examples are drawn from a group.
@@ -197,16 +283,9 @@ class TableTasks(TaskDistribution):
         order = group.argsort(stable=True)
         numbers, rows = group[order].unique_consecutive(return_counts=True)
         groups = torch.bincount(numbers // classes)
-        task, label = divmod(int(numbers[rows.argmin()]), classes)
-        where = f"{table.source}: task {table.tasks[task]!r}"
-        if self.ways and groups.min() < self.ways:
-            where = f"{table.source}: task {table.tasks[int(groups.argmin())]!r}"
-            raise UsageError(f"{where} has {groups.min()} classes: lower -n, {self.ways}, or leave it out")
-        if rows.min() < (needed := self.shots + self.queries):
-            where += f", class {table.classes[label]!r}," if self.classification else ""
-            raise UsageError(f"{where} has {rows.min()} rows: lower -k plus -q, {needed}, or leave it out")
-        self.x = table.x[order].to(self.device, self.dtype)
-        self.y = None if self.classification else table.y[order].to(self.device, self.dtype)
+        self._check_sizes(numbers, rows, groups)
+        self.x = self._scaled("input", table.x[order])
+        self.y = None if self.classification else self._scaled("target", table.y[order])
         self.splits = {split: positions.to(self.device) for split, positions in table.splits.items()}
         self.groups = groups.to(self.device)  # [tasks], the number of groups of each
         self.first_group = self.groups.cumsum(0) - self.groups
@@ -214,11 +293,64 @@ class TableTasks(TaskDistribution):
         self.first_row = self.rows.cumsum(0) - self.rows
         self.most_groups, self.most_rows = int(groups.max()), int(rows.max())
 
+    def _check_sizes(self, numbers: Tensor, rows: Tensor, groups: Tensor) -> None:
+        """Raise UsageError, with their number, if tasks have too few classes or groups too few rows."""
+        table, needed = self.table, self.shots + self.queries
+        task = "" if table.by_class else "task "
+        if self.ways and groups.min() < self.ways:
+            name, few = table.tasks[int(groups.argmin())], int((groups < self.ways).sum())
+            raise UsageError(
+                f"{table.source}: {task}{name!r} has {groups.min()} classes, and -n is {self.ways} ({few} of "
+                f"{len(groups)} have too few): lower -n, or leave them out"
+            )
+        if rows.min() < needed:
+            number, label = divmod(int(numbers[rows.argmin()]), max(len(table.classes), 1))
+            least = [] if table.by_class else [f"task {table.tasks[number]!r}"]
+            least += [f"class {table.classes[label]!r}"] if table.classes else []
+            raise UsageError(
+                f"{table.source}: {', '.join(least)} has {rows.min()} rows, and -k plus -q is {needed} "
+                f"({int((rows < needed).sum())} of {len(rows)} have too few): lower them, or leave those out "
+                f"with --min-examples {needed}"
+            )
+
+    def _scaled(self, part: str, values: Tensor) -> Tensor:
+        """Return inputs or targets as tasks have them, on the device."""
+        source, scale = self.table.source, self.scales.get(part)
+        if scale is not None and scale.shape[1] != values.shape[1]:
+            raise UsageError(
+                f"{source} has {values.shape[1]} {part} numbers, the checkpoint {scale.shape[1]}"
+            )
+        scaled = apply_scale(values, self.scales, part).to(self.dtype)
+        if not scaled.isfinite().all():
+            raise UsageError(
+                f"{source}: an {part} is too large for {self.dtype}, standardised or not: mend it"
+            )
+        return scaled.to(self.device)
+
     @property
     def split_names(self) -> dict[str, list[str]]:
-        names, splits = self.table.tasks, self.table.splits.items()
-        parts = {split: sorted(names[i] for i in part.tolist()) for split, part in splits}
-        return parts | {"input": list(self.table.inputs)}
+        return self.table.split_names | {"input": list(self.table.inputs)}
+
+    @property
+    def summary(self) -> list[str]:
+        table = self.table
+        sizes = ", ".join(f"{len(table.split_names[split]):,} {split}" for split in SPLITS)
+        lines = [f"{len(table.x):,} rows; {'classes' if table.by_class else 'tasks'}: {sizes}"]
+        if left_out := [f"{count:,} {words}" for words, count in table.left_out.items() if count]:
+            lines.append(f"left out: {', '.join(left_out)}")
+        if self.scales:
+            target = self.scales.get("target")
+            what = "inputs" if target is None else "inputs and targets"
+            lines.append(f"{what} standardised by the mean and deviation of the training rows")
+            if target is not None:
+                mean, deviation = target[:, 0].tolist()
+                lines[-1] += f" (the first target's: {mean:.4g} and {deviation:.4g})"
+            constant = int((self.scales["input"][1] == 1).logical_and((table.x == table.x[:1]).all(0)).sum())
+            lines += [f"{constant} constant inputs, which tell nothing"] if constant else []
+        return lines
+
+    def with_scales(self, scales: Scales) -> TableTasks:
+        return replace(self, scales=scales)
 
     def resized(self, shots: int) -> TableTasks:
         return replace(self, shots=shots)
@@ -227,11 +359,12 @@ class TableTasks(TaskDistribution):
         stream = task_stream(split, seed, iteration, tasks, self.device)
         candidates = self.splits[split]
         if not len(candidates):
-            raise UsageError(f"{self.table.source} has no {split} tasks: it needs some in every split")
+            what = "classes" if self.table.by_class else "tasks"
+            raise UsageError(f"{self.table.source} has no {split} {what}: it needs some in every split")
         task = candidates[stream.at("task").words(1)[:, 0] * len(candidates) >> 32]  # a word is below 2^32
         ways = self.ways or 1
         classes = draw_distinct(stream.at("classes").words(self.most_groups), self.groups[task], ways)
-        if len(self.table.classes) == ways:
+        if len(self.table.classes) == ways and not self.table.by_class:
             classes = classes.sort().values
         group = self.first_group[task][:, None] + classes  # [tasks, ways]
         words = stream.at("rows").words(ways * self.most_rows).view(len(tasks), ways, -1)

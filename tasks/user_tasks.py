@@ -15,6 +15,7 @@ import torch
 from common.errors import UsageError, printable
 from common.task import UserTask
 from tasks.images import Form, class_folders, decode_all, image_files
+from tasks.scales import Scales, apply_scale
 from tasks.tables import Columns, load_table
 
 
@@ -40,26 +41,40 @@ def read_task_folder(path: Path, form: Form, device: torch.device, dtype: torch.
 
 
 def read_task_table(
-    path: Path, columns: Columns, device: torch.device, dtype: torch.dtype, *, classification: bool
+    path: Path,
+    columns: Columns,
+    scales: Scales,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    classification: bool,
 ) -> list[UserTask]:
-    """Return the tasks of a table in order of appearance; UsageError if one lacks either kind of rows."""
+    """Return the tasks of a table, standardised by `scales`, in order of appearance.
+
+    Raises UsageError if one lacks either kind of rows, or columns are not those of the scales.
+    """
     table = load_table(path, columns, dtype, classification=classification, shares=None)
+    if len(scale := scales.get("input", table.x)[0]) != table.x.shape[1]:
+        raise UsageError(
+            f"--adapt {path} has {table.x.shape[1]} inputs, and the checkpoint learned {len(scale)}"
+        )
     known = table.y >= 0 if classification else ~table.y.isnan().any(1)
+    x, y = apply_scale(table.x, scales, "input"), apply_scale(table.y, scales, "target")
     tasks = []
     for number, name in enumerate(table.tasks):
         support, query = ((table.task == number) & rows for rows in (known, ~known))
         if not (support.any() and query.any()):
             rows = "rows with targets, to adapt to, and others, to predict"
             raise UsageError(f"--adapt {path}, task {name!r}: give {rows}")
-        classes, targets = [], table.y[support]
+        classes, targets = [], y[support]
         if classification:
             labels, targets = targets.unique(return_inverse=True)
             classes = [printable(table.classes[label]) for label in labels.tolist()]
         task = UserTask(
             name=printable(name) if len(table.tasks) > 1 else "",
-            support_x=table.x[support].to(device, dtype),
+            support_x=x[support].to(device, dtype),
             support_y=targets.to(device, None if classification else dtype),
-            query_x=table.x[query].to(device, dtype),
+            query_x=x[query].to(device, dtype),
             classes=classes,
             query_names=[str(row + 1) for row in query.nonzero()[:, 0].tolist()],
         )

@@ -92,11 +92,16 @@ BAD = {
     ",task,x,y\n0,a,1,1\n": "has pandas' index as a column",
     "": "not readable .*[Ee]mpty",
     "task,x,y\n": r"has a header, \['task', 'x', 'y'\], and no rows: add some",
-    "task;x;y\na;1,5;1\n": "column 'x', data row 1: .*'1,5'",
+    "task;x;y\na;1,5;1.5\n": "column 'x' has '1,5', and 'y' has points: does the comma",
+    'task,x,y\na,"1,234",1\n': "column 'x' has '1,234': does the comma",
+    "task;x;y\na;1,234;1\nb;-5,678;1\n": "column 'x' has '1,234': does the comma",
+    "task;x;y\na;1.234,5;1\n": "column 'x' has '1.234,5', and 'x' has points",
+    "task;x;y\na;1,2;1\nb;1,2,3;1\n": "column 'x', data row 2: .*'1.2.3'",
     "task,x,y\na,1,1\nb,abc,1\n": "column 'x', data row 2: .*'abc'",
     "task,x,y\na,1,1\nb, ,1\n": "column 'x', data row 2 is empty, infinite",
     "task,x,y\na,1,1\nb,1e39,1\n": "column 'x', data row 2 .* too large for torch.float32",
-    "task,x,y\na,1,1\nb,1,NA\n": "column 'y', data row 2 is empty, infinite",
+    "task,x,y\na,1,NA\nb,1,\n": "column y: no row has a target: fill it",
+    "task,x,y\na,1,1\nb,1,inf\n": "column 'y', data row 2 is empty, infinite",
     "task,x,y\na,1,1\n ,1,1\n": "column 'task', data row 2 is empty: fill it",
     "task,split,x,y\na,train,1,1\nb,trial,1,1\n": "a split is 'trial': it should be train, val or test",
     "task,split,x,y\na,train,1,1\nb,test,1,1\na,test,1,1\n": "a is in train and in test",
@@ -121,10 +126,10 @@ def test_unreadable_files_and_bad_columns_are_named(tmp_path):
         (tmp_path / name).write_bytes(b"\x89PNG\r\n\x1a\n\0\xff\xfe")
         assert_refused(f"{name} is not readable", tmp_path / name)
     path = tmp_path / "b.parquet"
-    write(path, {"task": ["a", "b"], "x": [1, 2], "l": [[1], [2]], "c": ["u", " "]})
-    assert_refused("row 1: Unsupported cast from list", path, columns=Columns("task", ("x",), ("l",)))
-    classes = Columns("task", ("c",), ("x",))
-    assert_refused("'c', data row 2 is empty", path, columns=classes, classification=True)
+    images = [{"bytes": b"PNG", "path": "a.png"}] * 2
+    write(path, {"task": ["a", "b"], "x": [1, 2], "l": [[1, 2], [2]], "c": ["u", "v"], "i": images})
+    assert_refused("'l', data row 2 has 1 elements, others 2", path, columns=Columns("task", ("x",), ("l",)))
+    assert_refused("holds bytes; images are read with", path, columns=Columns("task", ("x",), ("i",)))
     two = Columns("task", ("x", "c"))
     assert_refused("one target column, not 2", path, columns=two, classification=True)
 
@@ -198,12 +203,12 @@ def test_labels_keep_their_meaning_where_all_tasks_have_the_same_classes(tmp_pat
 
 def test_a_table_that_is_too_small_is_refused(tmp_path):
     table = numbered(tmp_path)
-    with pytest.raises(UsageError, match="task 't0' has 6 rows: lower -k plus -q, 7"):
+    with pytest.raises(UsageError, match=r"task 't0' has 6 rows, and -k plus -q is 7 \(9 of 9"):
         TableTasks(table=table, ways=None, shots=3, queries=3).resized(4)
     table = numbered(tmp_path, classes=3)
-    with pytest.raises(UsageError, match="task 't0' has 3 classes: lower -n, 4"):
+    with pytest.raises(UsageError, match="task 't0' has 3 classes, and -n is 4"):
         TableTasks(table=table, ways=4, shots=1, queries=1)
-    with pytest.raises(UsageError, match="task 't0', class '0', has 6 rows: lower -k plus -q, 7"):
+    with pytest.raises(UsageError, match="task 't0', class '0' has 6 rows, and -k plus -q is 7"):
         TableTasks(table=table, ways=2, shots=4, queries=3)
 
 

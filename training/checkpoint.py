@@ -56,6 +56,7 @@ class Checkpoint:
     statistics: dict[str, Tensor] = field(default_factory=dict)  # running ones of per-step batch norm
     fixed: dict[str, Tensor] = field(default_factory=dict)  # frozen parameters and buffers of the learner
     splits: dict[str, list[str]] = field(default_factory=dict)  # the user's classes, or tasks, by split
+    scales: dict[str, Tensor] = field(default_factory=dict)  # of a table's columns (tasks/scales.py)
     computed_by: dict[str, Any] = field(default_factory=dict)  # what the last bits depend on
 
 

@@ -16,6 +16,7 @@ from common.optimizers import Weights
 from evaluation.meta_test import diverged, loss_per_step
 from maml import MAML
 
+LARGE = 100.0  # far from the 1 that initial weights and learning rates are made for
 UNKNOWN = "weights, targets or the update are too large: try --grad-clip-norm or a smaller --meta-lr"
 
 
@@ -43,10 +44,22 @@ def find_cause(
     losses = loss_per_step(maml, outputs[norm], batch.query_y)  # [tasks, steps + 1]
     grown = diverged(losses).any(1)
     if grown.any() and losses[:, 0].isfinite().all():
+        if large := _find_large(batch):
+            return large
         task = int(losses.nan_to_num(nan=torch.inf).amax(1).argmax())
         return (
             f"the inner loop diverges in {int(grown.sum())} of {len(losses)} tasks (query loss of task "
             f"{first + task}: from {losses[task, 0]:.3g} to {losses[task, -1]:.3g}): try a smaller "
             "--inner-lr, --inner-clip, or fewer steps (-s)"
         )
+    return None
+
+
+def _find_large(batch: TaskBatch) -> str | None:
+    """Return in one line which inputs or targets are too large for usual learning rates."""
+    for tree, name in ((batch.support_x, "inputs"), (batch.support_y, "targets")):
+        sizes = [t.abs().max().item() for t in pytree.tree_leaves(tree) if t.is_floating_point()]
+        if sizes and max(sizes) > LARGE:
+            way = "scale them (a table: leave --no-standardise out), or try a far smaller --inner-lr"
+            return f"the inner loop diverges, and {name} reach {max(sizes):.2g}: {way}"
     return None

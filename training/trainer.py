@@ -318,6 +318,7 @@ class Trainer:
             statistics=names(step.statistics_layout, state.statistics),
             fixed={name: tensor.cpu().contiguous() for name, tensor in self.maml.call.fixed.items()},
             splits=self.validation_tasks.split_names,
+            scales=dict(self.validation_tasks.scales),
             computed_by=run.computed_by,
         )
 

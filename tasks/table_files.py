@@ -1,0 +1,205 @@
+"""Read the columns of a user's CSV or Parquet file: path -> `TableFile` -> numbers, or names by row."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.errors import UsageError, one_line
+
+SEPARATORS = (",;\t|", ":~^#&!/\x1f ")  # the second where none of the first fits; a space may be repeated
+SNIFFED = 50  # lines
+MISSING = ("?",)  # besides pyarrow's: nothing, NA, N/A, nan, null, ...
+NUMBER = r"^[+-]?[\d.,]+([eE][+-]?\d+)?$"
+MAY_BE_THOUSANDS = r"^[+-]?[1-9]\d{0,2},\d{3}$"
+
+
+def find_separator(lines: list[str]) -> str:
+    """Return the character that divides all lines into most fields, quotes respected; "," if none does."""
+    for marks in SEPARATORS:
+        fields: dict[str, int] = {}
+        ragged: dict[str, int] = {}
+        for mark in marks:
+            sizes = [
+                len(row) for row in csv.reader(lines, delimiter=mark, skipinitialspace=mark == " ") if row
+            ]
+            if sizes and sizes[0] > 1:
+                (fields if len({*sizes}) == 1 else ragged)[mark] = sizes[0]
+        if fields or ragged:  # a ragged line is named by the reader
+            return max(fields or ragged, key=(fields or ragged).__getitem__)
+    return ","
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """A file's columns: text where it is CSV, trimmed, null where missing."""
+
+    path: Path
+    data: Any  # pyarrow.Table
+
+    @classmethod
+    def open(cls, path: Path) -> TableFile:
+        """Read a .parquet file, or text with any separator; UsageError if it is neither."""
+        import pyarrow as pa  # slow to import, and for tables alone
+        from pyarrow import parquet
+
+        if not path.exists():
+            raise UsageError(f"{path}: there is no such file")
+        try:
+            if path.suffix.lower() == ".parquet":
+                return cls(path, parquet.read_table(path, partitioning=None))  # folders' names are no columns
+            with pa.input_stream(path) as stream:  # unpacks .gz
+                return cls(path, _parse(stream.read()))
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise UsageError(f"{path} is not readable ({one_line(error)[:300]}): mend the file") from error
+
+    def fail(self, name: str, row: int, problem: str) -> UsageError:
+        """Return an error about a cell; rows are counted from 1, without the header."""
+        return UsageError(f"{self.path}: column {name!r}, data row {row}{problem}")
+
+    def numbers(self, names: Iterable[str], others: Iterable[str] = ()) -> Tensor:
+        """Return columns as float64 `[rows, columns]`, NaN where missing; each element of a list is one.
+
+        The decimal mark is the same in `others`, the table's other numbers.
+        """
+        names, widths = tuple(names), dict[str, int]()
+        columns = {name: self.data.column(name) for name in (*names, *others)}
+        for name in columns:
+            columns[name], widths[name] = self._flatten_lists(name, columns[name])
+        rows, parts = self.data.num_rows, []
+        columns = self._without_decimal_commas(columns)
+        for name in names:
+            values = self._cast(name, columns[name], "float64", widths[name]).to_numpy(zero_copy_only=False)
+            parts.append(torch.tensor(values).view(rows, widths[name]))
+        return torch.cat(parts, 1)
+
+    def name_of(self, names: Iterable[str], column: int) -> str:
+        """Return the name of the column that gave a column of `numbers`."""
+        for name in names:
+            column -= self._flatten_lists(name, self.data.column(name))[1]
+            if column < 0:
+                break
+        return name
+
+    def names(self, name: str) -> tuple[list[str], Tensor]:
+        """Return a column's names in order of appearance, and each row's int64 position, -1 where missing.
+
+        Numbers of classes become their names where the file has some (Hugging Face's `ClassLabel`).
+        """
+        import pyarrow as pa
+        from pyarrow import compute
+
+        column, classes = self.data.column(name), _class_labels(self.data.schema, name)
+        if pa.types.is_floating(column.type):
+            column = compute.if_else(compute.is_nan(column), None, column)
+        texts = compute.utf8_trim_whitespace(self._cast(name, column, "string"))
+        if classes:  # -1: the label of a test set that has none
+            texts = pa.array([classes.get(text) for text in texts.to_pylist()], "string")
+        encoded = compute.if_else(compute.equal(texts, ""), None, texts).dictionary_encode()
+        positions = encoded.indices.fill_null(-1).cast("int64").to_numpy()
+        return encoded.dictionary.to_pylist(), torch.tensor(positions)
+
+    def _flatten_lists(self, name: str, column: Any) -> tuple[Any, int]:
+        """Return the elements of lists of one size, nested or not, and their number in each row."""
+        import pyarrow as pa
+        from pyarrow import compute
+
+        width = 1
+        while pa.types.is_nested(column.type) and not pa.types.is_struct(column.type):
+            sizes = compute.fill_null(compute.list_value_length(column), 0).to_numpy()
+            if (bad := (sizes != sizes.max()) | (sizes == 0)).any():
+                row = int(bad.argmax()) // width + 1
+                raise self.fail(
+                    name, row, f" has {sizes[bad.argmax()]} elements, others {sizes.max()}: mend it"
+                )
+            width, column = width * int(sizes[0]), compute.list_flatten(column)
+        return column, width
+
+    def _without_decimal_commas(self, columns: dict[str, Any]) -> dict[str, Any]:
+        """Return columns with points for decimal commas; UsageError where a comma may mean thousands."""
+        import pyarrow as pa
+        from pyarrow import compute
+
+        marks: dict[str, dict[str, Any]] = {
+            ",": {},
+            ".": {},
+        }  # the numbers with a comma and with a point, by column
+        for name, column in columns.items():
+            if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+                numbers = column.filter(compute.match_substring_regex(column, NUMBER))
+                for mark, cells in marks.items():
+                    if len(found := numbers.filter(compute.match_substring(numbers, mark))):
+                        cells[name] = found
+        commas, points = marks.values()
+        if not commas:
+            return columns
+        decimal = any(
+            not compute.all(compute.match_substring_regex(cells, MAY_BE_THOUSANDS)).as_py()
+            for cells in commas.values()
+        )
+        if points or not decimal:
+            name, cells = next(iter(commas.items()))
+            others = f", and {next(iter(points))!r} has points" if points else ""
+            raise UsageError(
+                f"{self.path}: column {name!r} has {cells[0].as_py()!r}{others}: does the comma stand before "
+                "decimals or between thousands? Write 1.5 and 1000"
+            )
+        return columns | {name: compute.replace_substring(columns[name], ",", ".") for name in commas}
+
+    def _cast(self, name: str, column: Any, kind: str, width: int = 1) -> Any:
+        position = 0
+        try:
+            return column.cast(kind, safe=False).combine_chunks()
+        except (ValueError, NotImplementedError) as error:  # pyarrow's, which name no row
+            with suppress(type(error)):
+                for cell in column:
+                    cell.cast(kind, safe=False)
+                    position += 1
+            problem = one_line(error)
+            if "struct" in str(column.type) or "binary" in str(column.type):
+                problem = "holds bytes; images are read with --dataset images:FILE"
+            row = position // width + 1
+            way = "mend it, or leave the column out with --exclude-columns"
+            raise self.fail(name, row, f": {problem}: {way}") from error
+
+
+def _parse(content: bytes) -> Any:
+    """Return CSV text as a pyarrow.Table of strings."""
+    import pyarrow as pa
+    from pyarrow import compute
+    from pyarrow import csv as arrow_csv
+
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        content = content.decode("utf-16").encode()
+    start = content[: 1 << 16].decode("utf-8-sig", errors="replace").splitlines()[: SNIFFED + 1]
+    mark = find_separator(start[:-1] or start)  # the last line may be cut
+    if mark == " ":
+        content = re.sub(rb"(?m)^[ \t]+|[ \t]+(?=\r?$)", b"", content)
+        content = re.sub(rb"[ \t]+", b" ", content)
+    form = arrow_csv.ParseOptions(delimiter=mark)
+    with arrow_csv.open_csv(pa.BufferReader(content), parse_options=form) as reader:
+        types = dict.fromkeys(reader.schema.names, pa.string())
+    options = arrow_csv.ConvertOptions(column_types=types)
+    data = arrow_csv.read_csv(pa.BufferReader(content), None, form, options)
+    missing = pa.array([*options.null_values, *MISSING])
+    texts = [compute.utf8_trim_whitespace(column) for column in data.columns]
+    texts = [compute.if_else(compute.is_in(text, missing), None, text) for text in texts]
+    return pa.table(texts, [name.strip() for name in data.column_names])
+
+
+def _class_labels(schema: Any, name: str) -> dict[str, str]:
+    """Return the names of a Hugging Face `ClassLabel` column by number, as text; empty for other columns."""
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        return {str(number): str(label) for number, label in enumerate(features[name]["names"])}
+    except (KeyError, TypeError, ValueError):
+        return {}
