@@ -171,6 +171,7 @@ class Subject:
         return {
             "checkpoint": self.file,
             "iteration": self.source.iteration if self.source else 0,
+            "loss": self.loss_name,
             "split": "test",
             "tasks": self.config.evaluation.eval_tasks,
             "tasks_seed": meta_test.SEED,

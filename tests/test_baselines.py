@@ -90,7 +90,7 @@ def test_the_rate_of_a_baseline_is_the_best_on_validation_tasks(tmp_path, monkey
     monkeypatch.setattr(baselines, "evaluate", evaluate)
     monkeypatch.setattr(baselines, "load_checkpoint", lambda _: Checkpoint({}, 0, {}, {}, {}, {}))
     runtime = set_up(torch.device("cpu"), "float32", small_tensors=True)
-    results = baselines.measure_baselines(saved, saved, Call(), runtime, tmp_path)
+    results = baselines.measure_baselines(saved, saved, Call(), runtime, tmp_path, {})
     assert list(results) == [
         ("scratch, sgd", "rate 0.01"),
         ("scratch, adam", "rate 0.01"),

@@ -37,7 +37,7 @@ FITTING: dict[str, tuple[str, ...]] = {
     "loss": ("mse", "cross-entropy", "own.py:f"),
     "sweep": ("inner-lr=0.1,0.01", "s=1,2", "first-order=yes", "algorithm=maml,anil", "n=2,5"),
     "seeds": ("0-2", "1,5"),
-    "columns": ("task=t", "target=a,b"),
+    "columns": ("task=t", "target=a,b", "class=c"),
     "augment": ("flip", "crop,rotate"),
     "split_shares": ("64,16,20", "1,0,1"),
     "channels": ("1", "3"),
