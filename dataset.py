@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -30,6 +32,7 @@ from tasks.published import open_benchmark
 from tasks.tables import Columns, TableTasks, load_table
 
 GRID_POINTS = 200  # points of a plotted curve
+CHECKED = 4  # tasks of the user's sampler that are drawn twice at the start
 
 
 def build_distribution(
@@ -50,7 +53,9 @@ def build_distribution(
     """
     kind, source, _ = parse_name(options.dataset)
     if kind == "code":
-        return Custom(options=options, shots=options.shots, device=device, dtype=dtype)
+        own = Custom(options=options, shots=options.shots, device=device, dtype=dtype)
+        own.check("test" if for_test else "train")
+        return own
     sizes: dict[str, Any] = dict(shots=options.shots, queries=options.queries, device=device, dtype=dtype)
     if source in FAMILIES:
         return FAMILIES[source](noise=options.noise, oracle=options.oracle, **sizes)
@@ -224,8 +229,9 @@ class Custom(TaskDistribution):
     """Tasks of a user's object with one method, `sample(split, seeds)`; UsageError if the method is missing.
 
     The method returns the four parts of a `TaskBatch` for "train", "validation" or "test" and seeds, int64
-    `[tasks]`: each task is a function of the split and of its seed. Parts are tensors, or nested tuples or
-    dictionaries of them. Labels are int64; targets of a regression are `[tasks, examples, numbers]`.
+    `[tasks]`: each task is a function of the split and of its seed. Parts are tensors, arrays or lists of
+    numbers, or nested tuples or dictionaries of them. Labels are whole numbers; targets of a regression are
+    `[tasks, examples, numbers]`.
     """
 
     options: TaskOptions
@@ -234,6 +240,7 @@ class Custom(TaskDistribution):
     dtype: torch.dtype = torch.float32
 
     on_host = True
+    one_task = False  # whatever the seed
 
     def __post_init__(self) -> None:
         options, name, self.ways = self.options, self.options.dataset, self.options.ways
@@ -252,15 +259,50 @@ class Custom(TaskDistribution):
         batch = self.prefetch(split, seed, int(iteration), tasks)
         return tree_map(lambda t: t.to(self.device, self.dtype if t.is_floating_point() else None), batch)
 
-    def _fetch(self, split: str, seed: int, iteration: int, tasks: range) -> TaskBatch:
-        """Call the user's method and check what it returns."""
+    @property
+    def summary(self) -> list[str]:
+        return ["sample gives the same task for every seed"] * self.one_task
+
+    def check(self, split: str) -> None:
+        """Raise UsageError where a task of the same seed differs, called again or without other seeds."""
+        seeds = self._draw_seeds(split, 0, 0, range(CHECKED))
+        first, again, alone = (self._call(split, part) for part in (seeds, seeds, seeds[-1:]))
+        tasks = [
+            TaskBatch(*(tree_map(lambda t, i=i: t[i : i + 1], p) for p in first)) for i in range(CHECKED)
+        ]
+        how = ""
+        if not _are_equal(first, again):
+            how = "when called again, and resuming, comparing"
+        elif not _are_equal(tasks[-1], alone):
+            how = "for a seed when it is alone, and chunks of tasks (--tasks-at-once)"
+        if how:
+            raise UsageError(
+                f"--dataset {self.options.dataset}: sample({split!r}, seeds) gives other numbers {how} and "
+                "several processes need the same: draw each task from its own seed, as with "
+                "torch.Generator().manual_seed(int(seed))"
+            )
+        self.one_task = all(_are_equal(tasks[0], task) for task in tasks)
+
+    def _draw_seeds(self, split: str, seed: int, iteration: int, tasks: range) -> Tensor:
         stream = task_stream(split, seed, iteration, tasks, torch.device("cpu"))
         high, low = stream.at("own").words(2).unbind(1)
-        seeds = (high >> 1 << 32) | low  # 63 bits
+        return (high >> 1 << 32) | low  # 63 bits
+
+    def _fetch(self, split: str, seed: int, iteration: int, tasks: range) -> TaskBatch:
+        return self._call(split, self._draw_seeds(split, seed, iteration, tasks))
+
+    def _call(self, split: str, seeds: Tensor) -> TaskBatch:
+        """Call the user's method; return what it gives, checked, as tensors that are not the user's."""
         name = self.options.dataset
-        parts = call_factory(self.source.sample, f"{name}: sample", "--dataset", split, seeds)
-        if problem := self._find_problem(parts, len(tasks)):
-            raise UsageError(f"--dataset {name}: sample({split!r}, {len(tasks)} seeds) {problem}")
+        parts = call_factory(self.source.sample, f"{name}: sample", "--dataset", split, seeds.clone())
+        with suppress(TypeError, ValueError, RuntimeError):  # of other things than numbers: said below
+            parts = [
+                pytree.tree_map(_as_tensor, part, is_leaf=lambda p: isinstance(p, list)) for part in parts
+            ]
+            if self.ways:  # labels of any whole type
+                parts[1::2] = (tree_map(_as_labels, part) for part in parts[1::2])
+        if problem := self._find_problem(parts, len(seeds)):
+            raise UsageError(f"--dataset {name}: sample({split!r}, {len(seeds)} seeds) {problem}")
         return TaskBatch(*parts)
 
     def _find_problem(self, parts: Any, tasks: int) -> str | None:
@@ -279,3 +321,21 @@ class Custom(TaskDistribution):
             if self.ways and (main.is_floating_point() or main.min() < 0 or main.max() >= self.ways):
                 return f"gives labels that are not int64 from 0 to {self.ways - 1}"
         return None
+
+
+def _as_tensor(part: Any) -> Any:
+    """Return a tensor of the tool's own, which the user's code cannot change, of an array or a list."""
+    if isinstance(part, list):
+        part = torch.stack(part) if isinstance(next(iter(part), None), Tensor) else np.asarray(part)
+    return torch.as_tensor(part).detach().clone() if isinstance(part, Tensor | np.ndarray) else part
+
+
+def _as_labels(labels: Tensor) -> Tensor:
+    return labels if labels.is_floating_point() else labels.long()
+
+
+def _are_equal(one: TaskBatch, other: TaskBatch) -> bool:
+    """Return whether two batches have the same shapes and, to rounding, the same numbers."""
+    pairs = list(zip(*map(pytree.tree_leaves, (one, other)), strict=True))
+    same = all(a.shape == b.shape for a, b in pairs)
+    return same and all(torch.allclose(a.double(), b.double(), equal_nan=True) for a, b in pairs)

@@ -122,7 +122,7 @@ def test_the_inputs_of_a_table_are_those_of_training_by_name(tmp_path, capsys):
     assert command("--adapt", tmp_path / "c.csv", "--load", last, "--columns", "input=length,height") == 0
     (tmp_path / "data.csv").write_text("\n".join(["task,height,width,y", *rows]))
     assert command("--eval", "--load", last) == 2
-    assert "other input names (their order differs)" in capsys.readouterr().err
+    assert "different input names (their order differs)" in capsys.readouterr().err
 
 
 def test_tasks_of_a_table_are_adapted_to_separately(place, tmp_path, capsys):

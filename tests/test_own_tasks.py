@@ -1,0 +1,159 @@
+"""A sampler of the user's: what it may give, and what is refused because other things rely on it."""
+
+import numpy as np
+import pytest
+import torch
+from runs import command, validate_on
+
+from common.errors import UsageError
+from dataset import build_distribution
+from tasks.options import TaskOptions
+
+CODE = """
+import numpy as np
+import torch
+
+class Lines:
+    # y = a x: the task of a seed, in the form that `parts` gives
+    ways = None
+
+    def numbers(self, split, seeds):
+        generators = [np.random.default_rng([seed, len(split)]) for seed in seeds.tolist()]
+        x = np.stack([generator.normal(size=(2, 5, 1)) for generator in generators])
+        y = x * np.stack([generator.normal(size=(1, 1, 1)) for generator in generators])
+        return x[:, 0], y[:, 0], x[:, 1], y[:, 1]
+
+    def sample(self, split, seeds):
+        return self.numbers(split, seeds)
+
+class Lists(Lines):
+    def sample(self, split, seeds):
+        return [part.tolist() for part in self.numbers(split, seeds)]
+
+class ListsOfTensors(Lines):
+    def sample(self, split, seeds):
+        parts = super().sample(split, seeds)
+        return tuple([torch.tensor(task, requires_grad=True) for task in part] for part in parts)
+
+class OneBuffer(Lines):
+    buffers = np.zeros((4, 25, 5, 1))
+
+    def sample(self, split, seeds):
+        for buffer, part in zip(self.buffers, self.numbers(split, seeds)):
+            buffer[:len(part)] = part
+        return tuple(buffer[:len(seeds)] for buffer in self.buffers)
+
+class Global(Lines):
+    def numbers(self, split, seeds):
+        return super().numbers(split, torch.randint(2**31, seeds.shape))
+
+class Counting(Lines):
+    calls = 0
+
+    def numbers(self, split, seeds):
+        self.calls += 1
+        return super().numbers(split, seeds + self.calls)
+
+class FirstSeed(Lines):
+    def numbers(self, split, seeds):
+        return super().numbers(split, torch.arange(len(seeds)) + seeds[0])
+
+class Same(Lines):
+    def numbers(self, split, seeds):
+        return super().numbers(split, 0 * seeds)
+
+class Ragged(Lines):
+    def sample(self, split, seeds):
+        x, y, *query = super().sample(split, seeds)
+        return [list(task[:2 + i]) for i, task in enumerate(x)], y, *query
+
+class Words(Lines):
+    def sample(self, split, seeds):
+        return ["a"], *super().sample(split, seeds)[1:]
+
+class Nothing(Lines):
+    def sample(self, split, seeds):
+        return None
+
+class Empty(Lines):
+    def sample(self, split, seeds):
+        return [], [], [], []
+
+class Labels(Lines):
+    def sample(self, split, seeds):
+        x, y, *query = super().sample(split, seeds)
+        label = np.tile(np.arange(5) % 2, (len(seeds), 1)).astype(np.uint8)
+        return x, label, query[0], label.astype(np.int32)
+"""
+
+
+@pytest.fixture
+def build(tmp_path):
+    (tmp_path / "tasks.py").write_text(CODE)
+
+    def build(name: str, ways: int | None = None, dtype: torch.dtype = torch.float64):
+        dataset, sizes = f"{tmp_path / 'tasks.py'}:{name}", {"ways": ways, "shots": 5, "queries": 5}
+        options = TaskOptions(dataset=dataset, image_size=None, channels=None, invert=False, **sizes)
+        return build_distribution(options, data_root=tmp_path, device=torch.device("cpu"), dtype=dtype)
+
+    return build
+
+
+@pytest.mark.parametrize("name", ["Lists", "ListsOfTensors", "OneBuffer"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_arrays_lists_and_reused_buffers_give_the_same_tasks(build, name, dtype):
+    expected, tasks = build("Lines", dtype=dtype), build(name, dtype=dtype)
+    kept = [
+        (tasks.sample("train", 0, i, range(6)), expected.sample("train", 0, i, range(6))) for i in range(3)
+    ]
+    for batch, same in kept:  # after the next ones were fetched
+        for part, other in zip(batch, same, strict=True):
+            assert part.dtype == dtype and torch.equal(part, other) and not part.requires_grad
+    seeds = expected._draw_seeds("train", 0, 0, range(6)).tolist()
+    x = np.stack([np.random.default_rng([seed, 5]).normal(size=(2, 5, 1)) for seed in seeds])
+    assert torch.equal(kept[0][1].query_x, torch.tensor(x[:, 1]).to(dtype))
+
+
+def test_labels_of_any_whole_type_are_labels(build):
+    batch = build("Labels", ways=2).sample("train", 0, 0, range(3))
+    assert batch.support_y.dtype == batch.query_y.dtype == torch.int64
+    assert batch.support_y.tolist() == [[0, 1, 0, 1, 0]] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Global", "other numbers when called again, and resuming, comparing and several processes"),
+        ("Counting", "other numbers when called again"),
+        (
+            "FirstSeed",
+            "other numbers for a seed when it is alone, and chunks of tasks",
+        ),
+        ("Ragged", r"should give tensors \[tasks, examples, ...\]"),
+        ("Words", r"should give tensors \[tasks, examples, ...\]"),
+        ("Nothing", "should give four tensors"),
+        ("Empty", r"should give tensors \[tasks, examples, ...\]"),
+    ],
+)
+def test_what_cannot_be_resumed_or_read_is_refused_in_a_line(build, name, message):
+    with pytest.raises(UsageError, match=message) as error:
+        build(name)
+    assert "\n" not in str(error.value)
+
+
+def test_seeds_that_change_nothing_are_said(build, tmp_path, monkeypatch, capsys):
+    assert build("Lines").summary == [] == build("Lists").summary
+    validate_on(2, monkeypatch)
+    build("Same")
+    line = [
+        "--dataset",
+        f"{tmp_path / 'tasks.py'}:Same",
+        "--learner",
+        "mlp",
+        "--iterations",
+        1,
+        "--eval-tasks",
+        2,
+    ]
+    assert command(*line, "--checkpoint-path", tmp_path) == 0
+    assert "  data        sample gives the same task for every seed" in capsys.readouterr().out
