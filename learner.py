@@ -21,10 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.errors import UsageError
+from common.batch import Tree
+from common.errors import UsageError, one_line
 from common.names import is_own_code, parse_name
 from common.own_code import call_factory, load_code, select_accepted
 from learners.heads import add_context, linear_head, replace_module
+from learners.modules import has_lazy, materialise, unwrap
 
 Shape = tuple[int, ...]  # of one example
 CHANNELS = 64
@@ -164,6 +166,7 @@ def build_learner(
     context: int = 0,
     seed: int = 0,
     fetch_weights: bool = True,
+    example: Tree | None = None,
 ) -> nn.Module:
     """Build a learner with fresh weights: the same for a seed, whatever else has drawn random numbers.
 
@@ -173,6 +176,7 @@ def build_learner(
         init: "torch" leaves the weights; "paper" applies `initialise_as_paper`.
         context: size of a context vector that modulates a layer (`heads.add_context`); 0: none.
         fetch_weights: False leaves out torchvision's trained weights: a checkpoint's will replace them.
+        example: inputs of a task, from which lazy layers take their sizes.
 
     Raises UsageError if the factory does not exist, fails with the arguments, or does not return a module.
     """
@@ -189,6 +193,12 @@ def build_learner(
             raise UsageError(f"--learner {name} makes a {type(learner).__name__}, not a torch.nn.Module")
         if name in LEARNERS and not all(weight.numel() for weight in learner.parameters()):
             raise UsageError(f"--learner {name}: inputs {inputs} are too small: use a larger --image-size")
+        try:
+            learner = unwrap(learner)
+            if has_lazy(learner) and example is not None:
+                materialise(learner, example)
+        except Exception as error:  # the user's module may fail in any way
+            raise UsageError(f"--learner {name}: {one_line(error)[:200]}") from error
         if init == "paper":
             initialise_as_paper(learner)
     return add_context(learner, context, seed=seed) if context else learner

@@ -16,7 +16,6 @@ last one's.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
@@ -31,8 +30,10 @@ from common.choices import Choices
 from common.optimizers import InnerOptimizer, InnerState, Weights
 from common.task import Extras, Task, loop_over_tasks, mean_statistics, stack_steps, sum_over_tasks
 from learners.batch_norm import norm_parameter_names, record_statistics, set_norms
+from learners.copies import copy_module
 from learners.functional import FunctionalLearner
 from learners.heads import adapted_names, context_names, head_names, headless, prototype_head
+from learners.modules import convert_type
 
 Loss = Callable[[Any, Any], Tensor]  # (outputs, targets) of one task -> mean over its examples
 
@@ -158,7 +159,8 @@ class MAML:
 
     def in_precision(self, dtype: torch.dtype) -> MAML:
         """Return the algorithm in another type of arithmetic."""
-        learner, example = copy.deepcopy(self._arguments["learner"]).to(dtype), self._arguments["example"]
+        learner = convert_type(copy_module(self._arguments["learner"]), dtype)
+        example = self._arguments["example"]
         example = None if example is None else in_type(example, dtype)
         return self.with_options(learner=learner, example=example, compute_dtype=None)
 

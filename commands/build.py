@@ -33,8 +33,10 @@ from common.own_code import parse_arguments
 from common.processes import ALONE, World, join, read_world
 from dataset import build_distribution
 from learner import LEARNERS, build_learner, load_factory
+from learners.copies import UnfitError
 from learners.functional import fixed_tensors
 from learners.losses import LOSSES, build_loss, loss_name
+from learners.modules import convert_type
 from maml import MAML, RATE, SQUARE
 from training.checkpoint import Checkpoint, check_same_split, fitting_parameters
 from training.compiler import Compiler, cpp_compiler, cpp_compiler_name
@@ -152,8 +154,9 @@ def build_module(
         context=choices.context_size if choices.fast_weights == "context" else 0,
         seed=seed,
         fetch_weights=fetch_weights,
+        example=example,
     )
-    return learner.to(runtime.device, runtime.dtype)
+    return convert_type(learner.to(runtime.device), runtime.dtype)
 
 
 def build_algorithm(
@@ -186,6 +189,8 @@ def build_algorithm(
             tasks_at_once=config.training.tasks_at_once,
             vectorise=config.training.vectorise,
         )
+    except UnfitError as error:
+        raise UsageError(f"--learner {name}: {error}") from error
     except ValueError as error:
         flags = f"--fast-weights {choices.fast_weights} --head-init {choices.head_init}"
         raise UsageError(f"{flags} with --learner {name}: {error}") from error

@@ -8,7 +8,6 @@ each is tried before it is written.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
@@ -26,9 +25,12 @@ from torch.utils import _pytree as pytree
 from common.batch import Tree
 from common.errors import UsageError, one_line
 from common.files import write_whole
+from common.optimizers import Weights
 from learner import GreyAsColour
 from learners.batch_norm import record_statistics
+from learners.copies import copy_module
 from learners.heads import context_names
+from learners.spectral_norm import vector_names
 from maml import MAML, Adapted
 from training.checkpoint import save_weights
 
@@ -56,9 +58,12 @@ def fill_module(learner: nn.Module, maml: MAML, adapted: Adapted, *, as_program:
     was given. `as_program`: layers without such buffers get some, which the learner's class would not have.
     """
     weights, task = adapted.weights, adapted.task
-    learner.load_state_dict(weights | task.extras.buffers, strict=False)  # others stay as they were
+    changed: Weights = {}  # buffers as a pass leaves them
     with maml.call.predicting(), record_statistics(maml.learner) as recorded:
-        maml.call(weights, task.support_x, task.extras)
+        maml.call(weights, task.support_x, task.extras, changed=changed)
+    vectors = {n: changed[n] for n in vector_names(maml.learner) & changed.keys()}  # of the final weights
+    tensors = maml.call.as_kept(weights) | task.extras.buffers | vectors
+    learner.load_state_dict(tensors, strict=False)  # others stay as they were
     layers: dict[str, Any] = dict(learner.named_modules())
     for name, statistics in recorded.items():
         layer = layers[name.rpartition(".")[0]]
@@ -117,7 +122,7 @@ def write_network(
         maml.with_options(compute_dtype=None) if maml.call.compute_dtype else maml
     )  # plain modules are wide
     if file.suffix == ".pt2":
-        network = fill_module(copy.deepcopy(built), maml, adapted, as_program=True)
+        network = fill_module(copy_module(built), maml, adapted, as_program=True)
         _check_network(file, network, maml, adapted, x)
         _write_program(file, network, torch.cat([adapted.task.support_x, x]))
         return

@@ -6,7 +6,6 @@ names the layer and what to do.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,8 @@ from common.optimizers import Weights
 from common.random import keys_of, task_stream
 from common.task import Extras
 from learners.batch_norm import convert_batch_norm
-from learners.diagnosis import find_failure, find_wrong_layer
+from learners.copies import copy_module
+from learners.diagnosis import find_failure, find_wrong_layer, naming_layer
 from learners.elementary import Elementary
 from learners.losses import LOSSES
 from maml import MAML
@@ -31,9 +31,10 @@ from training.meta_gradients import make_meta_gradient
 
 # By the problem that `find_failure` finds: what the layer lacks, and how to train without it.
 PROBLEMS = {
-    "vectorise": ("cannot be vectorised over tasks", "--no-vectorise takes the tasks one after another"),
-    "second derivative": ("has no second derivative", "--first-order needs none"),
-    "forward mode": ("has no derivative in forward mode", "--engine unrolled needs none"),
+    "forward pass": ("fails", ""),
+    "vectorise": ("cannot be vectorised over tasks", ": --no-vectorise takes the tasks one after another"),
+    "second derivative": ("has no second derivative", ": --first-order needs none"),
+    "forward mode": ("has no derivative in forward mode", ": --engine unrolled needs none"),
 }
 
 
@@ -55,8 +56,10 @@ def check_outputs(learner: nn.Module, example: Tree, outputs: int, config: Confi
     positional, named = arguments_of(example)
     first = first_tensor(example)
     keys = torch.zeros(2, dtype=torch.int64, device=first.device)
-    with _naming(f"{name} fails on the inputs of a task, {shapes}"), torch.no_grad(), Elementary(keys, first):
-        copied = convert_batch_norm(copy.deepcopy(learner))  # PyTorch's takes no single example
+    with _naming(name):
+        copied = convert_batch_norm(copy_module(learner))  # PyTorch's takes no single example
+    failing = _naming(f"{name} fails on the inputs of a task, {shapes}")
+    with failing, naming_layer(copied), torch.no_grad(), Elementary(keys, first):
         output = first_tensor(copied(*positional, **named))
     expected = (len(first), outputs)
     if config.learner.loss in LOSSES and tuple(output.shape) != expected:
@@ -74,8 +77,13 @@ def probe_learner(maml: MAML, parameters: Weights, distribution: TaskDistributio
     keys = keys_of(task_stream("train", seed, 1, range(2), first_tensor(tasks.support_x).device))
     x, y = (tree_map(lambda part: part[0], tree) for tree in (tasks.support_x, tasks.support_y))
     weights = maml.call.parameters
-    hint = "--no-vectorise, --engine unrolled or --first-order may work"
-    with _naming(f"{learner} with {loss} cannot be meta-trained ({hint})"):
+    flags = {  # which may help, by the problem that they avoid
+        "vectorise": config.training.vectorise and "--no-vectorise",
+        "forward mode": config.training.engine == "adjoint" and "--engine unrolled",
+        "second derivative": config.choices.meta_gradient == "exact" and "--first-order",
+    }
+    hint = " or ".join(flag for flag in flags.values() if flag)
+    with _naming(f"{learner} with {loss} cannot be meta-trained{f' ({hint} may help)' if hint else ''}"):
         with torch.no_grad():
             outputs = maml.call(weights, x, Extras(keys[0]).for_pass("support"))
         outputs = tree_map(lambda t: t.detach().requires_grad_(t.is_floating_point()), outputs)
@@ -85,13 +93,15 @@ def probe_learner(maml: MAML, parameters: Weights, distribution: TaskDistributio
         try:
             make_meta_gradient(maml, engine=config.training.engine)(parameters, tasks, keys=keys)
         except Exception as error:  # an operator may fail in any way
-            positional, named = arguments_of(x)
-            failure = None if named else find_failure(maml.learner, weights, positional, keys[0])
-            if failure is None or is_out_of_memory(error):
+            if is_out_of_memory(error):
+                raise
+            problems = ["forward pass", *[problem for problem in PROBLEMS if flags.get(problem)]]
+            failure = find_failure(maml.call, x, keys[0], maml.over_tasks, problems)
+            if failure is None:
                 raise
             lack, way_round = PROBLEMS[failure.problem]
             layer = f"its layer {failure.layer}" if failure.layer else "itself"
-            text = f"{learner}: {layer} ({failure.kind}) {lack} ({failure.reason}): {way_round}"
+            text = f"{learner}: {layer} ({failure.kind}) {lack} ({failure.reason}){way_round}"
             raise UsageError(text) from error
 
 
@@ -131,9 +141,9 @@ def choose_engine(
 
 def _locate(maml: MAML, tasks: TaskBatch, keys: Tensor) -> str:
     """Return in words which layer has wrong second derivatives, and how far off they are."""
-    inputs, named = arguments_of(tree_map(lambda part: part[0], in_type(tasks.support_x, torch.float64)))
-    double = maml.in_precision(torch.float64)
-    wrong = None if named else find_wrong_layer(double.learner, double.call.parameters, inputs, keys[0])
+    x = tree_map(lambda part: part[0], in_type(tasks.support_x, torch.float64))
+    call = maml.in_precision(torch.float64).call
+    wrong = find_wrong_layer(call.module, call.as_kept(call.parameters), x, keys[0])
     if wrong is None:
         return "for which no single layer can be named"
     layer = f"layer {wrong.layer}" if wrong.layer else "the learner itself"

@@ -6,10 +6,12 @@ gradient check that failed (training/gradient_check.py).
 
 from __future__ import annotations
 
-import copy
+import sysconfig
 import textwrap
-from collections.abc import Callable
-from contextlib import suppress
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,33 +19,76 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils import _pytree as pytree
 
-from common.batch import first_tensor
+from common.batch import Tree, first_tensor, tree_map
 from common.errors import one_line
 from common.optimizers import Weights
+from common.task import Extras
+from learners.copies import copy_module
 from learners.elementary import Elementary
-from learners.functional import call_with
+from learners.functional import FunctionalLearner, call_with
 
-Loss = Callable[[Weights, Any], Tensor]  # of the weights, and the inputs and keys of one task
+Loss = Callable[[Weights, Any], Tensor]  # of the weights, and the inputs and extras of one task
+OverTasks = Callable[..., Callable[..., Any]]  # `vmap`, or a loop
 
 
 class Finding(NamedTuple):
     """A layer that fails, and at what."""
 
-    problem: str  # "vectorise", "second derivative", "forward mode" or "wrong derivative"
+    problem: str  # a key of `ATTEMPTS`, or "wrong derivative"
     layer: str  # name of the innermost layer whose forward fails; "": the learner as a whole
     kind: str  # its class
-    reason: str  # the error, at most 120 characters; or how far a derivative is off
+    reason: str  # place in the code and error, at most 160 characters; or how far a derivative is off
 
 
 def find_failure(
-    module: nn.Module, weights: Weights, inputs: tuple[Any, ...], keys: Tensor | None = None
+    call: FunctionalLearner,
+    x: Tree,
+    keys: Tensor | None,
+    over_tasks: OverTasks,
+    problems: Sequence[str] | None = None,
 ) -> Finding | None:
     """Return what the learner lacks; None: nothing.
 
-    `inputs` are one task's arguments of a forward pass, `keys` as in `Elementary`.
+    Args:
+        x: one task's inputs.
+        keys: as in `Elementary`.
+        over_tasks: makes a function of tasks of one of a task.
+        problems: those of `ATTEMPTS` to look for; None: all.
     """
-    module = copy.deepcopy(module)  # its hooks tell which layer's forward pass fails
-    running: list[str] = []  # layers whose forward has not returned
+    module = copy_module(call.module)  # its hooks tell which layer's forward pass fails
+    running = Running()
+    watch(module, running)
+
+    def loss(weights: Weights, task: tuple[Tree, Extras]) -> Tensor:
+        """Return a number that depends on all outputs, as does its gradient."""
+        x, extras = pytree.tree_map_only(Tensor, Tensor.clone, task)  # a layer may write to its inputs
+        output = call(weights, x, extras, module=module)
+        reals = [leaf for leaf in pytree.tree_leaves(output) if leaf.is_floating_point()]
+        return sum(((real + real**2).sum() for real in reals), torch.zeros((), device=first_tensor(x).device))
+
+    tasks = tree_map(lambda t: torch.stack([t.detach()] * 2), x), call.extras(2, _twice(keys))
+    for problem in problems or ATTEMPTS:
+        running.clear()
+        try:
+            ATTEMPTS[problem](loss, call.parameters, tasks, over_tasks)
+        except Exception as error:  # an operator may fail in any way
+            layer_name = running[-1] if running else ""
+            text = f"{place_of(error)}{one_line(error)}"
+            reason = textwrap.shorten(text, 160, placeholder=" ...")
+            return Finding(problem, layer_name, type(module.get_submodule(layer_name)).__name__, reason)
+    return None
+
+
+def _twice(keys: Tensor | None) -> Tensor | None:
+    return None if keys is None else torch.stack([keys, keys])
+
+
+class Running(list[str]):
+    """Names of the layers whose forward pass has not returned; `copies.restored` leaves it alone."""
+
+
+def watch(module: nn.Module, running: Running) -> None:
+    """Let a module's layers enter and leave the list."""
 
     def pop(*_: Any) -> None:
         running.pop()
@@ -52,37 +97,46 @@ def find_failure(
         layer.register_forward_pre_hook(lambda *_, name=name: running.append(name), prepend=True)
         layer.register_forward_hook(pop)
 
-    def loss(weights: Weights, task: Any) -> Tensor:
-        """Return a number that depends on all outputs, as does its gradient."""
-        inputs, keys = pytree.tree_map_only(Tensor, Tensor.clone, task)  # a layer may write to its inputs
-        with Elementary(keys[0] if keys else None, first_tensor(inputs)):
-            output, _ = call_with(module, weights, inputs)
-        reals = [leaf for leaf in pytree.tree_leaves(output) if leaf.is_floating_point()]
-        return sum(((real + real**2).sum() for real in reals), torch.zeros(()))
 
-    weights = {name: weight.detach() for name, weight in weights.items()}
-    task = (inputs, [] if keys is None else [keys])
-    tasks = pytree.tree_map_only(Tensor, lambda tensor: torch.stack([tensor.detach()] * 2), task)
-    for problem, attempt in _ATTEMPTS.items():
-        running.clear()
-        try:
-            attempt(loss, weights, tasks)
-        except Exception as error:  # an operator may fail in any way
-            layer_name = running[-1] if running else ""
-            reason = textwrap.shorten(one_line(error), 120, placeholder=" ...")
-            return Finding(problem, layer_name, type(module.get_submodule(layer_name)).__name__, reason)
-    return None
+@contextmanager
+def naming_layer(module: nn.Module) -> Iterator[None]:
+    """Let an error in the block say in which layer's forward pass it happened."""
+    running = Running()
+    watch(module, running)
+    try:
+        yield
+    except Exception as error:
+        if running and running[-1]:
+            kind = type(module.get_submodule(running[-1])).__name__
+            raise ValueError(f"{one_line(error)} (in its layer {running[-1]}, {kind})") from error
+        raise
 
 
-def _vectorise(loss: Loss, weights: Weights, tasks: Any) -> None:
-    with torch.no_grad():  # one task first: its error is the plainest
-        loss(weights, pytree.tree_map_only(Tensor, lambda tensor: tensor[0], tasks))
-    vmap(loss, (None, 0))(weights, tasks)
+def place_of(error: BaseException) -> str:
+    """Return the innermost place in code that is neither PyTorch's nor this tool's: "file.py:12: ", or ""."""
+    ours, packages = Path(__file__).parents[1], Path(torch.__file__).parents[1]
+    not_theirs = [ours / wing for wing in ("commands", "common", "evaluation", "learners", "training")]
+    not_theirs += [ours / "maml.py", packages / "torch"]
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = Path(frame.filename)
+        is_pythons = file.is_relative_to(sysconfig.get_path("stdlib")) and not file.is_relative_to(packages)
+        if not is_pythons and not any(file.is_relative_to(path) for path in not_theirs):
+            return f"{file.name}:{frame.lineno}: "
+    return ""
 
 
-def _differentiate_twice(loss: Loss, weights: Weights, tasks: Any) -> None:
+def _call_once(loss: Loss, weights: Weights, tasks: Any, over_tasks: OverTasks) -> None:
+    with torch.no_grad():
+        loss(weights, tree_map(lambda t: t[0], tasks))
+
+
+def _vectorise(loss: Loss, weights: Weights, tasks: Any, over_tasks: OverTasks) -> None:
+    over_tasks(loss, (None, 0))(weights, tasks)
+
+
+def _differentiate_twice(loss: Loss, weights: Weights, tasks: Any, over_tasks: OverTasks) -> None:
     variables = {name: w.clone().requires_grad_() for name, w in weights.items()}
-    gradients = vmap(grad(loss), (None, 0))(variables, tasks)
+    gradients = over_tasks(grad(loss), (None, 0))(variables, tasks)
     total = torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum()
     if total.requires_grad:
         torch.autograd.grad(total, list(variables.values()), allow_unused=True)
@@ -90,16 +144,18 @@ def _differentiate_twice(loss: Loss, weights: Weights, tasks: Any) -> None:
         raise RuntimeError("its backward pass cannot be differentiated (once_differentiable?)")
 
 
-def _differentiate_in_forward_mode(loss: Loss, weights: Weights, tasks: Any) -> None:
+def _differentiate_in_forward_mode(loss: Loss, weights: Weights, tasks: Any, over_tasks: OverTasks) -> None:
     ones = {name: torch.ones_like(w) for name, w in weights.items()}
 
     def slope(weights: Weights, task: Any) -> Tensor:
         return jvp(lambda weights: loss(weights, task), (weights,), (ones,))[1]
 
-    grad(lambda weights: vmap(slope, (None, 0))(weights, tasks).sum())(weights)
+    grad(lambda weights: over_tasks(slope, (None, 0))(weights, tasks).sum())(weights)
 
 
-_ATTEMPTS = {
+# In this order: each needs what those before it do.
+ATTEMPTS = {
+    "forward pass": _call_once,
     "vectorise": _vectorise,
     "second derivative": _differentiate_twice,
     "forward mode": _differentiate_in_forward_mode,
@@ -112,29 +168,27 @@ DISTANCE, TOLERANCE = 1e-6, 1e-4  # of a central difference of gradients in floa
 
 
 def find_wrong_layer(
-    module: nn.Module, weights: Weights, inputs: tuple[Any, ...], keys: Tensor | None = None
+    module: nn.Module, weights: Weights, x: Tree, keys: Tensor | None = None
 ) -> Finding | None:
     """Return the first innermost layer whose second derivatives disagree with differences of its gradient.
 
-    Arguments as for `find_failure`, in float64. None: each layer by itself is right.
+    `module` has not run; `weights` are its own, `x` one task's inputs, both in float64. None: each layer by
+    itself is right.
     """
     calls: list[tuple[str, nn.Module, tuple[Any, ...], dict[str, Any]]] = []  # in the order in which they end
-    module = copy.deepcopy(module)
+    clean, module = dict(module.named_modules()), copy_module(module)
     for name, layer in module.named_modules():
         layer.register_forward_hook(
             lambda layer, args, options, _, name=name: calls.append((name, layer, args, options)),
             with_kwargs=True,
         )
-    with torch.no_grad(), Elementary(keys, first_tensor(inputs)):
-        call_with(module, weights, inputs)
-    clean = dict(copy.deepcopy(module).named_modules())
-    for layer in clean.values():
-        layer._forward_hooks.clear()
+    with torch.no_grad(), Elementary(keys, first_tensor(x)):
+        call_with(module, weights, x)
     for name, _, args, options in calls:
         with suppress(Exception):  # what is no function of tensors alone cannot be wrong by itself
             prefix = f"{name}." if name else ""
             inner = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
-            if problem := _wrong_order(clean[name], inner, (args, options), keys):
+            if problem := _wrong_order(copy_module(clean[name]), inner, (args, options), keys):
                 return Finding("wrong derivative", name, type(clean[name]).__name__, problem)
     return None
 

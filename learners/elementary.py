@@ -42,9 +42,16 @@ def _one_hot(draws: Draws, tensor: Tensor, num_classes: int = -1) -> Tensor:
     return (tensor.unsqueeze(-1) == torch.arange(num_classes, device=tensor.device)).long()
 
 
+def _weight_norm(draws: Draws, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Compute `nn.utils.weight_norm`; the norm is over all axes but `dim`, or over all if that is -1."""
+    axes = [axis for axis in range(v.dim()) if dim == -1 or axis != dim % v.dim()]
+    return v * (g / v.square().sum(axes, keepdim=dim != -1).sqrt())
+
+
 _OTHERS: Replacements = {
     F.embedding: _embedding,
     F.one_hot: _one_hot,
+    torch._weight_norm: _weight_norm,
     F.hardsigmoid: lambda draws, x, inplace=False: F.relu6(x + 3.0) / 6.0,
     Tensor.data.__get__: lambda draws, x: x.detach(),  # type: ignore[attr-defined]  # a descriptor
 }
@@ -99,9 +106,12 @@ _NOTHING_TO_REPLACE = (nn.Sequential, nn.Linear, nn.Conv2d, nn.ReLU, nn.Tanh, nn
 def is_elementary(module: nn.Module) -> bool:
     """Return whether the module can do without `Elementary`, which takes a few percent of a small one's time.
 
-    The tool's own layers have a class attribute `elementary`.
+    The tool's own layers have a class attribute `elementary`. Hooks may call anything.
     """
-    kinds = {type(layer) for layer in module.modules()}
+    layers = list(module.modules())
+    if any(layer._forward_pre_hooks or layer._forward_hooks or "forward" in vars(layer) for layer in layers):
+        return False
+    kinds = {type(layer) for layer in layers}
     return all(kind in _NOTHING_TO_REPLACE or getattr(kind, "elementary", False) for kind in kinds)
 
 

@@ -1,14 +1,17 @@
 """Call a learner as a function of its weights, as the inner loop differentiates it.
 
-Batch norm layers use the statistics of the batch at hand, fused layers have right second derivatives, random
-numbers come from keys, and buffers that a pass changes are returned: a pass is a pure function of tensors.
+Batch norm layers use the statistics of the batch at hand, spectral norms the singular value of the weight at
+hand, fused layers have right second derivatives, random numbers come from keys. Tensors that a pass changes
+are returned, and whatever else it leaves in the module is put back: a pass is a pure function of tensors.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +22,20 @@ from common.choices import CONVOLUTIONS, check_choice
 from common.optimizers import Weights
 from common.task import Extras, Task
 from learners.batch_norm import convert_batch_norm, fresh_statistics, join_names, set_norms
+from learners.copies import (
+    Alias,
+    UnfitError,
+    copy_module,
+    find_aliases,
+    find_holders,
+    find_tensors,
+    layer_text,
+    restored,
+)
 from learners.elementary import Elementary, is_elementary
 from learners.im2col import convert_convolutions
+from learners.modules import convert_type, has_lazy, unwrap
+from learners.spectral_norm import convert_spectral_norms
 
 
 class FunctionalLearner:
@@ -30,7 +45,10 @@ class FunctionalLearner:
         module: maps `[examples, ...]` to outputs. Several inputs are a tuple, or a dictionary by name.
         convolution: how `nn.Conv2d` is computed, "grouped" or "im2col" (see im2col.py).
         compute_dtype: type of the learner's arithmetic; None: that of its parameters.
-        example: one task's inputs, to see which buffers a pass changes; None: all count as changed.
+        example: one task's inputs, to see what a pass changes; None: all buffers count as changed.
+
+    Outside, complex weights are real ones, `[..., 2]`. Raises UnfitError, which names the layer, if a pass
+    cannot be made a function of tensors.
     """
 
     def __init__(
@@ -42,19 +60,29 @@ class FunctionalLearner:
         example: Tree | None = None,
     ) -> None:
         check_choice("convolution", convolution, CONVOLUTIONS)
-        self.fixed = fixed_tensors(module)
-        self.module = convert_batch_norm(copy.deepcopy(module))
-        parameters = self.module.named_parameters()
-        self.parameters = {name: p.detach().clone() for name, p in parameters if p.requires_grad}
+        if has_lazy(module):
+            raise UnfitError(f"{layer_text('', module)} has lazy layers: call it once on inputs of a task")
+        plain = unwrap(copy_module(module))
+        self.fixed = fixed_tensors(plain)
+        self.module = convert_spectral_norms(convert_batch_norm(plain))
+        named = self.module.named_parameters()
+        learned = {name: p.detach().clone() for name, p in named if p.requires_grad}
+        self.complex = frozenset(name for name, p in learned.items() if p.is_complex())
+        self.parameters = learned | {name: torch.view_as_real(learned[name]) for name in self.complex}
         if convolution == "im2col":
             convert_convolutions(self.module)
         self.statistics = fresh_statistics(self.module)  # of batch norm, [2, channels]
         self.compute_dtype = compute_dtype
         if compute_dtype is not None:
-            self.module.to(compute_dtype)
+            convert_type(self.module, compute_dtype)
             example = None if example is None else in_type(example, compute_dtype)
-        self.buffers = _changing_buffers(self.module, example)  # others that a pass changes
         self._is_elementary = is_elementary(self.module)  # then the mode and its cost can be saved
+        # by module: what a pass may leave something in, and other places with its tensors
+        self._belongings: dict[nn.Module, tuple[list[Any], list[Alias]]] = {}
+        norms = self.statistics.keys()
+        buffers = {n: b.detach().clone() for n, b in self.module.named_buffers() if n not in norms}
+        # others that a pass changes
+        self.buffers = buffers if example is None else self._find_changing(module, example)
 
     def __call__(
         self,
@@ -72,16 +100,24 @@ class FunctionalLearner:
         extras, module = extras or Extras(), module or self.module
         dtype = next(iter(weights.values()), first_tensor(x)).dtype
         if self.compute_dtype is not None:
-            wide = self.statistics.keys()
+            wide = self.statistics.keys() | self.complex
             weights = {n: w if n in wide else w.to(self.compute_dtype) for n, w in weights.items()}
             x = in_type(x, self.compute_dtype)
+        weights = self.as_kept(weights)
         # copies, which the pass may change in place
         buffers = {name: b.clone() for name, b in (extras.buffers or self.buffers).items()}
-        with nullcontext() if self._is_elementary else Elementary(extras.keys, first_tensor(x)):
+        if self._is_elementary:
             outputs, after = call_with(module, weights | buffers, x)
+        else:
+            with Elementary(extras.keys, first_tensor(x)), self._restored(module) as aliases:
+                outputs, after = call_with(module, weights | buffers, x, aliases)
         if changed is not None:
             changed.update({name: after[name].detach() for name in buffers})
         return outputs if self.compute_dtype is None else in_type(outputs, dtype)
+
+    def as_kept(self, weights: Weights) -> Weights:
+        """Return the weights as the module keeps them: complex ones as complex numbers."""
+        return weights | {n: torch.view_as_complex(weights[n]) for n in self.complex & weights.keys()}
 
     def query(self, weights: Weights, task: Task, normalisation: str) -> Tree:
         """Return outputs on the query set; "inductive": with the support set's batch statistics."""
@@ -110,7 +146,58 @@ class FunctionalLearner:
     def draws(self, x: Tree) -> bool:
         """Return whether a training pass draws random numbers, as dropout does, and so needs keys."""
         x = x if self.compute_dtype is None else in_type(x, self.compute_dtype)
-        return _try(self.module, {}, x)[1] > 0
+        return self._try({name: b.clone() for name, b in self.buffers.items()}, x)[1] > 0
+
+    @contextmanager
+    def _restored(self, module: nn.Module) -> Iterator[list[Alias]]:
+        """Put back what a pass leaves in the module; yield where it keeps its tensors besides."""
+        if module not in self._belongings:
+            names = {id(t): n for n, t in (*module.named_parameters(), *module.named_buffers())}
+            self._belongings[module] = find_holders(module), find_aliases(module, names)
+        holders, aliases = self._belongings[module]
+        with restored(holders):
+            yield aliases
+
+    def _try(self, tensors: Weights, x: Tree) -> tuple[Weights, int]:
+        """Call the module once; return the tensors as the pass leaves them, and the number of draws."""
+        keys = torch.zeros(2, dtype=torch.int64, device=first_tensor(x).device)
+        mode = Elementary(keys, first_tensor(x))
+        with torch.no_grad(), mode, self._restored(self.module) as aliases:
+            _, after = call_with(self.module, tensors, x, aliases)
+        return after, mode.draws.calls
+
+    def _find_changing(self, original: nn.Module, x: Tree) -> Weights:
+        """Return the buffers and frozen parameters that a pass changes, batch norm's aside.
+
+        Raises UnfitError where a pass changes what is not given to it, or calls the layers of `original`.
+        """
+        module = self.module
+        tensors = dict(itertools.chain(module.named_parameters(), module.named_buffers()))
+        given = {name: t.detach().clone() for name, t in tensors.items() if name not in self.statistics}
+        places = {name: t.data_ptr() for name, t in given.items()}
+        others = [(t, t._version) for t in find_tensors(module)]
+        with _refusing_calls(original):
+            after, _ = self._try(dict(given), x)
+        changed = {
+            name
+            for name, t in given.items()
+            if after[name] is not t
+            or t._version  # written to
+            or t.data_ptr() != places[name]  # given other memory, by `.data`
+            or not torch.equal(t, tensors[name])
+        }
+        for name in sorted(changed & self.parameters.keys()):
+            layer = name.rpartition(".")[0]
+            raise UnfitError(
+                f"{layer_text(layer, module.get_submodule(layer))} overwrites its weight {name} in a forward "
+                "pass, which no gradient sees: compute with a new tensor (torch.nn.utils.parametrize)"
+            )
+        if any(t._version != version for t, version in others):
+            raise UnfitError(
+                f"{layer_text('', module)} writes in a forward pass to a tensor that is no buffer, and so "
+                "would go from task to task: use register_buffer"
+            )
+        return {name: tensors[name].detach().clone() for name in given if name in changed}
 
 
 def fixed_tensors(module: nn.Module) -> Weights:
@@ -120,10 +207,13 @@ def fixed_tensors(module: nn.Module) -> Weights:
     return {name: t.detach().clone() for name, t in state.items() if name not in learned}
 
 
-def call_with(module: nn.Module, tensors: Weights, x: Tree) -> tuple[Tree, Weights]:
+def call_with(
+    module: nn.Module, tensors: Weights, x: Tree, aliases: Sequence[Alias] = ()
+) -> tuple[Tree, Weights]:
     """Call a module with parameters and buffers by name; a tied one goes by the first of its names.
 
-    Returns the outputs, and the tensors as the pass leaves them. The module keeps its own.
+    Returns the outputs, and the tensors as the pass leaves them. The module keeps its own, but for `aliases`:
+    other places with tensors of the module.
     """
     first_names: dict[int, str] = {}
     values = {}
@@ -133,25 +223,27 @@ def call_with(module: nn.Module, tensors: Weights, x: Tree) -> tuple[Tree, Weigh
             first_name = first_names.setdefault(id(tensor), full_name)
             if first_name in tensors:
                 values[full_name] = tensors[first_name]
+    for holder, key, name in aliases:
+        holder[key] = tensors.get(name, holder[key])
     # `tie_weights` would put back the wrong tensors where a module is used twice
     outputs = functional_call(module, values, *arguments_of(x), tie_weights=False)
     return outputs, values
 
 
-def _changing_buffers(module: nn.Module, example: Tree | None) -> Weights:
-    """Return the buffers that a pass on `example` changes, batch norm's aside; all of them without one."""
-    norms = fresh_statistics(module)
-    buffers = {name: b.detach().clone() for name, b in module.named_buffers() if name not in norms}
-    if not buffers or example is None:
-        return buffers
-    before = {name: b.clone() for name, b in buffers.items()}
-    after, _ = _try(module, before, example)
-    return {n: b for n, b in buffers.items() if after[n] is not before[n] or after[n]._version}
+@contextmanager
+def _refusing_calls(module: nn.Module) -> Iterator[None]:
+    """Raise UnfitError where a layer of the module is called: its copy, which is meant, would not learn."""
 
+    def refuse(name: str, layer: nn.Module, *_: Any) -> None:
+        raise UnfitError(
+            f"{layer_text(name, layer)} is called by a function that has kept it from before the network was "
+            "copied: make it a method, or let it use the module that it is given"
+        )
 
-def _try(module: nn.Module, tensors: Weights, x: Tree) -> tuple[Weights, int]:
-    """Call a copy once; return the tensors as the pass leaves them, and how often it draws numbers."""
-    keys = torch.zeros(2, dtype=torch.int64, device=first_tensor(x).device)
-    with torch.no_grad(), Elementary(keys, first_tensor(x)) as mode:
-        _, after = call_with(copy.deepcopy(module), tensors, x)
-    return after, mode.draws.calls
+    layers = module.named_modules()
+    handles = [layer.register_forward_pre_hook(partial(refuse, name)) for name, layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

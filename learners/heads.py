@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from learners.batch_norm import BatchNorm, join_names
+from learners.copies import copy_module
 
 _NORMS = (BatchNorm, _NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
@@ -60,7 +60,7 @@ def replace_module(module: nn.Module, name: str, new: nn.Module) -> nn.Module:
 
 def headless(module: nn.Module, head: str | None = None) -> nn.Module:
     """Return a copy without its linear head: its outputs are the inputs of the head."""
-    return replace_module(copy.deepcopy(module), linear_head(module, head), nn.Identity())
+    return replace_module(copy_module(module), linear_head(module, head), nn.Identity())
 
 
 def prototype_head(embeddings: Tensor, labels: Tensor, head: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from torch.nn.utils.parametrizations import orthogonal
 from common.batch import TaskBatch
 from learners.diagnosis import find_failure
 from learners.elementary import Elementary
+from learners.functional import FunctionalLearner
 
 
 def tensors(outputs) -> list:
@@ -374,15 +375,15 @@ class Cubed(nn.Module):
         (Item(), "1.0", "Item", "vectorise", ".item()"),
         (Cubed(OnceDifferentiable), "", "Sequential", "second derivative", "once_differentiable"),
         (Cubed(NoForwardMode), "1.0", "Cubed", "forward mode", "jvp"),
-        (nn.Dropout(), "1.0", "Dropout", "vectorise", "give keys"),
+        (nn.Dropout(), "1.0", "Dropout", "forward pass", "give keys"),
     ],
 )
 def test_a_diagnosis_names_the_problem_and_the_layer_that_fails(faulty, layer, kind, problem, reason):
     learner = nn.Sequential(nn.Linear(8, 8), nn.Sequential(copy.deepcopy(faulty), nn.Tanh())).double()
     before = copy.deepcopy(learner.state_dict())
-    finding = find_failure(learner, dict(learner.named_parameters()), (normal(4, 2, 8),))
+    finding = find_failure(FunctionalLearner(learner), normal(4, 2, 8), None, vmap)
     assert (finding.layer, finding.kind, finding.problem) == (layer, kind, problem)
-    assert reason in finding.reason and len(finding.reason) <= 120 and "\n" not in finding.reason
+    assert reason in finding.reason and len(finding.reason) <= 160 and "\n" not in finding.reason
     assert all(torch.equal(before[name], tensor) for name, tensor in learner.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in learner.modules())
 
@@ -391,4 +392,4 @@ def test_a_diagnosis_finds_nothing_in_a_sound_learner():
     learner = nn.Sequential(
         nn.TransformerEncoderLayer(8, 2, 12), nn.Dropout(), nn.ReLU(inplace=True)
     ).double()
-    assert find_failure(learner, dict(learner.named_parameters()), (normal(4, 2, 8),), KEYS[0]) is None
+    assert find_failure(FunctionalLearner(learner), normal(4, 2, 8), KEYS[0], vmap) is None

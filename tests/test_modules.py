@@ -1,0 +1,485 @@
+"""Modules with a life of their own give the numbers of a plain one, or a line that names them."""
+
+import copy
+import threading
+from functools import partial
+
+import pytest
+import torch
+from plain_loop import (
+    ENGINES,
+    EXAMPLES,
+    TASKS,
+    algorithm,
+    assert_close,
+    assert_matches_plain_loop,
+    filled,
+    meta_gradient,
+    normal,
+    plain_loop,
+)
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+from common.batch import TaskBatch
+from learners.copies import UnfitError, copy_module
+from learners.functional import FunctionalLearner
+from learners.modules import convert_type, materialise, unwrap
+
+
+def vectors(*shape: int, targets: int = 2) -> TaskBatch:
+    x, more_x = (normal(TASKS, EXAMPLES, *shape, seed=seed) for seed in (1, 2))
+    y, more_y = (normal(TASKS, EXAMPLES, targets, seed=seed) for seed in (3, 4))
+    return TaskBatch(x, y, more_x, more_y)
+
+
+class Net(nn.Module):
+    """The plain network that all others are variants of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.prepare()
+
+    def prepare(self) -> None:
+        pass
+
+    def forward(self, x):
+        return self.last(self.first(x).tanh())
+
+
+# ---- what a pass leaves behind --------------------------------------------------------------
+
+
+class Features(Net):
+    """Keep the features of the last pass, detached ones in a list."""
+
+    def prepare(self):
+        self.features, self.history, self.nested = None, [], {"a": []}
+
+    def forward(self, x):
+        self.features = self.first(x).tanh()
+        self.history.append(self.features.detach())
+        self.nested["a"].append(x)
+        self.calls = self.__dict__.get("calls", 0) + 1
+        return self.last(self.features)
+
+
+class Memory(Net):
+    """Add what the last pass has left, which is nothing if each pass begins anew."""
+
+    def prepare(self):
+        self.state = 0.0
+
+    def forward(self, x):
+        hidden = self.first(x).tanh() + self.state
+        self.state = hidden.detach()
+        return self.last(hidden)
+
+
+class Hooked(Net):
+    """Read features that hooks have written: closures over the module, over a list, and its own method."""
+
+    def prepare(self):
+        kept = self.kept = []
+
+        def keep(module, inputs, output):
+            self.features = output
+            kept.append(output)
+
+        self.first.register_forward_hook(keep)
+        self.first.register_forward_pre_hook(self.count)
+        self.seen = 0
+
+    def count(self, *_):
+        self.seen += 1
+
+    def forward(self, x):
+        self.kept.clear()
+        self.first(x)
+        assert self.kept[0] is self.features and self.seen == 1
+        return self.last(self.features.tanh())
+
+
+class Store:
+    def __init__(self) -> None:
+        self.items: list[torch.Tensor] = []
+
+
+class Stored(Net):
+    """Keep tensors in an object of one's own, and in a hook that is an object."""
+
+    def prepare(self):
+        self.store = Store()
+        self.first.register_forward_hook(partial(self.keep, self.store))
+
+    @staticmethod
+    def keep(store, module, inputs, output):
+        store.items.append(output)
+
+    def forward(self, x):
+        super().forward(x)
+        return self.last(self.store.items[-1].tanh())
+
+
+class Patched(Net):
+    """Replace a layer's `forward` by a function that calls the original one."""
+
+    def prepare(self):
+        original = self.first.forward
+        self.first.forward = lambda x: original(x).tanh()
+
+    def forward(self, x):
+        return self.last(self.first(x))
+
+
+class Listing(Net):
+    """Call weights by other names: from a list, and from a dictionary of lists."""
+
+    def prepare(self):
+        self.weights = [self.first.weight, self.first.bias]
+        self.heads = {"last": [self.last.weight]}
+
+    def forward(self, x):
+        return F.linear(F.linear(x, *self.weights).tanh(), *self.heads["last"], self.last.bias)
+
+
+class Locked(Net):
+    """Hold what cannot be copied."""
+
+    def prepare(self):
+        self.lock = threading.Lock()
+        self.numbers = (number for number in range(3))
+        self.computed = self.first.weight * 1.0
+
+    def forward(self, x):
+        with self.lock:
+            return super().forward(x)
+
+
+LEAVING = {kind.__name__: kind for kind in (Features, Memory, Hooked, Stored, Patched, Listing, Locked)}
+
+
+@pytest.mark.parametrize("vectorise", [True, False])
+@pytest.mark.parametrize("kind", LEAVING)
+def test_what_a_pass_leaves_in_a_module_changes_nothing(kind, vectorise):
+    batch, module = vectors(3), filled(LEAVING[kind]())
+    expected, losses, _ = plain_loop(filled(Net()), F.mse_loss, batch)
+    maml = algorithm(module, example=batch.support_x[0], vectorise=vectorise)
+    parameters = maml.initial_parameters()
+    for _ in range(2):
+        for engine in ENGINES:
+            result = meta_gradient(maml, batch, engine)
+            assert_close(result.gradients, expected)
+            torch.testing.assert_close(result.losses, losses)
+        outputs = maml.predictions(parameters, batch, 2)["transductive"]
+    torch.testing.assert_close(F.mse_loss(outputs[0, 2], batch.query_y[0]), losses[0])
+    again = maml.with_options(inner_lr=0.2)  # copies the module as it was given
+    assert again.call.draws(batch.support_x[0]) is False
+
+
+def test_closures_of_a_copy_refer_to_the_copy():
+    module = Hooked()
+    copied = copy_module(module)
+    copied(torch.zeros(2, 3))
+    assert not hasattr(module, "features") and copied.features.shape == (2, 4)
+    with pytest.raises(UnfitError, match=r"its layer first \(Linear\) is called by a function"):
+        FunctionalLearner(Outside(), example=torch.zeros(2, 3))
+
+
+class Outside(Net):
+    """Call a layer that is kept where no copy reaches."""
+
+    def prepare(self):
+        type(self).kept = (self.first,)
+
+    def forward(self, x):
+        return self.last(self.kept[0](x).tanh())
+
+
+def keep_in_closure(*sizes):
+    layer = nn.Linear(*sizes)
+    weight = layer.weight
+    layer.register_forward_hook(lambda module, inputs, output: output + weight.sum())
+    return layer
+
+
+class Uncopyable(nn.Linear):
+    def __deepcopy__(self, memo):
+        raise TypeError("one of a kind")
+
+
+class Clamped(nn.Linear):
+    def forward(self, x):
+        self.weight.data.clamp_(-0.1, 0.1)
+        return super().forward(x)
+
+
+class Reassigned(nn.Linear):
+    def forward(self, x):
+        self.weight.data = self.weight.data / self.weight.data.norm()
+        return super().forward(x)
+
+
+class NewParameter(nn.Linear):
+    def forward(self, x):
+        self.weight = nn.Parameter(self.weight * 0.5)
+        return super().forward(x)
+
+
+class History(nn.Linear):
+    """Write to a tensor that is no buffer."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.history = torch.zeros(3)
+
+    def forward(self, x):
+        self.history += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (Uncopyable, r"its layer 0 \(Uncopyable\) cannot be copied \(one of a kind\)"),
+        (Clamped, r"its layer 0 \(Clamped\) overwrites its weight 0.weight"),
+        (Reassigned, r"its layer 0 \(Reassigned\) overwrites its weight 0.weight"),
+        (NewParameter, r"its layer 0 \(NewParameter\) overwrites its weight 0.weight"),
+        (keep_in_closure, "a function keeps 0.weight, which the inner loop cannot replace"),
+        (History, "writes in a forward pass to a tensor that is no buffer"),
+        (lambda *sizes: torch.jit.script(nn.Linear(*sizes)), "its layer 0 .* is scripted"),
+        (lambda *sizes: nn.LazyLinear(sizes[1]), "has lazy layers"),
+    ],
+)
+def test_a_module_that_is_no_function_of_its_weights_is_refused_by_name(kind, expected):
+    with pytest.raises(UnfitError, match=expected):
+        FunctionalLearner(nn.Sequential(kind(3, 4), nn.Tanh(), nn.Linear(4, 2)), example=torch.ones(5, 3))
+
+
+# ---- state that a pass updates --------------------------------------------------------------
+
+
+def old_spectral_norm(layer):
+    return torch.nn.utils.spectral_norm(layer)
+
+
+def spectral(norm) -> nn.Module:
+    return nn.Sequential(norm(nn.Linear(3, 4)), nn.Tanh(), norm(nn.Linear(4, 2)))
+
+
+SPECTRAL = {"parametrisation": parametrizations.spectral_norm, "hook": old_spectral_norm}
+
+
+def iterating(module: nn.Module) -> nn.Module:
+    """Let PyTorch's spectral norms follow any weight: ten thousand iterations a pass."""
+    for layer in module.modules():
+        for part in (layer, *layer._forward_pre_hooks.values()):
+            if hasattr(part, "n_power_iterations"):
+                part.n_power_iterations = 10_000
+    return module
+
+
+@pytest.mark.parametrize("kind", SPECTRAL)
+def test_spectral_norms_have_the_singular_value_of_the_weight_at_hand(kind):
+    module, batch = filled(spectral(SPECTRAL[kind])), vectors(3)
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.mul_(50.0)  # far from where the vectors were initialised
+    reference = iterating(copy.deepcopy(module))
+    expected, losses, _ = plain_loop(reference, F.mse_loss, batch)
+    for vectorise in (True, False):
+        maml = algorithm(module, vectorise=vectorise, example=batch.support_x[0])
+        for engine in ENGINES:
+            result = meta_gradient(maml, batch, engine)
+            assert_close(result.gradients, expected, 1e-7)
+            torch.testing.assert_close(result.losses, losses)
+        outputs = maml.predictions(maml.initial_parameters(), batch, 2)["transductive"]
+        losses_after = torch.stack([F.mse_loss(o[2], y) for o, y in zip(outputs, batch.query_y, strict=True)])
+        torch.testing.assert_close(losses_after, losses)  # in evaluation as in training
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (5, 2), (3, 3)])
+@pytest.mark.parametrize("kind", SPECTRAL)
+def test_the_effective_weight_has_norm_1_whatever_the_weight_and_the_mode(kind, shape):
+    x = torch.eye(shape[1])
+    call = FunctionalLearner(SPECTRAL[kind](nn.Linear(shape[1], shape[0], bias=False)), example=x)
+    for factor in (1.0, 1e-3, 1e3):
+        weights = {name: factor * torch.randn_like(w) for name, w in call.parameters.items()}
+        with call.predicting():
+            in_evaluation = call(weights, x)
+        assert torch.equal(call(weights, x), in_evaluation)
+        assert abs(torch.linalg.matrix_norm(in_evaluation, 2).item() - 1) < 1e-4
+
+
+class Counter(nn.Linear):
+    """Count its passes in a buffer, and scale by the count."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("count", torch.tensor(0))
+
+    def forward(self, x):
+        self.count += self.training
+        return super().forward(x) / self.count
+
+
+class FrozenState(nn.Linear):
+    """Keep an average in a frozen parameter."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.average = nn.Parameter(torch.zeros(sizes[1]), requires_grad=False)
+
+    def forward(self, x):
+        y = super().forward(x)
+        if self.training:
+            with torch.no_grad():
+                self.average.lerp_(y.mean(0), 0.3)
+        return y - self.average
+
+
+@pytest.mark.parametrize("vectorise", [True, False])
+@pytest.mark.parametrize("kind", [Counter, FrozenState])
+def test_counters_and_frozen_state_are_carried_through_a_task_and_then_dropped(kind, vectorise):
+    def build(kind):
+        return filled(nn.Sequential(kind(3, 4), nn.Tanh(), nn.Linear(4, 2)))
+
+    batch, module = vectors(3), build(kind)
+    reference = build(kind)
+    if kind is FrozenState:  # a buffer in the plain loop
+        average = reference[0].average.detach()
+        del reference[0].average
+        reference[0].register_buffer("average", average)
+    expected, losses, _ = plain_loop(reference, F.mse_loss, batch)
+    maml = algorithm(module, example=batch.support_x[0], vectorise=vectorise)
+    for engine in (*ENGINES, *ENGINES):  # the second time as the first
+        result = meta_gradient(maml, batch, engine)
+        assert_close(result.gradients, expected)
+        torch.testing.assert_close(result.losses, losses)
+
+
+# ---- weights and wrappers of every kind ------------------------------------------------------
+
+
+class ComplexNet(nn.Module):
+    """A complex layer and a complex buffer, as in rotary embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3, dtype=torch.complex64))
+        self.register_buffer("turn", torch.polar(torch.ones(4), torch.linspace(0, 3, 4)))
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x):
+        hidden = (x.to(self.weight.dtype) @ self.weight.T) * self.turn
+        return self.last(hidden.real.tanh() + hidden.imag.sin())
+
+
+class RealNet(nn.Module):
+    """The same in real numbers."""
+
+    def __init__(self, other: ComplexNet) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.view_as_real(other.weight.detach()).clone())
+        self.turn, self.last = torch.view_as_real(other.turn), other.last
+
+    def forward(self, x):
+        real, imaginary = (x @ self.weight[..., part].T for part in (0, 1))
+        a, b = self.turn.unbind(-1)
+        return self.last((real * a - imaginary * b).tanh() + (real * b + imaginary * a).sin())
+
+
+@pytest.mark.parametrize("vectorise", [True, False])
+def test_complex_weights_and_buffers_are_adapted_as_pairs_of_real_numbers(vectorise):
+    module = convert_type(ComplexNet(), torch.float64)
+    assert module.weight.dtype == module.turn.dtype == torch.complex128
+    assert module.turn.imag.abs().max() > 0.1
+    batch = vectors(3)
+    expected, losses, _ = plain_loop(RealNet(module), F.mse_loss, batch)
+    maml = algorithm(module, example=batch.support_x[0], vectorise=vectorise)
+    for engine in ENGINES:
+        result = meta_gradient(maml, batch, engine)
+        assert_close(result.gradients, expected)
+        torch.testing.assert_close(result.losses, losses)
+
+
+def with_integers(net):
+    net.first.register_parameter("table", nn.Parameter(torch.arange(4), requires_grad=False))
+    return net
+
+
+def with_own_device(net):
+    net.device, net.dtype = torch.device("cpu"), "a name"
+    return net
+
+
+WRAPPED = {
+    "compiled": torch.compile,
+    "compiled in place": lambda net: (net.compile(), net)[1],
+    "compiled within": lambda net: (setattr(net, "first", torch.compile(net.first)), net)[1],
+    "data parallel": nn.DataParallel,
+    "both": lambda net: nn.DataParallel(torch.compile(net)),
+    "integers": with_integers,
+    "own device and type": with_own_device,
+}
+
+
+def sorted_by_value(gradients: dict) -> dict:
+    """Return the gradients whatever their names."""
+    values = sorted(gradients.values(), key=lambda g: (g.shape, g.sum().item()))
+    return dict(enumerate(values))
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_wrapped_networks_have_the_numbers_of_the_plain_one(kind):
+    batch, module = vectors(3), filled(Net())
+    expected, losses, _ = plain_loop(module, F.mse_loss, batch)
+    maml = algorithm(unwrap(WRAPPED[kind](copy.deepcopy(module))), example=batch.support_x[0])
+    for engine in ENGINES:
+        result = meta_gradient(maml, batch, engine)
+        assert_close(result.gradients, expected)
+        torch.testing.assert_close(result.losses, losses)
+
+
+class WeightNorm(Net):
+    """Weight normalisation, written out: the second derivative of PyTorch's is wrong."""
+
+    def prepare(self):
+        self.g = nn.Parameter(self.first.weight.detach().norm(dim=1, keepdim=True))
+
+    def forward(self, x):
+        v = self.first.weight
+        weight = v * self.g / v.square().sum(1, keepdim=True).sqrt()
+        return self.last(F.linear(x, weight, self.first.bias).tanh())
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, torch.nn.utils.weight_norm])
+def test_weight_norm_has_right_second_derivatives(norm):
+    batch, module = vectors(3), filled(Net())
+    reference = WeightNorm().double()
+    reference.load_state_dict(module.state_dict(), strict=False)
+    reference.prepare()
+    expected, losses, _ = plain_loop(reference, F.mse_loss, batch)
+    norm(module.first)
+    maml = algorithm(module, example=batch.support_x[0])
+    for engine in ENGINES:
+        result = meta_gradient(maml, batch, engine)
+        assert_close(sorted_by_value(result.gradients), sorted_by_value(expected))
+        torch.testing.assert_close(result.losses, losses)
+
+
+def test_lazy_layers_take_their_sizes_from_an_example_and_keep_their_modes():
+    module = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.Dropout(), nn.LazyLinear(2))
+    module[2].eval()
+    materialise(module, torch.ones(5, 3))
+    assert module[0].weight.shape == (4, 3) and module[3].weight.shape == (2, 4)
+    assert [layer.training for layer in module] == [True, True, False, True]
+    assert module[1].num_batches_tracked == 0
+    assert_matches_plain_loop(filled(module), vectors(3))
+    beside = nn.Sequential(nn.Linear(3, 3))
+    beside[0].unused = nn.LazyLinear(2)
+    with pytest.raises(UnfitError, match=r"its layer 0.unused \(LazyLinear\) is lazy"):
+        materialise(beside, torch.ones(5, 3))
