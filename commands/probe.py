@@ -32,6 +32,7 @@ from training.meta_gradients import make_meta_gradient
 # By the problem that `find_failure` finds: what the layer lacks, and how to train without it.
 PROBLEMS = {
     "forward pass": ("fails", ""),
+    "derivative": ("has no derivative", ""),
     "vectorise": ("cannot be vectorised over tasks", ": --no-vectorise takes the tasks one after another"),
     "second derivative": ("has no second derivative", ": --first-order needs none"),
     "forward mode": ("has no derivative in forward mode", ": --engine unrolled needs none"),
@@ -95,7 +96,7 @@ def probe_learner(maml: MAML, parameters: Weights, distribution: TaskDistributio
         except Exception as error:  # an operator may fail in any way
             if is_out_of_memory(error):
                 raise
-            problems = ["forward pass", *[problem for problem in PROBLEMS if flags.get(problem)]]
+            problems = [problem for problem in PROBLEMS if flags.get(problem, True)]
             failure = find_failure(maml.call, x, keys[0], maml.over_tasks, problems)
             if failure is None:
                 raise

@@ -130,8 +130,13 @@ def _call_once(loss: Loss, weights: Weights, tasks: Any, over_tasks: OverTasks) 
         loss(weights, tree_map(lambda t: t[0], tasks))
 
 
+def _differentiate(loss: Loss, weights: Weights, tasks: Any, over_tasks: OverTasks) -> None:
+    grad(loss)(weights, tree_map(lambda t: t[0], tasks))
+
+
 def _vectorise(loss: Loss, weights: Weights, tasks: Any, over_tasks: OverTasks) -> None:
     over_tasks(loss, (None, 0))(weights, tasks)
+    over_tasks(grad(loss), (None, 0))(weights, tasks)
 
 
 def _differentiate_twice(loss: Loss, weights: Weights, tasks: Any, over_tasks: OverTasks) -> None:
@@ -156,6 +161,7 @@ def _differentiate_in_forward_mode(loss: Loss, weights: Weights, tasks: Any, ove
 # In this order: each needs what those before it do.
 ATTEMPTS = {
     "forward pass": _call_once,
+    "derivative": _differentiate,
     "vectorise": _vectorise,
     "second derivative": _differentiate_twice,
     "forward mode": _differentiate_in_forward_mode,

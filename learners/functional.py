@@ -192,6 +192,12 @@ class FunctionalLearner:
                 f"{layer_text(layer, module.get_submodule(layer))} overwrites its weight {name} in a forward "
                 "pass, which no gradient sees: compute with a new tensor (torch.nn.utils.parametrize)"
             )
+        for name in sorted(n for n, t in given.items() if t.data_ptr() != places[n]):
+            layer = name.rpartition(".")[0]
+            raise UnfitError(
+                f"{layer_text(layer, module.get_submodule(layer))} assigns to {name}.data in a forward pass: "
+                "let it be a buffer, and write to it by copy_() under torch.no_grad()"
+            )
         if any(t._version != version for t, version in others):
             raise UnfitError(
                 f"{layer_text('', module)} writes in a forward pass to a tensor that is no buffer, and so "
@@ -204,7 +210,8 @@ def fixed_tensors(module: nn.Module) -> Weights:
     """Return a module's frozen parameters and the buffers of its `state_dict`, by name."""
     state = module.state_dict(keep_vars=True)
     learned = {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
-    return {name: t.detach().clone() for name, t in state.items() if name not in learned}
+    fixed = {name: t for name, t in state.items() if name not in learned and isinstance(t, Tensor)}
+    return {name: t.detach().clone() for name, t in fixed.items()}
 
 
 def call_with(

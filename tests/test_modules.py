@@ -222,6 +222,16 @@ class Reassigned(nn.Linear):
         return super().forward(x)
 
 
+class FrozenData(nn.Linear):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.u = nn.Parameter(torch.ones(4), requires_grad=False)
+
+    def forward(self, x):
+        self.u.data = self.weight.data.sum(1)
+        return super().forward(x) / self.u
+
+
 class NewParameter(nn.Linear):
     def forward(self, x):
         self.weight = nn.Parameter(self.weight * 0.5)
@@ -246,6 +256,7 @@ class History(nn.Linear):
         (Uncopyable, r"its layer 0 \(Uncopyable\) cannot be copied \(one of a kind\)"),
         (Clamped, r"its layer 0 \(Clamped\) overwrites its weight 0.weight"),
         (Reassigned, r"its layer 0 \(Reassigned\) overwrites its weight 0.weight"),
+        (FrozenData, r"its layer 0 \(FrozenData\) assigns to 0.u.data"),
         (NewParameter, r"its layer 0 \(NewParameter\) overwrites its weight 0.weight"),
         (keep_in_closure, "a function keeps 0.weight, which the inner loop cannot replace"),
         (History, "writes in a forward pass to a tensor that is no buffer"),
