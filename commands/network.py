@@ -8,6 +8,7 @@ each is tried before it is written.
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
@@ -32,7 +33,6 @@ from learners.copies import copy_module
 from learners.heads import context_names
 from learners.spectral_norm import vector_names
 from maml import MAML, Adapted
-from training.checkpoint import save_weights
 
 INSTEAD = "--save-weights FILE.pt2 writes a program instead"
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the largest output
@@ -118,42 +118,42 @@ def write_network(
 ) -> None:
     """Write the network as the file's suffix says; raise UsageError where it would predict something else."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    maml = (
-        maml.with_options(compute_dtype=None) if maml.call.compute_dtype else maml
-    )  # plain modules are wide
+    if maml.call.compute_dtype is not None:
+        maml = maml.with_options(compute_dtype=None)  # a plain network is as wide as its weights
     if file.suffix == ".pt2":
         network = fill_module(copy_module(built), maml, adapted, as_program=True)
-        _check_network(file, network, maml, adapted, x)
+        _check_network(file, copy_module(network), maml, adapted, x)
         _write_program(file, network, torch.cat([adapted.task.support_x, x]))
         return
     if context_names(built):
         raise UsageError(f"{file}: a context is no part of the learner's class: {INSTEAD}")
+    state = {name: t.cpu().clone() for name, t in fill_module(built, maml, adapted).state_dict().items()}
     try:
-        fresh.load_state_dict(fill_module(built, maml, adapted).state_dict())
+        fresh.load_state_dict(state)
     except RuntimeError as error:
         reason = f"{one_line(error):.200}"
         raise UsageError(f"{file}: the weights do not fit the learner built anew: {reason}") from error
     _check_network(file, fresh.eval(), maml, adapted, x)
-    save_weights(file, fresh.network if isinstance(fresh, GreyAsColour) else fresh)
+    if isinstance(fresh, GreyAsColour):
+        state = {name.removeprefix("network."): tensor for name, tensor in state.items()}
+    write_whole(file, partial(torch.save, state))
 
 
 def _write_program(file: Path, network: nn.Module, x: Tensor) -> None:
     """Write what `torch.export` makes of the network, for any number of examples."""
-    network, x = network.cpu(), x.cpu()
+    network, x, content = network.cpu(), x.cpu(), io.BytesIO()
     try:
         with warnings.catch_warnings(action="ignore"), torch.no_grad():
-            expected = network(x)
-            program = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim("examples")},))
-            for examples in (1, len(x)):
-                outputs = program.module()(x[:examples])
-                if not _agree(outputs, pytree.tree_map(lambda t, n=examples: t[:n], expected), 1e-3):
+            shapes = ({0: torch.export.Dim("examples")},)
+            torch.export.save(torch.export.export(network, (x,), dynamic_shapes=shapes), content)
+            for part in (x[:1], x):
+                program = torch.export.load(io.BytesIO(content.getvalue())).module()
+                if not _agree(program(part), copy_module(network)(part), 1e-3):
                     raise ValueError("the program gives something else than the network")
     except Exception as error:  # an export may fail in any way
-        raise UsageError(
-            f"{file}: torch.export cannot make a program of it: {one_line(error):.200}"
-        ) from error
-    with warnings.catch_warnings(action="ignore"):
-        write_whole(file, partial(torch.export.save, program))
+        reason = f"{one_line(error):.200}"
+        raise UsageError(f"{file}: torch.export cannot make a program of it: {reason}") from error
+    write_whole(file, lambda opened: opened.write(content.getvalue()))
 
 
 # ---- does it predict the same? -------------------------------------------------------------------

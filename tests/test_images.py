@@ -185,7 +185,7 @@ def test_images_are_decoded_once(tmp_path, monkeypatch):
 def test_a_read_only_data_folder_is_cached_in_the_users_folder(tmp_path, user_cache, monkeypatch):
     write_classes(tmp_path, 3)
     before = listing(tmp_path)
-    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr("tasks.cache.is_writable", lambda folder: False)
     load(tmp_path)
     assert listing(tmp_path) == before and len(list((user_cache / "maml").iterdir())) == 1
 

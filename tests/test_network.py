@@ -3,6 +3,7 @@
 The classes below are PyTorch's alone, as in a program that knows nothing of this tool.
 """
 
+import copy
 import csv
 from pathlib import Path
 
@@ -34,6 +35,14 @@ class Twice(nn.Module):
     def forward(self, x):
         return self.last(self.norm(3 * self.norm(self.first(x))))
 
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("passes", torch.zeros(()))
+    def forward(self, x):
+        self.passes += 1
+        return x / self.passes
+
 def body(layer, outputs):
     return nn.Sequential(nn.Linear(1, 4), layer, nn.Tanh(), nn.Linear(4, outputs))
 
@@ -44,6 +53,7 @@ def instances(outputs):
     norm = nn.InstanceNorm1d(4, affine=True, track_running_stats=True)
     return body(nn.Sequential(nn.Unflatten(1, (4, 1)), nn.Upsample(scale_factor=3, mode="linear"), norm,
                               nn.Flatten(), nn.Linear(12, 4)), outputs)
+def counting(outputs): return body(Counting(), outputs)
 def scaled(outputs): return body(Scaled(), outputs)
 def twice(outputs): return Twice(outputs)
 """
@@ -66,6 +76,16 @@ def conv(outputs: int) -> nn.Module:
 
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x):
+        self.passes += 1
+        return x / self.passes
 
 
 def body(layer: nn.Module) -> nn.Module:
@@ -126,7 +146,10 @@ def queries(place: Path, channels: int = 1) -> torch.Tensor:
 def assert_predicts(network, x: torch.Tensor, expected: torch.Tensor) -> None:
     """Compare a network's predictions, of all examples together and of each by itself."""
     with torch.no_grad():
-        for outputs in (network(x), torch.cat([network(one[None]) for one in x])):
+        for outputs in (
+            copy.deepcopy(network)(x),
+            torch.cat([copy.deepcopy(network)(row[None]) for row in x]),
+        ):
             predicted = outputs.softmax(1) if outputs.shape[1] > 1 else outputs
             torch.testing.assert_close(predicted, expected, rtol=1e-4, atol=1e-5)
 
@@ -172,6 +195,7 @@ def test_images_are_predicted_alike_by_weights_and_program(learner, place, tmp_p
             ["--learner", "own.py:momentum", "--algorithm", "maml++", "-s", 2],
             body(nn.BatchNorm1d(4, eps=0.1)),
         ),
+        (["--learner", "own.py:counting"], body(Counting())),
         (["--algorithm", "cavia"], None),
         (["--learner", "own.py:bare"], None),
         (["--learner", "own.py:instances"], None),

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.errors import UsageError, is_out_of_memory
-from common.files import write_all_whole, write_whole
+from common.files import write_all_whole
 
 FORMAT = "maml checkpoint"
 VERSION = 3  # checkpoints/resave.py turns files of version 2 into this one
@@ -64,12 +64,6 @@ def save_checkpoints(checkpoints: Mapping[Path, Checkpoint]) -> None:
     """Write checkpoints: all are on the disk before the first takes the place of the previous one."""
     header = {"format": FORMAT, "version": VERSION}
     write_all_whole([(path, partial(torch.save, header | vars(c))) for path, c in checkpoints.items()])
-
-
-def save_weights(path: Path, module: nn.Module) -> None:
-    """Write a module's `state_dict`, for any program that has such a module."""
-    state = {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
-    write_whole(path, partial(torch.save, state))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
