@@ -155,24 +155,33 @@ class Definition:
     # ---- central differences ----------------------------------------------------------------
 
     def error_by_differences(self, gradient: Weights) -> float:
-        """Return the largest error of a gradient's slopes, each by the distance that fits best."""
+        """Return the largest error of a gradient's slopes, each by the distance that fits best.
+
+        The error of an exact gradient is relative to its second-order part, which is computed only if the
+        error is not small even for a thousandth of the gradient.
+        """
         errors = []
         for number, direction in enumerate(self.directions):
             slopes = _dot(gradient, direction)
-            second = slopes
-            if self.kind == "exact":  # the error of second derivatives is to be seen beside the first ones
-                second = slopes - _dot(self.first_order_gradient, direction)
-            size = torch.maximum(second.norm(), self.scale.tolerance * slopes.norm()).item()
-            best = torch.inf
-            for distance in self.scale.distances:
-                slope, loss = self._slope(number, distance)
-                noise = self.scale.resolution * (1 + abs(loss)) / distance
-                error = abs(slope - slopes.sum().item()) / (self.scale.tolerance * size + noise)
-                best = min(best, error)
-                if best <= 1:
-                    break
-            errors.append(best)
+            size = self.scale.tolerance * slopes.norm().item()
+            error = self._slope_error(number, slopes.sum().item(), size)
+            if error > 1:
+                first = _dot(self.first_order_gradient, direction) if self.kind == "exact" else 0.0
+                size = max(size, (slopes - first).norm().item())
+                error = self._slope_error(number, slopes.sum().item(), size)
+            errors.append(error)
         return max(errors)
+
+    def _slope_error(self, number: int, slope: float, size: float) -> float:
+        """Return the error of a slope along a direction, in units of what is tolerated at this size."""
+        best = torch.inf
+        for distance in self.scale.distances:
+            right, loss = self._slope(number, distance)
+            noise = self.scale.resolution * (1 + abs(loss)) / distance
+            best = min(best, abs(slope - right) / (self.scale.tolerance * size + noise))
+            if best <= 1:
+                break
+        return best
 
     @cached_property
     def directions(self) -> list[Weights]:
