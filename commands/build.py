@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from commands.call import Call
 from commands.config import CONFIG_FLAGS, Config
 from commands.names import describe, select_meaningful
-from commands.probe import check_outputs, choose_engine, probe_learner
+from commands.probe import check_outputs, choose_engine, describe_state, probe_learner
 from commands.resolve import resolve
 from common.batch import TaskDistribution, Tree, first_tensor, tree_map
 from common.device import Runtime, find_device, set_up
@@ -254,6 +254,8 @@ def assemble(
     users = config.learner.learner not in LEARNERS or config.learner.loss not in LOSSES
     if users:
         probe_learner(maml, parameters, distribution, config)
+        if runtime.world.first and (line := describe_state(maml, distribution, config)):
+            print_once(line)
     if users if call.check_gradients is None else call.check_gradients:
         free = not start.resumed and given.get("engine", "auto") == "auto"
         alike = repr((config.tasks, config.learner, config.choices, config.training.engine))

@@ -22,9 +22,10 @@ from common.random import keys_of, task_stream
 from common.task import Extras
 from learners.batch_norm import convert_batch_norm
 from learners.copies import copy_module
-from learners.diagnosis import find_failure, find_wrong_layer, naming_layer
+from learners.diagnosis import find_failure, find_followers, find_wrong_layer, naming_layer
 from learners.elementary import Elementary
 from learners.losses import LOSSES
+from learners.spectral_norm import vector_names
 from maml import MAML
 from training.gradient_check import check_meta_gradient
 from training.meta_gradients import make_meta_gradient
@@ -104,6 +105,28 @@ def probe_learner(maml: MAML, parameters: Weights, distribution: TaskDistributio
             layer = f"its layer {failure.layer}" if failure.layer else "itself"
             text = f"{learner}: {layer} ({failure.kind}) {lack} ({failure.reason}){way_round}"
             raise UsageError(text) from error
+
+
+def describe_state(maml: MAML, distribution: TaskDistribution, config: Config) -> str:
+    """Return a line on the buffers that each task has a copy of; "" without such."""
+    state = sorted(maml.call.buffers.keys() - vector_names(maml.learner))
+    if not state:
+        return ""
+    x = tree_map(
+        lambda part: part[0], distribution.sample("train", config.training.seed, 1, range(1)).support_x
+    )
+    keys = torch.zeros(2, dtype=torch.int64, device=first_tensor(x).device)
+    line = f"Each task starts with the learner's {_listed(state)}, updates a copy in its steps, and drops it"
+    if followers := find_followers(maml.call, x, keys):
+        line += (
+            f"; {_listed(followers)} will stay behind the learned weights (a power iteration?): "
+            "torch.nn.utils.parametrizations.spectral_norm does not"
+        )
+    return line
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def choose_engine(

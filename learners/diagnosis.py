@@ -26,6 +26,7 @@ from common.task import Extras
 from learners.copies import copy_module
 from learners.elementary import Elementary
 from learners.functional import FunctionalLearner, call_with
+from learners.spectral_norm import vector_names
 
 Loss = Callable[[Weights, Any], Tensor]  # of the weights, and the inputs and extras of one task
 OverTasks = Callable[..., Callable[..., Any]]  # `vmap`, or a loop
@@ -77,6 +78,26 @@ def find_failure(
             reason = textwrap.shorten(text, 160, placeholder=" ...")
             return Finding(problem, layer_name, type(module.get_submodule(layer_name)).__name__, reason)
     return None
+
+
+@torch.no_grad()
+def find_followers(call: FunctionalLearner, x: Tree, keys: Tensor) -> list[str]:
+    """Return the buffers that a pass changes by the weights alone, as a power iteration does.
+
+    Those of converted spectral norms follow any weights, and are left out.
+    """
+
+    def after(weights: Weights, x: Tree) -> Weights:
+        changed: Weights = {}
+        call(weights, x, Extras(keys), changed=changed)
+        return changed
+
+    alike = tree_map(lambda t: t[:1].expand_as(t) * (0.5 if t.is_floating_point() else 1), x)
+    of_x, of_others = after(call.parameters, x), after(call.parameters, alike)
+    of_weights = after({n: w + 0.5 * w.roll(1, 0) if w.dim() else w for n, w in call.parameters.items()}, x)
+    names = call.buffers.keys() - vector_names(call.module)
+    equal = torch.equal
+    return sorted(n for n in names if equal(of_x[n], of_others[n]) and not equal(of_x[n], of_weights[n]))
 
 
 def _twice(keys: Tensor | None) -> Tensor | None:

@@ -191,6 +191,12 @@ def test_second_derivatives_agree_with_finite_differences(name):
     assert torch.autograd.gradgradcheck(loss, variables, fast_mode=True)
 
 
+def test_attention_refuses_a_mask_that_is_causal_too():
+    q, mask = normal(1, 2, 3, 4), torch.ones(3, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="not both"), Elementary():
+        F.scaled_dot_product_attention(q, q, q, attn_mask=mask, is_causal=True)
+
+
 def test_an_encoder_in_evaluation_takes_no_shortcut():
     module = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 2).double().eval()
     inputs, padding = normal(TASKS, 2, 4, 8), PADDING.expand(TASKS, -1, -1)

@@ -9,6 +9,7 @@ import torch
 from plain_loop import (
     ENGINES,
     EXAMPLES,
+    KEYS,
     TASKS,
     algorithm,
     assert_close,
@@ -19,11 +20,14 @@ from plain_loop import (
     plain_loop,
 )
 from torch import nn
+from torch.func import vmap
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from common.batch import TaskBatch
+from common.task import loop_over_tasks
 from learners.copies import UnfitError, copy_module
+from learners.diagnosis import find_failure, find_followers, naming_layer
 from learners.functional import FunctionalLearner
 from learners.modules import convert_type, materialise, unwrap
 
@@ -494,3 +498,67 @@ def test_lazy_layers_take_their_sizes_from_an_example_and_keep_their_modes():
     beside[0].unused = nn.LazyLinear(2)
     with pytest.raises(UnfitError, match=r"its layer 0.unused \(LazyLinear\) is lazy"):
         materialise(beside, torch.ones(5, 3))
+
+
+# ---- what is said ----------------------------------------------------------------------------
+
+
+class OwnSpectralNorm(nn.Linear):
+    """Take one power iteration in each training pass, as in code for GANs."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("u", torch.ones(sizes[1]))
+
+    def forward(self, x):
+        with torch.no_grad():
+            v = F.normalize(self.weight.mT @ self.u, dim=0)
+            if self.training:
+                self.u = F.normalize(self.weight @ v, dim=0)
+        return F.linear(x, self.weight / (self.u @ self.weight @ v), self.bias)
+
+
+@pytest.mark.parametrize(
+    ("kind", "followers"),
+    [
+        (OwnSpectralNorm, ["0.u"]),
+        (Counter, []),
+        (FrozenState, []),
+        (lambda *sizes: parametrizations.spectral_norm(nn.Linear(*sizes)), []),
+    ],
+)
+def test_buffers_that_follow_the_weights_alone_are_found(kind, followers):
+    module, x = nn.Sequential(kind(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(5, 3)
+    assert find_followers(FunctionalLearner(module, example=x), x, KEYS[0]) == followers
+
+
+class Masked(Net):
+    """Take inputs by name, and fail under `vmap` in a function of the network's own."""
+
+    def prepare(self):
+        self.mask = Mask()
+
+    def forward(self, *, x, padding):
+        return super().forward(x * self.mask(padding)[:, None])
+
+
+class Mask(nn.Module):
+    def forward(self, padding):
+        return 1.0 - padding if bool(padding.any()) else torch.ones_like(padding)
+
+
+def test_the_failing_layer_and_its_line_are_named_for_inputs_by_name():
+    call = FunctionalLearner(Masked())
+    inputs = {"x": torch.randn(5, 3), "padding": torch.zeros(5)}
+    finding = find_failure(call, inputs, KEYS[0], vmap)
+    assert (finding.problem, finding.layer, finding.kind) == ("vectorise", "mask", "Mask")
+    assert finding.reason.startswith("test_modules.py:")
+    assert find_failure(call, inputs, KEYS[0], loop_over_tasks) is None
+
+
+def test_an_error_on_the_inputs_of_a_task_names_the_layer():
+    module = Net()
+    with pytest.raises(ValueError, match=r"\(in its layer last, Linear\)"), naming_layer(module):
+        module.last(torch.ones(5, 7))
+    with pytest.raises(RuntimeError, match=r"^mine$"), naming_layer(Net()):
+        raise RuntimeError("mine")
