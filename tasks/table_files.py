@@ -60,7 +60,9 @@ class TableFile:
             with pa.input_stream(path) as stream:  # unpacks .gz
                 return cls(path, _parse(stream.read()))
         except (OSError, ValueError, pa.ArrowException) as error:
-            raise UsageError(f"{path} is not readable ({one_line(error)[:300]}): mend the file") from error
+            raise UsageError(
+                f"{path} is not readable ({one_line(error)[:300]}): mend it, or save it as UTF-8"
+            ) from error
 
     def fail(self, name: str, row: int, problem: str) -> UsageError:
         """Return an error about a cell; rows are counted from 1, without the header."""
@@ -98,7 +100,7 @@ class TableFile:
         import pyarrow as pa
         from pyarrow import compute
 
-        column, classes = self.data.column(name), _class_labels(self.data.schema, name)
+        column, classes = self.data.column(name), class_labels(self.data.schema, name)
         if pa.types.is_floating(column.type):
             column = compute.if_else(compute.is_nan(column), None, column)
         texts = compute.utf8_trim_whitespace(self._cast(name, column, "string"))
@@ -113,8 +115,8 @@ class TableFile:
         import pyarrow as pa
         from pyarrow import compute
 
-        width = 1
-        while pa.types.is_nested(column.type) and not pa.types.is_struct(column.type):
+        width, kinds = 1, (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+        while any(is_kind(column.type) for is_kind in kinds):
             sizes = compute.fill_null(compute.list_value_length(column), 0).to_numpy()
             if (bad := (sizes != sizes.max()) | (sizes == 0)).any():
                 row = int(bad.argmax()) // width + 1
@@ -196,7 +198,7 @@ def _parse(content: bytes) -> Any:
     return pa.table(texts, [name.strip() for name in data.column_names])
 
 
-def _class_labels(schema: Any, name: str) -> dict[str, str]:
+def class_labels(schema: Any, name: str) -> dict[str, str]:
     """Return the names of a Hugging Face `ClassLabel` column by number, as text; empty for other columns."""
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]

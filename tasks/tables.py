@@ -105,7 +105,7 @@ def load_table(
     if not kept.any():
         raise UsageError(f"{path}: column {', '.join(columns.targets)}: no row has a target: fill it")
     left_out = {"rows without a target": int((~kept).sum())}
-    if min_examples:
+    if min_examples and not prediction:
         left_out |= _leave_out_small(task, y if classification else None, kept, min_examples, min_classes)
     if not kept.any():
         raise UsageError(f"{path}: --min-examples {min_examples} leaves no rows: lower it")

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from random import Random
 
 import numpy as np
 import pyarrow as pa
@@ -64,6 +65,39 @@ def test_rows_without_a_target_are_left_out_and_cells_are_counted_as_in_the_file
     path.write_text("task,x,y\na,1,NA\na,,2\n")
     with pytest.raises(UsageError, match="column 'x', data row 2 is empty"):
         table_of(path)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_files_of_a_hundred_kinds_are_read_or_refused_in_a_line(tmp_path, seed):
+    """Cells that people have by mistake, in any column, never end in another error."""
+    random = Random(seed)
+    cells = ["NA", "", "1,5", "1,234", "inf", "abc", "1e400", "?", "é", "5%", "2024-01-01", "True", '"a"']
+    for _ in range(35):
+        mark = random.choice(",;\t| ")
+        names = random.sample(["task", "y", "x", "x2", "split", "a b"], random.randint(2, 5))
+        usual = {"task": "abc", "y": "012", "split": ["train", "val", "test"]}
+        rows = [
+            mark.join(
+                random.choice(cells)
+                if random.random() < 0.05
+                else random.choice(usual.get(name, ["0.5", "-1"]))
+                for name in names
+            )
+            for _ in range(random.randint(0, 12))
+        ]
+        text = "\n".join([mark.join(names), *rows]) + random.choice(["", "\n", "\n\n"])
+        coding = random.choice(["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+        (tmp_path / "a.csv").write_bytes(text.encode(coding))
+        ways = random.choice([None, 2])
+        try:
+            table = table_of(tmp_path / "a.csv", classification=bool(ways), shares=SHARES)
+            scales = table.measure_scales(targets=True)
+            tasks = TableTasks(table=table, ways=ways, shots=1, queries=1, scales=scales)
+            for split in SPLITS:
+                batch = tasks.sample(split, 0, 0, range(3))
+                assert all(part.isfinite().all() for part in batch)
+        except UsageError as error:
+            assert "\n" not in str(error)
 
 
 def test_lists_are_columns_and_class_labels_have_their_names(tmp_path):
