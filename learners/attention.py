@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from learners.draws import Draws, Replacements
+from learners.draws import Draws
+from learners.spellings import Replacements, spelled_out, spellings
 
 
 def _attend(
@@ -121,9 +122,14 @@ def _join_masks(
     return sum(masks[1:], masks[0]) if masks else None
 
 
-REPLACEMENTS: Replacements = {
-    F.scaled_dot_product_attention: _scaled_dot_product_attention,
+REPLACEMENTS: Replacements = spelled_out({"scaled_dot_product_attention": _scaled_dot_product_attention}) | {
     F.multi_head_attention_forward: _multi_head_attention_forward,
     # False: a `TransformerEncoder` in evaluation mode then keeps its padding in a plain tensor
     torch._nested_tensor_from_mask_left_aligned: lambda draws, x, mask: False,
 }
+KERNELS = spellings(
+    *(f"_scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient", "cudnn", "fused")),
+    *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_fused_attention_overrideable"),
+    *("_flash_attention_forward", "_efficient_attention_forward", "_native_multi_head_attention"),
+    "_transformer_encoder_layer_fwd",
+)

@@ -8,7 +8,7 @@ repeated, and draws the same eager, compiled, or under `vmap`. A `generator` is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,9 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.random import Stream
-
-# PyTorch's function -> the one that runs instead, which takes a `Draws` and then the same arguments.
-Replacements = dict[Any, Callable[..., Any]]
+from learners.spellings import Replacements, spelled_out, spellings
 
 
 class Draws:
@@ -85,24 +83,45 @@ def _drop(
     return draws.drop(input, p, training, (*input.shape[:drawn], *(1,) * (axes - drawn)))
 
 
-REPLACEMENTS: Replacements = {
-    torch.rand: partial(_make, Draws.uniform, torch.empty),
-    torch.randn: partial(_make, Draws.normal, torch.empty),
-    torch.rand_like: partial(_make, Draws.uniform, torch.empty_like),
-    torch.randn_like: partial(_make, Draws.normal, torch.empty_like),
-    torch.bernoulli: _bernoulli,
-    Tensor.bernoulli: _bernoulli,
-    Tensor.bernoulli_: _bernoulli_,
+def _native_dropout(
+    draws: Draws, input: Tensor, p: float, train: bool | None = True
+) -> tuple[Tensor, Tensor]:
+    ones = torch.ones_like(input)
+    mask = draws.drop(ones, p, train is not False, input.shape)
+    return input * mask, mask != 0
+
+
+REPLACEMENTS: Replacements = spelled_out(
+    {
+        "rand": partial(_make, Draws.uniform, torch.empty),
+        "randn": partial(_make, Draws.normal, torch.empty),
+        "rand_like": partial(_make, Draws.uniform, torch.empty_like),
+        "randn_like": partial(_make, Draws.normal, torch.empty_like),
+        "bernoulli": _bernoulli,
+        "bernoulli_": _bernoulli_,
+        "dropout": lambda draws, input, p, train: draws.drop(input, p, train, input.shape),
+        "feature_dropout": lambda draws, input, p, train: _drop(1, draws, input, p, train),
+        "dropout_": lambda draws, input, p, train: input.copy_(draws.drop(input, p, train, input.shape)),
+        "feature_dropout_": lambda draws, input, p, train: input.copy_(_drop(1, draws, input, p, train)),
+        "native_dropout": _native_dropout,
+    }
+) | {
     F.dropout: partial(_drop, 0),
     F.dropout1d: partial(_drop, 2),
     F.dropout2d: partial(_drop, 1),  # PyTorch takes three axes for a batch here
     F.dropout3d: partial(_drop, 4),
 }
+_REFUSED_NAMES = (
+    *("multinomial", "normal", "poisson", "binomial", "randint", "randint_like", "randperm"),
+    *("random_", "random", "uniform_", "uniform", "normal_", "normal_functional", "exponential_"),
+    *("exponential", "cauchy_", "cauchy"),
+    *("geometric_", "geometric", "log_normal_", "log_normal", "_standard_gamma", "_sample_dirichlet"),
+    *("rrelu", "rrelu_", "rrelu_with_noise", "rrelu_with_noise_", "alpha_dropout", "alpha_dropout_"),
+    *("feature_alpha_dropout", "feature_alpha_dropout_", "fractional_max_pool2d", "fractional_max_pool3d"),
+)
 REFUSED = (
-    *(torch.multinomial, torch.normal, torch.poisson, torch.binomial, torch.randint, torch.randint_like),
-    *(torch.randperm, torch.dropout, torch.feature_dropout, Tensor.multinomial, Tensor.random_),
-    *(Tensor.uniform_, Tensor.normal_, Tensor.exponential_, Tensor.cauchy_, Tensor.geometric_),
-    *(Tensor.log_normal_, F.rrelu, F.alpha_dropout, F.feature_alpha_dropout, F.gumbel_softmax),
+    *spellings(*_REFUSED_NAMES),
+    *(F.rrelu, F.alpha_dropout, F.feature_alpha_dropout, F.gumbel_softmax),
     *(F.fractional_max_pool2d, F.fractional_max_pool2d_with_indices),
     *(F.fractional_max_pool3d, F.fractional_max_pool3d_with_indices),
 )

@@ -10,7 +10,10 @@ file for each family of layers. All other functions run as they are, and the mod
 
 from __future__ import annotations
 
+import math
+import sys
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +22,9 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from learners import attention, draws, normalisation, recurrent
-from learners.draws import Draws, Replacements
+from learners import attention, draws, linear_algebra, normalisation, recurrent
+from learners.draws import Draws
+from learners.spellings import Replacements, spelled_out, spellings
 
 
 def _embedding(
@@ -36,40 +40,106 @@ def _embedding(
     return torch.where(padding, rows.detach(), rows)
 
 
+def _aten_embedding(
+    draws: Draws,
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    padding = None if padding_idx < 0 else padding_idx
+    return _embedding(draws, indices, weight, padding, scale_grad_by_freq=scale_grad_by_freq)
+
+
 def _one_hot(draws: Draws, tensor: Tensor, num_classes: int = -1) -> Tensor:
     if num_classes < 0:
         raise ValueError("one_hot: give num_classes, which would depend on each task's values")
     return (tensor.unsqueeze(-1) == torch.arange(num_classes, device=tensor.device)).long()
 
 
-def _weight_norm(draws: Draws, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """Compute `nn.utils.weight_norm`; the norm is over all axes but `dim`, or over all if that is -1."""
-    axes = [axis for axis in range(v.dim()) if dim == -1 or axis != dim % v.dim()]
-    return v * (g / v.square().sum(axes, keepdim=dim != -1).sqrt())
+def _glu(draws: Draws, input: Tensor, dim: int = -1) -> Tensor:
+    values, gates = input.chunk(2, dim)
+    return values * gates.sigmoid()
 
 
+def _select_scatter(draws: Draws, input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
+    start = index % input.shape[dim]  # under `vmap`, PyTorch's second derivative is wrong
+    return input.slice_scatter(src.unsqueeze(dim), dim, start, start + 1)
+
+
+def _gaussian_nll_loss(
+    draws: Draws,
+    input: Tensor,
+    target: Tensor,
+    var: Tensor | float,
+    full: bool = False,
+    eps: float = 1e-6,
+    reduction: str = "mean",
+) -> Tensor:
+    """Compute `F.gaussian_nll_loss` without its look at the values; gradients ignore the bound, as there."""
+    var = torch.full_like(input, var) if isinstance(var, float) else var
+    var = var.unsqueeze(-1) if var.dim() < input.dim() else var
+    var = var + (var.clamp(min=eps) - var).detach()
+    losses = 0.5 * (var.log() + (input - target) ** 2 / var) + full * 0.5 * math.log(2 * math.pi)
+    return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
+
+
+def _refuse_autograd(function: Any, draws: Draws, *arguments: Any, **options: Any) -> Any:
+    """Raise ValueError unless `torch.func`, which calls these functions itself, does so now."""
+    frame, between = sys._getframe(1), (__name__, "torch.overrides", "torch.autograd", "torch._tensor")
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(between):
+        frame = frame.f_back
+    is_off = arguments[-1] is False or options.get("requires_grad") is False
+    if is_off or frame.f_globals.get("__name__", "").startswith("torch._functorch"):
+        return function(*arguments, **options)
+    raise ValueError(
+        "torch.autograd (grad, backward, requires_grad) does not work in a forward pass, which torch.func "
+        "differentiates: use torch.func.grad, jacrev, jacfwd or hessian, and torch.func.vmap over examples"
+    )
+
+
+_AUTOGRAD = (
+    *(torch.autograd.grad, Tensor.backward, Tensor.requires_grad_),
+    Tensor.requires_grad.__set__,  # type: ignore[attr-defined]  # a descriptor
+)
 _OTHERS: Replacements = {
     F.embedding: _embedding,
-    F.one_hot: _one_hot,
-    torch._weight_norm: _weight_norm,
+    F.glu: _glu,
+    F.gaussian_nll_loss: _gaussian_nll_loss,
     F.hardsigmoid: lambda draws, x, inplace=False: F.relu6(x + 3.0) / 6.0,
     Tensor.data.__get__: lambda draws, x: x.detach(),  # type: ignore[attr-defined]  # a descriptor
+    **spelled_out(
+        {
+            "embedding": _aten_embedding,
+            "one_hot": _one_hot,
+            "glu": _glu,
+            "hardsigmoid": lambda draws, input: F.relu6(input + 3.0) / 6.0,
+            "select_scatter": _select_scatter,
+        }
+    ),
+    **{function: partial(_refuse_autograd, function) for function in _AUTOGRAD},
 }
-_REPLACEMENTS = _OTHERS | draws.REPLACEMENTS | normalisation.REPLACEMENTS
+_REPLACEMENTS = _OTHERS | draws.REPLACEMENTS | normalisation.REPLACEMENTS | linear_algebra.REPLACEMENTS
 _REPLACEMENTS |= attention.REPLACEMENTS | recurrent.REPLACEMENTS
-_REFUSED = dict.fromkeys(
-    draws.REFUSED,
-    "draws random numbers in a way that cannot be repeated for each task: draw with torch.rand, torch.randn, "
-    "bernoulli or nn.functional.dropout",
-) | {
-    F.embedding_bag: "has no second derivative: average rows of nn.Embedding",
-    torch.linalg.householder_product: 'has wrong derivatives: use orthogonal_map="matrix_exp"',
-}
-_ALLOCATIONS = {
-    *(torch.empty, torch.zeros, torch.ones, torch.full),
-    *(torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like),
-    *(Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full),
-}
+_REFUSED = (
+    dict.fromkeys(
+        draws.REFUSED,
+        "draws random numbers in a way that cannot be repeated for each task: draw with torch.rand, "
+        "torch.randn, bernoulli or nn.functional.dropout",
+    )
+    | dict.fromkeys(
+        (F.embedding_bag, *spellings("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")),
+        "has no second derivative: average rows of nn.Embedding",
+    )
+    | dict.fromkeys(attention.KERNELS, "has no second derivative: call F.scaled_dot_product_attention")
+    | dict.fromkeys(normalisation.KERNELS, "has no right second derivative: call nn.functional's instead")
+    | dict.fromkeys(spellings("embedding_renorm_"), "overwrites an embedding's weights in a forward pass")
+)
+_ALLOCATIONS = frozenset(
+    spellings(*(f"{kind}{like}" for kind in ("empty", "zeros", "ones", "full") for like in ("", "_like")))
+    + spellings(*(f"new_{kind}" for kind in ("empty", "zeros", "ones", "full")))
+)
 
 
 class Elementary(TorchFunctionMode):
@@ -93,11 +163,11 @@ class Elementary(TorchFunctionMode):
         if replacement is not None:
             return replacement(self.draws, *args, **kwargs or {})
         if func in _REFUSED:
-            raise ValueError(f"{func.__name__} {_REFUSED[func]}")
+            raise ValueError(f"{getattr(func, '__name__', func)} {_REFUSED[func]}")
         result = func(*args, **kwargs) if kwargs else func(*args)
         if func not in _ALLOCATIONS or self.like is None or result.requires_grad:
             return result
-        return self.like.new_empty(result.shape, dtype=result.dtype, device=result.device).copy_(result)
+        return result + self.like.new_zeros((), dtype=result.dtype, device=result.device)
 
 
 _NOTHING_TO_REPLACE = (nn.Sequential, nn.Linear, nn.Conv2d, nn.ReLU, nn.Tanh, nn.Flatten, nn.MaxPool2d)

@@ -18,6 +18,7 @@ from common.batch import Tree, first_tensor
 from common.errors import UsageError
 from common.names import is_own_code, parse_name
 from common.own_code import load_code, parse_arguments
+from learners.elementary import Elementary
 
 
 def mse(outputs: Tree, targets: Tree) -> Tensor:
@@ -85,7 +86,8 @@ def build_loss(name: str, arguments: tuple[str, ...] = ()) -> Callable[[Any, Any
 
 
 def _one_number(loss: Callable[[Any, Any], Tensor], name: str, outputs: Any, targets: Any) -> Tensor:
-    value = loss(outputs, targets)
+    with Elementary(like=first_tensor(outputs)):  # a layer norm or a determinant may be in a loss, too
+        value = loss(outputs, targets)
     if not isinstance(value, Tensor) or value.dim():
         shape = getattr(value, "shape", type(value).__name__)
         raise UsageError(f"--loss {name} gives {shape}: it should give one number, a tensor")

@@ -2,7 +2,8 @@
 
 PyTorch's own are silently wrong when they are differentiated again (2.11 to 2.15 at least): the forward-mode
 derivatives of layer norm and batch norm, and the backward pass of layer norm under `vmap`, treat the
-statistics as constants.
+statistics as constants. The backward pass of weight norm is wrong, too. ATen's functions, which
+`torch.batch_norm` and others call directly, take the weights before the running statistics.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from learners.draws import Draws, Replacements
+from learners.draws import Draws
+from learners.spellings import Replacements, spelled_out, spellings
 
 
 def _normalise(x: Tensor, axes: Sequence[int], eps: float) -> Tensor:
@@ -87,15 +89,127 @@ def _instance_norm(
     return _scale_and_shift(_normalise(input, range(2, input.dim()), eps), weight, bias)
 
 
+def _rms_norm(
+    draws: Draws,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    wide = input.to(torch.promote_types(input.dtype, torch.float32))
+    eps = torch.finfo(wide.dtype).eps if eps is None else eps
+    mean_square = wide.square().mean(tuple(range(-len(normalized_shape), 0)), keepdim=True)
+    return _scale_and_shift((wide * torch.rsqrt(mean_square + eps)).to(input.dtype), weight, None)
+
+
+def _weight_norm(draws: Draws, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    axes = [axis for axis in range(v.dim()) if dim == -1 or axis != dim % v.dim()]  # -1: of the whole
+    return v * (g / v.square().sum(axes, keepdim=True).sqrt())
+
+
 def _normalize(draws: Draws, *arguments: Any, out: Tensor | None = None, **options: Any) -> Tensor:
     """Compute `F.normalize`; `vmap` has no rule for `out`, which spectral norm gives."""
     unit = F.normalize(*arguments, **options)
     return unit if out is None else out.copy_(unit)
 
 
-REPLACEMENTS: Replacements = {
+# ---- ATen's functions, some of which return the statistics, too, as constants --------------------
+
+
+def _aten_layer_norm(draws: Draws, *arguments: Any, cudnn_enable: bool = True, **options: Any) -> Tensor:
+    return _layer_norm(draws, *arguments[:5], **options)
+
+
+def _native_layer_norm(
+    draws: Draws,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    axes = range(-len(normalized_shape), 0)
+    variance, mean = torch.var_mean(input.detach(), list(axes), correction=0, keepdim=True)
+    return _layer_norm(draws, input, normalized_shape, weight, bias, eps), mean, torch.rsqrt(variance + eps)
+
+
+def _aten_batch_norm(
+    draws: Draws,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    return _batch_norm(draws, input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _native_batch_norm(draws: Draws, input: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+    if len(arguments) > 2 and isinstance(arguments[2], bool):  # the overload without running statistics
+        arguments = (*arguments[:2], None, None, *arguments[2:])
+    elif "training" in options and len(arguments) < 3:
+        options = {"running_mean": None, "running_var": None} | options
+    names = ("weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
+    options |= dict(zip(names, arguments, strict=False))
+    output = _aten_batch_norm(draws, input, **options)
+    if not options["training"]:
+        return output, input.new_empty(0), input.new_empty(0)
+    all_but_channels = [0, *range(2, input.dim())]
+    variance, mean = torch.var_mean(input.detach(), all_but_channels, correction=0)
+    return output, mean, torch.rsqrt(variance + options["eps"])
+
+
+def _native_batch_norm_no_training(
+    draws: Draws, *arguments: Any, momentum: float = 0.1, eps: float = 1e-5, **options: Any
+) -> tuple[Tensor, ...]:
+    momentum, eps = (*arguments[5:], momentum, eps)[:2] if len(arguments) > 6 else (momentum, eps)
+    options |= {"training": False, "momentum": momentum, "eps": eps}
+    return _native_batch_norm(draws, *arguments[:5], **options)
+
+
+def _aten_instance_norm(
+    draws: Draws,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    return _instance_norm(
+        draws, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+    )
+
+
+REPLACEMENTS: Replacements = spelled_out(
+    {
+        "layer_norm": _aten_layer_norm,
+        "native_layer_norm": _native_layer_norm,
+        "batch_norm": _aten_batch_norm,
+        "native_batch_norm": _native_batch_norm,
+        "_native_batch_norm_legit": _native_batch_norm,
+        "_native_batch_norm_legit_no_training": _native_batch_norm_no_training,
+        "instance_norm": _aten_instance_norm,
+        "rms_norm": _rms_norm,
+        "_weight_norm": _weight_norm,
+    }
+) | {
     F.layer_norm: _layer_norm,
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
+    F.rms_norm: _rms_norm,
     F.normalize: _normalize,
 }
+KERNELS = spellings(
+    *("_batch_norm_impl_index", "_native_batch_norm_legit_functional", "_batch_norm_with_update"),
+    *("_batch_norm_with_update_functional", "_batch_norm_no_update", "cudnn_batch_norm", "miopen_batch_norm"),
+    *("batch_norm_stats", "batch_norm_elemt", "batch_norm_gather_stats"),
+    *("batch_norm_gather_stats_with_counts", "_weight_norm_interface", "_fused_rms_norm"),
+)

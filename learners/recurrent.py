@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from learners.draws import Draws, Replacements
+from learners.draws import Draws
+from learners.spellings import Replacements, spelled_out
 
 State = tuple[Tensor, ...]
 Cell = Callable[[Tensor, Tensor, State], State]
@@ -38,9 +39,15 @@ def _plain_cell(activation: Any, from_input: Tensor, from_state: Tensor, state: 
 
 
 def _run_cell(
-    cell: Cell, draws: Draws, input: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, *biases: Tensor | None
+    cell: Cell,
+    draws: Draws,
+    input: Tensor,
+    hx: Any,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
 ) -> Tensor | State:
-    b_ih, b_hh = biases or (None, None)
     state = (hx,) if isinstance(hx, Tensor) else tuple(hx)
     state = cell(F.linear(input, w_ih, b_ih), F.linear(state[0], w_hh, b_hh), state)
     return state[0] if isinstance(hx, Tensor) else state
@@ -61,22 +68,31 @@ def _scan(cell: Cell, x: Tensor, state: State, weights: Sequence[Tensor], bias: 
 
 
 def _run_layers(
-    cell: Cell, draws: Draws, x: Tensor, states: Any, weights: Any, *options: Any
+    cell: Cell,
+    draws: Draws,
+    input: Tensor,
+    hx: Any,
+    params: Any,
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool = False,
 ) -> tuple[Tensor, ...]:
     """Run `torch.lstm` and the like; return outputs, last states `[layers * directions, batch, hidden]`."""
-    if not isinstance(options[0], bool):  # another overload: batch sizes follow the data
+    if not isinstance(has_biases, bool):  # another overload: batch sizes follow the data
         raise ValueError("a recurrent layer cannot take a PackedSequence: give it a padded batch and a mask")
-    has_biases, num_layers, dropout, train, bidirectional, batch_first = options
-    states = [states] if isinstance(states, Tensor) else states
+    states = [hx] if isinstance(hx, Tensor) else hx
     directions = 2 if bidirectional else 1
-    per_direction = len(weights) // (num_layers * directions)
-    x = x.transpose(0, 1) if batch_first else x
+    per_direction = len(params) // (num_layers * directions)
+    x = input.transpose(0, 1) if batch_first else input
     last_states = []
     for layer in range(num_layers):
         outputs = []
         for direction in range(directions):
             row = layer * directions + direction
-            row_weights = weights[row * per_direction : (row + 1) * per_direction]
+            row_weights = params[row * per_direction : (row + 1) * per_direction]
             in_order = x.flip(0) if direction else x
             output, state = _scan(cell, in_order, tuple(s[row] for s in states), row_weights, has_biases)
             outputs.append(output.flip(0) if direction else output)
@@ -88,15 +104,18 @@ def _run_layers(
     return x, *(torch.stack(parts) for parts in zip(*last_states, strict=True))
 
 
-REPLACEMENTS: Replacements = {
-    torch.lstm: partial(_run_layers, _lstm_cell),
-    torch.gru: partial(_run_layers, _gru_cell),
-    torch.rnn_tanh: partial(_run_layers, partial(_plain_cell, torch.tanh)),
-    torch.rnn_relu: partial(_run_layers, partial(_plain_cell, torch.relu)),
-    torch.lstm_cell: partial(_run_cell, _lstm_cell),
-    torch.gru_cell: partial(_run_cell, _gru_cell),
-    torch.rnn_tanh_cell: partial(_run_cell, partial(_plain_cell, torch.tanh)),
-    torch.rnn_relu_cell: partial(_run_cell, partial(_plain_cell, torch.relu)),
+REPLACEMENTS: Replacements = spelled_out(
+    {
+        "lstm": partial(_run_layers, _lstm_cell),
+        "gru": partial(_run_layers, _gru_cell),
+        "rnn_tanh": partial(_run_layers, partial(_plain_cell, torch.tanh)),
+        "rnn_relu": partial(_run_layers, partial(_plain_cell, torch.relu)),
+        "lstm_cell": partial(_run_cell, _lstm_cell),
+        "gru_cell": partial(_run_cell, _gru_cell),
+        "rnn_tanh_cell": partial(_run_cell, partial(_plain_cell, torch.tanh)),
+        "rnn_relu_cell": partial(_run_cell, partial(_plain_cell, torch.relu)),
+    }
+) | {
     # weights under `vmap` have no address; at one address, cuDNN does not lay them out in a buffer of its own
     Tensor.data_ptr: lambda draws, tensor: 0,
 }
