@@ -43,6 +43,7 @@ def build_distribution(
     dtype: torch.dtype = torch.float32,
     for_test: bool = False,
     scale_targets: bool = True,
+    ignored: int | None = None,
 ) -> TaskDistribution:
     """Return the distribution `options.dataset`; UsageError if its data is bad, or too little for a task.
 
@@ -50,10 +51,11 @@ def build_distribution(
         data_root: the folder of named image sets; a missing one is fetched into it.
         for_test: use all of the data for test if it has no split of its own.
         scale_targets: the loss allows a table's targets to be standardised.
+        ignored: a label of the user's own tasks that is no class, and that the loss leaves out.
     """
     kind, source, _ = parse_name(options.dataset)
     if kind == "code":
-        own = Custom(options=options, shots=options.shots, device=device, dtype=dtype)
+        own = Custom(options=options, shots=options.shots, ignored=ignored, device=device, dtype=dtype)
         own.check("test" if for_test else "train")
         return own
     sizes: dict[str, Any] = dict(shots=options.shots, queries=options.queries, device=device, dtype=dtype)
@@ -236,6 +238,7 @@ class Custom(TaskDistribution):
 
     options: TaskOptions
     shots: int
+    ignored: int | None = None
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
 
@@ -318,8 +321,10 @@ class Custom(TaskDistribution):
                 return f"gives x and y of different numbers of tasks or examples: {sizes}"
             if not self.ways and main.dim() < 3:
                 return "gives targets without an axis of their own: they should be [tasks, examples, numbers]"
-            if self.ways and (main.is_floating_point() or main.min() < 0 or main.max() >= self.ways):
-                return f"gives labels that are not int64 from 0 to {self.ways - 1}"
+            known = (main >= 0) & (main < (self.ways or 0)) | (main == self.ignored)
+            if self.ways and (main.is_floating_point() or not known.all()):
+                others = "" if self.ignored is None else f", or {self.ignored} (the loss's ignore_index)"
+                return f"gives labels that are not int64 from 0 to {self.ways - 1}{others}"
         return None
 
 

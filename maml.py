@@ -34,6 +34,7 @@ from learners.copies import copy_module
 from learners.functional import FunctionalLearner
 from learners.heads import adapted_names, context_names, head_names, headless, prototype_head
 from learners.modules import convert_type
+from learners.reading import Reading
 
 Loss = Callable[[Any, Any], Tensor]  # (outputs, targets) of one task -> mean over its examples
 
@@ -97,7 +98,7 @@ class MAML:
         choices: the algorithm; each field is described by its flag's help text.
         convolution, compute_dtype, example: see `FunctionalLearner`.
         tasks_at_once: take tasks in chunks of that size, which bounds memory; None: all at once.
-        vectorise: run tasks at once by `vmap`; else one after another, for learners that cannot be.
+        vectorise: run tasks at once by `vmap`; else one after another. `reading`: what outputs mean.
 
     Raises ValueError if a choice or the head is unknown, or if choices contradict each other.
     """
@@ -113,9 +114,10 @@ class MAML:
         example: Tree | None = None,
         tasks_at_once: int | None = None,
         vectorise: bool = True,
+        reading: Reading | None = None,
     ) -> None:
         self._arguments = {name: value for name, value in locals().items() if name != "self"}
-        self.choices, self.loss, self.steps = choices, loss, choices.steps
+        self.choices, self.loss, self.steps, self.reading = choices, loss, choices.steps, reading
         self.call = FunctionalLearner(
             learner, convolution=convolution, compute_dtype=compute_dtype, example=example
         )

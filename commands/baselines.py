@@ -46,7 +46,7 @@ EPISODES_AT_ONCE = 3000
 # Settings that a baseline shares with the run, beside those of data, learner and logging
 SHARED = (
     *("meta_batch_size", "iterations", "seed", "precision", "compile", "vectorise", "tasks_at_once"),
-    *("eval_tasks", "eval_steps"),
+    *("eval_tasks", "eval_steps", "metric", "metric_mode"),
 )
 
 

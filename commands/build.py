@@ -22,9 +22,17 @@ from torch import Tensor, nn
 from commands.call import Call
 from commands.config import CONFIG_FLAGS, Config
 from commands.names import describe, select_meaningful
-from commands.probe import check_outputs, choose_engine, describe_state, probe_learner
+from commands.outputs import (
+    count_outputs,
+    describe_reading,
+    ignored_by,
+    metric_of,
+    try_outputs,
+    with_metric,
+)
+from commands.probe import choose_engine, describe_state, probe_learner
 from commands.resolve import resolve
-from common.batch import TaskDistribution, Tree, first_tensor, tree_map
+from common.batch import TaskDistribution, Tree, tree_map
 from common.device import Runtime, find_device, set_up
 from common.errors import UsageError
 from common.files import is_writable
@@ -37,6 +45,7 @@ from learners.copies import UnfitError
 from learners.functional import fixed_tensors
 from learners.losses import LOSSES, build_loss, loss_name
 from learners.modules import convert_type
+from learners.reading import Reading, reading_of
 from maml import MAML, RATE, SQUARE
 from training.checkpoint import Checkpoint, check_same_split, fitting_parameters
 from training.compiler import Compiler, cpp_compiler, cpp_compiler_name
@@ -106,13 +115,20 @@ def build(
     """
     load_factory(config.learner.learner)  # before any work with the data
     build_loss(config.learner.loss, config.learner.loss_args)
+    metric_of(config)
     distribution = build_tasks(config, call, runtime)
     if scales is not None:
         distribution = distribution.with_scales(scales)
     batch = distribution.sample("test" if call.eval_dataset else "train", 0, 0, range(1))
-    example = tree_map(lambda part: part[0], batch.support_x)
-    outputs = config.tasks.ways if config.tasks.classification else first_tensor(batch.support_y).shape[-1]
-    return distribution, build_algorithm(config, runtime, outputs or 1, example, saved=saved)[1]
+    x, y = (tree_map(lambda part: part[0], tree) for tree in batch[:2])
+    outputs = count_outputs(config, y)
+    _, maml = build_algorithm(
+        config, runtime, outputs, x, saved=saved, targets=y, scale=distribution.scales.get("target")
+    )
+    words = describe_reading(maml.reading, y, config) if maml.reading else None
+    if words and runtime.world.first:
+        print_once(f"main.py: the learner's outputs: {words}")
+    return distribution, maml
 
 
 def build_tasks(config: Config, call: Call, runtime: Runtime) -> TaskDistribution:
@@ -124,6 +140,7 @@ def build_tasks(config: Config, call: Call, runtime: Runtime) -> TaskDistributio
         dtype=runtime.dtype,
         for_test=call.eval_dataset is not None,
         scale_targets=config.learner.loss in ("mse", "huber"),  # others may need them as they are
+        ignored=ignored_by(config),
     )
 
 
@@ -160,7 +177,14 @@ def build_module(
 
 
 def build_algorithm(
-    config: Config, runtime: Runtime, outputs: int, example: Tree, *, saved: Checkpoint | None = None
+    config: Config,
+    runtime: Runtime,
+    outputs: int,
+    example: Tree,
+    *,
+    saved: Checkpoint | None = None,
+    targets: Tree | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[nn.Module, MAML]:
     """Return the learner, with its initial weights, and the algorithm; UsageError where the data do not fit.
 
@@ -169,6 +193,8 @@ def build_algorithm(
         example: inputs of one task, `[examples, ...]`.
         saved: the checkpoint whose weights will be put in: pretrained ones are not fetched, and the parts of
             the learner that are not learned are the checkpoint's.
+        targets: of the same task, `[examples, ...]`, by which outputs are read.
+        scale: `[2, columns]`, mean and deviation by which they were standardised.
     """
     name, choices = config.learner.learner, config.choices
     learner = build_module(
@@ -177,7 +203,7 @@ def build_algorithm(
     if saved and saved.fixed:
         fixed = fitting_parameters("the checkpoint", saved.fixed, fixed_tensors(learner), name)
         learner.load_state_dict(fixed, strict=False)
-    check_outputs(learner, example, outputs, config)
+    reading = with_metric(try_outputs(learner, example, targets, outputs, config), config, scale)
     try:
         return learner, MAML(
             learner,
@@ -188,6 +214,7 @@ def build_algorithm(
             example=None if name in LEARNERS else example,
             tasks_at_once=config.training.tasks_at_once,
             vectorise=config.training.vectorise,
+            reading=reading,
         )
     except UnfitError as error:
         raise UsageError(f"--learner {name}: {error}") from error
@@ -249,13 +276,13 @@ def assemble(
     distribution, maml = build(config, call, runtime, saved=source, scales=scales)
     if start.file is not None and start.resumed is not None:
         check_same_split(start.file, start.resumed.splits, distribution.split_names)
-    distribution.sample("validation", 0, 0, range(1))  # a split without tasks is refused before training
-    parameters = _starting_weights(start, maml)
+    parameters, reading = _starting_weights(start, maml), reading_of(maml.reading, distribution.ways)
     users = config.learner.learner not in LEARNERS or config.learner.loss not in LOSSES
     if users:
         probe_learner(maml, parameters, distribution, config)
         if runtime.world.first and (line := describe_state(maml, distribution, config)):
             print_once(line)
+    _try_metric(reading, maml, parameters, distribution)
     if users if call.check_gradients is None else call.check_gradients:
         free = not start.resumed and given.get("engine", "auto") == "auto"
         alike = repr((config.tasks, config.learner, config.choices, config.training.engine))
@@ -278,13 +305,21 @@ def assemble(
             for name, flag in CONFIG_FLAGS.items()
             if flag.group not in ("machine", "logging")
         },
-        classification=config.tasks.classification,
-        measure_name="accuracy" if config.tasks.classification else measure_name(config, distribution),
+        reading=reading,
+        measure_name=measure_name(config, distribution) if reading.measure == "loss" else reading.measure,
         start=start.resumed,
         origin=f"{start.file}, iteration {source.iteration:,}" if source else None,
         writes=team.first,
     )
     return Assembly(start, runtime, distribution, maml, run, team)
+
+
+def _try_metric(reading: Reading, maml: MAML, parameters: Weights, distribution: TaskDistribution) -> None:
+    """Raise UsageError before training where there are no validation tasks, or the metric fails on one."""
+    batch = distribution.sample("validation", 0, 0, range(1))
+    if reading.metric:
+        outputs = maml.predictions(parameters, batch, 0)["transductive"]
+        reading.metric.per_step(outputs, batch.query_y, reading)
 
 
 def _fit_to_machine(start: Start, given: Mapping[str, Any], runtime: Runtime) -> Config:

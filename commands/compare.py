@@ -99,7 +99,7 @@ def _side_of(name: str, runs: Runs, curves: Mapping[Subject, dict[str, Any]]) ->
     saved, config = subject.trained, subject.config
     learned = {*select_learned(saved), "iterations"} - {"seed"}
     words = in_words(saved, [setting for setting in select_meaningful(saved) if setting in learned])
-    measure = "query_accuracy" if config.tasks.classification else "query_loss"
+    measure = f"query_{next(iter(runs.values())).result.measure}"
     parts = {seed: curves[run]["validation"] for seed, run in runs.items()}
     validation = {seed: (part.get("iteration", []), part.get(measure, [])) for seed, part in parts.items()}
     results = {seed: run.result for seed, run in runs.items()}

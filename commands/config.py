@@ -35,7 +35,7 @@ GROUPS = (
     "what to do", "tasks", "learner", "algorithm", "inner loop", "outer loop", "evaluation", "logging",
     "files", "machine",
 )  # fmt: skip
-OWN_CODE = ("learner", "dataset", "loss")  # settings that may name the user's code
+OWN_CODE = ("learner", "dataset", "loss", "metric")  # settings that may name the user's code
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,24 +7,19 @@ names the layer and what to do.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from textwrap import shorten
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from commands.config import Config
-from common.batch import TaskBatch, TaskDistribution, Tree, arguments_of, first_tensor, in_type, tree_map
+from commands.outputs import naming
+from common.batch import TaskBatch, TaskDistribution, first_tensor, in_type, tree_map
 from common.errors import UsageError, is_out_of_memory, one_line
 from common.optimizers import Weights
 from common.random import keys_of, task_stream
 from common.task import Extras
-from learners.batch_norm import convert_batch_norm
-from learners.copies import copy_module
-from learners.diagnosis import find_failure, find_followers, find_wrong_layer, naming_layer
-from learners.elementary import Elementary
-from learners.losses import LOSSES
+from learners.diagnosis import find_failure, find_followers, find_wrong_layer
 from learners.spectral_norm import vector_names
 from maml import MAML
 from training.gradient_check import check_meta_gradient
@@ -38,37 +33,6 @@ PROBLEMS = {
     "second derivative": ("has no second derivative", ": --first-order needs none"),
     "forward mode": ("has no derivative in forward mode", ": --engine unrolled needs none"),
 }
-
-
-@contextmanager
-def _naming(flags: str) -> Iterator[None]:
-    """Raise UsageError, which names the flags of the user's code, where that fails in the block."""
-    try:
-        yield
-    except Exception as error:  # it may fail in any way
-        if isinstance(error, UsageError) or is_out_of_memory(error):
-            raise
-        raise UsageError(f"{flags}: {shorten(str(error), 200)}") from error
-
-
-def check_outputs(learner: nn.Module, example: Tree, outputs: int, config: Config) -> None:
-    """Raise UsageError where the learner fails on a task's inputs, or its outputs have another shape."""
-    name = f"--learner {config.learner.learner}"
-    shapes = tree_map(lambda part: tuple(part.shape), example)
-    positional, named = arguments_of(example)
-    first = first_tensor(example)
-    keys = torch.zeros(2, dtype=torch.int64, device=first.device)
-    with _naming(name):
-        copied = convert_batch_norm(copy_module(learner))  # PyTorch's takes no single example
-    failing = _naming(f"{name} fails on the inputs of a task, {shapes}")
-    with failing, naming_layer(copied), torch.no_grad(), Elementary(keys, first):
-        output = first_tensor(copied(*positional, **named))
-    expected = (len(first), outputs)
-    if config.learner.loss in LOSSES and tuple(output.shape) != expected:
-        raise UsageError(
-            f"{name} gives outputs {tuple(output.shape)} for inputs {shapes}: they should be {expected}, "
-            "[examples, outputs]"
-        )
 
 
 def probe_learner(maml: MAML, parameters: Weights, distribution: TaskDistribution, config: Config) -> None:
@@ -85,11 +49,11 @@ def probe_learner(maml: MAML, parameters: Weights, distribution: TaskDistributio
         "second derivative": config.choices.meta_gradient == "exact" and "--first-order",
     }
     hint = " or ".join(flag for flag in flags.values() if flag)
-    with _naming(f"{learner} with {loss} cannot be meta-trained{f' ({hint} may help)' if hint else ''}"):
+    with naming(f"{learner} with {loss} cannot be meta-trained{f' ({hint} may help)' if hint else ''}"):
         with torch.no_grad():
             outputs = maml.call(weights, x, Extras(keys[0]).for_pass("support"))
         outputs = tree_map(lambda t: t.detach().requires_grad_(t.is_floating_point()), outputs)
-        with _naming(f"{loss} fails"):
+        with naming(f"{loss} fails"):
             if not maml.loss(outputs, y).requires_grad:
                 raise UsageError(f"{loss} does not depend on the learner's outputs")
         try:

@@ -45,6 +45,7 @@ ONLY: dict[str, tuple[tuple[str, Callable[[Config], object]], ...]] = {
     "conjugate gradients": (IMPLICIT, ("cg_steps", lambda c: c.choices.cg_steps > 0)),
     "engines": (("meta_gradient", lambda c: c.choices.meta_gradient in ("exact", "first-order")),),
     "multi-step": (("objective", lambda c: c.choices.objective == "multi-step"),),
+    "metric": (("metric", lambda c: c.evaluation.metric),),
     "momentum": (("inner_optimizer", lambda c: c.choices.inner_optimizer != "sgd"),),
     "schedule": (("meta_lr_schedule", lambda c: c.training.meta_lr_schedule != "constant"),),
     "norm that can adapt": (

@@ -164,7 +164,7 @@ def _summarise(run: Run) -> tables.Summary:
         "failure": run.failure,
         "measure": run.measure_name,
         "final_training_loss": loss and loss["mean"],
-        "best_validation": best if best is None or run.classification else -best,
+        "best_validation": best if best is None or run.reading.more_is_better else -best,
         "best_iteration": progress.best_iteration,
         "validation": (validation.get("iteration", []), validation.get(run.measure, [])),
     }

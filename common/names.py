@@ -24,9 +24,9 @@ def parse_name(name: str) -> Name:
     return Name("code", source, factory)
 
 
-def is_own_code(name: str) -> bool:
+def is_own_code(name: str | None) -> bool:
     """Return whether a name is that of the user's code."""
-    return parse_name(name).kind == "code"
+    return name is not None and parse_name(name).kind == "code"
 
 
 def check_code_name(name: str, others: str) -> str | None:

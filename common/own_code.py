@@ -13,7 +13,7 @@ import inspect
 import re
 import reprlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,5 +102,12 @@ def call_factory(
 
 def select_accepted(factory: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
     """Return those options for which the factory has a parameter of that name."""
-    parameters = inspect.signature(factory).parameters
-    return {name: value for name, value in options.items() if name in parameters}
+    return {name: value for name, value in options.items() if name in find_parameters(factory)}
+
+
+def find_parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """Return a function's parameters by name; none where Python cannot tell them."""
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some functions in C
+        return {}

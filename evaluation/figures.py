@@ -53,6 +53,8 @@ def draw_results(panel: Axes, results: Mapping[str, StepResults], caption: Capti
         label += f": mean of {runs}" * (runs > 1)
         if part.leaves_out:
             label += f"\n(without {max(part.diverged)} that diverged)"
+        if any(part.undefined):
+            label += f"\n(without {max(part.undefined)} for which it is undefined)"
         if len(part.kept_means) == 1:
             panel.axhline(part.kept_means.mean().item(), color=style.GREY, linestyle="--", label=label)
         else:
@@ -122,7 +124,7 @@ def comparison_figure(sides: Sequence[Side], caption: Caption) -> Figure:
             seeds = list(paired.by_seed.values())
             panel.plot(seeds, [number + 0.25] * len(seeds), "o", color=look["color"], markersize=2.5)
     panel.set_yticks(range(len(sides)), [side.name for side in sides])
-    better = "right" if sides[0].results.accuracy else "left"
+    better = "right" if sides[0].results.more_is_better else "left"
     label = f"{measure}: paired difference to the first, 95 % interval over tasks (better: {better})"
     panel.set(ylim=(len(sides) - 0.5, -0.5), xlabel=label)
     return figure

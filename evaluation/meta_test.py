@@ -6,8 +6,8 @@ step; tables, figures and records are made from it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,13 +16,13 @@ from common.batch import TaskDistribution, Tree, first_tensor, tree_map
 from common.optimizers import Weights
 from common.processes import ALONE, World
 from common.random import keys_of, minibatch_order, task_stream
-from learners.losses import accuracy
+from learners.reading import Metric, Reading, reading_of
 from maml import MAML
 
 SEED = 0  # of the evaluation tasks; validation and test have random streams apart from those of training
 
 # Limits of a chunk of tasks, which then fills about 1.5 GB at the most (20-way `convnet`; ResNet-18)
-CHUNK_EXAMPLES, CHUNK_WEIGHTS = 2000, 50_000_000
+CHUNK_EXAMPLES, CHUNK_WEIGHTS, CHUNK_OUTPUTS = 2000, 50_000_000, 50_000_000
 MIN_CHUNKS = 8  # to share among processes, of tasks that take long
 DIVERGENCE = 10.0  # a diverged loss is this many times the loss before adaptation
 
@@ -32,11 +32,22 @@ class Evaluation:
     """Results by normalisation ("transductive", ...): float64 `[tasks, steps + 1]`."""
 
     losses: dict[str, Tensor]
-    accuracies: dict[str, Tensor]  # empty for regression
+    accuracies: dict[str, Tensor]  # empty without; NaN where it is undefined for a task
+    metrics: dict[str, Tensor] = field(default_factory=dict)  # the same of the user's metric
+    metric: Metric | None = None
+
+    @property
+    def measure(self) -> str:
+        """Return what `measured` is: the metric's name, "accuracy", or "loss"."""
+        return self.metric.name if self.metric else "accuracy" if self.accuracies else "loss"
+
+    @property
+    def more_is_better(self) -> bool:
+        return self.metric.more_is_better if self.metric else bool(self.accuracies)
 
     def measured(self, normalisation: str) -> Tensor:
-        """Return the results to report, `[tasks, steps + 1]`: accuracies, or losses for regression."""
-        return (self.accuracies or self.losses)[normalisation]
+        """Return the results to report, `[tasks, steps + 1]`: the metric's, accuracies, or losses."""
+        return (self.metrics or self.accuracies or self.losses)[normalisation]
 
     def diverged(self, normalisation: str) -> Tensor:
         """Return which tasks have diverged after which step: bool `[tasks, steps + 1]`."""
@@ -109,8 +120,9 @@ def evaluate(
         world: the processes that share the chunks of tasks. All get the same result, whatever their number.
         interrupted: called before each chunk; InterruptedError is raised once it returns True.
     """
-    size = chunk_size(maml, parameters, distribution, split, tasks)
-    measures = 1 + distribution.classification
+    size = chunk_size(maml, parameters, distribution, split, tasks, steps)
+    reading = reading_of(maml.reading, distribution.ways)
+    measures = 1 + reading.has_accuracy + (reading.metric is not None)
     results = torch.zeros(measures, len(normalisations), tasks, steps + 1, dtype=torch.float64)
     for first in range(0, tasks, size)[world.rank :: world.size]:
         if interrupted():
@@ -123,18 +135,26 @@ def evaluate(
         )
         rows = slice(first, first + len(numbers))
         for column, name in enumerate(normalisations):
-            results[0, column, rows] = loss_per_step(maml, outputs[name], batch.query_y).cpu().double()
-            if distribution.classification:
-                correct = accuracy(outputs[name], first_tensor(batch.query_y)[:, None])
-                results[1, column, rows] = correct.cpu().double()
+            for number, values in enumerate(_measure(maml, reading, outputs[name], batch.query_y)):
+                results[number, column, rows] = values.cpu().double()
     # each number was measured by one process, and is zero in all others
     results = world.sum(results, patiently=True)
-    losses, *accuracies = (dict(zip(normalisations, measure, strict=True)) for measure in results)
-    return Evaluation(losses, accuracies[0] if accuracies else {})
+    parts = [dict(zip(normalisations, measure, strict=True)) for measure in results]
+    metrics = parts.pop() if reading.metric else {}
+    return Evaluation(parts[0], parts[1] if reading.has_accuracy else {}, metrics, reading.metric)
+
+
+def _measure(maml: MAML, reading: Reading, outputs: Tree, targets: Tree) -> Iterator[Tensor]:
+    """Yield losses, accuracies and the metric of outputs `[tasks, steps + 1, ...]`, if there are some."""
+    yield loss_per_step(maml, outputs, targets)
+    if reading.has_accuracy:
+        yield reading.accuracy(outputs, first_tensor(targets)[:, None], 2)
+    if reading.metric is not None:
+        yield reading.metric.per_step(outputs, targets, reading)
 
 
 def chunk_size(
-    maml: MAML, parameters: Weights, distribution: TaskDistribution, split: str, tasks: int
+    maml: MAML, parameters: Weights, distribution: TaskDistribution, split: str, tasks: int, steps: int
 ) -> int:
     """Return how many tasks are adapted to at a time, whatever the number of processes."""
     if maml.tasks_at_once:
@@ -143,6 +163,8 @@ def chunk_size(
     one = distribution.sample(split, SEED, 0, range(1))
     examples = sum(first_tensor(x).shape[1] for x in (one.support_x, one.query_x))
     size = min(CHUNK_EXAMPLES // examples, CHUNK_WEIGHTS // max(1, adapted))
+    if maml.reading is not None:  # images as outputs are many numbers
+        size = min(size, CHUNK_OUTPUTS // ((steps + 1) * examples * maml.reading.numbers))
     if not distribution.computed:  # these take long, and are worth sharing among processes
         size = min(size, -(-tasks // MIN_CHUNKS))
     return max(1, size)

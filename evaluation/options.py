@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from common.choices import MOST_STEPS
+from common.names import check_code_name
 from common.options import at_least, flag
+
+
+def check_metric_name(name: str) -> str | None:
+    is_name = re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name)
+    return None if is_name else check_code_name(name, "a name of torchmetrics, such as f1, auroc, iou or r2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,4 +34,12 @@ class EvaluationOptions:
         "--eval-inner-batch", group="evaluation", check=at_least(1), metavar="N", default=None,
         free_on_resume=True, free_on_eval=True,
         help="support examples per inner step on validation and test tasks (default: all)")
+    metric: str | None = flag("--metric", group="evaluation", check=check_metric_name, metavar="NAME",
+        default=None, free_on_eval=True, common=True,
+        help="measure that chooses best.pt and that tables quote, computed for each task: a name of "
+        "torchmetrics (f1, auroc, iou, r2, ...), or file.py:function of outputs and targets")
+    metric_mode: str | None = flag(
+        "--metric-mode", group="evaluation", choices=("min", "max"), default=None, only="metric",
+        free_on_eval=True, help="which value is better (default: as torchmetrics or the function's "
+        "higher_is_better says)")
     # fmt: on

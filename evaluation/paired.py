@@ -51,13 +51,13 @@ def readings(sides: Sequence[Side]) -> dict[str, list[Side]]:
 
 @dataclass(frozen=True)
 class Difference:
-    """One side minus the first; of losses, on tasks that have diverged in neither and in no seed."""
+    """One side minus the first, on tasks that have diverged (or are undefined) in neither and in no seed."""
 
     mean: float  # over seeds and tasks
     interval_95_over_tasks: float  # half width, of the mean over seeds
     by_seed: dict[int, float]  # means over tasks
     tasks: int
-    left_out: int  # tasks that have diverged
+    left_out: int  # tasks whose loss has diverged, or for which the measure is undefined
 
     def verdict(self, *, more_is_better: bool) -> str:
         """Return in words whether the side is better than the first."""
@@ -78,13 +78,14 @@ def shared_seeds(one: Collection[int], other: Collection[int]) -> list[tuple[int
 def difference(side: Side, first: Side, step: int | None = None) -> Difference:
     """Return `side` minus `first`, after this inner step; None: each after its quoted steps."""
     seeds = shared_seeds(side.evaluations, first.evaluations)
-    values, diverged = [], []  # [tasks] of side and first, by pair of seeds
+    values, out = [], []  # [tasks] of side and first, by pair of seeds
     for pair in seeds:
         for part, seed in zip((side, first), pair, strict=True):
             evaluation, column = part.evaluations[seed], part.steps if step is None else step
             values.append(evaluation.measured(part.normalisation)[:, column])
-            diverged.append(evaluation.diverged(part.normalisation)[:, column])
-    paired = ~torch.stack(diverged).any(0) | side.results.accuracy
+            diverged = evaluation.diverged(part.normalisation)[:, column]
+            out.append(diverged if side.results.is_loss else values[-1].isnan())
+    paired = ~torch.stack(out).any(0)
     differences = (torch.stack(values[::2]) - torch.stack(values[1::2]))[:, paired]  # [seeds, tasks]
     mean, interval = mean_and_interval(differences.mean(0))
     by_seed = dict(zip((seed for seed, _ in seeds), differences.mean(1).tolist(), strict=True))
@@ -124,12 +125,13 @@ def differences_table(sides: Sequence[Side], loss_name: str, split: str) -> str:
             text = spread.text(scale, digits, paired.interval_95_over_tasks, sign="+")
             left_out += paired.left_out
             counts = [str(spread.runs) * several, str(paired.left_out or "")]
-            verdict = paired.verdict(more_is_better=side.results.accuracy)
+            verdict = paired.verdict(more_is_better=side.results.more_is_better)
             rows.append([*row, *(["the first", "", "", ""] if side is first else [text, *counts, verdict])])
     header = ["", "statistics", "steps", measure, "difference", "seeds", "left out", "verdict"]
     pairs = "mean over shared seeds ± its" if several else "mean ±"
     pairs += f" 95 % interval over tasks{' (lowest to highest seed)' * several}"
-    pairs += ", without tasks that diverged in either" * bool(left_out)
+    reason = "that diverged" if sides[0].results.is_loss else "for which it is undefined"
+    pairs += f", without tasks {reason} in either" * bool(left_out)
     means = describe_means([side.results for side in sides])
     return (
         f"{table(header, rows)}\nQuery {measure}, {split}: {means}.\n"

@@ -79,14 +79,15 @@ def label_axes(panel: Axes, x: str, measure: str) -> None:
     An accuracy is shown in percent, up to 100. The axis of a loss that varies by orders of magnitude is
     logarithmic, that of others begins at 0 unless the loss varies by less than half.
     """
-    accuracy = measure.endswith("accuracy")
+    accuracy = measure.split()[-1] == "accuracy"
     import numpy as np
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
     panel.set(xlabel=x, ylabel=f"{measure} (%)" if accuracy else measure)
     panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     panel.xaxis.set_major_formatter("{x:,.0f}")
-    values = [float(y) for line in panel.lines for y in np.asarray(line.get_ydata()) if 0 < y < math.inf]
+    values = [float(y) for line in panel.lines for y in np.asarray(line.get_ydata()) if abs(y) < math.inf]
+    values = [] if min(values, default=0.0) < 0 else [y for y in values if y]  # of negative ones see all
     if accuracy:
         panel.yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=""))
         panel.set_ylim(top=1.0)

@@ -125,14 +125,17 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
         numbers = {"diverged_tasks": diverged.sum(0), "loss_median": ordered[len(ordered) // 2]}
         numbers["loss_without_worst_percent"] = ordered[: math.ceil(0.99 * len(ordered))].mean(0)
         measures = {"loss": (losses, None), "loss_without_diverged": (losses, ~diverged)}
-        if evaluation.accuracies:
-            measures["accuracy"] = (evaluation.accuracies[name], None)
+        for measure, parts in (("accuracy", evaluation.accuracies), (evaluation.measure, evaluation.metrics)):
+            if parts:
+                measures[measure] = (parts[name], ~parts[name].isnan())
+                numbers["undefined_tasks"] = parts[name].isnan().sum(0)  # of the measure that is quoted
         for measure, (values, kept) in measures.items():
             numbers[measure], numbers[f"{measure}_interval_95"] = mean_and_interval(values, kept)
         for step in range(losses.shape[1]):
             row = {key: values[step].item() for key, values in numbers.items()}
             per_step.append({"normalisation": name, "steps": step} | row)
     per_task = {"loss": evaluation.losses, "accuracy": evaluation.accuracies}
+    per_task |= {evaluation.measure: evaluation.metrics} if evaluation.metrics else {}
     return {"per_step": per_step, "per_task": {name: values for name, values in per_task.items() if values}}
 
 
@@ -143,45 +146,57 @@ class StepResults:
     An interval belongs to the mean over the runs: it is computed from each task's mean over them.
     """
 
-    means: Tensor  # [steps + 1, runs], over all tasks
+    means: Tensor  # [steps + 1, runs], over all tasks, or those for which the measure is defined
     intervals: Tensor  # [steps + 1], half widths over tasks
     diverged: list[int]  # [steps + 1], tasks of all runs
     kept_means: Tensor  # [steps + 1, runs], over the tasks that have not diverged; accuracies keep all
     kept_mean: Tensor  # [steps + 1], over tasks: each one's mean over the runs in which it has not diverged
     kept_intervals: Tensor  # [steps + 1], half widths over tasks, of `kept_mean`
     losses: Tensor  # [steps + 1], mean loss over all tasks
+    accuracies: Tensor | None  # [steps + 1], mean accuracy, if there is one and it is not the measure
+    undefined: list[int]  # [steps + 1], tasks of all runs for which the measure is undefined
     tasks: int
-    accuracy: bool  # the measure, of which more is better; or else the loss
+    measured: str  # "accuracy", "loss", or the metric's name
+    more_is_better: bool
 
     @classmethod
     def over(cls, evaluations: Sequence[Evaluation], normalisation: str) -> StepResults:
         """Return the results of these runs, which were measured on the same tasks."""
         measured = torch.stack([e.measured(normalisation) for e in evaluations])  # [runs, tasks, steps + 1]
         diverged = torch.stack([e.diverged(normalisation) for e in evaluations])
-        accuracy = bool(evaluations[0].accuracies)
-        kept = torch.ones_like(diverged) if accuracy else ~diverged
+        first, is_loss = evaluations[0], evaluations[0].measure == "loss"
+        kept = ~diverged if is_loss else ~measured.isnan()
         of_tasks = measured.where(kept, 0).sum(0) / kept.sum(0)  # NaN where a task diverged in all runs
         kept_mean, kept_intervals = mean_and_interval(of_tasks, kept.any(0))
+        kept_means = (measured.where(kept, 0).sum(1) / kept.sum(1)).T
+        beside = [e.accuracies[normalisation].nanmean(0) for e in evaluations if e.metrics and e.accuracies]
         return cls(
-            means=measured.mean(1).T,
-            intervals=mean_and_interval(measured.mean(0))[1],
+            means=measured.mean(1).T if is_loss else kept_means,
+            intervals=mean_and_interval(measured.mean(0))[1] if is_loss else kept_intervals,
             diverged=diverged.sum((0, 1)).tolist(),
-            kept_means=(measured.where(kept, 0).sum(1) / kept.sum(1)).T,
+            kept_means=kept_means,
             kept_mean=kept_mean,
             kept_intervals=kept_intervals,
             losses=torch.stack([e.losses[normalisation].mean(0) for e in evaluations]).mean(0),
+            accuracies=torch.stack(beside).mean(0) if beside else None,
+            undefined=[0] * measured.shape[2] if is_loss else (~kept).sum((0, 1)).tolist(),
             tasks=measured.shape[1],
-            accuracy=accuracy,
+            measured=first.measure,
+            more_is_better=first.more_is_better,
         )
+
+    @property
+    def is_loss(self) -> bool:
+        return self.measured == "loss"
 
     @property
     def leaves_out(self) -> bool:
         """Return whether there is a mean without the tasks whose loss has diverged."""
-        return not self.accuracy and any(self.diverged)
+        return self.is_loss and any(self.diverged)
 
     def measure(self, loss_name: str) -> str:
-        """Return the name of the measure: "accuracy", or that of the loss."""
-        return "accuracy" if self.accuracy else loss_name
+        """Return the name of the measure for people."""
+        return loss_name if self.is_loss else self.measured
 
     def cell(self, step: int, scale: float, digits: int) -> str:
         """Return the result after a step as text; "" beyond the last.
@@ -191,9 +206,11 @@ class StepResults:
         if step >= len(self.means):
             return ""
         text = Spread.over(self.means[step]).text(scale, digits, self.intervals[step].item())
+        if self.undefined[step]:
+            text += f", {self.undefined[step]} undefined"
         if not self.diverged[step]:
             return text
-        if self.accuracy:
+        if not self.is_loss:
             return f"{text}, {self.diverged[step]} diverged"
         kept, interval = self.kept_mean[step].item(), self.kept_intervals[step].item()
         return f"{text}; {kept:,.{digits}f} ± {interval:.{digits}f} without {self.diverged[step]} diverged"
@@ -201,7 +218,9 @@ class StepResults:
     def record(self) -> list[dict[str, Any]]:
         """Return the numbers after each step as plain values."""
         columns = {"interval_95_over_tasks": self.intervals.tolist(), "diverged_tasks": self.diverged}
-        if not self.accuracy:
+        if not self.is_loss:
+            columns["undefined_tasks"] = self.undefined
+        if self.is_loss:
             columns["mean_without_diverged"] = self.kept_mean.tolist()
             columns["interval_95_without_diverged"] = self.kept_intervals.tolist()
         return [
@@ -235,8 +254,12 @@ def results_table(results: Mapping[str, StepResults], caption: Caption, *, losse
         marks = {caption.test_steps: "quoted", caption.trained_steps: "trained for"}
         names = [measure if name == ALL else name for name in results]
         for name, part in results.items():
-            if losses and part.accuracy:
-                names.append(caption.loss_name if name == ALL else f"{name}, {caption.loss_name}")
+            before = "" if name == ALL else f"{name}, "
+            if losses and part.accuracies is not None:
+                names.append(f"{before}accuracy %")
+                cells.append([f"{100 * share:.2f}" for share in part.accuracies.tolist()])
+            if losses and not part.is_loss:
+                names.append(f"{before}{caption.loss_name}")
                 cells.append([f"{loss:.4g}" for loss in part.losses.tolist()])
         text = table(
             ["steps", *names, ""],
@@ -252,6 +275,7 @@ def describe_means(results: Sequence[StepResults]) -> str:
     """Return what the cells of a table of results hold, in words."""
     tasks = f"{results[0].tasks} tasks"
     after = "; after the semicolon the mean without those that diverged" * any(p.leaves_out for p in results)
+    after += ", without those for which it is undefined" * any(any(part.undefined) for part in results)
     if any(part.means.shape[1] > 1 for part in results):
         return f"mean over seeds ± its 95 % interval over {tasks} (lowest to highest seed){after}"
     return f"mean ± 95 % interval over {tasks}{after}"

@@ -1,6 +1,6 @@
-"""Losses and accuracy: functions of the outputs and the targets of one task, averaged over its examples.
+"""Losses: functions of the outputs and the targets of one task, averaged over its examples.
 
-`MAML` takes one loss, built from `--loss` by `build_loss`. The losses here read the first output of a network
+`MAML` takes one loss, built from `--loss` by `build_loss`. The losses here read the main output of a network
 with several outputs; the user's own loss gets all of them.
 """
 
@@ -14,47 +14,44 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.batch import Tree, first_tensor
+from common.batch import Tree, first_tensor, main_tensor
 from common.errors import UsageError
 from common.names import is_own_code, parse_name
-from common.own_code import load_code, parse_arguments
+from common.own_code import find_parameters, load_code, parse_arguments
 from learners.elementary import Elementary
+from learners.reading import IGNORED
 
 
 def mse(outputs: Tree, targets: Tree) -> Tensor:
     """Return the mean squared error."""
-    return F.mse_loss(first_tensor(outputs), first_tensor(targets))
+    return F.mse_loss(main_tensor(outputs), first_tensor(targets))
 
 
-def cross_entropy(outputs: Tree, targets: Tree, *, label_smoothing: float = 0.0) -> Tensor:
-    """Return the cross-entropy of logits `[examples, classes]` and classes, int64 `[examples]`."""
-    return F.cross_entropy(first_tensor(outputs), first_tensor(targets), label_smoothing=label_smoothing)
+def cross_entropy(
+    outputs: Tree, targets: Tree, *, label_smoothing: float = 0.0, ignore_index: int = IGNORED
+) -> Tensor:
+    """Return the cross-entropy of logits `[examples, classes, ...]` and classes, int64 `[examples, ...]`."""
+    smoothing, ignored = label_smoothing, ignore_index
+    logits, labels = main_tensor(outputs), first_tensor(targets)
+    return F.cross_entropy(logits, labels, label_smoothing=smoothing, ignore_index=ignored)
 
 
 def bce(outputs: Tree, targets: Tree) -> Tensor:
     """Return the binary cross-entropy of logits `[examples, outputs]`.
 
-    Targets are numbers of the same shape, or classes, int64 `[examples]`: 1 for the class, 0 for the others.
+    Targets have the same shape, or are classes, int64 `[examples]`: 1 for the class, 0 for the others.
     """
-    logits, labels = first_tensor(outputs), first_tensor(targets)
-    if not labels.is_floating_point():
+    logits, labels = main_tensor(outputs), first_tensor(targets)
+    if not labels.is_floating_point() and labels.shape != logits.shape:
         labels = labels[..., None] == torch.arange(logits.shape[-1], device=logits.device)
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
 
 
 def huber(outputs: Tree, targets: Tree, *, delta: float = 1.0) -> Tensor:
     """Return half the squared error up to `delta`, and a linear function beyond it."""
-    error = first_tensor(outputs) - first_tensor(targets)
+    error = main_tensor(outputs) - first_tensor(targets)
     size = error.abs()
     return torch.where(size <= delta, 0.5 * error * error, delta * (size - 0.5 * delta)).mean()
-
-
-def accuracy(outputs: Tree, targets: Tensor) -> Tensor:
-    """Return the share of correct classes, float32 `[...]`.
-
-    Outputs are scores `[..., examples, classes]`, targets classes, int64 `[..., examples]`.
-    """
-    return (first_tensor(outputs).argmax(-1) == targets).float().mean(-1)
 
 
 LOSSES: dict[str, Callable[..., Tensor]]
@@ -83,6 +80,14 @@ def build_loss(name: str, arguments: tuple[str, ...] = ()) -> Callable[[Any, Any
         except Exception as error:
             raise UsageError(f"--loss-args {' '.join(arguments)} with --loss {name}: {error}") from error
     return loss
+
+
+def ignored_label(name: str, arguments: tuple[str, ...] = ()) -> int:
+    """Return the label that a loss leaves out: its argument `ignore_index`, or PyTorch's default of it."""
+    function = load_code(name, "--loss") if is_own_code(name) else LOSSES[name]
+    default = getattr(find_parameters(function).get("ignore_index"), "default", IGNORED)
+    value = parse_arguments(arguments).get("ignore_index", default)
+    return value if isinstance(value, int) else IGNORED
 
 
 def _one_number(loss: Callable[[Any, Any], Tensor], name: str, outputs: Any, targets: Any) -> Tensor:

@@ -22,6 +22,7 @@ from evaluation.figures import learning_figure
 from evaluation.meta_test import evaluate
 from evaluation.options import EvaluationOptions
 from evaluation.tables import write_json
+from learners.reading import Reading
 from maml import MAML, RATE
 from training.checkpoint import Checkpoint, Curve, Progress
 from training.folders import RESULTS
@@ -44,7 +45,7 @@ class Run:
     settings: Mapping[str, Any]  # saved as they are, with `training` as it is now
     described_by: Mapping[str, Any]  # the settings that TensorBoard and the results show
     columns: Mapping[str, Any]  # of TensorBoard's view of all runs: an example value by name
-    classification: bool
+    reading: Reading
     measure_name: str  # for people
     start: Checkpoint | None = None
     origin: str | None = None  # of a new run's parameters, if not the initialisation
@@ -56,7 +57,9 @@ class Run:
         self.iteration = start.iteration if start else 0
         self.progress = Progress(**start.progress) if start else Progress(origin=self.origin)
         self.log_every = min(self.training.log_every, self.training.iterations)  # a short run has a curve too
-        self.measure = "query_accuracy" if self.classification else "query_loss"
+        self.measure = f"query_{self.reading.measure}"
+        if start and self.measure not in self.progress.validation:  # chosen by another measure
+            self.progress.best_score = None
         self.failure: str | None = None  # the iteration whose numbers are non-finite, and why
         self.skipped = 0  # iterations, by this process
         self.log = RunLog(None)  # until the run begins, and in all processes but the first
@@ -67,9 +70,10 @@ class Run:
         if self.writes:
             self.log = RunLog(self.folder, begin_at=self.iteration + 1 if self.iteration else 0)
         if not self.iteration:
-            empty = ["query accuracy"] * (not self.classification)
+            empty = ["query accuracy"] * (not self.reading.has_accuracy)
+            empty += ["query metric"] * (self.reading.metric is None)
             empty += ["inner rates"] * (self.choices.inner_rates == "fixed")
-            self.log.begin(self._description(), self.columns, empty)
+            self.log.begin(self._description(), self.columns, empty, self.measure)
 
     def _description(self) -> dict[str, Any]:
         """Return the settings to show, as they are now, and where the weights come from."""
@@ -120,16 +124,23 @@ class Run:
         results = {"query_loss": evaluation.losses[norm]}
         if evaluation.accuracies:
             results["query_accuracy"] = evaluation.accuracies[norm]
-        by_step = {name: [step.mean().item() for step in tasks.unbind(1)] for name, tasks in results.items()}
+        if evaluation.metrics:
+            results[self.measure] = evaluation.metrics[norm]
+        by_step = {
+            name: [(t if name == "query_loss" else t[~t.isnan()]).mean().item() for t in tasks.unbind(1)]
+            for name, tasks in results.items()
+        }
         values = {name: steps[-1] for name, steps in by_step.items()}
         extend_curve(self.progress.validation, self.iteration, values)
-        sign = 1 if self.classification else -1
+        sign = 1 if self.reading.more_is_better else -1
         score, best = sign * values[self.measure], self.progress.best_score
         is_best = math.isfinite(score) and (best is None or score > best)
         if is_best:
             best = self.progress.best_score = score
             self.progress.best_iteration = self.iteration
         values["diverged_tasks"] = float(evaluation.diverged(norm)[:, -1].sum())
+        if self.reading.metric or self.reading.is_masked:
+            values["undefined_tasks"] = float(results[self.measure][:, -1].isnan().sum())
         if best is not None:
             values[f"best_{self.measure}"] = sign * best
         scalars = {f"validation/{name}": value for name, value in values.items()}
@@ -179,7 +190,11 @@ class Run:
                 f"training, means of {self.log_every:,} iterations": self.progress.training,
                 "validation": self.progress.validation,
             }
-            points = {label: [(curve["iteration"], curve[self.measure])] for label, curve in curves.items()}
+            points = {
+                label: [(curve["iteration"], curve[self.measure])]
+                for label, curve in curves.items()
+                if self.measure in curve  # a metric is measured at validations alone
+            }
             figure = learning_figure(points, f"query {self.measure_name}")
             self.log.figure("training", figure, after, self.folder / "training.png")
         if self.failure is None:
@@ -201,6 +216,7 @@ def final_loss(training: Curve) -> dict[str, Any] | None:
 
 
 def extend_curve(curve: Curve, iteration: int, values: dict[str, float]) -> None:
-    """Append a point to a curve."""
+    """Append a point to a curve; what was not measured before is NaN there."""
+    points = len(curve.get("iteration", []))
     for name, value in {"iteration": iteration, **values}.items():
-        curve.setdefault(name, []).append(value)
+        curve.setdefault(name, [math.nan] * points).append(value)

@@ -23,7 +23,7 @@ from common.batch import TaskBatch, TaskDistribution, first_tensor, stacked_tree
 from common.optimizers import Weights
 from common.processes import ALONE, World
 from common.random import keys_of, minibatch_order, task_stream
-from learners.losses import accuracy
+from learners.reading import reading_of
 from maml import MAML
 from training.meta_gradients import make_meta_gradient, run_as_is
 from training.options import TrainingOptions
@@ -128,6 +128,7 @@ class MetaStep:
         accelerate: Callable[..., Callable[..., Any]] = run_as_is,
     ) -> None:
         self.maml, self.distribution, self.options = maml, distribution, options
+        self.reading = reading_of(maml.reading, distribution.ways)
         self.members, self.world, self.tasks = dict(members), world, options.meta_batch_size
         parameters = maml.initial_parameters()
         self.layout, self.dtype = FlatLayout(parameters), next(iter(parameters.values())).dtype
@@ -224,8 +225,10 @@ class MetaStep:
                 **self._inputs(members["seed"], state.iteration, numbers, batch),
             )
         measures = [result.losses.sum()]  # this part's contributions to means over tasks
-        if self.distribution.classification:
-            shares = accuracy(result.outputs, first_tensor(batch.query_y))
+        if self.reading.has_accuracy:
+            shares = self.reading.accuracy(result.outputs, batch.query_y)
+            if self.reading.is_masked:  # the mean of the others for a task that has no label
+                shares = shares.nanmean().nan_to_num().expand_as(shares)
             measures.append(shares.sum().to(result.losses.dtype))
         parts = [self.layout.flatten(result.gradients), torch.stack(measures) / self.tasks]
         if self.statistics_layout.size:

@@ -35,6 +35,7 @@ CHARTS = {
     "learning": {
         "query accuracy": "^(train|validation)/query_accuracy$",
         "query loss": "^(train|validation)/query_loss$",
+        "query metric": "^validation/query_(?!accuracy$|loss$)",
     },
     "validation after 0, 1, ... inner steps": {
         "query accuracy": r"^validation_by_step/query_accuracy/\d+$",
@@ -99,17 +100,21 @@ class RunLog:
         self.add(Summary(value=[Summary.Value(tag=tag, image=image)]), iteration)
         write_whole(file, lambda opened: opened.write(png))
 
-    def begin(self, settings: Mapping[str, Any], columns: Mapping[str, Any], empty: Collection[str]) -> None:
+    def begin(
+        self, settings: Mapping[str, Any], columns: Mapping[str, Any], empty: Collection[str], measure: str
+    ) -> None:
         """Describe a new run: settings as a text and as a row of the hyper-parameter view, and its charts.
 
         Args:
             columns: an example value of each column; TensorBoard takes them from the first run for all.
             empty: charts to leave out.
+            measure: what chooses the best checkpoint, by its tag's last part.
         """
+        own = [tag for best in ("best_", "") if (tag := f"validation/{best}{measure}") not in METRICS]
         rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
         self.text("settings", f"| setting | value |\n|-|-|\n{rows}", 0)
         plain = {n: " ".join(v) if isinstance(v, list | tuple) else v for n, v in settings.items()}
-        experiment, _, _ = summary.hparams(dict(columns), dict.fromkeys(METRICS))
+        experiment, _, _ = summary.hparams(dict(columns), dict.fromkeys([*METRICS, *own]))
         _, row, _ = summary.hparams(plain, {})
         layout: dict[str, dict[str, Any]] = {}
         for group, charts in CHARTS.items():

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from common.batch import TaskDistribution
 from common.errors import LostError, UsageError, is_out_of_memory, one_line, reason_of
 from common.processes import ALONE, World
+from learners.reading import reading_of
 from maml import MAML
 from training import nonfinite
 from training.checkpoint import Checkpoint, save_checkpoints
@@ -66,7 +67,7 @@ class Trainer:
         self.runs, self.maml, self.compiler, self.world = list(runs), maml, compiler, world
         self.training_tasks, self.validation_tasks = training_tasks, validation_tasks
         self.show = show and world.first
-        accuracy = ["query_accuracy"] * training_tasks.classification
+        accuracy = ["query_accuracy"] * reading_of(maml.reading, training_tasks.ways).has_accuracy
         self.metrics = ["query_loss", *accuracy, "meta_gradient_norm", *TAIL]  # of an iteration
         self.iteration = runs[0].iteration
         self.window_size = runs[0].progress.window_size  # iterations since the last point of the curves

@@ -1,0 +1,133 @@
+"""Try a learner on one task before anything else: which outputs it gives, and what they mean.
+
+Accuracy, predictions and a metric depend on it; so does the line that tells the user how they are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from textwrap import shorten
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from commands.config import Config
+from common.batch import Tree, arguments_of, first_tensor, main_tensor, register_outputs, tree_map
+from common.errors import UsageError, is_out_of_memory
+from common.names import is_own_code
+from learners.batch_norm import convert_batch_norm
+from learners.copies import copy_module
+from learners.diagnosis import naming_layer
+from learners.elementary import Elementary
+from learners.losses import LOSSES, ignored_label
+from learners.metrics import Metric, build_metric
+from learners.reading import Reading, read_outputs
+
+
+@contextmanager
+def naming(flags: str) -> Iterator[None]:
+    """Raise UsageError, which names the flags of the user's code, where that fails in the block."""
+    try:
+        yield
+    except Exception as error:  # it may fail in any way
+        if isinstance(error, UsageError) or is_out_of_memory(error):
+            raise
+        raise UsageError(f"{flags}: {shorten(str(error), 200)}") from error
+
+
+def count_outputs(config: Config, targets: Tree) -> int:
+    """Return with how many outputs a learner is built: classes, or numbers of targets `[examples, ...]`."""
+    shape = first_tensor(targets).shape
+    channels = 1 if len(shape) == 4 else -1  # of images
+    return (config.tasks.ways if config.tasks.classification else None) or shape[channels]
+
+
+def ignored_by(config: Config) -> int | None:
+    """Return the label that the loss leaves out in the user's own tasks; None: other tasks have none."""
+    if not is_own_code(config.tasks.dataset):
+        return None
+    return ignored_label(config.learner.loss, config.learner.loss_args)
+
+
+def metric_of(config: Config) -> Metric | None:
+    """Return the user's metric, if any; UsageError if there is none of that name."""
+    options = config.evaluation
+    return build_metric(options.metric, options.metric_mode) if options.metric else None
+
+
+def try_outputs(
+    learner: nn.Module, example: Tree, targets: Tree | None, outputs: int, config: Config
+) -> Reading | None:
+    """Call the learner on a task's inputs, and return what its outputs mean; None without targets.
+
+    Raises UsageError where it fails, or its outputs fit neither the loss nor --outputs.
+    """
+    name, loss = f"--learner {config.learner.learner}", config.learner.loss
+    shapes = tree_map(lambda part: tuple(part.shape), example)
+    positional, named = arguments_of(example)
+    first = first_tensor(example)
+    keys = torch.zeros(2, dtype=torch.int64, device=first.device)
+    with naming(name):
+        copied = convert_batch_norm(copy_module(learner))  # PyTorch's takes no single example
+    failing = naming(f"{name} fails on the inputs of a task, {shapes}")
+    with failing, naming_layer(copied), torch.no_grad(), Elementary(keys, first):
+        output = copied(*positional, **named)
+    register_outputs(output)
+    for leaf in pytree.tree_leaves(output):
+        if not isinstance(leaf, Tensor):
+            kinds = "tensors, or tuples, dictionaries and dataclasses of them"
+            raise UsageError(f"{name} gives a {type(leaf).__name__} as an output: outputs should be {kinds}")
+    scores = main_tensor(output)
+    expected = _expected_shape(scores, targets, len(first), outputs, loss)
+    if loss in LOSSES and tuple(scores.shape) != expected:
+        raise UsageError(
+            f"{name} gives outputs {tuple(scores.shape)} for inputs {shapes}: they should be {expected}"
+            + ", [examples, outputs]" * (len(expected) == 2)
+        )
+    if targets is None:
+        return None
+    try:
+        return read_outputs(
+            output,
+            targets,
+            kind=config.learner.outputs,
+            ways=outputs if config.tasks.classification else None,
+            loss=loss,
+            ignored=ignored_by(config),
+        )
+    except ValueError as error:
+        raise UsageError(f"--outputs {config.learner.outputs}: {error}") from error
+
+
+def _expected_shape(
+    scores: Tensor, targets: Tree | None, examples: int, outputs: int, loss: str
+) -> tuple[int, ...]:
+    """Return the shape that a built-in loss requires of the main output."""
+    if targets is None:
+        return examples, outputs
+    labels = first_tensor(targets)
+    alike = loss in ("mse", "huber") or labels.is_floating_point() or labels.shape == scores.shape
+    return tuple(labels.shape) if alike else (examples, outputs, *labels.shape[1:])
+
+
+def describe_reading(reading: Reading, targets: Tree, config: Config) -> str | None:
+    """Return how outputs are read, in words, unless it goes without saying."""
+    own_loss, labels = config.learner.loss not in LOSSES, first_tensor(targets)
+    if reading.kind == "numbers" and config.tasks.classification:
+        ways = config.tasks.ways
+        return f"they are no scores of {ways} classes, so that no accuracy is measured (see --outputs)"
+    if reading.kind == "numbers":
+        zero_or_one = bool(((labels == 0) | (labels == 1)).all())
+        hint = "numbers, though the targets are 0 and 1: logits are read as such with --outputs labels"
+        return hint if own_loss and zero_or_one else None
+    plain = reading.kind == "classes" and reading.numbers == reading.classes and reading.ignored is None
+    return None if plain else reading.describe()
+
+
+def with_metric(reading: Reading | None, config: Config, scale: Tensor | None) -> Reading | None:
+    """Return a reading with the user's metric, if there is one, which is measured in the targets' units."""
+    metric = metric_of(config)
+    return replace(reading, metric=metric, scale=scale) if reading and metric else reading

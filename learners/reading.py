@@ -1,0 +1,218 @@
+"""What a learner's outputs mean: scores of classes, logits of labels, or numbers.
+
+Accuracy, predictions, pictures and what a metric is given follow from it. It is decided once, from one pass
+on a task (`read_outputs`), and travels with the `MAML`. Of several outputs, the main one is read.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.batch import Tree, first_tensor, main_tensor, tree_map
+from common.errors import UsageError, one_line
+
+IGNORED = -100  # PyTorch's default of `ignore_index`
+NEAR_ONE = 1e-3  # probabilities sum to 1 within this
+UNDEFINED = re.compile(r"meaningless|undefined|\bnan\b|no (positive|negative)", re.IGNORECASE)  # in warnings
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A measure of one task: `metric(outputs, targets, reading)`."""
+
+    name: str  # in tables and TensorBoard
+    more_is_better: bool
+    function: Callable[[Tree, Tree, Reading], Any]
+    flag: str  # as it was typed
+
+    def __call__(self, outputs: Tree, targets: Tree, reading: Reading) -> float:
+        """Return the measure of a task's outputs `[examples, ...]`, NaN where it is undefined."""
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                number = float(self.function(outputs, targets, reading))
+        except UsageError:
+            raise
+        except Exception as error:  # the library or the user's code may fail in any way
+            reason = f"{type(error).__name__}: {one_line(error):.200}"
+            raise UsageError(f"{self.flag} gives no number for a task's outputs: {reason}") from error
+        undefined = any(UNDEFINED.search(str(warning.message)) for warning in caught)
+        return math.nan if undefined or not math.isfinite(number) else number
+
+    def per_step(self, outputs: Tree, targets: Tree, reading: Reading) -> Tensor:
+        """Return the measure of outputs `[tasks, steps, examples, ...]`: float64 `[tasks, steps]`."""
+        outputs, targets = (tree_map(lambda t: t.detach().cpu(), tree) for tree in (outputs, targets))
+        if reading.scale is not None:
+            mean, deviation = reading.scale.cpu()
+            outputs, targets = (
+                first.double() * deviation + mean for first in (main_tensor(outputs), targets)
+            )
+        tasks, steps = first_tensor(outputs).shape[:2]
+
+        def pick(tree: Tree, *place: int) -> Tree:
+            return tree_map(lambda t: t[place], tree)
+
+        rows = [
+            [self(pick(outputs, task, step), pick(targets, task), reading) for step in range(steps)]
+            for task in range(tasks)
+        ]
+        return torch.tensor(rows, dtype=torch.float64).view(tasks, steps)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How outputs are read; methods take `before`, the number of axes before that of the examples.
+
+    Attributes:
+        kind: "classes", scores `[examples, classes, ...]`; "ordinal", logits `[examples, classes - 1, ...]`
+            of being above each class but the last; "labels", logits of the shape of targets that are 0 or
+            1; or "numbers".
+        ignored: label that is no class; None: all labels are classes.
+        numbers: how many the main output has per example.
+        independent: scores are logits of a class against the rest.
+        scale: `[2, columns]`, mean and deviation by which targets were standardised; None: they were not.
+        metric: the user's own measure, if any.
+    """
+
+    kind: str
+    classes: int = 0
+    ignored: int | None = None
+    numbers: int = 1
+    independent: bool = False
+    scale: Tensor | None = None
+    metric: Metric | None = None
+
+    @property
+    def has_accuracy(self) -> bool:
+        return self.kind != "numbers"
+
+    @property
+    def is_masked(self) -> bool:
+        """Return whether some targets may be unknown, so that accuracy may be undefined."""
+        return self.kind == "labels" or self.ignored is not None
+
+    @property
+    def measure(self) -> str:
+        """Return what decides: the metric's name, "accuracy", or "loss"."""
+        return self.metric.name if self.metric else "accuracy" if self.has_accuracy else "loss"
+
+    @property
+    def more_is_better(self) -> bool:
+        return self.metric.more_is_better if self.metric else self.has_accuracy
+
+    def predict(self, outputs: Tree, before: int = 0) -> Tensor:
+        """Return predicted classes, int64 `[..., examples, ...]`; of labels, whether each is above 0.5."""
+        scores = main_tensor(outputs)
+        if self.kind == "classes":
+            return scores.argmax(before + 1)
+        above = scores > 0  # the sigmoid is above 0.5
+        return above.sum(before + 1) if self.kind == "ordinal" else above
+
+    def probabilities(self, outputs: Tree) -> Tensor:
+        """Return probabilities of the shape of the outputs; one logit for two classes becomes two of them.
+
+        Outputs whose sums over the classes are 1 are probabilities already, and stay as they are.
+        """
+        scores = main_tensor(outputs)
+        if self.kind == "classes" and not self.independent:
+            total_off = (scores.sum(1) - 1).abs().max() if scores.numel() else scores.sum()
+            is_probability = bool((scores >= 0).all()) and bool(total_off < NEAR_ONE)
+            return scores if is_probability else scores.softmax(1)
+        share = scores.sigmoid()
+        return torch.cat([1 - share, share], 1) if (self.kind, self.classes) == ("ordinal", 2) else share
+
+    def labels_of(self, targets: Tree, predicted: Tensor, before: int = 0) -> tuple[Tensor, Tensor]:
+        """Return the labels that `predicted` should be, and which of them count, as bool."""
+        labels = first_tensor(targets)
+        if self.kind == "labels":
+            return labels == 1, (labels == 0) | (labels == 1)  # others, such as NaN, are unknown
+        if labels.is_floating_point():  # one-hot
+            labels = labels.argmax(before + 1)
+        elif labels.dim() > predicted.dim():
+            labels = labels.squeeze(-1)
+        known = (labels >= 0) & (labels < self.classes)
+        return labels, known if self.ignored is None else known & (labels != self.ignored)
+
+    def accuracy(self, outputs: Tree, targets: Tree, before: int = 1) -> Tensor:
+        """Return the share of correct classes, pixels or labels by task, float32 `[...]`; NaN without any."""
+        predicted = self.predict(outputs, before)
+        plain = first_tensor(targets)
+        if (self.kind, self.ignored) == ("classes", None) and plain.dim() == predicted.dim() == before + 1:
+            return (predicted == plain).float().mean(-1)
+        labels, known = self.labels_of(targets, predicted, before)
+        right = (predicted == labels) & known
+        return right.flatten(before).sum(-1) / known.expand_as(right).flatten(before).sum(-1)
+
+    def describe(self) -> str:
+        """Return in words how accuracy is measured, or why it is not."""
+        left_out = "" if self.ignored is None else f"; a label {self.ignored} is left out"
+        return {
+            "classes": f"scores of {self.classes} classes on the second axis{left_out}",
+            "ordinal": f"logits of being above each of {self.classes} classes but the last: the class is the "
+            f"number of logits above 0{left_out}",
+            "labels": "logits of labels that are 0 or 1, with the threshold 0.5 of the sigmoid",
+            "numbers": "numbers",
+        }[self.kind]
+
+
+def reading_of(reading: Reading | None, ways: int | None) -> Reading:
+    """Return a learner's reading; without one, the plain reading of tasks with so many classes."""
+    return reading or Reading("classes" if ways else "numbers", ways or 0)
+
+
+def read_outputs(
+    outputs: Tree,
+    targets: Tree,
+    *,
+    kind: str = "auto",
+    ways: int | None = None,
+    loss: str = "",
+    ignored: int | None = None,
+) -> Reading:
+    """Decide what outputs mean from those of one task; ValueError where they cannot be what `kind` says.
+
+    Args:
+        kind: "classes", "labels" or "numbers"; "auto": by the number of classes, the loss and the shapes.
+        ways: classes of a task; None in regression.
+        loss: name of a built-in loss, or of the user's.
+        ignored: label that is no class; None: there is none.
+    """
+    scores, labels = main_tensor(outputs), first_tensor(targets)
+    numbers = scores[:1].numel()
+    same = scores.shape == labels.shape
+    bare = labels.squeeze(-1) if labels.dim() == scores.dim() and labels.shape[-1] == 1 else labels
+    indexed = scores.dim() > 1 and not labels.is_floating_point()
+    indexed = indexed and bare.shape == scores.shape[:1] + scores.shape[2:]
+    columns = scores.shape[1] if scores.dim() > 1 else 0
+    if kind == "auto":
+        kind = _kind_by_shape(scores, labels, indexed=indexed, ways=ways, loss=loss)
+    elif kind == "classes" and not (indexed or same):
+        raise ValueError(f"scores {tuple(scores.shape)} are none of classes {tuple(labels.shape)}")
+    elif kind == "labels" and not same:
+        raise ValueError(f"logits {tuple(scores.shape)} are none of labels {tuple(labels.shape)}")
+    masked = ignored if ignored is not None or scores.dim() < 3 else IGNORED
+    classes = {"classes": columns, "ordinal": columns + 1}.get(kind, 0)
+    return Reading(kind, classes, masked, numbers, independent=loss == "bce")
+
+
+def _kind_by_shape(scores: Tensor, labels: Tensor, *, indexed: bool, ways: int | None, loss: str) -> str:
+    """Return how outputs are read where the user does not say."""
+    if ways:
+        if indexed and scores.shape[1] in (ways, ways - 1):
+            return "classes" if scores.shape[1] == ways else "ordinal"
+        return "labels" if ways == 2 and scores.shape == labels.shape else "numbers"
+    if loss == "bce":
+        return "labels"
+    if labels.is_floating_point() or loss in ("mse", "huber"):
+        return "numbers"
+    if scores.shape == labels.shape:
+        return "labels" if ((labels == 0) | (labels == 1)).all() else "numbers"
+    return "classes" if indexed and scores.shape[1] > 1 else "numbers"
