@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from common.batch import TaskBatch, TaskDistribution, first_tensor, tree_map
+from common.batch import SAMPLED, TaskBatch, TaskDistribution, first_tensor, tree_map
 from common.errors import UsageError
 from common.names import parse_name
 from common.own_code import call_factory, load_code, parse_arguments, select_accepted
@@ -244,6 +244,7 @@ class Custom(TaskDistribution):
 
     on_host = True
     one_task = False  # whatever the seed
+    sampled: tuple[str, ...] = ()  # rough numbers of a task, which must be the same in every process
 
     def __post_init__(self) -> None:
         options, name, self.ways = self.options, self.options.dataset, self.options.ways
@@ -261,6 +262,11 @@ class Custom(TaskDistribution):
     def sample(self, split: str, seed: int, iteration: int | Tensor, tasks: range) -> TaskBatch:
         batch = self.prefetch(split, seed, int(iteration), tasks)
         return tree_map(lambda t: t.to(self.device, self.dtype if t.is_floating_point() else None), batch)
+
+    @property
+    def split_names(self) -> dict[str, list[str]]:
+        sizes = f"{self.ways}-way {self.options.shots}-shot {self.options.queries}-query"
+        return {f"{SAMPLED} {sizes}": list(self.sampled)} if self.sampled else {}
 
     @property
     def summary(self) -> list[str]:
@@ -284,6 +290,8 @@ class Custom(TaskDistribution):
                 "several processes need the same: draw each task from its own seed, as with "
                 "torch.Generator().manual_seed(int(seed))"
             )
+        leaves = pytree.tree_leaves(tasks[0])
+        self.sampled = tuple(f"{value.double().abs().mean().item():.3g}" for value in leaves)
         self.one_task = all(_are_equal(tasks[0], task) for task in tasks)
 
     def _draw_seeds(self, split: str, seed: int, iteration: int, tasks: range) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from commands.build import Assembly, assemble, preload_tasks, prepare, train_runs
+from commands.build import Assembly, assemble, preload_tasks, prepare, print_data, train_runs
 from commands.call import Call
 from commands.config import CONFIG_FLAGS, Config
 from commands.members import members_of, setting_of
@@ -69,6 +69,7 @@ def sweep(call: Call, given: Mapping[str, Any], world: World) -> int:
             prepare(group[0].start.config, call, world)  # threads and precision are the process's
             print("Training", textwrap.shorten(", ".join(parts.run.folder.name for parts in group), 96))
             print(describe(*(parts.start.config for parts in group)), flush=True)
+            print_data(group[0].distribution, world)
             code = train_runs(group)
             if code > 128:
                 print(f"Saved. To resume: the same command with --run-name {folder.name} --resume")

@@ -50,7 +50,8 @@ def train(call: Call, given: Mapping[str, Any], world: World) -> int:
         with world.together():
             parts = build.assemble(start, folder, given, call, world, team=world)
         config = parts.start.config
-        world.check_same({"--compile, for want of a compiler": config.training.compile})
+        facts = {"split, or sampled tasks": parts.distribution.split_names}
+        world.check_same(facts | {"--compile, for want of a compiler": config.training.compile})
         doing = f"Resuming at iteration {parts.run.iteration:,}" if start.resumed else "Meta-training"
         build.print_settings(config, runtime, f"{doing} in {folder}")
         build.print_data(parts.distribution, world)

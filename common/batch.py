@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+SAMPLED = "sampled tasks,"  # what a key of `split_names` begins with
+
 Tree = Any  # a tensor, or tensors in nested tuples and dictionaries
 
 
@@ -56,7 +58,10 @@ class TaskDistribution(Protocol):
 
     @property
     def split_names(self) -> dict[str, list[str]]:
-        """Names of the classes or tasks of each split of the user's files, and "input" columns of a table."""
+        """Names of the classes or tasks of each split of the user's files, and "input" columns of a table.
+
+        Of the user's sampler, `SAMPLED` and the sizes are the key of a few numbers.
+        """
         return {}
 
     @property

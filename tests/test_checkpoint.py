@@ -175,7 +175,7 @@ def test_weights_of_another_learner_are_refused_by_name_and_shape():
 
 def test_another_split_of_the_data_is_refused():
     check_same_split(Path("x.pt"), {"test": ["a", "b"]}, {"test": ["a", "b"], "train": ["c"]})
-    with pytest.raises(UsageError, match=r"other test names \(a differs\)"):
+    with pytest.raises(UsageError, match=r"different test names \(a differs\)"):
         check_same_split(Path("x.pt"), {"test": ["a", "b"]}, {"test": ["b", "c"]})
     swapped = [{"test": ["a"], "input": names} for names in (["x", "z"], ["z", "x"])]
     with pytest.raises(UsageError, match=r"other input names \(their order differs\)"):

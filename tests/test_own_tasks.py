@@ -6,6 +6,7 @@ import torch
 from runs import command, validate_on
 
 from common.errors import UsageError
+from common.own_code import load_code
 from dataset import build_distribution
 from tasks.options import TaskOptions
 
@@ -57,6 +58,12 @@ class Counting(Lines):
 class FirstSeed(Lines):
     def numbers(self, split, seeds):
         return super().numbers(split, torch.arange(len(seeds)) + seeds[0])
+
+class Hashed(Lines):
+    salt = None  # that of the process
+
+    def numbers(self, split, seeds):
+        return super().numbers(split, (seeds + hash((split, self.salt))) % 2**31)
 
 class Same(Lines):
     def numbers(self, split, seeds):
@@ -139,6 +146,22 @@ def test_what_cannot_be_resumed_or_read_is_refused_in_a_line(build, name, messag
     with pytest.raises(UsageError, match=message) as error:
         build(name)
     assert "\n" not in str(error.value)
+
+
+def test_a_sampler_that_differs_in_every_process_is_not_resumed(build, tmp_path, monkeypatch, capsys):
+    validate_on(2, monkeypatch)
+    name = f"{tmp_path / 'tasks.py'}:Hashed"
+    build("Hashed")
+    line = ["--dataset", name, "--learner", "mlp", "--eval-tasks", 2, "-k", 5, "-q", 5]
+    run = ["--checkpoint-path", tmp_path, "--run-name", "run"]
+    assert command(*line, *run, "--iterations", 1) == 0
+    load = ["--load", tmp_path / "run" / "last.pt", "--dataset", name]
+    assert command("--eval", *load) == 0
+    monkeypatch.setattr(load_code(name, "--dataset"), "salt", "another process")
+    capsys.readouterr()
+    for test in (["--eval"], ["--iterations", 2]):
+        assert command(*test, *load) == 2
+        assert "sample gave other tasks for the same seeds" in capsys.readouterr().err
 
 
 def test_seeds_that_change_nothing_are_said(build, tmp_path, monkeypatch, capsys):

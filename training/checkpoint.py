@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.batch import SAMPLED
 from common.errors import UsageError, is_out_of_memory
 from common.files import write_all_whole
 
@@ -96,6 +97,10 @@ def check_same_split(
     """
     for part in ("input",) if other_data else saved:
         if part in saved and part in now and saved[part] != now[part]:
+            if part.startswith(SAMPLED):
+                why = "its code has changed, or draws from hash() of text, which differs in each process"
+                way = "restore it, or test on other data with --eval-dataset"
+                raise UsageError(f"{path}: sample gave other tasks for the same seeds ({why}): {way}")
             different = min({*saved[part]} ^ {*now[part]}, default="their order")
             raise UsageError(
                 f"{path}: the data had different {part} names ({different} differs): restore them, "
