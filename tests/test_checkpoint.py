@@ -178,6 +178,6 @@ def test_another_split_of_the_data_is_refused():
     with pytest.raises(UsageError, match=r"different test names \(a differs\)"):
         check_same_split(Path("x.pt"), {"test": ["a", "b"]}, {"test": ["b", "c"]})
     swapped = [{"test": ["a"], "input": names} for names in (["x", "z"], ["z", "x"])]
-    with pytest.raises(UsageError, match=r"other input names \(their order differs\)"):
+    with pytest.raises(UsageError, match=r"different input names \(their order differs\)"):
         check_same_split(Path("x.pt"), *swapped, other_data=True)
     check_same_split(Path("x.pt"), {"test": ["a"]}, {"test": ["b"], "input": ["x"]}, other_data=True)
