@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from commands.build import build_algorithm, build_module, fit_weights, make_writable, prepare, print_settings
 from commands.call import Call
 from commands.config import Config
-from commands.network import give_network, predict
+from commands.network import AdaptedNetwork, give_network, predict
 from commands.resolve import config_of, resolve_from
 from common.batch import Tree, tree_map
 from common.device import Runtime, find_device, set_up, versions
@@ -113,7 +113,8 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
         x, seed = task.support_x, config.training.seed ^ 1
         fresh = build_module(config, runtime, count_outputs(task), x, seed, fetch_weights=False)
         files = call.save_weights, Path(f"{stem}-weights.pt")
-        print(give_network(*files, learner, fresh, maml, adapted, task.query_x, norm))
+        network = AdaptedNetwork(learner, fresh, maml, adapted, task.query_x, source.scales)
+        print(give_network(*files, network, norm))
     return 0
 
 

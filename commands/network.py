@@ -13,7 +13,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import _pytree as pytree
 
-from common.batch import Tree
+from common.batch import Tree, tree_map
 from common.errors import UsageError, one_line
 from common.files import write_whole
 from common.optimizers import Weights
@@ -33,6 +33,7 @@ from learners.copies import copy_module
 from learners.heads import context_names
 from learners.spectral_norm import vector_names
 from maml import MAML, Adapted
+from tasks.scales import Scales, apply_scale, undo_scale
 
 INSTEAD = "--save-weights FILE.pt2 writes a program instead"
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the largest output
@@ -81,49 +82,66 @@ def fill_module(learner: nn.Module, maml: MAML, adapted: Adapted, *, as_program:
     return learner.eval()
 
 
-def give_network(
-    file: Path | None,
-    default: Path,
-    built: nn.Module,
-    fresh: nn.Module,
-    maml: MAML,
-    adapted: Adapted,
-    x: Tensor,
-    normalisation: str,
-) -> str:
-    """Write the adapted network to the user's file or the default one, and return a line for people.
+class InUnits(nn.Module):
+    """Give a network of standardised numbers the units of its table: float64 in and, for regression, out."""
+
+    def __init__(self, network: nn.Module, scales: Scales, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.network, self.dtype = network, dtype
+        for part, scale in scales.items():
+            self.register_buffer(part, scale)
+
+    def forward(self, x: Tensor) -> Tree:
+        scales = dict(self.named_buffers(recurse=False))
+        outputs = self.network(apply_scale(x, scales, "input").to(self.dtype))
+        return tree_map(lambda part: undo_scale(part, scales, "target"), outputs)
+
+
+@dataclass(frozen=True)
+class AdaptedNetwork:
+    """A network to give away, and what it is tried with."""
+
+    built: nn.Module  # the learner that `maml` was made of
+    fresh: nn.Module  # the learner built anew, from another seed, as by a program that loads the weights
+    maml: MAML
+    adapted: Adapted
+    x: Tensor  # examples to try it on, `[examples, ...]`
+    scales: Scales  # of a standardised table
+
+
+def give_network(file: Path | None, default: Path, given: AdaptedNetwork, normalisation: str) -> str:
+    """Write the network to the user's file or the default one, and return a line for people.
 
     The default file is not written where it would predict something else: the line says why. Raises
-    UsageError where the user's would.
-
-    Args:
-        built: the learner that `maml` was made of.
-        fresh: the learner built anew, from another seed, as by a program that loads the weights.
-        x: examples on which the network is tried, `[examples, ...]`.
-        normalisation: that of the predictions that were written.
+    UsageError where the user's would. `normalisation` is that of the predictions that --adapt wrote.
     """
+    path, remarks = file or default, []
     try:
-        write_network(file or default, built, fresh, maml, adapted, x)
+        write_network(path, given)
     except UsageError as error:
         if file:
             raise
         return f"Not written: {error}"
-    transductive = normalisation == "transductive" and maml.has_batch_norm
-    remark = ", which predicts inductively: each example by itself, with the support set's statistics"
-    return f"Written: {file or default}{remark * transductive}"
+    if normalisation == "transductive" and given.maml.has_batch_norm:
+        remarks += ["predicts inductively: each example by itself, with the support set's statistics"]
+    if given.scales and path.suffix != ".pt2":
+        remarks += ["takes and gives standardised numbers, by the scales of the checkpoint"]
+    return f"Written: {path}{', which ' * bool(remarks)}{', and '.join(remarks)}"
 
 
-def write_network(
-    file: Path, built: nn.Module, fresh: nn.Module, maml: MAML, adapted: Adapted, x: Tensor
-) -> None:
+def write_network(file: Path, given: AdaptedNetwork) -> None:
     """Write the network as the file's suffix says; raise UsageError where it would predict something else."""
+    built, fresh, maml, adapted, x = given.built, given.fresh, given.maml, given.adapted, given.x
     file.parent.mkdir(parents=True, exist_ok=True)
     if maml.call.compute_dtype is not None:
         maml = maml.with_options(compute_dtype=None)  # a plain network is as wide as its weights
     if file.suffix == ".pt2":
         network = fill_module(copy_module(built), maml, adapted, as_program=True)
         _check_network(file, copy_module(network), maml, adapted, x)
-        _write_program(file, network, torch.cat([adapted.task.support_x, x]))
+        x = torch.cat([adapted.task.support_x, x])
+        if given.scales:
+            network, x = InUnits(network, given.scales, x.dtype), undo_scale(x, given.scales, "input")
+        _write_program(file, network, x)
         return
     if context_names(built):
         raise UsageError(f"{file}: a context is no part of the learner's class: {INSTEAD}")
@@ -186,7 +204,7 @@ def _call_noting_layers(
     handles = [
         layer.register_forward_hook(
             lambda _, __, output, name=name: outputs[name].append(
-                pytree.tree_map(lambda t: t[-examples:], output)
+                [t[-examples:] for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.dim()]
             )
         )
         for name, layer in layers
@@ -203,8 +221,10 @@ def _agree(a: Any, b: Any, tolerance: float) -> bool:
     pairs = zip(*(pytree.tree_leaves(tree) for tree in (a, b)), strict=False)
     same = (
         x.shape == y.shape
-        and torch.allclose(x.double(), y.double(), tolerance, tolerance * float(y.abs().max()))
+        and torch.allclose(
+            *(t.to(torch.complex128) for t in (x, y)), tolerance, tolerance * float(y.abs().amax())
+        )
         for x, y in pairs
-        if isinstance(x, Tensor) and isinstance(y, Tensor)
+        if isinstance(x, Tensor) and isinstance(y, Tensor) and y.numel()
     )
     return all(same)

@@ -74,8 +74,8 @@ def conv(outputs: int) -> nn.Module:
     return nn.Sequential(*blocks, mean, nn.Linear(64, outputs))
 
 
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
+def mlp(inputs: int = 1) -> nn.Module:
+    return nn.Sequential(nn.Linear(inputs, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
 
 
 class Counting(nn.Module):
@@ -236,3 +236,21 @@ def test_what_no_file_can_hold_is_refused_in_one_line_that_names_the_layer(
         assert command(*flags, "--save-weights", tmp_path / file) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert expected in line
+
+
+def test_a_standardised_table_is_predicted_in_its_units(place, tmp_path, capsys):
+    rows = [f"{t},{1e6 + i},{i % 3},{500 + t * i}" for t in range(10) for i in range(6)]
+    (tmp_path / "data.csv").write_text("\n".join(["task,a,b,y", *rows]), encoding="utf-8")
+    (tmp_path / "mine.csv").write_text("a,b,y\n1000001,1,503\n1000003,0,509\n1000002,2,\n1000004,1,\n")
+    last = train(place, tmp_path, "--dataset", f"table:{tmp_path / 'data.csv'}")
+    line = ["--adapt", tmp_path / "mine.csv", "--load", last]
+    assert command(*line) == 0
+    expected = predictions(last.parent, "mine").double()
+    assert "weights.pt, which takes and gives standardised numbers" in capsys.readouterr().out
+    x = torch.tensor([[1000002.0, 2.0], [1000004.0, 1.0]], dtype=torch.float64)
+    scales = torch.load(last, weights_only=True)["scales"]
+    plain = load_weights(mlp(2), last.parent / "last-adapted-mine-weights.pt")
+    standardised = plain(((x - scales["input"][0]) / scales["input"][1]).float()).double()
+    torch.testing.assert_close(standardised * scales["target"][1] + scales["target"][0], expected)
+    assert command(*line, "--save-weights", tmp_path / "net.pt2") == 0
+    torch.testing.assert_close(load_program(tmp_path / "net.pt2")(x), expected)
