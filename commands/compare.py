@@ -61,6 +61,7 @@ def compare(call: Call, given: Mapping[str, Any], command: str) -> int:
         subject.build(call)
         subject.evaluate(call.split, first_task=first_task)
         curves[subject] = _read_curves(subject)
+    caption, _ = summarise(subjects, call.split)  # the name of the loss depends on the data
     sides = [_side_of(name, side, curves) for name, side in runs.items()]
     print(f"\n{paired.settings_table(sides)}\n")
     which = f"{call.split} tasks" + ", none of which chose a checkpoint" * bool(first_task)

@@ -109,6 +109,7 @@ def test_a_difference_on_test_tasks_equals_that_of_two_evals(compare, place, tmp
 
 def test_the_seeds_that_both_have_are_paired(compare, place):
     result, output = compare("seeds", "grid")
+    assert "Query MSE, validation tasks" in output and result["measure"] == "MSE"
     names = [side["name"] for side in result["sides"]]
     assert names == ["seeds", "grid inner-lr-0.001", "grid inner-lr-0.1"]
     by_seed = {
