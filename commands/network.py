@@ -218,13 +218,10 @@ def _call_noting_layers(
 
 def _agree(a: Any, b: Any, tolerance: float) -> bool:
     """Return whether trees of tensors are the same but for rounding."""
-    pairs = zip(*(pytree.tree_leaves(tree) for tree in (a, b)), strict=False)
-    same = (
-        x.shape == y.shape
-        and torch.allclose(
-            *(t.to(torch.complex128) for t in (x, y)), tolerance, tolerance * float(y.abs().amax())
-        )
-        for x, y in pairs
-        if isinstance(x, Tensor) and isinstance(y, Tensor) and y.numel()
-    )
-    return all(same)
+    for x, y in zip(*(pytree.tree_leaves(tree) for tree in (a, b)), strict=False):
+        if isinstance(x, Tensor) and isinstance(y, Tensor) and y.numel():
+            x, y = x.to(torch.complex128), y.to(torch.complex128)
+            near = tolerance * float(y.abs().max())
+            if x.shape != y.shape or not torch.allclose(x, y, rtol=tolerance, atol=near):
+                return False
+    return True
