@@ -121,10 +121,10 @@ def test_the_papers_initial_weights_and_networks():
     assert all(0.015 < heads[name].weight.abs().max() <= 0.02 for name in ("fc", "mlp"))
     assert not any(head.bias.any() for head in heads.values())
     flat = build_learner("conv-flat", 5)
-    assert flat[-1].in_features == 256 and flat[1].weight is not None
+    assert flat[-1].in_features == 256 and flat[1].weight.requires_grad
     assert flat(torch.rand(3, 1, 28, 28)).shape == (3, 5)
-    assert build_learner("conv", 5)[1].weight is None
-    assert build_learner("conv", 5, arguments={"scale": True})[1].weight is not None
+    assert not build_learner("conv", 5)[1].weight.requires_grad
+    assert build_learner("conv", 5, arguments={"scale": True})[1].weight.requires_grad
 
 
 @pytest.mark.parametrize("engine", ENGINES)
