@@ -7,6 +7,9 @@ import pytest
 import torch
 from runs import command, validate_on
 
+from commands.call import check_call
+from commands.evaluate import Subject
+from commands.parser import parse
 from common.errors import UsageError
 from tasks.scales import apply_scale, measure_scale, undo_scale
 from tasks.tables import Columns, TableTasks, load_table
@@ -101,6 +104,21 @@ def test_a_run_is_tested_with_the_statistics_that_it_learned_with(tmp_path, caps
         assert "MSE of standardised targets" in out
     train = table_of(file).split_names["train"]
     assert "0" in train and results[0] == results[1]  # the training rows changed, the test rows did not
+
+
+def test_another_table_is_standardised_as_the_training_table_was(tmp_path):
+    write_table(tmp_path / "a.csv")
+    columns = write_table(tmp_path / "b.csv", change=lambda c: c | {"y": 3 * c["y"], "tiny": 2 + c["tiny"]})
+    run = [*SHORT, "--dataset", f"table:{tmp_path / 'a.csv'}", "--checkpoint-path", tmp_path]
+    assert command(*run, "--run-name", "run") == 0
+    last = tmp_path / "run" / "last.pt"
+    flags = parse(["--eval", "--load", str(last), "--eval-dataset", f"table:{tmp_path / 'b.csv'}"])
+    subject = Subject.read(last, check_call(flags), flags)
+    subject.build(check_call(flags))
+    mean, deviation = load_checkpoint(last).scales["target"].numpy()[:, 0]
+    y = subject.distribution.sample("test", 0, 0, range(200)).query_y.numpy().flatten()
+    expected = (columns["y"] - mean) / deviation
+    assert max(abs(expected - value).min() for value in y) < 1e-4 and len(np.unique(y)) > 80
 
 
 def test_adapt_undoes_the_scales(tmp_path):
