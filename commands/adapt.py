@@ -31,8 +31,8 @@ from evaluation.meta_test import randomness_of
 from evaluation.style import write_figure
 from evaluation.tables import predictions_table, write_csv, write_json
 from maml import MAML, Adapted
-from tasks.images import Form
 from tasks.options import data_facts
+from tasks.pixels import RANGE, Form
 from tasks.scales import Scales, undo_scale
 from tasks.tables import Columns
 from tasks.user_tasks import read_task_folder, read_task_table
@@ -162,8 +162,9 @@ def read_tasks(path: Path, config: Config, runtime: Runtime, source: Checkpoint)
         raise UsageError(f"--adapt {path}: the checkpoint learned from {what}")
     if images:
         assert options.image_size and options.channels
-        form = Form(options.image_size, options.channels, options.invert, options.resize)
-        tasks = [read_task_folder(path, form, *place)]
+        look = options.invert, options.resize, options.black_and_white
+        form = Form(options.image_size, options.channels, *look)
+        tasks = [read_task_folder(path, form, source.splits.get(RANGE), *place)]
     else:
         columns = Columns.parse(options.columns, options.exclude_columns)
         # the inputs are those of training, whatever their order here

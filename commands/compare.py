@@ -32,7 +32,7 @@ LONGEST_NAMES = 100  # characters of the sides' names in a file name
 TASKS = (
     *("dataset", "dataset_args", "ways", "shots", "queries", "noise"),
     *("omniglot_split", "quarter_turns", "split_shares", "columns"),
-    *("exclude_columns", "min_examples"),
+    *("exclude_columns", "min_examples", "image_range"),
 )
 MEASURE = ("loss", "loss_args", "standardise")
 Runs = dict[int, Subject]  # one side of the comparison, by seed
@@ -61,7 +61,6 @@ def compare(call: Call, given: Mapping[str, Any], command: str) -> int:
         subject.build(call)
         subject.evaluate(call.split, first_task=first_task)
         curves[subject] = _read_curves(subject)
-    caption, _ = summarise(subjects, call.split)  # the name of the loss depends on the data
     sides = [_side_of(name, side, curves) for name, side in runs.items()]
     print(f"\n{paired.settings_table(sides)}\n")
     which = f"{call.split} tasks" + ", none of which chose a checkpoint" * bool(first_task)

@@ -26,16 +26,8 @@ from learners.options import LEARNERS, learner_facts
 from tasks.options import FILE_KINDS, data_facts, is_classification
 
 OF_OTHER_DATA = (
-    *(
-        "invert",
-        "quarter_turns",
-        "dataset_args",
-        "columns",
-        "exclude_columns",
-        "split_shares",
-        "omniglot_split",
-    ),
-    "min_examples",
+    *("invert", "quarter_turns", "image_range", "columns", "exclude_columns", "dataset_args"),
+    *("split_shares", "omniglot_split", "min_examples"),
 )
 
 
@@ -199,7 +191,7 @@ def resolve_from(
     if schedule != "constant" and given.get("iterations", iterations) != iterations:
         raise UsageError(f"--iterations: the {schedule} schedule of the checkpoint fixes it; leave it out")
     free = (
-        {"invert", "columns", "exclude_columns", "batch_norm"}
+        {"invert", "image_range", "columns", "exclude_columns", "batch_norm"}
         if adapt
         else set(OF_OTHER_DATA if eval_dataset else ())
     )

@@ -115,14 +115,11 @@ def differences_table(sides: Sequence[Side], loss_name: str, split: str) -> str:
     """Return each side's result after the quoted steps and its difference to the first, by normalisation."""
     measure, scale, digits = units(sides[0].results.measure(loss_name))
     several = any(len(side.evaluations) > 1 for side in sides)
-    compared, left_out = readings(sides), 0
-    rows: list[list[str]] = []
-    cells: list[str] = []
+    compared, rows, left_out = readings(sides), [], 0
     for words, (first, *others) in compared.items():
         for side in (first, *others):
             row = [side.name, words * (len(compared) > 1), str(side.steps)]
-            cells.append(side.results.cell(side.steps, scale, digits))
-            row.append(cells[-1])
+            row.append(side.results.cell(side.steps, scale, digits))
             paired = difference(side, first)
             spread = Spread.over(list(paired.by_seed.values()))
             text = spread.text(scale, digits, paired.interval_95_over_tasks, sign="+")
@@ -135,7 +132,7 @@ def differences_table(sides: Sequence[Side], loss_name: str, split: str) -> str:
     pairs += f" 95 % interval over tasks{' (lowest to highest seed)' * several}"
     reason = "that diverged" if sides[0].results.is_loss else "for which it is undefined"
     pairs += f", without tasks {reason} in either" * bool(left_out)
-    means = describe_means([side.results for side in sides], cells)
+    means = describe_means([side.results for side in sides])
     return (
         f"{table(header, rows)}\nQuery {measure}, {split}: {means}.\n"
         f"Difference to {sides[0].name} on the same tasks: {pairs}; better or worse where the interval "

@@ -268,13 +268,13 @@ def results_table(results: Mapping[str, StepResults], caption: Caption, *, losse
     else:
         rows = [[name, *row] for name, row in zip(results, cells, strict=True)]
         text = table(["", *map(after_steps, steps)], rows)
-    return f"{text}\nQuery {measure}: {describe_means(parts, [cell for row in cells for cell in row])}."
+    return f"{text}\nQuery {measure}: {describe_means(parts)}."
 
 
-def describe_means(results: Sequence[StepResults], cells: Sequence[str]) -> str:
+def describe_means(results: Sequence[StepResults]) -> str:
     """Return what the cells of a table of results hold, in words."""
-    tasks, two_means = f"{results[0].tasks} tasks", any("; " in cell for cell in cells)
-    after = "; after a semicolon the mean without those that diverged" * two_means
+    tasks = f"{results[0].tasks} tasks"
+    after = "; after the semicolon the mean without those that diverged" * any(p.leaves_out for p in results)
     after += ", without those for which it is undefined" * any(any(part.undefined) for part in results)
     if any(part.means.shape[1] > 1 for part in results):
         return f"mean over seeds ± its 95 % interval over {tasks} (lowest to highest seed){after}"

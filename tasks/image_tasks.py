@@ -61,10 +61,13 @@ class ImageTasks(TaskDistribution):
 
     @property
     def split_names(self) -> dict[str, list[str]]:
-        if self.images.published:
-            return {}
-        names = self.images.names
-        return {split: sorted(names[i] for i in part.tolist()) for split, part in self.images.splits.items()}
+        names, splits = self.images.names, {} if self.images.published else self.images.splits
+        names_of = {split: sorted(names[i] for i in part.tolist()) for split, part in splits.items()}
+        return names_of | self.images.record
+
+    @property
+    def summary(self) -> list[str]:
+        return self.images.summary
 
     def resized(self, shots: int) -> ImageTasks:
         other = copy.copy(self)  # with the same pixels
@@ -109,14 +112,21 @@ class ImageTasks(TaskDistribution):
         return pixels.pin_memory() if self.device.type == "cuda" else pixels
 
     def _check_sizes(self) -> None:
-        images, needed = self.images, self.shots + self.queries
+        images, needed, source = self.images, self.shots + self.queries, self.images.split_source
         for split, classes in images.splits.items():
             if 0 < len(classes) < self.ways:
                 problem = f"has {len(classes)} {split} classes: lower -n, {self.ways}, or add classes"
-                raise UsageError(f"{images.source} {problem}")
-            for number in classes[images.count[classes] < needed].tolist():
-                problem = f"has {images.count[number]} images: lower -k plus -q, {needed}, or add images"
-                raise UsageError(f"{images.source}: {images.names[number]} {problem}")
+                raise UsageError(f"{images.source} {problem}" + f" (split: {source})" * bool(source))
+        small = torch.cat([classes[images.count[classes] < needed] for classes in images.splits.values()])
+        if len(small):
+            smallest = small[images.count[small].argmin()]
+            example = f"{images.names[smallest]} has {images.count[smallest]} images"
+            few = f"{len(small):,} of {len(images.names):,} classes have fewer, {example}"
+            hint = "" if images.published else f", or leave them out with --min-examples {needed}"
+            raise UsageError(
+                f"{images.source}: a task takes {needed} images of a class (-k plus -q), and {few}: lower -k "
+                f"or -q{hint}"
+            )
 
 
 def augment_images(x: Tensor, kinds: tuple[str, ...], stream: Stream) -> Tensor:

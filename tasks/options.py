@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -78,6 +79,23 @@ check_shares = expect(
 )
 
 
+def parse_range(text: str) -> tuple[float, float]:
+    """Return the two numbers of `--image-range LOW,HIGH`; ValueError if it has others."""
+    low, high = map(float, text.split(","))
+    return low, high
+
+
+def is_range(text: str) -> bool:
+    try:
+        low, high = parse_range(text)
+    except ValueError:
+        return False
+    return -math.inf < low < high < math.inf
+
+
+check_range = expect("two numbers, LOW,HIGH, the first below the second", is_range)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions:
     """Options that choose the dataset and the size of its tasks."""
@@ -120,6 +138,10 @@ class TaskOptions:
     channels: int | None = flag(
         "--channels", group="tasks", check=check_channels, metavar="{1,3}", only="images", default=BY_DATASET,
         help="1: grey images; 3: colour (default: 3; omniglot 1)")
+    image_range: str | None = flag(
+        "--image-range", group="tasks", check=check_range, metavar="LOW,HIGH", default=None, only="images",
+        help="values of image files that are black and white; others are cut off (default: the range of 8 "
+        "bits, or what the files say: docs/data.md)")
     invert: bool = flag("--invert", group="tasks", default=BY_DATASET, only="any images",
         help="exchange black and white, so that ink on paper is 1 (default: no; omniglot yes)")
     quarter_turns: bool = flag("--quarter-turns", group="tasks", default=False, only="images",
@@ -145,6 +167,11 @@ class TaskOptions:
         help="subtract the mean of each input of a table, and of each target with mse or huber, and divide "
         "by the standard deviation, both of the training rows")
     # fmt: on
+
+    @property
+    def black_and_white(self) -> tuple[float, float] | None:
+        """Return --image-range as numbers."""
+        return parse_range(self.image_range) if self.image_range else None
 
     @property
     def classification(self) -> bool:

@@ -19,8 +19,10 @@ from PIL import Image
 
 from common.errors import UsageError, one_line
 from tasks.cache import cached_pixels
-from tasks.images import Form, ImageFile, ImageSet, find_classes, image_set, prepare
+from tasks.folders import find_classes
+from tasks.images import ImageSet, image_set
 from tasks.options import OMNIGLOT_CLASSES, OMNIGLOT_DRAWINGS
+from tasks.pixels import Form, ImagePath, prepare
 from tasks.splits import as_positions, published_splits, shuffle
 
 PARTS = {"images_background": 964, "images_evaluation": 659}  # characters in each half of Omniglot
@@ -35,7 +37,7 @@ def open_benchmark(name: str, data_root: Path, form: Form, omniglot_split: str =
     if name in ("cifar-fs", "fc100"):
         return _open_cifar(name, data_root, published, form)
     folder = data_root / name
-    groups = find_classes(folder)
+    groups: dict[str, dict[str, list[Path]]] = find_classes(folder).groups
     if "all" in groups:  # ImageNet's other classes may lie there too
         classes = groups["all"]
         groups = {split: {w: classes[w] for w in part if w in classes} for split, part in published.items()}
@@ -60,18 +62,18 @@ def _fetch(name: str, data_root: Path, **half: bool) -> Any:
 def _open_omniglot(data_root: Path, form: Form, split: str) -> ImageSet:
     """Return Omniglot's 1,623 characters of 20 drawings, from torchvision's archives or unpacked folders."""
     folder = data_root / "omniglot-py"
-    classes: dict[str, list[ImageFile]] = {}
+    classes: dict[str, list[ImagePath]] = {}
     for part, characters in PARTS.items():
         archive = folder / f"{part}.zip"
         if not archive.exists() and not (folder / part).exists():
             _fetch("Omniglot", data_root, background=part == "images_background")
-        files: dict[str, ImageFile] = {}  # by part/alphabet/character/drawing.png
+        files: dict[str, ImagePath] = {}  # by part/alphabet/character/drawing.png
         if zipfile.is_zipfile(archive):
             zipped = zipfile.ZipFile(archive)
             files |= {name: zipfile.Path(zipped, name) for name in zipped.namelist() if name.endswith(".png")}
         else:
             files |= {p.relative_to(folder).as_posix(): p for p in folder.glob(f"{part}/*/*/*.png")}
-        drawn: dict[str, list[ImageFile]] = defaultdict(list)
+        drawn: dict[str, list[ImagePath]] = defaultdict(list)
         for name in sorted(files):
             drawn[name.rpartition("/")[0]].append(files[name])
         if len(drawn) != characters or {*map(len, drawn.values())} != {OMNIGLOT_DRAWINGS}:

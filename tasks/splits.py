@@ -7,6 +7,7 @@ function of names and shares, not of the seed.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +19,33 @@ from common.random import SPLITS, Stream
 
 PUBLISHED = Path(__file__).parent / "splits"
 SPLIT_NAMES = dict(zip(SPLITS, SPLITS, strict=True)) | {"val": "validation", "valid": "validation"}
+PLAIN_WORDS = SPLIT_NAMES | {"training": "train", "dev": "validation", "testing": "test"}
+# These may be classes, too: they say a split only together with another one.
+SPLIT_WORDS = PLAIN_WORDS | {"base": "train", "background": "train", "novel": "test", "evaluation": "test"}
+FILLERS = {"meta", "set", "data", "images", "image", "imgs", "img", "classes", "class", "split"}
+
+
+def _words(name: str) -> list[str]:
+    """Return the words of a name in lower case: of metatrain and trainset, "train"."""
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)
+    return [re.sub("^meta(?=.)|(?<=.)set$", "", word.lower()) for word in words]
+
+
+def split_of(name: str) -> str | None:
+    """Return the split that a folder or list is named after: Train, val2017, meta-test, images_background."""
+    words = [word for word in _words(name) if word not in FILLERS]
+    return SPLIT_WORDS.get(words[0]) if len(words) == 1 else None
+
+
+def is_plain(name: str) -> bool:
+    """Return whether a name says a split by itself: train or images_background, but not base."""
+    words = {*_words(name)}
+    return split_of(name) is not None and bool(words & {*PLAIN_WORDS} or words & FILLERS)
+
+
+def split_hinted(name: str) -> str | None:
+    """Return a split that a name of several words mentions: test for trial_test_2."""
+    return next((PLAIN_WORDS[word] for word in _words(name) if word in PLAIN_WORDS), None)
 
 
 def shuffle(names: Iterable[str], purpose: str) -> list[str]:

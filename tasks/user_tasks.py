@@ -6,6 +6,7 @@ task or several: rows with targets are the support set, rows without are the que
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -14,13 +15,19 @@ import torch
 
 from common.errors import UsageError, printable
 from common.task import UserTask
-from tasks.images import Form, class_folders, decode_all, image_files
+from tasks.folders import class_folders, image_files
+from tasks.pixels import Form, decode_all, settle_range
 from tasks.scales import Scales, apply_scale
 from tasks.tables import Columns, load_table
 
 
-def read_task_folder(path: Path, form: Form, device: torch.device, dtype: torch.dtype) -> UserTask:
-    """Return the task of a folder of images, with pixels from 0 to 1; UsageError on another layout."""
+def read_task_folder(
+    path: Path, form: Form, record: Sequence[str] | None, device: torch.device, dtype: torch.dtype
+) -> UserTask:
+    """Return the task of a folder of images, with pixels from 0 to 1; UsageError on another layout.
+
+    `record` is the training images' (see `Form`): without another --image-range, these have to be alike.
+    """
     support, query = path / "support", path / "query"
     classes = class_folders(support) if support.is_dir() else {}
     queries = image_files(query) if query.is_dir() else []
@@ -28,7 +35,11 @@ def read_task_folder(path: Path, form: Form, device: torch.device, dtype: torch.
         layout = "put images of two classes or more into support/<class>/, and those to predict into query/"
         raise UsageError(f"--adapt {path}: {layout}")
     labels = [label for label, files in enumerate(classes.values()) for _ in files]
-    images = np.stack([*decode_all([*chain(*classes.values(), queries)], form)])
+    files = [*chain(*classes.values(), queries)]
+    trained = form.recorded(record)
+    like = "the training images" if form.range in (None, trained.range) else ""
+    form = trained if like else settle_range(path, files, form)[0]
+    images = np.stack([*decode_all(files, form, like)])
     x = torch.from_numpy(images).to(device, dtype) / 255
     return UserTask(
         name="",

@@ -158,7 +158,7 @@ def test_diverged_tasks_are_counted_and_never_hidden_in_the_mean():
     table = results_table(results_of({"all": [evaluation]}), Caption("", "MSE", 1, 1))
     assert table.splitlines()[0].split() == ["steps", "MSE"]
     assert "1  1.5500 ± 2.0580; 0.5000 ± 0.0000 without 1 diverged  trained for" in table.splitlines()[2]
-    assert table.endswith("over 10 tasks; after a semicolon the mean without those that diverged.")
+    assert table.endswith("over 10 tasks; after the semicolon the mean without those that diverged.")
     losses[0] = torch.inf
     assert evaluation_record(evaluation)["per_step"][0]["loss_without_diverged"] == 0.5
     assert results_of({"all": [evaluation]})["all"].kept_mean.tolist() == [0.5, 0.5]

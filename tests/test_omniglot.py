@@ -13,9 +13,8 @@ from common.errors import UsageError
 from common.random import SPLITS
 from dataset import build_distribution
 from learner import build_learner
-from tasks import images
-from tasks.images import Form
 from tasks.options import TaskOptions
+from tasks.pixels import Form
 from tasks.published import open_benchmark, split_characters
 
 INK_IS_ONE = Form(28, 1, invert=True)
@@ -33,7 +32,7 @@ def test_folders_and_archives_are_read_and_cached(small_omniglot, monkeypatch):
     paper, nearest = (load(small_omniglot, Form(28, 1, *more)) for more in ((False,), (True, "nearest")))
     assert torch.equal(paper, 255 - pixels)
     assert set(nearest.unique().tolist()) == {0, 255} and len(pixels.unique()) > 2
-    monkeypatch.setattr(images, "_decode", None)  # from now on, reading a drawing fails
+    monkeypatch.setattr("tasks.pixels._decode", None)  # from now on, reading a drawing fails
     assert torch.equal(load(small_omniglot), pixels)
 
 

@@ -1,0 +1,222 @@
+"""Find classes and splits in a folder of images: lists of files, split folders, or class folders alone.
+
+What looks like a split and is not understood is refused: pooled, its test classes would be trained on.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain
+from pathlib import Path
+
+from common.errors import UsageError, printable
+from common.random import SPLITS
+from tasks.splits import check_disjoint, is_plain, split_hinted, split_of
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+HIDDEN = (".", "__MACOSX")  # beginnings of names that are ignored
+PACKED = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".rar", ".7z", ".h5", ".hdf5")
+USUAL = "name its folders train, val and test, or as docs/data.md lists"
+
+Classes = dict[str, list[Path]]  # a class's name -> its image files, sorted
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The classes of a folder by split, or of "all" where it has no split."""
+
+    groups: dict[str, Classes]
+    source: str  # of the split: the names of its folders or lists
+    left_out: list[str]  # files that are no images, and folders (with a slash)
+
+
+def find_classes(folder: Path, *, allow_empty: bool = False) -> Layout:
+    """Return the classes of each split of a folder, or of "all" where it has no split.
+
+    A class without images raises UsageError unless `allow_empty`.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder {folder}: it should hold class folders, or train, val and test")
+    left_out: list[str] = []
+    lists, strange = _split_lists(folder)
+    parts = {} if lists else _split_folders(folder, left_out)
+    if lists:
+        groups = {split: _listed_classes(folder, path) for split, path in lists.items()}
+    elif parts:
+        groups = {s: class_folders(part, left_out, allow_empty=allow_empty) for s, part in parts.items()}
+    elif strange:
+        raise UsageError(f'{strange[0]} should have the columns "filename" and "label": mend or remove it')
+    else:
+        groups = {"all": class_folders(folder, left_out, allow_empty=allow_empty)}
+    for split, classes in () if lists else groups.items():
+        _refuse_inner_split(parts.get(split, folder), classes)
+    _check_apart(folder, groups)
+    return Layout(
+        groups, join(path.name + "/" * path.is_dir() for path in (lists or parts).values()), left_out
+    )
+
+
+def join(names: Iterable[str]) -> str:
+    """Return names in a sentence: "a, b and c"."""
+    *most, last = [*map(printable, names)] or [""]
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _check_apart(folder: Path, groups: Mapping[str, Classes]) -> None:
+    """Raise UsageError if a class or an image is in two splits, through a list or a link too."""
+    shared = set.intersection(*map(set, groups.values())) if len(groups) > 1 else set()
+    if shared and all(shared == classes.keys() for classes in groups.values()):
+        parts = f"{join(groups)} have the same {len(shared)} classes: they split images"
+        others = "meta-learning tests on other classes: merge them into one folder per class"
+        raise UsageError(f"{folder}: {parts}, and {others}")
+    check_disjoint(groups, str(folder))
+    real, files = cache(os.path.realpath), {}
+    for split, classes in groups.items():
+        files[split] = [f"{real(file.parent)}/{file.name}" for file in chain(*classes.values())]
+    check_disjoint(files, str(folder))
+
+
+# ---- split folders -------------------------------------------------------------------------------
+
+
+def _split_folders(folder: Path, left_out: list[str]) -> dict[str, Path]:
+    """Return the folder of each split; none where class folders alone lie in `folder`."""
+    names = _subfolders(folder)
+    deep = {name for name in names if _subfolders(folder / name)}  # a class may be called train
+    roles = {name: split_of(name) for name in names}
+    maybe = {name: roles[name] or split_hinted(name) for name in names if name in deep or roles[name]}
+    hints = {name: split for name, split in maybe.items() if split}
+    pair = len({split for name, split in hints.items() if name in deep}) > 1
+    flat = len(names) == len(hints) and len({*hints.values()}) > 1
+    if not (pair or flat or any(name in deep and is_plain(name) for name in hints)):
+        return {}
+    parts: dict[str, Path] = {}
+    for name, split in hints.items():
+        if name not in deep and not is_plain(name) and not flat:
+            continue  # a class folder of that name
+        if roles[name] is None:
+            raise UsageError(f"{folder}: {name}/ looks like part of a split: {USUAL}, or move it away")
+        if split in parts:
+            both = f"{parts[split].name}/ and {name}/ may both hold {split} classes"
+            raise UsageError(f"{folder}: {both}: {USUAL}, or move one away")
+        if name not in deep:
+            raise UsageError(f"{folder / name}: put the images of each class into a folder of its own there")
+        parts[split] = folder / name
+    others = [name for name in names if folder / name not in parts.values()]
+    if others and not ("train" in parts and len(parts) > 1):
+        looks = f"{join(f'{path.name}/' for path in parts.values())} looks like a split"
+        raise UsageError(f"{folder}: {looks}, and {others[0]}/ does not: {USUAL}, or move one away")
+    left_out += [f"{name}/" for name in others]
+    return {split: parts[split] for split in SPLITS if split in parts}
+
+
+def _refuse_inner_split(base: Path, classes: Classes) -> None:
+    """Raise UsageError if folders below those of `base` look like a split of their own."""
+    children: dict[str, set[str]] = defaultdict(set)
+    for name in classes:
+        parts = name.split("/")
+        for depth in range(1, len(parts)):
+            children["/".join(parts[:depth])].add(parts[depth])
+    for parent, names in children.items():
+        splits = {name: split_of(name) for name in sorted(names)}
+        plain = {split for name, split in splits.items() if is_plain(name)}
+        if len(plain) > 1 or (all(splits.values()) and len({*splits.values()}) > 1):
+            found = f"{join(f'{name}/' for name, split in splits.items() if split)} look like a split"
+            place = base / parent
+            raise UsageError(
+                f"{place}: {found}: give images:{place}, or put the images of each class into one folder"
+            )
+
+
+def _subfolders(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(HIDDEN))
+
+
+# ---- classes -------------------------------------------------------------------------------------
+
+
+def image_files(folder: Path, left_out: list[str] | None = None) -> list[Path]:
+    """Return the images directly in a folder, sorted; add the names of other files to `left_out`."""
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if not entry.is_dir())
+    images = [n for n in names if n.lower().endswith(EXTENSIONS) and not n.startswith(HIDDEN)]
+    if left_out is not None:
+        left_out += sorted({*names} - {*images})
+    return [folder / name for name in images]
+
+
+def class_folders(
+    base: Path, left_out: list[str] | None = None, *, allow_empty: bool = False, place: str = "."
+) -> Classes:
+    """Return every folder below `base` that directly holds images, by its path relative to `base`.
+
+    An empty one raises UsageError, or is a class without images with `allow_empty`.
+    """
+    others: list[str] = []
+    images, folders = image_files(base / place, others), _subfolders(base / place)
+    if (images and place == ".") or not (images or folders or (allow_empty and place != ".")):
+        raise UsageError(_say_what_is_missing(base / place, others, empty_class=place != "."))
+    if left_out is not None and place != ".":  # beside the class folders lie caches and read-me files
+        left_out += others
+    classes = {} if folders and not images else {place: images}
+    for name in folders:
+        inner = name if place == "." else f"{place}/{name}"
+        classes |= class_folders(base, left_out, allow_empty=allow_empty, place=inner)
+    return classes
+
+
+def _say_what_is_missing(folder: Path, others: list[str], *, empty_class: bool) -> str:
+    if packed := next((name for name in others if name.lower().endswith(PACKED)), None):
+        return f"{folder} holds {packed}: unpack it there first (tar -xf, unzip), one folder per class"
+    text = f"{folder}: put the images of each class into a folder of its own"
+    seen = f" (there are files such as {printable(others[0])})" if others else ""
+    return f"{text}{seen}" + ", or leave empty classes out with --min-examples 1" * empty_class
+
+
+# ---- lists ---------------------------------------------------------------------------------------
+
+
+def _split_lists(folder: Path) -> tuple[dict[str, Path], list[Path]]:
+    """Return the list of each split, and files of a split's name that have other columns."""
+    lists: dict[str, Path] = {}
+    others = []
+    for path in sorted(folder.iterdir()):
+        split = split_of(path.stem) if path.suffix.lower() == ".csv" and path.is_file() else None
+        if split is None or path.name.startswith(HIDDEN):
+            continue
+        with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+            if not {"filename", "label"} <= {*next(csv.reader(file), [])}:
+                others.append(path)
+                continue
+        if split in lists:
+            raise UsageError(f"{folder}: {lists[split].name} and {path.name} are both {split}: remove one")
+        lists[split] = path
+    return {split: lists[split] for split in SPLITS if split in lists}, others
+
+
+def _listed_classes(folder: Path, path: Path) -> Classes:
+    """Return the classes of a list with the columns "filename" and "label"."""
+    classes: dict[str, list[Path]] = defaultdict(list)
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        for row in csv.DictReader(file):
+            name, label = row.get("filename"), row.get("label")
+            if not (name and label):
+                raise UsageError(f'{path}: a row should have a "filename" and a "label": it has {row}')
+            bases = (
+                folder / "images",
+                folder,
+                folder / label,
+                folder / path.stem,
+                folder / path.stem / label,
+            )
+            image = next((base / name for base in bases if (base / name).is_file()), None)
+            if image is None:
+                raise UsageError(f"{path}: there is no {name} in {folder}: put it there, or remove the row")
+            classes[label].append(image)
+    return {label: sorted(files) for label, files in classes.items()}

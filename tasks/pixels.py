@@ -1,0 +1,237 @@
+"""Decode image files to 8-bit pixels, by the range that their values really have.
+
+A file's header says its kind. What it does not say (how many of 16 bits are used, what a float means) is
+found from the values of all files, and said; what stays open is refused.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from common.errors import UsageError, one_line
+from tasks.cache import cached_array
+
+warnings.filterwarnings("ignore", module=r"PIL\.")  # about files that are read anyway
+
+AT_ONCE = 256  # images in work at a time: bounds the memory
+PLAIN, RANGE = "8-bit", "image range"  # RANGE: a key of a checkpoint's splits
+DECLARED = {PLAIN: (0.0, 255.0), "12-bit TIFF": (0.0, 4095.0), "16-bit PGM": (0.0, 65535.0)}
+BITS = (8, 10, 12, 14, 16)  # that cameras and scanners have
+
+T = TypeVar("T")
+ImagePath = Path | zipfile.Path
+Range = tuple[float, float]  # the values that are black and white
+
+
+@dataclass(frozen=True)
+class Form:
+    """The form of a decoded image: uint8 `[channels, size, size]`."""
+
+    size: int
+    channels: int
+    invert: bool = False
+    resize: str = "lanczos"  # or "nearest"
+    range: Range | None = None  # None: the whole range of 8 bits
+    kind: str = PLAIN  # of the files
+
+    @property
+    def record(self) -> dict[str, list[str]]:
+        """Return what a checkpoint keeps of kind and range, unless they are plain."""
+        if self.kind == PLAIN and self.range is None:
+            return {}
+        low, high = self.range or DECLARED[self.kind]
+        return {RANGE: [self.kind, repr(low), repr(high)]}
+
+    def recorded(self, record: Sequence[str] | None) -> Form:
+        """Return the form with the kind and range of a record; without one, they are plain."""
+        if record is None:
+            return replace(self, kind=PLAIN, range=None)
+        return replace(self, kind=record[0], range=(float(record[1]), float(record[2])))
+
+
+# ---- kinds and ranges ----------------------------------------------------------------------------
+
+
+def kind_of(image: Image.Image) -> str:
+    """Return how a file stores its values, by its header."""
+    storage = str([part[3] for part in getattr(image, "tile", ())])
+    if image.mode == "F":
+        return "floating-point"
+    if image.mode.startswith("I"):
+        if image.format == "PPM":
+            return "16-bit PGM"  # Pillow has scaled them by the file's maximum
+        if "I;12" in storage:
+            return "12-bit TIFF"
+        return "16-bit" if image.mode != "I" or image.format == "PNG" else "integer"
+    return "16-bit" if image.format in ("PNG", "TIFF") and ";16" in storage else PLAIN
+
+
+def settle_range(folder: Path, files: Sequence[ImagePath], form: Form) -> tuple[Form, list[str]]:
+    """Return the form with the files' kind and range, and lines that say them where they are not plain.
+
+    Raises UsageError where files are of different kinds, or do not tell their range.
+    """
+    kind = _open(files[0], kind_of)
+    if form.range or kind in DECLARED:
+        low, high = form.range or DECLARED[kind]
+        source = "by --image-range" if form.range else "as the files declare"
+        note = f"image values are {kind}: {low:.7g} is black, {high:.7g} white, {source}"
+        plain = kind == PLAIN and not form.range
+        return replace(form, kind=kind, range=None if plain else (low, high)), [] if plain else [note]
+    low, high = cached_array(
+        folder, sources_of(files), ("range", kind), lambda: _survey(files, kind)
+    ).tolist()
+    values = f"{files[0]} and {len(files) - 1:,} others" if files[1:] else str(files[0])
+    values = f"{values} have {kind} values from {low:.7g} to {high:.7g}"
+    whole, bits = kind != "floating-point", next((bits for bits in BITS if high < 2**bits), 0)
+    if low < 0 or (not bits if whole else high > 1):
+        command = f"--image-range={low:.7g},{high:.7g}"
+        raise UsageError(f"{values}: say which are black and white, for example {command}")
+    top = float(2**bits - 1) if whole else 1.0
+    how = f"({bits} bits)" if whole else "(a float's usual range)"
+    note = f"image values are {kind}, {low:.7g} to {high:.7g}: 0 is black, {top:.7g} white {how}; "
+    return replace(form, kind=kind, range=(0.0, top)), [note + "another range: --image-range=LOW,HIGH"]
+
+
+def sources_of(files: Sequence[ImagePath]) -> list[Path]:
+    """Return the files that hold the images: an archive counts once."""
+    paths = (Path(str(f.root.filename)) if isinstance(f, zipfile.Path) else f for f in files)
+    return [*dict.fromkeys(paths)]
+
+
+def _survey(files: Sequence[ImagePath], kind: str) -> np.ndarray:
+    """Return the lowest and the highest value of all files."""
+    measure = partial(_open, read=partial(_extremes, like=files[0], kind=kind))
+    with ThreadPoolExecutor() as pool:
+        parts = (pool.map(measure, files[at : at + AT_ONCE]) for at in range(0, len(files), AT_ONCE))
+        bounds = [*tqdm(chain.from_iterable(parts), "Finding the range of values (once)", len(files))]
+    return np.array([min(low for low, _ in bounds), max(high for _, high in bounds)])
+
+
+def _extremes(image: Image.Image, like: ImagePath, kind: str) -> Range:
+    check_kind(image, kind, str(like))
+    colour, _ = _read_deep(image)
+    return float(colour.min()), float(colour.max())
+
+
+def check_kind(image: Image.Image, kind: str, like: str) -> None:
+    """Raise UsageError if a file's values are of another kind than those of others: no range fits both."""
+    if kind_of(image) != kind:
+        this = f"{getattr(image, 'filename', '') or 'an image'} has {kind_of(image)} values"
+        raise UsageError(f"{this} and {like} {kind} ones: convert them to one kind, or take one kind out")
+
+
+# ---- pixels --------------------------------------------------------------------------------------
+
+
+def decode_all(files: Sequence[ImagePath], form: Form, like: str = "") -> Iterator[np.ndarray]:
+    """Yield the files' images in order, decoded in parallel, as uint8 `[channels, size, size]`.
+
+    Raises UsageError if one is unreadable, or of another kind than the form's; `like` names one of that kind.
+    """
+    decode = partial(_decode, form=form, like=like or str(files[0]) if files else "")
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(files), AT_ONCE):
+            yield from pool.map(decode, files[start : start + AT_ONCE])
+
+
+def _decode(path: ImagePath, form: Form, like: str) -> np.ndarray:
+    def read(image: Image.Image) -> np.ndarray:
+        check_kind(image, form.kind, like)
+        return prepare(image, form)
+
+    return _open(path, read)
+
+
+def _open(path: ImagePath, read: Callable[[Image.Image], T]) -> T:
+    """Return what `read` makes of an image file; UsageError if it is unreadable."""
+    try:
+        with path.open("rb") as file, Image.open(file) as image:
+            image.filename = str(path)
+            return read(image)
+    except UsageError:
+        raise
+    except Exception as error:  # Pillow's readers raise errors of many kinds on damaged files
+        raise UsageError(f"{path} is not a readable image ({one_line(error)}): mend or remove it") from error
+
+
+def prepare(image: Image.Image, form: Form) -> np.ndarray:
+    """Return an image as uint8 `[channels, size, size]`: upright, on white, grey or in colour."""
+    if form.kind != PLAIN:
+        image = _to_8_bits(image, form.range or DECLARED[form.kind])
+    image = ImageOps.exif_transpose(image)
+    if image.mode.endswith("a"):  # premultiplied
+        image = image.convert(image.mode.upper())
+    if image.mode.endswith("A") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    # Converted before it is resized: on one-bit images Pillow silently takes the nearest pixel.
+    image = image.convert("L" if form.channels == 1 else "RGB")
+    if form.kind == PLAIN and form.range:
+        image = image.point([*_scale(np.arange(256), form.range).round()] * form.channels)
+    image = image.resize((form.size, form.size), Image.Resampling[form.resize.upper()])
+    pixels = np.asarray(image).reshape(form.size, form.size, form.channels).transpose(2, 0, 1)
+    return 255 - pixels if form.invert else pixels
+
+
+def _scale(values: np.ndarray, bounds: Range) -> np.ndarray:
+    """Return values from 0 to 255; those outside the bounds are black or white."""
+    low, high = bounds
+    return ((values - low) / (high - low)).clip(0, 1) * 255
+
+
+def _to_8_bits(image: Image.Image, bounds: Range) -> Image.Image:
+    """Return an image of more than 8 bits in L or RGB, upright, on white."""
+    colour, alpha = _read_deep(image)
+    pixels = (alpha * _scale(colour, bounds) + (1 - alpha) * 255).round().astype(np.uint8)
+    if getattr(image, "tag_v2", {}).get(262) == 0:
+        pixels = 255 - pixels  # a TIFF's WhiteIsZero, which Pillow heeds for 8 bits alone
+    return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+
+
+def _read_deep(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values of an image of more than 8 bits, upright: colour and opacity `[height, width, n]`."""
+    high_bytes = image.mode[0] not in "IF"
+    low = ImageOps.exif_transpose(_low_bytes(image)) if high_bytes else None
+    upright = ImageOps.exif_transpose(image)
+    values = np.asarray(upright).astype(np.float64)
+    if low is not None:
+        values = values * 256 + np.asarray(low)
+        colour, alpha = values[..., :3], values[..., 3:] / 65535
+    else:
+        colour, clear = values[..., None], image.info.get("transparency")
+        alpha = colour[..., :0] if clear is None else (colour != clear).astype(np.float64)
+    if not np.isfinite(colour).all():
+        raise ValueError("it has values that are NaN or infinite")
+    return colour, alpha if alpha.size else np.ones_like(colour[..., :1])
+
+
+def _low_bytes(image: Any) -> Image.Image:
+    """Read a colour image of 16 bits, of which Pillow keeps the high byte, with its bytes exchanged."""
+    tiles = []
+    for tile in image.tile:
+        raw, *others = [tile[3]] if isinstance(tile[3], str) else tile[3]
+        if not re.fullmatch("RGB[AX]?;16[BLN]", raw):
+            raise ValueError(f"its form {raw} is read with 8 of 16 bits: save it as RGB, RGBA or grey")
+        exchanged = raw[:-1] + ("L" if raw.endswith("B") else "B")  # N is L on the processors of today
+        arguments = (exchanged, *others) if others else exchanged
+        # a plain tuple before Pillow 11
+        tiles.append(tile._replace(args=arguments) if hasattr(tile, "_replace") else (*tile[:3], arguments))
+    image.fp.seek(0)
+    other: Any = Image.open(io.BytesIO(image.fp.read()))
+    other.tile = tiles
+    return other

@@ -1,0 +1,169 @@
+"""Layouts of image folders: usual names of splits are followed, what only looks like one is refused."""
+
+from pathlib import Path
+
+import pytest
+from conftest import write_classes, write_images
+
+from common.errors import UsageError
+from tasks.image_tasks import ImageTasks
+from tasks.images import ImageSet, open_folder
+from tasks.pixels import Form
+
+SHARES = {"train": 64, "validation": 16, "test": 20}
+FOR_TEST = {"train": 0, "validation": 0, "test": 1}
+
+pytestmark = pytest.mark.usefixtures("user_cache")
+
+
+def make(folder: Path, *parts: str, classes: int = 2) -> None:
+    """Write classes of different names into each part."""
+    for number, part in enumerate(parts):
+        write_classes(folder / part, classes, prefix=f"n{number}_", first=20 * number)
+
+
+def opened(folder: Path, shares: dict[str, int] = SHARES, **options) -> ImageSet:
+    return open_folder(folder, Form(6, 1), shares, **options)
+
+
+def classes_of(images: ImageSet) -> dict[str, list[str]]:
+    return {split: [images.names[c] for c in part] for split, part in images.splits.items()}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "Train Val Test",
+        "TRAIN VALID TEST",
+        "training validation testing",
+        "base val novel",
+        "meta-train meta-val meta-test",
+        "metatrain metaval metatest",
+        "Meta_Training Meta_Validation Meta_Test",
+        "train2017 val2017 test2017",
+        "train_images val_images test_images",
+        "trainset devset testset",
+    ],
+)
+def test_usual_names_of_splits_are_followed(names, tmp_path):
+    make(tmp_path, *names.split())
+    images = opened(tmp_path)
+    expected = {split: [f"n{i}_00", f"n{i}_01"] for i, split in enumerate(("train", "validation", "test"))}
+    assert classes_of(images) == expected
+    train, val, test = names.split()
+    counts = "2 (6 images) for training, 2 (6 images) for validation, 2 (6 images) for test"
+    assert images.summary == [f"classes: {counts}; split: {train}/, {val}/ and {test}/"]
+
+
+def test_omniglots_halves_hold_nested_classes_and_validation_comes_from_training(tmp_path):
+    for part, alphabets in {"images_background": "ABCDE", "images_evaluation": "XY"}.items():
+        for alphabet in alphabets:
+            write_images(tmp_path / part / alphabet / "character01", [ord(alphabet)])
+    images = opened(tmp_path)
+    names = classes_of(images)
+    assert names["test"] == ["X/character01", "Y/character01"] and len(names["validation"]) == 1
+    assert sorted(names["train"] + names["validation"]) == [f"{a}/character01" for a in "ABCDE"]
+    assert "images_background/ and images_evaluation/, validation classes drawn from" in images.summary[0]
+
+
+def test_classes_may_be_called_like_splits_and_nest(tmp_path):
+    write_classes(tmp_path, 4)
+    for name in ("train", "base", "Valyrian/letter1", "Valyrian/letter2"):
+        write_images(tmp_path / name, [1])
+    images = opened(tmp_path)
+    assert (
+        len(images.names) == 8
+        and "a fixed shuffle of the classes, --split-shares 64,16,20" in images.summary[0]
+    )
+    assert sum(map(len, images.splits.values())) == 8
+
+
+def twice(folder: Path) -> None:
+    make(folder, "train", "Training", "test")
+
+
+REFUSED = {
+    "two names for one split": (twice, "Training/ and train/ may both hold train classes"),
+    "a part that is not understood": (
+        lambda f: make(f, "train", "test", "my_test_2"),
+        "my_test_2/ looks like part of a split",
+    ),
+    "prefixes": (lambda f: make(f, "cub_train_a", "cub_test_a"), "cub_test_a/ looks like part of a split"),
+    "wrapped": (
+        lambda f: make(f, "data/train", "data/test"),
+        "test/ and train/ look like a split: give images:",
+    ),
+    "inside classes": (
+        lambda f: make(f, "cat/train", "cat/test"),
+        "/cat: test/ and train/ look like a split",
+    ),
+    "images without classes": (
+        lambda f: [write_images(f / part, [i]) for i, part in enumerate(("train", "test"))],
+        "test: put the images of each class into a folder of its own",
+    ),
+    "flat test": (
+        lambda f: (make(f, "train"), write_images(f / "test", [1])),
+        "test: put the images of each class into a folder of its own",
+    ),
+    "no training": (lambda f: make(f, "val", "test"), "val/ and test/ and no training classes"),
+    "training alone among classes": (
+        lambda f: make(f, "train", "Greek", "Latin"),
+        "train/ looks like a split",
+    ),
+    "images are split, not classes": (
+        lambda f: [write_classes(f / part, 3, first=9 * i) for i, part in enumerate(("train", "val"))],
+        "have the same 3 classes: they split images",
+    ),
+    "an archive": (
+        lambda f: (f.mkdir(), (f / "mini-imagenet.tar.gz").touch()),
+        "holds mini-imagenet.tar.gz: unpack it there first",
+    ),
+    "a list with other columns": (
+        lambda f: (make(f, ""), (f / "train.csv").write_text("image,class\n")),
+        'train.csv should have the columns "filename" and "label"',
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_looks_like_a_split_and_is_none_is_refused(case, tmp_path):
+    write, message = REFUSED[case]
+    write(tmp_path / "data")
+    with pytest.raises(UsageError, match=message) as raised:
+        opened(tmp_path / "data")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_folder_of_test_classes_serves_for_a_test(tmp_path):
+    make(tmp_path, "test")
+    assert classes_of(opened(tmp_path, FOR_TEST))["test"] == ["n0_00", "n0_01"]
+
+
+def test_other_folders_and_files_are_left_out_with_a_count(tmp_path):
+    make(tmp_path, "train", "val", "test", "extra")
+    for name in ("Thumbs.db", ".DS_Store", "._1.png", "notes.txt"):
+        (tmp_path / "train" / "n0_00" / name).touch()
+    (tmp_path / "train" / "n0_01" / "Thumbs.db").touch()
+    (tmp_path / "README.md").touch()
+    images = opened(tmp_path)
+    assert len(images.names) == 6 and images.load().shape[0] == 18
+    files = "left out: 5 files that are no images (.DS_Store, ._1.png, Thumbs.db, ...)"
+    assert images.notes == [files, "left out: 1 folders beside the split's (extra/)"]
+
+
+def test_classes_with_too_few_images_are_counted_and_can_be_left_out(tmp_path):
+    write_classes(tmp_path, 20, count=6)
+    for number, count in enumerate((2, 4, 0)):
+        write_images(tmp_path / f"small{number}", range(count))
+    with pytest.raises(UsageError, match=r"small2: put the images .*--min-examples 1"):
+        opened(tmp_path)
+    few = r"a task takes 6 images .* and 2 of 22 classes have fewer, small0 has 2 images: .*--min-examples 6"
+    with pytest.raises(UsageError, match=few):
+        ImageTasks(opened(tmp_path, min_examples=1), ways=2, shots=1, queries=5)
+    images = opened(tmp_path, min_examples=6)
+    assert images.notes == ["left out: 3 classes with fewer than 6 images"]
+    names = [name for part in classes_of(images).values() for name in part]
+    assert sorted(names) == [f"c{c:02}" for c in range(20)]
+    ImageTasks(images, ways=2, shots=1, queries=5)
+    with pytest.raises(UsageError, match="--min-examples 7 leaves no classes"):
+        opened(tmp_path, min_examples=7)

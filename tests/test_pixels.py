@@ -1,0 +1,204 @@
+"""Images by their true range: each kind of file against numpy's own arithmetic on the values written."""
+
+import re
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_images
+from PIL import Image
+
+from common.errors import UsageError
+from tasks.images import ImageSet, open_folder
+from tasks.pixels import Form
+
+SHARES = {"train": 1, "validation": 1, "test": 1}
+GREY, COLOUR = Form(6, 1), Form(6, 3)
+
+pytestmark = pytest.mark.usefixtures("user_cache")
+
+
+def values(top: float, low: float = 0, seed: int = 0) -> np.ndarray:
+    """Return random values `[6, 6]` that reach both bounds."""
+    array = np.random.default_rng(seed).uniform(low, top, (6, 6))
+    array[0, 0], array[-1, -1] = low, top
+    return array
+
+
+def write_png(path: Path, array: np.ndarray, colour_type: int) -> None:
+    """Write a PNG of 16 bits by hand: Pillow writes none in colour."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    height, width = array.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
+    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+
+
+def write_colour_tiff(path: Path, array: np.ndarray) -> None:
+    """Write a TIFF of 16 bits a colour by hand: width, height, bits, RGB, one strip."""
+    height, width = array.shape[:2]
+    tags = [(256, width), (257, height), (258, 16), (259, 1), (262, 2), (273, 512), (277, 3), (278, height)]
+    tags.append((279, array.nbytes))
+    entries = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags)
+    entries = entries.replace(struct.pack("<HHII", 258, 3, 1, 16), struct.pack("<HHII", 258, 3, 3, 256))
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0)
+    path.write_bytes(
+        head.ljust(256, b"\0") + struct.pack("<HHH", 16, 16, 16).ljust(256, b"\0") + array.tobytes()
+    )
+
+
+def opened(folder: Path, form: Form = GREY) -> ImageSet:
+    return open_folder(folder, form, SHARES)
+
+
+def mapped(array: np.ndarray, low: float, high: float) -> torch.Tensor:
+    return torch.from_numpy(np.rint(np.clip((array - low) / (high - low), 0, 1) * 255).astype(np.uint8))
+
+
+def save_in_classes(folder: Path, image: Image.Image, suffix: str, **options) -> None:
+    for name in "abc":
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        image.save(folder / name / f"1{suffix}", **options)
+
+
+# What the files hold -> the values that are black and white, and a part of the line that says so.
+RANGES = {
+    "12 bits in a 16-bit PNG": (values(4000).astype(np.uint16), ".png", 4095, "16-bit, 0 to 4000: .*12 bits"),
+    "16 bits": (values(65535).astype(np.uint16), ".png", 65535, "16 bits"),
+    "10 bits in a TIFF": (values(900).astype(np.uint16), ".tif", 1023, "10 bits"),
+    "32-bit integers": (values(16000).astype(np.int32), ".tif", 16383, "integer, .*14 bits"),
+    "floats": (values(0.7).astype(np.float32), ".tif", 1, "floating-point, 0 to 0.7: 0 is black, 1 white"),
+    "a PGM": (values(65535).astype(np.uint16), ".pgm", 65535, "16-bit PGM: .* as the files declare"),
+}
+
+
+@pytest.mark.parametrize("case", RANGES)
+def test_values_of_more_than_8_bits_keep_their_range(case, tmp_path):
+    array, suffix, white, line = RANGES[case]
+    save_in_classes(tmp_path, Image.fromarray(array), suffix)
+    images = opened(tmp_path)
+    assert torch.equal(images.load()[1, 0], mapped(array.astype(float), 0, white))
+    assert len(images.notes) == 1 and re.search(line, images.notes[0])
+    assert images.record["image range"][2] == repr(float(white))
+    again = opened(tmp_path)  # from the cache
+    assert again.notes == images.notes and torch.equal(again.load(), images.load())
+
+
+@pytest.mark.parametrize("kind", ["RGB.png", "RGBA.png", "RGB.tif"])
+def test_16_bits_in_colour_are_not_cut_to_8(kind, tmp_path):
+    array = np.stack([values(4095, seed=seed) for seed in range(4)], -1).astype("<u2")
+    array[..., 3] = 65535  # opaque
+    array[1, :, 3] = 0  # a transparent row
+    expected = mapped(array[..., :3].astype(float), 0, 4095)
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        if kind == "RGBA.png":
+            write_png(tmp_path / name / kind, array, 6)
+            expected[1] = 255  # on white
+        elif kind == "RGB.png":
+            write_png(tmp_path / name / kind, array[..., :3], 2)
+        else:
+            write_colour_tiff(tmp_path / name / kind, array[..., :3])
+    assert torch.equal(opened(tmp_path, COLOUR).load()[0].permute(1, 2, 0), expected)
+
+
+def test_a_range_of_ones_own_cuts_off_the_rest(tmp_path):
+    hounsfield = values(3000, -1000)
+    save_in_classes(tmp_path / "float", Image.fromarray(hounsfield.astype(np.float32)), ".tif")
+    with pytest.raises(
+        UsageError, match=r"floating-point values from -1000 to 3000: .*--image-range=-1000,3000"
+    ):
+        opened(tmp_path / "float")
+    images = opened(tmp_path / "float", Form(6, 1, range=(-100.0, 400.0)))
+    assert torch.equal(images.load()[0, 0], mapped(hounsfield.astype(np.float32), -100, 400))
+    assert "-100 is black, 400 white, by --image-range" in images.notes[0]
+    masks = np.random.default_rng(0).integers(0, 3, (6, 6)).astype(np.uint8)
+    save_in_classes(tmp_path / "plain", Image.fromarray(masks), ".png")
+    first, second = (opened(tmp_path / "plain", Form(6, 1, range=r)).load() for r in ((0.0, 2.0), (0.0, 4.0)))
+    assert torch.equal(first[0, 0], mapped(masks, 0, 2)) and torch.equal(second[0, 0], mapped(masks, 0, 4))
+
+
+def test_negative_integers_nan_and_rare_forms_are_refused(tmp_path):
+    save_in_classes(tmp_path / "a", Image.fromarray(values(90, -5).astype(np.int32)), ".tif")
+    with pytest.raises(UsageError, match="integer values from -5 to 90"):
+        opened(tmp_path / "a")
+    save_in_classes(tmp_path / "b", Image.fromarray(np.full((6, 6), np.nan, np.float32)), ".tif")
+    with pytest.raises(UsageError, match=r"a/1.tif is not a readable image .*NaN"):
+        opened(tmp_path / "b")
+    (tmp_path / "c" / "a").mkdir(parents=True)
+    write_png(tmp_path / "c" / "a" / "1.png", np.full((6, 6, 2), 900), 4)
+    with pytest.raises(UsageError, match="its form LA;16B is read with 8 of 16 bits: save it as RGB"):
+        opened(tmp_path / "c")
+
+
+@pytest.mark.parametrize("other", ["8-bit", "floating-point"])
+def test_mixed_kinds_are_refused_by_name(other, tmp_path):
+    save_in_classes(tmp_path, Image.fromarray(values(4000).astype(np.uint16)), ".png")
+    if other == "8-bit":
+        write_images(tmp_path / "b", [7])
+    else:
+        Image.fromarray(values(1).astype(np.float32)).save(tmp_path / "b" / "000.tif")
+    with pytest.raises(UsageError, match=rf"b/000\.\w+ has {other} values and .*a/1.png 16-bit ones"):
+        opened(tmp_path)
+
+
+def test_plain_kinds_say_nothing(tmp_path):
+    write_images(tmp_path / "a", [7])
+    write_images(tmp_path / "b", [7], suffix=".jpg")
+    (tmp_path / "c").mkdir()
+    Image.new("1", (6, 6), 1).save(tmp_path / "c" / "1.tif")
+    images = opened(tmp_path)
+    assert (images.notes, images.record) == ([], {})
+    assert images.load()[:, 0, 0, 0].tolist() == [7, 7, 255]
+
+
+def test_colours_of_every_kind_are_pillows(tmp_path):
+    """Compare with pixels set one by one; orientation and transparency included."""
+    corner = Image.new("RGB", (6, 6), (10, 20, 30))
+    corner.putpixel((0, 0), (200, 100, 50))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    palette = corner.quantize(4)
+    clear = palette.getpixel((0, 0))
+    files = {
+        "cmyk.tif": corner.convert("CMYK"),
+        "palette.png": palette,
+        "rgba.png": corner.convert("RGBA"),
+        "ycbcr.jpg": Image.new("RGB", (6, 6), (10, 20, 30)),
+    }
+    for name, image in files.items():
+        (tmp_path / name.partition(".")[0]).mkdir()
+        image.save(tmp_path / name.partition(".")[0] / name)
+    (tmp_path / "clear").mkdir()
+    palette.save(tmp_path / "clear" / "1.png", transparency=clear)
+    (tmp_path / "deep").mkdir()
+    corner.save(tmp_path / "deep" / "1.jpg", exif=exif, quality=100, subsampling=0)
+    images = opened(tmp_path, COLOUR)
+    pixels = dict(zip(images.names, images.load().permute(0, 2, 3, 1).int(), strict=True))
+    for name in ("cmyk", "palette", "rgba"):
+        assert pixels[name][0, 0].tolist() == [200, 100, 50] and pixels[name][3, 3].tolist() == [10, 20, 30]
+    assert pixels["clear"][0, 0].tolist() == [255, 255, 255] and pixels["clear"][3, 3].tolist() == [
+        10,
+        20,
+        30,
+    ]
+    assert pixels["deep"][-1, -1, 0] > 100 > 60 > pixels["deep"][0, 0, 0]  # turned upright
+
+
+def test_orientation_and_white_is_zero_hold_for_deep_images(tmp_path):
+    array, exif = values(4095).astype(np.uint16), Image.Exif()
+    exif[0x0112] = 6
+    save_in_classes(tmp_path / "turned", Image.fromarray(array), ".png", exif=exif)
+    expected = mapped(np.rot90(array, -1).astype(float), 0, 4095)
+    assert torch.equal(opened(tmp_path / "turned").load()[0, 0], expected)
+    save_in_classes(tmp_path / "negative", Image.fromarray(array), ".tif", tiffinfo={262: 0})
+    with Image.open(tmp_path / "negative" / "a" / "1.tif") as image:
+        assert image.tag_v2[262] == 0
+    assert torch.equal(opened(tmp_path / "negative").load()[0, 0], 255 - mapped(array.astype(float), 0, 4095))
