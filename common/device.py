@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import platform
 import warnings
@@ -103,6 +104,14 @@ def machine_memory() -> int | None:
     return limit
 
 
+def _name_user() -> None:
+    """Name the user where the system cannot, as in some containers: PyTorch 2.11 calls a folder after it."""
+    try:
+        getpass.getuser()
+    except (ImportError, KeyError, OSError):
+        os.environ["USER"] = "user"
+
+
 def set_up(
     device: torch.device,
     precision: str,
@@ -125,6 +134,7 @@ def set_up(
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS is first used
         torch.backends.cudnn.benchmark = False
+    _name_user()
     torch.use_deterministic_algorithms(deterministic)
     # about operators that a loop would not make faster
     warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet")

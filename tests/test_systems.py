@@ -88,8 +88,13 @@ def run(place: Path, *arguments: object, **environment: str) -> subprocess.Compl
         "PYTHONWARNDEFAULTENCODING": "1",
     }
     line = [sys.executable, str(ROOT / "main.py"), *map(str, arguments)]
-    more |= {"USERNAME": "somebody"}  # Windows' own
-    every = {**os.environ, **more, "XDG_CACHE_HOME": str(place / "cache"), **environment}
+    names = ("LOGNAME", "USER", "LNAME", "USERNAME")  # of the user: a container may have none
+    every = {
+        **{k: v for k, v in os.environ.items() if k not in names},
+        **more,
+        "XDG_CACHE_HOME": str(place / "cache"),
+        **environment,
+    }
     return subprocess.run(line, cwd=place, env=every, capture_output=True, encoding="cp1252", timeout=300)
 
 
