@@ -10,32 +10,38 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import numpy as np
+from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from commands.build import build_algorithm, build_module, fit_weights, make_writable, prepare, print_settings
 from commands.call import Call
 from commands.config import Config
 from commands.network import AdaptedNetwork, give_network, predict
+from commands.outputs import count_outputs
 from commands.resolve import config_of, resolve_from
-from common.batch import Tree, tree_map
+from common.batch import Tree, main_tensor, tree_map
 from common.device import Runtime, find_device, set_up, versions
 from common.errors import UsageError, printable
+from common.files import write_whole
 from common.optimizers import Weights
 from common.processes import ALONE
 from common.task import UserTask
-from evaluation.examples import predictions_figure
 from evaluation.meta_test import randomness_of
+from evaluation.predictions import Prediction, predictions_figure, read_predictions
 from evaluation.style import write_figure
 from evaluation.tables import predictions_table, write_csv, write_json
+from learners.losses import LOSSES
 from maml import MAML, Adapted
 from tasks.options import data_facts
 from tasks.pixels import RANGE, Form
 from tasks.scales import Scales, undo_scale
 from tasks.tables import Columns
-from tasks.user_tasks import read_task_folder, read_task_table
+from tasks.user_tasks import read_task_arrays, read_task_folder, read_task_table
 from training.checkpoint import Checkpoint, load_checkpoint
 from training.folders import BEST, LAST, find_checkpoint
 
@@ -64,7 +70,8 @@ def load(
 
 def _settings_of(source: Checkpoint, file: Path, given: Mapping[str, Any]) -> Config:
     config = resolve_from(config_of(source.settings, file), given, evaluate=True, adapt=True)
-    return config.replaced(convolution="grouped", tasks_at_once=None)
+    without = {"metric": None, "metric_mode": None}  # there is nothing to measure, and no code to import
+    return config.replaced(convolution="grouped", tasks_at_once=None, **without)
 
 
 def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
@@ -80,15 +87,12 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
     predictions = []
     for task in tasks:
         learner, maml, adapted = _adapt_to(task, call.load, source, config, runtime, norm)
-        predicted = predict(maml, adapted, task.query_x, norm).float().cpu()
-        if not predicted.isfinite().all():
-            raise UsageError("--adapt: the predictions are not finite: take fewer --test-steps")
-        if task.classes:
-            predicted = predicted.sigmoid() if config.learner.loss == "bce" else predicted.softmax(-1)
-        predictions.append(predicted if task.classes else undo_scale(predicted, source.scales, "target"))
+        predictions.append(_read(predict(maml, adapted, task.query_x, norm), task, maml, source, config))
     stem = f"{folder / call.load.stem}-adapted-{call.adapt.stem}"
-    header, rows = _tabulate(tasks, predictions, Columns.parse(config.tasks.columns).targets)
+    header, rows = _tabulate(tasks, predictions, digits=10 if source.scales else 7)
     print(predictions_table(header, rows))
+    if words := _describe_predictions(predictions[0], maml, config):
+        print(words)
     record = {
         "command": command,
         "checkpoint": call.load,
@@ -96,8 +100,8 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
         "steps": steps,
         "batch_norm": norm if maml.has_batch_norm else None,
         "tasks": [
-            {"task": task.name or None, "classes": task.classes, "query": task.query_names, "predicted": p}
-            for task, p in zip(tasks, predictions, strict=True)
+            {"task": t.name or None, "classes": t.classes, "query": t.query_names, "predicted": p.columns}
+            for t, p in zip(tasks, predictions, strict=True)
         ],
         "settings": config.values(),
         "versions": versions(),
@@ -108,10 +112,11 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
     title = f"{printable(call.adapt.name)}: after {steps} inner steps"
     write_figure(Path(f"{stem}.png"), predictions_figure(tasks, predictions, title))
     write_json(Path(f"{stem}.json"), record)
-    print(f"Written: {stem}.csv, .png and .json")
+    arrays = write_arrays(stem, tasks, predictions)
+    print(f"Written: {', '.join([f'{stem}.csv', *arrays])}, .png and .json")
     if len(tasks) == 1:
         x, seed = task.support_x, config.training.seed ^ 1
-        fresh = build_module(config, runtime, count_outputs(task), x, seed, fetch_weights=False)
+        fresh = build_module(config, runtime, count_task_outputs(config, task), x, seed, fetch_weights=False)
         files = call.save_weights, Path(f"{stem}-weights.pt")
         network = AdaptedNetwork(learner, fresh, maml, adapted, task.query_x, source.scales)
         print(give_network(*files, network, norm))
@@ -135,8 +140,52 @@ def _normalisation_of(given: Mapping[str, Any], source: Checkpoint, tasks: int) 
     return norm
 
 
-def count_outputs(task: UserTask) -> int:
-    return len(task.classes) or task.support_y.shape[-1]
+def _read(outputs: Tree, task: UserTask, maml: MAML, source: Checkpoint, config: Config) -> Prediction:
+    """Return what outputs predict, in the units of the task's files; UsageError if they are not finite."""
+    assert maml.reading is not None
+    outputs = tree_map(lambda t: t.float().cpu(), outputs)
+    if not all(part.isfinite().all() for part in tree_leaves(outputs)):
+        raise UsageError("--adapt: the predictions are not finite: take fewer --test-steps")
+    columns = Columns.parse(config.tasks.columns).targets
+    known = config.tasks.dataset.startswith("table:") or len(columns) == task.support_y[:1].numel()
+    targets = columns if known else [f"y{n + 1}" for n in range(task.support_y[:1].numel())]
+    numbers = main_tensor(outputs)
+    if maml.reading.kind == "numbers":
+        numbers = undo_scale(numbers, source.scales, "target")
+    sure = config.learner.loss in LOSSES or config.learner.outputs == "numbers"
+    return read_predictions(outputs, numbers, maml.reading, task.classes, targets, sure=sure)
+
+
+def _describe_predictions(prediction: Prediction, maml: MAML, config: Config) -> str:
+    """Return what the columns are where the loss is the user's, who alone knows it."""
+    assert maml.reading is not None
+    if config.learner.loss in LOSSES:
+        return ""
+    if maml.reading.kind == "classes":
+        return "p: the outputs if they sum to 1, else their softmax"
+    if maml.reading.kind == "numbers" and not prediction.of_targets:
+        return "Outputs are as the learner gives them (--outputs says what they are)"
+    return f"The outputs are {maml.reading.describe()}"
+
+
+def write_arrays(stem: str, tasks: Sequence[UserTask], predictions: Sequence[Prediction]) -> list[str]:
+    """Write dense outputs as .npy files; return their names."""
+    files = []
+    for number, prediction in enumerate(predictions, 1):
+        for name, array in prediction.arrays.items():
+            task = f"-{number}" if len(tasks) > 1 else ""
+            path = Path(f"{stem}{task}-{file_part(name)}.npy")
+            write_whole(path, partial(np.save, arr=array.numpy()))
+            files.append(str(path))
+    return files
+
+
+def file_part(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
+
+
+def count_task_outputs(config: Config, task: UserTask) -> int:
+    return len(task.classes) or count_outputs(config, task.support_y)
 
 
 def _adapt_to(
@@ -144,7 +193,8 @@ def _adapt_to(
 ) -> tuple[nn.Module, MAML, Adapted]:
     """Return the learner as it was built, the algorithm, and a task's adapted weights."""
     x, steps, inner_batch = task.support_x, config.evaluation.test_steps, config.evaluation.eval_inner_batch
-    learner, maml = build_algorithm(config, runtime, count_outputs(task), x, saved=source)
+    outputs = count_task_outputs(config, task)
+    learner, maml = build_algorithm(config, runtime, outputs, x, saved=source, targets=task.support_y)
     parameters, running = fit_weights(file, source, maml, config)
     order, keys = randomness_of("test", x[None], range(1), inner_batch, steps)
     order, running = None if order is None else order[0], running if normalisation == "per-step" else {}
@@ -157,10 +207,15 @@ def read_tasks(path: Path, config: Config, runtime: Runtime, source: Checkpoint)
     images = data_facts(options.dataset).inputs == "images"
     if not path.exists():
         raise UsageError(f"--adapt {path}: there is no such file or folder")
-    if images != path.is_dir():
+    arrays = path.suffix == ".npz"
+    if images != path.is_dir() and not arrays:
         what = "images: give a folder" if images else "numbers: give a table"
+        what += " or an .npz of support_x, support_y and query_x"
         raise UsageError(f"--adapt {path}: the checkpoint learned from {what}")
-    if images:
+    if arrays:
+        ways = options.ways if config.choices.head_init == "learned" else None
+        tasks = [read_task_arrays(path, *place, classification=options.classification, ways=ways)]
+    elif images:
         assert options.image_size and options.channels
         look = options.invert, options.resize, options.black_and_white
         form = Form(options.image_size, options.channels, *look)
@@ -180,20 +235,14 @@ def read_tasks(path: Path, config: Config, runtime: Runtime, source: Checkpoint)
 
 
 def _tabulate(
-    tasks: Sequence[UserTask], predictions: Sequence[Tensor], targets: Sequence[str]
+    tasks: Sequence[UserTask], predictions: Sequence[Prediction], *, digits: int
 ) -> tuple[list[str], list[list[str]]]:
     """Return the heading and the rows of all tasks' predictions, as text."""
     rows = []
-    for task, predicted in zip(tasks, predictions, strict=True):
-        first = "file" if task.support_x.dim() > 2 else "row"
-        digits = 10 if predicted.element_size() == 8 else 7  # in units of a table, or not
-        for name, values in zip(task.query_names, predicted.tolist(), strict=True):
-            row = {first: name} | ({"task": task.name} if task.name else {})
-            if task.classes:
-                row["prediction"] = task.classes[values.index(max(values))]
-                row |= {f"p({c})": f"{value:.6f}" for c, value in zip(task.classes, values, strict=True)}
-            else:
-                row |= {target: f"{value:.{digits}g}" for target, value in zip(targets, values, strict=True)}
-            rows.append(row)
+    for task, prediction in zip(tasks, predictions, strict=True):
+        first = "file" if any(not name.isdigit() for name in task.query_names) else "row"
+        start = {"task": task.name} if task.name else {}
+        cells = prediction.rows(digits) if prediction.columns else ({} for _ in task.query_names)
+        rows += [{first: name} | start | row for name, row in zip(task.query_names, cells, strict=True)]
     header = list(dict.fromkeys(key for row in rows for key in row))
     return header, [[row.get(key, "") for key in header] for row in rows]

@@ -113,6 +113,7 @@ CLASHES = (
     ("seeds", "seed", "the former names every seed"),
     ("eval adapt", "resume init_from", "name the checkpoint with --load"),
     ("eval", "adapt", "they are two commands"),
+    ("adapt", "metric metric_mode val_tasks", "there are no targets to measure by"),
     (
         "compare",
         "eval adapt load resume init_from seeds sweep run_name checkpoint_path timeout",

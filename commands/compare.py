@@ -15,6 +15,7 @@ from typing import Any
 
 from commands.build import make_writable, prepare
 from commands.call import Call
+from commands.config import show
 from commands.evaluate import Subject, summarise
 from commands.names import in_words, select_meaningful
 from commands.resolve import select_learned
@@ -22,7 +23,7 @@ from common.errors import UsageError, printable
 from evaluation import meta_test, paired
 from evaluation.figures import comparison_figure
 from evaluation.style import write_figure
-from evaluation.tables import write_json
+from evaluation.tables import Curve, write_json
 from training.checkpoint import load_checkpoint
 from training.folders import BEST, LAST, find_checkpoint, find_runs
 
@@ -101,7 +102,10 @@ def _side_of(name: str, runs: Runs, curves: Mapping[Subject, dict[str, Any]]) ->
     words = in_words(saved, [setting for setting in select_meaningful(saved) if setting in learned])
     measure = f"query_{next(iter(runs.values())).result.measure}"
     parts = {seed: curves[run]["validation"] for seed, run in runs.items()}
-    validation = {seed: (part.get("iteration", []), part.get(measure, [])) for seed, part in parts.items()}
+    validation: dict[int, Curve] = {
+        seed: (part["iteration"], part[measure]) if measure in part else ([], [])
+        for seed, part in parts.items()
+    }
     results = {seed: run.result for seed, run in runs.items()}
     steps = config.evaluation.test_steps
     return paired.Side(name, words, validation, results, config.choices.query_norm, steps)
@@ -132,7 +136,7 @@ def check_pairs(sides: Mapping[str, Runs]) -> None:
     """Raise UsageError where sides differ in tasks or (in regression) loss, or share no seed."""
     (first_name, first), *others = sides.items()
     config = next(iter(first.values())).config
-    measured = TASKS if config.tasks.classification else TASKS + MEASURE
+    measured = TASKS if config.tasks.classification or config.evaluation.metric else TASKS + MEASURE
     for name, runs in others:
         other = next(iter(runs.values())).config
         different = [setting for setting in measured if config.get(setting) != other.get(setting)]
@@ -141,6 +145,12 @@ def check_pairs(sides: Mapping[str, Runs]) -> None:
             raise UsageError(
                 f"--compare: {first_name} ({one}) and {name} ({two}) have different tasks, which cannot be "
                 "paired: give -k, -q, -n or --eval-dataset if they differ in these alone"
+            )
+        metrics = [(c.evaluation.metric, c.evaluation.metric_mode) for c in (config, other)]
+        if metrics[0] != metrics[1]:
+            raise UsageError(
+                f"--compare: {first_name} has --metric {show(metrics[0][0])}, and {name} has "
+                f"{show(metrics[1][0])}: give one for all, --metric NAME"
             )
         if not paired.shared_seeds(runs, first):
             raise UsageError(f"--compare: {first_name} and {name} have no seed in common: name a run of each")

@@ -110,7 +110,7 @@ class Subject:
             source = load_checkpoint(file)
             trained = config_of(source.settings, file)
             if call.compare:  # the user's code is for the runs that have some
-                tools = {name for name in OWN_CODE if not is_own_code(trained.get(name))}
+                tools = {n for n in OWN_CODE if n != "metric" and not is_own_code(trained.get(n))}
                 given = {n: value for n, value in given.items() if n not in tools or not is_own_code(value)}
             try:
                 config = resolve_from(trained, given, evaluate=True, eval_dataset=call.eval_dataset)

@@ -70,7 +70,7 @@ def _parse_axes(sweep: Sequence[str], given: Mapping[str, Any]) -> dict[str, dic
         key, _, values = text.partition("=")
         name = by_flag.get(key.strip().lstrip("-").replace("_", "-"), "")
         flag = CONFIG_FLAGS.get(name)
-        if flag is None or name == "seed" or flag.kind is tuple:
+        if flag is None or name in ("seed", "metric", "metric_mode") or flag.kind is tuple:
             raise UsageError(f"--sweep {text}: {key} cannot be swept (of seeds, give --seeds)")
         if name in axes or name in given:
             raise UsageError(f"{flag.name} is given twice: give all of its values at once")

@@ -107,7 +107,7 @@ def _expected_shape(
 ) -> tuple[int, ...]:
     """Return the shape that a built-in loss requires of the main output."""
     if targets is None:
-        return examples, outputs
+        return examples, outputs, *scores.shape[2:]
     labels = first_tensor(targets)
     alike = loss in ("mse", "huber") or labels.is_floating_point() or labels.shape == scores.shape
     return tuple(labels.shape) if alike else (examples, outputs, *labels.shape[1:])

@@ -179,7 +179,8 @@ def resolve_from(
     Raises UsageError for any other flag that disagrees with the checkpoint, and for code of the user's that
     the checkpoint names and the flags do not: nothing is imported because a file says so.
     """
-    for name in OWN_CODE if not (adapt or eval_dataset) else ("learner", "loss"):
+    unused = {"dataset"} if eval_dataset else {"dataset", "metric"} if adapt else set()
+    for name in (name for name in OWN_CODE if name not in unused):
         if is_own_code(saved.get(name)) and name not in given:
             code = f"{CONFIG_FLAGS[name].name} {saved.get(name)}"
             raise UsageError(

@@ -1,4 +1,4 @@
-"""Pictures of single tasks: before and after adaptation, and the predictions for a user's own (--adapt).
+"""Pictures of single tasks before and after adaptation.
 
 Curves are drawn as fits, image tasks as sheets. Examples are validation tasks while training and test tasks
 in --eval, from the same `MAML.predictions` that `meta_test` measures.
@@ -6,7 +6,6 @@ in --eval, from the same `MAML.predictions` that `meta_test` measures.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from common.batch import TaskBatch, TaskDistribution, first_tensor, tree_map
+from common.batch import TaskBatch, TaskDistribution, main_tensor, tree_map
 from common.optimizers import Weights
-from common.task import UserTask
 from evaluation import style
 from evaluation.meta_test import SEED, randomness_of
 from evaluation.tables import after_steps
+from learners.reading import reading_of
 from maml import MAML
 
 if TYPE_CHECKING:
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 TASKS = 3  # in a picture of examples
 MOST_WAYS, MOST_SHOTS = 20, 5  # shown of an image task
-MOST_PREDICTED, MOST_IMAGES, COLUMNS = 6, 60, 10  # tasks, predicted images and images in a row of --adapt
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Examples:
     """A few tasks, on the CPU, and the outputs on their query sets."""
 
     batch: TaskBatch
-    outputs: Tensor  # [tasks, shown steps, query examples, ...]
+    outputs: Tensor  # [tasks, shown steps, query examples, ...], or predicted classes without the last axis
     steps: list[int]  # numbers of inner steps that are shown, two or three, of which the first is 0
     ways: int | None  # of image tasks; None: curves
 
@@ -54,14 +52,17 @@ def adapt_examples(
 
     Curves are predicted on a dense grid. Batch norm is that of the query in training.
     """
-    if distribution.kind == "other":
+    reading = reading_of(maml.reading, distribution.ways)
+    if distribution.kind == "other" or (distribution.ways and not reading.has_accuracy):
         return None
     batch = distribution.sample_to_draw(split, SEED, TASKS)
     shown, norm = sorted({0, *steps}), maml.choices.query_norm
     order, keys = randomness_of(split, batch.support_x, range(TASKS), inner_batch, shown[-1])
     outputs = maml.predictions(parameters, batch, shown[-1], (norm,), order=order, keys=keys)
     on_cpu = TaskBatch(*(tree_map(Tensor.cpu, tree) for tree in batch))
-    return Examples(on_cpu, first_tensor(outputs[norm])[:, shown].cpu(), shown, distribution.ways)
+    classes = distribution.ways is not None
+    made = (reading.predict(outputs[norm], 2).long() if classes else main_tensor(outputs[norm]))[:, shown]
+    return None if classes and made.dim() > 3 else Examples(on_cpu, made.cpu(), shown, distribution.ways)
 
 
 @style.styled()
@@ -81,12 +82,14 @@ def draw_fits(panels: Sequence[Axes], examples: Examples) -> None:
     """Draw the true curve, the support set and the predictions after each shown step, a task a panel."""
     looks = [(":", style.GREEN), *[("--", style.ORANGE)] * (len(examples.steps) - 2), ("-", style.BLUE)]
     support_x, support_y, query_x, query_y = (t[..., 0].numpy() for t in examples.batch)
+    outputs = examples.outputs.shape[-1]
     for task, panel in enumerate(panels):
         truth = query_y[task]
         panel.plot(query_x[task], truth, color=style.GREY, linewidth=3.5, alpha=0.5, label="true curve")
         predictions = examples.outputs[task, ..., 0].numpy()
         for step, predicted, (line, colour) in zip(examples.steps, predictions, looks, strict=True):
             label = after_steps(step) if step else "before adaptation"
+            label += f" (output 1 of {outputs})" * (outputs > 1)
             panel.plot(query_x[task], predicted, line, color=colour, label=label)
         panel.scatter(
             support_x[task], support_y[task], 26, style.RED, linewidth=0.5, label="support set", zorder=3
@@ -126,7 +129,7 @@ def _draw_image_tasks(examples: Examples, ways: int, title: str) -> Figure:
     for task, panel in enumerate(figure.subplots(1, TASKS)):
         support = examples.batch.support_x[task].unflatten(0, (ways, shots))[:rows, :shown]
         query = examples.batch.query_x[task].unflatten(0, (ways, queries))[:rows, :1]
-        labels = examples.outputs[task, [0, -1]].argmax(-1).view(2, ways, queries)
+        labels = examples.outputs[task, [0, -1]].view(2, ways, queries)
         before, after = (labels == torch.arange(ways)[:, None]).flatten(1).sum(1).tolist()
         panel.set_title(f"correct: {before} → {after} of {ways * queries}", loc="left", pad=18)
         framed = functional.pad(torch.cat([support, query], 1).float(), (1, 1, 1, 1), value=0.4)
@@ -141,51 +144,4 @@ def _draw_image_tasks(examples: Examples, ways: int, title: str) -> Figure:
                 colour, mark = (style.BLUE, "✓") if label == row else (style.RED, "✗")
                 look = {"color": colour, "ha": "center", "va": "center", "fontsize": style.SMALL}
                 panel.text(headings[heading], row + 0.5, f"{label} {mark}", **look)
-    return figure
-
-
-@style.styled()
-def predictions_figure(tasks: Sequence[UserTask], predictions: Sequence[Tensor], title: str) -> Figure:
-    """Draw a contact sheet of images, or a panel a task: curves of one input, or predictions by row.
-
-    Predictions are probabilities `[query examples, classes]`, or `[query examples, targets]`.
-    """
-    if tasks[0].support_x.dim() == 4:
-        return _contact_sheet(tasks[0], predictions[0], title)
-    shown = min(len(tasks), MOST_PREDICTED)
-    figure = style.new_figure(3.0 * shown + 0.6, 3.2, title)
-    panels = figure.subplots(1, shown, squeeze=False)[0]
-    for panel, task, predicted in zip(panels, tasks, predictions, strict=False):
-        support_x, support_y, query_x = (x.cpu() for x in (task.support_x, task.support_y, task.query_x))
-        curve = support_x.shape[-1] == 1 and not task.classes
-        x, order = (query_x[:, 0] if curve else torch.arange(len(query_x))).sort()
-        names = task.classes or [f"target {number}" for number in range(predicted.shape[1])]
-        for number, (name, values) in enumerate(zip(names, predicted[order].T, strict=True)):
-            look = style.curve_style(number) | ({"marker": ""} if curve else {"linestyle": "none"})
-            panel.plot(x.numpy(), values.numpy(), label=name, **look)
-            if curve:
-                support = support_x[:, 0].numpy(), support_y[:, number].numpy()
-                panel.scatter(*support, 18, style.RED, zorder=3, label="support set" if number == 0 else None)
-        panel.set(title=task.name, xlabel="x" if curve else "predicted row")
-        panel.set_ylabel("probability" if task.classes else "prediction")
-    style.add_legend(figure, panels[0])
-    return figure
-
-
-def _contact_sheet(task: UserTask, predicted: Tensor, title: str) -> Figure:
-    """Draw the predicted images, each below its label and confidence."""
-    images = task.query_x[:MOST_IMAGES].cpu()
-    if len(images) < len(task.query_x):
-        title += f" (the first {len(images)} of {len(task.query_x)})"
-    rows = math.ceil(len(images) / COLUMNS)
-    figure = style.new_figure(10.0, 1.05 * rows + 0.5, title)
-    panel = figure.subplots()
-    empty = 0.0 if images.shape[1] == 1 else 1.0  # one channel is drawn dark on white
-    grid = functional.pad(images, (*[0] * 7, rows * COLUMNS - len(images)), value=empty)
-    draw_images(panel, grid.unflatten(0, (rows, COLUMNS)), above=0.3)
-    confidence, best = predicted[: len(images)].max(-1)
-    for number, (label, share) in enumerate(zip(best.tolist(), confidence.tolist(), strict=True)):
-        row, column = divmod(number, COLUMNS)
-        words = f"{task.classes[label][:10]} {100 * share:.0f} %"
-        panel.text(column + 0.06, row + 0.22, words, fontsize=style.SMALL - 1)
     return figure

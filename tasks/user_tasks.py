@@ -1,19 +1,21 @@
 """Read the tasks of `--adapt`: few labelled examples to adapt to, and others to predict.
 
 A folder is one task: `support/<class>/` holds labelled images, `query/` those to predict. A table holds one
-task or several: rows with targets are the support set, rows without are the query.
+task or several: rows with targets are the support set, rows without are the query. An .npz file is one task.
 """
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from common.errors import UsageError, printable
+from common.errors import UsageError, one_line, printable
 from common.task import UserTask
 from tasks.folders import class_folders, image_files
 from tasks.pixels import Form, decode_all, settle_range
@@ -48,6 +50,46 @@ def read_task_folder(
         query_x=x[len(labels) :],
         classes=[printable(name) for name in classes],
         query_names=[printable(file.name) for file in queries],
+    )
+
+
+def read_task_arrays(
+    path: Path, device: torch.device, dtype: torch.dtype, *, classification: bool, ways: int | None
+) -> UserTask:
+    """Return the task of an .npz file of arrays `support_x`, `support_y` and `query_x`, `[examples, ...]`.
+
+    `ways`: the number of classes; None: as many as there are labels.
+    """
+    names = ("support_x", "support_y", "query_x")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            support_x, support_y, query_x = (torch.from_numpy(np.asarray(file[name])) for name in names)
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        reason = f"{one_line(error):.200}"
+        raise UsageError(f"--adapt {path}: give numbers called {', '.join(names)} ({reason})") from error
+    examples = [len(part) if part.dim() else 0 for part in (support_x, support_y, query_x)]
+    if not all(examples) or examples[0] != examples[1] or support_x.shape[1:] != query_x.shape[1:]:
+        shapes = ", ".join(
+            f"{n} {(*p.shape,)}" for n, p in zip(names, (support_x, support_y, query_x), strict=True)
+        )
+        raise UsageError(f"--adapt {path}: {shapes}: give [examples, ...], a target an example")
+    if classification and support_y.is_floating_point():
+        raise UsageError(f"--adapt {path}: support_y are numbers: give labels, from 0, as integers")
+    support_y = support_y.to(dtype) if support_y.is_floating_point() else support_y.long()
+    labels = ways or int(support_y.max()) + 1
+    if support_y.dim() == 1 and not classification:
+        support_y = support_y[:, None]
+
+    def place(x: Tensor) -> Tensor:
+        return x.to(device, dtype if x.is_floating_point() else torch.int64)
+
+    return UserTask(
+        name="",
+        support_x=place(support_x),
+        support_y=support_y.to(device),
+        query_x=place(query_x),
+        classes=[str(label) for label in range(labels)] if classification else [],
+        query_names=[str(number) for number in range(1, len(query_x) + 1)],
     )
 
 

@@ -8,16 +8,17 @@ import torch
 from matplotlib import rc_params_from_file
 from matplotlib.colors import to_hex
 from PIL import Image
-from torch import nn
 
 import main
 from common.batch import TaskBatch
 from common.task import UserTask
 from evaluation import style
-from evaluation.examples import Examples, examples_figure, predictions_figure
+from evaluation.examples import Examples, examples_figure
 from evaluation.figures import learning_figure, results_figure
 from evaluation.meta_test import Evaluation
+from evaluation.predictions import predictions_figure, read_predictions
 from evaluation.tables import Caption, results_of
+from learners.reading import Reading
 from training.folders import LAST
 
 STYLE = rc_params_from_file(style.STYLE_FILE, use_default_template=False)
@@ -141,7 +142,7 @@ def sheet(ways: int, shots: int, queries: int, size: int = 4):
     support, query = (torch.rand(3, ways * count, 1, size, size) for count in (shots, queries))
     labels = torch.arange(ways).repeat_interleave(queries)
     before, after = (labels + 1) % ways, torch.where(labels == 1, 0, labels)
-    outputs = nn.functional.one_hot(torch.stack([before, after]), ways).float().expand(3, -1, -1, -1)
+    outputs = torch.stack([before, after]).expand(3, -1, -1)
     batch = TaskBatch(support, labels.expand(3, -1), query, labels.expand(3, -1))
     return examples_figure(Examples(batch, outputs, steps=[0, 2], ways=ways), "title")
 
@@ -167,7 +168,11 @@ def test_predictions_are_drawn_as_what_they_are():
     def drawn(x_shape: tuple[int, ...], classes: list[str], outputs: int) -> list:
         support_y = torch.arange(4) % len(classes) if classes else torch.rand(4, outputs)
         task = UserTask("$x", torch.rand(4, *x_shape), support_y, torch.rand(70, *x_shape), classes, [])
-        figure = predictions_figure([task], [torch.rand(70, outputs).softmax(-1)], "a $title")
+        shares = torch.rand(70, outputs).softmax(-1)
+        reading = Reading("classes", outputs) if classes else Reading("numbers", numbers=outputs)
+        targets = [f"y{number}" for number in range(outputs)]
+        prediction = read_predictions(shares, shares, reading, classes, targets, sure=True)
+        figure = predictions_figure([task], [prediction], "a $title")
         style.render(figure)
         return figure.axes
 

@@ -1,0 +1,220 @@
+"""Predictions for a user's own task (--adapt): columns with names, arrays where outputs are dense, a picture.
+
+A column is named after a target only if it holds predictions of it: outputs of a loss of the user's, whose
+meaning nobody has said, are called outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from common.batch import Tree, main_tensor, name_tensors
+from common.task import UserTask
+from evaluation import style
+from evaluation.examples import draw_images
+from learners.reading import Reading
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MOST_COLUMNS = 16  # of one output; more are an array
+MOST_PREDICTED, MOST_IMAGES, COLUMNS = 6, 60, 10  # tasks, predicted images and images in a row
+
+
+@dataclass
+class Prediction:
+    """Predictions of a task's query examples."""
+
+    columns: dict[str, Tensor | list[str]] = field(default_factory=dict)  # by heading, one value an example
+    arrays: dict[str, Tensor] = field(default_factory=dict)  # dense outputs `[examples, ...]`, by name
+    drawn: list[str] = field(default_factory=list)  # headings of the columns in a picture
+    of_targets: bool = False  # these are in the order of the targets
+    measure: str = "output"  # what they are
+
+    def rows(self, digits: int) -> Iterator[dict[str, str]]:
+        """Yield the cells of each example, by heading."""
+        cells = {
+            heading: values
+            if isinstance(values, list)
+            else [_cell(heading, v, digits) for v in values.tolist()]
+            for heading, values in self.columns.items()
+        }
+        for row in zip(*cells.values(), strict=True):
+            yield dict(zip(cells, row, strict=True))
+
+
+def _cell(heading: str, value: float, digits: int) -> str:
+    return f"{value:.6f}" if heading.startswith(("p(", "share(")) else f"{value:.{digits}g}"
+
+
+def read_predictions(
+    outputs: Tree,
+    numbers: Tensor,
+    reading: Reading,
+    classes: Sequence[str],
+    targets: Sequence[str],
+    *,
+    sure: bool,
+) -> Prediction:
+    """Return what a learner's outputs for query examples predict.
+
+    Args:
+        numbers: the main output in the targets' units.
+        classes: names of the classes; empty: their numbers.
+        targets: names of the targets.
+        sure: outputs that are numbers predict the targets; else only the user knows what they are.
+    """
+    made, main = Prediction(), main_tensor(outputs)
+    others = {name: part for name, part in name_tensors(outputs).items() if part is not main}
+    if reading.kind in ("classes", "ordinal"):
+        _add_classes(made, outputs, reading, [*classes] or [str(c) for c in range(reading.classes)])
+    elif reading.kind == "labels":
+        _add_labels(made, outputs, reading, targets)
+    else:
+        name = next((name for name, part in name_tensors(outputs).items() if part is main), "")
+        if numbers.dim() == 2 and numbers.shape[1] == len(targets) and not name:
+            headings = targets if sure else [f"output({target})" for target in targets]
+            made.columns |= dict(zip(headings, numbers.T, strict=True))
+        elif numbers.dim() == 2 and numbers.shape[1] == len(targets) and sure:
+            made.columns |= dict(zip(targets, numbers.T, strict=True))
+        else:
+            _add_output(made, name, numbers)
+        made.drawn, made.of_targets = [*made.columns], {*targets} <= made.columns.keys()
+        made.measure = "prediction" if made.of_targets else "output"
+    for name, part in others.items():
+        _add_output(made, name, part)
+    return made
+
+
+def _add_classes(made: Prediction, outputs: Tree, reading: Reading, names: list[str]) -> None:
+    predicted, shares = reading.predict(outputs), reading.probabilities(outputs)
+    made.measure = "probability"
+    if predicted.dim() > 1:  # pixels
+        made.arrays = {
+            "classes": predicted.to(torch.uint8 if reading.classes < 256 else torch.int64),
+            "p": shares,
+        }
+        for number, name in enumerate(names):
+            made.columns[f"share({name})"] = (predicted == number).flatten(1).double().mean(1)
+        return
+    ordinal = reading.kind == "ordinal" and reading.classes > 2
+    headings = [f"p(above {name})" for name in names[:-1]] if ordinal else [f"p({name})" for name in names]
+    made.columns["prediction"] = [names[label] for label in predicted.tolist()]
+    made.columns |= dict(zip(headings, shares.T, strict=True))
+    made.drawn = headings
+
+
+def _add_labels(made: Prediction, outputs: Tree, reading: Reading, targets: Sequence[str]) -> None:
+    predicted, shares = reading.predict(outputs), reading.probabilities(outputs)
+    made.measure = "probability"
+    if predicted.dim() > 2:
+        made.arrays = {"labels": predicted.to(torch.uint8), "p": shares}
+        return
+    predicted, shares = (part if part.dim() == 2 else part[:, None] for part in (predicted, shares))
+    known = len(targets) == shares.shape[1]
+    names = targets if known else [f"label {number}" for number in range(1, shares.shape[1] + 1)]
+    for name, labels in zip(names, predicted.T, strict=True):
+        made.columns[name] = [str(int(label)) for label in labels.tolist()]
+    made.columns |= {f"p({name})": part for name, part in zip(names, shares.T, strict=True)}
+    made.drawn, made.of_targets = [f"p({name})" for name in names], True
+
+
+def _add_output(made: Prediction, name: str, values: Tensor) -> None:
+    """Add an output as columns called after it, or, if it is large, as an array."""
+    name = f"output {name}".strip() if not name or name.isdigit() else name
+    columns = values[:, None] if values.dim() == 1 else values
+    if columns.dim() > 2 or columns.shape[1] > MOST_COLUMNS:
+        made.arrays[name] = values
+    elif columns.shape[1] == 1:
+        made.columns[name] = columns[:, 0]
+    else:
+        made.columns |= {f"{name} {number}": column for number, column in enumerate(columns.T, 1)}
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+
+
+@style.styled()
+def predictions_figure(tasks: Sequence[UserTask], predictions: Sequence[Prediction], title: str) -> Figure:
+    """Draw dense outputs as images, images as a contact sheet, or a panel a task: curves, values by row."""
+    images = tasks[0].support_x.dim() == 4 and tasks[0].support_x.shape[1] in (1, 3)
+    if any(array.dim() == 3 for array in predictions[0].arrays.values()):
+        return _draw_maps(tasks[0], predictions[0], title, images=images)
+    if images:
+        return _contact_sheet(tasks[0], predictions[0], title)
+    shown = min(len(tasks), MOST_PREDICTED)
+    figure = style.new_figure(3.0 * shown + 0.6, 3.2, title)
+    panels = figure.subplots(1, shown, squeeze=False)[0]
+    for panel, task, prediction in zip(panels, tasks, predictions, strict=False):
+        _draw_columns(panel, task, prediction)
+    style.add_legend(figure, panels[0])
+    return figure
+
+
+def _draw_columns(panel: Axes, task: UserTask, prediction: Prediction) -> None:
+    """Draw a task's columns: over the only input, with the support set, or by row."""
+    support_x, support_y, query_x = (x.cpu() for x in (task.support_x, task.support_y, task.query_x))
+    curve = support_x.dim() == 2 and support_x.shape[1] == 1 and not task.classes
+    x, order = (query_x[:, 0] if curve else torch.arange(len(query_x))).sort()
+    for number, name in enumerate(prediction.drawn):
+        values = prediction.columns[name]
+        assert isinstance(values, Tensor)
+        look = style.curve_style(number) | ({"marker": ""} if curve else {"linestyle": "none"})
+        panel.plot(x.numpy(), values[order].numpy(), label=name, **look)
+        if curve and prediction.of_targets:
+            support = support_x[:, 0].numpy(), support_y[:, number].numpy()
+            panel.scatter(*support, 18, style.RED, zorder=3, label="support set" if number == 0 else None)
+    panel.set(title=task.name, xlabel="x" if curve else "predicted row", ylabel=prediction.measure)
+
+
+def _draw_maps(task: UserTask, prediction: Prediction, title: str, *, images: bool) -> Figure:
+    """Draw the first query examples, and the first dense output of each below it."""
+    name, maps = next((n, array) for n, array in prediction.arrays.items() if array.dim() == 3)
+    shown = min(len(maps), MOST_PREDICTED)
+    figure = style.new_figure(1.7 * shown + 1.0, 4.2 if images else 2.4, f"{title}: {name}")
+    rows = figure.subplots(1 + images, shown, squeeze=False)
+    for column in range(shown):
+        if images:
+            draw_images(rows[0][column], task.query_x[None, column : column + 1].cpu())
+        limits = {"vmin": float(maps.min()), "vmax": float(maps.max())}
+        drawn = rows[-1][column].imshow(maps[column].numpy(), interpolation="nearest", **limits)
+        rows[-1][column].set_axis_off()
+    numbers = None if maps.is_floating_point() else range(int(maps.min()), int(maps.max()) + 1)
+    figure.colorbar(drawn, ax=rows[-1].tolist(), shrink=0.8, ticks=numbers)
+    return figure
+
+
+def _contact_sheet(task: UserTask, prediction: Prediction, title: str) -> Figure:
+    """Draw the predicted images, each below its label and confidence, or its first value."""
+    images = task.query_x[:MOST_IMAGES].cpu()
+    if len(images) < len(task.query_x):
+        title += f" (the first {len(images)} of {len(task.query_x)})"
+    rows = math.ceil(len(images) / COLUMNS)
+    figure = style.new_figure(10.0, 1.05 * rows + 0.5, title)
+    panel = figure.subplots()
+    empty = 0.0 if images.shape[1] == 1 else 1.0  # one channel is drawn dark on white
+    grid = functional.pad(images, (*[0] * 7, rows * COLUMNS - len(images)), value=empty)
+    draw_images(panel, grid.unflatten(0, (rows, COLUMNS)), above=0.3)
+    for number in range(len(images)):
+        row, column = divmod(number, COLUMNS)
+        words = _describe_example(prediction, number)
+        panel.text(column + 0.06, row + 0.22, words, fontsize=style.SMALL - 1)
+    return figure
+
+
+def _describe_example(prediction: Prediction, number: int) -> str:
+    """Return what is predicted for an example, in a few words."""
+    numbers = [float(prediction.columns[name][number]) for name in prediction.drawn]
+    label = prediction.columns.get("prediction")
+    if isinstance(label, list):
+        confident = not any(name.startswith("p(above ") for name in prediction.drawn)
+        return label[number][:10] + (f" {100 * max(numbers):.0f} %" if confident else "")
+    return f"{prediction.drawn[0][:10]} {numbers[0]:.3g}" if numbers else ""

@@ -1,0 +1,346 @@
+"""Outputs other than one vector of scores, and the user's metric: numpy's values, or a line that says why."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from plain_loop import plain_loop
+from runs import command, curves
+from torch import nn
+from torch.nn import functional as F
+
+from commands.adapt import load, predict
+from common.batch import TaskBatch
+from common.choices import Choices
+from common.errors import UsageError
+from learners.losses import cross_entropy, ignored_label
+from learners.metrics import _load_library, build_metric
+from learners.reading import Reading, read_outputs
+from maml import MAML
+from training.checkpoint import load_checkpoint
+from training.folders import BEST
+
+CODE = """
+import dataclasses
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+class Pixels:
+    def sample(self, split, seeds):
+        x = torch.stack([torch.rand(6, 1, 5, 5, generator=torch.Generator().manual_seed(s % 2**31))
+                         for s in seeds.tolist()])
+        y = (x[:, :, 0] > 0.4).long() + (x[:, :, 0] > 0.7)
+        y[:, :, 0] = 255
+        return x[:, :3], y[:, :3], x[:, 3:], y[:, 3:]
+
+@dataclasses.dataclass
+class Both:
+    features: torch.Tensor
+    logits: torch.Tensor
+    nothing: torch.Tensor | None = None
+
+class Dense(nn.Module):
+    def __init__(self, outputs, form=None):
+        super().__init__()
+        self.body, self.head, self.form = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 3, 1), form
+
+    def forward(self, x):
+        features = self.body(x).tanh()
+        logits = self.head(features)
+        forms = {"dict": {"aux": features, "out": logits}, "dataclass": Both(features, logits)}
+        return forms.get(self.form, logits)
+
+def pixel_loss(outputs, targets, ignore_index=255):
+    logits = outputs["out"] if isinstance(outputs, dict) else outputs.logits
+    return F.cross_entropy(logits, targets, ignore_index=ignore_index)
+
+class MeanAndVariance(nn.Module):
+    def __init__(self, outputs):
+        super().__init__()
+        self.layers = nn.Linear(1, 2 * outputs)
+
+    def forward(self, x):
+        return dict(zip(("mean", "log_variance"), self.layers(x).split(1, 1)))
+
+def gauss(outputs, targets):
+    error = (outputs["mean"] - targets) ** 2
+    return (outputs["log_variance"] + error * torch.exp(-outputs["log_variance"])).mean()
+
+def own_bce(outputs, targets):
+    return F.binary_cross_entropy_with_logits(outputs, targets)
+
+def spread(outputs, targets):
+    return outputs.std()
+"""
+SHORT = ["--iterations", 4, "--val-every", 2, "--val-tasks", 5, "--meta-batch-size", 2, "--eval-tasks", 6,
+         "--eval-steps", 2, "--test-steps", 2, "-k", 3, "-q", 3]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def code(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("code") / "dense_code.py"
+    path.write_text(CODE)
+    return str(path)
+
+
+def train(folder: Path, name: str, *flags: object) -> Path:
+    assert command(*SHORT, *flags, "--checkpoint-path", folder, "--run-name", name) == 0
+    return folder / name
+
+
+# ---- how outputs are read ------------------------------------------------------------------------
+
+
+def test_accuracy_is_per_pixel_or_label_and_leaves_out_what_is_unknown():
+    random = np.random.default_rng(0)
+    scores, labels = random.standard_normal((2, 4, 3, 5, 6)), random.integers(0, 3, (2, 4, 5, 6))
+    labels[:, :, 0] = 255
+    labels[1] = -100  # nothing to measure in the second task
+    known = labels[0] != 255
+    expected = (scores[0].argmax(1) == labels[0])[known].mean()
+    reading = read_outputs(torch.tensor(scores[0]), torch.tensor(labels[0]), ways=3, ignored=255)
+    measured = reading.accuracy(torch.tensor(scores), torch.tensor(labels))
+    assert measured[0].item() == pytest.approx(expected) and measured[1].isnan()
+    assert (reading.kind, reading.classes, reading.numbers) == ("classes", 3, 90)
+
+    logits, targets = random.standard_normal((1, 7, 4)), random.integers(0, 2, (1, 7, 4)).astype(float)
+    targets[0, :2, 1] = np.nan
+    known = ~np.isnan(targets)
+    reading = read_outputs(torch.tensor(logits[0]), torch.tensor(targets[0]), loss="bce")
+    expected = ((1 / (1 + np.exp(-logits)) > 0.5) == (targets == 1))[known].mean()
+    assert reading.accuracy(torch.tensor(logits), torch.tensor(targets)).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "targets", "options", "kind"),
+    [
+        (torch.rand(4, 5), torch.tensor([0, 1, 2, 4]), {"ways": 5}, "classes"),
+        (torch.rand(4, 4), torch.tensor([0, 1, 2, 4]), {"ways": 5}, "ordinal"),
+        (torch.rand(4, 1), torch.tensor([0, 1, 1, 0]), {"ways": 2}, "ordinal"),
+        (torch.rand(4), torch.tensor([0, 1, 1, 0]), {"ways": 2}, "labels"),
+        (torch.rand(4, 64), torch.tensor([0, 1, 2, 4]), {"ways": 5}, "numbers"),  # an embedding
+        ((torch.rand(4, 3), torch.rand(4, 9)), torch.tensor([[0], [1], [2], [1]]), {}, "classes"),
+        (torch.rand(4, 3), torch.tensor([[0, 1, 1]] * 4), {}, "labels"),
+        (torch.rand(4, 3), torch.tensor([[0, 1, 7]] * 4), {}, "numbers"),
+        (torch.rand(4, 3), torch.tensor([[0, 1, 1]] * 4), {"loss": "mse"}, "numbers"),
+        (torch.rand(4, 1), torch.tensor([[0.0], [1.0]] * 2), {"loss": "own.py:f"}, "numbers"),
+        (torch.rand(4, 1), torch.tensor([[0.0], [1.0]] * 2), {"kind": "labels"}, "labels"),
+        (torch.rand(4, 3), torch.eye(4)[:, :3], {"kind": "classes"}, "classes"),
+    ],
+)
+def test_outputs_are_read_by_shape_loss_and_flag(outputs, targets, options, kind):
+    assert read_outputs(outputs, targets, **options).kind == kind
+
+
+def test_ordinal_logits_are_counted():
+    logits = torch.tensor([[3.0, 1.0, -1.0], [-1.0, -2.0, -3.0], [2.0, 2.0, 2.0]])
+    reading = read_outputs(logits, torch.tensor([2, 1, 3]), ways=4)
+    assert reading.predict(logits).tolist() == [2, 0, 3]
+    assert reading.accuracy(logits[None], torch.tensor([[2, 1, 3]])).item() == pytest.approx(2 / 3)
+    one = read_outputs(logits[:, :1], torch.tensor([1, 0, 0]), ways=2)
+    assert one.predict(logits[:, :1]).tolist() == [1, 0, 1]
+    assert torch.allclose(one.probabilities(logits[:, :1])[:, 1], logits[:, 0].sigmoid())
+
+
+def test_a_loss_says_which_label_it_leaves_out(code):
+    assert ignored_label("cross-entropy", ("ignore_index=7",)) == 7
+    assert ignored_label(f"{code}:pixel_loss") == 255 and ignored_label("mse") == -100
+
+
+def test_the_meta_gradient_of_pixels_without_some_is_a_plain_loops():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 3, 1)).double()
+    x, y = torch.rand(2, 6, 1, 4, 4, dtype=torch.float64), torch.randint(0, 3, (2, 6, 4, 4))
+    y[:, :, 1] = 255
+    batch = TaskBatch(x[:, :3], y[:, :3], x[:, 3:], y[:, 3:])
+    choices = Choices(inner_lr=0.1, steps=2)
+    result = MAML(network, lambda o, t: cross_entropy(o, t, ignore_index=255), choices)
+    result = result.meta_gradient(dict(network.named_parameters()), batch)
+    gradients, *_ = plain_loop(network, lambda o, t: F.cross_entropy(o, t, ignore_index=255), batch, steps=2)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(result.gradients[name], gradient)
+
+
+# ---- metrics -------------------------------------------------------------------------------------
+
+
+def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Return the share of pairs in the right order."""
+    pairs = scores[positive][:, None] - scores[~positive]
+    return float(((pairs > 0) + 0.5 * (pairs == 0)).mean())
+
+
+def f1(predicted: np.ndarray, labels: np.ndarray, c: int) -> float:
+    return 2 * ((predicted == c) & (labels == c)).sum() / ((predicted == c).sum() + (labels == c).sum())
+
+
+def test_metrics_of_torchmetrics_have_numpys_values():
+    random = np.random.default_rng(1)
+    scores, labels = random.standard_normal((40, 3)), random.integers(0, 3, 40)
+    labels[:4] = -100
+    kept, known = scores[4:], labels[4:]
+    shares = np.exp(kept) / np.exp(kept).sum(1, keepdims=True)
+    best = kept.argmax(1)
+    expected = {
+        "f1": np.mean([f1(best, known, c) for c in range(3)]),
+        "AUROC": np.mean([auroc(shares[:, c], known == c) for c in range(3)]),
+        "iou": np.mean(
+            [((best == c) & (known == c)).sum() / ((best == c) | (known == c)).sum() for c in range(3)]
+        ),
+    }
+    reading = Reading("classes", 3, ignored=-100)
+    for name, value in expected.items():
+        metric = build_metric(name)
+        assert metric(torch.tensor(scores), torch.tensor(labels), reading) == pytest.approx(value, abs=1e-6)
+        assert metric.more_is_better
+    x, y = random.standard_normal((2, 30, 1))
+    r2 = 1 - ((x - y) ** 2).sum() / ((y - y.mean()) ** 2).sum()
+    numbers = Reading("numbers")
+    assert build_metric("R2")(torch.tensor(x), torch.tensor(y), numbers) == pytest.approx(r2)
+    mae = build_metric("mean_absolute_error")
+    assert not mae.more_is_better
+    assert mae(torch.tensor(x), torch.tensor(y), numbers) == pytest.approx(np.abs(x - y).mean())
+    logits, positive = random.standard_normal((20, 2)), random.integers(0, 2, (20, 2))
+    value = np.mean([auroc(logits[:, c], positive[:, c] == 1) for c in range(2)])
+    labels_of_two = Reading("labels", numbers=2)
+    measured = build_metric("auroc")(torch.tensor(logits), torch.tensor(positive), labels_of_two)
+    assert measured == pytest.approx(value, abs=1e-6)
+
+
+def test_what_is_undefined_is_no_number():
+    for name, reading, outputs, targets in (
+        ("auroc", Reading("classes", 3), torch.rand(6, 3), torch.tensor([0, 0, 1, 1, 0, 1])),
+        ("auroc", Reading("labels"), torch.rand(6, 1), torch.ones(6, 1)),
+        ("f1", Reading("classes", 3, ignored=-100), torch.rand(2, 3), torch.tensor([-100, -100])),
+        ("r2", Reading("numbers"), torch.rand(6, 1), torch.ones(6, 1)),
+    ):
+        assert np.isnan(build_metric(name)(outputs, targets, reading)), name
+
+
+def test_a_metric_is_measured_in_the_units_of_the_targets():
+    reading = Reading("numbers", scale=torch.tensor([[10.0], [4.0]]))
+    x, y = torch.rand(1, 2, 5, 1), torch.rand(1, 5, 1)
+    expected = 4 * (x - y[:, None]).abs().mean((2, 3))
+    torch.testing.assert_close(build_metric("mae").per_step(x, y, reading), expected.double())
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--metric pearson", "say with --metric-mode min or max"),
+        ("--metric f1", "does not fit the outputs, which are numbers"),
+        ("--metric f1_scor", "no such metric: try f1_score"),
+        ("--metric accuracy", "accuracy is measured anyway"),
+        ("--metric {code}:spread", "say with --metric-mode"),
+        ("--metric {code}:missing --metric-mode min", "has no missing to call"),
+        ("--metric {code}:gauss --metric-mode min", "gives no number for a task's outputs: "),
+        ("--metric-mode max", "--metric-mode has no meaning with --metric none"),
+        (
+            "--outputs labels --dataset {code}:Pixels --learner {code}:Dense --loss {code}:gauss",
+            "logits (3, 3, 5, 5) are none of labels (3, 5, 5)",
+        ),
+    ],
+)
+def test_a_metric_that_cannot_be_measured_is_refused_in_one_line(flags, expected, code, tmp_path, capsys):
+    line = flags.format(code=code).split()
+    assert command(*SHORT, *line, "--checkpoint-path", tmp_path) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert expected in line and not [*tmp_path.glob("*")]
+
+
+def test_a_missing_library_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    _load_library.cache_clear()
+    with pytest.raises(UsageError, match="which is missing: pip install torchmetrics"):
+        build_metric("f1")
+
+
+# ---- commands ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [None, "dict", "dataclass"])
+def test_segmentation_is_trained_measured_and_predicted(form, code, tmp_path, capsys):
+    own = ["--learner", f"{code}:Dense"]
+    own += ["--loss", f"{code}:pixel_loss"] if form else []
+    flags = ["--learner-args", f"form={form}"] if form else ["-n", 3, "--loss", "cross-entropy"]
+    flags += [] if form else ["--loss-args", "ignore_index=255"]
+    run = train(tmp_path, "run", "--dataset", f"{code}:Pixels", *own, *flags, "--metric", "iou")
+    progress = load_checkpoint(run / BEST).progress
+    assert progress["best_score"] == max(progress["validation"]["query_jaccard_index"])
+    tags = curves(run)
+    assert {
+        "validation/query_jaccard_index",
+        "validation/best_query_jaccard_index",
+        "train/query_accuracy",
+    } <= {*tags}
+    assert "train/query_jaccard_index" not in tags and "validation_by_step/query_jaccard_index/1" in tags
+    assert command("--eval", "--load", run, "--dataset", f"{code}:Pixels", *own) == 0
+    (file,) = run.glob("best-test-*.json")
+    record = json.loads(file.read_text())
+    shares = np.array(record["per_task"]["accuracy"]["transductive"])
+    (values,) = (np.array(v) for v in record["per_task"]["jaccard_index"].values())
+    assert values.shape == shares.shape == (6, 3) and ((shares > 0) & (shares < 1)).all()
+    assert record["per_step"][2]["jaccard_index"] == pytest.approx(values[:, 2].mean(), abs=1e-6)
+    assert "jaccard_index  accuracy %" in capsys.readouterr().out
+
+    x = np.random.default_rng(0).random((5, 1, 5, 5)).astype(np.float32)
+    y = (x[:3, 0] > 0.5).astype(np.int64)
+    np.savez(tmp_path / "task.npz", support_x=x[:3], support_y=y, query_x=x[3:])
+    assert command("--adapt", tmp_path / "task.npz", "--load", run, *own) == 0
+    codes = {
+        name: value for flag, value in zip(own[::2], own[1::2], strict=True) for name in [flag.strip("-")]
+    }
+    maml, parameters, _ = load(run, torch.tensor(x), outputs=3, **codes)
+    outputs = predict(
+        maml, maml.adapt(parameters, torch.tensor(x[:3]), torch.tensor(y), 2), torch.tensor(x[3:])
+    )
+    logits = outputs if form is None else outputs["out"] if form == "dict" else outputs.logits
+    written = np.load(run / "best-adapted-task-classes.npy")
+    assert np.array_equal(written, logits.argmax(1).numpy()) and written.dtype == np.uint8
+    shares = np.load(run / "best-adapted-task-p.npy")
+    assert np.allclose(shares, logits.softmax(1).numpy(), atol=1e-5)
+    header, *rows = csv.reader((run / "best-adapted-task.csv").open())
+    assert header == ["row", "share(0)", "share(1)", "share(2)"]
+    assert [float(row[1]) for row in rows] == pytest.approx((written == 0).mean((1, 2)).tolist(), abs=1e-6)
+    assert (run / f"best-adapted-task-{'aux' if form == 'dict' else 'features'}.npy").exists() == bool(form)
+
+
+def test_a_column_holds_what_its_name_says(code, tmp_path):
+    table, rows = tmp_path / "tasks.csv", ["task,x,y"]
+    rows += [f"{task},{x},{int(x > 3)}" for task in range(8) for x in range(8)]
+    table.write_text("\n".join(rows))
+    (tmp_path / "mine.csv").write_text("x,y\n1,0\n2,0\n6,1\n0,\n7,\n")
+    headers = {}
+    for loss, more in (("bce", []), (f"{code}:own_bce", []), (f"{code}:own_bce", ["--outputs", "labels"])):
+        name = f"{len(headers)}"
+        run = train(tmp_path, name, "--dataset", f"table:{table}", "--loss", loss)
+        own = ["--loss", loss] if ":" in loss else []
+        assert command("--adapt", tmp_path / "mine.csv", "--load", run, *own, *more) == 0
+        headers[name], *cells = csv.reader((run / "best-adapted-mine.csv").open())
+        if "p(y)" in headers[name]:
+            assert all(row[1] == str(int(float(row[2]) > 0.5)) for row in cells)
+    assert [*headers.values()] == [["row", "y", "p(y)"], ["row", "output(y)"], ["row", "y", "p(y)"]]
+    heads = ["--learner", f"{code}:MeanAndVariance", "--loss", f"{code}:gauss"]
+    run = train(tmp_path, "heads", *heads, "--metric", "r2")
+    assert command("--adapt", tmp_path / "mine.csv", "--load", run, *heads) == 0
+    assert next(csv.reader((run / "best-adapted-mine.csv").open())) == ["row", "mean", "log_variance"]
+
+
+def test_runs_are_compared_by_one_metric(tmp_path, capsys):
+    plain, measured = (
+        train(tmp_path, "plain"),
+        train(tmp_path, "measured", "--metric", "r2", "--inner-lr", 0.1),
+    )
+    assert command("--compare", plain, measured, "--eval-tasks", 6) == 2
+    assert "plain has --metric none, and measured has r2: give one for all" in capsys.readouterr().err
+    assert command("--compare", plain, measured, "--eval-tasks", 6, "--metric", "r2") == 0
+    assert "Query r2_score, validation tasks" in capsys.readouterr().out
+    (file,) = tmp_path.glob("comparison-*.json")
+    record = json.loads(file.read_text())
+    assert (record["measure"], record["first_task"]) == ("r2_score", 5)  # as many as --val-tasks chose by
+    assert load_checkpoint(plain / BEST).settings["val_tasks"] == 5
