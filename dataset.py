@@ -26,7 +26,7 @@ from common.own_code import call_factory, load_code, parse_arguments, select_acc
 from common.random import SPLITS, Stream, task_stream
 from tasks.file_tasks import Prefetch
 from tasks.image_tasks import ImageTasks
-from tasks.images import open_folder
+from tasks.images import open_images
 from tasks.options import TaskOptions
 from tasks.pixels import Form
 from tasks.published import open_benchmark
@@ -79,7 +79,7 @@ def build_distribution(
     assert options.ways and options.image_size and options.channels
     form = Form(options.image_size, options.channels, options.invert, options.resize, options.black_and_white)
     if kind == "images":
-        images = open_folder(Path(source), form, shares, options.min_examples)
+        images = open_images(Path(source), form, shares, options.columns, options.min_examples)
     else:
         images = open_benchmark(source, data_root, form, options.omniglot_split)
     turns = options.quarter_turns or source == "omniglot"

@@ -6,17 +6,19 @@ Splits are those of the folder; class folders alone are split at random.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from common.errors import UsageError, printable
 from tasks.cache import cached_pixels
-from tasks.folders import Classes, find_classes
-from tasks.pixels import Form, ImagePath, decode_all, settle_range, sources_of
+from tasks.folders import find_classes
+from tasks.parquet_images import find_stored_classes, parquet_files
+from tasks.pixels import Form, ImagePath, decode_all, rows_of, settle_range, sources_of
 from tasks.splits import as_positions, split_at_random
 
 Groups = Mapping[str, Mapping[str, Sequence[ImagePath]]]  # the classes of each split, or of "all"
@@ -48,6 +50,17 @@ class ImageSet:
         return [f"classes: {', '.join(parts)}; split: {source}", *self.notes]
 
 
+def open_images(
+    path: Path, form: Form, shares: Mapping[str, int], columns: Sequence[str] = (), min_examples: int = 0
+) -> ImageSet:
+    """Return the images of Parquet files, whose columns have these roles, or of a folder."""
+    if files := parquet_files(path):
+        return open_parquet(path, files, form, shares, columns, min_examples)
+    if columns:
+        raise UsageError(f"--columns: {path} is no Parquet file and holds none: leave it out")
+    return open_folder(path, form, shares, min_examples)
+
+
 def open_folder(folder: Path, form: Form, shares: Mapping[str, int], min_examples: int = 0) -> ImageSet:
     """Return the images of a folder and their splits, of these shares where the folder has none.
 
@@ -55,12 +68,50 @@ def open_folder(folder: Path, form: Form, shares: Mapping[str, int], min_example
     fewer images than `min_examples` are left out.
     """
     layout = find_classes(folder, allow_empty=min_examples > 0)
-    groups, notes = {**layout.groups}, _say_left_out(layout.left_out)
+    return _split_classes(
+        folder, layout.groups, layout.source, _say_left_out(layout.left_out), form, shares, min_examples
+    )
+
+
+def open_parquet(
+    path: Path,
+    files: Sequence[Path],
+    form: Form,
+    shares: Mapping[str, int],
+    columns: Sequence[str] = (),
+    min_examples: int = 0,
+) -> ImageSet:
+    """Return the images of Parquet files, with those columns, as `open_folder` does those of a folder."""
+    groups, source, notes = find_stored_classes(path, files, columns)
+    folder = path if path.is_dir() else path.parent
+    images = _split_classes(folder, groups, source, notes, form, shares, min_examples)
+    stored = {image.column for part in groups.values() for row in part.values() for image in row}
+
+    def load() -> Tensor:
+        pixels = images.load()
+        for column in stored:
+            column.forget()
+        return pixels
+
+    return replace(images, load=load, source=str(path))
+
+
+def _split_classes(
+    folder: Path,
+    classes: Groups,
+    source: str,
+    notes: list[str],
+    form: Form,
+    shares: Mapping[str, int],
+    min_examples: int,
+) -> ImageSet:
+    """Return images in the split that they have, or a random one."""
+    groups: dict[str, Any] = {**classes}
     if min_examples:
         groups, note = _without_small_classes(groups, min_examples)
         notes += note
     splits: dict[str, Iterable[str]] = {**groups}
-    source, numbers = layout.source, ",".join(map(str, shares.values()))
+    numbers = ",".join(map(str, shares.values()))
     if "all" in groups:
         splits = {**split_at_random(groups["all"], shares)}
         source = f"a fixed shuffle of the classes, --split-shares {numbers}"
@@ -84,7 +135,7 @@ def _say_left_out(names: Sequence[str]) -> list[str]:
     ]
 
 
-def _without_small_classes(groups: dict[str, Classes], least: int) -> tuple[dict[str, Classes], list[str]]:
+def _without_small_classes(groups: Groups, least: int) -> tuple[dict[str, Any], list[str]]:
     """Return the classes with enough images, and a line on the others."""
     large = {s: {n: files for n, files in part.items() if len(files) >= least} for s, part in groups.items()}
     small = sum(map(len, groups.values())) - sum(map(len, large.values()))
@@ -111,8 +162,9 @@ def image_set(
     form, note = settle_range(folder, files, form) if files else (form, [])
 
     def load() -> Tensor:
+        settings = (form, names, count, *rows_of(files))
         shape, decode = (len(files), form.channels, form.size, form.size), partial(decode_all, files, form)
-        return cached_pixels(folder, sources_of(files), (form, names, count), shape, decode)
+        return cached_pixels(folder, sources_of(files), settings, shape, decode)
 
     return ImageSet(
         names,

@@ -154,12 +154,13 @@ class TaskOptions:
         only="files", help="shares of training, validation and test among the classes of a folder or the "
         "tasks of a table without a split of its own")
     min_examples: int = flag(
-        "--min-examples", group="tasks", check=at_least(0), metavar="N", default=0, only="table",
+        "--min-examples", group="tasks", check=at_least(0), metavar="N", default=0, only="files",
         help="leave out classes, and tasks of a table, with fewer examples")
     columns: tuple[str, ...] = flag(
-        "--columns", group="tasks", check=check_columns, metavar="ROLE=NAMES", only="table", default=(),
+        "--columns", group="tasks", check=check_columns, metavar="ROLE=NAMES", only="files", default=(),
         help="columns of a table by role: task=NAME target=NAMES input=NAMES (default task=task target=y, "
-        "and all others but `split` as inputs); class=NAME: tasks are made of a column's classes")
+        "and all others but `split` as inputs); class=NAME: tasks are made of a column's classes; for "
+        "images in Parquet files: input=NAME class=NAME")
     exclude_columns: str | None = flag(
         "--exclude-columns", group="tasks", check=check_names, metavar="NAMES", default=None, only="table",
         help="columns of a table that are no inputs, with commas between")

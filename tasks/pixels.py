@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from common.errors import UsageError, one_line
 from tasks.cache import cached_array
+from tasks.stored_images import StoredImage
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # about files that are read anyway
 
@@ -33,7 +34,7 @@ DECLARED = {PLAIN: (0.0, 255.0), "12-bit TIFF": (0.0, 4095.0), "16-bit PGM": (0.
 BITS = (8, 10, 12, 14, 16)  # that cameras and scanners have
 
 T = TypeVar("T")
-ImagePath = Path | zipfile.Path
+ImagePath = Path | zipfile.Path | StoredImage
 Range = tuple[float, float]  # the values that are black and white
 
 
@@ -93,7 +94,7 @@ def settle_range(folder: Path, files: Sequence[ImagePath], form: Form) -> tuple[
         plain = kind == PLAIN and not form.range
         return replace(form, kind=kind, range=None if plain else (low, high)), [] if plain else [note]
     low, high = cached_array(
-        folder, sources_of(files), ("range", kind), lambda: _survey(files, kind)
+        folder, sources_of(files), ("range", kind, *rows_of(files)), lambda: _survey(files, kind)
     ).tolist()
     values = f"{files[0]} and {len(files) - 1:,} others" if files[1:] else str(files[0])
     values = f"{values} have {kind} values from {low:.7g} to {high:.7g}"
@@ -109,8 +110,19 @@ def settle_range(folder: Path, files: Sequence[ImagePath], form: Form) -> tuple[
 
 def sources_of(files: Sequence[ImagePath]) -> list[Path]:
     """Return the files that hold the images: an archive counts once."""
-    paths = (Path(str(f.root.filename)) if isinstance(f, zipfile.Path) else f for f in files)
-    return [*dict.fromkeys(paths)]
+    paths = dict.fromkeys(map(_source_of, files))
+    return [*paths]
+
+
+def _source_of(file: ImagePath) -> Path:
+    if isinstance(file, zipfile.Path):
+        return Path(str(file.root.filename))
+    return file.column.path if isinstance(file, StoredImage) else file
+
+
+def rows_of(files: Sequence[ImagePath]) -> list[tuple[str, int]]:
+    """Return columns and rows of images that lie in tables; two columns of a table are other images."""
+    return [(file.column.name, file.row) for file in files if isinstance(file, StoredImage)]
 
 
 def _survey(files: Sequence[ImagePath], kind: str) -> np.ndarray:

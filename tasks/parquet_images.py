@@ -1,0 +1,120 @@
+"""Find classes and images in Parquet files, as Hugging Face exports them: path -> `Groups` -> images.py.
+
+An image is the content of a file, PNG or another, in a column of bytes or of {bytes, path}; a class is a name
+or a number in another column.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common.errors import UsageError, one_line
+from tasks.splits import split_of
+from tasks.stored_images import ImageColumn, StoredImage
+from tasks.table_files import TableFile, class_labels
+
+LABELS = ("label", "labels", "class", "target")  # usual names
+
+Groups = dict[str, dict[str, list[StoredImage]]]  # images by class by split, or of "all"
+
+
+def parquet_files(path: Path) -> list[Path]:
+    """Return a Parquet file, or those of a folder, its data/ and folders of splits, sorted; perhaps none."""
+    if not path.is_dir():
+        return [path] if path.suffix.lower() == ".parquet" and path.exists() else []
+    inner = sorted(part for part in path.iterdir() if part.name == "data" or split_of(part.name))
+    return [file for folder in (path, *inner) for file in sorted(folder.glob("*.parquet"))]
+
+
+def find_stored_classes(
+    path: Path, files: Sequence[Path], columns: Sequence[str]
+) -> tuple[Groups, str, list[str]]:
+    """Return the images by class and split, the split's source, and lines on what was left out or changed.
+
+    `columns` are the roles that `--columns` gives. The split of files is kept if no class is in two parts.
+    """
+    roles = dict(pair.split("=", 1) for pair in columns)
+    if wrong := roles.keys() - {"class", "input"}:
+        raise UsageError(f"--columns {min(wrong)}=: images have class=NAME and input=NAME alone")
+    groups: Groups = {}
+    unlabelled = 0
+    for file in files:
+        split = split_of(re.split(r"[-.]", file.stem)[0]) or (
+            split_of(file.parent.name) if path.is_dir() else None
+        )
+        classes, missing = _read_classes(file, roles.get("input"), roles.get("class"))
+        unlabelled += missing
+        for name, images in classes.items():
+            groups.setdefault(split or "all", {}).setdefault(name, []).extend(images)
+    notes = [f"left out: {unlabelled:,} images without a class"] if unlabelled else []
+    names = [name for part in groups.values() for name in part]
+    source = ", ".join(groups)
+    if len(groups) > 1 and (len(names) > len({*names}) or "all" in groups):
+        if "all" not in groups:
+            notes.append(f"{source} share classes: put together, since tests are on other classes")
+        together: dict[str, list[StoredImage]] = {}
+        for part in groups.values():
+            for name, images in part.items():
+                together.setdefault(name, []).extend(images)
+        groups = {"all": together}
+    elif len(groups) == 1:
+        groups = {"all": next(iter(groups.values()))}
+    return groups, source, notes
+
+
+def _read_classes(
+    file: Path, image: str | None, label: str | None
+) -> tuple[dict[str, list[StoredImage]], int]:
+    """Return a file's images by class, and the number of those without a class."""
+    import pyarrow as pa  # slow to import, and for such files alone
+    from pyarrow import parquet
+
+    try:
+        schema = parquet.read_schema(file)
+        image = image or _choose_image(file, schema)
+        label = label or _choose_label(file, schema)
+        for name in (image, label):
+            if name not in schema.names:
+                raise UsageError(
+                    f"{file} has no column {name!r}, but {schema.names}: name yours with --columns"
+                )
+        table = TableFile(file, parquet.read_table(file, columns=[label], partitioning=None))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise UsageError(f"{file} is not readable ({one_line(error)[:300]}): mend the file") from error
+    if not _holds_images(schema.field(image).type):
+        raise UsageError(
+            f"{file}: column {image!r} holds {schema.field(image).type}, not the bytes of images"
+        )
+    column, classes = ImageColumn(file, image), dict[str, list[StoredImage]]()
+    names, positions = table.names(label)
+    for row, position in enumerate(positions.tolist()):
+        if position >= 0:
+            classes.setdefault(names[position], []).append(StoredImage(column, row))
+    return classes, int((positions < 0).sum())
+
+
+def _holds_images(kind: Any) -> bool:
+    import pyarrow as pa
+
+    fields = {kind.field(i).name for i in range(kind.num_fields)} if pa.types.is_struct(kind) else set()
+    return "bytes" in fields or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _choose_image(file: Path, schema: Any) -> str:
+    names = [field.name for field in schema if _holds_images(field.type)]
+    if len(names) != 1:
+        problem = f"has {len(names)} columns of images ({', '.join(names) or schema.names})"
+        raise UsageError(f"{file} {problem}: name one with --columns input=NAME")
+    return names[0]
+
+
+def _choose_label(file: Path, schema: Any) -> str:
+    labelled = [name for name in schema.names if class_labels(schema, name)]
+    names = labelled or [name for name in schema.names if name.lower() in LABELS]
+    if len(names) != 1:
+        problem = f"has {len(names)} columns of classes ({', '.join(names or schema.names)})"
+        raise UsageError(f"{file} {problem}: name one with --columns class=NAME")
+    return names[0]

@@ -1,0 +1,148 @@
+"""Images in Parquet files, as Hugging Face exports them, read as Pillow reads the files themselves."""
+
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+from pyarrow import parquet
+from runs import command, validate_on
+
+from common.errors import UsageError
+from common.random import SPLITS
+from tasks.images import open_folder, open_parquet
+from tasks.parquet_images import parquet_files
+from tasks.pixels import Form
+
+FORM = Form(6, 3)
+SHARES = {"train": 2, "validation": 1, "test": 2}
+
+
+def png(number: int) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 256, (8, 9, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file := io.BytesIO(), "PNG")
+    return file.getvalue()
+
+
+def write(path, labels: list, first: int = 0, names: tuple[str, ...] = (), **more) -> None:
+    """Write one image a label, numbered from `first`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = [{"bytes": png(first + i), "path": f"{i}.png"} for i in range(len(labels))]
+    table = pa.table({"image": images, "label": labels, **more})
+    if names:
+        info = {
+            "features": {"label": {"names": list(names), "_type": "ClassLabel"}, "image": {"_type": "Image"}}
+        }
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": info})})
+    parquet.write_table(table, path, row_group_size=3)
+
+
+def open_images(path, columns=(), least=0):
+    return open_parquet(path, parquet_files(path), FORM, SHARES, columns, least)
+
+
+def test_the_pixels_are_those_of_the_same_images_in_folders(tmp_path):
+    labels = ["b", "a", "c", "b", "a", "c", "e", "d", "e", "d"]
+    write(tmp_path / "data" / "part-0.parquet", labels[:4])
+    write(tmp_path / "data" / "part-1.parquet", labels[4:], first=4)
+    for number, label in enumerate(labels):
+        (tmp_path / "folder" / label).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / label / f"{number}.png").write_bytes(png(number))
+    stored, files = open_images(tmp_path), open_folder(tmp_path / "folder", FORM, SHARES)
+    assert stored.names == files.names == list("abcde") and torch.equal(stored.count, files.count)
+    assert torch.equal(stored.load(), files.load())
+    assert all(torch.equal(stored.splits[split], files.splits[split]) for split in SPLITS)
+    assert stored.load().shape == (10, 3, 6, 6)
+    assert stored.summary[0].startswith("classes: 2 (4 images) for training, 1 (2 images) for validation, 2")
+
+
+def test_a_class_label_has_its_name_and_images_without_one_are_left_out(tmp_path):
+    path = tmp_path / "train-00000-of-00001.parquet"
+    write(path, [2, 0, -1, 1, 3, 4, None], names=("ant", "bee", "cat", "dog", "elk"))
+    images = open_images(path)
+    assert images.names == ["ant", "bee", "cat", "dog", "elk"] and images.count.tolist() == [1] * 5
+    assert "left out: 2 images without a class" in images.summary
+    expected = np.asarray(Image.open(io.BytesIO(png(3))).resize((6, 6), Image.Resampling.LANCZOS))
+    assert np.array_equal(images.load()[1].permute(1, 2, 0), expected)  # the bee
+
+
+def test_splits_of_files_are_kept_if_their_classes_are_apart(tmp_path):
+    write(tmp_path / "train-0.parquet", ["a", "b"])
+    write(tmp_path / "validation-0.parquet", ["c"])
+    write(tmp_path / "test-0.parquet", ["d", "e"])
+    images = open_images(tmp_path)
+    names = {split: [images.names[i] for i in part.tolist()] for split, part in images.splits.items()}
+    assert names == {"train": ["a", "b"], "validation": ["c"], "test": ["d", "e"]}
+    write(tmp_path / "test-0.parquet", ["d", "e", "a"])
+    images = open_images(tmp_path)
+    assert [len(images.splits[split]) for split in SPLITS] == [2, 1, 2] and images.count.tolist() == [
+        2,
+        1,
+        1,
+        1,
+        1,
+    ]
+    assert any("share classes" in line for line in images.summary)
+
+
+def test_columns_are_chosen_and_another_choice_has_another_cache(tmp_path):
+    path, other = tmp_path / "a.parquet", [png(100 + i) for i in range(5)]
+    write(path, list("abcde"), mask=other, species=list("edcba"))
+    with pytest.raises(
+        UsageError, match=r"has 2 columns of images \(image, mask\): name one with --columns input"
+    ):
+        open_images(path)
+    first = open_images(path, ["input=image"]).load()
+    for columns, pictures in (
+        (["input=mask"], other),
+        (["input=image", "class=species"], [png(4 - i) for i in range(5)]),
+    ):
+        pixels = open_images(path, columns).load()
+        expected = [
+            np.asarray(Image.open(io.BytesIO(p)).resize((6, 6), Image.Resampling.LANCZOS)) for p in pictures
+        ]
+        assert np.array_equal(pixels.permute(0, 2, 3, 1), expected) and not torch.equal(pixels, first)
+
+
+def test_small_classes_are_left_out(tmp_path):
+    write(tmp_path / "a.parquet", list("aabbccddeef"))
+    images = open_images(tmp_path / "a.parquet", least=2)
+    assert images.names == list("abcde") and images.count.tolist() == [2] * 5
+
+
+def test_what_cannot_be_read_is_named_in_a_line(tmp_path):
+    path = tmp_path / "a.parquet"
+    write(path, ["a", "b", "c"])
+    for columns, message in (
+        (["class=nothing"], "has no column 'nothing', but"),
+        (["input=label"], "column 'label' holds string, not the bytes of images"),
+        (["task=label"], "images have class=NAME and input=NAME alone"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            open_images(path, columns)
+    parquet.write_table(pa.table({"image": [b"no image"] * 3, "kind": ["a", "b", "c"]}), path)
+    with pytest.raises(
+        UsageError, match=r"has 0 columns of classes \(image, kind\): name one with --columns class"
+    ):
+        open_images(path)
+    with pytest.raises(UsageError, match="column 'image', data row 1 is not a readable image"):
+        open_images(path, ["class=kind"]).load()
+    parquet.write_table(pa.table({"image": [{"bytes": None, "path": "x.png"}], "label": ["a"]}), path)
+    with pytest.raises(UsageError, match="column 'image', data row 1 is not a readable image"):
+        open_images(path).load()
+    path.write_bytes(b"PAR1")
+    with pytest.raises(UsageError, match="is not readable"):
+        open_images(path)
+
+
+def test_tasks_are_learned_from_a_file(tmp_path, capsys, monkeypatch, no_pictures):
+    validate_on(2, monkeypatch)
+    write(tmp_path / "a.parquet", [i % 10 for i in range(40)])
+    line = ["--dataset", f"images:{tmp_path / 'a.parquet'}", "-n", 2, "-k", 1, "-q", 2, "--image-size", 8]
+    line += ["--split-shares", "2,1,2", "--iterations", 1, "--eval-tasks", 2, "--learner", "fc"]
+    assert command(*line, "--checkpoint-path", tmp_path, "--run-name", "run") == 0
+    assert "classes: 4 (16 images) for training" in capsys.readouterr().out
+    assert command("--eval", "--load", tmp_path / "run") == 0
