@@ -34,6 +34,7 @@ from learners.heads import context_names
 from learners.spectral_norm import vector_names
 from maml import MAML, Adapted
 from tasks.scales import Scales, apply_scale, undo_scale
+from training.checkpoint import load_checkpoint
 
 INSTEAD = "--save-weights FILE.pt2 writes a program instead"
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the largest output
@@ -132,6 +133,8 @@ def give_network(file: Path | None, default: Path, given: AdaptedNetwork, normal
 def write_network(file: Path, given: AdaptedNetwork) -> None:
     """Write the network as the file's suffix says; raise UsageError where it would predict something else."""
     built, fresh, maml, adapted, x = given.built, given.fresh, given.maml, given.adapted, given.x
+    if _is_checkpoint(file):
+        raise UsageError(f"{file} is a checkpoint, which would be lost: name another file")
     file.parent.mkdir(parents=True, exist_ok=True)
     if maml.call.compute_dtype is not None:
         maml = maml.with_options(compute_dtype=None)  # a plain network is as wide as its weights
@@ -155,6 +158,14 @@ def write_network(file: Path, given: AdaptedNetwork) -> None:
     if isinstance(fresh, GreyAsColour):
         state = {name.removeprefix("network."): tensor for name, tensor in state.items()}
     write_whole(file, partial(torch.save, state))
+
+
+def _is_checkpoint(file: Path) -> bool:
+    try:
+        load_checkpoint(file)
+    except UsageError:
+        return False
+    return True
 
 
 def _write_program(file: Path, network: nn.Module, x: Tensor) -> None:

@@ -228,9 +228,11 @@ def test_what_no_file_can_hold_is_refused_in_one_line_that_names_the_layer(
         ("twice", "net.pt2", "layer norm (BatchNorm1d) gives something else in evaluation mode than --adapt"),
         ("instances", "net.pt", "layer 1.2 (InstanceNorm1d) gives something else in evaluation mode"),
         ("scaled", "net.pt", "layer 1 (Scaled) gives something else in evaluation mode"),
+        ("layers", "layers/run/best.pt", "best.pt is a checkpoint, which would be lost: name another file"),
         ("layers", "net.onnx", "a file whose name ends in .pt, .pth or .pt2"),
     ):
-        last = train(place, tmp_path / file / name, "--learner", f"own.py:{name}")
+        folder = tmp_path / name if "/" in file else tmp_path / file / name
+        last = train(place, folder, "--learner", f"own.py:{name}")
         capsys.readouterr()
         flags = ["--adapt", "mine.csv", "--load", last, "--learner", f"own.py:{name}"]
         assert command(*flags, "--save-weights", tmp_path / file) == 2
