@@ -163,8 +163,18 @@ class FunctionalLearner:
         keys = torch.zeros(2, dtype=torch.int64, device=first_tensor(x).device)
         mode = Elementary(keys, first_tensor(x))
         with torch.no_grad(), mode, self._restored(self.module) as aliases:
+            names = self._tensor_names()
             _, after = call_with(self.module, tensors, x, aliases)
+            for name in sorted(self._tensor_names() - names):
+                layer = name.rpartition(".")[0]
+                raise UnfitError(
+                    f"{layer_text(layer, self.module.get_submodule(layer))} makes {name} in a forward pass, "
+                    "which would be another one each time: make it in __init__, or use a lazy layer"
+                )
         return after, mode.draws.calls
+
+    def _tensor_names(self) -> set[str]:
+        return {n for n, _ in (*self.module.named_parameters(), *self.module.named_buffers())}
 
     def _find_changing(self, original: nn.Module, x: Tree) -> Weights:
         """Return the buffers and frozen parameters that a pass changes, batch norm's aside.

@@ -242,6 +242,13 @@ class NewParameter(nn.Linear):
         return super().forward(x)
 
 
+class Made(nn.Linear):
+    def forward(self, x):
+        if not hasattr(self, "scale"):
+            self.scale = nn.Parameter(torch.ones(x.shape[1]))
+        return super().forward(x * self.scale)
+
+
 class History(nn.Linear):
     """Write to a tensor that is no buffer."""
 
@@ -263,6 +270,7 @@ class History(nn.Linear):
         (FrozenData, r"its layer 0 \(FrozenData\) assigns to 0.u.data"),
         (NewParameter, r"its layer 0 \(NewParameter\) overwrites its weight 0.weight"),
         (keep_in_closure, "a function keeps 0.weight, which the inner loop cannot replace"),
+        (Made, r"its layer 0 \(Made\) makes 0.scale in a forward pass"),
         (History, "writes in a forward pass to a tensor that is no buffer"),
         (lambda *sizes: torch.jit.script(nn.Linear(*sizes)), "its layer 0 .* is scripted"),
         (lambda *sizes: nn.LazyLinear(sizes[1]), "has lazy layers"),
