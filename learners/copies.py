@@ -31,6 +31,12 @@ def layer_text(name: str, layer: nn.Module) -> str:
     return f"its layer {name} ({type(layer).__name__})" if name else f"the network ({type(layer).__name__})"
 
 
+def owner_text(module: nn.Module, name: str) -> str:
+    """Return the name and class of the layer that a parameter or buffer belongs to."""
+    layer = name.rpartition(".")[0]
+    return layer_text(layer, module.get_submodule(layer))
+
+
 # ---- copies --------------------------------------------------------------------------------------
 
 

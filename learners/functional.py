@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from common.batch import Tree, arguments_of, first_tensor, in_type, joined, tree_map
 from common.choices import CONVOLUTIONS, check_choice
+from common.errors import is_out_of_memory, one_line
 from common.optimizers import Weights
 from common.task import Extras, Task
 from learners.batch_norm import convert_batch_norm, fresh_statistics, join_names, set_norms
@@ -30,6 +31,7 @@ from learners.copies import (
     find_holders,
     find_tensors,
     layer_text,
+    owner_text,
     restored,
 )
 from learners.elementary import Elementary, is_elementary
@@ -166,9 +168,8 @@ class FunctionalLearner:
             names = self._tensor_names()
             _, after = call_with(self.module, tensors, x, aliases)
             for name in sorted(self._tensor_names() - names):
-                layer = name.rpartition(".")[0]
                 raise UnfitError(
-                    f"{layer_text(layer, self.module.get_submodule(layer))} makes {name} in a forward pass, "
+                    f"{owner_text(self.module, name)} makes {name} in a forward pass, "
                     "which would be another one each time: make it in __init__, or use a lazy layer"
                 )
         return after, mode.draws.calls
@@ -186,8 +187,14 @@ class FunctionalLearner:
         given = {name: t.detach().clone() for name, t in tensors.items() if name not in self.statistics}
         places = {name: t.data_ptr() for name, t in given.items()}
         others = [(t, t._version) for t in find_tensors(module)]
-        with _refusing_calls(original):
-            after, _ = self._try(dict(given), x)
+        try:
+            with _refusing_calls(original):
+                after, _ = self._try(dict(given), x)
+        except Exception as error:  # the user's module may fail in any way
+            if isinstance(error, UnfitError) or is_out_of_memory(error):
+                raise
+            arithmetic = f" in {str(self.compute_dtype)[6:]}" if self.compute_dtype else ""
+            raise UnfitError(f"{layer_text('', module)} fails{arithmetic}: {one_line(error):.200}") from error
         changed = {
             name
             for name, t in given.items()
@@ -197,16 +204,14 @@ class FunctionalLearner:
             or not torch.equal(t, tensors[name])
         }
         for name in sorted(changed & self.parameters.keys()):
-            layer = name.rpartition(".")[0]
             raise UnfitError(
-                f"{layer_text(layer, module.get_submodule(layer))} overwrites its weight {name} in a forward "
-                "pass, which no gradient sees: compute with a new tensor (torch.nn.utils.parametrize)"
+                f"{owner_text(module, name)} overwrites its weight {name} in a forward pass, which no "
+                "gradient sees: compute with a new tensor (torch.nn.utils.parametrize)"
             )
         for name in sorted(n for n, t in given.items() if t.data_ptr() != places[n]):
-            layer = name.rpartition(".")[0]
             raise UnfitError(
-                f"{layer_text(layer, module.get_submodule(layer))} assigns to {name}.data in a forward pass: "
-                "let it be a buffer, and write to it by copy_() under torch.no_grad()"
+                f"{owner_text(module, name)} assigns to {name}.data in a forward pass: let it be a buffer, and "
+                "write to it by copy_() under torch.no_grad()"
             )
         if any(t._version != version for t, version in others):
             raise UnfitError(

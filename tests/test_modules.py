@@ -494,6 +494,11 @@ def test_weight_norm_has_right_second_derivatives(norm):
         torch.testing.assert_close(result.losses, losses)
 
 
+def test_a_network_that_fails_in_another_precision_is_refused_in_a_line():
+    with pytest.raises(UnfitError, match=r"the network \(ComplexNet\) fails in bfloat16: "):
+        FunctionalLearner(ComplexNet(), compute_dtype=torch.bfloat16, example=torch.ones(5, 3))
+
+
 def test_lazy_layers_take_their_sizes_from_an_example_and_keep_their_modes():
     module = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.Dropout(), nn.LazyLinear(2))
     module[2].eval()
