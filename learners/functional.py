@@ -210,8 +210,8 @@ class FunctionalLearner:
             )
         for name in sorted(n for n, t in given.items() if t.data_ptr() != places[n]):
             raise UnfitError(
-                f"{owner_text(module, name)} assigns to {name}.data in a forward pass: let it be a buffer, and "
-                "write to it by copy_() under torch.no_grad()"
+                f"{owner_text(module, name)} assigns to {name}.data in a forward pass: let it be a buffer, "
+                "and write to it by copy_() under torch.no_grad()"
             )
         if any(t._version != version for t, version in others):
             raise UnfitError(
