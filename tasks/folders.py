@@ -40,6 +40,8 @@ def find_classes(folder: Path, *, allow_empty: bool = False) -> Layout:
 
     A class without images raises UsageError unless `allow_empty`.
     """
+    if folder.is_file():
+        raise UsageError(f"{folder} is a file: give the folder that holds it, images:{folder.parent}")
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder}: it should hold class folders, or train, val and test")
     left_out: list[str] = []

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from common.errors import UsageError, one_line
+from tasks.archives import has_archives, open_archives
 from tasks.cache import cached_pixels
 from tasks.folders import find_classes
 from tasks.images import ImageSet, image_set
@@ -34,9 +35,11 @@ def open_benchmark(name: str, data_root: Path, form: Form, omniglot_split: str =
     if name == "omniglot":
         return _open_omniglot(data_root, form, omniglot_split)
     published = published_splits(name)
-    if name in ("cifar-fs", "fc100"):
-        return _open_cifar(name, data_root, published, form)
     folder = data_root / name
+    if name in ("cifar-fs", "fc100") and not folder.is_dir():
+        return _open_cifar(name, data_root, published, form)
+    if has_archives(folder):
+        return open_archives(folder, form, {"train": 1, "validation": 1, "test": 1}, published=published)
     groups: dict[str, dict[str, list[Path]]] = find_classes(folder).groups
     if "all" in groups:  # ImageNet's other classes may lie there too
         classes = groups["all"]

@@ -1,0 +1,233 @@
+"""Read the files in which few-shot benchmarks are passed around: pickles and .npz archives of each split.
+
+mini-imagenet-cache-{train,val,test}.pkl, CIFAR_FS_train.pickle, FC100_train.pickle and tieredImageNet's
+train_images_png.pkl or train_images.npz with train_labels.pkl. A pickle is read as data: nothing in it runs.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from common.errors import UsageError, one_line, printable
+from common.random import SPLITS
+from tasks.cache import cached_array, cached_pixels
+from tasks.images import ImageSet
+from tasks.pixels import PLAIN, Form, check_kind, prepare
+from tasks.splits import as_positions, split_at_random, split_hinted
+
+SUFFIXES = (".pkl", ".pickle", ".npz")
+_ARRAY = np.empty(0)
+# By the name in the pickle: numpy's modules have moved. None of these runs anything.
+NUMPY = {"ndarray": np.ndarray, "dtype": np.dtype, "scalar": np.float64(0).__reduce__()[0]}
+NUMPY |= {"_reconstruct": _ARRAY.__reduce__()[0], "_frombuffer": _ARRAY.__reduce_ex__(5)[0]}
+CONTAINERS = {"list": list, "dict": dict, "set": set, "range": range, "xrange": range}
+CONTAINERS |= {"OrderedDict": OrderedDict, "defaultdict": defaultdict}
+
+Labelled = tuple[Sequence[Any], dict[str, np.ndarray]]  # images, and the positions of each class's
+
+
+class DataUnpickler(pickle.Unpickler):
+    """Load arrays, numbers, texts, lists and dictionaries; UsageError where a pickle names other code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        package = module.partition(".")[0]
+        if package == "numpy" and name in NUMPY:
+            return NUMPY[name]
+        if module in ("builtins", "__builtin__", "collections") and name in CONTAINERS:
+            return CONTAINERS[name]
+        if (module, name) == ("_codecs", "encode"):
+            return _encode
+        raise UsageError(f"it names {printable(f'{module}.{name}')}, which is not loaded")
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """Return what older pickles write for bytes."""
+    return text.encode("latin1")
+
+
+def load_data(path: Path) -> Any:
+    """Return the content of a pickle or an .npz archive; UsageError if it is damaged, or more than data."""
+    try:
+        if path.suffix == ".npz":
+            return dict(np.load(path, allow_pickle=False))
+        with path.open("rb") as file:
+            return DataUnpickler(file, encoding="latin1").load()
+    except Exception as error:  # the unpickler raises errors of many kinds on damaged files
+        command = f"numpy.savez('{path.stem}.npz', images=..., labels=...)"
+        raise UsageError(
+            f"{path} cannot be read as data ({one_line(error)}): where it was made, write {command}"
+        ) from error
+
+
+def has_archives(folder: Path) -> bool:
+    """Return whether a folder holds archives of splits, and no folders."""
+    if not folder.is_dir() or any(path.is_dir() and path.name[0] not in "._" for path in folder.iterdir()):
+        return False
+    return bool(find_archives(folder))
+
+
+def find_archives(folder: Path) -> dict[str, list[Path]]:
+    """Return the files of each split: one, or images and labels apart."""
+    archives: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        stem = path.stem.lower()
+        if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
+            continue
+        if "train_phase" in stem and not stem.endswith("train_phase_train"):
+            continue  # MetaOptNet's other images of training classes
+        if split := split_hinted(path.stem):
+            archives.setdefault(split, []).append(path)
+    for split, paths in archives.items():
+        halves = [path for path in paths if "label" in path.stem.lower()]
+        if len(paths) != 1 + len(halves) or len(halves) > 1:
+            names = ", ".join(path.name for path in paths)
+            raise UsageError(
+                f"{folder}: {names} may all hold {split} images: leave one, or images and labels"
+            )
+    return {split: archives[split] for split in SPLITS if split in archives}
+
+
+def read_split(paths: Sequence[Path], split: str) -> Labelled:
+    """Return the images of a split and the positions of each class's, by name."""
+    content: dict[str, Any] = {}
+    for path in paths:
+        part = load_data(path)
+        part = part if isinstance(part, Mapping) else {"images": part}
+        content |= {k.decode("latin1") if isinstance(k, bytes) else str(k): v for k, v in part.items()}
+    images = next((content[key] for key in ("image_data", "data", "images") if key in content), None)
+    labels = next((content[key] for key in ("labels", "label_specific") if key in content), None)
+    if images is None or (labels is None and "class_dict" not in content):
+        keys = printable(", ".join(content)[:80])
+        form = "it should have image_data and class_dict, data and labels, or images and labels"
+        raise UsageError(f"{paths[0]} has the parts {keys}: {form}")
+    if "class_dict" in content:
+        classes = {str(name): np.asarray([*places]) for name, places in content["class_dict"].items()}
+    else:
+        numbers, names = np.asarray(labels), _names_of(content, split)
+        if len(numbers) != len(images):
+            raise UsageError(
+                f"{paths[0]}: {len(images):,} images and {len(numbers):,} labels: they should match"
+            )
+        classes = {
+            names.get(n, f"{split}/{n}"): np.flatnonzero(numbers == n) for n in np.unique(numbers).tolist()
+        }
+    for name, places in classes.items():
+        if not len(places) or places.min() < 0 or places.max() >= len(images):
+            raise UsageError(f"{paths[0]}: class {printable(name)} has no images, or some that are not there")
+    return _as_pictures(images, paths[0]), classes
+
+
+def _names_of(content: Mapping[str, Any], split: str) -> dict[Any, str]:
+    """Return the names of labels, where the file has some."""
+    if isinstance(content.get("catname2label"), Mapping):
+        return {label: str(name) for name, label in content["catname2label"].items()}
+    return dict(enumerate(map(str, content.get("label_specific_str", ()))))
+
+
+def _as_pictures(images: Any, path: Path) -> Sequence[Any]:
+    """Return images that `_decode` takes: uint8 `[n, height, width(, 3)]`, or encoded ones."""
+    encoded = isinstance(images, list | tuple) or getattr(images, "dtype", None) == np.dtype(object)
+    if encoded and all(np.asarray(image).dtype == np.uint8 or isinstance(image, bytes) for image in images):
+        return images
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        problem = f"images of type {images.dtype} and shape {images.shape}"
+        raise UsageError(f"{path} has {problem}: they should be uint8 [images, height, width, 3]")
+    return images.transpose(0, 2, 3, 1) if images.ndim == 4 and images.shape[-1] not in (1, 3) else images
+
+
+def _decode(image: Any, form: Form) -> np.ndarray:
+    data = np.frombuffer(image, np.uint8) if isinstance(image, bytes) else np.asarray(image)
+    if data.size == max(data.shape):  # a PNG or JPEG file
+        with Image.open(io.BytesIO(data.tobytes())) as picture:
+            check_kind(picture, PLAIN, "others are")
+            return prepare(picture, form)
+    return prepare(Image.fromarray(data.squeeze(-1) if data.shape[-1] == 1 else data), form)
+
+
+def open_archives(
+    folder: Path,
+    form: Form,
+    shares: Mapping[str, int],
+    min_examples: int = 0,
+    published: Mapping[str, Sequence[str]] | None = None,
+) -> ImageSet:
+    """Return the images of a folder's archives, split as the files are; UsageError if they do not fit.
+
+    `published` has the class names of each split of a benchmark; numbered classes are counted. See
+    `open_folder` for the others.
+    """
+    archives = find_archives(folder)
+    sources = [path for paths in archives.values() for path in paths]
+    data = cached_array(folder, sources, "index of classes", lambda: _make_index(folder, archives))
+    index: dict[str, dict[str, int]] = json.loads(data.tobytes())
+    if "train" not in index and shares["train"]:
+        raise UsageError(f"{folder} has {sources[0].name} and no file of training images, such as train.pkl")
+    notes = _check_published(folder, index, published) if published else []
+    small = {name for part in index.values() for name, number in part.items() if number < min_examples}
+    if small:
+        notes.append(f"left out: {len(small):,} classes with fewer than {min_examples:,} images")
+    count = {n: number for part in index.values() for n, number in part.items() if n not in small}
+    splits: dict[str, Iterable[str]] = {s: [n for n in part if n not in small] for s, part in index.items()}
+    source = ", ".join(path.name for path in sources)
+    if "validation" not in splits and shares["train"]:
+        splits |= split_at_random([*splits["train"]], {n: shares[n] for n in ("train", "validation")})
+        source += ", validation classes drawn from those for training"
+    names, shape = [*count], (sum(count.values()), form.channels, form.size, form.size)
+    decode = partial(_pixels, archives, {*names}, form)
+    return ImageSet(
+        names,
+        torch.tensor([*count.values()]),
+        as_positions(splits, names, str(folder)),
+        partial(cached_pixels, folder, sources, (form, count), shape, decode),
+        str(folder),
+        published=published is not None,
+        split_source=source,
+        notes=notes,
+        record=form.record,
+    )
+
+
+def _check_published(
+    folder: Path, index: Mapping[str, Mapping[str, int]], published: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """Raise UsageError if a benchmark's classes are others; return a line where names cannot be compared."""
+    numbered = all("/" in name for part in index.values() for name in part)
+    for split, names in published.items():
+        here = index.get(split, {})
+        if len(here) != len(names) or not (numbered or {*here} == {*names}):
+            problem = f"the {split} file should have the {len(names)} published classes, and has {len(here)}"
+            raise UsageError(f"{folder}: {problem}, or others: load the folder as your own, images:{folder}")
+    return ["classes are numbered in these files: their names are not compared"] if numbered else []
+
+
+def _make_index(folder: Path, archives: Mapping[str, Sequence[Path]]) -> np.ndarray:
+    """Return the number of images of each class of each split, as JSON."""
+    index: dict[str, dict[str, int]] = {}
+    firsts: dict[bytes, str] = {}  # the first image of a class -> its split
+    for split, paths in archives.items():
+        images, classes = read_split(paths, split)
+        index[split] = {name: len(places) for name, places in classes.items()}
+        for places in classes.values():
+            if firsts.setdefault(np.asarray(images[int(places[0])]).tobytes(), split) != split:
+                raise UsageError(f"{folder}: {paths[0].name} has images of another split: replace the file")
+    return np.frombuffer(json.dumps(index).encode(), np.uint8)
+
+
+def _pixels(archives: Mapping[str, Sequence[Path]], names: set[str], form: Form) -> Iterator[np.ndarray]:
+    for split, paths in archives.items():
+        images, classes = read_split(paths, split)
+        for name, places in classes.items():
+            for place in places.tolist() if name in names else ():
+                yield _decode(images[place], form)
