@@ -19,7 +19,7 @@ from learners.spellings import Replacements, spelled_out
 
 def _pivots(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return the diagonal of U in A = P L U, `[..., n]`, and the determinant of P, 1 or -1."""
-    factors, rows = torch.linalg.lu_factor(matrix)
+    factors, rows, _ = torch.linalg.lu_factor_ex(matrix)
     exchanges = (rows != torch.arange(1, rows.shape[-1] + 1, device=rows.device)).sum(-1)
     return factors.diagonal(dim1=-2, dim2=-1), 1 - 2 * (exchanges % 2)
 
@@ -47,7 +47,8 @@ def _solve(draws: Draws, A: Tensor, B: Tensor, left: bool = True) -> Tensor:
         return _solve(draws, A, B.unsqueeze(-1), left).squeeze(-1)
     if not left:
         return _solve(draws, A.mT, B.mT).mT
-    p, lower, upper = torch.lu_unpack(*torch.linalg.lu_factor(A))  # `vmap` has no rule for `lu` itself
+    # no error for a singular matrix, which one diverged task may have; `vmap` has no rule for `lu`
+    p, lower, upper = torch.lu_unpack(*torch.linalg.lu_factor_ex(A)[:2])
     return solve_triangular(
         upper, solve_triangular(lower, p.mT @ B, upper=False, unitriangular=True), upper=True
     )

@@ -69,6 +69,7 @@ FORMS = {
     "no dropout": lambda x: torch.dropout(x, p=0.5, train=False),
     "gru cell": lambda x: torch.gru_cell(x[0], hx=x[1], w_ih=x.flatten(0, 1), w_hh=x.flatten(0, 1)),
     "determinant": lambda x: (torch.det(input=x), torch.linalg.det(A=x), x.det(), aten.det.default(x)),
+    "singular": lambda x: (torch.linalg.det(x**0), torch.slogdet(x**0)[1]),
     "logarithms": lambda x: (*torch.slogdet(input=x), *torch.linalg.slogdet(A=x), x.logdet()),
     "complex logarithms": lambda x: (*torch.slogdet(torch.complex(x, x.mT)), torch.complex(x, x).logdet()),
     "solution": lambda x: torch.linalg.solve(A=x, B=x[0], left=False),
@@ -93,6 +94,11 @@ def test_each_way_to_call_a_function_keeps_its_arguments(name):
     with Elementary(KEY, X[0]):
         values = pytree.tree_leaves(FORMS[name](X[0]))
     torch.testing.assert_close(values, expected, equal_nan=True)
+
+
+def test_a_singular_matrix_gives_numbers_that_are_not_finite_instead_of_an_error():
+    with Elementary():
+        assert not torch.linalg.solve(0 * X[0], X[0]).isfinite().any()
 
 
 @pytest.mark.slow
