@@ -299,9 +299,10 @@ class TableTasks(TaskDistribution):
         task = "" if table.by_class else "task "
         if self.ways and groups.min() < self.ways:
             name, few = table.tasks[int(groups.argmin())], int((groups < self.ways).sum())
+            way = "share classes otherwise, by --split-shares" if table.by_class else "leave those out"
             raise UsageError(
                 f"{table.source}: {task}{name!r} has {groups.min()} classes, and -n is {self.ways} ({few} of "
-                f"{len(groups)} have too few): lower -n, or leave them out"
+                f"{len(groups)} have too few): lower -n, or {way}"
             )
         if rows.min() < needed:
             number, label = divmod(int(numbers[rows.argmin()]), max(len(table.classes), 1))
