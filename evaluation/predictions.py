@@ -77,7 +77,7 @@ def read_predictions(
     if reading.kind in ("classes", "ordinal"):
         _add_classes(made, outputs, reading, [*classes] or [str(c) for c in range(reading.classes)])
     elif reading.kind == "labels":
-        _add_labels(made, outputs, reading, targets)
+        _add_labels(made, outputs, reading, classes, targets)
     else:
         name = next((name for name, part in name_tensors(outputs).items() if part is main), "")
         if numbers.dim() == 2 and numbers.shape[1] == len(targets) and not name:
@@ -112,9 +112,16 @@ def _add_classes(made: Prediction, outputs: Tree, reading: Reading, names: list[
     made.drawn = headings
 
 
-def _add_labels(made: Prediction, outputs: Tree, reading: Reading, targets: Sequence[str]) -> None:
+def _add_labels(
+    made: Prediction, outputs: Tree, reading: Reading, classes: Sequence[str], targets: Sequence[str]
+) -> None:
     predicted, shares = reading.predict(outputs), reading.probabilities(outputs)
     made.measure = "probability"
+    if len(classes) == 2 and predicted.dim() == 1:  # one logit, of the second class
+        made.columns["prediction"] = [classes[int(label)] for label in predicted.tolist()]
+        made.drawn = [f"p({name})" for name in classes]
+        made.columns |= dict(zip(made.drawn, (1 - shares, shares), strict=True))
+        return
     if predicted.dim() > 2:
         made.arrays = {"labels": predicted.to(torch.uint8), "p": shares}
         return

@@ -17,12 +17,14 @@ from commands.adapt import load, predict
 from common.batch import TaskBatch
 from common.choices import Choices
 from common.errors import UsageError
+from evaluation.predictions import read_predictions
 from learners.losses import cross_entropy, ignored_label
 from learners.metrics import _load_library, build_metric
 from learners.reading import Reading, read_outputs
 from maml import MAML
 from training.checkpoint import load_checkpoint
 from training.folders import BEST
+from training.gradient_check import check_meta_gradient
 
 CODE = """
 import dataclasses
@@ -73,6 +75,10 @@ def gauss(outputs, targets):
 
 def own_bce(outputs, targets):
     return F.binary_cross_entropy_with_logits(outputs, targets)
+
+class Nothing(MeanAndVariance):
+    def forward(self, x):
+        return self.layers(x)[:, :1], None
 
 def spread(outputs, targets):
     return outputs.std()
@@ -166,6 +172,29 @@ def test_the_meta_gradient_of_pixels_without_some_is_a_plain_loops():
         torch.testing.assert_close(result.gradients[name], gradient)
 
 
+def test_a_loss_in_float32_is_checked_in_float32():
+    network = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    x, y = torch.rand(2, 8, 3), torch.randint(0, 2, (2, 8))
+    batch, keys = TaskBatch(x[:, :4], y[:, :4], x[:, 4:], y[:, 4:]), torch.arange(4).view(2, 2)
+    maml = MAML(
+        network,
+        lambda o, t: F.binary_cross_entropy_with_logits(o[:, 0], t.float()),
+        Choices(inner_lr=0.1, steps=2),
+    )
+    check = check_meta_gradient(maml, maml.initial_parameters(), batch, keys, ["adjoint", "unrolled"])
+    assert (check.engine, check.dtype) == (
+        "adjoint",
+        torch.float32,
+    )  # PyTorch gives float32 for float64 logits
+
+
+def test_one_logit_of_two_classes_predicts_their_names():
+    logits, reading = torch.tensor([2.0, -1.0]), Reading("labels")
+    made = read_predictions(logits, logits, reading, ["cat", "dog"], ["y"], sure=False)
+    assert made.columns["prediction"] == ["dog", "cat"]
+    assert torch.allclose(made.columns["p(dog)"], 1 / (1 + torch.exp(-logits)))
+
+
 # ---- metrics -------------------------------------------------------------------------------------
 
 
@@ -239,6 +268,7 @@ def test_a_metric_is_measured_in_the_units_of_the_targets():
         ("--metric {code}:spread", "say with --metric-mode"),
         ("--metric {code}:missing --metric-mode min", "has no missing to call"),
         ("--metric {code}:gauss --metric-mode min", "gives no number for a task's outputs: "),
+        ("--learner {code}:Nothing", "gives a NoneType as an output: outputs should be tensors, or tuples"),
         ("--metric-mode max", "--metric-mode has no meaning with --metric none"),
         (
             "--outputs labels --dataset {code}:Pixels --learner {code}:Dense --loss {code}:gauss",

@@ -109,6 +109,9 @@ class Definition:
             self.step_weights = torch.full((steps,), 1 / steps, dtype=dtype, device=keys.device)
         tasks = Task(*self.batch, extras=self.maml.call.extras(len(keys), keys))
         self.tasks = [tree_map(lambda t, number=number: t[number], tasks) for number in range(len(keys))]
+        loss = self.loop.outer_loss(self.parameters, self.tasks[0], self.step_weights)[1].loss
+        if dtype is torch.float64 and loss.dtype is not dtype:
+            raise TypeError("the loss has another type")  # as with targets in float32, and its digits
         self.by_loop_alone = False  # whether the last error is that to the loop, since gradients are stopped
         self._shorten_steps()
         self.slopes: dict[tuple[int, float], tuple[float, float]] = {}  # by direction and distance
