@@ -21,6 +21,7 @@ from tasks.splits import check_disjoint, is_plain, split_hinted, split_of
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 HIDDEN = (".", "__MACOSX")  # beginnings of names that are ignored
 PACKED = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".rar", ".7z", ".h5", ".hdf5")
+LISTS = (".csv", ".txt", ".tsv", ".json", ".lst")  # of these, .csv is read
 USUAL = "name its folders train, val and test, or as docs/data.md lists"
 
 Classes = dict[str, list[Path]]  # a class's name -> its image files, sorted
@@ -52,7 +53,8 @@ def find_classes(folder: Path, *, allow_empty: bool = False) -> Layout:
     elif parts:
         groups = {s: class_folders(part, left_out, allow_empty=allow_empty) for s, part in parts.items()}
     elif strange:
-        raise UsageError(f'{strange[0]} should have the columns "filename" and "label": mend or remove it')
+        form = 'call it train.csv, val.csv or test.csv, with the columns "filename" and "label"'
+        raise UsageError(f"{strange[0]} looks like the list of a split: {form}, or remove it")
     else:
         groups = {"all": class_folders(folder, left_out, allow_empty=allow_empty)}
     for split, classes in () if lists else groups.items():
@@ -185,21 +187,28 @@ def _say_what_is_missing(folder: Path, others: list[str], *, empty_class: bool) 
 
 
 def _split_lists(folder: Path) -> tuple[dict[str, Path], list[Path]]:
-    """Return the list of each split, and files of a split's name that have other columns."""
+    """Return the list of each split, and files that look like one."""
     lists: dict[str, Path] = {}
     others = []
     for path in sorted(folder.iterdir()):
-        split = split_of(path.stem) if path.suffix.lower() == ".csv" and path.is_file() else None
-        if split is None or path.name.startswith(HIDDEN):
+        if path.name.startswith(HIDDEN) or path.suffix.lower() not in LISTS or not path.is_file():
             continue
-        with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-            if not {"filename", "label"} <= {*next(csv.reader(file), [])}:
-                others.append(path)
-                continue
+        split = split_of(path.stem)
+        if path.suffix.lower() != ".csv" or not _has_columns(path):
+            others += [path] if split else []
+            continue
+        if split is None:
+            others += [path] if split_hinted(path.stem) else []
+            continue
         if split in lists:
             raise UsageError(f"{folder}: {lists[split].name} and {path.name} are both {split}: remove one")
         lists[split] = path
     return {split: lists[split] for split in SPLITS if split in lists}, others
+
+
+def _has_columns(path: Path) -> bool:
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        return {"filename", "label"} <= {*next(csv.reader(file), [])}
 
 
 def _listed_classes(folder: Path, path: Path) -> Classes:

@@ -30,6 +30,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")  # about files that are read 
 
 AT_ONCE = 256  # images in work at a time: bounds the memory
 PLAIN, RANGE = "8-bit", "image range"  # RANGE: a key of a checkpoint's splits
+TRAINED = "the training images"
 DECLARED = {PLAIN: (0.0, 255.0), "12-bit TIFF": (0.0, 4095.0), "16-bit PGM": (0.0, 65535.0)}
 BITS = (8, 10, 12, 14, 16)  # that cameras and scanners have
 
@@ -144,7 +145,8 @@ def check_kind(image: Image.Image, kind: str, like: str) -> None:
     """Raise UsageError if a file's values are of another kind than those of others: no range fits both."""
     if kind_of(image) != kind:
         this = f"{getattr(image, 'filename', '') or 'an image'} has {kind_of(image)} values"
-        raise UsageError(f"{this} and {like} {kind} ones: convert them to one kind, or take one kind out")
+        way_out = "give --image-range for these" if like == TRAINED else "take one kind out"
+        raise UsageError(f"{this} and {like} {kind} ones: convert them to one kind, or {way_out}")
 
 
 # ---- pixels --------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch import Tensor
 from common.errors import UsageError, one_line, printable
 from common.task import UserTask
 from tasks.folders import class_folders, image_files
-from tasks.pixels import Form, decode_all, settle_range
+from tasks.pixels import TRAINED, Form, decode_all, settle_range
 from tasks.scales import Scales, apply_scale
 from tasks.tables import Columns, load_table
 
@@ -39,7 +39,7 @@ def read_task_folder(
     labels = [label for label, files in enumerate(classes.values()) for _ in files]
     files = [*chain(*classes.values(), queries)]
     trained = form.recorded(record)
-    like = "the training images" if form.range in (None, trained.range) else ""
+    like = TRAINED if form.range in (None, trained.range) else ""
     form = trained if like else settle_range(path, files, form)[0]
     images = np.stack([*decode_all(files, form, like)])
     x = torch.from_numpy(images).to(device, dtype) / 255

@@ -120,7 +120,15 @@ REFUSED = {
     ),
     "a list with other columns": (
         lambda f: (make(f, ""), (f / "train.csv").write_text("image,class\n")),
-        'train.csv should have the columns "filename" and "label"',
+        "train.csv looks like the list of a split",
+    ),
+    "a list of another form": (
+        lambda f: (make(f, ""), (f / "val.txt").write_text("n0_00/000.png 0\n")),
+        'val.txt looks like the list of a split: .* "filename" and "label"',
+    ),
+    "a list of another name": (
+        lambda f: (make(f, ""), (f / "mini_test.csv").write_text("filename,label\n000.png,n0_00\n")),
+        "mini_test.csv looks like the list of a split",
     ),
 }
 

@@ -14,6 +14,7 @@ from PIL import Image
 from common.errors import UsageError
 from tasks.images import ImageSet, open_folder
 from tasks.pixels import Form
+from tasks.user_tasks import read_task_folder
 
 SHARES = {"train": 1, "validation": 1, "test": 1}
 GREY, COLOUR = Form(6, 1), Form(6, 3)
@@ -202,3 +203,23 @@ def test_orientation_and_white_is_zero_hold_for_deep_images(tmp_path):
     with Image.open(tmp_path / "negative" / "a" / "1.tif") as image:
         assert image.tag_v2[262] == 0
     assert torch.equal(opened(tmp_path / "negative").load()[0, 0], 255 - mapped(array.astype(float), 0, 4095))
+
+
+def test_new_images_are_mapped_like_the_training_images(tmp_path):
+    array = values(900).astype(np.uint16)  # alone, they would be taken for 10 bits
+    for place in ("support/a", "support/b", "query"):
+        (tmp_path / place).mkdir(parents=True)
+        Image.fromarray(array).save(tmp_path / place / "1.png")
+
+    def read(record: list[str] | None, form: Form = GREY) -> torch.Tensor:
+        task = read_task_folder(tmp_path, form, record, torch.device("cpu"), torch.float64)
+        return task.query_x[0, 0] * 255
+
+    assert torch.equal(
+        read(["16-bit", "0.0", "4095.0"]).round(), mapped(array.astype(float), 0, 4095).double()
+    )
+    own = read(None, Form(6, 1, range=(0.0, 2000.0)))
+    assert torch.equal(own.round(), mapped(array.astype(float), 0, 2000).double())
+    for record, kind in ((None, "8-bit"), (["floating-point", "0.0", "1.0"], "floating-point")):
+        with pytest.raises(UsageError, match=f"has 16-bit values and the training images {kind} ones"):
+            read(record)
