@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import zipfile
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -60,6 +61,8 @@ def load_data(path: Path) -> Any:
     """Return the content of a pickle or an .npz archive; UsageError if it is damaged, or more than data."""
     try:
         if path.suffix == ".npz":
+            if not zipfile.is_zipfile(path):
+                raise ValueError("it is no .npz archive")
             return dict(np.load(path, allow_pickle=False))
         with path.open("rb") as file:
             return DataUnpickler(file, encoding="latin1").load()
