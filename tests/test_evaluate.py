@@ -69,7 +69,7 @@ def test_classes_that_may_have_been_trained_on_are_not_tested_on(tmp_path, capsy
     write_classes(tmp_path / "data", 1, prefix="new")
     for line in (["--eval"], ["--iterations", 2]):
         assert command("--load", run, *line) == 2
-        assert "the data had other" in capsys.readouterr().err
+        assert "the data had different" in capsys.readouterr().err
     assert command("--eval", "--load", run, "--eval-dataset", f"images:{tmp_path / 'data'}") == 2
     assert "is what the checkpoint learned from" in capsys.readouterr().err
 
