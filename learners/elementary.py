@@ -115,6 +115,7 @@ _OTHERS: Replacements = {
             "one_hot": _one_hot,
             "glu": _glu,
             "hardsigmoid": lambda draws, input: F.relu6(input + 3.0) / 6.0,
+            "hardsigmoid_": lambda draws, input: input.copy_(F.relu6(input + 3.0) / 6.0),
             "select_scatter": _select_scatter,
         }
     ),

@@ -4,9 +4,11 @@ import pytest
 import torch
 from derivative_table import KEY, PAGE, X, case_of, replace_section, words_of, write_section
 from operators import CONVOLUTIONS, ELEMENTWISE, INDEXING, MODULES, OPERATORS, REDUCTIONS
+from torch.func import grad, jvp
 from torch.utils import _pytree as pytree
 
 from learners.elementary import Elementary
+from learners.losses import build_loss
 
 EXACT = ("exact", "exact")
 EXCEPTIONS = {
@@ -99,6 +101,17 @@ def test_each_way_to_call_a_function_keeps_its_arguments(name):
 def test_a_singular_matrix_gives_numbers_that_are_not_finite_instead_of_an_error():
     with Elementary():
         assert not torch.linalg.solve(0 * X[0], X[0]).isfinite().any()
+
+
+def test_a_loss_of_the_users_runs_from_replaced_functions(tmp_path):
+    (tmp_path / "losses.py").write_text(
+        "import torch\ndef f(y, _): return torch.linalg.slogdet(torch.layer_norm(y, (4,)) + 3 * y)[1]"
+    )
+    loss = build_loss(f"{tmp_path / 'losses.py'}:f")
+    x, direction = X[0, 0] + 3 * torch.eye(4), X[0, 1]
+    forward = grad(lambda x: jvp(lambda x: loss(x, None), (x,), (direction,))[1])(x)
+    high, low = (grad(loss)(x + step * direction, None) for step in (1e-5, -1e-5))
+    torch.testing.assert_close(forward, (high - low) / 2e-5, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.slow
