@@ -20,7 +20,7 @@ from tasks.splits import check_disjoint, is_plain, split_hinted, split_of
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 HIDDEN = (".", "__MACOSX")  # beginnings of names that are ignored
-PACKED = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".rar", ".7z", ".h5", ".hdf5")
+PACKED = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".rar", ".7z")
 LISTS = (".csv", ".txt", ".tsv", ".json", ".lst")  # of these, .csv is read
 USUAL = "name its folders train, val and test, or as docs/data.md lists"
 
@@ -178,6 +178,9 @@ def class_folders(
 def _say_what_is_missing(folder: Path, others: list[str], *, empty_class: bool) -> str:
     if packed := next((name for name in others if name.lower().endswith(PACKED)), None):
         return f"{folder} holds {packed}: unpack it there first (tar -xf, unzip), one folder per class"
+    if hdf := next((name for name in others if name.lower().endswith((".h5", ".hdf5", ".mat"))), None):
+        command = "numpy.savez('train.npz', images=..., labels=...), and val and test alike"
+        return f"{folder} holds {hdf}, which is not read: convert it with {command}"
     text = f"{folder}: put the images of each class into a folder of its own"
     seen = f" (there are files such as {printable(others[0])})" if others else ""
     return f"{text}{seen}" + ", or leave empty classes out with --min-examples 1" * empty_class

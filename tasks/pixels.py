@@ -79,6 +79,8 @@ def kind_of(image: Image.Image) -> str:
         if "I;12" in storage:
             return "12-bit TIFF"
         return "16-bit" if image.mode != "I" or image.format == "PNG" else "integer"
+    if image.mode == "L" and 2 in getattr(image, "tag_v2", {}).get(339, ()):
+        return "signed 8-bit"  # Pillow takes it for unsigned
     return "16-bit" if image.format in ("PNG", "TIFF") and ";16" in storage else PLAIN
 
 
@@ -219,10 +221,11 @@ def _to_8_bits(image: Image.Image, bounds: Range) -> Image.Image:
 
 def _read_deep(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
     """Return the values of an image of more than 8 bits, upright: colour and opacity `[height, width, n]`."""
-    high_bytes = image.mode[0] not in "IF"
+    high_bytes = image.mode[0] not in "IFL"
     low = ImageOps.exif_transpose(_low_bytes(image)) if high_bytes else None
     upright = ImageOps.exif_transpose(image)
-    values = np.asarray(upright).astype(np.float64)
+    stored = np.asarray(upright)
+    values = (stored.view(np.int8) if image.mode == "L" else stored).astype(np.float64)
     if low is not None:
         values = values * 256 + np.asarray(low)
         colour, alpha = values[..., :3], values[..., 3:] / 65535

@@ -92,6 +92,15 @@ def test_values_of_more_than_8_bits_keep_their_range(case, tmp_path):
     assert again.notes == images.notes and torch.equal(again.load(), images.load())
 
 
+def test_signed_bytes_are_not_taken_for_unsigned(tmp_path):
+    array = values(100, -100).astype(np.int8)
+    save_in_classes(tmp_path, Image.fromarray(array.view(np.uint8)), ".tif", tiffinfo={339: 2})
+    with pytest.raises(UsageError, match="signed 8-bit values from -100 to 100"):
+        opened(tmp_path)
+    images = opened(tmp_path, Form(6, 1, range=(-100.0, 100.0)))
+    assert torch.equal(images.load()[0, 0], mapped(array.astype(float), -100, 100))
+
+
 @pytest.mark.parametrize("kind", ["RGB.png", "RGBA.png", "RGB.tif"])
 def test_16_bits_in_colour_are_not_cut_to_8(kind, tmp_path):
     array = np.stack([values(4095, seed=seed) for seed in range(4)], -1).astype("<u2")
