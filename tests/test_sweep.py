@@ -309,7 +309,7 @@ def test_a_runs_folder_is_named_after_its_setting_and_seed():
 
 
 REFUSED = {
-    "--seeds 3-1": "3-1 is no number or range, like 0-7",
+    "--seeds 3-1": "3-1 is not a number or a range, like 0-7",
     "--seeds 0-999 --sweep s=1,2": "ask for 2,000 runs: at most 1,000",
     "--sweep depth=1,2": "depth cannot be swept",
     "--sweep s=1,two": "expected a whole number",
