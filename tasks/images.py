@@ -5,6 +5,7 @@ Splits are those of the folder; class folders alone are split at random.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -69,7 +70,13 @@ def open_folder(folder: Path, form: Form, shares: Mapping[str, int], min_example
     """
     layout = find_classes(folder, allow_empty=min_examples > 0)
     return _split_classes(
-        folder, layout.groups, layout.source, _say_left_out(layout.left_out), form, shares, min_examples
+        folder,
+        layout.groups,
+        layout.source,
+        [*_say_left_out(layout.left_out), *_say_repeated(layout.groups)],
+        form,
+        shares,
+        min_examples,
     )
 
 
@@ -122,6 +129,16 @@ def _split_classes(
         splits |= split_at_random(groups["train"], {name: shares[name] for name in ("train", "validation")})
         source += ", validation classes drawn from those for training"
     return image_set(folder, groups, splits, form, split_source=source, notes=notes)
+
+
+def _say_repeated(groups: Groups) -> list[str]:
+    """Return a line where folders of one name are several classes: right for alphabets, wrong for domains."""
+    inner = Counter(name.rpartition("/")[2] for classes in groups.values() for name in classes)
+    return [
+        f"classes are whole paths: {printable(name)} of {number:,} folders is {number:,} classes"
+        for name, number in inner.most_common(1)
+        if number > 1
+    ]
 
 
 def _say_left_out(names: Sequence[str]) -> list[str]:

@@ -21,7 +21,8 @@ PUBLISHED = Path(__file__).parent / "splits"
 SPLIT_NAMES = dict(zip(SPLITS, SPLITS, strict=True)) | {"val": "validation", "valid": "validation"}
 PLAIN_WORDS = SPLIT_NAMES | {"training": "train", "dev": "validation", "testing": "test"}
 # These may be classes, too: they say a split only together with another one.
-SPLIT_WORDS = PLAIN_WORDS | {"base": "train", "background": "train", "novel": "test", "evaluation": "test"}
+SPLIT_WORDS = PLAIN_WORDS | {"base": "train", "background": "train", "seen": "train"}
+SPLIT_WORDS |= {"novel": "test", "evaluation": "test", "unseen": "test"}
 FILLERS = {"meta", "set", "data", "images", "image", "imgs", "img", "classes", "class", "split"}
 
 

@@ -37,6 +37,7 @@ def classes_of(images: ImageSet) -> dict[str, list[str]]:
         "TRAIN VALID TEST",
         "training validation testing",
         "base val novel",
+        "seen val unseen",
         "meta-train meta-val meta-test",
         "metatrain metaval metatest",
         "Meta_Training Meta_Validation Meta_Test",
@@ -64,6 +65,7 @@ def test_omniglots_halves_hold_nested_classes_and_validation_comes_from_training
     assert names["test"] == ["X/character01", "Y/character01"] and len(names["validation"]) == 1
     assert sorted(names["train"] + names["validation"]) == [f"{a}/character01" for a in "ABCDE"]
     assert "images_background/ and images_evaluation/, validation classes drawn from" in images.summary[0]
+    assert images.notes == ["classes are whole paths: character01 of 7 folders is 7 classes"]
 
 
 def test_classes_may_be_called_like_splits_and_nest(tmp_path):
