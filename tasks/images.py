@@ -47,7 +47,7 @@ class ImageSet:
         for split, part in self.splits.items():
             images = f" ({int(self.count[part].sum()):,} images)" if len(part) else ""
             parts.append(f"{len(part):,}{images} for {IN_WORDS[split]}")
-        source = "as published" if self.published else self.split_source
+        source = self.split_source or "as published"
         return [f"classes: {', '.join(parts)}; split: {source}", *self.notes]
 
 

@@ -84,7 +84,8 @@ def _open_omniglot(data_root: Path, form: Form, split: str) -> ImageSet:
             raise UsageError(f"{where}: remove it to fetch it again")
         classes |= drawn
     splits = split_characters(sorted(classes), split)
-    return image_set(folder, {"all": classes}, splits, form, published=True)
+    source = f"--omniglot-split {split}"
+    return image_set(folder, {"all": classes}, splits, form, published=True, split_source=source)
 
 
 def split_characters(names: Sequence[str], split: str) -> dict[str, list[str]]:
