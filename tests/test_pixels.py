@@ -66,7 +66,12 @@ def mapped(array: np.ndarray, low: float, high: float) -> torch.Tensor:
 def save_in_classes(folder: Path, image: Image.Image, suffix: str, **options) -> None:
     for name in "abc":
         (folder / name).mkdir(parents=True, exist_ok=True)
-        image.save(folder / name / f"1{suffix}", **options)
+        file = folder / name / f"1{suffix}"
+        if (suffix, image.mode) == (".pgm", "I;16"):  # which Pillow 10.0 reads and does not write
+            header = f"P5 {image.width} {image.height} 65535\n".encode()
+            file.write_bytes(header + np.asarray(image).astype(">u2").tobytes())
+        else:
+            image.save(file, **options)
 
 
 # What the files hold -> the values that are black and white, and a part of the line that says so.
