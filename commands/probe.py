@@ -113,7 +113,7 @@ def choose_engine(
     if check.engine == engine:
         reference = "a plain loop" if check.by_loop_alone else "central differences"
         words = f"the meta-gradient agrees with {reference}"
-        words += " (the learner or the loss stops gradients on purpose)" if check.by_loop_alone else ""
+        words += f" ({check.by_loop_alone})" if check.by_loop_alone else ""
     else:
         words = _locate(maml, tasks, keys)
         if check.engine is None or not free:

@@ -121,6 +121,16 @@ def test_right_meta_gradients_of_other_choices_pass(choices):
     assert check(network(nn.Sequential(nn.BatchNorm1d(8), nn.Tanh())), **choices).error < 0.1
 
 
+def test_batch_norm_of_equal_examples_is_no_false_alarm():
+    """The variance is 0, so that the loss is too rough for differences."""
+    learner = network(
+        nn.Sequential(*(nn.Sequential(nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(4)))
+    )
+    maml = MAML(learner, F.mse_loss, Choices(inner_lr=0.4, steps=3, adapt_norm=True))
+    equal = batch(3)._replace(support_x=torch.ones(2, 5, 3), query_x=torch.ones(2, 5, 3))
+    assert check_meta_gradient(maml, maml.initial_parameters(), equal, KEYS, ["adjoint"]).engine == "adjoint"
+
+
 def test_images_with_pooling_pass():
     layers = [
         nn.Conv2d(1, 8, 3),

