@@ -59,7 +59,8 @@ def build_distribution(
     kind, source, _ = parse_name(options.dataset)
     if kind == "code":
         own = Custom(options=options, shots=options.shots, ignored=ignored, device=device, dtype=dtype)
-        own.check("test" if for_test else "train")
+        for split in ("test",) if for_test else SPLITS:
+            own.check(split)
         return own
     sizes: dict[str, Any] = dict(shots=options.shots, queries=options.queries, device=device, dtype=dtype)
     if source in FAMILIES:

@@ -115,7 +115,7 @@ def choose_engine(
         words = f"the meta-gradient agrees with {reference}"
         words += f" ({check.by_loop_alone})" if check.by_loop_alone else ""
     else:
-        words = _locate(maml, tasks, keys)
+        words = _locate(maml, tasks, keys, check.dtype)
         if check.engine is None or not free:
             way_round = "write that from other operators, use --first-order"
             raise UsageError(
@@ -127,11 +127,13 @@ def choose_engine(
     return check.engine, f"{words} ({str(check.dtype)[6:]}, {time.monotonic() - begin:.1f} s)"
 
 
-def _locate(maml: MAML, tasks: TaskBatch, keys: Tensor) -> str:
+def _locate(maml: MAML, tasks: TaskBatch, keys: Tensor, dtype: torch.dtype) -> str:
     """Return in words which layer has wrong second derivatives, and how far off they are."""
-    x = tree_map(lambda part: part[0], in_type(tasks.support_x, torch.float64))
-    call = maml.in_precision(torch.float64).call
-    wrong = find_wrong_layer(call.module, call.as_kept(call.parameters), x, keys[0])
+    wrong = None
+    if dtype == torch.float64:  # float32 does not resolve the differences
+        x = tree_map(lambda part: part[0], in_type(tasks.support_x, dtype))
+        call = maml.in_precision(dtype).call
+        wrong = find_wrong_layer(call.module, call.as_kept(call.parameters), x, keys[0])
     if wrong is None:
         return "for which no single layer can be named"
     layer = f"layer {wrong.layer}" if wrong.layer else "the learner itself"

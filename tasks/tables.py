@@ -18,7 +18,7 @@ from common.errors import UsageError
 from common.random import SPLITS, task_stream
 from tasks.file_tasks import draw_distinct, with_labels
 from tasks.scales import Scales, apply_scale, measure_scale
-from tasks.splits import SPLIT_NAMES, as_positions, split_at_random
+from tasks.splits import PLAIN_WORDS, as_positions, split_at_random
 from tasks.table_files import TableFile
 
 
@@ -198,10 +198,11 @@ def _split(
     names, split = file.names("split")
     if (empty := kept & (split < 0)).any():
         raise file.fail("split", int(empty.nonzero()[0]) + 1, " is empty: fill it")
-    if unknown := {name for name in names if name.lower() not in SPLIT_NAMES}:
+    split_names = {name: PLAIN_WORDS[name.lower()] for name in names if name.lower() in PLAIN_WORDS}
+    if unknown := {*names} - split_names.keys():
         raise UsageError(f"{file.path}: a split is {min(unknown)!r}: it should be train, val or test")
     pairs = torch.stack([split[kept], task], 1).unique(dim=0).tolist()
-    for name, t in dict.fromkeys((SPLIT_NAMES[names[s].lower()], t) for s, t in pairs):
+    for name, t in dict.fromkeys((split_names[names[s]], t) for s, t in pairs):
         splits[name].append(tasks[t])
     return splits
 

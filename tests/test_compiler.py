@@ -207,7 +207,7 @@ def test_a_compiled_run_resumes_to_the_bit_and_stays_compiled(flags, command, tm
         assert command(*compiled, "--iterations", iterations, "--run-name", "parts", "--resume") == 0
     assert torch.equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     assert load_checkpoint(tmp_path / "parts" / LAST).settings["compile"] == "on"
-    assert command("--load", tmp_path / "parts" / LAST, "--compile", "off") == 2
+    assert main.main(["--load", str(tmp_path / "parts" / LAST), "--compile", "off"]) == 2
     assert "disagrees with the checkpoint" in capsys.readouterr().err
     assert command(*RUN, *flags, "--compile", "off", "--run-name", "uncompiled") == 0
     assert torch.allclose(weights(tmp_path / "whole"), weights(tmp_path / "uncompiled"), atol=1e-5)

@@ -49,6 +49,28 @@ class Cube(torch.autograd.Function):
         return 3 * x**2 * tangent * (1.05 if ctx.wrong == "jvp" else 1.0)
 
 
+class Frozen(torch.autograd.Function):
+    """The square, whose slope counts as a constant: it has no second derivative."""
+
+    @staticmethod
+    def forward(x):
+        return x**2, 2 * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.slope = output[1].detach()
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        return ctx.slope * gradient
+
+
+class FrozenSlope(nn.Module):
+    def forward(self, x):
+        return Frozen.apply(x)[0]
+
+
 class Cubed(nn.Module):
     def __init__(self, wrong: str = "") -> None:
         super().__init__()
@@ -180,6 +202,12 @@ def test_stopped_gradients_are_compared_with_the_loop_alone():
     assert check(network(nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)))).error < 1
 
 
+def test_a_function_without_its_second_derivative_is_no_stop_on_purpose():
+    maml = MAML(network(FrozenSlope()), F.mse_loss, Choices(inner_lr=0.05, steps=2), vectorise=False)
+    result = check_meta_gradient(maml, maml.initial_parameters(), batch(3), KEYS, ["unrolled"])
+    assert result.engine is None and not result.by_loop_alone
+
+
 def test_a_learner_that_needs_float32_is_checked_in_it():
     result = check(network(Float32Alone()))
     assert result.engine == "adjoint" and result.dtype == torch.float32 and result.error < 1
@@ -242,13 +270,16 @@ def test_auto_leaves_an_engine_that_is_wrong(own, capsys, monkeypatch, tmp_path)
     assert load_checkpoint(tmp_path / "runs" / "a" / "last.pt").settings["engine"] == "unrolled"
 
 
-def test_a_wrong_compiled_iteration_is_seen_and_the_run_stays_uncompiled(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("factor", [1.5, float("nan")])
+def test_a_wrong_compiled_iteration_is_seen_and_the_run_stays_uncompiled(
+    factor, tmp_path, capsys, monkeypatch
+):
     load = compiler.load_library
 
     def load_wrong(path, structure):
         library = load(path, structure)
         return lambda tensors: pytree.tree_map(
-            lambda t: 1.5 * t if t.is_floating_point() else t, library(tensors)
+            lambda t: factor * t if t.is_floating_point() else t, library(tensors)
         )
 
     monkeypatch.setattr(compiler, "load_library", load_wrong)

@@ -20,6 +20,7 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ def check_meta_gradient(
     """
     try:
         return _choose(Definition(maml, parameters, batch, keys, torch.float64), engines)
-    except (RuntimeError, TypeError):  # a tensor inside has another type
+    except (RuntimeError, TypeError, ValueError):  # a tensor inside has another type
         return _choose(Definition(maml, parameters, batch, keys, torch.float32), engines)
 
 
@@ -340,9 +341,29 @@ class Definition:
 
 
 class _FindStops(TorchFunctionMode):
-    """A mode that notices functions of tensors that require a gradient, and whose results do not."""
+    """A mode that notices functions of tensors that require a gradient, and whose results do not.
+
+    What happens within an `autograd.Function` does not count: that declares its derivative.
+    """
 
     stopped = False
+
+    def __enter__(self) -> _FindStops:
+        apply = vars(torch.autograd.Function)["apply"]
+
+        def without_mode(cls: Any, *arguments: Any, **options: Any) -> Any:
+            stopped = self.stopped
+            result = apply.__get__(None, cls)(*arguments, **options)
+            self.stopped = stopped
+            return result
+
+        self.patch = mock.patch.object(torch.autograd.Function, "apply", classmethod(without_mode))
+        self.patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.patch.stop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.requires_grad]
