@@ -92,7 +92,12 @@ def ignored_label(name: str, arguments: tuple[str, ...] = ()) -> int:
 
 def _one_number(loss: Callable[[Any, Any], Tensor], name: str, outputs: Any, targets: Any) -> Tensor:
     with Elementary(like=first_tensor(outputs)):  # a layer norm or a determinant may be in a loss, too
-        value = loss(outputs, targets)
+        try:
+            value = loss(outputs, targets)
+        except ValueError as error:
+            if "give keys" in str(error):
+                raise UsageError(f"--loss {name} draws random numbers: draw them in the learner") from error
+            raise
     if not isinstance(value, Tensor) or value.dim():
         shape = getattr(value, "shape", type(value).__name__)
         raise UsageError(f"--loss {name} gives {shape}: it should give one number, a tensor")
