@@ -180,18 +180,18 @@ class Definition:
         for number, direction in enumerate(self.directions):
             slopes = _dot(gradient, direction)
             size = self.scale.tolerance * slopes.norm().item()
-            error = self._slope_error(number, slopes.sum().item(), size)
+            error = self._slope_error(number, slopes.sum().item(), size, self.scale.distances[:1])
             if error > 1:
                 first = _dot(self.first_order_gradient, direction) if self.kind == "exact" else 0.0
                 size = max(size, (slopes - first).norm().item())
-                error = self._slope_error(number, slopes.sum().item(), size)
+                error = self._slope_error(number, slopes.sum().item(), size, self.scale.distances)
             errors.append(error)
         return max(errors)
 
-    def _slope_error(self, number: int, slope: float, size: float) -> float:
+    def _slope_error(self, number: int, slope: float, size: float, distances: Sequence[float]) -> float:
         """Return the error of a slope along a direction, in units of what is tolerated at this size."""
         best = torch.inf
-        for distance in self.scale.distances:
+        for distance in distances:
             right, loss = self._slope(number, distance)
             noise = self.scale.resolution * (1 + abs(loss)) / distance
             best = min(best, abs(slope - right) / (self.scale.tolerance * size + noise))
