@@ -50,7 +50,7 @@ class Scale(NamedTuple):
 
 
 SCALES = {
-    torch.float64: Scale((1e-6, 1e-7, 1e-5, 1e-8, 1e-4, 1e-9, 1e-10), 1e-3, 1e-14, 1e-6),
+    torch.float64: Scale((1e-8, 1e-7, 1e-6, 1e-9, 1e-5, 1e-10, 1e-4), 1e-3, 2e-15, 1e-6),
     torch.float32: Scale((1e-2, 3e-3, 3e-2, 1e-3, 1e-1), 5e-2, 1e-6, 1e-2),
 }
 
@@ -189,12 +189,16 @@ class Definition:
         return max(errors)
 
     def _slope_error(self, number: int, slope: float, size: float, distances: Sequence[float]) -> float:
-        """Return the error of a slope along a direction, in units of what is tolerated at this size."""
-        best = torch.inf
-        for distance in distances:
-            right, loss = self._slope(number, distance)
-            noise = self.scale.resolution * (1 + abs(loss)) / distance
-            best = min(best, abs(slope - right) / (self.scale.tolerance * size + noise))
+        """Return the error of a slope along a direction, in units of what is tolerated at this size.
+
+        Distances at which rounding is larger than that tell nothing; if all are, the first counts.
+        """
+        best, tolerance = torch.inf, self.scale.tolerance * size
+        noise = self.scale.resolution * (1 + abs(self._slope(number, distances[0])[1]))
+        telling = [distance for distance in distances if noise / distance <= tolerance]
+        for distance in telling or distances[:1]:
+            error = abs(slope - self._slope(number, distance)[0]) / (tolerance + noise / distance)
+            best = min(best, error)
             if best <= 1:
                 break
         return best
