@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from commands.build import build_algorithm, build_module, fit_weights, make_writable, prepare, print_settings
 from commands.call import Call
 from commands.config import Config
 from commands.network import AdaptedNetwork, give_network, predict
-from commands.outputs import count_outputs
+from commands.outputs import count_outputs, ignored_by
 from commands.resolve import config_of, resolve_from
 from common.batch import Tree, main_tensor, tree_map
 from common.device import Runtime, find_device, set_up, versions
@@ -145,7 +145,10 @@ def _read(outputs: Tree, task: UserTask, maml: MAML, source: Checkpoint, config:
     assert maml.reading is not None
     outputs = tree_map(lambda t: t.float().cpu(), outputs)
     if not all(part.isfinite().all() for part in tree_leaves(outputs)):
-        raise UsageError("--adapt: the predictions are not finite: take fewer --test-steps")
+        parts = {name: getattr(task, name) for name in ("support_x", "support_y", "query_x")}
+        wrong = ", ".join(name for name, part in parts.items() if not part.isfinite().all())
+        reason = f"{wrong} has numbers that are not: mend the file" if wrong else "take fewer --test-steps"
+        raise UsageError(f"--adapt: the predictions are not finite: {reason}")
     columns = Columns.parse(config.tasks.columns).targets
     known = config.tasks.dataset.startswith("table:") or len(columns) == task.support_y[:1].numel()
     targets = columns if known else [f"y{n + 1}" for n in range(task.support_y[:1].numel())]
@@ -195,10 +198,24 @@ def _adapt_to(
     x, steps, inner_batch = task.support_x, config.evaluation.test_steps, config.evaluation.eval_inner_batch
     outputs = count_task_outputs(config, task)
     learner, maml = build_algorithm(config, runtime, outputs, x, saved=source, targets=task.support_y)
+    _check_labels(task.support_y, maml)
     parameters, running = fit_weights(file, source, maml, config)
     order, keys = randomness_of("test", x[None], range(1), inner_batch, steps)
     order, running = None if order is None else order[0], running if normalisation == "per-step" else {}
     return learner, maml, maml.adapt(parameters, x, task.support_y, steps, order, keys[0], running)
+
+
+def _check_labels(labels: Tensor, maml: MAML) -> None:
+    """Raise UsageError where labels are none of the classes that the learner gives scores of."""
+    reading = maml.reading
+    if reading is None or reading.kind not in ("classes", "ordinal") or labels.is_floating_point():
+        return
+    wrong = (labels < 0) | (labels >= reading.classes)
+    wrong &= True if reading.ignored is None else labels != reading.ignored
+    if wrong.any():
+        left_out = "" if reading.ignored is None else f" ({reading.ignored} is left out)"
+        expected = f"labels are 0 to {reading.classes - 1}{left_out}"
+        raise UsageError(f"--adapt: support_y has a label {labels[wrong][0]}, and {expected}")
 
 
 def read_tasks(path: Path, config: Config, runtime: Runtime, source: Checkpoint) -> list[UserTask]:
@@ -208,13 +225,17 @@ def read_tasks(path: Path, config: Config, runtime: Runtime, source: Checkpoint)
     if not path.exists():
         raise UsageError(f"--adapt {path}: there is no such file or folder")
     arrays = path.suffix == ".npz"
+    if path.suffix == ".npy":
+        three = "numpy.savez('task.npz', support_x=..., support_y=..., query_x=...)"
+        raise UsageError(f"--adapt {path} is one array: give three, which {three} writes")
     if images != path.is_dir() and not arrays:
         what = "images: give a folder" if images else "numbers: give a table"
         what += " or an .npz of support_x, support_y and query_x"
         raise UsageError(f"--adapt {path}: the checkpoint learned from {what}")
     if arrays:
         ways = options.ways if config.choices.head_init == "learned" else None
-        tasks = [read_task_arrays(path, *place, classification=options.classification, ways=ways)]
+        classes = {"classification": options.classification, "ways": ways, "ignored": ignored_by(config)}
+        tasks = [read_task_arrays(path, *place, **classes)]
     elif images:
         assert options.image_size and options.channels
         look = options.invert, options.resize, options.black_and_white

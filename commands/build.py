@@ -10,7 +10,7 @@ settings and the `Trainer` is here.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -54,8 +54,13 @@ from training.run import Run
 from training.trainer import Trainer
 
 PREPARING, A_YEAR = 120.0, 60.0 * 24 * 365  # minutes that processes wait for each other's values
+DECISIVE = ("engine", "precision", "vectorise", "convolution")  # for the check of the gradient, with groups
+LOGGED: dict[str, float | str] = {  # columns of TensorBoard's table of settings, with an empty value
+    name: 0.0 if flag.kind in (int, float, bool) else ""
+    for name, flag in CONFIG_FLAGS.items()
+    if flag.group not in ("machine", "logging")
+}
 distribution_of = cache(build_distribution)  # one for all runs with the same tasks; `join_job` forgets them
-ENGINES_CHECKED: dict[str, str] = {}  # the engine to use, by the settings that decide it; likewise
 
 
 @cache
@@ -69,7 +74,6 @@ def print_once(text: str) -> None:
 def join_job(call: Call) -> tuple[Call, World]:
     """Join the job's processes; return the call with folders resolved to checkpoints' files, and the job."""
     distribution_of.cache_clear()
-    ENGINES_CHECKED.clear()
     names = (BEST, LAST) if call.eval or call.adapt else (LAST, BEST)
     call = replace(
         call,
@@ -263,9 +267,18 @@ class Assembly:
 
 
 def assemble(
-    start: Start, folder: Path, given: Mapping[str, Any], call: Call, world: World, *, team: World = ALONE
+    start: Start,
+    folder: Path,
+    given: Mapping[str, Any],
+    call: Call,
+    world: World,
+    *,
+    checked: dict[Hashable, str],
+    team: World = ALONE,
 ) -> Assembly:
     """Build everything needed to train a run; processes do not wait for each other here.
+
+    `checked` has the engines of runs whose gradient has been checked; this run's is looked up or added.
 
     Raises UsageError where data, learner, loss or checkpoint do not fit each other.
     """
@@ -285,13 +298,8 @@ def assemble(
     _try_metric(reading, maml, parameters, distribution)
     if users if call.check_gradients is None else call.check_gradients:
         free = not start.resumed and given.get("engine", "auto") == "auto"
-        alike = repr((config.tasks, config.learner, config.choices, config.training.engine))
-        if alike not in ENGINES_CHECKED:  # of a sweep, one run checks for all that differ in their seed alone
-            ENGINES_CHECKED[alike], words = choose_engine(maml, parameters, distribution, config, free=free)
-            if runtime.world.first:
-                print(f"Checked: {words}", file=sys.stderr)
-        config = config.replaced(engine=ENGINES_CHECKED[alike])
-        start = replace(start, config=config)
+        engine = _check_engine(maml, parameters, distribution, config, runtime, checked, free=free)
+        start = replace(start, config=(config := config.replaced(engine=engine)))
     run = Run(
         folder=folder,
         parameters=parameters,
@@ -300,11 +308,7 @@ def assemble(
         evaluation=config.evaluation,
         settings=config.values(),
         described_by=select_meaningful(config),
-        columns={
-            name: 0.0 if flag.kind in (int, float, bool) else ""
-            for name, flag in CONFIG_FLAGS.items()
-            if flag.group not in ("machine", "logging")
-        },
+        columns=LOGGED,
         reading=reading,
         measure_name=measure_name(config, distribution) if reading.measure == "loss" else reading.measure,
         start=start.resumed,
@@ -312,6 +316,25 @@ def assemble(
         writes=team.first,
     )
     return Assembly(start, runtime, distribution, maml, run, team)
+
+
+def _check_engine(
+    maml: MAML,
+    parameters: Weights,
+    distribution: TaskDistribution,
+    config: Config,
+    runtime: Runtime,
+    checked: dict[Hashable, str],
+    *,
+    free: bool,
+) -> str:
+    """Return the engine whose meta-gradient is right; runs that differ in their seed alone share a check."""
+    key = (free, config.tasks, config.learner, config.choices, *map(config.get, DECISIVE))
+    if key not in checked:
+        checked[key], words = choose_engine(maml, parameters, distribution, config, free=free)
+        if runtime.world.first:
+            print(f"Checked: {words}", file=sys.stderr)
+    return checked[key]
 
 
 def _try_metric(reading: Reading, maml: MAML, parameters: Weights, distribution: TaskDistribution) -> None:

@@ -192,10 +192,13 @@ def _write_program(file: Path, network: nn.Module, x: Tensor) -> None:
 def _check_network(file: Path, network: nn.Module, maml: MAML, adapted: Adapted, x: Tensor) -> None:
     """Raise UsageError, which names a layer, where the network predicts something else than `predict`."""
     tolerance = TOLERANCES[x.dtype]
+    draws = not _agree(copy_module(network)(x), copy_module(network)(x), 0)
     expected, expected_layers = _call_noting_layers(maml.learner, lambda: predict(maml, adapted, x), len(x))
     outputs, layers = _call_noting_layers(network, lambda: network(x), len(x))
     if _agree(outputs, expected, tolerance):
         return
+    if draws:
+        raise UsageError(f"{file}: it draws random numbers in evaluation mode, which no file can repeat")
     names = (
         name for name, output in layers.items() if not _agree(output, expected_layers.get(name), tolerance)
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -55,8 +55,9 @@ def sweep(call: Call, given: Mapping[str, Any], world: World) -> int:
         folder = folder or world.from_first(lambda: make_folder(call.checkpoint_path, first, locks))
         preload_tasks(configs.values(), call, world)
         with world.together():
+            checked: dict[Hashable, str] = {}
             assemblies = [
-                assemble(start, folder / name, flags[name], call, world)
+                assemble(start, folder / name, flags[name], call, world, checked=checked)
                 for name, start in zip(mine, starts, strict=True)
             ]
         world.from_first(lambda: _write_list(folder, configs))

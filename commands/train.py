@@ -48,7 +48,7 @@ def train(call: Call, given: Mapping[str, Any], world: World) -> int:
         folder = folder or world.from_first(lambda: make_folder(call.checkpoint_path, start.config, locks))
         build.preload_tasks([start.config], call, world)
         with world.together():
-            parts = build.assemble(start, folder, given, call, world, team=world)
+            parts = build.assemble(start, folder, given, call, world, checked={}, team=world)
         config = parts.start.config
         facts = {"split, or sampled tasks": parts.distribution.split_names}
         world.check_same(facts | {"--compile, for want of a compiler": config.training.compile})

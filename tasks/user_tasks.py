@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.errors import UsageError, one_line, printable
 from common.task import UserTask
-from tasks.folders import class_folders, image_files
+from tasks.folders import EXTENSIONS, HIDDEN, class_folders, image_files
 from tasks.pixels import TRAINED, Form, decode_all, settle_range
 from tasks.scales import Scales, apply_scale
 from tasks.tables import Columns, load_table
@@ -30,9 +30,13 @@ def read_task_folder(
 
     `record` is the training images' (see `Form`): without another --image-range, these have to be alike.
     """
-    support, query = path / "support", path / "query"
-    classes = class_folders(support) if support.is_dir() else {}
-    queries = image_files(query) if query.is_dir() else []
+    parts = {part.name.lower(): part for part in sorted(path.iterdir()) if part.is_dir()}
+    support, query = (parts.get(name) for name in ("support", "query"))
+    classes = class_folders(support) if support else {}
+    queries = image_files(query) if query else []
+    if query and (deeper := _images_in_folders(query)):
+        few = f"{deeper[0]} and {len(deeper) - 1} others" if deeper[1:] else str(deeper[0])
+        raise UsageError(f"--adapt {path}: {few} lie in folders: put images to predict directly into {query}")
     if len(classes) < 2 or not queries:
         layout = "put images of two classes or more into support/<class>/, and those to predict into query/"
         raise UsageError(f"--adapt {path}: {layout}")
@@ -53,12 +57,26 @@ def read_task_folder(
     )
 
 
+def _images_in_folders(folder: Path) -> list[Path]:
+    """Return the images in folders of a folder, at any depth, apart from hidden ones."""
+    images = [part for part in sorted(folder.glob("*/**/*")) if part.name.lower().endswith(EXTENSIONS)]
+    return [path for path in images if not any(p.startswith(HIDDEN) for p in path.relative_to(folder).parts)]
+
+
 def read_task_arrays(
-    path: Path, device: torch.device, dtype: torch.dtype, *, classification: bool, ways: int | None
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    classification: bool,
+    ways: int | None,
+    ignored: int | None = None,
 ) -> UserTask:
     """Return the task of an .npz file of arrays `support_x`, `support_y` and `query_x`, `[examples, ...]`.
 
-    `ways`: the number of classes; None: as many as there are labels.
+    Args:
+        ways: the number of classes; None: as many as there are labels.
+        ignored: label that is no class; None: there is none.
     """
     names = ("support_x", "support_y", "query_x")
     try:
@@ -76,7 +94,7 @@ def read_task_arrays(
     if classification and support_y.is_floating_point():
         raise UsageError(f"--adapt {path}: support_y are numbers: give labels, from 0, as integers")
     support_y = support_y.to(dtype) if support_y.is_floating_point() else support_y.long()
-    labels = ways or int(support_y.max()) + 1
+    labels = ways or _count_labels(path, support_y, ignored)
     if support_y.dim() == 1 and not classification:
         support_y = support_y[:, None]
 
@@ -91,6 +109,15 @@ def read_task_arrays(
         classes=[str(label) for label in range(labels)] if classification else [],
         query_names=[str(number) for number in range(1, len(query_x) + 1)],
     )
+
+
+def _count_labels(path: Path, labels: Tensor, ignored: int | None) -> int:
+    """Return how many classes there are, whose labels are 0, 1, ...; UsageError where there is a gap."""
+    present = [label for label in labels.unique().tolist() if label != ignored]
+    if not present or min(present) < 0 or (labels.dim() == 1 and present != [*range(len(present))]):
+        few = ", ".join(map(str, present[:5])) or "none"
+        raise UsageError(f"--adapt {path}: labels in support_y are {few}: count them from 0, without a gap")
+    return present[-1] + 1
 
 
 def read_task_table(

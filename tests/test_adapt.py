@@ -1,6 +1,7 @@
 """--adapt predicts the rest of a folder or table, and the written weights predict the same."""
 
 import csv
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,21 @@ def test_a_folder_is_predicted_and_the_written_weights_predict_the_same(place, t
     assert torch.allclose(network.eval()(x).softmax(1), shares, atol=2e-5)
 
 
+def test_names_of_folders_are_read_in_any_case_and_labels_count_from_0(place, tmp_path, capsys):
+    last = train(tmp_path, "run", *images(place), "--learner", "fc", "--head-init", "prototype")
+    shutil.copytree(place / "task" / "support", tmp_path / "Task" / "SUPPORT")
+    shutil.copytree(place / "task" / "query", tmp_path / "Task" / "Query")
+    for task in (place / "task", tmp_path / "Task"):
+        assert command("--adapt", task, "--load", last) == 0
+    one, other = (rows_of(last.parent / f"last-adapted-{name}.csv") for name in ("task", "Task"))
+    assert one == other
+    x = np.random.default_rng(0).random((4, 1, 8, 8))
+    for labels, code in (([1, 2, 2], 2), ([0, 1, 1], 0)):
+        np.savez(tmp_path / "x.npz", support_x=x[:3], support_y=np.array(labels), query_x=x[3:])
+        assert command("--adapt", tmp_path / "x.npz", "--load", last) == code
+    assert "labels in support_y are 1, 2: count them from 0, without a gap" in capsys.readouterr().err
+
+
 def test_the_missing_targets_of_a_table_are_predicted(place, tmp_path):
     last = train(tmp_path, "run")
     assert command("--adapt", place / "mine.csv", "--load", last, "--test-steps", 5) == 0
@@ -159,10 +175,27 @@ def test_data_that_does_not_fit_is_refused_in_one_line_and_leaves_nothing(place,
     regression = train(tmp_path, "curves")
     (tmp_path / "full.csv").write_text("x,y\n1,2\n")
     (tmp_path / "bare.csv").write_text("x,y\n1,\n")
+    write_images(tmp_path / "deep" / "Support" / "a", 20, 2)
+    write_images(tmp_path / "deep" / "Support" / "b", 90, 2)
+    write_images(tmp_path / "deep" / "Query" / "more", 20, 2)
+    arrays = {
+        "support_x": np.zeros((2, 1, 8, 8)),
+        "support_y": np.arange(2),
+        "query_x": np.zeros((1, 1, 8, 8)),
+    }
+    np.savez(tmp_path / "from_one.npz", **arrays | {"support_y": np.arange(1, 3)})
+    np.savez(tmp_path / "below.npz", **arrays | {"support_y": np.arange(-1, 1)})
+    np.savez(tmp_path / "nan.npz", **arrays | {"support_x": np.full((2, 1, 8, 8), np.nan)})
+    np.save(tmp_path / "x.npy", np.zeros((2, 1)))
     before = set(tmp_path.rglob("*"))
     capsys.readouterr()
     for checkpoint, path, more, expected in (
         (last, place / "task", [], "3 classes, and the checkpoint learned 2"),
+        (last, tmp_path / "deep", [], "1 others lie in folders: put images to predict directly into"),
+        (last, tmp_path / "from_one.npz", [], "support_y has a label 2, and labels are 0 to 1"),
+        (last, tmp_path / "below.npz", [], "support_y has a label -1, and labels are 0 to 1"),
+        (last, tmp_path / "nan.npz", [], "not finite: support_x has numbers that are not: mend the file"),
+        (regression, tmp_path / "x.npy", [], "x.npy is one array: give three, which numpy.savez"),
         (last, tmp_path / "nowhere", [], "there is no such file or folder"),
         (last, place / "task" / "support", [], "into support/<class>/"),
         (last, place / "mine.csv", [], "the checkpoint learned from images: give a folder"),

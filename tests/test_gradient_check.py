@@ -270,6 +270,12 @@ def test_auto_leaves_an_engine_that_is_wrong(own, capsys, monkeypatch, tmp_path)
     assert load_checkpoint(tmp_path / "runs" / "a" / "last.pt").settings["engine"] == "unrolled"
 
 
+def test_seeds_share_a_check_and_what_decides_it_has_its_own(own, capsys):
+    line = own("right")[:-2]
+    assert command(*line, "--run-name", "seeds", "--seeds", "0-1", "--sweep", "vectorise=yes,no") == 0
+    assert capsys.readouterr().err.count("Checked: ") == 2
+
+
 @pytest.mark.parametrize("factor", [1.5, float("nan")])
 def test_a_wrong_compiled_iteration_is_seen_and_the_run_stays_uncompiled(
     factor, tmp_path, capsys, monkeypatch

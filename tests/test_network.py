@@ -54,6 +54,11 @@ def instances(outputs):
     return body(nn.Sequential(nn.Unflatten(1, (4, 1)), nn.Upsample(scale_factor=3, mode="linear"), norm,
                               nn.Flatten(), nn.Linear(12, 4)), outputs)
 def counting(outputs): return body(Counting(), outputs)
+class Noisy(nn.Module):
+    def forward(self, x):
+        return x + torch.randn_like(x)
+
+def noisy(outputs): return body(Noisy(), outputs)
 def scaled(outputs): return body(Scaled(), outputs)
 def twice(outputs): return Twice(outputs)
 """
@@ -228,6 +233,8 @@ def test_what_no_file_can_hold_is_refused_in_one_line_that_names_the_layer(
         ("twice", "net.pt2", "layer norm (BatchNorm1d) gives something else in evaluation mode than --adapt"),
         ("instances", "net.pt", "layer 1.2 (InstanceNorm1d) gives something else in evaluation mode"),
         ("scaled", "net.pt", "layer 1 (Scaled) gives something else in evaluation mode"),
+        ("noisy", "net.pt", "net.pt: it draws random numbers in evaluation mode, which no file can repeat"),
+        ("noisy", "net.pt2", "net.pt2: it draws random numbers in evaluation mode"),
         ("layers", "layers/run/best.pt", "best.pt is a checkpoint, which would be lost: name another file"),
         ("layers", "net.onnx", "a file whose name ends in .pt, .pth or .pt2"),
     ):

@@ -320,6 +320,7 @@ def test_segmentation_is_trained_measured_and_predicted(form, code, tmp_path, ca
 
     x = np.random.default_rng(0).random((5, 1, 5, 5)).astype(np.float32)
     y = (x[:3, 0] > 0.5).astype(np.int64)
+    y[:, 0] = 255  # the label that is left out
     np.savez(tmp_path / "task.npz", support_x=x[:3], support_y=y, query_x=x[3:])
     assert command("--adapt", tmp_path / "task.npz", "--load", run, *own) == 0
     codes = {
