@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -53,14 +53,13 @@ def build_distribution(
     Args:
         data_root: the folder of named image sets; a missing one is fetched into it.
         for_test: use all of the data for test if it has no split of its own.
-        scale_targets: the loss allows a table's targets to be standardised.
+        scale_targets: the loss allows a table's targets to be standardised, and requires all of them.
         ignored: a label of the user's own tasks that is no class, and that the loss leaves out.
     """
     kind, source, _ = parse_name(options.dataset)
     if kind == "code":
         own = Custom(options=options, shots=options.shots, ignored=ignored, device=device, dtype=dtype)
-        for split in ("test",) if for_test else SPLITS:
-            own.check(split)
+        own.check(("test",) if for_test else SPLITS, may_lack_targets=not scale_targets)
         return own
     sizes: dict[str, Any] = dict(shots=options.shots, queries=options.queries, device=device, dtype=dtype)
     if source in FAMILIES:
@@ -283,8 +282,25 @@ class Custom(TaskDistribution):
     def summary(self) -> list[str]:
         return ["sample gives the same task for every seed"] * self.one_task
 
-    def check(self, split: str) -> None:
-        """Raise UsageError where a task of the same seed differs, called again or without other seeds."""
+    def check(self, splits: Sequence[str], *, may_lack_targets: bool) -> None:
+        """Raise UsageError for tasks that differ when drawn again, lack numbers, or vary in form by split."""
+        forms = {}
+        for split in splits:
+            task = self._draw_twice(split)
+            for part, tree in task._asdict().items():
+                gaps = any((t.isnan() | (t == math.inf)).any() for t in pytree.tree_leaves(tree))
+                if gaps and not (may_lack_targets and part in ("support_y", "query_y")):
+                    self._fail(split, f"gives NaN or infinity in {part}: fill or leave out such examples")
+            forms[split] = [tuple(tensor.shape[2:]) for tensor in pytree.tree_leaves(task)]
+            if forms[split] != forms[splits[0]]:
+                shapes = f"examples of shapes {forms[split]} and for {splits[0]!r} {forms[splits[0]]}"
+                self._fail(split, f"gives {shapes}: make them alike")
+
+    def _fail(self, split: str, problem: str) -> NoReturn:
+        raise UsageError(f"--dataset {self.options.dataset}: sample({split!r}, seeds) {problem}")
+
+    def _draw_twice(self, split: str) -> TaskBatch:
+        """Return tasks; UsageError where one differs, called again or without the other seeds."""
         seeds = self._draw_seeds(split, 0, 0, range(CHECKED))
         first, again, alone = (self._call(split, part) for part in (seeds, seeds, seeds[-1:]))
         tasks = [
@@ -296,14 +312,12 @@ class Custom(TaskDistribution):
         elif not _are_equal(tasks[-1], alone):
             how = "for a seed when it is alone, and chunks of tasks (--tasks-at-once)"
         if how:
-            raise UsageError(
-                f"--dataset {self.options.dataset}: sample({split!r}, seeds) gives other numbers {how} and "
-                "several processes need the same: draw each task from its own seed, as with "
-                "torch.Generator().manual_seed(int(seed))"
-            )
+            way = "draw each task from its own seed, as with torch.Generator().manual_seed(int(seed))"
+            self._fail(split, f"gives other numbers {how} and several processes need the same: {way}")
         leaves = pytree.tree_leaves(tasks[0])
         self.sampled = tuple(f"{value.double().abs().mean().item():.3g}" for value in leaves)
         self.one_task = all(_are_equal(tasks[0], task) for task in tasks)
+        return first
 
     def _draw_seeds(self, split: str, seed: int, iteration: int, tasks: range) -> Tensor:
         stream = task_stream(split, seed, iteration, tasks, torch.device("cpu"))

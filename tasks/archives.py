@@ -11,8 +11,9 @@ import json
 import pickle
 import zipfile
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from common.random import SPLITS
 from tasks.cache import cached_array, cached_pixels
 from tasks.images import ImageSet
 from tasks.pixels import PLAIN, Form, check_kind, prepare
-from tasks.splits import as_positions, split_at_random, split_hinted
+from tasks.splits import as_positions, check_disjoint, divide_classes, split_hinted
 
 SUFFIXES = (".pkl", ".pickle", ".npz")
 _ARRAY = np.empty(0)
@@ -175,18 +176,12 @@ def open_archives(
     sources = [path for paths in archives.values() for path in paths]
     data = cached_array(folder, sources, "index of classes", lambda: _make_index(folder, archives))
     index: dict[str, dict[str, int]] = json.loads(data.tobytes())
-    if "train" not in index and shares["train"]:
-        raise UsageError(f"{folder} has {sources[0].name} and no file of training images, such as train.pkl")
+    check_disjoint(index, str(folder))
     notes = _check_published(folder, index, published) if published else []
-    small = {name for part in index.values() for name, number in part.items() if number < min_examples}
-    if small:
-        notes.append(f"left out: {len(small):,} classes with fewer than {min_examples:,} images")
-    count = {n: number for part in index.values() for n, number in part.items() if n not in small}
-    splits: dict[str, Iterable[str]] = {s: [n for n in part if n not in small] for s, part in index.items()}
     source = ", ".join(path.name for path in sources)
-    if "validation" not in splits and shares["train"]:
-        splits |= split_at_random([*splits["train"]], {n: shares[n] for n in ("train", "validation")})
-        source += ", validation classes drawn from those for training"
+    splits, source, more = divide_classes(index, shares, str(folder), source, min_examples)
+    kept = {*chain(*splits.values())}
+    count = {n: number for part in index.values() for n, number in part.items() if n in kept}
     names, shape = [*count], (sum(count.values()), form.channels, form.size, form.size)
     decode = partial(_pixels, archives, {*names}, form)
     return ImageSet(
@@ -197,7 +192,7 @@ def open_archives(
         str(folder),
         published=published is not None,
         split_source=source,
-        notes=notes,
+        notes=[*notes, *more],
         record=form.record,
     )
 

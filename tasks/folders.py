@@ -16,7 +16,7 @@ from pathlib import Path
 
 from common.errors import UsageError, printable
 from common.random import SPLITS
-from tasks.splits import check_disjoint, is_plain, split_hinted, split_of
+from tasks.splits import check_disjoint, is_plain, part_hinted, split_of
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 HIDDEN = (".", "__MACOSX")  # beginnings of names that are ignored
@@ -48,18 +48,19 @@ def find_classes(folder: Path, *, allow_empty: bool = False) -> Layout:
     left_out: list[str] = []
     lists, strange = _split_lists(folder)
     parts = {} if lists else _split_folders(folder, left_out)
+    strange = [path for path in strange if len(lists) < len(SPLITS) and split_of(path.stem) not in lists]
+    if strange and not parts:
+        form = 'call it train.csv, val.csv or test.csv, with columns "filename" and "label", a comma between'
+        raise UsageError(f"{strange[0]} looks like the list of a split: {form}, or remove it")
     if lists:
         groups = {split: _listed_classes(folder, path) for split, path in lists.items()}
     elif parts:
         groups = {s: class_folders(part, left_out, allow_empty=allow_empty) for s, part in parts.items()}
-    elif strange:
-        form = 'call it train.csv, val.csv or test.csv, with the columns "filename" and "label"'
-        raise UsageError(f"{strange[0]} looks like the list of a split: {form}, or remove it")
     else:
         groups = {"all": class_folders(folder, left_out, allow_empty=allow_empty)}
     for split, classes in () if lists else groups.items():
         _refuse_inner_split(parts.get(split, folder), classes)
-    _check_apart(folder, groups)
+    _check_images_apart(folder, groups)
     return Layout(
         groups, join(path.name + "/" * path.is_dir() for path in (lists or parts).values()), left_out
     )
@@ -71,14 +72,8 @@ def join(names: Iterable[str]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def _check_apart(folder: Path, groups: Mapping[str, Classes]) -> None:
-    """Raise UsageError if a class or an image is in two splits, through a list or a link too."""
-    shared = set.intersection(*map(set, groups.values())) if len(groups) > 1 else set()
-    if shared and all(shared == classes.keys() for classes in groups.values()):
-        parts = f"{join(groups)} have the same {len(shared)} classes: they split images"
-        others = "meta-learning tests on other classes: merge them into one folder per class"
-        raise UsageError(f"{folder}: {parts}, and {others}")
-    check_disjoint(groups, str(folder))
+def _check_images_apart(folder: Path, groups: Mapping[str, Classes]) -> None:
+    """Raise UsageError if an image is in two splits, through a list or a link too."""
     real, files = cache(os.path.realpath), {}
     for split, classes in groups.items():
         files[split] = [f"{real(file.parent)}/{file.name}" for file in chain(*classes.values())]
@@ -93,8 +88,8 @@ def _split_folders(folder: Path, left_out: list[str]) -> dict[str, Path]:
     names = _subfolders(folder)
     deep = {name for name in names if _subfolders(folder / name)}  # a class may be called train
     roles = {name: split_of(name) for name in names}
-    maybe = {name: roles[name] or split_hinted(name) for name in names if name in deep or roles[name]}
-    hints = {name: split for name, split in maybe.items() if split}
+    maybe = {name: part_hinted(name) for name in names}
+    hints = {n: split for n, split in maybe.items() if split and (n in deep or roles[n] or split == n)}
     pair = len({split for name, split in hints.items() if name in deep}) > 1
     flat = len(names) == len(hints) and len({*hints.values()}) > 1
     if not (pair or flat or any(name in deep and is_plain(name) for name in hints)):
@@ -112,10 +107,12 @@ def _split_folders(folder: Path, left_out: list[str]) -> dict[str, Path]:
             raise UsageError(f"{folder / name}: put the images of each class into a folder of its own there")
         parts[split] = folder / name
     others = [name for name in names if folder / name not in parts.values()]
-    if others and not ("train" in parts and len(parts) > 1):
+    if "train" in parts and len(parts) > 1:
+        left_out += [f"{name}/" for name in others]
+        others = [name for name in others if len(parts) < len(SPLITS) and _holds_images(folder / name)]
+    if others:
         looks = f"{join(f'{path.name}/' for path in parts.values())} looks like a split"
         raise UsageError(f"{folder}: {looks}, and {others[0]}/ does not: {USUAL}, or move one away")
-    left_out += [f"{name}/" for name in others]
     return {split: parts[split] for split in SPLITS if split in parts}
 
 
@@ -127,7 +124,7 @@ def _refuse_inner_split(base: Path, classes: Classes) -> None:
         for depth in range(1, len(parts)):
             children["/".join(parts[:depth])].add(parts[depth])
     for parent, names in children.items():
-        splits = {name: split_of(name) for name in sorted(names)}
+        splits = {name: part_hinted(name) for name in sorted(names)}
         plain = {split for name, split in splits.items() if is_plain(name)}
         if len(plain) > 1 or (all(splits.values()) and len({*splits.values()}) > 1):
             found = f"{join(f'{name}/' for name, split in splits.items() if split)} look like a split"
@@ -135,6 +132,10 @@ def _refuse_inner_split(base: Path, classes: Classes) -> None:
             raise UsageError(
                 f"{place}: {found}: give images:{place}, or put the images of each class into one folder"
             )
+
+
+def _holds_images(folder: Path) -> bool:
+    return any(path.suffix.lower() in EXTENSIONS for path in folder.rglob("*"))
 
 
 def _subfolders(folder: Path) -> list[str]:
@@ -182,8 +183,12 @@ def _say_what_is_missing(folder: Path, others: list[str], *, empty_class: bool) 
         command = "numpy.savez('train.npz', images=..., labels=...), and val and test alike"
         return f"{folder} holds {hdf}, which is not read: convert it with {command}"
     text = f"{folder}: put the images of each class into a folder of its own"
-    seen = f" (there are files such as {printable(others[0])})" if others else ""
-    return f"{text}{seen}" + ", or leave empty classes out with --min-examples 1" * empty_class
+    if others and empty_class:
+        seen = f"{folder} holds files such as {printable(others[0])}"
+        text = f"{seen}, of no format that is read (.png, .jpg, .tif, ...): convert or rename them"
+    elif others:
+        text += f" (there are files such as {printable(others[0])})"
+    return text + ", or leave empty classes out with --min-examples 1" * empty_class
 
 
 # ---- lists ---------------------------------------------------------------------------------------
@@ -201,7 +206,7 @@ def _split_lists(folder: Path) -> tuple[dict[str, Path], list[Path]]:
             others += [path] if split else []
             continue
         if split is None:
-            others += [path] if split_hinted(path.stem) else []
+            others += [path] if part_hinted(path.stem) else []
             continue
         if split in lists:
             raise UsageError(f"{folder}: {lists[split].name} and {path.name} are both {split}: remove one")

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from tasks.cache import cached_pixels
 from tasks.folders import find_classes
 from tasks.parquet_images import find_stored_classes, parquet_files
 from tasks.pixels import Form, ImagePath, decode_all, rows_of, settle_range, sources_of
-from tasks.splits import as_positions, split_at_random
+from tasks.splits import as_positions, divide_classes
 
 Groups = Mapping[str, Mapping[str, Sequence[ImagePath]]]  # the classes of each split, or of "all"
 IN_WORDS = {"train": "training", "validation": "validation", "test": "test"}
@@ -105,7 +105,7 @@ def open_parquet(
 
 def _split_classes(
     folder: Path,
-    classes: Groups,
+    groups: Groups,
     source: str,
     notes: list[str],
     form: Form,
@@ -113,27 +113,14 @@ def _split_classes(
     min_examples: int,
 ) -> ImageSet:
     """Return images in the split that they have, or a random one."""
-    groups: dict[str, Any] = {**classes}
-    if min_examples:
-        groups, note = _without_small_classes(groups, min_examples)
-        notes += note
-    splits: dict[str, Iterable[str]] = {**groups}
-    numbers = ",".join(map(str, shares.values()))
-    if "all" in groups:
-        splits = {**split_at_random(groups["all"], shares)}
-        source = f"a fixed shuffle of the classes, --split-shares {numbers}"
-        source = source if shares["train"] else "none in the folder, all classes are for test"
-    elif "train" not in groups and shares["train"]:
-        raise UsageError(f"{folder} has {source} and no training classes: add a folder or list named train")
-    elif "train" in groups and "validation" not in groups and shares["train"]:
-        splits |= split_at_random(groups["train"], {name: shares[name] for name in ("train", "validation")})
-        source += ", validation classes drawn from those for training"
-    return image_set(folder, groups, splits, form, split_source=source, notes=notes)
+    sizes = {s: {name: len(files) for name, files in part.items()} for s, part in groups.items()}
+    splits, source, more = divide_classes(sizes, shares, str(folder), source, min_examples)
+    return image_set(folder, groups, splits, form, split_source=source, notes=[*notes, *more])
 
 
 def _say_repeated(groups: Groups) -> list[str]:
     """Return a line where folders of one name are several classes: right for alphabets, wrong for domains."""
-    inner = Counter(name.rpartition("/")[2] for classes in groups.values() for name in classes)
+    inner = Counter(name.rpartition("/")[2] for name in {*chain(*groups.values())})
     return [
         f"classes are whole paths: {printable(name)} of {number:,} folders is {number:,} classes"
         for name, number in inner.most_common(1)
@@ -152,15 +139,6 @@ def _say_left_out(names: Sequence[str]) -> list[str]:
     ]
 
 
-def _without_small_classes(groups: Groups, least: int) -> tuple[dict[str, Any], list[str]]:
-    """Return the classes with enough images, and a line on the others."""
-    large = {s: {n: files for n, files in part.items() if len(files) >= least} for s, part in groups.items()}
-    small = sum(map(len, groups.values())) - sum(map(len, large.values()))
-    if not any(large.values()):
-        raise UsageError(f"--min-examples {least} leaves no classes: lower it")
-    return large, [f"left out: {small:,} classes with fewer than {least:,} images"] if small else []
-
-
 def image_set(
     folder: Path,
     groups: Groups,
@@ -172,7 +150,10 @@ def image_set(
     notes: Sequence[str] = (),
 ) -> ImageSet:
     """Return the images of groups of classes, through the cache."""
-    classes = {name: files for group in groups.values() for name, files in group.items()}
+    classes: dict[str, list[ImagePath]] = {name: [] for part in splits.values() for name in part}
+    for name, files_of_class in chain.from_iterable(group.items() for group in groups.values()):
+        if name in classes:
+            classes[name] += files_of_class
     names = sorted(classes)
     count = [len(classes[name]) for name in names]
     files = [file for name in names for file in classes[name]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from common.names import check_code_name, parse_name
@@ -67,6 +68,14 @@ check_columns = expect(
     "task=NAME, class=NAME, target=NAMES or input=NAMES, with commas between names",
     re.compile("((task|class)=[^,]+)|((target|input)=[^,]+(,[^,]+)*)").fullmatch,
 )
+
+
+def parse_roles(pairs: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Return the names of `task=NAME`, `target=NAME,...`, `input=NAME,...` or `class=NAME` by role."""
+    roles = (pair.split("=", 1) for pair in pairs)
+    return {role: tuple(map(str.strip, names.split(","))) for role, names in roles}
+
+
 check_names = expect("names with commas between", re.compile("[^,]+(,[^,]+)*").fullmatch)
 check_augmentations = expect(
     f"some of {', '.join(AUGMENTATIONS)}, with commas between",

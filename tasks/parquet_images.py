@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UsageError, one_line
+from tasks.options import parse_roles
 from tasks.splits import split_of
 from tasks.stored_images import ImageColumn, StoredImage
 from tasks.table_files import TableFile, class_labels
@@ -34,35 +35,28 @@ def find_stored_classes(
 ) -> tuple[Groups, str, list[str]]:
     """Return the images by class and split, the split's source, and lines on what was left out or changed.
 
-    `columns` are the roles that `--columns` gives. The split of files is kept if no class is in two parts.
+    `columns` are the roles that `--columns` gives. Files of one split alone are split as those of none.
     """
-    roles = dict(pair.split("=", 1) for pair in columns)
+    roles = parse_roles(columns)
     if wrong := roles.keys() - {"class", "input"}:
         raise UsageError(f"--columns {min(wrong)}=: images have class=NAME and input=NAME alone")
+    (image,), (label,) = (roles.get(role, (None,)) for role in ("input", "class"))
     groups: Groups = {}
     unlabelled = 0
     for file in files:
         split = split_of(re.split(r"[-.]", file.stem)[0]) or (
             split_of(file.parent.name) if path.is_dir() else None
         )
-        classes, missing = _read_classes(file, roles.get("input"), roles.get("class"))
+        classes, missing = _read_classes(file, image, label)
         unlabelled += missing
         for name, images in classes.items():
             groups.setdefault(split or "all", {}).setdefault(name, []).extend(images)
     notes = [f"left out: {unlabelled:,} images without a class"] if unlabelled else []
-    names = [name for part in groups.values() for name in part]
-    source = ", ".join(groups)
-    if len(groups) > 1 and (len(names) > len({*names}) or "all" in groups):
-        if "all" not in groups:
-            notes.append(f"{source} share classes: put together, since tests are on other classes")
-        together: dict[str, list[StoredImage]] = {}
-        for part in groups.values():
-            for name, images in part.items():
-                together.setdefault(name, []).extend(images)
-        groups = {"all": together}
-    elif len(groups) == 1:
+    if len(groups) > 1 and "all" in groups:
+        raise UsageError(f"{path}: some files are named after a split, others are not: name all, or none")
+    if len(groups) == 1:
         groups = {"all": next(iter(groups.values()))}
-    return groups, source, notes
+    return groups, ", ".join(groups), notes
 
 
 def _read_classes(

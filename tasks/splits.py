@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +20,14 @@ from common.errors import UsageError
 from common.random import SPLITS, Stream
 
 PUBLISHED = Path(__file__).parent / "splits"
-SPLIT_NAMES = dict(zip(SPLITS, SPLITS, strict=True)) | {"val": "validation", "valid": "validation"}
-PLAIN_WORDS = SPLIT_NAMES | {"training": "train", "dev": "validation", "testing": "test"}
+PLAIN_WORDS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing"), "test")
+PLAIN_WORDS |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation")
 # These may be classes, too: they say a split only together with another one.
-SPLIT_WORDS = PLAIN_WORDS | {"base": "train", "background": "train", "seen": "train"}
-SPLIT_WORDS |= {"novel": "test", "evaluation": "test", "unseen": "test"}
+SPLIT_WORDS = PLAIN_WORDS | dict.fromkeys(("base", "background", "seen"), "train")
+SPLIT_WORDS |= dict.fromkeys(("novel", "evaluation", "unseen"), "test")
+# Several such names are parts of a split, of which kind nobody knows.
+PARTS = "tr|trn|train.*|va|vl|vald.*|valid.*|te|ts|tst|test.*|eval.*|holdout|folds?|split|cv"
+PARTS += "|support|quer(y|ies)|gallery"
 FILLERS = {"meta", "set", "data", "images", "image", "imgs", "img", "classes", "class", "split"}
 
 
@@ -47,6 +52,12 @@ def is_plain(name: str) -> bool:
 def split_hinted(name: str) -> str | None:
     """Return a split that a name of several words mentions: test for trial_test_2."""
     return next((PLAIN_WORDS[word] for word in _words(name) if word in PLAIN_WORDS), None)
+
+
+def part_hinted(name: str) -> str | None:
+    """Return the split that a name says or mentions; the name itself where it is only like a part's."""
+    like = any(re.fullmatch(PARTS, word) for word in _words(name))
+    return split_of(name) or split_hinted(name) or (name if like else None)
 
 
 def shuffle(names: Iterable[str], purpose: str) -> list[str]:
@@ -78,6 +89,54 @@ def published_splits(name: str) -> dict[str, list[str]]:
     """Return the class names of each split of a benchmark, as its paper has them."""
     content = json.loads((PUBLISHED / f"{name}.json").read_text(encoding="utf-8"))
     return {split: content[split] for split in SPLITS}
+
+
+class Division(NamedTuple):
+    """The classes of each split, where the split comes from, and lines on what was left out or changed."""
+
+    splits: dict[str, list[str]]
+    source: str
+    notes: list[str]
+
+
+def divide_classes(
+    sizes: Mapping[str, Mapping[str, int]],
+    shares: Mapping[str, int],
+    place: str,
+    source: str,
+    min_examples: int = 0,
+) -> Division:
+    """Split classes as their parts are, or at random where these are one, or all have the same classes.
+
+    Validation classes come out of the training classes if there are none.
+
+    Args:
+        sizes: the number of images of each class of each part, "train", "validation", "test" or "all".
+        shares: of each split; for training 0 where all classes may be for test.
+        source: the names of the parts, for messages.
+    """
+    notes, counts = [], {split: Counter(part) for split, part in sizes.items()}
+    parts = [*counts.values()]
+    if len(parts) > 1 and all(part.keys() == parts[0].keys() for part in parts):
+        notes = [f"{source} have the same classes: put together, since tests are on other classes"]
+        counts = {"all": sum(parts, Counter())}
+    check_disjoint(counts, place)
+    splits = {s: [n for n in part if part[n] >= min_examples] for s, part in counts.items()}
+    if small := sum(map(len, counts.values())) - sum(map(len, splits.values())):
+        notes.append(f"left out: {small:,} classes with fewer than {min_examples:,} images")
+    if not any(splits.values()):
+        raise UsageError(f"--min-examples {min_examples} leaves no classes: lower it")
+    if "all" in splits:
+        numbers = ",".join(map(str, shares.values()))
+        source = f"a fixed shuffle of the classes, --split-shares {numbers}"
+        source = source if shares["train"] else "none in the folder, all classes are for test"
+        splits = split_at_random(splits["all"], shares)
+    elif "train" not in splits and shares["train"]:
+        raise UsageError(f"{place} has {source} and no training classes: name a folder, list or file train")
+    elif "validation" not in splits and shares["train"]:
+        splits |= split_at_random(splits["train"], {name: shares[name] for name in ("train", "validation")})
+        source += ", validation classes drawn from those for training"
+    return Division(splits, source, notes)
 
 
 def check_disjoint(splits: Mapping[str, Iterable[str]], source: str) -> None:

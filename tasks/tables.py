@@ -17,6 +17,7 @@ from common.batch import TaskBatch, TaskDistribution
 from common.errors import UsageError
 from common.random import SPLITS, task_stream
 from tasks.file_tasks import draw_distinct, with_labels
+from tasks.options import parse_roles
 from tasks.scales import Scales, apply_scale, measure_scale
 from tasks.splits import PLAIN_WORDS, as_positions, split_at_random
 from tasks.table_files import TableFile
@@ -35,14 +36,14 @@ class Columns:
 
     @classmethod
     def parse(cls, pairs: Iterable[str], excluded: str | None = None) -> Columns:
-        """Return the roles that `task=NAME`, `target=NAME,...`, `input=NAME,...` or `class=NAME` name."""
-        roles = dict(pair.split("=", 1) for pair in pairs)
-        names = {role: tuple(map(str.strip, text.split(","))) for role, text in roles.items()}
+        """Return the roles that the flags --columns and --exclude-columns give."""
+        roles = parse_roles(pairs)
         left_out = tuple(map(str.strip, excluded.split(","))) if excluded else ()
-        inputs = names.get("input", ())
-        if "class" in names:
-            return cls(None, names["class"], inputs, excluded=left_out, by_class=True)
-        return cls(roles.get("task", "task").strip(), names.get("target", ("y",)), inputs, excluded=left_out)
+        inputs = roles.get("input", ())
+        if "class" in roles:
+            return cls(None, roles["class"], inputs, excluded=left_out, by_class=True)
+        (task,) = roles.get("task", ("task",))
+        return cls(task, roles.get("target", ("y",)), inputs, excluded=left_out)
 
 
 @dataclass(frozen=True)

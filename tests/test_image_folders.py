@@ -112,9 +112,29 @@ REFUSED = {
         lambda f: make(f, "train", "Greek", "Latin"),
         "train/ looks like a split",
     ),
-    "images are split, not classes": (
-        lambda f: [write_classes(f / part, 3, first=9 * i) for i, part in enumerate(("train", "val"))],
-        "have the same 3 classes: they split images",
+    "short names": (lambda f: make(f, "tr", "va", "te"), "te/ looks like part of a split"),
+    "folds": (lambda f: make(f, "fold0", "fold1", "fold2"), "fold0/ looks like part of a split"),
+    "a task": (
+        lambda f: [write_classes(f / part, 3) for part in ("support", "query")],
+        "query/ looks like part of a split",
+    ),
+    "a task of images": (
+        lambda f: [write_images(f / part, [1]) for part in ("support", "query")],
+        "query/ looks like part of a split",
+    ),
+    "short names further down": (lambda f: make(f, "d/tr", "d/te"), "/d: te/ and tr/ look like a split"),
+    "a misspelt part": (lambda f: make(f, "train", "vald", "test"), "vald/ looks like part of a split"),
+    "another language": (
+        lambda f: make(f, "Training", "Validierung", "Test"),
+        "Validierung/ looks like part of a split",
+    ),
+    "a third part": (
+        lambda f: make(f, "train", "tuning", "test"),
+        "test/ and train/ looks like a split, and tuning/ does not",
+    ),
+    "one class in two parts": (
+        lambda f: (make(f, "train", "test"), write_images(f / "test" / "n0_01", [9])),
+        "n0_01 is in train and in test: leave it once",
     ),
     "an archive": (
         lambda f: (f.mkdir(), (f / "mini-imagenet.tar.gz").touch()),
@@ -127,6 +147,21 @@ REFUSED = {
     "a list of another form": (
         lambda f: (make(f, ""), (f / "val.txt").write_text("n0_00/000.png 0\n")),
         'val.txt looks like the list of a split: .* "filename" and "label"',
+    ),
+    "a list with semicolons": (
+        lambda f: [
+            (make(f, ""), (f / f"{name}.csv").write_text(f"filename{mark}label\n000.png{mark}n0_00\n"))
+            for name, mark in (("train", ","), ("val", ","), ("test", ";"))
+        ],
+        "test.csv looks like the list of a split: .* a comma between",
+    ),
+    "other formats": (
+        lambda f: (make(f, ""), (f / "n0_00" / "0.jp2").touch(), [p.unlink() for p in f.glob("n0_00/*.png")]),
+        "n0_00 holds files such as 0.jp2, of no format that is read",
+    ),
+    "no endings": (
+        lambda f: (make(f, ""), (f / "a").mkdir(), (f / "a" / "img1").touch()),
+        "/a holds files such as img1, of no format that is read .*: convert or rename them",
     ),
     "a list of another name": (
         lambda f: (make(f, ""), (f / "mini_test.csv").write_text("filename,label\n000.png,n0_00\n")),
@@ -147,6 +182,22 @@ def test_what_looks_like_a_split_and_is_none_is_refused(case, tmp_path):
 def test_a_folder_of_test_classes_serves_for_a_test(tmp_path):
     make(tmp_path, "test")
     assert classes_of(opened(tmp_path, FOR_TEST))["test"] == ["n0_00", "n0_01"]
+
+
+@pytest.mark.parametrize("lists", [False, True])
+def test_parts_with_the_same_classes_are_put_together_and_said(lists, tmp_path):
+    for number, part in enumerate(("train", "test")):
+        write_classes(tmp_path / part, 5, first=20 * number)
+        rows = [f"{part}/c{c:02}/00{i}.png,c{c:02}" for c in range(5) for i in range(3)]
+        if lists:
+            (tmp_path / f"{part}.csv").write_text("\n".join(["filename,label", *rows]))
+    images = opened(tmp_path)
+    names = [name for part in classes_of(images).values() for name in part]
+    assert sorted(names) == [f"c{c:02}" for c in range(5)] and images.count.tolist() == [6] * 5
+    ends = ".csv" if lists else "/"
+    line = f"train{ends} and test{ends} have the same classes: put together, since tests are on other classes"
+    assert images.notes == [line]
+    assert images.load()[:6, 0, 0, 0].tolist() == [0, 1, 2, 20, 21, 22]
 
 
 def test_other_folders_and_files_are_left_out_with_a_count(tmp_path):

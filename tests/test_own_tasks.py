@@ -69,6 +69,21 @@ class Same(Lines):
     def numbers(self, split, seeds):
         return super().numbers(split, 0 * seeds)
 
+class Wide(Lines):
+    def sample(self, split, seeds):
+        x, y, *query = super().sample(split, seeds)
+        width = 2 if split == "validation" else 1
+        return x.repeat(width, 2), y, query[0].repeat(width, 2), query[1]
+
+class Gaps(Lines):
+    def __init__(self, part, value):
+        self.part, self.value = part, value
+
+    def sample(self, split, seeds):
+        parts = super().sample(split, seeds)
+        parts[self.part][-1, 0] = self.value
+        return parts
+
 class Ragged(Lines):
     def sample(self, split, seeds):
         x, y, *query = super().sample(split, seeds)
@@ -98,10 +113,19 @@ class Labels(Lines):
 def build(tmp_path):
     (tmp_path / "tasks.py").write_text(CODE)
 
-    def build(name: str, ways: int | None = None, dtype: torch.dtype = torch.float64):
-        dataset, sizes = f"{tmp_path / 'tasks.py'}:{name}", {"ways": ways, "shots": 5, "queries": 5}
-        options = TaskOptions(dataset=dataset, image_size=None, channels=None, invert=False, **sizes)
-        return build_distribution(options, data_root=tmp_path, device=torch.device("cpu"), dtype=dtype)
+    def build(name: str, ways: int | None = None, arguments: tuple[str, ...] = (), **more):
+        sizes = {
+            "ways": ways,
+            "shots": 5,
+            "queries": 5,
+            "image_size": None,
+            "channels": None,
+            "invert": False,
+        }
+        dataset = f"{tmp_path / 'tasks.py'}:{name}"
+        options = TaskOptions(dataset=dataset, dataset_args=arguments, **sizes)
+        more = {"dtype": torch.float64} | more
+        return build_distribution(options, data_root=tmp_path, device=torch.device("cpu"), **more)
 
     return build
 
@@ -146,6 +170,22 @@ def test_what_cannot_be_resumed_or_read_is_refused_in_a_line(build, name, messag
     with pytest.raises(UsageError, match=message) as error:
         build(name)
     assert "\n" not in str(error.value)
+
+
+def test_examples_of_another_shape_in_another_split_are_refused_at_the_start(build):
+    shapes = r"\[\(2,\), \(1,\), \(2,\), \(1,\)\] and for 'train' \[\(1,\), \(1,\), \(1,\), \(1,\)\]"
+    with pytest.raises(UsageError, match=rf"sample\('validation', seeds\) gives examples of shapes {shapes}"):
+        build("Wide")
+
+
+def test_nan_is_refused_unless_the_loss_may_take_gaps_among_targets(build):
+    for number, part in enumerate(("support_x", "support_y", "query_x", "query_y")):
+        for value in ("nan", "inf"):
+            gaps = (f"part={number}", f"value={value}")
+            with pytest.raises(UsageError, match=f"'train', seeds\\) gives NaN or infinity in {part}: "):
+                build("Gaps", arguments=gaps)
+            if part.endswith("y"):
+                build("Gaps", arguments=gaps, scale_targets=False)
 
 
 def test_a_sampler_that_differs_in_every_process_is_not_resumed(build, tmp_path, monkeypatch, capsys):

@@ -77,15 +77,19 @@ def test_splits_of_files_are_kept_if_their_classes_are_apart(tmp_path):
     names = {split: [images.names[i] for i in part.tolist()] for split, part in images.splits.items()}
     assert names == {"train": ["a", "b"], "validation": ["c"], "test": ["d", "e"]}
     write(tmp_path / "test-0.parquet", ["d", "e", "a"])
+    with pytest.raises(UsageError, match="a is in test and in train: leave it once"):
+        open_images(tmp_path)
+    write(tmp_path / "0.parquet", ["f"])
+    with pytest.raises(UsageError, match="some files are named after a split, others are not"):
+        open_images(tmp_path)
+
+
+def test_files_with_the_same_classes_are_put_together_and_said(tmp_path):
+    for number, part in enumerate(("train", "test")):
+        write(tmp_path / f"{part}-0.parquet", list("abcde"), first=5 * number)
     images = open_images(tmp_path)
-    assert [len(images.splits[split]) for split in SPLITS] == [2, 1, 2] and images.count.tolist() == [
-        2,
-        1,
-        1,
-        1,
-        1,
-    ]
-    assert any("share classes" in line for line in images.summary)
+    assert [len(images.splits[split]) for split in SPLITS] == [2, 1, 2] and images.count.tolist() == [2] * 5
+    assert "test, train have the same classes: put together, since tests are on other classes" in images.notes
 
 
 def test_columns_are_chosen_and_another_choice_has_another_cache(tmp_path):
