@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from common.batch import SAMPLED, TaskBatch, TaskDistribution, first_tensor, tree_map
+from common.batch import DataRecord, TaskBatch, TaskDistribution, first_tensor, tree_map
 from common.errors import UsageError
 from common.names import parse_name
 from common.own_code import call_factory, load_code, parse_arguments, select_accepted
@@ -274,9 +274,9 @@ class Custom(TaskDistribution):
         return tree_map(lambda t: t.to(self.device, self.dtype if t.is_floating_point() else None), batch)
 
     @property
-    def split_names(self) -> dict[str, list[str]]:
+    def record(self) -> DataRecord:
         sizes = f"{self.ways}-way {self.options.shots}-shot {self.options.queries}-query"
-        return {f"{SAMPLED} {sizes}": list(self.sampled)} if self.sampled else {}
+        return DataRecord(fingerprint={sizes: list(self.sampled)} if self.sampled else {})
 
     @property
     def summary(self) -> list[str]:

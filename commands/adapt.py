@@ -38,7 +38,7 @@ from evaluation.tables import predictions_table, write_csv, write_json
 from learners.losses import LOSSES
 from maml import MAML, Adapted
 from tasks.options import data_facts
-from tasks.pixels import RANGE, Form
+from tasks.pixels import Form
 from tasks.scales import Scales, undo_scale
 from tasks.tables import Columns
 from tasks.user_tasks import read_task_arrays, read_task_folder, read_task_table
@@ -234,17 +234,17 @@ def read_tasks(path: Path, config: Config, runtime: Runtime, source: Checkpoint)
         raise UsageError(f"--adapt {path}: the checkpoint learned from {what}")
     if arrays:
         ways = options.ways if config.choices.head_init == "learned" else None
-        classes = {"classification": options.classification, "ways": ways, "ignored": ignored_by(config)}
-        tasks = [read_task_arrays(path, *place, **classes)]
+        ignored, classification = ignored_by(config), options.classification
+        tasks = [read_task_arrays(path, *place, classification=classification, ways=ways, ignored=ignored)]
     elif images:
         assert options.image_size and options.channels
         look = options.invert, options.resize, options.black_and_white
         form = Form(options.image_size, options.channels, *look)
-        tasks = [read_task_folder(path, form, source.splits.get(RANGE), *place)]
+        tasks = [read_task_folder(path, form, source.image_range, *place)]
     else:
         columns = Columns.parse(options.columns, options.exclude_columns)
         # the inputs are those of training, whatever their order here
-        columns = replace(columns, inputs=columns.inputs or tuple(source.splits.get("input", ())))
+        columns = replace(columns, inputs=columns.inputs or tuple(source.inputs))
         tasks = read_task_table(path, columns, source.scales, *place, classification=options.classification)
     numbers = {len(task.classes) for task in tasks} - {options.ways}
     if options.classification and config.choices.head_init == "learned" and numbers:

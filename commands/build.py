@@ -47,7 +47,7 @@ from learners.losses import LOSSES, build_loss, loss_name
 from learners.modules import convert_type
 from learners.reading import Reading, reading_of
 from maml import MAML, RATE, SQUARE
-from training.checkpoint import Checkpoint, check_same_split, fitting_parameters
+from training.checkpoint import Checkpoint, check_same_data, fitting_parameters
 from training.compiler import Compiler, cpp_compiler, cpp_compiler_name
 from training.folders import BEST, LAST, find_checkpoint, has_results
 from training.run import Run
@@ -288,7 +288,7 @@ def assemble(
     scales = start.resumed.scales if start.resumed else None
     distribution, maml = build(config, call, runtime, saved=source, scales=scales)
     if start.file is not None and start.resumed is not None:
-        check_same_split(start.file, start.resumed.splits, distribution.split_names)
+        check_same_data(start.file, start.resumed, distribution.record)
     parameters, reading = _starting_weights(start, maml), reading_of(maml.reading, distribution.ways)
     users = config.learner.learner not in LEARNERS or config.learner.loss not in LOSSES
     if users:

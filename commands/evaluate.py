@@ -30,7 +30,7 @@ from evaluation.meta_test import Evaluation, normalisations_of
 from evaluation.style import write_figure
 from evaluation.tables import ALL, Caption, evaluation_record, results_of, results_table, write_json
 from maml import MAML
-from training.checkpoint import Checkpoint, check_same_split, load_checkpoint
+from training.checkpoint import Checkpoint, check_same_data, load_checkpoint
 from training.folders import find_runs
 
 
@@ -144,8 +144,8 @@ class Subject:
         self.parameters = self.maml.initial_parameters(self.config.training.seed)
         self.statistics = self.maml.initial_statistics()
         if self.file and self.source:
-            names, other = self.distribution.split_names, call.eval_dataset is not None
-            check_same_split(self.file, self.source.splits, names, other_data=other)
+            other_data = call.eval_dataset is not None
+            check_same_data(self.file, self.source, self.distribution.record, other_data=other_data)
             weights = build.fit_weights(self.file, self.source, self.maml, self.config)
             self.parameters, self.statistics = weights
 

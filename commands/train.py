@@ -50,8 +50,9 @@ def train(call: Call, given: Mapping[str, Any], world: World) -> int:
         with world.together():
             parts = build.assemble(start, folder, given, call, world, checked={}, team=world)
         config = parts.start.config
-        facts = {"split, or sampled tasks": parts.distribution.split_names}
-        world.check_same(facts | {"--compile, for want of a compiler": config.training.compile})
+        world.check_same(
+            {"data": parts.distribution.record, "--compile, for want of a compiler": config.training.compile}
+        )
         doing = f"Resuming at iteration {parts.run.iteration:,}" if start.resumed else "Meta-training"
         build.print_settings(config, runtime, f"{doing} in {folder}")
         build.print_data(parts.distribution, world)

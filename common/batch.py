@@ -7,15 +7,13 @@ inputs or outputs has a nested tuple or dictionary of tensors where others have 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-
-SAMPLED = "sampled tasks,"  # what a key of `split_names` begins with
 
 Tree = Any  # a tensor, or tensors in nested tuples and dictionaries
 
@@ -27,6 +25,18 @@ class TaskBatch(NamedTuple):
     support_y: Tree  # [tasks, support examples, ...]
     query_x: Tree  # [tasks, query examples, ...]
     query_y: Tree  # [tasks, query examples, ...]
+
+
+@dataclass(frozen=True)
+class DataRecord:
+    """What a checkpoint keeps of its data, to recognise them; parts that do not apply are empty."""
+
+    splits: dict[str, list[str]] = field(
+        default_factory=dict
+    )  # names of the classes or tasks of the user's files, by split
+    inputs: list[str] = field(default_factory=list)  # columns of a table
+    image_range: list[str] = field(default_factory=list)  # kind of the files, black, white; or plain
+    fingerprint: dict[str, list[str]] = field(default_factory=dict)  # of a sampler, by sizes of tasks
 
 
 # What a task looks like: functions of one variable, images of classes, or anything else.
@@ -57,12 +67,9 @@ class TaskDistribution(Protocol):
         return self.ways is not None
 
     @property
-    def split_names(self) -> dict[str, list[str]]:
-        """Names of the classes or tasks of each split of the user's files, and "input" columns of a table.
-
-        Of the user's sampler, `SAMPLED` and the sizes are the key of a few numbers.
-        """
-        return {}
+    def record(self) -> DataRecord:
+        """What a checkpoint keeps of the data; nothing of built-in ones."""
+        return DataRecord()
 
     @property
     def summary(self) -> list[str]:

@@ -193,7 +193,7 @@ def open_archives(
         published=published is not None,
         split_source=source,
         notes=[*notes, *more],
-        record=form.record,
+        range_record=form.record,
     )
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.batch import TaskBatch, TaskDistribution
+from common.batch import DataRecord, TaskBatch, TaskDistribution
 from common.device import machine_memory
 from common.errors import UsageError
 from common.random import Stream, task_stream
@@ -60,10 +60,10 @@ class ImageTasks(TaskDistribution):
         self.prefetch = Prefetch(self._fetch)
 
     @property
-    def split_names(self) -> dict[str, list[str]]:
+    def record(self) -> DataRecord:
         names, splits = self.images.names, {} if self.images.published else self.images.splits
         names_of = {split: sorted(names[i] for i in part.tolist()) for split, part in splits.items()}
-        return names_of | self.images.record
+        return DataRecord(splits=names_of, image_range=self.images.range_record)
 
     @property
     def summary(self) -> list[str]:

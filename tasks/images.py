@@ -38,7 +38,7 @@ class ImageSet:
     published: bool = False  # the split is the same for everyone, always
     split_source: str = ""  # in words
     notes: list[str] = field(default_factory=list)  # on what was left out or changed
-    record: dict[str, list[str]] = field(default_factory=dict)  # what a checkpoint keeps beside the split
+    range_record: list[str] = field(default_factory=list)  # see `Form.record`
 
     @property
     def summary(self) -> list[str]:
@@ -173,5 +173,5 @@ def image_set(
         published=published,
         split_source=split_source,
         notes=[*notes, *note],
-        record=form.record,
+        range_record=form.record,
     )

@@ -29,7 +29,7 @@ from tasks.stored_images import StoredImage
 warnings.filterwarnings("ignore", module=r"PIL\.")  # about files that are read anyway
 
 AT_ONCE = 256  # images in work at a time: bounds the memory
-PLAIN, RANGE = "8-bit", "image range"  # RANGE: a key of a checkpoint's splits
+PLAIN = "8-bit"
 TRAINED = "the training images"
 DECLARED = {PLAIN: (0.0, 255.0), "12-bit TIFF": (0.0, 4095.0), "16-bit PGM": (0.0, 65535.0)}
 BITS = (8, 10, 12, 14, 16)  # that cameras and scanners have
@@ -51,16 +51,16 @@ class Form:
     kind: str = PLAIN  # of the files
 
     @property
-    def record(self) -> dict[str, list[str]]:
-        """Return what a checkpoint keeps of kind and range, unless they are plain."""
+    def record(self) -> list[str]:
+        """Return what a checkpoint keeps of kind and range; nothing where they are plain."""
         if self.kind == PLAIN and self.range is None:
-            return {}
+            return []
         low, high = self.range or DECLARED[self.kind]
-        return {RANGE: [self.kind, repr(low), repr(high)]}
+        return [self.kind, repr(low), repr(high)]
 
-    def recorded(self, record: Sequence[str] | None) -> Form:
-        """Return the form with the kind and range of a record; without one, they are plain."""
-        if record is None:
+    def recorded(self, record: Sequence[str]) -> Form:
+        """Return the form with the kind and range of a record; those of an empty one are plain."""
+        if not record:
             return replace(self, kind=PLAIN, range=None)
         return replace(self, kind=record[0], range=(float(record[1]), float(record[2])))
 

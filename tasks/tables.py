@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.batch import TaskBatch, TaskDistribution
+from common.batch import DataRecord, TaskBatch, TaskDistribution
 from common.errors import UsageError
 from common.random import SPLITS, task_stream
 from tasks.file_tasks import draw_distinct, with_labels
@@ -331,8 +331,8 @@ class TableTasks(TaskDistribution):
         return scaled.to(self.device)
 
     @property
-    def split_names(self) -> dict[str, list[str]]:
-        return self.table.split_names | {"input": list(self.table.inputs)}
+    def record(self) -> DataRecord:
+        return DataRecord(splits=self.table.split_names, inputs=list(self.table.inputs))
 
     @property
     def summary(self) -> list[str]:

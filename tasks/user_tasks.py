@@ -24,7 +24,7 @@ from tasks.tables import Columns, load_table
 
 
 def read_task_folder(
-    path: Path, form: Form, record: Sequence[str] | None, device: torch.device, dtype: torch.dtype
+    path: Path, form: Form, record: Sequence[str], device: torch.device, dtype: torch.dtype
 ) -> UserTask:
     """Return the task of a folder of images, with pixels from 0 to 1; UsageError on another layout.
 

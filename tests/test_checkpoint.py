@@ -5,6 +5,7 @@ import pickle
 import random
 import struct
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,19 +14,24 @@ from runs import assert_same_bits, command
 
 from commands.resolve import resolve
 from common import files
+from common.batch import DataRecord
 from common.errors import UsageError
 from training.checkpoint import (
     FORMAT,
     VERSION,
     Checkpoint,
-    check_same_split,
+    check_same_data,
     fitting_parameters,
     load_checkpoint,
     save_checkpoints,
 )
 
+RECORD = DataRecord(
+    {"train": ["a", "b"], "test": ["c"]}, ["x"], ["16-bit", "0.0", "4095.0"], {"2-way": ["0.1"]}
+)
 
-def a_checkpoint() -> Checkpoint:
+
+def a_checkpoint(record: DataRecord = RECORD) -> Checkpoint:
     names = ("0.weight", "0.bias")
     weights, first, second = ({name: torch.randn(3, 2) for name in names} for _ in range(3))
     return Checkpoint(
@@ -37,7 +43,7 @@ def a_checkpoint() -> Checkpoint:
         progress={"best_score": -0.5, "training": {"iteration": [1.0], "query_loss": [2.0]}},
         statistics={"1.mean": torch.randn(5, 2)},
         fixed={"2.scale": torch.tensor(3)},
-        splits={"train": ["a", "b"], "test": ["c"]},
+        **vars(record),
         computed_by={"threads": 1},
     )
 
@@ -174,10 +180,20 @@ def test_weights_of_another_learner_are_refused_by_name_and_shape():
 
 
 def test_another_split_of_the_data_is_refused():
-    check_same_split(Path("x.pt"), {"test": ["a", "b"]}, {"test": ["a", "b"], "train": ["c"]})
-    with pytest.raises(UsageError, match=r"different test names \(a differs\)"):
-        check_same_split(Path("x.pt"), {"test": ["a", "b"]}, {"test": ["b", "c"]})
-    swapped = [{"test": ["a"], "input": names} for names in (["x", "z"], ["z", "x"])]
+    saved, path = a_checkpoint(), Path("x.pt")
+    check_same_data(path, saved, RECORD)
+    check_same_data(path, saved, replace(RECORD, splits={"test": ["c"]}, fingerprint={"3-way": ["0.2"]}))
+    for change, message in (
+        ({"splits": {"test": ["d"]}}, r"different test names \(c differs\)"),
+        ({"inputs": ["z"]}, r"different input names \(x differs\)"),
+        ({"image_range": []}, r"another range \(16-bit, 0.0, 4095.0; now plain\)"),
+        ({"fingerprint": {"2-way": ["0.2"]}}, "sample gave other tasks for the same seeds"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            check_same_data(path, saved, replace(RECORD, **change))
+        if "inputs" not in change:
+            check_same_data(path, saved, replace(RECORD, **change), other_data=True)
+    swapped = a_checkpoint(DataRecord(inputs=["x", "z"]))
     with pytest.raises(UsageError, match=r"different input names \(their order differs\)"):
-        check_same_split(Path("x.pt"), *swapped, other_data=True)
-    check_same_split(Path("x.pt"), {"test": ["a"]}, {"test": ["b"], "input": ["x"]}, other_data=True)
+        check_same_data(path, swapped, DataRecord(inputs=["z", "x"]), other_data=True)
+    check_same_data(path, a_checkpoint(DataRecord()), replace(RECORD, image_range=[]))  # of a built-in family

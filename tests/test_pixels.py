@@ -92,7 +92,7 @@ def test_values_of_more_than_8_bits_keep_their_range(case, tmp_path):
     images = opened(tmp_path)
     assert torch.equal(images.load()[1, 0], mapped(array.astype(float), 0, white))
     assert len(images.notes) == 1 and re.search(line, images.notes[0])
-    assert images.record["image range"][2] == repr(float(white))
+    assert images.range_record[2] == repr(float(white))
     again = opened(tmp_path)  # from the cache
     assert again.notes == images.notes and torch.equal(again.load(), images.load())
 
@@ -170,7 +170,7 @@ def test_plain_kinds_say_nothing(tmp_path):
     (tmp_path / "c").mkdir()
     Image.new("1", (6, 6), 1).save(tmp_path / "c" / "1.tif")
     images = opened(tmp_path)
-    assert (images.notes, images.record) == ([], {})
+    assert (images.notes, images.range_record) == ([], [])
     assert images.load()[:, 0, 0, 0].tolist() == [7, 7, 255]
 
 
@@ -225,15 +225,15 @@ def test_new_images_are_mapped_like_the_training_images(tmp_path):
         (tmp_path / place).mkdir(parents=True)
         Image.fromarray(array).save(tmp_path / place / "1.png")
 
-    def read(record: list[str] | None, form: Form = GREY) -> torch.Tensor:
+    def read(record: list[str], form: Form = GREY) -> torch.Tensor:
         task = read_task_folder(tmp_path, form, record, torch.device("cpu"), torch.float64)
         return task.query_x[0, 0] * 255
 
     assert torch.equal(
         read(["16-bit", "0.0", "4095.0"]).round(), mapped(array.astype(float), 0, 4095).double()
     )
-    own = read(None, Form(6, 1, range=(0.0, 2000.0)))
+    own = read([], Form(6, 1, range=(0.0, 2000.0)))
     assert torch.equal(own.round(), mapped(array.astype(float), 0, 2000).double())
-    for record, kind in ((None, "8-bit"), (["floating-point", "0.0", "1.0"], "floating-point")):
+    for record, kind in (([], "8-bit"), (["floating-point", "0.0", "1.0"], "floating-point")):
         with pytest.raises(UsageError, match=f"has 16-bit values and the training images {kind} ones"):
             read(record)

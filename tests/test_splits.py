@@ -59,7 +59,7 @@ def test_images_of_different_splits_never_meet(tmp_path, layout):
             (tmp_path / f"{part}.csv").write_text("\n".join(["filename,label", *rows]))
     distribution = make(f"images:{tmp_path}", ways=2)
     assert_apart(inputs_by_split(distribution))
-    names = distribution.split_names
+    names = distribution.record.splits
     assert sum(map(len, names.values())) == len(set().union(*names.values())) == 12 * len(parts)
 
 
@@ -71,8 +71,8 @@ def test_a_task_of_a_table_is_in_one_split_only(tmp_path, split_column):
     path.write_text("\n".join([f"task,x,y{',split' * split_column}", *rows]))
     distribution = make(f"table:{path}")
     assert_apart(inputs_by_split(distribution))
-    names = distribution.split_names
-    assert names.pop("input") == ["x"] and len(set().union(*names.values())) == 20
+    names = distribution.record.splits
+    assert distribution.record.inputs == ["x"] and len(set().union(*names.values())) == 20
 
 
 @pytest.mark.parametrize("split", OMNIGLOT_CLASSES)
@@ -116,5 +116,5 @@ def test_three_classes_suffice_for_three_splits(classes):
 
 def test_all_classes_are_for_test_without_training(tmp_path):
     write_classes(tmp_path, 6)
-    names = make(f"images:{tmp_path}", ways=2, for_test=True).split_names
+    names = make(f"images:{tmp_path}", ways=2, for_test=True).record.splits
     assert (names["train"], names["validation"], len(names["test"])) == ([], [], 6)

@@ -125,8 +125,8 @@ def test_tasks_are_made_of_the_classes_of_one_split(tmp_path):
     write_classes(tmp_path / "a.csv", dict.fromkeys("abcdefghij", 4))
     table = table_of(tmp_path / "a.csv", BY_CLASS, classification=True, shares=SHARES)
     tasks = TableTasks(table=table, ways=2, shots=1, queries=2)
-    names = tasks.split_names
-    assert [len(names[split]) for split in SPLITS] == [4, 2, 4] and names["input"] == ["code", "number"]
+    names = tasks.record.splits
+    assert [len(names[split]) for split in SPLITS] == [4, 2, 4] and tasks.record.inputs == ["code", "number"]
     assert sorted("".join("".join(names[split]) for split in SPLITS)) == list("abcdefghij")
     for split in SPLITS:
         batch = tasks.sample(split, 0, 0, range(600))

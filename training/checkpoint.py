@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.batch import SAMPLED
+from common.batch import DataRecord
 from common.errors import UsageError, is_out_of_memory
 from common.files import write_all_whole
 
@@ -56,7 +56,10 @@ class Checkpoint:
     progress: dict[str, Any]  # the fields of Progress
     statistics: dict[str, Tensor] = field(default_factory=dict)  # running ones of per-step batch norm
     fixed: dict[str, Tensor] = field(default_factory=dict)  # frozen parameters and buffers of the learner
-    splits: dict[str, list[str]] = field(default_factory=dict)  # the user's classes, or tasks, by split
+    splits: dict[str, list[str]] = field(default_factory=dict)  # this and the next three: see `DataRecord`
+    inputs: list[str] = field(default_factory=list)
+    image_range: list[str] = field(default_factory=list)
+    fingerprint: dict[str, list[str]] = field(default_factory=dict)
     scales: dict[str, Tensor] = field(default_factory=dict)  # of a table's columns (tasks/scales.py)
     computed_by: dict[str, Any] = field(default_factory=dict)  # what the last bits depend on
 
@@ -88,24 +91,33 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(**content)
 
 
-def check_same_split(
-    path: Path, saved: dict[str, list[str]], now: dict[str, list[str]], *, other_data: bool = False
-) -> None:
-    """Raise UsageError where a split differs from the trained one: a test class may have been seen.
+def check_same_data(path: Path, saved: Checkpoint, now: DataRecord, *, other_data: bool = False) -> None:
+    """Raise UsageError where data differ from those trained on: a test class may have been seen.
 
-    Input columns must be the same, in order; they alone matter for `other_data`.
+    Names of inputs alone matter for `other_data`.
     """
-    for part in ("input",) if other_data else saved:
-        if part in saved and part in now and saved[part] != now[part]:
-            if part.startswith(SAMPLED):
-                why = "its code has changed, or draws from hash() of text, which differs in each process"
-                way = "restore it, or test on other data with --eval-dataset"
-                raise UsageError(f"{path}: sample gave other tasks for the same seeds ({why}): {way}")
-            different = min({*saved[part]} ^ {*now[part]}, default="their order")
+    pairs = {"input": (saved.inputs, now.inputs)}
+    if not other_data:
+        pairs |= {
+            split: (names, now.splits[split]) for split, names in saved.splits.items() if split in now.splits
+        }
+        if saved.image_range != now.image_range:
+            ranges = "; now ".join(
+                ", ".join(part) or "plain" for part in (saved.image_range, now.image_range)
+            )
+            raise UsageError(f"{path}: the images had another range ({ranges}): restore them")
+    for part, (before, after) in pairs.items():
+        if before and after and before != after:
+            different = min({*before} ^ {*after}, default="their order")
             raise UsageError(
                 f"{path}: the data had different {part} names ({different} differs): restore them, "
                 "or test on other data with --eval-dataset"
             )
+    for sizes in () if other_data else saved.fingerprint.keys() & now.fingerprint.keys():
+        if saved.fingerprint[sizes] != now.fingerprint[sizes]:
+            why = "its code has changed, or draws from hash() of text, which differs in each process"
+            way = "restore it, or test on other data with --eval-dataset"
+            raise UsageError(f"{path}: sample gave other tasks for the same seeds ({why}): {way}")
 
 
 def fitting_parameters(

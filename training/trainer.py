@@ -318,7 +318,7 @@ class Trainer:
             progress=asdict(run.progress),
             statistics=names(step.statistics_layout, state.statistics),
             fixed={name: tensor.cpu().contiguous() for name, tensor in self.maml.call.fixed.items()},
-            splits=self.validation_tasks.split_names,
+            **vars(self.validation_tasks.record),
             scales=dict(self.validation_tasks.scales),
             computed_by=run.computed_by,
         )
