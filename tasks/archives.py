@@ -170,7 +170,7 @@ def open_archives(
     """Return the images of a folder's archives, split as the files are; UsageError if they do not fit.
 
     `published` has the class names of each split of a benchmark; numbered classes are counted. See
-    `open_folder` for the others.
+    `open_images` for the others.
     """
     archives = find_archives(folder)
     sources = [path for paths in archives.values() for path in paths]

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import csv
 import os
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -27,19 +26,11 @@ USUAL = "name its folders train, val and test, or as docs/data.md lists"
 Classes = dict[str, list[Path]]  # a class's name -> its image files, sorted
 
 
-@dataclass(frozen=True)
-class Layout:
-    """The classes of a folder by split, or of "all" where it has no split."""
-
-    groups: dict[str, Classes]
-    source: str  # of the split: the names of its folders or lists
-    left_out: list[str]  # files that are no images, and folders (with a slash)
-
-
-def find_classes(folder: Path, *, allow_empty: bool = False) -> Layout:
+def find_classes(folder: Path, *, allow_empty: bool = False) -> tuple[dict[str, Classes], str, list[str]]:
     """Return the classes of each split of a folder, or of "all" where it has no split.
 
-    A class without images raises UsageError unless `allow_empty`.
+    Returns also the names of the split's folders or lists, and lines on what may surprise. A class without
+    images raises UsageError unless `allow_empty`.
     """
     if folder.is_file():
         raise UsageError(f"{folder} is a file: give the folder that holds it, images:{folder.parent}")
@@ -61,9 +52,29 @@ def find_classes(folder: Path, *, allow_empty: bool = False) -> Layout:
     for split, classes in () if lists else groups.items():
         _refuse_inner_split(parts.get(split, folder), classes)
     _check_images_apart(folder, groups)
-    return Layout(
-        groups, join(path.name + "/" * path.is_dir() for path in (lists or parts).values()), left_out
-    )
+    source = join(path.name + "/" * path.is_dir() for path in (lists or parts).values())
+    return groups, source, [*_say_left_out(left_out), *_say_repeated(groups)]
+
+
+def _say_repeated(groups: Mapping[str, Classes]) -> list[str]:
+    """Return a line where folders of one name are several classes: right for alphabets, wrong for domains."""
+    inner = Counter(name.rpartition("/")[2] for name in {*chain(*groups.values())})
+    return [
+        f"classes are whole paths: {printable(name)} of {number:,} folders is {number:,} classes"
+        for name, number in inner.most_common(1)
+        if number > 1
+    ]
+
+
+def _say_left_out(names: Sequence[str]) -> list[str]:
+    """Return a line on files that are no images, and one on folders beside those of the split."""
+    files, folders = ([n for n in names if n.endswith("/") is ends] for ends in (False, True))
+    return [
+        f"left out: {len(part):,} {what} ({', '.join(map(printable, [*dict.fromkeys(part)][:3]))}"
+        f"{', ...' if len({*part}) > 3 else ''})"
+        for part, what in ((files, "files that are no images"), (folders, "folders beside the split's"))
+        if part
+    ]
 
 
 def join(names: Iterable[str]) -> str:

@@ -40,7 +40,7 @@ def open_benchmark(name: str, data_root: Path, form: Form, omniglot_split: str =
         return _open_cifar(name, data_root, published, form)
     if has_archives(folder):
         return open_archives(folder, form, {"train": 1, "validation": 1, "test": 1}, published=published)
-    groups: dict[str, dict[str, list[Path]]] = find_classes(folder).groups
+    groups = find_classes(folder)[0]
     if "all" in groups:  # ImageNet's other classes may lie there too
         classes = groups["all"]
         groups = {split: {w: classes[w] for w in part if w in classes} for split, part in published.items()}

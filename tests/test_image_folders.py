@@ -7,7 +7,7 @@ from conftest import write_classes, write_images
 
 from common.errors import UsageError
 from tasks.image_tasks import ImageTasks
-from tasks.images import ImageSet, open_folder
+from tasks.images import ImageSet, open_images
 from tasks.pixels import Form
 
 SHARES = {"train": 64, "validation": 16, "test": 20}
@@ -23,7 +23,7 @@ def make(folder: Path, *parts: str, classes: int = 2) -> None:
 
 
 def opened(folder: Path, shares: dict[str, int] = SHARES, **options) -> ImageSet:
-    return open_folder(folder, Form(6, 1), shares, **options)
+    return open_images(folder, Form(6, 1), shares, **options)
 
 
 def classes_of(images: ImageSet) -> dict[str, list[str]]:

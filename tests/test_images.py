@@ -15,7 +15,7 @@ from PIL import Image
 from common.errors import UsageError
 from tasks import published
 from tasks.folders import image_files
-from tasks.images import ImageSet, open_folder
+from tasks.images import ImageSet, open_images
 from tasks.pixels import Form, decode_all
 from tasks.published import open_benchmark
 from tasks.splits import published_splits
@@ -31,7 +31,7 @@ def read_images(folder: Path, form: Form) -> torch.Tensor:
 
 
 def load(folder: Path, form: Form = SMALL) -> torch.Tensor:
-    return open_folder(folder, form, SHARES).load()
+    return open_images(folder, form, SHARES).load()
 
 
 def listing(folder: Path) -> list[str]:
@@ -49,7 +49,7 @@ def test_split_folders_are_followed(tmp_path):
     for split, names in {"train": "ab", "val": "c", "test": "de"}.items():
         for name in names:
             write_images(tmp_path / split / "deep" / name, [ord(name), ord(name) + 1])
-    opened = open_folder(tmp_path, SMALL, SHARES)
+    opened = open_images(tmp_path, SMALL, SHARES)
     assert opened.count.tolist() == [2] * 5
     splits = {"train": ["deep/a", "deep/b"], "validation": ["deep/c"], "test": ["deep/d", "deep/e"]}
     assert class_names(opened) == splits
@@ -63,7 +63,7 @@ def test_lists_of_files_and_labels_are_followed(tmp_path):
     (tmp_path / "train.csv").write_text("filename,label\n005.png,x\n001.png,y\n")
     (tmp_path / "val.csv").write_text("filename,label\n002.png,z\n")
     (tmp_path / "test.csv").write_text("label,filename\nw,000.png\nw,007.png\n")
-    opened = open_folder(tmp_path, SMALL, SHARES)
+    opened = open_images(tmp_path, SMALL, SHARES)
     assert class_names(opened) == {"train": ["x", "y"], "validation": ["z"], "test": ["w"]}
     assert opened.load()[:, 0, 0, 0].tolist() == [0, 7, 5, 1, 2]  # w, x, y, z
 
@@ -72,8 +72,8 @@ def test_class_folders_are_split_with_one_cache_for_all_shares(tmp_path):
     write_classes(tmp_path, 25, count=1)
     (tmp_path / "README.md").touch()
     (tmp_path / ".git").mkdir()
-    opened = open_folder(tmp_path, SMALL, SHARES)
-    other = open_folder(tmp_path, SMALL, SHARES | {"test": 0})
+    opened = open_images(tmp_path, SMALL, SHARES)
+    other = open_images(tmp_path, SMALL, SHARES | {"test": 0})
     assert class_names(other)["test"] == []
     assert [len(part) for part in opened.splits.values()] == [16, 4, 5]
     assert torch.equal(opened.load(), other.load()) and len(list(tmp_path.glob(".*.npy"))) == 1
@@ -82,7 +82,7 @@ def test_class_folders_are_split_with_one_cache_for_all_shares(tmp_path):
 def test_validation_classes_come_from_training_if_the_folder_has_none(tmp_path):
     write_classes(tmp_path / "train", 10, prefix="a")
     write_classes(tmp_path / "test", 3, prefix="b")
-    names = class_names(open_folder(tmp_path, SMALL, SHARES))
+    names = class_names(open_images(tmp_path, SMALL, SHARES))
     assert [len(part) for part in names.values()] == [8, 2, 3]
     assert sorted(names["train"] + names["validation"]) == [f"a{c:02}" for c in range(10)]
 

@@ -13,8 +13,7 @@ from runs import command, validate_on
 
 from common.errors import UsageError
 from common.random import SPLITS
-from tasks.images import open_folder, open_parquet
-from tasks.parquet_images import parquet_files
+from tasks.images import open_images
 from tasks.pixels import Form
 
 FORM = Form(6, 3)
@@ -40,8 +39,8 @@ def write(path, labels: list, first: int = 0, names: tuple[str, ...] = (), **mor
     parquet.write_table(table, path, row_group_size=3)
 
 
-def open_images(path, columns=(), least=0):
-    return open_parquet(path, parquet_files(path), FORM, SHARES, columns, least)
+def opened(path, columns=(), least=0):
+    return open_images(path, FORM, SHARES, columns, least)
 
 
 def test_the_pixels_are_those_of_the_same_images_in_folders(tmp_path):
@@ -51,7 +50,7 @@ def test_the_pixels_are_those_of_the_same_images_in_folders(tmp_path):
     for number, label in enumerate(labels):
         (tmp_path / "folder" / label).mkdir(parents=True, exist_ok=True)
         (tmp_path / "folder" / label / f"{number}.png").write_bytes(png(number))
-    stored, files = open_images(tmp_path), open_folder(tmp_path / "folder", FORM, SHARES)
+    stored, files = opened(tmp_path), opened(tmp_path / "folder")
     assert stored.names == files.names == list("abcde") and torch.equal(stored.count, files.count)
     assert torch.equal(stored.load(), files.load())
     assert all(torch.equal(stored.splits[split], files.splits[split]) for split in SPLITS)
@@ -62,7 +61,7 @@ def test_the_pixels_are_those_of_the_same_images_in_folders(tmp_path):
 def test_a_class_label_has_its_name_and_images_without_one_are_left_out(tmp_path):
     path = tmp_path / "train-00000-of-00001.parquet"
     write(path, [2, 0, -1, 1, 3, 4, None], names=("ant", "bee", "cat", "dog", "elk"))
-    images = open_images(path)
+    images = opened(path)
     assert images.names == ["ant", "bee", "cat", "dog", "elk"] and images.count.tolist() == [1] * 5
     assert "left out: 2 images without a class" in images.summary
     expected = np.asarray(Image.open(io.BytesIO(png(3))).resize((6, 6), Image.Resampling.LANCZOS))
@@ -73,21 +72,21 @@ def test_splits_of_files_are_kept_if_their_classes_are_apart(tmp_path):
     write(tmp_path / "train-0.parquet", ["a", "b"])
     write(tmp_path / "validation-0.parquet", ["c"])
     write(tmp_path / "test-0.parquet", ["d", "e"])
-    images = open_images(tmp_path)
+    images = opened(tmp_path)
     names = {split: [images.names[i] for i in part.tolist()] for split, part in images.splits.items()}
     assert names == {"train": ["a", "b"], "validation": ["c"], "test": ["d", "e"]}
     write(tmp_path / "test-0.parquet", ["d", "e", "a"])
     with pytest.raises(UsageError, match="a is in test and in train: leave it once"):
-        open_images(tmp_path)
+        opened(tmp_path)
     write(tmp_path / "0.parquet", ["f"])
     with pytest.raises(UsageError, match="some files are named after a split, others are not"):
-        open_images(tmp_path)
+        opened(tmp_path)
 
 
 def test_files_with_the_same_classes_are_put_together_and_said(tmp_path):
     for number, part in enumerate(("train", "test")):
         write(tmp_path / f"{part}-0.parquet", list("abcde"), first=5 * number)
-    images = open_images(tmp_path)
+    images = opened(tmp_path)
     assert [len(images.splits[split]) for split in SPLITS] == [2, 1, 2] and images.count.tolist() == [2] * 5
     assert "test, train have the same classes: put together, since tests are on other classes" in images.notes
 
@@ -98,13 +97,13 @@ def test_columns_are_chosen_and_another_choice_has_another_cache(tmp_path):
     with pytest.raises(
         UsageError, match=r"has 2 columns of images \(image, mask\): name one with --columns input"
     ):
-        open_images(path)
-    first = open_images(path, ["input=image"]).load()
+        opened(path)
+    first = opened(path, ["input=image"]).load()
     for columns, pictures in (
         (["input=mask"], other),
         (["input=image", "class=species"], [png(4 - i) for i in range(5)]),
     ):
-        pixels = open_images(path, columns).load()
+        pixels = opened(path, columns).load()
         expected = [
             np.asarray(Image.open(io.BytesIO(p)).resize((6, 6), Image.Resampling.LANCZOS)) for p in pictures
         ]
@@ -113,7 +112,7 @@ def test_columns_are_chosen_and_another_choice_has_another_cache(tmp_path):
 
 def test_small_classes_are_left_out(tmp_path):
     write(tmp_path / "a.parquet", list("aabbccddeef"))
-    images = open_images(tmp_path / "a.parquet", least=2)
+    images = opened(tmp_path / "a.parquet", least=2)
     assert images.names == list("abcde") and images.count.tolist() == [2] * 5
 
 
@@ -126,20 +125,20 @@ def test_what_cannot_be_read_is_named_in_a_line(tmp_path):
         (["task=label"], "images have class=NAME and input=NAME alone"),
     ):
         with pytest.raises(UsageError, match=message):
-            open_images(path, columns)
+            opened(path, columns)
     parquet.write_table(pa.table({"image": [b"no image"] * 3, "kind": ["a", "b", "c"]}), path)
     with pytest.raises(
         UsageError, match=r"has 0 columns of classes \(image, kind\): name one with --columns class"
     ):
-        open_images(path)
+        opened(path)
     with pytest.raises(UsageError, match="column 'image', data row 1 is not a readable image"):
-        open_images(path, ["class=kind"]).load()
+        opened(path, ["class=kind"]).load()
     parquet.write_table(pa.table({"image": [{"bytes": None, "path": "x.png"}], "label": ["a"]}), path)
     with pytest.raises(UsageError, match="column 'image', data row 1 is not a readable image"):
-        open_images(path).load()
+        opened(path).load()
     path.write_bytes(b"PAR1")
     with pytest.raises(UsageError, match="is not readable"):
-        open_images(path)
+        opened(path)
 
 
 def test_tasks_are_learned_from_a_file(tmp_path, capsys, monkeypatch, no_pictures):

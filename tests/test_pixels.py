@@ -12,7 +12,7 @@ from conftest import write_images
 from PIL import Image
 
 from common.errors import UsageError
-from tasks.images import ImageSet, open_folder
+from tasks.images import ImageSet, open_images
 from tasks.pixels import Form
 from tasks.user_tasks import read_task_folder
 
@@ -56,7 +56,7 @@ def write_colour_tiff(path: Path, array: np.ndarray) -> None:
 
 
 def opened(folder: Path, form: Form = GREY) -> ImageSet:
-    return open_folder(folder, form, SHARES)
+    return open_images(folder, form, SHARES)
 
 
 def mapped(array: np.ndarray, low: float, high: float) -> torch.Tensor:
