@@ -29,7 +29,7 @@ from common.files import write_whole
 from common.optimizers import Weights
 from learner import GreyAsColour
 from learners.batch_norm import record_statistics
-from learners.copies import copy_module
+from learners.copies import copy_module, layer_text
 from learners.heads import context_names
 from learners.spectral_norm import vector_names
 from maml import MAML, Adapted
@@ -203,8 +203,8 @@ def _check_network(file: Path, network: nn.Module, maml: MAML, adapted: Adapted,
         name for name, output in layers.items() if not _agree(output, expected_layers.get(name), tolerance)
     )
     name = next(names, "")
-    kind = type(network.get_submodule(name)).__name__
-    layer = f"layer {name} ({kind})" if name else f"{kind}, which keeps more than parameters and buffers,"
+    layer = layer_text(name, network.get_submodule(name))
+    layer += "" if name else ", which keeps more than parameters and buffers,"
     instead = "" if file.suffix == ".pt2" else f": {INSTEAD}"
     raise UsageError(f"{file}: {layer} gives something else in evaluation mode than --adapt{instead}")
 

@@ -26,9 +26,10 @@ class UnfitError(ValueError):
     """A module that cannot be a function of its weights; the message names the layer."""
 
 
-def layer_text(name: str, layer: nn.Module) -> str:
-    """Return a layer's name and class for a message."""
-    return f"its layer {name} ({type(layer).__name__})" if name else f"the network ({type(layer).__name__})"
+def layer_text(name: str, layer: nn.Module | str) -> str:
+    """Return a layer's name and class for a message; `layer` may be the name of its class."""
+    kind = layer if isinstance(layer, str) else type(layer).__name__
+    return f"its layer {name} ({kind})" if name else f"the network ({kind})"
 
 
 def owner_text(module: nn.Module, name: str) -> str:

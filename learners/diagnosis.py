@@ -19,17 +19,23 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils import _pytree as pytree
 
-from common.batch import Tree, first_tensor, tree_map
+from common.batch import Tree, first_tensor, in_type, tree_map
 from common.errors import one_line
 from common.optimizers import Weights
 from common.task import Extras
-from learners.copies import copy_module
+from learners.batch_norm import join_names
+from learners.copies import copy_module, layer_text
 from learners.elementary import Elementary
 from learners.functional import FunctionalLearner, call_with
 from learners.spectral_norm import vector_names
 
 Loss = Callable[[Weights, Any], Tensor]  # of the weights, and the inputs and extras of one task
 OverTasks = Callable[..., Callable[..., Any]]  # `vmap`, or a loop
+
+
+NO_CHECKPOINT = (
+    "torch.utils.checkpoint does not work here: call the layer itself; --tasks-at-once saves memory"
+)
 
 
 class Finding(NamedTuple):
@@ -39,6 +45,10 @@ class Finding(NamedTuple):
     layer: str  # name of the innermost layer whose forward fails; "": the learner as a whole
     kind: str  # its class
     reason: str  # place in the code and error, at most 160 characters; or how far a derivative is off
+
+    @property
+    def layer_text(self) -> str:
+        return layer_text(self.layer, self.kind)
 
 
 def find_failure(
@@ -74,7 +84,11 @@ def find_failure(
             ATTEMPTS[problem](loss, call.parameters, tasks, over_tasks)
         except Exception as error:  # an operator may fail in any way
             layer_name = running[-1] if running else ""
-            text = f"{place_of(error)}{one_line(error)}"
+            frames = traceback.extract_tb(error.__traceback__)
+            checkpoints = any(
+                Path(frame.filename).parts[-2:] == ("utils", "checkpoint.py") for frame in frames
+            )
+            text = f"{place_of(error)}{NO_CHECKPOINT if checkpoints else one_line(error)}"
             reason = textwrap.shorten(text, 160, placeholder=" ...")
             return Finding(problem, layer_name, type(module.get_submodule(layer_name)).__name__, reason)
     return None
@@ -98,6 +112,23 @@ def find_followers(call: FunctionalLearner, x: Tree, keys: Tensor) -> list[str]:
     names = call.buffers.keys() - vector_names(call.module)
     equal = torch.equal
     return sorted(n for n in names if equal(of_x[n], of_others[n]) and not equal(of_x[n], of_weights[n]))
+
+
+@torch.no_grad()
+def find_counters(call: FunctionalLearner, x: Tree, keys: Tensor) -> list[str]:
+    """Return the numbers that a pass changes as attributes of layers, and that are put back after it."""
+    module = copy_module(call.module)
+    tensors = {n: t.clone() for n, t in (call.as_kept(call.parameters) | call.buffers).items()}
+    x = x if call.compute_dtype is None else in_type(x, call.compute_dtype)
+    before = {name: dict(vars(layer)) for name, layer in module.named_modules()}
+    with Elementary(keys, first_tensor(x)):
+        call_with(module, tensors, x)
+    return sorted(
+        join_names(name, key)
+        for name, layer in module.named_modules()
+        for key, value in vars(layer).items()
+        if isinstance(value, int | float) and value != before.get(name, {}).get(key, value)
+    )
 
 
 def _twice(keys: Tensor | None) -> Tensor | None:
@@ -128,8 +159,8 @@ def naming_layer(module: nn.Module) -> Iterator[None]:
         yield
     except Exception as error:
         if running and running[-1]:
-            kind = type(module.get_submodule(running[-1])).__name__
-            raise ValueError(f"{one_line(error)} (in its layer {running[-1]}, {kind})") from error
+            layer = layer_text(running[-1], module.get_submodule(running[-1]))
+            raise ValueError(f"{one_line(error)}, in {layer}") from error
         raise
 
 

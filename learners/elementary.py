@@ -85,6 +85,34 @@ def _gaussian_nll_loss(
     return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
 
 
+def _cross_entropy(
+    draws: Draws,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Compute `F.cross_entropy`; PyTorch's masked_select, of smoothing with weights, has no rule for `vmap`."""
+    plain = size_average is None and reduce is None
+    if weight is None or not label_smoothing or target.is_floating_point() or not plain:
+        options = {"size_average": size_average, "reduce": reduce, "label_smoothing": label_smoothing}
+        return F.cross_entropy(
+            input, target, weight, ignore_index=ignore_index, reduction=reduction, **options
+        )
+    logs, counts = input.movedim(1, -1) if input.dim() > 1 else input, target != ignore_index
+    logs, labels = logs.log_softmax(-1) * weight, target.where(counts, 0)
+    per_class = label_smoothing / input.shape[min(input.dim() - 1, 1)]
+    likelihood = logs.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    losses = -((1 - label_smoothing) * likelihood + per_class * logs.sum(-1)) * counts
+    if reduction == "mean":
+        return losses.sum() / (weight[labels] * counts).sum()
+    return losses.sum() if reduction == "sum" else losses
+
+
 def _refuse_autograd(function: Any, draws: Draws, *arguments: Any, **options: Any) -> Any:
     """Raise ValueError unless `torch.func`, which calls these functions itself, does so now."""
     frame, between = sys._getframe(1), (__name__, "torch.overrides", "torch.autograd", "torch._tensor")
@@ -107,6 +135,7 @@ _OTHERS: Replacements = {
     F.embedding: _embedding,
     F.glu: _glu,
     F.gaussian_nll_loss: _gaussian_nll_loss,
+    F.cross_entropy: _cross_entropy,
     F.hardsigmoid: lambda draws, x, inplace=False: F.relu6(x + 3.0) / 6.0,
     Tensor.data.__get__: lambda draws, x: x.detach(),  # type: ignore[attr-defined]  # a descriptor
     **spelled_out(

@@ -64,6 +64,7 @@ class FunctionalLearner:
         check_choice("convolution", convolution, CONVOLUTIONS)
         if has_lazy(module):
             raise UnfitError(f"{layer_text('', module)} has lazy layers: call it once on inputs of a task")
+        _refuse_gradient_hooks(module)  # which a copy would drop
         plain = unwrap(copy_module(module))
         self.fixed = fixed_tensors(plain)
         self.module = convert_spectral_norms(convert_batch_norm(plain))
@@ -227,6 +228,16 @@ def fixed_tensors(module: nn.Module) -> Weights:
     learned = {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
     fixed = {name: t for name, t in state.items() if name not in learned and isinstance(t, Tensor)}
     return {name: t.detach().clone() for name, t in fixed.items()}
+
+
+def _refuse_gradient_hooks(module: nn.Module) -> None:
+    """Raise UnfitError for a hook on a parameter: `torch.func`'s gradients do not pass there."""
+    for name, parameter in module.named_parameters():
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise UnfitError(
+                f"{owner_text(module, name)} has a hook on the gradient of {name}, which would not run: mask "
+                "it in the forward pass, w * mask + (w * (1 - mask)).detach(), or freeze the weight"
+            )
 
 
 def call_with(

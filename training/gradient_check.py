@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.func import grad
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.batch import TaskBatch, Tree, first_tensor, in_type, joined, tree_map
 from common.optimizers import Weights
@@ -113,9 +114,11 @@ class Definition:
             self.step_weights = torch.full((steps,), 1 / steps, dtype=dtype, device=keys.device)
         tasks = Task(*self.batch, extras=self.maml.call.extras(len(keys), keys))
         self.tasks = [tree_map(lambda t, number=number: t[number], tasks) for number in range(len(keys))]
-        loss = self.loop.outer_loss(self.parameters, self.tasks[0], self.step_weights)[1].loss
-        if dtype is torch.float64 and loss.dtype is not dtype:
-            raise TypeError("the loss has another type")  # as with targets in float32, and its digits
+        with _FindNarrow(dtype) as mode:
+            loss = self.loop.outer_loss(self.parameters, self.tasks[0], self.step_weights)[1].loss
+        if dtype is torch.float64 and (mode.narrow or loss.dtype is not dtype):
+            raise TypeError("digits are lost")  # as with targets in float32
+        self.narrow = mode.narrow
         self.by_loop_alone = ""  # why the last error is that to the loop
         self._shorten_steps()
         self.slopes: dict[tuple[int, float], tuple[float, float]] = {}  # by direction and distance
@@ -147,6 +150,9 @@ class Definition:
             tolerance = self.scale.loop_tolerance if self.kind == "reptile" else self.scale.tolerance
             return _distance({name: gradient[name] for name in reference}, reference) / tolerance
         to_loop = _distance(gradient, self.loop_gradient) / self.scale.loop_tolerance
+        if self.narrow:  # its rounding is as large as what differences would resolve
+            self.by_loop_alone = f"{str(self.narrow)[6:]} inside is too coarse for differences"
+            return to_loop * self.scale.loop_tolerance / (16 * torch.finfo(self.narrow).eps)
         by_differences = self.error_by_differences(gradient)
         self.by_loop_alone = ""
         if by_differences > 1:
@@ -342,6 +348,24 @@ class Definition:
                 self.maml.call(weights, task.support_x, task.extras.for_pass("support")), task.support_y
             )
         return mode.stopped
+
+
+class _FindNarrow(TorchDispatchMode):
+    """A mode that notices conversions to a type with fewer digits than `dtype`: `narrow`, the coarsest."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.digits = torch.finfo(dtype).eps
+        self.narrow: torch.dtype | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        if func is torch.ops.aten._to_copy.default:
+            before, after = args[0].dtype, result.dtype
+            real = all(t.is_floating_point or t.is_complex for t in (before, after))
+            if real and torch.finfo(after).eps > max(self.digits, torch.finfo(before).eps):
+                self.digits, self.narrow = torch.finfo(after).eps, after
+        return result
 
 
 class _FindStops(TorchFunctionMode):
