@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
-from common.batch import TaskBatch, Tree, first_tensor, in_type, joined, stacked_trees, tree_map
+from common.batch import TaskBatch, Tree, first_tensor, in_type, joined, main_tensor, stacked_trees, tree_map
 from common.choices import Choices
 from common.optimizers import InnerOptimizer, InnerState, Weights
 from common.task import Extras, Task, loop_over_tasks, mean_statistics, stack_steps, sum_over_tasks
@@ -240,7 +240,7 @@ class MAML:
         weights |= self.shared_at(parameters, 0, statistics).weights
         extras = task.extras.for_pass("prototypes")
         embeddings = self.call(weights, task.support_x, extras, module=self.body)
-        return prototype_head(embeddings, task.support_y, self.head_weights)
+        return prototype_head(main_tensor(embeddings), first_tensor(task.support_y), self.head_weights)
 
     def shared_at(self, parameters: Weights, step: int, statistics: Weights | None = None) -> Shared:
         """Return what tasks share in this inner step, counted from 0; running statistics join the weights."""

@@ -110,7 +110,7 @@ def _call_repeatedly(maml: MAML, tasks: TaskBatch, keys: Tensor, learner: str, l
     begin, outputs = time.monotonic(), call(x)
     first = value()
     call(others)
-    if not _are_equal(value(), first):
+    if not _are_equal(value(), first, 1e-5):
         raise UsageError(
             f"{loss} gives another value for the same outputs once the learner has seen other inputs, or at "
             "random: let the learner return what the loss reads"
@@ -126,11 +126,11 @@ def _call_repeatedly(maml: MAML, tasks: TaskBatch, keys: Tensor, learner: str, l
     return outputs
 
 
-def _are_equal(a: Tree, b: Tree) -> bool:
+def _are_equal(a: Tree, b: Tree, tolerance: float = 1e-4) -> bool:
     """Return whether trees of tensors are the same but for rounding, as of atomic sums."""
     pairs = zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=False)
     return all(
-        x.shape == y.shape and torch.allclose(x, y, 1e-4, 1e-5, equal_nan=True)
+        x.shape == y.shape and torch.allclose(x, y, tolerance, 0.1 * tolerance, equal_nan=True)
         for x, y in pairs
         if isinstance(x, Tensor)
     )

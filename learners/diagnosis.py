@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils import _pytree as pytree
 
-from common.batch import Tree, first_tensor, in_type, tree_map
+from common.batch import Tree, first_tensor, tree_map
 from common.errors import one_line
 from common.optimizers import Weights
 from common.task import Extras
@@ -67,7 +67,7 @@ def find_failure(
         problems: those of `ATTEMPTS` to look for; None: all.
     """
     module = copy_module(call.module)  # its hooks tell which layer's forward pass fails
-    running = Running()
+    running = Names()
     watch(module, running)
 
     def loss(weights: Weights, task: tuple[Tree, Extras]) -> Tensor:
@@ -117,30 +117,31 @@ def find_followers(call: FunctionalLearner, x: Tree, keys: Tensor) -> list[str]:
 @torch.no_grad()
 def find_counters(call: FunctionalLearner, x: Tree, keys: Tensor) -> list[str]:
     """Return the numbers that a pass changes as attributes of layers, and that are put back after it."""
-    module = copy_module(call.module)
-    tensors = {n: t.clone() for n, t in (call.as_kept(call.parameters) | call.buffers).items()}
-    x = x if call.compute_dtype is None else in_type(x, call.compute_dtype)
+    module, names = copy_module(call.module), Names()
     before = {name: dict(vars(layer)) for name, layer in module.named_modules()}
-    with Elementary(keys, first_tensor(x)):
-        call_with(module, tensors, x)
-    return sorted(
-        join_names(name, key)
-        for name, layer in module.named_modules()
-        for key, value in vars(layer).items()
-        if isinstance(value, int | float) and value != before.get(name, {}).get(key, value)
-    )
+
+    def compare(*_: Any) -> None:
+        for name, layer in module.named_modules():
+            for key, value in vars(layer).items():
+                old = before.get(name, {}).get(key, getattr(type(layer), key, value))
+                if isinstance(value, int | float) and value != old:
+                    names.append(join_names(name, key))
+
+    module.register_forward_hook(compare)
+    call(call.parameters, x, Extras(keys), module=module)
+    return names
 
 
 def _twice(keys: Tensor | None) -> Tensor | None:
     return None if keys is None else torch.stack([keys, keys])
 
 
-class Running(list[str]):
-    """Names of the layers whose forward pass has not returned; `copies.restored` leaves it alone."""
+class Names(list[str]):
+    """A list to which a hook adds in a pass: `copies.restored` leaves it alone."""
 
 
-def watch(module: nn.Module, running: Running) -> None:
-    """Let a module's layers enter and leave the list."""
+def watch(module: nn.Module, running: Names) -> None:
+    """Let the list name the layers whose forward pass has not returned."""
 
     def pop(*_: Any) -> None:
         running.pop()
@@ -153,7 +154,7 @@ def watch(module: nn.Module, running: Running) -> None:
 @contextmanager
 def naming_layer(module: nn.Module) -> Iterator[None]:
     """Let an error in the block say in which layer's forward pass it happened."""
-    running = Running()
+    running = Names()
     watch(module, running)
     try:
         yield

@@ -96,13 +96,11 @@ def _cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Compute `F.cross_entropy`; PyTorch's masked_select, of smoothing with weights, has no rule for `vmap`."""
+    """Compute `F.cross_entropy`; smoothing with weights calls masked_select, which `vmap` has no rule for."""
     plain = size_average is None and reduce is None
     if weight is None or not label_smoothing or target.is_floating_point() or not plain:
-        options = {"size_average": size_average, "reduce": reduce, "label_smoothing": label_smoothing}
-        return F.cross_entropy(
-            input, target, weight, ignore_index=ignore_index, reduction=reduction, **options
-        )
+        old, new = (weight, size_average, ignore_index, reduce), (reduction, label_smoothing)
+        return F.cross_entropy(input, target, *old, *new)
     logs, counts = input.movedim(1, -1) if input.dim() > 1 else input, target != ignore_index
     logs, labels = logs.log_softmax(-1) * weight, target.where(counts, 0)
     per_class = label_smoothing / input.shape[min(input.dim() - 1, 1)]

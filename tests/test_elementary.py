@@ -1,6 +1,7 @@
 """Substituted functions: values, derivatives and random numbers; and the layer that a diagnosis names."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -408,3 +409,19 @@ def test_a_diagnosis_finds_nothing_in_a_sound_learner():
         nn.TransformerEncoderLayer(8, 2, 12), nn.Dropout(), nn.ReLU(inplace=True)
     ).double()
     assert find_failure(FunctionalLearner(learner), normal(4, 2, 8), KEYS[0], vmap) is None
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shape", [(5, 3), (5, 3, 4)])
+def test_smoothed_cross_entropy_with_class_weights_is_pytorchs(shape, reduction):
+    logits, weight = normal(2, *shape), torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
+    labels = torch.arange(math.prod(shape) // 3 * 2).reshape(2, shape[0], *shape[2:]) % 3
+    labels[:, 0] = -100
+
+    def loss(logits, labels):
+        return F.cross_entropy(logits, labels, weight, reduction=reduction, label_smoothing=0.1)
+
+    with Elementary():
+        ours = vmap(loss)(logits, labels)
+    expected = torch.stack([loss(*task) for task in zip(logits, labels, strict=True)])
+    torch.testing.assert_close(ours, expected)

@@ -213,6 +213,25 @@ def test_a_learner_that_needs_float32_is_checked_in_it():
     assert result.engine == "adjoint" and result.dtype == torch.float32 and result.error < 1
 
 
+class Narrow(nn.Module):
+    """A layer that loses digits inside: single-precision complex numbers, or bfloat16."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x):
+        y = torch.tanh(x.to(self.dtype)) * x.to(self.dtype)
+        return y.real.to(x.dtype) if self.dtype.is_complex else y.to(x.dtype)
+
+
+@pytest.mark.parametrize(("dtype", "by_loop"), [(torch.cfloat, False), (torch.bfloat16, True)])
+def test_a_pass_that_loses_digits_is_checked_by_what_it_resolves(dtype, by_loop):
+    result = check(network(Narrow(dtype)))
+    assert result.engine == "adjoint" and result.dtype == torch.float32
+    assert ("bfloat16 inside" in result.by_loop_alone) == by_loop
+
+
 @pytest.fixture
 def own(tmp_path):
     """Return a function that gives the flags of a run with a learner of this file."""
@@ -224,6 +243,35 @@ def own(tmp_path):
         "def right(outputs): return nn.Sequential(nn.Linear(1, 8), Cubed(), nn.Linear(8, 1))\n"
         "def wrong(outputs): return nn.Sequential(nn.Linear(1, 8), Cubed('jvp'), nn.Linear(8, 1))\n"
         "def stops(outputs): return nn.Sequential(nn.Linear(1, 8), HalfStopped(), nn.Linear(8, 1))\n"
+        "import random, torch\n"
+        "class Left(nn.Linear):\n"
+        "    calls, last = 0, 0.0\n"
+        "    def __init__(self, outputs, **options):\n"
+        "        super().__init__(1, outputs)\n"
+        "        self.zeros = nn.Parameter(torch.zeros(3))\n"
+        "    def forward(self, x):\n"
+        "        Left.last = super().forward(x).square().mean()\n"
+        "        return super().forward(x)\n"
+        "class Counts(Left):\n"
+        "    def forward(self, x):\n"
+        "        Left.calls += 1\n"
+        "        return super().forward(x) * (1 + 0.1 * Left.calls)\n"
+        "class Schedules(Counts):\n"
+        "    def forward(self, x):\n"
+        "        self.calls += 1\n"
+        "        return Left.forward(self, x) / self.calls\n"
+        "class Flips(Left):\n"
+        "    def forward(self, x): return super().forward(x) * (1 if random.random() < 0.5 else 2)\n"
+        "class Root(Left):\n"
+        "    def forward(self, x): return super().forward(x) + self.zeros.square().sum().sqrt()\n"
+        "class Saves(Left):\n"
+        "    def forward(self, x):\n"
+        "        return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)\n"
+        "class Masks(Left):\n"
+        "    def __init__(self, outputs):\n"
+        "        super().__init__(outputs)\n"
+        "        self.weight.register_hook(lambda gradient: 0.1 * gradient)\n"
+        "def reads(outputs, targets): return (outputs - targets).square().mean() + Left.last\n"
     )
 
     def flags(name: str, *others: str) -> list:
@@ -254,13 +302,43 @@ def own(tmp_path):
             "layer 1 (Cubed) being 5.0% off in forward mode: write that from",
         ),
         ("wrong", ["--engine", "adjoint", "--no-check-gradients"], ""),
+        (
+            "right",
+            ["--algorithm", "reptile", "--inner-lr", 0.0001],
+            "agrees with the moves of a plain loop's weights (float64",
+        ),
     ],
 )
 def test_a_run_says_whether_its_gradient_is_right(name, flags, words, own, capsys):
     refused = "being" in words
     assert command(*own(name, *flags)) == (2 if refused else 0)
     error = capsys.readouterr().err
-    assert words in error and ("Checked" in error) == ("Checked" in words)
+    assert words in error and ("Checked" in error) == bool(words and not refused)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("Counts", "gives other outputs when called again with the same inputs"),
+        ("Flips", "gives other outputs when called again with the same inputs"),
+        ("Root", "the gradient by zeros is not finite at the initial weights"),
+        ("Saves", "torch.utils.checkpoint does not work here: call the layer itself"),
+        ("Masks", "the network (Masks) has a hook on the gradient of weight"),
+    ],
+)
+def test_a_pass_that_is_no_function_of_weights_and_inputs_is_refused(name, words, own, capsys):
+    assert command(*own(name)) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_counter_that_is_put_back_is_named(own, capsys):
+    assert command(*own("Schedules")) == 0
+    assert "Each pass starts with the learner's calls as built" in capsys.readouterr().err
+
+
+def test_a_loss_that_reads_what_the_last_pass_left_is_refused(own, tmp_path, capsys):
+    assert command(*own("Left", "--loss", f"{tmp_path / 'own.py'}:reads")) == 2
+    assert "gives another value for the same outputs" in capsys.readouterr().err
 
 
 def test_auto_leaves_an_engine_that_is_wrong(own, capsys, monkeypatch, tmp_path):

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from common.batch import TaskBatch
 from common.task import Task
 from learners.batch_norm import BatchNorm
+from learners.losses import cross_entropy
 from maml import RATE
 
 HEAD = ["head.weight", "head.bias"]
@@ -141,3 +142,18 @@ def test_a_learner_that_is_all_head_learns_its_rates_alone(init):
     assert maml.initial_parameters().keys() == {RATE + "weight", RATE + "bias"}
     unrolled, adjoint = (meta_gradient(maml, labelled(), engine).gradients for engine in ENGINES)
     assert_close(unrolled, adjoint)
+
+
+def test_prototypes_are_computed_from_the_main_one_of_several_outputs():
+    class Two(nn.Sequential):
+        def forward(self, x):
+            logits = super().forward(x)
+            return {"norm": logits.square().sum(1), "logits": logits}
+
+    module = filled(Two(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)))
+    plain = nn.Sequential(*module)
+    results = []
+    for learner in (module, plain):
+        maml = algorithm(learner, cross_entropy, head_init="prototype")
+        results.append(meta_gradient(maml, labelled(), "unrolled").gradients)
+    assert_close(*results)

@@ -174,7 +174,7 @@ def test_a_learner_that_cannot_be_vectorised_is_refused_and_trains_with_no_vecto
     flags = [*images, "--checkpoint-path", tmp_path, *SHORT, "--meta-batch-size", 2]
     assert command(*flags, "--learner", f"{code}:Item", "--run-name", "item") == 2
     error = capsys.readouterr().err
-    assert "itself (Item) cannot be vectorised" in error and "--no-vectorise" in error
+    assert "the network (Item) cannot be vectorised" in error and "--no-vectorise" in error
     assert not (tmp_path / "item").exists()
     assert command(*flags, "--learner", f"{code}:Item", "--run-name", "item", "--no-vectorise") == 0
     assert command(*flags, "--learner", f"{code}:Net", "--run-name", "net") == 0
