@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.errors import UsageError, one_line, printable
+from common.errors import UsageError, printable
 from common.random import SPLITS
 from tasks.cache import cached_array, cached_pixels
+from tasks.file_tasks import explain
 from tasks.images import ImageSet
 from tasks.pixels import PLAIN, Form, check_kind, prepare
-from tasks.splits import as_positions, check_disjoint, divide_classes, split_hinted
+from tasks.splits import as_positions, check_disjoint, divide_classes, part_hinted, split_hinted, split_of
 
 SUFFIXES = (".pkl", ".pickle", ".npz")
 _ARRAY = np.empty(0)
@@ -70,7 +71,7 @@ def load_data(path: Path) -> Any:
     except Exception as error:  # the unpickler raises errors of many kinds on damaged files
         command = f"numpy.savez('{path.stem}.npz', images=..., labels=...)"
         raise UsageError(
-            f"{path} cannot be read as data ({one_line(error)}): where it was made, write {command}"
+            f"{path} cannot be read as data ({explain(path, error)}): where it was made, write {command}"
         ) from error
 
 
@@ -90,8 +91,12 @@ def find_archives(folder: Path) -> dict[str, list[Path]]:
             continue
         if "train_phase" in stem and not stem.endswith("train_phase_train"):
             continue  # MetaOptNet's other images of training classes
-        if split := split_hinted(path.stem):
+        if split := split_of(path.stem) or split_hinted(path.stem):
             archives.setdefault(split, []).append(path)
+        elif part_hinted(path.stem):
+            raise UsageError(
+                f"{path} looks like part of a split: call it train, val or test, or move it away"
+            )
     for split, paths in archives.items():
         halves = [path for path in paths if "label" in path.stem.lower()]
         if len(paths) != 1 + len(halves) or len(halves) > 1:
@@ -179,6 +184,10 @@ def open_archives(
     check_disjoint(index, str(folder))
     notes = _check_published(folder, index, published) if published else []
     source = ", ".join(path.name for path in sources)
+    if others := sorted(
+        {path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES} - {*source.split(", ")}
+    ):
+        notes = [*notes, f"left out: {', '.join(others)}"]
     splits, source, more = divide_classes(index, shares, str(folder), source, min_examples)
     kept = {*chain(*splits.values())}
     count = {n: number for part in index.values() for n, number in part.items() if n in kept}

@@ -1,13 +1,18 @@
-"""Share what tasks of images, tables and the user's own code need: distinct draws, labels, prefetching."""
+"""Share what tasks of images, tables and the user's own code need: draws, labels, prefetching, errors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from common.errors import one_line
+
+LFS_POINTER = b"version https://git-lfs"
 
 
 def draw_distinct(words: Tensor, totals: Tensor, count: int) -> Tensor:
@@ -25,6 +30,14 @@ def with_labels(x: Tensor) -> tuple[Tensor, Tensor]:
     tasks, ways, examples = x.shape[:3]
     labels = torch.arange(ways, device=x.device).repeat_interleave(examples)
     return x.flatten(1, 2), labels.expand(tasks, -1)
+
+
+def explain(path: Any, error: Exception) -> str:
+    """Return in a line why a file, or an image in one, cannot be read."""
+    with suppress(OSError, ValueError), path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            return "Git LFS has left a pointer in its place, fetch it with git lfs pull"
+    return one_line(error)[:300]
 
 
 class Prefetch:

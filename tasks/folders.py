@@ -50,7 +50,7 @@ def find_classes(folder: Path, *, allow_empty: bool = False) -> tuple[dict[str, 
     else:
         groups = {"all": class_folders(folder, left_out, allow_empty=allow_empty)}
     for split, classes in () if lists else groups.items():
-        _refuse_inner_split(parts.get(split, folder), classes)
+        _refuse_inner_split(parts.get(split, folder), classes, is_part=bool(parts))
     _check_images_apart(folder, groups)
     source = join(path.name + "/" * path.is_dir() for path in (lists or parts).values())
     return groups, source, [*_say_left_out(left_out), *_say_repeated(groups)]
@@ -127,12 +127,12 @@ def _split_folders(folder: Path, left_out: list[str]) -> dict[str, Path]:
     return {split: parts[split] for split in SPLITS if split in parts}
 
 
-def _refuse_inner_split(base: Path, classes: Classes) -> None:
-    """Raise UsageError if folders below those of `base` look like a split of their own."""
+def _refuse_inner_split(base: Path, classes: Classes, *, is_part: bool) -> None:
+    """Raise UsageError if folders below those of `base`, and of a part its own, look like another split."""
     children: dict[str, set[str]] = defaultdict(set)
     for name in classes:
         parts = name.split("/")
-        for depth in range(1, len(parts)):
+        for depth in range(0 if is_part and len(parts) > 1 else 1, len(parts)):
             children["/".join(parts[:depth])].add(parts[depth])
     for parent, names in children.items():
         splits = {name: part_hinted(name) for name in sorted(names)}
@@ -193,6 +193,10 @@ def _say_what_is_missing(folder: Path, others: list[str], *, empty_class: bool) 
     if hdf := next((name for name in others if name.lower().endswith((".h5", ".hdf5", ".mat"))), None):
         command = "numpy.savez('train.npz', images=..., labels=...), and val and test alike"
         return f"{folder} holds {hdf}, which is not read: convert it with {command}"
+    if packed := next(
+        (name for name in others if name.lower().endswith((".parquet", ".npz", ".pkl", ".pickle"))), None
+    ):
+        return f"{folder} holds {packed}: give its folder with images:, the files called train, val and test"
     text = f"{folder}: put the images of each class into a folder of its own"
     if others and empty_class:
         seen = f"{folder} holds files such as {printable(others[0])}"

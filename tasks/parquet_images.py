@@ -11,9 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import UsageError, one_line
+from common.errors import UsageError
+from common.random import SPLITS
+from tasks.file_tasks import explain
+from tasks.folders import join
 from tasks.options import parse_roles
-from tasks.splits import split_of
+from tasks.splits import part_hinted, split_of
 from tasks.stored_images import ImageColumn, StoredImage
 from tasks.table_files import TableFile, class_labels
 
@@ -26,7 +29,7 @@ def parquet_files(path: Path) -> list[Path]:
     """Return a Parquet file, or those of a folder, its data/ and folders of splits, sorted; perhaps none."""
     if not path.is_dir():
         return [path] if path.suffix.lower() == ".parquet" and path.exists() else []
-    inner = sorted(part for part in path.iterdir() if part.name == "data" or split_of(part.name))
+    inner = sorted(part for part in path.iterdir() if part.name == "data" or part_hinted(part.name))
     return [file for folder in (path, *inner) for file in sorted(folder.glob("*.parquet"))]
 
 
@@ -43,20 +46,29 @@ def find_stored_classes(
     (image,), (label,) = (roles.get(role, (None,)) for role in ("input", "class"))
     groups: Groups = {}
     unlabelled = 0
-    for file in files:
-        split = split_of(re.split(r"[-.]", file.stem)[0]) or (
-            split_of(file.parent.name) if path.is_dir() else None
-        )
+    for file, split in _split_files(path, files).items():
         classes, missing = _read_classes(file, image, label)
         unlabelled += missing
         for name, images in classes.items():
-            groups.setdefault(split or "all", {}).setdefault(name, []).extend(images)
+            groups.setdefault(split, {}).setdefault(name, []).extend(images)
     notes = [f"left out: {unlabelled:,} images without a class"] if unlabelled else []
-    if len(groups) > 1 and "all" in groups:
-        raise UsageError(f"{path}: some files are named after a split, others are not: name all, or none")
-    if len(groups) == 1:
-        groups = {"all": next(iter(groups.values()))}
-    return groups, ", ".join(groups), notes
+    groups = {split: groups[split] for split in ("all", *SPLITS) if split in groups}
+    return groups, join(groups), notes
+
+
+def _split_files(path: Path, files: Sequence[Path]) -> dict[Path, str]:
+    """Return each file's split, "all" if it is the only one; UsageError if a name is only like a split's."""
+    names = {file: [re.split(r"[-.]", file.stem)[0]] for file in files}
+    for file in files if path.is_dir() else ():
+        names[file] += [file.parent.name] * (file.parent != path)
+    hints = {file: next(filter(None, map(part_hinted, words)), None) for file, words in names.items()}
+    if len({*hints.values()}) <= 1:
+        return dict.fromkeys(files, "all")
+    splits = {file: next(filter(None, map(split_of, words)), None) for file, words in names.items()}
+    if file := next((file for file, split in splits.items() if split is None), None):
+        problem = f"{file} is not named after a split, and others are, or look like it"
+        raise UsageError(f"{problem}: call them train, validation and test, or move it away")
+    return {file: split for file, split in splits.items() if split}
 
 
 def _read_classes(
@@ -77,7 +89,7 @@ def _read_classes(
                 )
         table = TableFile(file, parquet.read_table(file, columns=[label], partitioning=None))
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise UsageError(f"{file} is not readable ({one_line(error)[:300]}): mend the file") from error
+        raise UsageError(f"{file} is not readable ({explain(file, error)}): mend the file") from error
     if not _holds_images(schema.field(image).type):
         raise UsageError(
             f"{file}: column {image!r} holds {schema.field(image).type}, not the bytes of images"

@@ -22,8 +22,9 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from common.errors import UsageError, one_line
+from common.errors import UsageError
 from tasks.cache import cached_array
+from tasks.file_tasks import explain
 from tasks.stored_images import StoredImage
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # about files that are read anyway
@@ -182,7 +183,9 @@ def _open(path: ImagePath, read: Callable[[Image.Image], T]) -> T:
     except UsageError:
         raise
     except Exception as error:  # Pillow's readers raise errors of many kinds on damaged files
-        raise UsageError(f"{path} is not a readable image ({one_line(error)}): mend or remove it") from error
+        raise UsageError(
+            f"{path} is not a readable image ({explain(path, error)}): mend or remove it"
+        ) from error
 
 
 def prepare(image: Image.Image, form: Form) -> np.ndarray:

@@ -145,7 +145,10 @@ def check_disjoint(splits: Mapping[str, Iterable[str]], source: str) -> None:
     for split, members in splits.items():
         for name in members:
             if name in split_of:
-                raise UsageError(f"{source}: {name} is in {split_of[name]} and in {split}: leave it once")
+                where = (
+                    f"in {split_of[name]} and in {split}" if split_of[name] != split else f"twice in {split}"
+                )
+                raise UsageError(f"{source}: {name} is {where}: leave it once")
             split_of[name] = split
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UsageError, one_line
+from tasks.file_tasks import LFS_POINTER, explain
 
 SEPARATORS = (",;\t|", ":~^#&!/\x1f ")  # the second where none of the first fits; a space may be repeated
 SNIFFED = 50  # lines
@@ -52,7 +53,7 @@ class TableFile:
         import pyarrow as pa  # slow to import, and for tables alone
         from pyarrow import parquet
 
-        if not path.exists():
+        if not path.is_file():
             raise UsageError(f"{path}: there is no such file")
         try:
             if path.suffix.lower() == ".parquet":
@@ -61,7 +62,7 @@ class TableFile:
                 return cls(path, _parse(stream.read()))
         except (OSError, ValueError, pa.ArrowException) as error:
             raise UsageError(
-                f"{path} is not readable ({one_line(error)[:300]}): mend it, or save it as UTF-8"
+                f"{path} is not readable ({explain(path, error)}): mend it, or save it as UTF-8"
             ) from error
 
     def fail(self, name: str, row: int, problem: str) -> UsageError:
@@ -118,11 +119,10 @@ class TableFile:
         width, kinds = 1, (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
         while any(is_kind(column.type) for is_kind in kinds):
             sizes = compute.fill_null(compute.list_value_length(column), 0).to_numpy()
-            if (bad := (sizes != sizes.max()) | (sizes == 0)).any():
+            usual = torch.from_numpy(sizes).mode().values.item() or 1
+            if (bad := sizes != usual).any():
                 row = int(bad.argmax()) // width + 1
-                raise self.fail(
-                    name, row, f" has {sizes[bad.argmax()]} elements, others {sizes.max()}: mend it"
-                )
+                raise self.fail(name, row, f" has {sizes[bad.argmax()]} elements, others {usual}: mend it")
             width, column = width * int(sizes[0]), compute.list_flatten(column)
         return column, width
 
@@ -182,6 +182,8 @@ def _parse(content: bytes) -> Any:
 
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         content = content.decode("utf-16").encode()
+    if content.startswith((b"PK", b"{", b"[", LFS_POINTER)) or b"\0" in content[: 1 << 16]:
+        raise ValueError("it is no text with columns: save it as CSV or Parquet")
     start = content[: 1 << 16].decode("utf-8-sig", errors="replace").splitlines()[: SNIFFED + 1]
     mark = find_separator(start[:-1] or start)  # the last line may be cut
     if mark == " ":

@@ -75,10 +75,12 @@ def opened(folder: Path, **options) -> ImageSet:
 @pytest.mark.parametrize("protocol", [2, 5])
 @pytest.mark.parametrize("write", [write_mini, write_cifar, write_tiered, write_npz])
 def test_archives_of_a_benchmark_have_their_images_and_splits(write, protocol, tmp_path):
+    np.savez(tmp_path / "more.npz")
     for split, number in CLASSES.items():
         write(tmp_path, split, [f"n{split}{c}" for c in range(number)], protocol)
     for _ in range(2):  # the second time from the cache
         images = opened(tmp_path)
+        assert images.notes == ["left out: more.npz"]
         assert [len(part) for part in images.splits.values()] == [*CLASSES.values()]
         pixels = images.load().unflatten(0, (-1, IMAGES)).permute(0, 1, 3, 4, 2)
         for part, (split, number) in zip(images.splits.values(), CLASSES.items(), strict=True):
@@ -159,6 +161,13 @@ def test_files_that_contradict_each_other_are_refused(tmp_path):
     (tmp_path / "test.pkl").write_bytes(b"\x80\x04damaged")
     with pytest.raises(UsageError, match=r"test.pkl cannot be read as data .*numpy.savez"):
         opened(tmp_path)
+    (tmp_path / "test.pkl").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(UsageError, match=r"test.pkl cannot be read as data .*git lfs pull"):
+        opened(tmp_path)
+    (tmp_path / "vald.pkl").touch()
+    with pytest.raises(UsageError, match=r"vald.pkl looks like part of a split: call it train, val or test"):
+        opened(tmp_path)
+    (tmp_path / "vald.pkl").unlink()
     (tmp_path / "cifar_test.pkl").touch()
     with pytest.raises(UsageError, match=r"cifar_test.pkl, test.pkl may all hold test images"):
         opened(tmp_path)

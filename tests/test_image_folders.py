@@ -122,6 +122,18 @@ REFUSED = {
         lambda f: [write_images(f / part, [1]) for part in ("support", "query")],
         "query/ looks like part of a split",
     ),
+    "tasks of each part": (
+        lambda f: make(f, "train/support", "train/query", "test/support", "test/query"),
+        "/train: query/ and support/ look like a split",
+    ),
+    "Git LFS": (
+        lambda f: (make(f, ""), (f / "n0_00" / "000.png").write_text("version https://git-lfs.github.com")),
+        "n0_00/000.png is not a readable image .*git lfs pull",
+    ),
+    "Parquet files further down": (
+        lambda f: ((f / "x" / "train").mkdir(parents=True), (f / "x" / "train" / "0.parquet").touch()),
+        "x/train holds 0.parquet: give its folder",
+    ),
     "short names further down": (lambda f: make(f, "d/tr", "d/te"), "/d: te/ and tr/ look like a split"),
     "a misspelt part": (lambda f: make(f, "train", "vald", "test"), "vald/ looks like part of a split"),
     "another language": (

@@ -153,7 +153,7 @@ BAD = {
     "an image in two splits": (two_splits("d", link="c00"), "c00/000.png is in train and in test"),
     "short row": (listed("filename,label\n000.png"), 'should have a "filename" and a "label"'),
     "missing file": (listed("filename,label\n000.png,x\n9.png,x"), "there is no 9.png in"),
-    "listed twice": (listed("filename,label\n000.png,x\n000.png,y"), "000.png is in train and in train"),
+    "listed twice": (listed("filename,label\n000.png,x\n000.png,y"), "000.png is twice in train"),
 }
 
 

@@ -76,11 +76,29 @@ def test_splits_of_files_are_kept_if_their_classes_are_apart(tmp_path):
     names = {split: [images.names[i] for i in part.tolist()] for split, part in images.splits.items()}
     assert names == {"train": ["a", "b"], "validation": ["c"], "test": ["d", "e"]}
     write(tmp_path / "test-0.parquet", ["d", "e", "a"])
-    with pytest.raises(UsageError, match="a is in test and in train: leave it once"):
+    with pytest.raises(UsageError, match="a is in train and in test: leave it once"):
         opened(tmp_path)
-    write(tmp_path / "0.parquet", ["f"])
-    with pytest.raises(UsageError, match="some files are named after a split, others are not"):
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "train val 0",
+        "train vald test",
+        "train/0 vald/0 test/0",
+        "tr te",
+        "fold0 fold1",
+        "a_train a_test",
+        "support query",
+    ],
+)
+def test_files_that_only_look_like_parts_of_a_split_are_refused_as_folders_are(names, tmp_path):
+    for number, name in enumerate(names.split()):
+        write(tmp_path / f"{name}.parquet", [f"{number}{label}" for label in "abcde"], first=5 * number)
+    with pytest.raises(UsageError, match="is not named after a split, and others are"):
         opened(tmp_path)
+    names = [f.name for f in tmp_path.glob("*.parquet")]
+    assert not names or len(opened(tmp_path / names[0]).names) == 5  # a file alone may have any name
 
 
 def test_files_with_the_same_classes_are_put_together_and_said(tmp_path):
@@ -88,7 +106,9 @@ def test_files_with_the_same_classes_are_put_together_and_said(tmp_path):
         write(tmp_path / f"{part}-0.parquet", list("abcde"), first=5 * number)
     images = opened(tmp_path)
     assert [len(images.splits[split]) for split in SPLITS] == [2, 1, 2] and images.count.tolist() == [2] * 5
-    assert "test, train have the same classes: put together, since tests are on other classes" in images.notes
+    assert (
+        "train and test have the same classes: put together, since tests are on other classes" in images.notes
+    )
 
 
 def test_columns_are_chosen_and_another_choice_has_another_cache(tmp_path):

@@ -125,10 +125,17 @@ def test_unreadable_files_and_bad_columns_are_named(tmp_path):
     for name in ("a.csv", "a.parquet", "a.csv.gz"):
         (tmp_path / name).write_bytes(b"\x89PNG\r\n\x1a\n\0\xff\xfe")
         assert_refused(f"{name} is not readable", tmp_path / name)
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+        assert_refused(f"{name} is not readable .*git lfs pull", tmp_path / name)
+    for name, content in (("a.xlsx", b"PK\3\4"), ("a.json", b'[{"x": 1}]'), ("a.pkl", b"\x80\4\0")):
+        (tmp_path / name).write_bytes(content)
+        assert_refused("no text with columns: save it as CSV or Parquet", tmp_path / name)
     path = tmp_path / "b.parquet"
-    images = [{"bytes": b"PNG", "path": "a.png"}] * 2
-    write(path, {"task": ["a", "b"], "x": [1, 2], "l": [[1, 2], [2]], "c": ["u", "v"], "i": images})
-    assert_refused("'l', data row 2 has 1 elements, others 2", path, columns=Columns("task", ("x",), ("l",)))
+    images = [{"bytes": b"PNG", "path": "a.png"}] * 3
+    write(
+        path, {"task": [*"abc"], "x": [1, 2, 3], "l": [[1, 2, 3], [2, 3], [4, 5]], "c": [*"uvw"], "i": images}
+    )
+    assert_refused("'l', data row 1 has 3 elements, others 2", path, columns=Columns("task", ("x",), ("l",)))
     assert_refused("holds bytes; images are read with", path, columns=Columns("task", ("x",), ("i",)))
     two = Columns("task", ("x", "c"))
     assert_refused("one target column, not 2", path, columns=two, classification=True)
