@@ -61,14 +61,16 @@ def _split_files(path: Path, files: Sequence[Path]) -> dict[Path, str]:
     names = {file: [re.split(r"[-.]", file.stem)[0]] for file in files}
     for file in files if path.is_dir() else ():
         names[file] += [file.parent.name] * (file.parent != path)
-    hints = {file: next(filter(None, map(part_hinted, words)), None) for file, words in names.items()}
-    if len({*hints.values()}) <= 1:
+    hints, splits = (
+        {file: next(filter(None, map(split_in, words)), "all") for file, words in names.items()}
+        for split_in in (part_hinted, split_of)
+    )
+    if len({*hints.values()}) == 1:
         return dict.fromkeys(files, "all")
-    splits = {file: next(filter(None, map(split_of, words)), None) for file, words in names.items()}
-    if file := next((file for file, split in splits.items() if split is None), None):
-        problem = f"{file} is not named after a split, and others are, or look like it"
+    if unknown := [file for file, split in splits.items() if split == "all"]:
+        problem = f"{unknown[0]} is not named after a split, and others are, or look like it"
         raise UsageError(f"{problem}: call them train, validation and test, or move it away")
-    return {file: split for file, split in splits.items() if split}
+    return splits
 
 
 def _read_classes(

@@ -22,6 +22,8 @@ from tasks.scales import Scales, apply_scale, measure_scale
 from tasks.splits import PLAIN_WORDS, as_positions, split_at_random
 from tasks.table_files import TableFile
 
+LIKE_SPLIT = ("split", "splits", "subset", "fold", "folds", "partition")  # no inputs, unless they are named
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -234,6 +236,9 @@ def _complete(
         raise UsageError(f"{path} has no input column, but {header}: add one")
     if not columns.inputs and {"", "__index_level_0__"} & {*inputs}:  # in CSV and in Parquet
         raise UsageError(f"{path} has pandas' index as a column: write it with index=False")
+    if not columns.inputs and (like := [name for name in inputs if name.lower() in LIKE_SPLIT]):
+        way = "call it split, with train, val and test in it, or leave it out with --exclude-columns"
+        raise UsageError(f"{path}: column {like[0]!r} looks like a split: {way}")
     return replace(columns, task=task, inputs=inputs)
 
 

@@ -104,6 +104,7 @@ BAD = {
     "task,x,y\na,1,1\nb,1,inf\n": "column 'y', data row 2 is empty, infinite",
     "task,x,y\na,1,1\n ,1,1\n": "column 'task', data row 2 is empty: fill it",
     "task,split,x,y\na,train,1,1\nb,trial,1,1\n": "a split is 'trial': it should be train, val or test",
+    "task,Split,x,y\na,train,1,1\n": "column 'Split' looks like a split: call it split",
     "task,split,x,y\na,train,1,1\nb,test,1,1\na,test,1,1\n": "a is in train and in test",
 }
 
