@@ -32,6 +32,12 @@ def with_labels(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.flatten(1, 2), labels.expand(tasks, -1)
 
 
+def say_too_few(sizes: Tensor, needed: int, what: str, flags: str) -> str:
+    """Return what the smallest of some groups has, what flags require, and how many groups have less."""
+    few = int((sizes < needed).sum())
+    return f"{sizes.min()} {what}, and {flags} is {needed} ({few:,} of {len(sizes):,} have too few)"
+
+
 def explain(path: Any, error: Exception) -> str:
     """Return in a line why a file, or an image in one, cannot be read."""
     with suppress(OSError, ValueError), path.open("rb") as file:

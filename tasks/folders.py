@@ -67,20 +67,13 @@ def _say_repeated(groups: Mapping[str, Classes]) -> list[str]:
 
 
 def _say_left_out(names: Sequence[str]) -> list[str]:
-    """Return a line on files that are no images, and one on folders beside those of the split."""
-    files, folders = ([n for n in names if n.endswith("/") is ends] for ends in (False, True))
-    return [
-        f"left out: {len(part):,} {what} ({', '.join(map(printable, [*dict.fromkeys(part)][:3]))}"
-        f"{', ...' if len({*part}) > 3 else ''})"
-        for part, what in ((files, "files that are no images"), (folders, "folders beside the split's"))
-        if part
-    ]
+    """Return a line on files that are no images, and on folders beside those of the split."""
+    few = join([*dict.fromkeys(names)][:3]) + ", ..." * (len({*names}) > 3)
+    return [f"left out: {len(names):,} other files and folders ({few})"] if names else []
 
 
 def join(names: Iterable[str]) -> str:
-    """Return names in a sentence: "a, b and c"."""
-    *most, last = [*map(printable, names)] or [""]
-    return f"{', '.join(most)} and {last}" if most else last
+    return ", ".join(map(printable, names))
 
 
 def _check_images_apart(folder: Path, groups: Mapping[str, Classes]) -> None:

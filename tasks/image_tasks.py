@@ -17,7 +17,7 @@ from common.batch import DataRecord, TaskBatch, TaskDistribution
 from common.device import machine_memory
 from common.errors import UsageError
 from common.random import Stream, task_stream
-from tasks.file_tasks import Prefetch, draw_distinct, with_labels
+from tasks.file_tasks import Prefetch, draw_distinct, say_too_few, with_labels
 from tasks.images import ImageSet
 
 ZOOM = 0.8  # part of the side that "crop" shows at least
@@ -117,16 +117,13 @@ class ImageTasks(TaskDistribution):
             if 0 < len(classes) < self.ways:
                 problem = f"has {len(classes)} {split} classes: lower -n, {self.ways}, or add classes"
                 raise UsageError(f"{images.source} {problem}" + f" (split: {source})" * bool(source))
-        small = torch.cat([classes[images.count[classes] < needed] for classes in images.splits.values()])
-        if len(small):
-            smallest = small[images.count[small].argmin()]
-            example = f"{images.names[smallest]} has {images.count[smallest]} images"
-            few = f"{len(small):,} of {len(images.names):,} classes have fewer, {example}"
-            hint = "" if images.published else f", or leave them out with --min-examples {needed}"
-            raise UsageError(
-                f"{images.source}: a task takes {needed} images of a class (-k plus -q), and {few}: lower -k "
-                f"or -q{hint}"
-            )
+        used = torch.cat([*images.splits.values()])
+        counts = images.count[used]
+        if len(used) and counts.min() < needed:
+            few = say_too_few(counts, needed, "images", "-k plus -q")
+            hint = "" if images.published else f", or leave those out with --min-examples {needed}"
+            name = images.names[used[counts.argmin()]]
+            raise UsageError(f"{images.source}: class {name!r} has {few}: lower them{hint}")
 
 
 def augment_images(x: Tensor, kinds: tuple[str, ...], stream: Stream) -> Tensor:

@@ -114,14 +114,13 @@ def settle_range(folder: Path, files: Sequence[ImagePath], form: Form) -> tuple[
 
 def sources_of(files: Sequence[ImagePath]) -> list[Path]:
     """Return the files that hold the images: an archive counts once."""
-    paths = dict.fromkeys(map(_source_of, files))
+    paths: dict[Path, None] = {}
+    for file in files:
+        if isinstance(file, zipfile.Path):
+            paths[Path(str(file.root.filename))] = None
+        else:
+            paths[file.column.path if isinstance(file, StoredImage) else file] = None
     return [*paths]
-
-
-def _source_of(file: ImagePath) -> Path:
-    if isinstance(file, zipfile.Path):
-        return Path(str(file.root.filename))
-    return file.column.path if isinstance(file, StoredImage) else file
 
 
 def rows_of(files: Sequence[ImagePath]) -> list[tuple[str, int]]:

@@ -30,9 +30,8 @@ def find_separator(lines: list[str]) -> str:
         fields: dict[str, int] = {}
         ragged: dict[str, int] = {}
         for mark in marks:
-            sizes = [
-                len(row) for row in csv.reader(lines, delimiter=mark, skipinitialspace=mark == " ") if row
-            ]
+            rows = csv.reader(lines, delimiter=mark, skipinitialspace=mark == " ")
+            sizes = [len(row) for row in rows if row]
             if sizes and sizes[0] > 1:
                 (fields if len({*sizes}) == 1 else ragged)[mark] = sizes[0]
         if fields or ragged:  # a ragged line is named by the reader
@@ -61,9 +60,8 @@ class TableFile:
             with pa.input_stream(path) as stream:  # unpacks .gz
                 return cls(path, _parse(stream.read()))
         except (OSError, ValueError, pa.ArrowException) as error:
-            raise UsageError(
-                f"{path} is not readable ({explain(path, error)}): mend it, or save it as UTF-8"
-            ) from error
+            reason = explain(path, error)
+            raise UsageError(f"{path} is not readable ({reason}): mend it, or save it as UTF-8") from error
 
     def fail(self, name: str, row: int, problem: str) -> UsageError:
         """Return an error about a cell; rows are counted from 1, without the header."""
@@ -93,10 +91,11 @@ class TableFile:
                 break
         return name
 
-    def names(self, name: str) -> tuple[list[str], Tensor]:
+    def names(self, name: str, filled: Tensor | None = None) -> tuple[list[str], Tensor]:
         """Return a column's names in order of appearance, and each row's int64 position, -1 where missing.
 
-        Numbers of classes become their names where the file has some (Hugging Face's `ClassLabel`).
+        Rows marked in `filled` must have one. Numbers of classes become their names where the file has some
+        (Hugging Face's `ClassLabel`).
         """
         import pyarrow as pa
         from pyarrow import compute
@@ -108,8 +107,10 @@ class TableFile:
         if classes:  # -1: the label of a test set that has none
             texts = pa.array([classes.get(text) for text in texts.to_pylist()], "string")
         encoded = compute.if_else(compute.equal(texts, ""), None, texts).dictionary_encode()
-        positions = encoded.indices.fill_null(-1).cast("int64").to_numpy()
-        return encoded.dictionary.to_pylist(), torch.tensor(positions)
+        positions = torch.tensor(encoded.indices.fill_null(-1).cast("int64").to_numpy())
+        if filled is not None and (empty := filled & (positions < 0)).any():
+            raise self.fail(name, int(empty.nonzero()[0]) + 1, " is empty: fill it")
+        return encoded.dictionary.to_pylist(), positions
 
     def _flatten_lists(self, name: str, column: Any) -> tuple[Any, int]:
         """Return the elements of lists of one size, nested or not, and their number in each row."""
@@ -131,30 +132,22 @@ class TableFile:
         import pyarrow as pa
         from pyarrow import compute
 
-        marks: dict[str, dict[str, Any]] = {
-            ",": {},
-            ".": {},
-        }  # the numbers with a comma and with a point, by column
+        commas: dict[str, Any] = {}  # the numbers with a comma, and with a point, by column
+        points: dict[str, Any] = {}
         for name, column in columns.items():
             if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
                 numbers = column.filter(compute.match_substring_regex(column, NUMBER))
-                for mark, cells in marks.items():
-                    if len(found := numbers.filter(compute.match_substring(numbers, mark))):
-                        cells[name] = found
-        commas, points = marks.values()
+                for mark, cells in ((",", commas), (".", points)):
+                    if len(marked := numbers.filter(compute.match_substring(numbers, mark))):
+                        cells[name] = marked
         if not commas:
             return columns
-        decimal = any(
-            not compute.all(compute.match_substring_regex(cells, MAY_BE_THOUSANDS)).as_py()
-            for cells in commas.values()
-        )
-        if points or not decimal:
+        either = (compute.all(compute.match_substring_regex(c, MAY_BE_THOUSANDS)) for c in commas.values())
+        if points or all(answer.as_py() for answer in either):
             name, cells = next(iter(commas.items()))
             others = f", and {next(iter(points))!r} has points" if points else ""
-            raise UsageError(
-                f"{self.path}: column {name!r} has {cells[0].as_py()!r}{others}: does the comma stand before "
-                "decimals or between thousands? Write 1.5 and 1000"
-            )
+            question = "does the comma stand before decimals or between thousands? Write 1.5 and 1000"
+            raise UsageError(f"{self.path}: column {name!r} has {cells[0].as_py()!r}{others}: {question}")
         return columns | {name: compute.replace_substring(columns[name], ",", ".") for name in commas}
 
     def _cast(self, name: str, column: Any, kind: str, width: int = 1) -> Any:

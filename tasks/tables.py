@@ -16,7 +16,7 @@ from torch import Tensor
 from common.batch import DataRecord, TaskBatch, TaskDistribution
 from common.errors import UsageError
 from common.random import SPLITS, task_stream
-from tasks.file_tasks import draw_distinct, with_labels
+from tasks.file_tasks import draw_distinct, say_too_few, with_labels
 from tasks.options import parse_roles
 from tasks.scales import Scales, apply_scale, measure_scale
 from tasks.splits import PLAIN_WORDS, as_positions, split_at_random
@@ -141,7 +141,7 @@ def _read_targets(
     if classification:
         if len(names) > 1:
             raise UsageError(f"classification takes one target column, not {len(names)}: name one")
-        classes, y = _sort_classes(*file.names(*names))
+        classes, y = _sort_classes(*file.names(names[0]))
         known = y >= 0
     else:
         classes, y = [], file.numbers(names, columns.inputs)
@@ -154,10 +154,7 @@ def _read_tasks(file: TableFile, columns: Columns, kept: Tensor) -> tuple[list[s
     """Return the names of the tasks, and each row's position."""
     if not columns.task:
         return ["task"], torch.zeros_like(kept, dtype=torch.int64)
-    tasks, task = file.names(columns.task)
-    if (empty := kept & (task < 0)).any():
-        raise file.fail(columns.task, int(empty.nonzero()[0]) + 1, " is empty: fill it")
-    return tasks, task
+    return file.names(columns.task, kept)
 
 
 def _leave_out_small(task: Tensor, y: Tensor | None, kept: Tensor, rows: int, classes: int) -> dict[str, int]:
@@ -198,9 +195,7 @@ def _split(
         return splits
     if "split" not in {*file.data.column_names} - {*columns.inputs, *columns.targets, columns.task}:
         return split_at_random(tasks, shares)
-    names, split = file.names("split")
-    if (empty := kept & (split < 0)).any():
-        raise file.fail("split", int(empty.nonzero()[0]) + 1, " is empty: fill it")
+    names, split = file.names("split", kept)
     split_names = {name: PLAIN_WORDS[name.lower()] for name in names if name.lower() in PLAIN_WORDS}
     if unknown := {*names} - split_names.keys():
         raise UsageError(f"{file.path}: a split is {min(unknown)!r}: it should be train, val or test")
@@ -222,12 +217,9 @@ def _complete(
     inputs = columns.inputs or others
     for name in (*roles, *inputs):
         if name not in header:
-            way = (
-                ", or class=NAME if tasks are to be made of its classes"
-                if classification and name == task
-                else ""
-            )
-            raise UsageError(f"{path} has no column {name!r}, but {header}: name yours with --columns{way}")
+            way = ", or class=NAME if tasks are to be made of its classes"
+            way = f"name yours with --columns{way * (classification and name == task)}"
+            raise UsageError(f"{path} has no column {name!r}, but {header}: {way}")
         if header.count(name) > 1 or (*roles, *inputs).count(name) > 1:
             raise UsageError(f"{path}: column {name!r} is repeated, or has more than one role: leave one")
         if name in columns.excluded:
@@ -305,21 +297,16 @@ class TableTasks(TaskDistribution):
         table, needed = self.table, self.shots + self.queries
         task = "" if table.by_class else "task "
         if self.ways and groups.min() < self.ways:
-            name, few = table.tasks[int(groups.argmin())], int((groups < self.ways).sum())
+            name, few = table.tasks[int(groups.argmin())], say_too_few(groups, self.ways, "classes", "-n")
             way = "share classes otherwise, by --split-shares" if table.by_class else "leave those out"
-            raise UsageError(
-                f"{table.source}: {task}{name!r} has {groups.min()} classes, and -n is {self.ways} ({few} of "
-                f"{len(groups)} have too few): lower -n, or {way}"
-            )
+            raise UsageError(f"{table.source}: {task}{name!r} has {few}: lower -n, or {way}")
         if rows.min() < needed:
             number, label = divmod(int(numbers[rows.argmin()]), max(len(table.classes), 1))
             least = [] if table.by_class else [f"task {table.tasks[number]!r}"]
             least += [f"class {table.classes[label]!r}"] if table.classes else []
-            raise UsageError(
-                f"{table.source}: {', '.join(least)} has {rows.min()} rows, and -k plus -q is {needed} "
-                f"({int((rows < needed).sum())} of {len(rows)} have too few): lower them, or leave those out "
-                f"with --min-examples {needed}"
-            )
+            few = say_too_few(rows, needed, "rows", "-k plus -q")
+            way = f"lower them, or leave those out with --min-examples {needed}"
+            raise UsageError(f"{table.source}: {', '.join(least)} has {few}: {way}")
 
     def _scaled(self, part: str, values: Tensor) -> Tensor:
         """Return inputs or targets as tasks have them, on the device."""

@@ -1,5 +1,6 @@
 """Layouts of image folders: usual names of splits are followed, what only looks like one is refused."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,22 +31,13 @@ def classes_of(images: ImageSet) -> dict[str, list[str]]:
     return {split: [images.names[c] for c in part] for split, part in images.splits.items()}
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        "Train Val Test",
-        "TRAIN VALID TEST",
-        "training validation testing",
-        "base val novel",
-        "seen val unseen",
-        "meta-train meta-val meta-test",
-        "metatrain metaval metatest",
-        "Meta_Training Meta_Validation Meta_Test",
-        "train2017 val2017 test2017",
-        "train_images val_images test_images",
-        "trainset devset testset",
-    ],
-)
+USUAL = """
+Train Val Test, TRAIN VALID TEST, training validation testing, base val novel, seen val unseen,
+meta-train meta-val meta-test, metatrain metaval metatest, Meta_Training Meta_Validation Meta_Test,
+train2017 val2017 test2017, train_images val_images test_images, trainset devset testset"""
+
+
+@pytest.mark.parametrize("names", USUAL.split(","))
 def test_usual_names_of_splits_are_followed(names, tmp_path):
     make(tmp_path, *names.split())
     images = opened(tmp_path)
@@ -53,7 +45,7 @@ def test_usual_names_of_splits_are_followed(names, tmp_path):
     assert classes_of(images) == expected
     train, val, test = names.split()
     counts = "2 (6 images) for training, 2 (6 images) for validation, 2 (6 images) for test"
-    assert images.summary == [f"classes: {counts}; split: {train}/, {val}/ and {test}/"]
+    assert images.summary == [f"classes: {counts}; split: {train}/, {val}/, {test}/"]
 
 
 def test_omniglots_halves_hold_nested_classes_and_validation_comes_from_training(tmp_path):
@@ -64,7 +56,7 @@ def test_omniglots_halves_hold_nested_classes_and_validation_comes_from_training
     names = classes_of(images)
     assert names["test"] == ["X/character01", "Y/character01"] and len(names["validation"]) == 1
     assert sorted(names["train"] + names["validation"]) == [f"{a}/character01" for a in "ABCDE"]
-    assert "images_background/ and images_evaluation/, validation classes drawn from" in images.summary[0]
+    assert "images_background/, images_evaluation/, validation classes drawn from" in images.summary[0]
     assert images.notes == ["classes are whole paths: character01 of 7 folders is 7 classes"]
 
 
@@ -80,25 +72,40 @@ def test_classes_may_be_called_like_splits_and_nest(tmp_path):
     assert sum(map(len, images.splits.values())) == 8
 
 
-def twice(folder: Path) -> None:
-    make(folder, "train", "Training", "test")
-
-
+# What lies in the folder: parts with classes of different names, or a function that writes it.
 REFUSED = {
-    "two names for one split": (twice, "Training/ and train/ may both hold train classes"),
-    "a part that is not understood": (
-        lambda f: make(f, "train", "test", "my_test_2"),
-        "my_test_2/ looks like part of a split",
-    ),
-    "prefixes": (lambda f: make(f, "cub_train_a", "cub_test_a"), "cub_test_a/ looks like part of a split"),
-    "wrapped": (
-        lambda f: make(f, "data/train", "data/test"),
-        "test/ and train/ look like a split: give images:",
-    ),
-    "inside classes": (
-        lambda f: make(f, "cat/train", "cat/test"),
-        "/cat: test/ and train/ look like a split",
-    ),
+    "train Training test": "Training/ and train/ may both hold train classes",
+    "train test my_test_2": "my_test_2/ looks like part of a split",
+    "cub_train_a cub_test_a": "cub_test_a/ looks like part of a split",
+    "tr va te": "te/ looks like part of a split",
+    "fold0 fold1 fold2": "fold0/ looks like part of a split",
+    "support query": "query/ looks like part of a split",
+    "train vald test": "vald/ looks like part of a split",
+    "Training Validierung Test": "Validierung/ looks like part of a split",
+    "train tuning test": "test/, train/ looks like a split, and tuning/ does not",
+    "train Greek Latin": "train/ looks like a split",
+    "val test": "val/, test/ and no training classes",
+    "data/train data/test": "/data: test/, train/ look like a split: give images:",
+    "data/tr data/te": "/data: te/, tr/ look like a split",
+    "cat/train cat/test": "/cat: test/, train/ look like a split",
+    "train/support train/query test/support": "/train: query/, support/ look like a split",
+}
+
+
+def add(path: str, content: str = "") -> Callable[[Path], object]:
+    """Return a function that writes class folders, and a file among them."""
+
+    def write(folder: Path) -> None:
+        make(folder, "")
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(content)
+
+    return write
+
+
+LIST = "filename,label\n000.png,n0_00\n"
+COLUMNS = 'looks like the list of a split: .* "filename" and "label", a comma between'
+WRITTEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "images without classes": (
         lambda f: [write_images(f / part, [i]) for i, part in enumerate(("train", "test"))],
         "test: put the images of each class into a folder of its own",
@@ -107,84 +114,37 @@ REFUSED = {
         lambda f: (make(f, "train"), write_images(f / "test", [1])),
         "test: put the images of each class into a folder of its own",
     ),
-    "no training": (lambda f: make(f, "val", "test"), "val/ and test/ and no training classes"),
-    "training alone among classes": (
-        lambda f: make(f, "train", "Greek", "Latin"),
-        "train/ looks like a split",
-    ),
-    "short names": (lambda f: make(f, "tr", "va", "te"), "te/ looks like part of a split"),
-    "folds": (lambda f: make(f, "fold0", "fold1", "fold2"), "fold0/ looks like part of a split"),
     "a task": (
-        lambda f: [write_classes(f / part, 3) for part in ("support", "query")],
-        "query/ looks like part of a split",
-    ),
-    "a task of images": (
         lambda f: [write_images(f / part, [1]) for part in ("support", "query")],
         "query/ looks like part of a split",
-    ),
-    "tasks of each part": (
-        lambda f: make(f, "train/support", "train/query", "test/support", "test/query"),
-        "/train: query/ and support/ look like a split",
-    ),
-    "Git LFS": (
-        lambda f: (make(f, ""), (f / "n0_00" / "000.png").write_text("version https://git-lfs.github.com")),
-        "n0_00/000.png is not a readable image .*git lfs pull",
-    ),
-    "Parquet files further down": (
-        lambda f: ((f / "x" / "train").mkdir(parents=True), (f / "x" / "train" / "0.parquet").touch()),
-        "x/train holds 0.parquet: give its folder",
-    ),
-    "short names further down": (lambda f: make(f, "d/tr", "d/te"), "/d: te/ and tr/ look like a split"),
-    "a misspelt part": (lambda f: make(f, "train", "vald", "test"), "vald/ looks like part of a split"),
-    "another language": (
-        lambda f: make(f, "Training", "Validierung", "Test"),
-        "Validierung/ looks like part of a split",
-    ),
-    "a third part": (
-        lambda f: make(f, "train", "tuning", "test"),
-        "test/ and train/ looks like a split, and tuning/ does not",
     ),
     "one class in two parts": (
         lambda f: (make(f, "train", "test"), write_images(f / "test" / "n0_01", [9])),
         "n0_01 is in train and in test: leave it once",
     ),
-    "an archive": (
-        lambda f: (f.mkdir(), (f / "mini-imagenet.tar.gz").touch()),
-        "holds mini-imagenet.tar.gz: unpack it there first",
-    ),
-    "a list with other columns": (
-        lambda f: (make(f, ""), (f / "train.csv").write_text("image,class\n")),
-        "train.csv looks like the list of a split",
-    ),
-    "a list of another form": (
-        lambda f: (make(f, ""), (f / "val.txt").write_text("n0_00/000.png 0\n")),
-        'val.txt looks like the list of a split: .* "filename" and "label"',
-    ),
-    "a list with semicolons": (
+    "an archive": (lambda f: (f.mkdir(), (f / "a.tar.gz").touch()), "holds a.tar.gz: unpack it there first"),
+    "other columns": (add("train.csv", "image,class\n"), f"train.csv {COLUMNS}"),
+    "another form": (add("val.txt", "n0_00/000.png 0\n"), f"val.txt {COLUMNS}"),
+    "semicolons": (
         lambda f: [
-            (make(f, ""), (f / f"{name}.csv").write_text(f"filename{mark}label\n000.png{mark}n0_00\n"))
-            for name, mark in (("train", ","), ("val", ","), ("test", ";"))
+            add(f"{s}.csv", text)(f) for s, text in (("train", LIST), ("test", LIST.replace(",", ";")))
         ],
-        "test.csv looks like the list of a split: .* a comma between",
+        f"test.csv {COLUMNS}",
     ),
-    "other formats": (
-        lambda f: (make(f, ""), (f / "n0_00" / "0.jp2").touch(), [p.unlink() for p in f.glob("n0_00/*.png")]),
-        "n0_00 holds files such as 0.jp2, of no format that is read",
-    ),
-    "no endings": (
-        lambda f: (make(f, ""), (f / "a").mkdir(), (f / "a" / "img1").touch()),
-        "/a holds files such as img1, of no format that is read .*: convert or rename them",
-    ),
-    "a list of another name": (
-        lambda f: (make(f, ""), (f / "mini_test.csv").write_text("filename,label\n000.png,n0_00\n")),
-        "mini_test.csv looks like the list of a split",
+    "another name": (add("mini_test.csv", LIST), f"mini_test.csv {COLUMNS}"),
+    "other formats": (add("a/0.jp2"), "/a holds files such as 0.jp2, of no format that is read"),
+    "no endings": (add("a/img1"), "/a holds files such as img1, .*: convert or rename them"),
+    "Parquet files further down": (add("x/train/0.parquet"), "x/train holds 0.parquet: give its folder"),
+    "Git LFS": (
+        add("n0_00/000.png", "version https://git-lfs.github.com"),
+        "n0_00/000.png is not a readable image .*git lfs pull",
     ),
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("case", [*REFUSED, *WRITTEN])
 def test_what_looks_like_a_split_and_is_none_is_refused(case, tmp_path):
-    write, message = REFUSED[case]
+    write, message = WRITTEN.get(case) or (lambda folder: make(folder, *case.split()), REFUSED[case])
     write(tmp_path / "data")
     with pytest.raises(UsageError, match=message) as raised:
         opened(tmp_path / "data")
@@ -207,7 +167,7 @@ def test_parts_with_the_same_classes_are_put_together_and_said(lists, tmp_path):
     names = [name for part in classes_of(images).values() for name in part]
     assert sorted(names) == [f"c{c:02}" for c in range(5)] and images.count.tolist() == [6] * 5
     ends = ".csv" if lists else "/"
-    line = f"train{ends} and test{ends} have the same classes: put together, since tests are on other classes"
+    line = f"train{ends}, test{ends} have the same classes: put together, since tests are on other classes"
     assert images.notes == [line]
     assert images.load()[:6, 0, 0, 0].tolist() == [0, 1, 2, 20, 21, 22]
 
@@ -220,8 +180,8 @@ def test_other_folders_and_files_are_left_out_with_a_count(tmp_path):
     (tmp_path / "README.md").touch()
     images = opened(tmp_path)
     assert len(images.names) == 6 and images.load().shape[0] == 18
-    files = "left out: 5 files that are no images (.DS_Store, ._1.png, Thumbs.db, ...)"
-    assert images.notes == [files, "left out: 1 folders beside the split's (extra/)"]
+    names = "extra/, .DS_Store, ._1.png, ..."
+    assert images.notes == [f"left out: 6 other files and folders ({names})"]
 
 
 def test_classes_with_too_few_images_are_counted_and_can_be_left_out(tmp_path):
@@ -230,7 +190,7 @@ def test_classes_with_too_few_images_are_counted_and_can_be_left_out(tmp_path):
         write_images(tmp_path / f"small{number}", range(count))
     with pytest.raises(UsageError, match=r"small2: put the images .*--min-examples 1"):
         opened(tmp_path)
-    few = r"a task takes 6 images .* and 2 of 22 classes have fewer, small0 has 2 images: .*--min-examples 6"
+    few = r"'small0' has 2 images, and -k plus -q is 6 \(2 of 22 have too few\).*--min-examples 6"
     with pytest.raises(UsageError, match=few):
         ImageTasks(opened(tmp_path, min_examples=1), ways=2, shots=1, queries=5)
     images = opened(tmp_path, min_examples=6)

@@ -114,7 +114,7 @@ def test_too_few_classes_or_images_are_refused():
     with pytest.raises(UsageError, match="the images has 4 train classes: lower -n, 5"):
         ImageTasks(images, ways=5, shots=1, queries=1)
     tasks = ImageTasks(images, ways=3, shots=1, queries=3)
-    few = r"takes 5 images .* 1 of 12 classes have fewer, class 11 has 4 images: .*--min-examples 5"
+    few = r"'class 11' has 4 images, and -k plus -q is 5 \(1 of 12 .*--min-examples 5"
     with pytest.raises(UsageError, match=few):
         tasks.resized(2)
     images.splits["train"] = torch.tensor([], dtype=torch.int64)

@@ -106,9 +106,7 @@ def test_files_with_the_same_classes_are_put_together_and_said(tmp_path):
         write(tmp_path / f"{part}-0.parquet", list("abcde"), first=5 * number)
     images = opened(tmp_path)
     assert [len(images.splits[split]) for split in SPLITS] == [2, 1, 2] and images.count.tolist() == [2] * 5
-    assert (
-        "train and test have the same classes: put together, since tests are on other classes" in images.notes
-    )
+    assert "train, test have the same classes: put together, since tests are on other classes" in images.notes
 
 
 def test_columns_are_chosen_and_another_choice_has_another_cache(tmp_path):
