@@ -88,8 +88,8 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
     for task in tasks:
         learner, maml, adapted = _adapt_to(task, call.load, source, config, runtime, norm)
         predictions.append(_read(predict(maml, adapted, task.query_x, norm), task, maml, source, config))
-    stem = f"{folder / call.load.stem}-adapted-{call.adapt.stem}"
-    header, rows = _tabulate(tasks, predictions, digits=10 if source.scales else 7)
+    stem, digits = f"{folder / call.load.stem}-adapted-{call.adapt.stem}", 10 if source.scales else 7
+    header, rows = _tabulate(tasks, predictions, digits=digits)
     print(predictions_table(header, rows))
     if words := _describe_predictions(predictions[0], maml, config):
         print(words)
@@ -111,7 +111,7 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
     write_csv(Path(f"{stem}.csv"), header, rows)
     title = f"{printable(call.adapt.name)}: after {steps} inner steps"
     write_figure(Path(f"{stem}.png"), predictions_figure(tasks, predictions, title))
-    write_json(Path(f"{stem}.json"), record)
+    write_json(Path(f"{stem}.json"), record, digits)
     arrays = write_arrays(stem, tasks, predictions)
     print(f"Written: {', '.join([f'{stem}.csv', *arrays])}, .png and .json")
     if len(tasks) == 1:
@@ -155,8 +155,8 @@ def _read(outputs: Tree, task: UserTask, maml: MAML, source: Checkpoint, config:
     numbers = main_tensor(outputs)
     if maml.reading.kind == "numbers":
         numbers = undo_scale(numbers, source.scales, "target")
-    sure = config.learner.loss in LOSSES or config.learner.outputs == "numbers"
-    return read_predictions(outputs, numbers, maml.reading, task.classes, targets, sure=sure)
+    known = config.learner.loss in LOSSES or config.learner.outputs == "numbers"
+    return read_predictions(outputs, numbers, maml.reading, task.classes, targets, predicts_targets=known)
 
 
 def _describe_predictions(prediction: Prediction, maml: MAML, config: Config) -> str:

@@ -60,6 +60,7 @@ def compare(call: Call, given: Mapping[str, Any], command: str) -> int:
     for subject in subjects:
         print(f"Measuring {subject.name}", flush=True)
         subject.build(call)
+        subject.check_measure(subjects[0], same_loss=True)
         subject.evaluate(call.split, first_task=first_task)
         curves[subject] = _read_curves(subject)
     sides = [_side_of(name, side, curves) for name, side in runs.items()]

@@ -29,6 +29,7 @@ from evaluation.figures import results_figure
 from evaluation.meta_test import Evaluation, normalisations_of
 from evaluation.style import write_figure
 from evaluation.tables import ALL, Caption, evaluation_record, results_of, results_table, write_json
+from learners.reading import reading_of
 from maml import MAML
 from training.checkpoint import Checkpoint, check_same_data, load_checkpoint
 from training.folders import find_runs
@@ -78,6 +79,8 @@ def measure(
             subject.build(call, world)
         if subject is first:
             build.print_data(subject.distribution, world)
+        with world.together():
+            subject.check_measure(first)
         subject.evaluate()
         if world.first:
             subject.write(subject.stem(call), command, prints=len(files) == 1)
@@ -148,6 +151,20 @@ class Subject:
             check_same_data(self.file, self.source, self.distribution.record, other_data=other_data)
             weights = build.fit_weights(self.file, self.source, self.maml, self.config)
             self.parameters, self.statistics = weights
+
+    @property
+    def measure(self) -> str:
+        """Return the measure of the outputs: the metric's name, "accuracy", or "loss"."""
+        return reading_of(self.maml.reading, self.distribution.ways).measure
+
+    def check_measure(self, first: Subject, *, same_loss: bool = False) -> None:
+        """Raise UsageError if the outputs have another measure than the first subject's."""
+        one, other = (s.loss_name if same_loss and s.measure == "loss" else s.measure for s in (first, self))
+        if one != other:
+            raise UsageError(
+                f"{first.name} is measured by {one}, and {self.name} by {other}: take runs of one measure "
+                "(--outputs says what a learner's outputs are)"
+            )
 
     def evaluate(self, split: str = "test", *, first_task: int = 0) -> None:
         """Measure on the fixed tasks of a split from `first_task` on, with each reading of batch norm."""

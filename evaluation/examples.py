@@ -60,9 +60,11 @@ def adapt_examples(
     order, keys = randomness_of(split, batch.support_x, range(TASKS), inner_batch, shown[-1])
     outputs = maml.predictions(parameters, batch, shown[-1], (norm,), order=order, keys=keys)
     on_cpu = TaskBatch(*(tree_map(Tensor.cpu, tree) for tree in batch))
-    classes = distribution.ways is not None
-    made = (reading.predict(outputs[norm], 2).long() if classes else main_tensor(outputs[norm]))[:, shown]
-    return None if classes and made.dim() > 3 else Examples(on_cpu, made.cpu(), shown, distribution.ways)
+    if distribution.ways is None:
+        values = main_tensor(outputs[norm])[:, shown]
+        return Examples(on_cpu, values.reshape(*values.shape[:3], -1).cpu(), shown, None)
+    labels = reading.predict(outputs[norm], 2)[:, shown].long()
+    return None if labels.dim() > 3 else Examples(on_cpu, labels.cpu(), shown, distribution.ways)
 
 
 @style.styled()

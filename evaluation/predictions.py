@@ -33,26 +33,37 @@ MOST_PREDICTED, MOST_IMAGES, COLUMNS = 6, 60, 10  # tasks, predicted images and 
 class Prediction:
     """Predictions of a task's query examples."""
 
+    examples: int
     columns: dict[str, Tensor | list[str]] = field(default_factory=dict)  # by heading, one value an example
-    arrays: dict[str, Tensor] = field(default_factory=dict)  # dense outputs `[examples, ...]`, by name
+    arrays: dict[str, Tensor] = field(default_factory=dict)  # other outputs, most `[examples, ...]`, by name
     drawn: list[str] = field(default_factory=list)  # headings of the columns in a picture
     of_targets: bool = False  # these are in the order of the targets
     measure: str = "output"  # what they are
 
     def rows(self, digits: int) -> Iterator[dict[str, str]]:
         """Yield the cells of each example, by heading."""
-        cells = {
-            heading: values
-            if isinstance(values, list)
-            else [_cell(heading, v, digits) for v in values.tolist()]
-            for heading, values in self.columns.items()
-        }
-        for row in zip(*cells.values(), strict=True):
-            yield dict(zip(cells, row, strict=True))
+        for number in range(self.examples):
+            yield {heading: _cell(heading, v[number], digits) for heading, v in self.columns.items()}
+
+    def add_output(self, name: str, values: Tensor) -> None:
+        """Add an output as columns called after it, or as an array if it is large or not of the examples."""
+        name = f"output {name}".strip() if not name or name.isdigit() else name
+        columns = values[:, None] if values.dim() == 1 else values
+        as_array = columns.dim() != 2 or len(columns) != self.examples or columns.shape[1] > MOST_COLUMNS
+        numbers = [""] if as_array or columns.shape[1] == 1 else range(1, columns.shape[1] + 1)
+        headings = [f"{name} {number}".strip() for number in numbers]
+        if {*headings} & (self.columns.keys() | self.arrays.keys()):
+            headings = [f"output {heading}" for heading in headings]
+        if as_array:
+            self.arrays[headings[0]] = values
+        else:
+            self.columns |= dict(zip(headings, columns.T, strict=True))
 
 
-def _cell(heading: str, value: float, digits: int) -> str:
-    return f"{value:.6f}" if heading.startswith(("p(", "share(")) else f"{value:.{digits}g}"
+def _cell(heading: str, value: Tensor | str, digits: int) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value.item():{'.6f' if heading.startswith(('p(', 'share(')) else f'.{digits}g'}}"
 
 
 def read_predictions(
@@ -62,7 +73,7 @@ def read_predictions(
     classes: Sequence[str],
     targets: Sequence[str],
     *,
-    sure: bool,
+    predicts_targets: bool,
 ) -> Prediction:
     """Return what a learner's outputs for query examples predict.
 
@@ -70,80 +81,66 @@ def read_predictions(
         numbers: the main output in the targets' units.
         classes: names of the classes; empty: their numbers.
         targets: names of the targets.
-        sure: outputs that are numbers predict the targets; else only the user knows what they are.
+        predicts_targets: outputs that are numbers are of the targets; else only the user knows what they are.
     """
-    made, main = Prediction(), main_tensor(outputs)
-    others = {name: part for name, part in name_tensors(outputs).items() if part is not main}
+    main, parts = main_tensor(outputs), name_tensors(outputs)
+    prediction = Prediction(len(main))
     if reading.kind in ("classes", "ordinal"):
-        _add_classes(made, outputs, reading, [*classes] or [str(c) for c in range(reading.classes)])
+        _add_classes(prediction, outputs, reading, [*classes] or [str(c) for c in range(reading.classes)])
     elif reading.kind == "labels":
-        _add_labels(made, outputs, reading, classes, targets)
+        _add_labels(prediction, outputs, reading, classes, targets)
     else:
-        name = next((name for name, part in name_tensors(outputs).items() if part is main), "")
-        if numbers.dim() == 2 and numbers.shape[1] == len(targets) and not name:
-            headings = targets if sure else [f"output({target})" for target in targets]
-            made.columns |= dict(zip(headings, numbers.T, strict=True))
-        elif numbers.dim() == 2 and numbers.shape[1] == len(targets) and sure:
-            made.columns |= dict(zip(targets, numbers.T, strict=True))
+        name = next((name for name, part in parts.items() if part is main), "")
+        if numbers.dim() == 2 and numbers.shape[1] == len(targets) and (predicts_targets or not name):
+            headings = targets if predicts_targets else [f"output({target})" for target in targets]
+            prediction.columns |= dict(zip(headings, numbers.T, strict=True))
         else:
-            _add_output(made, name, numbers)
-        made.drawn, made.of_targets = [*made.columns], {*targets} <= made.columns.keys()
-        made.measure = "prediction" if made.of_targets else "output"
-    for name, part in others.items():
-        _add_output(made, name, part)
-    return made
+            prediction.add_output(name, numbers)
+        prediction.drawn = [*prediction.columns]
+        prediction.of_targets = {*targets} <= prediction.columns.keys()
+        prediction.measure = "prediction" if prediction.of_targets else "output"
+    for name, part in parts.items():
+        if part is not main:
+            prediction.add_output(name, part)
+    return prediction
 
 
-def _add_classes(made: Prediction, outputs: Tree, reading: Reading, names: list[str]) -> None:
+def _add_classes(prediction: Prediction, outputs: Tree, reading: Reading, names: list[str]) -> None:
     predicted, shares = reading.predict(outputs), reading.probabilities(outputs)
-    made.measure = "probability"
+    prediction.measure = "probability"
     if predicted.dim() > 1:  # pixels
-        made.arrays = {
-            "classes": predicted.to(torch.uint8 if reading.classes < 256 else torch.int64),
-            "p": shares,
-        }
+        integers = torch.uint8 if reading.classes < 256 else torch.int64
+        prediction.arrays = {"classes": predicted.to(integers), "p": shares}
         for number, name in enumerate(names):
-            made.columns[f"share({name})"] = (predicted == number).flatten(1).double().mean(1)
+            prediction.columns[f"share({name})"] = (predicted == number).flatten(1).double().mean(1)
         return
     ordinal = reading.kind == "ordinal" and reading.classes > 2
     headings = [f"p(above {name})" for name in names[:-1]] if ordinal else [f"p({name})" for name in names]
-    made.columns["prediction"] = [names[label] for label in predicted.tolist()]
-    made.columns |= dict(zip(headings, shares.T, strict=True))
-    made.drawn = headings
+    prediction.columns["prediction"] = [names[label] for label in predicted.tolist()]
+    prediction.columns |= dict(zip(headings, shares.T, strict=True))
+    prediction.drawn = headings
 
 
 def _add_labels(
-    made: Prediction, outputs: Tree, reading: Reading, classes: Sequence[str], targets: Sequence[str]
+    prediction: Prediction, outputs: Tree, reading: Reading, classes: Sequence[str], targets: Sequence[str]
 ) -> None:
     predicted, shares = reading.predict(outputs), reading.probabilities(outputs)
-    made.measure = "probability"
+    prediction.measure = "probability"
     if len(classes) == 2 and predicted.dim() == 1:  # one logit, of the second class
-        made.columns["prediction"] = [classes[int(label)] for label in predicted.tolist()]
-        made.drawn = [f"p({name})" for name in classes]
-        made.columns |= dict(zip(made.drawn, (1 - shares, shares), strict=True))
+        prediction.columns["prediction"] = [classes[int(label)] for label in predicted.tolist()]
+        prediction.drawn = [f"p({name})" for name in classes]
+        prediction.columns |= dict(zip(prediction.drawn, (1 - shares, shares), strict=True))
         return
     if predicted.dim() > 2:
-        made.arrays = {"labels": predicted.to(torch.uint8), "p": shares}
+        prediction.arrays = {"labels": predicted.to(torch.uint8), "p": shares}
         return
     predicted, shares = (part if part.dim() == 2 else part[:, None] for part in (predicted, shares))
     known = len(targets) == shares.shape[1]
     names = targets if known else [f"label {number}" for number in range(1, shares.shape[1] + 1)]
     for name, labels in zip(names, predicted.T, strict=True):
-        made.columns[name] = [str(int(label)) for label in labels.tolist()]
-    made.columns |= {f"p({name})": part for name, part in zip(names, shares.T, strict=True)}
-    made.drawn, made.of_targets = [f"p({name})" for name in names], True
-
-
-def _add_output(made: Prediction, name: str, values: Tensor) -> None:
-    """Add an output as columns called after it, or, if it is large, as an array."""
-    name = f"output {name}".strip() if not name or name.isdigit() else name
-    columns = values[:, None] if values.dim() == 1 else values
-    if columns.dim() > 2 or columns.shape[1] > MOST_COLUMNS:
-        made.arrays[name] = values
-    elif columns.shape[1] == 1:
-        made.columns[name] = columns[:, 0]
-    else:
-        made.columns |= {f"{name} {number}": column for number, column in enumerate(columns.T, 1)}
+        prediction.columns[name] = [str(int(label)) for label in labels.tolist()]
+    prediction.columns |= {f"p({name})": part for name, part in zip(names, shares.T, strict=True)}
+    prediction.drawn, prediction.of_targets = [f"p({name})" for name in names], True
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -153,7 +150,8 @@ def _add_output(made: Prediction, name: str, values: Tensor) -> None:
 def predictions_figure(tasks: Sequence[UserTask], predictions: Sequence[Prediction], title: str) -> Figure:
     """Draw dense outputs as images, images as a contact sheet, or a panel a task: curves, values by row."""
     images = tasks[0].support_x.dim() == 4 and tasks[0].support_x.shape[1] in (1, 3)
-    if any(array.dim() == 3 for array in predictions[0].arrays.values()):
+    dense = any(array.dim() > 2 for array in predictions[0].arrays.values())
+    if dense and not predictions[0].drawn:
         return _draw_maps(tasks[0], predictions[0], title, images=images)
     if images:
         return _contact_sheet(tasks[0], predictions[0], title)
@@ -183,8 +181,11 @@ def _draw_columns(panel: Axes, task: UserTask, prediction: Prediction) -> None:
 
 
 def _draw_maps(task: UserTask, prediction: Prediction, title: str, *, images: bool) -> Figure:
-    """Draw the first query examples, and the first dense output of each below it."""
-    name, maps = next((n, array) for n, array in prediction.arrays.items() if array.dim() == 3)
+    """Draw the first query examples, and the first dense output of each below it, its first channel."""
+    name, maps = next((n, array) for n, array in prediction.arrays.items() if array.dim() > 2)
+    if maps.dim() > 3:
+        maps = maps.flatten(1, -3)
+        name, maps = name + f" (channel 1 of {maps.shape[1]})" * (maps.shape[1] > 1), maps[:, 0]
     shown = min(len(maps), MOST_PREDICTED)
     figure = style.new_figure(1.7 * shown + 1.0, 4.2 if images else 2.4, f"{title}: {name}")
     rows = figure.subplots(1 + images, shown, squeeze=False)

@@ -28,22 +28,22 @@ LARGE = 1e6  # a number from which on decimals say nothing
 Curve = tuple[Sequence[float], Sequence[float]]  # x and y
 
 
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
+def write_json(path: Path, record: Mapping[str, Any], digits: int = 7) -> None:
     """Write a record as JSON, whole or not at all."""
-    text = json.dumps(plain_values(record), indent=1) + "\n"
+    text = json.dumps(plain_values(record, digits), indent=1) + "\n"
     write_whole(path, lambda file: file.write(text.encode()))
 
 
-def plain_values(value: Any) -> Any:
-    """Return a value as JSON has it: tensors as lists, numbers with seven digits, non-finite ones as null."""
+def plain_values(value: Any, digits: int = 7) -> Any:
+    """Return a value as JSON has it: tensors as lists, numbers with these digits, non-finite ones as null."""
     if isinstance(value, Tensor):
-        return plain_values(value.tolist())
+        return plain_values(value.tolist(), digits)
     if isinstance(value, Mapping):
-        return {str(key): plain_values(item) for key, item in value.items()}
+        return {str(key): plain_values(item, digits) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain_values(item) for item in value]
+        return [plain_values(item, digits) for item in value]
     if isinstance(value, float):
-        return float(f"{value:.7g}") if math.isfinite(value) else None
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     return str(value) if isinstance(value, Path) else value
 
 
@@ -121,9 +121,10 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
     """Return the numbers of one run behind table and picture, and the values of each task behind them."""
     per_step: list[dict[str, Any]] = []
     for name, losses in evaluation.losses.items():
-        diverged, ordered = evaluation.diverged(name), losses.sort(0).values  # NaN is the last
-        numbers = {"diverged_tasks": diverged.sum(0), "loss_median": ordered[len(ordered) // 2]}
-        numbers["loss_without_worst_percent"] = ordered[: math.ceil(0.99 * len(ordered))].mean(0)
+        diverged, ordered, tasks = evaluation.diverged(name), losses.sort(0).values, len(losses)  # NaN last
+        numbers = {"diverged_tasks": diverged.sum(0)}
+        numbers["loss_median"] = ordered[(tasks - 1) // 2 : tasks // 2 + 1].mean(0)
+        numbers["loss_without_worst_percent"] = ordered[: math.ceil(0.99 * tasks)].mean(0)
         measures = {"loss": (losses, None), "loss_without_diverged": (losses, ~diverged)}
         for measure, parts in (("accuracy", evaluation.accuracies), (evaluation.measure, evaluation.metrics)):
             if parts:
@@ -212,8 +213,8 @@ class StepResults:
             return text
         if not self.is_loss:
             return f"{text}, {self.diverged[step]} diverged"
-        kept, interval = self.kept_mean[step].item(), self.kept_intervals[step].item()
-        return f"{text}; {kept:,.{digits}f} ± {interval:.{digits}f} without {self.diverged[step]} diverged"
+        kept, interval = (decimal(t[step].item(), digits) for t in (self.kept_mean, self.kept_intervals))
+        return f"{text}; {kept} ± {interval} without {self.diverged[step]} diverged"
 
     def record(self) -> list[dict[str, Any]]:
         """Return the numbers after each step as plain values."""
@@ -288,8 +289,8 @@ NUMBERS = ("final_training_loss", "best_validation", "best_iteration")
 
 
 def measure_of(runs: Sequence[Summary]) -> str:
-    """Return the measure of all runs: "accuracy", a loss's name, or "loss" where they have different ones."""
-    return runs[0]["measure"] if len({run["measure"] for run in runs}) == 1 else "loss"
+    """Return the measure of all runs: "accuracy", a loss's name; "" where they have different ones."""
+    return runs[0]["measure"] if len({run["measure"] for run in runs}) == 1 else ""
 
 
 def _by_setting(runs: Sequence[Summary]) -> dict[str, list[Summary]]:
@@ -306,14 +307,20 @@ def _spreads(runs: Sequence[Summary]) -> dict[str, Spread]:
 
 def training_table(runs: Sequence[Summary]) -> str:
     """Return final training loss and best validation of each setting, over its seeds."""
-    measure, scale, digits = units(measure_of(runs))
-    formats = {"final_training_loss": (1, 4), "best_validation": (scale, digits), "best_iteration": (1, 0)}
-    rows = []
+    rows, common = [], measure_of(runs)
     for setting, group in _by_setting(runs).items():
         ended, spreads = sum(run["failure"] is None for run in group), _spreads(group)
+        measure, scale, digits = units(group[0]["measure"])
+        formats = {
+            "final_training_loss": (1, 4),
+            "best_validation": (scale, digits),
+            "best_iteration": (1, 0),
+        }
         cells = [spreads[n].text(*form) if n in spreads else "-" for n, form in formats.items()]
+        cells[1] += "" if common else f" {measure}"
         rows.append([setting, f"{ended} of {len(group)}", *cells])
-    return table(["", "ended", "training loss", f"best validation {measure}", "at iteration"], rows)
+    best = f"best validation {units(common)[0]}".rstrip()
+    return table(["", "ended", "training loss", best, "at iteration"], rows)
 
 
 def training_record(runs: Sequence[Summary]) -> dict[str, Any]:
@@ -325,7 +332,8 @@ def training_record(runs: Sequence[Summary]) -> dict[str, Any]:
 
 def learning_curves(runs: Sequence[Summary]) -> dict[str, list[Curve]]:
     """Return the validation curves of each setting's runs, by a label."""
-    groups = _by_setting(runs).items()
-    return {
-        f"{setting}: mean of {len(group)}": [run["validation"] for run in group] for setting, group in groups
-    }
+    curves, common = {}, measure_of(runs)
+    for setting, group in _by_setting(runs).items():
+        measure = "" if common else f" {group[0]['measure']}"
+        curves[f"{setting}{measure}: mean of {len(group)}"] = [run["validation"] for run in group]
+    return curves

@@ -126,10 +126,12 @@ class FunctionalLearner:
         """Return outputs on the query set; "inductive": with the support set's batch statistics."""
         if normalisation != "inductive":
             return self(weights, task.query_x, task.extras)
-        shots = len(first_tensor(task.support_x))
+        shots, examples = len(first_tensor(task.support_x)), joined([task.support_x, task.query_x])
+        count = len(first_tensor(examples))
         with set_norms(self.module, reference=shots):
-            outputs = self(weights, joined([task.support_x, task.query_x]), task.extras)
-        return tree_map(lambda part: part[shots:], outputs)
+            outputs = self(weights, examples, task.extras)
+        # an output that is no example's, such as an additional loss, stays whole
+        return tree_map(lambda part: part[shots:] if part.shape[:1] == (count,) else part, outputs)
 
     def extras(self, tasks: int, keys: Tensor | None = None) -> Extras:
         """Return the extras of several tasks: keys `[tasks, 2]`, and each buffer expanded over tasks."""

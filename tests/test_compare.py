@@ -43,6 +43,10 @@ def place(tmp_path_factory):
     write_classes(folder / "images", 12, 7)
     data = ["--dataset", f"images:{folder / 'images'}", "--image-size", 6, "--channels", 1, "-n", 2]
     train("fc", *data, "--learner", "fc")
+    code = "def own(outputs, targets):\n    return (outputs[:, 0] - targets).abs().mean()\n"
+    (folder / "own.py").write_text(code)
+    own = ["--loss", f"{folder / 'own.py'}:own", "--outputs", "numbers"]
+    train("numbers", *data, "--learner", "fc", *own)
     yield folder
     patch.undo()
 
@@ -169,6 +173,7 @@ def test_sides_are_named_after_their_path_and_setting_and_results_lie_next_to_th
         ("seeds late", "no seed in common"),
         ("maml fomaml maml", "names maml twice"),
         ("maml fomaml --iterations 3", "maml/best.pt: --iterations 3 disagrees"),
+        ("fc numbers --loss own.py:own", "is measured by accuracy, and numbers/best.pt, iteration "),
         ("maml fomaml --eval", "--eval"),
         ("maml fomaml --seeds 0-1", "--seeds"),
         ("maml fomaml --out maml/best.pt/x", "not a directory"),

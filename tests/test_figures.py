@@ -171,7 +171,7 @@ def test_predictions_are_drawn_as_what_they_are():
         shares = torch.rand(70, outputs).softmax(-1)
         reading = Reading("classes", outputs) if classes else Reading("numbers", numbers=outputs)
         targets = [f"y{number}" for number in range(outputs)]
-        prediction = read_predictions(shares, shares, reading, classes, targets, sure=True)
+        prediction = read_predictions(shares, shares, reading, classes, targets, predicts_targets=True)
         figure = predictions_figure([task], [prediction], "a $title")
         style.render(figure)
         return figure.axes

@@ -190,9 +190,44 @@ def test_a_loss_in_float32_is_checked_in_float32():
 
 def test_one_logit_of_two_classes_predicts_their_names():
     logits, reading = torch.tensor([2.0, -1.0]), Reading("labels")
-    made = read_predictions(logits, logits, reading, ["cat", "dog"], ["y"], sure=False)
+    made = read_predictions(logits, logits, reading, ["cat", "dog"], ["y"], predicts_targets=False)
     assert made.columns["prediction"] == ["dog", "cat"]
     assert torch.allclose(made.columns["p(dog)"], 1 / (1 + torch.exp(-logits)))
+
+
+def test_no_output_hides_another_or_is_cut():
+    logits, hidden, loss = torch.rand(4, 3), torch.rand(4, 1), torch.tensor(0.5)
+    outputs = {
+        "logits": logits,
+        "prediction": hidden,
+        "p(0)": hidden,
+        "attention": torch.rand(2, 4),
+        "aux": loss,
+    }
+    made = read_predictions(outputs, logits, Reading("classes", 3), [], ["y"], predicts_targets=True)
+    assert [*made.columns] == ["prediction", "p(0)", "p(1)", "p(2)", "output prediction", "output p(0)"]
+    assert torch.equal(made.columns["output prediction"], hidden[:, 0]) and len([*made.rows(7)]) == 4
+    assert torch.allclose(made.columns["p(0)"], logits.softmax(1)[:, 0]) and made.arrays[
+        "attention"
+    ].shape == (2, 4)
+    assert made.arrays["aux"] == loss
+    prices = {"out": hidden, "price": hidden + 1}
+    made = read_predictions(prices, hidden, Reading("numbers"), [], ["price"], predicts_targets=True)
+    assert torch.equal(made.columns["price"], hidden[:, 0])
+    assert torch.equal(made.columns["output price"], hidden[:, 0] + 1)
+
+
+def test_an_output_that_is_no_examples_stays_whole_in_an_inductive_pass():
+    class WithLoss(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), (self.weight**2).sum()
+
+    torch.manual_seed(0)
+    maml = MAML(WithLoss(1, 1), lambda o, t: F.mse_loss(o[0], t) + o[1], Choices(inner_lr=0.1))
+    x = torch.rand(3, 1)
+    adapted = maml.adapt(maml.initial_parameters(), x, x, 1)
+    outputs, loss = predict(maml, adapted, torch.rand(2, 1), "inductive")
+    assert outputs.shape == (2, 1) and torch.equal(loss, (adapted.weights["weight"] ** 2).sum())
 
 
 # ---- metrics -------------------------------------------------------------------------------------

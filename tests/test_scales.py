@@ -1,6 +1,7 @@
 """A table's columns are standardised by its training rows: in training, in tests, and back in --adapt."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -144,6 +145,8 @@ def test_adapt_undoes_the_scales(tmp_path):
     outputs = predict(maml, maml.adapt(parameters, x[:3], y, steps=2), x[3:])
     expected = outputs.double().numpy() * scales["target"][1] + scales["target"][0]
     assert float(predicted) == pytest.approx(expected.item(), rel=1e-8) and abs(float(predicted) - 5e6) < 5e5
+    (task,) = json.loads((last.parent / "last-adapted-mine.json").read_text())["tasks"]
+    assert task["predicted"]["y"] == [float(predicted)]
 
 
 def test_unscaled_numbers_are_blamed_not_the_inner_rate(tmp_path, capsys):

@@ -71,7 +71,14 @@ def test_the_table_of_training_names_the_measure_and_counts_finished_runs():
     assert "best validation accuracy %" in table and "25.00" in table
     failed = [RUNS[0], RUNS[1] | {"failure": "iteration 7: ...", "measure": "Huber"}]
     table = tables.training_table(failed)
-    assert "1 of 2" in table and "best validation loss" in table and "3.0000" not in table
+    assert "1 of 2" in table and "best validation  " in table and "3.0000" not in table
+
+
+def test_each_measure_has_its_own_unit_where_settings_have_different_ones():
+    runs = [run("scores", 0, 1.0, [0.25], measure="accuracy"), run("numbers", 0, 1.0, [1.5], measure="loss")]
+    heading, scores, numbers = tables.training_table(runs).splitlines()
+    assert cells(heading)[2] == "best validation"
+    assert (cells(scores)[3], cells(numbers)[3]) == ("25.00 accuracy %", "1.5000 loss")
 
 
 # ---- test -------------------------------------------------------------------------------------
