@@ -47,6 +47,7 @@ from learners.losses import LOSSES, build_loss, loss_name
 from learners.modules import convert_type
 from learners.reading import Reading, reading_of
 from maml import MAML, RATE, SQUARE
+from tasks.scales import Scales
 from training.checkpoint import Checkpoint, check_same_data, fitting_parameters
 from training.compiler import Compiler, cpp_compiler, cpp_compiler_name
 from training.folders import BEST, LAST, find_checkpoint, has_results
@@ -126,9 +127,7 @@ def build(
     batch = distribution.sample("test" if call.eval_dataset else "train", 0, 0, range(1))
     x, y = (tree_map(lambda part: part[0], tree) for tree in batch[:2])
     outputs = count_outputs(config, y)
-    _, maml = build_algorithm(
-        config, runtime, outputs, x, saved=saved, targets=y, scale=distribution.scales.get("target")
-    )
+    _, maml = build_algorithm(config, runtime, outputs, x, saved=saved, targets=y, scales=distribution.scales)
     words = describe_reading(maml.reading, y, config) if maml.reading else None
     if words and runtime.world.first:
         print_once(f"main.py: the learner's outputs: {words}")
@@ -188,7 +187,7 @@ def build_algorithm(
     *,
     saved: Checkpoint | None = None,
     targets: Tree | None = None,
-    scale: Tensor | None = None,
+    scales: Scales | None = None,
 ) -> tuple[nn.Module, MAML]:
     """Return the learner, with its initial weights, and the algorithm; UsageError where the data do not fit.
 
@@ -198,7 +197,7 @@ def build_algorithm(
         saved: the checkpoint whose weights will be put in: pretrained ones are not fetched, and the parts of
             the learner that are not learned are the checkpoint's.
         targets: of the same task, `[examples, ...]`, by which outputs are read.
-        scale: `[2, columns]`, mean and deviation by which they were standardised.
+        scales: by which a table was standardised.
     """
     name, choices = config.learner.learner, config.choices
     learner = build_module(
@@ -207,7 +206,7 @@ def build_algorithm(
     if saved and saved.fixed:
         fixed = fitting_parameters("the checkpoint", saved.fixed, fixed_tensors(learner), name)
         learner.load_state_dict(fixed, strict=False)
-    reading = with_metric(try_outputs(learner, example, targets, outputs, config), config, scale)
+    reading = with_metric(try_outputs(learner, example, targets, outputs, config), config, scales or {})
     try:
         return learner, MAML(
             learner,

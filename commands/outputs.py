@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from textwrap import shorten
 
 import torch
@@ -25,6 +26,7 @@ from learners.elementary import Elementary
 from learners.losses import LOSSES, ignored_label
 from learners.metrics import Metric, build_metric
 from learners.reading import Reading, read_outputs
+from tasks.scales import Scales, undo_scale
 
 
 @contextmanager
@@ -80,7 +82,11 @@ def try_outputs(
         if not isinstance(leaf, Tensor):
             kinds = "tensors, or tuples, dictionaries and dataclasses of them"
             raise UsageError(f"{name} gives a {type(leaf).__name__} as an output: outputs should be {kinds}")
+    if not pytree.tree_leaves(output):
+        raise UsageError(f"{name} gives no output for inputs {shapes}")
     scores = main_tensor(output)
+    if not scores.dim():
+        raise UsageError(f"{name} gives one number for inputs {shapes}: outputs should be [examples, ...]")
     expected = _expected_shape(scores, targets, len(first), outputs, loss)
     if loss in LOSSES and tuple(scores.shape) != expected:
         raise UsageError(
@@ -127,7 +133,8 @@ def describe_reading(reading: Reading, targets: Tree, config: Config) -> str | N
     return None if plain else reading.describe()
 
 
-def with_metric(reading: Reading | None, config: Config, scale: Tensor | None) -> Reading | None:
+def with_metric(reading: Reading | None, config: Config, scales: Scales) -> Reading | None:
     """Return a reading with the user's metric, if there is one, which is measured in the targets' units."""
     metric = metric_of(config)
-    return replace(reading, metric=metric, scale=scale) if reading and metric else reading
+    in_units = partial(undo_scale, scales=scales, part="target") if "target" in scales else None
+    return replace(reading, metric=metric, in_units=in_units) if reading and metric else reading

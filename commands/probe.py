@@ -67,6 +67,8 @@ def probe_learner(maml: MAML, parameters: Weights, distribution: TaskDistributio
             value = maml.loss(outputs, y)
         if not value.requires_grad:
             raise UsageError(f"{loss} does not depend on the learner's outputs")
+        if not value.isfinite() and _are_finite((x, y)):
+            raise UsageError(f"{loss if _are_finite(outputs) else learner} gives numbers that are not finite")
         try:
             result = make_meta_gradient(maml, engine=config.training.engine)(parameters, tasks, keys=keys)
             gradients = result.gradients if result.losses.isfinite().all() else {}
@@ -141,6 +143,10 @@ def _inner_gradient(maml: MAML, parameters: Weights, tasks: TaskBatch, keys: Ten
     first = tree_map(lambda t: t[0], Task(*tasks, extras=maml.call.extras(len(keys), keys)))
     shared = maml.shared_at(parameters, 0)
     return maml.inner_step(maml.start(parameters, first), shared, *first.at_step(0))[1]
+
+
+def _are_finite(tree: Tree) -> bool:
+    return all(bool(part.isfinite().all()) for part in pytree.tree_leaves(tree))
 
 
 def describe_state(maml: MAML, distribution: TaskDistribution, config: Config) -> str:

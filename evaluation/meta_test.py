@@ -16,7 +16,7 @@ from common.batch import TaskDistribution, Tree, first_tensor, tree_map
 from common.optimizers import Weights
 from common.processes import ALONE, World
 from common.random import keys_of, minibatch_order, task_stream
-from learners.reading import Metric, Reading, reading_of
+from learners.reading import Metric, Reading, choose_measure, reading_of
 from maml import MAML
 
 SEED = 0  # of the evaluation tasks; validation and test have random streams apart from those of training
@@ -39,11 +39,11 @@ class Evaluation:
     @property
     def measure(self) -> str:
         """Return what `measured` is: the metric's name, "accuracy", or "loss"."""
-        return self.metric.name if self.metric else "accuracy" if self.accuracies else "loss"
+        return choose_measure(self.metric, has_accuracy=bool(self.accuracies))[0]
 
     @property
     def more_is_better(self) -> bool:
-        return self.metric.more_is_better if self.metric else bool(self.accuracies)
+        return choose_measure(self.metric, has_accuracy=bool(self.accuracies))[1]
 
     def measured(self, normalisation: str) -> Tensor:
         """Return the results to report, `[tasks, steps + 1]`: the metric's, accuracies, or losses."""

@@ -8,7 +8,7 @@ from common.names import check_code_name, parse_name
 from common.options import BY_LEARNER, BY_RULE, flag, key_and_value
 
 LOSSES = ("mse", "cross-entropy", "bce", "huber")
-OUTPUTS = ("auto", "classes", "labels", "numbers")
+OUTPUTS = ("auto", "classes", "ordinal", "labels", "numbers")
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,9 @@ class LearnerOptions:
         "--loss-args", group="learner", check=key_and_value, metavar="NAME=VALUE", default=(),
         help="arguments of the loss")
     outputs: str = flag("--outputs", group="learner", choices=OUTPUTS, default="auto", free_on_eval=True,
-        help="what outputs are, for accuracy and predictions: scores of classes, logits of labels that are 0 "
-        "or 1, or numbers; auto: classes with -n or integer targets, labels with --loss bce, else numbers")
+        help="what outputs are, for accuracy and predictions: scores of classes, logits of being above each "
+        "class but the last, logits of labels that are 0 or 1, or numbers; auto: classes with -n or integer "
+        "targets, labels with --loss bce, else numbers")
     # fmt: on
 
     @property

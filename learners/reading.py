@@ -50,11 +50,8 @@ class Metric:
     def per_step(self, outputs: Tree, targets: Tree, reading: Reading) -> Tensor:
         """Return the measure of outputs `[tasks, steps, examples, ...]`: float64 `[tasks, steps]`."""
         outputs, targets = (tree_map(lambda t: t.detach().cpu(), tree) for tree in (outputs, targets))
-        if reading.scale is not None:
-            mean, deviation = reading.scale.cpu()
-            outputs, targets = (
-                first.double() * deviation + mean for first in (main_tensor(outputs), targets)
-            )
+        if reading.in_units:
+            outputs, targets = map(reading.in_units, (main_tensor(outputs), first_tensor(targets)))
         tasks, steps = first_tensor(outputs).shape[:2]
 
         def pick(tree: Tree, *place: int) -> Tree:
@@ -78,7 +75,7 @@ class Reading:
         ignored: label that is no class; None: all labels are classes.
         numbers: how many the main output has per example.
         independent: scores are logits of a class against the rest.
-        scale: `[2, columns]`, mean and deviation by which targets were standardised; None: they were not.
+        in_units: gives standardised targets the units of the data; None: they were not standardised.
         metric: the user's own measure, if any.
     """
 
@@ -87,7 +84,7 @@ class Reading:
     ignored: int | None = None
     numbers: int = 1
     independent: bool = False
-    scale: Tensor | None = None
+    in_units: Callable[[Tensor], Tensor] | None = None
     metric: Metric | None = None
 
     @property
@@ -102,11 +99,11 @@ class Reading:
     @property
     def measure(self) -> str:
         """Return what decides: the metric's name, "accuracy", or "loss"."""
-        return self.metric.name if self.metric else "accuracy" if self.has_accuracy else "loss"
+        return choose_measure(self.metric, has_accuracy=self.has_accuracy)[0]
 
     @property
     def more_is_better(self) -> bool:
-        return self.metric.more_is_better if self.metric else self.has_accuracy
+        return choose_measure(self.metric, has_accuracy=self.has_accuracy)[1]
 
     def predict(self, outputs: Tree, before: int = 0) -> Tensor:
         """Return predicted classes, int64 `[..., examples, ...]`; of labels, whether each is above 0.5."""
@@ -163,6 +160,13 @@ class Reading:
         }[self.kind]
 
 
+def choose_measure(metric: Metric | None, *, has_accuracy: bool) -> tuple[str, bool]:
+    """Return the measure that decides: metric, else accuracy, else loss; and whether more of it is better."""
+    if metric:
+        return metric.name, metric.more_is_better
+    return ("accuracy", True) if has_accuracy else ("loss", False)
+
+
 def reading_of(reading: Reading | None, ways: int | None) -> Reading:
     """Return a learner's reading; without one, the plain reading of tasks with so many classes."""
     return reading or Reading("classes" if ways else "numbers", ways or 0)
@@ -180,7 +184,7 @@ def read_outputs(
     """Decide what outputs mean from those of one task; ValueError where they cannot be what `kind` says.
 
     Args:
-        kind: "classes", "labels" or "numbers"; "auto": by the number of classes, the loss and the shapes.
+        kind: see `Reading`; "auto": by the number of classes, the loss and the shapes.
         ways: classes of a task; None in regression.
         loss: name of a built-in loss, or of the user's.
         ignored: label that is no class; None: there is none.
@@ -196,6 +200,8 @@ def read_outputs(
         kind = _kind_by_shape(scores, labels, indexed=indexed, ways=ways, loss=loss)
     elif kind == "classes" and not (indexed or same):
         raise ValueError(f"scores {tuple(scores.shape)} are none of classes {tuple(labels.shape)}")
+    elif kind == "ordinal" and not indexed:
+        raise ValueError(f"logits {tuple(scores.shape)} are none of integer labels {tuple(labels.shape)}")
     elif kind == "labels" and not same:
         raise ValueError(f"logits {tuple(scores.shape)} are none of labels {tuple(labels.shape)}")
     masked = ignored if ignored is not None or scores.dim() < 3 else IGNORED

@@ -91,6 +91,8 @@ def read_task_arrays(
             f"{n} {(*p.shape,)}" for n, p in zip(names, (support_x, support_y, query_x), strict=True)
         )
         raise UsageError(f"--adapt {path}: {shapes}: give [examples, ...], a target an example")
+    if support_x.is_complex() or support_y.is_complex() or query_x.is_complex():
+        raise UsageError(f"--adapt {path} has complex numbers: give real ones")
     if classification and support_y.is_floating_point():
         raise UsageError(f"--adapt {path}: support_y are numbers: give labels, from 0, as integers")
     support_y = support_y.to(dtype) if support_y.is_floating_point() else support_y.long()
@@ -98,8 +100,10 @@ def read_task_arrays(
     if support_y.dim() == 1 and not classification:
         support_y = support_y[:, None]
 
+    whole = not (support_x.is_floating_point() or query_x.is_floating_point())  # such as tokens
+
     def place(x: Tensor) -> Tensor:
-        return x.to(device, dtype if x.is_floating_point() else torch.int64)
+        return x.to(device, torch.int64 if whole else dtype)
 
     return UserTask(
         name="",

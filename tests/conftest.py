@@ -54,6 +54,16 @@ def write_classes(folder: Path, classes: int, count: int = 3, prefix: str = "c",
         write_images(folder / f"{prefix}{c:02}", [first + count * c + i for i in range(count)])
 
 
+def write_noise(folder: Path, side: int, *parts: str) -> None:
+    """Write three images of noise into each part of the folder, brighter from part to part."""
+    generator = np.random.default_rng(0)
+    for number, part in enumerate(parts):
+        (folder / part).mkdir(parents=True)
+        for image in range(3):
+            pixels = generator.integers(0, 90 * number + 60, (side, side), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / part / f"{image}.png")
+
+
 @pytest.fixture
 def user_cache(tmp_path_factory, monkeypatch) -> Path:
     """Use a fresh cache folder instead of the one of whoever runs the tests."""

@@ -73,6 +73,18 @@ def gauss(outputs, targets):
     error = (outputs["mean"] - targets) ** 2
     return (outputs["log_variance"] + error * torch.exp(-outputs["log_variance"])).mean()
 
+class Quantiles(nn.Linear):
+    def __init__(self, outputs):
+        super().__init__(1, 3 * outputs)
+
+def pinball(outputs, targets):
+    shares, error = torch.tensor([0.1, 0.5, 0.9], dtype=outputs.dtype), targets - outputs
+    return torch.maximum(shares * error, (shares - 1) * error).mean()
+
+def narrow(outputs, wide=False):
+    layers = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, outputs)).half()
+    return layers.float() if wide else layers
+
 def own_bce(outputs, targets):
     return F.binary_cross_entropy_with_logits(outputs, targets)
 
@@ -137,6 +149,7 @@ def test_accuracy_is_per_pixel_or_label_and_leaves_out_what_is_unknown():
         (torch.rand(4, 1), torch.tensor([[0.0], [1.0]] * 2), {"loss": "own.py:f"}, "numbers"),
         (torch.rand(4, 1), torch.tensor([[0.0], [1.0]] * 2), {"kind": "labels"}, "labels"),
         (torch.rand(4, 3), torch.eye(4)[:, :3], {"kind": "classes"}, "classes"),
+        (torch.rand(4, 3), torch.tensor([[0], [1], [3], [2]]), {"kind": "ordinal"}, "ordinal"),
     ],
 )
 def test_outputs_are_read_by_shape_loss_and_flag(outputs, targets, options, kind):
@@ -287,7 +300,7 @@ def test_what_is_undefined_is_no_number():
 
 
 def test_a_metric_is_measured_in_the_units_of_the_targets():
-    reading = Reading("numbers", scale=torch.tensor([[10.0], [4.0]]))
+    reading = Reading("numbers", in_units=lambda values: 4 * values.double() + 10)
     x, y = torch.rand(1, 2, 5, 1), torch.rand(1, 5, 1)
     expected = 4 * (x - y[:, None]).abs().mean((2, 3))
     torch.testing.assert_close(build_metric("mae").per_step(x, y, reading), expected.double())
@@ -395,6 +408,40 @@ def test_a_column_holds_what_its_name_says(code, tmp_path):
     run = train(tmp_path, "heads", *heads, "--metric", "r2")
     assert command("--adapt", tmp_path / "mine.csv", "--load", run, *heads) == 0
     assert next(csv.reader((run / "best-adapted-mine.csv").open())) == ["row", "mean", "log_variance"]
+
+
+def test_quantiles_are_adapted_by_their_loss_and_each_is_written(code, tmp_path):
+    own = ["--learner", f"{code}:Quantiles", "--loss", f"{code}:pinball"]
+    run = train(tmp_path, "run", *own, "--inner-lr", 0.1)
+    (tmp_path / "mine.csv").write_text("x,y\n1,0\n2,0\n6,1\n0,\n7,\n")
+    assert command("--adapt", tmp_path / "mine.csv", "--load", run, *own) == 0
+    header, *rows = csv.reader((run / "best-adapted-mine.csv").open())
+    network = nn.Linear(1, 3)
+    network.load_state_dict(load_checkpoint(run / BEST).parameters)
+    shares = torch.tensor([0.1, 0.5, 0.9])
+    for _ in range(2):
+        error = torch.tensor([[0.0], [0.0], [1.0]]) - network(torch.tensor([[1.0], [2.0], [6.0]]))
+        loss = torch.where(error > 0, shares * error, (shares - 1) * error).mean()
+        for weight, gradient in zip(
+            network.parameters(), torch.autograd.grad(loss, [*network.parameters()]), strict=True
+        ):
+            weight.data -= 0.1 * gradient
+    expected = network(torch.tensor([[0.0], [7.0]])).tolist()
+    assert header == ["row", "output 1", "output 2", "output 3"]
+    assert [[float(cell) for cell in row[1:]] for row in rows] == [
+        pytest.approx(row, rel=1e-4) for row in expected
+    ]
+
+
+def test_parameters_in_half_precision_are_learned_in_that_of_the_run(code, tmp_path):
+    narrow, wide = (
+        load_checkpoint(
+            train(tmp_path, name, "--learner", f"{code}:narrow", "--learner-args", f"wide={name}") / BEST
+        )
+        for name in ("False", "True")
+    )
+    assert {w.dtype for w in narrow.parameters.values()} == {torch.float32}
+    assert all(torch.equal(w, wide.parameters[name]) for name, w in narrow.parameters.items())
 
 
 def test_runs_are_compared_by_one_metric(tmp_path, capsys):

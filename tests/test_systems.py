@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, write_classes
-from PIL import Image
+from conftest import ROOT, write_classes, write_noise
 
 from common import device, files
 from tasks import cache
@@ -70,12 +69,7 @@ def place(tmp_path_factory) -> Path:
     (folder / "hiding").mkdir()
     (folder / "hiding" / "sitecustomize.py").write_text(HIDING, encoding="utf-8")
     write_classes(folder / "data", 10, 4, prefix="\u65e5\u672c")
-    random = np.random.default_rng(0)
-    for number, part in enumerate(("support/\u65e5\u672c", "support/b", "query")):
-        (folder / "task" / part).mkdir(parents=True)
-        for image in range(3):
-            pixels = random.integers(0, 90 * number + 60, (8, 8), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / "task" / part / f"{image}.png")
+    write_noise(folder / "task", 8, "support/\u65e5\u672c", "support/b", "query")
     (folder / r"C:\nets\mine.py").write_text(OWN_CODE, encoding="utf-8")
     return folder
 
