@@ -158,14 +158,10 @@ class Definition:
         if by_differences > 1:
             if self.stops_gradients:
                 self.by_loop_alone = "the learner or the loss stops gradients on purpose"
-            elif not self._settles():
+            elif not all(self._settles(number) for number in range(DIRECTIONS)):
                 self.by_loop_alone = "differences do not settle, the loss is too rough here"
-            # where the loss is rough, rounding is amplified
-            return (
-                to_loop * (1e-3 if "rough" in self.by_loop_alone else 1)
-                if self.by_loop_alone
-                else by_differences
-            )
+                to_loop *= 1e-3  # rounding is amplified there
+            return to_loop if self.by_loop_alone else by_differences
         loop_is_right = to_loop <= 1 or self.error_by_differences(self.loop_gradient) <= 1
         return max(to_loop, by_differences) if loop_is_right else by_differences
 
@@ -192,6 +188,8 @@ class Definition:
                 size = max(size, (slopes - first).norm().item())
                 error = self._slope_error(number, slopes.sum().item(), size, self.scale.distances)
             errors.append(error)
+            if error > 1 and not self._settles(number):
+                break
         return max(errors)
 
     def _slope_error(self, number: int, slope: float, size: float, distances: Sequence[float]) -> float:
@@ -205,18 +203,23 @@ class Definition:
         for distance in telling or distances[:1]:
             error = abs(slope - self._slope(number, distance)[0]) / (tolerance + noise / distance)
             best = min(best, error)
-            if best <= 1:
+            if best <= 1 or (distance == self.scale.distances[2] and self._jumps(number)):
                 break
         return best
 
-    def _settles(self) -> bool:
-        """Return whether, in each direction, differences over two neighbouring distances agree."""
-        for number in range(DIRECTIONS):
-            slopes = [self._slope(number, distance)[0] for distance in sorted(self.scale.distances)]
-            pairs = ((abs(a - b), max(abs(a), abs(b))) for a, b in pairwise(slopes))
-            if not any(apart <= 10 * self.scale.tolerance * size for apart, size in pairs):
-                return False
-        return True
+    def _jumps(self, number: int) -> bool:
+        """Return whether the first three distances give slopes that are far apart, and not by rounding."""
+        distances = sorted(self.scale.distances[:3])
+        noise = self.scale.resolution * (1 + abs(self._slope(number, distances[0])[1])) / distances[0]
+        pairs = pairwise(self._slope(number, distance)[0] for distance in distances)
+        return all(abs(a - b) > 0.5 * max(abs(a), abs(b)) + 10 * noise for a, b in pairs)
+
+    def _settles(self, number: int) -> bool:
+        """Return whether differences over two neighbouring distances agree in a direction."""
+        if self._jumps(number):
+            return False
+        pairs = pairwise(self._slope(number, distance)[0] for distance in sorted(self.scale.distances))
+        return any(abs(a - b) <= 10 * self.scale.tolerance * max(abs(a), abs(b)) for a, b in pairs)
 
     @cached_property
     def directions(self) -> list[Weights]:
