@@ -23,7 +23,7 @@ from common.task import Extras, Task
 from learners.diagnosis import find_counters, find_failure, find_followers, find_wrong_layer
 from learners.spectral_norm import vector_names
 from maml import MAML
-from training.gradient_check import SCALES, check_meta_gradient
+from training.gradient_check import SCALES, Check, check_meta_gradient
 from training.meta_gradients import make_meta_gradient
 
 # By the problem that `find_failure` finds: what the layer lacks, and how to train without it.
@@ -87,7 +87,8 @@ def probe_learner(maml: MAML, parameters: Weights, distribution: TaskDistributio
     if names := [name for name, gradient in gradients.items() if not gradient.isfinite().all()]:
         raise UsageError(
             f"{learner} with {loss}: the gradient by {_listed(names)} is not finite at the initial weights, "
-            "though the loss is (a norm or root of zeros?): add a small number under the root"
+            "though the loss is (a root of zeros, the determinant of a singular matrix?): add a small number "
+            "under the root, or to the diagonal"
         )
 
 
@@ -198,7 +199,7 @@ def choose_engine(
         words = f"the meta-gradient agrees with {reference}"
         words += f" ({check.by_loop_alone})" if check.by_loop_alone else ""
     else:
-        words = _locate(maml, tasks, keys, check.dtype)
+        words = _locate(maml, tasks, keys, check)
         if check.engine is None or not free:
             way_round = "write that from other operators"
             way_round += ", use --first-order" if config.choices.meta_gradient == "exact" else ""
@@ -212,13 +213,11 @@ def choose_engine(
     return check.engine, f"{words} ({str(check.dtype)[6:]}{tolerance}, {time.monotonic() - begin:.1f} s)"
 
 
-def _locate(maml: MAML, tasks: TaskBatch, keys: Tensor, dtype: torch.dtype) -> str:
+def _locate(maml: MAML, tasks: TaskBatch, keys: Tensor, check: Check) -> str:
     """Return in words which layer has wrong second derivatives, and how far off they are."""
-    wrong = None
-    if dtype == torch.float64:  # float32 does not resolve the differences
-        x = tree_map(lambda part: part[0], in_type(tasks.support_x, dtype))
-        call = maml.in_precision(dtype).call
-        wrong = find_wrong_layer(call.module, call.as_kept(call.parameters), x, keys[0])
-    if wrong is None:
-        return "for which no single layer can be named"
-    return f"{wrong.layer_text} being {wrong.reason}"
+    if not check.by_loop_alone:  # otherwise differences tell nothing about a layer, either
+        x = tree_map(lambda part: part[0], in_type(tasks.support_x, check.dtype))
+        call = maml.in_precision(check.dtype).call
+        if wrong := find_wrong_layer(call.module, call.as_kept(call.parameters), x, keys[0]):
+            return f"{wrong.layer_text} being {wrong.reason}"
+    return "for which no single layer can be named"

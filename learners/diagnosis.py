@@ -11,6 +11,7 @@ import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils import _pytree as pytree
 
-from common.batch import Tree, first_tensor, tree_map
+from common.batch import Tree, first_tensor, in_type, tree_map
 from common.errors import one_line
 from common.optimizers import Weights
 from common.task import Extras
@@ -27,6 +28,7 @@ from learners.batch_norm import join_names
 from learners.copies import copy_module, layer_text
 from learners.elementary import Elementary
 from learners.functional import FunctionalLearner, call_with
+from learners.modules import convert_type
 from learners.spectral_norm import vector_names
 
 Loss = Callable[[Weights, Any], Tensor]  # of the weights, and the inputs and extras of one task
@@ -223,7 +225,8 @@ ATTEMPTS = {
 
 # ---- wrong second derivatives --------------------------------------------------------------------
 
-DISTANCE, TOLERANCE = 1e-6, 1e-4  # of a central difference of gradients in float64, and its relative error
+# Distance of a central difference of gradients, and the relative error that is tolerated.
+RESOLUTION = {torch.float64: (1e-6, 1e-4), torch.float32: (1e-2, 2e-2)}
 
 
 def find_wrong_layer(
@@ -231,8 +234,8 @@ def find_wrong_layer(
 ) -> Finding | None:
     """Return the first innermost layer whose second derivatives disagree with differences of its gradient.
 
-    `module` has not run; `weights` are its own, `x` one task's inputs, both in float64. None: each layer by
-    itself is right.
+    `module` has not run; `weights` are its own, `x` one task's inputs, both in float64, or in float32 for a
+    module that does not run in float64. None: each layer by itself is right.
     """
     calls: list[tuple[str, nn.Module, tuple[Any, ...], dict[str, Any]]] = []  # in the order in which they end
     clean, module = dict(module.named_modules()), copy_module(module)
@@ -243,12 +246,22 @@ def find_wrong_layer(
         )
     with torch.no_grad(), Elementary(keys, first_tensor(x)):
         call_with(module, weights, x)
-    for name, _, args, options in calls:
-        with suppress(Exception):  # what is no function of tensors alone cannot be wrong by itself
-            prefix = f"{name}." if name else ""
-            inner = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
-            if problem := _wrong_order(copy_module(clean[name]), inner, (args, options), keys):
-                return Finding("wrong derivative", name, type(clean[name]).__name__, problem)
+    of_float64 = next(iter(weights.values())).dtype == torch.float64
+    for name, layer, args, options in calls:
+        prefix, problem = f"{name}." if name else "", None
+        inner = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+        # in float32, a difference crosses too many kinks of a whole network
+        kinds = (torch.float64,) if of_float64 or any(layer.children()) else (torch.float64, torch.float32)
+        for dtype in kinds:
+            with suppress(Exception):  # what is no function of tensors alone cannot be wrong by itself
+                copied = convert_type(copy_module(clean[name]), dtype)
+                call = pytree.tree_map_only(Tensor, partial(in_type, dtype=dtype), (args, options))
+                error = _wrong_order(copied, in_type(inner, dtype), call, keys)
+                problem = error and (problem or error)  # the more precise one, if both are wrong
+                if error is None:
+                    break
+        if problem:
+            return Finding("wrong derivative", name, type(clean[name]).__name__, problem)
     return None
 
 
@@ -287,12 +300,13 @@ def _wrong_order(layer: nn.Module, weights: Weights, call: Any, keys: Tensor | N
         return jvp(value, (x,), (v,))[1]
 
     orders = {"forward mode": grad(slope), "reverse mode": grad(product)}
-    references = [differences(distance) for distance in (DISTANCE, DISTANCE / 100)]
+    distance, tolerance = RESOLUTION[start[0].dtype]
+    references = [differences(distance), differences(distance / 100)]
     two = [torch.stack([u, u]) for u in v]
     for name, order in orders.items():
         second = [part[0] for part in vmap(order, (None, 0))(start, two)]
         error = min(_relative_error(second, reference) for reference in references)
-        if error > TOLERANCE:
+        if error > tolerance:
             return f"{error:.1%} off in {name}"
     return None
 

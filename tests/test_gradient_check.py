@@ -24,17 +24,17 @@ KEYS = torch.tensor([[1, 2], [3, 4]])
 
 
 class Cube(torch.autograd.Function):
-    """The third power; `wrong` of its derivatives are 5 % off: "jvp" or "backward of backward"."""
+    """The third power, whose derivative in forward mode is `factor` times the right one."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, wrong):
+    def forward(x, factor):
         return x**3
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, ctx.wrong = inputs
+        x, ctx.factor = inputs
         ctx.save_for_backward(x)
         ctx.save_for_forward(x)
 
@@ -46,7 +46,7 @@ class Cube(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, tangent, _):
         (x,) = ctx.saved_tensors
-        return 3 * x**2 * tangent * (1.05 if ctx.wrong == "jvp" else 1.0)
+        return 3 * x**2 * tangent * ctx.factor
 
 
 class Frozen(torch.autograd.Function):
@@ -72,12 +72,12 @@ class FrozenSlope(nn.Module):
 
 
 class Cubed(nn.Module):
-    def __init__(self, wrong: str = "") -> None:
+    def __init__(self, factor: float = 1.0) -> None:
         super().__init__()
-        self.wrong = wrong
+        self.factor = factor
 
     def forward(self, x):
-        return Cube.apply(x, self.wrong)
+        return Cube.apply(x, self.factor)
 
 
 class HalfStopped(nn.Module):
@@ -183,7 +183,7 @@ def test_a_meta_gradient_that_is_one_percent_off_is_seen(meta_gradient, monkeypa
 
 def test_the_engine_without_the_wrong_derivative_is_taken():
     assert check(network(Cubed())).engine == "adjoint"
-    assert check(network(Cubed("jvp"))).engine == "unrolled"
+    assert check(network(Cubed(1.05))).engine == "unrolled"
 
 
 def test_a_learner_that_is_wrong_everywhere_is_located():
@@ -239,9 +239,11 @@ def own(tmp_path):
         "import sys\n"
         f"sys.path.insert(1, {str(Path(__file__).parent)!r})\n"
         "from torch import nn\n"
-        "from test_gradient_check import Cubed, HalfStopped\n"
+        "from test_gradient_check import Cubed, Float32Alone, HalfStopped\n"
         "def right(outputs): return nn.Sequential(nn.Linear(1, 8), Cubed(), nn.Linear(8, 1))\n"
-        "def wrong(outputs): return nn.Sequential(nn.Linear(1, 8), Cubed('jvp'), nn.Linear(8, 1))\n"
+        "def wrong(outputs): return nn.Sequential(nn.Linear(1, 8), Cubed(1.05), nn.Linear(8, outputs))\n"
+        "def fixed(outputs): return nn.Sequential(nn.Linear(1, 8), Float32Alone(), nn.Linear(8, outputs))\n"
+        "def narrow(outputs): return nn.Sequential(fixed(8), Cubed(2.0), nn.Linear(8, 1))\n"
         "def stops(outputs): return nn.Sequential(nn.Linear(1, 8), HalfStopped(), nn.Linear(8, 1))\n"
         "import random, torch\n"
         "class Left(nn.Linear):\n"
@@ -264,6 +266,8 @@ def own(tmp_path):
         "    def forward(self, x): return super().forward(x) * (1 if random.random() < 0.5 else 2)\n"
         "class Root(Left):\n"
         "    def forward(self, x): return super().forward(x) + self.zeros.square().sum().sqrt()\n"
+        "class Determinant(Left):\n"
+        "    def forward(self, x): return super().forward(x) + (self.zeros * torch.eye(3)).det()\n"
         "class Saves(Left):\n"
         "    def forward(self, x):\n"
         "        return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)\n"
@@ -296,6 +300,8 @@ def own(tmp_path):
             ["--engine", "adjoint"],
             "layer 1 (Cubed) being 5.0% off in forward mode: use --engine unrolled",
         ),
+        ("fixed", [], "agrees with central differences (float32 to 5%"),
+        ("narrow", ["--engine", "adjoint"], "its layer 1 (Cubed) being 100.0% off in forward mode"),
         (
             "wrong",
             ["--algorithm", "imaml"],
@@ -322,6 +328,7 @@ def test_a_run_says_whether_its_gradient_is_right(name, flags, words, own, capsy
         ("Counts", "gives other outputs when called again with the same inputs"),
         ("Flips", "gives other outputs when called again with the same inputs"),
         ("Root", "the gradient by zeros is not finite at the initial weights"),
+        ("Determinant", "the gradient by zeros is not finite at the initial weights"),
         ("Saves", "torch.utils.checkpoint does not work here: call the layer itself"),
         ("Masks", "the network (Masks) has a hook on the gradient of weight"),
     ],
