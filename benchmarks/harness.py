@@ -26,7 +26,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 MAIN = str(ROOT / "main.py")
 sys.path.insert(0, str(ROOT))
 
-from common.errors import UsageError  # noqa: E402
+from common.errors import UsageError  # noqa: E402 (path first)
 
 # ---- the command line ----------------------------------------------------------------------------
 

@@ -18,9 +18,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from commands.config import CONFIG_FLAGS  # noqa: E402
-from commands.resolve import config_of  # noqa: E402
-from training.checkpoint import Checkpoint, load_checkpoint, save_checkpoints  # noqa: E402
+from commands.config import CONFIG_FLAGS  # noqa: E402 (path first)
+from commands.resolve import config_of  # noqa: E402 (path first)
+from training.checkpoint import Checkpoint, load_checkpoint, save_checkpoints  # noqa: E402 (path first)
 
 # Settings that are gone, and the only value that a checkpoint may have of them.
 GONE = {

@@ -31,7 +31,7 @@ def _det(draws: Draws, A: Tensor) -> Tensor:
 
 def _slogdet(draws: Draws, A: Tensor) -> Any:
     pivots, sign = _pivots(A)
-    named = torch.return_types.linalg_slogdet  # type: ignore[attr-defined]
+    named = torch.return_types.linalg_slogdet  # type: ignore[attr-defined]  # missing from the stubs
     return named((pivots.sgn().prod(-1) * sign, pivots.abs().log().sum(-1)))
 
 
@@ -54,15 +54,9 @@ def _solve(draws: Draws, A: Tensor, B: Tensor, left: bool = True) -> Tensor:
     )
 
 
-def _solve_ex(
-    draws: Draws,
-    A: Tensor,
-    B: Tensor,
-    left: bool = True,
-    check_errors: bool = False,
-) -> Any:
+def _solve_ex(draws: Draws, A: Tensor, B: Tensor, left: bool = True, check_errors: bool = False) -> Any:
     info = torch.zeros(A.shape[:-2], dtype=torch.int32, device=A.device)
-    named = torch.return_types.linalg_solve_ex  # type: ignore[attr-defined]
+    named = torch.return_types.linalg_solve_ex  # type: ignore[attr-defined]  # missing from the stubs
     return named((_solve(draws, A, B, left), info))
 
 

@@ -9,6 +9,7 @@ statistics as constants. The backward pass of weight norm is wrong, too. ATen's 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,11 +91,7 @@ def _instance_norm(
 
 
 def _rms_norm(
-    draws: Draws,
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    eps: float | None = None,
+    draws: Draws, input: Tensor, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None
 ) -> Tensor:
     wide = input.to(torch.promote_types(input.dtype, torch.float32))
     eps = torch.finfo(wide.dtype).eps if eps is None else eps
@@ -133,19 +130,20 @@ def _native_layer_norm(
     return _layer_norm(draws, input, normalized_shape, weight, bias, eps), mean, torch.rsqrt(variance + eps)
 
 
-def _aten_batch_norm(
+def _in_order(
+    function: Any,
     draws: Draws,
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
+    *others: Any,
     cudnn_enabled: bool = True,
+    **options: Any,
 ) -> Tensor:
-    return _batch_norm(draws, input, running_mean, running_var, weight, bias, training, momentum, eps)
+    """Call a function that takes the running statistics before the weights."""
+    return function(draws, input, running_mean, running_var, weight, bias, *others[:3], **options)
 
 
 def _native_batch_norm(draws: Draws, input: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, ...]:
@@ -155,7 +153,7 @@ def _native_batch_norm(draws: Draws, input: Tensor, *arguments: Any, **options: 
         options = {"running_mean": None, "running_var": None} | options
     names = ("weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
     options |= dict(zip(names, arguments, strict=False))
-    output = _aten_batch_norm(draws, input, **options)
+    output = _batch_norm(draws, input, **options)
     if not options["training"]:
         return output, input.new_empty(0), input.new_empty(0)
     all_but_channels = [0, *range(2, input.dim())]
@@ -171,32 +169,15 @@ def _native_batch_norm_no_training(
     return _native_batch_norm(draws, *arguments[:5], **options)
 
 
-def _aten_instance_norm(
-    draws: Draws,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    use_input_stats: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool = True,
-) -> Tensor:
-    return _instance_norm(
-        draws, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
-    )
-
-
 REPLACEMENTS: Replacements = spelled_out(
     {
         "layer_norm": _aten_layer_norm,
         "native_layer_norm": _native_layer_norm,
-        "batch_norm": _aten_batch_norm,
+        "batch_norm": partial(_in_order, _batch_norm),
         "native_batch_norm": _native_batch_norm,
         "_native_batch_norm_legit": _native_batch_norm,
         "_native_batch_norm_legit_no_training": _native_batch_norm_no_training,
-        "instance_norm": _aten_instance_norm,
+        "instance_norm": partial(_in_order, _instance_norm),
         "rms_norm": _rms_norm,
         "_weight_norm": _weight_norm,
     }

@@ -16,7 +16,8 @@ from torch import Tensor
 # PyTorch's function -> the one that runs instead, which takes a `Draws` and then the same arguments.
 Replacements = dict[Any, Callable[..., Any]]
 
-_PLACES = (torch._C._VariableFunctions, Tensor, torch._C._nn, torch._C._linalg)  # type: ignore[attr-defined]
+_C: Any = torch._C  # whose stubs leave out some of these
+_PLACES = (_C._VariableFunctions, Tensor, _C._nn, _C._linalg)
 
 
 def spellings(*names: str) -> list[Any]:

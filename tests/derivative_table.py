@@ -17,13 +17,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-import torch  # noqa: E402
-from operators import MODULES, OPERATORS  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.func import functional_call, grad, jvp, vmap  # noqa: E402
-from torch.utils import _pytree as pytree  # noqa: E402
+import torch  # noqa: E402 (path first)
+from operators import MODULES, OPERATORS  # noqa: E402 (path first)
+from torch import Tensor, nn  # noqa: E402 (path first)
+from torch.func import functional_call, grad, jvp, vmap  # noqa: E402 (path first)
+from torch.utils import _pytree as pytree  # noqa: E402 (path first)
 
-from learners.elementary import Elementary  # noqa: E402
+from learners.elementary import Elementary  # noqa: E402 (path first)
 
 PAGE = ROOT / "docs" / "learners.md"
 BEGIN, END = "<!-- tests/derivative_table.py: begin -->\n", "<!-- tests/derivative_table.py: end -->\n"

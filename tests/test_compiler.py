@@ -111,7 +111,7 @@ def test_a_library_is_named_after_everything_that_it_depends_on(cache, monkeypat
     monkeypatch.setattr(Compiler, "_build", lambda self, graph, tensors, options, path: built.append(path))
     monkeypatch.setattr(compiler, "load_library", lambda path, structure: lambda tensors: tensors)
 
-    def name_of(function, options=None, x=torch.ones(2)):  # noqa: B008
+    def name_of(function, options=None, x=torch.ones(2)):  # noqa: B008 (never written to)
         built.clear()
         active_compiler(cache)(function, options)(x)
         return built[0].name
