@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from common.errors import UsageError
 from common.random import task_stream
 from dataset import FAMILIES, GRID_POINTS, Custom, Harmonic, Sinusoid, SinusoidFrequency, SinusoidLine
 from tasks.options import TaskOptions
@@ -109,35 +108,21 @@ def test_the_test_tasks_are_the_same_for_any_number_of_shots():
 
 
 class Source:
-    """Give the parts that it is made of, for as many tasks as seeds."""
+    """Give zeros for as many tasks as seeds."""
 
-    def __init__(self, *parts) -> None:
-        self.parts = parts
+    def __init__(self) -> None:
         self.asked = []
 
-    def sample(self, split: str, seeds: torch.Tensor) -> tuple:
+    def sample(self, split: str, seeds: torch.Tensor) -> tuple[torch.Tensor, ...]:
         self.asked.append((split, seeds.tolist()))
-        return tuple(x if isinstance(x, str) else x.expand(len(seeds), *x.shape[1:]) for x in self.parts)
+        return tuple(torch.zeros(len(seeds), 3, size) for size in (2, 1, 2, 1))
 
 
-X, Y, LABELS = torch.zeros(1, 3, 2), torch.zeros(1, 3, 1), torch.zeros(1, 3, dtype=torch.int64)
-
-
-@pytest.fixture
-def custom(monkeypatch):
-    """Return a function that makes the source of some parts, and its distribution."""
-
-    def make(*parts, ways=None) -> tuple[Source, Custom]:
-        source = Source(*parts)
-        monkeypatch.setattr("dataset.load_code", lambda *_: lambda: source)
-        sizes = dict(ways=ways, shots=1, queries=1, image_size=None, channels=None, invert=False)
-        return source, Custom(options=TaskOptions(dataset="own.py:f", **sizes), shots=1)
-
-    return make
-
-
-def test_a_users_tasks_are_sampled_by_distinct_seeds_and_training_ahead(custom):
-    source, distribution = custom(X, Y, X, Y)
+def test_a_users_tasks_are_sampled_by_distinct_seeds_and_training_ahead(monkeypatch):
+    source = Source()
+    monkeypatch.setattr("dataset.load_code", lambda *_: lambda: source)
+    sizes = dict(ways=None, shots=1, queries=1, image_size=None, channels=None, invert=False)
+    distribution = Custom(options=TaskOptions(dataset="own.py:f", **sizes), shots=1)
     for iteration in (0, 1):
         assert distribution.sample("train", 5, iteration, range(4)).query_x.shape == (4, 3, 2)
     distribution.sample("test", 5, 0, range(4))
@@ -146,19 +131,3 @@ def test_a_users_tasks_are_sampled_by_distinct_seeds_and_training_ahead(custom):
     seeds = [seed for _, numbers in source.asked for seed in numbers]
     assert len(set(seeds)) == 16 and min(seeds) >= 0 and max(seeds) < 2**63
     assert distribution.kind == "other" and not distribution.classification
-
-
-@pytest.mark.parametrize(
-    ("parts", "ways", "problem"),
-    [
-        ((X, Y, X), None, "should give four tensors"),
-        ((X, Y[:, :2], X, Y), None, "different numbers of tasks or examples"),
-        ((X, Y[..., 0], X, Y[..., 0]), None, "targets without an axis of their own"),
-        ((X, Y[..., 0], X, Y[..., 0]), 2, "labels that are not int64 from 0 to 1"),
-        ((X, LABELS + 2, X, LABELS), 2, "labels that are not int64 from 0 to 1"),
-        (("no", Y, X, Y), None, "should give tensors"),
-    ],
-)
-def test_an_invalid_batch_is_refused_with_its_reason(custom, parts, ways, problem):
-    with pytest.raises(UsageError, match=rf"--dataset own.py:f: sample\('train', 2 seeds\) .*{problem}"):
-        custom(*parts, ways=ways)[1].sample("train", 0, 0, range(2))

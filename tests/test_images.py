@@ -45,19 +45,6 @@ def class_names(images: ImageSet) -> dict[str, list[str]]:
 # ---- layouts --------------------------------------------------------------------------------
 
 
-def test_split_folders_are_followed(tmp_path):
-    for split, names in {"train": "ab", "val": "c", "test": "de"}.items():
-        for name in names:
-            write_images(tmp_path / split / "deep" / name, [ord(name), ord(name) + 1])
-    opened = open_images(tmp_path, SMALL, SHARES)
-    assert opened.count.tolist() == [2] * 5
-    splits = {"train": ["deep/a", "deep/b"], "validation": ["deep/c"], "test": ["deep/d", "deep/e"]}
-    assert class_names(opened) == splits
-    pixels = opened.load()
-    assert pixels[:, 0, 0, 0].tolist() == [ord(n) + i for n in "abcde" for i in (0, 1)]
-    assert pixels.dtype == torch.uint8 and pixels.shape == (10, 1, 6, 6)
-
-
 def test_lists_of_files_and_labels_are_followed(tmp_path):
     write_images(tmp_path / "images", range(8))
     (tmp_path / "train.csv").write_text("filename,label\n005.png,x\n001.png,y\n")
@@ -77,14 +64,6 @@ def test_class_folders_are_split_with_one_cache_for_all_shares(tmp_path):
     assert class_names(other)["test"] == []
     assert [len(part) for part in opened.splits.values()] == [16, 4, 5]
     assert torch.equal(opened.load(), other.load()) and len(list(tmp_path.glob(".*.npy"))) == 1
-
-
-def test_validation_classes_come_from_training_if_the_folder_has_none(tmp_path):
-    write_classes(tmp_path / "train", 10, prefix="a")
-    write_classes(tmp_path / "test", 3, prefix="b")
-    names = class_names(open_images(tmp_path, SMALL, SHARES))
-    assert [len(part) for part in names.values()] == [8, 2, 3]
-    assert sorted(names["train"] + names["validation"]) == [f"a{c:02}" for c in range(10)]
 
 
 # ---- from a file to pixels ------------------------------------------------------------------
@@ -131,16 +110,6 @@ def listed(rows: str):
     return lambda folder: (write_images(folder / "images", [0]), (folder / "train.csv").write_text(rows))
 
 
-def two_splits(prefix: str, link: str = ""):
-    def make(folder: Path) -> None:
-        write_classes(folder / "train", 3)
-        write_classes(folder / "test", 1, prefix=prefix)
-        if link:
-            (folder / "test" / "link").symlink_to(folder / "train" / link)
-
-    return make
-
-
 BAD = {
     "damaged": (
         three(lambda f: os.truncate(f / "c01/001.png", 50)),
@@ -149,8 +118,14 @@ BAD = {
     "empty class": (three(lambda f: (f / "A/empty").mkdir(parents=True)), "A/empty: put the images"),
     "loose images": (lambda f: write_images(f, range(3)), "into a folder of its own"),
     "missing": (lambda f: None, "there is no folder"),
-    "a class in two splits": (two_splits("c"), "c00 is in train and in test"),
-    "an image in two splits": (two_splits("d", link="c00"), "c00/000.png is in train and in test"),
+    "an image in two splits": (
+        lambda f: (
+            write_classes(f / "train", 3),
+            write_classes(f / "test", 1, prefix="d"),
+            (f / "test" / "link").symlink_to(f / "train" / "c00"),
+        ),
+        "c00/000.png is in train and in test",
+    ),
     "short row": (listed("filename,label\n000.png"), 'should have a "filename" and a "label"'),
     "missing file": (listed("filename,label\n000.png,x\n9.png,x"), "there is no 9.png in"),
     "listed twice": (listed("filename,label\n000.png,x\n000.png,y"), "000.png is twice in train"),

@@ -89,17 +89,13 @@ class Ragged(Lines):
         x, y, *query = super().sample(split, seeds)
         return [list(task[:2 + i]) for i, task in enumerate(x)], y, *query
 
-class Words(Lines):
-    def sample(self, split, seeds):
-        return ["a"], *super().sample(split, seeds)[1:]
+class Wrong(Lines):
+    # what the argument makes of the four parts
+    def __init__(self, change):
+        self.change = change
 
-class Nothing(Lines):
     def sample(self, split, seeds):
-        return None
-
-class Empty(Lines):
-    def sample(self, split, seeds):
-        return [], [], [], []
+        return eval(str(self.change), dict(zip("abcd", super().sample(split, seeds))))
 
 class Labels(Lines):
     def sample(self, split, seeds):
@@ -114,14 +110,7 @@ def build(tmp_path):
     (tmp_path / "tasks.py").write_text(CODE)
 
     def build(name: str, ways: int | None = None, arguments: tuple[str, ...] = (), **more):
-        sizes = {
-            "ways": ways,
-            "shots": 5,
-            "queries": 5,
-            "image_size": None,
-            "channels": None,
-            "invert": False,
-        }
+        sizes = dict(ways=ways, shots=5, queries=5, image_size=None, channels=None, invert=False)
         dataset = f"{tmp_path / 'tasks.py'}:{name}"
         options = TaskOptions(dataset=dataset, dataset_args=arguments, **sizes)
         more = {"dtype": torch.float64} | more
@@ -151,19 +140,37 @@ def test_labels_of_any_whole_type_are_labels(build):
     assert batch.support_y.tolist() == [[0, 1, 0, 1, 0]] * 3
 
 
+WRONG = {
+    "('a', b, c, d)": r"should give tensors \[tasks, examples, ...\]",
+    "([], [], [], [])": r"should give tensors \[tasks, examples, ...\]",
+    "None": "should give four tensors",
+    "(a, b, c)": "should give four tensors",
+    "(a, b[:, :2], c, d)": "different numbers of tasks or examples",
+    "(a, b[..., 0], c, d[..., 0])": "targets without an axis of their own",
+}
+
+
+@pytest.mark.parametrize("change", WRONG)
+def test_what_is_no_batch_is_refused_with_its_reason(build, change):
+    with pytest.raises(UsageError, match=rf"sample\('train', 4 seeds\) .*{WRONG[change]}"):
+        build("Wrong", arguments=(f"change={change}",))
+
+
+@pytest.mark.parametrize(
+    "change", ["(a, b[..., 0], c, d[..., 0])", "(a, 0 * b[..., 0].astype(int) + 2, c, d)"]
+)
+def test_labels_are_whole_numbers_below_the_ways(build, change):
+    with pytest.raises(UsageError, match="labels that are not int64 from 0 to 1"):
+        build("Wrong", ways=2, arguments=(f"change={change}",))
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("Global", "other numbers when called again, and resuming, comparing and several processes"),
         ("Counting", "other numbers when called again"),
-        (
-            "FirstSeed",
-            "other numbers for a seed when it is alone, and chunks of tasks",
-        ),
+        ("FirstSeed", "other numbers for a seed when it is alone, and chunks of tasks"),
         ("Ragged", r"should give tensors \[tasks, examples, ...\]"),
-        ("Words", r"should give tensors \[tasks, examples, ...\]"),
-        ("Nothing", "should give four tensors"),
-        ("Empty", r"should give tensors \[tasks, examples, ...\]"),
     ],
 )
 def test_what_cannot_be_resumed_or_read_is_refused_in_a_line(build, name, message):
@@ -208,15 +215,6 @@ def test_seeds_that_change_nothing_are_said(build, tmp_path, monkeypatch, capsys
     assert build("Lines").summary == [] == build("Lists").summary
     validate_on(2, monkeypatch)
     build("Same")
-    line = [
-        "--dataset",
-        f"{tmp_path / 'tasks.py'}:Same",
-        "--learner",
-        "mlp",
-        "--iterations",
-        1,
-        "--eval-tasks",
-        2,
-    ]
-    assert command(*line, "--checkpoint-path", tmp_path) == 0
+    line = ["--dataset", f"{tmp_path / 'tasks.py'}:Same", "--learner", "mlp", "--iterations", 1]
+    assert command(*line, "--eval-tasks", 2, "--checkpoint-path", tmp_path) == 0
     assert "  data        sample gives the same task for every seed" in capsys.readouterr().out

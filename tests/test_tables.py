@@ -51,9 +51,7 @@ def test_csv_and_parquet_give_the_same_table(tmp_path, classification):
     for name in ("a.csv", "a.parquet"):
         write(tmp_path / name, columns)
     (tmp_path / "a.csv.gz").write_bytes(gzip.compress((tmp_path / "a.csv").read_bytes()))
-    for name, mark in (("semicolons.csv", ";"), ("tabs.csv", "\t")):
-        (tmp_path / name).write_text((tmp_path / "a.csv").read_text().replace(",", mark))
-    for name in ("a.csv", "a.csv.gz", "a.parquet", "semicolons.csv", "tabs.csv"):
+    for name in ("a.csv", "a.csv.gz", "a.parquet"):
         table = read(tmp_path / name, dtype=torch.float64, classification=classification, shares=None)
         assert table.tasks == ["10", "9"] and table.task.tolist() == [0, 1, 0, 1]  # by first appearance
         assert table.x.tolist() == [[1, 0.5], [2, -1e-3], [3, 1e300], [4, 0.1]]
