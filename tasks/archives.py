@@ -10,7 +10,7 @@ import io
 import json
 import pickle
 import zipfile
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
@@ -134,6 +134,8 @@ def read_split(paths: Sequence[Path], split: str) -> Labelled:
     for name, places in classes.items():
         if not len(places) or places.min() < 0 or places.max() >= len(images):
             raise UsageError(f"{paths[0]}: class {printable(name)} has no images, or some that are not there")
+    if max(Counter(chain(*(places.tolist() for places in classes.values()))).values(), default=1) > 1:
+        raise UsageError(f"{paths[0]}: an image is in two classes, or twice in one: leave it once")
     return _as_pictures(images, paths[0]), classes
 
 

@@ -82,20 +82,19 @@ def _read_classes(
 
     try:
         schema = parquet.read_schema(file)
-        image = image or _choose_image(file, schema)
-        label = label or _choose_label(file, schema)
-        for name in (image, label):
-            if name not in schema.names:
-                raise UsageError(
-                    f"{file} has no column {name!r}, but {schema.names}: name yours with --columns"
-                )
+        images = [field.name for field in schema if _holds_images(field.type)]
+        labels = [name for name in schema.names if class_labels(schema, name)]
+        labels = labels or [name for name in schema.names if name.lower() in LABELS]
+        image = image or _choose(file, schema, images, "images", "input")
+        label = label or _choose(file, schema, labels, "classes", "class")
+        if missing := [name for name in (image, label) if name not in schema.names]:
+            header = f"has no column {missing[0]!r}, but {schema.names}"
+            raise UsageError(f"{file} {header}: name yours with --columns")
         table = TableFile(file, parquet.read_table(file, columns=[label], partitioning=None))
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UsageError(f"{file} is not readable ({explain(file, error)}): mend the file") from error
-    if not _holds_images(schema.field(image).type):
-        raise UsageError(
-            f"{file}: column {image!r} holds {schema.field(image).type}, not the bytes of images"
-        )
+    if not _holds_images(kind := schema.field(image).type):
+        raise UsageError(f"{file}: column {image!r} holds {kind}, not the bytes of images")
     column, classes = ImageColumn(file, image), dict[str, list[StoredImage]]()
     names, positions = table.names(label)
     for row, position in enumerate(positions.tolist()):
@@ -111,18 +110,10 @@ def _holds_images(kind: Any) -> bool:
     return "bytes" in fields or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _choose_image(file: Path, schema: Any) -> str:
-    names = [field.name for field in schema if _holds_images(field.type)]
+def _choose(file: Path, schema: Any, names: list[str], what: str, role: str) -> str:
+    """Return the only one of some names of columns."""
     if len(names) != 1:
-        problem = f"has {len(names)} columns of images ({', '.join(names) or schema.names})"
-        raise UsageError(f"{file} {problem}: name one with --columns input=NAME")
-    return names[0]
-
-
-def _choose_label(file: Path, schema: Any) -> str:
-    labelled = [name for name in schema.names if class_labels(schema, name)]
-    names = labelled or [name for name in schema.names if name.lower() in LABELS]
-    if len(names) != 1:
-        problem = f"has {len(names)} columns of classes ({', '.join(names or schema.names)})"
-        raise UsageError(f"{file} {problem}: name one with --columns class=NAME")
+        few = ", ".join(names or schema.names)
+        problem = f"has {len(names)} columns of {what} ({few})"
+        raise UsageError(f"{file} {problem}: name one with --columns {role}=NAME")
     return names[0]

@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,24 +90,17 @@ def published_splits(name: str) -> dict[str, list[str]]:
     return {split: content[split] for split in SPLITS}
 
 
-class Division(NamedTuple):
-    """The classes of each split, where the split comes from, and lines on what was left out or changed."""
-
-    splits: dict[str, list[str]]
-    source: str
-    notes: list[str]
-
-
 def divide_classes(
     sizes: Mapping[str, Mapping[str, int]],
     shares: Mapping[str, int],
     place: str,
     source: str,
     min_examples: int = 0,
-) -> Division:
+) -> tuple[dict[str, list[str]], str, list[str]]:
     """Split classes as their parts are, or at random where these are one, or all have the same classes.
 
-    Validation classes come out of the training classes if there are none.
+    Validation classes come out of the training classes if there are none. Returns the names of each split's
+    classes, where the split comes from, and lines on what was left out or changed.
 
     Args:
         sizes: the number of images of each class of each part, "train", "validation", "test" or "all".
@@ -136,7 +128,7 @@ def divide_classes(
     elif "validation" not in splits and shares["train"]:
         splits |= split_at_random(splits["train"], {name: shares[name] for name in ("train", "validation")})
         source += ", validation classes drawn from those for training"
-    return Division(splits, source, notes)
+    return splits, source, notes
 
 
 def check_disjoint(splits: Mapping[str, Iterable[str]], source: str) -> None:

@@ -226,7 +226,7 @@ def _complete(
             raise UsageError(f"{path}: column {name!r} has a role and is excluded: leave one")
     if not inputs:
         raise UsageError(f"{path} has no input column, but {header}: add one")
-    if not columns.inputs and {"", "__index_level_0__"} & {*inputs}:  # in CSV and in Parquet
+    if not columns.inputs and {"", "Unnamed: 0", "__index_level_0__"} & {*inputs}:
         raise UsageError(f"{path} has pandas' index as a column: write it with index=False")
     if not columns.inputs and (like := [name for name in inputs if name.lower() in LIKE_SPLIT]):
         way = "call it split, with train, val and test in it, or leave it out with --exclude-columns"

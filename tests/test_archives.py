@@ -142,6 +142,10 @@ BAD = {
     "floats": ({"data": np.zeros((2, 6, 6, 3)), "labels": [0, 1]}, "images of type float64"),
     "lengths": ({"data": np.zeros((2, 6, 6, 3), np.uint8), "labels": [0]}, "2 images and 1 labels"),
     "places": ({"image_data": np.zeros((2, 6, 6, 3), np.uint8), "class_dict": {"a": [2]}}, "class a has no"),
+    "shared": (
+        {"image_data": np.zeros((2, 6, 6, 3), np.uint8), "class_dict": {"a": [0, 1], "b": [1]}},
+        "an image is in two classes",
+    ),
 }
 
 

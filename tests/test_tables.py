@@ -88,6 +88,7 @@ BAD = {
     "x,y\n1,2\n": r"has no column 'task', but \['x', 'y'\]",
     "task,x,x,y\na,1,2,3\n": "column 'x' is repeated, or has more than one role",
     ",task,x,y\n0,a,1,1\n": "has pandas' index as a column",
+    "Unnamed: 0,task,x,y\n0,a,1,1\n": "has pandas' index as a column",
     "": "not readable .*[Ee]mpty",
     "task,x,y\n": r"has a header, \['task', 'x', 'y'\], and no rows: add some",
     "task;x;y\na;1,5;1.5\n": "column 'x' has '1,5', and 'y' has points: does the comma",
