@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
-from common.batch import TaskBatch, Tree, first_tensor, in_type, joined, main_tensor, stacked_trees, tree_map
+from common.batch import TaskBatch, Tree, first_tensor, in_type, joined, stacked_trees, tree_map
 from common.choices import Choices
 from common.optimizers import InnerOptimizer, InnerState, Weights
 from common.task import Extras, Task, loop_over_tasks, mean_statistics, stack_steps, sum_over_tasks
@@ -34,7 +34,7 @@ from learners.copies import copy_module
 from learners.functional import FunctionalLearner
 from learners.heads import adapted_names, context_names, head_names, headless, prototype_head
 from learners.modules import convert_type
-from learners.reading import Reading
+from learners.reading import Reading, main_tensor
 
 Loss = Callable[[Any, Any], Tensor]  # (outputs, targets) of one task -> mean over its examples
 

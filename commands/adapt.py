@@ -24,7 +24,7 @@ from commands.config import Config
 from commands.network import AdaptedNetwork, give_network, predict
 from commands.outputs import count_outputs, ignored_by
 from commands.resolve import config_of, resolve_from
-from common.batch import Tree, main_tensor, tree_map
+from common.batch import Tree, tree_map
 from common.device import Runtime, find_device, set_up, versions
 from common.errors import UsageError, printable
 from common.files import write_whole
@@ -36,6 +36,7 @@ from evaluation.predictions import Prediction, predictions_figure, read_predicti
 from evaluation.style import write_figure
 from evaluation.tables import predictions_table, write_csv, write_json
 from learners.losses import LOSSES
+from learners.reading import main_tensor
 from maml import MAML, Adapted
 from tasks.options import data_facts
 from tasks.pixels import Form

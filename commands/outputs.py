@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from functools import partial
 from textwrap import shorten
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from commands.config import Config
-from common.batch import Tree, arguments_of, first_tensor, main_tensor, register_outputs, tree_map
+from common.batch import Tree, arguments_of, first_tensor, register_tree, tree_map
 from common.errors import UsageError, is_out_of_memory
 from common.names import is_own_code
 from learners.batch_norm import convert_batch_norm
@@ -25,7 +25,7 @@ from learners.diagnosis import naming_layer
 from learners.elementary import Elementary
 from learners.losses import LOSSES, ignored_label
 from learners.metrics import Metric, build_metric
-from learners.reading import Reading, read_outputs
+from learners.reading import Reading, main_tensor, read_outputs
 from tasks.scales import Scales, undo_scale
 
 
@@ -106,6 +106,15 @@ def try_outputs(
         )
     except ValueError as error:
         raise UsageError(f"--outputs {config.learner.outputs}: {error}") from error
+
+
+def register_outputs(tree: Tree) -> None:
+    """Make the dataclasses among a learner's outputs trees for PyTorch's transforms."""
+    if is_dataclass(tree) and type(tree) not in pytree.SUPPORTED_NODES:
+        register_tree(type(tree))
+    for part in pytree.tree_flatten(tree, is_leaf=lambda part: part is not tree)[0]:
+        if part is not tree:
+            register_outputs(part)
 
 
 def _expected_shape(

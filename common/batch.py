@@ -7,7 +7,7 @@ inputs or outputs has a nested tuple or dictionary of tensors where others have 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -134,43 +134,6 @@ def arguments_of(x: Tree) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def first_tensor(tree: Tree) -> Tensor:
     """Return the first tensor of a tree: of several inputs or outputs, the main one."""
     return tree if isinstance(tree, Tensor) else pytree.tree_leaves(tree)[0]
-
-
-MAIN_NAMES = ("logits", "out")  # of Hugging Face's models, and of torchvision's segmentation
-
-
-def main_tensor(outputs: Tree) -> Tensor:
-    """Return the main one of a learner's outputs: "logits" or "out" if one is called so, else the first."""
-    for name in () if isinstance(outputs, Tensor) else MAIN_NAMES:
-        value = outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
-        if isinstance(value, Tensor):
-            return value
-    return first_tensor(outputs)
-
-
-def name_tensors(tree: Tree, name: str = "") -> dict[str, Any]:
-    """Return the leaves of outputs by key, field, or position from 1; "" is the name of a single one."""
-    if is_dataclass(tree):
-        values = [(part.name, getattr(tree, part.name)) for part in fields(tree)]
-        parts = [(key, value) for key, value in values if value is not None]
-    elif isinstance(tree, Mapping):
-        parts = [(str(key), value) for key, value in tree.items()]
-    elif isinstance(tree, tuple | list):
-        names = getattr(tree, "_fields", None) or map(str, range(1, len(tree) + 1))
-        parts = [*zip(names, tree, strict=True)]
-    else:
-        return {name: tree}
-    named = [name_tensors(part, f"{name}.{key}".lstrip(".")) for key, part in parts]
-    return {key: leaf for leaves in named for key, leaf in leaves.items()}
-
-
-def register_outputs(tree: Tree) -> None:
-    """Make the dataclasses among a learner's outputs trees for PyTorch's transforms."""
-    if is_dataclass(tree) and type(tree) not in pytree.SUPPORTED_NODES:
-        register_tree(type(tree))
-    for part in pytree.tree_flatten(tree, is_leaf=lambda part: part is not tree)[0]:
-        if part is not tree:
-            register_outputs(part)
 
 
 def joined(trees: list[Tree], axis: int = 0) -> Tree:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from common.batch import TaskBatch, TaskDistribution, main_tensor, tree_map
+from common.batch import TaskBatch, TaskDistribution, tree_map
 from common.optimizers import Weights
 from evaluation import style
 from evaluation.meta_test import SEED, randomness_of
 from evaluation.tables import after_steps
-from learners.reading import reading_of
+from learners.reading import main_tensor, reading_of
 from maml import MAML
 
 if TYPE_CHECKING:

@@ -7,19 +7,19 @@ meaning nobody has said, are called outputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from common.batch import Tree, main_tensor, name_tensors
+from common.batch import Tree
 from common.task import UserTask
 from evaluation import style
 from evaluation.examples import draw_images
-from learners.reading import Reading
+from learners.reading import Reading, main_tensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -103,6 +103,22 @@ def read_predictions(
         if part is not main:
             prediction.add_output(name, part)
     return prediction
+
+
+def name_tensors(tree: Tree, name: str = "") -> dict[str, Any]:
+    """Return the leaves of outputs by key, field, or position from 1; "" is the name of a single one."""
+    if is_dataclass(tree):
+        values = [(part.name, getattr(tree, part.name)) for part in fields(tree)]
+        parts = [(key, value) for key, value in values if value is not None]
+    elif isinstance(tree, Mapping):
+        parts = [(str(key), value) for key, value in tree.items()]
+    elif isinstance(tree, tuple | list):
+        names = getattr(tree, "_fields", None) or map(str, range(1, len(tree) + 1))
+        parts = [*zip(names, tree, strict=True)]
+    else:
+        return {name: tree}
+    named = [name_tensors(part, f"{name}.{key}".lstrip(".")) for key, part in parts]
+    return {key: leaf for leaves in named for key, leaf in leaves.items()}
 
 
 def _add_classes(prediction: Prediction, outputs: Tree, reading: Reading, names: list[str]) -> None:

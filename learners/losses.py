@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.batch import Tree, first_tensor, main_tensor
+from common.batch import Tree, first_tensor
 from common.errors import UsageError
 from common.names import is_own_code, parse_name
 from common.own_code import find_parameters, load_code, parse_arguments
 from learners.elementary import Elementary
-from learners.reading import IGNORED
+from learners.reading import IGNORED, main_tensor
 
 
 def mse(outputs: Tree, targets: Tree) -> Tensor:

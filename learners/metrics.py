@@ -15,11 +15,11 @@ from typing import Any
 
 from torch import Tensor
 
-from common.batch import Tree, first_tensor, main_tensor
+from common.batch import Tree, first_tensor
 from common.errors import UsageError
 from common.names import is_own_code, parse_name
 from common.own_code import find_parameters, load_code
-from learners.reading import Metric, Reading
+from learners.reading import Metric, Reading, main_tensor
 
 SHORT = {  # of torchmetrics' names, without underscores
     **{"f1": "f1score", "fbeta": "fbetascore", "iou": "jaccardindex", "jaccard": "jaccardindex"},

@@ -9,19 +9,31 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.batch import Tree, first_tensor, main_tensor, tree_map
+from common.batch import Tree, first_tensor, tree_map
 from common.errors import UsageError, one_line
 
 IGNORED = -100  # PyTorch's default of `ignore_index`
 NEAR_ONE = 1e-3  # probabilities sum to 1 within this
 UNDEFINED = re.compile(r"meaningless|undefined|\bnan\b|no (positive|negative)", re.IGNORECASE)  # in warnings
+
+
+MAIN_NAMES = ("logits", "out")  # of Hugging Face's models, and of torchvision's segmentation
+
+
+def main_tensor(outputs: Tree) -> Tensor:
+    """Return the main one of a learner's outputs: "logits" or "out" if one is called so, else the first."""
+    for name in () if isinstance(outputs, Tensor) else MAIN_NAMES:
+        value = outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
+        if isinstance(value, Tensor):
+            return value
+    return first_tensor(outputs)
 
 
 @dataclass(frozen=True)
