@@ -64,6 +64,19 @@ def write_noise(folder: Path, side: int, *parts: str) -> None:
             Image.fromarray(pixels).save(folder / part / f"{image}.png")
 
 
+def class_names(images) -> dict[str, list[str]]:
+    """Return the names of the classes of each split."""
+    return {split: [images.names[c] for c in part.tolist()] for split, part in images.splits.items()}
+
+
+def task_options(dataset: str, **changes: object):
+    """Return options of 1-shot tasks with one query; without other flags, of 6 x 6 grey images."""
+    from tasks.options import TaskOptions
+
+    sizes = dict(ways=None, shots=1, queries=1, image_size=6, channels=1, invert=False)
+    return TaskOptions(dataset=dataset, **sizes | changes)
+
+
 @pytest.fixture
 def user_cache(tmp_path_factory, monkeypatch) -> Path:
     """Use a fresh cache folder instead of the one of whoever runs the tests."""

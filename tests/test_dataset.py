@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from conftest import task_options
 
 from common.random import task_stream
 from dataset import FAMILIES, GRID_POINTS, Custom, Harmonic, Sinusoid, SinusoidFrequency, SinusoidLine
-from tasks.options import TaskOptions
 
 MANY = range(20_000)
 
@@ -121,8 +121,7 @@ class Source:
 def test_a_users_tasks_are_sampled_by_distinct_seeds_and_training_ahead(monkeypatch):
     source = Source()
     monkeypatch.setattr("dataset.load_code", lambda *_: lambda: source)
-    sizes = dict(ways=None, shots=1, queries=1, image_size=None, channels=None, invert=False)
-    distribution = Custom(options=TaskOptions(dataset="own.py:f", **sizes), shots=1)
+    distribution = Custom(options=task_options("own.py:f"), shots=1)
     for iteration in (0, 1):
         assert distribution.sample("train", 5, iteration, range(4)).query_x.shape == (4, 3, 2)
     distribution.sample("test", 5, 0, range(4))

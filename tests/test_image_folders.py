@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import write_classes, write_images
+from conftest import class_names, write_classes, write_images
 
 from common.errors import UsageError
 from tasks.image_tasks import ImageTasks
@@ -27,10 +27,6 @@ def opened(folder: Path, shares: dict[str, int] = SHARES, **options) -> ImageSet
     return open_images(folder, Form(6, 1), shares, **options)
 
 
-def classes_of(images: ImageSet) -> dict[str, list[str]]:
-    return {split: [images.names[c] for c in part] for split, part in images.splits.items()}
-
-
 USUAL = """
 Train Val Test, TRAIN VALID TEST, training validation testing, base val novel, seen val unseen,
 meta-train meta-val meta-test, metatrain metaval metatest, Meta_Training Meta_Validation Meta_Test,
@@ -42,7 +38,7 @@ def test_usual_names_of_splits_are_followed(names, tmp_path):
     make(tmp_path, *names.split())
     images = opened(tmp_path)
     expected = {split: [f"n{i}_00", f"n{i}_01"] for i, split in enumerate(("train", "validation", "test"))}
-    assert classes_of(images) == expected
+    assert class_names(images) == expected
     train, val, test = names.split()
     counts = "2 (6 images) for training, 2 (6 images) for validation, 2 (6 images) for test"
     assert images.summary == [f"classes: {counts}; split: {train}/, {val}/, {test}/"]
@@ -53,7 +49,7 @@ def test_omniglots_halves_hold_nested_classes_and_validation_comes_from_training
         for alphabet in alphabets:
             write_images(tmp_path / part / alphabet / "character01", [ord(alphabet)])
     images = opened(tmp_path)
-    names = classes_of(images)
+    names = class_names(images)
     assert names["test"] == ["X/character01", "Y/character01"] and len(names["validation"]) == 1
     assert sorted(names["train"] + names["validation"]) == [f"{a}/character01" for a in "ABCDE"]
     assert "images_background/, images_evaluation/, validation classes drawn from" in images.summary[0]
@@ -153,7 +149,7 @@ def test_what_looks_like_a_split_and_is_none_is_refused(case, tmp_path):
 
 def test_a_folder_of_test_classes_serves_for_a_test(tmp_path):
     make(tmp_path, "test")
-    assert classes_of(opened(tmp_path, FOR_TEST))["test"] == ["n0_00", "n0_01"]
+    assert class_names(opened(tmp_path, FOR_TEST))["test"] == ["n0_00", "n0_01"]
 
 
 @pytest.mark.parametrize("lists", [False, True])
@@ -164,7 +160,7 @@ def test_parts_with_the_same_classes_are_put_together_and_said(lists, tmp_path):
         if lists:
             (tmp_path / f"{part}.csv").write_text("\n".join(["filename,label", *rows]))
     images = opened(tmp_path)
-    names = [name for part in classes_of(images).values() for name in part]
+    names = [name for part in class_names(images).values() for name in part]
     assert sorted(names) == [f"c{c:02}" for c in range(5)] and images.count.tolist() == [6] * 5
     ends = ".csv" if lists else "/"
     line = f"train{ends}, test{ends} have the same classes: put together, since tests are on other classes"
@@ -195,7 +191,7 @@ def test_classes_with_too_few_images_are_counted_and_can_be_left_out(tmp_path):
         ImageTasks(opened(tmp_path, min_examples=1), ways=2, shots=1, queries=5)
     images = opened(tmp_path, min_examples=6)
     assert images.notes == ["left out: 3 classes with fewer than 6 images"]
-    names = [name for part in classes_of(images).values() for name in part]
+    names = [name for part in class_names(images).values() for name in part]
     assert sorted(names) == [f"c{c:02}" for c in range(20)]
     ImageTasks(images, ways=2, shots=1, queries=5)
     with pytest.raises(UsageError, match="--min-examples 7 leaves no classes"):

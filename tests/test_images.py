@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import write_classes, write_images
+from conftest import class_names, write_classes, write_images
 from PIL import Image
 
 from common.errors import UsageError
 from tasks import published
 from tasks.folders import image_files
-from tasks.images import ImageSet, open_images
+from tasks.images import open_images
 from tasks.pixels import Form, decode_all
 from tasks.published import open_benchmark
 from tasks.splits import published_splits
@@ -36,10 +36,6 @@ def load(folder: Path, form: Form = SMALL) -> torch.Tensor:
 
 def listing(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
-def class_names(images: ImageSet) -> dict[str, list[str]]:
-    return {split: [images.names[c] for c in part] for split, part in images.splits.items()}
 
 
 # ---- layouts --------------------------------------------------------------------------------

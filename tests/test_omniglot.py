@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from conftest import write_part
+from conftest import task_options, write_part
 from torch.testing import assert_close
 
 from common.batch import TaskBatch
@@ -13,7 +13,6 @@ from common.errors import UsageError
 from common.random import SPLITS
 from dataset import build_distribution
 from learner import build_learner
-from tasks.options import TaskOptions
 from tasks.pixels import Form
 from tasks.published import open_benchmark, split_characters
 
@@ -95,8 +94,8 @@ def test_omniglot_as_a_folder_of_images_gives_the_same_tasks(small_omniglot):
         listing.write_text("\n".join(["filename,label", *rows]))
 
     def sample(dataset: str, split: str) -> TaskBatch:
-        form = dict(image_size=28, channels=1, invert=True, quarter_turns=True)
-        tasks = TaskOptions(dataset=dataset, ways=2, shots=2, queries=3, **form)
+        form = dict(image_size=28, invert=True, quarter_turns=True)
+        tasks = task_options(dataset, ways=2, shots=2, queries=3, **form)
         distribution = build_distribution(tasks, data_root=small_omniglot, device=torch.device("cpu"))
         return distribution.sample(split, 3, 5, range(6))
 

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from conftest import task_options
 from runs import command, validate_on
 
 from common.errors import UsageError
 from common.own_code import load_code
 from dataset import build_distribution
-from tasks.options import TaskOptions
 
 CODE = """
 import numpy as np
@@ -110,9 +110,8 @@ def build(tmp_path):
     (tmp_path / "tasks.py").write_text(CODE)
 
     def build(name: str, ways: int | None = None, arguments: tuple[str, ...] = (), **more):
-        sizes = dict(ways=ways, shots=5, queries=5, image_size=None, channels=None, invert=False)
-        dataset = f"{tmp_path / 'tasks.py'}:{name}"
-        options = TaskOptions(dataset=dataset, dataset_args=arguments, **sizes)
+        sizes = dict(ways=ways, shots=5, queries=5)
+        options = task_options(f"{tmp_path / 'tasks.py'}:{name}", dataset_args=arguments, **sizes)
         more = {"dtype": torch.float64} | more
         return build_distribution(options, data_root=tmp_path, device=torch.device("cpu"), **more)
 

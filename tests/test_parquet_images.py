@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from conftest import class_names
 from PIL import Image
 from pyarrow import parquet
 from runs import command, validate_on
@@ -73,8 +74,7 @@ def test_splits_of_files_are_kept_if_their_classes_are_apart(tmp_path):
     write(tmp_path / "validation-0.parquet", ["c"])
     write(tmp_path / "test-0.parquet", ["d", "e"])
     images = opened(tmp_path)
-    names = {split: [images.names[i] for i in part.tolist()] for split, part in images.splits.items()}
-    assert names == {"train": ["a", "b"], "validation": ["c"], "test": ["d", "e"]}
+    assert class_names(images) == {"train": ["a", "b"], "validation": ["c"], "test": ["d", "e"]}
     write(tmp_path / "test-0.parquet", ["d", "e", "a"])
     with pytest.raises(UsageError, match="a is in train and in test: leave it once"):
         opened(tmp_path)

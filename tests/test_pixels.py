@@ -175,36 +175,21 @@ def test_plain_kinds_say_nothing(tmp_path):
 
 
 def test_colours_of_every_kind_are_pillows(tmp_path):
-    """Compare with pixels set one by one; orientation and transparency included."""
+    """Compare with pixels set one by one, transparent ones included."""
     corner = Image.new("RGB", (6, 6), (10, 20, 30))
     corner.putpixel((0, 0), (200, 100, 50))
-    exif = Image.Exif()
-    exif[0x0112] = 3  # upside down
     palette = corner.quantize(4)
-    clear = palette.getpixel((0, 0))
-    files = {
-        "cmyk.tif": corner.convert("CMYK"),
-        "palette.png": palette,
-        "rgba.png": corner.convert("RGBA"),
-        "ycbcr.jpg": Image.new("RGB", (6, 6), (10, 20, 30)),
-    }
-    for name, image in files.items():
-        (tmp_path / name.partition(".")[0]).mkdir()
-        image.save(tmp_path / name.partition(".")[0] / name)
-    (tmp_path / "clear").mkdir()
-    palette.save(tmp_path / "clear" / "1.png", transparency=clear)
-    (tmp_path / "deep").mkdir()
-    corner.save(tmp_path / "deep" / "1.jpg", exif=exif, quality=100, subsampling=0)
+    for name in ("cmyk", "palette", "rgba", "clear"):
+        (tmp_path / name).mkdir()
+    corner.convert("CMYK").save(tmp_path / "cmyk" / "1.tif")
+    corner.convert("RGBA").save(tmp_path / "rgba" / "1.png")
+    palette.save(tmp_path / "palette" / "1.png")
+    palette.save(tmp_path / "clear" / "1.png", transparency=palette.getpixel((0, 0)))
     images = opened(tmp_path, COLOUR)
     pixels = dict(zip(images.names, images.load().permute(0, 2, 3, 1).int(), strict=True))
-    for name in ("cmyk", "palette", "rgba"):
-        assert pixels[name][0, 0].tolist() == [200, 100, 50] and pixels[name][3, 3].tolist() == [10, 20, 30]
-    assert pixels["clear"][0, 0].tolist() == [255, 255, 255] and pixels["clear"][3, 3].tolist() == [
-        10,
-        20,
-        30,
-    ]
-    assert pixels["deep"][-1, -1, 0] > 100 > 60 > pixels["deep"][0, 0, 0]  # turned upright
+    for name in ("cmyk", "palette", "rgba", "clear"):
+        first = [255, 255, 255] if name == "clear" else [200, 100, 50]
+        assert pixels[name][0, 0].tolist() == first and pixels[name][3, 3].tolist() == [10, 20, 30]
 
 
 def test_orientation_and_white_is_zero_hold_for_deep_images(tmp_path):
@@ -214,8 +199,6 @@ def test_orientation_and_white_is_zero_hold_for_deep_images(tmp_path):
     expected = mapped(np.rot90(array, -1).astype(float), 0, 4095)
     assert torch.equal(opened(tmp_path / "turned").load()[0, 0], expected)
     save_in_classes(tmp_path / "negative", Image.fromarray(array), ".tif", tiffinfo={262: 0})
-    with Image.open(tmp_path / "negative" / "a" / "1.tif") as image:
-        assert image.tag_v2[262] == 0
     assert torch.equal(opened(tmp_path / "negative").load()[0, 0], 255 - mapped(array.astype(float), 0, 4095))
 
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_classes
+from conftest import task_options, write_classes
 
 from common.batch import TaskDistribution
 from common.random import SPLITS
 from dataset import FAMILIES, build_distribution
-from tasks.options import DATASETS, OMNIGLOT_CLASSES, TaskOptions
+from tasks.options import DATASETS, OMNIGLOT_CLASSES
 from tasks.splits import published_splits, split_at_random
 
 SHARES = {"train": 64, "validation": 16, "test": 20}
@@ -23,8 +23,7 @@ PUBLISHED = {
 
 
 def make(dataset: str, data_root: Path = Path(), for_test=False, **options) -> TaskDistribution:
-    defaults = dict(ways=None, shots=1, queries=1, image_size=6, channels=1, invert=False)
-    tasks = TaskOptions(dataset=dataset, **defaults | options)
+    tasks = task_options(dataset, **options)
     return build_distribution(tasks, data_root=data_root, device=torch.device("cpu"), for_test=for_test)
 
 
