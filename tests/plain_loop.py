@@ -34,6 +34,16 @@ def integers(below: int, *shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(below, shape, generator=torch.Generator().manual_seed(seed))
 
 
+def vectors(*shape: int, targets: int = 2) -> TaskBatch:
+    x, more_x = (normal(TASKS, EXAMPLES, *shape, seed=seed) for seed in (1, 2))
+    y, more_y = (normal(TASKS, EXAMPLES, targets, seed=seed) for seed in (3, 4))
+    return TaskBatch(x, y, more_x, more_y)
+
+
+def images() -> TaskBatch:
+    return vectors(2, 4, 4)
+
+
 def filled(module: nn.Module) -> nn.Module:
     """Return the module in float64, with the same parameters every time, none of them zeros or ones."""
     generator = torch.Generator().manual_seed(1)
@@ -42,6 +52,14 @@ def filled(module: nn.Module) -> nn.Module:
         numbers = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         parameter.data.copy_(0.6 * numbers + 0.7 * (parameter.dim() == 1))
     return module
+
+
+def convolutions(norm: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(2, 4, 3), norm, nn.Tanh(), nn.Flatten(), nn.Linear(16, 2))
+
+
+def layers(*between: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), *between, nn.Tanh(), nn.Linear(4, 2))
 
 
 def algorithm(module: nn.Module, loss=F.mse_loss, **options) -> MAML:
@@ -196,6 +214,7 @@ def assert_matches_plain_loop(
     module,
     batch,
     *,
+    reference=None,
     loss=F.mse_loss,
     orders=ORDERS,
     steps=STEPS,
@@ -205,11 +224,14 @@ def assert_matches_plain_loop(
     tolerance=1e-9,
     **options,
 ):
-    """Compare gradients, losses and outputs of both engines, exact and first order, which differ."""
+    """Compare gradients, losses and outputs of both engines, exact and first order, which differ.
+
+    `reference` is the module of the loop, if it is another one.
+    """
     gradients = []
     for order in orders:
         how = {"order": order, "keys": keys, "adapted": adapted, "steps": steps, "compute_head": compute_head}
-        expected, losses, outputs = plain_loop(module, loss, batch, **how)
+        expected, losses, outputs = plain_loop(reference or module, loss, batch, **how)
         gradients.append(expected)
         maml = algorithm(module, loss, steps=steps, meta_gradient=order, **options)
         for engine in ENGINES:

@@ -15,13 +15,17 @@ from plain_loop import (
     algorithm,
     assert_close,
     assert_matches_plain_loop,
+    convolutions,
     distance,
     filled,
+    images,
     integers,
+    layers,
     meta_gradient,
     normal,
     plain_loop,
     plain_predictions,
+    vectors,
 )
 from torch import nn
 from torch.nn import functional as F
@@ -73,12 +77,6 @@ def frozen(module: nn.Module, *names: str) -> nn.Module:
     return module
 
 
-def vectors(*shape: int, targets: int = 2) -> TaskBatch:
-    x, more_x = (normal(TASKS, EXAMPLES, *shape, seed=seed) for seed in (1, 2))
-    y, more_y = (normal(TASKS, EXAMPLES, targets, seed=seed) for seed in (3, 4))
-    return TaskBatch(x, y, more_x, more_y)
-
-
 def sentences(*, language: bool = False) -> TaskBatch:
     batch = vectors(1)
     x = [integers(TOKENS, TASKS, EXAMPLES, 4, seed=seed) for seed in (1, 2)]
@@ -87,22 +85,10 @@ def sentences(*, language: bool = False) -> TaskBatch:
     return TaskBatch(x[0], y[0], x[1], y[1])
 
 
-def images() -> TaskBatch:
-    return vectors(2, 4, 4)
-
-
 def places() -> TaskBatch:
     """A target for each place of a sequence: `[tasks, examples, 6, 2]`."""
     x, _, more, _ = vectors(6, 3)
     return TaskBatch(x, x[..., :2].sin(), more, more[..., :2].sin())
-
-
-def convolutions(norm: nn.Module) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(2, 4, 3), norm, nn.Tanh(), nn.Flatten(), nn.Linear(16, 2))
-
-
-def layers(*between: nn.Module) -> nn.Module:
-    return nn.Sequential(nn.Linear(3, 4), *between, nn.Tanh(), nn.Linear(4, 2))
 
 
 def without_statistics() -> nn.Module:
@@ -122,8 +108,6 @@ KINDS = {
 
 def build(kind: str) -> tuple[nn.Module, TaskBatch]:
     """Return a learner of that kind, and tasks for it."""
-    if kind in BUFFERED:
-        return filled(BUFFERED[kind]()), vectors(3)
     module, batch = (make() for make in KINDS[kind])
     return filled(module), batch
 
@@ -190,124 +174,6 @@ def test_a_constant_in_the_loss_is_one_in_every_derivative():
         return (shares * (outputs - targets).square().sum(1)).sum()
 
     assert_matches_plain_loop(filled(layers()), vectors(3), loss=loss)
-
-
-def tensors_of(*modules: nn.Module) -> list[torch.Tensor]:
-    return [t.clone() for module in modules for t in (*module.parameters(), *module.buffers())]
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(
-    "kind", ["batch norm of images", "instance norm, running", "frozen", "in place", "super"]
-)
-def test_modules_stay_as_they_are_and_nothing_passes_between_tasks(kind, engine):
-    module, batch = build(kind)
-    maml = algorithm(module)
-    before = tensors_of(module, maml.learner)
-    first, second = (meta_gradient(maml, batch, engine) for _ in range(2))
-    maml.predictions(maml.initial_parameters(), batch, steps=1)
-    assert all(map(torch.equal, before, tensors_of(module, maml.learner)))
-    assert all(torch.equal(g, second.gradients[n]) for n, g in first.gradients.items())
-    alone = [
-        meta_gradient(maml, TaskBatch(*(t[i : i + 1] for t in batch)), engine).gradients for i in range(TASKS)
-    ]
-    assert distance(alone[0], alone[1]) > 1e-2
-    assert_close(first.gradients, {n: (g + alone[1][n]) / 2 for n, g in alone[0].items()}, 1e-11)
-
-
-# ---- buffers --------------------------------------------------------------------------------
-
-
-class InPlaceNorm(nn.BatchNorm1d):
-    """Update the statistics in place, without gradient, and normalise with them."""
-
-    @torch.no_grad()
-    def update(self, x):
-        self.num_batches_tracked += 1
-        self.running_mean.mul_(0.6).add_(0.4 * x.mean(0))
-        self.running_var.mul_(0.6).add_(0.4 * x.var(0))
-
-    def forward(self, x):
-        if self.training:
-            self.update(x)
-        scale = self.weight * torch.rsqrt(self.running_var + self.eps) / (1 + self.num_batches_tracked)
-        return (x - self.running_mean) * scale + self.bias
-
-
-class AttachedNorm(nn.BatchNorm1d):
-    """Differentiate the part of the mean that comes from this pass."""
-
-    def forward(self, x):
-        if self.training:
-            self.running_mean.mul_(0.6)
-            self.running_mean += 0.4 * x.mean(0)
-        return (x - self.running_mean) * self.weight + self.bias
-
-
-class SuperNorm(nn.BatchNorm1d):
-    """Extend PyTorch's forward: its running statistics move in training, and serve in evaluation."""
-
-    def forward(self, x):
-        return super().forward(x).sin()
-
-
-class Assigning(nn.Module):
-    """Assign another tensor to a buffer, which is not persistent."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("memory", torch.linspace(-0.5, 0.5, 4), persistent=False)
-        self.gain = nn.Parameter(torch.ones(4))
-
-    def forward(self, x):
-        if self.training:
-            self.memory = 0.5 * self.memory + 0.5 * x.mean(0).detach()
-        return x + self.gain * self.memory**2
-
-
-BUFFERED = {
-    "in place": lambda: layers(InPlaceNorm(4)),
-    "attached": lambda: layers(AttachedNorm(4)),
-    "super": lambda: layers(SuperNorm(4)),
-    "assigned": lambda: layers(Assigning()),
-}
-
-
-@pytest.mark.parametrize("with_example", [False, True])
-@pytest.mark.parametrize("kind", BUFFERED)
-def test_each_task_carries_its_buffers_through_its_inner_steps(kind, with_example):
-    module, batch = build(kind)
-    options = {"example": batch.support_x[0]} if with_example else {}
-    assert_matches_plain_loop(module, batch, steps=3, **options)
-    carried, fresh = (
-        plain_loop(module, F.mse_loss, batch, steps=3, carry=carry)[0] for carry in (True, False)
-    )
-    assert kind == "super" or distance(fresh, carried) > 1e-3  # the others' buffers matter in training
-    maml = algorithm(module, **options)
-    outputs = maml.predictions(maml.initial_parameters(), batch, STEPS)["transductive"]
-    torch.testing.assert_close(outputs, plain_predictions(module, F.mse_loss, batch))
-
-
-@pytest.mark.parametrize("layer", [nn.BatchNorm1d, nn.InstanceNorm1d, nn.SyncBatchNorm])
-def test_a_norm_layer_in_evaluation_mode_keeps_its_running_statistics(layer):
-    module = filled(layers(layer(4, track_running_stats=True, affine=True)))
-    norm = module[1].eval()
-    norm.running_mean += torch.linspace(-1, 1, 4)
-    norm.running_var += torch.linspace(0.5, 2, 4)
-    batch = vectors(3)
-    if layer is nn.InstanceNorm1d:
-        module[0] = filled(nn.Conv1d(2, 4, 3))
-        module[3] = filled(nn.Linear(1, 2))
-        batch = TaskBatch(*(normal(TASKS, EXAMPLES, *s, seed=i) for i, s in enumerate(2 * ((2, 3), (4, 2)))))
-    before = tensors_of(module)
-    assert_matches_plain_loop(module, batch)
-    assert all(map(torch.equal, before, tensors_of(module)))
-    maml = algorithm(module)
-    outputs = maml.predictions(maml.initial_parameters(), batch, STEPS, ("transductive", "inductive"))
-    expected = plain_predictions(module, F.mse_loss, batch)
-    torch.testing.assert_close(outputs["transductive"], expected)
-    torch.testing.assert_close(outputs["inductive"], expected)
-    assert maml.learner.training and not maml.learner[1].training  # predicting restores the modes
 
 
 @pytest.mark.parametrize("adapt_norm", [True, False])
