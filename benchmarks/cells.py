@@ -9,6 +9,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,6 +83,10 @@ class Table:
         return IMAGE_SEEDS if self.accuracy else CURVE_SEEDS
 
     @property
+    def digits(self) -> int:
+        return 2 if self.accuracy else 3
+
+    @property
     def trained(self) -> tuple[Cell, ...]:
         """The cells that are trained, without the baselines."""
         return tuple(cell for cell in self.cells if cell.baseline_of is None)
@@ -104,24 +109,19 @@ def make_cell(table: str, method: str, flags: str | None = None, *, source_of: s
 
 FAMILY = ("fomaml", "anil", "boil", "reptile", "meta-sgd", "maml++", "imaml", "cavia")
 SHOTS = (5, 10, 20)
-TEST_FLAGS = (
-    "-q",
-    "10",
-    "--eval-tasks",
-    "10000",
-    "--eval-steps",
-    "16",
-)  # as many steps as any method trains
-CURVE_TESTS = tuple(Test(f"K = {k}", ("-k", str(k), *TEST_FLAGS)) for k in SHOTS)
+TEST_FLAGS = "-q 10 --eval-tasks 10000 --eval-steps 16"  # as many steps as any method trains
+CURVE_TESTS = tuple(Test(f"K = {k}", (*f"-k {k} {TEST_FLAGS}".split(),)) for k in SHOTS)
 
 
-def curve_columns(steps: Iterable[int]) -> tuple[Column, ...]:
+def curve_columns(steps: Iterable[int], shots: Iterable[int] = SHOTS) -> tuple[Column, ...]:
     """Return a column for each number of points and of inner steps."""
-    return tuple(
-        Column(f"K = {k}, {n} step{'s' * (n > 1)}", f"K = {k}", n, "transductive")
-        for k in SHOTS
-        for n in steps
-    )
+    pairs = product(shots, steps)
+    return tuple(Column(f"K = {k}, {after(n)}", f"K = {k}", n, "transductive") for k, n in pairs)
+
+
+def after(steps: int) -> str:
+    """Return "1 step", "2 steps", ..."""
+    return f"{steps} step{'s' * (steps > 1)}"
 
 
 def curve_table(name: str, title: str) -> Table:

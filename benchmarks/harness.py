@@ -26,7 +26,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 MAIN = str(ROOT / "main.py")
 sys.path.insert(0, str(ROOT))
 
-from common.errors import UsageError  # noqa: E402 (path first)
+from common.errors import UsageError, explain  # noqa: E402 (path first)
+from common.files import read_json as read_json  # noqa: E402 (path first)
+from common.files import write_whole  # noqa: E402 (path first)
 
 # ---- the command line ----------------------------------------------------------------------------
 
@@ -46,7 +48,7 @@ def launch(main: Callable[[], int | None]) -> NoReturn:
     try:
         sys.exit(main())
     except (UsageError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {explain(error)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -56,22 +58,12 @@ def launch(main: Callable[[], int | None]) -> NoReturn:
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all; make its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file whole or not at all."""
     write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file; raise UsageError if it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path} is not a JSON file ({error}): remove it, or write elsewhere") from error
 
 
 def put(page: Path, name: str, text: str) -> bool:
@@ -126,13 +118,26 @@ def main_line(flags: Sequence[str], processes: int = 1) -> list[str]:
     return [sys.executable, *(launcher if processes > 1 else []), MAIN, *flags]
 
 
+def call_main(
+    flags: Sequence[str], processes: int = 1, *, seconds: float | None = None, **environment: str
+) -> tuple[int, str]:
+    """Run main.py, which is asked to save and end when time is up; return its exit code and its last line."""
+    output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(main_line(flags, processes), env=os.environ | environment, **output)
+    try:
+        _, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        _, errors = process.communicate()
+    return process.returncode, (errors.strip() or f"exit code {process.returncode}").rpartition("\n")[2]
+
+
 def run_main(flags: Sequence[str], processes: int = 1, **environment: str) -> float:
     """Run main.py silently; return its seconds of wall time, or raise UsageError with its last line."""
-    line, begin = main_line(flags, processes), time.perf_counter()
-    done = subprocess.run(line, env=os.environ | environment, capture_output=True, text=True)
-    if done.returncode:
-        message = (done.stderr.strip() or f"exit code {done.returncode}").rpartition("\n")[2]
-        raise UsageError(message.partition("error: ")[2] or message)
+    begin = time.perf_counter()
+    code, last_line = call_main(flags, processes, **environment)
+    if code:
+        raise UsageError(last_line.partition("error: ")[2] or last_line)
     return time.perf_counter() - begin
 
 
@@ -165,13 +170,6 @@ def write_images(folder: Path, classes: int, drawings: int, size: int) -> None:
 # ---- timing --------------------------------------------------------------------------------------
 
 
-def seconds_of(work: Callable[[], object]) -> float:
-    """Return the wall time of one call, in seconds."""
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
-
-
 def in_turn(timings: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Take every timing once a round, so that whatever slows the machine slows them all."""
     seconds: dict[str, list[float]] = {name: [] for name in timings}
@@ -184,8 +182,3 @@ def in_turn(timings: Mapping[str, Callable[[], float]], rounds: int) -> dict[str
 def median_ratio(values: Sequence[float], reference: Sequence[float]) -> float:
     """Return the median of the ratios within a round."""
     return statistics.median(value / other for value, other in zip(values, reference, strict=True))
-
-
-def quartiles(values: Sequence[float]) -> list[float]:
-    """Return lower quartile, median and upper quartile."""
-    return statistics.quantiles(values, n=4, method="inclusive")

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
 import signal
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ from typing import Any
 
 import torch
 from cells import Cell, Table, Test
-from harness import machine, main_line, read_json, write_json
+from harness import call_main, machine, read_json, write_json
 
 from evaluation.meta_test import Evaluation
 from evaluation.tables import StepResults, plain_values
@@ -89,7 +87,7 @@ class Job:
         """The curves and numbers of this command's run; empty if it has not begun."""
         file = self.folder / "training.json"
         trained = self.ledger.get("trained_by") == self.command and file.exists()
-        return read_small_json(file, file.stat().st_mtime_ns) if trained else {}
+        return read_result(file) if trained else {}
 
     @property
     def is_finished(self) -> bool:
@@ -106,7 +104,7 @@ class Job:
     def result(self, test: Test, *, baselines: bool = False) -> Record | None:
         """Return the result of a test of the current checkpoint with these flags; None if there is none."""
         file = self.result_file(test, baselines=baselines)
-        return read_small_json(file, file.stat().st_mtime_ns) if file else None
+        return read_result(file) if file else None
 
     def result_file(self, test: Test, *, baselines: bool = False) -> Path | None:
         """Return the file of that result."""
@@ -117,7 +115,7 @@ class Job:
         command = shlex.join(["main.py", *self.testing(test)])
         for file in sorted((self.folder / f"test {test.name}").glob("*.json")):
             if file.stem.endswith("-baselines") == baselines:
-                content = read_small_json(file, file.stat().st_mtime_ns)
+                content = read_result(file)
                 if content.get("iteration") == iteration and content["command"] == command:
                     return file
         return None
@@ -131,9 +129,13 @@ def planned_iterations(progress: Record) -> int:
     return progress["settings"]["iterations"]
 
 
+def read_result(file: Path) -> dict[str, Any]:
+    """Read a result file, once for each change, without the numbers of single tasks; empty if damaged."""
+    return _read_result(file, file.stat().st_mtime_ns)
+
+
 @cache
-def read_small_json(file: Path, changed: int) -> dict[str, Any]:
-    """Read a result file as it was changed last, without the numbers of single tasks; empty if damaged."""
+def _read_result(file: Path, changed: int) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:  # cut short by a kill
@@ -154,12 +156,13 @@ def run_job(job: Job, until: float, *, single_threaded: bool) -> tuple[bool, str
         single_threaded: whether other jobs run at the same time.
     """
     title = f"{job.table.name}, {job.name}"
-    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if single_threaded else {})
+    environment = {"OMP_NUM_THREADS": "1"} if single_threaded else {}
     begin = time.monotonic()
     if not job.is_finished and begin < until:
         job.folder.parent.mkdir(parents=True, exist_ok=True)
         place = ["--run-name", job.name, "--checkpoint-path", str(job.folder.parent), "--resume"]
-        code, last_line = call_main([*job.training, *place], environment, until - begin)
+        seconds = until - begin if math.isfinite(until) else None
+        code, last_line = call_main([*job.training, *place], seconds=seconds, **environment)
         if code not in (0, STOPPED, NON_FINITE):
             return False, f"{title}: {last_line}"
         if job.folder.exists():
@@ -169,27 +172,12 @@ def run_job(job: Job, until: float, *, single_threaded: bool) -> tuple[bool, str
         return time.monotonic() > until, f"{title}: not begun"
     for test in job.table.tests:
         if not job.is_tested(test):
-            code, last_line = call_main(job.testing(test), environment)
+            code, last_line = call_main(job.testing(test), **environment)
             if code:
                 return False, f"{title}, {test.name}: {last_line}"
     ended = f"; {progress['failure']}" if progress["failure"] else ""
     done = f"iteration {progress['iteration']:,} of {planned_iterations(progress):,}"
     return True, f"{title}: {done}{ended}"
-
-
-def call_main(
-    arguments: Sequence[str], environment: Mapping[str, str], seconds: float = math.inf
-) -> tuple[int, str]:
-    """Run main.py, which is asked to save and end when time is up; return its exit code and its last line."""
-    process = subprocess.Popen(
-        main_line(arguments), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        _, errors = process.communicate(timeout=seconds if math.isfinite(seconds) else None)
-    except subprocess.TimeoutExpired:
-        process.terminate()
-        _, errors = process.communicate()
-    return process.returncode, (errors.strip() or f"exit code {process.returncode}").rpartition("\n")[2]
 
 
 # ---- reading -------------------------------------------------------------------------------------

@@ -33,17 +33,11 @@ def take_sample(process: subprocess.Popen[bytes], folder: Path) -> dict[str, int
         status = (proc / "status").read_text()
         names = ("VmRSS", "VmHWM", "Threads")
         resident, peak, threads = (int(status.split(f"{name}:")[1].split()[0]) for name in names)
-        size = sum(file.stat().st_size for file in folder.iterdir())
-        files = len(list((proc / "fd").iterdir()))
+        sample = {"memory": 1024 * resident, "peak": 1024 * peak, "threads": threads}
+        sample["folder"] = sum(file.stat().st_size for file in folder.iterdir())
+        return sample | {"files": len(list((proc / "fd").iterdir()))}
     except (OSError, IndexError):
         return None
-    return {
-        "memory": 1024 * resident,
-        "peak": 1024 * peak,
-        "files": files,
-        "threads": threads,
-        "folder": size,
-    }
 
 
 def watch(flags: list[str], iterations: int, seconds: float, root: Path) -> dict[str, Any]:

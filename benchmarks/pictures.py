@@ -39,8 +39,9 @@ def points_of(table: Table, entry: Record, test: str) -> list[tuple[int, float, 
     points = []
     for step in range(STEPS_SHOWN + 1):
         value = number(table, Column("", test, step, "transductive"), entry)
-        if value is not None and math.isfinite(value.drawn[0]):
-            points.append((step, as_error(table, value.drawn[0]), value.drawn[1]))
+        if value is not None:
+            mean, interval = value.kept if value.diverged else (value.mean, value.interval)
+            points += [(step, as_error(table, mean), interval)] * math.isfinite(mean)
     return points
 
 
@@ -71,8 +72,7 @@ def steps_figure(table: Table, record: Record) -> Figure | None:
                     look = style.curve_style(position) | {"markersize": 3}
                     draw_curve(panel, curves[cell.method, test], cell.method, look, filled=wide)
                     draw_published(panel, table, cell.method, test, look["color"])
-            panel.set(title=test, yscale="log" if wide else "linear")
-            panel.set_xlabel("inner steps")
+            panel.set(title=test, yscale="log" if wide else "linear", xlabel="inner steps")
         measure = "query error (%)" if table.accuracy else "query MSE of tasks that do not diverge"
         panels[0].set_ylabel(f"{measure}\ndiamonds: published")
         style.add_legend(figure, panels[0])
@@ -121,14 +121,14 @@ def learning_figure(record: Record) -> Figure:
         losses: list[float] = []
         for panel, (method, entry) in zip(panels, methods.items(), strict=True):
             run = entry["runs"][0]
-            curves = [("first-order MAML", windows(run["training"])), *scratch_curves(run)]
+            measured = next((test["curves"] for test in run["tests"].values() if test.get("curves")), {})
+            curves = [("first-order MAML", windows(run["training"]))]
+            curves += [(n, (c["iteration"], c["query_loss"])) for n, c in measured.items() if "scratch" in n]
             for position, (name, points) in enumerate(curves):
-                panel.plot(
-                    *points, label=name, **(style.curve_style(position) | {"marker": None, "linewidth": 1.0})
-                )
+                look = style.curve_style(position) | {"marker": None, "linewidth": 1.0}
+                panel.plot(*points, label=name, **look)
                 losses += points[1]
-            panel.set(title=method, yscale="log")
-            panel.set_xlabel("iteration")
+            panel.set(title=method, yscale="log", xlabel="iteration")
         panels[0].set_ylim(top=5 * max(statistics.quantiles(losses, n=50)))
         panels[0].set_ylabel(f"query MSE, means of {WINDOW} tasks")
         style.add_legend(figure, panels[0])
@@ -141,9 +141,3 @@ def windows(training: Record) -> tuple[list[int], list[float]]:
     size = WINDOW // ends[0]
     starts = range(0, len(ends) - size + 1, size)
     return [ends[i + size - 1] for i in starts], [statistics.mean(losses[i : i + size]) for i in starts]
-
-
-def scratch_curves(run: Record) -> list[tuple[str, tuple[list[int], list[float]]]]:
-    """Return the curves of training from scratch that a run's tests have measured, by name."""
-    curves = next((test["curves"] for test in run["tests"].values() if test.get("curves")), {})
-    return [(n, (c["iteration"], c["query_loss"])) for n, c in curves.items() if "scratch" in n]

@@ -134,12 +134,11 @@ def main() -> None:
     published = [publish(table, method, options.folder) for table, method in pairs]
     if not any(published):
         parser.error(f"--folder {options.folder} has no run of these tables that is far enough")
-    files = [
-        FOLDER / name_of(TABLES[t], method) / CARD for t, methods in CHOSEN.items() for method in methods
-    ]
+    names = [name_of(TABLES[table], method) for table in CHOSEN for method in CHOSEN[table]]
+    files = [FOLDER / name / CARD for name in names]
     rows = [row_texts(harness.read_json(file)) for file in files if file.exists()]
-    head = ["name", "numbers learned", "iterations trained (best)"]
-    head.append("`--eval` says (600 test tasks, ± 95 % interval)")
+    says = "`--eval` says (600 test tasks, ± 95 % interval)"
+    head = ["name", "numbers learned", "iterations trained (best)", says]
     harness.put(FOLDER / "README.md", "cards", harness.markdown(head, rows) + "\n")
 
 

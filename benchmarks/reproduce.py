@@ -29,7 +29,7 @@ import table_text
 import torch
 from cells import TABLES, Table
 from harness import RESULTS, ROOT, Parser, launch, put, read_json, write_json, write_text
-from jobs import Job, record, run_job
+from jobs import Job, Record, record, run_job
 
 RUNS = ROOT / "checkpoints" / "reproduce"
 TABLE_RESULTS = RESULTS / "reproduce"
@@ -106,14 +106,18 @@ def write_table(table: Table, options: argparse.Namespace) -> bool:
     return bool(content["methods"])
 
 
+def read_records() -> dict[str, Record]:
+    """Return the recorded tables by name."""
+    return {n: read_json(file) for n in TABLES if (file := TABLE_RESULTS / f"{n}.json").exists()}
+
+
 def update_pages() -> None:
     """Put the recorded tables, and a summary of the published numbers, into docs/results.md.
 
     Rows of a table stand on other pages, between `<!-- TABLE: METHOD; METHOD -->` and the same with a slash.
     """
     page = ROOT / "docs" / "results.md"
-    files = {name: TABLE_RESULTS / f"{name}.json" for name in TABLES}
-    records = {name: read_json(file) for name, file in files.items() if file.exists()}
+    records = read_records()
     for name, content in records.items():
         text = table_text.table_text(TABLES[name], content)
         if (TABLE_RESULTS / f"{name}.png").exists():

@@ -74,7 +74,7 @@ def main() -> None:
     options = parser.parse_args()
     works = options.works or [w for w in WORKS if "Omniglot" not in w or "MAML_DATA_ROOT" in os.environ]
     results: dict[str, Any] = {}
-    rows = []
+    rows: list[list[str]] = []
     for work in works:
         results[work] = measure(WORKS[work], options.rounds)
         single = results[work]["1 process"]

@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.func import grad, vjp, vmap
 from torch.nn.functional import mse_loss
 
+from common.optimizers import Weights
+
 POWER_STEPS = 40
 SHOTS = (5, 10, 20)
 STEPS = (1, 5, 10)
-Weights = dict[str, Tensor]
 
 
 def curvature(loss: Callable[[Weights], Tensor], weights: Weights) -> Tensor:

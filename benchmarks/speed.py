@@ -119,7 +119,7 @@ def compare(work: Work, rounds: int) -> dict[str, Any]:
     seconds = harness.in_turn(timings, rounds)
     rows = {}
     for name, values in seconds.items():
-        low, middle, high = harness.quartiles(values)
+        low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
         rows[name] = {
             "median_ms": 1e3 * middle,
             "quartiles_ms": [1e3 * low, 1e3 * high],
@@ -178,10 +178,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON")
     options = parser.parse_args()
     unknown = [name for name in options.works if name not in WORKS]
-    if unknown or options.rounds < 2:
-        parser.error(
-            f"no work {unknown[0]}; choose from {', '.join(WORKS)}" if unknown else "--rounds: at least 2"
-        )
+    if unknown:
+        parser.error(f"no work {unknown[0]}; choose from {', '.join(WORKS)}")
+    if options.rounds < 2:
+        parser.error("--rounds: at least 2")
     file = options.out / ("precision.json" if options.precision else "speed.json")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "noise"

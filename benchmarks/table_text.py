@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from cells import FAR_ENOUGH, TABLES, Cell, Column, Published, Table
+from cells import FAR_ENOUGH, TABLES, Cell, Column, Published, Table, curve_columns
 from harness import markdown
 
 from evaluation.tables import decimal
@@ -34,11 +34,6 @@ class Number:
     @property
     def mean(self) -> float:
         return statistics.mean(self.means)
-
-    @property
-    def drawn(self) -> tuple[float, float]:
-        """Mean and interval as pictures show them: without diverged tasks."""
-        return self.kept if self.diverged else (self.mean, self.interval)
 
     def text(self, digits: int) -> str:
         """Return the mean over seeds, its interval over tasks, the lowest and the highest seed.
@@ -108,10 +103,6 @@ def row_of(column: Column, run: Record) -> Record | None:
 # ---- a table in Markdown -------------------------------------------------------------------------
 
 
-def digits_of(table: Table) -> int:
-    return 2 if table.accuracy else 3
-
-
 def table_text(table: Table, record: Record) -> str:
     """Return our numbers with the published ones below, then what is met, and the commands."""
     methods = record["methods"]
@@ -122,7 +113,7 @@ def table_text(table: Table, record: Record) -> str:
         entry = methods.get(cell.method, {"runs": []})
         numbers = [number(table, column, entry) for column in columns]
         if any(numbers):
-            texts = ["" if value is None else value.text(digits_of(table)) for value in numbers]
+            texts = ["" if value is None else value.text(table.digits) for value in numbers]
             rows.append([f"**{cell.method}**", *texts, *length_texts(cell, entry["runs"])])
         if any(numbers) and any(title in titles for title in cell.published):
             texts = [cell.published[title].text if title in cell.published else "" for title in titles]
@@ -170,8 +161,7 @@ def ended(runs: Sequence[Record]) -> str:
 
 
 def range_text(numbers: Sequence[int]) -> str:
-    low, high = min(numbers), max(numbers)
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    return " to ".join(f"{number:,}" for number in sorted({min(numbers), max(numbers)}))
 
 
 # ---- published numbers ---------------------------------------------------------------------------
@@ -205,9 +195,9 @@ def verdict_text(table: Table, verdict: Verdict) -> str:
     _, _, published, ours, runs = verdict
     if ours is None:
         return f"published {published.text}; not run"
-    text = f"published {published.text}, ours {ours.text(digits_of(table))}: "
+    text = f"published {published.text}, ours {ours.text(table.digits)}: "
     text += distance(table, published, ours)
-    text += f" (after {reached(runs)} iterations{ended(runs)})" * is_unfinished(runs)
+    text += f" (after {reached(runs)} iterations{ended(runs)})" * (" of " in reached(runs))
     return text + "".join(f" ({remark})" for remark in remarks(verdict.cell, ours))
 
 
@@ -218,10 +208,6 @@ def remarks(cell: Cell, ours: Number) -> list[str]:
         side = "below" if ours.mean < cell.required else "not below"
         notes.append(f"{side} {cell.required:g}, which is required")
     return notes
-
-
-def is_unfinished(runs: Sequence[Record]) -> bool:
-    return any(run["iterations"] < run["planned"] for run in runs)
 
 
 def distance(table: Table, published: Published, ours: Number) -> str:
@@ -235,7 +221,7 @@ def distance(table: Table, published: Published, ours: Number) -> str:
         return f"reached by {by}" if few else "**met**"
     if gap <= ours.interval:  # False for NaN
         return f"reached by {by}, within its interval" if few else "**met**, within its interval"
-    return f"{'short' if few else 'not met,'} by {decimal(gap, digits_of(table))}"
+    return f"{'short' if few else 'not met,'} by {decimal(gap, table.digits)}"
 
 
 def summary(records: Mapping[str, Record]) -> str:
@@ -251,11 +237,11 @@ def summary(records: Mapping[str, Record]) -> str:
             verdict_words = distance(table, published, ours)
             details = [f"{len(ours.means)} seeds" if len(ours.means) > 1 else "single run"]
             details = [] if verdict_words.startswith("reached by") else details
-            details += [f"{reached(runs)} iterations{ended(runs)}"] * is_unfinished(runs)
+            details += [f"{reached(runs)} iterations{ended(runs)}"] * (" of " in reached(runs))
             text = verdict_words + f" ({', '.join(details)})" * bool(details)
             text += "".join(f"; {remark}" for remark in remarks(cell, ours))
             method = f"{table.title.partition(':')[0].partition(', accuracy')[0]}, {cell.method}"
-            rows.append([method, title, published.text, ours.text(digits_of(table)), text])
+            rows.append([method, title, published.text, ours.text(table.digits), text])
     return markdown(["", "", "published", "ours", ""], rows) + "\n"
 
 
@@ -320,17 +306,12 @@ def excerpts_on(page: str) -> list[tuple[str, str, list[str]]]:
 
 def excerpt(table: Table, record: Record, methods: Sequence[str]) -> str:
     """Return the rows of some methods on curves after 1, 5 and 10 steps, and a line on what they are."""
-    columns = [
-        Column(f"K = {k}, {n} step{'s' * (n > 1)}", f"K = {k}", n, "transductive")
-        for k in EXCERPT_SHOTS
-        for n in EXCERPT_STEPS
-    ]
-    rows = []
+    columns, rows = curve_columns(EXCERPT_STEPS, EXCERPT_SHOTS), []
     for method in methods:
         entry, cell = record["methods"][method], table.cell(method)
         numbers = [number(table, column, entry) for column in columns]
         trained = entry["runs"][0]["tests"]["K = 5"]["test_steps"]
-        texts = ["" if value is None else value.text(digits_of(table)) for value in numbers]
+        texts = ["" if value is None else value.text(table.digits) for value in numbers]
         rows.append([method, *texts, "" if cell.baseline_of else str(trained), str(len(entry["runs"]))])
     shown = {"methods": {method: record["methods"][method] for method in methods}}
     head = ["", *(column.title for column in columns), "trained for", "seeds"]

@@ -23,6 +23,7 @@ from commands.parser import parse
 from commands.resolve import resolve
 from common.batch import TaskBatch, TaskDistribution
 from common.choices import Choices
+from common.optimizers import Weights
 from common.processes import ALONE
 from learner import build_learner
 from learners.elementary import Elementary as Elementary
@@ -32,8 +33,6 @@ from training.compiler import Compiler
 from training.folders import BEST
 from training.meta_gradients import make_meta_gradient as make_meta_gradient
 from training.trainer import Trainer
-
-Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import importlib
 import json
 import math
-import os
 import re
 import shlex
 import sys
@@ -19,7 +18,7 @@ import jobs
 import reproduce
 import table_text
 from cells import TABLES, Column, Published
-from harness import launch, read_json
+from harness import call_main, launch, read_json
 from table_text import Number, distance, number, row_of
 
 from commands.call import check_call
@@ -28,9 +27,7 @@ from commands.resolve import resolve, resolve_from
 from evaluation.meta_test import Evaluation
 from evaluation.tables import evaluation_record, write_json
 
-RECORDS = {
-    name: read_json(file) for name in TABLES if (file := reproduce.TABLE_RESULTS / f"{name}.json").exists()
-}
+RECORDS = reproduce.read_records()
 FREQUENCY, SINUSOID, OMNIGLOT = (TABLES[n] for n in ("sinusoid-frequency", "sinusoid", "omniglot-5way-1shot"))
 
 
@@ -239,7 +236,7 @@ def test_a_run_that_is_out_of_time_saves_and_is_resumed(tmp_path):
     line = "--meta-batch-size 2 --iterations 1000000 --val-every 1000000 --compile off --run-name run"
     flags = line.split()
     arguments = [*flags, "--checkpoint-path", str(tmp_path)]
-    code, _ = jobs.call_main(arguments, os.environ, 15)
+    code, _ = call_main(arguments, seconds=15)
     assert code == jobs.STOPPED
     assert 0 < read_json(tmp_path / "run" / "training.json")["iteration"] < 1_000_000
 
