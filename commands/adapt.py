@@ -28,6 +28,7 @@ from common.batch import Tree, tree_map
 from common.device import Runtime, find_device, set_up, versions
 from common.errors import UsageError, printable
 from common.files import write_whole
+from common.names import as_file_name
 from common.optimizers import Weights
 from common.processes import ALONE
 from common.task import UserTask
@@ -178,14 +179,10 @@ def write_arrays(stem: str, tasks: Sequence[UserTask], predictions: Sequence[Pre
     for number, prediction in enumerate(predictions, 1):
         for name, array in prediction.arrays.items():
             task = f"-{number}" if len(tasks) > 1 else ""
-            path = Path(f"{stem}{task}-{file_part(name)}.npy")
+            path = Path(f"{stem}{task}-{as_file_name(name)}.npy")
             write_whole(path, partial(np.save, arr=array.numpy()))
             files.append(str(path))
     return files
-
-
-def file_part(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
 
 
 def count_task_outputs(config: Config, task: UserTask) -> int:

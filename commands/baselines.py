@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from commands.build import build
+from commands.build import build, write_results
 from commands.call import Call
 from commands.config import CONFIG_FLAGS, Config
 from commands.evaluate import Subject, measure, summarise
@@ -30,8 +30,7 @@ from common.device import Runtime
 from common.processes import World
 from evaluation.figures import results_figure
 from evaluation.meta_test import Evaluation, evaluate, loss_per_step
-from evaluation.style import write_figure
-from evaluation.tables import Curve, StepResults, evaluation_record, results_table, write_json
+from evaluation.tables import Curve, StepResults, evaluation_record, results_table
 from tasks.options import CURVES
 from training.checkpoint import load_checkpoint
 from training.folders import LAST
@@ -77,12 +76,10 @@ def baselines(call: Call, given: Mapping[str, Any], command: str, world: World) 
         "methods": {name: {"how": how, **evaluation_record(r)} for (name, how), r in results.items()},
         "curves": {n: {"iteration": ends, "query_loss": values} for n, (ends, values) in curves.items()},
     }
-    write_json(Path(f"{file}.json"), record)
     learning = {name: [curve] for name, curve in curves.items()}
     measured = f"query {caption.loss_name} while training, means of windows"
     figure = results_figure(selected, caption, learning=learning, learning_measure=measured)
-    write_figure(Path(f"{file}.png"), figure)
-    print(f"Written: {file}.json and .png")
+    print(write_results(file, record, figure))
     return 0
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from commands.call import Call
@@ -40,6 +41,8 @@ from common.optimizers import Weights
 from common.own_code import parse_arguments
 from common.processes import ALONE, World, join, read_world
 from dataset import build_distribution
+from evaluation.style import write_figure
+from evaluation.tables import write_json
 from learner import LEARNERS, build_learner, load_factory
 from learners.copies import UnfitError
 from learners.functional import fixed_tensors
@@ -415,6 +418,13 @@ def make_writable(folder: Path) -> Path:
     if not is_writable(folder):
         raise UsageError(f"{folder}: cannot write there; name another folder with --out")
     return folder
+
+
+def write_results(stem: Path | str, record: Mapping[str, Any], figure: Figure) -> str:
+    """Write a record as JSON and a picture of it; return the line that says so."""
+    write_json(Path(f"{stem}.json"), record)
+    write_figure(Path(f"{stem}.png"), figure)
+    return f"Written: {stem}.json and .png"
 
 
 def print_data(distribution: TaskDistribution, world: World) -> None:

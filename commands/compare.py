@@ -13,17 +13,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from commands.build import make_writable, prepare
+from commands.build import make_writable, prepare, write_results
 from commands.call import Call
 from commands.config import show
 from commands.evaluate import Subject, summarise
 from commands.names import in_words, select_meaningful
 from commands.resolve import select_learned
 from common.errors import UsageError, printable
+from common.names import as_file_name
 from evaluation import meta_test, paired
 from evaluation.figures import comparison_figure
-from evaluation.style import write_figure
-from evaluation.tables import Curve, write_json
+from evaluation.tables import Curve
 from training.checkpoint import load_checkpoint
 from training.folders import BEST, LAST, find_checkpoint, find_runs
 
@@ -51,9 +51,9 @@ def compare(call: Call, given: Mapping[str, Any], command: str) -> int:
     first_task = chosen_by if call.split == "validation" else 0
     first = Path(call.compare[0])
     folder = make_writable(call.out or (first if first.is_dir() else first.parent).parent)
-    names = "".join(c if c.isalnum() or c in "-_.+=" else "-" for c in "-vs-".join(runs))[:LONGEST_NAMES]
+    names = as_file_name("-vs-".join(runs))[:LONGEST_NAMES]
     caption, tasks = summarise(subjects, call.split)
-    file = folder / f"comparison-{names}-{tasks}.json"
+    stem = folder / f"comparison-{names}-{tasks}"
     device = prepare(subjects[0].config, call).describe()
     print(f"Comparing on {caption.title}\n  device      {device}", flush=True)
     curves = {}
@@ -81,9 +81,7 @@ def compare(call: Call, given: Mapping[str, Any], command: str) -> int:
             for seed, run in side.items()
         ],
     }
-    write_json(file, result)
-    write_figure(file.with_name(f"{file.stem}.png"), comparison_figure(sides, caption))
-    print(f"Written: {file} and .png")
+    print(write_results(stem, result, comparison_figure(sides, caption)))
     return 0
 
 

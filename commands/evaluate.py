@@ -28,7 +28,7 @@ from evaluation.examples import adapt_examples, examples_figure
 from evaluation.figures import results_figure
 from evaluation.meta_test import Evaluation, normalisations_of
 from evaluation.style import write_figure
-from evaluation.tables import ALL, Caption, evaluation_record, results_of, results_table, write_json
+from evaluation.tables import ALL, Caption, evaluation_record, results_of, results_table
 from learners.reading import reading_of
 from maml import MAML
 from training.checkpoint import Checkpoint, check_same_data, load_checkpoint
@@ -51,9 +51,9 @@ def evaluate(call: Call, given: Mapping[str, Any], command: str, world: World) -
     stem = (call.out or runs[0]["file"].parent.parent) / name
     if world.first:
         settings = {label: part.record() for label, part in summary.items()}
-        write_json(Path(f"{stem}.json"), {"command": command, "runs": runs, "settings": settings})
-        write_figure(Path(f"{stem}.png"), results_figure(summary, caption))
-    print(f"Written: {stem}.json and .png, and those of each run")
+        record = {"command": command, "runs": runs, "settings": settings}
+        line = build.write_results(stem, record, results_figure(summary, caption))
+        print(f"{line}, and those of each run")
     return 0
 
 
@@ -202,19 +202,19 @@ class Subject:
     def write(self, stem: Path, command: str, *, prints: bool) -> None:
         """Write the result as JSON, and as a picture; image tasks get a picture of examples as well."""
         numbers = evaluation_record(self.result)
-        write_json(Path(f"{stem}.json"), {"command": command, **self.record(), **numbers})
         options, curves = self.config.evaluation, self.distribution.kind == "curves"
         steps = {min(self.maml.choices.trained_steps, options.eval_steps), options.eval_steps}
         steps, inner_batch = steps if curves else {options.test_steps}, options.eval_inner_batch
         examples = adapt_examples(self.maml, self.parameters, self.distribution, "test", steps, inner_batch)
         results, (caption, _) = results_of({ALL: [self.result]}), summarise([self])
         fits = examples if curves else None
-        write_figure(Path(f"{stem}.png"), results_figure(results, caption, fits=fits))
+        record = {"command": command, **self.record(), **numbers}
+        line = build.write_results(stem, record, results_figure(results, caption, fits=fits))
         if examples is not None and not curves:
             write_figure(Path(f"{stem}-examples.png"), examples_figure(examples, caption.title))
         if prints:
             print(results_table(results, caption, losses=True))
-            print(f"Written: {stem}.json and .png")
+            print(line)
 
 
 def summarise(subjects: Sequence[Subject], split: str = "test") -> tuple[Caption, str]:

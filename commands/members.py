@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from commands.call import Call
-from commands.config import CONFIG_FLAGS, Config
+from commands.config import CONFIG_FLAGS, Config, show
 from commands.resolve import resolve
 from common.errors import UsageError
+from common.names import as_file_name
 
 MOST_RUNS = 1000
 LONGEST_VALUE = 40  # characters of a value in a folder's name: the last ones, in which paths differ
@@ -78,12 +79,8 @@ def _parse_axes(sweep: Sequence[str], given: Mapping[str, Any]) -> dict[str, dic
             parts = [flag.parse(part.strip()) for part in values.split(",")]
         except argparse.ArgumentTypeError as error:
             raise UsageError(f"--sweep {text}: {error}") from error
-        axes[name] = {f"{flag.name.lstrip('-')}-{_folder_text(value)}": value for value in parts}
+        words = [as_file_name(show(value).replace(",", ""))[-LONGEST_VALUE:] for value in parts]
+        axes[name] = {f"{flag.name.lstrip('-')}-{word}": v for word, v in zip(words, parts, strict=True)}
         if len(axes[name]) < len(parts):
             raise UsageError(f"--sweep {text} names a value twice, or two whose folders would have one name")
     return axes
-
-
-def _folder_text(value: Any) -> str:
-    text = {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
-    return "".join(c if c.isalnum() or c in "-.+" else "-" for c in text)[-LONGEST_VALUE:]

@@ -9,7 +9,7 @@ from typing import Any
 
 from commands.config import CONFIG_FLAGS, GROUPS, OWN_CODE, Config, show
 from commands.rules import what_makes_meaningless
-from common.names import is_own_code, parse_name
+from common.names import as_file_name, is_own_code, parse_name
 from tasks.options import TaskOptions
 
 
@@ -59,18 +59,17 @@ def file_name(name: str) -> str:
     kind, source, factory = parse_name(name)
     if not kind:
         return name
-    last = factory or f"{kind}-{Path(source).stem or 'data'}"
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in last)[:60]
-
-
-def task_size(tasks: TaskOptions) -> str:
-    """Return ways and shots as a part of a file's name: `5way-1shot`."""
-    return f"{tasks.ways}way-{tasks.shots}shot" if tasks.classification else f"{tasks.shots}shot"
+    return as_file_name(factory or f"{kind}-{Path(source).stem or 'data'}")[:60]
 
 
 def task_words(tasks: TaskOptions) -> str:
     """Return ways and shots for a title: `5-way 1-shot`."""
     return f"{tasks.ways}-way {tasks.shots}-shot" if tasks.classification else f"{tasks.shots}-shot"
+
+
+def task_size(tasks: TaskOptions) -> str:
+    """Return ways and shots as a part of a file's name: `5way-1shot`."""
+    return task_words(tasks).replace("-", "").replace(" ", "-")
 
 
 def own_code_flags(config: Config) -> list[str]:

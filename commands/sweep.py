@@ -18,7 +18,15 @@ from typing import Any
 
 import torch
 
-from commands.build import Assembly, assemble, preload_tasks, prepare, print_data, train_runs
+from commands.build import (
+    Assembly,
+    assemble,
+    preload_tasks,
+    prepare,
+    print_data,
+    train_runs,
+    write_results,
+)
 from commands.call import Call
 from commands.config import CONFIG_FLAGS, Config
 from commands.members import members_of, setting_of
@@ -30,7 +38,6 @@ from common.files import read_json
 from common.processes import World
 from evaluation import tables
 from evaluation.figures import learning_figure
-from evaluation.style import write_figure
 from tasks.options import CURVES
 from training.checkpoint import load_checkpoint
 from training.folders import LAST, LIST, lock_folder
@@ -178,10 +185,9 @@ def _report(folder: Path, runs: Sequence[Run], world: World) -> int:
     failures = [outcome for outcome in outcomes if outcome["failure"] is not None]
     if world.first:
         print(tables.training_table(outcomes))
-        tables.write_json(folder / "summary.json", tables.training_record(outcomes))
         measure = f"validation {tables.measure_of(outcomes)}"
-        write_figure(folder / "summary.png", learning_figure(tables.learning_curves(outcomes), measure))
-        print(f"Written: {folder / 'summary'}.json and .png")
+        figure = learning_figure(tables.learning_curves(outcomes), measure)
+        print(write_results(folder / "summary", tables.training_record(outcomes), figure))
         if failures:
             count, reason = f"{len(failures)} of {len(outcomes)}", failures[0]["failure"]
             print(f"main.py: error: {count} runs stopped before their end, {reason}", file=sys.stderr)

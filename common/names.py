@@ -24,6 +24,11 @@ def parse_name(name: str) -> Name:
     return Name("code", source, factory)
 
 
+def as_file_name(text: str) -> str:
+    """Return a text with dashes in place of what no file's name should have."""
+    return "".join(c if c.isalnum() or c in "-_.+=" else "-" for c in text)
+
+
 def is_own_code(name: str | None) -> bool:
     """Return whether a name is that of the user's code."""
     return name is not None and parse_name(name).kind == "code"
