@@ -178,17 +178,15 @@ def test_data_that_does_not_fit_is_refused_in_one_line_and_leaves_nothing(place,
     write_images(tmp_path / "deep" / "Support" / "a", 20, 2)
     write_images(tmp_path / "deep" / "Support" / "b", 90, 2)
     write_images(tmp_path / "deep" / "Query" / "more", 20, 2)
-    arrays = {
-        "support_x": np.zeros((2, 1, 8, 8)),
-        "support_y": np.arange(2),
-        "query_x": np.zeros((1, 1, 8, 8)),
-    }
+    x = np.zeros((2, 1, 8, 8))
+    arrays = {"support_x": x, "support_y": np.arange(2), "query_x": x}
     np.savez(tmp_path / "from_one.npz", **arrays | {"support_y": np.arange(1, 3)})
     np.savez(tmp_path / "below.npz", **arrays | {"support_y": np.arange(-1, 1)})
     np.savez(tmp_path / "nan.npz", **arrays | {"support_x": np.full((2, 1, 8, 8), np.nan)})
     np.save(tmp_path / "x.npy", np.zeros((2, 1)))
     before = set(tmp_path.rglob("*"))
     capsys.readouterr()
+    out = ["--test-steps", 400, "--out", tmp_path / "full.csv"]
     for checkpoint, path, more, expected in (
         (last, place / "task", [], "3 classes, and the checkpoint learned 2"),
         (last, tmp_path / "deep", [], "1 others lie in folders: put images to predict directly into"),
@@ -203,12 +201,7 @@ def test_data_that_does_not_fit_is_refused_in_one_line_and_leaves_nothing(place,
         (regression, place / "task", [], "the checkpoint learned from numbers: give a table"),
         (regression, tmp_path / "full.csv", [], "and others, to predict"),
         (regression, tmp_path / "bare.csv", [], "give rows with targets"),
-        (
-            regression,
-            place / "mine.csv",
-            ["--test-steps", 400, "--out", tmp_path / "full.csv"],
-            "file exists",
-        ),
+        (regression, place / "mine.csv", out, "file exists"),
     ):
         assert command("--adapt", path, "--load", checkpoint, *more) == 2
         (line,) = capsys.readouterr().err.splitlines()

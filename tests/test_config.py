@@ -33,12 +33,9 @@ DEFAULTS = {
     "--dataset omniglot --learner convnet": {"init": "torch", "adapt_norm": True, "inner_lr": 0.01},
     "--dataset mini-imagenet": {"learner": "conv4", "inner_lr": 0.05, "steps": 5, "meta_batch_size": 4},
     "--samples 50": {"shots": 10, "queries": 40},
-    "--samples 25 -k 5 -q 20": {"shots": 5, "queries": 20},
     "--checkpoint_path x --first-order": {"meta_gradient": "first-order"},
     "--algorithm anil --first-order --inner-rates element": {
         "fast_weights": "head", "meta_gradient": "first-order", "inner_rates": "element", "inner_lr": 0.001},
-    "--dataset sinusoid-line": {"inner_lr": 0.01, "steps": 1, "shots": 10},
-    "--algorithm maml++": {"inner_lr": 0.01},
     "--algorithm meta-sgd --inner-lr 0.2": {"inner_lr": 0.2, "inner_lr_max": None},
     "--algorithm maml++ --iterations 3000": {"steps": 5, "objective": "multi-step", "exact_from": 0,
                                              "batch_norm": "transductive"},  # an mlp has no batch norm
@@ -46,7 +43,6 @@ DEFAULTS = {
     "--algorithm reptile --dataset omniglot": {
         "learner": "conv-flat", "inner_optimizer": "adam-carried", "inner_momentum": 0.0, "inner_batch": 10,
         "train_shots": 10, "test_steps": 50, "eval_steps": 50, "meta_lr_schedule": "linear"},
-    "--algorithm imaml": {"meta_gradient": "implicit", "proximal": 3.0, "steps": 16},
     "--algorithm cavia --dataset omniglot -n 20": {"fast_weights": "context", "steps": 5, "test_steps": 5},
 }  # fmt: skip
 
@@ -99,30 +95,23 @@ def test_facts_about_learners_match_the_learners():
 
 MISTAKES = [
     ("-k 0", "-k: expected a whole number of at least 1, got '0'"),
-    ("-k 2000000000", "-k: expected a whole number up to 100,000, got '2000000000'"),
     ("--dataset own.py", "expected the name of a function or class after a colon, as in file.py:factory"),
-    ("-s 1.5", "-s: expected a whole number, got '1.5'"),
     ("--meta-lr nan", "--meta-lr: expected a number above 0, got 'nan'"),
     ("--dataset mnist", "--dataset: expected one of sinusoid, sinusoid-frequency, sinusoid-line,"),
-    ("--algorithm mml", "--algorithm: expected one of maml, fomaml, anil, boil, reptile, meta-sgd, maml++"),
     ("-k", "-k: expected one argument"),
     ("--dataset=--", "--dataset: expected an argument, got '--'"),
     ("--checkpoint-path a\x1b[31mb", r"expected text without control characters, in UTF-8, got 'a\x1b[31mb'"),
     ("--no-such-flag", "unrecognized arguments: --no-such-flag (all flags: --help-all)"),
     ("--datset omniglot", "did you mean --dataset?"),
-    ("--iter 5", "did you mean --iterations?"),
     # flags that have no meaning here
     ("-n 5", "-n has no meaning with --dataset sinusoid: leave it out"),
     ("--dataset omniglot --noise 0.1", "--noise has no meaning with --dataset omniglot"),
     ("--algorithm imaml --cg-steps 0 --cg-damping 1", "--cg-damping has no meaning with --cg-steps 0"),
     ("--algorithm mamll", "got 'mamll'; did you mean maml?"),
-    ("--conv im2col", "--conv has no meaning with --learner mlp"),
     ("--dataset omniglot --norm-per-step --adapt-norm", "--adapt-norm has no meaning with --norm-per-step"),
     ("--algorithm reptile --first-order", "--first-order has no meaning with --algorithm reptile"),
     # settings that contradict each other
-    ("--first-order --meta-gradient exact", "--first-order and --meta-gradient do not go together"),
     ("--samples 10", "--samples 10 leaves no query: it must be above -k 10"),
-    ("--dataset omniglot --samples 10", "--samples has no meaning with --dataset omniglot"),
     ("--learner conv", "--learner conv does not fit --dataset sinusoid: use mlp"),
     ("--loss cross-entropy", "--loss cross-entropy does not fit regression"),
     ("--inner-rates element --inner-lr-max 0.001", "--inner-lr-max 0.001 is not above --inner-lr 0.001"),
@@ -134,15 +123,11 @@ MISTAKES = [
     # what to do, and where
     ("--eval --resume --run-name x", "--eval and --resume do not go together"),
     ("--resume", "--resume needs --run-name"),
-    ("--load a --init-from b", "--load and --init-from do not go together: one resumes a run"),
-    ("--out x", "--out needs --eval or --adapt or --compare"),
     ("--run-name a/b", "--run-name: expected a name for a folder, got 'a/b'"),
     # what the machine and the disk say
     ("--load no-such-file.pt", "no-such-file.pt: there is no such checkpoint"),
     ("--checkpoint-path /dev/null/x", "/dev/null/x"),
-    ("--eval --out /dev/null/x", "/dev/null/x: not a directory"),
     ("--fast-weights head --head 7 --checkpoint-path TMP", "the learner has no part '7'"),
-    ("--learner-args width=0 --checkpoint-path TMP", "--learner mlp"),
 ]  # fmt: skip
 
 

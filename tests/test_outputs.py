@@ -95,8 +95,8 @@ class Nothing(MeanAndVariance):
 def spread(outputs, targets):
     return outputs.std()
 """
-SHORT = ["--iterations", 4, "--val-every", 2, "--val-tasks", 5, "--meta-batch-size", 2, "--eval-tasks", 6,
-         "--eval-steps", 2, "--test-steps", 2, "-k", 3, "-q", 3]  # fmt: skip
+SHORT = ["--iterations", 4, "--val-every", 2, "--val-tasks", 5, "--meta-batch-size", 2, "--eval-tasks", 6]
+SHORT += ["--eval-steps", 2, "--test-steps", 2, "-k", 3, "-q", 3]
 
 
 @pytest.fixture(scope="module")
@@ -189,16 +189,13 @@ def test_a_loss_in_float32_is_checked_in_float32():
     network = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
     x, y = torch.rand(2, 8, 3), torch.randint(0, 2, (2, 8))
     batch, keys = TaskBatch(x[:, :4], y[:, :4], x[:, 4:], y[:, 4:]), torch.arange(4).view(2, 2)
-    maml = MAML(
-        network,
-        lambda o, t: F.binary_cross_entropy_with_logits(o[:, 0], t.float()),
-        Choices(inner_lr=0.1, steps=2),
-    )
+
+    def loss(outputs, targets):  # float32 for float64 logits
+        return F.binary_cross_entropy_with_logits(outputs[:, 0], targets.float())
+
+    maml = MAML(network, loss, Choices(inner_lr=0.1, steps=2))
     check = check_meta_gradient(maml, maml.initial_parameters(), batch, keys, ["adjoint", "unrolled"])
-    assert (check.engine, check.dtype) == (
-        "adjoint",
-        torch.float32,
-    )  # PyTorch gives float32 for float64 logits
+    assert (check.engine, check.dtype) == ("adjoint", torch.float32)
 
 
 def test_one_logit_of_two_classes_predicts_their_names():
@@ -210,20 +207,13 @@ def test_one_logit_of_two_classes_predicts_their_names():
 
 def test_no_output_hides_another_or_is_cut():
     logits, hidden, loss = torch.rand(4, 3), torch.rand(4, 1), torch.tensor(0.5)
-    outputs = {
-        "logits": logits,
-        "prediction": hidden,
-        "p(0)": hidden,
-        "attention": torch.rand(2, 4),
-        "aux": loss,
-    }
+    outputs = {"logits": logits, "prediction": hidden, "p(0)": hidden, "attention": torch.rand(2, 4)}
+    outputs["aux"] = loss
     made = read_predictions(outputs, logits, Reading("classes", 3), [], ["y"], predicts_targets=True)
     assert [*made.columns] == ["prediction", "p(0)", "p(1)", "p(2)", "output prediction", "output p(0)"]
     assert torch.equal(made.columns["output prediction"], hidden[:, 0]) and len([*made.rows(7)]) == 4
-    assert torch.allclose(made.columns["p(0)"], logits.softmax(1)[:, 0]) and made.arrays[
-        "attention"
-    ].shape == (2, 4)
-    assert made.arrays["aux"] == loss
+    assert torch.allclose(made.columns["p(0)"], logits.softmax(1)[:, 0])
+    assert made.arrays["attention"].shape == (2, 4) and made.arrays["aux"] == loss
     prices = {"out": hidden, "price": hidden + 1}
     made = read_predictions(prices, hidden, Reading("numbers"), [], ["price"], predicts_targets=True)
     assert torch.equal(made.columns["price"], hidden[:, 0])
@@ -351,11 +341,8 @@ def test_segmentation_is_trained_measured_and_predicted(form, code, tmp_path, ca
     progress = load_checkpoint(run / BEST).progress
     assert progress["best_score"] == max(progress["validation"]["query_jaccard_index"])
     tags = curves(run)
-    assert {
-        "validation/query_jaccard_index",
-        "validation/best_query_jaccard_index",
-        "train/query_accuracy",
-    } <= {*tags}
+    names = ("query_jaccard_index", "best_query_jaccard_index")
+    assert {"train/query_accuracy", *(f"validation/{name}" for name in names)} <= {*tags}
     assert "train/query_jaccard_index" not in tags and "validation_by_step/query_jaccard_index/1" in tags
     assert command("--eval", "--load", run, "--dataset", f"{code}:Pixels", *own) == 0
     (file,) = run.glob("best-test-*.json")
@@ -371,13 +358,10 @@ def test_segmentation_is_trained_measured_and_predicted(form, code, tmp_path, ca
     y[:, 0] = 255  # the label that is left out
     np.savez(tmp_path / "task.npz", support_x=x[:3], support_y=y, query_x=x[3:])
     assert command("--adapt", tmp_path / "task.npz", "--load", run, *own) == 0
-    codes = {
-        name: value for flag, value in zip(own[::2], own[1::2], strict=True) for name in [flag.strip("-")]
-    }
-    maml, parameters, _ = load(run, torch.tensor(x), outputs=3, **codes)
-    outputs = predict(
-        maml, maml.adapt(parameters, torch.tensor(x[:3]), torch.tensor(y), 2), torch.tensor(x[3:])
-    )
+    codes = {flag.strip("-"): value for flag, value in zip(own[::2], own[1::2], strict=True)}
+    x = torch.tensor(x)
+    maml, parameters, _ = load(run, x, outputs=3, **codes)
+    outputs = predict(maml, maml.adapt(parameters, x[:3], torch.tensor(y), 2), x[3:])
     logits = outputs if form is None else outputs["out"] if form == "dict" else outputs.logits
     written = np.load(run / "best-adapted-task-classes.npy")
     assert np.array_equal(written, logits.argmax(1).numpy()) and written.dtype == np.uint8
@@ -434,21 +418,16 @@ def test_quantiles_are_adapted_by_their_loss_and_each_is_written(code, tmp_path)
 
 
 def test_parameters_in_half_precision_are_learned_in_that_of_the_run(code, tmp_path):
-    narrow, wide = (
-        load_checkpoint(
-            train(tmp_path, name, "--learner", f"{code}:narrow", "--learner-args", f"wide={name}") / BEST
-        )
-        for name in ("False", "True")
-    )
+    own = ["--learner", f"{code}:narrow", "--learner-args"]
+    runs = [train(tmp_path, f"{wide}", *own, f"wide={wide}") for wide in (False, True)]
+    narrow, wide = (load_checkpoint(run / BEST) for run in runs)
     assert {w.dtype for w in narrow.parameters.values()} == {torch.float32}
     assert all(torch.equal(w, wide.parameters[name]) for name, w in narrow.parameters.items())
 
 
 def test_runs_are_compared_by_one_metric(tmp_path, capsys):
-    plain, measured = (
-        train(tmp_path, "plain"),
-        train(tmp_path, "measured", "--metric", "r2", "--inner-lr", 0.1),
-    )
+    plain = train(tmp_path, "plain")
+    measured = train(tmp_path, "measured", "--metric", "r2", "--inner-lr", 0.1)
     assert command("--compare", plain, measured, "--eval-tasks", 6) == 2
     assert "plain has --metric none, and measured has r2: give one for all" in capsys.readouterr().err
     assert command("--compare", plain, measured, "--eval-tasks", 6, "--metric", "r2") == 0

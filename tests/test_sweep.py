@@ -1,5 +1,6 @@
 """--seeds and --sweep: each run is the run alone; in groups, stopped, resumed, joined and refused."""
 
+import itertools
 import json
 import os
 import re
@@ -103,34 +104,32 @@ def test_each_seed_is_the_run_alone_with_its_curves_and_results(tmp_path, capsys
         assert one.keys() == other.keys() and one["validation"] == other["validation"]
 
 
-def test_each_of_a_sweep_of_numbers_is_the_run_alone_and_all_are_trained_at_once(tmp_path, capsys):
-    swept = ["--sweep", "inner-lr=0.001,0.02", "meta-lr=0.001,0.005", "--seed", 4]
-    alone = {
-        f"inner-lr-{inner}_meta-lr-{outer}_seed-4": ["--inner-lr", inner, "--meta-lr", outer, "--seed", 4]
-        for inner in (0.001, 0.02)
-        for outer in (0.001, 0.005)
-    }
-    folder = assert_each_is_the_run_alone(tmp_path, SHORT, swept, alone)
-    assert "trained at once: 4\n" in capsys.readouterr().out
-    record = json.loads((folder / "summary.json").read_text())
-    assert [run["name"] for run in record["runs"]] == list(alone)
-
-
-SWEEPS = {
-    "grad-clip=0.01,0.001": [],
-    "grad-clip-norm=0.3,0.01": ["--grad-clip", 0.1],
-    "meta-lr-final=0.0001,0.0": ["--meta-lr-schedule", "cosine"],
-    "inner-lr=0.001,0.05": ["--inner-rates", "element"],  # initial values of learned rates
+SWEEPS = {  # the flags swept, and others
+    ("inner-lr=0.001,0.02", "meta-lr=0.001,0.005"): [],
+    ("grad-clip=0.01,0.001",): [],
+    ("grad-clip-norm=0.3,0.01",): ["--grad-clip", 0.1],
+    ("meta-lr-final=0.0001,0.0",): ["--meta-lr-schedule", "cosine"],
+    ("inner-lr=0.001,0.05",): ["--inner-rates", "element"],  # initial values of learned rates
 }
 
 
-@pytest.mark.parametrize("swept", SWEEPS)
-def test_numbers_that_differ_within_a_group_take_effect(swept, tmp_path, capsys):
-    flags = [*SHORT, *SWEEPS[swept], "--meta-optimizer", "sgd", "--meta-lr", 0.01]  # sensitive to scale
-    name, values = swept.split("=")
-    alone = {f"{name}-{value}_seed-0": [f"--{name}", value] for value in values.split(",")}
-    assert_each_is_the_run_alone(tmp_path, flags, ["--sweep", swept], alone)
-    assert "trained at once: 2\n" in capsys.readouterr().out
+@pytest.mark.parametrize("swept", SWEEPS, ids=" ".join)
+def test_each_of_a_sweep_of_numbers_is_the_run_alone_and_all_are_trained_at_once(swept, tmp_path, capsys):
+    flags = [*SHORT, *SWEEPS[swept], "--meta-optimizer", "sgd"]  # sensitive to scale
+    axes = [
+        [(name, value) for value in values.split(",")]
+        for name, _, values in (s.partition("=") for s in swept)
+    ]
+    alone = {
+        "_".join([f"{name}-{value}" for name, value in pairs]) + "_seed-0": [
+            part for name, value in pairs for part in (f"--{name}", value)
+        ]
+        for pairs in itertools.product(*axes)
+    }
+    folder = assert_each_is_the_run_alone(tmp_path, flags, ["--sweep", *swept], alone)
+    assert f"trained at once: {len(alone)}\n" in capsys.readouterr().out
+    record = json.loads((folder / "summary.json").read_text())
+    assert [run["name"] for run in record["runs"]] == list(alone)
 
 
 SLOW = pytest.mark.slow

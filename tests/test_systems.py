@@ -76,20 +76,12 @@ def place(tmp_path_factory) -> Path:
 
 def run(place: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a command line in a Python without what other systems lack, with a console in cp1252."""
-    more = {
-        "PYTHONPATH": str(place / "hiding"),
-        "PYTHONIOENCODING": "cp1252",
-        "PYTHONWARNDEFAULTENCODING": "1",
-    }
     line = [sys.executable, str(ROOT / "main.py"), *map(str, arguments)]
     names = ("LOGNAME", "USER", "LNAME", "USERNAME")  # of the user: a container may have none
-    every = {
-        **{k: v for k, v in os.environ.items() if k not in names},
-        **more,
-        "XDG_CACHE_HOME": str(place / "cache"),
-        **environment,
-    }
-    return subprocess.run(line, cwd=place, env=every, capture_output=True, encoding="cp1252", timeout=300)
+    more = {k: v for k, v in os.environ.items() if k not in names}
+    more |= {"PYTHONPATH": str(place / "hiding"), "XDG_CACHE_HOME": str(place / "cache")}
+    more |= {"PYTHONIOENCODING": "cp1252", "PYTHONWARNDEFAULTENCODING": "1", **environment}
+    return subprocess.run(line, cwd=place, env=more, capture_output=True, encoding="cp1252", timeout=300)
 
 
 LEARNER = ("--learner", r"C:\nets\mine.py:net")
