@@ -31,7 +31,7 @@ from commands.outputs import (
     try_outputs,
     with_metric,
 )
-from commands.probe import choose_engine, describe_state, probe_learner
+from commands.probe import Probe
 from commands.resolve import resolve
 from common.batch import TaskDistribution, Tree, tree_map
 from common.device import Runtime, find_device, set_up
@@ -48,7 +48,7 @@ from learners.copies import UnfitError
 from learners.functional import fixed_tensors
 from learners.losses import LOSSES, build_loss, loss_name
 from learners.modules import convert_type
-from learners.reading import Reading, reading_of
+from learners.reading import reading_of
 from maml import MAML, RATE, SQUARE
 from tasks.scales import Scales
 from training.checkpoint import Checkpoint, check_same_data, fitting_parameters
@@ -292,15 +292,16 @@ def assemble(
     if start.file is not None and start.resumed is not None:
         check_same_data(start.file, start.resumed, distribution.record)
     parameters, reading = _starting_weights(start, maml), reading_of(maml.reading, distribution.ways)
+    probe = Probe(maml, parameters, distribution, config)
     users = config.learner.learner not in LEARNERS or config.learner.loss not in LOSSES
     if users:
-        probe_learner(maml, parameters, distribution, config)
-        if runtime.world.first and (line := describe_state(maml, distribution, config)):
+        probe.check_learner()
+        if runtime.world.first and (line := probe.describe_state()):
             print_once(line)
-    _try_metric(reading, maml, parameters, distribution)
+    probe.try_metric(reading)
     if users if call.check_gradients is None else call.check_gradients:
         free = not start.resumed and given.get("engine", "auto") == "auto"
-        engine = _check_engine(maml, parameters, distribution, config, runtime, checked, free=free)
+        engine = _check_engine(probe, checked, free=free, prints=runtime.world.first)
         start = replace(start, config=(config := config.replaced(engine=engine)))
     run = Run(
         folder=folder,
@@ -320,31 +321,15 @@ def assemble(
     return Assembly(start, runtime, distribution, maml, run, team)
 
 
-def _check_engine(
-    maml: MAML,
-    parameters: Weights,
-    distribution: TaskDistribution,
-    config: Config,
-    runtime: Runtime,
-    checked: dict[Hashable, str],
-    *,
-    free: bool,
-) -> str:
+def _check_engine(probe: Probe, checked: dict[Hashable, str], *, free: bool, prints: bool) -> str:
     """Return the engine whose meta-gradient is right; runs that differ in their seed alone share a check."""
+    config = probe.config
     key = (free, config.tasks, config.learner, config.choices, *map(config.get, DECISIVE))
     if key not in checked:
-        checked[key], words = choose_engine(maml, parameters, distribution, config, free=free)
-        if runtime.world.first:
+        checked[key], words = probe.choose_engine(free=free)
+        if prints:
             print(f"Checked: {words}", file=sys.stderr)
     return checked[key]
-
-
-def _try_metric(reading: Reading, maml: MAML, parameters: Weights, distribution: TaskDistribution) -> None:
-    """Raise UsageError before training where there are no validation tasks, or the metric fails on one."""
-    batch = distribution.sample("validation", 0, 0, range(1))
-    if reading.metric:
-        outputs = maml.predictions(parameters, batch, 0)["transductive"]
-        reading.metric.per_step(outputs, batch.query_y, reading)
 
 
 def _fit_to_machine(start: Start, given: Mapping[str, Any], runtime: Runtime) -> Config:
