@@ -19,7 +19,28 @@ from tasks.splits import check_disjoint, is_plain, part_hinted, split_of
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 HIDDEN = (".", "__MACOSX")  # beginnings of names that are ignored
-PACKED = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".rar", ".7z")
+OTHER_KINDS = {  # endings of files where class folders should be -> what to do
+    (
+        ".zip",
+        ".tar",
+        ".tar.gz",
+        ".tgz",
+        ".tar.bz2",
+        ".rar",
+        ".7z",
+    ): "unpack it there first, a folder per class",
+    (
+        ".h5",
+        ".hdf5",
+        ".mat",
+    ): "convert it with numpy.savez('train.npz', images=..., labels=...), val and test too",
+    (
+        ".parquet",
+        ".npz",
+        ".pkl",
+        ".pickle",
+    ): "give its folder with images:, the files called train, val and test",
+}
 LISTS = (".csv", ".txt", ".tsv", ".json", ".lst")  # of these, .csv is read
 USUAL = "name its folders train, val and test, or as docs/data.md lists"
 
@@ -181,15 +202,9 @@ def class_folders(
 
 
 def _say_what_is_missing(folder: Path, others: list[str], *, empty_class: bool) -> str:
-    if packed := next((name for name in others if name.lower().endswith(PACKED)), None):
-        return f"{folder} holds {packed}: unpack it there first (tar -xf, unzip), one folder per class"
-    if hdf := next((name for name in others if name.lower().endswith((".h5", ".hdf5", ".mat"))), None):
-        command = "numpy.savez('train.npz', images=..., labels=...), and val and test alike"
-        return f"{folder} holds {hdf}, which is not read: convert it with {command}"
-    if packed := next(
-        (name for name in others if name.lower().endswith((".parquet", ".npz", ".pkl", ".pickle"))), None
-    ):
-        return f"{folder} holds {packed}: give its folder with images:, the files called train, val and test"
+    for endings, way in OTHER_KINDS.items():
+        if name := next((name for name in others if name.lower().endswith(endings)), None):
+            return f"{folder} holds {name}: {way}"
     text = f"{folder}: put the images of each class into a folder of its own"
     if others and empty_class:
         seen = f"{folder} holds files such as {printable(others[0])}"
@@ -209,16 +224,13 @@ def _split_lists(folder: Path) -> tuple[dict[str, Path], list[Path]]:
     for path in sorted(folder.iterdir()):
         if path.name.startswith(HIDDEN) or path.suffix.lower() not in LISTS or not path.is_file():
             continue
-        split = split_of(path.stem)
-        if path.suffix.lower() != ".csv" or not _has_columns(path):
-            others += [path] if split else []
-            continue
-        if split is None:
-            others += [path] if part_hinted(path.stem) else []
-            continue
-        if split in lists:
+        split, is_list = split_of(path.stem), path.suffix.lower() == ".csv" and _has_columns(path)
+        if split in lists and is_list:
             raise UsageError(f"{folder}: {lists[split].name} and {path.name} are both {split}: remove one")
-        lists[split] = path
+        if split and is_list:
+            lists[split] = path
+        elif split or (is_list and part_hinted(path.stem)):
+            others.append(path)
     return {split: lists[split] for split in SPLITS if split in lists}, others
 
 
