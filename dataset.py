@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,10 +25,9 @@ from common.errors import UsageError
 from common.names import parse_name
 from common.own_code import call_factory, load_code, parse_arguments, select_accepted
 from common.random import SPLITS, Stream, task_stream
-from tasks.archives import has_archives, open_archives
 from tasks.file_tasks import Prefetch
 from tasks.image_tasks import ImageTasks
-from tasks.images import ImageSet, open_images
+from tasks.images import open_images
 from tasks.options import TaskOptions
 from tasks.pixels import Form
 from tasks.published import open_benchmark
@@ -81,19 +80,12 @@ def build_distribution(
     assert options.ways and options.image_size and options.channels
     form = Form(options.image_size, options.channels, options.invert, options.resize, options.black_and_white)
     if kind == "images":
-        images = _open_own_images(Path(source), form, shares, options)
+        images = open_images(Path(source), form, shares, options.columns, options.min_examples)
     else:
         images = open_benchmark(source, data_root, form, options.omniglot_split)
     turns = options.quarter_turns or source == "omniglot"
     augment = tuple(options.augment.split(",")) if options.augment else ()
     return ImageTasks(images, ways=options.ways, quarter_turns=turns, augment=augment, **sizes)
-
-
-def _open_own_images(path: Path, form: Form, shares: Mapping[str, int], options: TaskOptions) -> ImageSet:
-    """Return the images of a folder, of the pickles in it, or of Parquet files."""
-    if has_archives(path) and not options.columns:
-        return open_archives(path, form, shares, options.min_examples)
-    return open_images(path, form, shares, options.columns, options.min_examples)
 
 
 @dataclass(eq=False)

@@ -6,28 +6,24 @@ train_images_png.pkl or train_images.npz with train_labels.pkl. A pickle is read
 
 from __future__ import annotations
 
-import io
 import json
 import pickle
 import zipfile
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
 
 from common.errors import UsageError, printable
 from common.random import SPLITS
-from tasks.cache import cached_array, cached_pixels
+from tasks.cache import cached_array
 from tasks.file_tasks import explain
-from tasks.images import ImageSet
-from tasks.pixels import PLAIN, Form, check_kind, prepare
-from tasks.splits import as_positions, check_disjoint, divide_classes, part_hinted, split_hinted, split_of
+from tasks.splits import part_hinted, split_hinted, split_of
+from tasks.stored_images import ImageColumn, StoredImage
 
 SUFFIXES = (".pkl", ".pickle", ".npz")
 _ARRAY = np.empty(0)
@@ -147,7 +143,7 @@ def _names_of(content: Mapping[str, Any], split: str) -> dict[Any, str]:
 
 
 def _as_pictures(images: Any, path: Path) -> Sequence[Any]:
-    """Return images that `_decode` takes: uint8 `[n, height, width(, 3)]`, or encoded ones."""
+    """Return images that `_as_file` takes: uint8 `[n, height, width(, 3)]`, or encoded ones."""
     encoded = isinstance(images, list | tuple) or getattr(images, "dtype", None) == np.dtype(object)
     if encoded and all(np.asarray(image).dtype == np.uint8 or isinstance(image, bytes) for image in images):
         return images
@@ -158,85 +154,42 @@ def _as_pictures(images: Any, path: Path) -> Sequence[Any]:
     return images.transpose(0, 2, 3, 1) if images.ndim == 4 and images.shape[-1] not in (1, 3) else images
 
 
-def _decode(image: Any, form: Form) -> np.ndarray:
+def _as_file(image: Any) -> bytes:
+    """Return the content of an image file: PNG or JPEG as it is, an array as PPM or PGM."""
     data = np.frombuffer(image, np.uint8) if isinstance(image, bytes) else np.asarray(image)
-    if data.size == max(data.shape):  # a PNG or JPEG file
-        with Image.open(io.BytesIO(data.tobytes())) as picture:
-            check_kind(picture, PLAIN, "others are")
-            return prepare(picture, form)
-    return prepare(Image.fromarray(data.squeeze(-1) if data.shape[-1] == 1 else data), form)
+    if data.size == max(data.shape):
+        return data.tobytes()
+    data = data.squeeze(-1) if data.shape[-1] == 1 else data
+    return f"P{data.ndim + 3} {data.shape[1]} {data.shape[0]} 255\n".encode() + data.tobytes()
 
 
-def open_archives(
-    folder: Path,
-    form: Form,
-    shares: Mapping[str, int],
-    min_examples: int = 0,
-    published: Mapping[str, Sequence[str]] | None = None,
-) -> ImageSet:
-    """Return the images of a folder's archives, split as the files are; UsageError if they do not fit.
-
-    `published` has the class names of each split of a benchmark; numbered classes are counted. See
-    `open_images` for the others.
-    """
+def find_archived_classes(folder: Path) -> tuple[dict[str, dict[str, list[StoredImage]]], str, list[str]]:
+    """Return the images by class and split, the names of the archives, and a line on files left out."""
     archives = find_archives(folder)
     sources = [path for paths in archives.values() for path in paths]
-    data = cached_array(folder, sources, "index of classes", lambda: _make_index(folder, archives))
-    index: dict[str, dict[str, int]] = json.loads(data.tobytes())
-    check_disjoint(index, str(folder))
-    notes = _check_published(folder, index, published) if published else []
-    source = ", ".join(path.name for path in sources)
-    if others := sorted(
-        {path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES} - {*source.split(", ")}
-    ):
-        notes = [*notes, f"left out: {', '.join(others)}"]
-    splits, source, more = divide_classes(index, shares, str(folder), source, min_examples)
-    kept = {*chain(*splits.values())}
-    count = {n: number for part in index.values() for n, number in part.items() if n in kept}
-    names, shape = [*count], (sum(count.values()), form.channels, form.size, form.size)
-    decode = partial(_pixels, archives, {*names}, form)
-    return ImageSet(
-        names,
-        torch.tensor([*count.values()]),
-        as_positions(splits, names, str(folder)),
-        partial(cached_pixels, folder, sources, (form, count), shape, decode),
-        str(folder),
-        published=published is not None,
-        split_source=source,
-        notes=[*notes, *more],
-        range_record=form.record,
-    )
+    data = cached_array(folder, sources, "places of classes", lambda: _find_places(folder, archives))
+    groups: dict[str, dict[str, list[StoredImage]]] = {}
+    for split, classes in json.loads(data.tobytes()).items():
+        column = ImageColumn(archives[split][0], "image", partial(_open_split, archives[split], split))
+        groups[split] = {name: [StoredImage(column, row) for row in rows] for name, rows in classes.items()}
+    names = {path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES}
+    others = ", ".join(map(printable, sorted(names - {path.name for path in sources})))
+    return groups, ", ".join(path.name for path in sources), [f"left out: {others}"] if others else []
 
 
-def _check_published(
-    folder: Path, index: Mapping[str, Mapping[str, int]], published: Mapping[str, Sequence[str]]
-) -> list[str]:
-    """Raise UsageError if a benchmark's classes are others; return a line where names cannot be compared."""
-    numbered = all("/" in name for part in index.values() for name in part)
-    for split, names in published.items():
-        here = index.get(split, {})
-        if len(here) != len(names) or not (numbered or {*here} == {*names}):
-            problem = f"the {split} file should have the {len(names)} published classes, and has {len(here)}"
-            raise UsageError(f"{folder}: {problem}, or others: load the folder as your own, images:{folder}")
-    return ["classes are numbered in these files: their names are not compared"] if numbered else []
-
-
-def _make_index(folder: Path, archives: Mapping[str, Sequence[Path]]) -> np.ndarray:
-    """Return the number of images of each class of each split, as JSON."""
-    index: dict[str, dict[str, int]] = {}
+def _find_places(folder: Path, archives: Mapping[str, Sequence[Path]]) -> np.ndarray:
+    """Return the positions of each class's images in each split, as JSON."""
+    places: dict[str, dict[str, list[int]]] = {}
     firsts: dict[bytes, str] = {}  # the first image of a class -> its split
     for split, paths in archives.items():
         images, classes = read_split(paths, split)
-        index[split] = {name: len(places) for name, places in classes.items()}
-        for places in classes.values():
-            if firsts.setdefault(np.asarray(images[int(places[0])]).tobytes(), split) != split:
+        places[split] = {name: rows.tolist() for name, rows in classes.items()}
+        for rows in places[split].values():
+            if firsts.setdefault(_as_file(images[rows[0]]), split) != split:
                 raise UsageError(f"{folder}: {paths[0].name} has images of another split: replace the file")
-    return np.frombuffer(json.dumps(index).encode(), np.uint8)
+    return np.frombuffer(json.dumps(places).encode(), np.uint8)
 
 
-def _pixels(archives: Mapping[str, Sequence[Path]], names: set[str], form: Form) -> Iterator[np.ndarray]:
-    for split, paths in archives.items():
-        images, classes = read_split(paths, split)
-        for name, places in classes.items():
-            for place in places.tolist() if name in names else ():
-                yield _decode(images[place], form)
+def _open_split(paths: Sequence[Path], split: str) -> Callable[[int], bytes]:
+    images, _ = read_split(paths, split)
+    return lambda row: _as_file(images[row])

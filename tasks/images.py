@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UsageError
+from tasks.archives import find_archived_classes, has_archives
 from tasks.cache import cached_pixels
 from tasks.folders import find_classes
 from tasks.parquet_images import find_stored_classes, parquet_files
@@ -54,7 +55,7 @@ class ImageSet:
 def open_images(
     path: Path, form: Form, shares: Mapping[str, int], columns: Sequence[str] = (), min_examples: int = 0
 ) -> ImageSet:
-    """Return the images of a folder or of Parquet files, and their splits.
+    """Return the images of a folder, of the archives in it or of Parquet files, and their splits.
 
     Args:
         shares: of each split where the folder has none.
@@ -62,7 +63,9 @@ def open_images(
         min_examples: classes with fewer images are left out.
     """
     groups: Groups
-    if files := parquet_files(path):
+    if not columns and has_archives(path):
+        groups, source, notes = find_archived_classes(path)
+    elif files := parquet_files(path):
         groups, source, notes = find_stored_classes(path, files, columns)
     elif columns:
         raise UsageError(f"--columns: {path} is no Parquet file and holds none: leave it out")

@@ -7,7 +7,8 @@ or a number in another column.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +96,31 @@ def _read_classes(
         raise UsageError(f"{file} is not readable ({explain(file, error)}): mend the file") from error
     if not _holds_images(kind := schema.field(image).type):
         raise UsageError(f"{file}: column {image!r} holds {kind}, not the bytes of images")
-    column, classes = ImageColumn(file, image), dict[str, list[StoredImage]]()
+    column = ImageColumn(file, f"column {image!r}, data row", partial(_open_column, file, image))
+    classes: dict[str, list[StoredImage]] = {}
     names, positions = table.names(label)
     for row, position in enumerate(positions.tolist()):
         if position >= 0:
             classes.setdefault(names[position], []).append(StoredImage(column, row))
     return classes, int((positions < 0).sum())
+
+
+def _open_column(file: Path, name: str) -> Callable[[int], bytes]:
+    """Return what gives the bytes of a row; those of a path are in a file beside the Parquet file."""
+    from pyarrow import parquet
+
+    column = parquet.read_table(file, columns=[name], partitioning=None).column(name)
+
+    def read(row: int) -> bytes:
+        value = column[row].as_py()
+        content, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+        if content is None and path:
+            return (file.parent / path).read_bytes()
+        if content is None:
+            raise ValueError("it has no bytes")
+        return content
+
+    return read
 
 
 def _holds_images(kind: Any) -> bool:

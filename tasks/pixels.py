@@ -90,7 +90,7 @@ def settle_range(folder: Path, files: Sequence[ImagePath], form: Form) -> tuple[
 
     Raises UsageError where files are of different kinds, or do not tell their range.
     """
-    kind = _open(files[0], kind_of)
+    kind = _kind_of_first(folder, files[0])
     if form.range or kind in DECLARED:
         low, high = form.range or DECLARED[kind]
         source = "by --image-range" if form.range else "as the files declare"
@@ -110,6 +110,13 @@ def settle_range(folder: Path, files: Sequence[ImagePath], form: Form) -> tuple[
     how = f"({bits} bits)" if whole else "(a float's usual range)"
     note = f"image values are {kind}, {low:.7g} to {high:.7g}: 0 is black, {top:.7g} white {how}; "
     return replace(form, kind=kind, range=(0.0, top)), [note + "another range: --image-range=LOW,HIGH"]
+
+
+def _kind_of_first(folder: Path, file: ImagePath) -> str:
+    if not isinstance(file, StoredImage):
+        return _open(file, kind_of)
+    settings = ("kind", *rows_of([file]))  # to read a large table or archive takes long
+    return str(cached_array(folder, sources_of([file]), settings, lambda: np.array(_open(file, kind_of))))
 
 
 def sources_of(files: Sequence[ImagePath]) -> list[Path]:

@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 
 from common.errors import UsageError, one_line
-from tasks.archives import has_archives, open_archives
+from tasks.archives import find_archived_classes, has_archives
 from tasks.cache import cached_pixels
 from tasks.folders import find_classes
-from tasks.images import ImageSet, image_set
+from tasks.images import Groups, ImageSet, image_set
 from tasks.options import OMNIGLOT_CLASSES, OMNIGLOT_DRAWINGS
 from tasks.pixels import Form, ImagePath, prepare
 from tasks.splits import as_positions, published_splits, shuffle
@@ -38,17 +38,25 @@ def open_benchmark(name: str, data_root: Path, form: Form, omniglot_split: str =
     folder = data_root / name
     if name in ("cifar-fs", "fc100") and not folder.is_dir():
         return _open_cifar(name, data_root, published, form)
+    groups: Groups
     if has_archives(folder):
-        return open_archives(folder, form, {"train": 1, "validation": 1, "test": 1}, published=published)
-    groups = find_classes(folder)[0]
+        groups, source, notes = find_archived_classes(folder)
+        numbered = all("/" in class_name for group in groups.values() for class_name in group)
+        notes += ["classes are numbered in these files: their names are not compared"] * numbered
+    else:
+        groups, source, notes, numbered = find_classes(folder)[0], "", [], False
     if "all" in groups:  # ImageNet's other classes may lie there too
         classes = groups["all"]
         groups = {split: {w: classes[w] for w in part if w in classes} for split, part in published.items()}
     for split, group in groups.items():
-        if different := group.keys() ^ set(published[split]):
-            where = f"{folder}: {min(different)} is missing in {split}, or was not published there"
-            raise UsageError(f"{where}: mend that, or load the folder as your own, images:FOLDER")
-    return image_set(folder, groups, groups, form, published=True)
+        names = published[split]
+        problem = f"{split} should have the {len(names)} published classes, and has {len(group)}"
+        if different := [] if numbered else sorted({*group} ^ {*names}):
+            problem = f"{different[0]} is missing in {split}, or was not published there"
+        if different or len(group) != len(names):
+            way = f"mend that, or load the folder as your own, images:{folder}"
+            raise UsageError(f"{folder}: {problem}: {way}")
+    return image_set(folder, groups, groups, form, published=True, split_source=source, notes=notes)
 
 
 def _fetch(name: str, data_root: Path, **half: bool) -> Any:

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from common.errors import UsageError
-from tasks.archives import load_data, open_archives
-from tasks.images import ImageSet
+from tasks.archives import load_data
+from tasks.images import ImageSet, open_images
 from tasks.pixels import Form
 from tasks.published import open_benchmark
 from tasks.splits import published_splits
@@ -69,7 +69,7 @@ def write_npz(folder: Path, split: str, names: list[str], protocol: int = 2) -> 
 
 
 def opened(folder: Path, **options) -> ImageSet:
-    return open_archives(folder, COLOUR, SHARES, **options)
+    return open_images(folder, COLOUR, SHARES, **options)
 
 
 @pytest.mark.parametrize("protocol", [2, 5])
@@ -133,7 +133,7 @@ def test_named_benchmarks_are_read_from_their_pickles(tmp_path):
     images = open_benchmark("cifar-fs", tmp_path, COLOUR)
     assert images.count.tolist() == [IMAGES] * 100 and "numbered" in images.notes[0]
     write_cifar(tmp_path / "cifar-fs", "test", ["x"] * 19)
-    with pytest.raises(UsageError, match="the test file should have the 20 published classes, and has 19"):
+    with pytest.raises(UsageError, match="test should have the 20 published classes, and has 19"):
         open_benchmark("cifar-fs", tmp_path, COLOUR)
 
 
