@@ -32,36 +32,33 @@ from training.schedules import meta_lr_at, multi_step_weights
 # ---- plain loops --------------------------------------------------------------------------
 
 COMBINATIONS = [
-    {"fast_weights": "head"},
-    {"fast_weights": "body"},
-    {"fast_weights": "context", "context_size": 4},
     {"fast_weights": "head", "inner_rates": "element"},
-    {"inner_rates": "layer-step"},
-    {"inner_rates": "element", "inner_optimizer": "momentum", "inner_momentum": 0.7},
-    {"inner_rates": "layer-step", "fast_weights": "body", "objective": True},
-    {"objective": True},
-    {"objective": True, "fast_weights": "context", "context_size": 4, "inner_rates": "layer-step"},
-    {"inner_optimizer": "adam", "inner_momentum": 0.8, "inner_lr": 0.02},
+    {"fast_weights": "body", "inner_rates": "layer-step", "objective": True},
+    {"fast_weights": "context", "context_size": 4, "inner_rates": "layer-step", "objective": True},
     {"inner_optimizer": "adam", "inner_momentum": 0.0, "inner_rates": "element", "inner_lr": 0.02},
-    {"proximal": 0.5},
+    {"fast_weights": "head", "inner_optimizer": "momentum", "proximal": 0.3},
+    {"inner_optimizer": "adam", "inner_momentum": 0.8, "inner_lr": 0.02},
+    {"inner_rates": "element", "inner_optimizer": "momentum", "inner_momentum": 0.7},
     {"inner_optimizer": "momentum", "inner_clip": 0.2, "objective": True},
     {"order": True},
     {"order": True, "inner_optimizer": "adam", "inner_lr": 0.02, "inner_rates": "layer-step"},
 ]
+STEP_WEIGHTS = torch.tensor([0.2, 0.5, 0.3]).double()
+ORDER = torch.tensor([[[0, 1], [2, 3], [4, 0]], [[3, 1], [0, 4], [2, 2]], [[4, 4], [1, 0], [3, 2]]])
+
+
+def split_options(number: int) -> tuple[dict, dict]:
+    """Return choices, and arguments of a meta-gradient."""
+    options = dict(COMBINATIONS[number])
+    inputs = {"step_weights": STEP_WEIGHTS} if options.pop("objective", False) else {}
+    return options, inputs | ({"order": ORDER} if options.pop("order", False) else {})
 
 
 @pytest.mark.parametrize("meta_gradient", ORDERS)
 @pytest.mark.parametrize("number", range(len(COMBINATIONS)))
 def test_every_combination_of_choices_matches_a_plain_loop(number, meta_gradient):
-    options = dict(COMBINATIONS[number])
+    options, inputs = split_options(number)
     batch = make_tasks("mlp")
-    inputs = {}
-    if options.pop("objective", False):
-        inputs["step_weights"] = torch.tensor([0.2, 0.5, 0.3]).double()
-    if options.pop("order", False):
-        inputs["order"] = torch.tensor(
-            [[[0, 1], [2, 3], [4, 0]], [[3, 1], [0, 4], [2, 2]], [[4, 4], [1, 0], [3, 2]]]
-        )
     for engine in ENGINES:
         maml = smooth_maml(**options, meta_gradient=meta_gradient, engine=engine)
         parameters = vary(maml.initial_parameters())
@@ -121,9 +118,8 @@ def test_per_step_statistics_are_used_and_a_step_beyond_uses_the_last_ones():
         leaves = {n: w.detach().requires_grad_() for n, w in fast.items()}
         loss = F.cross_entropy(forward(leaves, batch.support_x[0], row), batch.support_y[0])
         gradients = torch.autograd.grad(loss, leaves.values())
-        fast = {
-            n: w - parameters[RATE + n][row] * g for (n, w), g in zip(leaves.items(), gradients, strict=True)
-        }
+        moves = zip(leaves.items(), gradients, strict=True)
+        fast = {n: w - parameters[RATE + n][row] * g for (n, w), g in moves}
         expected.append(forward(fast, batch.query_x[0], row))
     assert torch.allclose(torch.stack(expected), outputs["per-step"][0], atol=1e-9)
 
@@ -185,9 +181,8 @@ def train_on(network: nn.Module, optimizer: torch.optim.Optimizer, task: TaskBat
 )
 def test_reptile_moves_to_where_torchs_optimizer_ends_on_the_same_minibatches(rule, optimizer_of):
     batch = make_tasks("mlp")  # pools of ten
-    maml = smooth_maml(
-        meta_gradient="reptile", steps=4, inner_lr=0.01, inner_optimizer=rule, inner_momentum=0.6
-    )
+    how = {"steps": 4, "inner_lr": 0.01, "inner_optimizer": rule, "inner_momentum": 0.6}
+    maml = smooth_maml(meta_gradient="reptile", **how)
     order = torch.stack([torch.randperm(10)[:8].view(4, 2) for _ in batch.support_x])
     result = gradients_of(maml, batch, order=order)
     ends = []
@@ -221,10 +216,8 @@ def test_carried_second_moments_are_those_of_one_adam_for_all_tasks():
     assert mass.item() == pytest.approx(1 - 0.999 ** (4 * len(singles)))
     start = parameters | {MASS: mass}  # of several tasks the mean; at test they begin with what is carried
     together = maml.meta_gradient(start, batch, order=order).gradients
-    apart = [
-        maml.meta_gradient(start, task, order=rows[None]).gradients
-        for task, rows in zip(singles, order, strict=True)
-    ]
+    pairs = zip(singles, order, strict=True)
+    apart = [maml.meta_gradient(start, task, order=rows[None]).gradients for task, rows in pairs]
     assert_close(together, {n: torch.stack([g[n] for g in apart]).mean(0) for n in together})
     fresh = start | {n: torch.zeros_like(w) for n, w in start.items() if n.startswith(SQUARE)}
     outputs, before = (maml.predictions(w, batch, 2)["transductive"] for w in (start, fresh))
@@ -236,20 +229,15 @@ def test_carried_second_moments_are_those_of_one_adam_for_all_tasks():
 PROXIMAL = {"proximal": 2.0, "fast_weights": "body"}  # the head is shared: mixed derivatives take part
 
 
-def test_implicit_without_conjugate_gradients_is_first_order_at_the_same_solution():
+def test_implicit_is_first_order_without_conjugate_gradients_and_exact_with_them_at_the_solution():
     batch = make_tasks("mlp")
     ours = gradients_of(smooth_maml(meta_gradient="implicit", cg_steps=0, **PROXIMAL), batch)
     expected = gradients_of(smooth_maml(meta_gradient="first-order", **PROXIMAL), batch)
     assert_close(ours, expected, 1e-12)
-
-
-def test_implicit_is_the_unrolled_exact_gradient_of_the_converged_proximal_problem():
-    batch = make_tasks("mlp")
-    options = PROXIMAL | {"steps": 100, "inner_lr": 0.2}
-    ours, rough = (
-        gradients_of(smooth_maml(meta_gradient="implicit", cg_steps=n, **options), batch) for n in (40, 0)
-    )
-    assert_close(ours, gradients_of(smooth_maml(engine="adjoint", **options), batch), 1e-8)
+    solved = PROXIMAL | {"steps": 100, "inner_lr": 0.2}
+    implicit = [smooth_maml(meta_gradient="implicit", cg_steps=n, **solved) for n in (40, 0)]
+    ours, rough = (gradients_of(maml, batch) for maml in implicit)
+    assert_close(ours, gradients_of(smooth_maml(engine="adjoint", **solved), batch), 1e-8)
     assert max((rough[n] - ours[n]).abs().max() for n in ours) > 1e-3
 
 
@@ -259,19 +247,17 @@ def test_implicit_has_the_closed_form_on_a_quadratic():
     batch = TaskBatch(*(torch.randn(tasks, n, k).double() for n in (5, 6) for k in (size, 1)))
     network = nn.Linear(size, 1, bias=False).double()
     for damping in (0.0, 1.0):
-        maml = Algorithm(
-            network, F.mse_loss, inner_lr=0.05, steps=1000, meta_gradient="implicit", cg_steps=size,
-            cg_damping=damping, proximal=strength,
-        )  # fmt: skip
+        problem = {"inner_lr": 0.05, "steps": 1000, "proximal": strength}
+        implicit = {"meta_gradient": "implicit", "cg_steps": size, "cg_damping": damping}
+        maml = Algorithm(network, F.mse_loss, **problem, **implicit)
         ours = maml.meta_gradient(maml.initial_parameters(), batch).gradients["weight"]
         expected = torch.zeros(1, size).double()
         start = network.weight.detach()[0]
         for x, y, query_x, query_y in zip(*batch, strict=True):
             hessian = 2 * x.T @ x / len(x)
             eye = torch.eye(size).double()
-            solution = torch.linalg.solve(
-                hessian + strength * eye, 2 * x.T @ y[:, 0] / len(x) + strength * start
-            )
+            right = 2 * x.T @ y[:, 0] / len(x) + strength * start
+            solution = torch.linalg.solve(hessian + strength * eye, right)
             v = 2 * query_x.T @ (query_x @ solution - query_y[:, 0]) / len(query_x)
             expected[0] += torch.linalg.solve((1 + damping) * eye + hessian / strength, v) / tasks
         assert torch.allclose(ours, expected, rtol=1e-9)
@@ -281,12 +267,15 @@ def test_implicit_has_the_closed_form_on_a_quadratic():
     "wrong",
     [
         dict(fast_weights="haed"),
-        dict(meta_gradient="reptile", inner_rates="element"), dict(meta_gradient="joint", inner_batch=3),
+        dict(meta_gradient="reptile", inner_rates="element"),
+        dict(meta_gradient="joint", inner_batch=3),
         dict(meta_gradient="implicit"),
-        dict(head_init="prototype", proximal=1.0), dict(head_init="zero", fast_weights="body"),
-        dict(head_init="zero", meta_gradient="joint"), dict(head_init="zero", inner_rates="element"),
+        dict(head_init="prototype", proximal=1.0),
+        dict(head_init="zero", fast_weights="body"),
+        dict(head_init="zero", inner_rates="element"),
+        dict(head_init="zero", meta_gradient="joint"),
     ],
-)  # fmt: skip
+)
 def test_choices_that_do_not_exist_or_contradict_each_other_are_refused(wrong):
     with pytest.raises(ValueError):
         smooth_maml(**wrong)
@@ -300,24 +289,14 @@ def test_conjugate_gradients_stop_where_the_residual_is_zero_or_the_matrix_is_no
     assert torch.equal(x[3], b["w"][3])
 
 
-META_LEARNED = [
-    {"inner_rates": "element"},
-    {"inner_rates": "layer-step", "objective": True},
-    {"fast_weights": "context", "context_size": 4, "inner_rates": "layer-step"},
-    {"inner_optimizer": "adam", "inner_rates": "element", "inner_lr": 0.02},
-    {"fast_weights": "head", "inner_optimizer": "momentum", "proximal": 0.3},
-]
-
-
-@pytest.mark.parametrize("number", range(len(META_LEARNED)))
+@pytest.mark.parametrize("number", range(5))
 def test_every_meta_learned_quantity_agrees_with_finite_differences(number):
-    options = dict(META_LEARNED[number])
-    weights = torch.tensor([0.2, 0.5, 0.3]).double() if options.pop("objective", False) else None
+    options, inputs = split_options(number)
     batch = make_tasks("mlp", tasks=1)
-    task = [tensor[0] for tensor in batch]
+    task, weights = [tensor[0] for tensor in batch], inputs.get("step_weights")
     maml = smooth_maml(**options)
     parameters = vary(maml.initial_parameters())
-    gradients = maml.meta_gradient(parameters, batch, step_weights=weights).gradients
+    gradients = maml.meta_gradient(parameters, batch, **inputs).gradients
     for name, w in parameters.items():
         direction = torch.randn(w.shape, generator=torch.Generator().manual_seed(1), dtype=w.dtype)
         ahead, behind = (

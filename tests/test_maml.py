@@ -44,10 +44,9 @@ def test_inductive_meta_gradient_matches_a_plain_loop(learner, meta_gradient):
     assert_every_way_matches_a_loop_over_tasks(learner, **options)
 
 
-@pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize("meta_gradient", ORDERS)
 @pytest.mark.parametrize("learner", EVERY_LEARNER)
-def test_meta_gradient_agrees_with_finite_differences(learner, meta_gradient, steps):
+def test_meta_gradient_agrees_with_finite_differences(learner, meta_gradient, steps=5):
     """First order by its own definition: the slope of the query loss when the *adapted* weights move."""
     first_order = meta_gradient == "first-order"
     batch = make_tasks(learner, tasks=1)
@@ -55,9 +54,8 @@ def test_meta_gradient_agrees_with_finite_differences(learner, meta_gradient, st
     parameters = maml.initial_parameters()
     gradients = maml.meta_gradient(parameters, batch).gradients
     generator = torch.Generator().manual_seed(3)
-    direction = {
-        name: torch.randn(w.shape, generator=generator, dtype=w.dtype) for name, w in parameters.items()
-    }
+    noise = {"generator": generator, "dtype": torch.float64}
+    direction = {name: torch.randn(w.shape, **noise) for name, w in parameters.items()}
     task = TaskBatch(*(tensor[0] for tensor in batch))
     adapted = maml.adapt(parameters, task.support_x, task.support_y, steps).weights
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from evaluation import tables
-from evaluation.figures import results_figure
 from evaluation.meta_test import Evaluation
 from evaluation.tables import Caption, Spread, Summary
 
@@ -98,8 +97,6 @@ def test_the_mean_over_all_tasks_comes_first_and_the_one_without_diverged_tasks_
     assert cells(before)[1] == "3.0000 ± 0.0000 (2.0000 to 4.0000)"
     assert "125,001.2500 ± 244,999.5100 (1.0000 to 250,001.5000); 1.3750 ± 0.2450 without 1 diverged" in after
     assert footer.endswith("after the semicolon the mean without those that diverged.")
-    line, *_ = results_figure(tables.results_of(results), caption).axes[0].lines
-    assert list(line.get_ydata()) == [3.0, 1.5]
 
 
 @pytest.mark.parametrize("lost", [math.nan, math.inf, 1e19])
