@@ -23,7 +23,7 @@ from common.random import SPLITS
 from tasks.cache import cached_array
 from tasks.file_tasks import explain
 from tasks.splits import part_hinted, split_hinted, split_of
-from tasks.stored_images import ImageColumn, StoredImage
+from tasks.stored_images import ImageColumn, StoredImage, as_file
 
 SUFFIXES = (".pkl", ".pickle", ".npz")
 _ARRAY = np.empty(0)
@@ -143,7 +143,7 @@ def _names_of(content: Mapping[str, Any], split: str) -> dict[Any, str]:
 
 
 def _as_pictures(images: Any, path: Path) -> Sequence[Any]:
-    """Return images that `_as_file` takes: uint8 `[n, height, width(, 3)]`, or encoded ones."""
+    """Return images that `as_file` takes: uint8 `[n, height, width(, 3)]`, or encoded ones."""
     encoded = isinstance(images, list | tuple) or getattr(images, "dtype", None) == np.dtype(object)
     if encoded and all(np.asarray(image).dtype == np.uint8 or isinstance(image, bytes) for image in images):
         return images
@@ -152,15 +152,6 @@ def _as_pictures(images: Any, path: Path) -> Sequence[Any]:
         problem = f"images of type {images.dtype} and shape {images.shape}"
         raise UsageError(f"{path} has {problem}: they should be uint8 [images, height, width, 3]")
     return images.transpose(0, 2, 3, 1) if images.ndim == 4 and images.shape[-1] not in (1, 3) else images
-
-
-def _as_file(image: Any) -> bytes:
-    """Return the content of an image file: PNG or JPEG as it is, an array as PPM or PGM."""
-    data = np.frombuffer(image, np.uint8) if isinstance(image, bytes) else np.asarray(image)
-    if data.size == max(data.shape):
-        return data.tobytes()
-    data = data.squeeze(-1) if data.shape[-1] == 1 else data
-    return f"P{data.ndim + 3} {data.shape[1]} {data.shape[0]} 255\n".encode() + data.tobytes()
 
 
 def find_archived_classes(folder: Path) -> tuple[dict[str, dict[str, list[StoredImage]]], str, list[str]]:
@@ -185,11 +176,11 @@ def _find_places(folder: Path, archives: Mapping[str, Sequence[Path]]) -> np.nda
         images, classes = read_split(paths, split)
         places[split] = {name: rows.tolist() for name, rows in classes.items()}
         for rows in places[split].values():
-            if firsts.setdefault(_as_file(images[rows[0]]), split) != split:
+            if firsts.setdefault(as_file(images[rows[0]]), split) != split:
                 raise UsageError(f"{folder}: {paths[0].name} has images of another split: replace the file")
     return np.frombuffer(json.dumps(places).encode(), np.uint8)
 
 
 def _open_split(paths: Sequence[Path], split: str) -> Callable[[int], bytes]:
     images, _ = read_split(paths, split)
-    return lambda row: _as_file(images[row])
+    return lambda row: as_file(images[row])

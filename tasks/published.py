@@ -7,24 +7,21 @@ from __future__ import annotations
 
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
 
 from common.errors import UsageError, one_line
 from tasks.archives import find_archived_classes, has_archives
-from tasks.cache import cached_pixels
 from tasks.folders import find_classes
 from tasks.images import Groups, ImageSet, image_set
 from tasks.options import OMNIGLOT_CLASSES, OMNIGLOT_DRAWINGS
-from tasks.pixels import Form, ImagePath, prepare
-from tasks.splits import as_positions, published_splits, shuffle
+from tasks.pixels import Form, ImagePath
+from tasks.splits import published_splits, shuffle
+from tasks.stored_images import ImageColumn, StoredImage, as_file
 
 PARTS = {"images_background": 964, "images_evaluation": 659}  # characters in each half of Omniglot
 CIFAR_IMAGES = 600  # of each class, training and test images together
@@ -114,22 +111,21 @@ def split_characters(names: Sequence[str], split: str) -> dict[str, list[str]]:
 
 
 def _open_cifar(name: str, data_root: Path, published: Mapping[str, list[str]], form: Form) -> ImageSet:
-    names = sorted(chain(*published.values()))
-    folder = data_root / "cifar-100-python"
-    sources = [folder / "train", folder / "test"]
-    shape = (len(names) * CIFAR_IMAGES, form.channels, form.size, form.size)
+    folder, names = data_root / "cifar-100-python", sorted(chain(*published.values()))
 
-    def decode() -> Iterator[np.ndarray]:
+    def load() -> Callable[[int], bytes]:
         halves = [_fetch("CIFAR100", data_root, train=train) for train in (True, False)]
         labels = np.concatenate([half.targets for half in halves])
         data = np.concatenate([half.data for half in halves])  # [60000, 32, 32, 3]
-        for class_name in names:
-            for position in np.flatnonzero(labels == halves[0].class_to_idx[class_name]):
-                yield prepare(Image.fromarray(data[position]), form)
+        order = np.concatenate([np.flatnonzero(labels == halves[0].class_to_idx[name]) for name in names])
+        return lambda row: as_file(data[order[row]])
 
-    for source in sources:
-        if not source.is_file():
-            _fetch("CIFAR100", data_root, train=source.name == "train")
-    count, positions = torch.full((len(names),), CIFAR_IMAGES), as_positions(published, names, name)
-    load = partial(cached_pixels, folder, sources, (form, names), shape, decode)
-    return ImageSet(names, count, positions, load, name, published=True)
+    for half in ("train", "test"):
+        if not (folder / half).is_file():
+            _fetch("CIFAR100", data_root, train=half == "train")
+    column, rows = (
+        ImageColumn(folder / "train", f"image of {name}", load),
+        iter(range(len(names) * CIFAR_IMAGES)),
+    )
+    classes = {name: [StoredImage(column, next(rows)) for _ in range(CIFAR_IMAGES)] for name in names}
+    return image_set(folder, {"all": classes}, published, form, published=True)

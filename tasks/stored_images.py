@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import IO
+from typing import IO, Any
+
+import numpy as np
 
 
 @dataclass(eq=False)
@@ -42,3 +44,12 @@ class StoredImage:
 
     def __str__(self) -> str:
         return f"{self.column.path}, {self.column.name} {self.row + 1}"
+
+
+def as_file(image: Any) -> bytes:
+    """Return the content of an image file: PNG or JPEG as it is, an array of uint8 as PPM or PGM."""
+    data = np.frombuffer(image, np.uint8) if isinstance(image, bytes) else np.asarray(image)
+    if data.size == max(data.shape):
+        return data.tobytes()
+    data = data.squeeze(-1) if data.shape[-1] == 1 else data
+    return f"P{data.ndim + 3} {data.shape[1]} {data.shape[0]} 255\n".encode() + data.tobytes()
