@@ -57,9 +57,9 @@ def build_distribution(
     """
     kind, source, _ = parse_name(options.dataset)
     if kind == "code":
-        own = Custom(options=options, shots=options.shots, ignored=ignored, device=device, dtype=dtype)
-        own.check(("test",) if for_test else SPLITS, may_lack_targets=not scale_targets)
-        return own
+        tasks = Custom(options=options, shots=options.shots, ignored=ignored, device=device, dtype=dtype)
+        tasks.check(("test",) if for_test else SPLITS, may_lack_targets=not scale_targets)
+        return tasks
     sizes: dict[str, Any] = dict(shots=options.shots, queries=options.queries, device=device, dtype=dtype)
     if source in FAMILIES:
         return FAMILIES[source](noise=options.noise, oracle=options.oracle, **sizes)

@@ -139,7 +139,7 @@ def _survey(files: Sequence[ImagePath], kind: str) -> np.ndarray:
     """Return the lowest and the highest value of all files."""
     measure = partial(_open, read=partial(_extremes, like=files[0], kind=kind))
     with ThreadPoolExecutor() as pool:
-        parts = (pool.map(measure, files[at : at + AT_ONCE]) for at in range(0, len(files), AT_ONCE))
+        parts = (pool.map(measure, files[i : i + AT_ONCE]) for i in range(0, len(files), AT_ONCE))
         bounds = [*tqdm(chain.from_iterable(parts), "Finding the range of values (once)", len(files))]
     return np.array([min(low for low, _ in bounds), max(high for _, high in bounds)])
 

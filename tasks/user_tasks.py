@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import UsageError, one_line, printable
+from common.errors import UsageError, printable
 from common.task import UserTask
+from tasks.file_tasks import explain
 from tasks.folders import EXTENSIONS, HIDDEN, class_folders, image_files
 from tasks.pixels import TRAINED, Form, decode_all, settle_range
 from tasks.scales import Scales, apply_scale
@@ -83,7 +84,7 @@ def read_task_arrays(
         with np.load(path, allow_pickle=False) as file:
             support_x, support_y, query_x = (torch.from_numpy(np.asarray(file[name])) for name in names)
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        reason = f"{one_line(error):.200}"
+        reason = explain(path, error)
         raise UsageError(f"--adapt {path}: give numbers called {', '.join(names)} ({reason})") from error
     examples = [len(part) if part.dim() else 0 for part in (support_x, support_y, query_x)]
     if not all(examples) or examples[0] != examples[1] or support_x.shape[1:] != query_x.shape[1:]:

@@ -48,13 +48,6 @@ class Global(Lines):
     def numbers(self, split, seeds):
         return super().numbers(split, torch.randint(2**31, seeds.shape))
 
-class Counting(Lines):
-    calls = 0
-
-    def numbers(self, split, seeds):
-        self.calls += 1
-        return super().numbers(split, seeds + self.calls)
-
 class FirstSeed(Lines):
     def numbers(self, split, seeds):
         return super().numbers(split, torch.arange(len(seeds)) + seeds[0])
@@ -83,11 +76,6 @@ class Gaps(Lines):
         parts = super().sample(split, seeds)
         parts[self.part][-1, 0] = self.value
         return parts
-
-class Ragged(Lines):
-    def sample(self, split, seeds):
-        x, y, *query = super().sample(split, seeds)
-        return [list(task[:2 + i]) for i, task in enumerate(x)], y, *query
 
 class Wrong(Lines):
     # what the argument makes of the four parts
@@ -141,6 +129,7 @@ def test_labels_of_any_whole_type_are_labels(build):
 
 WRONG = {
     "('a', b, c, d)": r"should give tensors \[tasks, examples, ...\]",
+    "([list(t[: 2 + i]) for i, t in enumerate(a)], b, c, d)": r"should give tensors \[tasks, examples, ...\]",
     "([], [], [], [])": r"should give tensors \[tasks, examples, ...\]",
     "None": "should give four tensors",
     "(a, b, c)": "should give four tensors",
@@ -167,12 +156,10 @@ def test_labels_are_whole_numbers_below_the_ways(build, change):
     ("name", "message"),
     [
         ("Global", "other numbers when called again, and resuming, comparing and several processes"),
-        ("Counting", "other numbers when called again"),
         ("FirstSeed", "other numbers for a seed when it is alone, and chunks of tasks"),
-        ("Ragged", r"should give tensors \[tasks, examples, ...\]"),
     ],
 )
-def test_what_cannot_be_resumed_or_read_is_refused_in_a_line(build, name, message):
+def test_what_cannot_be_resumed_is_refused_in_a_line(build, name, message):
     with pytest.raises(UsageError, match=message) as error:
         build(name)
     assert "\n" not in str(error.value)
