@@ -192,11 +192,11 @@ SPECTRAL = {"parametrisation": parametrizations.spectral_norm, "hook": torch.nn.
 
 
 def iterating(module: nn.Module) -> nn.Module:
-    """Let PyTorch's spectral norms follow any weight: ten thousand iterations a pass."""
+    """Let PyTorch's spectral norms follow any weight: a thousand iterations a pass."""
     for layer in module.modules():
         for part in (layer, *layer._forward_pre_hooks.values()):
             if hasattr(part, "n_power_iterations"):
-                part.n_power_iterations = 10_000
+                part.n_power_iterations = 1_000
     return module
 
 
