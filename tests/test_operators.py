@@ -90,6 +90,7 @@ FORMS = {
     "reflections": lambda x: torch.orgqr(input=x[..., :3], input2=x[:, 0, :2]),
     "equal points": lambda x: torch.cdist(x, x[0]),
     "gate": lambda x: aten.glu(x, 1),
+    "hard sigmoid": lambda x: torch.nn.functional.hardsigmoid(4 * x),
     "select": lambda x: x.select_scatter(src=x[0], dim=0, index=2),
     "likelihood": lambda x: torch.nn.functional.gaussian_nll_loss(x, x[0], x[..., :1] ** 2, full=True),
 }
