@@ -120,7 +120,7 @@ class TableFile:
         width, kinds = 1, (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
         while any(is_kind(column.type) for is_kind in kinds):
             sizes = compute.fill_null(compute.list_value_length(column), 0).to_numpy()
-            usual = torch.from_numpy(sizes).mode().values.item() or 1
+            usual = torch.tensor(sizes).mode().values.item() or 1
             if (bad := sizes != usual).any():
                 row = int(bad.argmax()) // width + 1
                 raise self.fail(name, row, f" has {sizes[bad.argmax()]} elements, others {usual}: mend it")

@@ -15,6 +15,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+SHARES = {"train": 64, "validation": 16, "test": 20}
+
 LONG_FILES = ("test_world.py", "test_sweep.py", "test_compiler.py", "test_learners.py", "test_runs.py")
 
 
@@ -67,6 +69,13 @@ def write_noise(folder: Path, side: int, *parts: str) -> None:
 def class_names(images) -> dict[str, list[str]]:
     """Return the names of the classes of each split."""
     return {split: [images.names[c] for c in part.tolist()] for split, part in images.splits.items()}
+
+
+def read_table(path: Path, columns=None, dtype: torch.dtype = torch.float64, **options: object):
+    from tasks.tables import Columns, load_table
+
+    options = {"classification": False, "shares": SHARES} | options
+    return load_table(path, columns or Columns(), dtype, **options)
 
 
 def task_options(dataset: str, **changes: object):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import SHARES
 from PIL import Image
 
 from common.errors import UsageError
@@ -17,7 +18,6 @@ from tasks.pixels import Form
 from tasks.published import open_benchmark
 from tasks.splits import published_splits
 
-SHARES = {"train": 64, "validation": 16, "test": 20}
 COLOUR = Form(6, 3)
 CLASSES = {"train": 4, "val": 2, "test": 3}
 IMAGES = 5  # of each class

@@ -4,14 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import class_names, write_classes, write_images
+from conftest import SHARES, class_names, write_classes, write_images
 
 from common.errors import UsageError
 from tasks.image_tasks import ImageTasks
 from tasks.images import ImageSet, open_images
 from tasks.pixels import Form
 
-SHARES = {"train": 64, "validation": 16, "test": 20}
 FOR_TEST = {"train": 0, "validation": 0, "test": 1}
 
 pytestmark = pytest.mark.usefixtures("user_cache")

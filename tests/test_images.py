@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import class_names, write_classes, write_images
+from conftest import SHARES, class_names, write_classes, write_images
 from PIL import Image
 
 from common.errors import UsageError
@@ -21,7 +21,6 @@ from tasks.published import open_benchmark
 from tasks.splits import published_splits
 
 SMALL = Form(6, 1)
-SHARES = {"train": 64, "validation": 16, "test": 20}
 
 pytestmark = pytest.mark.usefixtures("user_cache")
 

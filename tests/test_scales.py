@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import read_table
 from runs import command, validate_on
 
 from commands.call import check_call
@@ -13,11 +14,10 @@ from commands.evaluate import Subject
 from commands.parser import parse
 from common.errors import UsageError
 from tasks.scales import apply_scale, measure_scale, undo_scale
-from tasks.tables import Columns, TableTasks, load_table
+from tasks.tables import TableTasks
 from training.checkpoint import load_checkpoint
 
 SHORT = ["--iterations", 3, "--val-every", 3, "--eval-tasks", 4, "--meta-batch-size", 2, "-k", 3, "-q", 3]
-SHARES = {"train": 64, "validation": 16, "test": 20}
 
 
 @pytest.fixture(autouse=True)
@@ -43,14 +43,9 @@ def write_table(path, tasks=12, rows=8, change=lambda columns: columns) -> dict[
     return columns
 
 
-def table_of(path, columns=None, dtype=torch.float64, **options):
-    options = {"classification": False, "shares": SHARES} | options
-    return load_table(path, columns or Columns(), dtype, **options)
-
-
 def test_scales_are_numpys_mean_and_deviation_of_the_training_rows(tmp_path):
     columns = write_table(tmp_path / "a.csv")
-    table = table_of(tmp_path / "a.csv")
+    table = read_table(tmp_path / "a.csv")
     scales = table.measure_scales(targets=True)
     train = np.isin(columns["task"].astype(str), table.split_names["train"])
     assert 0 < train.sum() < len(train)
@@ -103,7 +98,7 @@ def test_a_run_is_tested_with_the_statistics_that_it_learned_with(tmp_path, caps
         out = capsys.readouterr().out
         results.append([text for text in out.splitlines() if "±" in text or "steps" in text])
         assert "MSE of standardised targets" in out
-    train = table_of(file).split_names["train"]
+    train = read_table(file).split_names["train"]
     assert "0" in train and results[0] == results[1]  # the training rows changed, the test rows did not
 
 
@@ -159,6 +154,6 @@ def test_unscaled_numbers_are_blamed_not_the_inner_rate(tmp_path, capsys):
 
 def test_numbers_that_no_type_holds_are_refused(tmp_path):
     (tmp_path / "a.csv").write_text("task,x,y\na,1,0\na,1e60,1\n")
-    table = table_of(tmp_path / "a.csv", shares={"train": 1})
+    table = read_table(tmp_path / "a.csv", shares={"train": 1})
     with pytest.raises(UsageError, match="an input is too large for"):
         TableTasks(table=table, ways=None, shots=1, queries=1, scales={"input": torch.tensor([[1.0], [1.0]])})

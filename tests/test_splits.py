@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import task_options, write_classes
+from conftest import SHARES, task_options, write_classes
 
 from common.batch import TaskDistribution
 from common.random import SPLITS
@@ -13,7 +13,6 @@ from dataset import FAMILIES, build_distribution
 from tasks.options import DATASETS, OMNIGLOT_CLASSES
 from tasks.splits import published_splits, split_at_random
 
-SHARES = {"train": 64, "validation": 16, "test": 20}
 PUBLISHED = {
     "cifar-fs": [64, 16, 20],
     "fc100": [60, 20, 20],

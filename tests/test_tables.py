@@ -5,14 +5,13 @@ import gzip
 import pyarrow as pa
 import pytest
 import torch
+from conftest import read_table
 from pyarrow import csv, parquet
 from runs import command
 
 from common.errors import UsageError
 from common.random import SPLITS
-from tasks.tables import Columns, Table, TableTasks, load_table
-
-SHARES = {"train": 64, "validation": 16, "test": 20}
+from tasks.tables import Columns, Table, TableTasks
 
 
 def write(path, columns: dict) -> None:
@@ -21,10 +20,6 @@ def write(path, columns: dict) -> None:
         parquet.write_table(data, path)
     else:
         csv.write_csv(data, path)
-
-
-def read(path, columns=None, dtype=torch.float32, *, classification=False, shares=SHARES) -> Table:
-    return load_table(path, columns or Columns(), dtype, classification=classification, shares=shares)
 
 
 def numbered(tmp_path, tasks=9, rows=6, classes=0) -> Table:
@@ -37,7 +32,7 @@ def numbered(tmp_path, tasks=9, rows=6, classes=0) -> Table:
     label = [t + i // tasks % classes for i, t in zip(index, task, strict=True)] if classes else index
     path = tmp_path / "numbered.parquet"
     write(path, {"task": [f"t{t}" for t in task], "i": index, "t": task, "y": label})
-    return read(path, classification=bool(classes))
+    return read_table(path, classification=bool(classes))
 
 
 @pytest.mark.parametrize("classification", [False, True])
@@ -52,7 +47,7 @@ def test_csv_and_parquet_give_the_same_table(tmp_path, classification):
         write(tmp_path / name, columns)
     (tmp_path / "a.csv.gz").write_bytes(gzip.compress((tmp_path / "a.csv").read_bytes()))
     for name in ("a.csv", "a.csv.gz", "a.parquet"):
-        table = read(tmp_path / name, dtype=torch.float64, classification=classification, shares=None)
+        table = read_table(tmp_path / name, dtype=torch.float64, classification=classification, shares=None)
         assert table.tasks == ["10", "9"] and table.task.tolist() == [0, 1, 0, 1]  # by first appearance
         assert table.x.tolist() == [[1, 0.5], [2, -1e-3], [3, 1e300], [4, 0.1]]
         if classification:
@@ -67,19 +62,21 @@ def test_columns_have_the_roles_that_the_flag_gives_them(tmp_path):
     columns = Columns.parse(["task=person", "target=w, u", "input=v"])
     assert columns == Columns("person", ("w", "u"), ("v",))
     (tmp_path / "a.csv").write_text("person, u,v,w ,spare\n007,1, 2,3,text\n")
-    table = read(tmp_path / "a.csv", columns)
+    table = read_table(tmp_path / "a.csv", columns)
     assert table.tasks == ["007"] and table.x.tolist() == [[2]] and table.y.tolist() == [[3, 1]]
     (tmp_path / "a.csv").write_text("x,y\n1,7\n2, \n3, NA\n4,8\n")
-    table = read(tmp_path / "a.csv", shares=None)  # without a task column, all rows are one task to predict
+    table = read_table(
+        tmp_path / "a.csv", shares=None
+    )  # without a task column, all rows are one task to predict
     assert table.tasks == ["task"] and table.y.isnan()[:, 0].tolist() == [False, True, True, False]
-    table = read(tmp_path / "a.csv", classification=True, shares=None)
+    table = read_table(tmp_path / "a.csv", classification=True, shares=None)
     assert table.classes == ["7", "8"] and table.y.tolist() == [0, -1, -1, 1]
 
 
 def test_splits_of_the_file_are_kept(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("task,split,x,y\na,test,1,1\nb,train,1,1\nc,val,1,1\nd,valid,1,1\nb,train,1,1\n")
-    table = read(path)
+    table = read_table(path)
     splits = {name: part.tolist() for name, part in table.splits.items()}
     assert splits == {"train": [1], "validation": [2, 3], "test": [0]} and table.x.shape == (5, 1)
 
@@ -110,7 +107,7 @@ BAD = {
 
 def assert_refused(message: str, path, **options) -> None:
     with pytest.raises(UsageError, match=message) as error:
-        read(path, **options)
+        read_table(path, dtype=torch.float32, **options)
     assert "\n" not in str(error.value)
 
 
@@ -174,7 +171,9 @@ def test_tasks_depend_on_split_seed_iteration_and_position_alone(tmp_path):
 def test_all_tasks_and_all_rows_of_a_task_are_equally_likely(tmp_path):
     names = ["a"] * 4 + ["b"] * 8 + ["c"] * 12  # tasks of different sizes
     write(tmp_path / "a.csv", {"task": names, "x": range(24), "y": range(24)})
-    tasks = TableTasks(table=read(tmp_path / "a.csv", shares={"train": 1}), ways=None, shots=1, queries=3)
+    tasks = TableTasks(
+        table=read_table(tmp_path / "a.csv", shares={"train": 1}), ways=None, shots=1, queries=3
+    )
     batch = tasks.sample("train", 0, 0, range(24_000))
     expected = torch.tensor([8000 / names.count(name) for name in names])
     for x in (batch.support_x, batch.query_x[:, 0]):
@@ -202,7 +201,7 @@ def test_labels_keep_their_meaning_where_all_tasks_have_the_same_classes(tmp_pat
     label = ["b", "a", "c"][:classes] * 8
     task = sorted(["u", "v"] * 4 * classes)
     write(tmp_path / "a.csv", {"task": task, "x": [ord(name) for name in label], "y": label})
-    table = read(tmp_path / "a.csv", classification=True)
+    table = read_table(tmp_path / "a.csv", classification=True)
     batch = TableTasks(table=table, ways=ways, shots=2, queries=2).sample("train", 0, 0, range(50))
     means_a = batch.query_x.squeeze(2)[batch.query_y == 0] == ord("a")
     assert means_a.all() == kept and means_a.any()
