@@ -79,7 +79,8 @@ def find_failure(
         reals = [leaf for leaf in pytree.tree_leaves(output) if leaf.is_floating_point()]
         return sum(((real + real**2).sum() for real in reals), torch.zeros((), device=first_tensor(x).device))
 
-    tasks = tree_map(lambda t: torch.stack([t.detach()] * 2), x), call.extras(2, _twice(keys))
+    two_keys = None if keys is None else torch.stack([keys, keys])
+    tasks = tree_map(lambda t: torch.stack([t.detach()] * 2), x), call.extras(2, two_keys)
     for problem in problems or ATTEMPTS:
         running.clear()
         try:
@@ -132,10 +133,6 @@ def find_counters(call: FunctionalLearner, x: Tree, keys: Tensor) -> list[str]:
     module.register_forward_hook(compare)
     call(call.parameters, x, Extras(keys), module=module)
     return names
-
-
-def _twice(keys: Tensor | None) -> Tensor | None:
-    return None if keys is None else torch.stack([keys, keys])
 
 
 class Names(list[str]):

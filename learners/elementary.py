@@ -63,6 +63,10 @@ def _glu(draws: Draws, input: Tensor, dim: int = -1) -> Tensor:
     return values * gates.sigmoid()
 
 
+def _hardsigmoid(draws: Draws, input: Tensor, inplace: bool = False) -> Tensor:
+    return F.relu6(input + 3.0) / 6.0
+
+
 def _select_scatter(draws: Draws, input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
     start = index % input.shape[dim]  # under `vmap`, PyTorch's second derivative is wrong
     return input.slice_scatter(src.unsqueeze(dim), dim, start, start + 1)
@@ -134,15 +138,15 @@ _OTHERS: Replacements = {
     F.glu: _glu,
     F.gaussian_nll_loss: _gaussian_nll_loss,
     F.cross_entropy: _cross_entropy,
-    F.hardsigmoid: lambda draws, x, inplace=False: F.relu6(x + 3.0) / 6.0,
+    F.hardsigmoid: _hardsigmoid,
     Tensor.data.__get__: lambda draws, x: x.detach(),  # type: ignore[attr-defined]  # a descriptor
     **spelled_out(
         {
             "embedding": _aten_embedding,
             "one_hot": _one_hot,
             "glu": _glu,
-            "hardsigmoid": lambda draws, input: F.relu6(input + 3.0) / 6.0,
-            "hardsigmoid_": lambda draws, input: input.copy_(F.relu6(input + 3.0) / 6.0),
+            "hardsigmoid": _hardsigmoid,
+            "hardsigmoid_": lambda draws, input: input.copy_(_hardsigmoid(draws, input)),
             "select_scatter": _select_scatter,
         }
     ),

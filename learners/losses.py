@@ -49,9 +49,7 @@ def bce(outputs: Tree, targets: Tree) -> Tensor:
 
 def huber(outputs: Tree, targets: Tree, *, delta: float = 1.0) -> Tensor:
     """Return half the squared error up to `delta`, and a linear function beyond it."""
-    error = main_tensor(outputs) - first_tensor(targets)
-    size = error.abs()
-    return torch.where(size <= delta, 0.5 * error * error, delta * (size - 0.5 * delta)).mean()
+    return F.huber_loss(main_tensor(outputs), first_tensor(targets), delta=delta)
 
 
 LOSSES: dict[str, Callable[..., Tensor]]

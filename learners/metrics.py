@@ -67,8 +67,8 @@ def _plain(name: str) -> str:
 
 
 @cache
-def _load_library() -> tuple[dict[str, str], dict[str, Callable[..., Any]], dict[str, Any]]:
-    """Return the names of torchmetrics' functions, they, and whether higher is better, by plain name."""
+def _load_library() -> tuple[dict[str, tuple[str, Callable[..., Any]]], dict[str, Any]]:
+    """Return torchmetrics' functions with their names, and whether higher is better, by plain name."""
     import torchmetrics  # slow, and for --metric alone
     from torchmetrics import classification, functional
     from torchmetrics.functional import classification as of_classes
@@ -78,32 +78,31 @@ def _load_library() -> tuple[dict[str, str], dict[str, Callable[..., Any]], dict
         for modules in ((functional, of_classes), (torchmetrics, classification))
     )
     directions = {_plain(name): getattr(kind, "higher_is_better", None) for name, kind in classes.items()}
-    names = {_plain(name): name for name in functions}
-    return names, {_plain(name): function for name, function in functions.items()}, directions
+    return {_plain(name): (name, function) for name, function in functions.items()}, directions
 
 
 def _find_in_library(key: str, name: str) -> tuple[str, Any]:
     """Return the full name of torchmetrics' function, and whether higher is better (None: unknown)."""
     try:
-        names, _, directions = _load_library()
+        functions, directions = _load_library()
     except ImportError as error:
         hint = "pip install torchmetrics, or give file.py:function"
         raise UsageError(f"--metric {name} is a name of torchmetrics, which is missing: {hint}") from error
-    keys = [prefix + key for prefix in ("", *FAMILIES) if prefix + key in names]
+    keys = [prefix + key for prefix in ("", *FAMILIES) if prefix + key in functions]
     if not keys:
-        near = ", ".join([names[n] for n in difflib.get_close_matches(key, names, 3)] or SHORT)
+        near = ", ".join([functions[n][0] for n in difflib.get_close_matches(key, functions, 3)] or SHORT)
         raise UsageError(f"--metric {name}: torchmetrics has no such metric: try {near}, or file.py:function")
     known = [directions.get(k) for k in keys]
-    return names[keys[0]], next((value for value in known if isinstance(value, bool)), None)
+    return functions[keys[0]][0], next((value for value in known if isinstance(value, bool)), None)
 
 
 def _call_library(key: str, flag: str, outputs: Tree, targets: Tree, reading: Reading) -> Any:
     """Call the function of torchmetrics that fits the outputs; NaN where there is nothing to measure."""
-    _, functions, _ = _load_library()
+    functions, _ = _load_library()
     by_kind = {"numbers": "", "labels": "binary" if reading.numbers == 1 else "multilabel"}
     full = by_kind.get(reading.kind, "multiclass") + key
     full = full if full in functions else key
-    function = functions.get(full)
+    _, function = functions.get(full, ("", None))
     family = next((family for family in FAMILIES if full.startswith(family)), "")
     wrong = function is None or "task" in find_parameters(function)  # chooses among the others itself
     wrong |= {"multiclass": reading.kind == "numbers", "": reading.classes > 0}.get(family, False)

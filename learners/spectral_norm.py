@@ -62,12 +62,12 @@ class ExactSpectralNormHook(SpectralNorm):
 
 def vector_names(module: nn.Module) -> frozenset[str]:
     """Return the names of the buffers that hold the singular vectors of converted layers."""
-    stems = [n for n, layer in module.named_modules() if isinstance(layer, ExactSpectralNorm)]
-    names = [join_names(stem, vector) for stem in stems for vector in ("_u", "_v")]
+    stems = []
     for name, layer in module.named_modules():
-        hooks = [h for h in layer._forward_pre_hooks.values() if isinstance(h, ExactSpectralNormHook)]
-        names += [join_names(name, f"{hook.name}{vector}") for hook in hooks for vector in ("_u", "_v")]
-    return frozenset(names)
+        hooks = layer._forward_pre_hooks.values()
+        stems += [join_names(name, hook.name) for hook in hooks if isinstance(hook, ExactSpectralNormHook)]
+        stems += [join_names(name, "")] * isinstance(layer, ExactSpectralNorm)
+    return frozenset(f"{stem}{vector}" for stem in stems for vector in ("_u", "_v"))
 
 
 def convert_spectral_norms(module: nn.Module) -> nn.Module:
