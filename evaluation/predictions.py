@@ -91,6 +91,7 @@ def read_predictions(
         _add_labels(prediction, outputs, reading, classes, targets)
     else:
         name = next((name for name, part in parts.items() if part is main), "")
+        numbers = numbers[:, None] if numbers.dim() == 1 else numbers
         if numbers.dim() == 2 and numbers.shape[1] == len(targets) and (predicts_targets or not name):
             headings = targets if predicts_targets else [f"output({target})" for target in targets]
             prediction.columns |= dict(zip(headings, numbers.T, strict=True))
@@ -191,7 +192,7 @@ def _draw_columns(panel: Axes, task: UserTask, prediction: Prediction) -> None:
         look = style.curve_style(number) | ({"marker": ""} if curve else {"linestyle": "none"})
         panel.plot(x.numpy(), values[order].numpy(), label=name, **look)
         if curve and prediction.of_targets:
-            support = support_x[:, 0].numpy(), support_y[:, number].numpy()
+            support = support_x[:, 0].numpy(), support_y.view(len(support_x), -1)[:, number].numpy()
             panel.scatter(*support, 18, style.RED, zorder=3, label="support set" if number == 0 else None)
     panel.set(title=task.name, xlabel="x" if curve else "predicted row", ylabel=prediction.measure)
 

@@ -214,6 +214,8 @@ def test_no_output_hides_another_or_is_cut():
     assert torch.equal(made.columns["output prediction"], hidden[:, 0]) and len([*made.rows(7)]) == 4
     assert torch.allclose(made.columns["p(0)"], logits.softmax(1)[:, 0])
     assert made.arrays["attention"].shape == (2, 4) and made.arrays["aux"] == loss
+    flat = read_predictions(hidden[:, 0], hidden[:, 0], Reading("numbers"), [], ["y"], predicts_targets=True)
+    assert torch.equal(flat.columns["y"], hidden[:, 0]) and flat.of_targets
     prices = {"out": hidden, "price": hidden + 1}
     made = read_predictions(prices, hidden, Reading("numbers"), [], ["price"], predicts_targets=True)
     assert torch.equal(made.columns["price"], hidden[:, 0])
