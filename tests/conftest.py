@@ -3,7 +3,7 @@
 import os
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +87,21 @@ def task_options(dataset: str, **changes: object):
 
 
 @pytest.fixture
+def refuse(capsys) -> Callable[..., str]:
+    """Run a command line that is refused; return its one line on stderr."""
+    from runs import command
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        assert command(*arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("main.py: error: ")
+        return line
+
+    return run
+
+
+@pytest.fixture
 def user_cache(tmp_path_factory, monkeypatch) -> Path:
     """Use a fresh cache folder instead of the one of whoever runs the tests."""
     folder = tmp_path_factory.mktemp("user-cache")
@@ -94,12 +109,16 @@ def user_cache(tmp_path_factory, monkeypatch) -> Path:
     return folder
 
 
+def draw_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Draw no pictures: they take longer than a short run, and have tests of their own."""
+    patch.setattr("training.run.Run.draw_examples", lambda *_: None)
+    for module in ("training.run", "commands.sweep"):
+        patch.setattr(f"{module}.learning_figure", lambda *_, **__: Figure(figsize=(1, 1)))
+
+
 @pytest.fixture
 def no_pictures(monkeypatch) -> None:
-    """Draw no pictures: they take longer than a short run, and have tests of their own."""
-    monkeypatch.setattr("training.run.Run.draw_examples", lambda *_: None)
-    for module in ("training.run", "commands.sweep"):
-        monkeypatch.setattr(f"{module}.learning_figure", lambda *_, **__: Figure(figsize=(1, 1)))
+    draw_nothing(monkeypatch)
 
 
 @pytest.fixture

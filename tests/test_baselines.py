@@ -100,7 +100,7 @@ def test_the_rate_of_a_baseline_is_the_best_on_validation_tasks(tmp_path, monkey
     assert tested[:3] == [0.01] * 3
 
 
-def test_a_stopped_baseline_is_resumed_and_follows_a_longer_run(tmp_path, monkeypatch, capsys):
+def test_a_stopped_baseline_is_resumed_and_follows_a_longer_run(tmp_path, monkeypatch, capsys, refuse):
     last = train(tmp_path, "run")
     pretrained = tmp_path / "run" / "baselines" / "pretrained" / "last.pt"
     line = ["--eval", "--baselines", "--load", last, "--eval-tasks", 5]
@@ -117,8 +117,8 @@ def test_a_stopped_baseline_is_resumed_and_follows_a_longer_run(tmp_path, monkey
     assert again.iteration == 15 and all(w.dtype == torch.float32 for w in again.parameters.values())
     other = train(tmp_path, "other", "--seed", 1)
     (tmp_path / "run" / "baselines").rename(tmp_path / "other" / "baselines")
-    assert command("--eval", "--baselines", "--load", other, "--eval-tasks", 5) == 2
-    assert "--seed 1 disagrees with the checkpoint" in capsys.readouterr().err
+    line = refuse("--eval", "--baselines", "--load", other, "--eval-tasks", 5)
+    assert "--seed 1 disagrees with the checkpoint" in line
 
 
 def test_baselines_take_the_tasks_and_the_budget_of_the_run_and_no_other_choice():

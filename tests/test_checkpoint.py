@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same_bits, command
+from runs import assert_same_bits
 
 from commands.resolve import resolve
 from common import files
@@ -108,13 +108,11 @@ def test_code_in_a_file_is_refused_and_never_run(tmp_path):
 
 
 @pytest.mark.parametrize("part", [0, 10, 0.3, 0.9, 0.999])
-def test_a_truncated_file_is_one_line_and_exit_code_2(saved, part, capsys):
+def test_a_truncated_file_is_one_line_and_exit_code_2(saved, part, refuse):
     content = saved.read_bytes()
     saved.write_bytes(content[: part if isinstance(part, int) else int(part * len(content))])
     for flags in (["--eval"], []):
-        assert command(*flags, "--load", saved) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("main.py: error: ") and "damaged" in line
+        assert "damaged" in refuse(*flags, "--load", saved)
 
 
 def test_a_flipped_bit_in_a_tensor_is_refused(saved):
@@ -161,10 +159,9 @@ def test_a_file_of_something_else_is_refused(tmp_path, content, message):
 
 
 @pytest.mark.parametrize("flags", [["--eval", "--load"], ["--load"], ["--init-from"]])
-def test_a_path_without_a_checkpoint_is_one_line_and_exit_code_2(tmp_path, flags, capsys):
+def test_a_path_without_a_checkpoint_is_one_line_and_exit_code_2(tmp_path, flags, refuse):
     for path in (tmp_path / "nothing", tmp_path):
-        assert command(*flags, path) == 2
-        (line,) = capsys.readouterr().err.splitlines()
+        line = refuse(*flags, path)
         assert str(path) in line and "there is no such checkpoint" in line
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_classes
+from conftest import draw_nothing, write_classes
 from matplotlib.figure import Figure
 from runs import command, validate_on
 
@@ -26,9 +26,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     patch = pytest.MonkeyPatch()
     validate_on(CHOSEN_BY, patch)
-    patch.setattr("training.run.Run.draw_examples", lambda *_: None)
-    for drawn in ("training.run.learning_figure", "commands.sweep.learning_figure"):
-        patch.setattr(drawn, lambda *_, **__: Figure(figsize=(1, 1)))
+    draw_nothing(patch)
 
     def train(name: str, *flags: object) -> None:
         assert command(*TINY, "--checkpoint-path", folder, "--run-name", name, *flags) == 0
@@ -168,11 +166,9 @@ def test_sides_are_named_after_their_path_and_setting_and_results_lie_next_to_th
     ],
 )
 def test_runs_that_cannot_be_compared_are_refused_in_one_line_and_leave_nothing(
-    place, monkeypatch, capsys, line, message
+    place, monkeypatch, refuse, line, message
 ):
     monkeypatch.chdir(place)
     before = sorted(place.rglob("*"))
-    assert command("--compare", *line.split()) == 2
-    errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 1 and message in errors[0]
+    assert message in refuse("--compare", *line.split())
     assert sorted(place.rglob("*")) == before

@@ -61,29 +61,24 @@ def trained(tmp_path_factory) -> Path:
 # ---- locks -----------------------------------------------------------------------------------------
 
 
-def test_a_run_that_another_process_trains_is_neither_resumed_nor_started_again(trained, capsys):
-    before = (trained / "run" / LAST).read_bytes()
-    again = [*SHORT, "--iterations", 8]
+def test_a_run_that_another_process_trains_is_neither_resumed_nor_started_again(trained, refuse):
+    before, again = (trained / "run" / LAST).read_bytes(), [*SHORT, "--iterations", 8]
+    resumed = ["--checkpoint-path", trained, "--run-name", "run", "--resume"]
     with Holder(trained / "run"):
-        for flags in (
-            [*again, "--load", trained / "run" / LAST],
-            [*again, "--checkpoint-path", trained, "--run-name", "run", "--resume"],
-        ):
-            assert command(*flags) == 2
-            (line,) = capsys.readouterr().err.splitlines()
+        for flags in (["--load", trained / "run" / LAST], resumed):
+            line = refuse(*again, *flags)
             assert f"{trained / 'run'} is in use by another process" in line and "--run-name" in line
         assert command("--eval", "--load", trained / "run", "--eval-tasks", 4) == 0  # reading is free
     assert (trained / "run" / LAST).read_bytes() == before
 
 
-def test_a_sweep_and_one_of_its_runs_exclude_each_other(trained, capsys):
+def test_a_sweep_and_one_of_its_runs_exclude_each_other(trained, refuse):
     sweep = [*SHORT, "--checkpoint-path", trained, "--run-name", "many", "--seeds", "0,1", "--resume"]
     with Holder(trained / "many" / "seed-1"):
-        assert command(*sweep) == 2
-        assert "seed-1 is in use" in capsys.readouterr().err
+        assert "seed-1 is in use" in refuse(*sweep)
     with Holder(trained / "many", "seed-0", "seed-1"):
-        assert command("--load", trained / "many" / "seed-1" / LAST, "--iterations", 8) == 2
-        assert "seed-1 is in use" in capsys.readouterr().err
+        member = trained / "many" / "seed-1" / LAST
+        assert "seed-1 is in use" in refuse("--load", member, "--iterations", 8)
 
 
 def test_a_lock_ends_with_its_process_however_that_ends(trained):
@@ -99,10 +94,8 @@ def test_a_lock_removes_what_a_killed_process_left_half_written(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == [LOCK]
 
 
-def test_a_refused_start_leaves_nothing_behind(tmp_path, capsys):
-    home = tmp_path / "new" / "er"
-    assert command(*SHORT, "--checkpoint-path", home, "--run-name", "run", "--dataset", "images:nowhere") == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
+def test_a_refused_start_leaves_nothing_behind(tmp_path, refuse):
+    refuse(*SHORT, "--checkpoint-path", tmp_path / "new" / "er", "--dataset", "images:nowhere")
     assert not (tmp_path / "new").exists()
 
 

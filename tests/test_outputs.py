@@ -316,11 +316,10 @@ def test_a_metric_is_measured_in_the_units_of_the_targets():
         ),
     ],
 )
-def test_a_metric_that_cannot_be_measured_is_refused_in_one_line(flags, expected, code, tmp_path, capsys):
+def test_a_metric_that_cannot_be_measured_is_refused_in_one_line(flags, expected, code, tmp_path, refuse):
     line = flags.format(code=code).split()
-    assert command(*SHORT, *line, "--checkpoint-path", tmp_path) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert expected in line and not [*tmp_path.glob("*")]
+    assert expected in refuse(*SHORT, *line, "--checkpoint-path", tmp_path)
+    assert not [*tmp_path.glob("*")]
 
 
 def test_a_missing_library_is_one_line(monkeypatch):
