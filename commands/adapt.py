@@ -118,7 +118,8 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
     print(f"Written: {', '.join([f'{stem}.csv', *arrays])}, .png and .json")
     if len(tasks) == 1:
         x, seed = task.support_x, config.training.seed ^ 1
-        fresh = build_module(config, runtime, count_task_outputs(config, task), x, seed, fetch_weights=False)
+        outputs = len(task.classes) or count_outputs(config, task.support_y)
+        fresh = build_module(config, runtime, outputs, x, seed, fetch_weights=False)
         files = call.save_weights, Path(f"{stem}-weights.pt")
         network = AdaptedNetwork(learner, fresh, maml, adapted, task.query_x, source.scales)
         print(give_network(*files, network, norm))
@@ -185,16 +186,12 @@ def write_arrays(stem: str, tasks: Sequence[UserTask], predictions: Sequence[Pre
     return files
 
 
-def count_task_outputs(config: Config, task: UserTask) -> int:
-    return len(task.classes) or count_outputs(config, task.support_y)
-
-
 def _adapt_to(
     task: UserTask, file: Path, source: Checkpoint, config: Config, runtime: Runtime, normalisation: str
 ) -> tuple[nn.Module, MAML, Adapted]:
     """Return the learner as it was built, the algorithm, and a task's adapted weights."""
     x, steps, inner_batch = task.support_x, config.evaluation.test_steps, config.evaluation.eval_inner_batch
-    outputs = count_task_outputs(config, task)
+    outputs = len(task.classes) or count_outputs(config, task.support_y)
     learner, maml = build_algorithm(config, runtime, outputs, x, saved=source, targets=task.support_y)
     _check_labels(task.support_y, maml)
     parameters, running = fit_weights(file, source, maml, config)

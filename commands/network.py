@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import _pytree as pytree
 
+from commands.outputs import are_equal
 from common.batch import Tree, tree_map
 from common.errors import UsageError, one_line
 from common.files import write_whole
@@ -177,7 +178,7 @@ def _write_program(file: Path, network: nn.Module, x: Tensor) -> None:
             torch.export.save(torch.export.export(network, (x,), dynamic_shapes=shapes), content)
             for part in (x[:1], x):
                 program = torch.export.load(io.BytesIO(content.getvalue())).module()
-                if not _agree(program(part), copy_module(network)(part), 1e-3):
+                if not are_equal(program(part), copy_module(network)(part), 1e-3):
                     raise ValueError("the program gives something else than the network")
     except Exception as error:  # an export may fail in any way
         reason = f"{one_line(error):.200}"
@@ -192,15 +193,15 @@ def _write_program(file: Path, network: nn.Module, x: Tensor) -> None:
 def _check_network(file: Path, network: nn.Module, maml: MAML, adapted: Adapted, x: Tensor) -> None:
     """Raise UsageError, which names a layer, where the network predicts something else than `predict`."""
     tolerance = TOLERANCES[x.dtype]
-    draws = not _agree(copy_module(network)(x), copy_module(network)(x), 0)
+    draws = not are_equal(copy_module(network)(x), copy_module(network)(x), 0)
     expected, expected_layers = _call_noting_layers(maml.learner, lambda: predict(maml, adapted, x), len(x))
     outputs, layers = _call_noting_layers(network, lambda: network(x), len(x))
-    if _agree(outputs, expected, tolerance):
+    if are_equal(outputs, expected, tolerance):
         return
     if draws:
         raise UsageError(f"{file}: it draws random numbers in evaluation mode, which no file can repeat")
     names = (
-        name for name, output in layers.items() if not _agree(output, expected_layers.get(name), tolerance)
+        name for name, output in layers.items() if not are_equal(output, expected_layers.get(name), tolerance)
     )
     name = next(names, "")
     layer = layer_text(name, network.get_submodule(name))
@@ -228,14 +229,3 @@ def _call_noting_layers(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _agree(a: Any, b: Any, tolerance: float) -> bool:
-    """Return whether trees of tensors are the same but for rounding."""
-    for x, y in zip(*(pytree.tree_leaves(tree) for tree in (a, b)), strict=False):
-        if isinstance(x, Tensor) and isinstance(y, Tensor) and y.numel():
-            x, y = x.to(torch.complex128), y.to(torch.complex128)
-            near = tolerance * float(y.abs().max())
-            if x.shape != y.shape or not torch.allclose(x, y, rtol=tolerance, atol=near):
-                return False
-    return True

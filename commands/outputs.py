@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import is_dataclass, replace
 from functools import partial
 from textwrap import shorten
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,17 @@ def naming(flags: str) -> Iterator[None]:
         if isinstance(error, UsageError) or is_out_of_memory(error):
             raise
         raise UsageError(f"{flags}: {shorten(str(error), 200)}") from error
+
+
+def are_equal(a: Any, b: Any, tolerance: float) -> bool:
+    """Return whether trees of tensors are the same but for rounding, relative to their largest numbers."""
+    for x, y in zip(*(pytree.tree_leaves(tree) for tree in (a, b)), strict=False):
+        if isinstance(x, Tensor) and isinstance(y, Tensor) and y.numel():
+            x, y = (t.cpu().to(torch.complex128) for t in (x, y))
+            near = tolerance * float(y.abs().nan_to_num(0, 0).max())
+            if x.shape != y.shape or not torch.allclose(x, y, rtol=tolerance, atol=near, equal_nan=True):
+                return False
+    return True
 
 
 def count_outputs(config: Config, targets: Tree) -> int:
@@ -85,8 +97,11 @@ def try_outputs(
     if not pytree.tree_leaves(output):
         raise UsageError(f"{name} gives no output for inputs {shapes}")
     scores = main_tensor(output)
-    if not scores.dim():
-        raise UsageError(f"{name} gives one number for inputs {shapes}: outputs should be [examples, ...]")
+    if scores.shape[:1] != (len(first),):
+        raise UsageError(
+            f"{name} gives outputs {tuple(scores.shape)} for inputs {shapes}: the main one, called logits or "
+            "out, or the first, should be [examples, ...]"
+        )
     expected = _expected_shape(scores, targets, len(first), outputs, loss)
     if loss in LOSSES and tuple(scores.shape) != expected:
         raise UsageError(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from commands.config import Config
-from commands.outputs import naming
+from commands.outputs import are_equal, naming
 from common.batch import TaskDistribution, Tree, first_tensor, in_type, tree_map
 from common.errors import UsageError, is_out_of_memory, one_line
 from common.optimizers import Weights
@@ -133,13 +133,13 @@ class Probe:
         begin, outputs = time.monotonic(), call(self.x)
         first = value()
         call(others)
-        if not _are_equal(value(), first, 1e-5):
+        if not are_equal(value(), first, 1e-5):
             raise UsageError(
                 f"{self.loss} gives another value for the same outputs once the learner has seen other "
                 "inputs, or at random: let the learner return what the loss reads"
             )
         for count in range(16):  # a coin may fall on one side several times
-            if not _are_equal(call(self.x), outputs):
+            if not are_equal(call(self.x), outputs, 1e-4):
                 raise UsageError(
                     f"{self.learner} gives other outputs when called again with the same inputs (random "
                     "numbers not of torch, a counter, state outside the module?): draw with torch.rand, keep "
@@ -218,16 +218,6 @@ class Probe:
             if wrong := find_wrong_layer(call.module, call.as_kept(call.parameters), x, self.keys[0]):
                 return f"{wrong.layer_text} being {wrong.reason}"
         return "for which no single layer can be named"
-
-
-def _are_equal(a: Tree, b: Tree, tolerance: float = 1e-4) -> bool:
-    """Return whether trees of tensors are the same but for rounding, as of atomic sums."""
-    pairs = zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=False)
-    return all(
-        x.shape == y.shape and torch.allclose(x, y, tolerance, 0.1 * tolerance, equal_nan=True)
-        for x, y in pairs
-        if isinstance(x, Tensor)
-    )
 
 
 def _are_finite(tree: Tree) -> bool:

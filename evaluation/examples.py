@@ -61,7 +61,7 @@ def adapt_examples(
     outputs = maml.predictions(parameters, batch, shown[-1], (norm,), order=order, keys=keys)
     on_cpu = TaskBatch(*(tree_map(Tensor.cpu, tree) for tree in batch))
     if distribution.ways is None:
-        values = main_tensor(outputs[norm])[:, shown]
+        values = main_tensor(outputs[norm])[:, shown].float()
         return Examples(on_cpu, values.reshape(*values.shape[:3], -1).cpu(), shown, None)
     labels = reading.predict(outputs[norm], 2)[:, shown].long()
     return None if labels.dim() > 3 else Examples(on_cpu, labels.cpu(), shown, distribution.ways)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_classes
+from conftest import write_classes, write_images
 from PIL import Image
 from runs import command
 
@@ -24,6 +24,7 @@ y.int() | y.to(torch.complex64) | y.numpy() | y.item() | y.argmax(1) | missing |
 y.sum().backward() | setattr(self, "kept", y) or y | y[torch.randperm(len(y))] | y.unique() | y[y > 0]
 y.expand(3, -1, -1) | torch.tensor([1.0]) | object() | self.layer.weight.data.mul_(0.5) * y | x.add_(1) and y
 {"logits": y, "kept": [y, None]} | torch.autograd.grad(y.sum(), x) | self.layer(y) | y[:, 0] | "text"
+y.double() | y.bfloat16() | torch.cat([y, y]) | y[:1] | y.t() | (y, {"more": y}) | y * torch.rand_like(y)
 """
 LOSSES = """
 F.mse_loss(o, t) | o - t | None | o.sum().item() | torch.tensor(1.0) | F.cross_entropy(o, t)
@@ -51,6 +52,7 @@ def assert_answered(capsys, *line: object) -> int:
 
 def test_any_network_and_loss(tmp_path, capsys):
     outputs, losses = (re.split(r"\s+\|\s+|\n", text.strip()) for text in (OUTPUTS, LOSSES))
+    (tmp_path / "mine.csv").write_text("x,y\n0,1\n1,2\n3,\n4,\n5,\n")
     draw, codes = random.Random(0), []
     pairs = [(output, draw.choice([*losses[:1] * 40, *losses])) for output in outputs]
     pairs += [("y", loss) for loss in losses]
@@ -63,8 +65,11 @@ def test_any_network_and_loss(tmp_path, capsys):
             f"    def forward(self, x):\n        y = self.layer(x)\n        return {output}\n"
             f"def loss(o, t):\n    return {loss}\n"
         )
-        own = ["--learner", f"{code}:Net", "--loss", f"{code}:loss", "--checkpoint-path", tmp_path]
-        codes.append(assert_answered(capsys, *SHORT, "-k", 2, *own, "--run-name", number))
+        own, out = ["--learner", f"{code}:Net", "--loss", f"{code}:loss"], ["--checkpoint-path", tmp_path]
+        codes.append(assert_answered(capsys, *SHORT, "-k", 2, *own, *out, "--run-name", number))
+        if codes[-1] == 0:
+            for doing in (["--eval", "--out", tmp_path / "out"], ["--adapt", tmp_path / "mine.csv"]):
+                assert assert_answered(capsys, *doing, "--load", tmp_path / f"{number}", *own) == 0
     assert codes.count(0) > 3 and codes.count(2) > 25
 
 
@@ -107,6 +112,32 @@ def test_any_folder_of_images(tmp_path, capsys):
         flags += ["-q", 1, "--split-shares", "1,1,1", "--checkpoint-path", tmp_path, "--run-name", seed]
         codes.append(assert_answered(capsys, *SHORT, *flags))
     assert codes.count(0) > 3 and codes.count(2) > 5
+
+
+def test_any_folder_to_adapt_to(tmp_path, capsys):
+    write_classes(tmp_path / "data", 9, 3)
+    flags = [
+        "--dataset",
+        f"images:{tmp_path / 'data'}",
+        "--image-size",
+        6,
+        "-n",
+        2,
+        "-k",
+        1,
+        "--learner",
+        "fc",
+    ]
+    flags += ["--head-init", "prototype", "--split-shares", "1,1,1", "--checkpoint-path", tmp_path]
+    assert command(*SHORT, *flags, "--run-name", "run") == 0
+    codes = []
+    for seed in range(20):
+        draw, task = random.Random(seed), tmp_path / f"task{seed}"
+        write_classes(task / "support", 3, 2)
+        write_images(task / "query", [3, 90, 4])
+        spoil_images(draw.choice([task, task / "support"]), draw)
+        codes.append(assert_answered(capsys, "--adapt", task, "--load", tmp_path / "run"))
+    assert codes.count(0) > 5 and codes.count(2) > 5
 
 
 def spoil_arrays(path: Path, draw: random.Random) -> None:

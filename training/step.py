@@ -230,7 +230,8 @@ class MetaStep:
             if self.reading.is_masked:  # the mean of the others for a task that has no label
                 shares = shares.nanmean().nan_to_num().expand_as(shares)
             measures.append(shares.sum().to(result.losses.dtype))
-        parts = [self.layout.flatten(result.gradients), torch.stack(measures) / self.tasks]
+        means = torch.stack(measures).to(state.parameters.dtype) / self.tasks  # whatever the loss computes in
+        parts = [self.layout.flatten(result.gradients), means]
         if self.statistics_layout.size:
             parts.append(self.statistics_layout.flatten(result.statistics))
         return torch.cat([*parts, state.parameters.new_zeros(1)])
