@@ -101,7 +101,9 @@ def load_table(
     kept = torch.ones_like(known) if prediction else known.clone()
     x = file.numbers(columns.inputs, () if classification else columns.targets)
     _check_finite(file, columns.inputs, x, kept, dtype)
-    tasks, task = _read_tasks(file, columns, kept)
+    tasks, task = ["task"], torch.zeros_like(kept, dtype=torch.int64)
+    if columns.task:
+        tasks, task = file.names(columns.task, kept)
     by_class = columns.by_class and not prediction
     if by_class:
         tasks, task = classes, y
@@ -148,13 +150,6 @@ def _read_targets(
         known = ~y.isnan().any(1)
         _check_finite(file, names, y, known, dtype)
     return classes, y, known
-
-
-def _read_tasks(file: TableFile, columns: Columns, kept: Tensor) -> tuple[list[str], Tensor]:
-    """Return the names of the tasks, and each row's position."""
-    if not columns.task:
-        return ["task"], torch.zeros_like(kept, dtype=torch.int64)
-    return file.names(columns.task, kept)
 
 
 def _leave_out_small(task: Tensor, y: Tensor | None, kept: Tensor, rows: int, classes: int) -> dict[str, int]:
