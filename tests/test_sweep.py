@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -305,6 +306,14 @@ def test_a_runs_folder_is_named_after_its_setting_and_seed():
     assert all(re.fullmatch(r"[a-z0-9._-]{1,90}", name) for name in configs)
     first, *_, last = configs.values()
     assert first.tasks.oracle and last.choices.steps == 2 and last.training.seed == 1
+
+
+def test_the_command_that_is_printed_tests_one_of_several_learners_of_the_users(tmp_path, capsys):
+    (tmp_path / "own.py").write_text(LEARNERS)
+    learners = ",".join(f"{tmp_path / 'own.py'}:{name}" for name in ("dropping", "frozen"))
+    assert command(*SHORT, "--sweep", f"learner={learners}", "--checkpoint-path", tmp_path) == 0
+    _, _, line = capsys.readouterr().out.partition("Test:   python main.py ")
+    assert command(*shlex.split(line), "--eval-tasks", 4) == 0
 
 
 REFUSED = {
