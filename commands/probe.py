@@ -101,12 +101,14 @@ class Probe:
             except Exception as error:  # an operator may fail in any way
                 if is_out_of_memory(error):
                     raise
-                problems = [problem for problem in PROBLEMS if flags.get(problem, True)]
+                needs_all = config.choices.meta_gradient == "implicit"
+                problems = [problem for problem in PROBLEMS if needs_all or flags.get(problem, True)]
                 failure = find_failure(maml.call, self.x, keys[0], maml.over_tasks, problems)
                 if failure is None:
                     raise
                 lack, way_round = PROBLEMS[failure.problem]
-                text = f"{learner}: {failure.layer_text} {lack} ({failure.reason}){way_round}"
+                text = f"{learner}: {failure.layer_text} {lack} ({failure.reason})"
+                text += way_round if flags.get(failure.problem) else ""
                 raise UsageError(text) from error
         if names := [name for name, gradient in gradients.items() if not gradient.isfinite().all()]:
             raise UsageError(

@@ -53,18 +53,20 @@ class Cube(torch.autograd.Function):
 class Frozen(torch.autograd.Function):
     """The square, whose slope counts as a constant: it has no second derivative."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x):
         return x**2, 2 * x
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.slope = output[1].detach()
+        ctx.save_for_backward(output[1])
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx, gradient, _):
-        return ctx.slope * gradient
+        return ctx.saved_tensors[0] * gradient
 
 
 class FrozenSlope(nn.Module):
@@ -241,7 +243,7 @@ def between(make):
     return lambda outputs: nn.Sequential(nn.Linear(1, 8), make(), nn.Linear(8, outputs))
 
 
-right, stops, fixed = map(between, (Cubed, HalfStopped, Float32Alone))
+right, stops, fixed, frozen = map(between, (Cubed, HalfStopped, Float32Alone, FrozenSlope))
 wrong = between(lambda: Cubed(1.05))
 narrow = between(lambda: nn.Sequential(Float32Alone(), nn.Linear(8, 8), Cubed(2.0)))
 
@@ -332,6 +334,7 @@ def own(tmp_path):
             "layer 1 (Cubed) being 5.0% off in forward mode: use --engine unrolled",
         ),
         ("fixed", [], "agrees with central differences (float32 to 5%"),
+        ("frozen", [], "its layer 1 (FrozenSlope) being 32.0% off in reverse mode: write that from other"),
         ("narrow", ["--engine", "adjoint"], "its layer 1.2 (Cubed) being 100.0% off in forward mode"),
         (
             "wrong",
@@ -361,12 +364,15 @@ def test_a_run_says_whether_its_gradient_is_right(name, flags, words, own, capsy
         ("Root", "the gradient by zeros is not finite at the initial weights"),
         ("Determinant", "the gradient by zeros is not finite at the initial weights"),
         ("Saves", "torch.utils.checkpoint does not work here: call the layer itself"),
+        ("frozen", "its layer 1 (FrozenSlope) has no derivative in forward mode"),
         ("Masks", "the network (Masks) has a hook on the gradient of weight"),
     ],
 )
 def test_a_pass_that_is_no_function_of_weights_and_inputs_is_refused(name, words, own, capsys):
-    assert command(*own(name)) == 2
-    assert words in capsys.readouterr().err
+    flags = ["--algorithm", "imaml"] if name == "frozen" else []
+    assert command(*own(name, *flags)) == 2
+    error = capsys.readouterr().err
+    assert words in error and "--first-order" not in error
 
 
 def test_a_counter_that_is_put_back_is_named(own, capsys):
