@@ -48,7 +48,7 @@ from learners.copies import UnfitError
 from learners.functional import fixed_tensors
 from learners.losses import LOSSES, build_loss, loss_name
 from learners.modules import convert_type
-from learners.reading import reading_of
+from learners.reading import Reading, reading_of
 from maml import MAML, RATE, SQUARE
 from tasks.scales import Scales
 from training.checkpoint import Checkpoint, check_same_data, fitting_parameters
@@ -292,17 +292,10 @@ def assemble(
     if start.file is not None and start.resumed is not None:
         check_same_data(start.file, start.resumed, distribution.record)
     parameters, reading = _starting_weights(start, maml), reading_of(maml.reading, distribution.ways)
+    free = not start.resumed and given.get("engine", "auto") == "auto"
     probe = Probe(maml, parameters, distribution, config)
-    users = config.learner.learner not in LEARNERS or config.learner.loss not in LOSSES
-    if users:
-        probe.check_learner()
-        if runtime.world.first and (line := probe.describe_state()):
-            print_once(line)
-    probe.try_metric(reading)
-    if users if call.check_gradients is None else call.check_gradients:
-        free = not start.resumed and given.get("engine", "auto") == "auto"
-        engine = _check_engine(probe, checked, free=free, prints=runtime.world.first)
-        start = replace(start, config=(config := config.replaced(engine=engine)))
+    engine = _try_out(probe, reading, call, checked, free=free, prints=runtime.world.first)
+    start = replace(start, config=(config := config.replaced(engine=engine)))
     run = Run(
         folder=folder,
         parameters=parameters,
@@ -321,9 +314,20 @@ def assemble(
     return Assembly(start, runtime, distribution, maml, run, team)
 
 
-def _check_engine(probe: Probe, checked: dict[Hashable, str], *, free: bool, prints: bool) -> str:
-    """Return the engine whose meta-gradient is right; runs that differ in their seed alone share a check."""
+def _try_out(
+    probe: Probe, reading: Reading, call: Call, checked: dict[Hashable, str], *, free: bool, prints: bool
+) -> str:
+    """Try the user's code and the metric; return the engine, which may be another one if it is `free`."""
     config = probe.config
+    users = config.learner.learner not in LEARNERS or config.learner.loss not in LOSSES
+    if users:
+        probe.check_learner()
+        if prints and (line := probe.describe_state()):
+            print_once(line)
+    probe.try_metric(reading)
+    if not (users if call.check_gradients is None else call.check_gradients):
+        return config.training.engine
+    # runs that differ in their seed alone share a check
     key = (free, config.tasks, config.learner, config.choices, *map(config.get, DECISIVE))
     if key not in checked:
         checked[key], words = probe.choose_engine(free=free)

@@ -32,9 +32,9 @@ for _section, _options in SECTIONS.items():
     SECTION_OF |= dict.fromkeys(flags_of(_options), _section)
 
 GROUPS = (
-    "what to do", "tasks", "learner", "algorithm", "inner loop", "outer loop", "evaluation", "logging",
-    "files", "machine",
-)  # fmt: skip
+    *("what to do", "tasks", "learner", "algorithm", "inner loop", "outer loop"),
+    *("evaluation", "logging", "files", "machine"),
+)
 OWN_CODE = ("learner", "dataset", "loss", "metric")  # settings that may name the user's code
 
 
