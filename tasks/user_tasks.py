@@ -97,7 +97,7 @@ def read_task_arrays(
     if classification and support_y.is_floating_point():
         raise UsageError(f"--adapt {path}: support_y are numbers: give labels, from 0, as integers")
     support_y = support_y.to(dtype) if support_y.is_floating_point() else support_y.long()
-    labels = ways or _count_labels(path, support_y, ignored)
+    labels = (ways or _count_labels(path, support_y, ignored)) if classification else 0
     if support_y.dim() == 1 and not classification:
         support_y = support_y[:, None]
 
@@ -111,7 +111,7 @@ def read_task_arrays(
         support_x=place(support_x),
         support_y=support_y.to(device),
         query_x=place(query_x),
-        classes=[str(label) for label in range(labels)] if classification else [],
+        classes=[str(label) for label in range(labels)],
         query_names=[str(number) for number in range(1, len(query_x) + 1)],
     )
 

@@ -85,6 +85,16 @@ def narrow(outputs, wide=False):
     layers = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, outputs)).half()
     return layers.float() if wide else layers
 
+class Tokens:
+    def sample(self, split, seeds):
+        x = torch.stack([torch.randint(9, (6, 3), generator=torch.Generator().manual_seed(s % 2**31))
+                         for s in seeds.tolist()])
+        y = x.float().mean(2, keepdim=True)
+        return x[:, :3], y[:, :3], x[:, 3:], y[:, 3:]
+
+def words(outputs):
+    return nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, outputs))
+
 def own_bce(outputs, targets):
     return F.binary_cross_entropy_with_logits(outputs, targets)
 
@@ -416,6 +426,20 @@ def test_quantiles_are_adapted_by_their_loss_and_each_is_written(code, tmp_path)
     assert [[float(cell) for cell in row[1:]] for row in rows] == [
         pytest.approx(row, rel=1e-4) for row in expected
     ]
+
+
+def test_tokens_are_adapted_to_and_the_written_weights_predict_the_same(code, tmp_path):
+    own = ["--learner", f"{code}:words"]
+    run = train(tmp_path, "run", "--dataset", f"{code}:Tokens", *own)
+    x = np.arange(15).reshape(5, 3) % 9
+    np.savez(tmp_path / "task.npz", support_x=x[:3], support_y=x[:3].mean(1), query_x=x[3:])
+    assert command("--adapt", tmp_path / "task.npz", "--load", run, *own) == 0
+    network = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 1))
+    network.load_state_dict(torch.load(run / "best-adapted-task-weights.pt", weights_only=True))
+    _, *rows = csv.reader((run / "best-adapted-task.csv").open())
+    assert [float(row[1]) for row in rows] == pytest.approx(
+        network(torch.tensor(x[3:]))[:, 0].tolist(), rel=1e-4
+    )
 
 
 def test_parameters_in_half_precision_are_learned_in_that_of_the_run(code, tmp_path):
