@@ -31,9 +31,7 @@ class TaskBatch(NamedTuple):
 class DataRecord:
     """What a checkpoint keeps of its data, to recognise them; parts that do not apply are empty."""
 
-    splits: dict[str, list[str]] = field(
-        default_factory=dict
-    )  # names of the classes or tasks of the user's files, by split
+    splits: dict[str, list[str]] = field(default_factory=dict)  # the user's classes or tasks, by split
     inputs: list[str] = field(default_factory=list)  # columns of a table
     image_range: list[str] = field(default_factory=list)  # kind of the files, black, white; or plain
     fingerprint: dict[str, list[str]] = field(default_factory=dict)  # of a sampler, by sizes of tasks

@@ -70,9 +70,8 @@ def is_writable(folder: Path) -> bool:
 
 def sync(path: Path) -> None:
     """Bring a file's content, or a folder's names, to the disk."""
-    descriptor = os.open(
-        path, os.O_RDONLY if path.is_dir() else os.O_RDWR
-    )  # Windows writes through the latter
+    mode = os.O_RDONLY if path.is_dir() else os.O_RDWR  # Windows writes through the latter
+    descriptor = os.open(path, mode)
     try:
         os.fsync(descriptor)
     finally:

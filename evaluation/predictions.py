@@ -150,6 +150,7 @@ def _add_labels(
         return
     if predicted.dim() > 2:
         prediction.arrays = {"labels": predicted.to(torch.uint8), "p": shares}
+        prediction.columns["share(1)"] = predicted.flatten(1).double().mean(1)
         return
     predicted, shares = (part if part.dim() == 2 else part[:, None] for part in (predicted, shares))
     known = len(targets) == shares.shape[1]

@@ -224,6 +224,11 @@ def test_no_output_hides_another_or_is_cut():
     assert torch.equal(made.columns["output prediction"], hidden[:, 0]) and len([*made.rows(7)]) == 4
     assert torch.allclose(made.columns["p(0)"], logits.softmax(1)[:, 0])
     assert made.arrays["attention"].shape == (2, 4) and made.arrays["aux"] == loss
+    masks = read_predictions(
+        logits.view(2, 1, 2, 3), logits, Reading("labels"), [], ["y"], predicts_targets=True
+    )
+    shares = (logits > 0).view(2, 6).double().mean(1)
+    assert torch.equal(masks.columns["share(1)"], shares) and [*masks.arrays] == ["labels", "p"]
     flat = read_predictions(hidden[:, 0], hidden[:, 0], Reading("numbers"), [], ["y"], predicts_targets=True)
     assert torch.equal(flat.columns["y"], hidden[:, 0]) and flat.of_targets
     prices = {"out": hidden, "price": hidden + 1}
