@@ -39,12 +39,11 @@ class Side:
 
 def readings(sides: Sequence[Side]) -> dict[str, list[Side]]:
     """Return what is compared, in words: the sides as trained, and with each common normalisation."""
-    trained = [side.normalisation for side in sides]
-    alike = len(set(trained)) == 1
-    compared = {f"{trained[0]}, as trained" if alike else "as trained": list(sides)}
+    trained = {side.normalisation for side in sides}
+    compared = {f"{sides[0].normalisation}, as trained" if len(trained) == 1 else "as trained": list(sides)}
     measured = [next(iter(side.evaluations.values())).losses for side in sides]
     for name in measured[0]:
-        if not (alike and name == trained[0]) and all(name in losses for losses in measured):
+        if trained != {name} and all(name in losses for losses in measured):
             compared[name] = [replace(side, normalisation=name) for side in sides]
     return compared
 

@@ -184,6 +184,21 @@ def test_predictions_are_drawn_as_what_they_are():
     assert len(query.texts) == 60 and query.figure.get_suptitle() == "a $title (the first 60 of 70)"
 
 
+def test_dense_outputs_are_drawn_below_the_images_unless_there_are_classes():
+    images, maps = torch.rand(3, 1, 5, 5), torch.randn(3, 1, 5, 5)
+    task = UserTask("", images, images, images, ["a", "b"], [])
+
+    def panels(outputs: object, reading: Reading) -> list:
+        main = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+        prediction = read_predictions(outputs, main, reading, [], ["y"], predicts_targets=True)
+        return predictions_figure([task], [prediction], "title").axes
+
+    mask = [panel.images[0].get_array() for panel in panels(maps, Reading("labels")) if panel.images]
+    assert len(mask) == 6 and np.array_equal(mask[3], maps[0, 0] > 0)
+    (sheet,) = panels((torch.rand(3, 2), maps), Reading("classes", 2))
+    assert len(sheet.texts) == 3
+
+
 # ---- what a run writes ----------------------------------------------------------------------
 
 
