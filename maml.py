@@ -33,7 +33,7 @@ from learners.batch_norm import norm_parameter_names, record_statistics, set_nor
 from learners.copies import copy_module
 from learners.functional import FunctionalLearner
 from learners.heads import adapted_names, context_names, head_names, headless, prototype_head
-from learners.modules import convert_type
+from learners.modules import convert_type, evaluating
 from learners.reading import Reading, main_tensor
 
 Loss = Callable[[Any, Any], Tensor]  # (outputs, targets) of one task -> mean over its examples
@@ -418,7 +418,7 @@ class MAML:
 
     def predict(self, adapted: Adapted, normalisation: str) -> Tree:
         """Return outputs on one task's query set, with the learner in evaluation mode."""
-        with self.call.predicting():
+        with evaluating(self.learner):
             return self.call.query(adapted.weights, adapted.task, normalisation)
 
     def _chunks(self, batch: TaskBatch, order: Tensor | None, keys: Tensor | None) -> list[Task]:

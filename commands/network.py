@@ -32,6 +32,7 @@ from learner import GreyAsColour
 from learners.batch_norm import record_statistics
 from learners.copies import copy_module, layer_text
 from learners.heads import context_names
+from learners.modules import evaluating
 from learners.spectral_norm import vector_names
 from maml import MAML, Adapted
 from tasks.scales import Scales, apply_scale, undo_scale
@@ -62,7 +63,7 @@ def fill_module(learner: nn.Module, maml: MAML, adapted: Adapted, *, as_program:
     """
     weights, task = adapted.weights, adapted.task
     changed: Weights = {}  # buffers as a pass leaves them
-    with maml.call.predicting(), record_statistics(maml.learner) as recorded:
+    with evaluating(maml.learner), record_statistics(maml.learner) as recorded:
         maml.call(weights, task.support_x, task.extras, changed=changed)
     vectors = {n: changed[n] for n in vector_names(maml.learner) & changed.keys()}  # of the final weights
     tensors = maml.call.as_kept(weights) | task.extras.buffers | vectors

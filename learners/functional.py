@@ -137,17 +137,6 @@ class FunctionalLearner:
         """Return the extras of several tasks: keys `[tasks, 2]`, and each buffer expanded over tasks."""
         return Extras(keys, {name: b.expand(tasks, *b.shape) for name, b in self.buffers.items()})
 
-    @contextmanager
-    def predicting(self) -> Iterator[None]:
-        """Let the learner predict as in `nn.Module.eval`: dropout drops nothing."""
-        modes = {layer: layer.training for layer in self.module.modules()}
-        self.module.eval()
-        try:
-            yield
-        finally:
-            for layer, training in modes.items():
-                layer.training = training
-
     def draws(self, x: Tree) -> bool:
         """Return whether a training pass draws random numbers, as dropout does, and so needs keys."""
         x = x if self.compute_dtype is None else in_type(x, self.compute_dtype)

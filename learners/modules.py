@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -38,14 +41,23 @@ def has_lazy(module: nn.Module) -> bool:
     return any(is_lazy(t) for t in (*module.parameters(), *module.buffers()))
 
 
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Set evaluation mode, in which dropout drops nothing; each layer's own mode returns on exit."""
+    modes = {layer: layer.training for layer in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for layer, training in modes.items():
+            layer.training = training
+
+
 def materialise(module: nn.Module, x: Tree) -> None:
     """Give lazy layers the sizes that inputs x imply, by one pass in evaluation mode."""
-    modes = {layer: layer.training for layer in module.modules()}
     positional, named = arguments_of(in_type(x, torch.get_default_dtype()))
-    with torch.no_grad():
-        module.eval()(*positional, **named)
-    for layer, training in modes.items():
-        layer.training = training
+    with torch.no_grad(), evaluating(module):
+        module(*positional, **named)
     for name, layer in module.named_modules():
         if has_lazy(layer) and not any(has_lazy(child) for child in layer.children()):
             raise UnfitError(f"{layer_text(name, layer)} is lazy, and no pass reaches it: give its size")
