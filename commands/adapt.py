@@ -228,9 +228,16 @@ def read_tasks(path: Path, config: Config, runtime: Runtime, source: Checkpoint)
         what += " or an .npz of support_x, support_y and query_x"
         raise UsageError(f"--adapt {path}: the checkpoint learned from {what}")
     if arrays:
-        ways = options.ways if config.choices.head_init == "learned" else None
-        ignored, classification = ignored_by(config), options.classification
-        tasks = [read_task_arrays(path, *place, classification=classification, ways=ways, ignored=ignored)]
+        task = read_task_arrays(
+            path,
+            source.scales,
+            *place,
+            classification=options.classification,
+            ways=options.ways if config.choices.head_init == "learned" else None,
+            ignored=ignored_by(config),
+            images=images,
+        )
+        tasks = [task]
     elif images:
         assert options.image_size and options.channels
         look = options.invert, options.resize, options.black_and_white

@@ -66,19 +66,56 @@ def _images_in_folders(folder: Path) -> list[Path]:
 
 def read_task_arrays(
     path: Path,
+    scales: Scales,
     device: torch.device,
     dtype: torch.dtype,
     *,
     classification: bool,
     ways: int | None,
     ignored: int | None = None,
+    images: bool = False,
 ) -> UserTask:
     """Return the task of an .npz file of arrays `support_x`, `support_y` and `query_x`, `[examples, ...]`.
 
     Args:
+        scales: by which a table is standardised; the arrays are in the table's units.
+        images: pixels should be from 0 to 1.
         ways: the number of classes; None: as many as there are labels.
         ignored: label that is no class; None: there is none.
     """
+    support_x, support_y, query_x = _load_arrays(path)
+    if classification and support_y.is_floating_point():
+        raise UsageError(f"--adapt {path}: support_y are numbers: give labels, from 0, as integers")
+    if "input" in scales:
+        if scales["input"].shape[1:] != support_x.shape[1:]:
+            columns = scales["input"].shape[1]
+            raise UsageError(f"--adapt {path}: support_x {(*support_x.shape,)} should have {columns} columns")
+        support_x, query_x = (apply_scale(x.double(), scales, "input") for x in (support_x, query_x))
+    if images and any(bool((x.double() > 1).any()) for x in (support_x, query_x)):
+        raise UsageError(f"--adapt {path}: support_x and query_x have pixels above 1: give them from 0 to 1")
+    labels = (ways or _count_labels(path, support_y, ignored)) if classification else 0
+    if support_y.dim() == 1 and not classification:
+        support_y = support_y[:, None]
+    if "target" in scales:
+        support_y = apply_scale(support_y.double(), scales, "target")
+    support_y = support_y.to(dtype) if support_y.is_floating_point() else support_y.long()
+    whole = not (support_x.is_floating_point() or query_x.is_floating_point())  # such as tokens
+
+    def place(x: Tensor) -> Tensor:
+        return x.to(device, torch.int64 if whole else dtype)
+
+    return UserTask(
+        name="",
+        support_x=place(support_x),
+        support_y=support_y.to(device),
+        query_x=place(query_x),
+        classes=[str(label) for label in range(labels)],
+        query_names=[str(number) for number in range(1, len(query_x) + 1)],
+    )
+
+
+def _load_arrays(path: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `support_x`, `support_y` and `query_x` of an .npz file; UsageError where they do not fit."""
     names = ("support_x", "support_y", "query_x")
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -94,26 +131,7 @@ def read_task_arrays(
         raise UsageError(f"--adapt {path}: {shapes}: give [examples, ...], a target an example")
     if support_x.is_complex() or support_y.is_complex() or query_x.is_complex():
         raise UsageError(f"--adapt {path} has complex numbers: give real ones")
-    if classification and support_y.is_floating_point():
-        raise UsageError(f"--adapt {path}: support_y are numbers: give labels, from 0, as integers")
-    support_y = support_y.to(dtype) if support_y.is_floating_point() else support_y.long()
-    labels = (ways or _count_labels(path, support_y, ignored)) if classification else 0
-    if support_y.dim() == 1 and not classification:
-        support_y = support_y[:, None]
-
-    whole = not (support_x.is_floating_point() or query_x.is_floating_point())  # such as tokens
-
-    def place(x: Tensor) -> Tensor:
-        return x.to(device, torch.int64 if whole else dtype)
-
-    return UserTask(
-        name="",
-        support_x=place(support_x),
-        support_y=support_y.to(device),
-        query_x=place(query_x),
-        classes=[str(label) for label in range(labels)],
-        query_names=[str(number) for number in range(1, len(query_x) + 1)],
-    )
+    return support_x, support_y, query_x
 
 
 def _count_labels(path: Path, labels: Tensor, ignored: int | None) -> int:

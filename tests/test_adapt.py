@@ -182,6 +182,7 @@ def test_data_that_does_not_fit_is_refused_in_one_line_and_leaves_nothing(place,
     arrays = {"support_x": x, "support_y": np.arange(2), "query_x": x}
     np.savez(tmp_path / "from_one.npz", **arrays | {"support_y": np.arange(1, 3)})
     np.savez(tmp_path / "below.npz", **arrays | {"support_y": np.arange(-1, 1)})
+    np.savez(tmp_path / "bytes.npz", **arrays | {"query_x": x + 255})
     np.savez(tmp_path / "nan.npz", **arrays | {"support_x": np.full((2, 1, 8, 8), np.nan)})
     np.save(tmp_path / "x.npy", np.zeros((2, 1)))
     before = set(tmp_path.rglob("*"))
@@ -192,6 +193,7 @@ def test_data_that_does_not_fit_is_refused_in_one_line_and_leaves_nothing(place,
         (last, tmp_path / "from_one.npz", [], "support_y has a label 2, and labels are 0 to 1"),
         (last, tmp_path / "below.npz", [], "support_y has a label -1, and labels are 0 to 1"),
         (last, tmp_path / "nan.npz", [], "not finite: support_x has numbers that are not: mend the file"),
+        (last, tmp_path / "bytes.npz", [], "have pixels above 1: give them from 0 to 1"),
         (regression, tmp_path / "x.npy", [], "x.npy is one array: give three, which numpy.savez"),
         (last, tmp_path / "nowhere", [], "there is no such file or folder"),
         (last, place / "task" / "support", [], "into support/<class>/"),

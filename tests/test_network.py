@@ -222,6 +222,10 @@ def test_a_standardised_table_is_predicted_in_its_units(place, tmp_path, capsys)
     assert command(*line) == 0
     expected = predictions(last.parent, "mine").double()
     assert "weights.pt, which takes and gives standardised numbers" in capsys.readouterr().out
+    arrays = {"support_x": [[1000001, 1], [1000003, 0]], "query_x": [[1000002, 2], [1000004, 1]]}
+    np.savez(tmp_path / "mine.npz", **arrays, support_y=[503, 509])  # whole numbers, as in the table
+    assert command("--adapt", tmp_path / "mine.npz", "--load", last, "--out", tmp_path / "arrays") == 0
+    torch.testing.assert_close(predictions(tmp_path / "arrays", "mine").double(), expected)
     x = torch.tensor([[1000002.0, 2.0], [1000004.0, 1.0]], dtype=torch.float64)
     scales = torch.load(last, weights_only=True)["scales"]
     plain = load_weights(mlp(2), last.parent / "last-adapted-mine-weights.pt")
