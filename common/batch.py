@@ -134,9 +134,9 @@ def first_tensor(tree: Tree) -> Tensor:
     return tree if isinstance(tree, Tensor) else pytree.tree_leaves(tree)[0]
 
 
-def joined(trees: list[Tree], axis: int = 0) -> Tree:
-    """Concatenate the tensors of equal trees."""
-    return trees[0] if len(trees) == 1 else tree_map(lambda *parts: torch.cat(parts, axis), *trees)
+def joined(trees: list[Tree]) -> Tree:
+    """Concatenate the tensors of equal trees along the first axis."""
+    return trees[0] if len(trees) == 1 else tree_map(lambda *parts: torch.cat(parts), *trees)
 
 
 def stacked_trees(trees: list[Tree]) -> Tree:
