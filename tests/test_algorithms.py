@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 from commands.resolve import resolve
 from common.batch import TaskBatch
-from common.task import Task
 from learner import build_learner
 from learners.batch_norm import norm_parameter_names
 from learners.heads import ContextLayer, adapted_names, add_context, head_names
@@ -47,18 +46,12 @@ STEP_WEIGHTS = torch.tensor([0.2, 0.5, 0.3]).double()
 ORDER = torch.tensor([[[0, 1], [2, 3], [4, 0]], [[3, 1], [0, 4], [2, 2]], [[4, 4], [1, 0], [3, 2]]])
 
 
-def split_options(number: int) -> tuple[dict, dict]:
-    """Return choices, and arguments of a meta-gradient."""
-    options = dict(COMBINATIONS[number])
-    inputs = {"step_weights": STEP_WEIGHTS} if options.pop("objective", False) else {}
-    return options, inputs | ({"order": ORDER} if options.pop("order", False) else {})
-
-
 @pytest.mark.parametrize("meta_gradient", ORDERS)
 @pytest.mark.parametrize("number", range(len(COMBINATIONS)))
 def test_every_combination_of_choices_matches_a_plain_loop(number, meta_gradient):
-    options, inputs = split_options(number)
-    batch = make_tasks("mlp")
+    options, batch = dict(COMBINATIONS[number]), make_tasks("mlp")
+    inputs = {"step_weights": STEP_WEIGHTS} if options.pop("objective", False) else {}
+    inputs |= {"order": ORDER} if options.pop("order", False) else {}
     for engine in ENGINES:
         maml = smooth_maml(**options, meta_gradient=meta_gradient, engine=engine)
         parameters = vary(maml.initial_parameters())
@@ -287,24 +280,6 @@ def test_conjugate_gradients_stop_where_the_residual_is_zero_or_the_matrix_is_no
     x = conjugate_gradients(lambda x: {"w": x["w"] * diagonals}, b, 6)["w"]
     assert torch.allclose(x[:3], b["w"][:3] / diagonals[:3])
     assert torch.equal(x[3], b["w"][3])
-
-
-@pytest.mark.parametrize("number", range(5))
-def test_every_meta_learned_quantity_agrees_with_finite_differences(number):
-    options, inputs = split_options(number)
-    batch = make_tasks("mlp", tasks=1)
-    task, weights = [tensor[0] for tensor in batch], inputs.get("step_weights")
-    maml = smooth_maml(**options)
-    parameters = vary(maml.initial_parameters())
-    gradients = maml.meta_gradient(parameters, batch, **inputs).gradients
-    for name, w in parameters.items():
-        direction = torch.randn(w.shape, generator=torch.Generator().manual_seed(1), dtype=w.dtype)
-        ahead, behind = (
-            maml.outer_loss(parameters | {name: w + epsilon * direction}, Task(*task), weights)[0].item()
-            for epsilon in (1e-5, -1e-5)
-        )
-        slope = (gradients[name] * direction).sum().item()
-        assert slope == pytest.approx((ahead - behind) / 2e-5, rel=1e-5, abs=1e-9), name
 
 
 def test_adams_derivative_is_finite_where_a_unit_is_dead():

@@ -70,9 +70,8 @@ def test_colour_blind_readers_can_tell_the_curves_apart(readers):
 
 
 def test_a_picture_is_opaque_and_keeps_its_style_outside_of_the_function_that_drew_it(tmp_path):
-    figure = results_figure(
-        results_of({"all": [Evaluation({"transductive": torch.rand(9, 3)}, {})]}), CAPTION
-    )
+    evaluation = Evaluation({"transductive": torch.rand(9, 3)}, {})
+    figure = results_figure(results_of({"all": [evaluation]}), CAPTION)
     style.write_figure(tmp_path / "picture.png", figure)  # ticks are made here
     picture = Image.open(tmp_path / "picture.png")
     assert picture.getextrema()[3] == (255, 255)
