@@ -89,8 +89,7 @@ def load_table(
         dtype: numbers must be finite in it.
         shares: of each split where the file has no column "split". None is for prediction: targets may be
             missing, and without a task column all rows are one task.
-        min_examples: tasks, and in classification their classes, with fewer rows are left out.
-        min_classes: with `min_examples`, tasks with fewer classes are left out too.
+        min_examples, min_classes: leave out tasks, and in classification classes, with fewer rows or classes.
     """
     file, prediction = TableFile.open(path), shares is None
     header = file.data.column_names
@@ -115,7 +114,7 @@ def load_table(
     if not kept.any():
         raise UsageError(f"{path}: --min-examples {min_examples} leaves no rows: lower it")
     tasks, task = _drop_unused(tasks, task[kept])
-    y = y[kept]
+    y, inputs = y[kept], columns.inputs
     if classification and not prediction:
         classes, y = _drop_unused(classes, y)
     splits = _split(file, columns, tasks, task, kept, shares)
@@ -123,8 +122,7 @@ def load_table(
     names = {split: sorted(part) for split, part in splits.items()}
     if by_class:
         tasks, task, positions = _tasks_of_splits(positions, y)
-    inputs, source = columns.inputs, str(path)
-    return Table(x[kept], y, task, tasks, classes, positions, names, inputs, source, by_class, left_out)
+    return Table(x[kept], y, task, tasks, classes, positions, names, inputs, str(path), by_class, left_out)
 
 
 def _tasks_of_splits(classes: dict[str, Tensor], y: Tensor) -> tuple[list[str], Tensor, dict[str, Tensor]]:
