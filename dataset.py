@@ -344,6 +344,10 @@ class Custom(TaskDistribution):
             sizes = [tuple(t.shape[:2]) for t in tensors]
             if {*sizes} != {(tasks, sizes[0][1])}:
                 return f"gives x and y of different numbers of tasks or examples: {sizes}"
+            if not sizes[0][1]:
+                return "gives no examples"
+            if main.is_complex():
+                return "gives complex targets: give real and imaginary parts, torch.view_as_real"
             if not self.ways and main.dim() < 3:
                 return "gives targets without an axis of their own: they should be [tasks, examples, numbers]"
             known = (main >= 0) & (main < (self.ways or 0)) | (main == self.ignored)

@@ -21,7 +21,7 @@ from common.errors import UsageError, is_out_of_memory, one_line
 from common.optimizers import Weights
 from common.random import keys_of, task_stream
 from common.task import Extras, Task
-from learners.diagnosis import find_counters, find_failure, find_followers, find_wrong_layer
+from learners.diagnosis import find_carried, find_failure, find_followers, find_wrong_layer
 from learners.reading import Reading
 from learners.spectral_norm import vector_names
 from maml import MAML
@@ -162,10 +162,10 @@ class Probe:
         """Return a line on what passes change in the learner, buffers or counters; "" if nothing."""
         call, x, keys = self.maml.call, self.x, self.keys[0]
         state = sorted(call.buffers.keys() - vector_names(self.maml.learner))
-        if counters := find_counters(call, x, keys):
+        if carried := find_carried(call, x, keys):
             return (
-                f"Each pass starts with the learner's {_listed(counters)} as built, and puts it back: a "
-                "schedule by that stands still (a buffer counts within a task)"
+                f"Each pass starts with the learner's {_listed(carried)} as built, and puts it back: what "
+                "one pass leaves there does not reach the next (a buffer lasts for a task)"
             )
         if not state:
             return ""

@@ -21,6 +21,8 @@ from common.errors import UsageError, one_line
 from common.names import parse_name
 
 TOOL = Path(__file__).resolve().parent.parent
+OUTPUTS = {"output", "outputs", "pred", "preds", "prediction", "predictions", "logits", "y_pred", "y_hat"}
+TARGETS = {"target", "targets", "true", "truth", "label", "labels", "gt", "y", "y_true"}
 
 
 def load_code(name: str, flag: str) -> Callable[..., Any]:
@@ -111,3 +113,10 @@ def find_parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parame
         return inspect.signature(function).parameters
     except (TypeError, ValueError):  # some functions in C
         return {}
+
+
+def check_order(function: Callable[..., Any], flag: str) -> None:
+    """Raise UsageError for a function whose parameters' names say that targets come before outputs."""
+    names = [*find_parameters(function)][:2]
+    if len(names) == 2 and names[0].lower() in TARGETS and names[1].lower() in OUTPUTS:
+        raise UsageError(f"{flag} takes ({', '.join(names)}), and is called with outputs first: swap them")

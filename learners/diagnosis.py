@@ -9,6 +9,7 @@ from __future__ import annotations
 import sysconfig
 import textwrap
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -35,6 +36,7 @@ Loss = Callable[[Weights, Any], Tensor]  # of the weights, and the inputs and ex
 OverTasks = Callable[..., Callable[..., Any]]  # `vmap`, or a loop
 
 
+_OF_MODULES = vars(nn.Module()).keys()
 NO_CHECKPOINT = (
     "torch.utils.checkpoint does not work here: call the layer itself; --tasks-at-once saves memory"
 )
@@ -69,7 +71,7 @@ def find_failure(
         problems: those of `ATTEMPTS` to look for; None: all.
     """
     module = copy_module(call.module)  # its hooks tell which layer's forward pass fails
-    running = Names()
+    running = Notes()
     watch(module, running)
 
     def loss(weights: Weights, task: tuple[Tree, Extras]) -> Tensor:
@@ -118,28 +120,55 @@ def find_followers(call: FunctionalLearner, x: Tree, keys: Tensor) -> list[str]:
 
 
 @torch.no_grad()
-def find_counters(call: FunctionalLearner, x: Tree, keys: Tensor) -> list[str]:
-    """Return the numbers that a pass changes as attributes of layers, and that are put back after it."""
-    module, names = copy_module(call.module), Names()
-    before = {name: dict(vars(layer)) for name, layer in module.named_modules()}
+def find_carried(call: FunctionalLearner, x: Tree, keys: Tensor) -> list[str]:
+    """Return the attributes by which a pass would change the next one, if they were not put back after it.
+
+    Numbers, such as a counter, are among them whether or not they are read at once.
+    """
+    module, left = copy_module(call.module), Notes()
+    before = {name: _attributes(layer) for name, layer in module.named_modules()}
 
     def compare(*_: Any) -> None:
         for name, layer in module.named_modules():
-            for key, value in vars(layer).items():
-                old = before.get(name, {}).get(key, getattr(type(layer), key, value))
-                if isinstance(value, int | float) and value != old:
-                    names.append(join_names(name, key))
+            for key, value in _attributes(layer).items():
+                old = before.get(name, {}).get(key, getattr(type(layer), key, None))
+                if value != old if isinstance(value, int | float) else not _is_same(value, old):
+                    left.append((name, key, value))
+
+    def repeat(changes: list[tuple[str, str, Any]]) -> bool:
+        again = copy_module(call.module)
+        for name, key, value in changes:
+            vars(again.get_submodule(name))[key] = value
+        leaves = map(pytree.tree_leaves, (call(call.parameters, x, Extras(keys), module=again), outputs))
+        return all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(*leaves, strict=True))
 
     module.register_forward_hook(compare)
-    call(call.parameters, x, Extras(keys), module=module)
-    return names
+    outputs = call(call.parameters, x, Extras(keys), module=module)
+    numbers = [change for change in left if isinstance(change[2], int | float)]
+    others = [change for change in left if not isinstance(change[2], int | float)]
+    read = [] if repeat(others) else [change for change in others if not repeat([change])] or others
+    return [join_names(name, key) for name, key, _ in numbers + read]
 
 
-class Names(list[str]):
+def _attributes(layer: nn.Module) -> dict[str, Any]:
+    """Return a layer's own attributes, containers as they are now."""
+    kinds = list | dict | set | deque
+    own = {key: value for key, value in vars(layer).items() if key not in _OF_MODULES}
+    return {key: value.copy() if isinstance(value, kinds) else value for key, value in own.items()}
+
+
+def _is_same(value: Any, old: Any) -> bool:
+    if type(value) is not type(old) or not isinstance(value, list | dict | set | deque):
+        return value is old
+    parts, olds = ([*v, *v.values()] if isinstance(v, dict) else [*v] for v in (value, old))
+    return len(parts) == len(olds) and all(a is b for a, b in zip(parts, olds, strict=True))
+
+
+class Notes(list[Any]):
     """A list to which a hook adds in a pass: `copies.restored` leaves it alone."""
 
 
-def watch(module: nn.Module, running: Names) -> None:
+def watch(module: nn.Module, running: Notes) -> None:
     """Let the list name the layers whose forward pass has not returned."""
 
     def pop(*_: Any) -> None:
@@ -153,7 +182,7 @@ def watch(module: nn.Module, running: Names) -> None:
 @contextmanager
 def naming_layer(module: nn.Module) -> Iterator[None]:
     """Let an error in the block say in which layer's forward pass it happened."""
-    running = Names()
+    running = Notes()
     watch(module, running)
     try:
         yield

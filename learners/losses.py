@@ -11,13 +11,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.batch import Tree, first_tensor
 from common.errors import UsageError
 from common.names import is_own_code, parse_name
-from common.own_code import find_parameters, load_code, parse_arguments
+from common.own_code import check_order, find_parameters, load_code, parse_arguments
 from learners.elementary import Elementary
 from learners.reading import IGNORED, main_tensor
 
@@ -70,6 +70,8 @@ def build_loss(name: str, arguments: tuple[str, ...] = ()) -> Callable[[Any, Any
     function = load_code(name, "--loss") if is_own_code(name) else LOSSES[name]
     loss = partial(function, **parse_arguments(arguments)) if arguments else function
     if name not in LOSSES:
+        check_order(function, f"--loss {name}")
+        _check_fixed(function, f"--loss {name}")
         return partial(_one_number, loss, name)
     if arguments:
         target = torch.zeros(1, dtype=torch.int64) if name == "cross-entropy" else torch.zeros(1, 1)
@@ -78,6 +80,20 @@ def build_loss(name: str, arguments: tuple[str, ...] = ()) -> Callable[[Any, Any
         except Exception as error:
             raise UsageError(f"--loss-args {' '.join(arguments)} with --loss {name}: {error}") from error
     return loss
+
+
+def _check_fixed(function: Callable[..., Tensor], flag: str) -> None:
+    """Raise UsageError for a loss with trainable weights: a module, or a function that reads its file's."""
+    code, values = getattr(function, "__code__", None), getattr(function, "__globals__", {})
+    parts = {"": function} if code is None else {name: values.get(name) for name in code.co_names}
+    for place, part in parts.items():
+        weights = dict(part.named_parameters(place)) if isinstance(part, nn.Module) else {place: part}
+        for name, weight in weights.items():
+            if isinstance(weight, nn.Parameter) and weight.requires_grad:
+                raise UsageError(
+                    f"{flag} has a trainable weight, {name}, which training would leave as it is: let the "
+                    "learner keep it and return it with its outputs, or freeze it, requires_grad_(False)"
+                )
 
 
 def ignored_label(name: str, arguments: tuple[str, ...] = ()) -> int:

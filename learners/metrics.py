@@ -18,7 +18,7 @@ from torch import Tensor
 from common.batch import Tree, first_tensor
 from common.errors import UsageError
 from common.names import is_own_code, parse_name
-from common.own_code import find_parameters, load_code
+from common.own_code import check_order, find_parameters, load_code
 from learners.reading import Metric, Reading, main_tensor
 
 SHORT = {  # of torchmetrics' names, without underscores
@@ -42,6 +42,7 @@ def build_metric(name: str, mode: str | None = None) -> Metric:
     flag = f"--metric {name}"
     if is_own_code(name):
         own, title = load_code(name, "--metric"), parse_name(name).factory
+        check_order(own, flag)
         higher = getattr(own, "higher_is_better", None)
         function: Callable[..., Any] = partial(_call_own, own)
     else:

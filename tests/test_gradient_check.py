@@ -274,6 +274,14 @@ class Schedules(Left):
         return super().forward(x) / self.calls
 
 
+class Remembers(Left):
+    last = kept = 0.0  # kept, but not read
+
+    def forward(self, x):
+        self.kept, self.last = x, super().forward(x) + 0.5 * self.last
+        return self.last
+
+
 class Flips(Left):
     def forward(self, x):
         return super().forward(x) * (1 if random.random() < 0.5 else 2)
@@ -375,9 +383,10 @@ def test_a_pass_that_is_no_function_of_weights_and_inputs_is_refused(name, words
     assert words in error and "--first-order" not in error
 
 
-def test_a_counter_that_is_put_back_is_named(own, capsys):
-    assert command(*own("Schedules")) == 0
-    assert "Each pass starts with the learner's calls as built" in capsys.readouterr().err
+@pytest.mark.parametrize(("name", "attribute"), [("Schedules", "calls"), ("Remembers", "last")])
+def test_what_a_pass_leaves_for_the_next_is_named(name, attribute, own, capsys):
+    assert command(*own(name)) == 0
+    assert f"Each pass starts with the learner's {attribute} as built" in capsys.readouterr().err
 
 
 def test_a_loss_that_reads_what_the_last_pass_left_is_refused(own, tmp_path, capsys):

@@ -79,6 +79,24 @@ def alone(outputs):
 
 def constant(outputs, targets):
     return torch.tensor(1.0)
+
+def swapped(y_true, y_pred):
+    return (y_true - y_pred).square().mean()
+
+scale = nn.Parameter(torch.ones(()))
+
+def weighted(outputs, targets):
+    return nn.functional.cross_entropy(outputs * scale, targets)
+
+class Centres(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.points = nn.Parameter(torch.zeros(2))
+
+    def forward(self, outputs, targets):
+        return (outputs[:, 0] - self.points[targets]).square().mean()
+
+centres = Centres()
 """
 
 
@@ -243,6 +261,10 @@ def test_code_that_a_checkpoint_names_is_never_imported(setting, doing, tmp_path
         ("--learner torchvision:resnet19", "no classification model resnet19: try resnet18"),
         ("--loss {code}:vector --learner {code}:Net", "it should give one number"),
         ("--loss {code}:alone --learner {code}:Net", "takes 1 positional argument but 2 were given"),
+        ("--loss {code}:swapped --learner {code}:Net", "takes (y_true, y_pred), and is called with outputs"),
+        ("--metric {code}:swapped --metric-mode min --learner {code}:Net", "first: swap them"),
+        ("--loss {code}:weighted --learner {code}:Net", "has a trainable weight, scale, which training"),
+        ("--loss {code}:centres --learner {code}:Net", "has a trainable weight, points, which training"),
         ("--loss {code}:constant --learner {code}:Net", "constant does not depend on the learner's outputs"),
     ],
 )

@@ -134,6 +134,8 @@ WRONG = {
     "None": "should give four tensors",
     "(a, b, c)": "should give four tensors",
     "(a, b[:, :2], c, d)": "different numbers of tasks or examples",
+    "(a[:, :0], b[:, :0], c, d)": "gives no examples",
+    "(a, b + 0j, c, d + 0j)": "gives complex targets: give real and imaginary parts",
     "(a, b[..., 0], c, d[..., 0])": "targets without an axis of their own",
 }
 
