@@ -196,6 +196,8 @@ def _open(path: ImagePath, read: Callable[[Image.Image], T]) -> T:
 
 def prepare(image: Image.Image, form: Form) -> np.ndarray:
     """Return an image as uint8 `[channels, size, size]`: upright, on white, grey or in colour."""
+    if getattr(image, "is_animated", False) and image.format != "MPO":  # a camera's, with its own preview
+        warnings.warn("images with several frames or pages: the first one is read, of each", stacklevel=2)
     if form.kind != PLAIN:
         image = _to_8_bits(image, form.range or DECLARED[form.kind])
     image = ImageOps.exif_transpose(image)

@@ -6,7 +6,6 @@ import csv
 import json
 import re
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,15 +150,16 @@ class TableFile:
         return columns | {name: compute.replace_substring(columns[name], ",", ".") for name in commas}
 
     def _cast(self, name: str, column: Any, kind: str, width: int = 1) -> Any:
-        position = 0
         try:
             return column.cast(kind, safe=False).combine_chunks()
-        except (ValueError, NotImplementedError) as error:  # pyarrow's, which name no row
-            with suppress(type(error)):
-                for cell in column:
+        except (ValueError, NotImplementedError) as error:  # pyarrow's, which names any cell, and no row
+            position, problem = 0, one_line(error)
+            for position, cell in enumerate(column):  # noqa: B007 (where it stops)
+                try:
                     cell.cast(kind, safe=False)
-                    position += 1
-            problem = one_line(error)
+                except type(error) as first:
+                    problem = one_line(first)
+                    break
             if "struct" in str(column.type) or "binary" in str(column.type):
                 problem = "holds bytes; images are read with --dataset images:FILE"
             row = position // width + 1

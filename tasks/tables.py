@@ -220,7 +220,8 @@ def _complete(
     if not inputs:
         raise UsageError(f"{path} has no input column, but {header}: add one")
     if not columns.inputs and {"", "Unnamed: 0", "__index_level_0__"} & {*inputs}:
-        raise UsageError(f"{path} has pandas' index as a column: write it with index=False")
+        way = "write pandas' tables with index=False, and no separator at the ends of lines"
+        raise UsageError(f"{path} has pandas' index, or another column without a name, as an input: {way}")
     if not columns.inputs and (like := [name for name in inputs if name.lower() in LIKE_SPLIT]):
         way = "call it split, with train, val and test in it, or leave it out with --exclude-columns"
         raise UsageError(f"{path}: column {like[0]!r} looks like a split: {way}")

@@ -192,6 +192,13 @@ def test_colours_of_every_kind_are_pillows(tmp_path):
         assert pixels[name][0, 0].tolist() == first and pixels[name][3, 3].tolist() == [10, 20, 30]
 
 
+def test_the_first_of_several_frames_is_read_and_it_is_said(tmp_path):
+    frames = [Image.new("L", (6, 6), value) for value in (40, 200)]
+    save_in_classes(tmp_path, frames[0], ".tif", save_all=True, append_images=frames[1:])
+    with pytest.warns(UserWarning, match="several frames or pages: the first one is read"):
+        assert opened(tmp_path).load().unique().tolist() == [40]
+
+
 def test_orientation_and_white_is_zero_hold_for_deep_images(tmp_path):
     array, exif = values(4095).astype(np.uint16), Image.Exif()
     exif[0x0112] = 6
