@@ -57,7 +57,7 @@ class Contender:
 
 
 def as_numpy(gradients: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    return {name: g.detach().double().numpy() for name, g in gradients.items()}
+    return {name: g.detach().double().cpu().numpy() for name, g in gradients.items()}
 
 
 # ---- PyTorch -------------------------------------------------------------------------------------
@@ -83,6 +83,8 @@ def higher_loop(work: Work) -> Contender:
             optimizer.zero_grad()
             meta_backward(learner, work.batch(iteration))
             optimizer.step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
 
     def gradient(batch: TaskBatch) -> dict[str, np.ndarray]:
         fresh = copy.deepcopy(work.learner)

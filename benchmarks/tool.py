@@ -32,6 +32,7 @@ from training.checkpoint import Progress, load_checkpoint, save_checkpoints
 from training.compiler import Compiler
 from training.folders import BEST
 from training.meta_gradients import make_meta_gradient as make_meta_gradient
+from training.step import CudaGraph as CudaGraph
 from training.trainer import Trainer
 
 
@@ -43,13 +44,14 @@ class Assembly:
     distribution: TaskDistribution
     parameters: Weights  # initial meta-parameters
     advance: Callable[[int], None]  # takes that many iterations, and waits for the last
+    trainer: Trainer
 
 
 def assemble(flags: Sequence[str]) -> Assembly:
     """Assemble the run of these flags; the first iteration waits for the compiler."""
     given = parse(list(flags))
     call = check_call(given)
-    parts = assemble_run(Start(resolve(given)), Path(), given, call, ALONE)
+    parts = assemble_run(Start(resolve(given)), Path(), given, call, ALONE, checked={})
     config, compiler = parts.start.config, Compiler(parts.runtime.device)
     training_tasks = parts.distribution.resized(config.training_shots)
     trainer = Trainer([parts.run], parts.maml, training_tasks, parts.distribution, compiler, show=False)
@@ -60,7 +62,7 @@ def assemble(flags: Sequence[str]) -> Assembly:
             trainer.step()
         trainer.state.sums.tolist()  # waits
 
-    return Assembly(parts.maml, parts.distribution, parts.run.parameters, advance)
+    return Assembly(parts.maml, parts.distribution, parts.run.parameters, advance, trainer)
 
 
 def make_learner(name: str, outputs: int, inputs: tuple[int, ...], **arguments: Any) -> nn.Module:
