@@ -321,7 +321,15 @@ def _try_out(
     config = probe.config
     users = config.learner.learner not in LEARNERS or config.learner.loss not in LOSSES
     if users:
-        probe.check_learner()
+        try:
+            probe.check_learner()
+        except UsageError as error:
+            if not free or config.training.engine == "unrolled":
+                raise
+            probe = replace(probe, config=(config := config.replaced(engine="unrolled")))
+            probe.check_learner()
+            if prints:
+                print_once(f"main.py: {error}; --engine unrolled is taken")
         if prints and (line := probe.describe_state()):
             print_once(line)
     probe.try_metric(reading)

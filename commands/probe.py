@@ -93,11 +93,7 @@ class Probe:
                 culprit = loss if _are_finite(outputs) else learner
                 raise UsageError(f"{culprit} gives numbers that are not finite")
             try:
-                compute = make_meta_gradient(maml, engine=config.training.engine)
-                result = compute(self.parameters, self.tasks, keys=keys)
-                gradients = result.gradients if result.losses.isfinite().all() else {}
-                if value.isfinite():
-                    gradients = self._inner_gradient() | gradients
+                names = self._find_non_finite(config.training.engine, inner=bool(value.isfinite()))
             except Exception as error:  # an operator may fail in any way
                 if is_out_of_memory(error):
                     raise
@@ -110,12 +106,21 @@ class Probe:
                 text = f"{learner}: {failure.layer_text} {lack} ({failure.reason})"
                 text += way_round if flags.get(failure.problem) else ""
                 raise UsageError(text) from error
-        if names := [name for name, gradient in gradients.items() if not gradient.isfinite().all()]:
+        if names:
+            text = f"{learner} with {loss}: the gradient by {_listed(names)} is not finite"
+            if flags["forward mode"] and not self._find_non_finite("unrolled", inner=True):
+                raise UsageError(f"{text} with --engine adjoint, where --engine unrolled gives numbers")
             raise UsageError(
-                f"{learner} with {loss}: the gradient by {_listed(names)} is not finite at the initial "
-                "weights, though the loss is (a root of zeros, the determinant of a singular matrix?): add a "
-                "small number under the root, or to the diagonal"
+                f"{text} at the initial weights, though the loss is (a root of zeros, the determinant of a "
+                "singular matrix?): add a small number under the root, or to the diagonal"
             )
+
+    def _find_non_finite(self, engine: str, *, inner: bool) -> list[str]:
+        """Return the weights whose gradients are not finite though the losses are; `inner`: a step's, too."""
+        result = make_meta_gradient(self.maml, engine=engine)(self.parameters, self.tasks, keys=self.keys)
+        gradients = result.gradients if result.losses.isfinite().all() else {}
+        gradients = (self._inner_gradient() if inner else {}) | gradients
+        return [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
 
     def _call_repeatedly(self) -> Tree:
         """Return the learner's outputs for the first task's support set.

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from math import isnan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -335,6 +336,8 @@ def _wrong_order(layer: nn.Module, weights: Weights, call: Any, keys: Tensor | N
             error = min(_relative_error(second, reference) for reference in references)
             if error > tolerance:
                 return f"{error:.1%} off in {name}"
+            if isnan(error) and all(part.isfinite().all() for part in references[0]):
+                return f"not finite in {name}"
     return None
 
 

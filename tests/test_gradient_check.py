@@ -297,6 +297,14 @@ class Determinant(Left):
         return super().forward(x) + (self.zeros * torch.eye(3)).det()
 
 
+class Vectors(Left):
+    """Use eigenvectors, whose derivative in forward mode is NaN."""
+
+    def forward(self, x):
+        matrix = super().forward(x)[:, :, None] + torch.diag(torch.arange(3)).to(x)
+        return torch.linalg.eigh(matrix)[1][:, 0, :1].square()
+
+
 class Saves(Left):
     def forward(self, x):
         return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
@@ -394,11 +402,24 @@ def test_a_loss_that_reads_what_the_last_pass_left_is_refused(own, tmp_path, cap
     assert "gives another value for the same outputs" in capsys.readouterr().err
 
 
-def test_auto_leaves_an_engine_that_is_wrong(own, capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("wrong", "--engine unrolled is right, and taken"),
+        ("Vectors", "is not finite with --engine adjoint, where --engine unrolled gives numbers"),
+        ("frozen", "layer 1 (FrozenSlope) has no derivative in forward mode"),
+    ],
+)
+def test_auto_leaves_an_engine_that_is_wrong_or_fails(name, words, own, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("commands.train.resolve", lambda given: resolve(given).replaced(engine="adjoint"))
-    assert command(*own("wrong")) == 0
-    assert "--engine unrolled is right, and taken" in capsys.readouterr().err
-    assert load_checkpoint(tmp_path / "runs" / "a" / "last.pt").settings["engine"] == "unrolled"
+    assert command(*own(name, "--check-gradients")) == (2 if name == "frozen" else 0)
+    error = capsys.readouterr().err
+    assert words in error
+    if name == "frozen":  # the other one is wrong, too
+        assert "its layer 1 (FrozenSlope) being 32.0% off in reverse mode" in error
+    else:
+        settings = load_checkpoint(tmp_path / "runs" / "a" / "last.pt").settings
+        assert settings["engine"] == "unrolled" and "Checked: " in error
 
 
 def test_seeds_share_a_check_and_what_decides_it_has_its_own(own, capsys):
