@@ -21,6 +21,7 @@ from common.errors import UsageError, is_out_of_memory, one_line
 from common.optimizers import Weights
 from common.random import keys_of, task_stream
 from common.task import Extras, Task
+from learners.copies import count_hidden_parameters
 from learners.diagnosis import find_carried, find_failure, find_followers, find_wrong_layer, mixes_examples
 from learners.reading import Reading
 from learners.spectral_norm import vector_names
@@ -167,8 +168,11 @@ class Probe:
         return tree_map(lambda t: t[0], Task(*self.tasks, extras=extras))
 
     def describe_passes(self) -> list[str]:
-        """Return lines on what passes change in the learner, and on outputs that are not an example's own."""
+        """Return lines on what passes change, what is not learned, and outputs that examples share."""
         call, x, keys, lines = self.maml.call, self.x, self.keys[0], []
+        if hidden := count_hidden_parameters(self.maml.learner):
+            where = "where PyTorch does not look (a plain list?): they are not learned"
+            lines.append(f"The learner keeps {hidden} parameters {where}, as those of nn.ModuleList are")
         state = sorted(call.buffers.keys() - vector_names(self.maml.learner))
         if carried := find_carried(call, x, keys):
             lines.append(
@@ -181,7 +185,7 @@ class Probe:
                 "drops it"
             )
             if followers := find_followers(call, x, keys):
-                lines[0] += (
+                lines[-1] += (
                     f"; {_listed(followers)} will stay behind the learned weights (a power iteration?): "
                     "torch.nn.utils.parametrizations.spectral_norm does not"
                 )
