@@ -33,7 +33,7 @@ IMAGES = (  # as in the peers, batch norm's shift is adapted
     "--dataset images:FOLDER --image-size 28 --channels 1 --quarter-turns --learner conv --init torch "
     "--adapt-norm"
 )
-SINUSOID = "--init torch -k 10 -q 15 --meta-batch-size 25"
+SINUSOID = "--init torch --inner-lr 0.01 -k 10 -q 15 --meta-batch-size 25"
 
 
 # flags, and iterations of one timing
@@ -49,14 +49,14 @@ def make_work(name: str, folder: Path) -> Work:
     """Return a work; its images are noise, since their content does not change the work."""
     text, iterations = WORKS[name]
     if "FOLDER" in text and not folder.exists():
-        harness.write_images(folder, 100, 20, 28)
+        harness.write_images(folder, 125, 20, 28)
     flags = [*text.replace("FOLDER", str(folder)).split(), "--iterations", "60000"]
     run = assemble([*flags, "--compile", "off"])
     ways = run.distribution.ways if run.distribution.classification else None
     learner = make_learner("conv", ways, (1, 28, 28)) if ways else make_learner("mlp", 1, (1,))
-    learner.load_state_dict(run.parameters)
+    learner.load_state_dict(run.parameters, strict=False)  # all but fixed scales and running statistics
     value = dict(pairwise(flags))
-    rate = float(value.get("--inner-lr", 0.01))
+    rate = float(value["--inner-lr"])
     tasks, steps = int(value["--meta-batch-size"]), int(value["-s"])
     return Work(name, flags, learner, run.distribution, tasks, steps, rate, iterations)
 
