@@ -1,47 +1,155 @@
 """Convolutions whose weights differ from task to task, as matrix products.
 
 `vmap` over tasks makes one grouped convolution of them, which libraries compute slowly, and its second
-derivatives more slowly still. As a product over gathered patches ("im2col", channels last) every derivative
-is a matrix product again. A compiler fuses the gathering with the layers around it; uncompiled, it costs more
-than it saves (benchmarks/README.md).
+derivatives more slowly still. A convolution is bilinear in images and kernels, and so are its derivatives:
+each of the three maps below is one product over gathered patches ("im2col", channels last), and the
+derivatives of each are the other two, to any order. A compiler fuses the gathering with the layers around it;
+uncompiled, it costs more than it saves (benchmarks/README.md).
 """
 
 from __future__ import annotations
 
+from itertools import product
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.nn import functional as F
 
 
+class Geometry(NamedTuple):
+    """Sizes of a convolution, rows and columns; images are `[images, rows, columns, channels]`, padded."""
+
+    size: tuple[int, ...]  # of the images
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def gather(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...] = (1, 1)) -> Tensor:
+    """Return the patches under a kernel, `[images, rows, columns, size of the kernel * channels]`."""
+    (height, width), (down, right) = kernel, stride
+    rows, columns = x.shape[1] - height + 1, x.shape[2] - width + 1  # where a patch may begin
+    taps = product(range(height), range(width))
+    return torch.cat([x[:, i : i + rows : down, j : j + columns : right] for i, j in taps], dim=-1)
+
+
+def multiply(patches: Tensor, matrix: Tensor) -> Tensor:
+    """Return the product over the patches' last axis: one matrix product for all images."""
+    return (patches.flatten(0, -2) @ matrix).unflatten(0, patches.shape[:-1])
+
+
+class Bilinear(Function):
+    """A map that is linear in each of two factors; it keeps both, and the geometry, for its derivatives."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *factors, ctx.geometry = inputs
+        ctx.save_for_backward(*factors)
+        ctx.save_for_forward(*factors)
+
+
+def differentiate(bilinear: type[Bilinear], ctx: Any, tangents: tuple[Tensor | None, ...]) -> Tensor:
+    """Return the derivative of a bilinear map along tangents of its two factors, by the product rule."""
+    (a, b), (along_a, along_b, _) = ctx.saved_tensors, tangents
+    pairs = [(along_a, b)] * (along_a is not None) + [(a, along_b)] * (along_b is not None)
+    parts = [bilinear.apply(*pair, ctx.geometry) for pair in pairs]
+    return sum(parts[1:], parts[0])
+
+
+class Convolution(Bilinear):
+    """Map padded images, and kernels `[outputs, rows, columns, channels]`, to outputs, channels last."""
+
+    @staticmethod
+    def forward(x: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
+        return multiply(gather(x, geometry.kernel, geometry.stride), kernels.flatten(1).mT)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, kernels = ctx.saved_tensors
+        to_x = ImageGradient.apply(slope, kernels, ctx.geometry)
+        return to_x, KernelGradient.apply(x, slope, ctx.geometry), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        return differentiate(Convolution, ctx, tangents)
+
+
+class ImageGradient(Bilinear):
+    """Map a gradient in the outputs, and the kernels, to the gradient in the padded images.
+
+    Pixels whose positions leave the same remainders by the stride see the same taps of the kernel: their part
+    is a convolution of the outputs' gradient with these taps in reverse.
+    """
+
+    @staticmethod
+    def forward(slope: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
+        (height, width), (down, right) = geometry.size, geometry.stride
+        rows, columns = -(-height // down), -(-width // right)  # of the pixels with one remainder
+        parts = []
+        for i, j in product(range(down), range(right)):
+            taps = kernels[:, i::down, j::right].flip(1, 2)
+            up, left = taps.shape[1:3]
+            if not up * left:  # a stride beyond the kernel
+                parts.append(slope.new_zeros(len(slope), rows, columns, kernels.shape[3]))
+                continue
+            margins = (left - 1, columns - slope.shape[2], up - 1, rows - slope.shape[1])
+            patches = gather(F.pad(slope, (0, 0, *margins)), (up, left))
+            parts.append(multiply(patches, taps.permute(1, 2, 0, 3).flatten(0, 2)))
+        x = torch.stack(parts, 3).unflatten(3, (down, right)).transpose(2, 3)
+        return x.flatten(3, 4).flatten(1, 2)[:, :height, :width]
+
+    @staticmethod
+    def backward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor, None]:
+        slope, kernels = ctx.saved_tensors
+        to_slope = Convolution.apply(x, kernels, ctx.geometry)
+        return to_slope, KernelGradient.apply(x, slope, ctx.geometry), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        return differentiate(ImageGradient, ctx, tangents)
+
+
+class KernelGradient(Bilinear):
+    """Map padded images, and a gradient in the outputs, to the gradient in the kernels."""
+
+    @staticmethod
+    def forward(x: Tensor, slope: Tensor, geometry: Geometry) -> Tensor:
+        patches = gather(x, geometry.kernel, geometry.stride)
+        kernels = slope.flatten(0, 2).mT @ patches.flatten(0, 2)
+        return kernels.unflatten(1, (*geometry.kernel, x.shape[3]))
+
+    @staticmethod
+    def backward(ctx: Any, kernels: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, slope = ctx.saved_tensors
+        to_x = ImageGradient.apply(slope, kernels, ctx.geometry)
+        return to_x, Convolution.apply(x, kernels, ctx.geometry), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        return differentiate(KernelGradient, ctx, tangents)
+
+
 class Im2colConv2d(nn.Conv2d):
-    """Compute `nn.Conv2d` (one group, zero padding) as a matrix product over patches: the same result."""
+    """Compute `nn.Conv2d` (one group, no dilation, zero padding) as a matrix product: the same result."""
 
     elementary = True  # see `learners.elementary.is_elementary`
 
     def forward(self, x: Tensor) -> Tensor:
-        # [batch, height, width, channels]: a patch is then a few runs of whole pixels
         x = F.pad(x, self._reversed_padding_repeated_twice).permute(0, 2, 3, 1)
-        (down, right), (row, column), (height, width) = self.stride, self.dilation, self.kernel_size
-        rows = x.shape[1] - row * (height - 1)  # where a patch may begin
-        columns = x.shape[2] - column * (width - 1)
-        patches = torch.cat(
-            [
-                x[:, row * i : row * i + rows : down, column * j : column * j + columns : right]
-                for i in range(height)
-                for j in range(width)
-            ],
-            dim=-1,
-        )
-        kernels = self.weight.permute(2, 3, 1, 0).flatten(0, 2)  # [patch size, channels out]
-        y = patches.flatten(0, 2) @ kernels
+        sizes = Geometry((x.shape[1], x.shape[2]), self.kernel_size, self.stride)
+        y = Convolution.apply(x, self.weight.permute(0, 2, 3, 1), sizes)
         if self.bias is not None:
             y = y + self.bias
-        return y.unflatten(0, patches.shape[:3]).permute(0, 3, 1, 2)
+        return y.permute(0, 3, 1, 2)
 
 
 def convert_convolutions(module: nn.Module) -> nn.Module:
-    """Convert every `nn.Conv2d` in place, but not grouped ones, other paddings than zeros, and subclasses."""
+    """Convert every `nn.Conv2d` in place, but not grouped or dilated ones, other paddings, and subclasses."""
     for layer in module.modules():
-        if type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros":
+        plain = type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros"
+        if plain and layer.dilation == (1, 1):
             layer.__class__ = Im2colConv2d
     return module

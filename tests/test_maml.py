@@ -1,7 +1,5 @@
 """The mathematics: meta-gradients against finite differences and against a plain loop over tasks."""
 
-import copy
-
 import pytest
 import torch
 from algorithms import TASKS, WAYS_TO_COMPUTE, Algorithm, loop_over_tasks, make_maml, make_tasks
@@ -12,7 +10,6 @@ from torch.nn import functional as F
 from common.batch import TaskBatch
 from common.task import Task
 from learner import LEARNERS, build_learner
-from learners.im2col import Im2colConv2d, convert_convolutions
 
 FAST = ("mlp", "conv", "fc")
 EVERY_LEARNER = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in LEARNERS]
@@ -82,29 +79,6 @@ def test_tasks_at_once_does_not_change_the_result(chunk, engine):
     )
     assert_close(result.gradients, expected.gradients, 1e-12)
     assert torch.allclose(result.losses, expected.losses) and torch.allclose(result.outputs, expected.outputs)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"kernel_size": 3},
-        {"kernel_size": 3, "stride": 2, "padding": 1, "bias": False},
-        {"kernel_size": (1, 3), "stride": (2, 1), "padding": (0, 2), "dilation": (1, 2)},
-        {"kernel_size": 4, "padding": "same"},
-    ],
-)
-def test_convolution_over_patches_is_the_convolution(options):
-    torch.manual_seed(0)
-    plain = nn.Conv2d(2, 5, **options).double()
-    ours = convert_convolutions(copy.deepcopy(plain))
-    assert type(ours) is Im2colConv2d
-    x = torch.randn(3, 2, 9, 8, dtype=torch.float64)
-    assert torch.allclose(ours(x), plain(x), atol=1e-12)
-
-
-def test_convolutions_that_patches_cannot_replace_are_left_alone():
-    for layer in (nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular")):
-        assert type(convert_convolutions(layer)) is nn.Conv2d
 
 
 def test_the_papers_initial_weights_and_networks():
