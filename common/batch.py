@@ -48,8 +48,9 @@ class TaskDistribution(Protocol):
         kind: "curves" and "images" can be drawn (see `sample_to_draw`); "other" cannot.
         ways: classes of a task, labelled from 0 to `ways` - 1; None in regression.
         scales: means and deviations `[2, columns]` by which "input" and "target" are standardised.
-        computed: `sample` computes tasks from numbers alone. It can be compiled with the step, and takes the
-            seed and the numbers of the tasks as int64 tensors too.
+        computed: `sample` is made of operations on tensors alone. It can be compiled with the step, and takes
+            the seed and the numbers of the tasks as int64 tensors too.
+        tensors: what such a `sample` reads, by name: the inputs of a compiled step.
         on_host: `sample` works on the host, a batch ahead, and requires a plain number as the iteration.
     """
 
@@ -57,6 +58,7 @@ class TaskDistribution(Protocol):
     ways: int | None = None
     scales: Mapping[str, Tensor] = MappingProxyType({})
     computed: bool = False
+    tensors: Mapping[str, Tensor] = MappingProxyType({})
     on_host: bool = False
 
     @property
@@ -76,6 +78,10 @@ class TaskDistribution(Protocol):
 
     def with_scales(self, scales: Mapping[str, Tensor]) -> TaskDistribution:
         """Return these tasks standardised by other statistics: a checkpoint's."""
+        return self
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> TaskDistribution:
+        """Return these tasks read from other `tensors`, among which are those of the same names."""
         return self
 
     def resized(self, shots: int) -> TaskDistribution:
@@ -139,9 +145,9 @@ def joined(trees: list[Tree]) -> Tree:
     return trees[0] if len(trees) == 1 else tree_map(lambda *parts: torch.cat(parts), *trees)
 
 
-def stacked_trees(trees: list[Tree]) -> Tree:
-    """Stack the tensors of equal trees along a new first axis."""
-    return tree_map(lambda *parts: torch.stack(parts), *trees)
+def stacked_trees(trees: list[Tree], axis: int = 0) -> Tree:
+    """Stack the tensors of equal trees along a new axis."""
+    return tree_map(lambda *parts: torch.stack(parts, axis), *trees)
 
 
 def in_type(tree: Tree, dtype: torch.dtype) -> Tree:

@@ -165,9 +165,11 @@ def chunk_size(
     size = min(CHUNK_EXAMPLES // examples, CHUNK_WEIGHTS // max(1, adapted))
     if maml.reading is not None:  # images as outputs are many numbers
         size = min(size, CHUNK_OUTPUTS // ((steps + 1) * examples * maml.reading.numbers))
-    if not distribution.computed:  # these take long, and are worth sharing among processes
+    if distribution.kind != "curves":  # these take long, and are worth sharing among processes
         size = min(size, -(-tasks // MIN_CHUNKS))
-    return max(1, size)
+    size = max(1, size)
+    equal = max(part for part in range(1, size + 1) if tasks % part == 0)  # compiled once, not twice
+    return equal if 2 * equal >= size else size
 
 
 def randomness_of(

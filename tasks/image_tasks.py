@@ -7,7 +7,9 @@ is fetched while this one is computed.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,10 +55,12 @@ class ImageTasks(TaskDistribution):
         memory = torch.cuda.mem_get_info(self.device)[0] if cuda else machine_memory()
         self.on_host = memory is not None and pixels.nbytes > memory // 2
         place = torch.device("cpu") if self.on_host else self.device
-        self.pixels = pixels.to(place)
-        self.count = self.images.count.to(place)
-        self.first = self.count.cumsum(0) - self.count  # [classes], position of a class's first image
-        self.splits = {split: classes.to(place) for split, classes in self.images.splits.items()}
+        count = self.images.count
+        first = count.cumsum(0) - count  # [classes], position of a class's first image
+        tensors = {"pixels": pixels, "count": count, "first": first, **self.images.splits}
+        self.tensors = {name: tensor.to(place) for name, tensor in tensors.items()}
+        self.largest = int(count.max())
+        self.computed = not (self.on_host or self.augment)
         self.prefetch = Prefetch(self._fetch)
 
     @property
@@ -69,6 +73,11 @@ class ImageTasks(TaskDistribution):
     def summary(self) -> list[str]:
         return self.images.summary
 
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> ImageTasks:
+        other = copy.copy(self)
+        other.tensors = {name: tensors[name] for name in self.tensors}
+        return other
+
     def resized(self, shots: int) -> ImageTasks:
         other = copy.copy(self)  # with the same pixels
         other.shots = shots
@@ -76,9 +85,9 @@ class ImageTasks(TaskDistribution):
         other.prefetch = Prefetch(other._fetch)
         return other
 
-    def sample(self, split: str, seed: int, iteration: int | Tensor, tasks: range) -> TaskBatch:
+    def sample(self, split: str, seed: Any, iteration: int | Tensor, tasks: Any) -> TaskBatch:
         stream = task_stream(split, seed, iteration, tasks, self.device)
-        if not len(self.splits[split]):
+        if not len(self.tensors[split]):
             raise UsageError(f"{self.images.source} has no {split} classes: add them, or use another split")
         if self.on_host:
             pixels = self.prefetch(split, seed, int(iteration), tasks).to(self.device, non_blocking=True)
@@ -99,16 +108,15 @@ class ImageTasks(TaskDistribution):
 
     def _draw(self, stream: Stream, split: str) -> Tensor:
         """Return pixels `[tasks, ways, shots + queries, channels, height, width]`."""
-        classes = self.splits[split]
+        count, first, classes = (self.tensors[name] for name in ("count", "first", split))
         classes = classes[stream.at("classes").distinct(self.ways, len(classes))]  # [tasks, ways]
-        largest = int(self.images.count.max())
-        words = stream.at("drawings").words(self.ways * largest).unflatten(1, (self.ways, largest))
-        drawn = draw_distinct(words, self.count[classes], self.shots + self.queries)
-        rows = self.first[classes][..., None] + drawn
-        return self.pixels.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+        words = stream.at("drawings").words(self.ways * self.largest).unflatten(1, (self.ways, self.largest))
+        drawn = draw_distinct(words, count[classes], self.shots + self.queries)
+        rows = first[classes][..., None] + drawn
+        return self.tensors["pixels"].index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
     def _fetch(self, split: str, seed: int, iteration: int, tasks: range) -> Tensor:
-        pixels = self._draw(task_stream(split, seed, iteration, tasks, self.pixels.device), split)
+        pixels = self._draw(task_stream(split, seed, iteration, tasks, self.tensors["pixels"].device), split)
         return pixels.pin_memory() if self.device.type == "cuda" else pixels
 
     def _check_sizes(self) -> None:

@@ -13,6 +13,8 @@ from commands.resolve import resolve
 from common.choices import Choices
 from dataset import Sinusoid
 from maml import MAML
+from tasks.image_tasks import ImageTasks
+from tasks.images import ImageSet
 from training import compiler
 from training.checkpoint import load_checkpoint
 from training.compiler import CompilationError, Compiler
@@ -104,6 +106,36 @@ def test_a_compiled_iteration_equals_the_uncompiled_one_and_is_found_again(name,
         other = step(other)
     assert again.compiled == 0
     assert all(torch.equal(a, b) for a, b in zip(state, other, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tasks_at_once", "libraries"), [(None, 1), (2, 3)])
+def test_a_compiled_iteration_on_images_equals_the_uncompiled_one(tasks_at_once, libraries, cache):
+    torch.manual_seed(0)
+    learner = nn.Sequential(
+        nn.Conv2d(1, 4, 3, stride=2, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()
+    )
+    learner = nn.Sequential(*learner, nn.Linear(36, 3)).double()
+    options = dict(convolution="im2col", tasks_at_once=tasks_at_once)
+    maml = MAML(learner, F.cross_entropy, Choices(inner_lr=0.4, steps=1, adapt_norm=True), **options)
+    pixels = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8)
+    splits = {"train": torch.arange(12), "validation": torch.arange(0), "test": torch.arange(0)}
+    images = ImageSet([str(c) for c in range(12)], torch.full([12], 5), splits, lambda: pixels, "images")
+    sizes = dict(ways=3, shots=1, queries=2, quarter_turns=True, dtype=torch.float64)
+    settings = resolve({"dataset": "omniglot"}).replaced(meta_batch_size=4, iterations=9)
+    seed = {"seed": torch.tensor(5)}
+    accelerate, states = active_compiler(cache), []
+    for fast in (accelerate, run_as_is):
+        step = MetaStep(maml, ImageTasks(images, **sizes), settings.training, seed, accelerate=fast)
+        vector = step.layout.flatten(maml.initial_parameters())
+        zero, sums = torch.zeros_like(vector), torch.zeros(3 + len(TAIL), dtype=torch.float64)
+        state = State(vector, zero, zero, torch.tensor(0), sums, vector[:0])
+        for iteration in range(3):
+            state = step(state, iteration)
+        states.append(state)
+    assert accelerate.compiled == libraries
+    for field, ours, theirs in zip(State._fields, *states, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12), field
 
 
 def test_a_library_is_named_after_everything_that_it_depends_on(cache, monkeypatch):

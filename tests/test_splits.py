@@ -79,7 +79,7 @@ def test_real_omniglots_characters_never_meet(split, omniglot_root, shared_cache
     splits = distribution.images.splits
     assert {name: len(part) for name, part in splits.items()} == OMNIGLOT_CLASSES[split]
     assert sorted(torch.cat(list(splits.values())).tolist()) == list(range(1623))
-    drawings = distribution.pixels.view(1623, 20, 28, 28)
+    drawings = distribution.tensors["pixels"].view(1623, 20, 28, 28)
     pictures = {name: {drawings[c].numpy().tobytes() for c in part} for name, part in splits.items()}
     assert_apart(pictures)
     assert 0.05 < drawings.float().mean() / 255 < 0.12  # ink is 1 and paper is 0

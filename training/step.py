@@ -4,8 +4,9 @@
     state = step(state)
 
 Meta-parameters and Adam's moments are flat vectors, so that the outer loop is a handful of operations for
-any network. If tasks are computed instead of looked up, the whole iteration compiles as one function; else
-its meta-gradient does. On CUDA either is captured as a CUDA graph.
+any network. Where sampling is a function of tensors, the whole iteration compiles as one function, or, if it
+takes its tasks in chunks, as three: sampling, the meta-gradient of a chunk, update. Else the meta-gradient
+compiles alone. On CUDA all of it is captured as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -145,35 +146,44 @@ class MetaStep:
         )
         self.stop = False  # whether this process asks all of them to stop
         self.stop_asked: Tensor | None = None  # above 0 if any asked so in the last iteration
-        self.computed = distribution.computed and (maml.tasks_at_once or self.tasks) >= self.tasks
-        whole = partial(accelerate, options=SAMPLING_OPTIONS) if self.computed else run_as_is
+        whole = partial(accelerate, options=SAMPLING_OPTIONS) if distribution.computed else run_as_is
+        self.at_once = distribution.computed and (maml.tasks_at_once or self.tasks) >= self.tasks
         self._whole = self._at_edge(self._iterate, whole)
-        self._send = self._at_edge(self._message_of_numbers if self.computed else self._message, whole)
+        self._sample = self._at_edge(self._sampled, whole)
+        self._send = self._at_edge(
+            *(self._message_of_numbers, whole) if self.at_once else (self._message, run_as_is)
+        )
         self._receive = self._at_edge(self._update, whole)
 
     def _at_edge(
-        self, function: Callable[..., State | Tensor], accelerate: Callable[..., Callable[..., Any]]
+        self,
+        function: Callable[..., State | Tensor | TaskBatch],
+        accelerate: Callable[..., Callable[..., Any]],
     ) -> Callable[..., Any]:
-        """Make a fast function of one that takes a state, the members, and one value more.
+        """Make a fast function of one that takes a state, other tensors by name, and one value more.
 
-        A compiler is quickest with a flat tuple of tensors, none of them empty: they are packed and unpacked
-        here and nowhere else. With several runs, all of them go through at once.
+        The others are the members, and what tasks are read from. A compiler is quickest with a flat tuple of
+        tensors, none of them empty: they are packed and unpacked here and nowhere else. With several runs,
+        all of them go through at once.
         """
         fields = State._fields if self.statistics_layout.size else State._fields[:-1]
-        names = (*fields, *self.members)
+        tensors = self.distribution.tensors if self.distribution.computed else {}
+        others = {**self.members, **tensors}
+        names = (*fields, *others)
+        axes = (*[0] * (len(fields) + len(self.members)), *[None] * len(tensors), 0)  # of several runs
 
         def unpack(tensors: Mapping[str, Tensor]) -> State:
             return State(**{"statistics": tensors["parameters"][..., :0]} | {n: tensors[n] for n in fields})
 
-        def flat(*tensors: Any) -> tuple[Tensor, ...]:
+        def flat(*tensors: Any) -> tuple[Any, ...]:
             named = dict(zip(names, tensors[:-1], strict=True))
-            result = function(unpack(named), {name: named[name] for name in self.members}, tensors[-1])
+            result = function(unpack(named), {name: named[name] for name in others}, tensors[-1])
             return result[: len(fields)] if isinstance(result, State) else (result,)
 
-        fast = accelerate(vmap(flat) if self.several else flat)
+        fast = accelerate(vmap(flat, axes) if self.several else flat)
 
-        def call(state: State, last: Any) -> State | Tensor:
-            outputs = fast(*state[: len(fields)], *self.members.values(), last)
+        def call(state: State, last: Any) -> Any:
+            outputs = fast(*state[: len(fields)], *others.values(), last)
             return unpack(dict(zip(fields, outputs, strict=True))) if len(outputs) > 1 else outputs[0]
 
         return call
@@ -182,7 +192,7 @@ class MetaStep:
 
     def __call__(self, state: State, iteration: int | None = None) -> State:
         """Return the next state; `iteration` are those done: None waits for the device to tell."""
-        if self.computed and self.world.size == 1:
+        if self.at_once and self.world.size == 1:
             return self._whole(state, self.numbers)
         message = self.message(state, iteration)
         if self.world.size > 1:
@@ -199,8 +209,10 @@ class MetaStep:
 
     def message(self, state: State, iteration: int | None = None) -> Tensor:
         """Return what this process learns from its tasks: `[numbers]`, the last of which is 0."""
-        if self.computed:
+        if self.at_once:
             return self._send(state, self.numbers)
+        if self.distribution.computed:
+            return self._send(state, (self.numbers, self._sample(state, self.numbers)))
         coming = 1 + (state.iteration.flatten()[0] if iteration is None else iteration)
         parts = [self.distribution.sample("train", seed, coming, self.share) for seed in self.seeds]
         trees = zip(*parts, strict=True)
@@ -212,9 +224,12 @@ class MetaStep:
     def _iterate(self, state: State, members: Members, numbers: Tensor) -> State:
         return self._update(state, members, self._message_of_numbers(state, members, numbers))
 
+    def _sampled(self, state: State, members: Members, numbers: Tensor) -> TaskBatch:
+        distribution = self.distribution.with_tensors(members)
+        return distribution.sample("train", members["seed"], state.iteration + 1, numbers)
+
     def _message_of_numbers(self, state: State, members: Members, numbers: Tensor) -> Tensor:
-        batch = self.distribution.sample("train", members["seed"], state.iteration + 1, numbers)
-        return self._message(state, members, (numbers, batch))
+        return self._message(state, members, (numbers, self._sampled(state, members, numbers)))
 
     def _message(self, state: State, members: Members, tasks: tuple[Tensor, TaskBatch]) -> Tensor:
         numbers, batch = tasks
