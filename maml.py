@@ -16,10 +16,10 @@ last one's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,18 @@ from torch.func import grad, vmap
 from common.batch import TaskBatch, Tree, first_tensor, in_type, joined, stacked_trees, tree_map
 from common.choices import Choices
 from common.optimizers import InnerOptimizer, InnerState, Weights
-from common.task import Extras, Task, loop_over_tasks, mean_statistics, stack_steps, sum_over_tasks
+from common.task import (
+    Adapted,
+    Extras,
+    MetaGradient,
+    Outcome,
+    Shared,
+    Task,
+    loop_over_tasks,
+    mean_statistics,
+    stack_steps,
+    sum_over_tasks,
+)
 from learners.batch_norm import norm_parameter_names, record_statistics, set_norms
 from learners.copies import copy_module
 from learners.functional import FunctionalLearner
@@ -42,47 +53,6 @@ Loss = Callable[[Any, Any], Tensor]  # (outputs, targets) of one task -> mean ov
 RATE = "inner_lr/"  # its learned inner rate
 SQUARE = "inner_square/"  # its second moment, carried from task to task
 MASS = SQUARE + "mass/"  # a whole name: the number that all carried moments are divided by
-
-
-# ---- what flows through the loops ----------------------------------------------------------------
-
-
-class Shared(NamedTuple):
-    """Weights, rates and anchor shared by all tasks in one inner step."""
-
-    weights: Weights  # those that are not adapted
-    rates: Weights  # learned inner rates; empty: the optimizer's own
-    anchor: Weights  # what the proximal term pulls towards; empty without one
-
-
-class Adapted(NamedTuple):
-    """A task after some inner steps, ready for its query."""
-
-    fast: Weights  # the adapted weights
-    shared: Shared  # of the last step
-    task: Task  # with the buffers that those steps leave, and the random keys of the query's pass
-    statistics: Weights  # [2, channels] by layer: mean and variance in the last step, if recorded
-
-    @property
-    def weights(self) -> Weights:
-        return self.fast | self.shared.weights
-
-
-class Outcome(NamedTuple):
-    """A task's result after the last inner step."""
-
-    loss: Tensor  # query loss
-    outputs: Tree  # [query examples, ...], the learner's outputs
-    statistics: Weights  # [steps, 2, channels] by layer: means and variances, if recorded
-
-
-class MetaGradient(NamedTuple):
-    """The result of a meta-batch: means over tasks. (A `Way` returns sums over its chunk of tasks.)"""
-
-    gradients: Weights  # of the outer loss, by meta-parameter
-    losses: Tensor  # [tasks], query loss after the last inner step
-    outputs: Tree  # [tasks, query examples, ...], the learner's outputs after that step
-    statistics: Weights  # [steps, 2, channels] by layer: mean and variance that per-step batch norm saw
 
 
 # How the meta-gradient of a chunk of tasks is computed: (parameters, tasks, step_weights) -> sums over tasks.
@@ -99,6 +69,7 @@ class MAML:
         convolution, compute_dtype, example: see `FunctionalLearner`.
         tasks_at_once: take tasks in chunks of that size, which bounds memory; None: all at once.
         vectorise: run tasks at once by `vmap`; else one after another. `reading`: what outputs mean.
+        accelerate: makes a faster function of one of tensors, for `predictions` (training/compiler.py).
 
     Raises ValueError if a choice or the head is unknown, or if choices contradict each other.
     """
@@ -115,6 +86,7 @@ class MAML:
         tasks_at_once: int | None = None,
         vectorise: bool = True,
         reading: Reading | None = None,
+        accelerate: Callable[..., Any] = lambda function: function,
     ) -> None:
         self._arguments = {name: value for name, value in locals().items() if name != "self"}
         self.choices, self.loss, self.steps, self.reading = choices, loss, choices.steps, reading
@@ -124,13 +96,12 @@ class MAML:
         self.learner = self.call.module  # the converted copy
         choices.check(has_batch_norm=self.has_batch_norm)
         self.tasks_at_once = tasks_at_once
+        self.accelerate = accelerate
+        self._fast: dict[Any, Callable[..., Any]] = {}  # accelerated functions
         self.over_tasks: Callable[..., Callable[..., Any]] = vmap if vectorise else loop_over_tasks
+        rule, momentum, clip = choices.inner_optimizer, choices.inner_momentum, choices.inner_clip
         self.optimizer = InnerOptimizer(
-            choices.inner_lr,
-            choices.inner_optimizer,
-            momentum=choices.inner_momentum,
-            clip_norm=choices.inner_clip,
-            proximal=choices.proximal,
+            choices.inner_lr, rule, momentum=momentum, clip_norm=clip, proximal=choices.proximal
         )
         self.first_order = choices.meta_gradient == "first-order"
         self._partition()
@@ -399,22 +370,54 @@ class MAML:
         evaluation mode: dropout drops nothing there. With "per-step", support and query use the running
         `statistics` `[trained steps, 2, channels]`: ValueError without. `order`, `keys`: see `meta_gradient`.
         """
-        self.check_statistics(normalisations, statistics)
-
-        def predict(task: Task) -> dict[str, Tree]:
-            outputs: dict[str, list[Tree]] = {name: [] for name in normalisations}
-            for running in (False, True):
-                names = [name for name in normalisations if (name == "per-step") == running]
-                if not names:
-                    continue
-                with self.running() if running else nullcontext():
-                    for adapted in self.inner_loop(parameters, task, steps, statistics if running else None):
-                        for name in names:
-                            outputs[name].append(self.predict(adapted, name))
-            return {name: stacked_trees(after_steps) for name, after_steps in outputs.items()}
-
-        parts = [self.over_tasks(predict)(chunk) for chunk in self._chunks(batch, order, keys)]
+        if "per-step" in normalisations and self.has_batch_norm and not statistics:
+            raise ValueError('"per-step" normalises with running statistics: give `statistics`')
+        running = tuple(name for name in normalisations if name == "per-step")
+        batches = tuple(name for name in normalisations if name not in running)
+        parts = []
+        for tasks in self._chunks(batch, order, keys):
+            part = self._predict_each_step(parameters, tasks, steps, batches) if batches else {}
+            if running:
+                with self.running():
+                    part |= self._predict_each_step(parameters, tasks, steps, running, statistics)
+            parts.append(part)
         return {name: joined([part[name] for part in parts]) for name in normalisations}
+
+    def _predict_each_step(
+        self,
+        parameters: Weights,
+        tasks: Task,
+        steps: int,
+        normalisations: tuple[str, ...],
+        statistics: Weights | None = None,
+    ) -> dict[str, Tree]:
+        """Return outputs on the query sets of all tasks after each step; a step's function is accelerated."""
+
+        def adapt(state: InnerState, shared: Shared, *examples: Any) -> tuple[InnerState, Weights]:
+            state, _, _, buffers = self.inner_step(state, shared, *examples)
+            return state, buffers
+
+        def predict(state: InnerState, shared: Shared, task: Task) -> dict[str, Tree]:
+            adapted = Adapted(state.fast, shared, task, {})
+            return {name: self.predict(adapted, name) for name in normalisations}
+
+        def for_all(function: Callable[..., Any], *axes: int | None) -> Callable[..., Any]:
+            key = function.__name__, axes, normalisations, self.optimizer.lr
+            return self._fast.setdefault(key, self.accelerate(self.over_tasks(function, axes)))
+
+        state, axis, outputs = self.start(parameters), None, []  # None: all tasks share the state
+        if self.starts_apart:
+            axis = 0
+            state = self.over_tasks(lambda task: self.start(parameters, task, statistics))(tasks)
+        for step in range(steps + 1):
+            shared = self.shared_at(parameters, max(0, step - 1), statistics)
+            outputs.append(for_all(predict, axis, None, 0)(state, shared, tasks.for_query(step)))
+            if step < steps:
+                shared = self.shared_at(parameters, step, statistics)
+                examples = self.over_tasks(lambda task, step=step: task.at_step(step))(tasks)
+                state, buffers = for_all(adapt, axis, None, 0, 0, 0)(state, shared, *examples)
+                axis, tasks = 0, tasks.with_buffers(buffers)
+        return {name: stacked_trees([after[name] for after in outputs], 1) for name in normalisations}
 
     def predict(self, adapted: Adapted, normalisation: str) -> Tree:
         """Return outputs on one task's query set, with the learner in evaluation mode."""
@@ -443,8 +446,3 @@ class MAML:
         """Let batch norm normalise with the running statistics that come with the weights."""
         with set_norms(self.learner, uses_buffer=True), set_norms(self.body, uses_buffer=True):
             yield
-
-    def check_statistics(self, normalisations: Iterable[str], statistics: Weights | None) -> None:
-        """Raise ValueError if "per-step" has no running statistics to normalise with."""
-        if "per-step" in normalisations and self.has_batch_norm and not statistics:
-            raise ValueError('"per-step" normalises with running statistics: give `statistics`')

@@ -31,14 +31,14 @@ from common.files import write_whole
 from common.names import as_file_name
 from common.optimizers import Weights
 from common.processes import ALONE
-from common.task import UserTask
+from common.task import Adapted, UserTask
 from evaluation.meta_test import randomness_of
 from evaluation.predictions import Prediction, predictions_figure, read_predictions
 from evaluation.style import write_figure
 from evaluation.tables import predictions_table, write_csv, write_json
 from learners.losses import LOSSES
 from learners.reading import main_tensor
-from maml import MAML, Adapted
+from maml import MAML
 from tasks.options import data_facts
 from tasks.pixels import Form
 from tasks.scales import Scales, undo_scale

@@ -29,10 +29,16 @@ from evaluation.figures import results_figure
 from evaluation.meta_test import Evaluation, normalisations_of
 from evaluation.style import write_figure
 from evaluation.tables import ALL, Caption, evaluation_record, results_of, results_table
+from learners.options import LEARNERS, learner_facts
 from learners.reading import reading_of
 from maml import MAML
 from training.checkpoint import Checkpoint, check_same_data, load_checkpoint
+from training.compiler import Compiler, cpp_compiler
 from training.folders import find_runs
+
+COMPILED = {"compile": "on", "convolution": "im2col"}
+UNCOMPILED = {"compile": "off", "convolution": "grouped"}
+COMPILED_FROM = 500_000  # images that inner steps pass, with which compiling takes less time than it saves
 
 
 def evaluate(call: Call, given: Mapping[str, Any], command: str, world: World) -> int:
@@ -119,7 +125,8 @@ class Subject:
                 config = resolve_from(trained, given, evaluate=True, eval_dataset=call.eval_dataset)
             except UsageError as error:
                 raise UsageError(f"{file}: {error}") from error
-        config = config.replaced(convolution="grouped", tasks_at_once=given.get("tasks_at_once"))
+        settings = COMPILED if is_compiled(config, given) else UNCOMPILED
+        config = config.replaced(**settings, tasks_at_once=given.get("tasks_at_once"))
         return cls(file, source, trained, config)
 
     @property
@@ -168,9 +175,13 @@ class Subject:
 
     def evaluate(self, split: str = "test", *, first_task: int = 0) -> None:
         """Measure on the fixed tasks of a split from `first_task` on, with each reading of batch norm."""
-        options = self.config.evaluation
+        options, maml = self.config.evaluation, self.maml
+        if self.config.training.compile == "on":
+            compiler = Compiler(self.runtime.device)
+            compiler.active = True
+            maml = maml.with_options(accelerate=compiler.or_plain)
         self.result = meta_test.evaluate(
-            self.maml,
+            maml,
             self.parameters,
             self.distribution,
             split,
@@ -215,6 +226,18 @@ class Subject:
         if prints:
             print(results_table(results, caption, losses=True))
             print(line)
+
+
+def is_compiled(config: Config, given: Mapping[str, Any]) -> bool:
+    """Return whether an evaluation is compiled: as asked, or if that saves time."""
+    asked = given.get("compile", "auto")
+    if asked != "auto":
+        return asked == "on" and cpp_compiler() is not None
+    tasks, evaluation, learner = config.tasks, config.evaluation, config.learner.learner
+    if not (learner in LEARNERS and learner_facts(learner).convolutional and tasks.ways and cpp_compiler()):
+        return False
+    images = tasks.ways * (tasks.shots + tasks.queries)
+    return evaluation.eval_tasks * evaluation.eval_steps * images >= COMPILED_FROM
 
 
 def summarise(subjects: Sequence[Subject], split: str = "test") -> tuple[Caption, str]:

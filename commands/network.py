@@ -28,13 +28,14 @@ from common.batch import Tree, tree_map
 from common.errors import UsageError, one_line
 from common.files import write_whole
 from common.optimizers import Weights
+from common.task import Adapted
 from learner import GreyAsColour
 from learners.batch_norm import record_statistics
 from learners.copies import copy_module, layer_text
 from learners.heads import context_names
 from learners.modules import evaluating
 from learners.spectral_norm import vector_names
-from maml import MAML, Adapted
+from maml import MAML
 from tasks.scales import Scales, apply_scale, undo_scale
 from training.checkpoint import load_checkpoint
 

@@ -1,10 +1,10 @@
-"""The tasks as the algorithm sees them: a batch's examples, and what travels with them, by name."""
+"""What flows through inner and outer loop, by name: tasks, what they share, and their results."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +56,44 @@ class Task:
 
     def with_buffers(self, buffers: Weights) -> Task:
         return replace(self, extras=replace(self.extras, buffers=buffers)) if buffers else self
+
+
+class Shared(NamedTuple):
+    """Weights, rates and anchor shared by all tasks in one inner step."""
+
+    weights: Weights  # those that are not adapted
+    rates: Weights  # learned inner rates; empty: the optimizer's own
+    anchor: Weights  # what the proximal term pulls towards; empty without one
+
+
+class Adapted(NamedTuple):
+    """A task after some inner steps, ready for its query."""
+
+    fast: Weights  # the adapted weights
+    shared: Shared  # of the last step
+    task: Task  # with the buffers that those steps leave, and the random keys of the query's pass
+    statistics: Weights  # [2, channels] by layer: mean and variance in the last step, if recorded
+
+    @property
+    def weights(self) -> Weights:
+        return self.fast | self.shared.weights
+
+
+class Outcome(NamedTuple):
+    """A task's result after the last inner step."""
+
+    loss: Tensor  # query loss
+    outputs: Tree  # [query examples, ...], the learner's outputs
+    statistics: Weights  # [steps, 2, channels] by layer: means and variances, if recorded
+
+
+class MetaGradient(NamedTuple):
+    """The result of a meta-batch: means over tasks. (A `Way` returns sums over its chunk of tasks.)"""
+
+    gradients: Weights  # of the outer loss, by meta-parameter
+    losses: Tensor  # [tasks], query loss after the last inner step
+    outputs: Tree  # [tasks, query examples, ...], the learner's outputs after that step
+    statistics: Weights  # [steps, 2, channels] by layer: mean and variance that per-step batch norm saw
 
 
 @dataclass(frozen=True)

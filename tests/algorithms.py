@@ -9,10 +9,11 @@ from torch.nn import functional as F
 
 from common.batch import TaskBatch
 from common.choices import Choices
+from common.task import MetaGradient
 from learner import build_learner
 from learners.batch_norm import BatchNorm
 from learners.heads import add_context
-from maml import MAML, RATE, MetaGradient
+from maml import MAML, RATE
 from training.meta_gradients import make_meta_gradient
 
 WAYS, SHOTS, TASKS, STEPS = 2, 2, 3, 3

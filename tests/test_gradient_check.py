@@ -282,12 +282,6 @@ class Remembers(Left):
         return self.last
 
 
-class Centred(Left):
-    def forward(self, x):
-        y = super().forward(x)
-        return y - y.mean(0)
-
-
 class Flips(Left):
     def forward(self, x):
         return super().forward(x) * (1 if random.random() < 0.5 else 2)
@@ -401,13 +395,6 @@ def test_a_pass_that_is_no_function_of_weights_and_inputs_is_refused(name, words
 def test_what_a_pass_leaves_for_the_next_is_named(name, attribute, own, capsys):
     assert command(*own(name)) == 0
     assert f"Each pass starts with the learner's {attribute} as built" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["Centred", "right"])
-def test_outputs_that_depend_on_other_examples_are_said(name, own, capsys):
-    assert command(*own(name)) == 0
-    line = "Outputs for an example depend on the other query examples"
-    assert (line in capsys.readouterr().err) == (name == "Centred")
 
 
 def test_a_loss_that_reads_what_the_last_pass_left_is_refused(own, tmp_path, capsys):

@@ -20,9 +20,18 @@ from torch.func import grad, jvp, vjp
 
 from common.batch import Tree, tree_map
 from common.optimizers import InnerState, Weights
-from common.task import Extras, Task, mean_statistics, stack_steps, sum_over_tasks
+from common.task import (
+    Extras,
+    MetaGradient,
+    Outcome,
+    Shared,
+    Task,
+    mean_statistics,
+    stack_steps,
+    sum_over_tasks,
+)
 from learners.elementary import NoGradHolds
-from maml import MAML, MetaGradient, Outcome, Shared, Way
+from maml import MAML, Way
 
 Accelerate = Callable[..., Callable[..., Any]]  # of a function, and Inductor's options for it
 

@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -89,6 +90,20 @@ class Compiler:
 
         return run
 
+    def or_plain(self, function: Function) -> Function:
+        """Return the compiled function, which is the function itself once compiling has failed."""
+        compiled = self(function)
+
+        def run(*arguments: Any) -> Any:
+            try:
+                return compiled(*arguments)
+            except CompilationError as error:
+                self.active = False
+                warnings.warn(f"predictions are not compiled: {error}", stacklevel=2)
+                return function(*arguments)
+
+        return run
+
     def _library(
         self, function: Function, tensors: list[Tensor], structure: Any, options: dict[str, Any]
     ) -> Function:
@@ -115,11 +130,15 @@ class Compiler:
     def _build(
         self, graph: torch.fx.GraphModule, tensors: list[Tensor], options: dict[str, Any], path: Path
     ) -> None:
+        import sympy
         from torch._inductor import aoti_compile_and_package
 
         exported = torch.export.export(graph, tuple(tensors))
         configs = {**options, "deterministic": torch.are_deterministic_algorithms_enabled()}
-        with tempfile.TemporaryDirectory(prefix=f"{path.stem}-", dir=path.parent) as temporary:
+        temporary_folder = tempfile.TemporaryDirectory(prefix=f"{path.stem}-", dir=path.parent)
+        # Inductor simplifies an index to learn its strides, which takes half of its time; expanding it
+        # tells the same, and the code is the same
+        with temporary_folder as temporary, patch.object(sympy, "simplify", sympy.expand):
             file = Path(temporary) / path.name
             aoti_compile_and_package(exported, package_path=str(file), inductor_configs=configs)
             sync(file)

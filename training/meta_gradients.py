@@ -23,8 +23,8 @@ from torch.func import grad
 from common.batch import Tree, first_tensor, tree_map
 from common.choices import ENGINES, check_choice
 from common.optimizers import Weights
-from common.task import Extras, Task, sum_over_tasks
-from maml import MAML, MASS, SQUARE, MetaGradient, Way
+from common.task import Extras, MetaGradient, Task, sum_over_tasks
+from maml import MAML, MASS, SQUARE, Way
 from training.adjoint import (
     EXAMPLES,
     SAME,

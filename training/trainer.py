@@ -66,6 +66,10 @@ class Trainer:
     ) -> None:
         self.runs, self.maml, self.compiler, self.world = list(runs), maml, compiler, world
         self.training_tasks, self.validation_tasks = training_tasks, validation_tasks
+        over_patches = (
+            runs[0].training.convolution == "im2col"
+        )  # slow unless compiled; other passes are short
+        self.predictor = maml.with_options(accelerate=compiler.or_plain) if over_patches else maml
         self.show = show and world.first
         accuracy = ["query_accuracy"] * reading_of(maml.reading, training_tasks.ways).has_accuracy
         self.metrics = ["query_loss", *accuracy, "meta_gradient_norm", *TAIL]  # of an iteration
@@ -380,8 +384,9 @@ class Trainer:
         self.bar.set_postfix_str("validating")
         with suppress(InterruptedError):
             for run in self._runs_to_validate():
-                with self.maml.at_rate(run.choices.inner_lr):
-                    if run.validate(self.maml, tasks, self.world, self.stop.is_local):
+                lr = run.choices.inner_lr
+                with self.maml.at_rate(lr), self.predictor.at_rate(lr):
+                    if run.validate(self.predictor, tasks, self.world, self.stop.is_local):
                         self.save(BEST, [run])
                     if run.writes and (last or number in PICTURED):
                         run.draw_examples(self.maml, tasks)
