@@ -71,7 +71,12 @@ class Probe:
         batch = self.distribution.sample("validation", 0, 0, range(1))
         if reading.metric:
             outputs = self.maml.predictions(self.parameters, batch, 0)["transductive"]
-            reading.metric.per_step(outputs, batch.query_y, reading)
+            first, again = (reading.metric.per_step(outputs, batch.query_y, reading) for _ in range(2))
+            if not are_equal(again, first, 1e-5):
+                raise UsageError(
+                    f"{reading.metric.flag} gives another value for the same outputs when called again "
+                    "(random numbers, or a sum over calls?)"
+                )
 
     def check_learner(self) -> None:
         """Compute one meta-gradient; raise UsageError that names the failing layer and a workaround."""

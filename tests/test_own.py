@@ -83,6 +83,10 @@ def constant(outputs, targets):
 def swapped(y_true, y_pred):
     return (y_true - y_pred).square().mean()
 
+def counted(outputs, targets, seen=[]):
+    seen.append(outputs)
+    return len(seen)
+
 scale = nn.Parameter(torch.ones(()))
 
 def weighted(outputs, targets):
@@ -263,6 +267,10 @@ def test_code_that_a_checkpoint_names_is_never_imported(setting, doing, tmp_path
         ("--loss {code}:alone --learner {code}:Net", "takes 1 positional argument but 2 were given"),
         ("--loss {code}:swapped --learner {code}:Net", "takes (y_true, y_pred), and is called with outputs"),
         ("--metric {code}:swapped --metric-mode min --learner {code}:Net", "first: swap them"),
+        (
+            "--metric {code}:counted --metric-mode min --learner {code}:Net",
+            "gives another value for the same",
+        ),
         ("--loss {code}:weighted --learner {code}:Net", "has a trainable weight, scale, which training"),
         ("--loss {code}:centres --learner {code}:Net", "has a trainable weight, points, which training"),
         ("--loss {code}:constant --learner {code}:Net", "constant does not depend on the learner's outputs"),
