@@ -6,6 +6,7 @@ import math
 import re
 import shlex
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import gpu
 import jobs
 import reproduce
 import table_text
@@ -54,6 +56,17 @@ def test_every_benchmark_has_its_help(script, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         importlib.import_module(script).main()
     assert ended.value.code == 0 and f"python benchmarks/{script}.py" in capsys.readouterr().out
+
+
+def test_what_has_another_meta_gradient_than_the_cpu_is_not_timed(tmp_path):
+    def measure(session):
+        error = gpu.check({"w": torch.ones(2)}, {"w": torch.full((2,), 1.1)}, "float32")
+        yield {"ms": 1.0, "error": error}
+
+    options = SimpleNamespace(device="cpu", quick=True, data_root=tmp_path, out=tmp_path)
+    session = gpu.Session(options, tmp_path)
+    session.attempt("iterations", "sinusoid-1", 0, measure)
+    assert session.failed and [*session.results] == ["left out"]
 
 
 # ---- from numbers to words -----------------------------------------------------------------------
