@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shlex
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -56,6 +57,22 @@ def test_every_benchmark_has_its_help(script, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         importlib.import_module(script).main()
     assert ended.value.code == 0 and f"python benchmarks/{script}.py" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_script_for_a_gpu_is_rehearsed_on_the_cpu(tmp_path):
+    script = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--device", "cpu", "--quick"]
+    done = subprocess.run([*script, "--out", str(tmp_path)], check=True, capture_output=True, text=True)
+    record = read_json(tmp_path / "gpu.json")
+    measured = {(row["name"], row["precision"]) for row in record["iterations"]}
+    assert measured >= {
+        (name, p) for name in ("sinusoid-1", "omniglot-5-way") for p in ("float64", "float32")
+    }
+    assert all(row["error"] < 1e-12 for row in record["iterations"] if row["precision"] == "float64")
+    assert record["to 98 %"] and record["tests"][0]["exit code"] == 0
+    reasons = ("no tf32", "measured on CUDA alone", "No module named 'higher'")
+    assert all(any(reason in row["reason"] for reason in reasons) for row in record["left out"])
+    assert "| sinusoid-1 | float64 | compile off |" in done.stdout
 
 
 def test_what_has_another_meta_gradient_than_the_cpu_is_not_timed(tmp_path):
