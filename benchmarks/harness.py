@@ -8,6 +8,7 @@ Importing this module puts the repository on the path; a script imports it befor
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -112,18 +113,15 @@ def conditions() -> dict[str, Any]:
 # ---- runs of main.py -----------------------------------------------------------------------------
 
 
-def main_line(flags: Sequence[str], processes: int = 1) -> list[str]:
-    """Return the command line of main.py; several processes are launched by torchrun."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [sys.executable, *(launcher if processes > 1 else []), MAIN, *flags]
+def main_line(flags: Sequence[str]) -> list[str]:
+    """Return the command line of main.py."""
+    return [sys.executable, MAIN, *flags]
 
 
-def call_main(
-    flags: Sequence[str], processes: int = 1, *, seconds: float | None = None, **environment: str
-) -> tuple[int, str]:
+def call_main(flags: Sequence[str], *, seconds: float | None = None, **environment: str) -> tuple[int, str]:
     """Run main.py, which is asked to save and end when time is up; return its exit code and its last line."""
     output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(main_line(flags, processes), env=os.environ | environment, **output)
+    process = subprocess.Popen(main_line(flags), env=os.environ | environment, **output)
     try:
         _, errors = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -132,10 +130,10 @@ def call_main(
     return process.returncode, (errors.strip() or f"exit code {process.returncode}").rpartition("\n")[2]
 
 
-def run_main(flags: Sequence[str], processes: int = 1, **environment: str) -> float:
+def run_main(flags: Sequence[str], **environment: str) -> float:
     """Run main.py silently; return its seconds of wall time, or raise UsageError with its last line."""
     begin = time.perf_counter()
-    code, last_line = call_main(flags, processes, **environment)
+    code, last_line = call_main(flags, **environment)
     if code:
         raise UsageError(last_line.partition("error: ")[2] or last_line)
     return time.perf_counter() - begin
@@ -167,7 +165,7 @@ def write_images(folder: Path, classes: int, drawings: int, size: int) -> None:
             Image.fromarray(pixels).save(folder / f"{name:03}" / f"{number:02}.png")
 
 
-# ---- timing --------------------------------------------------------------------------------------
+# ---- time and memory -----------------------------------------------------------------------------
 
 
 def in_turn(timings: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -182,3 +180,21 @@ def in_turn(timings: Mapping[str, Callable[[], float]], rounds: int) -> dict[str
 def median_ratio(values: Sequence[float], reference: Sequence[float]) -> float:
     """Return the median of the ratios within a round."""
     return statistics.median(value / other for value, other in zip(values, reference, strict=True))
+
+
+def measure_peak(run: Callable[[int], Any]) -> int:
+    """Return by how many bytes the second iteration exceeds what was resident before it."""
+
+    def peak() -> int:
+        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+    allocator = ctypes.CDLL(None)
+    allocator.mallopt(-3, 1 << 16)  # mmap threshold: freed tensors go back to the system at once
+    run(1)  # compiles, loads code
+    allocator.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
+    before = peak()
+    run(1)
+    allocator.mallopt(-3, 1 << 25)  # the highest; this and the next keep memory, as a long run does
+    allocator.mallopt(-1, 1 << 28)
+    return max(peak() - before, 4096)

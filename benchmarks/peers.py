@@ -1,4 +1,4 @@
-"""The same iteration as others write it: a loop over tasks with `higher`, and JAX.
+"""The same iteration as others write it: a loop over tasks with `higher`, `torch.func`, and JAX.
 
 Each entry of `PEERS` is a function from a `Work` to a `Contender`, and imports its library itself.
 """
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from tool import TaskBatch, TaskDistribution
 from torch import Tensor, nn
+from torch.func import functional_call, grad, replace_all_batch_norm_modules_, vmap
 from torch.nn import functional as F
 
 META_LR = 1e-3
@@ -92,6 +93,35 @@ def higher_loop(work: Work) -> Contender:
         return as_numpy({name: w.grad for name, w in fresh.named_parameters() if w.grad is not None})
 
     return Contender(run, gradient, slow=True)
+
+
+def func_vmap(work: Work) -> Contender:
+    """Return the iteration as `torch.func` has it: `vmap` over tasks, uncompiled, with PyTorch's Adam."""
+    learner = replace_all_batch_norm_modules_(copy.deepcopy(work.learner))  # no running statistics
+    weights = dict(learner.named_parameters())
+    learned = {name: w for name, w in weights.items() if w.requires_grad}
+    optimizer = torch.optim.Adam(learned.values(), lr=META_LR)
+
+    def loss(fast: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return work.loss(functional_call(learner, fast, (x,)), y)
+
+    def query_loss(fast: dict[str, Tensor], support_x: Any, support_y: Any, *query: Tensor) -> Tensor:
+        for _ in range(work.steps):
+            slopes = grad(loss)(fast, support_x, support_y)
+            fast = {name: w - work.inner_lr * slopes[name] for name, w in fast.items()}
+        return loss(fast, *query)
+
+    def meta_gradient(batch: TaskBatch) -> dict[str, Tensor]:
+        plain = {name: w.detach() for name, w in learned.items()}
+        return grad(lambda w: vmap(query_loss, (None, 0, 0, 0, 0))(w, *batch).mean())(plain)
+
+    def run(iterations: int) -> None:
+        for iteration in range(iterations):
+            for name, slope in meta_gradient(work.batch(iteration)).items():
+                weights[name].grad = slope
+            optimizer.step()
+
+    return Contender(run, lambda batch: as_numpy(meta_gradient(batch)))
 
 
 # ---- JAX -----------------------------------------------------------------------------------------

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import harness  # noqa: F401  (puts the repository on the path)
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from commands.adapt import load as load
@@ -21,10 +20,12 @@ from commands.build import assemble as assemble_run
 from commands.call import check_call
 from commands.parser import parse
 from commands.resolve import resolve
-from common.batch import TaskBatch, TaskDistribution
+from common.batch import TaskBatch as TaskBatch
+from common.batch import TaskDistribution
 from common.choices import Choices
 from common.optimizers import Weights
-from common.processes import ALONE
+from common.processes import ALONE, World
+from common.processes import join as join
 from learner import build_learner
 from learners.elementary import Elementary as Elementary
 from maml import MAML, SQUARE
@@ -47,14 +48,18 @@ class Assembly:
     trainer: Trainer
 
 
-def assemble(flags: Sequence[str]) -> Assembly:
-    """Assemble the run of these flags; the first iteration waits for the compiler."""
+def assemble(flags: Sequence[str], world: World = ALONE, seeds: int = 1) -> Assembly:
+    """Assemble the run of these flags, or of several seeds; the first iteration waits for the compiler."""
     given = parse(list(flags))
-    call = check_call(given)
-    parts = assemble_run(Start(resolve(given)), Path(), given, call, ALONE, checked={})
+    call, first = check_call(given), given.get("seed", 0)
+    everything = [
+        assemble_run(Start(resolve(one)), Path(), one, call, world, checked={}, team=world)
+        for one in (given | {"seed": first + number} for number in range(seeds))
+    ]
+    parts, runs = everything[0], [each.run for each in everything]
     config, compiler = parts.start.config, Compiler(parts.runtime.device)
     training_tasks = parts.distribution.resized(config.training_shots)
-    trainer = Trainer([parts.run], parts.maml, training_tasks, parts.distribution, compiler, show=False)
+    trainer = Trainer(runs, parts.maml, training_tasks, parts.distribution, compiler, world, show=False)
     compiler.active = config.training.compile == "on"
 
     def advance(iterations: int) -> None:
@@ -81,18 +86,6 @@ def make_maml(learner: nn.Module, **options: Any) -> MAML:
     names = {choice.name for choice in fields(Choices)} & options.keys()
     choices = Choices(**{"inner_lr": 0.01} | {name: options.pop(name) for name in names})
     return MAML(learner, loss, choices, **options)
-
-
-def noise(tasks: int, inputs: tuple[int, ...], classes: int, support: int, query: int) -> TaskBatch:
-    """Return tasks of noise with `support` and `query` examples each; no classes: regression."""
-
-    def labels(examples: int) -> Tensor:
-        if not classes:
-            return torch.randn(tasks, examples, 1)
-        return torch.arange(examples).remainder(classes).repeat(tasks, 1)
-
-    x = torch.randn(tasks, support + query, *inputs)
-    return TaskBatch(x[:, :support], labels(support), x[:, support:], labels(query))
 
 
 def copy_initialisation(run: Path, folder: Path) -> dict[str, Any]:
