@@ -110,6 +110,22 @@ def conditions() -> dict[str, Any]:
     }
 
 
+def matmul_rates() -> dict[str, float]:
+    """Return GFLOP/s of a product of matrices of 1,024 rows and columns, the best of many, by type."""
+    import torch
+
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(2, 1024, 1024).to(dtype).unbind()
+        seconds = []
+        for _ in range(30):
+            begin = time.perf_counter()
+            torch.mm(a, b)
+            seconds.append(time.perf_counter() - begin)
+        rates[str(dtype).removeprefix("torch.")] = 2 * 1024**3 / 1e9 / min(seconds)
+    return rates
+
+
 # ---- runs of main.py -----------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
     pip install -e '.[peers]'                             # a missing peer is left out
     python benchmarks/speed.py                            # every table; some 25 minutes on two cores, cold
     python benchmarks/speed.py sinusoid-1 omniglot-5-way
+    python benchmarks/speed.py evaluation                 # 100 tasks of 5-way Omniglot, 15 queries, 10 steps
     python benchmarks/speed.py --precision                # float32 and bf16: speed, and error against float64
 
 All contenders have the same network, tasks and optimizer. First their meta-gradients are compared; then they
@@ -23,11 +24,22 @@ from typing import Any
 
 import harness
 import numpy as np
+import torch
 from harness import RESULTS, Parser, UsageError
 from peers import PEERS, Contender, Work, as_numpy
-from tool import TaskBatch, assemble, make_learner, make_maml
+from tool import MAML, Compiler, Evaluation, TaskBatch, assemble, evaluate, make_learner, make_maml
+from torch.utils.flop_counter import FlopCounterMode
 
-OURS, EAGER = "this tool", "this tool, uncompiled"
+OURS, EAGER, HIGHER, JAX = "this tool", "this tool, uncompiled", "higher, loop", "JAX, jit and scan"
+# how many times as fast as others we want to be, and how many times as long as the products alone take
+TARGETS = {
+    "sinusoid-1": {JAX: 2.0, HIGHER: 150.0},
+    "sinusoid-5": {JAX: 2.0, HIGHER: 100.0},
+    "omniglot-5-way": {HIGHER: 5.5},
+    "omniglot-20-way": {HIGHER: 2.0},
+}
+ARITHMETIC = 2.0
+EVALUATION, TESTED = "evaluation", 100  # a work of its own, and its tasks
 CHECKED = 5  # examples of a task with which meta-gradients are compared
 IMAGES = (  # as in the peers, batch norm's shift is adapted
     "--dataset images:FOLDER --image-size 28 --channels 1 --quarter-turns --learner conv --init torch "
@@ -126,13 +138,67 @@ def compare(work: Work, rounds: int) -> dict[str, Any]:
             "ours_is_faster_by": harness.median_ratio(values, seconds[OURS]),
             "gradient_difference": differences[name],
         }
-    return {
-        "machine": harness.conditions(),
-        "tasks": work.tasks,
-        "inner_steps": work.steps,
-        "rounds": rounds,
-        "contenders": rows,
-    }
+    facts = {"machine": harness.conditions(), "tasks": work.tasks, "inner_steps": work.steps}
+    if work.distribution.classification:
+        facts |= arithmetic(work, min(seconds[OURS]))
+    return facts | {"rounds": rounds, "contenders": rows}
+
+
+def arithmetic(work: Work, seconds: float) -> dict[str, float]:
+    """Return the operations of an iteration's products, and how many times as long as they alone it takes."""
+    run = assemble([*work.flags, "--conv", "im2col", "--compile", "off"])
+    with FlopCounterMode(display=False) as counter:
+        run.advance(1)
+    gflop, rate = counter.get_total_flops() / 1e9, harness.matmul_rates()["float32"]
+    return {"gflop": gflop, "gflop_per_second": rate, "times_the_products": seconds * rate / gflop}
+
+
+def judge(name: str, result: Mapping[str, Any]) -> str:
+    """Return lines that say which targets of a work are met."""
+    rows, lines = result.get("contenders", {}), []
+    for other, target in TARGETS.get(name, {}).items():
+        if other in rows:
+            ratio = rows[other]["ours_is_faster_by"]
+            met = "met" if ratio >= target else "not met"
+            lines.append(f"{other}: {ratio:.3g} times as long (target: at least {target:g}, {met})")
+    if "sinusoid" not in name:
+        ratio, products = result["times_the_products"], f"{result['gflop']:,.4g} GFLOP of products"
+        met, rate = "met" if ratio <= ARITHMETIC else "not met", f"{result['gflop_per_second']:.0f} GFLOP/s"
+        lines.append(f"{ratio:.3g} times the {products} at {rate} (target: at most {ARITHMETIC:g}, {met})")
+    return "\n".join(lines)
+
+
+# ---- evaluation ----------------------------------------------------------------------------------
+
+
+def measure_evaluation(folder: Path, rounds: int) -> dict[str, Any]:
+    """Time 100 tasks of 5-way 1-shot Omniglot, 15 queries, steps 0 to 10, both readings of batch norm."""
+    work = make_work("omniglot-5-way", folder)
+    run = assemble([*work.flags, "-q", "15", "--conv", "grouped", "--compile", "off"])
+    compiler = Compiler(torch.device("cpu"))
+    compiler.active = True
+    fast = run.maml.with_options(convolution="im2col", accelerate=compiler.or_plain, tasks_at_once=None)
+    slow = run.maml.with_options(tasks_at_once=None)
+
+    def test(maml: MAML, tasks: int = TESTED) -> Evaluation:
+        norms = ("transductive", "inductive")
+        options = {"tasks": tasks, "steps": 10, "normalisations": norms}
+        return evaluate(maml, run.parameters, run.distribution, "test", **options)
+
+    def time_test(maml: MAML) -> float:
+        begin = time.perf_counter()
+        test(maml)
+        return time.perf_counter() - begin
+
+    losses = [test(maml).losses["inductive"] for maml in (fast, slow)]  # compiles
+    difference = float((losses[0] - losses[1]).abs().max())
+    timings = {OURS: partial(time_test, fast), EAGER: partial(time_test, slow)}
+    seconds = {name: min(values) for name, values in harness.in_turn(timings, min(rounds, 3)).items()}
+    with FlopCounterMode(display=False) as counter:
+        test(run.maml.with_options(convolution="im2col", tasks_at_once=None))
+    gflop, rate = counter.get_total_flops() / 1e9, harness.matmul_rates()["float32"]
+    facts = {"gflop": gflop, "gflop_per_second": rate, "times_the_products": seconds[OURS] * rate / gflop}
+    return {"machine": harness.conditions(), "seconds": seconds, "loss_difference": difference} | facts
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -177,7 +243,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON")
     options = parser.parse_args()
-    unknown = [name for name in options.works if name not in WORKS]
+    unknown = [name for name in options.works if name not in (*WORKS, EVALUATION)]
     if unknown:
         parser.error(f"no work {unknown[0]}; choose from {', '.join(WORKS)}")
     if options.rounds < 2:
@@ -190,9 +256,16 @@ def main() -> None:
             harness.write_json(file, {"machine": harness.conditions(), "results": results})
         else:
             results = harness.read_json(file)["results"] if file.exists() else {}
-            for work in options.works or WORKS:
-                results[work] = compare(make_work(work, folder), options.rounds)
-                print(table(results[work]), flush=True)
+            rates = ", ".join(f"{name} {rate:.0f}" for name, rate in harness.matmul_rates().items())
+            print(f"{harness.machine()}; products, GFLOP/s: {rates} (as installed)", flush=True)
+            for work in options.works or (*WORKS, EVALUATION):
+                if work == EVALUATION:
+                    results[work] = measure_evaluation(folder, options.rounds)
+                    print(f"\n{work}: {results[work]['seconds']}", flush=True)
+                else:
+                    results[work] = compare(make_work(work, folder), options.rounds)
+                    print(table(results[work]), flush=True)
+                print(judge(work, results[work]), flush=True)
                 harness.write_json(file, {"results": results})  # those of the other works stay
     print(f"\nWritten: {file}")
 

@@ -26,6 +26,8 @@ from common.choices import Choices
 from common.optimizers import Weights
 from common.processes import ALONE, World
 from common.processes import join as join
+from evaluation.meta_test import Evaluation as Evaluation
+from evaluation.meta_test import evaluate as evaluate
 from learner import build_learner
 from learners.elementary import Elementary as Elementary
 from maml import MAML, SQUARE
