@@ -330,7 +330,7 @@ def _try_out(
             probe.check_learner()
             if prints:
                 print_once(f"main.py: {error}; --engine unrolled is taken")
-        if prints and (line := probe.describe_state()):
+        for line in probe.describe_passes() if prints else []:
             print_once(line)
     probe.try_metric(reading)
     if not (users if call.check_gradients is None else call.check_gradients):

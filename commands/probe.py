@@ -21,7 +21,8 @@ from common.errors import UsageError, is_out_of_memory, one_line
 from common.optimizers import Weights
 from common.random import keys_of, task_stream
 from common.task import Extras, Task
-from learners.diagnosis import find_carried, find_failure, find_followers, find_wrong_layer
+from learners.copies import count_hidden_parameters
+from learners.diagnosis import find_carried, find_failure, find_followers, find_wrong_layer, mixes_examples
 from learners.reading import Reading
 from learners.spectral_norm import vector_names
 from maml import MAML
@@ -163,31 +164,42 @@ class Probe:
 
     def _inner_gradient(self) -> Weights:
         """Return the gradient of the first inner step on the first task."""
-        maml, extras = self.maml, self.maml.call.extras(len(self.keys), self.keys)
-        first = tree_map(lambda t: t[0], Task(*self.tasks, extras=extras))
+        maml, first = self.maml, self._first_task()
         shared = maml.shared_at(self.parameters, 0)
         return maml.inner_step(maml.start(self.parameters, first), shared, *first.at_step(0))[1]
 
-    def describe_state(self) -> str:
-        """Return a line on what passes change in the learner, buffers or counters; "" if nothing."""
-        call, x, keys = self.maml.call, self.x, self.keys[0]
+    def _first_task(self) -> Task:
+        extras = self.maml.call.extras(len(self.keys), self.keys)
+        return tree_map(lambda t: t[0], Task(*self.tasks, extras=extras))
+
+    def describe_passes(self) -> list[str]:
+        """Return lines on what passes change, what is not learned, and outputs that examples share."""
+        call, x, keys, lines = self.maml.call, self.x, self.keys[0], []
+        if hidden := count_hidden_parameters(self.maml.learner):
+            where = "where PyTorch does not look (a plain list?): they are not learned"
+            lines.append(f"The learner keeps {hidden} parameters {where}, as those of nn.ModuleList are")
         state = sorted(call.buffers.keys() - vector_names(self.maml.learner))
         if carried := find_carried(call, x, keys):
-            return (
+            lines.append(
                 f"Each pass starts with the learner's {_listed(carried)} as built, and puts it back: what "
                 "one pass leaves there does not reach the next (a buffer lasts for a task)"
             )
-        if not state:
-            return ""
-        line = (
-            f"Each task starts with the learner's {_listed(state)}, updates a copy in its steps, and drops it"
-        )
-        if followers := find_followers(call, x, keys):
-            line += (
-                f"; {_listed(followers)} will stay behind the learned weights (a power iteration?): "
-                "torch.nn.utils.parametrizations.spectral_norm does not"
+        elif state:
+            lines.append(
+                f"Each task starts with the learner's {_listed(state)}, updates a copy in its steps, and "
+                "drops it"
             )
-        return line
+            if followers := find_followers(call, x, keys):
+                lines[-1] += (
+                    f"; {_listed(followers)} will stay behind the learned weights (a power iteration?): "
+                    "torch.nn.utils.parametrizations.spectral_norm does not"
+                )
+        if mixes_examples(call, self._first_task().for_query(self.maml.steps)):
+            lines.append(
+                "Outputs for an example depend on the other query examples (a normalisation of the learner's "
+                "own, attention over the batch?): results are transductive, inductive ones included"
+            )
+        return lines
 
     def choose_engine(self, *, free: bool) -> tuple[str, str]:
         """Check the meta-gradient on small tasks; return the engine to use, and the outcome in words.

@@ -218,7 +218,7 @@ def _may_change(saved: Config, name: str, value: Any, free: set[str], *, evaluat
     flag, now = CONFIG_FLAGS[name], saved.get(name)
     if name in free or (flag.free_on_eval if evaluate else flag.free_on_resume):
         return True
-    if name in OWN_CODE and _may_have_moved(value, now):
+    if name in OWN_CODE and now and _may_have_moved(value, now):
         return True
     uncompiled = (name, value, now) == ("compile", "on", "off") and not evaluate
     if value == now or (flag.default is BY_RULE and value == "auto") or uncompiled:

@@ -191,6 +191,13 @@ def find_tensors(module: nn.Module) -> list[Tensor]:
     return [value for value in _reach(module) if isinstance(value, Tensor)]
 
 
+def count_hidden_parameters(module: nn.Module) -> int:
+    """Return how many parameters a module keeps where PyTorch does not look, as in a plain list of layers."""
+    known = {id(parameter) for parameter in module.parameters()}
+    hidden = [t for t in find_tensors(module) if isinstance(t, nn.Parameter) and id(t) not in known]
+    return sum(parameter.requires_grad for parameter in hidden)
+
+
 @contextmanager
 def restored(holders: list[Any]) -> Iterator[None]:
     """Put back on exit what the containers hold now."""

@@ -12,6 +12,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from math import isnan
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch.utils import _pytree as pytree
 from common.batch import Tree, first_tensor, in_type, tree_map
 from common.errors import one_line
 from common.optimizers import Weights
-from common.task import Extras
+from common.task import Extras, Task
 from learners.batch_norm import join_names
 from learners.copies import copy_module, layer_text
 from learners.elementary import Elementary
@@ -149,6 +150,19 @@ def find_carried(call: FunctionalLearner, x: Tree, keys: Tensor) -> list[str]:
     others = [change for change in left if not isinstance(change[2], int | float)]
     read = [] if repeat(others) else [change for change in others if not repeat([change])] or others
     return [join_names(name, key) for name, key, _ in numbers + read]
+
+
+@torch.no_grad()
+def mixes_examples(call: FunctionalLearner, task: Task) -> bool:
+    """Return whether the last query example changes the outputs of the others in an inductive pass."""
+    count = len(first_tensor(task.query_x))
+    changed = tree_map(lambda t: torch.cat([t[:-1], t[:1]]), task.query_x)
+    with suppress(Exception):  # the learner may not take so large a set
+        pairs = (call.query(call.parameters, t, "inductive") for t in (task, replace(task, query_x=changed)))
+        leaves = zip(*map(pytree.tree_leaves, pairs), strict=True)
+        others = [(a[:-1], b[:-1]) for a, b in leaves if a.shape[:1] == (count,) and count > 1]
+        return not all(torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(a.abs().max())) for a, b in others)
+    return False
 
 
 def _attributes(layer: nn.Module) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from torch import Tensor
@@ -325,6 +326,7 @@ class TableTasks(TaskDistribution):
         table = self.table
         sizes = ", ".join(f"{len(table.split_names[split]):,} {split}" for split in SPLITS)
         lines = [f"{len(table.x):,} rows; {'classes' if table.by_class else 'tasks'}: {sizes}"]
+        lines.append(f"inputs: {shorten(', '.join(table.inputs), 100)}")  # where a row number would show
         if left_out := [f"{count:,} {words}" for words, count in table.left_out.items() if count]:
             lines.append(f"left out: {', '.join(left_out)}")
         if self.scales:

@@ -226,6 +226,7 @@ def test_flags_override_a_checkpoints_settings_only_where_they_may():
         ({"ways": 3}, True),
         ({"shots": 5}, False),
         ({"precision": "float64"}, False),
+        ({"metric": "mae"}, False),
     ):
         (name,) = flags
         with pytest.raises(UsageError, match=f"{CONFIG_FLAGS[name].name} .* disagrees with the checkpoint"):

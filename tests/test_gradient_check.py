@@ -277,6 +277,12 @@ class Schedules(Left):
         return self.last - self.last.mean(0)
 
 
+class Centred(Left):
+    def forward(self, x):
+        y = super().forward(x)
+        return y - y.mean(0)
+
+
 class Flips(Left):
     def forward(self, x):
         return super().forward(x) * (1 if random.random() < 0.5 else 2)
@@ -391,6 +397,13 @@ def test_what_a_pass_leaves_or_mixes_is_said(own, capsys):
     said = capsys.readouterr().err
     assert "Each pass starts with the learner's calls, last as built" in said
     assert "Outputs for an example depend on the other query examples" in said
+
+
+@pytest.mark.parametrize("name", ["Centred", "right"])
+def test_outputs_that_depend_on_other_examples_are_said(name, own, capsys):
+    assert command(*own(name)) == 0
+    line = "Outputs for an example depend on the other query examples"
+    assert (line in capsys.readouterr().err) == (name == "Centred")
 
 
 def test_a_loss_that_reads_what_the_last_pass_left_is_refused(own, tmp_path, capsys):

@@ -17,6 +17,7 @@ from plain_loop import (
     plain_predictions,
     vectors,
 )
+from runs import command
 from torch import nn
 from torch.func import vmap
 from torch.nn import functional as F
@@ -389,3 +390,14 @@ def test_an_error_on_the_inputs_of_a_task_names_the_layer():
         module.last(torch.ones(5, 7))
     with pytest.raises(RuntimeError, match=r"^mine$"), naming_layer(Net()):
         raise RuntimeError("mine")
+
+
+def test_parameters_that_pytorch_does_not_see_are_counted_and_named(tmp_path, capsys):
+    (tmp_path / "own.py").write_text(
+        "from torch import nn\n\n\nclass Hides(nn.Linear):\n    def __init__(self, outputs):\n"
+        "        super().__init__(1, outputs)\n        self.layers = [nn.Linear(1, 1)]\n\n"
+        "    def forward(self, x):\n        return super().forward(self.layers[0](x))\n"
+    )
+    own = ["--learner", tmp_path / "own.py:Hides", "--checkpoint-path", tmp_path, "--run-name", "a"]
+    assert command(*own, "--iterations", 1, "--eval-tasks", 2, "--val-tasks", 2, "--compile", "off") == 0
+    assert "The learner keeps 2 parameters where PyTorch does not look" in capsys.readouterr().err
