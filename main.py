@@ -41,8 +41,9 @@ PATIENCE = 30.0  # seconds: torchrun ends the other processes once the first has
 def main(arguments: list[str]) -> int:
     """Run a command line; return 0, or 2: bad input, 3: lost process, 4: non-finite numbers, 130: Ctrl+C."""
     show_warnings(silent=RANK > 0)
-    # threads that wait for each other give way: beside other work an iteration took ten times as long
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # how long threads spin for each other before they sleep: PyTorch's OpenMP takes milliseconds, which
+    # beside other work made iterations many times as long (docs/speed.md)
+    os.environ.setdefault("GOMP_SPINCOUNT", "4000")
     if RANK:
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
     try:

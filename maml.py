@@ -86,7 +86,7 @@ class MAML:
         tasks_at_once: int | None = None,
         vectorise: bool = True,
         reading: Reading | None = None,
-        accelerate: Callable[..., Any] = lambda function: function,
+        accelerate: Callable[..., Any] | None = None,
     ) -> None:
         self._arguments = {name: value for name, value in locals().items() if name != "self"}
         self.choices, self.loss, self.steps, self.reading = choices, loss, choices.steps, reading
@@ -99,10 +99,7 @@ class MAML:
         self.accelerate = accelerate
         self._fast: dict[Any, Callable[..., Any]] = {}  # accelerated functions
         self.over_tasks: Callable[..., Callable[..., Any]] = vmap if vectorise else loop_over_tasks
-        rule, momentum, clip = choices.inner_optimizer, choices.inner_momentum, choices.inner_clip
-        self.optimizer = InnerOptimizer(
-            choices.inner_lr, rule, momentum=momentum, clip_norm=clip, proximal=choices.proximal
-        )
+        self.optimizer = InnerOptimizer.of(choices)
         self.first_order = choices.meta_gradient == "first-order"
         self._partition()
 
@@ -402,12 +399,17 @@ class MAML:
             return {name: self.predict(adapted, name) for name in normalisations}
 
         def for_all(function: Callable[..., Any], *axes: int | None) -> Callable[..., Any]:
-            key = function.__name__, axes, normalisations, self.optimizer.lr
-            return self._fast.setdefault(key, self.accelerate(self.over_tasks(function, axes)))
+            fast, key = (
+                self.over_tasks(function, axes),
+                (function.__name__, normalisations, self.optimizer.lr),
+            )
+            return self._fast.setdefault(key, self.accelerate(fast)) if self.accelerate else fast
 
-        state, axis, outputs = self.start(parameters), None, []  # None: all tasks share the state
+        state, outputs, count = self.start(parameters), [], len(first_tensor(tasks.support_x))
+        axis = 0 if self.starts_apart or self.accelerate else None  # None: all tasks share the state
+        if self.accelerate:  # one function for all steps
+            state = tree_map(lambda t: t.expand(count, *t.shape), state)
         if self.starts_apart:
-            axis = 0
             state = self.over_tasks(lambda task: self.start(parameters, task, statistics))(tasks)
         for step in range(steps + 1):
             shared = self.shared_at(parameters, max(0, step - 1), statistics)

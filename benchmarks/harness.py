@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MAIN = str(ROOT / "main.py")
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("GOMP_SPINCOUNT", "4000")  # as main.py does, before PyTorch is imported
 
 from common.errors import UsageError, explain  # noqa: E402 (path first)
 from common.files import read_json as read_json  # noqa: E402 (path first)

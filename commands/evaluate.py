@@ -38,7 +38,9 @@ from training.folders import find_runs
 
 COMPILED = {"compile": "on", "convolution": "im2col"}
 UNCOMPILED = {"compile": "off", "convolution": "grouped"}
-COMPILED_FROM = 500_000  # images that inner steps pass, with which compiling takes less time than it saves
+COMPILED_FROM = (
+    150_000  # images times inner steps: then compiling takes less time than it saves (docs/speed.md)
+)
 
 
 def evaluate(call: Call, given: Mapping[str, Any], command: str, world: World) -> int:

@@ -39,7 +39,7 @@ def default_column(classification: bool, dataset: str, ways: int) -> int:
     return 3 if dataset != "omniglot" else 1 if ways <= 10 else 2
 
 
-# Iterations from which on a run pays for its compilation (benchmarks/README.md), and the images in the
+# Iterations from which on a run pays for its compilation (docs/speed.md), and the images in the
 # support sets of a chunk of tasks that fits a CPU's cache.
 COMPILED_FROM = {"regression": 10_000, "classification": 1_500}
 CHUNK_IMAGES = 40

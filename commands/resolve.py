@@ -119,7 +119,7 @@ def _fit_steps(values: dict[str, Any], given: Mapping[str, Any]) -> None:
 
 
 def _settle(values: Mapping[str, Any], classification: bool) -> dict[str, Any]:
-    """Return the values with each "auto" settled by what was measured (benchmarks/README.md)."""
+    """Return the values with each "auto" settled by what was measured (docs/speed.md)."""
     built_in = values["learner"] in LEARNERS and values.get("vectorise", True)
     long = COMPILED_FROM["classification" if classification else "regression"]
     convolutional = learner_facts(values["learner"]).convolutional

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import getpass
 import os
 import platform
@@ -113,6 +114,14 @@ def _name_user() -> None:
         os.environ["USER"] = "user"
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep large tensors' memory for the next ones: the system clears what it is given back."""
+    with suppress(AttributeError, OSError, TypeError):  # other C libraries have no `mallopt`
+        libc = ctypes.CDLL(None)
+        for parameter, size in ((-3, 2**30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            libc.mallopt(parameter, size)
+
+
 def choose_products(device: torch.device, precision: str, *, small_tensors: bool) -> None:
     """Let oneDNN multiply float32 matrices on AMD's processors with AVX-512, for which MKL has no code.
 
@@ -158,6 +167,7 @@ def set_up(
     warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet")
     torch.set_num_threads(threads_for(threads, world, small_tensors=small_tensors))
     choose_products(device, precision, small_tensors=small_tensors)
+    keep_freed_memory()
     return Runtime(device, *_DTYPES[precision], world)
 
 

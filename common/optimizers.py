@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from common.choices import Choices
+
 Weights = dict[str, Tensor]
 
 
@@ -36,6 +38,12 @@ class InnerOptimizer:
     eps: float = 1e-8
     clip_norm: float | None = None  # maximal norm of a task's gradient, all weights together
     proximal: float = 0.0  # lambda of lambda / 2 |w - anchor|^2 in the support loss (Rajeswaran et al. 2019)
+
+    @classmethod
+    def of(cls, choices: Choices) -> InnerOptimizer:
+        """Return the rule of an algorithm's choices."""
+        rule, momentum, clip = choices.inner_optimizer, choices.inner_momentum, choices.inner_clip
+        return cls(choices.inner_lr, rule, momentum=momentum, clip_norm=clip, proximal=choices.proximal)
 
     @property
     def is_carried(self) -> bool:

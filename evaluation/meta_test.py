@@ -23,6 +23,7 @@ SEED = 0  # of the evaluation tasks; validation and test have random streams apa
 
 # Limits of a chunk of tasks, which then fills about 1.5 GB at the most (20-way `convnet`; ResNet-18)
 CHUNK_EXAMPLES, CHUNK_WEIGHTS, CHUNK_OUTPUTS = 2000, 50_000_000, 50_000_000
+COMPILED_EXAMPLES = 400  # the same for compiled predictions, which then stay in the cache
 MIN_CHUNKS = 8  # to share among processes, of tasks that take long
 DIVERGENCE = 10.0  # a diverged loss is this many times the loss before adaptation
 
@@ -162,7 +163,8 @@ def chunk_size(
     adapted = sum(w.numel() for name, w in parameters.items() if name in maml.adapted)
     one = distribution.sample(split, SEED, 0, range(1))
     examples = sum(first_tensor(x).shape[1] for x in (one.support_x, one.query_x))
-    size = min(CHUNK_EXAMPLES // examples, CHUNK_WEIGHTS // max(1, adapted))
+    limit = COMPILED_EXAMPLES if maml.accelerate else CHUNK_EXAMPLES
+    size = min(limit // examples, CHUNK_WEIGHTS // max(1, adapted))
     if maml.reading is not None:  # images as outputs are many numbers
         size = min(size, CHUNK_OUTPUTS // ((steps + 1) * examples * maml.reading.numbers))
     if distribution.kind != "curves":  # these take long, and are worth sharing among processes

@@ -4,7 +4,7 @@
 derivatives more slowly still. A convolution is bilinear in images and kernels, and so are its derivatives:
 each of the three maps below is one product over gathered patches ("im2col", channels last), and the
 derivatives of each are the other two, to any order. A compiler fuses the gathering with the layers around it;
-uncompiled, it costs more than it saves (benchmarks/README.md).
+uncompiled, it costs more than it saves (docs/speed.md).
 """
 
 from __future__ import annotations
