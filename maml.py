@@ -95,8 +95,7 @@ class MAML:
         )
         self.learner = self.call.module  # the converted copy
         choices.check(has_batch_norm=self.has_batch_norm)
-        self.tasks_at_once = tasks_at_once
-        self.accelerate = accelerate
+        self.tasks_at_once, self.accelerate = tasks_at_once, accelerate
         self._fast: dict[Any, Callable[..., Any]] = {}  # accelerated functions
         self.over_tasks: Callable[..., Callable[..., Any]] = vmap if vectorise else loop_over_tasks
         self.optimizer = InnerOptimizer.of(choices)
@@ -399,18 +398,19 @@ class MAML:
             return {name: self.predict(adapted, name) for name in normalisations}
 
         def for_all(function: Callable[..., Any], *axes: int | None) -> Callable[..., Any]:
-            fast, key = (
-                self.over_tasks(function, axes),
-                (function.__name__, normalisations, self.optimizer.lr),
-            )
-            return self._fast.setdefault(key, self.accelerate(fast)) if self.accelerate else fast
+            if not self.accelerate:
+                return self.over_tasks(function, axes)
+            key = function.__name__, normalisations, self.optimizer.lr
+            if key not in self._fast:
+                self._fast[key] = self.accelerate(self.over_tasks(function, axes))
+            return self._fast[key]
 
-        state, outputs, count = self.start(parameters), [], len(first_tensor(tasks.support_x))
         axis = 0 if self.starts_apart or self.accelerate else None  # None: all tasks share the state
-        if self.accelerate:  # one function for all steps
-            state = tree_map(lambda t: t.expand(count, *t.shape), state)
+        state, outputs, count = self.start(parameters), [], len(first_tensor(tasks.support_x))
         if self.starts_apart:
             state = self.over_tasks(lambda task: self.start(parameters, task, statistics))(tasks)
+        elif self.accelerate:  # one function for all steps
+            state = tree_map(lambda t: t.expand(count, *t.shape), state)
         for step in range(steps + 1):
             shared = self.shared_at(parameters, max(0, step - 1), statistics)
             outputs.append(for_all(predict, axis, None, 0)(state, shared, tasks.for_query(step)))

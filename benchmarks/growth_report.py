@@ -46,11 +46,15 @@ def tabulate(panels: dict[str, Any]) -> str:
     for title, name, curve in ((title, *pair) for title, curves in panels.items() for pair in curves.items()):
         ms, mb = (np.array(curve["seconds"]) * 1e3, np.array(curve["peak"]) / 1e6)
         columns = (np.array(curve["values"]), ms, mb, mb * 1e6 / 4 / np.array(curve["parameters"]))
-        span, times, peaks, units = (f"{column[0]:.3g} to {column[-1]:.3g}" for column in columns)
+        span, times, peaks, units = (f"{show(column[0])} to {show(column[-1])}" for column in columns)
         exponents = [f"{exponent:.2f}" for exponent in curve["exponents"]]
         rows.append([title, name, span, times, exponents[0], peaks, exponents[1], units])
     head = ["over", "", "from, to", "ms", "exponent", "peak in MB", "exponent", "in parameters"]
     return harness.markdown(head, rows)
+
+
+def show(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def describe(machine: dict[str, Any]) -> str:

@@ -36,11 +36,7 @@ from training.checkpoint import Checkpoint, check_same_data, load_checkpoint
 from training.compiler import Compiler, cpp_compiler
 from training.folders import find_runs
 
-COMPILED = {"compile": "on", "convolution": "im2col"}
-UNCOMPILED = {"compile": "off", "convolution": "grouped"}
-COMPILED_FROM = (
-    150_000  # images times inner steps: then compiling takes less time than it saves (docs/speed.md)
-)
+COMPILED_FROM = 1_000_000  # images times inner steps: compiling then saves more than it takes (docs/speed.md)
 
 
 def evaluate(call: Call, given: Mapping[str, Any], command: str, world: World) -> int:
@@ -103,6 +99,7 @@ class Subject:
     source: Checkpoint | None
     trained: Config  # the settings of its training
     config: Config
+    compiled: bool = False  # whether predictions are
     runtime: Runtime = field(init=False)
     distribution: TaskDistribution = field(init=False)
     loss_name: str = field(init=False, default="loss")  # with its unit, once the data are known
@@ -114,7 +111,7 @@ class Subject:
     @classmethod
     def read(cls, file: Path | None, call: Call, given: Mapping[str, Any]) -> Subject:
         """Load a checkpoint and resolve its settings with the given flags."""
-        source = None
+        source, asked = None, given.get("compile", "auto")
         if file is None:
             trained = config = resolve(given)
         else:
@@ -123,13 +120,13 @@ class Subject:
             if call.compare:  # the user's code is for the runs that have some
                 tools = {n for n in OWN_CODE if n != "metric" and not is_own_code(trained.get(n))}
                 given = {n: value for n, value in given.items() if n not in tools or not is_own_code(value)}
+            given = {n: value for n, value in given.items() if n != "compile"}  # the run's may differ
             try:
                 config = resolve_from(trained, given, evaluate=True, eval_dataset=call.eval_dataset)
             except UsageError as error:
                 raise UsageError(f"{file}: {error}") from error
-        settings = COMPILED if is_compiled(config, given) else UNCOMPILED
-        config = config.replaced(**settings, tasks_at_once=given.get("tasks_at_once"))
-        return cls(file, source, trained, config)
+        tested = config.replaced(convolution="grouped", tasks_at_once=given.get("tasks_at_once"))
+        return cls(file, source, trained, tested, is_compiled(config, asked))
 
     @property
     def name(self) -> str:
@@ -178,10 +175,10 @@ class Subject:
     def evaluate(self, split: str = "test", *, first_task: int = 0) -> None:
         """Measure on the fixed tasks of a split from `first_task` on, with each reading of batch norm."""
         options, maml = self.config.evaluation, self.maml
-        if self.config.training.compile == "on":
+        if self.compiled:
             compiler = Compiler(self.runtime.device)
             compiler.active = True
-            maml = maml.with_options(accelerate=compiler.or_plain)
+            maml = maml.with_options(convolution="im2col", accelerate=compiler.or_plain)
         self.result = meta_test.evaluate(
             maml,
             self.parameters,
@@ -230,16 +227,17 @@ class Subject:
             print(line)
 
 
-def is_compiled(config: Config, given: Mapping[str, Any]) -> bool:
-    """Return whether an evaluation is compiled: as asked, or if that saves time."""
-    asked = given.get("compile", "auto")
-    if asked != "auto":
-        return asked == "on" and cpp_compiler() is not None
-    tasks, evaluation, learner = config.tasks, config.evaluation, config.learner.learner
-    if not (learner in LEARNERS and learner_facts(learner).convolutional and tasks.ways and cpp_compiler()):
+def is_compiled(config: Config, asked: str) -> bool:
+    """Return whether predictions are compiled: as asked, or, for "auto", if that saves time."""
+    tasks, sizes, learner = config.tasks, config.evaluation, config.learner.learner
+    if asked == "off" or not config.training.vectorise or not cpp_compiler():
+        return False
+    if asked == "on":
+        return True
+    if learner not in LEARNERS or not learner_facts(learner).convolutional or tasks.ways is None:
         return False
     images = tasks.ways * (tasks.shots + tasks.queries)
-    return evaluation.eval_tasks * evaluation.eval_steps * images >= COMPILED_FROM
+    return sizes.eval_tasks * sizes.eval_steps * images >= COMPILED_FROM
 
 
 def summarise(subjects: Sequence[Subject], split: str = "test") -> tuple[Caption, str]:

@@ -29,7 +29,7 @@ class TaskBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class DataRecord:
-    """What a checkpoint keeps of its data, to recognise them; parts that do not apply are empty."""
+    """A checkpoint's record of its data, by which they are recognised; parts that do not apply are empty."""
 
     splits: dict[str, list[str]] = field(default_factory=dict)  # the user's classes or tasks, by split
     inputs: list[str] = field(default_factory=list)  # columns of a table
@@ -68,7 +68,7 @@ class TaskDistribution(Protocol):
 
     @property
     def record(self) -> DataRecord:
-        """What a checkpoint keeps of the data; nothing of built-in ones."""
+        """The record of the data that a checkpoint keeps, which is empty for built-in data."""
         return DataRecord()
 
     @property

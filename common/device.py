@@ -128,10 +128,12 @@ def choose_products(device: torch.device, precision: str, *, small_tensors: bool
     Its setting allows it to round to bfloat16 on processors that are faster so; one product shows whether
     this one does, and MKL multiplies then. Small products take MKL less time.
     """
+    if device.type != "cpu":  # the setting is CUDA's, too
+        return
     torch.set_float32_matmul_precision("highest")
     cpuinfo = Path("/proc/cpuinfo")
     is_amd = cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text(encoding="utf-8")
-    wide = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
     if is_amd and wide and precision in ("float32", "bf16") and not small_tensors:
         torch.set_float32_matmul_precision("medium")
         a, b = torch.linspace(-1, 1, 2 * 128 * 128).view(2, 128, 128).sin().unbind()

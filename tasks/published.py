@@ -123,9 +123,7 @@ def _open_cifar(name: str, data_root: Path, published: Mapping[str, list[str]], 
     for half in ("train", "test"):
         if not (folder / half).is_file():
             _fetch("CIFAR100", data_root, train=half == "train")
-    column, rows = (
-        ImageColumn(folder / "train", f"image of {name}", load),
-        iter(range(len(names) * CIFAR_IMAGES)),
-    )
+    column = ImageColumn(folder / "train", f"image of {name}", load)
+    rows = iter(range(len(names) * CIFAR_IMAGES))
     classes = {name: [StoredImage(column, next(rows)) for _ in range(CIFAR_IMAGES)] for name in names}
     return image_set(folder, {"all": classes}, published, form, published=True)

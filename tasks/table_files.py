@@ -153,13 +153,7 @@ class TableFile:
         try:
             return column.cast(kind, safe=False).combine_chunks()
         except (ValueError, NotImplementedError) as error:  # pyarrow's, which names any cell, and no row
-            position, problem = 0, one_line(error)
-            for position, cell in enumerate(column):  # noqa: B007 (where it stops)
-                try:
-                    cell.cast(kind, safe=False)
-                except type(error) as first:
-                    problem = one_line(first)
-                    break
+            position, problem = _find_failure(column, kind) or (0, one_line(error))
             if "struct" in str(column.type) or "binary" in str(column.type):
                 problem = "holds bytes; images are read with --dataset images:FILE"
             row = position // width + 1
@@ -200,3 +194,13 @@ def class_labels(schema: Any, name: str) -> dict[str, str]:
         return {str(number): str(label) for number, label in enumerate(features[name]["names"])}
     except (KeyError, TypeError, ValueError):
         return {}
+
+
+def _find_failure(column: Any, kind: str) -> tuple[int, str] | None:
+    """Return the position of the first cell that is not of this kind, and why, or None."""
+    for position, cell in enumerate(column):
+        try:
+            cell.cast(kind, safe=False)
+        except (ValueError, NotImplementedError) as error:
+            return position, one_line(error)
+    return None

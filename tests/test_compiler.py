@@ -1,5 +1,6 @@
 """Compiled functions compute the same, are kept in a cache, and may fail without harm."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 import main
 from commands import build
 from commands.resolve import resolve
+from common.batch import TaskBatch
 from common.choices import Choices
 from dataset import Sinusoid
 from maml import MAML
@@ -136,6 +138,47 @@ def test_a_compiled_iteration_on_images_equals_the_uncompiled_one(tasks_at_once,
     assert accelerate.compiled == libraries
     for field, ours, theirs in zip(State._fields, *states, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12), field
+
+
+@pytest.mark.parametrize("head_init", ["learned", "prototype"])
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_accelerated_predictions_are_the_plain_ones(real, head_init, tmp_path):
+    torch.manual_seed(0)
+    learner = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)).double()
+    maml = MAML(learner, F.cross_entropy, Choices(inner_lr=0.4, steps=2, head_init=head_init))
+    accelerate, made = active_compiler(tmp_path), []
+
+    def faster(function):
+        made.append(function)
+        return accelerate.or_plain(function) if real else function
+
+    x, y = torch.randn(4, 9, 2, dtype=torch.float64), torch.arange(3).repeat(3).expand(4, -1)
+    batch, norms = TaskBatch(x[:, :6], y[:, :6], x[:, 6:], y[:, 6:]), ("transductive", "inductive")
+    parameters = maml.initial_parameters()
+    plain = maml.predictions(parameters, batch, 3, norms)
+    fast = maml.with_options(accelerate=faster)
+    for _ in range(2):  # made once
+        for name, outputs in fast.predictions(parameters, batch, 3, norms).items():
+            torch.testing.assert_close(outputs, plain[name], rtol=1e-12, atol=1e-12)
+    assert len(made) == 2  # a step, and the predictions after it
+    assert accelerate.compiled == (2 if real else 0)
+    with fast.at_rate(0.1), maml.at_rate(0.1):  # a rate is part of what was compiled
+        slower = maml.predictions(parameters, batch, 3)["transductive"]
+        torch.testing.assert_close(fast.predictions(parameters, batch, 3)["transductive"], slower)
+
+
+def test_predictions_that_cannot_be_compiled_stay_plain_and_leave_the_step_compiled(cache, monkeypatch):
+    def fail(*_):
+        raise CompilationError("no")
+
+    accelerate = active_compiler(cache)
+    monkeypatch.setattr(Compiler, "_library", fail)
+    double = accelerate.or_plain(lambda x: 2 * x)
+    with pytest.warns(UserWarning, match="predictions are not compiled: no"):
+        assert double(torch.ones(2)).tolist() == [2, 2]
+    with warnings.catch_warnings(action="error"):  # said once
+        assert double(torch.ones(3)).tolist() == [2, 2, 2]
+    assert accelerate.active
 
 
 def test_a_library_is_named_after_everything_that_it_depends_on(cache, monkeypatch):

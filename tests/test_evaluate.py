@@ -9,8 +9,10 @@ from conftest import write_classes
 from runs import command, validate_on
 
 from commands.config import Config
-from commands.evaluate import Subject, summarise
+from commands.evaluate import Subject, is_compiled, summarise
+from commands.parser import parse
 from commands.resolve import resolve
+from training.compiler import Compiler
 
 SHORT = ["--iterations", 1, "--eval-tasks", 4, "--eval-steps", 2, "--test-steps", 2]
 IMAGES = ["--image-size", 8, "--channels", 1, "-n", 2, "-k", 1, "-q", 1, "--split-shares", "2,1,2"]
@@ -71,6 +73,41 @@ def test_classes_that_may_have_been_trained_on_are_not_tested_on(tmp_path, capsy
         assert "the data had different" in capsys.readouterr().err
     assert command("--eval", "--load", run, "--eval-dataset", f"images:{tmp_path / 'data'}") == 2
     assert "is what the checkpoint learned from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "compiled"),
+    [
+        ("--dataset omniglot", False),
+        ("--dataset omniglot --eval-tasks 10000", True),
+        ("--dataset omniglot --eval-tasks 10000 --no-vectorise", False),
+        ("--dataset sinusoid --eval-tasks 100000", False),
+        ("--dataset omniglot --eval-tasks 10000 --compile off", False),
+        ("--dataset sinusoid --compile on", True),
+    ],
+)
+def test_an_evaluation_is_compiled_as_asked_or_where_that_saves_time(flags, compiled, monkeypatch):
+    monkeypatch.setattr("commands.evaluate.cpp_compiler", lambda: "c++")
+    given = parse(flags.split())
+    assert is_compiled(resolve(given), given.get("compile", "auto")) is compiled
+
+
+def test_compiled_predictions_are_the_same(tmp_path, monkeypatch):
+    run, seen = train(tmp_path, "--precision", "float64"), []
+
+    def note(compiler, function):
+        seen.append(compiler.active)
+        return function
+
+    monkeypatch.setattr(Compiler, "or_plain", note)
+    results = []
+    for compiled in ("on", "off"):
+        out = tmp_path / compiled
+        assert command("--eval", "--load", run, "--eval-tasks", 6, "--compile", compiled, "--out", out) == 0
+        (file,) = out.glob("*.json")
+        results.append([row["loss"] for row in json.loads(file.read_text())["per_step"]])
+        assert seen == [True] * 2  # a step, and the predictions after it
+    assert results[0] == pytest.approx(results[1], rel=1e-9)
 
 
 def test_several_subjects_are_named_after_what_they_share():

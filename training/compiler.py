@@ -92,14 +92,15 @@ class Compiler:
 
     def or_plain(self, function: Function) -> Function:
         """Return the compiled function, which is the function itself once compiling has failed."""
-        compiled = self(function)
+        fast = self(function)
 
         def run(*arguments: Any) -> Any:
+            nonlocal fast
             try:
-                return compiled(*arguments)
+                return fast(*arguments)
             except CompilationError as error:
-                self.active = False
                 warnings.warn(f"predictions are not compiled: {error}", stacklevel=2)
+                fast = function
                 return function(*arguments)
 
         return run

@@ -90,7 +90,7 @@ def _choose(definition: Definition, engines: Sequence[str]) -> Check:
 
 
 class Definition:
-    """What a meta-gradient should be, on small tasks in one type of arithmetic."""
+    """A meta-gradient's defining equation, on small tasks in one type of arithmetic."""
 
     def __init__(
         self, maml: MAML, parameters: Weights, batch: TaskBatch, keys: Tensor, dtype: torch.dtype

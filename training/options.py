@@ -69,8 +69,8 @@ class TrainingOptions:
         "losses and the optimizer stay in float32 at least")
     compile: str = flag(
         "--compile", group="machine", choices=("auto", "on", "off"), default=BY_RULE, common=True,
-        help="compile the whole iteration; auto: with a built-in learner, in runs of at least 10,000 "
-        "iterations (classification 1,500)")
+        help="compile the whole iteration, or with --eval the predictions; auto: with a built-in learner, in "
+        "runs of at least 10,000 iterations (classification 1,500) and in very large evaluations")
     engine: str = flag(
         "--engine", group="machine", choices=("auto", *ENGINES), default=BY_RULE, only="engines",
         help="how the same meta-gradient is computed: unrolled through the whole inner loop, or adjoint, "

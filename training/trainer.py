@@ -7,6 +7,7 @@ due or the progress bar is redrawn, so that no iteration waits for the device.
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import time
@@ -66,10 +67,12 @@ class Trainer:
     ) -> None:
         self.runs, self.maml, self.compiler, self.world = list(runs), maml, compiler, world
         self.training_tasks, self.validation_tasks = training_tasks, validation_tasks
-        over_patches = (
-            runs[0].training.convolution == "im2col"
-        )  # slow unless compiled; other passes are short
-        self.predictor = maml.with_options(accelerate=compiler.or_plain) if over_patches else maml
+        self.predictor = maml  # of validation
+        options = runs[0].training
+        if options.compile == "on" and options.convolution == "im2col":  # slow unless compiled
+            always = copy.copy(compiler)  # a resumed run validates before it compiles its step
+            always.active = True
+            self.predictor = maml.with_options(accelerate=always.or_plain)
         self.show = show and world.first
         accuracy = ["query_accuracy"] * reading_of(maml.reading, training_tasks.ways).has_accuracy
         self.metrics = ["query_loss", *accuracy, "meta_gradient_norm", *TAIL]  # of an iteration

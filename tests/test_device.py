@@ -1,0 +1,46 @@
+"""What is set up for a processor: products stay exact to float32, whichever library multiplies."""
+
+import pytest
+import torch
+
+from common.device import choose_products
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _as_before():
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("small_tensors", [False, True])
+def test_products_have_the_digits_of_float32(small_tensors):
+    choose_products(CPU, "float32", small_tensors=small_tensors)
+    a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0)).unbind()
+    exact = a.double() @ b.double()
+    assert (a @ b - exact).norm() < 1e-6 * exact.norm()
+
+
+def test_a_library_that_rounds_is_not_taken(monkeypatch):
+    """As oneDNN would on a processor that multiplies bfloat16 faster."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr("common.device.Path.exists", lambda path: True)
+    monkeypatch.setattr("common.device.Path.read_text", lambda path, encoding: "AuthenticAMD")
+    choose_products(CPU, "float32", small_tensors=True)
+    assert torch.get_float32_matmul_precision() == "highest"  # MKL takes less time for small ones
+
+    def multiply(a, b):
+        rounds = torch.get_float32_matmul_precision() == "medium" and a.dtype == torch.float32
+        return torch.matmul(a.bfloat16(), b.bfloat16()).float() if rounds else torch.matmul(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", multiply)
+    choose_products(CPU, "float32", small_tensors=False)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_another_devices_setting_is_left_alone():
+    torch.set_float32_matmul_precision("high")  # as --precision tf32 does
+    choose_products(torch.device("cuda"), "tf32", small_tensors=False)
+    assert torch.get_float32_matmul_precision() == "high"
