@@ -15,36 +15,35 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
 
 from commands.build import build_algorithm, build_module, fit_weights, make_writable, prepare, print_settings
 from commands.call import Call
 from commands.config import Config
-from commands.network import AdaptedNetwork, give_network, predict
+from commands.initialisation import Initialisation, Solution, normalisation_of, settings_of
+from commands.network import AdaptedNetwork, give_network
+from commands.network import predict as predict
 from commands.outputs import count_outputs, ignored_by
-from commands.resolve import config_of, resolve_from
 from common.batch import Tree, tree_map
-from common.device import Runtime, find_device, set_up, versions
+from common.device import find_device, set_up, versions
 from common.errors import UsageError, printable
 from common.files import write_whole
 from common.names import as_file_name
 from common.optimizers import Weights
 from common.processes import ALONE
-from common.task import Adapted, UserTask
-from evaluation.meta_test import randomness_of
+from common.task import UserTask
 from evaluation.predictions import Prediction, predictions_figure, read_predictions
 from evaluation.style import write_figure
 from evaluation.tables import predictions_table, write_csv, write_json
 from learners.losses import LOSSES
-from learners.reading import main_tensor
+from learners.reading import Reading
 from maml import MAML
 from tasks.options import data_facts
 from tasks.pixels import Form
 from tasks.scales import Scales, undo_scale
 from tasks.tables import Columns
 from tasks.user_tasks import read_task_arrays, read_task_folder, read_task_table
-from training.checkpoint import Checkpoint, load_checkpoint
+from training.checkpoint import load_checkpoint
 from training.folders import BEST, LAST, find_checkpoint
 
 
@@ -63,44 +62,40 @@ def load(
     """
     path = find_checkpoint(Path(path), BEST, LAST)
     source = load_checkpoint(path)
-    config = _settings_of(source, path, own_code)
+    config = settings_of(source, path, own_code)
     runtime = set_up(find_device(device, ALONE), config.training.precision, small_tensors=False)
     example = tree_map(lambda part: part.to(runtime.device), example)
     _, maml = build_algorithm(config, runtime, outputs or config.tasks.ways or 1, example, saved=source)
     return maml, *fit_weights(path, source, maml, config)
 
 
-def _settings_of(source: Checkpoint, file: Path, given: Mapping[str, Any]) -> Config:
-    config = resolve_from(config_of(source.settings, file), given, evaluate=True, adapt=True)
-    without = {"metric": None, "metric_mode": None}  # there is nothing to measure, and no code to import
-    return config.replaced(convolution="grouped", tasks_at_once=None, **without)
-
-
 def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
     """Adapt a checkpoint to each task of --adapt; write predictions, a picture and the adapted weights."""
     assert call.load is not None and call.adapt is not None
     source = load_checkpoint(call.load)
-    config = _settings_of(source, call.load, given)
-    runtime = prepare(config, call)
-    tasks = read_tasks(call.adapt, config, runtime, source)
-    norm = _normalisation_of(given, source, len(tasks))
+    config = settings_of(source, call.load, given)
+    runtime, norm = prepare(config, call), normalisation_of(given, source)
+    start = Initialisation(call.load, source, config, runtime, norm)
+    tasks = read_tasks(call.adapt, start)
+    if call.save_weights and len(tasks) > 1:
+        raise UsageError(f"--save-weights {call.save_weights}: there are {len(tasks)} tasks: give one")
     folder, steps = make_writable(call.out or call.load.parent), config.evaluation.test_steps
     print_settings(config, runtime, f"Adapting {call.load} to {call.adapt}, {steps} steps")
     predictions = []
     for task in tasks:
-        learner, maml, adapted = _adapt_to(task, call.load, source, config, runtime, norm)
-        predictions.append(_read(predict(maml, adapted, task.query_x, norm), task, maml, source, config))
+        solution = start.adapt(task)
+        predictions.append(_read(*start.outputs(solution, task), task, solution.reading, config))
     stem, digits = f"{folder / call.load.stem}-adapted-{call.adapt.stem}", 10 if source.scales else 7
     header, rows = _tabulate(tasks, predictions, digits=digits)
     print(predictions_table(header, rows))
-    if words := _describe_predictions(predictions[0], maml, config):
+    if words := _describe_predictions(predictions[0], solution.reading, config):
         print(words)
     record = {
         "command": command,
         "checkpoint": call.load,
         "adapted_to": call.adapt,
         "steps": steps,
-        "batch_norm": norm if maml.has_batch_norm else None,
+        "batch_norm": norm if solution.maml.has_batch_norm else None,
         "tasks": [
             {"task": t.name or None, "classes": t.classes, "query": t.query_names, "predicted": p.columns}
             for t, p in zip(tasks, predictions, strict=True)
@@ -117,13 +112,21 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
     arrays = write_arrays(stem, tasks, predictions)
     print(f"Written: {', '.join([f'{stem}.csv', *arrays])}, .png and .json")
     if len(tasks) == 1:
-        x, seed = task.support_x, config.training.seed ^ 1
-        outputs = len(task.classes) or count_outputs(config, task.support_y)
-        fresh = build_module(config, runtime, outputs, x, seed, fetch_weights=False)
         files = call.save_weights, Path(f"{stem}-weights.pt")
-        network = AdaptedNetwork(learner, fresh, maml, adapted, task.query_x, source.scales)
-        print(give_network(*files, network, norm))
+        print(_give_network(*files, start, solution, task))
     return 0
+
+
+def _give_network(
+    file: Path | None, default: Path, start: Initialisation, solution: Solution, task: UserTask
+) -> str:
+    """Write the adapted network, and return a line that says so; see `give_network`."""
+    config, outputs = start.config, len(task.classes) or count_outputs(start.config, task.support_y)
+    seed = config.training.seed ^ 1
+    fresh = build_module(config, start.runtime, outputs, task.support_x, seed, fetch_weights=False)
+    learner, maml, adapted = solution
+    network = AdaptedNetwork(learner, fresh, maml, adapted, task.query_x, start.source.scales)
+    return give_network(file, default, network, start.normalisation)
 
 
 def _in_units(task: UserTask, scales: Scales) -> UserTask:
@@ -133,45 +136,24 @@ def _in_units(task: UserTask, scales: Scales) -> UserTask:
     return replace(task, support_x=support_x, query_x=query_x, support_y=support_y)
 
 
-def _normalisation_of(given: Mapping[str, Any], source: Checkpoint, tasks: int) -> str:
-    """Return how batch norm predicts; raise UsageError where the flags do not fit checkpoint or tasks."""
-    if "save_weights" in given and tasks > 1:
-        raise UsageError(f"--save-weights {given['save_weights']}: there are {tasks} tasks: give one")
-    norm = given.get("batch_norm", "per-step" if source.statistics else "inductive")
-    if norm == "per-step" and not source.statistics:
-        raise UsageError("--batch-norm per-step: the checkpoint has no running statistics")
-    return norm
-
-
-def _read(outputs: Tree, task: UserTask, maml: MAML, source: Checkpoint, config: Config) -> Prediction:
-    """Return what outputs predict, in the units of the task's files; UsageError if they are not finite."""
-    assert maml.reading is not None
-    outputs = tree_map(lambda t: t.float().cpu(), outputs)
-    if not all(part.isfinite().all() for part in tree_leaves(outputs)):
-        parts = {name: getattr(task, name) for name in ("support_x", "support_y", "query_x")}
-        wrong = ", ".join(name for name, part in parts.items() if not part.isfinite().all())
-        reason = f"{wrong} has numbers that are not: mend the file" if wrong else "take fewer --test-steps"
-        raise UsageError(f"--adapt: the predictions are not finite: {reason}")
+def _read(outputs: Tree, numbers: Tensor, task: UserTask, reading: Reading, config: Config) -> Prediction:
+    """Return what outputs predict; `numbers` is the main one in the units of the task's files."""
     columns = Columns.parse(config.tasks.columns).targets
     known = config.tasks.dataset.startswith("table:") or len(columns) == task.support_y[:1].numel()
     targets = columns if known else [f"y{n + 1}" for n in range(task.support_y[:1].numel())]
-    numbers = main_tensor(outputs)
-    if maml.reading.kind == "numbers":
-        numbers = undo_scale(numbers, source.scales, "target")
     known = config.learner.loss in LOSSES or config.learner.outputs == "numbers"
-    return read_predictions(outputs, numbers, maml.reading, task.classes, targets, predicts_targets=known)
+    return read_predictions(outputs, numbers, reading, task.classes, targets, predicts_targets=known)
 
 
-def _describe_predictions(prediction: Prediction, maml: MAML, config: Config) -> str:
+def _describe_predictions(prediction: Prediction, reading: Reading, config: Config) -> str:
     """Return what the columns are where the loss is the user's, who alone knows it."""
-    assert maml.reading is not None
     if config.learner.loss in LOSSES:
         return ""
-    if maml.reading.kind == "classes":
+    if reading.kind == "classes":
         return "p: the outputs if they sum to 1, else their softmax"
-    if maml.reading.kind == "numbers" and not prediction.of_targets:
+    if reading.kind == "numbers" and not prediction.of_targets:
         return "Outputs are as the learner gives them (--outputs says what they are)"
-    return f"The outputs are {maml.reading.describe()}"
+    return f"The outputs are {reading.describe()}"
 
 
 def write_arrays(stem: str, tasks: Sequence[UserTask], predictions: Sequence[Prediction]) -> list[str]:
@@ -186,35 +168,9 @@ def write_arrays(stem: str, tasks: Sequence[UserTask], predictions: Sequence[Pre
     return files
 
 
-def _adapt_to(
-    task: UserTask, file: Path, source: Checkpoint, config: Config, runtime: Runtime, normalisation: str
-) -> tuple[nn.Module, MAML, Adapted]:
-    """Return the learner as it was built, the algorithm, and a task's adapted weights."""
-    x, steps, inner_batch = task.support_x, config.evaluation.test_steps, config.evaluation.eval_inner_batch
-    outputs = len(task.classes) or count_outputs(config, task.support_y)
-    learner, maml = build_algorithm(config, runtime, outputs, x, saved=source, targets=task.support_y)
-    _check_labels(task.support_y, maml)
-    parameters, running = fit_weights(file, source, maml, config)
-    order, keys = randomness_of("test", x[None], range(1), inner_batch, steps)
-    order, running = None if order is None else order[0], running if normalisation == "per-step" else {}
-    return learner, maml, maml.adapt(parameters, x, task.support_y, steps, order, keys[0], running)
-
-
-def _check_labels(labels: Tensor, maml: MAML) -> None:
-    """Raise UsageError where labels are none of the classes that the learner gives scores of."""
-    reading = maml.reading
-    if reading is None or reading.kind not in ("classes", "ordinal") or labels.is_floating_point():
-        return
-    wrong = (labels < 0) | (labels >= reading.classes)
-    wrong &= True if reading.ignored is None else labels != reading.ignored
-    if wrong.any():
-        left_out = "" if reading.ignored is None else f" ({reading.ignored} is left out)"
-        expected = f"labels are 0 to {reading.classes - 1}{left_out}"
-        raise UsageError(f"--adapt: support_y has a label {labels[wrong][0]}, and {expected}")
-
-
-def read_tasks(path: Path, config: Config, runtime: Runtime, source: Checkpoint) -> list[UserTask]:
+def read_tasks(path: Path, start: Initialisation) -> list[UserTask]:
     """Return the tasks of a folder of images, or of a table; UsageError unless the checkpoint fits them."""
+    config, source, runtime = start.config, start.source, start.runtime
     options, place = config.tasks, (runtime.device, runtime.dtype)
     images = data_facts(options.dataset).inputs == "images"
     if not path.exists():
@@ -248,12 +204,8 @@ def read_tasks(path: Path, config: Config, runtime: Runtime, source: Checkpoint)
         # the inputs are those of training, whatever their order here
         columns = replace(columns, inputs=columns.inputs or tuple(source.inputs))
         tasks = read_task_table(path, columns, source.scales, *place, classification=options.classification)
-    numbers = {len(task.classes) for task in tasks} - {options.ways}
-    if options.classification and config.choices.head_init == "learned" and numbers:
-        raise UsageError(
-            f"--adapt {path}: {min(numbers)} classes, and the checkpoint learned {options.ways}: give as "
-            "many, or train with --head-init zero or prototype"
-        )
+    for number in {len(task.classes) for task in tasks}:
+        start.check_classes(number, f"--adapt {path}")
     return tasks
 
 

@@ -1,0 +1,125 @@
+"""Open a trained initialisation, adapt it to a task, and give its outputs the units of the data.
+
+    checkpoint -> settings_of -> Initialisation -> adapt(UserTask) -> Solution -> outputs(x)
+
+`--adapt` has its tasks from files, `estimators` from arrays: both predict here, and so predict the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from commands.build import build_algorithm, fit_weights
+from commands.config import Config
+from commands.network import predict
+from commands.outputs import count_outputs
+from commands.resolve import config_of, resolve_from
+from common.batch import Tree, tree_map
+from common.device import Runtime
+from common.errors import UsageError
+from common.task import Adapted, UserTask
+from evaluation.meta_test import randomness_of
+from learners.reading import Reading, main_tensor
+from maml import MAML
+from tasks.scales import undo_scale
+from training.checkpoint import Checkpoint
+
+
+def settings_of(source: Checkpoint, file: Path, given: Mapping[str, Any]) -> Config:
+    """Return a checkpoint's settings with the given flags, for adapting; UsageError where they do not fit."""
+    config = resolve_from(config_of(source.settings, file), given, evaluate=True, adapt=True)
+    without = {"metric": None, "metric_mode": None}  # there is nothing to measure, and no code to import
+    return config.replaced(convolution="grouped", tasks_at_once=None, **without)
+
+
+def normalisation_of(given: Mapping[str, Any], source: Checkpoint) -> str:
+    """Return how batch norm predicts; raise UsageError where the checkpoint cannot."""
+    norm = given.get("batch_norm", "per-step" if source.statistics else "inductive")
+    if norm == "per-step" and not source.statistics:
+        raise UsageError("--batch-norm per-step: the checkpoint has no running statistics")
+    return norm
+
+
+class Solution(NamedTuple):
+    """A task's adapted weights, with the algorithm and the learner that it was built of."""
+
+    learner: nn.Module
+    maml: MAML
+    adapted: Adapted
+
+    @property
+    def reading(self) -> Reading:
+        assert self.maml.reading is not None
+        return self.maml.reading
+
+
+@dataclass(frozen=True)
+class Initialisation:
+    """A checkpoint to adapt, on this machine, with its settings."""
+
+    file: Path
+    source: Checkpoint
+    config: Config
+    runtime: Runtime
+    normalisation: str  # of predictions: "inductive", "transductive" or "per-step"
+
+    def adapt(self, task: UserTask) -> Solution:
+        """Adapt to a task by the inner steps that evaluation quotes; UsageError where it does not fit."""
+        x, options = task.support_x, self.config.evaluation
+        outputs = len(task.classes) or count_outputs(self.config, task.support_y)
+        saved, targets = self.source, task.support_y
+        learner, maml = build_algorithm(self.config, self.runtime, outputs, x, saved=saved, targets=targets)
+        _check_labels(targets, maml)
+        parameters, running = fit_weights(self.file, saved, maml, self.config)
+        steps = options.test_steps
+        order, keys = randomness_of("test", x[None], range(1), options.eval_inner_batch, steps)
+        order, running = (
+            None if order is None else order[0],
+            running if self.normalisation == "per-step" else {},
+        )
+        return Solution(learner, maml, maml.adapt(parameters, x, targets, steps, order, keys[0], running))
+
+    def outputs(self, solution: Solution, task: UserTask) -> tuple[Tree, Tensor]:
+        """Return outputs for a task's query, on the CPU, and the main one in the units of its targets.
+
+        Raises UsageError if they are not finite.
+        """
+        outputs = predict(solution.maml, solution.adapted, task.query_x, self.normalisation)
+        outputs = tree_map(lambda t: t.float().cpu(), outputs)
+        if not all(part.isfinite().all() for part in tree_leaves(outputs)):
+            parts = {name: getattr(task, name) for name in ("support_x", "support_y", "query_x")}
+            wrong = ", ".join(name for name, part in parts.items() if not part.isfinite().all())
+            reason = f"{wrong} has numbers that are not: mend them" if wrong else "take fewer --test-steps"
+            raise UsageError(f"--adapt: the predictions are not finite: {reason}")
+        numbers = main_tensor(outputs)
+        if solution.reading.kind == "numbers":
+            numbers = undo_scale(numbers, self.source.scales, "target")
+        return outputs, numbers
+
+    def check_classes(self, number: int, source: str) -> None:
+        """Raise UsageError, which names the source, where the head has learned another number of classes."""
+        options = self.config.tasks
+        if options.classification and self.config.choices.head_init == "learned" and number != options.ways:
+            raise UsageError(
+                f"{source}: {number} classes, and the checkpoint learned {options.ways}: give as many, or "
+                "train with --head-init zero or prototype"
+            )
+
+
+def _check_labels(labels: Tensor, maml: MAML) -> None:
+    """Raise UsageError where labels are none of the classes that the learner gives scores of."""
+    reading = maml.reading
+    if reading is None or reading.kind not in ("classes", "ordinal") or labels.is_floating_point():
+        return
+    wrong = (labels < 0) | (labels >= reading.classes)
+    wrong &= True if reading.ignored is None else labels != reading.ignored
+    if wrong.any():
+        left_out = "" if reading.ignored is None else f" ({reading.ignored} is left out)"
+        expected = f"labels are 0 to {reading.classes - 1}{left_out}"
+        raise UsageError(f"--adapt: support_y has a label {labels[wrong][0]}, and {expected}")
