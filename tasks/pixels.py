@@ -209,13 +209,13 @@ def prepare(image: Image.Image, form: Form) -> np.ndarray:
     # Converted before it is resized: on one-bit images Pillow silently takes the nearest pixel.
     image = image.convert("L" if form.channels == 1 else "RGB")
     if form.kind == PLAIN and form.range:
-        image = image.point([*_scale(np.arange(256), form.range).round()] * form.channels)
+        image = image.point([*scale_values(np.arange(256), form.range).round()] * form.channels)
     image = image.resize((form.size, form.size), Image.Resampling[form.resize.upper()])
     pixels = np.asarray(image).reshape(form.size, form.size, form.channels).transpose(2, 0, 1)
     return 255 - pixels if form.invert else pixels
 
 
-def _scale(values: np.ndarray, bounds: Range) -> np.ndarray:
+def scale_values(values: np.ndarray, bounds: Range) -> np.ndarray:
     """Return values from 0 to 255; those outside the bounds are black or white."""
     low, high = bounds
     return ((values - low) / (high - low)).clip(0, 1) * 255
@@ -224,7 +224,7 @@ def _scale(values: np.ndarray, bounds: Range) -> np.ndarray:
 def _to_8_bits(image: Image.Image, bounds: Range) -> Image.Image:
     """Return an image of more than 8 bits in L or RGB, upright, on white."""
     colour, alpha = _read_deep(image)
-    pixels = (alpha * _scale(colour, bounds) + (1 - alpha) * 255).round().astype(np.uint8)
+    pixels = (alpha * scale_values(colour, bounds) + (1 - alpha) * 255).round().astype(np.uint8)
     if getattr(image, "tag_v2", {}).get(262) == 0:
         pixels = 255 - pixels  # a TIFF's WhiteIsZero, which Pillow heeds for 8 bits alone
     return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)

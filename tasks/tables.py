@@ -142,7 +142,7 @@ def _read_targets(
     if classification:
         if len(names) > 1:
             raise UsageError(f"classification takes one target column, not {len(names)}: name one")
-        classes, y = _sort_classes(*file.names(names[0]))
+        classes, y = sort_classes(*file.names(names[0]))
         known = y >= 0
     else:
         classes, y = [], file.numbers(names, columns.inputs)
@@ -241,7 +241,7 @@ def _check_finite(
         raise file.fail(name, row + 1, f"{problem} {dtype}: mend it, or leave the column or the row out")
 
 
-def _sort_classes(names: list[str], labels: Tensor) -> tuple[list[str], Tensor]:
+def sort_classes(names: list[str], labels: Tensor) -> tuple[list[str], Tensor]:
     """Return the classes in sorted order, numbers by their size, and the labels that go with it."""
     try:
         classes = sorted(names, key=float)

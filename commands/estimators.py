@@ -1,0 +1,274 @@
+"""Few-shot estimators with scikit-learn's conventions: a trained run, a few examples, predictions.
+
+    from commands.estimators import FewShotClassifier
+
+    classifier = FewShotClassifier.load("checkpoints/RUN")
+    classifier.fit(x, y)                # a few examples [examples, ...] and their labels, of any kind
+    classifier.predict(new_x)           # and predict_proba, score, classes_
+
+They predict what --adapt writes for the same examples. scikit-learn itself is not required.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from commands.config import CONFIG_FLAGS
+from commands.initialisation import Initialisation, Solution, normalisation_of, settings_of
+from common.batch import Tree
+from common.device import find_device, set_up
+from common.errors import UsageError
+from common.processes import ALONE
+from common.task import UserTask
+from learners.losses import LOSSES
+from learners.reading import Reading
+from tasks.options import data_facts
+from tasks.pixels import Form
+from tasks.tables import sort_classes
+from tasks.user_arrays import read_numbers, read_pixels, scale_columns
+from training.checkpoint import load_checkpoint
+from training.folders import BEST, LAST, find_checkpoint
+
+Array = np.ndarray[Any, Any]
+SETTINGS = (
+    *("test_steps", "batch_norm", "eval_inner_batch", "precision", "outputs"),
+    *("invert", "image_range", "learner", "loss"),
+)
+
+
+@contextmanager
+def _as_value_errors() -> Iterator[None]:
+    """Raise ValueError for a mistake in checkpoint, settings or data, as scikit-learn does."""
+    try:
+        yield
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+
+
+class FewShotEstimator:
+    """Adapt a trained run to a few examples; see `FewShotClassifier` and `FewShotRegressor`.
+
+    Args:
+        run: a run's folder, of which best.pt is taken, or a checkpoint.
+        device: "cpu", "cuda", "mps" or "auto".
+        settings: those that --adapt takes as flags, by name: `SETTINGS`.
+    """
+
+    classification: bool
+
+    def __init__(self, run: Path | str, *, device: str = "cpu", **settings: Any) -> None:
+        self.run, self.device, self.settings = run, device, settings
+        self._start: Initialisation | None = None
+        self._fitted: tuple[UserTask, Solution] | None = None
+
+    @classmethod
+    def load(cls, run: Path | str, *, device: str = "cpu", **settings: Any) -> Self:
+        """Return the estimator of a trained run; ValueError where the run or a setting does not fit."""
+        estimator = cls(run, device=device, **settings)
+        with _as_value_errors():
+            estimator._open()
+        return estimator
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Return run, device and settings by name."""
+        return {"run": self.run, "device": self.device, **self.settings}
+
+    def set_params(self, **parameters: Any) -> Self:
+        """Change run, device or settings; it has to be fitted again."""
+        FewShotEstimator.__init__(self, **self.get_params() | parameters)
+        return self
+
+    def __repr__(self) -> str:
+        settings = "".join(f", {name}={value!r}" for name, value in self.settings.items())
+        return f"{type(self).__name__}({str(self.run)!r}{settings})"
+
+    def __sklearn_tags__(self) -> Any:
+        """Return scikit-learn's description of an estimator, for which it alone asks."""
+        from sklearn.utils import ClassifierTags, RegressorTags, Tags, TargetTags
+
+        target = TargetTags(required=True, multi_output=not self.classification)
+        if self.classification:
+            return Tags("classifier", target, classifier_tags=ClassifierTags())
+        return Tags("regressor", target, regressor_tags=RegressorTags())
+
+    def _open(self) -> Initialisation:
+        """Return the checkpoint with its settings; UsageError where they do not fit."""
+        if self._start is None:
+            settings = {name: _check_setting(name, value) for name, value in self.settings.items()}
+            file = find_checkpoint(Path(self.run), BEST, LAST)
+            source = load_checkpoint(file)
+            config = settings_of(source, file, settings)
+            if config.tasks.classification != self.classification:
+                way = (
+                    "regression: take FewShotRegressor"
+                    if self.classification
+                    else "classes: take FewShotClassifier"
+                )
+                raise UsageError(f"{file} has learned {way}")
+            precision, norm = config.training.precision, normalisation_of(settings, source)
+            runtime = set_up(find_device(self.device, ALONE), precision, small_tensors=False)
+            self._start = Initialisation(file, source, config, runtime, norm)
+        return self._start
+
+    def _inputs(self, x: Any) -> Tensor:
+        """Return examples as the learner gets them: scaled as the run's images, or its table, were."""
+        start = self._open()
+        source, options, runtime = start.source, start.config.tasks, start.runtime
+        kind = data_facts(options.dataset).inputs
+        if source.inputs and hasattr(x, "columns"):  # a data frame: by name, in whatever order
+            if missing := [name for name in source.inputs if name not in x.columns]:
+                raise UsageError(f"x has no column {missing[0]!r}, an input of the run's table")
+            x = x[source.inputs]
+        values = read_numbers("x", x, axes=2)
+        if kind == "images":
+            assert options.image_size and options.channels
+            form = Form(options.image_size, options.channels, options.invert, options.resize)
+            given = options.black_and_white if "image_range" in self.settings else None
+            inputs = read_pixels(values, form, source.image_range, given).to(runtime.dtype) / 255
+        else:
+            inputs = scale_columns("x", values, source.scales, "input")
+        whole = kind == "any" and not inputs.is_floating_point()  # such as tokens
+        return inputs.to(runtime.device, torch.int64 if whole else runtime.dtype)
+
+    def _adapt(self, x: Tensor, y: Tensor, classes: int = 0) -> Solution:
+        """Adapt to examples; UsageError, which has their shapes, where they do not fit the run."""
+        start = self._open()
+        y = y.to(start.runtime.device)
+        task = UserTask("", x, y, x[:0], [str(label) for label in range(classes)], [])
+        try:
+            solution = start.adapt(task)
+        except UsageError as error:
+            raise UsageError(f"x {(*x.shape,)} and y {(*y.shape,)}: {error}") from error
+        self._fitted, self.n_features_in_ = (task, solution), x.shape[1]
+        return solution
+
+    def _outputs(self, x: Any) -> tuple[Reading, Tree, Tensor]:
+        """Return how outputs are read, outputs for examples, and the main one in the targets' units."""
+        if self._fitted is None:
+            raise UsageError(f"{type(self).__name__}: call fit with a few examples first")
+        (task, solution), inputs = self._fitted, self._inputs(x)
+        if inputs.shape[1:] != task.support_x.shape[1:]:
+            before, now = ((len(t), *t.shape[1:]) for t in (task.support_x, inputs))
+            raise UsageError(f"x is {now}, and fit had {before}: give examples of the same shape")
+        task = replace(task, query_x=inputs.to(task.support_x.dtype))
+        return solution.reading, *self._open().outputs(solution, task)
+
+
+class FewShotClassifier(FewShotEstimator):
+    """Classify by a run that has learned classes, adapted to a few labelled examples.
+
+    After `fit`, `classes_` are the labels in sorted order: the columns of `predict_proba`.
+    """
+
+    classification = True
+
+    def fit(self, x: Any, y: Any) -> Self:
+        """Adapt to examples `[examples, ...]` with labels of any kind; ValueError where they do not fit."""
+        with _as_value_errors():
+            inputs, labels = self._inputs(x), np.asarray(y)
+            if labels.shape != inputs.shape[:1]:
+                raise UsageError(f"y is {labels.shape}: give a label for each of the {len(inputs)} examples")
+            if labels.dtype.kind == "f" and (labels != labels.round()).any():
+                raise UsageError("y has decimals or NaN: give labels; FewShotRegressor predicts numbers")
+            try:
+                classes, positions = np.unique(labels, return_inverse=True)
+            except TypeError as error:
+                raise UsageError(f"y has labels of several kinds: {error}") from error
+            number = len(classes)
+            if number < 2:
+                raise UsageError(f"y has one class, {classes[0]!r}: give examples of two or more")
+            self._open().check_classes(number, "y")
+            outputs = self._output_of_each(classes)
+            reading = self._adapt(inputs, outputs[torch.from_numpy(positions)], number).reading
+            ordered = reading.kind in ("classes", "ordinal") and reading.classes == number
+            if not ordered and (reading.kind, number) != ("labels", 2):
+                raise UsageError(f"the learner gives {reading.describe()}, no scores of {number} classes")
+        self.classes_, self._places = classes, outputs
+        return self
+
+    def _output_of_each(self, classes: Array) -> Tensor:
+        """Return the output of each class: a table orders classes that are numbers by size, text or not."""
+        outputs = torch.arange(len(classes))
+        is_table = data_facts(self._open().config.tasks.dataset).inputs == "vectors"
+        return sort_classes([str(label) for label in classes], outputs)[1] if is_table else outputs
+
+    def predict(self, x: Any) -> Array:
+        """Return the class of each example."""
+        with _as_value_errors():
+            reading, outputs, _ = self._outputs(x)
+        predicted = reading.predict(outputs).view(-1).long()
+        return self.classes_[self._places.argsort()[predicted].numpy()]
+
+    def predict_proba(self, x: Any) -> Array:
+        """Return the probability of each class, `[examples, classes]`; after --loss bce, each by itself."""
+        with _as_value_errors():
+            reading, outputs, _ = self._outputs(x)
+            shares = reading.probabilities(outputs).double()
+            if reading.kind == "labels":  # one logit, of the second class
+                shares = torch.cat([1 - shares.view(-1, 1), shares.view(-1, 1)], 1)
+            if shares.shape[1] != len(self.classes_):
+                raise UsageError(f"the learner gives {reading.describe()}: classes have no probabilities")
+        return shares[:, self._places].numpy()
+
+    def score(self, x: Any, y: Any) -> float:
+        """Return the share of examples that are classified correctly."""
+        return float((self.predict(x) == np.asarray(y).ravel()).mean())
+
+
+class FewShotRegressor(FewShotEstimator):
+    """Predict numbers by a run that has learned a regression, adapted to a few examples."""
+
+    classification = False
+
+    def fit(self, x: Any, y: Any) -> Self:
+        """Adapt to examples with targets `[examples]` or `[examples, targets]`, in the units of the data."""
+        with _as_value_errors():
+            start, inputs, targets = self._open(), self._inputs(x), read_numbers("y", y)
+            if len(targets) != len(inputs):
+                raise UsageError(f"y is {targets.shape}: give a target for each of {len(inputs)} examples")
+            self._shape = targets.shape[1:]
+            columns = targets if self._shape else targets[:, None]
+            scaled = scale_columns("y", columns, start.source.scales, "target").to(start.runtime.dtype)
+            reading, options = self._adapt(inputs, scaled).reading, start.config.learner
+            if reading.kind != "numbers":
+                raise UsageError(f"the learner gives {reading.describe()}, no numbers: use --adapt")
+            if options.loss not in LOSSES and options.outputs != "numbers":
+                raise UsageError(f"whether outputs of --loss {options.loss} predict y, say outputs='numbers'")
+        return self
+
+    def predict(self, x: Any) -> Array:
+        """Return predicted targets of the shape that `fit` was given, in the units of the data."""
+        with _as_value_errors():
+            _, _, numbers = self._outputs(x)
+            if numbers.shape[1:].numel() != math.prod(self._shape):
+                raise UsageError(f"the learner's outputs are {(*numbers.shape,)}, none of y's {self._shape}")
+        return numbers.double().reshape(-1, *self._shape).numpy()
+
+    def score(self, x: Any, y: Any) -> float:
+        """Return the coefficient of determination, R squared; of several targets the mean."""
+        targets = np.asarray(y, np.float64)
+        residual = ((targets - self.predict(x).reshape(targets.shape)) ** 2).sum(0)
+        return float(np.mean(1 - residual / ((targets - targets.mean(0)) ** 2).sum(0)))
+
+
+def _check_setting(name: str, value: Any) -> Any:
+    """Return a setting's value as flags have it; UsageError for an unknown name or a wrong value."""
+    if name not in SETTINGS:
+        near = difflib.get_close_matches(name, SETTINGS, 1)
+        raise UsageError(
+            f"there is no setting {name!r}: {f'did you mean {near[0]}?' if near else ', '.join(SETTINGS)}"
+        )
+    value = value.item() if isinstance(value, np.generic) else value
+    if problem := CONFIG_FLAGS[name].problem(value):
+        raise UsageError(f"{name} should be {problem}, not {value!r}")
+    return value
