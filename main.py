@@ -28,6 +28,7 @@ from commands.call import Call, check_call
 from commands.members import members_of
 from commands.parser import parse
 from commands.resolve import resolve
+from commands.settings import add_lines, render_settings
 from common.errors import AgreedError, LostError, UsageError, explain, show_warnings
 
 if TYPE_CHECKING:
@@ -70,19 +71,23 @@ def main(arguments: list[str]) -> int:
 
 def run(arguments: list[str]) -> int:
     """Parse and run one command line; errors propagate to `main`."""
+    given, command = {}, shlex.join(["main.py", *arguments])
     try:
         given = parse(arguments)
         call = check_call(given)
         if call.seeds or call.sweep:  # mistakes answer before PyTorch is imported
             members_of(call, given)
         elif not (call.load or call.resume or call.compare):
-            resolve(given)
+            config = resolve(given)
+            if call.print_config:
+                print(render_settings(command, given, config), end="")
+                return 0
         from commands.build import join_job
 
         call, world = join_job(call)
     except UsageError as error:  # in all processes alike
-        raise AgreedError(str(error)) from error
-    return dispatch(call, given, shlex.join(["main.py", *arguments]), world)
+        raise AgreedError(add_lines(str(error), given)) from error
+    return dispatch(call, given, command, world)
 
 
 def dispatch(call: Call, given: Mapping[str, Any], command: str, world: World) -> int:
@@ -98,8 +103,8 @@ def dispatch(call: Call, given: Mapping[str, Any], command: str, world: World) -
     if call.eval:
         return evaluate.evaluate(call, given, command, world)
     if call.seeds or call.sweep:
-        return sweep.sweep(call, given, world)
-    return train.train(call, given, world)
+        return sweep.sweep(call, given, command, world)
+    return train.train(call, given, command, world)
 
 
 if __name__ == "__main__":

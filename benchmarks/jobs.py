@@ -94,7 +94,7 @@ class Job:
         """Whether training cannot continue: all iterations are done, or numbers are non-finite."""
         progress = self.progress
         ended = progress and progress["failure"] is not None
-        return bool(progress and (ended or progress["iteration"] >= planned_iterations(progress)))
+        return bool(progress and (ended or progress["iteration"] >= progress["iterations"]))
 
     def add_to_ledger(self, seconds: float) -> None:
         total = round(self.ledger.get("seconds", 0.0) + seconds, 1)
@@ -123,10 +123,6 @@ class Job:
     def is_tested(self, test: Test) -> bool:
         kinds = (False, True) if self.cell.baselines else (False,)
         return all(self.result(test, baselines=kind) for kind in kinds)
-
-
-def planned_iterations(progress: Record) -> int:
-    return progress["settings"]["iterations"]
 
 
 def read_result(file: Path) -> dict[str, Any]:
@@ -176,7 +172,7 @@ def run_job(job: Job, until: float, *, single_threaded: bool) -> tuple[bool, str
             if code:
                 return False, f"{title}, {test.name}: {last_line}"
     ended = f"; {progress['failure']}" if progress["failure"] else ""
-    done = f"iteration {progress['iteration']:,} of {planned_iterations(progress):,}"
+    done = f"iteration {progress['iteration']:,} of {progress['iterations']:,}"
     return True, f"{title}: {done}{ended}"
 
 
@@ -253,7 +249,7 @@ def run_of(table: Table, cell: Cell, job: Job) -> dict[str, Any]:
     return {
         "seed": job.seed,
         "iterations": progress["iteration"],
-        "planned": planned_iterations(progress),
+        "planned": progress["iterations"],
         "best_iteration": progress["best_iteration"],
         "failure": progress["failure"],
         "final_training_loss": progress["final_training_loss"],

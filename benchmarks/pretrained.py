@@ -19,7 +19,7 @@ from typing import Any
 import harness
 from cells import FAMILY, FAR_ENOUGH, TABLES, Table
 from harness import ROOT, Parser, evaluate
-from jobs import Job, planned_iterations
+from jobs import Job
 from tool import copy_initialisation
 
 FOLDER = ROOT / "checkpoints" / "pretrained"
@@ -58,7 +58,7 @@ def publish(table: Table, method: str, root: Path) -> bool:
     """Write a method's checkpoint and card; return whether it has been trained far enough."""
     job = Job(table, table.cell(method), table.seeds[0], root)
     progress = job.progress
-    if not progress or progress["iteration"] < FAR_ENOUGH * planned_iterations(progress):
+    if not progress or progress["iteration"] < FAR_ENOUGH * progress["iterations"]:
         return False
     folder = FOLDER / name_of(table, method)
     copied = copy_initialisation(job.folder, folder)
@@ -74,7 +74,7 @@ def publish(table: Table, method: str, root: Path) -> bool:
         "trained_by": job.command,
         "iteration": copied["iteration"],
         "iterations_trained": progress["iteration"],
-        "iterations_planned": planned_iterations(progress),
+        "iterations_planned": progress["iterations"],
         "seed": job.seed,
         "data": copied["dataset"],
         "parameters": copied["parameters"],

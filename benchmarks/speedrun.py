@@ -17,6 +17,7 @@ import os
 import shlex
 import statistics
 import tempfile
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ def time_run(flags: Sequence[str], seed: int, folder: Path) -> float:
 
 def test_run(run: Path) -> dict[str, dict[str, float]]:
     """Return the accuracy after the test steps, by test and normalisation."""
-    steps = harness.read_json(run / "training.json")["settings"]["test_steps"]
+    settings = tomllib.loads((run / "settings.toml").read_text(encoding="utf-8"))
+    steps = (settings["resolved"] | settings["given"])["test-steps"]
     accuracies = {}
     for test, queries in TESTS.items():
         sizes = ["-n", "5", "-k", "1", "-q", queries, "--eval-tasks", "600", "--eval-steps", str(steps)]

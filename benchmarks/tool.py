@@ -55,7 +55,7 @@ def assemble(flags: Sequence[str], world: World = ALONE, seeds: int = 1) -> Asse
     given = parse(list(flags))
     call, first = check_call(given), given.get("seed", 0)
     everything = [
-        assemble_run(Start(resolve(one)), Path(), one, call, world, checked={}, team=world)
+        assemble_run(Start(resolve(one)), Path(), one, "", call, world, checked={}, team=world)
         for one in (given | {"seed": first + number} for number in range(seeds))
     ]
     parts, runs = everything[0], [each.run for each in everything]

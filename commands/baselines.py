@@ -56,7 +56,7 @@ def baselines(call: Call, given: Mapping[str, Any], command: str, world: World) 
     folder, saved = call.load.parent / "baselines", subject.trained
     for name, flags in trained_baselines(saved).items():
         start = replace(call, eval=False, load=None, out=None, resume=True)
-        if code := train(replace(start, checkpoint_path=folder, run_name=name), flags, world):
+        if code := train(replace(start, checkpoint_path=folder, run_name=name), flags, command, world):
             print("To resume: the same command", flush=True)
             return code
     algorithm, norm = saved.choices.algorithm, saved.choices.query_norm

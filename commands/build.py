@@ -33,6 +33,7 @@ from commands.outputs import (
 )
 from commands.probe import Probe
 from commands.resolve import resolve
+from commands.settings import render_settings
 from common.batch import TaskDistribution, Tree, tree_map
 from common.device import Runtime, find_device, set_up
 from common.errors import UsageError
@@ -53,7 +54,7 @@ from maml import MAML, RATE, SQUARE
 from tasks.scales import Scales
 from training.checkpoint import Checkpoint, check_same_data, fitting_parameters
 from training.compiler import Compiler, cpp_compiler, cpp_compiler_name
-from training.folders import BEST, LAST, find_checkpoint, has_results
+from training.folders import BEST, LAST, SETTINGS, find_checkpoint, has_results
 from training.run import Run
 from training.trainer import Trainer
 
@@ -272,6 +273,7 @@ def assemble(
     start: Start,
     folder: Path,
     given: Mapping[str, Any],
+    command: str,
     call: Call,
     world: World,
     *,
@@ -296,8 +298,10 @@ def assemble(
     probe = Probe(maml, parameters, distribution, config)
     engine = _try_out(probe, reading, call, checked, free=free, prints=runtime.world.first)
     start = replace(start, config=(config := config.replaced(engine=engine)))
+    earlier = folder / SETTINGS if start.resumed else None
     run = Run(
         folder=folder,
+        settings_file=render_settings(command, given, config, earlier),
         parameters=parameters,
         training=config.training,
         choices=config.choices,

@@ -33,7 +33,7 @@ class Call:
         help="checkpoint to evaluate, to adapt or to resume; a run's folder means its best.pt or last.pt")
     resume: bool = flag("--resume", group="what to do", default=False, common=True,
         help="resume the run of this --run-name; start it if it has no checkpoint")
-    init_from: Path | None = flag("--init-from", group="what to do", metavar="FILE", default=None,
+    init_from: Path | None = flag("--init-from", group="learner", metavar="FILE", default=None,
         help="start a new run from the weights of a checkpoint, whatever its algorithm")
     adapt: Path | None = flag("--adapt", group="what to do", metavar="PATH", default=None, common=True,
         help="adapt a checkpoint (--load) to a task of your own, and predict; PATH: a folder with "
@@ -41,6 +41,10 @@ class Call:
     baselines: bool = flag("--baselines", group="what to do", default=False, common=True,
         help="with --eval --load: measure training from scratch on each task as well; for regression also a "
         "pretrained network, and the oracle that is told the task")
+    config: Path | None = flag("--config", group="what to do", metavar="FILE", default=None, common=True,
+        help="take settings from a TOML file, such as a run's settings.toml; flags win over it")
+    print_config: bool = flag("--print-config", group="what to do", default=False,
+        help="print the settings of a new run as such a file, and end")
     compare: tuple[str, ...] = flag("--compare", group="what to do", metavar="RUN", default=(), common=True,
         help="compare runs: learning curves, and paired differences on the same tasks; RUN: a run's folder, "
         "a checkpoint, or a folder of many runs, whose seeds are taken together")
@@ -52,7 +56,7 @@ class Call:
         "--sweep", group="what to do", check=key_and_values, metavar="FLAG=A,B,...", default=(), common=True,
         help="train one run per value of a flag; of several flags and --seeds, one per combination")
     runs_at_once: int | None = flag(
-        "--runs-at-once", group="machine", check=at_least(1), metavar="N", default=None,
+        "--runs-at-once", group="what to do", check=at_least(1), metavar="N", default=None,
         help="with --seeds and --sweep: runs trained together, which bounds memory (default: all that differ "
         "in numbers alone; one if compiled on images)")
     eval_dataset: str | None = flag(
@@ -102,6 +106,7 @@ class Call:
 
 CALL_FLAGS = flags_of(Call)
 ALL_FLAGS = CONFIG_FLAGS | CALL_FLAGS
+BY_FLAG = {form.lstrip("-"): name for name, declared in ALL_FLAGS.items() for form in declared.names}
 
 # Each flag of the first list contradicts each of the second.
 CLASHES = (
@@ -113,6 +118,7 @@ CLASHES = (
     ("seeds", "seed", "the former names every seed"),
     ("eval adapt", "resume init_from", "name the checkpoint with --load"),
     ("eval", "adapt", "they are two commands"),
+    ("print_config", "eval adapt compare load resume seeds sweep", "the former is for a single new run"),
     ("adapt", "metric metric_mode val_tasks", "there are no targets to measure by"),
     (
         "compare",
@@ -138,6 +144,11 @@ NEEDS = (
     ("eval_dataset", "eval split"),
     ("eval_dataset", "load compare"),
 )
+
+
+def find_setting(flag: str) -> str | None:
+    """Return the name of a flag's setting, however its dashes are written; None if there is no such flag."""
+    return BY_FLAG.get(flag.strip().lstrip("-").replace("_", "-"))
 
 
 def check_call(given: Mapping[str, Any]) -> Call:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from commands.call import Call
+from commands.call import Call, find_setting
 from commands.config import CONFIG_FLAGS, Config, show
 from commands.resolve import resolve
 from common.errors import UsageError
@@ -65,11 +65,10 @@ def parse_seeds(text: str) -> list[int]:
 
 def _parse_axes(sweep: Sequence[str], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return, for each swept setting by name, its values by their words in a folder's name."""
-    by_flag = {flag.lstrip("-"): name for name, f in CONFIG_FLAGS.items() for flag in f.names}
     axes: dict[str, dict[str, Any]] = {}
     for text in sweep:
         key, _, values = text.partition("=")
-        name = by_flag.get(key.strip().lstrip("-").replace("_", "-"), "")
+        name = find_setting(key) or ""
         flag = CONFIG_FLAGS.get(name)
         if flag is None or name in ("seed", "metric", "metric_mode") or flag.kind is tuple:
             raise UsageError(f"--sweep {text}: {key} cannot be swept (of seeds, give --seeds)")

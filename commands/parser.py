@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from commands.call import ALL_FLAGS
 from commands.config import CONFIG_FLAGS, GROUPS, show
 from commands.presets import ALGORITHMS, DEFAULT_COLUMNS, DEFAULTS, SINUSOID_DEFAULTS
+from commands.settings import read_settings
 from common.errors import UsageError
 from common.options import BY_RULE, Flag
 
@@ -109,7 +110,10 @@ def _help_text(name: str, flag: Flag, *, whole: bool) -> str:
 
 
 def parse(arguments: list[str]) -> dict[str, Any]:
-    """Return the given flags by name of the setting, each valid by itself; raise UsageError otherwise."""
+    """Return the given flags by name of the setting, each valid by itself; raise UsageError otherwise.
+
+    What the file of --config gives is among them.
+    """
     given = vars(build_parser().parse_args(arguments))
     if given.pop("help_all", False):
         build_parser(every_flag=True).print_help()
@@ -117,7 +121,8 @@ def parse(arguments: list[str]) -> dict[str, Any]:
     for name, value in given.items():
         if value == []:  # argparse takes the argument of --flag=-- for the end of the flags
             raise UsageError(f"{ALL_FLAGS[name].name}: expected an argument, got '--'")
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return read_settings(given["config"], given) if "config" in given else given
 
 
 def presets_table() -> str:

@@ -180,12 +180,8 @@ def resolve_from(
     the checkpoint names and the flags do not: nothing is imported because a file says so.
     """
     unused = {"dataset"} if eval_dataset else {"dataset", "metric"} if adapt else set()
-    for name in (name for name in OWN_CODE if name not in unused):
-        if is_own_code(saved.get(name)) and name not in given:
-            code = f"{CONFIG_FLAGS[name].name} {saved.get(name)}"
-            raise UsageError(
-                f"the checkpoint names code that is not this tool's: if you trust it, add {code}"
-            )
+    used = {name: value for name, value in saved.values().items() if name not in unused}
+    refuse_unnamed_code(used, given, "the checkpoint")
     shots = given.get("shots", saved.tasks.shots) if evaluate else saved.tasks.shots
     given = {**given, **_expand_shorthands(given, shots)}
     schedule, iterations = saved.training.meta_lr_schedule, saved.training.iterations
@@ -211,6 +207,14 @@ def resolve_from(
         config = _on_other_data(config, eval_dataset, given)
     check(config, given, testing=evaluate)
     return config
+
+
+def refuse_unnamed_code(values: Mapping[str, Any], typed: Mapping[str, Any], source: str) -> None:
+    """Raise UsageError where values from a file name the user's code, and the flags do not."""
+    for name in OWN_CODE:
+        if is_own_code(values.get(name)) and name not in typed:
+            code = f"{CONFIG_FLAGS[name].name} {values[name]}"
+            raise UsageError(f"{source} names code that is not this tool's: if you trust it, add {code}")
 
 
 def _may_change(saved: Config, name: str, value: Any, free: set[str], *, evaluate: bool) -> bool:

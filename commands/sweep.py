@@ -45,7 +45,7 @@ from training.run import Run, final_loss
 from training.trainer import AT_ONCE, FAILED
 
 
-def sweep(call: Call, given: Mapping[str, Any], world: World) -> int:
+def sweep(call: Call, given: Mapping[str, Any], command: str, world: World) -> int:
     """Train or resume many runs; return the exit code: 128 + signal, or `FAILED` if a run failed."""
     flags, configs = members_of(call, given)
     names, folder = [*configs], call.run_folder
@@ -64,7 +64,7 @@ def sweep(call: Call, given: Mapping[str, Any], world: World) -> int:
         with world.together():
             checked: dict[Hashable, str] = {}
             assemblies = [
-                assemble(start, folder / name, flags[name], call, world, checked=checked)
+                assemble(start, folder / name, flags[name], command, call, world, checked=checked)
                 for name, start in zip(mine, starts, strict=True)
             ]
         world.from_first(lambda: _write_list(folder, configs))

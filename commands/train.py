@@ -28,7 +28,7 @@ from training.folders import BEST, LAST, LIST, is_occupied, lock_folder
 from training.run import Run, final_loss
 
 
-def train(call: Call, given: Mapping[str, Any], world: World) -> int:
+def train(call: Call, given: Mapping[str, Any], command: str, world: World) -> int:
     """Train a run, whose folder is locked until its results are written; return the exit code."""
     with ExitStack() as locks:
         folder = call.load.parent if call.load else call.run_folder
@@ -48,7 +48,7 @@ def train(call: Call, given: Mapping[str, Any], world: World) -> int:
         folder = folder or world.from_first(lambda: make_folder(call.checkpoint_path, start.config, locks))
         build.preload_tasks([start.config], call, world)
         with world.together():
-            parts = build.assemble(start, folder, given, call, world, checked={}, team=world)
+            parts = build.assemble(start, folder, given, command, call, world, checked={}, team=world)
         config = parts.start.config
         world.check_same(
             {"data": parts.distribution.record, "--compile, for want of a compiler": config.training.compile}

@@ -13,7 +13,8 @@ LAYERS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["layers"]
 PARTS: dict[str, list[str]] = LAYERS["parts"]
 COMMANDS: dict[str, list[str]] = LAYERS["commands"]
 STANDARD: list[str] = LAYERS["standard"]
-LIGHT = {"options", "choices", "errors", "config", "call", "rules", "resolve", "parser", "presets", "names"}
+LIGHT = {"options", "choices", "errors", "config", "call", "rules", "resolve", "settings", "parser"}
+LIGHT |= {"presets", "names"}
 HEAVY = ("torch", "numpy", "PIL", "matplotlib")
 MOST_LINES, MOST_LINES_OF_FUNCTION, MOST_ENTRIES = 450, 50, 20
 

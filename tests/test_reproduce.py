@@ -192,7 +192,7 @@ def test_the_pages_say_what_the_records_say():
 
 def write_run(job: jobs.Job, iteration: int, trained_by: str) -> None:
     """Write the files of a run without tests."""
-    progress = {"settings": {"iterations": 90}, "iteration": iteration, "best_iteration": iteration}
+    progress = {"iterations": 90, "iteration": iteration, "best_iteration": iteration}
     progress |= {"failure": None, "final_training_loss": None, "validation": {}, "training": {}}
     job.folder.mkdir(parents=True, exist_ok=True)
     (job.folder / "training.json").write_text(json.dumps(progress))

@@ -2,6 +2,7 @@
 
     RUN/last.pt, best.pt       checkpoints: the newest, and the best on the validation tasks
     RUN/training.json          curves and outcome; a run that has it is finished
+    RUN/settings.toml          the settings and the commands, which --config repeats
     RUN/events.out.tfevents.*  for TensorBoard
     RUNS/runs.json             the runs of a sweep, each in a folder of its own below
 
@@ -23,6 +24,7 @@ from common.files import read_json
 LAST = "last.pt"
 BEST = "best.pt"
 RESULTS = "training.json"
+SETTINGS = "settings.toml"
 LIST = "runs.json"
 LOCK = ".lock"
 PATIENCE = 2.0  # seconds in which a killed process is gone

@@ -15,6 +15,7 @@ from typing import Any
 
 from common.batch import TaskDistribution
 from common.choices import Choices
+from common.files import write_whole
 from common.optimizers import Weights
 from common.processes import World
 from evaluation.examples import adapt_examples, examples_figure
@@ -25,7 +26,7 @@ from evaluation.tables import write_json
 from learners.reading import Reading
 from maml import MAML, RATE
 from training.checkpoint import Checkpoint, Curve, Progress
-from training.folders import RESULTS
+from training.folders import RESULTS, SETTINGS
 from training.options import TrainingOptions
 from training.step import TAIL, State
 from training.tensorboard import RunLog
@@ -43,7 +44,8 @@ class Run:
     choices: Choices
     evaluation: EvaluationOptions
     settings: Mapping[str, Any]  # saved as they are, with `training` as it is now
-    described_by: Mapping[str, Any]  # the settings that TensorBoard and the results show
+    settings_file: str  # the text of settings.toml
+    described_by: Mapping[str, Any]  # the settings that TensorBoard shows
     columns: Mapping[str, Any]  # of TensorBoard's view of all runs: an example value by name
     reading: Reading
     measure_name: str  # for people
@@ -66,8 +68,10 @@ class Run:
         self.state: State  # of the present iteration; the trainer's
 
     def begin(self) -> None:
-        """Open the event file; a new run describes itself there."""
+        """Write the settings and open the event file; a new run describes itself there."""
         if self.writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(self.folder / SETTINGS, lambda file: file.write(self.settings_file.encode()))
             self.log = RunLog(self.folder, begin_at=self.iteration + 1 if self.iteration else 0)
         if not self.iteration:
             empty = ["query accuracy"] * (not self.reading.has_accuracy)
@@ -176,8 +180,8 @@ class Run:
     def end(self) -> None:
         """Write the curves as a picture and, last, as JSON: a run that has it is finished. Raises OSError."""
         results: dict[str, Any] = {
-            "settings": self._description(),
             "iteration": self.iteration,
+            "iterations": self.training.iterations,
             "best_iteration": self.progress.best_iteration,
             "failure": self.failure,
             "final_training_loss": final_loss(self.progress.training),

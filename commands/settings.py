@@ -1,0 +1,143 @@
+"""Keep settings in a file: `settings.toml` in a run's folder, --config FILE and --print-config.
+
+    commands      the command lines that began and resumed the run
+    [given]       what they gave
+    [resolved]    what it resolved to: every other setting that has a meaning
+
+What a file gives counts as typed, and a flag wins over it. Of [resolved] only what this version would resolve
+otherwise counts as well: the file repeats its run, and a flag such as --algorithm keeps its whole meaning.
+No PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from commands.call import ALL_FLAGS, CLASHES, find_setting
+from commands.config import Config
+from commands.names import select_meaningful
+from commands.resolve import refuse_unnamed_code, resolve
+from common.errors import UsageError, reason_of
+from common.options import Flag
+
+
+def render_settings(
+    command: str, given: Mapping[str, Any], config: Config, earlier: Path | None = None
+) -> str:
+    """Return a run's settings as TOML; what an `earlier` file says of a resumed run is kept.
+
+    What the command did, and the run's name, are no settings: repeating the file starts another run.
+    """
+    before = _load(earlier)[0] if earlier and earlier.is_file() else {}
+    typed = {n: v for n, v in given.items() if ALL_FLAGS[n].group != "what to do" and n != "run_name"}
+    shown = before.get("given", {}) | _as_toml(typed)
+    resolved = {k: v for k, v in _as_toml(select_meaningful(config)).items() if shown.get(k) != v}
+    commands = [*dict.fromkeys([*before.get("commands", []), command])]
+    return tomli_w.dumps({"commands": commands, "given": shown, "resolved": resolved})
+
+
+def _as_toml(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings by the names of their flags, without the empty ones, which TOML does not have."""
+    plain = {tuple: list, bool: bool, int: int, float: float}
+    return {
+        ALL_FLAGS[name].name.lstrip("-"): plain.get(type(value), str)(value)
+        for name, value in values.items()
+        if value not in (None, ())
+    }
+
+
+def read_settings(file: Path, typed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a settings file gives together with the typed flags, which win over it.
+
+    Raises UsageError, which names file and line, for what no flag would allow, and for the user's code that
+    no flag names: nothing is imported because a file says so.
+    """
+    given, resolved = _read(file)
+    try:
+        now = resolve(given).values() if resolved else {}
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from error
+    given |= {name: value for name, value in resolved.items() if now.get(name) != value}
+    kept = {name: value for name, value in given.items() if name not in _displaced_by(typed)}
+    refuse_unnamed_code(kept, typed, str(file))
+    return {**kept, **typed}
+
+
+def add_lines(message: str, given: Mapping[str, Any]) -> str:
+    """Return an error's text with the lines of the settings file that its flags come from."""
+    if "config" not in given:
+        return message
+    file, named = given["config"], []
+    values = {name: value for part in _read(file) for name, value in part.items()}
+    for name, number in _lines_of(_load(file)[1]).items():
+        from_file = name in values and values[name] == given.get(name)
+        if from_file and re.search(rf"(?<![\w-]){ALL_FLAGS[name].name}(?![\w-])", message):
+            named.append(f"line {number}")
+    return f"{message} ({file}, {', '.join(named)})" if named else message
+
+
+def _load(file: Path) -> tuple[dict[str, Any], str]:
+    """Return a file's tables, and its text."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        return tomllib.loads(text), text
+    except OSError as error:
+        raise UsageError(f"{file}: {reason_of(error)}") from error
+    except ValueError as error:  # of TOML or of UTF-8
+        raise UsageError(f"{file} is no TOML file: {error}") from error
+
+
+def _lines_of(text: str) -> dict[str, int]:
+    """Return the number of the first line of each setting, by its name."""
+    lines: dict[str, int] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if match := re.match(r"""\s*["']?([\w-]+)["']?\s*=""", line):
+            lines.setdefault(find_setting(match[1]) or match[1], number)
+    return lines
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what a file gives and what that resolved to, by name, each value valid by itself."""
+    tables, text = _load(file)
+    lines = _lines_of(text)
+    parts: dict[str, dict[str, Any]] = {"given": {}, "resolved": {}}
+    for title, value in tables.items():
+        if title == "commands":
+            continue
+        in_part = title in parts and isinstance(value, dict)
+        for key, item in (value if in_part else {title: value}).items():
+            name = find_setting(key) or key
+            place = f"{file}, line {lines[name]}" if name in lines else f"{file}"
+            if name not in ALL_FLAGS or ALL_FLAGS[name].group == "what to do":
+                raise UsageError(f"{place}: {key} is no setting")
+            try:
+                parts[title if in_part else "given"][name] = _parse(ALL_FLAGS[name], item)
+            except argparse.ArgumentTypeError as error:
+                raise UsageError(f"{place}: {ALL_FLAGS[name].name}: {error}") from error
+    return parts["given"], parts["resolved"]
+
+
+def _parse(flag: Flag, value: Any) -> Any:
+    """Return a value of a file as the flag parses it."""
+    if flag.kind is tuple:
+        return tuple(flag.parse(str(item)) for item in (value if isinstance(value, list) else [value]))
+    return flag.parse(str(value) if not isinstance(value, bool) else "yes" if value else "no")
+
+
+def _displaced_by(typed: Mapping[str, Any]) -> set[str]:
+    """Return the settings of a file that typed flags take the place of."""
+    axes = {find_setting(axis.partition("=")[0]) for axis in typed.get("sweep", ())}
+    pairs = [(firsts.split(), seconds.split()) for firsts, seconds, _ in CLASHES]
+    pairs += [(["samples"], ["queries"])]
+    names = {*typed, *filter(None, axes)}
+    for one, other in pairs:
+        names |= {*other} if typed.keys() & {*one} else set()
+        names |= {*one} if typed.keys() & {*other} else set()
+    return names
