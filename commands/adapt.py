@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from commands.build import build_algorithm, build_module, fit_weights, make_writable, prepare, print_settings
@@ -54,8 +55,8 @@ def load(
 
     Args:
         example: inputs of some examples, `[examples, ...]`; their shape determines the learner's.
-        outputs: number of outputs; None: the classes of the training tasks, or one number. Another number of
-            classes requires a run with `--head-init zero` or `prototype`.
+        outputs: number of outputs; None: the classes of the training tasks, or those for one number. Another
+            number of classes requires a run with `--head-init zero` or `prototype`.
         own_code: names of the user's `learner` and `loss`, where the checkpoint names some.
 
     Raises UsageError if the file is not a checkpoint, or does not fit.
@@ -65,7 +66,8 @@ def load(
     config = settings_of(source, path, own_code)
     runtime = set_up(find_device(device, ALONE), config.training.precision, small_tensors=False)
     example = tree_map(lambda part: part.to(runtime.device), example)
-    _, maml = build_algorithm(config, runtime, outputs or config.tasks.ways or 1, example, saved=source)
+    outputs = outputs or count_outputs(config, torch.zeros(1, 1))
+    _, maml = build_algorithm(config, runtime, outputs, example, saved=source)
     return maml, *fit_weights(path, source, maml, config)
 
 
@@ -136,13 +138,28 @@ def _in_units(task: UserTask, scales: Scales) -> UserTask:
     return replace(task, support_x=support_x, query_x=query_x, support_y=support_y)
 
 
-def _read(outputs: Tree, numbers: Tensor, task: UserTask, reading: Reading, config: Config) -> Prediction:
+def _read(
+    outputs: Tree,
+    numbers: Tensor,
+    deviations: Tensor | None,
+    task: UserTask,
+    reading: Reading,
+    config: Config,
+) -> Prediction:
     """Return what outputs predict; `numbers` is the main one in the units of the task's files."""
     columns = Columns.parse(config.tasks.columns).targets
     known = config.tasks.dataset.startswith("table:") or len(columns) == task.support_y[:1].numel()
     targets = columns if known else [f"y{n + 1}" for n in range(task.support_y[:1].numel())]
     known = config.learner.loss in LOSSES or config.learner.outputs == "numbers"
-    return read_predictions(outputs, numbers, reading, task.classes, targets, predicts_targets=known)
+    return read_predictions(
+        outputs,
+        numbers,
+        reading,
+        task.classes,
+        targets,
+        predicts_targets=known,
+        deviations=deviations,
+    )
 
 
 def _describe_predictions(prediction: Prediction, reading: Reading, config: Config) -> str:

@@ -146,7 +146,8 @@ def build_tasks(config: Config, call: Call, runtime: Runtime) -> TaskDistributio
         device=runtime.device,
         dtype=runtime.dtype,
         for_test=call.eval_dataset is not None,
-        scale_targets=config.learner.loss in ("mse", "huber"),  # others may need them as they are
+        scale_targets=config.learner.loss
+        in ("mse", "huber", "gaussian-nll"),  # others may need them as they are
         ignored=ignored_by(config),
     )
 

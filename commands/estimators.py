@@ -152,8 +152,8 @@ class FewShotEstimator:
         self._fitted, self.n_features_in_ = (task, solution), x.shape[1]
         return solution
 
-    def _outputs(self, x: Any) -> tuple[Reading, Tree, Tensor]:
-        """Return how outputs are read, outputs for examples, and the main one in the targets' units."""
+    def _outputs(self, x: Any) -> tuple[Reading, Tree, Tensor, Tensor | None]:
+        """Return how outputs are read, and what `Initialisation.outputs` gives for examples."""
         if self._fitted is None:
             raise UsageError(f"{type(self).__name__}: call fit with a few examples first")
         (task, solution), inputs = self._fitted, self._inputs(x)
@@ -205,14 +205,14 @@ class FewShotClassifier(FewShotEstimator):
     def predict(self, x: Any) -> Array:
         """Return the class of each example."""
         with _as_value_errors():
-            reading, outputs, _ = self._outputs(x)
+            reading, outputs, *_ = self._outputs(x)
         predicted = reading.predict(outputs).view(-1).long()
         return self.classes_[self._places.argsort()[predicted].numpy()]
 
     def predict_proba(self, x: Any) -> Array:
         """Return the probability of each class, `[examples, classes]`; after --loss bce, each by itself."""
         with _as_value_errors():
-            reading, outputs, _ = self._outputs(x)
+            reading, outputs, *_ = self._outputs(x)
             shares = reading.probabilities(outputs).double()
             if reading.kind == "labels":  # one logit, of the second class
                 shares = torch.cat([1 - shares.view(-1, 1), shares.view(-1, 1)], 1)
@@ -240,19 +240,26 @@ class FewShotRegressor(FewShotEstimator):
             columns = targets if self._shape else targets[:, None]
             scaled = scale_columns("y", columns, start.source.scales, "target").to(start.runtime.dtype)
             reading, options = self._adapt(inputs, scaled).reading, start.config.learner
-            if reading.kind != "numbers":
+            if reading.has_accuracy:
                 raise UsageError(f"the learner gives {reading.describe()}, no numbers: use --adapt")
             if options.loss not in LOSSES and options.outputs != "numbers":
                 raise UsageError(f"whether outputs of --loss {options.loss} predict y, say outputs='numbers'")
         return self
 
-    def predict(self, x: Any) -> Array:
-        """Return predicted targets of the shape that `fit` was given, in the units of the data."""
+    def predict(self, x: Any, return_std: bool = False) -> Any:
+        """Return predicted targets of the shape that `fit` was given, in the units of the data.
+
+        With `return_std`, return their standard deviations too; ValueError unless --loss gaussian-nll.
+        """
         with _as_value_errors():
-            _, _, numbers = self._outputs(x)
+            _, _, numbers, deviations = self._outputs(x)
             if numbers.shape[1:].numel() != math.prod(self._shape):
                 raise UsageError(f"the learner's outputs are {(*numbers.shape,)}, none of y's {self._shape}")
-        return numbers.double().reshape(-1, *self._shape).numpy()
+            if return_std and deviations is None:
+                raise UsageError("the run gives no standard deviations: train one with --loss gaussian-nll")
+        parts = [numbers, deviations] if return_std and deviations is not None else [numbers]
+        mean, *deviation = (part.double().reshape(-1, *self._shape).numpy() for part in parts)
+        return (mean, *deviation) if return_std else mean
 
     def score(self, x: Any, y: Any) -> float:
         """Return the coefficient of determination, R squared; of several targets the mean."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,10 +86,11 @@ class Initialisation:
         )
         return Solution(learner, maml, maml.adapt(parameters, x, targets, steps, order, keys[0], running))
 
-    def outputs(self, solution: Solution, task: UserTask) -> tuple[Tree, Tensor]:
+    def outputs(self, solution: Solution, task: UserTask) -> tuple[Tree, Tensor, Tensor | None]:
         """Return outputs for a task's query, on the CPU, and the main one in the units of its targets.
 
-        Raises UsageError if they are not finite.
+        Of normal distributions the latter are the means, and standard deviations come third (None without).
+        Raises UsageError if outputs are not finite.
         """
         outputs = predict(solution.maml, solution.adapted, task.query_x, self.normalisation)
         outputs = tree_map(lambda t: t.float().cpu(), outputs)
@@ -97,10 +99,11 @@ class Initialisation:
             wrong = ", ".join(name for name, part in parts.items() if not part.isfinite().all())
             reason = f"{wrong} has numbers that are not: mend them" if wrong else "take fewer --test-steps"
             raise UsageError(f"--adapt: the predictions are not finite: {reason}")
+        in_units = partial(undo_scale, scales=self.source.scales, part="target")
+        if solution.reading.kind == "normal":
+            return outputs, *solution.reading.moments(outputs, in_units=in_units)
         numbers = main_tensor(outputs)
-        if solution.reading.kind == "numbers":
-            numbers = undo_scale(numbers, self.source.scales, "target")
-        return outputs, numbers
+        return outputs, in_units(numbers) if solution.reading.kind == "numbers" else numbers, None
 
     def check_classes(self, number: int, source: str) -> None:
         """Raise UsageError, which names the source, where the head has learned another number of classes."""

@@ -34,6 +34,7 @@ from learners.batch_norm import record_statistics
 from learners.copies import copy_module, layer_text
 from learners.heads import context_names
 from learners.modules import evaluating
+from learners.reading import Reading
 from learners.spectral_norm import vector_names
 from maml import MAML
 from tasks.scales import Scales, apply_scale, undo_scale
@@ -87,18 +88,24 @@ def fill_module(learner: nn.Module, maml: MAML, adapted: Adapted, *, as_program:
 
 
 class InUnits(nn.Module):
-    """Give a network of standardised numbers the units of its table: float64 in and, for regression, out."""
+    """Give a network of standardised numbers the units of its table: float64 in and, for regression, out.
 
-    def __init__(self, network: nn.Module, scales: Scales, dtype: torch.dtype) -> None:
+    Outputs that are normal distributions become means and standard deviations.
+    """
+
+    def __init__(self, network: nn.Module, scales: Scales, dtype: torch.dtype, reading: Reading) -> None:
         super().__init__()
-        self.network, self.dtype = network, dtype
+        self.network, self.dtype, self.reading = network, dtype, reading
         for part, scale in scales.items():
             self.register_buffer(part, scale)
 
     def forward(self, x: Tensor) -> Tree:
         scales = dict(self.named_buffers(recurse=False))
-        outputs = self.network(apply_scale(x, scales, "input").to(self.dtype))
-        return tree_map(lambda part: undo_scale(part, scales, "target"), outputs)
+        x = apply_scale(x, scales, "input").to(self.dtype) if scales else x
+        outputs, in_units = self.network(x), partial(undo_scale, scales=scales, part="target")
+        if self.reading.kind == "normal":
+            return self.reading.moments(outputs, in_units=in_units)
+        return tree_map(in_units, outputs)
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,10 @@ def give_network(file: Path | None, default: Path, given: AdaptedNetwork, normal
         remarks += ["predicts inductively: each example by itself, with the support set's statistics"]
     if given.scales and path.suffix != ".pt2":
         remarks += ["takes and gives standardised numbers, by the scales of the checkpoint"]
+    reading = given.maml.reading
+    if reading and reading.kind == "normal":
+        deviations = f"numbers whose softplus + {reading.floor:g} is the variance"
+        remarks += [f"gives means and {'standard deviations' if path.suffix == '.pt2' else deviations}"]
     return f"Written: {path}{', which ' * bool(remarks)}{', and '.join(remarks)}"
 
 
@@ -145,8 +156,10 @@ def write_network(file: Path, given: AdaptedNetwork) -> None:
         network = fill_module(copy_module(built), maml, adapted, as_program=True)
         _check_network(file, copy_module(network), maml, adapted, x)
         x = torch.cat([adapted.task.support_x, x])
-        if given.scales:
-            network, x = InUnits(network, given.scales, x.dtype), undo_scale(x, given.scales, "input")
+        reading = maml.reading
+        if reading and (given.scales or reading.kind == "normal"):
+            network = InUnits(network, given.scales, x.dtype, reading)
+            x = undo_scale(x, given.scales, "input")
         _write_program(file, network, x)
         return
     if context_names(built):

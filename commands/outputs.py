@@ -24,7 +24,8 @@ from learners.batch_norm import convert_batch_norm
 from learners.copies import copy_module
 from learners.diagnosis import naming_layer
 from learners.elementary import Elementary
-from learners.losses import LOSSES, ignored_label
+from learners.gaussian import target_axis
+from learners.losses import LOSSES, ignored_label, variance_floor
 from learners.metrics import Metric, build_metric
 from learners.reading import Reading, main_tensor, read_outputs
 from tasks.scales import Scales, undo_scale
@@ -53,10 +54,11 @@ def are_equal(a: Any, b: Any, tolerance: float) -> bool:
 
 
 def count_outputs(config: Config, targets: Tree) -> int:
-    """Return with how many outputs a learner is built: classes, or numbers of targets `[examples, ...]`."""
-    shape = first_tensor(targets).shape
-    channels = 1 if len(shape) == 4 else -1  # of images
-    return (config.tasks.ways if config.tasks.classification else None) or shape[channels]
+    """Return with how many outputs a learner is built: classes, or numbers for targets `[examples, ...]`."""
+    if config.tasks.classification and config.tasks.ways:
+        return config.tasks.ways
+    shape, each = first_tensor(targets).shape, 2 if config.learner.loss == "gaussian-nll" else 1
+    return each * shape[target_axis(len(shape))]
 
 
 def ignored_by(config: Config) -> int | None:
@@ -118,6 +120,7 @@ def try_outputs(
             ways=outputs if config.tasks.classification else None,
             loss=loss,
             ignored=ignored_by(config),
+            floor=variance_floor(loss, config.learner.loss_args),
         )
     except ValueError as error:
         raise UsageError(f"--outputs {config.learner.outputs}: {error}") from error
@@ -139,6 +142,10 @@ def _expected_shape(
     if targets is None:
         return examples, outputs, *scores.shape[2:]
     labels = first_tensor(targets)
+    if loss == "gaussian-nll":
+        shape = [*labels.shape]
+        shape[target_axis(len(shape))] *= 2
+        return tuple(shape)
     alike = loss in ("mse", "huber") or labels.is_floating_point() or labels.shape == scores.shape
     return tuple(labels.shape) if alike else (examples, outputs, *labels.shape[1:])
 

@@ -49,7 +49,8 @@ def _fill_in(given: Mapping[str, Any]) -> Config:
     classification = is_classification(dataset, flags.get("ways"))
     column = default_column(classification, dataset, flags.get("ways") or DEFAULTS["ways"][1])
     defaults = {name: by_column[column] for name, by_column in DEFAULTS.items()}
-    defaults |= SINUSOID_DEFAULTS if dataset == "sinusoid" else {}
+    if dataset == "sinusoid" and flags.get("loss") != "gaussian-nll":  # its gradient is a variance smaller
+        defaults |= SINUSOID_DEFAULTS
     images = {"image_size": facts.image_size, "channels": facts.channels, "invert": facts.invert}
     defaults |= {"dataset": dataset, **images}
     if facts.classification is None:

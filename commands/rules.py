@@ -112,11 +112,15 @@ def _learner_rules(config: Config) -> Iterator[tuple[bool, str]]:
         learner.init == "paper" and learner.facts.init != "paper",
         f"--init paper: {learner.learner} is not a network of the paper; use torch",
     )
+    yield (
+        learner.loss == "gaussian-nll" and learner.outputs != "auto",
+        f"--outputs {learner.outputs} has no meaning with --loss gaussian-nll, which says what they are",
+    )
     test_steps, eval_steps = config.evaluation.test_steps, config.evaluation.eval_steps
     yield test_steps > eval_steps, f"--test-steps {test_steps} is above --eval-steps {eval_steps}"
     kind = "classification" if tasks.classification else "regression"
     yield (
-        learner.loss == ("mse" if tasks.classification else "cross-entropy"),
+        learner.loss in (("mse", "gaussian-nll") if tasks.classification else ("cross-entropy",)),
         f"--loss {learner.loss} does not fit {kind}: leave it out, or use bce, huber or your own",
     )
 

@@ -38,6 +38,7 @@ class Examples:
     outputs: Tensor  # [tasks, shown steps, query examples, ...], or predicted classes without the last axis
     steps: list[int]  # numbers of inner steps that are shown, two or three, of which the first is 0
     ways: int | None  # of image tasks; None: curves
+    deviations: Tensor | None = None  # of outputs that are means of normal distributions
 
 
 def adapt_examples(
@@ -61,8 +62,11 @@ def adapt_examples(
     outputs = maml.predictions(parameters, batch, shown[-1], (norm,), order=order, keys=keys)
     on_cpu = TaskBatch(*(tree_map(Tensor.cpu, tree) for tree in batch))
     if distribution.ways is None:
-        values = main_tensor(outputs[norm])[:, shown].float()
-        return Examples(on_cpu, values.reshape(*values.shape[:3], -1).cpu(), shown, None)
+        normal = reading.kind == "normal"
+        parts = reading.moments(outputs[norm], 2) if normal else (main_tensor(outputs[norm]),)
+        shape = (*parts[0][:, shown].shape[:3], -1)
+        mean, *deviation = (part[:, shown].float().reshape(shape).cpu() for part in parts)
+        return Examples(on_cpu, mean, shown, None, *deviation)
     labels = reading.predict(outputs[norm], 2)[:, shown].long()
     return None if labels.dim() > 3 else Examples(on_cpu, labels.cpu(), shown, distribution.ways)
 
@@ -81,7 +85,10 @@ def examples_figure(examples: Examples, title: str) -> Figure:
 
 
 def draw_fits(panels: Sequence[Axes], examples: Examples) -> None:
-    """Draw the true curve, the support set and the predictions after each shown step, a task a panel."""
+    """Draw the true curve, the support set and the predictions after each shown step, a task a panel.
+
+    The last prediction lies in its bands, if it is a normal distribution.
+    """
     looks = [(":", style.GREEN), *[("--", style.ORANGE)] * (len(examples.steps) - 2), ("-", style.BLUE)]
     support_x, support_y, query_x, query_y = (t[..., 0].numpy() for t in examples.batch)
     outputs = examples.outputs.shape[-1]
@@ -93,6 +100,8 @@ def draw_fits(panels: Sequence[Axes], examples: Examples) -> None:
             label = after_steps(step) if step else "before adaptation"
             label += f" (output 1 of {outputs})" * (outputs > 1)
             panel.plot(query_x[task], predicted, line, color=colour, label=label)
+        if examples.deviations is not None:
+            style.draw_bands(panel, query_x[task], predicted, examples.deviations[task, -1, :, 0].numpy())
         panel.scatter(
             support_x[task], support_y[task], 26, style.RED, linewidth=0.5, label="support set", zorder=3
         )

@@ -6,7 +6,7 @@ step; tables, figures and records are made from it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -36,6 +36,7 @@ class Evaluation:
     accuracies: dict[str, Tensor]  # empty without; NaN where it is undefined for a task
     metrics: dict[str, Tensor] = field(default_factory=dict)  # the same of the user's metric
     metric: Metric | None = None
+    further: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by name, see `Reading.further`
 
     @property
     def measure(self) -> str:
@@ -123,8 +124,8 @@ def evaluate(
     """
     size = chunk_size(maml, parameters, distribution, split, tasks, steps)
     reading = reading_of(maml.reading, distribution.ways)
-    measures = 1 + reading.has_accuracy + (reading.metric is not None)
-    results = torch.zeros(measures, len(normalisations), tasks, steps + 1, dtype=torch.float64)
+    measures = reading.measures
+    results = torch.zeros(len(measures), len(normalisations), tasks, steps + 1, dtype=torch.float64)
     for first in range(0, tasks, size)[world.rank :: world.size]:
         if interrupted():
             raise InterruptedError
@@ -136,22 +137,27 @@ def evaluate(
         )
         rows = slice(first, first + len(numbers))
         for column, name in enumerate(normalisations):
-            for number, values in enumerate(_measure(maml, reading, outputs[name], batch.query_y)):
-                results[number, column, rows] = values.cpu().double()
+            for measure, values in _measure(maml, reading, outputs[name], batch.query_y).items():
+                results[measures.index(measure), column, rows] = values.cpu().double()
     # each number was measured by one process, and is zero in all others
     results = world.sum(results, patiently=True)
-    parts = [dict(zip(normalisations, measure, strict=True)) for measure in results]
-    metrics = parts.pop() if reading.metric else {}
-    return Evaluation(parts[0], parts[1] if reading.has_accuracy else {}, metrics, reading.metric)
+    named = {
+        name: dict(zip(normalisations, part, strict=True))
+        for name, part in zip(measures, results, strict=True)
+    }
+    losses, accuracies, metrics = (named.pop(name, {}) for name in ("loss", "accuracy", "metric"))
+    return Evaluation(losses, accuracies, metrics, reading.metric, named)
 
 
-def _measure(maml: MAML, reading: Reading, outputs: Tree, targets: Tree) -> Iterator[Tensor]:
-    """Yield losses, accuracies and the metric of outputs `[tasks, steps + 1, ...]`, if there are some."""
-    yield loss_per_step(maml, outputs, targets)
+def _measure(maml: MAML, reading: Reading, outputs: Tree, targets: Tree) -> dict[str, Tensor]:
+    """Return the measures `[tasks, steps + 1]` of outputs `[tasks, steps + 1, ...]` by name."""
+    measures = {"loss": loss_per_step(maml, outputs, targets)}
+    beside_steps = tree_map(lambda t: t[:, None], targets)
     if reading.has_accuracy:
-        yield reading.accuracy(outputs, first_tensor(targets)[:, None], 2)
+        measures["accuracy"] = reading.accuracy(outputs, beside_steps, 2)
     if reading.metric is not None:
-        yield reading.metric.per_step(outputs, targets, reading)
+        measures["metric"] = reading.metric.per_step(outputs, targets, reading)
+    return measures | reading.measure_further(outputs, beside_steps, 2)
 
 
 def chunk_size(

@@ -37,7 +37,8 @@ class Prediction:
     columns: dict[str, Tensor | list[str]] = field(default_factory=dict)  # by heading, one value an example
     arrays: dict[str, Tensor] = field(default_factory=dict)  # other outputs, most `[examples, ...]`, by name
     drawn: list[str] = field(default_factory=list)  # headings of the columns in a picture
-    of_targets: bool = False  # these are in the order of the targets
+    deviations: dict[str, Tensor] = field(default_factory=dict)  # of drawn columns that are means
+    of_targets: bool = False  # the drawn columns are in the order of the targets
     measure: str = "output"  # what they are
 
     def rows(self, digits: int) -> Iterator[dict[str, str]]:
@@ -74,14 +75,16 @@ def read_predictions(
     targets: Sequence[str],
     *,
     predicts_targets: bool,
+    deviations: Tensor | None = None,
 ) -> Prediction:
     """Return what a learner's outputs for query examples predict.
 
     Args:
-        numbers: the main output in the targets' units.
+        numbers: the main output in the targets' units; of normal distributions the means.
         classes: names of the classes; empty: their numbers.
         targets: names of the targets.
         predicts_targets: outputs that are numbers are of the targets; else only the user knows what they are.
+        deviations: standard deviations of normal distributions, in the targets' units.
     """
     main, parts = main_tensor(outputs), name_tensors(outputs)
     prediction = Prediction(len(main))
@@ -100,6 +103,11 @@ def read_predictions(
         prediction.drawn = [*prediction.columns]
         prediction.of_targets = {*targets} <= prediction.columns.keys()
         prediction.measure = "prediction" if prediction.of_targets else "output"
+        if deviations is not None and prediction.of_targets:
+            prediction.deviations = dict(zip(targets, deviations.T, strict=True))
+            prediction.columns |= {f"std({name})": part for name, part in prediction.deviations.items()}
+        elif deviations is not None:
+            prediction.add_output("std", deviations)
     for name, part in parts.items():
         if part is not main:
             prediction.add_output(name, part)
@@ -192,6 +200,9 @@ def _draw_columns(panel: Axes, task: UserTask, prediction: Prediction) -> None:
         assert isinstance(values, Tensor)
         look = style.curve_style(number) | ({"marker": ""} if curve else {"linestyle": "none"})
         panel.plot(x.numpy(), values[order].numpy(), label=name, **look)
+        if name in prediction.deviations:
+            bands = values[order].numpy(), prediction.deviations[name][order].numpy()
+            style.draw_bands(panel, x.numpy(), *bands, look["color"])
         if curve and prediction.of_targets:
             support = support_x[:, 0].numpy(), support_y.view(len(support_x), -1)[:, number].numpy()
             panel.scatter(*support, 18, style.RED, zorder=3, label="support set" if number == 0 else None)

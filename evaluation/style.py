@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.files import write_whole
+from learners.gaussian import CENTRAL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,6 +61,17 @@ def curve_style(number: int) -> dict[str, Any]:
         "linestyle": DASHES[number // len(PALETTE) % len(DASHES)],
         "marker": MARKERS[number % len(MARKERS)],
     }
+
+
+def draw_bands(panel: Axes, x: Any, mean: Any, deviation: Any, colour: str = BLUE) -> None:
+    """Draw the central 50 and 90 % of normal distributions around a curve of their means, as arrays."""
+    words = " and ".join(map(str, CENTRAL))
+    for number, width in enumerate(CENTRAL.values()):
+        ends, label = (
+            (mean - width * deviation, mean + width * deviation),
+            None if number else f"central {words} %",
+        )
+        panel.fill_between(x, *ends, color=colour, alpha=0.15, linewidth=0, label=label)
 
 
 def add_legend(figure: Figure, *panels: Axes) -> None:

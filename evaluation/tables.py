@@ -24,6 +24,12 @@ from evaluation.meta_test import Evaluation, mean_and_interval
 ALL = "all"  # name of the only setting
 MOST_COLUMNS = 3  # settings that a table has as columns; more are rows
 ROWS_PRINTED, LONGEST_CELL = 20, 24  # of predictions
+# measures alongside the loss by name: their titles, and how a table shows their numbers
+FURTHER = {
+    "mse": ("MSE of the mean", 1, 4),
+    "coverage_50": ("% in the 50 % band", 100, 1),
+    "coverage_90": ("% in the 90 % band", 100, 1),
+}
 LARGE = 1e6  # a number from which on decimals say nothing
 Curve = tuple[Sequence[float], Sequence[float]]  # x and y
 
@@ -130,6 +136,7 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
             if parts:
                 measures[measure] = (parts[name], ~parts[name].isnan())
                 numbers["undefined_tasks"] = parts[name].isnan().sum(0)  # of the measure that is quoted
+        measures |= {measure: (parts[name], None) for measure, parts in evaluation.further.items()}
         for measure, (values, kept) in measures.items():
             numbers[measure], numbers[f"{measure}_interval_95"] = mean_and_interval(values, kept)
         for step in range(losses.shape[1]):
@@ -137,6 +144,7 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
             per_step.append({"normalisation": name, "steps": step} | row)
     per_task = {"loss": evaluation.losses, "accuracy": evaluation.accuracies}
     per_task |= {evaluation.measure: evaluation.metrics} if evaluation.metrics else {}
+    per_task |= evaluation.further
     return {"per_step": per_step, "per_task": {name: values for name, values in per_task.items() if values}}
 
 
@@ -155,6 +163,7 @@ class StepResults:
     kept_intervals: Tensor  # [steps + 1], half widths over tasks, of `kept_mean`
     losses: Tensor  # [steps + 1], mean loss over all tasks
     accuracies: Tensor | None  # [steps + 1], mean accuracy, if there is one and it is not the measure
+    further: dict[str, Tensor]  # [steps + 1], means of other measures by name
     undefined: list[int]  # [steps + 1], tasks of all runs for which the measure is undefined
     tasks: int
     measured: str  # "accuracy", "loss", or the metric's name
@@ -180,6 +189,10 @@ class StepResults:
             kept_intervals=kept_intervals,
             losses=torch.stack([e.losses[normalisation].mean(0) for e in evaluations]).mean(0),
             accuracies=torch.stack(beside).mean(0) if beside else None,
+            further={
+                name: torch.stack([e.further[name][normalisation].mean(0) for e in evaluations]).mean(0)
+                for name in first.further
+            },
             undefined=[0] * measured.shape[2] if is_loss else (~kept).sum((0, 1)).tolist(),
             tasks=measured.shape[1],
             measured=first.measure,
@@ -262,6 +275,10 @@ def results_table(results: Mapping[str, StepResults], caption: Caption, *, losse
             if losses and not part.is_loss:
                 names.append(f"{before}{caption.loss_name}")
                 cells.append([f"{loss:.4g}" for loss in part.losses.tolist()])
+            for further, values in part.further.items() if losses else ():
+                title, scale_of, digits_of = FURTHER[further]
+                names.append(f"{before}{title}")
+                cells.append([decimal(scale_of * value, digits_of) for value in values.tolist()])
         text = table(
             ["steps", *names, ""],
             list(zip(map(str, steps), *cells, [marks.get(s, "") for s in steps], strict=True)),

@@ -19,6 +19,7 @@ from common.errors import UsageError
 from common.names import is_own_code, parse_name
 from common.own_code import check_order, find_parameters, load_code, parse_arguments
 from learners.elementary import Elementary
+from learners.gaussian import FLOOR, log_density, split_normal
 from learners.reading import IGNORED, main_tensor
 
 
@@ -52,9 +53,16 @@ def huber(outputs: Tree, targets: Tree, *, delta: float = 1.0) -> Tensor:
     return F.huber_loss(main_tensor(outputs), first_tensor(targets), delta=delta)
 
 
+def gaussian_nll(outputs: Tree, targets: Tree, *, floor: float = FLOOR) -> Tensor:
+    """Return the negative log-likelihood of a target, in nats; outputs are normal distributions."""
+    mean, variance = split_normal(main_tensor(outputs), floor)
+    return -log_density(first_tensor(targets), mean, variance).mean()
+
+
 LOSSES: dict[str, Callable[..., Tensor]]
 LOSSES = {"mse": mse, "cross-entropy": cross_entropy, "bce": bce, "huber": huber}
-_TITLES = {"mse": "MSE", "bce": "binary cross-entropy", "huber": "Huber loss"}
+LOSSES |= {"gaussian-nll": gaussian_nll}
+_TITLES = {"mse": "MSE", "bce": "binary cross-entropy", "huber": "Huber loss", "gaussian-nll": "Gaussian NLL"}
 
 
 def loss_name(name: str) -> str:
@@ -76,7 +84,7 @@ def build_loss(name: str, arguments: tuple[str, ...] = ()) -> Callable[[Any, Any
     if arguments:
         target = torch.zeros(1, dtype=torch.int64) if name == "cross-entropy" else torch.zeros(1, 1)
         try:  # report a wrong argument before there is work with the data
-            loss(torch.zeros(1, 1), target)
+            loss(torch.zeros(1, 1 + (name == "gaussian-nll")), target)
         except Exception as error:
             raise UsageError(f"--loss-args {' '.join(arguments)} with --loss {name}: {error}") from error
     return loss
@@ -102,6 +110,11 @@ def ignored_label(name: str, arguments: tuple[str, ...] = ()) -> int:
     default = getattr(find_parameters(function).get("ignore_index"), "default", IGNORED)
     value = parse_arguments(arguments).get("ignore_index", default)
     return value if isinstance(value, int) else IGNORED
+
+
+def variance_floor(name: str, arguments: tuple[str, ...] = ()) -> float:
+    """Return the floor of the variances that a loss reads in outputs: the argument of "gaussian-nll"."""
+    return parse_arguments(arguments).get("floor", FLOOR) if name == "gaussian-nll" else FLOOR
 
 
 def _one_number(loss: Callable[[Any, Any], Tensor], name: str, outputs: Any, targets: Any) -> Tensor:

@@ -100,13 +100,13 @@ def _find_in_library(key: str, name: str) -> tuple[str, Any]:
 def _call_library(key: str, flag: str, outputs: Tree, targets: Tree, reading: Reading) -> Any:
     """Call the function of torchmetrics that fits the outputs; NaN where there is nothing to measure."""
     functions, _ = _load_library()
-    by_kind = {"numbers": "", "labels": "binary" if reading.numbers == 1 else "multilabel"}
+    by_kind = {"numbers": "", "normal": "", "labels": "binary" if reading.numbers == 1 else "multilabel"}
     full = by_kind.get(reading.kind, "multiclass") + key
     full = full if full in functions else key
     _, function = functions.get(full, ("", None))
     family = next((family for family in FAMILIES if full.startswith(family)), "")
     wrong = function is None or "task" in find_parameters(function)  # chooses among the others itself
-    wrong |= {"multiclass": reading.kind == "numbers", "": reading.classes > 0}.get(family, False)
+    wrong |= {"multiclass": not reading.has_accuracy, "": reading.classes > 0}.get(family, False)
     wrong |= family == "binary" and reading.kind != "labels" and reading.classes != 2
     if function is None or wrong:
         raise UsageError(f"{flag} does not fit the outputs, which are {reading.describe()} (see --outputs)")
@@ -141,8 +141,11 @@ def _labels(outputs: Tree, targets: Tree, reading: Reading) -> tuple[Tensor, Ten
 
 
 def _numbers(outputs: Tree, targets: Tree, reading: Reading) -> tuple[Tensor, Tensor, dict[str, int]]:
-    """Return numbers and targets `[examples, ...]`, `[examples]` if there is one; without targets of NaN."""
-    x = main_tensor(outputs) if reading.kind == "numbers" else reading.probabilities(outputs)
+    """Return numbers and targets `[examples, ...]`, `[examples]` if there is one; without targets of NaN.
+
+    The numbers of normal distributions are their means.
+    """
+    x = reading.probabilities(outputs) if reading.has_accuracy else main_tensor(outputs)
     y = first_tensor(targets)
     if x.shape != y.shape:
         shapes = f"outputs {tuple(x.shape)} and targets {tuple(y.shape)}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from common.names import check_code_name, parse_name
 from common.options import BY_LEARNER, BY_RULE, flag, key_and_value
 
-LOSSES = ("mse", "cross-entropy", "bce", "huber")
+LOSSES = ("mse", "cross-entropy", "bce", "huber", "gaussian-nll")
 OUTPUTS = ("auto", "classes", "ordinal", "labels", "numbers")
 
 
@@ -65,8 +65,8 @@ class LearnerOptions:
         help="initial weights: the paper's, or PyTorch's (default: paper; torch for conv-flat, convnet and "
         "what is not built in)")
     loss: str = flag("--loss", group="learner", check=check_loss_name, metavar="NAME", default=BY_RULE,
-        help="mse, cross-entropy, bce (binary, of logits), huber, or file.py:function; auto: mse, or "
-        "cross-entropy in classification")
+        help="mse, cross-entropy, bce (binary, of logits), huber, gaussian-nll (a mean and a variance for "
+        "each target), or file.py:function; auto: mse, or cross-entropy in classification")
     loss_args: tuple[str, ...] = flag(
         "--loss-args", group="learner", check=key_and_value, metavar="NAME=VALUE", default=(),
         help="arguments of the loss")

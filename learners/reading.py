@@ -18,6 +18,7 @@ from torch import Tensor
 
 from common.batch import Tree, first_tensor, tree_map
 from common.errors import UsageError, one_line
+from learners.gaussian import CENTRAL, FLOOR, measure_normal, split_normal
 
 IGNORED = -100  # PyTorch's default of `ignore_index`
 NEAR_ONE = 1e-3  # probabilities sum to 1 within this
@@ -63,7 +64,11 @@ class Metric:
         """Return the measure of outputs `[tasks, steps, examples, ...]`: float64 `[tasks, steps]`."""
         outputs, targets = (tree_map(lambda t: t.detach().cpu(), tree) for tree in (outputs, targets))
         if reading.in_units:
-            outputs, targets = map(reading.in_units, (main_tensor(outputs), first_tensor(targets)))
+            targets = reading.in_units(first_tensor(targets))
+        if reading.kind == "normal":
+            outputs = reading.moments(outputs, 2, in_units=reading.in_units)
+        elif reading.in_units:
+            outputs = reading.in_units(main_tensor(outputs))
         tasks, steps = first_tensor(outputs).shape[:2]
 
         def pick(tree: Tree, *place: int) -> Tree:
@@ -83,12 +88,14 @@ class Reading:
     Attributes:
         kind: "classes", scores `[examples, classes, ...]`; "ordinal", logits `[examples, classes - 1, ...]`
             of being above each class but the last; "labels", logits of the shape of targets that are 0 or
-            1; or "numbers".
+            1; "numbers"; or "normal", means and variances (see gaussian.py).
         ignored: label that is no class; None: all labels are classes.
         numbers: how many the main output has per example.
         independent: scores are logits of a class against the rest.
-        in_units: gives standardised targets the units of the data; None: they were not standardised.
+        in_units: gives standardised targets the units of the data, and deviations with `centre=False`; None:
+            they were not standardised.
         metric: the user's own measure, if any.
+        floor: of a variance that is read.
     """
 
     kind: str
@@ -96,17 +103,29 @@ class Reading:
     ignored: int | None = None
     numbers: int = 1
     independent: bool = False
-    in_units: Callable[[Tensor], Tensor] | None = None
+    in_units: Callable[..., Tensor] | None = None
     metric: Metric | None = None
+    floor: float = FLOOR
 
     @property
     def has_accuracy(self) -> bool:
-        return self.kind != "numbers"
+        return self.kind not in ("numbers", "normal")
+
+    @property
+    def further(self) -> tuple[str, ...]:
+        """Return the names of measures that are reported alongside the loss (see `measure_further`)."""
+        return ("mse", *(f"coverage_{percent}" for percent in CENTRAL)) if self.kind == "normal" else ()
 
     @property
     def is_masked(self) -> bool:
         """Return whether some targets may be unknown, so that accuracy may be undefined."""
         return self.kind == "labels" or self.ignored is not None
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Return the names of all measures of a task."""
+        plain = ["loss", *["accuracy"] * self.has_accuracy, *["metric"] * (self.metric is not None)]
+        return *plain, *self.further
 
     @property
     def measure(self) -> str:
@@ -160,6 +179,20 @@ class Reading:
         right = (predicted == labels) & known
         return right.flatten(before).sum(-1) / known.expand_as(right).flatten(before).sum(-1)
 
+    def moments(
+        self, outputs: Tree, before: int = 0, *, in_units: Callable[..., Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the means and the standard deviations in outputs that are normal distributions."""
+        mean, variance = split_normal(main_tensor(outputs), self.floor, before)
+        deviation = variance.sqrt()
+        return (in_units(mean), in_units(deviation, centre=False)) if in_units else (mean, deviation)
+
+    def measure_further(self, outputs: Tree, targets: Tree, before: int = 1) -> dict[str, Tensor]:
+        """Return the measures `further` of each task, `[...]`, by name."""
+        if not self.further:
+            return {}
+        return measure_normal(first_tensor(targets), *self.moments(outputs, before), before)
+
     def describe(self) -> str:
         """Return in words how accuracy is measured, or why it is not."""
         left_out = "" if self.ignored is None else f"; a label {self.ignored} is left out"
@@ -169,6 +202,7 @@ class Reading:
             f"number of logits above 0{left_out}",
             "labels": "logits of labels that are 0 or 1, with the threshold 0.5 of the sigmoid",
             "numbers": "numbers",
+            "normal": "means of the targets, then numbers whose softplus gives the variances",
         }[self.kind]
 
 
@@ -192,6 +226,7 @@ def read_outputs(
     ways: int | None = None,
     loss: str = "",
     ignored: int | None = None,
+    floor: float = FLOOR,
 ) -> Reading:
     """Decide what outputs mean from those of one task; ValueError where they cannot be what `kind` says.
 
@@ -200,6 +235,7 @@ def read_outputs(
         ways: classes of a task; None in regression.
         loss: name of a built-in loss, or of the user's.
         ignored: label that is no class; None: there is none.
+        floor: of variances, if the loss is "gaussian-nll".
     """
     scores, labels = main_tensor(outputs), first_tensor(targets)
     numbers = scores[:1].numel()
@@ -218,7 +254,7 @@ def read_outputs(
         raise ValueError(f"logits {tuple(scores.shape)} are none of labels {tuple(labels.shape)}")
     masked = ignored if ignored is not None or scores.dim() < 3 else IGNORED
     classes = {"classes": columns, "ordinal": columns + 1}.get(kind, 0)
-    return Reading(kind, classes, masked, numbers, independent=loss == "bce")
+    return Reading(kind, classes, masked, numbers, independent=loss == "bce", floor=floor)
 
 
 def _kind_by_shape(scores: Tensor, labels: Tensor, *, indexed: bool, ways: int | None, loss: str) -> str:
@@ -227,8 +263,8 @@ def _kind_by_shape(scores: Tensor, labels: Tensor, *, indexed: bool, ways: int |
         if indexed and scores.shape[1] in (ways, ways - 1):
             return "classes" if scores.shape[1] == ways else "ordinal"
         return "labels" if ways == 2 and scores.shape == labels.shape else "numbers"
-    if loss == "bce":
-        return "labels"
+    if loss in ("bce", "gaussian-nll"):
+        return "labels" if loss == "bce" else "normal"
     if labels.is_floating_point() or loss in ("mse", "huber"):
         return "numbers"
     if scores.shape == labels.shape:

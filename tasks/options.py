@@ -174,8 +174,8 @@ class TaskOptions:
         "--exclude-columns", group="tasks", check=check_names, metavar="NAMES", default=None, only="table",
         help="columns of a table that are no inputs, with commas between")
     standardise: bool = flag("--standardise", group="tasks", default=True, only="table",
-        help="subtract the mean of each input of a table, and of each target with mse or huber, and divide "
-        "by the standard deviation, both of the training rows")
+        help="subtract the mean of each input of a table, and of each target with mse, huber or "
+        "gaussian-nll, and divide by the standard deviation, both of the training rows")
     # fmt: on
 
     @property

@@ -31,9 +31,12 @@ def apply_scale(values: Tensor, scales: Scales, part: str) -> Tensor:
     return (values - mean) / deviation
 
 
-def undo_scale(values: Tensor, scales: Scales, part: str) -> Tensor:
-    """Return standardised values in the units of the table, float64 where these are not the same."""
+def undo_scale(values: Tensor, scales: Scales, part: str, *, centre: bool = True) -> Tensor:
+    """Return standardised values in the units of the table, float64 where these are not the same.
+
+    Standard deviations are values without a `centre`.
+    """
     if part not in scales:
         return values
     mean, deviation = scales[part].to(values.device)
-    return values.double() * deviation + mean
+    return values.double() * deviation + (mean if centre else 0)

@@ -394,6 +394,11 @@ def bce_of_classes(outputs, targets):
     return F.binary_cross_entropy_with_logits(outputs, F.one_hot(targets, 3).double())
 
 
+def nll_of_pytorch(outputs, targets):
+    mean, raw = outputs[:, :3], outputs[:, 3:]
+    return F.gaussian_nll_loss(mean, targets, F.softplus(raw) + 1e-4, full=True)
+
+
 CLASSES = [integers(3, TASKS, EXAMPLES, seed=seed) for seed in (5, 6)]
 BITS = [(normal(TASKS, EXAMPLES, 3, seed=seed) > 0).double() for seed in (5, 6)]
 FAR = [3 * normal(TASKS, EXAMPLES, 3, seed=seed) for seed in (5, 6)]  # errors on both sides of Huber's 1
@@ -403,6 +408,7 @@ LOSS_CASES = {
     "bce of classes": ("bce", bce_of_classes, CLASSES),
     "bce of numbers": ("bce", F.binary_cross_entropy_with_logits, BITS),
     "huber": ("huber", F.huber_loss, FAR),
+    "gaussian-nll": ("gaussian-nll", nll_of_pytorch, FAR),
 }
 
 
@@ -410,7 +416,8 @@ LOSS_CASES = {
 def test_each_loss_is_pytorchs(case):
     assert {name for name, *_ in LOSS_CASES.values()} == LOSSES.keys()
     name, theirs, targets = LOSS_CASES[case]
-    module = filled(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)))
+    outputs = 6 if name == "gaussian-nll" else 3
+    module = filled(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, outputs)))
     batch = vectors(3)._replace(support_y=targets[0], query_y=targets[1])
     for order in ORDERS:
         expected, values, _ = plain_loop(module, theirs, batch, order=order)

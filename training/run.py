@@ -130,6 +130,7 @@ class Run:
             results["query_accuracy"] = evaluation.accuracies[norm]
         if evaluation.metrics:
             results[self.measure] = evaluation.metrics[norm]
+        results |= {f"query_{name}": values[norm] for name, values in evaluation.further.items()}
         by_step = {
             name: [(t if name == "query_loss" else t[~t.isnan()]).mean().item() for t in tasks.unbind(1)]
             for name, tasks in results.items()
