@@ -68,11 +68,10 @@ class Run:
         self.state: State  # of the present iteration; the trainer's
 
     def begin(self) -> None:
-        """Write the settings and open the event file; a new run describes itself there."""
+        """Open the event file and write the settings; a new run describes itself in both."""
         if self.writes:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(self.folder / SETTINGS, lambda file: file.write(self.settings_file.encode()))
             self.log = RunLog(self.folder, begin_at=self.iteration + 1 if self.iteration else 0)
+            write_whole(self.folder / SETTINGS, lambda file: file.write(self.settings_file.encode()))
         if not self.iteration:
             empty = ["query accuracy"] * (not self.reading.has_accuracy)
             empty += ["query metric"] * (self.reading.metric is None)

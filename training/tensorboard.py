@@ -57,6 +57,7 @@ class RunLog:
         self.file: IO[bytes] | None = None
         if folder is None:
             return
+        folder.mkdir(parents=True, exist_ok=True)
         drop_events(folder, begin_at)
         # TensorBoard reads the files in the order of their names
         name = f"events.out.tfevents.{time.time_ns():019d}.{socket.gethostname()}.{os.getpid()}"
