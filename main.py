@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# PYTHON_ARGCOMPLETE_OK
 """Gradient-based meta-learning (MAML) from the command line.
 
     python main.py                                          # the paper's sinusoid

@@ -14,7 +14,7 @@ from typing import Any
 
 from commands.config import CONFIG_FLAGS
 from common.errors import UsageError
-from common.options import above_zero, at_least, flag, flags_of, folder_name, key_and_values
+from common.options import above_zero, at_least, find_nearest, flag, flags_of, folder_name, key_and_values
 from tasks.options import check_dataset
 
 
@@ -149,6 +149,14 @@ NEEDS = (
 def find_setting(flag: str) -> str | None:
     """Return the name of a flag's setting, however its dashes are written; None if there is no such flag."""
     return BY_FLAG.get(flag.strip().lstrip("-").replace("_", "-"))
+
+
+def suggest_flag(word: str) -> str:
+    """Ask whether the flag was meant that is nearest to a misspelt one, or whose setting has this name."""
+    names = {f"--{name.replace('_', '-')}": declared.name for name, declared in ALL_FLAGS.items()}
+    names |= {form: form for declared in ALL_FLAGS.values() for form in declared.names}
+    near = find_nearest(f"--{word.lstrip('-')}", names)
+    return f"; did you mean {names[near]}?" if near else ""
 
 
 def check_call(given: Mapping[str, Any]) -> Call:

@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-import re
+import os
+import shlex
 import shutil
 import sys
 import textwrap
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
-from commands.call import ALL_FLAGS
+from commands.call import ALL_FLAGS, suggest_flag
 from commands.config import CONFIG_FLAGS, GROUPS, show
 from commands.presets import ALGORITHMS, DEFAULT_COLUMNS, DEFAULTS, SINUSOID_DEFAULTS
 from commands.settings import read_settings
@@ -49,13 +52,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        hint = ""
-        if unknown := re.search(r"unrecognized arguments: (--?[^\s=]+)", message):
-            names = [name for flag in ALL_FLAGS.values() for name in flag.names]
-            near = [name for name in names if name.startswith(unknown[1])]
-            near = near or difflib.get_close_matches(unknown[1], names, 1)
-            hint = f"did you mean {near[0]}? " if near else ""
-        raise UsageError(f"{message} ({hint}all flags: --help-all)")
+        raise UsageError(f"{message} (all flags: --help-all)")
 
 
 def build_parser(*, every_flag: bool = False) -> argparse.ArgumentParser:
@@ -87,7 +84,9 @@ def build_parser(*, every_flag: bool = False) -> argparse.ArgumentParser:
         text = argparse.SUPPRESS
         if every_flag or flag.common:
             text = _help_text(name, flag, whole=every_flag).replace("%", "%%")
-        groups[flag.group].add_argument(*flag.names, dest=name, help=text, **reading)
+        action = groups[flag.group].add_argument(*flag.names, dest=name, help=text, **reading)
+        if names := flag.choices or flag.known:
+            action.completer = lambda names=names, **_: names  # type: ignore[attr-defined]
     return parser
 
 
@@ -114,15 +113,45 @@ def parse(arguments: list[str]) -> dict[str, Any]:
 
     What the file of --config gives is among them.
     """
-    given = vars(build_parser().parse_args(arguments))
+    if "_ARGCOMPLETE" in os.environ:
+        _complete()
+    namespace, unknown = build_parser().parse_known_args(arguments)
+    given = vars(namespace)
     if given.pop("help_all", False):
         build_parser(every_flag=True).print_help()
         sys.exit()
+    if unknown:
+        raise UsageError(_explain_unknown(unknown, given))
     for name, value in given.items():
         if value == []:  # argparse takes the argument of --flag=-- for the end of the flags
             raise UsageError(f"{ALL_FLAGS[name].name}: expected an argument, got '--'")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     return read_settings(given["config"], given) if "config" in given else given
+
+
+def _complete() -> None:
+    """Answer a shell that asks for completions, and end, where argcomplete is installed."""
+    with suppress(ImportError):
+        import argcomplete
+
+        argcomplete.autocomplete(build_parser(every_flag=True))
+
+
+def _explain_unknown(words: Sequence[str], given: Mapping[str, Any]) -> str:
+    """Return what to type instead of words that belong to no flag."""
+    flags = [word.partition("=")[0] for word in words if word.startswith("-")]
+    if flags:
+        return f"there is no flag {flags[0]}{suggest_flag(flags[0])} (all flags: --help-all)"
+    word, quoted = words[0], shlex.quote(words[0])
+    for flag in ALL_FLAGS.values():
+        if word in (flag.choices or flag.known):
+            return f"{word}: did you mean {flag.name} {word}?"
+    if word.endswith(".toml"):
+        return f"{word} belongs to no flag: type --config {quoted} to take settings from it"
+    if not Path(word).suffix and len(Path(word).parts) < 2:
+        return f"{word} belongs to no flag (all flags: --help-all)"
+    resume = "" if "eval" in given else f"--load {quoted} to resume a run, or "
+    return f"{word} belongs to no flag: type {resume}--eval --load {quoted} to measure it"
 
 
 def presets_table() -> str:

@@ -20,7 +20,7 @@ from typing import Any
 
 import tomli_w
 
-from commands.call import ALL_FLAGS, CLASHES, find_setting
+from commands.call import ALL_FLAGS, CLASHES, find_setting, suggest_flag
 from commands.config import Config
 from commands.names import select_meaningful
 from commands.resolve import refuse_unnamed_code, resolve
@@ -116,7 +116,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             name = find_setting(key) or key
             place = f"{file}, line {lines[name]}" if name in lines else f"{file}"
             if name not in ALL_FLAGS or ALL_FLAGS[name].group == "what to do":
-                raise UsageError(f"{place}: {key} is no setting")
+                raise UsageError(f"{place}: {key} is no setting{suggest_flag(key)}")
             try:
                 parts[title if in_part else "given"][name] = _parse(ALL_FLAGS[name], item)
             except argparse.ArgumentTypeError as error:

@@ -14,7 +14,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ folder_name = expect(
 KIND_NAMES = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
 KIND_NAMES |= {bool: "yes or no", tuple: "a list"}
 SWITCHES = {"yes": True, "no": False}
+MOST_NAMES = 5  # that an error lists
+CLOSE = 0.7  # similarity, from 0 to 1, of a misspelt name and the one that is suggested
 # what files, terminals and TensorBoard cannot show: control characters, and what is no valid UTF-8
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -56,6 +58,32 @@ UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 BY_DATASET = object()  # `presets.DEFAULTS` has one for each kind of data
 BY_LEARNER = object()  # `learners.options.LEARNERS` has one for each learner
 BY_RULE = object()  # `resolve.resolve` replaces "auto" by what was measured
+
+
+def list_names(names: Iterable[str]) -> str:
+    """Return names with commas between; of many, the first ones."""
+    first = [*names]
+    return ", ".join(first[:MOST_NAMES]) + ", ..." * (len(first) > MOST_NAMES)
+
+
+def find_nearest(text: str, names: Iterable[str]) -> str | None:
+    """Return the name that a misspelt one probably means: the first that begins so, or the closest."""
+    lower, names = text.lower(), [*names]
+    begun = [name for name in names if name.startswith(lower)]
+    return next(iter(begun or difflib.get_close_matches(lower, names, 1, CLOSE)), None)
+
+
+def parse_whole(text: str) -> int:
+    """Return a whole number, also from `10,000` and `1e4`; ValueError for anything else."""
+    if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+", text):
+        text = text.replace(",", "")
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+        if not number.is_integer() or abs(number) > 2**53:  # above, a float is not exact
+            raise
+        return int(number)
 
 
 @dataclass(frozen=True)
@@ -68,6 +96,7 @@ class Flag:
     default: Any = BY_DATASET
     check: Check | None = None
     choices: tuple[str, ...] | None = None
+    known: tuple[str, ...] = ()  # valid values by name, where `check` allows others too
     metavar: str | None = None
     only: str | None = None  # where the flag has a meaning: a key of `rules.ONLY`
     free_on_resume: bool = False  # may differ from the checkpoint when a run is resumed
@@ -96,21 +125,22 @@ class Flag:
         if self.kind in (str, Path) and UNPRINTABLE.search(str(value)):
             return "text without control characters, in UTF-8"
         if self.choices and value not in self.choices:
-            return f"one of {', '.join(self.choices)}"
+            return f"one of {list_names(self.choices)}"
         return self.check(value) if self.check else None
 
     def parse(self, text: str) -> Any:
         """Return the value of a flag's argument; an argparse `type`."""
         try:
-            kind = SWITCHES.get if self.kind is bool else self.kind
-            value = (text,) if kind is tuple else kind(text)
+            readers: dict[type, Callable[[str], Any]] = {bool: SWITCHES.get, int: parse_whole}
+            value = (text,) if self.kind is tuple else readers.get(self.kind, self.kind)(text)
         except ValueError:
             value = None
         problem = KIND_NAMES[self.kind] if value is None else self.problem(value)
         if problem:
-            near = difflib.get_close_matches(text, self.choices or (), 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise argparse.ArgumentTypeError(f"expected {problem}, got {text!r}{hint}")
+            names = self.choices or self.known if re.fullmatch(r"[\w+-]+", text) else ()
+            near = find_nearest(text, names)
+            hint = f"there is no {text!r}; did you mean {near}?"
+            raise argparse.ArgumentTypeError(hint if near else f"expected {problem}, got {text!r}")
         return text if self.kind is tuple else value
 
 

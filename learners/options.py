@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from common.names import check_code_name, parse_name
-from common.options import BY_LEARNER, BY_RULE, flag, key_and_value
+from common.options import BY_LEARNER, BY_RULE, flag, key_and_value, list_names
 
 LOSSES = ("mse", "cross-entropy", "bce", "huber", "gaussian-nll")
 OUTPUTS = ("auto", "classes", "ordinal", "labels", "numbers")
@@ -43,7 +43,7 @@ def learner_facts(learner: str) -> LearnerFacts:
 def check_learner_name(name: str) -> str | None:
     kind, model, _ = parse_name(name)
     good = name in LEARNERS or (kind == "torchvision" and model)
-    return None if good else check_code_name(name, f"{', '.join(LEARNERS)}, torchvision:MODEL")
+    return None if good else check_code_name(name, f"{list_names(LEARNERS)}, torchvision:MODEL")
 
 
 def check_loss_name(name: str) -> str | None:
@@ -56,6 +56,7 @@ class LearnerOptions:
 
     # fmt: off
     learner: str = flag("--learner", group="learner", check=check_learner_name, metavar="NAME", common=True,
+        known=tuple(LEARNERS),
         help=f"{', '.join(LEARNERS)}, torchvision:MODEL, or file.py:factory; mlp: 1-40-40-1; conv: four "
         "stride-2 convolutions of 64 channels; conv-pool: max pooling; conv4: 32 channels; fc: 256-128-64-64")
     learner_args: tuple[str, ...] = flag(
@@ -65,6 +66,7 @@ class LearnerOptions:
         help="initial weights: the paper's, or PyTorch's (default: paper; torch for conv-flat, convnet and "
         "what is not built in)")
     loss: str = flag("--loss", group="learner", check=check_loss_name, metavar="NAME", default=BY_RULE,
+        known=LOSSES,
         help="mse, cross-entropy, bce (binary, of logits), huber, gaussian-nll (a mean and a variance for "
         "each target), or file.py:function; auto: mse, or cross-entropy in classification")
     loss_args: tuple[str, ...] = flag(

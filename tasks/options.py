@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from common.names import check_code_name, parse_name
-from common.options import BY_DATASET, at_least, expect, flag, key_and_value, not_negative
+from common.options import BY_DATASET, at_least, expect, flag, key_and_value, list_names, not_negative
 
 CURVES = ("sinusoid", "sinusoid-frequency", "sinusoid-line", "harmonic")
 AUGMENTATIONS = ("flip", "crop", "rotate")
@@ -61,7 +61,7 @@ examples = at_least(1, 100_000)  # of a task, or of each of its classes
 def check_dataset(name: str) -> str | None:
     kind, path, _ = parse_name(name)
     good = name in DATASETS or (kind in FILE_KINDS and path)
-    return None if good else check_code_name(name, f"{', '.join(DATASETS)}, images:FOLDER, table:FILE")
+    return None if good else check_code_name(name, f"{list_names(DATASETS)}, images:FOLDER, table:FILE")
 
 
 check_columns = expect(
@@ -112,6 +112,7 @@ class TaskOptions:
     # fmt: off
     dataset: str = flag(
         "--dataset", group="tasks", check=check_dataset, default="sinusoid", metavar="NAME", common=True,
+        known=tuple(DATASETS),
         help=f"{', '.join(DATASETS)}, images:FOLDER, table:FILE, or file.py:factory; FOLDER has a folder per "
         "class, FILE is CSV or Parquet, and package.module:factory is your own code too")
     dataset_args: tuple[str, ...] = flag(

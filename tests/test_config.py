@@ -1,5 +1,6 @@
 """Flags: their defaults, how they combine, what a checkpoint keeps, and one clear line for each mistake."""
 
+import os
 import subprocess
 import sys
 
@@ -53,6 +54,11 @@ def test_flags_override_the_preset_and_the_preset_the_datasets_defaults(line):
     assert {name: settings.get(name) for name in DEFAULTS[line]} == DEFAULTS[line]
 
 
+@pytest.mark.parametrize("text", ["20000", "20_000", "20,000", "2e4", "2E+04", "20000.0"])
+def test_a_whole_number_may_be_written_as_people_do(text):
+    assert parser.parse(["--iterations", text])["iterations"] == 20_000
+
+
 def test_every_condition_of_a_flag_is_a_rule():
     assert {flag.only for flag in ALL_FLAGS.values()} - {None} == ONLY.keys()
 
@@ -101,13 +107,26 @@ MISTAKES = [
     ("-k", "-k: expected one argument"),
     ("--dataset=--", "--dataset: expected an argument, got '--'"),
     ("--checkpoint-path a\x1b[31mb", r"expected text without control characters, in UTF-8, got 'a\x1b[31mb'"),
-    ("--no-such-flag", "unrecognized arguments: --no-such-flag (all flags: --help-all)"),
-    ("--datset omniglot", "did you mean --dataset?"),
+    # what is misspelt, or has no flag
+    ("--no-such-flag", "there is no flag --no-such-flag (all flags: --help-all)"),
+    ("--datset omniglot", "there is no flag --datset; did you mean --dataset?"),
+    ("--metabatchsize=4", "there is no flag --metabatchsize; did you mean --meta-batch-size?"),
+    ("--shots 5", "there is no flag --shots; did you mean -k?"),
+    ("--dataset Omniglot", "argument --dataset: there is no 'Omniglot'; did you mean omniglot?"),
+    ("--learner conv_pool", "there is no 'conv_pool'; did you mean conv-pool?"),
+    ("--algorithm mamll", "there is no 'mamll'; did you mean maml?"),
+    ("--algorithm sgd-maml", "expected one of maml, fomaml, anil, boil, reptile, ..., got 'sgd-maml'"),
+    ("omniglot -n 5", "omniglot: did you mean --dataset omniglot?"),
+    ("checkpoints/x", "--load checkpoints/x to resume a run, or --eval --load checkpoints/x to measure it"),
+    ("--eval runs/x.pt", "runs/x.pt belongs to no flag: type --eval --load runs/x.pt to measure it"),
+    ("my.toml", "type --config my.toml to take settings from it"),
+    ("--sweep k=1,000", "--sweep k=1,000: expected a whole number of at least 1, got '000'"),
+    ("--iterations 10,00", "--iterations: expected a whole number, got '10,00'"),
+    ("-k 1e-3", "-k: expected a whole number, got '1e-3'"),
     # flags that have no meaning here
     ("-n 5", "-n has no meaning with --dataset sinusoid: leave it out"),
     ("--dataset omniglot --noise 0.1", "--noise has no meaning with --dataset omniglot"),
     ("--algorithm imaml --cg-steps 0 --cg-damping 1", "--cg-damping has no meaning with --cg-steps 0"),
-    ("--algorithm mamll", "got 'mamll'; did you mean maml?"),
     ("--dataset omniglot --norm-per-step --adapt-norm", "--adapt-norm has no meaning with --norm-per-step"),
     ("--algorithm reptile --first-order", "--first-order has no meaning with --algorithm reptile"),
     # settings that contradict each other
@@ -183,6 +202,19 @@ def test_every_flag_of_the_mission_is_there():
     words = "-k -q -n -s --samples --dataset --meta-batch-size --iterations --eval --load --checkpoint_path"
     assert set(words.split()) <= {name for flag in ALL_FLAGS.values() for name in flag.names}
     assert len(ALL_FLAGS) <= 105
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("--meta-b", "--meta-batch-size"), ("--dataset omni", "omniglot"), ("--omniglot-split al", "alphabet")],
+)
+def test_a_shell_completes_flags_and_names_before_pytorch_is_imported(typed, offered, tmp_path):
+    pytest.importorskip("argcomplete")
+    shell = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "out")}
+    shell |= {"COMP_LINE": f"main.py {typed}", "COMP_POINT": str(len(f"main.py {typed}"))}
+    code = "import sys, main; sys.modules['torch'] = None; main.main([])"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | shell).returncode == 0
+    assert (tmp_path / "out").read_text().strip() == offered
 
 
 def test_a_closed_pipe_ends_without_a_traceback():
