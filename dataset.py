@@ -139,7 +139,8 @@ class Regression(TaskDistribution):
     def sample_to_draw(self, split: str, seed: int, tasks: int) -> TaskBatch:
         parameters = self.parameters(task_stream(split, seed, 0, range(tasks), self.device).at("parameters"))
         x, y = self._evaluate(self.grid(GRID_POINTS, parameters).expand(tasks, GRID_POINTS), parameters)
-        return self.sample(split, seed, 0, range(tasks))._replace(query_x=x, query_y=y)
+        batch = self.sample(split, seed, 0, range(tasks))
+        return replace(batch, query_x=x, query_y=y, query_mask=None)
 
     def _evaluate(self, x: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Return inputs `[tasks, points, features]` and targets `[tasks, points, 1]` at x."""
@@ -279,7 +280,7 @@ class Custom(TaskDistribution):
         forms = {}
         for split in splits:
             task = self._draw_twice(split)
-            for part, tree in task._asdict().items():
+            for part, tree in task.parts.items():
                 gaps = any((t.isnan() | (t == math.inf)).any() for t in pytree.tree_leaves(tree))
                 if gaps and not (may_lack_targets and part in ("support_y", "query_y")):
                     self._fail(split, f"gives NaN or infinity in {part}: fill or leave out such examples")
@@ -295,9 +296,7 @@ class Custom(TaskDistribution):
         """Return tasks; UsageError where one differs, called again or without the other seeds."""
         seeds = self._draw_seeds(split, 0, 0, range(CHECKED))
         first, again, alone = (self._call(split, part) for part in (seeds, seeds, seeds[-1:]))
-        tasks = [
-            TaskBatch(*(tree_map(lambda t, i=i: t[i : i + 1], p) for p in first)) for i in range(CHECKED)
-        ]
+        tasks = [tree_map(lambda t, i=i: t[i : i + 1], first) for i in range(CHECKED)]
         how = ""
         if not _are_equal(first, again):
             how = "when called again, and resuming, comparing"

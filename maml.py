@@ -27,7 +27,7 @@ from torch.func import grad, vmap
 
 from common.batch import TaskBatch, Tree, first_tensor, in_type, joined, stacked_trees, tree_map
 from common.choices import Choices
-from common.optimizers import InnerOptimizer, InnerState, Weights
+from common.optimizers import InnerOptimizer, InnerState, Weights, initial_rates
 from common.task import (
     Adapted,
     Extras,
@@ -44,6 +44,7 @@ from learners.batch_norm import norm_parameter_names, record_statistics, set_nor
 from learners.copies import copy_module
 from learners.functional import FunctionalLearner
 from learners.heads import adapted_names, context_names, head_names, headless, prototype_head
+from learners.losses import TaskLoss
 from learners.modules import convert_type, evaluating
 from learners.reading import Reading, main_tensor
 
@@ -89,9 +90,14 @@ class MAML:
         accelerate: Callable[..., Any] | None = None,
     ) -> None:
         self._arguments = {name: value for name, value in locals().items() if name != "self"}
-        self.choices, self.loss, self.steps, self.reading = choices, loss, choices.steps, reading
+        self.choices, self.steps, self.reading = choices, choices.steps, reading
+        self.loss = TaskLoss(loss, unpads=not vectorise)
         self.call = FunctionalLearner(
-            learner, convolution=convolution, compute_dtype=compute_dtype, example=example
+            learner,
+            convolution=convolution,
+            compute_dtype=compute_dtype,
+            example=example,
+            unpads=not vectorise,
         )
         self.learner = self.call.module  # the converted copy
         choices.check(has_batch_norm=self.has_batch_norm)
@@ -157,23 +163,11 @@ class MAML:
         everything = self.initial | self.contexts | self.head_weights
         adapted = {name: w for name, w in everything.items() if name in self.adapted}
         if self.choices.inner_rates != "fixed":
-            parameters |= self._initial_rates(adapted, seed)
+            parameters |= {RATE + n: r for n, r in initial_rates(self.choices, adapted, seed).items()}
         if self.optimizer.is_carried:
             parameters |= {SQUARE + name: torch.zeros_like(w) for name, w in adapted.items()}
             parameters[MASS] = torch.zeros_like(next(iter(adapted.values())).flatten()[0])
         return parameters
-
-    def _initial_rates(self, adapted: Weights, seed: int) -> Weights:
-        low, high = self.choices.inner_lr, self.choices.inner_lr_max
-        generator = torch.Generator().manual_seed(seed)
-        rates = {}
-        for name, weight in adapted.items():
-            shape = (self.steps,) if self.choices.inner_rates == "layer-step" else weight.shape
-            rate = torch.full(shape, low, dtype=weight.dtype)
-            if high is not None:
-                rate += (high - low) * torch.rand(shape, generator=generator, dtype=weight.dtype)
-            rates[RATE + name] = rate.to(weight.device)
-        return rates
 
     def initial_statistics(self) -> Weights:
         """Return fresh running statistics of per-step batch norm, `[steps, 2, channels]` by layer."""
@@ -205,9 +199,10 @@ class MAML:
     def _prototypes(self, parameters: Weights, task: Task, statistics: Weights | None) -> Weights:
         weights = {name: w for name, w in parameters.items() if not name.startswith((RATE, SQUARE))}
         weights |= self.shared_at(parameters, 0, statistics).weights
-        extras = task.extras.for_pass("prototypes")
+        extras = task.extras.for_pass("prototypes", mask=task.support_mask)
         embeddings = self.call(weights, task.support_x, extras, module=self.body)
-        return prototype_head(main_tensor(embeddings), first_tensor(task.support_y), self.head_weights)
+        labels = first_tensor(task.support_y)
+        return prototype_head(main_tensor(embeddings), labels, self.head_weights, extras.mask, extras.ways)
 
     def shared_at(self, parameters: Weights, step: int, statistics: Weights | None = None) -> Shared:
         """Return what tasks share in this inner step, counted from 0; running statistics join the weights."""
@@ -235,7 +230,7 @@ class MAML:
             changed: Weights = {}
             with self._recording() as statistics:
                 outputs = self.call(fast | weights, x, extras, changed=changed)
-            return self.loss(outputs, y), (statistics, changed)
+            return self.loss(outputs, y, extras), (statistics, changed)
 
         gradient, (statistics, buffers) = grad(loss, has_aux=True)(fast)
         state = self.optimizer.update(state, gradient, shared.rates, shared.anchor)
@@ -279,7 +274,7 @@ class MAML:
         """Return the query loss under these weights, with the outputs and recorded statistics."""
         with self._recording() as statistics:
             outputs = self.call.query(fast | shared, task, self.choices.query_norm)
-        return self.loss(outputs, task.query_y), (outputs, statistics)
+        return self.loss(outputs, task.query_y, task.extras), (outputs, statistics)
 
     def outer_loss(
         self, parameters: Weights, task: Task, step_weights: Tensor | None = None
@@ -429,7 +424,7 @@ class MAML:
     def _chunks(self, batch: TaskBatch, order: Tensor | None, keys: Tensor | None) -> list[Task]:
         """Split a batch into parts of at most `tasks_at_once` tasks."""
         count = len(first_tensor(batch.support_x))
-        tasks = Task(*batch, order, self.call.extras(count, keys))
+        tasks = Task.of(batch, self.call.extras(count, keys), order)
         size = self.tasks_at_once or count
         if size >= count:
             return [tasks]

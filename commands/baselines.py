@@ -162,7 +162,7 @@ def learning_curves(subject: Subject, call: Call) -> dict[str, Curve]:
     for iterations in tqdm(parts, desc="from scratch on the training tasks", leave=False):
         batch = tasks.sample("train", config.training.seed, iterations, range(1))
         outputs = maml.predictions(parameters, batch, SCRATCH_STEPS)["transductive"]
-        losses.append(loss_per_step(maml, outputs, batch.query_y)[:, -1])
+        losses.append(loss_per_step(maml, outputs, batch)[:, -1])
     scratch = [window.mean().item() for window in torch.cat(losses).tensor_split(tuple(ends[:-1]))]
     name = f"from scratch, Adam {SCRATCH_RATE}, {SCRATCH_STEPS} steps"
     return {config.choices.algorithm: (ends, learned.mean(1).tolist()), name: (ends, scratch)}

@@ -129,7 +129,7 @@ def build(
     if scales is not None:
         distribution = distribution.with_scales(scales)
     batch = distribution.sample("test" if call.eval_dataset else "train", 0, 0, range(1))
-    x, y = (tree_map(lambda part: part[0], tree) for tree in batch[:2])
+    x, y = (tree_map(lambda part: part[0], tree) for tree in (batch.support_x, batch.support_y))
     outputs = count_outputs(config, y)
     _, maml = build_algorithm(config, runtime, outputs, x, saved=saved, targets=y, scales=distribution.scales)
     words = describe_reading(maml.reading, y, config) if maml.reading else None

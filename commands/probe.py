@@ -64,15 +64,16 @@ class Probe:
         self.learner, self.loss = f"--learner {learner.learner}", f"--loss {learner.loss}"
         tasks = self.distribution.resized(self.config.training_shots)
         self.tasks = tasks.sample("train", seed, 1, range(2))
-        self.x, self.y = (tree_map(lambda t: t[0], part) for part in self.tasks[:2])  # of one task's support
-        self.keys = keys_of(task_stream("train", seed, 1, range(2), first_tensor(self.x).device))
+        device = first_tensor(self.tasks.support_x).device
+        self.keys = keys_of(task_stream("train", seed, 1, range(2), device))
+        self.x, self.y, _ = self._first_task().at_step(0)
 
     def try_metric(self, reading: Reading) -> None:
         """Raise UsageError where there are no validation tasks, or the metric fails on one."""
         batch = self.distribution.sample("validation", 0, 0, range(1))
         if reading.metric:
             outputs = self.maml.predictions(self.parameters, batch, 0)["transductive"]
-            first, again = (reading.metric.per_step(outputs, batch.query_y, reading) for _ in range(2))
+            first, again = (reading.metric.per_step(outputs, batch, reading) for _ in range(2))
             if not are_equal(again, first, 1e-5):
                 raise UsageError(
                     f"{reading.metric.flag} gives another value for the same outputs when called again "
@@ -170,7 +171,7 @@ class Probe:
 
     def _first_task(self) -> Task:
         extras = self.maml.call.extras(len(self.keys), self.keys)
-        return tree_map(lambda t: t[0], Task(*self.tasks, extras=extras))
+        return tree_map(lambda t: t[0], Task.of(self.tasks, extras))
 
     def describe_passes(self) -> list[str]:
         """Return lines on what passes change, what is not learned, and outputs that examples share."""

@@ -1,4 +1,4 @@
-"""The only currency between datasets and algorithms: a batch of tasks as four named tensors.
+"""The only currency between datasets and algorithms: a batch of tasks as named tensors.
 
 Datasets give batches (`TaskDistribution.sample`), learning and evaluation take them. A learner with several
 inputs or outputs has a nested tuple or dictionary of tensors where others have one tensor: a tree.
@@ -6,10 +6,10 @@ inputs or outputs has a nested tuple or dictionary of tensors where others have 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -18,13 +18,46 @@ from torch.utils import _pytree as pytree
 Tree = Any  # a tensor, or tensors in nested tuples and dictionaries
 
 
-class TaskBatch(NamedTuple):
-    """A meta-batch: every tensor has tasks as its first axis and examples as its second."""
+def register_tree(cls: type) -> type:
+    """Make a dataclass of tensors a tree for PyTorch's transforms; its fields that are None vanish."""
+
+    def flatten(value: Any) -> tuple[list[Any], tuple[str, ...]]:
+        present = [field.name for field in fields(value) if getattr(value, field.name) is not None]
+        return [getattr(value, name) for name in present], tuple(present)
+
+    def unflatten(parts: Any, names: tuple[str, ...]) -> Any:
+        return cls(**dict(zip(names, parts, strict=True)))
+
+    pytree.register_pytree_node(cls, flatten, unflatten)
+    return cls
+
+
+@register_tree
+@dataclass(frozen=True)
+class TaskBatch:
+    """A meta-batch: every tensor has tasks as its first axis, and parts and masks examples as their second.
+
+    Tasks of different sizes are padded with finite numbers, which masks leave out. Iterating gives the four
+    parts of tasks of one size; ValueError where masks would be lost.
+    """
 
     support_x: Tree  # [tasks, support examples, ...]
     support_y: Tree  # [tasks, support examples, ...]
     query_x: Tree  # [tasks, query examples, ...]
     query_y: Tree  # [tasks, query examples, ...]
+    support_mask: Tensor | None = None  # bool [tasks, support examples], False for padding; None: none is
+    query_mask: Tensor | None = None  # bool [tasks, query examples]
+    ways: Tensor | None = None  # int64 [tasks], number of classes; None: as many as scores
+
+    @property
+    def parts(self) -> dict[str, Tree]:
+        """Return inputs and targets of support and query, by name."""
+        return {name: getattr(self, name) for name in ("support_x", "support_y", "query_x", "query_y")}
+
+    def __iter__(self) -> Iterator[Tree]:
+        if not (self.support_mask is self.query_mask is self.ways is None):
+            raise ValueError("tasks of different sizes are more than four parts: name those that you need")
+        return iter(self.parts.values())
 
 
 @dataclass(frozen=True)
@@ -105,20 +138,6 @@ class TaskDistribution(Protocol):
         first input feature). Other kinds give what `sample` gives.
         """
         return self.sample(split, seed, 0, range(tasks))
-
-
-def register_tree(cls: type) -> type:
-    """Make a dataclass of tensors a tree for PyTorch's transforms; its fields that are None vanish."""
-
-    def flatten(value: Any) -> tuple[list[Any], tuple[str, ...]]:
-        present = [field.name for field in fields(value) if getattr(value, field.name) is not None]
-        return [getattr(value, name) for name in present], tuple(present)
-
-    def unflatten(parts: Any, names: tuple[str, ...]) -> Any:
-        return cls(**dict(zip(names, parts, strict=True)))
-
-    pytree.register_pytree_node(cls, flatten, unflatten)
-    return cls
 
 
 def tree_map(function: Callable[..., Any], *trees: Tree) -> Tree:

@@ -114,6 +114,20 @@ class InnerOptimizer:
         return directions, {"mean": mean, "square": square, "count": count}
 
 
+def initial_rates(choices: Choices, adapted: Weights, seed: int) -> Weights:
+    """Return fresh learned rates by name of the weight: `[steps]`, or of its shape."""
+    low, high = choices.inner_lr, choices.inner_lr_max
+    generator = torch.Generator().manual_seed(seed)
+    rates = {}
+    for name, weight in adapted.items():
+        shape = (choices.steps,) if choices.inner_rates == "layer-step" else weight.shape
+        rate = torch.full(shape, low, dtype=weight.dtype)
+        if high is not None:
+            rate += (high - low) * torch.rand(shape, generator=generator, dtype=weight.dtype)
+        rates[name] = rate.to(weight.device)
+    return rates
+
+
 def _correction(beta: float, steps: Tensor) -> Tensor:
     # 1 - beta ** steps would lose digits where it is small
     return -torch.expm1(steps * math.log(beta)) if beta else torch.ones_like(steps)

@@ -96,13 +96,25 @@ def keys_of(stream: Stream) -> Tensor:
     return stream.at("learner").keys
 
 
-def minibatch_order(stream: Stream, examples: int, batch: int | None, steps: int) -> Tensor | None:
+def minibatch_order(
+    stream: Stream, examples: int, batch: int | None, steps: int, mask: Tensor | None = None
+) -> Tensor | None:
     """Return the examples of each inner step, int64 `[tasks, steps, batch]`; None: each step takes all.
 
-    As in Nichol et al. (2018): passes over the examples, each in a new random order, cut into batches.
+    As in Nichol et al. (2018): passes over the examples, each in a new random order, cut into batches. Only
+    those of `mask`, bool `[tasks, examples]`, take part; a task that has no more than a batch takes all of
+    them in each step, and padding with them.
     """
     if batch is None or batch >= examples or not steps:
         return None
-    passes = -(-steps * batch // examples)
-    orders = [stream.at(number).distinct(examples, examples) for number in range(passes)]
-    return torch.cat(orders, 1)[:, : steps * batch].unflatten(1, (steps, batch))
+    if mask is None:
+        passes = -(-steps * batch // examples)
+        orders = [stream.at(number).distinct(examples, examples) for number in range(passes)]
+        return torch.cat(orders, 1)[:, : steps * batch].unflatten(1, (steps, batch))
+    count, place = mask.sum(1, keepdim=True), torch.arange(steps * batch, device=mask.device)
+    words = torch.stack([stream.at(number).words(examples) for number in range(steps)], 1)
+    ordered = words.where(mask[:, None], -1).topk(examples).indices.flatten(1)  # padding at the end of each
+    passed = (place // count).clamp(max=steps - 1)
+    drawn = ordered.gather(1, passed * examples + place % count).unflatten(1, (steps, batch))
+    whole = mask.long().topk(batch).indices[:, None]
+    return drawn.where((count > batch)[..., None], whole)

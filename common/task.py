@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from common.batch import Tree, register_tree, stacked_trees, tree_map
+from common.batch import TaskBatch, Tree, first_tensor, register_tree, stacked_trees, tree_map
 from common.optimizers import Weights
 from common.random import Stream
 
@@ -18,16 +18,17 @@ from common.random import Stream
 @register_tree
 @dataclass(frozen=True)
 class Extras:
-    """Inputs of a forward pass besides weights and examples, of one task or with tasks as first axis."""
+    """What belongs to a pass besides weights and examples, of one task or with tasks as first axis."""
 
     keys: Tensor | None = None  # [2] int64, of its random numbers; None: the learner draws none
     buffers: Weights = field(default_factory=dict)  # that the learner changes, by name
+    mask: Tensor | None = None  # [examples] bool, False for those that pad; None: none does
+    ways: Tensor | None = None  # int64, number of classes; None: as many as the learner scores
 
-    def for_pass(self, purpose: str, step: int = 0) -> Extras:
-        """Return extras whose keys are those of one pass alone."""
-        if self.keys is None:
-            return self
-        return Extras(Stream.from_keys(self.keys).at(purpose).at(step).keys, self.buffers)
+    def for_pass(self, purpose: str, step: int = 0, mask: Tensor | None = None) -> Extras:
+        """Return extras whose keys are those of one pass alone, on examples with this mask."""
+        keys = None if self.keys is None else Stream.from_keys(self.keys).at(purpose).at(step).keys
+        return replace(self, keys=keys, mask=mask)
 
 
 @register_tree
@@ -41,21 +42,50 @@ class Task:
     query_y: Tree = None
     order: Tensor | None = None  # [steps, batch] int64, support examples of each inner step; None: all
     extras: Extras = field(default_factory=Extras)
+    support_mask: Tensor | None = None  # [support examples] bool; see TaskBatch
+    query_mask: Tensor | None = None  # [query examples] bool
+
+    @classmethod
+    def of(cls, batch: TaskBatch, extras: Extras, order: Tensor | None = None) -> Task:
+        """Return a batch's tasks with the extras of their passes."""
+        extras = replace(extras, ways=batch.ways)
+        sizes = {"support_mask": batch.support_mask, "query_mask": batch.query_mask}
+        return cls(**batch.parts, **sizes, order=order, extras=extras)
 
     def at_step(self, step: int) -> tuple[Tree, Tree, Extras]:
         """Return what one task's inner step learns from: inputs, targets, and extras of its pass."""
-        x, y = self.support_x, self.support_y
+        x, y, mask = self.support_x, self.support_y, self.support_mask
         if self.order is not None:
             chosen = self.order[step]
             x, y = (tree_map(lambda t: t[chosen], tree) for tree in (x, y))
-        return x, y, self.extras.for_pass("support", step)
+            mask = None if mask is None else mask[chosen]
+        return x, y, self.extras.for_pass("support", step, mask)
 
     def for_query(self, steps: int) -> Task:
         """Return the task with the extras of the query's pass after so many inner steps."""
-        return replace(self, order=None, extras=self.extras.for_pass("query", steps))
+        return replace(self, order=None, extras=self.extras.for_pass("query", steps, self.query_mask))
 
     def with_buffers(self, buffers: Weights) -> Task:
         return replace(self, extras=replace(self.extras, buffers=buffers)) if buffers else self
+
+    def pooled(self, axis: int = 0) -> Task:
+        """Return the task with support and query together as its support; `axis` is that of the examples."""
+        pairs = ((self.support_x, self.query_x), (self.support_y, self.query_y))
+        x, y = (tree_map(lambda *two: torch.cat(two, axis), *pair) for pair in pairs)
+        return replace(self, support_x=x, support_y=y, support_mask=self.pooled_mask(axis))
+
+    def pooled_mask(self, axis: int = 0) -> Tensor | None:
+        """Return the mask of support and query together."""
+        if self.support_mask is None and self.query_mask is None:
+            return None
+        sets = (self.support_x, self.support_mask), (self.query_x, self.query_mask)
+        return torch.cat([mask_of(x, mask, axis) for x, mask in sets], axis)
+
+
+def mask_of(x: Tree, mask: Tensor | None, axis: int = 0) -> Tensor:
+    """Return the mask of examples, or one that leaves out nothing; `axis` is theirs."""
+    first = first_tensor(x)
+    return first.new_ones(first.shape[: axis + 1], dtype=torch.bool) if mask is None else mask
 
 
 class Shared(NamedTuple):

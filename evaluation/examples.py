@@ -58,7 +58,8 @@ def adapt_examples(
         return None
     batch = distribution.sample_to_draw(split, SEED, TASKS)
     shown, norm = sorted({0, *steps}), maml.choices.query_norm
-    order, keys = randomness_of(split, batch.support_x, range(TASKS), inner_batch, shown[-1])
+    numbers, mask = range(TASKS), batch.support_mask
+    order, keys = randomness_of(split, batch.support_x, numbers, inner_batch, shown[-1], mask)
     outputs = maml.predictions(parameters, batch, shown[-1], (norm,), order=order, keys=keys)
     on_cpu = TaskBatch(*(tree_map(Tensor.cpu, tree) for tree in batch))
     if distribution.ways is None:

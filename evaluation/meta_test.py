@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from common.batch import TaskDistribution, Tree, first_tensor, tree_map
+from common.batch import TaskBatch, TaskDistribution, Tree, first_tensor, tree_map
 from common.optimizers import Weights
 from common.processes import ALONE, World
 from common.random import keys_of, minibatch_order, task_stream
+from common.task import Extras
 from learners.reading import Metric, Reading, choose_measure, reading_of
 from maml import MAML
 
@@ -81,13 +82,16 @@ def mean_and_interval(values: Tensor, kept: Tensor | None = None) -> tuple[Tenso
     return mean, 1.96 * (variance / count).sqrt()
 
 
-def loss_per_step(maml: MAML, outputs: Tree, targets: Tree) -> Tensor:
+def loss_per_step(maml: MAML, outputs: Tree, batch: TaskBatch) -> Tensor:
     """Return the query losses `[tasks, steps + 1]` of `MAML.predictions`."""
     # one flat `vmap` over tasks and steps: a nested one of `mse_loss` fails in PyTorch 2.15
     sizes = first_tensor(outputs).shape[:2]
-    targets = tree_map(lambda t: t[:, None].expand(-1, sizes[1], *t.shape[1:]).flatten(0, 1), targets)
+    targets, extras = tree_map(
+        lambda t: t[:, None].expand(-1, sizes[1], *t.shape[1:]).flatten(0, 1),
+        (batch.query_y, Extras(mask=batch.query_mask, ways=batch.ways)),
+    )
     outputs = tree_map(lambda t: t.flatten(0, 1), outputs)
-    return maml.over_tasks(maml.loss)(outputs, targets).view(sizes)
+    return maml.over_tasks(maml.loss)(outputs, targets, extras).view(sizes)
 
 
 def normalisations_of(maml: MAML, statistics: Weights) -> tuple[str, ...]:
@@ -131,13 +135,13 @@ def evaluate(
             raise InterruptedError
         numbers = range(skipped + first, skipped + min(first + size, tasks))
         batch = distribution.sample(split, SEED, 0, numbers)
-        order, keys = randomness_of(split, batch.support_x, numbers, inner_batch, steps)
+        order, keys = randomness_of(split, batch.support_x, numbers, inner_batch, steps, batch.support_mask)
         outputs = maml.predictions(
             parameters, batch, steps, normalisations, order=order, keys=keys, statistics=statistics
         )
         rows = slice(first, first + len(numbers))
         for column, name in enumerate(normalisations):
-            for measure, values in _measure(maml, reading, outputs[name], batch.query_y).items():
+            for measure, values in _measure(maml, reading, outputs[name], batch).items():
                 results[measures.index(measure), column, rows] = values.cpu().double()
     # each number was measured by one process, and is zero in all others
     results = world.sum(results, patiently=True)
@@ -149,15 +153,16 @@ def evaluate(
     return Evaluation(losses, accuracies, metrics, reading.metric, named)
 
 
-def _measure(maml: MAML, reading: Reading, outputs: Tree, targets: Tree) -> dict[str, Tensor]:
+def _measure(maml: MAML, reading: Reading, outputs: Tree, batch: TaskBatch) -> dict[str, Tensor]:
     """Return the measures `[tasks, steps + 1]` of outputs `[tasks, steps + 1, ...]` by name."""
-    measures = {"loss": loss_per_step(maml, outputs, targets)}
-    beside_steps = tree_map(lambda t: t[:, None], targets)
+    measures = {"loss": loss_per_step(maml, outputs, batch)}
+    targets, mask = tree_map(lambda t: t[:, None], batch.query_y), batch.query_mask
+    beside_steps = targets, None if mask is None else mask[:, None]
     if reading.has_accuracy:
-        measures["accuracy"] = reading.accuracy(outputs, beside_steps, 2)
+        measures["accuracy"] = reading.accuracy(outputs, *beside_steps, before=2)
     if reading.metric is not None:
-        measures["metric"] = reading.metric.per_step(outputs, targets, reading)
-    return measures | reading.measure_further(outputs, beside_steps, 2)
+        measures["metric"] = reading.metric.per_step(outputs, batch, reading)
+    return measures | reading.measure_further(outputs, *beside_steps, before=2)
 
 
 def chunk_size(
@@ -181,10 +186,15 @@ def chunk_size(
 
 
 def randomness_of(
-    split: str, support_x: Tree, numbers: range, inner_batch: int | None, steps: int
+    split: str,
+    support_x: Tree,
+    numbers: range,
+    inner_batch: int | None,
+    steps: int,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """Return the arguments `order` and `keys` of `MAML.predictions` for tasks of these numbers."""
     support = first_tensor(support_x)
     stream = task_stream(split, SEED, 0, numbers, support.device)
-    order = minibatch_order(stream.at("minibatches"), support.shape[1], inner_batch, steps)
+    order = minibatch_order(stream.at("minibatches"), support.shape[1], inner_batch, steps, mask)
     return order, keys_of(stream)

@@ -35,6 +35,7 @@ class BatchNorm(nn.Module):
         self.statistics: Tensor
         self.register_buffer("statistics", torch.zeros(2, channels), persistent=False)
         self.reference: int | None = None  # number of leading examples that give the statistics; None: all
+        self.mask: Tensor | None = None  # bool [batch], which of them count; None: all
         self.uses_buffer = False  # normalise with the buffer `statistics`: mean and biased variance
         self.seen: list[Tensor] | None = None  # collects the statistics of each pass
 
@@ -52,15 +53,23 @@ class BatchNorm(nn.Module):
         if self.uses_buffer:
             mean, variance = self.statistics.to(x.dtype).unbind()
             return x - mean.view(per_channel), variance.view(per_channel)
-        all_but_channels = [0, *range(2, x.dim())]
         reference = slice(self.reference)
         # two passes: uncompiled on a CPU, `torch.var_mean` takes longer
-        mean = x[reference].mean(all_but_channels, keepdim=True)
+        mean = self._mean(x[reference])
         centred = x - mean
-        variance = centred[reference].square().mean(all_but_channels, keepdim=True)
+        variance = self._mean(centred[reference].square())
         if self.seen is not None:
             self.seen.append(torch.stack([mean.flatten(), variance.flatten()]).detach())
         return centred, variance
+
+    def _mean(self, x: Tensor) -> Tensor:
+        """Return the mean of each channel over the examples that count, which broadcasts against x."""
+        if self.mask is None:
+            return x.mean([0, *range(2, x.dim())], keepdim=True)
+        share = self.mask[: len(x)].to(x.dtype)
+        share = (share / share.sum()).view(-1, *(1,) * (x.dim() - 1))
+        means = x.mean([*range(2, x.dim())], keepdim=True) if x.dim() > 2 else x
+        return (share * means).sum(0, keepdim=True)
 
 
 def convert_batch_norm(module: nn.Module) -> nn.Module:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -37,6 +38,8 @@ from learners.copies import (
 from learners.elementary import Elementary, is_elementary
 from learners.im2col import convert_convolutions
 from learners.modules import convert_type, has_lazy, unwrap
+from learners.padding import cut, pad_again
+from learners.reading import hide_classes
 from learners.spectral_norm import convert_spectral_norms
 
 
@@ -48,6 +51,7 @@ class FunctionalLearner:
         convolution: how `nn.Conv2d` is computed, "grouped" or "im2col" (see im2col.py).
         compute_dtype: type of the learner's arithmetic; None: that of its parameters.
         example: one task's inputs, to see what a pass changes; None: all buffers count as changed.
+        unpads: the module gets examples without padding; not under `vmap`.
 
     Outside, complex weights are real ones, `[..., 2]`. Raises UnfitError, which names the layer, if a pass
     cannot be made a function of tensors.
@@ -60,6 +64,7 @@ class FunctionalLearner:
         convolution: str = "grouped",
         compute_dtype: torch.dtype | None = None,
         example: Tree | None = None,
+        unpads: bool = False,
     ) -> None:
         check_choice("convolution", convolution, CONVOLUTIONS)
         if has_lazy(module):
@@ -75,7 +80,7 @@ class FunctionalLearner:
         if convolution == "im2col":
             convert_convolutions(self.module)
         self.statistics = fresh_statistics(self.module)  # of batch norm, [2, channels]
-        self.compute_dtype = compute_dtype
+        self.compute_dtype, self.unpads = compute_dtype, unpads
         if compute_dtype is not None:
             convert_type(self.module, compute_dtype)
             example = None if example is None else in_type(example, compute_dtype)
@@ -98,9 +103,15 @@ class FunctionalLearner:
     ) -> Tree:
         """Return the outputs `[examples, ...]` under weights, and running statistics, by name.
 
-        `module` is another one of the same parameters. `changed` receives the buffers that the pass changes.
+        `module` is another one of the same parameters, whose outputs are no scores of classes. `changed`
+        receives the buffers that the pass changes.
         """
-        extras, module = extras or Extras(), module or self.module
+        extras = extras or Extras()
+        if extras.mask is not None and self.unpads:
+            x, mask = cut(x, extras.mask), extras.mask
+            outputs = self(weights, x, replace(extras, mask=None), module=module, changed=changed)
+            return pad_again(outputs, mask)
+        ways, module = None if module else extras.ways, module or self.module
         dtype = next(iter(weights.values()), first_tensor(x)).dtype
         if self.compute_dtype is not None:
             wide = self.statistics.keys() | self.complex
@@ -109,14 +120,16 @@ class FunctionalLearner:
         weights = self.as_kept(weights)
         # copies, which the pass may change in place
         buffers = {name: b.clone() for name, b in (extras.buffers or self.buffers).items()}
-        if self._is_elementary:
-            outputs, after = call_with(module, weights | buffers, x)
-        else:
-            with Elementary(extras.keys, first_tensor(x)), self._restored(module) as aliases:
-                outputs, after = call_with(module, weights | buffers, x, aliases)
+        with nullcontext() if extras.mask is None else set_norms(module, mask=extras.mask):
+            if self._is_elementary:
+                outputs, after = call_with(module, weights | buffers, x)
+            else:
+                with Elementary(extras.keys, first_tensor(x)), self._restored(module) as aliases:
+                    outputs, after = call_with(module, weights | buffers, x, aliases)
         if changed is not None:
             changed.update({name: after[name].detach() for name in buffers})
-        return outputs if self.compute_dtype is None else in_type(outputs, dtype)
+        outputs = outputs if self.compute_dtype is None else in_type(outputs, dtype)
+        return outputs if ways is None else hide_classes(outputs, ways)
 
     def as_kept(self, weights: Weights) -> Weights:
         """Return the weights as the module keeps them: complex ones as complex numbers."""
@@ -126,10 +139,13 @@ class FunctionalLearner:
         """Return outputs on the query set; "inductive": with the support set's batch statistics."""
         if normalisation != "inductive":
             return self(weights, task.query_x, task.extras)
-        shots, examples = len(first_tensor(task.support_x)), joined([task.support_x, task.query_x])
-        count = len(first_tensor(examples))
-        with set_norms(self.module, reference=shots):
-            outputs = self(weights, examples, task.extras)
+        reference = shots = len(first_tensor(task.support_x))
+        examples = joined([task.support_x, task.query_x])
+        count, extras = len(first_tensor(examples)), replace(task.extras, mask=task.pooled_mask())
+        if self.unpads and task.support_mask is not None:
+            reference = int(task.support_mask.sum())
+        with set_norms(self.module, reference=reference):
+            outputs = self(weights, examples, extras)
         # an output that is no example's, such as an additional loss, stays whole
         return tree_map(lambda part: part[shots:] if part.shape[:1] == (count,) else part, outputs)
 

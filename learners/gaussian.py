@@ -13,6 +13,8 @@ from statistics import NormalDist
 from torch import Tensor
 from torch.nn import functional as F
 
+from learners.padding import masked_mean
+
 FLOOR = 1e-4  # of a variance; targets are of the order of 1
 # Central parts of a normal distribution in percent, and their half widths in standard deviations.
 CENTRAL = {percent: NormalDist().inv_cdf(0.5 + percent / 200) for percent in (50, 90)}
@@ -40,15 +42,17 @@ def log_density(targets: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     return -0.5 * ((targets - mean).square() / variance + variance.log() + math.log(2 * math.pi))
 
 
-def measure_normal(targets: Tensor, mean: Tensor, deviation: Tensor, before: int) -> dict[str, Tensor]:
+def measure_normal(
+    targets: Tensor, mean: Tensor, deviation: Tensor, mask: Tensor | None, before: int
+) -> dict[str, Tensor]:
     """Return measures of each task `[...]`, the first `before` axes, by name.
 
     "mse" is the squared error of the mean; "coverage_50" and "coverage_90" are the shares of targets in the
-    central 50 and 90 % of their distributions, which are 0.5 and 0.9 where these are calibrated.
+    central 50 and 90 % of their distributions, which are 0.5 and 0.9 where these are calibrated. `mask`,
+    `[..., examples]`, says which examples count.
     """
-    error = (targets - mean).flatten(before)
-    inside = {p: error.abs() <= width * deviation.flatten(before) for p, width in CENTRAL.items()}
-    return {
-        "mse": error.square().mean(-1),
-        **{f"coverage_{percent}": part.to(error.dtype).mean(-1) for percent, part in inside.items()},
-    }
+    error = targets - mean
+    values = {"mse": error.square()}
+    for percent, width in CENTRAL.items():
+        values[f"coverage_{percent}"] = (error.abs() <= width * deviation).to(error.dtype)
+    return {name: masked_mean(value, mask, before) for name, value in values.items()}

@@ -1,62 +1,119 @@
 """Losses: functions of the outputs and the targets of one task, averaged over its examples.
 
 `MAML` takes one loss, built from `--loss` by `build_loss`. The losses here read the main output of a network
-with several outputs; the user's own loss gets all of them.
+with several outputs; the user's own loss gets all of them. `mask` says which examples count, `ways` how many
+of the classes; None: all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, update_wrapper
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import vmap
 from torch.nn import functional as F
 
-from common.batch import Tree, first_tensor
+from common.batch import Tree, first_tensor, tree_map
 from common.errors import UsageError
 from common.names import is_own_code, parse_name
-from common.own_code import check_order, find_parameters, load_code, parse_arguments
+from common.own_code import check_order, find_parameters, load_code, parse_arguments, select_accepted
+from common.task import Extras
 from learners.elementary import Elementary
 from learners.gaussian import FLOOR, log_density, split_normal
-from learners.reading import IGNORED, main_tensor
+from learners.padding import cut, masked_mean
+from learners.reading import IGNORED, cut_outputs, main_tensor
 
 
-def mse(outputs: Tree, targets: Tree) -> Tensor:
+def mse(outputs: Tree, targets: Tree, *, mask: Tensor | None = None) -> Tensor:
     """Return the mean squared error."""
-    return F.mse_loss(main_tensor(outputs), first_tensor(targets))
+    return _mean(partial(F.mse_loss, main_tensor(outputs), first_tensor(targets)), mask)
 
 
 def cross_entropy(
-    outputs: Tree, targets: Tree, *, label_smoothing: float = 0.0, ignore_index: int = IGNORED
+    outputs: Tree,
+    targets: Tree,
+    *,
+    label_smoothing: float = 0.0,
+    ignore_index: int = IGNORED,
+    mask: Tensor | None = None,
+    ways: Tensor | None = None,
 ) -> Tensor:
-    """Return the cross-entropy of logits `[examples, classes, ...]` and classes, int64 `[examples, ...]`."""
-    smoothing, ignored = label_smoothing, ignore_index
+    """Return the cross-entropy of logits `[examples, classes, ...]` and classes, int64 `[examples, ...]`.
+
+    Smoothing is over the classes of the task.
+    """
     logits, labels = main_tensor(outputs), first_tensor(targets)
-    return F.cross_entropy(logits, labels, label_smoothing=smoothing, ignore_index=ignored)
+    if mask is not None:
+        labels = labels.where(mask.view(-1, *(1,) * (labels.dim() - 1)), ignore_index)
+    smoothing = label_smoothing if ways is None else 0.0
+    loss = F.cross_entropy(logits, labels, label_smoothing=smoothing, ignore_index=ignore_index)
+    if ways is None or not label_smoothing:
+        return loss
+    real = torch.arange(logits.shape[1], device=logits.device) < ways
+    logs = logits.log_softmax(1).movedim(1, -1).where(real, 0.0).sum(-1) / ways  # [examples, ...]
+    known = (labels != ignore_index).to(logs.dtype)
+    return (1 - label_smoothing) * loss - label_smoothing * (logs * known).sum() / known.sum()
 
 
-def bce(outputs: Tree, targets: Tree) -> Tensor:
+def bce(outputs: Tree, targets: Tree, *, mask: Tensor | None = None, ways: Tensor | None = None) -> Tensor:
     """Return the binary cross-entropy of logits `[examples, outputs]`.
 
     Targets have the same shape, or are classes, int64 `[examples]`: 1 for the class, 0 for the others.
     """
     logits, labels = main_tensor(outputs), first_tensor(targets)
+    classes = torch.arange(logits.shape[-1], device=logits.device)
     if not labels.is_floating_point() and labels.shape != logits.shape:
-        labels = labels[..., None] == torch.arange(logits.shape[-1], device=logits.device)
-    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+        labels = labels[..., None] == classes
+    loss = _mean(partial(F.binary_cross_entropy_with_logits, logits, labels.to(logits.dtype)), mask)
+    return loss if ways is None else loss * logits.shape[-1] / ways  # hidden classes cost nothing
 
 
-def huber(outputs: Tree, targets: Tree, *, delta: float = 1.0) -> Tensor:
+def huber(outputs: Tree, targets: Tree, *, delta: float = 1.0, mask: Tensor | None = None) -> Tensor:
     """Return half the squared error up to `delta`, and a linear function beyond it."""
-    return F.huber_loss(main_tensor(outputs), first_tensor(targets), delta=delta)
+    return _mean(partial(F.huber_loss, main_tensor(outputs), first_tensor(targets), delta=delta), mask)
 
 
-def gaussian_nll(outputs: Tree, targets: Tree, *, floor: float = FLOOR) -> Tensor:
+def _mean(loss: Callable[..., Tensor], mask: Tensor | None) -> Tensor:
+    """Return a mean over examples that PyTorch computes, or of those that count."""
+    return loss() if mask is None else masked_mean(loss(reduction="none"), mask)
+
+
+class TaskLoss:
+    """A loss as the loops call it: the mean over the examples of a task that count.
+
+    Args:
+        loss: maps outputs and targets to a mean over examples. It may have parameters `mask` and `ways`,
+            which say what counts; else it is called with single examples, and their mean is taken.
+        unpads: call it with tasks without padding, as they are; not under `vmap`.
+    """
+
+    def __init__(self, loss: Callable[..., Tensor], *, unpads: bool = False) -> None:
+        self.loss, self.unpads = loss, unpads
+
+    def __call__(self, outputs: Tree, targets: Tree, extras: Extras | None = None) -> Tensor:
+        mask, ways = (extras.mask, extras.ways) if extras else (None, None)
+        if mask is None and ways is None:
+            return self.loss(outputs, targets)
+        if self.unpads:
+            return self.loss(cut_outputs(outputs, mask, ways), cut(targets, mask))
+        sizes = {name: size for name, size in (("mask", mask), ("ways", ways)) if size is not None}
+        loss, accepted = self.loss, select_accepted(self.loss, sizes)
+        if mask is None or "mask" in accepted:
+            return loss(outputs, targets, **accepted)
+
+        def of_one(*example: Tree) -> Tensor:
+            return loss(*tree_map(lambda t: t[None], example), **accepted)
+
+        return masked_mean(vmap(of_one)(outputs, targets), mask)
+
+
+def gaussian_nll(outputs: Tree, targets: Tree, *, floor: float = FLOOR, mask: Tensor | None = None) -> Tensor:
     """Return the negative log-likelihood of a target, in nats; outputs are normal distributions."""
     mean, variance = split_normal(main_tensor(outputs), floor)
-    return -log_density(first_tensor(targets), mean, variance).mean()
+    return -masked_mean(log_density(first_tensor(targets), mean, variance), mask)
 
 
 LOSSES: dict[str, Callable[..., Tensor]]
@@ -80,7 +137,7 @@ def build_loss(name: str, arguments: tuple[str, ...] = ()) -> Callable[[Any, Any
     if name not in LOSSES:
         check_order(function, f"--loss {name}")
         _check_fixed(function, f"--loss {name}")
-        return partial(_one_number, loss, name)
+        return update_wrapper(partial(_one_number, loss, name), loss)  # with its parameters
     if arguments:
         target = torch.zeros(1, dtype=torch.int64) if name == "cross-entropy" else torch.zeros(1, 1)
         try:  # report a wrong argument before there is work with the data
@@ -117,10 +174,10 @@ def variance_floor(name: str, arguments: tuple[str, ...] = ()) -> float:
     return parse_arguments(arguments).get("floor", FLOOR) if name == "gaussian-nll" else FLOOR
 
 
-def _one_number(loss: Callable[[Any, Any], Tensor], name: str, outputs: Any, targets: Any) -> Tensor:
+def _one_number(loss: Callable[..., Tensor], name: str, outputs: Any, targets: Any, **sizes: Any) -> Tensor:
     with Elementary(like=first_tensor(outputs)):  # a layer norm or a determinant may be in a loss, too
         try:
-            value = loss(outputs, targets)
+            value = loss(outputs, targets, **sizes)
         except ValueError as error:
             if "give keys" in str(error):
                 raise UsageError(f"--loss {name} draws random numbers: draw them in the learner") from error

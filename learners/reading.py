@@ -10,15 +10,16 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.batch import Tree, first_tensor, tree_map
+from common.batch import TaskBatch, Tree, first_tensor, tree_map
 from common.errors import UsageError, one_line
 from learners.gaussian import CENTRAL, FLOOR, measure_normal, split_normal
+from learners.padding import cut
 
 IGNORED = -100  # PyTorch's default of `ignore_index`
 NEAR_ONE = 1e-3  # probabilities sum to 1 within this
@@ -35,6 +36,28 @@ def main_tensor(outputs: Tree) -> Tensor:
         if isinstance(value, Tensor):
             return value
     return first_tensor(outputs)
+
+
+def hide_classes(outputs: Tree, ways: Tensor) -> Tree:
+    """Return outputs whose scores `[examples, classes, ...]` of classes from `ways` on never win.
+
+    They are large and negative, and finite: products with zero have to be zero.
+    """
+    scores = main_tensor(outputs)
+    absent = torch.arange(scores.shape[1], device=scores.device) >= ways
+    absent = absent.view(-1, *(1,) * (scores.dim() - 2))
+    return _with_main(outputs, scores.masked_fill(absent, torch.finfo(scores.dtype).min / 4))
+
+
+def cut_outputs(outputs: Tree, mask: Tensor | None, ways: Tensor | None) -> Tree:
+    """Return one task's outputs without padding: of the examples that count, for its own classes."""
+    outputs = cut(outputs, mask)
+    return outputs if ways is None else _with_main(outputs, main_tensor(outputs)[:, : int(ways)])
+
+
+def _with_main(outputs: Tree, scores: Tensor) -> Tree:
+    main = main_tensor(outputs)
+    return tree_map(lambda part: scores if part is main else part, outputs)
 
 
 @dataclass(frozen=True)
@@ -60,9 +83,10 @@ class Metric:
         undefined = any(UNDEFINED.search(str(warning.message)) for warning in caught)
         return math.nan if undefined or not math.isfinite(number) else number
 
-    def per_step(self, outputs: Tree, targets: Tree, reading: Reading) -> Tensor:
-        """Return the measure of outputs `[tasks, steps, examples, ...]`: float64 `[tasks, steps]`."""
-        outputs, targets = (tree_map(lambda t: t.detach().cpu(), tree) for tree in (outputs, targets))
+    def per_step(self, outputs: Tree, batch: TaskBatch, reading: Reading) -> Tensor:
+        """Return the measure of outputs `[tasks, steps, query examples, ...]`: float64 `[tasks, steps]`."""
+        outputs, batch = (tree_map(lambda t: t.detach().cpu(), tree) for tree in (outputs, batch))
+        targets = batch.query_y
         if reading.in_units:
             targets = reading.in_units(first_tensor(targets))
         if reading.kind == "normal":
@@ -74,10 +98,14 @@ class Metric:
         def pick(tree: Tree, *place: int) -> Tree:
             return tree_map(lambda t: t[place], tree)
 
-        rows = [
-            [self(pick(outputs, task, step), pick(targets, task), reading) for step in range(steps)]
-            for task in range(tasks)
-        ]
+        def measure(task: int, step: int) -> float:
+            """Return the measure of a task without its padding."""
+            mask, ways = (None if size is None else size[task] for size in (batch.query_mask, batch.ways))
+            own = reading if ways is None else replace(reading, classes=int(ways))
+            here = cut_outputs(pick(outputs, task, step), mask, ways)
+            return self(here, cut(pick(targets, task), mask), own)
+
+        rows = [[measure(task, step) for step in range(steps)] for task in range(tasks)]
         return torch.tensor(rows, dtype=torch.float64).view(tasks, steps)
 
 
@@ -169,13 +197,19 @@ class Reading:
         known = (labels >= 0) & (labels < self.classes)
         return labels, known if self.ignored is None else known & (labels != self.ignored)
 
-    def accuracy(self, outputs: Tree, targets: Tree, before: int = 1) -> Tensor:
-        """Return the share of correct classes, pixels or labels by task, float32 `[...]`; NaN without any."""
+    def accuracy(self, outputs: Tree, targets: Tree, mask: Tensor | None = None, before: int = 1) -> Tensor:
+        """Return the share of correct classes, pixels or labels by task, float32 `[...]`; NaN without any.
+
+        `mask`, `[..., examples]`, says which examples count; None: all.
+        """
         predicted = self.predict(outputs, before)
         plain = first_tensor(targets)
-        if (self.kind, self.ignored) == ("classes", None) and plain.dim() == predicted.dim() == before + 1:
+        whole = mask is None and plain.dim() == predicted.dim() == before + 1
+        if (self.kind, self.ignored) == ("classes", None) and whole:
             return (predicted == plain).float().mean(-1)
         labels, known = self.labels_of(targets, predicted, before)
+        if mask is not None:
+            known = known & mask.view(*mask.shape, *(1,) * (known.dim() - mask.dim()))
         right = (predicted == labels) & known
         return right.flatten(before).sum(-1) / known.expand_as(right).flatten(before).sum(-1)
 
@@ -187,11 +221,13 @@ class Reading:
         deviation = variance.sqrt()
         return (in_units(mean), in_units(deviation, centre=False)) if in_units else (mean, deviation)
 
-    def measure_further(self, outputs: Tree, targets: Tree, before: int = 1) -> dict[str, Tensor]:
+    def measure_further(
+        self, outputs: Tree, targets: Tree, mask: Tensor | None = None, before: int = 1
+    ) -> dict[str, Tensor]:
         """Return the measures `further` of each task, `[...]`, by name."""
         if not self.further:
             return {}
-        return measure_normal(first_tensor(targets), *self.moments(outputs, before), before)
+        return measure_normal(first_tensor(targets), *self.moments(outputs, before), mask, before)
 
     def describe(self) -> str:
         """Return in words how accuracy is measured, or why it is not."""

@@ -1,5 +1,7 @@
 """The one evaluation: the numbers of a plain loop, their intervals, and diverged tasks in plain sight."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -39,7 +41,7 @@ class Flat(Sinusoid):
 
     def sample_to_draw(self, split: str, seed: int, tasks: int) -> TaskBatch:
         batch = super().sample_to_draw(split, seed, tasks)
-        return batch._replace(support_y=batch.support_y[..., 0])
+        return replace(batch, support_y=batch.support_y[..., 0])
 
 
 def classifier(**choices: object) -> MAML:

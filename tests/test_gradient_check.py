@@ -1,6 +1,7 @@
 """The check of a meta-gradient before training: right ones pass, and every wrong one is seen and located."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -152,7 +153,7 @@ def test_batch_norm_of_equal_examples_is_no_false_alarm():
         nn.Sequential(*(nn.Sequential(nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(4)))
     )
     maml = MAML(learner, F.mse_loss, Choices(inner_lr=0.4, steps=3, adapt_norm=True))
-    equal = batch(3)._replace(support_x=torch.ones(2, 5, 3), query_x=torch.ones(2, 5, 3))
+    equal = replace(batch(3), support_x=torch.ones(2, 5, 3), query_x=torch.ones(2, 5, 3))
     assert check_meta_gradient(maml, maml.initial_parameters(), equal, KEYS, ["adjoint"]).engine == "adjoint"
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import typing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -291,8 +292,8 @@ def test_several_outputs_all_reach_the_loss(kind, options):
 
 def test_several_targets_all_reach_the_loss():
     module, batch = filled(TwoInputs("tuple")), two_inputs("tuple")
-    batch = batch._replace(
-        support_y=(batch.support_y, batch.support_x[1]), query_y=(batch.query_y, batch.query_x[1])
+    batch = replace(
+        batch, support_y=(batch.support_y, batch.support_x[1]), query_y=(batch.query_y, batch.query_x[1])
     )
 
     def loss(outputs, targets):
@@ -319,7 +320,7 @@ class DataDependent(nn.Module):
 def test_a_learner_that_decides_by_values_is_trained_one_task_at_a_time():
     module, batch = filled(DataDependent()), vectors(3)
     shift = torch.tensor([1.0, -1.0]).view(2, 1, 1)  # so that tasks go different ways
-    batch = batch._replace(support_x=batch.support_x + shift)
+    batch = replace(batch, support_x=batch.support_x + shift)
     assert_matches_plain_loop(module, batch, vectorise=False)
     for engine in ENGINES:
         with pytest.raises(RuntimeError, match="item"):
@@ -418,7 +419,7 @@ def test_each_loss_is_pytorchs(case):
     name, theirs, targets = LOSS_CASES[case]
     outputs = 6 if name == "gaussian-nll" else 3
     module = filled(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, outputs)))
-    batch = vectors(3)._replace(support_y=targets[0], query_y=targets[1])
+    batch = replace(vectors(3), support_y=targets[0], query_y=targets[1])
     for order in ORDERS:
         expected, values, _ = plain_loop(module, theirs, batch, order=order)
         for engine in ENGINES:

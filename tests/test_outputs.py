@@ -310,7 +310,9 @@ def test_a_metric_is_measured_in_the_units_of_the_targets():
     reading = Reading("numbers", in_units=lambda values: 4 * values.double() + 10)
     x, y = torch.rand(1, 2, 5, 1), torch.rand(1, 5, 1)
     expected = 4 * (x - y[:, None]).abs().mean((2, 3))
-    torch.testing.assert_close(build_metric("mae").per_step(x, y, reading), expected.double())
+    torch.testing.assert_close(
+        build_metric("mae").per_step(x, TaskBatch(y, y, y, y), reading), expected.double()
+    )
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -317,7 +318,7 @@ def bad_iteration(monkeypatch):
         if split != "train":
             return batch
         bad = torch.as_tensor(iteration == BAD) & torch.as_tensor(seed >= 1)
-        return batch._replace(query_y=torch.where(bad, torch.nan, batch.query_y))
+        return replace(batch, query_y=torch.where(bad, torch.nan, batch.query_y))
 
     monkeypatch.setattr(Regression, "sample", spoil)
 

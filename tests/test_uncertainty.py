@@ -36,7 +36,7 @@ def test_coverage_is_that_of_known_distributions(factor):
     shares = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
     targets = torch.tensor([NormalDist(2, 3).inv_cdf(share) for share in shares.tolist()])[None]
     mean, deviation = torch.full_like(targets, 2.0), torch.full_like(targets, 3 * factor)
-    measures = measure_normal(targets, mean, deviation, 1)
+    measures = measure_normal(targets, mean, deviation, None, 1)
     for percent, width in HALF_WIDTHS.items():
         expected = 2 * NormalDist().cdf(factor * width) - 1
         assert measures[f"coverage_{percent}"].item() == pytest.approx(expected, abs=2e-4)

@@ -243,7 +243,7 @@ def gradient_of_slopes(maml: MAML, axis: int | None) -> Callable[..., tuple[Weig
     def slope(fast: Weights, shared: Weights, along: Weights, x: Tree, y: Tree, extras: Extras) -> Tensor:
         def loss(fast: Weights) -> Tensor:
             with NoGradHolds():
-                return maml.loss(maml.call(fast | shared, x, extras), y)
+                return maml.loss(maml.call(fast | shared, x, extras), y, extras)
 
         return jvp(loss, (fast,), (along,))[1]
 

@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common.batch import TaskBatch, Tree, first_tensor, in_type, joined, tree_map
+from common.batch import TaskBatch, first_tensor, in_type, tree_map
 from common.optimizers import Weights
 from common.task import Task
 from maml import MAML, RATE
@@ -107,12 +107,12 @@ class Definition:
         if maml.choices.head_init != "prototype":  # which needs an example of each class
             shape = first_tensor(batch.support_x).shape[2:]  # of an example
             count = IMAGES if len(shape) > 2 and shape.numel() > LARGE else EXAMPLES
-            batch = TaskBatch(*(tree_map(lambda t: t[:, :count], part) for part in batch))
-        self.batch, self.keys = TaskBatch(*(in_type(part, dtype) for part in batch)), keys
+            batch = tree_map(lambda t: t[:, :count] if t.dim() > 1 else t, batch)  # ways have no examples
+        self.batch, self.keys = in_type(batch, dtype), keys
         self.step_weights = None
         if maml.choices.objective == "multi-step":
             self.step_weights = torch.full((steps,), 1 / steps, dtype=dtype, device=keys.device)
-        tasks = Task(*self.batch, extras=self.maml.call.extras(len(keys), keys))
+        tasks = Task.of(self.batch, self.maml.call.extras(len(keys), keys))
         self.tasks = [tree_map(lambda t, number=number: t[number], tasks) for number in range(len(keys))]
         with _FindNarrow(dtype) as mode:
             loss = self.loop.outer_loss(self.parameters, self.tasks[0], self.step_weights)[1].loss
@@ -259,8 +259,10 @@ class Definition:
             return self.loop.outer_loss(parameters, task, self.step_weights)[0]
         if self.kind == "first-order":
             return self._first_order_loss(parameters, task, self.constants[number])
-        (x, y), fast = _join_sets(task), self.loop.start(parameters).fast
-        return self.loop.loss(self.loop.call(fast | parameters, x, task.extras.for_pass("query")), y)
+        pool, fast = task.pooled(), self.loop.start(parameters).fast
+        extras = task.extras.for_pass("query", mask=pool.support_mask)
+        outputs = self.loop.call(fast | parameters, pool.support_x, extras)
+        return self.loop.loss(outputs, pool.support_y, extras)
 
     # ---- first order, Reptile and implicit --------------------------------------------------
 
@@ -295,24 +297,22 @@ class Definition:
         return losses[-1] if self.step_weights is None else (self.step_weights * torch.stack(losses)).sum()
 
     def _reptile(self, task: Task) -> Weights:
-        x, y = _join_sets(task)
-        start, *_, end = self.loop.inner_loop(
-            self.parameters, replace(task, support_x=x, support_y=y), self.loop.steps
-        )
+        start, *_, end = self.loop.inner_loop(self.parameters, task.pooled(), self.loop.steps)
         return {name: w - end.fast[name] for name, w in start.fast.items() if name in self.parameters}
 
     def _implicit(self, task: Task) -> Weights:
         maml, distance = self.loop, self.scale.distances[0]
         choices, strength = maml.choices, maml.optimizer.proximal
         *_, end = maml.inner_loop(self.parameters, task, maml.steps)
-        shared_weights = end.shared.weights
+        shared_weights, extras = end.shared.weights, replace(end.task.extras, mask=task.support_mask)
         v, u = grad(lambda fast, shared: maml.query_loss(fast, shared, end.task)[0], (0, 1))(
             end.fast, shared_weights
         )
 
         def support_gradients(fast: Weights, shared: Weights) -> tuple[Weights, Weights]:
             def loss(fast: Weights, shared: Weights) -> Tensor:
-                return maml.loss(maml.call(fast | shared, task.support_x, end.task.extras), task.support_y)
+                outputs = maml.call(fast | shared, task.support_x, extras)
+                return maml.loss(outputs, task.support_y, extras)
 
             return grad(loss, (0, 1))(fast, shared)
 
@@ -347,9 +347,8 @@ class Definition:
         task, weights = self.tasks[0], self.maml.call.parameters
         weights = {name: w.detach().requires_grad_() for name, w in weights.items()}
         with _FindStops() as mode:
-            self.maml.loss(
-                self.maml.call(weights, task.support_x, task.extras.for_pass("support")), task.support_y
-            )
+            x, y, extras = task.at_step(0)
+            self.maml.loss(self.maml.call(weights, x, extras), y, extras)
         return mode.stopped
 
 
@@ -429,10 +428,3 @@ def _distance(a: Weights, b: Weights) -> float:
     """Return the distance of two dictionaries of tensors, relative to the norm of the second; inf for NaN."""
     difference = _norm({name: a[name] - b[name] for name in b})
     return difference / max(_norm(b), 1e-12) if difference < torch.inf else torch.inf
-
-
-def _join_sets(task: Task) -> tuple[Tree, Tree]:
-    """Return one task's support and query as one set: inputs and targets."""
-    pairs = ((task.support_x, task.query_x), (task.support_y, task.query_y))
-    x, y = (joined(list(pair)) for pair in pairs)
-    return x, y

@@ -23,10 +23,9 @@ from torch.func import grad
 from common.batch import Tree, first_tensor, tree_map
 from common.choices import ENGINES, check_choice
 from common.optimizers import Weights
-from common.task import Extras, MetaGradient, Task, sum_over_tasks
+from common.task import MetaGradient, Task, sum_over_tasks
 from maml import MAML, MASS, SQUARE, Way
 from training.adjoint import (
-    EXAMPLES,
     SAME,
     TASKS,
     Accelerate,
@@ -105,7 +104,8 @@ def implicit(maml: MAML, accelerate: Accelerate) -> Way:
     @torch.no_grad()
     def way(parameters: Weights, tasks: Task, step_weights: Tensor | None) -> MetaGradient:
         _, last, shared = walk_to_end(maml, walk, parameters, tasks)
-        support = (tasks.support_x, tasks.support_y, last.query.extras)
+        extras = replace(last.query.extras, mask=tasks.support_mask)
+        support = (tasks.support_x, tasks.support_y, extras)
         (v, u), (losses, outputs, _) = query_of(last.after.fast, shared.weights, last.query)
 
         def product(x: Weights) -> Weights:
@@ -168,9 +168,7 @@ def reptile(maml: MAML, accelerate: Accelerate) -> Way:
 
     @torch.no_grad()
     def way(parameters: Weights, tasks: Task, step_weights: Tensor | None) -> MetaGradient:
-        x, y = _join_sets(tasks)
-        pools = replace(tasks, support_x=x, support_y=y)
-        start, last, shared = walk_to_end(maml, walk, parameters, pools)
+        start, last, shared = walk_to_end(maml, walk, parameters, tasks.pooled(axis=1))
         state, query = last.after, replace(tasks, order=None, extras=last.query.extras)
         losses, (outputs, _) = query_loss(state.fast, shared.weights, query)
         moved = {name: (w - state.fast[name]).sum(0) for name, w in start.fast.items()}
@@ -186,36 +184,29 @@ def reptile(maml: MAML, accelerate: Accelerate) -> Way:
 def joint(maml: MAML, accelerate: Accelerate) -> Way:
     """The gradient of the mean loss on support and query together, nothing adapted: pretraining."""
 
-    def one_task(
-        parameters: Weights, x: Tree, y: Tree, extras: Extras, query_y: Tree
-    ) -> tuple[Weights, Tensor, Tree]:
+    def one_task(parameters: Weights, task: Task) -> tuple[Weights, Tensor, Tree]:
+        pool = task.pooled()
+        extras, query = task.extras.for_pass("query", mask=pool.support_mask), task.for_query(0)
+
         def loss(parameters: Weights) -> tuple[Tensor, Tree]:
-            outputs = maml.call(maml.start(parameters).fast | parameters, x, extras)
-            return maml.loss(outputs, y), outputs
+            outputs = maml.call(maml.start(parameters).fast | parameters, pool.support_x, extras)
+            return maml.loss(outputs, pool.support_y, extras), outputs
 
         gradients, outputs = grad(loss, has_aux=True)(parameters)
-        queries = len(first_tensor(query_y))
+        queries = len(first_tensor(task.query_y))
         outputs = tree_map(lambda part: part[-queries:], outputs)
-        return gradients, maml.loss(outputs, query_y), outputs
+        return gradients, maml.loss(outputs, task.query_y, query.extras), outputs
 
-    gradient = accelerate(maml.over_tasks(one_task, (SAME, *EXAMPLES, TASKS)))
+    gradient = accelerate(maml.over_tasks(one_task, (SAME, TASKS)))
 
     def way(parameters: Weights, tasks: Task, step_weights: Tensor | None) -> MetaGradient:
-        extras = tasks.extras.for_pass("query")
-        gradients, losses, outputs = gradient(parameters, *_join_sets(tasks), extras, tasks.query_y)
+        gradients, losses, outputs = gradient(parameters, tasks)
         return MetaGradient(_for_all(parameters, sum_over_tasks(gradients)), losses, outputs, {})
 
     return way
 
 
 # ---- dictionaries of tensors ---------------------------------------------------------------------
-
-
-def _join_sets(tasks: Task) -> tuple[Tree, Tree]:
-    """Return support and query as one set: inputs and targets `[tasks, examples, ...]`."""
-    pairs = ((tasks.support_x, tasks.query_x), (tasks.support_y, tasks.query_y))
-    x, y = (tree_map(lambda *two: torch.cat(two, 1), *pair) for pair in pairs)
-    return x, y
 
 
 def _for_all(parameters: Weights, gradients: Weights) -> Weights:

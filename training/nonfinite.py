@@ -29,7 +29,7 @@ def find_cause(
         inputs: what else `MAML.meta_gradient` takes, by name; of these `order` and `keys` count.
         first: the number of the batch's first task.
     """
-    for name, tree in batch._asdict().items():
+    for name, tree in batch.parts.items():
         for tensor in filter(Tensor.is_floating_point, pytree.tree_leaves(tree)):
             bad = ~tensor.isfinite().flatten(1).all(1)
             if bad.any():
@@ -41,7 +41,7 @@ def find_cause(
     order = None if maml.choices.meta_gradient == "reptile" else inputs.get("order")
     norm = maml.choices.query_norm
     outputs = maml.predictions(parameters, batch, maml.steps, (norm,), order=order, keys=inputs.get("keys"))
-    losses = loss_per_step(maml, outputs[norm], batch.query_y)  # [tasks, steps + 1]
+    losses = loss_per_step(maml, outputs[norm], batch)  # [tasks, steps + 1]
     grown = diverged(losses).any(1)
     if grown.any() and losses[:, 0].isfinite().all():
         if large := _find_large(batch):

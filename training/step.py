@@ -24,6 +24,7 @@ from common.batch import TaskBatch, TaskDistribution, first_tensor, stacked_tree
 from common.optimizers import Weights
 from common.processes import ALONE, World
 from common.random import keys_of, minibatch_order, task_stream
+from common.task import Extras, Task
 from learners.reading import reading_of
 from maml import MAML
 from training.meta_gradients import make_meta_gradient, run_as_is
@@ -215,8 +216,7 @@ class MetaStep:
             return self._send(state, (self.numbers, self._sample(state, self.numbers)))
         coming = 1 + (state.iteration.flatten()[0] if iteration is None else iteration)
         parts = [self.distribution.sample("train", seed, coming, self.share) for seed in self.seeds]
-        trees = zip(*parts, strict=True)
-        batch = TaskBatch(*(stacked_trees(list(tree)) for tree in trees)) if self.several else parts[0]
+        batch = stacked_trees(parts) if self.several else parts[0]
         return self._send(state, (self.numbers, batch))
 
     # ---- functions of tensors, for one run ------------------------------------------------------
@@ -241,7 +241,7 @@ class MetaStep:
             )
         measures = [result.losses.sum()]  # this part's contributions to means over tasks
         if self.reading.has_accuracy:
-            shares = self.reading.accuracy(result.outputs, batch.query_y)
+            shares = self.reading.accuracy(result.outputs, batch.query_y, batch.query_mask)
             if self.reading.is_masked:  # the mean of the others for a task that has no label
                 shares = shares.nanmean().nan_to_num().expand_as(shares)
             measures.append(shares.sum().to(result.losses.dtype))
@@ -287,9 +287,12 @@ class MetaStep:
         inputs: dict[str, Any] = {"tasks": self.tasks}
         if choices.inner_batch is not None or self.draws:
             stream = task_stream("train", seed, iteration + 1, numbers, numbers.device)
-            sets = [batch.support_x, batch.query_x][: 1 + (choices.meta_gradient == "reptile")]
+            pools, mask = choices.meta_gradient == "reptile", batch.support_mask
+            sets = [batch.support_x, batch.query_x][: 1 + pools]
             examples = sum(first_tensor(part).shape[1] for part in sets)
-            inputs["order"] = minibatch_order(stream.at("minibatches"), examples, choices.inner_batch, steps)
+            mask = Task.of(batch, Extras()).pooled_mask(axis=1) if pools else mask
+            batches = stream.at("minibatches"), examples, choices.inner_batch, steps, mask
+            inputs["order"] = minibatch_order(*batches)
             inputs["keys"] = keys_of(stream) if self.draws else None
         if choices.objective == "multi-step":
             last = self.options.msl_iterations
