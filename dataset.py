@@ -82,7 +82,7 @@ def build_distribution(
     if kind == "images":
         images = open_images(Path(source), form, shares, options.columns, options.min_examples)
     else:
-        images = open_benchmark(source, data_root, form, options.omniglot_split)
+        images = open_benchmark(source, data_root, form, options.omniglot_split, options.icons_split)
     turns = options.quarter_turns or source == "omniglot"
     augment = tuple(options.augment.split(",")) if options.augment else ()
     return ImageTasks(images, ways=options.ways, quarter_turns=turns, augment=augment, **sizes)

@@ -32,7 +32,7 @@ LONGEST_NAMES = 100  # characters of the sides' names in a file name
 # Settings that decide the tasks and, for regression, the measure on them
 TASKS = (
     *("dataset", "dataset_args", "ways", "shots", "queries", "noise"),
-    *("omniglot_split", "quarter_turns", "split_shares", "columns"),
+    *("omniglot_split", "icons_split", "quarter_turns", "split_shares", "columns"),
     *("exclude_columns", "min_examples", "image_range"),
 )
 MEASURE = ("loss", "loss_args", "standardise")

@@ -99,8 +99,8 @@ def _help_text(name: str, flag: Flag, *, whole: bool) -> str:
     if name in DEFAULTS:
         regression, few_ways, many_ways, other = map(show, DEFAULTS[name])
         regression += f" (sinusoid {show(SINUSOID_DEFAULTS[name])})" if name in SINUSOID_DEFAULTS else ""
-        omniglot = few_ways if few_ways == many_ways else f"{few_ways} (above 10 ways {many_ways})"
-        default = f"regression {regression}, omniglot {omniglot}, else {other}"
+        drawings = few_ways if few_ways == many_ways else f"{few_ways} (above 10 ways {many_ways})"
+        default = f"regression {regression}, omniglot and icons {drawings}, else {other}"
     elif flag.default is None or flag.default is False or flag.default == ():
         return text
     else:

@@ -8,10 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 # Defaults that depend on the data: those of Finn et al. (2017). "k" and "s" stand for the values of those
-# flags. Omniglot's inner rate belongs to the mean cross-entropy: the paper's loss is `ways` times as large,
-# so that its 0.4 (5-way) and 0.1 (20-way) both become 2.0. Other classification has their settings for
-# mini-ImageNet: 0.01 with that loss, 0.05 on the mean over five classes.
-DEFAULT_COLUMNS = ("regression", "omniglot, 2-10 ways", "omniglot, 11+ ways", "other classification")
+# flags. Drawings, Omniglot's and icons, have Omniglot's settings: its inner rate belongs to the mean
+# cross-entropy, as the paper's loss is `ways` times as large, so that its 0.4 (5-way) and 0.1 (20-way) both
+# become 2.0. Other classification has their settings for mini-ImageNet: 0.01 with that loss, 0.05 on the mean
+# over five classes.
+DRAWINGS = ("omniglot", "icons")
+DEFAULT_COLUMNS = ("regression", "drawings, 2-10 ways", "drawings, 11+ ways", "other classification")
 DEFAULTS: dict[str, tuple[Any, Any, Any, Any]] = {
     "learner": ("mlp", "conv", "conv", "conv4"),
     "ways": (None, 5, 5, 5),
@@ -36,7 +38,7 @@ def default_column(classification: bool, dataset: str, ways: int) -> int:
     """Return the position in `DEFAULT_COLUMNS`."""
     if not classification:
         return 0
-    return 3 if dataset != "omniglot" else 1 if ways <= 10 else 2
+    return 3 if dataset not in DRAWINGS else 1 if ways <= 10 else 2
 
 
 # Iterations from which on a run pays for its compilation (docs/speed.md), and the images in the

@@ -27,7 +27,7 @@ from tasks.options import FILE_KINDS, data_facts, is_classification
 
 OF_OTHER_DATA = (
     *("invert", "quarter_turns", "image_range", "columns", "exclude_columns", "dataset_args"),
-    *("split_shares", "omniglot_split", "min_examples"),
+    *("split_shares", "omniglot_split", "icons_split", "min_examples"),
 )
 
 

@@ -30,6 +30,7 @@ ONLY: dict[str, tuple[tuple[str, Callable[[Config], object]], ...]] = {
     "regression": (("dataset", lambda c: not c.tasks.classification),),
     "classification": (("dataset", lambda c: c.tasks.classification),),
     "omniglot": (("dataset", lambda c: c.tasks.dataset == "omniglot"),),
+    "icons": (("dataset", lambda c: c.tasks.dataset == "icons"),),
     "any images": (("dataset", _has_images),),
     "images": (("dataset", lambda c: _has_images(c) and c.tasks.dataset != "omniglot"),),
     "files": (("dataset", lambda c: parse_name(c.tasks.dataset).kind in FILE_KINDS),),

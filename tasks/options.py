@@ -17,6 +17,7 @@ OMNIGLOT_CLASSES = {  # characters in each split
     "random": {"train": 1100, "validation": 100, "test": 423},
     "alphabet": {"train": 806, "validation": 158, "test": 659},
 }
+ICON_DRAWINGS = {"concept": 20, "designer": 6}  # of each concept at least, by split
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class DataFacts:
 
 DATASETS = {name: DataFacts("vectors", False) for name in CURVES} | {
     "omniglot": DataFacts("images", True, 28, 1, invert=True),
+    "icons": DataFacts("images", True, 28, 1, invert=True),
     "cifar-fs": DataFacts("images", True, 32, 3),
     "fc100": DataFacts("images", True, 32, 3),
     "mini-imagenet": DataFacts("images", True, 84, 3),
@@ -139,21 +141,25 @@ class TaskOptions:
         "--omniglot-split", group="tasks", choices=tuple(OMNIGLOT_CLASSES), only="omniglot", default="random",
         help="random: 1,100 / 100 / 423 characters for training, validation and test; alphabet: the original "
         "background and evaluation alphabets (806 / 158 / 659)")
+    icons_split: str = flag(
+        "--icons-split", group="tasks", choices=tuple(ICON_DRAWINGS), only="icons", default="concept",
+        help="concept: the published concepts for training, validation and test; designer: each of these "
+        "splits has its own designers, too")
     resize: str = flag(
         "--resize", group="tasks", choices=("lanczos", "nearest"), only="any images", default="lanczos",
         help="resampling of images; nearest is what the paper's script does to Omniglot")
     image_size: int | None = flag(
         "--image-size", group="tasks", check=at_least(1), metavar="PIXELS", only="images", default=BY_DATASET,
-        help="height and width of images (default: 84; omniglot 28; cifar-fs and fc100 32)")
+        help="height and width of images (default: 84; omniglot and icons 28; cifar-fs and fc100 32)")
     channels: int | None = flag(
         "--channels", group="tasks", check=check_channels, metavar="{1,3}", only="images", default=BY_DATASET,
-        help="1: grey images; 3: colour (default: 3; omniglot 1)")
+        help="1: grey images; 3: colour (default: 3; omniglot and icons 1)")
     image_range: str | None = flag(
         "--image-range", group="tasks", check=check_range, metavar="LOW,HIGH", default=None, only="images",
         help="values of image files that are black and white; others are cut off (default: the range of 8 "
         "bits, or what the files say: docs/data.md)")
     invert: bool = flag("--invert", group="tasks", default=BY_DATASET, only="any images",
-        help="exchange black and white, so that ink on paper is 1 (default: no; omniglot yes)")
+        help="exchange black and white, so that ink on paper is 1 (default: no; omniglot and icons yes)")
     quarter_turns: bool = flag("--quarter-turns", group="tasks", default=False, only="images",
         help="turn each class of a task by a random multiple of 90 degrees, in every split, as with Omniglot")
     augment: str | None = flag(

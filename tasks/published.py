@@ -1,6 +1,7 @@
-"""Image benchmarks with published classes: Omniglot, CIFAR-FS, FC100, mini-ImageNet and tiered-ImageNet.
+"""Image benchmarks with published classes: Omniglot, icons, CIFAR-FS, FC100, mini- and tiered-ImageNet.
 
-Omniglot and CIFAR-100 are fetched by torchvision; ImageNet's images lie in a folder of the benchmark's name.
+Omniglot and CIFAR-100 are fetched by torchvision, and examples/icons.py draws the icons; ImageNet's images
+lie in a folder of the benchmark's name.
 """
 
 from __future__ import annotations
@@ -15,22 +16,27 @@ from typing import Any
 import numpy as np
 
 from common.errors import UsageError, one_line
-from tasks.archives import find_archived_classes, has_archives
+from common.random import SPLITS
+from tasks.archives import find_archived_classes, has_archives, load_data
 from tasks.folders import find_classes
 from tasks.images import Groups, ImageSet, image_set
-from tasks.options import OMNIGLOT_CLASSES, OMNIGLOT_DRAWINGS
+from tasks.options import ICON_DRAWINGS, OMNIGLOT_CLASSES, OMNIGLOT_DRAWINGS
 from tasks.pixels import Form, ImagePath
-from tasks.splits import published_splits, shuffle
+from tasks.splits import published_splits, read_published, shuffle
 from tasks.stored_images import ImageColumn, StoredImage, as_file
 
 PARTS = {"images_background": 964, "images_evaluation": 659}  # characters in each half of Omniglot
 CIFAR_IMAGES = 600  # of each class, training and test images together
 
 
-def open_benchmark(name: str, data_root: Path, form: Form, omniglot_split: str = "random") -> ImageSet:
+def open_benchmark(
+    name: str, data_root: Path, form: Form, omniglot_split: str = "random", icons_split: str = "concept"
+) -> ImageSet:
     """Return a benchmark by its name; UsageError if it is not there, or has other classes than published."""
     if name == "omniglot":
         return _open_omniglot(data_root, form, omniglot_split)
+    if name == "icons":
+        return _open_icons(data_root, form, icons_split)
     published = published_splits(name)
     folder = data_root / name
     if name in ("cifar-fs", "fc100") and not folder.is_dir():
@@ -108,6 +114,35 @@ def split_characters(names: Sequence[str], split: str) -> dict[str, list[str]]:
     for name in names:
         splits[part_of.get(name.rpartition("/")[0], "test")].append(name)
     return splits
+
+
+def _open_icons(data_root: Path, form: Form, split: str) -> ImageSet:
+    """Return the drawings of examples/icons.py: a class is a concept, drawn by different designers.
+
+    "concept": all drawings of a split's concepts. "designer": of these, the drawings by the split's own
+    designers; concepts with fewer than `ICON_DRAWINGS` of them are left out.
+    """
+    path, published = data_root / "icons" / "icons.npz", read_published("icons")
+    command = f"python examples/icons.py --data-root {data_root}"
+    if not path.is_file():
+        raise UsageError(f"there is no {path}: {command} draws it")
+    content = load_data(path)
+    concepts, designers = (content[name].tolist() for name in ("concepts", "sets"))
+    column = ImageColumn(path, "icon", lambda: lambda row: as_file(content["pixels"][row]))
+    split_of, part_of = (
+        {name: part for part in SPLITS for name in names[part]}
+        for names in (published, published["designers"])
+    )
+    groups: dict[str, dict[str, list[ImagePath]]] = {part: defaultdict(list) for part in SPLITS}
+    if {*concepts} != {*split_of}:
+        raise UsageError(f"{path} has other concepts than the published ones: {command} draws them")
+    for row, (concept, designer) in enumerate(zip(concepts, designers, strict=True)):
+        if split == "concept" or part_of[designer] == split_of[concept]:
+            groups[split_of[concept]][concept].append(StoredImage(column, row))
+    least = ICON_DRAWINGS[split]
+    groups = {part: {n: i for n, i in group.items() if len(i) >= least} for part, group in groups.items()}
+    source = f"--icons-split {split}"
+    return image_set(path, groups, groups, form, published=True, split_source=source)
 
 
 def _open_cifar(name: str, data_root: Path, published: Mapping[str, list[str]], form: Form) -> ImageSet:

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,9 +85,14 @@ def split_at_random(names: Collection[str], shares: Mapping[str, int]) -> dict[s
     return {split: sorted(next(shuffled) for _ in range(size)) for split, size in sizes.items()}
 
 
+def read_published(name: str) -> dict[str, Any]:
+    """Return what the file of a benchmark holds: its classes by split, their source, and more."""
+    return json.loads((PUBLISHED / f"{name}.json").read_text(encoding="utf-8"))
+
+
 def published_splits(name: str) -> dict[str, list[str]]:
     """Return the class names of each split of a benchmark, as its paper has them."""
-    content = json.loads((PUBLISHED / f"{name}.json").read_text(encoding="utf-8"))
+    content = read_published(name)
     return {split: content[split] for split in SPLITS}
 
 

@@ -1,6 +1,7 @@
 """Shared by all tests: the project's modules on the path, small data sets, and the real Omniglot."""
 
 import os
+import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Sequence
@@ -32,6 +33,25 @@ def omniglot_root() -> Path:
     root = Path(os.environ.get("MAML_DATA_ROOT") or ROOT / "data")
     if not [*(root / "omniglot-py").glob("images_background*")]:
         pytest.skip("no Omniglot: set MAML_DATA_ROOT to the folder that holds omniglot-py/")
+    return root
+
+
+@pytest.fixture(scope="session")
+def icons_root(tmp_path_factory) -> Path:
+    """Return the folder that holds icons/, drawn if need be; skip its tests where that is not possible."""
+    root = Path(os.environ.get("MAML_DATA_ROOT") or ROOT / "data")
+    if not (root / "icons" / "icons.npz").exists():
+        from common.files import one_at_a_time
+
+        root = tmp_path_factory.getbasetemp().parent / "icons-root"  # of all workers
+        root.mkdir(exist_ok=True)
+        with one_at_a_time(root / ".lock"):
+            if not (root / "icons" / "icons.npz").exists():
+                script = [sys.executable, str(ROOT / "examples" / "icons.py"), "--data-root", str(root)]
+                drawn = subprocess.run(script, capture_output=True, text=True)
+                reason = drawn.stderr.rpartition("error: ")[2].strip()
+                if drawn.returncode:
+                    (pytest.skip if reason.startswith(("npm ", "resvg-py ")) else pytest.fail)(reason)
     return root
 
 
