@@ -13,6 +13,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import harness  # noqa: F401  (puts the repository on the path)
+
+from commands.presets import ALGORITHMS
+
 CURVE_SEEDS, IMAGE_SEEDS = range(5), range(3)  # as many as a published number takes to be met
 FAR_ENOUGH = 0.25  # of the planned iterations: shorter runs are in their own table alone
 PUBLISHED = tomllib.loads(Path(__file__).with_name("published.toml").read_text(encoding="utf-8"))
@@ -31,6 +35,7 @@ class Test:
 
     name: str
     flags: tuple[str, ...]
+    dataset: str | None = None  # whose test tasks; None: the run's own
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class Table:
     columns: tuple[Column, ...]
     cells: tuple[Cell, ...]
     accuracy: bool = False  # higher is better
+    single: bool = False  # trained from one seed
 
     def cell(self, method: str) -> Cell:
         return next(cell for cell in self.cells if cell.method == method)
@@ -80,7 +86,7 @@ class Table:
     @property
     def seeds(self) -> range:
         """The seeds that it is trained from: with fewer, no published number is met."""
-        return IMAGE_SEEDS if self.accuracy else CURVE_SEEDS
+        return range(1) if self.single else IMAGE_SEEDS if self.accuracy else CURVE_SEEDS
 
     @property
     def digits(self) -> int:
@@ -273,6 +279,53 @@ def image_table(dataset: str, title: str, shots: int) -> Table:
     )
 
 
+# ---- icons ---------------------------------------------------------------------------------------
+
+FIRST = ("maml", "maml++", "protonet", "r2d2")  # methods, in this order; the other algorithms follow
+
+
+def icons(ways: int, shots: int) -> Table:
+    """Return the table of all algorithms, and of training from scratch, on one setting of the icons.
+
+    Nothing is published: settings are Omniglot's, with PyTorch's initialisation and a cosine. With five ways
+    and one shot each run is tested on Omniglot as well, and the first methods are also trained there.
+    """
+    name, crossed = f"icons-{ways}way-{shots}shot", (ways, shots) == (5, 1)
+    iterations = 5_000 if ways == 5 else 2_000
+    (test,), columns = image_tests(15), image_columns(15)
+    tests: tuple[Test, ...] = (test,)
+    if crossed:
+        tests = tuple(Test(f"on {dataset}", test.flags, dataset) for dataset in ("icons", "omniglot"))
+        pairs = product(tests, STATISTICS.items())
+        columns = tuple(Column(f"{t.name}, {words}", t.name, None, n) for t, (n, words) in pairs)
+
+    def cell(method: str, dataset: str = "icons") -> Cell:
+        schedule = " --meta-lr-schedule cosine" * ("meta_lr_schedule" not in ALGORITHMS[method])
+        title = method if dataset == "icons" else f"{method}, from {dataset}"
+        flags = f"--dataset {dataset} --algorithm {method}{schedule}"
+        return make_cell(name, title, flags, baselines=title == "maml")
+
+    first = [method for method in FIRST if method in ALGORITHMS]
+    others = [method for method in ALGORITHMS if method not in (*FIRST, "pretrain")]
+    return Table(
+        name,
+        f"Icons, {ways}-way {shots}-shot, 15 queries, accuracy in percent",
+        tuple(f"-n {ways} -k {shots} --learner conv --init torch --iterations {iterations}".split()),
+        tests,
+        columns,
+        (
+            *(cell(method) for method in (*first, *others)),
+            *(cell(method, "omniglot") for method in first if crossed),
+            *(
+                make_cell(name, method, "", baseline_of="maml")
+                for method in ("scratch, sgd", "scratch, adam")
+            ),
+        ),
+        accuracy=True,
+        single=ways == 20,
+    )
+
+
 TABLES = {
     table.name: table
     for table in (
@@ -283,6 +336,7 @@ TABLES = {
         curve_table("sinusoid-line", "Sinusoids and lines"),
         *(omniglot(ways, shots) for ways, shots in AN_HOUR),
         one_training(),
+        *(icons(ways, shots) for ways, shots in ((5, 1), (5, 5), (20, 1))),
         *(image_table("cifar-fs", "CIFAR-FS", shots) for shots in (1, 5)),
         *(image_table("mini-imagenet", "mini-ImageNet", shots) for shots in (1, 5)),
     )

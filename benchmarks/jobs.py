@@ -67,12 +67,18 @@ class Job:
         flags = list(test.flags)
         if self.quick:
             flags[flags.index("--eval-tasks") + 1] = QUICK_TASKS
+        if test.dataset and test.dataset not in self.training:
+            flags += ["--eval-dataset", test.dataset]
         return flags
+
+    def has_baselines(self, test: Test) -> bool:
+        """Whether baselines are measured in a test: they train on the data of the run."""
+        return self.cell.baselines and "--eval-dataset" not in self.test_flags(test)
 
     def testing(self, test: Test) -> list[str]:
         """The arguments of main.py that run a test."""
         out = str(self.folder / f"test {test.name}")
-        baselines = ["--baselines"] * self.cell.baselines
+        baselines = ["--baselines"] * self.has_baselines(test)
         return ["--eval", "--load", str(self.folder), *self.test_flags(test), "--out", out, *baselines]
 
     # ---- results -----------------------------------------------------------------------------
@@ -121,7 +127,7 @@ class Job:
         return None
 
     def is_tested(self, test: Test) -> bool:
-        kinds = (False, True) if self.cell.baselines else (False,)
+        kinds = (False, True) if self.has_baselines(test) else (False,)
         return all(self.result(test, baselines=kind) for kind in kinds)
 
 
@@ -267,14 +273,15 @@ def tests_of(table: Table, cell: Cell, job: Job) -> dict[str, Any]:
     tests = {}
     for test in table.tests:
         result = numbers = job.result(test)
-        baselines = job.result(test, baselines=True) if job.cell.baselines else None
+        baselines = job.result(test, baselines=True) if job.has_baselines(test) else None
         if cell.baseline_of:
             numbers = baselines and baselines["methods"].get(cell.method)
         if result and numbers:
+            last = max(row["steps"] for row in numbers["per_step"])
             tests[test.name] = {
                 "flags": shlex.join(job.test_flags(test)),
                 "tasks": result["tasks"],
-                "test_steps": result["test_steps"],
+                "test_steps": last if cell.baseline_of else result["test_steps"],
                 "device": result["device"],
                 "torch": result["versions"]["torch"],
                 "per_step": numbers["per_step"],

@@ -2,6 +2,7 @@
 
     python benchmarks/reproduce.py                          # all tables
     python benchmarks/reproduce.py sinusoid assignment      # some; --list names them
+    python benchmarks/reproduce.py icons                    # all whose names begin so
     python benchmarks/reproduce.py omniglot-5way-1shot --methods maml anil --seeds 0
     python benchmarks/reproduce.py --minutes 120            # as far as two hours allow; repeat it to resume
     python benchmarks/reproduce.py --quick                  # the same path in a few minutes
@@ -22,6 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import pictures
@@ -47,10 +49,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--results", type=Path, default=TABLE_RESULTS, help="folder of tables and pictures")
     parser.add_argument("--quick", action="store_true", help="few iterations and tasks, one seed")
     options = parser.parse_args(arguments)
-    for name in options.tables:
-        if name not in TABLES:
+    tables = []
+    for name in options.tables or TABLES:
+        group = [table for table in TABLES.values() if table.name.startswith(f"{name}-")]
+        if name not in TABLES and not group:
             parser.error(f"no table {name}; choose from {', '.join(TABLES)}")
-    options.tables = [TABLES[name] for name in options.tables or TABLES]
+        tables += [TABLES[name]] if name in TABLES else group
+    options.tables = tables
     methods = {cell.method for table in options.tables for cell in table.trained}
     for method in options.methods or ():
         if method not in methods:
@@ -65,12 +70,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
-    """Yield all methods from the first seed, then from the others: tables fill evenly."""
+    """Yield the first method of all tables, the second, ..., and again from the other seeds.
+
+    Tables fill evenly.
+    """
     for seed in dict.fromkeys(options.seeds or range(max(len(table.seeds) for table in options.tables))):
-        for table in options.tables:
-            cells = table.trained if seed in (options.seeds or table.seeds) else ()
-            for cell in cells:
-                if options.methods is None or cell.method in options.methods:
+        tables = [table for table in options.tables if seed in (options.seeds or table.seeds)]
+        for cells in zip_longest(*(table.trained for table in tables)):
+            for table, cell in zip(tables, cells, strict=True):
+                if cell and (options.methods is None or cell.method in options.methods):
                     yield Job(table, cell, seed, options.folder, options.quick)
 
 
@@ -112,19 +120,20 @@ def read_records() -> dict[str, Record]:
 
 
 def update_pages() -> None:
-    """Put the recorded tables, and a summary of the published numbers, into docs/results.md.
+    """Put the recorded tables into their pages, and a summary of the published numbers into docs/results.md.
 
     Rows of a table stand on other pages, between `<!-- TABLE: METHOD; METHOD -->` and the same with a slash.
     """
-    page = ROOT / "docs" / "results.md"
+    pages = sorted((ROOT / "docs").glob("*.md"))
     records = read_records()
     for name, content in records.items():
         text = table_text.table_text(TABLES[name], content)
         if (TABLE_RESULTS / f"{name}.png").exists():
             text += f"\n![{TABLES[name].title}](../benchmarks/results/reproduce/{name}.png)\n"
-        put(page, name, text)
-    put(page, "published", table_text.summary(records))
-    for page in sorted((ROOT / "docs").glob("*.md")):
+        for page in pages:
+            put(page, name, text)
+    put(ROOT / "docs" / "results.md", "published", table_text.summary(records))
+    for page in pages:
         for mark, name, methods in table_text.excerpts_on(page.read_text()):
             put(page, mark, table_text.excerpt(TABLES[name], records[name], methods))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -288,9 +287,13 @@ def commands(table: Table, record: Record) -> list[str]:
     lines = [f"{run['trained_by']} --run-name {table.name}-{run['name']}" for run in first]
     number_of_tested = next((n for n, cell in enumerate(cells) if cell.baselines), 0)
     tested = f"checkpoints/{table.name}-{first[number_of_tested]['name']}"
-    evaluate = ["python", "main.py", "--eval", "--load", tested]
-    baselines = ["--baselines"] * cells[number_of_tested].baselines
-    return [*lines, *(shlex.join([*evaluate, *test.flags, *baselines]) for test in table.tests)]
+    evaluate = f"python main.py --eval --load {tested}"
+    for test in first[number_of_tested]["tests"].values():
+        own = "--eval-dataset" not in test["flags"]
+        lines.append(
+            f"{evaluate} {test['flags']}" + " --baselines" * (own and cells[number_of_tested].baselines)
+        )
+    return lines
 
 
 # ---- rows on other pages -------------------------------------------------------------------------

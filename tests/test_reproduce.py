@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -40,9 +41,9 @@ def test_the_flags_of_every_cell_are_valid(table):
         trained = resolve(parse([*table.flags, *cell.flags]))
         assert cell.published.keys() <= {column.title for column in table.columns}
         for test in table.tests:
-            given = parse(["--eval", "--load", "best.pt", *test.flags])
-            check_call(given)
-            tested = resolve_from(trained, given, evaluate=True).evaluation
+            given = parse(jobs.Job(table, cell, 0, Path()).testing(test))
+            other = check_call(given).eval_dataset
+            tested = resolve_from(trained, given, evaluate=True, eval_dataset=other).evaluation
             steps = [column.steps for column in table.columns if column.test == test.name and column.steps]
             assert tested.eval_steps >= max([*steps, trained.evaluation.test_steps])
     assert {column.test for column in table.columns} - {None} == {test.name for test in table.tests}
@@ -84,6 +85,24 @@ def test_what_has_another_meta_gradient_than_the_cpu_is_not_timed(tmp_path):
     session = gpu.Session(options, tmp_path)
     session.attempt("iterations", "sinusoid-1", 0, measure)
     assert session.failed and [*session.results] == ["left out"]
+
+
+def test_the_first_methods_come_first_in_all_tables_of_a_group():
+    options = reproduce.parse_arguments(["icons"])
+    assert [table.name for table in options.tables] == [n for n in TABLES if n.startswith("icons-")]
+    runs = [(job.table.name, job.cell.method, job.seed) for job in reproduce.jobs_of(options)]
+    assert runs[:4] == [*((table.name, "maml", 0) for table in options.tables), (runs[0][0], "maml++", 0)]
+    assert {seed for name, _, seed in runs if "20way" in name} == {0} and len({*runs}) == len(runs)
+
+
+def test_an_initialisation_is_tested_on_its_own_data_and_on_other_data(tmp_path):
+    table = TABLES["icons-5way-1shot"]
+    for method, own, other in (("maml", "icons", "omniglot"), ("maml, from omniglot", "omniglot", "icons")):
+        job = jobs.Job(table, table.cell(method), 0, tmp_path)
+        flags = {test.name: job.testing(test) for test in table.tests}
+        assert "--eval-dataset" not in flags[f"on {own}"]
+        assert ("--baselines" in flags[f"on {own}"]) is (method == "maml")
+        assert flags[f"on {other}"][-4:-2] == ["--eval-dataset", other]  # and --out
 
 
 # ---- from numbers to words -----------------------------------------------------------------------
@@ -173,10 +192,11 @@ def test_unfinished_and_failed_runs_are_marked():
 
 def test_the_pages_say_what_the_records_say():
     page = (ROOT / "docs" / "results.md").read_text()
+    pages = page + (ROOT / "docs" / "icons.md").read_text()
     for name, record in RECORDS.items():
         text = table_text.table_text(TABLES[name], record)
         assert text == (reproduce.TABLE_RESULTS / f"{name}.md").read_text()
-        assert f"<!-- {name} -->\n{text}" in page
+        assert f"<!-- {name} -->\n{text}" in pages
     for other in sorted((ROOT / "docs").glob("*.md")):
         for mark, name, methods in table_text.excerpts_on(other.read_text()):
             text = table_text.excerpt(TABLES[name], RECORDS[name], methods)
