@@ -9,6 +9,7 @@
     python main.py --eval --load checkpoints/RUN            # measure it on test tasks
     python main.py --compare checkpoints/RUN checkpoints/OTHER      # learning curves, paired differences
     python main.py --adapt FOLDER --load checkpoints/RUN    # adapt it to a task of your own
+    python main.py --list                                   # all runs, with their results
     tensorboard --logdir checkpoints
 
 Flags are parsed and checked before PyTorch is imported. `--help` shows the usual ones, `--help-all` all.
@@ -93,8 +94,10 @@ def run(arguments: list[str]) -> int:
 
 def dispatch(call: Call, given: Mapping[str, Any], command: str, world: World) -> int:
     """Call the command that the flags ask for."""
-    from commands import adapt, baselines, compare, evaluate, sweep, train
+    from commands import adapt, baselines, compare, evaluate, runs, sweep, train
 
+    if call.list_runs:
+        return runs.list_runs(call)
     if call.adapt:
         return adapt.adapt(call, given, command)
     if call.compare:

@@ -152,10 +152,10 @@ def build_tasks(config: Config, call: Call, runtime: Runtime) -> TaskDistributio
     )
 
 
-def measure_name(config: Config, distribution: TaskDistribution) -> str:
+def measure_name(config: Config, scales: Scales) -> str:
     """Return what tables and figures call the loss, with its unit where that is not the data's."""
     name = loss_name(config.learner.loss)
-    return f"{name} of standardised targets" if "target" in distribution.scales else name
+    return f"{name} of standardised targets" if "target" in scales else name
 
 
 def preload_tasks(configs: Iterable[Config], call: Call, world: World) -> None:
@@ -311,7 +311,9 @@ def assemble(
         described_by=select_meaningful(config),
         columns=LOGGED,
         reading=reading,
-        measure_name=measure_name(config, distribution) if reading.measure == "loss" else reading.measure,
+        measure_name=measure_name(config, distribution.scales)
+        if reading.measure == "loss"
+        else reading.measure,
         start=start.resumed,
         origin=f"{start.file}, iteration {source.iteration:,}" if source else None,
         writes=team.first,

@@ -15,11 +15,15 @@ from typing import Any
 from commands.config import CONFIG_FLAGS
 from common.errors import UsageError
 from common.options import above_zero, at_least, find_nearest, flag, flags_of, folder_name, key_and_values
-from tasks.options import check_dataset
+from tasks.options import DATASETS, check_dataset
 
 
 def network_file(file: Path) -> str | None:
     return None if file.suffix in (".pt", ".pth", ".pt2") else "a file whose name ends in .pt, .pth or .pt2"
+
+
+# of --list
+COLUMNS = ("name", "dataset", "tasks", "algorithm", "seed", "iterations", "validation", "test", "when")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,13 @@ class Call:
     compare: tuple[str, ...] = flag("--compare", group="what to do", metavar="RUN", default=(), common=True,
         help="compare runs: learning curves, and paired differences on the same tasks; RUN: a run's folder, "
         "a checkpoint, or a folder of many runs, whose seeds are taken together")
+    list_runs: Path | None = flag("--list", group="what to do", metavar="[FOLDER]", default=None, common=True,
+        bare=Path("checkpoints"),
+        help="list the runs below a folder (default: checkpoints), with their validation and test results")
+    sort: str = flag("--sort", group="what to do", choices=COLUMNS, default="name", metavar="COLUMN",
+        help=f"with --list: {', '.join(COLUMNS)}; the best, the longest or the newest first")
+    csv: Path | None = flag("--csv", group="what to do", metavar="FILE", default=None,
+        help="with --list: write the list to a CSV file too")
     split: str = flag("--split", group="evaluation", choices=("validation", "test"), default="validation",
         help="with --compare: the tasks to measure on; choose between runs on validation tasks")
     seeds: str | None = flag("--seeds", group="what to do", metavar="LIST", default=None, common=True,
@@ -61,6 +72,7 @@ class Call:
         "in numbers alone; one if compiled on images)")
     eval_dataset: str | None = flag(
         "--eval-dataset", group="evaluation", check=check_dataset, metavar="NAME", default=None,
+        known=tuple(DATASETS),
         help="with --eval --load, or --compare --split test: take the test tasks from another dataset; all "
         "of its classes if it has no split of its own")
     samples: int | None = flag(
@@ -137,6 +149,8 @@ NEEDS = (
     ("resume", "run_name"),
     ("runs_at_once", "seeds sweep"),
     ("split", "compare"),
+    ("sort", "list_runs"),
+    ("csv", "list_runs"),
     ("adapt", "load"),
     ("out", "eval adapt compare"),
     ("baselines", "eval"),
@@ -163,6 +177,8 @@ def check_call(given: Mapping[str, Any]) -> Call:
     """Return the call that the flags ask for; raise UsageError where they contradict each other."""
     call = Call(**{name: given[name] for name in given if name in CALL_FLAGS})
     names = {name: flag.name for name, flag in ALL_FLAGS.items()}
+    if call.list_runs and (strange := given.keys() - {"list_runs", "sort", "csv"}):
+        raise UsageError(f"{names[min(strange)]} has no meaning with --list: leave it out")
     for firsts, seconds, reason in CLASHES:
         for first, second in product(firsts.split(), seconds.split()):
             if first in given and second in given:

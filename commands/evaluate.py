@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from common.processes import ALONE, World
 from evaluation import meta_test
 from evaluation.examples import adapt_examples, examples_figure
 from evaluation.figures import results_figure
+from evaluation.ledger import RESULTS, TIME, add_result, quote_result
 from evaluation.meta_test import Evaluation, normalisations_of
 from evaluation.style import write_figure
 from evaluation.tables import ALL, Caption, evaluation_record, results_of, results_table
@@ -34,7 +36,7 @@ from learners.reading import reading_of
 from maml import MAML
 from training.checkpoint import Checkpoint, check_same_data, load_checkpoint
 from training.compiler import Compiler, cpp_compiler
-from training.folders import find_runs
+from training.folders import LIST, find_runs
 
 COMPILED_FROM = 1_000_000  # images times inner steps: compiling then saves more than it takes (docs/speed.md)
 
@@ -71,7 +73,8 @@ def measure(
         if len({(c.evaluation.eval_steps, c.evaluation.eval_tasks) for c in configs}) > 1:
             raise UsageError("the runs differ in --eval-steps or --eval-tasks: give both")
         if world.first:
-            build.make_writable(first.stem(call).parent)
+            for file in (first.stem(call), first.results_file(call)):
+                build.make_writable(file.parent)
         runtime = build.prepare(first.config, call, world)
     world.check_same(build.collect_facts(first.config, runtime, first.source))
     build.preload_tasks(configs, call, world)
@@ -88,6 +91,7 @@ def measure(
         subject.evaluate()
         if world.first:
             subject.write(subject.stem(call), command, prints=len(files) == 1)
+            add_result(subject.results_file(call), subject.row(call, command))
     return subjects
 
 
@@ -142,6 +146,15 @@ class Subject:
         folder = call.out or (file.parent if file else call.checkpoint_path)
         return folder / f"{name}-{summarise([self])[1]}"
 
+    def results_file(self, call: Call) -> Path:
+        """Return where its row goes: in --out, or in the folder of all runs."""
+        if call.out or not self.file:
+            return (call.out or call.checkpoint_path) / RESULTS
+        runs = self.file.resolve().parent.parent
+        if runs.is_relative_to(call.checkpoint_path.resolve()):
+            runs = call.checkpoint_path
+        return (runs.parent if (runs / LIST).is_file() else runs) / RESULTS
+
     def build(self, call: Call, world: World = ALONE) -> None:
         """Build algorithm, tasks and weights; raise UsageError where they do not fit."""
         self.runtime = build.prepare(self.config, call, world)
@@ -149,7 +162,7 @@ class Subject:
         self.distribution, self.maml = build.build(
             self.config, call, self.runtime, saved=saved, scales=scales
         )
-        self.loss_name = build.measure_name(self.config, self.distribution)
+        self.loss_name = build.measure_name(self.config, self.distribution.scales)
         self.parameters = self.maml.initial_parameters(self.config.training.seed)
         self.statistics = self.maml.initial_statistics()
         if self.file and self.source:
@@ -207,6 +220,33 @@ class Subject:
             "settings": self.config.values(),
             "versions": versions(),
             "device": self.runtime.describe(),
+        }
+
+    def row(self, call: Call, command: str) -> dict[str, Any]:
+        """Return the row of `results.csv`."""
+        config, folder = self.config, self.results_file(call).resolve().parent
+        tasks, options, choices = config.tasks, config.evaluation, config.choices
+        place = self.file.resolve() if self.file else Path(self.stem(call).name)
+        measure = self.loss_name if self.result.measure == "loss" else self.result.measure
+        return {
+            "when": time.strftime(TIME),
+            "checkpoint": (place.relative_to(folder) if place.is_relative_to(folder) else place).as_posix(),
+            "iteration": self.source.iteration if self.source else 0,
+            "dataset": tasks.dataset,
+            "ways": tasks.ways,
+            "shots": tasks.shots,
+            "queries": tasks.queries,
+            "tasks": options.eval_tasks,
+            "algorithm": choices.algorithm,
+            "learner": config.learner.learner,
+            "seed": config.training.seed,
+            "steps": options.test_steps,
+            "inner_batch": options.eval_inner_batch,
+            "precision": config.training.precision,
+            "batch_norm": choices.query_norm if self.maml.has_batch_norm else None,
+            "measure": measure,
+            **quote_result(self.result, choices.query_norm, options.test_steps),
+            "command": command,
         }
 
     def write(self, stem: Path, command: str, *, prints: bool) -> None:

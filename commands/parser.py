@@ -28,6 +28,7 @@ EXAMPLES = """\
   watch      tensorboard --logdir checkpoints
   evaluate   python main.py --eval --load checkpoints/RUN
   adapt      python main.py --adapt my-images/ --load checkpoints/RUN
+  list       python main.py --list checkpoints
   compare    python main.py --compare checkpoints/RUN checkpoints/OTHER
 """
 MORE = "Every flag, and the settings of each algorithm: --help-all"
@@ -81,6 +82,8 @@ def build_parser(*, every_flag: bool = False) -> argparse.ArgumentParser:
             reading = {"action": switch}
         elif flag.kind is tuple:
             reading |= {"nargs": "+", "action": "extend"}
+        elif flag.bare is not None:
+            reading |= {"nargs": "?", "const": flag.bare}
         text = argparse.SUPPRESS
         if every_flag or flag.common:
             text = _help_text(name, flag, whole=every_flag).replace("%", "%%")

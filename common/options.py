@@ -98,6 +98,7 @@ class Flag:
     choices: tuple[str, ...] | None = None
     known: tuple[str, ...] = ()  # valid values by name, where `check` allows others too
     metavar: str | None = None
+    bare: Any = None  # the value where an optional argument is left out
     only: str | None = None  # where the flag has a meaning: a key of `rules.ONLY`
     free_on_resume: bool = False  # may differ from the checkpoint when a run is resumed
     free_on_eval: bool = False  # may differ from the checkpoint with --eval

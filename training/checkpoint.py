@@ -70,16 +70,19 @@ def save_checkpoints(checkpoints: Mapping[Path, Checkpoint]) -> None:
     write_all_whole([(path, partial(torch.save, header | vars(c))) for path, c in checkpoints.items()])
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint onto the CPU, and run nothing in it; UsageError if it is damaged or foreign."""
+def load_checkpoint(path: Path, *, weights: bool = True) -> Checkpoint:
+    """Read a checkpoint onto the CPU, and run nothing in it; UsageError if it is damaged or foreign.
+
+    Without `weights`, tensors are read from the disk when they are used, and the file is not tested.
+    """
     if not path.is_file():
         raise UsageError(f"{path} is not a checkpoint file")
     content: Any = None
     try:
         with zipfile.ZipFile(path) as archive:
             whole = sum(record.file_size for record in archive.infolist()) <= path.stat().st_size
-            if whole and archive.testzip() is None:
-                content = torch.load(path, map_location="cpu", weights_only=True)
+            if whole and (not weights or archive.testzip() is None):
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=not weights)
     except Exception as error:  # zipfile and the unpickler may meet any bytes
         if isinstance(error, OSError) or is_out_of_memory(error):
             raise

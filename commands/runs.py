@@ -1,0 +1,142 @@
+"""List the runs below a folder (--list): what each is, how far it has come, and what it reached.
+
+last.pt, results.csv -> ListedRun each -> table, CSV
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from commands.build import measure_name
+from commands.call import Call
+from commands.names import task_words
+from commands.resolve import config_of
+from common.errors import UsageError, printable
+from evaluation.ledger import RESULTS, TIME, read_results
+from evaluation.tables import decimal, table, units, write_csv
+from training.checkpoint import Progress, load_checkpoint
+from training.folders import BEST, LAST
+
+HEADER = (
+    *("name", "dataset", "tasks", "algorithm", "seed", "iterations", "measure", "best validation", "test"),
+    "when",
+)
+IN_FILE = (
+    *("name", "dataset", "tasks", "algorithm", "seed", "iterations", "planned", "measure", "validation"),
+    *("test", "interval_95", "when"),
+)
+
+
+@dataclass(frozen=True)
+class ListedRun:
+    """A run in the list."""
+
+    name: str  # path below the folder
+    dataset: str
+    tasks: str
+    algorithm: str
+    seed: int
+    iterations: int
+    planned: int
+    measure: str  # of validation and test
+    more_is_better: bool
+    validation: float | None  # the best
+    test: float | None
+    interval_95: float | None
+    when: str  # its checkpoint was written
+
+    def cells(self) -> list[str]:
+        """Return the row as the terminal shows it, under `HEADER`."""
+        measure, scale, digits = units(self.measure)
+        validation, test, interval = (
+            "" if value is None else decimal(scale * value, digits)
+            for value in (self.validation, self.test, self.interval_95)
+        )
+        done = f"{self.iterations:,}" + f" of {self.planned:,}" * (self.iterations < self.planned)
+        start = [printable(self.name), printable(self.dataset), self.tasks, self.algorithm, str(self.seed)]
+        return [*start, done, measure, validation, test + f" ± {interval}" * bool(test), self.when[:16]]
+
+
+def list_runs(call: Call) -> int:
+    """Print the runs below the folder of --list, and write them to --csv; return the exit code."""
+    assert call.list_runs is not None
+    if not call.list_runs.is_dir():
+        raise UsageError(f"--list {call.list_runs}: there is no such folder")
+    runs = sort_runs(find_all_runs(call.list_runs), call.sort)
+    print(table(HEADER, [run.cells() for run in runs]) if runs else f"{call.list_runs} has no runs")
+    if call.csv:
+        values = ([getattr(run, name) for name in IN_FILE] for run in runs)
+        write_csv(call.csv, IN_FILE, [["" if v is None else str(v) for v in row] for row in values])
+        print(f"Written: {call.csv}")
+    return 0
+
+
+def find_all_runs(folder: Path) -> list[ListedRun]:
+    """Return the runs below a folder in the order of their paths; what cannot be read is said on stderr."""
+    files: list[Path] = []
+    tests: dict[Path, list[Mapping[str, str]]] = {}  # by the run's folder
+    for place, below, names in os.walk(folder):
+        below.sort()
+        files += [Path(place, name) for name in (LAST, BEST) if name in names][:1]
+        for row in read_results(Path(place, RESULTS)):
+            tests.setdefault(Path(place, row.get("checkpoint", "")).resolve().parent, []).append(row)
+    runs = []
+    for file in files:
+        try:
+            runs.append(_describe_run(file, folder, tests.get(file.resolve().parent, [])))
+        except UsageError as error:
+            print(f"main.py: {printable(str(error))}", file=sys.stderr)
+    return runs
+
+
+def _describe_run(file: Path, folder: Path, tests: Sequence[Mapping[str, str]]) -> ListedRun:
+    """Return the row of a checkpoint, with its latest test on tasks like those of its training."""
+    checkpoint = load_checkpoint(file, weights=False)
+    config, progress = config_of(checkpoint.settings, file), Progress(**checkpoint.progress)
+    tasks, curves, at = config.tasks, progress.validation, progress.best_iteration
+    losses, accuracies = "query_loss", "query_accuracy"
+    curve = accuracies if tasks.classification and (accuracies in curves or not curves) else losses
+    if config.evaluation.metric:
+        curve = next((name for name in curves if name not in ("iteration", losses, accuracies)), curve)
+    measure = measure_name(config, checkpoint.scales) if curve == losses else curve.removeprefix("query_")
+    best = curves[curve][curves["iteration"].index(at)] if at is not None and curve in curves else None
+    like = {"dataset": tasks.dataset, "ways": tasks.ways, "shots": tasks.shots, "measure": measure}
+    like = {name: "" if value is None else str(value) for name, value in like.items()}
+    test = next((row for row in reversed(tests) if like.items() <= row.items()), {})
+    return ListedRun(
+        name=file.parent.relative_to(folder).as_posix(),
+        dataset=tasks.dataset,
+        tasks=task_words(tasks),
+        algorithm=config.choices.algorithm,
+        seed=config.training.seed,
+        iterations=checkpoint.iteration,
+        planned=config.training.iterations,
+        measure=measure,
+        more_is_better=curve == accuracies or (best is not None and best == progress.best_score),
+        validation=best,
+        test=float(test["result"]) if test.get("result") else None,
+        interval_95=float(test["interval_95"]) if test.get("interval_95") else None,
+        when=time.strftime(TIME, time.localtime(file.stat().st_mtime)),
+    )
+
+
+def _is_known(value: Any) -> bool:
+    return value is not None and value == value  # NaN is not
+
+
+def sort_runs(runs: Sequence[ListedRun], column: str) -> list[ListedRun]:
+    """Return the runs by a column: the best, the longest or the newest first, names from A to Z."""
+
+    def key(run: ListedRun) -> Any:
+        value = getattr(run, column)
+        return -value if column in ("validation", "test") and run.more_is_better else value
+
+    known = [run for run in runs if _is_known(getattr(run, column))]
+    last = [run for run in runs if run not in known]
+    return sorted(known, key=key, reverse=column in ("iterations", "when")) + last

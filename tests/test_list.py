@@ -1,0 +1,134 @@
+"""The list of runs, and results.csv, from which it has their tests."""
+
+import csv
+import math
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from runs import command, stop_at, validate_on
+
+from commands.runs import ListedRun, sort_runs
+from evaluation.ledger import RESULTS, SAME, add_result, read_results
+from training.checkpoint import load_checkpoint
+from training.folders import BEST, LAST
+
+SHORT = ["--iterations", 8, "--val-every", 4, "--meta-batch-size", 2, "--compile", "off"]
+TEST = ["--eval", "--eval-tasks", 4, "--eval-steps", 2]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch, no_pictures):
+    validate_on(4, monkeypatch)
+    monkeypatch.setattr("commands.build.write_figure", lambda *_: None)
+
+
+def train(folder: Path, name: str, *flags: object) -> Path:
+    assert command(*SHORT, *flags, "--checkpoint-path", folder, "--run-name", name) == 0
+    return folder / name
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    text = (folder / RESULTS).read_text()
+    assert text.count("checkpoint,") == 1  # one header
+    return read_results(folder / RESULTS)
+
+
+# ---- results.csv ---------------------------------------------------------------------------------
+
+
+def test_an_evaluation_is_a_row_which_its_repetition_replaces(tmp_path):
+    run = train(tmp_path, "run")
+    assert command(*TEST, "--load", run) == 0
+    (first,) = rows_of(tmp_path)
+    assert (first["checkpoint"], first["measure"], first["tasks"], first["shots"]) == (
+        "run/best.pt",
+        "MSE",
+        "4",
+        "10",
+    )
+    assert float(first["result"]) > 0 and float(first["interval_95"]) > 0
+    assert command(*TEST, "--load", run, "-k", 5) == 0
+    assert command(*TEST, "--load", run, "--test-steps", 2) == 0
+    text = (tmp_path / RESULTS).read_text().replace(",command", ",command,remark", 1)
+    (tmp_path / RESULTS).write_text(text)  # a column of the user's
+    assert command("--load", run / LAST, "--iterations", 12) == 0
+    assert command(*TEST, "--load", run) == 0
+    rows = rows_of(tmp_path)
+    assert [(row["shots"], row["steps"]) for row in rows] == [("5", "1"), ("10", "2"), ("10", "1")]
+    assert rows[-1]["command"].startswith("main.py --eval") and rows[-1]["remark"] == ""
+    assert rows[-1]["iteration"] == str(load_checkpoint(run / BEST).iteration)
+
+
+def test_rows_are_written_where_the_runs_are_or_in_out(tmp_path, monkeypatch):
+    train(tmp_path / "a", "many", "--seeds", "0-1")
+    assert command(*TEST, "--load", tmp_path / "a" / "many") == 0
+    checkpoints = [row["checkpoint"] for row in rows_of(tmp_path / "a")]
+    assert checkpoints == ["many/seed-0/best.pt", "many/seed-1/best.pt"]
+    monkeypatch.chdir(tmp_path / "a" / "many" / "seed-0")
+    assert command(*TEST, "--load", "best.pt", "-k", 5) == 0
+    assert rows_of(tmp_path / "a")[-1]["checkpoint"] == "many/seed-0/best.pt"
+    assert command(*TEST, "--load", "best.pt", "--out", tmp_path / "out") == 0
+    (row,) = rows_of(tmp_path / "out")
+    assert row["checkpoint"] == (tmp_path / "a/many/seed-0/best.pt").as_posix()
+    assert command(*TEST, "--checkpoint-path", tmp_path / "b") == 0
+    assert rows_of(tmp_path / "b")[0]["checkpoint"].startswith("fresh-mlp-paper-seed0")
+
+
+def test_evaluations_at_once_lose_no_row(tmp_path):
+    rows = [dict.fromkeys(SAME, "") | {"checkpoint": f"{n}/best.pt", "result": n / 3} for n in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda row: add_result(tmp_path / RESULTS, row), rows))
+    assert {row["checkpoint"] for row in rows_of(tmp_path)} == {row["checkpoint"] for row in rows}
+
+
+# ---- the list ------------------------------------------------------------------------------------
+
+
+def test_runs_are_listed_with_their_results_and_sorted_by_them(tmp_path, capsys):
+    good = train(tmp_path, "good", "--inner-lr", 0.01)
+    train(tmp_path, "grid", "--sweep", "meta-lr=0.1,0.001")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(5, patch)
+        assert command(*SHORT, "--checkpoint-path", tmp_path, "--run-name", "stopped") == 130
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / LAST).write_text("no checkpoint")
+    assert command(*TEST, "--load", good) == 0
+    assert command(*TEST, "--load", good, "-k", 5) == 0  # other tasks than those of its training
+    capsys.readouterr()
+    assert command("--list", tmp_path, "--sort", "validation", "--csv", tmp_path / "list.csv") == 0
+    out, error = capsys.readouterr()
+    assert f"{tmp_path / 'broken' / LAST} is damaged" in error
+    header, *lines, _ = out.splitlines()
+    assert header.split()[:6] == ["name", "dataset", "tasks", "algorithm", "seed", "iterations"]
+    with (tmp_path / "list.csv").open(newline="") as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    assert [*rows] == [line.split()[0] for line in lines]
+    assert {*rows} == {"good", "grid/meta-lr-0.001_seed-0", "grid/meta-lr-0.1_seed-0", "stopped"}
+    losses = [float(row["validation"]) for row in rows.values()]
+    assert losses == sorted(losses)
+    best = load_checkpoint(good / BEST).progress["best_score"]
+    assert float(rows["good"]["validation"]) == pytest.approx(-best)
+    (test,) = (row for row in rows_of(tmp_path) if row["shots"] == "10")
+    assert (rows["good"]["test"], rows["good"]["interval_95"]) == (test["result"], test["interval_95"])
+    assert f"{float(test['result']):.4f} ± " in out
+    stopped = rows["stopped"]
+    assert (stopped["iterations"], stopped["planned"], stopped["test"]) == ("5", "8", "") and "5 of 8" in out
+
+
+def test_accuracies_come_highest_first_and_runs_without_a_result_last():
+    accuracies = (0.5, None, 0.9, math.nan)
+    runs = [
+        ListedRun(str(n), "", "", "", 0, 0, 0, "accuracy", True, value, None, None, "")
+        for n, value in enumerate(accuracies)
+    ]
+    assert [run.name for run in sort_runs(runs, "validation")] == ["2", "0", "1", "3"]
+
+
+def test_mistakes_are_one_line(tmp_path, refuse):
+    assert "none: there is no such folder" in refuse("--list", tmp_path / "none")
+    assert "--seed has no meaning with --list" in refuse("--list", tmp_path, "--seed", 3)
+    assert "did you mean validation?" in refuse("--list", tmp_path, "--sort", "valid")
+    assert "--csv needs --list" in refuse("--csv", tmp_path / "list.csv")
+    (tmp_path / RESULTS).write_bytes(b"checkpoint\n\xff\xfe\n")
+    assert "results.csv is damaged" in refuse("--list", tmp_path)
