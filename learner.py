@@ -50,12 +50,12 @@ def normalise(layer: type[nn.Module], channels: int, *, scale: bool = False) -> 
 
 
 class SpatialMean(nn.Module):
-    """Average `[batch, channels, height, width]` over space: `[batch, channels]`."""
+    """Average `[batch, channels, ...]` over space, or time: `[batch, channels]`."""
 
     elementary = True  # see `learners.elementary.is_elementary`
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.mean((2, 3))
+        return x.mean([*range(2, x.dim())])
 
 
 def convolutional(
@@ -84,6 +84,34 @@ def convolutional(
     return nn.Sequential(*layers, nn.Flatten() if flat else SpatialMean(), nn.Linear(features, outputs))
 
 
+def conv1d(
+    outputs: int,
+    inputs: Shape = (1, 64),
+    *,
+    signals: int = 1,
+    channels: int = CHANNELS,
+    kernel: int = 5,
+) -> nn.Module:
+    """Build four convolutions over time with strides of 2, batch norm and ReLU, and a linear layer.
+
+    Inputs are `[signals, length]`, or rows of a table: `signals` of one length, one after another.
+    """
+    layers: list[nn.Module] = []
+    if len(inputs) == 1:
+        if inputs[0] % signals or inputs[0] <= signals:
+            problem = f"a row of {inputs[0]} is not {signals} signals of one length, above 1"
+            raise ValueError(f"{problem}: say how many with --learner-args signals=N")
+        layers.append(nn.Unflatten(1, (signals, inputs[0] // signals)))
+    elif len(inputs) == 2 and signals in (1, inputs[0]):
+        signals = inputs[0]
+    else:
+        raise ValueError(f"examples are {inputs}: give [channels, length], and no other signals=N")
+    for channels_in in (signals, channels, channels, channels):
+        convolution = nn.Conv1d(channels_in, channels, kernel, stride=2, padding=kernel // 2, bias=False)
+        layers += [convolution, normalise(nn.BatchNorm1d, channels, scale=True), nn.ReLU()]
+    return nn.Sequential(*layers, SpatialMean(), nn.Linear(channels, outputs))
+
+
 def convnet(outputs: int, inputs: Shape = (1, 28, 28), *, channels: int = CHANNELS) -> nn.Module:
     """Build four unpadded 3x3 convolutions with PyTorch's batch norm: 25,600 features at 28 x 28."""
     blocks: list[nn.Module] = []
@@ -110,6 +138,7 @@ LEARNERS: dict[str, Callable[..., nn.Module]] = {
     # the mini-ImageNet network of Ravi and Larochelle (2017)
     "conv4": partial(convolutional, inputs=(3, 84, 84), channels=32, pool=True, flat=True),
     "convnet": convnet,
+    "conv1d": conv1d,
     "fc": fc,
 }
 

@@ -202,7 +202,10 @@ class Elementary(TorchFunctionMode):
         return result + self.like.new_zeros((), dtype=result.dtype, device=result.device)
 
 
-_NOTHING_TO_REPLACE = (nn.Sequential, nn.Linear, nn.Conv2d, nn.ReLU, nn.Tanh, nn.Flatten, nn.MaxPool2d)
+_NOTHING_TO_REPLACE = (
+    *(nn.Sequential, nn.Linear, nn.Conv1d, nn.Conv2d, nn.ReLU, nn.Tanh),
+    *(nn.Flatten, nn.Unflatten, nn.MaxPool2d),
+)
 
 
 def is_elementary(module: nn.Module) -> bool:

@@ -48,7 +48,7 @@ class FunctionalLearner:
 
     Args:
         module: maps `[examples, ...]` to outputs. Several inputs are a tuple, or a dictionary by name.
-        convolution: how `nn.Conv2d` is computed, "grouped" or "im2col" (see im2col.py).
+        convolution: how `nn.Conv1d` and `nn.Conv2d` are computed, "grouped" or "im2col" (see im2col.py).
         compute_dtype: type of the learner's arithmetic; None: that of its parameters.
         example: one task's inputs, to see what a pass changes; None: all buffers count as changed.
         unpads: the module gets examples without padding; not under `vmap`.

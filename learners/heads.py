@@ -118,7 +118,7 @@ def add_context(module: nn.Module, size: int, *, seed: int = 0) -> nn.Module:
     shift after the first linear layer. Batch norm would subtract a shift: its output is scaled and shifted.
     """
     layers = list(module.named_modules())
-    convolutions = [n for n, (_, layer) in enumerate(layers) if isinstance(layer, nn.Conv2d)]
+    convolutions = [n for n, (_, layer) in enumerate(layers) if isinstance(layer, nn.Conv1d | nn.Conv2d)]
     linear = [n for n, (_, layer) in enumerate(layers) if isinstance(layer, nn.Linear)]
     if not convolutions and not linear:
         raise ValueError("a context needs a convolution or a linear layer in the learner")

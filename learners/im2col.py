@@ -146,10 +146,26 @@ class Im2colConv2d(nn.Conv2d):
         return y.permute(0, 3, 1, 2)
 
 
+class Im2colConv1d(nn.Conv1d):
+    """Compute `nn.Conv1d` (one group, no dilation, zero padding) as the convolution of images of one row."""
+
+    elementary = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, self._reversed_padding_repeated_twice).mT[:, None]
+        sizes = Geometry((1, x.shape[2]), (1, *self.kernel_size), (1, *self.stride))
+        y = Convolution.apply(x, self.weight.mT[:, None], sizes)[:, 0]
+        return (y if self.bias is None else y + self.bias).mT
+
+
+CONVERTED: dict[type, type] = {nn.Conv1d: Im2colConv1d, nn.Conv2d: Im2colConv2d}
+
+
 def convert_convolutions(module: nn.Module) -> nn.Module:
-    """Convert every `nn.Conv2d` in place, but not grouped or dilated ones, other paddings, and subclasses."""
+    """Convert convolutions in place, but not grouped or dilated ones, other paddings, and subclasses."""
     for layer in module.modules():
-        plain = type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros"
-        if plain and layer.dilation == (1, 1):
-            layer.__class__ = Im2colConv2d
+        if type(layer) in CONVERTED:
+            assert isinstance(layer, nn.Conv1d | nn.Conv2d)
+            if layer.groups == 1 and layer.padding_mode == "zeros" and {*layer.dilation} == {1}:
+                layer.__class__ = CONVERTED[type(layer)]
     return module

@@ -31,6 +31,7 @@ LEARNERS = {
     # Its last layer has 25,600 inputs: a step of 2.0 is far too long there.
     "convnet": LearnerFacts("images", init="torch", adapt_norm=True, inner_lr=0.01),
     "fc": LearnerFacts("images", init="paper", adapt_norm=False, convolutional=False),
+    "conv1d": LearnerFacts("vectors", init="torch", adapt_norm=False),
 }
 OTHER_LEARNER = LearnerFacts("any", init="torch", adapt_norm=True, inner_lr=0.01)  # torchvision's or your own
 
@@ -58,7 +59,8 @@ class LearnerOptions:
     learner: str = flag("--learner", group="learner", check=check_learner_name, metavar="NAME", common=True,
         known=tuple(LEARNERS),
         help=f"{', '.join(LEARNERS)}, torchvision:MODEL, or file.py:factory; mlp: 1-40-40-1; conv: four "
-        "stride-2 convolutions of 64 channels; conv-pool: max pooling; conv4: 32 channels; fc: 256-128-64-64")
+        "stride-2 convolutions of 64 channels; conv-pool: max pooling; conv4: 32 channels; conv1d: over "
+        "time; fc: 256-128-64-64")
     learner_args: tuple[str, ...] = flag(
         "--learner-args", group="learner", check=key_and_value, metavar="NAME=VALUE", default=(),
         help="arguments of the learner's factory")

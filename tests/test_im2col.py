@@ -7,28 +7,31 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 
-from learners.im2col import Im2colConv2d, convert_convolutions
+from learners.im2col import CONVERTED, convert_convolutions
 
 TASKS = 3
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("kind", "options"),
     [
-        {"kernel_size": 3},
-        {"kernel_size": 3, "stride": 2, "padding": 1, "bias": False},
-        {"kernel_size": (2, 3), "stride": (2, 1), "padding": (0, 2)},
-        {"kernel_size": 1, "stride": 2},  # pixels that no tap sees
-        {"kernel_size": 5, "stride": 3},
-        {"kernel_size": 4, "padding": "same"},
+        (nn.Conv2d, {"kernel_size": 3}),
+        (nn.Conv2d, {"kernel_size": 3, "stride": 2, "padding": 1, "bias": False}),
+        (nn.Conv2d, {"kernel_size": (2, 3), "stride": (2, 1), "padding": (0, 2)}),
+        (nn.Conv2d, {"kernel_size": 1, "stride": 2}),  # pixels that no tap sees
+        (nn.Conv2d, {"kernel_size": 5, "stride": 3}),
+        (nn.Conv2d, {"kernel_size": 4, "padding": "same"}),
+        (nn.Conv1d, {"kernel_size": 5, "stride": 2, "padding": 2, "bias": False}),
+        (nn.Conv1d, {"kernel_size": 4, "padding": "same"}),
     ],
 )
-def test_values_and_derivatives_are_those_of_the_convolution(options):
+def test_values_and_derivatives_are_those_of_the_convolution(kind, options):
     torch.manual_seed(0)
-    plain = nn.Conv2d(2, 5, **options).double()
+    plain = kind(2, 5, **options).double()
     ours = convert_convolutions(copy.deepcopy(plain))
-    assert type(ours) is Im2colConv2d
-    x, along_x = torch.randn(2, TASKS, 2, 2, 9, 8, dtype=torch.float64)
+    assert type(ours) is CONVERTED[kind]
+    sides = (9, 8) if kind is nn.Conv2d else (9,)
+    x, along_x = torch.randn(2, TASKS, 2, 2, *sides, dtype=torch.float64)
     weights, along = torch.randn(2, TASKS, *plain.weight.shape, dtype=torch.float64)
 
     def measure(layer: nn.Module) -> list[torch.Tensor]:
@@ -54,6 +57,7 @@ def test_convolutions_that_patches_cannot_replace_are_left_alone():
     layers = (
         nn.Conv2d(4, 4, 3, groups=2),
         nn.Conv2d(2, 4, 3, dilation=2),
+        nn.Conv1d(2, 4, 3, dilation=2),
         nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular"),
     )
-    assert not any(type(convert_convolutions(layer)) is Im2colConv2d for layer in layers)
+    assert not any(type(convert_convolutions(layer)) in CONVERTED.values() for layer in layers)
