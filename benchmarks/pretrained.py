@@ -31,6 +31,7 @@ CHOSEN: dict[str, tuple[str, ...]] = {
     "sinusoid-line": ("maml", "meta-sgd", "cavia"),
     **{name: IMAGES for name in TABLES if name.startswith("omniglot-") and "shot" in name},
     "omniglot-one-training": ("prototype head",),
+    "icons-5way-1shot": ("maml",),
 }
 FIRST = 100  # tasks of images that the test suite measures again
 FEW = ("-q", "1")  # few queries, since the test suite runs them

@@ -18,6 +18,7 @@ from training.folders import BEST
 FOLDER = ROOT / "checkpoints" / "pretrained"
 CARDS = {file.parent.name: json.loads(file.read_text()) for file in sorted(FOLDER.glob("*/card.json"))}
 FAST = ("sinusoid-maml", "sinusoid-meta-sgd")
+DATA = ("omniglot", "icons")  # that lie in a folder
 
 
 def test_every_folder_has_a_card_and_a_row_in_the_index():
@@ -49,8 +50,8 @@ def test_a_checkpoint_measures_what_its_card_says(name, tmp_path, monkeypatch, r
     monkeypatch.chdir(ROOT)
     line = shlex.split(card["tested_by"])[2:]
     assert line[:3] == ["--eval", "--load", f"checkpoints/pretrained/{name}"]
-    if card["data"] == "omniglot":
-        line += ["--data-root", str(request.getfixturevalue("omniglot_root"))]
+    if card["data"] in DATA:
+        line += ["--data-root", str(request.getfixturevalue(f"{card['data']}_root"))]
     assert command(*line, "--eval-tasks", card["first_tasks"], "--out", tmp_path) == 0
     record = json.loads(next(Path(tmp_path).glob("*.json")).read_text())
     assert record["tasks"] == card["first_tasks"] and record["test_steps"] == card["test_steps"]
