@@ -94,12 +94,14 @@ def run(arguments: list[str]) -> int:
 
 def dispatch(call: Call, given: Mapping[str, Any], command: str, world: World) -> int:
     """Call the command that the flags ask for."""
-    from commands import adapt, baselines, compare, evaluate, runs, sweep, train
+    from commands import adapt, baselines, compare, evaluate, export, runs, sweep, train
 
     if call.list_runs:
         return runs.list_runs(call)
     if call.adapt:
         return adapt.adapt(call, given, command)
+    if call.save_weights:
+        return export.export(call)
     if call.compare:
         return compare.compare(call, given, command)
     if call.baselines:

@@ -127,7 +127,7 @@ def _give_network(
     seed = config.training.seed ^ 1
     fresh = build_module(config, start.runtime, outputs, task.support_x, seed, fetch_weights=False)
     learner, maml, adapted = solution
-    network = AdaptedNetwork(learner, fresh, maml, adapted, task.query_x, start.source.scales)
+    network = AdaptedNetwork(learner, fresh, maml, adapted, task.query_x, start.source.scales, config)
     return give_network(file, default, network, start.normalisation)
 
 

@@ -79,7 +79,7 @@ def print_once(text: str) -> None:
 def join_job(call: Call) -> tuple[Call, World]:
     """Join the job's processes; return the call with folders resolved to checkpoints' files, and the job."""
     distribution_of.cache_clear()
-    names = (BEST, LAST) if call.eval or call.adapt else (LAST, BEST)
+    names = (BEST, LAST) if call.eval or call.adapt or call.save_weights else (LAST, BEST)
     call = replace(
         call,
         load=call.load and find_checkpoint(call.load, *names),

@@ -8,20 +8,27 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from commands.config import CONFIG_FLAGS
 from common.errors import UsageError
-from common.options import above_zero, at_least, find_nearest, flag, flags_of, folder_name, key_and_values
+from common.options import (
+    above_zero,
+    at_least,
+    expect,
+    find_nearest,
+    flag,
+    flags_of,
+    folder_name,
+    key_and_values,
+)
 from tasks.options import DATASETS, check_dataset
 
-
-def network_file(file: Path) -> str | None:
-    return None if file.suffix in (".pt", ".pth", ".pt2") else "a file whose name ends in .pt, .pth or .pt2"
-
-
+WEIGHTS = (".pt", ".pth", ".pt2", ".safetensors")
+network_file = expect(f"a file whose name ends in {', '.join(WEIGHTS)}", lambda file: file.suffix in WEIGHTS)
 # of --list
 COLUMNS = ("name", "dataset", "tasks", "algorithm", "seed", "iterations", "validation", "test", "when")
 
@@ -90,8 +97,9 @@ class Call:
         help="where --eval, --adapt and --compare write their results (default: next to the checkpoint)")
     save_weights: Path | None = flag(
         "--save-weights", group="files", check=network_file, metavar="FILE", default=None,
-        help="with --adapt: where to write the adapted network; FILE.pt: a state_dict for its own class; "
-        "FILE.pt2: torch.export's program, which needs no class (default: ...-weights.pt, by the results)")
+        help="with --load: write the meta-trained initialisation and end, with --adapt the adapted network; "
+        "FILE.pt, FILE.safetensors: a state_dict for its own class; FILE.pt2: torch.export's program of an "
+        "adapted one, which needs no class (default with --adapt: ...-weights.pt, by the results)")
     data_root: Path = flag("--data-root", group="files", metavar="FOLDER", common=True,
         default=Path(os.environ.get("MAML_DATA_ROOT") or "data"),
         help="folder of the named image sets; also from the environment variable MAML_DATA_ROOT")
@@ -152,6 +160,7 @@ NEEDS = (
     ("sort", "list_runs"),
     ("csv", "list_runs"),
     ("adapt", "load"),
+    ("save_weights", "load"),
     ("out", "eval adapt compare"),
     ("baselines", "eval"),
     ("baselines", "load"),
@@ -177,8 +186,10 @@ def check_call(given: Mapping[str, Any]) -> Call:
     """Return the call that the flags ask for; raise UsageError where they contradict each other."""
     call = Call(**{name: given[name] for name in given if name in CALL_FLAGS})
     names = {name: flag.name for name, flag in ALL_FLAGS.items()}
-    if call.list_runs and (strange := given.keys() - {"list_runs", "sort", "csv"}):
-        raise UsageError(f"{names[min(strange)]} has no meaning with --list: leave it out")
+    alone = {"list_runs": {"sort", "csv"}} | ({} if call.adapt else {"save_weights": {"load"}})
+    for name in alone.keys() & given.keys():
+        for strange in sorted(given.keys() - {name} - alone[name]):
+            raise UsageError(f"{names[strange]} has no meaning with {names[name]}: leave it out")
     for firsts, seconds, reason in CLASHES:
         for first, second in product(firsts.split(), seconds.split()):
             if first in given and second in given:
@@ -186,4 +197,6 @@ def check_call(given: Mapping[str, Any]) -> Call:
     for name, others in NEEDS:
         if name in given and not given.keys() & set(others.split()):
             raise UsageError(f"{names[name]} needs {' or '.join(names[other] for other in others.split())}")
+    if call.save_weights and call.save_weights.suffix == ".safetensors" and not find_spec("safetensors"):
+        raise UsageError("--save-weights FILE.safetensors needs a package: pip install safetensors")
     return call

@@ -1,6 +1,6 @@
 """Give an adapted network away (--save-weights): as weights for its own class, or as a program without it.
 
-    Adapted -> fill_module -> FILE.pt, a `state_dict`; or FILE.pt2, `torch.export`'s program
+    Adapted -> fill_module -> FILE.pt, FILE.safetensors, a `state_dict`; or FILE.pt2, `torch.export`'s program
 
 A network in evaluation mode should predict what `predict` does by the support set's statistics. Some cannot:
 each is tried before it is written.
@@ -23,10 +23,13 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import _pytree as pytree
 
+from commands.config import Config
+from commands.names import select_meaningful
 from commands.outputs import are_equal
+from commands.settings import as_toml
 from common.batch import Tree, tree_map
 from common.errors import UsageError, one_line
-from common.files import write_whole
+from common.files import Writer, write_whole
 from common.optimizers import Weights
 from common.task import Adapted
 from learner import GreyAsColour
@@ -118,6 +121,7 @@ class AdaptedNetwork:
     adapted: Adapted
     x: Tensor  # examples to try it on, `[examples, ...]`
     scales: Scales  # of a standardised table
+    config: Config
 
 
 def give_network(file: Path | None, default: Path, given: AdaptedNetwork, normalisation: str) -> str:
@@ -147,9 +151,6 @@ def give_network(file: Path | None, default: Path, given: AdaptedNetwork, normal
 def write_network(file: Path, given: AdaptedNetwork) -> None:
     """Write the network as the file's suffix says; raise UsageError where it would predict something else."""
     built, fresh, maml, adapted, x = given.built, given.fresh, given.maml, given.adapted, given.x
-    if _is_checkpoint(file):
-        raise UsageError(f"{file} is a checkpoint, which would be lost: name another file")
-    file.parent.mkdir(parents=True, exist_ok=True)
     if maml.call.compute_dtype is not None:
         maml = maml.with_options(compute_dtype=None)  # a plain network is as wide as its weights
     if file.suffix == ".pt2":
@@ -160,11 +161,11 @@ def write_network(file: Path, given: AdaptedNetwork) -> None:
         if reading and (given.scales or reading.kind == "normal"):
             network = InUnits(network, given.scales, x.dtype, reading)
             x = undo_scale(x, given.scales, "input")
-        _write_program(file, network, x)
+        _write(file, _program_of(file, network, x))
         return
     if context_names(built):
         raise UsageError(f"{file}: a context is no part of the learner's class: {INSTEAD}")
-    state = {name: t.cpu().clone() for name, t in fill_module(built, maml, adapted).state_dict().items()}
+    state = fill_module(built, maml, adapted).state_dict()
     try:
         fresh.load_state_dict(state)
     except RuntimeError as error:
@@ -173,7 +174,27 @@ def write_network(file: Path, given: AdaptedNetwork) -> None:
     _check_network(file, fresh.eval(), maml, adapted, x)
     if isinstance(fresh, GreyAsColour):
         state = {name.removeprefix("network."): tensor for name, tensor in state.items()}
-    write_whole(file, partial(torch.save, state))
+    write_weights(file, state, given.config)
+
+
+def write_weights(file: Path, state: Weights, config: Config) -> None:
+    """Write tensors by name as the file's suffix says; a .safetensors file has the settings too, as text."""
+    state = {name: tensor.cpu().contiguous().clone() for name, tensor in state.items()}  # no shared memory
+    if file.suffix != ".safetensors":
+        _write(file, partial(torch.save, state))
+        return
+    from safetensors.torch import save
+
+    settings = {name: str(value) for name, value in as_toml(select_meaningful(config)).items()}
+    content = save(state, {"format": "pt"} | settings)
+    _write(file, lambda opened: opened.write(content))
+
+
+def _write(file: Path, write: Writer) -> None:
+    if _is_checkpoint(file):
+        raise UsageError(f"{file} is a checkpoint, which would be lost: name another file")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, write)
 
 
 def _is_checkpoint(file: Path) -> bool:
@@ -184,8 +205,8 @@ def _is_checkpoint(file: Path) -> bool:
     return True
 
 
-def _write_program(file: Path, network: nn.Module, x: Tensor) -> None:
-    """Write what `torch.export` makes of the network, for any number of examples."""
+def _program_of(file: Path, network: nn.Module, x: Tensor) -> Writer:
+    """Return what writes `torch.export`'s program of the network, for any number of examples."""
     network, x, content = network.cpu(), x.cpu(), io.BytesIO()
     try:
         with warnings.catch_warnings(action="ignore"), torch.no_grad():
@@ -198,7 +219,7 @@ def _write_program(file: Path, network: nn.Module, x: Tensor) -> None:
     except Exception as error:  # an export may fail in any way
         reason = f"{one_line(error):.200}"
         raise UsageError(f"{file}: torch.export cannot make a program of it: {reason}") from error
-    write_whole(file, lambda opened: opened.write(content.getvalue()))
+    return lambda opened: opened.write(content.getvalue())
 
 
 # ---- does it predict the same? -------------------------------------------------------------------

@@ -37,13 +37,13 @@ def render_settings(
     """
     before = _load(earlier)[0] if earlier and earlier.is_file() else {}
     typed = {n: v for n, v in given.items() if ALL_FLAGS[n].group != "what to do" and n != "run_name"}
-    shown = before.get("given", {}) | _as_toml(typed)
-    resolved = {k: v for k, v in _as_toml(select_meaningful(config)).items() if shown.get(k) != v}
+    shown = before.get("given", {}) | as_toml(typed)
+    resolved = {k: v for k, v in as_toml(select_meaningful(config)).items() if shown.get(k) != v}
     commands = [*dict.fromkeys([*before.get("commands", []), command])]
     return tomli_w.dumps({"commands": commands, "given": shown, "resolved": resolved})
 
 
-def _as_toml(values: Mapping[str, Any]) -> dict[str, Any]:
+def as_toml(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings by the names of their flags, without the empty ones, which TOML does not have."""
     plain = {tuple: list, bool: bool, int: int, float: float}
     return {

@@ -202,7 +202,7 @@ def test_what_no_file_can_hold_is_refused_in_one_line_that_names_the_layer(
         ("noisy", "net.pt", "net.pt: it draws random numbers in evaluation mode, which no file can repeat"),
         ("noisy", "net.pt2", "net.pt2: it draws random numbers in evaluation mode"),
         ("layers", "layers/run/best.pt", "best.pt is a checkpoint, which would be lost: name another file"),
-        ("layers", "net.onnx", "a file whose name ends in .pt, .pth or .pt2"),
+        ("layers", "net.onnx", "a file whose name ends in .pt, .pth, .pt2, .safetensors"),
     ):
         folder = tmp_path / name if "/" in file else tmp_path / file / name
         last = train(folder, "--learner", f"own.py:{name}")

@@ -1,0 +1,107 @@
+"""Weights for other programs: the page's code in plain PyTorch predicts what --adapt does."""
+
+import csv
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, write_classes
+from runs import command, validate_on
+from test_readme import blocks, command_lines
+
+from training.checkpoint import load_checkpoint
+
+safetensors = pytest.importorskip("safetensors.torch")
+PAGE = Path("docs/weights.md")
+SHORT = ["--iterations", 3, "--val-every", 3, "--meta-batch-size", 2]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch, no_pictures, tmp_path):
+    validate_on(2, monkeypatch)
+    monkeypatch.setattr("commands.adapt.write_figure", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+
+
+def columns_of(file: str, first: int) -> torch.Tensor:
+    """Return the predictions in a file, from a column on."""
+    with Path(file).open() as text:
+        return torch.tensor([[float(cell) for cell in row[first:]] for row in [*csv.reader(text)][1:]])
+
+
+def test_the_pages_code_predicts_what_adapt_does():
+    Path("mine.csv").write_text("x,y\n0,1\n1,\n2,5\n3,\n4,9\n")
+    write_classes(Path("data"), 15)
+    pixels = np.random.default_rng(0).random((9, 1, 28, 28))
+    task = {"support_x": pixels[:5], "support_y": np.arange(5), "query_x": pixels[5:]}
+    np.savez("task.npz", **task)
+    images = ["--dataset", "images:data", "--image-size", 28, "--channels", 1, "--learner", "conv", "-k", 1]
+    images += ["--split-shares", "1,1,1", "--inner-lr", 2, "--test-steps", 3, "--eval-steps", 3, "-q", 1]
+    curves = ["--inner-lr", 0.01, "--test-steps", 3]
+    assert command(*SHORT, *curves, "--run-name", "sinusoid") == 0
+    assert command(*SHORT, "--algorithm", "maml++", "--inner-lr-max", 0.05, "--run-name", "rates") == 0
+    assert command(*SHORT, *images, "--run-name", "omniglot") == 0
+    for line in command_lines(PAGE, r"python main\.py"):
+        assert command(*shlex.split(line, comments=True)) == 0
+    for name in ("rates", "omniglot"):
+        assert command("--load", f"checkpoints/{name}", "--save-weights", f"{name}.safetensors") == 0
+    assert command("--adapt", "mine.csv", "--load", "checkpoints/rates") == 0
+    norm = ["--batch-norm", "transductive"]
+    assert command("--adapt", "task.npz", "--load", "checkpoints/omniglot", *norm) == 0
+
+    scope = {name: torch.as_tensor(array) for name, array in task.items()}
+    scope |= {name: scope[name].float() for name in ("support_x", "query_x")}
+    plain, start, rates, convolutional = (compile(code, str(PAGE), "exec") for code in blocks(PAGE, "python"))
+    expected = columns_of("checkpoints/sinusoid/best-adapted-mine.csv", 1)
+    exec(plain, scope)
+    torch.testing.assert_close(scope["predictions"], expected, rtol=1e-5, atol=1e-5)
+    exec(start, scope)
+    torch.testing.assert_close(scope["adapted"], expected, rtol=1e-5, atol=1e-5)
+    exec(rates, scope)
+    expected = columns_of("checkpoints/rates/best-adapted-mine.csv", 1)
+    torch.testing.assert_close(scope["adapted"], expected, rtol=1e-5, atol=1e-5)
+    exec(convolutional, scope)
+    expected = columns_of("checkpoints/omniglot/best-adapted-task.csv", 2)
+    torch.testing.assert_close(scope["logits"].softmax(1), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_both_kinds_of_file_have_the_same_tensors_and_one_has_the_settings(tmp_path):
+    assert command(*SHORT, "--algorithm", "meta-sgd", "--run-name", "run") == 0
+    for file in ("a.safetensors", "a.pt"):
+        assert command("--load", "checkpoints/run", "--save-weights", tmp_path / "new" / file) == 0
+    tensors = safetensors.load_file("new/a.safetensors")
+    assert {n: t.tolist() for n, t in torch.load("new/a.pt", weights_only=True).items()} == {
+        n: t.tolist() for n, t in tensors.items()
+    }
+    assert tensors.keys() == load_checkpoint(Path("checkpoints/run/best.pt")).parameters.keys()
+    from safetensors import safe_open
+
+    with safe_open("new/a.safetensors", "pt") as opened:
+        metadata = opened.metadata()
+    assert (metadata["algorithm"], metadata["inner-rates"], metadata["s"]) == ("meta-sgd", "element", "1")
+
+
+@pytest.mark.parametrize(
+    ("run", "file", "message"),
+    [
+        ("sinusoid-maml", "x.pt2", "x.pt2: a program is of an adapted network: add --adapt"),
+        ("sinusoid-cavia", "x.safetensors", "x.safetensors: a context is no part of the learner's class"),
+        ("sinusoid-maml", "copy.pt", "copy.pt is a checkpoint, which would be lost: name another file"),
+    ],
+)
+def test_what_no_file_can_hold_is_refused(run, file, message, refuse):
+    pretrained = ROOT / "checkpoints" / "pretrained" / run / "best.pt"
+    Path("copy.pt").write_bytes(pretrained.read_bytes())
+    assert message in refuse("--load", pretrained, "--save-weights", file)
+
+
+def test_flags_that_would_do_nothing_and_a_missing_package_are_one_line(refuse, monkeypatch):
+    line = refuse("--load", "x", "--save-weights", "x.pt", "--seed", 1)
+    assert "--seed has no meaning with --save-weights" in line
+    assert "--save-weights needs --load" in refuse("--save-weights", "x.pt")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    line = refuse("--load", "x", "--save-weights", "x.safetensors")
+    assert "--save-weights FILE.safetensors needs a package: pip install safetensors" in line
