@@ -6,9 +6,11 @@ import ctypes
 import getpass
 import os
 import platform
+import time
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ _DTYPES = {  # of meta-parameters, and of the learner's arithmetic where it diff
     "float64": (torch.float64, None),
     "float32": (torch.float32, None),
     "tf32": (torch.float32, None),
+    "bf16-products": (torch.float32, None),
     "bf16": (torch.float32, torch.bfloat16),
 }
 
@@ -123,22 +126,46 @@ def keep_freed_memory() -> None:
 
 
 def choose_products(device: torch.device, precision: str, *, small_tensors: bool) -> None:
-    """Let oneDNN multiply float32 matrices on AMD's processors with AVX-512, for which MKL has no code.
+    """Choose the library that multiplies float32 matrices on a CPU.
 
-    Its setting allows it to round to bfloat16 on processors that are faster so; one product shows whether
-    this one does, and MKL multiplies then. Small products take MKL less time.
+    oneDNN's setting ("medium") allows it to round inputs to bfloat16 where the processor is faster so:
+    "bf16-products". Without rounding, oneDNN is the fast one on AMD's processors with AVX-512, for which MKL
+    has no code; one product shows whether it rounds. Small products take MKL less time.
     """
     if device.type != "cpu":  # the setting is CUDA's, too
         return
-    torch.set_float32_matmul_precision("highest")
     cpuinfo = Path("/proc/cpuinfo")
     is_amd = cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text(encoding="utf-8")
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    if is_amd and wide and precision in ("float32", "bf16") and not small_tensors:
-        torch.set_float32_matmul_precision("medium")
-        a, b = torch.linspace(-1, 1, 2 * 128 * 128).view(2, 128, 128).sin().unbind()
-        if (a @ b - (a.double() @ b.double())).abs().max() > 1e-3:  # bfloat16 has eight bits
-            torch.set_float32_matmul_precision("highest")
+    exact = is_amd and wide and precision in ("float32", "bf16") and not small_tensors
+    torch.set_float32_matmul_precision("medium" if exact or precision == "bf16-products" else "highest")
+    if exact and _rounds_products():
+        torch.set_float32_matmul_precision("highest")
+
+
+def _rounds_products() -> bool:
+    a, b = torch.linspace(-1, 1, 2 * 128 * 128).view(2, 128, 128).sin().unbind()
+    return bool((a @ b - (a.double() @ b.double())).abs().max() > 1e-3)  # bfloat16 has eight bits
+
+
+@cache
+def warn_if_not_faster(precision: str) -> None:
+    """Warn of a reduced precision in which this CPU multiplies no faster than in float32."""
+    if precision == "bf16-products" and not _rounds_products():
+        warnings.warn("--precision bf16-products is float32 here: the library rounds nothing", stacklevel=2)
+    if precision != "bf16":
+        return
+    rates = []
+    for dtype in (torch.float32, torch.bfloat16):
+        a, seconds = torch.ones(256, 256, dtype=dtype), []
+        for _ in range(5):
+            begin = time.perf_counter()
+            a @ a
+            seconds.append(time.perf_counter() - begin)
+        rates.append(2 * 256**3 / min(seconds) / 1e9)
+    if rates[1] < rates[0]:
+        speeds = "{:.3g} GFLOP/s, float32 {:.3g}".format(*rates[::-1])
+        warnings.warn(f"--precision bf16 saves no time on this processor ({speeds})", stacklevel=2)
 
 
 def set_up(
@@ -154,7 +181,8 @@ def set_up(
 
     With `deterministic`, operators that cannot give the same bits every time raise RuntimeError.
     """
-    if (device.type, precision) == ("mps", "float64") or (device.type != "cuda" and precision == "tf32"):
+    only = {"tf32": "cuda", "bf16-products": "cpu"}  # where there is such a thing
+    if (device.type, precision) == ("mps", "float64") or only.get(precision, device.type) != device.type:
         raise UsageError(f"--device {device.type} has no {precision}: use --precision float32")
     if device.type == "cuda":  # float32 is float32, and the same run gives the same bits
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
@@ -169,6 +197,8 @@ def set_up(
     warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet")
     torch.set_num_threads(threads_for(threads, world, small_tensors=small_tensors))
     choose_products(device, precision, small_tensors=small_tensors)
+    if device.type == "cpu":
+        warn_if_not_faster(precision)
     keep_freed_memory()
     return Runtime(device, *_DTYPES[precision], world)
 

@@ -1,9 +1,11 @@
 """What is set up for a processor: products stay exact to float32, whichever library multiplies."""
 
+import time
+
 import pytest
 import torch
 
-from common.device import choose_products
+from common.device import choose_products, warn_if_not_faster
 
 CPU = torch.device("cpu")
 
@@ -44,3 +46,26 @@ def test_another_devices_setting_is_left_alone():
     torch.set_float32_matmul_precision("high")  # as --precision tf32 does
     choose_products(torch.device("cuda"), "tf32", small_tensors=False)
     assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_a_precision_that_saves_no_time_is_said(monkeypatch):
+    """As on a processor that has no bfloat16 products: they are emulated, or are not done at all."""
+
+    def multiply(a, b):
+        time.sleep(0.002 * (a.dtype == torch.bfloat16))
+        return torch.matmul(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", multiply)
+    warn_if_not_faster.cache_clear()
+    with pytest.warns(UserWarning, match="bf16 saves no time"):
+        warn_if_not_faster("bf16")
+    torch.set_float32_matmul_precision("highest")
+    with pytest.warns(UserWarning, match="bf16-products is float32"):
+        warn_if_not_faster("bf16-products")
+
+
+def test_products_are_rounded_on_request_where_the_library_does(monkeypatch):
+    choose_products(CPU, "bf16-products", small_tensors=False)
+    assert torch.get_float32_matmul_precision() == "medium"
+    choose_products(CPU, "float64", small_tensors=False)
+    assert torch.get_float32_matmul_precision() == "highest"

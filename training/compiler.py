@@ -34,6 +34,15 @@ Function = Callable[..., Any]
 CPP_COMPILERS = {"darwin": "clang++", "win32": "cl"}  # where CXX names none; else g++
 
 
+BUILDING: dict[str, Any] = {
+    "aot_inductor.package": True,
+    # headers compiled in advance, and a program that tries the vector instructions: they take longer than
+    # they save, since a run compiles one to five functions, and one that fails runs uncompiled
+    "aot_inductor.precompile_headers": False,
+    "cpp.vec_isa_ok": True,
+}
+
+
 class CompilationError(Exception):
     """Say in one line why a function could not be compiled."""
 
@@ -132,16 +141,16 @@ class Compiler:
         self, graph: torch.fx.GraphModule, tensors: list[Tensor], options: dict[str, Any], path: Path
     ) -> None:
         import sympy
-        from torch._inductor import aoti_compile_and_package
+        from torch._inductor import aot_compile
+        from torch._inductor.package import package_aoti
 
-        exported = torch.export.export(graph, tuple(tensors))
-        configs = {**options, "deterministic": torch.are_deterministic_algorithms_enabled()}
+        configs = {**BUILDING, **options, "deterministic": torch.are_deterministic_algorithms_enabled()}
         temporary_folder = tempfile.TemporaryDirectory(prefix=f"{path.stem}-", dir=path.parent)
         # Inductor simplifies an index to learn its strides, which takes half of its time; expanding it
         # tells the same, and the code is the same
         with temporary_folder as temporary, patch.object(sympy, "simplify", sympy.expand):
             file = Path(temporary) / path.name
-            aoti_compile_and_package(exported, package_path=str(file), inductor_configs=configs)
+            package_aoti(str(file), aot_compile(graph, tuple(tensors), options=configs))
             sync(file)
             file.replace(path)
 
@@ -209,6 +218,8 @@ def _trace(function: Function, tensors: list[Tensor], structure: Any) -> tuple[t
     # traced by running: with shapes alone ("fake"), `jvp` under `vmap` fails
     graph = make_fx(flat, decomposition_table=REWRITINGS, tracing_mode="real")(*tensors)
     graph.graph.eliminate_dead_code()
+    for node in graph.graph.nodes:
+        node.meta.clear()  # Inductor infers the shapes itself
     graph.recompile()
     return graph, structures[-1]
 

@@ -63,10 +63,12 @@ class TrainingOptions:
         help="iterations between savings of last.pt, which is saved every 10 minutes as well")
 
     precision: str = flag(
-        "--precision", group="machine", choices=("float64", "float32", "tf32", "bf16"), default="float32",
+        "--precision", group="machine", default="float32",
+        choices=("float64", "float32", "tf32", "bf16-products", "bf16"),
         free_on_eval=True, common=True, metavar="TYPE",
-        help="the learner's arithmetic: float32, float64, tf32 (CUDA), bf16; meta-parameters, fast weights, "
-        "losses and the optimizer stay in float32 at least")
+        help="the learner's arithmetic: float32, float64, bf16; or float32 whose products round their "
+        "inputs: tf32 (CUDA), bf16-products (CPUs with AMX); meta-parameters, fast weights, losses and the "
+        "optimizer stay in float32 at least")
     compile: str = flag(
         "--compile", group="machine", choices=("auto", "on", "off"), default=BY_RULE, common=True,
         help="compile the whole iteration, or with --eval the predictions; auto: with a built-in learner, in "

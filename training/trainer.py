@@ -39,7 +39,7 @@ REDRAW_SECONDS = 0.5 if sys.stderr.isatty() else 30.0  # a file keeps what a ter
 SAVE_SECONDS = 600.0  # last.pt is saved at least so often
 UNCOMPILED = {False: 100, True: 3}  # iterations first, by `classification`: they show that the run works
 # relative difference of two meta-gradients that are the same to rounding, by precision
-SAME = {"float64": 1e-6, "float32": 0.05, "tf32": 0.2, "bf16": 0.5}
+SAME = {"float64": 1e-6, "float32": 0.05, "tf32": 0.2, "bf16-products": 0.5, "bf16": 0.5}
 FAILED = 4  # exit code of a run that stopped because its numbers became non-finite
 # settings in which runs that are trained at once may differ
 AT_ONCE = ("seed", "inner_lr", "meta_lr", "meta_lr_final", "grad_clip", "grad_clip_norm")
