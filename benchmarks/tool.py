@@ -31,7 +31,8 @@ from evaluation.meta_test import evaluate as evaluate
 from learner import build_learner
 from learners.elementary import Elementary as Elementary
 from maml import MAML, SQUARE
-from training.checkpoint import Progress, load_checkpoint, save_checkpoints
+from training.checkpoint import Progress, save_checkpoints
+from training.checkpoint import load_checkpoint as load_checkpoint
 from training.compiler import Compiler
 from training.folders import BEST
 from training.meta_gradients import make_meta_gradient as make_meta_gradient
