@@ -150,7 +150,8 @@ class Compiler:
         # tells the same, and the code is the same
         with temporary_folder as temporary, patch.object(sympy, "simplify", sympy.expand):
             file = Path(temporary) / path.name
-            package_aoti(str(file), aot_compile(graph, tuple(tensors), options=configs))
+            files: Any = aot_compile(graph, tuple(tensors), options=configs)
+            package_aoti(str(file), files)
             sync(file)
             file.replace(path)
 
