@@ -9,9 +9,9 @@ Everything is a function of tensors: meta-parameters and tasks in, gradients or 
 loop is written for one task; `torch.func.vmap` takes it to all tasks of a batch at once.
 
 Meta-parameters are a dictionary by name: the learner's weights and, if they are learned, the inner rates
-(`inner_lr/` and the name of the weight). What belongs to an inner step has the steps as its first axis: rates
-per layer and step `[steps]`, per-step batch norm `[steps, channels]`. A step beyond the trained ones uses the
-last one's.
+(`inner_lr/` and the name of the weight) and the two numbers of a ridge head (`ridge/`). What belongs to an
+inner step has the steps as its first axis: rates per layer and step `[steps]`, per-step batch norm `[steps,
+channels]`. A step beyond the trained ones uses the last one's.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ from common.task import (
     sum_over_tasks,
 )
 from learners.batch_norm import norm_parameter_names, record_statistics, set_norms
+from learners.computed_heads import RIDGE, compute_head, initial_ridge
 from learners.copies import copy_module
 from learners.functional import FunctionalLearner
-from learners.heads import adapted_names, context_names, head_names, headless, prototype_head
+from learners.heads import adapted_names, context_names, head_names, headless
 from learners.losses import TaskLoss
 from learners.modules import convert_type, evaluating
 from learners.reading import Reading, main_tensor
@@ -54,7 +55,7 @@ Loss = Callable[[Any, Any], Tensor]  # (outputs, targets) of one task -> mean ov
 RATE = "inner_lr/"  # its learned inner rate
 SQUARE = "inner_square/"  # its second moment, carried from task to task
 MASS = SQUARE + "mass/"  # a whole name: the number that all carried moments are divided by
-
+OWN = (RATE, SQUARE, RIDGE)  # of all meta-parameters that are not weights
 
 # How the meta-gradient of a chunk of tasks is computed: (parameters, tasks, step_weights) -> sums over tasks.
 Way = Callable[[Weights, Task, Tensor | None], MetaGradient]
@@ -118,12 +119,14 @@ class MAML:
         self.contexts = {name: parameters[name] for name in sorted(contexts)}
         self.head_weights = {name: w for name, w in parameters.items() if name in heads}  # computed heads
         self.initial = {n: w for n, w in parameters.items() if n not in contexts and n not in heads}
-        self.starts_apart = choices.head_init == "prototype"  # tasks differ before the first step
+        self.starts_apart = choices.starts_apart
         self.per_step = norms if choices.norm_per_step else frozenset()
         adapted = adapted_names(learner, choices.fast_weights, choices.head)
         self.adapted = frozenset(adapted if choices.adapt_norm and not self.per_step else adapted - norms)
         if not self.adapted:
             raise ValueError(f"adapting {choices.fast_weights} leaves nothing to adapt but batch norm")
+        if self.starts_apart and self.reading and self.reading.kind not in ("classes", "numbers"):
+            raise ValueError(f"a computed head gives no outputs that are read as {self.reading.kind}")
 
     def with_options(self, **changes: Any) -> MAML:
         """Return the algorithm with other choices or other arguments of the constructor, by name."""
@@ -164,6 +167,9 @@ class MAML:
         adapted = {name: w for name, w in everything.items() if name in self.adapted}
         if self.choices.inner_rates != "fixed":
             parameters |= {RATE + n: r for n, r in initial_rates(self.choices, adapted, seed).items()}
+        if self.choices.head_init == "ridge":
+            like = next(iter(self.head_weights.values()))
+            parameters |= initial_ridge(self.choices.ridge_lambda, self.choices.ridge_scale, like)
         if self.optimizer.is_carried:
             parameters |= {SQUARE + name: torch.zeros_like(w) for name, w in adapted.items()}
             parameters[MASS] = torch.zeros_like(next(iter(adapted.values())).flatten()[0])
@@ -182,13 +188,13 @@ class MAML:
     ) -> InnerState:
         """Return the state before the first step: the initialisation, and the optimizer's empty memory.
 
-        A context and a "zero" head start at zero; a "prototype" head is computed from the support set of
-        `task`, with running `statistics` if batch norm uses them.
+        A context and a "zero" head start at zero; a "prototype" or "ridge" head is computed from the support
+        set of `task`, with running `statistics` if batch norm uses them.
         """
         fast = {name: parameters[name] for name in parameters if name in self.adapted}
         fast |= {n: torch.zeros_like(w) for n, w in self.contexts.items() if n in self.adapted}
         if task is not None and self.starts_apart:
-            fast |= self._prototypes(parameters, task, statistics)
+            fast |= self._compute_head(parameters, task, statistics)
         else:
             fast |= {name: torch.zeros_like(w) for name, w in self.head_weights.items()}
         if not self.optimizer.is_carried:
@@ -196,13 +202,13 @@ class MAML:
         squares = {name: parameters[SQUARE + name] for name in fast}
         return self.optimizer.start(fast, squares, parameters[MASS])
 
-    def _prototypes(self, parameters: Weights, task: Task, statistics: Weights | None) -> Weights:
-        weights = {name: w for name, w in parameters.items() if not name.startswith((RATE, SQUARE))}
+    def _compute_head(self, parameters: Weights, task: Task, statistics: Weights | None) -> Weights:
+        weights = {name: parameters[name] for name in self.initial if name in self.adapted}
         weights |= self.shared_at(parameters, 0, statistics).weights
         extras = task.extras.for_pass("prototypes", mask=task.support_mask)
-        embeddings = self.call(weights, task.support_x, extras, module=self.body)
-        labels = first_tensor(task.support_y)
-        return prototype_head(main_tensor(embeddings), labels, self.head_weights, extras.mask, extras.ways)
+        embeddings = main_tensor(self.call(weights, task.support_x, extras, module=self.body))
+        targets, kind = first_tensor(task.support_y), self.choices.head_init
+        return compute_head(kind, embeddings, targets, self.head_weights, parameters, extras)
 
     def shared_at(self, parameters: Weights, step: int, statistics: Weights | None = None) -> Shared:
         """Return what tasks share in this inner step, counted from 0; running statistics join the weights."""
@@ -284,14 +290,13 @@ class MAML:
         With `step_weights` `[steps]`: the weighted sum of those after each step (Antoniou et al. 2019).
         """
         losses, seen = [], []
-        adapted_states = self.inner_loop(parameters, task, self.steps)
-        next(adapted_states)  # before the first step
-        for step, after in enumerate(adapted_states, 1):
+        for step, after in enumerate(self.inner_loop(parameters, task, self.steps)):
             query_seen: Weights = {}
-            if step_weights is not None or step == self.steps:
+            if step == self.steps or (step and step_weights is not None):
                 loss, (outputs, query_seen) = self.query_loss(after.fast, after.shared.weights, after.task)
                 losses.append(loss)
-            seen.append(mean_statistics(after.statistics, query_seen))
+            if step:
+                seen.append(mean_statistics(after.statistics, query_seen))
         total = losses[-1] if step_weights is None else (step_weights * torch.stack(losses)).sum()
         return total, Outcome(losses[-1], outputs, stack_steps(seen))
 
@@ -403,7 +408,7 @@ class MAML:
         axis = 0 if self.starts_apart or self.accelerate else None  # None: all tasks share the state
         state, outputs, count = self.start(parameters), [], len(first_tensor(tasks.support_x))
         if self.starts_apart:
-            state = self.over_tasks(lambda task: self.start(parameters, task, statistics))(tasks)
+            state = for_all(self.start, None, 0, None)(parameters, tasks, statistics or {})
         elif self.accelerate:  # one function for all steps
             state = tree_map(lambda t: t.expand(count, *t.shape), state)
         for step in range(steps + 1):

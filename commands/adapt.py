@@ -56,7 +56,7 @@ def load(
     Args:
         example: inputs of some examples, `[examples, ...]`; their shape determines the learner's.
         outputs: number of outputs; None: the classes of the training tasks, or those for one number. Another
-            number of classes requires a run with `--head-init zero` or `prototype`.
+            number of classes requires a run with another `--head-init` than learned.
         own_code: names of the user's `learner` and `loss`, where the checkpoint names some.
 
     Raises UsageError if the file is not a checkpoint, or does not fit.

@@ -100,8 +100,9 @@ def measure_baselines(
     Tables are standardised by `scales`.
     The rate of a baseline has the lowest mean loss over all numbers of steps on validation tasks.
     """
-    distribution, maml = build(scratch_settings(config), call, runtime, scales=scales)
-    norm, steps, world = config.choices.query_norm, config.evaluation.eval_steps, runtime.world
+    scratch = scratch_settings(config)
+    distribution, maml = build(scratch, call, runtime, scales=scales)
+    norm, steps, world = config.choices.query_norm, scratch.evaluation.eval_steps, runtime.world
     test = partial(evaluate, distribution=distribution, normalisations=(norm,), world=world)
     fresh, results = maml.initial_parameters(config.training.seed), {}
     starts = {"scratch, sgd": fresh, "scratch, adam": fresh}
@@ -134,6 +135,8 @@ def plain_flags(config: Config, algorithm: str, *, testing: bool = False) -> dic
         values["train_shots"] = config.training_shots  # without the query, which Reptile counts in
     if testing:
         values.pop("train_shots", None)
+    if not config.evaluation.eval_steps:  # of a run without inner steps, as its baselines are not
+        values.pop("eval_steps", None)
     return {name: v for name, v in values.items() if v not in (None, ())} | {"algorithm": algorithm}
 
 

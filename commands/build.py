@@ -50,7 +50,7 @@ from learners.functional import fixed_tensors
 from learners.losses import LOSSES, build_loss, loss_name
 from learners.modules import convert_type
 from learners.reading import Reading, reading_of
-from maml import MAML, RATE, SQUARE
+from maml import MAML, OWN
 from tasks.scales import Scales
 from training.checkpoint import Checkpoint, check_same_data, fitting_parameters
 from training.compiler import Compiler, cpp_compiler, cpp_compiler_name
@@ -372,10 +372,10 @@ def _starting_weights(start: Start, maml: MAML) -> Weights:
         return fresh
     if start.resumed:
         return fit_weights(start.file, start.resumed, maml, start.config)[0]
-    # perhaps with another algorithm: take rates and moments where both have them
-    rates = {name: w for name, w in fresh.items() if name.startswith((RATE, SQUARE))}
+    # perhaps with another algorithm: take what is that algorithm's own where both have it
+    own = {name: w for name, w in fresh.items() if name.startswith(OWN)}
     saved = start.checkpoint.parameters
-    saved = rates | {n: w for n, w in saved.items() if n in fresh or not n.startswith((RATE, SQUARE))}
+    saved = own | {n: w for n, w in saved.items() if n in fresh or not n.startswith(OWN)}
     return fitting_parameters(start.file, saved, fresh, start.config.learner.learner)
 
 

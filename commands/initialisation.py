@@ -111,7 +111,7 @@ class Initialisation:
         if options.classification and self.config.choices.head_init == "learned" and number != options.ways:
             raise UsageError(
                 f"{source}: {number} classes, and the checkpoint learned {options.ways}: give as many, or "
-                "train with --head-init zero or prototype"
+                "train with --head-init zero, prototype or ridge"
             )
 
 

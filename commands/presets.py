@@ -21,6 +21,8 @@ DEFAULTS: dict[str, tuple[Any, Any, Any, Any]] = {
     "queries": (10, "k", "k", 15),
     "steps": (1, 1, 5, 5),
     "inner_lr": (0.01, 2.0, 2.0, 0.05),
+    "ridge_lambda": (0.1, 50.0, 50.0, 50.0),
+    "ridge_scale": (1.0, 5.0, 5.0, 5e-5),
     "meta_batch_size": (25, 32, 16, 4),
     "iterations": (70_000, 60_000, 60_000, 60_000),
     "grad_clip": (None, None, None, 10.0),
@@ -45,6 +47,18 @@ def default_column(classification: bool, dataset: str, ways: int) -> int:
 # support sets of a chunk of tasks that fits a CPU's cache.
 COMPILED_FROM = {"regression": 10_000, "classification": 1_500}
 CHUNK_IMAGES = 40
+
+# What R2D2 and ProtoNet share: a head that is computed, no inner loop, four convolutions with max pooling,
+# and an outer rate that is halved every 2,000 iterations.
+COMPUTED: dict[str, Any] = {
+    "steps": 0,
+    "test_steps": "s",
+    "fast_weights": "head",
+    "init": "torch",
+    "learner": ("mlp", "conv-pool", "conv-pool", "conv4"),
+    "meta_lr_schedule": ("constant", "halving", "halving", "halving"),
+    "iterations": (70_000, 20_000, 20_000, 20_000),
+}
 
 # An algorithm is a row: its choices, and its paper's settings where they differ from MAML's; a tuple has a
 # value for each of `DEFAULT_COLUMNS`. Settings without a meaning for the data or the learner are ignored.
@@ -114,5 +128,11 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "test_steps": ("s", 3, 5, "s"),
         "inner_lr": 1.0,
     },
+    "r2d2": COMPUTED
+    | {
+        "head_init": "ridge",
+        "meta_lr": (1e-3, 5e-3, 5e-3, 5e-3),
+    },
+    "protonet": COMPUTED | {"head_init": "prototype"},
     "pretrain": {"meta_gradient": "joint"},
 }

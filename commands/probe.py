@@ -86,7 +86,7 @@ class Probe:
         flags = {  # which may help, by the problem that they avoid
             "vectorise": config.training.vectorise and "--no-vectorise",
             "forward mode": config.training.engine == "adjoint" and "--engine unrolled",
-            "second derivative": config.choices.meta_gradient == "exact" and "--first-order",
+            "second derivative": config.choices.meta_gradient == "exact" and maml.steps and "--first-order",
         }
         hint = " or ".join(flag for flag in flags.values() if flag)
         with naming(f"{learner} with {loss} cannot be meta-trained{f' ({hint} may help)' if hint else ''}"):
@@ -99,8 +99,9 @@ class Probe:
             if not value.isfinite() and _are_finite((self.x, self.y)):
                 culprit = loss if _are_finite(outputs) else learner
                 raise UsageError(f"{culprit} gives numbers that are not finite")
+            inner = bool(value.isfinite()) and maml.steps > 0
             try:
-                names = self._find_non_finite(config.training.engine, inner=bool(value.isfinite()))
+                names = self._find_non_finite(config.training.engine, inner=inner)
             except Exception as error:  # an operator may fail in any way
                 if is_out_of_memory(error):
                     raise
@@ -115,7 +116,7 @@ class Probe:
                 raise UsageError(text) from error
         if names:
             text = f"{learner} with {loss}: the gradient by {_listed(names)} is not finite"
-            if flags["forward mode"] and not self._find_non_finite("unrolled", inner=True):
+            if flags["forward mode"] and not self._find_non_finite("unrolled", inner=inner):
                 raise UsageError(f"{text} with --engine adjoint, where --engine unrolled gives numbers")
             raise UsageError(
                 f"{text} at the initial weights, though the loss is (a root of zeros, the determinant of a "
@@ -225,7 +226,8 @@ class Probe:
                 instead = (
                     f"use --engine {check.engine}" if check.engine else "write that from other operators"
                 )
-                if not check.engine and self.config.choices.meta_gradient == "exact":
+                second_order = self.config.choices.meta_gradient == "exact" and self.maml.steps
+                if not check.engine and second_order:
                     instead += ", use --first-order"
                 raise UsageError(
                     f"{self.learner} with {self.loss}: the meta-gradient is wrong, {words}: {instead}, or "

@@ -24,6 +24,7 @@ from common.names import is_own_code, parse_name
 from common.options import BY_RULE
 from learners.options import LEARNERS, learner_facts
 from tasks.options import FILE_KINDS, data_facts, is_classification
+from training.options import ENDING
 
 OF_OTHER_DATA = (
     *("invert", "quarter_turns", "image_range", "columns", "exclude_columns", "dataset_args"),
@@ -103,6 +104,8 @@ def _fill_sizes(values: dict[str, Any], given: Mapping[str, Any]) -> None:
     for name in ("queries", "test_steps"):
         values[name] = {"k": values["shots"], "s": values["steps"]}.get(values[name], values[name])
     values.setdefault("eval_steps", CONFIG_FLAGS["eval_steps"].default)
+    if not values["steps"]:  # a test takes steps if they are asked for
+        values |= dict.fromkeys({"eval_steps", "test_steps"} - given.keys(), 0)
     _fit_steps(values, given)
     if "train_shots" not in given and values.get("train_shots") is not None:
         values["train_shots"] = max(values["train_shots"], values["shots"] + values["queries"])
@@ -186,7 +189,7 @@ def resolve_from(
     shots = given.get("shots", saved.tasks.shots) if evaluate else saved.tasks.shots
     given = {**given, **_expand_shorthands(given, shots)}
     schedule, iterations = saved.training.meta_lr_schedule, saved.training.iterations
-    if schedule != "constant" and given.get("iterations", iterations) != iterations:
+    if schedule in ENDING and given.get("iterations", iterations) != iterations:
         raise UsageError(f"--iterations: the {schedule} schedule of the checkpoint fixes it; leave it out")
     free = (
         {"invert", "image_range", "columns", "exclude_columns", "batch_norm"}

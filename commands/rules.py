@@ -12,6 +12,7 @@ from common.names import is_own_code, parse_name
 from common.options import Flag
 from learners.options import LEARNERS
 from tasks.options import CURVES, FILE_KINDS, data_facts
+from training.options import ENDING
 
 
 def _has_images(config: Config) -> bool:
@@ -24,6 +25,7 @@ def _has_head(config: Config) -> bool:
 
 BATCH_NORM = ("learner", lambda c: c.learner.has_batch_norm)
 IMPLICIT = ("meta_gradient", lambda c: c.choices.meta_gradient == "implicit")
+STEPS = ("steps", lambda c: c.choices.steps)
 # By the `only` of a flag: conditions under which it has a meaning, each with the setting that decides it.
 ONLY: dict[str, tuple[tuple[str, Callable[[Config], object]], ...]] = {
     "curves": (("dataset", lambda c: c.tasks.dataset in CURVES),),
@@ -41,14 +43,17 @@ ONLY: dict[str, tuple[tuple[str, Callable[[Config], object]], ...]] = {
     "head": (("fast_weights", _has_head),),
     "context": (("fast_weights", lambda c: c.choices.fast_weights == "context"),),
     "learned rates": (("inner_rates", lambda c: c.choices.inner_rates != "fixed"),),
-    "exact": (("meta_gradient", lambda c: c.choices.meta_gradient == "exact"),),
+    "exact": (("meta_gradient", lambda c: c.choices.meta_gradient == "exact"), STEPS),
     "implicit": (IMPLICIT,),
     "conjugate gradients": (IMPLICIT, ("cg_steps", lambda c: c.choices.cg_steps > 0)),
-    "engines": (("meta_gradient", lambda c: c.choices.meta_gradient in ("exact", "first-order")),),
+    "engines": (("meta_gradient", lambda c: c.choices.meta_gradient in ("exact", "first-order")), STEPS),
+    "ridge": (("head_init", lambda c: c.choices.head_init == "ridge"),),
+    "steps": (("steps", lambda c: c.choices.steps or c.evaluation.eval_steps),),
     "multi-step": (("objective", lambda c: c.choices.objective == "multi-step"),),
     "metric": (("metric", lambda c: c.evaluation.metric),),
     "momentum": (("inner_optimizer", lambda c: c.choices.inner_optimizer != "sgd"),),
-    "schedule": (("meta_lr_schedule", lambda c: c.training.meta_lr_schedule != "constant"),),
+    "schedule": (("meta_lr_schedule", lambda c: c.training.meta_lr_schedule in ENDING),),
+    "halving": (("meta_lr_schedule", lambda c: c.training.meta_lr_schedule == "halving"),),
     "norm that can adapt": (
         BATCH_NORM,
         ("fast_weights", lambda c: c.choices.fast_weights in ("all", "body") or c.choices.head),

@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from common.options import BY_LEARNER, above_zero, at_least, below_one, flag, flags_of, not_negative
 
 # rows of `commands.presets.ALGORITHMS`
-ALGORITHMS = ("maml", "fomaml", "anil", "boil", "reptile", "meta-sgd", "maml++", "imaml", "cavia", "pretrain")
+ALGORITHMS = (
+    *("maml", "fomaml", "anil", "boil", "reptile", "meta-sgd", "maml++", "imaml", "cavia"),
+    *("r2d2", "protonet", "pretrain"),
+)
 FAST_WEIGHTS = ("all", "head", "body", "context")
-HEAD_INITS = ("learned", "zero", "prototype")
+HEAD_INITS = ("learned", "zero", "prototype", "ridge")
 INNER_RATES = ("fixed", "layer-step", "element")
 META_GRADIENTS = ("exact", "first-order", "reptile", "implicit", "joint")
 # Of the meta-gradients that do not go through the inner loop: what rules out some other choices.
@@ -24,6 +27,7 @@ MEANING = {
     "reptile": "moves only what the inner loop adapts, to where the inner loop ends, without a query loss",
     "joint": "has no inner loop: support and query are one batch",
 }
+NO_STEP = "-s 0 takes no inner step"
 OBJECTIVES = ("last", "multi-step")
 NORMALISATIONS = ("transductive", "inductive", "per-step")
 INNER_OPTIMIZERS = ("sgd", "momentum", "adam", "adam-carried")
@@ -57,8 +61,15 @@ class Choices:
         help="the head's modules or parameters by name, with commas between (default: the last module with "
         "weights of its own that is no normalisation layer)")
     head_init: str = flag("--head-init", group="algorithm", choices=HEAD_INITS, default="learned",
-        help="the head before the first inner step: meta-learned, zero, or a prototype classifier from the "
-        "support set (Proto-MAML); the latter two allow another number of classes (-n) at test")
+        help="the head before the first inner step: meta-learned, zero, or computed from the support set: a "
+        "prototype classifier (ProtoNet, Proto-MAML) or a ridge regression (R2D2); all but the first allow "
+        "another number of classes (-n) at test")
+    ridge_lambda: float = flag(
+        "--ridge-lambda", group="algorithm", check=above_zero, metavar="LAMBDA", only="ridge", in_python=1.0,
+        help="penalty of the ridge regression, for each support example; meta-learned from there")
+    ridge_scale: float = flag(
+        "--ridge-scale", group="algorithm", check=above_zero, metavar="X", only="ridge", in_python=1.0,
+        help="factor of the ridge head's outputs; meta-learned from there")
     context_size: int = flag(
         "--context-size", group="algorithm", check=at_least(1, 100_000), metavar="N", default=5,
         only="context", help="length of the context vector")
@@ -91,19 +102,20 @@ class Choices:
         help="adapt batch norm's shift and scale in the inner loop as well as meta-learning them (default: "
         "no; yes for convnet and what is not built in)")
 
-    steps: int = flag("-s", group="inner loop", check=at_least(1, MOST_STEPS), metavar="STEPS", common=True,
-        in_python=1, help="inner gradient steps while training")
+    steps: int = flag("-s", group="inner loop", check=at_least(0, MOST_STEPS), metavar="STEPS", common=True,
+        in_python=1, help="inner gradient steps while training; 0 for a head computed from the support set")
     inner_lr: float = flag("--inner-lr", group="inner loop", check=above_zero, metavar="RATE", common=True,
+        only="steps",
         help="learning rate of the inner loop; 0.01 for convnet and for learners that are not built in")
     inner_optimizer: str = flag(
-        "--inner-optimizer", group="inner loop", choices=INNER_OPTIMIZERS, default="sgd",
+        "--inner-optimizer", group="inner loop", choices=INNER_OPTIMIZERS, default="sgd", only="steps",
         help="update rule of the inner loop; adam-carried keeps Adam's second moments from task to task, as "
         "the code of Reptile's authors does")
     inner_momentum: float = flag(
         "--inner-momentum", group="inner loop", check=below_one, metavar="X", default=0.9, only="momentum",
         help="decay of the inner gradients' running mean: momentum, or Adam's beta1")
     inner_clip: float | None = flag(
-        "--inner-clip", group="inner loop", check=above_zero, metavar="X", default=None,
+        "--inner-clip", group="inner loop", check=above_zero, metavar="X", default=None, only="steps",
         help="clip the inner gradient of each task to norm X")
     proximal: float = flag(
         "--proximal", group="inner loop", check=not_negative, metavar="LAMBDA", default=0.0,
@@ -117,6 +129,11 @@ class Choices:
     def trained_steps(self) -> int:
         """Inner steps that training prepares for; a validation takes as many."""
         return 0 if self.meta_gradient == "joint" else self.steps
+
+    @property
+    def starts_apart(self) -> bool:
+        """Whether tasks differ before the first step: their heads are computed from their support sets."""
+        return self.head_init in ("prototype", "ridge")
 
     @property
     def query_norm(self) -> str:
@@ -142,6 +159,9 @@ class Choices:
         self, has_batch_norm: bool, classification: bool | None
     ) -> Iterator[tuple[bool, str]]:
         yield from self._meta_gradient_rules(has_batch_norm)
+        if not self.steps:
+            yield not self.starts_apart, f"{NO_STEP}: it requires --head-init prototype or ridge"
+            yield self.meta_gradient != "exact", f"--meta-gradient {self.meta_gradient}: {NO_STEP}"
         if self.inner_lr_max is not None and self.inner_rates != "fixed":
             too_low = self.inner_lr_max <= self.inner_lr
             yield too_low, f"--inner-lr-max {self.inner_lr_max} is not above --inner-lr {self.inner_lr}"
@@ -155,26 +175,28 @@ class Choices:
             yield fixed, f"{head}: the inner loop must adapt the head, not --fast-weights {weights}"
             yield element, f"{head}: --inner-rates element needs a learned head; use layer-step"
             yield self.meta_gradient == "joint", f"{head}: --meta-gradient joint has no inner loop"
-        if self.head_init == "prototype":
-            yield classification is False, f"{head}: prototypes are of classes, and this is regression"
+        if self.starts_apart:
             yield self.proximal > 0, f"{head}: each task has its own start; --proximal pulls all to one"
+        no_classes = self.head_init == "prototype" and classification is False
+        yield no_classes, f"{head}: prototypes are of classes, and this is regression"
 
     def _meta_gradient_rules(self, has_batch_norm: bool) -> Iterator[tuple[bool, str]]:
-        """Yield what each meta-gradient cannot be combined with."""
+        """Yield what a meta-gradient that does not go through inner steps cannot be combined with."""
         way, weights = self.meta_gradient, self.fast_weights
-        if way not in MEANING:
+        if way not in MEANING and self.steps:
             return
-        reason = f"--meta-gradient {way} {MEANING[way]}"
+        reason = f"--meta-gradient {way} {MEANING[way]}" if way in MEANING else NO_STEP
         norm = self.batch_norm if has_batch_norm else ""
         frozen_norm = has_batch_norm and not self.adapt_norm
         yield self.inner_rates != "fixed", f"--inner-rates {self.inner_rates}: {reason}"
         yield self.objective == "multi-step", f"--objective multi-step: {reason}"
         yield has_batch_norm and self.norm_per_step, f"--norm-per-step: {reason}"
         yield norm == "per-step", f"--batch-norm per-step: {reason}"
-        yield norm == "inductive" and way != "implicit", f"--batch-norm inductive: {reason}"
+        yield norm == "inductive" and way in ("reptile", "joint"), f"--batch-norm inductive: {reason}"
         yield self.inner_batch is not None and way != "reptile", f"--inner-batch: {reason}"
         yield way == "reptile" and weights != "all", f"--fast-weights {weights}: {reason}"
         yield way == "joint" and weights == "context", f"--fast-weights context: {reason}"
         yield way == "reptile" and frozen_norm, f"--no-adapt-norm: {reason}"
+        yield way == "reptile" and self.head_init == "ridge", f"--head-init ridge: {reason}"
         no_problem = way == "implicit" and not self.proximal
         yield no_problem, f"{reason}: it needs a --proximal above 0, which defines the problem"

@@ -36,7 +36,7 @@ class Examples:
 
     batch: TaskBatch
     outputs: Tensor  # [tasks, shown steps, query examples, ...], or predicted classes without the last axis
-    steps: list[int]  # numbers of inner steps that are shown, two or three, of which the first is 0
+    steps: list[int]  # numbers of inner steps that are shown, up to three, of which the first is 0
     ways: int | None  # of image tasks; None: curves
     deviations: Tensor | None = None  # of outputs that are means of normal distributions
 
@@ -75,7 +75,8 @@ def adapt_examples(
 @style.styled()
 def examples_figure(examples: Examples, title: str) -> Figure:
     """Draw tasks before and after adaptation, a panel for each."""
-    title = f"{title}: before and {after_steps(examples.steps[-1])}"
+    if examples.steps[1:]:
+        title += f": before and {after_steps(examples.steps[-1])}"
     if examples.ways is not None:
         return _draw_image_tasks(examples, examples.ways, title)
     figure = style.new_figure(2.6 * TASKS + 0.3, 2.8, title)
@@ -90,7 +91,8 @@ def draw_fits(panels: Sequence[Axes], examples: Examples) -> None:
 
     The last prediction lies in its bands, if it is a normal distribution.
     """
-    looks = [(":", style.GREEN), *[("--", style.ORANGE)] * (len(examples.steps) - 2), ("-", style.BLUE)]
+    between = [("--", style.ORANGE)] * (len(examples.steps) - 2)
+    looks = [(":", style.GREEN), *between, ("-", style.BLUE)][-len(examples.steps) :]
     support_x, support_y, query_x, query_y = (t[..., 0].numpy() for t in examples.batch)
     outputs = examples.outputs.shape[-1]
     for task, panel in enumerate(panels):
@@ -98,7 +100,7 @@ def draw_fits(panels: Sequence[Axes], examples: Examples) -> None:
         panel.plot(query_x[task], truth, color=style.GREY, linewidth=3.5, alpha=0.5, label="true curve")
         predictions = examples.outputs[task, ..., 0].numpy()
         for step, predicted, (line, colour) in zip(examples.steps, predictions, looks, strict=True):
-            label = after_steps(step) if step else "before adaptation"
+            label = after_steps(step) if step else "before adaptation" if examples.steps[1:] else "prediction"
             label += f" (output 1 of {outputs})" * (outputs > 1)
             panel.plot(query_x[task], predicted, line, color=colour, label=label)
         if examples.deviations is not None:
@@ -131,8 +133,8 @@ def draw_images(panel: Axes, images: Tensor, above: float = 0.0) -> None:
 def _draw_image_tasks(examples: Examples, ways: int, title: str) -> Figure:
     """Draw image tasks: a row a class, with its support images and its first query image.
 
-    Next to a query is its label before adaptation and after the last step; marks tell right from wrong, not
-    colours alone. The numbers of correct labels are those of all queries of all classes.
+    Next to a query is its label before adaptation and after the last step, if there is one; marks tell right
+    from wrong, not colours alone. The numbers of correct labels are those of all queries of all classes.
     """
     rows, inch = min(ways, MOST_WAYS), 0.5 if ways <= 10 else 0.42
     shots, queries = (x.shape[1] // ways for x in (examples.batch.support_x, examples.batch.query_x))
@@ -141,19 +143,21 @@ def _draw_image_tasks(examples: Examples, ways: int, title: str) -> Figure:
     for task, panel in enumerate(figure.subplots(1, TASKS)):
         support = examples.batch.support_x[task].unflatten(0, (ways, shots))[:rows, :shown]
         query = examples.batch.query_x[task].unflatten(0, (ways, queries))[:rows, :1]
-        labels = examples.outputs[task, [0, -1]].view(2, ways, queries)
-        before, after = (labels == torch.arange(ways)[:, None]).flatten(1).sum(1).tolist()
-        panel.set_title(f"correct: {before} → {after} of {ways * queries}", loc="left", pad=18)
+        labels = examples.outputs[task, [0, -1][: len(examples.steps)]].view(-1, ways, queries)
+        places = {"label": shown + 1.5}
+        if len(labels) > 1:
+            places = {"before": shown + 1.5, "after": shown + 2.3}
+        correct = (labels == torch.arange(ways)[:, None]).flatten(1).sum(1).tolist()
+        panel.set_title(f"correct: {' → '.join(map(str, correct))} of {ways * queries}", loc="left", pad=18)
         framed = functional.pad(torch.cat([support, query], 1).float(), (1, 1, 1, 1), value=0.4)
         draw_images(panel, framed)
         panel.set_xlim(-0.5, shown + 2.9)  # with room for the labels
-        headings = {"support": shown / 2, "query": shown + 0.5, "before": shown + 1.5, "after": shown + 2.3}
-        for heading, x in headings.items():
+        for heading, x in ({"support": shown / 2, "query": shown + 0.5} | places).items():
             panel.text(x, -0.15, heading, ha="center", fontsize=style.SMALL)
         for row, predicted in enumerate(labels[:, :rows, 0].T.tolist()):
             panel.text(-0.15, row + 0.5, str(row), ha="right", va="center", fontsize=style.SMALL)
-            for heading, label in zip(("before", "after"), predicted, strict=True):
+            for x, label in zip(places.values(), predicted, strict=True):
                 colour, mark = (style.BLUE, "✓") if label == row else (style.RED, "✗")
                 look = {"color": colour, "ha": "center", "va": "center", "fontsize": style.SMALL}
-                panel.text(headings[heading], row + 0.5, f"{label} {mark}", **look)
+                panel.text(x, row + 0.5, f"{label} {mark}", **look)
     return figure

@@ -24,14 +24,15 @@ class EvaluationOptions:
         "--eval-tasks", group="evaluation", check=at_least(2), metavar="TASKS", default=600,
         free_on_resume=True, free_on_eval=True, common=True, help="number of test tasks")
     eval_steps: int = flag(
-        "--eval-steps", group="evaluation", check=at_least(1, MOST_STEPS), metavar="STEPS", default=10,
+        "--eval-steps", group="evaluation", check=at_least(0, MOST_STEPS), metavar="STEPS", default=10,
         free_on_resume=True, free_on_eval=True, common=True,
-        help="measure after 0, 1, ... STEPS inner steps (default: 10, or --test-steps if that is more)")
-    test_steps: int = flag("--test-steps", group="evaluation", check=at_least(1, MOST_STEPS), metavar="STEPS",
+        help="measure after 0, 1, ... STEPS inner steps (default: 10, or --test-steps if that is more; with "
+        "-s 0: 0)")
+    test_steps: int = flag("--test-steps", group="evaluation", check=at_least(0, MOST_STEPS), metavar="STEPS",
         free_on_resume=True, free_on_eval=True,
         help="number of inner steps whose result is quoted; at most --eval-steps")
     eval_inner_batch: int | None = flag(
-        "--eval-inner-batch", group="evaluation", check=at_least(1), metavar="N", default=None,
+        "--eval-inner-batch", group="evaluation", check=at_least(1), metavar="N", default=None, only="steps",
         free_on_resume=True, free_on_eval=True,
         help="support examples per inner step on validation and test tasks (default: all)")
     metric: str | None = flag("--metric", group="evaluation", check=check_metric_name, metavar="NAME",

@@ -63,29 +63,6 @@ def headless(module: nn.Module, head: str | None = None) -> nn.Module:
     return replace_module(copy_module(module), linear_head(module, head), nn.Identity())
 
 
-def prototype_head(
-    embeddings: Tensor,
-    labels: Tensor,
-    head: dict[str, Tensor],
-    mask: Tensor | None = None,
-    ways: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """Return the linear head that classifies by distance to the class means (Triantafillou et al. 2020).
-
-    A class with mean embedding c has weights 2 c and bias -|c|^2: logits are minus the squared distances, up
-    to what is the same for all classes. `embeddings` are `[examples, features]`; `head` gives the names and
-    shapes, weight `[ways, features]` and bias `[ways]`. `mask` says which examples count; classes from `ways`
-    on, which have none, get weights of zero.
-    """
-    weight, bias = sorted(head, key=lambda name: head[name].dim(), reverse=True)
-    classes = torch.arange(len(head[weight]), device=labels.device)
-    in_class = labels[:, None] == classes
-    in_class = (in_class if mask is None else in_class & mask[:, None]).to(embeddings.dtype)
-    count = in_class.sum(0) if ways is None else in_class.sum(0).where(classes < ways, 1.0)
-    means = (in_class.mT @ embeddings) / count[:, None]
-    return {weight: 2 * means, bias: -(means * means).sum(1)}
-
-
 class ContextLayer(nn.Module):
     """Modulate a layer's output by a linear function of a context vector (CAVIA, Zintgraf et al. 2019).
 

@@ -42,16 +42,19 @@ def _logdet(draws: Draws, input: Tensor) -> Tensor:
     return torch.where(sign == -1, torch.nan, logarithm)
 
 
-def _solve(draws: Draws, A: Tensor, B: Tensor, left: bool = True) -> Tensor:
-    if B.dim() == 1 or A.shape[:-1] == B.shape:  # vectors
-        return _solve(draws, A, B.unsqueeze(-1), left).squeeze(-1)
-    if not left:
-        return _solve(draws, A.mT, B.mT).mT
+def solve(A: Tensor, B: Tensor) -> Tensor:
+    """Return X of A X = B, for matrices `[..., n, n]` and `[..., n, columns]`."""
     # no error for a singular matrix, which one diverged task may have; `vmap` has no rule for `lu`
     p, lower, upper = torch.lu_unpack(*torch.linalg.lu_factor_ex(A)[:2])
     return solve_triangular(
         upper, solve_triangular(lower, p.mT @ B, upper=False, unitriangular=True), upper=True
     )
+
+
+def _solve(draws: Draws, A: Tensor, B: Tensor, left: bool = True) -> Tensor:
+    if B.dim() == 1 or A.shape[:-1] == B.shape:  # vectors
+        return _solve(draws, A, B.unsqueeze(-1), left).squeeze(-1)
+    return solve(A, B) if left else solve(A.mT, B.mT).mT
 
 
 def _solve_ex(draws: Draws, A: Tensor, B: Tensor, left: bool = True, check_errors: bool = False) -> Any:

@@ -123,19 +123,32 @@ def learned(module: nn.Module) -> dict:
 
 
 def plain_loop(
-    module, loss, batch, *, adapted=None, keys=None, steps=STEPS, order="exact", carry=True, compute_head=None
+    module,
+    loss,
+    batch,
+    *,
+    adapted=None,
+    keys=None,
+    steps=STEPS,
+    order="exact",
+    carry=True,
+    compute_head=None,
+    more=None,
 ):
     """Return the meta-gradient by name, the query losses `[tasks]` and the outputs of each task.
 
-    `compute_head(module, weights, task, key)` returns weights that are computed for each task, not learned.
+    `compute_head(module, leaves, task, key)` returns weights that are computed for each task, not learned;
+    `more` are leaves that it needs besides the module's weights.
     """
     leaves = learned(module)
     if compute_head:
         leaves = {n: w for n, w in leaves.items() if not n.startswith("head.")}
+    weights = dict(leaves)
+    leaves |= {n: w.clone().requires_grad_() for n, w in (more or {}).items()}
     losses, outputs = [], []
     for number, task in enumerate(tasks_of(batch)):
         task_module, key = copy.deepcopy(module), None if keys is None else keys[number]
-        start = leaves | (compute_head(copy.deepcopy(module), leaves, task, key) if compute_head else {})
+        start = weights | (compute_head(copy.deepcopy(module), leaves, task, key) if compute_head else {})
         options = {"adapted": adapted, "steps": steps, "order": order, "keys": key, "carry": carry}
         *_, fast = inner_loop(task_module, loss, start, task, **options)
         outputs.append(run(task_module, fast, task.query_x, key_of(key, "query", steps)))
@@ -178,14 +191,23 @@ def inductive(module: nn.Module, weights: dict, support_x, x):
 
 
 def plain_predictions(
-    module, loss, batch, *, adapted=None, keys=None, normalisation="transductive", compute_head=None
+    module,
+    loss,
+    batch,
+    *,
+    adapted=None,
+    keys=None,
+    normalisation="transductive",
+    compute_head=None,
+    more=None,
 ):
-    """Return query outputs after 0, 1, ... steps, `[tasks, steps + 1, ...]`."""
+    """Return query outputs after 0, 1, ... steps, `[tasks, steps + 1, ...]`; see `plain_loop`."""
     outputs = []
     for number, task in enumerate(tasks_of(batch)):
         task_module, key = copy.deepcopy(module), None if keys is None else keys[number]
         start = learned(module)
-        start |= compute_head(copy.deepcopy(module), start, task, key) if compute_head else {}
+        head = compute_head(copy.deepcopy(module), start | (more or {}), task, key) if compute_head else {}
+        start |= head
         weights = inner_loop(task_module, loss, start, task, adapted=adapted, keys=key)
         if normalisation == "inductive":
             steps = [inductive(task_module, fast, task.support_x, task.query_x) for fast in weights]
@@ -221,6 +243,7 @@ def assert_matches_plain_loop(
     keys=None,
     adapted=None,
     compute_head=None,
+    more=None,
     tolerance=1e-9,
     **options,
 ):
@@ -230,7 +253,8 @@ def assert_matches_plain_loop(
     """
     gradients = []
     for order in orders:
-        how = {"order": order, "keys": keys, "adapted": adapted, "steps": steps, "compute_head": compute_head}
+        how = {"order": order, "keys": keys, "adapted": adapted, "steps": steps}
+        how |= {"compute_head": compute_head, "more": more}
         expected, losses, outputs = plain_loop(reference or module, loss, batch, **how)
         gradients.append(expected)
         maml = algorithm(module, loss, steps=steps, meta_gradient=order, **options)

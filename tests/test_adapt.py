@@ -71,9 +71,12 @@ def train(folder: Path, name: str, *flags: object) -> Path:
     return folder / name / "last.pt"
 
 
-def test_a_folder_is_predicted_and_the_written_weights_predict_the_same(place, tmp_path, monkeypatch):
+@pytest.mark.parametrize("algorithm", ["--head-init prototype", "--algorithm protonet --test-steps 0"])
+def test_a_folder_is_predicted_and_the_written_weights_predict_the_same(
+    algorithm, place, tmp_path, monkeypatch
+):
     code = ["--learner", f"{place / 'own.py'}:network"]
-    flags = [*images(place), *code, "--head-init", "prototype", "--learner-args", "dropout=0.2"]
+    flags = [*images(place), *code, *algorithm.split(), "--learner-args", "dropout=0.2"]
     last = train(tmp_path, "run", *flags)
     assert command("--adapt", place / "task", "--load", last, *code, "--out", tmp_path / "out") == 0
     stem = tmp_path / "out" / "last-adapted-task"

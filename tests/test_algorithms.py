@@ -267,6 +267,8 @@ def test_implicit_has_the_closed_form_on_a_quadratic():
         dict(head_init="zero", fast_weights="body"),
         dict(head_init="zero", inner_rates="element"),
         dict(head_init="zero", meta_gradient="joint"),
+        dict(head_init="zero", steps=0),
+        dict(head_init="ridge", steps=0, objective="multi-step"),
     ],
 )
 def test_choices_that_do_not_exist_or_contradict_each_other_are_refused(wrong):
@@ -364,9 +366,11 @@ def test_the_meta_learning_rate_follows_its_schedule():
         course = replace(options, meta_lr_schedule=kind)
         return float(meta_lr_at(course, {}, torch.tensor(iteration).double()))
 
-    options = replace(resolve({}).training, meta_lr=1.0, meta_lr_final=0.2, iterations=100)
+    numbers = {"meta_lr": 1.0, "meta_lr_final": 0.2, "meta_lr_halving": 30, "iterations": 100}
+    options = replace(resolve({}).training, **numbers)
 
     assert [rate("constant", i) for i in (0, 50, 100)] == [1.0] * 3
+    assert [rate("halving", i) for i in (0, 29, 30, 65, 130)] == [1.0, 1.0, 0.5, 0.25, 1 / 16]
     assert [rate("linear", i) for i in (0, 50, 100, 130)] == pytest.approx([1.0, 0.6, 0.2, 0.2])
     assert [rate("cosine", i) for i in (0, 50, 100)] == pytest.approx([1.0, 0.6, 0.2])
     theirs = torch.optim.SGD([torch.zeros(1)], 1.0)

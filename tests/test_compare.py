@@ -33,6 +33,7 @@ def place(tmp_path_factory):
 
     train("maml")
     train("fomaml", "--first-order", "--inner-lr", 0.1, "-s", 2)
+    train("ridge", "--algorithm", "r2d2", "--eval-steps", 0)
     train("five", "-k", 5)
     train("huber", "--loss", "huber")
     train("grid", "--seeds", "0-2", "--sweep", "inner-lr=0.001,0.1")
@@ -88,6 +89,14 @@ def test_a_difference_equals_that_of_two_evaluations_on_tasks_that_chose_no_chec
     assert difference_in(result)["mean"] == pytest.approx((one - other).mean(), rel=DIGITS)
     assert (result["split"], result["first_task"], result["tasks"]) == ("validation", CHOSEN_BY, 12)
     assert "none of which chose a checkpoint" in output
+
+
+def test_a_run_without_inner_steps_is_compared_after_none(compare, place):
+    result, output = compare("maml", "ridge")
+    one, other = (measure(place / name / "best.pt") for name in ("ridge", "maml"))
+    assert [side["steps"] for side in result["sides"]] == [1, 0]
+    assert difference_in(result)["mean"] == pytest.approx((one - other).mean(), rel=DIGITS)
+    assert "--head-init" in output
 
 
 def test_a_difference_on_test_tasks_equals_that_of_two_evals(compare, place, tmp_path):

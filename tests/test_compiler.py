@@ -84,6 +84,8 @@ WAYS = {
         training=dict(meta_optimizer="sgd", meta_lr_schedule="linear", iterations=5),
     ),
     "element": dict(inner_rates="element", fast_weights="head", meta_gradient="first-order"),
+    "ridge": dict(head_init="ridge", fast_weights="head", steps=0),
+    "ridge with steps": dict(head_init="ridge", training=dict(engine="adjoint")),
 }  # fmt: skip
 
 
@@ -111,15 +113,17 @@ def test_a_compiled_iteration_equals_the_uncompiled_one_and_is_found_again(name,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("choices", [{}, {"head_init": "prototype", "steps": 0}], ids=["maml", "protonet"])
 @pytest.mark.parametrize(("tasks_at_once", "libraries"), [(None, 1), (2, 3)])
-def test_a_compiled_iteration_on_images_equals_the_uncompiled_one(tasks_at_once, libraries, cache):
+def test_a_compiled_iteration_on_images_equals_the_uncompiled_one(tasks_at_once, libraries, choices, cache):
     torch.manual_seed(0)
     learner = nn.Sequential(
         nn.Conv2d(1, 4, 3, stride=2, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()
     )
     learner = nn.Sequential(*learner, nn.Linear(36, 3)).double()
     options = dict(convolution="im2col", tasks_at_once=tasks_at_once)
-    maml = MAML(learner, F.cross_entropy, Choices(inner_lr=0.4, steps=1, adapt_norm=True), **options)
+    choices = Choices(**{"inner_lr": 0.4, "steps": 1, "adapt_norm": True} | choices)
+    maml = MAML(learner, F.cross_entropy, choices, **options)
     pixels = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8)
     splits = {"train": torch.arange(12), "validation": torch.arange(0), "test": torch.arange(0)}
     images = ImageSet([str(c) for c in range(12)], torch.full([12], 5), splits, lambda: pixels, "images")
@@ -140,7 +144,7 @@ def test_a_compiled_iteration_on_images_equals_the_uncompiled_one(tasks_at_once,
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12), field
 
 
-@pytest.mark.parametrize("head_init", ["learned", "prototype"])
+@pytest.mark.parametrize("head_init", ["learned", "prototype", "ridge"])
 @pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_accelerated_predictions_are_the_plain_ones(real, head_init, tmp_path):
     torch.manual_seed(0)
@@ -160,8 +164,8 @@ def test_accelerated_predictions_are_the_plain_ones(real, head_init, tmp_path):
     for _ in range(2):  # made once
         for name, outputs in fast.predictions(parameters, batch, 3, norms).items():
             torch.testing.assert_close(outputs, plain[name], rtol=1e-12, atol=1e-12)
-    assert len(made) == 2  # a step, and the predictions after it
-    assert accelerate.compiled == (2 if real else 0)
+    functions = 2 + (head_init != "learned")  # a step, the predictions after it, and the computed head
+    assert len(made) == functions and accelerate.compiled == functions * real
     with fast.at_rate(0.1), maml.at_rate(0.1):  # a rate is part of what was compiled
         slower = maml.predictions(parameters, batch, 3)["transductive"]
         torch.testing.assert_close(fast.predictions(parameters, batch, 3)["transductive"], slower)

@@ -45,6 +45,12 @@ DEFAULTS = {
         "learner": "conv-flat", "inner_optimizer": "adam-carried", "inner_momentum": 0.0, "inner_batch": 10,
         "train_shots": 10, "test_steps": 50, "eval_steps": 50, "meta_lr_schedule": "linear"},
     "--algorithm cavia --dataset omniglot -n 20": {"fast_weights": "context", "steps": 5, "test_steps": 5},
+    "--algorithm r2d2 --dataset omniglot": {
+        "head_init": "ridge", "steps": 0, "eval_steps": 0, "test_steps": 0, "learner": "conv-pool",
+        "meta_lr": 5e-3, "meta_lr_schedule": "halving", "ridge_lambda": 50.0, "ridge_scale": 5.0},
+    "--algorithm r2d2 -s 2": {"steps": 2, "test_steps": 2, "eval_steps": 10, "meta_lr_schedule": "constant"},
+    "--algorithm protonet --dataset omniglot --eval-steps 5": {"steps": 0, "eval_steps": 5, "test_steps": 0},
+    "--dataset omniglot --head-init ridge -s 0": {"fast_weights": "all", "eval_steps": 0, "test_steps": 0},
 }  # fmt: skip
 
 
@@ -129,12 +135,23 @@ MISTAKES = [
     ("--algorithm imaml --cg-steps 0 --cg-damping 1", "--cg-damping has no meaning with --cg-steps 0"),
     ("--dataset omniglot --norm-per-step --adapt-norm", "--adapt-norm has no meaning with --norm-per-step"),
     ("--algorithm reptile --first-order", "--first-order has no meaning with --algorithm reptile"),
+    ("--algorithm r2d2 --inner-lr 0.1", "--inner-lr has no meaning with -s 0: leave it out"),
+    ("--algorithm r2d2 --engine adjoint", "--engine has no meaning with -s 0: leave it out"),
+    ("--meta-lr-schedule halving --meta-lr-final 0.1", "--meta-lr-final has no meaning with --meta-lr-sched"),
+    ("--head-init zero --ridge-scale 2", "--ridge-scale has no meaning with --head-init zero: leave it out"),
     # settings that contradict each other
     ("--samples 10", "--samples 10 leaves no query: it must be above -k 10"),
     ("--learner conv", "--learner conv does not fit --dataset sinusoid: use mlp"),
     ("--loss cross-entropy", "--loss cross-entropy does not fit regression"),
     ("--inner-rates element --inner-lr-max 0.001", "--inner-lr-max 0.001 is not above --inner-lr 0.001"),
     ("--objective multi-step", "with one inner step (-s) the last is the only one"),
+    ("-s 0", "-s 0 takes no inner step: it requires --head-init prototype or ridge"),
+    ("--algorithm r2d2 --first-order", "--meta-gradient first-order: -s 0 takes no inner step"),
+    ("--algorithm r2d2 --inner-rates layer-step", "--inner-rates layer-step: -s 0 takes no inner step"),
+    ("--algorithm protonet --dataset omniglot --batch-norm per-step", "--batch-norm per-step: -s 0 takes no"),
+    ("--algorithm protonet", "--head-init prototype: prototypes are of classes, and this is regression"),
+    ("--head-init ridge --proximal 1", "--head-init ridge: each task has its own start"),
+    ("--algorithm reptile --head-init ridge", "--head-init ridge: --meta-gradient reptile moves only what"),
     ("--algorithm imaml --inner-rates element", "does not depend on the rates"),
     ("--algorithm reptile --train-shots 10", "--train-shots 10 must be above -q 10"),
     ("--inner-optimizer adam-carried", "with --meta-gradient reptile alone"),

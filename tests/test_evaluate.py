@@ -58,10 +58,21 @@ def test_another_dataset_may_have_other_ways_where_the_head_is_not_learned(tmp_p
     line = refuse("--eval", "--load", run, "--eval-dataset", "sinusoid")
     assert "does not fit: the checkpoint learned classification of images" in line
     shutil.rmtree(run)
-    run = train(tmp_path, "--head-init", "prototype")
-    assert command(*test, run) == 0
-    (result,) = run.glob("*-4way-1shot-*.json")
-    assert json.loads(result.read_text())["settings"]["dataset"] == f"images:{tmp_path / 'other'}"
+    for flags in ("--head-init prototype", "--algorithm r2d2", "--algorithm protonet"):
+        run = train(tmp_path, *flags.split())
+        assert command(*test, run) == 0
+        (result,) = run.glob("*-4way-1shot-*.json")
+        assert json.loads(result.read_text())["settings"]["dataset"] == f"images:{tmp_path / 'other'}"
+        shutil.rmtree(run)
+
+
+def test_a_checkpoint_without_inner_steps_is_measured_after_none_unless_asked(tmp_path, capsys):
+    run = train(tmp_path, "--algorithm", "protonet", "--eval-steps", 0, "--test-steps", 0)
+    for flags, steps in (([], 1), (["--eval-steps", 2], 3)):
+        capsys.readouterr()
+        assert command("--eval", "--load", run, *flags) == 0
+        table = capsys.readouterr().out.partition("\nsteps ")[2].partition("Query")[0]
+        assert len(table.splitlines()) == 1 + steps and "inductive" in table
 
 
 def test_classes_that_may_have_been_trained_on_are_not_tested_on(tmp_path, capsys):

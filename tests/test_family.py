@@ -24,6 +24,8 @@ RUNS: dict[str, list] = {
     "maml++": ["--learner", "fc", "-n", 2, "-k", 1, "-q", 1, "--msl-iterations", 10],
     "imaml": ["-s", 3, "--cg-steps", 2],
     "cavia": ["--objective", "multi-step", "-s", 2],
+    "r2d2": ["--ridge-lambda", 0.3],
+    "protonet": ["--learner", "fc", "-n", 2, "-k", 1, "-q", 1, "--loss-args", "label_smoothing=0.2"],
     "pretrain": ["--oracle", "--eval-inner-batch", 3],
 }
 
@@ -35,11 +37,11 @@ def _quick(monkeypatch, no_pictures):
 
 @pytest.fixture
 def flags(tmp_path):
-    """Return the command line of a short run of an algorithm; that of MAML++ learns from images."""
+    """Return the command line of a short run of an algorithm; MAML++ and ProtoNet learn from images."""
 
     def flags_of(algorithm: str) -> list:
         line = ["--algorithm", algorithm, *SHORT, *RUNS[algorithm], "--checkpoint-path", tmp_path]
-        if algorithm != "maml++":
+        if algorithm not in ("maml++", "protonet"):
             return line
         write_classes(tmp_path / "images", 12, 3)
         return [*line, "--dataset", f"images:{tmp_path / 'images'}", "--image-size", 8, "--channels", 1]

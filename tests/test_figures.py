@@ -1,5 +1,6 @@
 """Pictures share one style that all readers can see, show the numbers, and survive a resumed run."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -134,16 +135,19 @@ def test_fits_show_the_steps_that_were_asked_for():
     panel, *_ = examples_figure(examples, "title").axes
     assert [line.get_label() for line in panel.lines] == ["true curve", "before adaptation", "after 3 steps"]
     assert [line.get_ydata()[0] for line in panel.lines] == [pytest.approx(x.sin()[0, 0, 0]), 0.0, 3.0]
+    panel, *_ = examples_figure(replace(examples, outputs=outputs[:, 1:], steps=[0]), "title").axes
+    assert [line.get_label() for line in panel.lines] == ["true curve", "prediction"]
 
 
-def sheet(ways: int, shots: int, queries: int, size: int = 4):
+def sheet(ways: int, shots: int, queries: int, size: int = 4, *, adapted: bool = True):
     """Three tasks whose labels are all wrong before, and right after except for class 1."""
     support, query = (torch.rand(3, ways * count, 1, size, size) for count in (shots, queries))
     labels = torch.arange(ways).repeat_interleave(queries)
     before, after = (labels + 1) % ways, torch.where(labels == 1, 0, labels)
     outputs = torch.stack([before, after]).expand(3, -1, -1)
     batch = TaskBatch(support, labels.expand(3, -1), query, labels.expand(3, -1))
-    return examples_figure(Examples(batch, outputs, steps=[0, 2], ways=ways), "title")
+    steps = [0, 2][: 1 + adapted]
+    return examples_figure(Examples(batch, outputs[:, : len(steps)], steps, ways=ways), "title")
 
 
 def test_a_task_sheet_marks_each_label_by_more_than_colour():
@@ -151,6 +155,10 @@ def test_a_task_sheet_marks_each_label_by_more_than_colour():
     words = [text.get_text() for text in panel.texts]
     assert [word for word in words if word[-1] in "✓✗"] == ["1 ✗", "0 ✓", "2 ✗", "0 ✗", "0 ✗", "2 ✓"]
     assert panel.get_title(loc="left") == "correct: 0 → 2 of 3"
+    panel, *_ = sheet(3, 2, 1, adapted=False).axes
+    words = [text.get_text() for text in panel.texts]
+    assert [word for word in words if word[-1] in "✓✗"] == ["1 ✗", "2 ✗", "0 ✗"] and "label" in words
+    assert panel.get_title(loc="left") == "correct: 0 of 3"
 
 
 @pytest.mark.parametrize(("ways", "shots"), [(2, 1), (5, 1), (20, 5)])

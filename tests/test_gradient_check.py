@@ -141,6 +141,8 @@ def test_a_right_meta_gradient_passes(layer, meta_gradient):
         },
         {"inner_rates": "element", "inner_optimizer": "adam"},
         {"fast_weights": "head", "head_init": "zero", "inner_clip": 0.1},
+        {"head_init": "ridge"},
+        {"head_init": "ridge", "steps": 0},
     ],
 )
 def test_right_meta_gradients_of_other_choices_pass(choices):

@@ -1,7 +1,9 @@
-"""Heads that are computed for each task instead of learned: zero, and prototypes from the support set."""
+"""Heads that are computed for each task instead of learned: zero, prototypes, and a ridge regression."""
 
 from contextlib import nullcontext
+from math import log
 
+import numpy as np
 import pytest
 import torch
 from plain_loop import (
@@ -22,33 +24,38 @@ from plain_loop import (
     plain_predictions,
     run,
     tasks_of,
+    vectors,
 )
 from torch import nn
+from torch.func import grad, jvp
 from torch.nn import functional as F
 
 from common.batch import TaskBatch
-from common.task import Task
+from common.task import Extras, Task
 from learners.batch_norm import BatchNorm
+from learners.computed_heads import LOG_LAMBDA, SCALE, initial_ridge, ridge
 from learners.losses import cross_entropy
+from learners.reading import Reading
 from maml import RATE
 
 HEAD = ["head.weight", "head.bias"]
+LAMBDA, FACTOR = 0.3, 1.7
 
 
 class Classifier(nn.Module):
     """A body and a linear head; the head is not the last of the children."""
 
-    def __init__(self, ways: int, *between: nn.Module) -> None:
+    def __init__(self, ways: int, *between: nn.Module, width: int = 4) -> None:
         super().__init__()
-        self.head = nn.Linear(4, ways)
-        self.body = nn.Sequential(nn.Linear(3, 4), *between, nn.Tanh())
+        self.head = nn.Linear(width, ways)
+        self.body = nn.Sequential(nn.Linear(3, width), *between, nn.Tanh())
 
     def forward(self, x):
         return self.head(self.body(x))
 
 
-def classifier(ways: int = 3, *between: nn.Module) -> nn.Module:
-    module = filled(Classifier(ways, *between))
+def classifier(ways: int = 3, *between: nn.Module, width: int = 4) -> nn.Module:
+    module = filled(Classifier(ways, *between, width=width))
     module.body = filled(module.body)  # the same whatever the ways
     return module
 
@@ -61,23 +68,48 @@ def labelled(ways: int = 3) -> TaskBatch:
     return TaskBatch(x[0], labels[0], x[1], labels[1])
 
 
+def embed(module, leaves, task, key):
+    weights = {n.removeprefix("body."): w for n, w in leaves.items() if n.startswith("body.")}
+    return run(module.body, weights, task.support_x, key_of(key, "prototypes"))
+
+
 def zero_head(module, leaves, task, key):
     return {n: torch.zeros_like(module.get_parameter(n)).requires_grad_() for n in HEAD}
 
 
 def prototype_head(module, leaves, task, key):
-    weights = {n.removeprefix("body."): w for n, w in leaves.items() if n.startswith("body.")}
-    embeddings = run(module.body, weights, task.support_x, key_of(key, "prototypes"))
-    ways = range(module.head.out_features)
+    embeddings, ways = embed(module, leaves, task, key), range(module.head.out_features)
     means = torch.stack([embeddings[task.support_y == way].mean(0) for way in ways])
     return {"head.weight": 2 * means, "head.bias": -means.pow(2).sum(1)}
 
 
-HEADS = {"zero": zero_head, "prototype": prototype_head}
+def ridge_head(module, leaves, task, key):
+    """Minimise the squared error and the penalty by the normal equations of all features."""
+    embeddings, targets = embed(module, leaves, task, key), task.support_y
+    x = F.pad(embeddings, (0, 1), value=1.0)
+    y = targets if targets.is_floating_point() else 2 * F.one_hot(targets, module.head.out_features) - 1.0
+    penalty = len(x) * leaves[LOG_LAMBDA].exp() * torch.eye(x.shape[1]).double()
+    solution = leaves[SCALE] * torch.linalg.inv(x.T @ x + penalty) @ x.T @ y.double()
+    return {"head.weight": solution[:-1].T, "head.bias": solution[-1]}
+
+
+HEADS = {"zero": zero_head, "prototype": prototype_head, "ridge": ridge_head}
+NUMBERS = initial_ridge(LAMBDA, FACTOR, torch.zeros((), dtype=torch.float64))
+
+
+def of(init: str) -> dict:
+    """Return the arguments of a plain loop with a computed head."""
+    return {"compute_head": HEADS[init], "more": NUMBERS if init == "ridge" else None}
 
 
 def build(module: nn.Module, init: str, **options):
-    return algorithm(module, F.cross_entropy, head="head", head_init=init, **options)
+    options |= {"ridge_lambda": LAMBDA, "ridge_scale": FACTOR}
+    return algorithm(module, F.cross_entropy, **{"head": "head", "head_init": init} | options)
+
+
+def assert_meta_gradient(init: str, module: nn.Module, batch: TaskBatch, **options) -> None:
+    options |= {"ridge_lambda": LAMBDA, "ridge_scale": FACTOR, "head": "head", "head_init": init}
+    assert_matches_plain_loop(module, batch, **of(init), **options)
 
 
 @pytest.mark.parametrize("fast_weights", ["all", "head"])
@@ -85,10 +117,118 @@ def build(module: nn.Module, init: str, **options):
 @pytest.mark.parametrize("init", HEADS)
 def test_the_meta_gradient_through_a_computed_head_matches_a_plain_loop(init, between, fast_weights):
     layer = {"nothing": nn.Identity(), "dropout": nn.Dropout(0.4), "batch norm": nn.BatchNorm1d(4)}[between]
-    loop = {"adapted": HEAD if fast_weights == "head" else None, "compute_head": HEADS[init]}
-    loop |= {"keys": KEYS if between == "dropout" else None, "loss": F.cross_entropy}
-    choices = {"head": "head", "head_init": init, "fast_weights": fast_weights}
-    assert_matches_plain_loop(classifier(3, layer), labelled(), **loop, **choices)
+    loop = {"adapted": HEAD if fast_weights == "head" else None, "loss": F.cross_entropy}
+    loop |= {"keys": KEYS if between == "dropout" else None, "fast_weights": fast_weights}
+    assert_meta_gradient(init, classifier(3, layer), labelled(), **loop)
+
+
+@pytest.mark.parametrize("fast_weights", ["all", "head"])
+@pytest.mark.parametrize("init", ["prototype", "ridge"])
+def test_without_inner_steps_the_computed_head_meets_the_query(init, fast_weights):
+    loop = {"steps": 0, "orders": ["exact"], "fast_weights": fast_weights}
+    assert_meta_gradient(init, classifier(3, nn.BatchNorm1d(4)), labelled(), loss=F.cross_entropy, **loop)
+
+
+@pytest.mark.parametrize("steps", [0, STEPS])
+@pytest.mark.parametrize("width", [3, 4, 5, 9])  # with five examples: fewer, as many and more features
+def test_a_ridge_head_of_numbers_matches_the_normal_equations_whatever_the_sizes(width, steps):
+    orders = ["exact", "first-order"][: 1 + (steps > 0)]
+    assert_meta_gradient("ridge", classifier(2, width=width), vectors(3), steps=steps, orders=orders)
+
+
+def test_a_prototypical_network_is_minus_the_squared_distance_to_the_class_means():
+    module, batch = classifier(), labelled()
+    parameters, loss = learned(module.body), 0.0
+    for task in tasks_of(batch):
+        support, query = (run(module.body, parameters, x) for x in (task.support_x, task.query_x))
+        means = torch.stack([support[task.support_y == way].mean(0) for way in range(3)])
+        loss = loss + F.cross_entropy(-(torch.cdist(query, means) ** 2), task.query_y) / TASKS
+    expected = torch.autograd.grad(loss, list(parameters.values()))
+    ours = meta_gradient(build(module, "prototype", steps=0), batch, "unrolled").gradients
+    assert_close(ours, {f"body.{n}": g for n, g in zip(parameters, expected, strict=True)})
+
+
+@pytest.mark.parametrize(("examples", "features"), [(3, 8), (8, 3)])
+def test_the_ridge_regression_is_numpys(examples, features):
+    """Least squares on the examples and on one more row for each feature, which asks it to be zero."""
+    x, y = normal(examples, features, seed=1), normal(examples, 2, seed=2)
+    weight, bias = ridge(x, y, 2, NUMBERS, Extras())
+    rows = np.hstack([x.numpy(), np.ones((examples, 1))])
+    rows = np.vstack([rows, np.sqrt(examples * LAMBDA) * np.eye(features + 1)])
+    expected, *_ = np.linalg.lstsq(rows, np.vstack([y.numpy(), np.zeros((features + 1, 2))]), rcond=None)
+    np.testing.assert_allclose(torch.cat([weight.mT, bias[None]]), FACTOR * expected, rtol=1e-10)
+
+
+def test_the_probabilities_of_a_ridge_head_are_those_of_its_authors():
+    """They regress 1 and 0, both sides of the system divided by the root of the number of examples."""
+    x, labels, query = normal(6, 9, seed=1), torch.arange(6) % 3, normal(4, 9, seed=2)
+    weight, bias = ridge(x, labels, 3, NUMBERS, Extras())
+    rows, y = F.pad(x, (0, 1), value=1.0) / 6**0.5, F.one_hot(labels, 3).double() / 6**0.5
+    theirs = rows.T @ torch.linalg.inv(rows @ rows.T + LAMBDA * torch.eye(6).double()) @ y
+    theirs = 2 * FACTOR * F.pad(query, (0, 1), value=1.0) @ theirs
+    torch.testing.assert_close((query @ weight.T + bias).softmax(1), theirs.softmax(1))
+
+
+def test_a_label_that_is_no_class_is_left_out_of_a_ridge_regression():
+    x, labels = normal(6, 4), torch.tensor([0, 1, -100, 2, 1, -100])
+    known = labels >= 0
+    ours, expected = (
+        ridge(x, labels, 3, NUMBERS, Extras()),
+        ridge(x[known], labels[known], 3, NUMBERS, Extras()),
+    )
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize(("examples", "features"), [(3, 8), (8, 3)])
+def test_second_derivatives_through_a_ridge_regression_are_right_in_forward_over_reverse(examples, features):
+    x, y = normal(examples, features, seed=1), normal(examples, 2, seed=2)
+    point = NUMBERS | {"x": x}
+    direction = {name: normal(1, *w.shape, seed=3)[0] for name, w in point.items()}
+
+    def loss(values: dict) -> torch.Tensor:
+        weight, bias = ridge(values["x"], y, 2, values, Extras())
+        return (x.flip(0) @ weight.T + bias).pow(3).mean()
+
+    def moved(distance: float) -> dict:
+        return grad(loss)({n: w + distance * direction[n] for n, w in point.items()})
+
+    ours = jvp(grad(loss), (point,), (direction,))[1]
+    differences = {n: (moved(1e-5)[n] - moved(-1e-5)[n]) / 2e-5 for n in ours}
+    assert_close(ours, differences, 1e-7)
+
+
+@pytest.mark.parametrize("steps", [0, STEPS])
+@pytest.mark.parametrize("init", ["prototype", "ridge"])
+def test_every_element_of_the_meta_gradient_is_a_central_difference(init, steps):
+    batch, maml = labelled(), build(classifier(), init, steps=steps)
+    parameters = maml.initial_parameters()
+    tasks = [Task(*task) for task in tasks_of(batch)]
+
+    def loss(name: str, place: int, distance: float) -> float:
+        moved = parameters[name].clone()
+        moved.view(-1)[place] += distance
+        return sum(maml.outer_loss(parameters | {name: moved}, task)[0].item() for task in tasks) / TASKS
+
+    differences = {
+        name: torch.tensor(
+            [(loss(name, place, 1e-5) - loss(name, place, -1e-5)) / 2e-5 for place in range(w.numel())]
+        ).view(w.shape)
+        for name, w in parameters.items()
+    }
+    assert (init == "ridge") == (LOG_LAMBDA in differences)
+    for engine in ENGINES:
+        assert_close(meta_gradient(maml, batch, engine).gradients, differences, 1e-7)
+
+
+@pytest.mark.parametrize("init", ["prototype", "ridge"])
+def test_tasks_one_after_another_and_in_chunks_give_the_same(init):
+    module, batch = classifier(3, nn.BatchNorm1d(4)), labelled()
+    results = [
+        meta_gradient(build(module, init, steps=0, **how), batch, "unrolled").gradients
+        for how in ({}, {"vectorise": False}, {"tasks_at_once": 1})
+    ]
+    for other in results[1:]:
+        assert_close(other, results[0], 1e-12)
 
 
 def test_prototypes_under_running_statistics_do_not_depend_on_the_other_classes():
@@ -108,21 +248,23 @@ def test_prototypes_under_running_statistics_do_not_depend_on_the_other_classes(
         maml.predictions(parameters, labelled(), 1, ("per-step",))
 
 
+@pytest.mark.parametrize("normalisation", ["transductive", "inductive"])
 @pytest.mark.parametrize("init", HEADS)
-def test_with_a_computed_head_the_same_parameters_serve_any_number_of_ways(init):
-    parameters = build(classifier(3), init).initial_parameters()
+def test_with_a_computed_head_the_same_parameters_serve_any_number_of_ways(init, normalisation):
+    norm = nn.BatchNorm1d(4)
+    parameters = build(classifier(3, norm), init).initial_parameters()
     for ways in (2, 5):
-        module, batch = classifier(ways), labelled(ways)
+        module, batch = classifier(ways, norm), labelled(ways)
         maml = build(module, init)
         shapes = {name: w.shape for name, w in maml.initial_parameters().items()}
         assert shapes == {name: w.shape for name, w in parameters.items()}
-        outputs = maml.predictions(parameters, batch, STEPS)["transductive"]
+        outputs = maml.predictions(parameters, batch, STEPS, (normalisation,))[normalisation]
         assert outputs.shape == (TASKS, STEPS + 1, EXAMPLES + ways, ways)
-        expected = plain_predictions(module, F.cross_entropy, batch, compute_head=HEADS[init])
-        torch.testing.assert_close(outputs, expected)
+        how = of(init) | {"normalisation": normalisation}
+        torch.testing.assert_close(outputs, plain_predictions(module, F.cross_entropy, batch, **how))
 
 
-@pytest.mark.parametrize("init", HEADS)
+@pytest.mark.parametrize("init", ["zero", "prototype"])
 def test_reptile_from_a_computed_head_moves_the_body_to_where_the_inner_loop_ends(init):
     module, batch = classifier(), labelled()
     result = meta_gradient(build(module, init, meta_gradient="reptile"), batch, "unrolled")
@@ -138,8 +280,9 @@ def test_reptile_from_a_computed_head_moves_the_body_to_where_the_inner_loop_end
 
 @pytest.mark.parametrize("init", HEADS)
 def test_a_learner_that_is_all_head_learns_its_rates_alone(init):
-    maml = algorithm(filled(nn.Linear(3, 3)), F.cross_entropy, head_init=init, inner_rates="layer-step")
-    assert maml.initial_parameters().keys() == {RATE + "weight", RATE + "bias"}
+    maml = build(filled(nn.Linear(3, 3)), init, head=None, inner_rates="layer-step")
+    expected = {RATE + "weight", RATE + "bias"} | (NUMBERS.keys() if init == "ridge" else set())
+    assert maml.initial_parameters().keys() == expected
     unrolled, adjoint = (meta_gradient(maml, labelled(), engine).gradients for engine in ENGINES)
     assert_close(unrolled, adjoint)
 
@@ -157,3 +300,15 @@ def test_prototypes_are_computed_from_the_main_one_of_several_outputs():
         maml = algorithm(learner, cross_entropy, head_init="prototype")
         results.append(meta_gradient(maml, labelled(), "unrolled").gradients)
     assert_close(*results)
+
+
+def test_heads_that_cannot_be_computed_say_so():
+    with pytest.raises(ValueError, match="no outputs that are read as ordinal"):
+        build(classifier(), "ridge", reading=Reading("ordinal", 4))
+    maml = build(classifier(), "ridge")
+    parameters, (x, y, *_) = maml.initial_parameters(), labelled()
+    with pytest.raises(ValueError, match=r"a ridge head of 3 outputs has targets \(8, 2\)"):
+        maml.adapt(parameters, x[0], normal(8, 2), 0)
+    with pytest.raises(ValueError, match=r"inputs \[examples, features\], not \(8, 2, 4\)"):
+        maml.adapt(parameters, x[0][:, None].expand(-1, 2, -1), y[0], 0)
+    assert NUMBERS[LOG_LAMBDA].item() == pytest.approx(log(LAMBDA))

@@ -165,6 +165,7 @@ def test_images_are_predicted_alike_by_weights_and_program(learner, place, tmp_p
         ("own.py:momentum", True),
         ("own.py:momentum --algorithm maml++ -s 2", True),
         ("own.py:counting", True),
+        ("mlp --algorithm r2d2", True),
         ("mlp --algorithm cavia", False),
         ("own.py:bare", False),
         ("own.py:instances", False),

@@ -129,6 +129,7 @@ def test_padding_changes_nothing_for_any_algorithm(algorithm):
     choices = choices_of(algorithm)
     maml = MAML(network, LOSSES["cross-entropy"], choices, tasks_at_once=2)
     mamls = [MAML(network, of_first_classes(task), choices) for task in tasks]
+    mamls = of_own_classes(choices) if choices.starts_apart else mamls
     assert_same(maml, padded(tasks, ways=True), tasks, mamls, **inputs)
 
 
@@ -138,16 +139,34 @@ def of_first_classes(task: TaskBatch):
     return lambda outputs, targets: F.cross_entropy(outputs[:, :ways], targets)
 
 
+def of_own_classes(choices: Choices) -> list[MAML]:
+    """Return the algorithm with a head of each task's own classes, which it computes."""
+    return [MAML(image_network(outputs=ways), F.cross_entropy, choices) for ways, *_ in SIZES]
+
+
 @pytest.mark.parametrize(
-    "choices", [{"batch_norm": "inductive"}, {"head_init": "prototype"}, {"head_init": "zero"}]
+    "choices",
+    [
+        {"batch_norm": "inductive"},
+        {"head_init": "zero"},
+        *({"head_init": init, "steps": steps} for init in ("prototype", "ridge") for steps in (0, 2)),
+    ],
 )
 def test_padding_changes_nothing_for_inductive_batch_norm_and_computed_heads(choices):
     tasks, choices = image_tasks(), choices_of("maml", **choices)
     maml = MAML(image_network(), F.cross_entropy, choices)
     mamls = [MAML(image_network(), of_first_classes(task), choices) for task in tasks]
-    if choices.head_init == "prototype":  # of a task's own classes
-        mamls = [MAML(image_network(outputs=ways), F.cross_entropy, choices) for ways, *_ in SIZES]
+    mamls = of_own_classes(choices) if choices.starts_apart else mamls
     assert_same(maml, padded(tasks, ways=True), tasks, mamls)
+
+
+@pytest.mark.parametrize("width", [2, 9])
+def test_padding_changes_nothing_for_a_ridge_regression_of_numbers(width):
+    tasks = curve_tasks()
+    network = filled(nn.Sequential(nn.Linear(1, width), nn.Tanh(), nn.Linear(width, 1)))
+    choices = Choices(inner_lr=0.05, steps=0, head_init="ridge")
+    maml = MAML(network, LOSSES["mse"], choices)
+    assert_same(maml, padded(tasks), tasks, [maml] * len(tasks))
 
 
 @pytest.mark.parametrize("order", ORDERS)

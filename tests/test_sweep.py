@@ -135,6 +135,7 @@ def test_each_of_a_sweep_of_numbers_is_the_run_alone_and_all_are_trained_at_once
 
 SLOW = pytest.mark.slow
 IMAGES = ["-n", 2, "-k", 1, "-q", 1, "--image-size", 8, "--channels", 1, "--learner", "fc", "--iterations", 4]
+STEPLESS = ("protonet", "pretrain")
 CHOICES = {
     "images, maml++": [*IMAGES, "--algorithm", "maml++", "-s", 2, "--exact-from", 2, "--msl-iterations", 3],
     "images, adjoint in chunks": [*IMAGES, "-s", 2, "--engine", "adjoint", "--tasks-at-once", 1],
@@ -142,7 +143,9 @@ CHOICES = {
     "dropout": ["-s", 2, "--learner", "{learners}:dropping"],
     "images, conv": [*IMAGES, "--learner", "conv"],
     "images, prototypes": [*IMAGES, "--head-init", "prototype"],
-    **{f"algorithm {name}": ["--algorithm", name, "-s", 2] for name in ALGORITHMS if name != "pretrain"},
+    "images, protonet": [*IMAGES, "--algorithm", "protonet"],
+    "ridge alone": ["--algorithm", "r2d2"],
+    **{f"algorithm {name}": ["--algorithm", name, "-s", 2] for name in ALGORITHMS if name not in STEPLESS},
 }
 SLOW_CHOICES = ("images, conv", "images, prototypes", "algorithm imaml")
 

@@ -58,13 +58,13 @@ def test_a_picture_is_the_same_in_tensorboard_and_in_its_file(tmp_path):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """A run with fixed inner rates, resumed once, and one with learned rates."""
+    """A run with fixed inner rates, resumed once, and one with learned rates and a ridge head."""
     home = tmp_path_factory.mktemp("views")
     line = ["--iterations", 6, "--log-every", 3, "--val-every", 3, "--meta-batch-size", 2]
     line += ["--compile", "off", "--checkpoint-path", home, "--resume"]
     assert command(*line, "--iterations", 4, "--run-name", "maml") == 0
     assert command(*line, "--run-name", "maml") == 0
-    assert command(*line, "--run-name", "rates", "--algorithm", "maml++") == 0
+    assert command(*line, "--run-name", "rates", "--algorithm", "maml++", "--head-init", "ridge") == 0
     return home
 
 

@@ -120,7 +120,8 @@ class Definition:
             raise TypeError("digits are lost")  # as with targets in float32
         self.narrow = mode.narrow
         self.by_loop_alone = ""  # why the last error is that to the loop
-        self._shorten_steps()
+        if steps:
+            self._shorten_steps()
         self.slopes: dict[tuple[int, float], tuple[float, float]] = {}  # by direction and distance
 
     def _shorten_steps(self) -> None:
@@ -175,8 +176,8 @@ class Definition:
     def error_by_differences(self, gradient: Weights) -> float:
         """Return the largest error of a gradient's slopes, each by the distance that fits best.
 
-        The error of an exact gradient is relative to its second-order part, which is computed only if the
-        error is not small even for a thousandth of the gradient.
+        The error of an exact gradient is relative to its second-order part, if there are inner steps; that is
+        computed only if the error is not small even for a thousandth of the gradient.
         """
         errors = []
         for number, direction in enumerate(self.directions):
@@ -184,7 +185,8 @@ class Definition:
             size = self.scale.tolerance * slopes.norm().item()
             error = self._slope_error(number, slopes.sum().item(), size, self.scale.distances[:1])
             if error > 1:
-                first = _dot(self.first_order_gradient, direction) if self.kind == "exact" else 0.0
+                has_second = self.kind == "exact" and self.loop.steps
+                first = _dot(self.first_order_gradient, direction) if has_second else 0.0
                 size = max(size, (slopes - first).norm().item())
                 error = self._slope_error(number, slopes.sum().item(), size, self.scale.distances)
             errors.append(error)

@@ -61,7 +61,7 @@ def make_meta_gradient(
     check_choice("engine", engine, ENGINES)
     ways = {"reptile": reptile, "implicit": implicit, "joint": joint}
     make = ways.get(maml.choices.meta_gradient)
-    if make is None and engine == "unrolled":
+    if make is None and (engine == "unrolled" or not maml.steps):
         way = unrolled(maml, accelerate, in_transform=in_transform)
     else:
         way = (make or adjoint)(maml, accelerate)

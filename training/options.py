@@ -8,7 +8,8 @@ from common.choices import CONVOLUTIONS, ENGINES
 from common.options import BY_RULE, above_zero, at_least, flag, not_negative, seed_range
 
 META_OPTIMIZERS = ("adam", "sgd")
-SCHEDULES = ("constant", "linear", "cosine")
+SCHEDULES = ("constant", "linear", "cosine", "halving")
+ENDING = ("linear", "cosine")  # those that reach their end with the last iteration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +31,13 @@ class TrainingOptions:
         help="update rule of the meta-parameters")
     meta_lr_schedule: str = flag(
         "--meta-lr-schedule", group="outer loop", choices=SCHEDULES, default="constant",
-        help="course of the learning rate over --iterations")
+        help="course of the learning rate: over --iterations, or halved again and again")
     meta_lr_final: float = flag(
         "--meta-lr-final", group="outer loop", check=not_negative, metavar="RATE", default=0.0,
-        only="schedule", help="learning rate at the end of the schedule")
+        only="schedule", help="learning rate at the end of a linear or cosine schedule")
+    meta_lr_halving: int = flag(
+        "--meta-lr-halving", group="outer loop", check=at_least(1), metavar="N", default=2000, only="halving",
+        help="iterations after which the learning rate is halved")
     grad_clip: float | None = flag("--grad-clip", group="outer loop", check=above_zero, metavar="X",
         help="clip each element of the meta-gradient to +-X, as the paper does on mini-ImageNet")
     grad_clip_norm: float | None = flag(

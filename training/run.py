@@ -23,6 +23,7 @@ from evaluation.figures import learning_figure
 from evaluation.meta_test import evaluate
 from evaluation.options import EvaluationOptions
 from evaluation.tables import write_json
+from learners.computed_heads import RIDGE
 from learners.reading import Reading
 from maml import MAML, RATE
 from training.checkpoint import Checkpoint, Curve, Progress
@@ -76,6 +77,7 @@ class Run:
             empty = ["query accuracy"] * (not self.reading.has_accuracy)
             empty += ["query metric"] * (self.reading.metric is None)
             empty += ["inner rates"] * (self.choices.inner_rates == "fixed")
+            empty += ["ridge head"] * (self.choices.head_init != "ridge")
             self.log.begin(self._description(), self.columns, empty, self.measure)
 
     def _description(self) -> dict[str, Any]:
@@ -101,6 +103,8 @@ class Run:
                 scalars |= {f"{name}/step_{step}": value for step, value in enumerate(rates.tolist(), 1)}
             elif name.startswith(RATE):
                 scalars |= {f"{name}/mean": rates.mean().item(), f"{name}/least": rates.min().item()}
+            elif name.startswith(RIDGE):
+                scalars[name] = rates.item()
         self.log.scalars(scalars, self.iteration)
 
     def validate(

@@ -32,12 +32,14 @@ def multi_step_weights(iteration: Tensor, steps: int, iterations: int, dtype: to
 def meta_lr_at(options: TrainingOptions, members: Mapping[str, Tensor], iteration: Tensor) -> Tensor | float:
     """Return the learning rate of the outer loop, in the type of `iteration`.
 
-    It is constant, or goes from the first to the final one: linearly, or by half a cosine wave. `members`
-    has the rates of runs that differ in them.
+    It is constant, is halved every so many iterations, or goes from the first to the final one: linearly, or
+    by half a cosine wave. `members` has the rates of runs that differ in them.
     """
     first, final = (members.get(n, getattr(options, n)) for n in ("meta_lr", "meta_lr_final"))
     if options.meta_lr_schedule == "constant":
         return first
+    if options.meta_lr_schedule == "halving":
+        return first * torch.exp2(-torch.floor(iteration / options.meta_lr_halving))
     done = (iteration / options.iterations).clamp(max=1.0)
     if options.meta_lr_schedule == "linear":
         return first + (final - first) * done

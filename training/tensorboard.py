@@ -42,6 +42,7 @@ CHARTS = {
         "query loss": r"^validation_by_step/query_loss/\d+$",
     },
     "learned inner rates": {"inner rates": "^inner_lr/"},
+    "learned ridge head": {"ridge head": "^ridge/"},
 }
 
 
