@@ -27,11 +27,12 @@ from common.own_code import call_factory, load_code, parse_arguments, select_acc
 from common.random import SPLITS, Stream, task_stream
 from tasks.file_tasks import Prefetch
 from tasks.image_tasks import ImageTasks
-from tasks.images import open_images
+from tasks.images import ImageSet, open_images
+from tasks.mixture import Mixture
 from tasks.options import TaskOptions
 from tasks.pixels import Form
 from tasks.published import open_benchmark
-from tasks.tables import Columns, TableTasks, load_table
+from tasks.tables import Columns, Table, TableTasks, load_table
 
 GRID_POINTS = 200  # points of a plotted curve
 CHECKED = 4  # tasks of the user's sampler that are drawn twice at the start
@@ -56,6 +57,10 @@ def build_distribution(
         ignored: a label of the user's own tasks that is no class, and that the loss leaves out.
     """
     kind, source, _ = parse_name(options.dataset)
+    if kind == "mixture":
+        how: dict[str, Any] = dict(data_root=data_root, device=device, dtype=dtype, for_test=for_test)
+        parts = {name: build_distribution(options.of(name), **how) for name in options.datasets}
+        return Mixture(parts, options.weights, device)
     if kind == "code":
         tasks = Custom(options=options, shots=options.shots, ignored=ignored, device=device, dtype=dtype)
         tasks.check(("test",) if for_test else SPLITS, may_lack_targets=not scale_targets)
@@ -65,27 +70,40 @@ def build_distribution(
         return FAMILIES[source](noise=options.noise, oracle=options.oracle, **sizes)
     numbers = "0,0,1" if for_test else options.split_shares
     shares = dict(zip(SPLITS, map(int, numbers.split(",")), strict=True))
-    if kind == "table":
-        table = load_table(
-            Path(source),
-            Columns.parse(options.columns, options.exclude_columns),
-            torch.float64 if options.standardise else dtype,
-            classification=options.classification,
-            shares=shares,
-            min_examples=options.min_examples,
-            min_classes=options.ways or 1,
+    if kind != "table":
+        return ImageTasks(
+            _open_images(options, data_root, shares),
+            ways=options.ways or 0,
+            quarter_turns=options.quarter_turns or source == "omniglot",
+            augment=tuple(options.augment.split(",")) if options.augment else (),
+            **sizes,
         )
-        scales = table.measure_scales(targets=scale_targets) if options.standardise else {}
-        return TableTasks(table=table, ways=options.ways, scales=scales, **sizes)
-    assert options.ways and options.image_size and options.channels
+    table = _open_table(options, torch.float64 if options.standardise else dtype, shares)
+    scales = table.measure_scales(targets=scale_targets) if options.standardise else {}
+    return TableTasks(table=table, ways=options.ways, scales=scales, **sizes)
+
+
+def _open_table(options: TaskOptions, dtype: torch.dtype, shares: dict[str, int]) -> Table:
+    """Return the table of a path, split by these shares; its numbers fit `dtype`."""
+    return load_table(
+        Path(parse_name(options.dataset).source),
+        Columns.parse(options.columns, options.exclude_columns),
+        dtype,
+        classification=options.classification,
+        shares=shares,
+        min_examples=options.min_examples,
+        min_classes=options.ways or 1,
+    )
+
+
+def _open_images(options: TaskOptions, data_root: Path, shares: dict[str, int]) -> ImageSet:
+    """Return the images of a named set, or those of a path, split by these shares."""
+    assert options.image_size and options.channels
     form = Form(options.image_size, options.channels, options.invert, options.resize, options.black_and_white)
+    kind, source, _ = parse_name(options.dataset)
     if kind == "images":
-        images = open_images(Path(source), form, shares, options.columns, options.min_examples)
-    else:
-        images = open_benchmark(source, data_root, form, options.omniglot_split, options.icons_split)
-    turns = options.quarter_turns or source == "omniglot"
-    augment = tuple(options.augment.split(",")) if options.augment else ()
-    return ImageTasks(images, ways=options.ways, quarter_turns=turns, augment=augment, **sizes)
+        return open_images(Path(source), form, shares, options.columns, options.min_examples)
+    return open_benchmark(source, data_root, form, options.omniglot_split, options.icons_split)
 
 
 @dataclass(eq=False)

@@ -314,6 +314,7 @@ def assemble(
         measure_name=measure_name(config, distribution.scales)
         if reading.measure == "loss"
         else reading.measure,
+        datasets=list(distribution.parts),
         start=start.resumed,
         origin=f"{start.file}, iteration {source.iteration:,}" if source else None,
         writes=team.first,

@@ -30,7 +30,7 @@ from evaluation.figures import results_figure
 from evaluation.ledger import RESULTS, TIME, add_result, quote_result
 from evaluation.meta_test import Evaluation, normalisations_of
 from evaluation.style import write_figure
-from evaluation.tables import ALL, Caption, evaluation_record, results_of, results_table
+from evaluation.tables import ALL, Caption, by_dataset, evaluation_record, results_of, results_table
 from learners.options import LEARNERS, learner_facts
 from learners.reading import reading_of
 from maml import MAML
@@ -50,7 +50,9 @@ def evaluate(call: Call, given: Mapping[str, Any], command: str, world: World) -
         return 0
     results: dict[str, list[Evaluation]] = {}
     for run, subject in zip(runs, subjects, strict=True):
-        results.setdefault(run["setting"] or ALL, []).append(subject.result)
+        for name, part in by_dataset(subject.result).items():
+            label = ", ".join(word for word in (run["setting"], name) if word and word != ALL)
+            results.setdefault(label or ALL, []).append(part)
     caption, name = summarise(subjects)
     summary = results_of(results)
     print(results_table(summary, caption))
@@ -256,7 +258,8 @@ class Subject:
         steps = {min(self.maml.choices.trained_steps, options.eval_steps), options.eval_steps}
         steps, inner_batch = steps if curves else {options.test_steps}, options.eval_inner_batch
         examples = adapt_examples(self.maml, self.parameters, self.distribution, "test", steps, inner_batch)
-        results, (caption, _) = results_of({ALL: [self.result]}), summarise([self])
+        results = results_of({name: [part] for name, part in by_dataset(self.result).items()})
+        caption, _ = summarise([self])
         fits = examples if curves else None
         record = {"command": command, **self.record(), **numbers}
         line = build.write_results(stem, record, results_figure(results, caption, fits=fits))

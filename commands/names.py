@@ -9,7 +9,7 @@ from typing import Any
 
 from commands.config import CONFIG_FLAGS, GROUPS, OWN_CODE, Config, show
 from commands.rules import what_makes_meaningless
-from common.names import as_file_name, is_own_code, parse_name
+from common.names import as_file_name, is_own_code, parse_name, split_mixture
 from tasks.options import TaskOptions
 
 
@@ -59,6 +59,8 @@ def file_name(name: str) -> str:
     kind, source, factory = parse_name(name)
     if not kind:
         return name
+    if kind == "mixture":
+        return "+".join(map(file_name, split_mixture(name)))[:60]
     return as_file_name(factory or f"{kind}-{Path(source).stem or 'data'}")[:60]
 
 

@@ -82,6 +82,8 @@ def build_parser(*, every_flag: bool = False) -> argparse.ArgumentParser:
             reading = {"action": switch}
         elif flag.kind is tuple:
             reading |= {"nargs": "+", "action": "extend"}
+        elif flag.joint:
+            reading["nargs"] = "+"
         elif flag.bare is not None:
             reading |= {"nargs": "?", "const": flag.bare}
         text = argparse.SUPPRESS
@@ -128,8 +130,18 @@ def parse(arguments: list[str]) -> dict[str, Any]:
     for name, value in given.items():
         if value == []:  # argparse takes the argument of --flag=-- for the end of the flags
             raise UsageError(f"{ALL_FLAGS[name].name}: expected an argument, got '--'")
+        elif ALL_FLAGS[name].joint:
+            given[name] = _join(ALL_FLAGS[name], value)
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     return read_settings(given["config"], given) if "config" in given else given
+
+
+def _join(flag: Flag, values: Sequence[str]) -> str:
+    """Return several arguments as one value; UsageError if they do not go together."""
+    value = flag.joint.join(values)
+    if problem := flag.problem(value):
+        raise UsageError(f"{flag.name} {' '.join(values)}: expected {problem}")
+    return value
 
 
 def _complete() -> None:

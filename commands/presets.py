@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from common.names import split_mixture
+
 # Defaults that depend on the data: those of Finn et al. (2017). "k" and "s" stand for the values of those
 # flags. Drawings, Omniglot's and icons, have Omniglot's settings: its inner rate belongs to the mean
 # cross-entropy, as the paper's loss is `ways` times as large, so that its 0.4 (5-way) and 0.1 (20-way) both
@@ -40,7 +42,7 @@ def default_column(classification: bool, dataset: str, ways: int) -> int:
     """Return the position in `DEFAULT_COLUMNS`."""
     if not classification:
         return 0
-    return 3 if dataset not in DRAWINGS else 1 if ways <= 10 else 2
+    return 3 if not {*split_mixture(dataset)} <= {*DRAWINGS} else 1 if ways <= 10 else 2
 
 
 # Iterations from which on a run pays for its compilation (docs/speed.md), and the images in the

@@ -28,7 +28,7 @@ from training.options import ENDING
 
 OF_OTHER_DATA = (
     *("invert", "quarter_turns", "image_range", "columns", "exclude_columns", "dataset_args"),
-    *("split_shares", "omniglot_split", "icons_split", "min_examples"),
+    *("split_shares", "omniglot_split", "icons_split", "min_examples", "mix"),
 )
 
 
@@ -246,7 +246,7 @@ def _may_have_moved(name: str, saved: str) -> bool:
 def _on_other_data(config: Config, dataset: str, given: Mapping[str, Any]) -> Config:
     """Return the settings for test tasks of another dataset: the same kind of inputs and of targets."""
     tasks = config.tasks
-    if _place(dataset) == _place(tasks.dataset):
+    if _place(dataset) in map(_place, tasks.datasets):
         raise UsageError(
             f"--eval-dataset {dataset} is what the checkpoint learned from, training classes included: leave "
             "it out to test on its own test tasks"

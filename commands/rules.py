@@ -28,14 +28,16 @@ IMPLICIT = ("meta_gradient", lambda c: c.choices.meta_gradient == "implicit")
 STEPS = ("steps", lambda c: c.choices.steps)
 # By the `only` of a flag: conditions under which it has a meaning, each with the setting that decides it.
 ONLY: dict[str, tuple[tuple[str, Callable[[Config], object]], ...]] = {
-    "curves": (("dataset", lambda c: c.tasks.dataset in CURVES),),
+    "curves": (("dataset", lambda c: {*c.tasks.datasets} <= {*CURVES}),),
+    "a curve": (("dataset", lambda c: c.tasks.dataset in CURVES),),
+    "mixture": (("dataset", lambda c: len(c.tasks.datasets) > 1),),
     "regression": (("dataset", lambda c: not c.tasks.classification),),
     "classification": (("dataset", lambda c: c.tasks.classification),),
-    "omniglot": (("dataset", lambda c: c.tasks.dataset == "omniglot"),),
-    "icons": (("dataset", lambda c: c.tasks.dataset == "icons"),),
+    "omniglot": (("dataset", lambda c: "omniglot" in c.tasks.datasets),),
+    "icons": (("dataset", lambda c: "icons" in c.tasks.datasets),),
     "any images": (("dataset", _has_images),),
     "images": (("dataset", lambda c: _has_images(c) and c.tasks.dataset != "omniglot"),),
-    "files": (("dataset", lambda c: parse_name(c.tasks.dataset).kind in FILE_KINDS),),
+    "files": (("dataset", lambda c: {parse_name(n).kind for n in c.tasks.datasets} & {*FILE_KINDS}),),
     "table": (("dataset", lambda c: parse_name(c.tasks.dataset).kind == "table"),),
     "own data": (("dataset", lambda c: is_own_code(c.tasks.dataset)),),
     "batch norm": (BATCH_NORM,),
@@ -80,7 +82,7 @@ def check(config: Config, given: Mapping[str, Any], *, testing: bool = False) ->
     for name in given:
         if setting := what_makes_meaningless(ALL_FLAGS[name], config):
             raise UsageError(f"{ALL_FLAGS[name].name} has no meaning with {setting}: leave it out")
-    rules = [*_table_rules(config), *_learner_rules(config)]
+    rules = [*_table_rules(config), *_mixture_rules(config, given), *_learner_rules(config)]
     if not testing:
         has_batch_norm, classification = config.learner.has_batch_norm, config.tasks.classification
         try:
@@ -105,6 +107,25 @@ def _table_rules(config: Config) -> Iterator[tuple[bool, str]]:
     yield "class" in roles and not config.tasks.ways, "--columns class=NAME: give -n, the classes of a task"
 
 
+def _mixture_rules(config: Config, given: Mapping[str, Any]) -> Iterator[tuple[bool, str]]:
+    """Yield where several data sets are given, and other flags do not fit them."""
+    tasks, number = config.tasks, len(config.tasks.datasets)
+    several = f"--dataset {' '.join(tasks.datasets)}"
+    weights = len(tasks.weights)
+    yield weights != number, f"--mix {tasks.mix} has {weights} weights, and {several} {number} data sets"
+    facts = [data_facts(name) for name in tasks.datasets]
+    for name, what in (("image_size", "sizes"), ("channels", "channels")):
+        values = dict.fromkeys(show(getattr(part, name)) for part in facts)
+        yield (
+            len(values) > 1 and getattr(tasks, name) is None,
+            f"{several}: images have different {what} ({', '.join(values)}): give {CONFIG_FLAGS[name].name}",
+        )
+    yield (
+        "invert" in given and len({part.invert for part in facts}) > 1,
+        f"--invert: the data sets of {several} differ in it, and each takes its own: leave it out",
+    )
+
+
 def _learner_rules(config: Config) -> Iterator[tuple[bool, str]]:
     """Yield where learner, data, loss and steps do not fit each other."""
     tasks, learner = config.tasks, config.learner
@@ -117,6 +138,10 @@ def _learner_rules(config: Config) -> Iterator[tuple[bool, str]]:
     yield (
         learner.init == "paper" and learner.facts.init != "paper",
         f"--init paper: {learner.learner} is not a network of the paper; use torch",
+    )
+    yield (
+        learner.loss == "gaussian-nll" and config.choices.head_init == "ridge",
+        "--head-init ridge computes what predicts the targets, no variances: leave --loss gaussian-nll out",
     )
     yield (
         learner.loss == "gaussian-nll" and learner.outputs != "auto",

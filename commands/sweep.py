@@ -134,7 +134,7 @@ def group_runs(assemblies: Sequence[Assembly], at_most: int | None) -> list[list
     for parts in assemblies:
         training, tasks = parts.start.config.training, parts.start.config.tasks
         whole = (training.tasks_at_once or training.meta_batch_size) >= training.meta_batch_size
-        together = training.compile == "off" or (tasks.dataset in CURVES and whole)
+        together = training.compile == "off" or ({*tasks.datasets} <= {*CURVES} and whole)
         size = (at_most or len(assemblies)) if together else 1
         group = next((g for g in groups if len(g) < size and _fits(g[0], parts)), [])
         if not group:

@@ -85,6 +85,7 @@ class TaskDistribution(Protocol):
             the seed and the numbers of the tasks as int64 tensors too.
         tensors: what such a `sample` reads, by name: the inputs of a compiled step.
         on_host: `sample` works on the host, a batch ahead, and requires a plain number as the iteration.
+        parts: the data sets of a mixture by name, each of which is measured by itself; empty for others.
     """
 
     kind: Kind = "other"
@@ -93,6 +94,7 @@ class TaskDistribution(Protocol):
     computed: bool = False
     tensors: Mapping[str, Tensor] = MappingProxyType({})
     on_host: bool = False
+    parts: Mapping[str, TaskDistribution] = MappingProxyType({})
 
     @property
     def classification(self) -> bool:

@@ -5,23 +5,31 @@ from __future__ import annotations
 from typing import NamedTuple
 
 PREFIXES = ("images", "table", "torchvision")
+AND = " + "  # between the data sets of a mixture
 
 
 class Name(NamedTuple):
     """The parts of a name."""
 
-    kind: str  # one of `PREFIXES`; "code": the user's; "": built in
+    kind: str  # one of `PREFIXES`; "code": the user's; "mixture": several; "": built in
     source: str  # path, model, module or file; of what is built in, the name
     factory: str = ""  # of the user's code
 
 
 def parse_name(name: str) -> Name:
     """Return the parts of `sinusoid`, `images:FOLDER`, `torchvision:MODEL` or `file.py:factory`."""
+    if AND in name:
+        return Name("mixture", name)
     prefix, colon, rest = name.partition(":")
     if not colon or prefix in PREFIXES:
         return Name(prefix, rest) if colon else Name("", name)
     source, _, factory = name.rpartition(":")
     return Name("code", source, factory)
+
+
+def split_mixture(dataset: str) -> tuple[str, ...]:
+    """Return the names of the data sets in `omniglot + icons`; of a single one its own."""
+    return tuple(dataset.split(AND))
 
 
 def as_file_name(text: str) -> str:

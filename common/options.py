@@ -97,6 +97,7 @@ class Flag:
     check: Check | None = None
     choices: tuple[str, ...] | None = None
     known: tuple[str, ...] = ()  # valid values by name, where `check` allows others too
+    joint: str = ""  # several arguments make one value, with this between them
     metavar: str | None = None
     bare: Any = None  # the value where an optional argument is left out
     only: str | None = None  # where the flag has a meaning: a key of `rules.ONLY`

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,27 @@ class Evaluation:
     metrics: dict[str, Tensor] = field(default_factory=dict)  # the same of the user's metric
     metric: Metric | None = None
     further: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by name, see `Reading.further`
+    parts: dict[str, Evaluation] = field(default_factory=dict)  # by data set, of whose means this is the mean
+
+    @classmethod
+    def over(cls, parts: dict[str, Evaluation]) -> Evaluation:
+        """Return the mean over data sets, in which task i is the mean over their tasks i.
+
+        Data sets count alike, and an interval over tasks is that of a mean of independent samples.
+        """
+        first, *_ = every = list(parts.values())
+
+        def mean(measures: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+            return {norm: torch.stack([part[norm] for part in measures]).mean(0) for norm in measures[0]}
+
+        return cls(
+            mean([part.losses for part in every]),
+            mean([part.accuracies for part in every]),
+            mean([part.metrics for part in every]),
+            first.metric,
+            {name: mean([part.further[name] for part in every]) for name in first.further},
+            parts,
+        )
 
     @property
     def measure(self) -> str:
@@ -53,7 +75,12 @@ class Evaluation:
         return (self.metrics or self.accuracies or self.losses)[normalisation]
 
     def diverged(self, normalisation: str) -> Tensor:
-        """Return which tasks have diverged after which step: bool `[tasks, steps + 1]`."""
+        """Return which tasks have diverged after which step: bool `[tasks, steps + 1]`.
+
+        Of the mean over data sets, those of which one has.
+        """
+        if self.parts:
+            return torch.stack([part.diverged(normalisation) for part in self.parts.values()]).any(0)
         return diverged(self.losses[normalisation])
 
 
@@ -102,6 +129,16 @@ def normalisations_of(maml: MAML, statistics: Weights) -> tuple[str, ...]:
 
 
 def evaluate(
+    maml: MAML, parameters: Weights, distribution: TaskDistribution, split: str, **how: Any
+) -> Evaluation:
+    """Measure the fixed tasks of a split (see `measure_tasks`); of a mixture, those of each data set."""
+    if not distribution.parts:
+        return measure_tasks(maml, parameters, distribution, split, **how)
+    parts = distribution.parts.items()
+    return Evaluation.over({n: measure_tasks(maml, parameters, part, split, **how) for n, part in parts})
+
+
+def measure_tasks(
     maml: MAML,
     parameters: Weights,
     distribution: TaskDistribution,

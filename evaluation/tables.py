@@ -22,6 +22,7 @@ from common.files import write_whole
 from evaluation.meta_test import Evaluation, mean_and_interval
 
 ALL = "all"  # name of the only setting
+MEAN = "mean over data sets"
 MOST_COLUMNS = 3  # settings that a table has as columns; more are rows
 ROWS_PRINTED, LONGEST_CELL = 20, 24  # of predictions
 # measures alongside the loss by name: their titles, and how a table shows their numbers
@@ -145,7 +146,13 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
     per_task = {"loss": evaluation.losses, "accuracy": evaluation.accuracies}
     per_task |= {evaluation.measure: evaluation.metrics} if evaluation.metrics else {}
     per_task |= evaluation.further
-    return {"per_step": per_step, "per_task": {name: values for name, values in per_task.items() if values}}
+    record: dict[str, Any] = {
+        "per_step": per_step,
+        "per_task": {name: values for name, values in per_task.items() if values},
+    }
+    if evaluation.parts:
+        record["by_dataset"] = {name: evaluation_record(part) for name, part in evaluation.parts.items()}
+    return record
 
 
 @dataclass(frozen=True)
@@ -241,6 +248,11 @@ class StepResults:
             {"steps": step} | asdict(Spread.over(means)) | {name: c[step] for name, c in columns.items()}
             for step, means in enumerate(self.means)
         ]
+
+
+def by_dataset(evaluation: Evaluation) -> dict[str, Evaluation]:
+    """Return the result of each data set of a mixture, and the mean over them; of a single one its own."""
+    return {**evaluation.parts, MEAN: evaluation} if evaluation.parts else {ALL: evaluation}
 
 
 def results_of(settings: Mapping[str, Sequence[Evaluation]]) -> dict[str, StepResults]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
-from common.names import check_code_name, parse_name
+from common.names import AND, check_code_name, parse_name, split_mixture
 from common.options import BY_DATASET, at_least, expect, flag, key_and_value, list_names, not_negative
 
 CURVES = ("sinusoid", "sinusoid-frequency", "sinusoid-line", "harmonic")
@@ -46,9 +46,22 @@ FILE_KINDS = {  # prefixes of a path
 
 
 def data_facts(dataset: str) -> DataFacts:
-    """Return the facts of a dataset by its name or by the prefix of its path."""
+    """Return the facts of a dataset by its name or by the prefix of its path; of several, what they share."""
     kind, source, _ = parse_name(dataset)
+    if kind == "mixture":
+        return _common_facts([data_facts(name) for name in split_mixture(dataset)])
     return FILE_KINDS.get(kind, DataFacts("any", None)) if kind else DATASETS[source]
+
+
+def _common_facts(facts: Sequence[DataFacts]) -> DataFacts:
+    """Return the facts of several datasets of one kind of inputs; sizes that differ are None."""
+    sizes, channels = ({getattr(part, name) for part in facts} for name in ("image_size", "channels"))
+    return replace(
+        facts[0],
+        image_size=sizes.pop() if len(sizes) == 1 else None,
+        channels=channels.pop() if len(channels) == 1 else None,
+        invert=all(part.invert for part in facts),
+    )
 
 
 def is_classification(dataset: str, ways: int | None) -> bool:
@@ -66,6 +79,21 @@ def check_dataset(name: str) -> str | None:
     return None if good else check_code_name(name, f"{list_names(DATASETS)}, images:FOLDER, table:FILE")
 
 
+def check_datasets(names: str) -> str | None:
+    """Return what was expected of one or several datasets; None if they are valid and go together."""
+    parts = split_mixture(names)
+    if problem := next(filter(None, map(check_dataset, parts)), None):
+        return problem
+    curves, images = {*parts} <= {*CURVES}, {data_facts(name).inputs for name in parts} == {"images"}
+    if len(parts) > 1 and not (curves or images):
+        return f"several data sets to be curves ({list_names(CURVES)}), or to be images"
+    return None if len({*parts}) == len(parts) else "each data set once: weights are those of --mix"
+
+
+check_mix = expect(
+    "numbers above 0 with commas between",
+    lambda text: all(re.fullmatch(r"\d+(\.\d+)?", part) and float(part) > 0 for part in text.split(",")),
+)
 check_columns = expect(
     "task=NAME, class=NAME, target=NAMES or input=NAMES, with commas between names",
     re.compile("((task|class)=[^,]+)|((target|input)=[^,]+(,[^,]+)*)").fullmatch,
@@ -113,10 +141,14 @@ class TaskOptions:
 
     # fmt: off
     dataset: str = flag(
-        "--dataset", group="tasks", check=check_dataset, default="sinusoid", metavar="NAME", common=True,
-        known=tuple(DATASETS),
+        "--dataset", group="tasks", check=check_datasets, default="sinusoid", metavar="NAME", common=True,
+        known=tuple(DATASETS), joint=AND,
         help=f"{', '.join(DATASETS)}, images:FOLDER, table:FILE, or file.py:factory; FOLDER has a folder per "
-        "class, FILE is CSV or Parquet, and package.module:factory is your own code too")
+        "class, FILE is CSV or Parquet, and package.module:factory is your own code too; several names, of "
+        "curves or of images: each task comes from one of them")
+    mix: str | None = flag(
+        "--mix", group="tasks", check=check_mix, metavar="A,B,...", default=None, only="mixture",
+        help="weights of several data sets: how often a training task comes from each (default: equal)")
     dataset_args: tuple[str, ...] = flag(
         "--dataset-args", group="tasks", check=key_and_value, metavar="NAME=VALUE", default=(),
         only="own data", help="arguments of your own dataset's factory")
@@ -135,7 +167,7 @@ class TaskOptions:
     noise: float = flag(
         "--noise", group="tasks", check=not_negative, metavar="STD", only="curves", default=0.0,
         help="standard deviation of Gaussian noise on the targets")
-    oracle: bool = flag("--oracle", group="tasks", default=False, only="curves",
+    oracle: bool = flag("--oracle", group="tasks", default=False, only="a curve",
         help="a baseline: the task's parameters (amplitude, phase, ...) join the inputs")
     omniglot_split: str = flag(
         "--omniglot-split", group="tasks", choices=tuple(OMNIGLOT_CLASSES), only="omniglot", default="random",
@@ -184,6 +216,23 @@ class TaskOptions:
         help="subtract the mean of each input of a table, and of each target with mse, huber or "
         "gaussian-nll, and divide by the standard deviation, both of the training rows")
     # fmt: on
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """Return the names of the data sets, of which there may be several."""
+        return split_mixture(self.dataset)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Return the weights of the data sets."""
+        return tuple(map(float, self.mix.split(","))) if self.mix else (1.0,) * len(self.datasets)
+
+    def of(self, name: str) -> TaskOptions:
+        """Return the options of one of several data sets; where defaults of --invert differ, with its own."""
+        differ = len({data_facts(other).invert for other in self.datasets}) > 1
+        return replace(
+            self, dataset=name, mix=None, invert=data_facts(name).invert if differ else self.invert
+        )
 
     @property
     def black_and_white(self) -> tuple[float, float] | None:

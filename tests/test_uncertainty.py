@@ -127,6 +127,7 @@ def test_the_bands_of_a_picture_are_central_parts_of_the_distributions():
 def test_what_makes_no_sense_with_the_loss_is_refused_in_one_line(refuse, tmp_path):
     loss = ["--loss", "gaussian-nll"]
     assert "does not fit classification" in refuse(*loss, "--dataset", "omniglot")
+    assert "--head-init ridge computes what predicts" in refuse(*loss, "--head-init", "ridge")
     assert "--outputs numbers has no meaning with" in refuse(*loss, "--outputs", "numbers")
     for floor in ("floor=0", "floor=low", "delta=1"):
         assert "--loss-args" in refuse(*loss, "--loss-args", floor, "--checkpoint-path", tmp_path)

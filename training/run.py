@@ -8,7 +8,7 @@ once have a `Run` each.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from common.optimizers import Weights
 from common.processes import World
 from evaluation.examples import adapt_examples, examples_figure
 from evaluation.figures import learning_figure
-from evaluation.meta_test import evaluate
+from evaluation.meta_test import Evaluation, evaluate
 from evaluation.options import EvaluationOptions
 from evaluation.tables import write_json
 from learners.computed_heads import RIDGE
@@ -50,6 +50,7 @@ class Run:
     columns: Mapping[str, Any]  # of TensorBoard's view of all runs: an example value by name
     reading: Reading
     measure_name: str  # for people
+    datasets: Collection[str]  # of a mixture by name; empty for one
     start: Checkpoint | None = None
     origin: str | None = None  # of a new run's parameters, if not the initialisation
     computed_by: dict[str, Any] = field(default_factory=dict)  # what the last bits depend on
@@ -78,6 +79,10 @@ class Run:
             empty += ["query metric"] * (self.reading.metric is None)
             empty += ["inner rates"] * (self.choices.inner_rates == "fixed")
             empty += ["ridge head"] * (self.choices.head_init != "ridge")
+            empty += ["calibration"] * (not self.reading.further)
+            several = len(self.datasets) > 1
+            empty += ["loss by data set"] * (not several)
+            empty += ["accuracy by data set"] * (not (several and self.reading.has_accuracy))
             self.log.begin(self._description(), self.columns, empty, self.measure)
 
     def _description(self) -> dict[str, Any]:
@@ -128,18 +133,14 @@ class Run:
             world=world,
             interrupted=interrupted,
         )
-        results = {"query_loss": evaluation.losses[norm]}
-        if evaluation.accuracies:
-            results["query_accuracy"] = evaluation.accuracies[norm]
-        if evaluation.metrics:
-            results[self.measure] = evaluation.metrics[norm]
-        results |= {f"query_{name}": values[norm] for name, values in evaluation.further.items()}
-        by_step = {
-            name: [(t if name == "query_loss" else t[~t.isnan()]).mean().item() for t in tasks.unbind(1)]
-            for name, tasks in results.items()
-        }
+        by_step = self._means_by_step(evaluation)
         values = {name: steps[-1] for name, steps in by_step.items()}
-        extend_curve(self.progress.validation, self.iteration, values)
+        parts = {
+            f"{name}/{part}": steps[-1]
+            for part, measured in evaluation.parts.items()
+            for name, steps in self._means_by_step(measured).items()
+        }
+        extend_curve(self.progress.validation, self.iteration, values | parts)
         sign = 1 if self.reading.more_is_better else -1
         score, best = sign * values[self.measure], self.progress.best_score
         is_best = math.isfinite(score) and (best is None or score > best)
@@ -148,15 +149,30 @@ class Run:
             self.progress.best_iteration = self.iteration
         values["diverged_tasks"] = float(evaluation.diverged(norm)[:, -1].sum())
         if self.reading.metric or self.reading.is_masked:
-            values["undefined_tasks"] = float(results[self.measure][:, -1].isnan().sum())
+            values["undefined_tasks"] = float(evaluation.measured(norm)[:, -1].isnan().sum())
         if best is not None:
             values[f"best_{self.measure}"] = sign * best
         scalars = {f"validation/{name}": value for name, value in values.items()}
+        scalars |= {f"validation_by_dataset/{name}": value for name, value in parts.items()}
         for name, steps in by_step.items():
             shown = {round((len(steps) - 1) * tenth / 10) for tenth in range(11)}  # of many steps, eleven
             scalars |= {f"validation_by_step/{name}/{step}": steps[step] for step in sorted(shown)}
         self.log.scalars(scalars, self.iteration)
         return is_best
+
+    def _means_by_step(self, evaluation: Evaluation) -> dict[str, list[float]]:
+        """Return a validation's means over tasks, after 0, 1, ... steps, by the name of their curve."""
+        norm = self.choices.query_norm
+        results = {"query_loss": evaluation.losses[norm]}
+        if evaluation.accuracies:
+            results["query_accuracy"] = evaluation.accuracies[norm]
+        if evaluation.metrics:
+            results[self.measure] = evaluation.metrics[norm]
+        results |= {f"query_{name}": values[norm] for name, values in evaluation.further.items()}
+        return {
+            name: [(t if name == "query_loss" else t[~t.isnan()]).mean().item() for t in tasks.unbind(1)]
+            for name, tasks in results.items()
+        }
 
     @property
     def last_validation(self) -> float:

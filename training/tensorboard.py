@@ -35,7 +35,12 @@ CHARTS = {
     "learning": {
         "query accuracy": "^(train|validation)/query_accuracy$",
         "query loss": "^(train|validation)/query_loss$",
-        "query metric": "^validation/query_(?!accuracy$|loss$)",
+        "query metric": "^validation/query_(?!accuracy$|loss$|mse$|coverage_)",
+        "calibration": r"^validation/query_coverage_\d+$",
+    },
+    "validation by data set": {
+        "accuracy by data set": "^validation_by_dataset/query_accuracy/",
+        "loss by data set": "^validation_by_dataset/query_loss/",
     },
     "validation after 0, 1, ... inner steps": {
         "query accuracy": r"^validation_by_step/query_accuracy/\d+$",
