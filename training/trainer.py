@@ -112,7 +112,8 @@ class Trainer:
         for run in self.runs:
             run.begin()
         total, begun = self.options.iterations, self.iteration
-        bar = tqdm(total=total, initial=begun, mininterval=REDRAW_SECONDS, disable=not self.show)
+        # smoothing 0: the mean rate, from which compiling and validating are left out
+        bar = tqdm(total=total, initial=begun, mininterval=REDRAW_SECONDS, smoothing=0, disable=not self.show)
         with bar as self.bar, self.stop.catch_signals():
             try:
                 self._loop()
@@ -232,6 +233,7 @@ class Trainer:
                 run.training = replace(run.training, compile="off")
             self._say(f"The run stays uncompiled: {next(filter(None, failures))}")
             return True
+        self._leave_out(begin)
         done = "Compiled" if self.compiler.compiled > compiled else "Found compiled code"
         self._say(f"{done} in {time.monotonic() - begin:.1f} s")
         if self.state.parameters.is_cuda and not self.training_tasks.on_host and self.world.size == 1:
@@ -370,6 +372,13 @@ class Trainer:
             self.metrics_text = ", ".join(texts)
             self.bar.set_postfix_str(self.metrics_text)
 
+    def _leave_out(self, begin: float) -> None:
+        """Leave the time since `begin` out of the speed, in the curves and on the bar."""
+        pause = time.monotonic() - begin
+        self.window_start += pause
+        if self.show:
+            self.bar.start_t += pause
+
     def _say(self, text: str) -> None:
         if self.show:
             tqdm.write(text, file=sys.stderr)
@@ -393,5 +402,5 @@ class Trainer:
                         self.save(BEST, [run])
                     if run.writes and (last or number in PICTURED):
                         run.draw_examples(self.maml, tasks)
+        self._leave_out(begin)
         self.bar.set_postfix_str(self.metrics_text)
-        self.window_start += time.monotonic() - begin  # not part of the speed
