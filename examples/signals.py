@@ -22,10 +22,10 @@ from pyarrow import parquet
 def find_files(name: str) -> list[Path]:
     """Return the .ts files of a set in the package aeon, or of a folder, such as one of the UCR archive."""
     package = find_spec("aeon")
-    folders = [Path(name)]
-    if package and package.origin:
-        folders.append(Path(package.origin).parent / "datasets" / "data" / name.removesuffix("_eq"))
-    files = [file for folder in folders for file in sorted(folder.glob("*.ts"))]
+    folder = Path(name)
+    if not folder.is_dir() and package and package.origin:
+        folder = Path(package.origin).parent / "datasets" / "data" / name.removesuffix("_eq")
+    files = sorted(folder.glob("*.ts"))
     equal = [file for file in files if "_eq_" in file.name]
     return equal if name.endswith("_eq") else [file for file in files if file not in equal]
 
