@@ -25,6 +25,8 @@ from common.errors import UsageError
 from common.names import parse_name
 from common.own_code import call_factory, load_code, parse_arguments, select_accepted
 from common.random import SPLITS, Stream, task_stream
+from common.sizes import Size, Span
+from tasks.drawn_sizes import draw_number
 from tasks.file_tasks import Prefetch
 from tasks.image_tasks import ImageTasks
 from tasks.images import ImageSet, open_images
@@ -92,7 +94,7 @@ def _open_table(options: TaskOptions, dtype: torch.dtype, shares: dict[str, int]
         classification=options.classification,
         shares=shares,
         min_examples=options.min_examples,
-        min_classes=options.ways or 1,
+        min_classes=Span.of(options.ways or 1).least,
     )
 
 
@@ -114,8 +116,8 @@ class Regression(TaskDistribution):
     join the inputs, `[tasks, points, 1 + parameters]`.
     """
 
-    shots: int
-    queries: int
+    shots: Size
+    queries: Size
     noise: float = 0.0
     oracle: bool = False
     device: torch.device = torch.device("cpu")
@@ -140,19 +142,24 @@ class Regression(TaskDistribution):
         """Return dense, sorted inputs for a picture: `[tasks, points]`, or `[1, points]`."""
         return torch.linspace(-5.0, 5.0, points, device=self.device, dtype=self.dtype)[None]
 
-    def resized(self, shots: int) -> Regression:
+    def resized(self, shots: Size) -> Regression:
         return replace(self, shots=shots)
 
     def sample(self, split: str, seed: Any, iteration: int | Tensor, tasks: Any) -> TaskBatch:
         stream = task_stream(split, seed, iteration, tasks, self.device)
         parameters = self.parameters(stream.at("parameters"))
         parts: list[Tensor] = []
-        for part, points in (("support", self.shots), ("query", self.queries)):
-            x, y = self._evaluate(self.inputs(stream.at(part), points, parameters), parameters)
+        masks: list[Tensor | None] = []
+        for part, size in (("support", self.shots), ("query", self.queries)):
+            points, span = stream.at(part), Span.of(size)
+            x, y = self._evaluate(self.inputs(points, span.most, parameters), parameters)
             if self.noise:
-                y = y + self.noise * stream.at(part).at("noise").normal(points, self.dtype)[..., None]
+                y = y + self.noise * points.at("noise").normal(span.most, self.dtype)[..., None]
             parts += [x, y]
-        return TaskBatch(*parts)
+            positions = torch.arange(span.most, device=self.device)
+            number = draw_number(points.at("number"), span)[:, None] if span.varies else None
+            masks.append(None if number is None else positions < number)
+        return TaskBatch(*parts, *masks)
 
     def sample_to_draw(self, split: str, seed: int, tasks: int) -> TaskBatch:
         parameters = self.parameters(task_stream(split, seed, 0, range(tasks), self.device).at("parameters"))
@@ -251,14 +258,14 @@ FAMILIES: dict[str, type[Regression]] = {
 class Custom(TaskDistribution):
     """Tasks of a user's object with one method, `sample(split, seeds)`; UsageError if the method is missing.
 
-    The method returns the four parts of a `TaskBatch` for "train", "validation" or "test" and seeds, int64
-    `[tasks]`: each task is a function of the split and of its seed. Parts are tensors, arrays or lists of
-    numbers, or nested tuples or dictionaries of them. Labels are whole numbers; targets of a regression are
-    `[tasks, examples, numbers]`.
+    The method returns the four parts of a `TaskBatch`, and the masks of support and query if tasks differ in
+    size, for "train", "validation" or "test" and seeds, int64 `[tasks]`: each task is a function of the split
+    and of its seed. Parts are tensors, arrays or lists of numbers, or nested tuples or dictionaries of them.
+    Labels are whole numbers; targets of a regression are `[tasks, examples, numbers]`.
     """
 
     options: TaskOptions
-    shots: int
+    shots: Size
     ignored: int | None = None
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
@@ -269,7 +276,9 @@ class Custom(TaskDistribution):
 
     def __post_init__(self) -> None:
         options, name, self.ways = self.options, self.options.dataset, self.options.ways
-        sizes = {"ways": options.ways, "shots": self.shots, "queries": options.queries}
+        given = {"ways": options.ways, "shots": self.shots, "queries": options.queries}
+        ranges = {name: (*Span.of(size),) for name, size in given.items() if isinstance(size, str)}
+        sizes = given | ranges
         factory = load_code(name, "--dataset")
         arguments = select_accepted(factory, sizes) | parse_arguments(options.dataset_args)
         self.source = call_factory(factory, name, "--dataset", **arguments)
@@ -277,7 +286,7 @@ class Custom(TaskDistribution):
             raise UsageError(f"--dataset {name} makes a {type(self.source).__name__} without a method sample")
         self.prefetch = Prefetch(self._fetch)
 
-    def resized(self, shots: int) -> Custom:
+    def resized(self, shots: Size) -> Custom:
         return self if shots == self.shots else replace(self, shots=shots)
 
     def sample(self, split: str, seed: int, iteration: int | Tensor, tasks: range) -> TaskBatch:
@@ -322,6 +331,7 @@ class Custom(TaskDistribution):
             how = "for a seed when it is alone, and chunks of tasks (--tasks-at-once)"
         if how:
             way = "draw each task from its own seed, as with torch.Generator().manual_seed(int(seed))"
+            way += ", and pad to the same length every time" * (first.support_mask is not None)
             self._fail(split, f"gives other numbers {how} and several processes need the same: {way}")
         leaves = pytree.tree_leaves(tasks[0])
         self.sampled = tuple(f"{value.double().abs().mean().item():.3g}" for value in leaves)
@@ -345,16 +355,24 @@ class Custom(TaskDistribution):
                 pytree.tree_map(_as_tensor, part, is_leaf=lambda p: isinstance(p, list)) for part in parts
             ]
             if self.ways:  # labels of any whole type
-                parts[1::2] = (tree_map(_as_labels, part) for part in parts[1::2])
+                parts[1:4:2] = (tree_map(_as_labels, part) for part in parts[1:4:2])
         if problem := self._find_problem(parts, len(seeds)):
             raise UsageError(f"--dataset {name}: sample({split!r}, {len(seeds)} seeds) {problem}")
-        return TaskBatch(*parts)
+        batch = TaskBatch(*parts)
+        for part in ("support", "query") if len(parts) == 6 else ():
+            batch = _padding_last(batch, part)
+        return batch if isinstance(self.ways, int | None) else replace(batch, ways=self._count_classes(batch))
+
+    def _count_classes(self, batch: TaskBatch) -> Tensor:
+        """Return the number of classes of each task, which its labels tell."""
+        labels = torch.cat([first_tensor(y).flatten(1) for y in (batch.support_y, batch.query_y)], 1)
+        return labels.masked_fill((labels < 0) | (labels == self.ignored), 0).amax(1) + 1
 
     def _find_problem(self, parts: Any, tasks: int) -> str | None:
         """Return what is wrong with a batch of the user's, or None."""
-        if not isinstance(parts, tuple | list) or len(parts) != 4:
-            return "should give four tensors: support x and y, query x and y"
-        for x, y in (parts[:2], parts[2:]):
+        if not isinstance(parts, tuple | list) or len(parts) not in (4, 6):
+            return "should give four tensors, support x and y, query x and y, and two masks if sizes differ"
+        for x, y, *masks in ((*parts[:2], *parts[4:5]), (*parts[2:4], *parts[5:])):
             tensors, main = pytree.tree_leaves((x, y)), first_tensor(y)
             if not all(isinstance(t, Tensor) and t.dim() > 1 for t in tensors):
                 return "should give tensors [tasks, examples, ...]"
@@ -367,11 +385,28 @@ class Custom(TaskDistribution):
                 return "gives complex targets: give real and imaginary parts, torch.view_as_real"
             if not self.ways and main.dim() < 3:
                 return "gives targets without an axis of their own: they should be [tasks, examples, numbers]"
-            known = (main >= 0) & (main < (self.ways or 0)) | (main == self.ignored)
+            for mask in masks:
+                if not isinstance(mask, Tensor) or mask.shape != main.shape[:2] or mask.dtype != torch.bool:
+                    return f"should give masks that are bool and {sizes[0]}, [tasks, examples]"
+                if not mask.any(1).all():
+                    return "gives a task whose mask leaves no example"
+            known = (main >= 0) & (main < (self.most_ways or 0)) | (main == self.ignored)
+            known |= ~masks[0].view(*sizes[0], *(1,) * (main.dim() - 2)) if masks else False
             if self.ways and (main.is_floating_point() or not known.all()):
                 others = "" if self.ignored is None else f", or {self.ignored} (the loss's ignore_index)"
-                return f"gives labels that are not int64 from 0 to {self.ways - 1}{others}"
+                most = (self.most_ways or 0) - 1
+                return f"gives labels that are not int64 from 0 to {most}{others}"
         return None
+
+
+def _padding_last(batch: TaskBatch, part: str) -> TaskBatch:
+    """Return the batch with the examples of "support" or "query" that count first; padding repeats one."""
+    mask = getattr(batch, f"{part}_mask")
+    place, tasks = (~mask).long().argsort(dim=1, stable=True), torch.arange(len(mask))[:, None]
+    mask = mask.gather(1, place)
+    place = place.where(mask, place[:, :1])
+    x, y = (tree_map(lambda t: t[tasks, place], getattr(batch, f"{part}_{name}")) for name in "xy")
+    return replace(batch, **{f"{part}_x": x, f"{part}_y": y, f"{part}_mask": mask})
 
 
 def _as_tensor(part: Any) -> Any:

@@ -32,6 +32,7 @@ from common.files import write_whole
 from common.names import as_file_name
 from common.optimizers import Weights
 from common.processes import ALONE
+from common.sizes import largest
 from common.task import UserTask
 from evaluation.predictions import Prediction, predictions_figure, read_predictions
 from evaluation.style import write_figure
@@ -206,7 +207,7 @@ def read_tasks(path: Path, start: Initialisation) -> list[UserTask]:
             source.scales,
             *place,
             classification=options.classification,
-            ways=options.ways if config.choices.head_init == "learned" else None,
+            ways=largest(options.ways) if options.ways and config.choices.head_init == "learned" else None,
             ignored=ignored_by(config),
             images=images,
         )

@@ -31,6 +31,7 @@ from commands.outputs import (
     try_outputs,
     with_metric,
 )
+from commands.padding import fit_to_sizes
 from commands.probe import Probe
 from commands.resolve import resolve
 from commands.settings import render_settings
@@ -128,14 +129,16 @@ def build(
     distribution = build_tasks(config, call, runtime)
     if scales is not None:
         distribution = distribution.with_scales(scales)
-    batch = distribution.sample("test" if call.eval_dataset else "train", 0, 0, range(1))
+    split = "test" if call.eval_dataset else "train"
+    batch = distribution.sample(split, 0, 0, range(1))
     x, y = (tree_map(lambda part: part[0], tree) for tree in (batch.support_x, batch.support_y))
     outputs = count_outputs(config, y)
     _, maml = build_algorithm(config, runtime, outputs, x, saved=saved, targets=y, scales=distribution.scales)
     words = describe_reading(maml.reading, y, config) if maml.reading else None
-    if words and runtime.world.first:
-        print_once(f"main.py: the learner's outputs: {words}")
-    return distribution, maml
+    say = print_once if runtime.world.first else lambda _: None
+    if words:
+        say(f"main.py: the learner's outputs: {words}")
+    return distribution, fit_to_sizes(maml, distribution, split, config, say)
 
 
 def build_tasks(config: Config, call: Call, runtime: Runtime) -> TaskDistribution:
@@ -294,7 +297,9 @@ def assemble(
     distribution, maml = build(config, call, runtime, saved=source, scales=scales)
     if start.file is not None and start.resumed is not None:
         check_same_data(start.file, start.resumed, distribution.record)
-    parameters, reading = _starting_weights(start, maml), reading_of(maml.reading, distribution.ways)
+    if maml.call.unpads:
+        config = config.replaced(vectorise=False, compile="off")
+    parameters, reading = _starting_weights(start, maml), reading_of(maml.reading, distribution.most_ways)
     free = not start.resumed and given.get("engine", "auto") == "auto"
     probe = Probe(maml, parameters, distribution, config)
     engine = _try_out(probe, reading, call, checked, free=free, prints=runtime.world.first)

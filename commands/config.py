@@ -13,6 +13,7 @@ from typing import Any
 
 from common.choices import Choices
 from common.options import Flag, flags_of
+from common.sizes import Size, Span, largest
 from evaluation.options import EvaluationOptions
 from learners.options import LearnerOptions
 from tasks.options import TaskOptions
@@ -69,11 +70,12 @@ class Config:
         return Config.from_values(self.values() | changes)
 
     @property
-    def training_shots(self) -> int:
+    def training_shots(self) -> Size:
         """Support examples of a training task, per class in classification."""
         tasks = self.tasks
-        if self.choices.meta_gradient == "reptile":  # whose pool has the query examples as well
-            return (tasks.train_shots or tasks.shots + tasks.queries) - tasks.queries
+        if self.choices.meta_gradient == "reptile" and tasks.train_shots:  # which has the query ones as well
+            least, most = Span.of(tasks.train_shots)
+            return Span(least - largest(tasks.queries), most - largest(tasks.queries)).size
         return tasks.train_shots or tasks.shots
 
 

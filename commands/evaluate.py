@@ -24,6 +24,7 @@ from common.errors import UsageError
 from common.names import is_own_code
 from common.optimizers import Weights
 from common.processes import ALONE, World
+from common.sizes import as_file_part, largest
 from evaluation import meta_test
 from evaluation.examples import adapt_examples, examples_figure
 from evaluation.figures import results_figure
@@ -176,7 +177,7 @@ class Subject:
     @property
     def measure(self) -> str:
         """Return the measure of the outputs: the metric's name, "accuracy", or "loss"."""
-        return reading_of(self.maml.reading, self.distribution.ways).measure
+        return reading_of(self.maml.reading, self.distribution.most_ways).measure
 
     def check_measure(self, first: Subject, *, same_loss: bool = False) -> None:
         """Raise UsageError if the outputs have another measure than the first subject's."""
@@ -190,7 +191,7 @@ class Subject:
     def evaluate(self, split: str = "test", *, first_task: int = 0) -> None:
         """Measure on the fixed tasks of a split from `first_task` on, with each reading of batch norm."""
         options, maml = self.config.evaluation, self.maml
-        if self.compiled:
+        if self.compiled and not maml.call.unpads:
             compiler = Compiler(self.runtime.device)
             compiler.active = True
             maml = maml.with_options(convolution="im2col", accelerate=compiler.or_plain)
@@ -279,7 +280,7 @@ def is_compiled(config: Config, asked: str) -> bool:
         return True
     if learner not in LEARNERS or not learner_facts(learner).convolutional or tasks.ways is None:
         return False
-    images = tasks.ways * (tasks.shots + tasks.queries)
+    images = largest(tasks.ways) * (largest(tasks.shots) + largest(tasks.queries))
     return sizes.eval_tasks * sizes.eval_steps * images >= COMPILED_FROM
 
 
@@ -296,7 +297,13 @@ def summarise(subjects: Sequence[Subject], split: str = "test") -> tuple[Caption
     dataset = common(file_name(part.dataset) for part in tasks)
     queries = common(part.queries for part in tasks)
     titles = [dataset, common(map(task_words, tasks)), f"{number} {split} tasks"]
-    names = [split, dataset, common(map(task_size, tasks)), queries and f"{queries}query", f"{number}tasks"]
+    names = [
+        split,
+        dataset,
+        common(map(task_size, tasks)),
+        queries and f"{as_file_part(queries)}query",
+        f"{number}tasks",
+    ]
     caption = Caption(
         title=", ".join(filter(None, titles)),
         loss_name=common((subject.loss_name for subject in subjects), "loss"),

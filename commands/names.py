@@ -10,6 +10,7 @@ from typing import Any
 from commands.config import CONFIG_FLAGS, GROUPS, OWN_CODE, Config, show
 from commands.rules import what_makes_meaningless
 from common.names import as_file_name, is_own_code, parse_name, split_mixture
+from common.sizes import as_file_part
 from tasks.options import TaskOptions
 
 
@@ -70,8 +71,9 @@ def task_words(tasks: TaskOptions) -> str:
 
 
 def task_size(tasks: TaskOptions) -> str:
-    """Return ways and shots as a part of a file's name: `5way-1shot`."""
-    return task_words(tasks).replace("-", "").replace(" ", "-")
+    """Return ways and shots as a part of a file's name: `5way-1to10shot`."""
+    shots = f"{as_file_part(tasks.shots)}shot"
+    return f"{as_file_part(tasks.ways)}way-{shots}" if tasks.classification and tasks.ways else shots
 
 
 def own_code_flags(config: Config) -> list[str]:

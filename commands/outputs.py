@@ -20,6 +20,7 @@ from commands.config import Config
 from common.batch import Tree, arguments_of, first_tensor, register_tree, tree_map
 from common.errors import UsageError, is_out_of_memory
 from common.names import is_own_code
+from common.sizes import largest
 from learners.batch_norm import convert_batch_norm
 from learners.copies import copy_module
 from learners.diagnosis import naming_layer
@@ -56,7 +57,7 @@ def are_equal(a: Any, b: Any, tolerance: float) -> bool:
 def count_outputs(config: Config, targets: Tree) -> int:
     """Return with how many outputs a learner is built: classes, or numbers for targets `[examples, ...]`."""
     if config.tasks.classification and config.tasks.ways:
-        return config.tasks.ways
+        return largest(config.tasks.ways)
     shape, each = first_tensor(targets).shape, 2 if config.learner.loss == "gaussian-nll" else 1
     return each * shape[target_axis(len(shape))]
 

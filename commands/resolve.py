@@ -22,6 +22,7 @@ from commands.rules import check
 from common.errors import UsageError
 from common.names import is_own_code, parse_name
 from common.options import BY_RULE
+from common.sizes import Size, Span, largest
 from learners.options import LEARNERS, learner_facts
 from tasks.options import FILE_KINDS, data_facts, is_classification
 from training.options import ENDING
@@ -48,7 +49,7 @@ def _fill_in(given: Mapping[str, Any]) -> Config:
     dataset = flags.get("dataset", CONFIG_FLAGS["dataset"].default)
     facts = data_facts(dataset)
     classification = is_classification(dataset, flags.get("ways"))
-    column = default_column(classification, dataset, flags.get("ways") or DEFAULTS["ways"][1])
+    column = default_column(classification, dataset, largest(flags.get("ways") or DEFAULTS["ways"][1]))
     defaults = {name: by_column[column] for name, by_column in DEFAULTS.items()}
     if dataset == "sinusoid" and flags.get("loss") != "gaussian-nll":  # its gradient is a variance smaller
         defaults |= SINUSOID_DEFAULTS
@@ -84,13 +85,15 @@ def _preset(given: Mapping[str, Any], column: int) -> dict[str, Any]:
     return preset
 
 
-def _expand_shorthands(given: Mapping[str, Any], shots: int) -> dict[str, Any]:
+def _expand_shorthands(given: Mapping[str, Any], shots: Size) -> dict[str, Any]:
     """Return the settings that --first-order and --samples stand for."""
     values: dict[str, Any] = {}
     if given.get("first_order"):
         values["meta_gradient"] = "first-order"
     samples = given.get("samples")
     if samples is not None:
+        if not isinstance(shots, int):
+            raise UsageError(f"--samples {samples} leaves no one number of queries to -k {shots}: give -q")
         values["queries"] = samples - shots
         if samples <= shots:
             raise UsageError(f"--samples {samples} leaves no query: it must be above -k {shots}")
@@ -102,13 +105,15 @@ def _expand_shorthands(given: Mapping[str, Any], shots: int) -> dict[str, Any]:
 def _fill_sizes(values: dict[str, Any], given: Mapping[str, Any]) -> None:
     """Settle the sizes that depend on other sizes."""
     for name in ("queries", "test_steps"):
-        values[name] = {"k": values["shots"], "s": values["steps"]}.get(values[name], values[name])
+        values[name] = {"k": largest(values["shots"]), "s": values["steps"]}.get(values[name], values[name])
     values.setdefault("eval_steps", CONFIG_FLAGS["eval_steps"].default)
     if not values["steps"]:  # a test takes steps if they are asked for
         values |= dict.fromkeys({"eval_steps", "test_steps"} - given.keys(), 0)
     _fit_steps(values, given)
     if "train_shots" not in given and values.get("train_shots") is not None:
-        values["train_shots"] = max(values["train_shots"], values["shots"] + values["queries"])
+        examples = Span.of(values["shots"]), Span.of(values["queries"])
+        varies = any(span.varies for span in examples)  # then training draws as evaluation does
+        values["train_shots"] = None if varies else max(values["train_shots"], sum(e.most for e in examples))
     if values.get("exact_from") == "half":
         exact = values.get("meta_gradient", "exact") == "exact"
         values["exact_from"] = values["iterations"] // 2 if exact else 0
@@ -142,7 +147,7 @@ def _settle(values: Mapping[str, Any], classification: bool) -> dict[str, Any]:
 def _cache_chunk(values: Mapping[str, Any]) -> int | None:
     """Return how many tasks have about `CHUNK_IMAGES` support images; None: the whole meta-batch."""
     tasks = values["meta_batch_size"]
-    most = max(1, CHUNK_IMAGES // (values["ways"] * values["shots"]))
+    most = max(1, CHUNK_IMAGES // (largest(values["ways"]) * largest(values["shots"])))
     chunk = max(size for size in range(1, min(most, tasks) + 1) if tasks % size == 0)
     if 2 * chunk < most:  # few divisors: the last chunk is a smaller one
         chunk = most

@@ -10,6 +10,7 @@ from commands.config import CONFIG_FLAGS, Config, show
 from common.errors import UsageError
 from common.names import is_own_code, parse_name
 from common.options import Flag
+from common.sizes import Span
 from learners.options import LEARNERS
 from tasks.options import CURVES, FILE_KINDS, data_facts
 from training.options import ENDING
@@ -166,10 +167,11 @@ def _training_rules(config: Config, given: Mapping[str, Any]) -> Iterator[tuple[
         choices.inner_optimizer == "adam-carried" and training.meta_optimizer != "sgd",
         "--inner-optimizer adam-carried goes with --meta-optimizer sgd alone; use adam",
     )
-    yield (
-        config.training_shots < 1,
-        f"--train-shots {tasks.train_shots} must be above -q {tasks.queries}, which Reptile includes",
-    )
+    if choices.meta_gradient == "reptile" and tasks.train_shots:
+        shots, queries = f"--train-shots {tasks.train_shots}", Span.of(tasks.queries)
+        too_few = Span.of(tasks.train_shots).least <= queries.most
+        yield queries.varies, f"{shots} of Reptile includes -q {tasks.queries}, which must be one number"
+        yield too_few, f"{shots} must be above -q {tasks.queries}, which Reptile includes"
     yield (
         not training.vectorise and training.compile == "on",
         "--no-vectorise: tasks one after another are not compiled; use --compile off",

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from common.sizes import Size, largest
+
 Tree = Any  # a tensor, or tensors in nested tuples and dictionaries
 
 
@@ -79,7 +81,7 @@ class TaskDistribution(Protocol):
 
     Attributes:
         kind: "curves" and "images" can be drawn (see `sample_to_draw`); "other" cannot.
-        ways: classes of a task, labelled from 0 to `ways` - 1; None in regression.
+        ways: classes of a task, labelled from 0; None in regression.
         scales: means and deviations `[2, columns]` by which "input" and "target" are standardised.
         computed: `sample` is made of operations on tensors alone. It can be compiled with the step, and takes
             the seed and the numbers of the tasks as int64 tensors too.
@@ -89,7 +91,7 @@ class TaskDistribution(Protocol):
     """
 
     kind: Kind = "other"
-    ways: int | None = None
+    ways: Size | None = None
     scales: Mapping[str, Tensor] = MappingProxyType({})
     computed: bool = False
     tensors: Mapping[str, Tensor] = MappingProxyType({})
@@ -100,6 +102,11 @@ class TaskDistribution(Protocol):
     def classification(self) -> bool:
         """Labels are classes, and accuracy is defined."""
         return self.ways is not None
+
+    @property
+    def most_ways(self) -> int | None:
+        """The most classes that a task may have."""
+        return None if self.ways is None else largest(self.ways)
 
     @property
     def record(self) -> DataRecord:
@@ -119,8 +126,8 @@ class TaskDistribution(Protocol):
         """Return these tasks read from other `tensors`, among which are those of the same names."""
         return self
 
-    def resized(self, shots: int) -> TaskDistribution:
-        """Return these tasks with another number of support examples (per class in classification)."""
+    def resized(self, shots: Size) -> TaskDistribution:
+        """Return these tasks with other numbers of support examples (per class in classification)."""
         ...
 
     def sample(self, split: str, seed: Any, iteration: int | Tensor, tasks: Any) -> TaskBatch:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import math
+import operator
 import re
 import types
 import typing
@@ -18,6 +20,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from common.sizes import Size, Span
 
 Check = Callable[[Any], str | None]  # returns what was expected, or None for a good value
 
@@ -36,6 +40,22 @@ def at_least(minimum: int, maximum: int = 2**31 - 1) -> Check:
     return check
 
 
+def sizes_from(minimum: int, maximum: int = 2**31 - 1) -> Check:
+    """Return the check of a size, all of whose numbers are in these limits."""
+    check_number = at_least(minimum, maximum)
+
+    def check(size: Size) -> str | None:
+        try:
+            span = Span.of(size)
+        except ValueError:
+            return KIND_NAMES[Size]
+        if isinstance(size, str) and not span.varies:
+            return "a range LOW-HIGH, the first number below the second"
+        return check_number(span.least) or check_number(span.most)
+
+    return check
+
+
 above_zero = expect("a number above 0", lambda x: math.isfinite(x) and x > 0)
 below_one = expect("a number from 0 to below 1", lambda x: 0 <= x < 1)
 not_negative = expect("a number that is not negative", lambda x: math.isfinite(x) and x >= 0)
@@ -46,8 +66,8 @@ folder_name = expect(
     "a name for a folder", lambda text: text.strip(". ") and not {*text} & {"/", "\\"} and len(text) <= 100
 )
 
-KIND_NAMES = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
-KIND_NAMES |= {bool: "yes or no", tuple: "a list"}
+KIND_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
+KIND_NAMES |= {bool: "yes or no", tuple: "a list", Size: "a whole number, or a range LOW-HIGH"}
 SWITCHES = {"yes": True, "no": False}
 MOST_NAMES = 5  # that an error lists
 CLOSE = 0.7  # similarity, from 0 to 1, of a misspelt name and the one that is suggested
@@ -86,6 +106,12 @@ def parse_whole(text: str) -> int:
         return int(number)
 
 
+def parse_size(text: str) -> Size:
+    """Return a size, a whole number or a range of two; ValueError for anything else."""
+    ends = re.fullmatch("([^-]+)-([^-]+)", text)
+    return "-".join(str(parse_whole(end)) for end in ends.groups()) if ends else parse_whole(text)
+
+
 @dataclass(frozen=True)
 class Flag:
     """The declaration of one flag, kept in the metadata of its field."""
@@ -104,7 +130,7 @@ class Flag:
     free_on_resume: bool = False  # may differ from the checkpoint when a run is resumed
     free_on_eval: bool = False  # may differ from the checkpoint with --eval
     common: bool = False  # shown by --help; the others by --help-all alone
-    kind: type = str  # from the field's annotation, as is `optional`
+    kind: Any = str  # a type, from the field's annotation, as is `optional`
     optional: bool = False
 
     @property
@@ -133,7 +159,8 @@ class Flag:
     def parse(self, text: str) -> Any:
         """Return the value of a flag's argument; an argparse `type`."""
         try:
-            readers: dict[type, Callable[[str], Any]] = {bool: SWITCHES.get, int: parse_whole}
+            readers: dict[Any, Callable[[str], Any]]
+            readers = {bool: SWITCHES.get, int: parse_whole, Size: parse_size}
             value = (text,) if self.kind is tuple else readers.get(self.kind, self.kind)(text)
         except ValueError:
             value = None
@@ -163,7 +190,8 @@ def flags_of(options: type) -> dict[str, Flag]:
     for option in dataclasses.fields(options):
         hint = hints[option.name]
         kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        kind = next(typing.get_origin(kind) or kind for kind in kinds if kind is not type(None))
+        parts = [typing.get_origin(kind) or kind for kind in kinds if kind is not type(None)]
+        kind = functools.reduce(operator.or_, parts)
         declaration = option.metadata["flag"]
         flags[option.name] = dataclasses.replace(declaration, kind=kind, optional=type(None) in kinds)
     return flags

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from common.batch import TaskBatch, TaskDistribution, tree_map
 from common.optimizers import Weights
+from common.task import mask_of
 from evaluation import style
 from evaluation.meta_test import SEED, randomness_of
 from evaluation.tables import after_steps
@@ -53,23 +54,23 @@ def adapt_examples(
 
     Curves are predicted on a dense grid. Batch norm is that of the query in training.
     """
-    reading = reading_of(maml.reading, distribution.ways)
-    if distribution.kind == "other" or (distribution.ways and not reading.has_accuracy):
+    reading = reading_of(maml.reading, distribution.most_ways)
+    if distribution.kind == "other" or (distribution.most_ways and not reading.has_accuracy):
         return None
     batch = distribution.sample_to_draw(split, SEED, TASKS)
     shown, norm = sorted({0, *steps}), maml.choices.query_norm
     numbers, mask = range(TASKS), batch.support_mask
     order, keys = randomness_of(split, batch.support_x, numbers, inner_batch, shown[-1], mask)
     outputs = maml.predictions(parameters, batch, shown[-1], (norm,), order=order, keys=keys)
-    on_cpu = TaskBatch(*(tree_map(Tensor.cpu, tree) for tree in batch))
-    if distribution.ways is None:
+    on_cpu = tree_map(Tensor.cpu, batch)
+    if distribution.most_ways is None:
         normal = reading.kind == "normal"
         parts = reading.moments(outputs[norm], 2) if normal else (main_tensor(outputs[norm]),)
         shape = (*parts[0][:, shown].shape[:3], -1)
         mean, *deviation = (part[:, shown].float().reshape(shape).cpu() for part in parts)
         return Examples(on_cpu, mean, shown, None, *deviation)
     labels = reading.predict(outputs[norm], 2)[:, shown].long()
-    return None if labels.dim() > 3 else Examples(on_cpu, labels.cpu(), shown, distribution.ways)
+    return None if labels.dim() > 3 else Examples(on_cpu, labels.cpu(), shown, distribution.most_ways)
 
 
 @style.styled()
@@ -93,8 +94,9 @@ def draw_fits(panels: Sequence[Axes], examples: Examples) -> None:
     """
     between = [("--", style.ORANGE)] * (len(examples.steps) - 2)
     looks = [(":", style.GREEN), *between, ("-", style.BLUE)][-len(examples.steps) :]
-    support_x, support_y, query_x, query_y = (t[..., 0].numpy() for t in examples.batch)
-    outputs = examples.outputs.shape[-1]
+    batch, outputs = examples.batch, examples.outputs.shape[-1]
+    support_x, support_y, query_x, query_y = (t[..., 0].numpy() for t in batch.parts.values())
+    counts = mask_of(batch.support_x, batch.support_mask, 1).numpy()
     for task, panel in enumerate(panels):
         truth = query_y[task]
         panel.plot(query_x[task], truth, color=style.GREY, linewidth=3.5, alpha=0.5, label="true curve")
@@ -105,9 +107,8 @@ def draw_fits(panels: Sequence[Axes], examples: Examples) -> None:
             panel.plot(query_x[task], predicted, line, color=colour, label=label)
         if examples.deviations is not None:
             style.draw_bands(panel, query_x[task], predicted, examples.deviations[task, -1, :, 0].numpy())
-        panel.scatter(
-            support_x[task], support_y[task], 26, style.RED, linewidth=0.5, label="support set", zorder=3
-        )
+        x, y = (values[task][counts[task]] for values in (support_x, support_y))
+        panel.scatter(x, y, 26, style.RED, linewidth=0.5, label="support set", zorder=3)
         margin = 0.3 * float(truth.max() - truth.min()) + 0.5
         panel.set(xlabel="x", ylim=(float(truth.min()) - margin, float(truth.max()) + margin))
     panels[0].set_ylabel("y")
@@ -136,28 +137,46 @@ def _draw_image_tasks(examples: Examples, ways: int, title: str) -> Figure:
     Next to a query is its label before adaptation and after the last step, if there is one; marks tell right
     from wrong, not colours alone. The numbers of correct labels are those of all queries of all classes.
     """
-    rows, inch = min(ways, MOST_WAYS), 0.5 if ways <= 10 else 0.42
-    shots, queries = (x.shape[1] // ways for x in (examples.batch.support_x, examples.batch.query_x))
-    shown = min(shots, MOST_SHOTS)
+    rows, inch, batch = min(ways, MOST_WAYS), 0.5 if ways <= 10 else 0.42, examples.batch
+    shown = min(batch.support_x.shape[1] // ways, MOST_SHOTS)
     figure = style.new_figure(TASKS * (inch * (shown + 1) + 1.5), rows * inch + 1.2, title)
     for task, panel in enumerate(figure.subplots(1, TASKS)):
-        support = examples.batch.support_x[task].unflatten(0, (ways, shots))[:rows, :shown]
-        query = examples.batch.query_x[task].unflatten(0, (ways, queries))[:rows, :1]
-        labels = examples.outputs[task, [0, -1][: len(examples.steps)]].view(-1, ways, queries)
-        places = {"label": shown + 1.5}
+        of_support = _places_by_class(batch.support_y[task], batch.support_mask, task, rows)
+        of_query = _places_by_class(batch.query_y[task], batch.query_mask, task, rows)
+        support = _take_images(batch.support_x[task], of_support, shown)
+        query = _take_images(batch.query_x[task], of_query, 1)
+        labels = examples.outputs[task, [0, -1][: len(examples.steps)]]
+        columns = {"label": shown + 1.5}
         if len(labels) > 1:
-            places = {"before": shown + 1.5, "after": shown + 2.3}
-        correct = (labels == torch.arange(ways)[:, None]).flatten(1).sum(1).tolist()
-        panel.set_title(f"correct: {' → '.join(map(str, correct))} of {ways * queries}", loc="left", pad=18)
-        framed = functional.pad(torch.cat([support, query], 1).float(), (1, 1, 1, 1), value=0.4)
+            columns = {"before": shown + 1.5, "after": shown + 2.3}
+        counts = mask_of(batch.query_y, batch.query_mask, 1)[task]
+        correct = ((labels == batch.query_y[task]) & counts).sum(1).tolist()
+        panel.set_title(f"correct: {' → '.join(map(str, correct))} of {counts.sum()}", loc="left", pad=18)
+        framed = functional.pad(torch.cat([support, query], 1), (1, 1, 1, 1), value=0.4)
         draw_images(panel, framed)
         panel.set_xlim(-0.5, shown + 2.9)  # with room for the labels
-        for heading, x in ({"support": shown / 2, "query": shown + 0.5} | places).items():
+        for heading, x in ({"support": shown / 2, "query": shown + 0.5} | columns).items():
             panel.text(x, -0.15, heading, ha="center", fontsize=style.SMALL)
-        for row, predicted in enumerate(labels[:, :rows, 0].T.tolist()):
+        for row, places in enumerate(of_query):
             panel.text(-0.15, row + 0.5, str(row), ha="right", va="center", fontsize=style.SMALL)
-            for x, label in zip(places.values(), predicted, strict=True):
+            for x, label in zip(columns.values(), labels[:, places[0]].tolist(), strict=True):
                 colour, mark = (style.BLUE, "✓") if label == row else (style.RED, "✗")
                 look = {"color": colour, "ha": "center", "va": "center", "fontsize": style.SMALL}
                 panel.text(x, row + 0.5, f"{label} {mark}", **look)
     return figure
+
+
+def _places_by_class(labels: Tensor, mask: Tensor | None, task: int, rows: int) -> list[Tensor]:
+    """Return the places of the examples of each of the first classes that a task has."""
+    labels = labels if mask is None else labels.where(mask[task], -1)
+    places = ((labels == row).nonzero()[:, 0] for row in range(rows))
+    return [part for part in places if len(part)]
+
+
+def _take_images(images: Tensor, places: list[Tensor], most: int) -> Tensor:
+    """Return the first images of each class, `[classes, most, ...]`, blank where there are fewer."""
+    blank = 0.0 if images.shape[1] == 1 else 1.0  # one channel is drawn dark on white
+    grid = images.new_full((len(places), most, *images.shape[1:]), blank, dtype=torch.float32)
+    for row, part in zip(grid, places, strict=True):
+        row[: len(part[:most])] = images[part[:most]]
+    return grid

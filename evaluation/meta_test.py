@@ -164,7 +164,7 @@ def measure_tasks(
         interrupted: called before each chunk; InterruptedError is raised once it returns True.
     """
     size = chunk_size(maml, parameters, distribution, split, tasks, steps)
-    reading = reading_of(maml.reading, distribution.ways)
+    reading = reading_of(maml.reading, distribution.most_ways)
     measures = reading.measures
     results = torch.zeros(len(measures), len(normalisations), tasks, steps + 1, dtype=torch.float64)
     for first in range(0, tasks, size)[world.rank :: world.size]:

@@ -1,4 +1,4 @@
-"""Share what tasks of images, tables and the user's own code need: draws, labels, prefetching, errors."""
+"""Share what tasks of images, tables and the user's own code need: draws, prefetching, errors."""
 
 from __future__ import annotations
 
@@ -23,13 +23,6 @@ def draw_distinct(words: Tensor, totals: Tensor, count: int) -> Tensor:
     positions = torch.arange(words.shape[-1], device=words.device)
     ranked = words.masked_fill(positions >= totals[..., None], 1 << 32)  # above every word
     return ranked.topk(count, largest=False).indices  # sorted, so the order is that of the words
-
-
-def with_labels(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return inputs `[tasks, ways * examples, ...]` of `[tasks, ways, examples, ...]`, and their labels."""
-    tasks, ways, examples = x.shape[:3]
-    labels = torch.arange(ways, device=x.device).repeat_interleave(examples)
-    return x.flatten(1, 2), labels.expand(tasks, -1)
 
 
 def say_too_few(sizes: Tensor, needed: int, what: str, flags: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,9 @@ from common.batch import DataRecord, TaskBatch, TaskDistribution
 from common.device import machine_memory
 from common.errors import UsageError
 from common.random import Stream, task_stream
-from tasks.file_tasks import Prefetch, draw_distinct, say_too_few, with_labels
+from common.sizes import Size, Span
+from tasks.drawn_sizes import DrawnSizes
+from tasks.file_tasks import Prefetch, say_too_few
 from tasks.images import ImageSet
 
 ZOOM = 0.8  # part of the side that "crop" shows at least
@@ -31,16 +33,16 @@ ANGLE = 15.0  # degrees
 class ImageTasks(TaskDistribution):
     """Tasks of `ways` different classes, with `shots` and `queries` different images of each.
 
-    Inputs are `[tasks, ways * examples, channels, side, side]` in [0, 1]; labels, int64, number the classes
-    in random order. With `quarter_turns`, each class of a task is turned by 0, 90, 180 or 270 degrees, in
-    every split. Raises UsageError where a split has too few classes, or a class too few images.
+    Inputs are `[tasks, examples, channels, side, side]` in [0, 1]; labels, int64, number the classes in
+    random order. With `quarter_turns`, each class of a task is turned by 0, 90, 180 or 270 degrees, in every
+    split. Raises UsageError where a split has too few classes, or a class too few images.
     """
 
     images: ImageSet
     _: KW_ONLY
-    ways: int
-    shots: int
-    queries: int
+    ways: Size
+    shots: Size
+    queries: Size
     quarter_turns: bool = False
     augment: tuple[str, ...] = ()
     device: torch.device = torch.device("cpu")
@@ -49,6 +51,7 @@ class ImageTasks(TaskDistribution):
     kind = "images"
 
     def __post_init__(self) -> None:
+        self.sizes = DrawnSizes.of(self.ways, self.shots, self.queries)
         self._check_sizes()
         pixels = self.images.load()
         cuda = self.device.type == "cuda"
@@ -78,9 +81,9 @@ class ImageTasks(TaskDistribution):
         other.tensors = {name: tensors[name] for name in self.tensors}
         return other
 
-    def resized(self, shots: int) -> ImageTasks:
+    def resized(self, shots: Size) -> ImageTasks:
         other = copy.copy(self)  # with the same pixels
-        other.shots = shots
+        other.shots, other.sizes = shots, replace(self.sizes, shots=Span.of(shots))
         other._check_sizes()
         other.prefetch = Prefetch(other._fetch)
         return other
@@ -90,39 +93,42 @@ class ImageTasks(TaskDistribution):
         if not len(self.tensors[split]):
             raise UsageError(f"{self.images.source} has no {split} classes: add them, or use another split")
         if self.on_host:
-            pixels = self.prefetch(split, seed, int(iteration), tasks).to(self.device, non_blocking=True)
+            fetched = self.prefetch(split, seed, int(iteration), tasks)
+            pixels, totals = (part.to(self.device, non_blocking=True) for part in fetched)
         else:
-            pixels = self._draw(stream, split)
+            pixels, totals = self._draw(stream, split)
         if self.quarter_turns:
-            quarters = (stream.at("rotations").words(self.ways) >> 30)[..., None, None, None, None]
+            quarters = (stream.at("rotations").words(pixels.shape[1]) >> 30)[..., None, None, None, None]
             pixels = torch.where(quarters >= 2, pixels.flip(-2, -1), pixels)
             pixels = torch.where(quarters % 2 == 1, pixels.rot90(1, (-2, -1)), pixels).contiguous()
-        parts: list[Tensor] = []
-        support, query = pixels.split([self.shots, self.queries], 2)
-        for part, images in (("support", support), ("query", query)):
-            x, labels = with_labels(images.to(self.dtype).div_(255))  # in place: `to` has made a copy
+        support, query, ways = self.sizes.divide(stream, pixels, totals)
+        parts: dict[str, Tensor | None] = {}
+        for name, part in (("support", support), ("query", query)):
+            x, labels = part.labelled(part.drawn.to(self.dtype).div_(255))  # in place: `to` has made a copy
             if split == "train" and self.augment:
-                x = augment_images(x, self.augment, stream.at("augmentation").at(part))
-            parts += [x, labels]
-        return TaskBatch(*parts)
+                x = augment_images(x, self.augment, stream.at("augmentation").at(name))
+            parts |= {f"{name}_x": x, f"{name}_y": labels, f"{name}_mask": part.mask}
+        return TaskBatch(**parts, ways=ways)
 
-    def _draw(self, stream: Stream, split: str) -> Tensor:
-        """Return pixels `[tasks, ways, shots + queries, channels, height, width]`."""
+    def _draw(self, stream: Stream, split: str) -> tuple[Tensor, Tensor]:
+        """Return pixels `[tasks, ways, drawn, channels, height, width]`, and images of the classes."""
         count, first, classes = (self.tensors[name] for name in ("count", "first", split))
-        classes = classes[stream.at("classes").distinct(self.ways, len(classes))]  # [tasks, ways]
-        words = stream.at("drawings").words(self.ways * self.largest).unflatten(1, (self.ways, self.largest))
-        drawn = draw_distinct(words, count[classes], self.shots + self.queries)
+        ways = self.sizes.ways.most
+        classes = classes[stream.at("classes").distinct(ways, len(classes))]  # [tasks, ways]
+        words = stream.at("drawings").words(ways * self.largest).unflatten(1, (ways, self.largest))
+        drawn = self.sizes.draw_examples(words, count[classes])
         rows = first[classes][..., None] + drawn
-        return self.tensors["pixels"].index_select(0, rows.flatten()).unflatten(0, rows.shape)
+        pixels = self.tensors["pixels"].index_select(0, rows.flatten()).unflatten(0, rows.shape)
+        return pixels, count[classes]
 
-    def _fetch(self, split: str, seed: int, iteration: int, tasks: range) -> Tensor:
-        pixels = self._draw(task_stream(split, seed, iteration, tasks, self.tensors["pixels"].device), split)
-        return pixels.pin_memory() if self.device.type == "cuda" else pixels
+    def _fetch(self, split: str, seed: int, iteration: int, tasks: range) -> tuple[Tensor, ...]:
+        drawn = self._draw(task_stream(split, seed, iteration, tasks, self.tensors["pixels"].device), split)
+        return tuple(part.pin_memory() for part in drawn) if self.device.type == "cuda" else drawn
 
     def _check_sizes(self) -> None:
-        images, needed, source = self.images, self.shots + self.queries, self.images.split_source
+        images, needed, source = self.images, self.sizes.needed, self.images.split_source
         for split, classes in images.splits.items():
-            if 0 < len(classes) < self.ways:
+            if 0 < len(classes) < self.sizes.ways.most:
                 problem = f"has {len(classes)} {split} classes: lower -n, {self.ways}, or add classes"
                 raise UsageError(f"{images.source} {problem}" + f" (split: {source})" * bool(source))
         used = torch.cat([*images.splits.values()])

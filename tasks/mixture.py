@@ -16,6 +16,7 @@ from torch import Tensor
 
 from common.batch import DataRecord, TaskBatch, TaskDistribution, tree_map
 from common.random import task_stream
+from common.sizes import Size
 
 
 @dataclass(eq=False)
@@ -71,7 +72,7 @@ class Mixture(TaskDistribution):
         }
         return replace(self, parts=parts)
 
-    def resized(self, shots: int) -> Mixture:
+    def resized(self, shots: Size) -> Mixture:
         return replace(self, parts={name: part.resized(shots) for name, part in self.parts.items()})
 
     def sample(self, split: str, seed: Any, iteration: int | Tensor, tasks: Any) -> TaskBatch:

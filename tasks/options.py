@@ -8,7 +8,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from common.names import AND, check_code_name, parse_name, split_mixture
-from common.options import BY_DATASET, at_least, expect, flag, key_and_value, list_names, not_negative
+from common.options import (
+    BY_DATASET,
+    at_least,
+    expect,
+    flag,
+    key_and_value,
+    list_names,
+    not_negative,
+    sizes_from,
+)
+from common.sizes import Size
 
 CURVES = ("sinusoid", "sinusoid-frequency", "sinusoid-line", "harmonic")
 AUGMENTATIONS = ("flip", "crop", "rotate")
@@ -64,13 +74,13 @@ def _common_facts(facts: Sequence[DataFacts]) -> DataFacts:
     )
 
 
-def is_classification(dataset: str, ways: int | None) -> bool:
+def is_classification(dataset: str, ways: Size | None) -> bool:
     """Return whether targets are classes: as the dataset says or, where it may be either, if -n is given."""
     classification = data_facts(dataset).classification
     return ways is not None if classification is None else classification
 
 
-examples = at_least(1, 100_000)  # of a task, or of each of its classes
+examples = sizes_from(1, 100_000)  # of a task, or of each of its classes
 
 
 def check_dataset(name: str) -> str | None:
@@ -152,15 +162,16 @@ class TaskOptions:
     dataset_args: tuple[str, ...] = flag(
         "--dataset-args", group="tasks", check=key_and_value, metavar="NAME=VALUE", default=(),
         only="own data", help="arguments of your own dataset's factory")
-    ways: int | None = flag(
-        "-n", group="tasks", check=at_least(2), metavar="WAYS", only="classification", common=True,
+    ways: Size | None = flag(
+        "-n", group="tasks", check=sizes_from(2), metavar="WAYS", only="classification", common=True,
         help="classes per task; makes a table or your own dataset a classification")
-    shots: int = flag("-k", group="tasks", check=examples, metavar="SHOTS", free_on_eval=True, common=True,
-        help="support examples per task; in classification, per class")
-    queries: int = flag(
+    shots: Size = flag("-k", group="tasks", check=examples, metavar="SHOTS", free_on_eval=True, common=True,
+        help="support examples per task; in classification, per class; from a range such as 1-10, as with -n "
+        "and -q, each task draws its own number")
+    queries: Size = flag(
         "-q", group="tasks", check=examples, metavar="QUERIES", free_on_eval=True, common=True,
         help="query examples per task; in classification, per class")
-    train_shots: int | None = flag(
+    train_shots: Size | None = flag(
         "--train-shots", group="tasks", check=examples, metavar="SHOTS", default=None,
         help="support examples of a training task, if not -k; for the Reptile meta-gradient all of its "
         "examples, query included (default k + q)")

@@ -17,7 +17,9 @@ from torch import Tensor
 from common.batch import DataRecord, TaskBatch, TaskDistribution
 from common.errors import UsageError
 from common.random import SPLITS, task_stream
-from tasks.file_tasks import draw_distinct, say_too_few, with_labels
+from common.sizes import Size
+from tasks.drawn_sizes import DrawnSizes, Part
+from tasks.file_tasks import say_too_few
 from tasks.options import parse_roles
 from tasks.scales import Scales, apply_scale, measure_scale
 from tasks.splits import PLAIN_WORDS, as_positions, split_at_random
@@ -258,19 +260,20 @@ class TableTasks(TaskDistribution):
     Inputs and targets are standardised by `scales` (tasks/scales.py).
     Rows of a task are drawn without replacement; the query does not depend on the number of shots. Inputs are
     `[tasks, examples, inputs]`, targets `[tasks, examples, targets]`. With `ways`, a task draws that many of
-    its classes, then rows of each. Labels, int64 `[tasks, ways * examples]`, number the drawn classes at
-    random, or in sorted order if the table has no other classes.
+    its classes, then rows of each. Labels, int64 `[tasks, examples]`, number the drawn classes at random, or
+    in sorted order if the table has no other classes.
     """
 
     table: Table
-    ways: int | None
-    shots: int
-    queries: int
+    ways: Size | None
+    shots: Size
+    queries: Size
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
     scales: Scales = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.sizes = DrawnSizes.of(self.ways, self.shots, self.queries)
         # Rows are grouped by (task, class), or by task alone. Examples are drawn from a group.
         table, classes = self.table, max(len(self.table.classes), 1)
         group = table.task * classes + (table.y if self.classification else 0)
@@ -289,10 +292,10 @@ class TableTasks(TaskDistribution):
 
     def _check_sizes(self, numbers: Tensor, rows: Tensor, groups: Tensor) -> None:
         """Raise UsageError, with their number, if tasks have too few classes or groups too few rows."""
-        table, needed = self.table, self.shots + self.queries
+        table, needed, ways = self.table, self.sizes.needed, self.sizes.ways.least
         task = "" if table.by_class else "task "
-        if self.ways and groups.min() < self.ways:
-            name, few = table.tasks[int(groups.argmin())], say_too_few(groups, self.ways, "classes", "-n")
+        if groups.min() < ways:
+            name, few = table.tasks[int(groups.argmin())], say_too_few(groups, ways, "classes", "-n")
             way = "share classes otherwise, by --split-shares" if table.by_class else "leave those out"
             raise UsageError(f"{table.source}: {task}{name!r} has {few}: lower -n, or {way}")
         if rows.min() < needed:
@@ -343,7 +346,7 @@ class TableTasks(TaskDistribution):
     def with_scales(self, scales: Scales) -> TableTasks:
         return replace(self, scales=scales)
 
-    def resized(self, shots: int) -> TableTasks:
+    def resized(self, shots: Size) -> TableTasks:
         return replace(self, shots=shots)
 
     def sample(self, split: str, seed: int, iteration: int | Tensor, tasks: range) -> TaskBatch:
@@ -353,17 +356,19 @@ class TableTasks(TaskDistribution):
             what = "classes" if self.table.by_class else "tasks"
             raise UsageError(f"{self.table.source} has no {split} {what}: it needs some in every split")
         task = candidates[stream.at("task").words(1)[:, 0] * len(candidates) >> 32]  # a word is below 2^32
-        ways = self.ways or 1
-        classes = draw_distinct(stream.at("classes").words(self.most_groups), self.groups[task], ways)
-        if len(self.table.classes) == ways and not self.table.by_class:
+        words, groups, sizes = stream.at("classes").words(self.most_groups), self.groups[task], self.sizes
+        classes = sizes.draw(words, groups, sizes.ways.most)  # [tasks, ways]
+        if [len(self.table.classes)] * 2 == [*sizes.ways] and not self.table.by_class:
             classes = classes.sort().values
-        group = self.first_group[task][:, None] + classes  # [tasks, ways]
-        words = stream.at("rows").words(ways * self.most_rows).view(len(tasks), ways, -1)
-        drawn = draw_distinct(words, self.rows[group], self.queries + self.shots)
-        query, support = (self.first_row[group][..., None] + drawn).split([self.queries, self.shots], -1)
-        return TaskBatch(*self._examples(support), *self._examples(query))
+        group = self.first_group[task][:, None] + classes
+        words = stream.at("rows").words(classes.shape[1] * self.most_rows).view(*classes.shape, -1)
+        totals = self.rows[group]
+        rows = self.first_row[group][..., None] + sizes.draw_examples(words, totals)
+        support, query, ways = sizes.divide(stream, rows, totals, groups, query_first=True)
+        parts = *self._examples(support), *self._examples(query)
+        return TaskBatch(*parts, support.mask, query.mask, ways)
 
-    def _examples(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return inputs and targets of rows `[tasks, ways, examples]`."""
-        x, labels = with_labels(self.x[rows])
-        return x, labels if self.y is None else self.y[rows].flatten(1, 2)
+    def _examples(self, part: Part) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets of rows."""
+        x, labels = part.labelled(self.x[part.drawn])
+        return x, labels if self.y is None else part.labelled(self.y[part.drawn])[0]

@@ -14,6 +14,7 @@ from commands.resolve import resolve
 from common.batch import TaskBatch
 from common.choices import Choices
 from dataset import Sinusoid
+from learners.losses import LOSSES
 from maml import MAML
 from tasks.image_tasks import ImageTasks
 from tasks.images import ImageSet
@@ -115,7 +116,10 @@ def test_a_compiled_iteration_equals_the_uncompiled_one_and_is_found_again(name,
 @pytest.mark.slow
 @pytest.mark.parametrize("choices", [{}, {"head_init": "prototype", "steps": 0}], ids=["maml", "protonet"])
 @pytest.mark.parametrize(("tasks_at_once", "libraries"), [(None, 1), (2, 3)])
-def test_a_compiled_iteration_on_images_equals_the_uncompiled_one(tasks_at_once, libraries, choices, cache):
+@pytest.mark.parametrize(("ways", "shots"), [(3, 1), ("2-3", "1-3")])
+def test_a_compiled_iteration_on_images_equals_the_uncompiled_one(
+    ways, shots, tasks_at_once, libraries, choices, cache
+):
     torch.manual_seed(0)
     learner = nn.Sequential(
         nn.Conv2d(1, 4, 3, stride=2, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()
@@ -123,7 +127,7 @@ def test_a_compiled_iteration_on_images_equals_the_uncompiled_one(tasks_at_once,
     learner = nn.Sequential(*learner, nn.Linear(36, 3)).double()
     options = dict(convolution="im2col", tasks_at_once=tasks_at_once)
     choices = Choices(**{"inner_lr": 0.4, "steps": 1, "adapt_norm": True} | choices)
-    maml = MAML(learner, F.cross_entropy, choices, **options)
+    maml = MAML(learner, LOSSES["cross-entropy"], choices, **options)
     pixels = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8)
     splits = {"train": torch.arange(12), "validation": torch.arange(0), "test": torch.arange(0)}
     images = ImageSet([str(c) for c in range(12)], torch.full([12], 5), splits, lambda: pixels, "images")

@@ -128,7 +128,19 @@ MISTAKES = [
     ("my.toml", "type --config my.toml to take settings from it"),
     ("--sweep k=1,000", "--sweep k=1,000: expected a whole number of at least 1, got '000'"),
     ("--iterations 10,00", "--iterations: expected a whole number, got '10,00'"),
-    ("-k 1e-3", "-k: expected a whole number, got '1e-3'"),
+    ("-k 1e-3", "-k: expected a whole number, or a range LOW-HIGH, got '1e-3'"),
+    # ranges
+    ("-k 10-1", "-k: expected a range LOW-HIGH, the first number below the second, got '10-1'"),
+    ("-k 0-3", "-k: expected a whole number of at least 1, got '0-3'"),
+    ("-k 1-3-5", "-k: expected a whole number, or a range LOW-HIGH, got '1-3-5'"),
+    ("--dataset omniglot -n 1-5", "-n: expected a whole number of at least 2, got '1-5'"),
+    ("-s 1-5", "-s: expected a whole number, got '1-5'"),
+    ("-k 1-10 --samples 20", "--samples 20 leaves no one number of queries to -k 1-10: give -q"),
+    (
+        "--algorithm reptile --train-shots 20 -q 5-10",
+        "--train-shots 20 of Reptile includes -q 5-10, which must be one number",
+    ),
+    ("--algorithm reptile --train-shots 5-20 -q 5", "--train-shots 5-20 must be above -q 5, which Reptile"),
     # flags that have no meaning here
     ("-n 5", "-n has no meaning with --dataset sinusoid: leave it out"),
     ("--dataset omniglot --noise 0.1", "--noise has no meaning with --dataset omniglot"),

@@ -142,10 +142,10 @@ def test_fits_show_the_steps_that_were_asked_for():
 def sheet(ways: int, shots: int, queries: int, size: int = 4, *, adapted: bool = True):
     """Three tasks whose labels are all wrong before, and right after except for class 1."""
     support, query = (torch.rand(3, ways * count, 1, size, size) for count in (shots, queries))
-    labels = torch.arange(ways).repeat_interleave(queries)
+    of_support, labels = (torch.arange(ways).repeat_interleave(count) for count in (shots, queries))
     before, after = (labels + 1) % ways, torch.where(labels == 1, 0, labels)
     outputs = torch.stack([before, after]).expand(3, -1, -1)
-    batch = TaskBatch(support, labels.expand(3, -1), query, labels.expand(3, -1))
+    batch = TaskBatch(support, of_support.expand(3, -1), query, labels.expand(3, -1))
     steps = [0, 2][: 1 + adapted]
     return examples_figure(Examples(batch, outputs[:, : len(steps)], steps, ways=ways), "title")
 

@@ -19,6 +19,7 @@ from commands.resolve import resolve
 from common import errors
 from common.errors import UsageError
 from common.options import Flag
+from common.sizes import Size
 
 # What no flag should stumble over, whatever its kind.
 ODD = (
@@ -42,8 +43,9 @@ FITTING: dict[str, tuple[str, ...]] = {
     "split_shares": ("64,16,20", "1,0,1"),
     "channels": ("1", "3"),
 }
-BY_KIND: dict[type, tuple[str, ...]] = {
+BY_KIND: dict[object, tuple[str, ...]] = {
     int: ("1", "2", "5", "20"),
+    Size: ("1", "2", "5", "20", "1-3", "2-20"),
     float: ("0.5", "0.01", "1", "0"),
     str: ("name", "y"),
     tuple: ("width=8", "c=[1,2]"),

@@ -131,7 +131,7 @@ def test_a_file_by_hand_may_name_settings_in_each_form(write):
 
 MISTAKES = [
     ("# a\nk = 0", "PATH, line 2: -k: expected a whole number of at least 1, got '0'"),
-    ("k = 'many'", "line 1: -k: expected a whole number, got 'many'"),
+    ("k = 'many'", "line 1: -k: expected a whole number, or a range LOW-HIGH, got 'many'"),
     ("[resolved]\ndataset = 'mnist'", "line 2: --dataset: expected one of sinusoid"),
     ("first-order = 3", "line 1: --first-order: expected yes or no, got '3'"),
     ("[given]\n\nmeta-lr = nan", "line 3: --meta-lr: expected a number above 0, got 'nan'"),

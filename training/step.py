@@ -130,7 +130,7 @@ class MetaStep:
         accelerate: Callable[..., Callable[..., Any]] = run_as_is,
     ) -> None:
         self.maml, self.distribution, self.options = maml, distribution, options
-        self.reading = reading_of(maml.reading, distribution.ways)
+        self.reading = reading_of(maml.reading, distribution.most_ways)
         self.members, self.world, self.tasks = dict(members), world, options.meta_batch_size
         parameters = maml.initial_parameters()
         self.layout, self.dtype = FlatLayout(parameters), next(iter(parameters.values())).dtype

@@ -74,7 +74,7 @@ class Trainer:
             always.active = True
             self.predictor = maml.with_options(accelerate=always.or_plain)
         self.show = show and world.first
-        accuracy = ["query_accuracy"] * reading_of(maml.reading, training_tasks.ways).has_accuracy
+        accuracy = ["query_accuracy"] * reading_of(maml.reading, training_tasks.most_ways).has_accuracy
         self.metrics = ["query_loss", *accuracy, "meta_gradient_norm", *TAIL]  # of an iteration
         self.iteration = runs[0].iteration
         self.window_size = runs[0].progress.window_size  # iterations since the last point of the curves
