@@ -287,12 +287,10 @@ def assemble(
     """Build everything needed to train a run; processes do not wait for each other here.
 
     `checked` has the engines of runs whose gradient has been checked; this run's is looked up or added.
-
     Raises UsageError where data, learner, loss or checkpoint do not fit each other.
     """
     runtime = prepare(start.config, call, world)
     config, source = _fit_to_machine(start, given, runtime), start.checkpoint
-    start = replace(start, config=config)
     scales = start.resumed.scales if start.resumed else None
     distribution, maml = build(config, call, runtime, saved=source, scales=scales)
     if start.file is not None and start.resumed is not None:
