@@ -296,7 +296,8 @@ def summarise(subjects: Sequence[Subject], split: str = "test") -> tuple[Caption
     number = common(config.evaluation.eval_tasks for config in configs)
     dataset = common(file_name(part.dataset) for part in tasks)
     queries = common(part.queries for part in tasks)
-    titles = [dataset, common(map(task_words, tasks)), f"{number} {split} tasks"]
+    each = " of each" * any(len(part.datasets) > 1 for part in tasks)
+    titles = [dataset, common(map(task_words, tasks)), f"{number} {split} tasks{each}"]
     names = [
         split,
         dataset,

@@ -113,7 +113,7 @@ def _mixture_rules(config: Config, given: Mapping[str, Any]) -> Iterator[tuple[b
     tasks, number = config.tasks, len(config.tasks.datasets)
     several = f"--dataset {' '.join(tasks.datasets)}"
     weights = len(tasks.weights)
-    yield weights != number, f"--mix {tasks.mix} has {weights} weights, and {several} {number} data sets"
+    yield weights != number, f"--mix has {weights} weights, and {several} {number} data sets"
     facts = [data_facts(name) for name in tasks.datasets]
     for name, what in (("image_size", "sizes"), ("channels", "channels")):
         values = dict.fromkeys(show(getattr(part, name)) for part in facts)

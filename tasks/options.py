@@ -100,9 +100,10 @@ def check_datasets(names: str) -> str | None:
     return None if len({*parts}) == len(parts) else "each data set once: weights are those of --mix"
 
 
+WEIGHT = r"\d{1,9}(\.\d{1,9})?"
 check_mix = expect(
     "numbers above 0 with commas between",
-    lambda text: all(re.fullmatch(r"\d+(\.\d+)?", part) and float(part) > 0 for part in text.split(",")),
+    lambda text: re.fullmatch(f"{WEIGHT}(,{WEIGHT})*", text) and all(map(float, text.split(","))),
 )
 check_columns = expect(
     "task=NAME, class=NAME, target=NAMES or input=NAMES, with commas between names",

@@ -33,7 +33,16 @@ ODD = (
 )  # fmt: skip
 # What is valid where a check says more than the kind does.
 FITTING: dict[str, tuple[str, ...]] = {
-    "dataset": ("sinusoid", "omniglot", "mini-imagenet", "images:folder", "table:file.csv", "own.py:f"),
+    "dataset": (
+        "sinusoid",
+        "omniglot",
+        "mini-imagenet",
+        "images:folder",
+        "table:file.csv",
+        "own.py:f",
+        "sinusoid + harmonic",
+    ),
+    "mix": ("1,2", "3,0.5"),
     "learner": ("mlp", "conv", "conv4", "torchvision:resnet18", "own.py:f"),
     "loss": ("mse", "cross-entropy", "own.py:f"),
     "sweep": ("inner-lr=0.1,0.01", "s=1,2", "first-order=yes", "algorithm=maml,anil", "n=2,5"),
