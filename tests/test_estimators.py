@@ -14,7 +14,7 @@ from commands.estimators import FewShotClassifier, FewShotRegressor
 
 PRETRAINED = ROOT / "checkpoints" / "pretrained"
 CURVES, CHARACTERS = PRETRAINED / "sinusoid-maml", PRETRAINED / "omniglot-one-training-prototype-head"
-SHORT = ["--iterations", 1, "--val-every", 1, "--eval-tasks", 2, "--meta-batch-size", 2, "--test-steps", 2]
+SHORT = ["--iterations", 1, "--val-every", 1, "--eval-tasks", 2, "--meta-batch-size", 2]
 X = np.random.default_rng(0).normal(size=(9, 2))
 Y = np.stack([5 * X[:, 0] + 3, X.sum(1) - 90], 1)
 
@@ -43,27 +43,27 @@ def with_gaps(values: np.ndarray, known: int) -> list[object]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """Train on a table: on two targets, and on the classes 9 and 10."""
+    """Train on two targets of a table, and on its classes 9 and 10: with a learned head, and with ridge."""
     folder = tmp_path_factory.mktemp("estimators")
     tasks = [f"t{row % 9}" for row in range(72)]
     x, y, names = np.tile(X, (8, 1)), np.tile(Y, (8, 1)), [9 + row % 2 for row in range(72)]
     write_table(folder / "table.csv", "task a b u v name", tasks, *x.T, *y.T, names)
-    flags = [
-        *SHORT,
-        "--dataset",
-        f"table:{folder / 'table.csv'}",
-        "-k",
-        2,
-        "-q",
-        2,
-        "--checkpoint-path",
-        folder,
-    ]
+    table = ["--dataset", f"table:{folder / 'table.csv'}", "-k", 2, "-q", 2, "--checkpoint-path", folder]
+    numbers, classes = (
+        ["--columns", "input=a,b", "target=u,v"],
+        ["--columns", "input=a,b", "target=name", "-n", 2],
+    )
+    settings = {"numbers": numbers, "classes": classes}
+    settings |= {
+        "ridge": [*numbers, "--algorithm", "r2d2"],
+        "ridge-classes": [*classes, "--head-init", "ridge"],
+    }
     with pytest.MonkeyPatch.context() as patch:
         validate_on(2, patch)
         draw_nothing(patch)
-        for run, more in (("numbers", ["target=u,v"]), ("classes", ["target=name", "-n", 2])):
-            assert command(*flags, "--run-name", run, "--columns", "input=a,b", *more) == 0
+        for run, flags in settings.items():
+            steps = [] if run == "ridge" else ["--test-steps", 2]
+            assert command(*SHORT, *table, "--run-name", run, *flags, *steps) == 0
     return folder
 
 
@@ -87,11 +87,13 @@ def test_a_regressor_predicts_what_adapt_writes(runs, adapt, tmp_path):
         written = adapt(CURVES, tmp_path / "curve.csv", "--test-steps", steps)["y"]
         assert regressor.predict(x[3:, None]) == pytest.approx(written, rel=1e-6)
     write_table(tmp_path / "two.csv", "a b u v", *X.T, *(with_gaps(part, 5) for part in Y.T))
-    regressor = FewShotRegressor.load(runs / "numbers").fit(X[:5], Y[:5])
-    written = adapt(runs / "numbers", tmp_path / "two.csv")
-    assert regressor.predict(X[5:]) == pytest.approx(np.stack([written["u"], written["v"]], 1), rel=1e-8)
-    by_name = regressor.fit(Frame(b=X[:5, 1], note=X[:5, 0], a=X[:5, 0]), Y[:5])
-    assert by_name.predict(X[5:]) == pytest.approx(np.stack([written["u"], written["v"]], 1), rel=1e-8)
+    for run in ("numbers", "ridge"):
+        written = adapt(runs / run, tmp_path / "two.csv")
+        expected = pytest.approx(np.stack([written["u"], written["v"]], 1), rel=1e-8)
+        regressor = FewShotRegressor.load(runs / run).fit(X[:5], Y[:5])
+        assert regressor.predict(X[5:]) == expected
+        by_name = regressor.fit(Frame(b=X[:5, 1], note=X[:5, 0], a=X[:5, 0]), Y[:5])
+        assert by_name.predict(X[5:]) == expected
 
 
 def test_a_classifier_of_a_table_predicts_what_adapt_writes(runs, adapt, tmp_path):
@@ -105,6 +107,11 @@ def test_a_classifier_of_a_table_predicts_what_adapt_writes(runs, adapt, tmp_pat
         assert shares == pytest.approx(np.stack([written[f"p({name})"] for name in order], 1), abs=1e-6)
         assert classifier.predict(X[6:]).astype(str).tolist() == written["prediction"]
         assert classifier.predict(X[6:]).dtype == labels.dtype
+    three = np.array(["b", "a", "c", "b", "a", "c", "", "", ""])
+    write_table(tmp_path / "three.csv", "a b name", *X.T, three)
+    written = adapt(runs / "ridge-classes", tmp_path / "three.csv")
+    shares = FewShotClassifier.load(runs / "ridge-classes").fit(X[:6], three[:6]).predict_proba(X[6:])
+    assert shares == pytest.approx(np.stack([written[f"p({name})"] for name in "abc"], 1), abs=1e-6)
 
 
 def test_images_are_those_of_files_whatever_their_type_and_any_number_of_classes(adapt, tmp_path):
