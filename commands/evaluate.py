@@ -26,12 +26,21 @@ from common.optimizers import Weights
 from common.processes import ALONE, World
 from common.sizes import as_file_part, largest
 from evaluation import meta_test
+from evaluation.by_size import sizes_record, sizes_table
 from evaluation.examples import adapt_examples, examples_figure
 from evaluation.figures import results_figure
 from evaluation.ledger import RESULTS, TIME, add_result, quote_result
 from evaluation.meta_test import Evaluation, normalisations_of
 from evaluation.style import write_figure
-from evaluation.tables import ALL, Caption, by_dataset, evaluation_record, results_of, results_table
+from evaluation.tables import (
+    ALL,
+    Caption,
+    after_steps,
+    by_dataset,
+    evaluation_record,
+    results_of,
+    results_table,
+)
 from learners.options import LEARNERS, learner_facts
 from learners.reading import reading_of
 from maml import MAML
@@ -263,11 +272,17 @@ class Subject:
         caption, _ = summarise([self])
         fits = examples if curves else None
         record = {"command": command, **self.record(), **numbers}
+        parts = {name: part for name, part in by_dataset(self.result).items() if part.sizes}
+        if by_size := {name: sizes_record(part) for name, part in parts.items()}:
+            record["by_size"] = by_size.get(ALL, by_size)
         line = build.write_results(stem, record, results_figure(results, caption, fits=fits))
         if examples is not None and not curves:
             write_figure(Path(f"{stem}-examples.png"), examples_figure(examples, caption.title))
         if prints:
             print(results_table(results, caption, losses=True))
+            for name, part in parts.items():
+                heading = f"By size, {after_steps(caption.test_steps)}" + f", {name}" * (name != ALL)
+                print(f"\n{heading}:\n{sizes_table(part, caption)}\n")
             print(line)
 
 

@@ -27,6 +27,7 @@ SEED = 0  # of the evaluation tasks; validation and test have random streams apa
 CHUNK_EXAMPLES, CHUNK_WEIGHTS, CHUNK_OUTPUTS = 2000, 50_000_000, 50_000_000
 COMPILED_EXAMPLES = 400  # the same for compiled predictions, which then stay in the cache
 MIN_CHUNKS = 8  # to share among processes, of tasks that take long
+SIZES = ("ways", "shots")  # of tasks, by which results are reported where they vary
 DIVERGENCE = 10.0  # a diverged loss is this many times the loss before adaptation
 
 
@@ -40,6 +41,8 @@ class Evaluation:
     metric: Metric | None = None
     further: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by name, see `Reading.further`
     parts: dict[str, Evaluation] = field(default_factory=dict)  # by data set, of whose means this is the mean
+    sizes: dict[str, Tensor] = field(default_factory=dict)  # those of `SIZES` that vary, int64 [tasks]
+    whole: tuple[Evaluation, Tensor] | None = None  # of which these tasks are some, bool [tasks]
 
     @classmethod
     def over(cls, parts: dict[str, Evaluation]) -> Evaluation:
@@ -79,9 +82,21 @@ class Evaluation:
 
         Of the mean over data sets, those of which one has.
         """
+        if self.whole:
+            return self.whole[0].diverged(normalisation)[self.whole[1]]
         if self.parts:
             return torch.stack([part.diverged(normalisation) for part in self.parts.values()]).any(0)
         return diverged(self.losses[normalisation])
+
+    def of_tasks(self, chosen: Tensor) -> Evaluation:
+        """Return the results of some tasks, bool `[tasks]`."""
+
+        def select(values: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: part[chosen] for name, part in values.items()}
+
+        further = {name: select(part) for name, part in self.further.items()}
+        measures = select(self.losses), select(self.accuracies), select(self.metrics)
+        return Evaluation(*measures, self.metric, further, sizes=select(self.sizes), whole=(self, chosen))
 
 
 def diverged(losses: Tensor) -> Tensor:
@@ -167,6 +182,7 @@ def measure_tasks(
     reading = reading_of(maml.reading, distribution.most_ways)
     measures = reading.measures
     results = torch.zeros(len(measures), len(normalisations), tasks, steps + 1, dtype=torch.float64)
+    sizes = torch.zeros(len(SIZES), tasks, dtype=torch.float64)  # zero where they do not vary
     for first in range(0, tasks, size)[world.rank :: world.size]:
         if interrupted():
             raise InterruptedError
@@ -177,17 +193,39 @@ def measure_tasks(
             parameters, batch, steps, normalisations, order=order, keys=keys, statistics=statistics
         )
         rows = slice(first, first + len(numbers))
+        sizes[:, rows] = sizes_of(batch, distribution.most_ways).cpu().double()
         for column, name in enumerate(normalisations):
             for measure, values in _measure(maml, reading, outputs[name], batch).items():
                 results[measures.index(measure), column, rows] = values.cpu().double()
     # each number was measured by one process, and is zero in all others
-    results = world.sum(results, patiently=True)
+    results, sizes = (world.sum(part, patiently=True) for part in (results, sizes))
+    return _name_results(reading, normalisations, results, sizes)
+
+
+def _name_results(
+    reading: Reading, normalisations: tuple[str, ...], results: Tensor, sizes: Tensor
+) -> Evaluation:
+    """Return results `[measures, normalisations, tasks, steps + 1]` and sizes by their names."""
     named = {
         name: dict(zip(normalisations, part, strict=True))
-        for name, part in zip(measures, results, strict=True)
+        for name, part in zip(reading.measures, results, strict=True)
     }
     losses, accuracies, metrics = (named.pop(name, {}) for name in ("loss", "accuracy", "metric"))
-    return Evaluation(losses, accuracies, metrics, reading.metric, named)
+    varying = {name: values.long() for name, values in zip(SIZES, sizes, strict=True) if values.any()}
+    return Evaluation(losses, accuracies, metrics, reading.metric, named, sizes=varying)
+
+
+def sizes_of(batch: TaskBatch, ways: int | None) -> Tensor:
+    """Return the numbers `SIZES` of each task, `[2, tasks]`, 0 where they do not vary.
+
+    Shots are the support examples of a class, rounded where its classes differ.
+    """
+    none = torch.zeros(len(first_tensor(batch.support_x)), device=first_tensor(batch.support_x).device)
+    classes = none if batch.ways is None else batch.ways
+    if batch.support_mask is None:
+        return torch.stack([classes, none])
+    shots = batch.support_mask.sum(1) / ((ways or 1) if batch.ways is None else batch.ways)
+    return torch.stack([classes, shots.round().clamp(min=1)])
 
 
 def _measure(maml: MAML, reading: Reading, outputs: Tree, batch: TaskBatch) -> dict[str, Tensor]:

@@ -150,6 +150,8 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
         "per_step": per_step,
         "per_task": {name: values for name, values in per_task.items() if values},
     }
+    if evaluation.sizes:
+        record["sizes"] = evaluation.sizes  # of each task
     if evaluation.parts:
         record["by_dataset"] = {name: evaluation_record(part) for name, part in evaluation.parts.items()}
     return record

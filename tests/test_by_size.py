@@ -1,0 +1,55 @@
+"""Evaluation by the size of tasks: the same tasks, divided by what they have."""
+
+import json
+
+import pytest
+import torch
+from runs import command
+
+from evaluation.by_size import sizes_record, sizes_table
+from evaluation.meta_test import Evaluation
+from evaluation.tables import Caption
+
+CAPTION = Caption("title", "MSE", trained_steps=1, test_steps=1)
+
+
+def test_each_size_has_the_mean_of_its_tasks():
+    losses = torch.tensor([[3.0, 1.0], [3.0, 2.0], [3.0, 6.0], [3.0, 4.0]]).double()
+    whole = Evaluation({"transductive": losses}, {}, sizes={"shots": torch.tensor([1, 1, 2, 2])})
+    record = sizes_record(whole)["shots"]
+    assert [record[size]["tasks"] for size in ("1", "2")] == [2, 2]
+    assert [record[size]["transductive"][1]["mean"] for size in ("1", "2")] == [1.5, 5.0]
+    assert "1.5000" in sizes_table(whole, CAPTION) and "5.0000" in sizes_table(whole, CAPTION)
+
+
+def test_many_sizes_are_put_together_and_none_is_left_out():
+    values = torch.arange(1, 21).repeat(3)
+    whole = Evaluation({"transductive": torch.rand(60, 2).double()}, {}, sizes={"shots": values})
+    record = sizes_record(whole)["shots"]
+    assert [*record][:2] == ["1-3", "4-6"] and len(record) == 8
+    assert sum(part["tasks"] for part in record.values()) == 60
+
+
+def test_a_task_that_has_diverged_among_all_has_diverged_among_those_of_its_size():
+    before = torch.tensor([1.0, 1.0, 1.0, 1.0, 1e-6])[:, None]
+    losses = torch.cat([before, torch.tensor([1.0, 1.0, 1.0, 50.0, 1.0])[:, None]], 1).double()
+    sizes = {"shots": torch.tensor([1, 1, 1, 2, 2])}
+    whole = Evaluation({"transductive": losses}, {}, sizes=sizes)
+    part = whole.of_tasks(sizes["shots"] == 2)
+    assert torch.equal(part.diverged("transductive"), whole.diverged("transductive")[3:])
+    assert whole.diverged("transductive")[:, 1].tolist() == [False, False, False, True, False]
+
+
+def test_an_evaluation_on_ranges_is_reported_by_size(tmp_path, capsys, no_pictures):
+    line = ["--iterations", 2, "--val-tasks", 2, "--threads", 1, "--checkpoint-path", tmp_path]
+    assert command("-k", "1-3", *line, "--run-name", "r") == 0
+    capsys.readouterr()
+    assert command("--eval", "--load", tmp_path / "r", "--eval-tasks", 40, "--eval-steps", 1) == 0
+    assert "By size, after 1 step:" in capsys.readouterr().out
+    (file,) = (tmp_path / "r").glob("*-1to3shot-*.json")
+    result = json.loads(file.read_text())
+    losses = torch.tensor(result["per_task"]["loss"]["transductive"])[:, 1]
+    shots = torch.tensor(result["sizes"]["shots"])
+    for size in (1, 2, 3):
+        mean = result["by_size"]["shots"][str(size)]["transductive"][1]["mean"]
+        assert mean == pytest.approx(losses[shots == size].mean().item(), rel=1e-5)
