@@ -139,6 +139,7 @@ CLASHES = (
     ("eval adapt", "resume init_from", "name the checkpoint with --load"),
     ("eval", "adapt", "they are two commands"),
     ("print_config", "eval adapt compare load resume seeds sweep", "the former is for a single new run"),
+    ("adapt compare", "report_to", "results go to files"),
     ("adapt", "metric metric_mode val_tasks", "there are no targets to measure by"),
     (
         "compare",

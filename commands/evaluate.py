@@ -16,7 +16,7 @@ from typing import Any
 from commands import build
 from commands.call import Call
 from commands.config import OWN_CODE, Config
-from commands.names import file_name, task_size, task_words
+from commands.names import file_name, select_meaningful, task_size, task_words
 from commands.resolve import config_of, resolve, resolve_from
 from common.batch import TaskDistribution
 from common.device import Runtime, versions
@@ -47,6 +47,8 @@ from maml import MAML
 from training.checkpoint import Checkpoint, check_same_data, load_checkpoint
 from training.compiler import Compiler, cpp_compiler
 from training.folders import LIST, find_runs
+from training.log import RunLog
+from training.tensorboard import Description
 
 COMPILED_FROM = 1_000_000  # images times inner steps: compiling then saves more than it takes (docs/speed.md)
 
@@ -80,6 +82,8 @@ def measure(
 ) -> list[Subject]:
     """Measure checkpoints on test tasks and write each one's result; print that of a single one."""
     with world.together():
+        if "report_to" in given and None in files:
+            raise UsageError("--report-to with --eval needs --load: it adds to the log of a run")
         subjects = [Subject.read(file, call, given) for file in files]
         first, configs = subjects[0], [subject.config for subject in subjects]
         if len({(c.evaluation.eval_steps, c.evaluation.eval_tasks) for c in configs}) > 1:
@@ -104,6 +108,8 @@ def measure(
         if world.first:
             subject.write(subject.stem(call), command, prints=len(files) == 1)
             add_result(subject.results_file(call), subject.row(call, command))
+            if "report_to" in given:
+                subject.report(given["report_to"], subject.stem(call))
     return subjects
 
 
@@ -260,6 +266,17 @@ class Subject:
             **quote_result(self.result, choices.query_norm, options.test_steps),
             "command": command,
         }
+
+    def report(self, trackers: str, stem: Path) -> None:
+        """Add the result's table and picture to the log of the checkpoint's run."""
+        assert self.file is not None and self.source is not None
+        description = Description(select_meaningful(self.trained))
+        log, at = RunLog(self.file.parent, trackers, description, begin_at=None), self.source.iteration
+        name = summarise([self])[1]
+        log.table(name, evaluation_record(self.result)["per_step"], at)
+        log.image(f"{name}-curves", Path(f"{stem}.png").read_bytes(), at)
+        log.sync()
+        log.close()
 
     def write(self, stem: Path, command: str, *, prints: bool) -> None:
         """Write the result as JSON, and as a picture; image tasks get a picture of examples as well."""

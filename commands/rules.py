@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from commands.call import ALL_FLAGS
@@ -83,7 +84,9 @@ def check(config: Config, given: Mapping[str, Any], *, testing: bool = False) ->
     for name in given:
         if setting := what_makes_meaningless(ALL_FLAGS[name], config):
             raise UsageError(f"{ALL_FLAGS[name].name} has no meaning with {setting}: leave it out")
-    rules = [*_table_rules(config), *_mixture_rules(config, given), *_learner_rules(config)]
+    trackers = given["report_to"].split(",") if "report_to" in given else []
+    rules = [(not find_spec(n), f"--report-to {n} needs a package: pip install {n}") for n in trackers]
+    rules += [*_table_rules(config), *_mixture_rules(config, given), *_learner_rules(config)]
     if not testing:
         has_batch_norm, classification = config.learner.has_batch_norm, config.tasks.classification
         try:

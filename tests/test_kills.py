@@ -11,7 +11,7 @@ from runs import assert_same_run, command
 
 from common import files
 from training.folders import LAST, RESULTS
-from training.tensorboard import RunLog
+from training.log import RunLog
 
 SHORT = ["--iterations", 60, "--log-every", 10, "--val-every", 25, "--save-every", 20]
 SHORT += ["--meta-batch-size", 4, "-k", 3, "-q", 3, "--compile", "off"]

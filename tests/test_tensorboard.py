@@ -11,7 +11,8 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import api_pb2, metadata
 
-from training.tensorboard import CHARTS, METRICS, RunLog, drop_events
+from training.log import RunLog
+from training.tensorboard import CHARTS, METRICS, drop_events
 
 
 def log_points(folder: Path, first: int, last: int) -> RunLog:
@@ -33,7 +34,7 @@ def test_a_resumed_curve_has_neither_gaps_nor_doubled_points(tmp_path):
 
 def test_a_torn_record_is_dropped_and_a_foreign_file_kept(tmp_path):
     log = log_points(tmp_path, 0, 9)
-    file = Path(log.file.name)
+    file = Path(log.sinks[0].file.name)
     file.write_bytes(file.read_bytes()[:-3])
     foreign = tmp_path / "events.out.tfevents.notes"
     foreign.write_text("mine")

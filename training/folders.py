@@ -4,6 +4,7 @@
     RUN/training.json          curves and outcome; a run that has it is finished
     RUN/settings.toml          the settings and the commands, which --config repeats
     RUN/events.out.tfevents.*  for TensorBoard
+    RUN/wandb.json, trackio.json  the run's name in another tracker, and its last point there
     RUNS/runs.json             the runs of a sweep, each in a folder of its own below
 
 Commands and the trainer find files through this module; it imports no PyTorch.

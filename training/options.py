@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from common.choices import CONVOLUTIONS, ENGINES
-from common.options import BY_RULE, above_zero, at_least, flag, not_negative, seed_range
+from common.options import BY_RULE, above_zero, at_least, expect, flag, not_negative, seed_range
 
 META_OPTIMIZERS = ("adam", "sgd")
 SCHEDULES = ("constant", "linear", "cosine", "halving")
 ENDING = ("linear", "cosine")  # those that reach their end with the last iteration
+TRACKERS = ("tensorboard", "wandb", "trackio")
+check_trackers = expect(
+    f"some of {', '.join(TRACKERS)}, with commas between", lambda text: {*text.split(",")} <= {*TRACKERS}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +66,11 @@ class TrainingOptions:
         help="iterations between validations")
     val_tasks: int = flag("--val-tasks", group="logging", check=at_least(1), metavar="TASKS", default=200,
         help="validation tasks, the same at each validation; fewer save time with a large network")
+    report_to: str = flag(
+        "--report-to", group="logging", check=check_trackers, metavar="NAMES", default="tensorboard",
+        free_on_resume=True, free_on_eval=True,
+        help="where curves, pictures, settings and results go: some of tensorboard, wandb and trackio, with "
+        "commas between; with --eval --load: add the result to the run's log there")
     save_every: int = flag(
         "--save-every", group="logging", check=at_least(1), metavar="N", free_on_resume=True,
         help="iterations between savings of last.pt, which is saved every 10 minutes as well")

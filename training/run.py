@@ -22,15 +22,16 @@ from evaluation.examples import adapt_examples, examples_figure
 from evaluation.figures import learning_figure
 from evaluation.meta_test import Evaluation, evaluate
 from evaluation.options import EvaluationOptions
-from evaluation.tables import write_json
+from evaluation.tables import plain_values, write_json
 from learners.computed_heads import RIDGE
 from learners.reading import Reading
 from maml import MAML, RATE
 from training.checkpoint import Checkpoint, Curve, Progress
 from training.folders import RESULTS, SETTINGS
+from training.log import RunLog
 from training.options import TrainingOptions
 from training.step import TAIL, State
-from training.tensorboard import RunLog
+from training.tensorboard import Description
 
 FINAL_ITERATIONS = 500  # the training loss reported at the end is their mean
 
@@ -70,11 +71,8 @@ class Run:
         self.state: State  # of the present iteration; the trainer's
 
     def begin(self) -> None:
-        """Open the event file and write the settings; a new run describes itself in both."""
+        """Open the log and write the settings; a new run describes itself in both."""
         if self.writes:
-            self.log = RunLog(self.folder, begin_at=self.iteration + 1 if self.iteration else 0)
-            write_whole(self.folder / SETTINGS, lambda file: file.write(self.settings_file.encode()))
-        if not self.iteration:
             empty = ["query accuracy"] * (not self.reading.has_accuracy)
             empty += ["query metric"] * (self.reading.metric is None)
             empty += ["inner rates"] * (self.choices.inner_rates == "fixed")
@@ -83,7 +81,10 @@ class Run:
             several = len(self.datasets) > 1
             empty += ["loss by data set"] * (not several)
             empty += ["accuracy by data set"] * (not (several and self.reading.has_accuracy))
-            self.log.begin(self._description(), self.columns, empty, self.measure)
+            description = Description(self._description(), self.columns, empty, self.measure)
+            begin_at = self.iteration + 1 if self.iteration else 0
+            self.log = RunLog(self.folder, self.training.report_to, description, begin_at=begin_at)
+            write_whole(self.folder / SETTINGS, lambda file: file.write(self.settings_file.encode()))
 
     def _description(self) -> dict[str, Any]:
         """Return the settings to show, as they are now, and where the weights come from."""
@@ -221,10 +222,24 @@ class Run:
             }
             figure = learning_figure(points, f"query {self.measure_name}")
             self.log.figure("training", figure, after, self.folder / "training.png")
-        if self.failure is None:
-            self.log.end(after)
+        self.log.table("results", self._results_table(), after)
         self.log.sync()
+        self.log.close(ended_at=after if self.failure is None else None)
         write_json(self.folder / RESULTS, results)
+
+    def _results_table(self) -> list[dict[str, str]]:
+        """Return the run's results for its log, without those that it has not."""
+        best, sign = self.progress.best_score, 1 if self.reading.more_is_better else -1
+        loss = final_loss(self.progress.training)
+        results = {
+            "iterations": self.iteration,
+            f"best validation {self.measure_name}": best and sign * best,
+            "best iteration": self.progress.best_iteration,
+            "training loss": loss and loss["mean"],
+            "failure": self.failure,
+        }
+        shown = {name: value for name, value in results.items() if value is not None}
+        return [{"result": name, "value": str(plain_values(value))} for name, value in shown.items()]
 
 
 def final_loss(training: Curve) -> dict[str, Any] | None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
@@ -22,10 +24,6 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
 from common.files import write_whole
-from evaluation.style import render
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # Result columns of the hyper-parameter view.
 METRICS = [f"validation/{best}query_{measure}" for best in ("best_", "") for measure in ("accuracy", "loss")]
@@ -51,28 +49,35 @@ CHARTS = {
 }
 
 
-class RunLog:
-    """Writes a run's event file.
+@dataclass(frozen=True)
+class Description:
+    """A run's settings, and how TensorBoard shows it beside others."""
+
+    settings: Mapping[str, Any]
+    columns: Mapping[str, Any] = field(default_factory=dict)  # with an example value: the first run's count
+    empty: Collection[str] = ()  # charts to leave out
+    measure: str = ""  # what chooses the best checkpoint, by its tag's last part
+
+
+class EventFile:
+    """A run's log as an event file in its folder; see `training.log.Sink`.
 
     Args:
-        folder: the run's folder; None writes nothing, as in all processes but the first.
-        begin_at: the first iteration that this process writes; later points of a predecessor are dropped.
+        folder, begin_at: see `RunLog`.
     """
 
-    def __init__(self, folder: Path | None, *, begin_at: int = 0) -> None:
-        self.file: IO[bytes] | None = None
-        if folder is None:
-            return
+    def __init__(self, folder: Path, description: Description | None, *, begin_at: int | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        drop_events(folder, begin_at)
+        if begin_at is not None:
+            drop_events(folder, begin_at)
         # TensorBoard reads the files in the order of their names
         name = f"events.out.tfevents.{time.time_ns():019d}.{socket.gethostname()}.{os.getpid()}"
         self.file = (folder / name).open("wb")
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if begin_at == 0 and description:
+            self._describe(description)
 
     def _write(self, event: Event) -> None:
-        if self.file is None:
-            return
         try:
             _write_records([event.SerializeToString()], self.file)
             self.file.flush()
@@ -84,54 +89,44 @@ class RunLog:
         """Add a point of any kind."""
         self._write(Event(wall_time=time.time(), step=iteration, summary=point))
 
-    def sync(self) -> None:
-        """Bring all points to the disk; raises OSError where that fails."""
-        if self.file is not None:
-            os.fsync(self.file.fileno())
-
     def scalars(self, values: Mapping[str, float], iteration: int) -> None:
-        """Add a point to several curves, by tag."""
         # one event for all: an event per curve takes a tenth of a fast run's time
         self.add(Summary(value=[Summary.Value(tag=n, simple_value=v) for n, v in values.items()]), iteration)
 
     def text(self, tag: str, text: str, iteration: int) -> None:
-        """Add a text in Markdown."""
         self.add(summary.text(tag, text), iteration)
 
-    def figure(self, tag: str, figure: Figure, iteration: int, file: Path) -> None:
-        """Show a figure, and write the same PNG to a file: drawing it is the slow part."""
-        png = render(figure)
-        width, height = map(int, figure.bbox.size)
+    def image(self, tag: str, png: bytes, iteration: int) -> None:
+        width, height = struct.unpack(">II", png[16:24])
         image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
         self.add(Summary(value=[Summary.Value(tag=tag, image=image)]), iteration)
-        write_whole(file, lambda opened: opened.write(png))
 
-    def begin(
-        self, settings: Mapping[str, Any], columns: Mapping[str, Any], empty: Collection[str], measure: str
-    ) -> None:
-        """Describe a new run: settings as a text and as a row of the hyper-parameter view, and its charts.
+    def table(self, tag: str, rows: Sequence[Mapping[str, Any]], iteration: int) -> None:
+        lines = [[*rows[0]], ["-"] * len(rows[0]), *(map(str, row.values()) for row in rows)]
+        self.text(tag, "\n".join(f"| {' | '.join(line)} |" for line in lines), iteration)
 
-        Args:
-            columns: an example value of each column; TensorBoard takes them from the first run for all.
-            empty: charts to leave out.
-            measure: what chooses the best checkpoint, by its tag's last part.
-        """
-        own = [tag for best in ("best_", "") if (tag := f"validation/{best}{measure}") not in METRICS]
-        rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
-        self.text("settings", f"| setting | value |\n|-|-|\n{rows}", 0)
-        plain = {n: " ".join(v) if isinstance(v, list | tuple) else v for n, v in settings.items()}
-        experiment, _, _ = summary.hparams(dict(columns), dict.fromkeys([*METRICS, *own]))
+    def sync(self) -> None:
+        os.fsync(self.file.fileno())
+
+    def close(self, *, ended_at: int | None) -> None:
+        if ended_at is not None:  # the run's row in the hyper-parameter view is a success
+            self.add(summary.hparams({}, {})[2], ended_at)
+            self.sync()
+        self.file.close()
+
+    def _describe(self, run: Description) -> None:
+        """Show the settings as a text and as a row of the hyper-parameter view, and lay out the charts."""
+        self.table("settings", [{"setting": name, "value": v} for name, v in run.settings.items()], 0)
+        own = [tag for best in ("best_", "") if (tag := f"validation/{best}{run.measure}") not in METRICS]
+        plain = {n: " ".join(v) if isinstance(v, list | tuple) else v for n, v in run.settings.items()}
+        experiment, _, _ = summary.hparams(dict(run.columns), dict.fromkeys([*METRICS, *own]))
         _, row, _ = summary.hparams(plain, {})
         layout: dict[str, dict[str, Any]] = {}
         for group, charts in CHARTS.items():
-            shown = {name: ["Multiline", [tags]] for name, tags in charts.items() if name not in empty}
+            shown = {name: ["Multiline", [tags]] for name, tags in charts.items() if name not in run.empty}
             layout |= {group: shown} if shown else {}
         for part in (experiment, row, summary.custom_scalars(layout)):
             self.add(part, 0)
-
-    def end(self, iteration: int) -> None:
-        """Mark the run's row in the hyper-parameter view as a success."""
-        self.add(summary.hparams({}, {})[2], iteration)
 
 
 def drop_events(folder: Path, begin_at: int) -> None:

@@ -109,8 +109,17 @@ class Trainer:
 
     def train(self) -> int:
         """Train, save and write the results; return the exit code: 0, `FAILED`, or 128 + signal."""
-        for run in self.runs:
-            run.begin()
+        try:
+            for run in self.runs:
+                run.begin()
+            self._show_loop()
+            return self._end()
+        finally:
+            for run in self.runs:
+                run.log.close()
+
+    def _show_loop(self) -> None:
+        """Run the loop with its progress bar; save the state where memory runs out or a process is lost."""
         total, begun = self.options.iterations, self.iteration
         # smoothing 0: the mean rate, from which compiling and validating are left out
         bar = tqdm(total=total, initial=begun, mininterval=REDRAW_SECONDS, smoothing=0, disable=not self.show)
@@ -123,7 +132,6 @@ class Trainer:
                         self.save(LAST)
                         self._say(f"Saved at iteration {self.iteration:,}")
                 raise
-        return self._end()
 
     def _loop(self) -> None:
         options = self.options

@@ -1,0 +1,137 @@
+"""--report-to, offline: trackers have what TensorBoard has, and a resumed run continues there."""
+
+import json
+import struct
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+from runs import command, curves, validate_on
+
+from common.errors import UsageError
+from training.folders import LAST
+from training.log import RunLog
+from training.trainer import Trainer
+
+SHORT = ["--iterations", 24, "--log-every", 2, "--val-every", 6, "--save-every", 8, "--meta-batch-size", 2]
+SHORT += ["--compile", "off"]
+TRACKERS = (pytest.param("wandb", marks=pytest.mark.slow), "trackio")
+History = list[tuple[int, dict]]  # what was logged at each iteration
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _offline(tmp_path_factory):
+    store = tmp_path_factory.mktemp("trackio")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_SILENT", "true")
+        patch.setenv("TRACKIO_DIR", str(store))  # read at import, which no other test does
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch, no_pictures):
+    validate_on(4, monkeypatch)
+    monkeypatch.setattr("commands.evaluate.results_figure", lambda *_, **__: Figure(figsize=(1, 1)))
+
+
+def records_of(file: Path) -> Iterator[bytes]:
+    """Yield the records of a log in LevelDB's format: blocks of 32 KiB, records in one piece or several."""
+    data, position, record = file.read_bytes(), 7, b""  # after the file's own header
+    while position < len(data):
+        if 2**15 - position % 2**15 < 7:  # too little for another piece
+            position += 2**15 - position % 2**15
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield record
+            record = b""
+
+
+def read_wandb(run: Path) -> tuple[list[str], dict, History]:
+    """Return the ids, the settings and the history of the offline runs in a folder."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    ids, config, history = [], {}, []
+    for file in sorted(run.glob("wandb/offline-run-*/*.wandb")):
+        ids.append(file.stem.removeprefix("run-"))
+        for record in map(Record.FromString, records_of(file)):
+            config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+            row = {[*i.nested_key, i.key][0]: json.loads(i.value_json) for i in record.history.item}
+            history += [(row["iteration"], row)] if row else []
+    return ids, config, history
+
+
+def read_trackio(run: Path) -> tuple[list[str], dict, History]:
+    """Return the same from Trackio's local store."""
+    from trackio.sqlite_storage import SQLiteStorage
+
+    name = f"{run.name}-{json.loads((run / 'trackio.json').read_text())['id']}"
+    rows = [(row.pop("step"), row) for row in SQLiteStorage.get_logs("maml", name)]
+    return [name], SQLiteStorage.get_run_config("maml", name), rows
+
+
+READERS = {"wandb": read_wandb, "trackio": read_trackio}
+
+
+@pytest.mark.parametrize("tracker", TRACKERS)
+def test_a_tracker_has_what_tensorboard_has_and_a_resumed_run_continues_there(tracker, tmp_path, monkeypatch):
+    pytest.importorskip(tracker)
+    run, step = tmp_path / "run", Trainer.step
+    line = [
+        *SHORT,
+        "--checkpoint-path",
+        tmp_path,
+        "--run-name",
+        "run",
+        "--report-to",
+        f"tensorboard,{tracker}",
+    ]
+
+    def killed(self: Trainer) -> None:
+        if self.iteration == 15:  # after the validation at 12, with last.pt of iteration 8
+            raise KeyboardInterrupt
+        step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", killed)
+        assert command(*line) == 130
+    assert command("--load", run / LAST) == 0
+    ids, settings, history = READERS[tracker](run)
+    assert len({*ids}) == 1
+    assert settings["meta_batch_size"] == 2 and settings["algorithm"] == "maml"
+    points = Counter((tag, iteration) for iteration, row in history for tag in row)
+    for tag, iterations in curves(run).items():
+        assert [points[tag, iteration] for iteration in iterations] == [1] * len(iterations), tag
+    assert {"training", "results"} <= {tag for tag, _ in points}
+    # a test joins them, once
+    assert command("--eval", "--load", run, "--eval-tasks", 4, "--report-to", tracker) == 0
+    after, _, history = READERS[tracker](run)
+    assert {*after} == {*ids}
+    tests = [row for _, row in history if "test-sinusoid-10shot-10query-4tasks" in row]
+    assert len(tests) == 1
+
+
+def test_runs_at_once_have_a_run_each_in_one_group(tmp_path):
+    pytest.importorskip("trackio")
+    line = [*SHORT, "--checkpoint-path", tmp_path, "--run-name", "many", "--seeds", "0-1"]
+    assert command(*line, "--report-to", "trackio") == 0
+    for seed in (0, 1):
+        _, settings, history = read_trackio(tmp_path / "many" / f"seed-{seed}")
+        assert (settings["seed"], settings["_Group"]) == (seed, "many")
+        assert sum("train/query_loss" in row for _, row in history) == 12
+    assert not [*tmp_path.glob("many/seed-0/events*")]  # TensorBoard was not asked for
+
+
+def test_a_missing_package_and_an_unknown_tracker_are_one_line(refuse, monkeypatch, tmp_path):
+    assert "expected some of tensorboard, wandb, trackio" in refuse("--report-to", "tensorboard,mlflow")
+    assert "--report-to with --eval needs --load" in refuse("--eval", "--report-to", "tensorboard")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    line = "--report-to wandb needs a package: pip install wandb"
+    assert line in refuse("--report-to", "wandb")
+    with pytest.raises(UsageError, match=line):  # of a checkpoint's settings
+        RunLog(tmp_path, "wandb")

@@ -1,0 +1,102 @@
+"""A run's log: its curves, pictures, settings and results, for TensorBoard and other trackers (--report-to).
+
+    Run -> RunLog -> EventFile (tensorboard.py), Tracker (trackers.py)
+
+`Run` hands over numbers and figures. A checkpoint is saved after `sync`, which brings its points to where
+they belong: the log of a resumed run has no gaps and no duplicates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from common.files import write_whole
+from evaluation.style import render
+from training.tensorboard import Description, EventFile
+from training.trackers import Tracker
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Sink(Protocol):
+    """Where a log goes; things are added at an iteration, by a tag."""
+
+    def scalars(self, values: Mapping[str, float], iteration: int) -> None: ...
+
+    def text(self, tag: str, text: str, iteration: int) -> None: ...
+
+    def image(self, tag: str, png: bytes, iteration: int) -> None: ...
+
+    def table(self, tag: str, rows: Sequence[Mapping[str, Any]], iteration: int) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def close(self, *, ended_at: int | None) -> None: ...
+
+
+class RunLog:
+    """Writes a run's log to its trackers.
+
+    Args:
+        folder: the run's folder; None writes nothing, as in all processes but the first.
+        report_to: names of trackers, with commas between.
+        description: of the run, which a new one shows.
+        begin_at: the first iteration that this process writes; later points of a predecessor are dropped.
+            None: the process only adds to a log.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        report_to: str = "tensorboard",
+        description: Description | None = None,
+        *,
+        begin_at: int | None = 0,
+    ) -> None:
+        self.sinks: list[Sink] = [
+            EventFile(folder, description, begin_at=begin_at)
+            if name == "tensorboard"
+            else Tracker(name, folder, description.settings if description else {}, begin_at=begin_at)
+            for name in dict.fromkeys(report_to.split(","))
+            if folder is not None
+        ]
+
+    def scalars(self, values: Mapping[str, float], iteration: int) -> None:
+        """Add a point to several curves, by tag."""
+        for sink in self.sinks:
+            sink.scalars(values, iteration)
+
+    def text(self, tag: str, text: str, iteration: int) -> None:
+        """Add a text in Markdown."""
+        for sink in self.sinks:
+            sink.text(tag, text, iteration)
+
+    def image(self, tag: str, png: bytes, iteration: int) -> None:
+        """Add a picture."""
+        for sink in self.sinks:
+            sink.image(tag, png, iteration)
+
+    def figure(self, tag: str, figure: Figure, iteration: int, file: Path) -> None:
+        """Show a figure, and write the same PNG to a file: drawing it is the slow part."""
+        png = render(figure)
+        self.image(tag, png, iteration)
+        write_whole(file, lambda opened: opened.write(png))
+
+    def table(self, tag: str, rows: Sequence[Mapping[str, Any]], iteration: int) -> None:
+        """Add a table, whose rows have the same columns by name."""
+        for sink in self.sinks:
+            sink.table(tag, rows, iteration)
+
+    def sync(self) -> None:
+        """Bring all points to where they belong; raises OSError where that fails."""
+        for sink in self.sinks:
+            sink.sync()
+
+    def close(self, *, ended_at: int | None = None) -> None:
+        """End the log, as that of a finished run if it has `ended_at` an iteration."""
+        sinks, self.sinks = self.sinks, []
+        for sink in sinks:
+            sink.close(ended_at=ended_at)

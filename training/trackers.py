@@ -1,0 +1,121 @@
+"""A run's log in Weights & Biases and in Trackio (--report-to), whose interfaces are alike.
+
+Both packages are optional. The run's folder has its name there, so that a resumed run continues the same one.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import Context
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from common.errors import UsageError, one_line
+from common.files import read_json
+from evaluation.tables import plain_values, write_json
+from training.folders import LIST
+
+# the library, its run, and what sends values at an iteration
+Opened = tuple[Any, Any, Callable[[dict[str, Any], int], None]]
+
+
+class Tracker:
+    """A run in a tracker; see `training.log.Sink`.
+
+    Points are held back until a checkpoint has them, and the last one that was sent is noted: a resumed run
+    repeats what a killed one did after its last checkpoint, and sends nothing twice.
+
+    Args:
+        name: "wandb" or "trackio".
+        folder, begin_at: see `RunLog`.
+    """
+
+    def __init__(self, name: str, folder: Path, settings: Mapping[str, Any], *, begin_at: int | None) -> None:
+        self.file = folder / f"{name}.json"
+        known = read_json(self.file) if begin_at != 0 and self.file.is_file() else {}
+        self.state = {"id": uuid.uuid4().hex[:8], "iteration": -1} | known
+        self.sent = -1 if begin_at is None else self.state["iteration"]  # when this process begins
+        self.held: list[tuple[int, dict[str, Any]]] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            opened = OPEN[name](folder, self.state["id"], plain_values(settings))
+        except ImportError as error:
+            raise UsageError(f"--report-to {name} needs a package: pip install {name}") from error
+        except Exception as error:  # it may fail in any way: no account, no network, no disk
+            raise UsageError(f"--report-to {name}: {one_line(error):.300}") from error
+        self.library, self.run, self.send = opened
+        write_json(self.file, self.state)
+
+    def scalars(self, values: Mapping[str, float], iteration: int) -> None:
+        self.held.append((iteration, dict(values)))
+        self.state["iteration"] = max(self.state["iteration"], iteration)
+
+    def text(self, tag: str, text: str, iteration: int) -> None:
+        self.held.append((iteration, {tag: text}))
+
+    def image(self, tag: str, png: bytes, iteration: int) -> None:
+        self.held.append((iteration, {tag: self.library.Image(Image.open(io.BytesIO(png)))}))
+
+    def table(self, tag: str, rows: Sequence[Mapping[str, Any]], iteration: int) -> None:
+        data = [[*row.values()] for row in rows]
+        self.held.append((iteration, {tag: self.library.Table(columns=[*rows[0]], data=data)}))
+
+    def sync(self) -> None:
+        for iteration, values in self.held:
+            if iteration > self.sent:
+                self.send(values, iteration)
+        self.held.clear()
+        write_json(self.file, self.state)
+
+    def close(self, *, ended_at: int | None) -> None:
+        self.run.finish()
+
+
+def _open_wandb(folder: Path, identity: str, settings: Mapping[str, Any]) -> Opened:
+    import wandb
+
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "maml"),
+        id=identity,
+        name=folder.name,
+        group=_group_of(folder),
+        dir=folder,
+        config=dict(settings),
+        resume="allow",
+        reinit="create_new",  # of several runs at once, each has its own
+        settings=wandb.Settings(console="off"),
+    )
+    # its own steps only rise, also where a resumed run goes back
+    run.define_metric("iteration", hidden=True)
+    run.define_metric("*", step_metric="iteration")
+    return wandb, run, lambda values, iteration: run.log({**values, "iteration": iteration})
+
+
+def _open_trackio(folder: Path, identity: str, settings: Mapping[str, Any]) -> Opened:
+    import trackio
+
+    start = partial(
+        trackio.init,
+        project="maml",
+        name=f"{folder.name}-{identity}",  # by which it is found again
+        group=_group_of(folder),
+        config=dict(settings),
+        resume="allow",
+        embed=False,
+    )
+    run = Context().run(start)  # in one context, a run ends the one before
+    return trackio, run, lambda values, iteration: run.log(values, step=iteration)
+
+
+OPEN = {"wandb": _open_wandb, "trackio": _open_trackio}
+
+
+def _group_of(folder: Path) -> str | None:
+    """Return the name of the sweep that the run belongs to, if any."""
+    return folder.parent.name if (folder.parent / LIST).is_file() else None
