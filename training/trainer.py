@@ -116,7 +116,8 @@ class Trainer:
             return self._end()
         finally:
             for run in self.runs:
-                run.log.close()
+                with suppress(OSError):  # what ended the run matters more
+                    run.log.close()
 
     def _show_loop(self) -> None:
         """Run the loop with its progress bar; save the state where memory runs out or a process is lost."""
