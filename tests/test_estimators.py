@@ -89,7 +89,7 @@ def test_a_regressor_predicts_what_adapt_writes(runs, adapt, tmp_path):
     write_table(tmp_path / "two.csv", "a b u v", *X.T, *(with_gaps(part, 5) for part in Y.T))
     for run in ("numbers", "ridge"):
         written = adapt(runs / run, tmp_path / "two.csv")
-        expected = pytest.approx(np.stack([written["u"], written["v"]], 1), rel=1e-8)
+        expected = pytest.approx(np.stack([written["u"], written["v"]], 1), rel=1e-5)  # float32
         regressor = FewShotRegressor.load(runs / run).fit(X[:5], Y[:5])
         assert regressor.predict(X[5:]) == expected
         by_name = regressor.fit(Frame(b=X[:5, 1], note=X[:5, 0], a=X[:5, 0]), Y[:5])
