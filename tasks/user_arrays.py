@@ -41,7 +41,7 @@ def scale_columns(name: str, values: Array, scales: Scales, part: str) -> Tensor
 
     `part` is "input" or "target". Raises UsageError for another number of columns.
     """
-    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    tensor = torch.from_numpy(values.copy())  # a data frame's may be read-only
     if part not in scales:
         return tensor
     if scales[part].shape[1:] != tensor.shape[1:]:

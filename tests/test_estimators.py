@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,9 @@ class Frame:
         return Frame(**{name: self.data[name] for name in names})
 
     def __array__(self, dtype: object = None, copy: object = None) -> np.ndarray:
-        return np.stack([*self.data.values()], 1)
+        array = np.stack([*self.data.values()], 1)
+        array.flags.writeable = False  # as pandas' are
+        return array
 
 
 def write_table(path: Path, names: str, *columns: object) -> None:
@@ -92,7 +95,8 @@ def test_a_regressor_predicts_what_adapt_writes(runs, adapt, tmp_path):
         expected = pytest.approx(np.stack([written["u"], written["v"]], 1), rel=1e-5)  # float32
         regressor = FewShotRegressor.load(runs / run).fit(X[:5], Y[:5])
         assert regressor.predict(X[5:]) == expected
-        by_name = regressor.fit(Frame(b=X[:5, 1], note=X[:5, 0], a=X[:5, 0]), Y[:5])
+        with warnings.catch_warnings(action="error"):
+            by_name = regressor.fit(Frame(b=X[:5, 1], note=X[:5, 0], a=X[:5, 0]), Y[:5])
         assert by_name.predict(X[5:]) == expected
 
 
