@@ -270,7 +270,8 @@ def results_of(settings: Mapping[str, Sequence[Evaluation]]) -> dict[str, StepRe
 def results_table(results: Mapping[str, StepResults], caption: Caption, *, losses: bool = False) -> str:
     """Return few settings as columns with all steps, or many as rows after 0, the quoted, the last step.
 
-    With `losses`, columns of accuracies are followed by columns of losses.
+    With `losses`, columns of accuracies are followed by columns of losses. Measures alongside the loss are
+    columns too or, of several settings, a second table of the quoted step.
     """
     parts = list(results.values())
     measure, scale, digits = units(parts[0].measure(caption.loss_name))
@@ -289,10 +290,10 @@ def results_table(results: Mapping[str, StepResults], caption: Caption, *, losse
             if losses and not part.is_loss:
                 names.append(f"{before}{caption.loss_name}")
                 cells.append([f"{loss:.4g}" for loss in part.losses.tolist()])
-            for further, values in part.further.items() if losses else ():
-                title, scale_of, digits_of = FURTHER[further]
-                names.append(f"{before}{title}")
-                cells.append([decimal(scale_of * value, digits_of) for value in values.tolist()])
+        if len(parts) == 1:
+            further = [_further_cells(parts[0], step) for step in steps]
+            names += [*further[0]]
+            cells += [[row[name] for row in further] for name in further[0]]
         text = table(
             ["steps", *names, ""],
             list(zip(map(str, steps), *cells, [marks.get(s, "") for s in steps], strict=True)),
@@ -300,7 +301,25 @@ def results_table(results: Mapping[str, StepResults], caption: Caption, *, losse
     else:
         rows = [[name, *row] for name, row in zip(results, cells, strict=True)]
         text = table(["", *map(after_steps, steps)], rows)
+    if parts[0].further and len(parts) > 1:
+        text += f"\n{_further_table(results, caption.test_steps)}"
     return f"{text}\nQuery {measure}: {describe_means(parts)}."
+
+
+def _further_table(results: Mapping[str, StepResults], step: int) -> str:
+    """Return the measures alongside the loss after a step; the last one of what is adapted by fewer."""
+    shown = [_further_cells(part, min(step, len(part.means) - 1)) for part in results.values()]
+    rows = [[name, *cells.values()] for name, cells in zip(results, shown, strict=True)]
+    return table([after_steps(step), *shown[0]], rows)
+
+
+def _further_cells(part: StepResults, step: int) -> dict[str, str]:
+    """Return the measures alongside the loss after a step as text, by their titles."""
+    return {
+        title: decimal(scale * part.further[name][step].item(), digits)
+        for name, (title, scale, digits) in FURTHER.items()
+        if name in part.further
+    }
 
 
 def describe_means(results: Sequence[StepResults]) -> str:
