@@ -23,7 +23,7 @@ class Blobs:
     """Images of three classes, each a level of grey; a distribution by its protocol alone."""
 
     kind, classification, ways, computed, on_host = "images", True, 3, False, False
-    examples, parts, most_ways = 9, {}, 3
+    examples, most_ways, parts = 9, 3, {}
 
     def sample(self, split: str, seed: int, iteration: int, tasks: range) -> TaskBatch:
         random = torch.Generator().manual_seed(seed)
