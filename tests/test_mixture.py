@@ -109,8 +109,8 @@ def test_a_run_is_resumed_exactly_and_chosen_by_the_mean_over_data_sets(tmp_path
 @pytest.mark.slow
 def test_a_compiled_mixture_of_images_is_the_uncompiled_one(tmp_path, monkeypatch, no_pictures, capsys):
     validate_on(3, monkeypatch)
-    data = ["--dataset", *image_folders(tmp_path), "--image-size", 28, "--channels", 1, "-n", 2, "-q", 1]
-    line = [*data, "--learner", "conv", "-s", 1, "--iterations", 5, "--val-every", 5, "--log-every", 1]
+    data = ["--dataset", *image_folders(tmp_path), "--image-size", 6, "--channels", 1, "-n", 2, "-q", 1]
+    line = [*data, "--learner", "fc", "--iterations", 9, "--val-every", 9, "--log-every", 1]
     for mode in ("on", "off"):
         assert command(*line, "--compile", mode, "--checkpoint-path", tmp_path, "--run-name", mode) == 0
     assert "stays uncompiled" not in capsys.readouterr().err
