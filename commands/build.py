@@ -298,6 +298,8 @@ def assemble(
     if maml.call.unpads:
         config = config.replaced(vectorise=False, compile="off")
     parameters, reading = _starting_weights(start, maml), reading_of(maml.reading, distribution.most_ways)
+    if not parameters:
+        raise UsageError(f"--learner {config.learner.learner} has a computed head, and nothing else to learn")
     free = not start.resumed and given.get("engine", "auto") == "auto"
     probe = Probe(maml, parameters, distribution, config)
     engine = _try_out(probe, reading, call, checked, free=free, prints=runtime.world.first)

@@ -75,6 +75,21 @@ def test_a_checkpoint_without_inner_steps_is_measured_after_none_unless_asked(tm
         assert len(table.splitlines()) == 1 + steps and "inductive" in table
 
 
+def test_a_learner_that_is_all_computed_head_is_measured_and_not_trained(tmp_path, refuse):
+    line = [
+        "--head-init",
+        "zero",
+        "--learner-args",
+        "layers=0",
+        "--checkpoint-path",
+        tmp_path,
+        "--eval-tasks",
+        4,
+    ]
+    assert command("--eval", *line) == 0
+    assert "--learner mlp has a computed head, and nothing else to learn" in refuse(*line)
+
+
 def test_classes_that_may_have_been_trained_on_are_not_tested_on(tmp_path, capsys):
     """One class more, and the shuffle deals all of them anew."""
     run = train(tmp_path)
