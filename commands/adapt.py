@@ -32,7 +32,6 @@ from common.files import write_whole
 from common.names import as_file_name
 from common.optimizers import Weights
 from common.processes import ALONE
-from common.sizes import largest
 from common.task import UserTask
 from evaluation.predictions import Prediction, predictions_figure, read_predictions
 from evaluation.style import write_figure
@@ -202,12 +201,13 @@ def read_tasks(path: Path, start: Initialisation) -> list[UserTask]:
         what += " or an .npz of support_x, support_y and query_x"
         raise UsageError(f"--adapt {path}: the checkpoint learned from {what}")
     if arrays:
+        fixed_head = config.choices.head_init == "learned"
         task = read_task_arrays(
             path,
             source.scales,
             *place,
             classification=options.classification,
-            ways=largest(options.ways) if options.ways and config.choices.head_init == "learned" else None,
+            ways=options.ways if isinstance(options.ways, int) and fixed_head else None,
             ignored=ignored_by(config),
             images=images,
         )

@@ -236,8 +236,10 @@ def build_algorithm(
 
 def fit_weights(file: Path, source: Checkpoint, maml: MAML, config: Config) -> tuple[Weights, Weights]:
     """Return a checkpoint's meta-parameters and running statistics; raise UsageError if they do not fit."""
-    name = config.learner.learner
-    parameters = fitting_parameters(file, source.parameters, maml.initial_parameters(), name)
+    name, fresh, saved = config.learner.learner, maml.initial_parameters(), source.parameters
+    if isinstance(source.settings.get("ways"), str):  # fewer classes than the most have the first scores
+        saved = {n: w[: len(fresh[n])] if w.dim() and n in fresh else w for n, w in saved.items()}
+    parameters = fitting_parameters(file, saved, fresh, name)
     return parameters, fitting_parameters(file, source.statistics, maml.initial_statistics(), name)
 
 

@@ -24,6 +24,7 @@ from commands.resolve import config_of, resolve_from
 from common.batch import Tree, tree_map
 from common.device import Runtime
 from common.errors import UsageError
+from common.sizes import largest
 from common.task import Adapted, UserTask
 from evaluation.meta_test import randomness_of
 from learners.reading import Reading, main_tensor
@@ -108,7 +109,9 @@ class Initialisation:
     def check_classes(self, number: int, source: str) -> None:
         """Raise UsageError, which names the source, where the head has learned another number of classes."""
         options = self.config.tasks
-        if options.classification and self.config.choices.head_init == "learned" and number != options.ways:
+        ways = options.ways or 0
+        fits = number <= largest(ways) if isinstance(ways, str) else number == ways
+        if options.classification and self.config.choices.head_init == "learned" and not fits:
             raise UsageError(
                 f"{source}: {number} classes, and the checkpoint learned {options.ways}: give as many, or "
                 "train with --head-init zero, prototype or ridge"

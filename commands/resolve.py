@@ -201,8 +201,13 @@ def resolve_from(
         if adapt
         else set(OF_OTHER_DATA if eval_dataset else ())
     )
-    if evaluate and saved.choices.head_init != "learned":
+    learned = largest(saved.tasks.ways or 0) if saved.choices.head_init == "learned" else None
+    if evaluate and (learned is None or isinstance(saved.tasks.ways, str)):
         free.add("ways")
+        if learned and largest(given.get("ways", learned)) > learned:
+            raise UsageError(
+                f"-n {given['ways']}: the checkpoint has learned -n {saved.tasks.ways}: lower it"
+            )
     values = saved.values() | {
         name: value
         for name, value in given.items()
