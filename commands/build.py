@@ -300,8 +300,6 @@ def assemble(
     if maml.call.unpads:
         config = config.replaced(vectorise=False, compile="off")
     parameters, reading = _starting_weights(start, maml), reading_of(maml.reading, distribution.most_ways)
-    if not parameters:
-        raise UsageError(f"--learner {config.learner.learner} has a computed head, and nothing else to learn")
     free = not start.resumed and given.get("engine", "auto") == "auto"
     probe = Probe(maml, parameters, distribution, config)
     engine = _try_out(probe, reading, call, checked, free=free, prints=runtime.world.first)
@@ -374,8 +372,10 @@ def _fit_to_machine(start: Start, given: Mapping[str, Any], runtime: Runtime) ->
 
 
 def _starting_weights(start: Start, maml: MAML) -> Weights:
-    """Return fresh meta-parameters, or the checkpoint's."""
-    fresh = maml.initial_parameters(start.config.training.seed)
+    """Return fresh meta-parameters, or the checkpoint's; UsageError if there is nothing to learn."""
+    fresh, name = maml.initial_parameters(start.config.training.seed), start.config.learner.learner
+    if not fresh:
+        raise UsageError(f"--learner {name} has a computed head, and nothing else to learn")
     if start.checkpoint is None or start.file is None:
         return fresh
     if start.resumed:
@@ -384,7 +384,7 @@ def _starting_weights(start: Start, maml: MAML) -> Weights:
     own = {name: w for name, w in fresh.items() if name.startswith(OWN)}
     saved = start.checkpoint.parameters
     saved = own | {n: w for n, w in saved.items() if n in fresh or not n.startswith(OWN)}
-    return fitting_parameters(start.file, saved, fresh, start.config.learner.learner)
+    return fitting_parameters(start.file, saved, fresh, name)
 
 
 def train_runs(assemblies: Sequence[Assembly]) -> int:
