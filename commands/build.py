@@ -42,13 +42,14 @@ from common.files import is_writable
 from common.optimizers import Weights
 from common.own_code import parse_arguments
 from common.processes import ALONE, World, join, read_world
+from common.sizes import largest
 from dataset import build_distribution
 from evaluation.style import write_figure
 from evaluation.tables import write_json
 from learner import LEARNERS, build_learner, load_factory
 from learners.copies import UnfitError
 from learners.functional import fixed_tensors
-from learners.losses import LOSSES, build_loss, loss_name
+from learners.losses import LOSSES, SCALED, build_loss, loss_name
 from learners.modules import convert_type
 from learners.reading import Reading, reading_of
 from maml import MAML, OWN
@@ -149,8 +150,7 @@ def build_tasks(config: Config, call: Call, runtime: Runtime) -> TaskDistributio
         device=runtime.device,
         dtype=runtime.dtype,
         for_test=call.eval_dataset is not None,
-        scale_targets=config.learner.loss
-        in ("mse", "huber", "gaussian-nll"),  # others may need them as they are
+        scale_targets=config.learner.loss in SCALED,
         ignored=ignored_by(config),
     )
 
@@ -237,8 +237,9 @@ def build_algorithm(
 def fit_weights(file: Path, source: Checkpoint, maml: MAML, config: Config) -> tuple[Weights, Weights]:
     """Return a checkpoint's meta-parameters and running statistics; raise UsageError if they do not fit."""
     name, fresh, saved = config.learner.learner, maml.initial_parameters(), source.parameters
-    if isinstance(source.settings.get("ways"), str):  # fewer classes than the most have the first scores
-        saved = {n: w[: len(fresh[n])] if w.dim() and n in fresh else w for n, w in saved.items()}
+    if isinstance(ways := source.settings.get("ways"), str):  # fewer than the most have the first scores
+        of_head = [n for n, w in saved.items() if n in fresh and w.dim() and len(w) == largest(ways)]
+        saved = saved | {n: saved[n][: len(fresh[n])] for n in of_head}
     parameters = fitting_parameters(file, saved, fresh, name)
     return parameters, fitting_parameters(file, source.statistics, maml.initial_statistics(), name)
 
@@ -304,7 +305,7 @@ def assemble(
     probe = Probe(maml, parameters, distribution, config)
     engine = _try_out(probe, reading, call, checked, free=free, prints=runtime.world.first)
     start = replace(start, config=(config := config.replaced(engine=engine)))
-    earlier = folder / SETTINGS if start.resumed else None
+    earlier, is_loss = folder / SETTINGS if start.resumed else None, reading.measure == "loss"
     run = Run(
         folder=folder,
         settings_file=render_settings(command, given, config, earlier),
@@ -316,9 +317,7 @@ def assemble(
         described_by=select_meaningful(config),
         columns=LOGGED,
         reading=reading,
-        measure_name=measure_name(config, distribution.scales)
-        if reading.measure == "loss"
-        else reading.measure,
+        measure_name=measure_name(config, distribution.scales) if is_loss else reading.measure,
         datasets=list(distribution.parts),
         start=start.resumed,
         origin=f"{start.file}, iteration {source.iteration:,}" if source else None,

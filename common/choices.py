@@ -132,7 +132,7 @@ class Choices:
 
     @property
     def starts_apart(self) -> bool:
-        """Whether tasks differ before the first step: their heads are computed from their support sets."""
+        """Return whether each task has its own start: a head computed from its support set."""
         return self.head_init in ("prototype", "ridge")
 
     @property

@@ -18,7 +18,7 @@ from common.random import Stream
 @register_tree
 @dataclass(frozen=True)
 class Extras:
-    """What belongs to a pass besides weights and examples, of one task or with tasks as first axis."""
+    """Inputs of a pass besides weights and examples, of one task or with tasks as the first axis."""
 
     keys: Tensor | None = None  # [2] int64, of its random numbers; None: the learner draws none
     buffers: Weights = field(default_factory=dict)  # that the learner changes, by name

@@ -26,7 +26,7 @@ SHARES = {"train": 64, "validation": 16, "test": 20}
 
 @dataclass(frozen=True)
 class Source:
-    """Where a table is, and which of its columns are of use."""
+    """A table of the package, and the columns to take from it."""
 
     place: tuple[str, str]  # R's package and its table
     rows: int

@@ -119,6 +119,7 @@ def gaussian_nll(outputs: Tree, targets: Tree, *, floor: float = FLOOR, mask: Te
 LOSSES: dict[str, Callable[..., Tensor]]
 LOSSES = {"mse": mse, "cross-entropy": cross_entropy, "bce": bce, "huber": huber}
 LOSSES |= {"gaussian-nll": gaussian_nll}
+SCALED = ("mse", "huber", "gaussian-nll")  # of standardised targets; others may need them as they are
 _TITLES = {"mse": "MSE", "bce": "binary cross-entropy", "huber": "Huber loss", "gaussian-nll": "Gaussian NLL"}
 
 

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_table, task_options
+from conftest import read_table, task_options, write_classes
 from runs import assert_same_run, command, stop_at
 from test_image_tasks import image_set, on_the_host
 from test_tables import numbered, write
 
+from commands.adapt import load
 from common.batch import TaskBatch, tree_map
 from common.errors import UsageError
 from dataset import Custom, Harmonic, Sinusoid
@@ -209,6 +210,19 @@ def test_a_run_on_ranges_resumes_to_the_same_bits(tmp_path, monkeypatch, no_pict
         assert command(*line, "--run-name", "cut") == 130
     assert command("--load", tmp_path / "cut", "--threads", 1) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_head_that_learned_a_range_serves_fewer_classes_by_its_first_scores(tmp_path, refuse, no_pictures):
+    write_classes(tmp_path / "classes", 40, 2)
+    data = ["--dataset", f"images:{tmp_path / 'classes'}", "--image-size", 8, "--channels", 1, "-q", 1]
+    line = [*data, "-n", "2-4", "-k", 1, "-s", 1, "--learner", "fc", "--iterations", 1, *SHORT]
+    assert command(*line, "--checkpoint-path", tmp_path, "--run-name", "run") == 0
+    x = torch.rand(3, 1, 8, 8)
+    (few, weights, _), (most, whole, _) = (load(tmp_path / "run", x, outputs=n) for n in (3, 4))
+    torch.testing.assert_close(few.call(weights, x), most.call(whole, x)[:, :3])
+    tested = ["--eval", "--load", tmp_path / "run", "--eval-tasks", 2, "--eval-steps", 1]
+    assert command(*tested, "-n", 3) == 0
+    assert "has learned -n 2-4: lower it" in refuse(*tested, "-n", 5)
 
 
 LEARNER = """

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Sink(Protocol):
-    """Where a log goes; things are added at an iteration, by a tag."""
+    """A destination of a log, to which things are added by tag and iteration."""
 
     def scalars(self, values: Mapping[str, float], iteration: int) -> None: ...
 
