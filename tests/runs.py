@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import main
-from commands.build import print_once
 from training.checkpoint import load_checkpoint
 from training.folders import BEST, LAST
 from training.options import TrainingOptions
@@ -15,8 +14,7 @@ from training.trainer import Trainer
 
 
 def command(*arguments: object) -> int:
-    """Run one command line as a process of its own would; return its exit code."""
-    print_once.cache_clear()
+    """Run one command line; return its exit code."""
     return main.main([str(argument) for argument in arguments])
 
 

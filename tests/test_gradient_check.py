@@ -12,6 +12,7 @@ from torch.func import vmap
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from commands.build import print_once
 from commands.resolve import resolve
 from common.batch import TaskBatch
 from common.choices import META_GRADIENTS, Choices
@@ -321,6 +322,7 @@ def reads(outputs, targets):
 @pytest.fixture
 def own(tmp_path):
     """Return a function that gives the flags of a run with a learner of this file."""
+    print_once.cache_clear()  # another test of this process may have said it
     here = str(Path(__file__).parent)
     code = f"import sys\nsys.path.insert(1, {here!r})\nfrom test_gradient_check import *\n"
     (tmp_path / "own.py").write_text(code)
