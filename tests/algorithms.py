@@ -17,6 +17,7 @@ from maml import MAML, RATE
 from training.meta_gradients import make_meta_gradient
 
 WAYS, SHOTS, TASKS, STEPS = 2, 2, 3, 3
+INPUTS = {"mlp": (1,), "conv1d": (2, 32)}  # images for the others
 WAYS_TO_COMPUTE = [
     {"engine": engine, "convolution": convolution}
     for engine in ("unrolled", "adjoint")
@@ -53,14 +54,14 @@ def make_tasks(learner: str, *, tasks: int = TASKS) -> TaskBatch:
     if learner == "mlp":
         return TaskBatch(*(4 * random(tasks, 5, 1) - 2 for _ in range(4)))
     labels = torch.arange(WAYS).repeat_interleave(shots).expand(tasks, -1)
-    images = [random(tasks, WAYS * shots, 1, 28, 28) for _ in range(2)]
-    return TaskBatch(images[0], labels, images[1], labels)
+    support, query = (random(tasks, WAYS * shots, *INPUTS.get(learner, (1, 28, 28))) for _ in range(2))
+    return TaskBatch(support, labels, query, labels)
 
 
 def make_maml(learner: str, **options) -> Algorithm:
     """A built-in learner in float64."""
     outputs = 1 if learner == "mlp" else WAYS
-    inputs = (1,) if learner == "mlp" else (1, 28, 28)
+    inputs = INPUTS.get(learner, (1, 28, 28))
     network = build_learner(learner, outputs, inputs=inputs, init="torch", seed=1).double()
     loss = F.mse_loss if learner == "mlp" else F.cross_entropy
     return Algorithm(network, loss, **{"inner_lr": 0.1} | options)

@@ -114,11 +114,17 @@ def test_a_compiled_iteration_equals_the_uncompiled_one_and_is_found_again(name,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("choices", [{}, {"head_init": "prototype", "steps": 0}], ids=["maml", "protonet"])
-@pytest.mark.parametrize(("tasks_at_once", "libraries"), [(None, 1), (2, 3)])
-@pytest.mark.parametrize(("ways", "shots"), [(3, 1), ("2-3", "1-3")])
+@pytest.mark.parametrize(
+    ("ways", "shots", "tasks_at_once", "libraries", "choices"),
+    [
+        (3, 1, None, 1, {}),
+        (3, 1, 2, 3, {}),
+        ("2-3", "1-3", 2, 3, {}),
+        ("2-3", "1-3", None, 1, {"head_init": "prototype", "steps": 0}),
+    ],
+)
 def test_a_compiled_iteration_on_images_equals_the_uncompiled_one(
-    ways, shots, tasks_at_once, libraries, choices, cache
+    ways, shots, tasks_at_once, libraries, choices, tmp_path
 ):
     torch.manual_seed(0)
     learner = nn.Sequential(
@@ -131,10 +137,10 @@ def test_a_compiled_iteration_on_images_equals_the_uncompiled_one(
     pixels = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8)
     splits = {"train": torch.arange(12), "validation": torch.arange(0), "test": torch.arange(0)}
     images = ImageSet([str(c) for c in range(12)], torch.full([12], 5), splits, lambda: pixels, "images")
-    sizes = dict(ways=3, shots=1, queries=2, quarter_turns=True, dtype=torch.float64)
+    sizes = dict(ways=ways, shots=shots, queries=2, quarter_turns=True, dtype=torch.float64)
     settings = resolve({"dataset": "omniglot"}).replaced(meta_batch_size=4, iterations=9)
     seed = {"seed": torch.tensor(5)}
-    accelerate, states = active_compiler(cache), []
+    accelerate, states = active_compiler(tmp_path), []
     for fast in (accelerate, run_as_is):
         step = MetaStep(maml, ImageTasks(images, **sizes), settings.training, seed, accelerate=fast)
         vector = step.layout.flatten(maml.initial_parameters())
