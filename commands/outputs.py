@@ -43,12 +43,15 @@ def naming(flags: str) -> Iterator[None]:
         raise UsageError(f"{flags}: {shorten(str(error), 200)}") from error
 
 
-def are_equal(a: Any, b: Any, tolerance: float) -> bool:
-    """Return whether trees of tensors are the same but for rounding, relative to their largest numbers."""
+def are_equal(a: Any, b: Any, tolerance: float, rounding: float = 0.0) -> bool:
+    """Return whether trees of tensors are the same but for rounding, relative to their largest numbers.
+
+    Differences up to `rounding` are none, however small the numbers of a tensor.
+    """
     for x, y in zip(*(pytree.tree_leaves(tree) for tree in (a, b)), strict=False):
         if isinstance(x, Tensor) and isinstance(y, Tensor) and y.numel():
             x, y = (t.cpu().to(torch.complex128) for t in (x, y))
-            near = tolerance * float(y.abs().nan_to_num(0, 0).max())
+            near = max(rounding, tolerance * float(y.abs().nan_to_num(0, 0).max()))
             if x.shape != y.shape or not torch.allclose(x, y, rtol=tolerance, atol=near, equal_nan=True):
                 return False
     return True

@@ -238,6 +238,9 @@ def mixing(outputs, inputs):
 def plain(outputs, inputs):
     return nn.Sequential(nn.Linear(*inputs, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, outputs))
 
+def normalised(outputs, inputs):  # the gradient of a bias before batch norm is rounding
+    return nn.Sequential(nn.Linear(*inputs, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, outputs))
+
 def worst(outputs, targets):
     return ((outputs - targets) ** 2).amax()
 
@@ -248,7 +251,12 @@ def mean(outputs, targets):
 
 @pytest.mark.parametrize(
     ("learner", "loss", "is_noticed"),
-    [("plain", "mean", False), ("mixing", "mean", True), ("plain", "worst", True)],
+    [
+        ("plain", "mean", False),
+        ("normalised", "mean", False),
+        ("mixing", "mean", True),
+        ("plain", "worst", True),
+    ],
 )
 def test_own_code_that_would_notice_padding_gets_tasks_without_it(
     learner, loss, is_noticed, tmp_path, capsys, monkeypatch, no_pictures
