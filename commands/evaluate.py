@@ -68,10 +68,11 @@ def evaluate(call: Call, given: Mapping[str, Any], command: str, world: World) -
     caption, name = summarise(subjects)
     summary = results_of(results)
     print(results_table(summary, caption))
+    print_by_size(results, caption)
     stem = (call.out or runs[0]["file"].parent.parent) / name
     if world.first:
         settings = {label: part.record() for label, part in summary.items()}
-        record = {"command": command, "runs": runs, "settings": settings}
+        record = {"command": command, "runs": runs, "settings": settings} | by_size(results)
         line = build.write_results(stem, record, results_figure(summary, caption))
         print(f"{line}, and those of each run")
     return 0
@@ -285,22 +286,32 @@ class Subject:
         steps = {min(self.maml.choices.trained_steps, options.eval_steps), options.eval_steps}
         steps, inner_batch = steps if curves else {options.test_steps}, options.eval_inner_batch
         examples = adapt_examples(self.maml, self.parameters, self.distribution, "test", steps, inner_batch)
-        results = results_of({name: [part] for name, part in by_dataset(self.result).items()})
+        parts = {name: [part] for name, part in by_dataset(self.result).items()}
+        results = results_of(parts)
         caption, _ = summarise([self])
         fits = examples if curves else None
-        record = {"command": command, **self.record(), **numbers}
-        parts = {name: part for name, part in by_dataset(self.result).items() if part.sizes}
-        if by_size := {name: sizes_record(part) for name, part in parts.items()}:
-            record["by_size"] = by_size.get(ALL, by_size)
+        record = {"command": command, **self.record(), **numbers, **by_size(parts)}
         line = build.write_results(stem, record, results_figure(results, caption, fits=fits))
         if examples is not None and not curves:
             write_figure(Path(f"{stem}-examples.png"), examples_figure(examples, caption.title))
         if prints:
             print(results_table(results, caption, losses=True))
-            for name, part in parts.items():
-                heading = f"By size, {after_steps(caption.test_steps)}" + f", {name}" * (name != ALL)
-                print(f"\n{heading}:\n{sizes_table(part, caption)}\n")
+            print_by_size(parts, caption)
             print(line)
+
+
+def print_by_size(settings: Mapping[str, Sequence[Evaluation]], caption: Caption) -> None:
+    """Print a table of the runs of each setting whose tasks differ in size."""
+    for name, runs in settings.items():
+        if runs[0].sizes:
+            heading = f"By size, {after_steps(caption.test_steps)}" + f", {name}" * (name != ALL)
+            print(f"\n{heading}:\n{sizes_table(runs, caption)}\n")
+
+
+def by_size(settings: Mapping[str, Sequence[Evaluation]]) -> dict[str, Any]:
+    """Return the entry of a result file about the sizes of tasks; nothing if they are alike."""
+    records = {name: sizes_record(runs) for name, runs in settings.items() if runs[0].sizes}
+    return {"by_size": records.get(ALL, records)} if records else {}
 
 
 def is_compiled(config: Config, asked: str) -> bool:

@@ -228,7 +228,8 @@ class StepResults:
         """
         if step >= len(self.means):
             return ""
-        text = Spread.over(self.means[step]).text(scale, digits, self.intervals[step].item())
+        over_tasks = self.intervals[step].item() if self.tasks > 1 else None
+        text = Spread.over(self.means[step]).text(scale, digits, over_tasks)
         if self.undefined[step]:
             text += f", {self.undefined[step]} undefined"
         if not self.diverged[step]:
