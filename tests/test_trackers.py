@@ -6,12 +6,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from matplotlib.figure import Figure
 from runs import command, curves, validate_on
 
 from common.errors import UsageError
+from training import trackers
 from training.folders import LAST
 from training.log import RunLog
 from training.trainer import Trainer
@@ -125,6 +127,39 @@ def test_runs_at_once_have_a_run_each_in_one_group(tmp_path):
         assert (settings["seed"], settings["_Group"]) == (seed, "many")
         assert sum("train/query_loss" in row for _, row in history) == 12
     assert not [*tmp_path.glob("many/seed-0/events*")]  # TensorBoard was not asked for
+
+
+@pytest.mark.parametrize("part", ["log", "finish"])
+def test_a_tracker_that_fails_in_training_costs_one_line_and_no_point(part, tmp_path, monkeypatch, capsys):
+    sent: list[tuple[str, int]] = []
+    failing = {"on": True}
+
+    def work(name: str) -> None:
+        if name == part and failing["on"]:
+            raise ConnectionError("the server\nhas gone")
+
+    def open_stub(*_: object) -> tuple[object, object, object]:
+        def log(values: dict, iteration: int) -> None:
+            work("log")
+            sent.extend((tag, iteration) for tag in values)
+
+        library = SimpleNamespace(Image=lambda _: None, Table=lambda **_: None)
+        return library, SimpleNamespace(finish=lambda: work("finish")), log
+
+    def recovered(self: Trainer) -> None:
+        failing["on"] = part == "finish" or self.iteration < 16  # after the checkpoint at 8
+        step(self)
+
+    step = Trainer.step
+    monkeypatch.setitem(trackers.OPEN, "wandb", open_stub)
+    monkeypatch.setattr(Trainer, "step", recovered)
+    line = [*SHORT, "--checkpoint-path", tmp_path, "--run-name", "run", "--report-to", "tensorboard,wandb"]
+    assert command(*line) == 0
+    warning = "warning: --report-to wandb fails (ConnectionError: the server has gone): the run continues"
+    assert capsys.readouterr().err.count(warning) == 1
+    expected = [(tag, iteration) for tag, points in curves(tmp_path / "run").items() for iteration in points]
+    assert {*expected} <= {*sent} and len({*sent}) == len(sent)
+    assert {"training", "results"} <= {tag for tag, _ in sent}
 
 
 def test_a_missing_package_and_an_unknown_tracker_are_one_line(refuse, monkeypatch, tmp_path):

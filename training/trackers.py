@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import uuid
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context
 from functools import partial
@@ -21,15 +22,17 @@ from common.files import read_json
 from evaluation.tables import plain_values, write_json
 from training.folders import LIST
 
+Values = dict[str, Any]  # by tag
 # the library, its run, and what sends values at an iteration
-Opened = tuple[Any, Any, Callable[[dict[str, Any], int], None]]
+Opened = tuple[Any, Any, Callable[[Values, int], None]]
 
 
 class Tracker:
     """A run in a tracker; see `training.log.Sink`.
 
     Points are held back until a checkpoint has them, and the last one that was sent is noted: a resumed run
-    repeats what a killed one did after its last checkpoint, and sends nothing twice.
+    repeats what a killed one did after its last checkpoint, and sends nothing twice. A tracker that fails
+    while the run trains does not end it: what is missing there waits for the next checkpoint.
 
     Args:
         name: "wandb" or "trackio".
@@ -37,11 +40,13 @@ class Tracker:
     """
 
     def __init__(self, name: str, folder: Path, settings: Mapping[str, Any], *, begin_at: int | None) -> None:
-        self.file = folder / f"{name}.json"
+        self.name, self.file = name, folder / f"{name}.json"
         known = read_json(self.file) if begin_at != 0 and self.file.is_file() else {}
         self.state = {"id": uuid.uuid4().hex[:8], "iteration": -1} | known
         self.sent = -1 if begin_at is None else self.state["iteration"]  # when this process begins
-        self.held: list[tuple[int, dict[str, Any]]] = []
+        self.held: list[tuple[int, Callable[[], Values]]] = []
+        self.reached = self.state["iteration"]  # by the curves, sent or held
+        self.has_warned = False
         folder.mkdir(parents=True, exist_ok=True)
         try:
             opened = OPEN[name](folder, self.state["id"], plain_values(settings))
@@ -53,28 +58,46 @@ class Tracker:
         write_json(self.file, self.state)
 
     def scalars(self, values: Mapping[str, float], iteration: int) -> None:
-        self.held.append((iteration, dict(values)))
-        self.state["iteration"] = max(self.state["iteration"], iteration)
+        self.held.append((iteration, lambda: dict(values)))
+        self.reached = max(self.reached, iteration)
 
     def text(self, tag: str, text: str, iteration: int) -> None:
-        self.held.append((iteration, {tag: text}))
+        self.held.append((iteration, lambda: {tag: text}))
 
     def image(self, tag: str, png: bytes, iteration: int) -> None:
-        self.held.append((iteration, {tag: self.library.Image(Image.open(io.BytesIO(png)))}))
+        self.held.append((iteration, lambda: {tag: self.library.Image(Image.open(io.BytesIO(png)))}))
 
     def table(self, tag: str, rows: Sequence[Mapping[str, Any]], iteration: int) -> None:
         data = [[*row.values()] for row in rows]
-        self.held.append((iteration, {tag: self.library.Table(columns=[*rows[0]], data=data)}))
+        self.held.append((iteration, lambda: {tag: self.library.Table(columns=[*rows[0]], data=data)}))
 
     def sync(self) -> None:
-        for iteration, values in self.held:
-            if iteration > self.sent:
-                self.send(values, iteration)
-        self.held.clear()
+        points, self.held = self.held, []
+        for point in points:
+            iteration, make_values = point
+            try:
+                if iteration > self.sent:
+                    self.send(make_values(), iteration)
+            except Exception as error:  # it may fail in any way, also for a while
+                self.held.append(point)
+                self._warn_once(error)
+        if not self.held:
+            self.state["iteration"] = self.reached
         write_json(self.file, self.state)
 
     def close(self, *, ended_at: int | None) -> None:
-        self.run.finish()
+        try:
+            self.run.finish()
+        except Exception as error:
+            self._warn_once(error)
+
+    def _warn_once(self, error: Exception) -> None:
+        """Say that the tracker fails, and that the run does not end for it."""
+        if not self.has_warned:
+            self.has_warned = True
+            reason = f"{type(error).__name__}: {one_line(error):.300}"
+            what_happens = "the run continues, and sends what is missing there with the next checkpoint"
+            warnings.warn(f"--report-to {self.name} fails ({reason}): {what_happens}", stacklevel=3)
 
 
 def _open_wandb(folder: Path, identity: str, settings: Mapping[str, Any]) -> Opened:
