@@ -72,6 +72,7 @@ def list_runs(call: Call) -> int:
     print(table(HEADER, [run.cells() for run in runs]) if runs else f"{call.list_runs} has no runs")
     if call.csv:
         values = ([getattr(run, name) for name in IN_FILE] for run in runs)
+        call.csv.parent.mkdir(parents=True, exist_ok=True)
         write_csv(call.csv, IN_FILE, [["" if v is None else str(v) for v in row] for row in values])
         print(f"Written: {call.csv}")
     return 0
@@ -80,12 +81,16 @@ def list_runs(call: Call) -> int:
 def find_all_runs(folder: Path) -> list[ListedRun]:
     """Return the runs below a folder in the order of their paths; what cannot be read is said on stderr."""
     files: list[Path] = []
-    tests: dict[Path, list[Mapping[str, str]]] = {}  # by the run's folder
+    places = [*folder.resolve().parents[1::-1]]  # of results: a run's, or a sweep's, are above it
     for place, below, names in os.walk(folder):
         below.sort()
         files += [Path(place, name) for name in (LAST, BEST) if name in names][:1]
-        for row in read_results(Path(place, RESULTS)):
-            tests.setdefault(Path(place, row.get("checkpoint", "")).resolve().parent, []).append(row)
+        places.append(Path(place))
+    tests: dict[Path, list[Mapping[str, str]]] = {}  # by the run's folder
+    for results_of in places:
+        for row in read_results(results_of / RESULTS):
+            if row.get("checkpoint"):
+                tests.setdefault((results_of / row["checkpoint"]).resolve().parent, []).append(row)
     runs = []
     for file in files:
         try:
@@ -96,7 +101,10 @@ def find_all_runs(folder: Path) -> list[ListedRun]:
 
 
 def _describe_run(file: Path, folder: Path, tests: Sequence[Mapping[str, str]]) -> ListedRun:
-    """Return the row of a checkpoint, with its latest test on tasks like those of its training."""
+    """Return the row of a checkpoint, with its latest test on tasks like those of its training.
+
+    A test of what the checkpoint was before it was resumed is left out.
+    """
     checkpoint = load_checkpoint(file, weights=False)
     config, progress = config_of(checkpoint.settings, file), Progress(**checkpoint.progress)
     tasks, curves, at = config.tasks, progress.validation, progress.best_iteration
@@ -108,9 +116,11 @@ def _describe_run(file: Path, folder: Path, tests: Sequence[Mapping[str, str]]) 
     best = curves[curve][curves["iteration"].index(at)] if at is not None and curve in curves else None
     like = {"dataset": tasks.dataset, "ways": tasks.ways, "shots": tasks.shots, "measure": measure}
     like = {name: "" if value is None else str(value) for name, value in like.items()}
-    test = next((row for row in reversed(tests) if like.items() <= row.items()), {})
+    reached = {BEST: at, file.name: checkpoint.iteration}
+    now = [r for r in tests if r.get("iteration") == str(reached.get(Path(r["checkpoint"]).name))]
+    test = next((row for row in reversed(now) if like.items() <= row.items()), {})
     return ListedRun(
-        name=file.parent.relative_to(folder).as_posix(),
+        name=file.parent.relative_to(folder).as_posix() if file.parent != folder else folder.resolve().name,
         dataset=tasks.dataset,
         tasks=task_words(tasks),
         algorithm=config.choices.algorithm,

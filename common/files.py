@@ -37,10 +37,12 @@ def write_all_whole(writers: Sequence[tuple[Path, Writer]]) -> None:
                 os.fsync(file.fileno())
         for temporary, (path, _) in zip(temporaries, writers, strict=True):
             _replace(temporary, path)
-    except BaseException:
-        for temporary in temporaries:
+    except BaseException as error:
+        for temporary, (path, _) in zip(temporaries, writers, strict=True):
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.filename == str(temporary):
+                error.filename = str(path)  # which the user knows
         raise
     for folder in dict.fromkeys(path.parent for path, _ in writers):
         with suppress(OSError):  # Windows opens no folders, and some file systems sync none

@@ -116,6 +116,26 @@ def test_runs_are_listed_with_their_results_and_sorted_by_them(tmp_path, capsys)
     assert (stopped["iterations"], stopped["planned"], stopped["test"]) == ("5", "8", "") and "5 of 8" in out
 
 
+def test_a_run_is_listed_with_the_test_of_what_it_is_now(tmp_path, capsys):
+    many = train(tmp_path, "many", "--seeds", "0-1")
+    run = many / "seed-1"
+    assert command(*TEST, "--load", run / LAST) == 0
+
+    def tests_of(folder: Path) -> list[str]:
+        assert command("--list", folder, "--csv", tmp_path / "new" / "list.csv") == 0
+        with (tmp_path / "new" / "list.csv").open(newline="") as file:
+            return [f"{row['name']} {row['test']}".strip() for row in csv.DictReader(file)]
+
+    result = rows_of(tmp_path)[0]["result"]
+    assert tests_of(tmp_path) == ["many/seed-0", f"many/seed-1 {result}"]
+    assert tests_of(many) == ["seed-0", f"seed-1 {result}"]  # results.csv is above it
+    assert tests_of(run) == [f"seed-1 {result}"]
+    assert command("--load", run / LAST, "--iterations", 12) == 0
+    assert tests_of(run) == ["seed-1"]
+    assert command(*TEST, "--load", run / BEST) == 0
+    assert tests_of(run) == [f"seed-1 {rows_of(tmp_path)[-1]['result']}"]
+
+
 def test_accuracies_come_highest_first_and_runs_without_a_result_last():
     accuracies = (0.5, None, 0.9, math.nan)
     runs = [
@@ -129,6 +149,7 @@ def test_mistakes_are_one_line(tmp_path, refuse):
     assert "none: there is no such folder" in refuse("--list", tmp_path / "none")
     assert "--seed has no meaning with --list" in refuse("--list", tmp_path, "--seed", 3)
     assert "did you mean validation?" in refuse("--list", tmp_path, "--sort", "valid")
+    assert f"{tmp_path}: is a directory" in refuse("--list", tmp_path, "--csv", tmp_path)
     assert "--csv needs --list" in refuse("--csv", tmp_path / "list.csv")
     (tmp_path / RESULTS).write_bytes(b"checkpoint\n\xff\xfe\n")
     assert "results.csv is damaged" in refuse("--list", tmp_path)
