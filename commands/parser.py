@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from commands.call import ALL_FLAGS, suggest_flag
+from commands.call import ALL_FLAGS, CAN_BE_SWITCHED_OFF, find_setting, suggest_flag
 from commands.config import CONFIG_FLAGS, GROUPS, show
 from commands.presets import ALGORITHMS, DEFAULT_COLUMNS, DEFAULTS, SINUSOID_DEFAULTS
 from commands.settings import read_settings
@@ -32,8 +32,6 @@ EXAMPLES = """\
   compare    python main.py --compare checkpoints/RUN checkpoints/OTHER
 """
 MORE = "Every flag, and the settings of each algorithm: --help-all"
-# by --no-NAME
-CAN_BE_SWITCHED_OFF = {"invert", "adapt_norm", "norm_per_step", "vectorise", "check_gradients", "standardise"}
 WIDTH = 100  # of the help, at most
 
 
@@ -164,7 +162,8 @@ def _explain_unknown(words: Sequence[str], given: Mapping[str, Any]) -> str:
     if word.endswith(".toml"):
         return f"{word} belongs to no flag: type --config {quoted} to take settings from it"
     if not Path(word).suffix and len(Path(word).parts) < 2:
-        return f"{word} belongs to no flag (all flags: --help-all)"
+        hint = suggest_flag(word) if find_setting(word) else ""
+        return f"{word} belongs to no flag{hint} (all flags: --help-all)"
     resume = "" if "eval" in given else f"--load {quoted} to resume a run, or "
     return f"{word} belongs to no flag: type {resume}--eval --load {quoted} to measure it"
 

@@ -86,7 +86,7 @@ def add_lines(message: str, given: Mapping[str, Any]) -> str:
 def _load(file: Path) -> tuple[dict[str, Any], str]:
     """Return a file's tables, and its text."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
         return tomllib.loads(text), text
     except OSError as error:
         raise UsageError(f"{file}: {reason_of(error)}") from error
@@ -115,10 +115,17 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         for key, item in (value if in_part else {title: value}).items():
             name = find_setting(key) or key
             place = f"{file}, line {lines[name]}" if name in lines else f"{file}"
-            if name not in ALL_FLAGS or ALL_FLAGS[name].group == "what to do":
+            part = parts[title if in_part else "given"]
+            if name not in ALL_FLAGS:
                 raise UsageError(f"{place}: {key} is no setting{suggest_flag(key)}")
+            if ALL_FLAGS[name].group == "what to do":
+                raise UsageError(
+                    f"{place}: {key} says what to do and is no setting: type {ALL_FLAGS[name].name}"
+                )
+            if name in part:
+                raise UsageError(f"{file}: {ALL_FLAGS[name].name} is set twice: leave one out")
             try:
-                parts[title if in_part else "given"][name] = _parse(ALL_FLAGS[name], item)
+                part[name] = _parse(ALL_FLAGS[name], item)
             except argparse.ArgumentTypeError as error:
                 raise UsageError(f"{place}: {ALL_FLAGS[name].name}: {error}") from error
     return parts["given"], parts["resolved"]
@@ -128,6 +135,8 @@ def _parse(flag: Flag, value: Any) -> Any:
     """Return a value of a file as the flag parses it."""
     if flag.kind is tuple:
         return tuple(flag.parse(str(item)) for item in (value if isinstance(value, list) else [value]))
+    if flag.joint and isinstance(value, list):
+        value = flag.joint.join(map(str, value))
     return flag.parse(str(value) if not isinstance(value, bool) else "yes" if value else "no")
 
 

@@ -87,9 +87,9 @@ def list_names(names: Iterable[str]) -> str:
 
 
 def find_nearest(text: str, names: Iterable[str]) -> str | None:
-    """Return the name that a misspelt one probably means: the first that begins so, or the closest."""
+    """Return the name that a misspelt one probably means: the shortest that begins so, or the closest."""
     lower, names = text.lower(), [*names]
-    begun = [name for name in names if name.startswith(lower)]
+    begun = sorted((name for name in names if name.startswith(lower)), key=len)
     return next(iter(begun or difflib.get_close_matches(lower, names, 1, CLOSE)), None)
 
 

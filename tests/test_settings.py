@@ -122,9 +122,18 @@ def test_seeds_and_sweeps_win_over_the_file(write):
 
 
 def test_a_file_by_hand_may_name_settings_in_each_form(write):
-    text = 'dataset = "omniglot"\nmeta_batch_size = 8\n[given]\nn = 20\ninvert = false\n"-k" = 5\n'
+    text = '\ufeffdataset = "omniglot"\nmeta_batch_size = 8\n[given]\nn = 20\ninvert = false\n"-k" = 5\n'
     expected = settings_of("--dataset omniglot --meta-batch-size 8 -n 20 --no-invert -k 5")
     assert settings_of(write(text, line=False)) == expected
+
+
+def test_several_data_sets_and_trackers_are_lists_in_a_file(write):
+    given = parse(
+        write("dataset = ['omniglot', 'icons']\nreport-to = ['wandb', 'trackio']", line=False).split()
+    )
+    typed = parse(["--dataset", "omniglot", "icons", "--report-to", "wandb", "trackio"])
+    assert typed == {"dataset": "omniglot + icons", "report_to": "wandb,trackio"}
+    assert given.items() >= typed.items()
 
 
 # ---- mistakes ------------------------------------------------------------------------------------
@@ -137,8 +146,9 @@ MISTAKES = [
     ("[given]\n\nmeta-lr = nan", "line 3: --meta-lr: expected a number above 0, got 'nan'"),
     ("depth = 3", "PATH, line 1: depth is no setting"),
     ("[tasks]\nk = 3", "PATH: tasks is no setting"),
-    ("eval = true", "line 1: eval is no setting"),
-    ("sweep = ['learner=own.py:net,mlp']", "line 1: sweep is no setting"),
+    ("eval = true", "line 1: eval says what to do and is no setting: type --eval"),
+    ("sweep = ['learner=own.py:net,mlp']", "line 1: sweep says what to do and is no setting"),
+    ("k = 5\n[given]\nshots = 6", "PATH: -k is set twice: leave one out"),
     ("k = 3 4", "PATH is no TOML file: Expected newline or end of document after a statement (at line 1"),
     # what contradicts only something else
     ("k = 10\n\nsamples = 5", "--samples 5 leaves no query: it must be above -k 10 (PATH, line 1, line 3)"),
