@@ -8,6 +8,7 @@ Sweeps take `find_start` and `make_folder` from here for each of their runs.
 from __future__ import annotations
 
 import itertools
+import math
 import shlex
 import sys
 import time
@@ -68,15 +69,15 @@ def _print_end(run: Run, code: int, config: Config, world: World) -> None:
     launcher = ["python"] if world.size == 1 else ["torchrun", f"--nproc-per-node={world.local_size}"]
     resume = shlex.join([*launcher, "main.py", "--load", str(run.folder / LAST), *own_code_flags(config)])
     loss = final_loss(run.progress.training)
-    if loss is not None:
+    if loss is not None and math.isfinite(loss["mean"]):
         iterations = f"iterations {loss['from']:,} to {loss['to']:,}"
         print(f"Mean training query loss of {iterations}: {loss['mean']:.4f}")
-    if run.skipped:
+    if run.skipped > 0:
         print(f"Iterations skipped for non-finite numbers: {run.skipped:,}")
     if run.failure is not None:
         saved = f"{run.failure}; saved at iteration {run.iteration:,}"
-        skip = f"to skip such iterations: {resume} --on-nan skip"
-        print(f"main.py: error: {saved}; {skip}", file=sys.stderr)
+        skip = f"; to skip such iterations: {resume} --on-nan skip" * (run.training.on_nan == "stop")
+        print(f"main.py: error: {saved}{skip}", file=sys.stderr)
     elif code:
         print(f"Saved at iteration {run.iteration:,}. Resume: {resume}")
     else:

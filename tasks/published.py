@@ -26,6 +26,7 @@ from tasks.splits import published_splits, read_published, shuffle
 from tasks.stored_images import ImageColumn, StoredImage, as_file
 
 PARTS = {"images_background": 964, "images_evaluation": 659}  # characters in each half of Omniglot
+FOLDERS = {"omniglot": "omniglot-py", "cifar-fs": "cifar-100-python", "fc100": "cifar-100-python"}
 CIFAR_IMAGES = 600  # of each class, training and test images together
 
 
@@ -33,12 +34,14 @@ def open_benchmark(
     name: str, data_root: Path, form: Form, omniglot_split: str = "random", icons_split: str = "concept"
 ) -> ImageSet:
     """Return a benchmark by its name; UsageError if it is not there, or has other classes than published."""
+    own = FOLDERS.get(name, name)
+    if data_root.name == own and data_root.is_dir() and not (data_root / own).is_dir():
+        data_root = data_root.parent  # the data's own folder was named
     if name == "omniglot":
         return _open_omniglot(data_root, form, omniglot_split)
     if name == "icons":
         return _open_icons(data_root, form, icons_split)
-    published = published_splits(name)
-    folder = data_root / name
+    published, folder = published_splits(name), data_root / name
     if name in ("cifar-fs", "fc100") and not folder.is_dir():
         return _open_cifar(name, data_root, published, form)
     groups: Groups

@@ -51,6 +51,10 @@ def test_damaged_data_is_named(small_omniglot):
         load(small_omniglot)
 
 
+def test_the_folder_of_the_data_itself_is_understood(small_omniglot):
+    assert torch.equal(load(small_omniglot / "omniglot-py"), load(small_omniglot))
+
+
 def test_a_failed_download_is_one_line(tmp_path, monkeypatch):
     def no_network(*_, **__):
         raise OSError("no route\nto host")

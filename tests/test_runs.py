@@ -353,6 +353,13 @@ def test_a_skipped_iteration_changes_nothing_and_counts_in_no_mean(bad_iteration
     assert all(map(math.isfinite, last_of(tmp_path / "whole").progress["training"]["query_loss"]))
 
 
+def test_a_run_that_skips_every_iteration_has_failed(tmp_path, capsys):
+    flags = [*SHORT, "--on-nan", "skip", "--iterations", 15]
+    assert train(tmp_path / "run", *flags, "--inner-lr", 1e30) == FAILED
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "all 15 iterations were skipped: the inner loop diverges" in line and "--on-nan" not in line
+
+
 def test_one_failed_run_of_several_does_not_stop_the_others(bad_iteration, tmp_path, capsys):
     many = tmp_path / "many"
     assert train(many, *SHORT, "--seeds", "0-2") == FAILED

@@ -86,12 +86,22 @@ def load_checkpoint(path: Path, *, weights: bool = True) -> Checkpoint:
     except Exception as error:  # zipfile and the unpickler may meet any bytes
         if isinstance(error, OSError) or is_out_of_memory(error):
             raise
+    if content is None and _is_truncated(path):
+        size = f"{path.stat().st_size:,} bytes"
+        raise UsageError(f"{path} is truncated: it ends after {size}, too early; copy it again, or load another")
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise UsageError(f"{path} is damaged, or not a checkpoint of this tool")
     version = content.pop("version", None)
     if version != VERSION:
         raise UsageError(f"{path} has format version {version}, and this tool reads version {VERSION}")
     return Checkpoint(**content)
+
+
+def _is_truncated(path: Path) -> bool:
+    """Return whether a file is empty, or begins as a zip archive and lacks the list of contents at its end."""
+    with path.open("rb") as file:
+        begin = file.read(4)
+    return not begin or (begin == b"PK\x03\x04"[: len(begin)] and not zipfile.is_zipfile(path))
 
 
 def check_same_data(path: Path, saved: Checkpoint, now: DataRecord, *, other_data: bool = False) -> None:

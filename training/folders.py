@@ -29,6 +29,7 @@ SETTINGS = "settings.toml"
 LIST = "runs.json"
 LOCK = ".lock"
 PATIENCE = 2.0  # seconds in which a killed process is gone
+MOST_NAMED = 5  # runs in a message
 
 
 @contextmanager
@@ -87,7 +88,19 @@ def find_checkpoint(path: Path, *names: str) -> Path:
     for name in names:
         if (path / name).is_file():
             return path / name
-    raise UsageError(f"{path}: there is no such checkpoint, and no folder with {LAST} or {BEST}")
+    if not path.exists():
+        raise UsageError(f"{path}: there is no such checkpoint or folder; --list shows all runs")
+    inside = sorted(part.name for part in path.iterdir() if is_run(part))
+    if inside:
+        more = f" and {len(inside) - MOST_NAMED} more" if len(inside) > MOST_NAMED else ""
+        runs = ", ".join(inside[:MOST_NAMED]) + more
+        raise UsageError(f"{path} is no run, but has some: {runs}; name one, such as {path / inside[0]}")
+    raise UsageError(f"{path} has no checkpoint, neither {LAST} nor {BEST}, and no runs below")
+
+
+def is_run(path: Path) -> bool:
+    """Return whether a folder is that of a run, or of many."""
+    return any((path / name).is_file() for name in (LAST, BEST, LIST))
 
 
 def find_runs(path: Path) -> list[dict[str, Any]]:

@@ -66,7 +66,7 @@ class Run:
         if start and self.measure not in self.progress.validation:  # chosen by another measure
             self.progress.best_score = None
         self.failure: str | None = None  # the iteration whose numbers are non-finite, and why
-        self.skipped = 0  # iterations, by this process
+        self.skipped = -int(self.progress.window.get("skipped", 0))  # iterations, by this process
         self.log = RunLog(None)  # until the run begins, and in all processes but the first
         self.state: State  # of the present iteration; the trainer's
 

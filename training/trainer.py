@@ -76,7 +76,7 @@ class Trainer:
         self.show = show and world.first
         accuracy = ["query_accuracy"] * reading_of(maml.reading, training_tasks.most_ways).has_accuracy
         self.metrics = ["query_loss", *accuracy, "meta_gradient_norm", *TAIL]  # of an iteration
-        self.iteration = runs[0].iteration
+        self.iteration = self.begun = runs[0].iteration
         self.window_size = runs[0].progress.window_size  # iterations since the last point of the curves
         self.plain_step = self._build_step()
         self.meta_step: MetaStep | CudaGraph = self.plain_step
@@ -176,6 +176,10 @@ class Trainer:
         """Write the results, and return the exit code."""
         self._update_runs()
         missing = bool(self._runs_to_validate())
+        for run in self._living_runs():
+            done = self.iteration - self.begun
+            if done and run.skipped + int(run.state.sums[-2]) >= done and self.stop.signal is None:
+                run.failure = f"all {done:,} iterations were skipped: {self._find_cause(run)}"
         with self.world.together():
             for run in self.runs:
                 if run.writes and not missing:
@@ -284,15 +288,18 @@ class Trainer:
         run.state = run.state._replace(sums=torch.where(sums.isinf(), 0.0, sums))  # so that it can resume
         run.failure = nonfinite.UNKNOWN
         self.save(LAST, [run])
+        run.failure = f"{run.folder.name}, iteration {run.iteration + 1:,}: {self._find_cause(run)}"
+        run.log.text("failure", run.failure, run.iteration)
+        if len(self.runs) > 1:
+            self._say(f"{run.failure} (saved before it; the other runs continue)")
+
+    def _find_cause(self, run: Run) -> str:
+        """Return why a run's next iteration is non-finite, in words; all processes call it together."""
         step, cause = self.plain_step, None
         with suppress(Exception), self.maml.at_rate(run.choices.inner_lr):  # the run is saved, this is a hint
             tasks = step.tasks_of(run.training.seed, run.iteration)
             cause = nonfinite.find_cause(step.maml, run.parameters, *tasks, first=step.share.start)
-        reason = next(filter(None, self.world.gather(cause)), nonfinite.UNKNOWN)
-        run.failure = f"{run.folder.name}, iteration {run.iteration + 1:,}: {reason}"
-        run.log.text("failure", run.failure, run.iteration)
-        if len(self.runs) > 1:
-            self._say(f"{run.failure} (saved before it; the other runs continue)")
+        return next(filter(None, self.world.gather(cause)), nonfinite.UNKNOWN)
 
     # ---- saving -----------------------------------------------------------------------------
 
