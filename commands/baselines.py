@@ -22,8 +22,8 @@ from tqdm import tqdm
 from commands.build import build, write_results
 from commands.call import Call
 from commands.config import CONFIG_FLAGS, Config
-from commands.evaluate import Subject, measure, summarise
-from commands.names import select_meaningful
+from commands.evaluate import Subject, measure
+from commands.names import duration, method_of, select_meaningful
 from commands.resolve import resolve
 from commands.train import train
 from common.device import Runtime
@@ -34,6 +34,7 @@ from evaluation.tables import Curve, StepResults, evaluation_record, results_tab
 from tasks.options import CURVES
 from training.checkpoint import load_checkpoint
 from training.folders import LAST
+from training.tensorboard import read_speed
 
 RATES = {"sgd": (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0), "adam": (0.001, 0.003, 0.01, 0.03, 0.1)}
 RATE_TASKS = 600  # validation tasks on which rates are chosen
@@ -54,6 +55,8 @@ def baselines(call: Call, given: Mapping[str, Any], command: str, world: World) 
     assert call.load is not None
     (subject,) = measure([call.load], call, given, command, world)
     folder, saved = call.load.parent / "baselines", subject.trained
+    if world.first:
+        print(announce(saved, folder), flush=True)
     for name, flags in trained_baselines(saved).items():
         start = replace(call, eval=False, load=None, out=None, resume=True)
         if code := train(replace(start, checkpoint_path=folder, run_name=name), flags, command, world):
@@ -64,8 +67,12 @@ def baselines(call: Call, given: Mapping[str, Any], command: str, world: World) 
     results |= measure_baselines(
         saved, subject.config, call, subject.runtime, folder, subject.distribution.scales
     )
-    selected = {f"{name}, {how}": StepResults.over([result], norm) for (name, how), result in results.items()}
-    caption, _ = summarise([subject])
+    shown = {algorithm: method_of(saved.choices)}
+    selected = {
+        f"{shown.get(name, name)}, {how}": StepResults.over([result], norm)
+        for (name, how), result in results.items()
+    }
+    caption = subject.caption()
     print("\n" + results_table(selected, caption))
     if not world.first:
         return 0
@@ -76,11 +83,25 @@ def baselines(call: Call, given: Mapping[str, Any], command: str, world: World) 
         "methods": {name: {"how": how, **evaluation_record(r)} for (name, how), r in results.items()},
         "curves": {n: {"iteration": ends, "query_loss": values} for n, (ends, values) in curves.items()},
     }
-    learning = {name: [curve] for name, curve in curves.items()}
-    measured = f"query {caption.loss_name} while training, means of windows"
+    learning = {shown.get(name, name): [curve] for name, curve in curves.items()}
+    measured = f"query {caption.loss_name} while training"
     figure = results_figure(selected, caption, learning=learning, learning_measure=measured)
     print(write_results(file, record, figure))
     return 0
+
+
+def announce(saved: Config, folder: Path) -> str:
+    """Return what will be trained and measured, and how long that takes."""
+    names, iterations = [*trained_baselines(saved)], saved.training.iterations
+    rates = len(RATES["sgd"]) + len(RATES["adam"]) + len(RATES["sgd"]) * ("pretrained" in names)
+    measured = f"training from scratch{' and fine-tuning' * bool(names)} at {rates} learning rates"
+    measured = f"measures {measured} on {RATE_TASKS} validation tasks each"
+    if not names:
+        return f"\nBaselines: {measured}"
+    speed = read_speed(folder.parent)
+    time = f"about {duration(iterations / speed)}" if speed else "about as long as the run took"
+    trained = f"trains {' and '.join(names)} in {folder}, {iterations:,} iterations each ({time}), once"
+    return f"\nBaselines: {trained}; {measured}"
 
 
 def trained_baselines(saved: Config) -> dict[str, dict[str, Any]]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from commands.call import Call
 from commands.config import CONFIG_FLAGS, Config
-from commands.names import describe, select_meaningful
+from commands.names import describe, method_of, select_meaningful
 from commands.outputs import (
     count_outputs,
     describe_reading,
@@ -67,6 +67,7 @@ LOGGED: dict[str, float | str] = {  # columns of TensorBoard's table of settings
     for name, flag in CONFIG_FLAGS.items()
     if flag.group not in ("machine", "logging")
 }
+LOGGED["method"] = ""
 distribution_of = cache(build_distribution)  # one for all runs with the same tasks; `join_job` forgets them
 
 
@@ -314,7 +315,7 @@ def assemble(
         choices=config.choices,
         evaluation=config.evaluation,
         settings=config.values(),
-        described_by=select_meaningful(config),
+        described_by={"method": method_of(config.choices)} | select_meaningful(config),
         columns=LOGGED,
         reading=reading,
         measure_name=measure_name(config, distribution.scales) if is_loss else reading.measure,
@@ -441,9 +442,9 @@ def write_results(stem: Path | str, record: Mapping[str, Any], figure: Figure) -
 def print_data(distribution: TaskDistribution, world: World) -> None:
     """Print what was read, split, left out or changed of the user's data."""
     if world.first and distribution.summary:
-        print("  data        " + "\n              ".join(distribution.summary), flush=True)
+        print("  data     " + "\n           ".join(distribution.summary), flush=True)
 
 
 def print_settings(config: Config, runtime: Runtime, first_line: str, *others: Config) -> None:
     """Print a line, the settings of one run or of several, and the device."""
-    print(f"{first_line}\n{describe(config, *others)}\n  device      {runtime.describe()}", flush=True)
+    print(f"{first_line}\n{describe(config, *others)}\n  device   {runtime.describe()}", flush=True)

@@ -55,7 +55,7 @@ def compare(call: Call, given: Mapping[str, Any], command: str) -> int:
     caption, tasks = summarise(subjects, call.split)
     stem = folder / f"comparison-{names}-{tasks}"
     device = prepare(subjects[0].config, call).describe()
-    print(f"Comparing on {caption.title}\n  device      {device}", flush=True)
+    print(f"Comparing on {caption.title}\n  device   {device}", flush=True)
     curves = {}
     for subject in subjects:
         print(f"Measuring {subject.name}", flush=True)

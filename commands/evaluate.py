@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from commands import build
 from commands.call import Call
 from commands.config import OWN_CODE, Config
-from commands.names import file_name, select_meaningful, task_size, task_words
+from commands.names import file_name, method_of, select_meaningful, task_size, task_words
 from commands.resolve import config_of, resolve, resolve_from
 from common.batch import TaskDistribution
 from common.device import Runtime, versions
-from common.errors import UsageError
+from common.errors import UsageError, printable
 from common.names import is_own_code
 from common.optimizers import Weights
 from common.processes import ALONE, World
@@ -225,6 +225,12 @@ class Subject:
             world=self.runtime.world,
         )
 
+    def caption(self) -> Caption:
+        """Return the words of its tables and pictures, with the method and the run in the title."""
+        common, method = summarise([self])[0], method_of(self.trained.choices)
+        run = f", run {printable(self.file.resolve().parent.name)}" if self.file else ", not trained"
+        return replace(common, title=f"{method}{run}: {common.title}")
+
     def record(self) -> dict[str, Any]:
         """Return what a result file says about where its numbers come from."""
         return {
@@ -288,7 +294,7 @@ class Subject:
         examples = adapt_examples(self.maml, self.parameters, self.distribution, "test", steps, inner_batch)
         parts = {name: [part] for name, part in by_dataset(self.result).items()}
         results = results_of(parts)
-        caption, _ = summarise([self])
+        caption = self.caption()
         fits = examples if curves else None
         record = {"command": command, **self.record(), **numbers, **by_size(parts)}
         line = build.write_results(stem, record, results_figure(results, caption, fits=fits))

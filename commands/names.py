@@ -7,11 +7,22 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from commands.config import CONFIG_FLAGS, GROUPS, OWN_CODE, Config, show
+from commands.config import CONFIG_FLAGS, OWN_CODE, Config, show
+from commands.resolve import OF_KIND, usual_settings
 from commands.rules import what_makes_meaningless
+from common.choices import Choices
 from common.names import as_file_name, is_own_code, parse_name, split_mixture
 from common.sizes import as_file_part
 from tasks.options import TaskOptions
+
+SPELLED = {  # methods that are not in capitals
+    "fomaml": "MAML",
+    "reptile": "Reptile",
+    "meta-sgd": "Meta-SGD",
+    "imaml": "iMAML",
+    "protonet": "ProtoNet",
+    "pretrain": "pretraining",
+}
 
 
 def select_meaningful(config: Config) -> dict[str, Any]:
@@ -28,31 +39,57 @@ def in_words(config: Config, names: Iterable[str]) -> dict[str, str]:
     return {CONFIG_FLAGS[name].name: show(config.get(name)) for name in names}
 
 
+def method_of(choices: Choices) -> str:
+    """Return the name of the method for people: `first-order MAML`."""
+    name = SPELLED.get(choices.algorithm, choices.algorithm.upper())
+    return "first-order " * (choices.meta_gradient == "first-order") + name
+
+
 def describe(*configs: Config) -> str:
-    """Return the settings of one or more runs, without those at plain defaults, one line per group."""
-    meaningful = [select_meaningful(config) for config in configs]
+    """Return in one to three lines what one or more runs are, and their settings other than the defaults.
 
-    def show_all(name: str) -> str:
-        values = [settings[name] for settings in meaningful if name in settings]
-        plain = (None, ()) if CONFIG_FLAGS[name].common else (None, (), CONFIG_FLAGS[name].default)
-        if all(value in plain for value in values):
-            return ""
-        shown = list(dict.fromkeys(str(value) if name == "seed" else show(value) for value in values))
-        if len(shown) > 6:
-            return f"{shown[0]}, {shown[1]}, ... {shown[-1]} ({len(shown)} values)"
-        return ", ".join(shown)
+    A run's `settings.toml` has all of them.
+    """
 
-    lines = []
-    for group in GROUPS:
-        shown = [
-            f"{name.replace('_', ' ')} {words}"
-            for name, flag in CONFIG_FLAGS.items()
-            if flag.group == group and (words := show_all(name))
-        ]
-        if shown:
-            text = textwrap.fill(" · ".join(shown), 96, subsequent_indent=" " * 14, break_on_hyphens=False)
-            lines.append(f"  {group:<11} {text}")
-    return "\n".join(lines)
+    def join(values: Iterable[Any]) -> str:
+        words = list(dict.fromkeys(map(str, values)))
+        return f"{words[0]}, ... {words[-1]} ({len(words)} values)" if len(words) > 6 else ", ".join(words)
+
+    def each(name: str) -> str:
+        return join(str(c.get(name)) if name == "seed" else show(c.get(name)) for c in configs)
+
+    method = join(method_of(config.choices) for config in configs)
+    data = join(f"{config.tasks.dataset} {task_words(config.tasks)}" for config in configs)
+    parts = [f"{method} on {data}", each("learner")]
+    if any(config.choices.steps for config in configs):
+        parts.append(f"{each('steps')} step{'s' * (each('steps') != '1')} at {each('inner_lr')}")
+    tasks = f"{each('meta_batch_size')} task{'s' * (each('meta_batch_size') != '1')}"
+    parts += [f"{each('iterations')} iterations of {tasks}", f"seed {each('seed')}"]
+    usual = [usual_settings(config) for config in configs]
+    meaningful = {name for config in configs for name in select_meaningful(config)} - {*OF_KIND}
+    changed = [
+        f"{name.replace('_', ' ')} {each(name)}"
+        for name, flag in CONFIG_FLAGS.items()
+        if name in meaningful
+        and (flag.group != "machine" or name in ("precision", "vectorise"))
+        and any(config.get(name) != plain.get(name) for config, plain in zip(configs, usual, strict=True))
+    ]
+    lines = {"run": " · ".join(parts), "changed": " · ".join(changed)}
+    return "\n".join(f"  {title:<8} {_fill(text)}" for title, text in lines.items() if text)
+
+
+def _fill(text: str) -> str:
+    """Break a text between its parts, " · ", into two lines at most."""
+    whole = text.replace(" ", "\0").replace("\0·\0", "\0· ")
+    lines = textwrap.wrap(whole, 99, break_on_hyphens=False, max_lines=2)
+    return f"\n{'':11}".join(lines).replace("\0", " ")
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people: `40 s`, `12 min`, `3.5 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def file_name(name: str) -> str:

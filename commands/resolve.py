@@ -27,6 +27,11 @@ from learners.options import LEARNERS, learner_facts
 from tasks.options import FILE_KINDS, data_facts, is_classification
 from training.options import ENDING
 
+# what a line about a run says by itself, and what other defaults follow
+OF_KIND = (
+    *("dataset", "ways", "shots", "learner", "algorithm", "meta_gradient", "steps", "inner_lr"),
+    *("iterations", "meta_batch_size", "seed"),
+)
 OF_OTHER_DATA = (
     *("invert", "quarter_turns", "image_range", "columns", "exclude_columns", "dataset_args"),
     *("split_shares", "omniglot_split", "icons_split", "min_examples", "mix"),
@@ -41,6 +46,12 @@ def resolve(given: Mapping[str, Any]) -> Config:
     config = _fill_in(given)
     check(config, given)
     return config
+
+
+def usual_settings(config: Config) -> Config:
+    """Return the settings that a new experiment of the same kind and length has by default."""
+    alike = {name: config.get(name) for name in OF_KIND}
+    return _fill_in({name: value for name, value in alike.items() if value is not None})
 
 
 def _fill_in(given: Mapping[str, Any]) -> Config:

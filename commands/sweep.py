@@ -72,7 +72,7 @@ def sweep(call: Call, given: Mapping[str, Any], command: str, world: World) -> i
         sizes = ", ".join(str(len(group)) for group in groups) or "none, all are finished"
         share = f", {len(mine)} of them in this process" if world.size > 1 else ""
         print(f"{len(names)} runs{share} in {folder}; trained at once: {sizes}")
-        print(f"  device      {assemblies[0].runtime.describe()}")
+        print(f"  device   {assemblies[0].runtime.describe()}")
         for group in groups:
             prepare(group[0].start.config, call, world)  # threads and precision are the process's
             print("Training", textwrap.shorten(", ".join(parts.run.folder.name for parts in group), 96))

@@ -23,6 +23,7 @@ from evaluation.meta_test import Evaluation, mean_and_interval
 
 ALL = "all"  # name of the only setting
 MEAN = "mean over data sets"
+WITHOUT = "without them"  # heading of the means without diverged tasks
 MOST_COLUMNS = 3  # settings that a table has as columns; more are rows
 ROWS_PRINTED, LONGEST_CELL = 20, 24  # of predictions
 # measures alongside the loss by name: their titles, and how a table shows their numbers
@@ -31,7 +32,7 @@ FURTHER = {
     "coverage_50": ("% in the 50 % band", 100, 1),
     "coverage_90": ("% in the 90 % band", 100, 1),
 }
-LARGE = 1e6  # a number from which on decimals say nothing
+WHOLE, LARGE = 1e3, 1e6  # from which on a number has no decimals, and is a power of ten
 Curve = tuple[Sequence[float], Sequence[float]]  # x and y
 
 
@@ -62,11 +63,26 @@ def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) 
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return right-aligned columns as text; columns without any text below their heading are left out."""
-    columns = [column for column in zip(header, *rows, strict=True) if any(column[1:])]
+    """Return right-aligned columns as text, their "±" below each other.
+
+    Columns without any text below their heading are left out.
+    """
+    filled = [column for column in zip(header, *rows, strict=True) if any(column[1:])]
+    columns = [(heading, *_align(cells)) for heading, *cells in filled]
     widths = [max(map(len, column)) for column in columns]
     lines = zip(*columns, strict=True)
     return "\n".join("  ".join(map(str.rjust, line, widths)).rstrip() for line in lines)
+
+
+def _align(cells: Sequence[str]) -> list[str]:
+    parts = [cell.partition(" ± ") for cell in cells]
+    before, after = (max(len(part[side]) for part in parts) for side in (0, 2))
+    words = any(" " in rest for *_, rest in parts)
+    ends = (rest.ljust(after) if words else rest.rjust(after) for *_, rest in parts)
+    return [
+        f"{mean:>{before}}{mark or ' ' * (3 if after else 0)}{end}"
+        for (mean, mark, _), end in zip(parts, ends, strict=True)
+    ]
 
 
 def predictions_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -91,8 +107,13 @@ def units(measure: str) -> tuple[str, float, int]:
 
 
 def decimal(value: float, digits: int, sign: str = "") -> str:
-    """Return a number with these decimals; the mean of a diverged loss as a power of ten, "nan" or "inf"."""
-    return f"{value:{sign},.{digits}f}" if abs(value) < LARGE else f"{value:{sign}.3g}"
+    """Return a number for people: with these decimals, without any from 1,000 on; `4.6e33`; `not finite`."""
+    if not math.isfinite(value):
+        return "not finite"
+    if abs(value) >= LARGE:
+        mantissa, exponent = f"{value:{sign}.1e}".split("e")
+        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    return f"{value:{sign},.{digits if abs(value) < WHOLE else 0}f}"
 
 
 def after_steps(steps: int) -> str:
@@ -120,7 +141,8 @@ class Spread:
     def text(self, scale: float, digits: int, interval: float | None = None, sign: str = "") -> str:
         """Return `mean ± interval (lowest to highest)`, the latter for several runs."""
         mean, *ends = (decimal(scale * v, digits, sign) for v in (self.mean, self.lowest, self.highest))
-        mean += "" if interval is None else f" ± {decimal(scale * interval, digits)}"
+        if interval is not None and math.isfinite(interval):
+            mean += f" ± {decimal(scale * interval, digits)}"
         return mean + f" ({' to '.join(ends)})" * (self.runs > 1)
 
 
@@ -221,23 +243,29 @@ class StepResults:
         """Return the name of the measure for people."""
         return loss_name if self.is_loss else self.measured
 
-    def cell(self, step: int, scale: float, digits: int) -> str:
-        """Return the result after a step as text; "" beyond the last.
+    def cells(self, step: int, scale: float, digits: int) -> dict[str, str]:
+        """Return the result after a step as text, by heading; "" beyond the last.
 
-        The mean over all tasks comes first, then, where losses have diverged, the mean without them.
+        The mean over all tasks comes first; then how many diverged and, of losses, the mean without them.
         """
         if step >= len(self.means):
-            return ""
-        over_tasks = self.intervals[step].item() if self.tasks > 1 else None
-        text = Spread.over(self.means[step]).text(scale, digits, over_tasks)
-        if self.undefined[step]:
-            text += f", {self.undefined[step]} undefined"
-        if not self.diverged[step]:
-            return text
-        if not self.is_loss:
-            return f"{text}, {self.diverged[step]} diverged"
-        kept, interval = (decimal(t[step].item(), digits) for t in (self.kept_mean, self.kept_intervals))
-        return f"{text}; {kept} ± {interval} without {self.diverged[step]} diverged"
+            return dict.fromkeys(("", "undefined", "diverged", WITHOUT), "")
+        without = Spread.over([self.kept_mean[step].item()]).text(1, digits, self.kept_intervals[step].item())
+        over_tasks, diverged = self.intervals[step].item() if self.tasks > 1 else None, self.diverged[step]
+        return {
+            "": Spread.over(self.means[step]).text(scale, digits, over_tasks),
+            "undefined": str(self.undefined[step] or ""),
+            "diverged": f"{diverged:,}" if diverged else "",
+            WITHOUT: without if diverged and self.is_loss else "",
+        }
+
+    def cell(self, step: int, scale: float, digits: int) -> str:
+        """Return the result after a step as one text."""
+        text, undefined, diverged, without = self.cells(step, scale, digits).values()
+        text += f", {undefined} undefined" if undefined else ""
+        if without:
+            return f"{text}; {without} without {diverged} diverged"
+        return text + (f", {diverged} diverged" if diverged else "")
 
     def record(self) -> list[dict[str, Any]]:
         """Return the numbers after each step as plain values."""
@@ -279,10 +307,13 @@ def results_table(results: Mapping[str, StepResults], caption: Caption, *, losse
     last = max(len(part.means) for part in parts) - 1
     few = len(parts) <= MOST_COLUMNS
     steps = range(last + 1) if few else sorted({0, min(caption.test_steps, last), last})
-    cells = [[part.cell(step, scale, digits) for step in steps] for part in parts]
     if few:
         marks = {caption.test_steps: "quoted", caption.trained_steps: "trained for"}
-        names = [measure if name == ALL else name for name in results]
+        names, cells = [], []
+        for name, part in results.items():
+            columns = [part.cells(step, scale, digits) for step in steps]
+            names += [heading or (measure if name == ALL else name) for heading in columns[0]]
+            cells += [[column[heading] for column in columns] for heading in columns[0]]
         for name, part in results.items():
             before = "" if name == ALL else f"{name}, "
             if losses and part.accuracies is not None:
@@ -300,11 +331,11 @@ def results_table(results: Mapping[str, StepResults], caption: Caption, *, losse
             list(zip(map(str, steps), *cells, [marks.get(s, "") for s in steps], strict=True)),
         )
     else:
-        rows = [[name, *row] for name, row in zip(results, cells, strict=True)]
+        rows = [[name, *(part.cell(s, scale, digits) for s in steps)] for name, part in results.items()]
         text = table(["", *map(after_steps, steps)], rows)
     if parts[0].further and len(parts) > 1:
         text += f"\n{_further_table(results, caption.test_steps)}"
-    return f"{text}\nQuery {measure}: {describe_means(parts)}."
+    return f"{text}\nQuery {measure}: {describe_means(parts, columns=few)}."
 
 
 def _further_table(results: Mapping[str, StepResults], step: int) -> str:
@@ -323,10 +354,11 @@ def _further_cells(part: StepResults, step: int) -> dict[str, str]:
     }
 
 
-def describe_means(results: Sequence[StepResults]) -> str:
-    """Return what the cells of a table of results hold, in words."""
+def describe_means(results: Sequence[StepResults], *, columns: bool = False) -> str:
+    """Return what the cells of a table hold, in words; with `columns`, diverged tasks have their own."""
     tasks = f"{results[0].tasks} tasks"
-    after = "; after the semicolon the mean without those that diverged" * any(p.leaves_out for p in results)
+    place = f"{WITHOUT!r} is" if columns else "after the semicolon"
+    after = f"; {place} the mean without those that diverged" * any(p.leaves_out for p in results)
     after += ", without those for which it is undefined" * any(any(part.undefined) for part in results)
     if any(part.means.shape[1] > 1 for part in results):
         return f"mean over seeds ± its 95 % interval over {tasks} (lowest to highest seed){after}"

@@ -148,10 +148,10 @@ def test_a_runs_folder_stands_for_its_checkpoint(trained):
     assert find_checkpoint(trained / "run", BEST, LAST) == trained / "run" / BEST
     assert find_checkpoint(trained / "run" / LAST, BEST) == trained / "run" / LAST
     assert find_checkpoint(trained / "many", BEST) == trained / "many"
-    with pytest.raises(UsageError, match="is no run, but has some: many, run; name one, such as .*many"):
+    with pytest.raises(UsageError, match=r"is no run, but has some: many, run; name one, such as .*many"):
         find_checkpoint(trained, BEST, LAST)
     (trained / "run" / "empty").mkdir()
-    with pytest.raises(UsageError, match="has no checkpoint, neither last.pt nor best.pt, and no runs"):
+    with pytest.raises(UsageError, match=r"has no checkpoint, neither last.pt nor best.pt, and no runs"):
         find_checkpoint(trained / "run" / "empty", BEST, LAST)
     with pytest.raises(UsageError, match="there is no such checkpoint"):
         find_checkpoint(trained / "nowhere.pt", BEST, LAST)

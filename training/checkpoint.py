@@ -88,7 +88,7 @@ def load_checkpoint(path: Path, *, weights: bool = True) -> Checkpoint:
             raise
     if content is None and _is_truncated(path):
         size = f"{path.stat().st_size:,} bytes"
-        raise UsageError(f"{path} is truncated: it ends after {size}, too early; copy it again, or load another")
+        raise UsageError(f"{path} is truncated: it ends after {size}; copy it again, or load another")
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise UsageError(f"{path} is damaged, or not a checkpoint of this tool")
     version = content.pop("version", None)
@@ -98,7 +98,7 @@ def load_checkpoint(path: Path, *, weights: bool = True) -> Checkpoint:
 
 
 def _is_truncated(path: Path) -> bool:
-    """Return whether a file is empty, or begins as a zip archive and lacks the list of contents at its end."""
+    """Return whether a file is empty, or is a zip archive without its end, the list of contents."""
     with path.open("rb") as file:
         begin = file.read(4)
     return not begin or (begin == b"PK\x03\x04"[: len(begin)] and not zipfile.is_zipfile(path))

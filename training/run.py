@@ -31,7 +31,7 @@ from training.folders import RESULTS, SETTINGS
 from training.log import RunLog
 from training.options import TrainingOptions
 from training.step import TAIL, State
-from training.tensorboard import Description
+from training.tensorboard import SPEED, Description
 
 FINAL_ITERATIONS = 500  # the training loss reported at the end is their mean
 
@@ -103,7 +103,7 @@ class Run:
         if self.training.on_nan == "skip":
             metrics["skipped"] = skipped
         scalars = {f"train/{name}": value for name, value in metrics.items()}
-        scalars |= {"speed/iterations_per_second": rate, "optimizer/meta_lr": meta_lr}
+        scalars |= {SPEED: rate, "optimizer/meta_lr": meta_lr}
         for name, rates in self.parameters.items():
             if name.startswith(RATE) and self.choices.inner_rates == "layer-step":
                 scalars |= {f"{name}/step_{step}": value for step, value in enumerate(rates.tolist(), 1)}

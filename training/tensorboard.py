@@ -25,6 +25,7 @@ from torch.utils.tensorboard import summary
 
 from common.files import write_whole
 
+SPEED = "speed/iterations_per_second"
 # Result columns of the hyper-parameter view.
 METRICS = [f"validation/{best}query_{measure}" for best in ("best_", "") for measure in ("accuracy", "loss")]
 # Curves that belong together: patterns of tags by group and chart. TensorBoard joins the layouts of all runs,
@@ -127,6 +128,16 @@ class EventFile:
             layout |= {group: shown} if shown else {}
         for part in (experiment, row, summary.custom_scalars(layout)):
             self.add(part, 0)
+
+
+def read_speed(folder: Path) -> float | None:
+    """Return the last speed in a run's event files, in iterations per second; None if there is none."""
+    speed = None
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        for record in RawEventFileLoader(str(path)).Load():
+            for value in Event.FromString(record).summary.value:
+                speed = value.simple_value if value.tag == SPEED else speed
+    return speed
 
 
 def drop_events(folder: Path, begin_at: int) -> None:

@@ -29,6 +29,7 @@ from training.checkpoint import Checkpoint, save_checkpoints
 from training.compiler import CompilationError, Compiler
 from training.folders import BEST, LAST
 from training.options import TrainingOptions
+from training.progress import ProgressBar
 from training.run import Run
 from training.schedules import meta_lr_at
 from training.step import TAIL, CudaGraph, FlatLayout, MetaStep, State
@@ -84,7 +85,8 @@ class Trainer:
         self.state = State(*map(torch.stack, zip(*states, strict=True))) if len(runs) > 1 else states[0]
         self._update_runs()
         self.stop = StopRequest(world, show=self.show)
-        self.bar = tqdm(disable=True)
+        self.bar = ProgressBar(disable=True)
+        self.uncompiled = UNCOMPILED[training_tasks.classification]
         self.metrics_text = ""  # that the bar shows
         self.saved_at = time.monotonic()
 
@@ -122,9 +124,10 @@ class Trainer:
     def _show_loop(self) -> None:
         """Run the loop with its progress bar; save the state where memory runs out or a process is lost."""
         total, begun = self.options.iterations, self.iteration
-        # smoothing 0: the mean rate, from which compiling and validating are left out
-        bar = tqdm(total=total, initial=begun, mininterval=REDRAW_SECONDS, smoothing=0, disable=not self.show)
+        bar = ProgressBar(total=total, initial=begun, mininterval=REDRAW_SECONDS, disable=not self.show)
         with bar as self.bar, self.stop.catch_signals():
+            if self.options.compile == "off" or self.uncompiled >= total:
+                bar.begin_rate()
             try:
                 self._loop()
             except (LostError, MemoryError, RuntimeError) as error:
@@ -221,8 +224,13 @@ class Trainer:
             self.compiler.active = False  # the exact step is another function
         if self.options.compile != "on" or self.compiler.active:
             return True
-        uncompiled = UNCOMPILED[self.training_tasks.classification]
-        return self.iteration < uncompiled < self.options.iterations or self._compile()
+        return self.iteration < self.uncompiled < self.options.iterations or self._compile_step()
+
+    def _compile_step(self) -> bool:
+        """Compile the step, and measure the rate from there; return False after a signal."""
+        proceeds = self._compile()
+        self.bar.begin_rate()
+        return proceeds
 
     def _compile(self) -> bool:
         """Compile the step by rehearsing it, or say why it stays uncompiled; return False after a signal."""
@@ -389,11 +397,8 @@ class Trainer:
             self.bar.set_postfix_str(self.metrics_text)
 
     def _leave_out(self, begin: float) -> None:
-        """Leave the time since `begin` out of the speed, in the curves and on the bar."""
-        pause = time.monotonic() - begin
-        self.window_start += pause
-        if self.show:
-            self.bar.start_t += pause
+        """Leave the time since `begin` out of the speed in the curves."""
+        self.window_start += time.monotonic() - begin
 
     def _say(self, text: str) -> None:
         if self.show:
