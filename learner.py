@@ -42,6 +42,38 @@ def mlp(outputs: int, inputs: Shape = (1,), *, width: int = 40, layers: int = 2)
     return nn.Sequential(*hidden, nn.Linear(size, outputs))
 
 
+class Sine(nn.Module):
+    """Apply the sine to each number."""
+
+    elementary = True  # see `learners.elementary.is_elementary`
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(x)
+
+
+def sines(
+    outputs: int, inputs: Shape = (1,), *, width: int = 64, layers: int = 2, fastest: float = 14.0
+) -> nn.Module:
+    """Build layers of sines, which draw curves of many periods where a small ReLU network stays at the mean.
+
+    Frequencies of the first layer start uniform between minus and plus `fastest`, in radians per unit of x
+    (those of a harmonic task go up to 14), and phases at random. The others start as in Sitzmann et al. 2020.
+    """
+    (size,) = inputs
+    first, bound = nn.Linear(size, width), math.sqrt(6 / width)  # inputs of the others have unit variance
+    nn.init.uniform_(first.weight, -fastest, fastest)
+    nn.init.uniform_(first.bias, -math.pi, math.pi)
+    hidden: list[nn.Module] = [first, Sine()]
+    for _ in range(layers - 1):
+        layer = nn.Linear(width, width)
+        nn.init.uniform_(layer.weight, -bound, bound)
+        hidden += [layer, Sine()]
+    head = nn.Linear(width, outputs)
+    nn.init.uniform_(head.weight, -bound / 3, bound / 3)
+    nn.init.zeros_(head.bias)
+    return nn.Sequential(*hidden, head)
+
+
 def normalise(layer: type[nn.Module], channels: int, *, scale: bool = False) -> nn.Module:
     """Return a layer of batch norm as in Finn et al.'s code: its eps and, without `scale`, a shift alone."""
     norm = layer(channels, eps=1e-3)
@@ -132,6 +164,7 @@ def fc(outputs: int, inputs: Shape = (1, 28, 28)) -> nn.Module:
 
 LEARNERS: dict[str, Callable[..., nn.Module]] = {
     "mlp": mlp,
+    "sines": sines,
     "conv": convolutional,  # Finn et al.'s Omniglot network
     "conv-flat": partial(convolutional, scale=True, flat=True),  # Nichol et al.'s (2018)
     "conv-pool": partial(convolutional, pool=True),  # Vinyals et al. (2016)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STEPS_SHOWN = 10
+MOST_CURVES = 6  # in a panel: each has a colour of its own
 MOST_PANELS = 4  # of a figure; a table with more tests has none
 DECADE = 10.0  # a narrower range has a linear axis, where bands would hide each other
 WINDOW = 300  # tasks in a point of the assignment's curve
@@ -53,8 +54,9 @@ def as_error(table: Table, value: float) -> float:
 def steps_figure(table: Table, record: Record) -> Figure | None:
     """Return the query error over inner steps, a panel for each test.
 
-    Lines are means over seeds, bands intervals over tasks, hollow diamonds published numbers. None if no run
-    has been tested, or there are too many panels.
+    Many methods are drawn in rows of panels, in each of which the first one is repeated. Lines are means over
+    seeds, bands intervals over tasks, hollow diamonds published numbers. None if no run has been tested, or
+    there are too many panels.
     """
     tests = [test.name for test in table.tests]
     methods = record["methods"]
@@ -63,20 +65,41 @@ def steps_figure(table: Table, record: Record) -> Figure | None:
     if not means or len(tests) > MOST_PANELS:
         return None
     wide = max(means) >= DECADE * min(means)
+    shown = [cell for cell in table.cells if any(curves.get((cell.method, test)) for test in tests)]
+    groups = groups_of(*([c.method for c in shown if bool(c.baseline_of) == kind] for kind in (False, True)))
     with style.styled():
-        figure = style.new_figure(3.5 * len(tests) + 0.4, 4.4)
-        panels = figure.subplots(1, len(tests), sharey=True, squeeze=False)[0]
-        for panel, test in zip(panels, tests, strict=True):
-            for position, cell in enumerate(table.cells):
-                if cell.method in methods:
+        figure = style.new_figure(3.2 * len(tests) + 1.8, 2.7 * len(groups) + 0.5)
+        shape = len(groups), len(tests)
+        for group, panels in zip(groups, figure.subplots(*shape, sharey=True, squeeze=False), strict=True):
+            for panel, test in zip(panels, tests, strict=True):
+                for position, method in enumerate(group):
                     look = style.curve_style(position) | {"markersize": 3}
-                    draw_curve(panel, curves[cell.method, test], cell.method, look, filled=wide)
-                    draw_published(panel, table, cell.method, test, look["color"])
-            panel.set(title=test, yscale="log" if wide else "linear", xlabel="inner steps")
-        measure = "query error (%)" if table.accuracy else "query MSE of tasks that do not diverge"
-        panels[0].set_ylabel(f"{measure}\ndiamonds: published")
-        style.add_legend(figure, panels[0])
+                    draw_curve(panel, curves[method, test], method, look, filled=wide)
+                    draw_published(panel, table, method, test, look["color"])
+                panel.set(title=test, yscale="log" if wide else "linear", xlabel="inner steps")
+            measure = "query error (%)" if table.accuracy else "query MSE"
+            panels[0].set_ylabel(measure)
+            note = "diamonds: published" + ";\ndiverged tasks left out" * (not table.accuracy)
+            named = {n: h for p in panels for h, n in zip(*p.get_legend_handles_labels(), strict=True)}
+            place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
+            panels[-1].legend(named.values(), named.keys(), **place, title=note)
     return figure
+
+
+def groups_of(methods: Sequence[str], baselines: Sequence[str]) -> list[list[str]]:
+    """Return methods and baselines in one group or, if they are more than `MOST_CURVES`, in several.
+
+    Each begins with the first method.
+    """
+    first, *others = [*methods, *baselines]
+    if len(others) < MOST_CURVES:
+        return [[first, *others]]
+    groups = []
+    for part in (methods[1:], baselines):
+        number = math.ceil(len(part) / (MOST_CURVES - 1))
+        size = math.ceil(len(part) / max(1, number))
+        groups += [[first, *part[size * n : size * (n + 1)]] for n in range(number)]
+    return groups
 
 
 def draw_curve(

@@ -33,9 +33,10 @@ from common.names import as_file_name
 from common.optimizers import Weights
 from common.processes import ALONE
 from common.task import UserTask
+from dataset import GRID_POINTS
 from evaluation.predictions import Prediction, predictions_figure, read_predictions
 from evaluation.style import write_figure
-from evaluation.tables import predictions_table, write_csv, write_json
+from evaluation.tables import after_steps, predictions_table, write_csv, write_json
 from learners.losses import LOSSES
 from learners.reading import Reading
 from maml import MAML
@@ -86,7 +87,7 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
     predictions = []
     for task in tasks:
         solution = start.adapt(task)
-        predictions.append(_read(*start.outputs(solution, task), task, solution.reading, config))
+        predictions.append(_predict(task, start, solution))
     stem, digits = f"{folder / call.load.stem}-adapted-{call.adapt.stem}", 10 if source.scales else 7
     header, rows = _tabulate(tasks, predictions, digits=digits)
     print(predictions_table(header, rows))
@@ -108,7 +109,7 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
     }
     tasks = [_in_units(task, source.scales) for task in tasks]
     write_csv(Path(f"{stem}.csv"), header, rows)
-    title = f"{printable(call.adapt.name)}: after {steps} inner steps"
+    title = f"{printable(call.adapt.name)}: {after_steps(steps)}"
     write_figure(Path(f"{stem}.png"), predictions_figure(tasks, predictions, title))
     write_json(Path(f"{stem}.json"), record, digits)
     arrays = write_arrays(stem, tasks, predictions)
@@ -129,6 +130,25 @@ def _give_network(
     learner, maml, adapted = solution
     network = AdaptedNetwork(learner, fresh, maml, adapted, task.query_x, start.source.scales, config)
     return give_network(file, default, network, start.normalisation)
+
+
+def _predict(task: UserTask, start: Initialisation, solution: Solution) -> Prediction:
+    """Return predictions of a task's query and, of a curve, those between its points."""
+    prediction = _read(*start.outputs(solution, task), task, solution.reading, start.config)
+    if (grid := _grid_of(task)) is not None and not solution.maml.has_batch_norm:  # it sees its batch
+        dense = replace(task, query_x=grid)
+        between = _read(*start.outputs(solution, dense), dense, solution.reading, start.config)
+        prediction.between = undo_scale(grid.cpu(), start.source.scales, "input")[:, 0], between
+    return prediction
+
+
+def _grid_of(task: UserTask) -> Tensor | None:
+    """Return dense inputs over those of a curve's task, `[GRID_POINTS, 1]`; None if it has other inputs."""
+    if task.classes or task.support_x.dim() != 2 or task.support_x.shape[1] != 1:
+        return None
+    inputs = torch.cat([task.support_x, task.query_x])
+    ends = inputs.min().item(), inputs.max().item()
+    return torch.linspace(*ends, GRID_POINTS, device=inputs.device, dtype=inputs.dtype)[:, None]
 
 
 def _in_units(task: UserTask, scales: Scales) -> UserTask:

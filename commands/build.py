@@ -103,7 +103,7 @@ def prepare(config: Config, call: Call, world: World = ALONE) -> Runtime:
     return set_up(
         find_device(call.device, world),
         config.training.precision,
-        small_tensors=config.learner.learner == "mlp",
+        small_tensors=config.learner.learner in ("mlp", "sines"),
         threads=call.threads,
         world=world,
         deterministic=call.deterministic,

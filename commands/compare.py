@@ -63,6 +63,7 @@ def compare(call: Call, given: Mapping[str, Any], command: str) -> int:
         subject.check_measure(subjects[0], same_loss=True)
         subject.evaluate(call.split, first_task=first_task)
         curves[subject] = _read_curves(subject)
+    caption, _ = summarise(subjects, call.split)  # with the loss's name, now that the data are known
     sides = [_side_of(name, side, curves) for name, side in runs.items()]
     print(f"\n{paired.settings_table(sides)}\n")
     which = f"{call.split} tasks" + ", none of which chose a checkpoint" * bool(first_task)

@@ -48,7 +48,7 @@ from training.checkpoint import Checkpoint, check_same_data, load_checkpoint
 from training.compiler import Compiler, cpp_compiler
 from training.folders import LIST, find_runs
 from training.log import RunLog
-from training.tensorboard import Description
+from training.tensorboard import Description, has_log
 
 COMPILED_FROM = 1_000_000  # images times inner steps: compiling then saves more than it takes (docs/speed.md)
 
@@ -109,6 +109,7 @@ def measure(
         if world.first:
             subject.write(subject.stem(call), command, prints=len(files) == 1)
             add_result(subject.results_file(call), subject.row(call, command))
+            subject.log_result(call)
             if "report_to" in given:
                 subject.report(given["report_to"], subject.stem(call))
     return subjects
@@ -273,6 +274,19 @@ class Subject:
             **quote_result(self.result, choices.query_norm, options.test_steps),
             "command": command,
         }
+
+    def log_result(self, call: Call) -> None:
+        """Add the quoted result to TensorBoard's log of the run, if it is a test as the run was trained."""
+        tasks, trained = self.config.tasks, self.trained.tasks
+        if call.out or not self.file or not self.source or tasks != trained or not has_log(self.file.parent):
+            return
+        norm, step = self.trained.choices.query_norm, self.config.evaluation.test_steps
+        result, log = self.result, RunLog(self.file.parent, "tensorboard", begin_at=None)
+        values = {"test/query_loss": result.losses[norm][:, step].mean().item()}
+        values[f"test/query_{result.measure}"] = result.measured(norm)[:, step].nanmean().item()
+        log.scalars(values, self.source.iteration)
+        log.sync()
+        log.close()
 
     def report(self, trackers: str, stem: Path) -> None:
         """Add the result's table and picture to the log of the checkpoint's run."""

@@ -37,6 +37,9 @@ DEFAULTS: dict[str, tuple[Any, Any, Any, Any]] = {
 # text says 0.01, with which some test tasks diverge (docs/results.md).
 SINUSOID_DEFAULTS = {"inner_lr": 1e-3}
 
+# A ReLU network stays at the mean of the harmonic tasks, whatever the algorithm (docs/results.md).
+HARMONIC_DEFAULTS = {"learner": "sines", "steps": 5}
+
 
 def default_column(classification: bool, dataset: str, ways: int) -> int:
     """Return the position in `DEFAULT_COLUMNS`."""

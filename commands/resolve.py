@@ -15,6 +15,7 @@ from commands.presets import (
     CHUNK_IMAGES,
     COMPILED_FROM,
     DEFAULTS,
+    HARMONIC_DEFAULTS,
     SINUSOID_DEFAULTS,
     default_column,
 )
@@ -64,13 +65,15 @@ def _fill_in(given: Mapping[str, Any]) -> Config:
     defaults = {name: by_column[column] for name, by_column in DEFAULTS.items()}
     if dataset == "sinusoid" and flags.get("loss") != "gaussian-nll":  # its gradient is a variance smaller
         defaults |= SINUSOID_DEFAULTS
+    if dataset == "harmonic" and flags.get("learner", "sines") == "sines":
+        defaults |= HARMONIC_DEFAULTS
     images = {"image_size": facts.image_size, "channels": facts.channels, "invert": facts.invert}
     defaults |= {"dataset": dataset, **images}
     if facts.classification is None:
         defaults["ways"] = None  # a regression, unless -n is given
     values = defaults | _preset(given, column) | flags
-    if facts.inputs != "images" and "learner" not in given:
-        values["learner"] = "mlp"  # whatever the column of other classification says
+    if facts.inputs != "images" and "learner" not in given:  # whatever the column of others says
+        values["learner"] = "sines" if dataset == "harmonic" else "mlp"
     values |= _expand_shorthands(given, values["shots"])
     _fill_sizes(values, given)
     learner = learner_facts(values["learner"])

@@ -187,7 +187,8 @@ def _report(folder: Path, runs: Sequence[Run], world: World) -> int:
     if world.first:
         print(tables.training_table(outcomes))
         measure = f"validation {tables.measure_of(outcomes)}"
-        figure = learning_figure(tables.learning_curves(outcomes), measure)
+        title = f"{folder.name}: mean and range of the seeds"
+        figure = learning_figure(tables.learning_curves(outcomes), measure, title, zoom=True)
         print(write_results(folder / "summary", tables.training_record(outcomes), figure))
         if failures:
             count, reason = f"{len(failures)} of {len(outcomes)}", failures[0]["failure"]

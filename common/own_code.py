@@ -99,7 +99,25 @@ def call_factory(
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {one_line(error):.300}"
         words = [*map(reprlib.repr, arguments), *(f"{key}={reprlib.repr(options[key])}" for key in options)]
-        raise UsageError(f"{flag} {name} fails, called with ({', '.join(words)}): {reason}") from error
+        hint = _wrapper_for(factory, arguments, name) if flag == "--learner" else ""
+        raise UsageError(f"{flag} {name} fails, called with ({', '.join(words)}): {reason}{hint}") from error
+
+
+def _wrapper_for(factory: Callable[..., Any], arguments: tuple[Any, ...], name: str) -> str:
+    """Return the two lines that make a learner of a class with other arguments, where these do not fit."""
+    try:
+        inspect.signature(factory).bind(*arguments)
+        return ""
+    except TypeError:
+        needs = [n for n, p in find_parameters(factory).items() if p.default is p.empty and p.kind < 2]
+    except ValueError:  # of some functions in C
+        return ""
+    known = {"device": '"cpu"', "n_classes": "outputs", "num_classes": "outputs", "classes": "outputs"}
+    known |= dict.fromkeys(("input_channels", "in_channels", "channels"), "inputs[0]")
+    values = ", ".join(f"{need}={known.get(need, '...')}" for need in needs)
+    source, _, attribute = name.rpartition(":")
+    wrapper = f"def learner(outputs, inputs): return {attribute}({values})"
+    return f"; it gets the number of outputs: add to {source} the line `{wrapper}`, and name {source}:learner"
 
 
 def select_accepted(factory: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:

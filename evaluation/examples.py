@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TASKS = 3  # in a picture of examples
+FARTHEST = 1.0  # spans of the true curves by which predictions may exceed them within a panel
 MOST_WAYS, MOST_SHOTS = 20, 5  # shown of an image task
 
 
@@ -109,9 +110,20 @@ def draw_fits(panels: Sequence[Axes], examples: Examples) -> None:
             style.draw_bands(panel, query_x[task], predicted, examples.deviations[task, -1, :, 0].numpy())
         x, y = (values[task][counts[task]] for values in (support_x, support_y))
         panel.scatter(x, y, 26, style.RED, linewidth=0.5, label="support set", zorder=3)
-        margin = 0.3 * float(truth.max() - truth.min()) + 0.5
-        panel.set(xlabel="x", ylim=(float(truth.min()) - margin, float(truth.max()) + margin))
+        panel.set_xlabel("x")
+    _share_limits(panels, float(query_y.min()), float(query_y.max()))
     panels[0].set_ylabel("y")
+
+
+def _share_limits(panels: Sequence[Axes], low: float, high: float) -> None:
+    """Give panels one y axis that holds all their curves; one that diverges, as far as `FARTHEST`."""
+    drawn = torch.cat([torch.as_tensor(line.get_ydata()).float() for p in panels for line in p.lines])
+    drawn, span = drawn[drawn.isfinite()], high - low
+    low = max(min(low, float(drawn.min())), low - FARTHEST * span)
+    high = min(max(high, float(drawn.max())), high + FARTHEST * span)
+    margin = 0.05 * (high - low) or 0.5
+    for panel in panels:
+        panel.set_ylim(low - margin, high + margin)
 
 
 def draw_images(panel: Axes, images: Tensor, above: float = 0.0) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+LEAST_ERROR = 0.01  # percent: a logarithmic axis has no 0
 MOST_MARKED = 100  # points of a curve that have markers
 Curves = Mapping[str, Sequence[Curve]]  # curves of a setting's runs, by label
 
@@ -30,6 +31,9 @@ def draw_curve(
 ) -> None:
     """Draw the mean of the runs as far as all of them go, in a band with this half width, `[points]`."""
     length = min(len(x) for x, _ in runs)
+    if not length:
+        panel.plot([], [], label=f"{label}: not recorded", **style.curve_style(number))
+        return
     x, y = runs[0][0][:length], torch.tensor([list(y[:length]) for _, y in runs], dtype=torch.float64)
     mean = y.mean(0)
     low, high = (y.amin(0), y.amax(0)) if interval is None else (mean - interval, mean + interval)
@@ -43,10 +47,16 @@ def draw_learning(panel: Axes, curves: Curves, measure: str) -> None:
     for number, (label, runs) in enumerate(curves.items()):
         draw_curve(panel, number, label, runs)
     style.label_axes(panel, "iteration", measure)
+    panel.set_xlim(left=0)
 
 
 def draw_results(panel: Axes, results: Mapping[str, StepResults], caption: Caption) -> None:
-    """Draw results over inner steps; one that is not adapted is a horizontal line."""
+    """Draw results over inner steps; one that is not adapted is a horizontal line.
+
+    Of an accuracy the error is drawn, whose axis shows what happens near 100 %.
+    """
+    measure = next(iter(results.values())).measure(caption.loss_name)
+    is_accuracy = measure == "accuracy"
     for number, (name, part) in enumerate(results.items()):
         runs = part.kept_means.shape[1]
         label = "mean and 95 % interval" if name == ALL and runs == 1 else name
@@ -56,12 +66,16 @@ def draw_results(panel: Axes, results: Mapping[str, StepResults], caption: Capti
         if any(part.undefined):
             label += f"\n(without {max(part.undefined)} for which it is undefined)"
         if len(part.kept_means) == 1:
-            panel.axhline(part.kept_means.mean().item(), color=style.GREY, linestyle="--", label=label)
+            level = part.kept_means.mean().item()
+            level = 100 * (1 - level) if is_accuracy else level
+            panel.axhline(level, color=style.GREY, linestyle="--", label=label)
         else:
-            curves = [(range(len(mean)), mean) for mean in part.kept_means.T.tolist()]
-            draw_curve(panel, number, label, curves, part.kept_intervals if runs == 1 else None)
-    measure = next(iter(results.values())).measure(caption.loss_name)
-    style.label_axes(panel, "inner steps", f"query {measure}")
+            means, intervals = part.kept_means.T, part.kept_intervals
+            if is_accuracy:
+                means, intervals = (100 * (1 - means)).clamp(min=LEAST_ERROR), 100 * intervals
+            curves = [(range(len(mean)), mean) for mean in means.tolist()]
+            draw_curve(panel, number, label, curves, intervals if runs == 1 else None)
+    style.label_axes(panel, "inner steps", "query error (%)" if is_accuracy else f"query {measure}")
     if caption.trained_steps is not None:
         panel.axvline(caption.trained_steps, color=style.GREY, linestyle=":", label="trained for")
 
@@ -91,11 +105,13 @@ def results_figure(
 
 
 @style.styled()
-def learning_figure(curves: Curves, measure: str) -> Figure:
-    """Draw learning curves, by label."""
-    figure = style.new_figure(6.5, 3.6)
+def learning_figure(curves: Curves, measure: str, title: str = "", *, zoom: bool = False) -> Figure:
+    """Draw learning curves, by label; with `zoom`, the axis has the range of what follows the beginning."""
+    figure = style.new_figure(6.5, 3.6, title)
     panel = figure.subplots()
     draw_learning(panel, curves, measure)
+    if zoom:
+        style.zoom(panel)
     style.add_legend(figure, panel)
     return figure
 
@@ -114,6 +130,8 @@ def comparison_figure(sides: Sequence[Side], caption: Caption) -> Figure:
     curves = {side.name: list(side.curves.values()) for side in sides}
     draw_learning(learning, curves, f"validation {measure}")
     draw_results(steps, {side.name: side.results for side in sides}, caption)
+    for drawn in (learning, steps):
+        drawn.legend()
     panel = bottom.subplots()
     panel.axvline(0.0, color=style.GREY, linestyle=":")
     for number, side in enumerate(sides):

@@ -7,6 +7,8 @@ meaning nobody has said, are called outputs.
 from __future__ import annotations
 
 import math
+import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 MOST_COLUMNS = 16  # of one output; more are an array
 MOST_PREDICTED, MOST_IMAGES, COLUMNS = 6, 60, 10  # tasks, predicted images and images in a row
+LETTERS, LINES = 14, 3  # below an image
 
 
 @dataclass
@@ -40,6 +43,7 @@ class Prediction:
     deviations: dict[str, Tensor] = field(default_factory=dict)  # of drawn columns that are means
     of_targets: bool = False  # the drawn columns are in the order of the targets
     measure: str = "output"  # what they are
+    between: tuple[Tensor, Prediction] | None = None  # of a curve: inputs on a dense grid, what they predict
 
     def rows(self, digits: int) -> Iterator[dict[str, str]]:
         """Yield the cells of each example, by heading."""
@@ -194,14 +198,24 @@ def _draw_columns(panel: Axes, task: UserTask, prediction: Prediction) -> None:
     """Draw a task's columns: over the only input, with the support set, or by row."""
     support_x, support_y, query_x = (x.cpu() for x in (task.support_x, task.support_y, task.query_x))
     curve = support_x.dim() == 2 and support_x.shape[1] == 1 and not task.classes
-    x, order = (query_x[:, 0] if curve else torch.arange(len(query_x))).sort()
+    asked = query_x[:, 0] if curve else torch.arange(len(query_x))
+    points, shown = prediction.between or (asked, prediction)
+    x, order = points.sort()
     for number, name in enumerate(prediction.drawn):
-        values = prediction.columns[name]
-        assert isinstance(values, Tensor)
+        values, rows = shown.columns[name], prediction.columns[name]
+        assert isinstance(values, Tensor) and isinstance(rows, Tensor)
         look = style.curve_style(number) | ({"marker": ""} if curve else {"linestyle": "none"})
         panel.plot(x.numpy(), values[order].numpy(), label=name, **look)
+        if curve:
+            mark: dict[str, Any] = {
+                "linestyle": "none",
+                "marker": style.MARKERS[0],
+                "markerfacecolor": "white",
+            }
+            label = "predicted rows" if number == 0 else None
+            panel.plot(asked.numpy(), rows.numpy(), label=label, color=look["color"], **mark)
         if name in prediction.deviations:
-            bands = values[order].numpy(), prediction.deviations[name][order].numpy()
+            bands = values[order].numpy(), shown.deviations[name][order].numpy()
             style.draw_bands(panel, x.numpy(), *bands, look["color"])
         if curve and prediction.of_targets:
             support = support_x[:, 0].numpy(), support_y.view(len(support_x), -1)[:, number].numpy()
@@ -234,16 +248,21 @@ def _contact_sheet(task: UserTask, prediction: Prediction, title: str) -> Figure
     images = task.query_x[:MOST_IMAGES].cpu()
     if len(images) < len(task.query_x):
         title += f" (the first {len(images)} of {len(task.query_x)})"
-    rows = math.ceil(len(images) / COLUMNS)
-    figure = style.new_figure(10.0, 1.05 * rows + 0.5, title)
+    columns = min(COLUMNS, len(images))
+    rows = math.ceil(len(images) / columns)
+    words = [_describe_example(prediction, number) for number in range(len(images))]
+    lines = max(text.count("\n") + 1 for text in words)
+    above = 0.19 * lines + 0.08  # a line in heights of an image
+    figure = style.new_figure(max(4.0, 1.1 * columns), 1.0 * rows * (1 + above) + 0.6, title)
     panel = figure.subplots()
     empty = 0.0 if images.shape[1] == 1 else 1.0  # one channel is drawn dark on white
-    grid = functional.pad(images, (*[0] * 7, rows * COLUMNS - len(images)), value=empty)
-    draw_images(panel, grid.unflatten(0, (rows, COLUMNS)), above=0.3)
-    for number in range(len(images)):
-        row, column = divmod(number, COLUMNS)
-        words = _describe_example(prediction, number)
-        panel.text(column + 0.06, row + 0.22, words, fontsize=style.SMALL - 1)
+    grid = functional.pad(images, (*[0] * 7, rows * columns - len(images)), value=empty)
+    draw_images(panel, grid.unflatten(0, (rows, columns)), above=above)
+    for number, text in enumerate(words):
+        row, column = divmod(number, columns)
+        bottom = row + above / (1 + above)
+        look: dict[str, Any] = {"fontsize": style.SMALL - 1, "va": "bottom", "linespacing": 1.05}
+        panel.text(column + 0.06, bottom, text, **look)
     return figure
 
 
@@ -253,5 +272,9 @@ def _describe_example(prediction: Prediction, number: int) -> str:
     label = prediction.columns.get("prediction")
     if isinstance(label, list):
         confident = not any(name.startswith("p(above ") for name in prediction.drawn)
-        return label[number][:10] + (f" {100 * max(numbers):.0f} %" if confident else "")
-    return f"{prediction.drawn[0][:10]} {numbers[0]:.3g}" if numbers else ""
+        words = label[number] + (f" {100 * max(numbers):.0f} %" if confident else "")
+    else:
+        words = f"{prediction.drawn[0]} {numbers[0]:.3g}" if numbers else ""
+    parts = re.sub(r"(?<=[_/-])(?=\w)", " \0", words)  # a long name may break after these
+    lines = [line.replace(" \0", "") for line in textwrap.wrap(parts, LETTERS, max_lines=LINES)]
+    return "\n".join(line.replace("\0", "") for line in lines)

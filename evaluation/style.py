@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,12 +28,13 @@ STYLE_FILE = Path(__file__).with_name("pictures.mplstyle")
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#005A9C", "#BF8500", "#008F6B", "#B83A00", "#C565A0", "#3399DD"
 GREY = "#767676"  # what is drawn for comparison
 PALETTE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)  # of curves, in this order
-DASHES = ("-", "--", "-.", ":")  # after the last colour they begin again with the next dash
+DASHES = ("-", "--", "-.", ":")  # after the last colour they begin again with other dashes
 MARKERS = "osD^vPX"  # seven, which has no divisor in common with the six colours
 DISTINCT_CURVES = len(PALETTE) * len(DASHES)
 
 SMALL = 8  # font size in points of notes
-LETTERS_PER_INCH = 17  # of a legend
+LETTERS_PER_INCH, LETTERS_OF_TITLE = 17, 12  # of a legend, and of a title
+BEGINNING = 0.2  # share of a learning curve that a zoomed axis leaves out
 WIDE = 50.0  # ratio of the largest to the smallest loss from which its axis is logarithmic
 
 
@@ -50,7 +52,7 @@ def new_figure(width: float, height: float, title: str = "") -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(textwrap.fill(title, max(20, int(LETTERS_OF_TITLE * width))))
     return figure
 
 
@@ -58,7 +60,7 @@ def curve_style(number: int) -> dict[str, Any]:
     """Return colour, line style and marker of the curve with this number."""
     return {
         "color": PALETTE[number % len(PALETTE)],
-        "linestyle": DASHES[number // len(PALETTE) % len(DASHES)],
+        "linestyle": DASHES[(number // len(PALETTE) + number % 2) % len(DASHES)],  # neighbours differ
         "marker": MARKERS[number % len(MARKERS)],
     }
 
@@ -110,6 +112,20 @@ def label_axes(panel: Axes, x: str, measure: str) -> None:
         panel.yaxis.set_minor_formatter(NullFormatter())
     elif values and max(values) > 2 * min(values):
         panel.set_ylim(bottom=0.0)
+
+
+def zoom(panel: Axes) -> None:
+    """Leave the beginning out of the y axis, where curves change most and are not told apart."""
+    import numpy as np
+
+    curves = [np.asarray(line.get_xydata(), dtype=float) for line in panel.lines]  # [points, 2]
+    points = np.concatenate([curve for curve in curves if len(curve)] or [np.empty((0, 2))])
+    points = points[np.isfinite(points).all(1)]
+    later = points[points[:, 0] >= BEGINNING * points[:, 0].max(initial=0.0), 1].tolist()
+    if later and panel.get_yscale() == "linear":
+        margin = 0.08 * (max(later) - min(later))
+        low, high = panel.get_ylim()
+        panel.set_ylim(max(low, min(later) - margin), min(high, max(later) + margin))
 
 
 def render(figure: Figure) -> bytes:

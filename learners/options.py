@@ -24,6 +24,7 @@ class LearnerFacts:
 
 LEARNERS = {
     "mlp": LearnerFacts("vectors", init="paper", adapt_norm=None, convolutional=False),
+    "sines": LearnerFacts("vectors", init="torch", adapt_norm=None, convolutional=False),
     "conv": LearnerFacts("images", init="paper", adapt_norm=False),
     "conv-flat": LearnerFacts("images", init="torch", adapt_norm=False),
     "conv-pool": LearnerFacts("images", init="paper", adapt_norm=False),
@@ -58,15 +59,15 @@ class LearnerOptions:
     # fmt: off
     learner: str = flag("--learner", group="learner", check=check_learner_name, metavar="NAME", common=True,
         known=tuple(LEARNERS),
-        help=f"{', '.join(LEARNERS)}, torchvision:MODEL, or file.py:factory; mlp: 1-40-40-1; conv: four "
-        "stride-2 convolutions of 64 channels; conv-pool: max pooling; conv4: 32 channels; conv1d: over "
-        "time; fc: 256-128-64-64")
+        help=f"{', '.join(LEARNERS)}, torchvision:MODEL, or file.py:factory; mlp: 1-40-40-1; "
+        "sines: 1-64-64-1, for harmonic; conv: four stride-2 convolutions of 64 channels; conv-pool: max "
+        "pooling; conv4: 32 channels; conv1d: over time; fc: 256-128-64-64")
     learner_args: tuple[str, ...] = flag(
         "--learner-args", group="learner", check=key_and_value, metavar="NAME=VALUE", default=(),
         help="arguments of the learner's factory")
     init: str = flag("--init", group="learner", choices=("paper", "torch"), default=BY_LEARNER,
-        help="initial weights: the paper's, or PyTorch's (default: paper; torch for conv-flat, convnet and "
-        "what is not built in)")
+        help="initial weights: the paper's, or PyTorch's (default: paper; torch for sines, conv-flat, "
+        "convnet, conv1d and what is not built in)")
     loss: str = flag("--loss", group="learner", check=check_loss_name, metavar="NAME", default=BY_RULE,
         known=LOSSES,
         help="mse, cross-entropy, bce (binary, of logits), huber, gaussian-nll (a mean and a variance for "

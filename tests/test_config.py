@@ -70,8 +70,19 @@ def test_every_condition_of_a_flag_is_a_rule():
 
 
 def test_settings_are_printed_with_their_words_whole_and_without_plain_defaults():
-    printed = describe(settings_of("--algorithm fomaml --inner-rates layer-step"))
-    assert "first-order" in printed and "layer-step" in printed and "on nan" not in printed
+    for line in ("--algorithm fomaml", "--first-order"):
+        printed = describe(settings_of(f"{line} --inner-rates layer-step --seed 7"))
+        assert "first-order MAML on sinusoid 10-shot" in printed and printed.endswith(
+            "inner rates layer-step"
+        )
+        assert "seed 7" in printed and len(printed.splitlines()) <= 3
+    assert len(describe(settings_of("--dataset harmonic")).splitlines()) == 1
+
+
+def test_harmonic_tasks_have_a_learner_that_can_draw_them():
+    names = ("learner", "init", "steps")
+    for line, expected in (("", ("sines", "torch", 5)), ("--learner mlp", ("mlp", "paper", 1))):
+        assert tuple(map(settings_of(f"--dataset harmonic {line}").get, names)) == expected
 
 
 def test_reptile_counts_the_query_among_its_training_examples():

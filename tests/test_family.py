@@ -84,7 +84,7 @@ def test_maml_plus_plus_learns_rates_and_keeps_statistics_of_each_step(flags, tm
         # a tenth of the way in each of twelve iterations
         assert (mean != 0).any(1).all() and ((variance - 1).abs() > 1e-3).any(1).all()
         assert not torch.equal(mean[0], mean[1])
-    assert set(curves(tmp_path / "run")) >= {f"inner_lr/1.weight/step_{n}" for n in range(1, 6)}
+    assert set(curves(tmp_path / "run")) >= {f"weights/inner_lr/1.weight/step_{n}" for n in range(1, 6)}
     (tmp_path / "other").mkdir()
     for statistics in ({}, {name: s[:2] for name, s in saved.statistics.items()}):
         save_checkpoints({tmp_path / "other" / "last.pt": replace(saved, statistics=statistics)})

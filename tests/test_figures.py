@@ -107,6 +107,14 @@ def test_the_picture_of_a_result_leaves_diverged_tasks_out_and_says_so():
     assert [panel.get_xlabel(), panel.get_ylabel()] == ["inner steps", "query MSE"]
 
 
+def test_a_result_in_accuracy_is_drawn_as_its_error_so_that_small_ones_are_told_apart():
+    right = torch.tensor([[0.2, 0.98, 1.0]]).expand(4, 3)
+    evaluation = Evaluation({"inductive": torch.ones(4, 3)}, {"inductive": right})
+    (panel,) = results_figure(results_of({"all": [evaluation]}), CAPTION).axes
+    assert panel.lines[0].get_ydata().tolist() == pytest.approx([80, 2, 0.01], rel=1e-3)
+    assert (panel.get_ylabel(), panel.get_yscale()) == ("query error (%)", "log")
+
+
 def test_methods_are_drawn_over_inner_steps_and_one_that_is_not_adapted_as_a_line_across():
     adapted, oracle = (Evaluation({"inductive": torch.ones(4, steps)}, {}) for steps in (3, 1))
     results = results_of({"maml": [adapted], "oracle": [oracle]})
@@ -126,6 +134,24 @@ def test_a_learning_curve_is_the_mean_of_its_runs_in_a_band_of_all_of_them():
     assert {tuple(point) for point in band} == {(10, 0.5), (10, 1.0), (20, 0.25), (20, 0.75)}
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
     assert (panel.get_xlabel(), panel.get_ylabel()) == ("iteration", "validation MSE")
+
+
+def test_a_zoomed_axis_leaves_the_beginning_out():
+    curves = {"a": [(range(1, 11), [9.0, *[1.1 - 0.01 * n for n in range(9)]])], "b": [([], [])]}
+    figure = learning_figure(curves, "validation MSE", "grid", zoom=True)
+    assert figure.axes[0].get_ylim() == pytest.approx((1.02 - 0.0064, 1.1 + 0.0064))
+    assert "b: not recorded" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_all_curves_of_fits_lie_in_panels_of_one_scale_unless_one_diverges():
+    x = torch.linspace(-1, 1, 7).expand(3, 7)[..., None]
+    outputs = torch.tensor([1.5, 1e9])[:, None, None].expand(3, 2, 7, 1)
+    batch = TaskBatch(x[:, :2], x[:, :2], x, x)
+    for steps, top in ((1, 1.5), (2, 3.0)):  # at most one span of the truth beyond it
+        panels = examples_figure(Examples(batch, outputs[:, :steps], [0, 3][:steps], ways=None), "title").axes
+        assert {panel.get_ylim() for panel in panels} == {
+            pytest.approx((-1 - 0.05 * (top + 1), top + 0.05 * (top + 1)))
+        }
 
 
 def test_fits_show_the_steps_that_were_asked_for():
@@ -188,6 +214,10 @@ def test_predictions_are_drawn_as_what_they_are():
     assert labels == ["prediction", "prediction", "probability"]
     assert curve.lines[0].get_xdata().tolist() == sorted(curve.lines[0].get_xdata())
     (query,) = drawn((1, 6, 6), ["a", "b"], 2)
+    assert query.texts[0].get_text().startswith(("a ", "b ")) and query.texts[0].get_text().endswith("%")
+    (long,) = drawn((1, 6, 6), ["golden_retriever_puppy", "Old English sheepdog"], 2)
+    words = {text.get_text().rpartition(" ")[0].rpartition(" ")[0].replace("\n", "") for text in long.texts}
+    assert words <= {"golden_retriever_puppy", "Old Englishsheepdog"}
     assert len(query.texts) == 60 and query.figure.get_suptitle() == "a $title (the first 60 of 70)"
 
 

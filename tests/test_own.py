@@ -1,6 +1,7 @@
 """Learners, losses and tasks of a user's code, from the command line: trained, resumed, tested, refused."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from commands.call import check_call
 from commands.config import OWN_CODE
 from commands.parser import parse
 from commands.resolve import resolve
+from common.errors import UsageError
 from learner import build_learner
 from training.checkpoint import load_checkpoint, save_checkpoints
 from training.folders import LAST
@@ -177,7 +179,7 @@ DATA = f"--dataset {SEQUENCES}Sequences --dataset-args length=6 -n 2 -k 3 -q 3 -
         f"{DATA}transformer --learner-args width=8 heads=2",
         f"{DATA}gru",
         f"{DATA}gru --learner-args cell=lstm width=6",
-        f"--dataset harmonic --learner {ROOT / 'examples' / 'sines.py'}:sines --learner-args width=6",
+        "--dataset harmonic --learner-args width=6",
     ],
     ids=["transformer", "gru", "lstm", "sines"],
 )
@@ -282,3 +284,17 @@ def test_a_mistake_in_a_users_code_is_one_line(flags, expected, code, images, tm
     lines = [line for line in capsys.readouterr().err.splitlines() if "main.py" in line]
     assert len(lines) == 1 and lines[0].startswith("main.py: error: ") and expected in lines[0], lines
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_class_with_other_arguments_is_answered_with_what_is_passed_and_a_wrapper(tmp_path):
+    code = tmp_path / "net.py"
+    head = "from torch import nn\nclass Net(nn.Linear):\n"
+    head += "    def __init__(self, device, input_channels, n_classes):"
+    code.write_text(head + "\n        super().__init__(input_channels, n_classes, device=device)\n")
+    with pytest.raises(UsageError) as refusal:
+        build_learner(f"{code}:Net", 5, inputs=(3, 8, 8))
+    wrapper = re.search(r"`(def learner.*)`", str(refusal.value))
+    assert wrapper and "called with (5)" in str(refusal.value)
+    code.with_name("wrapped.py").write_text(code.read_text() + wrapper[1])
+    built = build_learner(f"{code.with_name('wrapped.py')}:learner", 5, inputs=(3, 8, 8))
+    assert (built.in_features, built.out_features) == (3, 5)

@@ -148,7 +148,7 @@ def test_no_iteration_waits_for_the_device(tmp_path, monkeypatch):
 
 def test_every_curve_has_its_points_and_no_others(whole):
     training = ["train/query_loss", "train/meta_gradient_norm"]
-    training += ["optimizer/meta_lr", "speed/iterations_per_second"]
+    training += ["watch/meta_lr", "watch/iterations_per_second"]
     validation = [f"validation/{name}" for name in ("query_loss", "best_query_loss", "diverged_tasks")]
     validation += [f"validation_by_step/query_loss/{step}" for step in (0, 1)]
     assert curves(whole) == {
@@ -165,7 +165,7 @@ def test_the_meta_learning_rate_follows_its_schedule_to_the_end(tmp_path):
     assert command("--load", run / LAST, "--iterations", 70) == 2  # the schedule ends at 60
     events = EventAccumulator(str(run))
     events.Reload()
-    for event in events.Scalars("optimizer/meta_lr"):
+    for event in events.Scalars("watch/meta_lr"):
         rate = 0.5e-3 * (1 + math.cos(math.pi * (event.step - 1) / 60))
         assert event.value == pytest.approx(rate, rel=1e-5)
 

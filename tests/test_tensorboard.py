@@ -98,6 +98,21 @@ def test_the_view_of_hyper_parameters_has_each_run_once(home):
         assert experiment == hparams_records(home / "maml")[metadata.EXPERIMENT_TAG][0]  # the same columns
 
 
+def test_train_and_validation_come_first_and_the_settings_are_for_people(home):
+    for name in ("maml", "rates", "mixed"):
+        events = EventAccumulator(str(home / name), size_guidance={"tensors": 0}).Reload()
+        groups = sorted({tag.partition("/")[0] for tag in events.Tags()["scalars"]})
+        assert groups[:2] == ["train", "validation"]
+        text = events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0].decode()
+        assert "None" not in text and "()" not in text and "| meta batch size | 2 |" in text
+
+
+def test_an_evaluation_adds_its_result_to_the_runs_log(home):
+    assert command("--eval", "--load", home / "maml", "--eval-tasks", 4, "--eval-steps", 1) == 0
+    assert command("--eval", "--load", home / "maml", "--eval-tasks", 4, "--eval-steps", 1, "-k", 3) == 0
+    assert curves(home / "maml")["test/query_loss"] in ([3], [6])  # once, of the best iteration
+
+
 def test_no_chart_of_a_run_is_empty(home):
     titles = set()
     for name in ("maml", "rates", "mixed"):

@@ -31,7 +31,7 @@ from training.folders import RESULTS, SETTINGS
 from training.log import RunLog
 from training.options import TrainingOptions
 from training.step import TAIL, State
-from training.tensorboard import SPEED, Description
+from training.tensorboard import META_LR, SPEED, WEIGHTS, Description
 
 FINAL_ITERATIONS = 500  # the training loss reported at the end is their mean
 
@@ -103,14 +103,17 @@ class Run:
         if self.training.on_nan == "skip":
             metrics["skipped"] = skipped
         scalars = {f"train/{name}": value for name, value in metrics.items()}
-        scalars |= {SPEED: rate, "optimizer/meta_lr": meta_lr}
+        scalars |= {SPEED: rate, META_LR: meta_lr}
         for name, rates in self.parameters.items():
             if name.startswith(RATE) and self.choices.inner_rates == "layer-step":
-                scalars |= {f"{name}/step_{step}": value for step, value in enumerate(rates.tolist(), 1)}
+                scalars |= {
+                    f"{WEIGHTS}{name}/step_{step}": value for step, value in enumerate(rates.tolist(), 1)
+                }
             elif name.startswith(RATE):
-                scalars |= {f"{name}/mean": rates.mean().item(), f"{name}/least": rates.min().item()}
+                tag = f"{WEIGHTS}{name}"
+                scalars |= {f"{tag}/mean": rates.mean().item(), f"{tag}/least": rates.min().item()}
             elif name.startswith(RIDGE):
-                scalars[name] = rates.item()
+                scalars[f"{WEIGHTS}{name}"] = rates.item()
         self.log.scalars(scalars, self.iteration)
 
     def validate(

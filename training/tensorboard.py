@@ -25,9 +25,11 @@ from torch.utils.tensorboard import summary
 
 from common.files import write_whole
 
-SPEED = "speed/iterations_per_second"
+# TensorBoard sorts groups of tags by name: these come after train and validation.
+SPEED, META_LR, WEIGHTS = "watch/iterations_per_second", "watch/meta_lr", "weights/"
 # Result columns of the hyper-parameter view.
-METRICS = [f"validation/{best}query_{measure}" for best in ("best_", "") for measure in ("accuracy", "loss")]
+PARTS = ("test/", "validation/best_", "validation/")
+METRICS = [f"{part}query_{measure}" for part in PARTS for measure in ("accuracy", "loss")]
 # Curves that belong together: patterns of tags by group and chart. TensorBoard joins the layouts of all runs,
 # and shows twice what differs.
 CHARTS = {
@@ -45,8 +47,8 @@ CHARTS = {
         "query accuracy": r"^validation_by_step/query_accuracy/\d+$",
         "query loss": r"^validation_by_step/query_loss/\d+$",
     },
-    "learned inner rates": {"inner rates": "^inner_lr/"},
-    "learned ridge head": {"ridge head": "^ridge/"},
+    "learned inner rates": {"inner rates": "^weights/inner_lr/"},
+    "learned ridge head": {"ridge head": "^weights/ridge/"},
 }
 
 
@@ -117,9 +119,11 @@ class EventFile:
 
     def _describe(self, run: Description) -> None:
         """Show the settings as a text and as a row of the hyper-parameter view, and lay out the charts."""
-        self.table("settings", [{"setting": name, "value": v} for name, v in run.settings.items()], 0)
-        own = [tag for best in ("best_", "") if (tag := f"validation/{best}{run.measure}") not in METRICS]
-        plain = {n: " ".join(v) if isinstance(v, list | tuple) else v for n, v in run.settings.items()}
+        given = {name: value for name, value in run.settings.items() if value is not None}
+        plain = {n: " ".join(v) if isinstance(v, list | tuple) else v for n, v in given.items()}
+        shown = {name: value for name, value in plain.items() if value != ""}
+        self.table("settings", [{"setting": n.replace("_", " "), "value": v} for n, v in shown.items()], 0)
+        own = [tag for part in PARTS if (tag := f"{part}{run.measure}") not in METRICS]
         experiment, _, _ = summary.hparams(dict(run.columns), dict.fromkeys([*METRICS, *own]))
         _, row, _ = summary.hparams(plain, {})
         layout: dict[str, dict[str, Any]] = {}
@@ -128,6 +132,11 @@ class EventFile:
             layout |= {group: shown} if shown else {}
         for part in (experiment, row, summary.custom_scalars(layout)):
             self.add(part, 0)
+
+
+def has_log(folder: Path) -> bool:
+    """Return whether a run has event files."""
+    return any(folder.glob("events.out.tfevents.*"))
 
 
 def read_speed(folder: Path) -> float | None:
