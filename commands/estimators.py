@@ -11,7 +11,6 @@ They predict what --adapt writes for the same examples. scikit-learn itself is n
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from commands.initialisation import Initialisation, Solution, normalisation_of, 
 from common.batch import Tree
 from common.device import find_device, set_up
 from common.errors import UsageError
+from common.options import find_nearest
 from common.processes import ALONE
 from common.task import UserTask
 from learners.losses import LOSSES
@@ -186,7 +186,7 @@ class FewShotClassifier(FewShotEstimator):
                 raise UsageError(f"y has labels of several kinds: {error}") from error
             number = len(classes)
             if number < 2:
-                raise UsageError(f"y has one class, {classes[0]!r}: give examples of two or more")
+                raise UsageError(f"y has one class, {classes.tolist()[0]!r}: give examples of two or more")
             self._open().check_classes(number, "y")
             outputs = self._output_of_each(classes)
             reading = self._adapt(inputs, outputs[torch.from_numpy(positions)], number).reading
@@ -271,9 +271,9 @@ class FewShotRegressor(FewShotEstimator):
 def _check_setting(name: str, value: Any) -> Any:
     """Return a setting's value as flags have it; UsageError for an unknown name or a wrong value."""
     if name not in SETTINGS:
-        near = difflib.get_close_matches(name, SETTINGS, 1)
+        near = find_nearest(name, SETTINGS)
         raise UsageError(
-            f"there is no setting {name!r}: {f'did you mean {near[0]}?' if near else ', '.join(SETTINGS)}"
+            f"there is no setting {name!r}: {f'did you mean {near}?' if near else ', '.join(SETTINGS)}"
         )
     value = value.item() if isinstance(value, np.generic) else value
     if problem := CONFIG_FLAGS[name].problem(value):

@@ -325,7 +325,9 @@ def print_by_size(settings: Mapping[str, Sequence[Evaluation]], caption: Caption
     for name, runs in settings.items():
         if runs[0].sizes:
             heading = f"By size, {after_steps(caption.test_steps)}" + f", {name}" * (name != ALL)
-            print(f"\n{heading}:\n{sizes_table(runs, caption)}\n")
+            print(f"\n{heading}:\n{sizes_table(runs, caption)}")
+    if any(runs[0].sizes for runs in settings.values()):
+        print()
 
 
 def by_size(settings: Mapping[str, Sequence[Evaluation]]) -> dict[str, Any]:

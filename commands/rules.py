@@ -156,7 +156,8 @@ def _learner_rules(config: Config) -> Iterator[tuple[bool, str]]:
     kind = "classification" if tasks.classification else "regression"
     yield (
         learner.loss in (("mse", "gaussian-nll") if tasks.classification else ("cross-entropy",)),
-        f"--loss {learner.loss} does not fit {kind}: leave it out, or use bce, huber or your own",
+        f"--loss {learner.loss} does not fit {kind}: leave it out, or use "
+        f"{'bce' if tasks.classification else 'huber, bce'} or your own",
     )
 
 

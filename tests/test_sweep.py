@@ -145,6 +145,7 @@ CHOICES = {
     "images, prototypes": [*IMAGES, "--head-init", "prototype"],
     "images, protonet": [*IMAGES, "--algorithm", "protonet"],
     "ridge alone": ["--algorithm", "r2d2"],
+    "tasks of different sizes": ["-s", 2, "-k", "1-5", "-q", "1-4"],
     **{f"algorithm {name}": ["--algorithm", name, "-s", 2] for name in ALGORITHMS if name not in STEPLESS},
 }
 SLOW_CHOICES = ("images, conv", "images, prototypes", "algorithm imaml")

@@ -63,7 +63,7 @@ SINUSOID = [*FIVE_TASKS, *flags("--iterations 60 --log-every 10 --val-every 20 -
 FLOAT64 = [*SINUSOID, "--precision", "float64"]
 COMPILED = flags("--compile on --iterations 120 --log-every 10 --val-every 120")
 DISTURBED = [*FIVE_TASKS, *flags("--iterations 400 --log-every 7 --val-every 100 --save-every 20")]
-EVALUATION = flags("--eval-tasks 300 --eval-steps 2")  # several chunks, which are shared out
+EVALUATION = flags("--eval-tasks 300 --eval-steps 2 -k 1-8")  # several chunks, which are shared out
 
 
 # ---- helpers ---------------------------------------------------------------------------------------
@@ -160,6 +160,7 @@ def run_batch(folder: Path, processes: int, lines: dict[str, list[object]], **en
 DESCENT = flags("--iterations 1 --meta-optimizer sgd --meta-lr 1 --precision float64 --compile off")
 GRADIENTS = {
     "maml": flags("--meta-batch-size 7 -s 2 --noise 0.1"),
+    "sizes": flags("--meta-batch-size 5 -s 2 -k 1-6 -q 1-9"),
     "maml++": flags(
         "--image-size 14 --channels 1 --learner conv --learner-args channels=4 -n 3 -k 1 -q 2 "
         "--algorithm maml++ --meta-batch-size 5 -s 2 --msl-iterations 10"
@@ -173,8 +174,8 @@ def training(folder: Path, name: str, *options: object) -> list[object]:
 
 def common_lines(folder: Path, processes: int) -> dict[str, list[object]]:
     """Return command lines with the same result for any number of processes."""
-    images = {"maml": [], "maml++": ["--dataset", f"images:{folder / 'images'}"]}
-    options = {name: [*DESCENT, *images[name], *line] for name, line in GRADIENTS.items()}
+    images = {"maml++": ["--dataset", f"images:{folder / 'images'}"]}
+    options = {name: [*DESCENT, *images.get(name, []), *line] for name, line in GRADIENTS.items()}
     options["float64"] = FLOAT64
     lines = {name: training(folder, f"{name}-{processes}", *line) for name, line in options.items()}
     evaluation = ["--eval", "--load", folder / "float64-1" / BEST, "--out", folder / f"eval-{processes}"]
@@ -223,7 +224,7 @@ def test_the_shares_of_all_processes_are_the_whole_in_order_and_nearly_equal(cou
 
 def assert_learned_as_one(folder: Path, processes: int) -> None:
     """Compare all runs of so many processes with those of one."""
-    for name, within in {"maml": 1e-10, "maml++": 1e-10, "float64": 1e-9}.items():
+    for name, within in {"maml": 1e-10, "sizes": 1e-10, "maml++": 1e-10, "float64": 1e-9}.items():
         assert_same_learning(last(folder, f"{name}-{processes}"), last(folder, f"{name}-1"), within)
     assert last(folder, "maml++-1").statistics
 
@@ -240,7 +241,7 @@ def test_a_run_resumes_with_another_number_of_processes(pair, alone):
 
 def test_two_processes_evaluate_as_one_does(pair, alone):
     ours, theirs = (json.loads(next((alone / f"eval-{n}").glob("*.json")).read_text()) for n in (2, 1))
-    for part in ("per_step", "per_task", "settings"):
+    for part in ("per_step", "per_task", "sizes", "by_size", "settings"):
         assert ours[part] == theirs[part]
 
 
