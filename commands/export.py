@@ -24,7 +24,8 @@ def export(call: Call) -> int:
     if file.suffix == ".pt2":
         raise UsageError(f"{file}: a program is of an adapted network: add --adapt, or name FILE.safetensors")
     if choices.fast_weights == "context":
-        raise UsageError(f"{file}: a context is no part of the learner's class")
+        program = "--adapt with --save-weights FILE.pt2 writes a program instead"
+        raise UsageError(f"{file}: a context is no part of the learner's class: {program}")
     state = source.fixed | {n: w for n, w in source.parameters.items() if not n.startswith(SQUARE)}
     if parse_name(learner.learner).kind == "torchvision" and config.tasks.channels == 1:  # `GreyAsColour`
         state = {name.replace("network.", "", 1): tensor for name, tensor in state.items()}

@@ -129,6 +129,7 @@ MISTAKES = [
     ("--datset omniglot", "there is no flag --datset; did you mean --dataset?"),
     ("--metabatchsize=4", "there is no flag --metabatchsize; did you mean --meta-batch-size?"),
     ("--Eval", "there is no flag --Eval; did you mean --eval?"),
+    ("--report-to wandbb", "there is no 'wandbb'; did you mean wandb?"),
     ("--no-vectorize", "there is no flag --no-vectorize; did you mean --no-vectorise?"),
     ("eval", "eval belongs to no flag; did you mean --eval?"),
     ("--shots 5", "there is no flag --shots; did you mean -k?"),
