@@ -99,6 +99,9 @@ def test_what_no_file_can_hold_is_refused(run, file, message, refuse):
 
 
 def test_flags_that_would_do_nothing_and_a_missing_package_are_one_line(refuse, monkeypatch):
+    Path("many").mkdir()
+    Path("many/runs.json").write_text("{}")
+    assert "many has many runs: name one of them" in refuse("--load", "many", "--save-weights", "x.pt")
     line = refuse("--load", "x", "--save-weights", "x.pt", "--seed", 1)
     assert "--seed has no meaning with --save-weights" in line
     assert "--save-weights needs --load" in refuse("--save-weights", "x.pt")

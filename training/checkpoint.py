@@ -21,6 +21,7 @@ from torch import Tensor
 from common.batch import DataRecord
 from common.errors import UsageError, is_out_of_memory
 from common.files import write_all_whole
+from training.folders import LIST
 
 FORMAT = "maml checkpoint"
 VERSION = 3  # checkpoints/resave.py turns files of version 2 into this one
@@ -76,7 +77,8 @@ def load_checkpoint(path: Path, *, weights: bool = True) -> Checkpoint:
     Without `weights`, tensors are read from the disk when they are used, and the file is not tested.
     """
     if not path.is_file():
-        raise UsageError(f"{path} is not a checkpoint file")
+        many = "has many runs: name one of them" if (path / LIST).is_file() else "is not a checkpoint file"
+        raise UsageError(f"{path} {many}")
     content: Any = None
     try:
         with zipfile.ZipFile(path) as archive:
