@@ -48,7 +48,7 @@ from training.checkpoint import Checkpoint, check_same_data, load_checkpoint
 from training.compiler import Compiler, cpp_compiler
 from training.folders import LIST, find_runs
 from training.log import RunLog
-from training.tensorboard import Description, has_log
+from training.tensorboard import TEST, Description, has_log
 
 COMPILED_FROM = 1_000_000  # images times inner steps: compiling then saves more than it takes (docs/speed.md)
 
@@ -282,8 +282,8 @@ class Subject:
             return
         norm, step = self.trained.choices.query_norm, self.config.evaluation.test_steps
         result, log = self.result, RunLog(self.file.parent, "tensorboard", begin_at=None)
-        values = {"test/query_loss": result.losses[norm][:, step].mean().item()}
-        values[f"test/query_{result.measure}"] = result.measured(norm)[:, step].nanmean().item()
+        values = {f"{TEST}query_loss": result.losses[norm][:, step].mean().item()}
+        values[f"{TEST}query_{result.measure}"] = result.measured(norm)[:, step].nanmean().item()
         log.scalars(values, self.source.iteration)
         log.sync()
         log.close()

@@ -81,10 +81,11 @@ def examples_figure(examples: Examples, title: str) -> Figure:
         title += f": before and {after_steps(examples.steps[-1])}"
     if examples.ways is not None:
         return _draw_image_tasks(examples, examples.ways, title)
-    figure = style.new_figure(2.6 * TASKS + 0.3, 2.8, title)
-    panels = figure.subplots(1, TASKS)
+    figure = style.new_figure(5.2, 4.2, title)  # in TensorBoard's small cards letters stay readable
+    *panels, corner = figure.subplots(2, 2).flat
     draw_fits(panels, examples)
-    style.add_legend(figure, panels[0])
+    corner.set_axis_off()
+    corner.legend(*panels[0].get_legend_handles_labels(), loc="center")
     return figure
 
 

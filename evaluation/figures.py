@@ -107,7 +107,7 @@ def results_figure(
 @style.styled()
 def learning_figure(curves: Curves, measure: str, title: str = "", *, zoom: bool = False) -> Figure:
     """Draw learning curves, by label; with `zoom`, the axis has the range of what follows the beginning."""
-    figure = style.new_figure(6.5, 3.6, title)
+    figure = style.new_figure(5.4, 3.6, title)
     panel = figure.subplots()
     draw_learning(panel, curves, measure)
     if zoom:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 MOST_COLUMNS = 16  # of one output; more are an array
 MOST_PREDICTED, MOST_IMAGES, COLUMNS = 6, 60, 10  # tasks, predicted images and images in a row
-LETTERS, LINES = 14, 3  # below an image
+LETTERS, LINES = 14, 6  # above an image, at most
 
 
 @dataclass
@@ -252,7 +252,7 @@ def _contact_sheet(task: UserTask, prediction: Prediction, title: str) -> Figure
     rows = math.ceil(len(images) / columns)
     words = [_describe_example(prediction, number) for number in range(len(images))]
     lines = max(text.count("\n") + 1 for text in words)
-    above = 0.19 * lines + 0.08  # a line in heights of an image
+    above = 0.13 * lines + 0.05  # a line in heights of an image
     figure = style.new_figure(max(4.0, 1.1 * columns), 1.0 * rows * (1 + above) + 0.6, title)
     panel = figure.subplots()
     empty = 0.0 if images.shape[1] == 1 else 1.0  # one channel is drawn dark on white

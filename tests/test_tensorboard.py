@@ -90,10 +90,12 @@ def test_the_view_of_hyper_parameters_has_each_run_once(home):
         experiment, start, end = (records[tag][0] for tag in tags)
         columns = metadata.parse_experiment_plugin_data(experiment)
         row = metadata.parse_session_start_info_plugin_data(start).hparams
-        assert row["meta_batch_size"].number_value == 2
-        assert row["algorithm"].string_value == ("maml" if name == "maml" else "maml++")
+        assert row["other/meta_batch_size"].number_value == 2
+        assert row["other/algorithm"].string_value == ("maml" if name == "maml" else "maml++")
         assert metadata.parse_session_end_info_plugin_data(end).status == api_pb2.STATUS_SUCCESS
-        assert {column.name for column in columns.hparam_infos} >= {"inner_lr", "steps", "seed", "algorithm"}
+        assert {column.name for column in columns.hparam_infos} >= {"inner_steps", "other/algorithm"}
+        first = ["dataset", "inner_lr", "inner_steps", "meta_gradient", "method"]
+        assert sorted(column.name for column in columns.hparam_infos)[:5] == first
         assert {metric.name.tag for metric in columns.metric_infos} == {*METRICS}
         assert experiment == hparams_records(home / "maml")[metadata.EXPERIMENT_TAG][0]  # the same columns
 
@@ -101,7 +103,8 @@ def test_the_view_of_hyper_parameters_has_each_run_once(home):
 def test_train_and_validation_come_first_and_the_settings_are_for_people(home):
     for name in ("maml", "rates", "mixed"):
         events = EventAccumulator(str(home / name), size_guidance={"tensors": 0}).Reload()
-        groups = sorted({tag.partition("/")[0] for tag in events.Tags()["scalars"]})
+        tags = [*events.Tags()["scalars"], *events.Tags()["images"]]
+        groups = sorted({tag.partition("/")[0] for tag in tags})
         assert groups[:2] == ["train", "validation"]
         text = events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0].decode()
         assert "None" not in text and "()" not in text and "| meta batch size | 2 |" in text
@@ -110,7 +113,7 @@ def test_train_and_validation_come_first_and_the_settings_are_for_people(home):
 def test_an_evaluation_adds_its_result_to_the_runs_log(home):
     assert command("--eval", "--load", home / "maml", "--eval-tasks", 4, "--eval-steps", 1) == 0
     assert command("--eval", "--load", home / "maml", "--eval-tasks", 4, "--eval-steps", 1, "-k", 3) == 0
-    assert curves(home / "maml")["test/query_loss"] in ([3], [6])  # once, of the best iteration
+    assert curves(home / "maml")["verdict/test_query_loss"] in ([3], [6])  # once, of the best iteration
 
 
 def test_no_chart_of_a_run_is_empty(home):

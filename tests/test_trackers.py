@@ -109,7 +109,7 @@ def test_a_tracker_has_what_tensorboard_has_and_a_resumed_run_continues_there(tr
     points = Counter((tag, iteration) for iteration, row in history for tag in row)
     for tag, iterations in curves(run).items():
         assert [points[tag, iteration] for iteration in iterations] == [1] * len(iterations), tag
-    assert {"training", "results"} <= {tag for tag, _ in points}
+    assert {"view/training", "results"} <= {tag for tag, _ in points}
     # a test joins them, once
     assert command("--eval", "--load", run, "--eval-tasks", 4, "--report-to", tracker) == 0
     after, _, history = READERS[tracker](run)

@@ -197,7 +197,7 @@ class Run:
         examples = adapt_examples(maml, self.parameters, distribution, "validation", steps, inner_batch)
         if examples is not None:
             figure = examples_figure(examples, f"validation tasks, iteration {self.iteration:,}")
-            self.log.figure("examples", figure, self.iteration, self.folder / "examples.png")
+            self.log.figure("view/tasks", figure, self.iteration, self.folder / "examples.png")
 
     # ---- results ----------------------------------------------------------------------------
 
@@ -224,7 +224,7 @@ class Run:
                 if self.measure in curve  # a metric is measured at validations alone
             }
             figure = learning_figure(points, f"query {self.measure_name}")
-            self.log.figure("training", figure, after, self.folder / "training.png")
+            self.log.figure("view/training", figure, after, self.folder / "training.png")
         self.log.table("results", self._results_table(), after)
         self.log.sync()
         self.log.close(ended_at=after if self.failure is None else None)

@@ -25,10 +25,14 @@ from torch.utils.tensorboard import summary
 
 from common.files import write_whole
 
-# TensorBoard sorts groups of tags by name: these come after train and validation.
+# TensorBoard sorts groups of tags by name: these, and view/, come after train and validation.
 SPEED, META_LR, WEIGHTS = "watch/iterations_per_second", "watch/meta_lr", "weights/"
 # Result columns of the hyper-parameter view.
-PARTS = ("test/", "validation/best_", "validation/")
+TEST = "verdict/test_"
+PARTS = (TEST, "validation/best_", "validation/")
+# It shows the first five settings by name: these are renamed to be the first, the others come after "other/".
+SHOWN = {name: name for name in ("dataset", "inner_lr", "meta_gradient", "method", "seed", "shots", "ways")}
+SHOWN["steps"] = "inner_steps"
 METRICS = [f"{part}query_{measure}" for part in PARTS for measure in ("accuracy", "loss")]
 # Curves that belong together: patterns of tags by group and chart. TensorBoard joins the layouts of all runs,
 # and shows twice what differs.
@@ -124,8 +128,12 @@ class EventFile:
         shown = {name: value for name, value in plain.items() if value != ""}
         self.table("settings", [{"setting": n.replace("_", " "), "value": v} for n, v in shown.items()], 0)
         own = [tag for part in PARTS if (tag := f"{part}{run.measure}") not in METRICS]
-        experiment, _, _ = summary.hparams(dict(run.columns), dict.fromkeys([*METRICS, *own]))
-        _, row, _ = summary.hparams(plain, {})
+        columns, values = (
+            {SHOWN.get(name, f"other/{name}"): value for name, value in part.items()}
+            for part in (run.columns, plain)
+        )
+        experiment, _, _ = summary.hparams(columns, dict.fromkeys([*METRICS, *own]))
+        _, row, _ = summary.hparams(values, {})
         layout: dict[str, dict[str, Any]] = {}
         for group, charts in CHARTS.items():
             shown = {name: ["Multiline", [tags]] for name, tags in charts.items() if name not in run.empty}
