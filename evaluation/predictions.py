@@ -272,7 +272,7 @@ def _describe_example(prediction: Prediction, number: int) -> str:
     label = prediction.columns.get("prediction")
     if isinstance(label, list):
         confident = not any(name.startswith("p(above ") for name in prediction.drawn)
-        words = label[number] + (f" {100 * max(numbers):.0f} %" if confident else "")
+        words = label[number] + (f" {100 * max(numbers):.0f}\N{NO-BREAK SPACE}%" if confident else "")
     else:
         words = f"{prediction.drawn[0]} {numbers[0]:.3g}" if numbers else ""
     parts = re.sub(r"(?<=[_/-])(?=\w)", " \0", words)  # a long name may break after these

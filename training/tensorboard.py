@@ -33,7 +33,7 @@ PARTS = (TEST, "validation/best_", "validation/")
 # It shows the first five settings by name: these are renamed to be the first, the others come after "other/".
 SHOWN = {name: name for name in ("dataset", "inner_lr", "meta_gradient", "method", "seed", "shots", "ways")}
 SHOWN["steps"] = "inner_steps"
-METRICS = [f"{part}query_{measure}" for part in PARTS for measure in ("accuracy", "loss")]
+METRICS = [f"{part}query_{measure}" for part in PARTS for measure in ("loss", "accuracy")]
 # Curves that belong together: patterns of tags by group and chart. TensorBoard joins the layouts of all runs,
 # and shows twice what differs.
 CHARTS = {
