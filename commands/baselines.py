@@ -97,11 +97,11 @@ def announce(saved: Config, folder: Path) -> str:
     measured = f"training from scratch{' and fine-tuning' * bool(names)} at {rates} learning rates"
     measured = f"measures {measured} on {RATE_TASKS} validation tasks each"
     if not names:
-        return f"\nBaselines: {measured}"
+        return f"\nBaselines: {measured}."
     speed = read_speed(folder.parent)
     time = f"about {duration(iterations / speed)}" if speed else "about as long as the run took"
-    trained = f"trains {' and '.join(names)} in {folder}, {iterations:,} iterations each ({time}), once"
-    return f"\nBaselines: {trained}; {measured}"
+    trained = f"trains {' and '.join(names)} in {folder}, once: {iterations:,} iterations each, {time}"
+    return f"\nBaselines: {trained}.\nThen {measured}."
 
 
 def trained_baselines(saved: Config) -> dict[str, dict[str, Any]]:

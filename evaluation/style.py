@@ -62,6 +62,7 @@ def curve_style(number: int) -> dict[str, Any]:
         "color": PALETTE[number % len(PALETTE)],
         "linestyle": DASHES[(number // len(PALETTE) + number % 2) % len(DASHES)],  # neighbours differ
         "marker": MARKERS[number % len(MARKERS)],
+        "zorder": 2 + 0.1 * (number % 2),  # a dashed curve is seen on a solid one
     }
 
 

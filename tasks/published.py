@@ -35,7 +35,7 @@ def open_benchmark(
 ) -> ImageSet:
     """Return a benchmark by its name; UsageError if it is not there, or has other classes than published."""
     own = FOLDERS.get(name, name)
-    if data_root.name == own and data_root.is_dir() and not (data_root / own).is_dir():
+    if data_root.name == own and data_root.is_dir() and not any((data_root / own).glob("*")):
         data_root = data_root.parent  # the data's own folder was named
     if name == "omniglot":
         return _open_omniglot(data_root, form, omniglot_split)

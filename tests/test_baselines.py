@@ -43,7 +43,7 @@ def test_all_baselines_are_measured_with_a_checkpoint_and_trained_once(tmp_path,
     )
     steps = {name: len(method["per_step"]) for name, method in record["methods"].items()}
     assert steps == {"maml": 4, "scratch, sgd": 4, "scratch, adam": 4, "pretrained": 4, "oracle": 1}
-    assert "trains pretrained and oracle in" in output and "70 iterations each" in output
+    assert "trains pretrained and oracle in" in output and "70 iterations each, about" in output
     assert "MAML, as trained" in output and all(name in output for name in steps if name != "maml")
     assert (tmp_path / "run" / "last-test-sinusoid-4shot-10query-20tasks-baselines.png").is_file()
 
