@@ -139,6 +139,7 @@ def curve_table(name: str, title: str) -> Table:
         measured_with = "maml, inner rate 0.01"
         flags = "--algorithm maml --inner-lr 0.01"
         other = [make_cell(name, measured_with, flags, source_of="maml", baselines=True)]
+        other += [make_cell(name, f"maml, trained for {steps} steps", f"-s {steps}") for steps in (5, 10)]
     return Table(
         name,
         f"{title}: trained with K = 10 points (25 tasks, 70,000 iterations), query MSE",
