@@ -104,6 +104,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "norm_per_step": True,
         "exact_from": (0, "half", "half", "half"),
         "grad_clip_norm": (1.0, None, None, None),
+        "on_nan": ("skip", "stop", "stop", "stop"),  # a task may overflow before the rates have settled
         "meta_lr_schedule": "cosine",
         "meta_lr_final": 1e-5,
         "learner": ("mlp", "conv-pool", "conv-pool", "conv4"),
