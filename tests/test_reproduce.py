@@ -286,7 +286,7 @@ def test_a_run_that_is_out_of_time_saves_and_is_resumed(tmp_path):
     line = "--meta-batch-size 2 --iterations 1000000 --val-every 1000000 --compile off --run-name run"
     flags = line.split()
     arguments = [*flags, "--checkpoint-path", str(tmp_path)]
-    code, _ = call_main(arguments, seconds=15)
+    code, _ = call_main(arguments, seconds=30)
     assert code == jobs.STOPPED
     assert 0 < read_json(tmp_path / "run" / "training.json")["iteration"] < 1_000_000
 
