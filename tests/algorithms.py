@@ -1,5 +1,6 @@
 """Small algorithms and tasks for tests of the mathematics, and their meta-gradient by a plain loop."""
 
+import inspect
 from dataclasses import fields
 
 import torch
@@ -10,14 +11,13 @@ from torch.nn import functional as F
 from common.batch import TaskBatch
 from common.choices import Choices
 from common.task import MetaGradient
-from learner import build_learner
+from learner import LEARNERS, build_learner
 from learners.batch_norm import BatchNorm
 from learners.heads import add_context
 from maml import MAML, RATE
 from training.meta_gradients import make_meta_gradient
 
 WAYS, SHOTS, TASKS, STEPS = 2, 2, 3, 3
-INPUTS = {"mlp": (1,), "conv1d": (2, 32)}  # images for the others
 WAYS_TO_COMPUTE = [
     {"engine": engine, "convolution": convolution}
     for engine in ("unrolled", "adjoint")
@@ -44,6 +44,12 @@ class Algorithm(MAML):
         return self.call(weights, x)
 
 
+def inputs_of(learner: str) -> tuple[int, ...]:
+    """Return the shape of an example: a number of a curve, a signal, or a small image."""
+    shape = inspect.signature(LEARNERS[learner]).parameters["inputs"].default
+    return shape if len(shape) < 3 else (1, 28, 28)
+
+
 def make_tasks(learner: str, *, tasks: int = TASKS) -> TaskBatch:
     shots = 1 if learner == "convnet" else SHOTS  # it costs twenty times as much as `conv`
     generator = torch.Generator().manual_seed(0)
@@ -51,19 +57,20 @@ def make_tasks(learner: str, *, tasks: int = TASKS) -> TaskBatch:
     def random(*shape):
         return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
-    if learner == "mlp":
+    inputs = inputs_of(learner)
+    if inputs == (1,):
         return TaskBatch(*(4 * random(tasks, 5, 1) - 2 for _ in range(4)))
     labels = torch.arange(WAYS).repeat_interleave(shots).expand(tasks, -1)
-    support, query = (random(tasks, WAYS * shots, *INPUTS.get(learner, (1, 28, 28))) for _ in range(2))
+    support, query = (random(tasks, WAYS * shots, *inputs) for _ in range(2))
     return TaskBatch(support, labels, query, labels)
 
 
 def make_maml(learner: str, **options) -> Algorithm:
     """A built-in learner in float64."""
-    outputs = 1 if learner == "mlp" else WAYS
-    inputs = INPUTS.get(learner, (1, 28, 28))
+    inputs = inputs_of(learner)
+    outputs = 1 if inputs == (1,) else WAYS
     network = build_learner(learner, outputs, inputs=inputs, init="torch", seed=1).double()
-    loss = F.mse_loss if learner == "mlp" else F.cross_entropy
+    loss = F.mse_loss if inputs == (1,) else F.cross_entropy
     return Algorithm(network, loss, **{"inner_lr": 0.1} | options)
 
 
