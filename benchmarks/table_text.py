@@ -50,9 +50,11 @@ class Number:
 
 
 def mean_text(mean: float, interval: float, digits: int) -> str:
-    """Return a mean with its interval, where there is one."""
+    """Return a mean with its interval, where there is one; a small one with two digits that are not 0."""
     if not math.isfinite(mean):
         return "not finite"
+    if mean:
+        digits = max(digits, 1 - math.floor(math.log10(abs(mean))))
     return decimal(mean, digits) + f" ±{decimal(interval, digits)}" * math.isfinite(interval)
 
 
