@@ -83,7 +83,7 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
     if call.save_weights and len(tasks) > 1:
         raise UsageError(f"--save-weights {call.save_weights}: there are {len(tasks)} tasks: give one")
     folder, steps = make_writable(call.out or call.load.parent), config.evaluation.test_steps
-    print_settings(config, runtime, f"Adapting {call.load} to {call.adapt}, {steps} steps")
+    print_settings(config, runtime, f"Adapting {call.load} to {call.adapt}: {after_steps(steps)}")
     predictions = []
     for task in tasks:
         solution = start.adapt(task)

@@ -221,6 +221,8 @@ def _draw_columns(panel: Axes, task: UserTask, prediction: Prediction) -> None:
             support = support_x[:, 0].numpy(), support_y.view(len(support_x), -1)[:, number].numpy()
             panel.scatter(*support, 18, style.RED, zorder=3, label="support set" if number == 0 else None)
     panel.set(title=task.name, xlabel="x" if curve else "predicted row", ylabel=prediction.measure)
+    if not curve:
+        panel.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _draw_maps(task: UserTask, prediction: Prediction, title: str, *, images: bool) -> Figure:

@@ -308,7 +308,7 @@ def results_table(results: Mapping[str, StepResults], caption: Caption, *, losse
     few = len(parts) <= MOST_COLUMNS
     steps = range(last + 1) if few else sorted({0, min(caption.test_steps, last), last})
     if few:
-        marks = {caption.test_steps: "quoted", caption.trained_steps: "trained for"}
+        marks = {caption.test_steps: "the result", caption.trained_steps: "trained for"}
         names, cells = [], []
         for name, part in results.items():
             columns = [part.cells(step, scale, digits) for step in steps]
