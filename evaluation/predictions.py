@@ -222,7 +222,7 @@ def _draw_columns(panel: Axes, task: UserTask, prediction: Prediction) -> None:
             panel.scatter(*support, 18, style.RED, zorder=3, label="support set" if number == 0 else None)
     panel.set(title=task.name, xlabel="x" if curve else "predicted row", ylabel=prediction.measure)
     if not curve:
-        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.locator_params("x", integer=True)
 
 
 def _draw_maps(task: UserTask, prediction: Prediction, title: str, *, images: bool) -> Figure:
