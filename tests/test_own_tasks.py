@@ -205,4 +205,4 @@ def test_seeds_that_change_nothing_are_said(build, tmp_path, monkeypatch, capsys
     build("Same")
     line = ["--dataset", f"{tmp_path / 'tasks.py'}:Same", "--learner", "mlp", "--iterations", 1]
     assert command(*line, "--eval-tasks", 2, "--checkpoint-path", tmp_path) == 0
-    assert "  data        sample gives the same task for every seed" in capsys.readouterr().out
+    assert "  data     sample gives the same task for every seed" in capsys.readouterr().out

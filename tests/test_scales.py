@@ -80,7 +80,7 @@ def test_targets_are_left_alone_where_another_loss_may_need_them(tmp_path, capsy
     data = ["--dataset", f"table:{tmp_path / 'a.csv'}", "--checkpoint-path", tmp_path]
     assert command(*SHORT, *data, "--run-name", "bce", "--loss", "bce") == 0
     assert set(load_checkpoint(tmp_path / "bce" / "last.pt").scales) == {"input"}
-    assert "  data        96 rows; tasks: 8 train, 2 validation, 2 test" in capsys.readouterr().out
+    assert "  data     96 rows; tasks: 8 train, 2 validation, 2 test" in capsys.readouterr().out
     assert command(*SHORT, *data, "--run-name", "raw", "--loss", "bce", "--no-standardise") == 0
     assert load_checkpoint(tmp_path / "raw" / "last.pt").scales == {}
 

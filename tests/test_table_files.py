@@ -180,7 +180,7 @@ def test_class_tasks_are_learned_tested_and_adapted_to(tmp_path, capsys, monkeyp
     assert "'note', data row 1: Failed to parse string: 'text'" in capsys.readouterr().err
     assert command(*line, *run, "--exclude-columns", "note") == 0
     printed = capsys.readouterr().out
-    assert "  data        40 rows; classes: 4 train, 2 validation, 4 test" in printed
+    assert "  data     40 rows; classes: 4 train, 2 validation, 4 test" in printed
     assert "inputs: code, number\n" in printed
     assert command("--eval", "--load", tmp_path / "run") == 0
     (tmp_path / "mine.csv").write_text("number,code,kind\n0,97,a\n1,98,b\n2,98,\n")
