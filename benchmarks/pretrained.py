@@ -31,7 +31,7 @@ CHOSEN: dict[str, tuple[str, ...]] = {
     "sinusoid-line": ("maml", "meta-sgd", "cavia"),
     **{name: IMAGES for name in TABLES if name.startswith("omniglot-") and "shot" in name},
     "omniglot-one-training": ("prototype head",),
-    "icons-5way-1shot": ("maml",),
+    "icons-5way-1shot": ("maml", "protonet"),
 }
 FIRST = 100  # tasks of images that the test suite measures again
 FEW = ("-q", "1")  # few queries, since the test suite runs them
@@ -117,7 +117,7 @@ def row_texts(card: Mapping[str, Any]) -> list[str]:
     if card["iterations_trained"] < card["iterations_planned"]:
         trained += f" of {card['iterations_planned']:,}"
     steps = card["test_steps"]
-    text = f"{words(card)}, {steps} step{'s' * (steps > 1)}"
+    text = f"{words(card)}, {steps} step{'s' * (steps != 1)}"
     settings = shlex.split(card["tested_by"])[5:]
     text += f" (`{shlex.join(settings)}`)" * bool(settings)
     return [f"`{card['name']}`", f"{card['parameters']:,}", f"{trained} ({card['iteration']:,})", text]
