@@ -106,6 +106,7 @@ def make_cell(table: str, method: str, flags: str | None = None, *, source_of: s
     """
     entry = dict(PUBLISHED.get(table, {}).get(source_of or method, {}))
     source = entry.pop("source", "")
+    more.setdefault("note", entry.pop("note", ""))
     published = {title: Published(float(text.split()[0]), text) for title, text in entry.items()}
     arguments = ("--algorithm", method) if flags is None else tuple(flags.split())
     return Cell(method, arguments, published=published, source=source, **more)
