@@ -48,6 +48,8 @@ from tasks.user_tasks import read_task_arrays, read_task_folder, read_task_table
 from training.checkpoint import load_checkpoint
 from training.folders import BEST, LAST, find_checkpoint
 
+DIGITS_PRINTED = 6  # of a prediction; files have all
+
 
 def load(
     path: Path | str, example: Tree, *, outputs: int | None = None, device: str = "cpu", **own_code: str
@@ -90,7 +92,7 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
         predictions.append(_predict(task, start, solution))
     stem, digits = f"{folder / call.load.stem}-adapted-{call.adapt.stem}", 10 if source.scales else 7
     header, rows = _tabulate(tasks, predictions, digits=digits)
-    print(predictions_table(header, rows))
+    print(predictions_table(*_tabulate(tasks, predictions, digits=DIGITS_PRINTED)))
     if words := _describe_predictions(predictions[0], solution.reading, config):
         print(words)
     record = {

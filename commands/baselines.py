@@ -130,6 +130,9 @@ def measure_baselines(
     for name in trained_baselines(saved):
         weights = load_checkpoint(folder / name / LAST).parameters
         starts[name] = {key: w.to(runtime.device, runtime.dtype) for key, w in weights.items()}
+    rules = {name: "adam" if name.endswith("adam") else "sgd" for name in starts if name != "oracle"}
+    rates = sum(len(RATES[rule]) for rule in rules.values())
+    bar = tqdm(desc="learning rates", total=rates, leave=False, disable=not world.first)
     for name, parameters in starts.items():
         how: dict[str, Any] = {"split": "test", "tasks": config.evaluation.eval_tasks, "steps": steps}
         if name == "oracle":  # it is given the answer, not examples
@@ -137,13 +140,15 @@ def measure_baselines(
             how["distribution"], oracle = build(told, call, runtime)
             results[name, "not adapted"] = test(oracle, parameters, **how | {"steps": 0})
             continue
-        rule, losses = "adam" if name.endswith("adam") else "sgd", {}
+        rule, losses = rules[name], {}
         tuned = {rate: maml.with_options(inner_lr=rate, inner_optimizer=rule) for rate in RATES[rule]}
-        for rate in tqdm(tuned, desc=f"{name}: rates", leave=False, disable=not world.first):
+        for rate in tuned:
             result = test(tuned[rate], parameters, split="validation", tasks=RATE_TASKS, steps=steps)
             losses[rate] = result.losses[norm][:, 1:].mean().nan_to_num(math.inf).item()
+            bar.update()
         best = min(losses, key=losses.__getitem__)
         results[name, f"rate {best}"] = test(tuned[best], parameters, **how)
+    bar.close()
     return results
 
 

@@ -42,9 +42,9 @@ def draw_curve(
     panel.fill_between(x, low.numpy(), high.numpy(), color=look["color"], alpha=0.15, linewidth=0)
 
 
-def draw_learning(panel: Axes, curves: Curves, measure: str) -> None:
-    """Draw a measure over iterations."""
-    for number, (label, runs) in enumerate(curves.items()):
+def draw_learning(panel: Axes, curves: Curves, measure: str, numbers: Sequence[int] = ()) -> None:
+    """Draw a measure over iterations; `numbers`: those of the curves' styles, from 0 unless given."""
+    for number, (label, runs) in zip(numbers or range(len(curves)), curves.items(), strict=True):
         draw_curve(panel, number, label, runs)
     style.label_axes(panel, "iteration", measure)
     panel.set_xlim(left=0)
@@ -75,7 +75,10 @@ def draw_results(panel: Axes, results: Mapping[str, StepResults], caption: Capti
                 means, intervals = (100 * (1 - means)).clamp(min=LEAST_ERROR), 100 * intervals
             curves = [(range(len(mean)), mean) for mean in means.tolist()]
             draw_curve(panel, number, label, curves, intervals if runs == 1 else None)
-    style.label_axes(panel, "inner steps", "query error (%)" if is_accuracy else f"query {measure}")
+    if is_accuracy:
+        style.label_axes(panel, "inner steps", "query error (%)", wide=2)
+    else:
+        style.label_axes(panel, "inner steps", f"query {measure}")
     if caption.trained_steps is not None:
         panel.axvline(caption.trained_steps, color=style.GREY, linestyle=":", label="trained for")
 
@@ -89,14 +92,18 @@ def results_figure(
     learning: Curves | None = None,
     learning_measure: str = "",
 ) -> Figure:
-    """Draw results over inner steps and, to the right, example fits or losses while training."""
+    """Draw results over inner steps and, to the right, example fits or losses while training.
+
+    The first curve of `learning` is that of the first result; the others are of their own.
+    """
     others = len(fits.outputs) if fits else int(bool(learning))
     widths = [4.2, *[2.6 if fits else 3.8] * others]
     figure = style.new_figure(sum(widths), 3.4, caption.title)
     panel, *rest = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
     draw_results(panel, results, caption)
     if learning:
-        draw_learning(rest[0], learning, learning_measure)
+        further = range(len(results), len(results) + len(learning) - 1)
+        draw_learning(rest[0], learning, learning_measure, (0, *further))
         rest[0].legend()
     if fits:
         draw_fits(rest, fits)

@@ -9,7 +9,7 @@ import io
 import math
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,8 @@ MARKERS = "osD^vPX"  # seven, which has no divisor in common with the six colour
 DISTINCT_CURVES = len(PALETTE) * len(DASHES)
 
 SMALL = 8  # font size in points of notes
-LETTERS_PER_INCH, LETTERS_OF_TITLE = 17, 12  # of a legend, and of a title
+LETTERS_PER_INCH, LETTERS_OF_TITLE = 17, 13  # of a legend, and of a title
+LETTERS_OF_HANDLE = 8  # the width of a line and its margins in a legend
 BEGINNING = 0.2  # share of a learning curve that a zoomed axis leaves out
 WIDE = 50.0  # ratio of the largest to the smallest loss from which its axis is logarithmic
 
@@ -82,17 +83,25 @@ def add_legend(figure: Figure, *panels: Axes) -> None:
     curves = [curve for panel in panels for curve in zip(*panel.get_legend_handles_labels(), strict=True)]
     if 0 < len(curves) <= DISTINCT_CURVES:
         handles, labels = zip(*curves, strict=True)
-        longest = max(len(line) for label in labels for line in label.split("\n"))
-        columns = max(1, int(LETTERS_PER_INCH * figure.get_figwidth() // (longest + 8)))
+        room = LETTERS_PER_INCH * figure.get_figwidth()
+        columns = next(n for n in range(len(labels), 0, -1) if n == 1 or _legend_letters(labels, n) <= room)
         place: Any = "outside lower center"  # which the stubs lack
-        figure.legend(handles, labels, loc=place, ncols=min(columns, len(labels)))
+        figure.legend(handles, labels, loc=place, ncols=columns)
 
 
-def label_axes(panel: Axes, x: str, measure: str) -> None:
+def _legend_letters(labels: Sequence[str], columns: int) -> int:
+    """Return the width of a legend in letters; the labels fill one column after the other."""
+    import numpy as np
+
+    widths = [max(map(len, label.split("\n"))) for label in labels]
+    return sum(LETTERS_OF_HANDLE + max(column) for column in np.array_split(widths, columns))
+
+
+def label_axes(panel: Axes, x: str, measure: str, wide: float = WIDE) -> None:
     """Label and scale the axes of whole numbers and of a measure. Call it when all curves are drawn.
 
-    An accuracy is shown in percent, up to 100. The axis of a loss that varies by orders of magnitude is
-    logarithmic, that of others begins at 0 unless the loss varies by less than half.
+    An accuracy is shown in percent, up to 100. The axis of a loss is logarithmic where the largest is more
+    than `wide` times the smallest; that of others begins at 0 unless the loss varies by less than half.
     """
     accuracy = measure.split()[-1] == "accuracy"
     import numpy as np
@@ -106,9 +115,9 @@ def label_axes(panel: Axes, x: str, measure: str) -> None:
     if accuracy:
         panel.yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=""))
         panel.set_ylim(top=1.0)
-    elif values and max(values) > WIDE * min(values):
+    elif values and max(values) > wide * min(values):
         panel.set_yscale("log")
-        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) > WIDE * min(values) else (1, 2, 3, 4, 5, 6, 8)))
         panel.yaxis.set_major_formatter("{x:g}")  # plain numbers, not powers in mathematical notation
         panel.yaxis.set_minor_formatter(NullFormatter())
     elif values and max(values) > 2 * min(values):

@@ -309,6 +309,8 @@ def results_table(results: Mapping[str, StepResults], caption: Caption, *, losse
     steps = range(last + 1) if few else sorted({0, min(caption.test_steps, last), last})
     if few:
         marks = {caption.test_steps: "the result", caption.trained_steps: "trained for"}
+        if caption.test_steps == caption.trained_steps:
+            marks = {caption.test_steps: "trained for, the result"}
         names, cells = [], []
         for name, part in results.items():
             columns = [part.cells(step, scale, digits) for step in steps]
@@ -321,7 +323,7 @@ def results_table(results: Mapping[str, StepResults], caption: Caption, *, losse
                 cells.append([f"{100 * share:.2f}" for share in part.accuracies.tolist()])
             if losses and not part.is_loss:
                 names.append(f"{before}{caption.loss_name}")
-                cells.append([f"{loss:.4g}" for loss in part.losses.tolist()])
+                cells.append([decimal(loss, 4) for loss in part.losses.tolist()])
         if len(parts) == 1:
             further = [_further_cells(parts[0], step) for step in steps]
             names += [*further[0]]
