@@ -132,7 +132,7 @@ def measure_memory(engine: str, steps: int, session: Session) -> Iterator[Row]:
     run = assemble([*flags, "--device", session.device, "--compile", "off", "--engine", engine])
     error = check(first_gradient(run), exact_gradient(*flags), "float32")
     if session.device != "cuda":
-        raise harness.UsageError("measured on CUDA alone; benchmarks/memory.py is for the CPU")
+        raise harness.UsageError("measured on CUDA alone; benchmarks/growth.py is for the CPU")
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     run.advance(1)

@@ -172,7 +172,7 @@ def chosen_cells(title: str, *, quick: bool) -> dict[tuple[str, int], Cell]:
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="two values, small and uncompiled")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=harness.count, default=5)
     parser.add_argument("--out", type=Path, help="folder of JSON and picture (default: the repository's)")
     options = parser.parse_args()
     load = round(os.getloadavg()[0], 1)  # of other work

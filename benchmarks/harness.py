@@ -45,6 +45,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def count(text: str) -> int:
+    """Return the number of a flag that needs at least 1; raise ValueError for any other."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def launch(main: Callable[[], int | None]) -> NoReturn:
     """Run a script; a mistake in its input or files is one line on stderr and exit code 2."""
     try:

@@ -123,7 +123,7 @@ def measure(flags: str, checkpoint: Path, data_root: str, batches: int) -> dict[
 def main() -> None:
     parser = harness.Parser(__doc__)
     parser.add_argument("--data-root", default="data")
-    parser.add_argument("--batches", type=int, default=3)
+    parser.add_argument("--batches", type=harness.count, default=3)
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "rounding.json")
     options = parser.parse_args()
     results = {}

@@ -55,6 +55,7 @@ WORKS = {
     "omniglot-5-way": (f"{IMAGES} -n 5 -k 1 -q 1 -s 1 --meta-batch-size 32 --inner-lr 0.4", 3),
     "omniglot-20-way": (f"{IMAGES} -n 20 -k 1 -q 1 -s 5 --meta-batch-size 16 --inner-lr 0.1", 1),
 }
+NAMES = (*WORKS, EVALUATION)
 
 
 def make_work(name: str, folder: Path) -> Work:
@@ -238,14 +239,16 @@ def measure_precision(rounds: int, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("works", nargs="*", metavar="WORK", help=f"{', '.join(WORKS)} (default: all)")
+    parser.add_argument("works", nargs="*", metavar="WORK", help=f"{', '.join(NAMES)} (default: all)")
     parser.add_argument("--precision", action="store_true", help="measure speed and error of precisions")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON")
     options = parser.parse_args()
-    unknown = [name for name in options.works if name not in (*WORKS, EVALUATION)]
+    unknown = [name for name in options.works if name not in NAMES]
     if unknown:
-        parser.error(f"no work {unknown[0]}; choose from {', '.join(WORKS)}")
+        parser.error(f"no work {unknown[0]}; choose from {', '.join(NAMES)}")
+    if options.works and options.precision:
+        parser.error("--precision has a work of its own: leave out the names")
     if options.rounds < 2:
         parser.error("--rounds: at least 2")
     file = options.out / ("precision.json" if options.precision else "speed.json")
@@ -258,7 +261,7 @@ def main() -> None:
             results = harness.read_json(file)["results"] if file.exists() else {}
             rates = ", ".join(f"{name} {rate:.0f}" for name, rate in harness.matmul_rates().items())
             print(f"{harness.machine()}; products, GFLOP/s: {rates} (as installed)", flush=True)
-            for work in options.works or (*WORKS, EVALUATION):
+            for work in options.works or NAMES:
                 if work == EVALUATION:
                     results[work] = measure_evaluation(folder, options.rounds)
                     print(f"\n{work}: {results[work]['seconds']}", flush=True)

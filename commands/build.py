@@ -55,7 +55,7 @@ from learners.reading import Reading, reading_of
 from maml import MAML, OWN
 from tasks.scales import Scales
 from training.checkpoint import Checkpoint, check_same_data, fitting_parameters
-from training.compiler import Compiler, cpp_compiler, cpp_compiler_name
+from training.compiler import Compiler, why_uncompiled
 from training.folders import BEST, LAST, SETTINGS, find_checkpoint, has_results
 from training.run import Run
 from training.trainer import Trainer
@@ -360,10 +360,9 @@ def _try_out(
 def _fit_to_machine(start: Start, given: Mapping[str, Any], runtime: Runtime) -> Config:
     """Fit settings to this machine: uncompiled if it has no compiler, on a GPU all tasks at once."""
     config = start.config
-    if config.training.compile == "on" and (runtime.device.type == "mps" or not cpp_compiler()):
+    if config.training.compile == "on" and (reason := why_uncompiled(runtime.device)):
         if runtime.world.first:
-            compiler = cpp_compiler_name()
-            print_once(f"main.py: not compiled: that needs a C++ compiler (install {compiler}), and no MPS")
+            print_once(reason)
         off = {"compile": "off"}
         config = config.replaced(**off) if start.resumed else resolve({**given, **off})
     if not start.resumed and runtime.device.type == "cuda" and "tasks_at_once" not in given:

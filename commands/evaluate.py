@@ -45,7 +45,7 @@ from learners.options import LEARNERS, learner_facts
 from learners.reading import reading_of
 from maml import MAML
 from training.checkpoint import Checkpoint, check_same_data, load_checkpoint
-from training.compiler import Compiler, cpp_compiler
+from training.compiler import Compiler, why_uncompiled
 from training.folders import LIST, find_runs
 from training.log import RunLog
 from training.tensorboard import TEST, Description, has_log
@@ -208,7 +208,11 @@ class Subject:
     def evaluate(self, split: str = "test", *, first_task: int = 0) -> None:
         """Measure on the fixed tasks of a split from `first_task` on, with each reading of batch norm."""
         options, maml = self.config.evaluation, self.maml
-        if self.compiled and not maml.call.unpads:
+        compiles, reason = self.compiled and not maml.call.unpads, why_uncompiled(self.runtime.device)
+        if compiles and reason:
+            if self.runtime.world.first:
+                build.print_once(reason)
+        elif compiles:
             compiler = Compiler(self.runtime.device)
             compiler.active = True
             maml = maml.with_options(convolution="im2col", accelerate=compiler.or_plain)
@@ -339,7 +343,7 @@ def by_size(settings: Mapping[str, Sequence[Evaluation]]) -> dict[str, Any]:
 def is_compiled(config: Config, asked: str) -> bool:
     """Return whether predictions are compiled: as asked, or, for "auto", if that saves time."""
     tasks, sizes, learner = config.tasks, config.evaluation, config.learner.learner
-    if asked == "off" or not config.training.vectorise or not cpp_compiler():
+    if asked == "off" or not config.training.vectorise:
         return False
     if asked == "on":
         return True

@@ -183,7 +183,7 @@ def set_up(
     """
     only = {"tf32": "cuda", "bf16-products": "cpu"}  # where there is such a thing
     if (device.type, precision) == ("mps", "float64") or only.get(precision, device.type) != device.type:
-        raise UsageError(f"--device {device.type} has no {precision}: use --precision float32")
+        raise UsageError(f"--device {device.type} has no {precision}: use float32, or another device")
     if device.type == "cuda":  # float32 is float32, and the same run gives the same bits
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         torch.backends.cudnn.allow_tf32 = precision == "tf32"

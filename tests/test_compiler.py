@@ -1,6 +1,8 @@
 """Compiled functions compute the same, are kept in a cache, and may fail without harm."""
 
 import warnings
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from learners.losses import LOSSES
 from maml import MAML
 from tasks.image_tasks import ImageTasks
 from tasks.images import ImageSet
-from training import compiler
+from training import compiler, trainer
 from training.checkpoint import load_checkpoint
 from training.compiler import CompilationError, Compiler
 from training.folders import LAST
@@ -231,6 +233,42 @@ def test_a_failed_compilation_says_why_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_damaged_library_is_built_again(tmp_path, monkeypatch):
+    built: list[Path] = []
+
+    def build_archive(self, graph, tensors, options, path):
+        built.append(path)
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("model.so", b"machine code")
+
+    monkeypatch.setattr(Compiler, "_build", build_archive)
+    monkeypatch.setattr(compiler, "load_library", lambda path, structure: lambda tensors: tensors)
+
+    def load() -> int:
+        active_compiler(tmp_path)(lambda x: (x + 1,))(torch.ones(2))
+        return len(built)
+
+    assert load() == load() == 1
+    whole = built[0].read_bytes()
+    for number, damaged in enumerate((whole[:-9], b"", whole.replace(b"machine c", b"machine k")), 2):
+        built[0].write_bytes(damaged)
+        assert load() == number
+        assert built[0].read_bytes() == whole
+
+
+def test_a_full_disk_fails_the_compilation_and_not_the_process(tmp_path, monkeypatch):
+    """PyTorch's writer of packages would abort: it is given memory, and the file is written here."""
+
+    def full(path, write):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(torch._inductor, "aot_compile", lambda *_, **__: [])
+    monkeypatch.setattr("torch._inductor.package.package_aoti", lambda package, files: package.write(b"code"))
+    monkeypatch.setattr(compiler, "write_whole", full)
+    with pytest.raises(CompilationError, match="No space left on device"):
+        active_compiler(tmp_path)(lambda x: (x + 1,))(torch.ones(2))
+
+
 @pytest.mark.skipif(not hasattr(compiler.os, "geteuid"), reason="no owners")
 def test_code_in_another_users_folder_is_not_loaded(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -279,6 +317,7 @@ RUN = ["-k", "4", "--meta-batch-size", "3", "--iterations", "40", "--save-every"
 @pytest.fixture
 def command(tmp_path, monkeypatch, cache):
     monkeypatch.setattr(compiler, "cache_folder", lambda: cache)
+    monkeypatch.setattr(trainer, "UNCOMPILED", {False: 5, True: 3})
     return lambda *arguments: main.main([*map(str, arguments), "--checkpoint-path", str(tmp_path)])
 
 
@@ -292,7 +331,7 @@ def test_a_compiled_run_resumes_to_the_bit_and_stays_compiled(flags, command, tm
     compiled = [*RUN, *flags, "--compile", "on"]
     assert command(*compiled, "--run-name", "whole") == 0
     assert "ompiled" in capsys.readouterr().err
-    for iterations in (7, 20, 25, 40):
+    for iterations in (3, 7, 20, 25, 40):  # the first ends before anything is compiled
         assert command(*compiled, "--iterations", iterations, "--run-name", "parts", "--resume") == 0
     assert torch.equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     assert load_checkpoint(tmp_path / "parts" / LAST).settings["compile"] == "on"
@@ -300,6 +339,23 @@ def test_a_compiled_run_resumes_to_the_bit_and_stays_compiled(flags, command, tm
     assert "disagrees with the checkpoint" in capsys.readouterr().err
     assert command(*RUN, *flags, "--compile", "off", "--run-name", "uncompiled") == 0
     assert torch.allclose(weights(tmp_path / "whole"), weights(tmp_path / "uncompiled"), atol=1e-5)
+
+
+def test_a_run_compiles_at_the_same_iteration_however_long_it_is(command, monkeypatch, capsys):
+    begun = []
+
+    def compile_nothing(self) -> bool:
+        begun.append(self.iteration)
+        for run in self.runs:
+            run.training = replace(run.training, compile="off")
+        return True
+
+    monkeypatch.setattr(trainer.Trainer, "_compile", compile_nothing)
+    for iterations in (3, 5, 12):
+        line = [*RUN, "--compile", "on", "--iterations", iterations, "--run-name", "run", "--resume"]
+        assert command(*line) == 0
+        assert ("the first 5 iterations of a run never are" in capsys.readouterr().err) is (iterations <= 5)
+    assert begun == [5]
 
 
 def test_without_a_working_compiler_a_run_says_so_and_continues_uncompiled(

@@ -8,6 +8,7 @@ import pytest
 from conftest import write_classes
 from runs import command, validate_on
 
+from commands import build
 from commands.config import Config
 from commands.evaluate import Subject, is_compiled, summarise
 from commands.parser import parse
@@ -112,8 +113,7 @@ def test_classes_that_may_have_been_trained_on_are_not_tested_on(tmp_path, capsy
         ("--dataset sinusoid --compile on", True),
     ],
 )
-def test_an_evaluation_is_compiled_as_asked_or_where_that_saves_time(flags, compiled, monkeypatch):
-    monkeypatch.setattr("commands.evaluate.cpp_compiler", lambda: "c++")
+def test_an_evaluation_is_compiled_as_asked_or_where_that_saves_time(flags, compiled):
     given = parse(flags.split())
     assert is_compiled(resolve(given), given.get("compile", "auto")) is compiled
 
@@ -134,6 +134,14 @@ def test_compiled_predictions_are_the_same(tmp_path, monkeypatch):
         results.append([row["loss"] for row in json.loads(file.read_text())["per_step"]])
         assert seen == [True] * 2  # a step, and the predictions after it
     assert results[0] == pytest.approx(results[1], rel=1e-9)
+
+
+def test_an_evaluation_that_cannot_be_compiled_says_so(tmp_path, monkeypatch, capsys):
+    run = train(tmp_path)
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    build.print_once.cache_clear()  # another test of this process may have said it
+    assert command("--eval", "--load", run, "--eval-tasks", 6, "--compile", "on") == 0
+    assert capsys.readouterr().err.count("not compiled: that needs a C++ compiler") == 1
 
 
 def test_several_subjects_are_named_after_what_they_share():

@@ -60,6 +60,24 @@ def test_every_benchmark_has_its_help(script, monkeypatch, capsys):
     assert ended.value.code == 0 and f"python benchmarks/{script}.py" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("growth --rounds 0", "argument --rounds: invalid count value: '0'"),
+        ("rounding --batches 0", "argument --batches: invalid count value: '0'"),
+        ("speed nothing", "no work nothing; choose from sinusoid-1, .*, evaluation"),
+        ("speed --precision sinusoid-1", "--precision has a work of its own"),
+    ],
+)
+def test_a_mistake_on_a_benchmarks_line_is_one_line(line, error, monkeypatch, capsys):
+    script, *flags = line.split()
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(script).main()
+    assert ended.value.code == 2
+    assert re.search(error, capsys.readouterr().err)
+
+
 @pytest.mark.slow
 def test_the_script_for_a_gpu_is_rehearsed_on_the_cpu(tmp_path):
     script = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--device", "cpu", "--quick"]

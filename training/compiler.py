@@ -10,13 +10,14 @@ A library is code: it is loaded only from a folder that belongs to the user.
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 import platform
 import shutil
 import sys
-import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from common.errors import one_line
-from common.files import one_at_a_time, sync, user_cache
+from common.files import one_at_a_time, user_cache, write_whole
 
 Function = Callable[..., Any]
 
@@ -54,6 +55,13 @@ def cpp_compiler_name() -> str:
 def cpp_compiler() -> str | None:
     """Return the C++ compiler that Inductor would call, or None where this machine has none."""
     return shutil.which(cpp_compiler_name())
+
+
+def why_uncompiled(device: torch.device) -> str | None:
+    """Return a line that says what this machine lacks to compile for a device; None if it lacks nothing."""
+    if device.type != "mps" and cpp_compiler():
+        return None
+    return f"main.py: not compiled: that needs a C++ compiler (install {cpp_compiler_name()}), and no MPS"
 
 
 def cache_folder() -> Path:
@@ -127,7 +135,7 @@ class Compiler:
                 graph, output_structure = _trace(function, tensors, structure)
                 path = (self.folder or cache_folder()) / f"{self._key(graph, tensors, options)}.pt2"
                 with one_at_a_time(path.with_suffix(".lock"), interrupted=self.interrupted):
-                    if not path.exists():  # another process may have just built it
+                    if not is_whole(path):  # another process may have just built it
                         self._build(graph, tensors, options, path)
                         self.compiled += 1
                     return load_library(path, output_structure)
@@ -145,15 +153,13 @@ class Compiler:
         from torch._inductor.package import package_aoti
 
         configs = {**BUILDING, **options, "deterministic": torch.are_deterministic_algorithms_enabled()}
-        temporary_folder = tempfile.TemporaryDirectory(prefix=f"{path.stem}-", dir=path.parent)
         # Inductor simplifies an index to learn its strides, which takes half of its time; expanding it
         # tells the same, and the code is the same
-        with temporary_folder as temporary, patch.object(sympy, "simplify", sympy.expand):
-            file = Path(temporary) / path.name
+        with patch.object(sympy, "simplify", sympy.expand):
             files: Any = aot_compile(graph, tuple(tensors), options=configs)
-            package_aoti(str(file), files)
-            sync(file)
-            file.replace(path)
+        package = io.BytesIO()  # where the disk is full, PyTorch's own writer ends the process
+        package_aoti(package, files)
+        write_whole(path, lambda file: file.write(package.getbuffer()))
 
     def _key(self, graph: torch.fx.GraphModule, tensors: list[Tensor], options: dict[str, Any]) -> str:
         """Return a hash of everything that the library depends on."""
@@ -180,6 +186,15 @@ class Compiler:
             torch.are_deterministic_algorithms_enabled(),
         ]
         return hashlib.sha256(repr(content).encode()).hexdigest()[:32]
+
+
+def is_whole(path: Path) -> bool:
+    """Return whether there is such a library, undamaged: PyTorch does not look at its checksums."""
+    try:
+        with zipfile.ZipFile(path) as library:
+            return library.testzip() is None
+    except Exception:  # a damaged file may fail in any way
+        return False
 
 
 def load_library(path: Path, structure: Any) -> Function:

@@ -68,13 +68,15 @@ class Trainer:
     ) -> None:
         self.runs, self.maml, self.compiler, self.world = list(runs), maml, compiler, world
         self.training_tasks, self.validation_tasks = training_tasks, validation_tasks
+        self.show = show and world.first
+        self.stop = StopRequest(world, show=self.show)
+        compiler.interrupted = lambda: self.stop.signal is not None
         self.predictor = maml  # of validation
         options = runs[0].training
         if options.compile == "on" and options.convolution == "im2col":  # slow unless compiled
             always = copy.copy(compiler)  # a resumed run validates before it compiles its step
             always.active = True
             self.predictor = maml.with_options(accelerate=always.or_plain)
-        self.show = show and world.first
         accuracy = ["query_accuracy"] * reading_of(maml.reading, training_tasks.most_ways).has_accuracy
         self.metrics = ["query_loss", *accuracy, "meta_gradient_norm", *TAIL]  # of an iteration
         self.iteration = self.begun = runs[0].iteration
@@ -84,7 +86,6 @@ class Trainer:
         states = [self._initial_state(run) for run in runs]
         self.state = State(*map(torch.stack, zip(*states, strict=True))) if len(runs) > 1 else states[0]
         self._update_runs()
-        self.stop = StopRequest(world, show=self.show)
         self.bar = ProgressBar(disable=True)
         self.uncompiled = UNCOMPILED[training_tasks.classification]
         self.metrics_text = ""  # that the bar shows
@@ -128,6 +129,8 @@ class Trainer:
         with bar as self.bar, self.stop.catch_signals():
             if self.options.compile == "off" or self.uncompiled >= total:
                 bar.begin_rate()
+                if self.options.compile == "on":
+                    self._say(f"Not compiled: the first {self.uncompiled} iterations of a run never are")
             try:
                 self._loop()
             except (LostError, MemoryError, RuntimeError) as error:
@@ -224,7 +227,8 @@ class Trainer:
             self.compiler.active = False  # the exact step is another function
         if self.options.compile != "on" or self.compiler.active:
             return True
-        return self.iteration < self.uncompiled < self.options.iterations or self._compile_step()
+        # whatever --iterations, so that a longer run repeats the bits of a shorter one
+        return self.iteration < self.uncompiled or self._compile_step()
 
     def _compile_step(self) -> bool:
         """Compile the step, and measure the rate from there; return False after a signal."""
@@ -234,7 +238,6 @@ class Trainer:
 
     def _compile(self) -> bool:
         """Compile the step by rehearsing it, or say why it stays uncompiled; return False after a signal."""
-        self.compiler.interrupted = lambda: self.stop.signal is not None
         uncompiled = self.plain_step.rehearse(self.state, self.iteration)
         self.compiler.active = True
         begin, compiled = time.monotonic(), self.compiler.compiled
