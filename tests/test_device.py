@@ -1,9 +1,11 @@
 """What is set up for a processor: products stay exact to float32, whichever library multiplies."""
 
+import os
 import time
 
 import pytest
 import torch
+from runs import command
 
 from common.device import choose_products, warn_if_not_faster
 
@@ -69,3 +71,12 @@ def test_products_are_rounded_on_request_where_the_library_does(monkeypatch):
     assert torch.get_float32_matmul_precision() == "medium"
     choose_products(CPU, "float64", small_tensors=False)
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_threads_sleep_soon_unless_the_user_decides(tmp_path, monkeypatch):
+    for chosen, expected in ((None, "4000"), ("9", "9")):
+        monkeypatch.setenv("GOMP_SPINCOUNT", chosen or "")  # so that it is restored afterwards
+        if not chosen:
+            monkeypatch.delenv("GOMP_SPINCOUNT")
+        command("--list", tmp_path)
+        assert os.environ["GOMP_SPINCOUNT"] == expected
