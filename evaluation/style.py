@@ -117,7 +117,9 @@ def label_axes(panel: Axes, x: str, measure: str, wide: float = WIDE) -> None:
         panel.set_ylim(top=1.0)
     elif values and max(values) > wide * min(values):
         panel.set_yscale("log")
-        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) > WIDE * min(values) else (1, 2, 3, 4, 5, 6, 8)))
+        panel.yaxis.set_major_locator(
+            LogLocator(subs=(1, 2, 5) if max(values) > WIDE * min(values) else (1, 2, 3, 4, 5, 6, 8))
+        )
         panel.yaxis.set_major_formatter("{x:g}")  # plain numbers, not powers in mathematical notation
         panel.yaxis.set_minor_formatter(NullFormatter())
     elif values and max(values) > 2 * min(values):
