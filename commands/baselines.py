@@ -30,7 +30,7 @@ from common.device import Runtime
 from common.processes import World
 from evaluation.figures import results_figure
 from evaluation.meta_test import Evaluation, evaluate, loss_per_step
-from evaluation.tables import Curve, StepResults, evaluation_record, results_table
+from evaluation.tables import Curve, StepResults, decimal, evaluation_record, results_table
 from tasks.options import CURVES
 from training.checkpoint import load_checkpoint
 from training.folders import LAST
@@ -84,10 +84,20 @@ def baselines(call: Call, given: Mapping[str, Any], command: str, world: World) 
         "curves": {n: {"iteration": ends, "query_loss": values} for n, (ends, values) in curves.items()},
     }
     learning = {shown.get(name, name): [curve] for name, curve in curves.items()}
-    measured = f"query {caption.loss_name} while training"
+    measured = f"query {caption.loss_name} on training tasks"
+    if learning:
+        print(describe_ends(learning, measured))
     figure = results_figure(selected, caption, learning=learning, learning_measure=measured)
     print(write_results(file, record, figure))
     return 0
+
+
+def describe_ends(learning: Mapping[str, list[Curve]], measured: str) -> str:
+    """Return the last points of the learning curves, and the iterations over which they are means."""
+    [(ends, _)] = next(iter(learning.values()))
+    begin = ends[-2] if len(ends) > 1 else 0
+    points = "; ".join(f"{name} {decimal(y[-1], 4)}" for name, [(_, y)] in learning.items())
+    return f"Mean {measured}, iterations {begin + 1:,} to {ends[-1]:,}: {points}"
 
 
 def announce(saved: Config, folder: Path) -> str:
@@ -99,8 +109,9 @@ def announce(saved: Config, folder: Path) -> str:
     if not names:
         return f"\nBaselines: {measured}."
     speed = read_speed(folder.parent)
-    time = f"about {duration(iterations / speed)}" if speed else "about as long as the run took"
+    time = f"about {duration(iterations / speed)}, and to compile" if speed else "as long as the run took"
     trained = f"trains {' and '.join(names)} in {folder}, once: {iterations:,} iterations each, {time}"
+    measured += ", and training from scratch on the run's tasks" * (saved.tasks.dataset in CURVES)
     return f"\nBaselines: {trained}.\nThen {measured}."
 
 

@@ -84,7 +84,7 @@ class Call:
         "of its classes if it has no split of its own")
     samples: int | None = flag(
         "--samples", group="tasks", check=at_least(2, 100_000), metavar="M", default=None, only="regression",
-        common=True, help="points per task, of which -k are support; the same as -q (M - k)")
+        common=True, help="points per task, of which -k are support and -q (default: all others) are query")
     first_order: bool = flag("--first-order", group="algorithm", default=False, common=True,
         help="the same as --meta-gradient first-order")
 

@@ -317,7 +317,9 @@ class Subject:
         record = {"command": command, **self.record(), **numbers, **by_size(parts)}
         line = build.write_results(stem, record, results_figure(results, caption, fits=fits))
         if examples is not None and not curves:
-            write_figure(Path(f"{stem}-examples.png"), examples_figure(examples, caption.title))
+            title = caption.title.rpartition(", ")[0]  # without the number of tasks
+            write_figure(Path(f"{stem}-examples.png"), examples_figure(examples, title))
+            line = line.replace(" and .png", ", .png and -examples.png")
         if prints:
             print(results_table(results, caption, losses=True))
             print_by_size(parts, caption)

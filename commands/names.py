@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from commands.call import ALL_FLAGS, Call
 from commands.config import CONFIG_FLAGS, OWN_CODE, Config, show
 from commands.resolve import OF_KIND, usual_settings
 from commands.rules import what_makes_meaningless
@@ -113,8 +114,9 @@ def task_size(tasks: TaskOptions) -> str:
     return f"{as_file_part(tasks.ways)}way-{shots}" if tasks.classification and tasks.ways else shots
 
 
-def own_code_flags(config: Config) -> list[str]:
+def repeated_flags(config: Config, call: Call) -> list[str]:
     """Return the flags that must be given again with a checkpoint of these settings."""
-    return [
-        part for name in OWN_CODE if is_own_code(config.get(name)) for part in (f"--{name}", config.get(name))
-    ]
+    flags = {f"--{name}": config.get(name) for name in OWN_CODE if is_own_code(config.get(name))}
+    if call.data_root != ALL_FLAGS["data_root"].default:
+        flags["--data-root"] = str(call.data_root)
+    return [part for flag in flags.items() for part in flag]

@@ -108,11 +108,11 @@ def _expand_shorthands(given: Mapping[str, Any], shots: Size) -> dict[str, Any]:
     if samples is not None:
         if not isinstance(shots, int):
             raise UsageError(f"--samples {samples} leaves no one number of queries to -k {shots}: give -q")
-        values["queries"] = samples - shots
         if samples <= shots:
             raise UsageError(f"--samples {samples} leaves no query: it must be above -k {shots}")
-        if given.get("queries", samples - shots) != samples - shots:
-            raise UsageError(f"--samples {samples} is not -k {shots} plus -q {given['queries']}")
+        values["queries"] = given.get("queries", samples - shots)
+        if largest(values["queries"]) > samples - shots:
+            raise UsageError(f"--samples {samples} is less than -k {shots} plus -q {given['queries']}")
     return values
 
 

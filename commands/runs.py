@@ -15,7 +15,7 @@ from typing import Any
 
 from commands.build import measure_name
 from commands.call import Call
-from commands.names import task_words
+from commands.names import method_of, task_words
 from commands.resolve import config_of
 from common.errors import UsageError, printable
 from evaluation.ledger import RESULTS, TIME, read_results
@@ -40,7 +40,7 @@ class ListedRun:
     name: str  # path below the folder
     dataset: str
     tasks: str
-    algorithm: str
+    algorithm: str  # for people: "first-order MAML"
     seed: int
     iterations: int
     planned: int
@@ -123,7 +123,7 @@ def _describe_run(file: Path, folder: Path, tests: Sequence[Mapping[str, str]]) 
         name=file.parent.relative_to(folder).as_posix() if file.parent != folder else folder.resolve().name,
         dataset=tasks.dataset,
         tasks=task_words(tasks),
-        algorithm=config.choices.algorithm,
+        algorithm=method_of(config.choices),
         seed=config.training.seed,
         iterations=checkpoint.iteration,
         planned=config.training.iterations,

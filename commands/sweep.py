@@ -30,7 +30,7 @@ from commands.build import (
 from commands.call import Call
 from commands.config import CONFIG_FLAGS, Config
 from commands.members import members_of, setting_of
-from commands.names import describe, own_code_flags
+from commands.names import describe, repeated_flags
 from commands.resolve import config_of, select_learned
 from commands.train import check_free, find_start, make_folder, print_next
 from common.errors import UsageError
@@ -83,8 +83,8 @@ def sweep(call: Call, given: Mapping[str, Any], command: str, world: World) -> i
                 print(f"Saved. To resume: the same command with --run-name {folder.name} --resume")
                 return code
         code = _report(folder, [parts.run for parts in assemblies], world)
-    one_code = len({tuple(own_code_flags(config)) for config in configs.values()}) == 1
-    print_next(folder, folder if one_code else folder / names[0], first)
+    one_code = len({tuple(repeated_flags(config, call)) for config in configs.values()}) == 1
+    print_next(folder, folder if one_code else folder / names[0], repeated_flags(first, call))
     return code
 
 

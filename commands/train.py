@@ -12,7 +12,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from typing import Any
 from commands import build
 from commands.call import Call
 from commands.config import Config
-from commands.names import file_name, own_code_flags, task_size
+from commands.names import file_name, repeated_flags, task_size
 from commands.resolve import config_of, resolve, resolve_from
 from common.errors import UsageError
 from common.processes import World
+from evaluation.tables import decimal, units
 from training.checkpoint import load_checkpoint
 from training.folders import BEST, LAST, LIST, is_occupied, lock_folder
 from training.run import Run, final_loss
@@ -59,19 +60,24 @@ def train(call: Call, given: Mapping[str, Any], command: str, world: World) -> i
         build.print_data(parts.distribution, world)
         code = build.train_runs([parts])
         if world.first:
-            _print_end(parts.run, code, config, world)
+            _print_end(parts.run, code, config, call, world)
         world.wait()  # torchrun ends all processes once one ends with a code, and the first may be busy
         return code
 
 
-def _print_end(run: Run, code: int, config: Config, world: World) -> None:
+def _print_end(run: Run, code: int, config: Config, call: Call, world: World) -> None:
     """Print how training ended, and what to type next."""
     launcher = ["python"] if world.size == 1 else ["torchrun", f"--nproc-per-node={world.local_size}"]
-    resume = shlex.join([*launcher, "main.py", "--load", str(run.folder / LAST), *own_code_flags(config)])
+    flags = repeated_flags(config, call)
+    resume = shlex.join([*launcher, "main.py", "--load", str(run.folder / LAST), *flags])
     loss = final_loss(run.progress.training)
     if loss is not None and math.isfinite(loss["mean"]):
         iterations = f"iterations {loss['from']:,} to {loss['to']:,}"
         print(f"Mean training query loss of {iterations}: {loss['mean']:.4f}")
+    if (best := run.best_validation) is not None:
+        measure, scale, digits = units(run.measure_name)
+        at = run.progress.best_iteration
+        print(f"Best validation {measure}, of iteration {at:,}: {decimal(scale * best, digits)}")
     if run.skipped > 0:
         print(f"Iterations skipped for non-finite numbers: {run.skipped:,}")
     if run.failure is not None:
@@ -81,13 +87,13 @@ def _print_end(run: Run, code: int, config: Config, world: World) -> None:
     elif code:
         print(f"Saved at iteration {run.iteration:,}. Resume: {resume}")
     else:
-        print_next(run.folder, run.folder / (BEST if run.progress.best_iteration else LAST), config)
+        print_next(run.folder, run.folder / (BEST if run.progress.best_iteration else LAST), flags)
 
 
-def print_next(folder: Path, test: Path, config: Config) -> None:
+def print_next(folder: Path, test: Path, flags: Sequence[str]) -> None:
     """Print the commands that show the curves of a folder, and test a checkpoint or many runs."""
     print("Curves:", shlex.join(["tensorboard", "--logdir", str(folder)]))
-    command = shlex.join(["python", "main.py", "--eval", "--load", str(test), *own_code_flags(config)])
+    command = shlex.join(["python", "main.py", "--eval", "--load", str(test), *flags])
     print("Test:  ", command, flush=True)
 
 

@@ -101,7 +101,7 @@ def draw_fits(panels: Sequence[Axes], examples: Examples) -> None:
     counts = mask_of(batch.support_x, batch.support_mask, 1).numpy()
     for task, panel in enumerate(panels):
         truth = query_y[task]
-        panel.plot(query_x[task], truth, color=style.GREY, linewidth=3.5, alpha=0.5, label="true curve")
+        panel.plot(query_x[task], truth, color=style.GREY, linewidth=3, alpha=0.45, label="true curve")
         predictions = examples.outputs[task, ..., 0].numpy()
         for step, predicted, (line, colour) in zip(examples.steps, predictions, looks, strict=True):
             label = after_steps(step) if step else "before adaptation" if examples.steps[1:] else "prediction"

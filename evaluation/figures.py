@@ -6,6 +6,7 @@ interval over tasks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 LEAST_ERROR = 0.01  # percent: a logarithmic axis has no 0
 MOST_MARKED = 100  # points of a curve that have markers
+MOST_DRAWN = 500  # points of a training curve in its picture
 Curves = Mapping[str, Sequence[Curve]]  # curves of a setting's runs, by label
 
 
@@ -40,6 +42,15 @@ def draw_curve(
     look = style.curve_style(number) | ({"marker": ""} if length > MOST_MARKED else {})
     panel.plot(x, mean.numpy(), label=label, **look)
     panel.fill_between(x, low.numpy(), high.numpy(), color=look["color"], alpha=0.15, linewidth=0)
+
+
+def window_means(curve: Curve) -> tuple[Curve, int]:
+    """Return means over windows of a long curve's points, at their last ones, and the points of a window."""
+    x, y = curve
+    size = math.ceil(len(x) / MOST_DRAWN) or 1
+    starts = range(0, len(x), size)
+    means = [sum(y[start : start + size]) / len(y[start : start + size]) for start in starts]
+    return ([x[min(start + size, len(x)) - 1] for start in starts], means), size
 
 
 def draw_learning(panel: Axes, curves: Curves, measure: str, numbers: Sequence[int] = ()) -> None:
@@ -75,12 +86,13 @@ def draw_results(panel: Axes, results: Mapping[str, StepResults], caption: Capti
                 means, intervals = (100 * (1 - means)).clamp(min=LEAST_ERROR), 100 * intervals
             curves = [(range(len(mean)), mean) for mean in means.tolist()]
             draw_curve(panel, number, label, curves, intervals if runs == 1 else None)
-    if is_accuracy:
-        style.label_axes(panel, "inner steps", "query error (%)", wide=2)
-    else:
-        style.label_axes(panel, "inner steps", f"query {measure}")
-    if caption.trained_steps is not None:
-        panel.axvline(caption.trained_steps, color=style.GREY, linestyle=":", label="trained for")
+    drawn = "error (%)" if is_accuracy else measure
+    style.label_axes(panel, "inner steps", f"query {drawn}", wide=2 if is_accuracy else 10)
+    marks = {caption.test_steps: "the result", caption.trained_steps: "trained for"}
+    for step, label in marks.items():
+        if step is not None and (step == caption.trained_steps or len(marks) > 1):
+            line = ":" if step == caption.trained_steps else (0, (1, 4))
+            panel.axvline(step, color=style.GREY, linestyle=line, label=label, zorder=1)
 
 
 @style.styled()
@@ -94,7 +106,7 @@ def results_figure(
 ) -> Figure:
     """Draw results over inner steps and, to the right, example fits or losses while training.
 
-    The first curve of `learning` is that of the first result; the others are of their own.
+    The first curve of `learning` is the first result's, and looks like it; the others have their own looks.
     """
     others = len(fits.outputs) if fits else int(bool(learning))
     widths = [4.2, *[2.6 if fits else 3.8] * others]
@@ -102,12 +114,13 @@ def results_figure(
     panel, *rest = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
     draw_results(panel, results, caption)
     if learning:
-        further = range(len(results), len(results) + len(learning) - 1)
-        draw_learning(rest[0], learning, learning_measure, (0, *further))
-        rest[0].legend()
+        looks = sum(len(part.kept_means) > 1 for part in results.values())
+        labels = ["_", *list(learning)[1:]]  # the legend has the first
+        curves = dict(zip(labels, learning.values(), strict=True))
+        draw_learning(rest[0], curves, learning_measure, (0, *range(looks, looks + len(labels) - 1)))
     if fits:
         draw_fits(rest, fits)
-    style.add_legend(figure, panel, *rest[:1] if fits else ())
+    style.add_legend(figure, panel, *rest[:1])
     return figure
 
 
@@ -137,8 +150,7 @@ def comparison_figure(sides: Sequence[Side], caption: Caption) -> Figure:
     curves = {side.name: list(side.curves.values()) for side in sides}
     draw_learning(learning, curves, f"validation {measure}")
     draw_results(steps, {side.name: side.results for side in sides}, caption)
-    for drawn in (learning, steps):
-        drawn.legend()
+    style.add_legend(top, steps)
     panel = bottom.subplots()
     panel.axvline(0.0, color=style.GREY, linestyle=":")
     for number, side in enumerate(sides):

@@ -131,9 +131,10 @@ def differences_table(sides: Sequence[Side], loss_name: str, split: str) -> str:
     pairs += f" 95 % interval over tasks{' (lowest to highest seed)' * several}"
     reason = "that diverged" if sides[0].results.is_loss else "for which it is undefined"
     pairs += f", without tasks {reason} in either" * bool(left_out)
-    means = describe_means([side.results for side in sides])
+    text = table(header, rows)
+    means = describe_means([side.results for side in sides], text)
     return (
-        f"{table(header, rows)}\nQuery {measure}, {split}: {means}.\n"
+        f"{text}\nQuery {measure}, {split}: {means}.\n"
         f"Difference to {sides[0].name} on the same tasks: {pairs}; better or worse where the interval "
         "excludes 0."
     )

@@ -6,7 +6,6 @@ meaning nobody has said, are called outputs.
 
 from __future__ import annotations
 
-import math
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -198,7 +197,8 @@ def _draw_columns(panel: Axes, task: UserTask, prediction: Prediction) -> None:
     """Draw a task's columns: over the only input, with the support set, or by row."""
     support_x, support_y, query_x = (x.cpu() for x in (task.support_x, task.support_y, task.query_x))
     curve = support_x.dim() == 2 and support_x.shape[1] == 1 and not task.classes
-    asked = query_x[:, 0] if curve else torch.arange(len(query_x))
+    rows_of = torch.tensor([int(n) if n.isdigit() else place for place, n in enumerate(task.query_names, 1)])
+    asked = query_x[:, 0] if curve else rows_of
     points, shown = prediction.between or (asked, prediction)
     x, order = points.sort()
     for number, name in enumerate(prediction.drawn):
@@ -246,26 +246,36 @@ def _draw_maps(task: UserTask, prediction: Prediction, title: str, *, images: bo
 
 
 def _contact_sheet(task: UserTask, prediction: Prediction, title: str) -> Figure:
-    """Draw the predicted images, each below its label and confidence, or its first value."""
-    images = task.query_x[:MOST_IMAGES].cpu()
-    if len(images) < len(task.query_x):
-        title += f" (the first {len(images)} of {len(task.query_x)})"
-    columns = min(COLUMNS, len(images))
-    rows = math.ceil(len(images) / columns)
-    words = [_describe_example(prediction, number) for number in range(len(images))]
-    lines = max(text.count("\n") + 1 for text in words)
-    above = 0.13 * lines + 0.05  # a line in heights of an image
-    figure = style.new_figure(max(4.0, 1.1 * columns), 1.0 * rows * (1 + above) + 0.6, title)
+    """Draw the support images below their targets, and the predicted ones below name and prediction."""
+    if len(task.query_x) > MOST_IMAGES:
+        title += f" (the first {MOST_IMAGES} of {len(task.query_x)})"
+    known, names = range(len(task.support_x[:MOST_IMAGES])), enumerate(task.query_names[:MOST_IMAGES])
+    words = [[f"support: {_describe_target(task, number)}" for number in known]]
+    words += [[f"{name}\n{_describe_example(prediction, number)}" for number, name in names]]
+    columns = min(COLUMNS, max(map(len, words)))
+    empty = 0.0 if task.query_x.shape[1] == 1 else 1.0  # one channel is drawn dark on white
+    grids, texts = list[Tensor](), list[tuple[int, str, str]]()
+    for images, part, colour in zip((task.support_x, task.query_x), words, (style.RED, "black"), strict=True):
+        texts += [
+            (columns * len(grids) + number, text, colour) for number, text in enumerate(map(_wrap, part))
+        ]
+        grid = functional.pad(images[: len(part)].cpu(), (*[0] * 7, -len(part) % columns), value=empty)
+        grids += [*grid.unflatten(0, (-1, columns))]
+    above = 0.13 * max(text.count("\n") + 1 for _, text, _ in texts) + 0.05  # in heights of an image
+    figure = style.new_figure(max(4.0, 1.1 * columns), len(grids) * (1 + above) + 0.6, title)
     panel = figure.subplots()
-    empty = 0.0 if images.shape[1] == 1 else 1.0  # one channel is drawn dark on white
-    grid = functional.pad(images, (*[0] * 7, rows * columns - len(images)), value=empty)
-    draw_images(panel, grid.unflatten(0, (rows, columns)), above=above)
-    for number, text in enumerate(words):
-        row, column = divmod(number, columns)
-        bottom = row + above / (1 + above)
+    draw_images(panel, torch.stack(grids), above=above)
+    for place, text, colour in texts:
+        row, column = divmod(place, columns)
         look: dict[str, Any] = {"fontsize": style.SMALL - 1, "va": "bottom", "linespacing": 1.05}
-        panel.text(column + 0.06, bottom, text, **look)
+        panel.text(column + 0.06, row + above / (1 + above), text, color=colour, **look)
     return figure
+
+
+def _describe_target(task: UserTask, number: int) -> str:
+    """Return the target of a support example in a few words: its class, or its first value."""
+    value = task.support_y[number].flatten()[0].item()
+    return task.classes[int(value)] if task.classes else f"{value:.3g}"
 
 
 def _describe_example(prediction: Prediction, number: int) -> str:
@@ -277,6 +287,11 @@ def _describe_example(prediction: Prediction, number: int) -> str:
         words = label[number] + (f" {100 * max(numbers):.0f}\N{NO-BREAK SPACE}%" if confident else "")
     else:
         words = f"{prediction.drawn[0]} {numbers[0]:.3g}" if numbers else ""
-    parts = re.sub(r"(?<=[_/-])(?=\w)", " \0", words)  # a long name may break after these
-    lines = [line.replace(" \0", "") for line in textwrap.wrap(parts, LETTERS, max_lines=LINES)]
-    return "\n".join(line.replace("\0", "") for line in lines)
+    return words
+
+
+def _wrap(words: str) -> str:
+    """Break lines above an image; a long name may break after `_`, `/` and `-`."""
+    parts = re.sub(r"(?<=[_/-])(?=\w)", " \0", words).splitlines()
+    lines = [line for part in parts for line in textwrap.wrap(part, LETTERS, max_lines=LINES)]
+    return "\n".join(line.replace(" \0", "").replace("\0", "") for line in lines)

@@ -19,7 +19,7 @@ from learners.gaussian import CENTRAL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 STYLE_FILE = Path(__file__).with_name("pictures.mplstyle")
 
@@ -78,12 +78,12 @@ def draw_bands(panel: Axes, x: Any, mean: Any, deviation: Any, colour: str = BLU
         panel.fill_between(x, *ends, color=colour, alpha=0.15, linewidth=0, label=label)
 
 
-def add_legend(figure: Figure, *panels: Axes) -> None:
+def add_legend(figure: Figure | SubFigure, *panels: Axes) -> None:
     """Add a legend of these panels' curves below the figure; none where too many curves look alike."""
     curves = [curve for panel in panels for curve in zip(*panel.get_legend_handles_labels(), strict=True)]
     if 0 < len(curves) <= DISTINCT_CURVES:
         handles, labels = zip(*curves, strict=True)
-        room = LETTERS_PER_INCH * figure.get_figwidth()
+        room = LETTERS_PER_INCH * figure.bbox.width / figure.dpi
         columns = next(n for n in range(len(labels), 0, -1) if n == 1 or _legend_letters(labels, n) <= room)
         place: Any = "outside lower center"  # which the stubs lack
         figure.legend(handles, labels, loc=place, ncols=columns)
@@ -111,15 +111,15 @@ def label_axes(panel: Axes, x: str, measure: str, wide: float = WIDE) -> None:
     panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     panel.xaxis.set_major_formatter("{x:,.0f}")
     values = [float(y) for line in panel.lines for y in np.asarray(line.get_ydata()) if abs(y) < math.inf]
-    values = [] if min(values, default=0.0) < 0 else [y for y in values if y]  # of negative ones see all
     if accuracy:
         panel.yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=""))
-        panel.set_ylim(top=1.0)
-    elif values and max(values) > wide * min(values):
+        panel.set_ylim(min(values, default=0.0) - 0.02, 1.02)  # markers at the ends are whole
+        return
+    values = [] if min(values, default=0.0) < 0 else [y for y in values if y]  # of negative ones see all
+    if values and max(values) > wide * min(values):
         panel.set_yscale("log")
-        panel.yaxis.set_major_locator(
-            LogLocator(subs=(1, 2, 5) if max(values) > WIDE * min(values) else (1, 2, 3, 4, 5, 6, 8))
-        )
+        subs = (1, 2, 5) if max(values) > WIDE * min(values) else (1, 2, 3, 4, 5, 6, 8)
+        panel.yaxis.set_major_locator(LogLocator(subs=subs))
         panel.yaxis.set_major_formatter("{x:g}")  # plain numbers, not powers in mathematical notation
         panel.yaxis.set_minor_formatter(NullFormatter())
     elif values and max(values) > 2 * min(values):
@@ -131,6 +131,7 @@ def zoom(panel: Axes) -> None:
     import numpy as np
 
     curves = [np.asarray(line.get_xydata(), dtype=float) for line in panel.lines]  # [points, 2]
+    curves += [np.asarray(path.vertices) for band in panel.collections for path in band.get_paths()]
     points = np.concatenate([curve for curve in curves if len(curve)] or [np.empty((0, 2))])
     points = points[np.isfinite(points).all(1)]
     later = points[points[:, 0] >= BEGINNING * points[:, 0].max(initial=0.0), 1].tolist()

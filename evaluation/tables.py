@@ -337,7 +337,7 @@ def results_table(results: Mapping[str, StepResults], caption: Caption, *, losse
         text = table(["", *map(after_steps, steps)], rows)
     if parts[0].further and len(parts) > 1:
         text += f"\n{_further_table(results, caption.test_steps)}"
-    return f"{text}\nQuery {measure}: {describe_means(parts, columns=few)}."
+    return f"{text}\nQuery {measure}: {describe_means(parts, text)}."
 
 
 def _further_table(results: Mapping[str, StepResults], step: int) -> str:
@@ -356,11 +356,11 @@ def _further_cells(part: StepResults, step: int) -> dict[str, str]:
     }
 
 
-def describe_means(results: Sequence[StepResults], *, columns: bool = False) -> str:
-    """Return what the cells of a table hold, in words; with `columns`, diverged tasks have their own."""
-    tasks = f"{results[0].tasks} tasks"
-    place = f"{WITHOUT!r} is" if columns else "after the semicolon"
-    after = f"; {place} the mean without those that diverged" * any(p.leaves_out for p in results)
+def describe_means(results: Sequence[StepResults], table: str) -> str:
+    """Return what the cells of a table with these results hold, in words."""
+    tasks, places = f"{results[0].tasks} tasks", {WITHOUT: f"{WITHOUT!r} is", ";": "after the semicolon"}
+    place = next((words for mark, words in places.items() if mark in table), None)
+    after = f"; {place} the mean without those that diverged" if place else ""
     after += ", without those for which it is undefined" * any(any(part.undefined) for part in results)
     if any(part.means.shape[1] > 1 for part in results):
         return f"mean over seeds ± its 95 % interval over {tasks} (lowest to highest seed){after}"

@@ -66,8 +66,9 @@ class LearnerOptions:
         "--learner-args", group="learner", check=key_and_value, metavar="NAME=VALUE", default=(),
         help="arguments of the learner's factory")
     init: str = flag("--init", group="learner", choices=("paper", "torch"), default=BY_LEARNER,
-        help="initial weights: the paper's, or PyTorch's (default: paper; torch for sines, conv-flat, "
-        "convnet, conv1d and what is not built in)")
+        help="initial weights: the paper's, or PyTorch's (default: paper; torch for "
+        f"{', '.join(name for name, facts in LEARNERS.items() if facts.init == 'torch')} and what is not "
+        "built in)")
     loss: str = flag("--loss", group="learner", check=check_loss_name, metavar="NAME", default=BY_RULE,
         known=LOSSES,
         help="mse, cross-entropy, bce (binary, of logits), huber, gaussian-nll (a mean and a variance for "

@@ -34,6 +34,7 @@ DEFAULTS = {
     "--dataset omniglot --learner convnet": {"init": "torch", "adapt_norm": True, "inner_lr": 0.01},
     "--dataset mini-imagenet": {"learner": "conv4", "inner_lr": 0.05, "steps": 5, "meta_batch_size": 4},
     "--samples 50": {"shots": 10, "queries": 40},
+    "-k 5 -q 10 --samples 1000": {"shots": 5, "queries": 10},
     "--checkpoint_path x --first-order": {"meta_gradient": "first-order"},
     "--algorithm anil --first-order --inner-rates element": {
         "fast_weights": "head", "meta_gradient": "first-order", "inner_rates": "element", "inner_lr": 0.001},
@@ -168,6 +169,8 @@ MISTAKES = [
     ("--head-init zero --ridge-scale 2", "--ridge-scale has no meaning with --head-init zero: leave it out"),
     # settings that contradict each other
     ("--samples 10", "--samples 10 leaves no query: it must be above -k 10"),
+    ("--samples 19 -q 10", "--samples 19 is less than -k 10 plus -q 10"),
+    ("--dataset omniglot -q 1 --samples 1000", "--samples has no meaning with --dataset omniglot"),
     ("--learner conv", "--learner conv does not fit --dataset sinusoid: use mlp"),
     ("--loss cross-entropy", "--loss cross-entropy does not fit regression"),
     ("--inner-rates element --inner-lr-max 0.001", "--inner-lr-max 0.001 is not above --inner-lr 0.001"),

@@ -15,12 +15,10 @@ from training.checkpoint import load_checkpoint, save_checkpoints
 SHORT = ["--iterations", 12, "--log-every", 2, "--val-every", 6, "--save-every", 100, "-k", 4, "--threads", 1]
 SHORT += ["--meta-batch-size", 2]
 RUNS: dict[str, list] = {
-    "maml": [],
     "fomaml": ["-s", 2, "--inner-optimizer", "momentum"],
     "anil": ["--inner-rates", "element", "--inner-clip", 1.0],
     "boil": ["--head", "2,4"],
     "reptile": ["--inner-batch", 3, "--eval-inner-batch", 2, "--inner-optimizer", "adam"],
-    "meta-sgd": [],
     "maml++": ["--learner", "fc", "-n", 2, "-k", 1, "-q", 1, "--msl-iterations", 10],
     "imaml": ["-s", 3, "--cg-steps", 2],
     "cavia": ["--objective", "multi-step", "-s", 2],
@@ -40,7 +38,7 @@ def flags(tmp_path):
     """Return the command line of a short run of an algorithm; MAML++ and ProtoNet learn from images."""
 
     def flags_of(algorithm: str) -> list:
-        line = ["--algorithm", algorithm, *SHORT, *RUNS[algorithm], "--checkpoint-path", tmp_path]
+        line = ["--algorithm", algorithm, *SHORT, *RUNS.get(algorithm, []), "--checkpoint-path", tmp_path]
         if algorithm not in ("maml++", "protonet"):
             return line
         write_classes(tmp_path / "images", 12, 3)

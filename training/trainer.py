@@ -11,7 +11,7 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 
@@ -376,6 +376,7 @@ class Trainer:
         rate = (self.iteration - self.window_first) / (now - self.window_start)
         self.window_start, self.window_first = now, self.iteration
         means = self._window_means()
+        self._set_text(means)
         failed = self.state.sums[..., -1:].isinf()  # for good: of several runs, some may have failed
         sums = torch.where(failed, torch.inf, torch.zeros_like(self.state.sums))
         self.state = self.state._replace(sums=sums)
@@ -390,14 +391,18 @@ class Trainer:
 
     def _redraw(self) -> None:
         """Move the progress bar on; when it is due to be drawn, read the metrics."""
-        if not self.bar.update():
-            return
-        means = [values for values in self._window_means() if math.isfinite(values["last_skipped"])]
-        if means:
+        if self.bar.update():
+            self._set_text(self._window_means())
+            self.bar.refresh()
+
+    def _set_text(self, means: Sequence[Mapping[str, float]]) -> None:
+        """Set the means over all runs behind the progress bar, which shows them when it is drawn next."""
+        going = [values for values in means if math.isfinite(values["last_skipped"])]
+        if going:
             shown = self.metrics[: -len(TAIL) - 1]
-            texts = (f"{n.replace('_', ' ')} {sum(m[n] for m in means) / len(means):.4f}" for n in shown)
+            texts = (f"{n.replace('_', ' ')} {sum(m[n] for m in going) / len(going):.4f}" for n in shown)
             self.metrics_text = ", ".join(texts)
-            self.bar.set_postfix_str(self.metrics_text)
+            self.bar.set_postfix_str(self.metrics_text, refresh=False)
 
     def _leave_out(self, begin: float) -> None:
         """Leave the time since `begin` out of the speed in the curves."""
