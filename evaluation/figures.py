@@ -61,8 +61,10 @@ def draw_learning(panel: Axes, curves: Curves, measure: str, numbers: Sequence[i
     panel.set_xlim(left=0)
 
 
-def draw_results(panel: Axes, results: Mapping[str, StepResults], caption: Caption) -> None:
-    """Draw results over inner steps; one that is not adapted is a horizontal line.
+def draw_results(
+    panel: Axes, results: Mapping[str, StepResults], caption: Caption, marks: Mapping[int, str]
+) -> None:
+    """Draw results over inner steps, some of which have marks; one that is not adapted is a horizontal line.
 
     Of an accuracy the error is drawn, whose axis shows what happens near 100 %.
     """
@@ -70,8 +72,8 @@ def draw_results(panel: Axes, results: Mapping[str, StepResults], caption: Capti
     is_accuracy = measure == "accuracy"
     for number, (name, part) in enumerate(results.items()):
         runs = part.kept_means.shape[1]
-        label = "mean and 95 % interval" if name == ALL and runs == 1 else name
-        label += f": mean of {runs}" * (runs > 1)
+        mean = "mean" + f" of {runs}" * (runs > 1)
+        label = mean if name == ALL else name + f": {mean}" * (runs > 1)
         if part.leaves_out:
             label += f"\n(without {max(part.diverged)} that diverged)"
         if any(part.undefined):
@@ -84,15 +86,14 @@ def draw_results(panel: Axes, results: Mapping[str, StepResults], caption: Capti
             means, intervals = part.kept_means.T, part.kept_intervals
             if is_accuracy:
                 means, intervals = (100 * (1 - means)).clamp(min=LEAST_ERROR), 100 * intervals
-            curves = [(range(len(mean)), mean) for mean in means.tolist()]
+            curves = [(range(len(run)), run) for run in means.tolist()]
             draw_curve(panel, number, label, curves, intervals if runs == 1 else None)
     drawn = "error (%)" if is_accuracy else measure
     style.label_axes(panel, "inner steps", f"query {drawn}", wide=2 if is_accuracy else 10)
-    marks = {caption.test_steps: "the result", caption.trained_steps: "trained for"}
-    for step, label in marks.items():
-        if step is not None and (step == caption.trained_steps or len(marks) > 1):
-            line = ":" if step == caption.trained_steps else (0, (1, 4))
-            panel.axvline(step, color=style.GREY, linestyle=line, label=label, zorder=1)
+    band = "range of the runs" if runs > 1 else "95 % interval"
+    panel.fill_between([], [], color=style.GREY, alpha=0.25, linewidth=0, label=band)
+    for (step, label), line in zip(marks.items(), (":", (0, (1, 4))), strict=False):
+        panel.axvline(step, color=style.GREY, linestyle=line, label=label, zorder=1)
 
 
 @style.styled()
@@ -112,7 +113,7 @@ def results_figure(
     widths = [4.2, *[2.6 if fits else 3.8] * others]
     figure = style.new_figure(sum(widths), 3.4, caption.title)
     panel, *rest = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
-    draw_results(panel, results, caption)
+    draw_results(panel, results, caption, caption.marks)
     if learning:
         looks = sum(len(part.kept_means) > 1 for part in results.values())
         labels = ["_", *list(learning)[1:]]  # the legend has the first
@@ -149,7 +150,8 @@ def comparison_figure(sides: Sequence[Side], caption: Caption) -> Figure:
     learning, steps = top.subplots(1, 2)
     curves = {side.name: list(side.curves.values()) for side in sides}
     draw_learning(learning, curves, f"validation {measure}")
-    draw_results(steps, {side.name: side.results for side in sides}, caption)
+    marks = caption.marks if len({side.steps for side in sides}) == 1 else {}
+    draw_results(steps, {side.name: side.results for side in sides}, caption, marks)
     style.add_legend(top, steps)
     panel = bottom.subplots()
     panel.axvline(0.0, color=style.GREY, linestyle=":")

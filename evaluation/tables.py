@@ -100,6 +100,14 @@ class Caption:
     trained_steps: int | None  # None: several runs that were trained for different numbers
     test_steps: int  # whose result is quoted
 
+    @property
+    def marks(self) -> dict[int, str]:
+        """Return words for the numbers of steps that matter."""
+        if self.test_steps == self.trained_steps:
+            return {self.test_steps: "trained for, the result"}
+        trained = {} if self.trained_steps is None else {self.trained_steps: "trained for"}
+        return {self.test_steps: "the result", **trained}
+
 
 def units(measure: str) -> tuple[str, float, int]:
     """Return how a table shows "accuracy" or a loss: its name, the factor of its numbers and their digits."""
@@ -308,9 +316,6 @@ def results_table(results: Mapping[str, StepResults], caption: Caption, *, losse
     few = len(parts) <= MOST_COLUMNS
     steps = range(last + 1) if few else sorted({0, min(caption.test_steps, last), last})
     if few:
-        marks = {caption.test_steps: "the result", caption.trained_steps: "trained for"}
-        if caption.test_steps == caption.trained_steps:
-            marks = {caption.test_steps: "trained for, the result"}
         names, cells = [], []
         for name, part in results.items():
             columns = [part.cells(step, scale, digits) for step in steps]
@@ -330,7 +335,7 @@ def results_table(results: Mapping[str, StepResults], caption: Caption, *, losse
             cells += [[row[name] for row in further] for name in further[0]]
         text = table(
             ["steps", *names, ""],
-            list(zip(map(str, steps), *cells, [marks.get(s, "") for s in steps], strict=True)),
+            list(zip(map(str, steps), *cells, [caption.marks.get(s, "") for s in steps], strict=True)),
         )
     else:
         rows = [[name, *(part.cell(s, scale, digits) for s in steps)] for name, part in results.items()]

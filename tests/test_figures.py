@@ -127,7 +127,7 @@ def test_methods_are_drawn_over_inner_steps_and_one_that_is_not_adapted_as_a_lin
     colours = [[line.get_color() for line in panel.lines] for panel in (steps, training)]
     assert colours[1][0] == colours[0][0] and colours[1][1] not in colours[0]
     words = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert words == ["maml", "oracle", "trained for", "scratch"]
+    assert words == ["maml", "oracle", "95 % interval", "trained for, the result", "scratch"]
 
 
 def test_a_learning_curve_is_the_mean_of_its_runs_in_a_band_of_all_of_them():
