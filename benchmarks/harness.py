@@ -93,13 +93,17 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 # ---- the machine ---------------------------------------------------------------------------------
 
 
+def cpuinfo() -> str:
+    """Return Linux's description of the processors; elsewhere nothing."""
+    file = Path("/proc/cpuinfo")
+    return file.read_text(encoding="utf-8") if file.exists() else ""
+
+
 def machine() -> str:
     """Return this computer in a few words: processor, cores, GPU."""
     import torch
 
-    file = Path("/proc/cpuinfo")
-    text = file.read_text(encoding="utf-8") if file.exists() else ""
-    names = re.findall(r"^model name\s*: (.*)$", text, re.MULTILINE)
+    names = re.findall(r"^model name\s*: (.*)$", cpuinfo(), re.MULTILINE)
     name = names[0] if names else platform.machine()
     graphics = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{name}, {os.cpu_count()} cores{graphics}"
@@ -118,15 +122,20 @@ def conditions() -> dict[str, Any]:
     }
 
 
+def instructions() -> list[str]:
+    """Return the processor's instructions for wide vectors and for bfloat16, by Linux's names."""
+    return sorted({*re.findall(r"\b(?:avx2|avx512f|asimd|sve|avx512_bf16|amx_bf16|bf16)\b", cpuinfo())})
+
+
 def matmul_rates() -> dict[str, float]:
-    """Return GFLOP/s of a product of matrices of 1,024 rows and columns, the best of many, by type."""
+    """Return GFLOP/s of a product of matrices of 1,024 rows and columns by type, the best within a second."""
     import torch
 
     rates = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.randn(2, 1024, 1024).to(dtype).unbind()
-        seconds = []
-        for _ in range(30):
+        seconds: list[float] = []
+        while sum(seconds) < 1:
             begin = time.perf_counter()
             torch.mm(a, b)
             seconds.append(time.perf_counter() - begin)
@@ -152,6 +161,12 @@ def call_main(flags: Sequence[str], *, seconds: float | None = None, **environme
         process.terminate()
         _, errors = process.communicate()
     return process.returncode, (errors.strip() or f"exit code {process.returncode}").rpartition("\n")[2]
+
+
+def fresh_caches(folder: Path) -> dict[str, str]:
+    """Return the environment in which nothing compiled before is found; caches are written to a folder."""
+    names = ("XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    return {name: str(folder / name) for name in names}
 
 
 def run_main(flags: Sequence[str], **environment: str) -> float:

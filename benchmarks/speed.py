@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping
+from datetime import date
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
@@ -27,18 +28,11 @@ import numpy as np
 import torch
 from harness import RESULTS, Parser, UsageError
 from peers import PEERS, Contender, Work, as_numpy
+from targets import ADAPT, ONE, describe, measure_others, tabulate, text_of, time_adapt
 from tool import MAML, Compiler, Evaluation, TaskBatch, assemble, evaluate, make_learner, make_maml
 from torch.utils.flop_counter import FlopCounterMode
 
-OURS, EAGER, HIGHER, JAX = "this tool", "this tool, uncompiled", "higher, loop", "JAX, jit and scan"
-# how many times as fast as others we want to be, and how many times as long as the products alone take
-TARGETS = {
-    "sinusoid-1": {JAX: 2.0, HIGHER: 150.0},
-    "sinusoid-5": {JAX: 2.0, HIGHER: 100.0},
-    "omniglot-5-way": {HIGHER: 5.5},
-    "omniglot-20-way": {HIGHER: 2.0},
-}
-ARITHMETIC = 2.0
+OURS, EAGER = "this tool", "this tool, uncompiled"
 EVALUATION, TESTED = "evaluation", 100  # a work of its own, and its tasks
 CHECKED = 5  # examples of a task with which meta-gradients are compared
 IMAGES = (  # as in the peers, batch norm's shift is adapted
@@ -154,21 +148,6 @@ def arithmetic(work: Work, seconds: float) -> dict[str, float]:
     return {"gflop": gflop, "gflop_per_second": rate, "times_the_products": seconds * rate / gflop}
 
 
-def judge(name: str, result: Mapping[str, Any]) -> str:
-    """Return lines that say which targets of a work are met."""
-    rows, lines = result.get("contenders", {}), []
-    for other, target in TARGETS.get(name, {}).items():
-        if other in rows:
-            ratio = rows[other]["ours_is_faster_by"]
-            met = "met" if ratio >= target else "not met"
-            lines.append(f"{other}: {ratio:.3g} times as long (target: at least {target:g}, {met})")
-    if "sinusoid" not in name:
-        ratio, products = result["times_the_products"], f"{result['gflop']:,.4g} GFLOP of products"
-        met, rate = "met" if ratio <= ARITHMETIC else "not met", f"{result['gflop_per_second']:.0f} GFLOP/s"
-        lines.append(f"{ratio:.3g} times the {products} at {rate} (target: at most {ARITHMETIC:g}, {met})")
-    return "\n".join(lines)
-
-
 # ---- evaluation ----------------------------------------------------------------------------------
 
 
@@ -237,39 +216,73 @@ def measure_precision(rounds: int, folder: Path) -> dict[str, Any]:
     return results
 
 
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def measure(name: str, folder: Path, options: Any) -> dict[str, Any]:
+    """Measure a work by its name, with --targets all that has a target; print what is no target's."""
+    if name == ADAPT:
+        return {"seconds": time_adapt(folder.parent, options.rounds)}
+    if name == EVALUATION:
+        result = measure_evaluation(folder, options.rounds)
+        print(f"\n{name}: {result['seconds']}", flush=True)
+        return result
+    work = make_work(name, folder)
+    result = compare(work, options.rounds)
+    print(table(result), flush=True)
+    if options.targets:
+        make = partial(make_ours, work, "--compile", "on")
+        result |= measure_others(work, make, result["contenders"], options.rounds, quick=options.quick)
+    return result
+
+
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("works", nargs="*", metavar="WORK", help=f"{', '.join(NAMES)} (default: all)")
     parser.add_argument("--precision", action="store_true", help="measure speed and error of precisions")
+    parser.add_argument("--targets", action="store_true", help="measure all that has a target")
+    parser.add_argument("--quick", action="store_true", help="rehearse --targets: one step on sinusoids")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON")
+    parser.add_argument("--out", type=Path, help="folder of the JSON (default: the repository's)")
     options = parser.parse_args()
-    unknown = [name for name in options.works if name not in NAMES]
+    choices = (*NAMES, *[ADAPT] * options.targets)
+    unknown = [name for name in options.works if name not in choices]
     if unknown:
-        parser.error(f"no work {unknown[0]}; choose from {', '.join(NAMES)}")
-    if options.works and options.precision:
-        parser.error("--precision has a work of its own: leave out the names")
+        parser.error(f"no work {unknown[0]}; choose from {', '.join(choices)}")
+    if options.precision and (options.works or options.targets):
+        parser.error("--precision has a work of its own: leave out the names, and --targets")
+    if options.quick and not (options.targets and options.out):
+        parser.error("--quick rehearses --targets, and needs --out")
     if options.rounds < 2:
         parser.error("--rounds: at least 2")
-    file = options.out / ("precision.json" if options.precision else "speed.json")
+    kind = "precision" if options.precision else "targets" if options.targets else "speed"
+    file = (options.out or RESULTS) / f"{kind}.json"
+    abilities = {"instructions": harness.instructions(), "gflop_per_second": harness.matmul_rates()}
+    machine = harness.conditions() | abilities | {"date": f"{date.today()}"}
+    print(describe(machine), flush=True)
+    record: dict[str, Any] = {"machine": machine, "results": {}}
+    if (kind == "speed" or options.works) and file.exists():  # works not measured now stay
+        record = harness.read_json(file)
+    if kind == "targets":
+        facts = ("machine", "instructions", "torch")
+        if any(record["machine"][fact] != machine[fact] for fact in facts):
+            parser.error(f"{file} is of another machine or PyTorch: measure all of it, without names")
+        record["machine"] = machine
+    names = options.works or {"precision": (), "targets": choices, "speed": NAMES}[kind]
+    names = (ONE, ADAPT) if options.quick else names
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "noise"
         if options.precision:
-            results = measure_precision(options.rounds, folder)
-            harness.write_json(file, {"machine": harness.conditions(), "results": results})
-        else:
-            results = harness.read_json(file)["results"] if file.exists() else {}
-            rates = ", ".join(f"{name} {rate:.0f}" for name, rate in harness.matmul_rates().items())
-            print(f"{harness.machine()}; products, GFLOP/s: {rates} (as installed)", flush=True)
-            for work in options.works or NAMES:
-                if work == EVALUATION:
-                    results[work] = measure_evaluation(folder, options.rounds)
-                    print(f"\n{work}: {results[work]['seconds']}", flush=True)
-                else:
-                    results[work] = compare(make_work(work, folder), options.rounds)
-                    print(table(results[work]), flush=True)
-                print(judge(work, results[work]), flush=True)
-                harness.write_json(file, {"results": results})  # those of the other works stay
+            record["results"] = measure_precision(options.rounds, folder)
+            harness.write_json(file, record)
+        for name in names:
+            record["results"][name] = measure(name, folder, options)
+            print(f"\n{tabulate(record['results'], [name])}", flush=True)
+            harness.write_json(file, record)
+    if options.targets:
+        print(f"\n{text_of(record)}", end="")
+        if not options.out:
+            harness.put(harness.ROOT / "docs" / "speed.md", "targets", text_of(record))
     print(f"\nWritten: {file}")
 
 

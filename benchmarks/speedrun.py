@@ -35,8 +35,7 @@ def time_run(flags: Sequence[str], seed: int, folder: Path) -> float:
     """Return the seconds of one command, without any cache from before."""
     place = ["--dataset", "omniglot", "--run-name", f"seed{seed}", "--checkpoint-path", str(folder)]
     with tempfile.TemporaryDirectory() as cache:
-        names = ("XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-        environment = {name: f"{cache}/{name}" for name in names}
+        environment = harness.fresh_caches(Path(cache))
         return harness.run_main([*place, *flags, "--seed", str(seed)], **environment)
 
 

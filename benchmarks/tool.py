@@ -5,13 +5,16 @@ This module and the few lines that call a `MAML` alone follow the tool's Python 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import harness  # noqa: F401  (puts the repository on the path)
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from commands.adapt import load as load
@@ -33,7 +36,7 @@ from learners.elementary import Elementary as Elementary
 from maml import MAML, SQUARE
 from training.checkpoint import Progress, save_checkpoints
 from training.checkpoint import load_checkpoint as load_checkpoint
-from training.compiler import Compiler
+from training.compiler import Compiler, load_library
 from training.folders import BEST
 from training.meta_gradients import make_meta_gradient as make_meta_gradient
 from training.step import CudaGraph as CudaGraph
@@ -71,6 +74,26 @@ def assemble(flags: Sequence[str], world: World = ALONE, seeds: int = 1) -> Asse
         trainer.state.sums.tolist()  # waits
 
     return Assembly(parts.maml, parts.distribution, parts.run.parameters, advance, trainer)
+
+
+@contextmanager
+def timed_libraries() -> Iterator[list[float]]:
+    """Yield a list to which each call of a library loaded in the block adds its seconds (on a CPU)."""
+    seconds: list[float] = []
+
+    def load(path: Path, structure: Any) -> Callable[[list[Tensor]], Any]:
+        library = load_library(path, structure)
+
+        def run(tensors: list[Tensor]) -> Any:
+            begin = time.perf_counter()
+            outputs = library(tensors)
+            seconds.append(time.perf_counter() - begin)
+            return outputs
+
+        return run
+
+    with patch("training.compiler.load_library", load):
+        yield seconds
 
 
 def make_learner(name: str, outputs: int, inputs: tuple[int, ...], **arguments: Any) -> nn.Module:

@@ -67,6 +67,7 @@ def test_every_benchmark_has_its_help(script, monkeypatch, capsys):
         ("rounding --batches 0", "argument --batches: invalid count value: '0'"),
         ("speed nothing", "no work nothing; choose from sinusoid-1, .*, evaluation"),
         ("speed --precision sinusoid-1", "--precision has a work of its own"),
+        ("speed --targets --quick", "--quick rehearses --targets, and needs --out"),
     ],
 )
 def test_a_mistake_on_a_benchmarks_line_is_one_line(line, error, monkeypatch, capsys):
