@@ -90,7 +90,8 @@ def draw_results(
             draw_curve(panel, number, label, curves, intervals if runs == 1 else None)
     drawn = "error (%)" if is_accuracy else measure
     style.label_axes(panel, "inner steps", f"query {drawn}", wide=2 if is_accuracy else 10)
-    band = "range of the runs" if runs > 1 else "95 % interval"
+    kinds = {"range of the runs" if p.kept_means.shape[1] > 1 else "95 % interval" for p in results.values()}
+    band = "; of a single run ".join(sorted(kinds, reverse=True))
     panel.fill_between([], [], color=style.GREY, alpha=0.25, linewidth=0, label=band)
     for (step, label), line in zip(marks.items(), (":", (0, (1, 4))), strict=False):
         panel.axvline(step, color=style.GREY, linestyle=line, label=label, zorder=1)

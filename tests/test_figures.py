@@ -130,6 +130,17 @@ def test_methods_are_drawn_over_inner_steps_and_one_that_is_not_adapted_as_a_lin
     assert words == ["maml", "oracle", "95 % interval", "trained for, the result", "scratch"]
 
 
+def test_the_legend_says_what_the_bands_of_one_and_of_several_runs_are():
+    run = Evaluation({"inductive": torch.ones(4, 3)}, {})
+    for runs, band in {(1, 1): "95 % interval", (2, 2): "range of the runs"}.items():
+        results = results_of({name: [run] * many for name, many in zip("ab", runs, strict=True)})
+        assert band in [text.get_text() for text in results_figure(results, CAPTION).legends[0].get_texts()]
+    for order in ("ab", "ba"):  # whichever is drawn last
+        results = results_of({name: [run] * (1 + (name == "b")) for name in order})
+        words = [text.get_text() for text in results_figure(results, CAPTION).legends[0].get_texts()]
+        assert "range of the runs; of a single run 95 % interval" in words
+
+
 def test_a_learning_curve_is_the_mean_of_its_runs_in_a_band_of_all_of_them():
     curves = {"a": [([10, 20], [0.5, 0.75]), ([10, 20, 30], [1.0, 0.25, 0.1])], "b": [([10], [0.5])]}
     figure = learning_figure(curves, "validation MSE")
