@@ -1,6 +1,6 @@
 """Runs of the papers' tables: train and test a cell with main.py, and read the results.
 
-    Table, Cell, seed -> Job -> main.py -> TABLE/METHOD-seedN/ -> record() -> results/reproduce/TABLE.json
+    Table, Cell, seed -> Job -> main.py -> TABLE/METHOD-seedN/ -> record() -> results/.../TABLE/METHOD.json
 
 A job's folder is main.py's own (training.json, best.pt, ...), with a folder for each test's result files and
 `reproduce.json`: the command that trained it, its seconds and the machine. Everything is matched by command.
@@ -13,6 +13,7 @@ import math
 import shlex
 import signal
 import time
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -87,6 +88,13 @@ class Job:
     def ledger(self) -> Record:
         file = self.folder / LEDGER
         return read_json(file) if file.exists() else {}
+
+    @property
+    def settings(self) -> Record:
+        """All settings of the run, those that its command does not name included."""
+        text = (self.folder / "settings.toml").read_text(encoding="utf-8")
+        parts = tomllib.loads(text)
+        return {**parts["resolved"], **parts["given"]}
 
     @property
     def progress(self) -> Record:
@@ -186,7 +194,7 @@ def run_job(job: Job, until: float, *, single_threaded: bool) -> tuple[bool, str
 
 
 def record(table: Table, jobs: Sequence[Job], recorded: Record | None = None) -> dict[str, Any]:
-    """Return all numbers of a table, after every inner step, without single tasks.
+    """Return all numbers of a table by method, after every inner step, without single tasks.
 
     Args:
         jobs: of this table; those that have not begun are left out.
@@ -194,7 +202,7 @@ def record(table: Table, jobs: Sequence[Job], recorded: Record | None = None) ->
     """
     methods: dict[str, Any] = {}
     for cell in table.cells:
-        known_entry = (recorded or {}).get("methods", {}).get(cell.method, {"runs": []})
+        known_entry = (recorded or {}).get(cell.method, {"runs": []})
         runs, fresh = {run["trained_by"]: run for run in known_entry["runs"]}, {}
         for job in jobs:
             if job.progress and job.cell.method == (cell.baseline_of or cell.method):
@@ -206,7 +214,7 @@ def record(table: Table, jobs: Sequence[Job], recorded: Record | None = None) ->
             kept = known_entry.get("over_seeds", {}) if known_entry["runs"] == entry["runs"] else {}
             tests = kept.get("tests", {}) | over_seeds(table, cell, entry["runs"], fresh)
             methods[cell.method] = entry | ({"over_seeds": {"tests": tests}} if tests else {})
-    return {"table": table.name, "title": table.title, "methods": methods}
+    return methods
 
 
 def over_seeds(
@@ -263,6 +271,7 @@ def run_of(table: Table, cell: Cell, job: Job) -> dict[str, Any]:
         "machine": ledger["machine"],
         "trained_by": job.command,
         "name": job.name,
+        "settings": job.settings,
         **({"training": progress["training"]} if shows_training else {}),
         "tests": tests_of(table, cell, job),
     }
@@ -283,7 +292,7 @@ def tests_of(table: Table, cell: Cell, job: Job) -> dict[str, Any]:
                 "tasks": result["tasks"],
                 "test_steps": last if cell.baseline_of else result["test_steps"],
                 "device": result["device"],
-                "torch": result["versions"]["torch"],
+                "versions": result["versions"],
                 "per_step": numbers["per_step"],
                 "curves": baselines["curves"] if baselines and not cell.baseline_of else {},
             }

@@ -59,8 +59,7 @@ def steps_figure(table: Table, record: Record) -> Figure | None:
     there are too many panels.
     """
     tests = [test.name for test in table.tests]
-    methods = record["methods"]
-    curves = {(m, test): points_of(table, methods[m], test) for m in methods for test in tests}
+    curves = {(m, test): points_of(table, entry, test) for m, entry in record.items() for test in tests}
     means = [mean for points in curves.values() for _, mean, _ in points]
     if not means or len(tests) > MOST_PANELS:
         return None
@@ -137,12 +136,11 @@ def learning_figure(record: Record) -> Figure:
 
     Points are means of consecutive windows; a window far above all others leaves the picture.
     """
-    methods = record["methods"]
     with style.styled():
-        figure = style.new_figure(4.6 * len(methods), 3.4)
-        panels = figure.subplots(1, len(methods), squeeze=False, sharey=True)[0]
+        figure = style.new_figure(4.6 * len(record), 3.4)
+        panels = figure.subplots(1, len(record), squeeze=False, sharey=True)[0]
         losses: list[float] = []
-        for panel, (method, entry) in zip(panels, methods.items(), strict=True):
+        for panel, (method, entry) in zip(panels, record.items(), strict=True):
             run = entry["runs"][0]
             measured = next((test["curves"] for test in run["tests"].values() if test.get("curves")), {})
             curves = [("first-order MAML", windows(run["training"]))]

@@ -9,9 +9,9 @@
 
 Trains each method from each seed with main.py, takes the checkpoint that is best on validation tasks, and
 tests it. Finished runs are kept in --folder, others are resumed. (A run with non-finite numbers counts as
-finished: remove its folder to start again.) Writes the numbers (JSON), a table (Markdown) and a picture to
-benchmarks/results/reproduce/, unfinished runs included and marked. A run whose folder is gone stays in the
-table until the same command has come as far and its run has been tested.
+finished: remove its folder to start again.) Writes to benchmarks/results/reproduce/ the numbers of each
+method (TABLE/METHOD.json), a table (Markdown) and a picture, unfinished runs included and marked. A run whose
+folder is gone stays in the table until the same command has come as far and its run has been tested.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pathlib import Path
 import pictures
 import table_text
 import torch
-from cells import TABLES, Table
+from cells import TABLES, Cell, Table
 from harness import RESULTS, ROOT, Parser, launch, put, read_json, write_json, write_text
 from jobs import Job, Record, record, run_job
 
@@ -103,20 +103,25 @@ def run_jobs(options: argparse.Namespace) -> bool:
 
 def write_table(table: Table, options: argparse.Namespace) -> bool:
     """Write a table's files from all runs, recorded ones included; return whether there are any."""
-    file = options.results / f"{table.name}.json"
     seeds = sorted({*table.seeds, *(options.seeds or ())})
     jobs = [Job(table, c, seed, options.folder, options.quick) for seed in seeds for c in table.trained]
-    content = record(table, jobs, read_json(file) if file.exists() else {})
-    if content["methods"]:
+    content = record(table, jobs, read_record(table, options.results))
+    if content:
+        for method, entry in content.items():
+            write_json(cell_file(table, table.cell(method), options.results), entry)
         write_text(options.results / f"{table.name}.md", table_text.table_text(table, content))
-        write_json(file, content)
         pictures.draw(table, content, options.results)
-    return bool(content["methods"])
+    return bool(content)
 
 
-def read_records() -> dict[str, Record]:
-    """Return the recorded tables by name."""
-    return {n: read_json(file) for n in TABLES if (file := TABLE_RESULTS / f"{n}.json").exists()}
+def cell_file(table: Table, cell: Cell, results: Path) -> Path:
+    return results / table.name / f"{cell.slug}.json"
+
+
+def read_record(table: Table, results: Path = TABLE_RESULTS) -> Record:
+    """Return what is recorded of a table, by method."""
+    files = {cell.method: cell_file(table, cell, results) for cell in table.cells}
+    return {method: read_json(file) for method, file in files.items() if file.exists()}
 
 
 def update_pages() -> None:
@@ -125,7 +130,7 @@ def update_pages() -> None:
     Rows of a table stand on other pages, between `<!-- TABLE: METHOD; METHOD -->` and the same with a slash.
     """
     pages = sorted((ROOT / "docs").glob("*.md"))
-    records = read_records()
+    records = {table.name: content for table in TABLES.values() if (content := read_record(table))}
     for name, content in records.items():
         text = table_text.table_text(TABLES[name], content)
         if (TABLE_RESULTS / f"{name}.png").exists():

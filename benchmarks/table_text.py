@@ -1,7 +1,7 @@
 """Tables in Markdown, from the records that jobs.py collects. Pure functions.
 
-A record is the content of `results/reproduce/TABLE.json`: for each method its runs, with the numbers of
-every test after every inner step.
+A record is what `results/reproduce/TABLE/` holds, by method: its runs, with the numbers of every test after
+every inner step.
 """
 
 from __future__ import annotations
@@ -106,12 +106,11 @@ def row_of(column: Column, run: Record) -> Record | None:
 
 def table_text(table: Table, record: Record) -> str:
     """Return our numbers with the published ones below, then what is met, and the commands."""
-    methods = record["methods"]
-    columns = [c for c in table.columns if any(number(table, c, entry) for entry in methods.values())]
+    columns = [c for c in table.columns if any(number(table, c, entry) for entry in record.values())]
     titles = [column.title for column in columns]
     rows = []
     for cell in table.cells:
-        entry = methods.get(cell.method, {"runs": []})
+        entry = record.get(cell.method, {"runs": []})
         numbers = [number(table, column, entry) for column in columns]
         if any(numbers):
             texts = ["" if value is None else value.text(table.digits) for value in numbers]
@@ -183,7 +182,7 @@ def verdicts_of(table: Table, record: Record) -> list[Verdict]:
     columns = {column.title: column for column in table.columns}
     verdicts = []
     for cell in table.cells:
-        entry = record["methods"].get(cell.method, {"runs": []})
+        entry = record.get(cell.method, {"runs": []})
         for title, published in cell.published.items():
             column = columns[title]
             measured = [run for run in entry["runs"] if row_of(column, run)]
@@ -251,11 +250,11 @@ def summary(records: Mapping[str, Record]) -> str:
 
 def footer(table: Table, record: Record, *, complete: bool = True) -> str:
     """Return one line on what the numbers are and where they are from, `complete` with what is absent."""
-    runs = [run for entry in record["methods"].values() for run in entry["runs"]]
+    runs = [run for entry in record.values() for run in entry["runs"]]
     tests = [test for run in runs for test in run["tests"].values()]
     machines = sorted({run["machine"] for run in runs if run["machine"]})
     devices = sorted({test["device"].replace("1 threads", "1 thread") for test in tests})
-    versions = sorted({test["torch"] for test in tests})
+    versions = sorted({test["versions"]["torch"] for test in tests})
     tasks = sorted({test["tasks"] for test in tests})
     parts = [
         f"{' or '.join(f'{count:,}' for count in tasks)} test tasks" if tasks else "",
@@ -266,7 +265,7 @@ def footer(table: Table, record: Record, *, complete: bool = True) -> str:
         "; ".join([*machines, *devices]),
         f"torch {', '.join(versions)}" if versions else "",
     ]
-    absent = [cell.method for cell in table.trained if cell.method not in record["methods"]]
+    absent = [cell.method for cell in table.trained if cell.method not in record]
     text = "; ".join(part for part in parts if part) + "."
     return text + f" Not run: {', '.join(absent)}." * bool(absent and complete)
 
@@ -274,18 +273,15 @@ def footer(table: Table, record: Record, *, complete: bool = True) -> str:
 def lacks_interval(table: Table, record: Record) -> bool:
     """Return whether an interval is missing where several seeds were tested."""
     numbers = [
-        number(table, column, entry)
-        for entry in record["methods"].values()
-        for column in table.columns
-        if column.test
+        number(table, column, entry) for entry in record.values() for column in table.columns if column.test
     ]
     return any(n and len(n.means) > 1 and math.isfinite(n.mean) and math.isnan(n.interval) for n in numbers)
 
 
 def commands(table: Table, record: Record) -> list[str]:
     """Return the commands of the first seed's runs, and of the tests of one (that with baselines, if any)."""
-    cells = [cell for cell in table.trained if cell.method in record["methods"]]
-    first = [record["methods"][cell.method]["runs"][0] for cell in cells]
+    cells = [cell for cell in table.trained if cell.method in record]
+    first = [record[cell.method]["runs"][0] for cell in cells]
     lines = [f"{run['trained_by']} --run-name {table.name}-{run['name']}" for run in first]
     number_of_tested = next((n for n, cell in enumerate(cells) if cell.baselines), 0)
     tested = f"checkpoints/{table.name}-{first[number_of_tested]['name']}"
@@ -313,11 +309,11 @@ def excerpt(table: Table, record: Record, methods: Sequence[str]) -> str:
     """Return the rows of some methods on curves after 1, 5 and 10 steps, and a line on what they are."""
     columns, rows = curve_columns(EXCERPT_STEPS, EXCERPT_SHOTS), []
     for method in methods:
-        entry, cell = record["methods"][method], table.cell(method)
+        entry, cell = record[method], table.cell(method)
         numbers = [number(table, column, entry) for column in columns]
         trained = entry["runs"][0]["tests"]["K = 5"]["test_steps"]
         texts = ["" if value is None else value.text(table.digits) for value in numbers]
         rows.append([method, *texts, "" if cell.baseline_of else str(trained), str(len(entry["runs"]))])
-    shown = {"methods": {method: record["methods"][method] for method in methods}}
+    shown = {method: record[method] for method in methods}
     head = ["", *(column.title for column in columns), "trained for", "seeds"]
     return f"{markdown(head, rows)}\n\n{footer(table, shown, complete=False)}\n"

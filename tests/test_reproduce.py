@@ -31,7 +31,7 @@ from commands.resolve import resolve, resolve_from
 from evaluation.meta_test import Evaluation
 from evaluation.tables import evaluation_record, write_json
 
-RECORDS = reproduce.read_records()
+RECORDS = {table.name: record for table in TABLES.values() if (record := reproduce.read_record(table))}
 FREQUENCY, SINUSOID, OMNIGLOT = (TABLES[n] for n in ("sinusoid-frequency", "sinusoid", "omniglot-5way-1shot"))
 
 
@@ -194,7 +194,7 @@ def test_unfinished_and_failed_runs_are_marked():
     tests = {"K = 5": {"per_step": [row], "test_steps": 1}}
 
     def texts(*runs: dict) -> tuple[str, str]:
-        record = {"methods": {"maml": {"runs": [{"tests": tests, "seed": 0} | run for run in runs]}}}
+        record = {"maml": {"runs": [{"tests": tests, "seed": 0} | run for run in runs]}}
         verdict = table_text.verdicts_of(FREQUENCY, record)[0]
         return table_text.verdict_text(FREQUENCY, verdict), table_text.summary({FREQUENCY.name: record})
 
@@ -237,23 +237,24 @@ def write_run(job: jobs.Job, iteration: int, trained_by: str) -> None:
     (job.folder / "training.json").write_text(json.dumps(progress))
     ledger = {"trained_by": trained_by, "seconds": 1.0, "machine": "here"}
     (job.folder / jobs.LEDGER).write_text(json.dumps(ledger))
+    (job.folder / "settings.toml").write_text(f"[given]\nseed = {job.seed}\n[resolved]\nq = 10\n")
 
 
 def test_a_recorded_run_stays_until_the_same_command_has_equally_many_tests(tmp_path):
     job = jobs.Job(FREQUENCY, FREQUENCY.cell("maml"), 0, tmp_path)
-    assert not jobs.record(FREQUENCY, [job])["methods"]
+    assert not jobs.record(FREQUENCY, [job])
     write_run(job, 50, "python main.py --of-another-command")
-    assert not jobs.record(FREQUENCY, [job])["methods"]
+    assert not jobs.record(FREQUENCY, [job])
     write_run(job, 50, job.command)
     record = jobs.record(FREQUENCY, [job])
-    (run,) = record["methods"]["maml"]["runs"]
+    (run,) = record["maml"]["runs"]
     assert run["iterations"] == 50 and not job.is_finished
     for tests, iterations in (({}, 50), ({"K = 5": {}}, 40)):
-        recorded = {"methods": {"maml": {"runs": [run | {"iterations": 40, "tests": tests}]}}}
-        (kept,) = jobs.record(FREQUENCY, [job], recorded)["methods"]["maml"]["runs"]
+        recorded = {"maml": {"runs": [run | {"iterations": 40, "tests": tests}]}}
+        (kept,) = jobs.record(FREQUENCY, [job], recorded)["maml"]["runs"]
         assert kept["iterations"] == iterations
-    other = {"methods": {"maml": {"runs": [run | {"seed": 7, "trained_by": "another seed's"}]}}}
-    assert [r["seed"] for r in jobs.record(FREQUENCY, [job], other)["methods"]["maml"]["runs"]] == [0, 7]
+    other = {"maml": {"runs": [run | {"seed": 7, "trained_by": "another seed's"}]}}
+    assert [r["seed"] for r in jobs.record(FREQUENCY, [job], other)["maml"]["runs"]] == [0, 7]
 
 
 def test_the_interval_of_several_seeds_is_that_of_each_tasks_mean_over_them(tmp_path):
@@ -270,16 +271,16 @@ def test_the_interval_of_several_seeds_is_that_of_each_tasks_mean_over_them(tmp_
             file.parent.mkdir()
             write_json(file, result | evaluation_record(evaluation))
     record = jobs.record(FREQUENCY, seeds)
-    ours = number(FREQUENCY, FREQUENCY.columns[0], record["methods"]["maml"])
+    ours = number(FREQUENCY, FREQUENCY.columns[0], record["maml"])
     of_tasks = losses[:, :, 1].mean(0)
     assert ours.means == pytest.approx(losses[:, :, 1].mean(1).tolist()) and ours.diverged == 1
     assert ours.interval == pytest.approx(1.96 * of_tasks.std(ddof=1) / 40**0.5)
     of_tasks[7] = losses[[0, 2], 7, 1].mean()
     assert ours.kept == pytest.approx((of_tasks.mean(), 1.96 * of_tasks.std(ddof=1) / 40**0.5), rel=1e-5)
     again = jobs.record(FREQUENCY, [], json.loads(json.dumps(record)))  # the folders are gone
-    assert number(FREQUENCY, FREQUENCY.columns[0], again["methods"]["maml"]) == ours
-    again["methods"]["maml"]["runs"].pop()
-    assert math.isnan(number(FREQUENCY, FREQUENCY.columns[0], again["methods"]["maml"]).interval)
+    assert number(FREQUENCY, FREQUENCY.columns[0], again["maml"]) == ours
+    again["maml"]["runs"].pop()
+    assert math.isnan(number(FREQUENCY, FREQUENCY.columns[0], again["maml"]).interval)
 
 
 @pytest.mark.slow
@@ -291,7 +292,7 @@ def test_the_command_of_a_table_writes_it_and_repeats_nothing(tmp_path, monkeypa
     monkeypatch.setattr(sys, "argv", ["reproduce.py", *flags])
     assert reproduce.main() == 0 and "iteration 300 of 300" in capsys.readouterr().out
     results = tmp_path / "results-quick"
-    (run,) = json.loads((results / f"{FREQUENCY.name}.json").read_text())["methods"]["maml"]["runs"]
+    (run,) = read_json(results / FREQUENCY.name / "maml.json")["runs"]
     assert {k: test["tasks"] for k, test in run["tests"].items()} == {f"K = {k}": 100 for k in (5, 10, 20)}
     assert "| 1 (single run) | 300; best at" in (results / f"{FREQUENCY.name}.md").read_text()
     assert (results / f"{FREQUENCY.name}.png").stat().st_size > 10_000
