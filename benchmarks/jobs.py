@@ -92,9 +92,8 @@ class Job:
     @property
     def settings(self) -> Record:
         """All settings of the run, those that its command does not name included."""
-        text = (self.folder / "settings.toml").read_text(encoding="utf-8")
-        parts = tomllib.loads(text)
-        return {**parts["resolved"], **parts["given"]}
+        parts = tomllib.loads((self.folder / "settings.toml").read_text(encoding="utf-8"))
+        return {**parts["given"], **parts["resolved"]}
 
     @property
     def progress(self) -> Record:
@@ -293,6 +292,7 @@ def tests_of(table: Table, cell: Cell, job: Job) -> dict[str, Any]:
                 "test_steps": last if cell.baseline_of else result["test_steps"],
                 "device": result["device"],
                 "versions": result["versions"],
+                "compiled": result.get("compiled"),  # older files do not say
                 "per_step": numbers["per_step"],
                 "curves": baselines["curves"] if baselines and not cell.baseline_of else {},
             }

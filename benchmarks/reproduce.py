@@ -105,10 +105,12 @@ def write_table(table: Table, options: argparse.Namespace) -> bool:
     """Write a table's files from all runs, recorded ones included; return whether there are any."""
     seeds = sorted({*table.seeds, *(options.seeds or ())})
     jobs = [Job(table, c, seed, options.folder, options.quick) for seed in seeds for c in table.trained]
-    content = record(table, jobs, read_record(table, options.results))
+    known = read_record(table, options.results)
+    content = record(table, jobs, known)
     if content:
         for method, entry in content.items():
-            write_json(cell_file(table, table.cell(method), options.results), entry)
+            if entry != known.get(method):
+                write_json(cell_file(table, table.cell(method), options.results), entry)
         write_text(options.results / f"{table.name}.md", table_text.table_text(table, content))
         pictures.draw(table, content, options.results)
     return bool(content)

@@ -123,7 +123,7 @@ class Subject:
     source: Checkpoint | None
     trained: Config  # the settings of its training
     config: Config
-    compiled: bool = False  # whether predictions are
+    compiled: bool = False  # whether predictions are to be; after `evaluate`, whether they were
     runtime: Runtime = field(init=False)
     distribution: TaskDistribution = field(init=False)
     loss_name: str = field(init=False, default="loss")  # with its unit, once the data are known
@@ -208,13 +208,13 @@ class Subject:
     def evaluate(self, split: str = "test", *, first_task: int = 0) -> None:
         """Measure on the fixed tasks of a split from `first_task` on, with each reading of batch norm."""
         options, maml = self.config.evaluation, self.maml
-        compiles, reason = self.compiled and not maml.call.unpads, why_uncompiled(self.runtime.device)
-        if compiles and reason:
+        compiler = Compiler(self.runtime.device)
+        compiler.active = self.compiled and not maml.call.unpads
+        if compiler.active and (reason := why_uncompiled(self.runtime.device)):
             if self.runtime.world.first:
                 build.print_once(reason)
-        elif compiles:
-            compiler = Compiler(self.runtime.device)
-            compiler.active = True
+            compiler.active = False
+        if compiler.active:
             maml = maml.with_options(convolution="im2col", accelerate=compiler.or_plain)
         self.result = meta_test.evaluate(
             maml,
@@ -229,6 +229,7 @@ class Subject:
             skipped=first_task,
             world=self.runtime.world,
         )
+        self.compiled = compiler.active and not compiler.failed
 
     def caption(self) -> Caption:
         """Return the words of its tables and pictures, with the method and the run in the title."""
@@ -250,6 +251,7 @@ class Subject:
             "settings": self.config.values(),
             "versions": versions(),
             "device": self.runtime.describe(),
+            "compiled": self.compiled,
         }
 
     def row(self, call: Call, command: str) -> dict[str, Any]:
@@ -268,6 +270,7 @@ class Subject:
             "queries": tasks.queries,
             "tasks": options.eval_tasks,
             "algorithm": choices.algorithm,
+            "meta_gradient": choices.meta_gradient,
             "learner": config.learner.learner,
             "seed": config.training.seed,
             "steps": options.test_steps,

@@ -37,6 +37,8 @@ OF_OTHER_DATA = (
     *("invert", "quarter_turns", "image_range", "columns", "exclude_columns", "dataset_args"),
     *("split_shares", "omniglot_split", "icons_split", "min_examples", "mix"),
 )
+# a flag as it may be repeated, and what a run has that could not be compiled
+UNCOMPILED = (("compile", "on", "off"), ("convolution", "im2col", "grouped"))
 
 
 # ---- a new experiment ----------------------------------------------------------------------------
@@ -252,7 +254,7 @@ def _may_change(saved: Config, name: str, value: Any, free: set[str], *, evaluat
         return True
     if name in OWN_CODE and now and _may_have_moved(value, now):
         return True
-    uncompiled = (name, value, now) == ("compile", "on", "off") and not evaluate
+    uncompiled = saved.training.compile == "off" and (name, value, now) in UNCOMPILED and not evaluate
     if value == now or (flag.default is BY_RULE and value == "auto") or uncompiled:
         return False  # an uncompiled run is resumed as it is
     raise UsageError(

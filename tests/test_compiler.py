@@ -16,6 +16,7 @@ from commands.resolve import resolve
 from common.batch import TaskBatch
 from common.choices import Choices
 from dataset import Sinusoid
+from learners.batch_norm import BatchNorm
 from learners.losses import LOSSES
 from maml import MAML
 from tasks.image_tasks import ImageTasks
@@ -154,6 +155,15 @@ def test_a_compiled_iteration_on_images_equals_the_uncompiled_one(
     assert accelerate.compiled == libraries
     for field, ours, theirs in zip(State._fields, *states, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12), field
+
+
+@pytest.mark.slow
+def test_compiled_statistics_of_strokes_on_blank_paper_are_exact(tmp_path):
+    torch.manual_seed(0)
+    x = torch.where(torch.rand(20, 4, 28, 28) < 0.1, torch.rand(20, 4, 28, 28), 0.1)
+    with torch.no_grad():
+        exact = BatchNorm(4).double()(x.double())
+        assert (active_compiler(tmp_path)(BatchNorm(4))(x) - exact).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("head_init", ["learned", "prototype", "ridge"])

@@ -131,7 +131,9 @@ def test_compiled_predictions_are_the_same(tmp_path, monkeypatch):
         out = tmp_path / compiled
         assert command("--eval", "--load", run, "--eval-tasks", 6, "--compile", compiled, "--out", out) == 0
         (file,) = out.glob("*.json")
-        results.append([row["loss"] for row in json.loads(file.read_text())["per_step"]])
+        record = json.loads(file.read_text())
+        assert record["compiled"] is (compiled == "on")
+        results.append([row["loss"] for row in record["per_step"]])
         assert seen == [True] * 2  # a step, and the predictions after it
     assert results[0] == pytest.approx(results[1], rel=1e-9)
 
@@ -142,6 +144,8 @@ def test_an_evaluation_that_cannot_be_compiled_says_so(tmp_path, monkeypatch, ca
     build.print_once.cache_clear()  # another test of this process may have said it
     assert command("--eval", "--load", run, "--eval-tasks", 6, "--compile", "on") == 0
     assert capsys.readouterr().err.count("not compiled: that needs a C++ compiler") == 1
+    (file,) = run.glob("*test*.json")
+    assert json.loads(file.read_text())["compiled"] is False
 
 
 def test_several_subjects_are_named_after_what_they_share():

@@ -2,10 +2,12 @@
 
 import random
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_classes
 from runs import command
 from torch import nn
 from torch.func import vmap
@@ -434,19 +436,39 @@ def test_seeds_share_a_check_and_what_decides_it_has_its_own(own, capsys):
     assert capsys.readouterr().err.count("Checked: ") == 2
 
 
-@pytest.mark.parametrize("factor", [1.5, float("nan")])
-def test_a_wrong_compiled_iteration_is_seen_and_the_run_stays_uncompiled(
-    factor, tmp_path, capsys, monkeypatch
+@pytest.mark.parametrize(("factor", "times"), [(1.5, 3), (float("nan"), 3), (1.5, 2)])
+def test_a_run_stays_uncompiled_if_three_compiled_iterations_are_wrong(
+    factor, times, tmp_path, capsys, monkeypatch
 ):
-    load = compiler.load_library
+    load, calls = compiler.load_library, count()
 
     def load_wrong(path, structure):
         library = load(path, structure)
-        return lambda tensors: pytree.tree_map(
-            lambda t: factor * t if t.is_floating_point() else t, library(tensors)
-        )
+
+        def run(tensors):
+            wrong = factor if next(calls) < times else 1
+            return pytree.tree_map(lambda t: wrong * t if t.is_floating_point() else t, library(tensors))
+
+        return run
 
     monkeypatch.setattr(compiler, "load_library", load_wrong)
     line = ["--iterations", 102, "--compile", "on", "--checkpoint-path", tmp_path, "--run-name", "a"]
     assert command(*line, "--eval-tasks", 2) == 0
-    assert "The run stays uncompiled: compiled, an iteration is" in capsys.readouterr().err
+    said = "The run stays uncompiled: compiled, an iteration is" in capsys.readouterr().err
+    assert said == (times == 3)
+
+
+def test_images_that_cannot_be_compiled_are_trained_with_grouped_convolutions(tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise compiler.CompilationError("no")
+
+    monkeypatch.setattr(compiler.Compiler, "_library", fail)
+    write_classes(tmp_path / "images", 12)
+    data = f"--dataset images:{tmp_path}/images --image-size 8 --channels 1 -n 2 -q 1 --learner conv"
+    flags = "--iterations 4 --val-tasks 2 --val-every 4 --compile on --conv im2col --run-name a"
+    line = [*f"{data} {flags} --checkpoint-path".split(), tmp_path]
+    assert command(*line) == 0
+    assert "The run stays uncompiled: no" in capsys.readouterr().err
+    settings = load_checkpoint(tmp_path / "a" / "last.pt").settings
+    assert (settings["compile"], settings["convolution"]) == ("off", "grouped")
+    assert command(*line, "--resume", "--iterations", 6) == 0

@@ -89,6 +89,7 @@ class Compiler:
         self.interrupted: Callable[[], bool] = lambda: False  # ends waiting for another process's library
         self.active = False
         self.compiled = 0  # libraries built by this instance; others were in the cache
+        self.failed = False  # a function of `or_plain` could not be compiled
         self._tracing = False
 
     def __call__(self, function: Function, options: dict[str, Any] | None = None) -> Function:
@@ -117,7 +118,7 @@ class Compiler:
                 return fast(*arguments)
             except CompilationError as error:
                 warnings.warn(f"predictions are not compiled: {error}", stacklevel=2)
-                fast = function
+                fast, self.failed = function, True
                 return function(*arguments)
 
         return run
