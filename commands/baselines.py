@@ -37,7 +37,7 @@ from training.folders import LAST
 from training.tensorboard import read_speed
 
 RATES = {"sgd": (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0), "adam": (0.001, 0.003, 0.01, 0.03, 0.1)}
-RATE_TASKS = 600  # validation tasks on which rates are chosen
+RATE_TASKS = {False: 600, True: 100}  # validation tasks on which rates are chosen, by `classification`
 
 # Training from scratch on each training task, for the learning curves, as a course assignment does it
 SCRATCH_STEPS, SCRATCH_RATE, WINDOW = 10, 0.001, 300
@@ -105,7 +105,7 @@ def announce(saved: Config, folder: Path) -> str:
     names, iterations = [*trained_baselines(saved)], saved.training.iterations
     rates = len(RATES["sgd"]) + len(RATES["adam"]) + len(RATES["sgd"]) * ("pretrained" in names)
     measured = f"training from scratch{' and fine-tuning' * bool(names)} at {rates} learning rates"
-    measured = f"measures {measured} on {RATE_TASKS} validation tasks each"
+    measured = f"measures {measured} on {RATE_TASKS[saved.tasks.classification]} validation tasks each"
     if not names:
         return f"\nBaselines: {measured}."
     speed = read_speed(folder.parent)
@@ -143,6 +143,7 @@ def measure_baselines(
         starts[name] = {key: w.to(runtime.device, runtime.dtype) for key, w in weights.items()}
     rules = {name: "adam" if name.endswith("adam") else "sgd" for name in starts if name != "oracle"}
     rates = sum(len(RATES[rule]) for rule in rules.values())
+    rate_tasks = RATE_TASKS[saved.tasks.classification]
     bar = tqdm(desc="learning rates", total=rates, leave=False, disable=not world.first)
     for name, parameters in starts.items():
         how: dict[str, Any] = {"split": "test", "tasks": config.evaluation.eval_tasks, "steps": steps}
@@ -154,7 +155,7 @@ def measure_baselines(
         rule, losses = rules[name], {}
         tuned = {rate: maml.with_options(inner_lr=rate, inner_optimizer=rule) for rate in RATES[rule]}
         for rate in tuned:
-            result = test(tuned[rate], parameters, split="validation", tasks=RATE_TASKS, steps=steps)
+            result = test(tuned[rate], parameters, split="validation", tasks=rate_tasks, steps=steps)
             losses[rate] = result.losses[norm][:, 1:].mean().nan_to_num(math.inf).item()
             bar.update()
         best = min(losses, key=losses.__getitem__)
