@@ -196,7 +196,7 @@ def verdict_text(table: Table, verdict: Verdict) -> str:
     if ours is None:
         return f"published {published.text}; not run"
     text = f"published {published.text}, ours {ours.text(table.digits)}: "
-    text += distance(table, published, ours)
+    text += distance(table, published, ours, runs)
     text += f" (after {reached(runs)} iterations{ended(runs)})" * (" of " in reached(runs))
     return text + "".join(f" ({remark})" for remark in remarks(verdict.cell, ours))
 
@@ -210,9 +210,10 @@ def remarks(cell: Cell, ours: Number) -> list[str]:
     return notes
 
 
-def distance(table: Table, published: Published, ours: Number) -> str:
-    """Return the verdict in words, by the mean over all tasks: only all seeds *meet* a number."""
-    few = len(ours.means) < len(table.seeds)
+def distance(table: Table, published: Published, ours: Number, runs: Sequence[Record] = ()) -> str:
+    """Return the verdict in words, by the mean over all tasks: only all seeds, finished, *meet* a number."""
+    unfinished = any(run["iterations"] < run["planned"] for run in runs)
+    few = unfinished or len(ours.means) < len(table.seeds)
     by = "a single run" if len(ours.means) == 1 else f"{len(ours.means)} seeds of {len(table.seeds)}"
     gap = (published.value - ours.mean) * (1 if table.accuracy else -1)  # above 0: ours falls short
     if not math.isfinite(gap):
@@ -234,7 +235,7 @@ def summary(records: Mapping[str, Record]) -> str:
             short = any(run["iterations"] < FAR_ENOUGH * run["planned"] for run in runs)
             if ours is None or cell.baseline_of or short:
                 continue
-            verdict_words = distance(table, published, ours)
+            verdict_words = distance(table, published, ours, runs)
             details = [f"{len(ours.means)} seeds" if len(ours.means) > 1 else "single run"]
             details = [] if verdict_words.startswith("reached by") else details
             details += [f"{reached(runs)} iterations{ended(runs)}"] * (" of " in reached(runs))

@@ -203,6 +203,9 @@ def test_unfinished_and_failed_runs_are_marked():
     assert "(single run, 50 of 90 iterations, ended by non-finite numbers) |" in summary
     both = "(after 50 to 90 of 90 iterations, ended by non-finite numbers in 1 of 2 runs)"
     assert both in texts(early, whole)[0]
+    good = {"tests": {"K = 5": {"per_step": [row | {"loss": 0.5}], "test_steps": 1}}}
+    assert "reached by 5 seeds of 5 (after 50" in texts(*[whole | good] * 4, early | good)[0]
+    assert "**met**" in texts(*[whole | good] * 5)[0]
     verdict, summary = texts(whole, early | {"tests": {}})  # an untested run does not count
     assert verdict.endswith("short by 0.870") and "(single run) |" in summary
     verdict, summary = texts(early | {"iterations": 20})  # not a quarter of its way
