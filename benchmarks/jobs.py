@@ -205,8 +205,9 @@ def record(table: Table, jobs: Sequence[Job], recorded: Record | None = None) ->
         runs, fresh = {run["trained_by"]: run for run in known_entry["runs"]}, {}
         for job in jobs:
             if job.progress and job.cell.method == (cell.baseline_of or cell.method):
-                run, known = run_of(table, cell, job), runs.get(job.command)
-                if known is None or len(run["tests"]) >= len(known["tests"]):
+                run, known = run_of(table, cell, job), runs.get(job.command, {"tests": ()})
+                measured = run["tests"] or not cell.baseline_of
+                if measured and len(run["tests"]) >= len(known["tests"]):
                     runs[job.command], fresh[job.command] = run, job
         if runs:
             entry = {"runs": sorted(runs.values(), key=lambda run: run["seed"])}

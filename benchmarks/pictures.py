@@ -37,8 +37,9 @@ def draw(table: Table, record: Record, folder: Path) -> None:
 
 def points_of(table: Table, entry: Record, test: str) -> list[tuple[int, float, float]]:
     """Return step, mean without diverged tasks and its interval, after steps with a task that has not."""
-    points = []
-    for step in range(STEPS_SHOWN + 1):
+    points, tests = [], [run["tests"].get(test, {"per_step": ()}) for run in entry["runs"]]
+    adapts = any(row["steps"] for tested in tests for row in tested["per_step"])
+    for step in range(STEPS_SHOWN + 1) if adapts else (0,):
         value = number(table, Column("", test, step, "transductive"), entry)
         if value is not None:
             mean, interval = value.kept if value.diverged else (value.mean, value.interval)
@@ -78,7 +79,8 @@ def steps_figure(table: Table, record: Record) -> Figure | None:
                 panel.set(title=test, yscale="log" if wide else "linear", xlabel="inner steps")
             measure = "query error (%)" if table.accuracy else "query MSE"
             panels[0].set_ylabel(measure)
-            note = "diamonds: published" + ";\ndiverged tasks left out" * (not table.accuracy)
+            notes = ["diamonds: published"] * any(cell.published for cell in table.cells)
+            note = ";\n".join(notes + ["diverged tasks left out"] * (not table.accuracy))
             named = {n: h for p in panels for h, n in zip(*p.get_legend_handles_labels(), strict=True)}
             place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
             panels[-1].legend(named.values(), named.keys(), **place, title=note)
