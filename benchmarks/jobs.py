@@ -13,7 +13,6 @@ import math
 import shlex
 import signal
 import time
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -26,6 +25,8 @@ from harness import call_main, machine, read_json, write_json
 
 from evaluation.meta_test import Evaluation
 from evaluation.tables import StepResults, plain_values
+from training.checkpoint import load_checkpoint
+from training.folders import LAST
 
 Record = Mapping[str, Any]
 
@@ -91,9 +92,8 @@ class Job:
 
     @property
     def settings(self) -> Record:
-        """All settings of the run, those that its command does not name included."""
-        parts = tomllib.loads((self.folder / "settings.toml").read_text(encoding="utf-8"))
-        return {**parts["given"], **parts["resolved"]}
+        """All settings of the run, as it was trained in the end."""
+        return load_checkpoint(self.folder / LAST, weights=False).settings
 
     @property
     def progress(self) -> Record:

@@ -126,13 +126,18 @@ def read_record(table: Table, results: Path = TABLE_RESULTS) -> Record:
     return {method: read_json(file) for method, file in files.items() if file.exists()}
 
 
+def read_records() -> dict[str, Record]:
+    """Return the recorded tables by name."""
+    return {name: content for name, table in TABLES.items() if (content := read_record(table))}
+
+
 def update_pages() -> None:
     """Put the recorded tables into their pages, and a summary of the published numbers into docs/results.md.
 
     Rows of a table stand on other pages, between `<!-- TABLE: METHOD; METHOD -->` and the same with a slash.
     """
     pages = sorted((ROOT / "docs").glob("*.md"))
-    records = {table.name: content for table in TABLES.values() if (content := read_record(table))}
+    records = read_records()
     for name, content in records.items():
         text = table_text.table_text(TABLES[name], content)
         if (TABLE_RESULTS / f"{name}.png").exists():

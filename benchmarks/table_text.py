@@ -147,9 +147,11 @@ def length_texts(cell: Cell, runs: Sequence[Record]) -> list[str]:
 
 def reached(runs: Sequence[Record]) -> str:
     """Return the iterations of the runs, and of how many if they are not finished."""
-    planned = runs[0]["planned"]
-    iterations = [run["iterations"] for run in runs]
-    return range_text(iterations) + f" of {planned:,}" * (min(iterations) < planned)
+    return range_text([run["iterations"] for run in runs]) + f" of {runs[0]['planned']:,}" * unfinished(runs)
+
+
+def unfinished(runs: Sequence[Record]) -> bool:
+    return any(run["iterations"] < run["planned"] for run in runs)
 
 
 def ended(runs: Sequence[Record]) -> str:
@@ -197,7 +199,7 @@ def verdict_text(table: Table, verdict: Verdict) -> str:
         return f"published {published.text}; not run"
     text = f"published {published.text}, ours {ours.text(table.digits)}: "
     text += distance(table, published, ours, runs)
-    text += f" (after {reached(runs)} iterations{ended(runs)})" * (" of " in reached(runs))
+    text += f" (after {reached(runs)} iterations{ended(runs)})" * unfinished(runs)
     return text + "".join(f" ({remark})" for remark in remarks(verdict.cell, ours))
 
 
@@ -210,10 +212,9 @@ def remarks(cell: Cell, ours: Number) -> list[str]:
     return notes
 
 
-def distance(table: Table, published: Published, ours: Number, runs: Sequence[Record] = ()) -> str:
+def distance(table: Table, published: Published, ours: Number, runs: Sequence[Record]) -> str:
     """Return the verdict in words, by the mean over all tasks: only all seeds, finished, *meet* a number."""
-    unfinished = any(run["iterations"] < run["planned"] for run in runs)
-    few = unfinished or len(ours.means) < len(table.seeds)
+    few = unfinished(runs) or len(ours.means) < len(table.seeds)
     by = "a single run" if len(ours.means) == 1 else f"{len(ours.means)} seeds of {len(table.seeds)}"
     gap = (published.value - ours.mean) * (1 if table.accuracy else -1)  # above 0: ours falls short
     if not math.isfinite(gap):
@@ -238,7 +239,7 @@ def summary(records: Mapping[str, Record]) -> str:
             verdict_words = distance(table, published, ours, runs)
             details = [f"{len(ours.means)} seeds" if len(ours.means) > 1 else "single run"]
             details = [] if verdict_words.startswith("reached by") else details
-            details += [f"{reached(runs)} iterations{ended(runs)}"] * (" of " in reached(runs))
+            details += [f"{reached(runs)} iterations{ended(runs)}"] * unfinished(runs)
             text = verdict_words + f" ({', '.join(details)})" * bool(details)
             text += "".join(f"; {remark}" for remark in remarks(cell, ours))
             method = f"{table.title.partition(':')[0].partition(', accuracy')[0]}, {cell.method}"

@@ -40,6 +40,7 @@ from training.compiler import Compiler, load_library
 from training.folders import BEST
 from training.meta_gradients import make_meta_gradient as make_meta_gradient
 from training.step import CudaGraph as CudaGraph
+from training.trainer import TRIES as TRIES
 from training.trainer import Trainer
 
 

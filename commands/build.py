@@ -364,8 +364,7 @@ def _fit_to_machine(start: Start, given: Mapping[str, Any], runtime: Runtime) ->
         if runtime.world.first:
             print_once(reason)
         off = {"compile": "off"}
-        resumed = config.replaced(**off, convolution="grouped")
-        config = resumed if start.resumed else resolve({**given, **off})
+        config = config.replaced(**off, convolution="grouped") if start.resumed else resolve({**given, **off})
     if not start.resumed and runtime.device.type == "cuda" and "tasks_at_once" not in given:
         config = config.replaced(tasks_at_once=None)
     return config

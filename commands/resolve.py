@@ -38,7 +38,7 @@ OF_OTHER_DATA = (
     *("split_shares", "omniglot_split", "icons_split", "min_examples", "mix"),
 )
 # a flag as it may be repeated, and what a run has that could not be compiled
-UNCOMPILED = (("compile", "on", "off"), ("convolution", "im2col", "grouped"))
+FALLBACKS = (("compile", "on", "off"), ("convolution", "im2col", "grouped"))
 
 
 # ---- a new experiment ----------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def _may_change(saved: Config, name: str, value: Any, free: set[str], *, evaluat
         return True
     if name in OWN_CODE and now and _may_have_moved(value, now):
         return True
-    uncompiled = saved.training.compile == "off" and (name, value, now) in UNCOMPILED and not evaluate
+    uncompiled = saved.training.compile == "off" and (name, value, now) in FALLBACKS and not evaluate
     if value == now or (flag.default is BY_RULE and value == "auto") or uncompiled:
         return False  # an uncompiled run is resumed as it is
     raise UsageError(

@@ -64,7 +64,7 @@ class BatchNorm(nn.Module):
 
     def _mean(self, x: Tensor) -> Tensor:
         """Return the mean of each channel over the examples that count, which broadcasts against x."""
-        # image by image: compiled, one sum over thousands of like pixels is a hundred times less exact
+        # image by image: compiled, one sum over thousands of like pixels is far less exact
         means = x.mean([*range(2, x.dim())], keepdim=True) if x.dim() > 2 else x
         if self.mask is None:
             return means.mean(0, keepdim=True)

@@ -82,7 +82,7 @@ def write_noise(folder: Path, side: int, *parts: str) -> None:
     for number, part in enumerate(parts):
         (folder / part).mkdir(parents=True)
         for image in range(3):
-            pixels = generator.integers(0, 90 * number + 60, (side, side), dtype=np.uint8)
+            pixels = generator.integers(0, min(90 * number + 60, 256), (side, side), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / part / f"{image}.png")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_classes
+from conftest import write_noise
 from runs import command
 from torch import nn
 from torch.func import vmap
@@ -463,12 +463,14 @@ def test_images_that_cannot_be_compiled_are_trained_with_grouped_convolutions(tm
         raise compiler.CompilationError("no")
 
     monkeypatch.setattr(compiler.Compiler, "_library", fail)
-    write_classes(tmp_path / "images", 12)
+    write_noise(tmp_path / "images", 8, *"abcdefghijkl")
     data = f"--dataset images:{tmp_path}/images --image-size 8 --channels 1 -n 2 -q 1 --learner conv"
-    flags = "--iterations 4 --val-tasks 2 --val-every 4 --compile on --conv im2col --run-name a"
-    line = [*f"{data} {flags} --checkpoint-path".split(), tmp_path]
-    assert command(*line) == 0
-    assert "The run stays uncompiled: no" in capsys.readouterr().err
-    settings = load_checkpoint(tmp_path / "a" / "last.pt").settings
-    assert (settings["compile"], settings["convolution"]) == ("off", "grouped")
-    assert command(*line, "--resume", "--iterations", 6) == 0
+    line = (
+        f"{data} --val-tasks 2 --val-every 4 --compile on --conv im2col --checkpoint-path {tmp_path}".split()
+    )
+    for name, iterations in (("a", 4), ("a", 6), ("whole", 6)):
+        assert command(*line, "--run-name", name, "--iterations", iterations, "--resume") == 0
+    assert capsys.readouterr().err.count("The run stays uncompiled: no") == 2
+    resumed, whole = (load_checkpoint(tmp_path / name / "last.pt") for name in ("a", "whole"))
+    assert (whole.settings["compile"], whole.settings["convolution"]) == ("off", "grouped")
+    assert all(torch.equal(resumed.parameters[n], w) for n, w in whole.parameters.items())
