@@ -1,166 +1,65 @@
-"""The pictures of the papers' tables, drawn from the records that jobs.py collects: one a table."""
+"""The picture of a table: the query error over inner steps, a panel for each test."""
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from cells import Column, Table
-from table_text import Record, number
+import torch
+from jobs import Record
+from tables import Table
 
 from evaluation import style
+from evaluation.figures import draw_curve
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-STEPS_SHOWN = 10
-MOST_CURVES = 6  # in a panel: each has a colour of its own
-MOST_PANELS = 4  # of a figure; a table with more tests has none
-DECADE = 10.0  # a narrower range has a linear axis, where bands would hide each other
-WINDOW = 300  # tasks in a point of the assignment's curve
-
-
-def draw(table: Table, record: Record, folder: Path) -> None:
-    """Write the picture of a table, unless none of its runs has been tested."""
-    shows_training = any(column.test is None for column in table.columns)
-    figure = learning_figure(record) if shows_training else steps_figure(table, record)
-    if figure is not None:
-        style.write_figure(folder / f"{table.name}.png", figure)
-
-
-# ---- numbers over inner steps --------------------------------------------------------------------
+STEPS, IN_PANEL = 10, 6  # the most steps, and methods in a panel
 
 
 def points_of(table: Table, entry: Record, test: str) -> list[tuple[int, float, float]]:
-    """Return step, mean without diverged tasks and its interval, after steps with a task that has not."""
-    points, tests = [], [run["tests"].get(test, {"per_step": ()}) for run in entry["runs"]]
-    adapts = any(row["steps"] for tested in tests for row in tested["per_step"])
-    for step in range(STEPS_SHOWN + 1) if adapts else (0,):
-        value = number(table, Column("", test, step, "transductive"), entry)
-        if value is not None:
-            mean, interval = value.kept if value.diverged else (value.mean, value.interval)
-            points += [(step, as_error(table, mean), interval)] * math.isfinite(mean)
+    """Return steps, mean errors without diverged tasks, and intervals over tasks, where they are finite."""
+    points = []
+    results = entry["tests"].get(test, {"results": {}})["results"]
+    for row in results.get("transductive", ())[: STEPS + 1]:
+        mean = row["mean"] if table.is_accuracy else row["mean_without_diverged"]
+        interval = row["interval_95_over_tasks" if table.is_accuracy else "interval_95_without_diverged"]
+        if mean is not None:  # an accuracy's distance from 100 percent, for a logarithmic axis
+            mean, scale = (max(100 - 100 * mean, 0.01), 100) if table.is_accuracy else (mean, 1)
+            points.append((row["steps"], mean, scale * (interval or 0.0)))
     return points
 
 
-def as_error(table: Table, value: float) -> float:
-    """Return an accuracy's distance from 100 percent, of which a logarithmic axis shows small differences."""
-    return max(100 - value, 0.01) if table.accuracy else value
+@style.styled()
+def write_picture(table: Table, record: Mapping[str, Record], file: Path) -> None:
+    """Draw methods in rows of panels, each of which begins with the first one.
 
-
-def steps_figure(table: Table, record: Record) -> Figure | None:
-    """Return the query error over inner steps, a panel for each test.
-
-    Many methods are drawn in rows of panels, in each of which the first one is repeated. Lines are means over
-    seeds, bands intervals over tasks, hollow diamonds published numbers. None if no run has been tested, or
-    there are too many panels.
+    Bands are intervals over tasks, hollow diamonds published numbers; dotted methods do not adapt.
     """
-    tests = [test.name for test in table.tests]
-    curves = {(m, test): points_of(table, entry, test) for m, entry in record.items() for test in tests}
-    means = [mean for points in curves.values() for _, mean, _ in points]
-    if not means or len(tests) > MOST_PANELS:
-        return None
-    wide = max(means) >= DECADE * min(means)
-    shown = [cell for cell in table.cells if any(curves.get((cell.method, test)) for test in tests)]
-    groups = groups_of(*([c.method for c in shown if bool(c.baseline_of) == kind] for kind in (False, True)))
-    with style.styled():
-        figure = style.new_figure(3.2 * len(tests) + 1.8, 2.7 * len(groups) + 0.5)
-        shape = len(groups), len(tests)
-        for group, panels in zip(groups, figure.subplots(*shape, sharey=True, squeeze=False), strict=True):
-            for panel, test in zip(panels, tests, strict=True):
-                for position, method in enumerate(group):
-                    look = style.curve_style(position) | {"markersize": 3}
-                    draw_curve(panel, curves[method, test], method, look, filled=wide)
-                    draw_published(panel, table, method, test, look["color"])
-                panel.set(title=test, yscale="log" if wide else "linear", xlabel="inner steps")
-            measure = "query error (%)" if table.accuracy else "query MSE"
-            panels[0].set_ylabel(measure)
-            notes = ["diamonds: published"] * any(cell.published for cell in table.cells)
-            note = ";\n".join(notes + ["diverged tasks left out"] * (not table.accuracy))
-            named = {n: h for p in panels for h, n in zip(*p.get_legend_handles_labels(), strict=True)}
-            place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
-            panels[-1].legend(named.values(), named.keys(), **place, title=note)
-    return figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
-
-def groups_of(methods: Sequence[str], baselines: Sequence[str]) -> list[list[str]]:
-    """Return methods and baselines in one group or, if they are more than `MOST_CURVES`, in several.
-
-    Each begins with the first method.
-    """
-    first, *others = [*methods, *baselines]
-    if len(others) < MOST_CURVES:
-        return [[first, *others]]
-    groups = []
-    for part in (methods[1:], baselines):
-        number = math.ceil(len(part) / (MOST_CURVES - 1))
-        size = math.ceil(len(part) / max(1, number))
-        groups += [[first, *part[size * n : size * (n + 1)]] for n in range(number)]
-    return groups
-
-
-def draw_curve(
-    panel: Axes, points: Sequence[tuple[int, float, float]], label: str, look: dict[str, Any], *, filled: bool
-) -> None:
-    """Draw a method's curve with its band; a method that does not adapt is a dotted line."""
-    if not points:
-        return
-    steps, means, intervals = zip(*points, strict=True)
-    if len(points) == 1:
-        panel.axhline(means[0], label=label, color=look["color"], linestyle=":")
-        return
-    panel.plot(steps, means, label=label, **look)
-    if filled:
-        low = [max(m - i, 1e-9) for m, i in zip(means, intervals, strict=True)]
-        high = [m + i for m, i in zip(means, intervals, strict=True)]
-        panel.fill_between(steps, low, high, color=look["color"], alpha=0.15, linewidth=0)
-
-
-def draw_published(panel: Axes, table: Table, method: str, test: str, color: str) -> None:
-    """Draw published numbers as hollow diamonds, those without a number of steps at the right edge."""
-    for column in table.columns:
-        published = table.cell(method).published.get(column.title)
-        if published and column.test == test and column.normalisation == "transductive":
-            step = STEPS_SHOWN if column.steps is None else column.steps
-            look = {"markerfacecolor": "none", "markeredgecolor": color, "markeredgewidth": 1.6}
-            panel.plot([step], [as_error(table, published.value)], "D", markersize=7, zorder=4, **look)
-
-
-# ---- the assignment's learning curve -------------------------------------------------------------
-
-
-def learning_figure(record: Record) -> Figure:
-    """Return the first seed's training losses against training from scratch on the same tasks, if measured.
-
-    Points are means of consecutive windows; a window far above all others leaves the picture.
-    """
-    with style.styled():
-        figure = style.new_figure(4.6 * len(record), 3.4)
-        panels = figure.subplots(1, len(record), squeeze=False, sharey=True)[0]
-        losses: list[float] = []
-        for panel, (method, entry) in zip(panels, record.items(), strict=True):
-            run = entry["runs"][0]
-            measured = next((test["curves"] for test in run["tests"].values() if test.get("curves")), {})
-            curves = [("first-order MAML", windows(run["training"]))]
-            curves += [(n, (c["iteration"], c["query_loss"])) for n, c in measured.items() if "scratch" in n]
-            for position, (name, points) in enumerate(curves):
-                look = style.curve_style(position) | {"marker": None, "linewidth": 1.0}
-                panel.plot(*points, label=name, **look)
-                losses += points[1]
-            panel.set(title=method, yscale="log", xlabel="iteration")
-        panels[0].set_ylim(top=5 * max(statistics.quantiles(losses, n=50)))
-        panels[0].set_ylabel(f"query MSE, means of {WINDOW} tasks")
-        style.add_legend(figure, panels[0])
-    return figure
-
-
-def windows(training: Record) -> tuple[list[int], list[float]]:
-    """Return ends and means of consecutive windows of a curve whose points are means of shorter ones."""
-    ends, losses = training["iteration"], training["query_loss"]
-    size = WINDOW // ends[0]
-    starts = range(0, len(ends) - size + 1, size)
-    return [ends[i + size - 1] for i in starts], [statistics.mean(losses[i : i + size]) for i in starts]
+    methods = [method for method in (*table.methods, *table.baselines) if method in record]
+    groups = [
+        [methods[0], *methods[i : i + IN_PANEL - 1]] for i in range(1, max(2, len(methods)), IN_PANEL - 1)
+    ]
+    figure = style.new_figure(3.4 * len(table.tests), 3.2 * len(groups), table.title)
+    for group, part in zip(groups, figure.subfigures(len(groups), 1, squeeze=False)[:, 0], strict=True):
+        panels = part.subplots(1, len(table.tests), squeeze=False, sharey=True)[0]
+        for panel, test in zip(panels, table.tests, strict=True):
+            for number, method in enumerate(group):
+                points, colour = points_of(table, record[method], test), style.curve_style(number)["color"]
+                if len(points) == 1:
+                    panel.axhline(points[0][1], label=method, color=colour, linestyle=":")
+                elif points:
+                    steps, means, intervals = zip(*points, strict=True)
+                    draw_curve(panel, number, method, [(steps, means)], torch.tensor(intervals))
+                for title, text in table.published_numbers(method).items():
+                    column, value = table.columns[title], float(text.split()[0])
+                    if column.test == test and column.normalisation == "transductive":
+                        place = column.steps or STEPS, 100 - value if table.is_accuracy else value
+                        panel.plot(*place, "D", color=colour, markerfacecolor="none", markersize=7)
+            panel.set(title=test, xlabel="inner steps", yscale="log")
+        panels[0].set_ylabel(f"query {'error (%)' if table.is_accuracy else 'MSE'}")
+        panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panels[0].yaxis.set_major_formatter("{x:g}")
+        panels[0].yaxis.set_minor_formatter(NullFormatter())
+        style.add_legend(part, panels[0])
+    style.write_figure(file, figure)

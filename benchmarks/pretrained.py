@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import harness
-from cells import FAMILY, FAR_ENOUGH, TABLES, Table
 from harness import ROOT, Parser, evaluate
-from jobs import Job
+from jobs import Run
+from table_text import FAR_ENOUGH
+from tables import TABLES, Table, slug
 from tool import copy_initialisation
 
 FOLDER = ROOT / "checkpoints" / "pretrained"
 CARD = "card.json"
 IMAGES = ("maml", "maml, an hour", "fomaml", "anil", "meta-sgd", "maml++", "reptile")
 CHOSEN: dict[str, tuple[str, ...]] = {
-    "sinusoid": ("maml", *FAMILY),
+    "sinusoid": tuple(TABLES["harmonic"].methods),
     "sinusoid-frequency": ("maml", "meta-sgd"),
     "sinusoid-line": ("maml", "meta-sgd", "cavia"),
     **{name: IMAGES for name in TABLES if name.startswith("omniglot-") and "shot" in name},
@@ -44,7 +45,7 @@ KEPT = ("accuracy", "loss", "loss_without_diverged", "diverged_tasks")  # and th
 
 
 def name_of(table: Table, method: str) -> str:
-    return f"{table.name}-{table.cell(method).slug}"
+    return f"{table.name}-{slug(method)}"
 
 
 def numbers(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -57,26 +58,26 @@ def numbers(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 def publish(table: Table, method: str, root: Path) -> bool:
     """Write a method's checkpoint and card; return whether it has been trained far enough."""
-    job = Job(table, table.cell(method), table.seeds[0], root)
-    progress = job.progress
+    run = Run(table, method, 0, root)
+    progress = run.progress()
     if not progress or progress["iteration"] < FAR_ENOUGH * progress["iterations"]:
         return False
     folder = FOLDER / name_of(table, method)
-    copied = copy_initialisation(job.folder, folder)
+    copied = copy_initialisation(run.folder, folder)
     flags = [*TEST_FLAGS.get(table.name, ())]
-    if table.accuracy:  # no further than its own number of steps
+    if table.is_accuracy:  # no further than its own number of steps
         flags += ["--eval-steps", str(copied["test_steps"])]
     result = evaluate(folder, flags)
-    first = evaluate(folder, [*flags, "--eval-tasks", str(FIRST)]) if table.accuracy else result
+    first = evaluate(folder, [*flags, "--eval-tasks", str(FIRST)]) if table.is_accuracy else result
     tested_by = ["python", "main.py", "--eval", "--load", str(folder.relative_to(ROOT)), *flags]
     card = {
         "name": folder.name,
         "method": method,
-        "trained_by": job.command,
+        "trained_by": run.trained_by,
         "iteration": copied["iteration"],
         "iterations_trained": progress["iteration"],
         "iterations_planned": progress["iterations"],
-        "seed": job.seed,
+        "seed": run.seed,
         "data": copied["dataset"],
         "parameters": copied["parameters"],
         "sha256": hashlib.sha256((folder / "best.pt").read_bytes()).hexdigest(),

@@ -10,8 +10,8 @@
 Trains each method from each seed with main.py, takes the checkpoint that is best on validation tasks, and
 tests it. Finished runs are kept in --folder, others are resumed. (A run with non-finite numbers counts as
 finished: remove its folder to start again.) Writes to benchmarks/results/reproduce/ the numbers of each
-method (TABLE/METHOD.json), a table (Markdown) and a picture, unfinished runs included and marked. A run whose
-folder is gone stays in the table until the same command has come as far and its run has been tested.
+method (TABLE/METHOD.json), a table (Markdown) and a picture, unfinished runs included and marked. A method's
+record stays until there are runs with more seeds or, with as many, further ones.
 """
 
 from __future__ import annotations
@@ -26,15 +26,14 @@ from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
-import pictures
 import table_text
 import torch
-from cells import TABLES, Cell, Table
 from harness import RESULTS, ROOT, Parser, launch, put, read_json, write_json, write_text
-from jobs import Job, Record, record, run_job
+from jobs import Record, Run, entry_of
+from pictures import write_picture
+from tables import TABLES, Table, slug
 
-RUNS = ROOT / "checkpoints" / "reproduce"
-TABLE_RESULTS = RESULTS / "reproduce"
+RUNS, TABLE_RESULTS = ROOT / "checkpoints" / "reproduce", RESULTS / "reproduce"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -49,17 +48,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--results", type=Path, default=TABLE_RESULTS, help="folder of tables and pictures")
     parser.add_argument("--quick", action="store_true", help="few iterations and tasks, one seed")
     options = parser.parse_args(arguments)
-    tables = []
-    for name in options.tables or TABLES:
-        group = [table for table in TABLES.values() if table.name.startswith(f"{name}-")]
-        if name not in TABLES and not group:
-            parser.error(f"no table {name}; choose from {', '.join(TABLES)}")
-        tables += [TABLES[name]] if name in TABLES else group
-    options.tables = tables
-    methods = {cell.method for table in options.tables for cell in table.trained}
-    for method in options.methods or ():
-        if method not in methods:
-            parser.error(f"no method {method} in these tables; choose from {'; '.join(sorted(methods))}")
+    names = options.tables or list(TABLES)
+    options.tables = [t for n in names for t in TABLES.values() if t.name == n or t.name.startswith(f"{n}-")]
+    methods = {method for table in options.tables for method in table.methods}
+    for kind, given, known in (("table", names, TABLES), ("method", options.methods or (), methods)):
+        for name in given:
+            if name not in known and not (kind == "table" and any(n.startswith(f"{name}-") for n in TABLES)):
+                parser.error(f"no {kind} {name}; choose from {'; '.join(known)}")
     if options.jobs == 0 or not options.minutes >= 0 or min(options.seeds or [0]) < 0:
         parser.error("expected --jobs of at least 1, --minutes and --seeds of at least 0")
     if options.quick:
@@ -69,27 +64,25 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return options
 
 
-def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
-    """Yield the first method of all tables, the second, ..., and again from the other seeds.
-
-    Tables fill evenly.
-    """
-    for seed in dict.fromkeys(options.seeds or range(max(len(table.seeds) for table in options.tables))):
-        tables = [table for table in options.tables if seed in (options.seeds or table.seeds)]
-        for cells in zip_longest(*(table.trained for table in tables)):
-            for table, cell in zip(tables, cells, strict=True):
-                if cell and (options.methods is None or cell.method in options.methods):
-                    yield Job(table, cell, seed, options.folder, options.quick)
+def runs_of(options: argparse.Namespace) -> Iterator[Run]:
+    """Yield the first method of all tables, the second, ..., and again from the other seeds."""
+    for seed in dict.fromkeys(options.seeds or range(max(table.seeds for table in options.tables))):
+        tables = [table for table in options.tables if options.seeds or seed < table.seeds]
+        for methods in zip_longest(*(table.methods for table in tables)):
+            for table, method in zip(tables, methods, strict=True):
+                if method and method in (options.methods or [method]):
+                    yield Run(table, method, seed, options.folder, options.quick)
 
 
-def run_jobs(options: argparse.Namespace) -> bool:
+def take_runs(options: argparse.Namespace) -> bool:
     """Train and test; return whether all went well. Ctrl-C reaches main.py, too, which saves and ends."""
     at_once = options.jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
-    run = partial(run_job, until=time.monotonic() + 60 * options.minutes, single_threaded=at_once > 1)
-    success = True
+    until, success = time.monotonic() + 60 * options.minutes, True
     with ThreadPoolExecutor(at_once) as pool:
         try:
-            for well, line in pool.map(run, jobs_of(options)):
+            for well, line in pool.map(
+                partial(Run.take, until=until, single_threaded=at_once > 1), runs_of(options)
+            ):
                 print(line, flush=True)
                 success &= well
         except KeyboardInterrupt:
@@ -98,66 +91,54 @@ def run_jobs(options: argparse.Namespace) -> bool:
     return success
 
 
-# ---- writing -------------------------------------------------------------------------------------
+def record_file(table: Table, method: str, results: Path = TABLE_RESULTS) -> Path:
+    return results / table.name / f"{slug(method)}.json"
 
 
-def write_table(table: Table, options: argparse.Namespace) -> bool:
-    """Write a table's files from all runs, recorded ones included; return whether there are any."""
-    seeds = sorted({*table.seeds, *(options.seeds or ())})
-    jobs = [Job(table, c, seed, options.folder, options.quick) for seed in seeds for c in table.trained]
-    known = read_record(table, options.results)
-    content = record(table, jobs, known)
-    if content:
-        for method, entry in content.items():
-            if entry != known.get(method):
-                write_json(cell_file(table, table.cell(method), options.results), entry)
-        write_text(options.results / f"{table.name}.md", table_text.table_text(table, content))
-        pictures.draw(table, content, options.results)
-    return bool(content)
-
-
-def cell_file(table: Table, cell: Cell, results: Path) -> Path:
-    return results / table.name / f"{cell.slug}.json"
-
-
-def read_record(table: Table, results: Path = TABLE_RESULTS) -> Record:
+def read_record(table: Table, results: Path = TABLE_RESULTS) -> dict[str, Record]:
     """Return what is recorded of a table, by method."""
-    files = {cell.method: cell_file(table, cell, results) for cell in table.cells}
+    files = {method: record_file(table, method, results) for method in (*table.methods, *table.baselines)}
     return {method: read_json(file) for method, file in files.items() if file.exists()}
 
 
-def read_records() -> dict[str, Record]:
-    """Return the recorded tables by name."""
-    return {name: content for name, table in TABLES.items() if (content := read_record(table))}
+def write_table(table: Table, options: argparse.Namespace) -> bool:
+    """Write a table's files; return whether there is anything to write."""
+    seeds = sorted({*range(table.seeds), *(options.seeds or ())})
+    record = read_record(table, options.results)
+    for method in (*table.methods, *table.baselines):
+        trained = table.measured_with if method in table.baselines else method
+        runs = [Run(table, trained, seed, options.folder, options.quick) for seed in seeds]
+        entry = entry_of(table, method, runs)
+        if entry and extent(entry) >= extent(record.get(method, {"runs": ()})):
+            record[method] = entry
+            write_json(record_file(table, method, options.results), entry)
+    if record:
+        write_text(options.results / f"{table.name}.md", table_text.table_text(table, record))
+        if table.has_picture:
+            write_picture(table, record, options.results / f"{table.name}.png")
+    return bool(record)
+
+
+def extent(entry: Record) -> tuple[int, int]:
+    """Return the number of runs and of all their iterations."""
+    return len(entry["runs"]), sum(run["iteration"] for run in entry["runs"])
 
 
 def update_pages() -> None:
-    """Put the recorded tables into their pages, and a summary of the published numbers into docs/results.md.
-
-    Rows of a table stand on other pages, between `<!-- TABLE: METHOD; METHOD -->` and the same with a slash.
-    """
-    pages = sorted((ROOT / "docs").glob("*.md"))
-    records = read_records()
-    for name, content in records.items():
-        text = table_text.table_text(TABLES[name], content)
-        if (TABLE_RESULTS / f"{name}.png").exists():
-            text += f"\n![{TABLES[name].title}](../benchmarks/results/reproduce/{name}.png)\n"
-        for page in pages:
-            put(page, name, text)
-    put(ROOT / "docs" / "results.md", "published", table_text.summary(records))
-    for page in pages:
-        for mark, name, methods in table_text.excerpts_on(page.read_text()):
-            put(page, mark, table_text.excerpt(TABLES[name], records[name], methods))
+    """Put the recorded numbers between the marks of all pages (see `texts_of`)."""
+    records = {name: record for name, table in TABLES.items() if (record := read_record(table))}
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for mark, text in table_text.texts_of(page.read_text(encoding="utf-8"), records).items():
+            put(page, mark, text)
 
 
 def main() -> int:
     options = parse_arguments()
     if options.list:
-        for table in options.tables:
-            print(f"{table.name}: {'; '.join(cell.method for cell in table.trained)}")
+        print("\n".join(f"{table.name}: {'; '.join(table.methods)}" for table in options.tables))
         return 0
     options.results.mkdir(parents=True, exist_ok=True)
-    success = run_jobs(options)
+    success = take_runs(options)
     written = [write_table(table, options) for table in options.tables]
     if options.results == TABLE_RESULTS:
         update_pages()

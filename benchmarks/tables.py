@@ -1,0 +1,84 @@
+"""The tables of reproduce.py, as tables.toml and published.toml declare them."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Column(NamedTuple):
+    """One number of a test."""
+
+    test: str  # by name; "": the training loss of the last 500 iterations
+    steps: int  # 0: those that the method is tested with
+    normalisation: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Methods on one family of tasks, trained from several seeds and tested alike."""
+
+    name: str
+    title: str
+    flags: str  # shared by all methods
+    seeds: int  # with fewer, no published number is met
+    methods: Mapping[str, str]  # flags by name
+    tests: Mapping[str, str]  # flags by name
+    columns: Mapping[str, Column]  # by title
+    baselines: tuple[str, ...] = ()  # measured in the tests of `measured_with`
+    measured_with: str = ""
+    published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by method
+
+    @property
+    def is_accuracy(self) -> bool:
+        return self.title.endswith("in percent")
+
+    @property
+    def has_picture(self) -> bool:
+        """Whether its tests, a panel each, fit a page."""
+        return len(self.tests) <= 4
+
+    def published_numbers(self, method: str) -> dict[str, str]:
+        """Return what was published for a method, as text, by the title of a column."""
+        return {
+            title: text for title, text in self.published.get(method, {}).items() if title in self.columns
+        }
+
+
+def slug(method: str) -> str:
+    """Return a method's name as a part of a file name."""
+    return re.sub("[^a-z0-9+]+", "-", method.lower())
+
+
+def inherit(entry: Mapping[str, Any], families: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an entry with what its families have besides: methods are joined, all else is replaced."""
+    if "like" not in entry:
+        return dict(entry)
+    family = inherit(families[entry["like"]], families)
+    methods = family.get("methods", {}) | entry.get("methods", {})
+    return family | {name: value for name, value in entry.items() if name != "like"} | {"methods": methods}
+
+
+def read(name: str) -> dict[str, Any]:
+    return tomllib.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+
+
+def read_table(name: str, entry: dict[str, Any], published: Mapping[str, Any]) -> Table:
+    entry["columns"] = {title: Column(*column) for title, column in entry["columns"].items()}
+    entry["methods"] = {
+        method: flags or f"--algorithm {method}" for method, flags in entry["methods"].items()
+    }
+    entry["baselines"] = tuple(entry.get("baselines", ()))
+    return Table(name, published=published, **entry)
+
+
+DECLARED, PUBLISHED = read("tables.toml"), read("published.toml")
+TABLES = {
+    name: read_table(name, inherit(entry, DECLARED["family"]), PUBLISHED.get(name, {}))
+    for name, entry in DECLARED["table"].items()
+}
+README: list[tuple[str, str, str]] = [tuple(row) for row in DECLARED["readme"]]  # table, method, column
