@@ -155,10 +155,8 @@ def entry_of(table: Table, method: str, runs: Sequence[Run]) -> Record:
             }
     facts = ("iteration", "iterations", "best_iteration", "failure", "final_training_loss")
     lines = [{"seed": r.seed} | {n: r.progress()[n] for n in facts} | dict(r.ledger()) for r, _ in tested]
-    settings = load_checkpoint(
-        tested[0][0].folder / LAST, weights=False
-    ).settings  # as it was trained in the end
-    return plain_values({"runs": lines, "settings": settings, "tests": tests})
+    last = load_checkpoint(tested[0][0].folder / LAST, weights=False)  # its settings are those of the end
+    return plain_values({"runs": lines, "settings": last.settings, "tests": tests})
 
 
 def conditions_of(content: Record) -> str:
