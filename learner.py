@@ -117,12 +117,7 @@ def convolutional(
 
 
 def conv1d(
-    outputs: int,
-    inputs: Shape = (1, 64),
-    *,
-    signals: int = 1,
-    channels: int = CHANNELS,
-    kernel: int = 5,
+    outputs: int, inputs: Shape = (1, 64), *, signals: int = 1, channels: int = CHANNELS, kernel: int = 5
 ) -> nn.Module:
     """Build four convolutions over time with strides of 2, batch norm and ReLU, and a linear layer.
 

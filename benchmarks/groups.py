@@ -38,7 +38,7 @@ from harness import (
 )
 from tool import load
 
-from commands.network import predict
+from commands.initialisation import predict
 from tasks.scales import apply_scale
 from tasks.tables import Columns, load_table
 from training.checkpoint import load_checkpoint
@@ -109,8 +109,8 @@ def read_data(name: str, folder: Path) -> Data:
     options = {"classification": False, "shares": shares, "min_examples": rows}
     table = load_table(file, Columns(), torch.float64, **options)
     scales = table.measure_scales(targets=True)
-    x = apply_scale(table.x, scales, "input").numpy()
-    y = apply_scale(table.y, scales, "target").numpy()[:, 0]
+    x = apply_scale(table.x, scales, "input", "").numpy()
+    y = apply_scale(table.y, scales, "target", "").numpy()[:, 0]
     places = {s: [(table.task == task).numpy() for task in part] for s, part in table.splits.items()}
     return Data(name, file, {s: [(x[rows], y[rows]) for rows in part] for s, part in places.items()})
 

@@ -35,11 +35,7 @@ WORKS = {  # flags, and the checkpoint
 }
 INNER, QUERY, BACK = "inner step", "query", "Hessian-vector product"
 OUTPUTS, IMAGES, KERNELS = "outputs", "image gradients", "kernel gradients"
-KINDS = {
-    im2col.Convolution: OUTPUTS,
-    im2col.ImageGradient: IMAGES,
-    im2col.KernelGradient: KERNELS,
-}
+KINDS = {im2col.Convolution: OUTPUTS, im2col.ImageGradient: IMAGES, im2col.KernelGradient: KERNELS}
 ALL = frozenset(product((INNER, QUERY, BACK), KINDS.values()))
 Part = tuple[str, str]
 

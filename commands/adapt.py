@@ -18,20 +18,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from commands.build import build_algorithm, build_module, fit_weights, make_writable, prepare, print_settings
+from commands.build import build_algorithm, fit_weights, make_writable, prepare, print_settings
 from commands.call import Call
 from commands.config import Config
 from commands.initialisation import Initialisation, Solution, normalisation_of, settings_of
-from commands.network import AdaptedNetwork, give_network
-from commands.network import predict as predict
+from commands.initialisation import predict as predict
+from commands.network import give_network
 from commands.outputs import count_outputs, ignored_by
 from common.batch import Tree, tree_map
-from common.device import find_device, set_up, versions
+from common.device import versions
 from common.errors import UsageError, printable
 from common.files import write_whole
 from common.names import as_file_name
 from common.optimizers import Weights
-from common.processes import ALONE
 from common.task import UserTask
 from dataset import GRID_POINTS
 from evaluation.predictions import Prediction, predictions_figure, read_predictions
@@ -46,7 +45,6 @@ from tasks.scales import Scales, undo_scale
 from tasks.tables import Columns
 from tasks.user_tasks import read_task_arrays, read_task_folder, read_task_table
 from training.checkpoint import load_checkpoint
-from training.folders import BEST, LAST, find_checkpoint
 
 DIGITS_PRINTED = 6  # of a prediction; files have all
 
@@ -64,14 +62,11 @@ def load(
 
     Raises UsageError if the file is not a checkpoint, or does not fit.
     """
-    path = find_checkpoint(Path(path), BEST, LAST)
-    source = load_checkpoint(path)
-    config = settings_of(source, path, own_code)
-    runtime = set_up(find_device(device, ALONE), config.training.precision, small_tensors=False)
-    example = tree_map(lambda part: part.to(runtime.device), example)
-    outputs = outputs or count_outputs(config, torch.zeros(1, 1))
-    _, maml = build_algorithm(config, runtime, outputs, example, saved=source)
-    return maml, *fit_weights(path, source, maml, config)
+    start = Initialisation.read(path, own_code, device)
+    example = tree_map(lambda part: part.to(start.runtime.device), example)
+    outputs = outputs or count_outputs(start.config, torch.zeros(1, 1))
+    _, maml = build_algorithm(start.config, start.runtime, outputs, example, saved=start.source)
+    return maml, *fit_weights(start.file, start.source, maml, start.config)
 
 
 def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
@@ -117,29 +112,15 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
     arrays = write_arrays(stem, tasks, predictions)
     print(f"Written: {', '.join([f'{stem}.csv', *arrays])}, .png and .json")
     if len(tasks) == 1:
-        files = call.save_weights, Path(f"{stem}-weights.pt")
-        print(_give_network(*files, start, solution, task))
+        print(give_network(call.save_weights, Path(f"{stem}-weights.pt"), start, solution, task))
     return 0
-
-
-def _give_network(
-    file: Path | None, default: Path, start: Initialisation, solution: Solution, task: UserTask
-) -> str:
-    """Write the adapted network, and return a line that says so; see `give_network`."""
-    config, outputs = start.config, len(task.classes) or count_outputs(start.config, task.support_y)
-    seed = config.training.seed ^ 1
-    fresh = build_module(config, start.runtime, outputs, task.support_x, seed, fetch_weights=False)
-    learner, maml, adapted = solution
-    network = AdaptedNetwork(learner, fresh, maml, adapted, task.query_x, start.source.scales, config)
-    return give_network(file, default, network, start.normalisation)
 
 
 def _predict(task: UserTask, start: Initialisation, solution: Solution) -> Prediction:
     """Return predictions of a task's query and, of a curve, those between its points."""
-    prediction = _read(*start.outputs(solution, task), task, solution.reading, start.config)
+    prediction = _read(task, start, solution)
     if (grid := _grid_of(task)) is not None and not solution.maml.has_batch_norm:  # it sees its batch
-        dense = replace(task, query_x=grid)
-        between = _read(*start.outputs(solution, dense), dense, solution.reading, start.config)
+        between = _read(replace(task, query_x=grid), start, solution)
         prediction.between = undo_scale(grid.cpu(), start.source.scales, "input")[:, 0], between
     return prediction
 
@@ -160,28 +141,16 @@ def _in_units(task: UserTask, scales: Scales) -> UserTask:
     return replace(task, support_x=support_x, query_x=query_x, support_y=support_y)
 
 
-def _read(
-    outputs: Tree,
-    numbers: Tensor,
-    deviations: Tensor | None,
-    task: UserTask,
-    reading: Reading,
-    config: Config,
-) -> Prediction:
-    """Return what outputs predict; `numbers` is the main one in the units of the task's files."""
-    columns = Columns.parse(config.tasks.columns).targets
-    known = config.tasks.dataset.startswith("table:") or len(columns) == task.support_y[:1].numel()
-    targets = columns if known else [f"y{n + 1}" for n in range(task.support_y[:1].numel())]
-    known = config.learner.loss in LOSSES or config.learner.outputs == "numbers"
-    return read_predictions(
-        outputs,
-        numbers,
-        reading,
-        task.classes,
-        targets,
-        predicts_targets=known,
-        deviations=deviations,
-    )
+def _read(task: UserTask, start: Initialisation, solution: Solution) -> Prediction:
+    """Return what the outputs for a task's query predict."""
+    options, learner, count = start.config.tasks, start.config.learner, task.support_y[:1].numel()
+    columns = Columns.parse(options.columns).targets
+    named = options.dataset.startswith("table:") or len(columns) == count
+    targets = columns if named else [f"y{n + 1}" for n in range(count)]
+    known = learner.loss in LOSSES or learner.outputs == "numbers"
+    outputs, numbers, deviations = start.outputs(solution, task)
+    parts = outputs, numbers, solution.reading, task.classes, targets
+    return read_predictions(*parts, predicts_targets=known, deviations=deviations)
 
 
 def _describe_predictions(prediction: Prediction, reading: Reading, config: Config) -> str:

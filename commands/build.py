@@ -23,14 +23,7 @@ from torch import Tensor, nn
 from commands.call import Call
 from commands.config import CONFIG_FLAGS, Config
 from commands.names import describe, method_of, select_meaningful
-from commands.outputs import (
-    count_outputs,
-    describe_reading,
-    ignored_by,
-    metric_of,
-    try_outputs,
-    with_metric,
-)
+from commands.outputs import count_outputs, describe_reading, ignored_by, metric_of, try_outputs, with_metric
 from commands.padding import fit_to_sizes
 from commands.probe import Probe
 from commands.resolve import resolve
@@ -136,9 +129,8 @@ def build(
     x, y = (tree_map(lambda part: part[0], tree) for tree in (batch.support_x, batch.support_y))
     outputs = count_outputs(config, y)
     _, maml = build_algorithm(config, runtime, outputs, x, saved=saved, targets=y, scales=distribution.scales)
-    words = describe_reading(maml.reading, y, config) if maml.reading else None
     say = print_once if runtime.world.first else lambda _: None
-    if words:
+    if maml.reading and (words := describe_reading(maml.reading, y, config)):
         say(f"main.py: the learner's outputs: {words}")
     return distribution, fit_to_sizes(maml, distribution, split, config, say)
 
@@ -398,9 +390,8 @@ def train_runs(assemblies: Sequence[Assembly]) -> int:
         chunk = run.training.tasks_at_once
         run.computed_by = first.runtime.computed_by(processes=first.team.size, runs=len(runs), tasks=chunk)
     before, now = runs[0].start.computed_by if runs[0].start else {}, runs[0].computed_by
-    if changed := [
-        f"{name} {old}, now {now.get(name)}" for name, old in before.items() if old != now.get(name)
-    ]:
+    changed = [f"{name} {old}, now {now.get(name)}" for name, old in before.items() if old != now.get(name)]
+    if changed:
         print(f"Resumed to rounding, not to the bit: the run had {'; '.join(changed)}", flush=True)
     trainer = Trainer(
         runs,

@@ -23,21 +23,18 @@ import torch
 from torch import Tensor
 
 from commands.config import CONFIG_FLAGS
-from commands.initialisation import Initialisation, Solution, normalisation_of, settings_of
+from commands.initialisation import Initialisation, Solution
 from common.batch import Tree
-from common.device import find_device, set_up
 from common.errors import UsageError
 from common.options import find_nearest
-from common.processes import ALONE
 from common.task import UserTask
 from learners.losses import LOSSES
 from learners.reading import Reading
 from tasks.options import data_facts
 from tasks.pixels import Form
+from tasks.scales import apply_scale
 from tasks.tables import sort_classes
-from tasks.user_arrays import read_numbers, read_pixels, scale_columns
-from training.checkpoint import load_checkpoint
-from training.folders import BEST, LAST, find_checkpoint
+from tasks.user_arrays import read_numbers, read_pixels
 
 Array = np.ndarray[Any, Any]
 SETTINGS = (
@@ -105,19 +102,11 @@ class FewShotEstimator:
         """Return the checkpoint with its settings; UsageError where they do not fit."""
         if self._start is None:
             settings = {name: _check_setting(name, value) for name, value in self.settings.items()}
-            file = find_checkpoint(Path(self.run), BEST, LAST)
-            source = load_checkpoint(file)
-            config = settings_of(source, file, settings)
-            if config.tasks.classification != self.classification:
-                way = (
-                    "regression: take FewShotRegressor"
-                    if self.classification
-                    else "classes: take FewShotClassifier"
-                )
-                raise UsageError(f"{file} has learned {way}")
-            precision, norm = config.training.precision, normalisation_of(settings, source)
-            runtime = set_up(find_device(self.device, ALONE), precision, small_tensors=False)
-            self._start = Initialisation(file, source, config, runtime, norm)
+            start = Initialisation.read(self.run, settings, self.device)
+            if start.config.tasks.classification != self.classification:
+                right = "regression: take FewShotRegressor", "classes: take FewShotClassifier"
+                raise UsageError(f"{start.file} has learned {right[not self.classification]}")
+            self._start = start
         return self._start
 
     def _inputs(self, x: Any) -> Tensor:
@@ -136,7 +125,7 @@ class FewShotEstimator:
             given = options.black_and_white if "image_range" in self.settings else None
             inputs = read_pixels(values, form, source.image_range, given).to(runtime.dtype) / 255
         else:
-            inputs = scale_columns("x", values, source.scales, "input")
+            inputs = apply_scale(torch.tensor(values), source.scales, "input", "x")
         whole = kind == "any" and not inputs.is_floating_point()  # such as tokens
         return inputs.to(runtime.device, torch.int64 if whole else runtime.dtype)
 
@@ -188,19 +177,15 @@ class FewShotClassifier(FewShotEstimator):
             if number < 2:
                 raise UsageError(f"y has one class, {classes.tolist()[0]!r}: give examples of two or more")
             self._open().check_classes(number, "y")
-            outputs = self._output_of_each(classes)
+            outputs = torch.arange(number)  # of each class: a table orders those that are numbers by size
+            if data_facts(self._open().config.tasks.dataset).inputs == "vectors":
+                _, outputs = sort_classes([str(label) for label in classes], outputs)
             reading = self._adapt(inputs, outputs[torch.from_numpy(positions)], number).reading
             ordered = reading.kind in ("classes", "ordinal") and reading.classes == number
             if not ordered and (reading.kind, number) != ("labels", 2):
                 raise UsageError(f"the learner gives {reading.describe()}, no scores of {number} classes")
         self.classes_, self._places = classes, outputs
         return self
-
-    def _output_of_each(self, classes: Array) -> Tensor:
-        """Return the output of each class: a table orders classes that are numbers by size, text or not."""
-        outputs = torch.arange(len(classes))
-        is_table = data_facts(self._open().config.tasks.dataset).inputs == "vectors"
-        return sort_classes([str(label) for label in classes], outputs)[1] if is_table else outputs
 
     def predict(self, x: Any) -> Array:
         """Return the class of each example."""
@@ -238,8 +223,9 @@ class FewShotRegressor(FewShotEstimator):
                 raise UsageError(f"y is {targets.shape}: give a target for each of {len(inputs)} examples")
             self._shape = targets.shape[1:]
             columns = targets if self._shape else targets[:, None]
-            scaled = scale_columns("y", columns, start.source.scales, "target").to(start.runtime.dtype)
-            reading, options = self._adapt(inputs, scaled).reading, start.config.learner
+            scaled = apply_scale(torch.tensor(columns), start.source.scales, "target", "y")
+            reading = self._adapt(inputs, scaled.to(start.runtime.dtype)).reading
+            options = start.config.learner
             if reading.has_accuracy:
                 raise UsageError(f"the learner gives {reading.describe()}, no numbers: use --adapt")
             if options.loss not in LOSSES and options.outputs != "numbers":
@@ -272,9 +258,8 @@ def _check_setting(name: str, value: Any) -> Any:
     """Return a setting's value as flags have it; UsageError for an unknown name or a wrong value."""
     if name not in SETTINGS:
         near = find_nearest(name, SETTINGS)
-        raise UsageError(
-            f"there is no setting {name!r}: {f'did you mean {near}?' if near else ', '.join(SETTINGS)}"
-        )
+        hint = f"did you mean {near}?" if near else ", ".join(SETTINGS)
+        raise UsageError(f"there is no setting {name!r}: {hint}")
     value = value.item() if isinstance(value, np.generic) else value
     if problem := CONFIG_FLAGS[name].problem(value):
         raise UsageError(f"{name} should be {problem}, not {value!r}")

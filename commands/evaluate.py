@@ -191,14 +191,11 @@ class Subject:
             weights = build.fit_weights(self.file, self.source, self.maml, self.config)
             self.parameters, self.statistics = weights
 
-    @property
-    def measure(self) -> str:
-        """Return the measure of the outputs: the metric's name, "accuracy", or "loss"."""
-        return reading_of(self.maml.reading, self.distribution.most_ways).measure
-
     def check_measure(self, first: Subject, *, same_loss: bool = False) -> None:
         """Raise UsageError if the outputs have another measure than the first subject's."""
-        one, other = (s.loss_name if same_loss and s.measure == "loss" else s.measure for s in (first, self))
+        one, other = (reading_of(s.maml.reading, s.distribution.most_ways).measure for s in (first, self))
+        if same_loss and one == other == "loss":
+            one, other = first.loss_name, self.loss_name
         if one != other:
             raise UsageError(
                 f"{first.name} is measured by {one}, and {self.name} by {other}: take runs of one measure "

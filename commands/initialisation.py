@@ -8,29 +8,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from commands.build import build_algorithm, fit_weights
 from commands.config import Config
-from commands.network import predict
 from commands.outputs import count_outputs
 from commands.resolve import config_of, resolve_from
 from common.batch import Tree, tree_map
-from common.device import Runtime
+from common.device import Runtime, find_device, set_up
 from common.errors import UsageError
+from common.processes import ALONE
 from common.sizes import largest
 from common.task import Adapted, UserTask
 from evaluation.meta_test import randomness_of
 from learners.reading import Reading, main_tensor
 from maml import MAML
 from tasks.scales import undo_scale
-from training.checkpoint import Checkpoint
+from training.checkpoint import Checkpoint, load_checkpoint
+from training.folders import BEST, LAST, find_checkpoint
 
 
 def settings_of(source: Checkpoint, file: Path, given: Mapping[str, Any]) -> Config:
@@ -46,6 +49,18 @@ def normalisation_of(given: Mapping[str, Any], source: Checkpoint) -> str:
     if norm == "per-step" and not source.statistics:
         raise UsageError("--batch-norm per-step: the checkpoint has no running statistics")
     return norm
+
+
+@torch.no_grad()
+def predict(maml: MAML, adapted: Adapted, x: Tree, normalisation: str = "inductive") -> Tree:
+    """Return outputs, logits or numbers, for examples `[examples, ...]`.
+
+    Batch norm is "inductive" or "transductive", or uses the running statistics that `MAML.adapt` was given.
+    """
+    adapted = adapted._replace(task=replace(adapted.task, query_x=x))
+    running = bool(maml.call.statistics.keys() & adapted.shared.weights.keys())
+    with maml.running() if running else nullcontext():
+        return maml.predict(adapted, "per-step" if running else normalisation)
 
 
 class Solution(NamedTuple):
@@ -71,6 +86,15 @@ class Initialisation:
     runtime: Runtime
     normalisation: str  # of predictions: "inductive", "transductive" or "per-step"
 
+    @classmethod
+    def read(cls, run: Path | str, given: Mapping[str, Any], device: str) -> Initialisation:
+        """Open a checkpoint or a run from Python, with settings by name; UsageError where they do not fit."""
+        file = find_checkpoint(Path(run), BEST, LAST)
+        source = load_checkpoint(file)
+        config = settings_of(source, file, given)
+        runtime = set_up(find_device(device, ALONE), config.training.precision, small_tensors=False)
+        return cls(file, source, config, runtime, normalisation_of(given, source))
+
     def adapt(self, task: UserTask) -> Solution:
         """Adapt to a task by the inner steps that evaluation quotes; UsageError where it does not fit."""
         x, options = task.support_x, self.config.evaluation
@@ -81,10 +105,8 @@ class Initialisation:
         parameters, running = fit_weights(self.file, saved, maml, self.config)
         steps = options.test_steps
         order, keys = randomness_of("test", x[None], range(1), options.eval_inner_batch, steps)
-        order, running = (
-            None if order is None else order[0],
-            running if self.normalisation == "per-step" else {},
-        )
+        order = None if order is None else order[0]
+        running = running if self.normalisation == "per-step" else {}
         return Solution(learner, maml, maml.adapt(parameters, x, targets, steps, order, keys[0], running))
 
     def outputs(self, solution: Solution, task: UserTask) -> tuple[Tree, Tensor, Tensor | None]:

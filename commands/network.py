@@ -12,8 +12,6 @@ import io
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,15 +21,17 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import _pytree as pytree
 
+from commands.build import build_module
 from commands.config import Config
+from commands.initialisation import Initialisation, Solution, predict
 from commands.names import select_meaningful
-from commands.outputs import are_equal
+from commands.outputs import are_equal, count_outputs
 from commands.settings import as_toml
 from common.batch import Tree, tree_map
 from common.errors import UsageError, one_line
 from common.files import Writer, write_whole
 from common.optimizers import Weights
-from common.task import Adapted
+from common.task import Adapted, UserTask
 from learner import GreyAsColour
 from learners.batch_norm import record_statistics
 from learners.copies import copy_module, layer_text
@@ -45,18 +45,6 @@ from training.checkpoint import load_checkpoint
 
 INSTEAD = "--save-weights FILE.pt2 writes a program instead"
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the largest output
-
-
-@torch.no_grad()
-def predict(maml: MAML, adapted: Adapted, x: Tree, normalisation: str = "inductive") -> Tree:
-    """Return outputs, logits or numbers, for examples `[examples, ...]`.
-
-    Batch norm is "inductive" or "transductive", or uses the running statistics that `MAML.adapt` was given.
-    """
-    adapted = adapted._replace(task=replace(adapted.task, query_x=x))
-    running = bool(maml.call.statistics.keys() & adapted.shared.weights.keys())
-    with maml.running() if running else nullcontext():
-        return maml.predict(adapted, "per-step" if running else normalisation)
 
 
 @torch.no_grad()
@@ -104,68 +92,58 @@ class InUnits(nn.Module):
 
     def forward(self, x: Tensor) -> Tree:
         scales = dict(self.named_buffers(recurse=False))
-        x = apply_scale(x, scales, "input").to(self.dtype) if scales else x
+        x = apply_scale(x, scales, "input", "x").to(self.dtype) if scales else x
         outputs, in_units = self.network(x), partial(undo_scale, scales=scales, part="target")
         if self.reading.kind == "normal":
             return self.reading.moments(outputs, in_units=in_units)
         return tree_map(in_units, outputs)
 
 
-@dataclass(frozen=True)
-class AdaptedNetwork:
-    """A network to give away, and what it is tried with."""
-
-    built: nn.Module  # the learner that `maml` was made of
-    fresh: nn.Module  # the learner built anew, from another seed, as by a program that loads the weights
-    maml: MAML
-    adapted: Adapted
-    x: Tensor  # examples to try it on, `[examples, ...]`
-    scales: Scales  # of a standardised table
-    config: Config
-
-
-def give_network(file: Path | None, default: Path, given: AdaptedNetwork, normalisation: str) -> str:
-    """Write the network to the user's file or the default one, and return a line for people.
+def give_network(
+    file: Path | None, default: Path, start: Initialisation, solution: Solution, task: UserTask
+) -> str:
+    """Write a task's network to the user's file or the default one, and return a line for people.
 
     The default file is not written where it would predict something else: the line says why. Raises
-    UsageError where the user's would. `normalisation` is that of the predictions that --adapt wrote.
+    UsageError where the user's would.
     """
-    path, remarks = file or default, []
+    path, remarks, reading = file or default, [], solution.reading
     try:
-        write_network(path, given)
+        write_network(path, start, solution, task)
     except UsageError as error:
         if file:
             raise
         return f"Not written: {error}"
-    if normalisation == "transductive" and given.maml.has_batch_norm:
+    if start.normalisation == "transductive" and solution.maml.has_batch_norm:
         remarks += ["predicts inductively: each example by itself, with the support set's statistics"]
-    if given.scales and path.suffix != ".pt2":
+    if start.source.scales and path.suffix != ".pt2":
         remarks += ["takes and gives standardised numbers, by the scales of the checkpoint"]
-    reading = given.maml.reading
-    if reading and reading.kind == "normal":
+    if reading.kind == "normal":
         deviations = f"numbers whose softplus + {reading.floor:g} is the variance"
         remarks += [f"gives means and {'standard deviations' if path.suffix == '.pt2' else deviations}"]
     return f"Written: {path}{', which ' * bool(remarks)}{', and '.join(remarks)}"
 
 
-def write_network(file: Path, given: AdaptedNetwork) -> None:
+def write_network(file: Path, start: Initialisation, solution: Solution, task: UserTask) -> None:
     """Write the network as the file's suffix says; raise UsageError where it would predict something else."""
-    built, fresh, maml, adapted, x = given.built, given.fresh, given.maml, given.adapted, given.x
+    (built, maml, adapted), x, scales = solution, task.query_x, start.source.scales
     if maml.call.compute_dtype is not None:
         maml = maml.with_options(compute_dtype=None)  # a plain network is as wide as its weights
     if file.suffix == ".pt2":
         network = fill_module(copy_module(built), maml, adapted, as_program=True)
         _check_network(file, copy_module(network), maml, adapted, x)
         x = torch.cat([adapted.task.support_x, x])
-        reading = maml.reading
-        if reading and (given.scales or reading.kind == "normal"):
-            network = InUnits(network, given.scales, x.dtype, reading)
-            x = undo_scale(x, given.scales, "input")
+        if scales or solution.reading.kind == "normal":
+            network = InUnits(network, scales, x.dtype, solution.reading)
+            x = undo_scale(x, scales, "input")
         _write(file, _program_of(file, network, x))
         return
     if context_names(built):
         raise UsageError(f"{file}: a context is no part of the learner's class: {INSTEAD}")
     state = fill_module(built, maml, adapted).state_dict()
+    config, outputs = start.config, len(task.classes) or count_outputs(start.config, task.support_y)
+    seed = config.training.seed ^ 1  # as by a program that loads the weights
+    fresh = build_module(config, start.runtime, outputs, task.support_x, seed, fetch_weights=False)
     try:
         fresh.load_state_dict(state)
     except RuntimeError as error:
@@ -174,7 +152,7 @@ def write_network(file: Path, given: AdaptedNetwork) -> None:
     _check_network(file, fresh.eval(), maml, adapted, x)
     if isinstance(fresh, GreyAsColour):
         state = {name.removeprefix("network."): tensor for name, tensor in state.items()}
-    write_weights(file, state, given.config)
+    write_weights(file, state, config)
 
 
 def write_weights(file: Path, state: Weights, config: Config) -> None:

@@ -71,10 +71,8 @@ def build_parser(*, every_flag: bool = False) -> argparse.ArgumentParser:
     add_to_first("-h", "--help", action="help", help="show the usual flags")
     add_to_first("--help-all", action="store_true", help="show every flag, and what each algorithm sets")
     for name, flag in ALL_FLAGS.items():
-        reading: dict[str, Any] = {
-            "type": flag.parse,
-            "metavar": flag.metavar or "{" + ",".join(flag.choices or ()) + "}",
-        }
+        metavar = flag.metavar or "{" + ",".join(flag.choices or ()) + "}"
+        reading: dict[str, Any] = {"type": flag.parse, "metavar": metavar}
         if flag.kind is bool:
             switch = argparse.BooleanOptionalAction if name in CAN_BE_SWITCHED_OFF else "store_true"
             reading = {"action": switch}

@@ -134,11 +134,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "test_steps": ("s", 3, 5, "s"),
         "inner_lr": 1.0,
     },
-    "r2d2": COMPUTED
-    | {
-        "head_init": "ridge",
-        "meta_lr": (1e-3, 5e-3, 5e-3, 5e-3),
-    },
+    "r2d2": COMPUTED | {"head_init": "ridge", "meta_lr": (1e-3, 5e-3, 5e-3, 5e-3)},
     "protonet": COMPUTED | {"head_init": "prototype"},
     "pretrain": {"meta_gradient": "joint"},
 }

@@ -223,12 +223,9 @@ class Probe:
         else:
             words = self._locate(check)
             if check.engine is None or not free:
-                instead = (
-                    f"use --engine {check.engine}" if check.engine else "write that from other operators"
-                )
-                second_order = self.config.choices.meta_gradient == "exact" and self.maml.steps
-                if not check.engine and second_order:
-                    instead += ", use --first-order"
+                second_order = self.config.choices.meta_gradient == "exact" and self.maml.steps > 0
+                instead = "write that from other operators" + ", use --first-order" * second_order
+                instead = f"use --engine {check.engine}" if check.engine else instead
                 raise UsageError(
                     f"{self.learner} with {self.loss}: the meta-gradient is wrong, {words}: {instead}, or "
                     "--no-check-gradients if its derivatives are meant so"

@@ -212,11 +212,8 @@ def resolve_from(
     schedule, iterations = saved.training.meta_lr_schedule, saved.training.iterations
     if schedule in ENDING and given.get("iterations", iterations) != iterations:
         raise UsageError(f"--iterations: the {schedule} schedule of the checkpoint fixes it; leave it out")
-    free = (
-        {"invert", "image_range", "columns", "exclude_columns", "batch_norm"}
-        if adapt
-        else set(OF_OTHER_DATA if eval_dataset else ())
-    )
+    of_files = ("invert", "image_range", "columns", "exclude_columns", "batch_norm")
+    free = {*(of_files if adapt else OF_OTHER_DATA if eval_dataset else ())}
     learned = largest(saved.tasks.ways or 0) if saved.choices.head_init == "learned" else None
     if evaluate and (learned is None or isinstance(saved.tasks.ways, str)):
         free.add("ways")

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,6 @@ from training.folders import BEST, LAST
 HEADER = (
     *("name", "dataset", "tasks", "algorithm", "seed", "iterations", "measure", "best validation", "test"),
     "when",
-)
-IN_FILE = (
-    *("name", "dataset", "tasks", "algorithm", "seed", "iterations", "planned", "measure", "validation"),
-    *("test", "interval_95", "when"),
 )
 
 
@@ -61,6 +57,9 @@ class ListedRun:
         done = f"{self.iterations:,}" + f" of {self.planned:,}" * (self.iterations < self.planned)
         start = [printable(self.name), printable(self.dataset), self.tasks, self.algorithm, str(self.seed)]
         return [*start, done, measure, validation, test + f" ± {interval}" * bool(test), self.when[:16]]
+
+
+IN_FILE = [field.name for field in fields(ListedRun) if field.name != "more_is_better"]
 
 
 def list_runs(call: Call) -> int:
@@ -136,10 +135,6 @@ def _describe_run(file: Path, folder: Path, tests: Sequence[Mapping[str, str]]) 
     )
 
 
-def _is_known(value: Any) -> bool:
-    return value is not None and value == value  # NaN is not
-
-
 def sort_runs(runs: Sequence[ListedRun], column: str) -> list[ListedRun]:
     """Return the runs by a column: the best, the longest or the newest first, names from A to Z."""
 
@@ -147,6 +142,6 @@ def sort_runs(runs: Sequence[ListedRun], column: str) -> list[ListedRun]:
         value = getattr(run, column)
         return -value if column in ("validation", "test") and run.more_is_better else value
 
-    known = [run for run in runs if _is_known(getattr(run, column))]
+    known = [run for run in runs if (value := getattr(run, column)) is not None and value == value]  # no NaN
     last = [run for run in runs if run not in known]
     return sorted(known, key=key, reverse=column in ("iterations", "when")) + last

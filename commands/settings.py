@@ -118,16 +118,15 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             part = parts[title if in_part else "given"]
             if name not in ALL_FLAGS:
                 raise UsageError(f"{place}: {key} is no setting{suggest_flag(key)}")
-            if ALL_FLAGS[name].group == "what to do":
-                raise UsageError(
-                    f"{place}: {key} says what to do and is no setting: type {ALL_FLAGS[name].name}"
-                )
+            flag = ALL_FLAGS[name]
+            if flag.group == "what to do":
+                raise UsageError(f"{place}: {key} says what to do and is no setting: type {flag.name}")
             if name in part:
-                raise UsageError(f"{file}: {ALL_FLAGS[name].name} is set twice: leave one out")
+                raise UsageError(f"{file}: {flag.name} is set twice: leave one out")
             try:
-                part[name] = _parse(ALL_FLAGS[name], item)
+                part[name] = _parse(flag, item)
             except argparse.ArgumentTypeError as error:
-                raise UsageError(f"{place}: {ALL_FLAGS[name].name}: {error}") from error
+                raise UsageError(f"{place}: {flag.name}: {error}") from error
     return parts["given"], parts["resolved"]
 
 

@@ -18,15 +18,7 @@ from typing import Any
 
 import torch
 
-from commands.build import (
-    Assembly,
-    assemble,
-    preload_tasks,
-    prepare,
-    print_data,
-    train_runs,
-    write_results,
-)
+from commands.build import Assembly, assemble, preload_tasks, prepare, print_data, train_runs, write_results
 from commands.call import Call
 from commands.config import CONFIG_FLAGS, Config
 from commands.members import members_of, setting_of

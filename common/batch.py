@@ -72,10 +72,6 @@ class DataRecord:
     fingerprint: dict[str, list[str]] = field(default_factory=dict)  # of a sampler, by sizes of tasks
 
 
-# What a task looks like: functions of one variable, images of classes, or anything else.
-Kind = Literal["curves", "images", "other"]
-
-
 class TaskDistribution(Protocol):
     """Anything that samples tasks. Callers know a distribution by these members alone, never by its class.
 
@@ -90,7 +86,7 @@ class TaskDistribution(Protocol):
         parts: the data sets of a mixture by name, each of which is measured by itself; empty for others.
     """
 
-    kind: Kind = "other"
+    kind: Literal["curves", "images", "other"] = "other"
     ways: Size | None = None
     scales: Mapping[str, Tensor] = MappingProxyType({})
     computed: bool = False

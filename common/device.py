@@ -6,11 +6,11 @@ import ctypes
 import getpass
 import os
 import platform
-import time
+import timeit
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,6 @@ from common.errors import UsageError
 from common.processes import ALONE, World
 
 _INITIAL_THREADS = torch.get_num_threads()
-_DTYPES = {  # of meta-parameters, and of the learner's arithmetic where it differs
-    "float64": (torch.float64, None),
-    "float32": (torch.float32, None),
-    "tf32": (torch.float32, None),
-    "bf16-products": (torch.float32, None),
-    "bf16": (torch.float32, torch.bfloat16),
-}
 
 
 @dataclass(frozen=True)
@@ -157,12 +150,9 @@ def warn_if_not_faster(precision: str) -> None:
         return
     rates = []
     for dtype in (torch.float32, torch.bfloat16):
-        a, seconds = torch.ones(256, 256, dtype=dtype), []
-        for _ in range(5):
-            begin = time.perf_counter()
-            a @ a
-            seconds.append(time.perf_counter() - begin)
-        rates.append(2 * 256**3 / min(seconds) / 1e9)
+        a = torch.ones(256, 256, dtype=dtype)
+        seconds = min(timeit.repeat(partial(torch.mm, a, a), number=1, repeat=5))
+        rates.append(2 * 256**3 / seconds / 1e9)
     if rates[1] < rates[0]:
         speeds = "{:.3g} GFLOP/s, float32 {:.3g}".format(*rates[::-1])
         warnings.warn(f"--precision bf16 saves no time on this processor ({speeds})", stacklevel=2)
@@ -200,7 +190,8 @@ def set_up(
     if device.type == "cpu":
         warn_if_not_faster(precision)
     keep_freed_memory()
-    return Runtime(device, *_DTYPES[precision], world)
+    dtype = torch.float64 if precision == "float64" else torch.float32
+    return Runtime(device, dtype, torch.bfloat16 if precision == "bf16" else None, world)
 
 
 def versions() -> dict[str, str]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any
 
 from filelock import FileLock, Timeout
@@ -61,13 +62,9 @@ def _replace(temporary: Path, path: Path) -> None:
 
 def is_writable(folder: Path) -> bool:
     """Return whether files can be made in a folder; `os.access` does not know on Windows."""
-    probe = folder / f".{os.getpid()}.tmp"
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError:
-        return False
-    return True
+    with suppress(OSError), TemporaryFile(dir=folder):
+        return True
+    return False
 
 
 def sync(path: Path) -> None:
@@ -97,10 +94,7 @@ def user_cache() -> Path:
 
 @contextmanager
 def one_at_a_time(
-    path: Path,
-    *,
-    interrupted: Callable[[], bool] = lambda: False,
-    on_wait: Callable[[], None] = lambda: None,
+    path: Path, *, interrupted: Callable[[], bool] = lambda: False, on_wait: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
     """Hold the lock file `path`: of processes that make the same thing, one works and the others wait.
 

@@ -19,8 +19,8 @@ def sizes_table(runs: Sequence[Evaluation], caption: Caption) -> str:
     texts = []
     for name in runs[0].sizes:
         rows = []
-        for label, parts in _parts(runs, name):
-            results = [StepResults.over(parts, norm) for norm in parts[0].losses]
+        for label, tasks in _parts(runs[0].sizes[name]):
+            results = [StepResults.over(runs, norm, tasks) for norm in runs[0].losses]
             measure, scale, digits = units(results[0].measure(caption.loss_name))
             cells = [one.cell(min(caption.test_steps, len(one.means) - 1), scale, digits) for one in results]
             rows.append([label, f"{results[0].tasks:,}", *cells])
@@ -33,21 +33,17 @@ def sizes_record(runs: Sequence[Evaluation]) -> dict[str, Any]:
     """Return the numbers behind the table, after all steps."""
     return {
         name: {
-            label: {"tasks": len(parts[0].sizes[name])}
-            | {norm: StepResults.over(parts, norm).record() for norm in parts[0].losses}
-            for label, parts in _parts(runs, name)
+            label: {"tasks": int(tasks.sum())}
+            | {norm: StepResults.over(runs, norm, tasks).record() for norm in runs[0].losses}
+            for label, tasks in _parts(runs[0].sizes[name])
         }
         for name in runs[0].sizes
     }
 
 
-def _parts(runs: Sequence[Evaluation], name: str) -> Iterator[tuple[str, list[Evaluation]]]:
-    """Yield the tasks of each size, or of some that follow each other, with a label."""
-    values = runs[0].sizes[name]
-    for sizes in _groups(values.unique()):
-        ends = dict.fromkeys((int(sizes[0]), int(sizes[-1])))
-        yield "-".join(map(str, ends)), [run.of_tasks(torch.isin(values, sizes)) for run in runs]
-
-
-def _groups(sizes: Tensor) -> tuple[Tensor, ...]:
-    return sizes.tensor_split(min(len(sizes), MOST_ROWS))
+def _parts(values: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield a label of each size, or of some that follow each other, and its tasks, bool `[tasks]`."""
+    sizes = values.unique()
+    for group in sizes.tensor_split(min(len(sizes), MOST_ROWS)):
+        ends = dict.fromkeys((int(group[0]), int(group[-1])))
+        yield "-".join(map(str, ends)), torch.isin(values, group)

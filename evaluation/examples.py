@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional
 
@@ -22,10 +23,6 @@ from evaluation.meta_test import SEED, randomness_of
 from evaluation.tables import after_steps
 from learners.reading import main_tensor, reading_of
 from maml import MAML
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 TASKS = 3  # in a picture of examples
 FARTHEST = 1.0  # spans of the true curves by which predictions may exceed them within a panel
@@ -159,9 +156,8 @@ def _draw_image_tasks(examples: Examples, ways: int, title: str) -> Figure:
         support = _take_images(batch.support_x[task], of_support, shown)
         query = _take_images(batch.query_x[task], of_query, 1)
         labels = examples.outputs[task, [0, -1][: len(examples.steps)]]
-        columns = {"label": shown + 1.5}
-        if len(labels) > 1:
-            columns = {"before": shown + 1.5, "after": shown + 2.3}
+        names = ("before", "after") if len(labels) > 1 else ("label",)
+        columns = dict(zip(names, (shown + 1.5, shown + 2.3), strict=False))
         counts = mask_of(batch.query_y, batch.query_mask, 1)[task]
         correct = ((labels == batch.query_y[task]) & counts).sum(1).tolist()
         panel.set_title(f"correct: {' → '.join(map(str, correct))} of {counts.sum()}", loc="left", pad=18)

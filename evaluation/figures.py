@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from evaluation import style
 from evaluation.examples import Examples, draw_fits
 from evaluation.paired import Side, difference
 from evaluation.tables import ALL, Caption, Curve, StepResults
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 LEAST_ERROR = 0.01  # percent: a logarithmic axis has no 0
 MOST_MARKED = 100  # points of a curve that have markers

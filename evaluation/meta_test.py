@@ -42,7 +42,6 @@ class Evaluation:
     further: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by name, see `Reading.further`
     parts: dict[str, Evaluation] = field(default_factory=dict)  # by data set, of whose means this is the mean
     sizes: dict[str, Tensor] = field(default_factory=dict)  # those of `SIZES` that vary, int64 [tasks]
-    whole: tuple[Evaluation, Tensor] | None = None  # of which these tasks are some, bool [tasks]
 
     @classmethod
     def over(cls, parts: dict[str, Evaluation]) -> Evaluation:
@@ -55,14 +54,10 @@ class Evaluation:
         def mean(measures: list[dict[str, Tensor]]) -> dict[str, Tensor]:
             return {norm: torch.stack([part[norm] for part in measures]).mean(0) for norm in measures[0]}
 
-        return cls(
-            mean([part.losses for part in every]),
-            mean([part.accuracies for part in every]),
-            mean([part.metrics for part in every]),
-            first.metric,
-            {name: mean([part.further[name] for part in every]) for name in first.further},
-            parts,
-        )
+        names = ("losses", "accuracies", "metrics")
+        losses, accuracies, metrics = (mean([getattr(part, name) for part in every]) for name in names)
+        further = {name: mean([part.further[name] for part in every]) for name in first.further}
+        return cls(losses, accuracies, metrics, first.metric, further, parts)
 
     @property
     def measure(self) -> str:
@@ -82,21 +77,9 @@ class Evaluation:
 
         Of the mean over data sets, those of which one has.
         """
-        if self.whole:
-            return self.whole[0].diverged(normalisation)[self.whole[1]]
         if self.parts:
             return torch.stack([part.diverged(normalisation) for part in self.parts.values()]).any(0)
         return diverged(self.losses[normalisation])
-
-    def of_tasks(self, chosen: Tensor) -> Evaluation:
-        """Return the results of some tasks, bool `[tasks]`."""
-
-        def select(values: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {name: part[chosen] for name, part in values.items()}
-
-        further = {name: select(part) for name, part in self.further.items()}
-        measures = select(self.losses), select(self.accuracies), select(self.metrics)
-        return Evaluation(*measures, self.metric, further, sizes=select(self.sizes), whole=(self, chosen))
 
 
 def diverged(losses: Tensor) -> Tensor:

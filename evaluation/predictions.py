@@ -10,9 +10,11 @@ import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional
 
@@ -21,10 +23,6 @@ from common.task import UserTask
 from evaluation import style
 from evaluation.examples import draw_images
 from learners.reading import Reading, main_tensor
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 MOST_COLUMNS = 16  # of one output; more are an array
 MOST_PREDICTED, MOST_IMAGES, COLUMNS = 6, 60, 10  # tasks, predicted images and images in a row
@@ -46,8 +44,11 @@ class Prediction:
 
     def rows(self, digits: int) -> Iterator[dict[str, str]]:
         """Yield the cells of each example, by heading."""
+        shares = ("p(", "share(")
+        forms = {name: ".6f" if name.startswith(shares) else f".{digits}g" for name in self.columns}
         for number in range(self.examples):
-            yield {heading: _cell(heading, v[number], digits) for heading, v in self.columns.items()}
+            values = {name: column[number] for name, column in self.columns.items()}
+            yield {n: v if isinstance(v, str) else format(v.item(), forms[n]) for n, v in values.items()}
 
     def add_output(self, name: str, values: Tensor) -> None:
         """Add an output as columns called after it, or as an array if it is large or not of the examples."""
@@ -62,12 +63,6 @@ class Prediction:
             self.arrays[headings[0]] = values
         else:
             self.columns |= dict(zip(headings, columns.T, strict=True))
-
-
-def _cell(heading: str, value: Tensor | str, digits: int) -> str:
-    if isinstance(value, str):
-        return value
-    return f"{value.item():{'.6f' if heading.startswith(('p(', 'share(')) else f'.{digits}g'}}"
 
 
 def read_predictions(
@@ -207,13 +202,8 @@ def _draw_columns(panel: Axes, task: UserTask, prediction: Prediction) -> None:
         look = style.curve_style(number) | ({"marker": ""} if curve else {"linestyle": "none"})
         panel.plot(x.numpy(), values[order].numpy(), label=name, **look)
         if curve:
-            mark: dict[str, Any] = {
-                "linestyle": "none",
-                "marker": style.MARKERS[0],
-                "markerfacecolor": "white",
-            }
             label = "predicted rows" if number == 0 else None
-            panel.plot(asked.numpy(), rows.numpy(), label=label, color=look["color"], **mark)
+            panel.plot(asked.numpy(), rows.numpy(), "o", color=look["color"], mfc="white", label=label)
         if name in prediction.deviations:
             bands = values[order].numpy(), shown.deviations[name][order].numpy()
             style.draw_bands(panel, x.numpy(), *bands, look["color"])
@@ -249,16 +239,15 @@ def _contact_sheet(task: UserTask, prediction: Prediction, title: str) -> Figure
     """Draw the support images below their targets, and the predicted ones below name and prediction."""
     if len(task.query_x) > MOST_IMAGES:
         title += f" (the first {MOST_IMAGES} of {len(task.query_x)})"
-    known, names = range(len(task.support_x[:MOST_IMAGES])), enumerate(task.query_names[:MOST_IMAGES])
-    words = [[f"support: {_describe_target(task, number)}" for number in known]]
+    values = [target.flatten()[0].item() for target in task.support_y[:MOST_IMAGES]]  # class, or first number
+    known = [task.classes[int(value)] if task.classes else f"{value:.3g}" for value in values]
+    words, names = [[f"support: {target}" for target in known]], enumerate(task.query_names[:MOST_IMAGES])
     words += [[f"{name}\n{_describe_example(prediction, number)}" for number, name in names]]
     columns = min(COLUMNS, max(map(len, words)))
     empty = 0.0 if task.query_x.shape[1] == 1 else 1.0  # one channel is drawn dark on white
     grids, texts = list[Tensor](), list[tuple[int, str, str]]()
     for images, part, colour in zip((task.support_x, task.query_x), words, (style.RED, "black"), strict=True):
-        texts += [
-            (columns * len(grids) + number, text, colour) for number, text in enumerate(map(_wrap, part))
-        ]
+        texts += [(columns * len(grids) + n, _wrap(text), colour) for n, text in enumerate(part)]
         grid = functional.pad(images[: len(part)].cpu(), (*[0] * 7, -len(part) % columns), value=empty)
         grids += [*grid.unflatten(0, (-1, columns))]
     above = 0.13 * max(text.count("\n") + 1 for _, text, _ in texts) + 0.05  # in heights of an image
@@ -267,27 +256,19 @@ def _contact_sheet(task: UserTask, prediction: Prediction, title: str) -> Figure
     draw_images(panel, torch.stack(grids), above=above)
     for place, text, colour in texts:
         row, column = divmod(place, columns)
-        look: dict[str, Any] = {"fontsize": style.SMALL - 1, "va": "bottom", "linespacing": 1.05}
-        panel.text(column + 0.06, row + above / (1 + above), text, color=colour, **look)
+        x, y = column + 0.06, row + above / (1 + above)
+        panel.text(x, y, text, color=colour, fontsize=style.SMALL - 1, va="bottom", linespacing=1.05)
     return figure
-
-
-def _describe_target(task: UserTask, number: int) -> str:
-    """Return the target of a support example in a few words: its class, or its first value."""
-    value = task.support_y[number].flatten()[0].item()
-    return task.classes[int(value)] if task.classes else f"{value:.3g}"
 
 
 def _describe_example(prediction: Prediction, number: int) -> str:
     """Return what is predicted for an example, in a few words."""
-    numbers = [float(prediction.columns[name][number]) for name in prediction.drawn]
-    label = prediction.columns.get("prediction")
-    if isinstance(label, list):
-        confident = not any(name.startswith("p(above ") for name in prediction.drawn)
-        words = label[number] + (f" {100 * max(numbers):.0f}\N{NO-BREAK SPACE}%" if confident else "")
-    else:
-        words = f"{prediction.drawn[0]} {numbers[0]:.3g}" if numbers else ""
-    return words
+    drawn, label = prediction.drawn, prediction.columns.get("prediction")
+    numbers = [float(prediction.columns[name][number]) for name in drawn]
+    if not isinstance(label, list):
+        return f"{drawn[0]} {numbers[0]:.3g}" if numbers else ""
+    ordinal = any(name.startswith("p(above ") for name in drawn)
+    return label[number] + ("" if ordinal else f" {100 * max(numbers):.0f}\N{NO-BREAK SPACE}%")
 
 
 def _wrap(words: str) -> str:

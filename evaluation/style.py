@@ -1,6 +1,6 @@
 """The one style of every picture: colours, axes and legends, and how a picture becomes a file.
 
-Sizes and fonts are in `pictures.mplstyle`. matplotlib is imported when the first picture is drawn.
+Sizes and fonts are in `pictures.mplstyle`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import matplotlib.style
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from common.files import write_whole
 from learners.gaussian import CENTRAL
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
 
 STYLE_FILE = Path(__file__).with_name("pictures.mplstyle")
 
@@ -42,16 +44,12 @@ WIDE = 50.0  # ratio of the largest to the smallest loss from which its axis is 
 @contextmanager
 def styled() -> Iterator[None]:
     """Make figures in this style: `with styled():`, or `@styled()` on a function that draws."""
-    import matplotlib.style
-
     with matplotlib.style.context(STYLE_FILE):
         yield
 
 
 def new_figure(width: float, height: float, title: str = "") -> Figure:
     """Return an empty figure of this size in inches, whose panels share the room among themselves."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(textwrap.fill(title, max(20, int(LETTERS_OF_TITLE * width))))
     return figure
@@ -69,13 +67,11 @@ def curve_style(number: int) -> dict[str, Any]:
 
 def draw_bands(panel: Axes, x: Any, mean: Any, deviation: Any, colour: str = BLUE) -> None:
     """Draw the central 50 and 90 % of normal distributions around a curve of their means, as arrays."""
-    words = " and ".join(map(str, CENTRAL))
-    for number, width in enumerate(CENTRAL.values()):
-        ends, label = (
-            (mean - width * deviation, mean + width * deviation),
-            None if number else f"central {words} %",
-        )
-        panel.fill_between(x, *ends, color=colour, alpha=0.15, linewidth=0, label=label)
+    label = f"central {' and '.join(map(str, CENTRAL))} %"
+    for width in CENTRAL.values():
+        low, high = mean - width * deviation, mean + width * deviation
+        panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0, label=label)
+        label = ""  # one for both
 
 
 def add_legend(figure: Figure | SubFigure, *panels: Axes) -> None:
@@ -91,8 +87,6 @@ def add_legend(figure: Figure | SubFigure, *panels: Axes) -> None:
 
 def _legend_letters(labels: Sequence[str], columns: int) -> int:
     """Return the width of a legend in letters; the labels fill one column after the other."""
-    import numpy as np
-
     widths = [max(map(len, label.split("\n"))) for label in labels]
     return sum(LETTERS_OF_HANDLE + max(column) for column in np.array_split(widths, columns))
 
@@ -104,9 +98,6 @@ def label_axes(panel: Axes, x: str, measure: str, wide: float = WIDE) -> None:
     than `wide` times the smallest; that of others begins at 0 unless the loss varies by less than half.
     """
     accuracy = measure.split()[-1] == "accuracy"
-    import numpy as np
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
-
     panel.set(xlabel=x, ylabel=f"{measure} (%)" if accuracy else measure)
     panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     panel.xaxis.set_major_formatter("{x:,.0f}")
@@ -128,8 +119,6 @@ def label_axes(panel: Axes, x: str, measure: str, wide: float = WIDE) -> None:
 
 def zoom(panel: Axes) -> None:
     """Leave the beginning out of the y axis, where curves change most and are not told apart."""
-    import numpy as np
-
     curves = [np.asarray(line.get_xydata(), dtype=float) for line in panel.lines]  # [points, 2]
     curves += [np.asarray(path.vertices) for band in panel.collections for path in band.get_paths()]
     points = np.concatenate([curve for curve in curves if len(curve)] or [np.empty((0, 2))])

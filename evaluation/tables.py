@@ -173,13 +173,10 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
         for step in range(losses.shape[1]):
             row = {key: values[step].item() for key, values in numbers.items()}
             per_step.append({"normalisation": name, "steps": step} | row)
-    per_task = {"loss": evaluation.losses, "accuracy": evaluation.accuracies}
-    per_task |= {evaluation.measure: evaluation.metrics} if evaluation.metrics else {}
-    per_task |= evaluation.further
-    record: dict[str, Any] = {
-        "per_step": per_step,
-        "per_task": {name: values for name, values in per_task.items() if values},
-    }
+    per_task = {evaluation.measure: evaluation.metrics, "loss": evaluation.losses}
+    per_task |= {"accuracy": evaluation.accuracies} | evaluation.further
+    present = {name: values for name, values in per_task.items() if values}
+    record: dict[str, Any] = {"per_step": per_step, "per_task": present}
     if evaluation.sizes:
         record["sizes"] = evaluation.sizes  # of each task
     if evaluation.parts:
@@ -209,16 +206,18 @@ class StepResults:
     more_is_better: bool
 
     @classmethod
-    def over(cls, evaluations: Sequence[Evaluation], normalisation: str) -> StepResults:
-        """Return the results of these runs, which were measured on the same tasks."""
-        measured = torch.stack([e.measured(normalisation) for e in evaluations])  # [runs, tasks, steps + 1]
-        diverged = torch.stack([e.diverged(normalisation) for e in evaluations])
+    def over(
+        cls, evaluations: Sequence[Evaluation], norm: str, tasks: Tensor | slice = slice(None)
+    ) -> StepResults:
+        """Return the results of runs that were measured on the same tasks, or on some of these tasks."""
+        measured = torch.stack([e.measured(norm)[tasks] for e in evaluations])  # [runs, tasks, steps + 1]
+        diverged = torch.stack([e.diverged(norm)[tasks] for e in evaluations])
         first, is_loss = evaluations[0], evaluations[0].measure == "loss"
         kept = ~diverged if is_loss else ~measured.isnan()
         of_tasks = measured.where(kept, 0).sum(0) / kept.sum(0)  # NaN where a task diverged in all runs
         kept_mean, kept_intervals = mean_and_interval(of_tasks, kept.any(0))
         kept_means = (measured.where(kept, 0).sum(1) / kept.sum(1)).T
-        beside = [e.accuracies[normalisation].nanmean(0) for e in evaluations if e.metrics and e.accuracies]
+        beside = [e.accuracies[norm][tasks].nanmean(0) for e in evaluations if e.metrics and e.accuracies]
         return cls(
             means=measured.mean(1).T if is_loss else kept_means,
             intervals=mean_and_interval(measured.mean(0))[1] if is_loss else kept_intervals,
@@ -226,10 +225,10 @@ class StepResults:
             kept_means=kept_means,
             kept_mean=kept_mean,
             kept_intervals=kept_intervals,
-            losses=torch.stack([e.losses[normalisation].mean(0) for e in evaluations]).mean(0),
+            losses=torch.stack([e.losses[norm][tasks].mean(0) for e in evaluations]).mean(0),
             accuracies=torch.stack(beside).mean(0) if beside else None,
             further={
-                name: torch.stack([e.further[name][normalisation].mean(0) for e in evaluations]).mean(0)
+                name: torch.stack([e.further[name][norm][tasks].mean(0) for e in evaluations]).mean(0)
                 for name in first.further
             },
             undefined=[0] * measured.shape[2] if is_loss else (~kept).sum((0, 1)).tolist(),

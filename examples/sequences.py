@@ -51,13 +51,7 @@ class Recurrent(nn.Module):
 
 
 def transformer(
-    outputs: int,
-    *,
-    tokens: int = 12,
-    width: int = 32,
-    layers: int = 2,
-    heads: int = 4,
-    dropout: float = 0.0,
+    outputs: int, *, tokens: int = 12, width: int = 32, layers: int = 2, heads: int = 4, dropout: float = 0.0
 ) -> nn.Module:
     """Return a small transformer encoder."""
     return Transformer(outputs, tokens, width, layers, heads, dropout)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from learners.draws import Draws
-from learners.spellings import Replacements, spelled_out, spellings
+from learners.spellings import Replacements, spelled_out
 
 
 def _attend(
@@ -127,9 +127,3 @@ REPLACEMENTS: Replacements = spelled_out({"scaled_dot_product_attention": _scale
     # False: a `TransformerEncoder` in evaluation mode then keeps its padding in a plain tensor
     torch._nested_tensor_from_mask_left_aligned: lambda draws, x, mask: False,
 }
-KERNELS = spellings(
-    *(f"_scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient", "cudnn", "fused")),
-    *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_fused_attention_overrideable"),
-    *("_flash_attention_forward", "_efficient_attention_forward", "_native_multi_head_attention"),
-    "_transformer_encoder_layer_fwd",
-)

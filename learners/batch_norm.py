@@ -20,20 +20,17 @@ _STANDARD_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 class BatchNorm(nn.Module):
-    """Normalise each channel of `[batch, channels, ...]` with the mean and biased variance of the batch.
-
-    The defaults are those of the layer in Finn et al.'s code: its eps, and a shift without a scale.
-    """
+    """One of PyTorch's layers, by the mean and biased variance of the batch `[batch, channels, ...]`."""
 
     elementary = True  # see `learners.elementary.is_elementary`
 
-    def __init__(self, channels: int, *, eps: float = 1e-3, scale: bool = False, shift: bool = True) -> None:
+    def __init__(self, layer: Any) -> None:
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(channels)) if scale else None
-        self.bias = nn.Parameter(torch.zeros(channels)) if shift else None
+        self.eps, self.weight, self.bias = layer.eps, layer.weight, layer.bias
+        if self.weight is not None and not self.weight.requires_grad and bool((self.weight == 1).all()):
+            self.weight = None  # scales nothing, for ever
         self.statistics: Tensor
-        self.register_buffer("statistics", torch.zeros(2, channels), persistent=False)
+        self.register_buffer("statistics", torch.zeros(2, layer.num_features), persistent=False)
         self.reference: int | None = None  # number of leading examples that give the statistics; None: all
         self.mask: Tensor | None = None  # bool [batch], which of them count; None: all
         self.uses_buffer = False  # normalise with the buffer `statistics`: mean and biased variance
@@ -87,14 +84,7 @@ def convert_batch_norm(module: nn.Module) -> nn.Module:
             layer.running_mean = layer.running_var = layer.num_batches_tracked = None
         standard = isinstance(layer, _BatchNorm) and type(layer).forward in _STANDARD_FORWARDS
         if standard and (layer.training or layer.running_mean is None):
-            converted[layer] = BatchNorm(layer.num_features, eps=layer.eps)
-            converted[layer].weight, converted[layer].bias = layer.weight, layer.bias
-            if (
-                layer.weight is not None
-                and not layer.weight.requires_grad
-                and bool((layer.weight == 1).all())
-            ):
-                converted[layer].weight = None  # scales nothing, for ever
+            converted[layer] = BatchNorm(layer)
     for layer in layers:
         for name, child in layer._modules.items():  # named_children() would name a shared layer once
             if child in converted:

@@ -164,7 +164,6 @@ _REFUSED = (
         (F.embedding_bag, *spellings("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")),
         "has no second derivative: average rows of nn.Embedding",
     )
-    | dict.fromkeys(attention.KERNELS, "has no second derivative: call F.scaled_dot_product_attention")
     | dict.fromkeys(normalisation.KERNELS, "has no right second derivative: call nn.functional's instead")
     | dict.fromkeys(spellings("embedding_renorm_"), "overwrites an embedding's weights in a forward pass")
 )

@@ -104,12 +104,6 @@ def _weight_norm(draws: Draws, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / v.square().sum(axes, keepdim=True).sqrt())
 
 
-def _normalize(draws: Draws, *arguments: Any, out: Tensor | None = None, **options: Any) -> Tensor:
-    """Compute `F.normalize`; `vmap` has no rule for `out`, which spectral norm gives."""
-    unit = F.normalize(*arguments, **options)
-    return unit if out is None else out.copy_(unit)
-
-
 # ---- ATen's functions, some of which return the statistics, too, as constants --------------------
 
 
@@ -186,7 +180,6 @@ REPLACEMENTS: Replacements = spelled_out(
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
     F.rms_norm: _rms_norm,
-    F.normalize: _normalize,
 }
 KERNELS = spellings(
     *("_batch_norm_impl_index", "_native_batch_norm_legit_functional", "_batch_norm_with_update"),

@@ -117,5 +117,5 @@ REPLACEMENTS: Replacements = spelled_out(
     }
 ) | {
     # weights under `vmap` have no address; at one address, cuDNN does not lay them out in a buffer of its own
-    Tensor.data_ptr: lambda draws, tensor: 0,
+    Tensor.data_ptr: lambda draws, tensor: 0
 }

@@ -46,13 +46,8 @@ class DataUnpickler(pickle.Unpickler):
         if module in ("builtins", "__builtin__", "collections") and name in CONTAINERS:
             return CONTAINERS[name]
         if (module, name) == ("_codecs", "encode"):
-            return _encode
+            return lambda text, _: text.encode("latin1")  # what older pickles write for bytes
         raise UsageError(f"it names {printable(f'{module}.{name}')}, which is not loaded")
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    """Return what older pickles write for bytes."""
-    return text.encode("latin1")
 
 
 def load_data(path: Path) -> Any:

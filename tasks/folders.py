@@ -20,26 +20,9 @@ from tasks.splits import check_disjoint, is_plain, part_hinted, split_of
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 HIDDEN = (".", "__MACOSX")  # beginnings of names that are ignored
 OTHER_KINDS = {  # endings of files where class folders should be -> what to do
-    (
-        ".zip",
-        ".tar",
-        ".tar.gz",
-        ".tgz",
-        ".tar.bz2",
-        ".rar",
-        ".7z",
-    ): "unpack it there first, a folder per class",
-    (
-        ".h5",
-        ".hdf5",
-        ".mat",
-    ): "convert it with numpy.savez('train.npz', images=..., labels=...), val and test too",
-    (
-        ".parquet",
-        ".npz",
-        ".pkl",
-        ".pickle",
-    ): "give its folder with images:, the files called train, val and test",
+    (".zip", ".tar", ".gz", ".tgz", ".bz2", ".rar", ".7z"): "unpack it there first, a folder per class",
+    (".h5", ".hdf5", ".mat"): "convert it, numpy.savez('train.npz', images=..., labels=...), val, test too",
+    (".parquet", ".npz", ".pkl", ".pickle"): "give its folder with images:, files called train, val, test",
 }
 LISTS = (".csv", ".txt", ".tsv", ".json", ".lst")  # of these, .csv is read
 USUAL = "name its folders train, val and test, or as docs/data.md lists"
@@ -247,13 +230,7 @@ def _listed_classes(folder: Path, path: Path) -> Classes:
             name, label = row.get("filename"), row.get("label")
             if not (name and label):
                 raise UsageError(f'{path}: a row should have a "filename" and a "label": it has {row}')
-            bases = (
-                folder / "images",
-                folder,
-                folder / label,
-                folder / path.stem,
-                folder / path.stem / label,
-            )
+            bases = folder / "images", folder, folder / label, folder / path.stem, folder / path.stem / label
             image = next((base / name for base in bases if (base / name).is_file()), None)
             if image is None:
                 raise UsageError(f"{path}: there is no {name} in {folder}: put it there, or remove the row")

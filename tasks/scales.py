@@ -11,6 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from common.errors import UsageError
+
 Scales = Mapping[str, Tensor]
 
 
@@ -23,12 +25,14 @@ def measure_scale(values: Tensor) -> Tensor:
     return torch.stack([torch.where(constant, values[0], mean), deviation.where(~constant, 1.0)])
 
 
-def apply_scale(values: Tensor, scales: Scales, part: str) -> Tensor:
-    """Standardise float64 `[..., columns]`, which are "input" or "target"."""
+def apply_scale(values: Tensor, scales: Scales, part: str, source: str) -> Tensor:
+    """Standardise `[rows, columns]`, "input" or "target"; UsageError for another number of columns."""
     if part not in scales:
         return values
-    mean, deviation = scales[part].to(values)
-    return (values - mean) / deviation
+    mean, deviation = scales[part].to(values.device)
+    if values.shape[1:] != mean.shape:
+        raise UsageError(f"{source} is {(*values.shape,)}, and the run's table has {len(mean)} {part}s")
+    return (values.double() - mean) / deviation
 
 
 def undo_scale(values: Tensor, scales: Scales, part: str, *, centre: bool = True) -> Tensor:

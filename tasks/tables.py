@@ -308,12 +308,8 @@ class TableTasks(TaskDistribution):
 
     def _scaled(self, part: str, values: Tensor) -> Tensor:
         """Return inputs or targets as tasks have them, on the device."""
-        source, scale = self.table.source, self.scales.get(part)
-        if scale is not None and scale.shape[1] != values.shape[1]:
-            raise UsageError(
-                f"{source} has {values.shape[1]} {part} numbers, the checkpoint {scale.shape[1]}"
-            )
-        scaled = apply_scale(values, self.scales, part).to(self.dtype)
+        source = self.table.source
+        scaled = apply_scale(values, self.scales, part, source).to(self.dtype)
         if not scaled.isfinite().all():
             raise UsageError(
                 f"{source}: an {part} is too large for {self.dtype}, standardised or not: mend it"

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from common.errors import UsageError
 from tasks.pixels import Form, Range, prepare, scale_values
-from tasks.scales import Scales, apply_scale
 
 Array = np.ndarray[Any, Any]
 
@@ -34,19 +33,6 @@ def read_numbers(name: str, values: Any, axes: int = 1) -> Array:
     if not np.isfinite(array).all():
         raise UsageError(f"{name} has NaN or infinity: mend it")
     return array
-
-
-def scale_columns(name: str, values: Array, scales: Scales, part: str) -> Tensor:
-    """Return numbers standardised as the run's table was, float64 `[examples, columns]`, if it was.
-
-    `part` is "input" or "target". Raises UsageError for another number of columns.
-    """
-    tensor = torch.from_numpy(values.copy())  # a data frame's may be read-only
-    if part not in scales:
-        return tensor
-    if scales[part].shape[1:] != tensor.shape[1:]:
-        raise UsageError(f"{name} is {values.shape}, and the run's table has {scales[part].shape[1]} {part}s")
-    return apply_scale(tensor.double(), scales, part)
 
 
 def read_pixels(values: Array, form: Form, record: Sequence[str], given: Range | None) -> Tensor:

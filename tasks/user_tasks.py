@@ -86,18 +86,13 @@ def read_task_arrays(
     support_x, support_y, query_x = _load_arrays(path)
     if classification and support_y.is_floating_point():
         raise UsageError(f"--adapt {path}: support_y are numbers: give labels, from 0, as integers")
-    if "input" in scales:
-        if scales["input"].shape[1:] != support_x.shape[1:]:
-            columns = scales["input"].shape[1]
-            raise UsageError(f"--adapt {path}: support_x {(*support_x.shape,)} should have {columns} columns")
-        support_x, query_x = (apply_scale(x.double(), scales, "input") for x in (support_x, query_x))
+    support_x, query_x = (apply_scale(x, scales, "input", f"--adapt {path}") for x in (support_x, query_x))
     if images and any(bool((x.double() > 1).any()) for x in (support_x, query_x)):
         raise UsageError(f"--adapt {path}: support_x and query_x have pixels above 1: give them from 0 to 1")
     labels = (ways or _count_labels(path, support_y, ignored)) if classification else 0
     if support_y.dim() == 1 and not classification:
         support_y = support_y[:, None]
-    if "target" in scales:
-        support_y = apply_scale(support_y.double(), scales, "target")
+    support_y = apply_scale(support_y, scales, "target", f"--adapt {path}: support_y")
     support_y = support_y.to(dtype) if support_y.is_floating_point() else support_y.long()
     whole = not (support_x.is_floating_point() or query_x.is_floating_point())  # such as tokens
 
@@ -157,12 +152,9 @@ def read_task_table(
     Raises UsageError if one lacks either kind of rows, or columns are not those of the scales.
     """
     table = load_table(path, columns, dtype, classification=classification, shares=None)
-    if len(scale := scales.get("input", table.x)[0]) != table.x.shape[1]:
-        raise UsageError(
-            f"--adapt {path} has {table.x.shape[1]} inputs, and the checkpoint learned {len(scale)}"
-        )
     known = table.y >= 0 if classification else ~table.y.isnan().any(1)
-    x, y = apply_scale(table.x, scales, "input"), apply_scale(table.y, scales, "target")
+    source = f"--adapt {path}"
+    x, y = (apply_scale(t, scales, p, source) for t, p in ((table.x, "input"), (table.y, "target")))
     tasks = []
     for number, name in enumerate(table.tasks):
         support, query = ((table.task == number) & rows for rows in (known, ~known))

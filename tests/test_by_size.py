@@ -8,7 +8,7 @@ from runs import command
 
 from evaluation.by_size import sizes_record, sizes_table
 from evaluation.meta_test import Evaluation
-from evaluation.tables import Caption
+from evaluation.tables import Caption, StepResults
 
 CAPTION = Caption("title", "MSE", trained_steps=1, test_steps=1)
 
@@ -46,8 +46,8 @@ def test_a_task_that_has_diverged_among_all_has_diverged_among_those_of_its_size
     losses = torch.cat([before, torch.tensor([1.0, 1.0, 1.0, 50.0, 1.0])[:, None]], 1).double()
     sizes = {"shots": torch.tensor([1, 1, 1, 2, 2])}
     whole = Evaluation({"transductive": losses}, {}, sizes=sizes)
-    part = whole.of_tasks(sizes["shots"] == 2)
-    assert torch.equal(part.diverged("transductive"), whole.diverged("transductive")[3:])
+    part = StepResults.over([whole], "transductive", sizes["shots"] == 2)
+    assert part.diverged == whole.diverged("transductive")[3:].sum(0).tolist()
     assert whole.diverged("transductive")[:, 1].tolist() == [False, False, False, True, False]
 
 

@@ -295,10 +295,6 @@ WITH_ZERO = nn.MultiheadAttention(2, 1, add_zero_attn=True)
         (lambda x: F.one_hot(x.long()), "give num_classes"),
         (lambda x: torch.ops.aten.normal_(x), "normal_ draws"),
         (lambda x: torch.embedding_bag(x[0], x[0, 0].long(), x[0, 0].long()), "average rows of nn.Embedding"),
-        (
-            lambda x: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(x, x, x),
-            "has no second deriv",
-        ),
         (lambda x: x.requires_grad_(), "use torch.func.grad"),
         (lambda x: torch.autograd.grad(x.sum(), x), "use torch.func.grad"),
         (lambda x: torch.autograd.functional.jacobian(torch.sin, x), "use torch.func.grad"),

@@ -32,7 +32,6 @@ from torch.nn import functional as F
 
 from common.batch import TaskBatch
 from common.task import Extras, Task
-from learners.batch_norm import BatchNorm
 from learners.computed_heads import LOG_LAMBDA, SCALE, initial_ridge, ridge
 from learners.losses import cross_entropy
 from learners.reading import Reading
@@ -232,7 +231,7 @@ def test_tasks_one_after_another_and_in_chunks_give_the_same(init):
 
 
 def test_prototypes_under_running_statistics_do_not_depend_on_the_other_classes():
-    module = classifier(3, BatchNorm(4).double())
+    module = classifier(3, nn.BatchNorm1d(4).double())
     maml = build(module, "prototype", batch_norm="per-step")
     parameters, task = maml.initial_parameters(), tasks_of(labelled())[0]
     others = torch.where(task.support_y[:, None] == 0, task.support_x, task.support_x + 1)

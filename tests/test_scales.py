@@ -69,10 +69,10 @@ def test_a_scale_is_exact_for_any_size_and_is_undone():
     values = torch.tensor([[1e300, 3.0], [-1e300, 3.0]], dtype=torch.float64)
     scale = measure_scale(values)
     assert scale.tolist() == [[0, 3], [1e300, 1]]
-    scaled = apply_scale(values, {"input": scale}, "input")
+    scaled = apply_scale(values, {"input": scale}, "input", "")
     assert scaled.tolist() == [[1, 0], [-1, 0]]
     assert torch.equal(undo_scale(scaled, {"input": scale}, "input"), values)
-    assert apply_scale(values, {}, "input") is values
+    assert apply_scale(values, {}, "input", "") is values
 
 
 def test_targets_are_left_alone_where_another_loss_may_need_them(tmp_path, capsys):

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from common.errors import UsageError
 from common.files import read_json
+from common.options import list_names
 
 LAST = "last.pt"
 BEST = "best.pt"
@@ -29,7 +30,6 @@ SETTINGS = "settings.toml"
 LIST = "runs.json"
 LOCK = ".lock"
 PATIENCE = 2.0  # seconds in which a killed process is gone
-MOST_NAMED = 5  # runs in a message
 
 
 @contextmanager
@@ -92,8 +92,7 @@ def find_checkpoint(path: Path, *names: str) -> Path:
         raise UsageError(f"{path}: there is no such checkpoint or folder; --list shows all runs")
     inside = sorted(part.name for part in path.iterdir() if is_run(part))
     if inside:
-        more = f" and {len(inside) - MOST_NAMED} more" if len(inside) > MOST_NAMED else ""
-        runs = ", ".join(inside[:MOST_NAMED]) + more
+        runs = list_names(inside)
         raise UsageError(f"{path} is no run, but has some: {runs}; name one, such as {path / inside[0]}")
     raise UsageError(f"{path} has no checkpoint, neither {LAST} nor {BEST}, and no runs below")
 

@@ -10,31 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
+
+from matplotlib.figure import Figure
 
 from common.files import write_whole
 from evaluation.style import render
 from training.tensorboard import Description, EventFile
 from training.trackers import Tracker
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-
-class Sink(Protocol):
-    """A destination of a log, to which things are added by tag and iteration."""
-
-    def scalars(self, values: Mapping[str, float], iteration: int) -> None: ...
-
-    def text(self, tag: str, text: str, iteration: int) -> None: ...
-
-    def image(self, tag: str, png: bytes, iteration: int) -> None: ...
-
-    def table(self, tag: str, rows: Sequence[Mapping[str, Any]], iteration: int) -> None: ...
-
-    def sync(self) -> None: ...
-
-    def close(self, *, ended_at: int | None) -> None: ...
 
 
 class RunLog:
@@ -56,7 +39,7 @@ class RunLog:
         *,
         begin_at: int | None = 0,
     ) -> None:
-        self.sinks: list[Sink] = [
+        self.sinks: list[EventFile | Tracker] = [
             EventFile(folder, description, begin_at=begin_at)
             if name == "tensorboard"
             else Tracker(name, folder, description.settings if description else {}, begin_at=begin_at)

@@ -43,11 +43,7 @@ def run_as_is(function: Callable[..., Any], options: dict[str, Any] | None = Non
 
 
 def make_meta_gradient(
-    maml: MAML,
-    *,
-    engine: str = "unrolled",
-    accelerate: Accelerate = run_as_is,
-    in_transform: bool = False,
+    maml: MAML, *, engine: str = "unrolled", accelerate: Accelerate = run_as_is, in_transform: bool = False
 ) -> Callable[..., MetaGradient]:
     """Return the meta-gradient of the algorithm's choices, to be called like `MAML.meta_gradient`.
 

@@ -117,11 +117,7 @@ class Run:
         self.log.scalars(scalars, self.iteration)
 
     def validate(
-        self,
-        maml: MAML,
-        distribution: TaskDistribution,
-        world: World,
-        interrupted: Callable[[], bool],
+        self, maml: MAML, distribution: TaskDistribution, world: World, interrupted: Callable[[], bool]
     ) -> bool:
         """Measure validation tasks, add a point to the curves, and return whether it is the best so far."""
         norm = self.choices.query_norm

@@ -67,7 +67,7 @@ class Description:
 
 
 class EventFile:
-    """A run's log as an event file in its folder; see `training.log.Sink`.
+    """A run's log as an event file in its folder; see `RunLog`.
 
     Args:
         folder, begin_at: see `RunLog`.

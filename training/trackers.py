@@ -28,7 +28,7 @@ Opened = tuple[Any, Any, Callable[[Values, int], None]]
 
 
 class Tracker:
-    """A run in a tracker; see `training.log.Sink`.
+    """A run in a tracker; see `RunLog`.
 
     Points are held back until a checkpoint has them, and the last one that was sent is noted: a resumed run
     repeats what a killed one did after its last checkpoint, and sends nothing twice. A tracker that fails
