@@ -4,8 +4,9 @@ import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 
 import numpy as np
 import pytest
@@ -17,6 +18,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 SHARES = {"train": 64, "validation": 16, "test": 20}
+
+DRAWING = (
+    *("training.run.Run.draw_examples", "training.run.learning_figure", "commands.sweep.learning_figure"),
+    *("commands.evaluate.results_figure", "commands.evaluate.examples_figure"),
+    *("commands.baselines.results_figure", "commands.compare.comparison_figure"),
+    "commands.adapt.predictions_figure",
+)
 
 LONG_FILES = ("test_world.py", "test_sweep.py", "test_compiler.py", "test_learners.py", "test_runs.py")
 
@@ -53,6 +61,29 @@ def icons_root(tmp_path_factory) -> Path:
                 if drawn.returncode:
                     (pytest.skip if reason.startswith(("npm ", "resvg-py ")) else pytest.fail)(reason)
     return root
+
+
+@pytest.fixture(scope="session", autouse=True)
+def drawing() -> Iterator[dict[str, Callable]]:
+    """Validate on four tasks and draw empty pictures, which is most of a short run; yield what draws.
+
+    Commands in other processes do as they are told.
+    """
+    from training.options import TrainingOptions
+
+    real = {name: resolve_name(name) for name in DRAWING}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TrainingOptions.__init__.__kwdefaults__, "val_tasks", 4)
+        for name in real:
+            patch.setattr(name, lambda *_, **__: Figure(figsize=(1, 1)))
+        yield real
+
+
+@pytest.fixture
+def pictures(drawing, monkeypatch) -> None:
+    """Draw real pictures."""
+    for name, draw in drawing.items():
+        monkeypatch.setattr(name, draw)
 
 
 @pytest.fixture(autouse=True)
@@ -127,18 +158,6 @@ def user_cache(tmp_path_factory, monkeypatch) -> Path:
     folder = tmp_path_factory.mktemp("user-cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     return folder
-
-
-def draw_nothing(patch: pytest.MonkeyPatch) -> None:
-    """Draw no pictures: they take longer than a short run, and have tests of their own."""
-    patch.setattr("training.run.Run.draw_examples", lambda *_: None)
-    for module in ("training.run", "commands.sweep"):
-        patch.setattr(f"{module}.learning_figure", lambda *_, **__: Figure(figsize=(1, 1)))
-
-
-@pytest.fixture
-def no_pictures(monkeypatch) -> None:
-    draw_nothing(monkeypatch)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
-"""Helpers of the tests that train: run a command line in this process, read curves, compare two runs."""
+"""Helpers of the tests that train: run a command line in this process, read its files, compare two runs."""
 
+import csv
 import signal
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import torch
 import main
 from training.checkpoint import load_checkpoint
 from training.folders import BEST, LAST
-from training.options import TrainingOptions
 from training.trainer import Trainer
 
 
@@ -18,9 +18,15 @@ def command(*arguments: object) -> int:
     return main.main([str(argument) for argument in arguments])
 
 
-def validate_on(tasks: int, patch: pytest.MonkeyPatch) -> None:
-    """Change the default of --val-tasks."""
-    patch.setitem(TrainingOptions.__init__.__kwdefaults__, "val_tasks", tasks)
+def train(run: Path, *flags: object) -> Path:
+    """Train into that folder, and return it."""
+    assert command(*flags, "--checkpoint-path", run.parent, "--run-name", run.name) == 0
+    return run
+
+
+def read_csv(path: Path) -> list[list[str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.reader(file))
 
 
 def curves(folder: Path) -> dict[str, list[int]]:

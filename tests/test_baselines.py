@@ -2,11 +2,10 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from runs import command, stop_at, validate_on
+from runs import command, stop_at, train
 
 from commands import baselines
 from commands.call import Call
@@ -21,20 +20,15 @@ SHORT += ["--meta-batch-size", 2, "--compile", "off"]
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch, no_pictures):
+def _quick(monkeypatch):
     monkeypatch.setattr(baselines, "RATE_TASKS", {False: 20, True: 20})
     monkeypatch.setattr(baselines, "WINDOW", 30)
     monkeypatch.setattr(baselines, "RATES", {"sgd": (0.01, 0.1), "adam": (0.001, 0.01)})
-    validate_on(4, monkeypatch)
 
 
-def train(folder: Path, name: str, *flags: object) -> Path:
-    assert command(*SHORT, *flags, "--checkpoint-path", folder, "--run-name", name) == 0
-    return folder / name / "last.pt"
-
-
-def test_all_baselines_are_measured_with_a_checkpoint_and_trained_once(tmp_path, capsys):
-    last = train(tmp_path, "run", "--iterations", 70, "--log-every", 10, "--val-every", 70)
+def test_all_baselines_are_measured_with_a_checkpoint_and_trained_once(tmp_path, capsys, pictures):
+    flags = ["--iterations", 70, "--log-every", 10, "--val-every", 70]
+    last = train(tmp_path / "run", *SHORT, *flags) / "last.pt"
     line = ["--eval", "--baselines", "--load", last, "--eval-tasks", 20, "--eval-steps", 3]
     assert command(*line) == 0
     output = capsys.readouterr().out
@@ -77,7 +71,7 @@ def scratch_loss_by_hand(iterations: int) -> float:
 
 
 def test_the_rate_of_a_baseline_is_the_best_on_validation_tasks(tmp_path, monkeypatch):
-    saved = config_of(load_checkpoint(train(tmp_path, "run")).settings, None)
+    saved = config_of(load_checkpoint(train(tmp_path / "run", *SHORT) / "last.pt").settings, None)
     tested = []
 
     def evaluate(maml, parameters, *, distribution, split, tasks, steps, normalisations, world):
@@ -102,7 +96,7 @@ def test_the_rate_of_a_baseline_is_the_best_on_validation_tasks(tmp_path, monkey
 
 
 def test_a_stopped_baseline_is_resumed_and_follows_a_longer_run(tmp_path, monkeypatch, capsys, refuse):
-    last = train(tmp_path, "run")
+    last = train(tmp_path / "run", *SHORT) / "last.pt"
     pretrained = tmp_path / "run" / "baselines" / "pretrained" / "last.pt"
     line = ["--eval", "--baselines", "--load", last, "--eval-tasks", 5]
     with monkeypatch.context() as patch:
@@ -116,7 +110,7 @@ def test_a_stopped_baseline_is_resumed_and_follows_a_longer_run(tmp_path, monkey
     assert command(*line, "--precision", "float64") == 0
     again = load_checkpoint(pretrained)
     assert again.iteration == 15 and all(w.dtype == torch.float32 for w in again.parameters.values())
-    other = train(tmp_path, "other", "--seed", 1)
+    other = train(tmp_path / "other", *SHORT, "--seed", 1) / "last.pt"
     (tmp_path / "run" / "baselines").rename(tmp_path / "other" / "baselines")
     line = refuse("--eval", "--baselines", "--load", other, "--eval-tasks", 5)
     assert "--seed 1 disagrees with the checkpoint" in line

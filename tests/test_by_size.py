@@ -51,7 +51,7 @@ def test_a_task_that_has_diverged_among_all_has_diverged_among_those_of_its_size
     assert whole.diverged("transductive")[:, 1].tolist() == [False, False, False, True, False]
 
 
-def test_an_evaluation_on_ranges_is_reported_by_size(tmp_path, capsys, no_pictures):
+def test_an_evaluation_on_ranges_is_reported_by_size(tmp_path, capsys):
     line = ["--iterations", 2, "--val-tasks", 2, "--threads", 1, "--checkpoint-path", tmp_path]
     assert command("-k", "1-3", *line, "--run-name", "r") == 0
     capsys.readouterr()

@@ -107,10 +107,10 @@ def test_code_in_a_file_is_refused_and_never_run(tmp_path):
     assert not victim.exists()
 
 
-@pytest.mark.parametrize("part", [0, 10, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("part", [0, 0.999])
 def test_a_truncated_file_is_one_line_and_exit_code_2(saved, part, refuse):
     content = saved.read_bytes()
-    saved.write_bytes(content[: part if isinstance(part, int) else int(part * len(content))])
+    saved.write_bytes(content[: int(part * len(content))])
     for flags in (["--eval"], []):
         assert "is truncated: it ends after" in refuse(*flags, "--load", saved)
 

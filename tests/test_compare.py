@@ -5,18 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import draw_nothing, write_classes
-from matplotlib.figure import Figure
-from runs import command, validate_on
+from conftest import write_classes
+from runs import command
 
 from commands.call import Call
 from commands.evaluate import Subject
 from training.checkpoint import load_checkpoint
 from training.folders import lock_folder
 
+CHOSEN_BY = 4  # validation tasks of a run
 TINY = ["-k", 3, "-q", 4, "--meta-batch-size", 2, "--iterations", 6, "--val-every", 2, "--threads", 1]
 TINY += ["--eval-tasks", 12, "--eval-steps", 3, "--compile", "off", "--precision", "float64"]
-CHOSEN_BY = 4  # validation tasks of a run
+TINY += ["--val-tasks", CHOSEN_BY]
 DIGITS = 1e-6  # relative: files have seven
 
 
@@ -24,9 +24,6 @@ DIGITS = 1e-6  # relative: files have seven
 def place(tmp_path_factory):
     """Make a folder of trained runs."""
     folder = tmp_path_factory.mktemp("runs")
-    patch = pytest.MonkeyPatch()
-    validate_on(CHOSEN_BY, patch)
-    draw_nothing(patch)
 
     def train(name: str, *flags: object) -> None:
         assert command(*TINY, "--checkpoint-path", folder, "--run-name", name, *flags) == 0
@@ -38,7 +35,7 @@ def place(tmp_path_factory):
     train("huber", "--loss", "huber")
     train("grid", "--seeds", "0-2", "--sweep", "inner-lr=0.001,0.1")
     train("seeds", "--seeds", "1-3", "--init", "torch")
-    train("late", "--seeds", "7,8")
+    train("late", "--seeds", "7")
     write_classes(folder / "images", 12, 7)
     data = ["--dataset", f"images:{folder / 'images'}", "--image-size", 6, "--channels", 1, "-n", 2]
     train("fc", *data, "--learner", "fc")
@@ -46,15 +43,13 @@ def place(tmp_path_factory):
     (folder / "own.py").write_text(code)
     own = ["--loss", f"{folder / 'own.py'}:own", "--outputs", "numbers"]
     train("numbers", *data, "--learner", "fc", *own)
-    yield folder
-    patch.undo()
+    return folder
 
 
 @pytest.fixture
 def compare(place, tmp_path, capsys, monkeypatch):
     """Compare runs of the folder; return the record, and what was printed."""
     monkeypatch.chdir(place)
-    monkeypatch.setattr("commands.compare.comparison_figure", lambda *_: Figure(figsize=(3, 3)))
 
     def compared(*arguments: object) -> tuple[dict, str]:
         capsys.readouterr()
@@ -139,7 +134,9 @@ def test_best_is_measured_and_curves_cover_the_whole_run(compare, place):
 # ---- names and files -----------------------------------------------------------------------------
 
 
-def test_sides_are_named_after_their_path_and_setting_and_results_lie_next_to_the_first(place, monkeypatch):
+def test_sides_are_named_after_their_path_and_setting_and_results_lie_next_to_the_first(
+    place, monkeypatch, pictures
+):
     monkeypatch.chdir(place)
     line = ["maml", "grid/inner-lr-0.1_seed-0", "maml/last.pt", "grid", "--eval-tasks", 3]
     assert command("--compare", *line) == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from runs import command, validate_on
+from runs import command
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -67,8 +67,7 @@ def test_a_recorded_graph_gives_the_bits_of_kernels_launched_one_by_one(kind, en
 
 
 @pytest.mark.parametrize("kind", TASKS)
-def test_a_run_of_the_gpu_is_evaluated_on_the_cpu(kind, flags_of, tmp_path, monkeypatch):
-    validate_on(4, monkeypatch)
+def test_a_run_of_the_gpu_is_evaluated_on_the_cpu(kind, flags_of, tmp_path):
     line = [*flags_of(kind), "--device", GPU, "--iterations", 8, "--val-every", 4]
     assert command(*line, "--checkpoint-path", tmp_path, "--run-name", "run") == 0
     losses = {}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from runs import assert_same_bits, command, validate_on
+from runs import assert_same_bits, command
 
 from training import trainer
 from training.checkpoint import load_checkpoint
@@ -24,7 +24,6 @@ def net(outputs):
 
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch):
-    validate_on(4, monkeypatch)
     monkeypatch.setattr(trainer, "UNCOMPILED", {False: 1, True: 1})
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     yield
@@ -39,12 +38,15 @@ def _as_before(monkeypatch):
     ],
     ids=["uncompiled", "compiled"],
 )
-def test_the_same_command_gives_the_same_bits(way, tmp_path):
+def test_the_same_command_gives_the_same_bits_and_resuming_without_it_is_said(way, tmp_path, capsys):
     for name in ("a", "b"):
         assert command(*SMALL, *way, "--checkpoint-path", tmp_path, "--run-name", name) == 0
     a, b = (load_checkpoint(tmp_path / name / LAST) for name in ("a", "b"))
     assert a.settings["compile"] == way[1] and a.computed_by["deterministic"] == "yes"
     assert_same_bits(a.parameters | a.progress, b.parameters | b.progress)
+    if way[1] == "off":
+        assert command("--load", tmp_path / "a" / LAST, "--iterations", 9) == 0
+        assert "deterministic yes, now no" in capsys.readouterr().out
 
 
 def test_an_operator_without_a_deterministic_form_is_refused_in_one_line(tmp_path, refuse):
@@ -54,10 +56,3 @@ def test_an_operator_without_a_deterministic_form_is_refused_in_one_line(tmp_pat
     assert "--deterministic: the operator put_ has no deterministic form" in refuse(*SMALL, *flags)
     assert not (tmp_path / "runs").exists()
     assert command(*SMALL[:-1], *flags) == 0  # without the flag it trains
-
-
-def test_a_run_that_is_resumed_without_it_says_so(tmp_path, capsys):
-    flags = ["--compile", "off", "--checkpoint-path", tmp_path, "--run-name", "a"]
-    assert command(*SMALL, *flags) == 0
-    assert command("--load", tmp_path / "a" / LAST, "--iterations", 9) == 0
-    assert "deterministic yes, now no" in capsys.readouterr().out

@@ -66,7 +66,7 @@ def test_a_precision_that_saves_no_time_is_said(monkeypatch):
         warn_if_not_faster("bf16-products")
 
 
-def test_products_are_rounded_on_request_where_the_library_does(monkeypatch):
+def test_products_are_rounded_on_request_where_the_library_does():
     choose_products(CPU, "bf16-products", small_tensors=False)
     assert torch.get_float32_matmul_precision() == "medium"
     choose_products(CPU, "float64", small_tensors=False)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import read_table, task_options, write_classes
-from runs import assert_same_run, command, stop_at
+from runs import command
 from test_image_tasks import image_set, on_the_host
 from test_tables import numbered, write
 
@@ -188,31 +188,7 @@ def test_a_wrong_mask_is_refused(broken, message, tmp_path):
 # ---- runs ----------------------------------------------------------------------------------------
 
 
-def test_a_run_on_ranges_resumes_to_the_same_bits(tmp_path, monkeypatch, no_pictures):
-    line = [
-        "-k",
-        "1-6",
-        "-q",
-        "2-5",
-        "--iterations",
-        12,
-        "--val-every",
-        6,
-        "--save-every",
-        6,
-        "--log-every",
-        3,
-    ]
-    line += [*SHORT, "--checkpoint-path", tmp_path]
-    assert command(*line, "--run-name", "whole") == 0
-    with monkeypatch.context() as patch:
-        stop_at(8, patch)
-        assert command(*line, "--run-name", "cut") == 130
-    assert command("--load", tmp_path / "cut", "--threads", 1) == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
-
-
-def test_a_head_that_learned_a_range_serves_fewer_classes_by_its_first_scores(tmp_path, refuse, no_pictures):
+def test_a_head_that_learned_a_range_serves_fewer_classes_by_its_first_scores(tmp_path, refuse):
     write_classes(tmp_path / "classes", 40, 2)
     data = ["--dataset", f"images:{tmp_path / 'classes'}", "--image-size", 8, "--channels", 1, "-q", 1]
     line = [*data, "-n", "2-4", "-k", 1, "-s", 1, "--learner", "fc", "--iterations", 1, *SHORT]
@@ -252,14 +228,13 @@ def mean(outputs, targets):
 @pytest.mark.parametrize(
     ("learner", "loss", "is_noticed"),
     [
-        ("plain", "mean", False),
         ("normalised", "mean", False),
         ("mixing", "mean", True),
         ("plain", "worst", True),
     ],
 )
 def test_own_code_that_would_notice_padding_gets_tasks_without_it(
-    learner, loss, is_noticed, tmp_path, capsys, monkeypatch, no_pictures
+    learner, loss, is_noticed, tmp_path, capsys
 ):
     file = tmp_path / "own.py"
     file.write_text(LEARNER)

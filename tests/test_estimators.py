@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, draw_nothing
+from conftest import ROOT
 from PIL import Image
-from runs import command, validate_on
+from runs import command
 
 from commands.estimators import FewShotClassifier, FewShotRegressor
 from common.device import _INITIAL_THREADS
@@ -62,12 +62,9 @@ def runs(tmp_path_factory) -> Path:
         "ridge": [*numbers, "--algorithm", "r2d2"],
         "ridge-classes": [*classes, "--head-init", "ridge"],
     }
-    with pytest.MonkeyPatch.context() as patch:
-        validate_on(2, patch)
-        draw_nothing(patch)
-        for run, flags in settings.items():
-            steps = [] if run == "ridge" else ["--test-steps", 2]
-            assert command(*SHORT, *table, "--run-name", run, *flags, *steps) == 0
+    for run, flags in settings.items():
+        steps = [] if run == "ridge" else ["--test-steps", 2]
+        assert command(*SHORT, *table, "--run-name", run, *flags, *steps) == 0
     return folder
 
 
@@ -169,8 +166,6 @@ def test_what_does_not_fit_is_one_value_error(runs, tmp_path):
         (lambda: FewShotClassifier.load(CURVES), "has learned regression: take FewShotRegressor"),
         (lambda: FewShotRegressor.load(classes), "has learned classes: take FewShotClassifier"),
         (lambda: FewShotRegressor.load(CURVES, steps=3), "no setting 'steps': test_steps, batch_norm, "),
-        (lambda: FewShotRegressor.load(CURVES, test_step=3), "'test_step': did you mean test_steps?"),
-        (lambda: FewShotRegressor.load(CURVES, test_steps=-1), "test_steps should be a whole number of at"),
         (lambda: FewShotRegressor.load(CURVES, invert=True), "--invert has no meaning with --dataset"),
         (lambda: FewShotRegressor(CURVES).predict(X), "call fit with a few examples first"),
         (lambda: FewShotRegressor(CURVES).fit(X, Y[:, 0]), "x (9, 2) and y (9, 1): "),
@@ -186,15 +181,10 @@ def test_what_does_not_fit_is_one_value_error(runs, tmp_path):
         (lambda: FewShotClassifier(classes).fit(X[:3], [1, 2, 3]), "3 classes, and the checkpoint learned 2"),
         (lambda: FewShotClassifier(classes).fit(X[:2], [1, 1]), "y has one class"),
         (lambda: FewShotClassifier(classes).fit(X[:2], [1.5, 2]), "y has decimals or NaN: give labels"),
-        (lambda: FewShotClassifier(classes).fit(X[:2], ["a"]), "give a label for each of the 2 examples"),
         (lambda: FewShotClassifier(characters).fit(images[:, None, None], two), "give images [n, height, w"),
         (
             lambda: FewShotClassifier(characters).fit(images + 300.0, two),
             "values from 300 to 300: give whole",
-        ),
-        (
-            lambda: FewShotClassifier(characters).fit(images + 1, two),
-            "values from 1 to 1: give whole numbers",
         ),
     ]
     for call, expected in cases:

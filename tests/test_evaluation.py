@@ -125,12 +125,8 @@ def test_examples_are_the_tasks_that_are_measured_and_curves_have_a_dense_grid()
     assert curves.steps == [0, 1, 3] and curves.outputs.shape == (3, 3, 200, 1)
     assert torch.equal(curves.batch.support_x, source.sample("test", meta_test.SEED, 0, range(3)).support_x)
     flat = MAML(nn.Sequential(nn.Linear(1, 1), nn.Flatten(0)), F.mse_loss, Choices(inner_lr=0.01))
-    assert adapt_examples(flat, flat.initial_parameters(), Flat(5, 10), "test", {1}).outputs.shape == (
-        3,
-        2,
-        200,
-        1,
-    )
+    flat_curves = adapt_examples(flat, flat.initial_parameters(), Flat(5, 10), "test", {1})
+    assert flat_curves.outputs.shape == (3, 2, 200, 1)
     maml = classifier()
     images = adapt_examples(maml, maml.initial_parameters(), Blobs(), "test", {2})
     figure = examples_figure(images, "tasks")

@@ -1,6 +1,5 @@
 """Weights for other programs: the page's code in plain PyTorch predicts what --adapt does."""
 
-import csv
 import shlex
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, write_classes
-from runs import command, validate_on
+from runs import command, read_csv
 from test_readme import blocks, command_lines
 
 from training.checkpoint import load_checkpoint
@@ -20,16 +19,13 @@ SHORT = ["--iterations", 3, "--val-every", 3, "--meta-batch-size", 2]
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch, no_pictures, tmp_path):
-    validate_on(2, monkeypatch)
-    monkeypatch.setattr("commands.adapt.write_figure", lambda *_: None)
+def _in_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
 def columns_of(file: str, first: int) -> torch.Tensor:
     """Return the predictions in a file, from a column on."""
-    with Path(file).open() as text:
-        return torch.tensor([[float(cell) for cell in row[first:]] for row in [*csv.reader(text)][1:]])
+    return torch.tensor([[float(cell) for cell in row[first:]] for row in read_csv(Path(file))[1:]])
 
 
 def test_the_pages_code_predicts_what_adapt_does():

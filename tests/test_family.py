@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import write_classes
-from runs import assert_same_run, command, curves, stop_at, validate_on
+from runs import assert_same_run, command, curves, stop_at
 
 from commands.presets import ALGORITHMS
 from common.random import minibatch_order, task_stream
@@ -15,7 +15,8 @@ from training.checkpoint import load_checkpoint, save_checkpoints
 SHORT = ["--iterations", 12, "--log-every", 2, "--val-every", 6, "--save-every", 100, "-k", 4, "--threads", 1]
 SHORT += ["--meta-batch-size", 2]
 RUNS: dict[str, list] = {
-    "fomaml": ["-s", 2, "--inner-optimizer", "momentum"],
+    "fomaml": ["-s", 2, "--inner-optimizer", "momentum", "-k", "1-6", "-q", "2-5"],
+    "meta-sgd": ["--dataset", "sinusoid", "harmonic", "--mix", "1,3"],
     "anil": ["--inner-rates", "element", "--inner-clip", 1.0],
     "boil": ["--head", "2,4"],
     "reptile": ["--inner-batch", 3, "--eval-inner-batch", 2, "--inner-optimizer", "adam"],
@@ -26,11 +27,6 @@ RUNS: dict[str, list] = {
     "protonet": ["--learner", "fc", "-n", 2, "-k", 1, "-q", 1, "--loss-args", "label_smoothing=0.2"],
     "pretrain": ["--oracle", "--eval-inner-batch", 3],
 }
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch, no_pictures):
-    validate_on(4, monkeypatch)
 
 
 @pytest.fixture
@@ -53,7 +49,7 @@ def test_every_algorithm_is_resumed_exactly_learns_and_is_evaluated(
 ):
     line = flags(algorithm)
     assert command(*line, "--run-name", "whole") == 0
-    for iteration in (4, 6):  # half way, MAML++ becomes exact
+    for iteration in (4, 6) if algorithm == "maml++" else (5,):  # half way, MAML++ becomes exact
         with monkeypatch.context() as patch:
             stop_at(iteration, patch)
             assert command(*line, "--run-name", "parts", "--resume") == 130

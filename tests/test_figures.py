@@ -217,7 +217,7 @@ def test_a_task_sheet_marks_each_label_by_more_than_colour():
     assert panel.get_title(loc="left") == "correct: 0 of 3"
 
 
-@pytest.mark.parametrize(("ways", "shots"), [(2, 1), (5, 1), (20, 5)])
+@pytest.mark.parametrize(("ways", "shots"), [(2, 1), (20, 5)])
 def test_nothing_of_a_sheet_is_clipped_or_covered(ways, shots):
     figure = sheet(ways, shots, 3)
     style.render(figure)
@@ -273,13 +273,13 @@ def test_dense_outputs_are_drawn_below_the_images_unless_there_are_classes():
 # ---- what a run writes ----------------------------------------------------------------------
 
 
-def test_pictures_of_a_resumed_run_are_the_uninterrupted_runs_bits(tmp_path):
+def test_pictures_of_a_resumed_run_are_the_uninterrupted_runs_bits(tmp_path, pictures):
     flags = ["--iterations", "8", "--log-every", "3", "--val-every", "4", "--meta-batch-size", "2"]
     flags += ["--checkpoint-path", str(tmp_path), "--compile", "off", "--run-name"]
     assert main.main([*flags, "whole"]) == 0
     assert main.main([*flags, "resumed", "--iterations", "4"]) == 0
     assert main.main(["--load", str(tmp_path / "resumed" / LAST), "--iterations", "8"]) == 0
-    pictures = sorted(path.name for path in (tmp_path / "whole").glob("*.png"))
-    assert pictures == ["examples.png", "training.png"]
-    for name in pictures:
+    names = sorted(path.name for path in (tmp_path / "whole").glob("*.png"))
+    assert names == ["examples.png", "training.png"]
+    for name in names:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes(), name

@@ -10,6 +10,7 @@ from common.errors import UsageError
 from tasks.image_tasks import ImageTasks
 from tasks.images import ImageSet, open_images
 from tasks.pixels import Form
+from tasks.splits import part_hinted, split_of
 
 FOR_TEST = {"train": 0, "validation": 0, "test": 1}
 
@@ -32,8 +33,13 @@ meta-train meta-val meta-test, metatrain metaval metatest, Meta_Training Meta_Va
 train2017 val2017 test2017, train_images val_images test_images, trainset devset testset"""
 
 
-@pytest.mark.parametrize("names", USUAL.split(","))
-def test_usual_names_of_splits_are_followed(names, tmp_path):
+def test_usual_names_of_splits_are_known():
+    for names in USUAL.split(","):
+        assert [split_of(name) for name in names.split()] == ["train", "validation", "test"], names
+
+
+@pytest.mark.parametrize("names", ["TRAIN VALID TEST", "base val novel"])
+def test_folders_with_names_of_splits_are_followed(names, tmp_path):
     make(tmp_path, *names.split())
     images = opened(tmp_path)
     expected = {split: [f"n{i}_00", f"n{i}_01"] for i, split in enumerate(("train", "validation", "test"))}
@@ -71,18 +77,12 @@ def test_classes_may_be_called_like_splits_and_nest(tmp_path):
 REFUSED = {
     "train Training test": "Training/ and train/ may both hold train classes",
     "train test my_test_2": "my_test_2/ looks like part of a split",
-    "cub_train_a cub_test_a": "cub_test_a/ looks like part of a split",
-    "tr va te": "te/ looks like part of a split",
     "fold0 fold1 fold2": "fold0/ looks like part of a split",
-    "support query": "query/ looks like part of a split",
-    "train vald test": "vald/ looks like part of a split",
-    "Training Validierung Test": "Validierung/ looks like part of a split",
     "train tuning test": "test/, train/ looks like a split, and tuning/ does not",
     "train Greek Latin": "train/ looks like a split",
     "val test": "val/, test/ and no training classes",
     "data/train data/test": "/data: test/, train/ look like a split: give images:",
     "data/tr data/te": "/data: te/, tr/ look like a split",
-    "cat/train cat/test": "/cat: test/, train/ look like a split",
     "train/support train/query test/support": "/train: query/, support/ look like a split",
 }
 
@@ -144,6 +144,11 @@ def test_what_looks_like_a_split_and_is_none_is_refused(case, tmp_path):
     with pytest.raises(UsageError, match=message) as raised:
         opened(tmp_path / "data")
     assert "\n" not in str(raised.value)
+
+
+def test_names_that_only_hint_at_a_part_of_a_split_are_known():
+    names = ("cub_test_a", "tr", "va", "te", "fold0", "support", "query", "vald", "Validierung")
+    assert all(map(part_hinted, names)) and not any(map(split_of, names))
 
 
 def test_a_folder_of_test_classes_serves_for_a_test(tmp_path):

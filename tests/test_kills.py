@@ -14,10 +14,7 @@ from training.folders import LAST, RESULTS
 from training.log import RunLog
 
 SHORT = ["--iterations", 60, "--log-every", 10, "--val-every", 25, "--save-every", 20]
-SHORT += ["--meta-batch-size", 4, "-k", 3, "-q", 3, "--compile", "off"]
-
-
-pytestmark = pytest.mark.usefixtures("no_pictures")
+SHORT += ["--meta-batch-size", 4, "-k", 3, "-q", 3, "--compile", "off", "--val-tasks", 4]
 
 
 @pytest.fixture

@@ -179,18 +179,9 @@ def test_a_constant_in_the_loss_is_one_in_every_derivative():
 
 @pytest.mark.parametrize("adapt_norm", [True, False])
 def test_transductive_and_inductive_predictions_match_a_plain_loop(adapt_norm):
-    module = filled(
-        nn.Sequential(
-            nn.Conv2d(2, 3, 3, padding=1),
-            nn.BatchNorm2d(3),
-            nn.Tanh(),
-            nn.Conv2d(3, 4, 3),
-            nn.BatchNorm2d(4, eps=1e-2),
-            nn.Tanh(),
-            nn.Flatten(),
-            nn.Linear(16, 2),
-        )
-    )
+    parts = [nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Tanh()]
+    parts += [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=1e-2), nn.Tanh(), nn.Flatten(), nn.Linear(16, 2)]
+    module = filled(nn.Sequential(*parts))
     maml = algorithm(module, adapt_norm=adapt_norm)
     adapted = [n for n in maml.initial_parameters() if adapt_norm or n.split(".")[0] not in ("1", "4")]
     both = maml.predictions(maml.initial_parameters(), images(), STEPS, ("transductive", "inductive"))

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from runs import command, stop_at, validate_on
+from runs import command, stop_at, train
 
 from commands.runs import ListedRun, sort_runs
 from evaluation.ledger import RESULTS, SAME, add_result, read_results
@@ -15,17 +15,6 @@ from training.folders import BEST, LAST
 
 SHORT = ["--iterations", 8, "--val-every", 4, "--meta-batch-size", 2, "--compile", "off"]
 TEST = ["--eval", "--eval-tasks", 4, "--eval-steps", 2]
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch, no_pictures):
-    validate_on(4, monkeypatch)
-    monkeypatch.setattr("commands.build.write_figure", lambda *_: None)
-
-
-def train(folder: Path, name: str, *flags: object) -> Path:
-    assert command(*SHORT, *flags, "--checkpoint-path", folder, "--run-name", name) == 0
-    return folder / name
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:
@@ -38,15 +27,11 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
 
 
 def test_an_evaluation_is_a_row_which_its_repetition_replaces(tmp_path):
-    run = train(tmp_path, "run")
+    run = train(tmp_path / "run", *SHORT)
     assert command(*TEST, "--load", run) == 0
     (first,) = rows_of(tmp_path)
-    assert (first["checkpoint"], first["measure"], first["tasks"], first["shots"]) == (
-        "run/best.pt",
-        "MSE",
-        "4",
-        "10",
-    )
+    numbers = [first[name] for name in ("checkpoint", "measure", "tasks", "shots")]
+    assert numbers == ["run/best.pt", "MSE", "4", "10"]
     assert float(first["result"]) > 0 and float(first["interval_95"]) > 0
     assert command(*TEST, "--load", run, "-k", 5) == 0
     assert command(*TEST, "--load", run, "--test-steps", 2) == 0
@@ -61,7 +46,7 @@ def test_an_evaluation_is_a_row_which_its_repetition_replaces(tmp_path):
 
 
 def test_rows_are_written_where_the_runs_are_or_in_out(tmp_path, monkeypatch):
-    train(tmp_path / "a", "many", "--seeds", "0-1")
+    train(tmp_path / "a" / "many", *SHORT, "--seeds", "0-1")
     assert command(*TEST, "--load", tmp_path / "a" / "many") == 0
     checkpoints = [row["checkpoint"] for row in rows_of(tmp_path / "a")]
     assert checkpoints == ["many/seed-0/best.pt", "many/seed-1/best.pt"]
@@ -86,8 +71,8 @@ def test_evaluations_at_once_lose_no_row(tmp_path):
 
 
 def test_runs_are_listed_with_their_results_and_sorted_by_them(tmp_path, capsys):
-    good = train(tmp_path, "good", "--inner-lr", 0.01)
-    train(tmp_path, "grid", "--sweep", "meta-lr=0.1,0.001")
+    good = train(tmp_path / "good", *SHORT, "--inner-lr", 0.01)
+    train(tmp_path / "grid", *SHORT, "--sweep", "meta-lr=0.1,0.001")
     with pytest.MonkeyPatch.context() as patch:
         stop_at(5, patch)
         assert command(*SHORT, "--checkpoint-path", tmp_path, "--run-name", "stopped") == 130
@@ -117,7 +102,7 @@ def test_runs_are_listed_with_their_results_and_sorted_by_them(tmp_path, capsys)
 
 
 def test_a_run_is_listed_with_the_test_of_what_it_is_now(tmp_path, capsys):
-    many = train(tmp_path, "many", "--seeds", "0-1")
+    many = train(tmp_path / "many", *SHORT, "--seeds", "0-1")
     run = many / "seed-1"
     assert command(*TEST, "--load", run / LAST) == 0
 

@@ -1,15 +1,13 @@
 """Outputs other than one vector of scores, and the user's metric: numpy's values, or a line that says why."""
 
-import csv
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from plain_loop import plain_loop
-from runs import command, curves
+from runs import command, curves, read_csv, train
 from torch import nn
 from torch.nn import functional as F
 
@@ -43,7 +41,7 @@ class Pixels:
 @dataclasses.dataclass
 class Both:
     features: torch.Tensor
-    logits: torch.Tensor
+    out: torch.Tensor
     nothing: torch.Tensor | None = None
 
 class Dense(nn.Module):
@@ -54,12 +52,10 @@ class Dense(nn.Module):
     def forward(self, x):
         features = self.body(x).tanh()
         logits = self.head(features)
-        forms = {"dict": {"aux": features, "out": logits}, "dataclass": Both(features, logits)}
-        return forms.get(self.form, logits)
+        return Both(features, logits) if self.form else logits
 
 def pixel_loss(outputs, targets, ignore_index=255):
-    logits = outputs["out"] if isinstance(outputs, dict) else outputs.logits
-    return F.cross_entropy(logits, targets, ignore_index=ignore_index)
+    return F.cross_entropy(outputs.out, targets, ignore_index=ignore_index)
 
 class MeanAndVariance(nn.Module):
     def __init__(self, outputs):
@@ -114,11 +110,6 @@ def code(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("code") / "dense_code.py"
     path.write_text(CODE)
     return str(path)
-
-
-def train(folder: Path, name: str, *flags: object) -> Path:
-    assert command(*SHORT, *flags, "--checkpoint-path", folder, "--run-name", name) == 0
-    return folder / name
 
 
 # ---- how outputs are read ------------------------------------------------------------------------
@@ -349,13 +340,13 @@ def test_a_missing_library_is_one_line(monkeypatch):
 # ---- commands ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", [None, "dict", "dataclass"])
+@pytest.mark.parametrize("form", [None, "dataclass"])
 def test_segmentation_is_trained_measured_and_predicted(form, code, tmp_path, capsys):
     own = ["--learner", f"{code}:Dense"]
     own += ["--loss", f"{code}:pixel_loss"] if form else []
     flags = ["--learner-args", f"form={form}"] if form else ["-n", 3, "--loss", "cross-entropy"]
     flags += [] if form else ["--loss-args", "ignore_index=255"]
-    run = train(tmp_path, "run", "--dataset", f"{code}:Pixels", *own, *flags, "--metric", "iou")
+    run = train(tmp_path / "run", *SHORT, "--dataset", f"{code}:Pixels", *own, *flags, "--metric", "iou")
     progress = load_checkpoint(run / BEST).progress
     assert progress["best_score"] == max(progress["validation"]["query_jaccard_index"])
     tags = curves(run)
@@ -380,15 +371,15 @@ def test_segmentation_is_trained_measured_and_predicted(form, code, tmp_path, ca
     x = torch.tensor(x)
     maml, parameters, _ = load(run, x, outputs=3, **codes)
     outputs = predict(maml, maml.adapt(parameters, x[:3], torch.tensor(y), 2), x[3:])
-    logits = outputs if form is None else outputs["out"] if form == "dict" else outputs.logits
+    logits = outputs.out if form else outputs
     written = np.load(run / "best-adapted-task-classes.npy")
     assert np.array_equal(written, logits.argmax(1).numpy()) and written.dtype == np.uint8
     shares = np.load(run / "best-adapted-task-p.npy")
     assert np.allclose(shares, logits.softmax(1).numpy(), atol=1e-5)
-    header, *rows = csv.reader((run / "best-adapted-task.csv").open())
+    header, *rows = read_csv(run / "best-adapted-task.csv")
     assert header == ["row", "share(0)", "share(1)", "share(2)"]
     assert [float(row[1]) for row in rows] == pytest.approx((written == 0).mean((1, 2)).tolist(), abs=1e-6)
-    assert (run / f"best-adapted-task-{'aux' if form == 'dict' else 'features'}.npy").exists() == bool(form)
+    assert (run / "best-adapted-task-features.npy").exists() == bool(form)
 
 
 def test_a_column_holds_what_its_name_says(code, tmp_path):
@@ -396,28 +387,30 @@ def test_a_column_holds_what_its_name_says(code, tmp_path):
     rows += [f"{task},{x},{int(x > 3)}" for task in range(8) for x in range(8)]
     table.write_text("\n".join(rows))
     (tmp_path / "mine.csv").write_text("x,y\n1,0\n2,0\n6,1\n0,\n7,\n")
-    headers = {}
-    for loss, more in (("bce", []), (f"{code}:own_bce", []), (f"{code}:own_bce", ["--outputs", "labels"])):
-        name = f"{len(headers)}"
-        run = train(tmp_path, name, "--dataset", f"table:{table}", "--loss", loss)
-        own = ["--loss", loss] if ":" in loss else []
-        assert command("--adapt", tmp_path / "mine.csv", "--load", run, *own, *more) == 0
-        headers[name], *cells = csv.reader((run / "best-adapted-mine.csv").open())
-        if "p(y)" in headers[name]:
+    own = ["--loss", f"{code}:own_bce"]
+    data = ["--dataset", f"table:{table}"]
+    built_in = train(tmp_path / "built-in", *SHORT, *data, "--loss", "bce")
+    users = train(tmp_path / "users", *SHORT, *data, *own)
+    headers = []
+    for run, flags in ((built_in, []), (users, own), (users, [*own, "--outputs", "labels"])):
+        assert command("--adapt", tmp_path / "mine.csv", "--load", run, *flags) == 0
+        header, *cells = read_csv(run / "best-adapted-mine.csv")
+        headers.append(header)
+        if "p(y)" in header:
             assert all(row[1] == str(int(float(row[2]) > 0.5)) for row in cells)
-    assert [*headers.values()] == [["row", "y", "p(y)"], ["row", "output(y)"], ["row", "y", "p(y)"]]
+    assert headers == [["row", "y", "p(y)"], ["row", "output(y)"], ["row", "y", "p(y)"]]
     heads = ["--learner", f"{code}:MeanAndVariance", "--loss", f"{code}:gauss"]
-    run = train(tmp_path, "heads", *heads, "--metric", "r2")
+    run = train(tmp_path / "heads", *SHORT, *heads, "--metric", "r2")
     assert command("--adapt", tmp_path / "mine.csv", "--load", run, *heads) == 0
-    assert next(csv.reader((run / "best-adapted-mine.csv").open())) == ["row", "mean", "log_variance"]
+    assert read_csv(run / "best-adapted-mine.csv")[0] == ["row", "mean", "log_variance"]
 
 
 def test_quantiles_are_adapted_by_their_loss_and_each_is_written(code, tmp_path):
     own = ["--learner", f"{code}:Quantiles", "--loss", f"{code}:pinball"]
-    run = train(tmp_path, "run", *own, "--inner-lr", 0.1)
+    run = train(tmp_path / "run", *SHORT, *own, "--inner-lr", 0.1)
     (tmp_path / "mine.csv").write_text("x,y\n1,0\n2,0\n6,1\n0,\n7,\n")
     assert command("--adapt", tmp_path / "mine.csv", "--load", run, *own) == 0
-    header, *rows = csv.reader((run / "best-adapted-mine.csv").open())
+    header, *rows = read_csv(run / "best-adapted-mine.csv")
     network = nn.Linear(1, 3)
     network.load_state_dict(load_checkpoint(run / BEST).parameters)
     shares = torch.tensor([0.1, 0.5, 0.9])
@@ -437,13 +430,13 @@ def test_quantiles_are_adapted_by_their_loss_and_each_is_written(code, tmp_path)
 
 def test_tokens_are_adapted_to_and_the_written_weights_predict_the_same(code, tmp_path):
     own = ["--learner", f"{code}:words"]
-    run = train(tmp_path, "run", "--dataset", f"{code}:Tokens", *own)
+    run = train(tmp_path / "run", *SHORT, "--dataset", f"{code}:Tokens", *own)
     x = np.arange(15).reshape(5, 3) % 9
     np.savez(tmp_path / "task.npz", support_x=x[:3], support_y=x[:3].mean(1), query_x=x[3:])
     assert command("--adapt", tmp_path / "task.npz", "--load", run, *own) == 0
     network = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 1))
     network.load_state_dict(torch.load(run / "best-adapted-task-weights.pt", weights_only=True))
-    _, *rows = csv.reader((run / "best-adapted-task.csv").open())
+    _, *rows = read_csv(run / "best-adapted-task.csv")
     assert [float(row[1]) for row in rows] == pytest.approx(
         network(torch.tensor(x[3:]))[:, 0].tolist(), rel=1e-4
     )
@@ -451,15 +444,15 @@ def test_tokens_are_adapted_to_and_the_written_weights_predict_the_same(code, tm
 
 def test_parameters_in_half_precision_are_learned_in_that_of_the_run(code, tmp_path):
     own = ["--learner", f"{code}:narrow", "--learner-args"]
-    runs = [train(tmp_path, f"{wide}", *own, f"wide={wide}") for wide in (False, True)]
+    runs = [train(tmp_path / f"{wide}", *SHORT, *own, f"wide={wide}") for wide in (False, True)]
     narrow, wide = (load_checkpoint(run / BEST) for run in runs)
     assert {w.dtype for w in narrow.parameters.values()} == {torch.float32}
     assert all(torch.equal(w, wide.parameters[name]) for name, w in narrow.parameters.items())
 
 
 def test_runs_are_compared_by_one_metric(tmp_path, capsys):
-    plain = train(tmp_path, "plain")
-    measured = train(tmp_path, "measured", "--metric", "r2", "--inner-lr", 0.1)
+    plain = train(tmp_path / "plain", *SHORT)
+    measured = train(tmp_path / "measured", *SHORT, "--metric", "r2", "--inner-lr", 0.1)
     assert command("--compare", plain, measured, "--eval-tasks", 6) == 2
     assert "plain has --metric none, and measured has r2: give one for all" in capsys.readouterr().err
     assert command("--compare", plain, measured, "--eval-tasks", 6, "--metric", "r2") == 0

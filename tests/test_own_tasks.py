@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import task_options
-from runs import command, validate_on
+from runs import command
 
 from common.errors import UsageError
 from common.own_code import load_code
@@ -184,7 +184,6 @@ def test_nan_is_refused_unless_the_loss_may_take_gaps_among_targets(build):
 
 
 def test_a_sampler_that_differs_in_every_process_is_not_resumed(build, tmp_path, monkeypatch, capsys):
-    validate_on(2, monkeypatch)
     name = f"{tmp_path / 'tasks.py'}:Hashed"
     build("Hashed")
     line = ["--dataset", name, "--learner", "mlp", "--eval-tasks", 2, "-k", 5, "-q", 5]
@@ -199,9 +198,8 @@ def test_a_sampler_that_differs_in_every_process_is_not_resumed(build, tmp_path,
         assert "sample gave other tasks for the same seeds" in capsys.readouterr().err
 
 
-def test_seeds_that_change_nothing_are_said(build, tmp_path, monkeypatch, capsys):
+def test_seeds_that_change_nothing_are_said(build, tmp_path, capsys):
     assert build("Lines").summary == [] == build("Lists").summary
-    validate_on(2, monkeypatch)
     build("Same")
     line = ["--dataset", f"{tmp_path / 'tasks.py'}:Same", "--learner", "mlp", "--iterations", 1]
     assert command(*line, "--eval-tasks", 2, "--checkpoint-path", tmp_path) == 0

@@ -10,7 +10,7 @@ import torch
 from conftest import class_names
 from PIL import Image
 from pyarrow import parquet
-from runs import command, validate_on
+from runs import command
 
 from common.errors import UsageError
 from common.random import SPLITS
@@ -80,25 +80,14 @@ def test_splits_of_files_are_kept_if_their_classes_are_apart(tmp_path):
         opened(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        "train val 0",
-        "train vald test",
-        "train/0 vald/0 test/0",
-        "tr te",
-        "fold0 fold1",
-        "a_train a_test",
-        "support query",
-    ],
-)
+@pytest.mark.parametrize("names", ["train val 0", "train vald test", "train/0 vald/0 test/0"])
 def test_files_that_only_look_like_parts_of_a_split_are_refused_as_folders_are(names, tmp_path):
     for number, name in enumerate(names.split()):
         write(tmp_path / f"{name}.parquet", [f"{number}{label}" for label in "abcde"], first=5 * number)
     with pytest.raises(UsageError, match="is not named after a split, and others are"):
         opened(tmp_path)
-    names = [f.name for f in tmp_path.glob("*.parquet")]
-    assert not names or len(opened(tmp_path / names[0]).names) == 5  # a file alone may have any name
+    alone = next(tmp_path.rglob("*.parquet"))
+    assert len(opened(alone).names) == 5  # a file alone may have any name
 
 
 def test_files_with_the_same_classes_are_put_together_and_said(tmp_path):
@@ -159,8 +148,7 @@ def test_what_cannot_be_read_is_named_in_a_line(tmp_path):
         opened(path)
 
 
-def test_tasks_are_learned_from_a_file(tmp_path, capsys, monkeypatch, no_pictures):
-    validate_on(2, monkeypatch)
+def test_tasks_are_learned_from_a_file(tmp_path, capsys):
     write(tmp_path / "a.parquet", [i % 10 for i in range(40)])
     line = ["--dataset", f"images:{tmp_path / 'a.parquet'}", "-n", 2, "-k", 1, "-q", 2, "--image-size", 8]
     line += ["--split-shares", "2,1,2", "--iterations", 1, "--eval-tasks", 2, "--learner", "fc"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from runs import command, validate_on
+from runs import command
 from torch.distributed.run import get_args_parser
 
 from commands.call import check_call
@@ -94,7 +94,6 @@ def test_the_links_of_a_page_have_targets(page):
 def test_the_readmes_python_runs(tmp_path, monkeypatch):
     """Write each block that starts with a file's name to that file, and run its commands; run the others."""
     monkeypatch.chdir(tmp_path)
-    validate_on(4, monkeypatch)
     snippets = blocks(Path("README.md"), "python")
     files = {code.split()[1]: code for code in snippets if re.match(r"# \w+\.py\n", code)}
     for file, code in files.items():

@@ -68,7 +68,6 @@ def test_every_benchmark_has_its_help(script, monkeypatch, capsys):
     ("line", "error"),
     [
         ("growth --rounds 0", "argument --rounds: invalid count value: '0'"),
-        ("rounding --batches 0", "argument --batches: invalid count value: '0'"),
         ("speed nothing", "no work nothing; choose from sinusoid-1, .*, evaluation"),
         ("speed --precision sinusoid-1", "--precision has a work of its own"),
         ("speed --targets --quick", "--quick rehearses --targets, and needs --out"),

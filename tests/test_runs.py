@@ -31,6 +31,7 @@ ITERATIONS = 120
 # points, validations and checkpoints coincide in every combination
 SCHEDULE = ["--iterations", ITERATIONS, "--log-every", 7, "--val-every", 50, "--save-every", 20]
 SETTINGS = ["--meta-batch-size", 4, "-k", 5, "--grad-clip", 10, "--seed", 3]
+SETTINGS += ["--val-tasks", 50]  # by which the last validation is the best
 BAD = 37  # the iteration whose targets are made NaN
 SHORT = ["--iterations", 60, "--log-every", 10, "--val-every", 20, "--save-every", 25, "--meta-batch-size", 4]
 
@@ -49,9 +50,6 @@ def whole(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "whole"
     assert train(folder, *SETTINGS, *SCHEDULE) == 0
     return folder
-
-
-pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture
@@ -102,27 +100,21 @@ def test_training_is_adam_on_the_exact_meta_gradient_with_its_elements_clipped(t
     assert saved.progress["training"]["query_loss"] == pytest.approx(losses, rel=1e-6)
 
 
-def test_every_option_of_the_inner_loop_reaches_it(tmp_path):
+def test_every_option_reaches_the_one_iteration_of_a_run_which_has_a_curve(tmp_path):
     options = ["--iterations", 1, "--meta-batch-size", 2, "--precision", "float64", "-k", 4, "-q", 6, "-s", 3]
     options += ["--inner-lr", LR, "--first-order", "--noise", 0.3, "--init", "torch", "--seed", 5]
-    assert train(tmp_path / "run", *options, "--dataset", "sinusoid-line", "--tasks-at-once", 1) == 0
+    options += ["--dataset", "sinusoid-line", "--tasks-at-once", 1, "--grad-clip-norm", 0.01]
+    assert train(tmp_path / "run", *options) == 0
     network = build_learner("mlp", 1, init="torch", seed=5).double()
     batch = SinusoidLine(4, 6, noise=0.3, dtype=torch.float64).sample("train", 5, 1, range(2))
     gradients, *_ = plain_loop(network, F.mse_loss, batch, steps=3, order="first-order")
-    for name, moment in last_of(tmp_path / "run").exp_avg.items():  # (1 - beta1) times the gradient
-        assert torch.allclose(moment / 0.1, gradients[name], rtol=1e-9, atol=1e-12), name
-
-
-def test_the_meta_gradients_norm_is_clipped(tmp_path):
-    assert train(tmp_path / "run", "--iterations", 1, "--grad-clip-norm", 0.5) == 0
-    moments = last_of(tmp_path / "run").exp_avg.values()  # (1 - beta1) times the gradient
-    assert torch.cat([m.flatten() for m in moments]).norm().item() / 0.1 == pytest.approx(0.5, rel=1e-4)
-
-
-def test_training_learns(tmp_path):
-    assert train(tmp_path / "run", "--iterations", 500, "--init", "torch", "--inner-lr", 0.01) == 0
-    losses = last_of(tmp_path / "run").progress["training"]["query_loss"]
-    assert losses[-1] < 0.6 * losses[0]
+    norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
+    assert norm > 0.01  # there is something to clip
+    saved = last_of(tmp_path / "run")
+    for name, moment in saved.exp_avg.items():  # (1 - beta1) times the gradient
+        expected = gradients[name] * 0.01 / (norm + 1e-6)
+        assert torch.allclose(moment / 0.1, expected, rtol=1e-9, atol=1e-12), name
+    assert curves(tmp_path / "run")["train/query_loss"] == [1] and saved.settings["log_every"] == 100
 
 
 def test_no_iteration_waits_for_the_device(tmp_path, monkeypatch):
@@ -170,12 +162,6 @@ def test_the_meta_learning_rate_follows_its_schedule_to_the_end(tmp_path):
         assert event.value == pytest.approx(rate, rel=1e-5)
 
 
-def test_a_run_shorter_than_a_window_has_a_curve(tmp_path):
-    assert train(tmp_path / "run", "--iterations", 3) == 0
-    assert curves(tmp_path / "run")["train/query_loss"] == [3]
-    assert last_of(tmp_path / "run").settings["log_every"] == 100
-
-
 def test_the_final_loss_is_the_mean_of_the_last_500_iterations():
     curve = {"iteration": [300, 500, 700, 1000], "query_loss": [9.0, 8.0, 2.0, 1.0]}
     assert final_loss(curve) == {"mean": (2.0 * 200 + 1.0 * 300) / 500, "from": 501, "to": 1000}
@@ -197,8 +183,7 @@ def test_the_best_checkpoint_is_the_best_validation_not_the_last(tmp_path):
     assert command("--load", run / BEST, "--iterations", 70) == 2  # it would overwrite last.pt
 
 
-def test_a_run_leaves_its_results_and_pictures(tmp_path, monkeypatch):
-    monkeypatch.undo()
+def test_a_run_leaves_its_results_and_pictures(tmp_path, pictures):
     run = tmp_path / "run"
     assert train(run, *SHORT) == 0
     results = json.loads((run / RESULTS).read_text())
@@ -219,7 +204,6 @@ def raise_error(error: Exception) -> None:
 
 DISTURBANCES = {
     "SIGINT": (lambda: os.kill(os.getpid(), signal.SIGINT), 130, "--load"),
-    "SIGTERM": (lambda: os.kill(os.getpid(), signal.SIGTERM), 143, "--load"),
     "memory": (lambda: raise_error(RuntimeError("CUDA out of memory.")), 2, "lower --tasks-at-once"),
 }
 
@@ -378,8 +362,6 @@ def test_one_failed_run_of_several_does_not_stop_the_others(bad_iteration, tmp_p
     ("flags", "cause"),
     [
         (["--inner-lr", 5, "-s", 5], r"the inner loop diverges in 4 of 4 tasks \(query loss of task"),
-        (["--algorithm", "reptile", "--inner-lr", 5], r"the inner loop diverges in 4 of 4 tasks"),
-        (["--meta-lr", 1e25], "weights, targets or the update are too large"),
         # clipping does not hide it
         (["--loss", "{code}:large", "--inner-lr", 1e-30, "--grad-clip", 10], "the update are too large"),
     ],

@@ -2,12 +2,13 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import read_table
-from runs import command, validate_on
+from runs import command, read_csv, train
 
 from commands.call import check_call
 from commands.evaluate import Subject
@@ -18,11 +19,6 @@ from tasks.tables import TableTasks
 from training.checkpoint import load_checkpoint
 
 SHORT = ["--iterations", 3, "--val-every", 3, "--eval-tasks", 4, "--meta-batch-size", 2, "-k", 3, "-q", 3]
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch, no_pictures):
-    validate_on(2, monkeypatch)
 
 
 def write_table(path, tasks=12, rows=8, change=lambda columns: columns) -> dict[str, np.ndarray]:
@@ -41,6 +37,15 @@ def write_table(path, tasks=12, rows=8, change=lambda columns: columns) -> dict[
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([list(columns), *zip(*columns.values(), strict=True)])
     return columns
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """Return the folder of a.csv and of a run on it."""
+    folder = tmp_path_factory.mktemp("scales")
+    write_table(folder / "a.csv")
+    train(folder / "run", *SHORT, "--dataset", f"table:{folder / 'a.csv'}")
+    return folder
 
 
 def test_scales_are_numpys_mean_and_deviation_of_the_training_rows(tmp_path):
@@ -85,16 +90,12 @@ def test_targets_are_left_alone_where_another_loss_may_need_them(tmp_path, capsy
     assert load_checkpoint(tmp_path / "raw" / "last.pt").scales == {}
 
 
-def test_a_run_is_tested_with_the_statistics_that_it_learned_with(tmp_path, capsys):
-    file, line = tmp_path / "a.csv", ["--dataset", f"table:{tmp_path / 'a.csv'}"]
-    write_table(file)
-    assert command(*SHORT, *line, "--checkpoint-path", tmp_path, "--run-name", "run") == 0
-    last = tmp_path / "run" / "last.pt"
-    results = []
-    for change in (lambda c: c, lambda c: c | {"y": c["y"] + 2e6 * (c["task"] == 0)}):
+def test_a_run_is_tested_with_the_statistics_that_it_learned_with(trained, tmp_path, capsys):
+    file, results = trained / "a.csv", []
+    for change in (lambda c: c | {"y": c["y"] + 2e6 * (c["task"] == 0)}, lambda c: c):
         write_table(file, change=change)
         capsys.readouterr()
-        assert command("--eval", "--load", last, "--out", tmp_path / "out") == 0
+        assert command("--eval", "--load", trained / "run", "--out", tmp_path / "out") == 0
         out = capsys.readouterr().out
         results.append([text for text in out.splitlines() if "±" in text or "steps" in text])
         assert "MSE of standardised targets" in out
@@ -102,12 +103,9 @@ def test_a_run_is_tested_with_the_statistics_that_it_learned_with(tmp_path, caps
     assert "0" in train and results[0] == results[1]  # the training rows changed, the test rows did not
 
 
-def test_another_table_is_standardised_as_the_training_table_was(tmp_path):
-    write_table(tmp_path / "a.csv")
+def test_another_table_is_standardised_as_the_training_table_was(trained, tmp_path):
     columns = write_table(tmp_path / "b.csv", change=lambda c: c | {"y": 3 * c["y"], "tiny": 2 + c["tiny"]})
-    run = [*SHORT, "--dataset", f"table:{tmp_path / 'a.csv'}", "--checkpoint-path", tmp_path]
-    assert command(*run, "--run-name", "run") == 0
-    last = tmp_path / "run" / "last.pt"
+    last = trained / "run" / "last.pt"
     flags = parse(["--eval", "--load", str(last), "--eval-dataset", f"table:{tmp_path / 'b.csv'}"])
     subject = Subject.read(last, check_call(flags), flags)
     subject.build(check_call(flags))
@@ -117,20 +115,17 @@ def test_another_table_is_standardised_as_the_training_table_was(tmp_path):
     assert max(abs(expected - value).min() for value in y) < 1e-4 and len(np.unique(y)) > 80
 
 
-def test_adapt_undoes_the_scales(tmp_path):
+def test_adapt_undoes_the_scales(trained, tmp_path):
     """Predictions equal those of a plain computation that standardises and undoes by numpy's numbers."""
     from commands.adapt import load, predict
 
-    write_table(tmp_path / "a.csv")
-    run = [*SHORT, "--dataset", f"table:{tmp_path / 'a.csv'}", "--checkpoint-path", tmp_path]
-    assert command(*run, "--run-name", "run") == 0
-    last = tmp_path / "run" / "last.pt"
+    last = trained / "run" / "last.pt"
     year = 1.7e9 + np.array([-9.0, -3.0, 3.0, 9.0])
     cells = [f"{t!r},0,0.1,{'' if i == 3 else 5e6 + 1e4 * (t - 1.7e9)}" for i, t in enumerate(year.tolist())]
     (tmp_path / "mine.csv").write_text("\n".join(["year,tiny,same,y", *cells]))
-    assert command("--adapt", tmp_path / "mine.csv", "--load", last, "--test-steps", 2) == 0
-    with (last.parent / "last-adapted-mine.csv").open() as file:
-        (heading, (row, predicted)) = csv.reader(file)
+    line = ["--adapt", tmp_path / "mine.csv", "--load", last, "--out", tmp_path]
+    assert command(*line, "--test-steps", 2) == 0
+    heading, (row, predicted) = read_csv(tmp_path / "last-adapted-mine.csv")
     assert heading == ["row", "y"] and row == "4"
     scales = {name: scale.numpy() for name, scale in load_checkpoint(last).scales.items()}
     x = (np.stack([year, 0 * year, 0 * year + 0.1], 1) - scales["input"][0]) / scales["input"][1]
@@ -140,7 +135,7 @@ def test_adapt_undoes_the_scales(tmp_path):
     outputs = predict(maml, maml.adapt(parameters, x[:3], y, steps=2), x[3:])
     expected = outputs.double().numpy() * scales["target"][1] + scales["target"][0]
     assert float(predicted) == pytest.approx(expected.item(), rel=1e-8) and abs(float(predicted) - 5e6) < 5e5
-    (task,) = json.loads((last.parent / "last-adapted-mine.json").read_text())["tasks"]
+    (task,) = json.loads((tmp_path / "last-adapted-mine.json").read_text())["tasks"]
     assert task["predicted"]["y"] == [float(predicted)]
 
 

@@ -101,7 +101,7 @@ def test_the_mean_over_all_tasks_comes_first_and_the_one_without_diverged_tasks_
     assert footer.endswith("'without them' is the mean without those that diverged.")
 
 
-@pytest.mark.parametrize("lost", [math.nan, math.inf, 1e19])
+@pytest.mark.parametrize("lost", [math.nan, 1e19])
 def test_one_diverged_task_of_one_seed_is_seen_in_the_first_number(lost):
     runs = [evaluation(*[[1.0, 0.5]] * 3), evaluation(*[[1.0, 0.5]] * 2, [1.0, lost])]
     table = tables.results_table(tables.results_of({"all": runs}), Caption("", "MSE", 1, 1))

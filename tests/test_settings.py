@@ -56,17 +56,17 @@ def test_a_file_repeats_its_settings_whatever_the_defaults_are_by_now(line, writ
     assert settings_of(again) == expected
 
 
-@pytest.mark.parametrize("flags", [["--algorithm", "anil", "-s", 2], ["--samples", 12, "--first-order"]])
-def test_a_repeated_run_ends_with_the_same_bits(flags, tmp_path, no_pictures):
+def test_a_repeated_run_ends_with_the_same_bits(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    assert command(*SHORT, *flags, "--seed", 3, "--checkpoint-path", tmp_path, "--run-name", "one") == 0
+    flags = [*SHORT, "--algorithm", "anil", "-s", 2, "--seed", 3, "--checkpoint-path", tmp_path]
+    assert command(*flags, "--run-name", "one") == 0
     assert command("--config", one / SETTINGS, "--run-name", "two") == 0
     assert_same_run(one, two)
     one, two = (tomllib.loads((run / SETTINGS).read_text()) for run in (one, two))
     assert one["given"] == two["given"] and one["resolved"] == two["resolved"]
 
 
-def test_the_file_of_a_resumed_run_says_what_all_its_commands_gave(tmp_path, no_pictures):
+def test_the_file_of_a_resumed_run_says_what_all_its_commands_gave(tmp_path):
     line = [*SHORT, "--checkpoint-path", tmp_path, "--run-name", "run", "--meta-lr", 0.01]
     assert command(*line) == 0
     for iterations in (40, 50, 50):
@@ -77,7 +77,7 @@ def test_the_file_of_a_resumed_run_says_what_all_its_commands_gave(tmp_path, no_
     assert "load" not in settings["given"] and "run-name" not in settings["given"]
 
 
-def test_a_run_of_a_sweep_is_repeated_by_itself(tmp_path, no_pictures):
+def test_a_run_of_a_sweep_is_repeated_by_itself(tmp_path):
     line = [*SHORT, "--iterations", 2, "--checkpoint-path", tmp_path, "--run-name", "grid", "--seeds", "1-2"]
     assert command(*line, "--sweep", "s=1,2", "--runs-at-once", 1) == 0
     given = parse(["--config", str(tmp_path / "grid" / "s-2_seed-1" / SETTINGS)])
@@ -140,8 +140,6 @@ def test_several_data_sets_and_trackers_are_lists_in_a_file(write):
 
 MISTAKES = [
     ("# a\nk = 0", "PATH, line 2: -k: expected a whole number of at least 1, got '0'"),
-    ("k = 'many'", "line 1: -k: expected a whole number, or a range LOW-HIGH, got 'many'"),
-    ("[resolved]\ndataset = 'mnist'", "line 2: --dataset: expected one of sinusoid"),
     ("first-order = 3", "line 1: --first-order: expected yes or no, got '3'"),
     ("[given]\n\nmeta-lr = nan", "line 3: --meta-lr: expected a number above 0, got 'nan'"),
     ("depth = 3", "PATH, line 1: depth is no setting"),

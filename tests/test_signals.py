@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 from plain_loop import EXAMPLES, TASKS, assert_matches_plain_loop, normal
-from runs import command, validate_on
+from runs import command
 
 from common.batch import TaskBatch
 from learner import build_learner
@@ -49,7 +49,7 @@ def write_signals(folder, signals: np.ndarray) -> None:
     (folder / "Tiny_TRAIN.ts").write_text("\n".join(lines))
 
 
-def test_the_example_writes_a_table_that_the_tool_learns_from(tmp_path, monkeypatch, capsys, no_pictures):
+def test_the_example_writes_a_table_that_the_tool_learns_from(tmp_path, monkeypatch, capsys):
     signals = np.random.default_rng(0).normal(size=(40, 2, 5)).astype(np.float32)
     write_signals(tmp_path / "set", signals)
     monkeypatch.setattr(sys, "argv", ["signals.py", str(tmp_path / "set"), str(tmp_path / "set.parquet")])
@@ -59,7 +59,6 @@ def test_the_example_writes_a_table_that_the_tool_learns_from(tmp_path, monkeypa
     file = tmp_path / "set.parquet"
     table = load_table(file, columns, torch.float64, classification=True, shares=shares)
     assert np.array_equal(table.x.numpy().reshape(signals.shape), signals)
-    validate_on(2, monkeypatch)
     flags = ["--dataset", f"table:{file}", "--columns", "class=label", "-n", 2, "-k", 1, "-q", 2, "-s", 1]
     flags += ["--learner", "conv1d", "--learner-args", "signals=2", "--iterations", 1, "--eval-tasks", 2]
     assert command(*flags, "--checkpoint-path", tmp_path, "--run-name", "run") == 0

@@ -91,8 +91,9 @@ BUFFERED = {
 }
 
 
-@pytest.mark.parametrize("with_example", [False, True])
-@pytest.mark.parametrize("kind", BUFFERED)
+@pytest.mark.parametrize(
+    ("kind", "with_example"), [*((kind, True) for kind in BUFFERED), ("in place", False)]
+)
 def test_each_task_carries_its_buffers_through_its_inner_steps(kind, with_example):
     module, batch = filled(BUFFERED[kind]()), vectors(3)
     options = {"example": batch.support_x[0]} if with_example else {}

@@ -4,13 +4,14 @@ import csv
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT, write_classes, write_noise
 
-from common import device, files
+from common import device, errors, files
 from tasks import cache
 
 # Run before anything else is imported. What numpy and PyTorch use themselves, by `sys.platform`, stays.
@@ -74,13 +75,13 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-def run(place: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(place: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run a command line in a Python without what other systems lack, with a console in cp1252."""
     line = [sys.executable, str(ROOT / "main.py"), *map(str, arguments)]
     names = ("LOGNAME", "USER", "LNAME", "USERNAME")  # of the user: a container may have none
     more = {k: v for k, v in os.environ.items() if k not in names}
     more |= {"PYTHONPATH": str(place / "hiding"), "XDG_CACHE_HOME": str(place / "cache")}
-    more |= {"PYTHONIOENCODING": "cp1252", "PYTHONWARNDEFAULTENCODING": "1", **environment}
+    more |= {"PYTHONIOENCODING": "cp1252", "PYTHONWARNDEFAULTENCODING": "1"}
     return subprocess.run(line, cwd=place, env=more, capture_output=True, encoding="cp1252", timeout=300)
 
 
@@ -88,31 +89,47 @@ LEARNER = ("--learner", r"C:\nets\mine.py:net")
 SHORT = ("--iterations", 2, "--val-every", 2, "--eval-tasks", 2, "--meta-batch-size", 2, "--compile", "off")
 
 
-def test_curves_are_trained_on_and_evaluated(place):
-    for line in (
-        [*SHORT, "--run-name", "sines"],
-        ["--eval", "--load", "checkpoints/sines", "--eval-tasks", 5],
-    ):
-        done = run(place, *line)
-        assert done.returncode == 0 and str(ROOT) not in done.stderr, done.stderr
-    assert "\u00b1" in done.stdout and "Written" in done.stdout
-
-
-def test_images_are_trained_on_and_a_users_task_is_predicted(place):
+def test_images_are_trained_on_and_evaluated_and_a_users_task_is_predicted(place):
     images = ["--dataset", "images:data", "--image-size", 8, "--channels", 1, "-n", 2, "-k", 2, "-q", 1]
     done = run(place, *images, *SHORT, *LEARNER, "--run-name", "images")
     assert done.returncode == 0 and str(ROOT) not in done.stderr, done.stderr
-    adapt = ["--adapt", "task", "--load", "checkpoints/images", *LEARNER]
-    done = run(place, *adapt)
+    done = run(place, "--eval", "--load", "checkpoints/images", *LEARNER, "--eval-tasks", 5)
+    assert done.returncode == 0 and str(ROOT) not in done.stderr, done.stderr
+    assert "\u00b1" in done.stdout and "Written" in done.stdout
+    done = run(place, "--adapt", "task", "--load", "checkpoints/images", *LEARNER)
     assert done.returncode == 0 and r"p(\u65e5\u672c)" in done.stdout, done.stderr
     (line,) = done.stderr.splitlines()  # no deprecation: those are for programmers
     assert line.startswith("main.py: warning: mind the step (") and "mine.py, line " in line
     with (place / "checkpoints" / "images" / "best-adapted-task.csv").open(encoding="utf-8") as file:
         assert "p(\u65e5\u672c)" in next(csv.reader(file))
-    other = run(place, *adapt, MASTER_ADDR="localhost", RANK="1")  # as in another process of a job
-    assert (other.returncode, other.stdout, other.stderr) == (0, "", "")
-    asked = run(place, *adapt, PYTHONWARNINGS="default")
-    assert "FutureWarning: `torch.jit.script` is deprecated" in asked.stderr
+
+
+@pytest.mark.parametrize(
+    ("silent", "asked", "expected"),
+    [
+        (False, [], ["main.py: warning: mind the step (net.py, line 7)"]),
+        (True, [], []),
+        (False, ["default"], ["FutureWarning", "UserWarning", "UserWarning"]),  # as Python shows them
+        (True, ["default"], []),
+    ],
+)
+def test_a_warning_is_one_line_once_unless_this_process_is_silent_or_python_was_asked(
+    silent, asked, expected, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "warnoptions", asked)
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
+    monkeypatch.setattr(errors.logging, "disable", lambda level: None)
+    with warnings.catch_warnings(action="always"):
+        warnings.showwarning = print_category
+        errors.show_warnings(silent=silent)
+        warnings.warn_explicit("`torch.jit.script` is deprecated", FutureWarning, "net.py", 3)
+        for _ in range(2):
+            warnings.warn_explicit("mind\nthe step", UserWarning, "net.py", 7)
+    assert capsys.readouterr().err.splitlines() == expected
+
+
+def print_category(message: Warning | str, category: type[Warning], *_: object) -> None:
+    print(category.__name__, file=sys.stderr)
 
 
 @pytest.mark.parametrize("error", [AttributeError, ValueError, OSError])

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 from pyarrow import parquet
-from runs import command, validate_on
+from runs import command
 
 from common.errors import UsageError
 from common.random import SPLITS
@@ -168,8 +168,7 @@ def test_small_groups_are_counted_and_left_out(tmp_path):
     assert table.left_out == few | {"rows without a target": 0}
 
 
-def test_class_tasks_are_learned_tested_and_adapted_to(tmp_path, capsys, monkeypatch, no_pictures):
-    validate_on(2, monkeypatch)
+def test_class_tasks_are_learned_tested_and_adapted_to(tmp_path, capsys):
     write_classes(tmp_path / "a.csv", dict.fromkeys("abcdefghij", 4), ",note\n".rstrip())
     text = (tmp_path / "a.csv").read_text().splitlines()
     (tmp_path / "a.csv").write_text("\n".join([text[0], *(f"{line},text" for line in text[1:])]))

@@ -10,8 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from matplotlib.figure import Figure
-from runs import command, curves, validate_on
+from runs import command, curves
 
 from common.errors import UsageError
 from training import trackers
@@ -33,12 +32,6 @@ def _offline(tmp_path_factory):
         patch.setenv("WANDB_SILENT", "true")
         patch.setenv("TRACKIO_DIR", str(store))  # read at import, which no other test does
         yield
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch, no_pictures):
-    validate_on(4, monkeypatch)
-    monkeypatch.setattr("commands.evaluate.results_figure", lambda *_, **__: Figure(figsize=(1, 1)))
 
 
 def records_of(file: Path) -> Iterator[bytes]:
@@ -95,15 +88,8 @@ READERS = {"wandb": read_wandb, "trackio": read_trackio}
 def test_a_tracker_has_what_tensorboard_has_and_a_resumed_run_continues_there(tracker, tmp_path, monkeypatch):
     pytest.importorskip(tracker)
     run, step = tmp_path / "run", Trainer.step
-    line = [
-        *SHORT,
-        "--checkpoint-path",
-        tmp_path,
-        "--run-name",
-        "run",
-        "--report-to",
-        f"tensorboard,{tracker}",
-    ]
+    line = [*SHORT, "--checkpoint-path", tmp_path, "--run-name", "run"]
+    line += ["--report-to", f"tensorboard,{tracker}"]
 
     def killed(self: Trainer) -> None:
         if self.iteration == 15:  # after the validation at 12, with last.pt of iteration 8

@@ -1,6 +1,5 @@
 """A loss of normal distributions: calibration, bands in pictures, and predictions with their deviations."""
 
-import csv
 import json
 import math
 from functools import partial
@@ -9,7 +8,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 import torch
-from runs import command, validate_on
+from runs import command, read_csv
 from torch.nn import functional as F
 
 from commands.adapt import load, predict
@@ -70,8 +69,7 @@ def test_an_evaluation_measures_the_mean_and_the_bands_of_each_task_and_step():
             assert result.losses["transductive"][task, step].item() == pytest.approx(sum(logs) / 8)
 
 
-def test_predictions_of_a_table_are_means_and_deviations_in_its_units(tmp_path, monkeypatch, no_pictures):
-    validate_on(2, monkeypatch)
+def test_predictions_of_a_table_are_means_and_deviations_in_its_units(tmp_path):
     rows = [f"{t},{i},{100 + 30 * math.sin(t + i)},{5 * t - i}" for t in range(9) for i in range(8)]
     (tmp_path / "data.csv").write_text("\n".join(["task,x,y,z", *rows]))
     data = ["--dataset", f"table:{tmp_path / 'data.csv'}", "--columns", "target=y,z", "-k", 3, "-q", 3]
@@ -81,7 +79,7 @@ def test_predictions_of_a_table_are_means_and_deviations_in_its_units(tmp_path, 
     (tmp_path / "new.csv").write_text("x,y,z\n0,100,3\n2,,\n1,90,5\n3.5,,\n")
     program = tmp_path / "program.pt2"
     assert command("--adapt", tmp_path / "new.csv", "--load", last, "--save-weights", program) == 0
-    header, *predicted = csv.reader((tmp_path / "run" / "last-adapted-new.csv").open())
+    header, *predicted = read_csv(tmp_path / "run" / "last-adapted-new.csv")
     assert header == ["row", "y", "z", "std(y)", "std(z)"]
     scales = load_checkpoint(last).scales
     x, support = torch.tensor([[0.0], [1.0], [2.0], [3.5]]), torch.tensor([[100.0, 3.0], [90.0, 5.0]])

@@ -58,7 +58,7 @@ def flags(text: str) -> list[str]:
     return text.split()
 
 
-FIVE_TASKS = flags("--meta-batch-size 5 -k 5 --seed 3 --init torch --compile off")
+FIVE_TASKS = flags("--meta-batch-size 5 -k 5 --seed 3 --init torch --compile off --val-tasks 5")
 SINUSOID = [*FIVE_TASKS, *flags("--iterations 60 --log-every 10 --val-every 20 --save-every 20")]
 FLOAT64 = [*SINUSOID, "--precision", "float64"]
 COMPILED = flags("--compile on --iterations 120 --log-every 10 --val-every 120")
@@ -158,6 +158,7 @@ def run_batch(folder: Path, processes: int, lines: dict[str, list[object]], **en
 
 # One iteration of plain descent at rate 1 moves the weights by the meta-gradient.
 DESCENT = flags("--iterations 1 --meta-optimizer sgd --meta-lr 1 --precision float64 --compile off")
+DESCENT += flags("--val-tasks 5")
 GRADIENTS = {
     "maml": flags("--meta-batch-size 7 -s 2 --noise 0.1"),
     "sizes": flags("--meta-batch-size 5 -s 2 -k 1-6 -q 1-9"),
