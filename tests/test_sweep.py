@@ -213,7 +213,7 @@ def test_stopped_groups_are_resumed_to_the_same_bits(tmp_path, monkeypatch, caps
     assert (whole / "summary.json").read_bytes() == (parts / "summary.json").read_bytes()
 
 
-def test_finished_runs_stay_and_others_join_them(tmp_path, capsys):
+def test_finished_runs_stay_and_others_join_them(tmp_path, capsys, pictures):
     folder = train(tmp_path / "many", *SHORT, "--seeds", "0-1")
     content = {name: (folder / name / LAST).read_bytes() for name in seed_flags(0, 1)}
     capsys.readouterr()
@@ -226,6 +226,7 @@ def test_finished_runs_stay_and_others_join_them(tmp_path, capsys):
     record = json.loads((folder / "summary.json").read_text())
     assert [run["seed"] for run in record["runs"]] == [0, 1, 2]
     assert record["settings"]["all"]["best_validation"]["runs"] == 3
+    assert (folder / "summary.png").stat().st_size > 10_000
     assert command("--load", folder / "seed-0" / LAST, "--iterations", 10) == 0
 
 
