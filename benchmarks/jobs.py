@@ -1,9 +1,14 @@
 """One run of a table's method: trained and tested with main.py, whose result files are read.
 
-    Table, method, seed -> Run -> main.py -> FOLDER/TABLE/METHOD-seedN/ -> entry_of() -> a record
+    Table, method, seed -> Run -> main.py -> FOLDER/TABLE/METHOD-seedN/ -> summarise_runs() -> a record
 
 A run's folder is main.py's own, with a folder for each test's results and `reproduce.json`: the command that
-trained it, its seconds and the machine. A folder that another command has trained does not count.
+trained it, its seconds and the machine. A folder that another command has trained does not count. A record:
+
+    runs      of each seed: command, iterations, seconds, machine, final training loss, failure
+    settings  of the first run, as it was in the end
+    tests     by name: flags, tasks, conditions (device, version), and results by normalisation: rows of
+              `StepResults.record`, one for each number of inner steps
 """
 
 from __future__ import annotations
@@ -86,6 +91,11 @@ class Run:
         file = self.folder / "training.json"
         return read_json(file) if file.exists() and self.ledger().get("trained_by") == self.trained_by else {}
 
+    def has_ended(self) -> bool:
+        """Return whether training cannot continue: all iterations are done, or numbers are non-finite."""
+        progress = self.progress()
+        return bool(progress) and (progress["failure"] or progress["iteration"] >= progress["iterations"])
+
     def results(self, test: str) -> dict[bool, Record]:
         """Return the results of a test of the present checkpoint, by whether they are the baselines'.
 
@@ -99,17 +109,16 @@ class Run:
                 results["methods" in content] = content
         return results if len(results) == 1 + ("--baselines" in flags) else {}
 
-    def take(self, until: float, *, single_threaded: bool) -> tuple[bool, str]:
+    def train_and_test(self, until: float, *, single_threaded: bool) -> tuple[bool, str]:
         """Train and test; return success and a line that says what happened.
 
         Args:
             until: the time.monotonic() at which training stops; what has been trained by then is tested.
             single_threaded: whether other runs are trained at the same time.
         """
-        title, begin, progress = f"{self.table.name}, {self.name}", time.monotonic(), self.progress()
+        title, begin = f"{self.table.name}, {self.name}", time.monotonic()
         environment = {"OMP_NUM_THREADS": "1"} if single_threaded else {}
-        ended = progress and (progress["failure"] or progress["iteration"] >= progress["iterations"])
-        if not ended and begin < until:
+        if not self.has_ended() and begin < until:
             place = ["--run-name", self.name, "--checkpoint-path", str(self.folder.parent), "--resume"]
             seconds = until - begin if math.isfinite(until) else None
             code, last_line = call_main([*self.training, *place], seconds=seconds, **environment)
@@ -134,10 +143,11 @@ class Run:
 # ---- from runs to a record -----------------------------------------------------------------------
 
 
-def entry_of(table: Table, method: str, runs: Sequence[Run]) -> Record:
+def summarise_runs(table: Table, method: str, runs: Sequence[Run]) -> Record:
     """Return what is recorded of a method, or of a baseline, over the runs that have passed all tests."""
-    everything = [(run, {test: run.results(test) for test in table.tests}) for run in runs]
-    tested = [(run, results) for run, results in everything if all(results.values())]
+    results_of_all = [(run, {test: run.results(test) for test in table.tests}) for run in runs]
+    tested = [(run, results) for run, results in results_of_all if all(results.values())]
+    tested = [(run, results) for run, results in tested if run.has_ended()] or tested
     if not tested:
         return {}
     tests, baseline = {}, method in table.baselines

@@ -11,7 +11,8 @@ Trains each method from each seed with main.py, takes the checkpoint that is bes
 tests it. Finished runs are kept in --folder, others are resumed. (A run with non-finite numbers counts as
 finished: remove its folder to start again.) Writes to benchmarks/results/reproduce/ the numbers of each
 method (TABLE/METHOD.json), a table (Markdown) and a picture, unfinished runs included and marked. A method's
-record stays until there are runs with more seeds or, with as many, further ones.
+record stays until there are runs of more seeds or, of as many, that have come as far; runs that have begun do
+not count where others of the method are finished.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from pathlib import Path
 import table_text
 import torch
 from harness import RESULTS, ROOT, Parser, launch, put, read_json, write_json, write_text
-from jobs import Record, Run, entry_of
+from jobs import Record, Run, summarise_runs
 from pictures import write_picture
 from tables import TABLES, Table, slug
 
@@ -48,13 +49,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--results", type=Path, default=TABLE_RESULTS, help="folder of tables and pictures")
     parser.add_argument("--quick", action="store_true", help="few iterations and tasks, one seed")
     options = parser.parse_args(arguments)
-    names = options.tables or list(TABLES)
-    options.tables = [t for n in names for t in TABLES.values() if t.name == n or t.name.startswith(f"{n}-")]
-    methods = {method for table in options.tables for method in table.methods}
-    for kind, given, known in (("table", names, TABLES), ("method", options.methods or (), methods)):
-        for name in given:
-            if name not in known and not (kind == "table" and any(n.startswith(f"{name}-") for n in TABLES)):
-                parser.error(f"no {kind} {name}; choose from {'; '.join(known)}")
+    for name in options.tables:
+        if not tables_named(name):
+            parser.error(f"no table {name}; choose from {', '.join(TABLES)}")
+    tables = {table.name: table for name in options.tables or TABLES for table in tables_named(name)}
+    options.tables = [*tables.values()]
+    methods = dict.fromkeys(method for table in options.tables for method in table.methods)
+    for method in options.methods or ():
+        if method not in methods:
+            parser.error(f"no method {method} in these tables; choose from {'; '.join(methods)}")
     if options.jobs == 0 or not options.minutes >= 0 or min(options.seeds or [0]) < 0:
         parser.error("expected --jobs of at least 1, --minutes and --seeds of at least 0")
     if options.quick:
@@ -62,6 +65,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         options.folder = options.folder.with_name(options.folder.name + "-quick")
         options.results = options.results.with_name(options.results.name + "-quick")
     return options
+
+
+def tables_named(name: str) -> list[Table]:
+    """Return the table of this name or, without one, all whose names begin with it."""
+    return [TABLES[name]] if name in TABLES else [t for t in TABLES.values() if t.name.startswith(f"{name}-")]
 
 
 def runs_of(options: argparse.Namespace) -> Iterator[Run]:
@@ -74,17 +82,17 @@ def runs_of(options: argparse.Namespace) -> Iterator[Run]:
                     yield Run(table, method, seed, options.folder, options.quick)
 
 
-def take_runs(options: argparse.Namespace) -> bool:
+def train_and_test(options: argparse.Namespace) -> bool:
     """Train and test; return whether all went well. Ctrl-C reaches main.py, too, which saves and ends."""
     at_once = options.jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
     until, success = time.monotonic() + 60 * options.minutes, True
     with ThreadPoolExecutor(at_once) as pool:
         try:
-            for well, line in pool.map(
-                partial(Run.take, until=until, single_threaded=at_once > 1), runs_of(options)
+            for succeeded, line in pool.map(
+                partial(Run.train_and_test, until=until, single_threaded=at_once > 1), runs_of(options)
             ):
                 print(line, flush=True)
-                success &= well
+                success &= succeeded
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise
@@ -108,7 +116,7 @@ def write_table(table: Table, options: argparse.Namespace) -> bool:
     for method in (*table.methods, *table.baselines):
         trained = table.measured_with if method in table.baselines else method
         runs = [Run(table, trained, seed, options.folder, options.quick) for seed in seeds]
-        entry = entry_of(table, method, runs)
+        entry = summarise_runs(table, method, runs)
         if entry and extent(entry) >= extent(record.get(method, {"runs": ()})):
             record[method] = entry
             write_json(record_file(table, method, options.results), entry)
@@ -120,15 +128,15 @@ def write_table(table: Table, options: argparse.Namespace) -> bool:
 
 
 def extent(entry: Record) -> tuple[int, int]:
-    """Return the number of runs and of all their iterations."""
+    """Return the number of runs and of all their iterations, by which the larger of two records is kept."""
     return len(entry["runs"]), sum(run["iteration"] for run in entry["runs"])
 
 
 def update_pages() -> None:
-    """Put the recorded numbers between the marks of all pages (see `texts_of`)."""
+    """Put the recorded numbers between the marks of all pages (see `render_marks`)."""
     records = {name: record for name, table in TABLES.items() if (record := read_record(table))}
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        for mark, text in table_text.texts_of(page.read_text(encoding="utf-8"), records).items():
+        for mark, text in table_text.render_marks(page.read_text(encoding="utf-8"), records).items():
             put(page, mark, text)
 
 
@@ -138,9 +146,9 @@ def main() -> int:
         print("\n".join(f"{table.name}: {'; '.join(table.methods)}" for table in options.tables))
         return 0
     options.results.mkdir(parents=True, exist_ok=True)
-    success = take_runs(options)
+    success = train_and_test(options)
     written = [write_table(table, options) for table in options.tables]
-    if options.results == TABLE_RESULTS:
+    if options.results.resolve() == TABLE_RESULTS:
         update_pages()
     print(f"Written: {options.results}" if any(written) else "No run yet: nothing to write")
     return 0 if success else 1

@@ -17,10 +17,9 @@ from harness import markdown
 from jobs import Record
 from tables import README, TABLES, Table, slug
 
-from evaluation.tables import Spread, decimal
+from evaluation.tables import Spread, decimal, plain_values
 
 FAR_ENOUGH = 0.25  # of the planned iterations: shorter runs are in their own table alone
-Key = tuple[str, str, str]  # a table, a method, a column
 
 
 def row_of(table: Table, title: str, entry: Record) -> Record | None:
@@ -28,7 +27,8 @@ def row_of(table: Table, title: str, entry: Record) -> Record | None:
     test, steps, normalisation = table.columns[title]
     if not test:
         losses = [run["final_training_loss"]["mean"] for run in entry["runs"] if run["final_training_loss"]]
-        return asdict(Spread.over(losses)) if losses else None
+        known = [math.nan if loss is None else loss for loss in losses]
+        return plain_values(asdict(Spread.over(known))) if known else None
     measured = entry["tests"].get(test, {"results": {}})
     rows = {row["steps"]: row for row in measured["results"].get(normalisation, ())}
     alone = rows.get(0) if len(rows) == 1 else None  # it does not adapt
@@ -89,7 +89,7 @@ def table_text(table: Table, record: Mapping[str, Record]) -> str:
             lines.append([source, *(published.get(title, "") for title in titles), "", "", ""])
     absent = ", ".join(method for method in table.methods if method not in record)
     trained = [method for method in order if method in table.methods]
-    tested = table.measured_with if table.measured_with in trained else trained[0]
+    tested = table.measured_with if table.measured_with in trained else next(iter(trained), order[0])
     commands = [
         f"{record[method]['runs'][0]['trained_by']} --run-name {table.name}-{slug(method)}"
         for method in trained
@@ -153,21 +153,21 @@ def remarks(about: Mapping[str, Any], row: Record) -> list[str]:
     return notes
 
 
-def distance(table: Table, published: str, row: Record, runs: Sequence[Record]) -> str:
-    """Return how far our number is from a published one, in words."""
+def judge(table: Table, published: str, row: Record, runs: Sequence[Record]) -> str:
+    """Return how far our mean over all tasks is from a published number: all seeds, finished, *meet* it."""
     if row["mean"] is None:
         return "not met, not finite"
     scale, sign = (100, 1) if table.is_accuracy else (1, -1)
-    few = unfinished(runs) or row["runs"] < table.seeds
-    by = "a single run" if row["runs"] == 1 else f"{row['runs']} seeds of {table.seeds}"
+    incomplete = unfinished(runs) or row["runs"] < table.seeds
     gap = sign * (float(published.split()[0]) - scale * row["mean"])  # above 0: ours falls short
-    within = gap > 0 and gap <= scale * (row.get("interval_95_over_tasks") or 0)
-    if gap <= 0 or within:
-        return (f"reached by {by}" if few else "**met**") + ", within its interval" * within
-    return f"{'short' if few else 'not met,'} by {decimal(gap, 2 if table.is_accuracy else 3)}"
+    if gap <= 0:
+        by = "a single run" if row["runs"] == 1 else f"{row['runs']} seeds of {table.seeds}"
+        return f"reached by {by}" if incomplete else "**met**"
+    words = f"{'short' if incomplete else 'not met,'} by {decimal(gap, 2 if table.is_accuracy else 3)}"
+    return words + ", within its interval" * (gap <= scale * (row.get("interval_95_over_tasks") or 0))
 
 
-def summary(records: Mapping[str, Mapping[str, Record]], chosen: Sequence[Key] = ()) -> str:
+def summary(records: Mapping[str, Mapping[str, Record]], chosen: Sequence[tuple[str, str, str]] = ()) -> str:
     """Return one table of these published numbers, or of all whose runs are far enough."""
     keys = chosen or [
         (t.name, m, title) for t in TABLES.values() for m in t.methods for title in t.published_numbers(m)
@@ -179,7 +179,7 @@ def summary(records: Mapping[str, Mapping[str, Record]], chosen: Sequence[Key] =
         if not entry or not row or any(r["iteration"] < FAR_ENOUGH * r["iterations"] for r in entry["runs"]):
             continue
         text, runs = table.published_numbers(method)[title], entry["runs"]
-        words = distance(table, text, row, runs)
+        words = judge(table, text, row, runs)
         seeds = f"{len(runs)} seeds" if len(runs) > 1 else "single run"
         details = [seeds] * (not words.startswith("reached"))  # which has them
         details += [f"{reached(runs)} iterations{ended(runs)}"] * unfinished(runs)
@@ -193,7 +193,7 @@ def summary(records: Mapping[str, Mapping[str, Record]], chosen: Sequence[Key] =
 # ---- on pages ------------------------------------------------------------------------------------
 
 
-def texts_of(page: str, records: Mapping[str, Mapping[str, Record]]) -> dict[str, str]:
+def render_marks(page: str, records: Mapping[str, Mapping[str, Record]]) -> dict[str, str]:
     """Return the text that belongs below each mark of a page: a table, rows of one, or published numbers.
 
     Marks are `<!-- TABLE -->`, `<!-- TABLE: METHOD; METHOD -->` (of curves, with 5 and 10 points),

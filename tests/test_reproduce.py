@@ -23,8 +23,8 @@ import reproduce
 import table_text
 from harness import call_main, launch, read_json
 from jobs import Run
-from table_text import distance, quote, row_of
-from tables import TABLES
+from table_text import judge, quote, row_of
+from tables import README, TABLES
 
 from commands.call import check_call
 from commands.parser import parse
@@ -122,6 +122,7 @@ def test_the_first_methods_come_first_in_all_tables_of_a_group():
     order = [(run.table.name, run.method, run.seed) for run in reproduce.runs_of(options)]
     assert order[:4] == [*((table.name, "maml", 0) for table in options.tables), (order[0][0], "maml++", 0)]
     assert {seed for name, _, seed in order if "20way" in name} == {0} and len({*order}) == len(order)
+    assert [t.name for t in reproduce.parse_arguments(["sinusoid", "sinusoid"]).tables] == ["sinusoid"]
 
 
 def test_an_initialisation_is_tested_on_its_own_data_and_on_other_data(tmp_path):
@@ -169,15 +170,16 @@ def test_a_column_is_read_from_its_steps_and_normalisation_alone():
     ("table", "ours", "published", "words"),
     [
         (OMNIGLOT, row(0.986, 3, 0.001), "98.5 ±0.4", "**met**"),
-        (OMNIGLOT, row(0.982, 3, 0.004), "98.5", "**met**, within its interval"),
+        (OMNIGLOT, row(0.982, 3, 0.004), "98.5", "not met, by 0.30, within its interval"),
         (OMNIGLOT, row(0.982, 3, 0.002), "98.5", "not met, by 0.30"),
         (OMNIGLOT, row(0.982, 3), "98.5", "not met, by 0.30"),
         (OMNIGLOT, row(0.986, 1, 0.004), "98.5", "reached by a single run"),
-        (OMNIGLOT, row(0.982, 1, 0.004), "98.5", "reached by a single run, within its interval"),
+        (OMNIGLOT, row(0.982, 1, 0.004), "98.5", "short by 0.30, within its interval"),
         (OMNIGLOT, row(0.986, 2, 0.004), "98.5", "reached by 2 seeds of 3"),
         (OMNIGLOT, row(0.97, 1, 0.004), "98.5", "short by 1.50"),
         (SINUSOID, row(0.3, 5), "0.35", "**met**"),
         (SINUSOID, row(0.3, 4), "0.35", "reached by 4 seeds of 5"),
+        (SINUSOID, row(2e7, 5, 3.9e7), "0.35", "not met, by 2e7, within its interval"),
         (SINUSOID, row(4e15, 5, mean_without_diverged=0.3), "0.35", "not met, by 4e15"),
         (SINUSOID, row(None, 5, mean_without_diverged=0.3), "0.35", "not met, not finite"),
     ],
@@ -185,11 +187,11 @@ def test_a_column_is_read_from_its_steps_and_normalisation_alone():
 def test_only_all_seeds_meet_a_published_number_and_never_without_their_diverged_tasks(
     table, ours, published, words
 ):
-    assert distance(table, published, ours, [run_of()] * ours["runs"]) == words
+    assert judge(table, published, ours, [run_of()] * ours["runs"]) == words
 
 
 def test_only_finished_runs_meet_a_published_number():
-    assert distance(SINUSOID, "0.35", row(0.3, 5), [run_of()] * 4 + [run_of(50)]) == "reached by 5 seeds of 5"
+    assert judge(SINUSOID, "0.35", row(0.3, 5), [run_of()] * 4 + [run_of(50)]) == "reached by 5 seeds of 5"
 
 
 def test_the_first_number_is_the_mean_over_all_tasks():
@@ -220,11 +222,15 @@ def test_the_pages_say_what_the_records_say():
     shown = set()
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         text = page.read_text()
-        for mark, words in table_text.texts_of(text, RECORDS).items():
+        for mark, words in table_text.render_marks(text, RECORDS).items():
             assert f"<!-- {mark} -->\n{words}<!-- /{mark} -->" in text
             shown.add(mark)
     assert {*RECORDS, "published", "published: README"} <= shown
+    assert len(table_text.summary(RECORDS, README).splitlines()) == 12  # ten rows
     for name, record in RECORDS.items():
+        for method in record.keys() & TABLES[name].methods.keys():
+            for run in record[method]["runs"]:
+                assert run["trained_by"] == Run(TABLES[name], method, run["seed"], Path()).trained_by
         text = table_text.table_text(TABLES[name], record)
         assert text == (reproduce.TABLE_RESULTS / f"{name}.md").read_text()
 
@@ -256,13 +262,13 @@ def write_run(run: Run, iteration: int, losses: np.ndarray | None = None, traine
 @pytest.mark.usefixtures("_no_checkpoints")
 def test_only_runs_of_the_same_command_with_tests_of_the_present_checkpoint_count(tmp_path):
     run, losses = Run(FREQUENCY, "maml", 0, tmp_path), np.ones((40, 2))
-    assert not jobs.entry_of(FREQUENCY, "maml", [run])
+    assert not jobs.summarise_runs(FREQUENCY, "maml", [run])
     write_run(run, 50, losses, "python main.py --of-another-command")
-    assert not jobs.entry_of(FREQUENCY, "maml", [run])
+    assert not jobs.summarise_runs(FREQUENCY, "maml", [run])
     write_run(run, 50, losses)
-    assert jobs.entry_of(FREQUENCY, "maml", [run])["runs"][0]["iteration"] == 50
+    assert jobs.summarise_runs(FREQUENCY, "maml", [run])["runs"][0]["iteration"] == 50
     write_run(run, 60)
-    assert not jobs.entry_of(FREQUENCY, "maml", [run])
+    assert not jobs.summarise_runs(FREQUENCY, "maml", [run])
 
 
 @pytest.mark.usefixtures("_no_checkpoints")
@@ -280,6 +286,7 @@ def test_a_record_stays_until_there_are_more_seeds_or_further_ones(tmp_path):
 
     assert recorded(50) == recorded(40) == recorded() == [50]
     assert recorded(40, 40) == [40, 40] == recorded(90)
+    assert recorded(90, 90, 40) == [90, 90]  # one has begun
 
 
 @pytest.mark.usefixtures("_no_checkpoints")
@@ -289,7 +296,7 @@ def test_the_interval_of_several_seeds_is_that_of_each_tasks_mean_over_them(tmp_
     seeds = [Run(FREQUENCY, "maml", seed, tmp_path) for seed in range(3)]
     for run, values in zip(seeds, losses, strict=True):
         write_run(run, 90, values)
-    entry = jobs.entry_of(FREQUENCY, "maml", seeds)
+    entry = jobs.summarise_runs(FREQUENCY, "maml", seeds)
     assert entry["tests"]["K = 5"]["conditions"] == ["cpu, torch 2, compiled"]
     ours = row_of(FREQUENCY, "K = 5, 1 step", entry)
     of_tasks, of_seeds = losses[:, :, 1].mean(0), losses[:, :, 1].mean(1)
@@ -345,7 +352,7 @@ def test_a_mistake_gets_one_line_and_exit_code_2(flags, message, tmp_path, monke
     (tmp_path / "file").write_text("")
     arguments = [*flags.replace("FILE", str(tmp_path / "file")).split(), "--folder", str(tmp_path / "runs")]
     monkeypatch.setattr(sys, "argv", ["reproduce.py", *arguments])
-    monkeypatch.setattr(reproduce, "take_runs", lambda options: pytest.fail("it runs"))
+    monkeypatch.setattr(reproduce, "train_and_test", lambda options: pytest.fail("it runs"))
     with pytest.raises(SystemExit) as ended:
         launch(reproduce.main)
     errors = capsys.readouterr().err
