@@ -5,7 +5,7 @@
 A run's folder is main.py's own, with a folder for each test's results and `reproduce.json`: the command that
 trained it, its seconds and the machine. A folder that another command has trained does not count. A record:
 
-    runs      of each seed: command, iterations, seconds, machine, final training loss, failure
+    runs      of each seed: command, iterations, seconds, machine, versions, final training loss, failure
     settings  of the first run, as it was in the end
     tests     by name: flags, tasks, conditions (device, version), and results by normalisation: rows of
               `StepResults.record`, one for each number of inner steps
@@ -164,7 +164,11 @@ def summarise_runs(table: Table, method: str, runs: Sequence[Run]) -> Record:
                 "results": {n: StepResults.over(evaluations, n).record() for n in evaluations[0].losses},
             }
     facts = ("iteration", "iterations", "best_iteration", "failure", "final_training_loss")
-    lines = [{"seed": r.seed} | {n: r.progress()[n] for n in facts} | dict(r.ledger()) for r, _ in tested]
+    lines = []
+    for run, results in tested:
+        progress, (first, *_) = run.progress(), results.values()
+        line = {"seed": run.seed} | {name: progress[name] for name in facts} | dict(run.ledger())
+        lines.append(line | {"versions": first[False]["versions"]})
     last = load_checkpoint(tested[0][0].folder / LAST, weights=False)  # its settings are those of the end
     return plain_values({"runs": lines, "settings": last.settings, "tests": tests})
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from jobs import Record
+from matplotlib.ticker import LogLocator, NullFormatter
 from tables import Table
 
 from evaluation import style
@@ -34,8 +35,6 @@ def write_picture(table: Table, record: Mapping[str, Record], file: Path) -> Non
 
     Bands are intervals over tasks, hollow diamonds published numbers; dotted methods do not adapt.
     """
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     methods = [method for method in (*table.methods, *table.baselines) if method in record]
     groups = [
         [methods[0], *methods[i : i + IN_PANEL - 1]] for i in range(1, max(2, len(methods)), IN_PANEL - 1)
