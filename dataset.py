@@ -360,7 +360,7 @@ class Custom(TaskDistribution):
             raise UsageError(f"--dataset {name}: sample({split!r}, {len(seeds)} seeds) {problem}")
         batch = TaskBatch(*parts)
         for part in ("support", "query") if len(parts) == 6 else ():
-            batch = _padding_last(batch, part)
+            batch = _sort_padding(batch, part)
         return batch if isinstance(self.ways, int | None) else replace(batch, ways=self._count_classes(batch))
 
     def _count_classes(self, batch: TaskBatch) -> Tensor:
@@ -399,7 +399,7 @@ class Custom(TaskDistribution):
         return None
 
 
-def _padding_last(batch: TaskBatch, part: str) -> TaskBatch:
+def _sort_padding(batch: TaskBatch, part: str) -> TaskBatch:
     """Return the batch with the examples of "support" or "query" that count first; padding repeats one."""
     mask = getattr(batch, f"{part}_mask")
     place, tasks = (~mask).long().argsort(dim=1, stable=True), torch.arange(len(mask))[:, None]

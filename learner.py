@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from common.batch import Tree
-from common.errors import UsageError, one_line
+from common.errors import UsageError, fold_message
 from common.names import is_own_code, parse_name
 from common.own_code import call_factory, load_code, select_accepted
 from learners.heads import add_context, linear_head, replace_module
@@ -255,7 +255,7 @@ def build_learner(
             if has_lazy(learner) and example is not None:
                 materialise(learner, example)
         except Exception as error:  # the user's module may fail in any way
-            raise UsageError(f"--learner {name}: {one_line(error)[:200]}") from error
+            raise UsageError(f"--learner {name}: {fold_message(error)[:200]}") from error
         if init == "paper":
             initialise_as_paper(learner)
     return add_context(learner, context, seed=seed) if context else learner

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from commands.call import Call, check_call
-from commands.members import members_of
+from commands.members import list_members
 from commands.parser import parse
 from commands.resolve import resolve
 from commands.settings import add_lines, render_settings
@@ -78,7 +78,7 @@ def run(arguments: list[str]) -> int:
         given = parse(arguments)
         call = check_call(given)
         if call.seeds or call.sweep:  # mistakes answer before PyTorch is imported
-            members_of(call, given)
+            list_members(call, given)
         elif not (call.load or call.resume or call.compare):
             config = resolve(given)
             if call.print_config:

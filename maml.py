@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
-from common.batch import TaskBatch, Tree, first_tensor, in_type, joined, stacked_trees, tree_map
+from common.batch import TaskBatch, Tree, cast_tree, concatenate_trees, first_tensor, stacked_trees, tree_map
 from common.choices import Choices
 from common.optimizers import InnerOptimizer, InnerState, Weights, initial_rates
 from common.task import (
@@ -44,9 +44,9 @@ from learners.batch_norm import norm_parameter_names, record_statistics, set_nor
 from learners.computed_heads import RIDGE, compute_head, initial_ridge
 from learners.copies import copy_module
 from learners.functional import FunctionalLearner
-from learners.heads import adapted_names, context_names, head_names, headless
+from learners.heads import adapted_names, context_names, head_names, remove_head
 from learners.losses import TaskLoss
-from learners.modules import convert_type, evaluating
+from learners.modules import convert_type, set_evaluation_mode
 from learners.reading import Reading, main_tensor
 
 Loss = Callable[[Any, Any], Tensor]  # (outputs, targets) of one task -> mean over its examples
@@ -114,7 +114,7 @@ class MAML:
         choices, learner, parameters = self.choices, self.learner, self.call.parameters
         self.body, heads = learner, frozenset[str]()
         if choices.head_init != "learned":
-            self.body, heads = headless(learner, choices.head), head_names(learner, choices.head)
+            self.body, heads = remove_head(learner, choices.head), head_names(learner, choices.head)
         norms, contexts = norm_parameter_names(learner), context_names(learner)
         self.contexts = {name: parameters[name] for name in sorted(contexts)}
         self.head_weights = {name: w for name, w in parameters.items() if name in heads}  # computed heads
@@ -139,11 +139,11 @@ class MAML:
         """Return the algorithm in another type of arithmetic."""
         learner = convert_type(copy_module(self._arguments["learner"]), dtype)
         example = self._arguments["example"]
-        example = None if example is None else in_type(example, dtype)
+        example = None if example is None else cast_tree(example, dtype)
         return self.with_options(learner=learner, example=example, compute_dtype=None)
 
     @contextmanager
-    def at_rate(self, lr: Tensor | float | None) -> Iterator[None]:
+    def use_rate(self, lr: Tensor | float | None) -> Iterator[None]:
         """Use this inner learning rate inside the context; None: the algorithm's own."""
         before = self.optimizer
         self.optimizer = before if lr is None else replace(before, lr=lr)
@@ -234,7 +234,7 @@ class MAML:
 
         def loss(fast: Weights) -> tuple[Tensor, tuple[Weights, Weights]]:
             changed: Weights = {}
-            with self._recording() as statistics:
+            with self._record_statistics() as statistics:
                 outputs = self.call(fast | weights, x, extras, changed=changed)
             return self.loss(outputs, y, extras), (statistics, changed)
 
@@ -270,7 +270,7 @@ class MAML:
         """
         extras = tree_map(lambda part: part[0], self.call.extras(1, None if keys is None else keys[None]))
         task = Task(support_x, support_y, order=order, extras=extras)
-        with self.running() if statistics else nullcontext():
+        with self.use_running_statistics() if statistics else nullcontext():
             *_, adapted = self.inner_loop(parameters, task, steps, statistics)
         return adapted
 
@@ -278,7 +278,7 @@ class MAML:
 
     def query_loss(self, fast: Weights, shared: Weights, task: Task) -> tuple[Tensor, tuple[Tree, Weights]]:
         """Return the query loss under these weights, with the outputs and recorded statistics."""
-        with self._recording() as statistics:
+        with self._record_statistics() as statistics:
             outputs = self.call.query(fast | shared, task, self.choices.query_norm)
         return self.loss(outputs, task.query_y, task.extras), (outputs, statistics)
 
@@ -338,13 +338,13 @@ class MAML:
             way: how it is computed (see training/meta_gradients.py); None: `unrolled`.
         """
         way = way or self.unrolled
-        parts = [way(parameters, chunk, step_weights) for chunk in self._chunks(batch, order, keys)]
+        parts = [way(parameters, chunk, step_weights) for chunk in self._split_batch(batch, order, keys)]
         tasks = tasks or len(first_tensor(batch.support_x))
         sums, losses, outputs, statistics = zip(*parts, strict=True)
         return MetaGradient(
             {name: sum(part[name] for part in sums) / tasks for name in parameters},
             torch.cat(losses),
-            joined(list(outputs)),
+            concatenate_trees(list(outputs)),
             {name: sum(part[name] for part in statistics) / tasks for name in statistics[0]},
         )
 
@@ -371,13 +371,13 @@ class MAML:
         running = tuple(name for name in normalisations if name == "per-step")
         batches = tuple(name for name in normalisations if name not in running)
         parts = []
-        for tasks in self._chunks(batch, order, keys):
+        for tasks in self._split_batch(batch, order, keys):
             part = self._predict_each_step(parameters, tasks, steps, batches) if batches else {}
             if running:
-                with self.running():
+                with self.use_running_statistics():
                     part |= self._predict_each_step(parameters, tasks, steps, running, statistics)
             parts.append(part)
-        return {name: joined([part[name] for part in parts]) for name in normalisations}
+        return {name: concatenate_trees([part[name] for part in parts]) for name in normalisations}
 
     def _predict_each_step(
         self,
@@ -423,10 +423,10 @@ class MAML:
 
     def predict(self, adapted: Adapted, normalisation: str) -> Tree:
         """Return outputs on one task's query set, with the learner in evaluation mode."""
-        with evaluating(self.learner):
+        with set_evaluation_mode(self.learner):
             return self.call.query(adapted.weights, adapted.task, normalisation)
 
-    def _chunks(self, batch: TaskBatch, order: Tensor | None, keys: Tensor | None) -> list[Task]:
+    def _split_batch(self, batch: TaskBatch, order: Tensor | None, keys: Tensor | None) -> list[Task]:
         """Split a batch into parts of at most `tasks_at_once` tasks."""
         count = len(first_tensor(batch.support_x))
         tasks = Task.of(batch, self.call.extras(count, keys), order)
@@ -438,13 +438,13 @@ class MAML:
 
     # ---- batch norm's statistics ------------------------------------------------------------
 
-    def _recording(self) -> AbstractContextManager[Weights]:
+    def _record_statistics(self) -> AbstractContextManager[Weights]:
         """Record the statistics that batch norm sees in a pass, if it keeps them for each step."""
         per_step = self.choices.batch_norm == "per-step" and self.has_batch_norm
         return record_statistics(self.learner) if per_step else nullcontext({})
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def use_running_statistics(self) -> Iterator[None]:
         """Let batch norm normalise with the running statistics that come with the weights."""
         with set_norms(self.learner, uses_buffer=True), set_norms(self.body, uses_buffer=True):
             yield

@@ -65,7 +65,7 @@ class Session:
     def _add(self, table: str, row: Row) -> None:
         self.results[table].append(row)
         print(f"  {table}: {row}", flush=True)
-        harness.write_json(self.file, {"machine": harness.conditions(), **self.results})
+        harness.write_json(self.file, {"machine": harness.collect_conditions(), **self.results})
 
 
 def gradient_of(run: Assembly, iteration: int) -> Gradient:

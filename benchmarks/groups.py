@@ -28,7 +28,7 @@ from harness import (
     ROOT,
     Parser,
     UsageError,
-    conditions,
+    collect_conditions,
     launch,
     markdown,
     put,
@@ -127,14 +127,14 @@ def solve_ridge(x: Rows, y: Rows, penalties: Rows | float) -> Rows:
     return np.linalg.solve(x.T @ x + penalties * np.eye(x.shape[1]), x.T @ y)
 
 
-def candidate(data: Data, model: Model) -> Candidate:
+def make_candidate(data: Data, model: Model) -> Candidate:
     return Candidate(float(data.errors(model, "validation").mean()), lambda: [model])
 
 
 def pooled_ridge(data: Data) -> dict[str, Candidate]:
     """Fit one ridge regression to all training rows; it does not look at the support rows."""
     weights = {penalty: solve_ridge(*data.training[:2], penalty) for penalty in (1, 10, 100, 1000)}
-    return {f"{p}": candidate(data, lambda x, y, query, w=w: query @ w) for p, w in weights.items()}
+    return {f"{p}": make_candidate(data, lambda x, y, query, w=w: query @ w) for p, w in weights.items()}
 
 
 def ridge(data: Data) -> dict[str, Candidate]:
@@ -146,7 +146,7 @@ def ridge(data: Data) -> dict[str, Candidate]:
 
     pairs = product((0.01, 0.1, 1, 3, 10, 30, 100), (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1e9))
     penalties = {f"{a:g}, {b:g}": np.array([a, *[b] * len(pooled)]) for a, b in pairs}
-    return {label: candidate(data, partial(predict_group, p)) for label, p in penalties.items()}
+    return {label: make_candidate(data, partial(predict_group, p)) for label, p in penalties.items()}
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def mixed_models(data: Data) -> dict[str, Candidate]:
     x, groups = data.training[0], [x for x, _ in data.groups["train"]]
     numbers = [c for c in range(x.shape[1]) if len({*x[:, c]}) > 2 and any(np.ptp(g[:, c]) for g in groups)]
     slopes = dict.fromkeys([(), *((c,) for c in numbers), tuple(numbers)])
-    return {f"slopes {part}": candidate(data, fit_mixed(*data.training, part)) for part in slopes}
+    return {f"slopes {part}": make_candidate(data, fit_mixed(*data.training, part)) for part in slopes}
 
 
 def fit_mixed(x: Rows, y: Rows, group: Rows, slopes: Sequence[int]) -> MixedModel:
@@ -266,7 +266,7 @@ def mean_and_interval(values: Rows) -> str:
     return f"{values.mean():.3f} ±{1.96 * values.std(ddof=1) / len(values) ** 0.5:.3f}"
 
 
-def spread(seeds: Rows) -> str:
+def describe_spread(seeds: Rows) -> str:
     return f" ({seeds.min():.3f} to {seeds.max():.3f})" if len(seeds) > 1 else ""
 
 
@@ -277,7 +277,9 @@ def tabulate(records: Mapping[str, Any]) -> str:
     reference = [test.mean(0) for test in tests["mixed model"]]
     errors, differences, chosen = [], [], []
     for name, row in tests.items():
-        errors.append([name, *(mean_and_interval(test.mean(0)) + spread(test.mean(1)) for test in row)])
+        errors.append(
+            [name, *(mean_and_interval(test.mean(0)) + describe_spread(test.mean(1)) for test in row)]
+        )
         pairs = zip(row, reference, strict=True)
         differences.append([name, *(mean_and_interval(test.mean(0) - other) for test, other in pairs)])
         chosen.append([name, *(f"`{part['chosen']}`" for part in parts[name])])
@@ -302,7 +304,7 @@ def main() -> None:
         records[name] = {
             "groups": {split: len(part) for split, part in data.groups.items()},
             "contenders": compete(data, options.folder, options.seeds),
-            "conditions": conditions(),
+            "conditions": collect_conditions(),
         }
         records = {table: records[table] for table in SIZES if table in records}
         write_json(options.out, records)

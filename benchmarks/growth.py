@@ -60,7 +60,7 @@ class Cell(NamedTuple):
     flags: str = "-k 10 -q 15 --learner-args"
 
 
-def all_engines(flags: str, steps: int = 1, ways: int = 5) -> dict[str, Cell]:
+def make_cells(flags: str, steps: int = 1, ways: int = 5) -> dict[str, Cell]:
     return {engine: Cell(engine, 1, steps, 1200, ways, flags=flags) for engine in ENGINES}
 
 
@@ -75,10 +75,10 @@ PANELS = {  # the field of a cell that grows, its values, and the curves over it
     "ways (conv, 8 tasks)": ("ways", (2, 5, 10, 20), CONVS),
     "seeds at once (sinusoid; fc)": ("seeds", (1, 2, 4, 8), SEEDS),
     "processes, uncompiled": ("processes", (1, 2, 4), SHARED),
-    "inner steps, 10 M weights": ("steps", (1, 2, 5), all_engines(WIDE, ways=0)),
-    "tasks, 10 M weights, 2 steps": ("tasks", (1, 2, 4), all_engines(WIDE, 2, 0)),
-    "inner steps, conv4, 84 px": ("steps", (1, 2, 5), all_engines(CONV4)),
-    "inner steps, ResNet-18, 32 px": ("steps", (1, 2, 5), all_engines(RESNET)),
+    "inner steps, 10 M weights": ("steps", (1, 2, 5), make_cells(WIDE, ways=0)),
+    "tasks, 10 M weights, 2 steps": ("tasks", (1, 2, 4), make_cells(WIDE, 2, 0)),
+    "inner steps, conv4, 84 px": ("steps", (1, 2, 5), make_cells(CONV4)),
+    "inner steps, ResNet-18, 32 px": ("steps", (1, 2, 5), make_cells(RESNET)),
 }
 
 
@@ -144,7 +144,7 @@ def measure(cells: dict[tuple[str, int], Cell], rounds: int, images: Path) -> di
     ends = {key: start(cell, gate, images) for key, cell in cells.items()}
     facts = {key: [end.recv() for end in ends[key]] for key in cells}
     counts = {key: max(1, int(0.05 / time_cell(ends[key], 1))) for key in cells}
-    times = harness.in_turn({key: partial(time_cell, ends[key], counts[key]) for key in cells}, rounds)
+    times = harness.take_turns({key: partial(time_cell, ends[key], counts[key]) for key in cells}, rounds)
     for end in chain(*ends.values()):
         end.send(0)
     curves: dict[str, Any] = {}
@@ -159,7 +159,7 @@ def measure(cells: dict[tuple[str, int], Cell], rounds: int, images: Path) -> di
     return curves
 
 
-def chosen_cells(title: str, *, quick: bool) -> dict[tuple[str, int], Cell]:
+def choose_cells(title: str, *, quick: bool) -> dict[tuple[str, int], Cell]:
     """Return the cells of a panel by curve and value; a rehearsal has two values, small and uncompiled."""
     axis, values, curves = PANELS[title]
     if quick:
@@ -182,9 +182,9 @@ def main() -> None:
         harness.write_images(Path(folder), 125, 4, 28)
         for title in [*PANELS][: 7 if options.quick else None]:
             begin = time.monotonic()
-            panels[title] = measure(chosen_cells(title, quick=options.quick), options.rounds, Path(folder))
+            panels[title] = measure(choose_cells(title, quick=options.quick), options.rounds, Path(folder))
             print(f"  {title}: {time.monotonic() - begin:.0f} s", flush=True)
-    machine = harness.conditions() | {"threads": 1, "date": f"{date.today()}", "load": load}
+    machine = harness.collect_conditions() | {"threads": 1, "date": f"{date.today()}", "load": load}
     harness.write_json((options.out or RESULTS) / "growth.json", {"machine": machine, "panels": panels})
     draw(panels, (options.out or ROOT / "docs") / "growth.png")
     print(table := tabulate(panels))

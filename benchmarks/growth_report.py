@@ -14,7 +14,7 @@ COLUMNS = 5
 COLOURS = ("this tool", "this tool, uncompiled", "torch.func, eager", "higher, loop")  # in every panel
 
 
-@style.styled()
+@style.use_style()
 def draw(panels: dict[str, Any], path: Path) -> None:
     """Draw time above memory, panel by panel; legends have the exponents."""
     from matplotlib.ticker import LogLocator, NullFormatter

@@ -99,7 +99,7 @@ def cpuinfo() -> str:
     return file.read_text(encoding="utf-8") if file.exists() else ""
 
 
-def machine() -> str:
+def describe_machine() -> str:
     """Return this computer in a few words: processor, cores, GPU."""
     import torch
 
@@ -109,12 +109,12 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores{graphics}"
 
 
-def conditions() -> dict[str, Any]:
+def collect_conditions() -> dict[str, Any]:
     """Return what a timing depends on, for a JSON file: machine, cores, threads, versions."""
     import torch
 
     return {
-        "machine": machine(),
+        "machine": describe_machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
@@ -163,7 +163,7 @@ def call_main(flags: Sequence[str], *, seconds: float | None = None, **environme
     return process.returncode, (errors.strip() or f"exit code {process.returncode}").rpartition("\n")[2]
 
 
-def fresh_caches(folder: Path) -> dict[str, str]:
+def redirect_caches(folder: Path) -> dict[str, str]:
     """Return the environment in which nothing compiled before is found; caches are written to a folder."""
     names = ("XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
     return {name: str(folder / name) for name in names}
@@ -207,7 +207,7 @@ def write_images(folder: Path, classes: int, drawings: int, size: int) -> None:
 # ---- time and memory -----------------------------------------------------------------------------
 
 
-def in_turn(timings: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def take_turns(timings: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Take every timing once a round, so that whatever slows the machine slows them all."""
     seconds: dict[str, list[float]] = {name: [] for name in timings}
     for _ in range(rounds):

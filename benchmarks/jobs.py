@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import call_main, machine, read_json, write_json
+from harness import call_main, describe_machine, read_json, write_json
 from tables import Table, slug
 
 from evaluation.meta_test import Evaluation
@@ -126,7 +126,7 @@ class Run:
                 return False, f"{title}: {last_line}"
             if self.folder.exists():
                 seconds = round(self.ledger()["seconds"] + time.monotonic() - begin, 1)
-                entry = {"trained_by": self.trained_by, "seconds": seconds, "machine": machine()}
+                entry = {"trained_by": self.trained_by, "seconds": seconds, "machine": describe_machine()}
                 write_json(self.folder / "reproduce.json", entry)
         progress = self.progress()
         if not progress:
@@ -155,12 +155,12 @@ def summarise_runs(table: Table, method: str, runs: Sequence[Run]) -> Record:
         contents = [results[test][baseline] for _, results in tested if baseline in results[test]]
         parts = [content["methods"][method] if baseline else content for content in contents]
         if parts:
-            evaluations = [evaluation_of(part["per_task"]) for part in parts]
+            evaluations = [parse_evaluation(part["per_task"]) for part in parts]
             tests[test] = {
                 "flags": shlex.join(tested[0][0].test_flags(test)),
                 "tasks": contents[0]["tasks"],
                 "test_steps": parts[0]["per_step"][-1]["steps"] if baseline else contents[0]["test_steps"],
-                "conditions": sorted({conditions_of(content) for content in contents}),
+                "conditions": sorted({describe_conditions(content) for content in contents}),
                 "results": {n: StepResults.over(evaluations, n).record() for n in evaluations[0].losses},
             }
     facts = ("iteration", "iterations", "best_iteration", "failure", "final_training_loss")
@@ -173,13 +173,13 @@ def summarise_runs(table: Table, method: str, runs: Sequence[Run]) -> Record:
     return plain_values({"runs": lines, "settings": last.settings, "tests": tests})
 
 
-def conditions_of(content: Record) -> str:
+def describe_conditions(content: Record) -> str:
     """Return device, version and whether it was compiled, in words."""
     compiled = {True: ", compiled", False: ", uncompiled", None: ""}[content.get("compiled")]
     return f"{content['device']}, torch {content['versions']['torch']}{compiled}"
 
 
-def evaluation_of(per_task: Record) -> Evaluation:
+def parse_evaluation(per_task: Record) -> Evaluation:
     """Return the numbers of every task in a result file; null is NaN."""
     losses, accuracies = (
         {

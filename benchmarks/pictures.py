@@ -16,7 +16,7 @@ from evaluation.figures import draw_curve
 STEPS, IN_PANEL = 10, 6  # the most steps, and methods in a panel
 
 
-def points_of(table: Table, entry: Record, test: str) -> list[tuple[int, float, float]]:
+def collect_points(table: Table, entry: Record, test: str) -> list[tuple[int, float, float]]:
     """Return steps, mean errors without diverged tasks, and intervals over tasks, where they are finite."""
     points = []
     results = entry["tests"].get(test, {"results": {}})["results"]
@@ -29,7 +29,7 @@ def points_of(table: Table, entry: Record, test: str) -> list[tuple[int, float, 
     return points
 
 
-@style.styled()
+@style.use_style()
 def write_picture(table: Table, record: Mapping[str, Record], file: Path) -> None:
     """Draw methods in rows of panels, each of which begins with the first one.
 
@@ -44,7 +44,10 @@ def write_picture(table: Table, record: Mapping[str, Record], file: Path) -> Non
         panels = part.subplots(1, len(table.tests), squeeze=False, sharey=True)[0]
         for panel, test in zip(panels, table.tests, strict=True):
             for number, method in enumerate(group):
-                points, colour = points_of(table, record[method], test), style.curve_style(number)["color"]
+                points, colour = (
+                    collect_points(table, record[method], test),
+                    style.curve_style(number)["color"],
+                )
                 if len(points) == 1:
                     panel.axhline(points[0][1], label=method, color=colour, linestyle=":")
                 elif points:

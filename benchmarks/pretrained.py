@@ -44,11 +44,11 @@ TEST_FLAGS = {  # where they differ from training
 KEPT = ("accuracy", "loss", "loss_without_diverged", "diverged_tasks")  # and their intervals
 
 
-def name_of(table: Table, method: str) -> str:
+def name_checkpoint(table: Table, method: str) -> str:
     return f"{table.name}-{slug(method)}"
 
 
-def numbers(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def select_numbers(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Return what people compare: the numbers after the test steps, by normalisation."""
     return {
         normalisation: {n: value for n, value in row.items() if n.removesuffix("_interval_95") in KEPT}
@@ -62,7 +62,7 @@ def publish(table: Table, method: str, root: Path) -> bool:
     progress = run.progress()
     if not progress or progress["iteration"] < FAR_ENOUGH * progress["iterations"]:
         return False
-    folder = FOLDER / name_of(table, method)
+    folder = FOLDER / name_checkpoint(table, method)
     copied = copy_initialisation(run.folder, folder)
     flags = [*TEST_FLAGS.get(table.name, ())]
     if table.is_accuracy:  # no further than its own number of steps
@@ -84,21 +84,21 @@ def publish(table: Table, method: str, root: Path) -> bool:
         "tested_by": shlex.join(tested_by),
         "test_tasks": result["tasks"],
         "test_steps": result["test_steps"],
-        "numbers": numbers(result),
+        "numbers": select_numbers(result),
         "first_tasks": first["tasks"],
-        "numbers_of_first_tasks": numbers(first),
+        "numbers_of_first_tasks": select_numbers(first),
         "torch": result["versions"]["torch"],
         "device": result["device"],
     }
     harness.write_json(folder / CARD, card)
-    print(f"{folder.name}: {words(card)}", flush=True)
+    print(f"{folder.name}: {describe_numbers(card)}", flush=True)
     return True
 
 
 # ---- the folder's README -------------------------------------------------------------------------
 
 
-def words(card: Mapping[str, Any]) -> str:
+def describe_numbers(card: Mapping[str, Any]) -> str:
     """Return the numbers of a card as a cell of a table."""
     parts = []
     for name, row in card["numbers"].items():
@@ -118,7 +118,7 @@ def row_texts(card: Mapping[str, Any]) -> list[str]:
     if card["iterations_trained"] < card["iterations_planned"]:
         trained += f" of {card['iterations_planned']:,}"
     steps = card["test_steps"]
-    text = f"{words(card)}, {steps} step{'s' * (steps != 1)}"
+    text = f"{describe_numbers(card)}, {steps} step{'s' * (steps != 1)}"
     settings = shlex.split(card["tested_by"])[5:]
     text += f" (`{shlex.join(settings)}`)" * bool(settings)
     return [f"`{card['name']}`", f"{card['parameters']:,}", f"{trained} ({card['iteration']:,})", text]
@@ -136,7 +136,7 @@ def main() -> None:
     published = [publish(table, method, options.folder) for table, method in pairs]
     if not any(published):
         parser.error(f"--folder {options.folder} has no run of these tables that is far enough")
-    names = [name_of(TABLES[table], method) for table in CHOSEN for method in CHOSEN[table]]
+    names = [name_checkpoint(TABLES[table], method) for table in CHOSEN for method in CHOSEN[table]]
     files = [FOLDER / name / CARD for name in names]
     rows = [row_texts(harness.read_json(file)) for file in files if file.exists()]
     says = "`--eval` says (600 test tasks, ± 95 % interval)"

@@ -50,9 +50,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--quick", action="store_true", help="few iterations and tasks, one seed")
     options = parser.parse_args(arguments)
     for name in options.tables:
-        if not tables_named(name):
+        if not find_tables(name):
             parser.error(f"no table {name}; choose from {', '.join(TABLES)}")
-    tables = {table.name: table for name in options.tables or TABLES for table in tables_named(name)}
+    tables = {table.name: table for name in options.tables or TABLES for table in find_tables(name)}
     options.tables = [*tables.values()]
     methods = dict.fromkeys(method for table in options.tables for method in table.methods)
     for method in options.methods or ():
@@ -67,12 +67,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return options
 
 
-def tables_named(name: str) -> list[Table]:
+def find_tables(name: str) -> list[Table]:
     """Return the table of this name or, without one, all whose names begin with it."""
     return [TABLES[name]] if name in TABLES else [t for t in TABLES.values() if t.name.startswith(f"{name}-")]
 
 
-def runs_of(options: argparse.Namespace) -> Iterator[Run]:
+def list_runs(options: argparse.Namespace) -> Iterator[Run]:
     """Yield the first method of all tables, the second, ..., and again from the other seeds."""
     for seed in dict.fromkeys(options.seeds or range(max(table.seeds for table in options.tables))):
         tables = [table for table in options.tables if options.seeds or seed < table.seeds]
@@ -89,7 +89,7 @@ def train_and_test(options: argparse.Namespace) -> bool:
     with ThreadPoolExecutor(at_once) as pool:
         try:
             for succeeded, line in pool.map(
-                partial(Run.train_and_test, until=until, single_threaded=at_once > 1), runs_of(options)
+                partial(Run.train_and_test, until=until, single_threaded=at_once > 1), list_runs(options)
             ):
                 print(line, flush=True)
                 success &= succeeded
@@ -117,7 +117,7 @@ def write_table(table: Table, options: argparse.Namespace) -> bool:
         trained = table.measured_with if method in table.baselines else method
         runs = [Run(table, trained, seed, options.folder, options.quick) for seed in seeds]
         entry = summarise_runs(table, method, runs)
-        if entry and extent(entry) >= extent(record.get(method, {"runs": ()})):
+        if entry and measure_extent(entry) >= measure_extent(record.get(method, {"runs": ()})):
             record[method] = entry
             write_json(record_file(table, method, options.results), entry)
     if record:
@@ -127,7 +127,7 @@ def write_table(table: Table, options: argparse.Namespace) -> bool:
     return bool(record)
 
 
-def extent(entry: Record) -> tuple[int, int]:
+def measure_extent(entry: Record) -> tuple[int, int]:
     """Return the number of runs and of all their iterations, by which the larger of two records is kept."""
     return len(entry["runs"]), sum(run["iteration"] for run in entry["runs"])
 

@@ -49,7 +49,7 @@ ROUNDED: dict[str, frozenset[Part]] = {
 }
 
 
-def rounded(tensor: Tensor) -> Tensor:
+def round_tensor(tensor: Tensor) -> Tensor:
     return tensor.bfloat16().to(tensor.dtype)
 
 
@@ -58,7 +58,7 @@ def rounding(parts: frozenset[Part], *, first_layer: bool = True) -> Iterator[No
     """Round the factors of these products; `first_layer` False: but those of the largest images."""
     phase, largest = "", 0
 
-    def in_phase(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def round_in_phase(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
             nonlocal phase
             before, phase = phase, name
@@ -74,16 +74,16 @@ def rounding(parts: frozenset[Part], *, first_layer: bool = True) -> Iterator[No
             nonlocal largest
             largest = max(largest, geometry.size[0])
             if (phase, kind) in parts and (first_layer or geometry.size[0] < largest):
-                a, b = rounded(a), rounded(b)
+                a, b = round_tensor(a), round_tensor(b)
             return forward(a, b, geometry)
 
         return run
 
     query, slopes = adjoint.query_gradient, adjoint.gradient_of_slopes
     with (
-        patch.object(MAML, "inner_step", in_phase(INNER, MAML.inner_step)),
-        patch.object(adjoint, "query_gradient", lambda maml: in_phase(QUERY, query(maml))),
-        patch.object(adjoint, "gradient_of_slopes", lambda *given: in_phase(BACK, slopes(*given))),
+        patch.object(MAML, "inner_step", round_in_phase(INNER, MAML.inner_step)),
+        patch.object(adjoint, "query_gradient", lambda maml: round_in_phase(QUERY, query(maml))),
+        patch.object(adjoint, "gradient_of_slopes", lambda *given: round_in_phase(BACK, slopes(*given))),
         patch.object(im2col.Convolution, "forward", with_rounding(OUTPUTS, im2col.Convolution.forward)),
         patch.object(im2col.ImageGradient, "forward", with_rounding(IMAGES, im2col.ImageGradient.forward)),
         patch.object(im2col.KernelGradient, "forward", with_rounding(KERNELS, im2col.KernelGradient.forward)),
@@ -126,7 +126,7 @@ def main() -> None:
     for name, (flags, checkpoint) in WORKS.items():
         print(name, flush=True)
         results[name] = measure(flags, SHIPPED / checkpoint, options.data_root, options.batches)
-        harness.write_json(options.out, {"machine": harness.conditions(), "results": results})
+        harness.write_json(options.out, {"machine": harness.collect_conditions(), "results": results})
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from harness import RESULTS, Parser, UsageError
 from peers import PEERS, Contender, Work, as_numpy
-from targets import ADAPT, ONE, describe, measure_others, tabulate, text_of, time_adapt
+from targets import ADAPT, ONE, describe, describe_record, measure_others, tabulate, time_adapt
 from tool import MAML, Compiler, Evaluation, TaskBatch, assemble, evaluate, make_learner, make_maml
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -123,7 +123,7 @@ def compare(work: Work, rounds: int) -> dict[str, Any]:
     for timing in [*timings.values()] * 2:  # compile, warm up
         timing()
     print(f"  ready after {time.monotonic() - begin:.0f} s; timing", flush=True)
-    seconds = harness.in_turn(timings, rounds)
+    seconds = harness.take_turns(timings, rounds)
     rows = {}
     for name, values in seconds.items():
         low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -133,7 +133,7 @@ def compare(work: Work, rounds: int) -> dict[str, Any]:
             "ours_is_faster_by": harness.median_ratio(values, seconds[OURS]),
             "gradient_difference": differences[name],
         }
-    facts = {"machine": harness.conditions(), "tasks": work.tasks, "inner_steps": work.steps}
+    facts = {"machine": harness.collect_conditions(), "tasks": work.tasks, "inner_steps": work.steps}
     if work.distribution.classification:
         facts |= arithmetic(work, min(seconds[OURS]))
     return facts | {"rounds": rounds, "contenders": rows}
@@ -173,12 +173,16 @@ def measure_evaluation(folder: Path, rounds: int) -> dict[str, Any]:
     losses = [test(maml).losses["inductive"] for maml in (fast, slow)]  # compiles
     difference = float((losses[0] - losses[1]).abs().max())
     timings = {OURS: partial(time_test, fast), EAGER: partial(time_test, slow)}
-    seconds = {name: min(values) for name, values in harness.in_turn(timings, min(rounds, 3)).items()}
+    seconds = {name: min(values) for name, values in harness.take_turns(timings, min(rounds, 3)).items()}
     with FlopCounterMode(display=False) as counter:
         test(run.maml.with_options(convolution="im2col", tasks_at_once=None))
     gflop, rate = counter.get_total_flops() / 1e9, harness.matmul_rates()["float32"]
     facts = {"gflop": gflop, "gflop_per_second": rate, "times_the_products": seconds[OURS] * rate / gflop}
-    return {"machine": harness.conditions(), "seconds": seconds, "loss_difference": difference} | facts
+    return {
+        "machine": harness.collect_conditions(),
+        "seconds": seconds,
+        "loss_difference": difference,
+    } | facts
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -208,7 +212,7 @@ def measure_precision(rounds: int, folder: Path) -> dict[str, Any]:
         contender.run(1)
         contenders[precision + ", uncompiled" * (compiled == "off")] = contender
     timings = {name: partial(contender.time, 1) for name, contender in contenders.items()}
-    for name, values in harness.in_turn(timings, rounds).items():
+    for name, values in harness.take_turns(timings, rounds).items():
         gradient = contenders[name].gradient(batch)
         error = math.sqrt(sum(float(((gradient[k] - exact[k]) ** 2).sum()) for k in exact)) / norm
         results[name] = {"median_ms": 1e3 * statistics.median(values), "relative_error": error}
@@ -258,7 +262,7 @@ def main() -> None:
     kind = "precision" if options.precision else "targets" if options.targets else "speed"
     file = (options.out or RESULTS) / f"{kind}.json"
     abilities = {"instructions": harness.instructions(), "gflop_per_second": harness.matmul_rates()}
-    machine = harness.conditions() | abilities | {"date": f"{date.today()}"}
+    machine = harness.collect_conditions() | abilities | {"date": f"{date.today()}"}
     print(describe(machine), flush=True)
     record: dict[str, Any] = {"machine": machine, "results": {}}
     if (kind == "speed" or options.works) and file.exists():  # works not measured now stay
@@ -280,9 +284,9 @@ def main() -> None:
             print(f"\n{tabulate(record['results'], [name])}", flush=True)
             harness.write_json(file, record)
     if options.targets:
-        print(f"\n{text_of(record)}", end="")
+        print(f"\n{describe_record(record)}", end="")
         if not options.out:
-            harness.put(harness.ROOT / "docs" / "speed.md", "targets", text_of(record))
+            harness.put(harness.ROOT / "docs" / "speed.md", "targets", describe_record(record))
     print(f"\nWritten: {file}")
 
 

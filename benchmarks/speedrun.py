@@ -35,7 +35,7 @@ def time_run(flags: Sequence[str], seed: int, folder: Path) -> float:
     """Return the seconds of one command, without any cache from before."""
     place = ["--dataset", "omniglot", "--run-name", f"seed{seed}", "--checkpoint-path", str(folder)]
     with tempfile.TemporaryDirectory() as cache:
-        environment = harness.fresh_caches(Path(cache))
+        environment = harness.redirect_caches(Path(cache))
         return harness.run_main([*place, *flags, "--seed", str(seed)], **environment)
 
 
@@ -62,7 +62,7 @@ def attempt(name: str, flags: Sequence[str], folder: Path) -> Iterator[dict[str,
         yield {
             "name": name,
             "command": shlex.join(["python", "main.py", "--dataset", "omniglot", *flags]),
-            "machine": harness.machine(),
+            "machine": harness.describe_machine(),
             "threads": os.environ.get("OMP_NUM_THREADS", "all"),
             "mean_seconds": statistics.mean(run["seconds"] for run in runs),
             "mean_accuracy": accuracy,

@@ -17,12 +17,12 @@ from harness import markdown
 from jobs import Record
 from tables import README, TABLES, Table, slug
 
-from evaluation.tables import Spread, decimal, plain_values
+from evaluation.tables import Spread, format_decimal, plain_values
 
 FAR_ENOUGH = 0.25  # of the planned iterations: shorter runs are in their own table alone
 
 
-def row_of(table: Table, title: str, entry: Record) -> Record | None:
+def find_row(table: Table, title: str, entry: Record) -> Record | None:
     """Return a method's numbers in a column, over its runs; None if they have not been measured."""
     test, steps, normalisation = table.columns[title]
     if not test:
@@ -47,8 +47,8 @@ def quote(table: Table, row: Record) -> str:
         scale, digits = (100, 2) if table.is_accuracy else (1, 3)
         if value:  # two digits that are not 0
             digits = max(digits, 1 - math.floor(math.log10(abs(scale * value))))
-        ends = "" if interval is None else f" ±{decimal(scale * interval, digits)}"
-        return decimal(scale * value, digits) + ends
+        ends = "" if interval is None else f" ±{format_decimal(scale * interval, digits)}"
+        return format_decimal(scale * value, digits) + ends
 
     words = text(row["mean"], row.get("interval_95_over_tasks"))
     if row["runs"] > 1 and row["lowest"] is not None:
@@ -59,11 +59,11 @@ def quote(table: Table, row: Record) -> str:
     return words
 
 
-def rows_of(table: Table, titles: Sequence[str], methods: Mapping[str, Record]) -> dict[str, list[str]]:
+def format_rows(table: Table, titles: Sequence[str], methods: Mapping[str, Record]) -> dict[str, list[str]]:
     """Return the numbers of methods in these columns as text, with their seeds."""
     rows = {}
     for method, entry in methods.items():
-        numbers = [row_of(table, title, entry) for title in titles]
+        numbers = [find_row(table, title, entry) for title in titles]
         texts = [quote(table, row) if row else "" for row in numbers]
         rows[method] = [*texts, str(len(entry["runs"])) + " (single run)" * (len(entry["runs"]) == 1)]
     return rows
@@ -74,15 +74,15 @@ def rows_of(table: Table, titles: Sequence[str], methods: Mapping[str, Record]) 
 
 def table_text(table: Table, record: Mapping[str, Record]) -> str:
     """Return our numbers with the published ones below, what they are, and the first seed's commands."""
-    titles = [title for title in table.columns if any(row_of(table, title, e) for e in record.values())]
+    titles = [title for title in table.columns if any(find_row(table, title, e) for e in record.values())]
     order = [method for method in (*table.methods, *table.baselines) if method in record]
     lines = []
-    for method, texts in rows_of(table, titles, {method: record[method] for method in order}).items():
+    for method, texts in format_rows(table, titles, {method: record[method] for method in order}).items():
         runs, published = record[method]["runs"], table.published_numbers(method)
         times = [run["seconds"] / 60 for run in runs if run.get("seconds")]
         time = f"{statistics.mean(times):.1f} min" if times else "not recorded"
-        best = span(run["best_iteration"] or run["iteration"] for run in runs)
-        length = [f"{reached(runs)}{ended(runs)}; best at {best}", time]
+        best = format_range(run["best_iteration"] or run["iteration"] for run in runs)
+        length = [f"{describe_progress(runs)}{describe_failures(runs)}; best at {best}", time]
         lines.append([f"**{method}**", *texts, *(["", ""] if method in table.baselines else length)])
         if published:
             source = f"*{table.published[method]['source']}*"
@@ -105,21 +105,23 @@ def table_text(table: Table, record: Mapping[str, Record]) -> str:
     return "\n".join(parts)
 
 
-def span(numbers: Iterable[int]) -> str:
+def format_range(numbers: Iterable[int]) -> str:
     low, *_, high = sorted(numbers) * 2
     return f"{low:,}" + f" to {high:,}" * (low < high)
 
 
-def unfinished(runs: Sequence[Record]) -> bool:
+def are_unfinished(runs: Sequence[Record]) -> bool:
     return any(run["iteration"] < run["iterations"] for run in runs)
 
 
-def reached(runs: Sequence[Record]) -> str:
+def describe_progress(runs: Sequence[Record]) -> str:
     """Return the iterations of the runs, and of how many if they are not finished."""
-    return span(run["iteration"] for run in runs) + f" of {runs[0]['iterations']:,}" * unfinished(runs)
+    return format_range(run["iteration"] for run in runs) + f" of {runs[0]['iterations']:,}" * are_unfinished(
+        runs
+    )
 
 
-def ended(runs: Sequence[Record]) -> str:
+def describe_failures(runs: Sequence[Record]) -> str:
     """Return words for runs that ended early at non-finite numbers."""
     failed = sum(run["failure"] is not None for run in runs)
     return f", ended by non-finite numbers in {failed} of {len(runs)}" * bool(failed)
@@ -144,7 +146,7 @@ def footer(table: Table, record: Mapping[str, Record]) -> str:
 # ---- published numbers ---------------------------------------------------------------------------
 
 
-def remarks(about: Mapping[str, Any], row: Record) -> list[str]:
+def list_remarks(about: Mapping[str, Any], row: Record) -> list[str]:
     """Return what else a reader must know about a method's number."""
     notes = [about["note"]] if "note" in about else []
     if "required" in about:
@@ -158,12 +160,12 @@ def judge(table: Table, published: str, row: Record, runs: Sequence[Record]) -> 
     if row["mean"] is None:
         return "not met, not finite"
     scale, sign = (100, 1) if table.is_accuracy else (1, -1)
-    incomplete = unfinished(runs) or row["runs"] < table.seeds
+    incomplete = are_unfinished(runs) or row["runs"] < table.seeds
     gap = sign * (float(published.split()[0]) - scale * row["mean"])  # above 0: ours falls short
     if gap <= 0:
         by = "a single run" if row["runs"] == 1 else f"{row['runs']} seeds of {table.seeds}"
         return f"reached by {by}" if incomplete else "**met**"
-    words = f"{'short' if incomplete else 'not met,'} by {decimal(gap, 2 if table.is_accuracy else 3)}"
+    words = f"{'short' if incomplete else 'not met,'} by {format_decimal(gap, 2 if table.is_accuracy else 3)}"
     return words + ", within its interval" * (gap <= scale * (row.get("interval_95_over_tasks") or 0))
 
 
@@ -175,16 +177,16 @@ def summary(records: Mapping[str, Mapping[str, Record]], chosen: Sequence[tuple[
     rows = []
     for name, method, title in keys:
         table, entry = TABLES[name], records.get(name, {}).get(method)
-        row = entry and row_of(table, title, entry)
+        row = entry and find_row(table, title, entry)
         if not entry or not row or any(r["iteration"] < FAR_ENOUGH * r["iterations"] for r in entry["runs"]):
             continue
         text, runs = table.published_numbers(method)[title], entry["runs"]
         words = judge(table, text, row, runs)
         seeds = f"{len(runs)} seeds" if len(runs) > 1 else "single run"
         details = [seeds] * (not words.startswith("reached"))  # which has them
-        details += [f"{reached(runs)} iterations{ended(runs)}"] * unfinished(runs)
+        details += [f"{describe_progress(runs)} iterations{describe_failures(runs)}"] * are_unfinished(runs)
         words += f" ({', '.join(details)})" * bool(details)
-        words = "; ".join([words, *remarks(table.published[method], row)])
+        words = "; ".join([words, *list_remarks(table.published[method], row)])
         family = table.title.partition(":")[0].partition(", accuracy")[0]
         rows.append([f"{family}, {method}", title, text, quote(table, row), words])
     return markdown(["", "", "published", "ours", ""], rows) + "\n"
@@ -210,6 +212,6 @@ def render_marks(page: str, records: Mapping[str, Mapping[str, Record]]) -> dict
         elif name in records:
             shown = {method: records[name][method] for method in methods.split("; ")}
             titles = [title for title, column in TABLES[name].columns.items() if column.test != "K = 20"]
-            lines = [[method, *texts] for method, texts in rows_of(TABLES[name], titles, shown).items()]
+            lines = [[method, *texts] for method, texts in format_rows(TABLES[name], titles, shown).items()]
             texts[mark] = f"{markdown(['', *titles, 'seeds'], lines)}\n\n{footer(TABLES[name], shown)}\n"
     return texts

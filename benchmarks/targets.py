@@ -21,7 +21,7 @@ import harness
 import torch
 from harness import UsageError
 from peers import Contender, Work
-from tool import timed_libraries
+from tool import time_libraries
 
 HIGHER, JAX = "higher, loop", "JAX, jit and scan"
 COMPILED, BUSY, COLD = "percent in compiled code", "times as long alongside two", "seconds of compiling"
@@ -85,7 +85,7 @@ def tabulate(results: Mapping[str, Any], works: Sequence[str] = ()) -> str:
     return harness.markdown(["target", "measured", ""], rows)
 
 
-def text_of(record: Mapping[str, Any]) -> str:
+def describe_record(record: Mapping[str, Any]) -> str:
     """Return what the page says of a record: on what it was measured, and the table."""
     command = "`python benchmarks/speed.py --targets`"
     return f"{command}, {describe(record['machine'])}:\n\n{tabulate(record['results'])}\n"
@@ -125,7 +125,7 @@ def measure_others(
 
 def measure_share(make: Callable[[], Contender], iterations: int, rounds: int) -> float:
     """Return the percentage of an iteration's time that passes inside compiled libraries, the median."""
-    with timed_libraries() as inside:
+    with time_libraries() as inside:
         contender, shares = make(), []
         contender.run(2)  # compiles
         for _ in range(rounds):
@@ -136,7 +136,7 @@ def measure_share(make: Callable[[], Contender], iterations: int, rounds: int) -
 
 
 @contextmanager
-def busy_processes(number: int) -> Iterator[None]:
+def occupy_cores(number: int) -> Iterator[None]:
     """Run processes that never wait alongside a block; they end with it, or else with this process."""
     with ExitStack() as stack:
         for _ in range(number):
@@ -151,10 +151,10 @@ def measure_busy(contender: Contender, iterations: int, rounds: int) -> dict[str
     contender.run(2)  # compiles
 
     def busy() -> float:
-        with busy_processes(2):
+        with occupy_cores(2):
             return contender.time(iterations)
 
-    seconds = harness.in_turn({"alone": lambda: contender.time(iterations), "busy": busy}, rounds)
+    seconds = harness.take_turns({"alone": lambda: contender.time(iterations), "busy": busy}, rounds)
     medians = {f"ms {name}": 1e3 * statistics.median(values) for name, values in seconds.items()}
     return medians | {BUSY: harness.median_ratio(seconds["busy"], seconds["alone"])}
 
@@ -167,7 +167,7 @@ def time_compiling(flags: Sequence[str]) -> float:
     """
     with tempfile.TemporaryDirectory() as folder:
         given = [*flags, "--inner-lr", "0.001", "--compile", "on", "--checkpoint-path", folder]
-        environment = os.environ | harness.fresh_caches(Path(folder))
+        environment = os.environ | harness.redirect_caches(Path(folder))
         output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         with subprocess.Popen(harness.main_line(given), env=environment, **output) as process:
             try:
@@ -203,5 +203,5 @@ def measure_reduced(make: Callable[..., Contender], iterations: int, rounds: int
 
         timing()  # compiles
         timings[precision] = timing
-    seconds = harness.in_turn(timings, rounds)
+    seconds = harness.take_turns(timings, rounds)
     return harness.median_ratio(seconds[REDUCED], seconds["float32"])

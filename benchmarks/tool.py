@@ -78,7 +78,7 @@ def assemble(flags: Sequence[str], world: World = ALONE, seeds: int = 1) -> Asse
 
 
 @contextmanager
-def timed_libraries() -> Iterator[list[float]]:
+def time_libraries() -> Iterator[list[float]]:
     """Yield a list to which each call of a library loaded in the block adds its seconds (on a CPU)."""
     seconds: list[float] = []
 

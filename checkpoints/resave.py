@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from commands.config import CONFIG_FLAGS  # noqa: E402 (path first)
-from commands.resolve import config_of  # noqa: E402 (path first)
+from commands.resolve import restore_config  # noqa: E402 (path first)
 from training.checkpoint import Checkpoint, load_checkpoint, save_checkpoints  # noqa: E402 (path first)
 
 # Settings that are gone, and the only value that a checkpoint may have of them.
@@ -58,7 +58,7 @@ def resave(path: Path) -> None:
     moments = list(old["optimizer"].get("state", {}).values())  # numbered in the order of the parameters
     names = list(old["parameters"]) if moments else []
     checkpoint = Checkpoint(
-        settings=config_of(convert_settings(old["config"]), path).values(),
+        settings=restore_config(convert_settings(old["config"]), path).values(),
         iteration=old["iteration"],
         parameters=old["parameters"],
         exp_avg={name: entry["exp_avg"] for name, entry in zip(names, moments, strict=True)},

@@ -21,13 +21,13 @@ from torch import Tensor
 from commands.build import build_algorithm, fit_weights, make_writable, prepare, print_settings
 from commands.call import Call
 from commands.config import Config
-from commands.initialisation import Initialisation, Solution, normalisation_of, settings_of
+from commands.initialisation import Initialisation, Solution, choose_normalisation, merge_settings
 from commands.initialisation import predict as predict
 from commands.network import give_network
-from commands.outputs import count_outputs, ignored_by
+from commands.outputs import count_outputs, find_ignored_label
 from common.batch import Tree, tree_map
-from common.device import versions
-from common.errors import UsageError, printable
+from common.device import collect_versions
+from common.errors import UsageError, escape_text
 from common.files import write_whole
 from common.names import as_file_name
 from common.optimizers import Weights
@@ -39,7 +39,7 @@ from evaluation.tables import after_steps, predictions_table, write_csv, write_j
 from learners.losses import LOSSES
 from learners.reading import Reading
 from maml import MAML
-from tasks.options import data_facts
+from tasks.options import find_data_facts
 from tasks.pixels import Form
 from tasks.scales import Scales, undo_scale
 from tasks.tables import Columns
@@ -73,8 +73,8 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
     """Adapt a checkpoint to each task of --adapt; write predictions, a picture and the adapted weights."""
     assert call.load is not None and call.adapt is not None
     source = load_checkpoint(call.load)
-    config = settings_of(source, call.load, given)
-    runtime, norm = prepare(config, call), normalisation_of(given, source)
+    config = merge_settings(source, call.load, given)
+    runtime, norm = prepare(config, call), choose_normalisation(given, source)
     start = Initialisation(call.load, source, config, runtime, norm)
     tasks = read_tasks(call.adapt, start)
     if call.save_weights and len(tasks) > 1:
@@ -101,12 +101,12 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
             for t, p in zip(tasks, predictions, strict=True)
         ],
         "settings": config.values(),
-        "versions": versions(),
+        "versions": collect_versions(),
         "device": runtime.describe(),
     }
-    tasks = [_in_units(task, source.scales) for task in tasks]
+    tasks = [_convert_units(task, source.scales) for task in tasks]
     write_csv(Path(f"{stem}.csv"), header, rows)
-    title = f"{printable(call.adapt.name)}: {after_steps(steps)}"
+    title = f"{escape_text(call.adapt.name)}: {after_steps(steps)}"
     write_figure(Path(f"{stem}.png"), predictions_figure(tasks, predictions, title))
     write_json(Path(f"{stem}.json"), record, digits)
     arrays = write_arrays(stem, tasks, predictions)
@@ -119,13 +119,13 @@ def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
 def _predict(task: UserTask, start: Initialisation, solution: Solution) -> Prediction:
     """Return predictions of a task's query and, of a curve, those between its points."""
     prediction = _read(task, start, solution)
-    if (grid := _grid_of(task)) is not None and not solution.maml.has_batch_norm:  # it sees its batch
+    if (grid := _make_grid(task)) is not None and not solution.maml.has_batch_norm:  # it sees its batch
         between = _read(replace(task, query_x=grid), start, solution)
         prediction.between = undo_scale(grid.cpu(), start.source.scales, "input")[:, 0], between
     return prediction
 
 
-def _grid_of(task: UserTask) -> Tensor | None:
+def _make_grid(task: UserTask) -> Tensor | None:
     """Return dense inputs over those of a curve's task, `[GRID_POINTS, 1]`; None if it has other inputs."""
     if task.classes or task.support_x.dim() != 2 or task.support_x.shape[1] != 1:
         return None
@@ -134,7 +134,7 @@ def _grid_of(task: UserTask) -> Tensor | None:
     return torch.linspace(*ends, GRID_POINTS, device=inputs.device, dtype=inputs.dtype)[:, None]
 
 
-def _in_units(task: UserTask, scales: Scales) -> UserTask:
+def _convert_units(task: UserTask, scales: Scales) -> UserTask:
     """Return a task of a table in the table's units."""
     support_x, query_x = (undo_scale(x.cpu(), scales, "input") for x in (task.support_x, task.query_x))
     support_y = task.support_y if task.classes else undo_scale(task.support_y.cpu(), scales, "target")
@@ -180,7 +180,7 @@ def read_tasks(path: Path, start: Initialisation) -> list[UserTask]:
     """Return the tasks of a folder of images, or of a table; UsageError unless the checkpoint fits them."""
     config, source, runtime = start.config, start.source, start.runtime
     options, place = config.tasks, (runtime.device, runtime.dtype)
-    images = data_facts(options.dataset).inputs == "images"
+    images = find_data_facts(options.dataset).inputs == "images"
     if not path.exists():
         raise UsageError(f"--adapt {path}: there is no such file or folder")
     arrays = path.suffix == ".npz"
@@ -199,7 +199,7 @@ def read_tasks(path: Path, start: Initialisation) -> list[UserTask]:
             *place,
             classification=options.classification,
             ways=options.ways if isinstance(options.ways, int) and fixed_head else None,
-            ignored=ignored_by(config),
+            ignored=find_ignored_label(config),
             images=images,
         )
         tasks = [task]

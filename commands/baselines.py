@@ -23,14 +23,14 @@ from commands.build import build, write_results
 from commands.call import Call
 from commands.config import CONFIG_FLAGS, Config
 from commands.evaluate import Subject, measure
-from commands.names import duration, method_of, select_meaningful
+from commands.names import format_duration, name_method, select_meaningful
 from commands.resolve import resolve
 from commands.train import train
 from common.device import Runtime
 from common.processes import World
 from evaluation.figures import results_figure
 from evaluation.meta_test import Evaluation, evaluate, loss_per_step
-from evaluation.tables import Curve, StepResults, decimal, evaluation_record, results_table
+from evaluation.tables import Curve, StepResults, evaluation_record, format_decimal, results_table
 from tasks.options import CURVES
 from training.checkpoint import load_checkpoint
 from training.folders import LAST
@@ -57,7 +57,7 @@ def baselines(call: Call, given: Mapping[str, Any], command: str, world: World) 
     folder, saved = call.load.parent / "baselines", subject.trained
     if world.first:
         print(announce(saved, folder), flush=True)
-    for name, flags in trained_baselines(saved).items():
+    for name, flags in plan_baselines(saved).items():
         start = replace(call, eval=False, load=None, out=None, resume=True)
         if code := train(replace(start, checkpoint_path=folder, run_name=name), flags, command, world):
             print("To resume: the same command", flush=True)
@@ -67,7 +67,7 @@ def baselines(call: Call, given: Mapping[str, Any], command: str, world: World) 
     results |= measure_baselines(
         saved, subject.config, call, subject.runtime, folder, subject.distribution.scales
     )
-    shown = {algorithm: method_of(saved.choices)}
+    shown = {algorithm: name_method(saved.choices)}
     selected = {
         f"{shown.get(name, name)}, {how}": StepResults.over([result], norm)
         for (name, how), result in results.items()
@@ -96,26 +96,28 @@ def describe_ends(learning: Mapping[str, list[Curve]], measured: str) -> str:
     """Return the last points of the learning curves, and the iterations over which they are means."""
     [(ends, _)] = next(iter(learning.values()))
     begin = ends[-2] if len(ends) > 1 else 0
-    points = "; ".join(f"{name} {decimal(y[-1], 4)}" for name, [(_, y)] in learning.items())
+    points = "; ".join(f"{name} {format_decimal(y[-1], 4)}" for name, [(_, y)] in learning.items())
     return f"Mean {measured}, iterations {begin + 1:,} to {ends[-1]:,}: {points}"
 
 
 def announce(saved: Config, folder: Path) -> str:
     """Return what will be trained and measured, and how long that takes."""
-    names, iterations = [*trained_baselines(saved)], saved.training.iterations
+    names, iterations = [*plan_baselines(saved)], saved.training.iterations
     rates = len(RATES["sgd"]) + len(RATES["adam"]) + len(RATES["sgd"]) * ("pretrained" in names)
     measured = f"training from scratch{' and fine-tuning' * bool(names)} at {rates} learning rates"
     measured = f"measures {measured} on {RATE_TASKS[saved.tasks.classification]} validation tasks each"
     if not names:
         return f"\nBaselines: {measured}."
     speed = read_speed(folder.parent)
-    time = f"about {duration(iterations / speed)}, and to compile" if speed else "as long as the run took"
+    time = (
+        f"about {format_duration(iterations / speed)}, and to compile" if speed else "as long as the run took"
+    )
     trained = f"trains {' and '.join(names)} in {folder}, once: {iterations:,} iterations each, {time}"
     measured += ", and training from scratch on the run's tasks" * (saved.tasks.dataset in CURVES)
     return f"\nBaselines: {trained}.\nThen {measured}."
 
 
-def trained_baselines(saved: Config) -> dict[str, dict[str, Any]]:
+def plan_baselines(saved: Config) -> dict[str, dict[str, Any]]:
     """Return the flags of runs to train as baselines, by name: none where each task draws labels anew."""
     if saved.tasks.classification:
         return {}
@@ -132,13 +134,13 @@ def measure_baselines(
     Tables are standardised by `scales`.
     The rate of a baseline has the lowest mean loss over all numbers of steps on validation tasks.
     """
-    scratch = scratch_settings(config)
+    scratch = derive_scratch_settings(config)
     distribution, maml = build(scratch, call, runtime, scales=scales)
     norm, steps, world = config.choices.query_norm, scratch.evaluation.eval_steps, runtime.world
     test = partial(evaluate, distribution=distribution, normalisations=(norm,), world=world)
     fresh, results = maml.initial_parameters(config.training.seed), {}
     starts = {"scratch, sgd": fresh, "scratch, adam": fresh}
-    for name in trained_baselines(saved):
+    for name in plan_baselines(saved):
         weights = load_checkpoint(folder / name / LAST).parameters
         starts[name] = {key: w.to(runtime.device, runtime.dtype) for key, w in weights.items()}
     rules = {name: "adam" if name.endswith("adam") else "sgd" for name in starts if name != "oracle"}
@@ -178,9 +180,9 @@ def plain_flags(config: Config, algorithm: str, *, testing: bool = False) -> dic
     return {name: v for name, v in values.items() if v not in (None, ())} | {"algorithm": algorithm}
 
 
-def scratch_settings(config: Config) -> Config:
+def derive_scratch_settings(config: Config) -> Config:
     """Return the settings of ordinary training: all weights, from PyTorch's initialisation."""
-    return resolve(plain_flags(config, "maml", testing=True)).replaced(init="torch", adapt_norm=True)
+    return resolve(plain_flags(config, "maml", testing=True)).replace_settings(init="torch", adapt_norm=True)
 
 
 def learning_curves(subject: Subject, call: Call) -> dict[str, Curve]:
@@ -195,7 +197,7 @@ def learning_curves(subject: Subject, call: Call) -> dict[str, Curve]:
     points = min(max(1, WINDOW // config.training.log_every), len(curve["iteration"]))
     ends = [int(end) for end in curve["iteration"][points - 1 :: points]]
     learned = torch.tensor(curve["query_loss"][: points * len(ends)], dtype=torch.float64).view(-1, points)
-    distribution, maml = build(scratch_settings(config), call, runtime)
+    distribution, maml = build(derive_scratch_settings(config), call, runtime)
     maml = maml.with_options(inner_lr=SCRATCH_RATE, inner_optimizer="adam")
     parameters = maml.initial_parameters(config.training.seed)
     tasks, losses = distribution.resized(config.training_shots), []

@@ -22,8 +22,15 @@ from torch import Tensor, nn
 
 from commands.call import Call
 from commands.config import CONFIG_FLAGS, Config
-from commands.names import describe, method_of, select_meaningful
-from commands.outputs import count_outputs, describe_reading, ignored_by, metric_of, try_outputs, with_metric
+from commands.names import describe, name_method, select_meaningful
+from commands.outputs import (
+    count_outputs,
+    describe_reading,
+    find_ignored_label,
+    find_metric,
+    try_outputs,
+    with_metric,
+)
 from commands.padding import fit_to_sizes
 from commands.probe import Probe
 from commands.resolve import resolve
@@ -35,20 +42,20 @@ from common.files import is_writable
 from common.optimizers import Weights
 from common.own_code import parse_arguments
 from common.processes import ALONE, World, join, read_world
-from common.sizes import largest
+from common.sizes import find_largest
 from dataset import build_distribution
 from evaluation.style import write_figure
 from evaluation.tables import write_json
 from learner import LEARNERS, build_learner, load_factory
 from learners.copies import UnfitError
-from learners.functional import fixed_tensors
+from learners.functional import collect_fixed_tensors
 from learners.losses import LOSSES, SCALED, build_loss, loss_name
 from learners.modules import convert_type
-from learners.reading import Reading, reading_of
+from learners.reading import Reading, choose_reading
 from maml import MAML, OWN
 from tasks.scales import Scales
 from training.checkpoint import Checkpoint, check_same_data, fitting_parameters
-from training.compiler import Compiler, why_uncompiled
+from training.compiler import Compiler, explain_uncompiled
 from training.folders import BEST, LAST, SETTINGS, find_checkpoint, has_results
 from training.run import Run
 from training.trainer import Trainer
@@ -120,7 +127,7 @@ def build(
     """
     load_factory(config.learner.learner)  # before any work with the data
     build_loss(config.learner.loss, config.learner.loss_args)
-    metric_of(config)
+    find_metric(config)
     distribution = build_tasks(config, call, runtime)
     if scales is not None:
         distribution = distribution.with_scales(scales)
@@ -144,11 +151,11 @@ def build_tasks(config: Config, call: Call, runtime: Runtime) -> TaskDistributio
         dtype=runtime.dtype,
         for_test=call.eval_dataset is not None,
         scale_targets=config.learner.loss in SCALED,
-        ignored=ignored_by(config),
+        ignored=find_ignored_label(config),
     )
 
 
-def measure_name(config: Config, scales: Scales) -> str:
+def name_measure(config: Config, scales: Scales) -> str:
     """Return what tables and figures call the loss, with its unit where that is not the data's."""
     name = loss_name(config.learner.loss)
     return f"{name} of standardised targets" if "target" in scales else name
@@ -205,7 +212,7 @@ def build_algorithm(
         config, runtime, outputs, example, config.training.seed, fetch_weights=saved is None
     )
     if saved and saved.fixed:
-        fixed = fitting_parameters("the checkpoint", saved.fixed, fixed_tensors(learner), name)
+        fixed = fitting_parameters("the checkpoint", saved.fixed, collect_fixed_tensors(learner), name)
         learner.load_state_dict(fixed, strict=False)
     reading = with_metric(try_outputs(learner, example, targets, outputs, config), config, scales or {})
     try:
@@ -231,7 +238,7 @@ def fit_weights(file: Path, source: Checkpoint, maml: MAML, config: Config) -> t
     """Return a checkpoint's meta-parameters and running statistics; raise UsageError if they do not fit."""
     name, fresh, saved = config.learner.learner, maml.initial_parameters(), source.parameters
     if isinstance(ways := source.settings.get("ways"), str):  # fewer than the most have the first scores
-        of_head = [n for n, w in saved.items() if n in fresh and w.dim() and len(w) == largest(ways)]
+        of_head = [n for n, w in saved.items() if n in fresh and w.dim() and len(w) == find_largest(ways)]
         saved = saved | {n: saved[n][: len(fresh[n])] for n in of_head}
     parameters = fitting_parameters(file, saved, fresh, name)
     return parameters, fitting_parameters(file, source.statistics, maml.initial_statistics(), name)
@@ -292,12 +299,12 @@ def assemble(
     if start.file is not None and start.resumed is not None:
         check_same_data(start.file, start.resumed, distribution.record)
     if maml.call.unpads:
-        config = config.replaced(vectorise=False, compile="off")
-    parameters, reading = _starting_weights(start, maml), reading_of(maml.reading, distribution.most_ways)
+        config = config.replace_settings(vectorise=False, compile="off")
+    parameters, reading = _choose_weights(start, maml), choose_reading(maml.reading, distribution.most_ways)
     free = not start.resumed and given.get("engine", "auto") == "auto"
     probe = Probe(maml, parameters, distribution, config)
     engine = _try_out(probe, reading, call, checked, free=free, prints=runtime.world.first)
-    start = replace(start, config=(config := config.replaced(engine=engine)))
+    start = replace(start, config=(config := config.replace_settings(engine=engine)))
     earlier, is_loss = folder / SETTINGS if start.resumed else None, reading.measure == "loss"
     run = Run(
         folder=folder,
@@ -307,10 +314,10 @@ def assemble(
         choices=config.choices,
         evaluation=config.evaluation,
         settings=config.values(),
-        described_by={"method": method_of(config.choices)} | select_meaningful(config),
+        described_by={"method": name_method(config.choices)} | select_meaningful(config),
         columns=LOGGED,
         reading=reading,
-        measure_name=measure_name(config, distribution.scales) if is_loss else reading.measure,
+        measure_name=name_measure(config, distribution.scales) if is_loss else reading.measure,
         datasets=list(distribution.parts),
         start=start.resumed,
         origin=f"{start.file}, iteration {source.iteration:,}" if source else None,
@@ -331,7 +338,7 @@ def _try_out(
         except UsageError as error:
             if not free or config.training.engine == "unrolled":
                 raise
-            probe = replace(probe, config=(config := config.replaced(engine="unrolled")))
+            probe = replace(probe, config=(config := config.replace_settings(engine="unrolled")))
             probe.check_learner()
             if prints:
                 print_once(f"main.py: {error}; --engine unrolled is taken")
@@ -352,17 +359,21 @@ def _try_out(
 def _fit_to_machine(start: Start, given: Mapping[str, Any], runtime: Runtime) -> Config:
     """Fit settings to this machine: uncompiled if it has no compiler, on a GPU all tasks at once."""
     config = start.config
-    if config.training.compile == "on" and (reason := why_uncompiled(runtime.device)):
+    if config.training.compile == "on" and (reason := explain_uncompiled(runtime.device)):
         if runtime.world.first:
             print_once(reason)
         off = {"compile": "off"}
-        config = config.replaced(**off, convolution="grouped") if start.resumed else resolve({**given, **off})
+        config = (
+            config.replace_settings(**off, convolution="grouped")
+            if start.resumed
+            else resolve({**given, **off})
+        )
     if not start.resumed and runtime.device.type == "cuda" and "tasks_at_once" not in given:
-        config = config.replaced(tasks_at_once=None)
+        config = config.replace_settings(tasks_at_once=None)
     return config
 
 
-def _starting_weights(start: Start, maml: MAML) -> Weights:
+def _choose_weights(start: Start, maml: MAML) -> Weights:
     """Return fresh meta-parameters, or the checkpoint's; UsageError if there is nothing to learn."""
     fresh, name = maml.initial_parameters(start.config.training.seed), start.config.learner.learner
     if not fresh:

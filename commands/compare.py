@@ -17,9 +17,9 @@ from commands.build import make_writable, prepare, write_results
 from commands.call import Call
 from commands.config import show
 from commands.evaluate import Subject, summarise
-from commands.names import in_words, select_meaningful
+from commands.names import describe_settings, select_meaningful
 from commands.resolve import select_learned
-from common.errors import UsageError, printable
+from common.errors import UsageError, escape_text
 from common.names import as_file_name
 from evaluation import meta_test, paired
 from evaluation.figures import comparison_figure
@@ -46,7 +46,7 @@ def compare(call: Call, given: Mapping[str, Any], command: str) -> int:
     subjects = [subject for side in runs.values() for subject in side.values()]
     number = min(subject.config.evaluation.eval_tasks for subject in subjects)
     for subject in subjects:
-        subject.config = subject.config.replaced(eval_tasks=number)
+        subject.config = subject.config.replace_settings(eval_tasks=number)
     chosen_by = max(subject.trained.training.val_tasks for subject in subjects)  # of best.pt
     first_task = chosen_by if call.split == "validation" else 0
     first = Path(call.compare[0])
@@ -64,7 +64,7 @@ def compare(call: Call, given: Mapping[str, Any], command: str) -> int:
         subject.evaluate(call.split, first_task=first_task)
         curves[subject] = _read_curves(subject)
     caption, _ = summarise(subjects, call.split)  # with the loss's name, now that the data are known
-    sides = [_side_of(name, side, curves) for name, side in runs.items()]
+    sides = [_make_side(name, side, curves) for name, side in runs.items()]
     print(f"\n{paired.settings_table(sides)}\n")
     which = f"{call.split} tasks" + ", none of which chose a checkpoint" * bool(first_task)
     print(paired.differences_table(sides, caption.loss_name, which))
@@ -94,12 +94,12 @@ def _read_curves(subject: Subject) -> dict[str, Any]:
     return {part: whole.progress[part] for part in ("training", "validation")}
 
 
-def _side_of(name: str, runs: Runs, curves: Mapping[Subject, dict[str, Any]]) -> paired.Side:
+def _make_side(name: str, runs: Runs, curves: Mapping[Subject, dict[str, Any]]) -> paired.Side:
     """Return a side with the results and the validation curves of its runs."""
     subject = next(iter(runs.values()))
     saved, config = subject.trained, subject.config
     learned = {*select_learned(saved), "iterations"} - {"seed"}
-    words = in_words(saved, [setting for setting in select_meaningful(saved) if setting in learned])
+    words = describe_settings(saved, [setting for setting in select_meaningful(saved) if setting in learned])
     measure = f"query_{next(iter(runs.values())).result.measure}"
     parts = {seed: curves[run]["validation"] for seed, run in runs.items()}
     validation: dict[int, Curve] = {
@@ -122,7 +122,7 @@ def read_sides(call: Call, given: Mapping[str, Any]) -> dict[str, Runs]:
         below = below.removesuffix(".pt").removeprefix(".")
         listed = find_runs(path) or [{"setting": "", "file": find_checkpoint(path, BEST, LAST)}]
         for setting in dict.fromkeys(run["setting"] for run in listed):
-            name = printable(f"{below} {setting}".strip() or path.resolve().name)
+            name = escape_text(f"{below} {setting}".strip() or path.resolve().name)
             if name in sides:
                 raise UsageError(f"--compare names {name} twice")
             subjects = [Subject.read(r["file"], call, given) for r in listed if r["setting"] == setting]
@@ -141,7 +141,9 @@ def check_pairs(sides: Mapping[str, Runs]) -> None:
         other = next(iter(runs.values())).config
         different = [setting for setting in measured if config.get(setting) != other.get(setting)]
         if different:
-            one, two = (", ".join(map(" ".join, in_words(c, different).items())) for c in (config, other))
+            one, two = (
+                ", ".join(map(" ".join, describe_settings(c, different).items())) for c in (config, other)
+            )
             raise UsageError(
                 f"--compare: {first_name} ({one}) and {name} ({two}) have different tasks, which cannot be "
                 "paired: give -k, -q, -n or --eval-dataset if they differ in these alone"

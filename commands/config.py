@@ -13,7 +13,7 @@ from typing import Any
 
 from common.choices import Choices
 from common.options import Flag, flags_of
-from common.sizes import Size, Span, largest
+from common.sizes import Size, Span, find_largest
 from evaluation.options import EvaluationOptions
 from learners.options import LearnerOptions
 from tasks.options import TaskOptions
@@ -65,7 +65,7 @@ class Config:
         """Return a setting by its name, whichever group it is in."""
         return getattr(getattr(self, SECTION_OF[name]), name)
 
-    def replaced(self, **changes: Any) -> Config:
+    def replace_settings(self, **changes: Any) -> Config:
         """Return the settings with some changed, by name, whichever group they are in."""
         return Config.from_values(self.values() | changes)
 
@@ -75,7 +75,7 @@ class Config:
         tasks = self.tasks
         if self.choices.meta_gradient == "reptile" and tasks.train_shots:  # which has the query ones as well
             least, most = Span.of(tasks.train_shots)
-            return Span(least - largest(tasks.queries), most - largest(tasks.queries)).size
+            return Span(least - find_largest(tasks.queries), most - find_largest(tasks.queries)).size
         return tasks.train_shots or tasks.shots
 
 

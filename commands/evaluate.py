@@ -16,21 +16,21 @@ from typing import Any
 from commands import build
 from commands.call import Call
 from commands.config import OWN_CODE, Config
-from commands.names import file_name, method_of, select_meaningful, task_size, task_words
-from commands.resolve import config_of, resolve, resolve_from
+from commands.names import describe_tasks, file_name, name_method, select_meaningful, task_size
+from commands.resolve import resolve, resolve_from, restore_config
 from common.batch import TaskDistribution
-from common.device import Runtime, versions
-from common.errors import UsageError, printable
+from common.device import Runtime, collect_versions
+from common.errors import UsageError, escape_text
 from common.names import is_own_code
 from common.optimizers import Weights
 from common.processes import ALONE, World
-from common.sizes import as_file_part, largest
+from common.sizes import as_file_part, find_largest
 from evaluation import meta_test
-from evaluation.by_size import sizes_record, sizes_table
+from evaluation.by_size import record_sizes, sizes_table
 from evaluation.examples import adapt_examples, examples_figure
 from evaluation.figures import results_figure
 from evaluation.ledger import RESULTS, TIME, add_result, quote_result
-from evaluation.meta_test import Evaluation, normalisations_of
+from evaluation.meta_test import Evaluation, list_normalisations
 from evaluation.style import write_figure
 from evaluation.tables import (
     ALL,
@@ -41,11 +41,11 @@ from evaluation.tables import (
     results_of,
     results_table,
 )
-from learners.options import LEARNERS, learner_facts
-from learners.reading import reading_of
+from learners.options import LEARNERS, find_learner_facts
+from learners.reading import choose_reading
 from maml import MAML
 from training.checkpoint import Checkpoint, check_same_data, load_checkpoint
-from training.compiler import Compiler, why_uncompiled
+from training.compiler import Compiler, explain_uncompiled
 from training.folders import LIST, find_runs
 from training.log import RunLog
 from training.tensorboard import TEST, Description, has_log
@@ -140,7 +140,7 @@ class Subject:
             trained = config = resolve(given)
         else:
             source = load_checkpoint(file)
-            trained = config_of(source.settings, file)
+            trained = restore_config(source.settings, file)
             if call.compare:  # the user's code is for the runs that have some
                 tools = {n for n in OWN_CODE if n != "metric" and not is_own_code(trained.get(n))}
                 given = {n: value for n, value in given.items() if n not in tools or not is_own_code(value)}
@@ -149,7 +149,7 @@ class Subject:
                 config = resolve_from(trained, given, evaluate=True, eval_dataset=call.eval_dataset)
             except UsageError as error:
                 raise UsageError(f"{file}: {error}") from error
-        tested = config.replaced(convolution="grouped", tasks_at_once=given.get("tasks_at_once"))
+        tested = config.replace_settings(convolution="grouped", tasks_at_once=given.get("tasks_at_once"))
         return cls(file, source, trained, tested, is_compiled(config, asked))
 
     @property
@@ -182,7 +182,7 @@ class Subject:
         self.distribution, self.maml = build.build(
             self.config, call, self.runtime, saved=saved, scales=scales
         )
-        self.loss_name = build.measure_name(self.config, self.distribution.scales)
+        self.loss_name = build.name_measure(self.config, self.distribution.scales)
         self.parameters = self.maml.initial_parameters(self.config.training.seed)
         self.statistics = self.maml.initial_statistics()
         if self.file and self.source:
@@ -193,7 +193,7 @@ class Subject:
 
     def check_measure(self, first: Subject, *, same_loss: bool = False) -> None:
         """Raise UsageError if the outputs have another measure than the first subject's."""
-        one, other = (reading_of(s.maml.reading, s.distribution.most_ways).measure for s in (first, self))
+        one, other = (choose_reading(s.maml.reading, s.distribution.most_ways).measure for s in (first, self))
         if same_loss and one == other == "loss":
             one, other = first.loss_name, self.loss_name
         if one != other:
@@ -207,7 +207,7 @@ class Subject:
         options, maml = self.config.evaluation, self.maml
         compiler = Compiler(self.runtime.device)
         compiler.active = self.compiled and not maml.call.unpads
-        if compiler.active and (reason := why_uncompiled(self.runtime.device)):
+        if compiler.active and (reason := explain_uncompiled(self.runtime.device)):
             if self.runtime.world.first:
                 build.print_once(reason)
             compiler.active = False
@@ -220,7 +220,7 @@ class Subject:
             split,
             tasks=options.eval_tasks,
             steps=options.eval_steps,
-            normalisations=normalisations_of(self.maml, self.statistics),
+            normalisations=list_normalisations(self.maml, self.statistics),
             statistics=self.statistics,
             inner_batch=options.eval_inner_batch,
             skipped=first_task,
@@ -230,8 +230,8 @@ class Subject:
 
     def caption(self) -> Caption:
         """Return the words of its tables and pictures, with the method and the run in the title."""
-        common, method = summarise([self])[0], method_of(self.trained.choices)
-        run = f", run {printable(self.file.resolve().parent.name)}" if self.file else ", not trained"
+        common, method = summarise([self])[0], name_method(self.trained.choices)
+        run = f", run {escape_text(self.file.resolve().parent.name)}" if self.file else ", not trained"
         return replace(common, title=f"{method}{run}: {common.title}")
 
     def record(self) -> dict[str, Any]:
@@ -246,7 +246,7 @@ class Subject:
             "trained_steps": self.config.choices.trained_steps,
             "test_steps": self.config.evaluation.test_steps,
             "settings": self.config.values(),
-            "versions": versions(),
+            "versions": collect_versions(),
             "device": self.runtime.describe(),
             "compiled": self.compiled,
         }
@@ -338,7 +338,7 @@ def print_by_size(settings: Mapping[str, Sequence[Evaluation]], caption: Caption
 
 def by_size(settings: Mapping[str, Sequence[Evaluation]]) -> dict[str, Any]:
     """Return the entry of a result file about the sizes of tasks; nothing if they are alike."""
-    records = {name: sizes_record(runs) for name, runs in settings.items() if runs[0].sizes}
+    records = {name: record_sizes(runs) for name, runs in settings.items() if runs[0].sizes}
     return {"by_size": records.get(ALL, records)} if records else {}
 
 
@@ -349,9 +349,9 @@ def is_compiled(config: Config, asked: str) -> bool:
         return False
     if asked == "on":
         return True
-    if learner not in LEARNERS or not learner_facts(learner).convolutional or tasks.ways is None:
+    if learner not in LEARNERS or not find_learner_facts(learner).convolutional or tasks.ways is None:
         return False
-    images = largest(tasks.ways) * (largest(tasks.shots) + largest(tasks.queries))
+    images = find_largest(tasks.ways) * (find_largest(tasks.shots) + find_largest(tasks.queries))
     return sizes.eval_tasks * sizes.eval_steps * images >= COMPILED_FROM
 
 
@@ -368,7 +368,7 @@ def summarise(subjects: Sequence[Subject], split: str = "test") -> tuple[Caption
     dataset = common(file_name(part.dataset) for part in tasks)
     queries = common(part.queries for part in tasks)
     each = " of each" * any(len(part.datasets) > 1 for part in tasks)
-    titles = [dataset, common(map(task_words, tasks)), f"{number} {split} tasks{each}"]
+    titles = [dataset, common(map(describe_tasks, tasks)), f"{number} {split} tasks{each}"]
     names = [
         split,
         dataset,

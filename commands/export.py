@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from commands.call import Call
 from commands.network import write_weights
-from commands.resolve import config_of
+from commands.resolve import restore_config
 from common.errors import UsageError
 from common.names import parse_name
 from maml import SQUARE
@@ -19,7 +19,7 @@ def export(call: Call) -> int:
     file = call.save_weights
     assert call.load is not None and file is not None
     source = load_checkpoint(call.load)
-    config = config_of(source.settings, call.load)
+    config = restore_config(source.settings, call.load)
     choices, learner = config.choices, config.learner
     if file.suffix == ".pt2":
         raise UsageError(f"{file}: a program is of an adapted network: add --adapt, or name FILE.safetensors")

@@ -1,6 +1,6 @@
 """Open a trained initialisation, adapt it to a task, and give its outputs the units of the data.
 
-    checkpoint -> settings_of -> Initialisation -> adapt(UserTask) -> Solution -> outputs(x)
+    checkpoint -> merge_settings -> Initialisation -> adapt(UserTask) -> Solution -> outputs(x)
 
 `--adapt` has its tasks from files, `estimators` from arrays: both predict here, and so predict the same.
 """
@@ -21,14 +21,14 @@ from torch.utils._pytree import tree_leaves
 from commands.build import build_algorithm, fit_weights
 from commands.config import Config
 from commands.outputs import count_outputs
-from commands.resolve import config_of, resolve_from
+from commands.resolve import resolve_from, restore_config
 from common.batch import Tree, tree_map
 from common.device import Runtime, find_device, set_up
 from common.errors import UsageError
 from common.processes import ALONE
-from common.sizes import largest
+from common.sizes import find_largest
 from common.task import Adapted, UserTask
-from evaluation.meta_test import randomness_of
+from evaluation.meta_test import derive_randomness
 from learners.reading import Reading, main_tensor
 from maml import MAML
 from tasks.scales import undo_scale
@@ -36,14 +36,14 @@ from training.checkpoint import Checkpoint, load_checkpoint
 from training.folders import BEST, LAST, find_checkpoint
 
 
-def settings_of(source: Checkpoint, file: Path, given: Mapping[str, Any]) -> Config:
+def merge_settings(source: Checkpoint, file: Path, given: Mapping[str, Any]) -> Config:
     """Return a checkpoint's settings with the given flags, for adapting; UsageError where they do not fit."""
-    config = resolve_from(config_of(source.settings, file), given, evaluate=True, adapt=True)
+    config = resolve_from(restore_config(source.settings, file), given, evaluate=True, adapt=True)
     without = {"metric": None, "metric_mode": None}  # there is nothing to measure, and no code to import
-    return config.replaced(convolution="grouped", tasks_at_once=None, **without)
+    return config.replace_settings(convolution="grouped", tasks_at_once=None, **without)
 
 
-def normalisation_of(given: Mapping[str, Any], source: Checkpoint) -> str:
+def choose_normalisation(given: Mapping[str, Any], source: Checkpoint) -> str:
     """Return how batch norm predicts; raise UsageError where the checkpoint cannot."""
     norm = given.get("batch_norm", "per-step" if source.statistics else "inductive")
     if norm == "per-step" and not source.statistics:
@@ -59,7 +59,7 @@ def predict(maml: MAML, adapted: Adapted, x: Tree, normalisation: str = "inducti
     """
     adapted = adapted._replace(task=replace(adapted.task, query_x=x))
     running = bool(maml.call.statistics.keys() & adapted.shared.weights.keys())
-    with maml.running() if running else nullcontext():
+    with maml.use_running_statistics() if running else nullcontext():
         return maml.predict(adapted, "per-step" if running else normalisation)
 
 
@@ -91,9 +91,9 @@ class Initialisation:
         """Open a checkpoint or a run from Python, with settings by name; UsageError where they do not fit."""
         file = find_checkpoint(Path(run), BEST, LAST)
         source = load_checkpoint(file)
-        config = settings_of(source, file, given)
+        config = merge_settings(source, file, given)
         runtime = set_up(find_device(device, ALONE), config.training.precision, small_tensors=False)
-        return cls(file, source, config, runtime, normalisation_of(given, source))
+        return cls(file, source, config, runtime, choose_normalisation(given, source))
 
     def adapt(self, task: UserTask) -> Solution:
         """Adapt to a task by the inner steps that evaluation quotes; UsageError where it does not fit."""
@@ -104,7 +104,7 @@ class Initialisation:
         _check_labels(targets, maml)
         parameters, running = fit_weights(self.file, saved, maml, self.config)
         steps = options.test_steps
-        order, keys = randomness_of("test", x[None], range(1), options.eval_inner_batch, steps)
+        order, keys = derive_randomness("test", x[None], range(1), options.eval_inner_batch, steps)
         order = None if order is None else order[0]
         running = running if self.normalisation == "per-step" else {}
         return Solution(learner, maml, maml.adapt(parameters, x, targets, steps, order, keys[0], running))
@@ -132,7 +132,7 @@ class Initialisation:
         """Raise UsageError, which names the source, where the head has learned another number of classes."""
         options = self.config.tasks
         ways = options.ways or 0
-        fits = number <= largest(ways) if isinstance(ways, str) else number == ways
+        fits = number <= find_largest(ways) if isinstance(ways, str) else number == ways
         if options.classification and self.config.choices.head_init == "learned" and not fits:
             raise UsageError(
                 f"{source}: {number} classes, and the checkpoint learned {options.ways}: give as many, or "

@@ -22,7 +22,7 @@ MOST_RUNS = 1000
 LONGEST_VALUE = 40  # characters of a value in a folder's name: the last ones, in which paths differ
 
 
-def members_of(call: Call, given: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Config]]:
+def list_members(call: Call, given: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Config]]:
     """Return the flags and the settings of each run that --seeds and --sweep ask for, by its folder's name.
 
     Raises UsageError for an unknown flag or value, and for a combination that is no valid run.
@@ -46,7 +46,7 @@ def members_of(call: Call, given: Mapping[str, Any]) -> tuple[dict[str, dict[str
     return flags, configs
 
 
-def setting_of(name: str) -> str:
+def extract_setting(name: str) -> str:
     """Return the part of a run's name that says its setting in the sweep; the rest is the seed."""
     return name.rpartition("seed-")[0].removesuffix("_")
 

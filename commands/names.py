@@ -9,7 +9,7 @@ from typing import Any
 
 from commands.call import ALL_FLAGS, Call
 from commands.config import CONFIG_FLAGS, OWN_CODE, Config, show
-from commands.resolve import OF_KIND, usual_settings
+from commands.resolve import OF_KIND, derive_usual_settings
 from commands.rules import what_makes_meaningless
 from common.choices import Choices
 from common.names import as_file_name, is_own_code, parse_name, split_mixture
@@ -35,12 +35,12 @@ def select_meaningful(config: Config) -> dict[str, Any]:
     }
 
 
-def in_words(config: Config, names: Iterable[str]) -> dict[str, str]:
+def describe_settings(config: Config, names: Iterable[str]) -> dict[str, str]:
     """Return some settings as people read them, by name of the flag."""
     return {CONFIG_FLAGS[name].name: show(config.get(name)) for name in names}
 
 
-def method_of(choices: Choices) -> str:
+def name_method(choices: Choices) -> str:
     """Return the name of the method for people: `first-order MAML`."""
     name = SPELLED.get(choices.algorithm, choices.algorithm.upper())
     return "first-order " * (choices.meta_gradient == "first-order") + name
@@ -59,14 +59,14 @@ def describe(*configs: Config) -> str:
     def each(name: str) -> str:
         return join(str(c.get(name)) if name == "seed" else show(c.get(name)) for c in configs)
 
-    method = join(method_of(config.choices) for config in configs)
-    data = join(f"{config.tasks.dataset} {task_words(config.tasks)}" for config in configs)
+    method = join(name_method(config.choices) for config in configs)
+    data = join(f"{config.tasks.dataset} {describe_tasks(config.tasks)}" for config in configs)
     parts = [f"{method} on {data}", each("learner")]
     if any(config.choices.steps for config in configs):
         parts.append(f"{each('steps')} step{'s' * (each('steps') != '1')} at {each('inner_lr')}")
     tasks = f"{each('meta_batch_size')} task{'s' * (each('meta_batch_size') != '1')}"
     parts += [f"{each('iterations')} iterations of {tasks}", f"seed {each('seed')}"]
-    usual = [usual_settings(config) for config in configs]
+    usual = [derive_usual_settings(config) for config in configs]
     meaningful = {name for config in configs for name in select_meaningful(config)} - {*OF_KIND}
     changed = [
         f"{name.replace('_', ' ')} {each(name)}"
@@ -86,7 +86,7 @@ def _fill(text: str) -> str:
     return f"\n{'':11}".join(lines).replace("\0", " ")
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return a time for people: `40 s`, `12 min`, `3.5 h`."""
     if seconds < 100:
         return f"{seconds:.0f} s"
@@ -103,7 +103,7 @@ def file_name(name: str) -> str:
     return as_file_name(factory or f"{kind}-{Path(source).stem or 'data'}")[:60]
 
 
-def task_words(tasks: TaskOptions) -> str:
+def describe_tasks(tasks: TaskOptions) -> str:
     """Return ways and shots for a title: `5-way 1-shot`."""
     return f"{tasks.ways}-way {tasks.shots}-shot" if tasks.classification else f"{tasks.shots}-shot"
 
@@ -114,7 +114,7 @@ def task_size(tasks: TaskOptions) -> str:
     return f"{as_file_part(tasks.ways)}way-{shots}" if tasks.classification and tasks.ways else shots
 
 
-def repeated_flags(config: Config, call: Call) -> list[str]:
+def list_repeated_flags(config: Config, call: Call) -> list[str]:
     """Return the flags that must be given again with a checkpoint of these settings."""
     flags = {f"--{name}": config.get(name) for name in OWN_CODE if is_own_code(config.get(name))}
     if call.data_root != ALL_FLAGS["data_root"].default:

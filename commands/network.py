@@ -28,7 +28,7 @@ from commands.names import select_meaningful
 from commands.outputs import are_equal, count_outputs
 from commands.settings import as_toml
 from common.batch import Tree, tree_map
-from common.errors import UsageError, one_line
+from common.errors import UsageError, fold_message
 from common.files import Writer, write_whole
 from common.optimizers import Weights
 from common.task import Adapted, UserTask
@@ -36,7 +36,7 @@ from learner import GreyAsColour
 from learners.batch_norm import record_statistics
 from learners.copies import copy_module, layer_text
 from learners.heads import context_names
-from learners.modules import evaluating
+from learners.modules import set_evaluation_mode
 from learners.reading import Reading
 from learners.spectral_norm import vector_names
 from maml import MAML
@@ -56,7 +56,7 @@ def fill_module(learner: nn.Module, maml: MAML, adapted: Adapted, *, as_program:
     """
     weights, task = adapted.weights, adapted.task
     changed: Weights = {}  # buffers as a pass leaves them
-    with evaluating(maml.learner), record_statistics(maml.learner) as recorded:
+    with set_evaluation_mode(maml.learner), record_statistics(maml.learner) as recorded:
         maml.call(weights, task.support_x, task.extras, changed=changed)
     vectors = {n: changed[n] for n in vector_names(maml.learner) & changed.keys()}  # of the final weights
     tensors = maml.call.as_kept(weights) | task.extras.buffers | vectors
@@ -136,7 +136,7 @@ def write_network(file: Path, start: Initialisation, solution: Solution, task: U
         if scales or solution.reading.kind == "normal":
             network = InUnits(network, scales, x.dtype, solution.reading)
             x = undo_scale(x, scales, "input")
-        _write(file, _program_of(file, network, x))
+        _write(file, _make_program_writer(file, network, x))
         return
     if context_names(built):
         raise UsageError(f"{file}: a context is no part of the learner's class: {INSTEAD}")
@@ -147,7 +147,7 @@ def write_network(file: Path, start: Initialisation, solution: Solution, task: U
     try:
         fresh.load_state_dict(state)
     except RuntimeError as error:
-        reason = f"{one_line(error):.200}"
+        reason = f"{fold_message(error):.200}"
         raise UsageError(f"{file}: the weights do not fit the learner built anew: {reason}") from error
     _check_network(file, fresh.eval(), maml, adapted, x)
     if isinstance(fresh, GreyAsColour):
@@ -183,7 +183,7 @@ def _is_checkpoint(file: Path) -> bool:
     return True
 
 
-def _program_of(file: Path, network: nn.Module, x: Tensor) -> Writer:
+def _make_program_writer(file: Path, network: nn.Module, x: Tensor) -> Writer:
     """Return what writes `torch.export`'s program of the network, for any number of examples."""
     network, x, content = network.cpu(), x.cpu(), io.BytesIO()
     try:
@@ -195,7 +195,7 @@ def _program_of(file: Path, network: nn.Module, x: Tensor) -> Writer:
                 if not are_equal(program(part), copy_module(network)(part), 1e-3):
                     raise ValueError("the program gives something else than the network")
     except Exception as error:  # an export may fail in any way
-        reason = f"{one_line(error):.200}"
+        reason = f"{fold_message(error):.200}"
         raise UsageError(f"{file}: torch.export cannot make a program of it: {reason}") from error
     return lambda opened: opened.write(content.getvalue())
 

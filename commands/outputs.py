@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from commands.config import Config
-from common.batch import Tree, arguments_of, first_tensor, register_tree, tree_map
+from common.batch import Tree, first_tensor, make_arguments, register_tree, tree_map
 from common.errors import UsageError, is_out_of_memory
 from common.names import is_own_code
-from common.sizes import largest
+from common.sizes import find_largest
 from learners.batch_norm import convert_batch_norm
 from learners.copies import copy_module
 from learners.diagnosis import naming_layer
@@ -33,7 +33,7 @@ from tasks.scales import Scales, undo_scale
 
 
 @contextmanager
-def naming(flags: str) -> Iterator[None]:
+def name_flags(flags: str) -> Iterator[None]:
     """Raise UsageError, which names the flags of the user's code, where that fails in the block."""
     try:
         yield
@@ -60,19 +60,19 @@ def are_equal(a: Any, b: Any, tolerance: float, rounding: float = 0.0) -> bool:
 def count_outputs(config: Config, targets: Tree) -> int:
     """Return with how many outputs a learner is built: classes, or numbers for targets `[examples, ...]`."""
     if config.tasks.classification and config.tasks.ways:
-        return largest(config.tasks.ways)
+        return find_largest(config.tasks.ways)
     shape, each = first_tensor(targets).shape, 2 if config.learner.loss == "gaussian-nll" else 1
     return each * shape[target_axis(len(shape))]
 
 
-def ignored_by(config: Config) -> int | None:
+def find_ignored_label(config: Config) -> int | None:
     """Return the label that the loss leaves out in the user's own tasks; None: other tasks have none."""
     if not is_own_code(config.tasks.dataset):
         return None
     return ignored_label(config.learner.loss, config.learner.loss_args)
 
 
-def metric_of(config: Config) -> Metric | None:
+def find_metric(config: Config) -> Metric | None:
     """Return the user's metric, if any; UsageError if there is none of that name."""
     options = config.evaluation
     return build_metric(options.metric, options.metric_mode) if options.metric else None
@@ -87,12 +87,12 @@ def try_outputs(
     """
     name, loss = f"--learner {config.learner.learner}", config.learner.loss
     shapes = tree_map(lambda part: tuple(part.shape), example)
-    positional, named = arguments_of(example)
+    positional, named = make_arguments(example)
     first = first_tensor(example)
     keys = torch.zeros(2, dtype=torch.int64, device=first.device)
-    with naming(name):
+    with name_flags(name):
         copied = convert_batch_norm(copy_module(learner))  # PyTorch's takes no single example
-    failing = naming(f"{name} fails on the inputs of a task, {shapes}")
+    failing = name_flags(f"{name} fails on the inputs of a task, {shapes}")
     with failing, naming_layer(copied), torch.no_grad(), Elementary(keys, first):
         output = copied(*positional, **named)
     register_outputs(output)
@@ -123,7 +123,7 @@ def try_outputs(
             kind=config.learner.outputs,
             ways=outputs if config.tasks.classification else None,
             loss=loss,
-            ignored=ignored_by(config),
+            ignored=find_ignored_label(config),
             floor=variance_floor(loss, config.learner.loss_args),
         )
     except ValueError as error:
@@ -170,6 +170,6 @@ def describe_reading(reading: Reading, targets: Tree, config: Config) -> str | N
 
 def with_metric(reading: Reading | None, config: Config, scales: Scales) -> Reading | None:
     """Return a reading with the user's metric, if there is one, which is measured in the targets' units."""
-    metric = metric_of(config)
+    metric = find_metric(config)
     in_units = partial(undo_scale, scales=scales, part="target") if "target" in scales else None
     return replace(reading, metric=metric, in_units=in_units) if reading and metric else reading

@@ -12,11 +12,11 @@ from contextlib import suppress
 from torch import Tensor
 
 from commands.config import Config
-from commands.outputs import are_equal, naming
+from commands.outputs import are_equal, name_flags
 from common.batch import TaskBatch, TaskDistribution, Tree, first_tensor, tree_map
 from common.errors import UsageError
 from common.optimizers import Weights
-from common.random import keys_of, task_stream
+from common.random import derive_keys, task_stream
 from common.sizes import Span
 from common.task import Task
 from learners.losses import LOSSES
@@ -49,8 +49,8 @@ def fit_to_sizes(
         if batch.support_mask is None and batch.query_mask is None:
             continue
         device = first_tensor(batch.support_x).device
-        keys = keys_of(task_stream(split, 0, 0, range(TRIED), device))
-        with naming(f"{learner} with {loss} fails on a task without padding"):
+        keys = derive_keys(task_stream(split, 0, 0, range(TRIED), device))
+        with name_flags(f"{learner} with {loss} fails on a task without padding"):
             if notices_padding(maml, maml.initial_parameters(), batch, keys):
                 say(
                     f"main.py: {learner} with {loss}: padding would change the results (attention over the "

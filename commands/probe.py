@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from commands.config import Config
-from commands.outputs import are_equal, naming
-from common.batch import TaskDistribution, Tree, first_tensor, in_type, tree_map
-from common.errors import UsageError, is_out_of_memory, one_line
+from commands.outputs import are_equal, name_flags
+from common.batch import TaskDistribution, Tree, cast_tree, first_tensor, tree_map
+from common.errors import UsageError, fold_message, is_out_of_memory
 from common.optimizers import Weights
-from common.random import keys_of, task_stream
+from common.random import derive_keys, task_stream
 from common.task import Extras, Task
 from learners.copies import count_hidden_parameters
 from learners.diagnosis import find_carried, find_failure, find_followers, find_wrong_layer, mixes_examples
@@ -65,7 +65,7 @@ class Probe:
         tasks = self.distribution.resized(self.config.training_shots)
         self.tasks = tasks.sample("train", seed, 1, range(2))
         device = first_tensor(self.tasks.support_x).device
-        self.keys = keys_of(task_stream("train", seed, 1, range(2), device))
+        self.keys = derive_keys(task_stream("train", seed, 1, range(2), device))
         self.x, self.y, _ = self._first_task().at_step(0)
 
     def try_metric(self, reading: Reading) -> None:
@@ -89,10 +89,12 @@ class Probe:
             "second derivative": config.choices.meta_gradient == "exact" and maml.steps and "--first-order",
         }
         hint = " or ".join(flag for flag in flags.values() if flag)
-        with naming(f"{learner} with {loss} cannot be meta-trained{f' ({hint} may help)' if hint else ''}"):
+        with name_flags(
+            f"{learner} with {loss} cannot be meta-trained{f' ({hint} may help)' if hint else ''}"
+        ):
             outputs = self._call_repeatedly()
             outputs = tree_map(lambda t: t.detach().requires_grad_(t.is_floating_point()), outputs)
-            with naming(f"{loss} fails"):
+            with name_flags(f"{loss} fails"):
                 value = maml.loss(outputs, self.y)
             if not value.requires_grad:
                 raise UsageError(f"{loss} does not depend on the learner's outputs")
@@ -115,7 +117,7 @@ class Probe:
                 text += way_round if flags.get(failure.problem) else ""
                 raise UsageError(text) from error
         if names:
-            text = f"{learner} with {loss}: the gradient by {_listed(names)} is not finite"
+            text = f"{learner} with {loss}: the gradient by {_join_names(names)} is not finite"
             if flags["forward mode"] and not self._find_non_finite("unrolled", inner=inner):
                 raise UsageError(f"{text} with --engine adjoint, where --engine unrolled gives numbers")
             raise UsageError(
@@ -142,7 +144,7 @@ class Probe:
                 return self.maml.call(self.maml.call.parameters, x, Extras(self.keys[0]).for_pass("support"))
 
         def value() -> Tree:
-            with torch.no_grad(), naming(f"{self.loss} fails"):
+            with torch.no_grad(), name_flags(f"{self.loss} fails"):
                 return self.maml.loss(*tree_map(Tensor.clone, (outputs, self.y)))
 
         begin, outputs = time.monotonic(), call(self.x)
@@ -183,17 +185,17 @@ class Probe:
         state = sorted(call.buffers.keys() - vector_names(self.maml.learner))
         if carried := find_carried(call, x, keys):
             lines.append(
-                f"Each pass starts with the learner's {_listed(carried)} as built, and puts it back: what "
-                "one pass leaves there does not reach the next (a buffer lasts for a task)"
+                f"Each pass starts with the learner's {_join_names(carried)} as built, and puts it back: "
+                "what one pass leaves there does not reach the next (a buffer lasts for a task)"
             )
         elif state:
             lines.append(
-                f"Each task starts with the learner's {_listed(state)}, updates a copy in its steps, and "
+                f"Each task starts with the learner's {_join_names(state)}, updates a copy in its steps, and "
                 "drops it"
             )
             if followers := find_followers(call, x, keys):
                 lines[-1] += (
-                    f"; {_listed(followers)} will stay behind the learned weights (a power iteration?): "
+                    f"; {_join_names(followers)} will stay behind the learned weights (a power iteration?): "
                     "torch.nn.utils.parametrizations.spectral_norm does not"
                 )
         if mixes_examples(call, self._first_task().for_query(self.maml.steps)):
@@ -215,7 +217,7 @@ class Probe:
         except Exception as error:  # the user's code may not run on few examples, or not in this precision
             if is_out_of_memory(error):
                 raise
-            return engine, f"the meta-gradient could not be checked: {shorten(one_line(error), 200)}"
+            return engine, f"the meta-gradient could not be checked: {shorten(fold_message(error), 200)}"
         if check.engine == engine:
             words = f"the meta-gradient agrees with {REFERENCES[self.config.choices.meta_gradient]}"
             if check.by_loop_alone:
@@ -237,7 +239,7 @@ class Probe:
     def _locate(self, check: Check) -> str:
         """Return in words which layer has wrong second derivatives, and how far off they are."""
         if not check.by_loop_alone:  # otherwise differences tell nothing about a layer, either
-            x = in_type(self.x, check.dtype)
+            x = cast_tree(self.x, check.dtype)
             call = self.maml.in_precision(check.dtype).call
             if wrong := find_wrong_layer(call.module, call.as_kept(call.parameters), x, self.keys[0]):
                 return f"{wrong.layer_text} being {wrong.reason}"
@@ -248,5 +250,5 @@ def _are_finite(tree: Tree) -> bool:
     return all(bool(part.isfinite().all()) for part in pytree.tree_leaves(tree))
 
 
-def _listed(names: list[str]) -> str:
+def _join_names(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

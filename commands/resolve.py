@@ -23,9 +23,9 @@ from commands.rules import check
 from common.errors import UsageError
 from common.names import is_own_code, parse_name
 from common.options import BY_RULE
-from common.sizes import Size, Span, largest
-from learners.options import LEARNERS, learner_facts
-from tasks.options import FILE_KINDS, data_facts, is_classification
+from common.sizes import Size, Span, find_largest
+from learners.options import LEARNERS, find_learner_facts
+from tasks.options import FILE_KINDS, find_data_facts, is_classification
 from training.options import ENDING
 
 # what a line about a run says by itself, and what other defaults follow
@@ -51,7 +51,7 @@ def resolve(given: Mapping[str, Any]) -> Config:
     return config
 
 
-def usual_settings(config: Config) -> Config:
+def derive_usual_settings(config: Config) -> Config:
     """Return the settings that a new experiment of the same kind and length has by default."""
     alike = {name: config.get(name) for name in OF_KIND}
     return _fill_in({name: value for name, value in alike.items() if value is not None})
@@ -61,9 +61,9 @@ def _fill_in(given: Mapping[str, Any]) -> Config:
     """Return the given settings with the defaults that fit them, not yet checked against each other."""
     flags = {name: value for name, value in given.items() if name in CONFIG_FLAGS}
     dataset = flags.get("dataset", CONFIG_FLAGS["dataset"].default)
-    facts = data_facts(dataset)
+    facts = find_data_facts(dataset)
     classification = is_classification(dataset, flags.get("ways"))
-    column = default_column(classification, dataset, largest(flags.get("ways") or DEFAULTS["ways"][1]))
+    column = default_column(classification, dataset, find_largest(flags.get("ways") or DEFAULTS["ways"][1]))
     defaults = {name: by_column[column] for name, by_column in DEFAULTS.items()}
     if dataset == "sinusoid" and flags.get("loss") != "gaussian-nll":  # its gradient is a variance smaller
         defaults |= SINUSOID_DEFAULTS
@@ -78,7 +78,7 @@ def _fill_in(given: Mapping[str, Any]) -> Config:
         values["learner"] = "sines" if dataset == "harmonic" else "mlp"
     values |= _expand_shorthands(given, values["shots"])
     _fill_sizes(values, given)
-    learner = learner_facts(values["learner"])
+    learner = find_learner_facts(values["learner"])
     values = {"init": learner.init, "adapt_norm": bool(learner.adapt_norm)} | values
     if learner.adapt_norm is None:  # a preset's choices about batch norm do not matter
         for name in {"batch_norm", "norm_per_step"} - given.keys():
@@ -92,7 +92,7 @@ def _preset(given: Mapping[str, Any], column: int) -> dict[str, Any]:
     preset = {n: v[column] if isinstance(v, tuple) else v for n, v in ALGORITHMS[algorithm].items()}
     if given.get("first_order") and preset.get("meta_gradient", "exact") not in ("exact", "first-order"):
         raise UsageError(f"--first-order has no meaning with --algorithm {algorithm}: leave it out")
-    learner = learner_facts(given.get("learner", preset.get("learner", DEFAULTS["learner"][column])))
+    learner = find_learner_facts(given.get("learner", preset.get("learner", DEFAULTS["learner"][column])))
     usual = DEFAULTS["inner_lr"][column]
     if learner.inner_lr is not None and preset.get("inner_lr", usual) == usual:
         preset["inner_lr"] = learner.inner_lr
@@ -113,7 +113,7 @@ def _expand_shorthands(given: Mapping[str, Any], shots: Size) -> dict[str, Any]:
         if samples <= shots:
             raise UsageError(f"--samples {samples} leaves no query: it must be above -k {shots}")
         values["queries"] = given.get("queries", samples - shots)
-        if largest(values["queries"]) > samples - shots:
+        if find_largest(values["queries"]) > samples - shots:
             raise UsageError(f"--samples {samples} is less than -k {shots} plus -q {given['queries']}")
     return values
 
@@ -121,7 +121,9 @@ def _expand_shorthands(given: Mapping[str, Any], shots: Size) -> dict[str, Any]:
 def _fill_sizes(values: dict[str, Any], given: Mapping[str, Any]) -> None:
     """Settle the sizes that depend on other sizes."""
     for name in ("queries", "test_steps"):
-        values[name] = {"k": largest(values["shots"]), "s": values["steps"]}.get(values[name], values[name])
+        values[name] = {"k": find_largest(values["shots"]), "s": values["steps"]}.get(
+            values[name], values[name]
+        )
     values.setdefault("eval_steps", CONFIG_FLAGS["eval_steps"].default)
     if not values["steps"]:  # a test takes steps if they are asked for
         values |= dict.fromkeys({"eval_steps", "test_steps"} - given.keys(), 0)
@@ -147,7 +149,7 @@ def _settle(values: Mapping[str, Any], classification: bool) -> dict[str, Any]:
     """Return the values with each "auto" settled by what was measured (docs/speed.md)."""
     built_in = values["learner"] in LEARNERS and values.get("vectorise", True)
     long = COMPILED_FROM["classification" if classification else "regression"]
-    convolutional = learner_facts(values["learner"]).convolutional
+    convolutional = find_learner_facts(values["learner"]).convolutional
     settled = {
         "loss": "cross-entropy" if classification else "mse",
         "compile": "on" if values["iterations"] >= long and built_in else "off",
@@ -163,7 +165,7 @@ def _settle(values: Mapping[str, Any], classification: bool) -> dict[str, Any]:
 def _cache_chunk(values: Mapping[str, Any]) -> int | None:
     """Return how many tasks have about `CHUNK_IMAGES` support images; None: the whole meta-batch."""
     tasks = values["meta_batch_size"]
-    most = max(1, CHUNK_IMAGES // (largest(values["ways"]) * largest(values["shots"])))
+    most = max(1, CHUNK_IMAGES // (find_largest(values["ways"]) * find_largest(values["shots"])))
     chunk = max(size for size in range(1, min(most, tasks) + 1) if tasks % size == 0)
     if 2 * chunk < most:  # few divisors: the last chunk is a smaller one
         chunk = most
@@ -173,7 +175,7 @@ def _cache_chunk(values: Mapping[str, Any]) -> int | None:
 # ---- from a checkpoint ---------------------------------------------------------------------------
 
 
-def config_of(plain: Mapping[str, Any], source: Path | None) -> Config:
+def restore_config(plain: Mapping[str, Any], source: Path | None) -> Config:
     """Return the settings that a checkpoint holds; one that it lacks takes its default.
 
     Raises UsageError, which names the file, for unknown settings, values that no flag allows, contradictions.
@@ -214,10 +216,10 @@ def resolve_from(
         raise UsageError(f"--iterations: the {schedule} schedule of the checkpoint fixes it; leave it out")
     of_files = ("invert", "image_range", "columns", "exclude_columns", "batch_norm")
     free = {*(of_files if adapt else OF_OTHER_DATA if eval_dataset else ())}
-    learned = largest(saved.tasks.ways or 0) if saved.choices.head_init == "learned" else None
+    learned = find_largest(saved.tasks.ways or 0) if saved.choices.head_init == "learned" else None
     if evaluate and (learned is None or isinstance(saved.tasks.ways, str)):
         free.add("ways")
-        if learned and largest(given.get("ways", learned)) > learned:
+        if learned and find_largest(given.get("ways", learned)) > learned:
             raise UsageError(
                 f"-n {given['ways']}: the checkpoint has learned -n {saved.tasks.ways}: lower it"
             )
@@ -269,12 +271,12 @@ def _may_have_moved(name: str, saved: str) -> bool:
 def _on_other_data(config: Config, dataset: str, given: Mapping[str, Any]) -> Config:
     """Return the settings for test tasks of another dataset: the same kind of inputs and of targets."""
     tasks = config.tasks
-    if _place(dataset) in map(_place, tasks.datasets):
+    if _locate_images(dataset) in map(_locate_images, tasks.datasets):
         raise UsageError(
             f"--eval-dataset {dataset} is what the checkpoint learned from, training classes included: leave "
             "it out to test on its own test tasks"
         )
-    now, before = data_facts(dataset), data_facts(tasks.dataset)
+    now, before = find_data_facts(dataset), find_data_facts(tasks.dataset)
     same_inputs = now.inputs == before.inputs or "any" in (now.inputs, before.inputs)
     if not same_inputs or now.classification not in (None, tasks.classification):
         kind = "classification" if tasks.classification else "regression"
@@ -286,10 +288,10 @@ def _on_other_data(config: Config, dataset: str, given: Mapping[str, Any]) -> Co
     if now.inputs == "images":  # they are resized
         changes["image_size"] = tasks.image_size or now.image_size
         changes["channels"] = tasks.channels or now.channels
-    return config.replaced(**changes)
+    return config.replace_settings(**changes)
 
 
-def _place(dataset: str) -> Path:
+def _locate_images(dataset: str) -> Path:
     return Path(parse_name(dataset).source).resolve()
 
 

@@ -13,12 +13,12 @@ from common.names import is_own_code, parse_name
 from common.options import Flag
 from common.sizes import Span
 from learners.options import LEARNERS
-from tasks.options import CURVES, FILE_KINDS, data_facts
+from tasks.options import CURVES, FILE_KINDS, find_data_facts
 from training.options import ENDING
 
 
 def _has_images(config: Config) -> bool:
-    return data_facts(config.tasks.dataset).inputs == "images"
+    return find_data_facts(config.tasks.dataset).inputs == "images"
 
 
 def _has_head(config: Config) -> bool:
@@ -117,7 +117,7 @@ def _mixture_rules(config: Config, given: Mapping[str, Any]) -> Iterator[tuple[b
     several = f"--dataset {' '.join(tasks.datasets)}"
     weights = len(tasks.weights)
     yield weights != number, f"--mix has {weights} weights, and {several} {number} data sets"
-    facts = [data_facts(name) for name in tasks.datasets]
+    facts = [find_data_facts(name) for name in tasks.datasets]
     for name, what in (("image_size", "sizes"), ("channels", "channels")):
         values = dict.fromkeys(show(getattr(part, name)) for part in facts)
         yield (
@@ -133,7 +133,7 @@ def _mixture_rules(config: Config, given: Mapping[str, Any]) -> Iterator[tuple[b
 def _learner_rules(config: Config) -> Iterator[tuple[bool, str]]:
     """Yield where learner, data, loss and steps do not fit each other."""
     tasks, learner = config.tasks, config.learner
-    inputs = data_facts(tasks.dataset).inputs
+    inputs = find_data_facts(tasks.dataset).inputs
     fitting = " or ".join(name for name, facts in LEARNERS.items() if facts.inputs == inputs)
     yield (
         "any" not in (learner.facts.inputs, inputs) and learner.facts.inputs != inputs,

@@ -13,13 +13,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from commands.build import measure_name
+from commands.build import name_measure
 from commands.call import Call
-from commands.names import method_of, task_words
-from commands.resolve import config_of
-from common.errors import UsageError, printable
+from commands.names import describe_tasks, name_method
+from commands.resolve import restore_config
+from common.errors import UsageError, escape_text
 from evaluation.ledger import RESULTS, TIME, read_results
-from evaluation.tables import decimal, table, units, write_csv
+from evaluation.tables import choose_units, format_decimal, table, write_csv
 from training.checkpoint import Progress, load_checkpoint
 from training.folders import BEST, LAST
 
@@ -49,13 +49,19 @@ class ListedRun:
 
     def cells(self) -> list[str]:
         """Return the row as the terminal shows it, under `HEADER`."""
-        measure, scale, digits = units(self.measure)
+        measure, scale, digits = choose_units(self.measure)
         validation, test, interval = (
-            "" if value is None else decimal(scale * value, digits)
+            "" if value is None else format_decimal(scale * value, digits)
             for value in (self.validation, self.test, self.interval_95)
         )
         done = f"{self.iterations:,}" + f" of {self.planned:,}" * (self.iterations < self.planned)
-        start = [printable(self.name), printable(self.dataset), self.tasks, self.algorithm, str(self.seed)]
+        start = [
+            escape_text(self.name),
+            escape_text(self.dataset),
+            self.tasks,
+            self.algorithm,
+            str(self.seed),
+        ]
         return [*start, done, measure, validation, test + f" ± {interval}" * bool(test), self.when[:16]]
 
 
@@ -95,7 +101,7 @@ def find_all_runs(folder: Path) -> list[ListedRun]:
         try:
             runs.append(_describe_run(file, folder, tests.get(file.resolve().parent, [])))
         except UsageError as error:
-            print(f"main.py: {printable(str(error))}", file=sys.stderr)
+            print(f"main.py: {escape_text(str(error))}", file=sys.stderr)
     return runs
 
 
@@ -105,13 +111,13 @@ def _describe_run(file: Path, folder: Path, tests: Sequence[Mapping[str, str]]) 
     A test of what the checkpoint was before it was resumed is left out.
     """
     checkpoint = load_checkpoint(file, weights=False)
-    config, progress = config_of(checkpoint.settings, file), Progress(**checkpoint.progress)
+    config, progress = restore_config(checkpoint.settings, file), Progress(**checkpoint.progress)
     tasks, curves, at = config.tasks, progress.validation, progress.best_iteration
     losses, accuracies = "query_loss", "query_accuracy"
     curve = accuracies if tasks.classification and (accuracies in curves or not curves) else losses
     if config.evaluation.metric:
         curve = next((name for name in curves if name not in ("iteration", losses, accuracies)), curve)
-    measure = measure_name(config, checkpoint.scales) if curve == losses else curve.removeprefix("query_")
+    measure = name_measure(config, checkpoint.scales) if curve == losses else curve.removeprefix("query_")
     best = curves[curve][curves["iteration"].index(at)] if at is not None and curve in curves else None
     like = {"dataset": tasks.dataset, "ways": tasks.ways, "shots": tasks.shots, "measure": measure}
     like = {name: "" if value is None else str(value) for name, value in like.items()}
@@ -121,8 +127,8 @@ def _describe_run(file: Path, folder: Path, tests: Sequence[Mapping[str, str]]) 
     return ListedRun(
         name=file.parent.relative_to(folder).as_posix() if file.parent != folder else folder.resolve().name,
         dataset=tasks.dataset,
-        tasks=task_words(tasks),
-        algorithm=method_of(config.choices),
+        tasks=describe_tasks(tasks),
+        algorithm=name_method(config.choices),
         seed=config.training.seed,
         iterations=checkpoint.iteration,
         planned=config.training.iterations,

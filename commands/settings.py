@@ -24,7 +24,7 @@ from commands.call import ALL_FLAGS, CLASHES, find_setting, suggest_flag
 from commands.config import Config
 from commands.names import select_meaningful
 from commands.resolve import refuse_unnamed_code, resolve
-from common.errors import UsageError, reason_of
+from common.errors import UsageError, explain_error
 from common.options import Flag
 
 
@@ -65,7 +65,7 @@ def read_settings(file: Path, typed: Mapping[str, Any]) -> dict[str, Any]:
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from error
     given |= {name: value for name, value in resolved.items() if now.get(name) != value}
-    kept = {name: value for name, value in given.items() if name not in _displaced_by(typed)}
+    kept = {name: value for name, value in given.items() if name not in _find_displaced(typed)}
     refuse_unnamed_code(kept, typed, str(file))
     return {**kept, **typed}
 
@@ -76,7 +76,7 @@ def add_lines(message: str, given: Mapping[str, Any]) -> str:
         return message
     file, named = given["config"], []
     values = {name: value for part in _read(file) for name, value in part.items()}
-    for name, number in _lines_of(_load(file)[1]).items():
+    for name, number in _number_lines(_load(file)[1]).items():
         from_file = name in values and values[name] == given.get(name)
         if from_file and re.search(rf"(?<![\w-]){ALL_FLAGS[name].name}(?![\w-])", message):
             named.append(f"line {number}")
@@ -89,12 +89,12 @@ def _load(file: Path) -> tuple[dict[str, Any], str]:
         text = file.read_text(encoding="utf-8-sig")
         return tomllib.loads(text), text
     except OSError as error:
-        raise UsageError(f"{file}: {reason_of(error)}") from error
+        raise UsageError(f"{file}: {explain_error(error)}") from error
     except ValueError as error:  # of TOML or of UTF-8
         raise UsageError(f"{file} is no TOML file: {error}") from error
 
 
-def _lines_of(text: str) -> dict[str, int]:
+def _number_lines(text: str) -> dict[str, int]:
     """Return the number of the first line of each setting, by its name."""
     lines: dict[str, int] = {}
     for number, line in enumerate(text.splitlines(), 1):
@@ -106,7 +106,7 @@ def _lines_of(text: str) -> dict[str, int]:
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what a file gives and what that resolved to, by name, each value valid by itself."""
     tables, text = _load(file)
-    lines = _lines_of(text)
+    lines = _number_lines(text)
     parts: dict[str, dict[str, Any]] = {"given": {}, "resolved": {}}
     for title, value in tables.items():
         if title == "commands":
@@ -139,7 +139,7 @@ def _parse(flag: Flag, value: Any) -> Any:
     return flag.parse(str(value) if not isinstance(value, bool) else "yes" if value else "no")
 
 
-def _displaced_by(typed: Mapping[str, Any]) -> set[str]:
+def _find_displaced(typed: Mapping[str, Any]) -> set[str]:
     """Return the settings of a file that typed flags take the place of."""
     axes = {find_setting(axis.partition("=")[0]) for axis in typed.get("sweep", ())}
     pairs = [(firsts.split(), seconds.split()) for firsts, seconds, _ in CLASHES]

@@ -1,6 +1,6 @@
 """Train many runs of one command line (--seeds, --sweep), several at once: each gives what it gives alone.
 
-    flags -> members_of -> build.assemble each -> group_runs -> build.train_runs each group -> summary
+    flags -> list_members -> build.assemble each -> group_runs -> build.train_runs each group -> summary
 
 Runs that differ in numbers alone (`trainer.AT_ONCE`) are trained together by one more `vmap`; other runs
 are trained one after another. Every run has the random stream, folder, checkpoints and curves that it has
@@ -21,9 +21,9 @@ import torch
 from commands.build import Assembly, assemble, preload_tasks, prepare, print_data, train_runs, write_results
 from commands.call import Call
 from commands.config import CONFIG_FLAGS, Config
-from commands.members import members_of, setting_of
-from commands.names import describe, repeated_flags
-from commands.resolve import config_of, select_learned
+from commands.members import extract_setting, list_members
+from commands.names import describe, list_repeated_flags
+from commands.resolve import restore_config, select_learned
 from commands.train import check_free, find_start, make_folder, print_next
 from common.errors import UsageError
 from common.files import read_json
@@ -39,7 +39,7 @@ from training.trainer import AT_ONCE, FAILED
 
 def sweep(call: Call, given: Mapping[str, Any], command: str, world: World) -> int:
     """Train or resume many runs; return the exit code: 128 + signal, or `FAILED` if a run failed."""
-    flags, configs = members_of(call, given)
+    flags, configs = list_members(call, given)
     names, folder = [*configs], call.run_folder
     mine = [names[number] for number in world.share(len(names))]
     with ExitStack() as locks:
@@ -75,8 +75,8 @@ def sweep(call: Call, given: Mapping[str, Any], command: str, world: World) -> i
                 print(f"Saved. To resume: the same command with --run-name {folder.name} --resume")
                 return code
         code = _report(folder, [parts.run for parts in assemblies], world)
-    one_code = len({tuple(repeated_flags(config, call)) for config in configs.values()}) == 1
-    print_next(folder, folder if one_code else folder / names[0], repeated_flags(first, call))
+    one_code = len({tuple(list_repeated_flags(config, call)) for config in configs.values()}) == 1
+    print_next(folder, folder if one_code else folder / names[0], list_repeated_flags(first, call))
     return code
 
 
@@ -89,11 +89,11 @@ def _claim_folder(
         locks.enter_context(lock_folder(folder, [*configs]))
     if (folder / LAST).exists():
         raise UsageError(f"{folder} is a run, not a folder of many: choose another --run-name")
-    settings = {setting_of(name): select_learned(config) for name, config in configs.items()}
-    for name in _listed(folder).keys() - configs.keys():
-        file, now = folder / name / LAST, settings.get(setting_of(name))
+    settings = {extract_setting(name): select_learned(config) for name, config in configs.items()}
+    for name in _read_members(folder).keys() - configs.keys():
+        file, now = folder / name / LAST, settings.get(extract_setting(name))
         if now and file.is_file():
-            saved = select_learned(config_of(load_checkpoint(file).settings, file))
+            saved = select_learned(restore_config(load_checkpoint(file).settings, file))
             different = [
                 CONFIG_FLAGS[n].name + f" ({saved[n]})" for n, value in now.items() if value != saved[n]
             ]
@@ -103,7 +103,7 @@ def _claim_folder(
                 )
 
 
-def _listed(folder: Path) -> dict[str, dict[str, Any]]:
+def _read_members(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the runs that the folder has, by name."""
     file = folder / LIST
     return {run["name"]: run for run in read_json(file)["runs"]} if file.exists() else {}
@@ -111,9 +111,9 @@ def _listed(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _write_list(folder: Path, configs: Mapping[str, Config]) -> None:
     """Record which runs the folder has: these and the earlier ones."""
-    runs = _listed(folder)
+    runs = _read_members(folder)
     for name, config in configs.items():
-        runs[name] = {"name": name, "setting": setting_of(name), "seed": config.training.seed}
+        runs[name] = {"name": name, "setting": extract_setting(name), "seed": config.training.seed}
     tables.write_json(folder / LIST, {"runs": [*runs.values()]})
 
 
@@ -128,26 +128,26 @@ def group_runs(assemblies: Sequence[Assembly], at_most: int | None) -> list[list
         whole = (training.tasks_at_once or training.meta_batch_size) >= training.meta_batch_size
         together = training.compile == "off" or ({*tasks.datasets} <= {*CURVES} and whole)
         size = (at_most or len(assemblies)) if together else 1
-        group = next((g for g in groups if len(g) < size and _fits(g[0], parts)), [])
+        group = next((g for g in groups if len(g) < size and _is_alike(g[0], parts)), [])
         if not group:
             groups.append(group)
         group.append(parts)
     return groups
 
 
-def _fits(one: Assembly, other: Assembly) -> bool:
+def _is_alike(one: Assembly, other: Assembly) -> bool:
     """Return whether two runs can be trained at once: they differ in numbers alone."""
 
-    def structure(config: Config) -> Config:
+    def drop_numbers(config: Config) -> Config:
         free = {name: config.get(name) is not None for name in AT_ONCE}
         if config.choices.inner_rates != "fixed":  # their start is in the weights
             free["inner_lr_max"] = False
-        return config.replaced(**free)
+        return config.replace_settings(**free)
 
     fixed, others = one.maml.call.fixed, other.maml.call.fixed
     return (
         one.run.iteration == other.run.iteration
-        and structure(one.start.config) == structure(other.start.config)
+        and drop_numbers(one.start.config) == drop_numbers(other.start.config)
         and one.start.config.training.vectorise
         and fixed.keys() == others.keys()
         and all(torch.equal(fixed[name], others[name]) for name in fixed)
@@ -160,7 +160,7 @@ def _summarise(run: Run) -> tables.Summary:
     best, validation = progress.best_score, progress.validation
     return {
         "name": run.folder.name,
-        "setting": setting_of(run.folder.name) or tables.ALL,
+        "setting": extract_setting(run.folder.name) or tables.ALL,
         "seed": run.training.seed,
         "iteration": run.iteration,
         "failure": run.failure,
@@ -178,7 +178,7 @@ def _report(folder: Path, runs: Sequence[Run], world: World) -> int:
     failures = [outcome for outcome in outcomes if outcome["failure"] is not None]
     if world.first:
         print(tables.training_table(outcomes))
-        measure = f"validation {tables.measure_of(outcomes)}"
+        measure = f"validation {tables.find_measure(outcomes)}"
         title = f"{folder.name}: mean and range of the seeds"
         figure = learning_figure(tables.learning_curves(outcomes), measure, title, zoom=True)
         print(write_results(folder / "summary", tables.training_record(outcomes), figure))

@@ -20,11 +20,11 @@ from typing import Any
 from commands import build
 from commands.call import Call
 from commands.config import Config
-from commands.names import file_name, repeated_flags, task_size
-from commands.resolve import config_of, resolve, resolve_from
+from commands.names import file_name, list_repeated_flags, task_size
+from commands.resolve import resolve, resolve_from, restore_config
 from common.errors import UsageError
 from common.processes import World
-from evaluation.tables import decimal, units
+from evaluation.tables import choose_units, format_decimal
 from training.checkpoint import load_checkpoint
 from training.folders import BEST, LAST, LIST, is_occupied, lock_folder
 from training.run import Run, final_loss
@@ -68,16 +68,16 @@ def train(call: Call, given: Mapping[str, Any], command: str, world: World) -> i
 def _print_end(run: Run, code: int, config: Config, call: Call, world: World) -> None:
     """Print how training ended, and what to type next."""
     launcher = ["python"] if world.size == 1 else ["torchrun", f"--nproc-per-node={world.local_size}"]
-    flags = repeated_flags(config, call)
+    flags = list_repeated_flags(config, call)
     resume = shlex.join([*launcher, "main.py", "--load", str(run.folder / LAST), *flags])
     loss = final_loss(run.progress.training)
     if loss is not None and math.isfinite(loss["mean"]):
         iterations = f"iterations {loss['from']:,} to {loss['to']:,}"
         print(f"Mean training query loss of {iterations}: {loss['mean']:.4f}")
     if (best := run.best_validation) is not None:
-        measure, scale, digits = units(run.measure_name)
+        measure, scale, digits = choose_units(run.measure_name)
         at = run.progress.best_iteration
-        print(f"Best validation {measure}, of iteration {at:,}: {decimal(scale * best, digits)}")
+        print(f"Best validation {measure}, of iteration {at:,}: {format_decimal(scale * best, digits)}")
     if run.skipped > 0:
         print(f"Iterations skipped for non-finite numbers: {run.skipped:,}")
     if run.failure is not None:
@@ -118,7 +118,7 @@ def find_start(folder: Path | None, call: Call, given: Mapping[str, Any]) -> bui
     origin = checkpoint.progress["origin"] or "the initialisation"
     if call.init_from and not origin.startswith(f"{call.init_from}, "):
         raise UsageError(f"the run of {file} started from {origin}: leave --init-from out when resuming")
-    config = resolve_from(config_of(checkpoint.settings, file), given, evaluate=False)
+    config = resolve_from(restore_config(checkpoint.settings, file), given, evaluate=False)
     return build.Start(config, file, checkpoint, resumed=checkpoint)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from common.sizes import Size, largest
+from common.sizes import Size, find_largest
 
 Tree = Any  # a tensor, or tensors in nested tuples and dictionaries
 
@@ -102,7 +102,7 @@ class TaskDistribution(Protocol):
     @property
     def most_ways(self) -> int | None:
         """The most classes that a task may have."""
-        return None if self.ways is None else largest(self.ways)
+        return None if self.ways is None else find_largest(self.ways)
 
     @property
     def record(self) -> DataRecord:
@@ -152,7 +152,7 @@ def tree_map(function: Callable[..., Any], *trees: Tree) -> Tree:
     return pytree.tree_map(function, *trees)
 
 
-def arguments_of(x: Tree) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def make_arguments(x: Tree) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return inputs as a module is called with them: several are a tuple, or a dictionary by name."""
     if isinstance(x, dict):
         return (), x
@@ -164,7 +164,7 @@ def first_tensor(tree: Tree) -> Tensor:
     return tree if isinstance(tree, Tensor) else pytree.tree_leaves(tree)[0]
 
 
-def joined(trees: list[Tree]) -> Tree:
+def concatenate_trees(trees: list[Tree]) -> Tree:
     """Concatenate the tensors of equal trees along the first axis."""
     return trees[0] if len(trees) == 1 else tree_map(lambda *parts: torch.cat(parts), *trees)
 
@@ -174,6 +174,6 @@ def stacked_trees(trees: list[Tree], axis: int = 0) -> Tree:
     return tree_map(lambda *parts: torch.stack(parts, axis), *trees)
 
 
-def in_type(tree: Tree, dtype: torch.dtype) -> Tree:
+def cast_tree(tree: Tree, dtype: torch.dtype) -> Tree:
     """Convert the floating-point tensors of a tree to another type."""
     return tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, tree)

@@ -194,5 +194,5 @@ def set_up(
     return Runtime(device, dtype, torch.bfloat16 if precision == "bf16" else None, world)
 
 
-def versions() -> dict[str, str]:
+def collect_versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}

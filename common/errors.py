@@ -40,7 +40,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return in_pytorch or isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
 
 
-def reason_of(error: OSError) -> str:
+def explain_error(error: OSError) -> str:
     """Return in a few words why a file could not be read or written."""
     return (error.strerror or str(error) or type(error).__name__).lower()
 
@@ -54,8 +54,8 @@ def explain(error: BaseException) -> str | None:
         return "out of memory: lower --tasks-at-once, or take smaller tasks or a smaller --learner"
     if isinstance(error, OSError) and error.filename:
         full = "; free some space, or write to another disk" if error.errno == errno.ENOSPC else ""
-        return printable(f"{error.filename}: {reason_of(error)}{full}")
-    return printable(one_line(error)) if isinstance(error, OSError | UsageError) else None
+        return escape_text(f"{error.filename}: {explain_error(error)}{full}")
+    return escape_text(fold_message(error)) if isinstance(error, OSError | UsageError) else None
 
 
 def show_warnings(*, silent: bool) -> None:
@@ -68,7 +68,7 @@ def show_warnings(*, silent: bool) -> None:
     def show(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any
     ) -> None:
-        text = f"main.py: warning: {printable(' '.join(str(message).split()))} ({filename}, line {lineno})"
+        text = f"main.py: warning: {escape_text(' '.join(str(message).split()))} ({filename}, line {lineno})"
         if text not in shown and not silent and not issubclass(category, OF_LATER_VERSIONS):
             shown.add(text)
             print(text, file=sys.stderr)
@@ -80,11 +80,11 @@ def show_warnings(*, silent: bool) -> None:
         logging.disable(logging.WARNING)
 
 
-def one_line(error: BaseException) -> str:
+def fold_message(error: BaseException) -> str:
     """Return an error's message on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def printable(text: str) -> str:
+def escape_text(text: str) -> str:
     """Escape what a terminal would obey in a text from elsewhere, such as a file's name."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -87,13 +87,13 @@ def read_json(path: Path) -> Any:
         raise UsageError(f"{path} is damaged ({error}): restore it, or move it away") from error
 
 
-def user_cache() -> Path:
+def find_user_cache() -> Path:
     """Return this tool's folder in the user's cache, which may not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path("~").expanduser() / ".cache") / "maml"
 
 
 @contextmanager
-def one_at_a_time(
+def take_turns(
     path: Path, *, interrupted: Callable[[], bool] = lambda: False, on_wait: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
     """Hold the lock file `path`: of processes that make the same thing, one works and the others wait.

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from common.errors import UsageError, one_line
+from common.errors import UsageError, fold_message
 from common.names import parse_name
 
 TOOL = Path(__file__).resolve().parent.parent
@@ -39,7 +39,7 @@ def load_code(name: str, flag: str) -> Callable[..., Any]:
     try:
         module = _import_file(Path(source).resolve()) if is_file else importlib.import_module(source)
     except (Exception, SystemExit) as error:  # the user's code may fail in any way
-        reason = f"{type(error).__name__}: {one_line(error):.300}"
+        reason = f"{type(error).__name__}: {fold_message(error):.300}"
         raise UsageError(f"{flag} {name}: importing {source} failed: {reason}") from error
     code = getattr(module, attribute, None)
     if not callable(code):
@@ -97,7 +97,7 @@ def call_factory(
     except UsageError:
         raise
     except (Exception, SystemExit) as error:
-        reason = f"{type(error).__name__}: {one_line(error):.300}"
+        reason = f"{type(error).__name__}: {fold_message(error):.300}"
         words = [*map(reprlib.repr, arguments), *(f"{key}={reprlib.repr(options[key])}" for key in options)]
         hint = _wrapper_for(factory, arguments, name) if flag == "--learner" else ""
         raise UsageError(f"{flag} {name} fails, called with ({', '.join(words)}): {reason}{hint}") from error

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.errors import AgreedError, LostError, UsageError, explain, one_line
+from common.errors import AgreedError, LostError, UsageError, explain, fold_message
 
 T = TypeVar("T")
 
@@ -114,7 +114,7 @@ def _as_lost() -> Iterator[None]:
     try:
         yield
     except (dist.DistError, RuntimeError) as error:
-        raise LostError(one_line(error)[:160]) from error
+        raise LostError(fold_message(error)[:160]) from error
 
 
 def read_world() -> World:

@@ -91,7 +91,7 @@ def task_stream(
     return Stream.from_seed(seed).at(split).at(iteration).at(numbers)
 
 
-def keys_of(stream: Stream) -> Tensor:
+def derive_keys(stream: Stream) -> Tensor:
     """Return the keys of the numbers that a learner draws in each task (`Elementary`), `[tasks, 2]`."""
     return stream.at("learner").keys
 

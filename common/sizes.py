@@ -36,7 +36,7 @@ class Span(NamedTuple):
         return f"{self.least}-{self.most}" if self.varies else self.most
 
 
-def largest(size: Size) -> int:
+def find_largest(size: Size) -> int:
     """Return the most that a task may have."""
     return Span.of(size).most
 

@@ -79,10 +79,10 @@ class Task:
         if self.support_mask is None and self.query_mask is None:
             return None
         sets = (self.support_x, self.support_mask), (self.query_x, self.query_mask)
-        return torch.cat([mask_of(x, mask, axis) for x, mask in sets], axis)
+        return torch.cat([complete_mask(x, mask, axis) for x, mask in sets], axis)
 
 
-def mask_of(x: Tree, mask: Tensor | None, axis: int = 0) -> Tensor:
+def complete_mask(x: Tree, mask: Tensor | None, axis: int = 0) -> Tensor:
     """Return the mask of examples, or one that leaves out nothing; `axis` is theirs."""
     first = first_tensor(x)
     return first.new_ones(first.shape[: axis + 1], dtype=torch.bool) if mask is None else mask

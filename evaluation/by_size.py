@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from evaluation.meta_test import Evaluation
-from evaluation.tables import Caption, StepResults, table, units
+from evaluation.tables import Caption, StepResults, choose_units, table
 
 MOST_ROWS = 8  # of a table; more sizes are put together
 
@@ -21,7 +21,7 @@ def sizes_table(runs: Sequence[Evaluation], caption: Caption) -> str:
         rows = []
         for label, tasks in _parts(runs[0].sizes[name]):
             results = [StepResults.over(runs, norm, tasks) for norm in runs[0].losses]
-            measure, scale, digits = units(results[0].measure(caption.loss_name))
+            measure, scale, digits = choose_units(results[0].measure(caption.loss_name))
             cells = [one.cell(min(caption.test_steps, len(one.means) - 1), scale, digits) for one in results]
             rows.append([label, f"{results[0].tasks:,}", *cells])
         names = list(runs[0].losses)
@@ -29,7 +29,7 @@ def sizes_table(runs: Sequence[Evaluation], caption: Caption) -> str:
     return "\n\n".join(texts)
 
 
-def sizes_record(runs: Sequence[Evaluation]) -> dict[str, Any]:
+def record_sizes(runs: Sequence[Evaluation]) -> dict[str, Any]:
     """Return the numbers behind the table, after all steps."""
     return {
         name: {

@@ -17,11 +17,11 @@ from torch.nn import functional
 
 from common.batch import TaskBatch, TaskDistribution, tree_map
 from common.optimizers import Weights
-from common.task import mask_of
+from common.task import complete_mask
 from evaluation import style
-from evaluation.meta_test import SEED, randomness_of
+from evaluation.meta_test import SEED, derive_randomness
 from evaluation.tables import after_steps
-from learners.reading import main_tensor, reading_of
+from learners.reading import choose_reading, main_tensor
 from maml import MAML
 
 TASKS = 3  # in a picture of examples
@@ -52,13 +52,13 @@ def adapt_examples(
 
     Curves are predicted on a dense grid. Batch norm is that of the query in training.
     """
-    reading = reading_of(maml.reading, distribution.most_ways)
+    reading = choose_reading(maml.reading, distribution.most_ways)
     if distribution.kind == "other" or (distribution.most_ways and not reading.has_accuracy):
         return None
     batch = distribution.sample_to_draw(split, SEED, TASKS)
     shown, norm = sorted({0, *steps}), maml.choices.query_norm
     numbers, mask = range(TASKS), batch.support_mask
-    order, keys = randomness_of(split, batch.support_x, numbers, inner_batch, shown[-1], mask)
+    order, keys = derive_randomness(split, batch.support_x, numbers, inner_batch, shown[-1], mask)
     outputs = maml.predictions(parameters, batch, shown[-1], (norm,), order=order, keys=keys)
     on_cpu = tree_map(Tensor.cpu, batch)
     if distribution.most_ways is None:
@@ -71,7 +71,7 @@ def adapt_examples(
     return None if labels.dim() > 3 else Examples(on_cpu, labels.cpu(), shown, distribution.most_ways)
 
 
-@style.styled()
+@style.use_style()
 def examples_figure(examples: Examples, title: str) -> Figure:
     """Draw tasks before and after adaptation, a panel for each."""
     if examples.steps[1:]:
@@ -95,7 +95,7 @@ def draw_fits(panels: Sequence[Axes], examples: Examples) -> None:
     looks = [(":", style.GREEN), *between, ("-", style.BLUE)][-len(examples.steps) :]
     batch, outputs = examples.batch, examples.outputs.shape[-1]
     support_x, support_y, query_x, query_y = (t[..., 0].numpy() for t in batch.parts.values())
-    counts = mask_of(batch.support_x, batch.support_mask, 1).numpy()
+    counts = complete_mask(batch.support_x, batch.support_mask, 1).numpy()
     for task, panel in enumerate(panels):
         truth = query_y[task]
         panel.plot(query_x[task], truth, color=style.GREY, linewidth=3, alpha=0.45, label="true curve")
@@ -158,7 +158,7 @@ def _draw_image_tasks(examples: Examples, ways: int, title: str) -> Figure:
         labels = examples.outputs[task, [0, -1][: len(examples.steps)]]
         names = ("before", "after") if len(labels) > 1 else ("label",)
         columns = dict(zip(names, (shown + 1.5, shown + 2.3), strict=False))
-        counts = mask_of(batch.query_y, batch.query_mask, 1)[task]
+        counts = complete_mask(batch.query_y, batch.query_mask, 1)[task]
         correct = ((labels == batch.query_y[task]) & counts).sum(1).tolist()
         panel.set_title(f"correct: {' → '.join(map(str, correct))} of {counts.sum()}", loc="left", pad=18)
         framed = functional.pad(torch.cat([support, query], 1), (1, 1, 1, 1), value=0.4)

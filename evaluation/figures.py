@@ -94,7 +94,7 @@ def draw_results(
         panel.axvline(step, color=style.GREY, linestyle=line, label=label, zorder=1)
 
 
-@style.styled()
+@style.use_style()
 def results_figure(
     results: Mapping[str, StepResults],
     caption: Caption,
@@ -123,7 +123,7 @@ def results_figure(
     return figure
 
 
-@style.styled()
+@style.use_style()
 def learning_figure(curves: Curves, measure: str, title: str = "", *, zoom: bool = False) -> Figure:
     """Draw learning curves, by label; with `zoom`, the axis has the range of what follows the beginning."""
     figure = style.new_figure(5.4, 3.6, title)
@@ -135,7 +135,7 @@ def learning_figure(curves: Curves, measure: str, title: str = "", *, zoom: bool
     return figure
 
 
-@style.styled()
+@style.use_style()
 def comparison_figure(sides: Sequence[Side], caption: Caption) -> Figure:
     """Draw validation over iterations, the result over inner steps and, below, the paired differences.
 

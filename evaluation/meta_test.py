@@ -16,9 +16,9 @@ from torch import Tensor
 from common.batch import TaskBatch, TaskDistribution, Tree, first_tensor, tree_map
 from common.optimizers import Weights
 from common.processes import ALONE, World
-from common.random import keys_of, minibatch_order, task_stream
+from common.random import derive_keys, minibatch_order, task_stream
 from common.task import Extras
-from learners.reading import Metric, Reading, choose_measure, reading_of
+from learners.reading import Metric, Reading, choose_measure, choose_reading
 from maml import MAML
 
 SEED = 0  # of the evaluation tasks; validation and test have random streams apart from those of training
@@ -72,17 +72,17 @@ class Evaluation:
         """Return the results to report, `[tasks, steps + 1]`: the metric's, accuracies, or losses."""
         return (self.metrics or self.accuracies or self.losses)[normalisation]
 
-    def diverged(self, normalisation: str) -> Tensor:
+    def find_diverged(self, normalisation: str) -> Tensor:
         """Return which tasks have diverged after which step: bool `[tasks, steps + 1]`.
 
         Of the mean over data sets, those of which one has.
         """
         if self.parts:
-            return torch.stack([part.diverged(normalisation) for part in self.parts.values()]).any(0)
-        return diverged(self.losses[normalisation])
+            return torch.stack([part.find_diverged(normalisation) for part in self.parts.values()]).any(0)
+        return find_diverged(self.losses[normalisation])
 
 
-def diverged(losses: Tensor) -> Tensor:
+def find_diverged(losses: Tensor) -> Tensor:
     """Return which of the query losses `[tasks, steps + 1]` have diverged.
 
     They are not finite, or above ten times the loss before adaptation: the larger of the task's and of the
@@ -119,7 +119,7 @@ def loss_per_step(maml: MAML, outputs: Tree, batch: TaskBatch) -> Tensor:
     return maml.over_tasks(maml.loss)(outputs, targets, extras).view(sizes)
 
 
-def normalisations_of(maml: MAML, statistics: Weights) -> tuple[str, ...]:
+def list_normalisations(maml: MAML, statistics: Weights) -> tuple[str, ...]:
     """Return the normalisations to test a learner with; without batch norm, the one it was trained with."""
     if not maml.has_batch_norm:
         return (maml.choices.query_norm,)
@@ -162,7 +162,7 @@ def measure_tasks(
         interrupted: called before each chunk; InterruptedError is raised once it returns True.
     """
     size = chunk_size(maml, parameters, distribution, split, tasks, steps)
-    reading = reading_of(maml.reading, distribution.most_ways)
+    reading = choose_reading(maml.reading, distribution.most_ways)
     measures = reading.measures
     results = torch.zeros(len(measures), len(normalisations), tasks, steps + 1, dtype=torch.float64)
     sizes = torch.zeros(len(SIZES), tasks, dtype=torch.float64)  # zero where they do not vary
@@ -171,12 +171,14 @@ def measure_tasks(
             raise InterruptedError
         numbers = range(skipped + first, skipped + min(first + size, tasks))
         batch = distribution.sample(split, SEED, 0, numbers)
-        order, keys = randomness_of(split, batch.support_x, numbers, inner_batch, steps, batch.support_mask)
+        order, keys = derive_randomness(
+            split, batch.support_x, numbers, inner_batch, steps, batch.support_mask
+        )
         outputs = maml.predictions(
             parameters, batch, steps, normalisations, order=order, keys=keys, statistics=statistics
         )
         rows = slice(first, first + len(numbers))
-        sizes[:, rows] = sizes_of(batch, distribution.most_ways).cpu().double()
+        sizes[:, rows] = count_sizes(batch, distribution.most_ways).cpu().double()
         for column, name in enumerate(normalisations):
             for measure, values in _measure(maml, reading, outputs[name], batch).items():
                 results[measures.index(measure), column, rows] = values.cpu().double()
@@ -198,7 +200,7 @@ def _name_results(
     return Evaluation(losses, accuracies, metrics, reading.metric, named, sizes=varying)
 
 
-def sizes_of(batch: TaskBatch, ways: int | None) -> Tensor:
+def count_sizes(batch: TaskBatch, ways: int | None) -> Tensor:
     """Return the numbers `SIZES` of each task, `[2, tasks]`, 0 where they do not vary.
 
     Shots are the support examples of a class, rounded where its classes differ.
@@ -243,7 +245,7 @@ def chunk_size(
     return equal if 2 * equal >= size else size
 
 
-def randomness_of(
+def derive_randomness(
     split: str,
     support_x: Tree,
     numbers: range,
@@ -255,4 +257,4 @@ def randomness_of(
     support = first_tensor(support_x)
     stream = task_stream(split, SEED, 0, numbers, support.device)
     order = minibatch_order(stream.at("minibatches"), support.shape[1], inner_batch, steps, mask)
-    return order, keys_of(stream)
+    return order, derive_keys(stream)

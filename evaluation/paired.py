@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from evaluation.meta_test import Evaluation, mean_and_interval
-from evaluation.tables import Curve, Spread, StepResults, describe_means, table, units
+from evaluation.tables import Curve, Spread, StepResults, choose_units, describe_means, table
 
 OFF = {"-", "no", "none", "0", "0.0"}  # values of a setting that are as good as its absence
 MOST_COLUMNS = 4  # sides that the table of settings has as columns
@@ -82,7 +82,7 @@ def difference(side: Side, first: Side, step: int | None = None) -> Difference:
         for part, seed in zip((side, first), pair, strict=True):
             evaluation, column = part.evaluations[seed], part.steps if step is None else step
             values.append(evaluation.measured(part.normalisation)[:, column])
-            diverged = evaluation.diverged(part.normalisation)[:, column]
+            diverged = evaluation.find_diverged(part.normalisation)[:, column]
             out.append(diverged if side.results.is_loss else values[-1].isnan())
     paired = ~torch.stack(out).any(0)
     differences = (torch.stack(values[::2]) - torch.stack(values[1::2]))[:, paired]  # [seeds, tasks]
@@ -91,7 +91,7 @@ def difference(side: Side, first: Side, step: int | None = None) -> Difference:
     return Difference(mean.item(), interval.item(), by_seed, int(paired.sum()), int((~paired).sum()))
 
 
-def differing_settings(sides: Sequence[Side]) -> list[str]:
+def list_differing_settings(sides: Sequence[Side]) -> list[str]:
     """Return the flags in which the sides differ."""
     flags = dict.fromkeys(flag for side in sides for flag in side.settings)
     values = {flag: {side.settings.get(flag, "-") for side in sides} for flag in flags}
@@ -100,7 +100,7 @@ def differing_settings(sides: Sequence[Side]) -> list[str]:
 
 def settings_table(sides: Sequence[Side]) -> str:
     """Return the settings in which the sides differ: of few sides a row a setting, of many a row a side."""
-    flags = differing_settings(sides)
+    flags = list_differing_settings(sides)
     if not flags:
         return "All settings are the same."
     rows = [["differing", *flags]]
@@ -112,7 +112,7 @@ def settings_table(sides: Sequence[Side]) -> str:
 
 def differences_table(sides: Sequence[Side], loss_name: str, split: str) -> str:
     """Return each side's result after the quoted steps and its difference to the first, by normalisation."""
-    measure, scale, digits = units(sides[0].results.measure(loss_name))
+    measure, scale, digits = choose_units(sides[0].results.measure(loss_name))
     several = any(len(side.evaluations) > 1 for side in sides)
     compared, rows, left_out = readings(sides), [], 0
     for words, (first, *others) in compared.items():
@@ -142,13 +142,13 @@ def differences_table(sides: Sequence[Side], loss_name: str, split: str) -> str:
 
 def record(sides: Sequence[Side]) -> list[dict[str, Any]]:
     """Return the numbers behind tables and picture, and each task's result after the quoted steps."""
-    differing, compared = differing_settings(sides), readings(sides).items()
+    differing, compared = list_differing_settings(sides), readings(sides).items()
     return [
         {
             "name": side.name,
             "steps": side.steps,
             "seeds": list(side.evaluations),
-            "differing_settings": {f: v for f, v in side.settings.items() if f in differing},
+            "list_differing_settings": {f: v for f, v in side.settings.items() if f in differing},
             "results": {words: _record_results(group[number], group[0]) for words, group in compared},
         }
         for number, side in enumerate(sides)

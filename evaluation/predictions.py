@@ -170,7 +170,7 @@ def _add_labels(
 # ---- pictures ------------------------------------------------------------------------------------
 
 
-@style.styled()
+@style.use_style()
 def predictions_figure(tasks: Sequence[UserTask], predictions: Sequence[Prediction], title: str) -> Figure:
     """Draw dense outputs as images, images as a contact sheet, or a panel a task: curves, values by row."""
     images = tasks[0].support_x.dim() == 4 and tasks[0].support_x.shape[1] in (1, 3)
@@ -178,7 +178,7 @@ def predictions_figure(tasks: Sequence[UserTask], predictions: Sequence[Predicti
     if dense and not predictions[0].drawn:
         return _draw_maps(tasks[0], predictions[0], title, images=images)
     if images:
-        return _contact_sheet(tasks[0], predictions[0], title)
+        return _draw_contact_sheet(tasks[0], predictions[0], title)
     shown = min(len(tasks), MOST_PREDICTED)
     figure = style.new_figure(3.0 * shown + 0.6, 3.2, title)
     panels = figure.subplots(1, shown, squeeze=False)[0]
@@ -235,7 +235,7 @@ def _draw_maps(task: UserTask, prediction: Prediction, title: str, *, images: bo
     return figure
 
 
-def _contact_sheet(task: UserTask, prediction: Prediction, title: str) -> Figure:
+def _draw_contact_sheet(task: UserTask, prediction: Prediction, title: str) -> Figure:
     """Draw the support images below their targets, and the predicted ones below name and prediction."""
     if len(task.query_x) > MOST_IMAGES:
         title += f" (the first {MOST_IMAGES} of {len(task.query_x)})"

@@ -42,8 +42,8 @@ WIDE = 50.0  # ratio of the largest to the smallest loss from which its axis is 
 
 
 @contextmanager
-def styled() -> Iterator[None]:
-    """Make figures in this style: `with styled():`, or `@styled()` on a function that draws."""
+def use_style() -> Iterator[None]:
+    """Make figures in this style: `with use_style():`, or `@use_style()` on a function that draws."""
     with matplotlib.style.context(STYLE_FILE):
         yield
 

@@ -109,12 +109,12 @@ class Caption:
         return {self.test_steps: "the result", **trained}
 
 
-def units(measure: str) -> tuple[str, float, int]:
+def choose_units(measure: str) -> tuple[str, float, int]:
     """Return how a table shows "accuracy" or a loss: its name, the factor of its numbers and their digits."""
     return ("accuracy %", 100, 2) if measure == "accuracy" else (measure, 1, 4)
 
 
-def decimal(value: float, digits: int, sign: str = "") -> str:
+def format_decimal(value: float, digits: int, sign: str = "") -> str:
     """Return a number for people: with these decimals, without any from 1,000 on; `4.6e33`; `not finite`."""
     if not math.isfinite(value):
         return "not finite"
@@ -148,9 +148,11 @@ class Spread:
 
     def text(self, scale: float, digits: int, interval: float | None = None, sign: str = "") -> str:
         """Return `mean ± interval (lowest to highest)`, the latter for several runs."""
-        mean, *ends = (decimal(scale * v, digits, sign) for v in (self.mean, self.lowest, self.highest))
+        mean, *ends = (
+            format_decimal(scale * v, digits, sign) for v in (self.mean, self.lowest, self.highest)
+        )
         if interval is not None and math.isfinite(interval):
-            mean += f" ± {decimal(scale * interval, digits)}"
+            mean += f" ± {format_decimal(scale * interval, digits)}"
         return mean + f" ({' to '.join(ends)})" * (self.runs > 1)
 
 
@@ -158,7 +160,11 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
     """Return the numbers of one run behind table and picture, and the values of each task behind them."""
     per_step: list[dict[str, Any]] = []
     for name, losses in evaluation.losses.items():
-        diverged, ordered, tasks = evaluation.diverged(name), losses.sort(0).values, len(losses)  # NaN last
+        diverged, ordered, tasks = (
+            evaluation.find_diverged(name),
+            losses.sort(0).values,
+            len(losses),
+        )  # NaN last
         numbers = {"diverged_tasks": diverged.sum(0)}
         numbers["loss_median"] = ordered[(tasks - 1) // 2 : tasks // 2 + 1].mean(0)
         numbers["loss_without_worst_percent"] = ordered[: math.ceil(0.99 * tasks)].mean(0)
@@ -211,7 +217,7 @@ class StepResults:
     ) -> StepResults:
         """Return the results of runs that were measured on the same tasks, or on some of these tasks."""
         measured = torch.stack([e.measured(norm)[tasks] for e in evaluations])  # [runs, tasks, steps + 1]
-        diverged = torch.stack([e.diverged(norm)[tasks] for e in evaluations])
+        diverged = torch.stack([e.find_diverged(norm)[tasks] for e in evaluations])
         first, is_loss = evaluations[0], evaluations[0].measure == "loss"
         kept = ~diverged if is_loss else ~measured.isnan()
         of_tasks = measured.where(kept, 0).sum(0) / kept.sum(0)  # NaN where a task diverged in all runs
@@ -310,7 +316,7 @@ def results_table(results: Mapping[str, StepResults], caption: Caption, *, losse
     columns too or, of several settings, a second table of the quoted step.
     """
     parts = list(results.values())
-    measure, scale, digits = units(parts[0].measure(caption.loss_name))
+    measure, scale, digits = choose_units(parts[0].measure(caption.loss_name))
     last = max(len(part.means) for part in parts) - 1
     few = len(parts) <= MOST_COLUMNS
     steps = range(last + 1) if few else sorted({0, min(caption.test_steps, last), last})
@@ -327,9 +333,9 @@ def results_table(results: Mapping[str, StepResults], caption: Caption, *, losse
                 cells.append([f"{100 * share:.2f}" for share in part.accuracies.tolist()])
             if losses and not part.is_loss:
                 names.append(f"{before}{caption.loss_name}")
-                cells.append([decimal(loss, 4) for loss in part.losses.tolist()])
+                cells.append([format_decimal(loss, 4) for loss in part.losses.tolist()])
         if len(parts) == 1:
-            further = [_further_cells(parts[0], step) for step in steps]
+            further = [_format_further(parts[0], step) for step in steps]
             names += [*further[0]]
             cells += [[row[name] for row in further] for name in further[0]]
         text = table(
@@ -340,21 +346,21 @@ def results_table(results: Mapping[str, StepResults], caption: Caption, *, losse
         rows = [[name, *(part.cell(s, scale, digits) for s in steps)] for name, part in results.items()]
         text = table(["", *map(after_steps, steps)], rows)
     if parts[0].further and len(parts) > 1:
-        text += f"\n{_further_table(results, caption.test_steps)}"
+        text += f"\n{_tabulate_further(results, caption.test_steps)}"
     return f"{text}\nQuery {measure}: {describe_means(parts, text)}."
 
 
-def _further_table(results: Mapping[str, StepResults], step: int) -> str:
+def _tabulate_further(results: Mapping[str, StepResults], step: int) -> str:
     """Return the measures alongside the loss after a step; the last one of what is adapted by fewer."""
-    shown = [_further_cells(part, min(step, len(part.means) - 1)) for part in results.values()]
+    shown = [_format_further(part, min(step, len(part.means) - 1)) for part in results.values()]
     rows = [[name, *cells.values()] for name, cells in zip(results, shown, strict=True)]
     return table([after_steps(step), *shown[0]], rows)
 
 
-def _further_cells(part: StepResults, step: int) -> dict[str, str]:
+def _format_further(part: StepResults, step: int) -> dict[str, str]:
     """Return the measures alongside the loss after a step as text, by their titles."""
     return {
-        title: decimal(scale * part.further[name][step].item(), digits)
+        title: format_decimal(scale * part.further[name][step].item(), digits)
         for name, (title, scale, digits) in FURTHER.items()
         if name in part.further
     }
@@ -377,7 +383,7 @@ Summary = dict[str, Any]
 NUMBERS = ("final_training_loss", "best_validation", "best_iteration")
 
 
-def measure_of(runs: Sequence[Summary]) -> str:
+def find_measure(runs: Sequence[Summary]) -> str:
     """Return the measure of all runs: "accuracy", a loss's name; "" where they have different ones."""
     return runs[0]["measure"] if len({run["measure"] for run in runs}) == 1 else ""
 
@@ -387,7 +393,7 @@ def _by_setting(runs: Sequence[Summary]) -> dict[str, list[Summary]]:
     return {setting: [run for run in runs if run["setting"] == setting] for setting in settings}
 
 
-def _spreads(runs: Sequence[Summary]) -> dict[str, Spread]:
+def _collect_spreads(runs: Sequence[Summary]) -> dict[str, Spread]:
     """Return the spread of each number over the runs that ended with it; one that failed is left out."""
     ended = [run for run in runs if run["failure"] is None]
     numbers = {name: [run[name] for run in ended if run[name] is not None] for name in NUMBERS}
@@ -396,10 +402,10 @@ def _spreads(runs: Sequence[Summary]) -> dict[str, Spread]:
 
 def training_table(runs: Sequence[Summary]) -> str:
     """Return final training loss and best validation of each setting, over its seeds."""
-    rows, common = [], measure_of(runs)
+    rows, common = [], find_measure(runs)
     for setting, group in _by_setting(runs).items():
-        ended, spreads = sum(run["failure"] is None for run in group), _spreads(group)
-        measure, scale, digits = units(group[0]["measure"])
+        ended, spreads = sum(run["failure"] is None for run in group), _collect_spreads(group)
+        measure, scale, digits = choose_units(group[0]["measure"])
         formats = {
             "final_training_loss": (1, 4),
             "best_validation": (scale, digits),
@@ -408,20 +414,20 @@ def training_table(runs: Sequence[Summary]) -> str:
         cells = [spreads[n].text(*form) if n in spreads else "-" for n, form in formats.items()]
         cells[1] += "" if common else f" {measure}"
         rows.append([setting, f"{ended} of {len(group)}", *cells])
-    best = f"best validation {units(common)[0]}".rstrip()
+    best = f"best validation {choose_units(common)[0]}".rstrip()
     return table(["", "ended", "training loss", best, "at iteration"], rows)
 
 
 def training_record(runs: Sequence[Summary]) -> dict[str, Any]:
     """Return the numbers behind the table, and the runs behind the numbers."""
-    spreads = {setting: _spreads(group) for setting, group in _by_setting(runs).items()}
+    spreads = {setting: _collect_spreads(group) for setting, group in _by_setting(runs).items()}
     settings = {setting: {name: asdict(s) for name, s in part.items()} for setting, part in spreads.items()}
     return {"settings": settings, "runs": [*runs]}
 
 
 def learning_curves(runs: Sequence[Summary]) -> dict[str, list[Curve]]:
     """Return the validation curves of each setting's runs, by a label."""
-    curves, common = {}, measure_of(runs)
+    curves, common = {}, find_measure(runs)
     for setting, group in _by_setting(runs).items():
         measure = "" if common else f" {group[0]['measure']}"
         curves[f"{setting}{measure}: mean of {len(group)}"] = [run["validation"] for run in group]

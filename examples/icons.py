@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.errors import UsageError, explain, printable
+from common.errors import UsageError, escape_text, explain
 from common.files import read_json, write_all_whole
 from common.random import SPLITS
 from tasks.pixels import Form
@@ -73,7 +73,7 @@ class Icons:
 
 
 @contextmanager
-def fetched_package(version: str, scratch: Path) -> Iterator[Path]:
+def fetch_package(version: str, scratch: Path) -> Iterator[Path]:
     """Fetch that version with npm, and unpack it into a temporary folder in `scratch`."""
     npm, wanted = shutil.which("npm"), f"{NAME}@{version}"
     if npm is None:
@@ -101,7 +101,7 @@ def check_package(package: Path, version: str) -> None:
     about = read_json(package / "package.json")
     found = f"{about.get('name')} {about.get('version')}"
     if found != f"{NAME} {version}":
-        raise UsageError(f"{package} holds {printable(found)}: the published split needs {NAME} {version}")
+        raise UsageError(f"{package} holds {escape_text(found)}: the published split needs {NAME} {version}")
 
 
 def read_set(package: Path, name: str, published: Mapping[str, Any]) -> tuple[dict[str, str], str]:
@@ -236,7 +236,7 @@ def make(data_root: Path, package: Path | None, published: Mapping[str, Any]) ->
         raise UsageError("resvg-py is missing: pip install resvg-py==0.5.0") from error
     version = published["version"]
     if package is None:
-        with fetched_package(version, data_root) as fetched:
+        with fetch_package(version, data_root) as fetched:
             return make(data_root, fetched, published)
     check_package(package, version)
     icons = draw_icons(package, published)

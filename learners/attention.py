@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from learners.draws import Draws
-from learners.spellings import Replacements, spelled_out
+from learners.spellings import Replacements, spell_out
 
 
 def _attend(
@@ -122,7 +122,7 @@ def _join_masks(
     return sum(masks[1:], masks[0]) if masks else None
 
 
-REPLACEMENTS: Replacements = spelled_out({"scaled_dot_product_attention": _scaled_dot_product_attention}) | {
+REPLACEMENTS: Replacements = spell_out({"scaled_dot_product_attention": _scaled_dot_product_attention}) | {
     F.multi_head_attention_forward: _multi_head_attention_forward,
     # False: a `TransformerEncoder` in evaluation mode then keeps its padding in a plain tensor
     torch._nested_tensor_from_mask_left_aligned: lambda draws, x, mask: False,

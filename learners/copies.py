@@ -32,7 +32,7 @@ def layer_text(name: str, layer: nn.Module | str) -> str:
     return f"its layer {name} ({kind})" if name else f"the network ({kind})"
 
 
-def owner_text(module: nn.Module, name: str) -> str:
+def describe_owner(module: nn.Module, name: str) -> str:
     """Return the name and class of the layer that a parameter or buffer belongs to."""
     layer = name.rpartition(".")[0]
     return layer_text(layer, module.get_submodule(layer))
@@ -110,12 +110,12 @@ def _bind_to_copies(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def _bind_cell(cell: types.CellType, memo: dict[int, Any]) -> types.CellType:
-    content = _contents_of(cell)
+    content = _read_cell(cell)
     bound = [_bind_to_copies(value, memo) for value in content]
     return types.CellType(bound[0]) if bound and bound[0] is not content[0] else cell
 
 
-def _contents_of(cell: types.CellType) -> list[Any]:
+def _read_cell(cell: types.CellType) -> list[Any]:
     try:
         return [cell.cell_contents]
     except ValueError:  # it is empty
@@ -132,7 +132,7 @@ def _parts(value: Any) -> Iterable[Any]:
     if isinstance(value, list | tuple | set | frozenset | deque):
         return value
     if isinstance(value, types.FunctionType):
-        return [x for cell in value.__closure__ or () for x in _contents_of(cell)]
+        return [x for cell in value.__closure__ or () for x in _read_cell(cell)]
     if isinstance(value, types.MethodType):
         return [value.__self__]
     if isinstance(value, partial):
@@ -199,7 +199,7 @@ def count_hidden_parameters(module: nn.Module) -> int:
 
 
 @contextmanager
-def restored(holders: list[Any]) -> Iterator[None]:
+def restore_containers(holders: list[Any]) -> Iterator[None]:
     """Put back on exit what the containers hold now."""
     before = [(holder, holder.copy()) for holder in holders]
     try:

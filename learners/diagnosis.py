@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils import _pytree as pytree
 
-from common.batch import Tree, first_tensor, in_type, tree_map
-from common.errors import one_line
+from common.batch import Tree, cast_tree, first_tensor, tree_map
+from common.errors import fold_message
 from common.optimizers import Weights
 from common.task import Extras, Task
 from learners.batch_norm import join_names
@@ -95,7 +95,7 @@ def find_failure(
             checkpoints = any(
                 Path(frame.filename).parts[-2:] == ("utils", "checkpoint.py") for frame in frames
             )
-            text = f"{place_of(error)}{NO_CHECKPOINT if checkpoints else one_line(error)}"
+            text = f"{locate_error(error)}{NO_CHECKPOINT if checkpoints else fold_message(error)}"
             reason = textwrap.shorten(text, 160, placeholder=" ...")
             return Finding(problem, layer_name, type(module.get_submodule(layer_name)).__name__, reason)
     return None
@@ -128,11 +128,11 @@ def find_carried(call: FunctionalLearner, x: Tree, keys: Tensor) -> list[str]:
     Numbers, such as a counter, are among them whether or not they are read at once.
     """
     module, left = copy_module(call.module), Notes()
-    before = {name: _attributes(layer) for name, layer in module.named_modules()}
+    before = {name: _read_attributes(layer) for name, layer in module.named_modules()}
 
     def compare(*_: Any) -> None:
         for name, layer in module.named_modules():
-            for key, value in _attributes(layer).items():
+            for key, value in _read_attributes(layer).items():
                 old = before.get(name, {}).get(key, getattr(type(layer), key, None))
                 if value != old if isinstance(value, int | float) else not _is_same(value, old):
                     left.append((name, key, value))
@@ -165,7 +165,7 @@ def mixes_examples(call: FunctionalLearner, task: Task) -> bool:
     return False
 
 
-def _attributes(layer: nn.Module) -> dict[str, Any]:
+def _read_attributes(layer: nn.Module) -> dict[str, Any]:
     """Return a layer's own attributes, containers as they are now."""
     kinds = list | dict | set | deque
     own = {key: value for key, value in vars(layer).items() if key not in _OF_MODULES}
@@ -180,7 +180,7 @@ def _is_same(value: Any, old: Any) -> bool:
 
 
 class Notes(list[Any]):
-    """A list to which a hook adds in a pass: `copies.restored` leaves it alone."""
+    """A list to which a hook adds in a pass: `copies.restore_containers` leaves it alone."""
 
 
 def watch(module: nn.Module, running: Notes) -> None:
@@ -204,11 +204,11 @@ def naming_layer(module: nn.Module) -> Iterator[None]:
     except Exception as error:
         if running and running[-1]:
             layer = layer_text(running[-1], module.get_submodule(running[-1]))
-            raise ValueError(f"{one_line(error)}, in {layer}") from error
+            raise ValueError(f"{fold_message(error)}, in {layer}") from error
         raise
 
 
-def place_of(error: BaseException) -> str:
+def locate_error(error: BaseException) -> str:
     """Return the innermost place in code that is neither PyTorch's nor this tool's: "file.py:12: ", or ""."""
     ours, packages = Path(__file__).parents[1], Path(torch.__file__).parents[1]
     not_theirs = [ours / wing for wing in ("commands", "common", "evaluation", "learners", "training")]
@@ -296,8 +296,8 @@ def find_wrong_layer(
         for dtype in kinds:
             with suppress(Exception):  # what is no function of tensors alone cannot be wrong by itself
                 copied = convert_type(copy_module(clean[name]), dtype)
-                call = pytree.tree_map_only(Tensor, partial(in_type, dtype=dtype), (args, options))
-                error = _wrong_order(copied, in_type(inner, dtype), call, keys)
+                call = pytree.tree_map_only(Tensor, partial(cast_tree, dtype=dtype), (args, options))
+                error = _find_wrong_order(copied, cast_tree(inner, dtype), call, keys)
                 problem = error and (problem or error)  # the more precise one, if both are wrong
                 if error is None:
                     break
@@ -306,7 +306,7 @@ def find_wrong_layer(
     return None
 
 
-def _wrong_order(layer: nn.Module, weights: Weights, call: Any, keys: Tensor | None) -> str | None:
+def _find_wrong_order(layer: nn.Module, weights: Weights, call: Any, keys: Tensor | None) -> str | None:
     """Return which of the two orders of differentiation is wrong for a layer called so, and how far off."""
     leaves, structure = pytree.tree_flatten((weights, call))
     real = [isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.random import Stream
-from learners.spellings import Replacements, spelled_out, spellings
+from learners.spellings import Replacements, list_spellings, spell_out
 
 
 class Draws:
@@ -91,7 +91,7 @@ def _native_dropout(
     return input * mask, mask != 0
 
 
-REPLACEMENTS: Replacements = spelled_out(
+REPLACEMENTS: Replacements = spell_out(
     {
         "rand": partial(_make, Draws.uniform, torch.empty),
         "randn": partial(_make, Draws.normal, torch.empty),
@@ -120,7 +120,7 @@ _REFUSED_NAMES = (
     *("feature_alpha_dropout", "feature_alpha_dropout_", "fractional_max_pool2d", "fractional_max_pool3d"),
 )
 REFUSED = (
-    *spellings(*_REFUSED_NAMES),
+    *list_spellings(*_REFUSED_NAMES),
     *(F.rrelu, F.alpha_dropout, F.feature_alpha_dropout, F.gumbel_softmax),
     *(F.fractional_max_pool2d, F.fractional_max_pool2d_with_indices),
     *(F.fractional_max_pool3d, F.fractional_max_pool3d_with_indices),

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from learners import attention, draws, linear_algebra, normalisation, recurrent
 from learners.draws import Draws
-from learners.spellings import Replacements, spelled_out, spellings
+from learners.spellings import Replacements, list_spellings, spell_out
 
 
 def _embedding(
@@ -140,7 +140,7 @@ _OTHERS: Replacements = {
     F.cross_entropy: _cross_entropy,
     F.hardsigmoid: _hardsigmoid,
     Tensor.data.__get__: lambda draws, x: x.detach(),  # type: ignore[attr-defined]  # a descriptor
-    **spelled_out(
+    **spell_out(
         {
             "embedding": _aten_embedding,
             "one_hot": _one_hot,
@@ -161,15 +161,19 @@ _REFUSED = (
         "torch.randn, bernoulli or nn.functional.dropout",
     )
     | dict.fromkeys(
-        (F.embedding_bag, *spellings("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")),
+        (F.embedding_bag, *list_spellings("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")),
         "has no second derivative: average rows of nn.Embedding",
     )
     | dict.fromkeys(normalisation.KERNELS, "has no right second derivative: call nn.functional's instead")
-    | dict.fromkeys(spellings("embedding_renorm_"), "overwrites an embedding's weights in a forward pass")
+    | dict.fromkeys(
+        list_spellings("embedding_renorm_"), "overwrites an embedding's weights in a forward pass"
+    )
 )
 _ALLOCATIONS = frozenset(
-    spellings(*(f"{kind}{like}" for kind in ("empty", "zeros", "ones", "full") for like in ("", "_like")))
-    + spellings(*(f"new_{kind}" for kind in ("empty", "zeros", "ones", "full")))
+    list_spellings(
+        *(f"{kind}{like}" for kind in ("empty", "zeros", "ones", "full") for like in ("", "_like"))
+    )
+    + list_spellings(*(f"new_{kind}" for kind in ("empty", "zeros", "ones", "full")))
 )
 
 

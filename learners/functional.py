@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from common.batch import Tree, arguments_of, first_tensor, in_type, joined, tree_map
+from common.batch import Tree, cast_tree, concatenate_trees, first_tensor, make_arguments, tree_map
 from common.choices import CONVOLUTIONS, check_choice
-from common.errors import is_out_of_memory, one_line
+from common.errors import fold_message, is_out_of_memory
 from common.optimizers import Weights
 from common.task import Extras, Task
 from learners.batch_norm import convert_batch_norm, fresh_statistics, join_names, set_norms
@@ -28,12 +28,12 @@ from learners.copies import (
     Alias,
     UnfitError,
     copy_module,
+    describe_owner,
     find_aliases,
     find_holders,
     find_tensors,
     layer_text,
-    owner_text,
-    restored,
+    restore_containers,
 )
 from learners.elementary import Elementary, is_elementary
 from learners.im2col import convert_convolutions
@@ -71,7 +71,7 @@ class FunctionalLearner:
             raise UnfitError(f"{layer_text('', module)} has lazy layers: call it once on inputs of a task")
         _refuse_gradient_hooks(module)  # which a copy would drop
         plain = unwrap(copy_module(module))
-        self.fixed = fixed_tensors(plain)
+        self.fixed = collect_fixed_tensors(plain)
         self.module = convert_spectral_norms(convert_batch_norm(plain))
         named = self.module.named_parameters()
         learned = {name: p.detach().clone() for name, p in named if p.requires_grad}
@@ -83,7 +83,7 @@ class FunctionalLearner:
         self.compute_dtype, self.unpads = compute_dtype, unpads
         if compute_dtype is not None:
             convert_type(self.module, compute_dtype)
-            example = None if example is None else in_type(example, compute_dtype)
+            example = None if example is None else cast_tree(example, compute_dtype)
         self._is_elementary = is_elementary(self.module)  # then the mode and its cost can be saved
         # by module: what a pass may leave something in, and other places with its tensors
         self._belongings: dict[nn.Module, tuple[list[Any], list[Alias]]] = {}
@@ -116,7 +116,7 @@ class FunctionalLearner:
         if self.compute_dtype is not None:
             wide = self.statistics.keys() | self.complex
             weights = {n: w if n in wide else w.to(self.compute_dtype) for n, w in weights.items()}
-            x = in_type(x, self.compute_dtype)
+            x = cast_tree(x, self.compute_dtype)
         weights = self.as_kept(weights)
         # copies, which the pass may change in place
         buffers = {name: b.clone() for name, b in (extras.buffers or self.buffers).items()}
@@ -124,11 +124,11 @@ class FunctionalLearner:
             if self._is_elementary:
                 outputs, after = call_with(module, weights | buffers, x)
             else:
-                with Elementary(extras.keys, first_tensor(x)), self._restored(module) as aliases:
+                with Elementary(extras.keys, first_tensor(x)), self._restore(module) as aliases:
                     outputs, after = call_with(module, weights | buffers, x, aliases)
         if changed is not None:
             changed.update({name: after[name].detach() for name in buffers})
-        outputs = outputs if self.compute_dtype is None else in_type(outputs, dtype)
+        outputs = outputs if self.compute_dtype is None else cast_tree(outputs, dtype)
         return outputs if ways is None else hide_classes(outputs, ways)
 
     def as_kept(self, weights: Weights) -> Weights:
@@ -140,7 +140,7 @@ class FunctionalLearner:
         if normalisation != "inductive":
             return self(weights, task.query_x, task.extras)
         reference = shots = len(first_tensor(task.support_x))
-        examples = joined([task.support_x, task.query_x])
+        examples = concatenate_trees([task.support_x, task.query_x])
         count, extras = len(first_tensor(examples)), replace(task.extras, mask=task.pooled_mask())
         if self.unpads and task.support_mask is not None:
             reference = int(task.support_mask.sum())
@@ -155,29 +155,29 @@ class FunctionalLearner:
 
     def draws(self, x: Tree) -> bool:
         """Return whether a training pass draws random numbers, as dropout does, and so needs keys."""
-        x = x if self.compute_dtype is None else in_type(x, self.compute_dtype)
+        x = x if self.compute_dtype is None else cast_tree(x, self.compute_dtype)
         return self._try({name: b.clone() for name, b in self.buffers.items()}, x)[1] > 0
 
     @contextmanager
-    def _restored(self, module: nn.Module) -> Iterator[list[Alias]]:
+    def _restore(self, module: nn.Module) -> Iterator[list[Alias]]:
         """Put back what a pass leaves in the module; yield where it keeps its tensors besides."""
         if module not in self._belongings:
             names = {id(t): n for n, t in (*module.named_parameters(), *module.named_buffers())}
             self._belongings[module] = find_holders(module), find_aliases(module, names)
         holders, aliases = self._belongings[module]
-        with restored(holders):
+        with restore_containers(holders):
             yield aliases
 
     def _try(self, tensors: Weights, x: Tree) -> tuple[Weights, int]:
         """Call the module once; return the tensors as the pass leaves them, and the number of draws."""
         keys = torch.zeros(2, dtype=torch.int64, device=first_tensor(x).device)
         mode = Elementary(keys, first_tensor(x))
-        with torch.no_grad(), mode, self._restored(self.module) as aliases:
+        with torch.no_grad(), mode, self._restore(self.module) as aliases:
             names = self._tensor_names()
             _, after = call_with(self.module, tensors, x, aliases)
             for name in sorted(self._tensor_names() - names):
                 raise UnfitError(
-                    f"{owner_text(self.module, name)} makes {name} in a forward pass, "
+                    f"{describe_owner(self.module, name)} makes {name} in a forward pass, "
                     "which would be another one each time: make it in __init__, or use a lazy layer"
                 )
         return after, mode.draws.calls
@@ -196,13 +196,15 @@ class FunctionalLearner:
         places = {name: t.data_ptr() for name, t in given.items()}
         others = [(t, t._version) for t in find_tensors(module)]
         try:
-            with _refusing_calls(original):
+            with _refuse_calls(original):
                 after, _ = self._try(dict(given), x)
         except Exception as error:  # the user's module may fail in any way
             if isinstance(error, UnfitError) or is_out_of_memory(error):
                 raise
             arithmetic = f" in {str(self.compute_dtype)[6:]}" if self.compute_dtype else ""
-            raise UnfitError(f"{layer_text('', module)} fails{arithmetic}: {one_line(error):.200}") from error
+            raise UnfitError(
+                f"{layer_text('', module)} fails{arithmetic}: {fold_message(error):.200}"
+            ) from error
         changed = {
             name
             for name, t in given.items()
@@ -213,13 +215,13 @@ class FunctionalLearner:
         }
         for name in sorted(changed & self.parameters.keys()):
             raise UnfitError(
-                f"{owner_text(module, name)} overwrites its weight {name} in a forward pass, which no "
+                f"{describe_owner(module, name)} overwrites its weight {name} in a forward pass, which no "
                 "gradient sees: compute with a new tensor (torch.nn.utils.parametrize)"
             )
         for name in sorted(n for n, t in given.items() if t.data_ptr() != places[n]):
             raise UnfitError(
-                f"{owner_text(module, name)} assigns to {name}.data in a forward pass: let it be a buffer, "
-                "and write to it by copy_() under torch.no_grad()"
+                f"{describe_owner(module, name)} assigns to {name}.data in a forward pass: let it be a "
+                "buffer, and write to it by copy_() under torch.no_grad()"
             )
         if any(t._version != version for t, version in others):
             raise UnfitError(
@@ -229,7 +231,7 @@ class FunctionalLearner:
         return {name: tensors[name].detach().clone() for name in given if name in changed}
 
 
-def fixed_tensors(module: nn.Module) -> Weights:
+def collect_fixed_tensors(module: nn.Module) -> Weights:
     """Return a module's frozen parameters and the buffers of its `state_dict`, by name."""
     state = module.state_dict(keep_vars=True)
     learned = {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
@@ -242,8 +244,8 @@ def _refuse_gradient_hooks(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             raise UnfitError(
-                f"{owner_text(module, name)} has a hook on the gradient of {name}, which would not run: mask "
-                "it in the forward pass, w * mask + (w * (1 - mask)).detach(), or freeze the weight"
+                f"{describe_owner(module, name)} has a hook on the gradient of {name}, which would not run: "
+                "mask it in the forward pass, w * mask + (w * (1 - mask)).detach(), or freeze the weight"
             )
 
 
@@ -266,12 +268,12 @@ def call_with(
     for holder, key, name in aliases:
         holder[key] = tensors.get(name, holder[key])
     # `tie_weights` would put back the wrong tensors where a module is used twice
-    outputs = functional_call(module, values, *arguments_of(x), tie_weights=False)
+    outputs = functional_call(module, values, *make_arguments(x), tie_weights=False)
     return outputs, values
 
 
 @contextmanager
-def _refusing_calls(module: nn.Module) -> Iterator[None]:
+def _refuse_calls(module: nn.Module) -> Iterator[None]:
     """Raise UnfitError where a layer of the module is called: its copy, which is meant, would not learn."""
 
     def refuse(name: str, layer: nn.Module, *_: Any) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.linalg import solve_triangular
 
 from learners.draws import Draws
-from learners.spellings import Replacements, spelled_out
+from learners.spellings import Replacements, spell_out
 
 
 def _pivots(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +109,7 @@ def _cdist(draws: Draws, x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: A
     return torch.where(apart, torch.where(apart, squares, 1.0).sqrt(), 0.0)
 
 
-REPLACEMENTS: Replacements = spelled_out(
+REPLACEMENTS: Replacements = spell_out(
     {
         "det": lambda draws, input: _det(draws, input),
         "linalg_det": _det,

@@ -110,7 +110,9 @@ def _call_library(key: str, flag: str, outputs: Tree, targets: Tree, reading: Re
     wrong |= family == "binary" and reading.kind != "labels" and reading.classes != 2
     if function is None or wrong:
         raise UsageError(f"{flag} does not fit the outputs, which are {reading.describe()} (see --outputs)")
-    x, y, sizes = {"": _numbers, "multilabel": _labels}.get(family, _classes)(outputs, targets, reading)
+    x, y, sizes = {"": _convert_numbers, "multilabel": _labels}.get(family, _classes)(
+        outputs, targets, reading
+    )
     if family == "binary" and x.dim() > 1:
         x = x[:, 1]
     constant = bool((y == y[:1]).all(0).any()) if len(y) else True
@@ -126,7 +128,7 @@ def _classes(outputs: Tree, targets: Tree, reading: Reading) -> tuple[Tensor, Te
     Of labels, probabilities are `[examples]`; of ordinal outputs for more than two classes, classes are.
     """
     predicted = reading.predict(outputs)
-    labels, known = reading.labels_of(targets, predicted)
+    labels, known = reading.decode_labels(targets, predicted)
     x = predicted if reading.kind == "ordinal" and reading.classes > 2 else reading.probabilities(outputs)
     if x.dim() > predicted.dim():
         x = x.movedim(1, -1)
@@ -135,12 +137,12 @@ def _classes(outputs: Tree, targets: Tree, reading: Reading) -> tuple[Tensor, Te
 
 def _labels(outputs: Tree, targets: Tree, reading: Reading) -> tuple[Tensor, Tensor, dict[str, int]]:
     """Return probabilities and labels `[examples, labels, ...]`; others than 0 and 1 are left out."""
-    labels, known = reading.labels_of(targets, main_tensor(outputs))
+    labels, known = reading.decode_labels(targets, main_tensor(outputs))
     sizes = {"num_labels": labels.shape[1]} | ({} if known.all() else {"ignore_index": -1})
     return reading.probabilities(outputs), labels.long().where(known, -1), sizes
 
 
-def _numbers(outputs: Tree, targets: Tree, reading: Reading) -> tuple[Tensor, Tensor, dict[str, int]]:
+def _convert_numbers(outputs: Tree, targets: Tree, reading: Reading) -> tuple[Tensor, Tensor, dict[str, int]]:
     """Return numbers and targets `[examples, ...]`, `[examples]` if there is one; without targets of NaN.
 
     The numbers of normal distributions are their means.

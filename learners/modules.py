@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from common.batch import Tree, arguments_of, in_type
+from common.batch import Tree, cast_tree, make_arguments
 from learners.copies import UnfitError, layer_text
 from learners.heads import replace_module
 
@@ -42,7 +42,7 @@ def has_lazy(module: nn.Module) -> bool:
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
+def set_evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Set evaluation mode, in which dropout drops nothing; each layer's own mode returns on exit."""
     modes = {layer: layer.training for layer in module.modules()}
     module.eval()
@@ -55,8 +55,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 def materialise(module: nn.Module, x: Tree) -> None:
     """Give lazy layers the sizes that inputs x imply, by one pass in evaluation mode."""
-    positional, named = arguments_of(in_type(x, torch.get_default_dtype()))
-    with torch.no_grad(), evaluating(module):
+    positional, named = make_arguments(cast_tree(x, torch.get_default_dtype()))
+    with torch.no_grad(), set_evaluation_mode(module):
         module(*positional, **named)
     for name, layer in module.named_modules():
         if has_lazy(layer) and not any(has_lazy(child) for child in layer.children()):

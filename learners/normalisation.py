@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from learners.draws import Draws
-from learners.spellings import Replacements, spelled_out, spellings
+from learners.spellings import Replacements, list_spellings, spell_out
 
 
 def _normalise(x: Tensor, axes: Sequence[int], eps: float) -> Tensor:
@@ -124,7 +124,7 @@ def _native_layer_norm(
     return _layer_norm(draws, input, normalized_shape, weight, bias, eps), mean, torch.rsqrt(variance + eps)
 
 
-def _in_order(
+def _call_in_order(
     function: Any,
     draws: Draws,
     input: Tensor,
@@ -163,15 +163,15 @@ def _native_batch_norm_no_training(
     return _native_batch_norm(draws, *arguments[:5], **options)
 
 
-REPLACEMENTS: Replacements = spelled_out(
+REPLACEMENTS: Replacements = spell_out(
     {
         "layer_norm": _aten_layer_norm,
         "native_layer_norm": _native_layer_norm,
-        "batch_norm": partial(_in_order, _batch_norm),
+        "batch_norm": partial(_call_in_order, _batch_norm),
         "native_batch_norm": _native_batch_norm,
         "_native_batch_norm_legit": _native_batch_norm,
         "_native_batch_norm_legit_no_training": _native_batch_norm_no_training,
-        "instance_norm": partial(_in_order, _instance_norm),
+        "instance_norm": partial(_call_in_order, _instance_norm),
         "rms_norm": _rms_norm,
         "_weight_norm": _weight_norm,
     }
@@ -181,7 +181,7 @@ REPLACEMENTS: Replacements = spelled_out(
     F.instance_norm: _instance_norm,
     F.rms_norm: _rms_norm,
 }
-KERNELS = spellings(
+KERNELS = list_spellings(
     *("_batch_norm_impl_index", "_native_batch_norm_legit_functional", "_batch_norm_with_update"),
     *("_batch_norm_with_update_functional", "_batch_norm_no_update", "cudnn_batch_norm", "miopen_batch_norm"),
     *("batch_norm_stats", "batch_norm_elemt", "batch_norm_gather_stats"),

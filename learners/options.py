@@ -37,7 +37,7 @@ LEARNERS = {
 OTHER_LEARNER = LearnerFacts("any", init="torch", adapt_norm=True, inner_lr=0.01)  # torchvision's or your own
 
 
-def learner_facts(learner: str) -> LearnerFacts:
+def find_learner_facts(learner: str) -> LearnerFacts:
     """Return the facts of a learner by its name."""
     return LEARNERS.get(learner, OTHER_LEARNER)
 
@@ -84,7 +84,7 @@ class LearnerOptions:
 
     @property
     def facts(self) -> LearnerFacts:
-        return learner_facts(self.learner)
+        return find_learner_facts(self.learner)
 
     @property
     def has_batch_norm(self) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from common.batch import TaskBatch, Tree, first_tensor, tree_map
-from common.errors import UsageError, one_line
+from common.errors import UsageError, fold_message
 from learners.gaussian import CENTRAL, FLOOR, measure_normal, split_normal
 from learners.padding import cut
 
@@ -78,7 +78,7 @@ class Metric:
         except UsageError:
             raise
         except Exception as error:  # the library or the user's code may fail in any way
-            reason = f"{type(error).__name__}: {one_line(error):.200}"
+            reason = f"{type(error).__name__}: {fold_message(error):.200}"
             raise UsageError(f"{self.flag} gives no number for a task's outputs: {reason}") from error
         undefined = any(UNDEFINED.search(str(warning.message)) for warning in caught)
         return math.nan if undefined or not math.isfinite(number) else number
@@ -185,7 +185,7 @@ class Reading:
         share = scores.sigmoid()
         return torch.cat([1 - share, share], 1) if (self.kind, self.classes) == ("ordinal", 2) else share
 
-    def labels_of(self, targets: Tree, predicted: Tensor, before: int = 0) -> tuple[Tensor, Tensor]:
+    def decode_labels(self, targets: Tree, predicted: Tensor, before: int = 0) -> tuple[Tensor, Tensor]:
         """Return the labels that `predicted` should be, and which of them count, as bool."""
         labels = first_tensor(targets)
         if self.kind == "labels":
@@ -207,7 +207,7 @@ class Reading:
         whole = mask is None and plain.dim() == predicted.dim() == before + 1
         if (self.kind, self.ignored) == ("classes", None) and whole:
             return (predicted == plain).float().mean(-1)
-        labels, known = self.labels_of(targets, predicted, before)
+        labels, known = self.decode_labels(targets, predicted, before)
         if mask is not None:
             known = known & mask.view(*mask.shape, *(1,) * (known.dim() - mask.dim()))
         right = (predicted == labels) & known
@@ -249,7 +249,7 @@ def choose_measure(metric: Metric | None, *, has_accuracy: bool) -> tuple[str, b
     return ("accuracy", True) if has_accuracy else ("loss", False)
 
 
-def reading_of(reading: Reading | None, ways: int | None) -> Reading:
+def choose_reading(reading: Reading | None, ways: int | None) -> Reading:
     """Return a learner's reading; without one, the plain reading of tasks with so many classes."""
     return reading or Reading("classes" if ways else "numbers", ways or 0)
 

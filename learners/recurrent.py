@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from learners.draws import Draws
-from learners.spellings import Replacements, spelled_out
+from learners.spellings import Replacements, spell_out
 
 State = tuple[Tensor, ...]
 Cell = Callable[[Tensor, Tensor, State], State]
@@ -104,7 +104,7 @@ def _run_layers(
     return x, *(torch.stack(parts) for parts in zip(*last_states, strict=True))
 
 
-REPLACEMENTS: Replacements = spelled_out(
+REPLACEMENTS: Replacements = spell_out(
     {
         "lstm": partial(_run_layers, _lstm_cell),
         "gru": partial(_run_layers, _gru_cell),

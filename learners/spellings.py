@@ -20,7 +20,7 @@ _C: Any = torch._C  # whose stubs leave out some of these
 _PLACES = (_C._VariableFunctions, Tensor, _C._nn, _C._linalg)
 
 
-def spellings(*names: str) -> list[Any]:
+def list_spellings(*names: str) -> list[Any]:
     """Return every object by which ATen's functions of these names are called, as far as PyTorch has them."""
     forms = []
     for name in names:
@@ -31,6 +31,6 @@ def spellings(*names: str) -> list[Any]:
     return forms
 
 
-def spelled_out(replacements: dict[str, Callable[..., Any]]) -> Replacements:
+def spell_out(replacements: dict[str, Callable[..., Any]]) -> Replacements:
     """Return replacements of functions that are given by ATen's names."""
-    return {form: new for name, new in replacements.items() for form in spellings(name)}
+    return {form: new for name, new in replacements.items() for form in list_spellings(name)}

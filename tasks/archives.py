@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import UsageError, printable
+from common.errors import UsageError, escape_text
 from common.random import SPLITS
-from tasks.cache import cached_array
+from tasks.cache import cache_array
 from tasks.file_tasks import explain
-from tasks.splits import part_hinted, split_hinted, split_of
+from tasks.splits import find_split_hint, parse_split, split_hinted
 from tasks.stored_images import ImageColumn, StoredImage, as_file
 
 SUFFIXES = (".pkl", ".pickle", ".npz")
@@ -47,7 +47,7 @@ class DataUnpickler(pickle.Unpickler):
             return CONTAINERS[name]
         if (module, name) == ("_codecs", "encode"):
             return lambda text, _: text.encode("latin1")  # what older pickles write for bytes
-        raise UsageError(f"it names {printable(f'{module}.{name}')}, which is not loaded")
+        raise UsageError(f"it names {escape_text(f'{module}.{name}')}, which is not loaded")
 
 
 def load_data(path: Path) -> Any:
@@ -82,9 +82,9 @@ def find_archives(folder: Path) -> dict[str, list[Path]]:
             continue
         if "train_phase" in stem and not stem.endswith("train_phase_train"):
             continue  # MetaOptNet's other images of training classes
-        if split := split_of(path.stem) or split_hinted(path.stem):
+        if split := parse_split(path.stem) or split_hinted(path.stem):
             archives.setdefault(split, []).append(path)
-        elif part_hinted(path.stem):
+        elif find_split_hint(path.stem):
             raise UsageError(
                 f"{path} looks like part of a split: call it train, val or test, or move it away"
             )
@@ -108,13 +108,13 @@ def read_split(paths: Sequence[Path], split: str) -> Labelled:
     images = next((content[key] for key in ("image_data", "data", "images") if key in content), None)
     labels = next((content[key] for key in ("labels", "label_specific") if key in content), None)
     if images is None or (labels is None and "class_dict" not in content):
-        keys = printable(", ".join(content)[:80])
+        keys = escape_text(", ".join(content)[:80])
         form = "it should have image_data and class_dict, data and labels, or images and labels"
         raise UsageError(f"{paths[0]} has the parts {keys}: {form}")
     if "class_dict" in content:
         classes = {str(name): np.asarray([*places]) for name, places in content["class_dict"].items()}
     else:
-        numbers, names = np.asarray(labels), _names_of(content, split)
+        numbers, names = np.asarray(labels), _name_labels(content, split)
         if len(numbers) != len(images):
             raise UsageError(
                 f"{paths[0]}: {len(images):,} images and {len(numbers):,} labels: they should match"
@@ -124,13 +124,15 @@ def read_split(paths: Sequence[Path], split: str) -> Labelled:
         }
     for name, places in classes.items():
         if not len(places) or places.min() < 0 or places.max() >= len(images):
-            raise UsageError(f"{paths[0]}: class {printable(name)} has no images, or some that are not there")
+            raise UsageError(
+                f"{paths[0]}: class {escape_text(name)} has no images, or some that are not there"
+            )
     if max(Counter(chain(*(places.tolist() for places in classes.values()))).values(), default=1) > 1:
         raise UsageError(f"{paths[0]}: an image is in two classes, or twice in one: leave it once")
     return _as_pictures(images, paths[0]), classes
 
 
-def _names_of(content: Mapping[str, Any], split: str) -> dict[Any, str]:
+def _name_labels(content: Mapping[str, Any], split: str) -> dict[Any, str]:
     """Return the names of labels, where the file has some."""
     if isinstance(content.get("catname2label"), Mapping):
         return {label: str(name) for name, label in content["catname2label"].items()}
@@ -153,13 +155,13 @@ def find_archived_classes(folder: Path) -> tuple[dict[str, dict[str, list[Stored
     """Return the images by class and split, the names of the archives, and a line on files left out."""
     archives = find_archives(folder)
     sources = [path for paths in archives.values() for path in paths]
-    data = cached_array(folder, sources, "places of classes", lambda: _find_places(folder, archives))
+    data = cache_array(folder, sources, "places of classes", lambda: _find_places(folder, archives))
     groups: dict[str, dict[str, list[StoredImage]]] = {}
     for split, classes in json.loads(data.tobytes()).items():
         column = ImageColumn(archives[split][0], "image", partial(_open_split, archives[split], split))
         groups[split] = {name: [StoredImage(column, row) for row in rows] for name, rows in classes.items()}
     names = {path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES}
-    others = ", ".join(map(printable, sorted(names - {path.name for path in sources})))
+    others = ", ".join(map(escape_text, sorted(names - {path.name for path in sources})))
     return groups, ", ".join(path.name for path in sources), [f"left out: {others}"] if others else []
 
 

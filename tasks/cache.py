@@ -18,39 +18,39 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.errors import printable
-from common.files import is_writable, one_at_a_time, user_cache, write_whole
+from common.errors import escape_text
+from common.files import find_user_cache, is_writable, take_turns, write_whole
 
 CACHE_VERSION = 4
 Decoder = Callable[[], Iterable[np.ndarray]]  # yields images, uint8 `[channels, height, width]`
 
 
-def cached_pixels(
+def cache_pixels(
     folder: Path, sources: Iterable[Path], settings: object, shape: tuple[int, ...], decode: Decoder
 ) -> Tensor:
     """Return a data set's images, uint8 of that shape, memory-mapped; decode them if they are not cached."""
-    title = _title(folder)
+    title = _name_cache(folder)
 
     def write(file: IO[bytes]) -> None:  # a full disk is an error here, and a crash in a memory map
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         for image in tqdm(decode(), f"Preparing {title} (once)", shape[0], unit=" images"):
             file.write(image.tobytes())
 
-    path = _written_once(folder, sources, settings, write)
+    path = _write_once(folder, sources, settings, write)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable")  # nobody writes to it
         return torch.from_numpy(np.load(path, mmap_mode="r"))
 
 
-def cached_array(
+def cache_array(
     folder: Path, sources: Iterable[Path], settings: object, make: Callable[[], np.ndarray]
 ) -> np.ndarray:
     """Return a small array about a data set; make it if it is not cached."""
-    return np.load(_written_once(folder, sources, settings, lambda file: np.save(file, make())))
+    return np.load(_write_once(folder, sources, settings, lambda file: np.save(file, make())))
 
 
-def _title(folder: Path) -> str:
-    return printable(folder.resolve().name)[:50].replace("\\", "-")  # names have at most 255 bytes
+def _name_cache(folder: Path) -> str:
+    return escape_text(folder.resolve().name)[:50].replace("\\", "-")  # names have at most 255 bytes
 
 
 def _relative(file: Path, folder: Path) -> str:
@@ -60,7 +60,7 @@ def _relative(file: Path, folder: Path) -> str:
         return str(file)
 
 
-def _written_once(
+def _write_once(
     folder: Path, sources: Iterable[Path], settings: object, write: Callable[[IO[bytes]], object]
 ) -> Path:
     """Return the file that `write` writes, unless it is there.
@@ -70,12 +70,12 @@ def _written_once(
     status = {_relative(file, folder): file.stat() for file in sources}
     facts = [(name, file.st_size, file.st_mtime_ns) for name, file in status.items()]
     fingerprint = hashlib.sha256(repr((CACHE_VERSION, settings, facts)).encode()).hexdigest()[:16]
-    name = f".{_title(folder)}-{fingerprint}.npy"
-    paths = [place / name for place in (folder, user_cache())]
+    name = f".{_name_cache(folder)}-{fingerprint}.npy"
+    paths = [place / name for place in (folder, find_user_cache())]
     path = next((path for path in paths if path.is_file()), paths[not is_writable(folder)])
     waiting = f"Waiting for another process, which prepares {name}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with one_at_a_time(path.with_suffix(".lock"), on_wait=lambda: print(waiting, file=sys.stderr)):
+    with take_turns(path.with_suffix(".lock"), on_wait=lambda: print(waiting, file=sys.stderr)):
         if not path.is_file():
             write_whole(path, write)
     return path

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import one_line
+from common.errors import fold_message
 
 LFS_POINTER = b"version https://git-lfs"
 
@@ -36,7 +36,7 @@ def explain(path: Any, error: Exception) -> str:
     with suppress(OSError, ValueError), path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             return "Git LFS has left a pointer in its place, fetch it with git lfs pull"
-    return one_line(error)[:300]
+    return fold_message(error)[:300]
 
 
 class Prefetch:

@@ -13,9 +13,9 @@ from functools import cache
 from itertools import chain
 from pathlib import Path
 
-from common.errors import UsageError, printable
+from common.errors import UsageError, escape_text
 from common.random import SPLITS
-from tasks.splits import check_disjoint, is_plain, part_hinted, split_of
+from tasks.splits import check_disjoint, find_split_hint, is_plain, parse_split
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 HIDDEN = (".", "__MACOSX")  # beginnings of names that are ignored
@@ -43,7 +43,7 @@ def find_classes(folder: Path, *, allow_empty: bool = False) -> tuple[dict[str, 
     left_out: list[str] = []
     lists, strange = _split_lists(folder)
     parts = {} if lists else _split_folders(folder, left_out)
-    strange = [path for path in strange if len(lists) < len(SPLITS) and split_of(path.stem) not in lists]
+    strange = [path for path in strange if len(lists) < len(SPLITS) and parse_split(path.stem) not in lists]
     if strange and not parts:
         form = 'call it train.csv, val.csv or test.csv, with columns "filename" and "label", a comma between'
         raise UsageError(f"{strange[0]} looks like the list of a split: {form}, or remove it")
@@ -64,7 +64,7 @@ def _say_repeated(groups: Mapping[str, Classes]) -> list[str]:
     """Return a line where folders of one name are several classes: right for alphabets, wrong for domains."""
     inner = Counter(name.rpartition("/")[2] for name in {*chain(*groups.values())})
     return [
-        f"classes are whole paths: {printable(name)} of {number:,} folders is {number:,} classes"
+        f"classes are whole paths: {escape_text(name)} of {number:,} folders is {number:,} classes"
         for name, number in inner.most_common(1)
         if number > 1
     ]
@@ -77,7 +77,7 @@ def _say_left_out(names: Sequence[str]) -> list[str]:
 
 
 def join(names: Iterable[str]) -> str:
-    return ", ".join(map(printable, names))
+    return ", ".join(map(escape_text, names))
 
 
 def _check_images_apart(folder: Path, groups: Mapping[str, Classes]) -> None:
@@ -95,8 +95,8 @@ def _split_folders(folder: Path, left_out: list[str]) -> dict[str, Path]:
     """Return the folder of each split; none where class folders alone lie in `folder`."""
     names = _subfolders(folder)
     deep = {name for name in names if _subfolders(folder / name)}  # a class may be called train
-    roles = {name: split_of(name) for name in names}
-    maybe = {name: part_hinted(name) for name in names}
+    roles = {name: parse_split(name) for name in names}
+    maybe = {name: find_split_hint(name) for name in names}
     hints = {n: split for n, split in maybe.items() if split and (n in deep or roles[n] or split == n)}
     pair = len({split for name, split in hints.items() if name in deep}) > 1
     flat = len(names) == len(hints) and len({*hints.values()}) > 1
@@ -132,7 +132,7 @@ def _refuse_inner_split(base: Path, classes: Classes, *, is_part: bool) -> None:
         for depth in range(0 if is_part and len(parts) > 1 else 1, len(parts)):
             children["/".join(parts[:depth])].add(parts[depth])
     for parent, names in children.items():
-        splits = {name: part_hinted(name) for name in sorted(names)}
+        splits = {name: find_split_hint(name) for name in sorted(names)}
         plain = {split for name, split in splits.items() if is_plain(name)}
         if len(plain) > 1 or (all(splits.values()) and len({*splits.values()}) > 1):
             found = f"{join(f'{name}/' for name, split in splits.items() if split)} look like a split"
@@ -190,10 +190,10 @@ def _say_what_is_missing(folder: Path, others: list[str], *, empty_class: bool) 
             return f"{folder} holds {name}: {way}"
     text = f"{folder}: put the images of each class into a folder of its own"
     if others and empty_class:
-        seen = f"{folder} holds files such as {printable(others[0])}"
+        seen = f"{folder} holds files such as {escape_text(others[0])}"
         text = f"{seen}, of no format that is read (.png, .jpg, .tif, ...): convert or rename them"
     elif others:
-        text += f" (there are files such as {printable(others[0])})"
+        text += f" (there are files such as {escape_text(others[0])})"
     return text + ", or leave empty classes out with --min-examples 1" * empty_class
 
 
@@ -207,12 +207,12 @@ def _split_lists(folder: Path) -> tuple[dict[str, Path], list[Path]]:
     for path in sorted(folder.iterdir()):
         if path.name.startswith(HIDDEN) or path.suffix.lower() not in LISTS or not path.is_file():
             continue
-        split, is_list = split_of(path.stem), path.suffix.lower() == ".csv" and _has_columns(path)
+        split, is_list = parse_split(path.stem), path.suffix.lower() == ".csv" and _has_columns(path)
         if split in lists and is_list:
             raise UsageError(f"{folder}: {lists[split].name} and {path.name} are both {split}: remove one")
         if split and is_list:
             lists[split] = path
-        elif split or (is_list and part_hinted(path.stem)):
+        elif split or (is_list and find_split_hint(path.stem)):
             others.append(path)
     return {split: lists[split] for split in SPLITS if split in lists}, others
 

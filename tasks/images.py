@@ -16,10 +16,10 @@ from torch import Tensor
 
 from common.errors import UsageError
 from tasks.archives import find_archived_classes, has_archives
-from tasks.cache import cached_pixels
+from tasks.cache import cache_pixels
 from tasks.folders import find_classes
 from tasks.parquet_images import find_stored_classes, parquet_files
-from tasks.pixels import Form, ImagePath, decode_all, rows_of, settle_range, sources_of
+from tasks.pixels import Form, ImagePath, decode_all, find_rows, find_sources, settle_range
 from tasks.splits import as_positions, divide_classes
 from tasks.stored_images import StoredImage
 
@@ -98,9 +98,9 @@ def image_set(
     form, note = settle_range(folder, files, form) if files else (form, [])
 
     def load() -> Tensor:
-        settings = (form, names, count, *rows_of(files))
+        settings = (form, names, count, *find_rows(files))
         shape, decode = (len(files), form.channels, form.size, form.size), partial(decode_all, files, form)
-        pixels = cached_pixels(folder, sources_of(files), settings, shape, decode)
+        pixels = cache_pixels(folder, find_sources(files), settings, shape, decode)
         for column in {file.column for file in files if isinstance(file, StoredImage)}:
             column.forget()
         return pixels

@@ -55,15 +55,15 @@ FILE_KINDS = {  # prefixes of a path
 }
 
 
-def data_facts(dataset: str) -> DataFacts:
+def find_data_facts(dataset: str) -> DataFacts:
     """Return the facts of a dataset by its name or by the prefix of its path; of several, what they share."""
     kind, source, _ = parse_name(dataset)
     if kind == "mixture":
-        return _common_facts([data_facts(name) for name in split_mixture(dataset)])
+        return _combine_facts([find_data_facts(name) for name in split_mixture(dataset)])
     return FILE_KINDS.get(kind, DataFacts("any", None)) if kind else DATASETS[source]
 
 
-def _common_facts(facts: Sequence[DataFacts]) -> DataFacts:
+def _combine_facts(facts: Sequence[DataFacts]) -> DataFacts:
     """Return the facts of several datasets of one kind of inputs; sizes that differ are None."""
     sizes, channels = ({getattr(part, name) for part in facts} for name in ("image_size", "channels"))
     return replace(
@@ -76,7 +76,7 @@ def _common_facts(facts: Sequence[DataFacts]) -> DataFacts:
 
 def is_classification(dataset: str, ways: Size | None) -> bool:
     """Return whether targets are classes: as the dataset says or, where it may be either, if -n is given."""
-    classification = data_facts(dataset).classification
+    classification = find_data_facts(dataset).classification
     return ways is not None if classification is None else classification
 
 
@@ -94,7 +94,7 @@ def check_datasets(names: str) -> str | None:
     parts = split_mixture(names)
     if problem := next(filter(None, map(check_dataset, parts)), None):
         return problem
-    curves, images = {*parts} <= {*CURVES}, {data_facts(name).inputs for name in parts} == {"images"}
+    curves, images = {*parts} <= {*CURVES}, {find_data_facts(name).inputs for name in parts} == {"images"}
     if len(parts) > 1 and not (curves or images):
         return f"several data sets to be curves ({list_names(CURVES)}), or to be images"
     return None if len({*parts}) == len(parts) else "each data set once: weights are those of --mix"
@@ -241,9 +241,9 @@ class TaskOptions:
 
     def of(self, name: str) -> TaskOptions:
         """Return the options of one of several data sets; where defaults of --invert differ, with its own."""
-        differ = len({data_facts(other).invert for other in self.datasets}) > 1
+        differ = len({find_data_facts(other).invert for other in self.datasets}) > 1
         return replace(
-            self, dataset=name, mix=None, invert=data_facts(name).invert if differ else self.invert
+            self, dataset=name, mix=None, invert=find_data_facts(name).invert if differ else self.invert
         )
 
     @property

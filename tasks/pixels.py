@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common.errors import UsageError
-from tasks.cache import cached_array
+from tasks.cache import cache_array
 from tasks.file_tasks import explain
 from tasks.stored_images import StoredImage
 
@@ -69,7 +69,7 @@ class Form:
 # ---- kinds and ranges ----------------------------------------------------------------------------
 
 
-def kind_of(image: Image.Image) -> str:
+def detect_kind(image: Image.Image) -> str:
     """Return how a file stores its values, by its header."""
     storage = str([part[3] for part in getattr(image, "tile", ())])
     if image.mode == "F":
@@ -97,8 +97,8 @@ def settle_range(folder: Path, files: Sequence[ImagePath], form: Form) -> tuple[
         note = f"image values are {kind}: {low:.7g} is black, {high:.7g} white, {source}"
         plain = kind == PLAIN and not form.range
         return replace(form, kind=kind, range=None if plain else (low, high)), [] if plain else [note]
-    low, high = cached_array(
-        folder, sources_of(files), ("range", kind, *rows_of(files)), lambda: _survey(files, kind)
+    low, high = cache_array(
+        folder, find_sources(files), ("range", kind, *find_rows(files)), lambda: _survey(files, kind)
     ).tolist()
     values = f"{files[0]} and {len(files) - 1:,} others" if files[1:] else str(files[0])
     values = f"{values} have {kind} values from {low:.7g} to {high:.7g}"
@@ -114,12 +114,14 @@ def settle_range(folder: Path, files: Sequence[ImagePath], form: Form) -> tuple[
 
 def _kind_of_first(folder: Path, file: ImagePath) -> str:
     if not isinstance(file, StoredImage):
-        return _open(file, kind_of)
-    settings = ("kind", *rows_of([file]))  # to read a large table or archive takes long
-    return str(cached_array(folder, sources_of([file]), settings, lambda: np.array(_open(file, kind_of))))
+        return _open(file, detect_kind)
+    settings = ("kind", *find_rows([file]))  # to read a large table or archive takes long
+    return str(
+        cache_array(folder, find_sources([file]), settings, lambda: np.array(_open(file, detect_kind)))
+    )
 
 
-def sources_of(files: Sequence[ImagePath]) -> list[Path]:
+def find_sources(files: Sequence[ImagePath]) -> list[Path]:
     """Return the files that hold the images: an archive counts once."""
     paths: dict[Path, None] = {}
     for file in files:
@@ -130,21 +132,21 @@ def sources_of(files: Sequence[ImagePath]) -> list[Path]:
     return [*paths]
 
 
-def rows_of(files: Sequence[ImagePath]) -> list[tuple[str, int]]:
+def find_rows(files: Sequence[ImagePath]) -> list[tuple[str, int]]:
     """Return columns and rows of images that lie in tables; two columns of a table are other images."""
     return [(file.column.name, file.row) for file in files if isinstance(file, StoredImage)]
 
 
 def _survey(files: Sequence[ImagePath], kind: str) -> np.ndarray:
     """Return the lowest and the highest value of all files."""
-    measure = partial(_open, read=partial(_extremes, like=files[0], kind=kind))
+    measure = partial(_open, read=partial(_find_extremes, like=files[0], kind=kind))
     with ThreadPoolExecutor() as pool:
         parts = (pool.map(measure, files[i : i + AT_ONCE]) for i in range(0, len(files), AT_ONCE))
         bounds = [*tqdm(chain.from_iterable(parts), "Finding the range of values (once)", len(files))]
     return np.array([min(low for low, _ in bounds), max(high for _, high in bounds)])
 
 
-def _extremes(image: Image.Image, like: ImagePath, kind: str) -> Range:
+def _find_extremes(image: Image.Image, like: ImagePath, kind: str) -> Range:
     check_kind(image, kind, str(like))
     colour, _ = _read_deep(image)
     return float(colour.min()), float(colour.max())
@@ -152,8 +154,8 @@ def _extremes(image: Image.Image, like: ImagePath, kind: str) -> Range:
 
 def check_kind(image: Image.Image, kind: str, like: str) -> None:
     """Raise UsageError if a file's values are of another kind than those of others: no range fits both."""
-    if kind_of(image) != kind:
-        this = f"{getattr(image, 'filename', '') or 'an image'} has {kind_of(image)} values"
+    if detect_kind(image) != kind:
+        this = f"{getattr(image, 'filename', '') or 'an image'} has {detect_kind(image)} values"
         way_out = "give --image-range for these" if like == TRAINED else "take one kind out"
         raise UsageError(f"{this} and {like} {kind} ones: convert them to one kind, or {way_out}")
 
@@ -233,7 +235,7 @@ def _to_8_bits(image: Image.Image, bounds: Range) -> Image.Image:
 def _read_deep(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
     """Return the values of an image of more than 8 bits, upright: colour and opacity `[height, width, n]`."""
     high_bytes = image.mode[0] not in "IFL"
-    low = ImageOps.exif_transpose(_low_bytes(image)) if high_bytes else None
+    low = ImageOps.exif_transpose(_read_low_bytes(image)) if high_bytes else None
     upright = ImageOps.exif_transpose(image)
     stored = np.asarray(upright)
     values = (stored.view(np.int8) if image.mode == "L" else stored).astype(np.float64)
@@ -248,7 +250,7 @@ def _read_deep(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
     return colour, alpha if alpha.size else np.ones_like(colour[..., :1])
 
 
-def _low_bytes(image: Any) -> Image.Image:
+def _read_low_bytes(image: Any) -> Image.Image:
     """Read a colour image of 16 bits, of which Pillow keeps the high byte, with its bytes exchanged."""
     tiles = []
     for tile in image.tile:

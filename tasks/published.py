@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import UsageError, one_line
+from common.errors import UsageError, fold_message
 from common.random import SPLITS
 from tasks.archives import find_archived_classes, has_archives, load_data
 from tasks.folders import find_classes
@@ -72,7 +72,7 @@ def _fetch(name: str, data_root: Path, **half: bool) -> Any:
     try:
         return getattr(datasets, name)(data_root, download=True, **half)
     except Exception as error:  # of the network, the disk, an archive, a pickle
-        problem = f"{name} is incomplete in {data_root} and could not be fetched ({one_line(error)})"
+        problem = f"{name} is incomplete in {data_root} and could not be fetched ({fold_message(error)})"
         raise UsageError(f"{problem}: put it there by hand, or name another --data-root") from error
 
 
@@ -132,16 +132,16 @@ def _open_icons(data_root: Path, form: Form, split: str) -> ImageSet:
     content = load_data(path)
     concepts, designers = (content[name].tolist() for name in ("concepts", "sets"))
     column = ImageColumn(path, "icon", lambda: lambda row: as_file(content["pixels"][row]))
-    split_of, part_of = (
+    split_by_concept, part_of = (
         {name: part for part in SPLITS for name in names[part]}
         for names in (published, published["designers"])
     )
     groups: dict[str, dict[str, list[ImagePath]]] = {part: defaultdict(list) for part in SPLITS}
-    if {*concepts} != {*split_of}:
+    if {*concepts} != {*split_by_concept}:
         raise UsageError(f"{path} has other concepts than the published ones: {command} draws them")
     for row, (concept, designer) in enumerate(zip(concepts, designers, strict=True)):
-        if split == "concept" or part_of[designer] == split_of[concept]:
-            groups[split_of[concept]][concept].append(StoredImage(column, row))
+        if split == "concept" or part_of[designer] == split_by_concept[concept]:
+            groups[split_by_concept[concept]][concept].append(StoredImage(column, row))
     least = ICON_DRAWINGS[split]
     groups = {part: {n: i for n, i in group.items() if len(i) >= least} for part, group in groups.items()}
     source = f"--icons-split {split}"

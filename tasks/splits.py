@@ -31,33 +31,33 @@ PARTS += "|support|quer(y|ies)|gallery"
 FILLERS = {"meta", "set", "data", "images", "image", "imgs", "img", "classes", "class", "split"}
 
 
-def _words(name: str) -> list[str]:
+def _split_words(name: str) -> list[str]:
     """Return the words of a name in lower case: of metatrain and trainset, "train"."""
     words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)
     return [re.sub("^meta(?=.)|(?<=.)set$", "", word.lower()) for word in words]
 
 
-def split_of(name: str) -> str | None:
+def parse_split(name: str) -> str | None:
     """Return the split that a folder or list is named after: Train, val2017, meta-test, images_background."""
-    words = [word for word in _words(name) if word not in FILLERS]
+    words = [word for word in _split_words(name) if word not in FILLERS]
     return SPLIT_WORDS.get(words[0]) if len(words) == 1 else None
 
 
 def is_plain(name: str) -> bool:
     """Return whether a name says a split by itself: train or images_background, but not base."""
-    words = {*_words(name)}
-    return split_of(name) is not None and bool(words & {*PLAIN_WORDS} or words & FILLERS)
+    words = {*_split_words(name)}
+    return parse_split(name) is not None and bool(words & {*PLAIN_WORDS} or words & FILLERS)
 
 
 def split_hinted(name: str) -> str | None:
     """Return a split that a name of several words mentions: test for trial_test_2."""
-    return next((PLAIN_WORDS[word] for word in _words(name) if word in PLAIN_WORDS), None)
+    return next((PLAIN_WORDS[word] for word in _split_words(name) if word in PLAIN_WORDS), None)
 
 
-def part_hinted(name: str) -> str | None:
+def find_split_hint(name: str) -> str | None:
     """Return the split that a name says or mentions; the name itself where it is only like a part's."""
-    like = any(re.fullmatch(PARTS, word) for word in _words(name))
-    return split_of(name) or split_hinted(name) or (name if like else None)
+    like = any(re.fullmatch(PARTS, word) for word in _split_words(name))
+    return parse_split(name) or split_hinted(name) or (name if like else None)
 
 
 def shuffle(names: Iterable[str], purpose: str) -> list[str]:
@@ -139,15 +139,17 @@ def divide_classes(
 
 def check_disjoint(splits: Mapping[str, Iterable[str]], source: str) -> None:
     """Raise a UsageError that names the source if a name is in two splits, or twice in one."""
-    split_of: dict[str, str] = {}
+    split_by_name: dict[str, str] = {}
     for split, members in splits.items():
         for name in members:
-            if name in split_of:
+            if name in split_by_name:
                 where = (
-                    f"in {split_of[name]} and in {split}" if split_of[name] != split else f"twice in {split}"
+                    f"in {split_by_name[name]} and in {split}"
+                    if split_by_name[name] != split
+                    else f"twice in {split}"
                 )
                 raise UsageError(f"{source}: {name} is {where}: leave it once")
-            split_of[name] = split
+            split_by_name[name] = split
 
 
 def as_positions(splits: Mapping[str, Iterable[str]], names: Sequence[str], source: str) -> dict[str, Tensor]:

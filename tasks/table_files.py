@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import UsageError, one_line
+from common.errors import UsageError, fold_message
 from tasks.file_tasks import LFS_POINTER, explain
 
 SEPARATORS = (",;\t|", ":~^#&!/\x1f ")  # the second where none of the first fits; a space may be repeated
@@ -153,7 +153,7 @@ class TableFile:
         try:
             return column.cast(kind, safe=False).combine_chunks()
         except (ValueError, NotImplementedError) as error:  # pyarrow's, which names any cell, and no row
-            position, problem = _find_failure(column, kind) or (0, one_line(error))
+            position, problem = _find_failure(column, kind) or (0, fold_message(error))
             if "struct" in str(column.type) or "binary" in str(column.type):
                 problem = "holds bytes; images are read with --dataset images:FILE"
             row = position // width + 1
@@ -202,5 +202,5 @@ def _find_failure(column: Any, kind: str) -> tuple[int, str] | None:
         try:
             cell.cast(kind, safe=False)
         except (ValueError, NotImplementedError) as error:
-            return position, one_line(error)
+            return position, fold_message(error)
     return None

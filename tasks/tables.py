@@ -281,8 +281,8 @@ class TableTasks(TaskDistribution):
         numbers, rows = group[order].unique_consecutive(return_counts=True)
         groups = torch.bincount(numbers // classes)
         self._check_sizes(numbers, rows, groups)
-        self.x = self._scaled("input", table.x[order])
-        self.y = None if self.classification else self._scaled("target", table.y[order])
+        self.x = self._scale("input", table.x[order])
+        self.y = None if self.classification else self._scale("target", table.y[order])
         self.splits = {split: positions.to(self.device) for split, positions in table.splits.items()}
         self.groups = groups.to(self.device)  # [tasks], the number of groups of each
         self.first_group = self.groups.cumsum(0) - self.groups
@@ -306,7 +306,7 @@ class TableTasks(TaskDistribution):
             way = f"lower them, or leave those out with --min-examples {needed}"
             raise UsageError(f"{table.source}: {', '.join(least)} has {few}: {way}")
 
-    def _scaled(self, part: str, values: Tensor) -> Tensor:
+    def _scale(self, part: str, values: Tensor) -> Tensor:
         """Return inputs or targets as tasks have them, on the device."""
         source = self.table.source
         scaled = apply_scale(values, self.scales, part, source).to(self.dtype)

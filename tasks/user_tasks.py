@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import UsageError, printable
+from common.errors import UsageError, escape_text
 from common.task import UserTask
 from tasks.file_tasks import explain
 from tasks.folders import EXTENSIONS, HIDDEN, class_folders, image_files
@@ -53,8 +53,8 @@ def read_task_folder(
         support_x=x[: len(labels)],
         support_y=torch.tensor(labels, device=device),
         query_x=x[len(labels) :],
-        classes=[printable(name) for name in classes],
-        query_names=[printable(file.name) for file in queries],
+        classes=[escape_text(name) for name in classes],
+        query_names=[escape_text(file.name) for file in queries],
     )
 
 
@@ -164,9 +164,9 @@ def read_task_table(
         classes, targets = [], y[support]
         if classification:
             labels, targets = targets.unique(return_inverse=True)
-            classes = [printable(table.classes[label]) for label in labels.tolist()]
+            classes = [escape_text(table.classes[label]) for label in labels.tolist()]
         task = UserTask(
-            name=printable(name) if len(table.tasks) > 1 else "",
+            name=escape_text(name) if len(table.tasks) > 1 else "",
             support_x=x[support].to(device, dtype),
             support_y=targets.to(device, None if classification else dtype),
             query_x=x[query].to(device, dtype),

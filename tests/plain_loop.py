@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common.batch import TaskBatch, arguments_of, tree_map
+from common.batch import TaskBatch, make_arguments, tree_map
 from common.task import Extras
 from learners.elementary import Elementary
 from maml import MAML
@@ -79,7 +79,7 @@ def key_of(keys, purpose: str, step: int = 0):
 
 def run(module: nn.Module, weights: dict, x, key=None):
     """Return the module's outputs; its changed buffers stay, detached, as running statistics do."""
-    positional, named = arguments_of(x)
+    positional, named = make_arguments(x)
     # the kernel that has two derivatives; PyTorch's functions, unless random numbers have to be the same
     with sdpa_kernel(SDPBackend.MATH), nullcontext() if key is None else Elementary(key):
         # of a copy: the call would leave its tensors in a module that is used twice

@@ -9,7 +9,7 @@ from runs import command, stop_at, train
 
 from commands import baselines
 from commands.call import Call
-from commands.resolve import config_of, resolve, resolve_from
+from commands.resolve import resolve, resolve_from, restore_config
 from common.device import set_up
 from dataset import Sinusoid
 from learner import build_learner
@@ -71,7 +71,7 @@ def scratch_loss_by_hand(iterations: int) -> float:
 
 
 def test_the_rate_of_a_baseline_is_the_best_on_validation_tasks(tmp_path, monkeypatch):
-    saved = config_of(load_checkpoint(train(tmp_path / "run", *SHORT) / "last.pt").settings, None)
+    saved = restore_config(load_checkpoint(train(tmp_path / "run", *SHORT) / "last.pt").settings, None)
     tested = []
 
     def evaluate(maml, parameters, *, distribution, split, tasks, steps, normalisations, world):
@@ -123,7 +123,10 @@ def test_baselines_take_the_tasks_and_the_budget_of_the_run_and_no_other_choice(
         assert (plain.training.vectorise, plain.training.tasks_at_once) == (False, 3)
         assert plain.choices.fast_weights == "all"
     ridge = resolve({"algorithm": "r2d2"})  # which takes no step, and is compared with what does
-    assert (ridge.evaluation.eval_steps, baselines.scratch_settings(ridge).evaluation.eval_steps) == (0, 10)
+    assert (ridge.evaluation.eval_steps, baselines.derive_scratch_settings(ridge).evaluation.eval_steps) == (
+        0,
+        10,
+    )
     reptile = resolve({"algorithm": "reptile", "dataset": "omniglot"})
     tested = resolve_from(reptile, {"queries": 15}, evaluate=True)
     assert baselines.plain_flags(tested, "maml", testing=True)["queries"] == 15

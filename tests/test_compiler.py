@@ -62,7 +62,7 @@ def iteration(
         "grad_clip": 0.5,
         "grad_clip_norm": 0.3,
     }
-    settings = resolve({"dataset": "sinusoid"}).replaced(**options | (training or {}))
+    settings = resolve({"dataset": "sinusoid"}).replace_settings(**options | (training or {}))
     step = MetaStep(
         maml,
         Sinusoid(4, 3, dtype=torch.float64),
@@ -139,7 +139,7 @@ def test_a_compiled_iteration_on_images_equals_the_uncompiled_one(
     splits = {"train": torch.arange(12), "validation": torch.arange(0), "test": torch.arange(0)}
     images = ImageSet([str(c) for c in range(12)], torch.full([12], 5), splits, lambda: pixels, "images")
     sizes = dict(ways=ways, shots=shots, queries=2, quarter_turns=True, dtype=torch.float64)
-    settings = resolve({"dataset": "omniglot"}).replaced(meta_batch_size=4, iterations=9)
+    settings = resolve({"dataset": "omniglot"}).replace_settings(meta_batch_size=4, iterations=9)
     seed = {"seed": torch.tensor(5)}
     accelerate, states = active_compiler(tmp_path), []
     for fast in (accelerate, run_as_is):
@@ -194,7 +194,7 @@ def test_accelerated_predictions_are_the_plain_ones(head_init, real, tmp_path):
             torch.testing.assert_close(outputs, plain[name], rtol=1e-12, atol=1e-12)
     functions = 2 + (head_init != "learned")  # a step, the predictions after it, and the computed head
     assert len(made) == functions and accelerate.compiled == functions * real
-    with fast.at_rate(0.1), maml.at_rate(0.1):  # a rate is part of what was compiled
+    with fast.use_rate(0.1), maml.use_rate(0.1):  # a rate is part of what was compiled
         slower = maml.predictions(parameters, batch, 3)["transductive"]
         torch.testing.assert_close(fast.predictions(parameters, batch, 3)["transductive"], slower)
 

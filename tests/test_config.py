@@ -13,7 +13,7 @@ from commands import parser
 from commands.call import ALL_FLAGS
 from commands.config import CONFIG_FLAGS, Config
 from commands.names import describe
-from commands.resolve import config_of, resolve, resolve_from
+from commands.resolve import resolve, resolve_from, restore_config
 from commands.rules import ONLY
 from common.errors import UsageError
 from learners.options import LEARNERS
@@ -273,7 +273,7 @@ def test_settings_survive_a_checkpoint_and_missing_ones_take_their_default():
     for lost in (None, *plain):
         saved = {name: value for name, value in plain.items() if name != lost}
         expected = plain | ({"algorithm": "maml"} if lost == "algorithm" else {})
-        assert config_of(saved, None).values() == expected, lost
+        assert restore_config(saved, None).values() == expected, lost
 
 
 @pytest.mark.parametrize(
@@ -286,7 +286,7 @@ def test_settings_survive_a_checkpoint_and_missing_ones_take_their_default():
 )
 def test_a_checkpoints_settings_are_checked(change, message):
     with pytest.raises(UsageError, match=message):
-        config_of(settings_of("").values() | change, None)
+        restore_config(settings_of("").values() | change, None)
 
 
 def test_flags_override_a_checkpoints_settings_only_where_they_may():

@@ -13,7 +13,7 @@ from common.processes import World
 from dataset import Sinusoid
 from evaluation import meta_test
 from evaluation.examples import adapt_examples, examples_figure
-from evaluation.meta_test import DIVERGENCE, Evaluation, diverged, evaluate, mean_and_interval
+from evaluation.meta_test import DIVERGENCE, Evaluation, evaluate, find_diverged, mean_and_interval
 from evaluation.tables import Caption, evaluation_record, results_of, results_table
 from learner import build_learner
 from maml import MAML
@@ -100,7 +100,7 @@ def test_chunks_processes_and_skipped_tasks_change_no_number(monkeypatch):
 def test_both_readings_of_batch_norm_and_the_running_statistics_are_measured():
     maml = classifier(steps=2, batch_norm="per-step")
     statistics = maml.initial_statistics()
-    names = meta_test.normalisations_of(maml, statistics)
+    names = meta_test.list_normalisations(maml, statistics)
     assert names == ("transductive", "inductive", "per-step")
     result = measured(maml, normalisations=names, statistics=statistics)
     assert list(result.losses) == list(result.accuracies) == list(names)
@@ -108,7 +108,7 @@ def test_both_readings_of_batch_norm_and_the_running_statistics_are_measured():
     assert (
         result.accuracies["transductive"][:, -1].mean() > 0.5 > result.accuracies["transductive"][:, 0].mean()
     )
-    assert meta_test.normalisations_of(regressor(), {}) == ("transductive",)
+    assert meta_test.list_normalisations(regressor(), {}) == ("transductive",)
 
 
 def test_an_evaluation_can_be_interrupted_before_a_chunk():
@@ -138,18 +138,23 @@ def test_examples_are_the_tasks_that_are_measured_and_curves_have_a_dense_grid()
 
 def test_a_loss_has_diverged_where_it_has_grown_tenfold_and_not_where_it_has_fallen():
     losses = torch.tensor([[-3.0, -3.5, -4.0], [-2.0, -2.1, 40.0], [0.01, -1.0, 5.0], [-1.0, 7.0, torch.nan]])
-    assert diverged(losses).tolist() == [[False] * 3, [False, False, True], [False] * 3, [False, False, True]]
+    assert find_diverged(losses).tolist() == [
+        [False] * 3,
+        [False, False, True],
+        [False] * 3,
+        [False, False, True],
+    ]
     positive = losses.abs().nan_to_num(200.0)
     limit = DIVERGENCE * torch.fmax(positive[:, :1], positive[:, 0].median())
-    assert torch.equal(diverged(positive), positive > limit) and diverged(positive).any()
+    assert torch.equal(find_diverged(positive), positive > limit) and find_diverged(positive).any()
 
 
 def test_a_hard_task_has_not_diverged_and_a_majority_can():
     losses = torch.full((10, 2), 1.0)
     losses[0] = torch.tensor([20.0, 150.0])  # hard, and not ten times its own loss
-    assert not diverged(losses).any()
+    assert not find_diverged(losses).any()
     losses[:6] = torch.inf  # most of them, and before adaptation
-    assert diverged(losses).sum(0).tolist() == [6, 6]
+    assert find_diverged(losses).sum(0).tolist() == [6, 6]
 
 
 def test_the_interval_covers_the_mean_in_95_of_100_experiments():

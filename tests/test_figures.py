@@ -87,7 +87,7 @@ def test_a_picture_is_opaque_and_keeps_its_style_outside_of_the_function_that_dr
     ("least", "scale", "bottom"), [(3.0, "linear", 2.95), (1.0, "linear", 0.0), (0.01, "log", 0.0)]
 )
 def test_the_axis_of_a_loss_shows_its_range(least, scale, bottom):
-    with style.styled():
+    with style.use_style():
         panel = style.new_figure(4, 3).subplots()
         panel.plot([4.0, least])
         style.label_axes(panel, "iteration", "MSE")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from commands import parser
 from commands.call import ALL_FLAGS, check_call
-from commands.members import members_of
+from commands.members import list_members
 from commands.resolve import resolve
 from common import errors
 from common.errors import UsageError
@@ -103,7 +103,7 @@ def test_any_flags_are_settled_or_refused_in_one_line(line):
     try:
         flags = parser.parse(line)
         call = check_call(flags)
-        members_of(call, flags)
+        list_members(call, flags)
         if call.load is None and not call.compare:
             resolve(flags)
     except UsageError as error:

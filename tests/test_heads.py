@@ -237,7 +237,7 @@ def test_prototypes_under_running_statistics_do_not_depend_on_the_other_classes(
     others = torch.where(task.support_y[:, None] == 0, task.support_x, task.support_x + 1)
     running = {name: s + torch.tensor([[0.3], [2.0]]) for name, s in maml.initial_statistics().items()}
     for statistics in (running, None):
-        with maml.running() if statistics else nullcontext():
+        with maml.use_running_statistics() if statistics else nullcontext():
             first, second = (
                 maml.start(parameters, Task(x, task.support_y), statistics).fast["head.weight"][0]
                 for x in (task.support_x, others)

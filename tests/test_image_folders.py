@@ -10,7 +10,7 @@ from common.errors import UsageError
 from tasks.image_tasks import ImageTasks
 from tasks.images import ImageSet, open_images
 from tasks.pixels import Form
-from tasks.splits import part_hinted, split_of
+from tasks.splits import find_split_hint, parse_split
 
 FOR_TEST = {"train": 0, "validation": 0, "test": 1}
 
@@ -35,7 +35,7 @@ train2017 val2017 test2017, train_images val_images test_images, trainset devset
 
 def test_usual_names_of_splits_are_known():
     for names in USUAL.split(","):
-        assert [split_of(name) for name in names.split()] == ["train", "validation", "test"], names
+        assert [parse_split(name) for name in names.split()] == ["train", "validation", "test"], names
 
 
 @pytest.mark.parametrize("names", ["TRAIN VALID TEST", "base val novel"])
@@ -148,7 +148,7 @@ def test_what_looks_like_a_split_and_is_none_is_refused(case, tmp_path):
 
 def test_names_that_only_hint_at_a_part_of_a_split_are_known():
     names = ("cub_test_a", "tr", "va", "te", "fold0", "support", "query", "vald", "Validierung")
-    assert all(map(part_hinted, names)) and not any(map(split_of, names))
+    assert all(map(find_split_hint, names)) and not any(map(parse_split, names))
 
 
 def test_a_folder_of_test_classes_serves_for_a_test(tmp_path):

@@ -86,7 +86,7 @@ def test_sides_with_different_normalisations_are_compared_as_trained_and_with_ea
 def test_only_settings_that_differ_are_shown():
     one = side("one", losses(AFTER), **{"--oracle": "no", "--noise": "0.0", "--steps": "1"})
     other = side("other", losses(AFTER), **{"--steps": "5", "--noise": "0.0"})
-    assert paired.differing_settings([one, other]) == ["--steps"]
+    assert paired.list_differing_settings([one, other]) == ["--steps"]
     assert paired.settings_table([one, other]).splitlines()[1].split() == ["--steps", "1", "5"]
     assert paired.settings_table([one, one]) == "All settings are the same."
 

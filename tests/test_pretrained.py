@@ -11,7 +11,7 @@ from conftest import ROOT
 from runs import command
 
 from commands.parser import parse
-from commands.resolve import config_of, resolve, select_learned
+from commands.resolve import resolve, restore_config, select_learned
 from training.checkpoint import load_checkpoint
 from training.folders import BEST
 
@@ -36,7 +36,7 @@ def test_a_file_is_the_one_its_card_names_and_holds_only_an_initialisation(name)
     assert hashlib.sha256(file.read_bytes()).hexdigest() == card["sha256"]
     assert checkpoint.exp_avg == {} and file.stat().st_size < 2**20
     assert {weight.dtype for weight in checkpoint.parameters.values()} == {torch.float32}
-    config = config_of(checkpoint.settings, file)
+    config = restore_config(checkpoint.settings, file)
     assert select_learned(resolve(parse(shlex.split(card["trained_by"])[2:]))) == select_learned(config)
     assert (checkpoint.iteration, config.training.seed) == (card["iteration"], card["seed"])
 

@@ -11,7 +11,7 @@ from runs import command
 from torch.distributed.run import get_args_parser
 
 from commands.call import check_call
-from commands.members import members_of
+from commands.members import list_members
 from commands.parser import build_parser, parse
 from commands.presets import ALGORITHMS
 from commands.resolve import resolve
@@ -50,7 +50,7 @@ def test_the_commands_of_a_page_have_valid_flags(page, monkeypatch):
         given = parse(shlex.split(line, comments=True))
         call = check_call(given)
         if not {"load", "compare"} & given.keys():
-            members_of(call, given)
+            list_members(call, given)
             resolve(given)
     for line in command_lines(page, "python (?=[a-z]+/)"):
         assert (ROOT / line.split()[0]).is_file(), line

@@ -119,7 +119,7 @@ def test_a_gradient_on_the_cpu_may_fall_on_the_other_side_of_a_kink_in_two_meta_
 def test_the_first_methods_come_first_in_all_tables_of_a_group():
     options = reproduce.parse_arguments(["icons"])
     assert [table.name for table in options.tables] == [n for n in TABLES if n.startswith("icons-")]
-    order = [(run.table.name, run.method, run.seed) for run in reproduce.runs_of(options)]
+    order = [(run.table.name, run.method, run.seed) for run in reproduce.list_runs(options)]
     assert order[:4] == [*((table.name, "maml", 0) for table in options.tables), (order[0][0], "maml++", 0)]
     assert {seed for name, _, seed in order if "20way" in name} == {0} and len({*order}) == len(order)
     assert [t.name for t in reproduce.parse_arguments(["sinusoid", "sinusoid"]).tables] == ["sinusoid"]

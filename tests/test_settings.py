@@ -9,7 +9,7 @@ import main
 from commands import presets
 from commands.call import check_call
 from commands.config import Config
-from commands.members import members_of
+from commands.members import list_members
 from commands.parser import parse
 from commands.resolve import resolve
 from commands.settings import render_settings
@@ -115,7 +115,7 @@ def test_flags_win_over_the_file_and_keep_their_whole_meaning(file, flags, alone
 
 def test_seeds_and_sweeps_win_over_the_file(write):
     given = parse(f"{write('--seed 3 --inner-lr 0.5 -s 2')} --seeds 0-1 --sweep inner-lr=0.1,0.2".split())
-    _, configs = members_of(check_call(given), given)
+    _, configs = list_members(check_call(given), given)
     assert {(c.training.seed, c.choices.inner_lr, c.choices.steps) for c in configs.values()} == {
         (seed, rate, 2) for seed in (0, 1) for rate in (0.1, 0.2)
     }

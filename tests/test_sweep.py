@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from runs import assert_same_run, command, curves, stop_at, train
 
 from commands.call import Call
-from commands.members import members_of, parse_seeds, setting_of
+from commands.members import extract_setting, list_members, parse_seeds
 from training import trainer
 from training.checkpoint import load_checkpoint
 from training.folders import BEST, LAST
@@ -291,8 +291,8 @@ def test_seeds_are_distinct_numbers_and_ranges(ranges):
 def test_a_runs_folder_is_named_after_its_setting_and_seed():
     long = "a" * 50
     call = Call(sweep=(f"learner={long}/x.py:net,{long}/y.py:net", "s=1,2", "oracle=yes"), seeds="0,1")
-    _, configs = members_of(call, {})
-    assert len(configs) == 8 and len(set(map(setting_of, configs))) == 4
+    _, configs = list_members(call, {})
+    assert len(configs) == 8 and len(set(map(extract_setting, configs))) == 4
     assert all(re.fullmatch(r"[a-z0-9._-]{1,90}", name) for name in configs)
     first, *_, last = configs.values()
     assert first.tasks.oracle and last.choices.steps == 2 and last.training.seed == 1

@@ -167,7 +167,7 @@ def test_images_on_another_drive_have_a_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "is_writable", lambda folder: True)
     (tmp_path / "image").touch()
     image = np.arange(4, dtype=np.uint8).reshape(1, 2, 2)
-    pixels = cache.cached_pixels(tmp_path, [tmp_path / "image"], (), (1, 1, 2, 2), lambda: [image])
+    pixels = cache.cache_pixels(tmp_path, [tmp_path / "image"], (), (1, 1, 2, 2), lambda: [image])
     assert pixels.flatten().tolist() == [0, 1, 2, 3]
 
 

@@ -14,7 +14,7 @@ from targets import ADAPT, BUSY, COLD, COMPILED, FIVE_WAY, HIGHER, ONE, REDUCED,
 
 
 def test_the_page_says_what_the_record_says():
-    text = targets.text_of(read_json(ROOT / "benchmarks" / "results" / "targets.json"))
+    text = targets.describe_record(read_json(ROOT / "benchmarks" / "results" / "targets.json"))
     assert f"<!-- targets -->\n{text}<!-- /targets -->" in (ROOT / "docs" / "speed.md").read_text()
 
 
@@ -31,7 +31,7 @@ def test_a_target_is_met_on_its_own_side_of_the_limit():
 
 @pytest.mark.parametrize(("end", "code"), [("pass", 0), ("os.kill(os.getpid(), 9)", -9)])
 def test_busy_processes_end_with_what_they_were_started_for(end, code):
-    line = [sys.executable, "-c", f"import os, targets\nwith targets.busy_processes(2): {end}"]
+    line = [sys.executable, "-c", f"import os, targets\nwith targets.occupy_cores(2): {end}"]
     # returns when nobody holds its output any more
     done = subprocess.run(line, cwd=ROOT / "benchmarks", stdout=subprocess.PIPE, timeout=60, check=False)
     assert done.returncode == code

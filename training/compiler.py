@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from common.errors import one_line
-from common.files import one_at_a_time, user_cache, write_whole
+from common.errors import fold_message
+from common.files import find_user_cache, take_turns, write_whole
 
 Function = Callable[..., Any]
 
@@ -57,7 +57,7 @@ def cpp_compiler() -> str | None:
     return shutil.which(cpp_compiler_name())
 
 
-def why_uncompiled(device: torch.device) -> str | None:
+def explain_uncompiled(device: torch.device) -> str | None:
     """Return a line that says what this machine lacks to compile for a device; None if it lacks nothing."""
     if device.type != "mps" and cpp_compiler():
         return None
@@ -66,7 +66,7 @@ def why_uncompiled(device: torch.device) -> str | None:
 
 def cache_folder() -> Path:
     """Make the folder of compiled functions; raise CompilationError if it is another user's: code is run."""
-    folder = user_cache() / "compiled"
+    folder = find_user_cache() / "compiled"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if hasattr(os, "geteuid") and folder.stat().st_uid != os.geteuid():
         raise CompilationError(f"{folder} is another user's: name a folder of your own in XDG_CACHE_HOME")
@@ -135,13 +135,13 @@ class Compiler:
             with warnings.catch_warnings(action="ignore"), torch.enable_grad():
                 graph, output_structure = _trace(function, tensors, structure)
                 path = (self.folder or cache_folder()) / f"{self._key(graph, tensors, options)}.pt2"
-                with one_at_a_time(path.with_suffix(".lock"), interrupted=self.interrupted):
+                with take_turns(path.with_suffix(".lock"), interrupted=self.interrupted):
                     if not is_whole(path):  # another process may have just built it
                         self._build(graph, tensors, options, path)
                         self.compiled += 1
                     return load_library(path, output_structure)
         except Exception as error:  # a compiler may fail in any way; the run continues without it
-            raise CompilationError(one_line(error)[:200]) from error
+            raise CompilationError(fold_message(error)[:200]) from error
         finally:
             self._tracing = False
             logging.disable(log_level)

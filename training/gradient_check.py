@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common.batch import TaskBatch, first_tensor, in_type, tree_map
+from common.batch import TaskBatch, cast_tree, first_tensor, tree_map
 from common.optimizers import Weights
 from common.task import Task
 from maml import MAML, RATE
@@ -102,13 +102,13 @@ class Definition:
         fresh = self.maml.initial_parameters()  # those of inner steps have fewer rows
         self.parameters = {n: parameters[n][: len(w)] if w.dim() else parameters[n] for n, w in fresh.items()}
         self.parameters = {
-            n: _shaken(w.to(dtype)) if n in maml.initial else w.to(dtype) for n, w in self.parameters.items()
+            n: _shake(w.to(dtype)) if n in maml.initial else w.to(dtype) for n, w in self.parameters.items()
         }
         if maml.choices.head_init != "prototype":  # which needs an example of each class
             shape = first_tensor(batch.support_x).shape[2:]  # of an example
             count = IMAGES if len(shape) > 2 and shape.numel() > LARGE else EXAMPLES
             batch = tree_map(lambda t: t[:, :count] if t.dim() > 1 else t, batch)  # ways have no examples
-        self.batch, self.keys = in_type(batch, dtype), keys
+        self.batch, self.keys = cast_tree(batch, dtype), keys
         self.step_weights = None
         if maml.choices.objective == "multi-step":
             self.step_weights = torch.full((steps,), 1 / steps, dtype=dtype, device=keys.device)
@@ -243,7 +243,7 @@ class Definition:
         if (number, distance) not in self.slopes:
             direction = self.directions[number]
             ahead, behind = (
-                self.outer_loss(_moved(self.parameters, d, direction)) for d in (distance, -distance)
+                self.outer_loss(_move(self.parameters, d, direction)) for d in (distance, -distance)
             )
             self.slopes[number, distance] = (ahead - behind) / (2 * distance), ahead
         return self.slopes[number, distance]
@@ -325,7 +325,7 @@ class Definition:
                     end.fast, shared_weights
                 )
             step = distance / max(1.0, _norm(x))
-            ahead, behind = (support_gradients(_moved(end.fast, d, x), shared_weights) for d in (step, -step))
+            ahead, behind = (support_gradients(_move(end.fast, d, x), shared_weights) for d in (step, -step))
             of_fast, of_shared = (
                 {n: (a[n] - b[n]) / (2 * step) for n in a} for a, b in zip(ahead, behind, strict=True)
             )
@@ -405,7 +405,7 @@ class _FindStops(TorchFunctionMode):
         return result
 
 
-def _shaken(weight: Tensor) -> Tensor:
+def _shake(weight: Tensor) -> Tensor:
     """Move a weight a little, off the kinks and saddle points where weights of zero begin."""
     noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(
         weight
@@ -422,7 +422,7 @@ def _norm(weights: Weights) -> float:
     return torch.stack([w.norm() for w in weights.values()]).norm().item()
 
 
-def _moved(weights: Weights, distance: float, direction: Weights) -> Weights:
+def _move(weights: Weights, distance: float, direction: Weights) -> Weights:
     return {name: w + distance * direction[name] for name, w in weights.items()}
 
 

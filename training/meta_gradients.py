@@ -113,7 +113,7 @@ def implicit(maml: MAML, accelerate: Accelerate) -> Way:
             x = conjugate_gradients(product, v, choices.cg_steps)
             _, mixed = slopes(last.after.fast, shared.weights, x, *support)
             gradients = {n: g - mixed[n] / strength for n, g in gradients.items()}
-        return MetaGradient(_for_all(parameters, gradients | sum_over_tasks(x)), losses, outputs, {})
+        return MetaGradient(_fill_gradients(parameters, gradients | sum_over_tasks(x)), losses, outputs, {})
 
     return way
 
@@ -172,7 +172,7 @@ def reptile(maml: MAML, accelerate: Accelerate) -> Way:
             squares, mass = start.slots["square"], start.slots["count"]["mass"]
             moved |= {SQUARE + n: (s - state.slots["square"][n]).sum(0) for n, s in squares.items()}
             moved[MASS] = (mass - state.slots["count"]["mass"]).sum(0)
-        return MetaGradient(_for_all(parameters, moved), losses, outputs, {})
+        return MetaGradient(_fill_gradients(parameters, moved), losses, outputs, {})
 
     return way
 
@@ -197,7 +197,7 @@ def joint(maml: MAML, accelerate: Accelerate) -> Way:
 
     def way(parameters: Weights, tasks: Task, step_weights: Tensor | None) -> MetaGradient:
         gradients, losses, outputs = gradient(parameters, tasks)
-        return MetaGradient(_for_all(parameters, sum_over_tasks(gradients)), losses, outputs, {})
+        return MetaGradient(_fill_gradients(parameters, sum_over_tasks(gradients)), losses, outputs, {})
 
     return way
 
@@ -205,6 +205,6 @@ def joint(maml: MAML, accelerate: Accelerate) -> Way:
 # ---- dictionaries of tensors ---------------------------------------------------------------------
 
 
-def _for_all(parameters: Weights, gradients: Weights) -> Weights:
+def _fill_gradients(parameters: Weights, gradients: Weights) -> Weights:
     """Return gradients of all meta-parameters, zero for those without one."""
     return {name: gradients.get(name, torch.zeros_like(w)) for name, w in parameters.items()}

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from common.batch import TaskBatch
 from common.optimizers import Weights
-from evaluation.meta_test import diverged, loss_per_step
+from evaluation.meta_test import find_diverged, loss_per_step
 from maml import MAML
 
 LARGE = 100.0  # far from the 1 that initial weights and learning rates are made for
@@ -42,7 +42,7 @@ def find_cause(
     norm = maml.choices.query_norm
     outputs = maml.predictions(parameters, batch, maml.steps, (norm,), order=order, keys=inputs.get("keys"))
     losses = loss_per_step(maml, outputs[norm], batch)  # [tasks, steps + 1]
-    grown = diverged(losses).any(1)
+    grown = find_diverged(losses).any(1)
     if grown.any() and losses[:, 0].isfinite().all():
         if large := _find_large(batch):
             return large

@@ -23,9 +23,9 @@ from torch.func import vmap
 from common.batch import TaskBatch, TaskDistribution, first_tensor, stacked_trees, tree_map
 from common.optimizers import Weights
 from common.processes import ALONE, World
-from common.random import keys_of, minibatch_order, task_stream
+from common.random import derive_keys, minibatch_order, task_stream
 from common.task import Extras, Task
-from learners.reading import reading_of
+from learners.reading import choose_reading
 from maml import MAML
 from training.meta_gradients import make_meta_gradient, run_as_is
 from training.options import TrainingOptions
@@ -130,7 +130,7 @@ class MetaStep:
         accelerate: Callable[..., Callable[..., Any]] = run_as_is,
     ) -> None:
         self.maml, self.distribution, self.options = maml, distribution, options
-        self.reading = reading_of(maml.reading, distribution.most_ways)
+        self.reading = choose_reading(maml.reading, distribution.most_ways)
         self.members, self.world, self.tasks = dict(members), world, options.meta_batch_size
         parameters = maml.initial_parameters()
         self.layout, self.dtype = FlatLayout(parameters), next(iter(parameters.values())).dtype
@@ -150,7 +150,7 @@ class MetaStep:
         whole = partial(accelerate, options=SAMPLING_OPTIONS) if distribution.computed else run_as_is
         self.at_once = distribution.computed and (maml.tasks_at_once or self.tasks) >= self.tasks
         self._whole = self._at_edge(self._iterate, whole)
-        self._sample = self._at_edge(self._sampled, whole)
+        self._draw = self._at_edge(self._sample, whole)
         self._send = self._at_edge(
             *(self._message_of_numbers, whole) if self.at_once else (self._message, run_as_is)
         )
@@ -213,7 +213,7 @@ class MetaStep:
         if self.at_once:
             return self._send(state, self.numbers)
         if self.distribution.computed:
-            return self._send(state, (self.numbers, self._sample(state, self.numbers)))
+            return self._send(state, (self.numbers, self._draw(state, self.numbers)))
         coming = 1 + (state.iteration.flatten()[0] if iteration is None else iteration)
         parts = [self.distribution.sample("train", seed, coming, self.share) for seed in self.seeds]
         batch = stacked_trees(parts) if self.several else parts[0]
@@ -224,16 +224,16 @@ class MetaStep:
     def _iterate(self, state: State, members: Members, numbers: Tensor) -> State:
         return self._update(state, members, self._message_of_numbers(state, members, numbers))
 
-    def _sampled(self, state: State, members: Members, numbers: Tensor) -> TaskBatch:
+    def _sample(self, state: State, members: Members, numbers: Tensor) -> TaskBatch:
         distribution = self.distribution.with_tensors(members)
         return distribution.sample("train", members["seed"], state.iteration + 1, numbers)
 
     def _message_of_numbers(self, state: State, members: Members, numbers: Tensor) -> Tensor:
-        return self._message(state, members, (numbers, self._sampled(state, members, numbers)))
+        return self._message(state, members, (numbers, self._sample(state, members, numbers)))
 
     def _message(self, state: State, members: Members, tasks: tuple[Tensor, TaskBatch]) -> Tensor:
         numbers, batch = tasks
-        with self.maml.at_rate(members.get("inner_lr")):
+        with self.maml.use_rate(members.get("inner_lr")):
             result = self.meta_gradient(
                 self.layout.unflatten(state.parameters),
                 batch,
@@ -293,13 +293,13 @@ class MetaStep:
             mask = Task.of(batch, Extras()).pooled_mask(axis=1) if pools else mask
             batches = stream.at("minibatches"), examples, choices.inner_batch, steps, mask
             inputs["order"] = minibatch_order(*batches)
-            inputs["keys"] = keys_of(stream) if self.draws else None
+            inputs["keys"] = derive_keys(stream) if self.draws else None
         if choices.objective == "multi-step":
             last = self.options.msl_iterations
             inputs["step_weights"] = multi_step_weights(iteration, steps, last, self.dtype)
         return inputs
 
-    def tasks_of(self, seed: int, iteration: int) -> tuple[TaskBatch, dict[str, Any]]:
+    def sample_tasks(self, seed: int, iteration: int) -> tuple[TaskBatch, dict[str, Any]]:
         """Return this process's tasks of a run's next iteration, and the meta-gradient's other inputs."""
         device = self.numbers.device
         batch = self.distribution.sample("train", seed, iteration + 1, self.share)

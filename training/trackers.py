@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from common.errors import UsageError, one_line
+from common.errors import UsageError, fold_message
 from common.files import read_json
 from evaluation.tables import plain_values, write_json
 from training.folders import LIST
@@ -53,7 +53,7 @@ class Tracker:
         except ImportError as error:
             raise UsageError(f"--report-to {name} needs a package: pip install {name}") from error
         except Exception as error:  # it may fail in any way: no account, no network, no disk
-            raise UsageError(f"--report-to {name}: {one_line(error):.300}") from error
+            raise UsageError(f"--report-to {name}: {fold_message(error):.300}") from error
         self.library, self.run, self.send = opened
         write_json(self.file, self.state)
 
@@ -95,7 +95,7 @@ class Tracker:
         """Say that the tracker fails, and that the run does not end for it."""
         if not self.has_warned:
             self.has_warned = True
-            reason = f"{type(error).__name__}: {one_line(error):.300}"
+            reason = f"{type(error).__name__}: {fold_message(error):.300}"
             what_happens = "the run continues, and sends what is missing there with the next checkpoint"
             warnings.warn(f"--report-to {self.name} fails ({reason}): {what_happens}", stacklevel=3)
 
@@ -107,7 +107,7 @@ def _open_wandb(folder: Path, identity: str, settings: Mapping[str, Any]) -> Ope
         project=os.environ.get("WANDB_PROJECT", "maml"),
         id=identity,
         name=folder.name,
-        group=_group_of(folder),
+        group=_name_group(folder),
         dir=folder,
         config=dict(settings),
         resume="allow",
@@ -127,7 +127,7 @@ def _open_trackio(folder: Path, identity: str, settings: Mapping[str, Any]) -> O
         trackio.init,
         project="maml",
         name=f"{folder.name}-{identity}",  # by which it is found again
-        group=_group_of(folder),
+        group=_name_group(folder),
         config=dict(settings),
         resume="allow",
         embed=False,
@@ -139,6 +139,6 @@ def _open_trackio(folder: Path, identity: str, settings: Mapping[str, Any]) -> O
 OPEN = {"wandb": _open_wandb, "trackio": _open_trackio}
 
 
-def _group_of(folder: Path) -> str | None:
+def _name_group(folder: Path) -> str | None:
     """Return the name of the sweep that the run belongs to, if any."""
     return folder.parent.name if (folder.parent / LIST).is_file() else None

@@ -20,9 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.batch import TaskDistribution
-from common.errors import LostError, UsageError, is_out_of_memory, one_line, reason_of
+from common.errors import LostError, UsageError, explain_error, fold_message, is_out_of_memory
 from common.processes import ALONE, World
-from learners.reading import reading_of
+from learners.reading import choose_reading
 from maml import MAML
 from training import nonfinite
 from training.checkpoint import Checkpoint, save_checkpoints
@@ -78,7 +78,7 @@ class Trainer:
             always = copy.copy(compiler)  # a resumed run validates before it compiles its step
             always.active = True
             self.predictor = maml.with_options(accelerate=always.or_plain)
-        accuracy = ["query_accuracy"] * reading_of(maml.reading, training_tasks.most_ways).has_accuracy
+        accuracy = ["query_accuracy"] * choose_reading(maml.reading, training_tasks.most_ways).has_accuracy
         self.metrics = ["query_loss", *accuracy, "meta_gradient_norm", *TAIL]  # of an iteration
         self.iteration = self.begun = runs[0].iteration
         self.window_size = runs[0].progress.window_size  # iterations since the last point of the curves
@@ -146,7 +146,7 @@ class Trainer:
         self.window_start, self.window_first = time.monotonic(), self.iteration
         if self._runs_to_validate():  # stopped before that
             self._validate()
-        while self.iteration < options.iterations and self._living_runs() and not self.stop.now:
+        while self.iteration < options.iterations and self._list_living_runs() and not self.stop.now:
             if not self._prepare_step():
                 break  # a signal
             self.step()
@@ -177,13 +177,13 @@ class Trainer:
     def _runs_to_validate(self) -> list[Run]:
         """Return the runs whose validation of the present iteration is to be done, or was interrupted."""
         due = self.iteration == self.options.iterations or self.iteration % self.options.val_every == 0
-        return [run for run in self._living_runs() if due and run.last_validation != self.iteration]
+        return [run for run in self._list_living_runs() if due and run.last_validation != self.iteration]
 
     def _end(self) -> int:
         """Write the results, and return the exit code."""
         self._update_runs()
         missing = bool(self._runs_to_validate())
-        for run in self._living_runs():
+        for run in self._list_living_runs():
             done = self.iteration - self.begun
             if done and run.skipped + int(run.state.sums[-2]) >= done and self.stop.signal is None:
                 run.failure = f"all {done:,} iterations were skipped: {self._find_cause(run)}"
@@ -193,7 +193,7 @@ class Trainer:
                     run.end()
         if self.stop.signal is not None and (missing or self.iteration < self.options.iterations):
             return 128 + self.stop.signal
-        return FAILED if len(self._living_runs()) < len(self.runs) else 0
+        return FAILED if len(self._list_living_runs()) < len(self.runs) else 0
 
     # ---- the step, and its compilation ------------------------------------------------------
 
@@ -204,12 +204,12 @@ class Trainer:
             self.maml.with_options(meta_gradient="first-order") if first_order else self.maml,
             self.training_tasks,
             self.options,
-            self._member_tensors(),
+            self._collect_member_tensors(),
             world=self.world,
             accelerate=self.compiler,
         )
 
-    def _member_tensors(self) -> dict[str, Tensor]:
+    def _collect_member_tensors(self) -> dict[str, Tensor]:
         """Return the numbers in which the runs differ, `[runs]`, by name; the seed of a single run."""
         like = next(iter(self.runs[0].parameters.values()))
         seeds = torch.tensor([run.training.seed for run in self.runs], device=like.device)
@@ -268,7 +268,9 @@ class Trainer:
             try:
                 self.meta_step = CudaGraph(self.plain_step, self.state)
             except RuntimeError as error:
-                self._say(f"Not recorded as a CUDA graph, kernels are launched one by one: {one_line(error)}")
+                self._say(
+                    f"Not recorded as a CUDA graph, kernels are launched one by one: {fold_message(error)}"
+                )
         return True
 
     def _compare(self, ahead: int) -> tuple[Tensor, Tensor]:
@@ -292,7 +294,7 @@ class Trainer:
 
     # ---- non-finite numbers -----------------------------------------------------------------
 
-    def _living_runs(self) -> list[Run]:
+    def _list_living_runs(self) -> list[Run]:
         return [run for run in self.runs if run.failure is None]
 
     def _stop_failed_runs(self) -> None:
@@ -302,7 +304,7 @@ class Trainer:
         """
         if self.options.on_nan == "stop":
             self._update_runs()
-            for run in self._living_runs():
+            for run in self._list_living_runs():
                 if run.is_non_finite:
                     self._fail(run)
 
@@ -322,8 +324,11 @@ class Trainer:
     def _find_cause(self, run: Run) -> str:
         """Return why a run's next iteration is non-finite, in words; all processes call it together."""
         step, cause = self.plain_step, None
-        with suppress(Exception), self.maml.at_rate(run.choices.inner_lr):  # the run is saved, this is a hint
-            tasks = step.tasks_of(run.training.seed, run.iteration)
+        with (
+            suppress(Exception),
+            self.maml.use_rate(run.choices.inner_lr),
+        ):  # the run is saved, this is a hint
+            tasks = step.sample_tasks(run.training.seed, run.iteration)
             cause = nonfinite.find_cause(step.maml, run.parameters, *tasks, first=step.share.start)
         return next(filter(None, self.world.gather(cause)), nonfinite.UNKNOWN)
 
@@ -342,13 +347,13 @@ class Trainer:
         """Write a checkpoint of these runs, or of all that have not failed; UsageError if that fails."""
         self._update_runs()
         # a run that has just become non-finite keeps its last checkpoint until `_fail`
-        chosen = [run for run in runs or self._living_runs() if run.writes and not run.is_non_finite]
+        chosen = [run for run in runs or self._list_living_runs() if run.writes and not run.is_non_finite]
         try:
             for run in chosen:
                 run.log.sync()  # the points that a checkpoint has seen are on the disk before it
             save_checkpoints({run.folder / name: self._checkpoint_of(run) for run in chosen})
         except OSError as error:
-            file, reason = error.filename or chosen[0].folder / name, reason_of(error)
+            file, reason = error.filename or chosen[0].folder / name, explain_error(error)
             raise UsageError(f"{file}: not saved ({reason}): free some space, and resume") from error
         if name == LAST:
             self.saved_at = time.monotonic()
@@ -441,7 +446,7 @@ class Trainer:
         with suppress(InterruptedError):
             for run in self._runs_to_validate():
                 lr = run.choices.inner_lr
-                with self.maml.at_rate(lr), self.predictor.at_rate(lr):
+                with self.maml.use_rate(lr), self.predictor.use_rate(lr):
                     if run.validate(self.predictor, tasks, self.world, self.stop.is_local):
                         self.save(BEST, [run])
                     if run.writes and (last or number in PICTURED):
