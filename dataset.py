@@ -276,9 +276,9 @@ class Custom(TaskDistribution):
 
     def __post_init__(self) -> None:
         options, name, self.ways = self.options, self.options.dataset, self.options.ways
-        given = {"ways": options.ways, "shots": self.shots, "queries": options.queries}
-        ranges = {name: (*Span.of(size),) for name, size in given.items() if isinstance(size, str)}
-        sizes = given | ranges
+        flags = {"ways": options.ways, "shots": self.shots, "queries": options.queries}
+        ranges = {name: (*Span.of(size),) for name, size in flags.items() if isinstance(size, str)}
+        sizes = flags | ranges
         factory = load_code(name, "--dataset")
         arguments = select_accepted(factory, sizes) | parse_arguments(options.dataset_args)
         self.source = call_factory(factory, name, "--dataset", **arguments)
@@ -390,9 +390,9 @@ class Custom(TaskDistribution):
                     return f"should give masks that are bool and {sizes[0]}, [tasks, examples]"
                 if not mask.any(1).all():
                     return "gives a task whose mask leaves no example"
-            known = (main >= 0) & (main < (self.most_ways or 0)) | (main == self.ignored)
-            known |= ~masks[0].view(*sizes[0], *(1,) * (main.dim() - 2)) if masks else False
-            if self.ways and (main.is_floating_point() or not known.all()):
+            valid = (main >= 0) & (main < (self.most_ways or 0)) | (main == self.ignored)
+            valid |= ~masks[0].view(*sizes[0], *(1,) * (main.dim() - 2)) if masks else False
+            if self.ways and (main.is_floating_point() or not valid.all()):
                 others = "" if self.ignored is None else f", or {self.ignored} (the loss's ignore_index)"
                 most = (self.most_ways or 0) - 1
                 return f"gives labels that are not int64 from 0 to {most}{others}"

@@ -73,44 +73,44 @@ def main(arguments: list[str]) -> int:
 
 def run(arguments: list[str]) -> int:
     """Parse and run one command line; errors propagate to `main`."""
-    given, command = {}, shlex.join(["main.py", *arguments])
+    flags, command = {}, shlex.join(["main.py", *arguments])
     try:
-        given = parse(arguments)
-        call = check_call(given)
+        flags = parse(arguments)
+        call = check_call(flags)
         if call.seeds or call.sweep:  # mistakes answer before PyTorch is imported
-            list_members(call, given)
+            list_members(call, flags)
         elif not (call.load or call.resume or call.compare):
-            config = resolve(given)
+            config = resolve(flags)
             if call.print_config:
-                print(render_settings(command, given, config), end="")
+                print(render_settings(command, flags, config), end="")
                 return 0
         from commands.build import join_job
 
         call, world = join_job(call)
     except UsageError as error:  # in all processes alike
-        raise AgreedError(add_lines(str(error), given)) from error
-    return dispatch(call, given, command, world)
+        raise AgreedError(add_lines(str(error), flags)) from error
+    return dispatch(call, flags, command, world)
 
 
-def dispatch(call: Call, given: Mapping[str, Any], command: str, world: World) -> int:
+def dispatch(call: Call, flags: Mapping[str, Any], command: str, world: World) -> int:
     """Call the command that the flags ask for."""
     from commands import adapt, baselines, compare, evaluate, export, runs, sweep, train
 
     if call.list_runs:
         return runs.list_runs(call)
     if call.adapt:
-        return adapt.adapt(call, given, command)
+        return adapt.adapt(call, flags, command)
     if call.save_weights:
         return export.export(call)
     if call.compare:
-        return compare.compare(call, given, command)
+        return compare.compare(call, flags, command)
     if call.baselines:
-        return baselines.baselines(call, given, command, world)
+        return baselines.baselines(call, flags, command, world)
     if call.eval:
-        return evaluate.evaluate(call, given, command, world)
+        return evaluate.evaluate(call, flags, command, world)
     if call.seeds or call.sweep:
-        return sweep.sweep(call, given, command, world)
-    return train.train(call, given, command, world)
+        return sweep.sweep(call, flags, command, world)
+    return train.train(call, flags, command, world)
 
 
 if __name__ == "__main__":

@@ -250,9 +250,9 @@ class MAML:
         yield Adapted(state.fast, shared, task.for_query(0), {})
         for step in range(steps):
             shared = self.shared_at(parameters, step, statistics)
-            state, _, seen, buffers = self.inner_step(state, shared, *task.at_step(step))
+            state, _, stats, buffers = self.inner_step(state, shared, *task.at_step(step))
             task = task.with_buffers(buffers)
-            yield Adapted(state.fast, shared, task.for_query(step + 1), seen)
+            yield Adapted(state.fast, shared, task.for_query(step + 1), stats)
 
     def adapt(
         self,
@@ -289,16 +289,16 @@ class MAML:
 
         With `step_weights` `[steps]`: the weighted sum of those after each step (Antoniou et al. 2019).
         """
-        losses, seen = [], []
+        losses, stats = [], []
         for step, after in enumerate(self.inner_loop(parameters, task, self.steps)):
-            query_seen: Weights = {}
+            query_stats: Weights = {}
             if step == self.steps or (step and step_weights is not None):
-                loss, (outputs, query_seen) = self.query_loss(after.fast, after.shared.weights, after.task)
+                loss, (outputs, query_stats) = self.query_loss(after.fast, after.shared.weights, after.task)
                 losses.append(loss)
             if step:
-                seen.append(mean_statistics(after.statistics, query_seen))
+                stats.append(mean_statistics(after.statistics, query_stats))
         total = losses[-1] if step_weights is None else (step_weights * torch.stack(losses)).sum()
-        return total, Outcome(losses[-1], outputs, stack_steps(seen))
+        return total, Outcome(losses[-1], outputs, stack_steps(stats))
 
     # ---- for all tasks ----------------------------------------------------------------------
 

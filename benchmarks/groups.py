@@ -92,8 +92,8 @@ class Data:
         for number, (x, y) in enumerate(groups):
             for draw in range(draws):
                 rows = np.random.default_rng([number, draw]).permutation(len(y))
-                known, others = rows[:support], rows[support:]
-                predicted = model(x[known], y[known], x[others])
+                support_rows, others = rows[:support], rows[support:]
+                predicted = model(x[support_rows], y[support_rows], x[others])
                 errors[number, draw] = np.mean((predicted - y[others]) ** 2)
         return errors.mean(1)
 
@@ -193,11 +193,11 @@ def fit_mixed(x: Rows, y: Rows, group: Rows, slopes: Sequence[int]) -> MixedMode
 
 def independent_columns(x: Rows) -> list[int]:
     """Return the columns that are no linear combination of a constant and columns before."""
-    kept: list[int] = []
+    columns: list[int] = []
     for column in range(x.shape[1]):
-        if np.linalg.matrix_rank(with_one(x[:, [*kept, column]])) == len(kept) + 2:
-            kept.append(column)
-    return kept
+        if np.linalg.matrix_rank(with_one(x[:, [*columns, column]])) == len(columns) + 2:
+            columns.append(column)
+    return columns
 
 
 # ---- the tool ------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def rounding(parts: frozenset[Part], *, first_layer: bool = True) -> Iterator[No
     with (
         patch.object(MAML, "inner_step", round_in_phase(INNER, MAML.inner_step)),
         patch.object(adjoint, "query_gradient", lambda maml: round_in_phase(QUERY, query(maml))),
-        patch.object(adjoint, "gradient_of_slopes", lambda *given: round_in_phase(BACK, slopes(*given))),
+        patch.object(adjoint, "gradient_of_slopes", lambda *args: round_in_phase(BACK, slopes(*args))),
         patch.object(im2col.Convolution, "forward", with_rounding(OUTPUTS, im2col.Convolution.forward)),
         patch.object(im2col.ImageGradient, "forward", with_rounding(IMAGES, im2col.ImageGradient.forward)),
         patch.object(im2col.KernelGradient, "forward", with_rounding(KERNELS, im2col.KernelGradient.forward)),

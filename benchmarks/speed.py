@@ -99,8 +99,8 @@ def compare_gradients(work: Work, contenders: Mapping[str, Contender]) -> dict[s
     """
     differences = dict.fromkeys(contenders, math.inf)
     for iteration in range(8):
-        whole = work.distribution.sample("train", 1, iteration, range(3))
-        batch = TaskBatch(*(part[:, :CHECKED] for part in whole))
+        sample = work.distribution.sample("train", 1, iteration, range(3))
+        batch = TaskBatch(*(part[:, :CHECKED] for part in sample))
         expected = contenders[OURS].gradient(batch)
         scale = max(np.abs(g).max() for g in expected.values())
         for name, contender in contenders.items():

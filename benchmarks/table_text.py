@@ -27,8 +27,8 @@ def find_row(table: Table, title: str, entry: Record) -> Record | None:
     test, steps, normalisation = table.columns[title]
     if not test:
         losses = [run["final_training_loss"]["mean"] for run in entry["runs"] if run["final_training_loss"]]
-        known = [math.nan if loss is None else loss for loss in losses]
-        return plain_values(asdict(Spread.over(known))) if known else None
+        values = [math.nan if loss is None else loss for loss in losses]
+        return plain_values(asdict(Spread.over(values))) if values else None
     measured = entry["tests"].get(test, {"results": {}})
     rows = {row["steps"]: row for row in measured["results"].get(normalisation, ())}
     alone = rows.get(0) if len(rows) == 1 else None  # it does not adapt

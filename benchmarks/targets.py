@@ -52,8 +52,8 @@ class Target(NamedTuple):
         if value is None:
             lacks = self.needs and (self.needs != PEERS or self.work in results)  # not just left out
             return [text, "", f"not measured: needs {self.needs}" if lacks else "not measured"]
-        met = value >= self.limit if "at least" in text else value <= self.limit
-        return [text, f"{value:.3g}", "met" if met else "not met"]
+        is_met = value >= self.limit if "at least" in text else value <= self.limit
+        return [text, f"{value:.3g}", "met" if is_met else "not met"]
 
 
 ONE, FIVE, FIVE_WAY, TWENTY_WAY = "sinusoid-1", "sinusoid-5", "omniglot-5-way", "omniglot-20-way"
@@ -166,14 +166,14 @@ def time_compiling(flags: Sequence[str]) -> float:
     by more than the run allows between compiled and uncompiled, and it stays uncompiled.
     """
     with tempfile.TemporaryDirectory() as folder:
-        given = [*flags, "--inner-lr", "0.001", "--compile", "on", "--checkpoint-path", folder]
+        arguments = [*flags, "--inner-lr", "0.001", "--compile", "on", "--checkpoint-path", folder]
         environment = os.environ | harness.redirect_caches(Path(folder))
         output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-        with subprocess.Popen(harness.main_line(given), env=environment, **output) as process:
+        with subprocess.Popen(harness.main_line(arguments), env=environment, **output) as process:
             try:
                 for text in process.stderr:
-                    if found := re.search(r"Compiled in ([\d.]+) s", text):
-                        return float(found[1])
+                    if match := re.search(r"Compiled in ([\d.]+) s", text):
+                        return float(match[1])
                     if "stays uncompiled" in text:
                         break
             finally:

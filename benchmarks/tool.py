@@ -57,13 +57,13 @@ class Assembly:
 
 def assemble(flags: Sequence[str], world: World = ALONE, seeds: int = 1) -> Assembly:
     """Assemble the run of these flags, or of several seeds; the first iteration waits for the compiler."""
-    given = parse(list(flags))
-    call, first = check_call(given), given.get("seed", 0)
-    everything = [
+    settings = parse(list(flags))
+    call, first = check_call(settings), settings.get("seed", 0)
+    assemblies = [
         assemble_run(Start(resolve(one)), Path(), one, "", call, world, checked={}, team=world)
-        for one in (given | {"seed": first + number} for number in range(seeds))
+        for one in (settings | {"seed": first + number} for number in range(seeds))
     ]
-    parts, runs = everything[0], [each.run for each in everything]
+    parts, runs = assemblies[0], [assembly.run for assembly in assemblies]
     config, compiler = parts.start.config, Compiler(parts.runtime.device)
     training_tasks = parts.distribution.resized(config.training_shots)
     trainer = Trainer(runs, parts.maml, training_tasks, parts.distribution, compiler, world, show=False)

@@ -69,12 +69,12 @@ def load(
     return maml, *fit_weights(start.file, start.source, maml, start.config)
 
 
-def adapt(call: Call, given: Mapping[str, Any], command: str) -> int:
+def adapt(call: Call, flags: Mapping[str, Any], command: str) -> int:
     """Adapt a checkpoint to each task of --adapt; write predictions, a picture and the adapted weights."""
     assert call.load is not None and call.adapt is not None
     source = load_checkpoint(call.load)
-    config = merge_settings(source, call.load, given)
-    runtime, norm = prepare(config, call), choose_normalisation(given, source)
+    config = merge_settings(source, call.load, flags)
+    runtime, norm = prepare(config, call), choose_normalisation(flags, source)
     start = Initialisation(call.load, source, config, runtime, norm)
     tasks = read_tasks(call.adapt, start)
     if call.save_weights and len(tasks) > 1:
@@ -145,12 +145,12 @@ def _read(task: UserTask, start: Initialisation, solution: Solution) -> Predicti
     """Return what the outputs for a task's query predict."""
     options, learner, count = start.config.tasks, start.config.learner, task.support_y[:1].numel()
     columns = Columns.parse(options.columns).targets
-    named = options.dataset.startswith("table:") or len(columns) == count
-    targets = columns if named else [f"y{n + 1}" for n in range(count)]
-    known = learner.loss in LOSSES or learner.outputs == "numbers"
+    has_names = options.dataset.startswith("table:") or len(columns) == count
+    targets = columns if has_names else [f"y{n + 1}" for n in range(count)]
+    predicts_targets = learner.loss in LOSSES or learner.outputs == "numbers"
     outputs, numbers, deviations = start.outputs(solution, task)
     parts = outputs, numbers, solution.reading, task.classes, targets
-    return read_predictions(*parts, predicts_targets=known, deviations=deviations)
+    return read_predictions(*parts, predicts_targets=predicts_targets, deviations=deviations)
 
 
 def _describe_predictions(prediction: Prediction, reading: Reading, config: Config) -> str:

@@ -50,16 +50,16 @@ SHARED = (
 )
 
 
-def baselines(call: Call, given: Mapping[str, Any], command: str, world: World) -> int:
+def baselines(call: Call, flags: Mapping[str, Any], command: str, world: World) -> int:
     """Measure a checkpoint and its baselines on the same test tasks; return the exit code."""
     assert call.load is not None
-    (subject,) = measure([call.load], call, given, command, world)
+    (subject,) = measure([call.load], call, flags, command, world)
     folder, saved = call.load.parent / "baselines", subject.trained
     if world.first:
         print(announce(saved, folder), flush=True)
-    for name, flags in plan_baselines(saved).items():
+    for name, baseline in plan_baselines(saved).items():
         start = replace(call, eval=False, load=None, out=None, resume=True)
-        if code := train(replace(start, checkpoint_path=folder, run_name=name), flags, command, world):
+        if code := train(replace(start, checkpoint_path=folder, run_name=name), baseline, command, world):
             print("To resume: the same command", flush=True)
             return code
     algorithm, norm = saved.choices.algorithm, saved.choices.query_norm
@@ -150,8 +150,8 @@ def measure_baselines(
     for name, parameters in starts.items():
         how: dict[str, Any] = {"split": "test", "tasks": config.evaluation.eval_tasks, "steps": steps}
         if name == "oracle":  # it is given the answer, not examples
-            told = resolve(plain_flags(config, "pretrain", testing=True) | {"oracle": True})
-            how["distribution"], oracle = build(told, call, runtime)
+            oracle_config = resolve(plain_flags(config, "pretrain", testing=True) | {"oracle": True})
+            how["distribution"], oracle = build(oracle_config, call, runtime)
             results[name, "not adapted"] = test(oracle, parameters, **how | {"steps": 0})
             continue
         rule, losses = rules[name], {}

@@ -279,7 +279,7 @@ class Assembly:
 def assemble(
     start: Start,
     folder: Path,
-    given: Mapping[str, Any],
+    flags: Mapping[str, Any],
     command: str,
     call: Call,
     world: World,
@@ -293,7 +293,7 @@ def assemble(
     Raises UsageError where data, learner, loss or checkpoint do not fit each other.
     """
     runtime = prepare(start.config, call, world)
-    config, source = _fit_to_machine(start, given, runtime), start.checkpoint
+    config, source = _fit_to_machine(start, flags, runtime), start.checkpoint
     scales = start.resumed.scales if start.resumed else None
     distribution, maml = build(config, call, runtime, saved=source, scales=scales)
     if start.file is not None and start.resumed is not None:
@@ -301,14 +301,14 @@ def assemble(
     if maml.call.unpads:
         config = config.replace_settings(vectorise=False, compile="off")
     parameters, reading = _choose_weights(start, maml), choose_reading(maml.reading, distribution.most_ways)
-    free = not start.resumed and given.get("engine", "auto") == "auto"
+    free = not start.resumed and flags.get("engine", "auto") == "auto"
     probe = Probe(maml, parameters, distribution, config)
     engine = _try_out(probe, reading, call, checked, free=free, prints=runtime.world.first)
     start = replace(start, config=(config := config.replace_settings(engine=engine)))
     earlier, is_loss = folder / SETTINGS if start.resumed else None, reading.measure == "loss"
     run = Run(
         folder=folder,
-        settings_file=render_settings(command, given, config, earlier),
+        settings_file=render_settings(command, flags, config, earlier),
         parameters=parameters,
         training=config.training,
         choices=config.choices,
@@ -356,7 +356,7 @@ def _try_out(
     return checked[key]
 
 
-def _fit_to_machine(start: Start, given: Mapping[str, Any], runtime: Runtime) -> Config:
+def _fit_to_machine(start: Start, flags: Mapping[str, Any], runtime: Runtime) -> Config:
     """Fit settings to this machine: uncompiled if it has no compiler, on a GPU all tasks at once."""
     config = start.config
     if config.training.compile == "on" and (reason := explain_uncompiled(runtime.device)):
@@ -366,9 +366,9 @@ def _fit_to_machine(start: Start, given: Mapping[str, Any], runtime: Runtime) ->
         config = (
             config.replace_settings(**off, convolution="grouped")
             if start.resumed
-            else resolve({**given, **off})
+            else resolve({**flags, **off})
         )
-    if not start.resumed and runtime.device.type == "cuda" and "tasks_at_once" not in given:
+    if not start.resumed and runtime.device.type == "cuda" and "tasks_at_once" not in flags:
         config = config.replace_settings(tasks_at_once=None)
     return config
 
@@ -383,9 +383,9 @@ def _choose_weights(start: Start, maml: MAML) -> Weights:
     if start.resumed:
         return fit_weights(start.file, start.resumed, maml, start.config)[0]
     # perhaps with another algorithm: take what is that algorithm's own where both have it
-    own = {name: w for name, w in fresh.items() if name.startswith(OWN)}
+    algorithm_weights = {name: w for name, w in fresh.items() if name.startswith(OWN)}
     saved = start.checkpoint.parameters
-    saved = own | {n: w for n, w in saved.items() if n in fresh or not n.startswith(OWN)}
+    saved = algorithm_weights | {n: w for n, w in saved.items() if n in fresh or not n.startswith(OWN)}
     return fitting_parameters(start.file, saved, fresh, name)
 
 

@@ -79,7 +79,7 @@ class Call:
         "in numbers alone; one if compiled on images)")
     eval_dataset: str | None = flag(
         "--eval-dataset", group="evaluation", check=check_dataset, metavar="NAME", default=None,
-        known=tuple(DATASETS),
+        suggestions=tuple(DATASETS),
         help="with --eval --load, or --compare --split test: take the test tasks from another dataset; all "
         "of its classes if it has no split of its own")
     samples: int | None = flag(
@@ -186,20 +186,20 @@ def suggest_flag(word: str) -> str:
     return f"; did you mean {names[near]}?" if near else ""
 
 
-def check_call(given: Mapping[str, Any]) -> Call:
+def check_call(flags: Mapping[str, Any]) -> Call:
     """Return the call that the flags ask for; raise UsageError where they contradict each other."""
-    call = Call(**{name: given[name] for name in given if name in CALL_FLAGS})
+    call = Call(**{name: flags[name] for name in flags if name in CALL_FLAGS})
     names = {name: flag.name for name, flag in ALL_FLAGS.items()}
     alone = {"list_runs": {"sort", "csv"}} | ({} if call.adapt else {"save_weights": {"load"}})
-    for name in alone.keys() & given.keys():
-        for strange in sorted(given.keys() - {name} - alone[name]):
+    for name in alone.keys() & flags.keys():
+        for strange in sorted(flags.keys() - {name} - alone[name]):
             raise UsageError(f"{names[strange]} has no meaning with {names[name]}: leave it out")
     for firsts, seconds, reason in CLASHES:
         for first, second in product(firsts.split(), seconds.split()):
-            if first in given and second in given:
+            if first in flags and second in flags:
                 raise UsageError(f"{names[first]} and {names[second]} do not go together: {reason}")
     for name, others in NEEDS:
-        if name in given and not given.keys() & set(others.split()):
+        if name in flags and not flags.keys() & set(others.split()):
             raise UsageError(f"{names[name]} needs {' or '.join(names[other] for other in others.split())}")
     if call.save_weights and call.save_weights.suffix == ".safetensors" and not find_spec("safetensors"):
         raise UsageError("--save-weights FILE.safetensors needs a package: pip install safetensors")

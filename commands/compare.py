@@ -39,9 +39,9 @@ MEASURE = ("loss", "loss_args", "standardise")
 Runs = dict[int, Subject]  # one side of the comparison, by seed
 
 
-def compare(call: Call, given: Mapping[str, Any], command: str) -> int:
+def compare(call: Call, flags: Mapping[str, Any], command: str) -> int:
     """Measure the runs of --compare on the same tasks; print tables, write a record and a picture."""
-    runs = read_sides(call, given)
+    runs = read_sides(call, flags)
     check_pairs(runs)
     subjects = [subject for side in runs.values() for subject in side.values()]
     number = min(subject.config.evaluation.eval_tasks for subject in subjects)
@@ -90,8 +90,8 @@ def _read_curves(subject: Subject) -> dict[str, Any]:
     """Return the curves of the whole run, including those after its best checkpoint."""
     assert subject.file is not None and subject.source is not None
     last = subject.file.with_name(LAST)
-    whole = load_checkpoint(last) if subject.file.name == BEST and last.is_file() else subject.source
-    return {part: whole.progress[part] for part in ("training", "validation")}
+    checkpoint = load_checkpoint(last) if subject.file.name == BEST and last.is_file() else subject.source
+    return {part: checkpoint.progress[part] for part in ("training", "validation")}
 
 
 def _make_side(name: str, runs: Runs, curves: Mapping[Subject, dict[str, Any]]) -> paired.Side:
@@ -111,7 +111,7 @@ def _make_side(name: str, runs: Runs, curves: Mapping[Subject, dict[str, Any]]) 
     return paired.Side(name, words, validation, results, config.choices.query_norm, steps)
 
 
-def read_sides(call: Call, given: Mapping[str, Any]) -> dict[str, Runs]:
+def read_sides(call: Call, flags: Mapping[str, Any]) -> dict[str, Runs]:
     """Return the sides of --compare, named by path: a run, or each setting of a folder of many runs."""
     sides: dict[str, Runs] = {}
     paths = [Path(path).resolve() for path in call.compare]
@@ -125,7 +125,7 @@ def read_sides(call: Call, given: Mapping[str, Any]) -> dict[str, Runs]:
             name = escape_text(f"{below} {setting}".strip() or path.resolve().name)
             if name in sides:
                 raise UsageError(f"--compare names {name} twice")
-            subjects = [Subject.read(r["file"], call, given) for r in listed if r["setting"] == setting]
+            subjects = [Subject.read(r["file"], call, flags) for r in listed if r["setting"] == setting]
             sides[name] = {subject.trained.training.seed: subject for subject in subjects}
     if len(sides) < 2:
         raise UsageError(f"--compare {call.compare[0]}: that is one setting: name another to compare it to")

@@ -122,12 +122,12 @@ class FewShotEstimator:
         if kind == "images":
             assert options.image_size and options.channels
             form = Form(options.image_size, options.channels, options.invert, options.resize)
-            given = options.black_and_white if "image_range" in self.settings else None
-            inputs = read_pixels(values, form, source.image_range, given).to(runtime.dtype) / 255
+            user_range = options.black_and_white if "image_range" in self.settings else None
+            inputs = read_pixels(values, form, source.image_range, user_range).to(runtime.dtype) / 255
         else:
             inputs = apply_scale(torch.tensor(values), source.scales, "input", "x")
-        whole = kind == "any" and not inputs.is_floating_point()  # such as tokens
-        return inputs.to(runtime.device, torch.int64 if whole else runtime.dtype)
+        is_integer = kind == "any" and not inputs.is_floating_point()  # such as tokens
+        return inputs.to(runtime.device, torch.int64 if is_integer else runtime.dtype)
 
     def _adapt(self, x: Tensor, y: Tensor, classes: int = 0) -> Solution:
         """Adapt to examples; UsageError, which has their shapes, where they do not fit the run."""

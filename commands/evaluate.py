@@ -53,11 +53,11 @@ from training.tensorboard import TEST, Description, has_log
 COMPILED_FROM = 1_000_000  # images times inner steps: compiling then saves more than it takes (docs/speed.md)
 
 
-def evaluate(call: Call, given: Mapping[str, Any], command: str, world: World) -> int:
+def evaluate(call: Call, flags: Mapping[str, Any], command: str, world: World) -> int:
     """Measure a checkpoint, all runs of a folder, or the fresh initialisation; return the exit code."""
     with world.together():
         runs = find_runs(call.load) if call.load is not None else []
-    subjects = measure([run["file"] for run in runs] or [call.load], call, given, command, world)
+    subjects = measure([run["file"] for run in runs] or [call.load], call, flags, command, world)
     if not runs:
         return 0
     results: dict[str, list[Evaluation]] = {}
@@ -79,13 +79,13 @@ def evaluate(call: Call, given: Mapping[str, Any], command: str, world: World) -
 
 
 def measure(
-    files: Sequence[Path | None], call: Call, given: Mapping[str, Any], command: str, world: World
+    files: Sequence[Path | None], call: Call, flags: Mapping[str, Any], command: str, world: World
 ) -> list[Subject]:
     """Measure checkpoints on test tasks and write each one's result; print that of a single one."""
     with world.together():
-        if "report_to" in given and None in files:
+        if "report_to" in flags and None in files:
             raise UsageError("--report-to with --eval needs --load: it adds to the log of a run")
-        subjects = [Subject.read(file, call, given) for file in files]
+        subjects = [Subject.read(file, call, flags) for file in files]
         first, configs = subjects[0], [subject.config for subject in subjects]
         if len({(c.evaluation.eval_steps, c.evaluation.eval_tasks) for c in configs}) > 1:
             raise UsageError("the runs differ in --eval-steps or --eval-tasks: give both")
@@ -110,8 +110,8 @@ def measure(
             subject.write(subject.stem(call), command, prints=len(files) == 1)
             add_result(subject.results_file(call), subject.row(call, command))
             subject.log_result(call)
-            if "report_to" in given:
-                subject.report(given["report_to"], subject.stem(call))
+            if "report_to" in flags:
+                subject.report(flags["report_to"], subject.stem(call))
     return subjects
 
 
@@ -133,24 +133,24 @@ class Subject:
     result: Evaluation = field(init=False)
 
     @classmethod
-    def read(cls, file: Path | None, call: Call, given: Mapping[str, Any]) -> Subject:
+    def read(cls, file: Path | None, call: Call, flags: Mapping[str, Any]) -> Subject:
         """Load a checkpoint and resolve its settings with the given flags."""
-        source, asked = None, given.get("compile", "auto")
+        source, choice = None, flags.get("compile", "auto")
         if file is None:
-            trained = config = resolve(given)
+            trained = config = resolve(flags)
         else:
             source = load_checkpoint(file)
             trained = restore_config(source.settings, file)
             if call.compare:  # the user's code is for the runs that have some
                 tools = {n for n in OWN_CODE if n != "metric" and not is_own_code(trained.get(n))}
-                given = {n: value for n, value in given.items() if n not in tools or not is_own_code(value)}
-            given = {n: value for n, value in given.items() if n != "compile"}  # the run's may differ
+                flags = {n: value for n, value in flags.items() if n not in tools or not is_own_code(value)}
+            flags = {n: value for n, value in flags.items() if n != "compile"}  # the run's may differ
             try:
-                config = resolve_from(trained, given, evaluate=True, eval_dataset=call.eval_dataset)
+                config = resolve_from(trained, flags, evaluate=True, eval_dataset=call.eval_dataset)
             except UsageError as error:
                 raise UsageError(f"{file}: {error}") from error
-        tested = config.replace_settings(convolution="grouped", tasks_at_once=given.get("tasks_at_once"))
-        return cls(file, source, trained, tested, is_compiled(config, asked))
+        tested = config.replace_settings(convolution="grouped", tasks_at_once=flags.get("tasks_at_once"))
+        return cls(file, source, trained, tested, is_compiled(config, choice))
 
     @property
     def name(self) -> str:
@@ -296,10 +296,10 @@ class Subject:
         """Add the result's table and picture to the log of the checkpoint's run."""
         assert self.file is not None and self.source is not None
         description = Description(select_meaningful(self.trained))
-        log, at = RunLog(self.file.parent, trackers, description, begin_at=None), self.source.iteration
+        log, step = RunLog(self.file.parent, trackers, description, begin_at=None), self.source.iteration
         name = summarise([self])[1]
-        log.table(name, evaluation_record(self.result)["per_step"], at)
-        log.image(f"{name}-curves", Path(f"{stem}.png").read_bytes(), at)
+        log.table(name, evaluation_record(self.result)["per_step"], step)
+        log.image(f"{name}-curves", Path(f"{stem}.png").read_bytes(), step)
         log.sync()
         log.close()
 
@@ -342,12 +342,12 @@ def by_size(settings: Mapping[str, Sequence[Evaluation]]) -> dict[str, Any]:
     return {"by_size": records.get(ALL, records)} if records else {}
 
 
-def is_compiled(config: Config, asked: str) -> bool:
+def is_compiled(config: Config, choice: str) -> bool:
     """Return whether predictions are compiled: as asked, or, for "auto", if that saves time."""
     tasks, sizes, learner = config.tasks, config.evaluation, config.learner.learner
-    if asked == "off" or not config.training.vectorise:
+    if choice == "off" or not config.training.vectorise:
         return False
-    if asked == "on":
+    if choice == "on":
         return True
     if learner not in LEARNERS or not find_learner_facts(learner).convolutional or tasks.ways is None:
         return False
@@ -367,8 +367,8 @@ def summarise(subjects: Sequence[Subject], split: str = "test") -> tuple[Caption
     number = common(config.evaluation.eval_tasks for config in configs)
     dataset = common(file_name(part.dataset) for part in tasks)
     queries = common(part.queries for part in tasks)
-    each = " of each" * any(len(part.datasets) > 1 for part in tasks)
-    titles = [dataset, common(map(describe_tasks, tasks)), f"{number} {split} tasks{each}"]
+    suffix = " of each" * any(len(part.datasets) > 1 for part in tasks)
+    titles = [dataset, common(map(describe_tasks, tasks)), f"{number} {split} tasks{suffix}"]
     names = [
         split,
         dataset,

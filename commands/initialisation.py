@@ -36,16 +36,16 @@ from training.checkpoint import Checkpoint, load_checkpoint
 from training.folders import BEST, LAST, find_checkpoint
 
 
-def merge_settings(source: Checkpoint, file: Path, given: Mapping[str, Any]) -> Config:
+def merge_settings(source: Checkpoint, file: Path, flags: Mapping[str, Any]) -> Config:
     """Return a checkpoint's settings with the given flags, for adapting; UsageError where they do not fit."""
-    config = resolve_from(restore_config(source.settings, file), given, evaluate=True, adapt=True)
+    config = resolve_from(restore_config(source.settings, file), flags, evaluate=True, adapt=True)
     without = {"metric": None, "metric_mode": None}  # there is nothing to measure, and no code to import
     return config.replace_settings(convolution="grouped", tasks_at_once=None, **without)
 
 
-def choose_normalisation(given: Mapping[str, Any], source: Checkpoint) -> str:
+def choose_normalisation(flags: Mapping[str, Any], source: Checkpoint) -> str:
     """Return how batch norm predicts; raise UsageError where the checkpoint cannot."""
-    norm = given.get("batch_norm", "per-step" if source.statistics else "inductive")
+    norm = flags.get("batch_norm", "per-step" if source.statistics else "inductive")
     if norm == "per-step" and not source.statistics:
         raise UsageError("--batch-norm per-step: the checkpoint has no running statistics")
     return norm
@@ -87,13 +87,13 @@ class Initialisation:
     normalisation: str  # of predictions: "inductive", "transductive" or "per-step"
 
     @classmethod
-    def read(cls, run: Path | str, given: Mapping[str, Any], device: str) -> Initialisation:
+    def read(cls, run: Path | str, flags: Mapping[str, Any], device: str) -> Initialisation:
         """Open a checkpoint or a run from Python, with settings by name; UsageError where they do not fit."""
         file = find_checkpoint(Path(run), BEST, LAST)
         source = load_checkpoint(file)
-        config = merge_settings(source, file, given)
+        config = merge_settings(source, file, flags)
         runtime = set_up(find_device(device, ALONE), config.training.precision, small_tensors=False)
-        return cls(file, source, config, runtime, choose_normalisation(given, source))
+        return cls(file, source, config, runtime, choose_normalisation(flags, source))
 
     def adapt(self, task: UserTask) -> Solution:
         """Adapt to a task by the inner steps that evaluation quotes; UsageError where it does not fit."""

@@ -22,28 +22,28 @@ MOST_RUNS = 1000
 LONGEST_VALUE = 40  # characters of a value in a folder's name: the last ones, in which paths differ
 
 
-def list_members(call: Call, given: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Config]]:
+def list_members(call: Call, flags: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Config]]:
     """Return the flags and the settings of each run that --seeds and --sweep ask for, by its folder's name.
 
     Raises UsageError for an unknown flag or value, and for a combination that is no valid run.
     """
-    seeds = parse_seeds(call.seeds) if call.seeds else [given.get("seed", CONFIG_FLAGS["seed"].default)]
-    axes = _parse_axes(call.sweep, given)
+    seeds = parse_seeds(call.seeds) if call.seeds else [flags.get("seed", CONFIG_FLAGS["seed"].default)]
+    axes = _parse_axes(call.sweep, flags)
     number = len(seeds) * math.prod(map(len, axes.values()))
     if number > MOST_RUNS:
         raise UsageError(f"--seeds and --sweep ask for {number:,} runs: at most {MOST_RUNS:,}")
-    flags, configs = {}, {}
+    members, configs = {}, {}
     for words, seed in itertools.product(itertools.product(*axes.values()), seeds):
         name = "_".join([*words, f"seed-{seed}"])
         swept = {setting: axes[setting][word] for setting, word in zip(axes, words, strict=True)}
-        flags[name] = {**given, **swept, "seed": seed}
+        members[name] = {**flags, **swept, "seed": seed}
         try:
-            configs[name] = resolve(flags[name])
+            configs[name] = resolve(members[name])
         except UsageError as error:
             raise UsageError(f"run {name}: {error}") from error
     if len({config.tasks.classification for config in configs.values()}) > 1:
         raise UsageError("--sweep: regression and classification have no measure in common: sweep them apart")
-    return flags, configs
+    return members, configs
 
 
 def extract_setting(name: str) -> str:
@@ -63,7 +63,7 @@ def parse_seeds(text: str) -> list[int]:
     return list(dict.fromkeys(numbers))
 
 
-def _parse_axes(sweep: Sequence[str], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _parse_axes(sweep: Sequence[str], flags: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return, for each swept setting by name, its values by their words in a folder's name."""
     axes: dict[str, dict[str, Any]] = {}
     for text in sweep:
@@ -72,7 +72,7 @@ def _parse_axes(sweep: Sequence[str], given: Mapping[str, Any]) -> dict[str, dic
         flag = CONFIG_FLAGS.get(name)
         if flag is None or name in ("seed", "metric", "metric_mode") or flag.kind is tuple:
             raise UsageError(f"--sweep {text}: {key} cannot be swept (of seeds, give --seeds)")
-        if name in axes or name in given:
+        if name in axes or name in flags:
             raise UsageError(f"{flag.name} is given twice: give all of its values at once")
         try:
             parts = [flag.parse(part.strip()) for part in values.split(",")]

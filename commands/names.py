@@ -81,8 +81,8 @@ def describe(*configs: Config) -> str:
 
 def _fill(text: str) -> str:
     """Break a text between its parts, " · ", into two lines at most."""
-    whole = text.replace(" ", "\0").replace("\0·\0", "\0· ")
-    lines = textwrap.wrap(whole, 99, break_on_hyphens=False, max_lines=2)
+    text = text.replace(" ", "\0").replace("\0·\0", "\0· ")
+    lines = textwrap.wrap(text, 99, break_on_hyphens=False, max_lines=2)
     return f"\n{'':11}".join(lines).replace("\0", " ")
 
 

@@ -61,8 +61,8 @@ def count_outputs(config: Config, targets: Tree) -> int:
     """Return with how many outputs a learner is built: classes, or numbers for targets `[examples, ...]`."""
     if config.tasks.classification and config.tasks.ways:
         return find_largest(config.tasks.ways)
-    shape, each = first_tensor(targets).shape, 2 if config.learner.loss == "gaussian-nll" else 1
-    return each * shape[target_axis(len(shape))]
+    shape, per_target = first_tensor(targets).shape, 2 if config.learner.loss == "gaussian-nll" else 1
+    return per_target * shape[target_axis(len(shape))]
 
 
 def find_ignored_label(config: Config) -> int | None:
@@ -87,14 +87,14 @@ def try_outputs(
     """
     name, loss = f"--learner {config.learner.learner}", config.learner.loss
     shapes = tree_map(lambda part: tuple(part.shape), example)
-    positional, named = make_arguments(example)
+    positional, keywords = make_arguments(example)
     first = first_tensor(example)
     keys = torch.zeros(2, dtype=torch.int64, device=first.device)
     with name_flags(name):
         copied = convert_batch_norm(copy_module(learner))  # PyTorch's takes no single example
     failing = name_flags(f"{name} fails on the inputs of a task, {shapes}")
     with failing, naming_layer(copied), torch.no_grad(), Elementary(keys, first):
-        output = copied(*positional, **named)
+        output = copied(*positional, **keywords)
     register_outputs(output)
     for leaf in pytree.tree_leaves(output):
         if not isinstance(leaf, Tensor):

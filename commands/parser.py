@@ -84,17 +84,17 @@ def build_parser(*, every_flag: bool = False) -> argparse.ArgumentParser:
             reading |= {"nargs": "?", "const": flag.bare}
         text = argparse.SUPPRESS
         if every_flag or flag.common:
-            text = _help_text(name, flag, whole=every_flag).replace("%", "%%")
+            text = _help_text(name, flag, in_full=every_flag).replace("%", "%%")
         action = groups[flag.group].add_argument(*flag.names, dest=name, help=text, **reading)
-        if names := flag.choices or flag.known:
+        if names := flag.choices or flag.suggestions:
             action.completer = lambda names=names, **_: names  # type: ignore[attr-defined]
     return parser
 
 
-def _help_text(name: str, flag: Flag, *, whole: bool) -> str:
+def _help_text(name: str, flag: Flag, *, in_full: bool) -> str:
     """Return a flag's text, or its first clause, and its default."""
     text, parenthesis, default = flag.help.partition(" (default")
-    text = text if whole else text.partition("; ")[0]
+    text = text if in_full else text.partition("; ")[0]
     if parenthesis:
         return f"{text} (default{default}"
     if name in DEFAULTS:
@@ -117,19 +117,19 @@ def parse(arguments: list[str]) -> dict[str, Any]:
     if "_ARGCOMPLETE" in os.environ:
         _complete()
     namespace, unknown = build_parser().parse_known_args(arguments)
-    given = vars(namespace)
-    if given.pop("help_all", False):
+    flags = vars(namespace)
+    if flags.pop("help_all", False):
         build_parser(every_flag=True).print_help()
         sys.exit()
     if unknown:
-        raise UsageError(_explain_unknown(unknown, given))
-    for name, value in given.items():
+        raise UsageError(_explain_unknown(unknown, flags))
+    for name, value in flags.items():
         if value == []:  # argparse takes the argument of --flag=-- for the end of the flags
             raise UsageError(f"{ALL_FLAGS[name].name}: expected an argument, got '--'")
         elif ALL_FLAGS[name].joint:
-            given[name] = _join(ALL_FLAGS[name], value)
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    return read_settings(given["config"], given) if "config" in given else given
+            flags[name] = _join(ALL_FLAGS[name], value)
+    flags = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
+    return read_settings(flags["config"], flags) if "config" in flags else flags
 
 
 def _join(flag: Flag, values: Sequence[str]) -> str:
@@ -148,21 +148,21 @@ def _complete() -> None:
         argcomplete.autocomplete(build_parser(every_flag=True))
 
 
-def _explain_unknown(words: Sequence[str], given: Mapping[str, Any]) -> str:
+def _explain_unknown(words: Sequence[str], flags: Mapping[str, Any]) -> str:
     """Return what to type instead of words that belong to no flag."""
-    flags = [word.partition("=")[0] for word in words if word.startswith("-")]
-    if flags:
-        return f"there is no flag {flags[0]}{suggest_flag(flags[0])} (all flags: --help-all)"
+    typos = [word.partition("=")[0] for word in words if word.startswith("-")]
+    if typos:
+        return f"there is no flag {typos[0]}{suggest_flag(typos[0])} (all flags: --help-all)"
     word, quoted = words[0], shlex.quote(words[0])
     for flag in ALL_FLAGS.values():
-        if word in (flag.choices or flag.known):
+        if word in (flag.choices or flag.suggestions):
             return f"{word}: did you mean {flag.name} {word}?"
     if word.endswith(".toml"):
         return f"{word} belongs to no flag: type --config {quoted} to take settings from it"
     if not Path(word).suffix and len(Path(word).parts) < 2:
         hint = suggest_flag(word) if find_setting(word) else ""
         return f"{word} belongs to no flag{hint} (all flags: --help-all)"
-    resume = "" if "eval" in given else f"--load {quoted} to resume a run, or "
+    resume = "" if "eval" in flags else f"--load {quoted} to resume a run, or "
     return f"{word} belongs to no flag: type {resume}--eval --load {quoted} to measure it"
 
 

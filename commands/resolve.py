@@ -44,10 +44,10 @@ FALLBACKS = (("compile", "on", "off"), ("convolution", "im2col", "grouped"))
 # ---- a new experiment ----------------------------------------------------------------------------
 
 
-def resolve(given: Mapping[str, Any]) -> Config:
+def resolve(flags: Mapping[str, Any]) -> Config:
     """Return the settings of a new experiment: the given flags, and defaults for the rest."""
-    config = _fill_in(given)
-    check(config, given)
+    config = _fill_in(flags)
+    check(config, flags)
     return config
 
 
@@ -57,68 +57,68 @@ def derive_usual_settings(config: Config) -> Config:
     return _fill_in({name: value for name, value in alike.items() if value is not None})
 
 
-def _fill_in(given: Mapping[str, Any]) -> Config:
+def _fill_in(flags: Mapping[str, Any]) -> Config:
     """Return the given settings with the defaults that fit them, not yet checked against each other."""
-    flags = {name: value for name, value in given.items() if name in CONFIG_FLAGS}
-    dataset = flags.get("dataset", CONFIG_FLAGS["dataset"].default)
+    settings = {name: value for name, value in flags.items() if name in CONFIG_FLAGS}
+    dataset, ways = settings.get("dataset", CONFIG_FLAGS["dataset"].default), settings.get("ways")
     facts = find_data_facts(dataset)
-    classification = is_classification(dataset, flags.get("ways"))
-    column = default_column(classification, dataset, find_largest(flags.get("ways") or DEFAULTS["ways"][1]))
+    classification = is_classification(dataset, ways)
+    column = default_column(classification, dataset, find_largest(ways or DEFAULTS["ways"][1]))
     defaults = {name: by_column[column] for name, by_column in DEFAULTS.items()}
-    if dataset == "sinusoid" and flags.get("loss") != "gaussian-nll":  # its gradient is a variance smaller
+    if dataset == "sinusoid" and settings.get("loss") != "gaussian-nll":  # its gradient is a variance smaller
         defaults |= SINUSOID_DEFAULTS
-    if dataset == "harmonic" and flags.get("learner", "sines") == "sines":
+    if dataset == "harmonic" and settings.get("learner", "sines") == "sines":
         defaults |= HARMONIC_DEFAULTS
     images = {"image_size": facts.image_size, "channels": facts.channels, "invert": facts.invert}
     defaults |= {"dataset": dataset, **images}
     if facts.classification is None:
         defaults["ways"] = None  # a regression, unless -n is given
-    values = defaults | _preset(given, column) | flags
-    if facts.inputs != "images" and "learner" not in given:  # whatever the column of others says
+    values = defaults | _preset(flags, column) | settings
+    if facts.inputs != "images" and "learner" not in flags:  # whatever the column of others says
         values["learner"] = "sines" if dataset == "harmonic" else "mlp"
-    values |= _expand_shorthands(given, values["shots"])
-    _fill_sizes(values, given)
+    values |= _expand_shorthands(flags, values["shots"])
+    _fill_sizes(values, flags)
     learner = find_learner_facts(values["learner"])
     values = {"init": learner.init, "adapt_norm": bool(learner.adapt_norm)} | values
     if learner.adapt_norm is None:  # a preset's choices about batch norm do not matter
-        for name in {"batch_norm", "norm_per_step"} - given.keys():
+        for name in {"batch_norm", "norm_per_step"} - flags.keys():
             values.pop(name, None)
     return Config.from_values(_settle(values, classification))
 
 
-def _preset(given: Mapping[str, Any], column: int) -> dict[str, Any]:
+def _preset(flags: Mapping[str, Any], column: int) -> dict[str, Any]:
     """Return the algorithm's settings for a column of `DEFAULT_COLUMNS`, with the learner's inner rate."""
-    algorithm = given.get("algorithm", CONFIG_FLAGS["algorithm"].default)
+    algorithm = flags.get("algorithm", CONFIG_FLAGS["algorithm"].default)
     preset = {n: v[column] if isinstance(v, tuple) else v for n, v in ALGORITHMS[algorithm].items()}
-    if given.get("first_order") and preset.get("meta_gradient", "exact") not in ("exact", "first-order"):
+    if flags.get("first_order") and preset.get("meta_gradient", "exact") not in ("exact", "first-order"):
         raise UsageError(f"--first-order has no meaning with --algorithm {algorithm}: leave it out")
-    learner = find_learner_facts(given.get("learner", preset.get("learner", DEFAULTS["learner"][column])))
+    learner = find_learner_facts(flags.get("learner", preset.get("learner", DEFAULTS["learner"][column])))
     usual = DEFAULTS["inner_lr"][column]
     if learner.inner_lr is not None and preset.get("inner_lr", usual) == usual:
         preset["inner_lr"] = learner.inner_lr
-    if "inner_lr" in given:
+    if "inner_lr" in flags:
         preset.pop("inner_lr_max", None)  # it belongs to the preset's --inner-lr
     return preset
 
 
-def _expand_shorthands(given: Mapping[str, Any], shots: Size) -> dict[str, Any]:
+def _expand_shorthands(flags: Mapping[str, Any], shots: Size) -> dict[str, Any]:
     """Return the settings that --first-order and --samples stand for."""
     values: dict[str, Any] = {}
-    if given.get("first_order"):
+    if flags.get("first_order"):
         values["meta_gradient"] = "first-order"
-    samples = given.get("samples")
+    samples = flags.get("samples")
     if samples is not None:
         if not isinstance(shots, int):
             raise UsageError(f"--samples {samples} leaves no one number of queries to -k {shots}: give -q")
         if samples <= shots:
             raise UsageError(f"--samples {samples} leaves no query: it must be above -k {shots}")
-        values["queries"] = given.get("queries", samples - shots)
+        values["queries"] = flags.get("queries", samples - shots)
         if find_largest(values["queries"]) > samples - shots:
-            raise UsageError(f"--samples {samples} is less than -k {shots} plus -q {given['queries']}")
+            raise UsageError(f"--samples {samples} is less than -k {shots} plus -q {flags['queries']}")
     return values
 
 
-def _fill_sizes(values: dict[str, Any], given: Mapping[str, Any]) -> None:
+def _fill_sizes(values: dict[str, Any], flags: Mapping[str, Any]) -> None:
     """Settle the sizes that depend on other sizes."""
     for name in ("queries", "test_steps"):
         values[name] = {"k": find_largest(values["shots"]), "s": values["steps"]}.get(
@@ -126,9 +126,9 @@ def _fill_sizes(values: dict[str, Any], given: Mapping[str, Any]) -> None:
         )
     values.setdefault("eval_steps", CONFIG_FLAGS["eval_steps"].default)
     if not values["steps"]:  # a test takes steps if they are asked for
-        values |= dict.fromkeys({"eval_steps", "test_steps"} - given.keys(), 0)
-    _fit_steps(values, given)
-    if "train_shots" not in given and values.get("train_shots") is not None:
+        values |= dict.fromkeys({"eval_steps", "test_steps"} - flags.keys(), 0)
+    _fit_steps(values, flags)
+    if "train_shots" not in flags and values.get("train_shots") is not None:
         examples = Span.of(values["shots"]), Span.of(values["queries"])
         varies = any(span.varies for span in examples)  # then training draws as evaluation does
         values["train_shots"] = None if varies else max(values["train_shots"], sum(e.most for e in examples))
@@ -137,11 +137,11 @@ def _fill_sizes(values: dict[str, Any], given: Mapping[str, Any]) -> None:
         values["exact_from"] = values["iterations"] // 2 if exact else 0
 
 
-def _fit_steps(values: dict[str, Any], given: Mapping[str, Any]) -> None:
+def _fit_steps(values: dict[str, Any], flags: Mapping[str, Any]) -> None:
     """Fit --eval-steps and --test-steps to each other: the one that is not given, or else the former."""
-    if "eval_steps" not in given:
+    if "eval_steps" not in flags:
         values["eval_steps"] = max(values["eval_steps"], values["test_steps"])
-    elif "test_steps" not in given:
+    elif "test_steps" not in flags:
         values["test_steps"] = min(values["eval_steps"], values["test_steps"])
 
 
@@ -195,7 +195,7 @@ def restore_config(plain: Mapping[str, Any], source: Path | None) -> Config:
 
 def resolve_from(
     saved: Config,
-    given: Mapping[str, Any],
+    flags: Mapping[str, Any],
     *,
     evaluate: bool,
     adapt: bool = False,
@@ -208,40 +208,40 @@ def resolve_from(
     """
     unused = {"dataset"} if eval_dataset else {"dataset", "metric"} if adapt else set()
     used = {name: value for name, value in saved.values().items() if name not in unused}
-    refuse_unnamed_code(used, given, "the checkpoint")
-    shots = given.get("shots", saved.tasks.shots) if evaluate else saved.tasks.shots
-    given = {**given, **_expand_shorthands(given, shots)}
+    refuse_unnamed_code(used, flags, "the checkpoint")
+    shots = flags.get("shots", saved.tasks.shots) if evaluate else saved.tasks.shots
+    flags = {**flags, **_expand_shorthands(flags, shots)}
     schedule, iterations = saved.training.meta_lr_schedule, saved.training.iterations
-    if schedule in ENDING and given.get("iterations", iterations) != iterations:
+    if schedule in ENDING and flags.get("iterations", iterations) != iterations:
         raise UsageError(f"--iterations: the {schedule} schedule of the checkpoint fixes it; leave it out")
     of_files = ("invert", "image_range", "columns", "exclude_columns", "batch_norm")
     free = {*(of_files if adapt else OF_OTHER_DATA if eval_dataset else ())}
     learned = find_largest(saved.tasks.ways or 0) if saved.choices.head_init == "learned" else None
     if evaluate and (learned is None or isinstance(saved.tasks.ways, str)):
         free.add("ways")
-        if learned and find_largest(given.get("ways", learned)) > learned:
+        if learned and find_largest(flags.get("ways", learned)) > learned:
             raise UsageError(
-                f"-n {given['ways']}: the checkpoint has learned -n {saved.tasks.ways}: lower it"
+                f"-n {flags['ways']}: the checkpoint has learned -n {saved.tasks.ways}: lower it"
             )
     values = saved.values() | {
         name: value
-        for name, value in given.items()
+        for name, value in flags.items()
         if name in CONFIG_FLAGS and _may_change(saved, name, value, free, evaluate=evaluate)
     }
     if adapt:  # the flag chooses the statistics of predictions: what was learned stays as it is
         values["batch_norm"] = saved.choices.batch_norm
-    _fit_steps(values, given)
+    _fit_steps(values, flags)
     config = Config.from_values(values)
     if eval_dataset:
-        config = _on_other_data(config, eval_dataset, given)
-    check(config, given, testing=evaluate)
+        config = _on_other_data(config, eval_dataset, flags)
+    check(config, flags, testing=evaluate)
     return config
 
 
-def refuse_unnamed_code(values: Mapping[str, Any], typed: Mapping[str, Any], source: str) -> None:
+def refuse_unnamed_code(values: Mapping[str, Any], flags: Mapping[str, Any], source: str) -> None:
     """Raise UsageError where values from a file name the user's code, and the flags do not."""
     for name in OWN_CODE:
-        if is_own_code(values.get(name)) and name not in typed:
+        if is_own_code(values.get(name)) and name not in flags:
             code = f"{CONFIG_FLAGS[name].name} {values[name]}"
             raise UsageError(f"{source} names code that is not this tool's: if you trust it, add {code}")
 
@@ -268,7 +268,7 @@ def _may_have_moved(name: str, saved: str) -> bool:
     return same and now.kind in (*FILE_KINDS, "code")
 
 
-def _on_other_data(config: Config, dataset: str, given: Mapping[str, Any]) -> Config:
+def _on_other_data(config: Config, dataset: str, flags: Mapping[str, Any]) -> Config:
     """Return the settings for test tasks of another dataset: the same kind of inputs and of targets."""
     tasks = config.tasks
     if _locate_images(dataset) in map(_locate_images, tasks.datasets):
@@ -283,8 +283,8 @@ def _on_other_data(config: Config, dataset: str, given: Mapping[str, Any]) -> Co
         raise UsageError(
             f"--eval-dataset {dataset} does not fit: the checkpoint learned {kind} of {before.inputs}"
         )
-    changes = {name: given.get(name, CONFIG_FLAGS[name].default) for name in OF_OTHER_DATA}
-    changes |= {"dataset": dataset, "invert": given.get("invert", now.invert)}
+    changes = {name: flags.get(name, CONFIG_FLAGS[name].default) for name in OF_OTHER_DATA}
+    changes |= {"dataset": dataset, "invert": flags.get("invert", now.invert)}
     if now.inputs == "images":  # they are resized
         changes["image_size"] = tasks.image_size or now.image_size
         changes["channels"] = tasks.channels or now.channels
@@ -297,6 +297,6 @@ def _locate_images(dataset: str) -> Path:
 
 def select_learned(config: Config) -> dict[str, Any]:
     """Return the settings, but for the seed, that decide what is learned up to an iteration, to rounding."""
-    others, apart = ("machine", "logging", "evaluation"), ("iterations", "seed")
+    others, exceptions = ("machine", "logging", "evaluation"), ("iterations", "seed")
     learned = [n for n, f in CONFIG_FLAGS.items() if f.group not in others or n == "precision"]
-    return {name: config.get(name) for name in learned if name not in apart}
+    return {name: config.get(name) for name in learned if name not in exceptions}

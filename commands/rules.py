@@ -74,26 +74,26 @@ def what_makes_meaningless(flag: Flag, config: Config) -> str | None:
     return None
 
 
-def check(config: Config, given: Mapping[str, Any], *, testing: bool = False) -> None:
+def check(config: Config, flags: Mapping[str, Any], *, testing: bool = False) -> None:
     """Raise UsageError where settings contradict each other, or a given flag has no meaning.
 
     Args:
-        given: the flags that the user typed, by name of the setting.
+        flags: what the user typed, by name of the setting.
         testing: what concerns training alone is not checked.
     """
-    for name in given:
+    for name in flags:
         if setting := what_makes_meaningless(ALL_FLAGS[name], config):
             raise UsageError(f"{ALL_FLAGS[name].name} has no meaning with {setting}: leave it out")
-    trackers = given["report_to"].split(",") if "report_to" in given else []
+    trackers = flags["report_to"].split(",") if "report_to" in flags else []
     rules = [(not find_spec(n), f"--report-to {n} needs a package: pip install {n}") for n in trackers]
-    rules += [*_table_rules(config), *_mixture_rules(config, given), *_learner_rules(config)]
+    rules += [*_table_rules(config), *_mixture_rules(config, flags), *_learner_rules(config)]
     if not testing:
         has_batch_norm, classification = config.learner.has_batch_norm, config.tasks.classification
         try:
             config.choices.check(has_batch_norm=has_batch_norm, classification=classification)
         except ValueError as error:
             raise UsageError(str(error)) from error
-        rules += _training_rules(config, given)
+        rules += _training_rules(config, flags)
     for refused, reason in rules:
         if refused:
             raise UsageError(reason)
@@ -111,7 +111,7 @@ def _table_rules(config: Config) -> Iterator[tuple[bool, str]]:
     yield "class" in roles and not config.tasks.ways, "--columns class=NAME: give -n, the classes of a task"
 
 
-def _mixture_rules(config: Config, given: Mapping[str, Any]) -> Iterator[tuple[bool, str]]:
+def _mixture_rules(config: Config, flags: Mapping[str, Any]) -> Iterator[tuple[bool, str]]:
     """Yield where several data sets are given, and other flags do not fit them."""
     tasks, number = config.tasks, len(config.tasks.datasets)
     several = f"--dataset {' '.join(tasks.datasets)}"
@@ -125,7 +125,7 @@ def _mixture_rules(config: Config, given: Mapping[str, Any]) -> Iterator[tuple[b
             f"{several}: images have different {what} ({', '.join(values)}): give {CONFIG_FLAGS[name].name}",
         )
     yield (
-        "invert" in given and len({part.invert for part in facts}) > 1,
+        "invert" in flags and len({part.invert for part in facts}) > 1,
         f"--invert: the data sets of {several} differ in it, and each takes its own: leave it out",
     )
 
@@ -161,10 +161,10 @@ def _learner_rules(config: Config) -> Iterator[tuple[bool, str]]:
     )
 
 
-def _training_rules(config: Config, given: Mapping[str, Any]) -> Iterator[tuple[bool, str]]:
+def _training_rules(config: Config, flags: Mapping[str, Any]) -> Iterator[tuple[bool, str]]:
     tasks, choices, training = config.tasks, config.choices, config.training
     yield (
-        choices.objective == "multi-step" and choices.steps == 1 and "objective" in given,
+        choices.objective == "multi-step" and choices.steps == 1 and "objective" in flags,
         "--objective multi-step: with one inner step (-s) the last is the only one",
     )
     yield (

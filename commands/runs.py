@@ -112,18 +112,18 @@ def _describe_run(file: Path, folder: Path, tests: Sequence[Mapping[str, str]]) 
     """
     checkpoint = load_checkpoint(file, weights=False)
     config, progress = restore_config(checkpoint.settings, file), Progress(**checkpoint.progress)
-    tasks, curves, at = config.tasks, progress.validation, progress.best_iteration
+    tasks, curves, step = config.tasks, progress.validation, progress.best_iteration
     losses, accuracies = "query_loss", "query_accuracy"
     curve = accuracies if tasks.classification and (accuracies in curves or not curves) else losses
     if config.evaluation.metric:
         curve = next((name for name in curves if name not in ("iteration", losses, accuracies)), curve)
     measure = name_measure(config, checkpoint.scales) if curve == losses else curve.removeprefix("query_")
-    best = curves[curve][curves["iteration"].index(at)] if at is not None and curve in curves else None
-    like = {"dataset": tasks.dataset, "ways": tasks.ways, "shots": tasks.shots, "measure": measure}
-    like = {name: "" if value is None else str(value) for name, value in like.items()}
-    reached = {BEST: at, file.name: checkpoint.iteration}
+    best = curves[curve][curves["iteration"].index(step)] if step is not None and curve in curves else None
+    criteria = {"dataset": tasks.dataset, "ways": tasks.ways, "shots": tasks.shots, "measure": measure}
+    criteria = {name: "" if value is None else str(value) for name, value in criteria.items()}
+    reached = {BEST: step, file.name: checkpoint.iteration}
     now = [r for r in tests if r.get("iteration") == str(reached.get(Path(r["checkpoint"]).name))]
-    test = next((row for row in reversed(now) if like.items() <= row.items()), {})
+    test = next((row for row in reversed(now) if criteria.items() <= row.items()), {})
     return ListedRun(
         name=file.parent.relative_to(folder).as_posix() if file.parent != folder else folder.resolve().name,
         dataset=tasks.dataset,
@@ -148,6 +148,6 @@ def sort_runs(runs: Sequence[ListedRun], column: str) -> list[ListedRun]:
         value = getattr(run, column)
         return -value if column in ("validation", "test") and run.more_is_better else value
 
-    known = [run for run in runs if (value := getattr(run, column)) is not None and value == value]  # no NaN
-    last = [run for run in runs if run not in known]
-    return sorted(known, key=key, reverse=column in ("iterations", "when")) + last
+    valid = [run for run in runs if (value := getattr(run, column)) is not None and value == value]  # no NaN
+    last = [run for run in runs if run not in valid]
+    return sorted(valid, key=key, reverse=column in ("iterations", "when")) + last

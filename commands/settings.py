@@ -29,15 +29,15 @@ from common.options import Flag
 
 
 def render_settings(
-    command: str, given: Mapping[str, Any], config: Config, earlier: Path | None = None
+    command: str, flags: Mapping[str, Any], config: Config, earlier: Path | None = None
 ) -> str:
     """Return a run's settings as TOML; what an `earlier` file says of a resumed run is kept.
 
     What the command did, and the run's name, are no settings: repeating the file starts another run.
     """
     before = _load(earlier)[0] if earlier and earlier.is_file() else {}
-    typed = {n: v for n, v in given.items() if ALL_FLAGS[n].group != "what to do" and n != "run_name"}
-    shown = before.get("given", {}) | as_toml(typed)
+    settings = {n: v for n, v in flags.items() if ALL_FLAGS[n].group != "what to do" and n != "run_name"}
+    shown = before.get("given", {}) | as_toml(settings)
     resolved = {k: v for k, v in as_toml(select_meaningful(config)).items() if shown.get(k) != v}
     commands = [*dict.fromkeys([*before.get("commands", []), command])]
     return tomli_w.dumps({"commands": commands, "given": shown, "resolved": resolved})
@@ -53,34 +53,34 @@ def as_toml(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_settings(file: Path, typed: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a settings file gives together with the typed flags, which win over it.
+def read_settings(file: Path, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a settings file gives together with the flags, which win over it.
 
     Raises UsageError, which names file and line, for what no flag would allow, and for the user's code that
     no flag names: nothing is imported because a file says so.
     """
-    given, resolved = _read(file)
+    settings, resolved = _read(file)
     try:
-        now = resolve(given).values() if resolved else {}
+        now = resolve(settings).values() if resolved else {}
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from error
-    given |= {name: value for name, value in resolved.items() if now.get(name) != value}
-    kept = {name: value for name, value in given.items() if name not in _find_displaced(typed)}
-    refuse_unnamed_code(kept, typed, str(file))
-    return {**kept, **typed}
+    settings |= {name: value for name, value in resolved.items() if now.get(name) != value}
+    settings = {name: value for name, value in settings.items() if name not in _find_displaced(flags)}
+    refuse_unnamed_code(settings, flags, str(file))
+    return {**settings, **flags}
 
 
-def add_lines(message: str, given: Mapping[str, Any]) -> str:
+def add_lines(message: str, flags: Mapping[str, Any]) -> str:
     """Return an error's text with the lines of the settings file that its flags come from."""
-    if "config" not in given:
+    if "config" not in flags:
         return message
-    file, named = given["config"], []
+    file, lines = flags["config"], []
     values = {name: value for part in _read(file) for name, value in part.items()}
     for name, number in _number_lines(_load(file)[1]).items():
-        from_file = name in values and values[name] == given.get(name)
+        from_file = name in values and values[name] == flags.get(name)
         if from_file and re.search(rf"(?<![\w-]){ALL_FLAGS[name].name}(?![\w-])", message):
-            named.append(f"line {number}")
-    return f"{message} ({file}, {', '.join(named)})" if named else message
+            lines.append(f"line {number}")
+    return f"{message} ({file}, {', '.join(lines)})" if lines else message
 
 
 def _load(file: Path) -> tuple[dict[str, Any], str]:
@@ -139,13 +139,13 @@ def _parse(flag: Flag, value: Any) -> Any:
     return flag.parse(str(value) if not isinstance(value, bool) else "yes" if value else "no")
 
 
-def _find_displaced(typed: Mapping[str, Any]) -> set[str]:
+def _find_displaced(flags: Mapping[str, Any]) -> set[str]:
     """Return the settings of a file that typed flags take the place of."""
-    axes = {find_setting(axis.partition("=")[0]) for axis in typed.get("sweep", ())}
+    axes = {find_setting(axis.partition("=")[0]) for axis in flags.get("sweep", ())}
     pairs = [(firsts.split(), seconds.split()) for firsts, seconds, _ in CLASHES]
     pairs += [(["samples"], ["queries"])]
-    names = {*typed, *filter(None, axes)}
+    names = {*flags, *filter(None, axes)}
     for one, other in pairs:
-        names |= {*other} if typed.keys() & {*one} else set()
-        names |= {*one} if typed.keys() & {*other} else set()
+        names |= {*other} if flags.keys() & {*one} else set()
+        names |= {*one} if flags.keys() & {*other} else set()
     return names

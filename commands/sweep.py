@@ -37,9 +37,9 @@ from training.run import Run, final_loss
 from training.trainer import AT_ONCE, FAILED
 
 
-def sweep(call: Call, given: Mapping[str, Any], command: str, world: World) -> int:
+def sweep(call: Call, flags: Mapping[str, Any], command: str, world: World) -> int:
     """Train or resume many runs; return the exit code: 128 + signal, or `FAILED` if a run failed."""
-    flags, configs = list_members(call, given)
+    members, configs = list_members(call, flags)
     names, folder = [*configs], call.run_folder
     mine = [names[number] for number in world.share(len(names))]
     with ExitStack() as locks:
@@ -48,7 +48,7 @@ def sweep(call: Call, given: Mapping[str, Any], command: str, world: World) -> i
                 raise UsageError(f"{world.size} processes for {len(names)} runs: take fewer")
             if folder:
                 _claim_folder(folder, call, configs, world, locks)
-            starts = [find_start(folder and folder / name, call, flags[name]) for name in mine]
+            starts = [find_start(folder and folder / name, call, members[name]) for name in mine]
         world.check_same({"torch": torch.__version__, "list of runs": configs})
         first = configs[names[0]]
         folder = folder or world.from_first(lambda: make_folder(call.checkpoint_path, first, locks))
@@ -56,7 +56,7 @@ def sweep(call: Call, given: Mapping[str, Any], command: str, world: World) -> i
         with world.together():
             checked: dict[Hashable, str] = {}
             assemblies = [
-                assemble(start, folder / name, flags[name], command, call, world, checked=checked)
+                assemble(start, folder / name, members[name], command, call, world, checked=checked)
                 for name, start in zip(mine, starts, strict=True)
             ]
         world.from_first(lambda: _write_list(folder, configs))
@@ -125,8 +125,8 @@ def group_runs(assemblies: Sequence[Assembly], at_most: int | None) -> list[list
     groups: list[list[Assembly]] = []
     for parts in assemblies:
         training, tasks = parts.start.config.training, parts.start.config.tasks
-        whole = (training.tasks_at_once or training.meta_batch_size) >= training.meta_batch_size
-        together = training.compile == "off" or ({*tasks.datasets} <= {*CURVES} and whole)
+        at_once = (training.tasks_at_once or training.meta_batch_size) >= training.meta_batch_size
+        together = training.compile == "off" or ({*tasks.datasets} <= {*CURVES} and at_once)
         size = (at_most or len(assemblies)) if together else 1
         group = next((g for g in groups if len(g) < size and _is_alike(g[0], parts)), [])
         if not group:

@@ -30,14 +30,14 @@ from training.folders import BEST, LAST, LIST, is_occupied, lock_folder
 from training.run import Run, final_loss
 
 
-def train(call: Call, given: Mapping[str, Any], command: str, world: World) -> int:
+def train(call: Call, flags: Mapping[str, Any], command: str, world: World) -> int:
     """Train a run, whose folder is locked until its results are written; return the exit code."""
     with ExitStack() as locks:
         folder = call.load.parent if call.load else call.run_folder
         with world.together():
             if world.first and folder:
                 locks.enter_context(lock_folder(folder))
-            start = find_start(call.run_folder, call, given)
+            start = find_start(call.run_folder, call, flags)
             runtime = build.prepare(start.config, call, world)
             tasks = start.config.training.meta_batch_size
             if world.size > tasks:
@@ -50,7 +50,7 @@ def train(call: Call, given: Mapping[str, Any], command: str, world: World) -> i
         folder = folder or world.from_first(lambda: make_folder(call.checkpoint_path, start.config, locks))
         build.preload_tasks([start.config], call, world)
         with world.together():
-            parts = build.assemble(start, folder, given, command, call, world, checked={}, team=world)
+            parts = build.assemble(start, folder, flags, command, call, world, checked={}, team=world)
         config = parts.start.config
         world.check_same(
             {"data": parts.distribution.record, "--compile, for want of a compiler": config.training.compile}
@@ -76,8 +76,8 @@ def _print_end(run: Run, code: int, config: Config, call: Call, world: World) ->
         print(f"Mean training query loss of {iterations}: {loss['mean']:.4f}")
     if (best := run.best_validation) is not None:
         measure, scale, digits = choose_units(run.measure_name)
-        at = run.progress.best_iteration
-        print(f"Best validation {measure}, of iteration {at:,}: {format_decimal(scale * best, digits)}")
+        step = run.progress.best_iteration
+        print(f"Best validation {measure}, of iteration {step:,}: {format_decimal(scale * best, digits)}")
     if run.skipped > 0:
         print(f"Iterations skipped for non-finite numbers: {run.skipped:,}")
     if run.failure is not None:
@@ -97,7 +97,7 @@ def print_next(folder: Path, test: Path, flags: Sequence[str]) -> None:
     print("Test:  ", command, flush=True)
 
 
-def find_start(folder: Path | None, call: Call, given: Mapping[str, Any]) -> build.Start:
+def find_start(folder: Path | None, call: Call, flags: Mapping[str, Any]) -> build.Start:
     """Read the settings of a new run, or its checkpoint in the folder, in --load or in --init-from."""
     file = call.load
     if folder:
@@ -108,7 +108,7 @@ def find_start(folder: Path | None, call: Call, given: Mapping[str, Any]) -> bui
         raise UsageError(f"{many} has many runs: resume them with --seeds or --sweep and --resume")
     if file is None:
         weights = load_checkpoint(call.init_from) if call.init_from else None
-        return build.Start(resolve(given), call.init_from, weights)
+        return build.Start(resolve(flags), call.init_from, weights)
     checkpoint = load_checkpoint(file)
     if not checkpoint.exp_avg and checkpoint.parameters:
         raise UsageError(f"{file} has weights alone: start a run from them with --init-from")
@@ -118,7 +118,7 @@ def find_start(folder: Path | None, call: Call, given: Mapping[str, Any]) -> bui
     origin = checkpoint.progress["origin"] or "the initialisation"
     if call.init_from and not origin.startswith(f"{call.init_from}, "):
         raise UsageError(f"the run of {file} started from {origin}: leave --init-from out when resuming")
-    config = resolve_from(restore_config(checkpoint.settings, file), given, evaluate=False)
+    config = resolve_from(restore_config(checkpoint.settings, file), flags, evaluate=False)
     return build.Start(config, file, checkpoint, resumed=checkpoint)
 
 

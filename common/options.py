@@ -122,7 +122,7 @@ class Flag:
     default: Any = BY_DATASET
     check: Check | None = None
     choices: tuple[str, ...] | None = None
-    known: tuple[str, ...] = ()  # valid values by name, where `check` allows others too
+    suggestions: tuple[str, ...] = ()  # valid values by name, where `check` allows others too
     joint: str = ""  # several arguments make one value, with this between them
     metavar: str | None = None
     bare: Any = None  # the value where an optional argument is left out
@@ -166,7 +166,7 @@ class Flag:
             value = None
         problem = KIND_NAMES[self.kind] if value is None else self.problem(value)
         if problem:
-            names = self.choices or self.known if re.fullmatch(r"[\w+-]+", text) else ()
+            names = self.choices or self.suggestions if re.fullmatch(r"[\w+-]+", text) else ()
             near = find_nearest(text, names)
             hint = f"there is no {text!r}; did you mean {near}?"
             raise argparse.ArgumentTypeError(hint if near else f"expected {problem}, got {text!r}")

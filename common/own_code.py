@@ -112,9 +112,9 @@ def _wrapper_for(factory: Callable[..., Any], arguments: tuple[Any, ...], name: 
         needs = [n for n, p in find_parameters(factory).items() if p.default is p.empty and p.kind < 2]
     except ValueError:  # of some functions in C
         return ""
-    known = {"device": '"cpu"', "n_classes": "outputs", "num_classes": "outputs", "classes": "outputs"}
-    known |= dict.fromkeys(("input_channels", "in_channels", "channels"), "inputs[0]")
-    values = ", ".join(f"{need}={known.get(need, '...')}" for need in needs)
+    texts = {"device": '"cpu"', "n_classes": "outputs", "num_classes": "outputs", "classes": "outputs"}
+    texts |= dict.fromkeys(("input_channels", "in_channels", "channels"), "inputs[0]")
+    values = ", ".join(f"{need}={texts.get(need, '...')}" for need in needs)
     source, _, attribute = name.rpartition(":")
     wrapper = f"def learner(outputs, inputs): return {attribute}({values})"
     return f"; it gets the number of outputs: add to {source} the line `{wrapper}`, and name {source}:learner"

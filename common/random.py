@@ -116,5 +116,5 @@ def minibatch_order(
     ordered = words.where(mask[:, None], -1).topk(examples).indices.flatten(1)  # padding at the end of each
     passed = (place // count).clamp(max=steps - 1)
     drawn = ordered.gather(1, passed * examples + place % count).unflatten(1, (steps, batch))
-    whole = mask.long().topk(batch).indices[:, None]
-    return drawn.where((count > batch)[..., None], whole)
+    full_set = mask.long().topk(batch).indices[:, None]
+    return drawn.where((count > batch)[..., None], full_set)

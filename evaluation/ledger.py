@@ -49,8 +49,8 @@ def add_result(file: Path, result: Mapping[str, Any]) -> None:
     with FileLock(file.with_name(f".{file.name}.lock")):
         rows = [old for old in read_results(file) if any(old.get(name) != row[name] for name in SAME)]
         rows.append(row)
-        header = [*dict.fromkeys(name for each in rows for name in each if name)]
-        write_csv(file, header, [[each.get(name) or "" for name in header] for each in rows])
+        header = [*dict.fromkeys(name for row in rows for name in row if name)]
+        write_csv(file, header, [[row.get(name) or "" for name in header] for row in rows])
 
 
 def read_results(file: Path) -> list[dict[str, str]]:

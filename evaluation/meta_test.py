@@ -95,15 +95,15 @@ def find_diverged(losses: Tensor) -> Tensor:
     return ~losses.isfinite() | (losses > base + (DIVERGENCE - 1) * size)
 
 
-def mean_and_interval(values: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def mean_and_interval(values: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the mean over tasks (the first axis) and the half width of its 95 % confidence interval.
 
-    Only the values that are `kept` count; None: all.
+    Only the values in `mask` count; None: all.
     """
-    kept = torch.ones_like(values, dtype=torch.bool) if kept is None else kept
-    count = kept.sum(0)
-    mean = values.where(kept, 0).sum(0) / count
-    variance = (values - mean).where(kept, 0).square().sum(0) / (count - 1)
+    mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
+    count = mask.sum(0)
+    mean = values.where(mask, 0).sum(0) / count
+    variance = (values - mean).where(mask, 0).square().sum(0) / (count - 1)
     return mean, 1.96 * (variance / count).sqrt()
 
 
@@ -191,13 +191,13 @@ def _name_results(
     reading: Reading, normalisations: tuple[str, ...], results: Tensor, sizes: Tensor
 ) -> Evaluation:
     """Return results `[measures, normalisations, tasks, steps + 1]` and sizes by their names."""
-    named = {
+    measures = {
         name: dict(zip(normalisations, part, strict=True))
         for name, part in zip(reading.measures, results, strict=True)
     }
-    losses, accuracies, metrics = (named.pop(name, {}) for name in ("loss", "accuracy", "metric"))
+    losses, accuracies, metrics = (measures.pop(name, {}) for name in ("loss", "accuracy", "metric"))
     varying = {name: values.long() for name, values in zip(SIZES, sizes, strict=True) if values.any()}
-    return Evaluation(losses, accuracies, metrics, reading.metric, named, sizes=varying)
+    return Evaluation(losses, accuracies, metrics, reading.metric, measures, sizes=varying)
 
 
 def count_sizes(batch: TaskBatch, ways: int | None) -> Tensor:

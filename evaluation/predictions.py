@@ -124,8 +124,8 @@ def name_tensors(tree: Tree, name: str = "") -> dict[str, Any]:
         parts = [*zip(names, tree, strict=True)]
     else:
         return {name: tree}
-    named = [name_tensors(part, f"{name}.{key}".lstrip(".")) for key, part in parts]
-    return {key: leaf for leaves in named for key, leaf in leaves.items()}
+    tensors = [name_tensors(part, f"{name}.{key}".lstrip(".")) for key, part in parts]
+    return {key: leaf for leaves in tensors for key, leaf in leaves.items()}
 
 
 def _add_classes(prediction: Prediction, outputs: Tree, reading: Reading, names: list[str]) -> None:
@@ -159,8 +159,8 @@ def _add_labels(
         prediction.columns["share(1)"] = predicted.flatten(1).double().mean(1)
         return
     predicted, shares = (part if part.dim() == 2 else part[:, None] for part in (predicted, shares))
-    known = len(targets) == shares.shape[1]
-    names = targets if known else [f"label {number}" for number in range(1, shares.shape[1] + 1)]
+    has_names = len(targets) == shares.shape[1]
+    names = targets if has_names else [f"label {number}" for number in range(1, shares.shape[1] + 1)]
     for name, labels in zip(names, predicted.T, strict=True):
         prediction.columns[name] = [str(int(label)) for label in labels.tolist()]
     prediction.columns |= {f"p({name})": part for name, part in zip(names, shares.T, strict=True)}
@@ -193,8 +193,8 @@ def _draw_columns(panel: Axes, task: UserTask, prediction: Prediction) -> None:
     support_x, support_y, query_x = (x.cpu() for x in (task.support_x, task.support_y, task.query_x))
     curve = support_x.dim() == 2 and support_x.shape[1] == 1 and not task.classes
     rows_of = torch.tensor([int(n) if n.isdigit() else place for place, n in enumerate(task.query_names, 1)])
-    asked = query_x[:, 0] if curve else rows_of
-    points, shown = prediction.between or (asked, prediction)
+    query = query_x[:, 0] if curve else rows_of
+    points, shown = prediction.between or (query, prediction)
     x, order = points.sort()
     for number, name in enumerate(prediction.drawn):
         values, rows = shown.columns[name], prediction.columns[name]
@@ -203,7 +203,7 @@ def _draw_columns(panel: Axes, task: UserTask, prediction: Prediction) -> None:
         panel.plot(x.numpy(), values[order].numpy(), label=name, **look)
         if curve:
             label = "predicted rows" if number == 0 else None
-            panel.plot(asked.numpy(), rows.numpy(), "o", color=look["color"], mfc="white", label=label)
+            panel.plot(query.numpy(), rows.numpy(), "o", color=look["color"], mfc="white", label=label)
         if name in prediction.deviations:
             bands = values[order].numpy(), shown.deviations[name][order].numpy()
             style.draw_bands(panel, x.numpy(), *bands, look["color"])
@@ -240,8 +240,8 @@ def _draw_contact_sheet(task: UserTask, prediction: Prediction, title: str) -> F
     if len(task.query_x) > MOST_IMAGES:
         title += f" (the first {MOST_IMAGES} of {len(task.query_x)})"
     values = [target.flatten()[0].item() for target in task.support_y[:MOST_IMAGES]]  # class, or first number
-    known = [task.classes[int(value)] if task.classes else f"{value:.3g}" for value in values]
-    words, names = [[f"support: {target}" for target in known]], enumerate(task.query_names[:MOST_IMAGES])
+    labels = [task.classes[int(value)] if task.classes else f"{value:.3g}" for value in values]
+    words, names = [[f"support: {target}" for target in labels]], enumerate(task.query_names[:MOST_IMAGES])
     words += [[f"{name}\n{_describe_example(prediction, number)}" for number, name in names]]
     columns = min(COLUMNS, max(map(len, words)))
     empty = 0.0 if task.query_x.shape[1] == 1 else 1.0  # one channel is drawn dark on white

@@ -174,8 +174,8 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
                 measures[measure] = (parts[name], ~parts[name].isnan())
                 numbers["undefined_tasks"] = parts[name].isnan().sum(0)  # of the measure that is quoted
         measures |= {measure: (parts[name], None) for measure, parts in evaluation.further.items()}
-        for measure, (values, kept) in measures.items():
-            numbers[measure], numbers[f"{measure}_interval_95"] = mean_and_interval(values, kept)
+        for measure, (values, mask) in measures.items():
+            numbers[measure], numbers[f"{measure}_interval_95"] = mean_and_interval(values, mask)
         for step in range(losses.shape[1]):
             row = {key: values[step].item() for key, values in numbers.items()}
             per_step.append({"normalisation": name, "steps": step} | row)
@@ -219,10 +219,10 @@ class StepResults:
         measured = torch.stack([e.measured(norm)[tasks] for e in evaluations])  # [runs, tasks, steps + 1]
         diverged = torch.stack([e.find_diverged(norm)[tasks] for e in evaluations])
         first, is_loss = evaluations[0], evaluations[0].measure == "loss"
-        kept = ~diverged if is_loss else ~measured.isnan()
-        of_tasks = measured.where(kept, 0).sum(0) / kept.sum(0)  # NaN where a task diverged in all runs
-        kept_mean, kept_intervals = mean_and_interval(of_tasks, kept.any(0))
-        kept_means = (measured.where(kept, 0).sum(1) / kept.sum(1)).T
+        valid = ~diverged if is_loss else ~measured.isnan()
+        of_tasks = measured.where(valid, 0).sum(0) / valid.sum(0)  # NaN where a task diverged in all runs
+        kept_mean, kept_intervals = mean_and_interval(of_tasks, valid.any(0))
+        kept_means = (measured.where(valid, 0).sum(1) / valid.sum(1)).T
         beside = [e.accuracies[norm][tasks].nanmean(0) for e in evaluations if e.metrics and e.accuracies]
         return cls(
             means=measured.mean(1).T if is_loss else kept_means,
@@ -237,7 +237,7 @@ class StepResults:
                 name: torch.stack([e.further[name][norm][tasks].mean(0) for e in evaluations]).mean(0)
                 for name in first.further
             },
-            undefined=[0] * measured.shape[2] if is_loss else (~kept).sum((0, 1)).tolist(),
+            undefined=[0] * measured.shape[2] if is_loss else (~valid).sum((0, 1)).tolist(),
             tasks=measured.shape[1],
             measured=first.measure,
             more_is_better=first.more_is_better,

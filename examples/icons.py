@@ -99,9 +99,9 @@ def fetch_package(version: str, scratch: Path) -> Iterator[Path]:
 def check_package(package: Path, version: str) -> None:
     """Raise UsageError unless the folder holds that version of the package."""
     about = read_json(package / "package.json")
-    found = f"{about.get('name')} {about.get('version')}"
-    if found != f"{NAME} {version}":
-        raise UsageError(f"{package} holds {escape_text(found)}: the published split needs {NAME} {version}")
+    actual = f"{about.get('name')} {about.get('version')}"
+    if actual != f"{NAME} {version}":
+        raise UsageError(f"{package} holds {escape_text(actual)}: the published split needs {NAME} {version}")
 
 
 def read_set(package: Path, name: str, published: Mapping[str, Any]) -> tuple[dict[str, str], str]:
@@ -157,13 +157,13 @@ def draw(svg: str) -> np.ndarray:
 
 def drop_repeated(drawings: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return the drawings of a concept by set without blank ones, and the first of near-duplicates."""
-    kept: dict[str, np.ndarray] = {}
+    distinct: dict[str, np.ndarray] = {}
     for name in sorted(drawings):
         image = drawings[name].astype(np.int16)
         blank = image.min() > 255 - FAINT
-        if not blank and all(abs(image - other).sum() >= NEAR * image.size for other in kept.values()):
-            kept[name] = image
-    return {name: drawings[name] for name in kept}
+        if not blank and all(abs(image - other).sum() >= NEAR * image.size for other in distinct.values()):
+            distinct[name] = image
+    return {name: drawings[name] for name in distinct}
 
 
 def draw_icons(package: Path, published: Mapping[str, Any]) -> Icons:

@@ -34,7 +34,7 @@ class BatchNorm(nn.Module):
         self.reference: int | None = None  # number of leading examples that give the statistics; None: all
         self.mask: Tensor | None = None  # bool [batch], which of them count; None: all
         self.uses_buffer = False  # normalise with the buffer `statistics`: mean and biased variance
-        self.seen: list[Tensor] | None = None  # collects the statistics of each pass
+        self.passes: list[Tensor] | None = None  # collects the statistics of each pass
 
     def forward(self, x: Tensor) -> Tensor:
         per_channel = (-1,) + (1,) * (x.dim() - 2)
@@ -55,8 +55,8 @@ class BatchNorm(nn.Module):
         mean = self._mean(x[reference])
         centred = x - mean
         variance = self._mean(centred[reference].square())
-        if self.seen is not None:
-            self.seen.append(torch.stack([mean.flatten(), variance.flatten()]).detach())
+        if self.passes is not None:
+            self.passes.append(torch.stack([mean.flatten(), variance.flatten()]).detach())
         return centred, variance
 
     def _mean(self, x: Tensor) -> Tensor:
@@ -135,10 +135,10 @@ def record_statistics(module: nn.Module) -> Iterator[dict[str, Tensor]]:
     Averages over calls, `[2, channels]`, detached, by the name of the layer's buffer.
     """
     recorded: dict[str, Tensor] = {}
-    with set_norms(module, seen=None) as layers:
+    with set_norms(module, passes=None) as layers:
         for layer in layers.values():
-            layer.seen = []
+            layer.passes = []
         yield recorded
         for name, layer in layers.items():
-            if layer.seen:
-                recorded[join_names(name, "statistics")] = torch.stack(layer.seen).mean(0)
+            if layer.passes:
+                recorded[join_names(name, "statistics")] = torch.stack(layer.passes).mean(0)

@@ -68,11 +68,11 @@ def ridge(
     With rows x = (embedding, 1), W minimises the mean of |x W - y|^2 plus lambda |W|^2; the head is W times a
     scale. Lambda and scale are meta-parameters. The linear system is as small as examples and features allow.
     """
-    y, known = _as_numbers(targets, outputs, extras)
-    y, known = y.to(embeddings.dtype), known.to(embeddings.dtype)[:, None]
-    x = torch.cat([embeddings, torch.ones_like(known)], 1) * known
-    y = y * known
-    penalty = known.sum() * meta_parameters[LOG_LAMBDA].exp()
+    y, mask = _as_numbers(targets, outputs, extras)
+    y, mask = y.to(embeddings.dtype), mask.to(embeddings.dtype)[:, None]
+    x = torch.cat([embeddings, torch.ones_like(mask)], 1) * mask
+    y = y * mask
+    penalty = mask.sum() * meta_parameters[LOG_LAMBDA].exp()
     examples, features = x.shape
     diagonal = penalty * torch.eye(min(x.shape), dtype=x.dtype, device=x.device)
     if examples < features:  # Woodbury's identity
@@ -101,7 +101,7 @@ def _as_numbers(targets: Tensor, outputs: int, extras: Extras) -> tuple[Tensor, 
         numbers = targets.reshape(len(targets), -1)
         if numbers.shape[1] != outputs:
             raise ValueError(f"a ridge head of {outputs} outputs has targets {tuple(targets.shape)}")
-        known = torch.ones_like(numbers[:, 0]).bool() if extras.mask is None else extras.mask
-        return numbers, known
+        mask = torch.ones_like(numbers[:, 0]).bool() if extras.mask is None else extras.mask
+        return numbers, mask
     in_class, present = _classes_of(targets.flatten(), outputs, extras)
     return (2 * in_class.int() - 1) * present, in_class.any(1)

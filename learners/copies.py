@@ -149,13 +149,13 @@ def _reach(module: nn.Module, skipped: Any = ()) -> list[Any]:
     `skipped` are classes whose objects are not looked into.
     """
     stack: list[Any] = [module]
-    seen: dict[int, Any] = {}
+    by_id: dict[int, Any] = {}
     while stack:
         value = stack.pop()
-        if id(value) not in seen:
-            seen[id(value)] = value
+        if id(value) not in by_id:
+            by_id[id(value)] = value
             stack += () if isinstance(value, (_OPAQUE, skipped)) else _parts(value)
-    return [value for value in seen.values() if isinstance(value, Tensor) or not isinstance(value, _OPAQUE)]
+    return [value for value in by_id.values() if isinstance(value, Tensor) or not isinstance(value, _OPAQUE)]
 
 
 def find_holders(module: nn.Module, skipped: Any = ()) -> list[Any]:
@@ -179,9 +179,9 @@ def find_aliases(module: nn.Module, names: dict[int, str]) -> list[Alias]:
             pairs = value.items() if isinstance(value, dict) else enumerate(value)
             places += [(value, key, names[id(part)]) for key, part in pairs if id(part) in names]
         else:
-            kept = ", ".join(names[id(part)] for part in parts if id(part) in names)
+            text = ", ".join(names[id(part)] for part in parts if id(part) in names)
             raise UnfitError(
-                f"a {type(value).__name__} keeps {kept}, which the inner loop cannot replace there"
+                f"a {type(value).__name__} keeps {text}, which the inner loop cannot replace there"
             )
     return places
 
@@ -193,8 +193,8 @@ def find_tensors(module: nn.Module) -> list[Tensor]:
 
 def count_hidden_parameters(module: nn.Module) -> int:
     """Return how many parameters a module keeps where PyTorch does not look, as in a plain list of layers."""
-    known = {id(parameter) for parameter in module.parameters()}
-    hidden = [t for t in find_tensors(module) if isinstance(t, nn.Parameter) and id(t) not in known]
+    ids = {id(parameter) for parameter in module.parameters()}
+    hidden = [t for t in find_tensors(module) if isinstance(t, nn.Parameter) and id(t) not in ids]
     return sum(parameter.requires_grad for parameter in hidden)
 
 

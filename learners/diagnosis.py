@@ -127,7 +127,7 @@ def find_carried(call: FunctionalLearner, x: Tree, keys: Tensor) -> list[str]:
 
     Numbers, such as a counter, are among them whether or not they are read at once.
     """
-    module, left = copy_module(call.module), Notes()
+    module, notes = copy_module(call.module), Notes()
     before = {name: _read_attributes(layer) for name, layer in module.named_modules()}
 
     def compare(*_: Any) -> None:
@@ -135,7 +135,7 @@ def find_carried(call: FunctionalLearner, x: Tree, keys: Tensor) -> list[str]:
             for key, value in _read_attributes(layer).items():
                 old = before.get(name, {}).get(key, getattr(type(layer), key, None))
                 if value != old if isinstance(value, int | float) else not _is_same(value, old):
-                    left.append((name, key, value))
+                    notes.append((name, key, value))
 
     def repeat(changes: list[tuple[str, str, Any]]) -> bool:
         again = copy_module(call.module)
@@ -146,8 +146,8 @@ def find_carried(call: FunctionalLearner, x: Tree, keys: Tensor) -> list[str]:
 
     module.register_forward_hook(compare)
     outputs = call(call.parameters, x, Extras(keys), module=module)
-    numbers = [change for change in left if isinstance(change[2], int | float)]
-    others = [change for change in left if not isinstance(change[2], int | float)]
+    numbers = [change for change in notes if isinstance(change[2], int | float)]
+    others = [change for change in notes if not isinstance(change[2], int | float)]
     read = [] if repeat(others) else [change for change in others if not repeat([change])] or others
     return [join_names(name, key) for name, key, _ in numbers + read]
 
@@ -168,8 +168,8 @@ def mixes_examples(call: FunctionalLearner, task: Task) -> bool:
 def _read_attributes(layer: nn.Module) -> dict[str, Any]:
     """Return a layer's own attributes, containers as they are now."""
     kinds = list | dict | set | deque
-    own = {key: value for key, value in vars(layer).items() if key not in _OF_MODULES}
-    return {key: value.copy() if isinstance(value, kinds) else value for key, value in own.items()}
+    attributes = {key: value for key, value in vars(layer).items() if key not in _OF_MODULES}
+    return {key: value.copy() if isinstance(value, kinds) else value for key, value in attributes.items()}
 
 
 def _is_same(value: Any, old: Any) -> bool:

@@ -171,7 +171,7 @@ _REFUSED = (
 )
 _ALLOCATIONS = frozenset(
     list_spellings(
-        *(f"{kind}{like}" for kind in ("empty", "zeros", "ones", "full") for like in ("", "_like"))
+        *(f"{kind}{suffix}" for kind in ("empty", "zeros", "ones", "full") for suffix in ("", "_like"))
     )
     + list_spellings(*(f"new_{kind}" for kind in ("empty", "zeros", "ones", "full")))
 )

@@ -73,8 +73,8 @@ class FunctionalLearner:
         plain = unwrap(copy_module(module))
         self.fixed = collect_fixed_tensors(plain)
         self.module = convert_spectral_norms(convert_batch_norm(plain))
-        named = self.module.named_parameters()
-        learned = {name: p.detach().clone() for name, p in named if p.requires_grad}
+        parameters = self.module.named_parameters()
+        learned = {name: p.detach().clone() for name, p in parameters if p.requires_grad}
         self.complex = frozenset(name for name, p in learned.items() if p.is_complex())
         self.parameters = learned | {name: torch.view_as_real(learned[name]) for name in self.complex}
         if convolution == "im2col":
@@ -192,12 +192,12 @@ class FunctionalLearner:
         """
         module = self.module
         tensors = dict(itertools.chain(module.named_parameters(), module.named_buffers()))
-        given = {name: t.detach().clone() for name, t in tensors.items() if name not in self.statistics}
-        places = {name: t.data_ptr() for name, t in given.items()}
+        copies = {name: t.detach().clone() for name, t in tensors.items() if name not in self.statistics}
+        places = {name: t.data_ptr() for name, t in copies.items()}
         others = [(t, t._version) for t in find_tensors(module)]
         try:
             with _refuse_calls(original):
-                after, _ = self._try(dict(given), x)
+                after, _ = self._try(dict(copies), x)
         except Exception as error:  # the user's module may fail in any way
             if isinstance(error, UnfitError) or is_out_of_memory(error):
                 raise
@@ -207,7 +207,7 @@ class FunctionalLearner:
             ) from error
         changed = {
             name
-            for name, t in given.items()
+            for name, t in copies.items()
             if after[name] is not t
             or t._version  # written to
             or t.data_ptr() != places[name]  # given other memory, by `.data`
@@ -218,7 +218,7 @@ class FunctionalLearner:
                 f"{describe_owner(module, name)} overwrites its weight {name} in a forward pass, which no "
                 "gradient sees: compute with a new tensor (torch.nn.utils.parametrize)"
             )
-        for name in sorted(n for n, t in given.items() if t.data_ptr() != places[n]):
+        for name in sorted(n for n, t in copies.items() if t.data_ptr() != places[n]):
             raise UnfitError(
                 f"{describe_owner(module, name)} assigns to {name}.data in a forward pass: let it be a "
                 "buffer, and write to it by copy_() under torch.no_grad()"
@@ -228,7 +228,7 @@ class FunctionalLearner:
                 f"{layer_text('', module)} writes in a forward pass to a tensor that is no buffer, and so "
                 "would go from task to task: use register_buffer"
             )
-        return {name: tensors[name].detach().clone() for name in given if name in changed}
+        return {name: tensors[name].detach().clone() for name in copies if name in changed}
 
 
 def collect_fixed_tensors(module: nn.Module) -> Weights:

@@ -31,8 +31,8 @@ def _det(draws: Draws, A: Tensor) -> Tensor:
 
 def _slogdet(draws: Draws, A: Tensor) -> Any:
     pivots, sign = _pivots(A)
-    named = torch.return_types.linalg_slogdet  # type: ignore[attr-defined]  # missing from the stubs
-    return named((pivots.sgn().prod(-1) * sign, pivots.abs().log().sum(-1)))
+    tuple_type = torch.return_types.linalg_slogdet  # type: ignore[attr-defined]  # missing from the stubs
+    return tuple_type((pivots.sgn().prod(-1) * sign, pivots.abs().log().sum(-1)))
 
 
 def _logdet(draws: Draws, input: Tensor) -> Tensor:
@@ -59,8 +59,8 @@ def _solve(draws: Draws, A: Tensor, B: Tensor, left: bool = True) -> Tensor:
 
 def _solve_ex(draws: Draws, A: Tensor, B: Tensor, left: bool = True, check_errors: bool = False) -> Any:
     info = torch.zeros(A.shape[:-2], dtype=torch.int32, device=A.device)
-    named = torch.return_types.linalg_solve_ex  # type: ignore[attr-defined]  # missing from the stubs
-    return named((_solve(draws, A, B, left), info))
+    tuple_type = torch.return_types.linalg_solve_ex  # type: ignore[attr-defined]  # missing from the stubs
+    return tuple_type((_solve(draws, A, B, left), info))
 
 
 def _tensorsolve(draws: Draws, A: Tensor, B: Tensor, dims: Any = None) -> Tensor:
@@ -105,8 +105,8 @@ def _cdist(draws: Draws, x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: A
     if p != 2:
         return torch.cdist(x1, x2, p)  # which has no derivative in forward mode
     squares = (x1.unsqueeze(-2) - x2.unsqueeze(-3)).square().sum(-1)
-    apart = squares > 0
-    return torch.where(apart, torch.where(apart, squares, 1.0).sqrt(), 0.0)
+    positive = squares > 0
+    return torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)
 
 
 REPLACEMENTS: Replacements = spell_out(

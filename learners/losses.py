@@ -54,8 +54,8 @@ def cross_entropy(
         return loss
     real = torch.arange(logits.shape[1], device=logits.device) < ways
     logs = logits.log_softmax(1).movedim(1, -1).where(real, 0.0).sum(-1) / ways  # [examples, ...]
-    known = (labels != ignore_index).to(logs.dtype)
-    return (1 - label_smoothing) * loss - label_smoothing * (logs * known).sum() / known.sum()
+    labelled = (labels != ignore_index).to(logs.dtype)
+    return (1 - label_smoothing) * loss - label_smoothing * (logs * labelled).sum() / labelled.sum()
 
 
 def bce(outputs: Tree, targets: Tree, *, mask: Tensor | None = None, ways: Tensor | None = None) -> Tensor:

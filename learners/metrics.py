@@ -41,10 +41,10 @@ def build_metric(name: str, mode: str | None = None) -> Metric:
     """
     flag = f"--metric {name}"
     if is_own_code(name):
-        own, title = load_code(name, "--metric"), parse_name(name).factory
-        check_order(own, flag)
-        higher = getattr(own, "higher_is_better", None)
-        function: Callable[..., Any] = partial(_call_own, own)
+        custom_metric, title = load_code(name, "--metric"), parse_name(name).factory
+        check_order(custom_metric, flag)
+        higher = getattr(custom_metric, "higher_is_better", None)
+        function: Callable[..., Any] = partial(_call_own, custom_metric)
     else:
         key = SHORT.get(_plain(name), _plain(name))
         title, higher = _find_in_library(key, name)
@@ -93,8 +93,8 @@ def _find_in_library(key: str, name: str) -> tuple[str, Any]:
     if not keys:
         near = ", ".join([functions[n][0] for n in difflib.get_close_matches(key, functions, 3)] or SHORT)
         raise UsageError(f"--metric {name}: torchmetrics has no such metric: try {near}, or file.py:function")
-    known = [directions.get(k) for k in keys]
-    return functions[keys[0]][0], next((value for value in known if isinstance(value, bool)), None)
+    values = [directions.get(k) for k in keys]
+    return functions[keys[0]][0], next((value for value in values if isinstance(value, bool)), None)
 
 
 def _call_library(key: str, flag: str, outputs: Tree, targets: Tree, reading: Reading) -> Any:
@@ -128,18 +128,18 @@ def _classes(outputs: Tree, targets: Tree, reading: Reading) -> tuple[Tensor, Te
     Of labels, probabilities are `[examples]`; of ordinal outputs for more than two classes, classes are.
     """
     predicted = reading.predict(outputs)
-    labels, known = reading.decode_labels(targets, predicted)
+    labels, valid = reading.decode_labels(targets, predicted)
     x = predicted if reading.kind == "ordinal" and reading.classes > 2 else reading.probabilities(outputs)
     if x.dim() > predicted.dim():
         x = x.movedim(1, -1)
-    return x[known], labels[known].long(), {"num_classes": reading.classes}
+    return x[valid], labels[valid].long(), {"num_classes": reading.classes}
 
 
 def _labels(outputs: Tree, targets: Tree, reading: Reading) -> tuple[Tensor, Tensor, dict[str, int]]:
     """Return probabilities and labels `[examples, labels, ...]`; others than 0 and 1 are left out."""
-    labels, known = reading.decode_labels(targets, main_tensor(outputs))
-    sizes = {"num_labels": labels.shape[1]} | ({} if known.all() else {"ignore_index": -1})
-    return reading.probabilities(outputs), labels.long().where(known, -1), sizes
+    labels, valid = reading.decode_labels(targets, main_tensor(outputs))
+    sizes = {"num_labels": labels.shape[1]} | ({} if valid.all() else {"ignore_index": -1})
+    return reading.probabilities(outputs), labels.long().where(valid, -1), sizes
 
 
 def _convert_numbers(outputs: Tree, targets: Tree, reading: Reading) -> tuple[Tensor, Tensor, dict[str, int]]:
@@ -153,6 +153,6 @@ def _convert_numbers(outputs: Tree, targets: Tree, reading: Reading) -> tuple[Te
         shapes = f"outputs {tuple(x.shape)} and targets {tuple(y.shape)}"
         raise UsageError(f"--metric does not fit {shapes}: give a function of your own, file.py:function")
     x, y = (part.flatten(1) if part.dim() > 1 else part[:, None] for part in (x, y.to(x.dtype)))
-    known = ~y.isnan().any(1)
-    x, y = x[known], y[known]
+    valid = ~y.isnan().any(1)
+    x, y = x[valid], y[valid]
     return (x[:, 0], y[:, 0], {}) if y.shape[1] == 1 else (x, y, {})

@@ -55,9 +55,9 @@ def set_evaluation_mode(module: nn.Module) -> Iterator[None]:
 
 def materialise(module: nn.Module, x: Tree) -> None:
     """Give lazy layers the sizes that inputs x imply, by one pass in evaluation mode."""
-    positional, named = make_arguments(cast_tree(x, torch.get_default_dtype()))
+    positional, keywords = make_arguments(cast_tree(x, torch.get_default_dtype()))
     with torch.no_grad(), set_evaluation_mode(module):
-        module(*positional, **named)
+        module(*positional, **keywords)
     for name, layer in module.named_modules():
         if has_lazy(layer) and not any(has_lazy(child) for child in layer.children()):
             raise UnfitError(f"{layer_text(name, layer)} is lazy, and no pass reaches it: give its size")

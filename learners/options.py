@@ -58,7 +58,7 @@ class LearnerOptions:
 
     # fmt: off
     learner: str = flag("--learner", group="learner", check=check_learner_name, metavar="NAME", common=True,
-        known=tuple(LEARNERS),
+        suggestions=tuple(LEARNERS),
         help=f"{', '.join(LEARNERS)}, torchvision:MODEL, or file.py:factory; mlp: 1-40-40-1; "
         "sines: 1-64-64-1, for harmonic; conv: four stride-2 convolutions of 64 channels; conv-pool: max "
         "pooling; conv4: 32 channels; conv1d: over time; fc: 256-128-64-64")
@@ -70,7 +70,7 @@ class LearnerOptions:
         f"{', '.join(name for name, facts in LEARNERS.items() if facts.init == 'torch')} and what is not "
         "built in)")
     loss: str = flag("--loss", group="learner", check=check_loss_name, metavar="NAME", default=BY_RULE,
-        known=LOSSES,
+        suggestions=LOSSES,
         help="mse, cross-entropy, bce (binary, of logits), huber, gaussian-nll (a mean and a variance for "
         "each target), or file.py:function; auto: mse, or cross-entropy in classification")
     loss_args: tuple[str, ...] = flag(

@@ -101,9 +101,9 @@ class Metric:
         def measure(task: int, step: int) -> float:
             """Return the measure of a task without its padding."""
             mask, ways = (None if size is None else size[task] for size in (batch.query_mask, batch.ways))
-            own = reading if ways is None else replace(reading, classes=int(ways))
-            here = cut_outputs(pick(outputs, task, step), mask, ways)
-            return self(here, cut(pick(targets, task), mask), own)
+            task_reading = reading if ways is None else replace(reading, classes=int(ways))
+            task_outputs = cut_outputs(pick(outputs, task, step), mask, ways)
+            return self(task_outputs, cut(pick(targets, task), mask), task_reading)
 
         rows = [[measure(task, step) for step in range(steps)] for task in range(tasks)]
         return torch.tensor(rows, dtype=torch.float64).view(tasks, steps)
@@ -194,8 +194,8 @@ class Reading:
             labels = labels.argmax(before + 1)
         elif labels.dim() > predicted.dim():
             labels = labels.squeeze(-1)
-        known = (labels >= 0) & (labels < self.classes)
-        return labels, known if self.ignored is None else known & (labels != self.ignored)
+        valid = (labels >= 0) & (labels < self.classes)
+        return labels, valid if self.ignored is None else valid & (labels != self.ignored)
 
     def accuracy(self, outputs: Tree, targets: Tree, mask: Tensor | None = None, before: int = 1) -> Tensor:
         """Return the share of correct classes, pixels or labels by task, float32 `[...]`; NaN without any.
@@ -204,14 +204,14 @@ class Reading:
         """
         predicted = self.predict(outputs, before)
         plain = first_tensor(targets)
-        whole = mask is None and plain.dim() == predicted.dim() == before + 1
-        if (self.kind, self.ignored) == ("classes", None) and whole:
+        is_complete = mask is None and plain.dim() == predicted.dim() == before + 1
+        if (self.kind, self.ignored) == ("classes", None) and is_complete:
             return (predicted == plain).float().mean(-1)
-        labels, known = self.decode_labels(targets, predicted, before)
+        labels, valid = self.decode_labels(targets, predicted, before)
         if mask is not None:
-            known = known & mask.view(*mask.shape, *(1,) * (known.dim() - mask.dim()))
-        right = (predicted == labels) & known
-        return right.flatten(before).sum(-1) / known.expand_as(right).flatten(before).sum(-1)
+            valid = valid & mask.view(*mask.shape, *(1,) * (valid.dim() - mask.dim()))
+        right = (predicted == labels) & valid
+        return right.flatten(before).sum(-1) / valid.expand_as(right).flatten(before).sum(-1)
 
     def moments(
         self, outputs: Tree, before: int = 0, *, in_units: Callable[..., Tensor] | None = None

@@ -118,13 +118,13 @@ def draw_number(stream: Stream, span: Span) -> Tensor:
 
 def _take(drawn: Tensor, first: Tensor, count: Tensor, most: int) -> Part:
     """Take `count` of each class from `first` on, both `[tasks, ways]`, and of each at the most `most`."""
-    ways, each = drawn.shape[1:3]
-    position = torch.arange(each, device=drawn.device)
+    ways, per_class = drawn.shape[1:3]
+    position = torch.arange(per_class, device=drawn.device)
     chosen = (position >= first[..., None]) & (position < (first + count)[..., None])
-    chosen, number = chosen.flatten(1), torch.arange(ways * each, device=drawn.device)
+    chosen, number = chosen.flatten(1), torch.arange(ways * per_class, device=drawn.device)
     # chosen ones first, in their order
     place = (chosen * len(number) - number).topk(ways * most).indices
     mask = torch.arange(place.shape[1], device=drawn.device) < chosen.sum(1, keepdim=True)
     place = place.where(mask, place[:, :1])
     tasks = torch.arange(len(drawn), device=drawn.device)[:, None]
-    return Part(drawn.flatten(1, 2)[tasks, place], place // each, mask)
+    return Part(drawn.flatten(1, 2)[tasks, place], place // per_class, mask)

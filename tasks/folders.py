@@ -135,10 +135,10 @@ def _refuse_inner_split(base: Path, classes: Classes, *, is_part: bool) -> None:
         splits = {name: find_split_hint(name) for name in sorted(names)}
         plain = {split for name, split in splits.items() if is_plain(name)}
         if len(plain) > 1 or (all(splits.values()) and len({*splits.values()}) > 1):
-            found = f"{join(f'{name}/' for name, split in splits.items() if split)} look like a split"
+            problem = f"{join(f'{name}/' for name, split in splits.items() if split)} look like a split"
             place = base / parent
             raise UsageError(
-                f"{place}: {found}: give images:{place}, or put the images of each class into one folder"
+                f"{place}: {problem}: give images:{place}, or put the images of each class into one folder"
             )
 
 
@@ -190,8 +190,8 @@ def _say_what_is_missing(folder: Path, others: list[str], *, empty_class: bool) 
             return f"{folder} holds {name}: {way}"
     text = f"{folder}: put the images of each class into a folder of its own"
     if others and empty_class:
-        seen = f"{folder} holds files such as {escape_text(others[0])}"
-        text = f"{seen}, of no format that is read (.png, .jpg, .tif, ...): convert or rename them"
+        problem = f"{folder} holds files such as {escape_text(others[0])}"
+        text = f"{problem}, of no format that is read (.png, .jpg, .tif, ...): convert or rename them"
     elif others:
         text += f" (there are files such as {escape_text(others[0])})"
     return text + ", or leave empty classes out with --min-examples 1" * empty_class

@@ -153,7 +153,7 @@ class TaskOptions:
     # fmt: off
     dataset: str = flag(
         "--dataset", group="tasks", check=check_datasets, default="sinusoid", metavar="NAME", common=True,
-        known=tuple(DATASETS), joint=AND,
+        suggestions=tuple(DATASETS), joint=AND,
         help=f"{', '.join(DATASETS)}, images:FOLDER, table:FILE, or file.py:factory; FOLDER has a folder per "
         "class, FILE is CSV or Parquet, and package.module:factory is your own code too; several names, of "
         "curves or of images: each task comes from one of them")

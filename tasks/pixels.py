@@ -102,12 +102,12 @@ def settle_range(folder: Path, files: Sequence[ImagePath], form: Form) -> tuple[
     ).tolist()
     values = f"{files[0]} and {len(files) - 1:,} others" if files[1:] else str(files[0])
     values = f"{values} have {kind} values from {low:.7g} to {high:.7g}"
-    whole, bits = kind != "floating-point", next((bits for bits in BITS if high < 2**bits), 0)
-    if low < 0 or (not bits if whole else high > 1):
+    is_integer, bits = kind != "floating-point", next((bits for bits in BITS if high < 2**bits), 0)
+    if low < 0 or (not bits if is_integer else high > 1):
         command = f"--image-range={low:.7g},{high:.7g}"
         raise UsageError(f"{values}: say which are black and white, for example {command}")
-    top = float(2**bits - 1) if whole else 1.0
-    how = f"({bits} bits)" if whole else "(a float's usual range)"
+    top = float(2**bits - 1) if is_integer else 1.0
+    how = f"({bits} bits)" if is_integer else "(a float's usual range)"
     note = f"image values are {kind}, {low:.7g} to {high:.7g}: 0 is black, {top:.7g} white {how}; "
     return replace(form, kind=kind, range=(0.0, top)), [note + "another range: --image-range=LOW,HIGH"]
 
@@ -139,44 +139,44 @@ def find_rows(files: Sequence[ImagePath]) -> list[tuple[str, int]]:
 
 def _survey(files: Sequence[ImagePath], kind: str) -> np.ndarray:
     """Return the lowest and the highest value of all files."""
-    measure = partial(_open, read=partial(_find_extremes, like=files[0], kind=kind))
+    measure = partial(_open, read=partial(_find_extremes, reference=files[0], kind=kind))
     with ThreadPoolExecutor() as pool:
         parts = (pool.map(measure, files[i : i + AT_ONCE]) for i in range(0, len(files), AT_ONCE))
         bounds = [*tqdm(chain.from_iterable(parts), "Finding the range of values (once)", len(files))]
     return np.array([min(low for low, _ in bounds), max(high for _, high in bounds)])
 
 
-def _find_extremes(image: Image.Image, like: ImagePath, kind: str) -> Range:
-    check_kind(image, kind, str(like))
+def _find_extremes(image: Image.Image, reference: ImagePath, kind: str) -> Range:
+    check_kind(image, kind, str(reference))
     colour, _ = _read_deep(image)
     return float(colour.min()), float(colour.max())
 
 
-def check_kind(image: Image.Image, kind: str, like: str) -> None:
+def check_kind(image: Image.Image, kind: str, reference: str) -> None:
     """Raise UsageError if a file's values are of another kind than those of others: no range fits both."""
     if detect_kind(image) != kind:
         this = f"{getattr(image, 'filename', '') or 'an image'} has {detect_kind(image)} values"
-        way_out = "give --image-range for these" if like == TRAINED else "take one kind out"
-        raise UsageError(f"{this} and {like} {kind} ones: convert them to one kind, or {way_out}")
+        way_out = "give --image-range for these" if reference == TRAINED else "take one kind out"
+        raise UsageError(f"{this} and {reference} {kind} ones: convert them to one kind, or {way_out}")
 
 
 # ---- pixels --------------------------------------------------------------------------------------
 
 
-def decode_all(files: Sequence[ImagePath], form: Form, like: str = "") -> Iterator[np.ndarray]:
+def decode_all(files: Sequence[ImagePath], form: Form, reference: str = "") -> Iterator[np.ndarray]:
     """Yield the files' images in order, decoded in parallel, as uint8 `[channels, size, size]`.
 
-    Raises UsageError if one is unreadable, or of another kind than the form's; `like` names one of that kind.
+    Raises UsageError if one is unreadable, or not of the form's kind; `reference` names one that is.
     """
-    decode = partial(_decode, form=form, like=like or str(files[0]) if files else "")
+    decode = partial(_decode, form=form, reference=reference or str(files[0]) if files else "")
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(files), AT_ONCE):
             yield from pool.map(decode, files[start : start + AT_ONCE])
 
 
-def _decode(path: ImagePath, form: Form, like: str) -> np.ndarray:
+def _decode(path: ImagePath, form: Form, reference: str) -> np.ndarray:
     def read(image: Image.Image) -> np.ndarray:
-        check_kind(image, form.kind, like)
+        check_kind(image, form.kind, reference)
         return prepare(image, form)
 
     return _open(path, read)

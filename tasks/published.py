@@ -34,8 +34,8 @@ def open_benchmark(
     name: str, data_root: Path, form: Form, omniglot_split: str = "random", icons_split: str = "concept"
 ) -> ImageSet:
     """Return a benchmark by its name; UsageError if it is not there, or has other classes than published."""
-    own = FOLDERS.get(name, name)
-    if data_root.name == own and data_root.is_dir() and not any((data_root / own).glob("*")):
+    folder_name = FOLDERS.get(name, name)
+    if data_root.name == folder_name and data_root.is_dir() and not any((data_root / folder_name).glob("*")):
         data_root = data_root.parent  # the data's own folder was named
     if name == "omniglot":
         return _open_omniglot(data_root, form, omniglot_split)

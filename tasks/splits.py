@@ -56,8 +56,8 @@ def split_hinted(name: str) -> str | None:
 
 def find_split_hint(name: str) -> str | None:
     """Return the split that a name says or mentions; the name itself where it is only like a part's."""
-    like = any(re.fullmatch(PARTS, word) for word in _split_words(name))
-    return parse_split(name) or split_hinted(name) or (name if like else None)
+    is_part = any(re.fullmatch(PARTS, word) for word in _split_words(name))
+    return parse_split(name) or split_hinted(name) or (name if is_part else None)
 
 
 def shuffle(names: Iterable[str], purpose: str) -> list[str]:

@@ -99,33 +99,33 @@ def load_table(
     if not file.data.num_rows:
         raise UsageError(f"{path} has a header, {header}, and no rows: add some")
     columns = _complete(columns, path, header, prediction=prediction, classification=classification)
-    classes, y, known = _read_targets(file, columns, dtype, classification)
-    kept = torch.ones_like(known) if prediction else known.clone()
+    classes, y, has_target = _read_targets(file, columns, dtype, classification)
+    keep = torch.ones_like(has_target) if prediction else has_target.clone()
     x = file.numbers(columns.inputs, () if classification else columns.targets)
-    _check_finite(file, columns.inputs, x, kept, dtype)
-    tasks, task = ["task"], torch.zeros_like(kept, dtype=torch.int64)
+    _check_finite(file, columns.inputs, x, keep, dtype)
+    tasks, task = ["task"], torch.zeros_like(keep, dtype=torch.int64)
     if columns.task:
-        tasks, task = file.names(columns.task, kept)
+        tasks, task = file.names(columns.task, keep)
     by_class = columns.by_class and not prediction
     if by_class:
         tasks, task = classes, y
-    if not kept.any():
+    if not keep.any():
         raise UsageError(f"{path}: column {', '.join(columns.targets)}: no row has a target: fill it")
-    left_out = {"rows without a target": int((~kept).sum())}
+    left_out = {"rows without a target": int((~keep).sum())}
     if min_examples and not prediction:
-        left_out |= _leave_out_small(task, y if classification else None, kept, min_examples, min_classes)
-    if not kept.any():
+        left_out |= _leave_out_small(task, y if classification else None, keep, min_examples, min_classes)
+    if not keep.any():
         raise UsageError(f"{path}: --min-examples {min_examples} leaves no rows: lower it")
-    tasks, task = _drop_unused(tasks, task[kept])
-    y, inputs = y[kept], columns.inputs
+    tasks, task = _drop_unused(tasks, task[keep])
+    y, inputs = y[keep], columns.inputs
     if classification and not prediction:
         classes, y = _drop_unused(classes, y)
-    splits = _split(file, columns, tasks, task, kept, shares)
+    splits = _split(file, columns, tasks, task, keep, shares)
     positions = {split: part.sort().values for split, part in as_positions(splits, tasks, str(path)).items()}
     names = {split: sorted(part) for split, part in splits.items()}
     if by_class:
         tasks, task, positions = _tasks_of_splits(positions, y)
-    return Table(x[kept], y, task, tasks, classes, positions, names, inputs, str(path), by_class, left_out)
+    return Table(x[keep], y, task, tasks, classes, positions, names, inputs, str(path), by_class, left_out)
 
 
 def _tasks_of_splits(classes: dict[str, Tensor], y: Tensor) -> tuple[list[str], Tensor, dict[str, Tensor]]:
@@ -145,29 +145,29 @@ def _read_targets(
         if len(names) > 1:
             raise UsageError(f"classification takes one target column, not {len(names)}: name one")
         classes, y = sort_classes(*file.names(names[0]))
-        known = y >= 0
+        has_target = y >= 0
     else:
         classes, y = [], file.numbers(names, columns.inputs)
-        known = ~y.isnan().any(1)
-        _check_finite(file, names, y, known, dtype)
-    return classes, y, known
+        has_target = ~y.isnan().any(1)
+        _check_finite(file, names, y, has_target, dtype)
+    return classes, y, has_target
 
 
-def _leave_out_small(task: Tensor, y: Tensor | None, kept: Tensor, rows: int, classes: int) -> dict[str, int]:
+def _leave_out_small(task: Tensor, y: Tensor | None, keep: Tensor, rows: int, classes: int) -> dict[str, int]:
     """Unmark rows of tasks, or of their classes, with fewer rows, and of tasks with fewer such classes.
 
     Returns what was left out, in words, and how many.
     """
     group = task if y is None else task * (int(y.max()) + 1) + y
-    small = kept & (torch.bincount(group[kept], minlength=int(group.max()) + 1)[group.clamp(min=0)] < rows)
+    small = keep & (torch.bincount(group[keep], minlength=int(group.max()) + 1)[group.clamp(min=0)] < rows)
     what = "tasks" if y is None else "classes"
     left_out = {f"{what} with fewer than {rows} rows": len(group[small].unique())}
-    kept &= ~small
+    keep &= ~small
     if y is not None and not torch.equal(task, y):  # the classes are those of tasks
-        of_groups = torch.stack([task[kept], y[kept]], 1).unique(dim=0)[:, 0]
-        few = kept & (torch.bincount(of_groups, minlength=int(task.max()) + 1)[task.clamp(min=0)] < classes)
+        of_groups = torch.stack([task[keep], y[keep]], 1).unique(dim=0)[:, 0]
+        few = keep & (torch.bincount(of_groups, minlength=int(task.max()) + 1)[task.clamp(min=0)] < classes)
         left_out[f"tasks with fewer than {classes} classes of them"] = len(task[few].unique())
-        kept &= ~few
+        keep &= ~few
     return left_out
 
 
@@ -182,7 +182,7 @@ def _split(
     columns: Columns,
     tasks: list[str],
     task: Tensor,
-    kept: Tensor,
+    keep: Tensor,
     shares: dict[str, int] | None,
 ) -> dict[str, list[str]]:
     """Return the names of each split: as the column "split" says, or at random."""
@@ -191,11 +191,11 @@ def _split(
         return splits
     if "split" not in {*file.data.column_names} - {*columns.inputs, *columns.targets, columns.task}:
         return split_at_random(tasks, shares)
-    names, split = file.names("split", kept)
+    names, split = file.names("split", keep)
     split_names = {name: PLAIN_WORDS[name.lower()] for name in names if name.lower() in PLAIN_WORDS}
     if unknown := {*names} - split_names.keys():
         raise UsageError(f"{file.path}: a split is {min(unknown)!r}: it should be train, val or test")
-    pairs = torch.stack([split[kept], task], 1).unique(dim=0).tolist()
+    pairs = torch.stack([split[keep], task], 1).unique(dim=0).tolist()
     for name, t in dict.fromkeys((split_names[names[s]], t) for s, t in pairs):
         splits[name].append(tasks[t])
     return splits
@@ -225,9 +225,9 @@ def _complete(
     if not columns.inputs and {"", "Unnamed: 0", "__index_level_0__"} & {*inputs}:
         way = "write pandas' tables with index=False, and no separator at the ends of lines"
         raise UsageError(f"{path} has pandas' index, or another column without a name, as an input: {way}")
-    if not columns.inputs and (like := [name for name in inputs if name.lower() in LIKE_SPLIT]):
+    if not columns.inputs and (suspects := [name for name in inputs if name.lower() in LIKE_SPLIT]):
         way = "call it split, with train, val and test in it, or leave it out with --exclude-columns"
-        raise UsageError(f"{path}: column {like[0]!r} looks like a split: {way}")
+        raise UsageError(f"{path}: column {suspects[0]!r} looks like a split: {way}")
     return replace(columns, task=task, inputs=inputs)
 
 

@@ -35,23 +35,23 @@ def read_numbers(name: str, values: Any, axes: int = 1) -> Array:
     return array
 
 
-def read_pixels(values: Array, form: Form, record: Sequence[str], given: Range | None) -> Tensor:
+def read_pixels(values: Array, form: Form, record: Sequence[str], user_range: Range | None) -> Tensor:
     """Return images as the training images were made: uint8 `[images, channels, size, size]`.
 
     Args:
         values: `[images, height, width]` or `[images, channels, height, width]`, 1 or 3 channels: bytes, or
             numbers from 0 (black) to 1 (white); other whole numbers have the range of the training images.
         record: the range of the training images, see `Form`.
-        given: the values that are black and white, if the user says so.
+        user_range: the values that are black and white, if the user says so.
     """
     if values.ndim == 3:
         values = values[:, None]
     if values.ndim != 4 or values.shape[1] not in (1, 3):
         raise UsageError(f"x is {values.shape}: give images [n, height, width] or [n, 1 or 3, height, width]")
-    whole, plain = values.dtype.kind in "iu", replace(form, range=None)
-    low, high = given or ((form.recorded(record).range or (0.0, 255.0)) if whole else (0.0, 1.0))
+    is_integer, plain = values.dtype.kind in "iu", replace(form, range=None)
+    low, high = user_range or ((form.recorded(record).range or (0.0, 255.0)) if is_integer else (0.0, 1.0))
     lowest, highest = float(values.min()), float(values.max())
-    if not given and (lowest < low or highest > high or (whole and highest <= 1 < high)):
+    if not user_range and (lowest < low or highest > high or (is_integer and highest <= 1 < high)):
         raise UsageError(
             f"x has values from {lowest:.7g} to {highest:.7g}: give whole numbers from 0 to "
             f"{max(high, 255):.7g}, floats from 0 (black) to 1 (white), or say image_range='LOW,HIGH'"

@@ -44,9 +44,9 @@ def read_task_folder(
     labels = [label for label, files in enumerate(classes.values()) for _ in files]
     files = [*chain(*classes.values(), queries)]
     trained = form.recorded(record)
-    like = TRAINED if form.range in (None, trained.range) else ""
-    form = trained if like else settle_range(path, files, form)[0]
-    images = np.stack([*decode_all(files, form, like)])
+    reference = TRAINED if form.range in (None, trained.range) else ""
+    form = trained if reference else settle_range(path, files, form)[0]
+    images = np.stack([*decode_all(files, form, reference)])
     x = torch.from_numpy(images).to(device, dtype) / 255
     return UserTask(
         name="",
@@ -94,10 +94,10 @@ def read_task_arrays(
         support_y = support_y[:, None]
     support_y = apply_scale(support_y, scales, "target", f"--adapt {path}: support_y")
     support_y = support_y.to(dtype) if support_y.is_floating_point() else support_y.long()
-    whole = not (support_x.is_floating_point() or query_x.is_floating_point())  # such as tokens
+    is_integer = not (support_x.is_floating_point() or query_x.is_floating_point())  # such as tokens
 
     def place(x: Tensor) -> Tensor:
-        return x.to(device, torch.int64 if whole else dtype)
+        return x.to(device, torch.int64 if is_integer else dtype)
 
     return UserTask(
         name="",
@@ -152,12 +152,12 @@ def read_task_table(
     Raises UsageError if one lacks either kind of rows, or columns are not those of the scales.
     """
     table = load_table(path, columns, dtype, classification=classification, shares=None)
-    known = table.y >= 0 if classification else ~table.y.isnan().any(1)
+    has_target = table.y >= 0 if classification else ~table.y.isnan().any(1)
     source = f"--adapt {path}"
     x, y = (apply_scale(t, scales, p, source) for t, p in ((table.x, "input"), (table.y, "target")))
     tasks = []
     for number, name in enumerate(table.tasks):
-        support, query = ((table.task == number) & rows for rows in (known, ~known))
+        support, query = ((table.task == number) & rows for rows in (has_target, ~has_target))
         if not (support.any() and query.any()):
             rows = "rows with targets, to adapt to, and others, to predict"
             raise UsageError(f"--adapt {path}, task {name!r}: give {rows}")

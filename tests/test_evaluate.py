@@ -103,8 +103,8 @@ def test_classes_that_may_have_been_trained_on_are_not_tested_on(tmp_path, capsy
     ],
 )
 def test_an_evaluation_is_compiled_as_asked_or_where_that_saves_time(flags, compiled):
-    given = parse(flags.split())
-    assert is_compiled(resolve(given), given.get("compile", "auto")) is compiled
+    settings = parse(flags.split())
+    assert is_compiled(resolve(settings), settings.get("compile", "auto")) is compiled
 
 
 def test_a_step_and_the_predictions_after_it_are_compiled(conv, tmp_path, monkeypatch):

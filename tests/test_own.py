@@ -136,8 +136,8 @@ def assert_a_step_is_a_plain_loops(tmp_path: Path, flags: list[object], *, steps
     sgd = f"-s {steps} --inner-lr 0.1 --meta-optimizer sgd --meta-lr 1.0 --grad-clip 1e6 --meta-batch-size 2"
     flags = [*flags, *sgd.split(), *SHORT]
     assert command(*flags, "--checkpoint-path", tmp_path, "--run-name", "run") == 0
-    given = parse([str(flag) for flag in flags])
-    config, call = resolve(given), check_call(given)
+    settings = parse([str(flag) for flag in flags])
+    config, call = resolve(settings), check_call(settings)
     runtime = prepare(config, call)
     distribution, maml = build(config, call, runtime)
     batch = distribution.sample("train", 0, 1, range(2))

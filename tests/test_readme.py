@@ -45,13 +45,13 @@ def test_every_algorithm_has_its_page_and_its_row(name):
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_the_commands_of_a_page_have_valid_flags(page, monkeypatch):
-    monkeypatch.setattr("commands.parser.read_settings", lambda _, typed: typed)  # there is no such file
+    monkeypatch.setattr("commands.parser.read_settings", lambda _, flags: flags)  # there is no such file
     for line in command_lines(page, r"(?:python|torchrun .*?) main\.py"):
-        given = parse(shlex.split(line, comments=True))
-        call = check_call(given)
-        if not {"load", "compare"} & given.keys():
-            list_members(call, given)
-            resolve(given)
+        flags = parse(shlex.split(line, comments=True))
+        call = check_call(flags)
+        if not {"load", "compare"} & flags.keys():
+            list_members(call, flags)
+            resolve(flags)
     for line in command_lines(page, "python (?=[a-z]+/)"):
         assert (ROOT / line.split()[0]).is_file(), line
 

@@ -42,9 +42,9 @@ def test_the_flags_of_every_method_are_valid(table):
     for method, flags in table.methods.items():
         trained = resolve(parse(f"{table.flags} {flags}".split()))
         for test in table.tests:
-            given = parse(Run(table, method, 0, Path()).testing(test))
-            other = check_call(given).eval_dataset
-            tested = resolve_from(trained, given, evaluate=True, eval_dataset=other).evaluation
+            settings = parse(Run(table, method, 0, Path()).testing(test))
+            other = check_call(settings).eval_dataset
+            tested = resolve_from(trained, settings, evaluate=True, eval_dataset=other).evaluation
             steps = [column.steps for column in columns if column.test == test]
             assert tested.eval_steps >= max([*steps, trained.evaluation.test_steps])
     assert {column.test for column in columns} - {""} == {*table.tests}

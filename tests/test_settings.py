@@ -80,8 +80,8 @@ def test_the_file_of_a_resumed_run_says_what_all_its_commands_gave(tmp_path):
 def test_a_run_of_a_sweep_is_repeated_by_itself(tmp_path):
     line = [*SHORT, "--iterations", 2, "--checkpoint-path", tmp_path, "--run-name", "grid", "--seeds", "1-2"]
     assert command(*line, "--sweep", "s=1,2", "--runs-at-once", 1) == 0
-    given = parse(["--config", str(tmp_path / "grid" / "s-2_seed-1" / SETTINGS)])
-    assert check_call(given).seeds is None and (given["steps"], given["seed"]) == (2, 1)
+    flags = parse(["--config", str(tmp_path / "grid" / "s-2_seed-1" / SETTINGS)])
+    assert check_call(flags).seeds is None and (flags["steps"], flags["seed"]) == (2, 1)
 
 
 def test_the_settings_of_a_command_are_printed_as_such_a_file(tmp_path, capsys):
@@ -114,8 +114,8 @@ def test_flags_win_over_the_file_and_keep_their_whole_meaning(file, flags, alone
 
 
 def test_seeds_and_sweeps_win_over_the_file(write):
-    given = parse(f"{write('--seed 3 --inner-lr 0.5 -s 2')} --seeds 0-1 --sweep inner-lr=0.1,0.2".split())
-    _, configs = list_members(check_call(given), given)
+    flags = parse(f"{write('--seed 3 --inner-lr 0.5 -s 2')} --seeds 0-1 --sweep inner-lr=0.1,0.2".split())
+    _, configs = list_members(check_call(flags), flags)
     assert {(c.training.seed, c.choices.inner_lr, c.choices.steps) for c in configs.values()} == {
         (seed, rate, 2) for seed in (0, 1) for rate in (0.1, 0.2)
     }
@@ -128,12 +128,12 @@ def test_a_file_by_hand_may_name_settings_in_each_form(write):
 
 
 def test_several_data_sets_and_trackers_are_lists_in_a_file(write):
-    given = parse(
+    settings = parse(
         write("dataset = ['omniglot', 'icons']\nreport-to = ['wandb', 'trackio']", line=False).split()
     )
-    typed = parse(["--dataset", "omniglot", "icons", "--report-to", "wandb", "trackio"])
-    assert typed == {"dataset": "omniglot + icons", "report_to": "wandb,trackio"}
-    assert given.items() >= typed.items()
+    flags = parse(["--dataset", "omniglot", "icons", "--report-to", "wandb", "trackio"])
+    assert flags == {"dataset": "omniglot + icons", "report_to": "wandb,trackio"}
+    assert settings.items() >= flags.items()
 
 
 # ---- mistakes ------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def adjoint(maml: MAML, accelerate: Accelerate) -> Way:
         start: InnerState, shared: Sequence[Shared], tasks: Task, step_weights: Tensor | None
     ) -> tuple[list[PathStep], InnerState, Outcome]:
         path: list[PathStep] = []
-        seen: list[Weights] = []
+        statistics: list[Weights] = []
         for number, step in enumerate(walk(start, shared, tasks)):
             cotangents: tuple[Weights, Weights] = {}, {}
             query_statistics: Weights = {}
@@ -132,14 +132,14 @@ def adjoint(maml: MAML, accelerate: Accelerate) -> Way:
                 cotangents = fast_cotangent, sum_over_tasks(weights_cotangent)
             if step_weights is not None:
                 cotangents = tree_map(partial(torch.mul, step_weights[number]), cotangents)
-            seen.append(sum_over_tasks(mean_statistics(step.statistics, query_statistics)))
+            statistics.append(sum_over_tasks(mean_statistics(step.statistics, query_statistics)))
             pull_back = partial(
                 step_back[step.axis], step.before, shared[number], step.gradients, step.examples
             )
             if is_plain:
                 pull_back = partial(pass_back, step.axis, shared[number])
             path.append(PathStep(pull_back, *cotangents))
-        return path, step.after, Outcome(loss, outputs, stack_steps(seen))
+        return path, step.after, Outcome(loss, outputs, stack_steps(statistics))
 
     @torch.no_grad()
     def way(parameters: Weights, tasks: Task, step_weights: Tensor | None) -> MetaGradient:

@@ -82,8 +82,8 @@ def load_checkpoint(path: Path, *, weights: bool = True) -> Checkpoint:
     content: Any = None
     try:
         with zipfile.ZipFile(path) as archive:
-            whole = sum(record.file_size for record in archive.infolist()) <= path.stat().st_size
-            if whole and (not weights or archive.testzip() is None):
+            is_complete = sum(record.file_size for record in archive.infolist()) <= path.stat().st_size
+            if is_complete and (not weights or archive.testzip() is None):
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=not weights)
     except Exception as error:  # zipfile and the unpickler may meet any bytes
         if isinstance(error, OSError) or is_out_of_memory(error):

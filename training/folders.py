@@ -41,8 +41,8 @@ def lock_folder(folder: Path, members: Sequence[str] = ()) -> Iterator[None]:
     with ExitStack() as locks:
         for part in (folder, *(folder / name for name in members)):
             locks.enter_context(_lock(part))
-        for left in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
-            left.unlink(missing_ok=True)
+        for file in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+            file.unlink(missing_ok=True)
         yield
 
 

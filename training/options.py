@@ -68,7 +68,7 @@ class TrainingOptions:
         help="validation tasks, the same at each validation; fewer save time with a large network")
     report_to: str = flag(
         "--report-to", group="logging", check=check_trackers, metavar="NAMES", default="tensorboard",
-        known=TRACKERS, joint=",", free_on_resume=True, free_on_eval=True,
+        suggestions=TRACKERS, joint=",", free_on_resume=True, free_on_eval=True,
         help="where curves, pictures, settings and results go: some of tensorboard, wandb and trackio, with "
         "commas between; with --eval --load: add the result to the run's log there")
     save_every: int = flag(

@@ -147,14 +147,14 @@ class MetaStep:
         )
         self.stop = False  # whether this process asks all of them to stop
         self.stop_asked: Tensor | None = None  # above 0 if any asked so in the last iteration
-        whole = partial(accelerate, options=SAMPLING_OPTIONS) if distribution.computed else run_as_is
+        speed_up = partial(accelerate, options=SAMPLING_OPTIONS) if distribution.computed else run_as_is
         self.at_once = distribution.computed and (maml.tasks_at_once or self.tasks) >= self.tasks
-        self._whole = self._at_edge(self._iterate, whole)
-        self._draw = self._at_edge(self._sample, whole)
+        self._advance = self._at_edge(self._iterate, speed_up)
+        self._draw = self._at_edge(self._sample, speed_up)
         self._send = self._at_edge(
-            *(self._message_of_numbers, whole) if self.at_once else (self._message, run_as_is)
+            *(self._message_of_numbers, speed_up) if self.at_once else (self._message, run_as_is)
         )
-        self._receive = self._at_edge(self._update, whole)
+        self._receive = self._at_edge(self._update, speed_up)
 
     def _at_edge(
         self,
@@ -177,8 +177,8 @@ class MetaStep:
             return State(**{"statistics": tensors["parameters"][..., :0]} | {n: tensors[n] for n in fields})
 
         def flat(*tensors: Any) -> tuple[Any, ...]:
-            named = dict(zip(names, tensors[:-1], strict=True))
-            result = function(unpack(named), {name: named[name] for name in others}, tensors[-1])
+            inputs = dict(zip(names, tensors[:-1], strict=True))
+            result = function(unpack(inputs), {name: inputs[name] for name in others}, tensors[-1])
             return result[: len(fields)] if isinstance(result, State) else (result,)
 
         fast = accelerate(vmap(flat, axes) if self.several else flat)
@@ -194,7 +194,7 @@ class MetaStep:
     def __call__(self, state: State, iteration: int | None = None) -> State:
         """Return the next state; `iteration` are those done: None waits for the device to tell."""
         if self.at_once and self.world.size == 1:
-            return self._whole(state, self.numbers)
+            return self._advance(state, self.numbers)
         message = self.message(state, iteration)
         if self.world.size > 1:
             message[-1] = float(self.stop)
@@ -252,12 +252,12 @@ class MetaStep:
         return torch.cat([*parts, state.parameters.new_zeros(1)])
 
     def _update(self, state: State, members: Members, message: Tensor) -> State:
-        size, seen = self.layout.size, self.statistics_layout.size
-        gradient, measures, statistics, _ = message.split([size, len(message) - size - seen - 1, seen, 1])
+        size, stats = self.layout.size, self.statistics_layout.size
+        gradient, measures, statistics, _ = message.split([size, len(message) - size - stats - 1, stats, 1])
         norm = gradient.norm()
         tail = norm.new_zeros(len(TAIL))
         counted = state._replace(sums=state.sums + torch.cat([measures, norm[None], tail]))
-        if seen:
+        if stats:
             change = STATISTICS_MOMENTUM * (statistics - state.statistics)
             counted = counted._replace(statistics=state.statistics + change)
         options = self.options
@@ -266,20 +266,20 @@ class MetaStep:
         lr = meta_lr_at(options, members, state.iteration.to(gradient.dtype))
         moved = rule(counted, clip(gradient, norm, value, max_norm), lr=lr)
         # the norm before clipping, which would hide it; a second moment that overflows would end Adam's steps
-        numbers = [measures, norm[None], moved.parameters, moved.exp_avg_sq, *[moved.statistics] * bool(seen)]
-        return self._guard(state, moved, torch.stack([part.isfinite().all() for part in numbers]).all())
+        parts = [measures, norm[None], moved.parameters, moved.exp_avg_sq, *[moved.statistics] * bool(stats)]
+        return self._guard(state, moved, torch.stack([part.isfinite().all() for part in parts]).all())
 
     def _guard(self, state: State, moved: State, finite: Tensor) -> State:
         """Return `moved` if its numbers are finite, else what --on-nan says; the device is not asked."""
         skipped, last = state.sums[-2], state.sums[-1]
         if self.options.on_nan == "skip":
             tail = torch.stack([skipped + 1, (state.iteration + 1).to(last.dtype)])
-            left = state._replace(sums=torch.cat([state.sums[:-2], tail]), iteration=moved.iteration)
+            fallback = state._replace(sums=torch.cat([state.sums[:-2], tail]), iteration=moved.iteration)
         else:
             tail = torch.stack([skipped, torch.full_like(last, torch.inf)])
-            left = state._replace(sums=torch.cat([state.sums[:-2], tail]))
+            fallback = state._replace(sums=torch.cat([state.sums[:-2], tail]))
             finite = finite & last.isfinite()
-        return State(*(torch.where(finite, new, old) for new, old in zip(moved, left, strict=True)))
+        return State(*(torch.where(finite, new, old) for new, old in zip(moved, fallback, strict=True)))
 
     def _inputs(self, seed: Tensor, iteration: Tensor, numbers: Tensor, batch: TaskBatch) -> dict[str, Any]:
         """Return what the meta-gradient takes besides parameters and tasks, by name."""

@@ -56,10 +56,10 @@ class StopRequest:
         """Return whether all processes stop now."""
         return self.is_local() or self._agreed
 
-    def ask_others(self, asked: Tensor | None, iteration: int) -> None:
-        """Learn after an iteration whether any process has a signal: `asked` is above 0 then."""
-        if asked is None or (asked.is_cuda and iteration % ASKED_EVERY):
+    def ask_others(self, requests: Tensor | None, iteration: int) -> None:
+        """Learn after an iteration whether any process has a signal: `requests` is above 0 then."""
+        if requests is None or (requests.is_cuda and iteration % ASKED_EVERY):
             return
-        if asked > 0:
+        if requests > 0:
             self.signal = max(self.world.gather(self.signal or 0)) or signal.SIGTERM
             self._agreed = True

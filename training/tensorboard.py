@@ -123,16 +123,16 @@ class EventFile:
 
     def _describe(self, run: Description) -> None:
         """Show the settings as a text and as a row of the hyper-parameter view, and lay out the charts."""
-        given = {name: value for name, value in run.settings.items() if value is not None}
-        plain = {n: " ".join(v) if isinstance(v, list | tuple) else v for n, v in given.items()}
+        settings = {name: value for name, value in run.settings.items() if value is not None}
+        plain = {n: " ".join(v) if isinstance(v, list | tuple) else v for n, v in settings.items()}
         shown = {name: value for name, value in plain.items() if value != ""}
         self.table("settings", [{"setting": n.replace("_", " "), "value": v} for n, v in shown.items()], 0)
-        own = [tag for part in PARTS if (tag := f"{part}{run.measure}") not in METRICS]
+        custom_tags = [tag for part in PARTS if (tag := f"{part}{run.measure}") not in METRICS]
         columns, values = (
             {SHOWN.get(name, f"other/{name}"): value for name, value in part.items()}
             for part in (run.columns, plain)
         )
-        experiment, _, _ = summary.hparams(columns, dict.fromkeys([*METRICS, *own]))
+        experiment, _, _ = summary.hparams(columns, dict.fromkeys([*METRICS, *custom_tags]))
         _, row, _ = summary.hparams(values, {})
         layout: dict[str, dict[str, Any]] = {}
         for group, charts in CHARTS.items():
@@ -165,9 +165,9 @@ def drop_events(folder: Path, begin_at: int) -> None:
     for path in folder.glob("events.out.tfevents.*"):
         records = list(RawEventFileLoader(str(path)).Load())  # ends before a record that is not whole
         events = [(record, Event.FromString(record)) for record in records]
-        kept = [r for r, event in events if event.step < begin_at or event.HasField("file_version")]
-        if len(kept) < len(records):
-            write_whole(path, partial(_write_records, kept))
+        remaining = [r for r, event in events if event.step < begin_at or event.HasField("file_version")]
+        if len(remaining) < len(records):
+            write_whole(path, partial(_write_records, remaining))
 
 
 def _write_records(records: Iterable[bytes], file: IO[bytes]) -> None:

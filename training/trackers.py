@@ -41,10 +41,10 @@ class Tracker:
 
     def __init__(self, name: str, folder: Path, settings: Mapping[str, Any], *, begin_at: int | None) -> None:
         self.name, self.file = name, folder / f"{name}.json"
-        known = read_json(self.file) if begin_at != 0 and self.file.is_file() else {}
-        self.state = {"id": uuid.uuid4().hex[:8], "iteration": -1} | known
+        record = read_json(self.file) if begin_at != 0 and self.file.is_file() else {}
+        self.state = {"id": uuid.uuid4().hex[:8], "iteration": -1} | record
         self.sent = -1 if begin_at is None else self.state["iteration"]  # when this process begins
-        self.held: list[tuple[int, Callable[[], Values]]] = []
+        self.queue: list[tuple[int, Callable[[], Values]]] = []
         self.reached = self.state["iteration"]  # by the curves, sent or held
         self.has_warned = False
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,30 +58,30 @@ class Tracker:
         write_json(self.file, self.state)
 
     def scalars(self, values: Mapping[str, float], iteration: int) -> None:
-        self.held.append((iteration, lambda: dict(values)))
+        self.queue.append((iteration, lambda: dict(values)))
         self.reached = max(self.reached, iteration)
 
     def text(self, tag: str, text: str, iteration: int) -> None:
-        self.held.append((iteration, lambda: {tag: text}))
+        self.queue.append((iteration, lambda: {tag: text}))
 
     def image(self, tag: str, png: bytes, iteration: int) -> None:
-        self.held.append((iteration, lambda: {tag: self.library.Image(Image.open(io.BytesIO(png)))}))
+        self.queue.append((iteration, lambda: {tag: self.library.Image(Image.open(io.BytesIO(png)))}))
 
     def table(self, tag: str, rows: Sequence[Mapping[str, Any]], iteration: int) -> None:
         data = [[*row.values()] for row in rows]
-        self.held.append((iteration, lambda: {tag: self.library.Table(columns=[*rows[0]], data=data)}))
+        self.queue.append((iteration, lambda: {tag: self.library.Table(columns=[*rows[0]], data=data)}))
 
     def sync(self) -> None:
-        points, self.held = self.held, []
+        points, self.queue = self.queue, []
         for point in points:
             iteration, make_values = point
             try:
                 if iteration > self.sent:
                     self.send(make_values(), iteration)
             except Exception as error:  # it may fail in any way, also for a while
-                self.held.append(point)
+                self.queue.append(point)
                 self._warn_once(error)
-        if not self.held:
+        if not self.queue:
             self.state["iteration"] = self.reached
         write_json(self.file, self.state)
 

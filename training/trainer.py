@@ -99,12 +99,12 @@ class Trainer:
 
     def _initial_state(self, run: Run) -> State:
         """Return the state in which a run begins or resumes."""
-        layout, seen, start = self.plain_step.layout, self.plain_step.statistics_layout, run.start
+        layout, stats, start = self.plain_step.layout, self.plain_step.statistics_layout, run.start
         vector = layout.flatten(run.parameters)
         first, second = torch.zeros_like(vector), torch.zeros_like(vector)
         if start:
             first, second = (layout.flatten(m).to(vector) for m in (start.exp_avg, start.exp_avg_sq))
-        running = seen.flatten(start.statistics if start else self.maml.initial_statistics()).to(vector)
+        running = stats.flatten(start.statistics if start else self.maml.initial_statistics()).to(vector)
         iteration = torch.tensor(run.iteration, device=vector.device)
         sums = vector.new_tensor([run.progress.window.get(name, 0.0) for name in self.metrics])
         return State(vector, first, second, iteration, sums, running)
