@@ -106,8 +106,7 @@ def read_data(name: str, folder: Path) -> Data:
         if subprocess.run(script, check=False).returncode:
             raise UsageError(f"{file} could not be written")
     shares, rows = {"train": 1, "validation": 1, "test": 1}, sum(SIZES[name])  # the file has a split
-    options = {"classification": False, "shares": shares, "min_examples": rows}
-    table = load_table(file, Columns(), torch.float64, **options)
+    table = load_table(file, Columns(), torch.float64, classification=False, shares=shares, min_examples=rows)
     scales = table.measure_scales(targets=True)
     x = apply_scale(table.x, scales, "input", "").numpy()
     y = apply_scale(table.y, scales, "target", "").numpy()[:, 0]
@@ -134,7 +133,7 @@ def make_candidate(data: Data, model: Model) -> Candidate:
 def pooled_ridge(data: Data) -> dict[str, Candidate]:
     """Fit one ridge regression to all training rows; it does not look at the support rows."""
     weights = {penalty: solve_ridge(*data.training[:2], penalty) for penalty in (1, 10, 100, 1000)}
-    return {f"{p}": make_candidate(data, lambda x, y, query, w=w: query @ w) for p, w in weights.items()}
+    return {f"{p}": make_candidate(data, partial(lambda w, x, y, q: q @ w, w)) for p, w in weights.items()}
 
 
 def ridge(data: Data) -> dict[str, Candidate]:
@@ -215,7 +214,7 @@ def train(name: str, data: Data, folder: Path, seeds: Sequence[int]) -> dict[str
     return {
         setting: Candidate(
             float(np.mean([run["best_validation"] for run in group])),
-            lambda group=group: [load_model(runs / run["name"], data) for run in group],
+            partial(lambda group: [load_model(runs / run["name"], data) for run in group], group),
         )
         for setting, group in settings.items()
     }

@@ -19,7 +19,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import date
 from functools import partial
@@ -96,8 +96,8 @@ def prepare(cell: Cell, world: World, images: Path) -> tuple[Callable[[int], Any
         return lambda iterations: [gradient(batch) and None for _ in range(iterations)], parameters
     if cell.way in (OURS, PLAIN):
         return run.advance, parameters
-    network = ("conv", cell.ways, (1, 28, 28)) if cell.ways else ("mlp", 1, (1,))
-    learner = make_learner(*network, **({} if cell.ways else {"width": cell.width}))
+    kind, outputs, shape = ("conv", cell.ways, (1, 28, 28)) if cell.ways else ("mlp", 1, (1,))
+    learner = make_learner(kind, outputs, shape, **({} if cell.ways else {"width": cell.width}))
     work = Work("", [], learner, run.distribution, cell.tasks, cell.steps, 0.001, 1)
     return (higher_loop if cell.way == HIGHER else func_vmap)(work).run, parameters
 
@@ -150,12 +150,13 @@ def measure(cells: dict[tuple[str, int], Cell], rounds: int, images: Path) -> di
     curves: dict[str, Any] = {}
     for curve in dict.fromkeys(name for name, _ in cells):
         keys = [key for key in cells if key[0] == curve]
-        curves[curve] = results = {"values": [value for _, value in keys]}
+        results: dict[str, Sequence[float]] = {"values": [value for _, value in keys]}
         results["seconds"] = [min(times[key]) for key in keys]
         results["peak"], results["parameters"] = zip(*(max(facts[key]) for key in keys), strict=True)
         half = min(len(keys) // 2, len(keys) - 2)
         x, *y = (np.log(results[name][half:]) for name in ("values", "seconds", "peak"))
         results["exponents"] = [float(np.polyfit(x, measured, 1)[0]) for measured in y]
+        curves[curve] = results
     return curves
 
 
@@ -165,7 +166,7 @@ def choose_cells(title: str, *, quick: bool) -> dict[tuple[str, int], Cell]:
     if quick:
         values = values[:2]
         curves = {name: c._replace(width=min(c.width, 100)) for name, c in curves.items() if c.way != OURS}
-    cells = {(c, value): cell._replace(**{axis: value}) for c, cell in curves.items() for value in values}
+    cells = {(c, v): Cell(**cell._asdict() | {axis: v}) for c, cell in curves.items() for v in values}
     return {key: cell for key, cell in cells.items() if cell.way != OURS or cell.steps <= 5}  # compiles long
 
 

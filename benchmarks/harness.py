@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -31,6 +31,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "4000")  # as main.py does, before PyTor
 from common.errors import UsageError, explain  # noqa: E402 (path first)
 from common.files import read_json as read_json  # noqa: E402 (path first)
 from common.files import write_whole  # noqa: E402 (path first)
+
+K = TypeVar("K")
 
 # ---- the command line ----------------------------------------------------------------------------
 
@@ -151,10 +153,15 @@ def main_line(flags: Sequence[str]) -> list[str]:
     return [sys.executable, MAIN, *flags]
 
 
+def start_main(flags: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+    """Start main.py with further environment variables; its standard error is a pipe."""
+    line, env = main_line(flags), os.environ | environment
+    return subprocess.Popen(line, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
 def call_main(flags: Sequence[str], *, seconds: float | None = None, **environment: str) -> tuple[int, str]:
     """Run main.py, which is asked to save and end when time is up; return its exit code and its last line."""
-    output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(main_line(flags), env=os.environ | environment, **output)
+    process = start_main(flags, environment)
     try:
         _, errors = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -172,7 +179,7 @@ def redirect_caches(folder: Path) -> dict[str, str]:
 def run_main(flags: Sequence[str], **environment: str) -> float:
     """Run main.py silently; return its seconds of wall time, or raise UsageError with its last line."""
     begin = time.perf_counter()
-    code, last_line = call_main(flags, **environment)
+    code, last_line = call_main(flags, seconds=None, **environment)
     if code:
         raise UsageError(last_line.partition("error: ")[2] or last_line)
     return time.perf_counter() - begin
@@ -207,9 +214,9 @@ def write_images(folder: Path, classes: int, drawings: int, size: int) -> None:
 # ---- time and memory -----------------------------------------------------------------------------
 
 
-def take_turns(timings: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def take_turns(timings: Mapping[K, Callable[[], float]], rounds: int) -> dict[K, list[float]]:
     """Take every timing once a round, so that whatever slows the machine slows them all."""
-    seconds: dict[str, list[float]] = {name: [] for name in timings}
+    seconds: dict[K, list[float]] = {name: [] for name in timings}
     for _ in range(rounds):
         for name, timing in timings.items():
             seconds[name].append(timing())

@@ -133,7 +133,7 @@ class Run:
             return time.monotonic() > until, f"{title}: not begun"
         for test in self.table.tests:
             if not self.results(test):
-                code, last_line = call_main(self.testing(test), **environment)
+                code, last_line = call_main(self.testing(test), seconds=None, **environment)
                 if code:
                     return False, f"{title}, {test}: {last_line}"
         failure = f"; {progress['failure']}" if progress["failure"] else ""

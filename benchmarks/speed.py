@@ -60,7 +60,7 @@ def make_work(name: str, folder: Path) -> Work:
     flags = [*text.replace("FOLDER", str(folder)).split(), "--iterations", "60000"]
     run = assemble([*flags, "--compile", "off"])
     ways = run.distribution.ways if run.distribution.classification else None
-    learner = make_learner("conv", ways, (1, 28, 28)) if ways else make_learner("mlp", 1, (1,))
+    learner = make_learner("conv", int(ways), (1, 28, 28)) if ways else make_learner("mlp", 1, (1,))
     learner.load_state_dict(run.parameters, strict=False)  # all but fixed scales and running statistics
     value = dict(pairwise(flags))
     rate = float(value["--inner-lr"])

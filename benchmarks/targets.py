@@ -167,9 +167,8 @@ def time_compiling(flags: Sequence[str]) -> float:
     """
     with tempfile.TemporaryDirectory() as folder:
         arguments = [*flags, "--inner-lr", "0.001", "--compile", "on", "--checkpoint-path", folder]
-        environment = os.environ | harness.redirect_caches(Path(folder))
-        output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-        with subprocess.Popen(harness.main_line(arguments), env=environment, **output) as process:
+        with harness.start_main(arguments, harness.redirect_caches(Path(folder))) as process:
+            assert process.stderr
             try:
                 for text in process.stderr:
                     if match := re.search(r"Compiled in ([\d.]+) s", text):
