@@ -362,12 +362,10 @@ def _fit_to_machine(start: Start, flags: Mapping[str, Any], runtime: Runtime) ->
     if config.training.compile == "on" and (reason := explain_uncompiled(runtime.device)):
         if runtime.world.first:
             print_once(reason)
-        off = {"compile": "off"}
-        config = (
-            config.replace_settings(**off, convolution="grouped")
-            if start.resumed
-            else resolve({**flags, **off})
-        )
+        if start.resumed:
+            config = config.replace_settings(compile="off", convolution="grouped")
+        else:
+            config = resolve({**flags, "compile": "off"})
     if not start.resumed and runtime.device.type == "cuda" and "tasks_at_once" not in flags:
         config = config.replace_settings(tasks_at_once=None)
     return config

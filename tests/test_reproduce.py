@@ -23,7 +23,7 @@ import reproduce
 import table_text
 from harness import call_main, launch, read_json
 from jobs import Run
-from table_text import judge, quote, row_of
+from table_text import find_row, judge, quote
 from tables import README, TABLES
 
 from commands.call import check_call
@@ -155,15 +155,15 @@ def test_a_column_is_read_from_its_steps_and_normalisation_alone():
     rows = {"transductive": [row(0.5, steps=1), row(0.6, steps=3)], "inductive": [row(0.4, steps=3)]}
     tests = {"1 a class": {"results": rows, "test_steps": 3}}
     entry = {"runs": [run_of()], "tests": tests}
-    assert row_of(OMNIGLOT, "1 query, transductive", entry)["mean"] == 0.6
-    assert row_of(OMNIGLOT, "1 query, inductive", entry)["mean"] == 0.4
-    assert row_of(OMNIGLOT, "1 query, per-step statistics", entry) is None
-    assert row_of(OMNIGLOT, "15 queries, transductive", entry) is None
-    assert row_of(TABLES["assignment"], "the last 500 tasks", entry)["mean"] == 0.25
+    assert find_row(OMNIGLOT, "1 query, transductive", entry)["mean"] == 0.6
+    assert find_row(OMNIGLOT, "1 query, inductive", entry)["mean"] == 0.4
+    assert find_row(OMNIGLOT, "1 query, per-step statistics", entry) is None
+    assert find_row(OMNIGLOT, "15 queries, transductive", entry) is None
+    assert find_row(TABLES["assignment"], "the last 500 tasks", entry)["mean"] == 0.25
     tests["K = 5"] = tests["1 a class"]
-    assert row_of(FREQUENCY, "K = 5, 1 step", entry)["mean"] == 0.5
+    assert find_row(FREQUENCY, "K = 5, 1 step", entry)["mean"] == 0.5
     tests["K = 5"] = {"results": {"transductive": [row(0.7)]}, "test_steps": 3}  # it does not adapt
-    assert row_of(FREQUENCY, "K = 5, 1 step", entry)["mean"] == 0.7
+    assert find_row(FREQUENCY, "K = 5, 1 step", entry)["mean"] == 0.7
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_the_interval_of_several_seeds_is_that_of_each_tasks_mean_over_them(tmp_
         write_run(run, 90, values)
     entry = jobs.summarise_runs(FREQUENCY, "maml", seeds)
     assert entry["tests"]["K = 5"]["conditions"] == ["cpu, torch 2, compiled"]
-    ours = row_of(FREQUENCY, "K = 5, 1 step", entry)
+    ours = find_row(FREQUENCY, "K = 5, 1 step", entry)
     of_tasks, of_seeds = losses[:, :, 1].mean(0), losses[:, :, 1].mean(1)
     assert ours["mean"] == pytest.approx(of_seeds.mean()) and ours["diverged_tasks"] == 1
     assert [ours["lowest"], ours["highest"]] == pytest.approx([of_seeds.min(), of_seeds.max()])

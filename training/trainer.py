@@ -268,9 +268,8 @@ class Trainer:
             try:
                 self.meta_step = CudaGraph(self.plain_step, self.state)
             except RuntimeError as error:
-                self._say(
-                    f"Not recorded as a CUDA graph, kernels are launched one by one: {fold_message(error)}"
-                )
+                reason = fold_message(error)
+                self._say(f"Not recorded as a CUDA graph, kernels are launched one by one: {reason}")
         return True
 
     def _compare(self, ahead: int) -> tuple[Tensor, Tensor]:
@@ -311,8 +310,7 @@ class Trainer:
     def _fail(self, run: Run) -> None:
         """End a run at its last good iteration."""
         run.progress.window_size -= self.iteration - int(run.state.iteration)
-        run.iteration = int(run.state.iteration)
-        sums = run.state.sums
+        run.iteration, sums = int(run.state.iteration), run.state.sums
         run.state = run.state._replace(sums=torch.where(sums.isinf(), 0.0, sums))  # so that it can resume
         run.failure = nonfinite.UNKNOWN
         self.save(LAST, [run])
@@ -324,10 +322,7 @@ class Trainer:
     def _find_cause(self, run: Run) -> str:
         """Return why a run's next iteration is non-finite, in words; all processes call it together."""
         step, cause = self.plain_step, None
-        with (
-            suppress(Exception),
-            self.maml.use_rate(run.choices.inner_lr),
-        ):  # the run is saved, this is a hint
+        with suppress(Exception), self.maml.use_rate(run.choices.inner_lr):  # the run is saved, it is a hint
             tasks = step.sample_tasks(run.training.seed, run.iteration)
             cause = nonfinite.find_cause(step.maml, run.parameters, *tasks, first=step.share.start)
         return next(filter(None, self.world.gather(cause)), nonfinite.UNKNOWN)
