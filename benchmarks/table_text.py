@@ -11,6 +11,7 @@ import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from typing import Any
 
 from harness import markdown
@@ -19,6 +20,7 @@ from tables import README, TABLES, Table, slug
 
 from evaluation.tables import Spread, format_decimal, plain_values
 
+ACROSS = 3  # columns of numbers in a table that several tests share
 FAR_ENOUGH = 0.25  # of the planned iterations: shorter runs are in their own table alone
 
 
@@ -59,48 +61,66 @@ def quote(table: Table, row: Record) -> str:
     return words
 
 
-def format_rows(table: Table, titles: Sequence[str], methods: Mapping[str, Record]) -> dict[str, list[str]]:
-    """Return the numbers of methods in these columns as text, with their seeds."""
-    rows = {}
-    for method, entry in methods.items():
-        numbers = [find_row(table, title, entry) for title in titles]
-        texts = [quote(table, row) if row else "" for row in numbers]
-        rows[method] = [*texts, str(len(entry["runs"])) + " (single run)" * (len(entry["runs"]) == 1)]
-    return rows
+def format_tables(
+    table: Table, methods: Mapping[str, Record], titles: Iterable[str], *, with_published: bool = False
+) -> list[str]:
+    """Return the numbers of methods in these columns and their seeds: a table for each test.
+
+    Tests of few columns share one. Published numbers stand below ours.
+    """
+    measured = [t for t in titles if any(find_row(table, t, entry) for entry in methods.values())]
+    groups: list[list[str]] = []
+    for _, part in groupby(measured, lambda title: table.columns[title].test):
+        columns = [*part]
+        if groups and len(groups[-1] + columns) <= ACROSS:
+            groups[-1] += columns
+        else:
+            groups.append(columns)
+    tables = []
+    for group in groups:
+        lines = []
+        for method, entry in methods.items():
+            rows = [find_row(table, title, entry) for title in group]
+            if any(rows):
+                seeds = str(len(entry["runs"])) + " (single run)" * (len(entry["runs"]) == 1)
+                lines.append([f"**{method}**", *(quote(table, row) if row else "" for row in rows), seeds])
+            published = table.published_numbers(method)
+            if with_published and published.keys() & {*group}:
+                source = f"*{table.published[method]['source']}*"
+                lines.append([source, *(published.get(title, "") for title in group), ""])
+        tables.append(markdown(["", *group, "seeds"], lines) + "\n")
+    return tables
 
 
 # ---- a whole table -------------------------------------------------------------------------------
 
 
 def table_text(table: Table, record: Mapping[str, Record]) -> str:
-    """Return our numbers with the published ones below, what they are, and the first seed's commands."""
-    titles = [title for title in table.columns if any(find_row(table, title, e) for e in record.values())]
-    order = [method for method in (*table.methods, *table.baselines) if method in record]
+    """Return our numbers with the published ones below, their runs, and the first seed's commands."""
+    ordered = {m: record[m] for m in (*table.methods, *table.baselines) if m in record}
+    trained = {method: entry for method, entry in ordered.items() if method in table.methods}
+    absent = ", ".join(method for method in table.methods if method not in record)
     lines = []
-    for method, texts in format_rows(table, titles, {method: record[method] for method in order}).items():
-        runs, published = record[method]["runs"], table.published_numbers(method)
+    for method, entry in trained.items():
+        runs = entry["runs"]
         times = [run["seconds"] / 60 for run in runs if run.get("seconds")]
         time = f"{statistics.mean(times):.1f} min" if times else "not recorded"
         best = format_range(run["best_iteration"] or run["iteration"] for run in runs)
-        length = [f"{describe_progress(runs)}{describe_failures(runs)}; best at {best}", time]
-        lines.append([f"**{method}**", *texts, *(["", ""] if method in table.baselines else length)])
-        if published:
-            source = f"*{table.published[method]['source']}*"
-            lines.append([source, *(published.get(title, "") for title in titles), "", "", ""])
-    absent = ", ".join(method for method in table.methods if method not in record)
-    trained = [method for method in order if method in table.methods]
-    tested = table.measured_with if table.measured_with in trained else next(iter(trained), order[0])
+        lines.append([f"**{method}**", describe_progress(runs) + describe_failures(runs), best, time])
+    tested = table.measured_with if table.measured_with in trained else next(iter(ordered))
     commands = [
-        f"{record[method]['runs'][0]['trained_by']} --run-name {table.name}-{slug(method)}"
-        for method in trained
+        f"{entry['runs'][0]['trained_by']} --run-name {table.name}-{slug(method)}"
+        for method, entry in trained.items()
     ]
     evaluate = f"python main.py --eval --load checkpoints/{table.name}-{slug(tested)}"
     commands += [f"{evaluate} {test['flags']}" for test in record[tested]["tests"].values()]
     parts = [
         f"### {table.title}\n",
-        markdown(["", *titles, "seeds", "iterations", "time"], lines),
-        f"\n{footer(table, record)}" + f" Not run: {absent}." * bool(absent) + "\n",
-        *("```sh", *commands, "```\n"),
+        *format_tables(table, ordered, table.columns, with_published=True),
+        markdown(["", "iterations", "best at", "time of a run"], lines) + "\n",
+        f"{footer(table, record)}" + f" Not run: {absent}." * bool(absent) + "\n",
+        "<details><summary>Commands</summary>\n",
+        *("```sh", *commands, "```\n\n</details>\n"),
     ]
     return "\n".join(parts)
 
@@ -212,6 +232,6 @@ def render_marks(page: str, records: Mapping[str, Mapping[str, Record]]) -> dict
         elif name in records:
             shown = {method: records[name][method] for method in methods.split("; ")}
             titles = [title for title, column in TABLES[name].columns.items() if column.test != "K = 20"]
-            lines = [[method, *texts] for method, texts in format_rows(TABLES[name], titles, shown).items()]
-            texts[mark] = f"{markdown(['', *titles, 'seeds'], lines)}\n\n{footer(TABLES[name], shown)}\n"
+            tables = format_tables(TABLES[name], shown, titles)
+            texts[mark] = "\n".join([*tables, f"{footer(TABLES[name], shown)}\n"])
     return texts
