@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import re
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 from harness import markdown
@@ -151,14 +152,17 @@ def footer(table: Table, record: Mapping[str, Record]) -> str:
     """Return one line on what the numbers are and where they are from."""
     tests = [test for entry in record.values() for test in entry["tests"].values()]
     machines = {run["machine"] for entry in record.values() for run in entry["runs"] if run.get("machine")}
-    conditions = {condition for test in tests for condition in test["conditions"]}
+    versions: dict[str, set[str]] = defaultdict(set)  # of PyTorch, by device
+    for condition in chain(*(test["conditions"] for test in tests)):
+        device, _, version = condition.partition(", torch ")
+        versions[device].add(version.partition(",")[0])
     parts = [
         f"{' or '.join(f'{n:,}' for n in sorted({test['tasks'] for test in tests}))} test tasks",
         "mean over seeds, ± its 95 % interval over tasks, in brackets the lowest and the highest seed",
         *["after a semicolon the mean without diverged tasks"] * (not table.is_accuracy),
         "`best.pt`, chosen on validation tasks",
         *sorted(machines),
-        *sorted(conditions),
+        *(f"{device}, torch {' or '.join(sorted(versions[device]))}" for device in sorted(versions)),
     ]
     return "; ".join(parts) + "."
 
