@@ -39,15 +39,13 @@ def write_picture(table: Table, record: Mapping[str, Record], file: Path) -> Non
     groups = [
         [methods[0], *methods[i : i + IN_PANEL - 1]] for i in range(1, max(2, len(methods)), IN_PANEL - 1)
     ]
-    figure = style.new_figure(3.4 * len(table.tests), 3.2 * len(groups), table.title)
+    figure = style.new_figure(max(5, 3.4 * len(table.tests)), 3.2 * len(groups), table.title)
     for group, part in zip(groups, figure.subfigures(len(groups), 1, squeeze=False)[:, 0], strict=True):
         panels = part.subplots(1, len(table.tests), squeeze=False, sharey=True)[0]
         for panel, test in zip(panels, table.tests, strict=True):
             for number, method in enumerate(group):
-                points, colour = (
-                    collect_points(table, record[method], test),
-                    style.curve_style(number)["color"],
-                )
+                points = collect_points(table, record[method], test)
+                colour = style.curve_style(number)["color"]
                 if len(points) == 1:
                     panel.axhline(points[0][1], label=method, color=colour, linestyle=":")
                 elif points:

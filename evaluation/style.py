@@ -9,7 +9,7 @@ import io
 import math
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,7 @@ MARKERS = "osD^vPX"  # seven, which has no divisor in common with the six colour
 DISTINCT_CURVES = len(PALETTE) * len(DASHES)
 
 SMALL = 8  # font size in points of notes
-LETTERS_PER_INCH, LETTERS_OF_TITLE = 17, 13  # of a legend, and of a title
-LETTERS_OF_HANDLE = 8  # the width of a line and its margins in a legend
+LETTERS_OF_TITLE = 13  # in an inch
 BEGINNING = 0.2  # share of a learning curve that a zoomed axis leaves out
 WIDE = 50.0  # ratio of the largest to the smallest loss from which its axis is logarithmic
 
@@ -79,16 +78,12 @@ def add_legend(figure: Figure | SubFigure, *panels: Axes) -> None:
     curves = [curve for panel in panels for curve in zip(*panel.get_legend_handles_labels(), strict=True)]
     if 0 < len(curves) <= DISTINCT_CURVES:
         handles, labels = zip(*curves, strict=True)
-        room = LETTERS_PER_INCH * figure.bbox.width / figure.dpi
-        columns = next(n for n in range(len(labels), 0, -1) if n == 1 or _legend_letters(labels, n) <= room)
         place: Any = "outside lower center"  # which the stubs lack
-        figure.legend(handles, labels, loc=place, ncols=columns)
-
-
-def _legend_letters(labels: Sequence[str], columns: int) -> int:
-    """Return the width of a legend in letters; the labels fill one column after the other."""
-    widths = [max(map(len, label.split("\n"))) for label in labels]
-    return sum(LETTERS_OF_HANDLE + max(column) for column in np.array_split(widths, columns))
+        for columns in range(len(labels), 0, -1):
+            legend = figure.legend(handles, labels, loc=place, ncols=columns)
+            if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+                break
+            legend.remove()
 
 
 def label_axes(panel: Axes, x: str, measure: str, wide: float = WIDE) -> None:
