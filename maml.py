@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
-from common.batch import TaskBatch, Tree, cast_tree, concatenate_trees, first_tensor, stacked_trees, tree_map
+from common.batch import TaskBatch, Tree, cast_tree, concatenate_trees, first_tensor, stack_trees, tree_map
 from common.choices import Choices
 from common.optimizers import InnerOptimizer, InnerState, Weights, initial_rates
 from common.task import (
@@ -46,7 +46,7 @@ from learners.copies import copy_module
 from learners.functional import FunctionalLearner
 from learners.heads import adapted_names, context_names, head_names, remove_head
 from learners.losses import TaskLoss
-from learners.modules import convert_type, set_evaluation_mode
+from learners.modules import convert_type, in_evaluation_mode
 from learners.reading import Reading, main_tensor
 
 Loss = Callable[[Any, Any], Tensor]  # (outputs, targets) of one task -> mean over its examples
@@ -250,9 +250,9 @@ class MAML:
         yield Adapted(state.fast, shared, task.for_query(0), {})
         for step in range(steps):
             shared = self.shared_at(parameters, step, statistics)
-            state, _, stats, buffers = self.inner_step(state, shared, *task.at_step(step))
+            state, _, statistics, buffers = self.inner_step(state, shared, *task.at_step(step))
             task = task.with_buffers(buffers)
-            yield Adapted(state.fast, shared, task.for_query(step + 1), stats)
+            yield Adapted(state.fast, shared, task.for_query(step + 1), statistics)
 
     def adapt(
         self,
@@ -289,16 +289,16 @@ class MAML:
 
         With `step_weights` `[steps]`: the weighted sum of those after each step (Antoniou et al. 2019).
         """
-        losses, stats = [], []
+        losses, recorded = [], []
         for step, after in enumerate(self.inner_loop(parameters, task, self.steps)):
-            query_stats: Weights = {}
+            of_query: Weights = {}
             if step == self.steps or (step and step_weights is not None):
-                loss, (outputs, query_stats) = self.query_loss(after.fast, after.shared.weights, after.task)
+                loss, (outputs, of_query) = self.query_loss(after.fast, after.shared.weights, after.task)
                 losses.append(loss)
             if step:
-                stats.append(mean_statistics(after.statistics, query_stats))
+                recorded.append(mean_statistics(after.statistics, of_query))
         total = losses[-1] if step_weights is None else (step_weights * torch.stack(losses)).sum()
-        return total, Outcome(losses[-1], outputs, stack_steps(stats))
+        return total, Outcome(losses[-1], outputs, stack_steps(recorded))
 
     # ---- for all tasks ----------------------------------------------------------------------
 
@@ -419,11 +419,11 @@ class MAML:
                 examples = self.over_tasks(lambda task, step=step: task.at_step(step))(tasks)
                 state, buffers = for_all(adapt, axis, None, 0, 0, 0)(state, shared, *examples)
                 axis, tasks = 0, tasks.with_buffers(buffers)
-        return {name: stacked_trees([after[name] for after in outputs], 1) for name in normalisations}
+        return {name: stack_trees([after[name] for after in outputs], 1) for name in normalisations}
 
     def predict(self, adapted: Adapted, normalisation: str) -> Tree:
         """Return outputs on one task's query set, with the learner in evaluation mode."""
-        with set_evaluation_mode(self.learner):
+        with in_evaluation_mode(self.learner):
             return self.call.query(adapted.weights, adapted.task, normalisation)
 
     def _split_batch(self, batch: TaskBatch, order: Tensor | None, keys: Tensor | None) -> list[Task]:

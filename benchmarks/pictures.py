@@ -56,10 +56,13 @@ def write_picture(table: Table, record: Mapping[str, Record], file: Path) -> Non
                     if column.test == test and column.normalisation == "transductive":
                         place = column.steps or STEPS, 100 - value if table.is_accuracy else value
                         panel.plot(*place, "D", color=colour, markerfacecolor="none", markersize=7)
-            panel.set(title=test, xlabel="inner steps", yscale="log")
+            panel.set(title=test, xlabel="inner steps")
         panels[0].set_ylabel(f"query {'error (%)' if table.is_accuracy else 'MSE'}")
-        panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panels[0].yaxis.set_major_formatter("{x:g}")
-        panels[0].yaxis.set_minor_formatter(NullFormatter())
+        low, high = panels[0].get_ylim()
+        if not 0 < high < 2 * low:
+            panels[0].set_yscale("log")
+            panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panels[0].yaxis.set_major_formatter("{x:g}")
+            panels[0].yaxis.set_minor_formatter(NullFormatter())
         style.add_legend(part, panels[0])
     style.write_figure(file, figure)

@@ -21,7 +21,7 @@ from tables import README, TABLES, Table, slug
 
 from evaluation.tables import Spread, format_decimal, plain_values
 
-ACROSS = 3  # columns of numbers in a table that several tests share
+ACROSS = 4  # columns of numbers in a table that several tests share
 FAR_ENOUGH = 0.25  # of the planned iterations: shorter runs are in their own table alone
 
 
@@ -137,9 +137,8 @@ def are_unfinished(runs: Sequence[Record]) -> bool:
 
 def describe_progress(runs: Sequence[Record]) -> str:
     """Return the iterations of the runs, and of how many if they are not finished."""
-    return format_range(run["iteration"] for run in runs) + f" of {runs[0]['iterations']:,}" * are_unfinished(
-        runs
-    )
+    planned = f" of {runs[0]['iterations']:,}" * are_unfinished(runs)
+    return format_range(run["iteration"] for run in runs) + planned
 
 
 def describe_failures(runs: Sequence[Record]) -> str:
@@ -154,8 +153,8 @@ def footer(table: Table, record: Mapping[str, Record]) -> str:
     machines = {run["machine"] for entry in record.values() for run in entry["runs"] if run.get("machine")}
     versions: dict[str, set[str]] = defaultdict(set)  # of PyTorch, by device
     for condition in chain(*(test["conditions"] for test in tests)):
-        device, _, version = condition.partition(", torch ")
-        versions[device].add(version.partition(",")[0])
+        device, _, words = condition.partition(", torch ")  # words: the version, and whether it was compiled
+        versions[device].add(words.partition(",")[0])
     parts = [
         f"{' or '.join(f'{n:,}' for n in sorted({test['tasks'] for test in tests}))} test tasks",
         "mean over seeds, ± its 95 % interval over tasks, in brackets the lowest and the highest seed",

@@ -108,10 +108,9 @@ def announce(saved: Config, folder: Path) -> str:
     measured = f"measures {measured} on {RATE_TASKS[saved.tasks.classification]} validation tasks each"
     if not names:
         return f"\nBaselines: {measured}."
-    speed = read_speed(folder.parent)
-    time = (
-        f"about {format_duration(iterations / speed)}, and to compile" if speed else "as long as the run took"
-    )
+    time = "as long as the run took"
+    if speed := read_speed(folder.parent):
+        time = f"about {format_duration(iterations / speed)}, and to compile"
     trained = f"trains {' and '.join(names)} in {folder}, once: {iterations:,} iterations each, {time}"
     measured += ", and training from scratch on the run's tasks" * (saved.tasks.dataset in CURVES)
     return f"\nBaselines: {trained}.\nThen {measured}."

@@ -141,9 +141,8 @@ def check_pairs(sides: Mapping[str, Runs]) -> None:
         other = next(iter(runs.values())).config
         different = [setting for setting in measured if config.get(setting) != other.get(setting)]
         if different:
-            one, two = (
-                ", ".join(map(" ".join, describe_settings(c, different).items())) for c in (config, other)
-            )
+            words = (describe_settings(c, different).items() for c in (config, other))
+            one, two = (", ".join(map(" ".join, settings)) for settings in words)
             raise UsageError(
                 f"--compare: {first_name} ({one}) and {name} ({two}) have different tasks, which cannot be "
                 "paired: give -k, -q, -n or --eval-dataset if they differ in these alone"

@@ -26,7 +26,7 @@ from common.optimizers import Weights
 from common.processes import ALONE, World
 from common.sizes import as_file_part, find_largest
 from evaluation import meta_test
-from evaluation.by_size import record_sizes, sizes_table
+from evaluation.by_size import sizes_record, sizes_table
 from evaluation.examples import adapt_examples, examples_figure
 from evaluation.figures import results_figure
 from evaluation.ledger import RESULTS, TIME, add_result, quote_result
@@ -296,10 +296,10 @@ class Subject:
         """Add the result's table and picture to the log of the checkpoint's run."""
         assert self.file is not None and self.source is not None
         description = Description(select_meaningful(self.trained))
-        log, step = RunLog(self.file.parent, trackers, description, begin_at=None), self.source.iteration
+        log, iteration = RunLog(self.file.parent, trackers, description, begin_at=None), self.source.iteration
         name = summarise([self])[1]
-        log.table(name, evaluation_record(self.result)["per_step"], step)
-        log.image(f"{name}-curves", Path(f"{stem}.png").read_bytes(), step)
+        log.table(name, evaluation_record(self.result)["per_step"], iteration)
+        log.image(f"{name}-curves", Path(f"{stem}.png").read_bytes(), iteration)
         log.sync()
         log.close()
 
@@ -338,7 +338,7 @@ def print_by_size(settings: Mapping[str, Sequence[Evaluation]], caption: Caption
 
 def by_size(settings: Mapping[str, Sequence[Evaluation]]) -> dict[str, Any]:
     """Return the entry of a result file about the sizes of tasks; nothing if they are alike."""
-    records = {name: record_sizes(runs) for name, runs in settings.items() if runs[0].sizes}
+    records = {name: sizes_record(runs) for name, runs in settings.items() if runs[0].sizes}
     return {"by_size": records.get(ALL, records)} if records else {}
 
 

@@ -34,9 +34,9 @@ from common.optimizers import Weights
 from common.task import Adapted, UserTask
 from learner import GreyAsColour
 from learners.batch_norm import record_statistics
-from learners.copies import copy_module, layer_text
+from learners.copies import copy_module, describe_layer
 from learners.heads import context_names
-from learners.modules import set_evaluation_mode
+from learners.modules import in_evaluation_mode
 from learners.reading import Reading
 from learners.spectral_norm import vector_names
 from maml import MAML
@@ -56,7 +56,7 @@ def fill_module(learner: nn.Module, maml: MAML, adapted: Adapted, *, as_program:
     """
     weights, task = adapted.weights, adapted.task
     changed: Weights = {}  # buffers as a pass leaves them
-    with set_evaluation_mode(maml.learner), record_statistics(maml.learner) as recorded:
+    with in_evaluation_mode(maml.learner), record_statistics(maml.learner) as recorded:
         maml.call(weights, task.support_x, task.extras, changed=changed)
     vectors = {n: changed[n] for n in vector_names(maml.learner) & changed.keys()}  # of the final weights
     tensors = maml.call.as_kept(weights) | task.extras.buffers | vectors
@@ -218,7 +218,7 @@ def _check_network(file: Path, network: nn.Module, maml: MAML, adapted: Adapted,
         name for name, output in layers.items() if not are_equal(output, expected_layers.get(name), tolerance)
     )
     name = next(names, "")
-    layer = layer_text(name, network.get_submodule(name))
+    layer = describe_layer(name, network.get_submodule(name))
     layer += "" if name else ", which keeps more than parameters and buffers,"
     instead = "" if file.suffix == ".pt2" else f": {INSTEAD}"
     raise UsageError(f"{file}: {layer} gives something else in evaluation mode than --adapt{instead}")

@@ -23,7 +23,7 @@ from common.names import is_own_code
 from common.sizes import find_largest
 from learners.batch_norm import convert_batch_norm
 from learners.copies import copy_module
-from learners.diagnosis import naming_layer
+from learners.diagnosis import blame_layer
 from learners.elementary import Elementary
 from learners.gaussian import target_axis
 from learners.losses import LOSSES, ignored_label, variance_floor
@@ -33,14 +33,14 @@ from tasks.scales import Scales, undo_scale
 
 
 @contextmanager
-def name_flags(flags: str) -> Iterator[None]:
-    """Raise UsageError, which names the flags of the user's code, where that fails in the block."""
+def blame_flags(words: str) -> Iterator[None]:
+    """Raise UsageError that begins with these words where the user's code fails in the block."""
     try:
         yield
     except Exception as error:  # it may fail in any way
         if isinstance(error, UsageError) or is_out_of_memory(error):
             raise
-        raise UsageError(f"{flags}: {shorten(str(error), 200)}") from error
+        raise UsageError(f"{words}: {shorten(str(error), 200)}") from error
 
 
 def are_equal(a: Any, b: Any, tolerance: float, rounding: float = 0.0) -> bool:
@@ -90,10 +90,10 @@ def try_outputs(
     positional, keywords = make_arguments(example)
     first = first_tensor(example)
     keys = torch.zeros(2, dtype=torch.int64, device=first.device)
-    with name_flags(name):
+    with blame_flags(name):
         copied = convert_batch_norm(copy_module(learner))  # PyTorch's takes no single example
-    failing = name_flags(f"{name} fails on the inputs of a task, {shapes}")
-    with failing, naming_layer(copied), torch.no_grad(), Elementary(keys, first):
+    failing = blame_flags(f"{name} fails on the inputs of a task, {shapes}")
+    with failing, blame_layer(copied), torch.no_grad(), Elementary(keys, first):
         output = copied(*positional, **keywords)
     register_outputs(output)
     for leaf in pytree.tree_leaves(output):

@@ -12,7 +12,7 @@ from contextlib import suppress
 from torch import Tensor
 
 from commands.config import Config
-from commands.outputs import are_equal, name_flags
+from commands.outputs import are_equal, blame_flags
 from common.batch import TaskBatch, TaskDistribution, Tree, first_tensor, tree_map
 from common.errors import UsageError
 from common.optimizers import Weights
@@ -50,7 +50,7 @@ def fit_to_sizes(
             continue
         device = first_tensor(batch.support_x).device
         keys = derive_keys(task_stream(split, 0, 0, range(TRIED), device))
-        with name_flags(f"{learner} with {loss} fails on a task without padding"):
+        with blame_flags(f"{learner} with {loss} fails on a task without padding"):
             if notices_padding(maml, maml.initial_parameters(), batch, keys):
                 say(
                     f"main.py: {learner} with {loss}: padding would change the results (attention over the "

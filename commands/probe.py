@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from commands.config import Config
-from commands.outputs import are_equal, name_flags
+from commands.outputs import are_equal, blame_flags
 from common.batch import TaskDistribution, Tree, cast_tree, first_tensor, tree_map
 from common.errors import UsageError, fold_message, is_out_of_memory
 from common.optimizers import Weights
@@ -89,12 +89,11 @@ class Probe:
             "second derivative": config.choices.meta_gradient == "exact" and maml.steps and "--first-order",
         }
         hint = " or ".join(flag for flag in flags.values() if flag)
-        with name_flags(
-            f"{learner} with {loss} cannot be meta-trained{f' ({hint} may help)' if hint else ''}"
-        ):
+        hint = f" ({hint} may help)" if hint else ""
+        with blame_flags(f"{learner} with {loss} cannot be meta-trained{hint}"):
             outputs = self._call_repeatedly()
             outputs = tree_map(lambda t: t.detach().requires_grad_(t.is_floating_point()), outputs)
-            with name_flags(f"{loss} fails"):
+            with blame_flags(f"{loss} fails"):
                 value = maml.loss(outputs, self.y)
             if not value.requires_grad:
                 raise UsageError(f"{loss} does not depend on the learner's outputs")
@@ -113,7 +112,7 @@ class Probe:
                 if failure is None:
                     raise
                 lack, way_round = PROBLEMS[failure.problem]
-                text = f"{learner}: {failure.layer_text} {lack} ({failure.reason})"
+                text = f"{learner}: {failure.describe_layer} {lack} ({failure.reason})"
                 text += way_round if flags.get(failure.problem) else ""
                 raise UsageError(text) from error
         if names:
@@ -144,7 +143,7 @@ class Probe:
                 return self.maml.call(self.maml.call.parameters, x, Extras(self.keys[0]).for_pass("support"))
 
         def value() -> Tree:
-            with torch.no_grad(), name_flags(f"{self.loss} fails"):
+            with torch.no_grad(), blame_flags(f"{self.loss} fails"):
                 return self.maml.loss(*tree_map(Tensor.clone, (outputs, self.y)))
 
         begin, outputs = time.monotonic(), call(self.x)
@@ -242,7 +241,7 @@ class Probe:
             x = cast_tree(self.x, check.dtype)
             call = self.maml.in_precision(check.dtype).call
             if wrong := find_wrong_layer(call.module, call.as_kept(call.parameters), x, self.keys[0]):
-                return f"{wrong.layer_text} being {wrong.reason}"
+                return f"{wrong.describe_layer} being {wrong.reason}"
         return "for which no single layer can be named"
 
 

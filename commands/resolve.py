@@ -120,10 +120,9 @@ def _expand_shorthands(flags: Mapping[str, Any], shots: Size) -> dict[str, Any]:
 
 def _fill_sizes(values: dict[str, Any], flags: Mapping[str, Any]) -> None:
     """Settle the sizes that depend on other sizes."""
+    sizes = {"k": find_largest(values["shots"]), "s": values["steps"]}
     for name in ("queries", "test_steps"):
-        values[name] = {"k": find_largest(values["shots"]), "s": values["steps"]}.get(
-            values[name], values[name]
-        )
+        values[name] = sizes.get(values[name], values[name])
     values.setdefault("eval_steps", CONFIG_FLAGS["eval_steps"].default)
     if not values["steps"]:  # a test takes steps if they are asked for
         values |= dict.fromkeys({"eval_steps", "test_steps"} - flags.keys(), 0)

@@ -55,13 +55,7 @@ class ListedRun:
             for value in (self.validation, self.test, self.interval_95)
         )
         done = f"{self.iterations:,}" + f" of {self.planned:,}" * (self.iterations < self.planned)
-        start = [
-            escape_text(self.name),
-            escape_text(self.dataset),
-            self.tasks,
-            self.algorithm,
-            str(self.seed),
-        ]
+        start = [*map(escape_text, (self.name, self.dataset)), self.tasks, self.algorithm, str(self.seed)]
         return [*start, done, measure, validation, test + f" ± {interval}" * bool(test), self.when[:16]]
 
 
@@ -112,16 +106,18 @@ def _describe_run(file: Path, folder: Path, tests: Sequence[Mapping[str, str]]) 
     """
     checkpoint = load_checkpoint(file, weights=False)
     config, progress = restore_config(checkpoint.settings, file), Progress(**checkpoint.progress)
-    tasks, curves, step = config.tasks, progress.validation, progress.best_iteration
+    tasks, curves, iteration = config.tasks, progress.validation, progress.best_iteration
     losses, accuracies = "query_loss", "query_accuracy"
     curve = accuracies if tasks.classification and (accuracies in curves or not curves) else losses
     if config.evaluation.metric:
         curve = next((name for name in curves if name not in ("iteration", losses, accuracies)), curve)
     measure = name_measure(config, checkpoint.scales) if curve == losses else curve.removeprefix("query_")
-    best = curves[curve][curves["iteration"].index(step)] if step is not None and curve in curves else None
+    best = None
+    if iteration is not None and curve in curves:
+        best = curves[curve][curves["iteration"].index(iteration)]
     criteria = {"dataset": tasks.dataset, "ways": tasks.ways, "shots": tasks.shots, "measure": measure}
     criteria = {name: "" if value is None else str(value) for name, value in criteria.items()}
-    reached = {BEST: step, file.name: checkpoint.iteration}
+    reached = {BEST: iteration, file.name: checkpoint.iteration}
     now = [r for r in tests if r.get("iteration") == str(reached.get(Path(r["checkpoint"]).name))]
     test = next((row for row in reversed(now) if criteria.items() <= row.items()), {})
     return ListedRun(

@@ -24,7 +24,7 @@ from commands.call import ALL_FLAGS, CLASHES, find_setting, suggest_flag
 from commands.config import Config
 from commands.names import select_meaningful
 from commands.resolve import refuse_unnamed_code, resolve
-from common.errors import UsageError, explain_error
+from common.errors import UsageError, describe_os_error
 from common.options import Flag
 
 
@@ -89,7 +89,7 @@ def _load(file: Path) -> tuple[dict[str, Any], str]:
         text = file.read_text(encoding="utf-8-sig")
         return tomllib.loads(text), text
     except OSError as error:
-        raise UsageError(f"{file}: {explain_error(error)}") from error
+        raise UsageError(f"{file}: {describe_os_error(error)}") from error
     except ValueError as error:  # of TOML or of UTF-8
         raise UsageError(f"{file} is no TOML file: {error}") from error
 

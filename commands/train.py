@@ -76,8 +76,10 @@ def _print_end(run: Run, code: int, config: Config, call: Call, world: World) ->
         print(f"Mean training query loss of {iterations}: {loss['mean']:.4f}")
     if (best := run.best_validation) is not None:
         measure, scale, digits = choose_units(run.measure_name)
-        step = run.progress.best_iteration
-        print(f"Best validation {measure}, of iteration {step:,}: {format_decimal(scale * best, digits)}")
+        iteration = run.progress.best_iteration
+        print(
+            f"Best validation {measure}, of iteration {iteration:,}: {format_decimal(scale * best, digits)}"
+        )
     if run.skipped > 0:
         print(f"Iterations skipped for non-finite numbers: {run.skipped:,}")
     if run.failure is not None:

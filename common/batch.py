@@ -169,7 +169,7 @@ def concatenate_trees(trees: list[Tree]) -> Tree:
     return trees[0] if len(trees) == 1 else tree_map(lambda *parts: torch.cat(parts), *trees)
 
 
-def stacked_trees(trees: list[Tree], axis: int = 0) -> Tree:
+def stack_trees(trees: list[Tree], axis: int = 0) -> Tree:
     """Stack the tensors of equal trees along a new axis."""
     return tree_map(lambda *parts: torch.stack(parts, axis), *trees)
 

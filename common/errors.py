@@ -40,7 +40,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return in_pytorch or isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
 
 
-def explain_error(error: OSError) -> str:
+def describe_os_error(error: OSError) -> str:
     """Return in a few words why a file could not be read or written."""
     return (error.strerror or str(error) or type(error).__name__).lower()
 
@@ -54,7 +54,7 @@ def explain(error: BaseException) -> str | None:
         return "out of memory: lower --tasks-at-once, or take smaller tasks or a smaller --learner"
     if isinstance(error, OSError) and error.filename:
         full = "; free some space, or write to another disk" if error.errno == errno.ENOSPC else ""
-        return escape_text(f"{error.filename}: {explain_error(error)}{full}")
+        return escape_text(f"{error.filename}: {describe_os_error(error)}{full}")
     return escape_text(fold_message(error)) if isinstance(error, OSError | UsageError) else None
 
 

@@ -93,7 +93,7 @@ def find_user_cache() -> Path:
 
 
 @contextmanager
-def take_turns(
+def lock_file(
     path: Path, *, interrupted: Callable[[], bool] = lambda: False, on_wait: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
     """Hold the lock file `path`: of processes that make the same thing, one works and the others wait.

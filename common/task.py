@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from common.batch import TaskBatch, Tree, first_tensor, register_tree, stacked_trees, tree_map
+from common.batch import TaskBatch, Tree, first_tensor, register_tree, stack_trees, tree_map
 from common.optimizers import Weights
 from common.random import Stream
 
@@ -163,6 +163,6 @@ def loop_over_tasks(function: Callable[..., Any], in_dims: Any = 0) -> Callable[
             parts = (x if axis is None else pytree.tree_map(lambda t: t[task], x) for x, axis in pairs)
             return function(*parts)
 
-        return stacked_trees([call(task) for task in range(tasks)])
+        return stack_trees([call(task) for task in range(tasks)])
 
     return loop

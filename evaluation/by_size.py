@@ -29,7 +29,7 @@ def sizes_table(runs: Sequence[Evaluation], caption: Caption) -> str:
     return "\n\n".join(texts)
 
 
-def record_sizes(runs: Sequence[Evaluation]) -> dict[str, Any]:
+def sizes_record(runs: Sequence[Evaluation]) -> dict[str, Any]:
     """Return the numbers behind the table, after all steps."""
     return {
         name: {

@@ -148,7 +148,7 @@ def record(sides: Sequence[Side]) -> list[dict[str, Any]]:
             "name": side.name,
             "steps": side.steps,
             "seeds": list(side.evaluations),
-            "list_differing_settings": {f: v for f, v in side.settings.items() if f in differing},
+            "differing_settings": {f: v for f, v in side.settings.items() if f in differing},
             "results": {words: _record_results(group[number], group[0]) for words, group in compared},
         }
         for number, side in enumerate(sides)

@@ -160,11 +160,8 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
     """Return the numbers of one run behind table and picture, and the values of each task behind them."""
     per_step: list[dict[str, Any]] = []
     for name, losses in evaluation.losses.items():
-        diverged, ordered, tasks = (
-            evaluation.find_diverged(name),
-            losses.sort(0).values,
-            len(losses),
-        )  # NaN last
+        diverged, tasks = evaluation.find_diverged(name), len(losses)
+        ordered = losses.sort(0).values  # NaN last
         numbers = {"diverged_tasks": diverged.sum(0)}
         numbers["loss_median"] = ordered[(tasks - 1) // 2 : tasks // 2 + 1].mean(0)
         numbers["loss_without_worst_percent"] = ordered[: math.ceil(0.99 * tasks)].mean(0)

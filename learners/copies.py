@@ -26,7 +26,7 @@ class UnfitError(ValueError):
     """A module that cannot be a function of its weights; the message names the layer."""
 
 
-def layer_text(name: str, layer: nn.Module | str) -> str:
+def describe_layer(name: str, layer: nn.Module | str) -> str:
     """Return a layer's name and class for a message; `layer` may be the name of its class."""
     kind = layer if isinstance(layer, str) else type(layer).__name__
     return f"its layer {name} ({kind})" if name else f"the network ({kind})"
@@ -35,7 +35,7 @@ def layer_text(name: str, layer: nn.Module | str) -> str:
 def describe_owner(module: nn.Module, name: str) -> str:
     """Return the name and class of the layer that a parameter or buffer belongs to."""
     layer = name.rpartition(".")[0]
-    return layer_text(layer, module.get_submodule(layer))
+    return describe_layer(layer, module.get_submodule(layer))
 
 
 # ---- copies --------------------------------------------------------------------------------------
@@ -85,8 +85,8 @@ def _find_uncopyable(module: nn.Module) -> str:
         try:
             copy.deepcopy(layer, _share_uncopyable(layer))
         except Exception:
-            return layer_text(name, layer)
-    return layer_text("", module)
+            return describe_layer(name, layer)
+    return describe_layer("", module)
 
 
 def _bind_to_copies(value: Any, memo: dict[int, Any]) -> Any:

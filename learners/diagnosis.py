@@ -28,7 +28,7 @@ from common.errors import fold_message
 from common.optimizers import Weights
 from common.task import Extras, Task
 from learners.batch_norm import join_names
-from learners.copies import copy_module, layer_text
+from learners.copies import copy_module, describe_layer
 from learners.elementary import Elementary
 from learners.functional import FunctionalLearner, call_with
 from learners.modules import convert_type
@@ -53,8 +53,8 @@ class Finding(NamedTuple):
     reason: str  # place in the code and error, at most 160 characters; or how far a derivative is off
 
     @property
-    def layer_text(self) -> str:
-        return layer_text(self.layer, self.kind)
+    def describe_layer(self) -> str:
+        return describe_layer(self.layer, self.kind)
 
 
 def find_failure(
@@ -195,7 +195,7 @@ def watch(module: nn.Module, running: Notes) -> None:
 
 
 @contextmanager
-def naming_layer(module: nn.Module) -> Iterator[None]:
+def blame_layer(module: nn.Module) -> Iterator[None]:
     """Let an error in the block say in which layer's forward pass it happened."""
     running = Notes()
     watch(module, running)
@@ -203,7 +203,7 @@ def naming_layer(module: nn.Module) -> Iterator[None]:
         yield
     except Exception as error:
         if running and running[-1]:
-            layer = layer_text(running[-1], module.get_submodule(running[-1]))
+            layer = describe_layer(running[-1], module.get_submodule(running[-1]))
             raise ValueError(f"{fold_message(error)}, in {layer}") from error
         raise
 

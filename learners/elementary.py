@@ -165,15 +165,10 @@ _REFUSED = (
         "has no second derivative: average rows of nn.Embedding",
     )
     | dict.fromkeys(normalisation.KERNELS, "has no right second derivative: call nn.functional's instead")
-    | dict.fromkeys(
-        list_spellings("embedding_renorm_"), "overwrites an embedding's weights in a forward pass"
-    )
+    | dict.fromkeys(list_spellings("embedding_renorm_"), "overwrites an embedding's weights in a pass")
 )
 _ALLOCATIONS = frozenset(
-    list_spellings(
-        *(f"{kind}{suffix}" for kind in ("empty", "zeros", "ones", "full") for suffix in ("", "_like"))
-    )
-    + list_spellings(*(f"new_{kind}" for kind in ("empty", "zeros", "ones", "full")))
+    list_spellings(*(n for k in ("empty", "zeros", "ones", "full") for n in (k, f"{k}_like", f"new_{k}")))
 )
 
 

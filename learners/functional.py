@@ -28,11 +28,11 @@ from learners.copies import (
     Alias,
     UnfitError,
     copy_module,
+    describe_layer,
     describe_owner,
     find_aliases,
     find_holders,
     find_tensors,
-    layer_text,
     restore_containers,
 )
 from learners.elementary import Elementary, is_elementary
@@ -68,7 +68,7 @@ class FunctionalLearner:
     ) -> None:
         check_choice("convolution", convolution, CONVOLUTIONS)
         if has_lazy(module):
-            raise UnfitError(f"{layer_text('', module)} has lazy layers: call it once on inputs of a task")
+            raise UnfitError(f"{describe_layer('', module)} has lazy layers: call it on inputs of a task")
         _refuse_gradient_hooks(module)  # which a copy would drop
         plain = unwrap(copy_module(module))
         self.fixed = collect_fixed_tensors(plain)
@@ -203,7 +203,7 @@ class FunctionalLearner:
                 raise
             arithmetic = f" in {str(self.compute_dtype)[6:]}" if self.compute_dtype else ""
             raise UnfitError(
-                f"{layer_text('', module)} fails{arithmetic}: {fold_message(error):.200}"
+                f"{describe_layer('', module)} fails{arithmetic}: {fold_message(error):.200}"
             ) from error
         changed = {
             name
@@ -225,8 +225,8 @@ class FunctionalLearner:
             )
         if any(t._version != version for t, version in others):
             raise UnfitError(
-                f"{layer_text('', module)} writes in a forward pass to a tensor that is no buffer, and so "
-                "would go from task to task: use register_buffer"
+                f"{describe_layer('', module)} writes in a forward pass to a tensor that is no buffer, and "
+                "so would go from task to task: use register_buffer"
             )
         return {name: tensors[name].detach().clone() for name in copies if name in changed}
 
@@ -278,8 +278,8 @@ def _refuse_calls(module: nn.Module) -> Iterator[None]:
 
     def refuse(name: str, layer: nn.Module, *_: Any) -> None:
         raise UnfitError(
-            f"{layer_text(name, layer)} is called by a function that has kept it from before the network was "
-            "copied: make it a method, or let it use the module that it is given"
+            f"{describe_layer(name, layer)} is called by a function that has kept it from before the network "
+            "was copied: make it a method, or let it use the module that it is given"
         )
 
     layers = module.named_modules()

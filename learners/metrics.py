@@ -110,9 +110,8 @@ def _call_library(key: str, flag: str, outputs: Tree, targets: Tree, reading: Re
     wrong |= family == "binary" and reading.kind != "labels" and reading.classes != 2
     if function is None or wrong:
         raise UsageError(f"{flag} does not fit the outputs, which are {reading.describe()} (see --outputs)")
-    x, y, sizes = {"": _convert_numbers, "multilabel": _labels}.get(family, _classes)(
-        outputs, targets, reading
-    )
+    convert = {"": _convert_numbers, "multilabel": _convert_labels}.get(family, _convert_classes)
+    x, y, sizes = convert(outputs, targets, reading)
     if family == "binary" and x.dim() > 1:
         x = x[:, 1]
     constant = bool((y == y[:1]).all(0).any()) if len(y) else True
@@ -122,7 +121,7 @@ def _call_library(key: str, flag: str, outputs: Tree, targets: Tree, reading: Re
     return function(x, y, **accepted)
 
 
-def _classes(outputs: Tree, targets: Tree, reading: Reading) -> tuple[Tensor, Tensor, dict[str, int]]:
+def _convert_classes(outputs: Tree, targets: Tree, reading: Reading) -> tuple[Tensor, Tensor, dict[str, int]]:
     """Return probabilities `[examples, classes]` and labels; pixels are examples, those left out are not.
 
     Of labels, probabilities are `[examples]`; of ordinal outputs for more than two classes, classes are.
@@ -135,7 +134,7 @@ def _classes(outputs: Tree, targets: Tree, reading: Reading) -> tuple[Tensor, Te
     return x[valid], labels[valid].long(), {"num_classes": reading.classes}
 
 
-def _labels(outputs: Tree, targets: Tree, reading: Reading) -> tuple[Tensor, Tensor, dict[str, int]]:
+def _convert_labels(outputs: Tree, targets: Tree, reading: Reading) -> tuple[Tensor, Tensor, dict[str, int]]:
     """Return probabilities and labels `[examples, labels, ...]`; others than 0 and 1 are left out."""
     labels, valid = reading.decode_labels(targets, main_tensor(outputs))
     sizes = {"num_labels": labels.shape[1]} | ({} if valid.all() else {"ignore_index": -1})

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from common.batch import Tree, cast_tree, make_arguments
-from learners.copies import UnfitError, layer_text
+from learners.copies import UnfitError, describe_layer
 from learners.heads import replace_module
 
 # By class: the name of the module inside. `torch.compile` cannot be differentiated twice, and the tool
@@ -27,7 +27,7 @@ def unwrap(module: nn.Module) -> nn.Module:
     for name, layer in layers:
         if isinstance(layer, torch.jit.ScriptModule):
             kind = "scripted: its derivatives cannot be followed; use the Python module that it was made from"
-            raise UnfitError(f"{layer_text(name, layer)} is {kind}")
+            raise UnfitError(f"{describe_layer(name, layer)} is {kind}")
     for name, layer in reversed(layers):  # the innermost first
         if layer._compiled_call_impl is not None:
             layer._compiled_call_impl = None  # of `nn.Module.compile`
@@ -42,7 +42,7 @@ def has_lazy(module: nn.Module) -> bool:
 
 
 @contextmanager
-def set_evaluation_mode(module: nn.Module) -> Iterator[None]:
+def in_evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Set evaluation mode, in which dropout drops nothing; each layer's own mode returns on exit."""
     modes = {layer: layer.training for layer in module.modules()}
     module.eval()
@@ -56,11 +56,11 @@ def set_evaluation_mode(module: nn.Module) -> Iterator[None]:
 def materialise(module: nn.Module, x: Tree) -> None:
     """Give lazy layers the sizes that inputs x imply, by one pass in evaluation mode."""
     positional, keywords = make_arguments(cast_tree(x, torch.get_default_dtype()))
-    with torch.no_grad(), set_evaluation_mode(module):
+    with torch.no_grad(), in_evaluation_mode(module):
         module(*positional, **keywords)
     for name, layer in module.named_modules():
         if has_lazy(layer) and not any(has_lazy(child) for child in layer.children()):
-            raise UnfitError(f"{layer_text(name, layer)} is lazy, and no pass reaches it: give its size")
+            raise UnfitError(f"{describe_layer(name, layer)} is lazy, and no pass reaches it: give its size")
 
 
 def convert_type(module: nn.Module, dtype: torch.dtype) -> nn.Module:

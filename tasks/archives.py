@@ -22,7 +22,7 @@ from common.errors import UsageError, escape_text
 from common.random import SPLITS
 from tasks.cache import cache_array
 from tasks.file_tasks import explain
-from tasks.splits import find_split_hint, parse_split, split_hinted
+from tasks.splits import find_mentioned_split, find_part, parse_split
 from tasks.stored_images import ImageColumn, StoredImage, as_file
 
 SUFFIXES = (".pkl", ".pickle", ".npz")
@@ -82,9 +82,9 @@ def find_archives(folder: Path) -> dict[str, list[Path]]:
             continue
         if "train_phase" in stem and not stem.endswith("train_phase_train"):
             continue  # MetaOptNet's other images of training classes
-        if split := parse_split(path.stem) or split_hinted(path.stem):
+        if split := parse_split(path.stem) or find_mentioned_split(path.stem):
             archives.setdefault(split, []).append(path)
-        elif find_split_hint(path.stem):
+        elif find_part(path.stem):
             raise UsageError(
                 f"{path} looks like part of a split: call it train, val or test, or move it away"
             )

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.errors import escape_text
-from common.files import find_user_cache, is_writable, take_turns, write_whole
+from common.files import find_user_cache, is_writable, lock_file, write_whole
 
 CACHE_VERSION = 4
 Decoder = Callable[[], Iterable[np.ndarray]]  # yields images, uint8 `[channels, height, width]`
@@ -75,7 +75,7 @@ def _write_once(
     path = next((path for path in paths if path.is_file()), paths[not is_writable(folder)])
     waiting = f"Waiting for another process, which prepares {name}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with take_turns(path.with_suffix(".lock"), on_wait=lambda: print(waiting, file=sys.stderr)):
+    with lock_file(path.with_suffix(".lock"), on_wait=lambda: print(waiting, file=sys.stderr)):
         if not path.is_file():
             write_whole(path, write)
     return path

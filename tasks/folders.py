@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common.errors import UsageError, escape_text
 from common.random import SPLITS
-from tasks.splits import check_disjoint, find_split_hint, is_plain, parse_split
+from tasks.splits import check_disjoint, find_part, is_plain, parse_split
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 HIDDEN = (".", "__MACOSX")  # beginnings of names that are ignored
@@ -96,7 +96,7 @@ def _split_folders(folder: Path, left_out: list[str]) -> dict[str, Path]:
     names = _subfolders(folder)
     deep = {name for name in names if _subfolders(folder / name)}  # a class may be called train
     roles = {name: parse_split(name) for name in names}
-    maybe = {name: find_split_hint(name) for name in names}
+    maybe = {name: find_part(name) for name in names}
     hints = {n: split for n, split in maybe.items() if split and (n in deep or roles[n] or split == n)}
     pair = len({split for name, split in hints.items() if name in deep}) > 1
     flat = len(names) == len(hints) and len({*hints.values()}) > 1
@@ -132,7 +132,7 @@ def _refuse_inner_split(base: Path, classes: Classes, *, is_part: bool) -> None:
         for depth in range(0 if is_part and len(parts) > 1 else 1, len(parts)):
             children["/".join(parts[:depth])].add(parts[depth])
     for parent, names in children.items():
-        splits = {name: find_split_hint(name) for name in sorted(names)}
+        splits = {name: find_part(name) for name in sorted(names)}
         plain = {split for name, split in splits.items() if is_plain(name)}
         if len(plain) > 1 or (all(splits.values()) and len({*splits.values()}) > 1):
             problem = f"{join(f'{name}/' for name, split in splits.items() if split)} look like a split"
@@ -212,7 +212,7 @@ def _split_lists(folder: Path) -> tuple[dict[str, Path], list[Path]]:
             raise UsageError(f"{folder}: {lists[split].name} and {path.name} are both {split}: remove one")
         if split and is_list:
             lists[split] = path
-        elif split or (is_list and find_split_hint(path.stem)):
+        elif split or (is_list and find_part(path.stem)):
             others.append(path)
     return {split: lists[split] for split in SPLITS if split in lists}, others
 

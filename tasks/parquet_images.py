@@ -17,7 +17,7 @@ from common.random import SPLITS
 from tasks.file_tasks import explain
 from tasks.folders import join
 from tasks.options import parse_roles
-from tasks.splits import find_split_hint, parse_split
+from tasks.splits import find_part, parse_split
 from tasks.stored_images import ImageColumn, StoredImage
 from tasks.table_files import TableFile, class_labels
 
@@ -30,7 +30,7 @@ def parquet_files(path: Path) -> list[Path]:
     """Return a Parquet file, or those of a folder, its data/ and folders of splits, sorted; perhaps none."""
     if not path.is_dir():
         return [path] if path.suffix.lower() == ".parquet" and path.exists() else []
-    inner = sorted(part for part in path.iterdir() if part.name == "data" or find_split_hint(part.name))
+    inner = sorted(part for part in path.iterdir() if part.name == "data" or find_part(part.name))
     return [file for folder in (path, *inner) for file in sorted(folder.glob("*.parquet"))]
 
 
@@ -64,7 +64,7 @@ def _split_files(path: Path, files: Sequence[Path]) -> dict[Path, str]:
         names[file] += [file.parent.name] * (file.parent != path)
     hints, splits = (
         {file: next(filter(None, map(split_in, words)), "all") for file, words in names.items()}
-        for split_in in (find_split_hint, parse_split)
+        for split_in in (find_part, parse_split)
     )
     if len({*hints.values()}) == 1:
         return dict.fromkeys(files, "all")

@@ -116,9 +116,8 @@ def _kind_of_first(folder: Path, file: ImagePath) -> str:
     if not isinstance(file, StoredImage):
         return _open(file, detect_kind)
     settings = ("kind", *find_rows([file]))  # to read a large table or archive takes long
-    return str(
-        cache_array(folder, find_sources([file]), settings, lambda: np.array(_open(file, detect_kind)))
-    )
+    sources = find_sources([file])
+    return str(cache_array(folder, sources, settings, lambda: np.array(_open(file, detect_kind))))
 
 
 def find_sources(files: Sequence[ImagePath]) -> list[Path]:

@@ -49,15 +49,15 @@ def is_plain(name: str) -> bool:
     return parse_split(name) is not None and bool(words & {*PLAIN_WORDS} or words & FILLERS)
 
 
-def split_hinted(name: str) -> str | None:
+def find_mentioned_split(name: str) -> str | None:
     """Return a split that a name of several words mentions: test for trial_test_2."""
     return next((PLAIN_WORDS[word] for word in _split_words(name) if word in PLAIN_WORDS), None)
 
 
-def find_split_hint(name: str) -> str | None:
+def find_part(name: str) -> str | None:
     """Return the split that a name says or mentions; the name itself where it is only like a part's."""
     is_part = any(re.fullmatch(PARTS, word) for word in _split_words(name))
-    return parse_split(name) or split_hinted(name) or (name if is_part else None)
+    return parse_split(name) or find_mentioned_split(name) or (name if is_part else None)
 
 
 def shuffle(names: Iterable[str], purpose: str) -> list[str]:
@@ -143,11 +143,8 @@ def check_disjoint(splits: Mapping[str, Iterable[str]], source: str) -> None:
     for split, members in splits.items():
         for name in members:
             if name in split_by_name:
-                where = (
-                    f"in {split_by_name[name]} and in {split}"
-                    if split_by_name[name] != split
-                    else f"twice in {split}"
-                )
+                other = split_by_name[name]
+                where = f"in {other} and in {split}" if other != split else f"twice in {split}"
                 raise UsageError(f"{source}: {name} is {where}: leave it once")
             split_by_name[name] = split
 

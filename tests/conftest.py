@@ -49,11 +49,11 @@ def icons_root(tmp_path_factory) -> Path:
     """Return the folder that holds icons/, drawn if need be; skip its tests where that is not possible."""
     root = Path(os.environ.get("MAML_DATA_ROOT") or ROOT / "data")
     if not (root / "icons" / "icons.npz").exists():
-        from common.files import take_turns
+        from common.files import lock_file
 
         root = tmp_path_factory.getbasetemp().parent / "icons-root"  # of all workers
         root.mkdir(exist_ok=True)
-        with take_turns(root / ".lock"):
+        with lock_file(root / ".lock"):
             if not (root / "icons" / "icons.npz").exists():
                 script = [sys.executable, str(ROOT / "examples" / "icons.py"), "--data-root", str(root)]
                 drawn = subprocess.run(script, capture_output=True, text=True)

@@ -123,10 +123,8 @@ def test_baselines_take_the_tasks_and_the_budget_of_the_run_and_no_other_choice(
         assert (plain.training.vectorise, plain.training.tasks_at_once) == (False, 3)
         assert plain.choices.fast_weights == "all"
     ridge = resolve({"algorithm": "r2d2"})  # which takes no step, and is compared with what does
-    assert (ridge.evaluation.eval_steps, baselines.derive_scratch_settings(ridge).evaluation.eval_steps) == (
-        0,
-        10,
-    )
+    scratch = baselines.derive_scratch_settings(ridge)
+    assert (ridge.evaluation.eval_steps, scratch.evaluation.eval_steps) == (0, 10)
     reptile = resolve({"algorithm": "reptile", "dataset": "omniglot"})
     tested = resolve_from(reptile, {"queries": 15}, evaluate=True)
     assert baselines.plain_flags(tested, "maml", testing=True)["queries"] == 15

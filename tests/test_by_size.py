@@ -6,7 +6,7 @@ import pytest
 import torch
 from runs import command
 
-from evaluation.by_size import record_sizes, sizes_table
+from evaluation.by_size import sizes_record, sizes_table
 from evaluation.meta_test import Evaluation
 from evaluation.tables import Caption, StepResults
 
@@ -16,7 +16,7 @@ CAPTION = Caption("title", "MSE", trained_steps=1, test_steps=1)
 def test_each_size_has_the_mean_of_its_tasks():
     losses = torch.tensor([[3.0, 1.0], [3.0, 2.0], [3.0, 6.0], [3.0, 4.0]]).double()
     whole = Evaluation({"transductive": losses}, {}, sizes={"shots": torch.tensor([1, 1, 2, 2])})
-    record = record_sizes([whole])["shots"]
+    record = sizes_record([whole])["shots"]
     assert [record[size]["tasks"] for size in ("1", "2")] == [2, 2]
     assert [record[size]["transductive"][1]["mean"] for size in ("1", "2")] == [1.5, 5.0]
     assert "1.5000" in sizes_table([whole], CAPTION) and "5.0000" in sizes_table([whole], CAPTION)
@@ -36,7 +36,7 @@ def test_a_size_of_one_task_has_no_interval_and_several_runs_have_their_spread()
 def test_many_sizes_are_put_together_and_none_is_left_out():
     values = torch.arange(1, 21).repeat(3)
     whole = Evaluation({"transductive": torch.rand(60, 2).double()}, {}, sizes={"shots": values})
-    record = record_sizes([whole])["shots"]
+    record = sizes_record([whole])["shots"]
     assert [*record][:2] == ["1-3", "4-6"] and len(record) == 8
     assert sum(part["tasks"] for part in record.values()) == 60
 

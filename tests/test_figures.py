@@ -130,6 +130,17 @@ def test_methods_are_drawn_over_inner_steps_and_one_that_is_not_adapted_as_a_lin
     assert words == ["maml", "oracle", "95 % interval", "trained for, the result", "scratch"]
 
 
+def test_a_legend_is_no_wider_than_its_figure():
+    with style.use_style():
+        figure = style.new_figure(3.4, 3, "")
+        panel = figure.subplots()
+        for name in ("maml", "fomaml", "anil", "boil", "reptile", "meta-sgd"):
+            panel.plot([0, 1], [0, 1], label=name)
+        style.add_legend(figure, panel)
+        (legend,) = figure.legends
+        assert 0 < legend.get_window_extent().width <= figure.bbox.width
+
+
 def test_the_legend_says_what_the_bands_of_one_and_of_several_runs_are():
     run = Evaluation({"inductive": torch.ones(4, 3)}, {})
     for runs, band in {(1, 1): "95 % interval", (2, 2): "range of the runs"}.items():

@@ -10,7 +10,7 @@ from conftest import ROOT
 from runs import command
 
 from common.errors import UsageError
-from common.files import take_turns
+from common.files import lock_file
 from training import folders
 from training.checkpoint import load_checkpoint
 from training.folders import BEST, LAST, LOCK, find_checkpoint, find_runs, has_results, is_occupied
@@ -103,11 +103,11 @@ def test_one_at_a_time_works_and_the_others_wait(tmp_path):
     order, waiting = [], threading.Event()
 
     def second() -> None:
-        with take_turns(tmp_path / "lock", on_wait=waiting.set):
+        with lock_file(tmp_path / "lock", on_wait=waiting.set):
             order.append("second")
 
     thread = threading.Thread(target=second)
-    with take_turns(tmp_path / "lock"):
+    with lock_file(tmp_path / "lock"):
         thread.start()
         assert waiting.wait(5)
         order.append("first")
@@ -121,12 +121,12 @@ def test_waiting_can_be_interrupted(tmp_path):
     def second() -> None:
         with (
             pytest.raises(RuntimeError, match="interrupted"),
-            take_turns(tmp_path / "lock", interrupted=lambda: True),
+            lock_file(tmp_path / "lock", interrupted=lambda: True),
         ):
             pass
         outcome.append("interrupted")
 
-    with take_turns(tmp_path / "lock"):
+    with lock_file(tmp_path / "lock"):
         thread = threading.Thread(target=second)
         thread.start()
         thread.join(5)

@@ -407,9 +407,8 @@ def test_a_loss_that_reads_what_the_last_pass_left_is_refused(own, tmp_path, cap
     ],
 )
 def test_auto_leaves_an_engine_that_is_wrong_or_fails(name, words, own, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        "commands.train.resolve", lambda given: resolve(given).replace_settings(engine="adjoint")
-    )
+    adjoint = {"engine": "adjoint"}
+    monkeypatch.setattr("commands.train.resolve", lambda flags: resolve(flags).replace_settings(**adjoint))
     assert command(*own(name, "--check-gradients")) == (2 if name == "frozen" else 0)
     error = capsys.readouterr().err
     assert words in error

@@ -10,7 +10,7 @@ from common.errors import UsageError
 from tasks.image_tasks import ImageTasks
 from tasks.images import ImageSet, open_images
 from tasks.pixels import Form
-from tasks.splits import find_split_hint, parse_split
+from tasks.splits import find_part, parse_split
 
 FOR_TEST = {"train": 0, "validation": 0, "test": 1}
 
@@ -148,7 +148,7 @@ def test_what_looks_like_a_split_and_is_none_is_refused(case, tmp_path):
 
 def test_names_that_only_hint_at_a_part_of_a_split_are_known():
     names = ("cub_test_a", "tr", "va", "te", "fold0", "support", "query", "vald", "Validierung")
-    assert all(map(find_split_hint, names)) and not any(map(parse_split, names))
+    assert all(map(find_part, names)) and not any(map(parse_split, names))
 
 
 def test_a_folder_of_test_classes_serves_for_a_test(tmp_path):

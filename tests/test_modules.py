@@ -25,7 +25,7 @@ from torch.nn.utils import parametrizations
 
 from common.task import loop_over_tasks
 from learners.copies import UnfitError, copy_module
-from learners.diagnosis import find_failure, naming_layer
+from learners.diagnosis import blame_layer, find_failure
 from learners.functional import FunctionalLearner
 from learners.modules import convert_type, materialise, unwrap
 
@@ -383,9 +383,9 @@ def test_the_failing_layer_and_its_line_are_named_for_inputs_by_name():
 
 def test_an_error_on_the_inputs_of_a_task_names_the_layer():
     module = Net()
-    with pytest.raises(ValueError, match=r", in its layer last \(Linear\)$"), naming_layer(module):
+    with pytest.raises(ValueError, match=r", in its layer last \(Linear\)$"), blame_layer(module):
         module.last(torch.ones(5, 7))
-    with pytest.raises(RuntimeError, match=r"^mine$"), naming_layer(Net()):
+    with pytest.raises(RuntimeError, match=r"^mine$"), blame_layer(Net()):
         raise RuntimeError("mine")
 
 

@@ -97,6 +97,7 @@ def test_only_settings_that_differ_are_shown():
 def test_the_record_has_the_numbers_of_tables_and_picture():
     first, other = side("first", losses(AFTER)), side("other", losses(AFTER + 0.1))
     (_, record) = paired.record([first, other])
+    assert record["differing_settings"] == {}
     (results,) = record["results"].values()
     assert results["difference"]["mean"] == pytest.approx(0.1)
     assert [row["mean"] for row in results["difference_per_step"]] == [0.0, pytest.approx(0.1)]

@@ -218,6 +218,19 @@ def test_unfinished_and_failed_runs_are_marked():
     assert "1.13" not in line(run_of(20))  # not a quarter of its way
 
 
+def test_each_test_has_a_table_of_its_own_and_small_ones_share_one():
+    first, *others = table_text.format_tables(
+        SINUSOID, RECORDS["sinusoid"], SINUSOID.columns, with_published=True
+    )
+    assert len(others) == 2 and "K = 5" not in "".join(others)
+    maml, published = first.splitlines()[2:4]
+    assert maml.startswith("| **maml** | 0.") and maml.endswith(" | 5 |")
+    assert published == "| *Finn et al. 2017, table 2* | 0.67 | 0.38 | 0.35 |  |"
+    shared = TABLES["omniglot-one-training"]
+    tables = table_text.format_tables(shared, RECORDS[shared.name], shared.columns)
+    assert [text.splitlines()[0].count("-shot, ") for text in tables] == [4, 4]
+
+
 def test_the_pages_say_what_the_records_say():
     shown = set()
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
@@ -322,7 +335,8 @@ def test_the_command_of_a_table_writes_it_and_repeats_nothing(tmp_path, monkeypa
     entry = read_json(results / FREQUENCY.name / "maml.json")
     assert {k: test["tasks"] for k, test in entry["tests"].items()} == {f"K = {k}": 100 for k in (5, 10, 20)}
     assert (entry["settings"]["seed"], entry["settings"]["iterations"]) == (0, 300)
-    assert "| **maml** | 300 | " in (results / f"{FREQUENCY.name}.md").read_text()
+    text = (results / f"{FREQUENCY.name}.md").read_text()
+    assert " | 1 (single run) |\n" in text and "| **maml** | 300 | " in text
     assert (results / f"{FREQUENCY.name}.png").stat().st_size > 10_000
     files = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs-quick").rglob("*")}
     assert reproduce.main() == 0

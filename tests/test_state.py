@@ -31,7 +31,7 @@ from torch.nn.utils import parametrizations
 from common.batch import TaskBatch
 from learners.diagnosis import find_followers
 from learners.functional import FunctionalLearner
-from learners.modules import set_evaluation_mode
+from learners.modules import in_evaluation_mode
 
 # ---- buffers and frozen parameters ----
 
@@ -228,7 +228,7 @@ def test_the_effective_weight_has_norm_1_whatever_the_weight_and_the_mode(kind, 
     call = FunctionalLearner(SPECTRAL[kind](nn.Linear(shape[1], shape[0], bias=False)), example=x)
     for factor in (1.0, 1e-3, 1e3):
         weights = {name: factor * torch.randn_like(w) for name, w in call.parameters.items()}
-        with set_evaluation_mode(call.module):
+        with in_evaluation_mode(call.module):
             in_evaluation = call(weights, x)
         assert torch.equal(call(weights, x), in_evaluation)
         assert abs(torch.linalg.matrix_norm(in_evaluation, 2).item() - 1) < 1e-4

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from common.errors import fold_message
-from common.files import find_user_cache, take_turns, write_whole
+from common.files import find_user_cache, lock_file, write_whole
 
 Function = Callable[..., Any]
 
@@ -135,7 +135,7 @@ class Compiler:
             with warnings.catch_warnings(action="ignore"), torch.enable_grad():
                 graph, output_structure = _trace(function, tensors, structure)
                 path = (self.folder or cache_folder()) / f"{self._key(graph, tensors, options)}.pt2"
-                with take_turns(path.with_suffix(".lock"), interrupted=self.interrupted):
+                with lock_file(path.with_suffix(".lock"), interrupted=self.interrupted):
                     if not is_whole(path):  # another process may have just built it
                         self._build(graph, tensors, options, path)
                         self.compiled += 1

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from common.batch import TaskBatch, TaskDistribution, first_tensor, stacked_trees, tree_map
+from common.batch import TaskBatch, TaskDistribution, first_tensor, stack_trees, tree_map
 from common.optimizers import Weights
 from common.processes import ALONE, World
 from common.random import derive_keys, minibatch_order, task_stream
@@ -149,8 +149,8 @@ class MetaStep:
         self.stop_asked: Tensor | None = None  # above 0 if any asked so in the last iteration
         speed_up = partial(accelerate, options=SAMPLING_OPTIONS) if distribution.computed else run_as_is
         self.at_once = distribution.computed and (maml.tasks_at_once or self.tasks) >= self.tasks
-        self._advance = self._at_edge(self._iterate, speed_up)
-        self._draw = self._at_edge(self._sample, speed_up)
+        self._fast_iterate = self._at_edge(self._iterate, speed_up)
+        self._fast_sample = self._at_edge(self._sample, speed_up)
         self._send = self._at_edge(
             *(self._message_of_numbers, speed_up) if self.at_once else (self._message, run_as_is)
         )
@@ -194,7 +194,7 @@ class MetaStep:
     def __call__(self, state: State, iteration: int | None = None) -> State:
         """Return the next state; `iteration` are those done: None waits for the device to tell."""
         if self.at_once and self.world.size == 1:
-            return self._advance(state, self.numbers)
+            return self._fast_iterate(state, self.numbers)
         message = self.message(state, iteration)
         if self.world.size > 1:
             message[-1] = float(self.stop)
@@ -213,10 +213,10 @@ class MetaStep:
         if self.at_once:
             return self._send(state, self.numbers)
         if self.distribution.computed:
-            return self._send(state, (self.numbers, self._draw(state, self.numbers)))
+            return self._send(state, (self.numbers, self._fast_sample(state, self.numbers)))
         coming = 1 + (state.iteration.flatten()[0] if iteration is None else iteration)
         parts = [self.distribution.sample("train", seed, coming, self.share) for seed in self.seeds]
-        batch = stacked_trees(parts) if self.several else parts[0]
+        batch = stack_trees(parts) if self.several else parts[0]
         return self._send(state, (self.numbers, batch))
 
     # ---- functions of tensors, for one run ------------------------------------------------------
@@ -252,12 +252,12 @@ class MetaStep:
         return torch.cat([*parts, state.parameters.new_zeros(1)])
 
     def _update(self, state: State, members: Members, message: Tensor) -> State:
-        size, stats = self.layout.size, self.statistics_layout.size
-        gradient, measures, statistics, _ = message.split([size, len(message) - size - stats - 1, stats, 1])
+        size, length = self.layout.size, self.statistics_layout.size
+        gradient, measures, statistics, _ = message.split([size, len(message) - size - length - 1, length, 1])
         norm = gradient.norm()
         tail = norm.new_zeros(len(TAIL))
         counted = state._replace(sums=state.sums + torch.cat([measures, norm[None], tail]))
-        if stats:
+        if length:
             change = STATISTICS_MOMENTUM * (statistics - state.statistics)
             counted = counted._replace(statistics=state.statistics + change)
         options = self.options
@@ -266,7 +266,7 @@ class MetaStep:
         lr = meta_lr_at(options, members, state.iteration.to(gradient.dtype))
         moved = rule(counted, clip(gradient, norm, value, max_norm), lr=lr)
         # the norm before clipping, which would hide it; a second moment that overflows would end Adam's steps
-        parts = [measures, norm[None], moved.parameters, moved.exp_avg_sq, *[moved.statistics] * bool(stats)]
+        parts = [measures, norm[None], moved.parameters, moved.exp_avg_sq, *[moved.statistics] * bool(length)]
         return self._guard(state, moved, torch.stack([part.isfinite().all() for part in parts]).all())
 
     def _guard(self, state: State, moved: State, finite: Tensor) -> State:

@@ -45,7 +45,7 @@ class Tracker:
         self.state = {"id": uuid.uuid4().hex[:8], "iteration": -1} | record
         self.sent = -1 if begin_at is None else self.state["iteration"]  # when this process begins
         self.queue: list[tuple[int, Callable[[], Values]]] = []
-        self.reached = self.state["iteration"]  # by the curves, sent or held
+        self.reached = self.state["iteration"]  # by the curves, sent or queued
         self.has_warned = False
         folder.mkdir(parents=True, exist_ok=True)
         try:

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.batch import TaskDistribution
-from common.errors import LostError, UsageError, explain_error, fold_message, is_out_of_memory
+from common.errors import LostError, UsageError, describe_os_error, fold_message, is_out_of_memory
 from common.processes import ALONE, World
 from learners.reading import choose_reading
 from maml import MAML
@@ -99,12 +99,12 @@ class Trainer:
 
     def _initial_state(self, run: Run) -> State:
         """Return the state in which a run begins or resumes."""
-        layout, stats, start = self.plain_step.layout, self.plain_step.statistics_layout, run.start
+        layout, statistics, start = self.plain_step.layout, self.plain_step.statistics_layout, run.start
         vector = layout.flatten(run.parameters)
         first, second = torch.zeros_like(vector), torch.zeros_like(vector)
         if start:
             first, second = (layout.flatten(m).to(vector) for m in (start.exp_avg, start.exp_avg_sq))
-        running = stats.flatten(start.statistics if start else self.maml.initial_statistics()).to(vector)
+        running = statistics.flatten(start.statistics if start else self.maml.initial_statistics()).to(vector)
         iteration = torch.tensor(run.iteration, device=vector.device)
         sums = vector.new_tensor([run.progress.window.get(name, 0.0) for name in self.metrics])
         return State(vector, first, second, iteration, sums, running)
@@ -144,7 +144,7 @@ class Trainer:
     def _loop(self) -> None:
         options = self.options
         self.window_start, self.window_first = time.monotonic(), self.iteration
-        if self._runs_to_validate():  # stopped before that
+        if self._list_runs_to_validate():  # stopped before that
             self._validate()
         while self.iteration < options.iterations and self._list_living_runs() and not self.stop.now:
             if not self._prepare_step():
@@ -153,7 +153,7 @@ class Trainer:
             self._redraw()
             self.stop.ask_others(self.plain_step.stop_asked, self.iteration)
             log = self.iteration % self.runs[0].log_every == 0
-            validate = bool(self._runs_to_validate())
+            validate = bool(self._list_runs_to_validate())
             save = self.iteration % options.save_every == 0
             late = self.world.first and time.monotonic() - self.saved_at > SAVE_SECONDS  # it alone writes
             if log or validate or save:
@@ -174,7 +174,7 @@ class Trainer:
         self.iteration += 1
         self.window_size += 1
 
-    def _runs_to_validate(self) -> list[Run]:
+    def _list_runs_to_validate(self) -> list[Run]:
         """Return the runs whose validation of the present iteration is to be done, or was interrupted."""
         due = self.iteration == self.options.iterations or self.iteration % self.options.val_every == 0
         return [run for run in self._list_living_runs() if due and run.last_validation != self.iteration]
@@ -182,7 +182,7 @@ class Trainer:
     def _end(self) -> int:
         """Write the results, and return the exit code."""
         self._update_runs()
-        missing = bool(self._runs_to_validate())
+        missing = bool(self._list_runs_to_validate())
         for run in self._list_living_runs():
             done = self.iteration - self.begun
             if done and run.skipped + int(run.state.sums[-2]) >= done and self.stop.signal is None:
@@ -322,7 +322,7 @@ class Trainer:
     def _find_cause(self, run: Run) -> str:
         """Return why a run's next iteration is non-finite, in words; all processes call it together."""
         step, cause = self.plain_step, None
-        with suppress(Exception), self.maml.use_rate(run.choices.inner_lr):  # the run is saved, it is a hint
+        with suppress(Exception), self.maml.use_rate(run.choices.inner_lr):  # a hint: it may fail
             tasks = step.sample_tasks(run.training.seed, run.iteration)
             cause = nonfinite.find_cause(step.maml, run.parameters, *tasks, first=step.share.start)
         return next(filter(None, self.world.gather(cause)), nonfinite.UNKNOWN)
@@ -348,7 +348,7 @@ class Trainer:
                 run.log.sync()  # the points that a checkpoint has seen are on the disk before it
             save_checkpoints({run.folder / name: self._checkpoint_of(run) for run in chosen})
         except OSError as error:
-            file, reason = error.filename or chosen[0].folder / name, explain_error(error)
+            file, reason = error.filename or chosen[0].folder / name, describe_os_error(error)
             raise UsageError(f"{file}: not saved ({reason}): free some space, and resume") from error
         if name == LAST:
             self.saved_at = time.monotonic()
@@ -439,7 +439,7 @@ class Trainer:
         self._update_runs()
         self.bar.set_postfix_str("validating")
         with suppress(InterruptedError):
-            for run in self._runs_to_validate():
+            for run in self._list_runs_to_validate():
                 lr = run.choices.inner_lr
                 with self.maml.use_rate(lr), self.predictor.use_rate(lr):
                     if run.validate(self.predictor, tasks, self.world, self.stop.is_local):
