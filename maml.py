@@ -250,9 +250,9 @@ class MAML:
         yield Adapted(state.fast, shared, task.for_query(0), {})
         for step in range(steps):
             shared = self.shared_at(parameters, step, statistics)
-            state, _, statistics, buffers = self.inner_step(state, shared, *task.at_step(step))
+            state, _, recorded, buffers = self.inner_step(state, shared, *task.at_step(step))
             task = task.with_buffers(buffers)
-            yield Adapted(state.fast, shared, task.for_query(step + 1), statistics)
+            yield Adapted(state.fast, shared, task.for_query(step + 1), recorded)
 
     def adapt(
         self,
