@@ -122,7 +122,7 @@ def write_table(table: Table, options: argparse.Namespace) -> bool:
             write_json(record_file(table, method, options.results), entry)
     if record:
         write_text(options.results / f"{table.name}.md", table_text.table_text(table, record))
-        if table.has_picture:
+        if table.has_picture(record):
             write_picture(table, record, options.results / f"{table.name}.png")
     return bool(record)
 

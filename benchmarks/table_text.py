@@ -230,8 +230,9 @@ def render_marks(page: str, records: Mapping[str, Mapping[str, Record]]) -> dict
         if name == "published":
             texts[mark] = summary(records, README if methods else ())
         elif name in records and not methods:
-            picture = f"\n![{TABLES[name].title}](../benchmarks/results/reproduce/{name}.png)\n"
-            texts[mark] = table_text(TABLES[name], records[name]) + picture * TABLES[name].has_picture
+            texts[mark] = table_text(TABLES[name], records[name])
+            if TABLES[name].has_picture(records[name]):
+                texts[mark] += f"\n![{TABLES[name].title}](../benchmarks/results/reproduce/{name}.png)\n"
         elif name in records:
             shown = {method: records[name][method] for method in methods.split("; ")}
             titles = [title for title, column in TABLES[name].columns.items() if column.test != "K = 20"]

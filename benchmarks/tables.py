@@ -37,10 +37,11 @@ class Table:
     def is_accuracy(self) -> bool:
         return self.title.endswith("in percent")
 
-    @property
-    def has_picture(self) -> bool:
-        """Whether its tests, a panel each, fit a page."""
-        return len(self.tests) <= 4
+    def has_picture(self, record: Mapping[str, Mapping[str, Any]]) -> bool:
+        """Return whether its tests, a panel each, fit a page, and a recorded method adapts."""
+        tests = [test for entry in record.values() for test in entry["tests"].values()]
+        adapts = any(len(rows) > 1 for test in tests for rows in test["results"].values())
+        return adapts and len(self.tests) <= 4
 
     def published_numbers(self, method: str) -> dict[str, str]:
         """Return what was published for a method, as text, by the title of a column."""
