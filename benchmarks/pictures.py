@@ -59,7 +59,7 @@ def write_picture(table: Table, record: Mapping[str, Record], file: Path) -> Non
             panel.set(title=test, xlabel="inner steps")
         panels[0].set_ylabel(f"query {'error (%)' if table.is_accuracy else 'MSE'}")
         low, high = panels[0].get_ylim()
-        if not 0 < high < 2 * low:
+        if not 0 < high < 2 * low:  # a logarithmic axis of less has a single label
             panels[0].set_yscale("log")
             panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             panels[0].yaxis.set_major_formatter("{x:g}")
