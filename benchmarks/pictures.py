@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from jobs import Record
 from matplotlib.ticker import LogLocator, NullFormatter
-from tables import Table
+from tables import Record, Table
 
 from evaluation import style
 from evaluation.figures import draw_curve

@@ -18,7 +18,7 @@ from typing import Any
 
 import harness
 from harness import ROOT, Parser, evaluate
-from jobs import Run
+from reproduce import RUNS, Job
 from table_text import FAR_ENOUGH
 from tables import TABLES, Table, slug
 from tool import copy_initialisation
@@ -58,12 +58,12 @@ def select_numbers(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 def publish(table: Table, method: str, root: Path) -> bool:
     """Write a method's checkpoint and card; return whether it has been trained far enough."""
-    run = Run(table, method, 0, root)
-    progress = run.progress()
+    job = Job(table, method, (0,), root)
+    progress = job.progress().get(0)
     if not progress or progress["iteration"] < FAR_ENOUGH * progress["iterations"]:
         return False
     folder = FOLDER / name_checkpoint(table, method)
-    copied = copy_initialisation(run.folder, folder)
+    copied = copy_initialisation(job.folder / "seed-0", folder)
     flags = [*TEST_FLAGS.get(table.name, ())]
     if table.is_accuracy:  # no further than its own number of steps
         flags += ["--eval-steps", str(copied["test_steps"])]
@@ -73,11 +73,11 @@ def publish(table: Table, method: str, root: Path) -> bool:
     card = {
         "name": folder.name,
         "method": method,
-        "trained_by": run.trained_by,
+        "trained_by": f"python main.py {job.ledger()['flags']} --seed 0",
         "iteration": copied["iteration"],
         "iterations_trained": progress["iteration"],
         "iterations_planned": progress["iterations"],
-        "seed": run.seed,
+        "seed": 0,
         "data": copied["dataset"],
         "parameters": copied["parameters"],
         "sha256": hashlib.sha256((folder / "best.pt").read_bytes()).hexdigest(),
@@ -127,7 +127,7 @@ def row_texts(card: Mapping[str, Any]) -> list[str]:
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"{', '.join(CHOSEN)} (default: all)")
-    parser.add_argument("--folder", type=Path, default=ROOT / "checkpoints" / "reproduce", help="of the runs")
+    parser.add_argument("--folder", type=Path, default=RUNS, help="of the runs")
     options = parser.parse_args()
     for name in options.tables:
         if name not in CHOSEN:

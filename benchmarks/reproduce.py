@@ -5,14 +5,13 @@
     python benchmarks/reproduce.py icons                    # all whose names begin so
     python benchmarks/reproduce.py omniglot-5way-1shot --methods maml anil --seeds 0
     python benchmarks/reproduce.py --minutes 120            # as far as two hours allow; repeat it to resume
-    python benchmarks/reproduce.py --quick                  # the same path in a few minutes
 
-Trains each method from each seed with main.py, takes the checkpoint that is best on validation tasks, and
-tests it. Finished runs are kept in --folder, others are resumed. (A run with non-finite numbers counts as
-finished: remove its folder to start again.) Writes to benchmarks/results/reproduce/ the numbers of each
-method (TABLE/METHOD.json), a table (Markdown) and a picture, unfinished runs included and marked. A method's
-record stays until there are runs of more seeds or, of as many, that have come as far; runs that have begun do
-not count where others of the method are finished.
+Trains each method with `main.py --seeds`, and tests the folder of its runs with `main.py --eval`: by default
+the checkpoints that are best on validation tasks. What is finished stays in --folder, the rest is resumed; a
+method is tested when all of its seeds have ended or, where time was up, none. (A run with non-finite numbers
+has ended: remove its folder to start again.) Writes to benchmarks/results/reproduce/ the numbers of each
+method (TABLE/METHOD.json), a table (Markdown) and a picture, and puts them on the pages. A method's record
+stays until there are runs of more seeds or, of as many, that have come as far.
 """
 
 from __future__ import annotations
@@ -20,21 +19,223 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shlex
+import shutil
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-import table_text
 import torch
-from harness import RESULTS, ROOT, Parser, launch, put, read_json, write_json, write_text
-from jobs import Record, Run, summarise_runs
+from harness import (
+    RESULTS,
+    ROOT,
+    Parser,
+    UsageError,
+    call_main,
+    describe_machine,
+    launch,
+    put,
+    read_json,
+    run_main,
+    write_json,
+    write_text,
+)
 from pictures import write_picture
-from tables import TABLES, Table, slug
+from table_text import describe_progress, render_marks, table_text
+from tables import TABLES, Record, Table, slug
+
+from evaluation.tables import ALL, plain_values
+from training import folders
+from training.checkpoint import load_checkpoint
 
 RUNS, TABLE_RESULTS = ROOT / "checkpoints" / "reproduce", RESULTS / "reproduce"
+SAVED = (0, 128 + signal.SIGTERM, 4)  # exit codes of main.py after which its state is saved
+FACTS = ("iteration", "iterations", "best_iteration", "failure", "final_training_loss")  # of a run
+
+
+@dataclass(frozen=True)
+class Job:
+    """A method of a table from some seeds, whose runs share a folder."""
+
+    table: Table
+    method: str
+    seeds: Sequence[int]
+    root: Path = RUNS
+
+    @property
+    def folder(self) -> Path:
+        return self.root / self.table.name / slug(self.method)
+
+    def out(self, test: str) -> Path:
+        """Return the folder of a test's results, which has its flags in the name."""
+        return self.folder / f"test {slug(' '.join(self.table.test_flags(test, self.method)))}"
+
+    def ledger(self) -> Record:
+        """Return the flags that train the runs, their seconds in all, and the machine."""
+        file, flags = self.folder / "reproduce.json", self.table.flags_of(self.method)
+        return read_json(file) if file.exists() else {"flags": flags, "seconds": 0.0}
+
+    def progress(self) -> dict[int, Record]:
+        """Return the content of training.json of each run that has begun, by seed."""
+        files = {int(file.parent.name[5:]): file for file in self.folder.glob(f"seed-*/{folders.RESULTS}")}
+        return {seed: read_json(files[seed]) for seed in sorted(files)}
+
+    def results(self, test: str) -> list[Record]:
+        """Return the results of a test over all runs and, of the method that has them, its baselines'."""
+        wanted = 1 + ("--baselines" in self.table.test_flags(test, self.method))
+        patterns = ("test-*tasks.json", "*-baselines.json")[:wanted]
+        files = [file for pattern in patterns for file in self.out(test).glob(pattern)]
+        return [read_json(file) for file in files] if len(files) == wanted else []
+
+    def run(self, until: float) -> str:
+        """Train until this time.monotonic(), and test; return a line that says what happened.
+
+        Raises UsageError with the last line of a command that fails, and where other flags trained the runs.
+        """
+        flags, ledger = self.table.flags_of(self.method), self.ledger()
+        if ledger["flags"] != flags:
+            raise UsageError(f"{self.folder} was trained with other flags, {ledger['flags']}: remove it")
+        place = ["--checkpoint-path", str(self.folder.parent), "--run-name", self.folder.name, "--resume"]
+        for seeds in [[seed] for seed in self.seeds] if self.table.is_accuracy else [self.seeds]:
+            begin, runs = time.monotonic(), self.progress()
+            if begin >= until or all(has_ended(runs.get(seed)) for seed in seeds):
+                continue
+            for test in self.table.tests:  # of earlier checkpoints
+                shutil.rmtree(self.out(test), ignore_errors=True)
+            line = [*flags.split(), "--seeds", ",".join(map(str, seeds)), *place]
+            seconds = None if until == math.inf else until - begin
+            code, message = call_main(line, seconds=seconds)
+            if code not in SAVED:
+                raise UsageError(message)
+            spent = round(self.ledger()["seconds"] + time.monotonic() - begin, 1)
+            entry = {"flags": flags, "seconds": spent, "machine": describe_machine()}
+            write_json(self.folder / "reproduce.json", entry)
+        runs = self.progress()
+        ended = sum(map(has_ended, runs.values()))
+        for test in self.table.tests if runs and ended in (0, len(runs)) else ():
+            if not self.results(test):
+                test_flags = self.table.test_flags(test, self.method)
+                where = ["--load", str(self.folder), "--out", str(self.out(test))]
+                run_main(["--eval", *where, *test_flags])
+        iterations = describe_progress([*runs.values()]) if runs else "0"
+        return f"{iterations} iterations; {ended} of {len(self.seeds)} seeds have ended"
+
+    def record(self, method: str) -> Record:
+        """Return what is recorded of the method, or of a baseline of it; nothing before all tests."""
+        results, runs, tests = {test: self.results(test) for test in self.table.tests}, self.progress(), {}
+        if not all(results.values()):
+            return {}
+        for test, (own, *others) in results.items():
+            baseline = method in self.table.baselines
+            measured = own["settings"]
+            if baseline:
+                measured = {ALL: others[0]["over_runs"][method]} if others else {}
+            if measured:
+                tests[test] = {
+                    "flags": shlex.join(self.table.test_flags(test, self.method)),
+                    "tasks": own["tasks"],
+                    "test_steps": measured[ALL][-1]["steps"] if baseline else own["test_steps"],
+                    "conditions": [describe_conditions(own)],
+                    "results": {"transductive" if n == ALL else n: rows for n, rows in measured.items()},
+                }
+        ledger, first = self.ledger(), self.folder / f"seed-{min(runs)}" / folders.LAST
+        about = {"seconds": round(ledger["seconds"] / len(runs), 1), "machine": ledger["machine"]}
+        about["versions"] = own["versions"]
+        lines = [{"seed": seed} | {name: run[name] for name in FACTS} | about for seed, run in runs.items()]
+        settings = load_checkpoint(first, weights=False).settings
+        return plain_values({"flags": ledger["flags"], "runs": lines, "settings": settings, "tests": tests})
+
+
+def has_ended(run: Record | None) -> bool:
+    """Return whether training cannot continue: all iterations are done, or numbers are non-finite."""
+    return run is not None and (run["failure"] is not None or run["iteration"] >= run["iterations"])
+
+
+def describe_conditions(content: Record) -> str:
+    """Return device, version and whether it was compiled, in words."""
+    compiled = {True: ", compiled", False: ", uncompiled", None: ""}[content.get("compiled")]
+    return f"{content['device']}, torch {content['versions']['torch']}{compiled}"
+
+
+def list_jobs(options: argparse.Namespace) -> Iterator[Job]:
+    """Yield the first method of all tables, the second, ..."""
+    for methods in zip_longest(*(table.methods for table in options.tables)):
+        for table, method in zip(options.tables, methods, strict=True):
+            if method and method in (options.methods or [method]):
+                yield Job(table, method, options.seeds or range(table.seeds), options.folder)
+
+
+def run_all(options: argparse.Namespace) -> bool:
+    """Train and test; return whether all went well. Ctrl-C reaches main.py, too, which saves and ends."""
+    at_once = options.jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    until = time.monotonic() + 60 * options.minutes
+    if at_once > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # main.py inherits it
+
+    def run(job: Job) -> bool:
+        try:
+            success, line = True, job.run(until)
+        except UsageError as error:
+            success, line = False, str(error)
+        print(f"{job.table.name}, {job.method}: {line}", flush=True)
+        return success
+
+    with ThreadPoolExecutor(at_once) as pool:
+        try:
+            return all([*pool.map(run, list_jobs(options))])
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+# ---- from runs to records and pages --------------------------------------------------------------
+
+
+def record_file(table: Table, method: str, results: Path = TABLE_RESULTS) -> Path:
+    return results / table.name / f"{slug(method)}.json"
+
+
+def read_records(table: Table, results: Path = TABLE_RESULTS) -> dict[str, Record]:
+    """Return what is recorded of a table, by method."""
+    files = {method: record_file(table, method, results) for method in (*table.methods, *table.baselines)}
+    return {method: read_json(file) for method, file in files.items() if file.exists()}
+
+
+def write_table(table: Table, options: argparse.Namespace) -> bool:
+    """Write a table's files; return whether there is anything to write."""
+    records = read_records(table, options.results)
+    for method in (*table.methods, *table.baselines):
+        trained = table.measured_with if method in table.baselines else method
+        entry = Job(table, trained, (), options.folder).record(method)
+        if entry and entry["tests"] and measure_extent(entry) >= measure_extent(records.get(method)):
+            records[method] = entry
+            write_json(record_file(table, method, options.results), entry)
+    if records:
+        write_text(options.results / f"{table.name}.md", table_text(table, records))
+        if table.has_picture(records):
+            write_picture(table, records, options.results / f"{table.name}.png")
+    return bool(records)
+
+
+def measure_extent(entry: Record | None) -> tuple[int, int]:
+    """Return the number of runs and of all their iterations, by which the larger of two records is kept."""
+    runs = entry["runs"] if entry else ()
+    return len(runs), sum(run["iteration"] for run in runs)
+
+
+def update_pages() -> None:
+    """Put the recorded numbers between the marks of all pages (see `render_marks`)."""
+    records = {name: found for name, table in TABLES.items() if (found := read_records(table))}
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for mark, text in render_marks(page.read_text(encoding="utf-8"), records).items():
+            put(page, mark, text)
+
+
+# ---- the command line ----------------------------------------------------------------------------
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -44,15 +245,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--methods", nargs="+", help="methods of these tables (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", help="(default: curves 0 to 4, images 0 to 2)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop training then; 0: only test")
-    parser.add_argument("--jobs", type=int, help="runs at once (default: the CPU's cores, or 1 with a GPU)")
+    parser.add_argument("--jobs", type=int, help="methods at once (default: the cores, or 1 with a GPU)")
     parser.add_argument("--folder", type=Path, default=RUNS, help="folder of the runs")
     parser.add_argument("--results", type=Path, default=TABLE_RESULTS, help="folder of tables and pictures")
-    parser.add_argument("--quick", action="store_true", help="few iterations and tasks, one seed")
     options = parser.parse_args(arguments)
-    for name in options.tables:
-        if not find_tables(name):
+    tables: dict[str, Table] = {}
+    for name in options.tables or TABLES:
+        found = [name] if name in TABLES else [other for other in TABLES if other.startswith(f"{name}-")]
+        if not found:
             parser.error(f"no table {name}; choose from {', '.join(TABLES)}")
-    tables = {table.name: table for name in options.tables or TABLES for table in find_tables(name)}
+        tables |= {other: TABLES[other] for other in found}
     options.tables = [*tables.values()]
     methods = dict.fromkeys(method for table in options.tables for method in table.methods)
     for method in options.methods or ():
@@ -60,84 +262,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             parser.error(f"no method {method} in these tables; choose from {'; '.join(methods)}")
     if options.jobs == 0 or not options.minutes >= 0 or min(options.seeds or [0]) < 0:
         parser.error("expected --jobs of at least 1, --minutes and --seeds of at least 0")
-    if options.quick:
-        options.seeds = (options.seeds or [0])[:1]
-        options.folder = options.folder.with_name(options.folder.name + "-quick")
-        options.results = options.results.with_name(options.results.name + "-quick")
     return options
-
-
-def find_tables(name: str) -> list[Table]:
-    """Return the table of this name or, without one, all whose names begin with it."""
-    return [TABLES[name]] if name in TABLES else [t for t in TABLES.values() if t.name.startswith(f"{name}-")]
-
-
-def list_runs(options: argparse.Namespace) -> Iterator[Run]:
-    """Yield the first method of all tables, the second, ..., and again from the other seeds."""
-    for seed in dict.fromkeys(options.seeds or range(max(table.seeds for table in options.tables))):
-        tables = [table for table in options.tables if options.seeds or seed < table.seeds]
-        for methods in zip_longest(*(table.methods for table in tables)):
-            for table, method in zip(tables, methods, strict=True):
-                if method and method in (options.methods or [method]):
-                    yield Run(table, method, seed, options.folder, options.quick)
-
-
-def train_and_test(options: argparse.Namespace) -> bool:
-    """Train and test; return whether all went well. Ctrl-C reaches main.py, too, which saves and ends."""
-    at_once = options.jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
-    until, success = time.monotonic() + 60 * options.minutes, True
-    with ThreadPoolExecutor(at_once) as pool:
-        try:
-            for succeeded, line in pool.map(
-                partial(Run.train_and_test, until=until, single_threaded=at_once > 1), list_runs(options)
-            ):
-                print(line, flush=True)
-                success &= succeeded
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return success
-
-
-def record_file(table: Table, method: str, results: Path = TABLE_RESULTS) -> Path:
-    return results / table.name / f"{slug(method)}.json"
-
-
-def read_record(table: Table, results: Path = TABLE_RESULTS) -> dict[str, Record]:
-    """Return what is recorded of a table, by method."""
-    files = {method: record_file(table, method, results) for method in (*table.methods, *table.baselines)}
-    return {method: read_json(file) for method, file in files.items() if file.exists()}
-
-
-def write_table(table: Table, options: argparse.Namespace) -> bool:
-    """Write a table's files; return whether there is anything to write."""
-    seeds = sorted({*range(table.seeds), *(options.seeds or ())})
-    record = read_record(table, options.results)
-    for method in (*table.methods, *table.baselines):
-        trained = table.measured_with if method in table.baselines else method
-        runs = [Run(table, trained, seed, options.folder, options.quick) for seed in seeds]
-        entry = summarise_runs(table, method, runs)
-        if entry and measure_extent(entry) >= measure_extent(record.get(method, {"runs": ()})):
-            record[method] = entry
-            write_json(record_file(table, method, options.results), entry)
-    if record:
-        write_text(options.results / f"{table.name}.md", table_text.table_text(table, record))
-        if table.has_picture(record):
-            write_picture(table, record, options.results / f"{table.name}.png")
-    return bool(record)
-
-
-def measure_extent(entry: Record) -> tuple[int, int]:
-    """Return the number of runs and of all their iterations, by which the larger of two records is kept."""
-    return len(entry["runs"]), sum(run["iteration"] for run in entry["runs"])
-
-
-def update_pages() -> None:
-    """Put the recorded numbers between the marks of all pages (see `render_marks`)."""
-    records = {name: record for name, table in TABLES.items() if (record := read_record(table))}
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        for mark, text in table_text.render_marks(page.read_text(encoding="utf-8"), records).items():
-            put(page, mark, text)
 
 
 def main() -> int:
@@ -146,7 +271,7 @@ def main() -> int:
         print("\n".join(f"{table.name}: {'; '.join(table.methods)}" for table in options.tables))
         return 0
     options.results.mkdir(parents=True, exist_ok=True)
-    success = train_and_test(options)
+    success = run_all(options)
     written = [write_table(table, options) for table in options.tables]
     if options.results.resolve() == TABLE_RESULTS:
         update_pages()

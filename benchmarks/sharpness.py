@@ -1,6 +1,6 @@
 """Why some sinusoid tasks get worse with more inner steps: the curvature of their support loss.
 
-    python benchmarks/sharpness.py checkpoints/reproduce/sinusoid/maml-seed?
+    python benchmarks/sharpness.py checkpoints/reproduce/sinusoid/maml/seed-?
 
 Gradient descent at a rate r on a loss whose largest curvature is c moves away from a minimum if r c > 2. For
 test tasks of each number of points: r c after the trained step, the share of tasks beyond 2, and the query
@@ -78,7 +78,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     for run in options.runs:
         for shots in SHOTS:
-            name = f"{run.name}, K = {shots}"
+            name = f"{run.parent.name}, {run.name}, K = {shots}"
             results[name] = measure(run, shots, options.tasks)
             print(f"{name}: {results[name]}", flush=True)
     write_json(options.out, {"tasks": options.tasks, "runs": results})

@@ -1,8 +1,4 @@
-"""Tables in Markdown, from the records that jobs.py collects. Pure functions.
-
-A record is what `results/reproduce/TABLE/` holds, by method: its runs, and every test's numbers over them,
-after each inner step.
-"""
+"""Tables in Markdown, from the records of reproduce.py. Pure functions."""
 
 from __future__ import annotations
 
@@ -12,16 +8,13 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from itertools import chain, groupby
-from typing import Any
+from itertools import chain
 
 from harness import markdown
-from jobs import Record
-from tables import README, TABLES, Table, slug
+from tables import README, TABLES, Record, Table, slug
 
 from evaluation.tables import Spread, format_decimal, plain_values
 
-ACROSS = 4  # columns of numbers in a table that several tests share
 FAR_ENOUGH = 0.25  # of the planned iterations: shorter runs are in their own table alone
 
 
@@ -63,22 +56,16 @@ def quote(table: Table, row: Record) -> str:
 
 
 def format_tables(
-    table: Table, methods: Mapping[str, Record], titles: Iterable[str], *, with_published: bool = False
+    table: Table, methods: Mapping[str, Record], titles: Sequence[str], *, with_published: bool = False
 ) -> list[str]:
-    """Return the numbers of methods in these columns and their seeds: a table for each test.
+    """Return the numbers of methods in these columns and their seeds, in tables of a few columns each.
 
-    Tests of few columns share one. Published numbers stand below ours.
+    Published numbers stand below ours.
     """
-    measured = [t for t in titles if any(find_row(table, t, entry) for entry in methods.values())]
-    groups: list[list[str]] = []
-    for _, part in groupby(measured, lambda title: table.columns[title].test):
-        columns = [*part]
-        if groups and len(groups[-1] + columns) <= ACROSS:
-            groups[-1] += columns
-        else:
-            groups.append(columns)
     tables = []
-    for group in groups:
+    for begin in range(0, len(titles), table.across):
+        part = titles[begin : begin + table.across]
+        group = [title for title in part if any(find_row(table, title, entry) for entry in methods.values())]
         lines = []
         for method, entry in methods.items():
             rows = [find_row(table, title, entry) for title in group]
@@ -89,37 +76,36 @@ def format_tables(
             if with_published and published.keys() & {*group}:
                 source = f"*{table.published[method]['source']}*"
                 lines.append([source, *(published.get(title, "") for title in group), ""])
-        tables.append(markdown(["", *group, "seeds"], lines) + "\n")
+        tables += [markdown(["", *group, "seeds"], lines) + "\n"] if lines else []
     return tables
 
 
 # ---- a whole table -------------------------------------------------------------------------------
 
 
-def table_text(table: Table, record: Mapping[str, Record]) -> str:
-    """Return our numbers with the published ones below, their runs, and the first seed's commands."""
-    ordered = {m: record[m] for m in (*table.methods, *table.baselines) if m in record}
+def table_text(table: Table, records: Mapping[str, Record]) -> str:
+    """Return our numbers with the published ones below, their runs, and the commands."""
+    ordered = {m: records[m] for m in (*table.methods, *table.baselines) if m in records}
     trained = {method: entry for method, entry in ordered.items() if method in table.methods}
-    absent = ", ".join(method for method in table.methods if method not in record)
-    lines = []
+    absent = ", ".join(method for method in table.methods if method not in records)
+    lines, commands = [], []
     for method, entry in trained.items():
         runs = entry["runs"]
         times = [run["seconds"] / 60 for run in runs if run.get("seconds")]
         time = f"{statistics.mean(times):.1f} min" if times else "not recorded"
         best = format_range(run["best_iteration"] or run["iteration"] for run in runs)
         lines.append([f"**{method}**", describe_progress(runs) + describe_failures(runs), best, time])
-    tested = table.measured_with if table.measured_with in trained else next(iter(ordered))
-    commands = [
-        f"{entry['runs'][0]['trained_by']} --run-name {table.name}-{slug(method)}"
-        for method, entry in trained.items()
-    ]
+        first, *others = (run["seed"] for run in runs)
+        seeds = f"--seeds {first}-{others[-1]}" if others else f"--seed {first}"
+        commands.append(f"python main.py {entry['flags']} {seeds} --run-name {table.name}-{slug(method)}")
+    tested = table.measured_with if table.measured_with in trained else next(iter(trained))
     evaluate = f"python main.py --eval --load checkpoints/{table.name}-{slug(tested)}"
-    commands += [f"{evaluate} {test['flags']}" for test in record[tested]["tests"].values()]
+    commands += [f"{evaluate} {test['flags']}" for test in trained[tested]["tests"].values()]
     parts = [
         f"### {table.title}\n",
-        *format_tables(table, ordered, table.columns, with_published=True),
+        *format_tables(table, ordered, [*table.columns], with_published=True),
         markdown(["", "iterations", "best at", "time of a run"], lines) + "\n",
-        f"{footer(table, record)}" + f" Not run: {absent}." * bool(absent) + "\n",
+        footer(table, records) + f" Not run: {absent}." * bool(absent) + "\n",
         "<details><summary>Commands</summary>\n",
         *("```sh", *commands, "```\n\n</details>\n"),
     ]
@@ -169,15 +155,6 @@ def footer(table: Table, record: Mapping[str, Record]) -> str:
 # ---- published numbers ---------------------------------------------------------------------------
 
 
-def list_remarks(about: Mapping[str, Any], row: Record) -> list[str]:
-    """Return what else a reader must know about a method's number."""
-    notes = [about["note"]] if "note" in about else []
-    if "required" in about:
-        below = row["mean"] is not None and row["mean"] < about["required"]
-        notes.append(f"{'below' if below else 'not below'} {about['required']:g}, which is required")
-    return notes
-
-
 def judge(table: Table, published: str, row: Record, runs: Sequence[Record]) -> str:
     """Return how far our mean over all tasks is from a published number: all seeds, finished, *meet* it."""
     if row["mean"] is None:
@@ -209,7 +186,7 @@ def summary(records: Mapping[str, Mapping[str, Record]], chosen: Sequence[tuple[
         details = [seeds] * (not words.startswith("reached"))  # which has them
         details += [f"{describe_progress(runs)} iterations{describe_failures(runs)}"] * are_unfinished(runs)
         words += f" ({', '.join(details)})" * bool(details)
-        words = "; ".join([words, *list_remarks(table.published[method], row)])
+        words = "; ".join([words, *filter(None, [table.published[method].get("note")])])
         family = table.title.partition(":")[0].partition(", accuracy")[0]
         rows.append([f"{family}, {method}", title, text, quote(table, row), words])
     return markdown(["", "", "published", "ours", ""], rows) + "\n"

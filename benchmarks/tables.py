@@ -9,6 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+Record = Mapping[str, Any]
+"""What is recorded of a method, in TABLE/METHOD.json.
+
+    flags     that trained it
+    runs      of each seed: iterations, seconds, machine, versions, final training loss, failure
+    settings  of the first run, as it was in the end
+    tests     by name: flags, tasks, conditions (device, version), and results by normalisation: rows of
+              `StepResults.record`, one for each number of inner steps
+"""
+
 
 class Column(NamedTuple):
     """One number of a test."""
@@ -29,6 +39,7 @@ class Table:
     methods: Mapping[str, str]  # flags by name
     tests: Mapping[str, str]  # flags by name
     columns: Mapping[str, Column]  # by title
+    across: int = 3  # columns side by side
     baselines: tuple[str, ...] = ()  # measured in the tests of `measured_with`
     measured_with: str = ""
     published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by method
@@ -37,9 +48,21 @@ class Table:
     def is_accuracy(self) -> bool:
         return self.title.endswith("in percent")
 
-    def has_picture(self, record: Mapping[str, Mapping[str, Any]]) -> bool:
+    def flags_of(self, method: str) -> str:
+        """Return the flags that train a method."""
+        return f"{self.flags} {' '.join(self.methods[method].split())}"
+
+    def test_flags(self, test: str, method: str) -> list[str]:
+        """Return the flags of a method's test: its own data are not named, and only they have baselines."""
+        flags = self.tests[test].split()
+        if "--eval-dataset" in flags and flags[-1] in self.flags_of(method).split():
+            flags = flags[:-2]
+        has_baselines = method == self.measured_with and "--eval-dataset" not in flags
+        return [*flags, *["--baselines"] * has_baselines]
+
+    def has_picture(self, records: Mapping[str, Record]) -> bool:
         """Return whether its tests, a panel each, fit a page, and a recorded method adapts."""
-        tests = [test for entry in record.values() for test in entry["tests"].values()]
+        tests = [test for entry in records.values() for test in entry["tests"].values()]
         adapts = any(len(rows) > 1 for test in tests for rows in test["results"].values())
         return adapts and len(self.tests) <= 4
 
@@ -57,9 +80,7 @@ def slug(method: str) -> str:
 
 def inherit(entry: Mapping[str, Any], families: Mapping[str, Any]) -> dict[str, Any]:
     """Return an entry with what its families have besides: methods are joined, all else is replaced."""
-    if "like" not in entry:
-        return dict(entry)
-    family = inherit(families[entry["like"]], families)
+    family = inherit(families[entry["like"]], families) if "like" in entry else {}
     methods = family.get("methods", {}) | entry.get("methods", {})
     return family | {name: value for name, value in entry.items() if name != "like"} | {"methods": methods}
 
@@ -70,11 +91,8 @@ def read(name: str) -> dict[str, Any]:
 
 def read_table(name: str, entry: dict[str, Any], published: Mapping[str, Any]) -> Table:
     entry["columns"] = {title: Column(*column) for title, column in entry["columns"].items()}
-    entry["methods"] = {
-        method: flags or f"--algorithm {method}" for method, flags in entry["methods"].items()
-    }
-    entry["baselines"] = tuple(entry.get("baselines", ()))
-    return Table(name, published=published, **entry)
+    entry["methods"] = {m: flags or f"--algorithm {m}" for m, flags in entry["methods"].items()}
+    return Table(name, published=published, **entry | {"baselines": tuple(entry.get("baselines", ()))})
 
 
 DECLARED, PUBLISHED = read("tables.toml"), read("published.toml")

@@ -9,31 +9,31 @@ all tasks with fine-tuning, and an oracle told the task. Learning rates are chos
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from commands.build import build, write_results
 from commands.call import Call
 from commands.config import CONFIG_FLAGS, Config
-from commands.evaluate import Subject, measure
+from commands.evaluate import Subject, common_record, measure_runs, summarise
 from commands.names import format_duration, name_method, select_meaningful
 from commands.resolve import resolve
 from commands.train import train
-from common.device import Runtime
+from common.errors import UsageError
 from common.processes import World
 from evaluation.figures import results_figure
 from evaluation.meta_test import Evaluation, evaluate, loss_per_step
 from evaluation.tables import Curve, StepResults, evaluation_record, format_decimal, results_table
 from tasks.options import CURVES
 from training.checkpoint import load_checkpoint
-from training.folders import LAST
+from training.folders import LAST, find_runs
 from training.tensorboard import read_speed
 
 RATES = {"sgd": (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0), "adam": (0.001, 0.003, 0.01, 0.03, 0.1)}
@@ -51,52 +51,82 @@ SHARED = (
 
 
 def baselines(call: Call, flags: Mapping[str, Any], command: str, world: World) -> int:
-    """Measure a checkpoint and its baselines on the same test tasks; return the exit code."""
-    assert call.load is not None
-    (subject,) = measure([call.load], call, flags, command, world)
-    folder, saved = call.load.parent / "baselines", subject.trained
-    if world.first:
-        print(announce(saved, folder), flush=True)
-    for name, baseline in plan_baselines(saved).items():
-        start = replace(call, eval=False, load=None, out=None, resume=True)
-        if code := train(replace(start, checkpoint_path=folder, run_name=name), baseline, command, world):
-            print("To resume: the same command", flush=True)
-            return code
-    algorithm, norm = saved.choices.algorithm, saved.choices.query_norm
-    results = {(algorithm, "as trained"): subject.result}
-    results |= measure_baselines(
-        saved, subject.config, call, subject.runtime, folder, subject.distribution.scales
-    )
-    shown = {algorithm: name_method(saved.choices)}
+    """Measure a checkpoint, or runs that differ in their seed, and their baselines; return the exit code."""
+    with world.together():
+        if call.load and len({run["setting"] for run in find_runs(call.load)}) > 1:
+            raise UsageError(f"{call.load} has runs of several settings: --baselines takes those of one")
+    subjects = measure_runs(call, flags, command, world)
+    if code := train_baselines(subjects, call, command, world):
+        return code
+    saved = subjects[0].trained.choices
+    results: dict[str, list[Evaluation]] = {saved.algorithm: [subject.result for subject in subjects]}
+    ways, learning = {saved.algorithm: ["as trained"]}, dict[str, list[Curve]]()
+    for subject in subjects:
+        for (name, way), result in measure_baselines(subject, call).items():
+            results.setdefault(name, []).append(result)
+            ways.setdefault(name, []).append(way)
+        for name, curve in learning_curves(subject, call).items():
+            learning.setdefault(name, []).append(curve)
+    over_runs = {name: StepResults.over(parts, saved.query_norm) for name, parts in results.items()}
+    titles = {saved.algorithm: name_method(saved)}
     selected = {
-        f"{shown.get(name, name)}, {how}": StepResults.over([result], norm)
-        for (name, how), result in results.items()
+        f"{titles.get(name, name)}, {' or '.join(dict.fromkeys(ways[name]))}": part
+        for name, part in over_runs.items()
     }
-    caption = subject.caption()
+    common, name = summarise(subjects)
+    caption, stem = common, (call.out or find_baselines(subjects[0]).parent.parent) / name
+    record = {"command": command, **common_record(subjects)}
+    if len(subjects) == 1:
+        caption, stem, record = subjects[0].caption(), subjects[0].stem(call), record | subjects[0].record()
+        record["methods"] = {
+            name: {"how": ways[name][0], **evaluation_record(part)} for name, [part] in results.items()
+        }
     print("\n" + results_table(selected, caption))
     if not world.first:
         return 0
-    curves, file = learning_curves(subject, call), f"{subject.stem(call)}-baselines"
-    record = {
-        "command": command,
-        **subject.record(),
-        "methods": {name: {"how": how, **evaluation_record(r)} for (name, how), r in results.items()},
-        "curves": {n: {"iteration": ends, "query_loss": values} for n, (ends, values) in curves.items()},
-    }
-    learning = {shown.get(name, name): [curve] for name, curve in curves.items()}
+    means = {name: mean_curve(curves) for name, curves in learning.items()}
+    record["over_runs"] = {name: part.record() for name, part in over_runs.items()}
+    record["curves"] = {n: {"iteration": ends, "query_loss": values} for n, (ends, values) in means.items()}
     measured = f"query {caption.loss_name} on training tasks"
-    if learning:
-        print(describe_ends(learning, measured))
-    figure = results_figure(selected, caption, learning=learning, learning_measure=measured)
-    print(write_results(file, record, figure))
+    if means:
+        print(describe_ends({titles.get(name, name): curve for name, curve in means.items()}, measured))
+    shown = {titles.get(name, name): curves for name, curves in learning.items()}
+    figure = results_figure(selected, caption, learning=shown, learning_measure=measured)
+    print(write_results(f"{stem}-baselines", record, figure))
     return 0
 
 
-def describe_ends(learning: Mapping[str, list[Curve]], measured: str) -> str:
+def train_baselines(subjects: Sequence[Subject], call: Call, command: str, world: World) -> int:
+    """Train or resume what is trained as baselines; return the exit code."""
+    for subject in subjects:
+        folder = find_baselines(subject)
+        if world.first:
+            print(announce(subject.trained, folder), flush=True)
+        for name, baseline in plan_baselines(subject.trained).items():
+            start = replace(call, eval=False, load=None, out=None, resume=True)
+            if code := train(replace(start, checkpoint_path=folder, run_name=name), baseline, command, world):
+                print("To resume: the same command", flush=True)
+                return code
+    return 0
+
+
+def find_baselines(subject: Subject) -> Path:
+    """Return the folder of the runs that are trained as baselines of a checkpoint."""
+    assert subject.file is not None
+    return subject.file.parent / "baselines"
+
+
+def mean_curve(curves: Sequence[Curve]) -> Curve:
+    """Return the mean of curves with the same points, as far as the shortest goes."""
+    (x, _), *_ = sorted(curves, key=lambda curve: len(curve[0]))
+    return x, [fmean(values) for values in zip(*(y[: len(x)] for _, y in curves), strict=True)]
+
+
+def describe_ends(means: Mapping[str, Curve], measured: str) -> str:
     """Return the last points of the learning curves, and the iterations over which they are means."""
-    [(ends, _)] = next(iter(learning.values()))
+    ends, _ = next(iter(means.values()))
     begin = ends[-2] if len(ends) > 1 else 0
-    points = "; ".join(f"{name} {format_decimal(y[-1], 4)}" for name, [(_, y)] in learning.items())
+    points = "; ".join(f"{name} {format_decimal(y[-1], 4)}" for name, (_, y) in means.items())
     return f"Mean {measured}, iterations {begin + 1:,} to {ends[-1]:,}: {points}"
 
 
@@ -125,22 +155,20 @@ def plan_baselines(saved: Config) -> dict[str, dict[str, Any]]:
     return {"pretrained": flags, **oracle}
 
 
-def measure_baselines(
-    saved: Config, config: Config, call: Call, runtime: Runtime, folder: Path, scales: Mapping[str, Tensor]
-) -> dict[tuple[str, str], Evaluation]:
-    """Return results by a baseline's name and how it adapts, in words; `config` has the sizes of the test.
+def measure_baselines(subject: Subject, call: Call) -> dict[tuple[str, str], Evaluation]:
+    """Return results on the test tasks of a checkpoint by a baseline's name and how it adapts, in words.
 
-    Tables are standardised by `scales`.
     The rate of a baseline has the lowest mean loss over all numbers of steps on validation tasks.
     """
+    saved, config, runtime = subject.trained, subject.config, subject.runtime
     scratch = derive_scratch_settings(config)
-    distribution, maml = build(scratch, call, runtime, scales=scales)
+    distribution, maml = build(scratch, call, runtime, scales=subject.distribution.scales)
     norm, steps, world = config.choices.query_norm, scratch.evaluation.eval_steps, runtime.world
     test = partial(evaluate, distribution=distribution, normalisations=(norm,), world=world)
     fresh, results = maml.initial_parameters(config.training.seed), {}
     starts = {"scratch, sgd": fresh, "scratch, adam": fresh}
     for name in plan_baselines(saved):
-        weights = load_checkpoint(folder / name / LAST).parameters
+        weights = load_checkpoint(find_baselines(subject) / name / LAST).parameters
         starts[name] = {key: w.to(runtime.device, runtime.dtype) for key, w in weights.items()}
     rules = {name: "adam" if name.endswith("adam") else "sgd" for name in starts if name != "oracle"}
     rates = sum(len(RATES[rule]) for rule in rules.values())

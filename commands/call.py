@@ -69,7 +69,8 @@ class Call:
     split: str = flag("--split", group="evaluation", choices=("validation", "test"), default="validation",
         help="with --compare: the tasks to measure on; choose between runs on validation tasks")
     seeds: str | None = flag("--seeds", group="what to do", metavar="LIST", default=None, common=True,
-        help="train one run per seed, all at once: 0-7 or 0,3,5-9; --eval --load takes their folder")
+        help="train one run per seed, all at once: 0-7 or 0,3,5-9; --eval --load takes their folder, with "
+        "--baselines as well")
     sweep: tuple[str, ...] = flag(
         "--sweep", group="what to do", check=key_and_values, metavar="FLAG=A,B,...", default=(), common=True,
         help="train one run per value of a flag; of several flags and --seeds, one per combination")

@@ -55,11 +55,17 @@ COMPILED_FROM = 1_000_000  # images times inner steps: compiling then saves more
 
 def evaluate(call: Call, flags: Mapping[str, Any], command: str, world: World) -> int:
     """Measure a checkpoint, all runs of a folder, or the fresh initialisation; return the exit code."""
+    measure_runs(call, flags, command, world)
+    return 0
+
+
+def measure_runs(call: Call, flags: Mapping[str, Any], command: str, world: World) -> list[Subject]:
+    """Measure what --load names; of a folder of many runs, also print and write what they show together."""
     with world.together():
         runs = find_runs(call.load) if call.load is not None else []
     subjects = measure([run["file"] for run in runs] or [call.load], call, flags, command, world)
     if not runs:
-        return 0
+        return subjects
     results: dict[str, list[Evaluation]] = {}
     for run, subject in zip(runs, subjects, strict=True):
         for name, part in by_dataset(subject.result).items():
@@ -72,10 +78,10 @@ def evaluate(call: Call, flags: Mapping[str, Any], command: str, world: World) -
     stem = (call.out or runs[0]["file"].parent.parent) / name
     if world.first:
         settings = {label: part.record() for label, part in summary.items()}
-        record = {"command": command, "runs": runs, "settings": settings} | by_size(results)
-        line = build.write_results(stem, record, results_figure(summary, caption))
+        record = {"command": command, "runs": runs, **common_record(subjects), "settings": settings}
+        line = build.write_results(stem, record | by_size(results), results_figure(summary, caption))
         print(f"{line}, and those of each run")
-    return 0
+    return subjects
 
 
 def measure(
@@ -353,6 +359,13 @@ def is_compiled(config: Config, choice: str) -> bool:
         return False
     images = find_largest(tasks.ways) * (find_largest(tasks.shots) + find_largest(tasks.queries))
     return sizes.eval_tasks * sizes.eval_steps * images >= COMPILED_FROM
+
+
+def common_record(subjects: Sequence[Subject]) -> dict[str, Any]:
+    """Return what the result files of all subjects say alike about where their numbers come from."""
+    first, *others = (subject.record() for subject in subjects)
+    same = {name: value for name, value in first.items() if all(other[name] == value for other in others)}
+    return {name: value for name, value in same.items() if name not in ("checkpoint", "settings")}
 
 
 def summarise(subjects: Sequence[Subject], split: str = "test") -> tuple[Caption, str]:

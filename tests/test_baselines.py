@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,7 +86,9 @@ def test_the_rate_of_a_baseline_is_the_best_on_validation_tasks(tmp_path, monkey
     monkeypatch.setattr(baselines, "evaluate", evaluate)
     monkeypatch.setattr(baselines, "load_checkpoint", lambda _: Checkpoint({}, 0, {}, {}, {}, {}))
     runtime = set_up(torch.device("cpu"), "float32", small_tensors=True)
-    results = baselines.measure_baselines(saved, saved, Call(), runtime, tmp_path, {})
+    data = SimpleNamespace(scales={})
+    subject = SimpleNamespace(trained=saved, config=saved, runtime=runtime, distribution=data, file=tmp_path)
+    results = baselines.measure_baselines(subject, Call())
     assert list(results) == [
         ("scratch, sgd", "rate 0.01"),
         ("scratch, adam", "rate 0.01"),
@@ -93,6 +96,27 @@ def test_the_rate_of_a_baseline_is_the_best_on_validation_tasks(tmp_path, monkey
         ("oracle", "not adapted"),
     ]
     assert tested[:3] == [0.01] * 3
+
+
+def test_the_baselines_of_several_seeds_are_measured_together(tmp_path, pictures, refuse):
+    train(tmp_path / "runs", *SHORT, "--seeds", "0-1")
+    line = ["--eval", "--baselines", "--load", tmp_path / "runs", "--eval-tasks", 20, "--eval-steps", 3]
+    assert command(*line, "--out", tmp_path / "many") == 0
+    [many] = [json.loads(file.read_text()) for file in (tmp_path / "many").glob("*-baselines.json")]
+    alone = []
+    for seed in (0, 1):
+        line[3], out = tmp_path / "runs" / f"seed-{seed}", tmp_path / str(seed)
+        assert command(*line, "--out", out) == 0
+        alone += [json.loads(file.read_text()) for file in out.glob("*-baselines.json")]
+    assert len(alone) == 2 and len(many["over_runs"]) == 5
+    for name, rows in many["over_runs"].items():
+        of_each = [one["over_runs"][name][-1]["mean"] for one in alone]
+        assert of_each[0] != of_each[1]
+        assert rows[-1]["mean"] == pytest.approx(sum(of_each) / 2, rel=1e-5), name
+        assert (rows[-1]["runs"], rows[-1]["lowest"]) == (2, min(of_each))
+    assert many["tasks"] == 20 and "checkpoint" not in many
+    train(tmp_path / "grid", *SHORT, "--sweep", "inner-lr=0.001,0.01")
+    assert "runs of several settings" in refuse("--eval", "--baselines", "--load", tmp_path / "grid")
 
 
 def test_a_stopped_baseline_is_resumed_and_follows_a_longer_run(tmp_path, monkeypatch, capsys, refuse):

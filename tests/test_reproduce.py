@@ -1,16 +1,16 @@
 """The benchmarks: their flags, the words for their numbers, and how runs are repeated and recorded."""
 
 import importlib
+import math
 import re
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -18,31 +18,29 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu
-import jobs
 import reproduce
 import table_text
-from harness import call_main, launch, read_json
-from jobs import Run
+from harness import UsageError, call_main, launch, read_json
+from reproduce import Job
 from table_text import find_row, judge, quote
 from tables import README, TABLES
 
 from commands.call import check_call
 from commands.parser import parse
 from commands.resolve import resolve, resolve_from
-from evaluation.meta_test import Evaluation
-from evaluation.tables import evaluation_record, write_json
+from evaluation.tables import write_json
 
-RECORDS = {name: record for name, table in TABLES.items() if (record := reproduce.read_record(table))}
+RECORDS = {name: record for name, table in TABLES.items() if (record := reproduce.read_records(table))}
 FREQUENCY, SINUSOID, OMNIGLOT = (TABLES[n] for n in ("sinusoid-frequency", "sinusoid", "omniglot-5way-1shot"))
 
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 def test_the_flags_of_every_method_are_valid(table):
     columns = table.columns.values()
-    for method, flags in table.methods.items():
-        trained = resolve(parse(f"{table.flags} {flags}".split()))
+    for method in table.methods:
+        trained = resolve(parse(table.flags_of(method).split()))
         for test in table.tests:
-            settings = parse(Run(table, method, 0, Path()).testing(test))
+            settings = parse(["--eval", "--load", "run", *table.test_flags(test, method)])
             other = check_call(settings).eval_dataset
             tested = resolve_from(trained, settings, evaluate=True, eval_dataset=other).evaluation
             steps = [column.steps for column in columns if column.test == test]
@@ -119,19 +117,20 @@ def test_a_gradient_on_the_cpu_may_fall_on_the_other_side_of_a_kink_in_two_meta_
 def test_the_first_methods_come_first_in_all_tables_of_a_group():
     options = reproduce.parse_arguments(["icons"])
     assert [table.name for table in options.tables] == [n for n in TABLES if n.startswith("icons-")]
-    order = [(run.table.name, run.method, run.seed) for run in reproduce.list_runs(options)]
-    assert order[:4] == [*((table.name, "maml", 0) for table in options.tables), (order[0][0], "maml++", 0)]
-    assert {seed for name, _, seed in order if "20way" in name} == {0} and len({*order}) == len(order)
+    jobs = [*reproduce.list_jobs(options)]
+    order = [(job.table.name, job.method) for job in jobs]
+    assert order[:4] == [*((table.name, "maml") for table in options.tables), (order[0][0], "maml++")]
+    assert len({*order}) == len(order)
+    assert {len(job.seeds) for job in jobs if "20way" in job.table.name} == {1}
     assert [t.name for t in reproduce.parse_arguments(["sinusoid", "sinusoid"]).tables] == ["sinusoid"]
 
 
-def test_an_initialisation_is_tested_on_its_own_data_and_on_other_data(tmp_path):
+def test_an_initialisation_is_tested_on_its_own_data_and_on_other_data():
     table = TABLES["icons-5way-1shot"]
     for method, own, other in (("maml", "icons", "omniglot"), ("maml, from omniglot", "omniglot", "icons")):
-        run = Run(table, method, 0, tmp_path)
-        assert "--eval-dataset" not in run.testing(f"on {own}")
-        assert ("--baselines" in run.testing(f"on {own}")) is (method == "maml")
-        assert run.test_flags(f"on {other}")[-2:] == ["--eval-dataset", other]
+        flags = table.test_flags(f"on {own}", method)
+        assert "--eval-dataset" not in flags and ("--baselines" in flags) is (method == "maml")
+        assert table.test_flags(f"on {other}", method)[-2:] == ["--eval-dataset", other]
 
 
 # ---- from numbers to words -----------------------------------------------------------------------
@@ -218,16 +217,15 @@ def test_unfinished_and_failed_runs_are_marked():
     assert "1.13" not in line(run_of(20))  # not a quarter of its way
 
 
-def test_each_test_has_a_table_of_its_own_and_small_ones_share_one():
-    first, *others = table_text.format_tables(
-        SINUSOID, RECORDS["sinusoid"], SINUSOID.columns, with_published=True
-    )
+def test_a_table_has_few_columns_side_by_side():
+    titles = [*SINUSOID.columns]
+    first, *others = table_text.format_tables(SINUSOID, RECORDS["sinusoid"], titles, with_published=True)
     assert [text.splitlines()[0].count("K = 5") for text in (first, *others)] == [3, 0, 0]
     maml, published = first.splitlines()[2:4]
     assert maml.startswith("| **maml** | 0.") and maml.endswith(" | 5 |")
     assert published == "| *Finn et al. 2017, table 2* | 0.67 | 0.38 | 0.35 |  |"
-    shared = TABLES["omniglot-one-training"]
-    tables = table_text.format_tables(shared, RECORDS[shared.name], shared.columns)
+    wide = TABLES["omniglot-one-training"]
+    tables = table_text.format_tables(wide, RECORDS[wide.name], [*wide.columns])
     assert [text.splitlines()[0].count("-shot, ") for text in tables] == [4, 4]
 
 
@@ -242,8 +240,7 @@ def test_the_pages_say_what_the_records_say():
     assert len(table_text.summary(RECORDS, README).splitlines()) == 12  # ten rows
     for name, record in RECORDS.items():
         for method in record.keys() & TABLES[name].methods.keys():
-            for run in record[method]["runs"]:
-                assert run["trained_by"] == Run(TABLES[name], method, run["seed"], Path()).trained_by
+            assert record[method]["flags"] == TABLES[name].flags_of(method)
         text = table_text.table_text(TABLES[name], record)
         assert text == (reproduce.TABLE_RESULTS / f"{name}.md").read_text()
 
@@ -253,35 +250,43 @@ def test_the_pages_say_what_the_records_say():
 
 @pytest.fixture
 def _no_checkpoints(monkeypatch):
-    monkeypatch.setattr(jobs, "load_checkpoint", lambda *_, **__: SimpleNamespace(settings={}))
+    monkeypatch.setattr(reproduce, "load_checkpoint", lambda *_, **__: SimpleNamespace(settings={}))
 
 
-def write_run(run: Run, iteration: int, losses: np.ndarray | None = None, trained_by: str = "") -> None:
-    """Write the files of a run; with losses, `[tasks, steps + 1]`, those of its tests."""
-    progress = {"iterations": 90, "iteration": iteration, "best_iteration": iteration}
-    progress |= {"failure": None, "final_training_loss": None}
-    run.folder.mkdir(parents=True, exist_ok=True)
-    write_json(run.folder / "training.json", progress)
-    ledger = {"trained_by": trained_by or run.trained_by, "seconds": 1.0, "machine": "here"}
-    write_json(run.folder / "reproduce.json", ledger)
-    for test in run.table.tests if losses is not None else ():
-        result = {"command": shlex.join(["main.py", *run.testing(test)]), "iteration": iteration, "tasks": 40}
-        result |= {"test_steps": 1, "device": "cpu", "versions": {"torch": "2"}, "compiled": True}
-        file = run.folder / f"test {test}" / "result.json"
-        file.parent.mkdir(exist_ok=True)
-        write_json(file, result | evaluation_record(Evaluation({"transductive": torch.tensor(losses)}, {})))
+def write_runs(job: Job, iterations: Sequence[int], flags: str = "") -> None:
+    """Write the files of runs from seed 0 on, which end at these of 90 iterations, and of their tests."""
+    for seed, iteration in enumerate(iterations):
+        progress = {"iterations": 90, "iteration": iteration, "best_iteration": iteration}
+        progress |= {"failure": None, "final_training_loss": None}
+        (job.folder / f"seed-{seed}").mkdir(parents=True)
+        write_json(job.folder / f"seed-{seed}" / "training.json", progress)
+    ledger = {"flags": flags or job.table.flags_of(job.method), "seconds": 8.0, "machine": "here"}
+    write_json(job.folder / "reproduce.json", ledger)
+    without = {"mean_without_diverged": 1.0, "interval_95_without_diverged": None}
+    rows = [row(1.0, len(iterations), steps=steps, **without) for steps in range(11)]
+    about = {"tasks": 40, "test_steps": 1, "device": "cpu", "versions": {"torch": "2"}, "compiled": True}
+    for test in job.table.tests:
+        job.out(test).mkdir()
+        write_json(job.out(test) / "test-40tasks.json", {"settings": {"all": rows}} | about)
+        write_json(job.out(test) / "test-40tasks-baselines.json", {"over_runs": {"oracle": rows[:1]}})
 
 
 @pytest.mark.usefixtures("_no_checkpoints")
-def test_only_runs_of_the_same_command_with_tests_of_the_present_checkpoint_count(tmp_path):
-    run, losses = Run(FREQUENCY, "maml", 0, tmp_path), np.ones((40, 2))
-    assert not jobs.summarise_runs(FREQUENCY, "maml", [run])
-    write_run(run, 50, losses, "python main.py --of-another-command")
-    assert not jobs.summarise_runs(FREQUENCY, "maml", [run])
-    write_run(run, 50, losses)
-    assert jobs.summarise_runs(FREQUENCY, "maml", [run])["runs"][0]["iteration"] == 50
-    write_run(run, 60)
-    assert not jobs.summarise_runs(FREQUENCY, "maml", [run])
+def test_a_record_is_what_the_runs_and_their_tests_say(tmp_path):
+    job = Job(SINUSOID, SINUSOID.measured_with, (0, 1), tmp_path)
+    assert not job.record(job.method)
+    write_runs(job, (90, 90))
+    entry, oracle = job.record(job.method), job.record("oracle")
+    assert entry["runs"][1] == {
+        **dict(zip(reproduce.FACTS, (90, 90, 90, None, None), strict=True)),
+        **{"seed": 1, "seconds": 4.0, "machine": "here", "versions": {"torch": "2"}},
+    }
+    assert entry["tests"]["K = 5"]["conditions"] == ["cpu, torch 2, compiled"]
+    assert find_row(SINUSOID, "K = 5, 10 steps", entry)["runs"] == 2
+    assert oracle["tests"]["K = 5"]["test_steps"] == 0
+    assert find_row(SINUSOID, "K = 5, 10 steps", oracle)["steps"] == 0
+    shutil.rmtree(job.out("K = 20"))
+    assert not job.record(job.method)
 
 
 @pytest.mark.usefixtures("_no_checkpoints")
@@ -291,56 +296,71 @@ def test_a_record_stays_until_there_are_more_seeds_or_further_ones(tmp_path):
 
     def recorded(*iterations: int) -> list[int]:
         shutil.rmtree(tmp_path / "runs", ignore_errors=True)
-        for seed, iteration in enumerate(iterations):
-            write_run(Run(FREQUENCY, "maml", seed, options.folder), iteration, np.ones((40, 11)))
+        if iterations:
+            write_runs(Job(FREQUENCY, "maml", (), options.folder), iterations)
         assert reproduce.write_table(FREQUENCY, options)
-        entry = reproduce.read_record(FREQUENCY, options.results)["maml"]
+        entry = reproduce.read_records(FREQUENCY, options.results)["maml"]
         return [run["iteration"] for run in entry["runs"]]
 
     assert recorded(50) == recorded(40) == recorded() == [50]
     assert recorded(40, 40) == [40, 40] == recorded(90)
-    assert recorded(90, 90, 40) == [90, 90]  # one has begun
 
 
-@pytest.mark.usefixtures("_no_checkpoints")
-def test_the_interval_of_several_seeds_is_that_of_each_tasks_mean_over_them(tmp_path):
-    losses = np.random.default_rng(0).uniform(0.5, 1.5, (3, 40, 2))  # [seeds, tasks, steps + 1]
-    losses[1, 7, 1] = 1e6
-    seeds = [Run(FREQUENCY, "maml", seed, tmp_path) for seed in range(3)]
-    for run, values in zip(seeds, losses, strict=True):
-        write_run(run, 90, values)
-    entry = jobs.summarise_runs(FREQUENCY, "maml", seeds)
-    assert entry["tests"]["K = 5"]["conditions"] == ["cpu, torch 2, compiled"]
-    ours = find_row(FREQUENCY, "K = 5, 1 step", entry)
-    of_tasks, of_seeds = losses[:, :, 1].mean(0), losses[:, :, 1].mean(1)
-    assert ours["mean"] == pytest.approx(of_seeds.mean()) and ours["diverged_tasks"] == 1
-    assert [ours["lowest"], ours["highest"]] == pytest.approx([of_seeds.min(), of_seeds.max()])
-    assert ours["interval_95_over_tasks"] == pytest.approx(1.96 * of_tasks.std(ddof=1) / 40**0.5)
-    of_tasks[7] = losses[[0, 2], 7, 1].mean()
-    assert ours["mean_without_diverged"] == pytest.approx(of_tasks.mean(), rel=1e-5)
-    assert ours["interval_95_without_diverged"] == pytest.approx(
-        1.96 * of_tasks.std(ddof=1) / 40**0.5, rel=1e-5
-    )
+def test_runs_are_tested_when_all_have_ended_and_never_with_other_flags(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(reproduce, "call_main", lambda line, seconds: called.append(line) or (0, ""))
+    monkeypatch.setattr(reproduce, "run_main", lambda line: called.append(line[0]))
+    images = Job(OMNIGLOT, "maml", (0, 1, 2), tmp_path)
+    assert images.run(math.inf) == "0 iterations; 0 of 3 seeds have ended"
+    assert [line[line.index("--seeds") + 1] for line in called] == ["0", "1", "2"]
+    called.clear()
+    for ended, tests in (((90, 40), 0), ((90, 90), 2), ((40, 40), 2)):
+        job = Job(OMNIGLOT, "fomaml", (0, 1), tmp_path / str(ended))
+        write_runs(job, ended)
+        for test in OMNIGLOT.tests:
+            shutil.rmtree(job.out(test))
+        job.run(0.0)
+        assert called == ["--eval"] * tests
+        called.clear()
+    curves = Job(FREQUENCY, "maml", (0, 1), tmp_path)
+    write_runs(curves, (90, 40))
+    curves.run(math.inf)  # and its earlier tests are gone
+    assert called[0][called[0].index("--seeds") + 1] == "0,1" and not curves.out("K = 5").exists()
+    other = Job(FREQUENCY, "meta-sgd", (0,), tmp_path)
+    write_runs(other, (90,), "--iterations 5")
+    with pytest.raises(UsageError, match="was trained with other flags, --iterations 5: remove it"):
+        other.run(math.inf)
 
 
 @pytest.mark.slow
 def test_the_command_of_a_table_writes_it_and_repeats_nothing(tmp_path, monkeypatch, capsys):
-    flags = ["sinusoid-frequency", "--quick", "--methods", "maml", "--folder", str(tmp_path / "runs")]
-    flags += ["--results", str(tmp_path / "results")]
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", *flags, "--minutes", "0"])
-    assert reproduce.main() == 0 and "not begun" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", *flags])
-    assert reproduce.main() == 0 and "iteration 300 of 300" in capsys.readouterr().out
-    results = tmp_path / "results-quick"
-    entry = read_json(results / FREQUENCY.name / "maml.json")
+    short = {"maml": "--iterations 30 --meta-batch-size 2 -k 5 --val-every 15 --compile off"}
+    tests = {
+        test: f"{flags.partition(' --eval-tasks')[0]} --eval-tasks 100"
+        for test, flags in SINUSOID.tests.items()
+    }
+    table = replace(SINUSOID, flags="--dataset sinusoid", methods=short, tests=tests, measured_with="maml")
+    monkeypatch.setitem(TABLES, "sinusoid", table)
+    folders = ["--folder", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    monkeypatch.setattr(
+        sys, "argv", ["reproduce.py", "sinusoid", *folders, "--seeds", "0", "1", "--minutes", "0"]
+    )
+    assert reproduce.main() == 0 and "0 iterations; 0 of 2 seeds" in capsys.readouterr().out
+    sys.argv = sys.argv[:-2]
+    assert reproduce.main() == 0 and "maml: 30 iterations; 2 of 2 seeds have ended" in capsys.readouterr().out
+    entry, oracle = (read_json(tmp_path / "results" / "sinusoid" / f"{n}.json") for n in ("maml", "oracle"))
     assert {k: test["tasks"] for k, test in entry["tests"].items()} == {f"K = {k}": 100 for k in (5, 10, 20)}
-    assert (entry["settings"]["seed"], entry["settings"]["iterations"]) == (0, 300)
-    text = (results / f"{FREQUENCY.name}.md").read_text()
-    assert " | 1 (single run) |\n" in text and "| **maml** | 300 | " in text
-    assert (results / f"{FREQUENCY.name}.png").stat().st_size > 10_000
-    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs-quick").rglob("*")}
+    assert (entry["settings"]["seed"], entry["settings"]["iterations"]) == (0, 30)
+    assert [run["seed"] for run in oracle["runs"]] == [0, 1]
+    text = (tmp_path / "results" / "sinusoid.md").read_text()
+    assert "--compile off --seeds 0-1 --run-name sinusoid-maml\n" in text and "| **maml** | 30 | " in text
+    assert all(
+        f"| **{name}** |" in text for name in ("scratch, sgd", "scratch, adam", "pretrained", "oracle")
+    )
+    assert (tmp_path / "results" / "sinusoid.png").stat().st_size > 10_000
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("*")}
     assert reproduce.main() == 0
-    assert files == {file: file.stat().st_mtime_ns for file in (tmp_path / "runs-quick").rglob("*")}
+    assert files == {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("*")}
 
 
 @pytest.mark.slow
@@ -366,7 +386,7 @@ def test_a_mistake_gets_one_line_and_exit_code_2(flags, message, tmp_path, monke
     (tmp_path / "file").write_text("")
     arguments = [*flags.replace("FILE", str(tmp_path / "file")).split(), "--folder", str(tmp_path / "runs")]
     monkeypatch.setattr(sys, "argv", ["reproduce.py", *arguments])
-    monkeypatch.setattr(reproduce, "train_and_test", lambda options: pytest.fail("it runs"))
+    monkeypatch.setattr(reproduce, "run_all", lambda options: pytest.fail("it runs"))
     with pytest.raises(SystemExit) as ended:
         launch(reproduce.main)
     errors = capsys.readouterr().err

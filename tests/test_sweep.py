@@ -278,7 +278,7 @@ def test_the_table_of_many_runs_has_the_means_of_the_single_ones(tmp_path, capsy
             means.append(json.loads(file.read_text())["per_step"][2]["loss_without_diverged"])
         assert steps[2]["mean"] == pytest.approx(sum(means) / 2, rel=1e-6) and steps[2]["runs"] == 2
     assert command("--eval", "--load", folder, "--baselines") == 2
-    assert f"{folder} has many runs: name one of them" in capsys.readouterr().err
+    assert f"{folder} has runs of several settings: --baselines takes" in capsys.readouterr().err
 
 
 @given(st.lists(st.tuples(st.integers(0, 2**63 - 100), st.integers(0, 50)), min_size=1, max_size=6))
