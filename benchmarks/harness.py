@@ -167,7 +167,8 @@ def call_main(flags: Sequence[str], *, seconds: float | None = None, **environme
     except subprocess.TimeoutExpired:
         process.terminate()
         _, errors = process.communicate()
-    return process.returncode, (errors.strip() or f"exit code {process.returncode}").rpartition("\n")[2]
+    code, line = process.returncode, re.split(r"[\r\n]+", errors.strip())[-1]
+    return code, f"ended by signal {-code}" if code < 0 else line.partition("error: ")[2] or line
 
 
 def redirect_caches(folder: Path) -> dict[str, str]:
@@ -181,7 +182,7 @@ def run_main(flags: Sequence[str], **environment: str) -> float:
     begin = time.perf_counter()
     code, last_line = call_main(flags, seconds=None, **environment)
     if code:
-        raise UsageError(last_line.partition("error: ")[2] or last_line)
+        raise UsageError(last_line or f"exit code {code}")
     return time.perf_counter() - begin
 
 

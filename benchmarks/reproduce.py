@@ -6,12 +6,12 @@
     python benchmarks/reproduce.py omniglot-5way-1shot --methods maml anil --seeds 0
     python benchmarks/reproduce.py --minutes 120            # as far as two hours allow; repeat it to resume
 
-Trains each method with `main.py --seeds`, and tests the folder of its runs with `main.py --eval`: by default
-the checkpoints that are best on validation tasks. What is finished stays in --folder, the rest is resumed; a
-method is tested when all of its seeds have ended or, where time was up, none. (A run with non-finite numbers
-has ended: remove its folder to start again.) Writes to benchmarks/results/reproduce/ the numbers of each
-method (TABLE/METHOD.json), a table (Markdown) and a picture, and puts them on the pages. A method's record
-stays until there are runs of more seeds or, of as many, that have come as far.
+Trains each method with `main.py --seeds`, and tests the folder of its runs with `main.py --eval`: the
+checkpoints that are best on validation tasks. What is finished stays in --folder, the rest is resumed. A
+method is tested when all seeds that have begun have ended or, where time was up, none has. (A run with
+non-finite numbers has ended: remove the method's folder to start again.) Writes the numbers of each method
+to benchmarks/results/reproduce/ (TABLE/METHOD.json), with a table (Markdown) and a picture, and puts them on
+the pages. A method's record stays until there are runs of more seeds or, of as many, that have come as far.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import torch
 from harness import (
@@ -36,6 +37,7 @@ from harness import (
     Parser,
     UsageError,
     call_main,
+    count,
     describe_machine,
     launch,
     put,
@@ -53,7 +55,7 @@ from training import folders
 from training.checkpoint import load_checkpoint
 
 RUNS, TABLE_RESULTS = ROOT / "checkpoints" / "reproduce", RESULTS / "reproduce"
-SAVED = (0, 128 + signal.SIGTERM, 4)  # exit codes of main.py after which its state is saved
+SAVED = (0, 128 + signal.SIGTERM, 4, -signal.SIGTERM)  # exit codes of main.py after which a job goes on
 FACTS = ("iteration", "iterations", "best_iteration", "failure", "final_training_loss")  # of a run
 
 
@@ -71,25 +73,35 @@ class Job:
         return self.root / self.table.name / slug(self.method)
 
     def out(self, test: str) -> Path:
-        """Return the folder of a test's results, which has its flags in the name."""
+        """Return the folder of a test's results, which has the test's flags in its name."""
         return self.folder / f"test {slug(' '.join(self.table.test_flags(test, self.method)))}"
 
-    def ledger(self) -> Record:
-        """Return the flags that train the runs, their seconds in all, and the machine."""
+    def ledger(self) -> dict[str, Any]:
+        """Return the flags that train the runs and, by seed, the seconds of each and the machine."""
         file, flags = self.folder / "reproduce.json", self.table.flags_of(self.method)
-        return read_json(file) if file.exists() else {"flags": flags, "seconds": 0.0}
+        return read_json(file) if file.exists() else {"flags": flags, "seeds": {}}
 
     def progress(self) -> dict[int, Record]:
-        """Return the content of training.json of each run that has begun, by seed."""
-        files = {int(file.parent.name[5:]): file for file in self.folder.glob(f"seed-*/{folders.RESULTS}")}
-        return {seed: read_json(files[seed]) for seed in sorted(files)}
+        """Return the content of training.json of each run by seed, which is empty where last.pt is newer."""
+        runs = read_json(self.folder / folders.LIST)["runs"] if (self.folder / folders.LIST).exists() else ()
+        progress: dict[int, Record] = {}
+        for run in sorted(runs, key=lambda run: run["seed"]):
+            folder = self.folder / run["name"]
+            last = folder / folders.LAST
+            iteration = load_checkpoint(last, weights=False).iteration if last.exists() else -1
+            saved = folders.has_results(folder, iteration)
+            progress[run["seed"]] = read_json(folder / folders.RESULTS) if saved else {}
+        return progress
 
     def results(self, test: str) -> list[Record]:
-        """Return the results of a test over all runs and, of the method that has them, its baselines'."""
+        """Return a test's results over all runs and, if it has them, its baselines'; none if some are old."""
+        best = {s: run and (run["best_iteration"] or run["iteration"]) for s, run in self.progress().items()}
         wanted = 1 + ("--baselines" in self.table.test_flags(test, self.method))
-        patterns = ("test-*tasks.json", "*-baselines.json")[:wanted]
+        patterns = ("test-*tasks.json", "test-*-baselines.json")[:wanted]
         files = [file for pattern in patterns for file in self.out(test).glob(pattern)]
-        return [read_json(file) for file in files] if len(files) == wanted else []
+        contents = [read_json(file) for file in files]
+        tested = [{run["seed"]: run["iteration"] for run in content["runs"]} for content in contents]
+        return contents if best and tested == [best] * wanted else []
 
     def run(self, until: float) -> str:
         """Train until this time.monotonic(), and test; return a line that says what happened.
@@ -104,55 +116,68 @@ class Job:
             begin, runs = time.monotonic(), self.progress()
             if begin >= until or all(has_ended(runs.get(seed)) for seed in seeds):
                 continue
-            for test in self.table.tests:  # of earlier checkpoints
-                shutil.rmtree(self.out(test), ignore_errors=True)
             line = [*flags.split(), "--seeds", ",".join(map(str, seeds)), *place]
-            seconds = None if until == math.inf else until - begin
-            code, message = call_main(line, seconds=seconds)
+            try:
+                code, message = call_main(line, seconds=None if until == math.inf else until - begin)
+            finally:
+                self.add_time(seeds, time.monotonic() - begin)
             if code not in SAVED:
-                raise UsageError(message)
-            spent = round(self.ledger()["seconds"] + time.monotonic() - begin, 1)
-            entry = {"flags": flags, "seconds": spent, "machine": describe_machine()}
-            write_json(self.folder / "reproduce.json", entry)
+                raise UsageError(message or f"exit code {code}")
         runs = self.progress()
-        ended = sum(map(has_ended, runs.values()))
-        for test in self.table.tests if runs and ended in (0, len(runs)) else ():
+        ended = [seed for seed, run in runs.items() if has_ended(run)]
+        words = f"of seeds {', '.join(map(str, runs))} have ended: {', '.join(map(str, ended)) or 'none'}"
+        if not all(runs.values()) or len(ended) not in (0, len(runs)):
+            return f"{words}; not tested before the others have"
+        for test in self.table.tests if runs else ():
             if not self.results(test):
-                test_flags = self.table.test_flags(test, self.method)
+                shutil.rmtree(self.out(test), ignore_errors=True)
                 where = ["--load", str(self.folder), "--out", str(self.out(test))]
-                run_main(["--eval", *where, *test_flags])
-        iterations = describe_progress([*runs.values()]) if runs else "0"
-        return f"{iterations} iterations; {ended} of {len(self.seeds)} seeds have ended"
+                run_main(["--eval", *where, *self.table.test_flags(test, self.method)])
+        return f"{describe_progress([*runs.values()])} iterations; {words}" if runs else "not begun"
+
+    def add_time(self, seeds: Sequence[int], seconds: float) -> None:
+        """Write the time of runs that were trained together into the ledger."""
+        ledger = self.ledger()
+        if self.folder.exists():
+            for seed in map(str, seeds):
+                spent = ledger["seeds"].get(seed, {"seconds": 0.0})["seconds"] + seconds / len(seeds)
+                ledger["seeds"][seed] = {"seconds": round(spent, 1), "machine": describe_machine()}
+            write_json(self.folder / "reproduce.json", ledger)
 
     def record(self, method: str) -> Record:
         """Return what is recorded of the method, or of a baseline of it; nothing before all tests."""
         results, runs, tests = {test: self.results(test) for test in self.table.tests}, self.progress(), {}
-        if not all(results.values()):
+        ledger = self.ledger()
+        if not all(results.values()) or ledger["flags"] != self.table.flags_of(self.method):
             return {}
-        for test, (own, *others) in results.items():
-            baseline = method in self.table.baselines
-            measured = own["settings"]
+        versions: Record = {}
+        for test, (result, *others) in results.items():
+            baseline, versions = method in self.table.baselines, result["versions"]
+            measured = result["settings"]
             if baseline:
                 measured = {ALL: others[0]["over_runs"][method]} if others else {}
-            if measured:
+            if measured:  # without batch norm there is one reading, as of baselines: the transductive
                 tests[test] = {
                     "flags": shlex.join(self.table.test_flags(test, self.method)),
-                    "tasks": own["tasks"],
-                    "test_steps": measured[ALL][-1]["steps"] if baseline else own["test_steps"],
-                    "conditions": [describe_conditions(own)],
+                    "tasks": result["tasks"],
+                    "test_steps": measured[ALL][-1]["steps"] if baseline else result["test_steps"],
+                    "conditions": [describe_conditions(result)],
                     "results": {"transductive" if n == ALL else n: rows for n, rows in measured.items()},
                 }
-        ledger, first = self.ledger(), self.folder / f"seed-{min(runs)}" / folders.LAST
-        about = {"seconds": round(ledger["seconds"] / len(runs), 1), "machine": ledger["machine"]}
-        about["versions"] = own["versions"]
-        lines = [{"seed": seed} | {name: run[name] for name in FACTS} | about for seed, run in runs.items()]
+        about = {seed: ledger["seeds"][str(seed)] | {"versions": versions} for seed in runs}
+        lines = [{"seed": s} | {name: run[name] for name in FACTS} | about[s] for s, run in runs.items()]
+        first = self.folder / f"seed-{min(runs)}" / folders.LAST
         settings = load_checkpoint(first, weights=False).settings
         return plain_values({"flags": ledger["flags"], "runs": lines, "settings": settings, "tests": tests})
 
 
 def has_ended(run: Record | None) -> bool:
     """Return whether training cannot continue: all iterations are done, or numbers are non-finite."""
-    return run is not None and (run["failure"] is not None or run["iteration"] >= run["iterations"])
+    return (
+        run is not None
+        and bool(run)
+        and (run["failure"] is not None or run["iteration"] >= run["iterations"])
+    )
 
 
 def describe_conditions(content: Record) -> str:
@@ -171,7 +196,9 @@ def list_jobs(options: argparse.Namespace) -> Iterator[Job]:
 
 def run_all(options: argparse.Namespace) -> bool:
     """Train and test; return whether all went well. Ctrl-C reaches main.py, too, which saves and ends."""
-    at_once = options.jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    jobs = [*list_jobs(options)]
+    cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
+    at_once = min(options.jobs or cores, len(jobs))
     until = time.monotonic() + 60 * options.minutes
     if at_once > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # main.py inherits it
@@ -186,7 +213,7 @@ def run_all(options: argparse.Namespace) -> bool:
 
     with ThreadPoolExecutor(at_once) as pool:
         try:
-            return all([*pool.map(run, list_jobs(options))])
+            return all([*pool.map(run, jobs)])
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise
@@ -245,7 +272,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--methods", nargs="+", help="methods of these tables (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", help="(default: curves 0 to 4, images 0 to 2)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop training then; 0: only test")
-    parser.add_argument("--jobs", type=int, help="methods at once (default: the cores, or 1 with a GPU)")
+    parser.add_argument("--jobs", type=count, help="methods at once (default: the cores, or 1 with a GPU)")
     parser.add_argument("--folder", type=Path, default=RUNS, help="folder of the runs")
     parser.add_argument("--results", type=Path, default=TABLE_RESULTS, help="folder of tables and pictures")
     options = parser.parse_args(arguments)
@@ -260,8 +287,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     for method in options.methods or ():
         if method not in methods:
             parser.error(f"no method {method} in these tables; choose from {'; '.join(methods)}")
-    if options.jobs == 0 or not options.minutes >= 0 or min(options.seeds or [0]) < 0:
-        parser.error("expected --jobs of at least 1, --minutes and --seeds of at least 0")
+    if not options.minutes >= 0 or min(options.seeds or [0]) < 0:
+        parser.error("expected --minutes and --seeds of at least 0")
     return options
 
 

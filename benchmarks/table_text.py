@@ -96,7 +96,9 @@ def table_text(table: Table, records: Mapping[str, Record]) -> str:
         best = format_range(run["best_iteration"] or run["iteration"] for run in runs)
         lines.append([f"**{method}**", describe_progress(runs) + describe_failures(runs), best, time])
         first, *others = (run["seed"] for run in runs)
-        seeds = f"--seeds {first}-{others[-1]}" if others else f"--seed {first}"
+        seeds = f"--seeds {','.join(map(str, [first, *others]))}" if others else f"--seed {first}"
+        if others == [*range(first + 1, first + 1 + len(others))] and others:
+            seeds = f"--seeds {first}-{others[-1]}"
         commands.append(f"python main.py {entry['flags']} {seeds} --run-name {table.name}-{slug(method)}")
     tested = table.measured_with if table.measured_with in trained else next(iter(trained))
     evaluate = f"python main.py --eval --load checkpoints/{table.name}-{slug(tested)}"

@@ -13,7 +13,7 @@ Record = Mapping[str, Any]
 """What is recorded of a method, in TABLE/METHOD.json.
 
     flags     that trained it
-    runs      of each seed: iterations, seconds, machine, versions, final training loss, failure
+    runs      of each seed: iterations, seconds, machine, final training loss, failure; the test's versions
     settings  of the first run, as it was in the end
     tests     by name: flags, tasks, conditions (device, version), and results by normalisation: rows of
               `StepResults.record`, one for each number of inner steps

@@ -52,40 +52,45 @@ SHARED = (
 
 def baselines(call: Call, flags: Mapping[str, Any], command: str, world: World) -> int:
     """Measure a checkpoint, or runs that differ in their seed, and their baselines; return the exit code."""
+    assert call.load is not None
     with world.together():
-        if call.load and len({run["setting"] for run in find_runs(call.load)}) > 1:
+        runs = find_runs(call.load)
+        if len({run["setting"] for run in runs}) > 1:
             raise UsageError(f"{call.load} has runs of several settings: --baselines takes those of one")
     subjects = measure_runs(call, flags, command, world)
     if code := train_baselines(subjects, call, command, world):
         return code
-    saved = subjects[0].trained.choices
+    first = subjects[0]
+    saved, norm = first.trained.choices, first.trained.choices.query_norm
     results: dict[str, list[Evaluation]] = {saved.algorithm: [subject.result for subject in subjects]}
-    ways, learning = {saved.algorithm: ["as trained"]}, dict[str, list[Curve]]()
+    ways = {saved.algorithm: ["as trained"] * len(subjects)}  # of each run
     for subject in subjects:
         for (name, way), result in measure_baselines(subject, call).items():
             results.setdefault(name, []).append(result)
             ways.setdefault(name, []).append(way)
-        for name, curve in learning_curves(subject, call).items():
-            learning.setdefault(name, []).append(curve)
-    over_runs = {name: StepResults.over(parts, saved.query_norm) for name, parts in results.items()}
+    over_runs = {name: StepResults.over(parts, norm) for name, parts in results.items()}
     titles = {saved.algorithm: name_method(saved)}
     selected = {
         f"{titles.get(name, name)}, {' or '.join(dict.fromkeys(ways[name]))}": part
         for name, part in over_runs.items()
     }
-    common, name = summarise(subjects)
-    caption, stem = common, (call.out or find_baselines(subjects[0]).parent.parent) / name
-    record = {"command": command, **common_record(subjects)}
-    if len(subjects) == 1:
-        caption, stem, record = subjects[0].caption(), subjects[0].stem(call), record | subjects[0].record()
+    caption, stem = first.caption(), first.stem(call)
+    if runs:
+        caption, name = summarise(subjects)
+        stem = (call.out or runs[0]["file"].parent.parent) / name
+        record: dict[str, Any] = {"command": command, **common_record(subjects, runs)}
+    else:
+        record = {"command": command, **first.record()}
         record["methods"] = {
             name: {"how": ways[name][0], **evaluation_record(part)} for name, [part] in results.items()
         }
     print("\n" + results_table(selected, caption))
     if not world.first:
         return 0
-    means = {name: mean_curve(curves) for name, curves in learning.items()}
     record["over_runs"] = {name: part.record() for name, part in over_runs.items()}
+    record["how"] = ways
+    learning = collect_curves([learning_curves(subject, call) for subject in subjects])
+    means = {name: mean_curve(curves) for name, curves in learning.items()}
     record["curves"] = {n: {"iteration": ends, "query_loss": values} for n, (ends, values) in means.items()}
     measured = f"query {caption.loss_name} on training tasks"
     if means:
@@ -116,10 +121,17 @@ def find_baselines(subject: Subject) -> Path:
     return subject.file.parent / "baselines"
 
 
+def collect_curves(of_runs: Sequence[Mapping[str, Curve]]) -> dict[str, list[Curve]]:
+    """Return the runs' curves by name, as far as the shortest goes; none where their points differ."""
+    length = min(len(ends) for curves in of_runs for ends, _ in curves.values() or [((), ())])
+    names = of_runs[0] if length else ()
+    cut = {name: [(x[:length], y[:length]) for x, y in (one[name] for one in of_runs)] for name in names}
+    return cut if all(x == curves[0][0] for curves in cut.values() for x, _ in curves) else {}
+
+
 def mean_curve(curves: Sequence[Curve]) -> Curve:
-    """Return the mean of curves with the same points, as far as the shortest goes."""
-    (x, _), *_ = sorted(curves, key=lambda curve: len(curve[0]))
-    return x, [fmean(values) for values in zip(*(y[: len(x)] for _, y in curves), strict=True)]
+    """Return the mean of curves with the same points."""
+    return curves[0][0], [fmean(values) for values in zip(*(y for _, y in curves), strict=True)]
 
 
 def describe_ends(means: Mapping[str, Curve], measured: str) -> str:

@@ -51,7 +51,7 @@ class Call:
         "support/<class>/ and query/ full of images, or a table in which some targets are missing")
     baselines: bool = flag("--baselines", group="what to do", default=False, common=True,
         help="with --eval --load: measure training from scratch on each task as well; for regression also a "
-        "pretrained network, and the oracle that is told the task")
+        "pretrained network, and the oracle that is told the task; of several seeds, means over them")
     config: Path | None = flag("--config", group="what to do", metavar="FILE", default=None, common=True,
         help="take settings from a TOML file, such as a run's settings.toml; flags win over it")
     print_config: bool = flag("--print-config", group="what to do", default=False,
@@ -69,8 +69,7 @@ class Call:
     split: str = flag("--split", group="evaluation", choices=("validation", "test"), default="validation",
         help="with --compare: the tasks to measure on; choose between runs on validation tasks")
     seeds: str | None = flag("--seeds", group="what to do", metavar="LIST", default=None, common=True,
-        help="train one run per seed, all at once: 0-7 or 0,3,5-9; --eval --load takes their folder, with "
-        "--baselines as well")
+        help="train one run per seed, all at once: 0-7 or 0,3,5-9; --eval --load takes their folder")
     sweep: tuple[str, ...] = flag(
         "--sweep", group="what to do", check=key_and_values, metavar="FLAG=A,B,...", default=(), common=True,
         help="train one run per value of a flag; of several flags and --seeds, one per combination")

@@ -78,7 +78,7 @@ def measure_runs(call: Call, flags: Mapping[str, Any], command: str, world: Worl
     stem = (call.out or runs[0]["file"].parent.parent) / name
     if world.first:
         settings = {label: part.record() for label, part in summary.items()}
-        record = {"command": command, "runs": runs, **common_record(subjects), "settings": settings}
+        record = {"command": command, **common_record(subjects, runs), "settings": settings}
         line = build.write_results(stem, record | by_size(results), results_figure(summary, caption))
         print(f"{line}, and those of each run")
     return subjects
@@ -361,11 +361,14 @@ def is_compiled(config: Config, choice: str) -> bool:
     return sizes.eval_tasks * sizes.eval_steps * images >= COMPILED_FROM
 
 
-def common_record(subjects: Sequence[Subject]) -> dict[str, Any]:
-    """Return what the result files of all subjects say alike about where their numbers come from."""
-    first, *others = (subject.record() for subject in subjects)
-    same = {name: value for name, value in first.items() if all(other[name] == value for other in others)}
-    return {name: value for name, value in same.items() if name not in ("checkpoint", "settings")}
+def common_record(subjects: Sequence[Subject], runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what result files say about several runs: their checkpoints, and whatever all have in common."""
+    records = [subject.record() for subject in subjects]
+    names = records[0].keys() - {"checkpoint", "iteration", "settings"}
+    same = {name: records[0][name] for name in records[0] if name in names}
+    same = {name: value for name, value in same.items() if all(one[name] == value for one in records)}
+    tested = [{**run, "iteration": one["iteration"]} for run, one in zip(runs, records, strict=True)]
+    return {"runs": tested, **same}
 
 
 def summarise(subjects: Sequence[Subject], split: str = "test") -> tuple[Caption, str]:

@@ -115,6 +115,8 @@ def test_the_baselines_of_several_seeds_are_measured_together(tmp_path, pictures
         assert rows[-1]["mean"] == pytest.approx(sum(of_each) / 2, rel=1e-5), name
         assert (rows[-1]["runs"], rows[-1]["lowest"]) == (2, min(of_each))
     assert many["tasks"] == 20 and "checkpoint" not in many
+    assert [run["iteration"] for run in many["runs"]] == [one["iteration"] for one in alone]
+    assert many["how"]["oracle"] == ["not adapted"] * 2
     train(tmp_path / "grid", *SHORT, "--sweep", "inner-lr=0.001,0.01")
     assert "runs of several settings" in refuse("--eval", "--baselines", "--load", tmp_path / "grid")
 
@@ -152,3 +154,11 @@ def test_baselines_take_the_tasks_and_the_budget_of_the_run_and_no_other_choice(
     reptile = resolve({"algorithm": "reptile", "dataset": "omniglot"})
     tested = resolve_from(reptile, {"queries": 15}, evaluate=True)
     assert baselines.plain_flags(tested, "maml", testing=True)["queries"] == 15
+
+
+def test_learning_curves_are_averaged_where_their_points_agree():
+    long, short = ((10, 20), [4.0, 2.0]), ((10,), [2.0])
+    curves = baselines.collect_curves([{"maml": long}, {"maml": short}])
+    assert baselines.mean_curve(curves["maml"]) == ((10,), [3.0])
+    assert baselines.collect_curves([{"maml": long}, {"maml": ((15, 30), [1.0, 1.0])}]) == {}
+    assert baselines.collect_curves([{"maml": long}, {}]) == {}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -46,7 +47,7 @@ def test_the_flags_of_every_method_are_valid(table):
             steps = [column.steps for column in columns if column.test == test]
             assert tested.eval_steps >= max([*steps, trained.evaluation.test_steps])
     assert {column.test for column in columns} - {""} == {*table.tests}
-    words = {"source", "note", "required"}
+    words = {"source", "note"}
     for method, about in table.published.items():
         assert method in (*table.methods, *table.baselines) and about.keys() <= words | table.columns.keys()
 
@@ -250,25 +251,34 @@ def test_the_pages_say_what_the_records_say():
 
 @pytest.fixture
 def _no_checkpoints(monkeypatch):
-    monkeypatch.setattr(reproduce, "load_checkpoint", lambda *_, **__: SimpleNamespace(settings={}))
+    def load(file: Path, *, weights: bool) -> SimpleNamespace:
+        return SimpleNamespace(settings={}, iteration=int(file.read_text()))
+
+    monkeypatch.setattr(reproduce, "load_checkpoint", load)
 
 
 def write_runs(job: Job, iterations: Sequence[int], flags: str = "") -> None:
     """Write the files of runs from seed 0 on, which end at these of 90 iterations, and of their tests."""
-    for seed, iteration in enumerate(iterations):
+    runs = [{"name": f"seed-{seed}", "seed": seed} for seed in range(len(iterations))]
+    for run, iteration in zip(runs, iterations, strict=True):
         progress = {"iterations": 90, "iteration": iteration, "best_iteration": iteration}
         progress |= {"failure": None, "final_training_loss": None}
-        (job.folder / f"seed-{seed}").mkdir(parents=True)
-        write_json(job.folder / f"seed-{seed}" / "training.json", progress)
-    ledger = {"flags": flags or job.table.flags_of(job.method), "seconds": 8.0, "machine": "here"}
+        (job.folder / run["name"]).mkdir(parents=True)
+        write_json(job.folder / run["name"] / "training.json", progress)
+        (job.folder / run["name"] / "last.pt").write_text(str(iteration))
+    write_json(job.folder / "runs.json", {"runs": runs})
+    times = {str(run["seed"]): {"seconds": 4.0, "machine": "here"} for run in runs}
+    ledger = {"flags": flags or job.table.flags_of(job.method), "seeds": times}
     write_json(job.folder / "reproduce.json", ledger)
     without = {"mean_without_diverged": 1.0, "interval_95_without_diverged": None}
     rows = [row(1.0, len(iterations), steps=steps, **without) for steps in range(11)]
     about = {"tasks": 40, "test_steps": 1, "device": "cpu", "versions": {"torch": "2"}, "compiled": True}
+    about["runs"] = [run | {"iteration": n} for run, n in zip(runs, iterations, strict=True)]
     for test in job.table.tests:
         job.out(test).mkdir()
         write_json(job.out(test) / "test-40tasks.json", {"settings": {"all": rows}} | about)
-        write_json(job.out(test) / "test-40tasks-baselines.json", {"over_runs": {"oracle": rows[:1]}})
+        baselines = {"over_runs": dict.fromkeys(job.table.baselines, rows[:1]), "runs": about["runs"]}
+        write_json(job.out(test) / "test-40tasks-baselines.json", baselines)
 
 
 @pytest.mark.usefixtures("_no_checkpoints")
@@ -285,8 +295,17 @@ def test_a_record_is_what_the_runs_and_their_tests_say(tmp_path):
     assert find_row(SINUSOID, "K = 5, 10 steps", entry)["runs"] == 2
     assert oracle["tests"]["K = 5"]["test_steps"] == 0
     assert find_row(SINUSOID, "K = 5, 10 steps", oracle)["steps"] == 0
-    shutil.rmtree(job.out("K = 20"))
+    (job.folder / "seed-1" / "last.pt").write_text("95")  # killed after it was resumed
+    assert not job.record(job.method) and "; not tested before the others" in job.run(0.0)
+    shutil.rmtree(job.folder)
+    write_runs(job, (90, 90), "--iterations 5")
     assert not job.record(job.method)
+    shutil.rmtree(job.folder)
+    write_runs(job, (90, 90))
+    progress = read_json(job.folder / "seed-0" / "training.json") | {"best_iteration": 60}
+    write_json(job.folder / "seed-0" / "training.json", progress)  # the tests are of another checkpoint
+    assert not job.record(job.method)
+    assert not Job(SINUSOID, "maml", (0,), tmp_path).record("maml")
 
 
 @pytest.mark.usefixtures("_no_checkpoints")
@@ -306,12 +325,13 @@ def test_a_record_stays_until_there_are_more_seeds_or_further_ones(tmp_path):
     assert recorded(40, 40) == [40, 40] == recorded(90)
 
 
+@pytest.mark.usefixtures("_no_checkpoints")
 def test_runs_are_tested_when_all_have_ended_and_never_with_other_flags(tmp_path, monkeypatch):
     called = []
     monkeypatch.setattr(reproduce, "call_main", lambda line, seconds: called.append(line) or (0, ""))
     monkeypatch.setattr(reproduce, "run_main", lambda line: called.append(line[0]))
     images = Job(OMNIGLOT, "maml", (0, 1, 2), tmp_path)
-    assert images.run(math.inf) == "0 iterations; 0 of 3 seeds have ended"
+    assert images.run(math.inf) == "not begun"
     assert [line[line.index("--seeds") + 1] for line in called] == ["0", "1", "2"]
     called.clear()
     for ended, tests in (((90, 40), 0), ((90, 90), 2), ((40, 40), 2)):
@@ -324,8 +344,8 @@ def test_runs_are_tested_when_all_have_ended_and_never_with_other_flags(tmp_path
         called.clear()
     curves = Job(FREQUENCY, "maml", (0, 1), tmp_path)
     write_runs(curves, (90, 40))
-    curves.run(math.inf)  # and its earlier tests are gone
-    assert called[0][called[0].index("--seeds") + 1] == "0,1" and not curves.out("K = 5").exists()
+    assert curves.run(math.inf) == "of seeds 0, 1 have ended: 0; not tested before the others have"
+    assert called[0][called[0].index("--seeds") + 1] == "0,1" and len(called) == 1
     other = Job(FREQUENCY, "meta-sgd", (0,), tmp_path)
     write_runs(other, (90,), "--iterations 5")
     with pytest.raises(UsageError, match="was trained with other flags, --iterations 5: remove it"):
@@ -345,9 +365,12 @@ def test_the_command_of_a_table_writes_it_and_repeats_nothing(tmp_path, monkeypa
     monkeypatch.setattr(
         sys, "argv", ["reproduce.py", "sinusoid", *folders, "--seeds", "0", "1", "--minutes", "0"]
     )
-    assert reproduce.main() == 0 and "0 iterations; 0 of 2 seeds" in capsys.readouterr().out
+    assert reproduce.main() == 0 and ": not begun" in capsys.readouterr().out
     sys.argv = sys.argv[:-2]
-    assert reproduce.main() == 0 and "maml: 30 iterations; 2 of 2 seeds have ended" in capsys.readouterr().out
+    assert (
+        reproduce.main() == 0
+        and "maml: 30 iterations; of seeds 0, 1 have ended: 0, 1" in capsys.readouterr().out
+    )
     entry, oracle = (read_json(tmp_path / "results" / "sinusoid" / f"{n}.json") for n in ("maml", "oracle"))
     assert {k: test["tasks"] for k, test in entry["tests"].items()} == {f"K = {k}": 100 for k in (5, 10, 20)}
     assert (entry["settings"]["seed"], entry["settings"]["iterations"]) == (0, 30)
@@ -377,6 +400,7 @@ def test_a_run_that_is_out_of_time_saves_and_is_resumed(tmp_path):
     ("flags", "message"),
     [
         ("--minutes nan", "--minutes and --seeds of at least 0"),
+        ("--jobs -1", "argument --jobs: invalid count value: '-1'"),
         ("nothing", "no table nothing; choose from sinusoid"),
         ("sinusoid --methods protomaml", "no method protomaml"),
         ("sinusoid --results FILE --minutes 0", "exists"),
