@@ -256,7 +256,7 @@ def measure_extent(entry: Record | None) -> tuple[int, int]:
 
 def update_pages() -> None:
     """Put the recorded numbers between the marks of all pages (see `render_marks`)."""
-    records = {name: found for name, table in TABLES.items() if (found := read_records(table))}
+    records = {name: part for name, table in TABLES.items() if (part := read_records(table))}
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         for mark, text in render_marks(page.read_text(encoding="utf-8"), records).items():
             put(page, mark, text)
@@ -278,10 +278,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     options = parser.parse_args(arguments)
     tables: dict[str, Table] = {}
     for name in options.tables or TABLES:
-        found = [name] if name in TABLES else [other for other in TABLES if other.startswith(f"{name}-")]
-        if not found:
+        names = [name] if name in TABLES else [other for other in TABLES if other.startswith(f"{name}-")]
+        if not names:
             parser.error(f"no table {name}; choose from {', '.join(TABLES)}")
-        tables |= {other: TABLES[other] for other in found}
+        tables |= {other: TABLES[other] for other in names}
     options.tables = [*tables.values()]
     methods = dict.fromkeys(method for table in options.tables for method in table.methods)
     for method in options.methods or ():

@@ -95,10 +95,7 @@ def table_text(table: Table, records: Mapping[str, Record]) -> str:
         time = f"{statistics.mean(times):.1f} min" if times else "not recorded"
         best = format_range(run["best_iteration"] or run["iteration"] for run in runs)
         lines.append([f"**{method}**", describe_progress(runs) + describe_failures(runs), best, time])
-        first, *others = (run["seed"] for run in runs)
-        seeds = f"--seeds {','.join(map(str, [first, *others]))}" if others else f"--seed {first}"
-        if others == [*range(first + 1, first + 1 + len(others))] and others:
-            seeds = f"--seeds {first}-{others[-1]}"
+        seeds = format_seeds([run["seed"] for run in runs])
         commands.append(f"python main.py {entry['flags']} {seeds} --run-name {table.name}-{slug(method)}")
     tested = table.measured_with if table.measured_with in trained else next(iter(trained))
     evaluate = f"python main.py --eval --load checkpoints/{table.name}-{slug(tested)}"
@@ -112,6 +109,15 @@ def table_text(table: Table, records: Mapping[str, Record]) -> str:
         *("```sh", *commands, "```\n\n</details>\n"),
     ]
     return "\n".join(parts)
+
+
+def format_seeds(seeds: Sequence[int]) -> str:
+    """Return the flag of these seeds, in ascending order."""
+    first, last = seeds[0], seeds[-1]
+    if first == last:
+        return f"--seed {first}"
+    is_range = len(seeds) == last - first + 1
+    return f"--seeds {first}-{last}" if is_range else f"--seeds {','.join(map(str, seeds))}"
 
 
 def format_range(numbers: Iterable[int]) -> str:

@@ -364,11 +364,10 @@ def is_compiled(config: Config, choice: str) -> bool:
 def common_record(subjects: Sequence[Subject], runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what result files say about several runs: their checkpoints, and whatever all have in common."""
     records = [subject.record() for subject in subjects]
-    names = records[0].keys() - {"checkpoint", "iteration", "settings"}
-    same = {name: records[0][name] for name in records[0] if name in names}
-    same = {name: value for name, value in same.items() if all(one[name] == value for one in records)}
+    same = {name: value for name, value in records[0].items() if all(one[name] == value for one in records)}
     tested = [{**run, "iteration": one["iteration"]} for run, one in zip(runs, records, strict=True)]
-    return {"runs": tested, **same}
+    of_one = ("checkpoint", "iteration", "settings")
+    return {"runs": tested} | {name: value for name, value in same.items() if name not in of_one}
 
 
 def summarise(subjects: Sequence[Subject], split: str = "test") -> tuple[Caption, str]:

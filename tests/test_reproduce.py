@@ -218,6 +218,11 @@ def test_unfinished_and_failed_runs_are_marked():
     assert "1.13" not in line(run_of(20))  # not a quarter of its way
 
 
+def test_the_commands_name_the_seeds_behind_the_numbers():
+    flags = [table_text.format_seeds(seeds) for seeds in ([3], [0, 1, 2], [0, 4])]
+    assert flags == ["--seed 3", "--seeds 0-2", "--seeds 0,4"]
+
+
 def test_a_table_has_few_columns_side_by_side():
     titles = [*SINUSOID.columns]
     first, *others = table_text.format_tables(SINUSOID, RECORDS["sinusoid"], titles, with_published=True)
