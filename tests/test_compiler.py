@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 import main
 from commands import build
@@ -22,10 +23,11 @@ from maml import MAML
 from tasks.image_tasks import ImageTasks
 from tasks.images import ImageSet
 from training import compiler, trainer
+from training.adjoint import run_as_is
 from training.checkpoint import load_checkpoint
 from training.compiler import CompilationError, Compiler
 from training.folders import LAST
-from training.meta_gradients import run_as_is
+from training.meta_gradients import make_meta_gradient
 from training.step import TAIL, MetaStep, State, adam, clip
 
 CPU = torch.device("cpu")
@@ -163,6 +165,36 @@ def test_compiled_statistics_of_strokes_on_blank_paper_are_exact(tmp_path):
         norm = BatchNorm(nn.BatchNorm2d(4))
         exact = BatchNorm(nn.BatchNorm2d(4)).double()(x.double())
         assert (active_compiler(tmp_path)(norm)(x) - exact).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("choices", "functions"),  # a step, its way back or products with the Hessian, and the query
+    [
+        ({}, 3),
+        ({"meta_gradient": "implicit", "proximal": 2.0, "cg_steps": 2}, 3),
+        ({"meta_gradient": "reptile"}, 2),
+    ],
+)
+def test_steps_that_are_accelerated_one_by_one_share_their_functions(choices, functions):
+    torch.manual_seed(0)
+    learner = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    maml = MAML(learner, F.cross_entropy, Choices(inner_lr=0.4, steps=3, **choices))
+    used = set()
+
+    def record(function):
+        def run(*arguments):
+            leaves = pytree.tree_leaves(arguments)
+            used.add((function, tuple(leaf.shape for leaf in leaves if isinstance(leaf, torch.Tensor))))
+            return function(*arguments)
+
+        return run
+
+    x, y = torch.randn(4, 9, 2, dtype=torch.float64), torch.arange(3).repeat(3).expand(4, -1)
+    batch, parameters = TaskBatch(x[:, :6], y[:, :6], x[:, 6:], y[:, 6:]), maml.initial_parameters()
+    plain = make_meta_gradient(maml, engine="adjoint")(parameters, batch)
+    ours = make_meta_gradient(maml, engine="adjoint", accelerate=record)(parameters, batch)
+    assert len(used) == functions
+    torch.testing.assert_close(ours.gradients, plain.gradients, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize(

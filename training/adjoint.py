@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp
 
-from common.batch import Tree, tree_map
+from common.batch import Tree, first_tensor, tree_map
 from common.optimizers import InnerState, Weights
 from common.task import (
     Extras,
@@ -39,13 +39,18 @@ TASKS, SAME = 0, None  # axes for vmap: of tasks, or shared by them
 EXAMPLES = (TASKS, TASKS, TASKS)  # inputs, targets and extras of an inner step
 
 
+def run_as_is(function: Callable[..., Any], options: dict[str, Any] | None = None) -> Callable[..., Any]:
+    """Accelerate nothing."""
+    return function
+
+
 # ---- the inner loop of all tasks -----------------------------------------------------------------
 
 
 class InnerStep(NamedTuple):
     """One inner step of all tasks."""
 
-    # of tasks in `before`; None while all share one state: in the first step, unless they start apart
+    # of tasks in `before`; None while all share one state, as in the first step they may
     axis: int | None
     before: InnerState
     gradients: Weights  # of the support loss; empty: no way back needs them
@@ -55,46 +60,53 @@ class InnerStep(NamedTuple):
     statistics: Weights  # that batch norm saw
 
 
-def make_walk(maml: MAML, accelerate: Accelerate) -> Callable[..., Iterator[InnerStep]]:
-    """Return a generator of the inner steps; what tasks share has one entry per step."""
-    keeps_gradients = not maml.optimizer.is_linear or maml.choices.inner_rates != "fixed"
+class Walk:
+    """The inner steps of all tasks.
 
-    def one_step(*arguments: Any) -> tuple[InnerState, Weights, Weights, Weights]:
-        state, gradients, statistics, buffers = maml.inner_step(*arguments)
-        return state, gradients if keeps_gradients else {}, statistics, buffers
+    Tasks start from one state unless they compute their heads, or steps are accelerated one by one: the first
+    of several would then be a function of its own, forward and backward, which a compiler builds for minutes.
+    """
 
-    take_step = {
-        axis: accelerate(maml.over_tasks(one_step, (axis, SAME, *EXAMPLES))) for axis in (SAME, TASKS)
-    }
+    def __init__(self, maml: MAML, accelerate: Accelerate) -> None:
+        keeps_gradients = not maml.optimizer.is_linear or maml.choices.inner_rates != "fixed"
 
-    def walk(before: InnerState, shared: Sequence[Shared], tasks: Task) -> Iterator[InnerStep]:
-        for step in range(maml.steps):
-            axis = TASKS if step > 0 or maml.starts_apart else SAME
+        def one_step(*arguments: Any) -> tuple[InnerState, Weights, Weights, Weights]:
+            state, gradients, statistics, buffers = maml.inner_step(*arguments)
+            return state, gradients if keeps_gradients else {}, statistics, buffers
+
+        self.maml = maml
+        self.starts_apart = maml.starts_apart or (accelerate is not run_as_is and maml.steps > 1)
+        self.take_step = {
+            axis: accelerate(maml.over_tasks(one_step, (axis, SAME, *EXAMPLES))) for axis in (SAME, TASKS)
+        }
+
+    def start(self, parameters: Weights, tasks: Task) -> InnerState:
+        """Return the state before the first step: of all tasks, or of each if they start apart."""
+        maml, count = self.maml, len(first_tensor(tasks.support_x))
+        if maml.starts_apart:
+            state = maml.over_tasks(maml.start, (SAME, TASKS))(parameters, tasks)
+        else:
+            state = maml.start(parameters)
+            if self.starts_apart:
+                state = tree_map(lambda t: t.expand(count, *t.shape), state)
+        # forward mode refuses tensors that share their memory
+        return tree_map(Tensor.contiguous, state)
+
+    def __call__(self, before: InnerState, shared: Sequence[Shared], tasks: Task) -> Iterator[InnerStep]:
+        """Yield the inner steps; `shared` has one entry per step."""
+        for step in range(self.maml.steps):
+            axis = TASKS if step > 0 or self.starts_apart else SAME
             at_step = partial(Task.at_step, step=step)
-            examples = at_step(tasks) if tasks.order is None else maml.over_tasks(at_step)(tasks)
-            after, gradients, statistics, buffers = take_step[axis](before, shared[step], *examples)
+            examples = at_step(tasks) if tasks.order is None else self.maml.over_tasks(at_step)(tasks)
+            after, gradients, statistics, buffers = self.take_step[axis](before, shared[step], *examples)
             tasks = tasks.with_buffers(buffers)
             yield InnerStep(axis, before, gradients, examples, after, tasks.for_query(step + 1), statistics)
             before = after
 
-    return walk
-
-
-def start_tasks(maml: MAML, parameters: Weights, tasks: Task) -> InnerState:
-    """Return the state before the first step: of all tasks, or of each if they start apart."""
-    if not maml.starts_apart:
-        return maml.start(parameters)
-    state = maml.over_tasks(maml.start, (SAME, TASKS))(parameters, tasks)
-    # forward mode refuses tensors that share their memory
-    return tree_map(Tensor.contiguous, state)
-
-
-def walk_to_end(
-    maml: MAML, walk: Callable[..., Iterator[InnerStep]], parameters: Weights, tasks: Task
-) -> tuple[InnerState, InnerStep, Shared]:
-    """Return the first state, the last inner step, and what tasks share."""
-    start, shared = start_tasks(maml, parameters, tasks), maml.shared_at(parameters, 0)
-    return start, deque(walk(start, [shared] * maml.steps, tasks), maxlen=1).pop(), shared
+    def to_end(self, parameters: Weights, tasks: Task) -> tuple[InnerState, InnerStep, Shared]:
+        """Return the first state, the last inner step, and what tasks share."""
+        start, shared = self.start(parameters, tasks), self.maml.shared_at(parameters, 0)
+        return start, deque(self(start, [shared] * self.maml.steps, tasks), maxlen=1).pop(), shared
 
 
 # ---- forward and backward ------------------------------------------------------------------------
@@ -111,7 +123,7 @@ class PathStep(NamedTuple):
 
 def adjoint(maml: MAML, accelerate: Accelerate) -> Way:
     """Reverse over forward, one inner step at a time (MixFlow-MG, Kemaev et al. 2025)."""
-    walk = make_walk(maml, accelerate)
+    walk = Walk(maml, accelerate)
     step_back = {axis: accelerate(make_step_back(maml, axis)) for axis in (SAME, TASKS)}
     # first order and w - lr * gradient: a step back changes nothing, and no state need be kept for it
     is_plain = maml.first_order and maml.optimizer.is_plain and maml.choices.inner_rates == "fixed"
@@ -145,7 +157,7 @@ def adjoint(maml: MAML, accelerate: Accelerate) -> Way:
     def way(parameters: Weights, tasks: Task, step_weights: Tensor | None) -> MetaGradient:
         def prepare(parameters: Weights) -> tuple[InnerState, list[Shared]]:
             shared = [maml.shared_at(parameters, step) for step in range(maml.steps)]
-            return start_tasks(maml, parameters, tasks), shared
+            return walk.start(parameters, tasks), shared
 
         (start, shared), pull_to_parameters, *_ = vjp(prepare, parameters)
         path, end, outcome = forward(start, shared, tasks, step_weights)

@@ -29,17 +29,12 @@ from training.adjoint import (
     SAME,
     TASKS,
     Accelerate,
+    Walk,
     adjoint,
     gradient_of_slopes,
-    make_walk,
     query_gradient,
-    walk_to_end,
+    run_as_is,
 )
-
-
-def run_as_is(function: Callable[..., Any], options: dict[str, Any] | None = None) -> Callable[..., Any]:
-    """Accelerate nothing."""
-    return function
 
 
 def make_meta_gradient(
@@ -93,13 +88,13 @@ def implicit(maml: MAML, accelerate: Accelerate) -> Way:
     I, as the authors do, and 0 is exact.
     """
     choices, strength = maml.choices, maml.optimizer.proximal
-    walk = make_walk(maml, accelerate)
+    walk = Walk(maml, accelerate)
     query_of = accelerate(maml.over_tasks(query_gradient(maml), (TASKS, SAME, TASKS)))
     slopes = accelerate(gradient_of_slopes(maml, TASKS))
 
     @torch.no_grad()
     def way(parameters: Weights, tasks: Task, step_weights: Tensor | None) -> MetaGradient:
-        _, last, shared = walk_to_end(maml, walk, parameters, tasks)
+        _, last, shared = walk.to_end(parameters, tasks)
         extras = replace(last.query.extras, mask=tasks.support_mask)
         support = (tasks.support_x, tasks.support_y, extras)
         (v, u), (losses, outputs, _) = query_of(last.after.fast, shared.weights, last.query)
@@ -159,12 +154,12 @@ def reptile(maml: MAML, accelerate: Accelerate) -> Way:
     A task's support and query together are what its inner loop learns from; its query loss is measured on a
     part of that.
     """
-    walk = make_walk(maml, accelerate)
+    walk = Walk(maml, accelerate)
     query_loss = accelerate(maml.over_tasks(maml.query_loss, (TASKS, SAME, TASKS)))
 
     @torch.no_grad()
     def way(parameters: Weights, tasks: Task, step_weights: Tensor | None) -> MetaGradient:
-        start, last, shared = walk_to_end(maml, walk, parameters, tasks.pooled(axis=1))
+        start, last, shared = walk.to_end(parameters, tasks.pooled(axis=1))
         state, query = last.after, replace(tasks, order=None, extras=last.query.extras)
         losses, (outputs, _) = query_loss(state.fast, shared.weights, query)
         moved = {name: (w - state.fast[name]).sum(0) for name, w in start.fast.items()}

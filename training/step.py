@@ -27,7 +27,8 @@ from common.random import derive_keys, minibatch_order, task_stream
 from common.task import Extras, Task
 from learners.reading import choose_reading
 from maml import MAML
-from training.meta_gradients import make_meta_gradient, run_as_is
+from training.adjoint import run_as_is
+from training.meta_gradients import make_meta_gradient
 from training.options import TrainingOptions
 from training.schedules import meta_lr_at, multi_step_weights
 
@@ -142,13 +143,16 @@ class MetaStep:
         self.share = world.share(self.tasks)
         numbers = torch.arange(self.share.start, self.share.stop, device=members["seed"].device)
         self.numbers = numbers.expand(len(self.seeds), -1) if self.several else numbers
+        self.at_once = distribution.computed and (maml.tasks_at_once or self.tasks) >= self.tasks
         self.meta_gradient = make_meta_gradient(
-            maml, engine=options.engine, accelerate=accelerate, in_transform=self.several
+            maml,
+            engine=options.engine,
+            accelerate=run_as_is if self.at_once else accelerate,  # else part of a larger function
+            in_transform=self.several,
         )
         self.stop = False  # whether this process asks all of them to stop
         self.stop_asked: Tensor | None = None  # above 0 if any asked so in the last iteration
         speed_up = partial(accelerate, options=SAMPLING_OPTIONS) if distribution.computed else run_as_is
-        self.at_once = distribution.computed and (maml.tasks_at_once or self.tasks) >= self.tasks
         self._fast_iterate = self._at_edge(self._iterate, speed_up)
         self._fast_sample = self._at_edge(self._sample, speed_up)
         self._send = self._at_edge(

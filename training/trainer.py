@@ -25,6 +25,7 @@ from common.processes import ALONE, World
 from learners.reading import choose_reading
 from maml import MAML
 from training import nonfinite
+from training.adjoint import run_as_is
 from training.checkpoint import Checkpoint, save_checkpoints
 from training.compiler import CompilationError, Compiler
 from training.folders import BEST, LAST
@@ -87,9 +88,8 @@ class Trainer:
         states = [self._initial_state(run) for run in runs]
         self.state = State(*map(torch.stack, zip(*states, strict=True))) if len(runs) > 1 else states[0]
         self._update_runs()
-        self.bar = ProgressBar(disable=True)
+        self.bar, self.metrics_text = ProgressBar(disable=True), ""  # the text that it shows
         self.uncompiled = UNCOMPILED[training_tasks.classification]
-        self.metrics_text = ""  # that the bar shows
         self.saved_at = time.monotonic()
 
     @property
@@ -206,7 +206,7 @@ class Trainer:
             self.options,
             self._collect_member_tensors(),
             world=self.world,
-            accelerate=self.compiler,
+            accelerate=self.compiler if self.options.compile == "on" else run_as_is,
         )
 
     def _collect_member_tensors(self) -> dict[str, Tensor]:
