@@ -122,7 +122,7 @@ def test_a_compiled_iteration_equals_the_uncompiled_one_and_is_found_again(name,
 @pytest.mark.parametrize(
     ("ways", "shots", "tasks_at_once", "libraries", "choices"),
     [
-        (3, 1, 2, 3, {}),
+        (3, 1, 2, 5, {"steps": 2}),  # sampling, update; step, query, step back
         ("2-3", "1-3", None, 1, {"head_init": "prototype", "steps": 0}),
     ],
 )
@@ -141,7 +141,8 @@ def test_a_compiled_iteration_on_images_equals_the_uncompiled_one(
     splits = {"train": torch.arange(12), "validation": torch.arange(0), "test": torch.arange(0)}
     images = ImageSet([str(c) for c in range(12)], torch.full([12], 5), splits, lambda: pixels, "images")
     sizes = dict(ways=ways, shots=shots, queries=2, quarter_turns=True, dtype=torch.float64)
-    settings = resolve({"dataset": "omniglot"}).replace_settings(meta_batch_size=4, iterations=9)
+    training = dict(meta_batch_size=4, iterations=9, engine="adjoint")
+    settings = resolve({"dataset": "omniglot"}).replace_settings(**training)
     seed = {"seed": torch.tensor(5)}
     accelerate, states = active_compiler(tmp_path), []
     for fast in (accelerate, run_as_is):
