@@ -87,7 +87,7 @@ def table_text(table: Table, records: Mapping[str, Record]) -> str:
     """Return our numbers with the published ones below, their runs, and the commands."""
     ordered = {m: records[m] for m in (*table.methods, *table.baselines) if m in records}
     trained = {method: entry for method, entry in ordered.items() if method in table.methods}
-    absent = ", ".join(method for method in table.methods if method not in records)
+    absent = "; ".join(method for method in table.methods if method not in records)
     lines, commands = [], []
     for method, entry in trained.items():
         runs = entry["runs"]

@@ -36,7 +36,10 @@ class Algorithm(MAML):
 
     def meta_gradient(self, parameters, batch, *, way=None, **others) -> MetaGradient:
         if way is None:
-            return make_meta_gradient(self, engine=self.engine)(parameters, batch, **others)
+            # as in training, where steps over patches are compiled one by one
+            one_by_one = self._arguments["convolution"] == "im2col"
+            how = {"accelerate": lambda function, options=None: function} if one_by_one else {}
+            return make_meta_gradient(self, engine=self.engine, **how)(parameters, batch, **others)
         return super().meta_gradient(parameters, batch, way=way, **others)
 
     def outputs(self, weights, x):
