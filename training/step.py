@@ -147,7 +147,7 @@ class MetaStep:
         self.meta_gradient = make_meta_gradient(
             maml,
             engine=options.engine,
-            accelerate=run_as_is if self.at_once else accelerate,  # else part of a larger function
+            accelerate=run_as_is if self.at_once else accelerate,  # at once: part of a larger function
             in_transform=self.several,
         )
         self.stop = False  # whether this process asks all of them to stop
