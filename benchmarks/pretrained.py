@@ -18,8 +18,8 @@ from typing import Any
 
 import harness
 from harness import ROOT, Parser, evaluate
+from pages import FAR_ENOUGH
 from reproduce import RUNS, Job
-from table_text import FAR_ENOUGH
 from tables import TABLES, Table, slug
 from tool import copy_initialisation
 

@@ -46,8 +46,7 @@ from harness import (
     write_json,
     write_text,
 )
-from pictures import write_picture
-from table_text import describe_progress, render_marks, table_text
+from pages import describe_progress, has_picture, render_marks, table_text, write_picture
 from tables import TABLES, Record, Table, slug
 
 from evaluation.tables import ALL, plain_values
@@ -65,7 +64,7 @@ class Job:
 
     table: Table
     method: str
-    seeds: Sequence[int]
+    seeds: Sequence[int] = ()
     root: Path = RUNS
 
     @property
@@ -83,14 +82,14 @@ class Job:
 
     def progress(self) -> dict[int, Record]:
         """Return the content of training.json of each run by seed, which is empty where last.pt is newer."""
-        runs = read_json(self.folder / folders.LIST)["runs"] if (self.folder / folders.LIST).exists() else ()
+        listed = self.folder / folders.LIST
+        runs = {run["seed"]: run["name"] for run in read_json(listed)["runs"]} if listed.exists() else {}
         progress: dict[int, Record] = {}
-        for run in sorted(runs, key=lambda run: run["seed"]):
-            folder = self.folder / run["name"]
-            last = folder / folders.LAST
+        for seed, name in sorted(runs.items()):
+            last = (folder := self.folder / name) / folders.LAST
             iteration = load_checkpoint(last, weights=False).iteration if last.exists() else -1
             saved = folders.has_results(folder, iteration)
-            progress[run["seed"]] = read_json(folder / folders.RESULTS) if saved else {}
+            progress[seed] = read_json(folder / folders.RESULTS) if saved else {}
         return progress
 
     def results(self, test: str) -> list[Record]:
@@ -98,13 +97,12 @@ class Job:
         best = {s: run and (run["best_iteration"] or run["iteration"]) for s, run in self.progress().items()}
         wanted = 1 + ("--baselines" in self.table.test_flags(test, self.method))
         patterns = ("test-*tasks.json", "test-*-baselines.json")[:wanted]
-        files = [file for pattern in patterns for file in self.out(test).glob(pattern)]
-        contents = [read_json(file) for file in files]
+        contents = [read_json(file) for pattern in patterns for file in self.out(test).glob(pattern)]
         tested = [{run["seed"]: run["iteration"] for run in content["runs"]} for content in contents]
         return contents if best and tested == [best] * wanted else []
 
-    def run(self, until: float) -> str:
-        """Train until this time.monotonic(), and test; return a line that says what happened.
+    def train(self, until: float) -> None:
+        """Train until this time.monotonic(), and write the time into the ledger.
 
         Raises UsageError with the last line of a command that fails, and where other flags trained the runs.
         """
@@ -120,54 +118,57 @@ class Job:
             try:
                 code, message = call_main(line, seconds=None if until == math.inf else until - begin)
             finally:
-                self.add_time(seeds, time.monotonic() - begin)
+                spent = (time.monotonic() - begin) / len(seeds)
+                for seed in map(str, seeds):
+                    before = ledger["seeds"].get(seed, {"seconds": 0.0})["seconds"]
+                    about = {"seconds": round(before + spent, 1), "machine": describe_machine()}
+                    ledger["seeds"][seed] = about
+                if self.folder.exists():
+                    write_json(self.folder / "reproduce.json", ledger)
             if code not in SAVED:
                 raise UsageError(message or f"exit code {code}")
+
+    def run(self, until: float) -> str:
+        """Train, test what may be tested, and return a line that says what happened; raise UsageError."""
+        self.train(until)
         runs = self.progress()
         ended = [seed for seed, run in runs.items() if has_ended(run)]
         words = f"of seeds {', '.join(map(str, runs))} have ended: {', '.join(map(str, ended)) or 'none'}"
+        if not runs:
+            return "not begun"
         if not all(runs.values()) or len(ended) not in (0, len(runs)):
             return f"{words}; not tested before the others have"
-        for test in self.table.tests if runs else ():
+        for test in self.table.tests:
             if not self.results(test):
                 shutil.rmtree(self.out(test), ignore_errors=True)
                 where = ["--load", str(self.folder), "--out", str(self.out(test))]
                 run_main(["--eval", *where, *self.table.test_flags(test, self.method)])
-        return f"{describe_progress([*runs.values()])} iterations; {words}" if runs else "not begun"
-
-    def add_time(self, seeds: Sequence[int], seconds: float) -> None:
-        """Write the time of runs that were trained together into the ledger."""
-        ledger = self.ledger()
-        if self.folder.exists():
-            for seed in map(str, seeds):
-                spent = ledger["seeds"].get(seed, {"seconds": 0.0})["seconds"] + seconds / len(seeds)
-                ledger["seeds"][seed] = {"seconds": round(spent, 1), "machine": describe_machine()}
-            write_json(self.folder / "reproduce.json", ledger)
+        return f"{describe_progress([*runs.values()])}; {words}"
 
     def record(self, method: str) -> Record:
         """Return what is recorded of the method, or of a baseline of it; nothing before all tests."""
-        results, runs, tests = {test: self.results(test) for test in self.table.tests}, self.progress(), {}
-        ledger = self.ledger()
+        results, ledger, tests = {test: self.results(test) for test in self.table.tests}, self.ledger(), {}
         if not all(results.values()) or ledger["flags"] != self.table.flags_of(self.method):
             return {}
-        versions: Record = {}
         for test, (result, *others) in results.items():
-            baseline, versions = method in self.table.baselines, result["versions"]
-            measured = result["settings"]
-            if baseline:
+            measured, steps = result["settings"], result["test_steps"]
+            if method in self.table.baselines:
                 measured = {ALL: others[0]["over_runs"][method]} if others else {}
+                steps = measured[ALL][-1]["steps"] if others else 0
             if measured:  # without batch norm there is one reading, as of baselines: the transductive
                 tests[test] = {
                     "flags": shlex.join(self.table.test_flags(test, self.method)),
                     "tasks": result["tasks"],
-                    "test_steps": measured[ALL][-1]["steps"] if baseline else result["test_steps"],
+                    "test_steps": steps,
                     "conditions": [describe_conditions(result)],
                     "results": {"transductive" if n == ALL else n: rows for n, rows in measured.items()},
                 }
-        about = {seed: ledger["seeds"][str(seed)] | {"versions": versions} for seed in runs}
-        lines = [{"seed": s} | {name: run[name] for name in FACTS} | about[s] for s, run in runs.items()]
-        first = self.folder / f"seed-{min(runs)}" / folders.LAST
-        settings = load_checkpoint(first, weights=False).settings
+        runs, versions = self.progress(), {"versions": result["versions"]}
+        lines = [
+            {"seed": s} | {n: run[n] for n in FACTS} | ledger["seeds"][str(s)] | versions
+            for s, run in runs.items()
+        ]
+        settings = load_checkpoint(self.folder / f"seed-{min(runs)}" / folders.LAST, weights=False).settings
         return plain_values({"flags": ledger["flags"], "runs": lines, "settings": settings, "tests": tests})
 
 
@@ -196,10 +197,9 @@ def list_jobs(options: argparse.Namespace) -> Iterator[Job]:
 
 def run_all(options: argparse.Namespace) -> bool:
     """Train and test; return whether all went well. Ctrl-C reaches main.py, too, which saves and ends."""
-    jobs = [*list_jobs(options)]
+    jobs, until = [*list_jobs(options)], time.monotonic() + 60 * options.minutes
     cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
     at_once = min(options.jobs or cores, len(jobs))
-    until = time.monotonic() + 60 * options.minutes
     if at_once > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # main.py inherits it
 
@@ -237,13 +237,13 @@ def write_table(table: Table, options: argparse.Namespace) -> bool:
     records = read_records(table, options.results)
     for method in (*table.methods, *table.baselines):
         trained = table.measured_with if method in table.baselines else method
-        entry = Job(table, trained, (), options.folder).record(method)
+        entry = Job(table, trained, root=options.folder).record(method)
         if entry and entry["tests"] and measure_extent(entry) >= measure_extent(records.get(method)):
             records[method] = entry
             write_json(record_file(table, method, options.results), entry)
     if records:
         write_text(options.results / f"{table.name}.md", table_text(table, records))
-        if table.has_picture(records):
+        if has_picture(table, records):
             write_picture(table, records, options.results / f"{table.name}.png")
     return bool(records)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +40,7 @@ class Table:
     tests: Mapping[str, str]  # flags by name
     columns: Mapping[str, Column]  # by title
     across: int = 3  # columns side by side
-    baselines: tuple[str, ...] = ()  # measured in the tests of `measured_with`
+    baselines: Sequence[str] = ()  # measured in the tests of `measured_with`
     measured_with: str = ""
     published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by method
 
@@ -50,7 +50,7 @@ class Table:
 
     def flags_of(self, method: str) -> str:
         """Return the flags that train a method."""
-        return f"{self.flags} {' '.join(self.methods[method].split())}"
+        return f"{self.flags} {self.methods[method] or f'--algorithm {method}'}"
 
     def test_flags(self, test: str, method: str) -> list[str]:
         """Return the flags of a method's test: its own data are not named, and only they have baselines."""
@@ -60,17 +60,9 @@ class Table:
         has_baselines = method == self.measured_with and "--eval-dataset" not in flags
         return [*flags, *["--baselines"] * has_baselines]
 
-    def has_picture(self, records: Mapping[str, Record]) -> bool:
-        """Return whether its tests, a panel each, fit a page, and a recorded method adapts."""
-        tests = [test for entry in records.values() for test in entry["tests"].values()]
-        adapts = any(len(rows) > 1 for test in tests for rows in test["results"].values())
-        return adapts and len(self.tests) <= 4
-
     def published_numbers(self, method: str) -> dict[str, str]:
         """Return what was published for a method, as text, by the title of a column."""
-        return {
-            title: text for title, text in self.published.get(method, {}).items() if title in self.columns
-        }
+        return {title: n for title, n in self.published.get(method, {}).items() if title in self.columns}
 
 
 def slug(method: str) -> str:
@@ -85,19 +77,13 @@ def inherit(entry: Mapping[str, Any], families: Mapping[str, Any]) -> dict[str, 
     return family | {name: value for name, value in entry.items() if name != "like"} | {"methods": methods}
 
 
-def read(name: str) -> dict[str, Any]:
-    return tomllib.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))
-
-
-def read_table(name: str, entry: dict[str, Any], published: Mapping[str, Any]) -> Table:
-    entry["columns"] = {title: Column(*column) for title, column in entry["columns"].items()}
-    entry["methods"] = {m: flags or f"--algorithm {m}" for m, flags in entry["methods"].items()}
-    return Table(name, published=published, **entry | {"baselines": tuple(entry.get("baselines", ()))})
-
-
-DECLARED, PUBLISHED = read("tables.toml"), read("published.toml")
-TABLES = {
-    name: read_table(name, inherit(entry, DECLARED["family"]), PUBLISHED.get(name, {}))
-    for name, entry in DECLARED["table"].items()
-}
+DECLARED, PUBLISHED = (
+    tomllib.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+    for name in ("tables.toml", "published.toml")
+)
+TABLES: dict[str, Table] = {}
+for name, entry in DECLARED["table"].items():
+    values = inherit(entry, DECLARED["family"])
+    columns = {title: Column(*column) for title, column in values["columns"].items()}
+    TABLES[name] = Table(name, **values | {"columns": columns}, published=PUBLISHED.get(name, {}))
 README: list[tuple[str, str, str]] = [tuple(row) for row in DECLARED["readme"]]  # table, method, column

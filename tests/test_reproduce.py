@@ -19,11 +19,11 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu
+import pages
 import reproduce
-import table_text
 from harness import UsageError, call_main, launch, read_json
+from pages import find_row, judge, quote
 from reproduce import Job
-from table_text import find_row, judge, quote
 from tables import README, TABLES
 
 from commands.call import check_call
@@ -169,19 +169,19 @@ def test_a_column_is_read_from_its_steps_and_normalisation_alone():
 @pytest.mark.parametrize(
     ("table", "ours", "published", "words"),
     [
-        (OMNIGLOT, row(0.986, 3, 0.001), "98.5 ±0.4", "**met**"),
-        (OMNIGLOT, row(0.982, 3, 0.004), "98.5", "not met, by 0.30, within its interval"),
-        (OMNIGLOT, row(0.982, 3, 0.002), "98.5", "not met, by 0.30"),
-        (OMNIGLOT, row(0.982, 3), "98.5", "not met, by 0.30"),
-        (OMNIGLOT, row(0.986, 1, 0.004), "98.5", "reached by a single run"),
-        (OMNIGLOT, row(0.982, 1, 0.004), "98.5", "short by 0.30, within its interval"),
-        (OMNIGLOT, row(0.986, 2, 0.004), "98.5", "reached by 2 seeds of 3"),
-        (OMNIGLOT, row(0.97, 1, 0.004), "98.5", "short by 1.50"),
-        (SINUSOID, row(0.3, 5), "0.35", "**met**"),
-        (SINUSOID, row(0.3, 4), "0.35", "reached by 4 seeds of 5"),
-        (SINUSOID, row(2e7, 5, 3.9e7), "0.35", "not met, by 2e7, within its interval"),
-        (SINUSOID, row(4e15, 5, mean_without_diverged=0.3), "0.35", "not met, by 4e15"),
-        (SINUSOID, row(None, 5, mean_without_diverged=0.3), "0.35", "not met, not finite"),
+        (OMNIGLOT, row(0.986, 3, 0.001), "98.5 ±0.4", "**met** (3 seeds)"),
+        (OMNIGLOT, row(0.982, 3, 0.004), "98.5", "not met, by 0.30, within its interval (3 seeds)"),
+        (OMNIGLOT, row(0.982, 3, 0.002), "98.5", "not met, by 0.30 (3 seeds)"),
+        (OMNIGLOT, row(0.982, 3), "98.5", "not met, by 0.30 (3 seeds)"),
+        (OMNIGLOT, row(0.986, 1, 0.004), "98.5", "reached (a single run)"),
+        (OMNIGLOT, row(0.982, 1, 0.004), "98.5", "short by 0.30, within its interval (a single run)"),
+        (OMNIGLOT, row(0.986, 2, 0.004), "98.5", "reached (2 seeds of 3)"),
+        (OMNIGLOT, row(0.97, 1, 0.004), "98.5", "short by 1.50 (a single run)"),
+        (SINUSOID, row(0.3, 5), "0.35", "**met** (5 seeds)"),
+        (SINUSOID, row(0.3, 4), "0.35", "reached (4 seeds of 5)"),
+        (SINUSOID, row(2e7, 5, 3.9e7), "0.35", "not met, by 2e7, within its interval (5 seeds)"),
+        (SINUSOID, row(4e15, 5, mean_without_diverged=0.3), "0.35", "not met, by 4e15 (5 seeds)"),
+        (SINUSOID, row(None, 5, mean_without_diverged=0.3), "0.35", "not met, not finite (5 seeds)"),
     ],
 )
 def test_only_all_seeds_meet_a_published_number_and_never_without_their_diverged_tasks(
@@ -191,7 +191,10 @@ def test_only_all_seeds_meet_a_published_number_and_never_without_their_diverged
 
 
 def test_only_finished_runs_meet_a_published_number():
-    assert judge(SINUSOID, "0.35", row(0.3, 5), [run_of()] * 4 + [run_of(50)]) == "reached by 5 seeds of 5"
+    assert (
+        judge(SINUSOID, "0.35", row(0.3, 5), [run_of()] * 4 + [run_of(50)])
+        == "reached (5 seeds, 50 to 90 of 90 iterations)"
+    )
 
 
 def test_the_first_number_is_the_mean_over_all_tasks():
@@ -208,30 +211,25 @@ def test_unfinished_and_failed_runs_are_marked():
     def line(*runs: dict) -> str:
         results = {"transductive": [row(2.0, len(runs), steps=1)]}
         entry = {"runs": [*runs], "tests": {"K = 5": {"results": results, "test_steps": 1}}}
-        return table_text.summary({FREQUENCY.name: {"maml": entry}}).splitlines()[-1]
+        return pages.summary({FREQUENCY.name: {"maml": entry}}).splitlines()[-1]
 
-    assert "| short by 0.870 (single run) |" in line(run_of())
-    assert "(single run, 50 of 90 iterations, ended by non-finite numbers in 1 of 1)" in line(
+    assert "| short by 0.870 (a single run) |" in line(run_of())
+    assert "(a single run, 50 of 90 iterations, ended by non-finite numbers in 1 of 1)" in line(
         run_of(50, "NaN")
     )
-    assert "(2 seeds, 50 to 90 of 90 iterations, ended" in line(run_of(), run_of(50, "NaN"))
+    assert "(2 seeds of 5, 50 to 90 of 90 iterations, ended" in line(run_of(), run_of(50, "NaN"))
     assert "1.13" not in line(run_of(20))  # not a quarter of its way
-
-
-def test_the_commands_name_the_seeds_behind_the_numbers():
-    flags = [table_text.format_seeds(seeds) for seeds in ([3], [0, 1, 2], [0, 4])]
-    assert flags == ["--seed 3", "--seeds 0-2", "--seeds 0,4"]
 
 
 def test_a_table_has_few_columns_side_by_side():
     titles = [*SINUSOID.columns]
-    first, *others = table_text.format_tables(SINUSOID, RECORDS["sinusoid"], titles, with_published=True)
+    first, *others = pages.format_tables(SINUSOID, RECORDS["sinusoid"], titles)
     assert [text.splitlines()[0].count("K = 5") for text in (first, *others)] == [3, 0, 0]
     maml, published = first.splitlines()[2:4]
     assert maml.startswith("| **maml** | 0.") and maml.endswith(" | 5 |")
     assert published == "| *Finn et al. 2017, table 2* | 0.67 | 0.38 | 0.35 |  |"
     wide = TABLES["omniglot-one-training"]
-    tables = table_text.format_tables(wide, RECORDS[wide.name], [*wide.columns])
+    tables = pages.format_tables(wide, RECORDS[wide.name], [*wide.columns])
     assert [text.splitlines()[0].count("-shot, ") for text in tables] == [4, 4]
 
 
@@ -239,15 +237,15 @@ def test_the_pages_say_what_the_records_say():
     shown = set()
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         text = page.read_text()
-        for mark, words in table_text.render_marks(text, RECORDS).items():
+        for mark, words in pages.render_marks(text, RECORDS).items():
             assert f"<!-- {mark} -->\n{words}<!-- /{mark} -->" in text
             shown.add(mark)
     assert {*RECORDS, "published", "published: README"} <= shown
-    assert len(table_text.summary(RECORDS, README).splitlines()) == 12  # ten rows
+    assert len(pages.summary(RECORDS, README).splitlines()) == 12  # ten rows
     for name, record in RECORDS.items():
         for method in record.keys() & TABLES[name].methods.keys():
             assert record[method]["flags"] == TABLES[name].flags_of(method)
-        text = table_text.table_text(TABLES[name], record)
+        text = pages.table_text(TABLES[name], record)
         assert text == (reproduce.TABLE_RESULTS / f"{name}.md").read_text()
 
 
@@ -381,7 +379,7 @@ def test_the_command_of_a_table_writes_it_and_repeats_nothing(tmp_path, monkeypa
     assert (entry["settings"]["seed"], entry["settings"]["iterations"]) == (0, 30)
     assert [run["seed"] for run in oracle["runs"]] == [0, 1]
     text = (tmp_path / "results" / "sinusoid.md").read_text()
-    assert "--compile off --seeds 0-1 --run-name sinusoid-maml\n" in text and "| **maml** | 30 | " in text
+    assert "| **maml** | 30 iterations | " in text and f" | `{short['maml']}` |" in text
     assert all(
         f"| **{name}** |" in text for name in ("scratch, sgd", "scratch, adam", "pretrained", "oracle")
     )

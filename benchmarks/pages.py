@@ -1,0 +1,255 @@
+"""The records of reproduce.py as text and as a picture, for the pages."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+
+import torch
+from harness import markdown
+from tables import README, TABLES, Record, Table
+
+from evaluation import style
+from evaluation.figures import draw_curve
+from evaluation.tables import Spread, format_decimal, plain_values
+
+FAR_ENOUGH = 0.25  # of the planned iterations: shorter runs are in their own table alone
+STEPS, IN_PANEL = 10, 6  # the most inner steps, and methods, in a panel
+
+# ---- numbers -------------------------------------------------------------------------------------
+
+
+def find_row(table: Table, title: str, entry: Record) -> Record | None:
+    """Return a method's numbers in a column, over its runs; None if they have not been measured."""
+    test, steps, normalisation = table.columns[title]
+    if not test:
+        losses = [run["final_training_loss"]["mean"] for run in entry["runs"] if run["final_training_loss"]]
+        values = [math.nan if loss is None else loss for loss in losses]
+        return plain_values(asdict(Spread.over(values))) if values else None
+    measured = entry["tests"].get(test, {"results": {}})
+    rows = {row["steps"]: row for row in measured["results"].get(normalisation, ())}
+    alone = rows.get(0) if len(rows) == 1 else None  # it does not adapt
+    return rows.get(steps or measured.get("test_steps"), alone)
+
+
+def quote(table: Table, row: Record) -> str:
+    """Return the mean over seeds, its interval over tasks, the lowest and the highest seed.
+
+    After a semicolon comes the mean without diverged tasks, if there are any.
+    """
+
+    def text(value: float | None, interval: float | None = None) -> str:
+        if value is None:
+            return "not finite"
+        scale, digits = (100, 2) if table.is_accuracy else (1, 3)
+        if value:  # two digits that are not 0
+            digits = max(digits, 1 - math.floor(math.log10(abs(scale * value))))
+        ends = "" if interval is None else f" ±{format_decimal(scale * interval, digits)}"
+        return format_decimal(scale * value, digits) + ends
+
+    words = text(row["mean"], row.get("interval_95_over_tasks"))
+    if row["runs"] > 1 and row["lowest"] is not None:
+        words += f" ({text(row['lowest'])} to {text(row['highest'])})"
+    if row.get("diverged_tasks") and "mean_without_diverged" in row:
+        without = text(row["mean_without_diverged"], row["interval_95_without_diverged"])
+        words += f"; {without} without {row['diverged_tasks']:,} diverged"
+    return words
+
+
+def format_range(numbers: Iterable[int]) -> str:
+    low, *_, high = sorted(numbers) * 2
+    return f"{low:,}" + f" to {high:,}" * (low < high)
+
+
+def are_unfinished(runs: Sequence[Record]) -> bool:
+    return any(run["iteration"] < run["iterations"] for run in runs)
+
+
+def describe_progress(runs: Sequence[Record]) -> str:
+    """Return the iterations of the runs: of how many if they are not finished, and whether some failed."""
+    words = format_range(run["iteration"] for run in runs)
+    words += f" of {runs[0]['iterations']:,}" * are_unfinished(runs) + " iterations"
+    failed = sum(run["failure"] is not None for run in runs)
+    return words + f", ended by non-finite numbers in {failed} of {len(runs)}" * bool(failed)
+
+
+def judge(table: Table, published: str, row: Record, runs: Sequence[Record]) -> str:
+    """Return how far our mean over all tasks is from a published number: all seeds, finished, *meet* it."""
+    number = "a single run" if len(runs) == 1 else f"{len(runs)} seeds"
+    about = number + f" of {table.seeds}" * (1 < len(runs) < table.seeds)
+    about += f", {describe_progress(runs)}" * are_unfinished(runs)
+    if row["mean"] is None:
+        return f"not met, not finite ({about})"
+    scale, sign, digits = (100, 1, 2) if table.is_accuracy else (1, -1, 3)
+    incomplete = are_unfinished(runs) or len(runs) < table.seeds
+    gap = sign * (float(published.split()[0]) - scale * row["mean"])  # above 0: ours falls short
+    words = "reached" if incomplete else "**met**"
+    if gap > 0:
+        words = f"{'short' if incomplete else 'not met,'} by {format_decimal(gap, digits)}"
+        words += ", within its interval" * (gap <= scale * (row.get("interval_95_over_tasks") or 0))
+    return f"{words} ({about})"
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def format_tables(table: Table, methods: Mapping[str, Record], titles: Sequence[str]) -> list[str]:
+    """Return the numbers of methods, above the published ones, in tables of a few columns each."""
+    tables = []
+    for begin in range(0, len(titles), table.across):
+        part = titles[begin : begin + table.across]
+        group = [title for title in part if any(find_row(table, title, entry) for entry in methods.values())]
+        lines = []
+        for method, entry in methods.items():
+            rows, published = [find_row(table, t, entry) for t in group], table.published_numbers(method)
+            if any(rows):
+                cells = [quote(table, row) if row else "" for row in rows]
+                lines.append([f"**{method}**", *cells, str(len(entry["runs"]))])
+            if published.keys() & {*group}:
+                numbers = [published.get(title, "") for title in group]
+                lines.append([f"*{table.published[method]['source']}*", *numbers, ""])
+        tables += [markdown(["", *group, "seeds"], lines) + "\n"] if lines else []
+    return tables
+
+
+def describe_tests(table: Table, records: Mapping[str, Record]) -> str:
+    """Return one line on what the numbers are and where they are from."""
+    tests = [test for entry in records.values() for test in entry["tests"].values()]
+    parts = [
+        f"{' or '.join(f'{n:,}' for n in sorted({test['tasks'] for test in tests}))} test tasks",
+        "mean over seeds, ± its 95 % interval over tasks (the lowest to the highest seed)",
+        *["after a semicolon the mean without diverged tasks"] * (not table.is_accuracy),
+        "`best.pt`, chosen on validation tasks",
+        *sorted({run["machine"] for e in records.values() for run in e["runs"] if run.get("machine")}),
+        *sorted({re.sub(r", (un)?compiled", "", words) for test in tests for words in test["conditions"]}),
+    ]
+    return "; ".join(parts) + "."
+
+
+def table_text(table: Table, records: Mapping[str, Record]) -> str:
+    """Return our numbers with the published ones below, and the runs with their flags."""
+    ordered = {m: records[m] for m in (*table.methods, *table.baselines) if m in records}
+    trained = {method: entry for method, entry in ordered.items() if method in table.methods}
+    lines = []
+    for method, entry in trained.items():
+        runs, own = entry["runs"], entry["flags"].removeprefix(table.flags).strip()
+        times = [run["seconds"] / 60 for run in runs if run.get("seconds")]
+        time = f"{statistics.mean(times):.1f} min" if times else "not recorded"
+        best = format_range(run["best_iteration"] or run["iteration"] for run in runs)
+        lines.append([f"**{method}**", describe_progress(runs), best, time, f"`{own}`"])
+    tests = " or ".join(f"`{flags}`" for flags in table.tests.values())
+    absent = "; ".join(method for method in table.methods if method not in records)
+    parts = [
+        f"### {table.title}\n",
+        *format_tables(table, ordered, [*table.columns]),
+        describe_tests(table, records) + f" Not run: {absent}." * bool(absent) + "\n",
+        markdown(["", "trained for", "best at", "time of a run", "flags"], lines) + "\n",
+        f"`python benchmarks/reproduce.py {table.name}` trains with `python main.py {table.flags} --seed 0`,",
+        f"further seeds and these flags, and tests with `python main.py --eval` and {tests}."
+        + f" The baselines are those of **{table.measured_with}** (`--baselines`)." * bool(table.baselines)
+        + "\n",
+    ]
+    return "\n".join(parts)
+
+
+def summary(records: Mapping[str, Mapping[str, Record]], chosen: Sequence[tuple[str, str, str]] = ()) -> str:
+    """Return one table of these published numbers, or of all whose runs are far enough."""
+    keys = chosen or [
+        (t.name, m, title) for t in TABLES.values() for m in t.methods for title in t.published_numbers(m)
+    ]
+    rows = []
+    for name, method, title in keys:
+        table, entry = TABLES[name], records.get(name, {}).get(method)
+        row = entry and find_row(table, title, entry)
+        if entry and row and all(r["iteration"] >= FAR_ENOUGH * r["iterations"] for r in entry["runs"]):
+            text, note = table.published_numbers(method)[title], table.published[method].get("note")
+            words = judge(table, text, row, entry["runs"]) + f"; {note}" * bool(note)
+            family = table.title.partition(":")[0].partition(", accuracy")[0]
+            rows.append([f"{family}, {method}", title, text, quote(table, row), words])
+    return markdown(["", "", "published", "ours", ""], rows) + "\n"
+
+
+def render_marks(page: str, records: Mapping[str, Mapping[str, Record]]) -> dict[str, str]:
+    """Return the text that belongs below each mark of a page: a table, rows of one, or published numbers.
+
+    Marks are `<!-- TABLE -->`, `<!-- TABLE: METHOD; METHOD -->` (of curves, with 5 and 10 points),
+    `<!-- published -->` and `<!-- published: README -->`.
+    """
+    texts = {}
+    for mark in re.findall(r"<!-- (\w[^/]*?) -->\n", page):
+        name, _, methods = mark.partition(": ")
+        if name == "published":
+            texts[mark] = summary(records, README if methods else ())
+        elif name in records and not methods:
+            texts[mark] = table_text(TABLES[name], records[name])
+            if has_picture(TABLES[name], records[name]):
+                texts[mark] += f"\n![{TABLES[name].title}](../benchmarks/results/reproduce/{name}.png)\n"
+        elif name in records:
+            shown = {method: records[name][method] for method in methods.split("; ")}
+            titles = [title for title, column in TABLES[name].columns.items() if column.test != "K = 20"]
+            tables = format_tables(TABLES[name], shown, titles)
+            texts[mark] = "\n".join([*tables, f"{describe_tests(TABLES[name], shown)}\n"])
+    return texts
+
+
+# ---- the picture ---------------------------------------------------------------------------------
+
+
+def has_picture(table: Table, records: Mapping[str, Record]) -> bool:
+    """Return whether its tests, a panel each, fit a page, and a recorded method adapts."""
+    tests = [test for entry in records.values() for test in entry["tests"].values()]
+    return len(table.tests) <= 4 and any(len(rows) > 1 for t in tests for rows in t["results"].values())
+
+
+@style.use_style()
+def write_picture(table: Table, records: Mapping[str, Record], file: Path) -> None:
+    """Draw the query error over inner steps, a panel a test, in rows that begin with the first method.
+
+    Diverged tasks are left out. Bands are intervals over tasks, hollow diamonds published numbers; dotted
+    methods do not adapt.
+    """
+    methods = [method for method in (*table.methods, *table.baselines) if method in records]
+    groups = [
+        [methods[0], *methods[i : i + IN_PANEL - 1]] for i in range(1, max(2, len(methods)), IN_PANEL - 1)
+    ]
+    mean, interval = (
+        ("mean", "over_tasks") if table.is_accuracy else ("mean_without_diverged", "without_diverged")
+    )
+    figure = style.new_figure(max(5, 3.4 * len(table.tests)), 3.2 * len(groups), table.title)
+    for group, part in zip(groups, figure.subfigures(len(groups), 1, squeeze=False)[:, 0], strict=True):
+        panels = part.subplots(1, len(table.tests), squeeze=False, sharey=True)[0]
+        for (panel, test), (number, method) in product(
+            zip(panels, table.tests, strict=True), enumerate(group)
+        ):
+            rows = records[method]["tests"].get(test, {"results": {}})["results"].get("transductive", ())
+            rows = [row for row in rows[: STEPS + 1] if row[mean] is not None]
+            errors = [measure_error(table, row[mean]) for row in rows]
+            colour = style.curve_style(number)["color"]
+            if len(rows) == 1:
+                panel.axhline(errors[0], label=method, color=colour, linestyle=":")
+            elif rows:
+                bands = torch.tensor([row[f"interval_95_{interval}"] or 0.0 for row in rows])
+                curve = [row["steps"] for row in rows], errors
+                draw_curve(panel, number, method, [curve], (100 if table.is_accuracy else 1) * bands)
+            for title, text in table.published_numbers(method).items():
+                column, value = table.columns[title], float(text.split()[0])
+                if column.test == test and column.normalisation == "transductive":
+                    error = measure_error(table, value / 100 if table.is_accuracy else value)
+                    marker = {"markerfacecolor": "none", "markersize": 7}
+                    panel.plot(column.steps or STEPS, error, "D", color=colour, **marker)
+            panel.set_title(test)
+            measure = "query error (%)" if table.is_accuracy else "query MSE"
+            style.label_axes(panel, "inner steps", measure, wide=2)
+            panel.label_outer()
+        style.add_legend(part, panels[0])
+    style.write_figure(file, figure)
+
+
+def measure_error(table: Table, value: float) -> float:
+    """Return what is drawn: an accuracy's distance from 100 percent, for a logarithmic axis, or the loss."""
+    return max(100 - 100 * value, 0.01) if table.is_accuracy else value
