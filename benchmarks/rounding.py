@@ -35,7 +35,7 @@ WORKS = {  # flags, and the checkpoint
 }
 INNER, QUERY, BACK = "inner step", "query", "Hessian-vector product"
 OUTPUTS, IMAGES, KERNELS = "outputs", "image gradients", "kernel gradients"
-KINDS = {im2col.Convolution: OUTPUTS, im2col.ImageGradient: IMAGES, im2col.KernelGradient: KERNELS}
+KINDS = {"outputs": OUTPUTS, "images": IMAGES, "kernels": KERNELS}  # by name in `im2col.MAPS`
 ALL = frozenset(product((INNER, QUERY, BACK), KINDS.values()))
 Part = tuple[str, str]
 
@@ -79,14 +79,13 @@ def rounding(parts: frozenset[Part], *, first_layer: bool = True) -> Iterator[No
 
         return run
 
+    rounded = {name: (with_rounding(KINDS[name], f), factors) for name, (f, factors) in im2col.MAPS.items()}
     query, slopes = adjoint.query_gradient, adjoint.gradient_of_slopes
     with (
         patch.object(MAML, "inner_step", round_in_phase(INNER, MAML.inner_step)),
         patch.object(adjoint, "query_gradient", lambda maml: round_in_phase(QUERY, query(maml))),
         patch.object(adjoint, "gradient_of_slopes", lambda *args: round_in_phase(BACK, slopes(*args))),
-        patch.object(im2col.Convolution, "forward", with_rounding(OUTPUTS, im2col.Convolution.forward)),
-        patch.object(im2col.ImageGradient, "forward", with_rounding(IMAGES, im2col.ImageGradient.forward)),
-        patch.object(im2col.KernelGradient, "forward", with_rounding(KERNELS, im2col.KernelGradient.forward)),
+        patch.dict(im2col.MAPS, rounded),
     ):
         yield
 

@@ -39,97 +39,76 @@ def multiply(patches: Tensor, matrix: Tensor) -> Tensor:
     return (patches.flatten(0, -2) @ matrix).unflatten(0, patches.shape[:-1])
 
 
-class Bilinear(Function):
-    """A map that is linear in each of two factors; it keeps both, and the geometry, for its derivatives."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *factors, ctx.geometry = inputs
-        ctx.save_for_backward(*factors)
-        ctx.save_for_forward(*factors)
-
-
-def differentiate(bilinear: type[Bilinear], ctx: Any, tangents: tuple[Tensor | None, ...]) -> Tensor:
-    """Return the derivative of a bilinear map along tangents of its two factors, by the product rule."""
-    (a, b), (along_a, along_b, _) = ctx.saved_tensors, tangents
-    pairs = [(along_a, b)] * (along_a is not None) + [(a, along_b)] * (along_b is not None)
-    parts = [bilinear.apply(*pair, ctx.geometry) for pair in pairs]
-    return sum(parts[1:], parts[0])
-
-
-class Convolution(Bilinear):
+def convolve(x: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
     """Map padded images, and kernels `[outputs, rows, columns, channels]`, to outputs, channels last."""
-
-    @staticmethod
-    def forward(x: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
-        return multiply(gather(x, geometry.kernel, geometry.stride), kernels.flatten(1).mT)
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, kernels = ctx.saved_tensors
-        to_x = ImageGradient.apply(slope, kernels, ctx.geometry)
-        return to_x, KernelGradient.apply(x, slope, ctx.geometry), None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        return differentiate(Convolution, ctx, tangents)
+    return multiply(gather(x, geometry.kernel, geometry.stride), kernels.flatten(1).mT)
 
 
-class ImageGradient(Bilinear):
+def spread(slope: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
     """Map a gradient in the outputs, and the kernels, to the gradient in the padded images.
 
     Pixels whose positions leave the same remainders by the stride see the same taps of the kernel: their part
     is a convolution of the outputs' gradient with these taps in reverse.
     """
-
-    @staticmethod
-    def forward(slope: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
-        (height, width), (down, right) = geometry.size, geometry.stride
-        rows, columns = -(-height // down), -(-width // right)  # of the pixels with one remainder
-        parts = []
-        for i, j in product(range(down), range(right)):
-            taps = kernels[:, i::down, j::right].flip(1, 2)
-            up, left = taps.shape[1:3]
-            if not up * left:  # a stride beyond the kernel
-                parts.append(slope.new_zeros(len(slope), rows, columns, kernels.shape[3]))
-                continue
-            margins = (left - 1, columns - slope.shape[2], up - 1, rows - slope.shape[1])
-            patches = gather(F.pad(slope, (0, 0, *margins)), (up, left))
-            parts.append(multiply(patches, taps.permute(1, 2, 0, 3).flatten(0, 2)))
-        x = torch.stack(parts, 3).unflatten(3, (down, right)).transpose(2, 3)
-        return x.flatten(3, 4).flatten(1, 2)[:, :height, :width]
-
-    @staticmethod
-    def backward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor, None]:
-        slope, kernels = ctx.saved_tensors
-        to_slope = Convolution.apply(x, kernels, ctx.geometry)
-        return to_slope, KernelGradient.apply(x, slope, ctx.geometry), None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        return differentiate(ImageGradient, ctx, tangents)
+    (height, width), (down, right) = geometry.size, geometry.stride
+    rows, columns = -(-height // down), -(-width // right)  # of the pixels with one remainder
+    parts = []
+    for i, j in product(range(down), range(right)):
+        taps = kernels[:, i::down, j::right].flip(1, 2)
+        up, left = taps.shape[1:3]
+        if not up * left:  # a stride beyond the kernel
+            parts.append(slope.new_zeros(len(slope), rows, columns, kernels.shape[3]))
+            continue
+        margins = (left - 1, columns - slope.shape[2], up - 1, rows - slope.shape[1])
+        patches = gather(F.pad(slope, (0, 0, *margins)), (up, left))
+        parts.append(multiply(patches, taps.permute(1, 2, 0, 3).flatten(0, 2)))
+    x = torch.stack(parts, 3).unflatten(3, (down, right)).transpose(2, 3)
+    return x.flatten(3, 4).flatten(1, 2)[:, :height, :width]
 
 
-class KernelGradient(Bilinear):
+def correlate(x: Tensor, slope: Tensor, geometry: Geometry) -> Tensor:
     """Map padded images, and a gradient in the outputs, to the gradient in the kernels."""
+    patches = gather(x, geometry.kernel, geometry.stride)
+    kernels = slope.flatten(0, 2).mT @ patches.flatten(0, 2)
+    return kernels.unflatten(1, (*geometry.kernel, x.shape[3]))
+
+
+# Each of a convolution's three tensors: the map that gives it, or a gradient in it, and the map's factors.
+MAPS = {
+    "outputs": (convolve, ("images", "kernels")),
+    "images": (spread, ("outputs", "kernels")),
+    "kernels": (correlate, ("images", "outputs")),
+}
+
+
+class Bilinear(Function):
+    """One of `MAPS`, by name, with derivatives: `Bilinear.apply(*factors, geometry, name)`."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, slope: Tensor, geometry: Geometry) -> Tensor:
-        patches = gather(x, geometry.kernel, geometry.stride)
-        kernels = slope.flatten(0, 2).mT @ patches.flatten(0, 2)
-        return kernels.unflatten(1, (*geometry.kernel, x.shape[3]))
+    def forward(a: Tensor, b: Tensor, geometry: Geometry, name: str) -> Tensor:
+        return MAPS[name][0](a, b, geometry)
 
     @staticmethod
-    def backward(ctx: Any, kernels: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, slope = ctx.saved_tensors
-        to_x = ImageGradient.apply(slope, kernels, ctx.geometry)
-        return to_x, Convolution.apply(x, kernels, ctx.geometry), None
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *factors, ctx.geometry, ctx.name = inputs
+        ctx.save_for_backward(*factors)
+        ctx.save_for_forward(*factors)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        return differentiate(KernelGradient, ctx, tangents)
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        names = MAPS[ctx.name][1]
+        tensors = {ctx.name: slope} | dict(zip(names, ctx.saved_tensors, strict=True))
+        factors = {name: [tensors[factor] for factor in MAPS[name][1]] for name in names}
+        return *(Bilinear.apply(*factors[name], ctx.geometry, name) for name in names), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, along_a: Tensor | None, along_b: Tensor | None, *_: None) -> Tensor:
+        a, b = ctx.saved_tensors
+        pairs = [(along_a, b)] * (along_a is not None) + [(a, along_b)] * (along_b is not None)
+        parts = [Bilinear.apply(*pair, ctx.geometry, ctx.name) for pair in pairs]
+        return sum(parts[1:], parts[0])
 
 
 class Im2colConv2d(nn.Conv2d):
@@ -140,10 +119,8 @@ class Im2colConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x, self._reversed_padding_repeated_twice).permute(0, 2, 3, 1)
         sizes = Geometry((x.shape[1], x.shape[2]), self.kernel_size, self.stride)
-        y = Convolution.apply(x, self.weight.permute(0, 2, 3, 1), sizes)
-        if self.bias is not None:
-            y = y + self.bias
-        return y.permute(0, 3, 1, 2)
+        y = Bilinear.apply(x, self.weight.permute(0, 2, 3, 1), sizes, "outputs")
+        return (y if self.bias is None else y + self.bias).permute(0, 3, 1, 2)
 
 
 class Im2colConv1d(nn.Conv1d):
@@ -154,7 +131,7 @@ class Im2colConv1d(nn.Conv1d):
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x, self._reversed_padding_repeated_twice).mT[:, None]
         sizes = Geometry((1, x.shape[2]), (1, *self.kernel_size), (1, *self.stride))
-        y = Convolution.apply(x, self.weight.mT[:, None], sizes)[:, 0]
+        y = Bilinear.apply(x, self.weight.mT[:, None], sizes, "outputs")[:, 0]
         return (y if self.bias is None else y + self.bias).mT
 
 
