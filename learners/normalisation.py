@@ -52,8 +52,8 @@ def _layer_norm(
 def _batch_norm(
     draws: Draws,
     input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     training: bool = False,
@@ -106,9 +106,8 @@ def _weight_norm(draws: Draws, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 # ---- ATen's functions, some of which return the statistics, too, as constants --------------------
 
-
-def _aten_layer_norm(draws: Draws, *arguments: Any, cudnn_enable: bool = True, **options: Any) -> Tensor:
-    return _layer_norm(draws, *arguments[:5], **options)
+_WEIGHTS_FIRST = ("input", "weight", "bias", "running_mean", "running_var")
+_BATCH_NORM = (*_WEIGHTS_FIRST, "training", "momentum", "eps")
 
 
 def _native_layer_norm(
@@ -124,54 +123,44 @@ def _native_layer_norm(
     return _layer_norm(draws, input, normalized_shape, weight, bias, eps), mean, torch.rsqrt(variance + eps)
 
 
-def _call_in_order(
-    function: Any,
-    draws: Draws,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    *others: Any,
-    cudnn_enabled: bool = True,
-    **options: Any,
-) -> Tensor:
-    """Call a function that takes the running statistics before the weights."""
-    return function(draws, input, running_mean, running_var, weight, bias, *others[:3], **options)
+def _reorder(function: Any, *names: str) -> Any:
+    """Return a function that takes the arguments of these names in this order, and drops all others."""
+
+    def call(draws: Draws, *arguments: Any, **options: Any) -> Any:
+        options |= dict(zip(names, arguments, strict=False))
+        return function(draws, **{name: options[name] for name in names if name in options})
+
+    return call
 
 
-def _native_batch_norm(draws: Draws, input: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, ...]:
-    if len(arguments) > 2 and isinstance(arguments[2], bool):  # the overload without running statistics
-        arguments = (*arguments[:2], None, None, *arguments[2:])
-    elif "training" in options and len(arguments) < 3:
-        options = {"running_mean": None, "running_var": None} | options
-    names = ("weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
-    options |= dict(zip(names, arguments, strict=False))
-    output = _batch_norm(draws, input, **options)
-    if not options["training"]:
+def _native_batch_norm(
+    draws: Draws, input: Tensor, training: bool, eps: float, **options: Any
+) -> tuple[Tensor, ...]:
+    output = _batch_norm(draws, input, training=training, eps=eps, **options)
+    if not training:
         return output, input.new_empty(0), input.new_empty(0)
     all_but_channels = [0, *range(2, input.dim())]
     variance, mean = torch.var_mean(input.detach(), all_but_channels, correction=0)
-    return output, mean, torch.rsqrt(variance + options["eps"])
+    return output, mean, torch.rsqrt(variance + eps)
 
 
-def _native_batch_norm_no_training(
-    draws: Draws, *arguments: Any, momentum: float = 0.1, eps: float = 1e-5, **options: Any
-) -> tuple[Tensor, ...]:
-    momentum, eps = (*arguments[5:], momentum, eps)[:2] if len(arguments) > 6 else (momentum, eps)
-    options |= {"training": False, "momentum": momentum, "eps": eps}
-    return _native_batch_norm(draws, *arguments[:5], **options)
+def _native_batch_norm_legit(draws: Draws, *arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+    if len(arguments) > 3 and isinstance(arguments[3], bool):  # the overload without running statistics
+        arguments = (*arguments[:3], None, None, *arguments[3:])
+    return _reorder(_native_batch_norm, *_BATCH_NORM)(draws, *arguments, **options)
 
 
 REPLACEMENTS: Replacements = spell_out(
     {
-        "layer_norm": _aten_layer_norm,
+        "layer_norm": _reorder(_layer_norm, "input", "normalized_shape", "weight", "bias", "eps"),
         "native_layer_norm": _native_layer_norm,
-        "batch_norm": partial(_call_in_order, _batch_norm),
-        "native_batch_norm": _native_batch_norm,
-        "_native_batch_norm_legit": _native_batch_norm,
-        "_native_batch_norm_legit_no_training": _native_batch_norm_no_training,
-        "instance_norm": partial(_call_in_order, _instance_norm),
+        "batch_norm": _reorder(_batch_norm, *_BATCH_NORM),
+        "native_batch_norm": _reorder(_native_batch_norm, *_BATCH_NORM),
+        "_native_batch_norm_legit": _native_batch_norm_legit,
+        "_native_batch_norm_legit_no_training": _reorder(
+            partial(_native_batch_norm, training=False), *_WEIGHTS_FIRST, "momentum", "eps"
+        ),
+        "instance_norm": _reorder(_instance_norm, *_WEIGHTS_FIRST, "use_input_stats", "momentum", "eps"),
         "rms_norm": _rms_norm,
         "_weight_norm": _weight_norm,
     }
