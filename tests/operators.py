@@ -4,6 +4,8 @@ An operator is a function of x, float64 `[3, 4, 4]`: examples, channels and posi
 module comes with what makes its arguments of x.
 """
 
+from operator import methodcaller
+
 import torch
 from torch import nn
 from torch.func import hessian, jacfwd, jacrev, vmap
@@ -63,24 +65,21 @@ def heads(x):
     return image(x), image(other(x)), image(x) ** 2
 
 
+NO_STATISTICS = (None, None, True, 0.1, 1e-5)  # running mean and variance; training, momentum, eps
 NORMS = {
     "F.layer_norm": lambda x: F.layer_norm(x, (4,), x[0, 0], x[0, 1]),
     "torch.layer_norm": lambda x: torch.layer_norm(x, (4,), x[0, 0], x[0, 1]),
     "aten.layer_norm": lambda x: aten.layer_norm(x, (4,), x[0, 0], x[0, 1], 1e-5, False),
     "torch.native_layer_norm": lambda x: torch.native_layer_norm(x, (4,), x[0, 0], x[0, 1], 1e-5)[0],
     "F.batch_norm": lambda x: F.batch_norm(x, None, None, x[0, 0], x[0, 1], True),
-    "torch.batch_norm": lambda x: torch.batch_norm(x, x[0, 0], x[0, 1], None, None, True, 0.1, 1e-5, True),
-    "aten.batch_norm": lambda x: aten.batch_norm(x, x[0, 0], x[0, 1], None, None, True, 0.1, 1e-5, False),
-    "torch.native_batch_norm": lambda x: torch.native_batch_norm(
-        x, x[0, 0], x[0, 1], None, None, True, 0.1, 1e-5
-    )[0],
+    "torch.batch_norm": lambda x: torch.batch_norm(x, x[0, 0], x[0, 1], *NO_STATISTICS, True),
+    "aten.batch_norm": lambda x: aten.batch_norm(x, x[0, 0], x[0, 1], *NO_STATISTICS, False),
+    "torch.native_batch_norm": lambda x: torch.native_batch_norm(x, x[0, 0], x[0, 1], *NO_STATISTICS)[0],
     "aten._native_batch_norm_legit": lambda x: aten._native_batch_norm_legit(
-        x, x[0, 0], x[0, 1], True, 0.1, 1e-5
+        x, x[0, 0], x[0, 1], *NO_STATISTICS[2:]
     )[0],
     "F.instance_norm": lambda x: F.instance_norm(x, weight=x[0, 0], bias=x[0, 1]),
-    "torch.instance_norm": lambda x: torch.instance_norm(
-        x, x[0, 0], x[0, 1], None, None, True, 0.1, 1e-5, False
-    ),
+    "torch.instance_norm": lambda x: torch.instance_norm(x, x[0, 0], x[0, 1], *NO_STATISTICS, False),
     "torch.group_norm": lambda x: torch.group_norm(x, 2, x[0, 0], x[0, 1]),
     "torch.rms_norm": lambda x: torch.rms_norm(x, (4,), x[0, 0]),
     "F.local_response_norm": lambda x: F.local_response_norm(x, 2),
@@ -138,13 +137,8 @@ LINEAR_ALGEBRA = {
     "F.bilinear": lambda x: F.bilinear(x[:, 0], x[:, 1], x),
 }
 REDUCTIONS = {
-    "softmax": lambda x: x.softmax(-1),
-    "log_softmax": lambda x: x.log_softmax(-1),
-    "logsumexp": lambda x: x.logsumexp(-1),
-    "logcumsumexp": lambda x: x.logcumsumexp(-1),
-    "cumsum": lambda x: x.cumsum(-1),
-    "cumprod": lambda x: x.cumprod(-1),
-    "prod": lambda x: x.prod(-1),
+    **{name: methodcaller(name, -1) for name in ("softmax", "log_softmax", "logsumexp", "logcumsumexp")},
+    **{name: methodcaller(name, -1) for name in ("cumsum", "cumprod", "prod")},
     "var_mean": lambda x: torch.var_mean(x, -1),
     "std": lambda x: x.std(-1),
     "cov": lambda x: torch.cov(x[0]),
@@ -180,22 +174,13 @@ ELEMENTWISE = {
     "F.relu": F.relu,
     "F.leaky_relu": F.leaky_relu,
     "F.prelu": lambda x: F.prelu(x, x[0, 0]),
-    "F.elu": F.elu,
-    "F.selu": F.selu,
-    "F.gelu": F.gelu,
-    "F.silu": F.silu,
-    "F.mish": F.mish,
-    "F.softplus": F.softplus,
-    "F.hardswish": F.hardswish,
+    **{f"F.{n}": getattr(F, n) for n in ("elu", "selu", "gelu", "silu", "mish", "softplus", "hardswish")},
     "F.hardsigmoid": F.hardsigmoid,
     "aten.hardsigmoid": aten.hardsigmoid,
     "F.logsigmoid": F.logsigmoid,
     "F.glu": F.glu,
     "aten.glu": aten.glu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "sin": torch.sin,
-    "exp": torch.exp,
+    **{name: getattr(torch, name) for name in ("sigmoid", "tanh", "sin", "exp")},
     "log": lambda x: positive(x).log(),
     "sqrt": lambda x: positive(x).sqrt(),
     "pow": lambda x: positive(x) ** x,
@@ -260,10 +245,6 @@ def in_order(x):
     return (x,)
 
 
-def rows(x):
-    return (x.flatten(0, 1),)
-
-
 def images(x):
     return (image(x),)
 
@@ -282,6 +263,10 @@ def words(x):
 
 def cell_of_two(x):
     return x[:, 0], (x[:, 1], x[:, 2])
+
+
+def orthogonal(map_name):
+    return parametrizations.orthogonal(nn.Linear(4, 3), orthogonal_map=map_name)
 
 
 MODULES = {
@@ -326,13 +311,7 @@ MODULES = {
     "LSTMCell": (lambda: nn.LSTMCell(4, 4), cell_of_two),
     "GRUCell": (lambda: nn.GRUCell(4, 4), lambda x: (x[:, 0], x[:, 1])),
     "parametrizations.weight_norm": (lambda: parametrizations.weight_norm(nn.Linear(4, 3)), in_order),
-    "parametrizations.orthogonal": (lambda: parametrizations.orthogonal(nn.Linear(4, 3)), in_order),
-    "parametrizations.orthogonal, Cayley": (
-        lambda: parametrizations.orthogonal(nn.Linear(4, 3), orthogonal_map="cayley"),
-        in_order,
-    ),
-    "parametrizations.orthogonal, matrix_exp": (
-        lambda: parametrizations.orthogonal(nn.Linear(4, 3), orthogonal_map="matrix_exp"),
-        in_order,
-    ),
+    "parametrizations.orthogonal": (lambda: orthogonal(None), in_order),
+    "parametrizations.orthogonal, Cayley": (lambda: orthogonal("cayley"), in_order),
+    "parametrizations.orthogonal, matrix_exp": (lambda: orthogonal("matrix_exp"), in_order),
 }
