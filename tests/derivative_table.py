@@ -40,11 +40,9 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 X, SHIFT, SCALE = random(TASKS, 3, 4, 4), 0.2 * random(3, 4, 4, seed=1), 1 + 0.3 * random(3, 4, 4, seed=2)
 
 
-def operator_case(name: str) -> tuple[Function, Weights]:
-    return lambda w, x: OPERATORS[name](w["x"] * x + SHIFT), {"x": SCALE}
-
-
-def module_case(name: str) -> tuple[Function, Weights]:
+def case_of(name: str) -> tuple[Function, Weights]:
+    if name in OPERATORS:
+        return lambda w, x: OPERATORS[name](w["x"] * x + SHIFT), {"x": SCALE}
     build, arguments = MODULES[name]
     torch.manual_seed(1)
     module: nn.Module = build().double()
@@ -54,10 +52,6 @@ def module_case(name: str) -> tuple[Function, Weights]:
         return functional_call(module, {n: w[n] for n in w if n != "x"}, arguments(w["x"] * x + SHIFT))
 
     return call, weights | {"x": SCALE}
-
-
-def case_of(name: str) -> tuple[Function, Weights]:
-    return (module_case if name in MODULES else operator_case)(name)
 
 
 def measure(case: tuple[Function, Weights], *, repaired: bool) -> tuple[str, str]:
@@ -151,8 +145,7 @@ def _agree(products: Weights, reference: Weights) -> bool:
 
 @cache
 def words_of(name: str, *, repaired: bool) -> tuple[str, str]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         return measure(case_of(name), repaired=repaired)
 
 

@@ -296,12 +296,8 @@ def test_complex_weights_and_buffers_are_adapted_as_pairs_of_real_numbers():
     assert_matches_plain_loop(module, batch, reference=RealNet(module), example=batch.support_x[0])
 
 
-def with_integers(net):
+def with_more(net):
     net.first.register_parameter("table", nn.Parameter(torch.arange(4), requires_grad=False))
-    return net
-
-
-def with_own_device(net):
     net.device, net.dtype = torch.device("cpu"), "a name"
     return net
 
@@ -310,8 +306,7 @@ WRAPPED = {
     "compiled in place": lambda net: (net.compile(), net)[1],
     "compiled within": lambda net: (setattr(net, "first", torch.compile(net.first)), net)[1],
     "both": lambda net: nn.DataParallel(torch.compile(net)),
-    "integers": with_integers,
-    "own device and type": with_own_device,
+    "integers, own device and type": with_more,
 }
 
 

@@ -42,6 +42,10 @@ class Counting(nn.Module):
         self.passes += 1
         return x / self.passes
 
+class Noisy(nn.Module):
+    def forward(self, x):
+        return x + torch.randn_like(x)
+
 def body(layer, outputs):
     return nn.Sequential(nn.Linear(1, 4), layer, nn.Tanh(), nn.Linear(4, outputs))
 
@@ -53,10 +57,6 @@ def instances(outputs):
     return body(nn.Sequential(nn.Unflatten(1, (4, 1)), nn.Upsample(scale_factor=3, mode="linear"), norm,
                               nn.Flatten(), nn.Linear(12, 4)), outputs)
 def counting(outputs): return body(Counting(), outputs)
-class Noisy(nn.Module):
-    def forward(self, x):
-        return x + torch.randn_like(x)
-
 def noisy(outputs): return body(Noisy(), outputs)
 def scaled(outputs): return body(Scaled(), outputs)
 def twice(outputs): return Twice(outputs)
@@ -65,15 +65,10 @@ def twice(outputs): return Twice(outputs)
 
 def conv(outputs: int) -> nn.Module:
     """Build what `--learner conv` is, of PyTorch's layers."""
-    blocks = [
-        part
-        for channels in (1, 64, 64, 64)
-        for part in (
-            nn.Conv2d(channels, 64, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(64, eps=1e-3),
-            nn.ReLU(),
-        )
-    ]
+    blocks = []
+    for channels in (1, 64, 64, 64):
+        convolution = nn.Conv2d(channels, 64, 3, stride=2, padding=1, bias=False)
+        blocks += [convolution, nn.BatchNorm2d(64, eps=1e-3), nn.ReLU()]
     mean = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     return nn.Sequential(*blocks, mean, nn.Linear(64, outputs))
 
@@ -113,10 +108,8 @@ def queries(place: Path, channels: int = 1) -> torch.Tensor:
 def assert_predicts(network, x: torch.Tensor, expected: torch.Tensor) -> None:
     """Compare a network's predictions, of all examples together and of each by itself."""
     with torch.no_grad():
-        for outputs in (
-            copy.deepcopy(network)(x),
-            torch.cat([copy.deepcopy(network)(row[None]) for row in x]),
-        ):
+        together = copy.deepcopy(network)(x)
+        for outputs in (together, torch.cat([copy.deepcopy(network)(row[None]) for row in x])):
             predicted = outputs.softmax(1) if outputs.shape[1] > 1 else outputs
             torch.testing.assert_close(predicted, expected, rtol=1e-4, atol=1e-5)
 

@@ -1,5 +1,7 @@
 """The tables of docs/learners.md: which derivatives of derivatives are exact here."""
 
+from functools import partial
+
 import pytest
 import torch
 from derivative_table import KEY, PAGE, X, case_of, replace_section, words_of, write_section
@@ -33,6 +35,13 @@ def test_derivatives_of_a_derivative_are_exact_by_both_engines(name):
     assert words == (("fails", "fails") if older and "exact" not in words else EXCEPTIONS.get(name, EXACT))
 
 
+def assert_same_values(function, **options) -> None:
+    expected = pytree.tree_leaves(function(X[0]))
+    with Elementary(KEY, X[0]):
+        values = pytree.tree_leaves(function(X[0]))
+    torch.testing.assert_close(values, expected, **options)
+
+
 REFUSED = {name for name, words in EXCEPTIONS.items() if words == ("refused", "refused")}
 
 
@@ -41,10 +50,7 @@ REFUSED = {name for name, words in EXCEPTIONS.items() if words == ("refused", "r
 )
 def test_a_replacement_has_the_values_of_pytorchs_function(name):
     function, weights = case_of(name)
-    expected = pytree.tree_leaves(function(weights, X[0]))
-    with Elementary(KEY, X[0]):
-        values = pytree.tree_leaves(function(weights, X[0]))
-    torch.testing.assert_close(values, expected, rtol=1e-9, atol=1e-12)
+    assert_same_values(partial(function, weights), rtol=1e-9, atol=1e-12)
 
 
 ones, aten = torch.ones(4, dtype=torch.float64), torch.ops.aten
@@ -98,10 +104,7 @@ FORMS = {
 
 @pytest.mark.parametrize("name", FORMS)
 def test_each_way_to_call_a_function_keeps_its_arguments(name):
-    expected = pytree.tree_leaves(FORMS[name](X[0]))
-    with Elementary(KEY, X[0]):
-        values = pytree.tree_leaves(FORMS[name](X[0]))
-    torch.testing.assert_close(values, expected, equal_nan=True)
+    assert_same_values(FORMS[name], equal_nan=True)
 
 
 def test_a_singular_matrix_gives_numbers_that_are_not_finite_instead_of_an_error():

@@ -6,13 +6,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT
-from PIL import Image
-from plain_loop import plain_loop
+from conftest import ROOT, write_noise
+from plain_loop import LR, STEPS, plain_loop
 from runs import assert_same_bits, command
 from torch.nn import functional as F
 
@@ -119,21 +117,16 @@ def code(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> list[object]:
-    """Write noise around a different brightness for each class; return the flags of tasks on it."""
-    root, generator = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for number in range(10):
-        folder = root / f"class{number}"
-        folder.mkdir()
-        for image in range(4):
-            pixels = generator.integers(0, 60, (8, 8)) + 19 * number
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{image}.png")
-    flags = f"--dataset images:{root} --image-size 8 --channels 1 -n 2 -k 2 -q 2"
+    """Write ten classes of noise; return the flags of tasks on them."""
+    root = tmp_path_factory.mktemp("images")
+    write_noise(root, 8, *"abcdefghij")
+    flags = f"--dataset images:{root} --image-size 8 --channels 1 -n 2 -k 2 -q 1"
     return [*flags.split(), "--split-shares", "2,1,2"]
 
 
-def assert_a_step_is_a_plain_loops(tmp_path: Path, flags: list[object], *, steps: int) -> None:
+def assert_a_step_is_a_plain_loops(tmp_path: Path, flags: list[object]) -> None:
     """Compare one iteration of SGD at rate 1 from the command line with the plain loop's meta-gradient."""
-    sgd = f"-s {steps} --inner-lr 0.1 --meta-optimizer sgd --meta-lr 1.0 --grad-clip 1e6 --meta-batch-size 2"
+    sgd = f"-s {STEPS} --inner-lr {LR} --meta-optimizer sgd --meta-lr 1.0 --grad-clip 1e6 --meta-batch-size 2"
     flags = [*flags, *sgd.split(), *SHORT]
     assert command(*flags, "--checkpoint-path", tmp_path, "--run-name", "run") == 0
     settings = parse([str(flag) for flag in flags])
@@ -144,7 +137,7 @@ def assert_a_step_is_a_plain_loops(tmp_path: Path, flags: list[object], *, steps
     outputs = config.tasks.ways or batch.support_y.shape[-1]
     module, _ = build_algorithm(config, runtime, outputs, batch.support_x[0])
     loss = F.cross_entropy if config.tasks.classification else F.mse_loss
-    gradients, *_ = plain_loop(module, loss, batch, steps=steps)
+    gradients, *_ = plain_loop(module, loss, batch)
     before, after = maml.initial_parameters(), load_checkpoint(tmp_path / "run" / LAST).parameters
     scale = max(gradient.abs().max().item() for gradient in gradients.values())
     assert scale > 1e-4
@@ -165,24 +158,21 @@ def test_a_pretrained_torchvision_network_keeps_its_body_and_gets_a_new_head(mon
 
 
 DATA = f"--dataset {SEQUENCES}Sequences --dataset-args length=6 -n 2 -k 3 -q 3 --learner {SEQUENCES}"
+LEARNED = {
+    "transformer": f"{DATA}transformer --learner-args width=8 heads=2",
+    "gru": f"{DATA}gru",
+    "sines": "--dataset harmonic --learner-args width=6",
+}
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        f"{DATA}transformer --learner-args width=8 heads=2",
-        f"{DATA}gru",
-        "--dataset harmonic --learner-args width=6",
-    ],
-    ids=["transformer", "gru", "sines"],
-)
-def test_a_users_network_and_tasks_learn_as_in_a_plain_loop(flags, tmp_path):
-    assert_a_step_is_a_plain_loops(tmp_path, flags.split(), steps=2)
+@pytest.mark.parametrize("kind", LEARNED)
+def test_a_users_network_and_tasks_learn_as_in_a_plain_loop(kind, tmp_path):
+    assert_a_step_is_a_plain_loops(tmp_path, LEARNED[kind].split())
 
 
 def test_a_module_that_imports_its_neighbours_learns_images_as_in_a_plain_loop(code, images, tmp_path):
-    flags = [*images, "--learner", f"{code}:Net", "--learner-args", "hidden=3"]
-    assert_a_step_is_a_plain_loops(tmp_path, flags, steps=2)
+    net = ["--learner", f"{code}:Net", "--learner-args", "hidden=3"]
+    assert_a_step_is_a_plain_loops(tmp_path, [*images, *net])
 
 
 def test_a_learner_that_cannot_be_vectorised_is_refused_and_trains_with_no_vectorise(
@@ -268,10 +258,7 @@ def test_code_that_a_checkpoint_names_is_never_imported(setting, doing, saved, t
         ("--loss {code}:vector --learner {code}:Net", "it should give one number"),
         ("--loss {code}:alone --learner {code}:Net", "takes 1 positional argument but 2 were given"),
         ("--loss {code}:swapped --learner {code}:Net", "takes (y_true, y_pred), and is called with outputs"),
-        (
-            "--metric {code}:counted --metric-mode min --learner {code}:Net",
-            "gives another value for the same",
-        ),
+        ("--metric {code}:counted --metric-mode min --learner {code}:Net", "another value for the same"),
         ("--loss {code}:weighted --learner {code}:Net", "has a trainable weight, scale, which training"),
         ("--loss {code}:centres --learner {code}:Net", "has a trainable weight, points, which training"),
         ("--loss {code}:constant --learner {code}:Net", "constant does not depend on the learner's outputs"),
