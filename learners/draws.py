@@ -1,14 +1,18 @@
-"""Random numbers that a learner draws while it trains, as pure functions of the task's keys.
+"""What all substitutes share: PyTorch's functions by each of their names, and random numbers from keys.
 
 `Elementary` (elementary.py) passes a `Draws` to every function that it substitutes. The numbers depend on the
-keys, on how many calls have drawn before in this pass, and on the position in the tensor. So a pass can be
-repeated, and draws the same eager, compiled, or under `vmap`. A `generator` is ignored.
+task's keys, on how many calls have drawn before in this pass, and on the position in the tensor. So a pass
+can be repeated, and draws the same eager, compiled, or under `vmap`. A `generator` is ignored.
+
+`torch.layer_norm`, `torch.ops.aten.layer_norm` and `torch.ops.aten.layer_norm.default` are one function and
+reach a `TorchFunctionMode` as different objects; so do `torch.det` and `Tensor.det`. Their arguments are
+those of ATen, which may have another order than those of `torch.nn.functional`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +21,28 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.random import Stream
-from learners.spellings import Replacements, list_spellings, spell_out
+
+# PyTorch's function -> the one that runs instead, which takes a `Draws` and then the same arguments.
+Replacements = dict[Any, Callable[..., Any]]
+
+_C: Any = torch._C  # whose stubs leave out some of these
+_PLACES = (_C._VariableFunctions, Tensor, _C._nn, _C._linalg)
+
+
+def list_spellings(*names: str) -> list[Any]:
+    """Return every object by which ATen's functions of these names are called, as far as PyTorch has them."""
+    forms = []
+    for name in names:
+        forms += [getattr(place, name) for place in _PLACES if hasattr(place, name)]
+        if hasattr(torch.ops.aten, name):
+            packet = getattr(torch.ops.aten, name)
+            forms += [packet, *(getattr(packet, overload) for overload in packet.overloads())]
+    return forms
+
+
+def spell_out(replacements: dict[str, Callable[..., Any]]) -> Replacements:
+    """Return replacements of functions that are given by ATen's names."""
+    return {form: new for name, new in replacements.items() for form in list_spellings(name)}
 
 
 class Draws:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
-from learners.draws import Draws
-from learners.spellings import Replacements, spell_out
+from learners.draws import Draws, Replacements, spell_out
 
 
 def _pivots(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from learners.draws import Draws
-from learners.spellings import Replacements, list_spellings, spell_out
+from learners.draws import Draws, Replacements, list_spellings, spell_out
 
 
 def _normalise(x: Tensor, axes: Sequence[int], eps: float) -> Tensor:
