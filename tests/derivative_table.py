@@ -23,6 +23,7 @@ from torch import Tensor, nn  # noqa: E402 (path first)
 from torch.func import functional_call, grad, jvp, vmap  # noqa: E402 (path first)
 from torch.utils import _pytree as pytree  # noqa: E402 (path first)
 
+from common.task import loop_over_tasks  # noqa: E402 (path first)
 from learners.elementary import Elementary  # noqa: E402 (path first)
 
 PAGE = ROOT / "docs" / "learners.md"
@@ -81,13 +82,9 @@ def _row(trees: Weights, task: int) -> Weights:
     return {name: tensor[task] for name, tensor in trees.items()}
 
 
-def _moved(weights: Weights, distance: float, direction: Weights) -> Weights:
-    return {name: w + distance * direction[name] for name, w in weights.items()}
-
-
 def _differences(loss, weights: Weights, direction: Weights, x: Tensor) -> Weights | None:
     """Return the differences of the gradient along a direction; None if the gradient is wrong."""
-    ahead, behind = (_moved(weights, distance, direction) for distance in (STEP, -STEP))
+    ahead, behind = ({n: w + step * direction[n] for n, w in weights.items()} for step in (STEP, -STEP))
     slope = (loss(ahead, x) - loss(behind, x)) / (2 * STEP)
     expected = sum((g * direction[n]).sum() for n, g in grad(loss)(weights, x).items())
     if not (slope - expected).abs() <= TOLERANCE * (1 + slope.abs()):
@@ -115,22 +112,11 @@ def _unrolled(
     return dict(zip(leaves, products, strict=True))
 
 
-def _one_by_one(function, axes):
-    def run(w, directions, x):
-        parts = [
-            function(_row(w, task) if axes[0] == 0 else w, _row(directions, task), x[task])
-            for task in range(TASKS)
-        ]
-        return pytree.tree_map(lambda *rows: torch.stack(rows), *parts)
-
-    return run
-
-
 def _word(order, loss, weights: Weights, directions: Weights, reference: Weights) -> str:
     """Return "exact", "wrong", "one by one" (exact, and an error under `vmap`) or "fails"."""
     several = {n: w.expand(TASKS, *w.shape).clone() for n, w in weights.items()}
     total = {n: r.sum(0) for n, r in reference.items()}
-    for over_tasks, word in ((vmap, "exact"), (_one_by_one, "one by one")):
+    for over_tasks, word in ((vmap, "exact"), (loop_over_tasks, "one by one")):
         with suppress(Exception):
             own = order(loss, several, directions, X, over_tasks, 0)
             shared = order(loss, weights, directions, X, over_tasks, None)

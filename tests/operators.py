@@ -242,15 +242,11 @@ OPERATORS |= ELEMENTWISE | INDEXING | LOSSES | TRANSFORMS
 
 
 def in_order(x):
-    return (x,)
-
-
-def images(x):
-    return (image(x),)
+    return x
 
 
 def volumes(x):
-    return (x[None, None],)
+    return x[None, None]
 
 
 def tokens(x):
@@ -258,7 +254,7 @@ def tokens(x):
 
 
 def words(x):
-    return (CLASSES,)
+    return CLASSES
 
 
 def cell_of_two(x):
@@ -273,16 +269,16 @@ MODULES = {
     "Linear": (lambda: nn.Linear(4, 3), in_order),
     "Bilinear": (lambda: nn.Bilinear(4, 4, 3), tokens),
     "Conv1d": (lambda: nn.Conv1d(4, 2, 3), in_order),
-    "Conv2d": (lambda: nn.Conv2d(1, 2, 3, padding=1), images),
+    "Conv2d": (lambda: nn.Conv2d(1, 2, 3, padding=1), image),
     "Conv3d": (lambda: nn.Conv3d(1, 2, 2), volumes),
-    "ConvTranspose2d": (lambda: nn.ConvTranspose2d(1, 2, 2), images),
+    "ConvTranspose2d": (lambda: nn.ConvTranspose2d(1, 2, 2), image),
     "BatchNorm1d": (lambda: nn.BatchNorm1d(4, track_running_stats=False), in_order),
-    "BatchNorm2d": (lambda: nn.BatchNorm2d(1, track_running_stats=False), images),
+    "BatchNorm2d": (lambda: nn.BatchNorm2d(1, track_running_stats=False), image),
     "BatchNorm3d": (lambda: nn.BatchNorm3d(1, track_running_stats=False), volumes),
     "LayerNorm": (lambda: nn.LayerNorm(4), in_order),
     "GroupNorm": (lambda: nn.GroupNorm(2, 4), in_order),
     "InstanceNorm1d": (lambda: nn.InstanceNorm1d(4, affine=True), in_order),
-    "InstanceNorm2d": (lambda: nn.InstanceNorm2d(1, affine=True), images),
+    "InstanceNorm2d": (lambda: nn.InstanceNorm2d(1, affine=True), image),
     "RMSNorm": (lambda: nn.RMSNorm(4), in_order),
     "LocalResponseNorm": (lambda: nn.LocalResponseNorm(2), in_order),
     "PReLU": (lambda: nn.PReLU(4), in_order),
@@ -291,15 +287,15 @@ MODULES = {
     "Hardsigmoid": (lambda: nn.Hardsigmoid(), in_order),
     "GELU": (lambda: nn.GELU(), in_order),
     "Softmax": (lambda: nn.Softmax(-1), in_order),
-    "MaxPool2d": (lambda: nn.MaxPool2d(2), images),
-    "AvgPool2d": (lambda: nn.AvgPool2d(2), images),
-    "AdaptiveAvgPool2d": (lambda: nn.AdaptiveAvgPool2d(1), images),
-    "Upsample": (lambda: nn.Upsample(scale_factor=2), images),
-    "PixelShuffle": (lambda: nn.Sequential(nn.Conv2d(1, 4, 1), nn.PixelShuffle(2)), images),
+    "MaxPool2d": (lambda: nn.MaxPool2d(2), image),
+    "AvgPool2d": (lambda: nn.AvgPool2d(2), image),
+    "AdaptiveAvgPool2d": (lambda: nn.AdaptiveAvgPool2d(1), image),
+    "Upsample": (lambda: nn.Upsample(scale_factor=2), image),
+    "PixelShuffle": (lambda: nn.Sequential(nn.Conv2d(1, 4, 1), nn.PixelShuffle(2)), image),
     "Embedding": (lambda: nn.Embedding(4, 3), words),
     "EmbeddingBag": (lambda: nn.EmbeddingBag(4, 3), words),
     "Dropout": (lambda: nn.Dropout(0.3), in_order),
-    "Dropout2d": (lambda: nn.Dropout2d(0.3), images),
+    "Dropout2d": (lambda: nn.Dropout2d(0.3), image),
     "AlphaDropout": (lambda: nn.AlphaDropout(0.3), in_order),
     "MultiheadAttention": (lambda: nn.MultiheadAttention(4, 2), lambda x: (x, other(x), x**2)),
     "TransformerEncoderLayer": (lambda: nn.TransformerEncoderLayer(4, 2, 6, 0.2), in_order),

@@ -293,11 +293,6 @@ def test_a_function_that_cannot_be_substituted_is_refused_in_one_line(function, 
 # ---- diagnosis ------------------------------------------------------------------------------
 
 
-class Item(nn.Module):
-    def forward(self, x):
-        return x * x.mean().item()
-
-
 class OnceDifferentiable(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -315,27 +310,15 @@ class OnceDifferentiable(torch.autograd.Function):
         return 3 * ctx.saved_tensors[0] ** 2 * gradient
 
 
-class NoForwardMode(OnceDifferentiable):
-    @staticmethod
-    def backward(ctx, gradient):
-        return 3 * ctx.saved_tensors[0] ** 2 * gradient
-
-
 class Cubed(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
     def forward(self, x):
-        return self.function.apply(x)
+        return OnceDifferentiable.apply(x)
 
 
 @pytest.mark.parametrize(
     ("faulty", "layer", "kind", "problem", "reason"),
     [
-        (Item(), "1.0", "Item", "vectorise", ".item()"),
-        (Cubed(OnceDifferentiable), "", "Sequential", "second derivative", "once_differentiable"),
-        (Cubed(NoForwardMode), "1.0", "Cubed", "forward mode", "jvp"),
+        (Cubed(), "", "Sequential", "second derivative", "once_differentiable"),
         (nn.Dropout(), "1.0", "Dropout", "forward pass", "give keys"),
     ],
 )

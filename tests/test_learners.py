@@ -97,7 +97,6 @@ def without_statistics() -> nn.Module:
 
 
 KINDS = {
-    "batch norm of vectors": (lambda: layers(nn.BatchNorm1d(4)), lambda: vectors(3)),
     "batch norm of sequences": (lambda: layers(nn.BatchNorm1d(6)), places),
     "batch norm of images": (lambda: convolutions(nn.BatchNorm2d(4)), images),
     "batch norm, no statistics": (without_statistics, lambda: vectors(3)),
@@ -107,16 +106,10 @@ KINDS = {
 }
 
 
-def build(kind: str) -> tuple[nn.Module, TaskBatch]:
-    """Return a learner of that kind, and tasks for it."""
-    module, batch = (make() for make in KINDS[kind])
-    return filled(module), batch
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_meta_gradient_and_predictions_of_any_learner_match_a_plain_loop(kind):
-    module, batch = build(kind)
-    loss = F.cross_entropy if kind == "tied" else F.mse_loss
+    module, batch = (make() for make in KINDS[kind])
+    module, loss = filled(module), F.cross_entropy if kind == "tied" else F.mse_loss
     assert_matches_plain_loop(module, batch, loss=loss)
     maml = algorithm(module, loss)
     parameters = maml.initial_parameters()
