@@ -1,8 +1,8 @@
-"""What all substitutes share: PyTorch's functions by each of their names, and random numbers from keys.
+"""What substitutes have in common: PyTorch's functions by each of their names, and random numbers from keys.
 
-`Elementary` (elementary.py) passes a `Draws` to every function that it substitutes. The numbers depend on the
-task's keys, on how many calls have drawn before in this pass, and on the position in the tensor. So a pass
-can be repeated, and draws the same eager, compiled, or under `vmap`. A `generator` is ignored.
+`Elementary` (elementary.py) passes a `Draws` to the families that draw. The numbers depend on the task's
+keys, on how many calls have drawn before in this pass, and on the position in the tensor. So a pass can be
+repeated, and draws the same eager, compiled, or under `vmap`. A `generator` is ignored.
 
 `torch.layer_norm`, `torch.ops.aten.layer_norm` and `torch.ops.aten.layer_norm.default` are one function and
 reach a `TorchFunctionMode` as different objects; so do `torch.det` and `Tensor.det`. Their arguments are
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from common.random import Stream
 
-# PyTorch's function -> the one that runs instead, which takes a `Draws` and then the same arguments.
+# PyTorch's function -> the one that runs instead: its arguments are the same, after a `Draws` if it draws.
 Replacements = dict[Any, Callable[..., Any]]
 
 _C: Any = torch._C  # whose stubs leave out some of these

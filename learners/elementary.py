@@ -26,9 +26,7 @@ from learners import attention, draws, linear_algebra, normalisation, recurrent
 from learners.draws import Draws, Replacements, list_spellings, spell_out
 
 
-def _embedding(
-    draws: Draws, input: Tensor, weight: Tensor, padding_idx: int | None = None, **options: Any
-) -> Tensor:
+def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, **options: Any) -> Tensor:
     if options.get("max_norm") is not None:
         raise ValueError("an embedding with max_norm overwrites its weights in a forward pass: leave it out")
     rows = F.embedding(input, weight, scale_grad_by_freq=bool(options.get("scale_grad_by_freq")))
@@ -40,7 +38,6 @@ def _embedding(
 
 
 def _aten_embedding(
-    draws: Draws,
     weight: Tensor,
     indices: Tensor,
     padding_idx: int = -1,
@@ -48,31 +45,30 @@ def _aten_embedding(
     sparse: bool = False,
 ) -> Tensor:
     padding = None if padding_idx < 0 else padding_idx
-    return _embedding(draws, indices, weight, padding, scale_grad_by_freq=scale_grad_by_freq)
+    return _embedding(indices, weight, padding, scale_grad_by_freq=scale_grad_by_freq)
 
 
-def _one_hot(draws: Draws, tensor: Tensor, num_classes: int = -1) -> Tensor:
+def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
     if num_classes < 0:
         raise ValueError("one_hot: give num_classes, which would depend on each task's values")
     return (tensor.unsqueeze(-1) == torch.arange(num_classes, device=tensor.device)).long()
 
 
-def _glu(draws: Draws, input: Tensor, dim: int = -1) -> Tensor:
+def _glu(input: Tensor, dim: int = -1) -> Tensor:
     values, gates = input.chunk(2, dim)
     return values * gates.sigmoid()
 
 
-def _hardsigmoid(draws: Draws, input: Tensor, inplace: bool = False) -> Tensor:
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     return F.relu6(input + 3.0) / 6.0
 
 
-def _select_scatter(draws: Draws, input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
+def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
     start = index % input.shape[dim]  # under `vmap`, PyTorch's second derivative is wrong
     return input.slice_scatter(src.unsqueeze(dim), dim, start, start + 1)
 
 
 def _gaussian_nll_loss(
-    draws: Draws,
     input: Tensor,
     target: Tensor,
     var: Tensor | float,
@@ -89,7 +85,6 @@ def _gaussian_nll_loss(
 
 
 def _cross_entropy(
-    draws: Draws,
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
@@ -114,7 +109,11 @@ def _cross_entropy(
     return losses.sum() if reduction == "sum" else losses
 
 
-def _refuse_autograd(function: Any, draws: Draws, *arguments: Any, **options: Any) -> Any:
+def _refuse(function: Any, reason: str, *arguments: Any, **options: Any) -> Any:
+    raise ValueError(f"{getattr(function, '__name__', function)} {reason}")
+
+
+def _refuse_autograd(function: Any, *arguments: Any, **options: Any) -> Any:
     """Raise ValueError unless `torch.func`, which calls these functions itself, does so now."""
     frame, between = sys._getframe(1), (__name__, "torch.overrides", "torch.autograd", "torch._tensor")
     while frame.f_back and frame.f_globals.get("__name__", "").startswith(between):
@@ -132,40 +131,38 @@ _AUTOGRAD = (
     *(torch.autograd.grad, Tensor.backward, Tensor.requires_grad_),
     Tensor.requires_grad.__set__,  # type: ignore[attr-defined]  # a descriptor
 )
-_OTHERS: Replacements = {
+_REFUSED = {  # functions by the reason
+    "draws random numbers in a way that cannot be repeated for each task: draw with torch.rand, torch.randn, "
+    "bernoulli or nn.functional.dropout": draws.REFUSED,
+    "has no second derivative: average rows of nn.Embedding": [
+        F.embedding_bag,
+        *list_spellings("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only"),
+    ],
+    "has no right second derivative: call nn.functional's instead": normalisation.KERNELS,
+    "overwrites an embedding's weights in a pass": list_spellings("embedding_renorm_"),
+}
+_REPLACEMENTS: Replacements = {
     F.embedding: _embedding,
     F.glu: _glu,
     F.gaussian_nll_loss: _gaussian_nll_loss,
     F.cross_entropy: _cross_entropy,
     F.hardsigmoid: _hardsigmoid,
-    Tensor.data.__get__: lambda draws, x: x.detach(),  # type: ignore[attr-defined]  # a descriptor
+    Tensor.data.__get__: lambda x: x.detach(),  # type: ignore[attr-defined]  # a descriptor
     **spell_out(
         {
             "embedding": _aten_embedding,
             "one_hot": _one_hot,
             "glu": _glu,
             "hardsigmoid": _hardsigmoid,
-            "hardsigmoid_": lambda draws, input: input.copy_(_hardsigmoid(draws, input)),
+            "hardsigmoid_": lambda input: input.copy_(_hardsigmoid(input)),
             "select_scatter": _select_scatter,
         }
     ),
     **{function: partial(_refuse_autograd, function) for function in _AUTOGRAD},
+    **{function: partial(_refuse, function, why) for why, those in _REFUSED.items() for function in those},
 }
-_REPLACEMENTS = _OTHERS | draws.REPLACEMENTS | normalisation.REPLACEMENTS | linear_algebra.REPLACEMENTS
-_REPLACEMENTS |= attention.REPLACEMENTS | recurrent.REPLACEMENTS
-_REFUSED = (
-    dict.fromkeys(
-        draws.REFUSED,
-        "draws random numbers in a way that cannot be repeated for each task: draw with torch.rand, "
-        "torch.randn, bernoulli or nn.functional.dropout",
-    )
-    | dict.fromkeys(
-        (F.embedding_bag, *list_spellings("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")),
-        "has no second derivative: average rows of nn.Embedding",
-    )
-    | dict.fromkeys(normalisation.KERNELS, "has no right second derivative: call nn.functional's instead")
-    | dict.fromkeys(list_spellings("embedding_renorm_"), "overwrites an embedding's weights in a pass")
-)
+_REPLACEMENTS |= normalisation.REPLACEMENTS | linear_algebra.REPLACEMENTS
+_DRAWING = draws.REPLACEMENTS | attention.REPLACEMENTS | recurrent.REPLACEMENTS
 _ALLOCATIONS = frozenset(
     list_spellings(*(n for k in ("empty", "zeros", "ones", "full") for n in (k, f"{k}_like", f"new_{k}")))
 )
@@ -188,11 +185,10 @@ class Elementary(TorchFunctionMode):
         self.like = keys if like is None else like
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        replacement = _REPLACEMENTS.get(func)
-        if replacement is not None:
-            return replacement(self.draws, *args, **kwargs or {})
-        if func in _REFUSED:
-            raise ValueError(f"{getattr(func, '__name__', func)} {_REFUSED[func]}")
+        if func in _REPLACEMENTS:
+            return _REPLACEMENTS[func](*args, **kwargs or {})
+        if func in _DRAWING:
+            return _DRAWING[func](self.draws, *args, **kwargs or {})
         result = func(*args, **kwargs) if kwargs else func(*args)
         if func not in _ALLOCATIONS or self.like is None or result.requires_grad:
             return result

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
-from learners.draws import Draws, Replacements, spell_out
+from learners.draws import Replacements, spell_out
 
 
 def _pivots(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,52 +23,49 @@ def _pivots(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return factors.diagonal(dim1=-2, dim2=-1), 1 - 2 * (exchanges % 2)
 
 
-def _det(draws: Draws, A: Tensor) -> Tensor:
+def _det(A: Tensor) -> Tensor:
     pivots, sign = _pivots(A)
     return pivots.prod(-1) * sign
 
 
-def _slogdet(draws: Draws, A: Tensor) -> Any:
+def _slogdet(A: Tensor) -> Any:
     pivots, sign = _pivots(A)
     tuple_type = torch.return_types.linalg_slogdet  # type: ignore[attr-defined]  # missing from the stubs
     return tuple_type((pivots.sgn().prod(-1) * sign, pivots.abs().log().sum(-1)))
 
 
-def _logdet(draws: Draws, input: Tensor) -> Tensor:
-    sign, logarithm = _slogdet(draws, input)
+def _logdet(input: Tensor) -> Tensor:
+    sign, logarithm = _slogdet(input)
     if input.is_complex():
         return logarithm + sign.log()
     return torch.where(sign == -1, torch.nan, logarithm)
 
 
-def solve(A: Tensor, B: Tensor) -> Tensor:
-    """Return X of A X = B, for matrices `[..., n, n]` and `[..., n, columns]`."""
+def solve(A: Tensor, B: Tensor, left: bool = True) -> Tensor:
+    """Return X of A X = B, or of X A = B, for `[..., n, n]` and a matrix or vectors."""
+    if B.dim() == 1 or A.shape[:-1] == B.shape:  # vectors
+        return solve(A, B.unsqueeze(-1), left).squeeze(-1)
+    if not left:
+        return solve(A.mT, B.mT).mT
     # no error for a singular matrix, which one diverged task may have; `vmap` has no rule for `lu`
     p, lower, upper = torch.lu_unpack(*torch.linalg.lu_factor_ex(A)[:2])
-    return solve_triangular(
-        upper, solve_triangular(lower, p.mT @ B, upper=False, unitriangular=True), upper=True
-    )
+    half = solve_triangular(lower, p.mT @ B, upper=False, unitriangular=True)
+    return solve_triangular(upper, half, upper=True)
 
 
-def _solve(draws: Draws, A: Tensor, B: Tensor, left: bool = True) -> Tensor:
-    if B.dim() == 1 or A.shape[:-1] == B.shape:  # vectors
-        return _solve(draws, A, B.unsqueeze(-1), left).squeeze(-1)
-    return solve(A, B) if left else solve(A.mT, B.mT).mT
-
-
-def _solve_ex(draws: Draws, A: Tensor, B: Tensor, left: bool = True, check_errors: bool = False) -> Any:
+def _solve_ex(A: Tensor, B: Tensor, left: bool = True, check_errors: bool = False) -> Any:
     info = torch.zeros(A.shape[:-2], dtype=torch.int32, device=A.device)
     tuple_type = torch.return_types.linalg_solve_ex  # type: ignore[attr-defined]  # missing from the stubs
-    return tuple_type((_solve(draws, A, B, left), info))
+    return tuple_type((solve(A, B, left), info))
 
 
-def _tensorsolve(draws: Draws, A: Tensor, B: Tensor, dims: Any = None) -> Tensor:
+def _tensorsolve(A: Tensor, B: Tensor, dims: Any = None) -> Tensor:
     if dims is not None:
         A = A.movedim(tuple(dims), tuple(range(-len(dims), 0)))
-    return _solve(draws, A.reshape(B.numel(), -1), B.flatten()).reshape(A.shape[B.dim() :])
+    return solve(A.reshape(B.numel(), -1), B.flatten()).reshape(A.shape[B.dim() :])
 
 
-def _cholesky_inverse(draws: Draws, input: Tensor, upper: bool = False) -> Tensor:
+def _cholesky_inverse(input: Tensor, upper: bool = False) -> Tensor:
     factor = input.mH if upper else input
     eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     inverse = solve_triangular(factor, eye, upper=False)
@@ -76,12 +73,7 @@ def _cholesky_inverse(draws: Draws, input: Tensor, upper: bool = False) -> Tenso
 
 
 def _triangular_solve(
-    draws: Draws,
-    input: Tensor,
-    A: Tensor,
-    upper: bool = True,
-    transpose: bool = False,
-    unitriangular: bool = False,
+    input: Tensor, A: Tensor, upper: bool = True, transpose: bool = False, unitriangular: bool = False
 ) -> Any:
     if transpose:
         A, upper = A.mT, not upper
@@ -89,7 +81,7 @@ def _triangular_solve(
     return torch.return_types.triangular_solve((solution, A))
 
 
-def _householder_product(draws: Draws, A: Tensor, tau: Tensor) -> Tensor:
+def _householder_product(A: Tensor, tau: Tensor) -> Tensor:
     """Multiply reflections I - tau v v^H, where v is 0 above the diagonal and 1 on it."""
     rows, columns = A.shape[-2:]
     eye = torch.eye(rows, columns, dtype=A.dtype, device=A.device)
@@ -100,7 +92,7 @@ def _householder_product(draws: Draws, A: Tensor, tau: Tensor) -> Tensor:
     return product
 
 
-def _cdist(draws: Draws, x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: Any = None) -> Tensor:
+def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: Any = None) -> Tensor:
     if p != 2:
         return torch.cdist(x1, x2, p)  # which has no derivative in forward mode
     squares = (x1.unsqueeze(-2) - x2.unsqueeze(-3)).square().sum(-1)
@@ -110,17 +102,17 @@ def _cdist(draws: Draws, x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: A
 
 REPLACEMENTS: Replacements = spell_out(
     {
-        "det": lambda draws, input: _det(draws, input),
+        "det": lambda input: _det(input),
         "linalg_det": _det,
         "logdet": _logdet,
-        "slogdet": lambda draws, input: _slogdet(draws, input),
+        "slogdet": lambda input: _slogdet(input),
         "linalg_slogdet": _slogdet,
-        "linalg_solve": _solve,
+        "linalg_solve": solve,
         "linalg_solve_ex": _solve_ex,
         "linalg_tensorsolve": _tensorsolve,
         "cholesky_inverse": _cholesky_inverse,
         "triangular_solve": _triangular_solve,
-        "orgqr": lambda draws, input, input2: _householder_product(draws, input, input2),
+        "orgqr": lambda input, input2: _householder_product(input, input2),
         "linalg_householder_product": _householder_product,
     }
 ) | {torch.cdist: _cdist}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from learners.draws import Draws, Replacements, list_spellings, spell_out
+from learners.draws import Replacements, list_spellings, spell_out
 
 
 def _normalise(x: Tensor, axes: Sequence[int], eps: float) -> Tensor:
@@ -38,7 +38,6 @@ def _per_channel(x: Tensor, weight: Any) -> Any:
 
 
 def _layer_norm(
-    draws: Draws,
     input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
@@ -49,7 +48,6 @@ def _layer_norm(
 
 
 def _batch_norm(
-    draws: Draws,
     input: Tensor,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
@@ -73,7 +71,6 @@ def _batch_norm(
 
 
 def _instance_norm(
-    draws: Draws,
     input: Tensor,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
@@ -84,13 +81,13 @@ def _instance_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     if not use_input_stats:
-        return _batch_norm(draws, input, running_mean, running_var, weight, bias, eps=eps)
+        return _batch_norm(input, running_mean, running_var, weight, bias, eps=eps)
     weight, bias = _per_channel(input, weight), _per_channel(input, bias)
     return _scale_and_shift(_normalise(input, range(2, input.dim()), eps), weight, bias)
 
 
 def _rms_norm(
-    draws: Draws, input: Tensor, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None
+    input: Tensor, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None
 ) -> Tensor:
     wide = input.to(torch.promote_types(input.dtype, torch.float32))
     eps = torch.finfo(wide.dtype).eps if eps is None else eps
@@ -98,7 +95,7 @@ def _rms_norm(
     return _scale_and_shift((wide * torch.rsqrt(mean_square + eps)).to(input.dtype), weight, None)
 
 
-def _weight_norm(draws: Draws, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     axes = [axis for axis in range(v.dim()) if dim == -1 or axis != dim % v.dim()]  # -1: of the whole
     return v * (g / v.square().sum(axes, keepdim=True).sqrt())
 
@@ -110,32 +107,25 @@ _BATCH_NORM = (*_WEIGHTS_FIRST, "training", "momentum", "eps")
 
 
 def _native_layer_norm(
-    draws: Draws,
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     axes = range(-len(normalized_shape), 0)
     variance, mean = torch.var_mean(input.detach(), list(axes), correction=0, keepdim=True)
-    return _layer_norm(draws, input, normalized_shape, weight, bias, eps), mean, torch.rsqrt(variance + eps)
+    return _layer_norm(input, normalized_shape, weight, bias, eps), mean, torch.rsqrt(variance + eps)
 
 
 def _reorder(function: Any, *names: str) -> Any:
     """Return a function that takes the arguments of these names in this order, and drops all others."""
 
-    def call(draws: Draws, *arguments: Any, **options: Any) -> Any:
+    def call(*arguments: Any, **options: Any) -> Any:
         options |= dict(zip(names, arguments, strict=False))
-        return function(draws, **{name: options[name] for name in names if name in options})
+        return function(**{name: options[name] for name in names if name in options})
 
     return call
 
 
-def _native_batch_norm(
-    draws: Draws, input: Tensor, training: bool, eps: float, **options: Any
-) -> tuple[Tensor, ...]:
-    output = _batch_norm(draws, input, training=training, eps=eps, **options)
+def _native_batch_norm(input: Tensor, training: bool, eps: float, **options: Any) -> tuple[Tensor, ...]:
+    output = _batch_norm(input, training=training, eps=eps, **options)
     if not training:
         return output, input.new_empty(0), input.new_empty(0)
     all_but_channels = [0, *range(2, input.dim())]
@@ -143,10 +133,10 @@ def _native_batch_norm(
     return output, mean, torch.rsqrt(variance + eps)
 
 
-def _native_batch_norm_legit(draws: Draws, *arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+def _native_batch_norm_legit(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
     if len(arguments) > 3 and isinstance(arguments[3], bool):  # the overload without running statistics
         arguments = (*arguments[:3], None, None, *arguments[3:])
-    return _reorder(_native_batch_norm, *_BATCH_NORM)(draws, *arguments, **options)
+    return _reorder(_native_batch_norm, *_BATCH_NORM)(*arguments, **options)
 
 
 REPLACEMENTS: Replacements = spell_out(

@@ -14,15 +14,10 @@ import grouped
 import groups
 
 GROUPS = {"insteval": 2972, "chem97": 2410, "mathachieve": 160, "gapminder": 142}
+NAMES = [pytest.param(n, marks=[pytest.mark.slow] * (GROUPS[n] > 999)) for n in grouped.SOURCES]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name in ("insteval", "chem97")))
-        for name in grouped.SOURCES
-    ],
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_groups_are_tasks_and_no_input_names_the_group_the_row_or_the_target(name, tmp_path):
     source = grouped.SOURCES[name]
     frame = grouped.read_table(source)

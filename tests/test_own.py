@@ -11,7 +11,7 @@ import torch
 import torchvision
 from conftest import ROOT, write_noise
 from plain_loop import LR, STEPS, plain_loop
-from runs import assert_same_bits, command
+from runs import assert_same_bits, command, train
 from torch.nn import functional as F
 
 from commands.build import build, build_algorithm, prepare
@@ -128,7 +128,7 @@ def assert_a_step_is_a_plain_loops(tmp_path: Path, flags: list[object]) -> None:
     """Compare one iteration of SGD at rate 1 from the command line with the plain loop's meta-gradient."""
     sgd = f"-s {STEPS} --inner-lr {LR} --meta-optimizer sgd --meta-lr 1.0 --grad-clip 1e6 --meta-batch-size 2"
     flags = [*flags, *sgd.split(), *SHORT]
-    assert command(*flags, "--checkpoint-path", tmp_path, "--run-name", "run") == 0
+    run = train(tmp_path / "run", *flags)
     settings = parse([str(flag) for flag in flags])
     config, call = resolve(settings), check_call(settings)
     runtime = prepare(config, call)
@@ -138,7 +138,7 @@ def assert_a_step_is_a_plain_loops(tmp_path: Path, flags: list[object]) -> None:
     module, _ = build_algorithm(config, runtime, outputs, batch.support_x[0])
     loss = F.cross_entropy if config.tasks.classification else F.mse_loss
     gradients, *_ = plain_loop(module, loss, batch)
-    before, after = maml.initial_parameters(), load_checkpoint(tmp_path / "run" / LAST).parameters
+    before, after = maml.initial_parameters(), load_checkpoint(run / LAST).parameters
     scale = max(gradient.abs().max().item() for gradient in gradients.values())
     assert scale > 1e-4
     for name, gradient in gradients.items():
@@ -192,22 +192,18 @@ def test_a_learner_that_cannot_be_vectorised_is_refused_and_trains_with_no_vecto
 def test_a_run_with_dropout_and_a_users_tasks_resumes_exactly(tmp_path):
     code = ["--dataset", f"{SEQUENCES}Sequences", "--learner", f"{SEQUENCES}transformer"]
     sizes = "-n 2 -k 2 -q 2 -s 2 --meta-batch-size 2 --val-every 2 --log-every 2"
-    flags = [*code, *sizes.split(), "--checkpoint-path", tmp_path]
-    dropout = ["--learner-args", "width=8", "heads=2", "dropout=0.3"]
-    assert command(*flags, *dropout, "--iterations", 4, "--run-name", "whole") == 0
-    assert command(*flags, *dropout, "--iterations", 2, "--run-name", "stopped") == 0
-    assert command("--load", tmp_path / "stopped" / LAST, "--iterations", 4, *code) == 0
-    whole, stopped = (vars(load_checkpoint(tmp_path / name / LAST)) for name in ("whole", "stopped"))
-    assert_same_bits(whole, stopped)
+    flags = [*code, *sizes.split(), "--learner-args", "width=8", "heads=2", "dropout=0.3"]
+    whole = train(tmp_path / "whole", *flags, "--iterations", 4)
+    stopped = train(tmp_path / "stopped", *flags, "--iterations", 2)
+    assert command("--load", stopped / LAST, "--iterations", 4, *code) == 0
+    assert_same_bits(*(vars(load_checkpoint(run / LAST)) for run in (whole, stopped)))
 
 
 def test_frozen_layers_and_buffers_are_saved_and_the_code_may_have_moved(code, tmp_path):
     first, moved = (Path(code).with_name(name) for name in ("first.py", "moved.py"))
     first.write_text(CODE)
     flags = ["--learner", f"{first}:Strange", "--learner-args", "name=y", "flag=3", "-k", 3, "-q", 3]
-    home = ["--checkpoint-path", tmp_path, "--run-name", "run"]
-    assert command(*flags, "--iterations", 2, "--precision", "bf16", *home) == 0
-    last = tmp_path / "run" / LAST
+    last = train(tmp_path / "run", *flags, "--iterations", 2, "--precision", "bf16") / LAST
     first.rename(moved)
     assert set(load_checkpoint(last).fixed) >= {"middle.weight", "scale", "norm.running_mean"}
     few = ["--eval-tasks", 4, "--eval-steps", 1]
@@ -217,8 +213,8 @@ def test_frozen_layers_and_buffers_are_saved_and_the_code_may_have_moved(code, t
 
 def test_a_users_loss_is_minimised(code, images, tmp_path):
     code = ["--learner", f"{code}:Net", "--loss", f"{code}:cubed", "--loss-args", "power=2"]
-    assert command(*images, *code, *SHORT, "--checkpoint-path", tmp_path, "--run-name", "run") == 0
-    training = json.loads((tmp_path / "run" / "training.json").read_text())
+    run = train(tmp_path / "run", *images, *code, *SHORT)
+    training = json.loads((run / "training.json").read_text())
     assert 0.05 < training["training"]["query_loss"][0] < 1.0  # cross-entropy would start near 0.7 or above
 
 
@@ -227,22 +223,18 @@ def test_a_users_loss_is_minimised(code, images, tmp_path):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Checkpoint:
-    folder = tmp_path_factory.mktemp("saved")
-    assert command("--iterations", 1, "--checkpoint-path", folder, "--run-name", "run") == 0
-    return load_checkpoint(folder / "run" / LAST)
+    return load_checkpoint(train(tmp_path_factory.mktemp("saved") / "run", "--iterations", 1) / LAST)
 
 
 @pytest.mark.parametrize("setting", OWN_CODE)
 @pytest.mark.parametrize("doing", [["--eval"], [], ["--adapt", "x.csv"]], ids=["test", "resume", "adapt"])
-def test_code_that_a_checkpoint_names_is_never_imported(setting, doing, saved, tmp_path, capsys):
+def test_code_that_a_checkpoint_names_is_never_imported(setting, doing, saved, tmp_path, refuse):
     last = tmp_path / LAST
     (tmp_path / "theirs.py").write_text("raise SystemExit('it was imported')")
     code = f"{tmp_path / 'theirs.py'}:f"
     save_checkpoints({last: replace(saved, settings=saved.settings | {setting: code, "init": "torch"})})
-    capsys.readouterr()
-    assert command(*doing, "--load", last) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "it was imported" not in error
+    error = refuse(*doing, "--load", last)
+    assert "it was imported" not in error
     if setting not in ("dataset", "metric") or "--adapt" not in doing:  # which reads no dataset
         assert f"if you trust it, add --{setting} {code}" in error
 
