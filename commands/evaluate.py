@@ -294,7 +294,7 @@ class Subject:
         result, log = self.result, RunLog(self.file.parent, "tensorboard", begin_at=None)
         values = {f"{TEST}query_loss": result.losses[norm][:, step].mean().item()}
         values[f"{TEST}query_{result.measure}"] = result.measured(norm)[:, step].nanmean().item()
-        log.scalars(values, self.source.iteration)
+        log.add(values, self.source.iteration)
         log.sync()
         log.close()
 
@@ -304,8 +304,8 @@ class Subject:
         description = Description(select_meaningful(self.trained))
         log, iteration = RunLog(self.file.parent, trackers, description, begin_at=None), self.source.iteration
         name = summarise([self])[1]
-        log.table(name, evaluation_record(self.result)["per_step"], iteration)
-        log.image(f"{name}-curves", Path(f"{stem}.png").read_bytes(), iteration)
+        log.add({name: evaluation_record(self.result)["per_step"]}, iteration)
+        log.add({f"{name}-curves": Path(f"{stem}.png").read_bytes()}, iteration)
         log.sync()
         log.close()
 

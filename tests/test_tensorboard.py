@@ -18,7 +18,7 @@ from training.tensorboard import CHARTS, METRICS, drop_events
 def log_points(folder: Path, first: int, last: int) -> RunLog:
     log = RunLog(folder, begin_at=first)
     for iteration in range(first, last + 1):
-        log.scalars({"loss": 1.0}, iteration)
+        log.add({"loss": 1.0}, iteration)
     log.sync()
     return log
 

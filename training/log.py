@@ -2,21 +2,20 @@
 
     Run -> RunLog -> EventFile (tensorboard.py), Tracker (trackers.py)
 
-`Run` hands over numbers and figures. A checkpoint is saved after `sync`, which brings its points to where
-they belong: the log of a resumed run has no gaps and no duplicates.
+`Run` hands over points: numbers, texts, pictures and tables by tag. A checkpoint is saved after `sync`, which
+brings its points to where they belong: the log of a resumed run has no gaps and no duplicates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
 from common.files import write_whole
 from evaluation.style import render
-from training.tensorboard import Description, EventFile
+from training.tensorboard import Description, EventFile, Value
 from training.trackers import Tracker
 
 
@@ -47,31 +46,16 @@ class RunLog:
             if folder is not None
         ]
 
-    def scalars(self, values: Mapping[str, float], iteration: int) -> None:
-        """Add a point to several curves, by tag."""
+    def add(self, values: Mapping[str, Value], iteration: int) -> None:
+        """Add a point, by tag."""
         for sink in self.sinks:
-            sink.scalars(values, iteration)
-
-    def text(self, tag: str, text: str, iteration: int) -> None:
-        """Add a text in Markdown."""
-        for sink in self.sinks:
-            sink.text(tag, text, iteration)
-
-    def image(self, tag: str, png: bytes, iteration: int) -> None:
-        """Add a picture."""
-        for sink in self.sinks:
-            sink.image(tag, png, iteration)
+            sink.add(values, iteration)
 
     def figure(self, tag: str, figure: Figure, iteration: int, file: Path) -> None:
         """Show a figure, and write the same PNG to a file: drawing it is the slow part."""
         png = render(figure)
-        self.image(tag, png, iteration)
+        self.add({tag: png}, iteration)
         write_whole(file, lambda opened: opened.write(png))
-
-    def table(self, tag: str, rows: Sequence[Mapping[str, Any]], iteration: int) -> None:
-        """Add a table, whose rows have the same columns by name."""
-        for sink in self.sinks:
-            sink.table(tag, rows, iteration)
 
     def sync(self) -> None:
         """Bring all points to where they belong; raises OSError where that fails."""

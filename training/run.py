@@ -114,7 +114,7 @@ class Run:
                 scalars |= {f"{tag}/mean": rates.mean().item(), f"{tag}/least": rates.min().item()}
             elif name.startswith(RIDGE):
                 scalars[f"{WEIGHTS}{name}"] = rates.item()
-        self.log.scalars(scalars, self.iteration)
+        self.log.add(scalars, self.iteration)
 
     def validate(
         self, maml: MAML, distribution: TaskDistribution, world: World, interrupted: Callable[[], bool]
@@ -157,7 +157,7 @@ class Run:
         for name, steps in by_step.items():
             shown = {round((len(steps) - 1) * tenth / 10) for tenth in range(11)}  # of many steps, eleven
             scalars |= {f"validation_by_step/{name}/{step}": steps[step] for step in sorted(shown)}
-        self.log.scalars(scalars, self.iteration)
+        self.log.add(scalars, self.iteration)
         return is_best
 
     def _means_by_step(self, evaluation: Evaluation) -> dict[str, list[float]]:
@@ -218,7 +218,7 @@ class Run:
         if self.progress.training and self.progress.validation:
             figure = learning_figure(self._curves(), f"query {self.measure_name}")
             self.log.figure("view/training", figure, after, self.folder / "training.png")
-        self.log.table("results", self._results_table(), after)
+        self.log.add({"results": self._results_table()}, after)
         self.log.sync()
         self.log.close(ended_at=after if self.failure is None else None)
         write_json(self.folder / RESULTS, results)

@@ -55,6 +55,9 @@ CHARTS = {
     "learned ridge head": {"ridge head": "^weights/ridge/"},
 }
 
+# What a log shows: a number of a curve, a text in Markdown, a PNG, or a table's rows, with the same columns.
+Value = float | str | bytes | Sequence[Mapping[str, Any]]
+
 
 @dataclass(frozen=True)
 class Description:
@@ -92,32 +95,19 @@ class EventFile:
             error.filename = self.file.name
             raise
 
-    def add(self, point: Summary, iteration: int) -> None:
-        """Add a point of any kind."""
+    def _add(self, point: Summary, iteration: int) -> None:
         self._write(Event(wall_time=time.time(), step=iteration, summary=point))
 
-    def scalars(self, values: Mapping[str, float], iteration: int) -> None:
+    def add(self, values: Mapping[str, Value], iteration: int) -> None:
         # one event for all: an event per curve takes a tenth of a fast run's time
-        self.add(Summary(value=[Summary.Value(tag=n, simple_value=v) for n, v in values.items()]), iteration)
-
-    def text(self, tag: str, text: str, iteration: int) -> None:
-        self.add(summary.text(tag, text), iteration)
-
-    def image(self, tag: str, png: bytes, iteration: int) -> None:
-        width, height = struct.unpack(">II", png[16:24])
-        image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
-        self.add(Summary(value=[Summary.Value(tag=tag, image=image)]), iteration)
-
-    def table(self, tag: str, rows: Sequence[Mapping[str, Any]], iteration: int) -> None:
-        lines = [[*rows[0]], ["-"] * len(rows[0]), *(map(str, row.values()) for row in rows)]
-        self.text(tag, "\n".join(f"| {' | '.join(line)} |" for line in lines), iteration)
+        self._add(Summary(value=[_encode(tag, value) for tag, value in values.items()]), iteration)
 
     def sync(self) -> None:
         os.fsync(self.file.fileno())
 
     def close(self, *, ended_at: int | None) -> None:
         if ended_at is not None:  # the run's row in the hyper-parameter view is a success
-            self.add(summary.hparams({}, {})[2], ended_at)
+            self._add(summary.hparams({}, {})[2], ended_at)
             self.sync()
         self.file.close()
 
@@ -126,7 +116,7 @@ class EventFile:
         settings = {name: value for name, value in run.settings.items() if value is not None}
         plain = {n: " ".join(v) if isinstance(v, list | tuple) else v for n, v in settings.items()}
         shown = {name: value for name, value in plain.items() if value != ""}
-        self.table("settings", [{"setting": n.replace("_", " "), "value": v} for n, v in shown.items()], 0)
+        self.add({"settings": [{"setting": n.replace("_", " "), "value": v} for n, v in shown.items()]}, 0)
         custom_tags = [tag for part in PARTS if (tag := f"{part}{run.measure}") not in METRICS]
         columns, values = (
             {SHOWN.get(name, f"other/{name}"): value for name, value in part.items()}
@@ -139,7 +129,20 @@ class EventFile:
             shown = {name: ["Multiline", [tags]] for name, tags in charts.items() if name not in run.empty}
             layout |= {group: shown} if shown else {}
         for part in (experiment, row, summary.custom_scalars(layout)):
-            self.add(part, 0)
+            self._add(part, 0)
+
+
+def _encode(tag: str, value: Value) -> Summary.Value:
+    if isinstance(value, float | int):
+        return Summary.Value(tag=tag, simple_value=value)
+    if isinstance(value, bytes):
+        width, height = struct.unpack(">II", value[16:24])
+        image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=value)
+        return Summary.Value(tag=tag, image=image)
+    if not isinstance(value, str):
+        lines = [[*value[0]], ["-"] * len(value[0]), *(map(str, row.values()) for row in value)]
+        value = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return summary.text(tag, value).value[0]
 
 
 def has_log(folder: Path) -> bool:

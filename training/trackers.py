@@ -9,7 +9,7 @@ import io
 import os
 import uuid
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextvars import Context
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,10 @@ from common.errors import UsageError, fold_message
 from common.files import read_json
 from evaluation.tables import plain_values, write_json
 from training.folders import LIST
+from training.tensorboard import Value
 
-Values = dict[str, Any]  # by tag
-# the library, its run, and what sends values at an iteration
-Opened = tuple[Any, Any, Callable[[Values, int], None]]
+# the library, its run, and what sends values by tag at an iteration
+Opened = tuple[Any, Any, Callable[[dict[str, Any], int], None]]
 
 
 class Tracker:
@@ -44,7 +44,7 @@ class Tracker:
         record = read_json(self.file) if begin_at != 0 and self.file.is_file() else {}
         self.state = {"id": uuid.uuid4().hex[:8], "iteration": -1} | record
         self.sent = -1 if begin_at is None else self.state["iteration"]  # when this process begins
-        self.queue: list[tuple[int, Callable[[], Values]]] = []
+        self.queue: list[tuple[Mapping[str, Value], int]] = []
         self.reached = self.state["iteration"]  # by the curves, sent or queued
         self.has_warned = False
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,27 +57,25 @@ class Tracker:
         self.library, self.run, self.send = opened
         write_json(self.file, self.state)
 
-    def scalars(self, values: Mapping[str, float], iteration: int) -> None:
-        self.queue.append((iteration, lambda: dict(values)))
-        self.reached = max(self.reached, iteration)
+    def add(self, values: Mapping[str, Value], iteration: int) -> None:
+        self.queue.append((values, iteration))
+        if any(isinstance(value, float | int) for value in values.values()):
+            self.reached = max(self.reached, iteration)
 
-    def text(self, tag: str, text: str, iteration: int) -> None:
-        self.queue.append((iteration, lambda: {tag: text}))
-
-    def image(self, tag: str, png: bytes, iteration: int) -> None:
-        self.queue.append((iteration, lambda: {tag: self.library.Image(Image.open(io.BytesIO(png)))}))
-
-    def table(self, tag: str, rows: Sequence[Mapping[str, Any]], iteration: int) -> None:
-        data = [[*row.values()] for row in rows]
-        self.queue.append((iteration, lambda: {tag: self.library.Table(columns=[*rows[0]], data=data)}))
+    def _convert(self, value: Value) -> Any:
+        if isinstance(value, float | int | str):
+            return value
+        if isinstance(value, bytes):
+            return self.library.Image(Image.open(io.BytesIO(value)))
+        return self.library.Table(columns=[*value[0]], data=[[*row.values()] for row in value])
 
     def sync(self) -> None:
         points, self.queue = self.queue, []
         for point in points:
-            iteration, make_values = point
+            values, iteration = point
             try:
                 if iteration > self.sent:
-                    self.send(make_values(), iteration)
+                    self.send({tag: self._convert(value) for tag, value in values.items()}, iteration)
             except Exception as error:  # it may fail in any way, also for a while
                 self.queue.append(point)
                 self._warn_once(error)

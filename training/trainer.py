@@ -315,7 +315,7 @@ class Trainer:
         run.failure = nonfinite.UNKNOWN
         self.save(LAST, [run])
         run.failure = f"{run.folder.name}, iteration {run.iteration + 1:,}: {self._find_cause(run)}"
-        run.log.text("failure", run.failure, run.iteration)
+        run.log.add({"failure": run.failure}, run.iteration)
         if len(self.runs) > 1:
             self._say(f"{run.failure} (saved before it; the other runs continue)")
 
