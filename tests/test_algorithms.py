@@ -26,7 +26,7 @@ from learners.batch_norm import norm_parameter_names
 from learners.heads import ContextLayer, adapted_names, add_context, head_names
 from maml import MASS, RATE, SQUARE
 from training.meta_gradients import conjugate_gradients
-from training.schedules import meta_lr_at, multi_step_weights
+from training.step import meta_lr_at, multi_step_weights
 
 # ---- plain loops --------------------------------------------------------------------------
 

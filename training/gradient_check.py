@@ -130,9 +130,8 @@ class Definition:
         moved = _norm({name: w - end.fast[name] for name, w in start.fast.items()})
         factor = max(0.01 * _norm(start.fast), 0.01) / max(moved, 1e-12)
         if factor < 1:
-            self.maml = self.maml.with_options(
-                inner_lr=factor * self.maml.choices.inner_lr, inner_lr_max=None
-            )
+            lr = factor * self.maml.choices.inner_lr
+            self.maml = self.maml.with_options(inner_lr=lr, inner_lr_max=None)
             self.loop = self.maml.with_options(vectorise=False)
             self.parameters |= {n: factor * w for n, w in self.parameters.items() if n.startswith(RATE)}
 
@@ -251,9 +250,8 @@ class Definition:
     @torch.no_grad()
     def outer_loss(self, parameters: Weights) -> float:
         """Return the mean over tasks of the function whose gradient is the meta-gradient."""
-        return sum(self._loss_of(parameters, number).item() for number in range(len(self.tasks))) / len(
-            self.tasks
-        )
+        losses = [self._loss_of(parameters, number).item() for number in range(len(self.tasks))]
+        return sum(losses) / len(losses)
 
     def _loss_of(self, parameters: Weights, number: int) -> Tensor:
         task = self.tasks[number]
@@ -407,9 +405,8 @@ class _FindStops(TorchFunctionMode):
 
 def _shake(weight: Tensor) -> Tensor:
     """Move a weight a little, off the kinks and saddle points where weights of zero begin."""
-    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(
-        weight
-    )
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight)
     return weight + (0.01 + 0.1 * weight.square().mean().sqrt()) * noise
 
 

@@ -1,8 +1,7 @@
 """One training run: its settings and folder, its curves, and the files that it leaves.
 
 The trainer hands over the means of its metrics and its validations; a `Run` keeps them as curves, shows them
-in TensorBoard, remembers the best validation, and composes the checkpoint. Several runs that are trained at
-once have a `Run` each.
+in TensorBoard, and remembers the best validation. Several runs that are trained at once have a `Run` each.
 """
 
 from __future__ import annotations
@@ -192,10 +191,8 @@ class Run:
 
     def draw_examples(self, maml: MAML, distribution: TaskDistribution) -> None:
         """Draw validation tasks before and after adaptation, if their kind has a picture."""
-        steps, inner_batch = (
-            {self.choices.steps, self.evaluation.test_steps},
-            self.evaluation.eval_inner_batch,
-        )
+        steps = {self.choices.steps, self.evaluation.test_steps}
+        inner_batch = self.evaluation.eval_inner_batch
         examples = adapt_examples(maml, self.parameters, distribution, "validation", steps, inner_batch)
         if examples is not None:
             figure = examples_figure(examples, f"validation tasks, iteration {self.iteration:,}")
@@ -205,20 +202,29 @@ class Run:
 
     def end(self) -> None:
         """Write the curves as a picture and, last, as JSON: a run that has it is finished. Raises OSError."""
-        results: dict[str, Any] = {
+        progress, loss = self.progress, final_loss(self.progress.training)
+        results = {
             "iteration": self.iteration,
             "iterations": self.training.iterations,
-            "best_iteration": self.progress.best_iteration,
+            "best_iteration": progress.best_iteration,
             "failure": self.failure,
-            "final_training_loss": final_loss(self.progress.training),
-            "training": self.progress.training,
-            "validation": self.progress.validation,
+            "final_training_loss": loss,
+            "training": progress.training,
+            "validation": progress.validation,
         }
+        shown = {
+            "iterations": self.iteration,
+            f"best validation {self.measure_name}": self.best_validation,
+            "best iteration": progress.best_iteration,
+            "training loss": loss and loss["mean"],
+            "failure": self.failure,
+        }
+        table = [{"result": n, "value": str(plain_values(v))} for n, v in shown.items() if v is not None]
         after = self.iteration + 1  # a resumed run drops it
-        if self.progress.training and self.progress.validation:
+        if progress.training and progress.validation:
             figure = learning_figure(self._curves(), f"query {self.measure_name}")
             self.log.figure("view/training", figure, after, self.folder / "training.png")
-        self.log.add({"results": self._results_table()}, after)
+        self.log.add({"results": table}, after)
         self.log.sync()
         self.log.close(ended_at=after if self.failure is None else None)
         write_json(self.folder / RESULTS, results)
@@ -231,19 +237,6 @@ class Run:
             curves[f"training, means of {points * self.log_every:,} iterations"] = [curve]
         validation = progress.validation["iteration"], progress.validation[self.measure]
         return curves | {"validation": [validation]}
-
-    def _results_table(self) -> list[dict[str, str]]:
-        """Return the run's results for its log, without those that it has not."""
-        loss = final_loss(self.progress.training)
-        results = {
-            "iterations": self.iteration,
-            f"best validation {self.measure_name}": self.best_validation,
-            "best iteration": self.progress.best_iteration,
-            "training loss": loss and loss["mean"],
-            "failure": self.failure,
-        }
-        shown = {name: value for name, value in results.items() if value is not None}
-        return [{"result": name, "value": str(plain_values(value))} for name, value in shown.items()]
 
 
 def final_loss(training: Curve) -> dict[str, Any] | None:

@@ -30,12 +30,13 @@ from maml import MAML
 from training.adjoint import run_as_is
 from training.meta_gradients import make_meta_gradient
 from training.options import TrainingOptions
-from training.schedules import meta_lr_at, multi_step_weights
 
 # An iteration draws its random numbers by long chains of integer operations. Inductor repeats the chain of
 # a value wherever that is used unless it is told to keep values early; compiling took minutes.
 SAMPLING_OPTIONS = {"realize_opcount_threshold": 10}
 STATISTICS_MOMENTUM = 0.1  # PyTorch's
+STAGES = 10  # in which the multi-step loss moves to the last step
+FLOOR = 0.03  # the earlier steps keep this share of their first weights
 # The last two of the sums: how many iterations were skipped because of non-finite numbers, and the last of
 # them (exact up to 2^24). If the latter is infinite, the run has stopped; `iteration` is its last good one.
 TAIL = ("skipped", "last_skipped")
@@ -67,6 +68,38 @@ class State(NamedTuple):
     iteration: Tensor  # int64 scalar, iterations so far
     sums: Tensor  # [metrics] since the last point of the curves: measures, meta-gradient norm, and TAIL
     statistics: Tensor  # [numbers], running statistics of per-step batch norm; empty without
+
+
+# ---- schedules over iterations, which count from 0 -----------------------------------------------
+
+
+def multi_step_weights(iteration: Tensor, steps: int, iterations: int, dtype: torch.dtype) -> Tensor:
+    """Return the weights `[steps]` of the query losses after each inner step (Antoniou et al. 2019).
+
+    They are equal at first. The earlier steps' fall linearly, in ten equal stages over `iterations`, to
+    0.03 / steps, as in their code; the last step takes the rest.
+    """
+    stage = (iteration * STAGES // iterations).clamp(max=STAGES)
+    earlier = (1 - stage.to(dtype) / STAGES).clamp(min=FLOOR) / steps
+    last = 1 - (steps - 1) * earlier
+    return torch.cat([earlier.expand(steps - 1), last[None]])
+
+
+def meta_lr_at(options: TrainingOptions, members: Mapping[str, Tensor], iteration: Tensor) -> Tensor | float:
+    """Return the learning rate of the outer loop, in the type of `iteration`.
+
+    It is constant, is halved every so many iterations, or goes from the first to the final one: linearly, or
+    by half a cosine wave. `members` has the rates of runs that differ in them.
+    """
+    first, final = (members.get(n, getattr(options, n)) for n in ("meta_lr", "meta_lr_final"))
+    if options.meta_lr_schedule == "constant":
+        return first
+    if options.meta_lr_schedule == "halving":
+        return first * torch.exp2(-torch.floor(iteration / options.meta_lr_halving))
+    done = (iteration / options.iterations).clamp(max=1.0)
+    if options.meta_lr_schedule == "linear":
+        return first + (final - first) * done
+    return final + (first - final) * 0.5 * (1 + torch.cos(math.pi * done))
 
 
 # ---- the update ----------------------------------------------------------------------------------
@@ -195,24 +228,21 @@ class MetaStep:
 
     # ---- from one state to the next -----------------------------------------------------------
 
-    def __call__(self, state: State, iteration: int | None = None) -> State:
-        """Return the next state; `iteration` are those done: None waits for the device to tell."""
+    def __call__(self, state: State, iteration: int | None = None, *, alone: bool = False) -> State:
+        """Return the next state; `alone`: by this process's tasks, which compiles what there is to compile.
+
+        `iteration` are those done: None waits for the device to tell.
+        """
         if self.at_once and self.world.size == 1:
             return self._fast_iterate(state, self.numbers)
         message = self.message(state, iteration)
-        if self.world.size > 1:
+        if self.world.size > 1 and not alone:
             message[-1] = float(self.stop)
             message = self.world.sum(message)
             self.stop_asked = message[-1]
         return self._receive(state, message)
 
-    def rehearse(self, state: State, iteration: int) -> State:
-        """Return the next state by this process's tasks alone; compiles what there is to compile."""
-        if self.world.size == 1:
-            return self(state, iteration)
-        return self._receive(state, self.message(state, iteration))
-
-    def message(self, state: State, iteration: int | None = None) -> Tensor:
+    def message(self, state: State, iteration: int | None) -> Tensor:
         """Return what this process learns from its tasks: `[numbers]`, the last of which is 0."""
         if self.at_once:
             return self._send(state, self.numbers)

@@ -32,8 +32,7 @@ from training.folders import BEST, LAST
 from training.options import TrainingOptions
 from training.progress import ProgressBar
 from training.run import Run
-from training.schedules import meta_lr_at
-from training.step import TAIL, CudaGraph, FlatLayout, MetaStep, State
+from training.step import TAIL, CudaGraph, FlatLayout, MetaStep, State, meta_lr_at
 from training.stopping import StopRequest
 
 PICTURED = [4**power for power in range(20)]  # validations whose tasks are drawn
@@ -229,10 +228,8 @@ class Trainer:
         if self.options.compile != "on" or self.compiler.active:
             return True
         # whatever --iterations, so that a longer run repeats the bits of a shorter one
-        return self.iteration < self.uncompiled or self._compile_step()
-
-    def _compile_step(self) -> bool:
-        """Compile the step, and measure the rate from there; return False after a signal."""
+        if self.iteration < self.uncompiled:
+            return True
         proceeds = self._compile()
         self.bar.begin_rate()
         return proceeds
@@ -276,9 +273,9 @@ class Trainer:
         """Return how far off each run compiled is on the tasks of a coming iteration, and if it is right."""
         coming, number = self.state._replace(iteration=self.state.iteration + ahead), self.iteration + ahead
         self.compiler.active = False
-        uncompiled = self.plain_step.rehearse(coming, number)
+        uncompiled = self.plain_step(coming, number, alone=True)
         self.compiler.active = True
-        compiled = self.plain_step.rehearse(coming, number)
+        compiled = self.plain_step(coming, number, alone=True)
         part = "exp_avg" if self.options.meta_optimizer == "adam" else "parameters"  # moved by the gradient
         before, right, new = (getattr(state, part) for state in (self.state, uncompiled, compiled))
         errors = (new - right).norm(dim=-1) / (right - before).norm(dim=-1)
