@@ -18,11 +18,6 @@ from maml import MAML, RATE
 from training.meta_gradients import make_meta_gradient
 
 WAYS, SHOTS, TASKS, STEPS = 2, 2, 3, 3
-WAYS_TO_COMPUTE = [
-    {"engine": engine, "convolution": convolution}
-    for engine in ("unrolled", "adjoint")
-    for convolution in ("grouped", "im2col")
-]
 
 
 class Algorithm(MAML):
@@ -41,10 +36,6 @@ class Algorithm(MAML):
             how = {"accelerate": lambda function, options=None: function} if one_by_one else {}
             return make_meta_gradient(self, engine=self.engine, **how)(parameters, batch, **others)
         return super().meta_gradient(parameters, batch, way=way, **others)
-
-    def outputs(self, weights, x):
-        """Return the learner's outputs on one task's inputs."""
-        return self.call(weights, x)
 
 
 def inputs_of(learner: str) -> tuple[int, ...]:
@@ -77,12 +68,11 @@ def make_maml(learner: str, **options) -> Algorithm:
     return Algorithm(network, loss, **{"inner_lr": 0.1} | options)
 
 
-def smooth_network(inputs: int = 1) -> nn.Module:
+def smooth_network() -> nn.Module:
     """A network without kinks: finite differences agree to many digits."""
     torch.manual_seed(2)
-    return nn.Sequential(
-        nn.Linear(inputs, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1)
-    ).double()
+    layers = nn.Linear(1, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1)
+    return nn.Sequential(*layers).double()
 
 
 def smooth_maml(**options) -> Algorithm:

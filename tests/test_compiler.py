@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 import main
 from commands import build
 from commands.resolve import resolve
-from common.batch import TaskBatch
+from common.batch import TaskBatch, TaskDistribution
 from common.choices import Choices
 from dataset import Sinusoid
 from learners.batch_norm import BatchNorm
@@ -51,31 +51,29 @@ def small_network(*, norm: bool = False) -> nn.Module:
     return nn.Sequential(*layers).double()
 
 
-def iteration(
-    accelerate, *, norm: bool = False, training: dict | None = None, **choices
-) -> tuple[MetaStep, State]:
-    """Return a step on three sinusoids in float64, and its first state."""
+def three_iterations(accelerate, maml: MAML, tasks: TaskDistribution, **training) -> tuple[State, State]:
+    """Return the state before and after three iterations in float64."""
+    settings = resolve({"dataset": "sinusoid"}).replace_settings(**training)
+    step = MetaStep(maml, tasks, settings.training, {"seed": torch.tensor(5)}, accelerate=accelerate)
+    vector = step.layout.flatten(maml.initial_parameters())
+    zero, sums = torch.zeros_like(vector), vector.new_zeros(2 + tasks.classification + len(TAIL))
+    running = step.statistics_layout.flatten(maml.initial_statistics()).to(vector)
+    state = start = State(vector, zero, zero, torch.tensor(0), sums, running)
+    for iteration in range(3):
+        state = step(state, iteration)
+    return start, state
+
+
+def three_on_sinusoids(accelerate, *, norm: bool = False, training: dict | None = None, **choices):
     maml = MAML(small_network(norm=norm), F.mse_loss, Choices(**{"inner_lr": 0.05, "steps": 2} | choices))
-    parameters, statistics = maml.initial_parameters(), maml.initial_statistics()
-    options = {
-        "meta_batch_size": 3,
-        "iterations": 100,
-        "meta_lr": 0.01,
-        "grad_clip": 0.5,
-        "grad_clip_norm": 0.3,
-    }
-    settings = resolve({"dataset": "sinusoid"}).replace_settings(**options | (training or {}))
-    step = MetaStep(
-        maml,
-        Sinusoid(4, 3, dtype=torch.float64),
-        settings.training,
-        {"seed": torch.tensor(5)},
-        accelerate=accelerate,
-    )
-    vector = step.layout.flatten(parameters)
-    zero, sums = torch.zeros_like(vector), torch.zeros(2 + len(TAIL), dtype=torch.float64)
-    running = step.statistics_layout.flatten(statistics).to(vector)
-    return step, State(vector, zero, zero, torch.tensor(0), sums, running)
+    options = dict(meta_batch_size=3, iterations=100, meta_lr=0.01, grad_clip=0.5, grad_clip_norm=0.3)
+    tasks = Sinusoid(4, 3, dtype=torch.float64)
+    return three_iterations(accelerate, maml, tasks, **options | (training or {}))
+
+
+def assert_close_states(ours: State, theirs: State, tolerance: float) -> None:
+    for field, a, b in zip(State._fields, ours, theirs, strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=tolerance), field
 
 
 WAYS = {
@@ -100,22 +98,15 @@ WAYS = {
 )
 def test_a_compiled_iteration_equals_the_uncompiled_one_and_is_found_again(name, cache):
     accelerate = active_compiler(cache)
-    step, state = iteration(accelerate, **WAYS[name])
-    plain_step, plain = iteration(run_as_is, **WAYS[name])
-    start = state
-    for _ in range(3):
-        state, plain = step(state), plain_step(plain)
+    start, state = three_on_sinusoids(accelerate, **WAYS[name])
     assert accelerate.compiled == 1
-    for field, ours, theirs in zip(State._fields, state, plain, strict=True):
-        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-14), field
+    assert_close_states(state, three_on_sinusoids(run_as_is, **WAYS[name])[1], 1e-14)
     assert (state.parameters - start.parameters).abs().max() > 1e-4
 
     again = active_compiler(cache)  # as in another process: the same bits
-    step, other = iteration(again, **WAYS[name])
-    for _ in range(3):
-        other = step(other)
+    _, other = three_on_sinusoids(again, **WAYS[name])
     assert again.compiled == 0
-    assert all(torch.equal(a, b) for a, b in zip(state, other, strict=True))
+    assert all(map(torch.equal, state, other))
 
 
 @pytest.mark.slow
@@ -130,10 +121,8 @@ def test_a_compiled_iteration_on_images_equals_the_uncompiled_one(
     ways, shots, tasks_at_once, libraries, choices, tmp_path
 ):
     torch.manual_seed(0)
-    learner = nn.Sequential(
-        nn.Conv2d(1, 4, 3, stride=2, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()
-    )
-    learner = nn.Sequential(*learner, nn.Linear(36, 3)).double()
+    layers = [nn.Conv2d(1, 4, 3, stride=2, bias=False), nn.BatchNorm2d(4), nn.ReLU()]
+    learner = nn.Sequential(*layers, nn.Flatten(), nn.Linear(36, 3)).double()
     options = dict(convolution="im2col", tasks_at_once=tasks_at_once)
     choices = Choices(**{"inner_lr": 0.4, "steps": 1, "adapt_norm": True} | choices)
     maml = MAML(learner, LOSSES["cross-entropy"], choices, **options)
@@ -142,20 +131,12 @@ def test_a_compiled_iteration_on_images_equals_the_uncompiled_one(
     images = ImageSet([str(c) for c in range(12)], torch.full([12], 5), splits, lambda: pixels, "images")
     sizes = dict(ways=ways, shots=shots, queries=2, quarter_turns=True, dtype=torch.float64)
     training = dict(meta_batch_size=4, iterations=9, engine="adjoint")
-    settings = resolve({"dataset": "omniglot"}).replace_settings(**training)
-    seed = {"seed": torch.tensor(5)}
-    accelerate, states = active_compiler(tmp_path), []
-    for fast in (accelerate, run_as_is):
-        step = MetaStep(maml, ImageTasks(images, **sizes), settings.training, seed, accelerate=fast)
-        vector = step.layout.flatten(maml.initial_parameters())
-        zero, sums = torch.zeros_like(vector), torch.zeros(3 + len(TAIL), dtype=torch.float64)
-        state = State(vector, zero, zero, torch.tensor(0), sums, vector[:0])
-        for iteration in range(3):
-            state = step(state, iteration)
-        states.append(state)
+    accelerate, tasks = active_compiler(tmp_path), ImageTasks(images, **sizes)
+    (_, ours), (_, theirs) = (
+        three_iterations(fast, maml, tasks, **training) for fast in (accelerate, run_as_is)
+    )
     assert accelerate.compiled == libraries
-    for field, ours, theirs in zip(State._fields, *states, strict=True):
-        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12), field
+    assert_close_states(ours, theirs, 1e-12)
 
 
 @pytest.mark.slow
@@ -166,6 +147,12 @@ def test_compiled_statistics_of_strokes_on_blank_paper_are_exact(tmp_path):
         norm = BatchNorm(nn.BatchNorm2d(4))
         exact = BatchNorm(nn.BatchNorm2d(4)).double()(x.double())
         assert (active_compiler(tmp_path)(norm)(x) - exact).abs().max() < 1e-5
+
+
+def points() -> TaskBatch:
+    """Return four tasks of three classes, two support examples and a query of each."""
+    x, y = torch.randn(4, 9, 2, dtype=torch.float64), torch.arange(3).repeat(3).expand(4, -1)
+    return TaskBatch(x[:, :6], y[:, :6], x[:, 6:], y[:, 6:])
 
 
 @pytest.mark.parametrize(
@@ -190,8 +177,7 @@ def test_steps_that_are_accelerated_one_by_one_share_their_functions(choices, fu
 
         return run
 
-    x, y = torch.randn(4, 9, 2, dtype=torch.float64), torch.arange(3).repeat(3).expand(4, -1)
-    batch, parameters = TaskBatch(x[:, :6], y[:, :6], x[:, 6:], y[:, 6:]), maml.initial_parameters()
+    batch, parameters = points(), maml.initial_parameters()
     plain = make_meta_gradient(maml, engine="adjoint")(parameters, batch)
     ours = make_meta_gradient(maml, engine="adjoint", accelerate=record)(parameters, batch)
     assert len(used) == functions
@@ -217,9 +203,7 @@ def test_accelerated_predictions_are_the_plain_ones(head_init, real, tmp_path):
         made.append(function)
         return accelerate.or_plain(function) if real else function
 
-    x, y = torch.randn(4, 9, 2, dtype=torch.float64), torch.arange(3).repeat(3).expand(4, -1)
-    batch, norms = TaskBatch(x[:, :6], y[:, :6], x[:, 6:], y[:, 6:]), ("transductive", "inductive")
-    parameters = maml.initial_parameters()
+    batch, parameters, norms = points(), maml.initial_parameters(), ("transductive", "inductive")
     plain = maml.predictions(parameters, batch, 3, norms)
     fast = maml.with_options(accelerate=faster)
     for _ in range(2):  # made once

@@ -13,7 +13,7 @@ import pytest
 from runs import command, curves
 
 from common.errors import UsageError
-from training import trackers
+from training import log
 from training.folders import LAST
 from training.log import RunLog
 from training.trainer import Trainer
@@ -148,7 +148,7 @@ def test_a_tracker_that_fails_in_training_costs_one_line_and_no_point(part, tmp_
         step(self)
 
     step = Trainer.step
-    monkeypatch.setitem(trackers.OPEN, "wandb", open_stub)
+    monkeypatch.setitem(log.OPEN, "wandb", open_stub)
     monkeypatch.setattr(Trainer, "step", recovered)
     line = [*SHORT, "--checkpoint-path", tmp_path, "--run-name", "run", "--report-to", "tensorboard,wandb"]
     assert command(*line) == 0

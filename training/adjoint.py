@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vjp
+from torch.func import grad, grad_and_value, jvp, vjp
 
 from common.batch import Tree, first_tensor, tree_map
 from common.optimizers import InnerState, Weights
@@ -138,7 +138,7 @@ def adjoint(maml: MAML, accelerate: Accelerate) -> Way:
             cotangents: tuple[Weights, Weights] = {}, {}
             query_statistics: Weights = {}
             if step_weights is not None or number == maml.steps - 1:
-                (fast_cotangent, weights_cotangent), (loss, outputs, query_statistics) = query(
+                (fast_cotangent, weights_cotangent), (loss, (outputs, query_statistics)) = query(
                     step.after.fast, shared[number].weights, step.query
                 )
                 cotangents = fast_cotangent, sum_over_tasks(weights_cotangent)
@@ -235,13 +235,8 @@ def make_step_back(maml: MAML, axis: int | None) -> Callable[..., tuple[InnerSta
 
 
 def query_gradient(maml: MAML) -> Callable[..., Any]:
-    """Return the gradient of one task's query loss in adapted and shared weights, with what it saw."""
-
-    def loss(fast: Weights, shared: Weights, task: Task) -> tuple[Tensor, tuple[Tensor, Tree, Weights]]:
-        value, (outputs, statistics) = maml.query_loss(fast, shared, task)
-        return value, (value, outputs, statistics)
-
-    return grad(loss, (0, 1), has_aux=True)
+    """Return the gradient of one task's query loss in adapted and shared weights, with what that gives."""
+    return grad_and_value(maml.query_loss, (0, 1), has_aux=True)
 
 
 def gradient_of_slopes(maml: MAML, axis: int | None) -> Callable[..., tuple[Weights, Weights]]:

@@ -33,7 +33,7 @@ from common.batch import TaskBatch, cast_tree, first_tensor, tree_map
 from common.optimizers import Weights
 from common.task import Task
 from maml import MAML, RATE
-from training.meta_gradients import conjugate_gradients, make_meta_gradient
+from training.meta_gradients import conjugate_gradients, make_meta_gradient, pooled_loss
 
 STEPS = 2  # at most: later ones start from weights that differ between tasks, as the second one does
 # of each task's support and query: batch norm requires some, or positions, which large images have
@@ -259,10 +259,7 @@ class Definition:
             return self.loop.outer_loss(parameters, task, self.step_weights)[0]
         if self.kind == "first-order":
             return self._first_order_loss(parameters, task, self.constants[number])
-        pool, fast = task.pooled(), self.loop.start(parameters).fast
-        extras = task.extras.for_pass("query", mask=pool.support_mask)
-        outputs = self.loop.call(fast | parameters, pool.support_x, extras)
-        return self.loop.loss(outputs, pool.support_y, extras)
+        return pooled_loss(self.loop, parameters, task)[0]
 
     # ---- first order, Reptile and implicit --------------------------------------------------
 
@@ -305,9 +302,7 @@ class Definition:
         choices, strength = maml.choices, maml.optimizer.proximal
         *_, end = maml.inner_loop(self.parameters, task, maml.steps)
         shared_weights, extras = end.shared.weights, replace(end.task.extras, mask=task.support_mask)
-        v, u = grad(lambda fast, shared: maml.query_loss(fast, shared, end.task)[0], (0, 1))(
-            end.fast, shared_weights
-        )
+        (v, u), _ = grad(maml.query_loss, (0, 1), has_aux=True)(end.fast, shared_weights, end.task)
 
         def support_gradients(fast: Weights, shared: Weights) -> tuple[Weights, Weights]:
             def loss(fast: Weights, shared: Weights) -> Tensor:

@@ -97,7 +97,7 @@ def implicit(maml: MAML, accelerate: Accelerate) -> Way:
         _, last, shared = walk.to_end(parameters, tasks)
         extras = replace(last.query.extras, mask=tasks.support_mask)
         support = (tasks.support_x, tasks.support_y, extras)
-        (v, u), (losses, outputs, _) = query_of(last.after.fast, shared.weights, last.query)
+        (v, u), (losses, (outputs, _)) = query_of(last.after.fast, shared.weights, last.query)
 
         def product(x: Weights) -> Weights:
             second, _ = slopes(last.after.fast, shared.weights, x, *support)
@@ -176,17 +176,10 @@ def joint(maml: MAML, accelerate: Accelerate) -> Way:
     """The gradient of the mean loss on support and query together, nothing adapted: pretraining."""
 
     def one_task(parameters: Weights, task: Task) -> tuple[Weights, Tensor, Tree]:
-        pool = task.pooled()
-        extras, query = task.extras.for_pass("query", mask=pool.support_mask), task.for_query(0)
-
-        def loss(parameters: Weights) -> tuple[Tensor, Tree]:
-            outputs = maml.call(maml.start(parameters).fast | parameters, pool.support_x, extras)
-            return maml.loss(outputs, pool.support_y, extras), outputs
-
-        gradients, outputs = grad(loss, has_aux=True)(parameters)
+        gradients, outputs = grad(partial(pooled_loss, maml), has_aux=True)(parameters, task)
         queries = len(first_tensor(task.query_y))
         outputs = tree_map(lambda part: part[-queries:], outputs)
-        return gradients, maml.loss(outputs, task.query_y, query.extras), outputs
+        return gradients, maml.loss(outputs, task.query_y, task.for_query(0).extras), outputs
 
     gradient = accelerate(maml.over_tasks(one_task, (SAME, TASKS)))
 
@@ -195,6 +188,14 @@ def joint(maml: MAML, accelerate: Accelerate) -> Way:
         return MetaGradient(_fill_gradients(parameters, sum_over_tasks(gradients)), losses, outputs, {})
 
     return way
+
+
+def pooled_loss(maml: MAML, parameters: Weights, task: Task) -> tuple[Tensor, Tree]:
+    """Return the loss of a task's support and query together, with nothing adapted, and the outputs."""
+    pool = task.pooled()
+    extras = task.extras.for_pass("query", mask=pool.support_mask)
+    outputs = maml.call(maml.start(parameters).fast | parameters, pool.support_x, extras)
+    return maml.loss(outputs, pool.support_y, extras), outputs
 
 
 # ---- dictionaries of tensors ---------------------------------------------------------------------
