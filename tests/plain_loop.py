@@ -206,8 +206,8 @@ def plain_predictions(
     for number, task in enumerate(tasks_of(batch)):
         task_module, key = copy.deepcopy(module), None if keys is None else keys[number]
         start = learned(module)
-        head = compute_head(copy.deepcopy(module), start | (more or {}), task, key) if compute_head else {}
-        start |= head
+        if compute_head:
+            start |= compute_head(copy.deepcopy(module), start | (more or {}), task, key)
         weights = inner_loop(task_module, loss, start, task, adapted=adapted, keys=key)
         if normalisation == "inductive":
             steps = [inductive(task_module, fast, task.support_x, task.query_x) for fast in weights]

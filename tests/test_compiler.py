@@ -28,7 +28,7 @@ from training.checkpoint import load_checkpoint
 from training.compiler import CompilationError, Compiler
 from training.folders import LAST
 from training.meta_gradients import make_meta_gradient
-from training.step import TAIL, MetaStep, State, adam, clip
+from training.step import TAIL, MetaStep, State, clip
 
 CPU = torch.device("cpu")
 
@@ -187,9 +187,7 @@ def test_steps_that_are_accelerated_one_by_one_share_their_functions(choices, fu
 @pytest.mark.parametrize(
     ("head_init", "real"),
     [
-        ("learned", False),
-        ("prototype", False),
-        ("ridge", False),
+        *((head_init, False) for head_init in ("learned", "prototype", "ridge")),
         pytest.param("ridge", True, marks=pytest.mark.slow),
     ],
 )
@@ -311,25 +309,6 @@ def test_code_in_another_users_folder_is_not_loaded(tmp_path, monkeypatch):
     accelerate.active = True
     with pytest.raises(CompilationError, match="XDG_CACHE_HOME"):
         accelerate(lambda x: (x + 1,))(torch.ones(1))
-
-
-# ---- the outer optimizer --------------------------------------------------------------------------
-
-
-def test_adam_is_that_of_torch():
-    torch.manual_seed(0)
-    weight = torch.randn(7, dtype=torch.float64)
-    theirs = weight.clone().requires_grad_()
-    optimizer = torch.optim.Adam([theirs], lr=0.03)
-    zero = torch.zeros_like(weight)
-    state = State(weight, zero, zero, torch.tensor(0), torch.zeros(1), zero[:0])
-    for _ in range(50):
-        gradient = torch.randn(7, dtype=torch.float64)
-        theirs.grad = gradient
-        optimizer.step()
-        state = adam(state, gradient, lr=0.03)
-    assert torch.allclose(state.parameters, theirs, rtol=1e-12)
-    assert state.iteration == 50
 
 
 def test_clipping_is_that_of_torch():

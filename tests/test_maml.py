@@ -14,38 +14,30 @@ from learner import LEARNERS, build_learner
 FAST = ("mlp", "conv", "fc")
 SLOW = pytest.mark.slow
 EVERY_LEARNER = [pytest.param(name, marks=[SLOW] * (name not in FAST)) for name in LEARNERS]
-LEARNERS_AND_STEPS = [
-    *((name, steps) for name in FAST for steps in (1, 5)),
-    *(pytest.param(name, 5, marks=SLOW) for name in LEARNERS if name not in FAST),
+CASES = [  # learner, inner steps and batch norm
+    *((name, steps, "transductive") for name in FAST for steps in (1, 5)),
+    *(pytest.param(name, 5, "transductive", marks=SLOW) for name in LEARNERS if name not in FAST),
+    *((name, 2, "inductive") for name in ("conv", "fc")),
 ]
 
 
-def assert_every_way_matches_a_loop_over_tasks(learner: str, **options) -> None:
-    batch = make_tasks(learner, tasks=2 if learner == "convnet" else TASKS)
+@pytest.mark.parametrize("meta_gradient", ORDERS)
+@pytest.mark.parametrize(("learner", "steps", "batch_norm"), CASES)
+def test_meta_gradient_matches_a_plain_loop_over_tasks(learner, steps, batch_norm, meta_gradient):
+    is_large = learner == "convnet"
+    options = {"steps": steps, "meta_gradient": meta_gradient, "batch_norm": batch_norm}
+    options["adapt_norm"] = is_large
+    batch = make_tasks(learner, tasks=2 if is_large else TASKS)
     maml = make_maml(learner, **options)
     parameters = maml.initial_parameters()
     expected, loss = loop_over_tasks(maml, parameters, batch)
     convolves = any(name.endswith("weight") and w.dim() > 2 for name, w in parameters.items())
     convolutions = ("grouped", "im2col") if convolves else ("grouped",)
     ways = [{"engine": engine, "convolution": c} for engine in ENGINES for c in convolutions]
-    for way in ways[:1] if learner == "convnet" else ways:
+    for way in ways[:1] if is_large else ways:
         result = make_maml(learner, **options, **way).meta_gradient(parameters, batch)
         assert_close(result.gradients, expected)
         assert torch.allclose(result.losses.mean(), loss, rtol=1e-12)
-
-
-@pytest.mark.parametrize("meta_gradient", ORDERS)
-@pytest.mark.parametrize(("learner", "steps"), LEARNERS_AND_STEPS)
-def test_meta_gradient_matches_a_plain_loop_over_tasks(learner, meta_gradient, steps):
-    options = {"steps": steps, "meta_gradient": meta_gradient, "adapt_norm": learner == "convnet"}
-    assert_every_way_matches_a_loop_over_tasks(learner, **options)
-
-
-@pytest.mark.parametrize("meta_gradient", ORDERS)
-@pytest.mark.parametrize("learner", ["conv", "fc"])
-def test_inductive_meta_gradient_matches_a_plain_loop(learner, meta_gradient):
-    options = {"steps": 2, "meta_gradient": meta_gradient, "batch_norm": "inductive", "adapt_norm": False}
-    assert_every_way_matches_a_loop_over_tasks(learner, **options)
 
 
 @pytest.mark.parametrize("meta_gradient", ORDERS)
