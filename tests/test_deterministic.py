@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from runs import assert_same_bits, command
+from runs import assert_same_bits, command, train
 
 from training import trainer
 from training.checkpoint import load_checkpoint
@@ -32,16 +32,11 @@ def _as_before(monkeypatch):
 
 @pytest.mark.parametrize(
     "way",
-    [
-        ["--compile", "off", "--threads", 2],
-        pytest.param(["--compile", "on"], marks=pytest.mark.slow),
-    ],
+    [["--compile", "off", "--threads", 2], pytest.param(["--compile", "on"], marks=pytest.mark.slow)],
     ids=["uncompiled", "compiled"],
 )
 def test_the_same_command_gives_the_same_bits_and_resuming_without_it_is_said(way, tmp_path, capsys):
-    for name in ("a", "b"):
-        assert command(*SMALL, *way, "--checkpoint-path", tmp_path, "--run-name", name) == 0
-    a, b = (load_checkpoint(tmp_path / name / LAST) for name in ("a", "b"))
+    a, b = (load_checkpoint(train(tmp_path / name, *SMALL, *way) / LAST) for name in ("a", "b"))
     assert a.settings["compile"] == way[1] and a.computed_by["deterministic"] == "yes"
     assert_same_bits(a.parameters | a.progress, b.parameters | b.progress)
     if way[1] == "off":

@@ -304,18 +304,21 @@ def reads(outputs, targets):
 
 
 @pytest.fixture
-def own(tmp_path):
-    """Return a function that gives the flags of a run with a learner of this file."""
+def train_own(tmp_path, monkeypatch, capsys):
+    """Return a function that trains a learner of this file; it checks the exit code, and returns stderr."""
     print_once.cache_clear()  # another test of this process may have said it
     here = str(Path(__file__).parent)
-    code = f"import sys\nsys.path.insert(1, {here!r})\nfrom test_gradient_check import *\n"
-    (tmp_path / "own.py").write_text(code)
+    imports = f"import sys\nsys.path.insert(1, {here!r})\nfrom test_gradient_check import *\n"
+    (tmp_path / "own.py").write_text(imports)
+    monkeypatch.chdir(tmp_path)
 
-    def flags(name: str, *others: str) -> list:
-        line = ["--learner", f"{tmp_path / 'own.py'}:{name}", "--iterations", 2, "--eval-tasks", 2]
-        return [*line, "--checkpoint-path", tmp_path / "runs", "--run-name", "a", *others]
+    def train(name: str, *flags: str, code: int = 0) -> str:
+        line = ["--learner", f"own.py:{name}", "--iterations", 2, "--eval-tasks", 2]
+        line += ["--checkpoint-path", tmp_path / "runs", "--run-name", "a"]
+        assert command(*line, *flags) == code
+        return capsys.readouterr().err
 
-    return flags
+    return train
 
 
 @pytest.mark.parametrize(
@@ -333,42 +336,34 @@ def own(tmp_path):
         ("right", "--algorithm reptile --inner-lr 0.0001", "agrees with the moves of a plain loop's weights"),
     ],
 )
-def test_a_run_says_whether_its_gradient_is_right(name, flags, words, own, capsys):
+def test_a_run_says_whether_its_gradient_is_right(name, flags, words, train_own):
     refused = "being" in words
-    assert command(*own(name, *flags.split())) == (2 if refused else 0)
-    error = capsys.readouterr().err
-    assert words in error and ("Checked" in error) == bool(words and not refused)
-    assert "depend on the other query examples" not in error
+    said = train_own(name, *flags.split(), code=2 if refused else 0)
+    assert words in said and ("Checked" in said) == bool(words and not refused)
+    assert "depend on the other query examples" not in said
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "flags", "words"),
     [
-        ("Counts", "gives other outputs when called again with the same inputs"),
-        ("Flips", "gives other outputs when called again with the same inputs"),
-        ("Root", "the gradient by zeros is not finite at the initial weights"),
-        ("Saves", "torch.utils.checkpoint does not work here: call the layer itself"),
-        ("frozen", "its layer 1 (FrozenSlope) has no derivative in forward mode"),
-        ("Masks", "the network (Masks) has a hook on the gradient of weight"),
+        ("Counts", "", "gives other outputs when called again with the same inputs"),
+        ("Flips", "", "gives other outputs when called again with the same inputs"),
+        ("Left", "--loss own.py:reads", "gives another value for the same outputs"),
+        ("Root", "", "the gradient by zeros is not finite at the initial weights"),
+        ("Saves", "", "torch.utils.checkpoint does not work here: call the layer itself"),
+        ("frozen", "--algorithm imaml", "its layer 1 (FrozenSlope) has no derivative in forward mode"),
+        ("Masks", "", "the network (Masks) has a hook on the gradient of weight"),
     ],
 )
-def test_a_pass_that_is_no_function_of_weights_and_inputs_is_refused(name, words, own, capsys):
-    flags = ["--algorithm", "imaml"] if name == "frozen" else []
-    assert command(*own(name, *flags)) == 2
-    error = capsys.readouterr().err
-    assert words in error and "--first-order" not in error
+def test_a_pass_that_is_no_function_of_weights_and_inputs_is_refused(name, flags, words, train_own):
+    said = train_own(name, *flags.split(), code=2)
+    assert words in said and "--first-order" not in said
 
 
-def test_what_a_pass_leaves_or_mixes_is_said(own, capsys):
-    assert command(*own("Schedules")) == 0
-    said = capsys.readouterr().err
+def test_what_a_pass_leaves_or_mixes_is_said(train_own):
+    said = train_own("Schedules")
     assert "Each pass starts with the learner's calls, last as built" in said
     assert "Outputs for an example depend on the other query examples" in said
-
-
-def test_a_loss_that_reads_what_the_last_pass_left_is_refused(own, tmp_path, capsys):
-    assert command(*own("Left", "--loss", f"{tmp_path / 'own.py'}:reads")) == 2
-    assert "gives another value for the same outputs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -379,23 +374,20 @@ def test_a_loss_that_reads_what_the_last_pass_left_is_refused(own, tmp_path, cap
         ("frozen", "layer 1 (FrozenSlope) has no derivative in forward mode"),
     ],
 )
-def test_auto_leaves_an_engine_that_is_wrong_or_fails(name, words, own, capsys, monkeypatch, tmp_path):
+def test_auto_leaves_an_engine_that_is_wrong_or_fails(name, words, train_own, monkeypatch, tmp_path):
     adjoint = {"engine": "adjoint"}
     monkeypatch.setattr("commands.train.resolve", lambda flags: resolve(flags).replace_settings(**adjoint))
-    assert command(*own(name, "--check-gradients")) == (2 if name == "frozen" else 0)
-    error = capsys.readouterr().err
-    assert words in error
+    said = train_own(name, "--check-gradients", code=2 if name == "frozen" else 0)
+    assert words in said
     if name == "frozen":  # the other one is wrong, too
-        assert "its layer 1 (FrozenSlope) being 32.0% off in reverse mode" in error
+        assert "its layer 1 (FrozenSlope) being 32.0% off in reverse mode" in said
     else:
         settings = load_checkpoint(tmp_path / "runs" / "a" / "last.pt").settings
-        assert settings["engine"] == "unrolled" and "Checked: " in error
+        assert settings["engine"] == "unrolled" and "Checked: " in said
 
 
-def test_seeds_share_a_check_and_what_decides_it_has_its_own(own, capsys):
-    line = own("right")[:-2]
-    assert command(*line, "--run-name", "seeds", "--seeds", "0-1", "--sweep", "vectorise=yes,no") == 0
-    assert capsys.readouterr().err.count("Checked: ") == 2
+def test_seeds_share_a_check_and_what_decides_it_has_its_own(train_own):
+    assert train_own("right", "--seeds", "0-1", "--sweep", "vectorise=yes,no").count("Checked: ") == 2
 
 
 @pytest.mark.parametrize(("factor", "times"), [(1.5, 3), (float("nan"), 3), (1.5, 2)])

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from runs import assert_same_run, command
+from runs import assert_same_run, command, train
 
 from common import files
 from training.folders import LAST, RESULTS
@@ -20,8 +20,7 @@ SHORT += ["--meta-batch-size", 4, "-k", 3, "-q", 3, "--compile", "off", "--val-t
 @pytest.fixture
 def whole(tmp_path) -> Path:
     """Return the folder of an undisturbed run."""
-    assert command(*SHORT, "--checkpoint-path", tmp_path, "--run-name", "whole") == 0
-    return tmp_path / "whole"
+    return train(tmp_path / "whole", *SHORT)
 
 
 METHOD = next(m for m in ("forkserver", "spawn") if m in multiprocessing.get_all_start_methods())

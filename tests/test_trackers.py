@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from runs import command, curves
+from runs import command, curves, train
 
 from common.errors import UsageError
 from training import log
@@ -117,8 +117,7 @@ def test_a_tracker_has_what_tensorboard_has_and_a_resumed_run_continues_there(tr
 
 def test_runs_at_once_have_a_run_each_in_one_group(tmp_path):
     pytest.importorskip("trackio")
-    line = [*SHORT, "--checkpoint-path", tmp_path, "--run-name", "many", "--seeds", "0-1"]
-    assert command(*line, "--report-to", "trackio") == 0
+    train(tmp_path / "many", *SHORT, "--seeds", "0-1", "--report-to", "trackio")
     for seed in (0, 1):
         _, settings, history = read_trackio(tmp_path / "many" / f"seed-{seed}")
         assert (settings["seed"], settings["_Group"]) == (seed, "many")
@@ -150,8 +149,7 @@ def test_a_tracker_that_fails_in_training_costs_one_line_and_no_point(part, tmp_
     step = Trainer.step
     monkeypatch.setitem(log.OPEN, "wandb", open_stub)
     monkeypatch.setattr(Trainer, "step", recovered)
-    line = [*SHORT, "--checkpoint-path", tmp_path, "--run-name", "run", "--report-to", "tensorboard,wandb"]
-    assert command(*line) == 0
+    train(tmp_path / "run", *SHORT, "--report-to", "tensorboard,wandb")
     warning = "warning: --report-to wandb fails (ConnectionError: the server has gone): the run continues"
     assert capsys.readouterr().err.count(warning) == 1
     expected = [(tag, iteration) for tag, points in curves(tmp_path / "run").items() for iteration in points]

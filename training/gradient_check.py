@@ -100,10 +100,9 @@ class Definition:
         self.maml = maml.in_precision(dtype).with_options(steps=steps, inner_batch=None, tasks_at_once=None)
         self.loop = self.maml.with_options(vectorise=False)
         fresh = self.maml.initial_parameters()  # those of inner steps have fewer rows
-        self.parameters = {n: parameters[n][: len(w)] if w.dim() else parameters[n] for n, w in fresh.items()}
-        self.parameters = {
-            n: _shake(w.to(dtype)) if n in maml.initial else w.to(dtype) for n, w in self.parameters.items()
-        }
+        cut = {n: parameters[n][: len(w)] if w.dim() else parameters[n] for n, w in fresh.items()}
+        cast = cast_tree(cut, dtype).items()
+        self.parameters = {n: _shake(w) if n in maml.initial else w for n, w in cast}
         if maml.choices.head_init != "prototype":  # which needs an example of each class
             shape = first_tensor(batch.support_x).shape[2:]  # of an example
             count = IMAGES if len(shape) > 2 and shape.numel() > LARGE else EXAMPLES
@@ -333,8 +332,6 @@ class Definition:
         x = conjugate_gradients(product, {n: w[None] for n, w in v.items()}, choices.cg_steps)
         x = {n: w[0] for n, w in x.items()}
         return x | {n: g - m / strength for (n, g), m in zip(u.items(), second(x)[1].values(), strict=True)}
-
-    # ---- stopped gradients ------------------------------------------------------------------
 
     @cached_property
     def stops_gradients(self) -> bool:

@@ -90,10 +90,6 @@ class Tracker:
     Points are held back until a checkpoint has them, and the last one that was sent is noted: a resumed run
     repeats what a killed one did after its last checkpoint, and sends nothing twice. A tracker that fails
     while the run trains does not end it: what is missing there waits for the next checkpoint.
-
-    Args:
-        name: "wandb" or "trackio".
-        folder, begin_at: see `RunLog`.
     """
 
     def __init__(self, name: str, folder: Path, settings: Mapping[str, Any], *, begin_at: int | None) -> None:

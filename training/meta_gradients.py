@@ -198,9 +198,6 @@ def pooled_loss(maml: MAML, parameters: Weights, task: Task) -> tuple[Tensor, Tr
     return maml.loss(outputs, pool.support_y, extras), outputs
 
 
-# ---- dictionaries of tensors ---------------------------------------------------------------------
-
-
 def _fill_gradients(parameters: Weights, gradients: Weights) -> Weights:
     """Return gradients of all meta-parameters, zero for those without one."""
     return {name: gradients.get(name, torch.zeros_like(w)) for name, w in parameters.items()}

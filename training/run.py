@@ -104,15 +104,13 @@ class Run:
         scalars = {f"train/{name}": value for name, value in metrics.items()}
         scalars |= {SPEED: rate, META_LR: meta_lr}
         for name, rates in self.parameters.items():
+            tag = f"{WEIGHTS}{name}"
             if name.startswith(RATE) and self.choices.inner_rates == "layer-step":
-                scalars |= {
-                    f"{WEIGHTS}{name}/step_{step}": value for step, value in enumerate(rates.tolist(), 1)
-                }
+                scalars |= {f"{tag}/step_{step}": value for step, value in enumerate(rates.tolist(), 1)}
             elif name.startswith(RATE):
-                tag = f"{WEIGHTS}{name}"
                 scalars |= {f"{tag}/mean": rates.mean().item(), f"{tag}/least": rates.min().item()}
             elif name.startswith(RIDGE):
-                scalars[f"{WEIGHTS}{name}"] = rates.item()
+                scalars[tag] = rates.item()
         self.log.add(scalars, self.iteration)
 
     def validate(

@@ -70,11 +70,7 @@ class Description:
 
 
 class EventFile:
-    """A run's log as an event file in its folder; see `RunLog`.
-
-    Args:
-        folder, begin_at: see `RunLog`.
-    """
+    """A run's log as an event file in its folder; see `RunLog`."""
 
     def __init__(self, folder: Path, description: Description | None, *, begin_at: int | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
