@@ -93,24 +93,26 @@ def run(arguments: list[str]) -> int:
 
 
 def dispatch(call: Call, flags: Mapping[str, Any], command: str, world: World) -> int:
-    """Call the command that the flags ask for."""
-    from commands import adapt, baselines, compare, evaluate, export, runs, sweep, train
+    """Call the command that the flags ask for; return its exit code."""
+    from commands import adapt, baselines, compare, evaluate, network, runs, sweep, train
 
     if call.list_runs:
-        return runs.list_runs(call)
-    if call.adapt:
-        return adapt.adapt(call, flags, command)
-    if call.save_weights:
-        return export.export(call)
-    if call.compare:
-        return compare.compare(call, flags, command)
-    if call.baselines:
+        runs.list_runs(call)
+    elif call.adapt:
+        adapt.adapt(call, flags, command)
+    elif call.save_weights:
+        network.give_initialisation(call)
+    elif call.compare:
+        compare.compare(call, flags, command)
+    elif call.baselines:
         return baselines.baselines(call, flags, command, world)
-    if call.eval:
-        return evaluate.evaluate(call, flags, command, world)
-    if call.seeds or call.sweep:
+    elif call.eval:
+        evaluate.measure_runs(call, flags, command, world)
+    elif call.seeds or call.sweep:
         return sweep.sweep(call, flags, command, world)
-    return train.train(call, flags, command, world)
+    else:
+        return train.train(call, flags, command, world)
+    return 0
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from commands.build import build_algorithm, fit_weights, make_writable, prepare, print_settings
+from commands.build import build_algorithm, fit_weights, make_writable, print_settings
 from commands.call import Call
 from commands.config import Config
-from commands.initialisation import Initialisation, Solution, choose_normalisation, merge_settings
+from commands.initialisation import Initialisation, Solution
 from commands.initialisation import predict as predict
 from commands.network import give_network
 from commands.outputs import count_outputs, find_ignored_label
@@ -44,7 +44,6 @@ from tasks.pixels import Form
 from tasks.scales import Scales, undo_scale
 from tasks.tables import Columns
 from tasks.user_tasks import read_task_arrays, read_task_folder, read_task_table
-from training.checkpoint import load_checkpoint
 
 DIGITS_PRINTED = 6  # of a prediction; files have all
 
@@ -69,23 +68,21 @@ def load(
     return maml, *fit_weights(start.file, start.source, maml, start.config)
 
 
-def adapt(call: Call, flags: Mapping[str, Any], command: str) -> int:
+def adapt(call: Call, flags: Mapping[str, Any], command: str) -> None:
     """Adapt a checkpoint to each task of --adapt; write predictions, a picture and the adapted weights."""
     assert call.load is not None and call.adapt is not None
-    source = load_checkpoint(call.load)
-    config = merge_settings(source, call.load, flags)
-    runtime, norm = prepare(config, call), choose_normalisation(flags, source)
-    start = Initialisation(call.load, source, config, runtime, norm)
+    start = Initialisation.read(call.load, flags, call)
+    config, scales = start.config, start.source.scales
     tasks = read_tasks(call.adapt, start)
     if call.save_weights and len(tasks) > 1:
         raise UsageError(f"--save-weights {call.save_weights}: there are {len(tasks)} tasks: give one")
     folder, steps = make_writable(call.out or call.load.parent), config.evaluation.test_steps
-    print_settings(config, runtime, f"Adapting {call.load} to {call.adapt}: {after_steps(steps)}")
+    print_settings(config, start.runtime, f"Adapting {call.load} to {call.adapt}: {after_steps(steps)}")
     predictions = []
     for task in tasks:
         solution = start.adapt(task)
         predictions.append(_predict(task, start, solution))
-    stem, digits = f"{folder / call.load.stem}-adapted-{call.adapt.stem}", 10 if source.scales else 7
+    stem, digits = f"{folder / call.load.stem}-adapted-{call.adapt.stem}", 10 if scales else 7
     header, rows = _tabulate(tasks, predictions, digits=digits)
     print(predictions_table(*_tabulate(tasks, predictions, digits=DIGITS_PRINTED)))
     if words := _describe_predictions(predictions[0], solution.reading, config):
@@ -95,16 +92,16 @@ def adapt(call: Call, flags: Mapping[str, Any], command: str) -> int:
         "checkpoint": call.load,
         "adapted_to": call.adapt,
         "steps": steps,
-        "batch_norm": norm if solution.maml.has_batch_norm else None,
+        "batch_norm": start.normalisation if solution.maml.has_batch_norm else None,
         "tasks": [
             {"task": t.name or None, "classes": t.classes, "query": t.query_names, "predicted": p.columns}
             for t, p in zip(tasks, predictions, strict=True)
         ],
         "settings": config.values(),
         "versions": collect_versions(),
-        "device": runtime.describe(),
+        "device": start.runtime.describe(),
     }
-    tasks = [_convert_units(task, source.scales) for task in tasks]
+    tasks = [_convert_units(task, scales) for task in tasks]
     write_csv(Path(f"{stem}.csv"), header, rows)
     title = f"{escape_text(call.adapt.name)}: {after_steps(steps)}"
     write_figure(Path(f"{stem}.png"), predictions_figure(tasks, predictions, title))
@@ -113,7 +110,6 @@ def adapt(call: Call, flags: Mapping[str, Any], command: str) -> int:
     print(f"Written: {', '.join([f'{stem}.csv', *arrays])}, .png and .json")
     if len(tasks) == 1:
         print(give_network(call.save_weights, Path(f"{stem}-weights.pt"), start, solution, task))
-    return 0
 
 
 def _predict(task: UserTask, start: Initialisation, solution: Solution) -> Prediction:

@@ -31,8 +31,7 @@ from commands.outputs import (
     try_outputs,
     with_metric,
 )
-from commands.padding import fit_to_sizes
-from commands.probe import Probe
+from commands.probe import Probe, fit_to_sizes, is_built_in
 from commands.resolve import resolve
 from commands.settings import render_settings
 from common.batch import TaskDistribution, Tree, tree_map
@@ -49,7 +48,7 @@ from evaluation.tables import write_json
 from learner import LEARNERS, build_learner, load_factory
 from learners.copies import UnfitError
 from learners.functional import collect_fixed_tensors
-from learners.losses import LOSSES, SCALED, build_loss, loss_name
+from learners.losses import SCALED, build_loss, loss_name
 from learners.modules import convert_type
 from learners.reading import Reading, choose_reading
 from maml import MAML, OWN
@@ -331,8 +330,7 @@ def _try_out(
 ) -> str:
     """Try the user's code and the metric; return the engine, which may be another one if it is `free`."""
     config = probe.config
-    users = config.learner.learner not in LEARNERS or config.learner.loss not in LOSSES
-    if users:
+    if not is_built_in(config):
         try:
             probe.check_learner()
         except UsageError as error:
@@ -345,7 +343,7 @@ def _try_out(
         for line in probe.describe_passes() if prints else []:
             print_once(line)
     probe.try_metric(reading)
-    if not (users if call.check_gradients is None else call.check_gradients):
+    if call.check_gradients is False or (call.check_gradients is None and is_built_in(config)):
         return config.training.engine
     # runs that differ in their seed alone share a check
     key = (free, config.tasks, config.learner, config.choices, *map(config.get, DECISIVE))

@@ -39,7 +39,7 @@ MEASURE = ("loss", "loss_args", "standardise")
 Runs = dict[int, Subject]  # one side of the comparison, by seed
 
 
-def compare(call: Call, flags: Mapping[str, Any], command: str) -> int:
+def compare(call: Call, flags: Mapping[str, Any], command: str) -> None:
     """Measure the runs of --compare on the same tasks; print tables, write a record and a picture."""
     runs = read_sides(call, flags)
     check_pairs(runs)
@@ -83,7 +83,6 @@ def compare(call: Call, flags: Mapping[str, Any], command: str) -> int:
         ],
     }
     print(write_results(stem, result, comparison_figure(sides, caption)))
-    return 0
 
 
 def _read_curves(subject: Subject) -> dict[str, Any]:

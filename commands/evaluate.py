@@ -53,14 +53,8 @@ from training.tensorboard import TEST, Description, has_log
 COMPILED_FROM = 1_000_000  # images times inner steps: compiling then saves more than it takes (docs/speed.md)
 
 
-def evaluate(call: Call, flags: Mapping[str, Any], command: str, world: World) -> int:
-    """Measure a checkpoint, all runs of a folder, or the fresh initialisation; return the exit code."""
-    measure_runs(call, flags, command, world)
-    return 0
-
-
 def measure_runs(call: Call, flags: Mapping[str, Any], command: str, world: World) -> list[Subject]:
-    """Measure what --load names; of a folder of many runs, also print and write what they show together."""
+    """Measure a checkpoint or the fresh initialisation; or all runs of a folder, one by one and together."""
     with world.together():
         runs = find_runs(call.load) if call.load is not None else []
     subjects = measure([run["file"] for run in runs] or [call.load], call, flags, command, world)

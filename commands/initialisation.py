@@ -1,6 +1,6 @@
 """Open a trained initialisation, adapt it to a task, and give its outputs the units of the data.
 
-    checkpoint -> merge_settings -> Initialisation -> adapt(UserTask) -> Solution -> outputs(x)
+    checkpoint -> Initialisation -> adapt(UserTask) -> Solution -> outputs(UserTask)
 
 `--adapt` has its tasks from files, `estimators` from arrays: both predict here, and so predict the same.
 """
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from commands.build import build_algorithm, fit_weights
+from commands.build import build_algorithm, fit_weights, prepare
+from commands.call import Call
 from commands.config import Config
 from commands.outputs import count_outputs
 from commands.resolve import resolve_from, restore_config
@@ -34,21 +35,6 @@ from maml import MAML
 from tasks.scales import undo_scale
 from training.checkpoint import Checkpoint, load_checkpoint
 from training.folders import BEST, LAST, find_checkpoint
-
-
-def merge_settings(source: Checkpoint, file: Path, flags: Mapping[str, Any]) -> Config:
-    """Return a checkpoint's settings with the given flags, for adapting; UsageError where they do not fit."""
-    config = resolve_from(restore_config(source.settings, file), flags, evaluate=True, adapt=True)
-    without = {"metric": None, "metric_mode": None}  # there is nothing to measure, and no code to import
-    return config.replace_settings(convolution="grouped", tasks_at_once=None, **without)
-
-
-def choose_normalisation(flags: Mapping[str, Any], source: Checkpoint) -> str:
-    """Return how batch norm predicts; raise UsageError where the checkpoint cannot."""
-    norm = flags.get("batch_norm", "per-step" if source.statistics else "inductive")
-    if norm == "per-step" and not source.statistics:
-        raise UsageError("--batch-norm per-step: the checkpoint has no running statistics")
-    return norm
 
 
 @torch.no_grad()
@@ -87,13 +73,24 @@ class Initialisation:
     normalisation: str  # of predictions: "inductive", "transductive" or "per-step"
 
     @classmethod
-    def read(cls, run: Path | str, flags: Mapping[str, Any], device: str) -> Initialisation:
-        """Open a checkpoint or a run from Python, with settings by name; UsageError where they do not fit."""
+    def read(cls, run: Path | str, flags: Mapping[str, Any], machine: Call | str) -> Initialisation:
+        """Open a checkpoint or a run, with settings by name; UsageError where they do not fit.
+
+        `machine`: the call of a command, or, in the user's program, a device alone.
+        """
         file = find_checkpoint(Path(run), BEST, LAST)
         source = load_checkpoint(file)
-        config = merge_settings(source, file, flags)
-        runtime = set_up(find_device(device, ALONE), config.training.precision, small_tensors=False)
-        return cls(file, source, config, runtime, choose_normalisation(flags, source))
+        config = resolve_from(restore_config(source.settings, file), flags, evaluate=True, adapt=True)
+        without = {"metric": None, "metric_mode": None}  # there is nothing to measure, and no code to import
+        config = config.replace_settings(convolution="grouped", tasks_at_once=None, **without)
+        if isinstance(machine, Call):
+            runtime = prepare(config, machine)
+        else:
+            runtime = set_up(find_device(machine, ALONE), config.training.precision, small_tensors=False)
+        norm = flags.get("batch_norm", "per-step" if source.statistics else "inductive")
+        if norm == "per-step" and not source.statistics:
+            raise UsageError("--batch-norm per-step: the checkpoint has no running statistics")
+        return cls(file, source, config, runtime, norm)
 
     def adapt(self, task: UserTask) -> Solution:
         """Adapt to a task by the inner steps that evaluation quotes; UsageError where it does not fit."""

@@ -1,9 +1,10 @@
-"""Give an adapted network away (--save-weights): as weights for its own class, or as a program without it.
+"""Give a network away (--save-weights): as weights for its own class, or as a program without it.
 
     Adapted -> fill_module -> FILE.pt, FILE.safetensors, a `state_dict`; or FILE.pt2, `torch.export`'s program
+    checkpoint -> give_initialisation -> FILE.pt, FILE.safetensors
 
-A network in evaluation mode should predict what `predict` does by the support set's statistics. Some cannot:
-each is tried before it is written.
+An adapted network in evaluation mode should predict what `predict` does by the support set's statistics. Some
+cannot: each is tried before it is written.
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import _pytree as pytree
 
 from commands.build import build_module
+from commands.call import Call
 from commands.config import Config
 from commands.initialisation import Initialisation, Solution, predict
 from commands.names import select_meaningful
 from commands.outputs import are_equal, count_outputs
+from commands.resolve import restore_config
 from commands.settings import as_toml
 from common.batch import Tree, tree_map
 from common.errors import UsageError, fold_message
 from common.files import Writer, write_whole
+from common.names import parse_name
 from common.optimizers import Weights
 from common.task import Adapted, UserTask
 from learner import GreyAsColour
@@ -39,7 +43,7 @@ from learners.heads import context_names
 from learners.modules import in_evaluation_mode
 from learners.reading import Reading
 from learners.spectral_norm import vector_names
-from maml import MAML
+from maml import MAML, SQUARE
 from tasks.scales import Scales, apply_scale, undo_scale
 from training.checkpoint import load_checkpoint
 
@@ -153,6 +157,35 @@ def write_network(file: Path, start: Initialisation, solution: Solution, task: U
     if isinstance(fresh, GreyAsColour):
         state = {name.removeprefix("network."): tensor for name, tensor in state.items()}
     write_weights(file, state, config)
+
+
+def give_initialisation(call: Call) -> None:
+    """Write a checkpoint's initialisation by the names of its learner's `state_dict`.
+
+    The checkpoint is read as data: neither the learner's code nor its data set is needed.
+    """
+    file = call.save_weights
+    assert call.load is not None and file is not None
+    source = load_checkpoint(call.load)
+    config = restore_config(source.settings, call.load)
+    choices, learner = config.choices, config.learner
+    if file.suffix == ".pt2":
+        raise UsageError(f"{file}: a program is of an adapted network: add --adapt, or name FILE.safetensors")
+    if choices.fast_weights == "context":
+        raise UsageError(f"{file}: a context is no part of the learner's class: --adapt with {INSTEAD}")
+    state = source.fixed | {n: w for n, w in source.parameters.items() if not n.startswith(SQUARE)}
+    if parse_name(learner.learner).kind == "torchvision" and config.tasks.channels == 1:  # `GreyAsColour`
+        state = {name.replace("network.", "", 1): tensor for name, tensor in state.items()}
+    write_weights(file, state, config)
+    remarks = {  # what a loader should know
+        f"without the head, which is {choices.head_init} before the first step": choices.head_init
+        != "learned",
+        "with its learned rates, inner_lr/...": choices.inner_rates != "fixed",
+        "with a row for each inner step in batch norm": choices.norm_per_step and learner.has_batch_norm,
+        "for standardised numbers, by the scales of the checkpoint": bool(source.scales),
+    }
+    title = f"{file}, the initialisation of {call.load}, iteration {source.iteration:,}"
+    print("Written:", ", ".join([title, *(remark for remark, applies in remarks.items() if applies)]))
 
 
 def write_weights(file: Path, state: Weights, config: Config) -> None:

@@ -2,11 +2,16 @@
 
 The user's code may fail in any way, and PyTorch may be wrong without a word. Either becomes one line, which
 names the layer and what to do.
+
+Tasks of different sizes share a batch with padding between them, which built-in learners and losses leave
+out. Code that does not gets its tasks without padding, one after another.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from textwrap import shorten
 
@@ -16,13 +21,17 @@ from torch.utils import _pytree as pytree
 
 from commands.config import Config
 from commands.outputs import are_equal, blame_flags
-from common.batch import TaskDistribution, Tree, cast_tree, first_tensor, tree_map
+from common.batch import TaskBatch, TaskDistribution, Tree, cast_tree, first_tensor, tree_map
 from common.errors import UsageError, fold_message, is_out_of_memory
 from common.optimizers import Weights
 from common.random import derive_keys, task_stream
+from common.sizes import Span
 from common.task import Extras, Task
 from learners.copies import count_hidden_parameters
 from learners.diagnosis import find_carried, find_failure, find_followers, find_wrong_layer, mixes_examples
+from learners.losses import LOSSES
+from learners.options import LEARNERS
+from learners.padding import cut
 from learners.reading import Reading
 from learners.spectral_norm import vector_names
 from maml import MAML
@@ -48,6 +57,12 @@ REFERENCES = {
 }
 
 LONG = 0.5  # seconds of repeated calls
+TRIED = 4  # tasks, with and without their padding
+
+
+def is_built_in(config: Config) -> bool:
+    """Return whether learner and loss are this tool's, which need no trying."""
+    return config.learner.learner in LEARNERS and config.learner.loss in LOSSES
 
 
 @dataclass
@@ -66,7 +81,8 @@ class Probe:
         self.tasks = tasks.sample("train", seed, 1, range(2))
         device = first_tensor(self.tasks.support_x).device
         self.keys = derive_keys(task_stream("train", seed, 1, range(2), device))
-        self.x, self.y, _ = self._first_task().at_step(0)
+        self.first = _take_task(self.maml, self.tasks, self.keys, 0)
+        self.x, self.y, _ = self.first.at_step(0)
 
     def try_metric(self, reading: Reading) -> None:
         """Raise UsageError where there are no validation tasks, or the metric fails on one."""
@@ -167,13 +183,8 @@ class Probe:
 
     def _inner_gradient(self) -> Weights:
         """Return the gradient of the first inner step on the first task."""
-        maml, first = self.maml, self._first_task()
-        shared = maml.shared_at(self.parameters, 0)
-        return maml.inner_step(maml.start(self.parameters, first), shared, *first.at_step(0))[1]
-
-    def _first_task(self) -> Task:
-        extras = self.maml.call.extras(len(self.keys), self.keys)
-        return tree_map(lambda t: t[0], Task.of(self.tasks, extras))
+        start, shared = self.maml.start(self.parameters, self.first), self.maml.shared_at(self.parameters, 0)
+        return self.maml.inner_step(start, shared, *self.first.at_step(0))[1]
 
     def describe_passes(self) -> list[str]:
         """Return lines on what passes change, what is not learned, and outputs that examples share."""
@@ -197,7 +208,7 @@ class Probe:
                     f"; {_join_names(followers)} will stay behind the learned weights (a power iteration?): "
                     "torch.nn.utils.parametrizations.spectral_norm does not"
                 )
-        if mixes_examples(call, self._first_task().for_query(self.maml.steps)):
+        if mixes_examples(call, self.first.for_query(self.maml.steps)):
             lines.append(
                 "Outputs for an example depend on the other query examples (a normalisation of the learner's "
                 "own, attention over the batch?): results are transductive, inductive ones included"
@@ -251,3 +262,67 @@ def _are_finite(tree: Tree) -> bool:
 
 def _join_names(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _take_task(maml: MAML, batch: TaskBatch, keys: Tensor, number: int) -> Task:
+    """Return one task of a batch."""
+    return tree_map(lambda t: t[number], Task.of(batch, maml.call.extras(len(keys), keys)))
+
+
+# ---- tasks of different sizes --------------------------------------------------------------------
+
+
+def fit_to_sizes(
+    maml: MAML, distribution: TaskDistribution, split: str, config: Config, say: Callable[[str], None]
+) -> MAML:
+    """Return the algorithm, which takes tasks one after another where their padding would be noticed.
+
+    Raises UsageError where the number of classes varies and outputs are no scores of classes.
+    """
+    learner, loss = f"--learner {config.learner.learner}", f"--loss {config.learner.loss}"
+    varies = distribution.ways is not None and Span.of(distribution.ways).varies
+    if varies and maml.reading and maml.reading.kind != "classes":
+        raise UsageError(
+            f"-n {distribution.ways}: classes that a task lacks can be hidden among scores of classes, and "
+            f"the outputs of {learner} are {maml.reading.describe()}: give one number"
+        )
+    if is_built_in(config) or not config.training.vectorise:
+        return maml
+    for tasks in (distribution, distribution.resized(config.training_shots)):
+        batch = tasks.sample(split, 0, 0, range(TRIED))
+        if batch.support_mask is None and batch.query_mask is None:
+            continue
+        keys = derive_keys(task_stream(split, 0, 0, range(TRIED), first_tensor(batch.support_x).device))
+        with blame_flags(f"{learner} with {loss} fails on a task without padding"):
+            if notices_padding(maml, maml.initial_parameters(), batch, keys):
+                say(
+                    f"main.py: {learner} with {loss}: padding would change the results (attention over the "
+                    "batch, a normalisation of the learner's own, a loss that is no mean over examples?): it "
+                    "is left out, and tasks are taken one after another, uncompiled"
+                )
+                return maml.with_options(vectorise=False)
+    return maml
+
+
+def notices_padding(maml: MAML, parameters: Weights, batch: TaskBatch, keys: Tensor) -> bool:
+    """Return whether outputs, loss or gradients of a task are others if it is padded."""
+    unpadded = maml.with_options(vectorise=False)
+    for number in range(len(keys)):
+        task = _take_task(maml, batch, keys, number)
+        expected = _try(unpadded, parameters, task)
+        # the gradient of a bias before batch norm is rounding
+        rounding = 1e-5 * max(float(part.abs().max()) for part in expected[0].values())
+        same = False
+        with suppress(Exception):  # a layer may not know what to do with a mask
+            same = are_equal(_try(maml, parameters, task), expected, 1e-3, rounding)
+        if not same:
+            return True
+    return False
+
+
+def _try(maml: MAML, parameters: Weights, task: Task) -> Tree:
+    """Return the gradient of a task's support loss and the changed buffers, its query loss and outputs."""
+    start, shared, query = maml.start(parameters, task), maml.shared_at(parameters, 0), task.for_query(1)
+    _, gradient, _, buffers = maml.inner_step(start, shared, *task.at_step(0))
+    loss, (outputs, _) = maml.query_loss(start.fast, shared.weights, query)
+    return gradient, buffers, loss.detach(), tree_map(Tensor.detach, cut(outputs, task.query_mask))

@@ -62,8 +62,8 @@ class ListedRun:
 IN_FILE = [field.name for field in fields(ListedRun) if field.name != "more_is_better"]
 
 
-def list_runs(call: Call) -> int:
-    """Print the runs below the folder of --list, and write them to --csv; return the exit code."""
+def list_runs(call: Call) -> None:
+    """Print the runs below the folder of --list, and write them to --csv."""
     assert call.list_runs is not None
     if not call.list_runs.is_dir():
         raise UsageError(f"--list {call.list_runs}: there is no such folder")
@@ -74,7 +74,6 @@ def list_runs(call: Call) -> int:
         call.csv.parent.mkdir(parents=True, exist_ok=True)
         write_csv(call.csv, IN_FILE, [["" if v is None else str(v) for v in row] for row in values])
         print(f"Written: {call.csv}")
-    return 0
 
 
 def find_all_runs(folder: Path) -> list[ListedRun]:

@@ -157,7 +157,6 @@ def _is_alike(one: Assembly, other: Assembly) -> bool:
 def _summarise(run: Run) -> tables.Summary:
     """Return how a run was trained."""
     progress, loss = run.progress, final_loss(run.progress.training)
-    best, validation = progress.best_score, progress.validation
     return {
         "name": run.folder.name,
         "setting": extract_setting(run.folder.name) or tables.ALL,
@@ -166,9 +165,9 @@ def _summarise(run: Run) -> tables.Summary:
         "failure": run.failure,
         "measure": run.measure_name,
         "final_training_loss": loss and loss["mean"],
-        "best_validation": best if best is None or run.reading.more_is_better else -best,
+        "best_validation": run.best_validation,
         "best_iteration": progress.best_iteration,
-        "validation": (validation.get("iteration", []), validation.get(run.measure, [])),
+        "validation": tuple(progress.validation.get(name, []) for name in ("iteration", run.measure)),
     }
 
 
