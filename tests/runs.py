@@ -8,6 +8,9 @@ import pytest
 import torch
 
 import main
+from commands.config import Config
+from commands.parser import parse
+from commands.resolve import resolve
 from training.checkpoint import load_checkpoint
 from training.folders import BEST, LAST
 from training.trainer import Trainer
@@ -22,6 +25,18 @@ def train(run: Path, *flags: object) -> Path:
     """Train into that folder, and return it."""
     assert command(*flags, "--checkpoint-path", run.parent, "--run-name", run.name) == 0
     return run
+
+
+def settings_of(line: str) -> Config:
+    """Return the settings of a new run."""
+    return resolve(parse(line.split()))
+
+
+def adapt(run: Path, task: Path, *flags: object) -> list[list[str]]:
+    """Adapt a run or a checkpoint to a task; return its predictions, the heading first."""
+    assert command("--adapt", task, "--load", run, *flags) == 0
+    file = run / BEST if run.is_dir() else run
+    return read_csv(file.with_name(f"{file.stem}-adapted-{task.stem}.csv"))
 
 
 def read_csv(path: Path) -> list[list[str]]:

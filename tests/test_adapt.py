@@ -8,7 +8,7 @@ import pytest
 import runs
 import torch
 from PIL import Image
-from runs import command, read_csv
+from runs import adapt, command, read_csv
 from torch import nn
 
 SHORT = ["--iterations", 1, "--val-every", 1, "--eval-tasks", 2, "--meta-batch-size", 2, "--test-steps", 2]
@@ -29,9 +29,8 @@ def vectors(outputs):
 def write_images(folder: Path, level: int, count: int) -> None:
     """Write grey images of about that brightness."""
     folder.mkdir(parents=True, exist_ok=True)
-    random = np.random.default_rng(level)
-    for number in range(count):
-        pixels = random.integers(level - 9, level + 10, (8, 8), dtype=np.uint8)
+    images = np.random.default_rng(level).integers(level - 9, level + 10, (count, 8, 8), dtype=np.uint8)
+    for number, pixels in enumerate(images):
         Image.fromarray(pixels).save(folder / f"{level}-{number}.png")
 
 
@@ -92,10 +91,7 @@ def test_names_of_folders_are_read_in_any_case_and_labels_count_from_0(place, tm
     last = train(tmp_path, "run", *images(place), "--learner", "fc", "--head-init", "prototype")
     shutil.copytree(place / "task" / "support", tmp_path / "Task" / "SUPPORT")
     shutil.copytree(place / "task" / "query", tmp_path / "Task" / "Query")
-    for task in (place / "task", tmp_path / "Task"):
-        assert command("--adapt", task, "--load", last) == 0
-    one, other = (read_csv(last.parent / f"last-adapted-{name}.csv") for name in ("task", "Task"))
-    assert one == other
+    assert adapt(last, place / "task") == adapt(last, tmp_path / "Task")
     x = np.random.default_rng(0).random((4, 1, 8, 8))
     for labels, code in (([1, 2, 2], 2), ([0, 1, 1], 0)):
         np.savez(tmp_path / "x.npz", support_x=x[:3], support_y=np.array(labels), query_x=x[3:])
@@ -103,34 +99,29 @@ def test_names_of_folders_are_read_in_any_case_and_labels_count_from_0(place, tm
     assert "labels in support_y are 1, 2: count them from 0, without a gap" in capsys.readouterr().err
 
 
-def test_the_inputs_of_a_table_are_those_of_training_by_name(tmp_path, capsys):
+def test_the_inputs_of_a_table_are_those_of_training_by_name(tmp_path, refuse):
     rows = [f"{t},{i},{t - i},{3 * t + i}" for t in range(9) for i in range(5)]
     (tmp_path / "data.csv").write_text("\n".join(["task,width,height,y", *rows]))
     last = train(tmp_path, "run", "--dataset", f"table:{tmp_path / 'data.csv'}")
-    for name, cells in {"a": "width,height,y|1,2,3|4,7,", "b": "y,height,note,width|3,2,-,1|,7,-,4"}.items():
-        (tmp_path / f"{name}.csv").write_text("\n".join(cells.split("|")))
-        assert command("--adapt", tmp_path / f"{name}.csv", "--load", last) == 0
-    predicted = [read_csv(last.parent / f"last-adapted-{name}.csv") for name in "ab"]
-    assert predicted[0] == predicted[1]
-    (tmp_path / "c.csv").write_text("length,height,y\n1,2,3\n4,7,\n")
-    assert command("--adapt", tmp_path / "c.csv", "--load", last) == 2
-    assert "has no column 'width'" in capsys.readouterr().err
-    assert command("--adapt", tmp_path / "c.csv", "--load", last, "--columns", "input=length,height") == 0
+    a, b, c = (tmp_path / f"{name}.csv" for name in "abc")
+    a.write_text("width,height,y\n1,2,3\n4,7,\n")
+    b.write_text("y,height,note,width\n3,2,-,1\n,7,-,4\n")
+    c.write_text("length,height,y\n1,2,3\n4,7,\n")
+    assert adapt(last, a) == adapt(last, b)
+    assert "has no column 'width'" in refuse("--adapt", c, "--load", last)
+    assert adapt(last, c, "--columns", "input=length,height")
     (tmp_path / "data.csv").write_text("\n".join(["task,height,width,y", *rows]))
-    assert command("--eval", "--load", last) == 2
-    assert "different input names (their order differs)" in capsys.readouterr().err
+    assert "different input names (their order differs)" in refuse("--eval", "--load", last)
 
 
 def test_tasks_of_a_table_are_adapted_to_separately(curves, tmp_path, refuse):
     both = tmp_path / "both.csv"
     both.write_text("task,x,y\na,0,1\nb,0,-1\na,1,\nb,1,\na,2,5\nb,2,3\n")
-    assert command("--adapt", both, "--load", curves, "--out", tmp_path) == 0
-    header, *rows = read_csv(tmp_path / "last-adapted-both.csv")
+    header, *rows = adapt(curves, both)
     assert header == ["row", "task", "y"] and [row[:2] for row in rows] == [["3", "a"], ["4", "b"]]
     (tmp_path / "one.csv").write_text("x,y\n0,-1\n1,\n2,3\n")
-    assert command("--adapt", tmp_path / "one.csv", "--load", curves, "--out", tmp_path) == 0
-    assert read_csv(tmp_path / "last-adapted-one.csv")[1][1] == rows[1][2]
-    assert not (tmp_path / "last-adapted-both-weights.pt").exists()  # of which task?
+    assert adapt(curves, tmp_path / "one.csv")[1][1] == rows[1][2]
+    assert not (curves.parent / "last-adapted-both-weights.pt").exists()  # of which task?
     line = refuse("--adapt", both, "--load", curves, "--save-weights", tmp_path / "net.pt2")
     assert "net.pt2: there are 2 tasks: give one" in line
 
@@ -138,30 +129,31 @@ def test_tasks_of_a_table_are_adapted_to_separately(curves, tmp_path, refuse):
 def test_per_step_statistics_predict_by_default_and_are_written(place, tmp_path):
     code = ["--learner", f"{place / 'own.py'}:vectors"]
     last = train(tmp_path, "run", *code, "--algorithm", "maml++", "-s", 2)
-    predicted = {}
+    predicted = []
     for norm in ([], ["--batch-norm", "inductive"]):
-        assert command("--adapt", place / "mine.csv", "--load", last, *code, *norm) == 0
-        predicted[len(norm)] = float(read_csv(last.parent / "last-adapted-mine.csv")[1][1])
+        predicted.append(float(adapt(last, place / "mine.csv", *code, *norm)[1][1]))
         network = nn.Sequential(nn.Linear(1, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
         weights = last.parent / "last-adapted-mine-weights.pt"
         network.load_state_dict(torch.load(weights, weights_only=True))
-        assert network.eval()(torch.tensor([[1.0]])).item() == pytest.approx(predicted[len(norm)], abs=1e-4)
-    assert predicted[0] != pytest.approx(predicted[2], abs=1e-3)
+        assert network.eval()(torch.tensor([[1.0]])).item() == pytest.approx(predicted[-1], abs=1e-4)
+    assert predicted[0] != pytest.approx(predicted[1], abs=1e-3)
 
 
 def test_data_that_does_not_fit_is_refused_in_one_line_and_leaves_nothing(place, curves, tmp_path, refuse):
     last = train(tmp_path, "run", *images(place), "--learner", "fc")
     (tmp_path / "full.csv").write_text("x,y\n1,2\n")
     (tmp_path / "bare.csv").write_text("x,y\n1,\n")
-    write_images(tmp_path / "deep" / "Support" / "a", 20, 2)
-    write_images(tmp_path / "deep" / "Support" / "b", 90, 2)
-    write_images(tmp_path / "deep" / "Query" / "more", 20, 2)
+    for number, part in enumerate(("Support/a", "Support/b", "Query/more")):
+        write_images(tmp_path / "deep" / part, 20 + 70 * number, 2)
     x = np.zeros((2, 1, 8, 8))
     arrays = {"support_x": x, "support_y": np.arange(2), "query_x": x}
-    np.savez(tmp_path / "from_one.npz", **arrays | {"support_y": np.arange(1, 3)})
-    np.savez(tmp_path / "below.npz", **arrays | {"support_y": np.arange(-1, 1)})
-    np.savez(tmp_path / "bytes.npz", **arrays | {"query_x": x + 255})
-    np.savez(tmp_path / "nan.npz", **arrays | {"support_x": np.full((2, 1, 8, 8), np.nan)})
+    for name, wrong in {
+        "from_one": {"support_y": np.arange(1, 3)},
+        "below": {"support_y": np.arange(-1, 1)},
+        "bytes": {"query_x": x + 255},
+        "nan": {"support_x": x * np.nan},
+    }.items():
+        np.savez(tmp_path / f"{name}.npz", **arrays | wrong)
     np.save(tmp_path / "x.npy", np.zeros((2, 1)))
     folders = (tmp_path, curves.parent)
     before = [{*folder.rglob("*")} for folder in folders]

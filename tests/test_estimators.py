@@ -3,13 +3,14 @@
 import json
 import re
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
-from runs import command
+from runs import command, train
 
 from commands.estimators import FewShotClassifier, FewShotRegressor
 from common.device import _INITIAL_THREADS
@@ -52,19 +53,14 @@ def runs(tmp_path_factory) -> Path:
     tasks = [f"t{row % 9}" for row in range(72)]
     x, y, names = np.tile(X, (8, 1)), np.tile(Y, (8, 1)), [9 + row % 2 for row in range(72)]
     write_table(folder / "table.csv", "task a b u v name", tasks, *x.T, *y.T, names)
-    table = ["--dataset", f"table:{folder / 'table.csv'}", "-k", 2, "-q", 2, "--checkpoint-path", folder]
-    numbers, classes = (
-        ["--columns", "input=a,b", "target=u,v"],
-        ["--columns", "input=a,b", "target=name", "-n", 2],
-    )
-    settings = {"numbers": numbers, "classes": classes}
-    settings |= {
-        "ridge": [*numbers, "--algorithm", "r2d2"],
-        "ridge-classes": [*classes, "--head-init", "ridge"],
-    }
-    for run, flags in settings.items():
-        steps = [] if run == "ridge" else ["--test-steps", 2]
-        assert command(*SHORT, *table, "--run-name", run, *flags, *steps) == 0
+    table = ["--dataset", f"table:{folder / 'table.csv'}", "-k", 2, "-q", 2, "--columns", "input=a,b"]
+    for run, flags in {
+        "numbers": "target=u,v --test-steps 2",
+        "classes": "target=name -n 2 --test-steps 2",
+        "ridge": "target=u,v --algorithm r2d2",
+        "ridge-classes": "target=name -n 2 --test-steps 2 --head-init ridge",
+    }.items():
+        train(folder / run, *SHORT, *table, *flags.split())
     return folder
 
 
@@ -121,9 +117,8 @@ def test_images_are_those_of_files_whatever_their_type_and_any_number_of_classes
     """Three classes of a run that has learned 20-way tasks of inverted images of another size."""
     random = np.random.default_rng(1)
     kinds = [random.integers(0, 2, (1, 40, 40)) for _ in range(3)]
-    pixels = np.concatenate([(255 * kind * random.uniform(0.7, 1, (4, 40, 40))) for kind in kinds]).astype(
-        np.uint8
-    )
+    pixels = np.concatenate([255 * kind * random.uniform(0.7, 1, (4, 40, 40)) for kind in kinds])
+    pixels = pixels.astype(np.uint8)
     names, support = np.repeat(["bee", "ant", "owl"], 4), np.tile([True, True, True, False], 3)
     for number, (image, name) in enumerate(zip(pixels, names, strict=True)):
         folder = tmp_path / "task" / (f"support/{name}" if support[number] else "query")
@@ -160,32 +155,27 @@ def test_scikit_learn_takes_the_estimators(runs):
 def test_what_does_not_fit_is_one_value_error(runs, tmp_path):
     (tmp_path / "a.pt").write_text("nothing")
     images, two = np.zeros((3, 8, 8), np.uint8), np.array(["a", "b", "b"])
-    classes, characters = runs / "classes", CHARACTERS
+    classes, curves = runs / "classes", partial(FewShotRegressor, CURVES)
+    characters = partial(FewShotClassifier, CHARACTERS)
     cases = [
         (lambda: FewShotRegressor.load(tmp_path / "a.pt"), "damaged, or not a checkpoint"),
         (lambda: FewShotClassifier.load(CURVES), "has learned regression: take FewShotRegressor"),
         (lambda: FewShotRegressor.load(classes), "has learned classes: take FewShotClassifier"),
         (lambda: FewShotRegressor.load(CURVES, steps=3), "no setting 'steps': test_steps, batch_norm, "),
         (lambda: FewShotRegressor.load(CURVES, invert=True), "--invert has no meaning with --dataset"),
-        (lambda: FewShotRegressor(CURVES).predict(X), "call fit with a few examples first"),
-        (lambda: FewShotRegressor(CURVES).fit(X, Y[:, 0]), "x (9, 2) and y (9, 1): "),
-        (lambda: FewShotRegressor(CURVES).fit(X[:, 0], Y[:, 0]), "x is (9,): give [examples, numbers]"),
-        (lambda: FewShotRegressor(CURVES).fit(X[:, :1] / 0, Y[:, 0]), "x has NaN or infinity"),
-        (lambda: FewShotRegressor(CURVES).fit(X[:, :1], Y[:8, 0]), "y is (8,): give a target for each of 9"),
-        (
-            lambda: FewShotRegressor(CURVES).fit(X[:, :1], Y[:, 0]).predict(X),
-            "x is (9, 2), and fit had (9, 1)",
-        ),
+        (lambda: curves().predict(X), "call fit with a few examples first"),
+        (lambda: curves().fit(X, Y[:, 0]), "x (9, 2) and y (9, 1): "),
+        (lambda: curves().fit(X[:, 0], Y[:, 0]), "x is (9,): give [examples, numbers]"),
+        (lambda: curves().fit(X[:, :1] / 0, Y[:, 0]), "x has NaN or infinity"),
+        (lambda: curves().fit(X[:, :1], Y[:8, 0]), "y is (8,): give a target for each of 9"),
+        (lambda: curves().fit(X[:, :1], Y[:, 0]).predict(X), "x is (9, 2), and fit had (9, 1)"),
         (lambda: FewShotRegressor(runs / "numbers").fit(X[:, :1], Y), "the run's table has 2 inputs"),
         (lambda: FewShotRegressor(runs / "numbers").fit(Frame(a=X[:, 0]), Y), "x has no column 'b'"),
         (lambda: FewShotClassifier(classes).fit(X[:3], [1, 2, 3]), "3 classes, and the checkpoint learned 2"),
         (lambda: FewShotClassifier(classes).fit(X[:2], [1, 1]), "y has one class"),
         (lambda: FewShotClassifier(classes).fit(X[:2], [1.5, 2]), "y has decimals or NaN: give labels"),
-        (lambda: FewShotClassifier(characters).fit(images[:, None, None], two), "give images [n, height, w"),
-        (
-            lambda: FewShotClassifier(characters).fit(images + 300.0, two),
-            "values from 300 to 300: give whole",
-        ),
+        (lambda: characters().fit(images[:, None, None], two), "give images [n, height, width"),
+        (lambda: characters().fit(images + 300.0, two), "values from 300 to 300: give whole"),
     ]
     for call, expected in cases:
         with np.errstate(all="ignore"), pytest.raises(ValueError, match=re.escape(expected)) as error:
@@ -196,9 +186,8 @@ def test_what_does_not_fit_is_one_value_error(runs, tmp_path):
 def test_the_first_blocks_of_the_page_run(monkeypatch):
     """The five lines with a run and a few characters, and the example that needs no training."""
     monkeypatch.chdir(ROOT)
-    five_lines, points = re.findall(r"```\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)[
-        :2
-    ]
+    page = (ROOT / "docs" / "python.md").read_text()
+    five_lines, points, *_ = re.findall(r"```\n(.*?)```", page, re.DOTALL)
     x = np.random.default_rng(0).integers(0, 256, (6, 28, 28), dtype=np.uint8)
     scope = {"x": x, "y": [*"abcabc"], "new_x": x}
     exec(five_lines.replace("checkpoints/RUN", str(CHARACTERS)), scope)

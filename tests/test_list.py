@@ -1,12 +1,11 @@
 """The list of runs, and results.csv, from which it has their tests."""
 
-import csv
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from runs import command, stop_at, train
+from runs import command, read_csv, stop_at, train
 
 from commands.runs import ListedRun, sort_runs
 from evaluation.ledger import RESULTS, SAME, add_result, read_results
@@ -70,6 +69,14 @@ def test_evaluations_at_once_lose_no_row(tmp_path):
 # ---- the list ------------------------------------------------------------------------------------
 
 
+def listed(folder: Path, *flags: object) -> dict[str, dict[str, str]]:
+    """Return the rows of --csv by the names of the runs."""
+    file = folder / "new" / "list.csv"
+    assert command("--list", folder, "--csv", file, *flags) == 0
+    header, *rows = read_csv(file)
+    return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+
+
 def test_runs_are_listed_with_their_results_and_sorted_by_them(tmp_path, capsys):
     good = train(tmp_path / "good", *SHORT, "--inner-lr", 0.01)
     train(tmp_path / "grid", *SHORT, "--sweep", "meta-lr=0.1,0.001")
@@ -81,13 +88,11 @@ def test_runs_are_listed_with_their_results_and_sorted_by_them(tmp_path, capsys)
     assert command(*TEST, "--load", good) == 0
     assert command(*TEST, "--load", good, "-k", 5) == 0  # other tasks than those of its training
     capsys.readouterr()
-    assert command("--list", tmp_path, "--sort", "validation", "--csv", tmp_path / "list.csv") == 0
+    rows = listed(tmp_path, "--sort", "validation")
     out, error = capsys.readouterr()
     assert f"{tmp_path / 'broken' / LAST} is damaged" in error
     header, *lines, _ = out.splitlines()
     assert header.split()[:6] == ["name", "dataset", "tasks", "algorithm", "seed", "iterations"]
-    with (tmp_path / "list.csv").open(newline="") as file:
-        rows = {row["name"]: row for row in csv.DictReader(file)}
     assert [*rows] == [line.split()[0] for line in lines]
     assert {*rows} == {"good", "grid/meta-lr-0.001_seed-0", "grid/meta-lr-0.1_seed-0", "stopped"}
     losses = [float(row["validation"]) for row in rows.values()]
@@ -101,24 +106,22 @@ def test_runs_are_listed_with_their_results_and_sorted_by_them(tmp_path, capsys)
     assert (stopped["iterations"], stopped["planned"], stopped["test"]) == ("5", "8", "") and "5 of 8" in out
 
 
-def test_a_run_is_listed_with_the_test_of_what_it_is_now(tmp_path, capsys):
+def test_a_run_is_listed_with_the_test_of_what_it_is_now(tmp_path):
     many = train(tmp_path / "many", *SHORT, "--seeds", "0-1")
     run = many / "seed-1"
     assert command(*TEST, "--load", run / LAST) == 0
 
-    def tests_of(folder: Path) -> list[str]:
-        assert command("--list", folder, "--csv", tmp_path / "new" / "list.csv") == 0
-        with (tmp_path / "new" / "list.csv").open(newline="") as file:
-            return [f"{row['name']} {row['test']}".strip() for row in csv.DictReader(file)]
+    def tests_of(folder: Path) -> dict[str, str]:
+        return {name: row["test"] for name, row in listed(folder).items()}
 
     result = rows_of(tmp_path)[0]["result"]
-    assert tests_of(tmp_path) == ["many/seed-0", f"many/seed-1 {result}"]
-    assert tests_of(many) == ["seed-0", f"seed-1 {result}"]  # results.csv is above it
-    assert tests_of(run) == [f"seed-1 {result}"]
+    assert tests_of(tmp_path) == {"many/seed-0": "", "many/seed-1": result}
+    assert tests_of(many) == {"seed-0": "", "seed-1": result}  # results.csv is above it
+    assert tests_of(run) == {"seed-1": result}
     assert command("--load", run / LAST, "--iterations", 12) == 0
-    assert tests_of(run) == ["seed-1"]
+    assert tests_of(run) == {"seed-1": ""}
     assert command(*TEST, "--load", run / BEST) == 0
-    assert tests_of(run) == [f"seed-1 {rows_of(tmp_path)[-1]['result']}"]
+    assert tests_of(run) == {"seed-1": rows_of(tmp_path)[-1]["result"]}
 
 
 def test_accuracies_come_highest_first_and_runs_without_a_result_last():

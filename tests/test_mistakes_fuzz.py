@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 from conftest import write_classes, write_images
 from PIL import Image
-from runs import command
+from runs import command, train
 
 SHORT = ["--iterations", 1, "--val-tasks", 2, "--eval-tasks", 2, "--meta-batch-size", 2, "-q", 2]
 SHORT += ["--eval-steps", 1, "--test-steps", 1, "--compile", "off"]
+IMAGES = ["--image-size", 6, "-n", 2, "-k", 1, "--learner", "fc", "--split-shares", "1,1,1"]
 OUTPUTS = """
 y | y[:, :0] | y[0] | y.sum() | y.tolist() | None | (y, None) | {} | [] | y.detach() | y.half() | y / 0
 y.int() | y.to(torch.complex64) | y.numpy() | y.item() | y.argmax(1) | missing | 1 / 0 | y + torch.randn(3)
@@ -101,28 +102,15 @@ def test_any_folder_of_images(tmp_path, capsys):
         for _ in range(draw.randint(1, 2)):
             if len([path for path in folder.iterdir() if path.is_dir()]) > 1:
                 spoil_images(folder, draw)
-        flags = ["--dataset", f"images:{folder}", "--image-size", 6, "-n", 2, "-k", 1, "--learner", "fc"]
-        flags += ["-q", 1, "--split-shares", "1,1,1", "--checkpoint-path", tmp_path, "--run-name", seed]
-        codes.append(assert_answered(capsys, *SHORT, *flags))
+        flags = ["--dataset", f"images:{folder}", "-q", 1, "--checkpoint-path", tmp_path, "--run-name", seed]
+        codes.append(assert_answered(capsys, *SHORT, *IMAGES, *flags))
     assert codes.count(0) > 3 and codes.count(2) > 5
 
 
 def test_any_folder_to_adapt_to(tmp_path, capsys):
     write_classes(tmp_path / "data", 9, 3)
-    flags = [
-        "--dataset",
-        f"images:{tmp_path / 'data'}",
-        "--image-size",
-        6,
-        "-n",
-        2,
-        "-k",
-        1,
-        "--learner",
-        "fc",
-    ]
-    flags += ["--head-init", "prototype", "--split-shares", "1,1,1", "--checkpoint-path", tmp_path]
-    assert command(*SHORT, *flags, "--run-name", "run") == 0
+    flags = [*IMAGES, "--dataset", f"images:{tmp_path / 'data'}", "--head-init", "prototype"]
+    train(tmp_path / "run", *SHORT, *flags)
     codes = []
     for seed in range(20):
         draw, task = random.Random(seed), tmp_path / f"task{seed}"
@@ -159,7 +147,7 @@ def spoil_table(path: Path, draw: random.Random) -> None:
 
 
 def test_any_file_to_adapt_to(tmp_path, capsys):
-    assert command(*SHORT, "-k", 2, "--checkpoint-path", tmp_path, "--run-name", "run") == 0
+    train(tmp_path / "run", *SHORT, "-k", 2)
     codes = []
     for seed in range(40):
         path = tmp_path / (f"task{seed}.npz" if seed % 2 else f"task{seed}.csv")

@@ -3,15 +3,12 @@
 import tomllib
 
 import pytest
-from runs import assert_same_run, command
+from runs import assert_same_run, command, settings_of, train
 
-import main
 from commands import presets
 from commands.call import check_call
-from commands.config import Config
 from commands.members import list_members
 from commands.parser import parse
-from commands.resolve import resolve
 from commands.settings import render_settings
 from training.folders import LAST, SETTINGS
 
@@ -24,10 +21,6 @@ LINES = (
     "--dataset table:x.csv --columns task=t target=a,b --exclude-columns c -k 2",
 )
 SHORT = ["--iterations", 30, "--log-every", 10, "--val-every", 15, "--save-every", 20, "--meta-batch-size", 4]
-
-
-def settings_of(line: str) -> Config:
-    return resolve(parse(line.split()))
 
 
 @pytest.fixture
@@ -57,40 +50,35 @@ def test_a_file_repeats_its_settings_whatever_the_defaults_are_by_now(line, writ
 
 
 def test_a_repeated_run_ends_with_the_same_bits(tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    flags = [*SHORT, "--algorithm", "anil", "-s", 2, "--seed", 3, "--checkpoint-path", tmp_path]
-    assert command(*flags, "--run-name", "one") == 0
-    assert command("--config", one / SETTINGS, "--run-name", "two") == 0
+    one = train(tmp_path / "one", *SHORT, "--algorithm", "anil", "-s", 2, "--seed", 3)
+    two = train(tmp_path / "two", "--config", one / SETTINGS)
     assert_same_run(one, two)
     one, two = (tomllib.loads((run / SETTINGS).read_text()) for run in (one, two))
     assert one["given"] == two["given"] and one["resolved"] == two["resolved"]
 
 
 def test_the_file_of_a_resumed_run_says_what_all_its_commands_gave(tmp_path):
-    line = [*SHORT, "--checkpoint-path", tmp_path, "--run-name", "run", "--meta-lr", 0.01]
-    assert command(*line) == 0
+    run = train(tmp_path / "run", *SHORT, "--meta-lr", 0.01)
     for iterations in (40, 50, 50):
-        assert command("--load", tmp_path / "run" / LAST, "--iterations", iterations) == 0
-    settings = tomllib.loads((tmp_path / "run" / SETTINGS).read_text())
+        assert command("--load", run / LAST, "--iterations", iterations) == 0
+    settings = tomllib.loads((run / SETTINGS).read_text())
     assert [line.partition(" --")[2][:4] for line in settings["commands"]] == ["iter", "load", "load"]
     assert settings["given"]["iterations"] == 50 and settings["given"]["meta-lr"] == 0.01
     assert "load" not in settings["given"] and "run-name" not in settings["given"]
 
 
 def test_a_run_of_a_sweep_is_repeated_by_itself(tmp_path):
-    line = [*SHORT, "--iterations", 2, "--checkpoint-path", tmp_path, "--run-name", "grid", "--seeds", "1-2"]
-    assert command(*line, "--sweep", "s=1,2", "--runs-at-once", 1) == 0
-    flags = parse(["--config", str(tmp_path / "grid" / "s-2_seed-1" / SETTINGS)])
+    line = ["--iterations", 2, "--seeds", "1-2", "--sweep", "s=1,2", "--runs-at-once", 1]
+    folder = train(tmp_path / "grid", *SHORT, *line)
+    flags = parse(["--config", str(folder / "s-2_seed-1" / SETTINGS)])
     assert check_call(flags).seeds is None and (flags["steps"], flags["seed"]) == (2, 1)
 
 
 def test_the_settings_of_a_command_are_printed_as_such_a_file(tmp_path, capsys):
-    line = "--dataset omniglot --algorithm maml++ --augment"
-    assert main.main([*line.split()[:-1], "--print-config"]) == 0
+    line = "--dataset omniglot --algorithm maml++"
+    assert command(*line.split(), "--print-config") == 0
     (tmp_path / "printed.toml").write_text(capsys.readouterr().out)
-    assert settings_of(f"--config {tmp_path / 'printed.toml'}") == settings_of(
-        line.removesuffix(" --augment")
-    )
+    assert settings_of(f"--config {tmp_path / 'printed.toml'}") == settings_of(line)
 
 
 # ---- flags win -----------------------------------------------------------------------------------
@@ -128,12 +116,10 @@ def test_a_file_by_hand_may_name_settings_in_each_form(write):
 
 
 def test_several_data_sets_and_trackers_are_lists_in_a_file(write):
-    settings = parse(
-        write("dataset = ['omniglot', 'icons']\nreport-to = ['wandb', 'trackio']", line=False).split()
-    )
+    text = "dataset = ['omniglot', 'icons']\nreport-to = ['wandb', 'trackio']"
     flags = parse(["--dataset", "omniglot", "icons", "--report-to", "wandb", "trackio"])
     assert flags == {"dataset": "omniglot + icons", "report_to": "wandb,trackio"}
-    assert settings.items() >= flags.items()
+    assert parse(write(text, line=False).split()).items() >= flags.items()
 
 
 # ---- mistakes ------------------------------------------------------------------------------------
