@@ -99,12 +99,11 @@ def _make_side(name: str, runs: Runs, curves: Mapping[Subject, dict[str, Any]]) 
     saved, config = subject.trained, subject.config
     learned = {*select_learned(saved), "iterations"} - {"seed"}
     words = describe_settings(saved, [setting for setting in select_meaningful(saved) if setting in learned])
-    measure = f"query_{next(iter(runs.values())).result.measure}"
-    parts = {seed: curves[run]["validation"] for seed, run in runs.items()}
-    validation: dict[int, Curve] = {
-        seed: (part["iteration"], part[measure]) if measure in part else ([], [])
-        for seed, part in parts.items()
-    }
+    measure = f"query_{subject.result.measure}"
+    validation: dict[int, Curve] = {}
+    for seed, run in runs.items():
+        curve = curves[run]["validation"]
+        validation[seed] = (curve["iteration"], curve[measure]) if measure in curve else ([], [])
     results = {seed: run.result for seed, run in runs.items()}
     steps = config.evaluation.test_steps
     return paired.Side(name, words, validation, results, config.choices.query_norm, steps)

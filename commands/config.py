@@ -9,7 +9,7 @@ The standard library alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 from common.choices import Choices
 from common.options import Flag, flags_of
@@ -18,19 +18,6 @@ from evaluation.options import EvaluationOptions
 from learners.options import LearnerOptions
 from tasks.options import TaskOptions
 from training.options import TrainingOptions
-
-SECTIONS: dict[str, type] = {
-    "tasks": TaskOptions,
-    "learner": LearnerOptions,
-    "choices": Choices,
-    "training": TrainingOptions,
-    "evaluation": EvaluationOptions,
-}
-CONFIG_FLAGS: dict[str, Flag] = {}
-SECTION_OF: dict[str, str] = {}  # by name of the setting
-for _section, _options in SECTIONS.items():
-    CONFIG_FLAGS |= flags_of(_options)
-    SECTION_OF |= dict.fromkeys(flags_of(_options), _section)
 
 GROUPS = (
     *("what to do", "tasks", "learner", "algorithm", "inner loop", "outer loop"),
@@ -77,6 +64,14 @@ class Config:
             least, most = Span.of(tasks.train_shots)
             return Span(least - find_largest(tasks.queries), most - find_largest(tasks.queries)).size
         return tasks.train_shots or tasks.shots
+
+
+SECTIONS: dict[str, type] = get_type_hints(Config)
+CONFIG_FLAGS: dict[str, Flag] = {}
+SECTION_OF: dict[str, str] = {}  # by name of the setting
+for _section, _options in SECTIONS.items():
+    CONFIG_FLAGS |= flags_of(_options)
+    SECTION_OF |= dict.fromkeys(flags_of(_options), _section)
 
 
 def show(value: Any) -> str:

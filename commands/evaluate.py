@@ -41,7 +41,7 @@ from evaluation.tables import (
     results_of,
     results_table,
 )
-from learners.options import LEARNERS, find_learner_facts
+from learners.options import LEARNERS
 from learners.reading import choose_reading
 from maml import MAML
 from training.checkpoint import Checkpoint, check_same_data, load_checkpoint
@@ -107,11 +107,12 @@ def measure(
             subject.check_measure(first)
         subject.evaluate()
         if world.first:
-            subject.write(subject.stem(call), command, prints=len(files) == 1)
+            stem = subject.stem(call)
+            subject.write(stem, command, prints=len(files) == 1)
             add_result(subject.results_file(call), subject.row(call, command))
             subject.log_result(call)
             if "report_to" in flags:
-                subject.report(flags["report_to"], subject.stem(call))
+                subject.report(flags["report_to"], stem)
     return subjects
 
 
@@ -254,28 +255,22 @@ class Subject:
     def row(self, call: Call, command: str) -> dict[str, Any]:
         """Return the row of `results.csv`."""
         config, folder = self.config, self.results_file(call).resolve().parent
-        tasks, options, choices = config.tasks, config.evaluation, config.choices
+        options, norm = config.evaluation, config.choices.query_norm
         place = self.file.resolve() if self.file else Path(self.stem(call).name)
         measure = self.loss_name if self.result.measure == "loss" else self.result.measure
         return {
             "when": time.strftime(TIME),
             "checkpoint": (place.relative_to(folder) if place.is_relative_to(folder) else place).as_posix(),
             "iteration": self.source.iteration if self.source else 0,
-            "dataset": tasks.dataset,
-            "ways": tasks.ways,
-            "shots": tasks.shots,
-            "queries": tasks.queries,
+            **{name: config.get(name) for name in ("dataset", "ways", "shots", "queries")},
             "tasks": options.eval_tasks,
-            "algorithm": choices.algorithm,
-            "meta_gradient": choices.meta_gradient,
-            "learner": config.learner.learner,
-            "seed": config.training.seed,
+            **{name: config.get(name) for name in ("algorithm", "meta_gradient", "learner", "seed")},
             "steps": options.test_steps,
             "inner_batch": options.eval_inner_batch,
             "precision": config.training.precision,
-            "batch_norm": choices.query_norm if self.maml.has_batch_norm else None,
+            "batch_norm": norm if self.maml.has_batch_norm else None,
             "measure": measure,
-            **quote_result(self.result, choices.query_norm, options.test_steps),
+            **quote_result(self.result, norm, options.test_steps),
             "command": command,
         }
 
@@ -344,15 +339,15 @@ def by_size(settings: Mapping[str, Sequence[Evaluation]]) -> dict[str, Any]:
 
 def is_compiled(config: Config, choice: str) -> bool:
     """Return whether predictions are compiled: as asked, or, for "auto", if that saves time."""
-    tasks, sizes, learner = config.tasks, config.evaluation, config.learner.learner
+    tasks, options, learner = config.tasks, config.evaluation, config.learner
     if choice == "off" or not config.training.vectorise:
         return False
     if choice == "on":
         return True
-    if learner not in LEARNERS or not find_learner_facts(learner).convolutional or tasks.ways is None:
+    if learner.learner not in LEARNERS or not learner.facts.convolutional or tasks.ways is None:
         return False
     images = find_largest(tasks.ways) * (find_largest(tasks.shots) + find_largest(tasks.queries))
-    return sizes.eval_tasks * sizes.eval_steps * images >= COMPILED_FROM
+    return options.eval_tasks * options.eval_steps * images >= COMPILED_FROM
 
 
 def common_record(subjects: Sequence[Subject], runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

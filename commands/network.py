@@ -13,6 +13,7 @@ import io
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -247,10 +248,7 @@ def _check_network(file: Path, network: nn.Module, maml: MAML, adapted: Adapted,
         return
     if draws:
         raise UsageError(f"{file}: it draws random numbers in evaluation mode, which no file can repeat")
-    names = (
-        name for name, output in layers.items() if not are_equal(output, expected_layers.get(name), tolerance)
-    )
-    name = next(names, "")
+    name = next((n for n, o in layers.items() if not are_equal(o, expected_layers.get(n), tolerance)), "")
     layer = describe_layer(name, network.get_submodule(name))
     layer += "" if name else ", which keeps more than parameters and buffers,"
     instead = "" if file.suffix == ".pt2" else f": {INSTEAD}"
@@ -262,17 +260,13 @@ def _call_noting_layers(
 ) -> tuple[Tree, dict[str, list[Tree]]]:
     """Return what a call returns, and the outputs of each layer on the last examples, by name."""
     outputs: dict[str, list[Tree]] = defaultdict(list)
-    layers = [(name, layer) for name, layer in module.named_modules() if not list(layer.children())]
-    handles = [
-        layer.register_forward_hook(
-            lambda _, __, output, name=name: outputs[name].append(
-                [t[-examples:] for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.dim()]
-            )
-        )
-        for name, layer in layers
-    ]
-    try:
+
+    def note(name: str, _layer: nn.Module, _inputs: Any, output: Tree) -> None:
+        tensors = (t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.dim())
+        outputs[name].append([t[-examples:] for t in tensors])
+
+    with ExitStack() as hooks:
+        for name, layer in module.named_modules():
+            if not list(layer.children()):
+                hooks.enter_context(layer.register_forward_hook(partial(note, name)))
         return call(), outputs
-    finally:
-        for handle in handles:
-            handle.remove()

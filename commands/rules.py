@@ -84,99 +84,91 @@ def check(config: Config, flags: Mapping[str, Any], *, testing: bool = False) ->
     for name in flags:
         if setting := what_makes_meaningless(ALL_FLAGS[name], config):
             raise UsageError(f"{ALL_FLAGS[name].name} has no meaning with {setting}: leave it out")
-    trackers = flags["report_to"].split(",") if "report_to" in flags else []
-    rules = [(not find_spec(n), f"--report-to {n} needs a package: pip install {n}") for n in trackers]
-    rules += [*_table_rules(config), *_mixture_rules(config, flags), *_learner_rules(config)]
     if not testing:
         has_batch_norm, classification = config.learner.has_batch_norm, config.tasks.classification
         try:
             config.choices.check(has_batch_norm=has_batch_norm, classification=classification)
         except ValueError as error:
             raise UsageError(str(error)) from error
-        rules += _training_rules(config, flags)
-    for refused, reason in rules:
-        if refused:
-            raise UsageError(reason)
+    for reason in _find_contradictions(config, flags, testing=testing):
+        raise UsageError(reason)
 
 
-def _table_rules(config: Config) -> Iterator[tuple[bool, str]]:
+def _find_contradictions(config: Config, flags: Mapping[str, Any], *, testing: bool) -> Iterator[str]:
+    """Yield why settings do not go together."""
+    for name in flags["report_to"].split(",") if "report_to" in flags else []:
+        if not find_spec(name):
+            yield f"--report-to {name} needs a package: pip install {name}"
+    yield from _table_rules(config)
+    yield from _mixture_rules(config, flags)
+    yield from _learner_rules(config)
+    if not testing:
+        yield from _training_rules(config, flags)
+
+
+def _table_rules(config: Config) -> Iterator[str]:
     """Yield where the roles of columns contradict each other."""
     roles = [pair.partition("=")[0] for pair in config.tasks.columns]
-    repeated = [role for role in roles if roles.count(role) > 1]
-    yield bool(repeated), f"--columns: {' '.join(repeated[:1])}= is given twice: put commas between its names"
-    yield (
-        "class" in roles and bool({"task", "target"} & {*roles}),
-        "--columns: class=NAME makes tasks of the classes: leave task= and target= out",
-    )
-    yield "class" in roles and not config.tasks.ways, "--columns class=NAME: give -n, the classes of a task"
+    for role in roles:
+        if roles.count(role) > 1:
+            yield f"--columns: {role}= is given twice: put commas between its names"
+    if "class" in roles and {"task", "target"} & {*roles}:
+        yield "--columns: class=NAME makes tasks of the classes: leave task= and target= out"
+    if "class" in roles and not config.tasks.ways:
+        yield "--columns class=NAME: give -n, the classes of a task"
 
 
-def _mixture_rules(config: Config, flags: Mapping[str, Any]) -> Iterator[tuple[bool, str]]:
+def _mixture_rules(config: Config, flags: Mapping[str, Any]) -> Iterator[str]:
     """Yield where several data sets are given, and other flags do not fit them."""
-    tasks, number = config.tasks, len(config.tasks.datasets)
+    tasks, number, weights = config.tasks, len(config.tasks.datasets), len(config.tasks.weights)
     several = f"--dataset {' '.join(tasks.datasets)}"
-    weights = len(tasks.weights)
-    yield weights != number, f"--mix has {weights} weights, and {several} {number} data sets"
+    if weights != number:
+        yield f"--mix has {weights} weights, and {several} {number} data sets"
     facts = [find_data_facts(name) for name in tasks.datasets]
     for name, what in (("image_size", "sizes"), ("channels", "channels")):
         values = dict.fromkeys(show(getattr(part, name)) for part in facts)
-        yield (
-            len(values) > 1 and getattr(tasks, name) is None,
-            f"{several}: images have different {what} ({', '.join(values)}): give {CONFIG_FLAGS[name].name}",
-        )
-    yield (
-        "invert" in flags and len({part.invert for part in facts}) > 1,
-        f"--invert: the data sets of {several} differ in it, and each takes its own: leave it out",
-    )
+        if len(values) > 1 and getattr(tasks, name) is None:
+            flag = CONFIG_FLAGS[name].name
+            yield f"{several}: images have different {what} ({', '.join(values)}): give {flag}"
+    if "invert" in flags and len({part.invert for part in facts}) > 1:
+        yield f"--invert: the data sets of {several} differ in it, and each takes its own: leave it out"
 
 
-def _learner_rules(config: Config) -> Iterator[tuple[bool, str]]:
+def _learner_rules(config: Config) -> Iterator[str]:
     """Yield where learner, data, loss and steps do not fit each other."""
     tasks, learner = config.tasks, config.learner
-    inputs = find_data_facts(tasks.dataset).inputs
-    fitting = " or ".join(name for name, facts in LEARNERS.items() if facts.inputs == inputs)
-    yield (
-        "any" not in (learner.facts.inputs, inputs) and learner.facts.inputs != inputs,
-        f"--learner {learner.learner} does not fit --dataset {tasks.dataset}: use {fitting}",
-    )
-    yield (
-        learner.init == "paper" and learner.facts.init != "paper",
-        f"--init paper: {learner.learner} is not a network of the paper; use torch",
-    )
-    yield (
-        learner.loss == "gaussian-nll" and config.choices.head_init == "ridge",
-        "--head-init ridge computes what predicts the targets, no variances: leave --loss gaussian-nll out",
-    )
-    yield (
-        learner.loss == "gaussian-nll" and learner.outputs != "auto",
-        f"--outputs {learner.outputs} has no meaning with --loss gaussian-nll, which says what they are",
-    )
+    inputs, loss = find_data_facts(tasks.dataset).inputs, learner.loss
+    if "any" not in (learner.facts.inputs, inputs) and learner.facts.inputs != inputs:
+        fitting = " or ".join(name for name, facts in LEARNERS.items() if facts.inputs == inputs)
+        yield f"--learner {learner.learner} does not fit --dataset {tasks.dataset}: use {fitting}"
+    if learner.init == "paper" and learner.facts.init != "paper":
+        yield f"--init paper: {learner.learner} is not a network of the paper; use torch"
+    if loss == "gaussian-nll" and config.choices.head_init == "ridge":
+        head = "--head-init ridge computes what predicts the targets, no variances"
+        yield f"{head}: leave --loss gaussian-nll out"
+    if loss == "gaussian-nll" and learner.outputs != "auto":
+        yield f"--outputs {learner.outputs} has no meaning with --loss gaussian-nll, which says what they are"
     test_steps, eval_steps = config.evaluation.test_steps, config.evaluation.eval_steps
-    yield test_steps > eval_steps, f"--test-steps {test_steps} is above --eval-steps {eval_steps}"
-    kind = "classification" if tasks.classification else "regression"
-    yield (
-        learner.loss in (("mse", "gaussian-nll") if tasks.classification else ("cross-entropy",)),
-        f"--loss {learner.loss} does not fit {kind}: leave it out, or use "
-        f"{'bce' if tasks.classification else 'huber, bce'} or your own",
-    )
+    if test_steps > eval_steps:
+        yield f"--test-steps {test_steps} is above --eval-steps {eval_steps}"
+    if tasks.classification and loss in ("mse", "gaussian-nll"):
+        yield f"--loss {loss} does not fit classification: leave it out, or use bce or your own"
+    if not tasks.classification and loss == "cross-entropy":
+        yield f"--loss {loss} does not fit regression: leave it out, or use huber, bce or your own"
 
 
-def _training_rules(config: Config, flags: Mapping[str, Any]) -> Iterator[tuple[bool, str]]:
+def _training_rules(config: Config, flags: Mapping[str, Any]) -> Iterator[str]:
+    """Yield where choices, tasks and the outer loop do not fit each other."""
     tasks, choices, training = config.tasks, config.choices, config.training
-    yield (
-        choices.objective == "multi-step" and choices.steps == 1 and "objective" in flags,
-        "--objective multi-step: with one inner step (-s) the last is the only one",
-    )
-    yield (
-        choices.inner_optimizer == "adam-carried" and training.meta_optimizer != "sgd",
-        "--inner-optimizer adam-carried goes with --meta-optimizer sgd alone; use adam",
-    )
+    if choices.objective == "multi-step" and choices.steps == 1 and "objective" in flags:
+        yield "--objective multi-step: with one inner step (-s) the last is the only one"
+    if choices.inner_optimizer == "adam-carried" and training.meta_optimizer != "sgd":
+        yield "--inner-optimizer adam-carried goes with --meta-optimizer sgd alone; use adam"
     if choices.meta_gradient == "reptile" and tasks.train_shots:
         shots, queries = f"--train-shots {tasks.train_shots}", Span.of(tasks.queries)
-        too_few = Span.of(tasks.train_shots).least <= queries.most
-        yield queries.varies, f"{shots} of Reptile includes -q {tasks.queries}, which must be one number"
-        yield too_few, f"{shots} must be above -q {tasks.queries}, which Reptile includes"
-    yield (
-        not training.vectorise and training.compile == "on",
-        "--no-vectorise: tasks one after another are not compiled; use --compile off",
-    )
+        if queries.varies:
+            yield f"{shots} of Reptile includes -q {tasks.queries}, which must be one number"
+        if Span.of(tasks.train_shots).least <= queries.most:
+            yield f"{shots} must be above -q {tasks.queries}, which Reptile includes"
+    if not training.vectorise and training.compile == "on":
+        yield "--no-vectorise: tasks one after another are not compiled; use --compile off"
