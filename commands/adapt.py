@@ -33,9 +33,9 @@ from common.names import as_file_name
 from common.optimizers import Weights
 from common.task import UserTask
 from dataset import GRID_POINTS
-from evaluation.predictions import Prediction, predictions_figure, read_predictions
+from evaluation.predictions import Prediction, predictions_figure, predictions_table, read_predictions
 from evaluation.style import write_figure
-from evaluation.tables import after_steps, predictions_table, write_csv, write_json
+from evaluation.tables import after_steps, write_csv, write_json
 from learners.losses import LOSSES
 from learners.reading import Reading
 from maml import MAML

@@ -26,7 +26,6 @@ from common.optimizers import Weights
 from common.processes import ALONE, World
 from common.sizes import as_file_part, find_largest
 from evaluation import meta_test
-from evaluation.by_size import sizes_record, sizes_table
 from evaluation.examples import adapt_examples, examples_figure
 from evaluation.figures import results_figure
 from evaluation.ledger import RESULTS, TIME, add_result, quote_result
@@ -40,6 +39,8 @@ from evaluation.tables import (
     evaluation_record,
     results_of,
     results_table,
+    sizes_record,
+    sizes_table,
 )
 from learners.options import LEARNERS
 from learners.reading import choose_reading

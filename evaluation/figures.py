@@ -71,7 +71,7 @@ def draw_results(
         runs = part.kept_means.shape[1]
         mean = "mean" + f" of {runs}" * (runs > 1)
         label = mean if name == ALL else name + f": {mean}" * (runs > 1)
-        if part.leaves_out:
+        if part.is_loss and any(part.diverged):
             label += f"\n(without {max(part.diverged)} that diverged)"
         if any(part.undefined):
             label += f"\n(without {max(part.undefined)} for which it is undefined)"

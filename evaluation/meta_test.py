@@ -18,7 +18,7 @@ from common.optimizers import Weights
 from common.processes import ALONE, World
 from common.random import derive_keys, minibatch_order, task_stream
 from common.task import Extras
-from learners.reading import Metric, Reading, choose_measure, choose_reading
+from learners.reading import Metric, Reading, choose_reading
 from maml import MAML
 
 SEED = 0  # of the evaluation tasks; validation and test have random streams apart from those of training
@@ -33,13 +33,10 @@ DIVERGENCE = 10.0  # a diverged loss is this many times the loss before adaptati
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results by normalisation ("transductive", ...): float64 `[tasks, steps + 1]`."""
+    """Results on fixed tasks, float64 `[tasks, steps + 1]`; NaN where a measure is undefined for a task."""
 
-    losses: dict[str, Tensor]
-    accuracies: dict[str, Tensor]  # empty without; NaN where it is undefined for a task
-    metrics: dict[str, Tensor] = field(default_factory=dict)  # the same of the user's metric
+    measures: dict[str, dict[str, Tensor]]  # by name, see `Reading.measures`; then by normalisation
     metric: Metric | None = None
-    further: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by name, see `Reading.further`
     parts: dict[str, Evaluation] = field(default_factory=dict)  # by data set, of whose means this is the mean
     sizes: dict[str, Tensor] = field(default_factory=dict)  # those of `SIZES` that vary, int64 [tasks]
 
@@ -51,26 +48,34 @@ class Evaluation:
         """
         first, *_ = every = list(parts.values())
 
-        def mean(measures: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-            return {norm: torch.stack([part[norm] for part in measures]).mean(0) for norm in measures[0]}
+        def mean(name: str, norm: str) -> Tensor:
+            return torch.stack([part.measures[name][norm] for part in every]).mean(0)
 
-        names = ("losses", "accuracies", "metrics")
-        losses, accuracies, metrics = (mean([getattr(part, name) for part in every]) for name in names)
-        further = {name: mean([part.further[name] for part in every]) for name in first.further}
-        return cls(losses, accuracies, metrics, first.metric, further, parts)
+        measures = {name: {norm: mean(name, norm) for norm in first.losses} for name in first.measures}
+        return cls(measures, first.metric, parts)
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """Return the losses by normalisation."""
+        return self.measures["loss"]
+
+    @property
+    def quoted(self) -> str:
+        """Return which of the measures is reported: "metric", "accuracy" or "loss"."""
+        return next(name for name in ("metric", "accuracy", "loss") if name in self.measures)
 
     @property
     def measure(self) -> str:
-        """Return what `measured` is: the metric's name, "accuracy", or "loss"."""
-        return choose_measure(self.metric, has_accuracy=bool(self.accuracies))[0]
+        """Return the name of the reported measure: the metric's, "accuracy", or "loss"."""
+        return self.metric.name if self.metric else self.quoted
 
     @property
     def more_is_better(self) -> bool:
-        return choose_measure(self.metric, has_accuracy=bool(self.accuracies))[1]
+        return self.metric.more_is_better if self.metric else self.quoted == "accuracy"
 
     def measured(self, normalisation: str) -> Tensor:
-        """Return the results to report, `[tasks, steps + 1]`: the metric's, accuracies, or losses."""
-        return (self.metrics or self.accuracies or self.losses)[normalisation]
+        """Return the results to report, `[tasks, steps + 1]`."""
+        return self.measures[self.quoted][normalisation]
 
     def find_diverged(self, normalisation: str) -> Tensor:
         """Return which tasks have diverged after which step: bool `[tasks, steps + 1]`.
@@ -163,8 +168,7 @@ def measure_tasks(
     """
     size = chunk_size(maml, parameters, distribution, split, tasks, steps)
     reading = choose_reading(maml.reading, distribution.most_ways)
-    measures = reading.measures
-    results = torch.zeros(len(measures), len(normalisations), tasks, steps + 1, dtype=torch.float64)
+    results = torch.zeros(len(reading.measures), len(normalisations), tasks, steps + 1, dtype=torch.float64)
     sizes = torch.zeros(len(SIZES), tasks, dtype=torch.float64)  # zero where they do not vary
     for first in range(0, tasks, size)[world.rank :: world.size]:
         if interrupted():
@@ -180,24 +184,13 @@ def measure_tasks(
         rows = slice(first, first + len(numbers))
         sizes[:, rows] = count_sizes(batch, distribution.most_ways).cpu().double()
         for column, name in enumerate(normalisations):
-            for measure, values in _measure(maml, reading, outputs[name], batch).items():
-                results[measures.index(measure), column, rows] = values.cpu().double()
+            results[:, column, rows] = _measure(maml, reading, outputs[name], batch)
     # each number was measured by one process, and is zero in all others
     results, sizes = (world.sum(part, patiently=True) for part in (results, sizes))
-    return _name_results(reading, normalisations, results, sizes)
-
-
-def _name_results(
-    reading: Reading, normalisations: tuple[str, ...], results: Tensor, sizes: Tensor
-) -> Evaluation:
-    """Return results `[measures, normalisations, tasks, steps + 1]` and sizes by their names."""
-    measures = {
-        name: dict(zip(normalisations, part, strict=True))
-        for name, part in zip(reading.measures, results, strict=True)
-    }
-    losses, accuracies, metrics = (measures.pop(name, {}) for name in ("loss", "accuracy", "metric"))
+    by_norm = [dict(zip(normalisations, part, strict=True)) for part in results]
+    measures = dict(zip(reading.measures, by_norm, strict=True))
     varying = {name: values.long() for name, values in zip(SIZES, sizes, strict=True) if values.any()}
-    return Evaluation(losses, accuracies, metrics, reading.metric, measures, sizes=varying)
+    return Evaluation(measures, reading.metric, sizes=varying)
 
 
 def count_sizes(batch: TaskBatch, ways: int | None) -> Tensor:
@@ -213,8 +206,8 @@ def count_sizes(batch: TaskBatch, ways: int | None) -> Tensor:
     return torch.stack([classes, shots.round().clamp(min=1)])
 
 
-def _measure(maml: MAML, reading: Reading, outputs: Tree, batch: TaskBatch) -> dict[str, Tensor]:
-    """Return the measures `[tasks, steps + 1]` of outputs `[tasks, steps + 1, ...]` by name."""
+def _measure(maml: MAML, reading: Reading, outputs: Tree, batch: TaskBatch) -> Tensor:
+    """Return all measures of outputs `[tasks, steps + 1, ...]`: float64 `[measures, tasks, steps + 1]`."""
     measures = {"loss": loss_per_step(maml, outputs, batch)}
     targets, mask = tree_map(lambda t: t[:, None], batch.query_y), batch.query_mask
     beside_steps = targets, None if mask is None else mask[:, None]
@@ -222,7 +215,8 @@ def _measure(maml: MAML, reading: Reading, outputs: Tree, batch: TaskBatch) -> d
         measures["accuracy"] = reading.accuracy(outputs, *beside_steps, before=2)
     if reading.metric is not None:
         measures["metric"] = reading.metric.per_step(outputs, batch, reading)
-    return measures | reading.measure_further(outputs, *beside_steps, before=2)
+    measures |= reading.measure_further(outputs, *beside_steps, before=2)
+    return torch.stack([measures[name].cpu().double() for name in reading.measures])
 
 
 def chunk_size(

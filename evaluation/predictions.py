@@ -22,9 +22,11 @@ from common.batch import Tree
 from common.task import UserTask
 from evaluation import style
 from evaluation.examples import draw_images
+from evaluation.tables import table
 from learners.reading import Reading, main_tensor
 
 MOST_COLUMNS = 16  # of one output; more are an array
+ROWS_PRINTED, LONGEST_CELL = 20, 24  # in the terminal
 MOST_PREDICTED, MOST_IMAGES, COLUMNS = 6, 60, 10  # tasks, predicted images and images in a row
 LETTERS, LINES = 14, 6  # above an image, at most
 
@@ -165,6 +167,12 @@ def _add_labels(
         prediction.columns[name] = [str(int(label)) for label in labels.tolist()]
     prediction.columns |= {f"p({name})": part for name, part in zip(names, shares.T, strict=True)}
     prediction.drawn, prediction.of_targets = [f"p({name})" for name in names], True
+
+
+def predictions_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return the first rows of predictions, as the terminal shows them."""
+    more = f"\n... and {len(rows) - ROWS_PRINTED} more" if len(rows) > ROWS_PRINTED else ""
+    return table(header, [[cell[:LONGEST_CELL] for cell in row] for row in rows[:ROWS_PRINTED]]) + more
 
 
 # ---- pictures ------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,9 @@ ALL = "all"  # name of the only setting
 MEAN = "mean over data sets"
 WITHOUT = "without them"  # heading of the means without diverged tasks
 MOST_COLUMNS = 3  # settings that a table has as columns; more are rows
-ROWS_PRINTED, LONGEST_CELL = 20, 24  # of predictions
-# measures alongside the loss by name: their titles, and how a table shows their numbers
-FURTHER = {
+MOST_SIZES = 8  # rows of a table by size; more sizes are put together
+Units = tuple[str, float, int]  # of a measure in tables: its name, the factor of its numbers, their digits
+FURTHER: dict[str, Units] = {  # of measures alongside the loss
     "mse": ("MSE of the mean", 1, 4),
     "coverage_50": ("% in the 50 % band", 100, 1),
     "coverage_90": ("% in the 90 % band", 100, 1),
@@ -85,12 +85,6 @@ def _align(cells: Sequence[str]) -> list[str]:
     ]
 
 
-def predictions_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return the first rows of predictions, as the terminal shows them."""
-    more = f"\n... and {len(rows) - ROWS_PRINTED} more" if len(rows) > ROWS_PRINTED else ""
-    return table(header, [[cell[:LONGEST_CELL] for cell in row] for row in rows[:ROWS_PRINTED]]) + more
-
-
 @dataclass(frozen=True)
 class Caption:
     """Words of tables and figures about results."""
@@ -109,8 +103,8 @@ class Caption:
         return {self.test_steps: "the result", **trained}
 
 
-def choose_units(measure: str) -> tuple[str, float, int]:
-    """Return how a table shows "accuracy" or a loss: its name, the factor of its numbers and their digits."""
+def choose_units(measure: str) -> Units:
+    """Return how a table shows "accuracy" or a loss."""
     return ("accuracy %", 100, 2) if measure == "accuracy" else (measure, 1, 4)
 
 
@@ -158,28 +152,28 @@ class Spread:
 
 def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
     """Return the numbers of one run behind table and picture, and the values of each task behind them."""
+    titles = {name: evaluation.measure if name == "metric" else name for name in evaluation.measures}
     per_step: list[dict[str, Any]] = []
-    for name, losses in evaluation.losses.items():
-        diverged, tasks = evaluation.find_diverged(name), len(losses)
+    for norm, losses in evaluation.losses.items():
+        diverged, tasks = evaluation.find_diverged(norm), len(losses)
         ordered = losses.sort(0).values  # NaN last
         numbers = {"diverged_tasks": diverged.sum(0)}
         numbers["loss_median"] = ordered[(tasks - 1) // 2 : tasks // 2 + 1].mean(0)
         numbers["loss_without_worst_percent"] = ordered[: math.ceil(0.99 * tasks)].mean(0)
+        if evaluation.quoted != "loss":
+            numbers["undefined_tasks"] = evaluation.measured(norm).isnan().sum(0)
         measures = {"loss": (losses, None), "loss_without_diverged": (losses, ~diverged)}
-        for measure, parts in (("accuracy", evaluation.accuracies), (evaluation.measure, evaluation.metrics)):
-            if parts:
-                measures[measure] = (parts[name], ~parts[name].isnan())
-                numbers["undefined_tasks"] = parts[name].isnan().sum(0)  # of the measure that is quoted
-        measures |= {measure: (parts[name], None) for measure, parts in evaluation.further.items()}
-        for measure, (values, mask) in measures.items():
-            numbers[measure], numbers[f"{measure}_interval_95"] = mean_and_interval(values, mask)
+        for name, title in titles.items():
+            if name != "loss":
+                values = evaluation.measures[name][norm]
+                measures[title] = values, ~values.isnan() if name in ("accuracy", "metric") else None
+        for title, (values, mask) in measures.items():
+            numbers[title], numbers[f"{title}_interval_95"] = mean_and_interval(values, mask)
         for step in range(losses.shape[1]):
             row = {key: values[step].item() for key, values in numbers.items()}
-            per_step.append({"normalisation": name, "steps": step} | row)
-    per_task = {evaluation.measure: evaluation.metrics, "loss": evaluation.losses}
-    per_task |= {"accuracy": evaluation.accuracies} | evaluation.further
-    present = {name: values for name, values in per_task.items() if values}
-    record: dict[str, Any] = {"per_step": per_step, "per_task": present}
+            per_step.append({"normalisation": norm, "steps": step} | row)
+    per_task = {titles[name]: evaluation.measures[name] for name in (evaluation.quoted, *titles)}
+    record: dict[str, Any] = {"per_step": per_step, "per_task": per_task}
     if evaluation.sizes:
         record["sizes"] = evaluation.sizes  # of each task
     if evaluation.parts:
@@ -200,9 +194,7 @@ class StepResults:
     kept_means: Tensor  # [steps + 1, runs], over the tasks that have not diverged; accuracies keep all
     kept_mean: Tensor  # [steps + 1], over tasks: each one's mean over the runs in which it has not diverged
     kept_intervals: Tensor  # [steps + 1], half widths over tasks, of `kept_mean`
-    losses: Tensor  # [steps + 1], mean loss over all tasks
-    accuracies: Tensor | None  # [steps + 1], mean accuracy, if there is one and it is not the measure
-    further: dict[str, Tensor]  # [steps + 1], means of other measures by name
+    others: dict[str, Tensor]  # [steps + 1], means of the other measures over tasks and runs, by name
     undefined: list[int]  # [steps + 1], tasks of all runs for which the measure is undefined
     tasks: int
     measured: str  # "accuracy", "loss", or the metric's name
@@ -213,14 +205,18 @@ class StepResults:
         cls, evaluations: Sequence[Evaluation], norm: str, tasks: Tensor | slice = slice(None)
     ) -> StepResults:
         """Return the results of runs that were measured on the same tasks, or on some of these tasks."""
-        measured = torch.stack([e.measured(norm)[tasks] for e in evaluations])  # [runs, tasks, steps + 1]
+
+        def stack(name: str) -> Tensor:
+            return torch.stack([e.measures[name][norm][tasks] for e in evaluations])
+
+        first = evaluations[0]
+        measured, is_loss = stack(first.quoted), first.quoted == "loss"  # [runs, tasks, steps + 1]
         diverged = torch.stack([e.find_diverged(norm)[tasks] for e in evaluations])
-        first, is_loss = evaluations[0], evaluations[0].measure == "loss"
         valid = ~diverged if is_loss else ~measured.isnan()
         of_tasks = measured.where(valid, 0).sum(0) / valid.sum(0)  # NaN where a task diverged in all runs
         kept_mean, kept_intervals = mean_and_interval(of_tasks, valid.any(0))
         kept_means = (measured.where(valid, 0).sum(1) / valid.sum(1)).T
-        beside = [e.accuracies[norm][tasks].nanmean(0) for e in evaluations if e.metrics and e.accuracies]
+        others = {name: stack(name) for name in first.measures if name != first.quoted}
         return cls(
             means=measured.mean(1).T if is_loss else kept_means,
             intervals=mean_and_interval(measured.mean(0))[1] if is_loss else kept_intervals,
@@ -228,11 +224,9 @@ class StepResults:
             kept_means=kept_means,
             kept_mean=kept_mean,
             kept_intervals=kept_intervals,
-            losses=torch.stack([e.losses[norm][tasks].mean(0) for e in evaluations]).mean(0),
-            accuracies=torch.stack(beside).mean(0) if beside else None,
-            further={
-                name: torch.stack([e.further[name][norm][tasks].mean(0) for e in evaluations]).mean(0)
-                for name in first.further
+            others={
+                name: (values.nanmean(1) if name == "accuracy" else values.mean(1)).mean(0)
+                for name, values in others.items()
             },
             undefined=[0] * measured.shape[2] if is_loss else (~valid).sum((0, 1)).tolist(),
             tasks=measured.shape[1],
@@ -243,11 +237,6 @@ class StepResults:
     @property
     def is_loss(self) -> bool:
         return self.measured == "loss"
-
-    @property
-    def leaves_out(self) -> bool:
-        """Return whether there is a mean without the tasks whose loss has diverged."""
-        return self.is_loss and any(self.diverged)
 
     def measure(self, loss_name: str) -> str:
         """Return the name of the measure for people."""
@@ -280,11 +269,11 @@ class StepResults:
     def record(self) -> list[dict[str, Any]]:
         """Return the numbers after each step as plain values."""
         columns = {"interval_95_over_tasks": self.intervals.tolist(), "diverged_tasks": self.diverged}
-        if not self.is_loss:
-            columns["undefined_tasks"] = self.undefined
         if self.is_loss:
             columns["mean_without_diverged"] = self.kept_mean.tolist()
             columns["interval_95_without_diverged"] = self.kept_intervals.tolist()
+        else:
+            columns["undefined_tasks"] = self.undefined
         return [
             {"steps": step} | asdict(Spread.over(means)) | {name: c[step] for name, c in columns.items()}
             for step, means in enumerate(self.means)
@@ -315,51 +304,40 @@ def results_table(results: Mapping[str, StepResults], caption: Caption, *, losse
     parts = list(results.values())
     measure, scale, digits = choose_units(parts[0].measure(caption.loss_name))
     last = max(len(part.means) for part in parts) - 1
-    few = len(parts) <= MOST_COLUMNS
-    steps = range(last + 1) if few else sorted({0, min(caption.test_steps, last), last})
-    if few:
-        names, cells = [], []
+    further = [_format_others(part, FURTHER) for part in parts]
+    if len(parts) <= MOST_COLUMNS:
+        names, cells = ["steps"], [[*map(str, range(last + 1))]]
         for name, part in results.items():
-            columns = [part.cells(step, scale, digits) for step in steps]
+            columns = [part.cells(step, scale, digits) for step in range(last + 1)]
             names += [heading or (measure if name == ALL else name) for heading in columns[0]]
             cells += [[column[heading] for column in columns] for heading in columns[0]]
-        for name, part in results.items():
-            before = "" if name == ALL else f"{name}, "
-            if losses and part.accuracies is not None:
-                names.append(f"{before}accuracy %")
-                cells.append([f"{100 * share:.2f}" for share in part.accuracies.tolist()])
-            if losses and not part.is_loss:
-                names.append(f"{before}{caption.loss_name}")
-                cells.append([format_decimal(loss, 4) for loss in part.losses.tolist()])
+        beside = {"accuracy": choose_units("accuracy"), "loss": choose_units(caption.loss_name)}
+        for name, part in results.items() if losses else ():
+            for title, column in _format_others(part, beside).items():
+                names.append(title if name == ALL else f"{name}, {title}")
+                cells.append(column)
         if len(parts) == 1:
-            further = [_format_further(parts[0], step) for step in steps]
-            names += [*further[0]]
-            cells += [[row[name] for row in further] for name in further[0]]
-        text = table(
-            ["steps", *names, ""],
-            list(zip(map(str, steps), *cells, [caption.marks.get(s, "") for s in steps], strict=True)),
-        )
+            names += further[0].keys()
+            cells += further[0].values()
+        marks = [caption.marks.get(step, "") for step in range(last + 1)]
+        text = table([*names, ""], list(zip(*cells, marks, strict=True)))
     else:
+        steps = sorted({0, caption.test_steps, last})
         rows = [[name, *(part.cell(s, scale, digits) for s in steps)] for name, part in results.items()]
         text = table(["", *map(after_steps, steps)], rows)
-    if parts[0].further and len(parts) > 1:
-        text += f"\n{_tabulate_further(results, caption.test_steps)}"
+    if len(parts) > 1 and further[0]:
+        shown = [[column[: caption.test_steps + 1][-1] for column in part.values()] for part in further]
+        rows = [[name, *cells] for name, cells in zip(results, shown, strict=True)]
+        text += "\n" + table([after_steps(caption.test_steps), *further[0]], rows)
     return f"{text}\nQuery {measure}: {describe_means(parts, text)}."
 
 
-def _tabulate_further(results: Mapping[str, StepResults], step: int) -> str:
-    """Return the measures alongside the loss after a step; the last one of what is adapted by fewer."""
-    shown = [_format_further(part, min(step, len(part.means) - 1)) for part in results.values()]
-    rows = [[name, *cells.values()] for name, cells in zip(results, shown, strict=True)]
-    return table([after_steps(step), *shown[0]], rows)
-
-
-def _format_further(part: StepResults, step: int) -> dict[str, str]:
-    """Return the measures alongside the loss after a step as text, by their titles."""
+def _format_others(part: StepResults, units: Mapping[str, Units]) -> dict[str, list[str]]:
+    """Return measures that are not the quoted one as text after each step, by their titles."""
     return {
-        title: format_decimal(scale * part.further[name][step].item(), digits)
-        for name, (title, scale, digits) in FURTHER.items()
-        if name in part.further
+        title: [format_decimal(scale * value, digits) for value in part.others[name].tolist()]
+        for name, (title, scale, digits) in units.items()
+        if name in part.others
     }
 
 
@@ -372,6 +350,41 @@ def describe_means(results: Sequence[StepResults], table: str) -> str:
     if any(part.means.shape[1] > 1 for part in results):
         return f"mean over seeds ± its 95 % interval over {tasks} (lowest to highest seed){after}"
     return f"mean ± 95 % interval over {tasks}{after}"
+
+
+def sizes_table(runs: Sequence[Evaluation], caption: Caption) -> str:
+    """Return the results of runs on the same tasks, after the quoted step, by each size that varies."""
+    texts = []
+    for name, sizes in runs[0].sizes.items():
+        rows = []
+        for label, tasks in _group_sizes(sizes):
+            results = [StepResults.over(runs, norm, tasks) for norm in runs[0].losses]
+            measure, scale, digits = choose_units(results[0].measure(caption.loss_name))
+            cells = [one.cell(caption.test_steps, scale, digits) for one in results]
+            rows.append([label, f"{results[0].tasks:,}", *cells])
+        names = list(runs[0].losses)
+        texts.append(table([name, "tasks", *(names if len(names) > 1 else [measure])], rows))
+    return "\n\n".join(texts)
+
+
+def sizes_record(runs: Sequence[Evaluation]) -> dict[str, Any]:
+    """Return the numbers behind the table, after all steps."""
+    return {
+        name: {
+            label: {"tasks": int(tasks.sum())}
+            | {norm: StepResults.over(runs, norm, tasks).record() for norm in runs[0].losses}
+            for label, tasks in _group_sizes(sizes)
+        }
+        for name, sizes in runs[0].sizes.items()
+    }
+
+
+def _group_sizes(values: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield a label of each size, or of some that follow each other, and its tasks, bool `[tasks]`."""
+    sizes = values.unique()
+    for group in sizes.tensor_split(min(len(sizes), MOST_SIZES)):
+        ends = dict.fromkeys((int(group[0]), int(group[-1])))
+        yield "-".join(map(str, ends)), torch.isin(values, group)
 
 
 # How a run was trained: "name", "setting", "seed", "iteration", "failure" (why it stopped), "measure"
@@ -403,12 +416,8 @@ def training_table(runs: Sequence[Summary]) -> str:
     for setting, group in _by_setting(runs).items():
         ended, spreads = sum(run["failure"] is None for run in group), _collect_spreads(group)
         measure, scale, digits = choose_units(group[0]["measure"])
-        formats = {
-            "final_training_loss": (1, 4),
-            "best_validation": (scale, digits),
-            "best_iteration": (1, 0),
-        }
-        cells = [spreads[n].text(*form) if n in spreads else "-" for n, form in formats.items()]
+        forms = zip(NUMBERS, ((1, 4), (scale, digits), (1, 0)), strict=True)
+        cells = [spreads[name].text(*form) if name in spreads else "-" for name, form in forms]
         cells[1] += "" if common else f" {measure}"
         rows.append([setting, f"{ended} of {len(group)}", *cells])
     best = f"best validation {choose_units(common)[0]}".rstrip()

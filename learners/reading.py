@@ -158,11 +158,11 @@ class Reading:
     @property
     def measure(self) -> str:
         """Return what decides: the metric's name, "accuracy", or "loss"."""
-        return choose_measure(self.metric, has_accuracy=self.has_accuracy)[0]
+        return self.metric.name if self.metric else "accuracy" if self.has_accuracy else "loss"
 
     @property
     def more_is_better(self) -> bool:
-        return choose_measure(self.metric, has_accuracy=self.has_accuracy)[1]
+        return self.metric.more_is_better if self.metric else self.has_accuracy
 
     def predict(self, outputs: Tree, before: int = 0) -> Tensor:
         """Return predicted classes, int64 `[..., examples, ...]`; of labels, whether each is above 0.5."""
@@ -240,13 +240,6 @@ class Reading:
             "numbers": "numbers",
             "normal": "means of the targets, then numbers whose softplus gives the variances",
         }[self.kind]
-
-
-def choose_measure(metric: Metric | None, *, has_accuracy: bool) -> tuple[str, bool]:
-    """Return the measure that decides: metric, else accuracy, else loss; and whether more of it is better."""
-    if metric:
-        return metric.name, metric.more_is_better
-    return ("accuracy", True) if has_accuracy else ("loss", False)
 
 
 def choose_reading(reading: Reading | None, ways: int | None) -> Reading:

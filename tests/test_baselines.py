@@ -81,7 +81,7 @@ def test_the_rate_of_a_baseline_is_the_best_on_validation_tasks(tmp_path, monkey
             tested.append(rate)
         loss = {("validation", 0.01): 1.0, ("validation", 0.1): math.nan}.get((split, rate), 2.0)
         values = torch.full((3, steps + 1), loss, dtype=torch.float64)
-        return baselines.Evaluation(dict.fromkeys(normalisations, values), {})
+        return baselines.Evaluation({"loss": dict.fromkeys(normalisations, values)})
 
     monkeypatch.setattr(baselines, "evaluate", evaluate)
     monkeypatch.setattr(baselines, "load_checkpoint", lambda _: Checkpoint({}, 0, {}, {}, {}, {}))

@@ -103,11 +103,10 @@ def test_both_readings_of_batch_norm_and_the_running_statistics_are_measured():
     names = meta_test.list_normalisations(maml, statistics)
     assert names == ("transductive", "inductive", "per-step")
     result = measured(maml, normalisations=names, statistics=statistics)
-    assert list(result.losses) == list(result.accuracies) == list(names)
+    assert [*result.losses] == [*result.measures["accuracy"]] == [*names]
     assert len({values[:, -1].mean().item() for values in result.losses.values()}) == 3
-    assert (
-        result.accuracies["transductive"][:, -1].mean() > 0.5 > result.accuracies["transductive"][:, 0].mean()
-    )
+    before, _, after = result.measured("transductive").mean(0)
+    assert before < 0.5 < after
     assert meta_test.list_normalisations(regressor(), {}) == ("transductive",)
 
 
@@ -166,14 +165,15 @@ def test_a_table_has_each_reading_after_each_step_and_the_accuracy_of_diverged_t
     losses = values.clone()
     losses[0, 1] = torch.nan
     both = {"transductive": values, "inductive": values / 2}
-    evaluation = Evaluation(dict.fromkeys(both, losses), both)
+    evaluation = Evaluation({"loss": dict.fromkeys(both, losses), "accuracy": both})
     table = results_table(results_of({"all": [evaluation]}), Caption("", "cross-entropy", 2, 1))
     mean, interval = mean_and_interval(100 * values[:, 1])
     heading, _, after_one, *_ = table.splitlines()
     assert heading.split() == ["steps", "transductive", "diverged", "inductive", "diverged"]
     assert f"1  {mean:.2f} ± {interval:.2f}         1  " in after_one
     assert "Query accuracy %" in table and table.endswith("over 9 tasks.")
-    quiet = results_of({"all": [Evaluation({"inductive": values}, {"inductive": values / 2})]})
+    measures = {"loss": {"inductive": values}, "accuracy": {"inductive": values / 2}}
+    quiet = results_of({"all": [Evaluation(measures)]})
     heading, before, *_ = results_table(quiet, Caption("", "cross-entropy", 2, 1), losses=True).splitlines()
     assert heading.split() == ["steps", "accuracy", "%", "cross-entropy"]
     assert before.split()[-1] == f"{values[:, 0].mean():.4g}"
@@ -182,7 +182,7 @@ def test_a_table_has_each_reading_after_each_step_and_the_accuracy_of_diverged_t
 def test_the_record_has_the_mean_without_diverged_tasks_or_the_worst_percent_and_the_median():
     losses = torch.rand(200, 2, dtype=torch.float64) / 10 + 0.5
     losses[7, 1], losses[8] = torch.nan, torch.inf
-    before, after = evaluation_record(Evaluation({"inductive": losses}, {}))["per_step"]
+    before, after = evaluation_record(Evaluation({"loss": {"inductive": losses}}))["per_step"]
     assert (before["diverged_tasks"], after["diverged_tasks"]) == (1, 2)
     others = [value for number, value in enumerate(losses[:, 1].tolist()) if number not in (7, 8)]
     assert after["loss_without_diverged"] == pytest.approx(sum(others) / 198)

@@ -72,7 +72,7 @@ def test_colour_blind_readers_can_tell_the_curves_apart(readers):
 
 
 def test_a_picture_is_opaque_and_keeps_its_style_outside_of_the_function_that_drew_it(tmp_path):
-    evaluation = Evaluation({"transductive": torch.rand(9, 3)}, {})
+    evaluation = Evaluation({"loss": {"transductive": torch.rand(9, 3)}})
     figure = results_figure(results_of({"all": [evaluation]}), CAPTION)
     style.write_figure(tmp_path / "picture.png", figure)  # ticks are made here
     picture = Image.open(tmp_path / "picture.png")
@@ -101,7 +101,9 @@ def test_the_axis_of_a_loss_shows_its_range(least, scale, bottom):
 
 def test_the_picture_of_a_result_leaves_diverged_tasks_out_and_says_so():
     losses = torch.tensor([[1.0, 0.5], [1.0, 0.7], [1.0, 1e6]])
-    (panel,) = results_figure(results_of({"all": [Evaluation({"transductive": losses}, {})]}), CAPTION).axes
+    (panel,) = results_figure(
+        results_of({"all": [Evaluation({"loss": {"transductive": losses}})]}), CAPTION
+    ).axes
     assert panel.lines[0].get_ydata().tolist() == pytest.approx([1.0, 0.6])
     legend = panel.figure.legends[0].get_texts()
     assert "(without 1 that diverged)" in legend[0].get_text()
@@ -110,14 +112,14 @@ def test_the_picture_of_a_result_leaves_diverged_tasks_out_and_says_so():
 
 def test_a_result_in_accuracy_is_drawn_as_its_error_so_that_small_ones_are_told_apart():
     right = torch.tensor([[0.2, 0.98, 1.0]]).expand(4, 3)
-    evaluation = Evaluation({"inductive": torch.ones(4, 3)}, {"inductive": right})
+    evaluation = Evaluation({"loss": {"inductive": torch.ones(4, 3)}, "accuracy": {"inductive": right}})
     (panel,) = results_figure(results_of({"all": [evaluation]}), CAPTION).axes
     assert panel.lines[0].get_ydata().tolist() == pytest.approx([80, 2, 0.01], rel=1e-3)
     assert (panel.get_ylabel(), panel.get_yscale()) == ("query error (%)", "log")
 
 
 def test_methods_are_drawn_over_inner_steps_and_one_that_is_not_adapted_as_a_line_across():
-    adapted, oracle = (Evaluation({"inductive": torch.ones(4, steps)}, {}) for steps in (3, 1))
+    adapted, oracle = (Evaluation({"loss": {"inductive": torch.ones(4, steps)}}) for steps in (3, 1))
     results = results_of({"maml": [adapted], "oracle": [oracle]})
     learning = {"maml": [([300, 600], [2.0, 1.0])], "scratch": [([300, 600], [4.0, 4.0])]}
     figure = results_figure(results, CAPTION, learning=learning, learning_measure="query MSE")
@@ -142,7 +144,7 @@ def test_a_legend_is_no_wider_than_its_figure():
 
 
 def test_the_legend_says_what_the_bands_of_one_and_of_several_runs_are():
-    run = Evaluation({"inductive": torch.ones(4, 3)}, {})
+    run = Evaluation({"loss": {"inductive": torch.ones(4, 3)}})
     for runs, band in {(1, 1): "95 % interval", (2, 2): "range of the runs"}.items():
         results = results_of({name: [run] * many for name, many in zip("ab", runs, strict=True)})
         assert band in [text.get_text() for text in results_figure(results, CAPTION).legends[0].get_texts()]

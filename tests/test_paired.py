@@ -15,7 +15,9 @@ from evaluation.tables import Caption
 
 def side(name: str, *losses: Tensor, **settings: str) -> Side:
     """Make a side with one seed for each tensor of losses `[tasks, steps + 1]`, quoted after one step."""
-    evaluations = {seed: Evaluation({"transductive": loss.double()}, {}) for seed, loss in enumerate(losses)}
+    evaluations = {
+        seed: Evaluation({"loss": {"transductive": loss.double()}}) for seed, loss in enumerate(losses)
+    }
     curves = dict.fromkeys(evaluations, ([1.0, 2.0], [3.0, 2.0]))
     return Side(name, settings, curves, evaluations, "transductive", 1)
 
@@ -71,7 +73,7 @@ def test_a_verdict_says_whether_seeds_agree_and_whether_the_interval_excludes_0(
 
 
 def test_sides_with_different_normalisations_are_compared_as_trained_and_with_each():
-    measured = {0: Evaluation({n: losses(AFTER) for n in ("transductive", "inductive")}, {})}
+    measured = {0: Evaluation({"loss": {n: losses(AFTER) for n in ("transductive", "inductive")}})}
     one = replace(side("one"), evaluations=measured)
     other = replace(one, normalisation="inductive")
     readings = paired.readings([one, other])

@@ -39,7 +39,7 @@ def cells(line: str) -> list[str]:
 
 def evaluation(*tasks: list[float]) -> Evaluation:
     """Make an evaluation of the losses of each task after each step."""
-    return Evaluation({"transductive": torch.tensor(tasks, dtype=torch.float64)}, {})
+    return Evaluation({"loss": {"transductive": torch.tensor(tasks, dtype=torch.float64)}})
 
 
 def test_a_spread_has_mean_and_range_and_one_nan_makes_it_nan():

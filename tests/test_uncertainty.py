@@ -62,11 +62,10 @@ def test_an_evaluation_measures_the_mean_and_the_bands_of_each_task_and_step():
                 errors.append((y - mean) ** 2)
                 for percent in inside:
                     inside[percent] += abs(y - mean) <= HALF_WIDTHS[percent] * spread.stdev
-            got = {name: values["transductive"][task, step].item() for name, values in result.further.items()}
-            assert got == pytest.approx(
-                {"mse": sum(errors) / 8} | {f"coverage_{p}": n / 8 for p, n in inside.items()}
-            )
-            assert result.losses["transductive"][task, step].item() == pytest.approx(sum(logs) / 8)
+            got = {name: v["transductive"][task, step].item() for name, v in result.measures.items()}
+            expected = {"loss": sum(logs) / 8, "mse": sum(errors) / 8}
+            expected |= {f"coverage_{percent}": count / 8 for percent, count in inside.items()}
+            assert got == pytest.approx(expected)
 
 
 def test_predictions_of_a_table_are_means_and_deviations_in_its_units(tmp_path):

@@ -160,15 +160,12 @@ class Run:
     def _means_by_step(self, evaluation: Evaluation) -> dict[str, list[float]]:
         """Return a validation's means over tasks, after 0, 1, ... steps, by the name of their curve."""
         norm = self.choices.query_norm
-        results = {"query_loss": evaluation.losses[norm]}
-        if evaluation.accuracies:
-            results["query_accuracy"] = evaluation.accuracies[norm]
-        if evaluation.metrics:
-            results[self.measure] = evaluation.metrics[norm]
-        results |= {f"query_{name}": values[norm] for name, values in evaluation.further.items()}
+        names = {"metric": self.measure}
         return {
-            name: [(t if name == "query_loss" else t[~t.isnan()]).mean().item() for t in tasks.unbind(1)]
-            for name, tasks in results.items()
+            names.get(name, f"query_{name}"): [
+                (t if name == "loss" else t[~t.isnan()]).mean().item() for t in values[norm].unbind(1)
+            ]
+            for name, values in evaluation.measures.items()
         }
 
     @property
