@@ -1,8 +1,10 @@
 """Helpers of the tests that train: run a command line in this process, read its files, compare two runs."""
 
 import csv
+import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +44,12 @@ def adapt(run: Path, task: Path, *flags: object) -> list[list[str]]:
 def read_csv(path: Path) -> list[list[str]]:
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.reader(file))
+
+
+def read_record(folder: Path, pattern: str = "*.json") -> dict[str, Any]:
+    """Return the content of a folder's one JSON file whose name fits the pattern."""
+    (file,) = folder.glob(pattern)
+    return json.loads(file.read_text())
 
 
 def curves(folder: Path) -> dict[str, list[int]]:

@@ -1,12 +1,11 @@
 """--baselines: what meta-learning must beat, measured on the test tasks of a checkpoint."""
 
-import json
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import command, stop_at, train
+from runs import command, read_record, stop_at, train
 
 from commands import baselines
 from commands.call import Call
@@ -33,14 +32,13 @@ def test_all_baselines_are_measured_with_a_checkpoint_and_trained_once(tmp_path,
     line = ["--eval", "--baselines", "--load", last, "--eval-tasks", 20, "--eval-steps", 3]
     assert command(*line) == 0
     output = capsys.readouterr().out
-    record = json.loads(
-        (tmp_path / "run" / "last-test-sinusoid-4shot-10query-20tasks-baselines.json").read_text()
-    )
+    name = "last-test-sinusoid-4shot-10query-20tasks-baselines"
+    record = read_record(tmp_path / "run", f"{name}.json")
     steps = {name: len(method["per_step"]) for name, method in record["methods"].items()}
     assert steps == {"maml": 4, "scratch, sgd": 4, "scratch, adam": 4, "pretrained": 4, "oracle": 1}
     assert "trains pretrained and oracle in" in output and "70 iterations each, about" in output
     assert "MAML, as trained" in output and all(name in output for name in steps if name != "maml")
-    assert (tmp_path / "run" / "last-test-sinusoid-4shot-10query-20tasks-baselines.png").is_file()
+    assert (tmp_path / "run" / f"{name}.png").is_file()
 
     maml, scratch = record["curves"].values()
     assert maml["iteration"] == scratch["iteration"] == [30, 60]
@@ -102,13 +100,13 @@ def test_the_baselines_of_several_seeds_are_measured_together(tmp_path, pictures
     train(tmp_path / "runs", *SHORT, "--seeds", "0-1")
     line = ["--eval", "--baselines", "--load", tmp_path / "runs", "--eval-tasks", 20, "--eval-steps", 3]
     assert command(*line, "--out", tmp_path / "many") == 0
-    [many] = [json.loads(file.read_text()) for file in (tmp_path / "many").glob("*-baselines.json")]
+    many = read_record(tmp_path / "many", "*-baselines.json")
     alone = []
     for seed in (0, 1):
         line[3], out = tmp_path / "runs" / f"seed-{seed}", tmp_path / str(seed)
         assert command(*line, "--out", out) == 0
-        alone += [json.loads(file.read_text()) for file in out.glob("*-baselines.json")]
-    assert len(alone) == 2 and len(many["over_runs"]) == 5
+        alone.append(read_record(out, "*-baselines.json"))
+    assert len(many["over_runs"]) == 5
     for name, rows in many["over_runs"].items():
         of_each = [one["over_runs"][name][-1]["mean"] for one in alone]
         assert of_each[0] != of_each[1]

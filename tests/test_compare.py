@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import write_classes
-from runs import command
+from runs import command, read_record
 
 from commands.call import Call
 from commands.evaluate import Subject
@@ -99,8 +99,8 @@ def test_a_difference_on_test_tasks_equals_that_of_two_evals(compare, place, tmp
     values = []
     for name in ("five", "maml"):
         assert command("--eval", "--load", place / name, "-k", 5, "--out", tmp_path / name) == 0
-        (file,) = (tmp_path / name).glob("*.json")
-        values.append(np.array(json.loads(file.read_text())["per_task"]["loss"]["transductive"]))
+        per_task = read_record(tmp_path / name)["per_task"]
+        values.append(np.array(per_task["loss"]["transductive"]))
     assert result["first_task"] == 0
     mean = (values[0] - values[1])[:, 1].mean()
     assert difference_in(result)["mean"] == pytest.approx(mean, rel=10 * DIGITS, abs=DIGITS)
@@ -127,7 +127,7 @@ def test_best_is_measured_and_curves_cover_the_whole_run(compare, place):
     assert best["checkpoint"].endswith("maml/best.pt") and last["checkpoint"].endswith("fomaml/last.pt")
     assert best["iteration"] == load_checkpoint(place / "maml" / "best.pt").iteration
     for name, run in (("maml", best), ("fomaml", last)):
-        saved = json.loads((place / name / "training.json").read_text())
+        saved = read_record(place / name, "training.json")
         assert run["curves"] == {part: saved[part] for part in ("training", "validation")}
 
 

@@ -1,13 +1,13 @@
 """--eval from the command line: what is measured, on which tasks, and what is refused."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import runs
+import torch
 from conftest import write_classes
-from runs import command
+from runs import command, read_record
 
 from commands import build
 from commands.config import Config
@@ -36,11 +36,11 @@ def conv(tmp_path_factory) -> Path:
 
 def test_the_fresh_initialisation_is_measured_without_a_checkpoint(tmp_path):
     assert command("--eval", "--eval-tasks", 4, "--checkpoint-path", tmp_path) == 0
-    (result,) = tmp_path.glob("fresh-mlp-paper-seed0-test-sinusoid-10shot-10query-4tasks.json")
-    record = json.loads(result.read_text())
+    name = "fresh-mlp-paper-seed0-test-sinusoid-10shot-10query-4tasks"
+    record = read_record(tmp_path, f"{name}.json")
     assert (record["checkpoint"], record["iteration"]) == (None, 0)
     assert record["command"].startswith("main.py")
-    assert result.with_suffix(".png").is_file()
+    assert (tmp_path / f"{name}.png").is_file()
 
 
 def test_a_checkpoint_is_measured_with_other_shots_next_to_it_or_in_out(conv, tmp_path, pictures):
@@ -60,8 +60,8 @@ def test_another_dataset_may_have_other_ways_where_the_head_is_not_learned(conv,
     for flags in ("--head-init prototype", "--algorithm r2d2", "--algorithm protonet"):
         run = train(tmp_path, *flags.split())
         assert command(*test, run) == 0
-        (result,) = run.glob("*-4way-1shot-*.json")
-        assert json.loads(result.read_text())["settings"]["dataset"] == f"images:{tmp_path / 'other'}"
+        settings = read_record(run, "*-4way-1shot-*.json")["settings"]
+        assert settings["dataset"] == f"images:{tmp_path / 'other'}"
         shutil.rmtree(run)
 
 
@@ -116,8 +116,7 @@ def test_a_step_and_the_predictions_after_it_are_compiled(conv, tmp_path, monkey
 
     monkeypatch.setattr(Compiler, "or_plain", note)
     assert command("--eval", "--load", conv, "--compile", "on", "--out", tmp_path) == 0
-    (file,) = tmp_path.glob("*.json")
-    assert json.loads(file.read_text())["compiled"] is True and seen == [True] * 2
+    assert read_record(tmp_path)["compiled"] is True and seen == [True] * 2
 
 
 def test_an_evaluation_that_cannot_be_compiled_says_so(conv, tmp_path, monkeypatch, capsys):
@@ -125,8 +124,19 @@ def test_an_evaluation_that_cannot_be_compiled_says_so(conv, tmp_path, monkeypat
     build.print_once.cache_clear()  # another test of this process may have said it
     assert command("--eval", "--load", conv, "--compile", "on", "--out", tmp_path) == 0
     assert capsys.readouterr().err.count("not compiled: that needs a C++ compiler") == 1
-    (file,) = tmp_path.glob("*.json")
-    assert json.loads(file.read_text())["compiled"] is False
+    assert read_record(tmp_path)["compiled"] is False
+
+
+def test_an_evaluation_on_ranges_is_reported_by_size(tmp_path, capsys):
+    run = runs.train(tmp_path / "run", "-k", "1-3", "--iterations", 2, "--val-tasks", 2)
+    assert command("--eval", "--load", run, "--eval-tasks", 40, "--eval-steps", 1) == 0
+    assert "By size, after 1 step:" in capsys.readouterr().out
+    result = read_record(run, "*-1to3shot-*.json")
+    losses = torch.tensor(result["per_task"]["loss"]["transductive"])[:, 1]
+    shots = torch.tensor(result["sizes"]["shots"])
+    for size in (1, 2, 3):
+        mean = result["by_size"]["shots"][str(size)]["transductive"][1]["mean"]
+        assert mean == pytest.approx(losses[shots == size].mean().item(), rel=1e-5)
 
 
 def test_several_subjects_are_named_after_what_they_share():

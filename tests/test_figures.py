@@ -1,7 +1,6 @@
 """Pictures share one style that all readers can see, show the numbers, and survive a resumed run."""
 
 import re
-from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -9,9 +8,10 @@ import pytest
 import torch
 from matplotlib import rc_params_from_file
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from PIL import Image
+from runs import command, train
 
-import main
 from common.batch import TaskBatch
 from common.task import UserTask
 from evaluation import style
@@ -53,6 +53,10 @@ def lab(light: np.ndarray) -> np.ndarray:
     to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
     f = np.cbrt(np.maximum(to_xyz @ np.clip(light, 0, 1) / [0.9505, 1, 1.089], 1e-6))
     return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+def legend(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 # ---- style ----------------------------------------------------------------------------------
@@ -101,12 +105,10 @@ def test_the_axis_of_a_loss_shows_its_range(least, scale, bottom):
 
 def test_the_picture_of_a_result_leaves_diverged_tasks_out_and_says_so():
     losses = torch.tensor([[1.0, 0.5], [1.0, 0.7], [1.0, 1e6]])
-    (panel,) = results_figure(
-        results_of({"all": [Evaluation({"loss": {"transductive": losses}})]}), CAPTION
-    ).axes
+    evaluation = Evaluation({"loss": {"transductive": losses}})
+    (panel,) = results_figure(results_of({"all": [evaluation]}), CAPTION).axes
     assert panel.lines[0].get_ydata().tolist() == pytest.approx([1.0, 0.6])
-    legend = panel.figure.legends[0].get_texts()
-    assert "(without 1 that diverged)" in legend[0].get_text()
+    assert "(without 1 that diverged)" in legend(panel.figure)[0]
     assert [panel.get_xlabel(), panel.get_ylabel()] == ["inner steps", "query MSE"]
 
 
@@ -128,8 +130,7 @@ def test_methods_are_drawn_over_inner_steps_and_one_that_is_not_adapted_as_a_lin
     assert (training.get_xlabel(), training.get_ylabel()) == ("iteration", "query MSE")
     colours = [[line.get_color() for line in panel.lines] for panel in (steps, training)]
     assert colours[1][0] == colours[0][0] and colours[1][1] not in colours[0]
-    words = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert words == ["maml", "oracle", "95 % interval", "trained for, the result", "scratch"]
+    assert legend(figure) == ["maml", "oracle", "95 % interval", "trained for, the result", "scratch"]
 
 
 def test_a_legend_is_no_wider_than_its_figure():
@@ -145,13 +146,11 @@ def test_a_legend_is_no_wider_than_its_figure():
 
 def test_the_legend_says_what_the_bands_of_one_and_of_several_runs_are():
     run = Evaluation({"loss": {"inductive": torch.ones(4, 3)}})
-    for runs, band in {(1, 1): "95 % interval", (2, 2): "range of the runs"}.items():
-        results = results_of({name: [run] * many for name, many in zip("ab", runs, strict=True)})
-        assert band in [text.get_text() for text in results_figure(results, CAPTION).legends[0].get_texts()]
-    for order in ("ab", "ba"):  # whichever is drawn last
-        results = results_of({name: [run] * (1 + (name == "b")) for name in order})
-        words = [text.get_text() for text in results_figure(results, CAPTION).legends[0].get_texts()]
-        assert "range of the runs; of a single run 95 % interval" in words
+    bands = {(1, 1): "95 % interval", (2, 2): "range of the runs"}
+    both = "range of the runs; of a single run 95 % interval"
+    for counts, band in (bands | {(1, 2): both, (2, 1): both}).items():  # whichever is drawn last
+        results = results_of({name: [run] * count for name, count in zip("ab", counts, strict=True)})
+        assert band in legend(results_figure(results, CAPTION))
 
 
 def test_a_learning_curve_is_the_mean_of_its_runs_in_a_band_of_all_of_them():
@@ -161,7 +160,7 @@ def test_a_learning_curve_is_the_mean_of_its_runs_in_a_band_of_all_of_them():
     assert [line.get_ydata().tolist() for line in panel.lines] == [[0.75, 0.5], [0.5]]
     band = panel.collections[0].get_paths()[0].vertices
     assert {tuple(point) for point in band} == {(10, 0.5), (10, 1.0), (20, 0.25), (20, 0.75)}
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+    assert legend(figure) == ["a", "b"]
     assert (panel.get_xlabel(), panel.get_ylabel()) == ("iteration", "validation MSE")
 
 
@@ -180,17 +179,20 @@ def test_a_zoomed_axis_leaves_the_beginning_out_and_no_band_of_the_rest():
     curves = {"a": [(range(1, 11), [9.0, *[1.1 - 0.01 * n for n in range(9)]])], "b": [([], [])]}
     figure = learning_figure(curves, "validation MSE", "grid", zoom=True)
     assert figure.axes[0].get_ylim() == pytest.approx((1.02 - 0.0064, 1.1 + 0.0064))
-    assert "b: not recorded" in [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "b: not recorded" in legend(figure)
+
+
+def draw_fits(*levels: float) -> list:
+    """Draw three lines from -1 to 1, whose predictions before adaptation and after 3 steps are constant."""
+    x = torch.linspace(-1, 1, 7).expand(3, 7)[..., None]
+    outputs = torch.tensor(levels)[:, None, None].expand(3, -1, 7, 1)
+    examples = Examples(TaskBatch(x[:, :2], x[:, :2], x, x), outputs, [0, 3][: len(levels)], ways=None)
+    return examples_figure(examples, "title").axes
 
 
 def test_all_curves_of_fits_lie_in_panels_of_one_scale_unless_one_diverges():
-    x = torch.linspace(-1, 1, 7).expand(3, 7)[..., None]
-    outputs = torch.tensor([1.5, 1e9])[:, None, None].expand(3, 2, 7, 1)
-    batch = TaskBatch(x[:, :2], x[:, :2], x, x)
-    for steps, top in ((1, 1.5), (2, 3.0)):  # at most one span of the truth beyond it
-        *panels, _ = examples_figure(
-            Examples(batch, outputs[:, :steps], [0, 3][:steps], ways=None), "title"
-        ).axes
+    for levels, top in (([1.5], 1.5), ([1.5, 1e9], 3.0)):  # at most one span of the truth beyond it
+        *panels, _ = draw_fits(*levels)
         margin = 0.05 * (top + 1)
         assert len(panels) == 3
         for panel in panels:
@@ -198,13 +200,10 @@ def test_all_curves_of_fits_lie_in_panels_of_one_scale_unless_one_diverges():
 
 
 def test_fits_show_the_steps_that_were_asked_for():
-    x = torch.linspace(-1, 1, 7).expand(3, 7)[..., None]
-    outputs = torch.tensor([0.0, 3.0])[:, None, None].expand(3, 2, 7, 1)
-    examples = Examples(TaskBatch(x[:, :2], x[:, :2], x, x.sin()), outputs, steps=[0, 3], ways=None)
-    panel, *_ = examples_figure(examples, "title").axes
+    panel, *_ = draw_fits(0.0, 3.0)
     assert [line.get_label() for line in panel.lines] == ["true curve", "before adaptation", "after 3 steps"]
-    assert [line.get_ydata()[0] for line in panel.lines] == [pytest.approx(x.sin()[0, 0, 0]), 0.0, 3.0]
-    panel, *_ = examples_figure(replace(examples, outputs=outputs[:, 1:], steps=[0]), "title").axes
+    assert [line.get_ydata()[0] for line in panel.lines] == [-1.0, 0.0, 3.0]
+    panel, *_ = draw_fits(3.0)
     assert [line.get_label() for line in panel.lines] == ["true curve", "prediction"]
 
 
@@ -219,15 +218,16 @@ def sheet(ways: int, shots: int, queries: int, size: int = 4, *, adapted: bool =
     return examples_figure(Examples(batch, outputs[:, : len(steps)], steps, ways=ways), "title")
 
 
-def test_a_task_sheet_marks_each_label_by_more_than_colour():
-    panel, *_ = sheet(3, 2, 1).axes
+@pytest.mark.parametrize(
+    ("title", "marks"),
+    [("correct: 0 → 2 of 3", "1 ✗, 0 ✓, 2 ✗, 0 ✗, 0 ✗, 2 ✓"), ("correct: 0 of 3", "1 ✗, 2 ✗, 0 ✗")],
+)
+def test_a_task_sheet_marks_each_label_by_more_than_colour(title, marks):
+    adapted = "→" in title
+    panel, *_ = sheet(3, 2, 1, adapted=adapted).axes
     words = [text.get_text() for text in panel.texts]
-    assert [word for word in words if word[-1] in "✓✗"] == ["1 ✗", "0 ✓", "2 ✗", "0 ✗", "0 ✗", "2 ✓"]
-    assert panel.get_title(loc="left") == "correct: 0 → 2 of 3"
-    panel, *_ = sheet(3, 2, 1, adapted=False).axes
-    words = [text.get_text() for text in panel.texts]
-    assert [word for word in words if word[-1] in "✓✗"] == ["1 ✗", "2 ✗", "0 ✗"] and "label" in words
-    assert panel.get_title(loc="left") == "correct: 0 of 3"
+    assert ", ".join(word for word in words if word[-1] in "✓✗") == marks
+    assert ("label" in words) is not adapted and panel.get_title(loc="left") == title
 
 
 @pytest.mark.parametrize(("ways", "shots"), [(2, 1), (20, 5)])
@@ -287,12 +287,10 @@ def test_dense_outputs_are_drawn_below_the_images_unless_there_are_classes():
 
 
 def test_pictures_of_a_resumed_run_are_the_uninterrupted_runs_bits(tmp_path, pictures):
-    flags = ["--iterations", "8", "--log-every", "3", "--val-every", "4", "--meta-batch-size", "2"]
-    flags += ["--checkpoint-path", str(tmp_path), "--compile", "off", "--run-name"]
-    assert main.main([*flags, "whole"]) == 0
-    assert main.main([*flags, "resumed", "--iterations", "4"]) == 0
-    assert main.main(["--load", str(tmp_path / "resumed" / LAST), "--iterations", "8"]) == 0
-    names = sorted(path.name for path in (tmp_path / "whole").glob("*.png"))
+    flags = ["--log-every", 3, "--val-every", 4, "--meta-batch-size", 2, "--compile", "off", "--iterations"]
+    whole, resumed = train(tmp_path / "whole", *flags, 8), train(tmp_path / "resumed", *flags, 4)
+    assert command("--load", resumed / LAST, "--iterations", 8) == 0
+    names = sorted(path.name for path in whole.glob("*.png"))
     assert names == ["examples.png", "training.png"]
     for name in names:
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes(), name
+        assert (whole / name).read_bytes() == (resumed / name).read_bytes(), name

@@ -1,4 +1,4 @@
-"""Several runs: mean and spread over seeds, in tables, records and pictures."""
+"""Several runs: mean and spread over seeds and by the size of tasks, in tables and records."""
 
 import math
 import re
@@ -37,9 +37,10 @@ def cells(line: str) -> list[str]:
     return re.split(" {2,}", line.strip())
 
 
-def evaluation(*tasks: list[float]) -> Evaluation:
+def evaluation(*tasks: list[float], shots: list[int] | None = None) -> Evaluation:
     """Make an evaluation of the losses of each task after each step."""
-    return Evaluation({"loss": {"transductive": torch.tensor(tasks, dtype=torch.float64)}})
+    losses = {"transductive": torch.tensor(tasks, dtype=torch.float64)}
+    return Evaluation({"loss": losses}, sizes={"shots": torch.tensor(shots)} if shots else {})
 
 
 def test_a_spread_has_mean_and_range_and_one_nan_makes_it_nan():
@@ -138,3 +139,27 @@ def test_the_table_of_many_settings_has_a_few_steps_as_columns():
     assert [cells(row)[0] for row in rows[:5]] == list(results)
     assert cells(rows[0])[1:] == ["1.0000 ± 0.0000", "1.0000 ± 0.0000", "0.5000 ± 0.0000"]
     assert cells(rows[4])[1:] == ["0.0000 ± 0.0000"]
+
+
+# ---- by size ----------------------------------------------------------------------------------
+
+
+def test_a_size_of_one_task_has_no_interval_and_several_runs_have_their_spread():
+    shots = [1, 2, 2]
+    runs = [evaluation([1.0], [2.0], [4.0], shots=shots), evaluation([2.0], [5.0], [9.0], shots=shots)]
+    _, one, two = tables.sizes_table(runs, Caption("", "MSE", 0, 0)).splitlines()
+    assert one.split() == ["1", "1", "1.5000", "(1.0000", "to", "2.0000)"]
+    assert two.split()[:3] == ["2", "2", "5.0000"] and "(3.0000 to 7.0000)" in two
+
+
+def test_many_sizes_are_put_together_and_none_is_left_out():
+    record = tables.sizes_record([evaluation(*[[1.0]] * 60, shots=[*range(1, 21)] * 3)])["shots"]
+    assert [*record][:2] == ["1-3", "4-6"] and len(record) == 8
+    assert sum(part["tasks"] for part in record.values()) == 60
+
+
+def test_a_task_that_has_diverged_among_all_has_diverged_among_those_of_its_size():
+    whole = evaluation(*[[1.0, 1.0]] * 3, [1.0, 50.0], [1e-6, 1.0], shots=[1, 1, 1, 2, 2])
+    part = tables.StepResults.over([whole], "transductive", whole.sizes["shots"] == 2)
+    assert whole.find_diverged("transductive")[:, 1].tolist() == [False, False, False, True, False]
+    assert part.diverged == [0, 1]
