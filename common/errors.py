@@ -81,7 +81,6 @@ def show_warnings(*, silent: bool) -> None:
 
 
 def fold_message(error: BaseException) -> str:
-    """Return an error's message on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -9,8 +9,6 @@ AND = " + "  # between the data sets of a mixture
 
 
 class Name(NamedTuple):
-    """The parts of a name."""
-
     kind: str  # one of `PREFIXES`; "code": the user's; "mixture": several; "": built in
     source: str  # path, model, module or file; of what is built in, the name
     factory: str = ""  # of the user's code
@@ -38,7 +36,6 @@ def as_file_name(text: str) -> str:
 
 
 def is_own_code(name: str | None) -> bool:
-    """Return whether a name is that of the user's code."""
     return name is not None and parse_name(name).kind == "code"
 
 

@@ -41,7 +41,6 @@ class InnerOptimizer:
 
     @classmethod
     def of(cls, choices: Choices) -> InnerOptimizer:
-        """Return the rule of an algorithm's choices."""
         rule, momentum, clip = choices.inner_optimizer, choices.inner_momentum, choices.inner_clip
         return cls(choices.inner_lr, rule, momentum=momentum, clip_norm=clip, proximal=choices.proximal)
 

@@ -12,8 +12,6 @@ Size = int | str  # a number, or a range of numbers, lowest and highest
 
 
 class Span(NamedTuple):
-    """The least and the most of a size."""
-
     least: int
     most: int
 
@@ -37,7 +35,6 @@ class Span(NamedTuple):
 
 
 def find_largest(size: Size) -> int:
-    """Return the most that a task may have."""
     return Span.of(size).most
 
 

@@ -127,11 +127,13 @@ def _share_limits(panels: Sequence[Axes], low: float, high: float) -> None:
 def draw_images(panel: Axes, images: Tensor, above: float = 0.0) -> None:
     """Draw images `[rows, columns, channels, height, width]` in [0, 1], each in its unit square of the panel.
 
-    One channel is drawn dark on white. `above`: additional gap above each row, in heights of an image.
+    One channel is drawn dark on white, NaN as white. `above`: additional gap above each row, in heights of an
+    image.
     """
     images = images.float().clamp(0, 1)
     if images.shape[2] == 1:
         images = (1 - images).expand(-1, -1, 3, -1, -1)
+    images = images.nan_to_num(1.0)
     rows, columns, _, height, _ = images.shape
     gap = max(1, round(0.06 * height))
     padded = functional.pad(images, (gap, gap, gap + round(above * height), gap), value=1.0)
@@ -183,9 +185,8 @@ def _places_by_class(labels: Tensor, mask: Tensor | None, task: int, rows: int) 
 
 
 def _take_images(images: Tensor, places: list[Tensor], most: int) -> Tensor:
-    """Return the first images of each class, `[classes, most, ...]`, blank where there are fewer."""
-    blank = 0.0 if images.shape[1] == 1 else 1.0  # one channel is drawn dark on white
-    grid = images.new_full((len(places), most, *images.shape[1:]), blank, dtype=torch.float32)
+    """Return the first images of each class, `[classes, most, ...]`, NaN where there are fewer."""
+    grid = images.new_full((len(places), most, *images.shape[1:]), torch.nan, dtype=torch.float32)
     for row, part in zip(grid, places, strict=True):
         row[: len(part[:most])] = images[part[:most]]
     return grid

@@ -75,14 +75,12 @@ def draw_results(
             label += f"\n(without {max(part.diverged)} that diverged)"
         if any(part.undefined):
             label += f"\n(without {max(part.undefined)} for which it is undefined)"
-        if len(part.kept_means) == 1:
-            level = part.kept_means.mean().item()
-            level = 100 * (1 - level) if is_accuracy else level
-            panel.axhline(level, color=style.GREY, linestyle="--", label=label)
+        means, intervals = part.kept_means.T, part.kept_intervals
+        if is_accuracy:
+            means, intervals = (100 * (1 - means)).clamp(min=LEAST_ERROR), 100 * intervals
+        if len(intervals) == 1:
+            panel.axhline(means.mean().item(), color=style.GREY, linestyle="--", label=label)
         else:
-            means, intervals = part.kept_means.T, part.kept_intervals
-            if is_accuracy:
-                means, intervals = (100 * (1 - means)).clamp(min=LEAST_ERROR), 100 * intervals
             curves = [(range(len(run)), run) for run in means.tolist()]
             draw_curve(panel, number, label, curves, intervals if runs == 1 else None)
     drawn = "error (%)" if is_accuracy else measure

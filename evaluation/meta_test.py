@@ -56,7 +56,6 @@ class Evaluation:
 
     @property
     def losses(self) -> dict[str, Tensor]:
-        """Return the losses by normalisation."""
         return self.measures["loss"]
 
     @property

@@ -33,7 +33,6 @@ class Side:
 
     @cached_property
     def results(self) -> StepResults:
-        """Return the results over inner steps."""
         return StepResults.over(list(self.evaluations.values()), self.normalisation)
 
 
@@ -92,7 +91,6 @@ def difference(side: Side, first: Side, step: int | None = None) -> Difference:
 
 
 def list_differing_settings(sides: Sequence[Side]) -> list[str]:
-    """Return the flags in which the sides differ."""
     flags = dict.fromkeys(flag for side in sides for flag in side.settings)
     values = {flag: {side.settings.get(flag, "-") for side in sides} for flag in flags}
     return [flag for flag in flags if len(values[flag]) > 1 and not values[flag] <= OFF]
@@ -156,7 +154,6 @@ def record(sides: Sequence[Side]) -> list[dict[str, Any]]:
 
 
 def _record_results(side: Side, first: Side) -> dict[str, Any]:
-    """Return results of a side, and its differences to the first."""
     steps = range(min(len(side.results.means), len(first.results.means)))
     return {
         "normalisation": side.normalisation,

@@ -88,10 +88,13 @@ def read_predictions(
     """
     main, parts = main_tensor(outputs), name_tensors(outputs)
     prediction = Prediction(len(main))
-    if reading.kind in ("classes", "ordinal"):
-        _add_classes(prediction, outputs, reading, [*classes] or [str(c) for c in range(reading.classes)])
-    elif reading.kind == "labels":
-        _add_labels(prediction, outputs, reading, classes, targets)
+    if reading.has_accuracy:
+        prediction.measure = "probability"
+        predicted, shares = reading.predict(outputs), reading.probabilities(outputs)
+        if reading.kind == "labels":
+            _add_labels(prediction, predicted, shares, classes, targets)
+        else:
+            _add_classes(prediction, predicted, shares, reading, classes)
     else:
         name = next((name for name, part in parts.items() if part is main), "")
         numbers = numbers[:, None] if numbers.dim() == 1 else numbers
@@ -130,9 +133,10 @@ def name_tensors(tree: Tree, name: str = "") -> dict[str, Any]:
     return {key: leaf for leaves in tensors for key, leaf in leaves.items()}
 
 
-def _add_classes(prediction: Prediction, outputs: Tree, reading: Reading, names: list[str]) -> None:
-    predicted, shares = reading.predict(outputs), reading.probabilities(outputs)
-    prediction.measure = "probability"
+def _add_classes(
+    prediction: Prediction, predicted: Tensor, shares: Tensor, reading: Reading, classes: Sequence[str]
+) -> None:
+    names = classes or [str(number) for number in range(reading.classes)]
     if predicted.dim() > 1:  # pixels
         integers = torch.uint8 if reading.classes < 256 else torch.int64
         prediction.arrays = {"classes": predicted.to(integers), "p": shares}
@@ -147,10 +151,8 @@ def _add_classes(prediction: Prediction, outputs: Tree, reading: Reading, names:
 
 
 def _add_labels(
-    prediction: Prediction, outputs: Tree, reading: Reading, classes: Sequence[str], targets: Sequence[str]
+    prediction: Prediction, predicted: Tensor, shares: Tensor, classes: Sequence[str], targets: Sequence[str]
 ) -> None:
-    predicted, shares = reading.predict(outputs), reading.probabilities(outputs)
-    prediction.measure = "probability"
     if len(classes) == 2 and predicted.dim() == 1:  # one logit, of the second class
         prediction.columns["prediction"] = [classes[int(label)] for label in predicted.tolist()]
         prediction.drawn = [f"p({name})" for name in classes]
@@ -252,11 +254,10 @@ def _draw_contact_sheet(task: UserTask, prediction: Prediction, title: str) -> F
     words, names = [[f"support: {target}" for target in labels]], enumerate(task.query_names[:MOST_IMAGES])
     words += [[f"{name}\n{_describe_example(prediction, number)}" for number, name in names]]
     columns = min(COLUMNS, max(map(len, words)))
-    empty = 0.0 if task.query_x.shape[1] == 1 else 1.0  # one channel is drawn dark on white
     grids, texts = list[Tensor](), list[tuple[int, str, str]]()
     for images, part, colour in zip((task.support_x, task.query_x), words, (style.RED, "black"), strict=True):
         texts += [(columns * len(grids) + n, _wrap(text), colour) for n, text in enumerate(part)]
-        grid = functional.pad(images[: len(part)].cpu(), (*[0] * 7, -len(part) % columns), value=empty)
+        grid = functional.pad(images[: len(part)].cpu(), (*[0] * 7, -len(part) % columns), value=torch.nan)
         grids += [*grid.unflatten(0, (-1, columns))]
     above = 0.13 * max(text.count("\n") + 1 for _, text, _ in texts) + 0.05  # in heights of an image
     figure = style.new_figure(max(4.0, 1.1 * columns), len(grids) * (1 + above) + 0.6, title)

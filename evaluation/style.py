@@ -9,8 +9,7 @@ import io
 import math
 import textwrap
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +39,7 @@ BEGINNING = 0.2  # share of a learning curve that a zoomed axis leaves out
 WIDE = 50.0  # ratio of the largest to the smallest loss from which its axis is logarithmic
 
 
-@contextmanager
-def use_style() -> Iterator[None]:
-    """Make figures in this style: `with use_style():`, or `@use_style()` on a function that draws."""
-    with matplotlib.style.context(STYLE_FILE):
-        yield
+use_style = partial(matplotlib.style.context, STYLE_FILE)  # `with use_style():`, or `@use_style()`
 
 
 def new_figure(width: float, height: float, title: str = "") -> Figure:
@@ -114,9 +109,8 @@ def label_axes(panel: Axes, x: str, measure: str, wide: float = WIDE) -> None:
 
 def zoom(panel: Axes) -> None:
     """Leave the beginning out of the y axis, where curves change most and are not told apart."""
-    curves = [np.asarray(line.get_xydata(), dtype=float) for line in panel.lines]  # [points, 2]
-    curves += [np.asarray(path.vertices) for band in panel.collections for path in band.get_paths()]
-    points = np.concatenate([curve for curve in curves if len(curve)] or [np.empty((0, 2))])
+    bands = [np.asarray(path.vertices) for band in panel.collections for path in band.get_paths()]
+    points = np.concatenate([np.empty((0, 2)), *bands])  # curves lie in their bands
     points = points[np.isfinite(points).all(1)]
     later = points[points[:, 0] >= BEGINNING * points[:, 0].max(initial=0.0), 1].tolist()
     if later and panel.get_yscale() == "linear":

@@ -78,20 +78,18 @@ def measure(file: Path) -> np.ndarray:
 # ---- differences ---------------------------------------------------------------------------------
 
 
-def test_a_difference_equals_that_of_two_evaluations_on_tasks_that_chose_no_checkpoint(compare, place):
-    result, output = compare("maml", "fomaml")
-    one, other = (measure(place / name / "best.pt") for name in ("fomaml", "maml"))
+@pytest.mark.parametrize(
+    ("name", "flag", "steps"), [("fomaml", "--inner-lr", 2), ("ridge", "--head-init", 0)]
+)
+def test_a_difference_equals_that_of_two_evaluations_on_tasks_that_chose_no_checkpoint(
+    compare, place, name, flag, steps
+):
+    result, output = compare("maml", name)
+    one, other = (measure(place / run / "best.pt") for run in (name, "maml"))
     assert difference_in(result)["mean"] == pytest.approx((one - other).mean(), rel=DIGITS)
+    assert [side["steps"] for side in result["sides"]] == [1, steps]
     assert (result["split"], result["first_task"], result["tasks"]) == ("validation", CHOSEN_BY, 12)
-    assert "none of which chose a checkpoint" in output
-
-
-def test_a_run_without_inner_steps_is_compared_after_none(compare, place):
-    result, output = compare("maml", "ridge")
-    one, other = (measure(place / name / "best.pt") for name in ("ridge", "maml"))
-    assert [side["steps"] for side in result["sides"]] == [1, 0]
-    assert difference_in(result)["mean"] == pytest.approx((one - other).mean(), rel=DIGITS)
-    assert "--head-init" in output
+    assert flag in output and "none of which chose a checkpoint" in output
 
 
 def test_a_difference_on_test_tasks_equals_that_of_two_evals(compare, place, tmp_path):

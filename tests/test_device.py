@@ -44,10 +44,16 @@ def test_a_library_that_rounds_is_not_taken(monkeypatch):
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_another_devices_setting_is_left_alone():
+@pytest.mark.parametrize(
+    ("device", "precision", "setting"),
+    [("cuda", "tf32", "high"), ("cpu", "bf16-products", "medium"), ("cpu", "float64", "highest")],
+)
+def test_products_are_rounded_on_request_and_another_devices_setting_is_left_alone(
+    device, precision, setting
+):
     torch.set_float32_matmul_precision("high")  # as --precision tf32 does
-    choose_products(torch.device("cuda"), "tf32", small_tensors=False)
-    assert torch.get_float32_matmul_precision() == "high"
+    choose_products(torch.device(device), precision, small_tensors=False)
+    assert torch.get_float32_matmul_precision() == setting
 
 
 def test_a_precision_that_saves_no_time_is_said(monkeypatch):
@@ -64,13 +70,6 @@ def test_a_precision_that_saves_no_time_is_said(monkeypatch):
     torch.set_float32_matmul_precision("highest")
     with pytest.warns(UserWarning, match="bf16-products is float32"):
         warn_if_not_faster("bf16-products")
-
-
-def test_products_are_rounded_on_request_where_the_library_does():
-    choose_products(CPU, "bf16-products", small_tensors=False)
-    assert torch.get_float32_matmul_precision() == "medium"
-    choose_products(CPU, "float64", small_tensors=False)
-    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_threads_sleep_soon_unless_the_user_decides(tmp_path, monkeypatch):
