@@ -48,9 +48,7 @@ def test_a_library_that_rounds_is_not_taken(monkeypatch):
     ("device", "precision", "setting"),
     [("cuda", "tf32", "high"), ("cpu", "bf16-products", "medium"), ("cpu", "float64", "highest")],
 )
-def test_products_are_rounded_on_request_and_another_devices_setting_is_left_alone(
-    device, precision, setting
-):
+def test_products_are_rounded_on_request_and_not_set_for_other_devices(device, precision, setting):
     torch.set_float32_matmul_precision("high")  # as --precision tf32 does
     choose_products(torch.device(device), precision, small_tensors=False)
     assert torch.get_float32_matmul_precision() == setting

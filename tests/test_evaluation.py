@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common.batch import TaskBatch
+from common.batch import TaskBatch, TaskDistribution
 from common.choices import Choices
 from common.processes import World
 from dataset import Sinusoid
@@ -19,11 +19,10 @@ from learner import build_learner
 from maml import MAML
 
 
-class Blobs:
+class Blobs(TaskDistribution):
     """Images of three classes, each a level of grey; a distribution by its protocol alone."""
 
-    kind, classification, ways, computed, on_host = "images", True, 3, False, False
-    examples, most_ways, parts = 9, 3, {}
+    kind, ways = "images", 3
 
     def sample(self, split: str, seed: int, iteration: int, tasks: range) -> TaskBatch:
         random = torch.Generator().manual_seed(seed)
@@ -31,9 +30,6 @@ class Blobs:
         labels = torch.arange(3).repeat(3).expand(len(tasks), -1)
         x = 0.3 * noise + labels[..., None, None, None] / 2
         return TaskBatch(x[:, :3], labels[:, :3], x[:, 3:], labels[:, 3:])
-
-    def sample_to_draw(self, split: str, seed: int, tasks: int) -> TaskBatch:
-        return self.sample(split, seed, 0, range(tasks))
 
 
 class Flat(Sinusoid):
