@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -24,28 +24,28 @@ Writer = Callable[[IO[bytes]], Any]
 
 def write_whole(path: Path, write: Writer) -> None:
     """Write a file atomically by calling `write` with it; on OSError the previous one is unchanged."""
-    write_all_whole([(path, write)])
+    write_all_whole({path: write})
 
 
-def write_all_whole(writers: Sequence[tuple[Path, Writer]]) -> None:
+def write_all_whole(writers: Mapping[Path, Writer]) -> None:
     """Write several files atomically: all are on the disk before the first is renamed."""
-    temporaries = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path, _ in writers]
+    temporaries = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in writers}
     try:
-        for temporary, (_, write) in zip(temporaries, writers, strict=True):
-            with temporary.open("wb") as file:
+        for path, write in writers.items():
+            with temporaries[path].open("wb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-        for temporary, (path, _) in zip(temporaries, writers, strict=True):
+        for path, temporary in temporaries.items():
             _replace(temporary, path)
     except BaseException as error:
-        for temporary, (path, _) in zip(temporaries, writers, strict=True):
+        for path, temporary in temporaries.items():
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
             if isinstance(error, OSError) and error.filename == str(temporary):
                 error.filename = str(path)  # which the user knows
         raise
-    for folder in dict.fromkeys(path.parent for path, _ in writers):
+    for folder in {path.parent for path in writers}:
         with suppress(OSError):  # Windows opens no folders, and some file systems sync none
             sync(folder)
 

@@ -217,14 +217,13 @@ def write_icons(icons: Icons, folder: Path, version: str) -> None:
     text = "\n".join([*head, "|-|-|-|-|", *icons.credit_lines, ""])
     concepts, sets = np.array(icons.concepts), np.array(icons.sets)
     write_all_whole(
-        [
-            (
-                folder / "icons.npz",
-                lambda file: np.savez(file, pixels=icons.pixels, concepts=concepts, sets=sets),
+        {
+            folder / "icons.npz": lambda file: np.savez(
+                file, pixels=icons.pixels, concepts=concepts, sets=sets
             ),
-            (folder / "sheet.png", lambda file: draw_sheet(icons).save(file, "PNG")),
-            (folder / "LICENCES.md", lambda file: file.write(text.encode())),
-        ]
+            folder / "sheet.png": lambda file: draw_sheet(icons).save(file, "PNG"),
+            folder / "LICENCES.md": lambda file: file.write(text.encode()),
+        }
     )
 
 

@@ -68,7 +68,7 @@ class Checkpoint:
 def save_checkpoints(checkpoints: Mapping[Path, Checkpoint]) -> None:
     """Write checkpoints: all are on the disk before the first takes the place of the previous one."""
     header = {"format": FORMAT, "version": VERSION}
-    write_all_whole([(path, partial(torch.save, header | vars(c))) for path, c in checkpoints.items()])
+    write_all_whole({path: partial(torch.save, header | vars(c)) for path, c in checkpoints.items()})
 
 
 def load_checkpoint(path: Path, *, weights: bool = True) -> Checkpoint:
