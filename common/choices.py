@@ -70,22 +70,19 @@ class Choices:
     ridge_scale: float = flag(
         "--ridge-scale", group="algorithm", check=above_zero, metavar="X", only="ridge", in_python=1.0,
         help="factor of the ridge head's outputs; meta-learned from there")
-    context_size: int = flag(
-        "--context-size", group="algorithm", check=at_least(1, 100_000), metavar="N", default=5,
-        only="context", help="length of the context vector")
+    context_size: int = flag("--context-size", group="algorithm", check=at_least(1, 100_000), metavar="N",
+        default=5, only="context", help="length of the context vector")
     inner_rates: str = flag("--inner-rates", group="algorithm", choices=INNER_RATES, default="fixed",
         help="inner learning rates: --inner-lr; or meta-learned from there, one for each weight tensor and "
         "step (MAML++), or one for each element (Meta-SGD)")
-    inner_lr_max: float | None = flag(
-        "--inner-lr-max", group="algorithm", check=above_zero, metavar="RATE", default=None,
-        only="learned rates",
+    inner_lr_max: float | None = flag("--inner-lr-max", group="algorithm", check=above_zero, metavar="RATE",
+        default=None, only="learned rates",
         help="learned rates start uniformly between --inner-lr and this (default: all at --inner-lr)")
     meta_gradient: str = flag("--meta-gradient", group="algorithm", choices=META_GRADIENTS, default="exact",
         help="exact; first-order: inner gradients count as constants; reptile: how far the inner loop has "
         "moved; implicit: from its end alone (iMAML); joint: no inner loop while training")
-    cg_steps: int = flag(
-        "--cg-steps", group="algorithm", check=at_least(0, MOST_STEPS), metavar="N", default=5,
-        only="implicit", help="steps of conjugate gradients; 0 is first order")
+    cg_steps: int = flag("--cg-steps", group="algorithm", check=at_least(0, MOST_STEPS), metavar="N",
+        default=5, only="implicit", help="steps of conjugate gradients; 0 is first order")
     cg_damping: float = flag("--cg-damping", group="algorithm", check=not_negative, metavar="X", default=0.0,
         only="conjugate gradients", help="solve (1 + X) I + H / lambda instead of I + H / lambda")
     objective: str = flag("--objective", group="algorithm", choices=OBJECTIVES, default="last",
@@ -114,15 +111,13 @@ class Choices:
     inner_momentum: float = flag(
         "--inner-momentum", group="inner loop", check=below_one, metavar="X", default=0.9, only="momentum",
         help="decay of the inner gradients' running mean: momentum, or Adam's beta1")
-    inner_clip: float | None = flag(
-        "--inner-clip", group="inner loop", check=above_zero, metavar="X", default=None, only="steps",
-        help="clip the inner gradient of each task to norm X")
+    inner_clip: float | None = flag("--inner-clip", group="inner loop", check=above_zero, metavar="X",
+        default=None, only="steps", help="clip the inner gradient of each task to norm X")
     proximal: float = flag(
         "--proximal", group="inner loop", check=not_negative, metavar="LAMBDA", default=0.0,
         help="add LAMBDA / 2 times the squared distance from the initialisation to the support loss (iMAML)")
-    inner_batch: int | None = flag(
-        "--inner-batch", group="inner loop", check=at_least(1), metavar="N", default=None,
-        help="support examples per inner step while training (default: all)")
+    inner_batch: int | None = flag("--inner-batch", group="inner loop", check=at_least(1), metavar="N",
+        default=None, help="support examples per inner step while training (default: all)")
     # fmt: on
 
     @property

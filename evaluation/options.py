@@ -20,9 +20,8 @@ class EvaluationOptions:
     """Options of measuring a checkpoint on validation and test tasks."""
 
     # fmt: off
-    eval_tasks: int = flag(
-        "--eval-tasks", group="evaluation", check=at_least(2), metavar="TASKS", default=600,
-        free_on_resume=True, free_on_eval=True, common=True, help="number of test tasks")
+    eval_tasks: int = flag("--eval-tasks", group="evaluation", check=at_least(2), metavar="TASKS",
+        default=600, free_on_resume=True, free_on_eval=True, common=True, help="number of test tasks")
     eval_steps: int = flag(
         "--eval-steps", group="evaluation", check=at_least(0, MOST_STEPS), metavar="STEPS", default=10,
         free_on_resume=True, free_on_eval=True, common=True,
