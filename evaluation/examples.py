@@ -127,7 +127,7 @@ def _share_limits(panels: Sequence[Axes], low: float, high: float) -> None:
 def draw_images(panel: Axes, images: Tensor, above: float = 0.0) -> None:
     """Draw images `[rows, columns, channels, height, width]` in [0, 1], each in its unit square of the panel.
 
-    One channel is drawn dark on white, and NaN white. `above`: more gap above each row, in heights of an image.
+    One channel is drawn dark on white, and NaN white. `above`: more gap above each row, in image heights.
     """
     images = images.float().clamp(0, 1)
     if images.shape[2] == 1:
