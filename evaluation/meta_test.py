@@ -183,9 +183,9 @@ def measure_tasks(
         rows = slice(first, first + len(numbers))
         sizes[:, rows] = count_sizes(batch, distribution.most_ways).cpu().double()
         for column, name in enumerate(normalisations):
-            results[:, column, rows] = _measure(maml, reading, outputs[name], batch)
-    # each number was measured by one process, and is zero in all others
-    results, sizes = (world.sum(part, patiently=True) for part in (results, sizes))
+            for measure, values in _measure(maml, reading, outputs[name], batch).items():
+                results[reading.measures.index(measure), column, rows] = values.cpu().double()
+    results, sizes = (world.sum(part, patiently=True) for part in (results, sizes))  # 0 in all but one
     by_norm = [dict(zip(normalisations, part, strict=True)) for part in results]
     measures = dict(zip(reading.measures, by_norm, strict=True))
     varying = {name: values.long() for name, values in zip(SIZES, sizes, strict=True) if values.any()}
@@ -205,8 +205,8 @@ def count_sizes(batch: TaskBatch, ways: int | None) -> Tensor:
     return torch.stack([classes, shots.round().clamp(min=1)])
 
 
-def _measure(maml: MAML, reading: Reading, outputs: Tree, batch: TaskBatch) -> Tensor:
-    """Return all measures of outputs `[tasks, steps + 1, ...]`: float64 `[measures, tasks, steps + 1]`."""
+def _measure(maml: MAML, reading: Reading, outputs: Tree, batch: TaskBatch) -> dict[str, Tensor]:
+    """Return the measures `[tasks, steps + 1]` of outputs `[tasks, steps + 1, ...]` by name."""
     measures = {"loss": loss_per_step(maml, outputs, batch)}
     targets, mask = tree_map(lambda t: t[:, None], batch.query_y), batch.query_mask
     beside_steps = targets, None if mask is None else mask[:, None]
@@ -214,8 +214,7 @@ def _measure(maml: MAML, reading: Reading, outputs: Tree, batch: TaskBatch) -> T
         measures["accuracy"] = reading.accuracy(outputs, *beside_steps, before=2)
     if reading.metric is not None:
         measures["metric"] = reading.metric.per_step(outputs, batch, reading)
-    measures |= reading.measure_further(outputs, *beside_steps, before=2)
-    return torch.stack([measures[name].cpu().double() for name in reading.measures])
+    return measures | reading.measure_further(outputs, *beside_steps, before=2)
 
 
 def chunk_size(
