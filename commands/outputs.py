@@ -171,5 +171,9 @@ def describe_reading(reading: Reading, targets: Tree, config: Config) -> str | N
 def with_metric(reading: Reading | None, config: Config, scales: Scales) -> Reading | None:
     """Return a reading with the user's metric, if there is one, which is measured in the targets' units."""
     metric = find_metric(config)
+    if not (reading and metric):
+        return reading
+    if metric.name in reading.further:
+        raise UsageError(f"{metric.flag}: {metric.name} is measured anyway; give your function another name")
     in_units = partial(undo_scale, scales=scales, part="target") if "target" in scales else None
-    return replace(reading, metric=metric, in_units=in_units) if reading and metric else reading
+    return replace(reading, metric=metric, in_units=in_units)

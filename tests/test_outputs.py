@@ -98,6 +98,10 @@ class Nothing(MeanAndVariance):
     def forward(self, x):
         return self.layers(x)[:, :1], None
 
+def mse(outputs, targets):
+    return (outputs[:, :1] - targets).square().mean()
+
+
 def spread(outputs, targets):
     return outputs.std()
 """
@@ -313,6 +317,7 @@ def test_a_metric_is_measured_in_the_units_of_the_targets():
         ("--metric f1", "does not fit the outputs, which are numbers"),
         ("--metric f1_scor", "no such metric: try f1_score"),
         ("--metric accuracy", "accuracy is measured anyway"),
+        ("--metric {code}:mse --metric-mode min --loss gaussian-nll", "mse is measured anyway"),
         ("--metric {code}:spread", "say with --metric-mode"),
         ("--metric {code}:missing --metric-mode min", "has no missing to call"),
         ("--metric {code}:gauss --metric-mode min", "gives no number for a task's outputs: "),
