@@ -22,8 +22,8 @@ from common.errors import UsageError, escape_text
 from common.random import SPLITS
 from tasks.cache import cache_array
 from tasks.file_tasks import explain
+from tasks.pixels import ImageColumn, StoredImage, as_file
 from tasks.splits import find_mentioned_split, find_part, parse_split
-from tasks.stored_images import ImageColumn, StoredImage, as_file
 
 SUFFIXES = (".pkl", ".pickle", ".npz")
 _ARRAY = np.empty(0)

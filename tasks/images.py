@@ -21,10 +21,8 @@ from tasks.folders import find_classes
 from tasks.parquet_images import find_stored_classes, parquet_files
 from tasks.pixels import Form, ImagePath, decode_all, find_rows, find_sources, settle_range
 from tasks.splits import as_positions, divide_classes
-from tasks.stored_images import StoredImage
 
 Groups = Mapping[str, Mapping[str, Sequence[ImagePath]]]  # the classes of each split, or of "all"
-IN_WORDS = {"train": "training", "validation": "validation", "test": "test"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class ImageSet:
         parts = []
         for split, part in self.splits.items():
             images = f" ({int(self.count[part].sum()):,} images)" if len(part) else ""
-            parts.append(f"{len(part):,}{images} for {IN_WORDS[split]}")
+            parts.append(f"{len(part):,}{images} for {'training' if split == 'train' else split}")
         source = self.split_source or "as published"
         return [f"classes: {', '.join(parts)}; split: {source}", *self.notes]
 
@@ -71,8 +69,7 @@ def open_images(
         raise UsageError(f"--columns: {path} is no Parquet file and holds none: leave it out")
     else:
         groups, source, notes = find_classes(path, allow_empty=min_examples > 0)
-    sizes = {s: {name: len(images) for name, images in part.items()} for s, part in groups.items()}
-    splits, source, more = divide_classes(sizes, shares, str(path), source, min_examples)
+    splits, source, more = divide_classes(groups, shares, str(path), source, min_examples)
     return image_set(path, groups, splits, form, split_source=source, notes=[*notes, *more])
 
 
@@ -88,27 +85,20 @@ def image_set(
 ) -> ImageSet:
     """Return the images of groups of classes, through the cache in the folder of `path`."""
     folder = path if path.is_dir() else path.parent
-    classes: dict[str, list[ImagePath]] = {name: [] for part in splits.values() for name in part}
-    for name, files_of_class in chain.from_iterable(group.items() for group in groups.values()):
-        if name in classes:
-            classes[name] += files_of_class
-    names = sorted(classes)
-    count = [len(classes[name]) for name in names]
-    files = [file for name in names for file in classes[name]]
-    form, note = settle_range(folder, files, form) if files else (form, [])
+    names = sorted(chain(*splits.values()))
+    images = [[*chain(*(group.get(name, ()) for group in groups.values()))] for name in names]
+    count, files = [*map(len, images)], [*chain(*images)]
+    form, note = settle_range(folder, files, form)
 
     def load() -> Tensor:
         settings = (form, names, count, *find_rows(files))
         shape, decode = (len(files), form.channels, form.size, form.size), partial(decode_all, files, form)
-        pixels = cache_pixels(folder, find_sources(files), settings, shape, decode)
-        for column in {file.column for file in files if isinstance(file, StoredImage)}:
-            column.forget()
-        return pixels
+        return cache_pixels(folder, find_sources(files), settings, shape, decode)
 
     return ImageSet(
         names,
         torch.tensor(count),
-        as_positions(splits, names, str(path)),
+        as_positions(splits, names),
         load,
         str(path),
         published=published,

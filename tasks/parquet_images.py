@@ -17,8 +17,8 @@ from common.random import SPLITS
 from tasks.file_tasks import explain
 from tasks.folders import join
 from tasks.options import parse_roles
+from tasks.pixels import ImageColumn, StoredImage
 from tasks.splits import find_part, parse_split
-from tasks.stored_images import ImageColumn, StoredImage
 from tasks.table_files import TableFile, class_labels
 
 LABELS = ("label", "labels", "class", "target")  # usual names

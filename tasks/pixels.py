@@ -12,11 +12,11 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from threading import Lock
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -25,7 +25,6 @@ from tqdm import tqdm
 from common.errors import UsageError
 from tasks.cache import cache_array
 from tasks.file_tasks import explain
-from tasks.stored_images import StoredImage
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # about files that are read anyway
 
@@ -36,7 +35,6 @@ DECLARED = {PLAIN: (0.0, 255.0), "12-bit TIFF": (0.0, 4095.0), "16-bit PGM": (0.
 BITS = (8, 10, 12, 14, 16)  # that cameras and scanners have
 
 T = TypeVar("T")
-ImagePath = Path | zipfile.Path | StoredImage
 Range = tuple[float, float]  # the values that are black and white
 
 
@@ -66,6 +64,71 @@ class Form:
         return replace(self, kind=record[0], range=(float(record[1]), float(record[2])))
 
 
+# ---- images in a Parquet file or an archive, opened as if each was a file ------------------------
+
+
+@dataclass(eq=False)
+class ImageColumn:
+    """Many images of a file, which is read when the first one is opened."""
+
+    path: Path
+    name: str  # of the images, before their number
+    load: Callable[[], Callable[[int], bytes]] = field(repr=False)  # gives what returns an image's file
+    read: Callable[[int], bytes] | None = None
+    lock: Lock = field(default_factory=Lock, repr=False)
+
+    def content(self, row: int) -> bytes:
+        """Return the content of the image file in a row, from 0."""
+        with self.lock:
+            read = self.read = self.read or self.load()
+        return read(row)
+
+    def forget(self) -> None:
+        self.read = None
+
+
+@dataclass(frozen=True, eq=False)
+class StoredImage:
+    """One image of a column, opened as a file is."""
+
+    column: ImageColumn
+    row: int
+
+    def open(self, mode: str = "rb") -> IO[bytes]:
+        return io.BytesIO(self.column.content(self.row))
+
+    def __str__(self) -> str:
+        return f"{self.column.path}, {self.column.name} {self.row + 1}"
+
+
+def as_file(image: Any) -> bytes:
+    """Return the content of an image file: PNG or JPEG as it is, an array of uint8 as PPM or PGM."""
+    data = np.frombuffer(image, np.uint8) if isinstance(image, bytes) else np.asarray(image)
+    if data.size == max(data.shape):
+        return data.tobytes()
+    data = data.squeeze(-1) if data.shape[-1] == 1 else data
+    return f"P{data.ndim + 3} {data.shape[1]} {data.shape[0]} 255\n".encode() + data.tobytes()
+
+
+ImagePath = Path | zipfile.Path | StoredImage
+
+
+def find_sources(files: Sequence[ImagePath]) -> list[Path]:
+    """Return the files that hold the images: an archive counts once."""
+    paths: dict[Path, None] = {}
+    for file in files:
+        if isinstance(file, zipfile.Path):
+            paths[Path(str(file.root.filename))] = None
+        else:
+            paths[file.column.path if isinstance(file, StoredImage) else file] = None
+    return [*paths]
+
+
+def find_rows(files: Sequence[ImagePath]) -> list[tuple[str, int]]:
+    """Return columns and rows of images that lie in tables; two columns of a table are other images."""
+    return [(file.column.name, file.row) for file in files if isinstance(file, StoredImage)]
+
+
 # ---- kinds and ranges ----------------------------------------------------------------------------
 
 
@@ -91,12 +154,13 @@ def settle_range(folder: Path, files: Sequence[ImagePath], form: Form) -> tuple[
     Raises UsageError where files are of different kinds, or do not tell their range.
     """
     kind = _kind_of_first(folder, files[0])
+    if kind == PLAIN and not form.range:
+        return form, []
     if form.range or kind in DECLARED:
         low, high = form.range or DECLARED[kind]
         source = "by --image-range" if form.range else "as the files declare"
         note = f"image values are {kind}: {low:.7g} is black, {high:.7g} white, {source}"
-        plain = kind == PLAIN and not form.range
-        return replace(form, kind=kind, range=None if plain else (low, high)), [] if plain else [note]
+        return replace(form, kind=kind, range=(low, high)), [note]
     low, high = cache_array(
         folder, find_sources(files), ("range", kind, *find_rows(files)), lambda: _survey(files, kind)
     ).tolist()
@@ -120,38 +184,19 @@ def _kind_of_first(folder: Path, file: ImagePath) -> str:
     return str(cache_array(folder, sources, settings, lambda: np.array(_open(file, detect_kind))))
 
 
-def find_sources(files: Sequence[ImagePath]) -> list[Path]:
-    """Return the files that hold the images: an archive counts once."""
-    paths: dict[Path, None] = {}
-    for file in files:
-        if isinstance(file, zipfile.Path):
-            paths[Path(str(file.root.filename))] = None
-        else:
-            paths[file.column.path if isinstance(file, StoredImage) else file] = None
-    return [*paths]
-
-
-def find_rows(files: Sequence[ImagePath]) -> list[tuple[str, int]]:
-    """Return columns and rows of images that lie in tables; two columns of a table are other images."""
-    return [(file.column.name, file.row) for file in files if isinstance(file, StoredImage)]
-
-
 def _survey(files: Sequence[ImagePath], kind: str) -> np.ndarray:
     """Return the lowest and the highest value of all files."""
-    measure = partial(_open, read=partial(_find_extremes, reference=files[0], kind=kind))
-    with ThreadPoolExecutor() as pool:
-        parts = (pool.map(measure, files[i : i + AT_ONCE]) for i in range(0, len(files), AT_ONCE))
-        bounds = [*tqdm(chain.from_iterable(parts), "Finding the range of values (once)", len(files))]
-    return np.array([min(low for low, _ in bounds), max(high for _, high in bounds)])
+
+    def find_extremes(image: Image.Image) -> Range:
+        colour, _ = _read_deep(image)
+        return float(colour.min()), float(colour.max())
+
+    extremes = _read_all(files, find_extremes, kind, str(files[0]))
+    low, high = zip(*tqdm(extremes, "Finding the range of values (once)", len(files)), strict=True)
+    return np.array([min(low), max(high)])
 
 
-def _find_extremes(image: Image.Image, reference: ImagePath, kind: str) -> Range:
-    check_kind(image, kind, str(reference))
-    colour, _ = _read_deep(image)
-    return float(colour.min()), float(colour.max())
-
-
-def check_kind(image: Image.Image, kind: str, reference: str) -> None:
+def _check_kind(image: Image.Image, kind: str, reference: str) -> None:
     """Raise UsageError if a file's values are of another kind than those of others: no range fits both."""
     if detect_kind(image) != kind:
         this = f"{getattr(image, 'filename', '') or 'an image'} has {detect_kind(image)} values"
@@ -167,18 +212,23 @@ def decode_all(files: Sequence[ImagePath], form: Form, reference: str = "") -> I
 
     Raises UsageError if one is unreadable, or not of the form's kind; `reference` names one that is.
     """
-    decode = partial(_decode, form=form, reference=reference or str(files[0]) if files else "")
+    yield from _read_all(files, partial(prepare, form=form), form.kind, reference or str(files[0]))
+    for column in {file.column for file in files if isinstance(file, StoredImage)}:
+        column.forget()
+
+
+def _read_all(
+    files: Sequence[ImagePath], read: Callable[[Image.Image], T], kind: str, reference: str
+) -> Iterator[T]:
+    """Yield what `read` makes of each file, in order and in parallel; UsageError for one of another kind."""
+
+    def read_checked(image: Image.Image) -> T:
+        _check_kind(image, kind, reference)
+        return read(image)
+
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(files), AT_ONCE):
-            yield from pool.map(decode, files[start : start + AT_ONCE])
-
-
-def _decode(path: ImagePath, form: Form, reference: str) -> np.ndarray:
-    def read(image: Image.Image) -> np.ndarray:
-        check_kind(image, form.kind, reference)
-        return prepare(image, form)
-
-    return _open(path, read)
+            yield from pool.map(partial(_open, read=read_checked), files[start : start + AT_ONCE])
 
 
 def _open(path: ImagePath, read: Callable[[Image.Image], T]) -> T:

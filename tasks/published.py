@@ -21,9 +21,8 @@ from tasks.archives import find_archived_classes, has_archives, load_data
 from tasks.folders import find_classes
 from tasks.images import Groups, ImageSet, image_set
 from tasks.options import ICON_DRAWINGS, OMNIGLOT_CLASSES, OMNIGLOT_DRAWINGS
-from tasks.pixels import Form, ImagePath
+from tasks.pixels import Form, ImageColumn, ImagePath, StoredImage, as_file
 from tasks.splits import published_splits, read_published, shuffle
-from tasks.stored_images import ImageColumn, StoredImage, as_file
 
 PARTS = {"images_background": 964, "images_evaluation": 659}  # characters in each half of Omniglot
 FOLDERS = {"omniglot": "omniglot-py", "cifar-fs": "cifar-100-python", "fc100": "cifar-100-python"}

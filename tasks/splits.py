@@ -97,7 +97,7 @@ def published_splits(name: str) -> dict[str, list[str]]:
 
 
 def divide_classes(
-    sizes: Mapping[str, Mapping[str, int]],
+    groups: Mapping[str, Mapping[str, Collection[Any]]],
     shares: Mapping[str, int],
     place: str,
     source: str,
@@ -109,11 +109,12 @@ def divide_classes(
     classes, where the split comes from, and lines on what was left out or changed.
 
     Args:
-        sizes: the number of images of each class of each part, "train", "validation", "test" or "all".
+        groups: the images of each class of each part, "train", "validation", "test" or "all".
         shares: of each split; for training 0 where all classes may be for test.
         source: the names of the parts, for messages.
     """
-    notes, counts = [], {split: Counter(part) for split, part in sizes.items()}
+    notes: list[str] = []
+    counts = {split: Counter({n: len(group[n]) for n in group}) for split, group in groups.items()}
     parts = [*counts.values()]
     if len(parts) > 1 and all(part.keys() == parts[0].keys() for part in parts):
         notes = [f"{source} have the same classes: put together, since tests are on other classes"]
@@ -149,9 +150,8 @@ def check_disjoint(splits: Mapping[str, Iterable[str]], source: str) -> None:
             split_by_name[name] = split
 
 
-def as_positions(splits: Mapping[str, Iterable[str]], names: Sequence[str], source: str) -> dict[str, Tensor]:
+def as_positions(splits: Mapping[str, Iterable[str]], names: Sequence[str]) -> dict[str, Tensor]:
     """Return the positions of each split's members in `names`, int64; a missing split is empty."""
-    check_disjoint(splits, source)
     position = {name: number for number, name in enumerate(names)}
     members = {split: [position[name] for name in splits.get(split, ())] for split in SPLITS}
     return {split: torch.tensor(part, dtype=torch.int64) for split, part in members.items()}

@@ -22,7 +22,7 @@ from tasks.drawn_sizes import DrawnSizes, Part
 from tasks.file_tasks import say_too_few
 from tasks.options import parse_roles
 from tasks.scales import Scales, apply_scale, measure_scale
-from tasks.splits import PLAIN_WORDS, as_positions, split_at_random
+from tasks.splits import PLAIN_WORDS, as_positions, check_disjoint, split_at_random
 from tasks.table_files import TableFile
 
 LIKE_SPLIT = ("split", "splits", "subset", "fold", "folds", "partition")  # no inputs, unless they are named
@@ -121,7 +121,7 @@ def load_table(
     if classification and not prediction:
         classes, y = _drop_unused(classes, y)
     splits = _split(file, columns, tasks, task, keep, shares)
-    positions = {split: part.sort().values for split, part in as_positions(splits, tasks, str(path)).items()}
+    positions = {split: part.sort().values for split, part in as_positions(splits, tasks).items()}
     names = {split: sorted(part) for split, part in splits.items()}
     if by_class:
         tasks, task, positions = _tasks_of_splits(positions, y)
@@ -198,6 +198,7 @@ def _split(
     pairs = torch.stack([split[keep], task], 1).unique(dim=0).tolist()
     for name, t in dict.fromkeys((split_names[names[s]], t) for s, t in pairs):
         splits[name].append(tasks[t])
+    check_disjoint(splits, str(file.path))
     return splits
 
 

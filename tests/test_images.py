@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("user_cache")
 
 
 def read_images(folder: Path, form: Form) -> torch.Tensor:
-    return torch.from_numpy(np.stack([*decode_all(image_files(folder), form)]))
+    return torch.from_numpy(np.stack([*decode_all(image_files(folder)[0], form)]))
 
 
 def load(folder: Path, form: Form = SMALL) -> torch.Tensor:
@@ -146,7 +146,7 @@ def test_images_are_decoded_once(tmp_path, monkeypatch):
     write_classes(tmp_path, 3)
     made = load(tmp_path).clone()
     assert load(tmp_path, Form(6, 1, invert=True))[0, 0, 0, 0] == 255
-    monkeypatch.setattr("tasks.pixels._decode", None)  # from now on, decoding fails
+    monkeypatch.setattr("tasks.pixels.prepare", None)  # from now on, decoding fails
     assert torch.equal(load(tmp_path), made)
     os.utime(tmp_path / "c01" / "001.png", ns=(1, 1))  # as after a change
     with pytest.raises(TypeError):

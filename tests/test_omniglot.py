@@ -31,7 +31,7 @@ def test_folders_and_archives_are_read_and_cached(small_omniglot, monkeypatch):
     paper, nearest = (load(small_omniglot, Form(28, 1, *more)) for more in ((False,), (True, "nearest")))
     assert torch.equal(paper, 255 - pixels)
     assert set(nearest.unique().tolist()) == {0, 255} and len(pixels.unique()) > 2
-    monkeypatch.setattr("tasks.pixels._decode", None)  # from now on, reading a drawing fails
+    monkeypatch.setattr("tasks.pixels.prepare", None)  # from now on, reading a drawing fails
     assert torch.equal(load(small_omniglot), pixels)
 
 
