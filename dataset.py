@@ -148,18 +148,17 @@ class Regression(TaskDistribution):
     def sample(self, split: str, seed: Any, iteration: int | Tensor, tasks: Any) -> TaskBatch:
         stream = task_stream(split, seed, iteration, tasks, self.device)
         parameters = self.parameters(stream.at("parameters"))
-        parts: list[Tensor] = []
-        masks: list[Tensor | None] = []
-        for part, size in (("support", self.shots), ("query", self.queries)):
-            points, span = stream.at(part), Span.of(size)
+        parts: dict[str, Tensor] = {}
+        for name, size in (("support", self.shots), ("query", self.queries)):
+            points, span = stream.at(name), Span.of(size)
             x, y = self._evaluate(self.inputs(points, span.most, parameters), parameters)
             if self.noise:
                 y = y + self.noise * points.at("noise").normal(span.most, self.dtype)[..., None]
-            parts += [x, y]
-            positions = torch.arange(span.most, device=self.device)
-            number = draw_number(points.at("number"), span)[:, None] if span.varies else None
-            masks.append(None if number is None else positions < number)
-        return TaskBatch(*parts, *masks)
+            parts |= {f"{name}_x": x, f"{name}_y": y}
+            if span.varies:
+                number = draw_number(points.at("number"), span)[:, None]
+                parts[f"{name}_mask"] = torch.arange(span.most, device=self.device) < number
+        return TaskBatch(**parts)
 
     def sample_to_draw(self, split: str, seed: int, tasks: int) -> TaskBatch:
         parameters = self.parameters(task_stream(split, seed, 0, range(tasks), self.device).at("parameters"))
@@ -277,8 +276,7 @@ class Custom(TaskDistribution):
     def __post_init__(self) -> None:
         options, name, self.ways = self.options, self.options.dataset, self.options.ways
         flags = {"ways": options.ways, "shots": self.shots, "queries": options.queries}
-        ranges = {name: (*Span.of(size),) for name, size in flags.items() if isinstance(size, str)}
-        sizes = flags | ranges
+        sizes = {flag: (*Span.of(size),) if isinstance(size, str) else size for flag, size in flags.items()}
         factory = load_code(name, "--dataset")
         arguments = select_accepted(factory, sizes) | parse_arguments(options.dataset_args)
         self.source = call_factory(factory, name, "--dataset", **arguments)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from common.random import Stream
 from common.sizes import Size, Span
-from tasks.file_tasks import draw_distinct
 
 
 class Part(NamedTuple):
@@ -56,13 +55,16 @@ class DrawnSizes:
         return self.shots.least + self.queries.least
 
     def draw(self, words: Tensor, totals: Tensor, most: int) -> Tensor:
-        """Return `most` different numbers below each of the totals (see `draw_distinct`).
+        """Return `most` different numbers below each of the totals `[...]`, in random order: `[..., most]`.
 
-        If sizes vary, a smaller total gives all of its numbers; others that follow repeat one.
+        The words are random and different: `[..., at least the largest total]`. If sizes vary, a smaller
+        total gives all of its numbers; others that follow repeat one.
         """
+        positions = torch.arange(words.shape[-1], device=words.device)
+        ranked = words.masked_fill(positions >= totals[..., None], 1 << 32)  # above every word
+        drawn = ranked.topk(min(most, len(positions)), largest=False).indices  # in the order of the words
         if not self.varies:
-            return draw_distinct(words, totals, most)
-        drawn = draw_distinct(words, totals, min(most, words.shape[-1]))
+            return drawn
         column = torch.arange(most, device=words.device).clamp(max=drawn.shape[-1] - 1)
         return torch.minimum(drawn[..., column], totals[..., None] - 1)
 

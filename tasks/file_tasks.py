@@ -1,4 +1,4 @@
-"""Share what tasks of images, tables and the user's own code need: draws, prefetching, errors."""
+"""Share what tasks of images, tables and the user's own code need: prefetching, and texts of errors."""
 
 from __future__ import annotations
 
@@ -7,22 +7,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from common.errors import fold_message
 
 LFS_POINTER = b"version https://git-lfs"
-
-
-def draw_distinct(words: Tensor, totals: Tensor, count: int) -> Tensor:
-    """Return `count` different numbers below each of the totals `[...]`, in random order: `[..., count]`.
-
-    The words are random and different: `[..., at least the largest total]`.
-    """
-    positions = torch.arange(words.shape[-1], device=words.device)
-    ranked = words.masked_fill(positions >= totals[..., None], 1 << 32)  # above every word
-    return ranked.topk(count, largest=False).indices  # sorted, so the order is that of the words
 
 
 def say_too_few(sizes: Tensor, needed: int, what: str, flags: str) -> str:

@@ -49,12 +49,11 @@ def find_classes(folder: Path, *, allow_empty: bool = False) -> tuple[dict[str, 
         raise UsageError(f"{strange[0]} looks like the list of a split: {form}, or remove it")
     if lists:
         groups = {split: _listed_classes(folder, path) for split, path in lists.items()}
-    elif parts:
-        groups = {s: class_folders(part, left_out, allow_empty=allow_empty) for s, part in parts.items()}
     else:
-        groups = {"all": class_folders(folder, left_out, allow_empty=allow_empty)}
-    for split, classes in () if lists else groups.items():
-        _refuse_inner_split(parts.get(split, folder), classes, is_part=bool(parts))
+        bases = parts or {"all": folder}
+        groups = {s: class_folders(base, left_out, allow_empty=allow_empty) for s, base in bases.items()}
+        for split, classes in groups.items():
+            _refuse_inner_split(bases[split], classes, is_part=bool(parts))
     _check_images_apart(folder, groups)
     source = join(path.name + "/" * path.is_dir() for path in (lists or parts).values())
     return groups, source, [*_say_left_out(left_out), *_say_repeated(groups)]
@@ -154,28 +153,24 @@ def _subfolders(folder: Path) -> list[str]:
 # ---- classes -------------------------------------------------------------------------------------
 
 
-def image_files(folder: Path, left_out: list[str] | None = None) -> list[Path]:
-    """Return the images directly in a folder, sorted; add the names of other files to `left_out`."""
+def image_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """Return the images directly in a folder, and the names of its other files, both sorted."""
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries if not entry.is_dir())
     images = [n for n in names if n.lower().endswith(EXTENSIONS) and not n.startswith(HIDDEN)]
-    if left_out is not None:
-        left_out += sorted({*names} - {*images})
-    return [folder / name for name in images]
+    return [folder / name for name in images], sorted({*names} - {*images})
 
 
-def class_folders(
-    base: Path, left_out: list[str] | None = None, *, allow_empty: bool = False, place: str = "."
-) -> Classes:
+def class_folders(base: Path, left_out: list[str], *, allow_empty: bool = False, place: str = ".") -> Classes:
     """Return every folder below `base` that directly holds images, by its path relative to `base`.
 
-    An empty one raises UsageError, or is a class without images with `allow_empty`.
+    An empty one raises UsageError, or is a class without images with `allow_empty`. Names of other files are
+    added to `left_out`.
     """
-    others: list[str] = []
-    images, folders = image_files(base / place, others), _subfolders(base / place)
+    (images, others), folders = image_files(base / place), _subfolders(base / place)
     if (images and place == ".") or not (images or folders or (allow_empty and place != ".")):
         raise UsageError(_say_what_is_missing(base / place, others, empty_class=place != "."))
-    if left_out is not None and place != ".":  # beside the class folders lie caches and read-me files
+    if place != ".":  # beside the class folders lie caches and read-me files
         left_out += others
     classes = {} if folders and not images else {place: images}
     for name in folders:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,26 +66,24 @@ class TableFile:
         """Return an error about a cell; rows are counted from 1, without the header."""
         return UsageError(f"{self.path}: column {name!r}, data row {row}{problem}")
 
-    def numbers(self, names: Iterable[str], others: Iterable[str] = ()) -> Tensor:
+    def numbers(self, names: Sequence[str], others: Sequence[str] = ()) -> Tensor:
         """Return columns as float64 `[rows, columns]`, NaN where missing; each element of a list is one.
 
         The decimal mark is the same in `others`, the table's other numbers.
         """
-        names, widths = tuple(names), dict[str, int]()
-        columns = {name: self.data.column(name) for name in (*names, *others)}
-        for name in columns:
-            columns[name], widths[name] = self._flatten_lists(name, columns[name])
-        rows, parts = self.data.num_rows, []
-        columns = self._without_decimal_commas(columns)
+        flat = {name: self._flatten_lists(name) for name in (*names, *others)}
+        columns = self._without_decimal_commas({name: column for name, (column, _) in flat.items()})
+        parts = []
         for name in names:
-            values = self._cast(name, columns[name], "float64", widths[name]).to_numpy(zero_copy_only=False)
-            parts.append(torch.tensor(values).view(rows, widths[name]))
+            width = flat[name][1]
+            values = self._cast(name, columns[name], "float64", width).to_numpy(zero_copy_only=False)
+            parts.append(torch.tensor(values).view(-1, width))
         return torch.cat(parts, 1)
 
     def name_of(self, names: Iterable[str], column: int) -> str:
         """Return the name of the column that gave a column of `numbers`."""
         for name in names:
-            column -= self._flatten_lists(name, self.data.column(name))[1]
+            column -= self._flatten_lists(name)[1]
             if column < 0:
                 break
         return name
@@ -111,12 +109,13 @@ class TableFile:
             raise self.fail(name, int(empty.nonzero()[0]) + 1, " is empty: fill it")
         return encoded.dictionary.to_pylist(), positions
 
-    def _flatten_lists(self, name: str, column: Any) -> tuple[Any, int]:
-        """Return the elements of lists of one size, nested or not, and their number in each row."""
+    def _flatten_lists(self, name: str) -> tuple[Any, int]:
+        """Return a column's elements, out of lists of one size, nested or not, and their number in a row."""
         import pyarrow as pa
         from pyarrow import compute
 
-        width, kinds = 1, (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+        column, width = self.data.column(name), 1
+        kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
         while any(is_kind(column.type) for is_kind in kinds):
             sizes = compute.fill_null(compute.list_value_length(column), 0).to_numpy()
             usual = torch.tensor(sizes).mode().values.item() or 1

@@ -33,8 +33,8 @@ def read_task_folder(
     """
     parts = {part.name.lower(): part for part in sorted(path.iterdir()) if part.is_dir()}
     support, query = (parts.get(name) for name in ("support", "query"))
-    classes = class_folders(support) if support else {}
-    queries = image_files(query) if query else []
+    classes = class_folders(support, []) if support else {}
+    queries = image_files(query)[0] if query else []
     if query and (deeper := _images_in_folders(query)):
         few = f"{deeper[0]} and {len(deeper) - 1} others" if deeper[1:] else str(deeper[0])
         raise UsageError(f"--adapt {path}: {few} lie in folders: put images to predict directly into {query}")
