@@ -94,16 +94,13 @@ def read_task_arrays(
         support_y = support_y[:, None]
     support_y = apply_scale(support_y, scales, "target", f"--adapt {path}: support_y")
     support_y = support_y.to(dtype) if support_y.is_floating_point() else support_y.long()
-    is_integer = not (support_x.is_floating_point() or query_x.is_floating_point())  # such as tokens
-
-    def place(x: Tensor) -> Tensor:
-        return x.to(device, torch.int64 if is_integer else dtype)
-
+    has_decimals = support_x.is_floating_point() or query_x.is_floating_point()  # which tokens have not
+    place = device, dtype if has_decimals else torch.int64
     return UserTask(
         name="",
-        support_x=place(support_x),
+        support_x=support_x.to(*place),
         support_y=support_y.to(device),
-        query_x=place(query_x),
+        query_x=query_x.to(*place),
         classes=[str(label) for label in range(labels)],
         query_names=[str(number) for number in range(1, len(query_x) + 1)],
     )
@@ -114,17 +111,16 @@ def _load_arrays(path: Path) -> tuple[Tensor, Tensor, Tensor]:
     names = ("support_x", "support_y", "query_x")
     try:
         with np.load(path, allow_pickle=False) as file:
-            support_x, support_y, query_x = (torch.from_numpy(np.asarray(file[name])) for name in names)
+            arrays = {name: torch.from_numpy(np.asarray(file[name])) for name in names}
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         reason = explain(path, error)
         raise UsageError(f"--adapt {path}: give numbers called {', '.join(names)} ({reason})") from error
-    examples = [len(part) if part.dim() else 0 for part in (support_x, support_y, query_x)]
+    support_x, support_y, query_x = arrays.values()
+    examples = [len(array) if array.dim() else 0 for array in arrays.values()]
     if not all(examples) or examples[0] != examples[1] or support_x.shape[1:] != query_x.shape[1:]:
-        shapes = ", ".join(
-            f"{n} {(*p.shape,)}" for n, p in zip(names, (support_x, support_y, query_x), strict=True)
-        )
+        shapes = ", ".join(f"{name} {(*array.shape,)}" for name, array in arrays.items())
         raise UsageError(f"--adapt {path}: {shapes}: give [examples, ...], a target an example")
-    if support_x.is_complex() or support_y.is_complex() or query_x.is_complex():
+    if any(array.is_complex() for array in arrays.values()):
         raise UsageError(f"--adapt {path} has complex numbers: give real ones")
     return support_x, support_y, query_x
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -135,6 +136,26 @@ def task_options(dataset: str, **changes: object):
 
     sizes = dict(ways=None, shots=1, queries=1, image_size=6, channels=1, invert=False)
     return TaskOptions(dataset=dataset, **sizes | changes)
+
+
+def build_tasks(
+    dataset: str, data_root=Path(), *, dtype=torch.float32, for_test=False, scale_targets=True, **changes
+):
+    """Return the distribution of a dataset on the CPU; `changes` are those of `task_options`."""
+    from dataset import build_distribution
+
+    how = dict(device=torch.device("cpu"), dtype=dtype, for_test=for_test, scale_targets=scale_targets)
+    return build_distribution(task_options(dataset, **changes), data_root=data_root, **how)
+
+
+@contextmanager
+def refused(message: str) -> Iterator[None]:
+    """Expect a UsageError of one line that matches."""
+    from common.errors import UsageError
+
+    with pytest.raises(UsageError, match=message) as raised:
+        yield
+    assert "\n" not in str(raised.value)
 
 
 @pytest.fixture

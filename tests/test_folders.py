@@ -3,6 +3,9 @@
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -28,20 +31,14 @@ with lock_folder(Path(sys.argv[2]), sys.argv[3:]):
 """
 
 
-class Holder:
-    """Another process that trains in a folder."""
-
-    def __init__(self, folder: Path, *members: str) -> None:
-        line = [sys.executable, "-c", HOLD, str(ROOT), str(folder), *members]
-        self.process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout.readline() == "held\n"
-
-    def __enter__(self) -> "Holder":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.communicate()
+@contextmanager
+def held(folder: Path, *members: str) -> Iterator[None]:
+    """Let another process train in a folder; kill it afterwards (kill -9)."""
+    line = [sys.executable, "-c", HOLD, str(ROOT), str(folder), *members]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        yield
+        process.kill()
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +61,7 @@ def trained(tmp_path_factory) -> Path:
 def test_a_run_that_another_process_trains_is_neither_resumed_nor_started_again(trained, refuse):
     before, again = (trained / "run" / LAST).read_bytes(), [*SHORT, "--iterations", 8]
     resumed = ["--checkpoint-path", trained, "--run-name", "run", "--resume"]
-    with Holder(trained / "run"):
+    with held(trained / "run"):
         for flags in (["--load", trained / "run" / LAST], resumed):
             line = refuse(*again, *flags)
             assert f"{trained / 'run'} is in use by another process" in line and "--run-name" in line
@@ -74,16 +71,16 @@ def test_a_run_that_another_process_trains_is_neither_resumed_nor_started_again(
 
 def test_a_sweep_and_one_of_its_runs_exclude_each_other(trained, refuse):
     sweep = [*SHORT, "--checkpoint-path", trained, "--run-name", "many", "--seeds", "0,1", "--resume"]
-    with Holder(trained / "many" / "seed-1"):
+    with held(trained / "many" / "seed-1"):
         assert "seed-1 is in use" in refuse(*sweep)
-    with Holder(trained / "many", "seed-0", "seed-1"):
+    with held(trained / "many", "seed-0", "seed-1"):
         member = trained / "many" / "seed-1" / LAST
         assert "seed-1 is in use" in refuse("--load", member, "--iterations", 8)
 
 
 def test_a_lock_ends_with_its_process_however_that_ends(trained):
-    holder = Holder(trained / "run")
-    holder.__exit__()  # kill -9
+    with held(trained / "run"):
+        pass
     with folders.lock_folder(trained / "run"):
         assert (trained / "run" / LOCK).exists()
 
@@ -116,21 +113,14 @@ def test_one_at_a_time_works_and_the_others_wait(tmp_path):
 
 
 def test_waiting_can_be_interrupted(tmp_path):
-    outcome = []
-
     def second() -> None:
-        with (
-            pytest.raises(RuntimeError, match="interrupted"),
-            lock_file(tmp_path / "lock", interrupted=lambda: True),
-        ):
+        with lock_file(tmp_path / "lock", interrupted=lambda: True):
             pass
-        outcome.append("interrupted")
 
-    with lock_file(tmp_path / "lock"):
-        thread = threading.Thread(target=second)
-        thread.start()
-        thread.join(5)
-    assert outcome == ["interrupted"]
+    with lock_file(tmp_path / "lock"), ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(second)
+        with pytest.raises(RuntimeError, match="interrupted"):
+            waiting.result(5)
 
 
 # ---- runs in a folder ------------------------------------------------------------------------------

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, class_names
+from conftest import ROOT, class_names, refused
 
 sys.path.insert(0, str(ROOT / "examples"))
 
 import icons
 
-from common.errors import UsageError
 from common.random import SPLITS
 from tasks.options import ICON_DRAWINGS
 from tasks.pixels import Form
@@ -159,13 +158,11 @@ def test_both_splits_keep_concepts_apart_and_one_keeps_designers_apart(package, 
 
 
 def test_missing_and_other_drawings_are_one_line(package, tmp_path):
-    with pytest.raises(
-        UsageError, match=r"there is no .*icons.npz: python examples/icons.py --data-root .* draws it"
-    ):
+    with refused(r"there is no .*icons.npz: python examples/icons.py --data-root .* draws it"):
         open_benchmark("icons", tmp_path, INK_IS_ONE)
     assert draw(tmp_path, "--package", package) == 0
     (tmp_path / "icons.json").write_text(json.dumps(FACTS | {"test": ["crossing"]}))
-    with pytest.raises(UsageError, match="has other concepts than the published ones"):
+    with refused("has other concepts than the published ones"):
         open_benchmark("icons", tmp_path, INK_IS_ONE)
 
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from conftest import refused
 
-from common.errors import UsageError
 from common.random import Stream
 from tasks.image_tasks import ImageTasks, augment_images
 from tasks.images import ImageSet
@@ -111,14 +111,14 @@ def test_pixels_stay_on_the_host_where_memory_is_scarce(monkeypatch):
 
 def test_too_few_classes_or_images_are_refused():
     images = image_set([6] * 11 + [4])
-    with pytest.raises(UsageError, match="the images has 4 train classes: lower -n, 5"):
+    with refused("the images has 4 train classes: lower -n, 5"):
         ImageTasks(images, ways=5, shots=1, queries=1)
     tasks = ImageTasks(images, ways=3, shots=1, queries=3)
     few = r"'class 11' has 4 images, and -k plus -q is 5 \(1 of 12 .*--min-examples 5"
-    with pytest.raises(UsageError, match=few):
+    with refused(few):
         tasks.resized(2)
     images.splits["train"] = torch.tensor([], dtype=torch.int64)
-    with pytest.raises(UsageError, match="no train classes"):
+    with refused("no train classes"):
         ImageTasks(images, ways=3, shots=1, queries=3).sample("train", 0, 0, range(2))
 
 

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import SHARES, class_names, write_classes, write_images
+from conftest import SHARES, class_names, refused, write_classes, write_images
 from PIL import Image
 
-from common.errors import UsageError
 from tasks import published
 from tasks.folders import image_files
 from tasks.images import open_images
@@ -106,10 +105,7 @@ def listed(rows: str):
 
 
 BAD = {
-    "damaged": (
-        three(lambda f: os.truncate(f / "c01/001.png", 50)),
-        "c01/001.png is not a readable image .*remove",
-    ),
+    "damaged": (three(lambda f: os.truncate(f / "c01/001.png", 50)), "001.png is not a readable .*remove"),
     "empty class": (three(lambda f: (f / "A/empty").mkdir(parents=True)), "A/empty: put the images"),
     "loose images": (lambda f: write_images(f, range(3)), "into a folder of its own"),
     "missing": (lambda f: None, "there is no folder"),
@@ -133,9 +129,8 @@ def test_bad_data_is_refused_in_one_line_and_leaves_nothing(case, tmp_path, user
     make, message = BAD[case]
     make(folder)
     before = listing(tmp_path)
-    with pytest.raises((UsageError, OSError), match=message) as raised:
+    with refused(message):
         load(folder)
-    assert "\n" not in str(raised.value)
     assert listing(tmp_path) == before and not [p for p in user_cache.rglob("*") if p.is_file()]
 
 
@@ -199,19 +194,13 @@ def write_published(folder: Path) -> None:
             write_images(folder / {"validation": "val"}.get(split, split) / wnid, [len(split)])
 
 
-def test_mini_imagenet_is_read_from_split_folders_lists_or_one_folder(tmp_path):
-    parts, one, lists = (tmp_path / root / "mini-imagenet" for root in "abc")
+def test_mini_imagenet_is_read_from_split_folders_or_one_folder(tmp_path):
+    parts, one = (tmp_path / root / "mini-imagenet" for root in "ab")
     write_published(parts)
-    lists.mkdir(parents=True)
-    for part in ("train", "val", "test"):
-        shutil.copytree(parts / part, one, dirs_exist_ok=True)
-        wnids = sorted(path.name for path in (parts / part).iterdir())
-        rows = [f"{wnid}01.png,{wnid}" for wnid in wnids]
-        (lists / f"{part}.csv").write_text("\n".join(["filename,label", *rows]))
-        for wnid in wnids:
-            shutil.copy(parts / part / wnid / "000.png", lists / f"{wnid}01.png")
+    for part in parts.iterdir():
+        shutil.copytree(part, one, dirs_exist_ok=True)
     write_images(one / "n99999999", [0])  # another class of ImageNet
-    for root in "abc":
+    for root in "ab":
         opened = open_benchmark("mini-imagenet", tmp_path / root, SMALL)
         for split, names in class_names(opened).items():
             assert sorted(names) == sorted(published_splits("mini-imagenet")[split])
@@ -221,11 +210,11 @@ def test_mini_imagenet_is_read_from_split_folders_lists_or_one_folder(tmp_path):
 
 
 def test_a_benchmark_must_have_the_published_classes(tmp_path):
-    with pytest.raises(UsageError, match=r"there is no folder .*mini-imagenet: .* train, val and test"):
+    with refused(r"there is no folder .*mini-imagenet: .* train, val and test"):
         open_benchmark("mini-imagenet", tmp_path, SMALL)
     folder = tmp_path / "mini-imagenet"
     write_published(folder)
     moved = published_splits("mini-imagenet")["test"][3]
     (folder / "test" / moved).rename(folder / "train" / moved)
-    with pytest.raises(UsageError, match=f"{moved} is missing in train, or was not published there"):
+    with refused(f"{moved} is missing in train, or was not published there"):
         open_benchmark("mini-imagenet", tmp_path, SMALL)

@@ -1,15 +1,15 @@
 """Several data sets at once: each task is one of theirs, in proportion, and each is measured by itself."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
-from conftest import task_options, write_classes
+from conftest import build_tasks, write_classes
 from runs import command, curves
 from torch.nn import functional as F
 
 from common.choices import Choices
-from dataset import build_distribution
 from evaluation.meta_test import evaluate
 from learner import build_learner
 from maml import MAML
@@ -18,9 +18,7 @@ CURVES = "sinusoid + harmonic + sinusoid-frequency"
 SHORT = ["--iterations", 6, "--val-every", 3, "--log-every", 2, "--meta-batch-size", 4, "--eval-tasks", 5]
 
 
-def build(dataset: str, **changes: object):
-    options = task_options(dataset, **changes)
-    return build_distribution(options, data_root=None, device=torch.device("cpu"), dtype=torch.float64)
+build = partial(build_tasks, dtype=torch.float64)
 
 
 def image_folders(tmp_path) -> list[str]:

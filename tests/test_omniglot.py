@@ -2,16 +2,13 @@
 
 from pathlib import Path
 
-import pytest
 import torch
 import torchvision
-from conftest import task_options, write_part
+from conftest import build_tasks, refused, write_part
 from torch.testing import assert_close
 
 from common.batch import TaskBatch
-from common.errors import UsageError
 from common.random import SPLITS
-from dataset import build_distribution
 from learner import build_learner
 from tasks.pixels import Form
 from tasks.published import open_benchmark, split_characters
@@ -39,15 +36,15 @@ def test_damaged_data_is_named(small_omniglot):
     folder = small_omniglot / "omniglot-py"
     drawing = folder / "images_background/A3/character01/0001_07.png"
     drawing.write_bytes(drawing.read_bytes()[:40])
-    with pytest.raises(UsageError, match=r"0001_07.png is not a readable image"):
+    with refused(r"0001_07.png is not a readable image"):
         load(small_omniglot)
     drawing.unlink()
-    with pytest.raises(UsageError, match="images_background should have 12 characters of 20 drawings"):
+    with refused("images_background should have 12 characters of 20 drawings"):
         load(small_omniglot)
     write_part(folder, "images_background", 6, archive=False)
     archive = folder / "images_evaluation.zip"
     archive.write_bytes(archive.read_bytes()[:-3000])
-    with pytest.raises(UsageError, match="images_evaluation should have 4 characters"):
+    with refused("images_evaluation should have 4 characters"):
         load(small_omniglot)
 
 
@@ -60,7 +57,7 @@ def test_a_failed_download_is_one_line(tmp_path, monkeypatch):
         raise OSError("no route\nto host")
 
     monkeypatch.setattr(torchvision.datasets, "Omniglot", no_network)
-    with pytest.raises(UsageError, match=r"Omniglot is incomplete in .*no route to host.*--data-root"):
+    with refused(r"Omniglot is incomplete in .*no route to host.*--data-root"):
         load(tmp_path)
 
 
@@ -99,9 +96,8 @@ def test_omniglot_as_a_folder_of_images_gives_the_same_tasks(small_omniglot):
 
     def sample(dataset: str, split: str) -> TaskBatch:
         form = dict(image_size=28, invert=True, quarter_turns=True)
-        tasks = task_options(dataset, ways=2, shots=2, queries=3, **form)
-        distribution = build_distribution(tasks, data_root=small_omniglot, device=torch.device("cpu"))
-        return distribution.sample(split, 3, 5, range(6))
+        tasks = build_tasks(dataset, small_omniglot, ways=2, shots=2, queries=3, **form)
+        return tasks.sample(split, 3, 5, range(6))
 
     for split in SPLITS:
         assert_close(sample(f"images:{data}", split), sample("omniglot", split), rtol=0, atol=0)

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_images
+from conftest import refused, write_images
 from PIL import Image
 
-from common.errors import UsageError
 from tasks.images import ImageSet, open_images
 from tasks.pixels import Form
 from tasks.user_tasks import read_task_folder
@@ -50,9 +49,8 @@ def write_colour_tiff(path: Path, array: np.ndarray) -> None:
     entries = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags)
     entries = entries.replace(struct.pack("<HHII", 258, 3, 1, 16), struct.pack("<HHII", 258, 3, 3, 256))
     head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0)
-    path.write_bytes(
-        head.ljust(256, b"\0") + struct.pack("<HHH", 16, 16, 16).ljust(256, b"\0") + array.tobytes()
-    )
+    bits = struct.pack("<HHH", 16, 16, 16)
+    path.write_bytes(head.ljust(256, b"\0") + bits.ljust(256, b"\0") + array.tobytes())
 
 
 def opened(folder: Path, form: Form = GREY) -> ImageSet:
@@ -97,13 +95,21 @@ def test_values_of_more_than_8_bits_keep_their_range(case, tmp_path):
     assert again.notes == images.notes and torch.equal(again.load(), images.load())
 
 
-def test_signed_bytes_are_not_taken_for_unsigned(tmp_path):
-    array = values(100, -100).astype(np.int8)
-    save_in_classes(tmp_path, Image.fromarray(array.view(np.uint8)), ".tif", tiffinfo={339: 2})
-    with pytest.raises(UsageError, match="signed 8-bit values from -100 to 100"):
+SIGNED, HOUNSFIELD = values(100, -100).astype(np.int8), values(3000, -1000).astype(np.float32)
+WITHOUT_RANGE = {  # what the files hold, and what is said
+    "signed bytes": (SIGNED.view(np.uint8), {339: 2}, "signed 8-bit values from -100 to 100"),
+    "floats": (HOUNSFIELD, {}, r"floating-point values from -1000 to 3000: .*--image-range=-1000,3000"),
+    "negative integers": (values(90, -5).astype(np.int32), {}, "integer values from -5 to 90"),
+    "NaN": (np.full((6, 6), np.nan, np.float32), {}, r"a/1.tif is not a readable image .*NaN"),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_RANGE)
+def test_values_that_do_not_tell_their_range_are_refused(case, tmp_path):
+    array, tags, message = WITHOUT_RANGE[case]
+    save_in_classes(tmp_path, Image.fromarray(array), ".tif", tiffinfo=tags)
+    with refused(message):
         opened(tmp_path)
-    images = opened(tmp_path, Form(6, 1, range=(-100.0, 100.0)))
-    assert torch.equal(images.load()[0, 0], mapped(array.astype(float), -100, 100))
 
 
 @pytest.mark.parametrize("kind", ["RGB.png", "RGBA.png", "RGB.tif"])
@@ -125,32 +131,24 @@ def test_16_bits_in_colour_are_not_cut_to_8(kind, tmp_path):
 
 
 def test_a_range_of_ones_own_cuts_off_the_rest(tmp_path):
-    hounsfield = values(3000, -1000)
-    save_in_classes(tmp_path / "float", Image.fromarray(hounsfield.astype(np.float32)), ".tif")
-    with pytest.raises(
-        UsageError, match=r"floating-point values from -1000 to 3000: .*--image-range=-1000,3000"
-    ):
-        opened(tmp_path / "float")
+    save_in_classes(tmp_path / "float", Image.fromarray(HOUNSFIELD), ".tif")
     images = opened(tmp_path / "float", Form(6, 1, range=(-100.0, 400.0)))
-    assert torch.equal(images.load()[0, 0], mapped(hounsfield.astype(np.float32), -100, 400))
+    assert torch.equal(images.load()[0, 0], mapped(HOUNSFIELD, -100, 400))
     assert "-100 is black, 400 white, by --image-range" in images.notes[0]
+    save_in_classes(tmp_path / "signed", Image.fromarray(SIGNED.view(np.uint8)), ".tif", tiffinfo={339: 2})
+    images = opened(tmp_path / "signed", Form(6, 1, range=(-100.0, 100.0)))
+    assert torch.equal(images.load()[0, 0], mapped(SIGNED.astype(float), -100, 100))
     masks = np.random.default_rng(0).integers(0, 3, (6, 6)).astype(np.uint8)
     save_in_classes(tmp_path / "plain", Image.fromarray(masks), ".png")
     first, second = (opened(tmp_path / "plain", Form(6, 1, range=r)).load() for r in ((0.0, 2.0), (0.0, 4.0)))
     assert torch.equal(first[0, 0], mapped(masks, 0, 2)) and torch.equal(second[0, 0], mapped(masks, 0, 4))
 
 
-def test_negative_integers_nan_and_rare_forms_are_refused(tmp_path):
-    save_in_classes(tmp_path / "a", Image.fromarray(values(90, -5).astype(np.int32)), ".tif")
-    with pytest.raises(UsageError, match="integer values from -5 to 90"):
-        opened(tmp_path / "a")
-    save_in_classes(tmp_path / "b", Image.fromarray(np.full((6, 6), np.nan, np.float32)), ".tif")
-    with pytest.raises(UsageError, match=r"a/1.tif is not a readable image .*NaN"):
-        opened(tmp_path / "b")
-    (tmp_path / "c" / "a").mkdir(parents=True)
-    write_png(tmp_path / "c" / "a" / "1.png", np.full((6, 6, 2), 900), 4)
-    with pytest.raises(UsageError, match="its form LA;16B is read with 8 of 16 bits: save it as RGB"):
-        opened(tmp_path / "c")
+def test_a_rare_form_is_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    write_png(tmp_path / "a" / "1.png", np.full((6, 6, 2), 900), 4)
+    with refused("its form LA;16B is read with 8 of 16 bits: save it as RGB"):
+        opened(tmp_path)
 
 
 @pytest.mark.parametrize("other", ["8-bit", "floating-point"])
@@ -160,7 +158,7 @@ def test_mixed_kinds_are_refused_by_name(other, tmp_path):
         write_images(tmp_path / "b", [7])
     else:
         Image.fromarray(values(1).astype(np.float32)).save(tmp_path / "b" / "000.tif")
-    with pytest.raises(UsageError, match=rf"b/000\.\w+ has {other} values and .*a/1.png 16-bit ones"):
+    with refused(rf"b/000\.\w+ has {other} values and .*a/1.png 16-bit ones"):
         opened(tmp_path)
 
 
@@ -219,11 +217,9 @@ def test_new_images_are_mapped_like_the_training_images(tmp_path):
         task = read_task_folder(tmp_path, form, record, torch.device("cpu"), torch.float64)
         return task.query_x[0, 0] * 255
 
-    assert torch.equal(
-        read(["16-bit", "0.0", "4095.0"]).round(), mapped(array.astype(float), 0, 4095).double()
-    )
     own = read([], Form(6, 1, range=(0.0, 2000.0)))
-    assert torch.equal(own.round(), mapped(array.astype(float), 0, 2000).double())
+    for pixels, white in ((read(["16-bit", "0.0", "4095.0"]), 4095), (own, 2000)):
+        assert torch.equal(pixels.round(), mapped(array.astype(float), 0, white).double())
     for record, kind in (([], "8-bit"), (["floating-point", "0.0", "1.0"], "floating-point")):
-        with pytest.raises(UsageError, match=f"has 16-bit values and the training images {kind} ones"):
+        with refused(f"has 16-bit values and the training images {kind} ones"):
             read(record)

@@ -1,15 +1,14 @@
 """Training, validation and test never meet, whatever the dataset, and a split depends on names alone."""
 
 from itertools import chain, combinations
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHARES, task_options, write_classes
+from conftest import SHARES, build_tasks, write_classes
 
 from common.batch import TaskDistribution
 from common.random import SPLITS
-from dataset import FAMILIES, build_distribution
+from dataset import FAMILIES
 from tasks.options import DATASETS, OMNIGLOT_CLASSES
 from tasks.splits import published_splits, split_at_random
 
@@ -20,11 +19,6 @@ PUBLISHED = {
     "mini-imagenet": [64, 16, 20],
     "tiered-imagenet": [351, 97, 160],
 }
-
-
-def make(dataset: str, data_root: Path = Path(), for_test=False, **options) -> TaskDistribution:
-    tasks = task_options(dataset, **options)
-    return build_distribution(tasks, data_root=data_root, device=torch.device("cpu"), for_test=for_test)
 
 
 def inputs_by_split(distribution: TaskDistribution, tasks: int = 400) -> dict[str, set[bytes]]:
@@ -44,19 +38,14 @@ def assert_apart(inputs: dict[str, set[bytes]]) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_curves_of_different_splits_have_no_point_in_common(name):
-    assert_apart(inputs_by_split(make(name, shots=5, queries=5), tasks=50))
+    assert_apart(inputs_by_split(build_tasks(name, shots=5, queries=5), tasks=50))
 
 
-@pytest.mark.parametrize("layout", ["class folders", "split folders", "train and test", "lists"])
-def test_images_of_different_splits_never_meet(tmp_path, layout):
-    parts = {"class folders": [""], "train and test": ["train", "test"]}.get(layout, ["train", "val", "test"])
+@pytest.mark.parametrize("parts", [[""], ["train", "test"], ["train", "val", "test"]])
+def test_images_of_different_splits_never_meet(tmp_path, parts):
     for number, part in enumerate(parts):
-        folder = tmp_path / ("" if layout == "lists" else part)
-        write_classes(folder, 12, prefix=f"{part}c", first=60 * number)
-        if layout == "lists":
-            rows = [f"00{i}.png,{part}c{c:02}" for c in range(12) for i in range(3)]
-            (tmp_path / f"{part}.csv").write_text("\n".join(["filename,label", *rows]))
-    distribution = make(f"images:{tmp_path}", ways=2)
+        write_classes(tmp_path / part, 12, prefix=f"{part}c", first=60 * number)
+    distribution = build_tasks(f"images:{tmp_path}", ways=2)
     assert_apart(inputs_by_split(distribution))
     names = distribution.record.splits
     assert sum(map(len, names.values())) == len(set().union(*names.values())) == 12 * len(parts)
@@ -68,7 +57,7 @@ def test_a_task_of_a_table_is_in_one_split_only(tmp_path, split_column):
     splits = ["train", "validation", "test"]
     rows = [f"{t},{4 * t + i},1{f',{splits[t % 3]}' * split_column}" for t in range(20) for i in range(4)]
     path.write_text("\n".join([f"task,x,y{',split' * split_column}", *rows]))
-    distribution = make(f"table:{path}")
+    distribution = build_tasks(f"table:{path}")
     assert_apart(inputs_by_split(distribution))
     names = distribution.record.splits
     assert distribution.record.inputs == ["x"] and len(set().union(*names.values())) == 20
@@ -76,7 +65,8 @@ def test_a_task_of_a_table_is_in_one_split_only(tmp_path, split_column):
 
 @pytest.mark.parametrize("split", OMNIGLOT_CLASSES)
 def test_real_omniglots_characters_never_meet(split, omniglot_root, shared_cache):
-    distribution = make("omniglot", omniglot_root, ways=5, omniglot_split=split, image_size=28, invert=True)
+    form = dict(image_size=28, invert=True)
+    distribution = build_tasks("omniglot", omniglot_root, ways=5, omniglot_split=split, **form)
     splits = distribution.images.splits
     assert {name: len(part) for name, part in splits.items()} == OMNIGLOT_CLASSES[split]
     assert sorted(torch.cat(list(splits.values())).tolist()) == list(range(1623))
@@ -115,5 +105,5 @@ def test_three_classes_suffice_for_three_splits(classes):
 
 def test_all_classes_are_for_test_without_training(tmp_path):
     write_classes(tmp_path, 6)
-    names = make(f"images:{tmp_path}", ways=2, for_test=True).record.splits
+    names = build_tasks(f"images:{tmp_path}", ways=2, for_test=True).record.splits
     assert (names["train"], names["validation"], len(names["test"])) == ([], [], 6)

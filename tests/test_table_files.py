@@ -2,28 +2,26 @@
 
 import json
 from collections import Counter
+from functools import partial
 from random import Random
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from conftest import read_table, refused
 from pyarrow import parquet
 from runs import command
 
 from common.errors import UsageError
 from common.random import SPLITS
-from tasks.tables import Columns, TableTasks, load_table
+from tasks.tables import Columns, TableTasks
 
 SHARES = {"train": 2, "validation": 1, "test": 2}
 BY_CLASS = Columns(None, ("kind",), by_class=True)
 
 
-def table_of(path, columns=None, **options):
-    options = {"classification": False, "shares": {"train": 1}} | options
-    return load_table(path, columns or Columns(), torch.float64, **options)
-
-
+table_of = partial(read_table, shares={"train": 1})
 FILES = {  # each holds task a, a, b with x 1.5, -2, 1000 and y 0, 0.25, 3e3
     "comma": "task,x,y\na,1.5,0\na,-2,.25\nb,1000,3e3\n",
     "quoted": '"task","x","y"\n"a","1.5","0"\n"a","-2",".25"\n"b","1000","3e3"\n',
@@ -35,7 +33,7 @@ FILES = {  # each holds task a, a, b with x 1.5, -2, 1000 and y 0, 0.25, 3e3
     "spaces": "task   x     y\na      1.5   0\n  a   -2    .25\nb   1000    3e3  \n",
     "caret": "task^x^y\na^1.5^0\na^-2^.25\nb^1000^3e3\n",
     "comma in a quoted name": 'task;"x";y\n"a";1.5;0\na;-2;.25\n"b";1000;3e3\n',
-    "gap": "task,x,y\na,1.5,0\na,-2,.25\n,,\nc,7,NA\nb,1000,3e3\nb,oops,?\n".replace("oops", ""),
+    "gap": "task,x,y\na,1.5,0\na,-2,.25\n,,\nc,7,NA\nb,1000,3e3\nb,,?\n",
 }
 
 
@@ -55,15 +53,14 @@ def test_rows_without_a_target_are_left_out_and_cells_are_counted_as_in_the_file
     path = tmp_path / "a.csv"
     path.write_text("task,x,y,split\na,1,NA,\na,2,1,train\nb,3,,test\n")
     table = table_of(path, shares=SHARES)
-    assert (
-        table.x.tolist() == [[2]] and table.tasks == ["a"] and table.left_out == {"rows without a target": 2}
-    )
+    assert table.x.tolist() == [[2]] and table.tasks == ["a"]
+    assert table.left_out == {"rows without a target": 2}
     labels = pa.table({"task": ["a"] * 3, "x": [1, 2, 3], "y": [1.0, None, float("nan")]})
     parquet.write_table(labels, tmp_path / "a.parquet")
     table = table_of(tmp_path / "a.parquet", classification=True)
     assert table.classes == ["1"] and table.y.tolist() == [0]
     path.write_text("task,x,y\na,1,NA\na,,2\n")
-    with pytest.raises(UsageError, match="column 'x', data row 2 is empty"):
+    with refused("column 'x', data row 2 is empty"):
         table_of(path)
 
 
@@ -76,15 +73,10 @@ def test_files_of_a_hundred_kinds_are_read_or_refused_in_a_line(tmp_path, seed):
         mark = random.choice(",;\t| ")
         names = random.sample(["task", "y", "x", "x2", "split", "a b"], random.randint(2, 5))
         usual = {"task": "abc", "y": "012", "split": ["train", "val", "test"]}
-        rows = [
-            mark.join(
-                random.choice(cells)
-                if random.random() < 0.05
-                else random.choice(usual.get(name, ["0.5", "-1"]))
-                for name in names
-            )
-            for _ in range(random.randint(0, 12))
-        ]
+        rows = []
+        for _ in range(random.randint(0, 12)):
+            kinds = [cells if random.random() < 0.05 else usual.get(name, ["0.5", "-1"]) for name in names]
+            rows.append(mark.join(map(random.choice, kinds)))
         text = "\n".join([mark.join(names), *rows]) + random.choice(["", "\n", "\n\n"])
         coding = random.choice(["utf-8", "utf-8-sig", "utf-16", "latin-1"])
         (tmp_path / "a.csv").write_bytes(text.encode(coding))
@@ -116,9 +108,9 @@ def test_lists_are_columns_and_class_labels_have_their_names(tmp_path):
 # ---- classes that tasks are made of --------------------------------------------------------------
 
 
-def write_classes(path, sizes: dict[str, int], extra: str = "") -> None:
-    rows = [f"{name},{ord(name)},{i}" for name, size in sizes.items() for i in range(size)]
-    path.write_text("\n".join([f"kind,code,number{extra}", *rows]))
+def write_classes(path, sizes: dict[str, int], header: str = "kind,code,number", more: str = "") -> None:
+    rows = [f"{name},{ord(name)},{i}{more}" for name, size in sizes.items() for i in range(size)]
+    path.write_text("\n".join([header, *rows]))
 
 
 def test_tasks_are_made_of_the_classes_of_one_split(tmp_path):
@@ -145,14 +137,14 @@ def test_a_split_of_the_file_divides_the_classes(tmp_path):
     table = table_of(tmp_path / "a.csv", BY_CLASS, classification=True)
     assert table.split_names == {"train": ["u"], "validation": ["w"], "test": ["v"]}
     (tmp_path / "a.csv").write_text("kind,x,split\nu,1,train\nu,1,test\n")
-    with pytest.raises(UsageError, match="u is in train and in test"):
+    with refused("u is in train and in test"):
         table_of(tmp_path / "a.csv", BY_CLASS, classification=True)
 
 
 def test_small_groups_are_counted_and_left_out(tmp_path):
     write_classes(tmp_path / "a.csv", dict.fromkeys("abcdefgh", 4) | dict.fromkeys("ij", 2))
     few = table_of(tmp_path / "a.csv", BY_CLASS, classification=True, shares=SHARES)
-    with pytest.raises(UsageError, match=r"class 'i' has 2 rows.*\(2 of 10 have too few\).*--min-examples 3"):
+    with refused(r"class 'i' has 2 rows.*\(2 of 10 have too few\).*--min-examples 3"):
         TableTasks(table=few, ways=2, shots=1, queries=2)
     options = {"classification": True, "shares": SHARES, "min_examples": 3}
     table = table_of(tmp_path / "a.csv", BY_CLASS, **options)
@@ -169,9 +161,7 @@ def test_small_groups_are_counted_and_left_out(tmp_path):
 
 
 def test_class_tasks_are_learned_tested_and_adapted_to(tmp_path, capsys):
-    write_classes(tmp_path / "a.csv", dict.fromkeys("abcdefghij", 4), ",note\n".rstrip())
-    text = (tmp_path / "a.csv").read_text().splitlines()
-    (tmp_path / "a.csv").write_text("\n".join([text[0], *(f"{line},text" for line in text[1:])]))
+    write_classes(tmp_path / "a.csv", dict.fromkeys("abcdefghij", 4), "kind,code,number,note", ",text")
     line = ["--dataset", f"table:{tmp_path / 'a.csv'}", "-n", 2, "-k", 1, "-q", 2, "--iterations", 2]
     line += ["--columns", "class=kind", "--split-shares", "2,1,2", "--eval-tasks", 4]
     run = ["--checkpoint-path", tmp_path, "--run-name", "run"]
