@@ -28,8 +28,7 @@ from common.random import SPLITS, Stream, task_stream
 from common.sizes import Size, Span
 from tasks.drawn_sizes import draw_number
 from tasks.file_tasks import Prefetch
-from tasks.image_tasks import ImageTasks
-from tasks.images import ImageSet, open_images
+from tasks.images import ImageSet, ImageTasks, open_images
 from tasks.mixture import Mixture
 from tasks.options import TaskOptions
 from tasks.pixels import Form
@@ -349,9 +348,7 @@ class Custom(TaskDistribution):
         name = self.options.dataset
         parts = call_factory(self.source.sample, f"{name}: sample", "--dataset", split, seeds.clone())
         with suppress(TypeError, ValueError, RuntimeError):  # of other things than numbers: said below
-            parts = [
-                pytree.tree_map(_as_tensor, part, is_leaf=lambda p: isinstance(p, list)) for part in parts
-            ]
+            parts = [*pytree.tree_map(_as_tensor, (*parts,), is_leaf=lambda part: isinstance(part, list))]
             if self.ways:  # labels of any whole type
                 parts[1:4:2] = (tree_map(_as_labels, part) for part in parts[1:4:2])
         if problem := self._find_problem(parts, len(seeds)):

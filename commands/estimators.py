@@ -34,7 +34,7 @@ from tasks.options import find_data_facts
 from tasks.pixels import Form
 from tasks.scales import apply_scale
 from tasks.tables import sort_classes
-from tasks.user_arrays import read_numbers, read_pixels
+from tasks.user_tasks import read_numbers, read_pixels
 
 Array = np.ndarray[Any, Any]
 SETTINGS = (

@@ -60,10 +60,8 @@ def load_data(path: Path) -> Any:
         with path.open("rb") as file:
             return DataUnpickler(file, encoding="latin1").load()
     except Exception as error:  # the unpickler raises errors of many kinds on damaged files
-        command = f"numpy.savez('{path.stem}.npz', images=..., labels=...)"
-        raise UsageError(
-            f"{path} cannot be read as data ({explain(path, error)}): where it was made, write {command}"
-        ) from error
+        way = f"where it was made, write numpy.savez('{path.stem}.npz', images=..., labels=...)"
+        raise UsageError(f"{path} cannot be read as data ({explain(path, error)}): {way}") from error
 
 
 def has_archives(folder: Path) -> bool:
@@ -85,16 +83,14 @@ def find_archives(folder: Path) -> dict[str, list[Path]]:
         if split := parse_split(path.stem) or find_mentioned_split(path.stem):
             archives.setdefault(split, []).append(path)
         elif find_part(path.stem):
-            raise UsageError(
-                f"{path} looks like part of a split: call it train, val or test, or move it away"
-            )
+            way = "call it train, val or test, or move it away"
+            raise UsageError(f"{path} looks like part of a split: {way}")
     for split, paths in archives.items():
         halves = [path for path in paths if "label" in path.stem.lower()]
         if len(paths) != 1 + len(halves) or len(halves) > 1:
             names = ", ".join(path.name for path in paths)
-            raise UsageError(
-                f"{folder}: {names} may all hold {split} images: leave one, or images and labels"
-            )
+            problem = f"{names} may all hold {split} images"
+            raise UsageError(f"{folder}: {problem}: leave one, or images and labels")
     return {split: archives[split] for split in SPLITS if split in archives}
 
 
@@ -116,17 +112,14 @@ def read_split(paths: Sequence[Path], split: str) -> Labelled:
     else:
         numbers, names = np.asarray(labels), _name_labels(content, split)
         if len(numbers) != len(images):
-            raise UsageError(
-                f"{paths[0]}: {len(images):,} images and {len(numbers):,} labels: they should match"
-            )
-        classes = {
-            names.get(n, f"{split}/{n}"): np.flatnonzero(numbers == n) for n in np.unique(numbers).tolist()
-        }
+            problem = f"{len(images):,} images and {len(numbers):,} labels"
+            raise UsageError(f"{paths[0]}: {problem}: they should match")
+        present = np.unique(numbers).tolist()
+        classes = {names.get(n, f"{split}/{n}"): np.flatnonzero(numbers == n) for n in present}
     for name, places in classes.items():
         if not len(places) or places.min() < 0 or places.max() >= len(images):
-            raise UsageError(
-                f"{paths[0]}: class {escape_text(name)} has no images, or some that are not there"
-            )
+            problem = "has no images, or some that are not there"
+            raise UsageError(f"{paths[0]}: class {escape_text(name)} {problem}")
     if max(Counter(chain(*(places.tolist() for places in classes.values()))).values(), default=1) > 1:
         raise UsageError(f"{paths[0]}: an image is in two classes, or twice in one: leave it once")
     return _as_pictures(images, paths[0]), classes

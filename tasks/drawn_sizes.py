@@ -95,14 +95,10 @@ class DrawnSizes:
             support, query = map(Part, parts[::-1] if query_first else parts)
             return support, query, None
         ways = draw_number(stream.at("ways"), self.ways)
-        ways = ways if classes is None else torch.minimum(ways, classes)
+        ways = ways if classes is None else ways.minimum(classes)
         present = torch.arange(totals.shape[1], device=totals.device) < ways[:, None]
-        shots, queries = (
-            draw_number(stream.at(name), span)[:, None]
-            for name, span in (("shots", self.shots), ("queries", self.queries))
-        )
-        shots = torch.minimum(shots, totals - self.queries.least)
-        queries = torch.minimum(queries, totals - shots)
+        shots = draw_number(stream.at("shots"), self.shots)[:, None].minimum(totals - self.queries.least)
+        queries = draw_number(stream.at("queries"), self.queries)[:, None].minimum(totals - shots)
         start = torch.zeros_like(totals)
         support = _take(drawn, queries if query_first else start, shots * present, self.shots.most)
         query = _take(drawn, start if query_first else shots, queries * present, self.queries.most)

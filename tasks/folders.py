@@ -135,10 +135,8 @@ def _refuse_inner_split(base: Path, classes: Classes, *, is_part: bool) -> None:
         plain = {split for name, split in splits.items() if is_plain(name)}
         if len(plain) > 1 or (all(splits.values()) and len({*splits.values()}) > 1):
             problem = f"{join(f'{name}/' for name, split in splits.items() if split)} look like a split"
-            place = base / parent
-            raise UsageError(
-                f"{place}: {problem}: give images:{place}, or put the images of each class into one folder"
-            )
+            way = f"give images:{base / parent}, or put the images of each class into one folder"
+            raise UsageError(f"{base / parent}: {problem}: {way}")
 
 
 def _holds_images(folder: Path) -> bool:

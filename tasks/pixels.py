@@ -161,9 +161,8 @@ def settle_range(folder: Path, files: Sequence[ImagePath], form: Form) -> tuple[
         source = "by --image-range" if form.range else "as the files declare"
         note = f"image values are {kind}: {low:.7g} is black, {high:.7g} white, {source}"
         return replace(form, kind=kind, range=(low, high)), [note]
-    low, high = cache_array(
-        folder, find_sources(files), ("range", kind, *find_rows(files)), lambda: _survey(files, kind)
-    ).tolist()
+    settings = ("range", kind, *find_rows(files))
+    low, high = cache_array(folder, find_sources(files), settings, lambda: _survey(files, kind)).tolist()
     values = f"{files[0]} and {len(files) - 1:,} others" if files[1:] else str(files[0])
     values = f"{values} have {kind} values from {low:.7g} to {high:.7g}"
     is_integer, bits = kind != "floating-point", next((bits for bits in BITS if high < 2**bits), 0)
@@ -240,9 +239,8 @@ def _open(path: ImagePath, read: Callable[[Image.Image], T]) -> T:
     except UsageError:
         raise
     except Exception as error:  # Pillow's readers raise errors of many kinds on damaged files
-        raise UsageError(
-            f"{path} is not a readable image ({explain(path, error)}): mend or remove it"
-        ) from error
+        reason = explain(path, error)
+        raise UsageError(f"{path} is not a readable image ({reason}): mend or remove it") from error
 
 
 def prepare(image: Image.Image, form: Form) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,13 +80,15 @@ class TableFile:
             parts.append(torch.tensor(values).view(-1, width))
         return torch.cat(parts, 1)
 
-    def name_of(self, names: Iterable[str], column: int) -> str:
-        """Return the name of the column that gave a column of `numbers`."""
-        for name in names:
-            column -= self._flatten_lists(name)[1]
-            if column < 0:
-                break
-        return name
+    def check_finite(self, names: Sequence[str], values: Tensor, rows: Tensor, dtype: torch.dtype) -> None:
+        """Raise UsageError for the first of these rows with a missing number, or one infinite in `dtype`."""
+        bad = (~values.to(dtype).isfinite() & rows[:, None]).nonzero()
+        if len(bad):
+            row, position = bad[0].tolist()
+            columns = [name for name in names for _ in range(self._flatten_lists(name)[1])]
+            way = "mend it, or leave the column or the row out"
+            problem = f" is empty, infinite or too large for {dtype}: {way}"
+            raise self.fail(columns[position], row + 1, problem)
 
     def names(self, name: str, filled: Tensor | None = None) -> tuple[list[str], Tensor]:
         """Return a column's names in order of appearance, and each row's int64 position, -1 where missing.

@@ -102,7 +102,7 @@ def load_table(
     classes, y, has_target = _read_targets(file, columns, dtype, classification)
     keep = torch.ones_like(has_target) if prediction else has_target.clone()
     x = file.numbers(columns.inputs, () if classification else columns.targets)
-    _check_finite(file, columns.inputs, x, keep, dtype)
+    file.check_finite(columns.inputs, x, keep, dtype)
     tasks, task = ["task"], torch.zeros_like(keep, dtype=torch.int64)
     if columns.task:
         tasks, task = file.names(columns.task, keep)
@@ -120,7 +120,7 @@ def load_table(
     y, inputs = y[keep], columns.inputs
     if classification and not prediction:
         classes, y = _drop_unused(classes, y)
-    splits = _split(file, columns, tasks, task, keep, shares)
+    splits = _split(file, columns, tasks, task, keep, shares) if shares else {}
     positions = {split: part.sort().values for split, part in as_positions(splits, tasks).items()}
     names = {split: sorted(part) for split, part in splits.items()}
     if by_class:
@@ -149,7 +149,7 @@ def _read_targets(
     else:
         classes, y = [], file.numbers(names, columns.inputs)
         has_target = ~y.isnan().any(1)
-        _check_finite(file, names, y, has_target, dtype)
+        file.check_finite(names, y, has_target, dtype)
     return classes, y, has_target
 
 
@@ -178,23 +178,16 @@ def _drop_unused(names: list[str], positions: Tensor) -> tuple[list[str], Tensor
 
 
 def _split(
-    file: TableFile,
-    columns: Columns,
-    tasks: list[str],
-    task: Tensor,
-    keep: Tensor,
-    shares: dict[str, int] | None,
+    file: TableFile, columns: Columns, tasks: list[str], task: Tensor, keep: Tensor, shares: dict[str, int]
 ) -> dict[str, list[str]]:
     """Return the names of each split: as the column "split" says, or at random."""
-    splits: dict[str, list[str]] = {name: [] for name in SPLITS}
-    if not shares:
-        return splits
     if "split" not in {*file.data.column_names} - {*columns.inputs, *columns.targets, columns.task}:
         return split_at_random(tasks, shares)
     names, split = file.names("split", keep)
     split_names = {name: PLAIN_WORDS[name.lower()] for name in names if name.lower() in PLAIN_WORDS}
     if unknown := {*names} - split_names.keys():
         raise UsageError(f"{file.path}: a split is {min(unknown)!r}: it should be train, val or test")
+    splits: dict[str, list[str]] = {name: [] for name in SPLITS}
     pairs = torch.stack([split[keep], task], 1).unique(dim=0).tolist()
     for name, t in dict.fromkeys((split_names[names[s]], t) for s, t in pairs):
         splits[name].append(tasks[t])
@@ -230,18 +223,6 @@ def _complete(
         way = "call it split, with train, val and test in it, or leave it out with --exclude-columns"
         raise UsageError(f"{path}: column {suspects[0]!r} looks like a split: {way}")
     return replace(columns, task=task, inputs=inputs)
-
-
-def _check_finite(
-    file: TableFile, names: Iterable[str], values: Tensor, rows: Tensor, dtype: torch.dtype
-) -> None:
-    """Raise UsageError for the first of these rows whose values are missing, or infinite in that type."""
-    bad = (~values.to(dtype).isfinite() & rows[:, None]).nonzero()
-    if len(bad):
-        row, column = bad[0].tolist()
-        name = file.name_of(names, column)
-        problem = " is empty, infinite or too large for"
-        raise file.fail(name, row + 1, f"{problem} {dtype}: mend it, or leave the column or the row out")
 
 
 def sort_classes(names: list[str], labels: Tensor) -> tuple[list[str], Tensor]:
@@ -312,9 +293,8 @@ class TableTasks(TaskDistribution):
         source = self.table.source
         scaled = apply_scale(values, self.scales, part, source).to(self.dtype)
         if not scaled.isfinite().all():
-            raise UsageError(
-                f"{source}: an {part} is too large for {self.dtype}, standardised or not: mend it"
-            )
+            problem = f"an {part} is too large for {self.dtype}, standardised or not"
+            raise UsageError(f"{source}: {problem}: mend it")
         return scaled.to(self.device)
 
     @property

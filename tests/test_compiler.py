@@ -20,8 +20,7 @@ from dataset import Sinusoid
 from learners.batch_norm import BatchNorm
 from learners.losses import LOSSES
 from maml import MAML
-from tasks.image_tasks import ImageTasks
-from tasks.images import ImageSet
+from tasks.images import ImageSet, ImageTasks
 from training import compiler, trainer
 from training.adjoint import run_as_is
 from training.checkpoint import load_checkpoint

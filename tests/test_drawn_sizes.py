@@ -12,7 +12,7 @@ from test_tables import numbered, write
 from commands.adapt import load
 from common.batch import TaskBatch, tree_map
 from dataset import Custom, Harmonic, Sinusoid
-from tasks.image_tasks import ImageTasks
+from tasks.images import ImageTasks
 from tasks.tables import TableTasks
 from training.checkpoint import load_checkpoint
 

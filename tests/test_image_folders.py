@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import SHARES, class_names, refused, write_classes, write_images
 
-from tasks.image_tasks import ImageTasks
-from tasks.images import ImageSet, open_images
+from tasks.images import ImageSet, ImageTasks, open_images
 from tasks.pixels import Form
 from tasks.splits import find_part, parse_split
 

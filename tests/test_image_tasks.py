@@ -8,8 +8,7 @@ import torch
 from conftest import refused
 
 from common.random import Stream
-from tasks.image_tasks import ImageTasks, augment_images
-from tasks.images import ImageSet
+from tasks.images import ImageSet, ImageTasks, augment_images
 
 
 def image_set(counts: Sequence[int], side: int = 4, channels: int = 1) -> ImageSet:
@@ -26,7 +25,7 @@ def image_set(counts: Sequence[int], side: int = 4, channels: int = 1) -> ImageS
 
 def on_the_host(images: ImageSet, **options) -> ImageTasks:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tasks.image_tasks.machine_memory", lambda: 0)
+        patch.setattr("tasks.images.machine_memory", lambda: 0)
         return ImageTasks(images, **options)
 
 
@@ -105,7 +104,7 @@ def test_pixels_stay_on_the_host_where_memory_is_scarce(monkeypatch):
     images = image_set([6] * 12)
     size = images.load().nbytes
     for free, on_host in ((2 * size, False), (2 * size - 2, True)):
-        monkeypatch.setattr("tasks.image_tasks.machine_memory", lambda free=free: free)
+        monkeypatch.setattr("tasks.images.machine_memory", lambda free=free: free)
         assert ImageTasks(images, ways=3, shots=1, queries=2).on_host is on_host
 
 
