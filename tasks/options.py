@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from common.names import AND, check_code_name, parse_name, split_mixture
@@ -56,15 +56,14 @@ FILE_KINDS = {  # prefixes of a path
 
 
 def find_data_facts(dataset: str) -> DataFacts:
-    """Return the facts of a dataset by its name or by the prefix of its path; of several, what they share."""
+    """Return the facts of a dataset by its name or by the prefix of its path.
+
+    Those of several are what they share: sizes that differ are None.
+    """
     kind, source, _ = parse_name(dataset)
-    if kind == "mixture":
-        return _combine_facts([find_data_facts(name) for name in split_mixture(dataset)])
-    return FILE_KINDS.get(kind, DataFacts("any", None)) if kind else DATASETS[source]
-
-
-def _combine_facts(facts: Sequence[DataFacts]) -> DataFacts:
-    """Return the facts of several datasets of one kind of inputs; sizes that differ are None."""
+    if kind != "mixture":
+        return FILE_KINDS.get(kind, DataFacts("any", None)) if kind else DATASETS[source]
+    facts = [find_data_facts(name) for name in split_mixture(dataset)]
     sizes, channels = ({getattr(part, name) for part in facts} for name in ("image_size", "channels"))
     return replace(
         facts[0],
@@ -241,10 +240,9 @@ class TaskOptions:
 
     def of(self, name: str) -> TaskOptions:
         """Return the options of one of several data sets; where defaults of --invert differ, with its own."""
-        differ = len({find_data_facts(other).invert for other in self.datasets}) > 1
-        return replace(
-            self, dataset=name, mix=None, invert=find_data_facts(name).invert if differ else self.invert
-        )
+        defaults = {other: find_data_facts(other).invert for other in self.datasets}
+        invert = defaults[name] if len({*defaults.values()}) > 1 else self.invert
+        return replace(self, dataset=name, mix=None, invert=invert)
 
     @property
     def black_and_white(self) -> tuple[float, float] | None:

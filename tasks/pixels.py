@@ -195,21 +195,13 @@ def _survey(files: Sequence[ImagePath], kind: str) -> np.ndarray:
     return np.array([min(low), max(high)])
 
 
-def _check_kind(image: Image.Image, kind: str, reference: str) -> None:
-    """Raise UsageError if a file's values are of another kind than those of others: no range fits both."""
-    if detect_kind(image) != kind:
-        this = f"{getattr(image, 'filename', '') or 'an image'} has {detect_kind(image)} values"
-        way_out = "give --image-range for these" if reference == TRAINED else "take one kind out"
-        raise UsageError(f"{this} and {reference} {kind} ones: convert them to one kind, or {way_out}")
-
-
 # ---- pixels --------------------------------------------------------------------------------------
 
 
 def decode_all(files: Sequence[ImagePath], form: Form, reference: str = "") -> Iterator[np.ndarray]:
     """Yield the files' images in order, decoded in parallel, as uint8 `[channels, size, size]`.
 
-    Raises UsageError if one is unreadable, or not of the form's kind; `reference` names one that is.
+    Raises UsageError if one is unreadable, or not of the form's kind; `reference` names what is.
     """
     yield from _read_all(files, partial(prepare, form=form), form.kind, reference or str(files[0]))
     for column in {file.column for file in files if isinstance(file, StoredImage)}:
@@ -219,10 +211,16 @@ def decode_all(files: Sequence[ImagePath], form: Form, reference: str = "") -> I
 def _read_all(
     files: Sequence[ImagePath], read: Callable[[Image.Image], T], kind: str, reference: str
 ) -> Iterator[T]:
-    """Yield what `read` makes of each file, in order and in parallel; UsageError for one of another kind."""
+    """Yield what `read` makes of each file, in order and in parallel.
 
-    def read_checked(image: Image.Image) -> T:
-        _check_kind(image, kind, reference)
+    Raises UsageError if a file's values are of another kind than those of `reference`: no range fits both.
+    """
+
+    def read_checked(image: Any) -> T:
+        if (other := detect_kind(image)) != kind:
+            problem = f"{image.filename} has {other} values and {reference} {kind} ones"
+            way_out = "give --image-range for these" if reference == TRAINED else "take one kind out"
+            raise UsageError(f"{problem}: convert them to one kind, or {way_out}")
         return read(image)
 
     with ThreadPoolExecutor() as pool:
