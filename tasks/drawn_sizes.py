@@ -19,17 +19,16 @@ from common.sizes import Size, Span
 class Part(NamedTuple):
     """The support or the query sets of tasks, out of what was drawn for them."""
 
-    drawn: Tensor  # [tasks, ways, examples of a class, ...]; if sizes vary, [tasks, examples, ...]
-    labels: Tensor | None = None  # int64 [tasks, examples]; None: those of equal classes
+    drawn: Tensor  # [tasks, examples, ...]
+    labels: Tensor  # int64 [tasks, examples]
     mask: Tensor | None = None  # bool [tasks, examples], False for padding, which repeats an example
 
-    def labelled(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return inputs that lie as `drawn` does as `[tasks, examples, ...]`, and their labels."""
-        if self.labels is not None:
-            return x, self.labels
-        tasks, ways, examples = x.shape[:3]
-        labels = torch.arange(ways, device=x.device).repeat_interleave(examples)
-        return x.flatten(1, 2), labels.expand(tasks, -1)
+    @classmethod
+    def of_classes(cls, drawn: Tensor) -> Part:
+        """Return all that was drawn of each class, `[tasks, ways, examples, ...]`."""
+        tasks, ways, examples = drawn.shape[:3]
+        labels = torch.arange(ways, device=drawn.device).repeat_interleave(examples)
+        return cls(drawn.flatten(1, 2), labels.expand(tasks, -1))
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ class DrawnSizes:
         if not self.varies:
             sizes = [self.shots.most, self.queries.most]
             parts = drawn.split(sizes[::-1] if query_first else sizes, 2)
-            support, query = map(Part, parts[::-1] if query_first else parts)
+            support, query = map(Part.of_classes, parts[::-1] if query_first else parts)
             return support, query, None
         ways = draw_number(stream.at("ways"), self.ways)
         ways = ways if classes is None else ways.minimum(classes)

@@ -201,10 +201,10 @@ class ImageTasks(TaskDistribution):
         support, query, ways = self.sizes.divide(stream, pixels, totals)
         parts: dict[str, Tensor | None] = {}
         for name, part in (("support", support), ("query", query)):
-            x, labels = part.labelled(part.drawn.to(self.dtype).div_(255))  # in place: `to` has made a copy
+            x = part.drawn.to(self.dtype).div_(255)  # in place: `to` has made a copy
             if split == "train" and self.augment:
                 x = augment_images(x, self.augment, stream.at("augmentation").at(name))
-            parts |= {f"{name}_x": x, f"{name}_y": labels, f"{name}_mask": part.mask}
+            parts |= {f"{name}_x": x, f"{name}_y": part.labels, f"{name}_mask": part.mask}
         return TaskBatch(**parts, ways=ways)
 
     def _draw(self, stream: Stream, split: str) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from common.batch import DataRecord, TaskBatch, TaskDistribution
 from common.errors import UsageError
 from common.random import SPLITS, task_stream
 from common.sizes import Size
-from tasks.drawn_sizes import DrawnSizes, Part
+from tasks.drawn_sizes import DrawnSizes
 from tasks.file_tasks import say_too_few
 from tasks.options import parse_roles
 from tasks.scales import Scales, apply_scale, measure_scale
@@ -342,10 +342,8 @@ class TableTasks(TaskDistribution):
         totals = self.rows[group]
         rows = self.first_row[group][..., None] + sizes.draw_examples(words, totals)
         support, query, ways = sizes.divide(stream, rows, totals, groups, query_first=True)
-        parts = *self._examples(support), *self._examples(query)
-        return TaskBatch(*parts, support.mask, query.mask, ways)
-
-    def _examples(self, part: Part) -> tuple[Tensor, Tensor]:
-        """Return inputs and targets of rows."""
-        x, labels = part.labelled(self.x[part.drawn])
-        return x, labels if self.y is None else part.labelled(self.y[part.drawn])[0]
+        parts: dict[str, Tensor | None] = {}
+        for name, part in (("support", support), ("query", query)):
+            y = part.labels if self.y is None else self.y[part.drawn]
+            parts |= {f"{name}_x": self.x[part.drawn], f"{name}_y": y, f"{name}_mask": part.mask}
+        return TaskBatch(**parts, ways=ways)
