@@ -29,11 +29,10 @@ def cache_pixels(
     folder: Path, sources: Iterable[Path], settings: object, shape: tuple[int, ...], decode: Decoder
 ) -> Tensor:
     """Return a data set's images, uint8 of that shape, memory-mapped; decode them if they are not cached."""
-    title = _name_cache(folder)
 
     def write(file: IO[bytes]) -> None:  # a full disk is an error here, and a crash in a memory map
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        for image in tqdm(decode(), f"Preparing {title} (once)", shape[0], unit=" images"):
+        for image in tqdm(decode(), f"Preparing {_name_cache(folder)} (once)", shape[0], unit=" images"):
             file.write(image.tobytes())
 
     path = _write_once(folder, sources, settings, write)

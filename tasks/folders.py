@@ -94,9 +94,8 @@ def _split_folders(folder: Path, left_out: list[str]) -> dict[str, Path]:
     """Return the folder of each split; none where class folders alone lie in `folder`."""
     names = _subfolders(folder)
     deep = {name for name in names if _subfolders(folder / name)}  # a class may be called train
-    roles = {name: parse_split(name) for name in names}
     maybe = {name: find_part(name) for name in names}
-    hints = {n: split for n, split in maybe.items() if split and (n in deep or roles[n] or split == n)}
+    hints = {n: split for n, split in maybe.items() if split and (n in deep or parse_split(n) or split == n)}
     pair = len({split for name, split in hints.items() if name in deep}) > 1
     flat = len(names) == len(hints) and len({*hints.values()}) > 1
     if not (pair or flat or any(name in deep and is_plain(name) for name in hints)):
@@ -105,7 +104,7 @@ def _split_folders(folder: Path, left_out: list[str]) -> dict[str, Path]:
     for name, split in hints.items():
         if name not in deep and not is_plain(name) and not flat:
             continue  # a class folder of that name
-        if roles[name] is None:
+        if parse_split(name) is None:
             raise UsageError(f"{folder}: {name}/ looks like part of a split: {USUAL}, or move it away")
         if split in parts:
             both = f"{parts[split].name}/ and {name}/ may both hold {split} classes"
