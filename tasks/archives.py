@@ -23,7 +23,7 @@ from common.random import SPLITS
 from tasks.cache import cache_array
 from tasks.file_tasks import explain
 from tasks.pixels import ImageColumn, StoredImage, as_file
-from tasks.splits import find_mentioned_split, find_part, parse_split
+from tasks.splits import find_part
 
 SUFFIXES = (".pkl", ".pickle", ".npz")
 _ARRAY = np.empty(0)
@@ -80,9 +80,10 @@ def find_archives(folder: Path) -> dict[str, list[Path]]:
             continue
         if "train_phase" in stem and not stem.endswith("train_phase_train"):
             continue  # MetaOptNet's other images of training classes
-        if split := parse_split(path.stem) or find_mentioned_split(path.stem):
-            archives.setdefault(split, []).append(path)
-        elif find_part(path.stem):
+        part = find_part(path.stem)
+        if part in SPLITS:
+            archives.setdefault(part, []).append(path)
+        elif part:
             way = "call it train, val or test, or move it away"
             raise UsageError(f"{path} looks like part of a split: {way}")
     for split, paths in archives.items():

@@ -49,15 +49,12 @@ def is_plain(name: str) -> bool:
     return parse_split(name) is not None and bool(words & {*PLAIN_WORDS} or words & FILLERS)
 
 
-def find_mentioned_split(name: str) -> str | None:
-    """Return a split that a name of several words mentions: test for trial_test_2."""
-    return next((PLAIN_WORDS[word] for word in _split_words(name) if word in PLAIN_WORDS), None)
-
-
 def find_part(name: str) -> str | None:
-    """Return the split that a name says or mentions; the name itself where it is only like a part's."""
-    is_part = any(re.fullmatch(PARTS, word) for word in _split_words(name))
-    return parse_split(name) or find_mentioned_split(name) or (name if is_part else None)
+    """Return the split that a name says or mentions, as trial_test_2, or the name if it is like a part's."""
+    words = _split_words(name)
+    mentioned = next((PLAIN_WORDS[word] for word in words if word in PLAIN_WORDS), None)
+    is_part = any(re.fullmatch(PARTS, word) for word in words)
+    return parse_split(name) or mentioned or (name if is_part else None)
 
 
 def shuffle(names: Iterable[str], purpose: str) -> list[str]:
