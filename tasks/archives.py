@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from collections import Counter, OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +116,12 @@ def read_split(paths: Sequence[Path], split: str) -> Labelled:
             raise UsageError(f"{paths[0]}: {problem}: they should match")
         present = np.unique(numbers).tolist()
         classes = {names.get(n, f"{split}/{n}"): np.flatnonzero(numbers == n) for n in present}
-    for name, places in classes.items():
-        if not len(places) or places.min() < 0 or places.max() >= len(images):
+    for name, rows in classes.items():
+        if not len(rows) or rows.min() < 0 or rows.max() >= len(images):
             problem = "has no images, or some that are not there"
             raise UsageError(f"{paths[0]}: class {escape_text(name)} {problem}")
-    if max(Counter(chain(*(places.tolist() for places in classes.values()))).values(), default=1) > 1:
+    used = [row for rows in classes.values() for row in rows.tolist()]
+    if len({*used}) < len(used):
         raise UsageError(f"{paths[0]}: an image is in two classes, or twice in one: leave it once")
     return _as_pictures(images, paths[0]), classes
 
