@@ -174,6 +174,7 @@ def with_metric(reading: Reading | None, config: Config, scales: Scales) -> Read
     if not (reading and metric):
         return reading
     if metric.name in reading.further:
-        raise UsageError(f"{metric.flag}: {metric.name} is measured anyway; give your function another name")
+        words = f"{metric.name} is measured anyway; give your own function another name"
+        raise UsageError(f"{metric.flag}: {words}")
     in_units = partial(undo_scale, scales=scales, part="target") if "target" in scales else None
     return replace(reading, metric=metric, in_units=in_units)

@@ -77,10 +77,11 @@ def draw_results(
             label += f"\n(without {max(part.undefined)} for which it is undefined)"
         means, intervals = part.kept_means.T, part.kept_intervals
         if is_accuracy:
-            means, intervals = (100 * (1 - means)).clamp(min=LEAST_ERROR), 100 * intervals
+            means, intervals = 100 * (1 - means), 100 * intervals
         if len(intervals) == 1:
             panel.axhline(means.mean().item(), color=style.GREY, linestyle="--", label=label)
         else:
+            means = means.clamp(min=LEAST_ERROR) if is_accuracy else means
             curves = [(range(len(run)), run) for run in means.tolist()]
             draw_curve(panel, number, label, curves, intervals if runs == 1 else None)
     drawn = "error (%)" if is_accuracy else measure

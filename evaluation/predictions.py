@@ -257,7 +257,8 @@ def _draw_contact_sheet(task: UserTask, prediction: Prediction, title: str) -> F
     grids, texts = list[Tensor](), list[tuple[int, str, str]]()
     for images, part, colour in zip((task.support_x, task.query_x), words, (style.RED, "black"), strict=True):
         texts += [(columns * len(grids) + n, _wrap(text), colour) for n, text in enumerate(part)]
-        grid = functional.pad(images[: len(part)].cpu(), (*[0] * 7, -len(part) % columns), value=torch.nan)
+        shown, missing = images[: len(part)].cpu().float(), -len(part) % columns
+        grid = functional.pad(shown, (*[0] * 7, missing), value=torch.nan)
         grids += [*grid.unflatten(0, (-1, columns))]
     above = 0.13 * max(text.count("\n") + 1 for _, text, _ in texts) + 0.05  # in heights of an image
     figure = style.new_figure(max(4.0, 1.1 * columns), len(grids) * (1 + above) + 0.6, title)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from learners.draws import Draws, Replacements, spell_out
+from learners.draws import Draws
+from learners.spellings import Replacements, spell_out
 
 
 def _attend(

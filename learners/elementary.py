@@ -23,7 +23,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from learners import attention, draws, linear_algebra, normalisation, recurrent
-from learners.draws import Draws, Replacements, list_spellings, spell_out
+from learners.draws import Draws
+from learners.spellings import Replacements, list_spellings, spell_out
 
 
 def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, **options: Any) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
-from learners.draws import Replacements, spell_out
+from learners.spellings import Replacements, spell_out
 
 
 def _pivots(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -50,7 +50,7 @@ def build_metric(name: str, mode: str | None = None) -> Metric:
         title, higher = _find_in_library(key, name)
         function = partial(_call_library, key, flag)
     if title in ("accuracy", "loss"):
-        raise UsageError(f"{flag}: {title} is measured anyway; give your function another name")
+        raise UsageError(f"{flag}: {title} is measured anyway; give your own function another name")
     if mode is None and not isinstance(higher, bool):
         raise UsageError(f"{flag}: say with --metric-mode min or max which value is better")
     return Metric(title, bool(higher) if mode is None else mode == "max", function, flag)

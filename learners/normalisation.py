@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from learners.draws import Replacements, list_spellings, spell_out
+from learners.spellings import Replacements, list_spellings, spell_out
 
 
 def _normalise(x: Tensor, axes: Sequence[int], eps: float) -> Tensor:
@@ -115,11 +115,11 @@ def _native_layer_norm(
 
 
 def _reorder(function: Any, *names: str) -> Any:
-    """Return a function that takes the arguments of these names in this order, and drops all others."""
+    """Return a function that takes the arguments of these names in this order; cuDNN's switch is dropped."""
 
     def call(*arguments: Any, **options: Any) -> Any:
         options |= dict(zip(names, arguments, strict=False))
-        return function(**{name: options[name] for name in names if name in options})
+        return function(**{name: value for name, value in options.items() if not name.startswith("cudnn")})
 
     return call
 

@@ -30,8 +30,8 @@ from tasks.drawn_sizes import DrawnSizes
 from tasks.file_tasks import Prefetch, say_too_few
 from tasks.folders import find_classes
 from tasks.parquet_images import find_stored_classes, parquet_files
-from tasks.pixels import Form, ImagePath, decode_all, find_rows, find_sources, settle_range
-from tasks.splits import as_positions, divide_classes
+from tasks.pixels import Form, ImagePath, StoredImage, decode_all, find_rows, find_sources, settle_range
+from tasks.splits import as_positions, check_disjoint, divide_classes
 
 ZOOM = 0.8  # part of the side that "crop" shows at least
 SHIFT = 1 / 8  # of the side
@@ -99,6 +99,7 @@ def image_set(
     notes: Sequence[str] = (),
 ) -> ImageSet:
     """Return the images of groups of classes, through the cache in the folder of `path`."""
+    check_disjoint(splits, str(path))
     folder = path if path.is_dir() else path.parent
     names = sorted(chain(*splits.values()))
     images = [[*chain(*(group.get(name, ()) for group in groups.values()))] for name in names]
@@ -108,7 +109,10 @@ def image_set(
     def load() -> Tensor:
         settings = (form, names, count, *find_rows(files))
         shape, decode = (len(files), form.channels, form.size, form.size), partial(decode_all, files, form)
-        return cache_pixels(folder, find_sources(files), settings, shape, decode)
+        pixels = cache_pixels(folder, find_sources(files), settings, shape, decode)
+        for column in {file.column for file in files if isinstance(file, StoredImage)}:
+            column.forget()
+        return pixels
 
     return ImageSet(
         names,

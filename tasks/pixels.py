@@ -203,9 +203,7 @@ def decode_all(files: Sequence[ImagePath], form: Form, reference: str = "") -> I
 
     Raises UsageError if one is unreadable, or not of the form's kind; `reference` names what is.
     """
-    yield from _read_all(files, partial(prepare, form=form), form.kind, reference or str(files[0]))
-    for column in {file.column for file in files if isinstance(file, StoredImage)}:
-        column.forget()
+    return _read_all(files, partial(prepare, form=form), form.kind, reference or str(files[0]))
 
 
 def _read_all(

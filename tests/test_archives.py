@@ -126,6 +126,10 @@ def test_named_benchmarks_are_read_from_their_pickles(tmp_path):
     write_cifar(tmp_path / "cifar-fs", "test", ["x"] * 19)
     with refused("test should have the 20 published classes, and has 19"):
         open_benchmark("cifar-fs", tmp_path, COLOUR)
+    for split, number in {"train": 64, "val": 16, "test": 20}.items():
+        write_mini(tmp_path / "mini-imagenet", split, [f"class/{n}" for n in range(number)])
+    with refused("class/0 is in train and in validation: leave it once"):
+        open_benchmark("mini-imagenet", tmp_path, COLOUR)
 
 
 TWO = np.zeros((2, 6, 6, 3), np.uint8)

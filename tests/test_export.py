@@ -85,6 +85,7 @@ def test_both_kinds_of_file_have_the_same_tensors_and_one_has_the_settings(tmp_p
             "x.pt2: a program is of an adapted network: add --adapt",
         ),
         (f"{LOAD}/sinusoid-cavia --save-weights x.pt", "x.pt: a context is no part of the learner's class"),
+        (f"{LOAD}/sinusoid-maml --save-weights copy.pt", "copy.pt is a checkpoint, which would be lost"),
         ("--load many --save-weights x.pt", "many has many runs: name one of them"),
         ("--load x --save-weights x.pt --seed 1", "--seed has no meaning with --save-weights"),
         ("--save-weights x.pt", "--save-weights needs --load"),
@@ -95,6 +96,7 @@ def test_both_kinds_of_file_have_the_same_tensors_and_one_has_the_settings(tmp_p
     ],
 )
 def test_what_cannot_be_written_is_refused(flags, message, refuse, monkeypatch):
+    Path("copy.pt").write_bytes((ROOT / "checkpoints/pretrained/sinusoid-maml/best.pt").read_bytes())
     Path("many").mkdir()
     Path("many/runs.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "safetensors", None)

@@ -186,7 +186,7 @@ def draw_fits(*levels: float) -> list:
     """Draw three lines from -1 to 1, whose predictions before adaptation and after 3 steps are constant."""
     x = torch.linspace(-1, 1, 7).expand(3, 7)[..., None]
     outputs = torch.tensor(levels)[:, None, None].expand(3, -1, 7, 1)
-    examples = Examples(TaskBatch(x[:, :2], x[:, :2], x, x), outputs, [0, 3][: len(levels)], ways=None)
+    examples = Examples(TaskBatch(x[:, :2], x[:, :2], x, -x), outputs, [0, 3][: len(levels)], ways=None)
     return examples_figure(examples, "title").axes
 
 
@@ -202,7 +202,7 @@ def test_all_curves_of_fits_lie_in_panels_of_one_scale_unless_one_diverges():
 def test_fits_show_the_steps_that_were_asked_for():
     panel, *_ = draw_fits(0.0, 3.0)
     assert [line.get_label() for line in panel.lines] == ["true curve", "before adaptation", "after 3 steps"]
-    assert [line.get_ydata()[0] for line in panel.lines] == [-1.0, 0.0, 3.0]
+    assert [line.get_ydata()[0] for line in panel.lines] == [1.0, 0.0, 3.0]
     panel, *_ = draw_fits(3.0)
     assert [line.get_label() for line in panel.lines] == ["true curve", "prediction"]
 
@@ -244,7 +244,8 @@ def test_predictions_are_drawn_as_what_they_are():
     def drawn(x_shape: tuple[int, ...], classes: list[str], outputs: int) -> list:
         support_y = torch.arange(4) % len(classes) if classes else torch.rand(4, outputs)
         names = [f"file{n}" if len(x_shape) == 3 else str(n) for n in range(11, 81)]
-        task = UserTask("$x", torch.rand(4, *x_shape), support_y, torch.rand(70, *x_shape), classes, names)
+        support, query = (torch.randint(2, (count, *x_shape)) for count in (4, 70))  # as arrays may be
+        task = UserTask("$x", support, support_y, query, classes, names)
         shares = torch.rand(70, outputs).softmax(-1)
         reading = Reading("classes", outputs) if classes else Reading("numbers", numbers=outputs)
         targets = [f"y{number}" for number in range(outputs)]

@@ -117,7 +117,7 @@ def test_waiting_can_be_interrupted(tmp_path):
         with lock_file(tmp_path / "lock", interrupted=lambda: True):
             pass
 
-    with lock_file(tmp_path / "lock"), ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, lock_file(tmp_path / "lock"):  # released before the pool waits
         waiting = pool.submit(second)
         with pytest.raises(RuntimeError, match="interrupted"):
             waiting.result(5)

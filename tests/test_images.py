@@ -86,9 +86,10 @@ def test_images_of_every_kind_become_the_same_pixels(tmp_path):
 
 
 def test_one_bit_images_are_resized_smoothly_by_default(tmp_path):
-    Image.fromarray(np.indices((40, 40)).sum(0) % 2 == 0).save(tmp_path / "bits.png")
-    forms = (SMALL, Form(6, 1, resize="nearest"))
-    smooth, nearest = (read_images(tmp_path, form) for form in forms)
+    for folder in "abc":
+        (tmp_path / folder).mkdir()
+        Image.fromarray(np.indices((40, 40)).sum(0) % 2 == 0).save(tmp_path / folder / "bits.png")
+    smooth, nearest = (load(tmp_path, form) for form in (SMALL, Form(6, 1, resize="nearest")))  # from a cache
     assert ((smooth > 60) & (smooth < 195)).all() and set(nearest.unique().tolist()) <= {0, 255}
 
 
@@ -105,7 +106,10 @@ def listed(rows: str):
 
 
 BAD = {
-    "damaged": (three(lambda f: os.truncate(f / "c01/001.png", 50)), "001.png is not a readable .*remove"),
+    "damaged": (
+        three(lambda f: os.truncate(f / "c01/001.png", 50)),
+        "c01/001.png is not a readable .*remove",
+    ),
     "empty class": (three(lambda f: (f / "A/empty").mkdir(parents=True)), "A/empty: put the images"),
     "loose images": (lambda f: write_images(f, range(3)), "into a folder of its own"),
     "missing": (lambda f: None, "there is no folder"),

@@ -120,7 +120,7 @@ WRONG = {
     "(a[:, :0], b[:, :0], c, d)": "gives no examples",
     "(a, b + 0j, c, d + 0j)": "gives complex targets: give real and imaginary parts",
     "(a, b[..., 0], c, d[..., 0])": "targets without an axis of their own",
-    "(a, b, c, d, a[..., 0] < 9, c[..., 0] > 9)": "gives a task whose mask leaves no example",
+    "(a, b, c, d, a[..., 0] < 9, np.arange(len(a))[:, None] + 0 * c[..., 0] > 0)": "mask leaves no example",
     "(a, b, c, d, a[..., 0] < 9, c[..., 0])": "should give masks that are bool",
 }
 

@@ -146,8 +146,11 @@ def test_the_table_of_many_settings_has_a_few_steps_as_columns():
 
 def test_a_size_of_one_task_has_no_interval_and_several_runs_have_their_spread():
     shots = [1, 2, 2]
-    runs = [evaluation([1.0], [2.0], [4.0], shots=shots), evaluation([2.0], [5.0], [9.0], shots=shots)]
-    _, one, two = tables.sizes_table(runs, Caption("", "MSE", 0, 0)).splitlines()
+    runs = [
+        evaluation([9.0, 1.0, 8.0], [9.0, 2.0, 8.0], [9.0, 4.0, 8.0], shots=shots),
+        evaluation([9.0, 2.0, 8.0], [9.0, 5.0, 8.0], [9.0, 9.0, 8.0], shots=shots),
+    ]
+    _, one, two = tables.sizes_table(runs, Caption("", "MSE", 1, 1)).splitlines()
     assert one.split() == ["1", "1", "1.5000", "(1.0000", "to", "2.0000)"]
     assert two.split()[:3] == ["2", "2", "5.0000"] and "(3.0000 to 7.0000)" in two
 
