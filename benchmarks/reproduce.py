@@ -93,13 +93,17 @@ class Job:
         return progress
 
     def results(self, test: str) -> list[Record]:
-        """Return a test's results over all runs and, if it has them, its baselines'; none if some are old."""
+        """Return the results of a test over all runs, then its baselines if there are any; none if some are old."""
         best = {s: run and (run["best_iteration"] or run["iteration"]) for s, run in self.progress().items()}
-        wanted = 1 + ("--baselines" in self.table.test_flags(test, self.method))
-        patterns = ("test-*tasks.json", "test-*-baselines.json")[:wanted]
+        patterns = ("test-*tasks.json", "test-*-baselines.json")
         contents = [read_json(file) for pattern in patterns for file in self.out(test).glob(pattern)]
         tested = [{run["seed"]: run["iteration"] for run in content["runs"]} for content in contents]
-        return contents if best and tested == [best] * wanted else []
+        return contents if tested == [best] * len(contents) else []
+
+    def is_tested(self, test: str, *, with_baselines: bool = True) -> bool:
+        """Return whether a test has its results, with those of baselines if its flags ask for them."""
+        asks = "--baselines" in self.table.test_flags(test, self.method)
+        return len(self.results(test)) > (asks and with_baselines)
 
     def train(self, until: float) -> None:
         """Train until this time.monotonic(), and write the time into the ledger.
@@ -139,20 +143,22 @@ class Job:
         if not all(runs.values()) or len(ended) not in (0, len(runs)):
             return f"{words}; not tested before the others have"
         for test in self.table.tests:
-            if not self.results(test):
+            if not self.is_tested(test):
                 shutil.rmtree(self.out(test), ignore_errors=True)
                 where = ["--load", str(self.folder), "--out", str(self.out(test))]
                 run_main(["--eval", *where, *self.table.test_flags(test, self.method)])
         return f"{describe_progress([*runs.values()])}; {words}"
 
     def record(self, method: str) -> Record:
-        """Return what is recorded of the method, or of a baseline of it; nothing before all tests."""
-        results, ledger, tests = {test: self.results(test) for test in self.table.tests}, self.ledger(), {}
-        if not all(results.values()) or ledger["flags"] != self.table.flags_of(self.method):
+        """Return what is recorded of the method, or of a baseline of it; nothing before all its tests."""
+        is_baseline, ledger, tests = method in self.table.baselines, self.ledger(), {}
+        is_tested = all(self.is_tested(test, with_baselines=is_baseline) for test in self.table.tests)
+        if not is_tested or ledger["flags"] != self.table.flags_of(self.method):
             return {}
-        for test, (result, *others) in results.items():
+        for test in self.table.tests:
+            result, *others = self.results(test)
             measured, steps = result["settings"], result["test_steps"]
-            if method in self.table.baselines:
+            if is_baseline:
                 measured = {ALL: others[0]["over_runs"][method]} if others else {}
                 steps = measured[ALL][-1]["steps"] if others else 0
             if measured:  # without batch norm there is one reading, as of baselines: the transductive

@@ -298,6 +298,11 @@ def test_a_record_is_what_the_runs_and_their_tests_say(tmp_path):
     assert find_row(SINUSOID, "K = 5, 10 steps", entry)["runs"] == 2
     assert oracle["tests"]["K = 5"]["test_steps"] == 0
     assert find_row(SINUSOID, "K = 5, 10 steps", oracle)["steps"] == 0
+    baselines = job.out("K = 20") / "test-40tasks-baselines.json"
+    content = baselines.read_text()
+    baselines.unlink()  # killed while it measured them
+    assert job.record(job.method) == entry and not job.record("oracle") and not job.is_tested("K = 20")
+    baselines.write_text(content)
     (job.folder / "seed-1" / "last.pt").write_text("95")  # killed after it was resumed
     assert not job.record(job.method) and "; not tested before the others" in job.run(0.0)
     shutil.rmtree(job.folder)
