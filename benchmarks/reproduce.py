@@ -93,7 +93,7 @@ class Job:
         return progress
 
     def results(self, test: str) -> list[Record]:
-        """Return the results of a test over all runs, then its baselines if there are any; none if some are old."""
+        """Return a test's results over all runs, then its baselines', if any; nothing if some are old."""
         best = {s: run and (run["best_iteration"] or run["iteration"]) for s, run in self.progress().items()}
         patterns = ("test-*tasks.json", "test-*-baselines.json")
         contents = [read_json(file) for pattern in patterns for file in self.out(test).glob(pattern)]
