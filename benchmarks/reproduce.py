@@ -180,11 +180,9 @@ class Job:
 
 def has_ended(run: Record | None) -> bool:
     """Return whether training cannot continue: all iterations are done, or numbers are non-finite."""
-    return (
-        run is not None
-        and bool(run)
-        and (run["failure"] is not None or run["iteration"] >= run["iterations"])
-    )
+    if not run:
+        return False
+    return run["failure"] is not None or run["iteration"] >= run["iterations"]
 
 
 def describe_conditions(content: Record) -> str:

@@ -22,7 +22,7 @@ from tasks.folders import find_classes
 from tasks.images import Groups, ImageSet, image_set
 from tasks.options import ICON_DRAWINGS, OMNIGLOT_CLASSES, OMNIGLOT_DRAWINGS
 from tasks.pixels import Form, ImageColumn, ImagePath, StoredImage, as_file
-from tasks.splits import published_splits, read_published, shuffle
+from tasks.splits import check_disjoint, published_splits, read_published, shuffle
 
 PARTS = {"images_background": 964, "images_evaluation": 659}  # characters in each half of Omniglot
 FOLDERS = {"omniglot": "omniglot-py", "cifar-fs": "cifar-100-python", "fc100": "cifar-100-python"}
@@ -61,6 +61,7 @@ def open_benchmark(
         if different or len(group) != len(names):
             way = f"mend that, or load the folder as your own, images:{folder}"
             raise UsageError(f"{folder}: {problem}: {way}")
+    check_disjoint(groups, str(folder))  # numbered classes have no published names
     return image_set(folder, groups, groups, form, published=True, split_source=source, notes=notes)
 
 

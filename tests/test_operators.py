@@ -107,6 +107,13 @@ def test_each_way_to_call_a_function_keeps_its_arguments(name):
     assert_same_values(FORMS[name], equal_nan=True)
 
 
+def test_an_argument_that_a_replacement_lacks_is_refused():
+    x = torch.randn(3, 4)
+    arguments = (x, ones, ones, None, None, True, 0.3, 0.1)
+    with Elementary(), pytest.raises(TypeError, match="out"):
+        torch.native_batch_norm(*arguments, out=(torch.empty(0), torch.empty(0), torch.empty(0)))
+
+
 def test_a_singular_matrix_gives_numbers_that_are_not_finite_instead_of_an_error():
     with Elementary():
         assert not torch.linalg.solve(0 * X[0], X[0]).isfinite().any()

@@ -13,8 +13,8 @@ from pyarrow import parquet
 from runs import command
 
 from common.random import SPLITS
-from tasks.images import open_images
-from tasks.pixels import Form
+from tasks.images import image_set, open_images
+from tasks.pixels import Form, ImageColumn, StoredImage
 
 FORM = Form(6, 3)
 SHARES = {"train": 2, "validation": 1, "test": 2}
@@ -68,6 +68,18 @@ def test_a_class_label_has_its_name_and_images_without_one_are_left_out(tmp_path
     assert images.names == ["ant", "bee", "cat", "dog", "elk"] and images.count.tolist() == [1] * 5
     assert "left out: 2 images without a class" in images.summary
     assert np.array_equal(images.load()[1].permute(1, 2, 0), resized(3))  # the bee
+
+
+def test_a_file_is_released_whoever_decoded_its_images(tmp_path):
+    (tmp_path / "file").touch()
+    column = ImageColumn(tmp_path / "file", "image", lambda: png)
+    groups = {"all": {name: [StoredImage(column, row)] for row, name in enumerate("abc")}}
+    splits = {"train": ["a"], "validation": ["b"], "test": ["c"]}
+    images = image_set(tmp_path, groups, splits, FORM)
+    for _ in ("decoded", "from the cache"):
+        column.content(0)
+        images.load()
+        assert column.read is None
 
 
 def test_splits_of_files_are_kept_if_their_classes_are_apart(tmp_path):
