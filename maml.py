@@ -19,7 +19,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
-from typing import Any
+from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -128,14 +129,14 @@ class MAML:
         if self.starts_apart and self.reading and self.reading.kind not in ("classes", "numbers"):
             raise ValueError(f"a computed head gives no outputs that are read as {self.reading.kind}")
 
-    def with_options(self, **changes: Any) -> MAML:
+    def with_options(self, **changes: Any) -> Self:
         """Return the algorithm with other choices or other arguments of the constructor, by name."""
         names = {choice.name for choice in fields(self.choices)}
         choices = replace(self.choices, **{n: v for n, v in changes.items() if n in names})
         others = {n: v for n, v in changes.items() if n not in names}
-        return MAML(**self._arguments | {"choices": choices} | others)
+        return type(self)(**self._arguments | {"choices": choices} | others)
 
-    def in_precision(self, dtype: torch.dtype) -> MAML:
+    def in_precision(self, dtype: torch.dtype) -> Self:
         """Return the algorithm in another type of arithmetic."""
         learner = convert_type(copy_module(self._arguments["learner"]), dtype)
         example = self._arguments["example"]
@@ -230,7 +231,7 @@ class MAML:
         """
         fast, weights = state.fast, shared.weights
         if self.first_order:  # the gradient is then a constant for the outer loss; `state` stays attached
-            fast, weights = ({n: w.detach() for n, w in part.items()} for part in (fast, weights))
+            fast, weights, x = tree_map(Tensor.detach, (fast, weights, x))
 
         def loss(fast: Weights) -> tuple[Tensor, tuple[Weights, Weights]]:
             changed: Weights = {}
@@ -387,7 +388,7 @@ class MAML:
         normalisations: tuple[str, ...],
         statistics: Weights | None = None,
     ) -> dict[str, Tree]:
-        """Return outputs on the query sets of all tasks after each step; a step's function is accelerated."""
+        """Return outputs on the query sets of all tasks after each step."""
 
         def adapt(state: InnerState, shared: Shared, *examples: Any) -> tuple[InnerState, Weights]:
             state, _, _, buffers = self.inner_step(state, shared, *examples)
@@ -397,14 +398,7 @@ class MAML:
             adapted = Adapted(state.fast, shared, task, {})
             return {name: self.predict(adapted, name) for name in normalisations}
 
-        def for_all(function: Callable[..., Any], *axes: int | None) -> Callable[..., Any]:
-            if not self.accelerate:
-                return self.over_tasks(function, axes)
-            key = function.__name__, normalisations, self.optimizer.lr
-            if key not in self._fast:
-                self._fast[key] = self.accelerate(self.over_tasks(function, axes))
-            return self._fast[key]
-
+        for_all = partial(self._for_all, normalisations)
         axis = 0 if self.starts_apart or self.accelerate else None  # None: all tasks share the state
         state, outputs, count = self.start(parameters), [], len(first_tensor(tasks.support_x))
         if self.starts_apart:
@@ -426,15 +420,18 @@ class MAML:
         with in_evaluation_mode(self.learner):
             return self.call.query(adapted.weights, adapted.task, normalisation)
 
+    def _for_all(self, key: Any, function: Callable[..., Any], *axes: int | None) -> Callable[..., Any]:
+        """Return a function of one task as one of all, accelerated; those of one name have keys of theirs."""
+        if not self.accelerate:
+            return self.over_tasks(function, axes)
+        key = function.__name__, key, self.optimizer.lr
+        if key not in self._fast:
+            self._fast[key] = self.accelerate(self.over_tasks(function, axes))
+        return self._fast[key]
+
     def _split_batch(self, batch: TaskBatch, order: Tensor | None, keys: Tensor | None) -> list[Task]:
-        """Split a batch into parts of at most `tasks_at_once` tasks."""
         count = len(first_tensor(batch.support_x))
-        tasks = Task.of(batch, self.call.extras(count, keys), order)
-        size = self.tasks_at_once or count
-        if size >= count:
-            return [tasks]
-        starts = range(0, count, size)
-        return [tree_map(lambda t, first=first: t[first : first + size], tasks) for first in starts]
+        return Task.of(batch, self.call.extras(count, keys), order).split(self.tasks_at_once or count)
 
     # ---- batch norm's statistics ------------------------------------------------------------
 

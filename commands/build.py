@@ -56,6 +56,7 @@ from tasks.scales import Scales
 from training.checkpoint import Checkpoint, check_same_data, fitting_parameters
 from training.compiler import Compiler, explain_uncompiled
 from training.folders import BEST, LAST, SETTINGS, find_checkpoint, has_results
+from training.one_pass import OnePass
 from training.run import Run
 from training.trainer import Trainer
 
@@ -215,13 +216,14 @@ def build_algorithm(
         learner.load_state_dict(fixed, strict=False)
     reading = with_metric(try_outputs(learner, example, targets, outputs, config), config, scales or {})
     try:
-        return learner, MAML(
+        one_pass = choices.fast_weights == "head"
+        return learner, (OnePass if one_pass else MAML)(
             learner,
             build_loss(config.learner.loss, config.learner.loss_args),
             choices,
             convolution=config.training.convolution,
             compute_dtype=runtime.compute_dtype,
-            example=None if name in LEARNERS else example,
+            example=None if name in LEARNERS and not one_pass else example,
             tasks_at_once=config.training.tasks_at_once,
             vectorise=config.training.vectorise,
             reading=reading,

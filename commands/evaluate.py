@@ -348,7 +348,8 @@ def is_compiled(config: Config, choice: str) -> bool:
     if learner.learner not in LEARNERS or not learner.facts.convolutional or tasks.ways is None:
         return False
     images = find_largest(tasks.ways) * (find_largest(tasks.shots) + find_largest(tasks.queries))
-    return options.eval_tasks * options.eval_steps * images >= COMPILED_FROM
+    steps = 1 if config.choices.fast_weights == "head" else options.eval_steps  # see training/one_pass.py
+    return options.eval_tasks * steps * images >= COMPILED_FROM
 
 
 def common_record(subjects: Sequence[Subject], runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

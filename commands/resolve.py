@@ -149,10 +149,11 @@ def _settle(values: Mapping[str, Any], classification: bool) -> dict[str, Any]:
     built_in = values["learner"] in LEARNERS and values.get("vectorise", True)
     long = COMPILED_FROM["classification" if classification else "regression"]
     convolutional = find_learner_facts(values["learner"]).convolutional
+    one_pass = values.get("fast_weights") == "head"  # of the body: little is left to unroll
     settled = {
         "loss": "cross-entropy" if classification else "mse",
         "compile": "on" if values["iterations"] >= long and built_in else "off",
-        "engine": "adjoint" if classification and values["steps"] > 1 else "unrolled",
+        "engine": "adjoint" if classification and values["steps"] > 1 and not one_pass else "unrolled",
     }
     settled |= {name: value for name, value in values.items() if value != "auto"}
     patches = settled["compile"] == "on" and convolutional

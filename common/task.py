@@ -52,6 +52,15 @@ class Task:
         sizes = {"support_mask": batch.support_mask, "query_mask": batch.query_mask}
         return cls(**batch.parts, **sizes, order=order, extras=extras)
 
+    def split(self, size: int) -> list[Task]:
+        """Return a batch in parts of at most `size` tasks."""
+        count = len(first_tensor(self.support_x))
+        if size >= count:
+            return [self]
+        return [
+            tree_map(lambda t, first=first: t[first : first + size], self) for first in range(0, count, size)
+        ]
+
     def at_step(self, step: int) -> tuple[Tree, Tree, Extras]:
         """Return what one task's inner step learns from: inputs, targets, and extras of its pass."""
         x, y, mask = self.support_x, self.support_y, self.support_mask
@@ -64,6 +73,9 @@ class Task:
     def for_query(self, steps: int) -> Task:
         """Return the task with the extras of the query's pass after so many inner steps."""
         return replace(self, order=None, extras=self.extras.for_pass("query", steps, self.query_mask))
+
+    def with_inputs(self, support_x: Tree, query_x: Tree) -> Task:
+        return replace(self, support_x=support_x, query_x=query_x)
 
     def with_buffers(self, buffers: Weights) -> Task:
         return replace(self, extras=replace(self.extras, buffers=buffers)) if buffers else self
