@@ -7,19 +7,16 @@ import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from itertools import product
 from pathlib import Path
 
-import torch
 from harness import markdown
+from matplotlib.ticker import NullFormatter
 from tables import README, TABLES, Record, Table
 
 from evaluation import style
-from evaluation.figures import draw_curve
 from evaluation.tables import Spread, format_decimal, plain_values
 
 FAR_ENOUGH = 0.25  # of the planned iterations: shorter runs are in their own table alone
-STEPS, IN_PANEL = 10, 6  # the most inner steps, and methods, in a panel
 
 # ---- numbers -------------------------------------------------------------------------------------
 
@@ -80,13 +77,13 @@ def describe_progress(runs: Sequence[Record]) -> str:
 
 def judge(table: Table, published: str, row: Record, runs: Sequence[Record]) -> str:
     """Return how far our mean over all tasks is from a published number: all seeds, finished, *meet* it."""
-    number = "a single run" if len(runs) == 1 else f"{len(runs)} seeds"
+    number, unfinished = "a single run" if len(runs) == 1 else f"{len(runs)} seeds", are_unfinished(runs)
     about = number + f" of {table.seeds}" * (1 < len(runs) < table.seeds)
-    about += f", {describe_progress(runs)}" * are_unfinished(runs)
+    about += f", {describe_progress(runs)}" * unfinished
     if row["mean"] is None:
         return f"not met, not finite ({about})"
     scale, sign, digits = (100, 1, 2) if table.is_accuracy else (1, -1, 3)
-    incomplete = are_unfinished(runs) or len(runs) < table.seeds
+    incomplete = unfinished or len(runs) < table.seeds
     gap = sign * (float(published.split()[0]) - scale * row["mean"])  # above 0: ours falls short
     words = "reached" if incomplete else "**met**"
     if gap > 0:
@@ -98,22 +95,20 @@ def judge(table: Table, published: str, row: Record, runs: Sequence[Record]) -> 
 # ---- tables --------------------------------------------------------------------------------------
 
 
-def format_tables(table: Table, methods: Mapping[str, Record], titles: Sequence[str]) -> list[str]:
+def format_tables(table: Table, records: Mapping[str, Record], titles: Sequence[str]) -> list[str]:
     """Return the numbers of methods, above the published ones, in tables of a few columns each."""
     tables = []
     for begin in range(0, len(titles), table.across):
         part = titles[begin : begin + table.across]
-        group = [title for title in part if any(find_row(table, title, entry) for entry in methods.values())]
+        group = [title for title in part if any(find_row(table, title, entry) for entry in records.values())]
         lines = []
-        for method, entry in methods.items():
-            rows, published = [find_row(table, t, entry) for t in group], table.published_numbers(method)
-            if any(rows):
-                cells = [quote(table, row) if row else "" for row in rows]
-                lines.append([f"**{method}**", *cells, str(len(entry["runs"]))])
-            if published.keys() & {*group}:
-                numbers = [published.get(title, "") for title in group]
+        for method, entry in records.items():
+            cells = [quote(table, row) if (row := find_row(table, t, entry)) else "" for t in group]
+            lines += [[f"**{method}**", *cells, str(len(entry["runs"]))]] * any(cells)
+            numbers = [table.published_numbers(method).get(title, "") for title in group]
+            if any(numbers):
                 lines.append([f"*{table.published[method]['source']}*", *numbers, ""])
-        tables += [markdown(["", *group, "seeds"], lines) + "\n"] if lines else []
+        tables += [markdown(["", *group, "seeds"], lines) + "\n"] * bool(lines)
     return tables
 
 
@@ -133,20 +128,19 @@ def describe_tests(table: Table, records: Mapping[str, Record]) -> str:
 
 def table_text(table: Table, records: Mapping[str, Record]) -> str:
     """Return our numbers with the published ones below, and the runs with their flags."""
-    ordered = {m: records[m] for m in (*table.methods, *table.baselines) if m in records}
-    trained = {method: entry for method, entry in ordered.items() if method in table.methods}
     lines = []
-    for method, entry in trained.items():
-        runs, own = entry["runs"], entry["flags"].removeprefix(table.flags).strip()
-        times = [run["seconds"] / 60 for run in runs if run.get("seconds")]
+    for method, entry in records.items():
+        times = [run["seconds"] / 60 for run in entry["runs"] if run.get("seconds")]
         time = f"{statistics.mean(times):.1f} min" if times else "not recorded"
-        best = format_range(run["best_iteration"] or run["iteration"] for run in runs)
-        lines.append([f"**{method}**", describe_progress(runs), best, time, f"`{own}`"])
+        best = format_range(run["best_iteration"] or run["iteration"] for run in entry["runs"])
+        own = f"`{entry['flags'].removeprefix(table.flags).strip()}`"
+        line = [f"**{method}**", describe_progress(entry["runs"]), best, time, own]
+        lines += [line] * (method in table.methods)
     tests = " or ".join(f"`{flags}`" for flags in table.tests.values())
     absent = "; ".join(method for method in table.methods if method not in records)
     parts = [
         f"### {table.title}\n",
-        *format_tables(table, ordered, [*table.columns]),
+        *format_tables(table, records, [*table.columns]),
         describe_tests(table, records) + f" Not run: {absent}." * bool(absent) + "\n",
         markdown(["", "trained for", "best at", "time of a run", "flags"], lines) + "\n",
         f"`python benchmarks/reproduce.py {table.name}` trains with `python main.py {table.flags} --seed 0`,",
@@ -185,71 +179,50 @@ def render_marks(page: str, records: Mapping[str, Mapping[str, Record]]) -> dict
         name, _, methods = mark.partition(": ")
         if name == "published":
             texts[mark] = summary(records, README if methods else ())
-        elif name in records and not methods:
-            texts[mark] = table_text(TABLES[name], records[name])
-            if has_picture(TABLES[name], records[name]):
-                texts[mark] += f"\n![{TABLES[name].title}](../benchmarks/results/reproduce/{name}.png)\n"
-        elif name in records:
+        elif name in records and methods:
             shown = {method: records[name][method] for method in methods.split("; ")}
             titles = [title for title, column in TABLES[name].columns.items() if column.test != "K = 20"]
             tables = format_tables(TABLES[name], shown, titles)
             texts[mark] = "\n".join([*tables, f"{describe_tests(TABLES[name], shown)}\n"])
+        elif name in records:
+            picture = f"\n![{TABLES[name].title}](../benchmarks/results/reproduce/{name}.png)\n"
+            texts[mark] = table_text(TABLES[name], records[name]) + picture * TABLES[name].has_picture
     return texts
 
 
 # ---- the picture ---------------------------------------------------------------------------------
 
 
-def has_picture(table: Table, records: Mapping[str, Record]) -> bool:
-    """Return whether its tests, a panel each, fit a page, and a recorded method adapts."""
-    tests = [test for entry in records.values() for test in entry["tests"].values()]
-    return len(table.tests) <= 4 and any(len(rows) > 1 for t in tests for rows in t["results"].values())
-
-
 @style.use_style()
 def write_picture(table: Table, records: Mapping[str, Record], file: Path) -> None:
-    """Draw the query error over inner steps, a panel a test, in rows that begin with the first method.
+    """Draw the numbers of a table by method, a panel a test; of losses those without diverged tasks.
 
-    Diverged tasks are left out. Bands are intervals over tasks, hollow diamonds published numbers; dotted
-    methods do not adapt.
+    Bars are 95 % intervals over tasks, hollow diamonds published numbers.
     """
-    methods = [method for method in (*table.methods, *table.baselines) if method in records]
-    groups = [
-        [methods[0], *methods[i : i + IN_PANEL - 1]] for i in range(1, max(2, len(methods)), IN_PANEL - 1)
-    ]
-    mean, interval = (
-        ("mean", "over_tasks") if table.is_accuracy else ("mean_without_diverged", "without_diverged")
-    )
-    figure = style.new_figure(max(5, 3.4 * len(table.tests)), 3.2 * len(groups), table.title)
-    for group, part in zip(groups, figure.subfigures(len(groups), 1, squeeze=False)[:, 0], strict=True):
-        panels = part.subplots(1, len(table.tests), squeeze=False, sharey=True)[0]
-        for (panel, test), (number, method) in product(
-            zip(panels, table.tests, strict=True), enumerate(group)
-        ):
-            rows = records[method]["tests"].get(test, {"results": {}})["results"].get("transductive", ())
-            rows = [row for row in rows[: STEPS + 1] if row[mean] is not None]
-            errors = [measure_error(table, row[mean]) for row in rows]
-            colour = style.curve_style(number)["color"]
-            if len(rows) == 1:
-                panel.axhline(errors[0], label=method, color=colour, linestyle=":")
-            elif rows:
-                bands = torch.tensor([row[f"interval_95_{interval}"] or 0.0 for row in rows])
-                curve = [row["steps"] for row in rows], errors
-                draw_curve(panel, number, method, [curve], (100 if table.is_accuracy else 1) * bands)
-            for title, text in table.published_numbers(method).items():
-                column, value = table.columns[title], float(text.split()[0])
-                if column.test == test and column.normalisation == "transductive":
-                    error = measure_error(table, value / 100 if table.is_accuracy else value)
-                    marker = {"markerfacecolor": "none", "markersize": 7}
-                    panel.plot(column.steps or STEPS, error, "D", color=colour, **marker)
-            panel.set_title(test)
-            measure = "query error (%)" if table.is_accuracy else "query MSE"
-            style.label_axes(panel, "inner steps", measure, wide=2)
-            panel.label_outer()
-        style.add_legend(part, panels[0])
+    figure = style.new_figure(2 + 2.7 * len(table.tests), 1.6 + 0.27 * len(records), table.title)
+    panels = figure.subplots(1, len(table.tests), squeeze=False, sharey=True)[0]
+    scale, which = 100, ("mean", "interval_95_over_tasks")
+    if not table.is_accuracy:
+        scale, which = 1, ("mean_without_diverged", "interval_95_without_diverged")
+    for panel, test in zip(panels, table.tests, strict=True):
+        titles = [title for title, column in table.columns.items() if column.test == test]
+        for number, title in enumerate(titles):
+            look = {"color": style.curve_style(number)["color"], "linestyle": ""}
+            panel.plot([], [], marker="o", label=title.rpartition(", ")[2], **look)
+            for place, (method, entry) in enumerate(records.items()):
+                row = find_row(table, title, entry) or {}
+                mean, interval = (row.get(name) for name in which)
+                if mean is not None:
+                    panel.errorbar(scale * mean, place, xerr=scale * (interval or 0), marker="o", **look)
+                if text := table.published_numbers(method).get(title):
+                    value = float(text.split()[0])
+                    panel.plot(value, place, marker="D", markersize=8, fillstyle="none", **look)
+        panel.set(title=test, xlabel="accuracy (%)" if table.is_accuracy else "query MSE")
+        panel.set_ylim(len(records) - 0.5, -0.5)
+        if not table.is_accuracy and panel.dataLim.x1 > 10 * panel.dataLim.x0:
+            panel.set_xscale("log")
+            panel.xaxis.set_major_formatter("{x:g}")
+            panel.xaxis.set_minor_formatter(NullFormatter())
+    panels[0].set_yticks(range(len(records)), [*records])
+    style.add_legend(figure, panels[-1])
     style.write_figure(file, figure)
-
-
-def measure_error(table: Table, value: float) -> float:
-    """Return what is drawn: an accuracy's distance from 100 percent, for a logarithmic axis, or the loss."""
-    return max(100 - 100 * value, 0.01) if table.is_accuracy else value

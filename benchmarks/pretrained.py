@@ -59,7 +59,7 @@ def select_numbers(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 def publish(table: Table, method: str, root: Path) -> bool:
     """Write a method's checkpoint and card; return whether it has been trained far enough."""
     job = Job(table, method, (0,), root)
-    progress = job.progress().get(0)
+    progress = job.runs().get(0)
     if not progress or progress["iteration"] < FAR_ENOUGH * progress["iterations"]:
         return False
     folder = FOLDER / name_checkpoint(table, method)

@@ -45,6 +45,16 @@ class Table:
     published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by method
 
     @property
+    def names(self) -> list[str]:
+        """The names of all records, in their order."""
+        return [*self.methods, *self.baselines]
+
+    @property
+    def has_picture(self) -> bool:
+        """Whether its tests, a panel each, fit a page."""
+        return len(self.tests) <= 4
+
+    @property
     def is_accuracy(self) -> bool:
         return self.title.endswith("in percent")
 

@@ -246,7 +246,9 @@ def test_the_pages_say_what_the_records_say():
         for method in record.keys() & TABLES[name].methods.keys():
             assert record[method]["flags"] == TABLES[name].flags_of(method)
         text = pages.table_text(TABLES[name], record)
-        assert text == (reproduce.TABLE_RESULTS / f"{name}.md").read_text()
+        assert text == (reproduce.RECORDS / f"{name}.md").read_text()
+        picture = reproduce.RECORDS / f"{name}.png"
+        assert picture.is_file() == TABLES[name].has_picture
 
 
 # ---- from runs to numbers ------------------------------------------------------------------------
@@ -287,9 +289,9 @@ def write_runs(job: Job, iterations: Sequence[int], flags: str = "") -> None:
 @pytest.mark.usefixtures("_no_checkpoints")
 def test_a_record_is_what_the_runs_and_their_tests_say(tmp_path):
     job = Job(SINUSOID, SINUSOID.measured_with, (0, 1), tmp_path)
-    assert not job.record(job.method)
+    assert not job.record()
     write_runs(job, (90, 90))
-    entry, oracle = job.record(job.method), job.record("oracle")
+    entry, oracle = job.record(), job.record("oracle")
     assert entry["runs"][1] == {
         **dict(zip(reproduce.FACTS, (90, 90, 90, None, None), strict=True)),
         **{"seed": 1, "seconds": 4.0, "machine": "here", "versions": {"torch": "2"}},
@@ -301,19 +303,19 @@ def test_a_record_is_what_the_runs_and_their_tests_say(tmp_path):
     baselines = job.out("K = 20") / "test-40tasks-baselines.json"
     content = baselines.read_text()
     baselines.unlink()  # killed while it measured them
-    assert job.record(job.method) == entry and not job.record("oracle") and not job.is_tested("K = 20")
+    assert job.record() == entry and "K = 20" not in job.record("oracle")["tests"]
     baselines.write_text(content)
-    (job.folder / "seed-1" / "last.pt").write_text("95")  # killed after it was resumed
-    assert not job.record(job.method) and "; not tested before the others" in job.run(0.0)
+    (job.folder / "seed-1" / "training.json").unlink()  # killed before it was written
+    assert not job.record() and "; not tested before the others" in job.test()
     shutil.rmtree(job.folder)
     write_runs(job, (90, 90), "--iterations 5")
-    assert not job.record(job.method)
+    assert not job.record()
     shutil.rmtree(job.folder)
     write_runs(job, (90, 90))
     progress = read_json(job.folder / "seed-0" / "training.json") | {"best_iteration": 60}
     write_json(job.folder / "seed-0" / "training.json", progress)  # the tests are of another checkpoint
-    assert not job.record(job.method)
-    assert not Job(SINUSOID, "maml", (0,), tmp_path).record("maml")
+    assert not job.record()
+    assert not Job(SINUSOID, "maml", (0,), tmp_path).record()
 
 
 @pytest.mark.usefixtures("_no_checkpoints")
@@ -323,9 +325,10 @@ def test_a_record_stays_until_there_are_more_seeds_or_further_ones(tmp_path):
 
     def recorded(*iterations: int) -> list[int]:
         shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+        job = Job(FREQUENCY, "maml", (), options.folder)
         if iterations:
-            write_runs(Job(FREQUENCY, "maml", (), options.folder), iterations)
-        assert reproduce.write_table(FREQUENCY, options)
+            write_runs(job, iterations)
+        reproduce.write_records(job, options.results)
         entry = reproduce.read_records(FREQUENCY, options.results)["maml"]
         return [run["iteration"] for run in entry["runs"]]
 
@@ -339,7 +342,8 @@ def test_runs_are_tested_when_all_have_ended_and_never_with_other_flags(tmp_path
     monkeypatch.setattr(reproduce, "call_main", lambda line, seconds: called.append(line) or (0, ""))
     monkeypatch.setattr(reproduce, "run_main", lambda line: called.append(line[0]))
     images = Job(OMNIGLOT, "maml", (0, 1, 2), tmp_path)
-    assert images.run(math.inf) == "not begun"
+    images.train(math.inf)
+    assert images.test() == "not begun"
     assert [line[line.index("--seeds") + 1] for line in called] == ["0", "1", "2"]
     called.clear()
     for ended, tests in (((90, 40), 0), ((90, 90), 2), ((40, 40), 2)):
@@ -347,17 +351,18 @@ def test_runs_are_tested_when_all_have_ended_and_never_with_other_flags(tmp_path
         write_runs(job, ended)
         for test in OMNIGLOT.tests:
             shutil.rmtree(job.out(test))
-        job.run(0.0)
+        job.test()
         assert called == ["--eval"] * tests
         called.clear()
     curves = Job(FREQUENCY, "maml", (0, 1), tmp_path)
     write_runs(curves, (90, 40))
-    assert curves.run(math.inf) == "of seeds 0, 1 have ended: 0; not tested before the others have"
+    curves.train(math.inf)
+    assert curves.test() == "of seeds 0, 1 have ended: 0; not tested before the others have"
     assert called[0][called[0].index("--seeds") + 1] == "0,1" and len(called) == 1
     other = Job(FREQUENCY, "meta-sgd", (0,), tmp_path)
     write_runs(other, (90,), "--iterations 5")
     with pytest.raises(UsageError, match="was trained with other flags, --iterations 5: remove it"):
-        other.run(math.inf)
+        other.train(math.inf)
 
 
 @pytest.mark.slow
@@ -408,7 +413,7 @@ def test_a_run_that_is_out_of_time_saves_and_is_resumed(tmp_path):
     ("flags", "message"),
     [
         ("--minutes nan", "--minutes and --seeds of at least 0"),
-        ("--jobs -1", "argument --jobs: invalid count value: '-1'"),
+        ("--seeds -1", "--minutes and --seeds of at least 0"),
         ("nothing", "no table nothing; choose from sinusoid"),
         ("sinusoid --methods protomaml", "no method protomaml"),
         ("sinusoid --results FILE --minutes 0", "exists"),
@@ -418,7 +423,7 @@ def test_a_mistake_gets_one_line_and_exit_code_2(flags, message, tmp_path, monke
     (tmp_path / "file").write_text("")
     arguments = [*flags.replace("FILE", str(tmp_path / "file")).split(), "--folder", str(tmp_path / "runs")]
     monkeypatch.setattr(sys, "argv", ["reproduce.py", *arguments])
-    monkeypatch.setattr(reproduce, "run_all", lambda options: pytest.fail("it runs"))
+    monkeypatch.setattr(reproduce, "list_jobs", lambda options: pytest.fail("it runs"))
     with pytest.raises(SystemExit) as ended:
         launch(reproduce.main)
     errors = capsys.readouterr().err
