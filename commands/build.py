@@ -216,7 +216,7 @@ def build_algorithm(
         learner.load_state_dict(fixed, strict=False)
     reading = with_metric(try_outputs(learner, example, targets, outputs, config), config, scales or {})
     try:
-        one_pass = choices.fast_weights == "head"
+        one_pass = choices.adapts_the_end
         return learner, (OnePass if one_pass else MAML)(
             learner,
             build_loss(config.learner.loss, config.learner.loss_args),

@@ -149,7 +149,8 @@ def _settle(values: Mapping[str, Any], classification: bool) -> dict[str, Any]:
     built_in = values["learner"] in LEARNERS and values.get("vectorise", True)
     long = COMPILED_FROM["classification" if classification else "regression"]
     convolutional = find_learner_facts(values["learner"]).convolutional
-    one_pass = values.get("fast_weights") == "head"  # of the body: little is left to unroll
+    adapted = values.get("fast_weights")  # an end of which little is to be unrolled (training/one_pass.py)
+    one_pass = adapted == "head" or (adapted == "context" and built_in)
     settled = {
         "loss": "cross-entropy" if classification else "mse",
         "compile": "on" if values["iterations"] >= long and built_in else "off",

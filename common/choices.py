@@ -131,6 +131,11 @@ class Choices:
         return self.head_init in ("prototype", "ridge")
 
     @property
+    def adapts_the_end(self) -> bool:
+        """Return whether a network has a beginning that the inner loop never adapts."""
+        return self.fast_weights in ("head", "context")
+
+    @property
     def query_norm(self) -> str:
         """Statistics that a validation uses for the query: those that training uses."""
         return "inductive" if self.batch_norm == "inductive" else "transductive"

@@ -8,7 +8,6 @@ are returned, and whatever else it leaves in the module is put back: a pass is a
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -37,7 +36,6 @@ from learners.copies import (
     restore_containers,
 )
 from learners.elementary import Elementary, is_elementary
-from learners.heads import linear_head, remove_head
 from learners.im2col import convert_convolutions
 from learners.modules import convert_type, has_lazy, unwrap
 from learners.padding import cut, pad_again
@@ -161,28 +159,6 @@ class FunctionalLearner:
         """Return whether a training pass draws random numbers, as dropout does, and so needs keys."""
         x = x if self.compute_dtype is None else cast_tree(x, self.compute_dtype)
         return self._try({name: b.clone() for name, b in self.buffers.items()}, x)[1] > 0
-
-    def divide(self, head: str | None, example: Tree) -> tuple[nn.Module, nn.Module] | None:
-        """Return body and linear head, if the outputs are the head's on the body's; else None.
-
-        The head has its name in the learner. None as well where the body draws random numbers or changes
-        buffers: each of its passes is then another one. `example`: one task's inputs, on which it is tried.
-        """
-        try:
-            name = linear_head(self.module, head)
-        except ValueError:
-            return None
-        if not name or self.buffers or self.draws(example):
-            return None
-        body, alone = remove_head(self.module, head), self.module.get_submodule(name)
-        for part in reversed(name.split(".")):
-            alone = nn.Sequential(OrderedDict({part: alone}))
-        with torch.no_grad():
-            outputs, embeddings = (self(self.parameters, example, module=m) for m in (None, body))
-            if not isinstance(outputs, Tensor) or not isinstance(embeddings, Tensor):
-                return None
-            same = torch.equal(outputs, self(self.parameters, embeddings, module=alone))
-        return (body, alone) if same else None
 
     @contextmanager
     def _restore(self, module: nn.Module) -> Iterator[list[Alias]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -61,6 +62,33 @@ def replace_module(module: nn.Module, name: str, new: nn.Module) -> nn.Module:
 def remove_head(module: nn.Module, head: str | None = None) -> nn.Module:
     """Return a copy without its linear head: its outputs are the inputs of the head."""
     return replace_module(copy_module(module), linear_head(module, head), nn.Identity())
+
+
+def divide(
+    module: nn.Module, adapted: frozenset[str], head: str | None
+) -> tuple[nn.Module, nn.Module] | None:
+    """Return what a network computes before its first adapted weights, and the rest; None if they are one.
+
+    Weights keep their names. A sequence is divided between its layers, another network before a linear head
+    if that is all that is adapted: whether it is the last layer, a trial shows.
+    """
+    if type(module).forward is nn.Sequential.forward:
+        parts = [(name, layer) for name, layer in module._modules.items() if layer is not None]
+        names = [{join_names(part, name) for name, _ in layer.named_parameters()} for part, layer in parts]
+        first = next(number for number, part in enumerate(names) if part & adapted)
+        before, rest = (nn.Sequential(OrderedDict(some)) for some in (parts[:first], parts[first:]))
+        tied = {*map(id, before.parameters())} & {*map(id, rest.parameters())}
+        return (before, rest) if first and not tied else None
+    try:
+        name = linear_head(module, head)
+    except ValueError:
+        return None
+    alone = module.get_submodule(name)
+    if not name or adapted != {join_names(name, parameter) for parameter, _ in alone.named_parameters()}:
+        return None
+    for part in reversed(name.split(".")):
+        alone = nn.Sequential(OrderedDict({part: alone}))
+    return remove_head(module, head), alone
 
 
 class ContextLayer(nn.Module):
