@@ -14,7 +14,7 @@ import sys
 import warnings
 from typing import Any
 
-NOT_DETERMINISTIC = re.compile(r"(\S+) does not have a deterministic implementation")
+NOT_DETERMINISTIC = " does not have a deterministic implementation"  # after the operator
 # PyTorch's RuntimeErrors on CPU, CUDA and MPS, and those of cuBLAS, cuDNN and C++. Compiled functions of
 # PyTorch 2.11 ("run_func_") fail at nothing else, and say no more.
 OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory|ALLOC_FAILED|bad_alloc|run_func_")
@@ -47,9 +47,11 @@ def describe_os_error(error: OSError) -> str:
 
 def explain(error: BaseException) -> str | None:
     """Return one printable line on what to do about an error; None for a mistake in this tool."""
-    if match := NOT_DETERMINISTIC.search(str(error)):
+    operator, found, _ = str(error).partition(NOT_DETERMINISTIC)
+    if found:
+        name = operator.split()[-1]
         way_round = "use another, or leave --deterministic out"
-        return f"--deterministic: the operator {match[1]} has no deterministic form here: {way_round}"
+        return f"--deterministic: the operator {name} has no deterministic form here: {way_round}"
     if is_out_of_memory(error):
         return "out of memory: lower --tasks-at-once, or take smaller tasks or a smaller --learner"
     if isinstance(error, OSError) and error.filename:
