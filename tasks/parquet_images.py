@@ -52,6 +52,9 @@ def find_stored_classes(
         unlabelled += missing
         for name, images in classes.items():
             groups.setdefault(split, {}).setdefault(name, []).extend(images)
+    if not groups:
+        way = "name the column of classes with --columns class=NAME"
+        raise UsageError(f"{path}: none of its {unlabelled:,} images has a class: {way}")
     notes = [f"left out: {unlabelled:,} images without a class"] if unlabelled else []
     groups = {split: groups[split] for split in ("all", *SPLITS) if split in groups}
     return groups, join(groups), notes

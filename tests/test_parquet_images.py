@@ -148,6 +148,9 @@ def test_what_cannot_be_read_is_named_in_a_line(tmp_path):
     parquet.write_table(pa.table({"image": [{"bytes": None, "path": "x.png"}], "label": ["a"]}), path)
     with refused("column 'image', data row 1 is not a readable image"):
         opened(path).load()
+    write(path, [-1, None], names=("a", "b"))
+    with refused("none of its 2 images has a class: name the column of classes with --columns class=NAME"):
+        opened(path)
     path.write_bytes(b"PAR1")
     with refused("is not readable"):
         opened(path)
