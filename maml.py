@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -129,14 +129,14 @@ class MAML:
         if self.starts_apart and self.reading and self.reading.kind not in ("classes", "numbers"):
             raise ValueError(f"a computed head gives no outputs that are read as {self.reading.kind}")
 
-    def with_options(self, **changes: Any) -> Self:
+    def with_options(self, **changes: Any) -> MAML:
         """Return the algorithm with other choices or other arguments of the constructor, by name."""
         names = {choice.name for choice in fields(self.choices)}
         choices = replace(self.choices, **{n: v for n, v in changes.items() if n in names})
         others = {n: v for n, v in changes.items() if n not in names}
-        return type(self)(**self._arguments | {"choices": choices} | others)
+        return MAML(**self._arguments | {"choices": choices} | others)
 
-    def in_precision(self, dtype: torch.dtype) -> Self:
+    def in_precision(self, dtype: torch.dtype) -> MAML:
         """Return the algorithm in another type of arithmetic."""
         learner = convert_type(copy_module(self._arguments["learner"]), dtype)
         example = self._arguments["example"]

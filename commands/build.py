@@ -216,14 +216,13 @@ def build_algorithm(
         learner.load_state_dict(fixed, strict=False)
     reading = with_metric(try_outputs(learner, example, targets, outputs, config), config, scales or {})
     try:
-        one_pass = choices.adapts_the_end
-        return learner, (OnePass if one_pass else MAML)(
+        return learner, (OnePass if choices.passes_once else MAML)(
             learner,
             build_loss(config.learner.loss, config.learner.loss_args),
             choices,
             convolution=config.training.convolution,
             compute_dtype=runtime.compute_dtype,
-            example=None if name in LEARNERS and not one_pass else example,
+            example=None if name in LEARNERS else example,
             tasks_at_once=config.training.tasks_at_once,
             vectorise=config.training.vectorise,
             reading=reading,

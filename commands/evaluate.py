@@ -348,7 +348,8 @@ def is_compiled(config: Config, choice: str) -> bool:
     if learner.learner not in LEARNERS or not learner.facts.convolutional or tasks.ways is None:
         return False
     images = find_largest(tasks.ways) * (find_largest(tasks.shots) + find_largest(tasks.queries))
-    steps = 1 if config.choices.adapts_the_end else options.eval_steps  # see training/one_pass.py
+    once = config.choices.passes_once and options.eval_inner_batch is None  # see training/one_pass.py
+    steps = min(1, options.eval_steps) if once else options.eval_steps
     return options.eval_tasks * steps * images >= COMPILED_FROM
 
 

@@ -20,6 +20,7 @@ from commands.presets import (
     default_column,
 )
 from commands.rules import check
+from common.choices import ENDS
 from common.errors import UsageError
 from common.names import is_own_code, parse_name
 from common.options import BY_RULE
@@ -149,12 +150,14 @@ def _settle(values: Mapping[str, Any], classification: bool) -> dict[str, Any]:
     built_in = values["learner"] in LEARNERS and values.get("vectorise", True)
     long = COMPILED_FROM["classification" if classification else "regression"]
     convolutional = find_learner_facts(values["learner"]).convolutional
-    adapted = values.get("fast_weights")  # an end of which little is to be unrolled (training/one_pass.py)
-    one_pass = adapted == "head" or (adapted == "context" and built_in)
+    per_step = values.get("norm_per_step") or values.get("batch_norm") == "per-step"
+    each_step = per_step or values.get("inner_batch")
+    once = built_in and values.get("fast_weights") in ENDS and not each_step  # see training/one_pass.py
+    several = values["steps"] > 1 and not once
     settled = {
         "loss": "cross-entropy" if classification else "mse",
         "compile": "on" if values["iterations"] >= long and built_in else "off",
-        "engine": "adjoint" if classification and values["steps"] > 1 and not one_pass else "unrolled",
+        "engine": "adjoint" if classification and several else "unrolled",
     }
     settled |= {name: value for name, value in values.items() if value != "auto"}
     patches = settled["compile"] == "on" and convolutional

@@ -18,6 +18,7 @@ ALGORITHMS = (
     *("r2d2", "protonet", "pretrain"),
 )
 FAST_WEIGHTS = ("all", "head", "body", "context")
+ENDS = ("head", "context")  # of a network, which begins with weights that are not adapted
 HEAD_INITS = ("learned", "zero", "prototype", "ridge")
 INNER_RATES = ("fixed", "layer-step", "element")
 META_GRADIENTS = ("exact", "first-order", "reptile", "implicit", "joint")
@@ -131,9 +132,10 @@ class Choices:
         return self.head_init in ("prototype", "ridge")
 
     @property
-    def adapts_the_end(self) -> bool:
-        """Return whether a network has a beginning that the inner loop never adapts."""
-        return self.fast_weights in ("head", "context")
+    def passes_once(self) -> bool:
+        """Return whether what comes before the adapted weights is the same in all inner steps."""
+        per_step = self.norm_per_step or self.batch_norm == "per-step"
+        return self.fast_weights in ENDS and not per_step
 
     @property
     def query_norm(self) -> str:

@@ -84,7 +84,7 @@ class FunctionalLearner:
         if compute_dtype is not None:
             convert_type(self.module, compute_dtype)
             example = None if example is None else cast_tree(example, compute_dtype)
-        self._is_elementary = is_elementary(self.module)  # then the mode and its cost can be saved
+        self.is_elementary = is_elementary(self.module)  # then the mode and its cost can be saved
         # by module: what a pass may leave something in, and other places with its tensors
         self._belongings: dict[nn.Module, tuple[list[Any], list[Alias]]] = {}
         norms = self.statistics.keys()
@@ -121,7 +121,7 @@ class FunctionalLearner:
         # copies, which the pass may change in place
         buffers = {name: b.clone() for name, b in (extras.buffers or self.buffers).items()}
         with nullcontext() if extras.mask is None else set_norms(module, mask=extras.mask):
-            if self._is_elementary:
+            if self.is_elementary:
                 outputs, after = call_with(module, weights | buffers, x)
             else:
                 with Elementary(extras.keys, first_tensor(x)), self._restore(module) as aliases:

@@ -64,31 +64,23 @@ def remove_head(module: nn.Module, head: str | None = None) -> nn.Module:
     return replace_module(copy_module(module), linear_head(module, head), nn.Identity())
 
 
-def divide(
-    module: nn.Module, adapted: frozenset[str], head: str | None
-) -> tuple[nn.Module, nn.Module] | None:
-    """Return what a network computes before its first adapted weights, and the rest; None if they are one.
+def divide(network: nn.Module, adapted: frozenset[str]) -> tuple[nn.Module, nn.Module] | None:
+    """Return the layers of a sequence before its first adapted weights, and the rest, with their names.
 
-    Weights keep their names. A sequence is divided between its layers, another network before a linear head
-    if that is all that is adapted: whether it is the last layer, a trial shows.
+    None where there are none before, for another network, and where the parts share a weight or a layer of
+    the first folds the axis of examples.
     """
-    if type(module).forward is nn.Sequential.forward:
-        parts = [(name, layer) for name, layer in module._modules.items() if layer is not None]
-        names = [{join_names(part, name) for name, _ in layer.named_parameters()} for part, layer in parts]
-        first = next(number for number, part in enumerate(names) if part & adapted)
-        before, rest = (nn.Sequential(OrderedDict(some)) for some in (parts[:first], parts[first:]))
-        tied = {*map(id, before.parameters())} & {*map(id, rest.parameters())}
-        return (before, rest) if first and not tied else None
-    try:
-        name = linear_head(module, head)
-    except ValueError:
+    if type(network) is not nn.Sequential:
         return None
-    alone = module.get_submodule(name)
-    if not name or adapted != {join_names(name, parameter) for parameter, _ in alone.named_parameters()}:
-        return None
-    for part in reversed(name.split(".")):
-        alone = nn.Sequential(OrderedDict({part: alone}))
-    return remove_head(module, head), alone
+    parts = [(n, layer) for n, layer in network._modules.items() if layer is not None]  # perhaps one twice
+    names = [{join_names(part, name) for name, _ in layer.named_parameters()} for part, layer in parts]
+    first = next((number for number, part in enumerate(names) if part & adapted), 0)
+    before, rest = (nn.Sequential(OrderedDict(some)) for some in (parts[:first], parts[first:]))
+    tied = {*map(id, before.parameters())} & {*map(id, rest.parameters())}
+    axes = {nn.Flatten: "start_dim", nn.Unflatten: "dim"}  # the first one that a layer changes
+    kinds = ((layer, axes[type(layer)]) for layer in before.modules() if type(layer) in axes)
+    folds = any(getattr(layer, axis) != 1 for layer, axis in kinds)
+    return (before, rest) if first and not tied and not folds else None
 
 
 class ContextLayer(nn.Module):

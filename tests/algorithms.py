@@ -23,10 +23,10 @@ WAYS, SHOTS, TASKS, STEPS = 2, 2, 3, 3
 class Algorithm(MAML):
     """A `MAML` whose options are given by name, and whose meta-gradient is computed by an engine."""
 
-    def __init__(self, learner: nn.Module, loss, choices=None, *, engine: str = "unrolled", **options):
+    def __init__(self, learner: nn.Module, loss, *, engine: str = "unrolled", **options):
         names = {choice.name for choice in fields(Choices)}
-        given = {n: options.pop(n) for n in names & options.keys()}
-        super().__init__(learner, loss, choices or Choices(**given), **options)
+        choices = {n: options.pop(n) for n in names & options.keys()}
+        super().__init__(learner, loss, Choices(**choices), **options)
         self.engine = engine
 
     def meta_gradient(self, parameters, batch, *, way=None, **others) -> MetaGradient:

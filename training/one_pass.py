@@ -2,8 +2,8 @@
 
     examples -> what comes before the adapted weights, once -> MAML of the rest, for all inner steps
 
-The numbers are those of `MAML`, which passes through the whole network in each step. Raghu et al. (2020) name
-the saving for ANIL: a body that is not adapted computes the same features in all steps.
+The numbers are those of `MAML`, which passes through the whole network in each step: layers that are not
+adapted compute the same features in all of them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.batch import Tree
 from common.optimizers import Weights
@@ -27,35 +26,31 @@ from maml import MAML
 class OnePass(MAML):
     """`MAML` whose `unrolled` meta-gradient and predictions pass once through what is not adapted.
 
-    Takes what `MAML` takes; `example`, one task's inputs, is tried in both ways. A network that cannot be
-    divided, or that draws, changes buffers or has batch norm for each step, and minibatches of the support
-    set go the way of `MAML`.
+    Takes what `MAML` takes. Divided are sequences of PyTorch's plain layers, as the built-in learners are:
+    whatever else might compute something of its own between their parts, in one mode or on some examples.
+    Other networks, batch norm for each step and minibatches of the support set go the way of `MAML`.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self.before: nn.Module = self.learner
         self.rest: OnePass | None = None  # the algorithm on what `before` computes
-        choices, learner, example = (self._arguments[name] for name in ("choices", "learner", "example"))
-        per_step = choices.norm_per_step or choices.batch_norm == "per-step"
-        if per_step or example is None or self.call.buffers or self.call.draws(example):
+        if not self.choices.passes_once or not self.call.is_elementary:
             return
-        ours, theirs = (divide(module, self.adapted, choices.head) for module in (self.learner, learner))
+        networks = self.learner, self._arguments["learner"]
+        ours, theirs = (divide(network, self.adapted) for network in networks)
         if ours and theirs:
             self.before = ours[0]
-            rest = self.with_options(learner=theirs[1], example=None)
-            self.rest = rest if self._agrees_with(rest, example) else None
+            head = ",".join(sorted(self.adapted)) if self.choices.fast_weights == "head" else None
+            self.rest = self.with_options(learner=theirs[1], head=head, example=None)
 
-    @torch.no_grad()
-    def _agrees_with(self, rest: MAML, example: Tree) -> bool:
-        weights = self.call.parameters
-        outputs, computed = self.call(weights, example), self.call(weights, example, module=self.before)
-        if not isinstance(outputs, Tensor) or not isinstance(computed, Tensor):
-            return False
-        return torch.equal(outputs, rest.call(weights, computed))
+    def with_options(self, **changes: Any) -> OnePass:
+        return OnePass(**super().with_options(**changes)._arguments)
 
     @contextmanager
     def use_rate(self, lr: Tensor | float | None) -> Iterator[None]:
-        with super().use_rate(lr), self.rest.use_rate(lr) if self.rest else nullcontext():
+        of_rest = self.rest.use_rate(lr) if self.rest else nullcontext()
+        with super().use_rate(lr), of_rest:
             yield
 
     def embed(
@@ -75,7 +70,7 @@ class OnePass(MAML):
     def total_loss(
         self, parameters: Weights, tasks: Task, step_weights: Tensor | None = None
     ) -> tuple[Tensor, Outcome]:
-        repeats = self.steps + self.starts_apart > 1  # the support set's pass; without, nothing is saved
+        repeats = self.steps + self.starts_apart > 1  # else the support set passes only once anyway
         if (rest := self.rest) is None or tasks.order is not None or not repeats:
             return super().total_loss(parameters, tasks, step_weights)
         norm = self.choices.query_norm
