@@ -40,7 +40,7 @@ def measure(algorithm: str, folder: Path, rounds: int) -> dict[str, dict[str, fl
     calls: dict[str, Callable[[], object]]
     for steps in STEPS:
         once = run.maml.with_options(steps=steps, tasks_at_once=None)
-        many = MAML(**once._arguments)
+        many = MAML.with_options(once)
         ways = {ONCE: make_meta_gradient(once), "unrolled": make_meta_gradient(many)}
         ways["adjoint"] = make_meta_gradient(many, engine="adjoint")
         calls = {name: partial(way, run.parameters, batch) for name, way in ways.items()}
@@ -52,8 +52,9 @@ def measure(algorithm: str, folder: Path, rounds: int) -> dict[str, dict[str, fl
 
 
 def compare(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    harness.take_turns({name: partial(time_once, call) for name, call in calls.items()}, 1)  # warm up
-    seconds = harness.take_turns({name: partial(time_once, call) for name, call in calls.items()}, rounds)
+    timings = {name: partial(time_once, call) for name, call in calls.items()}
+    harness.take_turns(timings, 1)  # warm up
+    seconds = harness.take_turns(timings, rounds)
     ratios = {name: harness.median_ratio(values, seconds[ONCE]) for name, values in seconds.items()}
     return {f"{ONCE}, ms": 1e3 * min(seconds[ONCE])} | {n: r for n, r in ratios.items() if n != ONCE}
 

@@ -137,9 +137,11 @@ class Job:
             return {}
         for test, result in results.items():
             measured, steps = result["settings"], result["test_steps"]
+            if baseline and "--baselines" not in self.table.test_flags(test, self.method):
+                continue
             if baseline:
                 if not (rows := self.result(test, "baselines").get("over_runs", {}).get(baseline)):
-                    continue
+                    return {}
                 measured, steps = {ALL: rows}, rows[-1]["steps"]
             compiled = {True: ", compiled", False: ", uncompiled", None: ""}[result.get("compiled")]
             tests[test] = {

@@ -20,7 +20,7 @@ from commands.presets import (
     default_column,
 )
 from commands.rules import check
-from common.choices import ENDS
+from common.choices import passes_once
 from common.errors import UsageError
 from common.names import is_own_code, parse_name
 from common.options import BY_RULE
@@ -150,9 +150,8 @@ def _settle(values: Mapping[str, Any], classification: bool) -> dict[str, Any]:
     built_in = values["learner"] in LEARNERS and values.get("vectorise", True)
     long = COMPILED_FROM["classification" if classification else "regression"]
     convolutional = find_learner_facts(values["learner"]).convolutional
-    per_step = values.get("norm_per_step") or values.get("batch_norm") == "per-step"
-    each_step = per_step or values.get("inner_batch")
-    once = built_in and values.get("fast_weights") in ENDS and not each_step  # see training/one_pass.py
+    choices: list[Any] = [values.get(name) for name in ("fast_weights", "norm_per_step", "batch_norm")]
+    once = built_in and not values.get("inner_batch") and passes_once(*choices)  # see training/one_pass.py
     several = values["steps"] > 1 and not once
     settled = {
         "loss": "cross-entropy" if classification else "mse",

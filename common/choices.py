@@ -43,6 +43,11 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} should be one of {', '.join(choices)}, not {value!r}")
 
 
+def passes_once(fast_weights: str, norm_per_step: bool, batch_norm: str) -> bool:
+    """Return whether what comes before the adapted weights is the same in all inner steps."""
+    return fast_weights in ENDS and not norm_per_step and batch_norm != "per-step"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Choices:
     """The algorithm: what the inner loop adapts and how, and what the outer loop learns from it.
@@ -134,8 +139,7 @@ class Choices:
     @property
     def passes_once(self) -> bool:
         """Return whether what comes before the adapted weights is the same in all inner steps."""
-        per_step = self.norm_per_step or self.batch_norm == "per-step"
-        return self.fast_weights in ENDS and not per_step
+        return passes_once(self.fast_weights, self.norm_per_step, self.batch_norm)
 
     @property
     def query_norm(self) -> str:

@@ -49,7 +49,7 @@ def explain(error: BaseException) -> str | None:
     """Return one printable line on what to do about an error; None for a mistake in this tool."""
     operator, found, _ = str(error).partition(NOT_DETERMINISTIC)
     if found:
-        name = operator.split()[-1]
+        name = operator.rpartition(" ")[2]
         way_round = "use another, or leave --deterministic out"
         return f"--deterministic: the operator {name} has no deterministic form here: {way_round}"
     if is_out_of_memory(error):
