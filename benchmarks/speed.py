@@ -6,6 +6,7 @@
     python benchmarks/speed.py evaluation                 # 100 tasks of 5-way Omniglot, 15 queries, 10 steps
     python benchmarks/speed.py --precision                # float32 and bf16: speed, and error against float64
 
+The timings of each processor are a file in results/speed/; the table on the page is made of all of them.
 All contenders have the same network, tasks and optimizer. First their meta-gradients are compared; then they
 are timed in turn, round after round, and ratios are taken within a round.
 """
@@ -16,7 +17,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import date
 from functools import partial
 from itertools import pairwise, product
@@ -28,7 +29,17 @@ import numpy as np
 import torch
 from harness import RESULTS, Parser, UsageError
 from peers import PEERS, Contender, Work, as_numpy
-from targets import ADAPT, ONE, describe, describe_record, measure_others, tabulate, time_adapt
+from tables import slug
+from targets import (
+    ADAPT,
+    ONE,
+    describe,
+    describe_processor,
+    describe_record,
+    measure_others,
+    tabulate,
+    time_adapt,
+)
 from tool import MAML, Compiler, Evaluation, TaskBatch, assemble, evaluate, make_learner, make_maml
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -124,6 +135,16 @@ def compare(work: Work, rounds: int) -> dict[str, Any]:
         timing()
     print(f"  ready after {time.monotonic() - begin:.0f} s; timing", flush=True)
     seconds = harness.take_turns(timings, rounds)
+    facts = {"machine": harness.collect_conditions(), "tasks": work.tasks, "inner_steps": work.steps}
+    if work.distribution.classification:
+        facts |= arithmetic(work, min(seconds[OURS]))
+    return facts | {"rounds": rounds, "contenders": list_contenders(seconds, differences)}
+
+
+def list_contenders(
+    seconds: Mapping[str, list[float]], differences: Mapping[str, float]
+) -> dict[str, dict[str, Any]]:
+    """Return what is recorded of each contender: its times, and by how much its results differ from ours."""
     rows = {}
     for name, values in seconds.items():
         low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -131,12 +152,9 @@ def compare(work: Work, rounds: int) -> dict[str, Any]:
             "median_ms": 1e3 * middle,
             "quartiles_ms": [1e3 * low, 1e3 * high],
             "ours_is_faster_by": harness.median_ratio(values, seconds[OURS]),
-            "gradient_difference": differences[name],
+            "difference": differences[name],
         }
-    facts = {"machine": harness.collect_conditions(), "tasks": work.tasks, "inner_steps": work.steps}
-    if work.distribution.classification:
-        facts |= arithmetic(work, min(seconds[OURS]))
-    return facts | {"rounds": rounds, "contenders": rows}
+    return rows
 
 
 def arithmetic(work: Work, seconds: float) -> dict[str, float]:
@@ -173,23 +191,46 @@ def measure_evaluation(folder: Path, rounds: int) -> dict[str, Any]:
     losses = [test(maml).losses["inductive"] for maml in (fast, slow)]  # compiles
     difference = float((losses[0] - losses[1]).abs().max())
     timings = {OURS: partial(time_test, fast), EAGER: partial(time_test, slow)}
-    seconds = {name: min(values) for name, values in harness.take_turns(timings, min(rounds, 3)).items()}
+    seconds = harness.take_turns(timings, min(rounds, 3))
     with FlopCounterMode(display=False) as counter:
         test(run.maml.with_options(convolution="im2col", tasks_at_once=None))
     gflop, rate = counter.get_total_flops() / 1e9, harness.matmul_rates()["float32"]
-    facts = {"gflop": gflop, "gflop_per_second": rate, "times_the_products": seconds[OURS] * rate / gflop}
-    facts |= {"seconds": seconds, "loss_difference": difference}
-    return {"machine": harness.collect_conditions()} | facts
+    facts = {"gflop": gflop, "gflop_per_second": rate}
+    facts |= {"times_the_products": min(seconds[OURS]) * rate / gflop, "tasks": TESTED, "inner_steps": 10}
+    rows = list_contenders(seconds, {OURS: 0.0, EAGER: difference})
+    return {"machine": harness.collect_conditions()} | facts | {"contenders": rows}
+
+
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def table(result: Mapping[str, Any]) -> str:
+    """Return the timings of one work, for the terminal."""
     rows = []
     for name, row in result["contenders"].items():
         low, high = row["quartiles_ms"]
         times = f"{row['median_ms']:.4g} ({low:.4g} to {high:.4g})"
-        rows.append([name, times, f"{row['ours_is_faster_by']:.3g}", f"{row['gradient_difference']:.0e}"])
-    head = ["", "ms an iteration: median (quartiles)", "this tool is faster by", "gradient differs by"]
+        rows.append([name, times, f"{row['ours_is_faster_by']:.3g}", f"{row['difference']:.0e}"])
+    head = ["", "ms: median (quartiles)", "this tool is faster by", "gradient (loss) differs by"]
     return harness.markdown(head, rows)
+
+
+def page_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return the timings of all works and machines in milliseconds, ratios in brackets, for the page."""
+
+    def ms(row: Mapping[str, Any]) -> str:
+        return f"{row['median_ms']:,.0f}" if row["median_ms"] >= 100 else f"{row['median_ms']:.3g}"
+
+    rows = []
+    for name, record in product(NAMES, records):
+        if not (result := record["results"].get(name)):
+            continue
+        timed, steps = result["contenders"], result["inner_steps"]
+        rest = [timed.get(other) for other in (EAGER, *PEERS)]
+        others = [f"{ms(row)} ({row['ours_is_faster_by']:.3g})" if row else "" for row in rest]
+        about = f"{name}: {result['tasks']} tasks, {steps} step{'s' * (steps > 1)}"
+        rows.append([about, describe_processor(record["machine"]), f"**{ms(timed[OURS])}**", *others])
+    return harness.markdown(["", "processor", OURS, "uncompiled", *PEERS], rows) + "\n"
 
 
 # ---- precision -----------------------------------------------------------------------------------
@@ -217,6 +258,17 @@ def measure_precision(rounds: int, folder: Path) -> dict[str, Any]:
     return results
 
 
+def page_texts(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the tables of the page by their marks; targets are of processors on which all were measured."""
+    measured = [describe_record(record) for record in records if ADAPT in record["results"]]
+    return {"speed": page_table(records), "targets": "\n".join(measured)}
+
+
+def read_records() -> list[dict[str, Any]]:
+    """Return the timings of all processors."""
+    return [harness.read_json(file) for file in sorted((RESULTS / "speed").glob("*.json"))]
+
+
 # ---- the command line ----------------------------------------------------------------------------
 
 
@@ -226,7 +278,7 @@ def measure(name: str, folder: Path, options: Any) -> dict[str, Any]:
         return {"seconds": time_adapt(folder.parent, options.rounds)}
     if name == EVALUATION:
         result = measure_evaluation(folder, options.rounds)
-        print(f"\n{name}: {result['seconds']}", flush=True)
+        print(f"\n{name}\n{table(result)}", flush=True)
         return result
     work = make_work(name, folder)
     result = compare(work, options.rounds)
@@ -256,34 +308,30 @@ def main() -> None:
         parser.error("--quick rehearses --targets, and needs --out")
     if options.rounds < 2:
         parser.error("--rounds: at least 2")
-    kind = "precision" if options.precision else "targets" if options.targets else "speed"
-    file = (options.out or RESULTS) / f"{kind}.json"
     abilities = {"instructions": harness.instructions(), "gflop_per_second": harness.matmul_rates()}
     machine = harness.collect_conditions() | abilities | {"date": f"{date.today()}"}
     print(describe(machine), flush=True)
+    name = "precision" if options.precision else slug(describe_processor(machine)).strip("-")
+    file = (options.out or (RESULTS if options.precision else RESULTS / "speed")) / f"{name}.json"
     record: dict[str, Any] = {"machine": machine, "results": {}}
-    if (kind == "speed" or options.works) and file.exists():  # works not measured now stay
-        record = harness.read_json(file)
-    if kind == "targets":
-        facts = ("machine", "instructions", "torch")
-        if any(record["machine"][fact] != machine[fact] for fact in facts):
-            parser.error(f"{file} is of another machine or PyTorch: measure all of it, without names")
-        record["machine"] = machine
-    names = options.works or {"precision": (), "targets": choices, "speed": NAMES}[kind]
-    names = (ONE, ADAPT) if options.quick else names
+    if file.exists() and harness.read_json(file)["machine"]["torch"] == machine["torch"]:
+        record["results"] = harness.read_json(file)["results"]  # works not measured now stay
+    names = options.works or choices
+    names = () if options.precision else (ONE, ADAPT) if options.quick else names
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "noise"
         if options.precision:
             record["results"] = measure_precision(options.rounds, folder)
             harness.write_json(file, record)
         for name in names:
-            record["results"][name] = measure(name, folder, options)
+            record["results"].setdefault(name, {}).update(measure(name, folder, options))
             print(f"\n{tabulate(record['results'], [name])}", flush=True)
             harness.write_json(file, record)
     if options.targets:
         print(f"\n{describe_record(record)}", end="")
-        if not options.out:
-            harness.put(harness.ROOT / "docs" / "speed.md", "targets", describe_record(record))
+    if not options.out and not options.precision:
+        for mark, text in page_texts(read_records()).items():
+            harness.put(harness.ROOT / "docs" / "speed.md", mark, text)
     print(f"\nWritten: {file}")
 
 

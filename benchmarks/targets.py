@@ -94,9 +94,13 @@ def describe_record(record: Mapping[str, Any]) -> str:
 def describe(machine: Mapping[str, Any]) -> str:
     """Return what was measured on: processor, its instructions, rates of products, versions and date."""
     rates = ", ".join(f"{name} {rate:.3g}" for name, rate in machine["gflop_per_second"].items())
-    instructions = ", ".join(machine["instructions"]) or "unknown instructions"
-    where = f"{machine['machine']} ({instructions}), torch {machine['torch']}, {machine['date']}"
+    where = f"{describe_processor(machine)}, torch {machine['torch']}, {machine['date']}"
     return f"{where}; products, GFLOP/s: {rates} (as installed)"
+
+
+def describe_processor(machine: Mapping[str, Any]) -> str:
+    """Return the processor, its cores and its instructions."""
+    return f"{machine['machine']} ({', '.join(machine['instructions']) or 'unknown instructions'})"
 
 
 def measure_others(
