@@ -9,7 +9,6 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import speed
-import targets
 from harness import read_json
 from targets import ADAPT, BUSY, COLD, COMPILED, FIVE_WAY, HIGHER, ONE, REDUCED, TARGETS
 
