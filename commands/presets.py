@@ -93,6 +93,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     },
     "meta-sgd": {
         "inner_rates": "element",
+        "steps": 1,
+        "test_steps": ("s", 3, "s", "s"),
         "inner_lr": (0.005, 2.0, 2.0, 0.01),
         "inner_lr_max": (0.1, None, None, None),
     },

@@ -99,6 +99,8 @@ def _preset(flags: Mapping[str, Any], column: int) -> dict[str, Any]:
         preset["inner_lr"] = learner.inner_lr
     if "inner_lr" in flags:
         preset.pop("inner_lr_max", None)  # it belongs to the preset's --inner-lr
+    if flags.get("inner_optimizer") == "momentum":
+        preset.pop("inner_momentum", None)  # it is Adam's beta1
     return preset
 
 

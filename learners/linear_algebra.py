@@ -2,7 +2,8 @@
 
 PyTorch's forward-mode derivatives of `solve`, of determinants and of products of Householder reflections are
 silently wrong when they are differentiated again (2.11 to 2.14 at least): they treat a matrix's factors as
-constants. The derivatives of the LU factors themselves, and of triangular systems, are right.
+constants. The derivatives of the LU factors themselves, and of triangular systems, are right; those of a
+singular matrix are NaN, where PyTorch's determinants have some.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def three_iterations(accelerate, maml: MAML, tasks: TaskDistribution, **training
     vector = step.layout.flatten(maml.initial_parameters())
     zero, sums = torch.zeros_like(vector), vector.new_zeros(2 + tasks.classification + len(TAIL))
     running = step.statistics_layout.flatten(maml.initial_statistics()).to(vector)
-    state = start = State(vector, zero, zero, torch.tensor(0), sums, running)
+    state = start = State(vector, zero, zero, torch.tensor(0), torch.tensor(0), sums, running)
     for iteration in range(3):
         state = step(state, iteration)
     return start, state

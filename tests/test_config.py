@@ -46,6 +46,9 @@ DEFAULTS = {
     "--algorithm anil --first-order --inner-rates element": {
         "fast_weights": "head", "meta_gradient": "first-order", "inner_rates": "element", "inner_lr": 0.001},
     "--algorithm meta-sgd --inner-lr 0.2": {"inner_lr": 0.2, "inner_lr_max": None},
+    "--algorithm meta-sgd --dataset omniglot -n 20": {"steps": 1, "test_steps": 1},
+    "--algorithm reptile --inner-optimizer momentum": {"inner_momentum": 0.9},
+    "--algorithm reptile --inner-optimizer adam": {"inner_momentum": 0.0},
     "--algorithm maml++ --iterations 3000": {"steps": 5, "objective": "multi-step", "exact_from": 0,
                                              "batch_norm": "transductive"},  # an mlp has no batch norm
     "--algorithm maml++ --dataset omniglot --iterations 3000": {"exact_from": 1500, "batch_norm": "per-step"},

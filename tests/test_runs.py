@@ -335,6 +335,16 @@ def test_a_skipped_iteration_changes_nothing_and_counts_in_no_mean(bad_iteration
     assert command("--load", tmp_path / "stopped" / LAST, *skip) == 0
     assert_same_bits(vars(last_of(tmp_path / "stopped")), vars(last_of(tmp_path / "whole")))
     assert all(map(math.isfinite, last_of(tmp_path / "whole").progress["training"]["query_loss"]))
+    assert train(tmp_path / "next", *flags, *skip, "--iterations", BAD + 1) == 0
+    before, after = last_of(tmp_path / "before"), last_of(tmp_path / "next")
+    for name, weight in before.parameters.items():  # Adam has not counted it either
+        parameter, moment = torch.nn.Parameter(weight), before.exp_avg[name]
+        optimizer = torch.optim.Adam([parameter])
+        moments = {"exp_avg": moment.clone(), "exp_avg_sq": before.exp_avg_sq[name]}
+        optimizer.state[parameter] = {"step": torch.tensor(BAD - 1.0), **moments}
+        parameter.grad = (after.exp_avg[name] - 0.9 * moment) / (1 - 0.9)
+        optimizer.step()
+        torch.testing.assert_close(parameter.data, after.parameters[name], rtol=1e-6, atol=1e-6)
 
 
 def test_a_run_that_skips_every_iteration_has_failed(tmp_path, capsys):

@@ -63,6 +63,7 @@ class Checkpoint:
     fingerprint: dict[str, list[str]] = field(default_factory=dict)
     scales: dict[str, Tensor] = field(default_factory=dict)  # of a table's columns (tasks/scales.py)
     computed_by: dict[str, Any] = field(default_factory=dict)  # what the last bits depend on
+    updates: int | None = None  # iterations that were not skipped; None in older files: all
 
 
 def save_checkpoints(checkpoints: Mapping[Path, Checkpoint]) -> None:

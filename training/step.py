@@ -66,6 +66,7 @@ class State(NamedTuple):
     exp_avg: Tensor  # [parameters], Adam's first moment
     exp_avg_sq: Tensor  # [parameters], Adam's second moment
     iteration: Tensor  # int64 scalar, iterations so far
+    updates: Tensor  # int64 scalar, those that were not skipped
     sums: Tensor  # [metrics] since the last point of the curves: measures, meta-gradient norm, and TAIL
     statistics: Tensor  # [numbers], running statistics of per-step batch norm; empty without
 
@@ -106,10 +107,9 @@ def meta_lr_at(options: TrainingOptions, members: Mapping[str, Tensor], iteratio
 
 
 def adam(state: State, gradient: Tensor, *, lr: float | Tensor) -> State:
-    """Move parameters, moments and iteration as `torch.optim.Adam` does (Kingma and Ba 2015)."""
+    """Move parameters and moments as `torch.optim.Adam` does (Kingma and Ba 2015)."""
     beta_1, beta_2, eps = 0.9, 0.999, 1e-8
-    iteration = state.iteration + 1
-    step = iteration.to(gradient.dtype)
+    step = (state.updates + 1).to(gradient.dtype)
     # 1 - beta ** step, which is small at first, without losing digits
     correction_1 = -torch.expm1(step * math.log(beta_1))
     correction_2 = -torch.expm1(step * math.log(beta_2))
@@ -117,12 +117,12 @@ def adam(state: State, gradient: Tensor, *, lr: float | Tensor) -> State:
     exp_avg_sq = beta_2 * state.exp_avg_sq + (1 - beta_2) * gradient * gradient
     denominator = (exp_avg_sq / correction_2).sqrt() + eps
     parameters = state.parameters - lr * (exp_avg / correction_1) / denominator
-    return state._replace(parameters=parameters, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, iteration=iteration)
+    return state._replace(parameters=parameters, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
 
 
 def sgd(state: State, gradient: Tensor, *, lr: float | Tensor) -> State:
-    """Move parameters along the gradient, and the iteration."""
-    return state._replace(parameters=state.parameters - lr * gradient, iteration=state.iteration + 1)
+    """Move parameters along the gradient."""
+    return state._replace(parameters=state.parameters - lr * gradient)
 
 
 def clip(
@@ -299,6 +299,7 @@ class MetaStep:
         rule = {"adam": adam, "sgd": sgd}[options.meta_optimizer]
         lr = meta_lr_at(options, members, state.iteration.to(gradient.dtype))
         moved = rule(counted, clip(gradient, norm, value, max_norm), lr=lr)
+        moved = moved._replace(iteration=state.iteration + 1, updates=state.updates + 1)
         # the norm before clipping, which would hide it; a second moment that overflows would end Adam's steps
         parts = [measures, norm[None], moved.parameters, moved.exp_avg_sq, *[moved.statistics] * bool(length)]
         return self._guard(state, moved, torch.stack([part.isfinite().all() for part in parts]).all())

@@ -104,9 +104,10 @@ class Trainer:
         if start:
             first, second = (layout.flatten(m).to(vector) for m in (start.exp_avg, start.exp_avg_sq))
         running = statistics.flatten(start.statistics if start else self.maml.initial_statistics()).to(vector)
-        iteration = torch.tensor(run.iteration, device=vector.device)
+        updated = run.iteration if not start or start.updates is None else start.updates
+        iteration, updates = (torch.tensor(n, device=vector.device) for n in (run.iteration, updated))
         sums = vector.new_tensor([run.progress.window.get(name, 0.0) for name in self.metrics])
-        return State(vector, first, second, iteration, sums, running)
+        return State(vector, first, second, iteration, updates, sums, running)
 
     # ---- the loop ---------------------------------------------------------------------------
 
@@ -360,6 +361,7 @@ class Trainer:
         return Checkpoint(
             settings={**run.settings, **vars(run.training)},
             iteration=run.iteration,
+            updates=int(state.updates),
             parameters=names(step.layout, state.parameters),
             exp_avg=names(step.layout, state.exp_avg),
             exp_avg_sq=names(step.layout, state.exp_avg_sq),
