@@ -248,10 +248,15 @@ class FewShotRegressor(FewShotEstimator):
         return (mean, *deviation) if return_std else mean
 
     def score(self, x: Any, y: Any) -> float:
-        """Return the coefficient of determination, R squared; of several targets the mean."""
+        """Return the coefficient of determination, R squared; of several targets the mean.
+
+        Targets that do not vary have 1 if they are predicted exactly and 0 otherwise, as in scikit-learn.
+        """
         targets = np.asarray(y, np.float64)
         residual = ((targets - self.predict(x).reshape(targets.shape)) ** 2).sum(0)
-        return float(np.mean(1 - residual / ((targets - targets.mean(0)) ** 2).sum(0)))
+        total = ((targets - targets.mean(0)) ** 2).sum(0)
+        constant = np.where(residual == 0, 1.0, 0.0)
+        return float(np.mean(np.where(total == 0, constant, 1 - residual / np.where(total == 0, 1, total))))
 
 
 def _check_setting(name: str, value: Any) -> Any:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from commands import build
 from commands.call import Call
 from commands.config import OWN_CODE, Config
@@ -193,15 +195,21 @@ class Subject:
             weights = build.fit_weights(self.file, self.source, self.maml, self.config)
             self.parameters, self.statistics = weights
 
-    def check_measure(self, first: Subject, *, same_loss: bool = False) -> None:
-        """Raise UsageError if the outputs have another measure than the first subject's."""
+    def check_measure(self, first: Subject) -> None:
+        """Raise UsageError if the outputs have another measure, or unit, than the first subject's."""
         one, other = (choose_reading(s.maml.reading, s.distribution.most_ways).measure for s in (first, self))
-        if same_loss and one == other == "loss":
+        if one == other == "loss":
             one, other = first.loss_name, self.loss_name
+            units, own_units = (s.distribution.scales.get("target") for s in (first, self))
+            if units is not None and own_units is not None and not torch.allclose(units, own_units, 1e-9):
+                raise UsageError(
+                    f"{first.name} and {self.name} standardise targets differently, and their losses have "
+                    "different units: give --metric mae, or another, which has the table's"
+                )
         if one != other:
             raise UsageError(
-                f"{first.name} is measured by {one}, and {self.name} by {other}: take runs of one measure "
-                "(--outputs says what a learner's outputs are)"
+                f"{first.name} is measured by {one}, and {self.name} by {other}: give one --metric, or take "
+                "runs of one measure (--outputs says what a learner's outputs are)"
             )
 
     def evaluate(self, split: str = "test", *, first_task: int = 0) -> None:
@@ -263,7 +271,9 @@ class Subject:
             "when": time.strftime(TIME),
             "checkpoint": (place.relative_to(folder) if place.is_relative_to(folder) else place).as_posix(),
             "iteration": self.source.iteration if self.source else 0,
-            **{name: config.get(name) for name in ("dataset", "ways", "shots", "queries")},
+            # files that have moved are called as the run calls them
+            "dataset": config.get("dataset") if call.eval_dataset else self.trained.get("dataset"),
+            **{name: config.get(name) for name in ("ways", "shots", "queries")},
             "tasks": options.eval_tasks,
             **{name: config.get(name) for name in ("algorithm", "meta_gradient", "learner", "seed")},
             "steps": options.test_steps,
@@ -278,6 +288,8 @@ class Subject:
     def log_result(self, call: Call) -> None:
         """Add the quoted result to TensorBoard's log of the run, if it is a test as the run was trained."""
         tasks, trained = self.config.tasks, self.trained.tasks
+        if not call.eval_dataset:
+            tasks = replace(tasks, dataset=trained.dataset)  # its files may have moved
         if call.out or not self.file or not self.source or tasks != trained or not has_log(self.file.parent):
             return
         norm, step = self.trained.choices.query_norm, self.config.evaluation.test_steps

@@ -128,7 +128,7 @@ def _describe_run(file: Path, folder: Path, tests: Sequence[Mapping[str, str]]) 
         iterations=checkpoint.iteration,
         planned=config.training.iterations,
         measure=measure,
-        more_is_better=curve == accuracies or (best is not None and best == progress.best_score),
+        more_is_better=curve == accuracies or (best is not None and str(best) == str(progress.best_score)),
         validation=best,
         test=float(test["result"]) if test.get("result") else None,
         interval_95=float(test["interval_95"]) if test.get("interval_95") else None,

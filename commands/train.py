@@ -73,7 +73,7 @@ def _print_end(run: Run, code: int, config: Config, call: Call, world: World) ->
     loss = final_loss(run.progress.training)
     if loss is not None and math.isfinite(loss["mean"]):
         iterations = f"iterations {loss['from']:,} to {loss['to']:,}"
-        print(f"Mean training query loss of {iterations}: {loss['mean']:.4f}")
+        print(f"Mean training query loss of {iterations}: {format_decimal(loss['mean'], 4)}")
     if (best := run.best_validation) is not None:
         measure, scale, digits = choose_units(run.measure_name)
         iteration = run.progress.best_iteration

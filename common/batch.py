@@ -62,6 +62,9 @@ class TaskBatch:
         return iter(self.parts.values())
 
 
+TABLE = "table"  # a fingerprint's key
+
+
 @dataclass(frozen=True)
 class DataRecord:
     """A checkpoint's record of its data, by which they are recognised; parts that do not apply are empty."""
@@ -69,7 +72,7 @@ class DataRecord:
     splits: dict[str, list[str]] = field(default_factory=dict)  # the user's classes or tasks, by split
     inputs: list[str] = field(default_factory=list)  # columns of a table
     image_range: list[str] = field(default_factory=list)  # kind of the files, black, white; or plain
-    fingerprint: dict[str, list[str]] = field(default_factory=dict)  # of a sampler, by sizes of tasks
+    fingerprint: dict[str, list[str]] = field(default_factory=dict)  # of a sampler, by sizes; of a `TABLE`
 
 
 class TaskDistribution(Protocol):

@@ -58,6 +58,10 @@ def find_device(name: str, world: World) -> torch.device:
     """Return the device of a --device name, a GPU for each process; UsageError if there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"there is no device {name!r}: give cpu, cuda or mps") from error
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(name, True):
         raise UsageError(f"--device {name}: PyTorch finds no such GPU here; use --device cpu")

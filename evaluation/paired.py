@@ -55,7 +55,7 @@ class Difference:
     interval_95_over_tasks: float  # half width, of the mean over seeds
     by_seed: dict[int, float]  # means over tasks
     tasks: int
-    left_out: int  # tasks whose loss has diverged, or for which the measure is undefined
+    left_out: int  # tasks whose loss has diverged, or for which the measure is undefined or infinite
 
     def verdict(self, *, more_is_better: bool) -> str:
         """Return in words whether the side is better than the first."""
@@ -82,7 +82,7 @@ def difference(side: Side, first: Side, step: int | None = None) -> Difference:
             evaluation, column = part.evaluations[seed], part.steps if step is None else step
             values.append(evaluation.measured(part.normalisation)[:, column])
             diverged = evaluation.find_diverged(part.normalisation)[:, column]
-            out.append(diverged if side.results.is_loss else values[-1].isnan())
+            out.append(diverged if side.results.is_loss else ~values[-1].isfinite())
     paired = ~torch.stack(out).any(0)
     differences = (torch.stack(values[::2]) - torch.stack(values[1::2]))[:, paired]  # [seeds, tasks]
     mean, interval = mean_and_interval(differences.mean(0))

@@ -346,7 +346,7 @@ def describe_means(results: Sequence[StepResults], table: str) -> str:
     tasks, places = f"{results[0].tasks} tasks", {WITHOUT: f"{WITHOUT!r} is", ";": "after the semicolon"}
     place = next((words for mark, words in places.items() if mark in table), None)
     after = f"; {place} the mean without those that diverged" if place else ""
-    after += ", without those for which it is undefined" * any(any(part.undefined) for part in results)
+    after += ", without those for which it is undefined" * ("undefined" in table)
     if any(part.means.shape[1] > 1 for part in results):
         return f"mean over seeds ± its 95 % interval over {tasks} (lowest to highest seed){after}"
     return f"mean ± 95 % interval over {tasks}{after}"

@@ -60,6 +60,12 @@ def _with_main(outputs: Tree, scores: Tensor) -> Tree:
     return tree_map(lambda part: scores if part is main else part, outputs)
 
 
+def has_overflown(outputs: Tree, reading: Reading) -> bool:
+    """Return whether outputs are NaN, or infinite numbers; a class's score may be minus infinity."""
+    numbers = main_tensor(outputs)
+    return not (~numbers.isnan() if reading.classes else numbers.isfinite()).all()
+
+
 @dataclass(frozen=True)
 class Metric:
     """A measure of one task: `metric(outputs, targets, reading)`."""
@@ -84,7 +90,10 @@ class Metric:
         return math.nan if undefined or not math.isfinite(number) else number
 
     def per_step(self, outputs: Tree, batch: TaskBatch, reading: Reading) -> Tensor:
-        """Return the measure of outputs `[tasks, steps, query examples, ...]`: float64 `[tasks, steps]`."""
+        """Return the measure of outputs `[tasks, steps, query examples, ...]`: float64 `[tasks, steps]`.
+
+        A task whose outputs have overflown has the worst value, and not a share in the undefined ones.
+        """
         outputs, batch = (tree_map(lambda t: t.detach().cpu(), tree) for tree in (outputs, batch))
         targets = batch.query_y
         if reading.in_units:
@@ -103,6 +112,8 @@ class Metric:
             mask, ways = (None if size is None else size[task] for size in (batch.query_mask, batch.ways))
             task_reading = reading if ways is None else replace(reading, classes=int(ways))
             task_outputs = cut_outputs(pick(outputs, task, step), mask, ways)
+            if has_overflown(task_outputs, reading):
+                return -math.inf if self.more_is_better else math.inf
             return self(task_outputs, cut(pick(targets, task), mask), task_reading)
 
         rows = [[measure(task, step) for step in range(steps)] for task in range(tasks)]

@@ -6,15 +6,17 @@ instead: they are split, and a task draws some of one split's classes.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
 
 import torch
 from torch import Tensor
 
-from common.batch import DataRecord, TaskBatch, TaskDistribution
+from common.batch import TABLE, DataRecord, TaskBatch, TaskDistribution
 from common.errors import UsageError
 from common.random import SPLITS, task_stream
 from common.sizes import Size
@@ -66,6 +68,12 @@ class Table:
     source: str  # for messages
     by_class: bool = False
     left_out: dict[str, int] = field(default_factory=dict)  # what was left out, in words -> how many
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the rows."""
+        parts = (self.x, self.y, self.task)
+        return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
 
     def measure_scales(self, *, targets: bool) -> dict[str, Tensor]:
         """Return means and deviations over the rows of training tasks; nothing if there are none."""
@@ -299,7 +307,8 @@ class TableTasks(TaskDistribution):
 
     @property
     def record(self) -> DataRecord:
-        return DataRecord(splits=self.table.split_names, inputs=list(self.table.inputs))
+        table = self.table
+        return DataRecord(table.split_names, list(table.inputs), fingerprint={TABLE: [table.digest]})
 
     @property
     def summary(self) -> list[str]:

@@ -141,6 +141,7 @@ def test_parts_larger_than_the_file_are_refused(saved):
     [
         (None, "is damaged, or not a checkpoint of this tool"),  # noise
         ({"0.weight": torch.ones(2)}, "is damaged, or not a checkpoint of this tool"),
+        ({"format": FORMAT, "version": VERSION, "later": 1}, "or of another version of this tool: "),
         ({"format": FORMAT, "version": 2}, f"has format version 2, and this tool reads version {VERSION}"),
     ],
 )

@@ -145,6 +145,8 @@ def test_scikit_learn_takes_the_estimators(runs):
     assert clone(regressor).get_params() == {"run": str(runs / "numbers"), "device": "cpu", "test_steps": 1}
     predicted = regressor.fit(X, Y).predict(X)
     assert regressor.score(X, Y) == pytest.approx(r2_score(Y, predicted))
+    assert regressor.score(X, 0 * Y) == r2_score(0 * Y, predicted) == 0
+    assert regressor.score(X[:3], predicted[[0, 0, 0]]) == r2_score(predicted[[0, 0, 0]], predicted[:3])
     search = GridSearchCV(regressor, {"test_steps": np.arange(1, 3)}, cv=3).fit(X, Y)
     assert search.best_estimator_.predict(X[:1]).shape == (1, 2)
     labels = np.where(X[:, 0] > 0, "right", "left")
@@ -162,6 +164,7 @@ def test_what_does_not_fit_is_one_value_error(runs, tmp_path):
         (lambda: FewShotClassifier.load(CURVES), "has learned regression: take FewShotRegressor"),
         (lambda: FewShotRegressor.load(classes), "has learned classes: take FewShotClassifier"),
         (lambda: FewShotRegressor.load(CURVES, steps=3), "no setting 'steps': test_steps, batch_norm, "),
+        (lambda: curves(device="tpu0").fit(X[:, :1], Y[:, 0]), "there is no device 'tpu0': give cpu"),
         (lambda: FewShotRegressor.load(CURVES, invert=True), "--invert has no meaning with --dataset"),
         (lambda: curves().predict(X), "call fit with a few examples first"),
         (lambda: curves().fit(X, Y[:, 0]), "x (9, 2) and y (9, 1): "),

@@ -1,6 +1,7 @@
 """Outputs other than one vector of scores, and the user's metric: numpy's values, or a line that says why."""
 
 import json
+import math
 import sys
 
 import numpy as np
@@ -300,6 +301,18 @@ def test_what_is_undefined_is_no_number():
         ("r2", Reading("numbers"), torch.rand(6, 1), torch.ones(6, 1)),
     ):
         assert np.isnan(build_metric(name)(outputs, targets, reading)), name
+
+
+def test_a_task_that_overflows_has_the_worst_value_and_is_not_left_out():
+    outputs = torch.tensor([[[[1.0]], [[math.inf]], [[math.nan]]]])  # [tasks, steps, examples, numbers]
+    batch = TaskBatch(*[torch.zeros(1, 1, 1)] * 4)
+    assert build_metric("mae").per_step(outputs, batch, Reading("numbers")).tolist() == [
+        [1, math.inf, math.inf]
+    ]
+    scores = torch.tensor([[[[0.0, -math.inf], [-math.inf, 0.0]], [[math.nan, 0.0], [0.0, 1.0]]]])
+    labels = torch.tensor([[0, 1]])
+    classes = TaskBatch(scores, labels, scores, labels)
+    assert build_metric("f1").per_step(scores, classes, Reading("classes", 2)).tolist() == [[1, -math.inf]]
 
 
 def test_a_metric_is_measured_in_the_units_of_the_targets():

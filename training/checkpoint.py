@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.batch import DataRecord
+from common.batch import TABLE, DataRecord
 from common.errors import UsageError, is_out_of_memory
 from common.files import write_all_whole
 from training.folders import LIST
@@ -97,7 +97,10 @@ def load_checkpoint(path: Path, *, weights: bool = True) -> Checkpoint:
     version = content.pop("version", None)
     if version != VERSION:
         raise UsageError(f"{path} has format version {version}, and this tool reads version {VERSION}")
-    return Checkpoint(**content)
+    try:
+        return Checkpoint(**content)
+    except TypeError as error:  # other fields
+        raise UsageError(f"{path} is damaged, or of another version of this tool: {error}") from error
 
 
 def _is_truncated(path: Path) -> bool:
@@ -131,6 +134,11 @@ def check_same_data(path: Path, saved: Checkpoint, now: DataRecord, *, other_dat
             )
     for sizes in () if other_data else saved.fingerprint.keys() & now.fingerprint.keys():
         if saved.fingerprint[sizes] != now.fingerprint[sizes]:
+            if sizes == TABLE:
+                raise UsageError(
+                    f"{path}: the table has other values, or rows in another order: restore it, or test on "
+                    "a copy of it with --eval-dataset"
+                )
             why = "its code has changed, or draws from hash() of text, which differs in each process"
             way = "restore it, or test on other data with --eval-dataset"
             raise UsageError(f"{path}: sample gave other tasks for the same seeds ({why}): {way}")
