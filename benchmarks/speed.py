@@ -314,8 +314,10 @@ def main() -> None:
     name = "precision" if options.precision else slug(describe_processor(machine)).strip("-")
     file = (options.out or (RESULTS if options.precision else RESULTS / "speed")) / f"{name}.json"
     record: dict[str, Any] = {"machine": machine, "results": {}}
-    if file.exists() and harness.read_json(file)["machine"]["torch"] == machine["torch"]:
-        record["results"] = harness.read_json(file)["results"]  # works not measured now stay
+    if file.exists() and (before := harness.read_json(file))["machine"]["torch"] == machine["torch"]:
+        record["results"] = before["results"]  # works not measured now stay
+    elif file.exists() and options.works:
+        parser.error(f"{file} is of another PyTorch: measure all of it, without names")
     names = options.works or choices
     names = () if options.precision else (ONE, ADAPT) if options.quick else names
     with tempfile.TemporaryDirectory() as temporary:

@@ -60,7 +60,7 @@ def compare(call: Call, flags: Mapping[str, Any], command: str) -> None:
     for subject in subjects:
         print(f"Measuring {subject.name}", flush=True)
         subject.build(call)
-        subject.check_measure(subjects[0])
+        subject.check_measure(subjects[0], same_loss=True)
         subject.evaluate(call.split, first_task=first_task)
         curves[subject] = _read_curves(subject)
     caption, _ = summarise(subjects, call.split)  # with the loss's name, now that the data are known

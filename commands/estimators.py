@@ -250,9 +250,12 @@ class FewShotRegressor(FewShotEstimator):
     def score(self, x: Any, y: Any) -> float:
         """Return the coefficient of determination, R squared; of several targets the mean.
 
-        Targets that do not vary have 1 if they are predicted exactly and 0 otherwise, as in scikit-learn.
+        As in scikit-learn, targets that do not vary have 1 if they are predicted exactly and 0 otherwise, and
+        a single example has NaN.
         """
         targets = np.asarray(y, np.float64)
+        if len(targets) < 2:
+            return math.nan
         residual = ((targets - self.predict(x).reshape(targets.shape)) ** 2).sum(0)
         total = ((targets - targets.mean(0)) ** 2).sum(0)
         constant = np.where(residual == 0, 1.0, 0.0)

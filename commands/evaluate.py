@@ -13,8 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from commands import build
 from commands.call import Call
 from commands.config import OWN_CODE, Config
@@ -195,13 +193,17 @@ class Subject:
             weights = build.fit_weights(self.file, self.source, self.maml, self.config)
             self.parameters, self.statistics = weights
 
-    def check_measure(self, first: Subject) -> None:
-        """Raise UsageError if the outputs have another measure, or unit, than the first subject's."""
+    def check_measure(self, first: Subject, *, same_loss: bool = False) -> None:
+        """Raise UsageError if the outputs have another measure than the first subject's.
+
+        With `same_loss`, losses have to be the same in the same unit.
+        """
         one, other = (choose_reading(s.maml.reading, s.distribution.most_ways).measure for s in (first, self))
-        if one == other == "loss":
+        if same_loss and one == other == "loss":
             one, other = first.loss_name, self.loss_name
-            units, own_units = (s.distribution.scales.get("target") for s in (first, self))
-            if units is not None and own_units is not None and not torch.allclose(units, own_units, 1e-9):
+            scales = [s.distribution.scales for s in (first, self)]
+            units = [scale["target"][1] for scale in scales if "target" in scale]
+            if units[1:] and (units[0] / units[1] - 1).abs().max() > 1e-9:
                 raise UsageError(
                     f"{first.name} and {self.name} standardise targets differently, and their losses have "
                     "different units: give --metric mae, or another, which has the table's"

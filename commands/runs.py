@@ -128,6 +128,7 @@ def _describe_run(file: Path, folder: Path, tests: Sequence[Mapping[str, str]]) 
         iterations=checkpoint.iteration,
         planned=config.training.iterations,
         measure=measure,
+        # the score is minus what should be low, -0.0 included
         more_is_better=curve == accuracies or (best is not None and str(best) == str(progress.best_score)),
         validation=best,
         test=float(test["result"]) if test.get("result") else None,

@@ -58,12 +58,11 @@ def find_device(name: str, world: World) -> torch.device:
     """Return the device of a --device name, a GPU for each process; UsageError if there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"there is no device {name!r}: give cpu, cuda or mps") from error
+    kind = name.partition(":")[0]
+    if kind not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"there is no device {name!r}: give cpu, cuda or mps")
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(name, True):
+    if not available.get(kind, True):
         raise UsageError(f"--device {name}: PyTorch finds no such GPU here; use --device cpu")
     if name == "mps" and world.size > 1:
         raise UsageError("--device mps runs one process: use --device cpu, or no torchrun")

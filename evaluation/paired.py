@@ -127,7 +127,7 @@ def differences_table(sides: Sequence[Side], loss_name: str, split: str) -> str:
     header = ["", "statistics", "steps", measure, "difference", "seeds", "left out", "verdict"]
     pairs = "mean over shared seeds ± its" if several else "mean ±"
     pairs += f" 95 % interval over tasks{' (lowest to highest seed)' * several}"
-    reason = "that diverged" if sides[0].results.is_loss else "for which it is undefined"
+    reason = "that diverged" if sides[0].results.is_loss else "for which it is undefined or not finite"
     pairs += f", without tasks {reason} in either" * bool(left_out)
     text = table(header, rows)
     means = describe_means([side.results for side in sides], text)

@@ -61,9 +61,12 @@ def _with_main(outputs: Tree, scores: Tensor) -> Tree:
 
 
 def has_overflown(outputs: Tree, reading: Reading) -> bool:
-    """Return whether outputs are NaN, or infinite numbers; a class's score may be minus infinity."""
-    numbers = main_tensor(outputs)
-    return not (~numbers.isnan() if reading.classes else numbers.isfinite()).all()
+    """Return whether a task's numbers are not finite, or its classes and labels have no probabilities."""
+    if reading.kind == "numbers":
+        return not main_tensor(outputs).isfinite().all()
+    if reading.kind == "normal":  # mean and deviation
+        return not all(part.isfinite().all() for part in outputs)
+    return bool(reading.probabilities(outputs).isnan().any())
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,8 @@ class Metric:
             outputs = reading.moments(outputs, 2, in_units=reading.in_units)
         elif reading.in_units:
             outputs = reading.in_units(main_tensor(outputs))
+        elif reading.kind == "numbers":  # squares of large ones are finite in float64
+            outputs = main_tensor(outputs).double()
         tasks, steps = first_tensor(outputs).shape[:2]
 
         def pick(tree: Tree, *place: int) -> Tree:

@@ -72,8 +72,10 @@ class Table:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the rows."""
-        parts = (self.x, self.y, self.task)
-        return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
+        digest = hashlib.sha256(repr(self.classes).encode())
+        for part in (self.x, self.y, self.task):
+            digest.update(part.numpy().tobytes())
+        return digest.hexdigest()
 
     def measure_scales(self, *, targets: bool) -> dict[str, Tensor]:
         """Return means and deviations over the rows of training tasks; nothing if there are none."""
