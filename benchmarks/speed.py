@@ -233,6 +233,17 @@ def page_table(records: Sequence[Mapping[str, Any]]) -> str:
     return harness.markdown(["", "processor", OURS, "uncompiled", *PEERS], rows) + "\n"
 
 
+def page_texts(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the tables of the page by their marks; targets are of processors on which all were measured."""
+    measured = [describe_record(record) for record in records if ADAPT in record["results"]]
+    return {"speed": page_table(records), "targets": "\n".join(measured)}
+
+
+def read_records() -> list[dict[str, Any]]:
+    """Return the timings of all processors."""
+    return [harness.read_json(file) for file in sorted((RESULTS / "speed").glob("*.json"))]
+
+
 # ---- precision -----------------------------------------------------------------------------------
 
 
@@ -256,17 +267,6 @@ def measure_precision(rounds: int, folder: Path) -> dict[str, Any]:
         results[name] = {"median_ms": 1e3 * statistics.median(values), "relative_error": error}
         print(f"  {name}: {results[name]['median_ms']:.1f} ms, error {error:.1e}", flush=True)
     return results
-
-
-def page_texts(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Return the tables of the page by their marks; targets are of processors on which all were measured."""
-    measured = [describe_record(record) for record in records if ADAPT in record["results"]]
-    return {"speed": page_table(records), "targets": "\n".join(measured)}
-
-
-def read_records() -> list[dict[str, Any]]:
-    """Return the timings of all processors."""
-    return [harness.read_json(file) for file in sorted((RESULTS / "speed").glob("*.json"))]
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -315,7 +315,7 @@ def main() -> None:
     file = (options.out or (RESULTS if options.precision else RESULTS / "speed")) / f"{name}.json"
     record: dict[str, Any] = {"machine": machine, "results": {}}
     if file.exists() and (before := harness.read_json(file))["machine"]["torch"] == machine["torch"]:
-        record["results"] = before["results"]  # works not measured now stay
+        record = before if options.works else record | {"results": before["results"]}  # others stay
     elif file.exists() and options.works:
         parser.error(f"{file} is of another PyTorch: measure all of it, without names")
     names = options.works or choices

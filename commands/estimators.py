@@ -258,8 +258,8 @@ class FewShotRegressor(FewShotEstimator):
             return math.nan
         residual = ((targets - self.predict(x).reshape(targets.shape)) ** 2).sum(0)
         total = ((targets - targets.mean(0)) ** 2).sum(0)
-        constant = np.where(residual == 0, 1.0, 0.0)
-        return float(np.mean(np.where(total == 0, constant, 1 - residual / np.where(total == 0, 1, total))))
+        constant = total == 0
+        return float(np.mean(np.where(constant, residual == 0, 1 - residual / np.where(constant, 1, total))))
 
 
 def _check_setting(name: str, value: Any) -> Any:

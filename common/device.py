@@ -58,11 +58,10 @@ def find_device(name: str, world: World) -> torch.device:
     """Return the device of a --device name, a GPU for each process; UsageError if there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = name.partition(":")[0]
-    if kind not in ("cpu", "cuda", "mps"):
-        raise UsageError(f"there is no device {name!r}: give cpu, cuda or mps")
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(kind, True):
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if (kind := name.partition(":")[0]) not in available:
+        raise UsageError(f"there is no device {name!r}: give {', '.join(available)}")
+    if not available[kind]:
         raise UsageError(f"--device {name}: PyTorch finds no such GPU here; use --device cpu")
     if name == "mps" and world.size > 1:
         raise UsageError("--device mps runs one process: use --device cpu, or no torchrun")

@@ -212,16 +212,16 @@ class StepResults:
         first = evaluations[0]
         measured, is_loss = stack(first.quoted), first.quoted == "loss"  # [runs, tasks, steps + 1]
         diverged = torch.stack([e.find_diverged(norm)[tasks] for e in evaluations])
-        defined = ~measured.isnan()
-        of_defined = measured.nanmean(0), defined.any(0)
+        undefined = measured.isnan() & (not is_loss)
+        mean = Tensor.mean if is_loss else Tensor.nanmean
         valid = ~diverged if is_loss else measured.isfinite()  # a metric is infinite where outputs overflow
         of_tasks = measured.where(valid, 0).sum(0) / valid.sum(0)  # NaN where a task diverged in all runs
         kept_mean, kept_intervals = mean_and_interval(of_tasks, valid.any(0))
         kept_means = (measured.where(valid, 0).sum(1) / valid.sum(1)).T
         others = {name: stack(name) for name in first.measures if name != first.quoted}
         return cls(
-            means=(measured.mean(1) if is_loss else measured.nanmean(1)).T,
-            intervals=mean_and_interval(*((measured.mean(0),) if is_loss else of_defined))[1],
+            means=mean(measured, 1).T,
+            intervals=mean_and_interval(mean(measured, 0), ~undefined.all(0))[1],
             diverged=diverged.sum((0, 1)).tolist(),
             kept_means=kept_means,
             kept_mean=kept_mean,
@@ -230,7 +230,7 @@ class StepResults:
                 name: (values.nanmean(1) if name == "accuracy" else values.mean(1)).mean(0)
                 for name, values in others.items()
             },
-            undefined=[0] * measured.shape[2] if is_loss else (~defined).sum((0, 1)).tolist(),
+            undefined=undefined.sum((0, 1)).tolist(),
             tasks=measured.shape[1],
             measured=first.measure,
             more_is_better=first.more_is_better,

@@ -60,7 +60,7 @@ def _with_main(outputs: Tree, scores: Tensor) -> Tree:
     return tree_map(lambda part: scores if part is main else part, outputs)
 
 
-def has_overflown(outputs: Tree, reading: Reading) -> bool:
+def has_overflowed(outputs: Tree, reading: Reading) -> bool:
     """Return whether a task's numbers are not finite, or its classes and labels have no probabilities."""
     if reading.kind == "numbers":
         return not main_tensor(outputs).isfinite().all()
@@ -95,7 +95,7 @@ class Metric:
     def per_step(self, outputs: Tree, batch: TaskBatch, reading: Reading) -> Tensor:
         """Return the measure of outputs `[tasks, steps, query examples, ...]`: float64 `[tasks, steps]`.
 
-        A task whose outputs have overflown has the worst value, and not a share in the undefined ones.
+        A task whose outputs have overflowed has the worst value: it is not undefined.
         """
         outputs, batch = (tree_map(lambda t: t.detach().cpu(), tree) for tree in (outputs, batch))
         targets = batch.query_y
@@ -106,7 +106,8 @@ class Metric:
         elif reading.in_units:
             outputs = reading.in_units(main_tensor(outputs))
         elif reading.kind == "numbers":  # squares of large ones are finite in float64
-            outputs = main_tensor(outputs).double()
+            parts = outputs, targets
+            outputs, targets = tree_map(lambda t: t.double() if t.is_floating_point() else t, parts)
         tasks, steps = first_tensor(outputs).shape[:2]
 
         def pick(tree: Tree, *place: int) -> Tree:
@@ -117,7 +118,7 @@ class Metric:
             mask, ways = (None if size is None else size[task] for size in (batch.query_mask, batch.ways))
             task_reading = reading if ways is None else replace(reading, classes=int(ways))
             task_outputs = cut_outputs(pick(outputs, task, step), mask, ways)
-            if has_overflown(task_outputs, reading):
+            if has_overflowed(task_outputs, task_reading):
                 return -math.inf if self.more_is_better else math.inf
             return self(task_outputs, cut(pick(targets, task), mask), task_reading)
 

@@ -19,7 +19,7 @@ from common.errors import UsageError
 from evaluation.predictions import read_predictions
 from learners.losses import cross_entropy, ignored_label
 from learners.metrics import _load_library, build_metric
-from learners.reading import Reading, has_overflown, read_outputs
+from learners.reading import Metric, Reading, has_overflowed, read_outputs
 from maml import MAML
 from training.checkpoint import load_checkpoint
 from training.folders import BEST
@@ -308,14 +308,17 @@ def test_a_task_that_overflows_has_the_worst_value_and_is_not_left_out():
     batch = TaskBatch(*[torch.zeros(1, 1, 1)] * 4)
     measured = build_metric("mse").per_step(outputs, batch, Reading("numbers"))
     assert measured[0].tolist() == pytest.approx([1, 1e60, math.inf, math.inf])
-    assert has_overflown((torch.zeros(1, 1), torch.full((1, 1), math.nan)), Reading("normal"))
+    assert has_overflowed((torch.zeros(1, 1), torch.full((1, 1), math.nan)), Reading("normal"))
+    second = Metric("second", False, lambda outputs, targets, reading: outputs[1].mean(), "")
+    measured = second.per_step((outputs[:, :1], outputs[:, 1:2]), batch, Reading("numbers"))
+    assert measured.item() == pytest.approx(1e30)
     sure = [[0.0, -math.inf], [-math.inf, 0.0]]  # of two classes, which is no overflow
     scores = torch.tensor([[sure, [[math.nan, 0.0], [0.0, 1.0]], [[math.inf, 0.0], [0.0, 1.0]]]])
     labels = torch.tensor([[0, 1]])
     classes = TaskBatch(scores, labels, scores, labels)
     measured = build_metric("f1").per_step(scores, classes, Reading("classes", 2))
     assert measured.tolist() == [[1, -math.inf, -math.inf]]
-    assert not has_overflown(torch.tensor(sure), Reading("labels", numbers=2))
+    assert not has_overflowed(torch.tensor(sure), Reading("labels", numbers=2))
 
 
 def test_a_metric_is_measured_in_the_units_of_the_targets():

@@ -75,10 +75,13 @@ def test_losses_in_different_units_are_not_compared_and_metrics_are(trained, tmp
     write_table(tmp_path / "b.csv", change=lambda columns: columns | {"y": columns["y"] / 100})
     other = train(tmp_path / "other", *SHORT, "--dataset", f"table:{tmp_path / 'b.csv'}")
     write_table(tmp_path / "c.csv")
-    line = ["--compare", trained / "run", other, "--eval-dataset", f"table:{tmp_path / 'c.csv'}"]
-    line += ["--split", "test", "--out", tmp_path]
-    assert "standardise targets differently, and their losses have different units" in refuse(*line)
-    assert command(*line, "--metric", "mae") == 0
+    write_table(tmp_path / "d.csv", change=lambda columns: columns | {"y": columns["y"] + 1e6})
+    shifted = train(tmp_path / "shifted", *SHORT, "--dataset", f"table:{tmp_path / 'd.csv'}")
+    line = ["--eval-dataset", f"table:{tmp_path / 'c.csv'}", "--split", "test", "--out", tmp_path]
+    message = "standardise targets differently, and their losses have different units"
+    assert message in refuse("--compare", trained / "run", other, *line)
+    assert command("--compare", trained / "run", other, *line, "--metric", "mae") == 0
+    assert command("--compare", trained / "run", shifted, *line) == 0  # the same unit
 
 
 def test_a_table_that_has_changed_is_refused_and_one_that_has_moved_is_not(trained, tmp_path, refuse):
