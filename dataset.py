@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from common.batch import DataRecord, TaskBatch, TaskDistribution, first_tensor, tree_map
+from common.batch import DataRecord, TaskBatch, TaskDistribution, first_tensor, index_tree, tree_map
 from common.errors import UsageError
 from common.names import parse_name
 from common.own_code import call_factory, load_code, parse_arguments, select_accepted
@@ -320,7 +320,7 @@ class Custom(TaskDistribution):
         """Return tasks; UsageError where one differs, called again or without the other seeds."""
         seeds = self._draw_seeds(split, 0, 0, range(CHECKED))
         first, again, alone = (self._call(split, part) for part in (seeds, seeds, seeds[-1:]))
-        tasks = [tree_map(lambda t, i=i: t[i : i + 1], first) for i in range(CHECKED)]
+        tasks = [index_tree(first, slice(i, i + 1)) for i in range(CHECKED)]
         how = ""
         if not _are_equal(first, again):
             how = "when called again, and resuming, comparing"
@@ -400,7 +400,7 @@ def _sort_padding(batch: TaskBatch, part: str) -> TaskBatch:
     place, tasks = (~mask).long().argsort(dim=1, stable=True), torch.arange(len(mask))[:, None]
     mask = mask.gather(1, place)
     place = place.where(mask, place[:, :1])
-    x, y = (tree_map(lambda t: t[tasks, place], getattr(batch, f"{part}_{name}")) for name in "xy")
+    x, y = (index_tree(getattr(batch, f"{part}_{name}"), (tasks, place)) for name in "xy")
     return replace(batch, **{f"{part}_x": x, f"{part}_y": y, f"{part}_mask": mask})
 
 

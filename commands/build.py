@@ -34,7 +34,7 @@ from commands.outputs import (
 from commands.probe import Probe, fit_to_sizes, is_built_in
 from commands.resolve import resolve
 from commands.settings import render_settings
-from common.batch import TaskDistribution, Tree, tree_map
+from common.batch import TaskDistribution, Tree, index_tree, tree_map
 from common.device import Runtime, find_device, set_up
 from common.errors import UsageError
 from common.files import is_writable
@@ -133,7 +133,7 @@ def build(
         distribution = distribution.with_scales(scales)
     split = "test" if call.eval_dataset else "train"
     batch = distribution.sample(split, 0, 0, range(1))
-    x, y = (tree_map(lambda part: part[0], tree) for tree in (batch.support_x, batch.support_y))
+    x, y = index_tree((batch.support_x, batch.support_y), 0)
     outputs = count_outputs(config, y)
     _, maml = build_algorithm(config, runtime, outputs, x, saved=saved, targets=y, scales=distribution.scales)
     say = print_once if runtime.world.first else lambda _: None

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from commands.config import Config
 from commands.outputs import are_equal, blame_flags
-from common.batch import TaskBatch, TaskDistribution, Tree, cast_tree, first_tensor, tree_map
+from common.batch import TaskBatch, TaskDistribution, Tree, cast_tree, first_tensor, index_tree, tree_map
 from common.errors import UsageError, fold_message, is_out_of_memory
 from common.optimizers import Weights
 from common.random import derive_keys, task_stream
@@ -266,7 +266,7 @@ def _join_names(names: list[str]) -> str:
 
 def _take_task(maml: MAML, batch: TaskBatch, keys: Tensor, number: int) -> Task:
     """Return one task of a batch."""
-    return tree_map(lambda t: t[number], Task.of(batch, maml.call.extras(len(keys), keys)))
+    return index_tree(Task.of(batch, maml.call.extras(len(keys), keys)), number)
 
 
 # ---- tasks of different sizes --------------------------------------------------------------------

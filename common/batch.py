@@ -167,6 +167,11 @@ def first_tensor(tree: Tree) -> Tensor:
     return tree if isinstance(tree, Tensor) else pytree.tree_leaves(tree)[0]
 
 
+def index_tree(tree: Tree, place: Any) -> Tree:
+    """Return every tensor of a tree at an index or a slice: `index_tree(batch, 0)` is the first task."""
+    return tree_map(lambda t: t[place], tree)
+
+
 def concatenate_trees(trees: list[Tree]) -> Tree:
     """Concatenate the tensors of equal trees along the first axis."""
     return trees[0] if len(trees) == 1 else tree_map(lambda *parts: torch.cat(parts), *trees)

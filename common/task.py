@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from common.batch import TaskBatch, Tree, first_tensor, register_tree, stack_trees, tree_map
+from common.batch import TaskBatch, Tree, first_tensor, index_tree, register_tree, stack_trees, tree_map
 from common.optimizers import Weights
 from common.random import Stream
 
@@ -57,16 +57,14 @@ class Task:
         count = len(first_tensor(self.support_x))
         if size >= count:
             return [self]
-        return [
-            tree_map(lambda t, first=first: t[first : first + size], self) for first in range(0, count, size)
-        ]
+        return [index_tree(self, slice(first, first + size)) for first in range(0, count, size)]
 
     def at_step(self, step: int) -> tuple[Tree, Tree, Extras]:
         """Return what one task's inner step learns from: inputs, targets, and extras of its pass."""
         x, y, mask = self.support_x, self.support_y, self.support_mask
         if self.order is not None:
             chosen = self.order[step]
-            x, y = (tree_map(lambda t: t[chosen], tree) for tree in (x, y))
+            x, y = index_tree((x, y), chosen)
             mask = None if mask is None else mask[chosen]
         return x, y, self.extras.for_pass("support", step, mask)
 
@@ -172,7 +170,7 @@ def loop_over_tasks(function: Callable[..., Any], in_dims: Any = 0) -> Callable[
         tasks = len(pytree.tree_leaves([argument for argument, axis in pairs if axis is not None])[0])
 
         def call(task: int) -> Any:
-            parts = (x if axis is None else pytree.tree_map(lambda t: t[task], x) for x, axis in pairs)
+            parts = (x if axis is None else index_tree(x, task) for x, axis in pairs)
             return function(*parts)
 
         return stack_trees([call(task) for task in range(tasks)])

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils import _pytree as pytree
 
-from common.batch import Tree, cast_tree, first_tensor, tree_map
+from common.batch import Tree, cast_tree, first_tensor, index_tree, tree_map
 from common.errors import fold_message
 from common.optimizers import Weights
 from common.task import Extras, Task
@@ -223,11 +223,11 @@ def locate_error(error: BaseException) -> str:
 
 def _call_once(loss: Loss, weights: Weights, tasks: Any, over_tasks: OverTasks) -> None:
     with torch.no_grad():
-        loss(weights, tree_map(lambda t: t[0], tasks))
+        loss(weights, index_tree(tasks, 0))
 
 
 def _differentiate(loss: Loss, weights: Weights, tasks: Any, over_tasks: OverTasks) -> None:
-    grad(loss)(weights, tree_map(lambda t: t[0], tasks))
+    grad(loss)(weights, index_tree(tasks, 0))
 
 
 def _vectorise(loss: Loss, weights: Weights, tasks: Any, over_tasks: OverTasks) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn import functional as F
 
-from common.batch import Tree, first_tensor, tree_map
+from common.batch import Tree, first_tensor, index_tree
 from common.errors import UsageError
 from common.names import is_own_code, parse_name
 from common.own_code import check_order, find_parameters, load_code, parse_arguments, select_accepted
@@ -105,7 +105,7 @@ class TaskLoss:
             return loss(outputs, targets, **accepted)
 
         def of_one(*example: Tree) -> Tensor:
-            return loss(*tree_map(lambda t: t[None], example), **accepted)
+            return loss(*index_tree(example, None), **accepted)
 
         return masked_mean(vmap(of_one)(outputs, targets), mask)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.batch import TaskBatch, Tree, first_tensor, tree_map
+from common.batch import TaskBatch, Tree, cast_tree, first_tensor, index_tree, tree_map
 from common.errors import UsageError, fold_message
 from learners.gaussian import CENTRAL, FLOOR, measure_normal, split_normal
 from learners.padding import cut
@@ -106,21 +106,17 @@ class Metric:
         elif reading.in_units:
             outputs = reading.in_units(main_tensor(outputs))
         elif reading.kind == "numbers":  # squares of large ones are finite in float64
-            parts = outputs, targets
-            outputs, targets = tree_map(lambda t: t.double() if t.is_floating_point() else t, parts)
+            outputs, targets = cast_tree((outputs, targets), torch.float64)
         tasks, steps = first_tensor(outputs).shape[:2]
-
-        def pick(tree: Tree, *place: int) -> Tree:
-            return tree_map(lambda t: t[place], tree)
 
         def measure(task: int, step: int) -> float:
             """Return the measure of a task without its padding."""
             mask, ways = (None if size is None else size[task] for size in (batch.query_mask, batch.ways))
             task_reading = reading if ways is None else replace(reading, classes=int(ways))
-            task_outputs = cut_outputs(pick(outputs, task, step), mask, ways)
+            task_outputs = cut_outputs(index_tree(outputs, (task, step)), mask, ways)
             if has_overflowed(task_outputs, task_reading):
                 return -math.inf if self.more_is_better else math.inf
-            return self(task_outputs, cut(pick(targets, task), mask), task_reading)
+            return self(task_outputs, cut(index_tree(targets, task), mask), task_reading)
 
         rows = [[measure(task, step) for step in range(steps)] for task in range(tasks)]
         return torch.tensor(rows, dtype=torch.float64).view(tasks, steps)

@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common.batch import TaskBatch, cast_tree, first_tensor, tree_map
+from common.batch import TaskBatch, cast_tree, first_tensor, index_tree, tree_map
 from common.optimizers import Weights
 from common.task import Task
 from maml import MAML, RATE
@@ -112,7 +112,7 @@ class Definition:
         if maml.choices.objective == "multi-step":
             self.step_weights = torch.full((steps,), 1 / steps, dtype=dtype, device=keys.device)
         tasks = Task.of(self.batch, self.maml.call.extras(len(keys), keys))
-        self.tasks = [tree_map(lambda t, number=number: t[number], tasks) for number in range(len(keys))]
+        self.tasks = [index_tree(tasks, number) for number in range(len(keys))]
         with _FindNarrow(dtype) as mode:
             loss = self.loop.outer_loss(self.parameters, self.tasks[0], self.step_weights)[1].loss
         if dtype is torch.float64 and (mode.narrow or loss.dtype is not dtype):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.func import grad
 
-from common.batch import Tree, first_tensor, tree_map
+from common.batch import Tree, first_tensor, index_tree, tree_map
 from common.choices import ENGINES, check_choice
 from common.optimizers import Weights
 from common.task import MetaGradient, Task, sum_over_tasks
@@ -178,7 +178,7 @@ def joint(maml: MAML, accelerate: Accelerate) -> Way:
     def one_task(parameters: Weights, task: Task) -> tuple[Weights, Tensor, Tree]:
         gradients, outputs = grad(partial(pooled_loss, maml), has_aux=True)(parameters, task)
         queries = len(first_tensor(task.query_y))
-        outputs = tree_map(lambda part: part[-queries:], outputs)
+        outputs = index_tree(outputs, slice(-queries, None))
         return gradients, maml.loss(outputs, task.query_y, task.for_query(0).extras), outputs
 
     gradient = accelerate(maml.over_tasks(one_task, (SAME, TASKS)))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from common.batch import TaskBatch, TaskDistribution, first_tensor, stack_trees, tree_map
+from common.batch import TaskBatch, TaskDistribution, first_tensor, index_tree, stack_trees
 from common.optimizers import Weights
 from common.processes import ALONE, World
 from common.random import derive_keys, minibatch_order, task_stream
@@ -171,7 +171,7 @@ class MetaStep:
         self.statistics_layout = FlatLayout(maml.initial_statistics())
         self.several = members["seed"].dim() > 0
         self.seeds: list[int] = members["seed"].reshape(-1).tolist()
-        example = tree_map(lambda part: part[0], distribution.sample("train", 0, 0, range(1)).support_x)
+        example = index_tree(distribution.sample("train", 0, 0, range(1)).support_x, 0)
         self.draws = maml.call.draws(example)  # random numbers
         self.share = world.share(self.tasks)
         numbers = torch.arange(self.share.start, self.share.stop, device=members["seed"].device)
