@@ -172,6 +172,11 @@ def index_tree(tree: Tree, place: Any) -> Tree:
     return tree_map(lambda t: t[place], tree)
 
 
+def append_axes(t: Tensor, axes: int) -> Tensor:
+    """Return a tensor with `axes` axes, the new ones of length 1 at its end, as broadcasting wants them."""
+    return t.view(*t.shape, *(1,) * (axes - t.dim()))
+
+
 def concatenate_trees(trees: list[Tree]) -> Tree:
     """Concatenate the tensors of equal trees along the first axis."""
     return trees[0] if len(trees) == 1 else tree_map(lambda *parts: torch.cat(parts), *trees)

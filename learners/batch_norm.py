@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from common.batch import append_axes
+
 _STANDARD_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
@@ -66,7 +68,7 @@ class BatchNorm(nn.Module):
         if self.mask is None:
             return means.mean(0, keepdim=True)
         share = self.mask[: len(x)].to(x.dtype)
-        share = (share / share.sum()).view(-1, *(1,) * (x.dim() - 1))
+        share = append_axes(share / share.sum(), x.dim())
         return (share * means).sum(0, keepdim=True)
 
 

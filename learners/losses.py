@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn import functional as F
 
-from common.batch import Tree, first_tensor, index_tree
+from common.batch import Tree, append_axes, first_tensor, index_tree
 from common.errors import UsageError
 from common.names import is_own_code, parse_name
 from common.own_code import check_order, find_parameters, load_code, parse_arguments, select_accepted
@@ -47,7 +47,7 @@ def cross_entropy(
     """
     logits, labels = main_tensor(outputs), first_tensor(targets)
     if mask is not None:
-        labels = labels.where(mask.view(-1, *(1,) * (labels.dim() - 1)), ignore_index)
+        labels = labels.where(append_axes(mask, labels.dim()), ignore_index)
     smoothing = label_smoothing if ways is None else 0.0
     loss = F.cross_entropy(logits, labels, label_smoothing=smoothing, ignore_index=ignore_index)
     if ways is None or not label_smoothing:

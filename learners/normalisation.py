@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from common.batch import append_axes
 from learners.spellings import Replacements, list_spellings, spell_out
 
 
@@ -34,7 +35,7 @@ def _scale_and_shift(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> T
 
 def _per_channel(x: Tensor, weight: Any) -> Any:
     """Return `[channels]` in a shape that broadcasts against x, `[batch, channels, ...]`."""
-    return None if weight is None else weight.view(-1, *(1,) * (x.dim() - 2))
+    return None if weight is None else append_axes(weight, x.dim() - 1)
 
 
 def _layer_norm(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from common.batch import Tree, tree_map
+from common.batch import Tree, append_axes, tree_map
 
 
 def masked_mean(values: Tensor, mask: Tensor | None, before: int = 0) -> Tensor:
@@ -18,7 +18,7 @@ def masked_mean(values: Tensor, mask: Tensor | None, before: int = 0) -> Tensor:
     """
     if mask is None:
         return values.flatten(before).mean(-1)
-    counts = mask.view(*mask.shape, *(1,) * (values.dim() - mask.dim())).expand_as(values)
+    counts = append_axes(mask, values.dim()).expand_as(values)
     return (values * counts).flatten(before).sum(-1) / counts.flatten(before).sum(-1)
 
 

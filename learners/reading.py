@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.batch import TaskBatch, Tree, cast_tree, first_tensor, index_tree, tree_map
+from common.batch import TaskBatch, Tree, append_axes, cast_tree, first_tensor, index_tree, tree_map
 from common.errors import UsageError, fold_message
 from learners.gaussian import CENTRAL, FLOOR, measure_normal, split_normal
 from learners.padding import cut
@@ -45,7 +45,7 @@ def hide_classes(outputs: Tree, ways: Tensor) -> Tree:
     """
     scores = main_tensor(outputs)
     absent = torch.arange(scores.shape[1], device=scores.device) >= ways
-    absent = absent.view(-1, *(1,) * (scores.dim() - 2))
+    absent = append_axes(absent, scores.dim() - 1)
     return _with_main(outputs, scores.masked_fill(absent, torch.finfo(scores.dtype).min / 4))
 
 
@@ -222,7 +222,7 @@ class Reading:
             return (predicted == plain).float().mean(-1)
         labels, valid = self.decode_labels(targets, predicted, before)
         if mask is not None:
-            valid = valid & mask.view(*mask.shape, *(1,) * (valid.dim() - mask.dim()))
+            valid = valid & append_axes(mask, valid.dim())
         right = (predicted == labels) & valid
         return right.flatten(before).sum(-1) / valid.expand_as(right).flatten(before).sum(-1)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.batch import DataRecord, TaskBatch, TaskDistribution, tree_map
+from common.batch import DataRecord, TaskBatch, TaskDistribution, append_axes, tree_map
 from common.random import task_stream
 from common.sizes import Size
 
@@ -96,5 +96,5 @@ def _select(number: Tensor, *parts: Tensor) -> Tensor:
     """Return the tasks `[tasks, ...]` of the parts of these positions, `[tasks]`."""
     selected = parts[0]
     for position, part in enumerate(parts[1:], 1):
-        selected = torch.where((number == position).view(-1, *[1] * (part.dim() - 1)), part, selected)
+        selected = torch.where(append_axes(number == position, part.dim()), part, selected)
     return selected

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.func import grad
 
-from common.batch import Tree, first_tensor, index_tree, tree_map
+from common.batch import Tree, append_axes, first_tensor, index_tree, tree_map
 from common.choices import ENGINES, check_choice
 from common.optimizers import Weights
 from common.task import MetaGradient, Task, sum_over_tasks
@@ -125,7 +125,7 @@ def conjugate_gradients(product: Callable[[Weights], Weights], b: Weights, steps
         return torch.stack([(a[n] * b[n]).flatten(1).sum(1) for n in a]).sum(0)
 
     def move(a: Weights, length: Tensor, b: Weights) -> Weights:
-        return {n: a[n] + length.view(-1, *(1,) * (a[n].dim() - 1)) * b[n] for n in a}
+        return {n: a[n] + append_axes(length, a[n].dim()) * b[n] for n in a}
 
     def ratio(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(b > 0, a / torch.where(b > 0, b, 1.0), 0.0)
