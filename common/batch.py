@@ -7,7 +7,7 @@ inputs or outputs has a nested tuple or dictionary of tensors where others have 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
@@ -22,15 +22,7 @@ Tree = Any  # a tensor, or tensors in nested tuples and dictionaries
 
 def register_tree(cls: type) -> type:
     """Make a dataclass of tensors a tree for PyTorch's transforms; its fields that are None vanish."""
-
-    def flatten(value: Any) -> tuple[list[Any], tuple[str, ...]]:
-        present = [field.name for field in fields(value) if getattr(value, field.name) is not None]
-        return [getattr(value, name) for name in present], tuple(present)
-
-    def unflatten(parts: Any, names: tuple[str, ...]) -> Any:
-        return cls(**dict(zip(names, parts, strict=True)))
-
-    pytree.register_pytree_node(cls, flatten, unflatten)
+    pytree.register_dataclass(cls)
     return cls
 
 
