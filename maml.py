@@ -269,8 +269,7 @@ class MAML:
 
         `order`, `keys` and running `statistics`: see `predictions`; the former two without the axis of tasks.
         """
-        extras = tree_map(lambda part: part[0], self.call.extras(1, None if keys is None else keys[None]))
-        task = Task(support_x, support_y, order=order, extras=extras)
+        task = Task(support_x, support_y, order=order, extras=Extras(keys, self.call.buffers))
         with self.use_running_statistics() if statistics else nullcontext():
             *_, adapted = self.inner_loop(parameters, task, steps, statistics)
         return adapted
