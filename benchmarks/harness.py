@@ -30,7 +30,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "4000")  # as main.py does, before PyTor
 
 from common.errors import UsageError, explain  # noqa: E402 (path first)
 from common.files import read_json as read_json  # noqa: E402 (path first)
-from common.files import write_whole  # noqa: E402 (path first)
+from common.files import write_bytes  # noqa: E402 (path first)
 
 K = TypeVar("K")
 
@@ -69,7 +69,7 @@ def launch(main: Callable[[], int | None]) -> NoReturn:
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all; make its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, content: Any) -> None:

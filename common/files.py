@@ -27,6 +27,11 @@ def write_whole(path: Path, write: Writer) -> None:
     write_all_whole({path: write})
 
 
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Write a file of this content atomically."""
+    write_whole(path, lambda file: file.write(content))
+
+
 def write_all_whole(writers: Mapping[Path, Writer]) -> None:
     """Write several files atomically: all are on the disk before the first is renamed."""
     temporaries = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in writers}

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from common.files import write_whole
+from common.files import write_bytes
 from learners.gaussian import CENTRAL
 
 STYLE_FILE = Path(__file__).with_name("pictures.mplstyle")
@@ -130,5 +130,4 @@ def render(figure: Figure) -> bytes:
 
 def write_figure(path: Path, figure: Figure) -> None:
     """Write a figure as PNG, whole or not at all."""
-    png = render(figure)
-    write_whole(path, lambda file: file.write(png))
+    write_bytes(path, render(figure))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.files import write_whole
+from common.files import write_bytes
 from evaluation.meta_test import Evaluation, mean_and_interval
 
 ALL = "all"  # name of the only setting
@@ -38,8 +38,7 @@ Curve = tuple[Sequence[float], Sequence[float]]  # x and y
 
 def write_json(path: Path, record: Mapping[str, Any], digits: int = 7) -> None:
     """Write a record as JSON, whole or not at all."""
-    text = json.dumps(plain_values(record, digits), indent=1) + "\n"
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_bytes(path, (json.dumps(plain_values(record, digits), indent=1) + "\n").encode())
 
 
 def plain_values(value: Any, digits: int = 7) -> Any:
@@ -59,7 +58,7 @@ def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) 
     """Write rows of cells as CSV, whole or not at all."""
     text = io.StringIO(newline="")
     csv.writer(text).writerows([header, *rows])
-    write_whole(path, lambda file: file.write(text.getvalue().encode()))
+    write_bytes(path, text.getvalue().encode())
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

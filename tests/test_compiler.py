@@ -294,7 +294,7 @@ def test_a_full_disk_fails_the_compilation_and_not_the_process(tmp_path, monkeyp
 
     monkeypatch.setattr(torch._inductor, "aot_compile", lambda *_, **__: [])
     monkeypatch.setattr("torch._inductor.package.package_aoti", lambda package, files: package.write(b"code"))
-    monkeypatch.setattr(compiler, "write_whole", full)
+    monkeypatch.setattr(compiler, "write_bytes", full)
     with pytest.raises(CompilationError, match="No space left on device"):
         active_compiler(tmp_path)(lambda x: (x + 1,))(torch.ones(2))
 

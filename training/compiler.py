@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from common.errors import fold_message
-from common.files import find_user_cache, lock_file, write_whole
+from common.files import find_user_cache, lock_file, write_bytes
 
 Function = Callable[..., Any]
 
@@ -160,7 +160,7 @@ class Compiler:
             files: Any = aot_compile(graph, tuple(tensors), options=configs)
         package = io.BytesIO()  # where the disk is full, PyTorch's own writer ends the process
         package_aoti(package, files)
-        write_whole(path, lambda file: file.write(package.getbuffer()))
+        write_bytes(path, package.getbuffer())
 
     def _key(self, graph: torch.fx.GraphModule, tensors: list[Tensor], options: dict[str, Any]) -> str:
         """Return a hash of everything that the library depends on."""

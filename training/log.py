@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from common.errors import UsageError, fold_message
-from common.files import read_json, write_whole
+from common.files import read_json, write_bytes
 from evaluation.style import render
 from evaluation.tables import plain_values, write_json
 from training.folders import LIST
@@ -68,7 +68,7 @@ class RunLog:
         """Show a figure, and write the same PNG to a file: drawing it is the slow part."""
         png = render(figure)
         self.add({tag: png}, iteration)
-        write_whole(file, lambda opened: opened.write(png))
+        write_bytes(file, png)
 
     def sync(self) -> None:
         """Bring all points to where they belong; raises OSError where that fails."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from common.batch import TaskDistribution
 from common.choices import Choices
-from common.files import write_whole
+from common.files import write_bytes
 from common.optimizers import Weights
 from common.processes import World
 from evaluation.examples import adapt_examples, examples_figure
@@ -83,7 +83,7 @@ class Run:
             description = Description(self._description(), self.columns, empty, self.measure)
             begin_at = self.iteration + 1 if self.iteration else 0
             self.log = RunLog(self.folder, self.training.report_to, description, begin_at=begin_at)
-            write_whole(self.folder / SETTINGS, lambda file: file.write(self.settings_file.encode()))
+            write_bytes(self.folder / SETTINGS, self.settings_file.encode())
 
     def _description(self) -> dict[str, Any]:
         """Return the settings to show, as they are now, and where the weights come from."""
