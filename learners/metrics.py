@@ -18,7 +18,7 @@ from torch import Tensor
 from common.batch import Tree, first_tensor
 from common.errors import UsageError
 from common.names import is_own_code, parse_name
-from common.own_code import check_order, find_parameters, load_code
+from common.own_code import check_order, find_parameters, load_code, select_accepted
 from learners.reading import Metric, Reading, main_tensor
 
 SHORT = {  # of torchmetrics' names, without underscores
@@ -114,11 +114,9 @@ def _call_library(key: str, flag: str, outputs: Tree, targets: Tree, reading: Re
     x, y, sizes = convert(outputs, targets, reading)
     if family == "binary" and x.dim() > 1:
         x = x[:, 1]
-    constant = bool((y == y[:1]).all(0).any()) if len(y) else True
-    if not len(y) or (constant and full in OF_VARIATION):
+    if not len(y) or (full in OF_VARIATION and (y == y[:1]).all(0).any()):
         return math.nan
-    accepted = {name: size for name, size in sizes.items() if name in find_parameters(function)}
-    return function(x, y, **accepted)
+    return function(x, y, **select_accepted(function, sizes))
 
 
 def _convert_classes(outputs: Tree, targets: Tree, reading: Reading) -> tuple[Tensor, Tensor, dict[str, int]]:
