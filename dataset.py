@@ -99,8 +99,7 @@ def _open_table(options: TaskOptions, dtype: torch.dtype, shares: dict[str, int]
 
 def _open_images(options: TaskOptions, data_root: Path, shares: dict[str, int]) -> ImageSet:
     """Return the images of a named set, or those of a path, split by these shares."""
-    assert options.image_size and options.channels
-    form = Form(options.image_size, options.channels, options.invert, options.resize, options.black_and_white)
+    form = Form.of(options)
     kind, source, _ = parse_name(options.dataset)
     if kind == "images":
         return open_images(Path(source), form, shares, options.columns, options.min_examples)

@@ -200,10 +200,7 @@ def read_tasks(path: Path, start: Initialisation) -> list[UserTask]:
         )
         tasks = [task]
     elif images:
-        assert options.image_size and options.channels
-        look = options.invert, options.resize, options.black_and_white
-        form = Form(options.image_size, options.channels, *look)
-        tasks = [read_task_folder(path, form, source.image_range, *place)]
+        tasks = [read_task_folder(path, Form.of(options), source.image_range, *place)]
     else:
         columns = Columns.parse(options.columns, options.exclude_columns)
         # the inputs are those of training, whatever their order here

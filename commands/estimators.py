@@ -120,10 +120,9 @@ class FewShotEstimator:
             x = x[source.inputs]
         values = read_numbers("x", x, axes=2)
         if kind == "images":
-            assert options.image_size and options.channels
-            form = Form(options.image_size, options.channels, options.invert, options.resize)
             user_range = options.black_and_white if "image_range" in self.settings else None
-            inputs = read_pixels(values, form, source.image_range, user_range).to(runtime.dtype) / 255
+            pixels = read_pixels(values, Form.of(options), source.image_range, user_range)
+            inputs = pixels.to(runtime.dtype) / 255
         else:
             inputs = apply_scale(torch.tensor(values), source.scales, "input", "x")
         is_integer = kind == "any" and not inputs.is_floating_point()  # such as tokens

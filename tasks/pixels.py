@@ -25,6 +25,7 @@ from tqdm import tqdm
 from common.errors import UsageError
 from tasks.cache import cache_array
 from tasks.file_tasks import explain
+from tasks.options import TaskOptions
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # about files that are read anyway
 
@@ -48,6 +49,12 @@ class Form:
     resize: str = "lanczos"  # or "nearest"
     range: Range | None = None  # None: the whole range of 8 bits
     kind: str = PLAIN  # of the files
+
+    @classmethod
+    def of(cls, options: TaskOptions) -> Form:
+        assert options.image_size and options.channels
+        look = options.invert, options.resize, options.black_and_white
+        return cls(options.image_size, options.channels, *look)
 
     @property
     def record(self) -> list[str]:
