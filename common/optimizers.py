@@ -102,11 +102,11 @@ class InnerOptimizer:
         steps = slots["count"]["steps"] + 1
         mean = {n: beta_1 * slots["mean"][n] + (1 - beta_1) * g for n, g in gradients.items()}
         square = {n: beta_2 * slots["square"][n] + (1 - beta_2) * g * g for n, g in gradients.items()}
-        count, correction_1 = {"steps": steps}, _correction(beta_1, steps)
+        count, correction_1 = {"steps": steps}, bias_correction(beta_1, steps)
         if "mass" in slots["count"]:
             correction_2 = count["mass"] = beta_2 * slots["count"]["mass"] + (1 - beta_2)
         else:
-            correction_2 = _correction(beta_2, steps)
+            correction_2 = bias_correction(beta_2, steps)
         directions = {
             n: (mean[n] / correction_1) / (_root(square[n] / correction_2) + self.eps) for n in gradients
         }
@@ -127,8 +127,8 @@ def initial_rates(choices: Choices, adapted: Weights, seed: int) -> Weights:
     return rates
 
 
-def _correction(beta: float, steps: Tensor) -> Tensor:
-    # 1 - beta ** steps would lose digits where it is small
+def bias_correction(beta: float, steps: Tensor) -> Tensor:
+    """Return 1 - beta ** steps, by which Adam divides its moments, without losing digits."""
     return -torch.expm1(steps * math.log(beta)) if beta else torch.ones_like(steps)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from common.batch import TaskBatch, TaskDistribution, first_tensor, index_tree, stack_trees
-from common.optimizers import Weights
+from common.optimizers import Weights, bias_correction
 from common.processes import ALONE, World
 from common.random import derive_keys, minibatch_order, task_stream
 from common.task import Extras, Task
@@ -110,9 +110,7 @@ def adam(state: State, gradient: Tensor, *, lr: float | Tensor) -> State:
     """Move parameters and moments as `torch.optim.Adam` does (Kingma and Ba 2015)."""
     beta_1, beta_2, eps = 0.9, 0.999, 1e-8
     step = (state.updates + 1).to(gradient.dtype)
-    # 1 - beta ** step, which is small at first, without losing digits
-    correction_1 = -torch.expm1(step * math.log(beta_1))
-    correction_2 = -torch.expm1(step * math.log(beta_2))
+    correction_1, correction_2 = bias_correction(beta_1, step), bias_correction(beta_2, step)
     exp_avg = state.exp_avg + (1 - beta_1) * (gradient - state.exp_avg)
     exp_avg_sq = beta_2 * state.exp_avg_sq + (1 - beta_2) * gradient * gradient
     denominator = (exp_avg_sq / correction_2).sqrt() + eps
