@@ -69,11 +69,11 @@ class FewShotEstimator:
         self._fitted: tuple[UserTask, Solution] | None = None
 
     @classmethod
+    @_as_value_errors()
     def load(cls, run: Path | str, *, device: str = "cpu", **settings: Any) -> Self:
         """Return the estimator of a trained run; ValueError where the run or a setting does not fit."""
         estimator = cls(run, device=device, **settings)
-        with _as_value_errors():
-            estimator._open()
+        estimator._open()
         return estimator
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
@@ -160,48 +160,48 @@ class FewShotClassifier(FewShotEstimator):
 
     classification = True
 
+    @_as_value_errors()
     def fit(self, x: Any, y: Any) -> Self:
         """Adapt to examples `[examples, ...]` with labels of any kind; ValueError where they do not fit."""
-        with _as_value_errors():
-            inputs, labels = self._inputs(x), np.asarray(y)
-            if labels.shape != inputs.shape[:1]:
-                raise UsageError(f"y is {labels.shape}: give a label for each of the {len(inputs)} examples")
-            if labels.dtype.kind == "f" and (labels != labels.round()).any():
-                raise UsageError("y has decimals or NaN: give labels; FewShotRegressor predicts numbers")
-            try:
-                classes, positions = np.unique(labels, return_inverse=True)
-            except TypeError as error:
-                raise UsageError(f"y has labels of several kinds: {error}") from error
-            number = len(classes)
-            if number < 2:
-                raise UsageError(f"y has one class, {classes.tolist()[0]!r}: give examples of two or more")
-            self._open().check_classes(number, "y")
-            outputs = torch.arange(number)  # of each class: a table orders those that are numbers by size
-            if find_data_facts(self._open().config.tasks.dataset).inputs == "vectors":
-                _, outputs = sort_classes([str(label) for label in classes], outputs)
-            reading = self._adapt(inputs, outputs[torch.from_numpy(positions)], number).reading
-            ordered = reading.kind in ("classes", "ordinal") and reading.classes == number
-            if not ordered and (reading.kind, number) != ("labels", 2):
-                raise UsageError(f"the learner gives {reading.describe()}, no scores of {number} classes")
+        inputs, labels = self._inputs(x), np.asarray(y)
+        if labels.shape != inputs.shape[:1]:
+            raise UsageError(f"y is {labels.shape}: give a label for each of the {len(inputs)} examples")
+        if labels.dtype.kind == "f" and (labels != labels.round()).any():
+            raise UsageError("y has decimals or NaN: give labels; FewShotRegressor predicts numbers")
+        try:
+            classes, positions = np.unique(labels, return_inverse=True)
+        except TypeError as error:
+            raise UsageError(f"y has labels of several kinds: {error}") from error
+        number = len(classes)
+        if number < 2:
+            raise UsageError(f"y has one class, {classes.tolist()[0]!r}: give examples of two or more")
+        self._open().check_classes(number, "y")
+        outputs = torch.arange(number)  # of each class: a table orders those that are numbers by size
+        if find_data_facts(self._open().config.tasks.dataset).inputs == "vectors":
+            _, outputs = sort_classes([str(label) for label in classes], outputs)
+        reading = self._adapt(inputs, outputs[torch.from_numpy(positions)], number).reading
+        ordered = reading.kind in ("classes", "ordinal") and reading.classes == number
+        if not ordered and (reading.kind, number) != ("labels", 2):
+            raise UsageError(f"the learner gives {reading.describe()}, no scores of {number} classes")
         self.classes_, self._places = classes, outputs
         return self
 
+    @_as_value_errors()
     def predict(self, x: Any) -> Array:
         """Return the class of each example."""
-        with _as_value_errors():
-            reading, outputs, *_ = self._outputs(x)
+        reading, outputs, *_ = self._outputs(x)
         predicted = reading.predict(outputs).view(-1).long()
         return self.classes_[self._places.argsort()[predicted].numpy()]
 
+    @_as_value_errors()
     def predict_proba(self, x: Any) -> Array:
         """Return the probability of each class, `[examples, classes]`; after --loss bce, each by itself."""
-        with _as_value_errors():
-            reading, outputs, *_ = self._outputs(x)
-            shares = reading.probabilities(outputs).double()
-            if reading.kind == "labels":  # one logit, of the second class
-                shares = torch.cat([1 - shares.view(-1, 1), shares.view(-1, 1)], 1)
-            if shares.shape[1] != len(self.classes_):
-                raise UsageError(f"the learner gives {reading.describe()}: classes have no probabilities")
+        reading, outputs, *_ = self._outputs(x)
+        shares = reading.probabilities(outputs).double()
+        if reading.kind == "labels":  # one logit, of the second class
+            shares = torch.cat([1 - shares.view(-1, 1), shares.view(-1, 1)], 1)
+        if shares.shape[1] != len(self.classes_):
+            raise UsageError(f"the learner gives {reading.describe()}: classes have no probabilities")
         return shares[:, self._places].numpy()
 
     def score(self, x: Any, y: Any) -> float:
@@ -214,34 +214,34 @@ class FewShotRegressor(FewShotEstimator):
 
     classification = False
 
+    @_as_value_errors()
     def fit(self, x: Any, y: Any) -> Self:
         """Adapt to examples with targets `[examples]` or `[examples, targets]`, in the units of the data."""
-        with _as_value_errors():
-            start, inputs, targets = self._open(), self._inputs(x), read_numbers("y", y)
-            if len(targets) != len(inputs):
-                raise UsageError(f"y is {targets.shape}: give a target for each of {len(inputs)} examples")
-            self._shape = targets.shape[1:]
-            columns = targets if self._shape else targets[:, None]
-            scaled = apply_scale(torch.tensor(columns), start.source.scales, "target", "y")
-            reading = self._adapt(inputs, scaled.to(start.runtime.dtype)).reading
-            options = start.config.learner
-            if reading.has_accuracy:
-                raise UsageError(f"the learner gives {reading.describe()}, no numbers: use --adapt")
-            if options.loss not in LOSSES and options.outputs != "numbers":
-                raise UsageError(f"whether outputs of --loss {options.loss} predict y, say outputs='numbers'")
+        start, inputs, targets = self._open(), self._inputs(x), read_numbers("y", y)
+        if len(targets) != len(inputs):
+            raise UsageError(f"y is {targets.shape}: give a target for each of {len(inputs)} examples")
+        self._shape = targets.shape[1:]
+        columns = targets if self._shape else targets[:, None]
+        scaled = apply_scale(torch.tensor(columns), start.source.scales, "target", "y")
+        reading = self._adapt(inputs, scaled.to(start.runtime.dtype)).reading
+        options = start.config.learner
+        if reading.has_accuracy:
+            raise UsageError(f"the learner gives {reading.describe()}, no numbers: use --adapt")
+        if options.loss not in LOSSES and options.outputs != "numbers":
+            raise UsageError(f"whether outputs of --loss {options.loss} predict y, say outputs='numbers'")
         return self
 
+    @_as_value_errors()
     def predict(self, x: Any, return_std: bool = False) -> Any:
         """Return predicted targets of the shape that `fit` was given, in the units of the data.
 
         With `return_std`, return their standard deviations too; ValueError unless --loss gaussian-nll.
         """
-        with _as_value_errors():
-            _, _, numbers, deviations = self._outputs(x)
-            if numbers.shape[1:].numel() != math.prod(self._shape):
-                raise UsageError(f"the learner's outputs are {(*numbers.shape,)}, none of y's {self._shape}")
-            if return_std and deviations is None:
-                raise UsageError("the run gives no standard deviations: train one with --loss gaussian-nll")
+        _, _, numbers, deviations = self._outputs(x)
+        if numbers.shape[1:].numel() != math.prod(self._shape):
+            raise UsageError(f"the learner's outputs are {(*numbers.shape,)}, none of y's {self._shape}")
+        if return_std and deviations is None:
+            raise UsageError("the run gives no standard deviations: train one with --loss gaussian-nll")
         parts = [numbers, deviations] if return_std and deviations is not None else [numbers]
         mean, *deviation = (part.double().reshape(-1, *self._shape).numpy() for part in parts)
         return (mean, *deviation) if return_std else mean
