@@ -7,7 +7,6 @@ are returned, and whatever else it leaves in the module is put back: a pass is a
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -164,7 +163,7 @@ class FunctionalLearner:
     def _restore(self, module: nn.Module) -> Iterator[list[Alias]]:
         """Put back what a pass leaves in the module; yield where it keeps its tensors besides."""
         if module not in self._belongings:
-            names = {id(t): n for n, t in (*module.named_parameters(), *module.named_buffers())}
+            names = {id(t): name for name, t in _named_tensors(module).items()}
             self._belongings[module] = find_holders(module), find_aliases(module, names)
         holders, aliases = self._belongings[module]
         with restore_containers(holders):
@@ -175,25 +174,21 @@ class FunctionalLearner:
         keys = torch.zeros(2, dtype=torch.int64, device=first_tensor(x).device)
         mode = Elementary(keys, first_tensor(x))
         with torch.no_grad(), mode, self._restore(self.module) as aliases:
-            names = self._tensor_names()
+            names = _named_tensors(self.module).keys()
             _, after = call_with(self.module, tensors, x, aliases)
-            for name in sorted(self._tensor_names() - names):
+            for name in sorted(_named_tensors(self.module).keys() - names):
                 raise UnfitError(
                     f"{describe_owner(self.module, name)} makes {name} in a forward pass, "
                     "which would be another one each time: make it in __init__, or use a lazy layer"
                 )
         return after, mode.draws.calls
 
-    def _tensor_names(self) -> set[str]:
-        return {n for n, _ in (*self.module.named_parameters(), *self.module.named_buffers())}
-
     def _find_changing(self, original: nn.Module, x: Tree) -> Weights:
         """Return the buffers and frozen parameters that a pass changes, batch norm's aside.
 
         Raises UnfitError where a pass changes what is not given to it, or calls the layers of `original`.
         """
-        module = self.module
-        tensors = dict(itertools.chain(module.named_parameters(), module.named_buffers()))
+        module, tensors = self.module, _named_tensors(self.module)
         copies = {name: t.detach().clone() for name, t in tensors.items() if name not in self.statistics}
         places = {name: t.data_ptr() for name, t in copies.items()}
         others = [(t, t._version) for t in find_tensors(module)]
@@ -231,6 +226,11 @@ class FunctionalLearner:
                 "so would go from task to task: use register_buffer"
             )
         return {name: tensors[name].detach().clone() for name in copies if name in changed}
+
+
+def _named_tensors(module: nn.Module) -> Weights:
+    """Return a module's parameters and buffers, each by the first of its names."""
+    return dict([*module.named_parameters(), *module.named_buffers()])
 
 
 def collect_fixed_tensors(module: nn.Module) -> Weights:
