@@ -110,7 +110,7 @@ def read_split(paths: Sequence[Path], split: str) -> Labelled:
     if "class_dict" in content:
         classes = {str(name): np.asarray([*places]) for name, places in content["class_dict"].items()}
     else:
-        numbers, names = np.asarray(labels), _name_labels(content, split)
+        numbers, names = np.asarray(labels), _name_labels(content)
         if len(numbers) != len(images):
             problem = f"{len(images):,} images and {len(numbers):,} labels"
             raise UsageError(f"{paths[0]}: {problem}: they should match")
@@ -126,7 +126,7 @@ def read_split(paths: Sequence[Path], split: str) -> Labelled:
     return _as_pictures(images, paths[0]), classes
 
 
-def _name_labels(content: Mapping[str, Any], split: str) -> dict[Any, str]:
+def _name_labels(content: Mapping[str, Any]) -> dict[Any, str]:
     """Return the names of labels, where the file has some."""
     if isinstance(content.get("catname2label"), Mapping):
         return {label: str(name) for name, label in content["catname2label"].items()}
