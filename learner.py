@@ -43,8 +43,6 @@ def mlp(outputs: int, inputs: Shape = (1,), *, width: int = 40, layers: int = 2)
 
 
 class Sine(nn.Module):
-    """Apply the sine to each number."""
-
     elementary = True  # see `learners.elementary.is_elementary`
 
     def forward(self, x: Tensor) -> Tensor:

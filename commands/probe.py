@@ -265,7 +265,6 @@ def _join_names(names: list[str]) -> str:
 
 
 def _take_task(maml: MAML, batch: TaskBatch, keys: Tensor, number: int) -> Task:
-    """Return one task of a batch."""
     return index_tree(Task.of(batch, maml.call.extras(len(keys), keys)), number)
 
 

@@ -30,7 +30,6 @@ class Span(NamedTuple):
 
     @property
     def size(self) -> Size:
-        """Return the size with these ends."""
         return f"{self.least}-{self.most}" if self.varies else self.most
 
 

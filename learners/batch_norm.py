@@ -95,7 +95,6 @@ def convert_batch_norm(module: nn.Module) -> nn.Module:
 
 
 def norm_layers(module: nn.Module) -> dict[str, BatchNorm]:
-    """Return the `BatchNorm` layers by name."""
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, BatchNorm)}
 
 

@@ -132,7 +132,6 @@ def add_context(module: nn.Module, size: int, *, seed: int = 0) -> nn.Module:
 
 
 def context_names(module: nn.Module) -> frozenset[str]:
-    """Return the names of the context vectors."""
     layers = module.named_modules()
     return frozenset(join_names(name, "context") for name, layer in layers if isinstance(layer, ContextLayer))
 

@@ -38,7 +38,6 @@ OTHER_LEARNER = LearnerFacts("any", init="torch", adapt_norm=True, inner_lr=0.01
 
 
 def find_learner_facts(learner: str) -> LearnerFacts:
-    """Return the facts of a learner by its name."""
     return LEARNERS.get(learner, OTHER_LEARNER)
 
 

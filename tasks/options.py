@@ -235,7 +235,6 @@ class TaskOptions:
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Return the weights of the data sets."""
         return tuple(map(float, self.mix.split(","))) if self.mix else (1.0,) * len(self.datasets)
 
     def of(self, name: str) -> TaskOptions:

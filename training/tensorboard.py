@@ -142,7 +142,6 @@ def _encode(tag: str, value: Value) -> Summary.Value:
 
 
 def has_log(folder: Path) -> bool:
-    """Return whether a run has event files."""
     return any(folder.glob("events.out.tfevents.*"))
 
 

@@ -168,7 +168,6 @@ class Trainer:
         self.save(LAST)
 
     def step(self) -> None:
-        """Take one iteration."""
         self.plain_step.stop = self.stop.signal is not None
         self.state = self.meta_step(self.state, self.iteration)
         self.iteration += 1
