@@ -186,9 +186,8 @@ class MetaStep:
         speed_up = partial(accelerate, options=SAMPLING_OPTIONS) if distribution.computed else run_as_is
         self._fast_iterate = self._at_edge(self._iterate, speed_up)
         self._fast_sample = self._at_edge(self._sample, speed_up)
-        self._send = self._at_edge(
-            *(self._message_of_numbers, speed_up) if self.at_once else (self._message, run_as_is)
-        )
+        message, fast = (self._message_of_numbers, speed_up) if self.at_once else (self._message, run_as_is)
+        self._send = self._at_edge(message, fast)
         self._receive = self._at_edge(self._update, speed_up)
 
     def _at_edge(
