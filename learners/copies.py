@@ -58,10 +58,10 @@ def copy_module(module: nn.Module) -> nn.Module:
             raise UnfitError(f"{_find_uncopyable(module)} cannot be copied ({error})") from error
     # not through functions, which still refer to the module
     for holder in find_holders(copied, skipped=types.FunctionType):
-        pairs = holder.items() if isinstance(holder, dict) else enumerate(holder)
-        functions = [(key, value) for key, value in pairs if isinstance(value, types.FunctionType)]
-        for key, value in [] if isinstance(holder, set) else functions:
-            holder[key] = _bind_to_copies(value, memo)
+        if not isinstance(holder, set):
+            for key, value in holder.items() if isinstance(holder, dict) else enumerate(holder):
+                if isinstance(value, types.FunctionType):
+                    holder[key] = _bind_to_copies(value, memo)
     return copied
 
 
