@@ -22,7 +22,6 @@ from tqdm import tqdm
 from common.batch import TaskDistribution
 from common.errors import LostError, UsageError, describe_os_error, fold_message, is_out_of_memory
 from common.processes import ALONE, World
-from learners.reading import choose_reading
 from maml import MAML
 from training import nonfinite
 from training.adjoint import run_as_is
@@ -78,7 +77,7 @@ class Trainer:
             always = copy.copy(compiler)  # a resumed run validates before it compiles its step
             always.active = True
             self.predictor = maml.with_options(accelerate=always.or_plain)
-        accuracy = ["query_accuracy"] * choose_reading(maml.reading, training_tasks.most_ways).has_accuracy
+        accuracy = ["query_accuracy"] * runs[0].reading.has_accuracy
         self.metrics = ["query_loss", *accuracy, "meta_gradient_norm", *TAIL]  # of an iteration
         self.iteration = self.begun = runs[0].iteration
         self.window_size = runs[0].progress.window_size  # iterations since the last point of the curves
