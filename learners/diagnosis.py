@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
+from torch.nn.utils import get_total_norm
 from torch.utils import _pytree as pytree
 
 from common.batch import Tree, cast_tree, first_tensor, index_tree, tree_map
@@ -356,5 +357,5 @@ def _find_wrong_order(layer: nn.Module, weights: Weights, call: Any, keys: Tenso
 
 
 def _relative_error(a: list[Tensor], b: list[Tensor]) -> float:
-    difference = torch.stack([(x - y).norm() for x, y in zip(a, b, strict=True)]).norm()
-    return (difference / torch.stack([y.norm() for y in b]).norm().clamp(min=1e-12)).item()
+    difference = get_total_norm([x - y for x, y in zip(a, b, strict=True)])
+    return (difference / get_total_norm(b).clamp(min=1e-12)).item()

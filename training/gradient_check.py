@@ -25,6 +25,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.func import grad
+from torch.nn.utils import get_total_norm
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -408,7 +409,7 @@ def _dot(a: Weights, b: Weights) -> Tensor:
 
 
 def _norm(weights: Weights) -> float:
-    return torch.stack([w.norm() for w in weights.values()]).norm().item()
+    return get_total_norm(weights.values()).item()
 
 
 def _move(weights: Weights, distance: float, direction: Weights) -> Weights:
