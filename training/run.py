@@ -72,14 +72,17 @@ class Run:
     def begin(self) -> None:
         """Open the log and write the settings; a new run describes itself in both."""
         if self.writes:
-            empty = ["query accuracy"] * (not self.reading.has_accuracy)
-            empty += ["query metric"] * (self.reading.metric is None)
-            empty += ["inner rates"] * (self.choices.inner_rates == "fixed")
-            empty += ["ridge head"] * (self.choices.head_init != "ridge")
-            empty += ["calibration"] * (not self.reading.further)
-            several = len(self.datasets) > 1
-            empty += ["loss by data set"] * (not several)
-            empty += ["accuracy by data set"] * (not (several and self.reading.has_accuracy))
+            reading, several = self.reading, len(self.datasets) > 1
+            filled = {
+                "query accuracy": reading.has_accuracy,
+                "query metric": reading.metric,
+                "inner rates": self.choices.inner_rates != "fixed",
+                "ridge head": self.choices.head_init == "ridge",
+                "calibration": reading.further,
+                "loss by data set": several,
+                "accuracy by data set": several and reading.has_accuracy,
+            }
+            empty = [chart for chart, has_points in filled.items() if not has_points]
             description = Description(self._description(), self.columns, empty, self.measure)
             begin_at = self.iteration + 1 if self.iteration else 0
             self.log = RunLog(self.folder, self.training.report_to, description, begin_at=begin_at)
