@@ -39,7 +39,6 @@ from evaluation.tables import after_steps, write_csv, write_json
 from learners.losses import LOSSES
 from learners.reading import Reading
 from maml import MAML
-from tasks.options import find_data_facts
 from tasks.pixels import Form
 from tasks.scales import Scales, undo_scale
 from tasks.tables import Columns
@@ -176,7 +175,7 @@ def read_tasks(path: Path, start: Initialisation) -> list[UserTask]:
     """Return the tasks of a folder of images, or of a table; UsageError unless the checkpoint fits them."""
     config, source, runtime = start.config, start.source, start.runtime
     options, place = config.tasks, (runtime.device, runtime.dtype)
-    images = find_data_facts(options.dataset).inputs == "images"
+    images = options.facts.inputs == "images"
     if not path.exists():
         raise UsageError(f"--adapt {path}: there is no such file or folder")
     arrays = path.suffix == ".npz"

@@ -30,7 +30,6 @@ from common.options import find_nearest
 from common.task import UserTask
 from learners.losses import LOSSES
 from learners.reading import Reading
-from tasks.options import find_data_facts
 from tasks.pixels import Form
 from tasks.scales import apply_scale
 from tasks.tables import sort_classes
@@ -112,7 +111,7 @@ class FewShotEstimator:
         """Return examples as the learner gets them: scaled as the run's images, or its table, were."""
         start = self._open()
         source, options, runtime = start.source, start.config.tasks, start.runtime
-        kind = find_data_facts(options.dataset).inputs
+        kind = options.facts.inputs
         if source.inputs and hasattr(x, "columns"):  # a data frame: by name, in whatever order
             if missing := [name for name in source.inputs if name not in x.columns]:
                 raise UsageError(f"x has no column {missing[0]!r}, an input of the run's table")
@@ -176,7 +175,7 @@ class FewShotClassifier(FewShotEstimator):
             raise UsageError(f"y has one class, {classes.tolist()[0]!r}: give examples of two or more")
         self._open().check_classes(number, "y")
         outputs = torch.arange(number)  # of each class: a table orders those that are numbers by size
-        if find_data_facts(self._open().config.tasks.dataset).inputs == "vectors":
+        if self._open().config.tasks.facts.inputs == "vectors":
             _, outputs = sort_classes([str(label) for label in classes], outputs)
         reading = self._adapt(inputs, outputs[torch.from_numpy(positions)], number).reading
         ordered = reading.kind in ("classes", "ordinal") and reading.classes == number

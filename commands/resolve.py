@@ -281,7 +281,7 @@ def _on_other_data(config: Config, dataset: str, flags: Mapping[str, Any]) -> Co
             f"--eval-dataset {dataset} is what the checkpoint learned from, training classes included: leave "
             "it out to test on its own test tasks"
         )
-    now, before = find_data_facts(dataset), find_data_facts(tasks.dataset)
+    now, before = find_data_facts(dataset), tasks.facts
     same_inputs = now.inputs == before.inputs or "any" in (now.inputs, before.inputs)
     if not same_inputs or now.classification not in (None, tasks.classification):
         kind = "classification" if tasks.classification else "regression"

@@ -18,7 +18,7 @@ from training.options import ENDING
 
 
 def _has_images(config: Config) -> bool:
-    return find_data_facts(config.tasks.dataset).inputs == "images"
+    return config.tasks.facts.inputs == "images"
 
 
 def _has_head(config: Config) -> bool:
@@ -137,7 +137,7 @@ def _mixture_rules(config: Config, flags: Mapping[str, Any]) -> Iterator[str]:
 def _learner_rules(config: Config) -> Iterator[str]:
     """Yield where learner, data, loss and steps do not fit each other."""
     tasks, learner = config.tasks, config.learner
-    inputs, loss = find_data_facts(tasks.dataset).inputs, learner.loss
+    inputs, loss = tasks.facts.inputs, learner.loss
     if "any" not in (learner.facts.inputs, inputs) and learner.facts.inputs != inputs:
         fitting = " or ".join(name for name, facts in LEARNERS.items() if facts.inputs == inputs)
         yield f"--learner {learner.learner} does not fit --dataset {tasks.dataset}: use {fitting}"

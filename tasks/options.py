@@ -229,6 +229,10 @@ class TaskOptions:
     # fmt: on
 
     @property
+    def facts(self) -> DataFacts:
+        return find_data_facts(self.dataset)
+
+    @property
     def datasets(self) -> tuple[str, ...]:
         """Return the names of the data sets, of which there may be several."""
         return split_mixture(self.dataset)
