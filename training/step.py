@@ -305,12 +305,11 @@ class MetaStep:
         """Return `moved` if its numbers are finite, else what --on-nan says; the device is not asked."""
         skipped, last = state.sums[-2], state.sums[-1]
         if self.options.on_nan == "skip":
-            tail = torch.stack([skipped + 1, (state.iteration + 1).to(last.dtype)])
-            fallback = state._replace(sums=torch.cat([state.sums[:-2], tail]), iteration=moved.iteration)
+            tail, iteration = [skipped + 1, moved.iteration.to(last.dtype)], moved.iteration
         else:
-            tail = torch.stack([skipped, torch.full_like(last, torch.inf)])
-            fallback = state._replace(sums=torch.cat([state.sums[:-2], tail]))
+            tail, iteration = [skipped, torch.full_like(last, torch.inf)], state.iteration
             finite = finite & last.isfinite()
+        fallback = state._replace(sums=torch.cat([state.sums[:-2], torch.stack(tail)]), iteration=iteration)
         return State(*(torch.where(finite, new, old) for new, old in zip(moved, fallback, strict=True)))
 
     def _inputs(self, seed: Tensor, iteration: Tensor, numbers: Tensor, batch: TaskBatch) -> dict[str, Any]:
