@@ -92,7 +92,7 @@ class Task:
         return torch.cat([complete_mask(x, mask, axis) for x, mask in sets], axis)
 
 
-def complete_mask(x: Tree, mask: Tensor | None, axis: int = 0) -> Tensor:
+def complete_mask(x: Tree, mask: Tensor | None, axis: int) -> Tensor:
     """Return the mask of examples, or one that leaves out nothing; `axis` is theirs."""
     first = first_tensor(x)
     return first.new_ones(first.shape[: axis + 1], dtype=torch.bool) if mask is None else mask

@@ -150,7 +150,7 @@ class FunctionalLearner:
         # an output that is no example's, such as an additional loss, stays whole
         return tree_map(lambda part: part[shots:] if part.shape[:1] == (count,) else part, outputs)
 
-    def extras(self, tasks: int, keys: Tensor | None = None) -> Extras:
+    def extras(self, tasks: int, keys: Tensor | None) -> Extras:
         """Return the extras of several tasks: keys `[tasks, 2]`, and each buffer expanded over tasks."""
         return Extras(keys, {name: b.expand(tasks, *b.shape) for name, b in self.buffers.items()})
 

@@ -25,7 +25,7 @@ def target_axis(axes: int) -> int:
     return -3 if axes == 4 else -1
 
 
-def split_normal(outputs: Tensor, floor: float = FLOOR, before: int = 0) -> tuple[Tensor, Tensor]:
+def split_normal(outputs: Tensor, floor: float, before: int = 0) -> tuple[Tensor, Tensor]:
     """Return the means and the variances in outputs `[..., examples, ..., 2 * targets]`, a half each.
 
     `before` is the number of axes before that of the examples. Raises ValueError for a floor that is not

@@ -59,7 +59,7 @@ def replace_module(module: nn.Module, name: str, new: nn.Module) -> nn.Module:
     return module
 
 
-def remove_head(module: nn.Module, head: str | None = None) -> nn.Module:
+def remove_head(module: nn.Module, head: str | None) -> nn.Module:
     """Return a copy without its linear head: its outputs are the inputs of the head."""
     return replace_module(copy_module(module), linear_head(module, head), nn.Identity())
 

@@ -98,7 +98,7 @@ def divide_classes(
     shares: Mapping[str, int],
     place: str,
     source: str,
-    min_examples: int = 0,
+    min_examples: int,
 ) -> tuple[dict[str, list[str]], str, list[str]]:
     """Split classes as their parts are, or at random where these are one, or all have the same classes.
 

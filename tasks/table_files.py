@@ -66,7 +66,7 @@ class TableFile:
         """Return an error about a cell; rows are counted from 1, without the header."""
         return UsageError(f"{self.path}: column {name!r}, data row {row}{problem}")
 
-    def numbers(self, names: Sequence[str], others: Sequence[str] = ()) -> Tensor:
+    def numbers(self, names: Sequence[str], others: Sequence[str]) -> Tensor:
         """Return columns as float64 `[rows, columns]`, NaN where missing; each element of a list is one.
 
         The decimal mark is the same in `others`, the table's other numbers.
