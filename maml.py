@@ -377,7 +377,7 @@ class MAML:
                 with self.use_running_statistics():
                     part |= self._predict_each_step(parameters, tasks, steps, running, statistics)
             parts.append(part)
-        return {name: concatenate_trees([part[name] for part in parts]) for name in normalisations}
+        return concatenate_trees(parts)
 
     def _predict_each_step(
         self,
@@ -412,7 +412,7 @@ class MAML:
                 examples = self.over_tasks(lambda task, step=step: task.at_step(step))(tasks)
                 state, buffers = for_all(adapt, axis, None, 0, 0, 0)(state, shared, *examples)
                 axis, tasks = 0, tasks.with_buffers(buffers)
-        return {name: stack_trees([after[name] for after in outputs], 1) for name in normalisations}
+        return stack_trees(outputs, 1)
 
     def predict(self, adapted: Adapted, normalisation: str) -> Tree:
         """Return outputs on one task's query set, with the learner in evaluation mode."""
