@@ -86,8 +86,7 @@ def _drop(
 def _native_dropout(
     draws: Draws, input: Tensor, p: float, train: bool | None = True
 ) -> tuple[Tensor, Tensor]:
-    ones = torch.ones_like(input)
-    mask = draws.drop(ones, p, train is not False, input.shape)
+    mask = draws.drop(torch.ones_like(input), p, train is not False, input.shape)
     return input * mask, mask != 0
 
 

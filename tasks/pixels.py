@@ -286,8 +286,7 @@ def _read_deep(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
     """Return the values of an image of more than 8 bits, upright: colour and opacity `[height, width, n]`."""
     high_bytes = image.mode[0] not in "IFL"
     low = ImageOps.exif_transpose(_read_low_bytes(image)) if high_bytes else None
-    upright = ImageOps.exif_transpose(image)
-    stored = np.asarray(upright)
+    stored = np.asarray(ImageOps.exif_transpose(image))
     values = (stored.view(np.int8) if image.mode == "L" else stored).astype(np.float64)
     if low is not None:
         values = values * 256 + np.asarray(low)
