@@ -128,7 +128,7 @@ class Probe:
                 if failure is None:
                     raise
                 lack, way_round = PROBLEMS[failure.problem]
-                text = f"{learner}: {failure.describe_layer} {lack} ({failure.reason})"
+                text = f"{learner}: {failure.place} {lack} ({failure.reason})"
                 text += way_round if flags.get(failure.problem) else ""
                 raise UsageError(text) from error
         if names:
@@ -252,7 +252,7 @@ class Probe:
             x = cast_tree(self.x, check.dtype)
             call = self.maml.in_precision(check.dtype).call
             if wrong := find_wrong_layer(call.module, call.as_kept(call.parameters), x, self.keys[0]):
-                return f"{wrong.describe_layer} being {wrong.reason}"
+                return f"{wrong.place} being {wrong.reason}"
         return "for which no single layer can be named"
 
 

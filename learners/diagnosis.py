@@ -54,7 +54,7 @@ class Finding(NamedTuple):
     reason: str  # place in the code and error, at most 160 characters; or how far a derivative is off
 
     @property
-    def describe_layer(self) -> str:
+    def place(self) -> str:
         return describe_layer(self.layer, self.kind)
 
 
