@@ -26,7 +26,7 @@ from training.folders import LIST
 FORMAT = "maml checkpoint"
 VERSION = 3  # checkpoints/resave.py turns files of version 2 into this one
 
-Curve = dict[str, list[float]]  # "iteration" and metrics, by name
+History = dict[str, list[float]]  # "iteration" and metrics, by name
 
 
 @dataclass
@@ -37,8 +37,8 @@ class Progress:
     best_iteration: int | None = None
     window: dict[str, float] = field(default_factory=dict)  # sums behind the next point, by metric
     window_size: int = 0
-    training: Curve = field(default_factory=dict)
-    validation: Curve = field(default_factory=dict)
+    training: History = field(default_factory=dict)
+    validation: History = field(default_factory=dict)
     origin: str | None = None  # the checkpoint whose weights the run began with, if any
 
 

@@ -25,7 +25,7 @@ from evaluation.tables import plain_values, write_json
 from learners.computed_heads import RIDGE
 from learners.reading import Reading
 from maml import MAML, RATE
-from training.checkpoint import Checkpoint, Curve, Progress
+from training.checkpoint import Checkpoint, History, Progress
 from training.folders import RESULTS, SETTINGS
 from training.log import RunLog
 from training.options import TrainingOptions
@@ -237,7 +237,7 @@ class Run:
         return curves | {"validation": [validation]}
 
 
-def final_loss(training: Curve) -> dict[str, Any] | None:
+def final_loss(training: History) -> dict[str, Any] | None:
     """Return the "mean" training loss of about the last 500 iterations, whole points, "from" and "to"."""
     if not training:
         return None
@@ -249,7 +249,7 @@ def final_loss(training: Curve) -> dict[str, Any] | None:
     return {"mean": mean, "from": before + 1, "to": last}
 
 
-def extend_curve(curve: Curve, iteration: int, values: dict[str, float]) -> None:
+def extend_curve(curve: History, iteration: int, values: dict[str, float]) -> None:
     """Append a point to a curve; what was not measured before is NaN there."""
     points = len(curve.get("iteration", []))
     for name, value in {"iteration": iteration, **values}.items():
