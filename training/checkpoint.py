@@ -117,14 +117,7 @@ def check_same_data(path: Path, saved: Checkpoint, now: DataRecord, *, other_dat
     """
     pairs = {"input": (saved.inputs, now.inputs)}
     if not other_data:
-        pairs |= {
-            split: (names, now.splits[split]) for split, names in saved.splits.items() if split in now.splits
-        }
-        if saved.image_range != now.image_range:
-            ranges = "; now ".join(
-                ", ".join(part) or "plain" for part in (saved.image_range, now.image_range)
-            )
-            raise UsageError(f"{path}: the images had another range ({ranges}): restore them")
+        pairs |= {split: (names, now.splits.get(split, [])) for split, names in saved.splits.items()}
     for part, (before, after) in pairs.items():
         if before and after and before != after:
             different = min({*before} ^ {*after}, default="their order")
@@ -132,7 +125,12 @@ def check_same_data(path: Path, saved: Checkpoint, now: DataRecord, *, other_dat
                 f"{path}: the data had different {part} names ({different} differs): restore them, "
                 "or test on other data with --eval-dataset"
             )
-    for sizes in () if other_data else saved.fingerprint.keys() & now.fingerprint.keys():
+    if other_data:
+        return
+    if saved.image_range != now.image_range:
+        ranges = "; now ".join(", ".join(part) or "plain" for part in (saved.image_range, now.image_range))
+        raise UsageError(f"{path}: the images had another range ({ranges}): restore them")
+    for sizes in saved.fingerprint.keys() & now.fingerprint.keys():
         if saved.fingerprint[sizes] != now.fingerprint[sizes]:
             if sizes == TABLE:
                 raise UsageError(
