@@ -52,9 +52,9 @@ class Form:
 
     @classmethod
     def of(cls, options: TaskOptions) -> Form:
-        assert options.image_size and options.channels
-        look = options.invert, options.resize, options.black_and_white
-        return cls(options.image_size, options.channels, *look)
+        size, channels = options.image_size, options.channels
+        assert size and channels
+        return cls(size, channels, options.invert, options.resize, options.black_and_white)
 
     @property
     def record(self) -> list[str]:
