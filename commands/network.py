@@ -169,7 +169,7 @@ def give_initialisation(call: Call) -> None:
     assert call.load is not None and file is not None
     source = load_checkpoint(call.load)
     config = restore_config(source.settings, call.load)
-    choices, learner = config.choices, config.learner
+    choices, learner, head = config.choices, config.learner, config.choices.head_init
     if file.suffix == ".pt2":
         raise UsageError(f"{file}: a program is of an adapted network: add --adapt, or name FILE.safetensors")
     if choices.fast_weights == "context":
@@ -179,8 +179,7 @@ def give_initialisation(call: Call) -> None:
         state = {name.replace("network.", "", 1): tensor for name, tensor in state.items()}
     write_weights(file, state, config)
     remarks = {  # what a loader should know
-        f"without the head, which is {choices.head_init} before the first step": choices.head_init
-        != "learned",
+        f"without the head, which is {head} before the first step": head != "learned",
         "with its learned rates, inner_lr/...": choices.inner_rates != "fixed",
         "with a row for each inner step in batch norm": choices.norm_per_step and learner.has_batch_norm,
         "for standardised numbers, by the scales of the checkpoint": bool(source.scales),
