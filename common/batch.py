@@ -160,12 +160,12 @@ def first_tensor(tree: Tree) -> Tensor:
 
 
 def index_tree(tree: Tree, place: Any) -> Tree:
-    """Return every tensor of a tree at an index or a slice: `index_tree(batch, 0)` is the first task."""
+    """Index every tensor of a tree: `index_tree(batch, 0)` is the first task."""
     return tree_map(lambda t: t[place], tree)
 
 
 def append_axes(t: Tensor, axes: int) -> Tensor:
-    """Return a tensor with `axes` axes, the new ones of length 1 at its end, as broadcasting wants them."""
+    """Append axes of length 1 until there are `axes`, so that a tensor broadcasts from the left."""
     return t.view(*t.shape, *(1,) * (axes - t.dim()))
 
 
