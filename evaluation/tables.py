@@ -330,7 +330,9 @@ def results_table(results: Mapping[str, StepResults], caption: Caption, *, losse
         shown = [[column[: caption.test_steps + 1][-1] for column in part.values()] for part in further]
         rows = [[name, *cells] for name, cells in zip(results, shown, strict=True)]
         text += "\n" + table([after_steps(caption.test_steps), *further[0]], rows)
-    return f"{text}\nQuery {measure}: {describe_means(parts, text)}."
+    unit = "".join(caption.loss_name.partition(" of ")[1:])  # of the loss, where that is not the data's
+    remark = f" The MSE is that{unit}." if unit and FURTHER["mse"][0] in further[0] else ""
+    return f"{text}\nQuery {measure}: {describe_means(parts, text)}.{remark}"
 
 
 def _format_others(part: StepResults, units: Mapping[str, Units]) -> dict[str, list[str]]:

@@ -54,7 +54,7 @@ def test_an_evaluation_measures_the_mean_and_the_bands_of_each_task_and_step():
             assert got == pytest.approx(expected)
 
 
-def test_predictions_of_a_table_are_means_and_deviations_in_its_units(tmp_path):
+def test_predictions_of_a_table_are_means_and_deviations_in_its_units(tmp_path, capsys):
     rows = [f"{t},{i},{100 + 30 * math.sin(t + i)},{5 * t - i}" for t in range(9) for i in range(8)]
     (tmp_path / "data.csv").write_text("\n".join(["task,x,y,z", *rows]))
     data = ["--dataset", f"table:{tmp_path / 'data.csv'}", "--columns", "target=y,z", "-k", 3, "-q", 3]
@@ -81,6 +81,7 @@ def test_predictions_of_a_table_are_means_and_deviations_in_its_units(tmp_path):
     given = torch.export.load(program).module()(torch.tensor([[2.0], [3.5]], dtype=torch.float64))
     torch.testing.assert_close(torch.cat(given, 1), found, rtol=1e-4, atol=1e-4)
     assert command("--eval", "--load", last) == 0
+    assert "The MSE is that of standardised targets." in capsys.readouterr().out
     after = read_record(tmp_path / "run", "last-test-*.json")["per_step"][1]
     assert {"loss", "mse", "mse_interval_95", "coverage_50", "coverage_90"} <= after.keys()
 
