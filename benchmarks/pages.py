@@ -143,8 +143,8 @@ def table_text(table: Table, records: Mapping[str, Record]) -> str:
         *format_tables(table, records, [*table.columns]),
         describe_tests(table, records) + f" Not run: {absent}." * bool(absent) + "\n",
         markdown(["", "trained for", "best at", "time of a run", "flags"], lines) + "\n",
-        f"`python benchmarks/reproduce.py {table.name}` trains with `python main.py {table.flags} --seed 0` and the",
-        f"flags of a row, from further seeds as well, and tests with `python main.py --eval` and {tests}."
+        f"`python benchmarks/reproduce.py {table.name}` trains with `python main.py {table.flags} --seed 0`,",
+        f"the flags of a row and further seeds, and tests with `python main.py --eval` and {tests}."
         + f" The baselines are those of **{table.measured_with}** (`--baselines`)." * bool(table.baselines)
         + "\n",
     ]

@@ -51,7 +51,8 @@ def compare(call: Call, flags: Mapping[str, Any], command: str) -> None:
     first_task = chosen_by if call.split == "validation" else 0
     first = Path(call.compare[0])
     folder = make_writable(call.out or (first if first.is_dir() else first.parent).parent)
-    names = as_file_name("-vs-".join(runs))[:LONGEST_NAMES]
+    paths = [Path(path).resolve().name for path in call.compare]
+    names = min(map(as_file_name, ("-vs-".join(runs), "-vs-".join(paths))), key=len)[:LONGEST_NAMES]
     caption, tasks = summarise(subjects, call.split)
     stem = folder / f"comparison-{names}-{tasks}"
     device = prepare(subjects[0].config, call).describe()

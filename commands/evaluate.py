@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -338,10 +339,10 @@ class Subject:
 
 def print_by_size(settings: Mapping[str, Sequence[Evaluation]], caption: Caption) -> None:
     """Print a table of the runs of each setting whose tasks differ in size."""
-    for name, runs in settings.items():
-        if runs[0].sizes:
-            heading = f"By size, {after_steps(caption.test_steps)}" + f", {name}" * (name != ALL)
-            print(f"\n{heading}:\n{sizes_table(runs, caption)}")
+    for name, step in product(settings, caption.test_steps):
+        if (runs := settings[name])[0].sizes:
+            heading = f"By size, {after_steps(step)}" + f", {name}" * (name != ALL)
+            print(f"\n{heading}:\n{sizes_table(runs, caption, step)}")
     if any(runs[0].sizes for runs in settings.values()):
         print()
 
@@ -401,6 +402,6 @@ def summarise(subjects: Sequence[Subject], split: str = "test") -> tuple[Caption
         title=", ".join(filter(None, titles)),
         loss_name=common((subject.loss_name for subject in subjects), "loss"),
         trained_steps=common(config.choices.trained_steps for config in configs),
-        test_steps=configs[0].evaluation.test_steps,
+        test_steps=tuple(sorted({config.evaluation.test_steps for config in configs})),
     )
     return caption, "-".join(filter(None, names))

@@ -19,7 +19,7 @@ from evaluation.examples import Examples, draw_fits
 from evaluation.paired import Side, difference
 from evaluation.tables import ALL, Caption, Curve, StepResults
 
-LEAST_ERROR = 0.01  # percent: a logarithmic axis has no 0
+LEAST_ERROR = 0.01  # percent, drawn in place of 0, which a logarithmic axis lacks
 MOST_MARKED = 100  # points of a curve that have markers
 MOST_DRAWN = 500  # points of a training curve in its picture
 Curves = Mapping[str, Sequence[Curve]]  # curves of a setting's runs, by label
@@ -67,6 +67,8 @@ def draw_results(
     """
     measure = next(iter(results.values())).measure(caption.loss_name)
     is_accuracy = measure == "accuracy"
+    errors = [100 * (1 - part.kept_means).nan_to_num(0.0).max().item() for part in results.values()]
+    least = LEAST_ERROR if max(errors) > 2 * LEAST_ERROR else 0.0
     for number, (name, part) in enumerate(results.items()):
         runs = part.kept_means.shape[1]
         mean = "mean" + f" of {runs}" * (runs > 1)
@@ -81,11 +83,13 @@ def draw_results(
         if len(intervals) == 1:
             panel.axhline(means.mean().item(), color=style.GREY, linestyle="--", label=label)
         else:
-            means = means.clamp(min=LEAST_ERROR) if is_accuracy else means
+            means = means.clamp(min=least) if is_accuracy else means
             curves = [(range(len(run)), run) for run in means.tolist()]
             draw_curve(panel, number, label, curves, intervals if runs == 1 else None)
     drawn = "error (%)" if is_accuracy else measure
     style.label_axes(panel, "inner steps", f"query {drawn}", wide=2 if is_accuracy else 10)
+    if is_accuracy and not least:
+        panel.set_ylim(bottom=0.0)
     kinds = {"range of the runs" if p.kept_means.shape[1] > 1 else "95 % interval" for p in results.values()}
     band = "; of a single run ".join(sorted(kinds, reverse=True))
     panel.fill_between([], [], color=style.GREY, alpha=0.25, linewidth=0, label=band)

@@ -91,15 +91,15 @@ class Caption:
     title: str
     loss_name: str
     trained_steps: int | None  # None: several runs that were trained for different numbers
-    test_steps: int  # whose result is quoted
+    test_steps: tuple[int, ...]  # whose results are quoted: of several runs, each has one of them
 
     @property
     def marks(self) -> dict[int, str]:
         """Return words for the numbers of steps that matter."""
-        if self.test_steps == self.trained_steps:
-            return {self.test_steps: "trained for, the result"}
+        if self.test_steps == (self.trained_steps,):
+            return {self.test_steps[0]: "trained for, the result"}
         trained = {} if self.trained_steps is None else {self.trained_steps: "trained for"}
-        return {self.test_steps: "the result", **trained}
+        return {step: "the result" for step in self.test_steps if not self.test_steps[1:]} | trained
 
 
 def choose_units(measure: str) -> Units:
@@ -323,13 +323,13 @@ def results_table(results: Mapping[str, StepResults], caption: Caption, *, losse
         marks = [caption.marks.get(step, "") for step in range(last + 1)]
         text = table([*names, ""], list(zip(*cells, marks, strict=True)))
     else:
-        steps = sorted({0, caption.test_steps, last})
+        steps = sorted({0, *caption.test_steps, last})
         rows = [[name, *(part.cell(s, scale, digits) for s in steps)] for name, part in results.items()]
         text = table(["", *map(after_steps, steps)], rows)
-    if len(parts) > 1 and further[0]:
-        shown = [[column[: caption.test_steps + 1][-1] for column in part.values()] for part in further]
+    for quoted in caption.test_steps if len(parts) > 1 and further[0] else ():
+        shown = [[column[: quoted + 1][-1] for column in part.values()] for part in further]
         rows = [[name, *cells] for name, cells in zip(results, shown, strict=True)]
-        text += "\n" + table([after_steps(caption.test_steps), *further[0]], rows)
+        text += "\n" + table([after_steps(quoted), *further[0]], rows)
     unit = "".join(caption.loss_name.partition(" of ")[1:])  # of the loss, where that is not the data's
     remark = f" The MSE is that{unit}." if unit and FURTHER["mse"][0] in further[0] else ""
     return f"{text}\nQuery {measure}: {describe_means(parts, text)}.{remark}"
@@ -355,15 +355,15 @@ def describe_means(results: Sequence[StepResults], table: str) -> str:
     return f"mean ± 95 % interval over {tasks}{after}"
 
 
-def sizes_table(runs: Sequence[Evaluation], caption: Caption) -> str:
-    """Return the results of runs on the same tasks, after the quoted step, by each size that varies."""
+def sizes_table(runs: Sequence[Evaluation], caption: Caption, step: int) -> str:
+    """Return the results of runs on the same tasks, after an inner step, by each size that varies."""
     texts = []
     for name, sizes in runs[0].sizes.items():
         rows = []
         for label, tasks in _group_sizes(sizes):
             results = [StepResults.over(runs, norm, tasks) for norm in runs[0].losses]
             measure, scale, digits = choose_units(results[0].measure(caption.loss_name))
-            cells = [one.cell(caption.test_steps, scale, digits) for one in results]
+            cells = [one.cell(step, scale, digits) for one in results]
             rows.append([label, f"{results[0].tasks:,}", *cells])
         names = list(runs[0].losses)
         texts.append(table([name, "tasks", *(names if len(names) > 1 else [measure])], rows))

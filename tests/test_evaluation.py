@@ -162,7 +162,7 @@ def test_a_table_has_each_reading_after_each_step_and_the_accuracy_of_diverged_t
     losses[0, 1] = torch.nan
     both = {"transductive": values, "inductive": values / 2}
     evaluation = Evaluation({"loss": dict.fromkeys(both, losses), "accuracy": both})
-    table = results_table(results_of({"all": [evaluation]}), Caption("", "cross-entropy", 2, 1))
+    table = results_table(results_of({"all": [evaluation]}), Caption("", "cross-entropy", 2, (1,)))
     mean, interval = mean_and_interval(100 * values[:, 1])
     heading, _, after_one, *_ = table.splitlines()
     assert heading.split() == ["steps", "transductive", "diverged", "inductive", "diverged"]
@@ -170,7 +170,9 @@ def test_a_table_has_each_reading_after_each_step_and_the_accuracy_of_diverged_t
     assert "Query accuracy %" in table and table.endswith("over 9 tasks.")
     measures = {"loss": {"inductive": values}, "accuracy": {"inductive": values / 2}}
     quiet = results_of({"all": [Evaluation(measures)]})
-    heading, before, *_ = results_table(quiet, Caption("", "cross-entropy", 2, 1), losses=True).splitlines()
+    heading, before, *_ = results_table(
+        quiet, Caption("", "cross-entropy", 2, (1,)), losses=True
+    ).splitlines()
     assert heading.split() == ["steps", "accuracy", "%", "cross-entropy"]
     assert before.split()[-1] == f"{values[:, 0].mean():.4g}"
 

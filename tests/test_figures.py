@@ -25,7 +25,7 @@ from training.folders import LAST
 
 STYLE = rc_params_from_file(style.STYLE_FILE, use_default_template=False)
 INK = to_hex(STYLE["text.color"])
-CAPTION = Caption("sinusoid", "MSE", trained_steps=1, test_steps=1)
+CAPTION = Caption("sinusoid", "MSE", trained_steps=1, test_steps=(1,))
 
 # what colour-blind readers see: Machado et al. (2009), full severity
 SEEN_BY = {

@@ -110,7 +110,7 @@ def test_the_record_has_the_numbers_of_tables_and_picture():
 def test_a_figure_shows_many_sides_of_any_name():
     names = ["_hidden", "$x", *map(str, range(9))]
     sides = [side(name, losses(AFTER)) for name in names]
-    figure = comparison_figure(sides, Caption("a_$title", "MSE", None, 1))
+    figure = comparison_figure(sides, Caption("a_$title", "MSE", None, (1,)))
     style.render(figure)
     labels = [label.get_text() for label in figure.axes[-1].get_yticklabels()]
     assert labels == names

@@ -23,6 +23,7 @@ from evaluation.meta_test import evaluate
 from learner import build_learner
 from training import trainer
 from training.checkpoint import Checkpoint, load_checkpoint
+from training.compiler import Compiler
 from training.folders import BEST, LAST, RESULTS
 from training.run import final_loss
 from training.trainer import FAILED, Trainer
@@ -231,6 +232,17 @@ def test_an_interrupted_validation_is_done_after_resuming(validation, whole, tmp
     assert not (run / RESULTS).exists()
     assert command("--load", run / LAST) == 0
     assert_same_run(whole, run)
+
+
+def test_a_signal_to_this_process_alone_cuts_compiling_short(tmp_path, monkeypatch):
+    def build(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("compiling went on")
+
+    monkeypatch.setattr(Compiler, "_build", build)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert train(tmp_path / "run", *SETTINGS, *SCHEDULE, "--compile", "on") == 128 + signal.SIGTERM
+    assert last_of(tmp_path / "run").iteration == 100
 
 
 def test_a_run_that_loses_another_process_is_saved_first(whole, tmp_path, before_evaluation, monkeypatch):

@@ -87,7 +87,7 @@ def test_each_measure_has_its_own_unit_where_settings_have_different_ones():
 def test_the_mean_over_all_tasks_comes_first_and_the_one_without_diverged_tasks_after_it():
     quiet = evaluation(*[[2.0, 1.0]] * 4)
     diverging = evaluation(*[[4.0, 2.0]] * 3, [4.0, 1e6])
-    results, caption = {"all": [quiet, diverging]}, Caption("", "MSE", 1, 1)
+    results, caption = {"all": [quiet, diverging]}, Caption("", "MSE", 1, (1,))
     after_one = tables.results_of(results)["all"].record()[1]
     assert (after_one["mean"], after_one["lowest"], after_one["highest"]) == (125001.25, 1.0, 250001.5)
     # three tasks have a mean of 1.5 over the seeds, and one has 1.0, of the seed in which it did not diverge
@@ -105,7 +105,7 @@ def test_the_mean_over_all_tasks_comes_first_and_the_one_without_diverged_tasks_
 @pytest.mark.parametrize("lost", [math.nan, 1e19])
 def test_one_diverged_task_of_one_seed_is_seen_in_the_first_number(lost):
     runs = [evaluation(*[[1.0, 0.5]] * 3), evaluation(*[[1.0, 0.5]] * 2, [1.0, lost])]
-    table = tables.results_table(tables.results_of({"all": runs}), Caption("", "MSE", 1, 1))
+    table = tables.results_table(tables.results_of({"all": runs}), Caption("", "MSE", 1, (1,)))
     mean = "1.7e18 ± " if lost == 1e19 else "not finite ("
     assert cells(table.splitlines()[2])[1].startswith(mean)
     assert cells(table.splitlines()[2])[2:4] == ["1", "0.5000 ± 0.0000"]
@@ -134,7 +134,13 @@ def test_the_interval_over_seeds_is_that_of_each_tasks_mean_over_them():
 def test_the_table_of_many_settings_has_a_few_steps_as_columns():
     results = {f"a-{n}": [evaluation([n, n, n, n / 2], [n, n, n, n / 2])] for n in range(1, 5)}
     results["oracle"] = [evaluation([0.0], [0.0])]  # is not adapted
-    heading, *rows = tables.results_table(tables.results_of(results), Caption("", "MSE", 1, 1)).splitlines()
+    text = tables.results_table(
+        tables.results_of(results), Caption("", "MSE", None, (1, 2))
+    )  # trained for other numbers
+    assert cells(text.splitlines()[0]) == ["after 0 steps", "after 1 step", "after 2 steps", "after 3 steps"]
+    heading, *rows = tables.results_table(
+        tables.results_of(results), Caption("", "MSE", 1, (1,))
+    ).splitlines()
     assert cells(heading) == ["after 0 steps", "after 1 step", "after 3 steps"]
     assert [cells(row)[0] for row in rows[:5]] == list(results)
     assert cells(rows[0])[1:] == ["1.0000 ± 0.0000", "1.0000 ± 0.0000", "0.5000 ± 0.0000"]
@@ -150,7 +156,7 @@ def test_a_size_of_one_task_has_no_interval_and_several_runs_have_their_spread()
         evaluation([9.0, 1.0, 8.0], [9.0, 2.0, 8.0], [9.0, 4.0, 8.0], shots=shots),
         evaluation([9.0, 2.0, 8.0], [9.0, 5.0, 8.0], [9.0, 9.0, 8.0], shots=shots),
     ]
-    _, one, two = tables.sizes_table(runs, Caption("", "MSE", 1, 1)).splitlines()
+    _, one, two = tables.sizes_table(runs, Caption("", "MSE", 1, (1,)), 1).splitlines()
     assert one.split() == ["1", "1", "1.5000", "(1.0000", "to", "2.0000)"]
     assert two.split()[:3] == ["2", "2", "5.0000"] and "(3.0000 to 7.0000)" in two
 

@@ -24,7 +24,7 @@ class StopRequest:
     def __init__(self, world: World, *, show: bool) -> None:
         self.world, self.show = world, show
         self.signal: int | None = None
-        self._agreed = False
+        self._agreed = self._raises = False
 
     @contextmanager
     def catch_signals(self) -> Iterator[None]:
@@ -35,7 +35,9 @@ class StopRequest:
             restore()
             if self.show:  # not print(): the signal may have come in the middle of one
                 with suppress(OSError):  # nobody reads it
-                    os.write(2, b"\nEnding after this iteration; once more to end at once.\n")
+                    os.write(2, b"\nStopping after this iteration; a second signal stops at once.\n")
+            if self._raises:
+                raise InterruptedError
 
         def restore() -> None:
             for number, handler in handlers.items():
@@ -46,6 +48,15 @@ class StopRequest:
             yield
         finally:
             restore()
+
+    @contextmanager
+    def cut_short(self) -> Iterator[None]:
+        """Let a signal raise InterruptedError: what is under way changes nothing, and may take minutes."""
+        self._raises = True
+        try:
+            yield
+        finally:
+            self._raises = False
 
     def is_local(self) -> bool:
         """Return whether a signal has come to a process on its own, which need not ask others."""

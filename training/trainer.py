@@ -240,20 +240,21 @@ class Trainer:
         failure, right = None, torch.tensor(False)
         try:
             for ahead in range(TRIES):
-                errors, same = self._compare(ahead)
+                with self.stop.cut_short():
+                    errors, same = self._compare(ahead)
                 right = right | same
                 if right.all() or self.stop.signal:
                     break
             if not right.all():
                 failure = f"compiled, an iteration is {errors.max():.1%} off"
-        except CompilationError as error:
-            failure = str(error)
+        except (CompilationError, InterruptedError) as error:
+            failure = f"{error}" or "interrupted"
         self._leave_out(begin)
         failures, signals = zip(*self.world.gather((failure, self.stop.signal)), strict=True)
         if any(failures):  # all processes compute alike
             self.compiler.active = False
             self.stop.signal = next(filter(None, signals), None)
-            if self.stop.signal:  # it has ended the C++ compiler too
+            if self.stop.signal:
                 return False
             self._stay_uncompiled()
             self._say(f"The run stays uncompiled: {next(filter(None, failures))}")
