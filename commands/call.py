@@ -129,6 +129,7 @@ ALL_FLAGS = CONFIG_FLAGS | CALL_FLAGS
 # by --no-NAME
 CAN_BE_SWITCHED_OFF = {"invert", "adapt_norm", "norm_per_step", "vectorise", "check_gradients", "standardise"}
 BY_FLAG = {form.lstrip("-"): name for name, declared in ALL_FLAGS.items() for form in declared.names}
+OTHER_NAMES = {"--lr": "--meta-lr", "--epochs": "--iterations", "--inner-steps": "-s"}  # elsewhere
 
 # Each flag of the first list contradicts each of the second.
 CLASHES = (
@@ -180,7 +181,7 @@ def find_setting(flag: str) -> str | None:
 def suggest_flag(word: str) -> str:
     """Ask whether the flag was meant that is nearest to a misspelt one, or whose setting has this name."""
     names = {f"--{name.replace('_', '-')}": declared.name for name, declared in ALL_FLAGS.items()}
-    names |= {form: form for declared in ALL_FLAGS.values() for form in declared.names}
+    names |= OTHER_NAMES | {form: form for declared in ALL_FLAGS.values() for form in declared.names}
     names |= {off: off for name in CAN_BE_SWITCHED_OFF if (off := f"--no-{ALL_FLAGS[name].name[2:]}")}
     near = find_nearest(f"--{word.lstrip('-')}", names)
     return f"; did you mean {names[near]}?" if near else ""

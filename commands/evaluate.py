@@ -292,7 +292,8 @@ class Subject:
         """Add the quoted result to TensorBoard's log of the run, if it is a test as the run was trained."""
         tasks, trained = self.config.tasks, self.trained.tasks
         if not call.eval_dataset:
-            tasks = replace(tasks, dataset=trained.dataset)  # its files may have moved
+            # its files may have moved, and any number of queries measures the same adaptation
+            tasks = replace(tasks, dataset=trained.dataset, queries=trained.queries)
         if call.out or not self.file or not self.source or tasks != trained or not has_log(self.file.parent):
             return
         norm, step = self.trained.choices.query_norm, self.config.evaluation.test_steps

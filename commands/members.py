@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from commands.call import Call, find_setting
+from commands.call import Call, find_setting, suggest_flag
 from commands.config import CONFIG_FLAGS, Config, show
 from commands.resolve import resolve
 from common.errors import UsageError
@@ -71,7 +71,8 @@ def _parse_axes(sweep: Sequence[str], flags: Mapping[str, Any]) -> dict[str, dic
         name = find_setting(key) or ""
         flag = CONFIG_FLAGS.get(name)
         if flag is None or name in ("seed", "metric", "metric_mode") or flag.kind is tuple:
-            raise UsageError(f"--sweep {text}: {key} cannot be swept (of seeds, give --seeds)")
+            hint = " (of seeds, give --seeds)" if name else suggest_flag(key)
+            raise UsageError(f"--sweep {text}: {key} cannot be swept{hint}")
         if name in axes or name in flags:
             raise UsageError(f"{flag.name} is given twice: give all of its values at once")
         try:

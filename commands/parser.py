@@ -18,7 +18,13 @@ from typing import Any, NoReturn
 
 from commands.call import ALL_FLAGS, CAN_BE_SWITCHED_OFF, find_setting, suggest_flag
 from commands.config import CONFIG_FLAGS, GROUPS, show
-from commands.presets import ALGORITHMS, DEFAULT_COLUMNS, DEFAULTS, SINUSOID_DEFAULTS
+from commands.presets import (
+    ALGORITHMS,
+    DEFAULT_COLUMNS,
+    DEFAULTS,
+    HARMONIC_DEFAULTS,
+    SINUSOID_DEFAULTS,
+)
 from commands.settings import read_settings
 from common.errors import UsageError
 from common.options import BY_RULE, Flag
@@ -99,7 +105,10 @@ def _help_text(name: str, flag: Flag, *, in_full: bool) -> str:
         return f"{text} (default{default}"
     if name in DEFAULTS:
         regression, few_ways, many_ways, other = map(show, DEFAULTS[name])
-        regression += f" (sinusoid {show(SINUSOID_DEFAULTS[name])})" if name in SINUSOID_DEFAULTS else ""
+        by_dataset: dict[str, dict[str, Any]]
+        by_dataset = {"sinusoid": {**SINUSOID_DEFAULTS}, "harmonic": {**HARMONIC_DEFAULTS}}
+        for dataset, own in by_dataset.items():
+            regression += f" ({dataset} {show(own[name])})" if name in own else ""
         drawings = few_ways if few_ways == many_ways else f"{few_ways} (above 10 ways {many_ways})"
         default = f"regression {regression}, omniglot and icons {drawings}, else {other}"
     elif flag.default is None or flag.default is False or flag.default == ():

@@ -33,6 +33,8 @@ def load_code(name: str, flag: str) -> Callable[..., Any]:
     """
     _, source, attribute = parse_name(name)
     is_file = source.endswith(".py")
+    if is_file and not Path(source).is_file():
+        raise UsageError(f"{flag} {name}: there is no file {source}")
     folder = str(Path(source).resolve().parent if is_file else Path.cwd())
     if folder not in sys.path:  # before installed packages, but behind the tool's own modules
         sys.path.insert(1, folder)
@@ -99,14 +101,16 @@ def call_factory(
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {fold_message(error):.300}"
         words = [*map(reprlib.repr, arguments), *(f"{key}={reprlib.repr(options[key])}" for key in options)]
-        hint = _wrapper_for(factory, arguments, name) if flag == "--learner" else ""
+        hint = _wrapper_for(factory, arguments, options, name) if flag == "--learner" else ""
         raise UsageError(f"{flag} {name} fails, called with ({', '.join(words)}): {reason}{hint}") from error
 
 
-def _wrapper_for(factory: Callable[..., Any], arguments: tuple[Any, ...], name: str) -> str:
+def _wrapper_for(
+    factory: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any], name: str
+) -> str:
     """Return the two lines that make a learner of a class with other arguments, where these do not fit."""
     try:
-        inspect.signature(factory).bind(*arguments)
+        inspect.signature(factory).bind(*arguments, **select_accepted(factory, options))
         return ""
     except TypeError:
         needs = [n for n, p in find_parameters(factory).items() if p.default is p.empty and p.kind < 2]

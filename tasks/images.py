@@ -229,13 +229,14 @@ class ImageTasks(TaskDistribution):
         images, needed, source = self.images, self.sizes.needed, self.images.split_source
         for split, classes in images.splits.items():
             if 0 < len(classes) < self.sizes.ways.most:
-                problem = f"has {len(classes)} {split} classes: lower -n, {self.ways}, or add classes"
-                raise UsageError(f"{images.source} {problem}" + f" (split: {source})" * bool(source))
+                few = f"{len(classes)} {split} classes, and -n is {self.ways}: lower it, or add classes"
+                raise UsageError(f"{images.source} has {few}" + f" (split: {source})" * bool(source))
         used = torch.cat([*images.splits.values()])
         counts = images.count[used]
         if len(used) and counts.min() < needed:
             few = say_too_few(counts, needed, "images", "-k plus -q")
-            hint = "" if images.published else f", or leave those out with --min-examples {needed}"
+            some = counts.max() >= needed and not images.published
+            hint = f", or leave those out with --min-examples {needed}" * some
             name = images.names[used[counts.argmin()]]
             raise UsageError(f"{images.source}: class {name!r} has {few}: lower them{hint}")
 

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from common.names import AND, check_code_name, parse_name, split_mixture
 from common.options import (
@@ -84,8 +85,12 @@ examples = sizes_from(1, 100_000)  # of a task, or of each of its classes
 
 def check_dataset(name: str) -> str | None:
     kind, path, _ = parse_name(name)
-    good = name in DATASETS or (kind in FILE_KINDS and path)
-    return None if good else check_code_name(name, f"{list_names(DATASETS)}, images:FOLDER, table:FILE")
+    if name in DATASETS or (kind in FILE_KINDS and path):
+        return None
+    for prefix, exists in (("images", Path.is_dir), ("table", Path.is_file)):
+        if kind == "" and exists(Path(name)):
+            return f"{prefix}:{name} for the data there"
+    return check_code_name(name, f"{list_names(DATASETS)}, images:FOLDER, table:FILE")
 
 
 def check_datasets(names: str) -> str | None:

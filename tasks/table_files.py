@@ -52,7 +52,8 @@ class TableFile:
         from pyarrow import parquet
 
         if not path.is_file():
-            raise UsageError(f"{path}: there is no such file")
+            problem = "is a folder: name a file in it" if path.is_dir() else "there is no such file"
+            raise UsageError(f"{path}: {problem}")
         try:
             if path.suffix.lower() == ".parquet":
                 return cls(path, parquet.read_table(path, partitioning=None))  # folders' names are no columns

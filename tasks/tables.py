@@ -295,7 +295,10 @@ class TableTasks(TaskDistribution):
             least = [] if table.by_class else [f"task {table.tasks[number]!r}"]
             least += [f"class {table.classes[label]!r}"] if table.classes else []
             few = say_too_few(rows, needed, "rows", "-k plus -q")
-            way = f"lower them, or leave those out with --min-examples {needed}"
+            instead = f"leave those out with --min-examples {needed}"
+            if rows.max() < needed:
+                instead = "leave -n out if the targets are numbers" * bool(table.classes)
+            way = f"lower them{', or ' * bool(instead)}{instead}"
             raise UsageError(f"{table.source}: {', '.join(least)} has {few}: {way}")
 
     def _scale(self, part: str, values: Tensor) -> Tensor:

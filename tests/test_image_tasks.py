@@ -110,7 +110,7 @@ def test_pixels_stay_on_the_host_where_memory_is_scarce(monkeypatch):
 
 def test_too_few_classes_or_images_are_refused():
     images = image_set([6] * 11 + [4])
-    with refused("the images has 4 train classes: lower -n, 5"):
+    with refused("the images has 4 train classes, and -n is 5: lower it"):
         ImageTasks(images, ways=5, shots=1, queries=1)
     tasks = ImageTasks(images, ways=3, shots=1, queries=3)
     few = r"'class 11' has 4 images, and -k plus -q is 5 \(1 of 12 .*--min-examples 5"

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from common.errors import UsageError
 from common.files import read_json
-from common.options import list_names
+from common.options import find_nearest, list_names
 
 LAST = "last.pt"
 BEST = "best.pt"
@@ -89,7 +89,11 @@ def find_checkpoint(path: Path, *names: str) -> Path:
         if (path / name).is_file():
             return path / name
     if not path.exists():
-        raise UsageError(f"{path}: there is no such checkpoint or folder; --list shows all runs")
+        others = [*path.parent.glob("*"), *path.parent.glob("pretrained/*")]
+        places = {other.name: other for other in others if is_run(other)}
+        near = find_nearest(path.name, places)
+        hint = f"did you mean {places[near]}?" if near else "--list shows all runs"
+        raise UsageError(f"{path}: there is no such checkpoint or folder; {hint}")
     inside = sorted(part.name for part in path.iterdir() if is_run(part))
     if inside:
         runs = list_names(inside)
