@@ -28,7 +28,7 @@ from common.random import SPLITS, Stream, task_stream
 from common.sizes import Size, Span
 from tasks.drawn_sizes import draw_number
 from tasks.file_tasks import Prefetch
-from tasks.images import ImageSet, ImageTasks, open_images
+from tasks.images import ImageSet, ImageTasks, check_apart, open_images
 from tasks.mixture import Mixture
 from tasks.options import TaskOptions
 from tasks.pixels import Form
@@ -61,6 +61,7 @@ def build_distribution(
     if kind == "mixture":
         how: dict[str, Any] = dict(data_root=data_root, device=device, dtype=dtype, for_test=for_test)
         parts = {name: build_distribution(options.of(name), **how) for name in options.datasets}
+        check_apart({name: part.images for name, part in parts.items() if isinstance(part, ImageTasks)})
         return Mixture(parts, options.weights, device)
     if kind == "code":
         tasks = Custom(options=options, shots=options.shots, ignored=ignored, device=device, dtype=dtype)

@@ -46,6 +46,7 @@ from evaluation.tables import (
 from learners.options import LEARNERS
 from learners.reading import choose_reading
 from maml import MAML
+from tasks.splits import find_seen
 from training.checkpoint import Checkpoint, check_same_data, load_checkpoint
 from training.compiler import Compiler, explain_uncompiled
 from training.folders import LIST, find_runs
@@ -144,6 +145,10 @@ class Subject:
         else:
             source = load_checkpoint(file)
             trained = restore_config(source.settings, file)
+            for name in trained.tasks.datasets:
+                if seen := find_seen(name, call.eval_dataset or "", "test"):
+                    words = f"{name} trains on {len(seen)} of its test classes, such as {seen[0]}"
+                    raise UsageError(f"--eval-dataset {call.eval_dataset}: {words}")
             if call.compare:  # the user's code is for the runs that have some
                 tools = {n for n in OWN_CODE if n != "metric" and not is_own_code(trained.get(n))}
                 flags = {n: value for n, value in flags.items() if n not in tools or not is_own_code(value)}

@@ -1,7 +1,7 @@
 """Pictures of results over inner steps, of learning curves, and of paired differences.
 
-A curve is the mean of a setting's runs in a band: from the lowest to the highest run or, of one run, the 95 %
-interval over tasks.
+A curve is the mean of a setting's runs in a band: from the lowest to the highest run or, where a setting has
+one run, the 95 % intervals over tasks.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def draw_results(
     Of an accuracy the error is drawn, whose axis shows what happens near 100 %.
     """
     measure = next(iter(results.values())).measure(caption.loss_name)
-    is_accuracy = measure == "accuracy"
+    is_accuracy, alone = measure == "accuracy", any(p.kept_means.shape[1] == 1 for p in results.values())
     errors = [100 * (1 - part.kept_means).nan_to_num(0.0).max().item() for part in results.values()]
     least = LEAST_ERROR if max(errors) > 2 * LEAST_ERROR else 0.0
     for number, (name, part) in enumerate(results.items()):
@@ -85,15 +85,14 @@ def draw_results(
         else:
             means = means.clamp(min=least) if is_accuracy else means
             curves = [(range(len(run)), run) for run in means.tolist()]
-            draw_curve(panel, number, label, curves, intervals if runs == 1 else None)
+            draw_curve(panel, number, label, curves, intervals if alone else None)
     drawn = "error (%)" if is_accuracy else measure
     style.label_axes(panel, "inner steps", f"query {drawn}", wide=2 if is_accuracy else 10)
     if is_accuracy and not least:
         panel.set_ylim(bottom=0.0)
-    kinds = {"range of the runs" if p.kept_means.shape[1] > 1 else "95 % interval" for p in results.values()}
-    band = "; of a single run ".join(sorted(kinds, reverse=True))
+    band = "95 % interval" if alone else "range of the runs"
     panel.fill_between([], [], color=style.GREY, alpha=0.25, linewidth=0, label=band)
-    for (step, label), line in zip(marks.items(), (":", (0, (1, 4))), strict=False):
+    for (step, label), line in zip(marks.items(), (":", "-."), strict=False):
         panel.axvline(step, color=style.GREY, linestyle=line, label=label, zorder=1)
 
 

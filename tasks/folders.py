@@ -81,10 +81,16 @@ def join(names: Iterable[str]) -> str:
 
 def _check_images_apart(folder: Path, groups: Mapping[str, Classes]) -> None:
     """Raise UsageError if an image is in two splits, through a list or a link too."""
-    real, files = cache(os.path.realpath), {}
-    for split, classes in groups.items():
-        files[split] = [f"{real(file.parent)}/{file.name}" for file in chain(*classes.values())]
+    files = {split: find_real_paths(chain(*classes.values())) for split, classes in groups.items()}
     check_disjoint(files, str(folder))
+
+
+def find_real_paths(files: Iterable[Path]) -> list[str]:
+    """Return where images lie, whatever links lead there."""
+    real = cache(os.path.realpath)  # of folders, which have many images
+    return [
+        os.path.realpath(file) if file.is_symlink() else f"{real(file.parent)}/{file.name}" for file in files
+    ]
 
 
 # ---- split folders -------------------------------------------------------------------------------

@@ -8,10 +8,10 @@ the next batch is fetched while this one is computed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, permutations
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,15 @@ from tasks.archives import find_archived_classes, has_archives
 from tasks.cache import cache_pixels
 from tasks.drawn_sizes import DrawnSizes
 from tasks.file_tasks import Prefetch, say_too_few
-from tasks.folders import find_classes
+from tasks.folders import find_classes, find_real_paths
 from tasks.parquet_images import find_stored_classes, parquet_files
 from tasks.pixels import Form, ImagePath, StoredImage, decode_all, find_rows, find_sources, settle_range
-from tasks.splits import as_positions, divide_classes
+from tasks.splits import as_positions, divide_classes, find_seen
 
 ZOOM = 0.8  # part of the side that "crop" shows at least
 SHIFT = 1 / 8  # of the side
 ANGLE = 15.0  # degrees
+HELD_OUT = ("validation", "test")
 
 Groups = Mapping[str, Mapping[str, Sequence[ImagePath]]]  # the classes of each split, or of "all"
 
@@ -53,6 +54,12 @@ class ImageSet:
     split_source: str = ""  # in words
     notes: list[str] = field(default_factory=list)  # on what was left out or changed
     range_record: list[str] = field(default_factory=list)  # see `Form.record`
+    files: Sequence[Sequence[ImagePath]] = ()  # [classes], the images of each
+
+    def find_real_paths(self, *splits: str) -> set[str]:
+        """Return where the images of splits lie, of those that are files."""
+        files = chain(*(self.files[place] for split in splits for place in self.splits[split].tolist()))
+        return {*find_real_paths(file for file in files if isinstance(file, Path))}
 
     @property
     def summary(self) -> list[str]:
@@ -123,7 +130,21 @@ def image_set(
         split_source=split_source,
         notes=[*notes, *note],
         range_record=form.record,
+        files=images,
     )
+
+
+def check_apart(parts: Mapping[str, ImageSet]) -> None:
+    """Raise UsageError where a data set trains on what another one is validated or tested on."""
+    for (name, one), (other, two) in permutations(parts.items(), 2):
+        seen: Collection[str] = find_seen(name, other, *HELD_OUT)
+        if not (one.published or two.published):
+            seen = one.find_real_paths("train") & two.find_real_paths(*HELD_OUT)
+        if seen:
+            raise UsageError(
+                f"{name} trains on what validates or tests {other} ({min(seen)}, and {len(seen) - 1} more): "
+                "leave one of them out"
+            )
 
 
 # ---- tasks ---------------------------------------------------------------------------------------

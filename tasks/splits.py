@@ -10,6 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ from common.errors import UsageError
 from common.random import SPLITS, Stream
 
 PUBLISHED = Path(__file__).parent / "splits"
+RELATED = {  # benchmarks by the images that they divide
+    **dict.fromkeys(("cifar-fs", "fc100"), "CIFAR-100"),
+    **dict.fromkeys(("mini-imagenet", "tiered-imagenet"), "ImageNet"),
+}
 PLAIN_WORDS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing"), "test")
 PLAIN_WORDS |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation")
 # These may be classes, too: they say a split only together with another one.
@@ -91,6 +96,15 @@ def published_splits(name: str) -> dict[str, list[str]]:
     """Return the class names of each split of a benchmark, as its paper has them."""
     content = read_published(name)
     return {split: content[split] for split in SPLITS}
+
+
+def find_seen(trained: str, tested: str, *splits: str) -> list[str]:
+    """Return the classes of a benchmark's splits that another one of the same images trains on."""
+    images = RELATED.get(trained)
+    if trained == tested or images is None or images != RELATED.get(tested):
+        return []
+    now = published_splits(tested)
+    return sorted({*published_splits(trained)["train"]} & {*chain(*(now[split] for split in splits))})
 
 
 def divide_classes(

@@ -144,13 +144,15 @@ def test_a_legend_is_no_wider_than_its_figure():
         assert 0 < legend.get_window_extent().width <= figure.bbox.width
 
 
-def test_the_legend_says_what_the_bands_of_one_and_of_several_runs_are():
+def test_the_bands_of_one_run_beside_several_are_intervals_of_both():
     run = Evaluation({"loss": {"inductive": torch.ones(4, 3)}})
-    bands = {(1, 1): "95 % interval", (2, 2): "range of the runs"}
-    both = "range of the runs; of a single run 95 % interval"
-    for counts, band in (bands | {(1, 2): both, (2, 1): both}).items():  # whichever is drawn last
-        results = results_of({name: [run] * count for name, count in zip("ab", counts, strict=True)})
-        assert band in legend(results_figure(results, CAPTION))
+    other = Evaluation({"loss": {"inductive": torch.ones(4, 3) + 1}})
+    for counts, band in {(1, 1): 0, (2, 2): 1, (1, 2): 0, (2, 1): 0}.items():  # comparable: all of one kind
+        results = results_of({name: [run, other][:n] for name, n in zip("ab", counts, strict=True)})
+        figure = results_figure(results, CAPTION)
+        assert ["95 % interval", "range of the runs"][band] in legend(figure)
+        heights = [np.ptp(b.get_paths()[0].vertices[:, 1]) for b in figure.axes[0].collections[:2]]
+        assert heights == pytest.approx([band, band])
 
 
 def test_a_learning_curve_is_the_mean_of_its_runs_in_a_band_of_all_of_them():
@@ -289,7 +291,7 @@ def test_dense_outputs_are_drawn_below_the_images_unless_there_are_classes():
 
 def test_pictures_of_a_resumed_run_are_the_uninterrupted_runs_bits(tmp_path, pictures):
     flags = ["--log-every", 3, "--val-every", 4, "--meta-batch-size", 2, "--compile", "off", "--iterations"]
-    whole, resumed = train(tmp_path / "whole", *flags, 8), train(tmp_path / "resumed", *flags, 4)
+    whole, resumed = train(tmp_path / "whole", *flags, 8), train(tmp_path / "resumed" / "whole", *flags, 4)
     assert command("--load", resumed / LAST, "--iterations", 8) == 0
     names = sorted(path.name for path in whole.glob("*.png"))
     assert names == ["examples.png", "training.png"]

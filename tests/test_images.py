@@ -11,13 +11,14 @@ import torch
 import torchvision
 from conftest import SHARES, class_names, refused, write_classes, write_images
 from PIL import Image
+from runs import command
 
 from tasks import published
 from tasks.folders import image_files
 from tasks.images import open_images
 from tasks.pixels import Form, decode_all
 from tasks.published import open_benchmark
-from tasks.splits import published_splits
+from tasks.splits import find_seen, published_splits
 
 SMALL = Form(6, 1)
 
@@ -121,6 +122,14 @@ BAD = {
         ),
         "c00/000.png is in train and in test",
     ),
+    "an image linked into another split": (
+        lambda f: (
+            write_classes(f / "train", 3),
+            write_classes(f / "test", 1, prefix="d"),
+            (f / "test" / "d00" / "link.png").symlink_to(f / "train" / "c00" / "000.png"),
+        ),
+        "c00/000.png is in train and in test",
+    ),
     "short row": (listed("filename,label\n000.png"), 'should have a "filename" and a "label"'),
     "missing file": (listed("filename,label\n000.png,x\n9.png,x"), "there is no 9.png in"),
     "listed twice": (listed("filename,label\n000.png,x\n000.png,y"), "000.png is twice in train"),
@@ -190,6 +199,21 @@ def test_cifar_has_the_right_images_under_each_class_name(name, tmp_path, monkey
     for c, class_name in enumerate(opened.names):
         assert (pixels[c, :, 0] == FakeCIFAR100.classes.index(class_name)).all()
     assert (pixels[:, :5, 1] == 255).all() and (pixels[:, 5:, 1] == 0).all()
+
+
+def test_benchmarks_of_the_same_images_are_no_test_of_each_other(tmp_path, monkeypatch, refuse, capsys):
+    assert len(find_seen("cifar-fs", "fc100", "test")) == 11
+    assert len(find_seen("mini-imagenet", "tiered-imagenet", "test")) == 13
+    assert find_seen("omniglot", "icons", "test") == find_seen("fc100", "fc100", "test") == []
+    monkeypatch.setattr(published, "CIFAR_IMAGES", 6)
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", FakeCIFAR100)
+    run = ["--dataset", "cifar-fs", "--learner", "fc", "-n", 2, "-q", 1, "--image-size", 4, "--iterations", 1]
+    run += ["--val-tasks", 2, "--data-root", tmp_path / "data"]
+    assert command(*run, "--checkpoint-path", tmp_path, "--run-name", "run") == 0
+    message = refuse("--eval", "--load", tmp_path / "run", "--eval-dataset", "fc100", *run[-2:])
+    assert "cifar-fs trains on 11 of its test classes, such as" in message
+    assert command("--dataset", "fc100", *run[1:], "--checkpoint-path", tmp_path) == 2
+    assert "trains on what validates or tests" in capsys.readouterr().err
 
 
 def write_published(folder: Path) -> None:

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import build_tasks, write_classes
+from conftest import build_tasks, refused, write_classes
 from runs import command, curves
 from torch.nn import functional as F
 
@@ -110,6 +110,17 @@ def test_a_compiled_mixture_of_images_is_the_uncompiled_one(tmp_path, capsys):
         for m in ("on", "off")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+
+
+def test_a_data_set_that_trains_on_what_tests_another_is_refused(tmp_path):
+    dark, light = image_folders(tmp_path)
+    (tmp_path / "light" / "aa").mkdir()
+    for file in (tmp_path / "dark" / "d00").iterdir():
+        (tmp_path / "light" / "aa" / file.name).symlink_to(file)
+    for number in range(1, 12):  # all classes, of which the other set trains on others
+        (tmp_path / "light" / f"aa{number}").symlink_to(tmp_path / "dark" / f"d{number:02}")
+    with refused("trains on what validates or tests"):
+        build(f"{dark} + {light}", ways=2)
 
 
 @pytest.mark.parametrize(

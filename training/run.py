@@ -14,6 +14,7 @@ from typing import Any
 
 from common.batch import TaskDistribution
 from common.choices import Choices
+from common.errors import escape_text
 from common.files import write_bytes
 from common.optimizers import Weights
 from common.processes import World
@@ -220,7 +221,8 @@ class Run:
         table = [{"result": n, "value": str(plain_values(v))} for n, v in shown.items() if v is not None]
         after = self.iteration + 1  # a resumed run drops it
         if progress.training and progress.validation:
-            figure = learning_figure(self._curves(), f"query {self.measure_name}")
+            title = f"{self.described_by['method']}, run {escape_text(self.folder.name)}"
+            figure = learning_figure(self._curves(), f"query {self.measure_name}", title)
             self.log.figure("view/training", figure, after, self.folder / "training.png")
         self.log.add({"results": table}, after)
         self.log.sync()
