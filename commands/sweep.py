@@ -147,6 +147,7 @@ def _is_alike(one: Assembly, other: Assembly) -> bool:
     fixed, others = one.maml.call.fixed, other.maml.call.fixed
     return (
         one.run.iteration == other.run.iteration
+        and one.run.progress.window_size == other.run.progress.window_size
         and drop_numbers(one.start.config) == drop_numbers(other.start.config)
         and one.start.config.training.vectorise
         and fixed.keys() == others.keys()

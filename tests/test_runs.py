@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import signal
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -168,6 +169,8 @@ def test_the_final_loss_is_the_mean_of_the_last_500_iterations():
     assert final_loss(curve) == {"mean": (2.0 * 200 + 1.0 * 300) / 500, "from": 501, "to": 1000}
     longer = {"iteration": [600, 1200], "query_loss": [2.0, 1.0]}  # whole points alone
     assert final_loss(longer) == {"mean": 1.0, "from": 601, "to": 1200}
+    skipped = {"iteration": [1, 2, 4], "query_loss": [1.0, math.nan, 4.0]}
+    assert final_loss(skipped) == {"mean": 3.0, "from": 1, "to": 4}
     assert final_loss({}) is None
 
 
@@ -221,8 +224,49 @@ def test_a_disturbed_run_is_saved_and_resumes_exactly(disturbance, whole, tmp_pa
     assert_same_run(whole, run)
 
 
+UNLABELLED = """
+import torch
+
+class Tasks:
+    def __init__(self, shots, queries):
+        self.shots, self.queries = shots, queries
+
+    def sample(self, split, seeds):
+        return [torch.stack(part) for part in zip(*map(self.one, seeds.tolist()))]
+
+    def one(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(self.shots + self.queries, 2, generator=generator)
+        y = (x[:, :1] > 0).float()
+        if seed % 3 == 0:
+            y[self.shots :] = torch.nan
+        return x[: self.shots], y[: self.shots], x[self.shots :], y[self.shots :]
+
+def loss(outputs, targets):
+    known = targets == targets
+    losses = torch.nn.functional.softplus(outputs) - outputs * targets.where(known, 0.0)
+    return (losses * known).sum() / known.sum().clamp(min=1)
+"""
+
+
+def test_a_training_accuracy_is_the_mean_over_tasks_that_have_labels(tmp_path, monkeypatch):
+    (tmp_path / "code.py").write_text(UNLABELLED)
+    code = tmp_path / "code.py"
+    line = ["--dataset", f"{code}:Tasks", "--loss", f"{code}:loss", "--outputs", "labels", "-q", 4]
+    line += ["--iterations", 12, "--val-every", 12, "--val-tasks", 6, "--no-check-gradients"]
+    points = []
+    for log_every in (1, 12):
+        run = tmp_path / f"{log_every}"
+        assert train(run, *line, "--meta-batch-size", 1, "--log-every", log_every) == 0
+        points.append(json.loads((run / RESULTS).read_text())["training"]["query_accuracy"])
+    each, (mean,) = points
+    assert None in each and mean == pytest.approx(statistics.mean(a for a in each if a is not None))
+
+
 @pytest.mark.parametrize("validation", [1, 3])
-def test_an_interrupted_validation_is_done_after_resuming(validation, whole, tmp_path, before_evaluation):
+def test_an_interrupted_validation_is_done_after_resuming(
+    validation, whole, tmp_path, before_evaluation, after_step
+):
     before_evaluation[validation] = lambda: os.kill(os.getpid(), signal.SIGTERM)
     run = tmp_path / "run"
     assert train(run, *SETTINGS, *SCHEDULE) == 128 + signal.SIGTERM
@@ -230,6 +274,11 @@ def test_an_interrupted_validation_is_done_after_resuming(validation, whole, tmp
     assert saved.iteration == {1: 50, 3: ITERATIONS}[validation]
     assert saved.progress["validation"].get("iteration", []) == [50, 100][: validation - 1]
     assert not (run / RESULTS).exists()
+    if validation == 1:  # killed soon afterwards: the validation is not done, and logged, once more
+        after_step[52] = lambda: raise_error(RuntimeError("killed"))
+        with pytest.raises(RuntimeError, match="killed"):
+            command("--load", run / LAST)
+        assert last_of(run).progress["validation"]["iteration"] == [50]
     assert command("--load", run / LAST) == 0
     assert_same_run(whole, run)
 

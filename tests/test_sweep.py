@@ -171,6 +171,17 @@ def test_runs_that_differ_in_more_than_numbers_are_trained_in_groups(tmp_path, c
         assert_same_to_rounding(folder / name, train(tmp_path / name, *SHORT, *flags.split()))
 
 
+def test_runs_whose_curves_have_other_points_are_trained_one_by_one(tmp_path, capsys):
+    line = ["--meta-batch-size", 3, "--val-tasks", 6, "--checkpoint-path", tmp_path, "--resume", "--run-name"]
+    for seeds, log_every, iterations in (("0", 5, 10), ("0,1", 7, 10), ("0,1", 7, 21)):
+        flags = ["--seeds", seeds, "--log-every", log_every, "--iterations", iterations]
+        assert command(*line, "runs", *flags) == 0
+    assert "trained at once: 1, 1\n" in capsys.readouterr().out
+    assert command(*line, "alone", "--seed", 1, "--log-every", 7, "--iterations", 10) == 0
+    assert command(*line, "alone", "--seed", 1, "--log-every", 7, "--iterations", 21) == 0
+    assert_same_to_rounding(tmp_path / "runs" / "seed-1", tmp_path / "alone")
+
+
 def test_runs_with_different_frozen_weights_are_trained_one_by_one(data, tmp_path, capsys):
     flags = [*SHORT, "--learner", f"{data / 'learners.py'}:frozen"]
     folder = assert_each_is_the_run_alone(tmp_path, flags, ["--seeds", "0-1"], seed_flags(0, 1))

@@ -245,10 +245,11 @@ def final_loss(training: History) -> dict[str, Any] | None:
         return None
     ends = [int(end) for end in training["iteration"]]
     points = list(zip([0, *ends[:-1]], ends, training["query_loss"], strict=True))
+    points = [point for point in points if math.isfinite(point[2])] or points  # one may be skipped whole
     final = [point for point in points if ends[-1] - point[0] <= FINAL_ITERATIONS] or points[-1:]
-    before, last = final[0][0], ends[-1]
-    mean = sum(loss * (end - begin) for begin, end, loss in final) / (last - before)
-    return {"mean": mean, "from": before + 1, "to": last}
+    weights = [end - begin for begin, end, _ in final]
+    mean = sum(loss * weight for (*_, loss), weight in zip(final, weights, strict=True)) / sum(weights)
+    return {"mean": mean, "from": final[0][0] + 1, "to": ends[-1]}
 
 
 def extend_curve(curve: History, iteration: int, values: dict[str, float]) -> None:

@@ -25,7 +25,7 @@ from common.optimizers import Weights, bias_correction
 from common.processes import ALONE, World
 from common.random import derive_keys, minibatch_order, task_stream
 from common.task import Extras, Task
-from learners.reading import choose_reading
+from learners.reading import Reading, choose_reading
 from maml import MAML
 from training.adjoint import run_as_is
 from training.meta_gradients import make_meta_gradient
@@ -40,6 +40,7 @@ FLOOR = 0.03  # the earlier steps keep this share of their first weights
 # The last two of the sums: how many iterations were skipped because of non-finite numbers, and the last of
 # them (exact up to 2^24). If the latter is infinite, the run has stopped; `iteration` is its last good one.
 TAIL = ("skipped", "last_skipped")
+LABELLED = "labelled_tasks"  # of which an accuracy is the mean, where others have no label
 
 Members = Mapping[str, Tensor]  # what tells runs apart, by name of the option: scalars, or [runs]
 
@@ -136,6 +137,12 @@ def clip(
 
 
 # ---- the iteration -------------------------------------------------------------------------------
+
+
+def name_metrics(reading: Reading) -> list[str]:
+    """Return the names of the metrics of an iteration, in the order of `State.sums`."""
+    accuracy = ["query_accuracy", *[LABELLED] * reading.is_masked] if reading.has_accuracy else []
+    return ["query_loss", *accuracy, "meta_gradient_norm", *TAIL]
 
 
 class MetaStep:
@@ -273,9 +280,9 @@ class MetaStep:
         measures = [result.losses.sum()]  # this part's contributions to means over tasks
         if self.reading.has_accuracy:
             shares = self.reading.accuracy(result.outputs, batch.query_y, batch.query_mask)
-            if self.reading.is_masked:  # the mean of the others for a task that has no label
-                shares = shares.nanmean().nan_to_num().expand_as(shares)
-            measures.append(shares.sum().to(result.losses.dtype))
+            masked = self.reading.is_masked  # NaN of a task that has no label
+            sums = [shares.nansum(), (~shares.isnan()).sum()] if masked else [shares.sum()]
+            measures += [part.to(result.losses.dtype) for part in sums]
         means = torch.stack(measures).to(state.parameters.dtype) / self.tasks  # whatever the loss computes in
         parts = [self.layout.flatten(result.gradients), means]
         if self.statistics_layout.size:

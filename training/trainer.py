@@ -31,7 +31,7 @@ from training.folders import BEST, LAST
 from training.options import TrainingOptions
 from training.progress import ProgressBar
 from training.run import Run
-from training.step import TAIL, CudaGraph, FlatLayout, MetaStep, State, meta_lr_at
+from training.step import LABELLED, TAIL, CudaGraph, FlatLayout, MetaStep, State, meta_lr_at, name_metrics
 from training.stopping import StopRequest
 
 PICTURED = [4**power for power in range(20)]  # validations whose tasks are drawn
@@ -77,8 +77,7 @@ class Trainer:
             always = copy.copy(compiler)  # a resumed run validates before it compiles its step
             always.active = True
             self.predictor = maml.with_options(accelerate=always.or_plain)
-        accuracy = ["query_accuracy"] * runs[0].reading.has_accuracy
-        self.metrics = ["query_loss", *accuracy, "meta_gradient_norm", *TAIL]  # of an iteration
+        self.metrics = name_metrics(runs[0].reading)
         self.iteration = self.begun = runs[0].iteration
         self.window_size = runs[0].progress.window_size  # iterations since the last point of the curves
         self.plain_step = self._build_step()
@@ -145,6 +144,7 @@ class Trainer:
         self.window_start, self.window_first = time.monotonic(), self.iteration
         if self._list_runs_to_validate():  # stopped before that
             self._validate()
+            self.save(LAST)  # or it would be logged again
         while self.iteration < options.iterations and self._list_living_runs() and not self.stop.now:
             if not self._prepare_step():
                 break  # a signal
@@ -377,10 +377,12 @@ class Trainer:
     def _window_means(self) -> list[dict[str, float]]:
         """Return each run's means since the last point of the curves; `TAIL` as it is."""
         means = []
-        for *sums, skipped, last_skipped in self.state.sums.view(len(self.runs), -1).tolist():
-            count = self.window_size - skipped
-            values = [total / count if count > 0 else math.nan for total in sums]
-            means.append(dict(zip(self.metrics, [*values, skipped, last_skipped], strict=True)))
+        for sums in self.state.sums.view(len(self.runs), -1).tolist():
+            totals = dict(zip(self.metrics, sums, strict=True))
+            tail = {name: totals.pop(name) for name in TAIL}
+            count = self.window_size - tail["skipped"]
+            counts = dict.fromkeys(totals, count) | {"query_accuracy": totals.pop(LABELLED, count)}
+            means.append({n: t / counts[n] if counts[n] > 0 else math.nan for n, t in totals.items()} | tail)
         return means
 
     def _log(self) -> None:
@@ -412,7 +414,7 @@ class Trainer:
         """Set the means over all runs behind the progress bar, which shows them when it is drawn next."""
         going = [values for values in means if math.isfinite(values["last_skipped"])]
         if going:
-            shown = self.metrics[: -len(TAIL) - 1]
+            shown = [name for name in going[0] if name.startswith("query")]
             texts = (f"{n.replace('_', ' ')} {sum(m[n] for m in going) / len(going):.4f}" for n in shown)
             self.metrics_text = ", ".join(texts)
             self.bar.set_postfix_str(self.metrics_text, refresh=False)
