@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from commands.build import build_algorithm, fit_weights, make_writable, print_settings
+from commands.build import build_algorithm, fit_weights, make_writable, print_once, print_settings
 from commands.call import Call
 from commands.config import Config
 from commands.initialisation import Initialisation, Solution
@@ -187,6 +187,8 @@ def read_tasks(path: Path, start: Initialisation) -> list[UserTask]:
         what += " or an .npz of support_x, support_y and query_x"
         raise UsageError(f"--adapt {path}: the checkpoint learned from {what}")
     if arrays:
+        if images and options.invert:
+            print_once(f"main.py: {path}: pixels are taken as the network gets them: ink is 1 (--invert)")
         fixed_head = config.choices.head_init == "learned"
         task = read_task_arrays(
             path,

@@ -96,7 +96,12 @@ def test_names_of_folders_are_read_in_any_case_and_labels_count_from_0(place, tm
     for labels, code in (([1, 2, 2], 2), ([0, 1, 1], 0)):
         np.savez(tmp_path / "x.npz", support_x=x[:3], support_y=np.array(labels), query_x=x[3:])
         assert command("--adapt", tmp_path / "x.npz", "--load", last) == code
-    assert "labels in support_y are 1, 2: count them from 0, without a gap" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "labels in support_y are 1, 2: count them from 0, without a gap" in said and "ink" not in said
+    inverted = train(tmp_path, "inverted", *images(place), "--learner", "fc", "--invert")
+    np.savez(tmp_path / "x.npz", support_x=x[:2], support_y=np.arange(2), query_x=x[2:])
+    assert command("--adapt", tmp_path / "x.npz", "--load", inverted) == 0
+    assert "pixels are taken as the network gets them: ink is 1" in capsys.readouterr().err
 
 
 def test_the_inputs_of_a_table_are_those_of_training_by_name(tmp_path, refuse):
