@@ -23,6 +23,12 @@ from reproduce import RUNS, Job
 from tables import TABLES, Table, slug
 from tool import copy_initialisation
 
+from commands.parser import parse
+from commands.resolve import resolve
+from evaluation.ledger import RESULTS
+from evaluation.tables import write_csv
+from learners.losses import loss_name
+
 FOLDER = ROOT / "checkpoints" / "pretrained"
 CARD = "card.json"
 IMAGES = ("maml", "maml, an hour", "fomaml", "anil", "meta-sgd", "maml++", "reptile")
@@ -124,6 +130,29 @@ def row_texts(card: Mapping[str, Any]) -> list[str]:
     return [f"`{card['name']}`", f"{card['parameters']:,}", f"{trained} ({card['iteration']:,})", text]
 
 
+def result_row(card: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a card's result as a row of results.csv, which `--list` reads."""
+    config, tested = (
+        resolve(parse(shlex.split(card["trained_by"])[2:])),
+        parse(shlex.split(card["tested_by"])[2:]),
+    )
+    numbers = card["numbers"].get(config.choices.query_norm) or next(iter(card["numbers"].values()))
+    name = "accuracy" if "accuracy" in numbers else "loss"
+    return {
+        "checkpoint": f"{card['name']}/best.pt",
+        "iteration": card["iteration"],
+        "dataset": config.tasks.dataset,
+        "ways": tested.get("ways", config.tasks.ways),
+        "shots": tested.get("shots", config.tasks.shots),
+        "tasks": card["test_tasks"],
+        "steps": card["test_steps"],
+        "measure": loss_name(config.learner.loss) if name == "loss" else name,
+        "result": numbers[name],
+        "interval_95": numbers[f"{name}_interval_95"],
+        "command": card["tested_by"],
+    }
+
+
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"{', '.join(CHOSEN)} (default: all)")
@@ -138,7 +167,10 @@ def main() -> None:
         parser.error(f"--folder {options.folder} has no run of these tables that is far enough")
     names = [name_checkpoint(TABLES[table], method) for table in CHOSEN for method in CHOSEN[table]]
     files = [FOLDER / name / CARD for name in names]
-    rows = [row_texts(harness.read_json(file)) for file in files if file.exists()]
+    cards = [harness.read_json(file) for file in files if file.exists()]
+    results = [{n: "" if v is None else str(v) for n, v in result_row(card).items()} for card in cards]
+    write_csv(FOLDER / RESULTS, [*results[0]], [[*row.values()] for row in results])
+    rows = [row_texts(card) for card in cards]
     says = "`--eval` says (600 test tasks, ± 95 % interval)"
     head = ["name", "numbers learned", "iterations trained (best)", says]
     harness.put(FOLDER / "README.md", "cards", harness.markdown(head, rows) + "\n")

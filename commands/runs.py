@@ -118,6 +118,7 @@ def _describe_run(file: Path, folder: Path, tests: Sequence[Mapping[str, str]]) 
     criteria = {name: "" if value is None else str(value) for name, value in criteria.items()}
     reached = {BEST: iteration, file.name: checkpoint.iteration}
     now = [r for r in tests if r.get("iteration") == str(reached.get(Path(r["checkpoint"]).name))]
+    now.sort(key=lambda row: row.get("when") or "")
     test = next((row for row in reversed(now) if criteria.items() <= row.items()), {})
     return ListedRun(
         name=file.parent.relative_to(folder).as_posix() if file.parent != folder else folder.resolve().name,

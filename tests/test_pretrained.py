@@ -12,6 +12,7 @@ from runs import command
 
 from commands.parser import parse
 from commands.resolve import resolve, restore_config, select_learned
+from commands.runs import find_all_runs
 from training.checkpoint import load_checkpoint
 from training.folders import BEST
 
@@ -27,6 +28,13 @@ def test_every_folder_has_a_card_and_a_row_in_the_index():
     assert folders == set(CARDS) != set()
     assert all(f"`{name}`" in index for name in folders)
     assert len({frozenset(card) for card in CARDS.values()}) == 1  # the same entries
+
+
+def test_the_list_of_runs_has_the_numbers_of_the_cards():
+    for run in find_all_runs(FOLDER):
+        card = CARDS[run.name]
+        numbers = [row.get("accuracy", row["loss"]) for row in card["numbers"].values()]
+        assert run.test == (None if "-n" in card["tested_by"] else pytest.approx(numbers[0])), run.name
 
 
 @pytest.mark.parametrize("name", CARDS)
