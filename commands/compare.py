@@ -52,7 +52,9 @@ def compare(call: Call, flags: Mapping[str, Any], command: str) -> None:
     first = Path(call.compare[0])
     folder = make_writable(call.out or (first if first.is_dir() else first.parent).parent)
     paths = [Path(path).resolve().name for path in call.compare]
-    names = min(map(as_file_name, ("-vs-".join(runs), "-vs-".join(paths))), key=len)[:LONGEST_NAMES]
+    names = as_file_name("-vs-".join(runs))
+    if len(names) > LONGEST_NAMES:
+        names = as_file_name("-vs-".join(paths))[:LONGEST_NAMES]
     caption, tasks = summarise(subjects, call.split)
     stem = folder / f"comparison-{names}-{tasks}"
     device = prepare(subjects[0].config, call).describe()

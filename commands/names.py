@@ -9,6 +9,7 @@ from typing import Any
 
 from commands.call import ALL_FLAGS, Call
 from commands.config import CONFIG_FLAGS, OWN_CODE, Config, show
+from commands.presets import ALGORITHMS
 from commands.resolve import OF_KIND, derive_usual_settings
 from commands.rules import what_makes_meaningless
 from common.choices import Choices
@@ -24,6 +25,7 @@ SPELLED = {  # methods that are not in capitals
     "protonet": "ProtoNet",
     "pretrain": "pretraining",
 }
+OWN_CHOICES = ("fast_weights", "inner_rates", "objective", "head_init")  # named where not the algorithm's
 
 
 def select_meaningful(config: Config) -> dict[str, Any]:
@@ -41,9 +43,13 @@ def describe_settings(config: Config, names: Iterable[str]) -> dict[str, str]:
 
 
 def name_method(choices: Choices) -> str:
-    """Return the name of the method for people: `first-order MAML`."""
-    name = SPELLED.get(choices.algorithm, choices.algorithm.upper())
-    return "first-order " * (choices.meta_gradient == "first-order") + name
+    """Return the name of the method for people: `first-order MAML (head)`."""
+    name, preset = SPELLED.get(choices.algorithm, choices.algorithm.upper()), ALGORITHMS[choices.algorithm]
+    usual = {part: preset.get(part, CONFIG_FLAGS[part].default) for part in OWN_CHOICES}
+    own = [value for part in OWN_CHOICES if (value := getattr(choices, part)) != usual[part]]
+    return (
+        "first-order " * (choices.meta_gradient == "first-order") + name + f" ({', '.join(own)})" * bool(own)
+    )
 
 
 def describe(*configs: Config) -> str:
@@ -65,7 +71,8 @@ def describe(*configs: Config) -> str:
     if any(config.choices.steps for config in configs):
         parts.append(f"{each('steps')} step{'s' * (each('steps') != '1')} at {each('inner_lr')}")
     tasks = f"{each('meta_batch_size')} task{'s' * (each('meta_batch_size') != '1')}"
-    parts += [f"{each('iterations')} iterations of {tasks}", f"seed {each('seed')}"]
+    iterations = f"{each('iterations')} iteration{'s' * (each('iterations') != '1')}"
+    parts += [f"{iterations} of {tasks}", f"seed {each('seed')}"]
     usual = [derive_usual_settings(config) for config in configs]
     meaningful = {name for config in configs for name in select_meaningful(config)} - {*OF_KIND}
     changed = [

@@ -54,8 +54,9 @@ def resolve(flags: Mapping[str, Any]) -> Config:
 
 def derive_usual_settings(config: Config) -> Config:
     """Return the settings that a new experiment of the same kind and length has by default."""
-    alike = {name: config.get(name) for name in OF_KIND}
-    return _fill_in({name: value for name, value in alike.items() if value is not None})
+    alike = {name: value for name in OF_KIND if (value := config.get(name)) is not None}
+    usual = _fill_in({name: value for name, value in alike.items() if name != "inner_lr"})
+    return usual if usual.choices.inner_lr == config.choices.inner_lr else _fill_in(alike)
 
 
 def _fill_in(flags: Mapping[str, Any]) -> Config:

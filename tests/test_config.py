@@ -83,7 +83,7 @@ def test_every_condition_of_a_flag_is_a_rule():
 def test_settings_are_printed_with_their_words_whole_and_without_plain_defaults():
     for line in ("--algorithm fomaml", "--first-order"):
         printed = describe(settings_of(f"{line} --inner-rates layer-step --seed 7"))
-        assert "first-order MAML on sinusoid 10-shot" in printed and "seed 7" in printed
+        assert "first-order MAML (layer-step) on sinusoid 10-shot" in printed and "seed 7" in printed
         assert printed.endswith("inner rates layer-step") and len(printed.splitlines()) <= 3
     assert len(describe(settings_of("--dataset harmonic")).splitlines()) == 1
 
