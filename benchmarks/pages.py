@@ -197,8 +197,12 @@ def render_marks(page: str, records: Mapping[str, Mapping[str, Record]]) -> dict
 def write_picture(table: Table, records: Mapping[str, Record], file: Path) -> None:
     """Draw the numbers of a table by method, a panel a test; of losses those without diverged tasks.
 
-    Bars are 95 % intervals over tasks, hollow diamonds published numbers.
+    Bars are 95 % intervals over tasks. Unfinished runs say how far they have come.
     """
+    labels = []
+    for name, entry in records.items():
+        done, planned = (sum(run[key] for run in entry["runs"]) for key in ("iteration", "iterations"))
+        labels.append(name + f", at {100 * done / planned:.0f} %" * (done < planned))
     figure = style.new_figure(2 + 2.7 * len(table.tests), 1.6 + 0.27 * len(records), table.title)
     panels = figure.subplots(1, len(table.tests), squeeze=False, sharey=True)[0]
     scale, which = 100, ("mean", "interval_95_over_tasks")
@@ -206,6 +210,9 @@ def write_picture(table: Table, records: Mapping[str, Record], file: Path) -> No
         scale, which = 1, ("mean_without_diverged", "interval_95_without_diverged")
     for panel, test in zip(panels, table.tests, strict=True):
         titles = [title for title, column in table.columns.items() if column.test == test]
+        hollow = {"marker": "D", "markersize": 8, "fillstyle": "none"}
+        if any(title in table.published_numbers(method) for title in titles for method in records):
+            panel.plot([], [], color=style.GREY, linestyle="", label="published", **hollow)
         for number, title in enumerate(titles):
             look = {"color": style.curve_style(number)["color"], "linestyle": ""}
             panel.plot([], [], marker="o", label=title.rpartition(", ")[2], **look)
@@ -216,13 +223,13 @@ def write_picture(table: Table, records: Mapping[str, Record], file: Path) -> No
                     panel.errorbar(scale * mean, place, xerr=scale * (interval or 0), marker="o", **look)
                 if text := table.published_numbers(method).get(title):
                     value = float(text.split()[0])
-                    panel.plot(value, place, marker="D", markersize=8, fillstyle="none", **look)
-        panel.set(title=test, xlabel="accuracy (%)" if table.is_accuracy else "query MSE")
+                    panel.plot(value, place, **look, **hollow)
+        panel.set(title=test, xlabel="accuracy (%)" if table.is_accuracy else "query MSE, without diverged")
         panel.set_ylim(len(records) - 0.5, -0.5)
         if not table.is_accuracy and panel.dataLim.x1 > 10 * panel.dataLim.x0:
             panel.set_xscale("log")
             panel.xaxis.set_major_formatter("{x:g}")
             panel.xaxis.set_minor_formatter(NullFormatter())
-    panels[0].set_yticks(range(len(records)), [*records])
+    panels[0].set_yticks(range(len(records)), labels)
     style.add_legend(figure, panels[-1])
     style.write_figure(file, figure)

@@ -76,6 +76,7 @@ class FewShotEstimator:
         return estimator
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Return run, device and settings by name."""
         return {"run": self.run, "device": self.device, **self.settings}
 
     def set_params(self, **parameters: Any) -> Self:

@@ -247,7 +247,8 @@ def _check_network(file: Path, network: nn.Module, maml: MAML, adapted: Adapted,
         return
     if draws:
         raise UsageError(f"{file}: it draws random numbers in evaluation mode, which no file can repeat")
-    name = next((n for n, o in layers.items() if not are_equal(o, expected_layers.get(n), tolerance)), "")
+    both = {n: (o, expected_layers[n]) for n, o in layers.items() if n in expected_layers}
+    name = next((n for n, pair in both.items() if not are_equal(*pair, tolerance)), "")
     layer = describe_layer(name, network.get_submodule(name))
     layer += "" if name else ", which keeps more than parameters and buffers,"
     instead = "" if file.suffix == ".pt2" else f": {INSTEAD}"

@@ -48,7 +48,10 @@ def are_equal(a: Any, b: Any, tolerance: float, rounding: float = 0.0) -> bool:
 
     Differences up to `rounding` are none, however small the numbers of a tensor.
     """
-    for x, y in zip(*(pytree.tree_leaves(tree) for tree in (a, b)), strict=False):
+    leaves, others = pytree.tree_leaves(a), pytree.tree_leaves(b)
+    if len(leaves) != len(others):
+        return False
+    for x, y in zip(leaves, others, strict=True):
         if isinstance(x, Tensor) and isinstance(y, Tensor) and y.numel():
             x, y = (t.cpu().to(torch.complex128) for t in (x, y))
             near = max(rounding, tolerance * float(y.abs().nan_to_num(0, 0).max()))

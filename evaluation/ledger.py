@@ -31,7 +31,8 @@ def quote_result(evaluation: Evaluation, normalisation: str, step: int) -> dict[
     Means are over all tasks, those that diverged included.
     """
     numbers: dict[str, Any] = {}
-    for name, start in {normalisation: "", "inductive": "inductive_"}.items():
+    starts = {normalisation: "", "inductive": "inductive_"} | {normalisation: ""}  # which may be inductive
+    for name, start in starts.items():
         if name in evaluation.losses:
             part = StepResults.over([evaluation], name)
             numbers[f"{start}result"] = part.means[step, 0].item()

@@ -5,10 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from runs import command, read_csv, stop_at, train
 
 from commands.runs import ListedRun, sort_runs
-from evaluation.ledger import RESULTS, SAME, add_result, read_results
+from evaluation.ledger import RESULTS, SAME, add_result, quote_result, read_results
+from evaluation.meta_test import Evaluation
 from training.checkpoint import load_checkpoint
 from training.folders import BEST, LAST
 
@@ -57,6 +59,16 @@ def test_rows_are_written_where_the_runs_are_or_in_out(tmp_path, monkeypatch):
     assert row["checkpoint"] == (tmp_path / "a/many/seed-0/best.pt").as_posix()
     assert command(*TEST, "--checkpoint-path", tmp_path / "b") == 0
     assert rows_of(tmp_path / "b")[0]["checkpoint"].startswith("fresh-mlp-paper-seed0")
+
+
+@pytest.mark.parametrize("normalisation", ["transductive", "inductive"])
+def test_a_row_quotes_the_result_as_trained_and_the_inductive_one_where_it_differs(normalisation):
+    losses = {
+        name: torch.full((3, 2), value) for name, value in {"transductive": 1.0, "inductive": 2.0}.items()
+    }
+    row = quote_result(Evaluation({"loss": losses}), normalisation, 1)
+    assert row["result"] == losses[normalisation][0, 0]
+    assert row.get("inductive_result") == {"transductive": 2.0}.get(normalisation)
 
 
 def test_evaluations_at_once_lose_no_row(tmp_path):

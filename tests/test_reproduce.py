@@ -153,14 +153,14 @@ def run_of(iteration: int = 90, failure: str | None = None) -> dict:
 
 def test_a_column_is_read_from_its_steps_and_normalisation_alone():
     rows = {"transductive": [row(0.5, steps=1), row(0.6, steps=3)], "inductive": [row(0.4, steps=3)]}
-    tests = {"1 a class": {"results": rows, "test_steps": 3}}
+    tests = {"1 query per class": {"results": rows, "test_steps": 3}}
     entry = {"runs": [run_of()], "tests": tests}
     assert find_row(OMNIGLOT, "1 query, transductive", entry)["mean"] == 0.6
     assert find_row(OMNIGLOT, "1 query, inductive", entry)["mean"] == 0.4
     assert find_row(OMNIGLOT, "1 query, per-step statistics", entry) is None
     assert find_row(OMNIGLOT, "15 queries, transductive", entry) is None
     assert find_row(TABLES["assignment"], "the last 500 tasks", entry)["mean"] == 0.25
-    tests["K = 5"] = tests["1 a class"]
+    tests["K = 5"] = tests["1 query per class"]
     assert find_row(FREQUENCY, "K = 5, 1 step", entry)["mean"] == 0.5
     tests["K = 5"] = {"results": {"transductive": [row(0.7)]}, "test_steps": 3}  # it does not adapt
     assert find_row(FREQUENCY, "K = 5, 1 step", entry)["mean"] == 0.7
