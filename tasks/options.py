@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from common.names import AND, check_code_name, parse_name, split_mixture
 from common.options import (
@@ -87,8 +87,8 @@ def check_dataset(name: str) -> str | None:
     kind, path, _ = parse_name(name)
     if name in DATASETS or (kind in FILE_KINDS and path):
         return None
-    for prefix, exists in (("images", Path.is_dir), ("table", Path.is_file)):
-        if kind == "" and exists(Path(name)):
+    for prefix, exists in (("images", os.path.isdir), ("table", os.path.isfile)):
+        if kind == "" and exists(name):
             return f"{prefix}:{name} for the data there"
     return check_code_name(name, f"{list_names(DATASETS)}, images:FOLDER, table:FILE")
 
