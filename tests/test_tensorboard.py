@@ -89,11 +89,11 @@ def test_the_view_of_hyper_parameters_has_each_run_once(home):
         experiment, start, end = (records[tag][0] for tag in tags)
         columns = metadata.parse_experiment_plugin_data(experiment)
         row = metadata.parse_session_start_info_plugin_data(start).hparams
-        assert row["other/meta_batch_size"].number_value == 2
-        assert row["other/algorithm"].string_value == ("maml" if name == "maml" else "maml++")
+        assert row["with/meta_batch_size"].number_value == 2
+        assert row["with/algorithm"].string_value == ("maml" if name == "maml" else "maml++")
         assert metadata.parse_session_end_info_plugin_data(end).status == api_pb2.STATUS_SUCCESS
-        assert {column.name for column in columns.hparam_infos} >= {"inner_steps", "other/algorithm"}
-        first = ["dataset", "inner_lr", "inner_steps", "meta_gradient", "method"]
+        assert {column.name for column in columns.hparam_infos} >= {"inner_steps", "with/algorithm"}
+        first = ["dataset", "inner_lr", "inner_steps", "method", "seed"]
         assert sorted(column.name for column in columns.hparam_infos)[:5] == first
         assert {metric.name.tag for metric in columns.metric_infos} == {*METRICS}
         assert experiment == hparams_records(home / "maml")[metadata.EXPERIMENT_TAG][0]  # the same columns

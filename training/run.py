@@ -149,7 +149,7 @@ class Run:
             best = self.progress.best_score = score
             self.progress.best_iteration = self.iteration
         values["diverged_tasks"] = float(evaluation.find_diverged(norm)[:, -1].sum())
-        if self.reading.metric or self.reading.is_masked:
+        if self.reading.metric or (self.reading.has_accuracy and self.reading.is_masked):
             values["undefined_tasks"] = float(evaluation.measured(norm)[:, -1].isnan().sum())
         if best is not None:
             values[f"best_{self.measure}"] = sign * best

@@ -30,8 +30,8 @@ SPEED, META_LR, WEIGHTS = "watch/iterations_per_second", "watch/meta_lr", "weigh
 # Result columns of the hyper-parameter view.
 TEST = "verdict/test_"
 PARTS = (TEST, "validation/best_", "validation/")
-# It shows the first five settings by name: these are renamed to be the first, the others come after "other/".
-SHOWN = {name: name for name in ("dataset", "inner_lr", "meta_gradient", "method", "seed", "shots", "ways")}
+# It shows the first five settings by name: these are renamed to be the first, the others, "with/", come last.
+SHOWN = {name: name for name in ("dataset", "inner_lr", "method", "seed", "shots", "ways")}
 SHOWN["steps"] = "inner_steps"
 METRICS = [f"{part}query_{measure}" for part in PARTS for measure in ("loss", "accuracy")]
 # Curves that belong together: patterns of tags by group and chart. TensorBoard joins the layouts of all runs,
@@ -115,7 +115,7 @@ class EventFile:
         self.add({"settings": [{"setting": n.replace("_", " "), "value": v} for n, v in shown.items()]}, 0)
         custom_tags = [tag for part in PARTS if (tag := f"{part}{run.measure}") not in METRICS]
         columns, values = (
-            {SHOWN.get(name, f"other/{name}"): value for name, value in part.items()}
+            {SHOWN.get(name, f"with/{name}"): value for name, value in part.items()}
             for part in (run.columns, plain)
         )
         experiment, _, _ = summary.hparams(columns, dict.fromkeys([*METRICS, *custom_tags]))
