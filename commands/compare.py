@@ -8,6 +8,7 @@ results, so a run that is still being trained can take part.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,10 +52,9 @@ def compare(call: Call, flags: Mapping[str, Any], command: str) -> None:
     first_task = chosen_by if call.split == "validation" else 0
     first = Path(call.compare[0])
     folder = make_writable(call.out or (first if first.is_dir() else first.parent).parent)
-    paths = [Path(path).resolve().name for path in call.compare]
     names = as_file_name("-vs-".join(runs))
     if len(names) > LONGEST_NAMES:
-        names = as_file_name("-vs-".join(paths))[:LONGEST_NAMES]
+        names = f"{names[: LONGEST_NAMES - 9]}-{hashlib.sha256(names.encode()).hexdigest()[:8]}"
     caption, tasks = summarise(subjects, call.split)
     stem = folder / f"comparison-{names}-{tasks}"
     device = prepare(subjects[0].config, call).describe()

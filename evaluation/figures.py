@@ -42,11 +42,15 @@ def draw_curve(
 
 
 def window_means(curve: Curve) -> tuple[Curve, int]:
-    """Return means over windows of a long curve's points, at their last ones, and the points of a window."""
+    """Return means over windows of a long curve's points, at their last ones, and the points of a window.
+
+    Points that are not numbers are left out.
+    """
     x, y = curve
     size = math.ceil(len(x) / MOST_DRAWN) or 1
     starts = range(0, len(x), size)
-    means = [sum(y[start : start + size]) / len(y[start : start + size]) for start in starts]
+    windows = [[value for value in y[start : start + size] if math.isfinite(value)] for start in starts]
+    means = [sum(window) / len(window) if window else math.nan for window in windows]
     return ([x[min(start + size, len(x)) - 1] for start in starts], means), size
 
 

@@ -88,7 +88,7 @@ def check_dataset(name: str) -> str | None:
     if name in DATASETS or (kind in FILE_KINDS and path):
         return None
     for prefix, exists in (("images", os.path.isdir), ("table", os.path.isfile)):
-        if kind == "" and exists(name):
+        if name and kind == "" and exists(name):
             return f"{prefix}:{name} for the data there"
     return check_code_name(name, f"{list_names(DATASETS)}, images:FOLDER, table:FILE")
 

@@ -1,5 +1,6 @@
 """Pictures share one style that all readers can see, show the numbers, and survive a resumed run."""
 
+import math
 import re
 from itertools import combinations
 
@@ -168,6 +169,9 @@ def test_a_learning_curve_is_the_mean_of_its_runs_in_a_band_of_all_of_them():
 
 def test_a_long_curve_is_drawn_as_means_of_windows():
     iterations, values = range(100, 100_100, 100), torch.arange(1000.0).tolist()
+    gaps = [math.nan if number < 3 else value for number, value in enumerate(values)]
+    first, second, *_ = window_means((iterations, gaps))[0][1]
+    assert math.isnan(first) and second == 3.0  # the other one of its window is missing
     (ends, means), points = window_means((iterations, values))
     assert (points, len(means), ends[:2], ends[-1]) == (2, MOST_DRAWN, [200, 400], 100_000)
     assert means == torch.arange(1000.0).view(-1, 2).mean(1).tolist()

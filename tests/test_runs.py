@@ -8,13 +8,14 @@ import re
 import resource
 import signal
 import statistics
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from plain_loop import LR, plain_loop
-from runs import assert_same_bits, assert_same_run, command, curves
+from runs import assert_same_bits, assert_same_run, command, curves, stop_at
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,11 +23,11 @@ from common.errors import LostError
 from dataset import Regression, Sinusoid, SinusoidLine
 from evaluation.meta_test import evaluate
 from learner import build_learner
-from training import trainer
+from training import compiler, trainer
 from training.checkpoint import Checkpoint, load_checkpoint
-from training.compiler import Compiler
 from training.folders import BEST, LAST, RESULTS
 from training.run import final_loss
+from training.step import LABELLED
 from training.trainer import FAILED, Trainer
 
 ITERATIONS = 120
@@ -261,6 +262,17 @@ def test_a_training_accuracy_is_the_mean_over_tasks_that_have_labels(tmp_path, m
         points.append(json.loads((run / RESULTS).read_text())["training"]["query_accuracy"])
     each, (mean,) = points
     assert None in each and mean == pytest.approx(statistics.mean(a for a in each if a is not None))
+    with monkeypatch.context() as patch:
+        stop_at(6, patch)
+        assert train(tmp_path / "older", *line, "--meta-batch-size", 1, "--log-every", 12) == 130
+    file = tmp_path / "older" / LAST  # of a version that did not count the tasks with labels
+    content = torch.load(file, weights_only=True)
+    del content["progress"]["window"][LABELLED]
+    torch.save(content, file)
+    assert command("--load", file, "--dataset", f"{code}:Tasks", "--loss", f"{code}:loss") == 0
+    counted = 6 + sum(accuracy is not None for accuracy in each[6:])
+    (mean,) = last_of(file.parent).progress["training"]["query_accuracy"]
+    assert mean == pytest.approx(sum(accuracy or 0 for accuracy in each) / counted)
 
 
 @pytest.mark.parametrize("validation", [1, 3])
@@ -283,12 +295,16 @@ def test_an_interrupted_validation_is_done_after_resuming(
     assert_same_run(whole, run)
 
 
-def test_a_signal_to_this_process_alone_cuts_compiling_short(tmp_path, monkeypatch):
-    def build(*_: object) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        pytest.fail("compiling went on")
+@pytest.mark.parametrize("swallowed", [False, True])
+def test_a_signal_to_this_process_alone_cuts_compiling_short(swallowed, tmp_path, monkeypatch):
+    def interrupted_trace(*arguments: object) -> object:
+        with suppress(*[InterruptedError] * swallowed):  # as PyTorch may
+            os.kill(os.getpid(), signal.SIGTERM)
+        return trace(*arguments)
 
-    monkeypatch.setattr(Compiler, "_build", build)
+    trace = compiler._trace
+    monkeypatch.setattr(compiler, "_trace", interrupted_trace)
+    monkeypatch.setattr(compiler.Compiler, "_build", lambda *_: pytest.fail("compiling went on"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert train(tmp_path / "run", *SETTINGS, *SCHEDULE, "--compile", "on") == 128 + signal.SIGTERM
     assert last_of(tmp_path / "run").iteration == 100

@@ -86,7 +86,7 @@ class Compiler:
 
     def __init__(self, device: torch.device, *, folder: Path | None = None) -> None:
         self.device, self.folder = device, folder
-        self.interrupted: Callable[[], bool] = lambda: False  # ends waiting for another process's library
+        self.interrupted: Callable[[], bool] = lambda: False  # ends building a library, or waiting for it
         self.active = False
         self.compiled = 0  # libraries built by this instance; others were in the cache
         self.failed = False  # a function of `or_plain` could not be compiled
@@ -136,6 +136,7 @@ class Compiler:
                 graph, output_structure = _trace(function, tensors, structure)
                 path = (self.folder or cache_folder()) / f"{self._key(graph, tensors, options)}.pt2"
                 with lock_file(path.with_suffix(".lock"), interrupted=self.interrupted):
+                    self._check_interrupted()
                     if not is_whole(path):  # another process may have just built it
                         self._build(graph, tensors, options, path)
                         self.compiled += 1
@@ -158,9 +159,14 @@ class Compiler:
         # tells the same, and the code is the same
         with patch.object(sympy, "simplify", sympy.expand):
             files: Any = aot_compile(graph, tuple(tensors), options=configs)
+        self._check_interrupted()
         package = io.BytesIO()  # where the disk is full, PyTorch's own writer ends the process
         package_aoti(package, files)
         write_bytes(path, package.getbuffer())
+
+    def _check_interrupted(self) -> None:
+        if self.interrupted():  # PyTorch's compiler may have swallowed the exception
+            raise InterruptedError("interrupted")
 
     def _key(self, graph: torch.fx.GraphModule, tensors: list[Tensor], options: dict[str, Any]) -> str:
         """Return a hash of everything that the library depends on."""

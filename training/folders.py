@@ -89,9 +89,10 @@ def find_checkpoint(path: Path, *names: str) -> Path:
         if (path / name).is_file():
             return path / name
     if not path.exists():
-        others = [*path.parent.glob("*"), *path.parent.glob("pretrained/*")]
+        run = path.parent if path.suffix == ".pt" else path
+        others = [run.parent / "pretrained" / run.name, *run.parent.glob("*")]
         places = {other.name: other for other in others if is_run(other)}
-        near = find_nearest(path.name, places)
+        near = find_nearest(run.name, places)
         hint = f"did you mean {places[near]}?" if near else "--list shows all runs"
         raise UsageError(f"{path}: there is no such checkpoint or folder; {hint}")
     inside = sorted(part.name for part in path.iterdir() if is_run(part))

@@ -104,7 +104,8 @@ class Trainer:
         running = statistics.flatten(start.statistics if start else self.maml.initial_statistics()).to(vector)
         updated = run.iteration if not start or start.updates is None else start.updates
         iteration, updates = (torch.tensor(n, device=vector.device) for n in (run.iteration, updated))
-        sums = vector.new_tensor([run.progress.window.get(name, 0.0) for name in self.metrics])
+        window = {LABELLED: float(run.progress.window_size)} | run.progress.window  # of an older version
+        sums = vector.new_tensor([window.get(name, 0.0) for name in self.metrics])
         return State(vector, first, second, iteration, updates, sums, running)
 
     # ---- the loop ---------------------------------------------------------------------------
@@ -412,8 +413,7 @@ class Trainer:
 
     def _set_text(self, means: Sequence[Mapping[str, float]]) -> None:
         """Set the means over all runs behind the progress bar, which shows them when it is drawn next."""
-        going = [values for values in means if math.isfinite(values["last_skipped"])]
-        if going:
+        if going := [values for values in means if math.isfinite(values["last_skipped"])]:
             shown = [name for name in going[0] if name.startswith("query")]
             texts = (f"{n.replace('_', ' ')} {sum(m[n] for m in going) / len(going):.4f}" for n in shown)
             self.metrics_text = ", ".join(texts)
