@@ -245,6 +245,7 @@ def test_the_pages_say_what_the_records_say():
     for name, record in RECORDS.items():
         for method in record.keys() & TABLES[name].methods.keys():
             assert record[method]["flags"] == TABLES[name].flags_of(method)
+        assert all(entry["tests"].keys() <= TABLES[name].tests.keys() for entry in record.values()), name
         text = pages.table_text(TABLES[name], record)
         assert text == (reproduce.RECORDS / f"{name}.md").read_text()
         picture = reproduce.RECORDS / f"{name}.png"
