@@ -132,10 +132,8 @@ def row_texts(card: Mapping[str, Any]) -> list[str]:
 
 def result_row(card: Mapping[str, Any]) -> dict[str, Any]:
     """Return a card's result as a row of results.csv, which `--list` reads."""
-    config, tested = (
-        resolve(parse(shlex.split(card["trained_by"])[2:])),
-        parse(shlex.split(card["tested_by"])[2:]),
-    )
+    trained, tested = (parse(shlex.split(card[command])[2:]) for command in ("trained_by", "tested_by"))
+    config = resolve(trained)
     numbers = card["numbers"].get(config.choices.query_norm) or next(iter(card["numbers"].values()))
     name = "accuracy" if "accuracy" in numbers else "loss"
     return {

@@ -129,12 +129,12 @@ ALL_FLAGS = CONFIG_FLAGS | CALL_FLAGS
 # by --no-NAME
 CAN_BE_SWITCHED_OFF = {"invert", "adapt_norm", "norm_per_step", "vectorise", "check_gradients", "standardise"}
 BY_FLAG = {form.lstrip("-"): name for name, declared in ALL_FLAGS.items() for form in declared.names}
-OTHER_NAMES = {
+OTHER_NAMES = {  # flags as other libraries call them
     "--lr": "--meta-lr",
     "--outer-lr": "--meta-lr",
     "--epochs": "--iterations",
     "--inner-steps": "-s",
-}  # elsewhere
+}
 
 # Each flag of the first list contradicts each of the second.
 CLASHES = (

@@ -47,9 +47,8 @@ def name_method(choices: Choices) -> str:
     name, preset = SPELLED.get(choices.algorithm, choices.algorithm.upper()), ALGORITHMS[choices.algorithm]
     usual = {part: preset.get(part, CONFIG_FLAGS[part].default) for part in OWN_CHOICES}
     own = [value for part in OWN_CHOICES if (value := getattr(choices, part)) != usual[part]]
-    return (
-        "first-order " * (choices.meta_gradient == "first-order") + name + f" ({', '.join(own)})" * bool(own)
-    )
+    name += f" ({', '.join(own)})" * bool(own)
+    return "first-order " * (choices.meta_gradient == "first-order") + name
 
 
 def describe(*configs: Config) -> str:

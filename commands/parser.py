@@ -105,9 +105,7 @@ def _help_text(name: str, flag: Flag, *, in_full: bool) -> str:
         return f"{text} (default{default}"
     if name in DEFAULTS:
         regression, few_ways, many_ways, other = map(show, DEFAULTS[name])
-        by_dataset: dict[str, dict[str, Any]]
-        by_dataset = {"sinusoid": {**SINUSOID_DEFAULTS}, "harmonic": {**HARMONIC_DEFAULTS}}
-        for dataset, own in by_dataset.items():
+        for dataset, own in (("sinusoid", SINUSOID_DEFAULTS), ("harmonic", HARMONIC_DEFAULTS)):
             regression += f" ({dataset} {show(own[name])})" if name in own else ""
         drawings = few_ways if few_ways == many_ways else f"{few_ways} (above 10 ways {many_ways})"
         default = f"regression {regression}, omniglot and icons {drawings}, else {other}"

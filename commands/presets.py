@@ -35,10 +35,10 @@ DEFAULTS: dict[str, tuple[Any, Any, Any, Any]] = {
 }
 # The authors' command for the sinusoid names no inner rate, and their code's default is 1e-3; the paper's
 # text says 0.01, with which some test tasks diverge (docs/results.md).
-SINUSOID_DEFAULTS = {"inner_lr": 1e-3}
+SINUSOID_DEFAULTS: dict[str, Any] = {"inner_lr": 1e-3}
 
 # A ReLU network stays at the mean of the harmonic tasks, whatever the algorithm (docs/results.md).
-HARMONIC_DEFAULTS = {"learner": "sines", "steps": 5}
+HARMONIC_DEFAULTS: dict[str, Any] = {"learner": "sines", "steps": 5}
 
 
 def default_column(classification: bool, dataset: str, ways: int) -> int:

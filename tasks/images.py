@@ -138,9 +138,7 @@ def check_apart(parts: Mapping[str, ImageSet]) -> None:
     """Raise UsageError where a data set trains on what another one is validated or tested on."""
     for (name, one), (other, two) in permutations(parts.items(), 2):
         seen: Collection[str] = find_seen(name, other, *HELD_OUT)
-        if not (one.published or two.published):
-            seen = one.find_real_paths("train") & two.find_real_paths(*HELD_OUT)
-        if seen:
+        if seen := seen or one.find_real_paths("train") & two.find_real_paths(*HELD_OUT):
             raise UsageError(
                 f"{name} trains on what validates or tests {other} ({min(seen)}, and {len(seen) - 1} more): "
                 "leave one of them out"
