@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -28,6 +28,7 @@ from commands.resolve import resolve
 from commands.train import train
 from common.errors import UsageError
 from common.processes import World
+from evaluation.examples import Examples, adapt_examples, fits_figure
 from evaluation.figures import results_figure
 from evaluation.meta_test import Evaluation, evaluate, loss_per_step
 from evaluation.tables import Curve, StepResults, evaluation_record, format_decimal, results_table
@@ -50,6 +51,20 @@ SHARED = (
 )
 
 
+@dataclass
+class Method:
+    """What was measured of a method: the run's own or a baseline."""
+
+    title: str
+    ways: list[str]  # in which it adapts, of each run, in words
+    results: list[Evaluation]  # of each run
+    fits: Examples | None  # of the first run, to the first test tasks; None: it does not adapt
+
+    @property
+    def label(self) -> str:
+        return f"{self.title}, {' or '.join(dict.fromkeys(self.ways))}"
+
+
 def baselines(call: Call, flags: Mapping[str, Any], command: str, world: World) -> int:
     """Measure a checkpoint, or runs that differ in their seed, and their baselines; return the exit code."""
     assert call.load is not None
@@ -60,20 +75,10 @@ def baselines(call: Call, flags: Mapping[str, Any], command: str, world: World) 
     subjects = measure_runs(call, flags, command, world)
     if code := train_baselines(subjects, call, command, world):
         return code
-    first = subjects[0]
-    saved, norm = first.trained.choices, first.trained.choices.query_norm
-    results: dict[str, list[Evaluation]] = {saved.algorithm: [subject.result for subject in subjects]}
-    ways = {saved.algorithm: ["as trained"] * len(subjects)}  # of each run
-    for subject in subjects:
-        for (name, way), result in measure_baselines(subject, call).items():
-            results.setdefault(name, []).append(result)
-            ways.setdefault(name, []).append(way)
-    over_runs = {name: StepResults.over(parts, norm) for name, parts in results.items()}
-    titles = {saved.algorithm: name_method(saved)}
-    selected = {
-        f"{titles.get(name, name)}, {' or '.join(dict.fromkeys(ways[name]))}": part
-        for name, part in over_runs.items()
-    }
+    first, methods = subjects[0], measure_methods(subjects, call)
+    norm, titles = first.trained.choices.query_norm, {name: one.title for name, one in methods.items()}
+    over_runs = {name: StepResults.over(one.results, norm) for name, one in methods.items()}
+    selected = {methods[name].label: part for name, part in over_runs.items()}
     caption, stem = first.caption(), first.stem(call)
     if runs:
         caption, name = summarise(subjects)
@@ -82,13 +87,13 @@ def baselines(call: Call, flags: Mapping[str, Any], command: str, world: World) 
     else:
         record = {"command": command, **first.record()}
         record["methods"] = {
-            name: {"how": ways[name][0], **evaluation_record(part)} for name, [part] in results.items()
+            name: {"how": one.ways[0], **evaluation_record(one.results[0])} for name, one in methods.items()
         }
     print("\n" + results_table(selected, caption))
     if not world.first:
         return 0
     record["over_runs"] = {name: part.record() for name, part in over_runs.items()}
-    record["how"] = ways
+    record["how"] = {name: one.ways for name, one in methods.items()}
     learning = collect_curves([learning_curves(subject, call) for subject in subjects])
     means = {name: mean_curve(curves) for name, curves in learning.items()}
     record["curves"] = {n: {"iteration": ends, "query_loss": values} for n, (ends, values) in means.items()}
@@ -97,8 +102,23 @@ def baselines(call: Call, flags: Mapping[str, Any], command: str, world: World) 
         print(describe_ends({titles.get(name, name): curve for name, curve in means.items()}, measured))
     shown = {titles.get(name, name): curves for name, curves in learning.items()}
     figure = results_figure(selected, caption, learning=shown, learning_measure=measured)
-    print(write_results(f"{stem}-baselines", record, figure))
+    fits = {f"{one.title}, {one.ways[0]}": one.fits for one in methods.values() if one.fits}
+    more = {"fits": fits_figure(fits, first.caption().title_of_examples)} if first.has_curves else {}
+    print(write_results(f"{stem}-baselines", record, figure, **more))
     return 0
+
+
+def measure_methods(subjects: Sequence[Subject], call: Call) -> dict[str, Method]:
+    """Return the method of several runs and its baselines, by name."""
+    saved, own = subjects[0].trained.choices, [subject.result for subject in subjects]
+    first = Method(name_method(saved), ["as trained"] * len(subjects), own, subjects[0].examples())
+    methods = {saved.algorithm: first}
+    for subject in subjects:
+        for (name, way), (result, fits) in measure_baselines(subject, call).items():
+            method = methods.setdefault(name, Method(name, [], [], fits))
+            method.ways.append(way)
+            method.results.append(result)
+    return methods
 
 
 def train_baselines(subjects: Sequence[Subject], call: Call, command: str, world: World) -> int:
@@ -167,17 +187,21 @@ def plan_baselines(saved: Config) -> dict[str, dict[str, Any]]:
     return {"pretrained": flags, **oracle}
 
 
-def measure_baselines(subject: Subject, call: Call) -> dict[tuple[str, str], Evaluation]:
+def measure_baselines(
+    subject: Subject, call: Call
+) -> dict[tuple[str, str], tuple[Evaluation, Examples | None]]:
     """Return results on the test tasks of a checkpoint by a baseline's name and how it adapts, in words.
 
-    The rate of a baseline has the lowest mean loss over all numbers of steps on validation tasks.
+    With each come the first tasks, for a picture, unless nothing is adapted. The rate of a baseline has the
+    lowest mean loss over all numbers of steps on validation tasks.
     """
     saved, config, runtime = subject.trained, subject.config, subject.runtime
     scratch = derive_scratch_settings(config)
     distribution, maml = build(scratch, call, runtime, scales=subject.distribution.scales)
     norm, steps, world = config.choices.query_norm, scratch.evaluation.eval_steps, runtime.world
     test = partial(evaluate, distribution=distribution, normalisations=(norm,), world=world)
-    fresh, results = maml.initial_parameters(config.training.seed), {}
+    fresh = maml.initial_parameters(config.training.seed)
+    results: dict[tuple[str, str], tuple[Evaluation, Examples | None]] = {}
     starts = {"scratch, sgd": fresh, "scratch, adam": fresh}
     for name in plan_baselines(saved):
         weights = load_checkpoint(find_baselines(subject) / name / LAST).parameters
@@ -191,7 +215,7 @@ def measure_baselines(subject: Subject, call: Call) -> dict[tuple[str, str], Eva
         if name == "oracle":  # it is given the answer, not examples
             oracle_config = resolve(plain_flags(config, "pretrain", testing=True) | {"oracle": True})
             how["distribution"], oracle = build(oracle_config, call, runtime)
-            results[name, "not adapted"] = test(oracle, parameters, **how | {"steps": 0})
+            results[name, "not adapted"] = test(oracle, parameters, **how | {"steps": 0}), None
             continue
         rule, losses = rules[name], {}
         tuned = {rate: maml.with_options(inner_lr=rate, inner_optimizer=rule) for rate in RATES[rule]}
@@ -200,7 +224,8 @@ def measure_baselines(subject: Subject, call: Call) -> dict[tuple[str, str], Eva
             losses[rate] = result.losses[norm][:, 1:].mean().nan_to_num(math.inf).item()
             bar.update()
         best = min(losses, key=losses.__getitem__)
-        results[name, f"rate {best}"] = test(tuned[best], parameters, **how)
+        fits = adapt_examples(tuned[best], parameters, distribution, "test", {*subject.shown_steps, steps})
+        results[name, f"rate {best}"] = test(tuned[best], parameters, **how), fits
     bar.close()
     return results
 

@@ -430,11 +430,13 @@ def make_writable(folder: Path) -> Path:
     return folder
 
 
-def write_results(stem: Path | str, record: Mapping[str, Any], figure: Figure) -> str:
-    """Write a record as JSON and a picture of it; return the line that says so."""
+def write_results(stem: Path | str, record: Mapping[str, Any], figure: Figure, **more: Figure) -> str:
+    """Write a record as JSON, its picture, and more pictures by name; return the line that says so."""
     write_json(Path(f"{stem}.json"), record)
-    write_figure(Path(f"{stem}.png"), figure)
-    return f"Written: {stem}.json and .png"
+    pictures = {".png": figure} | {f"-{name}.png": picture for name, picture in more.items()}
+    for ending, picture in pictures.items():
+        write_figure(Path(f"{stem}{ending}"), picture)
+    return f"Written: {stem}{' and '.join(', '.join(['.json', *pictures]).rsplit(', ', 1))}"
 
 
 def print_data(distribution: TaskDistribution, world: World) -> None:

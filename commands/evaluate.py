@@ -27,11 +27,10 @@ from common.optimizers import Weights
 from common.processes import ALONE, World
 from common.sizes import as_file_part, find_largest
 from evaluation import meta_test
-from evaluation.examples import adapt_examples, examples_figure
+from evaluation.examples import Examples, adapt_examples, examples_figure
 from evaluation.figures import results_figure
 from evaluation.ledger import RESULTS, TIME, add_result, quote_result
 from evaluation.meta_test import Evaluation, list_normalisations
-from evaluation.style import write_figure
 from evaluation.tables import (
     ALL,
     Caption,
@@ -246,6 +245,22 @@ class Subject:
         )
         self.compiled = compiler.active and not compiler.failed
 
+    @property
+    def has_curves(self) -> bool:
+        return self.distribution.kind == "curves"
+
+    @property
+    def shown_steps(self) -> set[int]:
+        """The numbers of inner steps in pictures of its tasks."""
+        options = self.config.evaluation
+        steps = {min(self.maml.choices.trained_steps, options.eval_steps), options.eval_steps}
+        return steps if self.has_curves else {options.test_steps}
+
+    def examples(self) -> Examples | None:
+        """Adapt to the first test tasks, for a picture; None where tasks have none."""
+        steps, inner_batch = self.shown_steps, self.config.evaluation.eval_inner_batch
+        return adapt_examples(self.maml, self.parameters, self.distribution, "test", steps, inner_batch)
+
     def caption(self) -> Caption:
         """Return the words of its tables and pictures, with the method and the run in the title."""
         common, method = summarise([self])[0], name_method(self.trained.choices)
@@ -322,21 +337,14 @@ class Subject:
 
     def write(self, stem: Path, command: str, *, prints: bool) -> None:
         """Write the result as JSON, and as a picture; image tasks get a picture of examples as well."""
-        numbers = evaluation_record(self.result)
-        options, curves = self.config.evaluation, self.distribution.kind == "curves"
-        steps = {min(self.maml.choices.trained_steps, options.eval_steps), options.eval_steps}
-        steps, inner_batch = steps if curves else {options.test_steps}, options.eval_inner_batch
-        examples = adapt_examples(self.maml, self.parameters, self.distribution, "test", steps, inner_batch)
+        numbers, examples, caption = evaluation_record(self.result), self.examples(), self.caption()
         parts = {name: [part] for name, part in by_dataset(self.result).items()}
         results = results_of(parts)
-        caption = self.caption()
-        fits = examples if curves else None
+        fits, more = examples if self.has_curves else None, {}
+        if examples and not fits:
+            more["examples"] = examples_figure(examples, caption.title_of_examples)
         record = {"command": command, **self.record(), **numbers, **by_size(parts)}
-        line = build.write_results(stem, record, results_figure(results, caption, fits=fits))
-        if examples is not None and not curves:
-            title = caption.title.rpartition(", ")[0]  # without the number of tasks
-            write_figure(Path(f"{stem}-examples.png"), examples_figure(examples, title))
-            line = line.replace(" and .png", ", .png and -examples.png")
+        line = build.write_results(stem, record, results_figure(results, caption, fits=fits), **more)
         if prints:
             print(results_table(results, caption, losses=True))
             print_by_size(parts, caption)

@@ -6,7 +6,7 @@ in --eval, from the same `MAML.predictions` that `meta_test` measures.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +83,20 @@ def examples_figure(examples: Examples, title: str) -> Figure:
     draw_fits(panels, examples)
     corner.set_axis_off()
     corner.legend(*panels[0].get_legend_handles_labels(), loc="center")
+    return figure
+
+
+@style.use_style()
+def fits_figure(fits: Mapping[str, Examples], title: str) -> Figure:
+    """Draw how methods fit the same curves, a row a method, as in figure 2 of Finn et al. 2017."""
+    figure = style.new_figure(8.2, 1.9 * len(fits) + 0.7, title)
+    rows = figure.subplots(len(fits), TASKS, sharex=True, squeeze=False)
+    for panels, (name, examples) in zip(rows, fits.items(), strict=True):
+        draw_fits(panels, examples)
+        panels[0].set_ylabel("\n".join(name.rsplit(", ", 1)))
+    for panel in rows[:-1].flat:
+        panel.set_xlabel("")
+    style.add_legend(figure, *rows[:, 0])
     return figure
 
 

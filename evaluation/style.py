@@ -69,13 +69,16 @@ def draw_bands(panel: Axes, x: Any, mean: Any, deviation: Any, colour: str = BLU
 
 
 def add_legend(figure: Figure | SubFigure, *panels: Axes) -> None:
-    """Add a legend of these panels' curves below the figure; none where too many curves look alike."""
-    curves = [curve for panel in panels for curve in zip(*panel.get_legend_handles_labels(), strict=True)]
+    """Add a legend of these panels' curves below the figure; none where too many curves look alike.
+
+    Curves with the same label look alike, and are one.
+    """
+    pairs = [pair for panel in panels for pair in zip(*panel.get_legend_handles_labels(), strict=True)]
+    curves = {label: handle for handle, label in pairs}
     if 0 < len(curves) <= DISTINCT_CURVES:
-        handles, labels = zip(*curves, strict=True)
         place: Any = "outside lower center"  # which the stubs lack
-        for columns in range(len(labels), 0, -1):
-            legend = figure.legend(handles, labels, loc=place, ncols=columns)
+        for columns in range(len(curves), 0, -1):
+            legend = figure.legend(curves.values(), curves, loc=place, ncols=columns)
             if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
                 break
             legend.remove()

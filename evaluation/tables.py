@@ -94,6 +94,10 @@ class Caption:
     test_steps: tuple[int, ...]  # whose results are quoted: of several runs, each has one of them
 
     @property
+    def title_of_examples(self) -> str:
+        return self.title.rpartition(", ")[0]  # without the number of tasks
+
+    @property
     def marks(self) -> dict[int, str]:
         """Return words for the numbers of steps that matter."""
         if self.test_steps == (self.trained_steps,):

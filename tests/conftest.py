@@ -23,8 +23,12 @@ SHARES = {"train": 64, "validation": 16, "test": 20}
 DRAWING = (
     *("training.run.Run.draw_examples", "training.run.learning_figure", "commands.sweep.learning_figure"),
     *("commands.evaluate.results_figure", "commands.evaluate.examples_figure"),
-    *("commands.baselines.results_figure", "commands.compare.comparison_figure"),
-    "commands.adapt.predictions_figure",
+    *(
+        "commands.baselines.results_figure",
+        "commands.baselines.fits_figure",
+        "commands.compare.comparison_figure",
+    ),
+    *("commands.compare.comparison_figure", "commands.adapt.predictions_figure"),
 )
 
 LONG_FILES = ("test_world.py", "test_sweep.py", "test_compiler.py", "test_learners.py", "test_runs.py")

@@ -26,7 +26,11 @@ def _quick(monkeypatch):
     monkeypatch.setattr(baselines, "RATES", {"sgd": (0.01, 0.1), "adam": (0.001, 0.01)})
 
 
-def test_all_baselines_are_measured_with_a_checkpoint_and_trained_once(tmp_path, capsys, pictures):
+def test_all_baselines_are_measured_with_a_checkpoint_and_trained_once(
+    tmp_path, capsys, monkeypatch, pictures
+):
+    drawn, draw = {}, baselines.fits_figure
+    monkeypatch.setattr(baselines, "fits_figure", lambda fits, title: drawn.update(fits) or draw(fits, title))
     flags = ["--iterations", 70, "--log-every", 10, "--val-every", 70]
     last = train(tmp_path / "run", *SHORT, *flags) / "last.pt"
     line = ["--eval", "--baselines", "--load", last, "--eval-tasks", 20, "--eval-steps", 3]
@@ -38,7 +42,14 @@ def test_all_baselines_are_measured_with_a_checkpoint_and_trained_once(tmp_path,
     assert steps == {"maml": 4, "scratch, sgd": 4, "scratch, adam": 4, "pretrained": 4, "oracle": 1}
     assert "trains pretrained and oracle in" in output and "70 iterations each, about" in output
     assert "MAML, as trained" in output and all(name in output for name in steps if name != "maml")
-    assert (tmp_path / "run" / f"{name}.png").is_file()
+    assert f"{name}.json, .png and -fits.png" in output
+    assert all((tmp_path / "run" / f"{name}{end}").is_file() for end in (".png", "-fits.png"))
+    assert [label.rpartition(", ")[0] for label in drawn] == ["MAML", *list(steps)[1:-1]]
+    own, scratch, _, pretrained = drawn.values()
+    for part in (scratch, pretrained):
+        assert part.steps == [0, 1, 3] and torch.equal(part.batch.query_x, own.batch.query_x)
+    expected = build_learner("mlp", 1, init="torch", seed=0)(own.batch.query_x)
+    assert torch.allclose(scratch.outputs[:, 0], expected, atol=1e-6)
 
     maml, scratch = record["curves"].values()
     assert maml["iteration"] == scratch["iteration"] == [30, 60]
@@ -82,10 +93,12 @@ def test_the_rate_of_a_baseline_is_the_best_on_validation_tasks(tmp_path, monkey
         return baselines.Evaluation({"loss": dict.fromkeys(normalisations, values)})
 
     monkeypatch.setattr(baselines, "evaluate", evaluate)
+    monkeypatch.setattr(baselines, "adapt_examples", lambda *_: None)
     monkeypatch.setattr(baselines, "load_checkpoint", lambda _: Checkpoint({}, 0, {}, {}, {}, {}))
     runtime = set_up(torch.device("cpu"), "float32", small_tensors=True)
     data = SimpleNamespace(scales={})
-    subject = SimpleNamespace(trained=saved, config=saved, runtime=runtime, distribution=data, file=tmp_path)
+    about = {"distribution": data, "file": tmp_path, "shown_steps": {1}}
+    subject = SimpleNamespace(trained=saved, config=saved, runtime=runtime, **about)
     results = baselines.measure_baselines(subject, Call())
     assert list(results) == [
         ("scratch, sgd", "rate 0.01"),
