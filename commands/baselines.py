@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from commands.build import build, write_results
+from commands.build import build
 from commands.call import Call
 from commands.config import CONFIG_FLAGS, Config
 from commands.evaluate import Subject, common_record, measure_runs, summarise
@@ -29,7 +29,7 @@ from commands.train import train
 from common.errors import UsageError
 from common.processes import World
 from evaluation.examples import Examples, adapt_examples, fits_figure
-from evaluation.figures import results_figure
+from evaluation.figures import results_figure, write_results
 from evaluation.meta_test import Evaluation, evaluate, loss_per_step
 from evaluation.tables import Curve, StepResults, evaluation_record, format_decimal, results_table
 from tasks.options import CURVES

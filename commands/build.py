@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from commands.call import Call
@@ -43,8 +42,6 @@ from common.own_code import parse_arguments
 from common.processes import ALONE, World, join, read_world
 from common.sizes import find_largest
 from dataset import build_distribution
-from evaluation.style import write_figure
-from evaluation.tables import write_json
 from learner import LEARNERS, build_learner, load_factory
 from learners.copies import UnfitError
 from learners.functional import collect_fixed_tensors
@@ -53,7 +50,7 @@ from learners.modules import convert_type
 from learners.reading import Reading, choose_reading
 from maml import MAML, OWN
 from tasks.scales import Scales
-from training.checkpoint import Checkpoint, check_same_data, fitting_parameters
+from training.checkpoint import Checkpoint, check_same_data, find_learned_names, fitting_parameters
 from training.compiler import Compiler, explain_uncompiled
 from training.folders import BEST, LAST, SETTINGS, find_checkpoint, has_results
 from training.one_pass import OnePass
@@ -139,6 +136,9 @@ def build(
     say = print_once if runtime.world.first else lambda _: None
     if maml.reading and (words := describe_reading(maml.reading, y, config)):
         say(f"main.py: the learner's outputs: {words}")
+    if saved and (names := find_learned_names(saved, distribution.record)):
+        known = f"main.py: the checkpoint learned classes of the names of {len(names)} held-out ones"
+        say(f"{known}, such as {names[0]}: with the same images, results are not of new classes")
     return distribution, fit_to_sizes(maml, distribution, split, config, say)
 
 
@@ -428,15 +428,6 @@ def make_writable(folder: Path) -> Path:
     if not is_writable(folder):
         raise UsageError(f"{folder}: cannot write there; name another folder with --out")
     return folder
-
-
-def write_results(stem: Path | str, record: Mapping[str, Any], figure: Figure, **more: Figure) -> str:
-    """Write a record as JSON, its picture, and more pictures by name; return the line that says so."""
-    write_json(Path(f"{stem}.json"), record)
-    pictures = {".png": figure} | {f"-{name}.png": picture for name, picture in more.items()}
-    for ending, picture in pictures.items():
-        write_figure(Path(f"{stem}{ending}"), picture)
-    return f"Written: {stem}{' and '.join(', '.join(['.json', *pictures]).rsplit(', ', 1))}"
 
 
 def print_data(distribution: TaskDistribution, world: World) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from commands.build import make_writable, prepare, write_results
+from commands.build import make_writable, prepare
 from commands.call import Call
 from commands.config import show
 from commands.evaluate import Subject, summarise
@@ -23,7 +23,7 @@ from commands.resolve import select_learned
 from common.errors import UsageError, escape_text
 from common.names import as_file_name
 from evaluation import meta_test, paired
-from evaluation.figures import comparison_figure
+from evaluation.figures import comparison_figure, write_results
 from evaluation.tables import Curve
 from training.checkpoint import load_checkpoint
 from training.folders import BEST, LAST, find_checkpoint, find_runs

@@ -28,7 +28,7 @@ from common.processes import ALONE, World
 from common.sizes import as_file_part, find_largest
 from evaluation import meta_test
 from evaluation.examples import Examples, adapt_examples, examples_figure
-from evaluation.figures import results_figure
+from evaluation.figures import results_figure, write_results
 from evaluation.ledger import RESULTS, TIME, add_result, quote_result
 from evaluation.meta_test import Evaluation, list_normalisations
 from evaluation.tables import (
@@ -45,7 +45,7 @@ from evaluation.tables import (
 from learners.options import LEARNERS
 from learners.reading import choose_reading
 from maml import MAML
-from tasks.splits import find_seen
+from tasks.splits import check_unseen
 from training.checkpoint import Checkpoint, check_same_data, load_checkpoint
 from training.compiler import Compiler, explain_uncompiled
 from training.folders import LIST, find_runs
@@ -75,7 +75,7 @@ def measure_runs(call: Call, flags: Mapping[str, Any], command: str, world: Worl
     if world.first:
         settings = {label: part.record() for label, part in summary.items()}
         record = {"command": command, **common_record(subjects, runs), "settings": settings}
-        line = build.write_results(stem, record | by_size(results), results_figure(summary, caption))
+        line = write_results(stem, record | by_size(results), results_figure(summary, caption))
         print(f"{line}, and those of each run")
     return subjects
 
@@ -144,10 +144,8 @@ class Subject:
         else:
             source = load_checkpoint(file)
             trained = restore_config(source.settings, file)
-            for name in trained.tasks.datasets:
-                if seen := find_seen(name, call.eval_dataset or "", "test"):
-                    words = f"{name} trains on {len(seen)} of its test classes, such as {seen[0]}"
-                    raise UsageError(f"--eval-dataset {call.eval_dataset}: {words}")
+            if call.eval_dataset:
+                check_unseen(trained.tasks.datasets, [call.eval_dataset], "--eval-dataset", "test")
             if call.compare:  # the user's code is for the runs that have some
                 tools = {n for n in OWN_CODE if n != "metric" and not is_own_code(trained.get(n))}
                 flags = {n: value for n, value in flags.items() if n not in tools or not is_own_code(value)}
@@ -344,7 +342,7 @@ class Subject:
         if examples and not fits:
             more["examples"] = examples_figure(examples, caption.title_of_examples)
         record = {"command": command, **self.record(), **numbers, **by_size(parts)}
-        line = build.write_results(stem, record, results_figure(results, caption, fits=fits), **more)
+        line = write_results(stem, record, results_figure(results, caption, fits=fits), **more)
         if prints:
             print(results_table(results, caption, losses=True))
             print_by_size(parts, caption)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from commands.build import Assembly, assemble, preload_tasks, prepare, print_data, train_runs, write_results
+from commands.build import Assembly, assemble, preload_tasks, prepare, print_data, train_runs
 from commands.call import Call
 from commands.config import CONFIG_FLAGS, Config
 from commands.members import extract_setting, list_members
@@ -29,7 +29,7 @@ from common.errors import UsageError
 from common.files import read_json
 from common.processes import World
 from evaluation import tables
-from evaluation.figures import learning_figure
+from evaluation.figures import learning_figure, write_results
 from tasks.options import CURVES
 from training.checkpoint import load_checkpoint
 from training.folders import LAST, LIST, lock_folder

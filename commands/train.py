@@ -23,8 +23,11 @@ from commands.config import Config
 from commands.names import file_name, list_repeated_flags, task_size
 from commands.resolve import resolve, resolve_from, restore_config
 from common.errors import UsageError
+from common.names import split_mixture
 from common.processes import World
+from common.random import HELD_OUT
 from evaluation.tables import choose_units, format_decimal
+from tasks.splits import check_unseen
 from training.checkpoint import load_checkpoint
 from training.folders import BEST, LAST, LIST, is_occupied, lock_folder
 from training.run import Run, final_loss
@@ -109,8 +112,11 @@ def find_start(folder: Path | None, call: Call, flags: Mapping[str, Any]) -> bui
     if many and (many / LIST).is_file():
         raise UsageError(f"{many} has many runs: resume them with --seeds or --sweep and --resume")
     if file is None:
-        weights = load_checkpoint(call.init_from) if call.init_from else None
-        return build.Start(resolve(flags), call.init_from, weights)
+        config, weights = resolve(flags), load_checkpoint(call.init_from) if call.init_from else None
+        if weights:
+            trained = split_mixture(weights.settings["dataset"])
+            check_unseen(trained, config.tasks.datasets, "--init-from", *HELD_OUT)
+        return build.Start(config, call.init_from, weights)
     checkpoint = load_checkpoint(file)
     if not checkpoint.exp_avg and checkpoint.parameters:
         raise UsageError(f"{file} has weights alone: start a run from them with --init-from")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 SPLITS = ("train", "validation", "test")
+HELD_OUT = SPLITS[1:]
 _MASK = 0xFFFFFFFF
 _MULTIPLIER_1 = 0x21F0AAAD
 _MULTIPLIER_2 = 0xD35A2D97 - 2**32

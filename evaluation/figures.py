@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -17,7 +19,7 @@ from torch import Tensor
 from evaluation import style
 from evaluation.examples import Examples, draw_fits
 from evaluation.paired import Side, difference
-from evaluation.tables import ALL, Caption, Curve, StepResults
+from evaluation.tables import ALL, Caption, Curve, StepResults, write_json
 
 LEAST_ERROR = 0.01  # percent, drawn in place of 0, which a logarithmic axis lacks
 MOST_MARKED = 100  # points of a curve that have markers
@@ -171,3 +173,12 @@ def comparison_figure(sides: Sequence[Side], caption: Caption) -> Figure:
     label = f"{measure}: paired difference to the first, 95 % interval over tasks (better: {better})"
     panel.set(ylim=(len(sides) - 0.5, -0.5), xlabel=label)
     return figure
+
+
+def write_results(stem: Path | str, record: Mapping[str, Any], figure: Figure, **more: Figure) -> str:
+    """Write a record as JSON, its picture, and more pictures by name; return the line that says so."""
+    write_json(Path(f"{stem}.json"), record)
+    pictures = {".png": figure} | {f"-{name}.png": picture for name, picture in more.items()}
+    for ending, picture in pictures.items():
+        style.write_figure(Path(f"{stem}{ending}"), picture)
+    return f"Written: {stem}{' and '.join(', '.join(['.json', *pictures]).rsplit(', ', 1))}"

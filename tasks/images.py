@@ -22,7 +22,7 @@ from torch import Tensor
 from common.batch import DataRecord, TaskBatch, TaskDistribution
 from common.device import machine_memory
 from common.errors import UsageError
-from common.random import Stream, task_stream
+from common.random import HELD_OUT, Stream, task_stream
 from common.sizes import Size, Span
 from tasks.archives import find_archived_classes, has_archives
 from tasks.cache import cache_pixels
@@ -36,7 +36,6 @@ from tasks.splits import as_positions, divide_classes, find_seen
 ZOOM = 0.8  # part of the side that "crop" shows at least
 SHIFT = 1 / 8  # of the side
 ANGLE = 15.0  # degrees
-HELD_OUT = ("validation", "test")
 
 Groups = Mapping[str, Mapping[str, Sequence[ImagePath]]]  # the classes of each split, or of "all"
 

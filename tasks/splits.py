@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,14 @@ def find_seen(trained: str, tested: str, *splits: str) -> list[str]:
         return []
     now = published_splits(tested)
     return sorted({*published_splits(trained)["train"]} & {*chain(*(now[split] for split in splits))})
+
+
+def check_unseen(trained: Iterable[str], tested: Iterable[str], source: str, *splits: str) -> None:
+    """Raise UsageError, which names the source, where a benchmark trains on classes of another's splits."""
+    for name, other in product(trained, tested):
+        if seen := find_seen(name, other, *splits):
+            words = f"{name} trains on {len(seen)} of the {' and '.join(splits)} classes of {other}"
+            raise UsageError(f"{source}: {words}, such as {seen[0]}")
 
 
 def divide_classes(

@@ -91,6 +91,21 @@ def test_classes_that_may_have_been_trained_on_are_not_tested_on(tmp_path, capsy
     assert "is what the checkpoint learned from" in capsys.readouterr().err
 
 
+def test_classes_with_names_of_learned_ones_are_pointed_out(tmp_path, capsys):
+    run = train(tmp_path)
+    shutil.copytree(tmp_path / "data", tmp_path / "copy")
+    other, words = f"images:{tmp_path / 'copy'}", "learned classes of the names of"
+    assert command("--eval", "--load", run) == 0 and words not in capsys.readouterr().err
+    build.print_once.cache_clear()
+    assert command("--eval", "--load", run, "--eval-dataset", other) == 0 and words in capsys.readouterr().err
+    train(tmp_path, "--init-from", run.rename(tmp_path / "first"), "--split-shares", "1,2,2")
+    assert words in capsys.readouterr().err
+    for number, folder in enumerate(sorted((tmp_path / "copy").glob("*"))):
+        folder.rename(tmp_path / "copy" / f"other{number}")
+    assert command("--eval", "--load", run, "--eval-dataset", other) == 0
+    assert words not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "compiled"),
     [

@@ -211,7 +211,11 @@ def test_benchmarks_of_the_same_images_are_no_test_of_each_other(tmp_path, monke
     run += ["--val-tasks", 2, "--data-root", tmp_path / "data"]
     assert command(*run, "--checkpoint-path", tmp_path, "--run-name", "run") == 0
     message = refuse("--eval", "--load", tmp_path / "run", "--eval-dataset", "fc100", *run[-2:])
-    assert "cifar-fs trains on 11 of its test classes, such as" in message
+    assert "--eval-dataset: cifar-fs trains on 11 of the test classes of fc100, such as" in message
+    line = refuse(
+        "--init-from", tmp_path / "run", "--dataset", "fc100", *run[2:], "--checkpoint-path", tmp_path
+    )
+    assert "--init-from: cifar-fs trains on" in line
     assert command("--dataset", "fc100", *run[1:], "--checkpoint-path", tmp_path) == 2
     assert "trains on what validates or tests" in capsys.readouterr().err
 

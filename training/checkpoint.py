@@ -21,6 +21,7 @@ from torch import Tensor
 from common.batch import TABLE, DataRecord
 from common.errors import UsageError, is_out_of_memory
 from common.files import write_all_whole
+from common.random import HELD_OUT
 from training.folders import LIST
 
 FORMAT = "maml checkpoint"
@@ -140,6 +141,12 @@ def check_same_data(path: Path, saved: Checkpoint, now: DataRecord, *, other_dat
             why = "its code has changed, or draws from hash() of text, which differs in each process"
             way = "restore it, or test on other data with --eval-dataset"
             raise UsageError(f"{path}: sample gave other tasks for the same seeds ({why}): {way}")
+
+
+def find_learned_names(saved: Checkpoint, now: DataRecord) -> list[str]:
+    """Return names of classes that a checkpoint has learned, and that are now for validation or test."""
+    held_out = (name for split in HELD_OUT for name in now.splits.get(split, ()))
+    return sorted({*saved.splits.get("train", ())}.intersection(held_out))
 
 
 def fitting_parameters(
