@@ -5,7 +5,7 @@ A learner is a plain `nn.Module` that knows nothing of meta-learning; `MAML` tak
     learner = build_learner("my_code.py:factory", outputs=5, arguments={"width": 64})
 
 A new built-in one is a function from the number of outputs and the shape of an example to a module, an entry
-in `LEARNERS`, and its facts in `learners/options.py`.
+in `FACTORIES`, and its facts in `learners/options.py`.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def fc(outputs: int, inputs: Shape = (1, 28, 28)) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
 
 
-LEARNERS: dict[str, Callable[..., nn.Module]] = {
+FACTORIES: dict[str, Callable[..., nn.Module]] = {
     "mlp": mlp,
     "sines": sines,
     "conv": convolutional,  # Finn et al.'s Omniglot network
@@ -200,8 +200,8 @@ def load_factory(name: str) -> Callable[..., nn.Module]:
     kind, model, _ = parse_name(name)
     if kind == "code":
         return load_code(name, "--learner")
-    if name in LEARNERS:
-        return LEARNERS[name]
+    if name in FACTORIES:
+        return FACTORIES[name]
     import torchvision
 
     models = torchvision.models.list_models(torchvision.models)
@@ -226,7 +226,7 @@ def build_learner(
     """Build a learner with fresh weights: the same for a seed, whatever else has drawn random numbers.
 
     Args:
-        name: a key of `LEARNERS`, `torchvision:MODEL`, or the user's `file.py:factory`.
+        name: a key of `FACTORIES`, `torchvision:MODEL`, or the user's `file.py:factory`.
         inputs: the shape of an example, or a tree of shapes, for factories with a parameter `inputs`.
         init: "torch" leaves the weights; "paper" applies `initialise_as_paper`.
         context: size of a context vector that modulates a layer (`heads.add_context`); 0: none.
@@ -246,7 +246,7 @@ def build_learner(
         learner = call_factory(factory, name, "--learner", outputs, **options)
         if not isinstance(learner, nn.Module):
             raise UsageError(f"--learner {name} makes a {type(learner).__name__}, not a torch.nn.Module")
-        if name in LEARNERS and not all(weight.numel() for weight in learner.parameters()):
+        if name in FACTORIES and not all(weight.numel() for weight in learner.parameters()):
             raise UsageError(f"--learner {name}: inputs {inputs} are too small: use a larger --image-size")
         try:
             learner = unwrap(learner)

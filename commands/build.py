@@ -42,11 +42,12 @@ from common.own_code import parse_arguments
 from common.processes import ALONE, World, join, read_world
 from common.sizes import find_largest
 from dataset import build_distribution
-from learner import LEARNERS, build_learner, load_factory
+from learner import build_learner, load_factory
 from learners.copies import UnfitError
 from learners.functional import collect_fixed_tensors
 from learners.losses import SCALED, build_loss, loss_name
 from learners.modules import convert_type
+from learners.options import LEARNERS
 from learners.reading import Reading, choose_reading
 from maml import MAML, OWN
 from tasks.scales import Scales

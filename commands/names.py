@@ -9,7 +9,7 @@ from typing import Any
 
 from commands.call import ALL_FLAGS, Call
 from commands.config import CONFIG_FLAGS, OWN_CODE, Config, show
-from commands.presets import ALGORITHMS
+from commands.presets import PRESETS
 from commands.resolve import OF_KIND, derive_usual_settings
 from commands.rules import what_makes_meaningless
 from common.choices import Choices
@@ -44,7 +44,7 @@ def describe_settings(config: Config, names: Iterable[str]) -> dict[str, str]:
 
 def name_method(choices: Choices) -> str:
     """Return the name of the method for people: `first-order MAML (head)`."""
-    name, preset = SPELLED.get(choices.algorithm, choices.algorithm.upper()), ALGORITHMS[choices.algorithm]
+    name, preset = SPELLED.get(choices.algorithm, choices.algorithm.upper()), PRESETS[choices.algorithm]
     usual = {part: preset.get(part, CONFIG_FLAGS[part].default) for part in OWN_CHOICES}
     own = [value for part in OWN_CHOICES if (value := getattr(choices, part)) != usual[part]]
     name += f" ({', '.join(own)})" * bool(own)

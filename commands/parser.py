@@ -19,10 +19,10 @@ from typing import Any, NoReturn
 from commands.call import ALL_FLAGS, CAN_BE_SWITCHED_OFF, find_setting, suggest_flag
 from commands.config import CONFIG_FLAGS, GROUPS, show
 from commands.presets import (
-    ALGORITHMS,
     DEFAULT_COLUMNS,
     DEFAULTS,
     HARMONIC_DEFAULTS,
+    PRESETS,
     SINUSOID_DEFAULTS,
 )
 from commands.settings import read_settings
@@ -179,7 +179,7 @@ def presets_table() -> str:
         "Settings of each --algorithm (half: of --iterations); where they depend on the data:",
         f"  {' / '.join(DEFAULT_COLUMNS)}\n",
     ]
-    for algorithm, row in ALGORITHMS.items():
+    for algorithm, row in PRESETS.items():
         columns = {name: value if isinstance(value, tuple) else (value,) for name, value in row.items()}
         cells = [f"{CONFIG_FLAGS[name].name} {'/'.join(map(show, v))}" for name, v in columns.items()]
         text = f"  {algorithm}: {', '.join(cells) or 'the defaults'}"

@@ -68,7 +68,7 @@ COMPUTED: dict[str, Any] = {
 # An algorithm is a row: its choices, and its paper's settings where they differ from MAML's; a tuple has a
 # value for each of `DEFAULT_COLUMNS`. Settings without a meaning for the data or the learner are ignored.
 # "half" is half of --iterations; "train_shots" is at least k + q.
-ALGORITHMS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "maml": {},
     "fomaml": {"meta_gradient": "first-order"},
     "anil": {"fast_weights": "head"},

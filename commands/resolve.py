@@ -11,11 +11,11 @@ from typing import Any
 
 from commands.config import CONFIG_FLAGS, OWN_CODE, Config, show
 from commands.presets import (
-    ALGORITHMS,
     CHUNK_IMAGES,
     COMPILED_FROM,
     DEFAULTS,
     HARMONIC_DEFAULTS,
+    PRESETS,
     SINUSOID_DEFAULTS,
     default_column,
 )
@@ -91,7 +91,7 @@ def _fill_in(flags: Mapping[str, Any]) -> Config:
 def _preset(flags: Mapping[str, Any], column: int) -> dict[str, Any]:
     """Return the algorithm's settings for a column of `DEFAULT_COLUMNS`, with the learner's inner rate."""
     algorithm = flags.get("algorithm", CONFIG_FLAGS["algorithm"].default)
-    preset = {n: v[column] if isinstance(v, tuple) else v for n, v in ALGORITHMS[algorithm].items()}
+    preset = {n: v[column] if isinstance(v, tuple) else v for n, v in PRESETS[algorithm].items()}
     if flags.get("first_order") and preset.get("meta_gradient", "exact") not in ("exact", "first-order"):
         raise UsageError(f"--first-order has no meaning with --algorithm {algorithm}: leave it out")
     learner = find_learner_facts(flags.get("learner", preset.get("learner", DEFAULTS["learner"][column])))

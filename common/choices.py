@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from common.options import BY_LEARNER, above_zero, at_least, below_one, flag, flags_of, not_negative
 
-# rows of `commands.presets.ALGORITHMS`
+# rows of `commands.presets.PRESETS`
 ALGORITHMS = (
     *("maml", "fomaml", "anil", "boil", "reptile", "meta-sgd", "maml++", "imaml", "cavia"),
     *("r2d2", "protonet", "pretrain"),

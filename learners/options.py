@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from common.names import check_code_name, parse_name
 from common.options import BY_LEARNER, BY_RULE, flag, key_and_value, list_names
 
-LOSSES = ("mse", "cross-entropy", "bce", "huber", "gaussian-nll")
+LOSS_NAMES = ("mse", "cross-entropy", "bce", "huber", "gaussian-nll")
 OUTPUTS = ("auto", "classes", "ordinal", "labels", "numbers")
 
 
@@ -48,7 +48,7 @@ def check_learner_name(name: str) -> str | None:
 
 
 def check_loss_name(name: str) -> str | None:
-    return None if name in LOSSES else check_code_name(name, ", ".join(LOSSES))
+    return None if name in LOSS_NAMES else check_code_name(name, ", ".join(LOSS_NAMES))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class LearnerOptions:
         f"{', '.join(name for name, facts in LEARNERS.items() if facts.init == 'torch')} and what is not "
         "built in)")
     loss: str = flag("--loss", group="learner", check=check_loss_name, metavar="NAME", default=BY_RULE,
-        suggestions=LOSSES,
+        suggestions=LOSS_NAMES,
         help="mse, cross-entropy, bce (binary, of logits), huber, gaussian-nll (a mean and a variance for "
         "each target), or file.py:function; auto: mse, or cross-entropy in classification")
     loss_args: tuple[str, ...] = flag(

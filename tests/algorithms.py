@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from common.batch import TaskBatch
 from common.choices import Choices
 from common.task import MetaGradient
-from learner import LEARNERS, build_learner
+from learner import FACTORIES, build_learner
 from learners.batch_norm import BatchNorm
 from learners.heads import add_context
 from maml import MAML, RATE
@@ -40,7 +40,7 @@ class Algorithm(MAML):
 
 def inputs_of(learner: str) -> tuple[int, ...]:
     """Return the shape of an example: a number of a curve, a signal, or a small image."""
-    shape = inspect.signature(LEARNERS[learner]).parameters["inputs"].default
+    shape = inspect.signature(FACTORIES[learner]).parameters["inputs"].default
     return shape if len(shape) < 3 else (1, 28, 28)
 
 

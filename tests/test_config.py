@@ -95,7 +95,7 @@ def test_reptile_counts_the_query_among_its_training_examples():
 
 
 def test_facts_about_learners_match_the_learners():
-    assert LEARNERS.keys() == learner.LEARNERS.keys()
+    assert LEARNERS.keys() == learner.FACTORIES.keys()
     for name, facts in LEARNERS.items():
         kinds = {type(layer).__name__ for layer in learner.build_learner(name, 5).modules()}
         assert bool(kinds & {"BatchNorm1d", "BatchNorm2d"}) == (facts.adapt_norm is not None), name

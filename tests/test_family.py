@@ -7,7 +7,7 @@ import torch
 from conftest import write_classes
 from runs import assert_same_run, command, curves, stop_at
 
-from commands.presets import ALGORITHMS
+from commands.presets import PRESETS
 from common.random import minibatch_order, task_stream
 from maml import RATE
 from training.checkpoint import load_checkpoint, save_checkpoints
@@ -43,7 +43,7 @@ def flags(tmp_path):
     return flags_of
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", PRESETS)
 def test_every_algorithm_is_resumed_exactly_learns_and_is_evaluated(
     algorithm, flags, tmp_path, monkeypatch, capsys
 ):

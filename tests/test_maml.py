@@ -9,14 +9,14 @@ from torch.nn import functional as F
 
 from common.batch import TaskBatch
 from common.task import Task
-from learner import LEARNERS, build_learner
+from learner import FACTORIES, build_learner
 
 FAST = ("mlp", "conv", "fc")
 SLOW = pytest.mark.slow
-EVERY_LEARNER = [pytest.param(name, marks=[SLOW] * (name not in FAST)) for name in LEARNERS]
+EVERY_LEARNER = [pytest.param(name, marks=[SLOW] * (name not in FAST)) for name in FACTORIES]
 CASES = [  # learner, inner steps and batch norm
     *((name, steps, "transductive") for name in FAST for steps in (1, 5)),
-    *(pytest.param(name, 5, "transductive", marks=SLOW) for name in LEARNERS if name not in FAST),
+    *(pytest.param(name, 5, "transductive", marks=SLOW) for name in FACTORIES if name not in FAST),
     *((name, 2, "inductive") for name in ("conv", "fc")),
 ]
 

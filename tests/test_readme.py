@@ -13,7 +13,7 @@ from torch.distributed.run import get_args_parser
 from commands.call import check_call
 from commands.members import list_members
 from commands.parser import build_parser, parse
-from commands.presets import ALGORITHMS
+from commands.presets import PRESETS
 from commands.resolve import resolve
 
 README = (ROOT / "README.md").read_text()
@@ -37,7 +37,7 @@ def test_ci_runs_the_readmes_test_command():
     assert lines and lines[0] in (ROOT / ".ci/run").read_text().splitlines()
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", PRESETS)
 def test_every_algorithm_has_its_page_and_its_row(name):
     page = ROOT / "docs" / f"{'baselines' if name == 'pretrain' else name}.md"
     assert f"--algorithm {name}" in page.read_text() and f"| [`{name}`](docs/{page.name}) |" in README

@@ -44,7 +44,7 @@ def test_a_file_repeats_its_settings_whatever_the_defaults_are_by_now(line, writ
     expected, again = settings_of(line), write(line)
     assert settings_of(again) == expected
     monkeypatch.setitem(presets.DEFAULTS, "save_every", (7, 7, 7, 7))
-    monkeypatch.setitem(presets.ALGORITHMS["maml++"], "steps", 9)
+    monkeypatch.setitem(presets.PRESETS["maml++"], "steps", 9)
     assert settings_of(line) != expected
     assert settings_of(again) == expected
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import functional_call, grad, hessian
 from torch.nn import functional as F
 
-from commands.presets import ALGORITHMS
+from commands.presets import PRESETS
 from commands.resolve import resolve
 from common.batch import TaskBatch, tree_map
 from common.choices import NORMALISATIONS, Choices
@@ -113,7 +113,7 @@ EXACT = {"rtol": 1e-9, "atol": 1e-11}
 @pytest.mark.parametrize(
     ("algorithm", "changes"),
     [
-        *((algorithm, {}) for algorithm in ALGORITHMS),
+        *((algorithm, {}) for algorithm in PRESETS),
         ("maml", {"batch_norm": "inductive"}),
         ("maml", {"head_init": "zero"}),
         *(("maml", {"head_init": init, "steps": n}) for init in ("prototype", "ridge") for n in (0, 2)),
