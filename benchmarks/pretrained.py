@@ -33,7 +33,7 @@ FOLDER = ROOT / "checkpoints" / "pretrained"
 CARD = "card.json"
 IMAGES = ("maml", "maml, an hour", "fomaml", "anil", "meta-sgd", "maml++", "reptile")
 CHOSEN: dict[str, tuple[str, ...]] = {
-    "sinusoid": tuple(TABLES["harmonic"].methods),
+    "sinusoid": tuple(TABLES["sinusoid-line"].methods),
     "sinusoid-frequency": ("maml", "meta-sgd"),
     "sinusoid-line": ("maml", "meta-sgd", "cavia"),
     **{name: IMAGES for name in TABLES if name.startswith("omniglot-") and "shot" in name},
