@@ -24,7 +24,7 @@ from commands.config import Config
 from commands.outputs import count_outputs
 from commands.resolve import resolve_from, restore_config
 from common.batch import Tree, tree_map
-from common.device import Runtime, find_device, set_up
+from common.device import Runtime, find_device, make_runtime
 from common.errors import UsageError
 from common.processes import ALONE
 from common.sizes import find_largest
@@ -76,7 +76,7 @@ class Initialisation:
     def read(cls, run: Path | str, flags: Mapping[str, Any], machine: Call | str) -> Initialisation:
         """Open a checkpoint or a run, with settings by name; UsageError where they do not fit.
 
-        `machine`: the call of a command, or, in the user's program, a device alone.
+        `machine`: the call of a command, or, in the user's program, whose settings of PyTorch stay, a device.
         """
         file = find_checkpoint(Path(run), BEST, LAST)
         source = load_checkpoint(file)
@@ -86,7 +86,7 @@ class Initialisation:
         if isinstance(machine, Call):
             runtime = prepare(config, machine)
         else:
-            runtime = set_up(find_device(machine, ALONE), config.training.precision, small_tensors=False)
+            runtime = make_runtime(find_device(machine, ALONE), config.training.precision)
         norm = flags.get("batch_norm", "per-step" if source.statistics else "inductive")
         if norm == "per-step" and not source.statistics:
             raise UsageError("--batch-norm per-step: the checkpoint has no running statistics")

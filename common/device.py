@@ -160,6 +160,15 @@ def warn_if_not_faster(precision: str) -> None:
         warnings.warn(f"--precision bf16 saves no time on this processor ({speeds})", stacklevel=2)
 
 
+def make_runtime(device: torch.device, precision: str, world: World = ALONE) -> Runtime:
+    """Return what a precision means on a device, without settings; UsageError for one that it lacks."""
+    only = {"tf32": "cuda", "bf16-products": "cpu"}  # where there is such a thing
+    if (device.type, precision) == ("mps", "float64") or only.get(precision, device.type) != device.type:
+        raise UsageError(f"--device {device.type} has no {precision}: use float32, or another device")
+    dtype = torch.float64 if precision == "float64" else torch.float32
+    return Runtime(device, dtype, torch.bfloat16 if precision == "bf16" else None, world)
+
+
 def set_up(
     device: torch.device,
     precision: str,
@@ -169,13 +178,11 @@ def set_up(
     world: World = ALONE,
     deterministic: bool = False,
 ) -> Runtime:
-    """Configure PyTorch for a device and return the runtime; UsageError for a precision that it lacks.
+    """Configure PyTorch, of the whole process, for a device; return the runtime as `make_runtime` does.
 
     With `deterministic`, operators that cannot give the same bits every time raise RuntimeError.
     """
-    only = {"tf32": "cuda", "bf16-products": "cpu"}  # where there is such a thing
-    if (device.type, precision) == ("mps", "float64") or only.get(precision, device.type) != device.type:
-        raise UsageError(f"--device {device.type} has no {precision}: use float32, or another device")
+    runtime = make_runtime(device, precision, world)
     if device.type == "cuda":  # float32 is float32, and the same run gives the same bits
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         torch.backends.cudnn.allow_tf32 = precision == "tf32"
@@ -192,8 +199,7 @@ def set_up(
     if device.type == "cpu":
         warn_if_not_faster(precision)
     keep_freed_memory()
-    dtype = torch.float64 if precision == "float64" else torch.float32
-    return Runtime(device, dtype, torch.bfloat16 if precision == "bf16" else None, world)
+    return runtime
 
 
 def collect_versions() -> dict[str, str]:

@@ -4,17 +4,18 @@ import json
 import math
 import re
 import warnings
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 from runs import command, train
 
 from commands.estimators import FewShotClassifier, FewShotRegressor
-from common.device import _INITIAL_THREADS
 
 PRETRAINED = ROOT / "checkpoints" / "pretrained"
 CURVES, CHARACTERS = PRETRAINED / "sinusoid-maml", PRETRAINED / "omniglot-one-training-prototype-head"
@@ -77,6 +78,30 @@ def adapt(tmp_path, monkeypatch):
     return run
 
 
+@pytest.fixture
+def settings() -> Iterator[Callable[[], tuple]]:
+    """Return what tells PyTorch's settings of this process, which are unusual."""
+
+    def read() -> tuple:
+        products, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+        return products, threads, torch.are_deterministic_algorithms_enabled()
+
+    before = read()
+    torch.set_float32_matmul_precision("high")
+    torch.set_num_threads(3)
+    torch.use_deterministic_algorithms(True)
+    yield read
+    torch.set_float32_matmul_precision(before[0])
+    torch.set_num_threads(before[1])
+    torch.use_deterministic_algorithms(before[2])
+
+
+def test_an_estimator_leaves_the_settings_of_the_process(settings):
+    before = settings()
+    FewShotRegressor.load(CURVES).fit(X[:5, :1], Y[:5, 0]).predict(X[5:, :1])
+    assert settings() == before == ("high", 3, True)
+
+
 def test_a_regressor_predicts_what_adapt_writes(runs, adapt, tmp_path):
     x, y = np.arange(5.0), np.sin(np.arange(5.0))
     write_table(tmp_path / "curve.csv", "x y", x, with_gaps(y, 3))
@@ -86,8 +111,7 @@ def test_a_regressor_predicts_what_adapt_writes(runs, adapt, tmp_path):
         assert regressor.predict(x[3:, None]) == pytest.approx(written, rel=1e-6)
     write_table(tmp_path / "two.csv", "a b u v", *X.T, *(with_gaps(part, 5) for part in Y.T))
     for run in ("numbers", "ridge"):
-        # an estimator leaves the threads of its process alone, and the last bits depend on them
-        written = adapt(runs / run, tmp_path / "two.csv", "--threads", _INITIAL_THREADS)
+        written = adapt(runs / run, tmp_path / "two.csv")
         expected = pytest.approx(np.stack([written["u"], written["v"]], 1), rel=1e-8)
         regressor = FewShotRegressor.load(runs / run).fit(X[:5], Y[:5])
         assert regressor.predict(X[5:]) == expected
