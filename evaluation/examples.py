@@ -90,7 +90,7 @@ def examples_figure(examples: Examples, title: str) -> Figure:
 def fits_figure(fits: Mapping[str, Examples], title: str) -> Figure:
     """Draw how methods fit the same curves, a row a method, as in figure 2 of Finn et al. 2017."""
     figure = style.new_figure(8.2, 1.9 * len(fits) + 0.7, title)
-    rows = figure.subplots(len(fits), TASKS, sharex=True, squeeze=False)
+    rows = figure.subplots(len(fits), TASKS, sharex="col", squeeze=False)
     for panels, (name, examples) in zip(rows, fits.items(), strict=True):
         draw_fits(panels, examples)
         panels[0].set_ylabel("\n".join(name.rsplit(", ", 1)))
