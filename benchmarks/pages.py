@@ -215,9 +215,10 @@ def write_picture(table: Table, records: Mapping[str, Record], file: Path) -> No
             panel.plot([], [], color=style.GREY, linestyle="", label="published", **hollow)
         for number, title in enumerate(titles):
             look = {"color": style.curve_style(number)["color"], "linestyle": ""}
-            panel.plot([], [], marker="o", label=title.rpartition(", ")[2], **look)
-            for place, (method, entry) in enumerate(records.items()):
-                row = find_row(table, title, entry) or {}
+            rows = [find_row(table, title, entry) or {} for entry in records.values()]
+            if any(row.get(which[0]) is not None for row in rows):
+                panel.plot([], [], marker="o", label=title.rpartition(", ")[2], **look)
+            for place, (method, row) in enumerate(zip(records, rows, strict=True)):
                 mean, interval = (row.get(name) for name in which)
                 if mean is not None:
                     panel.errorbar(scale * mean, place, xerr=scale * (interval or 0), marker="o", **look)
