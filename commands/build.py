@@ -138,8 +138,8 @@ def build(
     if maml.reading and (words := describe_reading(maml.reading, y, config)):
         say(f"main.py: the learner's outputs: {words}")
     if saved and (names := find_learned_names(saved, distribution.record)):
-        known = f"main.py: the checkpoint learned classes of the names of {len(names)} held-out ones"
-        say(f"{known}, such as {names[0]}: with the same images, results are not of new classes")
+        known = f"{len(names)} held-out classes are called like ones that the checkpoint learned"
+        say(f"main.py: {known}, such as {names[0]}: if they are the same, results are not of new classes")
     return distribution, fit_to_sizes(maml, distribution, split, config, say)
 
 
