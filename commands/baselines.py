@@ -58,7 +58,7 @@ class Method:
     title: str
     ways: list[str]  # in which it adapts, of each run, in words
     results: list[Evaluation]  # of each run
-    fits: Examples | None  # of the first run, to the first test tasks; None: it does not adapt
+    fits: Examples | None  # of the first run, to the first curves; None: of images, or it does not adapt
 
     @property
     def label(self) -> str:
@@ -103,16 +103,16 @@ def baselines(call: Call, flags: Mapping[str, Any], command: str, world: World) 
     shown = {titles.get(name, name): curves for name, curves in learning.items()}
     figure = results_figure(selected, caption, learning=shown, learning_measure=measured)
     fits = {f"{one.title}, {one.ways[0]}": one.fits for one in methods.values() if one.fits}
-    more = {"fits": fits_figure(fits, first.caption().title_of_examples)} if first.has_curves else {}
+    more = {"fits": fits_figure(fits, first.caption().title_of_examples)} if fits else {}
     print(write_results(f"{stem}-baselines", record, figure, **more))
     return 0
 
 
 def measure_methods(subjects: Sequence[Subject], call: Call) -> dict[str, Method]:
     """Return the method of several runs and its baselines, by name."""
-    saved, own = subjects[0].trained.choices, [subject.result for subject in subjects]
-    first = Method(name_method(saved), ["as trained"] * len(subjects), own, subjects[0].examples())
-    methods = {saved.algorithm: first}
+    first, own = subjects[0], [subject.result for subject in subjects]
+    saved, fits = first.trained.choices, first.examples() if first.has_curves else None
+    methods = {saved.algorithm: Method(name_method(saved), ["as trained"] * len(subjects), own, fits)}
     for subject in subjects:
         for (name, way), (result, fits) in measure_baselines(subject, call).items():
             method = methods.setdefault(name, Method(name, [], [], fits))
@@ -192,8 +192,8 @@ def measure_baselines(
 ) -> dict[tuple[str, str], tuple[Evaluation, Examples | None]]:
     """Return results on the test tasks of a checkpoint by a baseline's name and how it adapts, in words.
 
-    With each come the first tasks, for a picture, unless nothing is adapted. The rate of a baseline has the
-    lowest mean loss over all numbers of steps on validation tasks.
+    With each come the first curves, for a picture; none of images, or where nothing is adapted. The rate of
+    a baseline has the lowest mean loss over all numbers of steps on validation tasks.
     """
     saved, config, runtime = subject.trained, subject.config, subject.runtime
     scratch = derive_scratch_settings(config)
@@ -224,7 +224,9 @@ def measure_baselines(
             losses[rate] = result.losses[norm][:, 1:].mean().nan_to_num(math.inf).item()
             bar.update()
         best = min(losses, key=losses.__getitem__)
-        fits = adapt_examples(tuned[best], parameters, distribution, "test", {*subject.shown_steps, steps})
+        fits, shown = None, {*subject.shown_steps, steps}
+        if subject.has_curves:
+            fits = adapt_examples(tuned[best], parameters, distribution, "test", shown)
         results[name, f"rate {best}"] = test(tuned[best], parameters, **how), fits
     bar.close()
     return results

@@ -93,11 +93,10 @@ def test_the_rate_of_a_baseline_is_the_best_on_validation_tasks(tmp_path, monkey
         return baselines.Evaluation({"loss": dict.fromkeys(normalisations, values)})
 
     monkeypatch.setattr(baselines, "evaluate", evaluate)
-    monkeypatch.setattr(baselines, "adapt_examples", lambda *_: None)
     monkeypatch.setattr(baselines, "load_checkpoint", lambda _: Checkpoint({}, 0, {}, {}, {}, {}))
     runtime = set_up(torch.device("cpu"), "float32", small_tensors=True)
     data = SimpleNamespace(scales={})
-    about = {"distribution": data, "file": tmp_path, "shown_steps": {1}}
+    about = {"distribution": data, "file": tmp_path, "shown_steps": {1}, "has_curves": False}
     subject = SimpleNamespace(trained=saved, config=saved, runtime=runtime, **about)
     results = baselines.measure_baselines(subject, Call())
     assert list(results) == [
