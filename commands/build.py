@@ -137,7 +137,8 @@ def build(
     say = print_once if runtime.world.first else lambda _: None
     if maml.reading and (words := describe_reading(maml.reading, y, config)):
         say(f"main.py: the learner's outputs: {words}")
-    if saved and (names := find_learned_names(saved, distribution.record)):
+    names = find_learned_names(saved, distribution.record) if saved else []
+    if names and distribution.kind == "images":  # tasks of a table are often but numbers
         known = f"{len(names)} held-out classes are called like ones that the checkpoint learned"
         say(f"main.py: {known}, such as {names[0]}: if they are the same, results are not of new classes")
     return distribution, fit_to_sizes(maml, distribution, split, config, say)
