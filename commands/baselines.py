@@ -1,6 +1,6 @@
 """Measure what meta-learning must beat (--baselines), on the test tasks of a checkpoint.
 
-    evaluate.measure -> the checkpoint's result; measure_baselines -> the others' -> table, JSON, picture
+    evaluate.measure -> the checkpoint's result; measure_baselines -> the others' -> table, JSON, pictures
 
 The baselines are those of Finn et al. 2017, section 5.1: training from scratch on each task, pretraining on
 all tasks with fine-tuning, and an oracle told the task. Learning rates are chosen on validation tasks.
@@ -53,12 +53,12 @@ SHARED = (
 
 @dataclass
 class Method:
-    """What was measured of a method: the run's own or a baseline."""
+    """Results of a method, a checkpoint's or a baseline's, on the test tasks of one run or several."""
 
     title: str
-    ways: list[str]  # in which it adapts, of each run, in words
+    ways: list[str]  # how it adapts in each run: "rate 0.01"
     results: list[Evaluation]  # of each run
-    fits: Examples | None  # of the first run, to the first curves; None: of images, or it does not adapt
+    fits: Examples | None  # the first run's, to built-in curves; None: other tasks, or it does not adapt
 
     @property
     def label(self) -> str:
@@ -110,9 +110,9 @@ def baselines(call: Call, flags: Mapping[str, Any], command: str, world: World) 
 
 def measure_methods(subjects: Sequence[Subject], call: Call) -> dict[str, Method]:
     """Return the method of several runs and its baselines, by name."""
-    first, own = subjects[0], [subject.result for subject in subjects]
-    saved, fits = first.trained.choices, first.examples() if first.has_curves else None
-    methods = {saved.algorithm: Method(name_method(saved), ["as trained"] * len(subjects), own, fits)}
+    first, results = subjects[0], [subject.result for subject in subjects]
+    saved, curves = first.trained.choices, first.examples() if first.has_curves else None
+    methods = {saved.algorithm: Method(name_method(saved), ["as trained"] * len(subjects), results, curves)}
     for subject in subjects:
         for (name, way), (result, fits) in measure_baselines(subject, call).items():
             method = methods.setdefault(name, Method(name, [], [], fits))
@@ -192,8 +192,8 @@ def measure_baselines(
 ) -> dict[tuple[str, str], tuple[Evaluation, Examples | None]]:
     """Return results on the test tasks of a checkpoint by a baseline's name and how it adapts, in words.
 
-    With each come the first curves, for a picture; none of images, or where nothing is adapted. The rate of
-    a baseline has the lowest mean loss over all numbers of steps on validation tasks.
+    The rate of a baseline has the lowest mean loss over all numbers of steps on validation tasks. What
+    adapts to built-in curves has its fits beside its result, for a picture.
     """
     saved, config, runtime = subject.trained, subject.config, subject.runtime
     scratch = derive_scratch_settings(config)

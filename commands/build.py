@@ -40,6 +40,7 @@ from common.files import is_writable
 from common.optimizers import Weights
 from common.own_code import parse_arguments
 from common.processes import ALONE, World, join, read_world
+from common.random import HELD_OUT
 from common.sizes import find_largest
 from dataset import build_distribution
 from learner import build_learner, load_factory
@@ -137,10 +138,12 @@ def build(
     say = print_once if runtime.world.first else lambda _: None
     if maml.reading and (words := describe_reading(maml.reading, y, config)):
         say(f"main.py: the learner's outputs: {words}")
-    names = find_learned_names(saved, distribution.record) if saved else []
-    if names and distribution.kind == "images":  # tasks of a table are often but numbers
-        known = f"{len(names)} held-out classes are called like ones that the checkpoint learned"
-        say(f"main.py: {known}, such as {names[0]}: if they are the same, results are not of new classes")
+    splits = ("test",) if call.eval else HELD_OUT
+    names = find_learned_names(saved, distribution.record, *splits) if saved else []
+    if names and distribution.kind == "images":  # a table's tasks are often numbered, which says nothing
+        some = ", ".join([*names[:3], *["..."][: len(names) > 3]])
+        known = f"the checkpoint learned classes with names of {' and '.join(splits)} classes ({some})"
+        say(f"main.py: {known}: if they are the same, the results are not of new classes")
     return distribution, fit_to_sizes(maml, distribution, split, config, say)
 
 

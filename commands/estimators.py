@@ -40,6 +40,7 @@ SETTINGS = (
     *("test_steps", "batch_norm", "eval_inner_batch", "precision", "outputs"),
     *("invert", "image_range", "learner", "loss"),
 )
+OF_PROCESS = ("tf32", "bf16-products")  # an estimator leaves PyTorch's own settings alone
 
 
 @contextmanager
@@ -267,6 +268,8 @@ def _check_setting(name: str, value: Any) -> Any:
         hint = f"did you mean {near}?" if near else ", ".join(SETTINGS)
         raise UsageError(f"there is no setting {name!r}: {hint}")
     value = value.item() if isinstance(value, np.generic) else value
+    if name == "precision" and value in OF_PROCESS:
+        raise UsageError(f"precision {value!r} is a setting of the whole process: torch.backends has it")
     if problem := CONFIG_FLAGS[name].problem(value):
         raise UsageError(f"{name} should be {problem}, not {value!r}")
     return value

@@ -145,7 +145,8 @@ class Subject:
             source = load_checkpoint(file)
             trained = restore_config(source.settings, file)
             if call.eval_dataset:
-                check_unseen(trained.tasks.datasets, [call.eval_dataset], "--eval-dataset", "test")
+                flag = f"--eval-dataset {call.eval_dataset}"
+                check_unseen(trained.tasks.datasets, [call.eval_dataset], flag, "test")
             if call.compare:  # the user's code is for the runs that have some
                 tools = {n for n in OWN_CODE if n != "metric" and not is_own_code(trained.get(n))}
                 flags = {n: value for n, value in flags.items() if n not in tools or not is_own_code(value)}

@@ -76,7 +76,7 @@ class Initialisation:
     def read(cls, run: Path | str, flags: Mapping[str, Any], machine: Call | str) -> Initialisation:
         """Open a checkpoint or a run, with settings by name; UsageError where they do not fit.
 
-        `machine`: the call of a command, or, in the user's program, whose settings of PyTorch stay, a device.
+        `machine`: the call of a command, which sets up PyTorch, or a device, for a program that has done so.
         """
         file = find_checkpoint(Path(run), BEST, LAST)
         source = load_checkpoint(file)

@@ -19,11 +19,10 @@ from typing import Any
 
 from commands import build
 from commands.call import Call
-from commands.config import Config
+from commands.config import CONFIG_FLAGS, Config
 from commands.names import file_name, list_repeated_flags, task_size
 from commands.resolve import resolve, resolve_from, restore_config
 from common.errors import UsageError
-from common.names import split_mixture
 from common.processes import World
 from common.random import HELD_OUT
 from evaluation.tables import choose_units, format_decimal
@@ -112,10 +111,11 @@ def find_start(folder: Path | None, call: Call, flags: Mapping[str, Any]) -> bui
     if many and (many / LIST).is_file():
         raise UsageError(f"{many} has many runs: resume them with --seeds or --sweep and --resume")
     if file is None:
-        config, weights = resolve(flags), load_checkpoint(call.init_from) if call.init_from else None
-        if weights:
-            trained = split_mixture(weights.settings["dataset"])
-            check_unseen(trained, config.tasks.datasets, "--init-from", *HELD_OUT)
+        if call.init_from is None:
+            return build.Start(resolve(flags))
+        config, weights = resolve(flags), load_checkpoint(call.init_from)
+        learned = restore_config(weights.settings, call.init_from)
+        _check_learned(learned, config, f"--init-from {call.init_from}")
         return build.Start(config, call.init_from, weights)
     checkpoint = load_checkpoint(file)
     if not checkpoint.exp_avg and checkpoint.parameters:
@@ -128,6 +128,16 @@ def find_start(folder: Path | None, call: Call, flags: Mapping[str, Any]) -> bui
         raise UsageError(f"the run of {file} started from {origin}: leave --init-from out when resuming")
     config = resolve_from(restore_config(checkpoint.settings, file), flags, evaluate=False)
     return build.Start(config, file, checkpoint, resumed=checkpoint)
+
+
+def _check_learned(learned: Config, config: Config, source: str) -> None:
+    """Raise UsageError, which names the source, where benchmarks held out now have been learned."""
+    before, now = learned.tasks.datasets, config.tasks.datasets
+    check_unseen(before, now, source, *HELD_OUT)
+    for dataset, split in (("omniglot", "omniglot_split"), ("icons", "icons_split")):
+        if dataset in before and dataset in now and learned.get(split) != config.get(split):
+            same = f"{CONFIG_FLAGS[split].name} {learned.get(split)}"
+            raise UsageError(f"{source} has learned what another split of {dataset} holds out: give {same}")
 
 
 def make_folder(checkpoint_path: Path, config: Config, locks: ExitStack) -> Path:

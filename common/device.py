@@ -161,7 +161,7 @@ def warn_if_not_faster(precision: str) -> None:
 
 
 def make_runtime(device: torch.device, precision: str, world: World = ALONE) -> Runtime:
-    """Return what a precision means on a device, without settings; UsageError for one that it lacks."""
+    """Return the runtime of a device and a precision, and set nothing; UsageError for one that it lacks."""
     only = {"tf32": "cuda", "bf16-products": "cpu"}  # where there is such a thing
     if (device.type, precision) == ("mps", "float64") or only.get(precision, device.type) != device.type:
         raise UsageError(f"--device {device.type} has no {precision}: use float32, or another device")

@@ -6,6 +6,7 @@ in --eval, from the same `MAML.predictions` that `meta_test` measures.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ from learners.reading import choose_reading, main_tensor
 from maml import MAML
 
 TASKS = 3  # in a picture of examples
+LETTERS = 22  # of a line beside a row of fits
 FARTHEST = 1.0  # spans of the true curves by which predictions may exceed them within a panel
 MOST_WAYS, MOST_SHOTS = 20, 5  # shown of an image task
 
@@ -93,9 +95,12 @@ def fits_figure(fits: Mapping[str, Examples], title: str) -> Figure:
     rows = figure.subplots(len(fits), TASKS, sharex="col", squeeze=False)
     for panels, (name, examples) in zip(rows, fits.items(), strict=True):
         draw_fits(panels, examples)
-        panels[0].set_ylabel("\n".join(name.rsplit(", ", 1)))
+        lines = [textwrap.fill(part, LETTERS) for part in name.rsplit(", ", 1)]
+        panels[0].set_ylabel("\n".join(lines))
     for panel in rows[:-1].flat:
         panel.set_xlabel("")
+    truth = next(iter(fits.values())).batch.query_y[..., 0]
+    _share_limits([*rows.flat], float(truth.min()), float(truth.max()))
     style.add_legend(figure, *rows[:, 0])
     return figure
 

@@ -71,7 +71,7 @@ def draw_bands(panel: Axes, x: Any, mean: Any, deviation: Any, colour: str = BLU
 def add_legend(figure: Figure | SubFigure, *panels: Axes) -> None:
     """Add a legend of these panels' curves below the figure; none where too many curves look alike.
 
-    Curves with the same label look alike, and are one.
+    Of curves with the same label it names one.
     """
     pairs = [pair for panel in panels for pair in zip(*panel.get_legend_handles_labels(), strict=True)]
     curves = {label: handle for handle, label in pairs}

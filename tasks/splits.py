@@ -112,7 +112,7 @@ def check_unseen(trained: Iterable[str], tested: Iterable[str], source: str, *sp
     for name, other in product(trained, tested):
         if seen := find_seen(name, other, *splits):
             words = f"{name} trains on {len(seen)} of the {' and '.join(splits)} classes of {other}"
-            raise UsageError(f"{source}: {words}, such as {seen[0]}")
+            raise UsageError(f"{source}: {words}, such as {seen[0]}: take another data set")
 
 
 def divide_classes(

@@ -23,11 +23,7 @@ SHARES = {"train": 64, "validation": 16, "test": 20}
 DRAWING = (
     *("training.run.Run.draw_examples", "training.run.learning_figure", "commands.sweep.learning_figure"),
     *("commands.evaluate.results_figure", "commands.evaluate.examples_figure"),
-    *(
-        "commands.baselines.results_figure",
-        "commands.baselines.fits_figure",
-        "commands.compare.comparison_figure",
-    ),
+    *("commands.baselines.results_figure", "commands.baselines.fits_figure"),
     *("commands.compare.comparison_figure", "commands.adapt.predictions_figure"),
 )
 

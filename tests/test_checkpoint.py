@@ -20,6 +20,7 @@ from training.checkpoint import (
     VERSION,
     Checkpoint,
     check_same_data,
+    find_learned_names,
     fitting_parameters,
     load_checkpoint,
     save_checkpoints,
@@ -168,6 +169,18 @@ def test_weights_of_another_learner_are_refused_by_name_and_shape():
         fitting_parameters(Path("x.pt"), theirs, ours, "mlp")
     copy = fitting_parameters(Path("x.pt"), ours, {k: v.double() for k, v in ours.items()}, "mlp")
     assert copy["w"].dtype == torch.float64
+
+
+def test_names_of_learned_classes_are_found_in_what_other_data_hold_out():
+    def find(learned: dict[str, list[str]], now: dict[str, list[str]], *splits: str) -> list[str]:
+        return find_learned_names(a_checkpoint(DataRecord(learned)), DataRecord(now), *splits)
+
+    now = {"train": ["b"], "validation": ["a", "d"], "test": ["c"]}
+    assert find({"train": ["a", "b", "c"], "test": ["d"]}, now, "test") == ["c"]
+    assert find({"train": ["a", "b", "c"], "test": ["d"]}, now, "validation", "test") == ["a", "c"]
+    mixture = {"train": ["images:A: a"], "test": ["images:B: a"]}  # two sets of equal names
+    assert find(mixture, now, "validation") == find({"train": ["a"]}, mixture, "test") == ["a"]
+    assert find(mixture, mixture, "test") == find({}, now, "test") == []
 
 
 def test_another_split_of_the_data_is_refused():

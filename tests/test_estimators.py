@@ -80,7 +80,7 @@ def adapt(tmp_path, monkeypatch):
 
 @pytest.fixture
 def settings() -> Iterator[Callable[[], tuple]]:
-    """Return what tells PyTorch's settings of this process, which are unusual."""
+    """Give the process unusual settings of PyTorch; return a function that reads them."""
 
     def read() -> tuple:
         products, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
@@ -100,6 +100,8 @@ def test_an_estimator_leaves_the_settings_of_the_process(settings):
     before = settings()
     FewShotRegressor.load(CURVES).fit(X[:5, :1], Y[:5, 0]).predict(X[5:, :1])
     assert settings() == before == ("high", 3, True)
+    with pytest.raises(ValueError, match="a setting of the whole process"):
+        FewShotRegressor.load(CURVES, precision="bf16-products")
 
 
 def test_a_regressor_predicts_what_adapt_writes(runs, adapt, tmp_path):

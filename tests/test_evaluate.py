@@ -94,7 +94,7 @@ def test_classes_that_may_have_been_trained_on_are_not_tested_on(tmp_path, capsy
 def test_classes_with_names_of_learned_ones_are_pointed_out(tmp_path, capsys):
     run = train(tmp_path)
     shutil.copytree(tmp_path / "data", tmp_path / "copy")
-    other, words = f"images:{tmp_path / 'copy'}", "called like ones that the checkpoint learned"
+    other, words = f"images:{tmp_path / 'copy'}", "the checkpoint learned classes with names of"
     assert command("--eval", "--load", run) == 0 and words not in capsys.readouterr().err
     build.print_once.cache_clear()
     assert command("--eval", "--load", run, "--eval-dataset", other) == 0 and words in capsys.readouterr().err

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import SHARES, class_names, refused, write_classes, write_images
+from conftest import ROOT, SHARES, class_names, refused, write_classes, write_images
 from PIL import Image
 from runs import command
 
@@ -211,11 +211,14 @@ def test_benchmarks_of_the_same_images_are_no_test_of_each_other(tmp_path, monke
     run += ["--val-tasks", 2, "--data-root", tmp_path / "data"]
     assert command(*run, "--checkpoint-path", tmp_path, "--run-name", "run") == 0
     message = refuse("--eval", "--load", tmp_path / "run", "--eval-dataset", "fc100", *run[-2:])
-    assert "--eval-dataset: cifar-fs trains on 11 of the test classes of fc100, such as" in message
+    assert "--eval-dataset fc100: cifar-fs trains on 11 of the test classes of fc100, such as" in message
     line = refuse(
         "--init-from", tmp_path / "run", "--dataset", "fc100", *run[2:], "--checkpoint-path", tmp_path
     )
-    assert "--init-from: cifar-fs trains on" in line
+    assert f"--init-from {tmp_path / 'run'}/best.pt: cifar-fs trains on" in line
+    shipped = ROOT / "checkpoints" / "pretrained" / "omniglot-5way-1shot-maml"
+    line = refuse("--init-from", shipped, "--dataset", "omniglot", "--omniglot-split", "alphabet")
+    assert "another split of omniglot holds out: give --omniglot-split random" in line
     assert command("--dataset", "fc100", *run[1:], "--checkpoint-path", tmp_path) == 2
     assert "trains on what validates or tests" in capsys.readouterr().err
 

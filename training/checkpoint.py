@@ -21,7 +21,6 @@ from torch import Tensor
 from common.batch import TABLE, DataRecord
 from common.errors import UsageError, is_out_of_memory
 from common.files import write_all_whole
-from common.random import HELD_OUT
 from training.folders import LIST
 
 FORMAT = "maml checkpoint"
@@ -143,10 +142,15 @@ def check_same_data(path: Path, saved: Checkpoint, now: DataRecord, *, other_dat
             raise UsageError(f"{path}: sample gave other tasks for the same seeds ({why}): {way}")
 
 
-def find_learned_names(saved: Checkpoint, now: DataRecord) -> list[str]:
-    """Return names of classes that a checkpoint has learned, and that are now for validation or test."""
-    held_out = (name for split in HELD_OUT for name in now.splits.get(split, ()))
-    return sorted({*saved.splits.get("train", ())}.intersection(held_out))
+def find_learned_names(saved: Checkpoint, now: DataRecord, *splits: str) -> list[str]:
+    """Return names of classes that a checkpoint has learned, and that other data have in these splits."""
+    if saved.splits == now.splits:
+        return []
+    learned, held_out = (
+        {name.rpartition(": ")[2] for part in parts for name in part}  # in a mixture after its data set's
+        for parts in ([saved.splits.get("train", ())], [now.splits.get(split, ()) for split in splits])
+    )
+    return sorted(learned & held_out)
 
 
 def fitting_parameters(
