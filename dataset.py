@@ -269,7 +269,7 @@ class Custom(TaskDistribution):
     dtype: torch.dtype = torch.float32
 
     on_host = True
-    one_task = False  # whatever the seed
+    constant: tuple[str, ...] = ()  # splits with one task, whatever the seed
     sampled: tuple[str, ...] = ()  # rough numbers of a task, which must be the same in every process
 
     def __post_init__(self) -> None:
@@ -297,7 +297,8 @@ class Custom(TaskDistribution):
 
     @property
     def summary(self) -> list[str]:
-        return ["sample gives the same task for every seed"] * self.one_task
+        splits = ", ".join(self.constant)
+        return [f"sample gives the same task for every seed: {splits}"] if splits else []
 
     def check(self, splits: Sequence[str], *, may_lack_targets: bool) -> None:
         """Raise UsageError for tasks that differ when drawn again, lack numbers, or vary in form by split."""
@@ -305,7 +306,7 @@ class Custom(TaskDistribution):
         for split in splits:
             task = self._draw_twice(split)
             for part, tree in task.parts.items():
-                gaps = any((t.isnan() | (t == math.inf)).any() for t in pytree.tree_leaves(tree))
+                gaps = not all(t.isfinite().all() for t in pytree.tree_leaves(tree))
                 if gaps and not (may_lack_targets and part in ("support_y", "query_y")):
                     self._fail(split, f"gives NaN or infinity in {part}: fill or leave out such examples")
             forms[split] = [tuple(tensor.shape[2:]) for tensor in pytree.tree_leaves(task)]
@@ -332,7 +333,8 @@ class Custom(TaskDistribution):
             self._fail(split, f"gives other numbers {how} and several processes need the same: {way}")
         leaves = pytree.tree_leaves(tasks[0])
         self.sampled = tuple(f"{value.double().abs().mean().item():.3g}" for value in leaves)
-        self.one_task = all(_are_equal(tasks[0], task) for task in tasks)
+        if all(_are_equal(tasks[0], task) for task in tasks):
+            self.constant += (split,)
         return first
 
     def _draw_seeds(self, split: str, seed: int, iteration: int, tasks: range) -> Tensor:

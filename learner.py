@@ -181,11 +181,18 @@ class GreyAsColour(nn.Module):
 
 
 def build_torchvision(model: str, outputs: int, /, inputs: Any = None, **arguments: Any) -> nn.Module:
-    """Build torchvision's model for colour or grey images; with `weights`, trained ones but for the head."""
+    """Build torchvision's model for colour or grey images; with `weights`, trained ones but for the head.
+
+    Raises UsageError for a model that has other layers with weights than without: a checkpoint rebuilds it
+    without.
+    """
     import torchvision
 
     if arguments.get("weights") is None:
         network = torchvision.models.get_model(model, num_classes=outputs, **arguments)
+    elif model in ("googlenet", "inception_v3"):
+        own = "load the weights in a factory of yours, --learner file.py:factory"
+        raise UsageError(f"--learner torchvision:{model}: weights= also changes its layers: {own}")
     else:
         network = torchvision.models.get_model(model, **arguments)
         name = linear_head(network)

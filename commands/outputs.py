@@ -69,7 +69,7 @@ def count_outputs(config: Config, targets: Tree) -> int:
 
 
 def find_ignored_label(config: Config) -> int | None:
-    """Return the label that the loss leaves out in the user's own tasks; None: other tasks have none."""
+    """Return the label that the loss leaves out in the user's own tasks; None: it leaves none out."""
     if not is_own_code(config.tasks.dataset):
         return None
     return ignored_label(config.learner.loss, config.learner.loss_args)
@@ -119,6 +119,8 @@ def try_outputs(
         )
     if targets is None:
         return None
+    if loss == "bce":
+        _check_shares(scores, first_tensor(targets))
     try:
         return read_outputs(
             output,
@@ -131,6 +133,15 @@ def try_outputs(
         )
     except ValueError as error:
         raise UsageError(f"--outputs {config.learner.outputs}: {error}") from error
+
+
+def _check_shares(scores: Tensor, targets: Tensor) -> None:
+    """Raise UsageError for targets of binary cross-entropy that are neither labels nor shares of them."""
+    if targets.shape == scores.shape and bool(((targets < 0) | (targets > 1)).any()):
+        low, high = targets.min().item(), targets.max().item()
+        raise UsageError(
+            f"--loss bce takes targets from 0 to 1: a task has some from {low:.4g} to {high:.4g}"
+        )
 
 
 def register_outputs(tree: Tree) -> None:

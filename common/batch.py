@@ -114,7 +114,7 @@ class TaskDistribution(Protocol):
         return self
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> TaskDistribution:
-        """Return these tasks read from other `tensors`, among which are those of the same names."""
+        """Return these tasks with `tensors` instead of their own of the same names; others are ignored."""
         return self
 
     def resized(self, shots: Size) -> TaskDistribution:

@@ -30,15 +30,16 @@ Curves = Mapping[str, Sequence[Curve]]  # curves of a setting's runs, by label
 def draw_curve(
     panel: Axes, number: int, label: str, runs: Sequence[Curve], interval: Tensor | None = None
 ) -> None:
-    """Draw the mean of the runs as far as all of them go, in a band with this half width, `[points]`."""
-    length = min(len(x) for x, _ in runs)
-    if not length:
+    """Draw the mean of the runs at the points that all have, in a band with this half width, `[points]`."""
+    points = [dict(zip(*run, strict=True)) for run in runs]
+    x = [point for point in points[0] if all(point in other for other in points)]
+    if not x:
         panel.plot([], [], label=f"{label}: not recorded", **style.curve_style(number))
         return
-    x, y = runs[0][0][:length], torch.tensor([list(y[:length]) for _, y in runs], dtype=torch.float64)
+    y = torch.tensor([[values[point] for point in x] for values in points], dtype=torch.float64)
     mean = y.mean(0)
     low, high = (y.amin(0), y.amax(0)) if interval is None else (mean - interval, mean + interval)
-    look = style.curve_style(number) | ({"marker": ""} if length > MOST_MARKED else {})
+    look = style.curve_style(number) | ({"marker": ""} if len(x) > MOST_MARKED else {})
     panel.plot(x, mean.numpy(), label=label, **look)
     panel.fill_between(x, low.numpy(), high.numpy(), color=look["color"], alpha=0.15, linewidth=0)
 

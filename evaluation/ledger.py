@@ -18,7 +18,7 @@ from evaluation.tables import StepResults, write_csv
 
 RESULTS = "results.csv"
 TIME = "%Y-%m-%d %H:%M:%S"
-# what makes two evaluations the same
+# an evaluation replaces the row in which all of these agree
 SAME = (
     *("checkpoint", "dataset", "ways", "shots", "queries", "tasks", "steps", "inner_batch", "batch_norm"),
     *("measure", "precision"),

@@ -188,12 +188,13 @@ def measure_tasks(
     results, sizes = (world.sum(part, patiently=True) for part in (results, sizes))  # 0 in all but one
     by_norm = [dict(zip(normalisations, part, strict=True)) for part in results]
     measures = dict(zip(reading.measures, by_norm, strict=True))
-    varying = {name: values.long() for name, values in zip(SIZES, sizes, strict=True) if values.any()}
+    named = zip(SIZES, sizes.long(), strict=True)
+    varying = {name: values for name, values in named if (values != values[0]).any()}
     return Evaluation(measures, reading.metric, sizes=varying)
 
 
 def count_sizes(batch: TaskBatch, ways: int | None) -> Tensor:
-    """Return the numbers `SIZES` of each task, `[2, tasks]`, 0 where they do not vary.
+    """Return the numbers `SIZES` of each task, `[2, tasks]`, 0 where the batch does not tell.
 
     Shots are the support examples of a class, rounded where its classes differ.
     """

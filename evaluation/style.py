@@ -63,7 +63,8 @@ def draw_bands(panel: Axes, x: Any, mean: Any, deviation: Any, colour: str = BLU
     """Draw the central 50 and 90 % of normal distributions around a curve of their means, as arrays."""
     label = f"central {' and '.join(map(str, CENTRAL))} %"
     for width in CENTRAL.values():
-        low, high = mean - width * deviation, mean + width * deviation
+        with np.errstate(invalid="ignore"):  # of a task that diverges
+            low, high = mean - width * deviation, mean + width * deviation
         panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0, label=label)
         label = ""  # one for both
 

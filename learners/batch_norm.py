@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from common.batch import append_axes
+from learners.copies import Notes
 
 _STANDARD_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
@@ -138,7 +139,7 @@ def record_statistics(module: nn.Module) -> Iterator[dict[str, Tensor]]:
     recorded: dict[str, Tensor] = {}
     with set_norms(module, passes=None) as layers:
         for layer in layers.values():
-            layer.passes = []
+            layer.passes = Notes()
         yield recorded
         for name, layer in layers.items():
             if layer.passes:

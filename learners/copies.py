@@ -22,6 +22,10 @@ Alias = tuple[Any, Any, str]  # a dictionary or list, a key or position, and the
 _OPAQUE = (Tensor, type, types.ModuleType, str, bytes, int, float, complex, type(None))
 
 
+class Notes(list[Any]):
+    """A list to which a hook or a layer adds in a pass: `restore_containers` leaves it alone."""
+
+
 class UnfitError(ValueError):
     """A module that cannot be a function of its weights; the message names the layer."""
 

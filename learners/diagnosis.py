@@ -29,7 +29,7 @@ from common.errors import fold_message
 from common.optimizers import Weights
 from common.task import Extras, Task
 from learners.batch_norm import join_names
-from learners.copies import copy_module, describe_layer
+from learners.copies import Notes, copy_module, describe_layer
 from learners.elementary import Elementary
 from learners.functional import FunctionalLearner, call_with
 from learners.modules import convert_type
@@ -178,10 +178,6 @@ def _is_same(value: Any, old: Any) -> bool:
         return value is old
     parts, olds = ([*v, *v.values()] if isinstance(v, dict) else [*v] for v in (value, old))
     return len(parts) == len(olds) and all(a is b for a, b in zip(parts, olds, strict=True))
-
-
-class Notes(list[Any]):
-    """A list to which a hook adds in a pass: `copies.restore_containers` leaves it alone."""
 
 
 def watch(module: nn.Module, running: Notes) -> None:

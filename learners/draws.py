@@ -77,7 +77,7 @@ def _bernoulli_(draws: Draws, input: Tensor, p: float | Tensor = 0.5, *, generat
 def _drop(
     width: int, draws: Draws, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Tensor:
-    """Drop elements (`width` is 0), or channels of examples `[channels, ...]` with `width` axes."""
+    """Drop elements (`width` is 0), or whole channels of examples `[channels, ...]` of `width` axes."""
     axes = input.dim()
     drawn = min(2, axes - width + 1) if width else axes  # axes that differ in their draw; batch may be absent
     return draws.drop(input, p, training, (*input.shape[:drawn], *(1,) * (axes - drawn)))

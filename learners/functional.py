@@ -52,7 +52,7 @@ class FunctionalLearner:
         example: one task's inputs, to see what a pass changes; None: all buffers count as changed.
         unpads: the module gets examples without padding; not under `vmap`.
 
-    Outside, complex weights are real ones, `[..., 2]`. Raises UnfitError, which names the layer, if a pass
+    Callers see complex weights as real ones, `[..., 2]`. Raises UnfitError, which names the layer, if a pass
     cannot be made a function of tensors.
     """
 

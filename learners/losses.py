@@ -73,7 +73,9 @@ def bce(outputs: Tree, targets: Tree, *, mask: Tensor | None = None, ways: Tenso
 
 def huber(outputs: Tree, targets: Tree, *, delta: float = 1.0, mask: Tensor | None = None) -> Tensor:
     """Return half the squared error up to `delta`, and a linear function beyond it."""
-    return _mean(partial(F.huber_loss, main_tensor(outputs), first_tensor(targets), delta=delta), mask)
+    outputs = main_tensor(outputs)
+    targets = first_tensor(targets).to(outputs.dtype)  # whole numbers, too
+    return _mean(partial(F.huber_loss, outputs, targets, delta=delta), mask)
 
 
 def _mean(loss: Callable[..., Tensor], mask: Tensor | None) -> Tensor:
@@ -162,10 +164,15 @@ def _check_fixed(function: Callable[..., Tensor], flag: str) -> None:
                 )
 
 
-def ignored_label(name: str, arguments: tuple[str, ...] = ()) -> int:
-    """Return the label that a loss leaves out: its argument `ignore_index`, or PyTorch's default of it."""
-    function = load_code(name, "--loss") if is_own_code(name) else LOSSES[name]
-    default = getattr(find_parameters(function).get("ignore_index"), "default", IGNORED)
+def ignored_label(name: str, arguments: tuple[str, ...] = ()) -> int | None:
+    """Return the label that a loss leaves out: its argument `ignore_index`, or PyTorch's default of it.
+
+    None for a built-in loss without that argument, which leaves nothing out.
+    """
+    parameters = find_parameters(load_code(name, "--loss") if is_own_code(name) else LOSSES[name])
+    if name in LOSSES and "ignore_index" not in parameters:
+        return None
+    default = getattr(parameters.get("ignore_index"), "default", IGNORED)
     value = parse_arguments(arguments).get("ignore_index", default)
     return value if isinstance(value, int) else IGNORED
 

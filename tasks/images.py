@@ -1,8 +1,8 @@
 """Make labelled, split image sets, and draw N-way K-shot tasks: path -> `ImageSet` -> `ImageTasks`.
 
 Splits are those of the folder; class folders alone are split at random. The pixels lie on the device as one
-uint8 tensor. Where it would fill more than half of the free memory, it stays memory-mapped on the host, and
-the next batch is fetched while this one is computed.
+uint8 tensor. Where it would fill more than half of a GPU's free memory, or of the memory that a process may
+use, it stays memory-mapped on the host, and the next batch is fetched while this one is computed.
 """
 
 from __future__ import annotations

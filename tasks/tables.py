@@ -241,7 +241,8 @@ def sort_classes(names: list[str], labels: Tensor) -> tuple[list[str], Tensor]:
         classes = sorted(names, key=float)
     except ValueError:
         classes = sorted(names)
-    position = torch.tensor([*map(classes.index, names), -1])  # the last is that of -1, the missing class
+    places = {name: place for place, name in enumerate(classes)}
+    position = torch.tensor([*map(places.get, names), -1])  # the last is that of -1, the missing class
     return classes, position[labels]
 
 
@@ -249,11 +250,11 @@ def sort_classes(names: list[str], labels: Tensor) -> tuple[list[str], Tensor]:
 class TableTasks(TaskDistribution):
     """Tasks drawn, with replacement, from a table; UsageError for a task with too few rows or classes.
 
-    Inputs and targets are standardised by `scales` (tasks/scales.py).
-    Rows of a task are drawn without replacement; the query does not depend on the number of shots. Inputs are
-    `[tasks, examples, inputs]`, targets `[tasks, examples, targets]`. With `ways`, a task draws that many of
-    its classes, then rows of each. Labels, int64 `[tasks, examples]`, number the drawn classes at random, or
-    in sorted order if the table has no other classes.
+    Inputs and targets are standardised by `scales` (tasks/scales.py). Rows of a task are drawn without
+    replacement; the query does not depend on the number of shots. Inputs are `[tasks, examples, inputs]`,
+    targets `[tasks, examples, targets]`. With `ways`, a task draws that many of its classes, then rows of
+    each. Labels, int64 `[tasks, examples]`, number the drawn classes at random, or in sorted order if the
+    table has no other classes.
     """
 
     table: Table

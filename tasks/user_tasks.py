@@ -22,7 +22,7 @@ from common.errors import UsageError, escape_text
 from common.task import UserTask
 from tasks.file_tasks import explain
 from tasks.folders import EXTENSIONS, HIDDEN, class_folders, image_files
-from tasks.pixels import TRAINED, Form, Range, decode_all, prepare, scale_values, settle_range
+from tasks.pixels import PLAIN, TRAINED, Form, Range, decode_all, prepare, scale_values, settle_range
 from tasks.scales import Scales, apply_scale
 from tasks.tables import Columns, load_table
 
@@ -203,8 +203,9 @@ def read_pixels(values: Array, form: Form, record: Sequence[str], user_range: Ra
     """Return images as the training images were made: uint8 `[images, channels, size, size]`.
 
     Args:
-        values: `[images, height, width]` or `[images, channels, height, width]`, 1 or 3 channels: bytes, or
-            numbers from 0 (black) to 1 (white); other whole numbers have the range of the training images.
+        values: `[images, height, width]` or `[images, channels, height, width]`, 1 or 3 channels: bytes
+            from 0 (black) to 255 (white), or floats from 0 to 1. Other whole numbers have the range of the
+            training images, and so have bytes if those were bytes.
         record: the range of the training images, see `Form`.
         user_range: the values that are black and white, if the user says so.
     """
@@ -213,7 +214,10 @@ def read_pixels(values: Array, form: Form, record: Sequence[str], user_range: Ra
     if values.ndim != 4 or values.shape[1] not in (1, 3):
         raise UsageError(f"x is {values.shape}: give images [n, height, width] or [n, 1 or 3, height, width]")
     is_integer, plain = values.dtype.kind in "iu", replace(form, range=None)
-    low, high = user_range or ((form.recorded(record).range or (0.0, 255.0)) if is_integer else (0.0, 1.0))
+    trained = form.recorded(record)
+    if values.dtype == np.uint8 and trained.kind != PLAIN:
+        trained = plain  # bytes, though the training images have more bits
+    low, high = user_range or ((trained.range or (0.0, 255.0)) if is_integer else (0.0, 1.0))
     lowest, highest = float(values.min()), float(values.max())
     if not user_range and (lowest < low or highest > high or (is_integer and highest <= 1 < high)):
         raise UsageError(

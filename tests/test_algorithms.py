@@ -21,10 +21,11 @@ from torch.nn import functional as F
 
 from commands.resolve import resolve
 from common.batch import TaskBatch
+from common.choices import Choices
 from learner import build_learner
 from learners.batch_norm import norm_parameter_names
 from learners.heads import ContextLayer, adapted_names, add_context, head_names
-from maml import MASS, RATE, SQUARE
+from maml import MAML, MASS, RATE, SQUARE
 from training.meta_gradients import conjugate_gradients
 from training.step import meta_lr_at, multi_step_weights
 
@@ -90,6 +91,18 @@ def test_per_step_batch_norm_has_parameters_and_statistics_for_each_step(objecti
     for name, statistics in result.statistics.items():
         means = [torch.stack([task[name] for task in tasks]).mean(0) for tasks in seen]
         torch.testing.assert_close(statistics, torch.stack(means))
+
+
+def test_the_first_pass_of_a_network_is_recorded_as_later_ones_are():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(784, 4), nn.BatchNorm1d(4), nn.GELU(), nn.Linear(4, 3))
+    choices = Choices(inner_lr=0.1, steps=2, batch_norm="per-step", norm_per_step=True)
+    maml = MAML(network.double(), F.cross_entropy, choices)
+    batch = make_tasks("fc")
+    parameters = maml.initial_parameters()
+    first, second = (maml.meta_gradient(parameters, batch).statistics for _ in range(2))
+    assert first.keys() == {"2.statistics"}
+    torch.testing.assert_close(first, second)
 
 
 def test_per_step_statistics_are_used_and_a_step_beyond_uses_the_last_ones():

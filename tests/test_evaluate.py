@@ -154,6 +154,15 @@ def test_an_evaluation_on_ranges_is_reported_by_size(tmp_path, capsys):
         assert mean == pytest.approx(losses[shots == size].mean().item(), rel=1e-5)
 
 
+def test_a_size_that_does_not_vary_is_not_reported(tmp_path):
+    write_classes(tmp_path / "classes", 30, 2)
+    data = ["--dataset", f"images:{tmp_path / 'classes'}", "--image-size", 8, "--channels", 1, "-q", 1]
+    line = [*data, "-n", "2-4", "-k", 1, "--learner", "fc", "--eval-tasks", 20, "--eval-steps", 1]
+    assert command("--eval", *line, "--out", tmp_path / "out") == 0
+    record = read_record(tmp_path / "out")
+    assert record["by_size"].keys() == record["sizes"].keys() == {"ways"}
+
+
 def test_several_subjects_are_named_after_what_they_share():
     def subject(**flags: object) -> Subject:
         config: Config = resolve(flags)

@@ -167,6 +167,12 @@ def test_a_learning_curve_is_the_mean_of_its_runs_in_a_band_of_all_of_them():
     assert (panel.get_xlabel(), panel.get_ylabel()) == ("iteration", "validation MSE")
 
 
+def test_runs_are_averaged_at_the_iterations_that_all_have():
+    runs = [([10, 20, 30], [1.0, 2.0, 3.0]), ([20, 30, 40], [4.0, 5.0, 6.0])]
+    curve, *_ = learning_figure({"a": runs}, "validation MSE").axes[0].lines
+    assert [*zip(*curve.get_data(), strict=True)] == [(20, 3.0), (30, 4.0)]
+
+
 def test_a_long_curve_is_drawn_as_means_of_windows():
     iterations, values = range(100, 100_100, 100), torch.arange(1000.0).tolist()
     gaps = [math.nan if number < 3 else value for number, value in enumerate(values)]

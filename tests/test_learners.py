@@ -387,12 +387,14 @@ def nll_of_pytorch(outputs, targets):
 CLASSES = [integers(3, TASKS, EXAMPLES, seed=seed) for seed in (5, 6)]
 BITS = [(normal(TASKS, EXAMPLES, 3, seed=seed) > 0).double() for seed in (5, 6)]
 FAR = [3 * normal(TASKS, EXAMPLES, 3, seed=seed) for seed in (5, 6)]  # errors on both sides of Huber's 1
+WHOLE = [target.long() for target in FAR]
 LOSS_CASES = {
     "mse": ("mse", F.mse_loss, FAR),
     "cross-entropy": ("cross-entropy", F.cross_entropy, CLASSES),
     "bce of classes": ("bce", bce_of_classes, CLASSES),
     "bce of numbers": ("bce", F.binary_cross_entropy_with_logits, BITS),
     "huber": ("huber", F.huber_loss, FAR),
+    "huber of whole numbers": ("huber", lambda y, target: F.huber_loss(y, target.double()), WHOLE),
     "gaussian-nll": ("gaussian-nll", nll_of_pytorch, FAR),
 }
 

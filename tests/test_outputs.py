@@ -174,7 +174,8 @@ def test_ordinal_logits_are_counted():
 
 def test_a_loss_says_which_label_it_leaves_out(code):
     assert ignored_label("cross-entropy", ("ignore_index=7",)) == 7
-    assert ignored_label(f"{code}:pixel_loss") == 255 and ignored_label("mse") == -100
+    assert ignored_label(f"{code}:pixel_loss") == 255
+    assert ignored_label("bce") is None  # which would take it for none of the classes
 
 
 def test_the_meta_gradient_of_pixels_without_some_is_a_plain_loops():

@@ -247,6 +247,10 @@ def test_code_that_a_checkpoint_names_is_never_imported(setting, doing, saved, t
         ("--learner {code}:Net --learner-args width=3", "unexpected keyword argument 'width'"),
         ("--learner {code}:Wrong", "they should be (4, 2), [examples, outputs]"),
         ("--learner torchvision:resnet19", "no classification model resnet19: try resnet18"),
+        (
+            "--learner torchvision:googlenet --learner-args weights=DEFAULT",
+            "weights= also changes its layers",
+        ),
         ("--loss {code}:vector --learner {code}:Net", "it should give one number"),
         ("--loss {code}:alone --learner {code}:Net", "takes 1 positional argument but 2 were given"),
         ("--loss {code}:swapped --learner {code}:Net", "takes (y_true, y_pred), and is called with outputs"),

@@ -49,7 +49,7 @@ class Hashed(Lines):
 
 class Same(Lines):
     def numbers(self, split, seeds):
-        return super().numbers(split, 0 * seeds)
+        return super().numbers(split, seeds * (split != "train"))
 
 class Gaps(Lines):
     def __init__(self, part, value):
@@ -154,7 +154,7 @@ def test_what_cannot_be_resumed_or_differs_by_split_is_refused_in_a_line(build, 
 
 def test_nan_is_refused_unless_the_loss_may_take_gaps_among_targets(build):
     for number, part in enumerate(("support_x", "support_y", "query_x", "query_y")):
-        for value in ("nan", "inf"):
+        for value in ("nan", "inf", "-inf"):
             gaps = (f"part={number}", f"value={value}")
             with refused(f"'train', seeds\\) gives NaN or infinity in {part}: "):
                 build("Gaps", arguments=gaps)
@@ -182,4 +182,11 @@ def test_seeds_that_change_nothing_are_said(build, tmp_path, capsys):
     build("Same")
     line = ["--dataset", f"{tmp_path / 'tasks.py'}:Same", "--learner", "mlp", "--iterations", 1]
     assert command(*line, "--eval-tasks", 2, "--checkpoint-path", tmp_path) == 0
-    assert "  data     sample gives the same task for every seed" in capsys.readouterr().out
+    assert "  data     sample gives the same task for every seed: train" in capsys.readouterr().out
+
+
+def test_binary_cross_entropy_refuses_targets_that_are_no_shares(build, tmp_path, refuse):
+    build("Lines")
+    line = ["--dataset", f"{tmp_path / 'tasks.py'}:Lines", "--learner", "mlp", "--loss", "bce"]
+    message = refuse(*line, "--iterations", 1, "--checkpoint-path", tmp_path)
+    assert "--loss bce takes targets from 0 to 1: a task has some from -" in message

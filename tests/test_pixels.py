@@ -13,7 +13,7 @@ from PIL import Image
 
 from tasks.images import ImageSet, open_images
 from tasks.pixels import Form
-from tasks.user_tasks import read_task_folder
+from tasks.user_tasks import read_pixels, read_task_folder
 
 SHARES = {"train": 1, "validation": 1, "test": 1}
 GREY, COLOUR = Form(6, 1), Form(6, 3)
@@ -205,6 +205,15 @@ def test_orientation_and_white_is_zero_hold_for_deep_images(tmp_path):
     assert torch.equal(opened(tmp_path / "turned").load()[0, 0], expected)
     save_in_classes(tmp_path / "negative", Image.fromarray(array), ".tif", tiffinfo={262: 0})
     assert torch.equal(opened(tmp_path / "negative").load()[0, 0], 255 - mapped(array.astype(float), 0, 4095))
+
+
+def test_bytes_are_bytes_whatever_the_training_images_were():
+    array = values(255).astype(np.uint8)[None]
+    for record in (["16-bit", "0.0", "4095.0"], []):
+        same = (read_pixels(part, GREY, record, None) for part in (array, array / 255))
+        assert torch.equal(*same)
+    bounded = read_pixels(array, GREY, ["8-bit", "0.0", "510.0"], None)
+    assert bounded.max() == 128  # of bytes that the user has bounded
 
 
 def test_new_images_are_mapped_like_the_training_images(tmp_path):
