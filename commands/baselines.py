@@ -248,7 +248,8 @@ def plain_flags(config: Config, algorithm: str, *, testing: bool = False) -> dic
 
 def derive_scratch_settings(config: Config) -> Config:
     """Return the settings of ordinary training: all weights, from PyTorch's initialisation."""
-    return resolve(plain_flags(config, "maml", testing=True)).replace_settings(init="torch", adapt_norm=True)
+    flags = plain_flags(config, "maml", testing=True) | {"compile": "off"}  # with fast convolutions for that
+    return resolve(flags).replace_settings(init="torch", adapt_norm=True)
 
 
 def learning_curves(subject: Subject, call: Call) -> dict[str, Curve]:
@@ -257,7 +258,7 @@ def learning_curves(subject: Subject, call: Call) -> dict[str, Curve]:
     Points are means over windows of about 300 iterations, at their last ones; the rest is left out.
     """
     config, runtime = subject.trained, subject.runtime
-    curve = subject.source.progress["training"] if subject.source else {}
+    curve = subject.curves()["training"]
     if config.tasks.dataset not in CURVES or not curve:
         return {}
     points = min(max(1, WINDOW // config.training.log_every), len(curve["iteration"]))

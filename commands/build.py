@@ -38,6 +38,7 @@ from common.device import Runtime, find_device, set_up
 from common.errors import UsageError
 from common.files import is_writable
 from common.optimizers import Weights
+from common.options import list_names
 from common.own_code import parse_arguments
 from common.processes import ALONE, World, join, read_world
 from common.random import HELD_OUT
@@ -54,7 +55,7 @@ from maml import MAML, OWN
 from tasks.scales import Scales
 from training.checkpoint import Checkpoint, check_same_data, find_learned_names, fitting_parameters
 from training.compiler import Compiler, explain_uncompiled
-from training.folders import BEST, LAST, SETTINGS, find_checkpoint, has_results
+from training.folders import BEST, LAST, SETTINGS, find_checkpoint, read_results
 from training.one_pass import OnePass
 from training.run import Run
 from training.trainer import Trainer
@@ -141,7 +142,7 @@ def build(
     splits = ("test",) if call.eval else HELD_OUT
     names = find_learned_names(saved, distribution.record, *splits) if saved else []
     if names and distribution.kind == "images":  # a table's tasks are often numbered, which says nothing
-        some = ", ".join([*names[:3], *["..."][: len(names) > 3]])
+        some = list_names(names)
         known = f"the checkpoint learned classes with names of {' and '.join(splits)} classes ({some})"
         say(f"main.py: {known}: if they are the same, the results are not of new classes")
     return distribution, fit_to_sizes(maml, distribution, split, config, say)
@@ -262,11 +263,12 @@ class Start:
     resumed: Checkpoint | None = None  # `checkpoint` if the run resumes; None if a new one takes its weights
 
     @property
-    def finished(self) -> bool:
-        """Return whether the last iteration is done and its results are written."""
-        done = self.resumed.iteration if self.resumed else -1
-        enough = done >= self.config.training.iterations
-        return enough and self.file is not None and has_results(self.file.parent, done)
+    def finished(self) -> dict[str, Any]:
+        """Return the results of a run whose last iteration is done, else {}."""
+        if not (self.file and self.resumed and self.resumed.iteration >= self.config.training.iterations):
+            return {}
+        results = read_results(self.file.parent)
+        return results if results.get("iteration") == self.resumed.iteration else {}
 
 
 @dataclass(frozen=True)
@@ -323,10 +325,11 @@ def assemble(
         columns=LOGGED,
         reading=reading,
         measure_name=name_measure(config, distribution.scales) if is_loss else reading.measure,
-        datasets=list(distribution.parts),
+        several=bool(distribution.parts),
         start=start.resumed,
         origin=f"{start.file}, iteration {source.iteration:,}" if source else None,
         writes=team.first,
+        failure=start.finished.get("failure"),
     )
     return Assembly(start, runtime, distribution, maml, run, team)
 

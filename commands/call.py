@@ -51,7 +51,7 @@ class Call:
         "support/<class>/ and query/ full of images, or a table in which some targets are missing")
     baselines: bool = flag("--baselines", group="what to do", default=False, common=True,
         help="with --eval --load: measure training from scratch on each task as well; for regression also a "
-        "pretrained network, and the oracle that is told the task; of several seeds, means over them")
+        "pretrained network, and the oracle that is told the task (of a folder of runs: means over seeds)")
     config: Path | None = flag("--config", group="what to do", metavar="FILE", default=None, common=True,
         help="take settings from a TOML file, such as a run's settings.toml; flags win over it")
     print_config: bool = flag("--print-config", group="what to do", default=False,
@@ -76,7 +76,7 @@ class Call:
     runs_at_once: int | None = flag(
         "--runs-at-once", group="what to do", check=at_least(1), metavar="N", default=None,
         help="with --seeds and --sweep: runs trained together, which bounds memory (default: all that differ "
-        "in numbers alone; one if compiled on images)")
+        "in numbers alone; one if compiled, but for built-in curves)")
     eval_dataset: str | None = flag(
         "--eval-dataset", group="evaluation", check=check_dataset, metavar="NAME", default=None,
         suggestions=tuple(DATASETS),

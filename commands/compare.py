@@ -25,7 +25,6 @@ from common.names import as_file_name
 from evaluation import meta_test, paired
 from evaluation.figures import comparison_figure, write_results
 from evaluation.tables import Curve
-from training.checkpoint import load_checkpoint
 from training.folders import BEST, LAST, find_checkpoint, find_runs
 
 LONGEST_NAMES = 100  # characters of the sides' names in a file name
@@ -65,7 +64,7 @@ def compare(call: Call, flags: Mapping[str, Any], command: str) -> None:
         subject.build(call)
         subject.check_measure(subjects[0], same_loss=True)
         subject.evaluate(call.split, first_task=first_task)
-        curves[subject] = _read_curves(subject)
+        curves[subject] = subject.curves()
     caption, _ = summarise(subjects, call.split)  # with the loss's name, now that the data are known
     sides = [_make_side(name, side, curves) for name, side in runs.items()]
     print(f"\n{paired.settings_table(sides)}\n")
@@ -86,14 +85,6 @@ def compare(call: Call, flags: Mapping[str, Any], command: str) -> None:
         ],
     }
     print(write_results(stem, result, comparison_figure(sides, caption)))
-
-
-def _read_curves(subject: Subject) -> dict[str, Any]:
-    """Return the curves of the whole run, including those after its best checkpoint."""
-    assert subject.file is not None and subject.source is not None
-    last = subject.file.with_name(LAST)
-    checkpoint = load_checkpoint(last) if subject.file.name == BEST and last.is_file() else subject.source
-    return {part: checkpoint.progress[part] for part in ("training", "validation")}
 
 
 def _make_side(name: str, runs: Runs, curves: Mapping[Subject, dict[str, Any]]) -> paired.Side:

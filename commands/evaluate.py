@@ -1,6 +1,6 @@
 """Measure checkpoints, or the fresh initialisation, on test tasks, and write the results.
 
-    Subject.read -> Subject.build -> Subject.evaluate -> Subject.result -> Subject.write
+    Subject.read -> build -> evaluate, which sets `result` -> write
 
 --eval, --baselines and --compare measure a `Subject` each.
 """
@@ -24,6 +24,7 @@ from common.device import Runtime, collect_versions
 from common.errors import UsageError, escape_text
 from common.names import is_own_code
 from common.optimizers import Weights
+from common.options import list_names
 from common.processes import ALONE, World
 from common.sizes import as_file_part, find_largest
 from evaluation import meta_test
@@ -46,13 +47,13 @@ from learners.options import LEARNERS
 from learners.reading import choose_reading
 from maml import MAML
 from tasks.splits import check_unseen
-from training.checkpoint import Checkpoint, check_same_data, load_checkpoint
+from training.checkpoint import Checkpoint, History, check_same_data, load_checkpoint
 from training.compiler import Compiler, explain_uncompiled
-from training.folders import LIST, find_runs
+from training.folders import BEST, LAST, LIST, find_runs, has_ended
 from training.log import RunLog
 from training.tensorboard import TEST, Description, has_log
 
-COMPILED_FROM = 1_000_000  # images times inner steps: compiling then saves more than it takes (docs/speed.md)
+COMPILED_IMAGES = 1_000_000  # times inner steps: compiling then saves more than it takes (docs/speed.md)
 
 
 def measure_runs(call: Call, flags: Mapping[str, Any], command: str, world: World) -> list[Subject]:
@@ -62,6 +63,9 @@ def measure_runs(call: Call, flags: Mapping[str, Any], command: str, world: Worl
     subjects = measure([run["file"] for run in runs] or [call.load], call, flags, command, world)
     if not runs:
         return subjects
+    early = [run["name"] for run in runs if not has_ended(run["file"].parent)]
+    if early and world.first:
+        build.print_once(f"main.py: not trained to the end, or not with finite numbers: {list_names(early)}")
     results: dict[str, list[Evaluation]] = {}
     for run, subject in zip(runs, subjects, strict=True):
         for name, part in by_dataset(subject.result).items():
@@ -244,6 +248,13 @@ class Subject:
         )
         self.compiled = compiler.active and not compiler.failed
 
+    def curves(self) -> dict[str, History]:
+        """Return the curves of the whole run, "training" and "validation", also after its best checkpoint."""
+        source = self.source
+        if self.file and self.file.name == BEST and (last := self.file.with_name(LAST)).is_file():
+            source = load_checkpoint(last, weights=False)
+        return {part: source.progress[part] if source else {} for part in ("training", "validation")}
+
     @property
     def has_curves(self) -> bool:
         return self.distribution.kind == "curves"
@@ -315,22 +326,22 @@ class Subject:
             tasks = replace(tasks, dataset=trained.dataset, queries=trained.queries)
         if call.out or not self.file or not self.source or tasks != trained or not has_log(self.file.parent):
             return
-        norm, step = self.trained.choices.query_norm, self.config.evaluation.test_steps
-        result, log = self.result, RunLog(self.file.parent, "tensorboard", begin_at=None)
+        norm, step, result = self.trained.choices.query_norm, self.config.evaluation.test_steps, self.result
         values = {f"{TEST}query_loss": result.losses[norm][:, step].mean().item()}
         values[f"{TEST}query_{result.measure}"] = result.measured(norm)[:, step].nanmean().item()
-        log.add(values, self.source.iteration)
-        log.sync()
-        log.close()
+        self._append("tensorboard", values)
 
     def report(self, trackers: str, stem: Path) -> None:
         """Add the result's table and picture to the log of the checkpoint's run."""
+        name, table = summarise([self])[1], evaluation_record(self.result)["per_step"]
+        self._append(trackers, {name: table, f"{name}-curves": Path(f"{stem}.png").read_bytes()})
+
+    def _append(self, trackers: str, values: Mapping[str, Any]) -> None:
+        """Add values to the log of the checkpoint's run, at its iteration."""
         assert self.file is not None and self.source is not None
         description = Description(select_meaningful(self.trained))
-        log, iteration = RunLog(self.file.parent, trackers, description, begin_at=None), self.source.iteration
-        name = summarise([self])[1]
-        log.add({name: evaluation_record(self.result)["per_step"]}, iteration)
-        log.add({f"{name}-curves": Path(f"{stem}.png").read_bytes()}, iteration)
+        log = RunLog(self.file.parent, trackers, description, begin_at=None)
+        log.add(values, self.source.iteration)
         log.sync()
         log.close()
 
@@ -378,7 +389,7 @@ def is_compiled(config: Config, choice: str) -> bool:
     images = find_largest(tasks.ways) * (find_largest(tasks.shots) + find_largest(tasks.queries))
     once = config.choices.passes_once and options.eval_inner_batch is None  # see training/one_pass.py
     steps = min(1, options.eval_steps) if once else options.eval_steps
-    return options.eval_tasks * steps * images >= COMPILED_FROM
+    return options.eval_tasks * steps * images >= COMPILED_IMAGES
 
 
 def common_record(subjects: Sequence[Subject], runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -118,7 +118,7 @@ class Initialisation:
             parts = {name: getattr(task, name) for name in ("support_x", "support_y", "query_x")}
             wrong = ", ".join(name for name, part in parts.items() if not part.isfinite().all())
             reason = f"{wrong} has numbers that are not: mend them" if wrong else "take fewer --test-steps"
-            raise UsageError(f"--adapt: the predictions are not finite: {reason}")
+            raise UsageError(f"the predictions are not finite: {reason}")
         in_units = partial(undo_scale, scales=self.source.scales, part="target")
         if solution.reading.kind == "normal":
             return outputs, *solution.reading.moments(outputs, in_units=in_units)
@@ -147,4 +147,4 @@ def _check_labels(labels: Tensor, maml: MAML) -> None:
     if wrong.any():
         left_out = "" if reading.ignored is None else f" ({reading.ignored} is left out)"
         expected = f"labels are 0 to {reading.classes - 1}{left_out}"
-        raise UsageError(f"--adapt: support_y has a label {labels[wrong][0]}, and {expected}")
+        raise UsageError(f"support_y has a label {labels[wrong][0]}, and {expected}")

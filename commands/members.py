@@ -71,7 +71,7 @@ def _parse_axes(sweep: Sequence[str], flags: Mapping[str, Any]) -> dict[str, dic
         name = find_setting(key) or ""
         flag = CONFIG_FLAGS.get(name)
         if flag is None or name in ("seed", "metric", "metric_mode") or flag.kind is tuple:
-            hint = " (of seeds, give --seeds)" if name else suggest_flag(key)
+            hint = ": give --seeds" if name == "seed" else "" if name else suggest_flag(key)
             raise UsageError(f"--sweep {text}: {key} cannot be swept{hint}")
         if name in axes or name in flags:
             raise UsageError(f"{flag.name} is given twice: give all of its values at once")

@@ -90,6 +90,39 @@ def try_outputs(
     """
     name, loss = f"--learner {config.learner.learner}", config.learner.loss
     shapes = tree_map(lambda part: tuple(part.shape), example)
+    examples = len(first_tensor(example))
+    output = _call_learner(learner, example, name, shapes)
+    scores = main_tensor(output)
+    if scores.shape[:1] != (examples,):
+        raise UsageError(
+            f"{name} gives outputs {tuple(scores.shape)} for inputs {shapes}: the main one, called logits or "
+            "out, or the first, should be [examples, ...]"
+        )
+    expected = _expected_shape(scores, targets, examples, outputs, loss)
+    if loss in LOSSES and tuple(scores.shape) != expected:
+        raise UsageError(
+            f"{name} gives outputs {tuple(scores.shape)} for inputs {shapes}: they should be {expected}"
+            + ", [examples, outputs]" * (len(expected) == 2)
+        )
+    if targets is None:
+        return None
+    _check_shares(scores, first_tensor(targets), loss)
+    try:
+        return read_outputs(
+            output,
+            targets,
+            kind=config.learner.outputs,
+            ways=outputs if config.tasks.classification else None,
+            loss=loss,
+            ignored=find_ignored_label(config),
+            floor=variance_floor(loss, config.learner.loss_args),
+        )
+    except ValueError as error:
+        raise UsageError(f"--outputs {config.learner.outputs}: {error}") from error
+
+
+def _call_learner(learner: nn.Module, example: Tree, name: str, shapes: Tree) -> Tree:
+    """Return the outputs of one pass; UsageError where it fails, or they are no tensors."""
     positional, keywords = make_arguments(example)
     first = first_tensor(example)
     keys = torch.zeros(2, dtype=torch.int64, device=first.device)
@@ -105,39 +138,12 @@ def try_outputs(
             raise UsageError(f"{name} gives a {type(leaf).__name__} as an output: outputs should be {kinds}")
     if not pytree.tree_leaves(output):
         raise UsageError(f"{name} gives no output for inputs {shapes}")
-    scores = main_tensor(output)
-    if scores.shape[:1] != (len(first),):
-        raise UsageError(
-            f"{name} gives outputs {tuple(scores.shape)} for inputs {shapes}: the main one, called logits or "
-            "out, or the first, should be [examples, ...]"
-        )
-    expected = _expected_shape(scores, targets, len(first), outputs, loss)
-    if loss in LOSSES and tuple(scores.shape) != expected:
-        raise UsageError(
-            f"{name} gives outputs {tuple(scores.shape)} for inputs {shapes}: they should be {expected}"
-            + ", [examples, outputs]" * (len(expected) == 2)
-        )
-    if targets is None:
-        return None
-    if loss == "bce":
-        _check_shares(scores, first_tensor(targets))
-    try:
-        return read_outputs(
-            output,
-            targets,
-            kind=config.learner.outputs,
-            ways=outputs if config.tasks.classification else None,
-            loss=loss,
-            ignored=find_ignored_label(config),
-            floor=variance_floor(loss, config.learner.loss_args),
-        )
-    except ValueError as error:
-        raise UsageError(f"--outputs {config.learner.outputs}: {error}") from error
+    return output
 
 
-def _check_shares(scores: Tensor, targets: Tensor) -> None:
+def _check_shares(scores: Tensor, targets: Tensor, loss: str) -> None:
     """Raise UsageError for targets of binary cross-entropy that are neither labels nor shares of them."""
-    if targets.shape == scores.shape and bool(((targets < 0) | (targets > 1)).any()):
+    if loss == "bce" and targets.shape == scores.shape and bool(((targets < 0) | (targets > 1)).any()):
         low, high = targets.min().item(), targets.max().item()
         raise UsageError(
             f"--loss bce takes targets from 0 to 1: a task has some from {low:.4g} to {high:.4g}"

@@ -24,6 +24,7 @@ from commands.outputs import are_equal, blame_flags
 from common.batch import TaskBatch, TaskDistribution, Tree, cast_tree, first_tensor, index_tree, tree_map
 from common.errors import UsageError, fold_message, is_out_of_memory
 from common.optimizers import Weights
+from common.options import list_names
 from common.random import derive_keys, task_stream
 from common.sizes import Span
 from common.task import Extras, Task
@@ -132,7 +133,7 @@ class Probe:
                 text += way_round if flags.get(failure.problem) else ""
                 raise UsageError(text) from error
         if names:
-            text = f"{learner} with {loss}: the gradient by {_join_names(names)} is not finite"
+            text = f"{learner} with {loss}: the gradient by {list_names(names)} is not finite"
             if flags["forward mode"] and not self._find_non_finite("unrolled", inner=inner):
                 raise UsageError(f"{text} with --engine adjoint, where --engine unrolled gives numbers")
             raise UsageError(
@@ -195,17 +196,17 @@ class Probe:
         state = sorted(call.buffers.keys() - vector_names(self.maml.learner))
         if carried := find_carried(call, x, keys):
             lines.append(
-                f"Each pass starts with the learner's {_join_names(carried)} as built, and puts it back: "
+                f"Each pass starts with the learner's {list_names(carried)} as built, and puts it back: "
                 "what one pass leaves there does not reach the next (a buffer lasts for a task)"
             )
         elif state:
             lines.append(
-                f"Each task starts with the learner's {_join_names(state)}, updates a copy in its steps, and "
+                f"Each task starts with the learner's {list_names(state)}, updates a copy in its steps, and "
                 "drops it"
             )
             if followers := find_followers(call, x, keys):
                 lines[-1] += (
-                    f"; {_join_names(followers)} will stay behind the learned weights (a power iteration?): "
+                    f"; {list_names(followers)} will stay behind the learned weights (a power iteration?): "
                     "torch.nn.utils.parametrizations.spectral_norm does not"
                 )
         if mixes_examples(call, self.first.for_query(self.maml.steps)):
@@ -258,10 +259,6 @@ class Probe:
 
 def _are_finite(tree: Tree) -> bool:
     return all(bool(part.isfinite().all()) for part in pytree.tree_leaves(tree))
-
-
-def _join_names(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _take_task(maml: MAML, batch: TaskBatch, keys: Tensor, number: int) -> Task:

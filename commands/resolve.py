@@ -303,6 +303,7 @@ def _locate_images(dataset: str) -> Path:
 
 def select_learned(config: Config) -> dict[str, Any]:
     """Return the settings, but for the seed, that decide what is learned up to an iteration, to rounding."""
-    others, exceptions = ("machine", "logging", "evaluation"), ("iterations", "seed")
+    others = ("machine", "logging", "evaluation")
+    exceptions = ("seed",) if config.training.meta_lr_schedule in ENDING else ("seed", "iterations")
     learned = [n for n, f in CONFIG_FLAGS.items() if f.group not in others or n == "precision"]
     return {name: config.get(name) for name in learned if name not in exceptions}

@@ -120,7 +120,7 @@ def _write_list(folder: Path, configs: Mapping[str, Config]) -> None:
 def group_runs(assemblies: Sequence[Assembly], at_most: int | None) -> list[list[Assembly]]:
     """Return the runs in groups that can be trained at once, of at most that size.
 
-    Compiled runs on images are trained one after another: that is faster.
+    Compiled runs are trained one after another, which is faster, but for those on built-in curves.
     """
     groups: list[list[Assembly]] = []
     for parts in assemblies:

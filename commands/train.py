@@ -30,6 +30,7 @@ from tasks.splits import check_unseen
 from training.checkpoint import load_checkpoint
 from training.folders import BEST, LAST, LIST, is_occupied, lock_folder
 from training.run import Run, final_loss
+from training.trainer import FAILED
 
 
 def train(call: Call, flags: Mapping[str, Any], command: str, world: World) -> int:
@@ -45,10 +46,12 @@ def train(call: Call, flags: Mapping[str, Any], command: str, world: World) -> i
             if world.size > tasks:
                 raise UsageError(f"{world.size} processes for a meta-batch of {tasks} tasks: take fewer")
         world.check_same(build.collect_facts(start.config, runtime, start.resumed))
-        if start.finished and start.resumed is not None:
+        if results := start.finished:
             longer = "" if call.baselines else ": resume with larger --iterations"
-            print(f"{start.file} is finished at iteration {start.resumed.iteration:,}{longer}")
-            return 0
+            print(f"{start.file} is finished at iteration {results['iteration']:,}{longer}")
+            if results["failure"]:
+                print(f"main.py: error: {results['failure']}", file=sys.stderr)
+            return FAILED if results["failure"] else 0
         folder = folder or world.from_first(lambda: make_folder(call.checkpoint_path, start.config, locks))
         build.preload_tasks([start.config], call, world)
         with world.together():

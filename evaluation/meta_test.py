@@ -188,8 +188,7 @@ def measure_tasks(
     results, sizes = (world.sum(part, patiently=True) for part in (results, sizes))  # 0 in all but one
     by_norm = [dict(zip(normalisations, part, strict=True)) for part in results]
     measures = dict(zip(reading.measures, by_norm, strict=True))
-    named = zip(SIZES, sizes.long(), strict=True)
-    varying = {name: values for name, values in named if (values != values[0]).any()}
+    varying = {name: part.long() for name, part in zip(SIZES, sizes, strict=True) if (part != part[0]).any()}
     return Evaluation(measures, reading.metric, sizes=varying)
 
 

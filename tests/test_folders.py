@@ -16,7 +16,7 @@ from common.errors import UsageError
 from common.files import lock_file
 from training import folders
 from training.checkpoint import load_checkpoint
-from training.folders import BEST, LAST, LOCK, find_checkpoint, find_runs, has_results, is_occupied
+from training.folders import BEST, LAST, LOCK, find_checkpoint, find_runs, is_occupied, read_results
 
 SHORT = ["--iterations", 4, "--val-every", 4, "--meta-batch-size", 2, "--compile", "off", "-k", 2, "-q", 2]
 
@@ -137,7 +137,8 @@ def test_a_folder_with_anything_in_it_is_occupied(tmp_path):
 def test_a_runs_folder_stands_for_its_checkpoint(trained):
     assert find_checkpoint(trained / "run", BEST, LAST) == trained / "run" / BEST
     assert find_checkpoint(trained / "run" / LAST, BEST) == trained / "run" / LAST
-    assert find_checkpoint(trained / "many", BEST) == trained / "many"
+    for folder in (trained / "many", trained / "many" / LAST):
+        assert find_checkpoint(folder, BEST) == folder
     with pytest.raises(UsageError, match=r"is no run, but has some: many, run; name one, such as .*many"):
         find_checkpoint(trained, BEST, LAST)
     (trained / "run" / "empty").mkdir()
@@ -152,7 +153,7 @@ def test_the_runs_of_a_sweep_are_found_by_its_list(trained):
     assert [(run["seed"], run["file"]) for run in runs] == [
         (seed, trained / "many" / f"seed-{seed}" / BEST) for seed in (0, 1)
     ]
-    assert has_results(trained / "run", 4) and not has_results(trained / "run", 3)
+    assert read_results(trained / "run")["iteration"] == 4 and read_results(trained / "many") == {}
     assert [run["file"].name for run in find_runs(trained / "many" / LAST)] == [LAST, LAST]
     assert find_runs(trained / "run") == []
     member, alone = trained / "many" / "seed-0" / LAST, trained / "run" / LAST

@@ -425,10 +425,19 @@ def test_a_skipped_iteration_changes_nothing_and_counts_in_no_mean(bad_iteration
 
 
 def test_a_run_that_skips_every_iteration_has_failed(tmp_path, capsys):
-    flags = [*SHORT, "--on-nan", "skip", "--iterations", 15]
-    assert train(tmp_path / "run", *flags, "--inner-lr", 1e30) == FAILED
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert "all 15 iterations were skipped: the inner loop diverges" in line and "--on-nan" not in line
+    diverging = [*SHORT, "--on-nan", "skip", "--iterations", 15, "--inner-lr", 1e30]
+    for flags in (diverging, [*diverging, "--resume"]):  # nothing is left to do
+        assert train(tmp_path / "run", *flags) == FAILED
+        output = capsys.readouterr()
+        line = output.err.splitlines()[-1]
+        assert "all 15 iterations were skipped: the inner loop diverges" in line and "--on-nan" not in line
+    assert "is finished at iteration 15" in output.out
+
+
+def test_iterations_skipped_after_the_last_point_of_the_curves_count(tmp_path, capsys):
+    flags = [*SHORT, "--on-nan", "skip", "--iterations", 15, "--log-every", 10, "--inner-lr", 1e30]
+    assert train(tmp_path / "run", *flags) == FAILED
+    assert "Iterations skipped for non-finite numbers: 15" in capsys.readouterr().out
 
 
 def test_one_failed_run_of_several_does_not_stop_the_others(bad_iteration, tmp_path, capsys):
@@ -441,6 +450,8 @@ def test_one_failed_run_of_several_does_not_stop_the_others(bad_iteration, tmp_p
     for name, weight in alone.parameters.items():
         assert torch.allclose(survivor.parameters[name], weight, atol=1e-5)
     assert last_of(many / "seed-2").iteration == BAD - 1
+    assert command("--eval", "--load", many, "--eval-tasks", 2) == 0
+    assert "not trained to the end, or not with finite numbers: seed-1, seed-2" in capsys.readouterr().err
     assert train(many, *SHORT, "--seeds", "0-2", "--resume", "--on-nan", "skip") == 0
     assert last_of(many / "seed-2").iteration == 60
 

@@ -239,9 +239,12 @@ def test_finished_runs_stay_and_others_join_them(tmp_path, capsys, pictures):
 
 def test_a_sweep_never_mixes_with_other_settings_or_a_single_run(tmp_path, refuse):
     many, one = train(tmp_path / "many", *SHORT, "--seeds", "0"), train(tmp_path / "one", *SHORT)
+    cosine = ["--meta-lr-schedule", "cosine", "--seeds"]
+    bent = train(tmp_path / "bent", *SHORT, *cosine, "0")
     resumed = ["--checkpoint-path", tmp_path, "--resume", "--run-name"]
     refused = {
         "has seed-0 with another --inner-lr": ["--seeds", 1, "--inner-lr", 0.5, *resumed, many.name],
+        "has seed-0 with another --iterations": [*cosine, 1, "--iterations", 9, *resumed, bent.name],
         "has many runs": [*resumed, many.name],
         "is a run, not a folder of many": ["--seeds", 0, *resumed, one.name],
         "-s 2 disagrees": ["--seeds", 0, "-s", 2, *resumed, many.name],
@@ -317,6 +320,7 @@ REFUSED = {
     "--seeds 3-1": "3-1 is not a number or a range, like 0-7",
     "--seeds 0-999 --sweep s=1,2": "ask for 2,000 runs: at most 1,000",
     "--sweep depth=1,2": "depth cannot be swept",
+    "--sweep seed=1,2": "seed cannot be swept: give --seeds",
     "--sweep s=1,two": "expected a whole number",
     "--sweep s=1,1": "names a value twice",
     "--sweep s=1,2 -s 3": "-s is given twice",

@@ -33,7 +33,7 @@ History = dict[str, list[float]]  # "iteration" and metrics, by name
 class Progress:
     """A run's memory apart from weights and optimizer: its curves, and its best validation."""
 
-    best_score: float | None = None  # of best.pt: validation accuracy, or minus the validation loss
+    best_score: float | None = None  # of best.pt; a loss, or a metric of which less is better, is negated
     best_iteration: int | None = None
     window: dict[str, float] = field(default_factory=dict)  # sums behind the next point, by metric
     window_size: int = 0
@@ -83,8 +83,7 @@ def load_checkpoint(path: Path, *, weights: bool = True) -> Checkpoint:
     content: Any = None
     try:
         with zipfile.ZipFile(path) as archive:
-            is_complete = sum(record.file_size for record in archive.infolist()) <= path.stat().st_size
-            if is_complete and (not weights or archive.testzip() is None):
+            if not weights or archive.testzip() is None:
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=not weights)
     except Exception as error:  # zipfile and the unpickler may meet any bytes
         if isinstance(error, OSError) or is_out_of_memory(error):

@@ -1,7 +1,7 @@
 """Names, locks and leftovers in the folder of a run, and in the folder of many runs.
 
     RUN/last.pt, best.pt       checkpoints: the newest, and the best on the validation tasks
-    RUN/training.json          curves and outcome; a run that has it is finished
+    RUN/training.json          curves and outcome, written whenever training ends
     RUN/settings.toml          the settings and the commands, which --config repeats
     RUN/events.out.tfevents.*  for TensorBoard
     RUN/wandb.json, trackio.json  the run's name in another tracker, and its last point there
@@ -73,17 +73,25 @@ def is_occupied(folder: Path) -> bool:
     return folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir()))
 
 
-def has_results(folder: Path, iteration: int) -> bool:
-    """Return whether a run has written its results at this iteration."""
-    return (folder / RESULTS).is_file() and read_json(folder / RESULTS)["iteration"] == iteration
+def read_results(folder: Path) -> dict[str, Any]:
+    """Return what a run has written at its end, "iteration" and "failure" among it; {} before that."""
+    return read_json(folder / RESULTS) if (folder / RESULTS).is_file() else {}
+
+
+def has_ended(folder: Path) -> bool:
+    """Return whether a run was trained to its end, and its numbers stayed finite."""
+    results = read_results(folder)
+    return bool(results) and not results["failure"] and results["iteration"] >= results["iterations"]
 
 
 def find_checkpoint(path: Path, *names: str) -> Path:
     """Return the path itself, or the first of these checkpoints in it where it is a run's folder.
 
-    The folder of many runs is returned as it is. Raises UsageError where there is no checkpoint.
+    The folder of many runs is returned as it is, and so is FOLDER/last.pt or best.pt (see `find_runs`).
+    Raises UsageError where there is no checkpoint.
     """
-    if path.is_file() or (path / LIST).is_file():
+    of_many = path.name in (BEST, LAST) and (path.parent / LIST).is_file()
+    if path.is_file() or (path / LIST).is_file() or of_many:
         return path
     for name in names:
         if (path / name).is_file():

@@ -10,7 +10,7 @@ from tqdm import tqdm
 class ProgressBar(tqdm):
     """A bar whose rate is that of all iterations since `begin_rate`; before that it shows none.
 
-    A run begins uncompiled, many times slower than it goes on: a rate from its start would promise hours.
+    A run begins uncompiled, many times slower than it is later: a rate from its start would promise hours.
     Validations count, since they come back.
     """
 

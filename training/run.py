@@ -7,7 +7,7 @@ in TensorBoard, and remembers the best validation. Several runs that are trained
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,12 @@ class Run:
     columns: Mapping[str, Any]  # of TensorBoard's view of all runs: an example value by name
     reading: Reading
     measure_name: str  # for people
-    datasets: Collection[str]  # of a mixture by name; empty for one
+    several: bool  # whether the tasks are of several data sets
     start: Checkpoint | None = None
     origin: str | None = None  # of a new run's parameters, if not the initialisation
     computed_by: dict[str, Any] = field(default_factory=dict)  # what the last bits depend on
     writes: bool = True  # whether this process writes to the folder
+    failure: str | None = None  # the iteration whose numbers are non-finite, and why
 
     def __post_init__(self) -> None:
         start = self.start
@@ -65,7 +66,6 @@ class Run:
         self.measure = f"query_{self.reading.measure}"
         if start and self.measure not in self.progress.validation:  # chosen by another measure
             self.progress.best_score = None
-        self.failure: str | None = None  # the iteration whose numbers are non-finite, and why
         self.skipped = -int(self.progress.window.get("skipped", 0))  # iterations, by this process
         self.log = RunLog(None)  # until the run begins, and in all processes but the first
         self.state: State  # of the present iteration; the trainer's
@@ -73,7 +73,7 @@ class Run:
     def begin(self) -> None:
         """Open the log and write the settings; a new run describes itself in both."""
         if self.writes:
-            reading, several = self.reading, len(self.datasets) > 1
+            reading, several = self.reading, self.several
             filled = {
                 "query accuracy": reading.has_accuracy,
                 "query metric": reading.metric,
@@ -200,7 +200,7 @@ class Run:
     # ---- results ----------------------------------------------------------------------------
 
     def end(self) -> None:
-        """Write the curves as a picture and, last, as JSON: a run that has it is finished. Raises OSError."""
+        """Write the curves as a picture and, last, as JSON, with the iteration reached. Raises OSError."""
         progress, loss = self.progress, final_loss(self.progress.training)
         results = {
             "iteration": self.iteration,

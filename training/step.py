@@ -50,14 +50,15 @@ class FlatLayout:
 
     def __init__(self, weights: Weights) -> None:
         self.shapes = {name: weight.shape for name, weight in weights.items()}
-        self.size = sum(math.prod(shape) for shape in self.shapes.values())
+        self.sizes = [shape.numel() for shape in self.shapes.values()]
+        self.size = sum(self.sizes)
 
     def flatten(self, weights: Weights) -> Tensor:
         return torch.cat([weights[n].flatten() for n in self.shapes]) if self.shapes else torch.empty(0)
 
     def unflatten(self, vector: Tensor) -> Weights:
-        parts = vector.split([math.prod(shape) for shape in self.shapes.values()])
-        return {name: part.view(self.shapes[name]) for name, part in zip(self.shapes, parts, strict=True)}
+        parts = zip(self.shapes.items(), vector.split(self.sizes), strict=True)
+        return {name: part.view(shape) for (name, shape), part in parts}
 
 
 class State(NamedTuple):

@@ -124,8 +124,8 @@ class Trainer:
 
     def _show_loop(self) -> None:
         """Run the loop with its progress bar; save the state where memory runs out or a process is lost."""
-        total, begun = self.options.iterations, self.iteration
-        bar = ProgressBar(total=total, initial=begun, mininterval=REDRAW_SECONDS, disable=not self.show)
+        total = self.options.iterations
+        bar = ProgressBar(total=total, initial=self.begun, mininterval=REDRAW_SECONDS, disable=not self.show)
         with bar as self.bar, self.stop.catch_signals():
             if self.options.compile == "off" or self.uncompiled >= total:
                 bar.begin_rate()
@@ -183,8 +183,8 @@ class Trainer:
         self._update_runs()
         missing = bool(self._list_runs_to_validate())
         for run in self._list_living_runs():
-            done = self.iteration - self.begun
-            if done and run.skipped + int(run.state.sums[-2]) >= done and self.stop.signal is None:
+            run.skipped += int(run.state.sums[-2])  # since the last point of its curves
+            if run.skipped >= (done := self.iteration - self.begun) > 0 and self.stop.signal is None:
                 run.failure = f"all {done:,} iterations were skipped: {self._find_cause(run)}"
         with self.world.together():
             for run in self.runs:
@@ -283,7 +283,7 @@ class Trainer:
         return errors, (errors <= SAME[self.options.precision]) | torch.eq(new, right).all(-1)
 
     def _stay_uncompiled(self) -> None:
-        """Go on with what is fastest uncompiled, and keep to it when the run is resumed."""
+        """Continue with what is fastest uncompiled, also when the run is resumed."""
         for run in self.runs:
             run.training = replace(run.training, compile="off", convolution="grouped")
         self.maml = self.predictor = self.maml.with_options(convolution="grouped")
