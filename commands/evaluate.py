@@ -17,7 +17,15 @@ from typing import Any
 from commands import build
 from commands.call import Call
 from commands.config import OWN_CODE, Config
-from commands.names import describe_tasks, file_name, name_method, select_meaningful, task_size
+from commands.names import (
+    describe_tasks,
+    file_name,
+    name_data,
+    name_method,
+    name_split,
+    select_meaningful,
+    task_size,
+)
 from commands.resolve import resolve, resolve_from, restore_config
 from common.batch import TaskDistribution
 from common.device import Runtime, collect_versions
@@ -306,6 +314,7 @@ class Subject:
             "iteration": self.source.iteration if self.source else 0,
             # files that have moved are called as the run calls them
             "dataset": config.get("dataset") if call.eval_dataset else self.trained.get("dataset"),
+            "dataset_split": name_split(config.tasks),
             **{name: config.get(name) for name in ("ways", "shots", "queries")},
             "tasks": options.eval_tasks,
             **{name: config.get(name) for name in ("algorithm", "meta_gradient", "learner", "seed")},
@@ -411,7 +420,7 @@ def summarise(subjects: Sequence[Subject], split: str = "test") -> tuple[Caption
     configs = [subject.config for subject in subjects]
     tasks = [config.tasks for config in configs]
     number = common(config.evaluation.eval_tasks for config in configs)
-    dataset = common(file_name(part.dataset) for part in tasks)
+    dataset = common(map(name_data, tasks))
     queries = common(part.queries for part in tasks)
     suffix = " of each" * any(len(part.datasets) > 1 for part in tasks)
     titles = [dataset, common(map(describe_tasks, tasks)), f"{number} {split} tasks{suffix}"]

@@ -25,6 +25,7 @@ SPELLED = {  # methods that are not in capitals
     "protonet": "ProtoNet",
     "pretrain": "pretraining",
 }
+SPLITS = {"omniglot": "omniglot_split", "icons": "icons_split"}  # benchmarks with several, and who chooses
 OWN_CHOICES = ("fast_weights", "inner_rates", "objective", "head_init")  # named where not the algorithm's
 
 
@@ -107,6 +108,18 @@ def file_name(name: str) -> str:
     if kind == "mixture":
         return "+".join(map(file_name, split_mixture(name)))[:60]
     return as_file_name(factory or f"{kind}-{Path(source).stem or 'data'}")[:60]
+
+
+def name_split(tasks: TaskOptions) -> str:
+    """Return the split of a benchmark's classes, if it is not the usual one."""
+    flags = [flag for name, flag in SPLITS.items() if name in tasks.datasets]
+    splits = {flag: getattr(tasks, flag) for flag in flags}
+    return "-".join(split for flag, split in splits.items() if split != CONFIG_FLAGS[flag].default)
+
+
+def name_data(tasks: TaskOptions) -> str:
+    """Return the data's name for titles and file names: `omniglot`, `omniglot-alphabet`."""
+    return "-".join(filter(None, (file_name(tasks.dataset), name_split(tasks))))
 
 
 def describe_tasks(tasks: TaskOptions) -> str:

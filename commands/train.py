@@ -20,7 +20,7 @@ from typing import Any
 from commands import build
 from commands.call import Call
 from commands.config import CONFIG_FLAGS, Config
-from commands.names import file_name, list_repeated_flags, task_size
+from commands.names import SPLITS, list_repeated_flags, name_data, task_size
 from commands.resolve import resolve, resolve_from, restore_config
 from common.errors import UsageError
 from common.processes import World
@@ -137,7 +137,7 @@ def _check_learned(learned: Config, config: Config, source: str) -> None:
     """Raise UsageError, which names the source, where benchmarks held out now have been learned."""
     before, now = learned.tasks.datasets, config.tasks.datasets
     check_unseen(before, now, source, *HELD_OUT)
-    for dataset, split in (("omniglot", "omniglot_split"), ("icons", "icons_split")):
+    for dataset, split in SPLITS.items():
         if dataset in before and dataset in now and learned.get(split) != config.get(split):
             same = f"{CONFIG_FLAGS[split].name} {learned.get(split)}"
             raise UsageError(f"{source} has learned what another split of {dataset} holds out: give {same}")
@@ -145,7 +145,7 @@ def _check_learned(learned: Config, config: Config, source: str) -> None:
 
 def make_folder(checkpoint_path: Path, config: Config, locks: ExitStack) -> Path:
     """Make and lock a new run's folder, named after its settings and the time."""
-    name = f"{file_name(config.tasks.dataset)}-{task_size(config.tasks)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{name_data(config.tasks)}-{task_size(config.tasks)}-{time.strftime('%Y%m%d-%H%M%S')}"
     numbers, folder = itertools.count(2), checkpoint_path / name
     while folder.exists():
         folder = checkpoint_path / f"{name}-{next(numbers)}"

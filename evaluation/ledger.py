@@ -20,8 +20,8 @@ RESULTS = "results.csv"
 TIME = "%Y-%m-%d %H:%M:%S"
 # an evaluation replaces the row in which all of these agree
 SAME = (
-    *("checkpoint", "dataset", "ways", "shots", "queries", "tasks", "steps", "inner_batch", "batch_norm"),
-    *("measure", "precision"),
+    *("checkpoint", "dataset", "dataset_split", "ways", "shots", "queries", "tasks", "steps", "inner_batch"),
+    *("batch_norm", "measure", "precision"),
 )
 
 
@@ -48,7 +48,7 @@ def add_result(file: Path, result: Mapping[str, Any]) -> None:
         for name, v in result.items()
     }
     with FileLock(file.with_name(f".{file.name}.lock")):
-        rows = [old for old in read_results(file) if any(old.get(name) != row[name] for name in SAME)]
+        rows = [old for old in read_results(file) if any((old.get(name) or "") != row[name] for name in SAME)]
         rows.append(row)
         header = [*dict.fromkeys(name for row in rows for name in row if name)]
         write_csv(file, header, [[row.get(name) or "" for name in header] for row in rows])

@@ -171,4 +171,6 @@ def test_several_subjects_are_named_after_what_they_share():
     same, other = subject(seed=1), subject(shots=5)
     assert summarise([same, same])[1] == "test-sinusoid-10shot-10query-600tasks"
     assert summarise([same, other])[1] == "test-sinusoid-10query-600tasks"
+    split = subject(dataset="omniglot", omniglot_split="alphabet")
+    assert summarise([split])[1] == "test-omniglot-alphabet-5way-1shot-1query-600tasks"
     assert summarise([subject(loss="mse"), subject(loss="huber")])[0].loss_name == "loss"
