@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,8 @@ class TableFile:
         try:
             return column.cast(kind, safe=False).combine_chunks()
         except (ValueError, NotImplementedError) as error:  # pyarrow's, which names any cell, and no row
+            with suppress(ValueError, NotImplementedError):
+                return column.cast("bool").cast(kind).combine_chunks()  # true and false, in any case
             position, problem = _find_failure(column, kind) or (0, fold_message(error))
             if "struct" in str(column.type) or "binary" in str(column.type):
                 problem = "holds bytes; images are read with --dataset images:FILE"

@@ -49,6 +49,12 @@ def test_any_usual_text_is_read_to_the_same_numbers(tmp_path, name):
         assert table.left_out == {"rows without a target": 3 if name == "gap" else 0}
 
 
+def test_true_and_false_are_numbers(tmp_path):
+    parquet.write_table(pa.table({"task": ["a"] * 2, "x": [True, False], "y": [1, 2]}), tmp_path / "a.parquet")
+    (tmp_path / "a.csv").write_text("task,x,y\na,True,1\na,false,2\n")
+    assert all(table_of(tmp_path / name).x.tolist() == [[1], [0]] for name in ("a.parquet", "a.csv"))
+
+
 def test_rows_without_a_target_are_left_out_and_cells_are_counted_as_in_the_file(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("task,x,y,split\na,1,NA,\na,2,1,train\nb,3,,test\n")
