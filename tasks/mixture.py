@@ -50,14 +50,17 @@ class Mixture(TaskDistribution):
 
     @property
     def record(self) -> DataRecord:
-        """The parts' records in one, in which names of classes begin with that of their data set."""
+        """The parts' records in one, in which names begin with that of their data set."""
         records = {name: part.record for name, part in self.parts.items()}
         splits: dict[str, list[str]] = {}
         for name, record in records.items():
             for split, classes in record.splits.items():
                 splits.setdefault(split, []).extend(f"{name}: {one}" for one in classes)
-        ranges = [f"{name}: {word}" for name, record in records.items() for word in record.image_range]
-        return DataRecord(splits=splits, image_range=ranges)
+        ranges = {name: record.image_range for name, record in records.items()}
+        one, *others = ranges.values()
+        if any(other != one for other in others):
+            one = [f"{name}: {word}" for name, words in ranges.items() for word in words]
+        return DataRecord(splits=splits, image_range=one)
 
     @property
     def summary(self) -> list[str]:

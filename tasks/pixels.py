@@ -65,8 +65,8 @@ class Form:
         return [self.kind, repr(low), repr(high)]
 
     def recorded(self, record: Sequence[str]) -> Form:
-        """Return the form with the kind and range of a record; those of an empty one are plain."""
-        if not record:
+        """Return the form with the kind and range of a record; plain if it has none, or those of several."""
+        if not record or ": " in record[0]:  # of a mixture
             return replace(self, kind=PLAIN, range=None)
         return replace(self, kind=record[0], range=(float(record[1]), float(record[2])))
 

@@ -2,10 +2,13 @@
 
 import json
 from functools import partial
+from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from conftest import build_tasks, refused, write_classes
+from PIL import Image
 from runs import command, curves
 from torch.nn import functional as F
 
@@ -13,6 +16,7 @@ from common.choices import Choices
 from evaluation.meta_test import evaluate
 from learner import build_learner
 from maml import MAML
+from tasks.pixels import Form
 
 CURVES = "sinusoid + harmonic + sinusoid-frequency"
 SHORT = ["--iterations", 6, "--val-every", 3, "--log-every", 2, "--meta-batch-size", 4, "--eval-tasks", 5]
@@ -50,6 +54,18 @@ def test_each_task_is_the_one_that_its_data_set_gives_alone(kind, tmp_path):
         mixed.resized(2).sample("train", 0, 0, range(9)),
         build(" + ".join(names), **changes, shots=2).sample("train", 0, 0, range(9)),
     )
+
+
+def test_new_images_have_the_range_that_all_data_sets_share(tmp_path):
+    for folder, one, number in product("ab", range(12), range(3)):
+        place = tmp_path / folder / f"{folder}{one}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((6, 6), 65535 - one, np.uint16)).save(place / f"{number}.png")
+    first, second = (f"images:{tmp_path / folder}" for folder in "ab")
+    cases = {second: ["16-bit", "0.0", "65535.0"], image_folders(tmp_path)[0]: []}  # plain, or of several
+    for other, expected in cases.items():
+        record = build(f"{first} + {other}", ways=2).record.image_range
+        assert Form(6, 1).recorded(record).record == expected
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,8 @@ def test_any_usual_text_is_read_to_the_same_numbers(tmp_path, name):
 
 
 def test_true_and_false_are_numbers(tmp_path):
-    parquet.write_table(pa.table({"task": ["a"] * 2, "x": [True, False], "y": [1, 2]}), tmp_path / "a.parquet")
+    table = pa.table({"task": ["a", "a"], "x": [True, False], "y": [1, 2]})
+    parquet.write_table(table, tmp_path / "a.parquet")
     (tmp_path / "a.csv").write_text("task,x,y\na,True,1\na,false,2\n")
     assert all(table_of(tmp_path / name).x.tolist() == [[1], [0]] for name in ("a.parquet", "a.csv"))
 
