@@ -107,7 +107,7 @@ def _describe_run(file: Path, folder: Path, tests: Sequence[Mapping[str, str]]) 
     config, progress = restore_config(checkpoint.settings, file), Progress(**checkpoint.progress)
     tasks, curves, iteration = config.tasks, progress.validation, progress.best_iteration
     losses, accuracies = "query_loss", "query_accuracy"
-    curve = accuracies if tasks.classification and (accuracies in curves or not curves) else losses
+    curve = accuracies if accuracies in curves or (tasks.classification and not curves) else losses
     if config.evaluation.metric:
         curve = next((name for name in curves if name not in ("iteration", losses, accuracies)), curve)
     measure = name_measure(config, checkpoint.scales) if curve == losses else curve.removeprefix("query_")

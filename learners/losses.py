@@ -29,7 +29,7 @@ from learners.reading import IGNORED, cut_outputs, main_tensor
 
 def mse(outputs: Tree, targets: Tree, *, mask: Tensor | None = None) -> Tensor:
     """Return the mean squared error."""
-    return _mean(partial(F.mse_loss, main_tensor(outputs), first_tensor(targets)), mask)
+    return _mean(partial(F.mse_loss, *_of_one_type(outputs, targets)), mask)
 
 
 def cross_entropy(
@@ -73,9 +73,13 @@ def bce(outputs: Tree, targets: Tree, *, mask: Tensor | None = None, ways: Tenso
 
 def huber(outputs: Tree, targets: Tree, *, delta: float = 1.0, mask: Tensor | None = None) -> Tensor:
     """Return half the squared error up to `delta`, and a linear function beyond it."""
-    outputs = main_tensor(outputs)
-    targets = first_tensor(targets).to(outputs.dtype)  # whole numbers, too
-    return _mean(partial(F.huber_loss, outputs, targets, delta=delta), mask)
+    return _mean(partial(F.huber_loss, *_of_one_type(outputs, targets), delta=delta), mask)
+
+
+def _of_one_type(outputs: Tree, targets: Tree) -> tuple[Tensor, Tensor]:
+    """Return both as tensors; targets, whole numbers too, get the type of outputs, as PyTorch 2.11 wants."""
+    main = main_tensor(outputs)
+    return main, first_tensor(targets).to(main.dtype)
 
 
 def _mean(loss: Callable[..., Tensor], mask: Tensor | None) -> Tensor:

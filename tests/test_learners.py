@@ -395,6 +395,7 @@ LOSS_CASES = {
     "bce of numbers": ("bce", F.binary_cross_entropy_with_logits, BITS),
     "huber": ("huber", F.huber_loss, FAR),
     "huber of whole numbers": ("huber", lambda y, target: F.huber_loss(y, target.double()), WHOLE),
+    "mse of whole numbers": ("mse", lambda y, target: F.mse_loss(y, target.double()), WHOLE),
     "gaussian-nll": ("gaussian-nll", nll_of_pytorch, FAR),
 }
 

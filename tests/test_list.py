@@ -136,6 +136,16 @@ def test_a_run_is_listed_with_the_test_of_what_it_is_now(tmp_path):
     assert tests_of(run) == {"seed-1": rows_of(tmp_path)[-1]["result"]}
 
 
+def test_a_run_of_several_labels_is_listed_with_its_accuracy(tmp_path):
+    rows = [f"{group},{x},{x % 2},{x % 3 // 2}" for group in range(12) for x in range(8)]
+    (tmp_path / "labels.csv").write_text("\n".join(["task,x,a,b", *rows]))
+    data = ["--dataset", f"table:{tmp_path / 'labels.csv'}", "--columns", "target=a,b", "-k", 2, "-q", 2]
+    run = train(tmp_path / "run", *SHORT, *data, "--loss", "bce")
+    assert command(*TEST, "--load", run) == 0
+    (row,) = listed(tmp_path).values()
+    assert row["measure"] == "accuracy" and 0 <= float(row["test"]) <= 1
+
+
 def test_accuracies_come_highest_first_and_runs_without_a_result_last():
     accuracies = (0.5, None, 0.9, math.nan)
     runs = [

@@ -89,7 +89,8 @@ class TrainingOptions:
     engine: str = flag(
         "--engine", group="machine", choices=("auto", *ENGINES), default=BY_RULE, only="engines",
         help="how the same meta-gradient is computed: unrolled through the whole inner loop, or adjoint, "
-        "step by step in memory that hardly grows with -s; auto: adjoint in classification with -s above 1")
+        "step by step in memory that hardly grows with -s; auto: adjoint in classification with -s above 1, "
+        "unless the end of a built-in learner alone is adapted (ANIL, CAVIA)")
     convolution: str = flag(
         "--conv", group="machine", choices=("auto", *CONVOLUTIONS), default=BY_RULE, only="convolutions",
         help="convolutions as matrix products over patches, or as one convolution grouped over tasks; "
