@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 SHARES = {"train": 64, "validation": 16, "test": 20}
 

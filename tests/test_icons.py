@@ -8,13 +8,10 @@ import tarfile
 from itertools import chain, combinations
 from pathlib import Path
 
+import icons
 import numpy as np
 import pytest
-from conftest import ROOT, class_names, refused
-
-sys.path.insert(0, str(ROOT / "examples"))
-
-import icons
+from conftest import class_names, refused
 
 from common.random import SPLITS
 from tasks.options import ICON_DRAWINGS

@@ -12,15 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-import torch
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
 import gpu
 import pages
+import pytest
 import reproduce
+import torch
+from conftest import ROOT
 from harness import UsageError, call_main, launch, read_json
 from pages import find_row, judge, quote
 from reproduce import Job

@@ -1,14 +1,8 @@
 """The benchmark of rounding: every product that its table names is rounded, and no other."""
 
-import sys
-
 import pytest
-import torch
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
 import rounding
+import torch
 from harness import write_images
 from tool import assemble, make_meta_gradient
 

@@ -4,11 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
 import speed
+from conftest import ROOT
 from harness import read_json
 from targets import ADAPT, BUSY, COLD, COMPILED, FIVE_WAY, HIGHER, ONE, REDUCED, TARGETS
 
